@@ -191,11 +191,11 @@ class PredictCommand:
         others: Counter[str] = Counter()
         for path in self.images:
             if path.is_dir():
-                inside, skipped = find_images(path, ".")
+                inside, skipped = find_images(path, {"": 0})
                 if not inside:
                     none = f"has none{f' ({format_others(skipped)})' if skipped else ''}"
                     raise InputError(f"predict: images must be files or folders of images; {path} {none}.", "images")
-                found += [str(path / name) for name in inside]
+                found += [str(path / name) for name, _ in inside]
                 others += skipped
             elif not os.path.lexists(path):
                 raise InputError(f"predict: images must be files or folders of images; there is no {path}.", "images")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .base import InputError, LabelledDataset, SizedDataset
     from .images import DatasetImages, Images, LabelledImages
     from .registry import open_source, register_source
-    from .shots import few_shot, few_shot_note, load_few_shot, save_few_shot
+    from .shots import few_shot, few_shot_note, save_few_shot
     from .source import Protocol, Source, Split, from_datasets
     from .tasks import Task, TestSet, load_task, split_base_new, summarise
 
@@ -29,7 +29,6 @@ __all__ = [
     "few_shot",
     "few_shot_note",
     "from_datasets",
-    "load_few_shot",
     "load_task",
     "open_source",
     "register_source",
@@ -44,7 +43,7 @@ __getattr__ = lazy_names(
         "base": ("InputError", "LabelledDataset", "SizedDataset"),
         "images": ("DatasetImages", "Images", "LabelledImages"),
         "registry": ("open_source", "register_source"),
-        "shots": ("few_shot", "few_shot_note", "load_few_shot", "save_few_shot"),
+        "shots": ("few_shot", "few_shot_note", "save_few_shot"),
         "source": ("Protocol", "Source", "Split", "from_datasets"),
         "tasks": ("Task", "TestSet", "load_task", "split_base_new", "summarise"),
     },

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
@@ -16,11 +14,10 @@ from PIL import Image
 from ...digests import digest_bytes
 from .base import InputError
 from .files import format_names
-from .images import Images, LabelledImages, Transform
+from .images import Images, read_all, reason_of, unreadable
 from .source import Source, Split
 from .tasks import Task
 
-_CHUNK = 256  # images that are read by one pool of threads
 _BANDS, _BAND_BITS = 4, 16
 _ALIKE = _BANDS - 1  # different bits of two similar images: one of the bands is then equal
 _FLAT = 4  # bits of a hash; images with fewer have no structure to compare
@@ -47,40 +44,6 @@ class Finding(NamedTuple):
     label: str
     name: str
     detail: str
-
-
-def read_all(images: Images, use: Transform) -> Iterator[Any]:
-    """Read images in order, in threads if they are files; yield the results of `use`, or the error of an image."""
-    images = images.with_transform(use)
-
-    def read(index: int) -> Any:
-        try:
-            return images[index][0]
-        except Exception as error:  # of any dataset
-            return error
-
-    workers = min(8, os.cpu_count() or 1) if isinstance(images, LabelledImages) else 1
-    for start in range(0, len(images), _CHUNK):
-        with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(read, range(start, min(start + _CHUNK, len(images)))))
-        yield from found
-
-
-def unreadable(images: Any) -> dict[int, str]:
-    """Return the reason by index for each image that can't be read; nothing for images that are drawn."""
-    if not isinstance(images, Images):
-        return {}
-    found: dict[int, str] = {}
-    for index, result in enumerate(read_all(images, lambda image: None)):
-        if isinstance(result, InputError) and result.argument is not None:  # not of the image, but of its label
-            raise result
-        if isinstance(result, Exception):
-            found[index] = _reason(result, images.names[index])
-    return found
-
-
-def _reason(error: Exception, name: str) -> str:
-    return str(error) if isinstance(error, InputError) else f"{name}: {error!r}"
 
 
 def unreadable_images(task: Task) -> dict[str, str]:
@@ -126,7 +89,7 @@ def facts(source: Source, advance: Callable[[], object] = lambda: None) -> list[
         for name, label, result in zip(images.names, images.labels, read_all(images, _examined), strict=True):
             about = split, name, source.classes[label]
             error = isinstance(result, Exception)
-            found.append(Fact(*about, _reason(result, name)) if error else Fact(*about, None, *result))
+            found.append(Fact(*about, reason_of(result, name)) if error else Fact(*about, None, *result))
             advance()
     return found
 

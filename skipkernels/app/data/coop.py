@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from .base import InputError, open_error
 from .files import (
@@ -71,7 +71,6 @@ _IMAGENET_TARGETS: Mapping[Protocol, list[str]] = {
 }
 _HELP = "CoOp's DATASETS.md says where to get it."
 
-
 _Lists = dict[Split, tuple[list[str], list[int]]]  # paths and labels
 _Splits = dict[Split, Callable[[], Images]]
 
@@ -106,11 +105,11 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     if root is None:
         raise open_error(f"{dataset} needs the folder of all datasets, which contains {layout.folder}.", "root")
     base = absolute_path(root)
-    if not os.path.isdir(base):
-        raise open_error(f"no folder {base}; give the folder of all datasets, which contains {layout.folder}.", "root")
     folder = base / layout.folder
-    _check_exists(dataset, "folder", folder)
     images = folder / layout.images
+    absent = next((path for path in (base, folder, images) if not os.path.isdir(path)), None)
+    if absent is not None:
+        raise _error(dataset, f"no folder {absent}. {_HELP}")
     if key in VARIANTS:
         class_names = _read_classnames(dataset, folder, base / DATASETS["imagenet"].folder)
         contents = _variant(dataset, images, class_names, numbered=key == "imagenetv2")
@@ -135,9 +134,12 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     )
 
 
-def _check_exists(dataset: str, kind: str, path: Path) -> None:
-    if not (path.is_dir() if kind == "folder" else path.is_file()):
-        raise _error(dataset, f"no {kind} {path}. {_HELP}")
+def _read_lines(dataset: str, *files: Path) -> tuple[Path, list[str]]:
+    """Return the first of some files that exists, and its lines, without blank ones."""
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise _error(dataset, f"no file {' or '.join(map(str, files))}. {_HELP}")
+    return file, [line.strip() for line in read_text(file).splitlines() if line.strip()]
 
 
 def _from_lists(dataset: str, root: Path, names: list[str], listed: _Lists) -> _Contents:
@@ -147,40 +149,35 @@ def _from_lists(dataset: str, root: Path, names: list[str], listed: _Lists) -> _
         f"listed twice in {split}": [path for path, count in paths.items() if count > 1]
         for split, paths in counts.items()
     }
-    duplicates |= {
-        f"in {split} and in test": [path for path in counts[split] if path in counts["test"]]
-        for split in ("train", "val")
-    }
-    notes = [
-        f"{dataset}: {problem}: {len(paths)} images, such as {paths[0]}."
-        for problem, paths in duplicates.items()
-        if paths
-    ]
-    splits: _Splits = {
-        split: partial(_listed_images, f"{dataset}: {split}", root, paths, labels)
-        for split, (paths, labels) in listed.items()
-        if paths
-    }
-    return _Contents(names, splits, notes=notes)
+    for split in ("train", "val"):
+        duplicates[f"in {split} and in test"] = [path for path in counts[split] if path in counts["test"]]
+    return _Contents(
+        names,
+        {
+            split: partial(_listed_images, f"{dataset}: {split}", root, paths, labels)
+            for split, (paths, labels) in listed.items()
+            if paths
+        },
+        notes=[
+            f"{dataset}: {problem}: {len(paths)} images, such as {paths[0]}."
+            for problem, paths in duplicates.items()
+            if paths
+        ],
+    )
 
 
 def _listed_images(dataset: str, root: Path, paths: list[str], labels: list[int]) -> Images:
     missing = missing_files(root, paths)
     if missing:
-        raise _error(
-            dataset,
-            f"{len(missing)} of {len(paths)} files are missing in {root}, such as {missing[0]!r}. Is it "
-            "unpacked completely?",
-        )
+        problem = f"{len(missing)} of {len(paths)} files are missing in {root}, such as {missing[0]!r}"
+        raise _error(dataset, f"{problem}. Is it unpacked completely?")
     return LabelledImages(root, paths, labels)
 
 
-# ---- a JSON file -----------------------------------------------------------------------------------------------------
-
-
 def _from_split_file(dataset: str, root: Path, file: Path) -> _Contents:
-    _check_exists(dataset, "file", file)
-    _check_exists(dataset, "folder", root)
+    """Return the contents of a JSON file; its labels must be 0, 1, … with one name each."""
+    if not file.is_file():
+        raise _error(dataset, f"no file {file}. {_HELP}")
     content = read_json(file)
     if not (isinstance(content, dict) and all(isinstance(content.get(split), list) for split in get_args(Split))):
         raise InputError(
@@ -191,29 +188,41 @@ def _from_split_file(dataset: str, root: Path, file: Path) -> _Contents:
     for split in get_args(Split):
         paths, labels = listed[split] = [], []
         for number, item in enumerate(content[split]):
-            path, label, name = _parse_entry(item, f"{file}: entry {number} of {split}")
+            location = f"{file}: entry {number} of {split}"
+            if not (isinstance(item, list) and [type(part) for part in item] == [str, int, str]):
+                raise InputError(f"{location} must be [path, label, class name]; got {reprlib.repr(item)}. {_HELP}")
+            path, label, name = item
+            check_inside(path, location)
             if names.setdefault(label, name) != name:
                 raise InputError(f"{file}: label {label} is {names[label]!r} and {name!r}. Give each label one name.")
             paths.append(path)
             labels.append(label)
-    gap = next((label for label in range(len(names)) if label not in names), None)
-    if gap is not None or not names:
-        raise InputError(
-            f"{file}: labels must be 0, 1, … without a gap; there is no image of label {gap or 0}. Renumber them."
-        )
+    gap = next((label for label in range(len(names) or 1) if label not in names), None)
+    if gap is not None:
+        raise InputError(f"{file}: labels must be 0, 1, … without a gap; there is no image of {gap}. Renumber them.")
+    for label, name in names.items():
+        if not is_valid_class_name(normalize_class_name(name)):
+            raise InputError(f"{file}: the class of label {label} can't be named {name!a:.80}. Rename it.")
     return _from_lists(dataset, root, [names[label] for label in range(len(names))], listed)
 
 
-def _parse_entry(item: Any, location: str) -> tuple[str, int, str]:
-    if not (isinstance(item, list) and len(item) == 3 and isinstance(item[0], str) and isinstance(item[2], str)):
-        raise InputError(f"{location} must be [path, label, class name]; got {reprlib.repr(item)}. {_HELP}")
-    path, label, name = item
-    if type(label) is not int or label < 0:
-        raise InputError(f"{location}: the label must be an integer of at least 0; got {reprlib.repr(label)}. {_HELP}")
-    if not is_valid_class_name(normalize_class_name(name)):
-        raise InputError(f"{location}: the class of label {label} can't be named {name!a:.80}. Rename it.")
-    check_inside(path, location)
-    return path, label, name
+def _aircraft(dataset: str, images: Path) -> _Contents:
+    variants, names = _read_lines(dataset, images.parent / "variants.txt")
+    label_of = {name: label for label, name in enumerate(names)}
+    if not names or len(label_of) < len(names):
+        raise InputError(f"{variants}: expected a name in each line, without duplicates. {_HELP}")
+    listed: _Lists = {}
+    for split in get_args(Split):
+        file, lines = _read_lines(dataset, images.parent / f"images_variant_{split}.txt")
+        paths, labels = listed[split] = [], []
+        for line in lines:
+            image, _, name = line.partition(" ")
+            if name.strip() not in label_of:
+                raise InputError(f"{file}: {line!r}: {name!r} is not in {variants.name}. {_HELP}")
+            check_inside(image, f"{file}: {line!r}")
+            paths.append(f"{image}.jpg")
+            labels.append(label_of[name.strip()])
+    return _from_lists(dataset, images, names, listed)
 
 
 # ---- ImageNet and its variants ---------------------------------------------------------------------------------------
@@ -221,20 +230,14 @@ def _parse_entry(item: Any, location: str) -> tuple[str, int, str]:
 
 def _read_classnames(dataset: str, *folders: Path) -> dict[str, str]:
     """Read class names by WordNet id from the first classnames.txt in some folders."""
-    files = [folder / "classnames.txt" for folder in folders]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise _error(dataset, f"no file {' or '.join(map(str, files))}. {_HELP}")
+    file, lines = _read_lines(dataset, *(folder / "classnames.txt" for folder in folders))
     names: dict[str, str] = {}
-    for number, line in enumerate(read_text(file).splitlines(), 1):
-        if line.strip():
-            wnid, _, name = line.strip().partition(" ")
-            if not name.strip() or wnid in names:
-                problem = "is a duplicate" if wnid in names else "has no name"
-                raise InputError(
-                    f"{file}: line {number}: expected a WordNet id and its name; {wnid!r} {problem}. {_HELP}"
-                )
-            names[wnid] = name.strip()
+    for line in lines:
+        wnid, _, name = line.partition(" ")
+        if not name.strip() or wnid in names:
+            problem = "is a duplicate" if wnid in names else "has no name"
+            raise InputError(f"{file}: expected a WordNet id and its name in each line; {wnid!r} {problem}. {_HELP}")
+        names[wnid] = name.strip()
     return names
 
 
@@ -250,12 +253,12 @@ def _wnid_folders(dataset: str, folder: Path, names: dict[str, str]) -> list[str
 
 def _folder_images(dataset: str, root: Path, folders: list[str]) -> Images:
     """Return all images of some class folders, labelled by the position of the folder."""
-    of_class = [find_images(root, folder)[0] for folder in folders]
-    empty = [folder for folder, paths in zip(folders, of_class, strict=True) if not paths]
+    found, _ = find_images(root, {folder: label for label, folder in enumerate(folders)})
+    present = {label for _, label in found}
+    empty = [folder for label, folder in enumerate(folders) if label not in present]
     if empty:
         raise _error(dataset, f"no images in {format_names(empty)} of {root}. Is it unpacked completely?")
-    labels = [label for label, paths in enumerate(of_class) for _ in paths]
-    return LabelledImages(root, [path for paths in of_class for path in paths], labels)
+    return LabelledImages(root, [path for path, _ in found], [label for _, label in found])
 
 
 def _imagenet(dataset: str, images: Path) -> _Contents:
@@ -267,9 +270,8 @@ def _imagenet(dataset: str, images: Path) -> _Contents:
     wnids = next(iter(found.values()))
     in_one = sorted({wnid for others in found.values() for wnid in set(wnids) ^ set(others)})
     if in_one:
-        raise _error(
-            dataset, f"only one of images/train and images/val has {format_names(in_one)}. Is it unpacked completely?"
-        )
+        problem = f"only one of images/train and images/val has {format_names(in_one)}"
+        raise _error(dataset, f"{problem}. Is it unpacked completely?")
     splits: _Splits = {split: partial(_folder_images, dataset, folders[split], wnids) for split in found}
     missing: dict[Split, str] = {split: f"no folder {path}. {_HELP}" for split, path in folders.items()}
     missing["val"] = "its validation images are the test images. Choose test."
@@ -277,42 +279,11 @@ def _imagenet(dataset: str, images: Path) -> _Contents:
 
 
 def _variant(dataset: str, images: Path, names: dict[str, str], *, numbered: bool) -> _Contents:
-    _check_exists(dataset, "folder", images)
     if numbered:  # folder i has the class of the i-th WordNet id
         wnids = sorted(names)
-        folders = [str(label) for label in range(len(wnids))]
-        absent = sorted(set(folders) - set(subfolders(images)), key=int)
-        if absent:
-            raise _error(dataset, f"no folder {format_names(absent)} in {images}; it must have one for each class.")
+        folders = list(map(str, range(len(wnids))))
     else:
         folders = wnids = _wnid_folders(dataset, images, names)
     reason = "it is a variant of ImageNet, for testing only. Train on coop:imagenet."
     splits: _Splits = {"test": partial(_folder_images, dataset, images, folders)}
     return _Contents([names[wnid] for wnid in wnids], splits, {"train": reason, "val": reason}, tuple(wnids))
-
-
-# ---- Aircraft --------------------------------------------------------------------------------------------------------
-
-
-def _aircraft(dataset: str, images: Path) -> _Contents:
-    variants = images.parent / "variants.txt"
-    _check_exists(dataset, "file", variants)
-    _check_exists(dataset, "folder", images)
-    names = [line.strip() for line in read_text(variants).splitlines() if line.strip()]
-    label_of = {name: label for label, name in enumerate(names)}
-    if not names or len(label_of) < len(names):
-        raise InputError(f"{variants}: expected a name in each line, without duplicates. {_HELP}")
-    listed: _Lists = {}
-    for split in get_args(Split):
-        file = images.parent / f"images_variant_{split}.txt"
-        _check_exists(dataset, "file", file)
-        paths, labels = listed[split] = [], []
-        for number, line in enumerate(read_text(file).splitlines(), 1):
-            if line.strip():
-                image, _, name = line.strip().partition(" ")
-                if name.strip() not in label_of:
-                    raise InputError(f"{file}: line {number}: {name!r} is not in {variants.name}. {_HELP}")
-                check_inside(image, f"{file}: line {number}")
-                paths.append(f"{image}.jpg")
-                labels.append(label_of[name.strip()])
-    return _from_lists(dataset, images, names, listed)

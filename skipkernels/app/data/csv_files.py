@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,87 +39,78 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
         raise open_error(f"{name}: no file {file if path else 'given'}; it must be a table with a line for each image.")
     base = file.parent if root is None else absolute_path(root)
     header, lines = _read(file)
-    at_path, at_label = (
-        _column(file, header, _PATH_NAMES, "path"),
-        _column(file, header, LABEL_NAMES, "label", first="label"),
-    )
-    at_split = next((header.index(each) for each in _SPLIT_COLUMNS if each in header), None)
-    label_name = header[at_label]
-    rows: dict[str, tuple[str, Split | None]] = {}
-    repeated = 0
-    for number, line in lines:
+    path_column = _column(file, header, _PATH_NAMES, "path")
+    label_column = _column(file, header, LABEL_NAMES, "label")
+    split_column = next((name for name in _SPLIT_COLUMNS if name in header), None)
+    images: dict[str, tuple[str, Split | None]] = {}
+    for number, row in lines:
         where = f"{file}: line {number}"
-        if len(line) != len(header):
-            columns = f"{len(line)} {'column' if len(line) == 1 else 'columns'}"
-            remedy = "Add the missing value" if len(line) < len(header) else "Put text with a separator in quotes"
-            raise InputError(f"{where} has {columns}, and the first line has {len(header)}. {remedy}.")
-        image, label = _relative(line[at_path].strip(), base, where), line[at_label].strip()
+        image, label = _relative(row[path_column], base, where), row[label_column]
         if not image or not label:
-            raise InputError(f"{where} has no {'path' if not image else label_name}. Fill it in, or remove the line.")
-        split = None if at_split is None else SPLIT_NAMES.get(line[at_split].strip().lower())
-        if at_split is not None and split is None:
-            raise InputError(f"{where}: {header[at_split]} must be train, val or test; got {line[at_split]!a:.80}.")
-        if rows.setdefault(image, (label, split)) != (label, split):
-            other = " and ".join(str(each) for each in rows[image] if each is not None)
-            raise InputError(
-                f"{where}: {image} is listed before as {other}, and here as another class or split. Remove one."
-            )
-        repeated += 1
-    repeated -= len(rows)
-    if not rows:
+            raise InputError(f"{where} has no {'path' if not image else label_column}. Fill it in, or remove the line.")
+        split = None if split_column is None else SPLIT_NAMES.get(row[split_column].lower())
+        if split_column is not None and split is None:
+            raise InputError(f"{where}: {split_column} must be train, val or test; got {row[split_column]!a:.80}.")
+        if images.setdefault(image, (label, split)) != (label, split):
+            raise InputError(f"{where}: {image} is listed before with another class or split. Remove one.")
+    if not images:
         raise open_error(f"{name}: has no images. Add a line for each.")
-    missing = missing_files(base, list(rows))
+    missing = missing_files(base, list(images))
     if missing:
         raise open_error(
             f"{name}: no file {format_names(missing)} in {base}. Correct the paths, or name their folder as `root`.",
             "data" if root is None else "root",
         )
     labels, classes = labels_by_name(
-        name, label_name, [label for label, _ in rows.values()], "name them in a column class_name"
+        name, label_column, [label for label, _ in images.values()], "name them in a column class_name"
     )
-    splits = [split for _, split in rows.values() if split is not None]
-    notes = [f"{name}: skipped repeated lines: {repeated}."] if repeated else []
-    if templates is None and label_name in CAPTIONS:
-        templates = "{}"
+    splits = [split for _, split in images.values() if split is not None]
+    repeated = len(lines) - len(images)
     return listed_source(
         name,
-        LabelledImages(base, list(rows), labels),
+        LabelledImages(base, list(images), labels),
         classes,
         splits or None,
-        templates,
-        notes=notes,
+        "{}" if templates is None and label_column in CAPTIONS else templates,
+        notes=[f"{name}: skipped repeated lines: {repeated}."] if repeated else [],
         how="no test images" if splits else "no column split",
         remedy="add a column split with train and test",
     )
 
 
-def _read(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the column names in lower case, and the other lines with their numbers."""
+def _read(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Return the column names in lower case, and the other lines as dictionaries, with their numbers."""
     text = read_text(file)
-    first = text.partition("\n")[0]
-    delimiter = max(_DELIMITERS, key=first.count)
+    delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[tuple[int, dict[str, str]]] = []
     try:
-        lines = [(reader.line_num, list(map(csv_text, line))) for line in reader if any(cell.strip() for cell in line)]
+        header = [cell.strip().lower() for cell in next(reader, [])]
+        for cells in reader:
+            if any(map(str.strip, cells)):
+                if len(cells) != len(header):
+                    raise InputError(
+                        f"{file}: line {reader.line_num} has {len(cells)} columns, and the first line has "
+                        f"{len(header)}. Put text with a separator in quotes."
+                    )
+                texts = (csv_text(cell).strip() for cell in cells)
+                rows.append((reader.line_num, dict(zip(header, texts, strict=True))))
     except csv.Error as error:
         raise InputError(f"{file}: line {reader.line_num} is not readable as CSV ({error}). Correct it.") from error
-    header = [cell.strip().lower() for cell in lines[0][1]] if lines else []
-    repeated = sorted(cell for cell, count in Counter(header).items() if cell and count > 1)
-    if repeated:
-        raise InputError(f"{file}: two columns are named {format_names(repeated)}. Rename one.")
-    return header, lines[1:]
+    return header, rows
 
 
-def _column(file: Path, header: Sequence[str], names: Sequence[str], kind: str, first: str | None = None) -> int:
-    """Position of the column with the best of some names; the error message lists `first` before the others."""
-    for each in names:
-        if each in header:
-            return header.index(each)
-    listed = sorted(names, key=lambda name: name != first)[:4]
-    raise InputError(
-        f"{file}: the first line must name a column with the {kind} of each image, such as {', '.join(listed)}; got "
-        f"{', '.join(header)[:200] or 'nothing'}. Add the line, or rename a column."
-    )
+def _column(file: Path, header: Sequence[str], names: Sequence[str], kind: str) -> str:
+    """Return the first of some names that is a column."""
+    found = next((name for name in names if name in header), None)
+    if found is None:
+        raise InputError(
+            f"{file}: the first line must name a column with the {kind} of each image, such as {', '.join(names[:4])}; "
+            f"got {', '.join(header)[:200] or 'nothing'}. Add the line, or rename a column."
+        )
+    if header.count(found) > 1:
+        raise InputError(f"{file}: two columns are named {found}. Rename one.")
+    return found
 
 
 def _relative(path: str, base: Path, where: str) -> str:
@@ -132,6 +122,5 @@ def _relative(path: str, base: Path, where: str) -> str:
             raise InputError(
                 f"{where}: {path} is not in {base}. Name a folder with all images as `root`.", "root"
             ) from None
-    path = os.path.normpath(path).replace(os.sep, "/") if path and ".." not in path else path
     check_inside(path, where)
-    return path
+    return os.path.normpath(path).replace(os.sep, "/") if path else path

@@ -1,9 +1,9 @@
-"""Folders of images: `imagefolder:PATH`.
+"""Folders of images: `imagefolder:PATH`, as torchvision's `ImageFolder` reads them.
 
 PATH has a folder for each class, or the folders `train/` (or `training/`), `val/` (`valid/`, `validation/`) and `test/`
 (`testing/`), in upper or lower case, with the same class folders in each. Labels follow the sorted names of the class
-folders. Images are the files in a class folder and its subfolders that have the extension or the first bytes of one;
-hidden files are skipped, other files are counted.
+folders. Images are the files in a class folder and its subfolders with the extension of one; hidden files are left out,
+and other files are counted in a note.
 
 Splits. Existing splits are used. With `val/` and without `test/`, the images of `val/` are the test images, as is usual
 for ImageNet. With neither, the images of each class are split by a hash of their paths: 30 % test, 20 % val, the rest
@@ -23,11 +23,10 @@ folder and a space: the rest of the line may be the class name.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 
 from .base import InputError, open_error
-from .files import absolute_path, find_images, format_names, format_others, is_image, read_json, read_text, subfolders
+from .files import absolute_path, find_images, format_names, format_others, read_json, read_text, subfolders
 from .images import LabelledImages
 from .source import Split, SplitSource, normalize_class_name, normalize_class_names
 from .splits import SPLIT_NAMES, listed_source
@@ -35,65 +34,35 @@ from .templates import Templates
 
 
 def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSource:
-    """Open a folder of images; see the docstring of this module.
-
-    Args:
-        path: The folder.
-        templates: See `open_source`.
-
-    Raises:
-        InputError: If the folder can't be used.
-    """
-    name = f"imagefolder:{path}"
-    root = absolute_path(path)
+    """Open a folder of images; see the docstring of this module."""
+    name, root = f"imagefolder:{path}", absolute_path(path)
     if not str(path) or not os.path.isdir(root):
         raise open_error(f"{name}: no folder {root if str(path) else 'given'}; it must hold one folder for each class.")
     parts = _split_folders(name, root)
     folders = _class_folders(name, root, list(parts))
     classes = _class_names(name, root, folders)
-    paths: list[str] = []
-    labels: list[int] = []
-    splits: list[Split] = []
-    others: Counter[str] = Counter()
-    empty: list[str] = []
-    first: dict[str, str] = {}  # path without links → path of a class folder
-    same: list[str] = []
-    for part in parts or [""]:
-        for label, folder in enumerate(folders):
-            place = f"{part}/{folder}" if part else folder
-            found, skipped = find_images(root, place)
-            others += skipped
-            paths += found
-            labels += [label] * len(found)
-            if part:
-                splits += [parts[part]] * len(found)
-            if not found:
-                empty.append(place)
-            other = first.setdefault(os.path.realpath(root / place), place)
-            if other != place:
-                same.append(f"{other} and {place}")
+    listed = {f"{part}{folder}": label for part in parts or [""] for label, folder in enumerate(folders)}
+    found, others = find_images(root, listed)
+    of_folder = ["/".join(path.split("/")[: 2 if parts else 1]) for path, _ in found]
+    empty = [folder for folder in listed if folder not in set(of_folder)]
     if empty:
-        skipped_files = f" ({format_others(others)})" if others else ""
-        raise open_error(
-            f"{name}: no images in {format_names(empty)}{skipped_files}. Add some, or remove the empty folders."
-        )
-    notes = [f"{name}: {format_others(others)}."] if others else []
-    if same:
-        notes.append(f"{name}: the same folder, so the same images: {format_names(same)}.")
-    beside = sum(file.name[0] != "." and os.path.isfile(file) and is_image(file) for file in root.iterdir())
-    if beside:
-        notes.append(f"{name}: skipped images beside the class folders: {beside}.")
-    images = LabelledImages(root, paths, labels)
+        skipped = f" ({format_others(others)})" if others else ""
+        raise open_error(f"{name}: no images in {format_names(empty)}{skipped}. Add some, or remove the empty folders.")
     return listed_source(
-        name, images, classes, splits or None, templates, notes=notes, how="no test/", remedy="make train/ and test/"
+        name,
+        LabelledImages(root, [path for path, _ in found], [label for _, label in found]),
+        classes,
+        [parts[f"{folder.partition('/')[0]}/"] for folder in of_folder] if parts else None,
+        templates,
+        notes=[f"{name}: {format_others(others)}."] if others else [],
+        how="no test/",
+        remedy="make train/ and test/",
     )
 
 
 def _split_folders(name: str, root: Path) -> dict[str, Split]:
-    """Return the split of each folder of a split; empty if the class folders are in the root."""
+    """Return the split of each folder of a split, such as "train/"; empty if the class folders are in the root."""
     folders = subfolders(root)
-    if not folders:
-        raise open_error(f"{name}: no folders in {root}; it must hold one for each class.")
     candidates = [folder for folder in folders if folder.lower() in SPLIT_NAMES]
     others = [folder for folder in folders if folder.lower() not in SPLIT_NAMES]
     if others and (len(candidates) > 1 or any(subfolders(root / folder) for folder in candidates)):
@@ -103,23 +72,21 @@ def _split_folders(name: str, root: Path) -> dict[str, Split]:
         )
     if others:  # a class may have the name of a split
         return {}
-    found: dict[Split, str] = {}
-    for folder in candidates:
-        other = found.setdefault(SPLIT_NAMES[folder.lower()], folder)
-        if other != folder:
-            raise open_error(f"{name}: {other}/ and {folder}/ have images of one split. Merge them.")
-    return {folder: split for split, folder in found.items()}
+    splits = {f"{folder}/": SPLIT_NAMES[folder.lower()] for folder in candidates}
+    if len(set(splits.values())) < len(splits):
+        raise open_error(f"{name}: two of {format_names(candidates)} have images of one split. Merge them.")
+    return splits
 
 
-def _class_folders(name: str, root: Path, split_folders: list[str]) -> list[str]:
+def _class_folders(name: str, root: Path, parts: list[str]) -> list[str]:
     """Return the sorted class folders, which must be the same in each split."""
-    found = {part: subfolders(root / part) for part in split_folders or [""]}
-    folders = sorted({folder for of_part in found.values() for folder in of_part})
+    found = {part: subfolders(root / part) for part in parts or [""]}
+    folders = sorted(set().union(*found.values()))
     for part, of_part in found.items():
         absent = [folder for folder in folders if folder not in of_part]
         if absent or not folders:
             problem = f"no folder {format_names(absent)}, which another split has" if absent else "no folders in it"
-            raise open_error(f"{name}: {part}/ has {problem}. Each split must have a folder of every class.")
+            raise open_error(f"{name}: {part or root} has {problem}. It must have a folder of every class.")
     return folders
 
 

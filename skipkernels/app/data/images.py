@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib
+import functools
 import os
 import struct
-import threading
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -22,48 +21,19 @@ from torch.utils.data import ConcatDataset, Dataset
 from ...checks import whole_number
 from ...store import open_regular
 from .base import InputError, SizedDataset
-from .files import HEAD, absolute_path, image_format
+from .files import absolute_path
 
 Transform = Callable[[Any], Any]
 ImagesT = TypeVar("ImagesT", bound="Images")
 
-# Raised by Pillow's decoders for truncated or invalid files.
+# Raised by Pillow's decoders for truncated or invalid files; RuntimeError by libavif.
 _UNREADABLE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
-_UNREADABLE += (ArithmeticError, AttributeError, struct.error, zlib.error, Image.DecompressionBombError, MemoryError)
-_UNREADABLE += (RuntimeError,)  # of libavif
+_UNREADABLE += (ArithmeticError, AttributeError, RuntimeError, struct.error, zlib.error)
+_UNREADABLE += (Image.DecompressionBombError, MemoryError)
 # Under any extension: six .jpg files of Oxford-IIIT Pet are GIFs. Others are excluded: Pillow runs Ghostscript on EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
-_PLUGINS = {"HEIF": "pip install 'skipkernels[heif]'", "AVIF": "pip install --upgrade pillow"}
-MAX_PIXELS = 178_956_970  # 0.7 GB as RGB, which Pillow stores in 4 bytes; also Pillow's limit of an image
-# glibc returns freed blocks above 32 MB to the system. Of smaller ones each thread keeps its own: one image of
-# MAX_PIXELS after another, in eight threads, left 6.7 GB.
-_LARGE, _LARGE_BLOCK = MAX_PIXELS // 16, 1 << 26
-_RESIZED = 512  # pixels of the shorter side after resizing, for the size of the result; models have 224 to 448
-
-
-class PixelBudget:
-    """Number of pixels that the threads of a process decode and resize at the same time."""
-
-    def __init__(self, pixels: int = MAX_PIXELS):
-        self._free, self._changed = pixels, threading.Condition()
-
-    @contextlib.contextmanager
-    def hold(self, pixels: int) -> Iterator[None]:
-        """Wait until this number of pixels is free, and take it."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= pixels)
-            self._free -= pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += pixels
-                self._changed.notify_all()
-
-
-_budget = PixelBudget()
-if hasattr(os, "register_at_fork"):  # a thread that holds pixels does not exist in the new process
-    os.register_at_fork(after_in_child=_budget.__init__)  # type: ignore[misc]
+_MAX_RATIO = 500  # of the sides: a transform that resizes a line of 8000 x 2 pixels to 224 makes 200 million of them
+_CHUNK = 256  # images that are read by one pool of threads
 
 
 class Images(Dataset):
@@ -153,14 +123,13 @@ class LabelledImages(Images):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Load an image and its label."""
         path, label = self.samples[index]
-        return read_image(path, self.transform, listed=True), label
+        return read_image(path, self.transform), label
 
 
-def read_image(path: str | Path, transform: Transform | None = None, *, listed: bool = False) -> Any:
+def read_image(path: str | Path, transform: Transform | None = None) -> Any:
     """Read an image file as RGB, upright by its EXIF orientation; of an animation, the first frame.
 
-    Transparency is dropped, and 16-bit values keep their upper 8 bits. The pixels count as in use until `transform`
-    returns. `listed` is for the message: the file existed when its dataset was opened.
+    Transparency is dropped, and 16-bit values keep their upper 8 bits.
 
     Raises:
         InputError: If the file is missing, is not an image, is damaged, or has too many pixels.
@@ -168,30 +137,34 @@ def read_image(path: str | Path, transform: Transform | None = None, *, listed: 
     try:
         file = open_regular(path)
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file. "
-            + ("The dataset lists it: was it removed, or is it a broken link?" if listed else "Correct the path.")
-        ) from None
+        raise InputError(f"{path}: no such file. Was it removed, or is it a broken link?") from None
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}). Replace or remove the file.") from error
     with file:
         return decode_image(file, path, transform)
 
 
+@functools.cache
+def _formats() -> list[str]:
+    """Return the `FORMATS` that are installed."""
+    Image.init()
+    try:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ImportError:
+        pass
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def decode_image(file: BinaryIO, name: str | Path, transform: Transform | None = None) -> Any:
     """Read an opened image file as `read_image` does; `name` is its name in error messages."""
-    Image.init()
-    kind = None
     try:
-        kind = image_format(file.read(HEAD))
-        file.seek(0)
-        if kind == "HEIF" and kind not in Image.OPEN:
-            with contextlib.suppress(ImportError):
-                importlib.import_module("pillow_heif").register_heif_opener()
-        opened = Image.open(file, formats=[each for each in FORMATS if each in Image.OPEN and kind in (None, each)])
+        opened = Image.open(file, formats=_formats())
+    except UnidentifiedImageError as error:
+        heif = "" if "HEIF" in _formats() else "; HEIC needs: pip install 'skipkernels[heif]'"
+        raise _unreadable(name, f"not {', '.join(_formats())}{heif}") from error
     except _UNREADABLE as error:
-        if kind in _PLUGINS and kind not in Image.OPEN:
-            raise InputError(f"{name}: a {kind} image needs a package: {_PLUGINS[kind]}.") from error
         raise _unreadable(name, error) from error
     with opened as image:
         return to_rgb(image, name, transform)
@@ -200,59 +173,40 @@ def decode_image(file: BinaryIO, name: str | Path, transform: Transform | None =
 def to_rgb(image: Image.Image, name: str | Path, transform: Transform | None = None) -> Any:
     """Convert an image to RGB as `read_image` does, and transform it; `name` is its name in error messages."""
     width, height = image.size
-    if getattr(image, "tile", None) and image.format not in (*FORMATS, "MPO"):  # not decoded yet
-        raise InputError(f"{name}: is {image.format}, not {_listed(FORMATS)}. Convert it.")
+    if max(width, height) > _MAX_RATIO * min(width, height):
+        raise InputError(
+            f"{name}: a side must be at most {_MAX_RATIO} times the other; got {width:,} × {height:,}. Crop it."
+        )
     if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):  # Pillow reads 16 bits of these as I
         raise InputError(
             f"{name}: has 32 bits per channel (mode {image.mode}), without a defined white. Convert it to 8 or 16 bits."
         )
-    # Upwards: a line of 2,000,000 × 5 pixels is resized to 89,600,000 × 224.
-    pixels = max(width * height, _RESIZED**2 * max(width, height) // max(1, min(width, height)))
-    if pixels > MAX_PIXELS:
-        raise InputError(
-            f"{name}: must have at most {MAX_PIXELS:,} pixels, also with its shorter side resized to {_RESIZED}; got "
-            f"{width:,} × {height:,}. Crop or remove it."
-        )
-    if pixels > _LARGE:
-        Image.core.set_block_size(_LARGE_BLOCK)
-    with _budget.hold(pixels):
-        try:
-            image.load()  # PNG has its EXIF data behind the pixels
-            image = upright(image)
-            if image.mode[0] == "I":
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if isinstance(image.info.get("transparency"), bytes):  # Pillow warns otherwise
-                image = image.convert("RGBA")
-            if image.mode != "RGB":
-                image = image.convert("RGB")
-        except _UNREADABLE as error:
-            raise _unreadable(name, error) from error
-        try:
-            return image if transform is None else transform(image)
-        except MemoryError as error:
-            raise _unreadable(name, error) from error
+    try:
+        image.load()  # PNG has its EXIF data behind the pixels
+        image = _upright(image)
+        if image.mode[0] == "I":
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if isinstance(image.info.get("transparency"), bytes):  # Pillow warns otherwise
+            image = image.convert("RGBA")
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+    except _UNREADABLE as error:
+        raise _unreadable(name, error) from error
+    return image if transform is None else transform(image)
 
 
-def upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     """Return an image rotated and mirrored by its EXIF orientation; the same image if it has none."""
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-        return ImageOps.exif_transpose(image) if turned else image
-    except MemoryError:
-        raise
     except _UNREADABLE:  # invalid EXIF data
         return image
+    return ImageOps.exif_transpose(image) if turned else image
 
 
-def _unreadable(name: str | Path, error: Exception) -> InputError:
-    why = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-    if isinstance(error, UnidentifiedImageError):
-        why = f"not {_listed(FORMATS)}"
+def _unreadable(name: str | Path, error: Exception | str) -> InputError:
+    why = error if isinstance(error, str) else f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
     return InputError(f"{name}: can't be read as an image ({why}). Replace or remove it.")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 class DatasetImages(Images):
@@ -318,6 +272,41 @@ class DatasetImages(Images):
         elif self.transform is not None and not isinstance(image, Tensor):
             image = self.transform(image)
         return image, self._labels[index]
+
+
+def read_all(images: Images, use: Transform) -> Iterator[Any]:
+    """Read images in order, in threads if they are files; yield the results of `use`, or the error of an image."""
+    images = images.with_transform(use)
+
+    def read(index: int) -> Any:
+        try:
+            return images[index][0]
+        except Exception as error:  # of any dataset
+            return error
+
+    workers = min(8, os.cpu_count() or 1) if isinstance(images, LabelledImages) else 1
+    for start in range(0, len(images), _CHUNK):
+        with ThreadPoolExecutor(workers) as pool:
+            found = list(pool.map(read, range(start, min(start + _CHUNK, len(images)))))
+        yield from found
+
+
+def reason_of(error: Exception, name: str) -> str:
+    """Return a line that names an image and the reason why it can't be read."""
+    return str(error) if isinstance(error, InputError) else f"{name}: {error!r}"
+
+
+def unreadable(images: Any) -> dict[int, str]:
+    """Return the reason by index for each image that can't be read; nothing for images that are drawn."""
+    if not isinstance(images, Images):
+        return {}
+    found: dict[int, str] = {}
+    for index, result in enumerate(read_all(images, lambda image: None)):
+        if isinstance(result, InputError) and result.argument is not None:  # not of the image, but of its label
+            raise result
+        if isinstance(result, Exception):
+            found[index] = reason_of(result, images.names[index])
+    return found
 
 
 def joined(parts: Sequence[Images]) -> Images:

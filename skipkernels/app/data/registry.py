@@ -25,13 +25,13 @@ class Kind(NamedTuple):
     example: str = ""
 
 
-def _later(module: str, function: str, *arguments: str) -> Opener:
-    """Opener that imports a function on demand, and passes on the name and some of the other arguments."""
+def _imported(module: str, function: str, *options: str) -> Opener:
+    """Opener that imports a function on demand, and passes the name and some of the other arguments."""
 
     def open_now(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
         given = {"root": root, "templates": templates, "download": download}
         opener = getattr(importlib.import_module(module, __package__), function)
-        return opener(name, **{argument: given[argument] for argument in arguments})
+        return opener(name, **{option: given[option] for option in options})
 
     return open_now
 
@@ -41,45 +41,45 @@ OWN = ("imagefolder", "csv", "wds", "hf", "dataset")
 
 _KINDS = {
     "imagefolder": Kind(
-        _later(".image_folder", "open_image_folder", "templates"),
+        _imported(".image_folder", "open_image_folder", "templates"),
         "imagefolder:PATH",
         "A folder for each class, or folders train/, val/ and test/ that have them.",
         "--data imagefolder:photos",
     ),
     "csv": Kind(
-        _later(".csv_files", "open_csv", "root", "templates"),
+        _imported(".csv_files", "open_csv", "root", "templates"),
         "csv:PATH",
         "A table with the columns path and label (or caption), and split if there is one.",
         "--data csv:photos/table.csv",
     ),
     "wds": Kind(
-        _later(".tar_shards", "open_shards", "templates"),
+        _imported(".hugging_face_sets", "open_shards", "templates"),
         "wds:SHARDS such as wds:shards/{000..012}.tar",
         "Tar files of webdataset: images with .cls, .json or .txt.",
         "--data 'wds:shards/{000..012}.tar'",
     ),
     "hf": Kind(
-        _later(".hugging_face_sets", "open_hugging_face", "templates"),
+        _imported(".hugging_face_sets", "open_hugging_face", "templates"),
         "hf:PATH or hf:NAME such as hf:food101",
         "A dataset of Hugging Face on the disk, or of the hub. Columns by name: ?image=…&label=….",
         "--data hf:food101",
     ),
     "coop": Kind(
-        _later(".coop", "open_coop", "root", "templates"),
+        _imported(".coop", "open_coop", "root", "templates"),
         "coop:NAME such as coop:dtd (with `root`)",
         "The benchmarks of CoOp, in its layout: imagenet, caltech101, oxford_pets, stanford_cars, oxford_flowers, "
         "food101, fgvc_aircraft, sun397, dtd, eurosat, ucf101, imagenetv2, imagenet_sketch, imagenet_a, imagenet_r.",
         "--data coop:dtd --root datasets",
     ),
     "torchvision": Kind(
-        _later(".torchvision_sets", "open_torchvision", "root", "templates", "download"),
+        _imported(".torchvision_sets", "open_torchvision", "root", "templates", "download"),
         "torchvision:NAME such as torchvision:food101 (with `root`)",
         "Datasets that torchvision can download: cifar10, cifar100, dtd, eurosat, fashionmnist, fgvcaircraft, "
         "flowers102, food101, imagenette, mnist, oxfordiiitpet, stl10, sun397.",
         "--data torchvision:food101 --root datasets --download",
     ),
     "glyphs": Kind(
-        _later("..demo.glyphs", "open_glyphs", "templates"),
+        _imported("..demo.glyphs", "open_glyphs", "templates"),
         "glyphs, glyphs:BLOCK such as glyphs:greek",
         "Characters of Unicode in the fonts of matplotlib, with nothing to download.",
         "--data glyphs:greek",
@@ -108,8 +108,8 @@ def open_source(
 
     Args:
         data: "imagefolder:PATH" (see `image_folder`); "csv:PATH", a table (see `csv_files`); "wds:SHARDS", tar files of
-            webdataset (see `tar_shards`); "hf:PATH" or "hf:NAME" (see `hugging_face_sets`); "coop:NAME", a dataset in
-            CoOp's layout below `root` (see `coop`); "torchvision:NAME", a dataset of torchvision in `root`; "glyphs" or
+            webdataset, "hf:PATH" or "hf:NAME" (see `hugging_face_sets`); "coop:NAME", a dataset in CoOp's layout below
+            `root` (see `coop`); "torchvision:NAME", a dataset of torchvision in `root`; "glyphs" or
             "glyphs:BLOCK[+BLOCK…]" (see `demo.glyphs`).
         root: Folder of the datasets.
         templates: Prompt templates, the first for training; or "paper" or "coop", the sets of those papers. Default:

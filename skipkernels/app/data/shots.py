@@ -1,4 +1,4 @@
-"""Few-shot subsets, which depend only on labels, names and a seed, and files of them."""
+"""Few-shot subsets, which depend only on labels, names and a seed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import heapq
 import json
 import math
-import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from ...folders import replace_text
 from ...options import Shots
 from .base import InputError
-from .files import format_names, read_json
+from .files import format_names
 from .images import Images
 
 
@@ -118,39 +117,3 @@ def save_few_shot(
     lines = ",\n".join(f"    {json.dumps(item)}" for item in chosen)  # one image per line, for diffs
     text = json.dumps(header, indent=2).removesuffix("\n}") + f',\n  "train": [\n{lines}\n  ]\n}}\n'
     replace_text(Path(path), text)
-
-
-def load_few_shot(path: str | Path, images: Images, classes: Sequence[str]) -> list[int]:
-    """Return the indices of the images that a file of `save_few_shot` lists, for `images.subset`.
-
-    Every listed image must be among `images`, with the same label and class.
-
-    >>> import tempfile
-    >>> from skipkernels.app.data import DatasetImages
-    >>> file, images = Path(tempfile.mkdtemp(), "few_shot.json"), DatasetImages([("a", 0), ("b", 1), ("c", 0)])
-    >>> save_few_shot(file, images.subset([2, 1]), data="letters", classes=["x", "y"], shots=1, seed=0)
-    >>> load_few_shot(file, images, ["x", "y"])
-    [2, 1]
-    """
-    content = read_json(Path(path))
-    listed = content.get("train") if isinstance(content, dict) else None
-    if not isinstance(listed, list):
-        raise InputError(f'{path}: expected {{"train": [[path, label, class name], …]}}, as save_few_shot writes it.')
-    indices = {(name, label): i for i, (name, label) in enumerate(zip(images.names, images.labels, strict=True))}
-    remedy = "Give the dataset and the classes that the file was written for."
-    chosen: dict[int, None] = {}
-    for item in listed:
-        if not (isinstance(item, list) and len(item) == 3 and isinstance(item[0], str) and type(item[1]) is int):
-            raise InputError(f"{path}: every entry must be [path, label, class name]; got {reprlib.repr(item)}.")
-        name, label, class_name = item
-        index = indices.get((name, label))
-        if index is None:
-            raise InputError(f"{path}: {name!r} with label {label} is not among the training images. {remedy}")
-        if classes[label] != class_name:
-            raise InputError(
-                f"{path}: class {label} is {class_name!r} in the file and {classes[label]!r} in the dataset. {remedy}"
-            )
-        if index in chosen:
-            raise InputError(f"{path}: {name!r} is listed twice. Remove one.")
-        chosen[index] = None
-    return list(chosen)

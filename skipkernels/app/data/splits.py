@@ -1,10 +1,11 @@
-"""Splits and classes of datasets that list images with labels: `imagefolder:`, `csv:`, `wds:` and `hf:`."""
+"""Splits and classes of datasets that list images with labels: `imagefolder:`, `csv:`, `wds:`, `hf:`."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
+from .files import format_names
 from .images import Images
 from .shots import hash_order
 from .source import Split, SplitSource, constant_split, normalize_class_names
@@ -38,11 +39,12 @@ def hash_splits(
     of_class: dict[int, list[int]] = defaultdict(list)
     for index, label in enumerate(images.labels):
         of_class[label].append(index)
-    single = next((classes[label] for label, indices in sorted(of_class.items()) if len(indices) == 1), None)
-    if single is not None:
+    single = [classes[label] for label, indices in sorted(of_class.items()) if len(indices) == 1]
+    if single:
+        have = f"class {single[0]} has" if len(single) == 1 else f"classes {format_names(single)} have"
         missing["test"] = (
-            f"class {single} has 1 image, and train and test need one each. Add some, {remedy}, or train on all images "
-            'with test="none".'
+            f"{have} 1 image, and train and test need one each. Add some, {remedy}, or train on all images with "
+            'test="none".'
         )
     chosen: dict[Split, list[int]] = {"train": [], "val": [], "test": []}
     for indices in of_class.values():

@@ -6,8 +6,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +14,7 @@ from typing import Any, get_args
 from ...options import Shots, Test, Validation
 from .base import InputError, LabelledDataset, escape_unprintable
 from .files import format_names
-from .images import DatasetImages
+from .images import DatasetImages, unreadable
 from .registry import open_source
 from .shots import few_shot_note
 from .source import Protocol, Source, Split
@@ -192,7 +191,7 @@ def load_task(
 
     if protocol in _WITH_TARGETS:
         wanted = targets or source.default_targets(protocol)
-        with _errors_about_targets("" if targets else " Or name those that you have as `targets`."):
+        try:
             if domains:
                 others = _target_domains(domains, wanted)
             else:
@@ -202,6 +201,9 @@ def load_task(
                     found = [_common_classes(target, source, chosen) for target in found]
                 others = dict(zip(names, (_subsample_classes(target, classes) for target in found), strict=True))
             tests += [_test_set(name, part, transform, test) for name, part in others.items()]
+        except InputError as error:
+            error.argument = "targets" if error.argument == "data" else error.argument
+            raise
         parts |= others
     notes = [*source.notes, *(note for part in parts.values() for note in part.notes)]
     if chosen is not source:
@@ -263,23 +265,23 @@ def _subsample_classes(source: Source, classes: int | None) -> Source:
 
 
 def _test_set(name: str, source: Source, transform: Callable | None, test: Test) -> TestSet:
-    images = DatasetImages([]) if test == "none" else source.images("test", transform)
-    if test == "split" and not len(images):
-        raise InputError(f"{source.name} has no test images of {format_names(source.classes)}. Add some.", "data")
+    if test == "none":
+        images: LabelledDataset = DatasetImages([])
+    else:
+        try:
+            images = source.images("test", transform)
+        except InputError as error:  # list images that can't be read too, so that all can be corrected at once
+            splits: tuple[Split, ...] = ("train", "val")
+            parts: list[Any] = [source.images(split) for split in splits if source.has_split(split)]
+            names = [part.names[index] for part in parts for index in unreadable(part)]
+            also = f" Also, these images can't be read: {format_names(names)}." if names else ""
+            raise InputError(f"{error}{also}", error.argument) from error
+        if not len(images):
+            raise InputError(f"{source.name} has no test images of {format_names(source.classes)}. Add some.", "data")
     return TestSet(name, list(source.classes), source.prompts, images)
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _errors_about_targets(remedy: str) -> Iterator[None]:
-    """Change errors about `data` to errors about `targets`, and add a remedy."""
-    try:
-        yield
-    except InputError as error:
-        argument = "targets" if error.argument == "data" else error.argument
-        raise InputError(f"{error}{remedy}", argument) from error
 
 
 def _short_names(datasets: Sequence[str]) -> list[str]:

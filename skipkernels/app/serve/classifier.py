@@ -254,7 +254,7 @@ class Classifier:
                 )
             with self._run.precision.autocast():
                 return FeatureCache.open(path, self.clip)
-        return [str(path / found) for found in find_images(path, ".")[0]] if path.is_dir() else [str(path)]
+        return [str(path / name) for name, _ in find_images(path, {"": 0})[0]] if path.is_dir() else [str(path)]
 
     def _decoded(self, decoded: list[Any], top: int, unreadable: Unreadable) -> Predictions:
         failed = {item.name: item.image for item in decoded if isinstance(item.image, InputError)}

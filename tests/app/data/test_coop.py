@@ -134,7 +134,7 @@ def test_open_coop_unknown_dataset_or_root(tmp_path):
         open_source("coop:cub", tmp_path)
     with raises_input_error("coop:dtd needs the folder of all datasets, which contains dtd", argument="root"):
         open_source("coop:dtd")
-    with raises_input_error(f"no folder {tmp_path / 'none'}", "which contains food-101", argument="root"):
+    with raises_input_error(f"coop:food101: no folder {tmp_path / 'none'}.", argument="root"):
         open_source("coop:food101", tmp_path / "none")
 
 
@@ -164,22 +164,20 @@ def entry(path="a.jpg", label=0, name="one"):
         ("no list", ['expected {"train"']),
         ([["a.jpg", 0]], ["entry 0 of train must be [path, label, class name]"]),
         ([entry(), {"a": 1}], ["entry 1 of train"]),
-        ([entry(label="0")], ["an integer of at least 0", "'0'"]),
-        ([entry(label=-1)], ["an integer of at least 0", "-1"]),
-        ([entry(label=True)], ["an integer of at least 0"]),
-        ([entry(label=float("nan"))], ["an integer of at least 0", "nan"]),
-        ([entry(), entry(label=10**40)], ["no image of label 1"]),
+        ([entry(label="0")], ["entry 0 of train must be [path, label, class name]", "'0'"]),
+        ([entry(label=True)], ["entry 0 of train must be [path, label, class name]"]),
+        ([entry(label=-1)], ["no image of 0"]),
+        ([entry(), entry(label=10**40)], ["no image of 1"]),
         ([entry(name=5)], ["entry 0 of train must be [path, label, class name]"]),
         ([entry(path=None)], ["entry 0 of train must be [path, label, class name]"]),
         ([entry(name=" _")], ["label 0 can't be named ' _'", "Rename it"]),
         ([entry(name="half a pair \ud800")], ["label 0 can't be named", r"\ud800", "Rename it"]),
-        ([entry(label="x" * 10_000)], ["an integer of at least 0", "xxx...xxx"]),
         ([["x" * 1_000] * 100], ["entry 0 of train", "xxx...xxx"]),
         ([entry(path="../../etc/passwd.jpg")], ["leads out of the folder"]),
         ([entry(path="/etc/passwd.jpg")], ["leads out of the folder"]),
         ([entry(), entry(name="two")], ["label 0 is 'one' and 'two'"]),
-        ([entry(), entry(label=2, name="three")], ["no image of label 1"]),
-        ([], ["no image of label 0"]),
+        ([entry(), entry(label=2, name="three")], ["no image of 1"]),
+        ([], ["no image of 0"]),
     ],
 )
 def test_open_coop_invalid_split_entries(tmp_path, train, words):
@@ -253,8 +251,8 @@ def test_open_coop_class_without_training_images(tmp_path):
     ("classnames", "words"),
     [
         ("n01440764 tench\n", ["has no name for n01443537, n01484850, n01491361"]),
-        ("n01440764 tench\nn01440764 carp\n", ["line 2", "'n01440764' is a duplicate"]),
-        ("n01440764 tench\n\nn01443537\n", ["line 3", "'n01443537' has no name"]),
+        ("n01440764 tench\nn01440764 carp\n", ["'n01440764' is a duplicate"]),
+        ("n01440764 tench\n\nn01443537\n", ["'n01443537' has no name"]),
     ],
 )
 def test_open_coop_invalid_classnames(tmp_path, classnames, words):
@@ -287,8 +285,8 @@ def test_open_coop_incomplete_imagenet(tmp_path):
 def test_open_coop_incomplete_imagenetv2(tmp_path):
     images = make_coop(tmp_path, "imagenetv2") / "imagenetv2/imagenetv2-matched-frequency-format-val"
     shutil.rmtree(images / "2")
-    with raises_input_error(f"coop:imagenetv2: no folder 2 in {images}", "one for each class", argument="root"):
-        open_source("coop:imagenetv2", tmp_path)
+    with raises_input_error(f"coop:imagenetv2: no images in 2 of {images}", argument="root"):
+        open_source("coop:imagenetv2", tmp_path).images("test")
 
 
 @pytest.mark.parametrize(
@@ -296,8 +294,8 @@ def test_open_coop_incomplete_imagenetv2(tmp_path):
     [
         ("variants.txt", "", ["a name in each line"]),
         ("variants.txt", "707\n707\n", ["without duplicates"]),
-        ("images_variant_val.txt", "0000001 707-320\n", ["line 1: '707-320' is not in variants.txt"]),
-        ("images_variant_val.txt", "\n../../x apple_pie\n", ["line 2", "leads out of the folder"]),
+        ("images_variant_val.txt", "0000001 707-320\n", ["'707-320' is not in variants.txt"]),
+        ("images_variant_val.txt", "\n../../x apple_pie\n", ["leads out of the folder"]),
     ],
 )
 def test_open_coop_invalid_aircraft_lists(tmp_path, file, text, words):

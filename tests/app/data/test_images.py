@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
-import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -22,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from skipkernels.app.data import DatasetImages, InputError, LabelledImages
 from skipkernels.app.data import images as images_module
 from skipkernels.app.data.images import read_image, read_labels, to_rgb
-from skipkernels.app.serve.decoding import decode
 
 
 def one(path: Path) -> Image.Image:
@@ -121,9 +117,6 @@ def test_read_image_ignores_extension(tmp_path, written, extension):
     assert abs(pixel(tmp_path / f"a.{extension}")[2] - 200) < 5
 
 
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
-
-
 def test_read_image_heif(tmp_path):
     """An orientation of the EXIF data is applied by the plugin already."""
     heif = pytest.importorskip("pillow_heif")
@@ -136,12 +129,10 @@ def test_read_image_heif(tmp_path):
     assert image.size == (32, 64) and image.getpixel((16, 12))[0] > 200 > 50 > image.getpixel((16, 52))[0]
 
 
-@pytest.mark.parametrize(("kind", "remedy"), [("HEIF", "skipkernels[heif]"), ("AVIF", "--upgrade pillow")])
-def test_read_image_names_missing_plugin(tmp_path, monkeypatch, kind, remedy):
-    monkeypatch.delitem(Image.OPEN, kind, raising=False)
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    (tmp_path / "a.jpg").write_bytes(HEIC.replace(b"heic", b"avif") if kind == "AVIF" else HEIC)
-    with raises_input_error(tmp_path / "a.jpg", f"a {kind} image needs a package: pip install", remedy):
+def test_read_image_names_missing_plugin(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "_formats", lambda: ["JPEG", "PNG"])
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with raises_input_error(tmp_path / "a.jpg", "not JPEG, PNG; HEIC needs: pip install 'skipkernels[heif]'"):
         one(tmp_path / "a.jpg")
 
 
@@ -183,17 +174,13 @@ def test_read_image_folder_or_missing_file(tmp_path):
     (tmp_path / "a.png").mkdir()
     with raises_input_error(tmp_path / "a.png", "can't be read"):
         one(tmp_path / "a.png")
-    with raises_input_error(tmp_path / "b.png", "no such file", "is it a broken link?"):
+    with raises_input_error(tmp_path / "b.png", "no such file. Was it removed, or is it a broken link?"):
         one(tmp_path / "b.png")
-    with raises_input_error(tmp_path / "b.png", "no such file. Correct"):
-        read_image(tmp_path / "b.png")
 
 
 def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript"))
     Image.new("RGB", (3, 2)).save(tmp_path / "a.eps")
-    with Image.open(tmp_path / "a.eps") as opened, raises_input_error("image 0: is EPS, not JPEG"):
-        DatasetImages([(opened, 0)])[0]
     (tmp_path / "a.eps").rename(tmp_path / "0.png")
     with raises_input_error(tmp_path / "0.png", "can't be read as an image"):
         one(tmp_path / "0.png")
@@ -214,58 +201,18 @@ def test_read_image_decompression_bomb(tmp_path, monkeypatch):
         one(tmp_path / "a.png")
 
 
-def test_read_image_too_many_pixels(tmp_path, monkeypatch):
-    """Also after resizing: 8,000 × 2 pixels are 896,000 × 224."""
+def test_read_image_extreme_ratio(tmp_path):
+    """With its shorter side resized to 224, it would have 200 million pixels."""
     for size in ((8000, 2), (2, 8000)):
         Image.new("L", size).save(tmp_path / "a.png")
-        with raises_input_error("a.png: must have at most 178,956,970 pixels", "got {:,} × {:,}".format(*size)):
+        with raises_input_error("a.png: a side must be at most 500 times the other", "got {:,} × {:,}".format(*size)):
             one(tmp_path / "a.png")
-    Image.new("L", (600, 600)).save(tmp_path / "a.png")
-    assert one(tmp_path / "a.png").size == (600, 600)
-    monkeypatch.setattr(images_module, "MAX_PIXELS", 600 * 600 - 1)
-    with raises_input_error(tmp_path / "a.png", "at most 359,999 pixels", "got 600 × 600"):
-        one(tmp_path / "a.png")
 
 
 def test_read_image_avif_without_primary_item(tmp_path):
     (tmp_path / "a.avif").write_bytes(encoded("avif").replace(b"pitm", b"free"))
     with raises_input_error(tmp_path / "a.avif", "can't be read as an image (RuntimeError: "):
         one(tmp_path / "a.avif")
-
-
-@pytest.mark.parametrize("where", ["decoder", "transform"])
-def test_read_image_out_of_memory(tmp_path, monkeypatch, where):
-    def fail(*_):
-        raise MemoryError
-
-    draw_image(tmp_path / "a.png")
-    if where == "decoder":
-        monkeypatch.setattr(images_module, "upright", fail)
-    with raises_input_error(tmp_path / "a.png", "can't be read as an image (MemoryError)"):
-        read_image(tmp_path / "a.png", fail)
-
-
-def test_pixels_in_use_are_bounded(tmp_path, monkeypatch):
-    """Eight threads, and a budget of two images, each counted as at least 512 × 512 pixels."""
-    monkeypatch.setattr(images_module, "_budget", images_module.PixelBudget(3 * 512**2))
-    for number in range(12):
-        draw_image(tmp_path / f"{number}.png")
-    used, most, lock = 0, 0, threading.Lock()
-
-    def transform(image):
-        nonlocal used, most
-        with lock:
-            used += 1
-            most = max(most, used)
-        time.sleep(0.02)
-        with lock:
-            used -= 1
-        if image.size != (5, 4):
-            raise ValueError
-        return torch.zeros(3)
-
-    decoded = list(decode(sorted(tmp_path.iterdir()), transform, workers=8))
-    assert len(decoded) == 12 and most == 2
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif", "avif"])
@@ -291,9 +238,7 @@ def test_read_image_error_of_worker_keeps_its_lines(tmp_path):
     with pytest.raises(InputError, match="Original Traceback") as caught:
         next(iter(DataLoader(images, num_workers=1)))
     assert (
-        str(caught.value)
-        .splitlines()[-1]
-        .endswith(r"a\nb.png: no such file. The dataset lists it: was it removed, or is it a broken link?")
+        str(caught.value).splitlines()[-1].endswith(r"a\nb.png: no such file. Was it removed, or is it a broken link?")
     )
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from pictures import make_coop, make_folders, raises_input_error
@@ -34,15 +31,6 @@ def test_open_source_invalid_glyph_blocks():
         open_source("glyphs:greek+klingon")
     with raises_input_error("draw only 0 distinct characters of emoticons", "another block", argument="data"):
         open_source("glyphs:emoticons")
-
-
-def test_open_source_imports_no_other_source(tmp_path):
-    make_folders(tmp_path, {"cat": 2, "dog": 2})
-    code = (
-        f"import sys; from skipkernels.app.data import open_source; open_source('imagefolder:{tmp_path}')\n"
-        "assert not {'torchvision', 'skipkernels.app.demo'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_glyph_source_splits_and_classes():

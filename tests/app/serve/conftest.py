@@ -48,7 +48,7 @@ def photos(run, tmp_path_factory) -> Path:
     (folder / "broken.jpg").write_bytes(b"no image")
     (folder / "notes.txt").touch()
     first = folder / "part0" / f"{run.task.tests[0].images.labels[0]}-0.png"
-    first.rename(first.with_suffix(".photo"))  # an image by its content
+    first.rename(first.with_suffix(".jpg"))  # an image is read by its content, and not by its extension
     return folder
 
 
