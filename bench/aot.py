@@ -8,16 +8,13 @@
 The launchers run, forward and backward, on the calls of `bench.launches`, with a recorder in place of the launch and
 `launching.target` set to each GPU in turn; Triton's binder gives the specialisation of each launch. So the compiled
 kernels are those that a user gets: the same constants, types, divisibility, warps and stages. Read from the machine
-code are registers per thread, spilled bytes, bytes of shared memory, the matrix instruction of a kernel with a
-`tl.dot`, bits of the widest load, accesses to local memory, barriers and asynchronous copies in loops, and rounds of
-loads that wait for each other (bench/machine_code.py).
+code are registers per thread, spilled bytes, bytes of shared memory, and the matrix instruction of a kernel with a
+`tl.dot`.
 
 `--check` fails if a kernel does not compile, spills, exceeds the shared memory of a block or the largest grid, has a
 `tl.dot` but no matrix instruction, is reached by no call, is missing from the table, is in the table but not compiled,
 needs more registers or shared memory than in the table, or uses another matrix instruction. If the table was made by
-another version of Triton, registers and shared memory may grow by ALLOWANCE. It also fails if the machine code
-accesses local memory or has too many barriers in loops, and in the first call of an operator if loads are narrow or
-wait for each other too often.
+another version of Triton, registers and shared memory may grow by ALLOWANCE.
 
 `--quick` takes only the first call of every operator: not all entries of the block tables, nor kernels for large sizes.
 So do the targets that are not IN_TABLE.
@@ -52,7 +49,7 @@ from skipkernels.ops.precompile import (
     launches_of,
 )
 
-from . import machine_code, measure, tables
+from . import measure, tables
 from .launches import CALLS, DTYPES, DTYPES_OF
 
 TABLE = measure.RESULTS / "aot.csv"
@@ -62,21 +59,6 @@ ALLOWANCE = 1.25
 # Targets of the table, with every call. For the others the first calls are compiled and checked against the limits.
 IN_TABLE = ("sm_80", "sm_90", "sm_100", "gfx942")
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
-
-# Loads of 128 bits per thread are the widest; NVIDIA GPUs need half of the instructions of 64 bits. Kernels that read
-# narrow rows, and the width of their loads in bits:
-WIDE = 128
-NARROW = {
-    "_class_sampled_ce_fwd_combine_kernel": 64,  # partial results of one image, fp64
-    "_class_sampled_lse_fwd_combine_kernel": 64,
-    "_class_sampled_ce_bwd_scale_kernel": 32,  # one number per image
-}
-# Rounds of dependent loads of a kernel in a typical step: 40 · 450 cycles are 10 µs at 1.755 GHz (H100), as long as a
-# whole launch-bound kernel.
-MOST_ROUNDS = 40
-# Barriers in loops, each instruction once: a reduction or a matrix product needs two to eight. At some 30 cycles each,
-# these are 1.4 µs for one iteration of every loop, at 1.755 GHz.
-MOST_LOOP_BARRIERS = 80
 
 _MATRIX_INSTRUCTIONS = {
     "ptx": re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b[\w.:]*"),
@@ -94,10 +76,6 @@ class Job(NamedTuple):
     """Index of the launch within the call."""
     target: str
     grid: tuple[int, ...]
-    typical: bool
-    """The first call of the operator."""
-    integers: dict[str, int]
-    """Integer arguments by name."""
     kernel: Kernel
 
 
@@ -119,12 +97,6 @@ class Row(NamedTuple):
     shared_bytes: int
     matrix_instruction: str
     triton: str
-    load_bits: int = 0
-    local_accesses: int = 0
-    loop_barriers: int = 0
-    loop_copies: int = 0
-    rounds: int = 0
-    """Rounds of dependent loads, see `machine_code.rounds`."""
 
     @property
     def key(self) -> tuple[str, str, str, int, str, str]:
@@ -139,8 +111,6 @@ class Result(NamedTuple):
     row: Row
     grid: tuple[int, ...]
     has_dot: bool
-    typical: bool = True
-    """The first call of the operator."""
 
 
 def family(op: str) -> str:
@@ -157,13 +127,12 @@ def jobs_of(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], q
         for dtype, torch_dtype in DTYPES_OF.get(op, DTYPES).items():
             seen = set()
             calls = itertools.islice(CALLS[op](torch_dtype), most) if dtype in dtypes else ()
-            for typical, call in zip(itertools.chain([True], itertools.repeat(False)), calls, strict=False):
+            for call in calls:
                 for number, launch in enumerate(launches_of(op, call.arguments, architecture)):
                     (kernel,) = kernels_of([launch], architecture)
                     if kernel.key not in seen:
                         seen.add(kernel.key)
-                        integers = {name: x for name, x in launch.arguments.items() if isinstance(x, int)}
-                        yield Job(op, call.shape, dtype, number, target, launch.grid, typical, integers, kernel)
+                        yield Job(op, call.shape, dtype, number, target, launch.grid, kernel)
 
 
 def compile_job(job: Job) -> Result:
@@ -178,12 +147,7 @@ def compile_job(job: Job) -> Result:
     called = job.op, job.shape, job.dtype, job.number, job.kernel.function.fn.__name__, job.target, constants_of(job)
     launched = math.prod(job.grid), metadata.num_warps, metadata.num_stages
     resources = registers, spilled, metadata.shared, matrix, launching.triton.__version__
-    amd = assembly == "amdgcn"
-    code = machine_code.counts_of(compiled.asm["amdgcn"] if amd else machine_code.sass(compiled.asm["cubin"]), amd=amd)
-    overlapped = max(1, metadata.num_stages - 1) if code.loop_copies else 1
-    rounds = machine_code.rounds(compiled.asm["ttir"], job.integers, job.grid, overlapped)
-    row = Row(*called, *launched, *resources, *code, rounds)
-    return Result(row, job.grid, "tt.dot" in compiled.asm["ttir"], job.typical)
+    return Result(Row(*called, *launched, *resources), job.grid, "tt.dot" in compiled.asm["ttir"])
 
 
 def constants_of(job: Job) -> str:
@@ -302,16 +266,6 @@ def problems_of(result: Result) -> Iterator[str]:
         yield f"{row.name} is launched with a grid of {result.grid}; the largest is {LARGEST_GRID}"
     if result.has_dot and not row.matrix_instruction:
         yield f"{row.name} has a tl.dot but uses no matrix instruction"
-    if row.local_accesses:
-        yield f"{row.name} accesses local memory in {row.local_accesses} places"
-    if row.loop_barriers > MOST_LOOP_BARRIERS:
-        yield f"{row.name} has {row.loop_barriers} barriers in loops; at most {MOST_LOOP_BARRIERS} are allowed"
-    if result.typical and limits.backend == "cuda" and 0 < row.load_bits < NARROW.get(row.kernel, WIDE):
-        yield f"{row.name}: the widest load has {row.load_bits} bits, not {NARROW.get(row.kernel, WIDE)}"
-    if result.typical and row.rounds > MOST_ROUNDS:
-        cycles = row.rounds * machine_code.LATENCY
-        rounds = f"{row.rounds} rounds of loads ({cycles:,} cycles)"
-        yield f"{row.name} waits for {rounds}; at most {MOST_ROUNDS} are allowed"
 
 
 def worse_than(committed: Row, row: Row) -> Iterator[str]:
@@ -340,8 +294,6 @@ def not_reached(jobs: Sequence[Job]) -> Iterator[str]:
     for path, name in kernels.items():
         if name not in reached:
             yield f"{path} is reached by no call in bench/launches.py"
-    for name in NARROW.keys() - kernels.values():
-        yield f"bench/aot.py makes an exception of {name}, which does not exist"
 
 
 def read_table() -> list[Row]:
@@ -357,15 +309,15 @@ def print_rows(rows: Sequence[Row]) -> None:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in sorted(rows, key=lambda row: (list(CALLS).index(row.op), row.kernel)):
         groups.setdefault((row.op, row.kernel, row.target), []).append(row)
-    ranged = ("num_warps", "registers", "spilled_bytes", "shared_bytes", *machine_code.MachineCode._fields, "rounds")
+    ranged = ("num_warps", "registers", "spilled_bytes", "shared_bytes")
     lines = []
     for key, group in groups.items():
         values = [[getattr(row, name) for row in group] for name in ranged]
         ranges = ["–".join(map(str, dict.fromkeys((min(each), max(each))))) for each in values]
         used = {name for row in group for name in re.findall(r"\b(?:wg)?mma|tcgen05|v_mfma", row.matrix_instruction)}
         lines.append([*key, len(group), *ranges, " ".join(sorted(used))])
-    short = "warps registers spilled shared bits local barriers copies rounds".split()
-    tables.show(["operator", "kernel", "target", "compiled", *short, "matrix instruction"], lines, width=220)
+    header = "operator kernel target compiled warps registers spilled shared".split()
+    tables.show([*header, "matrix instruction"], lines, width=190)
 
 
 def report(console: Console, count: int, problems: Sequence[str]) -> None:

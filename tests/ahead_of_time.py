@@ -45,7 +45,7 @@ def faults() -> None:
         with precompile.recording(architecture) as launches:
             launch(product_kernel, (1,), device=x.device, x_ptr=x, y_ptr=x, **options)
         (kernel,) = precompile.kernels_of(launches, architecture)
-        job = aot.Job("product", "1", "fp32", 0, target, (1,), True, {}, kernel)
+        job = aot.Job("product", "1", "fp32", 0, target, (1,), kernel)
         print(f"{case}, {target}: {list(aot.problems_of(aot.compile_job(job)))}")  # noqa: T201
 
 

@@ -102,9 +102,6 @@ ROW = aot.Row(
     shared_bytes=14336,
     matrix_instruction="v_mfma_f32_16x16x16_bf16",
     triton="3.6.0",
-    load_bits=128,
-    loop_barriers=32,
-    rounds=40,
 )
 
 
@@ -117,12 +114,6 @@ ROW = aot.Row(
         ({"shared_bytes": 64 * 1024 + 1, "target": "sm_80"}, None),
         ({"spilled_bytes": 4}, "spills 4 bytes"),
         ({"matrix_instruction": ""}, "no matrix instruction"),
-        ({"local_accesses": 1}, "accesses local memory in 1 places"),
-        ({"loop_barriers": 81}, "has 81 barriers in loops; at most 80"),
-        ({"load_bits": 64}, None),  # as wide as needed with 64 threads per warp
-        ({"load_bits": 64, "target": "sm_90"}, "the widest load has 64 bits, not 128"),
-        ({"load_bits": 64, "target": "sm_90", "kernel": "_class_sampled_ce_fwd_combine_kernel"}, None),
-        ({"rounds": 41}, "waits for 41 rounds of loads (18,450 cycles); at most 40"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -130,11 +121,6 @@ def test_limits(changes, problem):
     found = list(aot.problems_of(aot.Result(ROW._replace(**changes), (32,), has_dot=True)))
     assert len(found) == (problem is not None)
     assert problem is None or problem in found[0]
-
-
-def test_only_typical_calls_are_checked_for_speed():
-    row = ROW._replace(rounds=1000, load_bits=32, target="sm_90")
-    assert not list(aot.problems_of(aot.Result(row, (32,), has_dot=True, typical=False)))
 
 
 def test_grids_that_no_gpu_takes_are_found():
