@@ -3,7 +3,6 @@
     python -m bench.counts                     count all and write bench/results/counts.csv
     python -m bench.counts --check             count all and compare with the table; write nothing
     python -m bench.counts --check --model glyph-tiny
-    python -m bench.counts --estimate          time of the steps in the table on an H100; nothing has run on one
 
 For training steps of SkipCLIP, the published step, and `predict` from features after the weights have changed:
 
@@ -53,7 +52,6 @@ from .inputs import PRECISIONS, Inputs, autocast, random_inputs
 from .launches import CALLS
 from .published import PublishedStep
 from .stand_in import meta_as_gpu
-from .step_model import GRADIENT_PASSES, SAVED_PASSES
 
 TABLE = measure.RESULTS / "counts.csv"
 LAUNCHES = measure.RESULTS / "launches.csv"
@@ -333,46 +331,13 @@ def write_table(rows: Sequence[Row]) -> None:
     tables.write(TABLE, rows)
 
 
-# ---- estimate --------------------------------------------------------------------------------------------------------
-
-# H100 SXM, from its data sheet: FLOP/s of dense products in fp32 and bf16, bytes/s of its memory.
-_FLOPS, _BYTES = {"fp32": 67e12, "bf16": 989e12}, 3.35e12
-# Seconds of the host for a call of PyTorch and for a Triton launch with some twenty arguments: assumed, typical values.
-_ATEN, _TRITON = 5e-6, 12e-6
-# Seconds of a short kernel in a replayed graph. Source: Gray, "Getting Started with CUDA Graphs", NVIDIA, 2019.
-_NODE = 3.4e-6
-
-
-def estimate(row: Row) -> dict[str, float]:
-    """Milliseconds of a step on an H100: its arithmetic and bytes, the host's launches, and a replay at most."""
-    moved = GRADIENT_PASSES * row.gradient_bytes + SAVED_PASSES * row.saved_bytes
-    floor = row.flops / _FLOPS[row.precision] + moved / _BYTES
-    host = (row.launches - row.triton) * _ATEN + row.triton * _TRITON
-    return {"floor": 1e3 * floor, "host": 1e3 * host, "replay": 1e3 * (floor + row.launches * _NODE)}
-
-
-def show_estimates(rows: Sequence[Row]) -> None:
-    """Print the estimates of steps: one by one a step takes the larger of floor and host, a replay at most `replay`."""
-    steps = [row for row in rows if row.gradient_bytes]
-    columns = ("what", "model", "C", "precision", "memory", "optimizer", "launches")
-    lines = [
-        [*(getattr(row, name) for name in columns), *(f"{x:.2f}" for x in estimate(row).values())] for row in steps
-    ]
-    title = "Estimated milliseconds on an H100 (not measured: no GPU has run it)"
-    tables.show((*columns, "floor", "host", "replay"), lines, title)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.command(__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     parser.add_argument("--model", nargs="+", choices=dict.fromkeys(size.model for size in SIZES), help="only these")
     classes = dict.fromkeys(size.C for size in SIZES)
     parser.add_argument("--classes", nargs="+", type=int, choices=classes, help="only these numbers of classes")
-    parser.add_argument("--estimate", action="store_true", help="estimate times from the table")
     args = parser.parse_args(arguments)
-    if args.estimate:
-        show_estimates(read_table())
-        return
     if not launching.installed:
         parser.error("Triton is not installed, and its launches are counted: pip install triton")
     measure.keep_freed_memory()  # else half of the time is the system clearing pages

@@ -1,149 +1,107 @@
-"""Check and time everything on a GPU, unattended, in at most nine minutes. Started by bench/gpu.sh.
+"""Stages of bench/gpu.sh, besides the tests and the benchmarks of the operators.
 
-    bench/gpu.sh                      all stages; results go to $OUT (default: gpu-results), at most eight files
-    bench/gpu.sh --only step ncu      some stages
-    bench/gpu.sh --dry-run            every stage on the CPU, with a tiny model and stand-ins for the tools of CUDA
+    python -m bench.gpu step            time of a training step: published, ours, ours as a CUDA graph, with the update
+    python -m bench.gpu profile_step    the kernels of our step that take longest
+    python -m bench.gpu one_step        our step once, for Nsight Compute
+    python -m bench.gpu smoke           a small call of every operator, for compute-sanitizer
 
-Each stage (bench/gpu_stages.py) is a process with a time limit. One that is cut off leaves the rows that it has
-written.
-
-    machine      versions and devices                                                                      log.txt
-    kernels      every operator and dtype against fp64, with uninitialised memory filled with NaN          kernels.csv
-    step         a step of ViT-B/16: gradients against fp64, no host sync, capture, replay = eager; time   step.csv
-                 and the kernels that take longest                                                         slowest.csv
-    tests        pytest -m gpu, in parallel                                                                tests.txt
-    memcheck     compute-sanitizer on a small call of every operator                                       sanitizer.txt
-    racecheck    the same for races on shared memory                                                       sanitizer.txt
-    operators    CUDA graphs of every operator, rotating inputs, against eager, peers, torch.compile      operators.json
-    ncu          Nsight Compute on the kernels that take longest in a step                                 ncu.txt
+`step` checks the gradients of ours against the published step first. Its rows are appended to
+bench/results/DEVICE/gpu_step.csv. On a machine without a GPU all run on the CPU, `step` without the graph.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
-TOTAL = 530  # seconds; bench/gpu.sh ends everything after 540
-_SLOWEST = 10  # kernels that are profiled
+from torch.profiler import ProfilerActivity, profile
 
+import skipkernels as sk
+from skipkernels import testing
+from skipkernels.clip import graphed
+from skipkernels.ops import OPERATORS
+from tests.ops.small_calls import small_call
 
-class Stage(NamedTuple):
-    """A stage.
+from . import measure
+from .inputs import autocast, parser, random_inputs
+from .training import Published, skip_step, with_update
 
-    Attributes:
-        seconds: Its time, to which is added what earlier stages leave.
-        tool: Program in front of its process.
-        runs: Its function in bench/gpu_stages.py, if that has another name.
-        file: File of its output.
-    """
-
-    name: str
-    seconds: int
-    tool: tuple[str, ...] = ()
-    runs: str = ""
-    file: str = "log.txt"
+_LISTED = 40  # kernels
 
 
-STAGES = (
-    Stage("machine", 10),
-    Stage("kernels", 60),
-    Stage("step", 200),
-    Stage("tests", 90, file="tests.txt"),
-    Stage("memcheck", 40, ("compute-sanitizer", "--tool", "memcheck"), "smoke", "sanitizer.txt"),
-    Stage("racecheck", 40, ("compute-sanitizer", "--tool", "racecheck"), "smoke", "sanitizer.txt"),
-    Stage("operators", 60),
-    Stage("ncu", 30, ("ncu", "--clock-control", "none"), "one_step", "ncu.txt"),
-)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, batch=4, classes=1000, rounds=50, precision="bf16")
+    options.add_argument("stage", choices=[function.__name__ for function in STAGES])
+    args = options.parse_args(arguments)
+    {function.__name__: function for function in STAGES}[args.stage](args)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with stand-ins")
-    parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES], help="only these stages")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")), help="default: $OUT")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    started, allotted = time.monotonic(), 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        if args.dry_run:
-            make_stand_ins(Path(folder))
-        for stage in STAGES:
-            allotted += stage.seconds
-            if not args.only or stage.name in args.only:
-                run_stage(stage, args, (TOTAL if args.only else allotted) - (time.monotonic() - started))
+def step(args: argparse.Namespace) -> None:
+    """Time steps with their updates, in turn."""
+    inputs = random_inputs(args.model, args.batch, args.classes, args.device)
+    published = Published(inputs, args.skip_layers)
+    ours = skip_step(inputs, args.skip_layers, "fast", args.precision, published)
+    steps: dict[str, Callable[[], Any]] = {
+        "published": with_update(published.step(args.precision)),
+        "skipkernels": with_update(ours),
+    }
+    if args.device.type == "cuda":
+        steps["skipkernels, graphed"] = graphed_step(args)
+    for run in steps.values():
+        for _ in range(graphed.WARMUP + 1):  # the last captures a graph
+            run()
+    seconds = measure.time_alternately(steps, args.rounds, args.device)
+    rows = []
+    for name, times in seconds.items():
+        row = {"implementation": name, "model": args.model, "B": args.batch, "C": args.classes, "K": ours.K}
+        row |= {"skip_layers": args.skip_layers, "precision": args.precision} | measure.milliseconds(times, 3)
+        peak = testing.peak_bytes(steps[name], args.device, warm_up=False)
+        rows.append(row | {"peak_mib": round(peak / 2**20)})
+        print(f"{name:21} {measure.shown(rows[-1])}")
+    measure.save(args, rows, "gpu_step")
 
 
-def run_stage(stage: Stage, args: argparse.Namespace, seconds: float) -> None:
-    """Run a stage and append how it ended to log.txt."""
-    started, compiled, ended = time.monotonic(), compiled_kernels(), "not run: no time left"
-    if stage.tool and shutil.which(stage.tool[0]) is None:
-        ended = f"not run: {stage.tool[0]} is not installed"
-    elif seconds > 5:
-        arguments = [*stage.tool, *(selection(args.out) if stage.name == "ncu" else [])]
-        arguments += [sys.executable, "-m", "bench.gpu_stages", stage.runs or stage.name, str(args.out), str(seconds)]
-        with (args.out / stage.file).open("a") as output:
-            print(f"==== {stage.name}", file=output, flush=True)
-            ended = run_limited([*arguments, *["--dry-run"] * args.dry_run], output, seconds)
-    wall, compiled = time.monotonic() - started, compiled_kernels() - compiled
-    line = f"{stage.name}: {ended}, {wall:.1f} s of {seconds:.0f}, {compiled} kernels compiled"
-    print(line, flush=True)
-    with (args.out / "log.txt").open("a") as log:
-        print(line, file=log)
+def graphed_step(args: argparse.Namespace) -> Callable[[], Any]:
+    """Our step with its update; on a GPU a replayed CUDA graph."""
+    model, tokens, images, labels = random_inputs(args.model, args.batch, args.classes, args.device)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers, memory="fast")
+    features, optimizer = clip.encode_lower(images), sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
+    labels = labels.contiguous()
+    with autocast(args.device, args.precision):
+        replay = clip.graphed(optimizer, batch_size=args.batch)
+
+    def run() -> None:
+        with autocast(args.device, args.precision):
+            replay(features, labels)
+
+    return run
 
 
-def run_limited(command: list[str], output: Any, seconds: float) -> str:
-    """Run a command for at most this time: interrupt it, so that it can end with a report, then kill its processes."""
-    # The sanitizer sees allocations only if PyTorch does not keep freed memory.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "--tool" in command else None
-    streams: Any = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
-    cut_off = ""
-    for number, wait in ((signal.SIGINT, seconds - 3), (signal.SIGKILL, 3)):
-        try:
-            return f"exit status {process.wait(wait)}{cut_off}"
-        except subprocess.TimeoutExpired:
-            cut_off = ", cut off"
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-    process.wait()
-    return "killed"
+def one_step(args: argparse.Namespace) -> None:
+    graphed_step(args)()
 
 
-def compiled_kernels() -> int:
-    """Number of kernels in Triton's cache."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
-    return sum(1 for _ in folder.glob("*/*.cubin"))
+def profile_step(args: argparse.Namespace) -> None:
+    run, on_gpu = graphed_step(args), args.device.type == "cuda"
+    run()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        run()
+        measure.synchronize(args.device)
+    by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=by, row_limit=_LISTED, max_name_column_width=80))
 
 
-def selection(out: Path) -> list[str]:
-    """Options of Nsight Compute that select the kernels of ours that take longest."""
-    path = out / "slowest.csv"
-    rows = [*csv.DictReader(path.open())] if path.exists() else []
-    names = [row["kernel"] for row in rows if row["ours"] == "1"][:_SLOWEST] or ["_.*_kernel"]
-    return ["--kernel-name", f"regex:^({'|'.join(names)})$", "--launch-count", str(4 * _SLOWEST)]
+def smoke(args: argparse.Namespace) -> None:
+    for op in OPERATORS:
+        call = small_call(op).on(args.device)
+        total = call.total(*(x.requires_grad_() for x in call.inputs))
+        if call.inputs:
+            total.backward()
+        print(f"{op}: {total.item():.6f}", flush=True)
 
 
-def make_stand_ins(folder: Path) -> None:
-    """Put programs in front of the PATH that print their arguments and run the command behind them."""
-    for name in {stage.tool[0] for stage in STAGES if stage.tool}:
-        path = folder / name
-        path.write_text(
-            f'#!/bin/sh\necho "stand-in $*"\nwhile [ "$1" != {sys.executable} ]; do shift; done\nexec "$@"\n'
-        )
-        path.chmod(0o755)
-    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
-
+STAGES = (step, profile_step, one_step, smoke)
 
 if __name__ == "__main__":
     main()

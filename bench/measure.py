@@ -1,4 +1,4 @@
-"""Measure time and memory, and append rows to result files."""
+"""The harness of the benchmarks: options, times in turn, limits of the machine, and rows of result files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import functools
 import multiprocessing
-import os
 import platform
 import random
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,9 @@ import torch
 
 RESULTS = Path(__file__).with_name("results")
 CPU = torch.device("cpu")
+OURS = "skipkernels"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_COPIED = 1 << 28  # bytes: larger than any cache
 Key = TypeVar("Key")
 
 
@@ -74,6 +77,44 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
     return first.elapsed_time(last) / 1000
 
 
+def compare(
+    functions: dict[tuple[str, str], Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    *,
+    flops: Mapping[tuple[str, str], float],
+    moved: Mapping[tuple[str, str], int],
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Columns of each implementation and precision, all of which have run before: times, our speed-up, and the floor.
+
+    The floor is the time of `flops` at the rate of a large product, and of `moved` bytes at the rate of a copy.
+    """
+    seconds, columns = time_alternately(functions, rounds, device, warm_up=False), {}
+    for (name, precision), times in seconds.items():
+        row: dict[str, Any] = milliseconds(times) | {"rounds": rounds}
+        if name != OURS and (OURS, precision) in seconds:
+            row["faster"] = round(median_ratio(times, seconds[OURS, precision]), 3)
+        floor = flops[name, precision] / matrix_rate(device, DTYPES[precision])
+        floor += moved[name, precision] / bandwidth(device)
+        row |= {"floor_ms": round(1000 * floor, 3), "above_floor": round(quantile(times, 0.5) / floor, 3)}
+        columns[name, precision] = row
+    return columns
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one large square product: the fastest of five."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(time_alternately({"product": lambda: left @ right}, 5, device)["product"])
+
+
+@functools.cache
+def bandwidth(device: torch.device) -> float:
+    """Bytes/s of a large copy, both the bytes read and those written: the fastest of five."""
+    return 2 * _COPIED / min(time_alternately({"copy": copying(2 * _COPIED, device)}, 5, device)["copy"])
+
+
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory, as jemalloc and tcmalloc do; a no-op with another C library.
 
@@ -114,8 +155,13 @@ def milliseconds(seconds: list[float], digits: int = 1) -> dict[str, float]:
 
 
 def shown(row: dict[str, Any]) -> str:
-    """The columns of `milliseconds` as text."""
-    return f"{row['p50_ms']:9.1f} ms  (p20 {row['p20_ms']:.1f}, p80 {row['p80_ms']:.1f})"
+    """The times of a row as text, or the reason why there are none."""
+    if row["p50_ms"] == "":
+        return str(row["note"])
+    forms = {"saved_mib": "{} MiB saved", "peak_mib": "{} MiB at the peak", "training_mib": "{} MiB to train"}
+    forms |= {"above_floor": "{:.2f} times the floor", "faster": "skipkernels is {:.2f} times as fast"}
+    parts = [form.format(row[column]) for column, form in forms.items() if row.get(column, "") != ""]
+    return ", ".join([f"{row['p50_ms']:9.1f} ms (p20 {row['p20_ms']:.1f}, p80 {row['p80_ms']:.1f})", *parts])
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
@@ -168,22 +214,16 @@ def save(args: argparse.Namespace, rows: list[dict[str, Any]], table: str) -> No
 
 
 def append_rows(rows: list[dict[str, Any]], name: str) -> Path:
-    """Append rows to bench/results/DEVICE/NAME.csv.
-
-    An existing file that lacks one of the columns is kept under another name.
-    """
+    """Append rows to bench/results/DEVICE/NAME.csv. Columns that the file lacks are added to it."""
     path = RESULTS / slug(rows[0]["device"]) / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = path.read_text(encoding="utf-8").partition("\n")[0].strip().split(",") if path.exists() else []
-    if new := not rows[0].keys() <= set(columns):
-        if columns:
-            path.replace(path.with_name(f"{name}-until-{time.time_ns()}.csv"))
-        columns = list(rows[0])
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
+    before: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            before = list(csv.DictReader(file))
+    columns = list(dict.fromkeys(column for row in (*before[:1], *rows) for column in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*before, *rows])
     return path

@@ -35,13 +35,11 @@ SHOWN = {"model": "ViT-B-16", "B": "4"}  # the steps in tables and pictures
 HEADLINE, FEW, MANY = "1000", "10", "21841"  # classes
 LARGE_BATCH = "32"
 CLAIMED, EVALUATION = ("100", "1000"), {"model": "ViT-B-16", "images": "100", "B": "100"}  # of the claims
-GROWTH, FLOORS = 1.5, {"fp32": 1.6, "bf16": 2.5}  # goals: time at MANY over FEW classes; time over the floor on a CPU
 METHODS = {"zero-shot": "zero-shot", "linear-probe": "linear probe", "coop": "CoOp", "clip-adapter": "CLIP-Adapter"}
 METHODS |= {"lora": "CLIP-LoRA", "full": "full fine-tuning", "skip": "Skip Tuning"}
 TRAINERS = {"accelerate": "accelerate", "dassl": "Dassl (a stand-in)", "hugging_face": "Hugging Face Trainer"}
 TRAINERS |= {"lightning": "Lightning", "open_clip": "open_clip's trainer"}
 PICTURES = {"step_bars": pictures.step_bars, "step_over_classes": pictures.step_over_classes}
-PICTURES |= {"memory_over_classes": pictures.memory_over_classes}
 
 
 # ---- cells and tables ------------------------------------------------------------------------------------------------
@@ -293,7 +291,7 @@ def when(device: Device, name: str) -> str:
     return table(*make(study)) + origin(kind, rows) if rows else ""
 
 
-# ---- operators, losses, goals ----------------------------------------------------------------------------------------
+# ---- operators and losses ----------------------------------------------------------------------------------------
 
 
 def operators(device: Device) -> str:
@@ -321,7 +319,6 @@ def operators(device: Device) -> str:
 COMPARED = {
     "operators": ("faster", "`{op}`, {shape}, {dtype}", "{implementation}"),
     "step": ("faster", "a step, {model}, B{B}, C{C}, {precision}", "{implementation}"),
-    "epoch": ("faster", "an epoch, {model}, C{C}, {precision}", "{implementation}"),
     "infer": ("faster", "classifying {images} images, {model}, C{C}, {precision}", "{implementation}"),
     "cache_build": ("faster", "building a cache, {model}, {precision}", "published"),
     "cache_read": ("of_list", "reading {B} images, {store}", "a list of tensors"),
@@ -348,34 +345,6 @@ def losses(device: Device) -> str:
     return f"{text}:\n\n" + table(["", "faster", "our speed-up"], lines) + notes if lost else f"{text}.{notes}"
 
 
-def goals(device: Device) -> str:
-    """Each goal, the measurement, and whether it is met."""
-    lines = []
-    for (model, B, precision), of in grouped(
-        device.latest_rows("step", implementation=OURS), "model B precision"
-    ).items():
-        case = f"{model}, batch {B}, {precision}"
-        if ends := few_and_many(device, model=model, B=B, precision=precision):
-            ratio, _ = growth(*ends)
-            met = "yes" if ratio <= GROWTH else "no"
-            lines.append([f"step time at {int(MANY):,} classes over {FEW}: {case}", f"≤ {GROWTH}", times(ratio), met])
-        above = [float(row["above_floor"]) for row in of if row["above_floor"]]
-        if above and device.is_cpu:
-            met = "yes" if max(above) <= FLOORS[precision] else "no"
-            lines.append([f"step time over its floor, worst: {case}", f"≤ {FLOORS[precision]}", times(max(above)), met])
-    eager = [row for row in device.latest_rows("operators", implementation=EAGER) if row["wanted"] and row["faster"]]
-    by_goal = grouped((row | {"wanted": row["wanted"].replace(">", "≥")} for row in eager), "op wanted dtype")
-    for op, goal, dtype in sorted(by_goal, key=lambda key: (OPERATORS.index(key[0]), key[1], PRECISIONS.index(key[2]))):
-        of = by_goal[op, goal, dtype]
-        worst, limit = min(of, key=lambda row: float(row["faster"])), float(goal.split()[1])
-        shapes, where = worst["shape"], ""
-        if len(of) > 1:
-            shapes, where = f"worst of {len(of)} shapes with this goal", f", worst at {worst['shape']}"
-        met = "yes" if float(worst["faster"]) >= limit else f"no{where}"
-        lines.append([f"`{op}` over eager, {shapes}: {dtype}", goal, times(float(worst["faster"])), met])
-    return table(["", "goal", "measured", "met"], lines) if lines else ""
-
-
 def processes(device: Device) -> str:
     """Memory and speed of several processes on one host, and their ratio to those of one process."""
     memory, speed = device.latest_rows("scale_memory"), device.latest_rows("scale_throughput")
@@ -395,7 +364,7 @@ def processes(device: Device) -> str:
 BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "README.md": {"headline": headline},
     "docs/benchmarks.md": {"step": steps, "sizes": sizes, "memory": memory, "infer": classifying, "claims": claims}
-    | {"glyphs": glyphs, "goals": goals, "lose": losses, "processes": processes},
+    | {"glyphs": glyphs, "lose": losses, "processes": processes},
     "docs/operators.md": {"operators": operators},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
     "docs/trainers.md": {"trainers": trainers},
@@ -416,13 +385,10 @@ def files(root: Path) -> dict[Path, str]:
             texts[root / page] = filled(texts[root / page], name, text or "Not measured yet.")
     for device in shown[:1]:
         rows = device.latest_rows("step", **SHOWN)
-        drawn = {name: (rows, draw(rows)) for name, draw in PICTURES.items()}
-        study = [*device.latest_rows("when"), *device.latest_rows("when_cost")]
-        drawn["when"] = study, summary.picture(device.latest_rows("when"), device.latest_rows("when_cost"))
-        for name, (rows, svg) in drawn.items():
-            digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-            signature = f"<!-- matplotlib {matplotlib.__version__}, rows {digest} -->"
-            if svg:
+        digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+        signature = f"<!-- matplotlib {matplotlib.__version__}, rows {digest} -->"
+        for name, draw in PICTURES.items():
+            if svg := draw(rows):
                 texts[device.folder / f"{name}.svg"] = f"{svg.rstrip()}\n{signature}\n"
     return texts
 

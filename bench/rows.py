@@ -39,7 +39,6 @@ class Kind(NamedTuple):
 
 KINDS = {
     "step": Kind("bench.step", "model B C precision implementation", "p50_ms", "K peak_mib above_floor note"),
-    "epoch": Kind("bench.epoch", "model images tests B C skip_layers precision implementation", "epoch_s", "faster"),
     "infer": Kind("bench.infer", "model images B C skip_layers precision implementation", "p50_ms", "above_floor"),
     "operators": Kind("pytest bench/operators", "op shape dtype implementation", "p50_ms", "wanted note"),
     "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms", "gradients_mib"),

@@ -1,6 +1,6 @@
 """Predict a training step in many processes: work, messages, memory and time of each; or measure some on this host.
 
-    python -m bench.scale                       print the table; write bench/results/scale.csv and scale.svg
+    python -m bench.scale                       print the table; write bench/results/scale.csv
     python -m bench.scale --batch 4 --max-tail 1000 --no-save
     python -m bench.scale --measure memory      peak memory of a process, with 1 and 4 processes, and 200,000 classes
     python -m bench.scale --measure throughput  images/s of two processes with a thread each, and of one with two
@@ -29,11 +29,11 @@ import skipkernels as sk
 from skipkernels import testing
 from skipkernels.selection import RankSampler
 
-from . import measure, pictures, tables
+from . import measure, tables
 from .inputs import positive, random_inputs
 from .step_model import CLASS_PARALLEL, GPUS, REPLICATED, VIT_B_16, WAYS, Model, faster_way, predict, step_seconds
 
-TABLE, PICTURE = (measure.RESULTS / f"scale.{kind}" for kind in ("csv", "svg"))
+TABLE = measure.RESULTS / "scale.csv"
 PROCESSES, CLASSES = (1, 2, 4, 8, 16, 32, 64), (1_000, 10_000, 100_000, 1_000_000)
 
 
@@ -192,8 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables.show(columns, [list(row.values()) for row in rows], title, width=240)
     if not args.no_save:
         tables.write_dicts(TABLE, rows)
-        PICTURE.write_text(pictures.step_over_processes(rows), encoding="utf-8")
-        print(f"wrote {TABLE} and {PICTURE.name}")
+        print(f"wrote {TABLE}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from skipkernels.app.methods.coop import CoOp
 from skipkernels.selection import RankSampler
 from skipkernels.testing import relative_error
 
-from .inputs import Inputs, autocast, class_names, parser
+from .inputs import Inputs, autocast, class_names
 from .published import PublishedStep
 
 # Relative error of a gradient against the published step in fp32. Ours may exceed that of the published step in the
@@ -58,12 +57,19 @@ class Step(NamedTuple):
         self.loss().backward()
 
 
-def step_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with the options of a SkipCLIP step."""
-    options = parser(description, batch=4, classes=50, **defaults)
-    memory = "saved for backward: outputs (fast) or inputs of blocks (min)"
-    options.add_argument("--memory", choices=("fast", "min"), default="fast", help=memory)
-    return options
+def with_update(step: Step) -> Callable[[], None]:
+    """A step with its update by SGD, ours as in `tune`, others as in a plain loop."""
+    weights = [weight for weight in step.model.parameters() if weight.requires_grad]
+    optimizer = (sk.FusedSGD if step.name.startswith("skipkernels") else torch.optim.SGD)(
+        weights, lr=1e-5, momentum=0.9
+    )
+
+    def train() -> None:
+        step.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
 
 
 class Published:

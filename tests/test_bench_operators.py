@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -15,8 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ceilings, measure, peers
-from bench.budget import Budget
+from bench import measure, peers
 from bench.operators import COMPILED, Case, Run, class_sampled_ce, test_operators
 from bench.operators.gate import Gate
 from bench.rows import KINDS, MACHINE, Device
@@ -62,10 +62,10 @@ def doubling(factor: float = 2.0, flops: int = 0) -> Case:
 # ---- one benchmark ---------------------------------------------------------------------------------------------------
 
 
-def timed(monkeypatch, case: Case, implementation: str, budget: Budget | None = None) -> None:
+def timed(monkeypatch, case: Case, implementation: str, deadline: float = math.inf) -> None:
     """Run a benchmark without a fixture to time it: what is timed fails with a TypeError."""
     monkeypatch.setattr(test_operators, "prepared", lambda *_: ([case], Gate(case, torch.float32, CPU)))
-    config = types.SimpleNamespace(option=types.SimpleNamespace(device=CPU, budget=budget or Budget()))
+    config = types.SimpleNamespace(option=types.SimpleNamespace(device=CPU, deadline=deadline))
     test_operators.test_operator(None, config, "class_scores", "fp32", case.shape, implementation)
 
 
@@ -101,7 +101,7 @@ def test_operator_without_a_correct_result(monkeypatch):
 
 def test_operator_without_time_left_is_skipped(monkeypatch):
     with pytest.raises(pytest.skip.Exception, match="left out: no time left"):
-        timed(monkeypatch, doubling(), "skipkernels", Budget(0))
+        timed(monkeypatch, doubling(), "skipkernels", deadline=0.0)
 
 
 def test_gate_raises_on_a_lost_device():
@@ -115,8 +115,8 @@ def test_gate_raises_on_a_lost_device():
 
 @pytest.mark.parametrize("flops, least", [(0, 64 / 1000), (10**5, 0.1)])
 def test_columns_have_rates_and_the_share_of_the_ceiling(monkeypatch, flops, least):
-    monkeypatch.setattr(ceilings, "bandwidth", lambda device: 1000 * 2**20)
-    monkeypatch.setattr(ceilings, "matrix_rate", lambda device, dtype: 1e6)
+    monkeypatch.setattr(measure, "bandwidth", lambda device: 1000 * 2**20)
+    monkeypatch.setattr(measure, "matrix_rate", lambda device, dtype: 1e6)
     times = [0.010, 0.020, 0.040, 0.100]
     row = test_operators.columns(doubling(flops=flops), "eager", times, 3 << 20, torch.float32, CPU)
     assert (row["p20_ms"], row["p50_ms"], row["p80_ms"], row["peak_mib"], row["wanted"]) == (16, 30, 64, 3, "≥ 1")
@@ -130,13 +130,13 @@ def test_columns_have_rates_and_the_share_of_the_ceiling(monkeypatch, flops, lea
 # pytest with the case above in place of the operators', and with limits of the machine that are not measured.
 COMMAND = """
 import sys, pytest, torch, triton.testing
-from bench import ceilings, measure
+from bench import measure
 from bench.operators import test_operators
 from skipkernels import testing
 from tests.test_bench_operators import doubling
 cases = {("class_scores", "fp32"): doubling()}
 test_operators.cases_of = lambda op, dtype, device: iter([cases[op, dtype]] if (op, dtype) in cases else [])
-ceilings.bandwidth = lambda device: 1e9
+measure.bandwidth = lambda device: 1e9
 measure.synchronize = lambda device: None
 testing.peak_bytes = lambda run, device: 0
 machine = measure.machine

@@ -8,9 +8,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from matplotlib.figure import Figure
 
-from bench import pictures, report
+from bench import report
 from bench.rows import KINDS, MACHINE, Device, latest, read, same_run
 
 CPU, GPU = "CPU (avx2)", "GPU"
@@ -169,21 +168,6 @@ def test_losses_are_sorted(root):
     assert re.findall(r"N(\d), fp32 \| eager \| \*\*", full) == ["0", "1", "2", "3", "4"]
 
 
-def test_goals_state_the_worst_shape(root):
-    rows = [operator("eager", f"N{i}", faster=f, wanted="≥ 1.5") for i, f in enumerate((1.4, 1.6))]
-    save(root, "operators", *rows)
-    line = "| `class_scores` over eager, worst of 2 shapes with this goal: fp32 | ≥ 1.5 | 1.40 | no, worst at N0 |"
-    assert line in page(root, "docs/benchmarks.md")
-
-
-def test_goals_of_an_operator_follow_each_other(root):
-    cases = (("class_scores", "bf16"), ("add_layer_norm", "fp32"), ("class_scores", "fp32"))
-    rows = [operator("eager", "N1", op=op, dtype=dtype, faster=2.0, wanted="> 1") for op, dtype in cases]
-    save(root, "operators", *rows)
-    found = re.findall(r"`(\w+)` over eager, N1: (\w+) \| ≥ 1 \|", page(root, "docs/benchmarks.md"))
-    assert found == [("class_scores", "fp32"), ("class_scores", "bf16"), ("add_layer_norm", "fp32")]
-
-
 def test_several_processes_are_compared_with_one(root):
     memory = [{"C": 200_000, "W": W, "B": 32, "class_mib": mib, "of_one": mib / 240} for W, mib in ((1, 240), (4, 60))]
     speed = {"C": 1000, "W": 2, "threads_each": 1, "B": 32, "images_per_second": 370, "of_one": 1.32}
@@ -224,25 +208,6 @@ def test_pictures_are_reproducible():
     for draw in report.PICTURES.values():
         svg = draw(rows)
         assert svg == draw(rows) and ElementTree.fromstring(svg).tag.endswith("svg") and draw([]) == ""
-
-
-def crosses(rows: list[dict[str, str]], column: str) -> list[int]:
-    """Numbers of classes with a cross."""
-    axes = Figure().subplots()
-    pictures._curves(rows, column, "title", "fp32", axes)
-    return [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "x"]
-
-
-@pytest.mark.parametrize("column", ["p50_ms", "saved_mib", "peak_mib"])
-def test_pictures_cross_out_only_classes_that_did_not_run(column):
-    too_large = [step("published", C, note=f"does not fit: {C} classes") for C in (100, 1000)]
-    rows = [*(step("skipkernels", C, C) for C in (10, 100, 500)), step("published", 10, 20), *too_large]
-    assert crosses(rows, column) == [100] and "does not fit" in pictures.step_over_classes(rows)
-    rows += [step("full fine-tuning", 10, 30), step("full fine-tuning", 100, note="left out: a step takes about 70 s")]
-    assert crosses(rows, column) == [100], "it might fit"
-    ran = [*rows, step("published", 500, 90)]  # with more free memory
-    assert crosses(ran, column) == [1000]
-    assert crosses([row for row in ran if row["C"] != "1000"], column) == []
 
 
 def test_a_picture_is_redrawn_for_other_rows_only(tmp_path):

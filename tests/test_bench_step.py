@@ -1,24 +1,28 @@
-"""bench.step: wrong steps get no time, steps that cannot run are skipped, and rows fit the table."""
+"""bench.step, bench.infer, bench.memory: wrong results get no time, what cannot run is skipped, rows fit the tables."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
-import weakref
+import os
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 
-from bench import budget, ceilings, inputs, measure, profile, published, step, training
-from bench.budget import CostModel, Probe
+import skipkernels as sk
+from bench import gpu, infer, inputs, measure, memory, published, step, test_steps, training
+from bench.flops import flops_of
 from bench.published import PublishedStep
+from bench.rows import KINDS, MACHINE
 from skipkernels import testing
 
 SMALL = "--model glyph-tiny --classes 20 --device cpu --rounds 1".split()
-LIBRARIES = 32 << 20  # bytes of code and tables that a process reads for the first time
+CUT = [*SMALL, "--skip-layers", "3"]
+INFER = [*CUT, "--images", "4", "--batch", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -26,139 +30,108 @@ def results(monkeypatch, tmp_path) -> Path:
     """Folder for rows; fixed limits of the machine, and no slow measurement of memory."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(testing, "peak_bytes", lambda function, device, **_: 0)
-    monkeypatch.setattr(ceilings, "matrix_rate", lambda device, dtype: 1e11)
-    monkeypatch.setattr(ceilings, "bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(measure, "matrix_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(measure, "bandwidth", lambda device: 1e10)
     return tmp_path
+
+
+def rows_of(results: Path, kind: str) -> list[dict[str, str]]:
+    """The rows of a table, which must have the columns that bench.report reads."""
+    (file,) = results.glob(f"*/{kind}.csv")
+    rows = list(csv.DictReader(file.open()))
+    of = KINDS.get(kind)
+    assert of is None or {*MACHINE, *of.case.split(), of.measured, *of.needed.split()} <= rows[0].keys()
+    return rows
 
 
 @pytest.fixture
 def table(results):
-    """Run the command and return its rows."""
+    """Run bench.step and return its rows."""
 
     def run(*options: str) -> dict[tuple[str, str, int], dict[str, str]]:
         step.main([*SMALL, *options])
-        (file,) = results.glob("*/step.csv")
-        return {(row["implementation"], row["precision"], int(row["C"])): row for row in csv.DictReader(file.open())}
+        return {(row["implementation"], row["precision"], int(row["C"])): row for row in rows_of(results, "step")}
 
     return run
 
 
-def test_main_writes_a_row_per_implementation(table):
-    rows = table("--implementation", "skipkernels", "min", "published", "full", "prompts")
-    assert len(rows) == 5 * 2
-    for (implementation, *_), row in rows.items():
-        own = "" if implementation == "skipkernels" else float(row["faster"])
-        assert own == "" or own > 0
+def test_step_writes_a_row_per_implementation(table):
+    rows = table("--implementation", "skipkernels", "min", "published", "full", "prompts", "--precision", "bf16")
+    found = {implementation: row for (implementation, *_), row in rows.items()}
+    assert list(found) == [name for name in step.IMPLEMENTATIONS if name != step.COMPILED]
+    for implementation, row in found.items():
+        assert row["faster"] == "" if implementation == "skipkernels" else float(row["faster"]) > 0
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) and row["note"] == ""
-        assert row["skip_layers"] == ("0" if implementation in ("full fine-tuning", "prompt tuning") else "3+2")
-        assert row["K"] == ("20" if implementation in ("full fine-tuning", "prompt tuning") else "11")
+        every = implementation in (step.FULL, step.PROMPTS)
+        assert (row["skip_layers"], row["K"]) == (("0", "20") if every else ("3+2", "11"))
         assert float(row["above_floor"]) == pytest.approx(float(row["p50_ms"]) / float(row["floor_ms"]), rel=0.1)
-    for precision in ("fp32", "bf16"):
-        saved = {implementation: float(rows[implementation, precision, 20]["saved_mib"]) for implementation, *_ in rows}
-        assert saved["skipkernels, memory=min"] < saved["skipkernels"] < saved["published"] < saved["full fine-tuning"]
-        floor = {implementation: float(rows[implementation, precision, 20]["floor_ms"]) for implementation, *_ in rows}
-        flop = {implementation: float(rows[implementation, precision, 20]["gflop"]) for implementation, *_ in rows}
-        assert floor["skipkernels, memory=min"] == floor["skipkernels"], "the floor excludes recomputed blocks"
-        assert flop["skipkernels"] < flop["skipkernels, memory=min"] and flop["skipkernels"] < flop["published"]
+    saved, flop = ({name: float(row[column]) for name, row in found.items()} for column in ("saved_mib", "gflop"))
+    assert saved["skipkernels, memory=min"] < saved["skipkernels"] < saved["published"] < saved["full fine-tuning"]
+    assert flop["skipkernels"] < flop["skipkernels, memory=min"] and flop["skipkernels"] < flop["published"]
+    floors = (found[name]["floor_ms"] for name in ("skipkernels", "skipkernels, memory=min"))
+    assert len(set(floors)) == 1, "the floor excludes recomputed blocks"
 
 
 def test_compiled_step_equals_the_published_step(monkeypatch, table):
     """Compiled by the eager backend: speed is not tested here."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="eager"))
-    rows = table("--implementation", "compiled", "published", "skipkernels", "--precision", "fp32")
-    compiled, published = rows["published, compiled", "fp32", 20], rows["published", "fp32", 20]
-    assert compiled["gflop"] == published["gflop"] and compiled["saved_mib"] == published["saved_mib"]
+    rows = table("--implementation", "compiled", "published", "--precision", "fp32")
+    compiled, theirs = rows["published, compiled", "fp32", 20], rows["published", "fp32", 20]
+    assert compiled["gflop"] == theirs["gflop"] and compiled["saved_mib"] == theirs["saved_mib"]
     assert float(compiled["p50_ms"]) > 0
 
 
-def test_main_skips_a_step_that_does_not_fit(monkeypatch, table):
+def test_step_that_does_not_fit_is_skipped(monkeypatch, table):
     monkeypatch.setattr(step, "free_bytes", lambda device: 400 * 2**20)
     rows = table("--implementation", "skipkernels", "full", "--precision", "fp32", "--classes", "20", "1000")
     assert rows["full fine-tuning", "fp32", 20]["note"] == ""
     left = rows["full fine-tuning", "fp32", 1000]
     assert left["p50_ms"] == "" and left["note"].startswith("does not fit: 1000 classes keep about ")
-    most = int(left["note"].split("up to ")[1].split()[0])
-    assert 12 <= most < 1000
     assert float(rows["skipkernels", "fp32", 1000]["p50_ms"]) > 0
     assert "compared at 12 classes" in rows["skipkernels", "fp32", 1000]["note"]
 
 
-def test_peak_memory_excludes_earlier_gradients(monkeypatch, table):
-    held = []
-
-    def peak_bytes(step, device, **_):
-        held.append(any(weight.grad is not None for weight in step.model.parameters()))
-        return 0
-
-    monkeypatch.setattr(testing, "peak_bytes", peak_bytes)
-    table("--implementation", "skipkernels", "published", "full", "--precision", "fp32")
-    assert held == [False] * 3
-
-
-def test_training_is_measured_in_a_process_of_its_own(monkeypatch, table):
-    asked = []
-
-    def in_new_process(function, args, *case):
-        asked.append((function, *case))
-        return 300 * 2**20
-
-    monkeypatch.setattr(measure, "in_new_process", in_new_process)
-    rows = table("--implementation", "skipkernels", "full", "--precision", "fp32", "--training")
-    assert [row["training_mib"] for row in rows.values()] == ["300.0", "300.0"]
-    cases = [("glyph-tiny", 4, 20, (name, "fp32")) for name in ("skipkernels", "full fine-tuning")]
-    assert asked == [(step.training_bytes, *case) for case in cases]
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
-def test_training_bytes_include_weights_gradients_and_momentum():
-    args = argparse.Namespace(device=measure.CPU, skip_layers=None, precision=["fp32"], implementation=[step.FULL])
-    full = training.full_fine_tuning(inputs.random_inputs("glyph-tiny", 4, 20, measure.CPU), "fp32")
-    weights, saved = sum(weight.nbytes for weight in full.model.parameters()), testing.saved_bytes(full.loss)
-    found = measure.in_new_process(step.training_bytes, args, "glyph-tiny", 4, 20, (step.FULL, "fp32"))
-    assert 3 * weights < found < 3 * weights + saved + LIBRARIES
+def test_step_that_takes_too_long_is_skipped(table):
+    rows = table("--implementation", "skipkernels", "--precision", "fp32", "--longest", "1e-9")
+    assert rows["skipkernels", "fp32", 20]["note"].startswith("left out: a step takes about ")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--classes", "0"], "--classes: expected a whole number above 0; got '0'"),
-        (["--batch", "-4"], "--batch: expected a whole number above 0; got '-4'"),
-        (["--skip-layers", "0"], "--skip-layers: expected a whole number above 0; got '0'"),
-        (["--rounds", "x"], "--rounds: expected a whole number above 0; got 'x'"),
         (["--model", "ViT-B-61"], "open_clip has no model 'ViT-B-61'"),
     ],
-    ids=lambda value: value[0][2:] if isinstance(value, list) else "",
+    ids=["classes", "model"],
 )
-def test_main_refuses_bad_options(options, message, capsys):
+def test_step_refuses_bad_options(options, message, capsys):
     with pytest.raises(SystemExit) as ended:
         step.main([*SMALL, "--no-save", *options])
     assert message in capsys.readouterr().err + str(ended.value)
 
 
-def test_append_rows_keeps_a_file_with_other_columns(results):
-    def read(path):
-        return [row["implementation"] for row in csv.DictReader(path.open(encoding="utf-8"))]
-
+def test_append_rows_adds_columns_and_keeps_rows():
     row = {"device": "A CPU", "implementation": "first", "p50_ms": 1.0}
-    path = measure.append_rows([row], "step")
+    measure.append_rows([row], "step")
     measure.append_rows([{"device": "A CPU", "implementation": "≥ second"}], "step")
-    assert read(path) == ["first", "≥ second"], "a row with fewer columns fits"
-    assert measure.append_rows([row | {"implementation": "third", "note": ""}], "step") == path
-    (before,) = path.parent.glob("step-until-*.csv")
-    assert (read(before), read(path)) == (["first", "≥ second"], ["third"])
+    path = measure.append_rows([row | {"implementation": "third", "note": "new"}], "step")
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    assert [(each["implementation"], each["note"]) for each in rows] == [
+        ("first", ""),
+        ("≥ second", ""),
+        ("third", "new"),
+    ]
 
 
-def test_cost_model_is_linear():
-    line = CostModel.of(Probe(10, 2.0, 100), Probe(30, 4.0, 500))
-    assert (line.seconds(50), line.saved(50)) == (6.0, 900.0)
-    free = budget._MARGIN / budget._MOST * 900
-    assert line.fits(50, free + 1e-6) and not line.fits(51, free) and line.most_classes(free + 1e-6) == 50
-    noisy = CostModel.of(Probe(10, 2.0, 100), Probe(30, 1.0, 100))
-    assert noisy.seconds(1000) == 2.0, "more classes never take less"
+def test_steps_of_pytest_benchmark_run():
+    ran = []
+    test_steps.test_step(lambda function: ran.append(function()), "glyph-tiny", 20, "bf16")
+    test_steps.test_predict(lambda function: ran.append(function()), "glyph-tiny", 20)
+    assert len(ran) == 2
 
 
-# ---- wrong results get no time -------------------------------------------------------------------------------------
+# ---- wrong steps get no time ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -183,12 +156,11 @@ def test_skip_step_refuses_different_gradients(monkeypatch, random, precision):
         checked_step(random, precision)
 
 
-@pytest.mark.parametrize("main", [step.main, profile.main])
-def test_main_does_not_time_a_wrong_step(monkeypatch, capsys, main):
+def test_step_with_other_classes_is_not_timed(monkeypatch, capsys):
     right = published.choose_classes
     monkeypatch.setattr(published, "choose_classes", lambda *arguments: torch.arange(len(right(*arguments))))
     with pytest.raises(SystemExit, match="choose other classes: no timing"):
-        main([*SMALL, "--no-save", "--skip-layers", "3", "--precision", "fp32"])
+        step.main([*CUT, "--no-save", "--precision", "fp32"])
     assert " ms " not in capsys.readouterr().out
 
 
@@ -218,32 +190,108 @@ def test_baselines_train_their_parameters():
     random = inputs.random_inputs("glyph-tiny", 2, 5, measure.CPU)
     full = training.full_fine_tuning(random, "fp32")
     full()
-    without = [name for name, parameter in full.model.named_parameters() if parameter.grad is None]
-    assert without == ["logit_scale"]
+    assert [name for name, p in full.model.named_parameters() if p.grad is None] == ["logit_scale"]
     prompts = training.prompt_tuning(random, "fp32", open_clip.get_tokenizer("glyph-tiny"))
     prompts()
     (context,) = prompts.model.parameters()
     assert context.shape == (4, 96) and context.grad is not None and context.grad.abs().sum() > 0
 
 
-def test_class_names_are_distinct_and_stable():
-    names = inputs.class_names(22000)
-    assert len(set(names)) == 22000
-    assert names[:1570] == inputs.class_names(1570)
-    assert names[0] == "dog"
+# ---- bench.infer and bench.memory ----------------------------------------------------------------------------------
 
 
-def test_saved_bytes_keeps_no_tensor_alive():
-    """A node that saves its own result, such as a softmax, would form a reference cycle."""
-    x = torch.randn(8, requires_grad=True)
-    alive = weakref.ref(result := x.softmax(0))
-    del result
-    assert alive() is None
-    kept = []
+def test_infer_writes_a_row_per_implementation(results):
+    infer.main([*INFER, "--precision", "fp32", "bf16"])
+    found = {(row["implementation"], row["precision"]): row for row in rows_of(results, "infer")}
+    assert len(found) == 2 * len(infer.IMPLEMENTATIONS)
+    for (implementation, _), row in found.items():
+        assert float(row["images_s"]) == pytest.approx(4000 / float(row["p50_ms"]), rel=0.01)
+        assert (row["faster"] == "") == (implementation == "skipkernels") and float(row["above_floor"]) > 0
 
-    def step() -> torch.Tensor:
-        kept.append(weakref.ref(result := x.softmax(0)))
-        return result
 
-    assert testing.saved_bytes(step) == 32
-    assert kept[0]() is None
+def test_infer_refuses_wrong_logits(monkeypatch, capsys):
+    right = sk.SkipCLIP.predict
+    monkeypatch.setattr(sk.SkipCLIP, "predict", lambda self, x: right(self, x).roll(1, dims=1))
+    with pytest.raises(SystemExit, match="are not the published ones: no timing"):
+        infer.main([*INFER, "--precision", "bf16"])
+    assert " ms " not in capsys.readouterr().out
+
+
+def test_infer_recomputes_text_features():
+    def work(classes: int) -> dict[str, int]:
+        """FLOPs of the second call."""
+        random = inputs.random_inputs("glyph-tiny", 4, classes, measure.CPU)
+        found = {}
+        for name, run in infer.runs_of(random, 2, 3, "fp32").items():
+            run()
+            found[name] = flops_of(run)
+        return found
+
+    few, many = work(10), work(30)
+    of_classes = {name: many[name] - few[name] for name in few}
+    comparing = 2 * 4 * 20 * 128  # images with classes
+    assert of_classes["published"] == pytest.approx(2 * of_classes["eager, texts once"], rel=0.01)  # two batches
+    assert 10 * comparing < of_classes["skipkernels, cached"] < of_classes["skipkernels"] / 2
+
+
+def test_memory_writes_a_row_per_optimizer(results, monkeypatch):
+    monkeypatch.setattr(measure, "in_new_process", lambda function, *arguments: function(*arguments))
+    memory.main(CUT)
+    theirs, ours = rows_of(results, "memory")
+    assert (theirs["optimizer"], ours["optimizer"]) == ("torch.optim.SGD", "FusedSGD")
+    assert theirs["saved_mib"] == ours["saved_mib"] and theirs["K"] == ours["K"] == "11"
+    assert float(ours["gradients_mib"]) < float(theirs["gradients_mib"]) / 2 and float(ours["p50_ms"]) > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_refuses_different_weights(monkeypatch, results, precision):
+    wrong = partial(torch.optim.SGD, nesterov=True)
+    monkeypatch.setattr(memory, "_OPTIMIZERS", {"torch.optim.SGD": wrong, "FusedSGD": sk.FusedSGD})
+    with pytest.raises(SystemExit, match="the two optimizers leave other weights: no measurement"):
+        memory.main([*CUT, "--precision", precision])
+    assert not list(results.iterdir())
+
+
+# ---- bench/gpu.sh --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage, printed", [("step", "skipkernels"), ("profile_step", "skipkernels::"), ("smoke", "class_scores: ")]
+)
+def test_stages_of_gpu_run_on_the_cpu(stage, printed, capsys):
+    gpu.main([stage, *CUT, "--no-save"])
+    assert printed in capsys.readouterr().out
+
+
+def test_gpu_script_runs_each_stage_with_its_limit(tmp_path):
+    """With `echo` in place of Python; one that cannot run does not stop the others."""
+    script = Path(gpu.__file__).with_name("gpu.sh")
+    environment = os.environ | {"PYTHON": "echo", "OUT": str(tmp_path)}
+    done = subprocess.run([script, "step", "racecheck", "ncu"], capture_output=True, text=True, env=environment)
+    assert [line.partition(",")[0] for line in done.stdout.splitlines()] == [
+        "step: exit status 0", "racecheck: exit status 127", "ncu: exit status 127"
+    ]  # fmt: skip
+    assert (tmp_path / "step.txt").read_text() == "-m bench.gpu step\n"
+
+
+def test_a_gpu_is_timed_with_events(monkeypatch):
+    """Events stand for the clock of the GPU, which is at 5 ms before the call and at 7 ms after it."""
+    clock = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = 7.0 if clock else 5.0
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, last: Event) -> float:
+            return last.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    assert measure.seconds_of(lambda: clock.append(1), torch.device("cuda", 0)) == pytest.approx(0.002)

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
-from bench.cuda import sync_is_an_error
 from bench.stand_in import meta_as_gpu
 from skipkernels.clip import graphed, text_encoder
 from skipkernels.clip.snapshot import Snapshot
@@ -525,6 +524,15 @@ def test_graphed_follows_autocast(path):
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def sync_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -133,11 +133,6 @@ def test_compare_finds_larger_counts(changes, problem):
     assert (problem is None and not found) or problem in found[0]
 
 
-def test_estimate_of_a_step():
-    row = ROW._replace(flops=989 * 10**9, saved_bytes=0, gradient_bytes=335 * 10**6, launches=100, triton=50)
-    assert counts.estimate(row) == pytest.approx({"floor": 1.6, "host": 0.85, "replay": 1.94})
-
-
 def test_compare_finds_a_stale_row():
     assert "nothing counts it" in next(counts.compare([], [ROW]))
 

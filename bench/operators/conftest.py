@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from bench import measure
-from bench.budget import Budget, budget
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", type=torch.device, default=measure.default_device(), help="default: a GPU, if any")
     parser.addoption("--shapes", type=int, help="only this many shapes of each operator")
-    parser.addoption("--budget", type=budget, default=Budget(), help="total time, such as 9m")
+    parser.addoption("--minutes", type=float, default=math.inf, help="skip what has not begun after this time")
     parser.addoption("--no-save", action="store_true", help="write no file, also with --benchmark-autosave")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config: pytest.Config) -> None:
     measure.keep_freed_memory()
+    config.option.deadline = time.monotonic() + 60 * config.option.minutes
     if config.option.benchmark_storage == "file://./.benchmarks":  # its default
         folder = measure.RESULTS / measure.slug(measure.machine(config.option.device)["device"]) / "operators"
         config.option.benchmark_storage = f"file://{folder}"

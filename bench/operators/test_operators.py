@@ -1,30 +1,30 @@
 """Microbenchmarks: check each operator, eager PyTorch and peers, then time them with pytest-benchmark.
 
     pytest bench/operators -k "add_layer_norm and bf16 and not compiled" --benchmark-max-time=3
-    pytest bench/operators --budget=9m --benchmark-autosave      # a file in bench/results/DEVICE/operators
+    pytest bench/operators --minutes=9 --benchmark-autosave      # a file in bench/results/DEVICE/operators
     pytest bench/operators --benchmark-compare                   # with the last file
 
 A result of ours is wrong, and the test fails, if its error against the reference in fp64 exceeds eager's by more than
 the slack of the tests. Others that are wrong get no time (xfail); those that cannot run here are skipped with the
-reason. The implementations of a case run one after the other, the first shapes of all operators first; a budget skips
+reason. The implementations of a case run one after the other, the first shapes of all operators first; --minutes skips
 the last ones. On a GPU torch.compile comes last, and the times are those of `triton.testing.do_bench_cudagraph`.
 
 `extra_info` has the further columns of a row (`bench.rows`). `of_ceiling` is the least time by the measured limits of
-the machine (bench.ceilings) over the measured time; it is above 1 if the inputs were in a CPU cache.
+the machine (bench.measure) over the measured time; it is above 1 if the inputs were in a CPU cache.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from bench import ceilings, measure
-from bench.budget import NO_TIME
+from bench import measure
 from bench.operators import COMPILED, DTYPES, OURS, Case, cases_of
 from bench.operators.gate import Gate
 from skipkernels import testing
@@ -87,9 +87,9 @@ def prepared(op: str, dtype: str, shape: str, device: torch.device) -> tuple[lis
 def test_operator(
     benchmark: Any, pytestconfig: pytest.Config, op: str, dtype: str, shape: str, implementation: str
 ) -> None:
-    device, budget = pytestconfig.option.device, pytestconfig.option.budget
-    if not budget.allows(1):
-        pytest.skip(NO_TIME)
+    device = pytestconfig.option.device
+    if time.monotonic() > pytestconfig.option.deadline:
+        pytest.skip("left out: no time left")
     (case, *copies), gate = prepared(op, dtype, shape, device)
     if implementation in case.absent:
         pytest.skip(case.absent[implementation])
@@ -119,9 +119,9 @@ def columns(
 ) -> dict[str, Any]:
     """The columns of a row that pytest-benchmark does not have."""
     median = measure.quantile(seconds, 0.5)
-    least = case.moved / ceilings.bandwidth(device)
+    least = case.moved / measure.bandwidth(device)
     if case.flops:
-        least = max(least, case.flops / ceilings.matrix_rate(device, dtype))
+        least = max(least, case.flops / measure.matrix_rate(device, dtype))
     return measure.milliseconds(seconds, 4) | {
         "wanted": case.target if implementation == "eager" else "",
         "peak_mib": round(peak / 2**20, 1),

@@ -1,20 +1,13 @@
-"""Tables and picture of the study, from rows: means over seeds with their 95 % intervals."""
+"""Tables of the study, from rows: means over seeds with their 95 % intervals."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-from skipkernels.app.report.plots import COLOURS, GREY, panels_svg
-
-from ..pictures import write_legend
-from ..rows import Row, grouped, number
+from ..rows import Row, grouped
 from .runs import OMEGAS
 from .tasks import SHIFTS
 
@@ -162,65 +155,6 @@ def pretraining_table(rows: Sequence[Row], others: Sequence[Row]) -> Table:
             cells = [figure.text() if figure else "" for figure in figures]
             lines.append([f"{steps:,}", task, *cells, gap.text("+") if (gap := Interval.of(gaps)) else ""])
     return ["steps", "task", ZERO_SHOT, named(_HALF), named("full"), "difference"], lines
-
-
-def picture(rows: Sequence[Row], cost: Sequence[Row]) -> str:
-    """Harmonic mean over training time and over memory, a row of panels for each task with a cost; "" without rows."""
-    tasks = [task for task in reported_tasks(rows) if any(row["task"] == task for row in cost)]
-    if not tasks:
-        return ""
-    panels = [
-        partial(_accuracy_over_cost, rows, cost, task, column, title)
-        for task in tasks
-        for column, title in (("train_s", "training, s"), ("train_mib", "memory of training, MiB"))
-    ]
-    label = "accuracy of methods over the time and memory of training"
-    *panels, last = panels
-    return panels_svg(
-        "when",
-        label,
-        [*panels, lambda axes: (last(axes), write_legend(axes))],
-        size=(9.6, 0.8 + 2.6 * len(tasks)),
-        columns=2,
-    )
-
-
-# Smallest values on the logarithmic axes of the picture: seconds, and MiB, which may be 0.
-_SMALLEST = {"train_s": 0.01, "train_mib": 1.0}
-
-
-def _accuracy_over_cost(
-    rows: Sequence[Row], cost: Sequence[Row], task: str, column: str, title: str, axes: Axes
-) -> None:
-    skip, others = METHODS[: len(OMEGAS)], METHODS[len(OMEGAS) :]
-    colours = dict.fromkeys(skip, COLOURS[0]) | dict(zip(others, COLOURS[1:], strict=False))
-    markers = dict(zip(skip, "vo^", strict=True))
-    for name in METHODS:
-        x = next((number(row, column) for row in cost if (row["task"], row["method"]) == (task, name)), None)
-        for variant, fill in ((name, "full"), (name + BLENDED, "none")):
-            found = interval(rows, task, variant, "harmonic")
-            if x is not None and found is not None:
-                axes.errorbar(
-                    max(x, _SMALLEST[column]),
-                    found.mean,
-                    found.half,
-                    color=colours[name],
-                    marker=markers.get(name, "s"),
-                    markersize=6,
-                    fillstyle=fill,
-                    elinewidth=0.8,
-                    linestyle="none",
-                    label=named(variant),
-                )
-    zero_shot = interval(rows, task, ZERO_SHOT, "harmonic")
-    if zero_shot:
-        axes.axhline(zero_shot.mean, color=GREY, linestyle="--", linewidth=1, label=ZERO_SHOT)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel(title)
-    axes.set_title(f"{task}: harmonic mean, %", color=GREY, fontsize=10)
 
 
 class Study(NamedTuple):

@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from bench.report_picture import headless_browser
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
@@ -477,10 +476,11 @@ def test_study_page_of_tests_and_shots():
 
 def browsed(path, address: str) -> tuple[str, str]:
     """Page as a browser shows it, and what it logs."""
-    browser = headless_browser(path)
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium is installed; the page is parsed by the other tests")
-    command = [*browser, "--enable-logging=stderr", "--dump-dom", address]
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={path / 'browser'}"]
+    command += ["--enable-logging=stderr", "--dump-dom", address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
