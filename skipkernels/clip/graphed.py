@@ -43,10 +43,11 @@ class GraphedStep:
         out = clip(x, labels); out.loss.backward(); optimizer.step(); optimizer.zero_grad()
 
     A replay has the random numbers (except those of dropout) and learning rates of this loop, but one K for all steps,
-    m + round(Σq); see `RankSampler.reserve` and docs/method.md. Its result is detached, in buffers that the next call
-    overwrites. Schedulers, evaluation, checkpoints and `load_state_dict` are possible between calls: each call compares
-    the model, the optimizer and autocast with those captured, on the host. After a change that a graph would not follow
-    (`requires_grad`, a moved tensor, weight decay) the step is captured again; with a later hook, steps run eagerly.
+    m + round(Σq); see `RankSampler.reserve` and docs/cuda-graphs.md. Its result is detached, in buffers that the next
+    call overwrites. Schedulers, evaluation, checkpoints and `load_state_dict` are possible between calls: each call
+    compares the model, the optimizer and autocast with those captured, on the host. After a change that a graph would
+    not follow (`requires_grad`, a moved tensor, weight decay) the step is captured again; with a later hook, steps run
+    eagerly.
 
     Args:
         clip: SkipCLIP in training mode.

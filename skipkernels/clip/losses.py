@@ -26,8 +26,8 @@ class Losses(SkipCLIPBase):
         """Symmetric contrastive loss [] of pairs of an image and a caption, see `functional.contrastive_loss`.
 
         No classes are selected; `label_smoothing` and `class_weight` are refused. A caption is a negative for every
-        image of the batch but its own, as in open_clip; with `process_group`, of all processes. See docs/method.md,
-        Pairs.
+        image of the batch but its own, as in open_clip; with `process_group`, of all processes. See
+        docs/pairs.md.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
@@ -80,7 +80,7 @@ class Losses(SkipCLIPBase):
             max_labels: Largest number of labels of an image. On a GPU it is not compared with the labels, which would
                 be a host sync: labels beyond it may be left out of the loss.
             logit_bias: Bias of the logits, a number or a tensor of one element that may train; default: that of the
-                model, a constant, or 0; see docs/method.md, Pairs and several labels.
+                model, a constant, or 0; see docs/pairs.md.
 
         Returns:
             SkipOutput: the loss, the logits [B, K] with the bias, the selected classes, and their labels, bool [B, K].
