@@ -19,7 +19,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	  { echo "$(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel numpy
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja numpy
 	$(BIN)/python -m pip install --progress-bar=on "torch>=2.10" "torchvision>=0.25"
 	$(BIN)/python -m pip install --no-build-isolation --editable '.[cli]'
 	@touch $(READY)
@@ -50,7 +50,7 @@ sanitize: export CXXFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=u
 sanitize: export SKIPKERNELS_CPP = build
 sanitize: export CXX := $(CXX)
 sanitize: $(TESTS) ## Run the operators' tests on C++ kernels with AddressSanitizer and UBSan (g++).
-	$(BIN)/python -c 'from skipkernels import _extension; _extension.build()'
+	$(BIN)/python -c 'from skipkernels import _build; _build.build()'
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/python -m pytest tests/ops -k "(cpp or not (interpreter or reference)) and not compile" -q --capture=sys

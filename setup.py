@@ -16,10 +16,10 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # a build front end does not put the project's own folder there
 
-from skipkernels import _extension  # noqa: E402
+from skipkernels import _build  # noqa: E402
 
 SOURCE = "https://github.com/skipkernels/skipkernels"
-NAME = f"_C_{_extension.sources_digest()}"
+NAME = f"_C_{_build.sources_digest()}"
 
 
 class BuildPyWithSources(build_py):
@@ -35,8 +35,8 @@ class BuildPyWithSources(build_py):
             return  # the checkout's csrc/ is found beside the package
         target = package / "csrc"
         target.mkdir(parents=True, exist_ok=True)
-        for name in (*_extension.SOURCES, *_extension.HEADERS):
-            shutil.copy2(ROOT / "csrc" / name, target / name)
+        for source in (ROOT / "csrc").iterdir():
+            shutil.copy2(source, target / source.name)
 
 
 class BuildKernels(build_ext):
@@ -44,12 +44,13 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            _extension.build_into(Path(self.get_ext_fullpath(ext.name)))
-        except _extension.BuildError as error:
+            _build.build_into(Path(self.get_ext_fullpath(ext.name)))
+        except (ImportError, OSError, _build.BuildError) as error:  # no torch, or no compiler
             wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
             if wheel is not None:
                 wheel.root_is_pure = True
-            raise CompileError(f"{error}The C++ kernels were not built; they will be built on first use.") from error
+            # Optional: setuptools makes it a warning.
+            raise CompileError(f"{error}. The C++ kernels are not built; they will be built on first use.") from error
 
 
 def readme() -> str:
@@ -59,24 +60,11 @@ def readme() -> str:
     return re.sub(r"(?<!!)(\[[^\]]*\]\()(?!https?:|#)", rf"\1{SOURCE}/blob/main/", text)
 
 
-def native() -> dict:
-    try:
-        _extension.check_compiler()
-        import torch  # noqa: F401
-    except (ImportError, _extension.BuildError) as error:
-        print(f"skipkernels: {error}. The package has no C++ kernels yet; they will be built on first use.")
-        return {}
-    # Optional: setuptools makes a CompileError a warning.
-    sources = [f"csrc/{name}" for name in _extension.SOURCES]
-    return {
-        "ext_modules": [Extension(f"skipkernels.{NAME}", sources, py_limited_api=True, optional=True)],
-        # The binary uses torch's stable ABI and no Python at all: one wheel for all versions of both.
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
-
-
+sources = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cpp"))
 setup(
-    **native(),
+    ext_modules=[Extension(f"skipkernels.{NAME}", sources, py_limited_api=True, optional=True)],
+    # The binary uses torch's stable ABI and no Python at all: one wheel for all versions of both.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     long_description=readme(),
     long_description_content_type="text/markdown",
     cmdclass={"build_py": BuildPyWithSources, "build_ext": BuildKernels},

@@ -16,17 +16,13 @@
 #include <cstring>
 #include <type_traits>
 
-// Function multiversioning needs ifunc (glibc) and a compiler that knows these levels (GCC 12; where a test compile
-// fails, skipkernels/_extension.py defines SKIPKERNELS_NO_MULTIVERSION). Elsewhere only the baseline is compiled: on
-// 64-bit ARM that includes vectors (NEON). Sanitizers need one version only.
-#if !defined(SKIPKERNELS_NO_MULTIVERSION) && !defined(__SANITIZE_ADDRESS__) && defined(__x86_64__) && \
-    defined(__GLIBC__) && defined(__has_attribute)
-#if __has_attribute(target_clones)
+// Function multiversioning needs ifunc (glibc) and a compiler that knows these levels (GCC 12, Clang 18). Elsewhere only
+// the baseline is compiled: on 64-bit ARM that includes vectors (NEON). Sanitizers need one version only.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && \
+    (defined(__clang__) ? __clang_major__ >= 18 : __GNUC__ >= 12)
 #define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define MULTIVERSION_256 __attribute__((target_clones("arch=x86-64-v3", "default")))
-#endif
-#endif
-#ifndef MULTIVERSION
+#else
 #define MULTIVERSION
 #define MULTIVERSION_256
 #endif

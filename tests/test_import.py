@@ -23,7 +23,7 @@ PACKAGE = Path(skipkernels.__file__).parent
 # library does not import it.
 LAYERS = [
     (
-        "_extension",
+        "_build",
         "_lazy",
         "_namespace",
         "_progress",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _extension
+from .. import _build
 from . import launching, registration
 
 __all__ = ["OPERATORS", "Backend", "backends"]
@@ -45,11 +45,11 @@ def backends() -> dict[str, dict[str, Backend]]:
         >>> sorted(backends()["class_scores"])
         ['cpu', 'cuda']
     """
-    extension = _extension.load()
+    extension = _build.load()
     return {name: {"cpu": _on_cpu(name, extension), "cuda": _on_cuda(name)} for name in OPERATORS}
 
 
-def _on_cpu(name: str, extension: _extension.Extension) -> Backend:
+def _on_cpu(name: str, extension: _build.Extension) -> Backend:
     if registration.has_cpp(name):
         return Backend("C++")
     return Backend("reference", extension.reason or f"{extension.path} is older than this operator; install again")

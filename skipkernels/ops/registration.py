@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from .. import _extension
+from .. import _build
 from . import launching
 
 NAMESPACE = "skipkernels"
@@ -63,7 +63,7 @@ def define(
     def load_or_fall_back(*args: Any) -> Any:
         # Once loaded, the C++ kernel has precedence: this is reached only with tensors that it has no kernel for.
         on_cpu = _first(args).device.type == "cpu" and not has_cpp(name)
-        if on_cpu and _extension.load().path is not None and has_cpp(name):
+        if on_cpu and _build.load().path is not None and has_cpp(name):
             return operator(*args)
         return check_and_fall_back(*args)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import skipkernels as sk
-from skipkernels import _extension
+from skipkernels import _build
 from skipkernels.ops import registration
 from tools import build_kernels
 
@@ -112,8 +112,8 @@ def test_operators_equal_those_of_the_package(build):
 def test_namespace_of_the_cpp_library():
     """A macro renames it; compiling it all takes a minute."""
     flags = ["-Dskipkernels=other", "-isystem", str(Path(torch.__file__).parent / "include")]
-    source = str(_extension.source_dir() / "gather_rows.cpp")
-    command = [*_extension._compiler(), *flags, "-E", source]
+    source = str(_build.source_dir() / "gather_rows.cpp")
+    command = [*_build._compiler(), *flags, "-E", source]
     code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert '"other","CPU"' in re.sub(r"^#.*|\s", "", code, flags=re.MULTILINE)
 

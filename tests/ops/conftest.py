@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from skipkernels import _extension
+from skipkernels import _build
 from skipkernels.ops import registration
 from tests.ops import specialisations
 from tests.ops.interpreter import interpreter
@@ -59,13 +59,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     chosen = BACKENDS[request.param]
     if chosen.name == "interpreter" and torch.cuda.is_available():
         pytest.skip("Triton launches on the GPU, where it is available")
-    if chosen.name == "cpp" and _extension.load().path is None:
-        pytest.skip(f"no C++ kernels: {_extension.load().reason}")
+    if chosen.name == "cpp" and _build.load().path is None:
+        pytest.skip(f"no C++ kernels: {_build.load().reason}")
     if chosen.name in ("cpp", "gpu"):
         with specialisations.recorded():
             yield chosen
         return
-    _extension.load()  # loading it later would override the implementation
+    _build.load()  # loading it later would override the implementation
     library = torch.library.Library(registration.NAMESPACE, "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipkernels import _extension
+from skipkernels import _build
 from skipkernels import functional as F
 
 MIB = 1 << 20
@@ -39,7 +39,7 @@ def nearly_no_memory() -> Iterator[Callable[[], None]]:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the process is read from /proc")
 @pytest.mark.parametrize("what", CALLS)
 def test_out_of_memory_is_an_error(what, nearly_no_memory):
-    _extension.load()
+    _build.load()
     rows = torch.zeros(8, 4 * MIB)
     small = torch.ones(8, 2)
     F.mlp_activation(small), F.class_scores(small, small, torch.arange(8)), F.class_sampled_logits(small, small, 1.0)

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,16 +17,16 @@ import pytest
 import torch
 
 import skipkernels
-from skipkernels import _extension
+from skipkernels import _build
 from skipkernels.ops import registration
 
 # A process that has no prebuilt library: it looks for one in an empty folder.
 WITHOUT_PREBUILT = """
 import pathlib, sys, torch, skipkernels as sk
-from skipkernels import _extension
-sources = _extension.source_dir()
-_extension.source_dir = lambda: sources
-_extension._PACKAGE = pathlib.Path(sys.argv[1])
+from skipkernels import _build
+sources = _build.source_dir()
+_build.source_dir = lambda: sources
+_build._PACKAGE = pathlib.Path(sys.argv[1])
 """
 USE = """
 image = torch.eye(3).requires_grad_()
@@ -64,20 +65,43 @@ echo 1
 """
 
 
-def test_built_once_on_first_use_by_two_processes_at_once(tmp_path):
-    library = _extension.load().path
+@pytest.fixture
+def copies(tmp_path) -> dict[str, str]:
+    library = _build.load().path
     assert library is not None
     compiler = tmp_path / "compiler"
     compiler.write_text(COPIES.format(library=library))
     compiler.chmod(0o755)
-    copies = {"CXX": str(compiler)}
+    return {"CXX": str(compiler)}
+
+
+def test_built_once_on_first_use_by_two_processes_at_once(tmp_path, copies):
     both = [finish(process) for process in [start(WITHOUT_PREBUILT + USE, tmp_path, **copies) for _ in "ab"]]
     silent, building = sorted(err for _, err in both)
     assert silent == "" and building.count("skipkernels: building the C++ kernels, once") == 1
     for out, _ in both:
         assert out.split()[0] == LOSS and out.split()[-1] == "C++"
     (built,) = (tmp_path / "cache" / "skipkernels").glob("*/*.so")
-    assert {path.name for path in built.parent.iterdir()} == {built.name, "lock"}
+    assert {path.name for path in built.parent.iterdir()} <= {"_C.so", ".lock"}
+
+
+def test_built_after_a_kill_of_a_build(tmp_path, copies):
+    waiting = tmp_path / "waiting"
+    compiler = Path(copies["CXX"])
+    text = compiler.read_text()
+    compiler.write_text(
+        text.replace("for argument", f'case "$*" in *-shared*) touch {waiting}; sleep 60;; esac\nfor argument', 1)
+    )
+    killed = start(WITHOUT_PREBUILT + USE, tmp_path, **copies)
+    while not waiting.exists():
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    assert not list((tmp_path / "cache").glob("skipkernels/*/_C.so"))
+    compiler.write_text(text)
+    out, err = finish(start(WITHOUT_PREBUILT + USE, tmp_path, **copies))
+    assert out.split()[0] == LOSS and out.split()[-1] == "C++" and "building the C++ kernels" in err
 
 
 # A compiler that makes files with nothing but its arguments in them, so that a build is cheap.
@@ -102,154 +126,78 @@ def pretended(tmp_path, monkeypatch) -> Path:
 def test_prebuilt_library_of_other_sources_is_not_loaded(pretended, monkeypatch, tmp_path, changed):
     """Case: an editable checkout with changes in csrc/ since; its operators may have other arguments."""
     package, loaded = tmp_path / "package", []
-    shutil.copytree(_extension.source_dir(), package / "csrc")
-    monkeypatch.setattr(_extension, "_PACKAGE", package)
+    shutil.copytree(_build.source_dir(), package / "csrc")
+    monkeypatch.setattr(_build, "_PACKAGE", package)
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     monkeypatch.delenv("SKIPKERNELS_CPP", raising=False)
     (package / "_C.abi3.so").touch()  # as libraries were named before
-    prebuilt = package / f"_C_{_extension.sources_digest()}.abi3.so"
+    prebuilt = package / f"_C_{_build.sources_digest()}.abi3.so"
     prebuilt.touch()
     if changed:
-        with (package / "csrc" / _extension.HEADERS[0]).open("a") as file:
+        with (package / "csrc" / "simd.h").open("a") as file:
             file.write("// changed\n")
-    path = _extension._find_or_build().path
+    path = _build.load.__wrapped__().path
     assert loaded == [path] and (path == prebuilt) == (not changed)
     assert not changed or path.is_relative_to(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_damaged_library_is_built_again(pretended, capfd, damage):
-    """Loading it would end the process with a bus error or worse."""
-    library = _extension.build()
-    whole = library.read_bytes()
-    bad = {"truncated": whole[:-1], "flipped": b"?" + whole[1:], "empty": b""}[damage]
-    library.write_bytes(bad)
-    again = _extension.build()
-    assert len(list(library.parent.glob("*.so"))) == 1
-    assert again.read_bytes() != bad and again == _extension.build()
-    assert capfd.readouterr().err.count("building the C++ kernels") == 2
-
-
-def test_library_is_on_the_disk_before_it_has_its_name(pretended, monkeypatch):
-    """Else a crash of the machine may leave the name and not what is in it."""
-    events = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
-    _extension.build()
-    assert events == ["fsync", "replace"]
-
-
 def test_another_version_of_the_compiler_builds_again(pretended, monkeypatch):
-    first = _extension.build()
+    first = _build.build()
     monkeypatch.setenv("VERSION", "2")
-    second = _extension.build()
+    second = _build.build()
     assert first.parent != second.parent and first.exists()
 
 
 def test_compiler_with_arguments_and_further_flags(pretended, monkeypatch):
-    plain = _extension.build()
+    plain = _build.build()
     monkeypatch.setenv("CXX", f"{shlex.quote(str(pretended))} --first 'of two'")
     monkeypatch.setenv("CXXFLAGS", "-g -O1")
-    library = _extension.build()
+    library = _build.build()
     assert library.parent != plain.parent
     words = library.read_text()
     assert words.startswith("--first of two ") and words.index("-O3") < words.index("-O1")
 
 
-@pytest.fixture
-def umask_0():
-    before = os.umask(0)
-    yield
-    os.umask(before)
-
-
-def test_built_files_are_writable_by_the_user_only(pretended, umask_0):
-    library = _extension.build()
-    lock = library.parent / "lock"
-    modes = [stat.S_IMODE(p.stat().st_mode) for p in (library.parent.parent, library.parent, library, lock)]
-    assert modes == [0o700, 0o700, 0o644, 0o600]
+def warning(monkeypatch) -> str:
+    """The only warning of a process without C++ kernels, which loads no library."""
+    monkeypatch.setenv("SKIPKERNELS_CPP", "build")
+    with pytest.warns(RuntimeWarning, match="no C\\+\\+ kernels") as caught:
+        assert _build.load.__wrapped__().path is None
+    (only,) = caught
+    return str(only.message)
 
 
 def give_away(path: Path, monkeypatch) -> None:
     """Let another user own it."""
     if os.geteuid() == 0:
-        os.chown(path, 12345, 12345, follow_symlinks=False)
+        os.chown(path, 12345, 12345)
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
 
 
-@pytest.mark.parametrize(
-    "planted", ["folder of another", "folder all write", "library of another", "library all write"]
-)
-def test_library_that_another_user_may_write_is_not_loaded(pretended, monkeypatch, planted):
-    library = _extension.build()
-    path = library.parent if planted.startswith("folder") else library
-    if planted.endswith("another"):
-        give_away(path, monkeypatch)
+@pytest.mark.parametrize("change", ["all write", "group writes", "of another"])
+@pytest.mark.parametrize("which", ["folder", "parent"])
+def test_folder_that_another_user_may_write_is_refused(pretended, monkeypatch, tmp_path, which, change):
+    """They could put a library of their own into it, or another folder in its place."""
+    folder = _build.build().parent if which == "folder" else tmp_path / "cache"
+    folder.mkdir(exist_ok=True)
+    if change == "of another":
+        give_away(folder, monkeypatch)
     else:
-        path.chmod(0o777)
-    with pytest.raises(
-        _extension.BuildError, match=rf"{path.name} is not loaded: another user \(uid \d+\) owns it or may"
-    ):
-        _extension.build()
-
-
-def only_warning(monkeypatch, match: str) -> None:
-    """Load the kernels, which must be absent for one reason."""
-    monkeypatch.setenv("SKIPKERNELS_CPP", "build")
-    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"{path} was loaded"))
-    with pytest.warns(RuntimeWarning, match=match) as caught:
-        assert _extension._find_or_build().path is None
-    assert len(caught) == 1
-
-
-@pytest.mark.parametrize("parent", ["all write", "group writes", "of another"])
-def test_folder_in_one_that_another_user_may_write_is_refused(pretended, monkeypatch, tmp_path, parent):
-    """They could put another folder in its place."""
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(shared / "mine" / "cache"))
-    (shared / "mine").mkdir(mode=0o700)
-    if parent == "of another":
-        give_away(shared, monkeypatch)
-    else:
-        os.chown(shared, -1, 12345) if os.geteuid() == 0 else None
-        shared.chmod(0o777 if parent == "all write" else 0o775)
-    if parent == "group writes" and shared.stat().st_gid == shared.stat().st_uid:
+        os.chown(folder, -1, 12345) if os.geteuid() == 0 else None
+        folder.chmod(0o777 if change == "all write" else 0o775)
+    if change == "group writes" and folder.stat().st_gid == folder.stat().st_uid:
         pytest.skip("no other group")
-    only_warning(monkeypatch, f"{shared}.* is not safe: .*Let XDG_CACHE_HOME name")
-    assert not list(tmp_path.rglob("*.so"))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"{path} was loaded"))
+    assert re.search(rf"{folder} is not safe: .*Let XDG_CACHE_HOME name", warning(monkeypatch))
 
 
-def test_folder_in_a_sticky_one_is_used(pretended, monkeypatch, tmp_path):
+def test_folder_in_a_sticky_one_is_used(pretended, tmp_path):
     """Others can write to such a folder, as to /tmp, but not rename files that are not theirs."""
-    (tmp_path / "shared").mkdir()
-    (tmp_path / "shared").chmod(0o1777)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared" / "cache"))
-    assert _extension.build().is_file()
-
-
-def test_library_replaced_after_the_build_is_not_loaded(pretended, monkeypatch):
-    build = _extension.build
-
-    def replaced() -> Path:
-        library = build()
-        library.write_bytes(b"other code")
-        return library
-
-    monkeypatch.setattr(_extension, "build", replaced)
-    only_warning(monkeypatch, "was changed after it was built")
-
-
-def test_link_of_another_user_is_not_followed(pretended, monkeypatch):
-    library = _extension.build()
-    target = library.rename(library.parent / "elsewhere")
-    library.symlink_to(target)
-    assert _extension.build() == library
-    give_away(library, monkeypatch)
-    with pytest.raises(_extension.BuildError, match="is not loaded"):
-        _extension.build()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o1777)
+    library = _build.build()
+    assert library.is_file() and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
 
 
 def no_home() -> Path:
@@ -259,60 +207,47 @@ def no_home() -> Path:
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("CXX", r"CXX=g\+\+ 'x cannot be split into words \(No closing quotation\)"),
-        ("CXXFLAGS", r"CXXFLAGS=\"-g cannot be split into words"),
-        ("home", "no home folder, and no XDG_CACHE_HOME"),
+        ("CXX", r"no C\+\+ compiler found \(CXX=/no/such/compiler\)"),
+        ("CXXFLAGS", r"CXX or CXXFLAGS cannot be split into words \(No closing quotation\)"),
+        ("ninja", r"ninja is not installed \(pip install ninja\)"),
+        ("home", "Could not determine home directory"),
         ("cache", "Not a directory|File exists"),
         ("format", "Exec format error"),
-        ("killed", r"failed with exit code -9"),
         ("words", "failed with exit code 1:\n.?no"),
-        ("nothing", "No such file or directory"),
+        ("error", r"(?s)failed with exit code 1:.*FAILED: .*\.o.*broken header"),
         ("no library", "Could not load this library|invalid ELF header"),
     ],
 )
 def test_failed_build_is_one_warning(pretended, monkeypatch, tmp_path, case, reason):
-    monkeypatch.setenv("SKIPKERNELS_CPP", "build")
-    scripts = {"format": "\x7f", "killed": "kill -9 $$", "words": "printf '\\377no' >&2; exit 1", "nothing": "exit 0"}
+    scripts = {
+        "format": "\x7f",
+        "words": "#!/bin/sh\nprintf '\\377no' >&2; exit 1",
+        "error": '#!/bin/sh\ncase "$*" in *--version) ;; *) echo broken header; exit 1;; esac',
+    }
     if case in scripts:
-        pretended.write_text(("" if case == "format" else "#!/bin/sh\n") + scripts[case])
+        pretended.write_text(scripts[case])
+    elif case == "ninja":
+        monkeypatch.setitem(sys.modules, "ninja", None)
     elif case == "home":
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "home", no_home)
     elif case == "cache":
         (tmp_path / "cache").write_text("a file")
     elif case in ("CXX", "CXXFLAGS"):
-        monkeypatch.setenv(case, {"CXX": "g++ 'x", "CXXFLAGS": '"-g'}[case])
-    with pytest.warns(RuntimeWarning, match="no C\\+\\+ kernels") as caught:
-        extension = _extension._find_or_build()
-    assert len(caught) == 1 and extension.path is None
-    assert re.search(reason, extension.reason), extension.reason
+        monkeypatch.setenv(case, {"CXX": "/no/such/compiler", "CXXFLAGS": '"-g'}[case])
+    assert re.search(reason, warning(monkeypatch))
     assert case == "no library" or not list(tmp_path.rglob("*.so"))
 
 
-def test_setup_without_a_compiler_is_a_pure_package(tmp_path):
-    setup = Path(skipkernels.__file__).parents[1] / "setup.py"
-    if not setup.is_file():
-        pytest.skip("not a checkout")
-    result = subprocess.run(
-        [sys.executable, setup.name, "egg_info", "-e", tmp_path, "build", "-b", tmp_path / "build"],
-        cwd=setup.parent,
-        env={**os.environ, "CXX": "/no/such/compiler"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "no C++ compiler found (CXX=/no/such/compiler)" in result.stdout
-    built = {path.name for path in (tmp_path / "build").rglob("*")}
-    assert {"functional.py", *_extension.SOURCES} <= built and not [name for name in built if name.endswith(".so")]
-
-
-def test_setup_with_a_compiler_that_fails_is_a_pure_wheel(tmp_path):
+@pytest.mark.parametrize("case", ["no compiler", "compiler that fails"])
+def test_setup_without_kernels_is_a_pure_wheel(tmp_path, case):
     setup = Path(skipkernels.__file__).parents[1] / "setup.py"
     if not setup.is_file():
         pytest.skip("not a checkout")
     compiler = tmp_path / "compiler"
-    compiler.write_text("#!/bin/sh\nfor last; do :; done\ntest $last = --version || { echo broken header; exit 1; }\n")
-    compiler.chmod(0o755)
+    if case == "compiler that fails":
+        compiler.write_text("#!/bin/sh\necho broken header; exit 1\n")
+        compiler.chmod(0o755)
     command = ["egg_info", "-e", tmp_path, "build", "-b", tmp_path / "build", "bdist_wheel", "-d", tmp_path]
     result = subprocess.run(
         [sys.executable, setup.name, *command, "-b", tmp_path / "bdist"],
@@ -322,23 +257,18 @@ def test_setup_with_a_compiler_that_fails_is_a_pure_wheel(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "broken header" in result.stderr and "they will be built on first use" in result.stderr
+    assert ("broken header" if compiler.exists() else "no C++ compiler found") in result.stderr
+    assert "they will be built on first use" in result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"skipkernels-{skipkernels.__version__}-py3-none-any.whl"
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
-
-
-def test_compiler_without_these_target_clones_builds_one_version(pretended):
-    with pretended.open("r+") as file:
-        rest = file.read().removeprefix("#!/bin/sh\n")
-        file.seek(0)
-        file.write('#!/bin/sh\ncase "$*" in *multiversion.cpp*) exit 1;; esac\n' + rest)
-    assert "-DSKIPKERNELS_NO_MULTIVERSION" in _extension.build().read_text()
+    names = {Path(name).name for name in zipfile.ZipFile(wheel).namelist()}
+    assert {"functional.py", *(path.name for path in _build.source_dir().iterdir())} <= names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 def test_only_names_that_the_oldest_torch_has():
     """torch 2.10 has the macro with the shorter name, and later ones have both."""
-    for path in _extension.source_dir().iterdir():
+    for path in _build.source_dir().iterdir():
         assert "STABLE_TORCH_ERROR_CODE_CHECK" not in path.read_text()
 
 
@@ -360,13 +290,12 @@ for bad in test_functional.SCORES:
 def test_no_compiler_is_one_warning(tmp_path):
     out, err = finish(start(WITHOUT_PREBUILT + USE + USE, tmp_path, CXX="/no/such/compiler"))
     assert out.splitlines()[0].split()[0] == LOSS and out.split()[-1] == "reference"
-    assert err.count("RuntimeWarning: skipkernels: no C++ kernels: no C++ compiler found (CXX=/no/such/compiler)") == 1
-    assert "Install a C++17 compiler" in err
+    assert err.count("RuntimeWarning: skipkernels: no C++ kernels: no C++ compiler found") == 1
 
 
 def test_links_to_stable_symbols_only():
     """One binary for every torch from 2.10: nothing of at:: or c10::, only the C functions of the stable ABI."""
-    path = _extension.load().path
+    path = _build.load().path
     if path is None or shutil.which("nm") is None:
         pytest.skip("no library, or no nm")
     symbols = subprocess.run(["nm", "-D", "--undefined-only", path], check=True, capture_output=True, text=True).stdout
@@ -378,16 +307,9 @@ def test_links_to_stable_symbols_only():
     assert not [name for name, _, _ in names if "c10" in name or "2at" in name or name.startswith("Py")]
 
 
-def test_every_source_is_listed():
-    folder = Path(skipkernels.__file__).parents[1] / "csrc"
-    if not folder.is_dir():
-        pytest.skip("not a checkout")
-    assert {p.name for p in folder.iterdir()} == {*_extension.SOURCES, *_extension.HEADERS}
-
-
 def test_backends_tell_the_truth():
     table = skipkernels.backends()
-    loaded = _extension.load().path is not None
+    loaded = _build.load().path is not None
     for name, devices in table.items():
         cpp = registration.has_cpp(name)
         assert devices["cpu"].kernel == ("C++" if cpp else "reference")

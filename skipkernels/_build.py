@@ -1,0 +1,194 @@
+"""Build the C++ kernels with ninja, and load them.
+
+`setup.py` builds them into the package if torch is there at build time. Where they are missing they are built when an
+operator is first used, once, into the user's cache. Imports only the standard library at its head, for `setup.py`.
+
+`torch.utils.cpp_extension.load` is not used: after a kill its lock file stays, and the next build waits forever. It
+also links libraries that one binary for every torch since 2.10 must not need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+# The oldest torch with the stable ABI of the binary: 2.10, as 0xMMmm and twelve zeros.
+DEFINES = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
+COMPILE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    # Vector loops from `#pragma omp simd` (no OpenMP run-time: threads are PyTorch's), with fused multiply-adds.
+    "-fopenmp-simd",
+    "-ffp-contract=fast",
+    # Comparisons and square roots in a loop keep it from becoming a vector loop if they must set errno or trap.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    # Vectors wider than the base instruction set pass between inlined functions only.
+    "-Wno-psabi",
+)
+_PACKAGE = Path(__file__).parent
+
+
+class Extension(NamedTuple):
+    """Path of the loaded library, or the reason for its absence."""
+
+    path: Path | None
+    reason: str = ""
+
+
+class BuildError(RuntimeError):
+    """The library cannot be built."""
+
+
+@functools.cache
+def load() -> Extension:
+    """Load the C++ kernels, built first if necessary; the first call decides for the whole process."""
+    asked = os.environ.get("SKIPKERNELS_CPP", "")
+    if asked == "0":
+        return Extension(None, "SKIPKERNELS_CPP=0 turns them off")
+    import torch
+
+    for path in () if asked == "build" else _PACKAGE.glob(f"_C_{sources_digest()}.*"):
+        with contextlib.suppress(OSError):  # built for another system
+            torch.ops.load_library(path)
+            return Extension(path)
+    try:
+        path = build()
+        torch.ops.load_library(path)
+        return Extension(path)
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"skipkernels: no C++ kernels: {error}. The PyTorch reference is used instead: the same numbers, slower. "
+            "Install a C++17 compiler (g++ or clang++, or name one in CXX) and start again; SKIPKERNELS_CPP=0 asks for "
+            "the reference and silences this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return Extension(None, str(error))
+
+
+def build() -> Path:
+    """Return the path of the library in the user's cache; build it if absent.
+
+    The compiler is that of the environment variable CXX, its further flags are those of CXXFLAGS.
+    """
+    from .folders import locked, replaced_file
+
+    compiler = _compiler()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "skipkernels" / _key(compiler)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = folder.resolve()  # without links, so that its parents are those that are checked
+    _check_private(folder)
+    library = folder / "_C.so"
+    if not library.exists():
+        with locked(folder, wait=True):
+            if not library.exists():  # else another process built it meanwhile
+                sys.stderr.write(f"skipkernels: building the C++ kernels, once (one to three minutes), in {folder}\n")
+                with replaced_file(library) as new:
+                    _run_ninja(compiler, new)
+    return library
+
+
+def build_into(library: Path) -> None:
+    """Build the library for a package, as `setup.py` does. Raises a BuildError if that is impossible."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        built = Path(temporary, "_C.so")
+        _run_ninja(_compiler(), built)
+        shutil.copyfile(built, library)
+
+
+def source_dir() -> Path:
+    """Path of `csrc/`: inside the package when installed, beside it in a checkout."""
+    return next((d for d in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if d.is_dir()), _PACKAGE / "csrc")
+
+
+def sources_digest() -> str:
+    """Digest of `csrc/`, part of the name of a prebuilt library, so that one from other sources is not loaded."""
+    digest = hashlib.sha256()
+    for path in sorted(source_dir().iterdir()):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _key(compiler: list[str]) -> str:
+    """Digest of everything that the binary depends on."""
+    import torch
+
+    version = _run([*compiler, "--version"])
+    parts = (torch.__version__, platform.machine(), version, *compiler, sources_digest())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compiler() -> list[str]:
+    """Compiler command with flags; CXX may have arguments, as in `ccache g++`."""
+    try:
+        asked, further = (shlex.split(os.environ.get(name, "")) for name in ("CXX", "CXXFLAGS"))
+    except ValueError as error:
+        raise BuildError(f"CXX or CXXFLAGS cannot be split into words ({error})") from error
+    for program, *arguments in [asked] if asked else [["c++"], ["g++"], ["clang++"]]:
+        found = shutil.which(program)
+        if found is not None:
+            return [found, *arguments, *COMPILE_FLAGS, *DEFINES, *further]
+    raise BuildError(f"no C++ compiler found ({f'CXX={shlex.join(asked)}' if asked else 'tried c++, g++, clang++'})")
+
+
+def _check_private(folder: Path) -> None:
+    """Raise if another user may write to a folder or replace it: this process would run the code of their library."""
+    for path in (folder, *folder.parents) if os.name == "posix" else ():
+        status = path.stat()
+        others = 0o002 if status.st_gid == status.st_uid else 0o022  # with umask 002 a user's own group may write
+        sticky = path != folder and status.st_mode & stat.S_ISVTX  # as /tmp, where others rename only their own files
+        if status.st_uid not in (0, os.geteuid()) or (status.st_mode & others and not sticky):
+            raise BuildError(
+                f"{path} is not safe: another user (uid {status.st_uid}) owns it or may write to it (mode "
+                f"{stat.S_IMODE(status.st_mode):04o}). Let XDG_CACHE_HOME name a folder of your own"
+            )
+
+
+def _run_ninja(compiler: list[str], library: Path) -> None:
+    """Compile csrc/, all files in parallel, and link the library. The objects are put beside it."""
+    import torch
+
+    if importlib.util.find_spec("ninja") is None:
+        raise BuildError("ninja is not installed (pip install ninja)")
+    command = shlex.join(compiler).replace("$", "$$")
+    torch_dir = shlex.quote(str(Path(torch.__file__).parent)).replace("$", "$$")
+    sources = sorted(source_dir().glob("*.cpp"), key=lambda path: -path.stat().st_size)  # the slowest first
+    objects = [f"{source.stem}.o" for source in sources]
+    paths = [re.sub(r"[$ :]", r"$\g<0>", str(source)) for source in sources]
+    lines = [
+        "rule compile",
+        f"  command = {command} -fPIC -isystem {torch_dir}/include -c $in -o $out",
+        "rule link",
+        f"  command = {command} -shared $in -o $out -L{torch_dir}/lib -ltorch_cpu",
+        *(f"build {name}: compile {path}" for name, path in zip(objects, paths, strict=True)),
+        f"build {library.name}: link {' '.join(objects)}",
+    ]
+    library.with_name("build.ninja").write_text("\n".join(lines) + "\n")
+    _run([sys.executable, "-m", "ninja", "-C", str(library.parent), library.name])
+
+
+def _run(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if result.returncode != 0:
+        last_lines = "\n".join((result.stdout + result.stderr).strip().splitlines()[-20:])
+        raise BuildError(f"`{shlex.join(command)}` failed with exit code {result.returncode}:\n{last_lines}\n")
+    return result.stdout
