@@ -37,7 +37,7 @@ LARGE_BATCH = "32"
 CLAIMED, EVALUATION = ("100", "1000"), {"model": "ViT-B-16", "images": "100", "B": "100"}  # of the claims
 METHODS = {"zero-shot": "zero-shot", "linear-probe": "linear probe", "coop": "CoOp", "clip-adapter": "CLIP-Adapter"}
 METHODS |= {"lora": "CLIP-LoRA", "full": "full fine-tuning", "skip": "Skip Tuning"}
-TRAINERS = {"accelerate": "accelerate", "dassl": "Dassl (a stand-in)", "hugging_face": "Hugging Face Trainer"}
+TRAINERS = {"accelerate": "accelerate", "hugging_face": "Hugging Face Trainer"}
 TRAINERS |= {"lightning": "Lightning", "open_clip": "open_clip's trainer"}
 PICTURES = {"step_bars": pictures.step_bars, "step_over_classes": pictures.step_over_classes}
 

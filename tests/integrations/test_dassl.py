@@ -1,4 +1,4 @@
-"""`integrations.dassl` in the stand-in for Dassl of bench/trainers/dassl.py, and in Dassl where it can be fetched."""
+"""`integrations.dassl` in the stand-in for Dassl of dassl_stand_in.py, and in Dassl where it can be fetched."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from bench.trainers import dassl as runner
-from bench.trainers.common import Problem, small_problem, trained
+from bench.trainers.common import WEIGHT_TOLERANCE, NaiveCLIP, Problem, small_problem, trained
+from skipkernels.testing import relative_error
+from tests.integrations import dassl_stand_in as runner
 
 NAMES = [f"class_{n}" for n in range(12)]  # of the stand-in
 DASSL = "https://github.com/KaiyangZhou/Dassl.pytorch", "c61a1b570ac6333bd50fb5ae06aea59002fb20bb"
@@ -45,11 +46,12 @@ def registered(problem: Problem) -> type:
 
     class Trainer(registry["SkipKernels"] if isinstance(registry, dict) else registry.get("SkipKernels")):
         def load_clip(self) -> Any:
-            self.labels, self.rates = [], []
+            self.labels, self.rates, self.batches = [], [], []
             return copy.deepcopy(problem.model), open_clip.get_tokenizer("glyph-tiny")
 
         def forward_backward(self, batch: Any) -> Any:
             self.labels.append(batch["label"].tolist())
+            self.batches.append((batch["img"], batch["label"]))
             self.rates.append([group["lr"] for group in self.optim.param_groups])
             return super().forward_backward(batch)
 
@@ -68,6 +70,21 @@ def states(trainer: Any) -> list[torch.Tensor]:
     momentum = [state["momentum_buffer"] for state in trainer.optim.state.values()]
     rates = torch.tensor([group["lr"] for group in trainer.optim.param_groups], dtype=torch.float64)
     return [trained(trainer.model), trainer.model.get_extra_state(), *momentum, rates]
+
+
+def test_weights_are_those_of_the_plain_module(dassl, problem, tmp_path):
+    """On the same batches, with all classes kept."""
+    trainer = make(dassl, problem, tmp_path)
+    start = trained(trainer.model)
+    trainer.train()
+    tokens = open_clip.get_tokenizer("glyph-tiny")(trainer.prompts(NAMES))
+    plain = NaiveCLIP(copy.deepcopy(problem.model), tokens, problem.skip_layers, problem.keep_ratio)
+    optimizer = problem.optimizer(plain)
+    for images, labels in trainer.batches:
+        plain(images, labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert relative_error(trained(trainer.model) - start, trained(plain) - start) < WEIGHT_TOLERANCE
 
 
 def test_resumes(dassl, problem, tmp_path):

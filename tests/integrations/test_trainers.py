@@ -24,7 +24,7 @@ TRAINERS = ("accelerate", "hugging_face", "lightning")  # Lightning last: it use
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", [*TRAINERS, "open_clip", "dassl"])
+@pytest.mark.parametrize("name", [*TRAINERS, "open_clip"])
 def test_losses_and_weights_of_the_plain_module(name, monkeypatch):
     rows = []
     monkeypatch.setattr(measure, "save", lambda args, new, table: rows.extend(new))
@@ -46,11 +46,6 @@ def test_losses_and_weights_of_the_plain_module(name, monkeypatch):
 def test_lines_of_the_documentation(name, title):
     lines = importlib.import_module(f"bench.trainers.{name}").LINES
     assert re.findall(r"  # (\d)\.$", section_of(title), re.MULTILINE) == [str(n + 1) for n in range(lines)]
-
-
-def test_lines_of_the_documentation_of_dassl():
-    added = re.findall(r"^\+.*", section_of("Dassl and CoOp"), re.MULTILINE)
-    assert len(added) == importlib.import_module("bench.trainers.dassl").LINES
 
 
 def section_of(title: str) -> str:

@@ -1,13 +1,11 @@
-"""Dassl's trainer, as CoOp and the projects that derive from it use it.
+"""A stand-in for Dassl, which is on no package index: the parts of its interface that a trainer builds on.
 
-Dassl is on no package index. `engine` is a stand-in for the parts that a trainer builds on, written from its interface:
-a registry, `TrainerX` with its loop over labelled batches, which it shuffles, and its checkpoints, an optimizer and a
-schedule. It prints nothing, and configurations are plain objects. Batches have one class.
+A registry, `TrainerX` with its loop over labelled batches, which it shuffles, and its checkpoints, an optimizer and a
+schedule. It prints nothing, and configurations are plain objects.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,59 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from .common import NaiveCLIP, Problem
-
-LINES = 2
-
-
-def train(module: Any, problem: Problem, folder: Path) -> None:
-    with engine() as registry:
-        make = naive_trainer(registry) if isinstance(module, NaiveCLIP) else our_trainer()
-
-        class Trainer(make):
-            def load_module(self) -> Any:
-                return module
-
-        Trainer(config(folder, problem), problem).train()
-
-
-def our_trainer() -> type:
-    """`SkipKernels`, with a given SkipCLIP in place of one that it makes."""
-    SkipKernels: Any = importlib.import_module("skipkernels.integrations.dassl").SkipKernels
-
-    class Ours(SkipKernels):
-        def make_clip(self) -> Any:
-            return self.load_module()
-
-    return Ours
-
-
-def naive_trainer(registry: Any) -> type:
-    """A trainer like those of CoOp, with a plain module."""
-
-    class Naive(sys.modules["dassl.engine"].TrainerX):  # type: ignore[misc,name-defined]
-        def build_data_loader(self) -> None:
-            super().build_data_loader()
-            ours = importlib.import_module("skipkernels.integrations.dassl")
-            self.train_loader_x = ours.class_pure_loader(self.train_loader_x, self.cfg.SEED)
-
-        def build_model(self) -> None:
-            self.model = self.load_module()
-            optim = sys.modules["dassl.optim"]
-            rates = {"text_lr": self.cfg.TRAINER.SKIPKERNELS.TEXT_LR, "image_lr": self.cfg.TRAINER.SKIPKERNELS.IMAGE_LR}
-            groups = self.model.parameter_groups(**rates)
-            self.optim = optim.build_optimizer(self.model, self.cfg.OPTIM, param_groups=groups)
-            self.sched = optim.build_lr_scheduler(self.optim, self.cfg.OPTIM)
-            self.register_model("model", self.model, self.optim, self.sched)
-
-        def forward_backward(self, batch: dict[str, Tensor]) -> dict[str, float]:
-            loss = self.model(batch["img"], batch["label"]).loss
-            self.model_backward_and_update(loss)
-            if self.batch_idx + 1 == self.num_batches:
-                self.update_lr()
-            return {"loss": loss.item()}
-
-    return Naive
+from bench.trainers.common import Problem
 
 
 def config(folder: Path, problem: Problem, **options: Any) -> Any:
