@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import open_clip
@@ -101,30 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for (model, skip, rates), precision in itertools.product(_CASES, args.precision):
         case = Case(model, skip, rates, precision)
-        found = compare(case, inputs[model], args.steps)
-        rows.append(_described(case) | found)
+        row = {"model": model, "skip_layers": "/".join(map(str, skip)), "text_lr": rates[0], "image_lr": rates[1]}
+        rows.append(row | {"precision": precision} | compare(case, inputs[model], args.steps))
         print(shown(rows[-1]), flush=True)
     measure.save(args, rows, "equivalence")
 
 
-def _described(case: Case) -> dict[str, Any]:
-    skip = "/".join(map(str, case.skip))
-    return {
-        "model": case.model,
-        "skip_layers": skip,
-        "text_lr": case.rates[0],
-        "image_lr": case.rates[1],
-        "precision": case.precision,
-    }
-
-
 def shown(row: dict[str, Any]) -> str:
     """The printed line of a row."""
-    line = f"{row['model']}, skip {row['skip_layers']}, rates {row['text_lr']:g} and {row['image_lr']:g}, "
-    line += f"{row['precision']}: "
-    line += f"{row['steps']} steps, K = {row['K']}, other classes in {row['other_classes']}; loss {row['loss']:.1e}, "
-    line += f"weights {row['weights']:.1e} ({row['change']:.1e} of the change), logits {row['logits']:.1e}, "
-    return line + f"{row['predictions']} of {row['tests']} predictions"
+    return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
 def glyph_inputs() -> Inputs:
@@ -216,7 +201,7 @@ def published_training(case: Case, inputs: Inputs, batches: Sequence[tuple[int, 
     groups = [{"params": text, "lr": case.rates[0]}, {"params": image, "lr": case.rates[1]}]
     optimizer = torch.optim.SGD(groups, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
     losses, kept = [], []
-    for epoch, items in _shown(batches, "published"):
+    for epoch, items in track(batches, "published", transient=True):
         for group, rate in zip(optimizer.param_groups, case.rates, strict=True):
             cosine = rate * (1 + math.cos(math.pi * (epoch - _WARMUP_EPOCHS) / epochs)) / 2
             group["lr"] = min(rate, _WARMUP_LR) if epoch < _WARMUP_EPOCHS else cosine
@@ -254,7 +239,7 @@ def skip_clip_training(case: Case, inputs: Inputs, batches: Sequence[tuple[int, 
     optimizer = sk.FusedSGD(groups, lr=case.rates[0], momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
     schedule = cosine_with_warmup(optimizer, epochs=epochs, warmup_epochs=_WARMUP_EPOCHS, warmup_lr=_WARMUP_LR)
     losses, kept, current = [], [], 0
-    for epoch, items in _shown(batches, "skipkernels"):
+    for epoch, items in track(batches, "skipkernels", transient=True):
         if epoch != current:
             schedule.step()
             current = epoch
@@ -269,10 +254,6 @@ def skip_clip_training(case: Case, inputs: Inputs, batches: Sequence[tuple[int, 
 
 def _quick_gelu(model: Any) -> bool:
     return isinstance(model.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
-
-
-def _shown(batches: Sequence[tuple[int, Tensor]], title: str) -> Iterator[tuple[int, Tensor]]:
-    yield from track(batches, title, transient=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/, and their pictures, from stored rows.
 
-    python -m bench.report            write the files that are out of date
-    python -m bench.report --check    write nothing; exit 1 and name the files that are out of date
+    python -m bench.report            write the pages that are out of date, and the pictures
+    python -m bench.report --check    write nothing; exit 1 and name the pages that are out of date
 
 A pair of comments, `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, marks the place of each table. Shown are the first
 GPU, if there is one, and the first CPU. A ratio is always one that was measured within a run (`rows.py` says which row
@@ -11,7 +11,6 @@ of a case counts).
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import math
 import re
@@ -20,8 +19,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-
-import matplotlib
 
 from skipkernels.ops import OPERATORS
 
@@ -346,17 +343,14 @@ def losses(device: Device) -> str:
 
 
 def processes(device: Device) -> str:
-    """Memory and speed of several processes on one host, and their ratio to those of one process."""
-    memory, speed = device.latest_rows("scale_memory"), device.latest_rows("scale_throughput")
-    lines = []
-    for row in memory:
-        what = f"memory of a process for {int(row['C']):,} classes"
-        lines.append([what, row["W"], "", figure(number(row, "class_mib"), " MiB"), figure(number(row, "of_one"))])
-    for row in speed:
-        what, rate = f"speed with {int(row['C']):,} classes", figure(number(row, "images_per_second"), " images/s")
-        lines.append([what, row["W"], row["threads_each"], rate, figure(number(row, "of_one"))])
-    header = ["", "processes", "threads of each", "measured", "over one process"]
-    return table(header, lines) + origin("scale_memory scale_throughput", [*memory, *speed]) if lines else ""
+    """Memory of each of several processes on one host, and its ratio to that of one process."""
+    rows = device.latest_rows("scale_memory")
+    lines = [
+        [row["W"], f"{int(row['C']):,}", figure(number(row, "class_mib"), " MiB"), figure(number(row, "of_one"))]
+        for row in rows
+    ]
+    header = ["processes", "classes", "memory of each for classes", "over one process"]
+    return table(header, lines) + origin("scale_memory", rows) if rows else ""
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
@@ -372,7 +366,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
 
 
 def files(root: Path) -> dict[Path, str]:
-    """The text that each generated file must have."""
+    """The text that each page must have."""
     found = devices(root / "bench" / "results")
     first = {device.is_cpu: device for device in reversed(found)}
     shown = [first[is_cpu] for is_cpu in (False, True) if is_cpu in first]
@@ -383,14 +377,16 @@ def files(root: Path) -> dict[Path, str]:
             parts = {device.name: text for device in shown if (text := block(device))}
             text = "\n\n".join(f"**{device}**\n\n{t}" if len(parts) > 1 else t for device, t in parts.items())
             texts[root / page] = filled(texts[root / page], name, text or "Not measured yet.")
-    for device in shown[:1]:
-        rows = device.latest_rows("step", **SHOWN)
-        digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-        signature = f"<!-- matplotlib {matplotlib.__version__}, rows {digest} -->"
-        for name, draw in PICTURES.items():
-            if svg := draw(rows):
-                texts[device.folder / f"{name}.svg"] = f"{svg.rstrip()}\n{signature}\n"
     return texts
+
+
+def drawn(root: Path) -> dict[Path, str]:
+    """The pictures of the first device."""
+    found = {}
+    for device in devices(root / "bench" / "results")[:1]:
+        rows = device.latest_rows("step", **SHOWN)
+        found = {device.folder / f"{name}.svg": draw(rows) for name, draw in PICTURES.items()}
+    return {path: svg for path, svg in found.items() if svg}
 
 
 def filled(page: str, name: str, block: str) -> str:
@@ -406,26 +402,20 @@ def filled(page: str, name: str, block: str) -> str:
     return f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
 
 
-def up_to_date(path: Path, text: str) -> bool:
-    """True if a file has this text, or is a picture of the same rows by another version of matplotlib."""
-    there = path.read_text(encoding="utf-8") if path.exists() else ""
-    rows = re.compile(r"<!-- matplotlib \S+, (rows \S+) -->")
-    now, before = rows.search(text), rows.search(there)
-    same_version = now and before and now[0] == before[0]
-    return now[1] == before[1] if now and before and not same_version else there == text
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout")
     args = parser.parse_args(arguments)
-    stale = {path: text for path, text in files(args.root).items() if not up_to_date(path, text)}
-    for path, text in stale.items():
-        if not args.check:
-            path.write_text(text, encoding="utf-8")
-        print(f"{path.relative_to(args.root)} {'is out of date: python -m bench.report' if args.check else 'written'}")
-    return 1 if args.check and stale else 0
+    stale = {path: text for path, text in files(args.root).items() if path.read_text(encoding="utf-8") != text}
+    if args.check:
+        for path in stale:
+            print(f"{path.relative_to(args.root)} is out of date: python -m bench.report")
+        return int(bool(stale))
+    for path, text in (stale | drawn(args.root)).items():
+        path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(args.root)} written")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Predict a training step in many processes: work, messages, memory and time of each; or measure some on this host.
+"""Predict a training step in many processes: work, messages, memory and time of each; or measure memory on this host.
 
     python -m bench.scale                       print the table; write bench/results/scale.csv
     python -m bench.scale --batch 4 --max-tail 1000 --no-save
-    python -m bench.scale --measure memory      peak memory of a process, with 1 and 4 processes, and 200,000 classes
-    python -m bench.scale --measure throughput  images/s of two processes with a thread each, and of one with two
+    python -m bench.scale --measure             peak memory of a process, with 1 and 4 processes, and 200,000 classes
 
 The table is for 1 to 64 processes with a GPU each and 1,000 to 1,000,000 classes: ViT-B/16 above block 6, bf16 autocast
 with fp32 weights, SGD with momentum, and `--batch` images per process. The formulas, and the two ways of training that
-they compare, are in bench/step_model.py. Nothing in the table is
-measured. The measurements append to bench/results/DEVICE/scale_memory.csv and scale_throughput.csv.
+they compare, are in bench/step_model.py. Nothing in the table is measured. With --measure, a row for each number of
+processes is appended to bench/results/DEVICE/scale_memory.csv.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from skipkernels import testing
 from skipkernels.selection import RankSampler
 
 from . import measure, tables
-from .inputs import positive, random_inputs
+from .inputs import positive
 from .step_model import CLASS_PARALLEL, GPUS, REPLICATED, VIT_B_16, WAYS, Model, faster_way, predict, step_seconds
 
 TABLE = measure.RESULTS / "scale.csv"
@@ -123,68 +122,16 @@ def measure_memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def seconds_of_steps(rank: int, group: Any, C: int, B: int, steps: int) -> tuple[list[float], list[float]]:
-    """Losses, and seconds of each step of glyph-tiny from features at the cut, with its update; two more warm up."""
-    inputs, W = random_inputs("glyph-tiny", B, C, measure.CPU), dist.get_world_size(group)
-    clip = sk.SkipCLIP(inputs.model, inputs.tokens, skip_layers=3, process_group=group)
-    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=1e-3, image_lr=1e-3), momentum=0.9)
-    own = slice(rank * B // W, (rank + 1) * B // W)
-    features, labels, losses = clip.encode_lower(inputs.images)[own], torch.arange(B)[own] % C, []
-
-    def step() -> None:
-        loss = clip(features, labels).loss
-        loss.backward()
-        sk.parallel.all_reduce_gradients(clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-
-    seconds = [measure.seconds_of(step, measure.CPU) for _ in range(steps + 2)]
-    return losses, seconds[2:]
-
-
-def measure_throughput(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of images/s of one process with two threads, and of two with one.
-
-    Raises:
-        SystemExit: If the losses differ: no measurement.
-    """
-    cases = {1: 2, 2: 1}
-    seconds: dict[int, list[float]] = {W: [] for W in cases}
-    for _ in range(args.rounds):
-        losses = {}
-        for W, threads in cases.items():
-            (losses[W], found), *_ = in_processes(W, threads, seconds_of_steps, args.classes, args.batch, args.steps)
-            seconds[W] += found
-        if not torch.allclose(*(torch.tensor(losses[W]) for W in cases), rtol=1e-4):
-            raise SystemExit("two processes have other losses than one: no measurement")
-    rates = {W: args.batch / measure.quantile(seconds[W], 0.5) for W in cases}
-    rows = []
-    for W, threads in cases.items():
-        row = {"C": args.classes, "W": W, "threads_each": threads, "B": args.batch, **measure.milliseconds(seconds[W])}
-        rows.append(row | {"images_per_second": round(rates[W], 1), "of_one": round(rates[W] / rates[1], 3)})
-        print(
-            f"{W} processes, {threads} threads each: {rates[W]:.0f} images/s, {rates[W] / rates[1]:.2f} of one process"
-        )
-    return rows
-
-
-MEASURED = {"memory": (measure_memory, 200_000), "throughput": (measure_throughput, 1000)}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.command(__doc__)
     parser.add_argument("--batch", type=positive, default=32, help="images per process")
     parser.add_argument("--max-tail", type=positive, help="bound on the classes drawn from the tail")
-    parser.add_argument("--measure", choices=MEASURED, help="measure on this host; --batch is of all processes")
-    parser.add_argument("--classes", type=positive, help="with --measure; default: 200,000 for memory, else 1,000")
-    parser.add_argument("--steps", type=positive, default=20, help="with --measure throughput, in each round")
-    parser.add_argument("--rounds", type=positive, default=3, help="with --measure throughput, of both in turn")
+    parser.add_argument("--measure", action="store_true", help="measure on this host; --batch is of all processes")
+    parser.add_argument("--classes", type=positive, default=200_000, help="with --measure")
     args = parser.parse_args(arguments)
     if args.measure:
-        function, classes = MEASURED[args.measure]
-        args.classes, args.device = args.classes or classes, measure.CPU
-        measure.save(args, function(args), f"scale_{args.measure}")
+        args.device = measure.CPU
+        measure.save(args, measure_memory(args), "scale_memory")
         return
     rows = list(rows_of(args.batch, args.max_tail))
     columns = [name.replace(CLASS_PARALLEL, "own").replace(REPLICATED, "all") for name in rows[0]]

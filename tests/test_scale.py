@@ -108,24 +108,12 @@ def test_table_is_that_of_the_formulas():
     assert {row["faster on H100"] for row in rows if row["W"] == 1} == {"equal"}
 
 
-def test_measurements_write_rows_of_equal_results(monkeypatch, tmp_path):
+def test_memory_of_a_process_is_the_largest(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    losses = {1: [2.0, 1.0], 2: [2.0, 1.0]}
-
-    def in_processes(W, threads, function, *arguments):
-        if function is scale.peak_of_process:
-            return [2**20 * (8 // W + rank) for rank in range(W)]
-        return [(losses[W], [0.5 / threads])] * W
-
-    monkeypatch.setattr(scale, "in_processes", in_processes)
-    for name, column in (("memory", ["8.0", "5.0"]), ("throughput", ["128.0", "64.0"])):
-        scale.main(["--measure", name])
-        with next(tmp_path.glob(f"*/scale_{name}.csv")).open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        assert [row["class_mib" if name == "memory" else "images_per_second"] for row in rows] == column
-    losses[2] = [2.0, 1.1]
-    with pytest.raises(SystemExit, match="other losses than one: no measurement"):
-        scale.main(["--measure", "throughput"])
+    monkeypatch.setattr(scale, "in_processes", lambda W, *_: [2**20 * (8 // W + rank) for rank in range(W)])
+    scale.main(["--measure"])
+    with next(tmp_path.glob("*/scale_memory.csv")).open(newline="") as file:
+        assert [row["class_mib"] for row in csv.DictReader(file)] == ["8.0", "5.0"]
 
 
 def test_small_prompts_are_distinct():

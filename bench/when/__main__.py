@@ -18,20 +18,17 @@ not repeated. Runs share the machine, so their `train_s` is no measurement: `ben
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-
-import torch
 
 from skipkernels.app.data import InputError
 
 from .. import measure, tables
 from . import summary
-from .pool import new_pool, run_all
 from .rows import Rows, reported
-from .runs import execute, searched
+from .runs import searched
 from .tasks import EMOJI_FONT, SHIFTS, Shift
 
 
@@ -45,15 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--emoji-font", type=Path, default=EMOJI_FONT)
     parser.add_argument("--print", action="store_true", help="print the tables of the rows that there are")
     args = parser.parse_args(arguments)
-    args.device = torch.device("cpu")
     shifts = [shift for shift in SHIFTS if shift.name in args.tasks]
     found = Rows(save=not args.no_save)
     if not args.print:
-        with new_pool(args.workers) as pool:
-            try:
-                _run_all(pool, shifts, args.seeds, args.emoji_font, found)
-            except InputError as error:
-                parser.error(str(error))
+        try:
+            run_all(shifts, args, found)
+        except InputError as error:
+            parser.error(str(error))
     study = summary.Study(found.runs, [], [])
     for title, kind, table in summary.TABLES.values():
         if getattr(study, kind):
@@ -61,12 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_all(pool: ProcessPoolExecutor, shifts: Sequence[Shift], seeds: int, emoji_font: Path, found: Rows) -> None:
+def run_all(shifts: Sequence[Shift], args: argparse.Namespace, found: Rows) -> None:
     """Run what has no row, first the search, then the report."""
-    search = [run for shift in shifts if shift.settings_of is None for run in searched(shift, emoji_font=emoji_font)]
-    run_all(pool, "search", execute, found.missing(search), found.add)
-    report = [run for shift in shifts for seed in range(seeds) for run in reported(shift, seed, emoji_font, found)]
-    run_all(pool, "report", execute, found.missing(report), found.add)
+    font = args.emoji_font
+    search = [run for shift in shifts if shift.settings_of is None for run in searched(shift, emoji_font=font)]
+    found.run(search, args.workers, "search")
+    report = [run for shift in shifts for seed in range(args.seeds) for run in reported(shift, seed, font, found)]
+    found.run(report, args.workers, "report")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from .. import measure, tables
-from .pool import new_pool, run_all
 from .rows import Rows
-from .runs import Run, execute, searched
+from .runs import Run, searched
 from .summary import pretraining_table
 from .tasks import SHIFTS
 
@@ -40,22 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if missing := [str(file) for _, file in args.models if not file.is_file()]:
         parser.error(f"the file of a model must exist; there is no {missing[0]}.")
-    args.device = torch.device("cpu")
     found = [] if args.models else Rows(kind=KIND).runs
-    if args.models:
-        with new_pool(args.workers) as pool:
-            for steps, weights in args.models:
-                rows = Rows(save=not args.no_save, kind=KIND, where={"pretraining_steps": str(steps)})
-                for shift in (shift for shift in SHIFTS if shift.name in args.tasks):
-                    search = searched(shift, METHODS, weights=weights)
-                    run_all(pool, f"{steps} steps, {shift.name}, search", execute, rows.missing(search), rows.add)
-                    report = [
-                        Run(shift, method, rows.best(shift, method), "report", seed, weights=weights)
-                        for method in METHODS
-                        for seed in range(args.seeds)
-                    ]
-                    run_all(pool, f"{steps} steps, {shift.name}, report", execute, rows.missing(report), rows.add)
-                found += rows.runs
+    for steps, weights in args.models:
+        rows = Rows(save=not args.no_save, kind=KIND, where={"pretraining_steps": str(steps)})
+        for shift in (shift for shift in SHIFTS if shift.name in args.tasks):
+            rows.run(searched(shift, METHODS, weights=weights), args.workers, f"{steps} steps, {shift.name}, search")
+            report = [
+                Run(shift, method, rows.best(shift, method), "report", seed, weights=weights)
+                for method in METHODS
+                for seed in range(args.seeds)
+            ]
+            rows.run(report, args.workers, f"{steps} steps, {shift.name}, report")
+        found += rows.runs
     tables.show(*pretraining_table(Rows().runs, found), "pre-training", width=150)
     return 0
 

@@ -1,15 +1,20 @@
-"""Rows of the study, and the choices that are made from them."""
+"""Runs of the study in processes of one thread each, their rows, and the choices that are made from them."""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.progress import track
+
 from .. import measure
 from ..rows import Device, Row
-from .runs import CANDIDATES, OMEGAS, Candidate, Run
+from .runs import CANDIDATES, OMEGAS, Candidate, Run, execute
 from .tasks import Shift
 
 
@@ -27,25 +32,21 @@ class Rows:
         self._save, self._kind, self._where = save, kind, where or {}
         self.runs = device.latest_rows(kind, **self._where)
 
-    @property
-    def keys(self) -> set[tuple[str, ...]]:
-        """`Run.key` of the runs that have a row."""
-        return {tuple(row[column] for column in ("task", "method", "phase", "seed", "setting")) for row in self.runs}
-
-    def missing(self, runs: Iterable[Run]) -> list[Run]:
-        """The runs that have no row."""
-        keys = self.keys
-        return [run for run in runs if run.key not in keys]
+    def run(self, runs: Iterable[Run], workers: int, title: str) -> None:
+        """Execute the runs that have no row, and append the rows of each when it ends."""
+        done = {tuple(row[column] for column in ("task", "method", "phase", "seed", "setting")) for row in self.runs}
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+            left = [pool.submit(execute, run) for run in runs if run.key not in done]
+            for finished in track(as_completed(left), title, len(left)):
+                self.add(finished.result())
 
     def add(self, found: list[dict[str, Any]]) -> None:
-        """Add the rows of a run."""
-        self.runs += self._appended([self._where | row for row in found], self._kind)
-
-    def _appended(self, found: list[dict[str, Any]], name: str) -> list[Row]:
-        rows = [measure.machine(measure.CPU) | row for row in found]
+        """Append the rows of a run."""
+        rows = [measure.machine(measure.CPU) | self._where | row for row in found]
         if self._save:
-            measure.append_rows(rows, name)
-        return [{column: str(value) for column, value in row.items()} for row in rows]
+            measure.append_rows(rows, self._kind)
+        self.runs += [{column: str(value) for column, value in row.items()} for row in rows]
 
     def best(self, shift: Shift, method: str) -> Candidate:
         """The setting of a method with the best mean of base and new in the search; of equal ones the first.

@@ -57,6 +57,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
 # batches. The steps of CLIP-Adapter and CoOp are short, so they have more.
 SCHEDULES = {"sgd": (8, 4), "adamw": (12, 16), "clip-adapter": (100, 32), "coop": (40, 32)}
 OMEGAS = (0.25, 0.5, 0.75)
+KEEP_RATIO = 0.5
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,6 @@ class Run:
         phase: Part of the characters.
         seed: Seed of classes, images and initial weights.
         skip_layers: ω; only for skip.
-        keep_ratio: Share of kept classes; only for skip.
-        max_keep: Largest number of kept classes; only for skip.
         emoji_font: See `tasks.EMOJI_FONT`.
         weights: File of `glyph_tiny.save`. Default: the weights in the package.
     """
@@ -82,8 +81,6 @@ class Run:
     phase: Phase
     seed: int
     skip_layers: float = 0.5
-    keep_ratio: float = 0.5
-    max_keep: int = 50
     emoji_font: Path = tasks.EMOJI_FONT
     weights: Path = glyph_tiny.WEIGHTS
 
@@ -110,7 +107,7 @@ class Run:
         published = self.method == "skip" and optimizer == "sgd" and self.shift.shots >= batch
         settings: dict[str, Any] = {"text_lr": text_lr, "image_lr": image_lr}
         if self.method == "skip":
-            settings |= {name: getattr(self, name) for name in ("skip_layers", "keep_ratio", "max_keep")}
+            settings |= {"skip_layers": self.skip_layers, "keep_ratio": KEEP_RATIO, "max_keep": 50}
         elif self.method == "clip-adapter":
             del settings["text_lr"]
         elif self.method == "coop":
@@ -180,7 +177,7 @@ def execute(run: Run) -> list[dict[str, Any]]:
         "seed": run.seed,
         "setting": run.candidate.name,
         "skip_layers": "" if run.method != "skip" else str(setup.config.skip_layers),
-        "keep_ratio": "" if run.method != "skip" else run.keep_ratio,
+        "keep_ratio": "" if run.method != "skip" else KEEP_RATIO,
     }
     cost = {"steps": steps, "train_s": round(seconds, 2), "train_mib": round(peak / 2**20, 1)}
 
