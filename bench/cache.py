@@ -60,8 +60,7 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.train import tune
 from skipkernels.features import BatchSampler, FeatureCache
 from skipkernels.memory import PeakMemory
-from skipkernels.store import DTYPES, Layout, Writer
-from skipkernels.store.shards import path_of, quantise
+from skipkernels.store import DTYPES, Layout, Writer, path_of, quantise
 from skipkernels.testing import relative_error
 
 from . import measure

@@ -60,10 +60,14 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Replace a file by tensors in safetensors, as `replaced_file` does."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replaced_file(path) as new:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new, metadata)
+        try:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new, metadata)
+        except SafetensorError as error:  # raised in place of an OSError
+            raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def partial_of(name: str) -> str | None:

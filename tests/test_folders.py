@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from skipkernels import folders
-from skipkernels.folders import is_locked, locked, partial_of, replace_text, replaced_file, replaced_folder, restored
+from skipkernels.folders import (
+    is_locked,
+    locked,
+    partial_of,
+    replace_tensors,
+    replace_text,
+    replaced_file,
+    replaced_folder,
+    restored,
+)
 from tests.kills import run_for
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -26,13 +35,22 @@ def test_replaced_file_keeps_the_old_file_on_an_error(tmp_path):
     assert contents(tmp_path) == {"file": "new"}
 
 
+def test_replace_tensors_on_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        replace_tensors(tmp_path / "file", {"x": torch.ones(1)})
+    assert names(tmp_path) == set()
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_replaced_file_permissions_follow_the_umask(tmp_path, mask):
     before = os.umask(mask)
     try:
         (tmp_path / "plain").touch()
-        with replaced_file(tmp_path / "tensors") as new:
-            save_file({"x": torch.ones(1)}, new)
+        replace_tensors(tmp_path / "tensors", {"x": torch.ones(1)})
     finally:
         os.umask(before)
     assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -46,7 +46,7 @@ LAYERS = [
     ("lora",),
     ("features",),
     ("integrations",),
-    ("app.console", "app.data", "app.option_groups"),
+    ("app.console", "app.data", "app.option_groups", "app.untrusted"),
     ("app.methods",),
     ("app.config", "app.demo", "app.report", "app.train"),
     ("app.serve", "app.studies"),

@@ -362,7 +362,7 @@ def read_settings(path: Path) -> Any:
     """
     import yaml
 
-    from ..store import read_regular
+    from .untrusted import read_regular
 
     return yaml.safe_load(read_regular(path, _MAX_BYTES))
 

@@ -1,22 +1,20 @@
-"""Building of a feature store from a dataset."""
+"""Building of a feature store from a dataset, by one process or several."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import _progress
-from ..store import COMPUTED, DTYPES, Layout, Shard, ShardWriter, StoreError, Writer
-from ..store.shards import map_shard, path_of, quantise
+from ..store import COMPUTED, Layout, StoreError, Writer, path_of, quantise, write_shard
 from . import fingerprint
-from .build_group import Builders, PeerError, Report
 from .dataset_key import check_samples
 from .image_batches import Batch, load_batches, split_batches, worker_error
 
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 _NAME_OF = {dtype: name for name, dtype in COMPUTED.items()}
 
 SHARD_BYTES = 128 << 20
-"""Approximate bytes of a shard. A kill loses at most one shard; a build holds two in memory."""
+"""Approximate bytes of a shard. A kill loses at most one shard; a build holds one in memory."""
 
 
 class Encoder:
@@ -74,12 +72,6 @@ class BuildConfig:
     dataset_key: dict[str, str]  # Fingerprint of the dataset, from `dataset_key`
     samples: list[dict[str, Any]]  # Summaries of a few items, from `sample_images`
     shard_bytes: int  # Approximate bytes of a shard
-    labels: Tensor | None = None  # Labels [n] of the images, if known; a view with other labels is an error
-
-    def load(self, batches: list[range]) -> contextlib.closing[Generator[Batch, None, None]]:
-        """Load batches of rows; on exit the context stops the worker processes."""
-        options = {"seed": self.seed, "first_view": self.first_view, "workers": self.workers}
-        return contextlib.closing(load_batches(self.dataset, batches, **options))
 
     def layout(self, encode: Encoder) -> Layout:
         """Layout of the store."""
@@ -105,15 +97,6 @@ class BuildConfig:
         return replace(layout, shard_rows=batches * self.batch_size)
 
 
-def check_first(folder: Path, config: BuildConfig, encode: Encoder) -> None:
-    """Compute and discard the first batch, so that an error is raised before an existing store is replaced."""
-    layout = config.layout(encode)
-    layout.check_manifest(folder)
-    rows = layout.rows_of(0)[: config.batch_size]
-    with config.load([rows]) as loaded:
-        _shard(layout, rows, loaded, encode, _LabelCheck(config), lambda images: None)
-
-
 def write_store(
     folder: Path,
     config: BuildConfig,
@@ -123,110 +106,68 @@ def write_store(
     overwrite: bool,
     progress: Callable[[int], None] | bool,
     on_loading: Callable[[], None] = lambda: None,
-    builders: Builders | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Build a store, or with `resume` its missing shards.
+
+    Each process of `group` encodes and writes every W-th missing shard. After each of its shards the first process adds
+    those of all to the manifest. An error of one process is raised there only: the others wait for the timeout of the
+    group, or until torchrun ends them.
 
     `progress` is called with the number of images after each batch, True shows a bar; `on_loading` is called when
     worker processes have started.
     """
-    builders = builders or Builders()
-    title, shown = f"features → {folder}", progress is True and builders.first
-    bar = _progress.progress(title, len(config.dataset) * config.views, shown=shown)
-    with _worker_errors(), bar as advance_bar:
-        advance = progress if callable(progress) and builders.first else advance_bar
-        layout = config.layout(encode)
-        if not builders.first:
-            layout, missing = builders.begin(layout, [])
-            _Build(ShardWriter(folder, layout), config, encode, builders, advance).write(missing, on_loading)
-            return
-        with Writer(folder, layout, resume=resume, overwrite=overwrite) as writer:
-            layout, missing = writer.manifest.layout, writer.missing
-            check_samples(layout, config.samples, folder)
-            builders.begin(layout, missing)
-            existing_images = layout.rows - sum(len(layout.rows_of(number)) for number in missing)
-            if existing_images:
-                advance(existing_images)
-            build = _Build(writer, config, encode, builders, advance)
-            for number, existing in enumerate(writer.manifest.shards):
-                if existing is not None:
-                    build.check_labels(number, existing)
-            build.write(missing, on_loading)
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    layout = config.layout(encode)
+    show = _progress.progress(f"features → {folder}", layout.rows, shown=progress is True and rank == 0)
+    with _worker_errors(), show as advance_bar, contextlib.ExitStack() as stack:
+        advance: Callable[[int], object] = progress if callable(progress) and rank == 0 else advance_bar
+        inputs, writer = replace(layout, shard_rows=1).digest, None
+        if rank == 0:
+            writer = stack.enter_context(Writer(folder, layout, resume=resume, overwrite=overwrite))
+            check_samples(writer.layout, config.samples, folder)
+            layout = writer.layout
+        plans = _gather((inputs, layout.shard_rows, writer and writer.missing), group)
+        if len({digest for digest, _, _ in plans}) > 1:
+            raise StoreError(
+                "FeatureCache.build: model, dataset and options must be equal on all processes of process_group; got "
+                "different ones. Pass the same on every process."
+            )
+        _, shard_rows, missing = plans[0]
+        layout = replace(layout, shard_rows=shard_rows)
+        existing = layout.rows - sum(len(layout.rows_of(number)) for number in missing)
+        if existing:
+            advance(existing)
+
+        batches = split_batches([layout.rows_of(number) for number in missing[rank::size]], config.batch_size)
+        options = {"seed": config.seed, "first_view": config.first_view, "workers": config.workers}
+        loaded = stack.enter_context(contextlib.closing(load_batches(config.dataset, batches, **options)))
+        on_loading()
+        for start in range(0, len(missing), size):
+            written = {}
+            for number in missing[start : start + size][rank : rank + 1]:
+                tensors = _encode_shard(layout, number, loaded, encode, advance)
+                written[number] = write_shard(folder, layout, number, tensors)
+            shards = {number: shard for part in _gather(written, group) for number, shard in part.items()}
+            if writer is not None:
+                for number in shards.keys() - written.keys():
+                    advance(len(layout.rows_of(number)))
+                    if not path_of(folder, number).exists():
+                        raise StoreError(
+                            f"{path_of(folder, number)}: another process has written it, and this one can't see it. "
+                            "Choose a folder that all processes share."
+                        )
+                writer.add(shards)
+        _gather(None, group)  # wait until the first process has written the manifest
 
 
-class _Build:
-    """Encoding and writing of the shards of this process; the first process also lists the shards of the others."""
-
-    def __init__(
-        self,
-        writer: Writer,
-        config: BuildConfig,
-        encode: Encoder,
-        builders: Builders,
-        advance: Callable[[int], None],
-    ):
-        self._writer, self._config, self._encode = writer, config, encode
-        self._layout = writer.manifest.layout
-        self._builders, self._advance, self._labels = builders, advance, _LabelCheck(config)
-
-    def check_labels(self, number: int, shard: Shard) -> None:
-        """Check the labels of a shard that was written."""
-        labels = map_shard(self._writer.folder, self._layout, number, shard).labels
-        self._labels.add(self._layout.rows_of(number), labels)
-
-    def write(self, missing: list[int], on_loading: Callable[[], None]) -> None:
-        """Write the share of this process of the missing shards, and wait for the other processes."""
-        own = self._builders.share(missing)
-        batches = split_batches([self._layout.rows_of(number) for number in own], self._config.batch_size)
-        writing: Future[tuple[int, Shard]] | None = None  # one shard is written while the next is computed
-        with ThreadPoolExecutor(1) as disk:
-            try:
-                with self._config.load(batches) as loaded:
-                    on_loading()
-                    for number in own:
-                        rows = self._layout.rows_of(number)
-                        tensors = _shard(self._layout, rows, loaded, self._encode, self._labels, self._batch)
-                        if writing is not None:
-                            self._builders.written(*writing.result())
-                        writing = disk.submit(self._write, number, tensors)
-                    if writing is not None:
-                        self._builders.written(*writing.result())
-                done = False
-                while not done:
-                    reports, done = self._builders.report_done()
-                    self._receive(reports)
-            except BaseException:
-                with contextlib.suppress(StoreError, PeerError):  # the first error is raised
-                    if writing is not None:
-                        self._builders.written(*writing.result())
-                with contextlib.suppress(StoreError, PeerError):
-                    self._receive(self._builders.report_failed())
-                raise
-        self._builders.end()
-
-    def _write(self, number: int, tensors: dict[str, Tensor]) -> tuple[int, Shard]:
-        return number, self._writer.write(number, tensors)
-
-    def _batch(self, images: int) -> None:
-        self._receive(self._builders.report(images))
-
-    def _receive(self, reports: list[Report]) -> None:
-        """Show the images of all processes, list the shards that others have written, and raise their errors."""
-        images = sum(report.images for report in reports)
-        if images:
-            self._advance(images)
-        if self._builders.first:
-            added = dict(report.written for report in reports if report.written is not None)
-            for number, shard in added.items():
-                if not path_of(self._writer.folder, number).exists():
-                    raise StoreError(
-                        f"{path_of(self._writer.folder, number)}: another process has written it, and this one can't "
-                        "see it. Choose a folder that all processes share."
-                    )
-                self.check_labels(number, shard)
-            if added:
-                self._writer.add(added)
-        self._builders.check(reports)
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Objects of all processes, in the order of ranks; collective."""
+    if group is None:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 @contextlib.contextmanager
@@ -240,48 +181,14 @@ def _worker_errors() -> Iterator[None]:
         raise worker_error(error) from error
 
 
-class _LabelCheck:
-    """Check that all views of an image have the same label."""
-
-    def __init__(self, config: BuildConfig):
-        self._first_view = config.first_view
-        self._known: list[int | None] = [None] * len(config.dataset)
-        if config.labels is not None:
-            self._known[:] = config.labels.tolist()
-
-    def add(self, rows: Sequence[int], labels: Tensor | None) -> None:
-        """Record the labels of rows; raise a StoreError if one differs from another view of the item."""
-        assert labels is not None
-        for row, label in zip(rows, labels.tolist(), strict=True):
-            view, item = divmod(row, len(self._known))
-            known = self._known[item]
-            if known is not None and known != label:
-                raise StoreError(
-                    f"FeatureCache.build: view {self._first_view + view} has other labels than the first (item {item}: "
-                    f"{label}, not {known}): the dataset's order or labels change from one iteration to the next. Give "
-                    "a map-style dataset with fixed labels, or keep one view."
-                )
-            self._known[item] = label
-
-
-def _shard(
-    layout: Layout,
-    rows: range,
-    loaded: Iterator[Batch],
-    encode: Encoder,
-    labels: _LabelCheck,
-    on_batch: Callable[[int], None],
+def _encode_shard(
+    layout: Layout, number: int, loaded: Iterator[Batch], encode: Encoder, advance: Callable[[int], object]
 ) -> dict[str, Tensor]:
-    tensors = {
-        "rows": torch.empty(len(rows), *layout.stored_shape, dtype=DTYPES[layout.dtype]),
-        "labels": torch.empty(len(rows), dtype=torch.int64),
-    }
-    if layout.dtype == "int8":
-        tensors["token_scale"] = torch.empty(len(rows), layout.stored_shape[0])
-    done = 0
-    while done < len(rows):
+    """Encode the batches of a shard to its tensors."""
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.tensors_of(number).items()}
+    done, count = 0, len(layout.rows_of(number))
+    while done < count:
         batch = next(loaded)
-        labels.add(batch.rows, batch.labels)
         features = encode(batch.images).view(len(batch.rows), *layout.stored_shape)
         _check_range(features, layout, batch.rows)
         place = slice(done, done + len(batch.rows))
@@ -291,7 +198,7 @@ def _shard(
             tensors["rows"][place] = features
         tensors["labels"][place] = batch.labels
         done += len(batch.rows)
-        on_batch(len(batch.rows))
+        advance(len(batch.rows))
     return tensors
 
 

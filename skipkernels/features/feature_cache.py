@@ -12,10 +12,9 @@ from torch.utils.data import Dataset
 
 from ..clip import SkipCLIP, check_clip
 from ..options import Refresh, SamplerKind
-from ..store import DTYPES, Store, StoreError, absolute_folder
+from ..store import DTYPES, Store, StoreError
 from . import fingerprint
-from .build_group import Builders
-from .builder import SHARD_BYTES, BuildConfig, Encoder, check_first, write_store
+from .builder import SHARD_BYTES, BuildConfig, Encoder, write_store
 from .dataset_key import check_samples, dataset_key, sample_images
 from .in_memory import Encode, collect
 from .loader import FeatureLoader, Rows
@@ -98,8 +97,8 @@ class FeatureCache(Dataset):
             key: Text or JSON value that identifies the images and their transform; change it when they change. Default:
                 files, labels, transform and a few images of the dataset.
             resume: Complete and repair the store in the folder, if its inputs are the same.
-            overwrite: Replace the store in the folder, after the first batch of the new one has been computed.
-            shard_bytes: Approximate bytes of a shard. A kill loses at most one shard; a build holds two in memory.
+            overwrite: Replace the store in the folder.
+            shard_bytes: Approximate bytes of a shard. A kill loses at most one shard; a build holds one in memory.
             progress: False for no progress bar, or a function called with the number of images of each batch.
             process_group: Processes that all make this call with equal arguments, and share a folder and the work; the
                 store is bitwise that of one process. Default None: this process alone, also in an initialised group.
@@ -110,10 +109,9 @@ class FeatureCache(Dataset):
         Raises:
             StoreError: If the folder has another store (the message says how it differs), another process builds in it,
                 the disk is full, or an image or its features cannot be used. Existing shards stay.
-            PeerError: If another process of process_group raised an error, or was killed. Existing shards stay.
         """
         check_clip("FeatureCache.build", clip)
-        folder = absolute_folder(Path(path))
+        folder = Path(path).absolute()  # a later change of the working directory has no effect
         if dtype not in DTYPES:
             raise ValueError(f"FeatureCache.build: dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
         if refresh not in get_args(Refresh):
@@ -136,6 +134,11 @@ class FeatureCache(Dataset):
                 'FeatureCache.build: process_group must be None with refresh="epoch", which builds in the background. '
                 "Use views, or build in one process."
             )
+        if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+            raise TypeError(
+                "FeatureCache.build: process_group must be a torch.distributed.ProcessGroup that contains this "
+                f"process, such as torch.distributed.group.WORLD; got {type(process_group).__name__}."
+            )
         if clip.skip_layers[0] == 0:
             raise ValueError(
                 "FeatureCache.build: with skip_layers=0 the image embedding trains, so features cannot be cached. Skip "
@@ -145,38 +148,34 @@ class FeatureCache(Dataset):
             raise ValueError("FeatureCache.build: the dataset has no length; it must have at least one image.")
         if len(dataset) == 0:
             raise ValueError("FeatureCache.build: the dataset is empty; it must have at least one image.")
-        builders = Builders(process_group, clip.prototypes.device)
-        with builders:
-            config = BuildConfig(
-                clip=clip,
-                dataset=dataset,
-                dtype=dtype,
-                views=views,
-                first_view=0,
-                batch_size=batch_size,
-                workers=workers,
-                seed=seed,
-                dataset_key=dataset_key(dataset, key),
-                samples=[] if key is not None or not builders.first else sample_images(dataset, seed, workers),
-                shard_bytes=shard_bytes,
-            )
-            encode = Encoder(clip)
-            if overwrite and builders.first:
-                check_first(folder, config, encode)
-            if refresh == "epoch":
-                epochs = EpochStores(folder, config, encode, progress, overwrite=overwrite)
-                epoch = epochs.first
-                try:
-                    store = epochs.store(epoch)
-                except BaseException:
-                    epochs.close()
-                    raise
-                return cls(store, store.labels(), epochs=epochs, first_epoch=epoch)
-            if builders.first:
-                clear_epochs(folder, overwrite=overwrite)
-            write_store(
-                folder, config, encode, resume=resume, overwrite=overwrite, progress=progress, builders=builders
-            )
+        group = process_group
+        is_first = group is None or torch.distributed.get_rank(group) == 0
+        config = BuildConfig(
+            clip=clip,
+            dataset=dataset,
+            dtype=dtype,
+            views=views,
+            first_view=0,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            dataset_key=dataset_key(dataset, key),
+            samples=sample_images(dataset, seed, workers) if key is None and is_first else [],
+            shard_bytes=shard_bytes,
+        )
+        encode = Encoder(clip)
+        if refresh == "epoch":
+            epochs = EpochStores(folder, config, encode, progress, overwrite=overwrite)
+            epoch = epochs.first
+            try:
+                store = epochs.store(epoch)
+            except BaseException:
+                epochs.close()
+                raise
+            return cls(store, store.labels(), epochs=epochs, first_epoch=epoch)
+        if is_first:
+            clear_epochs(folder, overwrite=overwrite)
+        write_store(folder, config, encode, resume=resume, overwrite=overwrite, progress=progress, group=group)
         return cls.open(folder)
 
     @classmethod
@@ -201,7 +200,7 @@ class FeatureCache(Dataset):
         Raises:
             StoreError: If there is no store, or it is incomplete, damaged, or of another model or dataset.
         """
-        folder = absolute_folder(Path(path))
+        folder = Path(path).absolute()
         store = Store(folder, verify=verify)
         layout = store.layout
         found = [layout.fingerprint.get(name) for name in ("number of images", "number of views", "seed")]
@@ -216,7 +215,15 @@ class FeatureCache(Dataset):
             fingerprint.check(layout, {"number of images": len(dataset)} | dataset_key(dataset, key), folder)
             if key is None:
                 check_samples(layout, sample_images(dataset, seed), folder)
-        return cls(store, store.labels()[:items], views=views)
+        labels = store.labels().view(views, items)
+        if (wrong := (labels != labels[0]).nonzero()).numel():
+            view, item = wrong[0].tolist()
+            raise StoreError(
+                f"{folder}: view {view} has other labels than the first (item {item}: {labels[view, item]}, not "
+                f"{labels[0, item]}): the dataset's order or labels change from one iteration to the next. Build it "
+                "again from a map-style dataset with fixed labels, or with one view."
+            )
+        return cls(store, labels[0], views=views)
 
     @classmethod
     def in_memory(

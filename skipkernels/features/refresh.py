@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..store import MANIFEST, Store, StoreError, file_errors
-from ..store.lock import LOCK, OWNER, locked
-from ..store.writer import erase, foreign_files, is_store
+from torch import Tensor
+
+from ..folders import LOCK, locked
+from ..store import Store, StoreError, disk_errors, erase, foreign_files, is_store, refuse_foreign_files
 from .builder import BuildConfig, Encoder, write_store
 
 
@@ -64,6 +65,7 @@ class EpochStores:
             self._lock.close()
             raise
         self.first = min(self._present, default=0)  # Earliest epoch found in the folder, or 0
+        self._labels: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._building: int | None = None
         self._error: BaseException | None = None
@@ -88,7 +90,13 @@ class EpochStores:
             self._write(self._config, epoch, self._progress)
         self._progress = False
         store = Store(self._folder / _name(epoch))
-        self._config = replace(self._config, labels=store.labels())  # other epochs must have the same
+        labels = store.labels()
+        if self._labels is not None and not labels.equal(self._labels):
+            raise StoreError(
+                f"{self._folder}: epoch {epoch} has other labels than the first: the dataset's order or labels change "
+                "from one iteration to the next. Give a map-style dataset with fixed labels."
+            )
+        self._labels = labels
         self._building = epoch + 1
         self._stopped.clear()
         self._loading.clear()
@@ -155,44 +163,31 @@ def _name(epoch: int) -> str:
 def _locked_folder(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder}: is a file. Choose a folder.")
-    with contextlib.ExitStack() as lock:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / LOCK).exists():
-                _epochs_in(folder)  # before a lock file is created in it
-            lock.enter_context(locked(folder))
-        except OSError as error:
-            raise StoreError(f"{folder}: cannot be written ({error.strerror}). Choose another.") from None
-        with file_errors(folder, "Check the disk and try again."):
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / LOCK).exists():
+            _epochs_in(folder)  # before a lock file is created in it
+        with locked(folder):
             yield
 
 
 def _epochs_in(folder: Path) -> set[int]:
     """Numbers of the epochs with a store in a folder; raise a StoreError if there are foreign files."""
     epochs = set()
-    for name in _foreign(folder):
+    for name in foreign_files(folder):
         path = folder / name
         if not re.fullmatch("epoch-[0-9]{5,}", name) or path.is_symlink() or not path.is_dir():
             raise StoreError(f"{folder}: holds other files ({name}). Choose an empty folder.")
-        if foreign := _foreign(path):
-            raise StoreError(f"{path}: holds other files ({foreign[0]}). Choose another folder.")
+        refuse_foreign_files(path)
         epochs.add(int(name.removeprefix("epoch-")))
     return epochs
-
-
-def _foreign(folder: Path) -> list[str]:
-    """Names of files that belong to no store, including a manifest of another program."""
-    foreign_manifest = (folder / MANIFEST).exists() and not is_store(folder)
-    return foreign_files(folder) + [MANIFEST] * foreign_manifest
 
 
 def _remove(epoch: Path) -> None:
     if epoch.is_dir():
         erase(epoch)
-        with file_errors(epoch, "Delete it, and continue with `resume=True`."):
-            for name in (OWNER, LOCK):
-                (epoch / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # foreign files were added
+            (epoch / LOCK).unlink(missing_ok=True)
             epoch.rmdir()
 
 

@@ -21,7 +21,6 @@ from ..store import (
     Store,
     StoreError,
     Writer,
-    absolute_folder,
     is_store,
 )
 from .prompts import SelectedPrompts
@@ -52,8 +51,7 @@ class TextStore:
     """
 
     def __init__(self, folder: Path, text: TextTower, lower: Lower, chunk: int):
-        self._folder = absolute_folder(folder)
-        folder = self._folder
+        self._folder = folder = folder.absolute()
         self._fingerprint = _identity(text)
         first = torch.zeros(1, dtype=torch.int64, device=text.tokens.device)
         hidden = lower(first)
@@ -158,11 +156,11 @@ def _store(
     name = _NAME_OF[dtype]
     shard_rows = max(_SHARD_BYTES // (shape[1] * dtype.itemsize), 1)
     layout = Layout(rows, shape, name, name, shard_rows, False, fingerprint, {})
-    return Writer(folder, layout, resume=not overwrite, overwrite=overwrite, on_wait=_report_wait)
 
+    def on_wait() -> None:
+        Output(sys.stderr).write(f"{escaped(folder)}: in use by another process. Waiting for it.\n")
 
-def _report_wait(held: str) -> None:
-    Output(sys.stderr).write(f"{escaped(held)} Waiting for it.\n")
+    return Writer(folder, layout, resume=not overwrite, overwrite=overwrite, on_wait=on_wait)
 
 
 def _chunks(

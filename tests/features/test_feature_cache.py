@@ -30,7 +30,8 @@ from torchvision.transforms import v2
 
 import skipkernels as sk
 from skipkernels.app.data import LabelledImages
-from skipkernels.store import StoreError, digest_json
+from skipkernels.digests import digest_json
+from skipkernels.store import StoreError
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 24), "num_classes": 12}
@@ -333,18 +334,6 @@ def test_views_with_other_labels_are_refused(tmp_path, make, workers):
     build(tmp_path / "one", make(23), workers=workers)
 
 
-def test_views_with_other_labels_than_existing_ones_are_refused(tmp_path):
-    """Labels that differ in the first or in the second view are refused."""
-    labels = [(image, 7) for image in pictures(8)]
-    others = [(image, 8) for image in pictures(8)]
-    for gone, view in ((0, 0), (3, 1)):
-        folder = tmp_path / f"{gone}"
-        build(folder, labels, views=2, key="same")
-        (folder / f"{gone:05d}.safetensors").unlink()
-        with pytest.warns(UserWarning, match="missing"), pytest.raises(StoreError, match=f"view {view} has other la"):
-            build(folder, others, views=2, key="same", resume=True)
-
-
 # ---- views ---------------------------------------------------------------------------------------------------------
 
 
@@ -516,18 +505,6 @@ def test_build_replaces_a_store_only_with_overwrite(tmp_path):
     assert rows(cache).equal(by_hand(skip_clip(), images(seed=1).tensors[0]))
 
 
-@pytest.mark.parametrize("refresh", ["never", "epoch"])
-def test_overwrite_keeps_the_store_if_the_first_batch_fails(tmp_path, refresh):
-    build(tmp_path, refresh=refresh).close()
-    folder = tmp_path if refresh == "never" else tmp_path / "epoch-00000"
-    old = (folder / "manifest.json").read_bytes()
-    for dataset in (images(9, 32), Broken((GOOD * torch.nan, 1), number=1), Broken(OSError("away"), number=2)):
-        with pytest.raises(StoreError, match="images must be|features of item 1|item 2 .* cannot be loaded"):
-            build(tmp_path, dataset, key="other", refresh=refresh, overwrite=True)
-        assert (folder / "manifest.json").read_bytes() == old
-    assert sk.FeatureCache.open(folder, dataset=images(), verify=True).labels.equal(images().tensors[1])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -668,32 +645,6 @@ def test_folder_without_a_cache(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(StoreError, match=r"holds other files \(thesis.tex\)"):
         build(tmp_path)
-
-
-# ---- refusals before loading ---------------------------------------------------------------------------------------
-
-
-class Unread(Drawn):
-    """Images that must not be loaded."""
-
-    def __getitem__(self, item: int):
-        pytest.fail("loaded")
-
-
-def test_path_that_is_not_utf8_is_refused_before_loading(tmp_path):
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    for options in ({}, {"overwrite": True}, {"refresh": "epoch"}):
-        with pytest.raises(StoreError, match=r"caf\\udce9: its path is not UTF-8"):
-            build(folder, Unread(), **options)
-    with pytest.raises(StoreError, match="its path is not UTF-8"):
-        sk.FeatureCache.open(folder)
-
-
-@pytest.mark.parametrize("options", [{}, {"overwrite": True}], ids=["new", "overwrite"])
-def test_manifest_too_large_is_refused_before_loading(tmp_path, monkeypatch, options):
-    monkeypatch.setattr("skipkernels.store.manifest._MAX_BYTES", 1000)
-    with pytest.raises(StoreError, match=r"store: 2 shards need a manifest .* Use a larger `shard_bytes`"):
-        build(tmp_path / "store", Unread(), key="unread", **options)
 
 
 def test_relative_path_is_resolved_before_loading(tmp_path, monkeypatch):

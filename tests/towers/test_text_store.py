@@ -11,9 +11,10 @@ import torch
 from open_clip.transformer import QuickGELU
 
 import skipkernels as sk
+from skipkernels import store
 from skipkernels.clip.prompt_features import PromptFeatures
-from skipkernels.store import Writer, writer
-from skipkernels.store.lock import locked
+from skipkernels.folders import locked
+from skipkernels.store import Writer
 from skipkernels.towers import text_store
 from tests.models import tiny_batch, tiny_clip, tiny_coca, tiny_tokens
 
@@ -210,7 +211,7 @@ def test_text_store_error_has_remedy(tmp_path):
 def test_text_store_complete_opens_without_lock(tmp_path, monkeypatch):
     """The disk may be read-only, and several processes may open the store at the same time."""
     theirs = step(make_clip(tmp_path))
-    monkeypatch.setattr(writer, "locked", lambda *arguments, **options: pytest.fail("a lock was taken"))
+    monkeypatch.setattr(store, "locked", lambda *arguments, **options: pytest.fail("a lock was taken"))
     assert same(step(make_clip(tmp_path)), theirs)
 
 

@@ -102,8 +102,6 @@ class CachePrune:
 
     path: tyro.conf.Positional[Path]
     """Folder of a store, or a folder that contains stores."""
-    unfinished: bool = False
-    """Also delete incomplete stores."""
     dry_run: bool = False
     """Print the files without deleting them."""
 
@@ -112,7 +110,7 @@ class CachePrune:
         from . import cache_actions
 
         folders = cache_actions.stores_in(self.path, err)
-        cache_actions.remove_unused(folders, out, unfinished=self.unfinished, dry_run=self.dry_run)
+        cache_actions.remove_unused(folders, out, dry_run=self.dry_run)
         return 0
 
 

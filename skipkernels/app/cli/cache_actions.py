@@ -95,7 +95,7 @@ def _described(folder: Path) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in written),
         "shards": layout.shards,
         "shards there": len(written),
-        "complete": manifest.complete,
+        "complete": not manifest.missing,
         "leftover bytes": sum(path.stat().st_size for path in leftovers(folder, manifest)),
         "depends on": layout.fingerprint,
     }
@@ -118,11 +118,11 @@ def verify(folders: list[Path], out: Terminal, err: Terminal) -> int:
     return 1 if damages else 0
 
 
-def remove_unused(folders: list[Path], out: Terminal, *, unfinished: bool, dry_run: bool) -> None:
+def remove_unused(folders: list[Path], out: Terminal, *, dry_run: bool) -> None:
     """Delete files that no store uses, and print them."""
     total = 0
     for folder in folders:
-        for path, size in prune(folder, unfinished=unfinished, dry_run=dry_run):
+        for path, size in prune(folder, dry_run=dry_run):
             out.print(f"{path}  {decimal(size)}", soft_wrap=True)
             total += size
     out.print(f"{decimal(total)} {'would be freed' if dry_run else 'freed'}")

@@ -43,14 +43,14 @@ class EvalCommand:
 
         from skipkernels.app.train import epochs_left
         from skipkernels.app.train.processes import is_first
-        from skipkernels.store.lock import lock_owner
+        from skipkernels.folders import is_locked
 
         folder, accuracies = self._evaluate(err)
         if not is_first():
             return 0
-        running, left = lock_owner(folder), epochs_left(folder)
-        if running is not None:
-            err.print(f"note: a run is in progress in this folder ({running}), with {left} epochs left")
+        left = epochs_left(folder)
+        if is_locked(folder):
+            err.print(f"note: a run is in progress in this folder, with {left} epochs left")
         elif left:
             err.print(
                 f"note: the run was interrupted with {left} epoch{'s' if left > 1 else ''} left; resume it with "

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ...store import open_regular
+from ..untrusted import open_regular
 from .base import InputError
 
 # Those of torchvision, and later formats.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from ...checks import whole_number
-from ...store import open_regular
+from ..untrusted import open_regular
 from .base import InputError, SizedDataset
 from .files import absolute_path
 

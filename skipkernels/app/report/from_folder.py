@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...store import parse_object, read_regular
 from ..config import TuneConfig
 from ..data import InputError
 from ..train import predictions
 from ..train.run_folder import CONFIG, EPOCHS, read_metrics
+from ..untrusted import parse_object, read_regular
 from .run_page import report_html
 
 _LARGEST = 1 << 28  # bytes of metrics.jsonl

@@ -12,11 +12,11 @@ import torch
 from rich.table import Table
 
 from ...folders import replace_text
-from ...store import read_object
 from ..data import InputError
 from ..report import study_html
 from ..train.environment import environment
 from ..train.run_folder import REPORT
+from ..untrusted import read_object
 from .runs import MeanAndDeviation, Result, by_variant
 
 ACCURACY, COST = "accuracy, %", "cost"  # groups of columns

@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...digests import digest_file
+from ...folders import is_locked, partial_of, replace_tensors, replaced_file
 from ...formatting import first_line
-from ...store import open_regular, partial_of, replace_file, write_tensors
-from ...store.digest import digest_file
-from ...store.lock import lock_owner
 from ..data import InputError
+from ..untrusted import open_regular
 from .description import CLASSIFIER, Description
 from .errors import argument_error
 from .state_checks import check_types
@@ -88,15 +89,14 @@ def save(
     """
     next_weights = folder / _next_name(file)
 
-    def write(opened: BinaryIO) -> None:
-        _, digest = write_tensors(opened, weights, metadata)
-        state["weights"] = {"file": file, "xxh3": digest}
-        state["best"] = digest if is_best else best
-
     state = state | {"format": FORMAT}
     try:
-        replace_file(next_weights, write)
-        replace_file(folder / STATE, lambda opened: torch.save(state, opened))
+        replace_tensors(next_weights, weights, dict(metadata))
+        digest = digest_file(next_weights)
+        state["weights"] = {"file": file, "xxh3": digest}
+        state["best"] = digest if is_best else best
+        with replaced_file(folder / STATE) as new:
+            torch.save(state, new)
         _rename(folder, next_weights, state)
     except (OSError, TypeError, RuntimeError) as error:
         raise argument_error(
@@ -153,7 +153,8 @@ def keep_best(folder: Path) -> Path:
     found.state["weights"]["xxh3"] = found.state["best"]
     try:
         if path != named:
-            replace_file(folder / STATE, lambda opened: torch.save(found.state, opened))
+            with replaced_file(folder / STATE) as new:
+                torch.save(found.state, new)
             _set_digest(folder, found.state)
             os.replace(path, named)
         (folder / BEST).unlink(missing_ok=True)
@@ -183,10 +184,9 @@ def find(folder: Path) -> Checkpoint | None:
         if missed == named:
             break
         missed = named
-    running = lock_owner(folder)
-    if running is not None:
+    if is_locked(folder):
         raise InputError(
-            f"{folder / named['file']}: does not match {STATE}, but a run in progress in this folder ({running}) "
+            f"{folder / named['file']}: does not match {STATE}, but a run in progress in this folder "
             "replaces both. Try again, or wait for its end."
         )
     raise InputError(
@@ -227,7 +227,10 @@ def remove_leftovers(folder: Path, others: Iterable[str] = ()) -> None:
     written = {*others, MODEL, DELTA, STATE, CLASSIFIER, *next_names}
     partial = [path for path in folder.iterdir() if partial_of(path.name) in written]
     for path in (*partial, *(folder / name for name in next_names)):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def weights_of(folder: Path) -> tuple[Description | None, Path]:
@@ -267,10 +270,9 @@ def _without_digest(folder: Path, described: Description | None) -> Path:
             return folder / name
     if described is not None:
         raise InputError(f"{folder / names[0]}: no such file, though {CLASSIFIER} names it. Copy the whole folder.")
-    running = lock_owner(folder)
-    if running is not None:
+    if is_locked(folder):
         raise InputError(
-            f"{folder / MODEL}: no such file yet: the run in progress in this folder ({running}) has not completed its "
+            f"{folder / MODEL}: no such file yet: the run in progress in this folder has not completed its "
             "first epoch. Wait for it."
         )
     raise InputError(

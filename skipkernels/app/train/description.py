@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...folders import replace_text
-from ...store import read_object
 from ..config import TuneConfig
 from ..data import InputError, Task
+from ..untrusted import read_object
 from .environment import versions
 from .plain_config import OPEN_CLIP, save_tokenizer
 from .state_checks import check_types

@@ -13,7 +13,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from ...store import read_object
+from ..untrusted import read_object
 from .errors import argument_error
 from .plain_config import SMALL_FILES, copy_tokenizer, link_weights
 

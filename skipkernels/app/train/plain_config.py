@@ -21,7 +21,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 
 from ...folders import replace_text
-from ...store import read_object, read_regular
+from ..untrusted import read_object, read_regular
 from .sources import refused_source
 
 OPEN_CLIP = "open_clip_config.json"

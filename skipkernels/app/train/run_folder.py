@@ -16,12 +16,11 @@ from typing import Any
 
 import yaml
 
-from ...folders import replaced_folder
-from ...store import StoreError, absolute_folder, read_object, replace_text
-from ...store.lock import LOCK, OWNER, lock_owner, locked
+from ...folders import LOCK, is_locked, locked, replace_text, replaced_folder
 from ..config import TuneConfig, read_settings
 from ..data import InputError
 from ..data.files import format_names
+from ..untrusted import read_object
 from . import checkpoint
 from .description import CLASSIFIER, Description
 from .errors import argument_error
@@ -110,10 +109,6 @@ def check_writable(folder: Path, argument: str = "out", function: str = "tune") 
     Raises:
         InputError: If it can't be created or written.
     """
-    try:
-        absolute_folder(folder)
-    except StoreError as error:
-        raise InputError(f"{function}: {argument}: {error}", argument) from error
     if os.path.exists(folder) and not folder.is_dir():
         raise InputError(f"{function}: {argument}: {folder} is a file; choose a folder.", argument)
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
@@ -229,9 +224,10 @@ class RunFolder:
             )
 
     def _check_free(self) -> None:
-        running = lock_owner(self.path)
-        if running is not None:
-            raise argument_error("out", f"{self.path}: in use by {running}. Wait for it, or choose another folder.")
+        if is_locked(self.path):
+            raise argument_error(
+                "out", f"{self.path}: in use by another process. Wait for it, or choose another folder."
+            )
 
     def _resume(self, earlier: list[str]) -> None:
         found = checkpoint.find(self.path)
@@ -281,8 +277,6 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.path))
                 self._begin()
-            except StoreError as error:
-                raise argument_error("out", str(error)) from error
             except OSError as error:
                 raise argument_error("out", f"{self.path} can't be written: {error.strerror}.") from error
             yield
@@ -292,7 +286,7 @@ class RunFolder:
         """Write all files of a run in place of an earlier one; in the block, `path` is a new folder beside it."""
         self._check_free()
         path = self.path
-        with replaced_folder(path, (*_FILES, _EVENTS, LOCK, OWNER)) as self.path:
+        with replaced_folder(path, (*_FILES, _EVENTS, LOCK)) as self.path:
             try:
                 self._write(CONFIG, self._config.to_yaml())
                 yield
@@ -312,7 +306,7 @@ class RunFolder:
         else:
             for path in _files(self.path):
                 path.unlink(missing_ok=True)
-        checkpoint.remove_leftovers(self.path, (*_FILES, OWNER))
+        checkpoint.remove_leftovers(self.path, _FILES)
         self._write(CONFIG, self._config.to_yaml())
         if self.rows:
             self._write_rows()

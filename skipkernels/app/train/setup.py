@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from ...features import FeatureCache, Progress
+from ...folders import locked
 from ...options import CacheDtype, Refresh
 from ...store import MANIFEST, erase, is_store, rounded
-from ...store.lock import locked
 from ..config import TuneConfig
 from ..data import InputError, Source
 from ..data.check import without_unreadable

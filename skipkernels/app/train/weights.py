@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...digests import digest_json, digest_tensors
-from ...store import parse_object
 from ..data import InputError
 from ..methods import Method
+from ..untrusted import parse_object
 from .precision import in_bf16
 
 # Contents of a weights file, named in its metadata: a whole model that open_clip can load; the state of a method, for

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -18,8 +18,7 @@ from skipkernels.app.train import checkpoint, weights
 from skipkernels.app.train.description import Description
 from skipkernels.app.train.weights import read_metadata
 from skipkernels.digests import digest_file
-from skipkernels.store import atomic, replace_file
-from skipkernels.store.lock import locked
+from skipkernels.folders import locked
 
 
 class Killed(BaseException):
@@ -77,7 +76,7 @@ def test_save_killed_at_rename_leaves_one_epoch(tmp_path, monkeypatch, renaming,
             raise Killed
 
     monkeypatch.setattr(os, "replace", killed)
-    monkeypatch.setattr(atomic.Path, "unlink", lambda *args, **kwargs: None)  # a killed process does not clean up
+    monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", lambda self: None)  # a killed process does not clean up
     with pytest.raises(Killed):
         save(tmp_path, 2)
     monkeypatch.undo()
@@ -144,39 +143,18 @@ def test_remove_leftovers_keeps_other_files(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(OTHERS)
 
 
-class Full(io.RawIOBase):
-    """File on a disk with room for some bytes."""
-
-    def __init__(self, room: int):
-        self.room = room
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data) -> int:
-        self.room -= len(data)
-        if self.room < 0:
-            raise OSError(28, "No space left on device")
-        return len(data)
-
-
-@pytest.mark.parametrize("room", [0, 100, 2000])
-def test_save_on_full_disk_keeps_old_checkpoint(tmp_path, monkeypatch, room):
-    """torch.save raises its own error after that of the system."""
+@pytest.mark.parametrize("name", ["replace_tensors", "replaced_file"])
+def test_save_on_full_disk_keeps_old_checkpoint(tmp_path, monkeypatch, name):
     save(tmp_path, 1)
-    for name in (checkpoint.MODEL, checkpoint.STATE):
 
-        def full(path, write, name=name):
-            replace_file(path, (lambda file: write(Full(room))) if path.name.endswith(name) else write)
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "replace_file", full)
-        if name == checkpoint.MODEL and room == 2000:
-            continue
-        message = "can't be written to .*: No space left on device. The previous one, if any, is kept; free disk space"
-        with pytest.raises(InputError, match=message):
-            state = STATE | {"large": torch.zeros(1000)}
-            checkpoint.save(tmp_path, checkpoint.MODEL, {"weight": torch.full((30,), 2.0)}, {}, state)
-        assert found_epoch(tmp_path) == 1
+    monkeypatch.setattr(checkpoint, name, full)
+    message = "can't be written to .*: No space left on device. The previous one, if any, is kept; free disk space"
+    with pytest.raises(InputError, match=message):
+        checkpoint.save(tmp_path, checkpoint.MODEL, {"weight": torch.full((30,), 2.0)}, {}, STATE)
+    assert found_epoch(tmp_path) == 1
 
 
 def test_weights_of_run_without_state(tmp_path):
@@ -344,7 +322,7 @@ def test_find_names_run_in_progress(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with locked(tmp_path), pytest.raises(InputError) as caught:
         checkpoint.find(tmp_path)
-    assert "a run in progress in this folder (this process, for" in str(caught.value)
+    assert "a run in progress in this folder" in str(caught.value)
     assert "overwrite" not in str(caught.value)
     with pytest.raises(InputError, match=r"missing or damaged: .* Restore both from a copy, or .*`overwrite=True`\.$"):
         checkpoint.find(tmp_path)

@@ -26,8 +26,8 @@ from skipkernels.app.train.forward_profile import forward_milliseconds
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.precision import MixedPrecision
 from skipkernels.app.train.setup import build_task
+from skipkernels.folders import locked
 from skipkernels.optimizer import FusedSGD
-from skipkernels.store.lock import locked
 from tests.app.train.runs import files, losses, results, rows, small, without_cost
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
@@ -115,7 +115,7 @@ def test_eval_notes_run_in_progress(run, capsys):
         assert main(["eval", str(folder), "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out) == metrics["tuned"]
-    assert "note: a run is in progress in this folder (this process, for" in shown.err
+    assert "note: a run is in progress in this folder, with" in shown.err
 
 
 def test_evaluate_run_retries_renamed_weights(run, tmp_path, monkeypatch):

@@ -300,7 +300,7 @@ def test_check_room_needs_two_checkpoints(tmp_path, monkeypatch, capsys):
 
 
 def test_run_folder_refuses_second_process(tmp_path, capsys):
-    from skipkernels.store.lock import locked
+    from skipkernels.folders import locked
 
     with locked(tmp_path):
         assert "in use by" in fails([*ARGUMENTS, "--out", tmp_path], capsys)

@@ -9,9 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipkernels.store import COMPUTED, DTYPES, MANIFEST, Layout, Manifest, StoreError, Writer, digest_json
-from skipkernels.store.lock import LOCK, OWNER
-from skipkernels.store.shards import find_damage, quantise
+from skipkernels.digests import digest_json
+from skipkernels.folders import LOCK
+from skipkernels.store import (
+    COMPUTED,
+    DTYPES,
+    MANIFEST,
+    Layout,
+    Manifest,
+    StoreError,
+    Writer,
+    find_damage,
+    quantise,
+)
 
 
 def layout_of(
@@ -65,8 +75,8 @@ def fill(folder: Path, layout: Layout, **options: Any) -> list[int]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Files of a folder except those of the lock."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (LOCK, OWNER)}
+    """Files of a folder except that of the lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
 
 
 def write_manifest(folder: Path, values: Any) -> None:
@@ -83,5 +93,5 @@ def listed_shards(folder: Path) -> int:
     except StoreError as error:
         assert "no manifest.json" in str(error)
         return 0
-    assert find_damage(folder, manifest) == []
+    assert find_damage(folder, manifest) == {}
     return sum(shard is not None for shard in manifest.shards)

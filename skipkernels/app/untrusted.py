@@ -1,4 +1,4 @@
-"""Reading of untrusted files: regular files only, of bounded size, and JSON of bounded depth."""
+"""Reading of files that others may have written: regular files only, and JSON of bounded size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from ..formatting import first_line
-
-_MAX_DEPTH = 64  # levels of JSON; manifests with notes have at most 19
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -67,8 +65,6 @@ def parse_object(text: bytes | str, *, finite: bool = True) -> dict[str, Any]:
         raise ValueError(f"not JSON ({first_line(error)})") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    if not depth_at_most(value, _MAX_DEPTH):
-        raise ValueError("not JSON (nested too deeply)")
     return value
 
 
@@ -79,9 +75,3 @@ def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
         OSError: If the file cannot be read, is not regular, or is larger.
     """
     return parse_object(read_regular(path, max_bytes))
-
-
-def depth_at_most(value: Any, levels: int) -> bool:
-    """Return True if a tree of lists and dicts has at most `levels` levels."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels > 0 and all(depth_at_most(part, levels - 1) for part in parts)
