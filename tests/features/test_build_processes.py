@@ -57,7 +57,7 @@ def in_process(rank: int, folder: Path) -> int:
         build(folder / "epochs", views=1, refresh="epoch", process_group=group)
     with pytest.raises(StoreError, match="must be equal on all processes of process_group; got different ones"):
         build(folder / "other", seed=rank, process_group=group)
-    with pytest.raises(RuntimeError):  # of gloo, as in any other step of a process whose peer was killed
+    with pytest.raises(RuntimeError):  # of gloo, as in any step after a process was killed
         build(folder / "killed", Images(kill=True), process_group=group)
     return sum(images)
 
