@@ -348,33 +348,32 @@ _madvise = _system_call()
 class Store:
     """A complete store. With `verify` every byte is read and digests are compared; otherwise sizes and headers.
 
+    Attributes:
+        shape, dtype, device: Those of a gathered row.
+        bytes: Bytes on the disk, without the manifest.
+        rows_per_read: Number of rows to gather at once while the next rows are read ahead.
+
     Raises:
         StoreError: If there is no store, or it is incomplete or damaged.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> with Writer(folder, Layout(3, (1, 2), "fp32", "fp32", 2, False, {}, {})) as writer:
-        ...     writer.write(0, {"rows": torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])})
-        ...     writer.write(1, {"rows": torch.tensor([[[5.0, 6.0]]])})
-        >>> Store(folder).gather(torch.tensor([2, 0])).tolist()
-        [[[5.0, 6.0]], [[1.0, 2.0]]]
     """
 
     def __init__(self, folder: Path, *, verify: bool = False):
         self.folder = folder = folder.absolute()  # a later change of the working directory has no effect
         self.manifest = Manifest.read(folder)
+        self.layout = layout = self.manifest.layout
         if missing := self.manifest.missing:
-            done = self.layout.shards - len(missing)
+            done = layout.shards - len(missing)
             raise StoreError(
-                f"{folder}: incomplete: {done} of {self.layout.shards} shards exist. Build the rest with `resume=True`."
+                f"{folder}: incomplete: {done} of {layout.shards} shards exist. Build the rest with `resume=True`."
             )
-        for number in range(self.layout.shards):
+        for number in range(layout.shards):
             self._map(number)
         if verify and (found := self.verify()):
             raise StoreError(found[0])
-        self._stored_shape, self._row_bytes = self.layout.stored_shape, self.layout.row_bytes
-        self._token_rows_bytes = math.prod(self._stored_shape) * DTYPES[self.layout.dtype].itemsize
+        self.shape, self.dtype, self.device = layout.shape, COMPUTED[layout.computed], torch.device("cpu")
+        self.bytes = sum(shard.bytes for shard in self.manifest.shards if shard is not None)
+        self.rows_per_read = max(_ANNOUNCED // layout.row_bytes, 1)
+        self._token_rows_bytes = math.prod(layout.stored_shape) * DTYPES[layout.dtype].itemsize
         self._limit = math.inf if self.bytes < free_bytes(self.device) / 32 else _MAPPED
         self._maps: dict[int, MappedShard] = {}
         self._read = 0  # bytes read from these maps
@@ -382,31 +381,6 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         # Without the maps: another process opens its own.
         return self.__dict__ | {"_maps": {}, "_read": 0}
-
-    @property
-    def layout(self) -> Layout:
-        """Layout of the rows."""
-        return self.manifest.layout
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of a row."""
-        return self.layout.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of rows before they were stored, and of gathered rows."""
-        return COMPUTED[self.layout.computed]
-
-    @property
-    def device(self) -> torch.device:
-        """Device of gathered rows."""
-        return torch.device("cpu")
-
-    @property
-    def bytes(self) -> int:
-        """Bytes on the disk, without the manifest."""
-        return sum(shard.bytes for shard in self.manifest.shards if shard is not None)
 
     def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
         """Read every byte; return a message for each damaged file. `on_bytes` is called with the bytes of a shard."""
@@ -417,18 +391,13 @@ class Store:
         parts = [self._map(number).labels for number in range(self.layout.shards)]
         return torch.cat([part for part in parts if part is not None])
 
-    @property
-    def rows_per_read(self) -> int:
-        """Number of rows to gather at once while the next rows are read ahead."""
-        return max(_ANNOUNCED // self._row_bytes, 1)
-
     def expect(self, index: Tensor) -> None:
         """Ask the system to read rows by number [B] that will be gathered soon.
 
         Without this, rows in random order are read page by page on access, 40 times slower in a measurement. Does
         nothing for a small store that has been read once, which is in memory.
         """
-        small_and_read = self._limit == math.inf and self._read >= self.layout.rows * self._row_bytes
+        small_and_read = self._limit == math.inf and self._read >= self.layout.rows * self.layout.row_bytes
         if _madvise is None or small_and_read:
             return
         size, page = self._token_rows_bytes, mmap.PAGESIZE
@@ -444,7 +413,7 @@ class Store:
             out = torch.empty(len(index), *layout.shape, dtype=self.dtype)
         if len(index) == 0:
             return out
-        rows, numbers = out.view(len(index), *self._stored_shape), index.tolist()
+        rows, numbers = out.view(len(index), *layout.stored_shape), index.tolist()
         if not 0 <= min(numbers) <= max(numbers) < layout.rows:
             wrong = next(number for number in numbers if not 0 <= number < layout.rows)
             raise IndexError(f"gather: rows are numbered from 0 to {layout.rows - 1}; got {wrong}.")
@@ -459,7 +428,7 @@ class Store:
             out_index = None if len(by_shard) == 1 else torch.tensor(places)
             # Not `functional.gather_rows`: its checks of arguments are not needed here.
             gather_rows_out(mapped.rows, torch.tensor(chosen), mapped.token_scale, out_index, rows)
-        self._read += len(index) * self._row_bytes
+        self._read += len(index) * layout.row_bytes
         if self._read > self._limit:
             self._maps, self._read = {}, 0
         return out
@@ -524,12 +493,9 @@ class Writer:
     def __enter__(self) -> Writer:
         if self._resume and not self._overwrite and self._is_complete():
             return self
-        if self.folder.exists() and not self.folder.is_dir():
-            raise StoreError(f"{self.folder}: is a file. Choose a folder.")
         with disk_errors(self.folder), contextlib.ExitStack() as held:
+            check_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / LOCK).exists():
-                refuse_foreign_files(self.folder)  # before a lock file is created
             self._lock(held)
             self._choose_shards()
             self._check_space()
@@ -584,7 +550,6 @@ class Writer:
 
     def _choose_shards(self) -> None:
         """Find the shards to keep; refuse a store that may not be replaced."""
-        refuse_foreign_files(self.folder)
         if self._overwrite or not any(path.name[0] != "." for path in _files(self.folder)):
             return
         if not self._resume:
@@ -634,17 +599,14 @@ def is_store(folder: Path) -> bool:
     return True
 
 
-def foreign_files(folder: Path) -> list[str]:
-    """Names of entries of a folder that do not belong to a store, including shards and a manifest without a store."""
-    built = (folder / LOCK).exists() or is_store(folder)
-    files = {path for path in _files(folder) if built or path.name.startswith(".")}
-    return sorted(path.name for path in folder.iterdir() if path not in files and path.name != LOCK)
-
-
-def refuse_foreign_files(folder: Path) -> None:
-    """Raise a StoreError if a folder has files that do not belong to a store."""
-    if foreign := foreign_files(folder):
-        raise StoreError(f"{folder}: holds other files ({foreign[0]}). Choose an empty folder.")
+def check_folder(folder: Path) -> None:
+    """Raise a StoreError unless a folder is new, empty, or that of a build, in which other files are left alone."""
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder}: is a file. Choose a folder.")
+    if folder.is_dir() and not (folder / LOCK).exists() and not is_store(folder):
+        other = min((path.name for path in folder.iterdir()), default=None)
+        if other is not None:
+            raise StoreError(f"{folder}: holds other files ({other}). Choose an empty folder.")
 
 
 def leftovers(folder: Path, manifest: Manifest) -> list[Path]:

@@ -28,7 +28,7 @@ SHARD_BYTES = 128 << 20
 
 
 class Encoder:
-    """Function from images to features at the cut on the CPU, callable from any thread.
+    """Function from images to features at the cut, on the CPU.
 
     Runs a copy of the modules below the cut that shares their weights, with the autocast enabled at construction.
     """
@@ -105,7 +105,6 @@ def write_store(
     resume: bool,
     overwrite: bool,
     progress: Callable[[int], None] | bool,
-    on_loading: Callable[[], None] = lambda: None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Build a store, or with `resume` its missing shards.
@@ -114,8 +113,7 @@ def write_store(
     those of all to the manifest. An error of one process is raised there only: the others wait for the timeout of the
     group, or until torchrun ends them.
 
-    `progress` is called with the number of images after each batch, True shows a bar; `on_loading` is called when
-    worker processes have started.
+    `progress` is called with the number of images after each batch; True shows a bar.
     """
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     layout = config.layout(encode)
@@ -142,7 +140,6 @@ def write_store(
         batches = split_batches([layout.rows_of(number) for number in missing[rank::size]], config.batch_size)
         options = {"seed": config.seed, "first_view": config.first_view, "workers": config.workers}
         loaded = stack.enter_context(contextlib.closing(load_batches(config.dataset, batches, **options)))
-        on_loading()
         for start in range(0, len(missing), size):
             written = {}
             for number in missing[start : start + size][rank : rank + 1]:

@@ -89,8 +89,8 @@ class FeatureCache(Dataset):
             dtype: Storage dtype: "fp32", "fp16", "bf16" (default), or "int8" with a scale for each token (lossy).
             views: Number of views of every image, for a dataset with a random transform; default 1. Epochs cycle
                 through them. All views must have the same labels, so an iterable must keep its order.
-            refresh: "epoch" computes a new view for every epoch, as in the published method, in the background during
-                the epoch before; two epochs are on the disk. Default "never".
+            refresh: "epoch" computes a new view when an epoch begins, as in the published method, in place of that of
+                the epoch before. Default "never".
             batch_size: Images per forward pass; default 64.
             workers: Number of processes that load images; default 0: this process.
             seed: Seed of random transforms; each view of each image has its own seed, derived from it.
@@ -131,8 +131,8 @@ class FeatureCache(Dataset):
             )
         if refresh == "epoch" and process_group is not None:
             raise ValueError(
-                'FeatureCache.build: process_group must be None with refresh="epoch", which builds in the background. '
-                "Use views, or build in one process."
+                'FeatureCache.build: process_group must be None with refresh="epoch", which one process builds. Use '
+                "views, or build in one process."
             )
         if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
             raise TypeError(
@@ -327,10 +327,8 @@ class FeatureCache(Dataset):
 
     def rows_of_epoch(self, epoch: int) -> tuple[Rows, int]:
         """Return the features of an epoch, and the number of its first row."""
-        if self._epochs is not None:
-            self._epochs.check_open()
-            if epoch != self._epoch:
-                self._rows, self._epoch = self._epochs.store(epoch), epoch
+        if self._epochs is not None and epoch != self._epoch:
+            self._rows, self._epoch = self._epochs.store(epoch), epoch
         return self._rows, epoch % self.views * len(self)
 
     def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
@@ -338,7 +336,7 @@ class FeatureCache(Dataset):
         return [] if self.store is None else self.store.verify(on_bytes)
 
     def close(self) -> None:
-        """Stop the computation of the next epoch. Complete shards stay; loaders cannot start another epoch."""
+        """Release the folder of a cache with refresh="epoch"; its loaders cannot start another epoch."""
         if self._epochs is not None:
             self._epochs.close()
 

@@ -20,28 +20,10 @@ Encode = Callable[[Tensor], Tensor]
 class MemoryRows:
     """Rows [n, *shape] in a tensor, `rows`, with the interface of a `Store`."""
 
+    rows_per_read = 0  # no limit
+
     def __init__(self, rows: Tensor):
-        self.rows = rows
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of a row."""
-        return tuple(self.rows.shape[1:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of a row."""
-        return self.rows.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the rows."""
-        return self.rows.device
-
-    @property
-    def rows_per_read(self) -> int:
-        """Return 0: no limit."""
-        return 0
+        self.rows, self.shape, self.dtype, self.device = rows, tuple(rows.shape[1:]), rows.dtype, rows.device
 
     def expect(self, index: Tensor) -> None:
         """Do nothing: the rows are in memory."""

@@ -10,41 +10,18 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..store import Store
+from .in_memory import MemoryRows
 from .samplers import BatchSampler
 
+Rows = Store | MemoryRows
 Pair = tuple[Tensor, Tensor]
-
-
-class Rows(Protocol):
-    """Rows of features by number, in a store or in memory."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of a row."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of a gathered row."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of a gathered row."""
-
-    @property
-    def rows_per_read(self) -> int:
-        """Number of rows to gather at once while more are expected; 0: no limit."""
-
-    def expect(self, index: Tensor) -> None:
-        """Announce that rows by number [B] will be gathered soon."""
-
-    def gather(self, index: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Gather rows [B, *shape] by number [B], into `out` if given."""
 
 
 class _Piece(NamedTuple):

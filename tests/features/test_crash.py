@@ -11,7 +11,6 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -262,20 +261,3 @@ def test_repair_warning_points_at_the_call_of_build(tmp_path):
     with pytest.warns(UserWarning, match=r"00001.safetensors: damaged: 4 bytes .* It is rebuilt\.") as caught:
         FeatureCache.build(tmp_path, clip, images, resume=True, **options)
     assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
-
-
-def test_failed_epoch_is_retried(tmp_path):
-    dataset = Failing(tmp_path / "asked", at=2)  # in the background
-    with build(tmp_path / "store", dataset=dataset, refresh="epoch") as cache:
-        with pytest.raises(StoreError, match="a bad sector"):
-            cache.rows_of_epoch(1)
-        rows, _ = cache.rows_of_epoch(1)
-        assert rows.labels().equal(torch.arange(IMAGES))
-
-
-def test_close_in_another_thread_releases_the_folder(tmp_path):
-    cache = build(tmp_path, refresh="epoch")
-    closing = threading.Thread(target=cache.close)
-    closing.start()
-    closing.join()
-    build(tmp_path, refresh="epoch").close()
