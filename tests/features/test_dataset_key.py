@@ -23,8 +23,9 @@ from torchvision.transforms import v2
 
 import skipkernels as sk
 from skipkernels.app.data import DatasetImages, LabelledImages
+from skipkernels.digests import digest_json
 from skipkernels.features.dataset_key import dataset_key, sample_images
-from skipkernels.store import StoreError, digest_json
+from skipkernels.store import StoreError
 
 LONG_AGO = 1_000_000_000_000_000_000  # ns; a file written now has another time
 COUNT = 40  # images, of which 0, 3, 9, 24, 28, 34 and 39 are sampled, among others
