@@ -401,25 +401,6 @@ def test_one_shot_iterable_is_not_sampled(tmp_path):
     sk.FeatureCache.open(tmp_path, dataset=OneShot())
 
 
-class Opened(Numbered):
-    """Opens a file in the first process that loads an image, and must not be used in another."""
-
-    def __init__(self):
-        super().__init__()
-        self._process: int | None = None
-
-    def __getitem__(self, item: int) -> tuple[Any, int]:
-        self._process = self._process or os.getpid()
-        assert self._process == os.getpid(), "opened in another process"
-        return super().__getitem__(item)
-
-
-def test_workers_get_the_dataset_unopened(tmp_path):
-    dataset = Opened()
-    build(tmp_path, dataset, workers=1)
-    assert dataset._process is None
-
-
 @pytest.mark.parametrize("samples", [None, [], [{}] * 8, {"item": 0}], ids=["none", "empty", "without item", "dict"])
 def test_store_without_samples_is_refused(tmp_path, samples):
     build(tmp_path)
@@ -431,16 +412,3 @@ def test_store_without_samples_is_refused(tmp_path, samples):
     sk.FeatureCache.open(tmp_path, skip_clip())
     with pytest.raises(StoreError, match="its manifest has no samples of such a dataset. Build another cache"):
         sk.FeatureCache.open(tmp_path, dataset=images())
-
-
-def test_differences_are_named(tmp_path):
-    build(tmp_path, images(9))
-    relabelled = TensorDataset(images(9).tensors[0], torch.zeros(9, dtype=torch.int64))
-    for dataset, message in (
-        (images(8), r"differs in number of images \(9 there, 8 here\)\. Build"),
-        (relabelled, r"differs in labels\. Build another cache"),
-        (Subset(images(10), range(9)), r"differs in images \(not listed there, \w+ here\)\. The name, size"),
-        (images(9, seed=1), "item 0 of the dataset has another image"),
-    ):
-        with pytest.raises(StoreError, match=message):
-            sk.FeatureCache.open(tmp_path, dataset=dataset)

@@ -165,13 +165,6 @@ def test_buffers_are_reused(cache, prefetch):
     assert len(places) <= 2 + (prefetch and prefetch + 1) < 4 * len(loader)
 
 
-def test_buffer_of_a_smaller_batch_is_not_reused_for_a_larger_one(cache, rows):
-    loader = cache.loader(sampler=[[0], [1, 2, 3], [4], [5, 6, 7, 8]], prefetch=0)
-    for _ in range(3):
-        for (features, _), batch in zip(loader, loader.sampler, strict=True):
-            assert features.equal(rows[batch])
-
-
 # ---- reading thread -----------------------------------------------------------------------------------
 
 
@@ -184,13 +177,6 @@ def test_break_ends_the_thread_and_a_new_loop_is_complete(cache, rows, prefetch)
             break
     assert not threads()
     assert torch.cat([features for features, _ in loader]).equal(rows)
-    assert not threads()
-
-
-def test_error_in_the_loop_ends_the_thread(cache):
-    with pytest.raises(ZeroDivisionError):
-        for _ in cache.loader(2, "sequential"):
-            raise ZeroDivisionError
     assert not threads()
 
 

@@ -75,19 +75,6 @@ def test_epochs_differ_and_seeds_reproduce(kind):
     assert epochs(1) != [first, second]
 
 
-def test_class_pure_batches_are_shuffled():
-    orders = [
-        [batch[0] // 4 for batch in sampler([item // 4 for item in range(24)], 4, "class_pure", seed=seed)]
-        for seed in range(3)
-    ]
-    assert all(sorted(order) == list(range(6)) != order for order in orders)
-
-
-def test_default_generator_has_seed_0():
-    labels = torch.zeros(9, dtype=torch.int64)
-    assert list(BatchSampler(labels, 2, "random")) == list(sampler([0] * 9, 2, "random"))
-
-
 # ---- states ----------------------------------------------------------------------------------------------------
 
 
@@ -126,18 +113,6 @@ def test_state_after_the_last_batch(kind):
     assert list(iterator) == [] and list(started) == list(resumed)
 
 
-def test_state_resumed_twice_in_an_epoch():
-    expected = list(sampler([0] * 12, 2, "random"))
-    first = sampler([0] * 12, 2, "random")
-    assert take(first, 2) == expected[:2]
-    second = sampler([0] * 12, 2, "random", seed=8)
-    second.load_state_dict(first.state_dict())
-    assert take(second, 3) == expected[2:5]
-    third = sampler([0] * 12, 2, "random", seed=9)
-    third.load_state_dict(second.state_dict())
-    assert list(third) == expected[5:]
-
-
 def test_unfinished_epoch_is_followed_by_a_complete_one():
     broken = sampler([0] * 12, 2, "random")
     take(broken, 2)
@@ -160,51 +135,24 @@ OWN = {"labels": [0, 1] * 6, "batch_size": 2, "kind": "class_pure"}
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ({"batch_size": 3}, "batch_size=2, and this sampler has 3"),
-        ({"kind": "random"}, "kind='class_pure', and this sampler has 'random'"),
-        ({"world_size": 2}, "world_size=1, and this sampler has 2"),
-        ({"labels": [0, 1] * 7}, "images=12, and this sampler has 14"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_state_of_another_sampler_is_refused(other, message):
-    started, here = sampler(**OWN), sampler(**OWN | other)
-    take(started, 2)
-    with pytest.raises(ValueError, match=rf"^BatchSampler\.load_state_dict: the state is of {message}\. Use the same"):
-        here.load_state_dict(started.state_dict())
-    assert list(here) == list(sampler(**OWN | other)), "nothing has changed"
-
-
-@pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"batch_size": 3}, "the state is of batch_size=3, and this sampler has 2. Use the same"),
+        ({"kind": "random"}, "the state is of kind='random', and this sampler has 'class_pure'"),
+        ({"images": 14}, "the state is of images=14, and this sampler has 12"),
         ({"batches": 10**6}, "batches from 0 to 6; got 0 and 1000000"),
-        ({"batches": -1}, "batches from 0 to 6; got 0 and -1"),
         ({"batches": "2"}, "batches from 0 to 6; got 0 and '2'"),
         ({"epoch": -1}, "epoch must be at least 0, .*; got -1 and 0"),
-        ({"epoch": None}, "epoch must be at least 0, .*; got None and 0"),
-        ({"generator": torch.zeros(3, dtype=torch.uint8)}, "generator must be a generator state: "),
         ({"generator": "seed"}, "generator must be a generator state: "),
+        (None, "state must be a result of BatchSampler.state_dict"),
     ],
-    ids=lambda value: "-".join(map(str, next(iter(value.items()))[:1])) if isinstance(value, dict) else "",
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_invalid_state_is_refused(change, message):
     here = sampler(**OWN)
     with pytest.raises(ValueError, match=rf"^BatchSampler\.load_state_dict: .*{message}"):
-        here.load_state_dict(here.state_dict() | change)
+        here.load_state_dict({} if change is None else here.state_dict() | change)
     assert list(here) == list(sampler(**OWN)), "nothing has changed"
-
-
-@pytest.mark.parametrize("missing", ["kind", "batch_size", "world_size", "images", "epoch", "batches", "generator"])
-def test_incomplete_state_is_refused(missing):
-    here = sampler(**OWN)
-    state = here.state_dict()
-    del state[missing]
-    for none in (state, {}, None, []):
-        with pytest.raises(ValueError, match="state must be a result of BatchSampler.state_dict"):
-            here.load_state_dict(none)
 
 
 @pytest.mark.parametrize(
