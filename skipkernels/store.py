@@ -293,12 +293,12 @@ def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> Mapped
         if size != shard.bytes:
             raise ValueError(f"damaged: {size} bytes instead of {shard.bytes}")
         with safe_open(path, "pt") as file:
-            name = (file.metadata() or {}).get(_SHARD, "")
+            identity = (file.metadata() or {}).get(_SHARD, "")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # views of its memory map
         if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} != layout.tensors_of(number):
             raise ValueError("damaged: its tensors do not match the manifest")
-        if name != f"{number} of {layout.digest}":
-            raise ValueError(f"is shard {name.partition(' ')[0] or 'of another program'}, or of another store")
+        if identity != f"{number} of {layout.digest}":
+            raise ValueError(f"is shard {identity.partition(' ')[0] or 'of another program'}, or of another store")
         return MappedShard(**tensors)
     except FileNotFoundError:
         fault = "missing"
@@ -311,7 +311,9 @@ def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> Mapped
     raise StoreError(f"{path}: {fault}. Build it again with `resume=True`.")
 
 
-def find_damage(folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] = lambda count: None) -> dict:
+def find_damage(
+    folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] = lambda count: None
+) -> dict[int, str]:
     """Read every byte of all shards; return a message for each damaged shard, by number."""
     found: dict[int, str] = {}
     for number, shard in enumerate(manifest.shards):

@@ -205,7 +205,7 @@ class FeatureCache(Dataset):
         layout = store.layout
         found = [layout.fingerprint.get(name) for name in ("number of images", "number of views", "seed")]
         items, views, seed = (value if isinstance(value, int) else 0 for value in found)
-        if items * views != layout.rows or not layout.labelled:
+        if items < 1 or items * views != layout.rows or not layout.labelled:
             raise StoreError(f"{folder}: this store does not hold features of images.")
         if clip is not None:
             expected = fingerprint.of_model(clip) | {"autocast": Encoder(clip).precision}
