@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
@@ -12,6 +13,8 @@ from rich.text import Text
 from .._progress import Output
 from ..formatting import escaped
 
+_UNLIMITED = 10_000  # columns
+
 
 def plain(text: object, style: str = "") -> Text:
     """Return `escaped` text as a rich text, without markup, emoji codes and highlighting."""
@@ -19,11 +22,16 @@ def plain(text: object, style: str = "") -> Text:
 
 
 class Terminal(Console):
-    """Rich console on an `Output` that shows every string like `plain`, but keeps line breaks."""
+    """Rich console on an `Output` that shows every string like `plain`, but keeps line breaks.
+
+    In a pipe or a file, tables are as wide as their content, unless COLUMNS is set.
+    """
 
     def __init__(self, file: IO[str] | None, **options: Any):
         self.output = Output(file)
         super().__init__(file=cast(IO[str], self.output), markup=False, emoji=False, highlight=False, **options)
+        if not self.is_terminal and "width" not in options and "COLUMNS" not in os.environ:
+            self.width = _UNLIMITED
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Render a string without markup."""

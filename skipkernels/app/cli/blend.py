@@ -28,11 +28,7 @@ class BlendCommand:
     trust: Trust = False
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Blend, and print the accuracy by alpha. Returns 0.
-
-        Raises:
-            InputError: If there is no such run, or an option is invalid.
-        """
+        """Blend, and print the accuracy by alpha. Returns 0."""
         from skipkernels.app.serve import blend
         from skipkernels.app.train.run_folder import blended_folder
 

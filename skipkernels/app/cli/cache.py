@@ -20,7 +20,7 @@ from skipkernels.app.option_groups import (
 )
 from skipkernels.options import CacheDtype, Precision
 
-from .interrupt import on_interrupt
+from .errors import on_interrupt
 from .options import tune_config
 
 

@@ -35,11 +35,7 @@ class CheckCommand:
     """File of all findings, .csv or .json. By default the first of each kind are printed."""
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Check the dataset. Returns 0, or 1 if a file could not be read.
-
-        Raises:
-            InputError: If there is no such dataset, or the file of the findings can't be written.
-        """
+        """Check the dataset. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data import InputError, open_source
         from skipkernels.app.data.check import Finding, facts, findings
         from skipkernels.app.serve.output import check_file

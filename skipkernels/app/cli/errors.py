@@ -1,18 +1,72 @@
-"""Translation of the library's error messages for the command line: flags for names of Python arguments."""
+"""Errors and interruptions of a command: flags in place of Python arguments, messages, and exit codes."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+import signal
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+from typing import Any
 
-from skipkernels.app.config import TuneConfig
+from skipkernels.app import option_groups
+from skipkernels.app.train.signals import handled
+from skipkernels.formatting import first_line
 
 _FLAGS = {"templates": "template", "text_cache": "cache"}  # Python argument → flag, where they differ
 _POSITIONAL = {"run": "RUN", "images": "IMAGES"}  # Python argument → its name in the usage
-_OTHERS = ("sort_into", "push")  # in messages, and not a field of TuneConfig
-_ARGUMENTS = "|".join([*(field.name for field in dataclasses.fields(TuneConfig)), *_FLAGS, *_OTHERS])
+_GROUPS = filter(dataclasses.is_dataclass, vars(option_groups).values())
+_SETTINGS = [field.name for group in _GROUPS for field in dataclasses.fields(group)]
+_ARGUMENTS = "|".join([*_SETTINGS, *_FLAGS, "sort_into", "push"])
 _FUNCTION = r"^([^:]+: )?(?:[a-z_]\w*|[A-Z]\w*(?:\.\w+)?): "  # optionally after a prefix, such as the name of a variant
 _ONLY_IN_PYTHON = ", or a tuple (image, text) of either"  # values of skip_layers
+
+
+class Terminated(KeyboardInterrupt):
+    """Interruption by SIGTERM (a cluster ends the job) or SIGHUP (the terminal closes), not by Ctrl-C."""
+
+    number: int = signal.SIGTERM
+
+
+def _terminate(number: int, frame: Any) -> None:
+    error = Terminated()
+    error.number = number
+    raise error
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM and SIGHUP."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup
+    with handled([signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP], _terminate):
+        yield
+
+
+@contextlib.contextmanager
+def on_interrupt(message: str) -> Iterator[None]:
+    """Set the message of a `KeyboardInterrupt` that is raised in the block."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.args = (message,)
+        raise
+
+
+def failure(error: Exception) -> tuple[int, str, str] | None:
+    """Return exit code, kind and message of an expected error; None if it is a bug, to be shown with its traceback."""
+    from skipkernels.app.data import InputError
+    from skipkernels.memory import out_of_memory
+    from skipkernels.store import StoreError
+
+    if isinstance(error, (InputError, StoreError, MemoryError)):
+        return 2, "error", with_flags(error) or "out of memory"
+    if isinstance(error, RuntimeError) and out_of_memory(error):
+        return 2, "error", f"out of memory ({first_line(error)})"
+    worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    if worker or isinstance(error, (FloatingPointError, OSError, BrokenExecutor)):
+        return 1, "failed", with_flags(error)
+    return None
 
 
 def with_flags(error: BaseException) -> str:
@@ -30,8 +84,6 @@ def with_flags(error: BaseException) -> str:
     '--cache keeps features at the cut; with --skip-layers 0 there is no cut.'
     >>> with_flags(InputError("full: open_source: no dataset 'x'.", "data"))
     "full: --data: no dataset 'x'."
-    >>> with_flags(ValueError('SkipCLIP: attention="xformers" cannot be used: there is no GPU.'))
-    '--attention xformers cannot be used: there is no GPU.'
     >>> with_flags(InputError("config.yaml: seed must be an integer; got 'a'."))
     "config.yaml: seed must be an integer; got 'a'."
     """

@@ -34,29 +34,30 @@ class EvalCommand:
     trust: Trust = False
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Evaluate, and print the accuracy. Returns 0.
-
-        Raises:
-            InputError: If there is no such run, or an option is invalid.
-        """
+        """Evaluate, and print the accuracy. Returns 0."""
         from rich.table import Table
 
-        from skipkernels.app.train import epochs_left
+        from skipkernels.app.data import InputError
+        from skipkernels.app.train import epochs_left, evaluate_run
+        from skipkernels.app.train.checkpoint import DELTA, MODEL
         from skipkernels.app.train.processes import is_first
         from skipkernels.folders import is_locked
 
-        folder, accuracies = self._evaluate(err)
+        is_file = self.run.suffix == ".safetensors"
+        if is_file and self.run.name not in (MODEL, DELTA):
+            raise InputError(f"eval: RUN must be the folder of a run, or the {MODEL} or {DELTA} in it; got {self.run}.")
+        folder = self.run.parent if is_file else self.run
+        options = ("device", "data", "root", "protocol", "classes", "trust")
+        accuracies = evaluate_run(folder, **{name: getattr(self, name) for name in options}, console=err)
         if not is_first():
             return 0
         left = epochs_left(folder)
         if is_locked(folder):
             err.print(f"note: a run is in progress in this folder, with {left} epochs left")
         elif left:
-            err.print(
-                f"note: the run was interrupted with {left} epoch{'s' if left > 1 else ''} left; resume it with "
-                f"skipkernels tune --resume {folder}",
-                soft_wrap=True,
-            )
+            epochs = f"{left} epoch{'s' if left > 1 else ''}"
+            resume = f"skipkernels tune --resume {folder}"
+            err.print(f"note: the run was interrupted with {epochs} left; resume it with {resume}", soft_wrap=True)
         if self.json:
             out.print(json.dumps(accuracies), soft_wrap=True)
             return 0
@@ -66,24 +67,3 @@ class EvalCommand:
             table.add_row(key, number(value, ".2f"))
         out.print(table)
         return 0
-
-    def _evaluate(self, err: Terminal) -> tuple[Path, dict[str, float | None]]:
-        """Return the folder of the run and its accuracies."""
-        from skipkernels.app.data import InputError
-        from skipkernels.app.train import evaluate_run
-        from skipkernels.app.train.checkpoint import DELTA, MODEL
-
-        is_file = self.run.suffix == ".safetensors"
-        if is_file and self.run.name not in (MODEL, DELTA):
-            raise InputError(f"eval: RUN must be the folder of a run, or the {MODEL} or {DELTA} in it; got {self.run}.")
-        folder = self.run.parent if is_file else self.run
-        return folder, evaluate_run(
-            folder,
-            device=self.device,
-            data=self.data,
-            root=self.root,
-            protocol=self.protocol,
-            classes=self.classes,
-            trust=self.trust,
-            console=err,
-        )

@@ -31,18 +31,14 @@ class ExportCommand:
     trust: Trust = False
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Export, and print the files. Returns 0.
-
-        Raises:
-            InputError: If there is no such run, or an option is invalid.
-        """
+        """Export, and print the files. Returns 0."""
         from skipkernels.app.data import InputError
         from skipkernels.app.serve import export
 
         if self.public and self.push is None:
             raise InputError("export: public has no effect without `push`; leave it out.", "public")
-        options: dict[str, Any] = {"overwrite": self.overwrite, "push": self.push, "private": not self.public}
-        done = export(self.run, self.to, self.out, trust=self.trust, **options)
+        options: dict[str, Any] = {"overwrite": self.overwrite, "push": self.push, "trust": self.trust}
+        done = export(self.run, self.to, self.out, private=not self.public, **options)
         for note in done.notes:
             err.print(f"note: {note}", soft_wrap=True)
         out.print(f"{done.folder}: {' '.join(done.files)}", soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -12,9 +12,7 @@ from skipkernels.app.console import Terminal
 
 @dataclasses.dataclass(frozen=True)
 class ModelsCommand:
-    """List the models for --model and their weights for --pretrained. Downloads nothing. Piped, a line has the columns
-    model, image tower, text tower, activation and weights, with tabs between them.
-    """
+    """List the models for --model and their weights for --pretrained. Downloads nothing."""
 
     filter: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILTER")]] = ""
     """Part of the name of a model or of its weights, in any case of letters."""
@@ -28,34 +26,25 @@ class ModelsCommand:
         from skipkernels.app.train.model import known_models
 
         wanted = self.filter.lower()
-        found = {
-            name: model
-            for name, model in known_models().items()
-            if wanted in " ".join([name, *model["weights"]]).lower()
-        }
+        models = known_models().items()
+        found = {name: model for name, model in models if wanted in " ".join([name, *model["weights"]]).lower()}
         if self.json:
             out.print_json(data=found)
-            return 0 if found else 1
-        if not found:
-            err.print(f"no model or weights with {self.filter!r} in the name")
-            return 1
-        if out.is_terminal:
+        elif found:
             heads = (Column("model", no_wrap=True), "image tower", "text tower", "activation")
             table = Table(*heads, Column("weights", no_wrap=True))
             for name, model in found.items():
-                columns = (model["image"], model["text"], model["activation"], "\n".join(model["weights"]) or "–")
-                table.add_row(name, *columns)
+                weights = "\n".join(model["weights"]) or "–"
+                table.add_row(name, model["image"], model["text"], model["activation"], weights)
             out.print(table)
+            err.print(
+                "The blocks of a ViT and of a transformer are fused; others run their own forward. Other weights: "
+                "--pretrained FILE or random; --model hf-hub:ORG/NAME or local-dir:DIR has its own weights.",
+                soft_wrap=True,
+            )
         else:
-            for name, model in found.items():
-                columns = (model["image"], model["text"], model["activation"], " ".join(model["weights"]))
-                out.file.write("\t".join((name, *columns)) + "\n")
-        err.print(
-            "The blocks of a ViT and of a transformer are fused; others run their own forward. Other weights: "
-            "--pretrained FILE or random; --model hf-hub:ORG/NAME or local-dir:DIR has its own weights.",
-            soft_wrap=True,
-        )
-        return 0
+            err.print(f"no model or weights with {self.filter!r} in the name")
+        return 0 if found else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +58,14 @@ class DatasetsCommand:
         """Print the kinds. Returns 0."""
         from skipkernels.app.data.registry import source_kinds
 
-        kinds: dict[str, dict[str, Any]] = {
-            name: {"usage": kind.usage, "about": kind.about, "example": kind.example}
-            for name, kind in source_kinds().items()
-        }
+        kinds = source_kinds()
         if self.json:
-            out.print_json(data=kinds)
+            parts = ("usage", "about", "example")
+            out.print_json(data={name: {part: getattr(kind, part) for part in parts} for name, kind in kinds.items()})
             return 0
         for kind in kinds.values():
-            out.print(kind["usage"].replace("`root`", "--root"), style="bold", soft_wrap=True)
-            example = f"skipkernels tune {kind['example']}" if kind["example"] else ""
-            for line in filter(None, (kind["about"], example)):
+            out.print(kind.usage.replace("`root`", "--root"), style="bold", soft_wrap=True)
+            example = f"skipkernels tune {kind.example}" if kind.example else ""
+            for line in filter(None, (kind.about, example)):
                 out.print(f"    {line}", soft_wrap=True)
         return 0

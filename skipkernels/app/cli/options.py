@@ -56,24 +56,6 @@ class Options:
     output: OutputOptions = OutputOptions()
 
 
-@dataclasses.dataclass(frozen=True)
-class StudyRunOptions(RunOptions):
-    """Device."""
-
-    seed: tyro.conf.Suppress[int] = RunOptions.seed
-
-
-@dataclasses.dataclass(frozen=True)
-class StudyOutputOptions(OutputOptions):
-    """Output folder."""
-
-    out: Path | None = None
-    """Folder of the results. By default a folder in runs/ named after the study, data and model."""
-    overwrite: bool = False
-    """Run completed runs again."""
-    resume: tyro.conf.Suppress[bool] = False
-
-
 def tune_config(options: Any, **changes: Any) -> TuneConfig:
     """Convert the options of a command to the configuration of a run.
 
@@ -82,14 +64,14 @@ def tune_config(options: Any, **changes: Any) -> TuneConfig:
     from skipkernels.app.config import TuneConfig
 
     names = {field.name for field in dataclasses.fields(TuneConfig)}
-    return TuneConfig(**{name: value for name, value in settings(options).items() if name in names} | changes)
+    return TuneConfig(**{name: value for name, value in _settings(options).items() if name in names} | changes)
 
 
-def settings(options: Any) -> dict[str, Any]:
-    """Collect the options of a command and of its option groups by name."""
+def _settings(options: Any) -> dict[str, Any]:
+    """Options of a command and of its option groups, by name."""
     found: dict[str, Any] = {}
     for name, value in vars(options).items():
-        found |= settings(value) if dataclasses.is_dataclass(value) else {name: value}
+        found |= _settings(value) if dataclasses.is_dataclass(value) else {name: value}
     return found
 
 
@@ -106,14 +88,10 @@ def replaced(options: Any, values: dict[str, Any]) -> Any:
 
 @REGISTRY.struct_rule
 def _plain_help(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
-    """Hide "(default: None)", because help texts state the default, and join the lines of help texts.
-
-    tyro calls this rule for every dataclass. `get_struct_spec` applies tyro's own rule, and `_in_rule` prevents it from
-    calling this one again.
-    """
+    """Hide "(default: None)", because help texts state the default, and join the lines of help texts."""
     if _in_rule or not dataclasses.is_dataclass(info.type):
         return None
-    _in_rule.append(True)
+    _in_rule.append(True)  # tyro's own rule is applied now
     try:
         spec = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
     finally:
@@ -133,13 +111,8 @@ def _plain_field(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.
 
     annotated: Any = field.type
     if field.default is None or field.default == ():
-        annotated = Annotated[annotated, tyro.conf.arg(help_behavior_hint="", metavar=_metavar(annotated))]
+        tuples = [hint for hint in (annotated, *typing.get_args(annotated)) if typing.get_origin(hint) is tuple]
+        item = typing.get_args(tuples[0])[0] if tuples else None
+        metavar = f"[{getattr(item, '__name__', 'number').upper()} ...]" if tuples else None
+        annotated = Annotated[annotated, tyro.conf.arg(help_behavior_hint="", metavar=metavar)]
     return dataclasses.replace(field, type=annotated, helptext=helptext)
-
-
-def _metavar(hint: Any) -> str | None:
-    """Placeholder of an option with several values, such as [INT ...]; None for other options."""
-    for option in (hint, *typing.get_args(hint)):
-        if typing.get_origin(option) is tuple:
-            return f"[{getattr(typing.get_args(option)[0], '__name__', 'number').upper()} ...]"
-    return None

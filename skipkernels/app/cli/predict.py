@@ -7,7 +7,6 @@ import dataclasses
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,8 +19,8 @@ from skipkernels.options import Precision
 from .options import Run, Trust
 
 if TYPE_CHECKING:
-    from skipkernels.app.serve import Predictions
-    from skipkernels.app.serve.output import Row
+    from skipkernels.app.serve import Classifier, Predictions
+    from skipkernels.app.serve.output import PartialRows, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,46 +78,21 @@ class PredictCommand:
     compute: PredictComputeOptions = PredictComputeOptions()
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Classify the images. Returns 0, or 1 if a file could not be read.
-
-        Raises:
-            InputError: If there is no such run, there are no images, or an option is invalid.
-        """
-        from skipkernels.app.data import InputError
+        """Classify the images. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data.files import format_others
-        from skipkernels.app.serve import Classifier
-        from skipkernels.app.serve.classifier import check_counts
-        from skipkernels.app.serve.loading import described_weights
-        from skipkernels.app.serve.output import PartialRows, SortedFolders, check_file, contact_sheet, lines
-        from skipkernels.app.train.description import NOT_CALIBRATED
+        from skipkernels.app.serve.output import SortedFolders, contact_sheet, lines
         from skipkernels.folders import replace_text
 
-        results, compute = self.results, self.compute
-        if results.link and results.sort_into is None:
-            raise InputError("predict: link has no effect without `sort_into`; leave it out.", "link")
-        if results.resume and results.out is None and results.sort_into is None:
-            raise InputError("predict: resume has no effect without `out` or `sort_into`; leave it out.", "resume")
-        for name in ("out", "contact_sheet"):
-            path = getattr(results, name)
-            if path is not None:
-                check_file(path, name)
-        form = results.format or _format(results.out)
-        check_counts(top=results.top, batch_size=compute.batch_size, workers=compute.workers)
+        results, form = self.results, self._checked_format()
         images, others = self._images()
-        classifier = Classifier.load(
-            self.run,
-            classes=None if results.classes is None else _names(results.classes),
-            templates=results.template,
-            device=compute.device,
-            precision=compute.precision,
-            trust=compute.trust,
-        )
+        classifier = self._load()
+        top = min(results.top, len(classifier.classes))
         folders = None
         if results.sort_into is not None:
             classes = classifier.classes
             folders = SortedFolders(results.sort_into, classes, link=results.link, resume=results.resume)
-        top = min(results.top, len(classifier.classes))
         best: list[tuple[str, str, float]] = []
+        unreadable = 0
 
         def keep(rows: Iterable[Row]) -> None:
             for name, found in rows:
@@ -126,20 +100,14 @@ class PredictCommand:
                 if folders is not None:
                     folders.add(name, found[0][0])
 
-        rows = None
-        if results.out is not None:
-            run = self.run.expanduser()
-            weights = described_weights(run)[1]
-            identity = [str(weights.resolve()), weights.stat().st_mtime_ns, classifier.classes, results.template]
-            rows = PartialRows(results.out, [*identity, top, compute.precision], resume=results.resume)
-            keep(rows)
+        rows = self._partial_rows(classifier, top)
+        keep(rows or ())
         left = images if rows is None else [name for name in images if name not in rows.done]
-        options: dict[str, Any] = {"top": top, "batch_size": compute.batch_size, "workers": compute.workers}
-        unreadable = 0
 
-        def parts() -> Iterator[Predictions]:
+        def parts(advance: Callable[[int], object]) -> Iterator[Predictions]:
             nonlocal unreadable
-            for part in classifier.predict_batches(left, unreadable="skip", **options):
+            options: dict[str, Any] = {"batch_size": self.compute.batch_size, "workers": self.compute.workers}
+            for part in classifier.predict_batches(left, top=top, unreadable="skip", **options):
                 for name, reason in part.unreadable.items():
                     err.print(f"skipped {name}: {reason}", soft_wrap=True)
                 unreadable += len(part.unreadable)
@@ -152,15 +120,14 @@ class PredictCommand:
         try:
             with progress("images", len(images)) as advance:
                 advance(len(images) - len(left))
-                if rows is None:
-                    # A terminal shows names literally; a file gets them as they are.
-                    show: Callable[[str], Any] = (
-                        partial(out.print, end="", soft_wrap=True) if out.is_terminal else out.file.write
-                    )
-                    for text in lines(parts(), form, top):
-                        show(text)
+                if rows is not None:
+                    deque(parts(advance), maxlen=0)
                 else:
-                    deque(parts(), maxlen=0)
+                    for text in lines(parts(advance), form, top):
+                        if out.is_terminal:  # shows names literally; a file gets them as they are
+                            out.print(text, end="", soft_wrap=True)
+                        else:
+                            out.file.write(text)
         except BaseException:
             where = ""
             if rows is not None:
@@ -175,12 +142,65 @@ class PredictCommand:
             replace_text(results.contact_sheet, contact_sheet(best, f"Predictions of {self.run.resolve().name}"))
         if others:
             err.print(format_others(others), soft_wrap=True)
-        how = "calibrated on held-out images" if classifier.calibrated else NOT_CALIBRATED
-        if not classifier.calibrated and (results.classes is not None or results.template is not None):
-            how = "not calibrated: only those of the run's own classes and prompts are"
         skipped = f", {unreadable:,} skipped" if unreadable else ""
-        err.print(f"{len(best):,} images classified{skipped}; probabilities are {how}", soft_wrap=True)
+        calibration = self._calibration(classifier)
+        err.print(f"{len(best):,} images classified{skipped}; probabilities are {calibration}", soft_wrap=True)
         return 1 if unreadable else 0
+
+    def _checked_format(self) -> Literal["csv", "json"]:
+        """Check the options, and return the format of the results."""
+        from skipkernels.app.data import InputError
+        from skipkernels.app.serve.classifier import check_counts
+        from skipkernels.app.serve.output import check_file
+
+        results, compute = self.results, self.compute
+        if results.link and results.sort_into is None:
+            raise InputError("predict: link has no effect without `sort_into`; leave it out.", "link")
+        if results.resume and results.out is None and results.sort_into is None:
+            raise InputError("predict: resume has no effect without `out` or `sort_into`; leave it out.", "resume")
+        for name in ("out", "contact_sheet"):
+            path = getattr(results, name)
+            if path is not None:
+                check_file(path, name)
+        check_counts(top=results.top, batch_size=compute.batch_size, workers=compute.workers)
+        ending = ".csv" if results.out is None else results.out.suffix.lower()
+        if results.format is None and ending not in (".csv", ".json"):
+            message = f"predict: out must end in .csv or .json; got {results.out}. Or choose a --format."
+            raise InputError(message, "out")
+        return results.format or ("json" if ending == ".json" else "csv")
+
+    def _load(self) -> Classifier:
+        from skipkernels.app.serve import Classifier
+
+        return Classifier.load(
+            self.run,
+            classes=None if self.results.classes is None else _names(self.results.classes),
+            templates=self.results.template,
+            device=self.compute.device,
+            precision=self.compute.precision,
+            trust=self.compute.trust,
+        )
+
+    def _partial_rows(self, classifier: Classifier, top: int) -> PartialRows | None:
+        """Rows of --out, with those of an interrupted command if it is resumed."""
+        from skipkernels.app.serve.loading import described_weights
+        from skipkernels.app.serve.output import PartialRows
+
+        if self.results.out is None:
+            return None
+        weights = described_weights(self.run.expanduser())[1]
+        identity = [str(weights.resolve()), weights.stat().st_mtime_ns, classifier.classes, self.results.template]
+        identity += [top, self.compute.precision]
+        return PartialRows(self.results.out, identity, resume=self.results.resume)
+
+    def _calibration(self, classifier: Classifier) -> str:
+        from skipkernels.app.train.description import NOT_CALIBRATED
+
+        if classifier.calibrated:
+            return "calibrated on held-out images"
+        if self.results.classes is not None or self.results.template is not None:
+            return "not calibrated: only those of the run's own classes and prompts are"
+        return NOT_CALIBRATED
 
     def _images(self) -> tuple[list[str], Counter[str]]:
         """Paths of the images, and the number of other files by extension."""
@@ -222,13 +242,3 @@ def _names(text: str) -> list[str]:
             "classes",
         )
     return names
-
-
-def _format(out: Path | None) -> Literal["csv", "json"]:
-    """Format of the results by the ending of their file."""
-    from skipkernels.app.data import InputError
-
-    ending = ".csv" if out is None else out.suffix.lower()
-    if ending not in (".csv", ".json"):
-        raise InputError(f"predict: out must end in .csv or .json; got {out}. Or choose a --format.", "out")
-    return "json" if ending == ".json" else "csv"

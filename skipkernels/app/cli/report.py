@@ -22,11 +22,7 @@ class ReportCommand:
     """File to write. By default report.html in the folder."""
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Write the page, and print its path. Returns 0.
-
-        Raises:
-            InputError: If there is no run or study in the folder, or a file of it is damaged.
-        """
+        """Write the page, and print its path. Returns 0."""
         from skipkernels.app.data import InputError
         from skipkernels.app.report import run_report
         from skipkernels.app.studies.study import study_page

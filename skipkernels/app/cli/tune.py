@@ -16,6 +16,8 @@ from .blend import show as show_blend
 from .options import Options, replaced, tune_config
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from skipkernels.app.config import TuneConfig
 
 _OF_ONE_COMMAND = ("out", "overwrite", "resume", "trust")  # settings that a file does not give to another run
@@ -69,8 +71,6 @@ class TuneCommand(Options):
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
-        from rich.table import Table
-
         from skipkernels.app.train import tune
         from skipkernels.app.train.processes import join
         from skipkernels.app.train.run_folder import blended_folder, resumed
@@ -88,47 +88,13 @@ class TuneCommand(Options):
         metrics = tune(config, console=err)
         if not processes.first:
             return 0
-        table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots_text}")
-        for column in ("zero-shot", "tuned", "change"):
-            table.add_column(column, justify="right")
-        accuracies = {key: (before, metrics["tuned"][key]) for key, before in metrics["zero_shot"].items()}
-        if config.test == "none":
-            held = metrics["validation"] or {"zero_shot": None, "tuned": None}
-            accuracies = {"validation": (held["zero_shot"], held["tuned"])}
-        for key, (before, after) in accuracies.items():
-            change = None if before is None or after is None else after - before
-            table.add_row(key, number(before, ".2f"), number(after, ".2f"), number(change, "+.2f"))
-        out.print(table)
-        cost, weights, classes = metrics["cost"], metrics["checkpoint"], next(iter(metrics["classes"].values()))
-        costs = Table(show_header=False)
-        if metrics["steps"]:
-            pace = f"{cost['seconds_per_epoch']:.2f} s, {cost['milliseconds_per_step']:.1f} ms per step"
-            costs.add_row("time per epoch", pace)
-            costs.add_row("kept classes", f"{metrics['kept_classes']:.1f} of {classes} per step")
-        if metrics["best_epoch"] is not None:
-            validation = metrics["validation"]
-            chosen = f"{metrics['best_epoch']} of {metrics['epochs']}, {number(validation['tuned'], '.2f')} % of "
-            costs.add_row("epoch kept", f"{chosen}{validation['images']} validation images")
-        costs.add_row("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}")
-        baseline = f"{cost['baseline_memory_mib']:.0f} before the model"
-        costs.add_row("peak memory", f"{cost['peak_memory_mib']:.0f} MiB, of which {baseline}")
-        part = f" of {weights['mib_of_all']}" if config.delta else ""
-        costs.add_row("weights", f"{weights['file']}, {weights['mib']}{part} MiB")
-        costs.add_row("results", str(config.out))
-        out.print(costs)
-        names = [
-            "report.html",
-            "README.md",
-            "metrics.json",
-            "metrics.jsonl",
-            weights["file"],
-            "state.pt",
-            "config.yaml",
-        ]
-        names += ["classifier.json", "open_clip_config.json"]
-        files = [name for name in names if config.out is not None and (config.out / name).exists()]
-        out.print("  " + "  ".join(files), soft_wrap=True)
-        if self.output.blend is not None and config.out is not None:
+        assert config.out is not None
+        out.print(_accuracy_table(config, metrics))
+        out.print(_cost_table(config, metrics))
+        names = ["report.html", "README.md", "metrics.json", "metrics.jsonl", metrics["checkpoint"]["file"]]
+        names += ["state.pt", "config.yaml", "classifier.json", "open_clip_config.json"]
+        out.print("  " + "  ".join(name for name in names if (config.out / name).exists()), soft_wrap=True)
+        if self.output.blend is not None:
             from skipkernels.app.serve.blending import blend, record
 
             again = config.overwrite or bool(config.resume)
@@ -142,10 +108,9 @@ def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
     """Return the command with the settings of the file of --config as defaults, to be replaced by the options.
 
     The author of the file may be unknown: it may name sources only with --trust, or if an option replaces them.
-
-    Raises:
-        InputError: If the file can't be used.
     """
+    if arguments[:1] != ["tune"]:
+        return TuneCommand()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?")
     file = parser.parse_known_args(arguments)[0].config
@@ -177,6 +142,44 @@ def _check_blend(config: TuneConfig, processes: int) -> None:
     check_method(config)
     if processes > 1:
         raise InputError("tune: blend needs one process; use `skipkernels blend RUN` afterwards.", "blend")
+
+
+def _accuracy_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots_text}")
+    for column in ("zero-shot", "tuned", "change"):
+        table.add_column(column, justify="right")
+    accuracies = {key: (before, metrics["tuned"][key]) for key, before in metrics["zero_shot"].items()}
+    if config.test == "none":
+        held = metrics["validation"] or {"zero_shot": None, "tuned": None}
+        accuracies = {"validation": (held["zero_shot"], held["tuned"])}
+    for key, (before, after) in accuracies.items():
+        change = None if before is None or after is None else after - before
+        table.add_row(key, number(before, ".2f"), number(after, ".2f"), number(change, "+.2f"))
+    return table
+
+
+def _cost_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    cost, weights, classes = metrics["cost"], metrics["checkpoint"], next(iter(metrics["classes"].values()))
+    table = Table(show_header=False)
+    if metrics["steps"]:
+        pace = f"{cost['seconds_per_epoch']:.2f} s, {cost['milliseconds_per_step']:.1f} ms per step"
+        table.add_row("time per epoch", pace)
+        table.add_row("kept classes", f"{metrics['kept_classes']:.1f} of {classes} per step")
+    if metrics["best_epoch"] is not None:
+        validation = metrics["validation"]
+        accuracy = f"{number(validation['tuned'], '.2f')} % of {validation['images']} validation images"
+        table.add_row("epoch kept", f"{metrics['best_epoch']} of {metrics['epochs']}, {accuracy}")
+    table.add_row("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}")
+    baseline = f"{cost['baseline_memory_mib']:.0f} before the model"
+    table.add_row("peak memory", f"{cost['peak_memory_mib']:.0f} MiB, of which {baseline}")
+    part = f" of {weights['mib_of_all']}" if config.delta else ""
+    table.add_row("weights", f"{weights['file']}, {weights['mib']}{part} MiB")
+    table.add_row("results", str(config.out))
+    return table
 
 
 def number(value: float | None, spec: str) -> str:

@@ -42,23 +42,16 @@ class WarmupCommand:
     """Number of processes. By default one per core."""
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Compile, and print the number of kernels. Returns 0, or 1 if a kernel does not compile.
-
-        Raises:
-            InputError: If Triton or the GPU is missing, or an option is invalid.
-        """
+        """Compile, and print the number of kernels. Returns 0, or 1 if a kernel does not compile."""
         import torch
 
         from skipkernels.app.data import InputError
         from skipkernels.ops import launching
 
-        for flag, value in (
-            ("--classes", self.classes),
-            ("--batch-size", self.batch_size),
-            ("--processes", self.processes),
-        ):
+        for name in ("classes", "batch_size", "processes"):
+            value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"{flag} must be at least 1; got {value}.")
+                raise InputError(f"warmup: {name} must be at least 1; got {value}.", name)
         if not launching.installed:
             raise InputError("warmup: Triton is not installed. Run: pip install triton")
         if launching.triton.knobs.runtime.interpret:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -131,5 +133,10 @@ def open_source(
         return _KINDS[kind].open(name, root, templates, download)
     if kind == "dataset":
         raise open_error(f"{name} was passed to tune in Python. Pass it again as `dataset=`.")
+    if os.path.exists(data):  # Path.exists raises an error for a name that is too long
+        form = "imagefolder" if os.path.isdir(data) else "csv"
+        raise open_error(f"no dataset {data!r}; did you mean {form}:{data}?")
+    if close := difflib.get_close_matches(kind, _KINDS, 1):
+        raise open_error(f"no dataset {data!r}; did you mean {':'.join([close[0], *filter(None, [name])])}?")
     usages = ", ".join(kind.usage for kind in _KINDS.values())
     raise open_error(f"no dataset {data!r}; choose {usages}.")

@@ -40,7 +40,9 @@ def check(capsys, data: Path, *options: object) -> tuple[int, str]:
 
 def test_check_without_findings(data, capsys):
     code, out = check(capsys, data)
-    assert code == 0 and "no unreadable images, no duplicates" in out and "120×90" in out
+    assert code == 0 and "no unreadable images, no duplicates" in out
+    heads = ("split", "images", "unreadable", "classes", "per class", "smallest", "median", "largest")
+    assert all(head in out for head in heads) and out.count("120×90") == 6, "in a pipe, the table is not cut"
     assert "classes with fewer than 16 training images: cat 9, dog 9" in out
 
 
@@ -68,6 +70,12 @@ def test_check_findings(data, tmp_path, capsys, form):
         "train/cat/a.png",
         "train/cat/b.jpg",
     ]
+
+
+def test_check_names_the_kind_of_a_folder(data, capsys):
+    for given, meant in ((data, f"imagefolder:{data}"), (f"imagfolder:{data}", f"imagefolder:{data}")):
+        assert main(["check", str(given)]) == 2
+        assert f"no dataset '{given}'; did you mean {meant}?" in capsys.readouterr().err
 
 
 def test_check_refuses_other_files(data, tmp_path, capsys):

@@ -13,9 +13,6 @@ import skipkernels
 # factor of three for slow machines and still fails if a heavy module is imported.
 MOST_SECONDS = 1.0
 
-COMMANDS = "tune eval predict blend export report protocol compare cache check models datasets warmup doctor".split()
-COMMANDS += ["cache build"]
-
 
 def measured(*arguments: str) -> tuple[str, float, set[str]]:
     """Standard output, CPU seconds and imported modules of the program, which must succeed."""
@@ -34,7 +31,7 @@ def measured(*arguments: str) -> tuple[str, float, set[str]]:
     return done.stdout, float(seconds), set(modules)
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", "tune", "predict", "cache build"])
 def test_help_is_quick(command):
     out, seconds, modules = measured(*command.split(), "--help")
     assert out.startswith(f"usage: skipkernels {command}".rstrip())

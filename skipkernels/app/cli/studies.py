@@ -1,0 +1,181 @@
+"""`skipkernels protocol` and `skipkernels compare`: many runs with one command."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import tyro
+
+from skipkernels.app.console import Terminal
+from skipkernels.app.option_groups import MethodOptions, OutputOptions, ProtocolOptions, RunOptions
+from skipkernels.options import Ablated, Protocol
+
+from .errors import on_interrupt
+from .options import Options, tune_config
+
+if TYPE_CHECKING:
+    from skipkernels.app.config import TuneConfig
+    from skipkernels.app.studies.study import Study
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyRunOptions(RunOptions):
+    """Device."""
+
+    seed: tyro.conf.Suppress[int] = RunOptions.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyOutputOptions(OutputOptions):
+    """Output folder."""
+
+    out: Path | None = None
+    """Folder of the results. By default a folder in runs/ named after the study, data and model."""
+    overwrite: bool = False
+    """Run completed runs again."""
+    resume: tyro.conf.Suppress[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetOptions(ProtocolOptions):
+    """Test sets."""
+
+    protocol: tyro.conf.Suppress[Protocol | None] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProtocolStudyOptions:
+    """The other options apply to every run. Repeat an interrupted command to resume; complete runs are kept."""
+
+    seeds: int = 3
+    """Number of runs of each setting, with seeds 0, 1, …"""
+    numbers_of_shots: tuple[int, ...] | None = None
+    """Numbers of training images per class for few-shot. By default 1 2 4 8 16."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProtocolCommand(Options):
+    """Run a protocol of the paper with several seeds, and write a table, a JSON file and a plot."""
+
+    name: tyro.conf.Positional[Protocol | Literal["all"]]
+    """Protocol. all: run all four."""
+    study: ProtocolStudyOptions = ProtocolStudyOptions()
+    protocol: TargetOptions = TargetOptions()
+    run: StudyRunOptions = StudyRunOptions()
+    output: StudyOutputOptions = StudyOutputOptions()
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Run the protocols. Returns 0."""
+        from skipkernels.app.config import TuneConfig
+        from skipkernels.app.data import InputError
+        from skipkernels.app.studies.protocol import SHOTS, run_protocol
+        from skipkernels.app.train.command_line import command_line
+
+        config, shots = _run_config(self, self.study.seeds), self.study.numbers_of_shots
+        if self.name == "few-shot" and config.shots != TuneConfig.shots:
+            raise InputError(f"--shots {config.shots} has no effect with few-shot; give --numbers-of-shots.")
+        if self.name not in ("few-shot", "all") and shots is not None:
+            raise InputError(f"--numbers-of-shots has no effect with {self.name}; give --shots.")
+        names: tuple[Protocol, ...] = get_args(Protocol) if self.name == "all" else (self.name,)
+        folder, overwrite = self.output.out or _default_folder("protocols", config), self.output.overwrite
+        with on_interrupt(_after_interrupt(overwrite)):
+            for name in names:
+                seeds = range(self.study.seeds)
+                study = run_protocol(config, name, seeds, folder / name, err, shots=shots or SHOTS, overwrite=overwrite)
+                command = command_line("protocol", dataclasses.replace(self, name=name), ("name",))
+                _show(study, folder / name, out, command)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class VariantOptions(MethodOptions):
+    """Settings of the methods."""
+
+    method: tyro.conf.Suppress[str] = MethodOptions.method
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareStudyOptions:
+    """The other options apply to every run; by default each method uses its own recipe. On own data the learning rates
+    of every method are first searched on the validation images: five runs of each, unless rates or --validation none
+    are given. Repeat an interrupted command to resume; complete runs are kept.
+    """
+
+    methods: tuple[str, ...] | None = None
+    """Methods to compare, such as skip full coop. By default all methods of tune --method."""
+    ablate: Ablated | None = None
+    """Compare values of this setting of Skip Tuning, instead of methods."""
+    values: tuple[int | float, ...] = ()
+    """Values of the setting of --ablate. By default five values from small to large."""
+    seeds: int = 3
+    """Number of runs of each method or value, with seeds 0, 1, …"""
+    blend: bool = False
+    """Also show each method that tunes the weights of the model itself blended with the zero-shot model; see
+    blend --help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareCommand(Options):
+    """Compare methods, or values of a setting of Skip Tuning, by accuracy, time and memory on this machine."""
+
+    study: CompareStudyOptions = CompareStudyOptions()
+    method: VariantOptions = VariantOptions()
+    run: StudyRunOptions = StudyRunOptions()
+    output: StudyOutputOptions = StudyOutputOptions()
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Run the comparison. Returns 0."""
+        import skipkernels.app.studies.compare as studies
+        from skipkernels.app import serve
+        from skipkernels.app.data import InputError
+        from skipkernels.app.methods.registry import METHODS
+        from skipkernels.app.train.command_line import command_line
+
+        config, overwrite = _run_config(self, self.study.seeds), self.output.overwrite
+        seeds, setting, values = range(self.study.seeds), self.study.ablate, self.study.values
+        if setting is not None and self.study.methods is not None:
+            raise InputError("--methods: --ablate compares values of a setting, not methods; give one of the two.")
+        if setting is None and values:
+            raise InputError("--values needs a setting; add --ablate skip_layers, keep_ratio or decay.")
+        folder = self.output.out or _default_folder("compare" if setting is None else f"ablate-{setting}", config)
+        with on_interrupt(_after_interrupt(overwrite)):
+            blend = partial(serve.blend, overwrite=True, trust=True) if self.study.blend else None
+            if setting is None:
+                methods = self.study.methods or tuple(METHODS)
+                study = studies.compare(config, methods, seeds, folder, err, overwrite=overwrite, blend=blend)
+            else:
+                study = studies.ablate(config, setting, values, seeds, folder, err, overwrite=overwrite, blend=blend)
+            _show(study, folder, out, command_line("compare", self))
+        return 0
+
+
+def _run_config(options: Options, seeds: int) -> TuneConfig:
+    """Configuration of every run of a study."""
+    from skipkernels.app.data import InputError
+
+    if not 1 <= seeds <= 1000:
+        raise InputError(f"--seeds must be a number of runs from 1 to 1000; got {seeds}.")
+    return tune_config(options, out=None, overwrite=False)
+
+
+def _default_folder(name: str, config: TuneConfig) -> Path:
+    """Folder of a study if --out is not given."""
+    return Path("runs", name, f"{config.data}-{config.model}".replace(":", "-").replace("/", "-"))
+
+
+def _after_interrupt(overwrite: bool) -> str:
+    """Advice to resume a study after Ctrl-C."""
+    return f"complete runs are kept; repeat the command{' without --overwrite' if overwrite else ''} to resume"
+
+
+def _show(study: Study, folder: Path, out: Terminal, command: str) -> None:
+    """Write the files of a study, with the command that repeats it, and print its tables."""
+    from skipkernels.app.studies.plots import study_svg
+
+    paths = dataclasses.replace(study, command=command).write(folder, study_svg(study))
+    for table in study.tables():
+        out.print(table)
+    out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)
