@@ -118,12 +118,12 @@ def small_pool():
 
 @pytest.fixture
 def options(tmp_path):
-    small = {"width": 64, "layers": 1}
+    settings = json.loads(pretrain.CONFIG.read_text()) | {"embed_dim": 16}
+    settings["text_cfg"] |= {"width": 64, "layers": 1, "heads": 1}
     config = tmp_path / "pictogram-test.json"
-    vision, text = small | {"image_size": 32, "patch_size": 8}, small | {"heads": 1, "context_length": 32}
-    config.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    config.write_text(json.dumps(settings))
     open_clip.add_model_config(config)
-    steps = {"names_steps": 3, "pairs_steps": 2, "wide_steps": 2, "every": 2}
+    steps = {"names_steps": 3, "pairs_steps": 2, "wide_steps": 2, "decay": 2, "every": 2}
     return pretrain.Options(out=tmp_path, model=config.stem, batch=4, texts=6, **steps)
 
 
@@ -145,6 +145,23 @@ def test_captions_have_the_tokens_of_their_text(options):
     assert {tuple(row) for row in drawn[1::2].tolist()} == {tuple(row) for row in expected[3:5].tolist()}
 
 
+def test_name_table_adds_the_vectors_of_words():
+    table = pretrain.NameTable(["red cat", "cat"], 8)
+    red, cat = table.words.weight[1], table.words.weight[0]
+    torch.nn.init.normal_(table.own)
+    expected = torch.stack([(red + cat) / 2, cat]) + table.own
+    torch.testing.assert_close(table(), torch.nn.functional.normalize(expected, dim=-1))
+
+
+def test_whitened_embeddings_differ_between_images(small_pool, options):
+    run = pretrain.Run(options, small_pool)
+    rng = np.random.default_rng(0)
+    classes = run.images.draw_classes(small_pool.narrow, 8, rng)
+    with torch.no_grad():
+        image = pretrain.encode_image(run.model, run.views(classes, run.images.draw(classes, rng)))
+    assert image.mean(0).norm() < 0.5  # 0.87 without
+
+
 def test_run_interrupted_in_each_phase_gives_the_same_weights(small_pool, options, tmp_path):
     whole = pretrain.Run(replace(options, out=tmp_path / "whole"), small_pool)
     whole.train()
@@ -155,16 +172,23 @@ def test_run_interrupted_in_each_phase_gives_the_same_weights(small_pool, option
         run.save()
     assert run.step == whole.step == 7
     assert all(torch.equal(one, other) for one, other in zip(run.averaged, whole.averaged, strict=True))
+    constant = torch.load(tmp_path / "whole/constant.pt", weights_only=True)
+    assert constant["step"] == 5  # before the decay
     assert [row[:3] for row in whole.rows] == [[2, "names", 8], [4, "pairs", 16], [6, "wide", 24], [7, "wide", 28]]
 
 
-def test_export_loads_in_open_clip(small_pool, options):
+def test_export_embeds_as_the_averaged_model_in_open_clip(small_pool, options):
     run = pretrain.Run(options, small_pool)
-    run.train_step()
-    run.export()  # without the class table, the last parameter
+    for _ in range(3):
+        run.train_step()
+    run.export()
     model = open_clip.create_model(options.model, pretrained=str(options.out / f"{pretrain.NAME}.safetensors"))
-    for (name, loaded), averaged in zip(model.named_parameters(), run.averaged[:-1], strict=True):
-        torch.testing.assert_close(loaded.data, averaged.half().float(), rtol=0, atol=0, msg=name)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    views = run.views(np.arange(8), np.arange(8))
+    run.model.eval()
+    with run.average(), torch.no_grad():
+        expected = pretrain.encode_image(run.model, views)
+        torch.testing.assert_close(pretrain.encode_image(model, views), expected, rtol=0, atol=1e-2)  # fp16 weights
 
 
 def test_config_is_small_enough_to_ship():

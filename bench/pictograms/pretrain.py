@@ -3,10 +3,11 @@
     python -m bench.pictograms.pretrain --out runs/pictogram-tiny
     python -m bench.pictograms.pretrain --out runs/pictogram-tiny --wide-steps 20000    change the length and continue
 
-Three phases. `names`: images are classified among the names that four families or more draw, by a class table in place
-of the text tower, which learns to reproduce the table. `pairs`: both towers contrastively, with the same names. `wide`:
-the same with all names. The learning rate is constant except for warm-ups and the last fifth of the steps; measured and
-exported is a running average of the weights.
+Three phases. `names`: images are classified among the names that four families or more draw, by a table of word
+vectors in place of the text tower, which learns to reproduce the table. `pairs`: both towers contrastively, with the
+same names. `wide`: the same with all names. The learning rate is constant except for warm-ups and the last steps,
+before which the checkpoint is kept as `constant.pt`: as `checkpoint.pt` of a longer run, it continues without the
+decay. Measured and exported is a running average of the weights.
 
 A run that is interrupted anywhere continues from its last checkpoint, and gives the weights that it would have given:
 the random numbers of a step depend on its index.
@@ -15,8 +16,10 @@ the random numbers of a step depend on its index.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,9 +32,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import pool as pools
 from .augment import augment, normalize, on_white
+from .model import Stem
 
 NAME = "pictogram-tiny"
 CONFIG = Path(__file__).with_name(f"{NAME}.json")
@@ -51,8 +57,9 @@ class Options:
         batch: Images of a step, each with another name.
         texts: Names of a contrastive step.
         lr, weight_decay: AdamW.
+        table_lr: Learning rate of the class table: a row is in few batches.
+        decay: Steps of the final decay of the learning rate.
         average: Factor of the running average of the weights.
-        patch_dropout: Share of the patches that a step leaves out.
         every: Steps between two measurements.
         save_seconds: Least time between two checkpoints.
         threads: Threads.
@@ -66,11 +73,12 @@ class Options:
     pairs_steps: int = 6000
     wide_steps: int = 12000
     batch: int = 256
-    texts: int = 1024
+    texts: int = 512
     lr: float = 1.5e-3
+    table_lr: float = 1.5e-2
+    decay: int = 4000
     weight_decay: float = 0.05
     average: float = 0.998
-    patch_dropout: float = 0.5
     every: int = 500
     save_seconds: float = 120
     threads: int = 1
@@ -167,6 +175,27 @@ class Images:
         return rgba.permute(0, 3, 1, 2).float() / 255, mono
 
 
+class NameTable(nn.Module):
+    """Class embeddings: the mean of the vectors of a name's words, and a vector of its own.
+
+    Names share words, so that a word is learned from more images than a name has.
+    """
+
+    def __init__(self, names: Iterable[str], width: int):
+        super().__init__()
+        split = [name.split() for name in names]
+        place = {word: i for i, word in enumerate(sorted({word for words in split for word in words}))}
+        self.words = nn.EmbeddingBag(len(place), width, mode="mean")
+        nn.init.normal_(self.words.weight, std=width**-0.5)
+        self.own = nn.Parameter(torch.zeros(len(split), width))
+        self.register_buffer("indices", torch.tensor([place[word] for words in split for word in words]))
+        self.register_buffer("offsets", torch.tensor([0, *np.cumsum([len(words) for words in split])[:-1]]))
+
+    def forward(self) -> Tensor:
+        """Embeddings of unit norm, [names, D]."""
+        return F.normalize(self.words(self.indices, self.offsets) + self.own, dim=-1)
+
+
 class Run:
     """A pre-training run: model, class table, optimizer, running average and rows."""
 
@@ -176,24 +205,31 @@ class Run:
         self.options, self.pool, self.device = options, pool, torch.device(options.device)
         self.images = Images(pool, self.device)
         self.captions = Captions(options.model, pool.names, pool.style)
-        dropout = options.patch_dropout
-        self.model = open_clip.create_model(options.model, force_patch_dropout=dropout).to(self.device)
-        width = self.model.text_projection.shape[1]
-        self.table = torch.nn.Parameter(torch.randn(pool.narrow, width, device=self.device) * width**-0.5)
+        self.model = open_clip.create_model(options.model)
+        self.model.visual.trunk.patch_embed.backbone = Stem(norm=True)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.table = NameTable(pool.names[: pool.narrow], self.model.text_projection.shape[1]).to(self.device)
         with torch.no_grad():
-            self.model.logit_scale.fill_(np.log(15.0))
-        named = [*self.model.named_parameters(), ("table", self.table)]
-        undecayed = {"positional_embedding", "visual.positional_embedding", "visual.class_embedding"}
+            self.model.logit_scale.fill_(np.log(16.0))
+        named = list(self.model.named_parameters())
+        undecayed = {"positional_embedding", "visual.trunk.pos_embed", "visual.trunk.cls_token"}
         decayed = [p for name, p in named if p.ndim > 1 and name not in undecayed]
         others = [p for name, p in named if p.ndim <= 1 or name in undecayed]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": options.weight_decay, "rate": options.lr},
+                {"params": others, "weight_decay": 0.0, "rate": options.lr},
+                {"params": list(self.table.parameters()), "weight_decay": 0.0, "rate": options.table_lr},
+            ],
             betas=(0.9, 0.98),
             foreach=True,
         )
-        self.averaged = [p.detach().clone() for _, p in named]
-        self.parameters = [p for _, p in named]
+        self.parameters = [*self.model.parameters(), *self.table.parameters()]
         self.size = self.model.visual.image_size[0]
+        self.whiten()
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point() and buffer.ndim == 1]
+        self.tensors = [*self.parameters, *statistics]
+        self.averaged = [tensor.detach().clone() for tensor in self.tensors]
         self.step, self.seconds, self.rows, self.losses = 0, 0.0, [], []  # type: ignore[var-annotated]
         if (options.out / "checkpoint.pt").exists():
             self.load()
@@ -205,7 +241,7 @@ class Run:
         self.options.out.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
-            "table": self.table.detach(),
+            "table": self.table.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "averaged": self.averaged,
             "step": self.step,
@@ -224,29 +260,48 @@ class Run:
         """Continue from the checkpoint."""
         state = torch.load(self.options.out / "checkpoint.pt", map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.table.data.copy_(state["table"])
+        self.table.load_state_dict(state["table"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.averaged = state["averaged"]
         self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
         self.losses = state["losses"]
 
     def export(self) -> None:
-        """Write the averaged weights in fp16, as open_clip reads them."""
+        """Write the averaged weights in fp16, as open_clip reads them: without the batch norms of pre-training."""
         with self.average():
-            state = {
-                name: tensor.detach().half().cpu().contiguous() for name, tensor in self.model.state_dict().items()
-            }
+            model = copy.deepcopy(self.model)
+        embed = model.visual.trunk.patch_embed
+        embed.backbone = embed.backbone.without_norms()
+        state = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(state, self.options.out / "partial.safetensors")
         os.replace(self.options.out / "partial.safetensors", self.options.out / f"{NAME}.safetensors")
 
     # ---- steps
 
-    def lr(self) -> float:
-        """Learning rate of the step."""
+    def schedule(self) -> float:
+        """Factor of the learning rates at the step."""
         _, first = self.options.phase(self.step)
-        warm_up = min(1.0, (self.step - first + 1) / 200)
-        left = (self.options.steps - self.step) / max(1, 0.2 * self.options.steps)
-        return self.options.lr * min(warm_up, left)
+        warm_up = (self.step - first + 1) / 100
+        return min(1.0, warm_up, (self.options.steps - self.step) / max(1, self.options.decay))
+
+    def views(self, classes: np.ndarray, indices: np.ndarray) -> Tensor:
+        """Random views of images, [B, 3, S, S]."""
+        rgba, mono = self.images.read(indices)
+        mirrored = torch.from_numpy(self.images.mirrored[classes]).to(self.device)
+        return augment(rgba, mono, mirrored, self.size).contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def whiten(self) -> None:
+        """Choose the projection so that the embeddings of a batch are white: random weights give nearly equal ones."""
+        rng = np.random.default_rng(0)
+        classes = self.images.draw_classes(self.pool.narrow, 1024, rng)
+        embedding = self.model.encode_image(self.views(classes, self.images.draw(classes, rng)))  # [B, D]
+        mean = embedding.mean(0)
+        values, vectors = torch.linalg.eigh((embedding - mean).T @ (embedding - mean) / len(embedding))
+        whitening = vectors * (values + 0.01 * values.mean()).rsqrt() @ vectors.T  # [D, D]
+        projection = self.model.visual.head.proj
+        projection.bias.copy_(whitening @ (projection.bias - mean))
+        projection.weight.copy_(whitening @ projection.weight)
 
     def train_step(self) -> float:
         """One step; its loss."""
@@ -255,31 +310,31 @@ class Run:
         torch.manual_seed(self.step)
         rng = np.random.default_rng([0, self.step])
         among = len(pool.names) if phase == "wide" else pool.narrow
-        classes = self.images.draw_classes(among, options.batch if phase == "names" else options.texts, rng)
-        own = classes[: options.batch]
-        indices = self.images.draw(classes, rng)
-        rgba, mono = self.images.read(indices[: options.batch])
-        mirrored = torch.from_numpy(self.images.mirrored[own]).to(self.device)
-        views = augment(rgba, mono, mirrored, self.size)
-        tokens = self.captions.draw(classes, pool.style[indices], rng).to(self.device)
-        labels = torch.arange(len(own), device=self.device)
+        drawn = self.images.draw_classes(among, max(options.batch, options.texts), rng)
+        own = drawn[: options.batch]
+        named = drawn[: options.batch // 4] if phase == "names" else drawn  # a few suffice to follow the table
+        indices = self.images.draw(drawn, rng)
+        views = self.views(own, indices[: options.batch])
+        tokens = self.captions.draw(named, pool.style[indices[: len(named)]], rng).to(self.device)
 
         self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16):
+        # On a CPU, the fused attention is slower for sequences this short, by a third of a step.
+        with torch.autocast(self.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             image, text = encode_image(self.model, views), encode_text(self.model, tokens)
         scale = self.model.logit_scale.exp()
         if phase == "names":
-            table = F.normalize(self.table, dim=-1)
-            labels = torch.from_numpy(own).to(self.device)
-            loss = F.cross_entropy(scale * image @ table.T, labels, label_smoothing=0.1)
-            loss = loss + F.cross_entropy(scale.detach() * text @ table.detach().T, labels)
+            # A constant scale: while images are not told apart yet, a learned one falls, and gradients with it.
+            scale, table = scale.detach(), self.table()
+            labels = torch.from_numpy(drawn).to(self.device)
+            loss = F.cross_entropy(scale * image @ table.T, labels[: len(own)], label_smoothing=0.1)
+            loss = loss + F.cross_entropy(scale * text @ table.detach().T, labels[: len(named)])
         else:
-            logits = scale * image @ text.T  # [B, texts]
+            logits, labels = scale * image @ text.T, torch.arange(len(own), device=self.device)  # [B, texts]
             loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
             loss = (loss + F.cross_entropy(logits[:, : len(own)].T, labels)) / 2
 
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr()
+            group["lr"] = group["rate"] * self.schedule()
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -288,7 +343,7 @@ class Run:
             self.model.logit_scale.clamp_(max=np.log(100.0))
             # The average starts short, and forgets the first steps.
             weight = 1 - min(self.options.average, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.averaged, self.parameters, weight)
+            torch._foreach_lerp_(self.averaged, self.tensors, weight)
         self.step += 1
         return loss.item()
 
@@ -297,12 +352,12 @@ class Run:
     @contextmanager
     def average(self) -> Iterator[None]:
         """Context in which the model has the averaged weights."""
-        current = [parameter.data for parameter in self.parameters]
-        for parameter, averaged in zip(self.parameters, self.averaged, strict=True):
-            parameter.data = averaged
+        current = [tensor.data for tensor in self.tensors]
+        for tensor, averaged in zip(self.tensors, self.averaged, strict=True):
+            tensor.data = averaged
         yield
-        for parameter, data in zip(self.parameters, current, strict=True):
-            parameter.data = data
+        for tensor, data in zip(self.tensors, current, strict=True):
+            tensor.data = data
 
     @torch.no_grad()
     def accuracy(self) -> dict[str, float]:
@@ -339,6 +394,9 @@ class Run:
         while self.step < self.options.steps and not stopped:
             self.losses.append(self.train_step())
             self.seconds = time.process_time() - started  # of this process: other load does not count
+            if self.step == self.options.steps - self.options.decay:
+                self.save()
+                shutil.copyfile(self.options.out / "checkpoint.pt", self.options.out / "constant.pt")
             if self.step % self.options.every == 0 or self.step == self.options.steps:
                 self.measure()
                 self.save()
