@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import inspect
 import math
 import re
 import reprlib
@@ -180,7 +179,7 @@ class TuneConfig(
             recipe["sampler"] = "random"
         recipe["classes"] = _GLYPH_CLASSES if self.data.partition(":")[0] == "glyphs" else None
         recipe["protocol"] = self.chosen_protocol
-        if "tail" in inspect.signature(self.method_class()).parameters:
+        if "tail" in self.method_class().options():
             recipe["tail"] = "fixed" if reference else "resample"
         return recipe
 
@@ -233,12 +232,12 @@ class TuneConfig(
         """Names of settings that differ from their default and that the method does not use."""
         method = self.method_class()
         published = method.recipe(self.model, self.chosen_protocol, self._shots)
-        arguments, recipe = inspect.signature(method).parameters, dataclasses.asdict(published)
+        options, recipe = method.options(), dataclasses.asdict(published)
         training = {*recipe, "clip_grad_norm", "fused_optimizer", "patience"}
 
         def used(field: dataclasses.Field) -> bool:
             name, methods = field.name, field.metadata.get("methods", "all")
-            if methods == "constructor" and name not in arguments:
+            if methods == "constructor" and name not in options:
                 return False
             if published.epochs == 0:
                 return name not in training or (name in recipe and getattr(self, name) == recipe[name])

@@ -5,6 +5,7 @@ Shapes: B images in a batch, n images, C classes of a test, D width of the joint
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from ...boundary import DEFAULT_CHUNK
@@ -107,20 +107,6 @@ def check_open_clip(method: str, model: nn.Module) -> None:
         )
 
 
-def text_transformer(method: str, model: nn.Module) -> Any:
-    """Return the open_clip module with the layers of the text tower, or raise an InputError."""
-    if isinstance(model, CLIP):
-        return model
-    text = getattr(model, "text", None)
-    if isinstance(model, CustomTextCLIP) and isinstance(text, TextTransformer):
-        return text
-    got = type(model).__name__ if text is None else f"{type(model).__name__} with a {type(text).__name__}"
-    raise InputError(
-        f"{method}: model must be an open_clip CLIP, or a CustomTextCLIP with a TextTransformer; got {got}. Use "
-        "another model, or another method."
-    )
-
-
 class Method(ABC):
     """Method that adapts a CLIP, in place, to the classes of a task's first test.
 
@@ -162,6 +148,11 @@ class Method(ABC):
         device = next(model.parameters()).device
         self._tokens = {test.name: [tokenizer(texts).to(device) for texts in test.prompts] for test in task.tests}
         self._embeddings: dict[tuple[str, int | None], tuple[Any, Tensor]] = {}  # with the version of their weights
+
+    @classmethod
+    def options(cls) -> set[str]:
+        """Names of the options of the constructor."""
+        return set(inspect.signature(cls).parameters)
 
     @classmethod
     def recipe(

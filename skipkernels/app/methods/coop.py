@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from ...options import Protocol
 from ..data import InputError, Task
-from .base import FrozenModel, Recipe, StepOutput, Tokenizer, at_least_fp32, text_transformer
+from .base import FrozenModel, Recipe, StepOutput, Tokenizer, at_least_fp32
 
 
 class CoOp(FrozenModel):
@@ -53,7 +54,7 @@ class CoOp(FrozenModel):
     ):
         if vectors < 1:
             raise InputError(f"{self.name}: vectors must be at least 1; got {vectors}.")
-        self._text = text_transformer(self.name, model)
+        self._text = _text_tower(model)
         super().__init__(model, tokenizer, task, keep_embeddings=keep_embeddings, generator=generator)
         names = [name for test in task.tests for name in test.classes]
         tokens = tokenizer([f"{name}." for name in names])
@@ -139,3 +140,17 @@ class CoOp(FrozenModel):
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"context": self.context}
+
+
+def _text_tower(model: nn.Module) -> Any:
+    """Return the open_clip module with the layers of the text tower, or raise an InputError."""
+    if isinstance(model, CLIP):
+        return model
+    text = getattr(model, "text", None)
+    if isinstance(model, CustomTextCLIP) and isinstance(text, TextTransformer):
+        return text
+    got = type(model).__name__ if text is None else f"{type(model).__name__} with a {type(text).__name__}"
+    raise InputError(
+        f"coop: model must be an open_clip CLIP, or a CustomTextCLIP with a TextTransformer; got {got}. Use another "
+        "model, or another method."
+    )

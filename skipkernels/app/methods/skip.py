@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import published
-from ...options import AttentionName, Memory, Protocol, Tail
+from ...clip import SkipCLIP
+from ...options import Protocol
 from ..data import Task
 from .base import Recipe, StepOutput, Tokenizer, TunedModel
 
 
 class Skip(TunedModel):
-    """Skip Tuning (Wu et al., CVPR 2025), with `SkipCLIP`, which explains the options.
+    """Skip Tuning (Wu et al., CVPR 2025), with `SkipCLIP`, which has the other options.
 
         loss = mean over b of −log softmax_k(exp(logit_scale) · ⟨x̂_b, t̂_k⟩)[label_b],   k over the kept classes
 
@@ -33,40 +35,15 @@ class Skip(TunedModel):
     name = "skip"
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        task: Task,
-        *,
-        skip_layers: int | float = 0.5,
-        keep_ratio: float = 0.5,
-        max_keep: int = 50,
-        decay: float = 0.3,
-        tail: Tail = "resample",
-        max_tail: int | None = None,
-        memory: Memory = "auto",
-        attention: AttentionName = "sdpa",
-        generator: torch.Generator | None = None,
-        text_cache: str | Path | None = None,
-        process_group: torch.distributed.ProcessGroup | None = None,
+        self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, skip_layers: int | float = 0.5, **options: Any
     ):
-        super().__init__(
-            model,
-            tokenizer,
-            task,
-            skip_layers=skip_layers,
-            keep_ratio=keep_ratio,
-            max_keep=max_keep,
-            decay=decay,
-            tail=tail,
-            max_tail=max_tail,
-            memory=memory,
-            attention=attention,
-            generator=generator,
-            text_cache=text_cache,
-            process_group=process_group,
-        )
+        super().__init__(model, tokenizer, task, skip_layers=skip_layers, **options)
         self.cut = self.clip if self.clip.skip_layers[0] > 0 else None
+
+    @classmethod
+    def options(cls) -> set[str]:
+        """Names of the options of the constructor: those of `SkipCLIP`."""
+        return super().options() | set(inspect.signature(SkipCLIP).parameters)
 
     @classmethod
     def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,8 +209,8 @@ def build_method(
     settings = {name: getattr(config, name) for name in names}
     settings |= {"process_group": processes.group, "generator": torch.Generator().manual_seed(config.seed)}
     settings["text_cache"] = config.cache
-    parameters = inspect.signature(method).parameters
-    return method(model, tokenizer, task, **{name: settings[name] for name in settings if name in parameters})
+    options = method.options()
+    return method(model, tokenizer, task, **{name: settings[name] for name in settings if name in options})
 
 
 def build_task(
