@@ -173,9 +173,7 @@ def _after_interrupt(overwrite: bool) -> str:
 
 def _show(study: Study, folder: Path, out: Terminal, command: str) -> None:
     """Write the files of a study, with the command that repeats it, and print its tables."""
-    from skipkernels.app.studies.plots import study_svg
-
-    paths = dataclasses.replace(study, command=command).write(folder, study_svg(study))
+    paths = dataclasses.replace(study, command=command).write(folder)
     for table in study.tables():
         out.print(table)
     out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)

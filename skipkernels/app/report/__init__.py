@@ -7,12 +7,9 @@ from typing import TYPE_CHECKING
 from ..._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .from_folder import run_report
-    from .run_page import report_html
+    from .run_page import report_html, run_report
     from .study_page import study_html
 
 __all__ = ["report_html", "run_report", "study_html"]
 
-__getattr__ = lazy_names(
-    __name__, {"from_folder": ("run_report",), "run_page": ("report_html",), "study_page": ("study_html",)}
-)
+__getattr__ = lazy_names(__name__, {"run_page": ("report_html", "run_report"), "study_page": ("study_html",)})

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..config import TuneConfig
+from ..data import InputError
+from ..train import predictions
 from ..train.predictions import TestPredictions, TopClasses
+from ..train.run_folder import CONFIG, EPOCHS, read_metrics
+from ..untrusted import parse_object, read_regular
 from .dot_plot import DotPlot, DotRow, dot_plot, with_one_axis
 from .mistakes import changed, class_results, confused_pairs, confusion_matrix, count_changed
 from .plots import accuracy_svg, blend_svg, coloured, finite, kept_svg, loss_svg
 from .rendering import MISSING, facts, number, plural, render, svg
 
 _SUMMARIES = {"harmonic": "harmonic mean", "targets": "mean of the targets"}
+_LARGEST = 1 << 28  # bytes of metrics.jsonl
 _TABLE_ROWS = 2000  # most classes in a table
 _TOP_PLOTS = 2  # most tests with a plot of their classes at the top; of more tests, a row each is shown there
 
@@ -42,6 +49,24 @@ def report_html(
         environment=_environment(config, metrics),
         settings=config.to_yaml(),
     )
+
+
+def run_report(folder: Path) -> str:
+    """Return the page of a run that has ended; without predictions, it has neither classes nor images."""
+    # Nothing that the file names is loaded.
+    config, metrics = TuneConfig.from_yaml(folder / CONFIG, trust=True), read_metrics(folder)
+    path = folder / predictions.PREDICTIONS
+    tests = predictions.load(path) if path.exists() else []
+    return report_html(config, metrics, _rows(folder / EPOCHS), tests)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [parse_object(line, finite=False) for line in read_regular(path, _LARGEST).splitlines()]
+    except FileNotFoundError:  # a method without epochs
+        return []
+    except (OSError, ValueError, RecursionError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: damaged ({error}).") from error
 
 
 def _title(config: TuneConfig, metrics: Mapping[str, Any]) -> str:

@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
 from .dot_plot import DotRow, dot_plot
-from .plots import GREY, coloured, panels_svg
+from .plots import COLOURS, GREY, coloured, panels_svg
 from .rendering import MISSING, facts, number, render, svg
 
 _ACCURACY, _COST, _TIME = "accuracy, %", "cost", "tuning, s"
 _SUMMARIES = ("harmonic", "targets")  # the accuracy that a protocol is judged by, if it has several
 _BEFORE, _AFTER = "zero-shot", "tuned"
-_LEAST_RUNS = 3  # fewest runs with an interval of the mean
+LEAST_RUNS = 3  # fewest runs with an interval of the mean
 _INSTANT = 1e-3  # a variant that takes less than this share of the longest time trains nothing
 # Quantile 0.975 of Student's t with 2 to 10 degrees of freedom.
 _T = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -24,23 +24,20 @@ _T = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 Figure = Sequence[float | None]  # mean and deviation
 
 
-def study_html(study: Mapping[str, Any], plot: str) -> str:
-    """Return the page of a study, from the contents of its JSON file and its plot, an SVG."""
-    seeds = len(study["seeds"])
-    summary = study["summary"]
-    by_test = study.get("layout") == "tests"
+def study_html(study: Mapping[str, Any]) -> str:
+    """Return the page of a study, from the contents of its JSON file."""
+    summary, seeds, layout = study["summary"], len(study["seeds"]), study.get("layout", "variants")
     return render(
         "study.html.j2",
         title=study["title"],
         date=str(study.get("finished", ""))[:10],
         headline=_headline(study),
         seeds=seeds,
-        plots=[_test_plot(summary, seeds)] if by_test else [],
-        picture=svg(plot) if study.get("layout") == "shots" else None,
-        pareto=[] if by_test else _pareto_plots(summary, seeds),
-        all_measures=svg(plot) if study.get("layout", "variants") == "variants" else None,
-        legend=[] if by_test else list(coloured(summary).items()),
-        tables=_tables(study),
+        plots=[_test_plot(summary, seeds)] if layout == "tests" else [],
+        shots=_shots_svg(summary, seeds) if layout == "shots" else None,
+        pareto=[] if layout == "tests" else _pareto_plots(summary, seeds),
+        legend=[] if layout == "tests" else list(coloured(summary).items()),
+        tables=tables(study),
         command=study.get("command", ""),
         environment=facts(
             {
@@ -60,7 +57,7 @@ def half_interval(deviation: float | None, runs: int) -> float:
     >>> round(half_interval(1.0, 3), 2), half_interval(None, 1)
     (2.48, 0.0)
     """
-    if not deviation or runs < _LEAST_RUNS:
+    if not deviation or runs < LEAST_RUNS:
         return 0.0
     degrees = runs - 1
     # Beyond the table the expansion of the quantile in 1 / degrees is exact to 0.002.
@@ -141,6 +138,27 @@ def _test_plot(summary: Mapping[str, Any], seeds: int) -> Any:
     return dot_plot("accuracy of each test", rows, by_change=False)
 
 
+def _shots_svg(summary: Mapping[str, Any], seeds: int) -> Any:
+    """Plot the accuracy over the number of training images per class; zero-shot is a dotted line."""
+    figures = {int(name.split()[0]): groups[_ACCURACY] for name, groups in summary.items()}
+
+    def draw(axes: Axes) -> None:
+        tuned = {shots: figure for shots, row in figures.items() if (figure := row[_AFTER])}
+        halves = [half_interval(deviation, seeds) for _, deviation in tuned.values()]
+        means = [mean for mean, _ in tuned.values()]
+        axes.errorbar(list(tuned), means, yerr=halves, color=COLOURS[0], marker="o", capsize=3, label=_AFTER)
+        for mean in {figure[0] for row in figures.values() if (figure := row[_BEFORE])}:
+            axes.axhline(mean, color=GREY, linestyle=":", linewidth=1, label=_BEFORE)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(figures), list(map(str, figures)))
+        axes.minorticks_off()
+        axes.set_xlabel("training images per class")
+        axes.set_ylabel(_ACCURACY)
+        axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
+
+    return svg(panels_svg("shots", "accuracy over the training images per class", [draw], size=(5.2, 3.2)))
+
+
 def _pareto_plots(summary: Mapping[str, Any], seeds: int) -> list[dict[str, Any]]:
     """Plots of each accuracy against the time of tuning, with the line of the variants that no other beats."""
     colours = coloured(summary)
@@ -200,8 +218,8 @@ def _pareto_svg(
     return svg(panels_svg(f"pareto-{column}", label, [draw], size=(5.2, 3.4)))
 
 
-def _tables(study: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One table per group of columns; a row per variant. With layout "tests" one table with a row per test."""
+def tables(study: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a table per group of columns with a row per variant; with layout "tests" one with a row per test."""
     summary, seeds = study["summary"], len(study["seeds"])
 
     def cell(figure: Figure | None, digits: int, with_interval: bool = True) -> str:

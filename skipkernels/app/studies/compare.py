@@ -147,6 +147,6 @@ def _columns(results: Sequence[Result]) -> list[Column]:
         Column(COST, "tuning, s", cost("seconds_tuning")),
         Column(COST, "step, ms", cost("milliseconds_per_step")),
         Column(COST, "classes a step", lambda metrics: metrics["kept_classes"]),
-        Column(COST, "peak, MiB", cost("peak_memory_mib"), 0),
-        Column(COST, "parameters", lambda metrics: metrics["parameters"]["trained"], 0),
+        Column(COST, "peak, MiB", cost("peak_memory_mib")),
+        Column(COST, "parameters", lambda metrics: metrics["parameters"]["trained"]),
     ]

@@ -50,15 +50,6 @@ class MeanAndDeviation(NamedTuple):
     mean: float
     deviation: float | None
 
-    def text(self, digits: int = 1) -> str:
-        """Format for a table.
-
-        >>> MeanAndDeviation(75.25, 1.0).text(), MeanAndDeviation(75.25, None).text()
-        ('75.2 ± 1.0', '75.2')
-        """
-        deviation = f" ± {self.deviation:.{digits}f}" if self.deviation else ""
-        return f"{self.mean:.{digits}f}{deviation}"
-
 
 def mean_and_deviation(values: Iterable[float | None]) -> MeanAndDeviation | None:
     """Return mean and deviation, or None if there are no values or one of them is None.

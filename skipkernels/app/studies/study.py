@@ -1,4 +1,4 @@
-"""Results of a study as tables, a JSON file, a plot and a page."""
+"""Results of a study as tables, a JSON file and a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ...folders import replace_text
 from ..data import InputError
-from ..report import study_html
+from ..report.study_page import LEAST_RUNS, study_html, tables
 from ..train.environment import environment
 from ..train.run_folder import REPORT
 from ..untrusted import read_object
@@ -35,7 +35,6 @@ class Column:
     group: str  # Name of the group of columns, with the unit if they all share one
     name: str  # Name within the group
     value: Value  # Function of the metrics of a run that returns the value, or None if the run has none
-    digits: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Study:
     title: str
     results: Sequence[Result]
     columns: Sequence[Column]
-    # Rows of the tables and axis of the plot: compared variants, tests of a protocol, or numbers of shots
+    # Rows of the tables: compared variants, tests of a protocol, or numbers of shots
     layout: Layout = "variants"
     command: str = ""  # Command that repeats the study
 
@@ -69,30 +68,19 @@ class Study:
         return found
 
     def tables(self) -> list[Table]:
-        """Tables for the terminal: with layout "tests" one table with a column per group, else one table per group."""
-        summary, groups = self.summary(), list(dict.fromkeys(column.group for column in self.columns))
-        title = f"{self.title}, {len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
-        digits = {(column.group, column.name): column.digits for column in self.columns}
-
-        def cell(variant: str, group: str, name: str) -> str:
-            figure = summary[variant][group].get(name)
-            return "–" if figure is None else figure.text(digits[group, name])
-
-        if self.layout == "tests":
-            (variant,) = summary
-            rows = dict.fromkeys(column.name for column in self.columns)
-            return [
-                _table(title, variant, groups, {row: [cell(variant, group, row) for group in groups] for row in rows})
-            ]
-        return [
-            _table(
-                title,
-                group,
-                list(summary[self.variants[0]][group]),
-                {v: [cell(v, group, name) for name in summary[v][group]] for v in self.variants},
-            )
-            for group in groups
-        ]
+        """Tables of the page, for the terminal."""
+        seeds = len(self.seeds)
+        interval = ", ± 95 % interval of the mean" if seeds >= LEAST_RUNS else ""
+        title = f"{self.title}, {seeds} seed{'s' if seeds > 1 else ''}{interval}"
+        found = []
+        for content in tables(self.as_dict()):
+            table = Table(content["corner"], title=title, title_justify="left")
+            for column in content["columns"]:
+                table.add_column(column, justify="right")
+            for name, cells in content["rows"]:
+                table.add_row(name, *cells)
+            found.append(table)
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types: versions, the metrics of every run, and the summary as [mean, deviation]."""
@@ -108,14 +96,10 @@ class Study:
             "runs": [result._asdict() for result in self.results],
         }
 
-    def write(self, folder: Path, plot: str) -> list[Path]:
-        """Write NAME.json, NAME.svg and report.html, and return their paths."""
+    def write(self, folder: Path) -> list[Path]:
+        """Write NAME.json and report.html, and return their paths."""
         contents = json.dumps(self.as_dict(), indent=2) + "\n"
-        texts = {
-            folder / f"{self.name}.json": contents,
-            folder / f"{self.name}.svg": plot,
-            folder / REPORT: study_html(json.loads(contents), plot),
-        }
+        texts = {folder / f"{self.name}.json": contents, folder / REPORT: study_html(json.loads(contents))}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path, text in texts.items():
@@ -126,25 +110,15 @@ class Study:
 
 
 def study_page(folder: Path) -> str:
-    """Return the page of the study in a folder, from its JSON file and plot."""
+    """Return the page of the study in a folder, from its JSON file."""
     try:
         for path in sorted(folder.glob("*.json")):
             found = read_object(path, _LARGEST)
             if found.get("study") == path.stem and "summary" in found:
-                return study_html(found, path.with_suffix(".svg").read_text())
+                return study_html(found)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
         raise InputError(f"report: {folder}: damaged ({type(error).__name__}: {error}).", "run") from error
     raise InputError(f"report: {folder} must be the folder of a run of tune, compare or protocol; it has none.", "run")
-
-
-def _table(title: str, corner: str, columns: list[str], rows: dict[str, list[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(corner, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    return table
 
 
 def accuracy(key: str, when: str = "tuned") -> Value:

@@ -449,7 +449,7 @@ def study(**changes) -> dict:
 
 
 def test_study_page_of_methods():
-    text = study_html(study(), "<svg></svg>")
+    text = study_html(study())
     found = Page(text)
     assert "Best is skip with 80.0 ± 2.5 % base accuracy after 9 s of tuning." in found.text
     assert ["skip", "80.0 ± 2.5", "–"] in found.rows and ["bad", "5.0", "100"] in found.rows
@@ -462,13 +462,14 @@ def test_study_page_of_methods():
 
 def test_study_page_of_tests_and_shots():
     tests = {"zero-shot": {"base": [50.0, 0.0], "new": [40.0, None]}, "tuned": {"base": [70.0, 2.0], "new": None}}
-    found = Page(study_html(study(layout="tests", summary={"4 shots": tests}), "<svg></svg>"))
+    found = Page(study_html(study(layout="tests", summary={"4 shots": tests})))
     assert "Tuning takes the base accuracy from 50.0 % to 70.0 ± 5.0 %." in found.text
     assert ["base", "50.0", "70.0 ± 5.0"] in found.rows and ["new", "40.0", "–"] in found.rows
     assert sum(a.get("class") == "interval" for a in found.named("i")) == 1
     shots = {"1 shot": {"accuracy, %": {"zero-shot": [50.0, 0.0], "tuned": [60.0, 1.0]}}}
-    text = study_html(study(layout="shots", summary=shots), "<svg id='given'></svg>")
-    assert "Best is 1 shot with 60.0 ± 2.5 % accuracy." in Page(text).text and "<svg id='given'>" in text
+    text = study_html(study(layout="shots", summary=shots))
+    assert "Best is 1 shot with 60.0 ± 2.5 % accuracy." in Page(text).text
+    assert ElementTree.fromstring(svgs(text)[0]).get("aria-label") == "accuracy over the training images per class"
 
 
 # ---- in a browser ------------------------------------------------------------------------------------------------
