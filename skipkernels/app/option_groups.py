@@ -191,7 +191,7 @@ class CacheOptions:
     views: int = option(1, ge=1)
     """Random crops per training image, used in turn by epochs; needs --cache. 1: no random crop."""
     refresh: Refresh = "never"
-    """epoch: a new random crop of each training image in every epoch, computed in the background; needs --cache."""
+    """epoch: a new random crop of each training image, computed when an epoch begins; needs --cache."""
 
 
 @dataclass(frozen=True)
