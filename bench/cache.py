@@ -16,11 +16,10 @@ read        Time of an epoch in random order from a store in the page cache: `Fe
             the mapped files into reused buffers, the published way (a list of tensors, `torch.stack` and
             `.to(torch.float32)`), and a plain copy of as many bytes. All return fp32 batches, except "bf16 as it is".
             The batches of the first epoch are compared.
-disk        Time of an epoch in random order from a bf16 store four times as large as the memory, in a new process in a
-            Linux control group with this many MiB. Without the right to make a group, pages are dropped after each
-            batch, and the row records that. Under the same limit: `read` of the same rows in the same order, one by one
-            and by 16 threads, and sequential reading of the files, the most that the disk delivers. Each starts with a
-            cold page cache; the peak resident memory of the process includes mapped files.
+disk        Time of an epoch in random order from a bf16 store four times as large as --memory in MiB, and `read` of the
+            same rows in the same order, one by one and by 16 threads, and sequential reading of the files, the most
+            that the disk delivers. Each runs in a new process with a cold page cache; its peak resident memory includes
+            mapped files. The limit of the memory is set from outside: `systemd-run --scope -p MemoryMax=1G`.
 features    Error of the store dtypes in the features, in the worst token, and in the loss over all classes, against
             fp32. (Trained weights have some features that are a hundred times larger than others; int8, with one scale
             per token, then loses more.)
@@ -42,9 +41,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,7 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add(epoch, {"--shots": 16, "--dtype": "bf16"}, batch=4, classes=50)
     add(texts, {"--steps": 5}, batch=4, classes=21841)
     args = outer.parse_args(arguments)
-    measure.save(args, args.run(args), f"cache_{args.command}")
+    rows = args.run(args)
+    for row in rows:
+        print(", ".join(f"{name} {value}" for name, value in row.items()))
+    measure.save(args, rows, f"cache_{args.command}")
 
 
 def random_store(folder: Path, images: int, dtype: str) -> Layout:
@@ -149,18 +150,14 @@ def build(args: argparse.Namespace) -> Rows:
             raise SystemExit("other features: no timing")
         seconds = measure.time_alternately({"published": extract, "build": built}, args.rounds, args.device)
     ratio = measure.median_ratio(seconds["published"], seconds["build"])
-    rows = []
-    for name, times in seconds.items():
-        rate = args.images / measure.quantile(times, 0.5)
-        rows.append(
-            {"extraction": name, "model": args.model, "images": args.images, "B": args.batch}
-            | {"skip_layers": args.skip_layers, "precision": args.precision, "dtype": args.dtype}
-            | measure.milliseconds(times)
-            | {"images_s": round(rate, 2), "faster": round(ratio if name == "build" else 1.0, 3)}
-        )
-        print(f"{name:10} {measure.shown(rows[-1])}  {rate:.1f} images/s")
-    print(f"build is {ratio:.2f} times as fast (median of {args.rounds} pairs)")
-    return rows
+    return [
+        {"extraction": name, "model": args.model, "images": args.images, "B": args.batch}
+        | {"skip_layers": args.skip_layers, "precision": args.precision, "dtype": args.dtype}
+        | measure.milliseconds(times)
+        | {"images_s": round(args.images / measure.quantile(times, 0.5), 2)}
+        | {"faster": round(ratio if name == "build" else 1.0, 3)}
+        for name, times in seconds.items()
+    ]
 
 
 @torch.no_grad()
@@ -209,8 +206,6 @@ def read(args: argparse.Namespace) -> Rows:
                     | {f"{name}_gb_s": round(rate, 2) for name, rate in rates.items()}
                     | {"of_list": round(ratio, 2), "ahead_of_list": round(ahead, 2), "of_memcpy": round(of_copy, 3)}
                 )
-                shown = ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in rates.items())
-                print(f"{case:14} B{batch:<4} {shown}: loader over list {ratio:.1f}, reading ahead {ahead:.1f}")
     return rows
 
 
@@ -240,33 +235,25 @@ def refuse_if_other(epochs: dict[str, Epoch], images: int) -> None:
 
 
 def disk(args: argparse.Namespace) -> Rows:
-    rows = []
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        folder = Path(name)
+    ways = {"loader": read_epoch, "rows, one by one": partial(read_rows, threads=1)}
+    ways |= {"rows, 16 threads": partial(read_rows, threads=16), "files": read_files}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    peaks: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         images = (_TIMES * args.memory << 20) // (SHAPE[0] * SHAPE[1] * 2)
-        layout = random_store(folder, images, "bf16")
-        total = images * layout.row_bytes
-        print(f"{images} images, {total / 2**30:.1f} GiB")
-        ways = {"loader": read_epoch, "rows, one by one": partial(read_rows, threads=1)}
-        ways |= {"rows, 16 threads": partial(read_rows, threads=16), "files": read_files}
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        peaks: dict[str, int] = {}
+        total = images * random_store(Path(folder), images, "bf16").row_bytes
         for _ in range(args.rounds):
             for way, function in ways.items():
-                drop(folder)
-                took, peaks[way], limited = measure.in_new_process(in_group, function, folder, args.batch, args.memory)
+                drop(Path(folder))
+                took, peaks[way] = measure.in_new_process(timed, function, Path(folder), args.batch)
                 seconds[way].append(took)
-    for way, times in seconds.items():
-        rate = total / measure.quantile(times, 0.5) / 1e9
-        rows.append(
-            {"way": way, "images": images, "store_mib": total >> 20, "memory_mib": args.memory, "B": args.batch}
-            | {"limited": limited, "gb_s": round(rate, 3), "peak_resident_mib": peaks[way] >> 20}
-            | {"of_threads": round(measure.median_ratio(seconds["rows, 16 threads"], times), 3)}
-            | {"of_files": round(measure.median_ratio(seconds["files"], times), 3)}
-        )
-        print(f"{way:16} {rate:6.2f} GB/s, {peaks[way] >> 20} MiB resident at most")
-    print("memory was limited by " + ("a control group" if limited else "advice to the system alone"))
-    return rows
+    return [
+        {"way": way, "images": images, "store_mib": total >> 20, "memory_mib": args.memory, "B": args.batch}
+        | {"gb_s": round(total / measure.quantile(times, 0.5) / 1e9, 3), "peak_resident_mib": peaks[way] >> 20}
+        | {"of_threads": round(measure.median_ratio(seconds["rows, 16 threads"], times), 3)}
+        | {"of_files": round(measure.median_ratio(seconds["files"], times), 3)}
+        for way, times in seconds.items()
+    ]
 
 
 def drop(folder: Path) -> None:
@@ -278,51 +265,21 @@ def drop(folder: Path) -> None:
         os.close(file)
 
 
-def in_group(
-    function: Callable[[Path, int, bool], None], folder: Path, batch: int, mebibytes: int
-) -> tuple[float, int, bool]:
-    """Seconds, peak resident bytes of a call, and True if its memory was limited by a group."""
-    memory = PeakMemory(measure.CPU)
-    with group(mebibytes) as limited:
-        started = time.perf_counter()
-        function(folder, batch, not limited)
-        return time.perf_counter() - started, memory.read(), limited
+def timed(function: Callable[[Path, int], None], folder: Path, batch: int) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a call."""
+    memory, started = PeakMemory(measure.CPU), time.perf_counter()
+    function(folder, batch)
+    return time.perf_counter() - started, memory.read()
 
 
-@contextmanager
-def group(mebibytes: int) -> Iterator[bool]:
-    """Run in a new memory control group; yields False if none can be made."""
-    own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
-    if "memory" in own:
-        parent, limit = Path("/sys/fs/cgroup/memory" + own["memory"]), "memory.limit_in_bytes"
-    else:
-        parent, limit = Path("/sys/fs/cgroup" + own.get("", "/")), "memory.max"
-    made = parent / f"skipkernels-{os.getpid()}"
-    limited = False
-    try:
-        with suppress(OSError):
-            made.mkdir()
-            (made / limit).write_text(str(mebibytes << 20))
-            (made / "cgroup.procs").write_text(str(os.getpid()))
-            limited = True
-        yield limited
-    finally:
-        with suppress(OSError):
-            if limited:
-                (parent / "cgroup.procs").write_text(str(os.getpid()))
-            made.rmdir()
-
-
-def read_epoch(folder: Path, batch: int, drop_pages: bool) -> None:
+def read_epoch(folder: Path, batch: int) -> None:
     """Read an epoch by the loader, in random order."""
     total = torch.zeros(())
     for features, _ in FeatureCache.open(folder).loader(batch, "random"):
         total += features[:, 0, 0].sum()  # use the batch
-        if drop_pages:
-            drop(folder)
 
 
-def read_rows(folder: Path, batch: int, drop_pages: bool, threads: int) -> None:
+def read_rows(folder: Path, batch: int, threads: int) -> None:
     """Read the same rows in the same order, one call each."""
     cache = FeatureCache.open(folder)
     layout = cache.store.layout
@@ -338,21 +295,17 @@ def read_rows(folder: Path, batch: int, drop_pages: bool, threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for numbers in BatchSampler(cache.labels, 16 * batch, "random"):
             list(pool.map(read, numbers))
-            if drop_pages:
-                drop(folder)
     for file in files:
         os.close(file)
 
 
-def read_files(folder: Path, batch: int, drop_pages: bool) -> None:
+def read_files(folder: Path, batch: int) -> None:
     """Read every file sequentially."""
     buffer = bytearray(_BLOCK)
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
-        if drop_pages:
-            drop(folder)
 
 
 # ---- dtypes ----------------------------------------------------------------------------------------------------------
@@ -378,7 +331,6 @@ def features(args: argparse.Namespace) -> Rows:
         errors |= {"error_of_logits": relative_error(got, expected), "loss_differs_by": change}
         row = {"model": args.model, "images": args.batch, "skip_layers": args.skip_layers, "dtype": dtype}
         rows.append(row | {"kb_an_image": round(size / 1000, 1)} | {name: f"{e:.2e}" for name, e in errors.items()})
-        print(f"{dtype}: {size / 1000:.0f} KB an image; " + ", ".join(f"{n} {e:.2e}" for n, e in errors.items()))
     return rows
 
 
@@ -398,12 +350,9 @@ def tuning(args: argparse.Namespace) -> Rows:
         curves = [zip(ours["losses"], exact["losses"], strict=True) for ours, exact in pairs]
         row: dict[str, Any] = {"dtype": dtype, "seeds": " ".join(map(str, args.seeds))}
         for key in ("base", "new", "harmonic"):
-            mean = sum(result[key] for result in results) / len(results)
-            differs = [ours[key] - exact[key] for ours, exact in pairs]
-            row |= {key: round(mean, 2), f"{key}_from_fp32": round(sum(differs) / len(differs), 2)}
-            row |= {f"{key}_at_most": round(max(map(abs, differs)), 2)}
+            row[key] = round(sum(result[key] for result in results) / len(results), 2)
+            row[f"{key}_at_most"] = round(max(abs(ours[key] - exact[key]) for ours, exact in pairs), 2)
         rows.append(row | {"loss_at_most": f"{max(abs(a - b) / b for curve in curves for a, b in curve):.1e}"})
-        print(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
     return rows
 
 
@@ -430,7 +379,6 @@ def epoch(args: argparse.Namespace) -> Rows:
         measure.synchronize(args.device)
         seconds = time.perf_counter() - started
     waited, steps = loader.seconds_waited, len(loader)
-    print(f"{steps} steps in {seconds:.1f} s, of which {waited:.2f} s waiting: {waited / seconds:.2%}")
     row = {"model": args.model, "images": len(cache), "B": args.batch, "C": args.classes, "dtype": args.dtype}
     row |= {"skip_layers": args.skip_layers, "precision": args.precision, "steps": steps, "seconds": round(seconds, 2)}
     return [row | {"seconds_waited": round(waited, 4), "share": round(waited / seconds, 5)}]
@@ -450,10 +398,6 @@ def texts(args: argparse.Namespace) -> Rows:
             row = {"texts": way, "model": args.model, "B": args.batch, "C": args.classes, "precision": args.precision}
             row |= {"skip_layers": args.skip_layers, "seconds_ready": round(ready, 2), "step_ms": round(1000 * step, 1)}
             rows.append(row | {"before_mib": before >> 20, "peak_mib": peak >> 20, "folder_mib": size >> 20})
-            print(
-                f"{way:14} ready in {ready:.1f} s, {1000 * step:.0f} ms a step; {peak >> 20} MiB resident at most, "
-                f"{before >> 20} with the model alone; {size >> 20} MiB on the disk"
-            )
     if not all(found == losses[0] for found in losses):
         raise SystemExit(f"the losses differ: {losses}")
     return rows
