@@ -4,7 +4,7 @@
     python -m bench.counts --check             count all and compare with the table; write nothing
     python -m bench.counts --check --model glyph-tiny
 
-For training steps of SkipCLIP, the published step, and `predict` from features after the weights have changed:
+For training steps of SkipCLIP, and `predict` from features after the weights have changed:
 
     flops              of matrix products (bench/flops.py)
     saved_bytes        bytes that autograd saves for backward, without parameters
@@ -18,14 +18,12 @@ Matrix products return zeros and are not computed, since the counts depend on sh
 the first classes are kept. Processor, threads and the implementation of our operators change nothing.
 
 Calls, launches and waits of a step of SkipCLIP are those of `clip.graphed` on a GPU, update included: the step runs on
-the meta device. Those of the published step, with the update of torch.optim.SGD, are counted on a CPU, with the same
-operators: a call of a multi-tensor operator counts as one launch. FLOPs and bytes are those on a CPU, where suffixes
-are packed without spare rows.
+the meta device. A call of a multi-tensor operator counts as one launch. FLOPs and bytes are those on a CPU, where
+suffixes are packed without spare rows.
 
 `--check` fails if a count is larger than in the table, or smaller, so that an improvement is recorded. If another minor
 version of torch made the table, it fails only if a count is larger by more than ALLOWANCE. The launches of each
-operator are compared with bench/results/launches.csv. Rows of the published step are for comparison and are not
-checked.
+operator are compared with bench/results/launches.csv.
 """
 
 from __future__ import annotations
@@ -48,31 +46,29 @@ from skipkernels.selection import RankSampler
 
 from . import measure, tables
 from .flops import flops_of
-from .inputs import PRECISIONS, Inputs, autocast, random_inputs
+from .inputs import PRECISIONS, autocast, random_inputs
 from .launches import CALLS
-from .published import PublishedStep
 from .stand_in import meta_as_gpu
 
 TABLE = measure.RESULTS / "counts.csv"
 LAUNCHES = measure.RESULTS / "launches.csv"
 ALLOWANCE = 1.05  # for another version of torch, which may split an operator into others
 COUNTS = ("flops", "saved_bytes", "gradient_bytes", "calls", "launches", "triton", "waits")
-STEP, PREDICT, PUBLISHED = "SkipCLIP, step", "SkipCLIP, predict", "published, step"
-SGD, IN_BACKWARD, TORCH_SGD = "FusedSGD", "FusedSGD in backward", "torch.optim.SGD"
+STEP, PREDICT = "SkipCLIP, step", "SkipCLIP, predict"
+SGD, IN_BACKWARD = "FusedSGD", "FusedSGD in backward"
 BATCH = 4
 _CPU = torch.device("cpu")
 
 
 class Size(NamedTuple):
-    """A model, its skipped blocks and the number of classes; many classes without the published step, which is slow."""
+    """A model, its skipped blocks and the number of classes."""
 
     model: str
     skip_layers: int
     C: int
-    published: bool
 
 
-SIZES = (Size("glyph-tiny", 3, 20, True), Size("ViT-B-16", 6, 50, True), Size("ViT-B-16", 6, 1000, False))
+SIZES = (Size("glyph-tiny", 3, 20), Size("ViT-B-16", 6, 50), Size("ViT-B-16", 6, 1000))
 
 
 class Row(NamedTuple):
@@ -195,8 +191,7 @@ def counts_of(function: Callable[[], Any], *, gpu: bool = False) -> dict[str, in
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(size: Size, *, published: bool) -> list[Row]:
-    """The rows of a size, with the published step only if `published`."""
+def rows_of(size: Size) -> list[Row]:
     inputs = random_inputs(size.model, BATCH, size.C, _CPU)
     # The default number of classes, without a random tail: which classes are drawn depends on the machine, and their
     # prompts have different lengths.
@@ -213,33 +208,23 @@ def rows_of(size: Size, *, published: bool) -> list[Row]:
             clip = sk.SkipCLIP(inputs.model, inputs.tokens, skip_layers=size.skip_layers, memory=memory, **sampling)
             features = clip.encode_lower(inputs.images)
             for precision in PRECISIONS:
-                counts = _step(inputs, precision, SGD, lambda: clip(features, inputs.labels).loss)  # noqa: B023
+                counts = _step(clip, features, inputs.labels, precision)
                 for optimizer in optimizers:
                     counts |= _on_a_gpu(clip, features, inputs.labels, precision, optimizer)
                     add(STEP, precision, memory, optimizer, counts)
         for precision in PRECISIONS:
             add(PREDICT, precision, "", "", _predict(clip, features, precision))
-        if size.published and published:
-            theirs = PublishedStep(inputs.model, inputs.tokens, size.skip_layers, RankSampler(**sampling))
-            features = theirs.image_features(inputs.images)
-            for precision in PRECISIONS:
-                counts = _step(inputs, precision, TORCH_SGD, lambda: theirs(features, inputs.labels)[0])  # noqa: B023
-                add(PUBLISHED, precision, "", TORCH_SGD, counts)
     return rows
 
 
-def _step(inputs: Inputs, precision: str, optimizer: str, forward: Callable[[], Tensor]) -> dict[str, int]:
+def _step(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str) -> dict[str, int]:
     """Counts of forward, backward and update."""
 
     def loss() -> Tensor:
         with autocast(_CPU, precision):
-            return forward()
+            return clip(features, labels).loss
 
-    weights = [weight for weight in inputs.model.parameters() if weight.requires_grad]
-    if optimizer == TORCH_SGD:
-        update: torch.optim.Optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9, foreach=True)
-    else:
-        update = sk.FusedSGD(weights, lr=0.0, momentum=0.9, in_backward=optimizer == IN_BACKWARD)
+    update = sk.FusedSGD(clip.trainable_parameters(), lr=0.0, momentum=0.9, in_backward=False)
     saved, gradients = testing.saved_bytes(loss), []
 
     def step() -> None:
@@ -249,8 +234,7 @@ def _step(inputs: Inputs, precision: str, optimizer: str, forward: Callable[[], 
 
     step()  # the first makes the momentum buffers
     counts = counts_of(step)
-    if isinstance(update, sk.FusedSGD):
-        update.close()
+    update.close()
     return counts | {"saved_bytes": saved, "gradient_bytes": gradients[-1]}
 
 
@@ -346,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return (not args.model or size.model in args.model) and (not args.classes or size.C in args.classes)
 
     sizes = list(filter(selected, SIZES))
-    rows = [row for size in sizes for row in rows_of(size, published=not args.check)]
+    rows = [row for size in sizes for row in rows_of(size)]
     if not args.check:
         columns = ("what", "model", "C", "K", "precision", "memory", "optimizer", *COUNTS)
         tables.show(columns, [[getattr(row, name) for name in columns] for row in rows])
@@ -355,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tables.write_dicts(LAUNCHES, launches_by_operator())
             print(f"wrote {TABLE} and {LAUNCHES.name}")
         return
-    table = [row for row in read_table() if row.what != PUBLISHED and selected(row)]
+    table = [row for row in read_table() if selected(row)]
     problems = [*compare(rows, table), *compare_launches()]
     for problem in problems:
         print(problem)

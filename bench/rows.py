@@ -2,8 +2,8 @@
 
 Of several rows of one case the last counts, except that a row that was skipped for lack of time does not replace a
 measurement. In files that count rounds, rows of one round, or of another PyTorch than the last row's, do not count.
-A file that lacks a column of its kind is ignored. Rows of operators are also in the files of pytest-benchmark,
-DEVICE/operators/*/*.json, and newer there than in the CSV file.
+Rows of operators are also in the files of pytest-benchmark, DEVICE/operators/*/*.json, and newer there than in the CSV
+file.
 """
 
 from __future__ import annotations
@@ -22,42 +22,32 @@ PRECISIONS = ("fp32", "bf16")
 
 
 class Kind(NamedTuple):
-    """One kind of rows.
-
-    Attributes:
-        command: Command that writes the rows, after `python -m`.
-        case: Columns that identify a case.
-        measured: Column that is empty if nothing was measured.
-        needed: Further columns that a file must have.
-    """
+    """One kind of rows."""
 
     command: str
+    """Command that writes the rows, after `python -m`."""
     case: str
+    """Columns that identify a case."""
     measured: str
-    needed: str = ""
+    """Column that is empty if nothing was measured."""
 
 
 KINDS = {
-    "step": Kind("bench.step", "model B C precision implementation", "p50_ms", "K peak_mib above_floor note"),
-    "infer": Kind("bench.infer", "model images B C skip_layers precision implementation", "p50_ms", "above_floor"),
-    "operators": Kind("pytest bench/operators", "op shape dtype implementation", "p50_ms", "wanted note"),
-    "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms", "gradients_mib"),
-    "glyphs": Kind("bench.glyphs", "data method seed", "base", "harmonic trained_parameters"),
-    "when": Kind(
-        "bench.when", "task method phase seed setting blended", "harmonic", "zero_shot_new zero_shot_harmonic"
-    ),
+    "step": Kind("bench.step", "model B C precision implementation", "p50_ms"),
+    "infer": Kind("bench.infer", "model images B C skip_layers precision implementation", "p50_ms"),
+    "operators": Kind("pytest bench/operators", "op shape dtype implementation", "p50_ms"),
+    "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms"),
+    "glyphs": Kind("bench.glyphs", "data method seed", "base"),
+    "when": Kind("bench.when", "task method phase seed setting blended", "harmonic"),
     "when_pretraining": Kind(
-        "bench.when.pretraining",
-        "pretraining_steps task method phase seed setting blended",
-        "harmonic",
-        "zero_shot_harmonic",
+        "bench.when.pretraining", "pretraining_steps task method phase seed setting blended", "harmonic"
     ),
-    "when_cost": Kind("bench.when.cost", "task method", "train_s", "steps train_mib"),
-    "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms", "lines saved_mib"),
-    "scale_memory": Kind("bench.scale --measure", "C W B", "class_mib", "of_one"),
-    "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s", "faster"),
-    "cache_read": Kind("bench.cache read", "store N W B", "loader_gb_s", "of_list"),
-    "cache_disk": Kind("bench.cache disk", "way store_mib memory_mib B", "gb_s", "of_threads"),
+    "when_cost": Kind("bench.when.cost", "task method", "train_s"),
+    "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
+    "scale_memory": Kind("bench.scale --measure", "C W B", "class_mib"),
+    "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s"),
+    "cache_read": Kind("bench.cache read", "store N W B", "loader_gb_s"),
+    "cache_disk": Kind("bench.cache disk", "way store_mib memory_mib B", "gb_s"),
 }
 
 
@@ -70,7 +60,7 @@ class Device:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._all = {kind: read(folder / f"{kind}.csv", of) for kind, of in KINDS.items()}
+        self._all = {kind: read(folder / f"{kind}.csv") for kind in KINDS}
         for path in sorted(folder.glob("operators/*/*.json")):
             self._all["operators"] += of_pytest(path)
         self.name = next((rows[0]["device"] for rows in self._all.values() if rows), "")
@@ -95,16 +85,13 @@ def devices(results: Path) -> list[Device]:
     return sorted((device for device in found if device.name), key=lambda device: device.is_cpu)
 
 
-def read(path: Path, kind: Kind) -> list[Row]:
-    """The rows of a file that can count; none if the file is missing or lacks a column."""
+def read(path: Path) -> list[Row]:
+    """The rows of a file that can count; none if the file is missing."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, restval="")
-        needed = {*MACHINE, *kind.case.split(), kind.measured, *kind.needed.split()}
-        rows = list(reader) if needed <= set(reader.fieldnames or ()) else []
-    shown = rows[-1]["torch"] if rows else ""
-    return [row for row in rows if "rounds" not in row or (row["rounds"] != "1" and row["torch"] == shown)]
+        rows = list(csv.DictReader(file, restval=""))
+    return [row for row in rows if "rounds" not in row or (row["rounds"] != "1" and row["torch"] == rows[-1]["torch"])]
 
 
 def of_pytest(path: Path) -> list[Row]:

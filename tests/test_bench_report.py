@@ -10,20 +10,22 @@ from xml.etree import ElementTree
 import pytest
 
 from bench import report
-from bench.rows import KINDS, MACHINE, Device, latest, read, same_run
+from bench.rows import KINDS, MACHINE, Device, latest, same_run
 
 CPU, GPU = "CPU (avx2)", "GPU"
 FULL, CLASSIFYING = "full fine-tuning", (("published", 10000), ("skipkernels", 7100))
 EXTRA = {
-    "step": "faster saved_mib training_mib",
-    "operators": "faster",
-    "infer": "faster",
+    "step": "K peak_mib above_floor note faster saved_mib training_mib",
+    "operators": "wanted note faster",
+    "infer": "above_floor faster",
+    "memory": "gradients_mib",
+    "scale_memory": "of_one",
 }
 
 
 def row(kind: str, **values: object) -> dict[str, str]:
     of = KINDS[kind]
-    columns = [*MACHINE, *of.case.split(), of.measured, *of.needed.split(), *EXTRA.get(kind, "").split()]
+    columns = [*MACHINE, *of.case.split(), of.measured, *EXTRA.get(kind, "").split()]
     machine = {"commit": "abc", "device": CPU, "threads": 2, "python": "3.11", "torch": "2.13"}
     return {name: str(value) for name, value in (dict.fromkeys(columns, "") | machine | values).items()}
 
@@ -76,11 +78,6 @@ def test_latest_keeps_the_last_row_but_no_skipped_one():
     assert latest([measured, skipped], kind) == [measured]
     assert latest([skipped, measured], kind) == [measured]
     assert latest([measured, no_room], kind) == [no_room]
-
-
-def test_read_ignores_a_file_without_a_needed_column(root):
-    old = {name: value for name, value in step("published", 10, 1.0).items() if name != "above_floor"}
-    assert save(root, "step", old).all_rows("step") == [] == read(root / "nowhere.csv", KINDS["step"])
 
 
 def test_read_leaves_out_rows_of_one_round_and_of_another_pytorch(root):

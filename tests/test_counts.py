@@ -33,14 +33,14 @@ def test_counts_match_the_table():
 def test_check_finds_duplicated_work(monkeypatch):
     select = SkipCLIP._select
     monkeypatch.setattr(counts, "PRECISIONS", ("fp32",))
-    before = counts.rows_of(counts.SIZES[0], published=False)  # same torch: exact comparison
+    before = counts.rows_of(counts.SIZES[0])  # same torch: exact comparison
 
     def twice(self, *arguments):
         select(self, *arguments)
         return select(self, *arguments)
 
     monkeypatch.setattr(SkipCLIP, "_select", twice)
-    found = "\n".join(counts.compare(counts.rows_of(counts.SIZES[0], published=False), before))
+    found = "\n".join(counts.compare(counts.rows_of(counts.SIZES[0]), before))
     for name in ("flops", "calls", "launches"):
         assert f"SkipCLIP, step (glyph-tiny, B4-C20-K11, fp32, memory=fast, FusedSGD): {name} " in found
     assert "saved_bytes" not in found and "predict" not in found
@@ -158,7 +158,7 @@ def test_table_round_trip(tmp_path, monkeypatch):
 
 def test_check_fails_on_a_larger_count(monkeypatch, capsys):
     row = ROW._replace(calls=399)
-    monkeypatch.setattr(counts, "rows_of", lambda size, published: [ROW])
+    monkeypatch.setattr(counts, "rows_of", lambda size: [ROW])
     monkeypatch.setattr(counts, "read_table", lambda: [row])
     monkeypatch.setattr(counts, "compare_launches", lambda: iter([]))
     monkeypatch.setattr(counts.measure, "keep_freed_memory", lambda: None)
