@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +19,7 @@ from .options import Run, Trust
 
 if TYPE_CHECKING:
     from skipkernels.app.serve import Classifier, Predictions
-    from skipkernels.app.serve.output import PartialRows, Row
+    from skipkernels.app.serve.output import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class PredictOptions:
     template: tuple[str, ...] | None = None
     """Prompts of the classes, such as "a photo of a {}.". By default the prompts of the run."""
     out: Path | None = None
-    """File of the results. By default they are printed."""
+    """File of the results. By default they are printed. An interrupted command writes the images that are done."""
     format: Literal["csv", "json"] | None = None
     """Format of the results. By default that of the ending of --out, else csv."""
     sort_into: Path | None = None
@@ -44,9 +43,6 @@ class PredictOptions:
     """With --sort-into, make symbolic links in place of copies."""
     contact_sheet: Path | None = None
     """HTML file with a thumbnail of each image, by label."""
-    resume: bool = False
-    """Continue an interrupted command with --out or --sort-into: images with a row in OUT.partial are not classified
-    again, and copies in the folder are kept. An interrupted command writes --out with the images that are done."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +76,7 @@ class PredictCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data.files import format_others
-        from skipkernels.app.serve.output import SortedFolders, contact_sheet, lines
+        from skipkernels.app.serve.output import SortedFolders, contact_sheet, lines, write_rows
         from skipkernels.folders import replace_text
 
         results, form = self.results, self._checked_format()
@@ -89,38 +85,27 @@ class PredictCommand:
         top = min(results.top, len(classifier.classes))
         folders = None
         if results.sort_into is not None:
-            classes = classifier.classes
-            folders = SortedFolders(results.sort_into, classes, link=results.link, resume=results.resume)
-        best: list[tuple[str, str, float]] = []
+            folders = SortedFolders(results.sort_into, classifier.classes, link=results.link)
+        rows: list[Row] = []
         unreadable = 0
-
-        def keep(rows: Iterable[Row]) -> None:
-            for name, found in rows:
-                best.append((name, *found[0]))
-                if folders is not None:
-                    folders.add(name, found[0][0])
-
-        rows = self._partial_rows(classifier, top)
-        keep(rows or ())
-        left = images if rows is None else [name for name in images if name not in rows.done]
 
         def parts(advance: Callable[[int], object]) -> Iterator[Predictions]:
             nonlocal unreadable
             options: dict[str, Any] = {"batch_size": self.compute.batch_size, "workers": self.compute.workers}
-            for part in classifier.predict_batches(left, top=top, unreadable="skip", **options):
+            for part in classifier.predict_batches(images, top=top, unreadable="skip", **options):
                 for name, reason in part.unreadable.items():
                     err.print(f"skipped {name}: {reason}", soft_wrap=True)
                 unreadable += len(part.unreadable)
-                if rows is not None:
-                    rows.add(part)
-                keep(part)
+                rows.extend(part)
+                if folders is not None:
+                    for name, labels in part:
+                        folders.add(name, labels[0][0])
                 yield part
                 advance(len(part) + len(part.unreadable))
 
         try:
             with progress("images", len(images)) as advance:
-                advance(len(images) - len(left))
-                if rows is not None:
+                if results.out is not None:
                     deque(parts(advance), maxlen=0)
                 else:
                     for text in lines(parts(advance), form, top):
@@ -129,22 +114,19 @@ class PredictCommand:
                         else:
                             out.file.write(text)
         except BaseException:
-            where = ""
-            if rows is not None:
-                with contextlib.suppress(OSError):  # report the first error
-                    rows.write(form, top, complete=False)
-                where = f", and are in {results.out}; repeat the command with --resume to continue"
-            err.print(f"{len(best):,} of {len(images):,} images are classified{where}", soft_wrap=True)
+            err.print(f"{len(rows):,} of {len(images):,} images are classified", soft_wrap=True)
             raise
-        if rows is not None:
-            rows.write(form, top, complete=True)
+        finally:
+            if results.out is not None:
+                write_rows(results.out, rows, form, top)
         if results.contact_sheet is not None:
+            best = [(name, *labels[0]) for name, labels in rows]
             replace_text(results.contact_sheet, contact_sheet(best, f"Predictions of {self.run.resolve().name}"))
         if others:
             err.print(format_others(others), soft_wrap=True)
         skipped = f", {unreadable:,} skipped" if unreadable else ""
         calibration = self._calibration(classifier)
-        err.print(f"{len(best):,} images classified{skipped}; probabilities are {calibration}", soft_wrap=True)
+        err.print(f"{len(rows):,} images classified{skipped}; probabilities are {calibration}", soft_wrap=True)
         return 1 if unreadable else 0
 
     def _checked_format(self) -> Literal["csv", "json"]:
@@ -156,8 +138,6 @@ class PredictCommand:
         results, compute = self.results, self.compute
         if results.link and results.sort_into is None:
             raise InputError("predict: link has no effect without `sort_into`; leave it out.", "link")
-        if results.resume and results.out is None and results.sort_into is None:
-            raise InputError("predict: resume has no effect without `out` or `sort_into`; leave it out.", "resume")
         for name in ("out", "contact_sheet"):
             path = getattr(results, name)
             if path is not None:
@@ -180,18 +160,6 @@ class PredictCommand:
             precision=self.compute.precision,
             trust=self.compute.trust,
         )
-
-    def _partial_rows(self, classifier: Classifier, top: int) -> PartialRows | None:
-        """Rows of --out, with those of an interrupted command if it is resumed."""
-        from skipkernels.app.serve.loading import described_weights
-        from skipkernels.app.serve.output import PartialRows
-
-        if self.results.out is None:
-            return None
-        weights = described_weights(self.run.expanduser())[1]
-        identity = [str(weights.resolve()), weights.stat().st_mtime_ns, classifier.classes, self.results.template]
-        identity += [top, self.compute.precision]
-        return PartialRows(self.results.out, identity, resume=self.results.resume)
 
     def _calibration(self, classifier: Classifier) -> str:
         from skipkernels.app.train.description import NOT_CALIBRATED

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,11 +20,12 @@ from ...options import Precision
 from ...store import is_store
 from ..data import InputError
 from ..data.files import find_images
+from ..data.images import read_image, to_rgb
 from ..methods.base import TunedModel
-from .decoding import batches, decode
 from .loading import TEST, TunedRun, load_run
 
 Unreadable = Literal["raise", "skip"]
+_MAX_WORKERS = 8  # decoding is faster than a model on most machines; more threads only take memory
 
 
 @dataclass(frozen=True)
@@ -238,8 +240,8 @@ class Classifier:
                 part = images[start : start + batch_size]
                 yield self._predictions(list(map(str, range(start, start + len(part)))), part, top)
         else:
-            images = [images] if isinstance(images, Image.Image) else images
-            for decoded in batches(decode(list(images), self.transform, workers=workers), batch_size):
+            images = [images] if isinstance(images, Image.Image) else list(images)
+            for decoded in decoded_batches(images, self.transform, batch_size, workers):
                 yield self._decoded(decoded, top, unreadable)
 
     def _opened(self, path: Path) -> FeatureCache | list[str]:
@@ -256,7 +258,7 @@ class Classifier:
                 return FeatureCache.open(path, self.clip)
         return [str(path / name) for name, _ in find_images(path, {"": 0})[0]] if path.is_dir() else [str(path)]
 
-    def _decoded(self, decoded: list[Any], top: int, unreadable: Unreadable) -> Predictions:
+    def _decoded(self, decoded: list[Decoded], top: int, unreadable: Unreadable) -> Predictions:
         failed = {item.name: item.image for item in decoded if isinstance(item.image, InputError)}
         if failed and unreadable == "raise":
             raise next(iter(failed.values()))
@@ -265,7 +267,8 @@ class Classifier:
         if not read:
             k = min(top, len(self.classes))
             return Predictions([], torch.empty(0, k).long(), torch.empty(0, k), self.classes, reasons)
-        return self._predictions([item.name for item in read], torch.stack([i.image for i in read]), top, reasons)
+        images = torch.stack([item.image for item in read])  # type: ignore[misc]
+        return self._predictions([item.name for item in read], images, top, reasons)
 
     def _predictions(
         self, names: list[str], inputs: Tensor, top: int, unreadable: dict[str, str] | None = None
@@ -279,6 +282,47 @@ class Classifier:
                 "finite in fp32 either, the image or the weights have values that are not finite."
             )
         return Predictions(names, ids, probabilities, self.classes, unreadable or {})
+
+
+class Decoded(NamedTuple):
+    """Name of an image, and its tensor [3, H, W] or the reason why it can't be read."""
+
+    name: str
+    image: Tensor | InputError
+
+
+def decoded_batches(
+    images: Sequence[Any], transform: Callable[[Image.Image], Tensor], batch_size: int, workers: int | None = None
+) -> Iterator[list[Decoded]]:
+    """Decode and transform paths or Pillow images in threads, in their order, one batch ahead."""
+
+    def load(number: int) -> Decoded:
+        image = images[number]
+        is_path = isinstance(image, (str, os.PathLike))
+        if not is_path and not isinstance(image, Image.Image):
+            raise InputError(
+                f"Classifier.predict: images must be paths or Pillow images; got {type(image).__name__}.", "images"
+            )
+        name = os.fspath(image) if is_path else str(number)
+        try:
+            found = read_image(name, transform) if is_path else to_rgb(image, f"image {name}", transform)
+        except InputError as error:
+            found = error
+        return Decoded(name, found)
+
+    pool = ThreadPoolExecutor(workers or min(_MAX_WORKERS, os.cpu_count() or 1))
+
+    def submitted(start: int) -> list[Future[Decoded]]:
+        return [pool.submit(load, number) for number in range(start, min(start + batch_size, len(images)))]
+
+    try:
+        batch = submitted(0)
+        for start in range(0, len(images), batch_size):
+            following = submitted(start + batch_size)
+            yield [decoded.result() for decoded in batch]
+            batch = following
+    finally:  # without waiting: this generator may be collected in one of these threads
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def check_counts(**counts: int | None) -> None:

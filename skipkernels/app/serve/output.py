@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ...folders import replaced_file
 from ...formatting import csv_line
@@ -71,6 +70,13 @@ def _json(rows: Iterable[Row]) -> Iterator[str]:
     yield "[]\n" if first else "\n]\n"
 
 
+def write_rows(path: Path, rows: Iterable[Row], form: Format, top: int) -> None:
+    """Write predictions to a file; see `lines`."""
+    # surrogateescape: the bytes of a file name that is not in UTF-8
+    with replaced_file(path) as new, new.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.writelines(lines([rows], form, top))
+
+
 def folder_names(classes: Sequence[str]) -> list[str]:
     r"""Return a folder name for each class: names without separators, distinct also where case is ignored.
 
@@ -91,101 +97,30 @@ def folder_names(classes: Sequence[str]) -> list[str]:
     return names
 
 
-class PartialRows:
-    """Rows of predictions in OUT.partial, appended as they are computed, for a command that is interrupted and resumed.
-
-    The first line is `identity`, all that the rows depend on; to `resume`, it must be the same. Then a row per line.
-    """
-
-    def __init__(self, out: Path, identity: Any, *, resume: bool = False):
-        self.out, self._path = out, out.with_name(f"{out.name}.partial")
-        self.done: set[str] = set()  # Names of the images with a row
-        header = json.dumps(identity).encode() + b"\n"
-        if resume and self._path.exists():
-            with self._path.open("rb") as file:
-                if file.readline() != header:
-                    raise InputError(
-                        f"predict: resume: {self._path} has rows of another run or other options. Give the same ones, "
-                        "or leave out `resume` to start again.",
-                        "resume",
-                    )
-            os.truncate(self._path, len(header) + sum(map(len, self._complete_lines())))
-            self.done = {name for name, _ in self}
-        else:
-            self._path.write_bytes(header)
-
-    def _complete_lines(self) -> Iterator[bytes]:
-        with self._path.open("rb") as file:
-            file.readline()
-            yield from (line for line in file if line.endswith(b"\n"))  # a kill may have cut the last line
-
-    def __iter__(self) -> Iterator[Row]:
-        try:
-            for line in self._complete_lines():
-                name, found = json.loads(line)
-                yield name, [(label, probability) for label, probability in found]
-        except (ValueError, TypeError) as error:
-            raise InputError(f"predict: {self._path} is damaged ({error}). Delete it, and start again.") from error
-
-    def add(self, part: Iterable[Row]) -> None:
-        """Append rows."""
-        rows = list(part)
-        with self._path.open("ab") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        self.done.update(name for name, _ in rows)
-
-    def write(self, form: Format, top: int, *, complete: bool) -> None:
-        """Write the results, and delete OUT.partial if they are complete."""
-        # surrogateescape: the bytes of a file name that is not in UTF-8
-        encoded = (text.encode(errors="surrogateescape") for text in lines([self], form, top))
-        with replaced_file(self.out) as new, new.open("wb") as file:
-            file.writelines(encoded)
-        if complete:
-            self._path.unlink()
-
-
 class SortedFolders:
-    """Folders named after labels, into which images are copied or linked; with `resume`, an image in one is kept."""
+    """Folders named after labels, into which images are copied or linked."""
 
-    def __init__(self, folder: Path, classes: Sequence[str], *, link: bool = False, resume: bool = False):
-        if os.path.lexists(folder) and not (folder.is_dir() and (resume or not any(folder.iterdir()))):
-            raise InputError(
-                f"predict: sort_into must be a new or an empty folder, or that of a command to `resume`; got {folder}.",
-                "sort_into",
-            )
+    def __init__(self, folder: Path, classes: Sequence[str], *, link: bool = False):
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise InputError(f"predict: sort_into must be a new or an empty folder; got {folder}.", "sort_into")
         check_writable(folder, "sort_into", "predict")
         self._folder, self._link = folder, link
-        self._next: dict[tuple[str, str], int] = {}  # number of the next image of a label with this file name
-        self._added: set[str] = set()
         self._names = dict(zip(classes, folder_names(classes), strict=True))
+        self._next: dict[Path, int] = {}  # number of the next image with this path
 
     def add(self, path: str, label: str) -> None:
-        """Copy or link an image into the folder of its label. Equal file names are numbered, in the order of calls."""
-        folder, image = self._folder / self._names[label], Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        number = self._next.get((label, image.name), 1)
-        while True:
-            target = folder / (image.name if number == 1 else f"{image.stem}-{number}{image.suffix}")
-            number += 1
-            added = str(target).casefold() in self._added
-            exists = os.path.lexists(target)
-            if not added and (not exists or self._is_copy(target, path)):
-                break
-        self._next[label, image.name] = number
-        self._added.add(str(target).casefold())
-        if exists:
-            return
+        """Copy or link an image into the folder of its label; equal file names are numbered."""
+        image = Path(path)
+        first = target = self._folder / self._names[label] / image.name
+        number = self._next.get(first, 2)
+        while os.path.lexists(target):
+            target, number = first.with_name(f"{image.stem}-{number}{image.suffix}"), number + 1
+        self._next[first] = number
+        target.parent.mkdir(parents=True, exist_ok=True)
         if self._link:
-            os.symlink(os.path.abspath(path), target)
+            target.symlink_to(image.absolute())
         else:
-            partial = folder / ".skipkernels-partial"  # a kill leaves no half of an image under its name
-            shutil.copyfile(path, partial)
-            os.replace(partial, target)
-
-    def _is_copy(self, target: Path, path: str) -> bool:
-        if self._link or target.is_symlink():
-            return self._link and target.is_symlink() and os.readlink(target) == os.path.abspath(path)
-        return target.is_file() and filecmp.cmp(path, target, shallow=False)
+            shutil.copyfile(image, target)
 
 
 def contact_sheet(rows: Sequence[tuple[str, str, float]], title: str) -> str:
