@@ -214,7 +214,7 @@ class Manifest:
                 raise LostManifest(f"{folder}: no {MANIFEST}: not a store. Build it first.")
             values = json.loads(path.read_bytes())
             digest, version, layout = values.pop("xxh3", None), values["format"], values.get("layout")
-            if version != FORMAT:
+            if isinstance(version, int) and version != FORMAT:
                 raise StoreError(
                     f"{path}: has format {version}, and this version of skipkernels reads format {FORMAT}. Build it "
                     "again with `overwrite=True`, or delete it."
@@ -465,18 +465,8 @@ class Writer:
 
     Raises:
         DifferentStore: On entering, if the folder has another store.
-        StoreError: On entering, if the folder has foreign files, another process holds the lock, or the disk is too
+        StoreError: On entering, if the folder has other files, another process holds the lock, or the disk is too
             small.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp(), "store")
-        >>> layout = Layout(3, (1, 2), "fp32", "fp32", 2, False, {"made of": "threes"}, {})
-        >>> with Writer(folder, layout) as writer:
-        ...     for number in writer.missing:
-        ...         writer.write(number, {"rows": torch.full((len(layout.rows_of(number)), 1, 2), 3.0)})
-        >>> sorted(path.name for path in folder.glob("[!.]*"))
-        ['00000.safetensors', '00001.safetensors', 'manifest.json']
     """
 
     def __init__(
