@@ -6,7 +6,6 @@ python -m tests.ahead_of_time FOLDER NAME …     run these functions, each in a
 from __future__ import annotations
 
 import contextlib
-import inspect
 import multiprocessing
 import os
 import sys
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 
 from bench import aot
-from bench.launches import CALLS, Call, on_meta
-from skipkernels.ops import precompile, registration
+from bench.launches import CALLS, on_meta
+from skipkernels.ops import precompile
 from skipkernels.ops.launching import launch, tl, triton
 
 
@@ -84,20 +83,6 @@ def differences() -> None:
     print(f"{compared} compared")  # noqa: T201
 
 
-@triton.jit
-def length_kernel(x_ptr, N):
-    tl.store(x_ptr, N.to(tl.int64))  # an argument of 1 is a constant, which has no method
-
-
-def sweep() -> None:
-    x = on_meta(1, dtype=torch.float32)
-    registration.definitions["length"] = registration.definitions["class_scores"]._replace(
-        launch=lambda x: launch(length_kernel, (1,), device=x.device, x_ptr=x, N=5, num_warps=4)
-    )
-    CALLS["length"] = lambda dtype: iter([Call("N5", (x,))])
-    print(aot.sweep("sm_90", ["length"]))  # noqa: T201
-
-
 def warmup() -> None:
     """Compile a kernel in another process, then find it in the cache, a new folder."""
     (job,) = aot.jobs_of(["class_scores"], ["sm_90"], ["bf16"], quick=True)
@@ -106,14 +91,6 @@ def warmup() -> None:
         for _ in range(2):
             print(precompile.compile_all([job.kernel], precompile.ARCHITECTURES["sm_90"], 1))  # noqa: T201
         print([path.name for path in Path(folder).glob("*/*.cubin")])  # noqa: T201
-
-
-def paths() -> None:
-    aot.forget_paths()
-    (job,) = aot.jobs_of(["class_scores"], ["gfx942"], ["bf16"], quick=True)
-    function = job.kernel.function
-    assembly = precompile.compile_one(job.kernel, aot.ARCHITECTURES[job.target]).asm["amdgcn"]
-    print([path in assembly for path in (inspect.getsourcefile(function.fn), function.file_name)])  # noqa: T201
 
 
 def printing(name: str, path: Path) -> None:

@@ -17,12 +17,6 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-from tests.ops.specialisations import (  # noqa: F401  hooks
-    pytest_sessionfinish,
-    pytest_terminal_summary,
-    pytest_testnodedown,
-)
-
 # No deadline: cores may be busy. Derandomised: a failure is the same on every machine.
 # On a GPU an example may compile kernels, a second each, where sizes have another divisibility.
 _EXAMPLES = 8 if torch.cuda.is_available() else 40

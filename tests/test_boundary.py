@@ -35,7 +35,7 @@ def test_boundary_value_and_no_gradient():
     assert inputs.grad is None and all(p.grad is None for p in lower.parameters()) and head.weight.grad is not None
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 9])
+@pytest.mark.parametrize("batch", [1, 3, 8])
 def test_boundary_runs_at_most_a_chunk_at_once(batch):
     lower = Lower()
     hidden = LSkipBoundary.apply(lower, torch.randn(batch, 8), 3)

@@ -318,7 +318,11 @@ def without_capturable(monkeypatch):
     monkeypatch.setattr(graphed, "_why_optimizer_is_not_capturable", lambda optimizer: None)
 
 
-@pytest.mark.parametrize("kind", ["in_backward", "in_step", "stochastic"])
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("cpu", "in_backward"), ("captured", "in_backward"), ("captured", "in_step"), ("captured", "stochastic")],
+    indirect=["path"],
+)
 def test_graphed_equals_the_loop(path, kind):
     """Weights, draws, learning rates and rounding have the same bits, with evaluation and a short batch in between."""
     ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
@@ -374,7 +378,7 @@ def test_graphed_follows_new_classes_and_label_smoothing(fake_cuda):
     assert fake_cuda() == 4
 
 
-@pytest.mark.parametrize("kind", ["in_backward", "stochastic"])
+@pytest.mark.parametrize(("path", "kind"), [("cpu", "in_backward"), ("captured", "stochastic")], indirect=["path"])
 def test_graphed_resumes_within_an_epoch(path, kind):
     whole, cut = Run(kind, by_graph=True), Run(kind, by_graph=True)
     some = batches(whole.clip, 7)
@@ -427,7 +431,9 @@ def test_graphed_captures_again_after_a_change(fake_cuda, change):
 
 
 @pytest.mark.filterwarnings("ignore:SkipCLIP. not every block")
-@pytest.mark.parametrize("of_all_modules", [False, True], ids=["module", "global"])
+@pytest.mark.parametrize(
+    ("path", "of_all_modules"), [("captured", False), ("captured", True), ("cpu", False)], indirect=["path"]
+)
 def test_graphed_runs_hooks_of_called_modules(path, of_all_modules):
     """Hooks of a head, which SkipCLIP calls, run in each step and not only at the capture."""
     run, calls = Run("in_step", by_graph=True), []
@@ -504,7 +510,7 @@ def test_graphed_refuses_fp16_autocast(fake_cuda):
             run.step(*batches(run.clip, 1)[0])
 
 
-def test_graphed_follows_autocast(path):
+def test_graphed_follows_autocast(fake_cuda):
     """One graph for each setting; casts of one step are not used in another."""
     ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
     some = batches(ours.clip, 6)

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 from bench import counts
 from skipkernels import SkipCLIP, functional
@@ -44,18 +43,6 @@ def test_check_finds_duplicated_work(monkeypatch):
     for name in ("flops", "calls", "launches"):
         assert f"SkipCLIP, step (glyph-tiny, B4-C20-K11, fp32, memory=fast, FusedSGD): {name} " in found
     assert "saved_bytes" not in found and "predict" not in found
-
-
-def test_products_return_zeros_of_their_shape():
-    a, b = torch.randn(2, 3, dtype=torch.bfloat16), torch.randn(3, 5, dtype=torch.bfloat16)
-    expected = [a @ b, torch.addmm(torch.zeros(5, dtype=a.dtype), a, b), torch.bmm(a[None], b[None]), nn.Linear(3, 5)]
-    expected[-1] = expected[-1].bfloat16()(a[None])
-    with counts.WithoutProducts():
-        found = [a @ b, torch.addmm(torch.zeros(5, dtype=a.dtype), a, b), torch.bmm(a[None], b[None])]
-        found.append(nn.Linear(3, 5).bfloat16()(a[None]))
-    for one, other in zip(found, expected, strict=True):
-        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
-        assert not one.any() and other.any()
 
 
 def test_counts_of_calls_launches_and_flops():
@@ -114,14 +101,10 @@ ROW = counts.Row(
     [
         ({}, None),
         ({"flops": 1001}, "flops 1,000 → 1,001"),
-        ({"saved_bytes": 2001}, "saved_bytes 2,000 → 2,001"),
-        ({"gradient_bytes": 3001}, "gradient_bytes 3,000 → 3,001"),
         ({"calls": 401}, "calls 400 → 401"),
-        ({"launches": 501}, "launches 500 → 501"),
         ({"waits": 3}, "waits 2 → 3"),
         ({"calls": 399}, "calls 400 → 399, better than in the table: run python -m bench.counts"),
         ({"calls": 420, "torch": "2.14"}, None),
-        ({"calls": 399, "torch": "2.14"}, None),
         ({"calls": 421, "torch": "2.14"}, "calls 400 → 421"),
         ({"waits": 3, "torch": "2.14"}, "waits 2 → 3"),
         ({"K": 12}, "is missing from counts.csv"),
@@ -131,10 +114,6 @@ ROW = counts.Row(
 def test_compare_finds_larger_counts(changes, problem):
     found = list(counts.compare([ROW._replace(**changes)], [ROW]))
     assert (problem is None and not found) or problem in found[0]
-
-
-def test_compare_finds_a_stale_row():
-    assert "nothing counts it" in next(counts.compare([], [ROW]))
 
 
 @pytest.mark.parametrize(
@@ -148,12 +127,6 @@ def test_compare_launches_of_an_operator(monkeypatch, tmp_path, ours, problem):
     counts.LAUNCHES.write_text("\n".join(lines))
     found = list(counts.compare_launches())
     assert (problem is None and not found) or problem in found[0]
-
-
-def test_table_round_trip(tmp_path, monkeypatch):
-    monkeypatch.setattr(counts, "TABLE", tmp_path / "counts.csv")
-    counts.write_table([ROW])
-    assert counts.read_table() == [ROW]
 
 
 def test_check_fails_on_a_larger_count(monkeypatch, capsys):

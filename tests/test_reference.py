@@ -37,12 +37,6 @@ def test_class_sampled_ce_matches_cross_entropy_of_gathered_logits(rng, reductio
     assert torch.allclose(ours, theirs, rtol=1e-14)
 
 
-@pytest.mark.parametrize("label", [3, -1, 9])
-def test_class_sampled_ce_refuses_a_label_outside_the_sample(label):
-    with pytest.raises(IndexError):
-        reference.class_sampled_ce(torch.ones(1, 2), torch.ones(9, 2), torch.tensor([label]), 1.0, torch.tensor([0, 8]))
-
-
 @pytest.mark.parametrize("class_ids", [None, torch.tensor([7, 2, 4, 0])])
 def test_class_sampled_lse_is_that_of_the_logits(rng, class_ids):
     image, text = torch.randn(3, 8, generator=rng, **torch_double), torch.randn(9, 8, generator=rng, **torch_double)
@@ -55,15 +49,12 @@ def test_class_sampled_lse_is_that_of_the_logits(rng, class_ids):
     )
 
 
+@pytest.mark.parametrize("function", [reference.class_sampled_ce, reference.class_sampled_lse])
 @pytest.mark.parametrize("label", [3, -2, 9])
-def test_class_sampled_lse_refuses_a_label_outside_the_sample(label):
+def test_a_label_outside_the_sample_is_refused(function, label):
     image, text, labels = torch.ones(1, 2), torch.ones(9, 2), torch.tensor([label])
-    for class_ids in (torch.tensor([0, 8]), torch.tensor([]).long()):
-        with pytest.raises((IndexError, RuntimeError), match="out of"):
-            reference.class_sampled_lse(image, text, labels, 1.0, class_ids)
-    if label != 3:
-        with pytest.raises((IndexError, RuntimeError), match="out of"):
-            reference.class_sampled_lse(image, text, labels, 1.0)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        function(image, text, labels, 1.0, torch.tensor([0, 8]))
 
 
 def test_half_precision_is_computed_in_fp32(rng):

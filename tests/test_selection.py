@@ -40,12 +40,6 @@ def test_tail_probabilities_of_one_class():
     assert RankSampler(keep_ratio=0.5).draw(2, 1).tolist() == [0, 1]
 
 
-def test_tail_probabilities_extreme_decays_are_finite():
-    for decay in (1e-4, 1e9):
-        q = tail_probabilities(100, decay)
-        assert q.isfinite().all() and q[0] == 1 and q[-1] == 0
-
-
 @pytest.mark.parametrize(
     ("classes", "kept"), [(1000, 107), (500, 77), (199, 59), (98, 52), (51, 28), (24, 13), (19, 11), (5, 4)]
 )
@@ -119,15 +113,6 @@ def test_max_tail_scales_probabilities(tail, max_tail):
         assert q.equal(RankSampler().plan(1000, 4)[1])
 
 
-def test_max_tail_fixed_is_a_bound_on_average():
-    counts = [
-        len(RankSampler(tail="fixed", max_tail=20, generator=torch.Generator().manual_seed(s)).draw(1000, 4)) - 50
-        for s in range(50)
-    ]
-    # Standard deviation of one count below √20 = 4.5, of the mean 0.63.
-    assert sum(counts) / len(counts) == pytest.approx(20, abs=2.5) and max(counts) > 20
-
-
 @pytest.mark.parametrize("max_tail", [None, 3])
 @pytest.mark.parametrize("classes", [4, 5, 24, 28, 33, 34, 37, 51, 199, 1000])
 def test_resample_keeps_ranks_with_their_probability(classes, max_tail):
@@ -162,18 +147,20 @@ def test_systematic_sample_probabilities_are_exact(tail, decay, points):
     assert (pi <= 1).all() and (pi - q).abs().sum() <= 0.5 + 1e-9
 
 
+@pytest.mark.parametrize(("max_tail", "kept"), [(None, 107), (20, 70)])
+def test_fixed_keeps_its_number_on_average(max_tail, kept):
+    """A sum of 950 independent draws deviates by about 5 at most, the mean of fifty sums by 0.8."""
+    counts = [
+        len(RankSampler(tail="fixed", max_tail=max_tail, generator=torch.Generator().manual_seed(s)).draw(1000, 4))
+        for s in range(50)
+    ]
+    assert sum(counts) / len(counts) == pytest.approx(kept, abs=3) and max(counts) > kept
+
+
 def test_fixed_draws_once_resample_each_step():
     fixed, resample = RankSampler(tail="fixed"), RankSampler(tail="resample")
     assert len({tuple(fixed.draw(500, 4).tolist()) for _ in range(5)}) == 1
     assert len({tuple(resample.draw(500, 4).tolist()) for _ in range(5)}) == 5
-
-
-def test_fixed_keeps_published_number_on_average():
-    counts = [
-        len(RankSampler(tail="fixed", generator=torch.Generator().manual_seed(s)).draw(1000, 4)) for s in range(50)
-    ]
-    # The sum of 950 independent draws deviates by about 5, the mean of fifty sums by 0.8.
-    assert sum(counts) / len(counts) == pytest.approx(107, abs=3)
 
 
 @pytest.mark.parametrize("max_tail", [None, 5])
@@ -267,17 +254,6 @@ def test_option_is_checked_when_set(name, value):
     assert getattr(sampler, name) == before
 
 
-@pytest.mark.parametrize("tail", ["fixed", "resample"])
-def test_load_state_dict_after_a_changed_decay(tail):
-    annealed = RankSampler(tail=tail)
-    annealed.draw(300, 4)
-    annealed.decay = 3.0
-    annealed.draw(300, 4)
-    resumed = RankSampler(tail=tail, decay=3.0)
-    resumed.load_tensors(annealed.tensors())
-    assert resumed.draw(300, 4).equal(annealed.draw(300, 4))
-
-
 def test_load_state_dict_reads_masks_of_earlier_versions():
     sampler = RankSampler(tail="fixed")
     ranks, state = sampler.draw(300, 4), sampler.state_dict()
@@ -285,17 +261,6 @@ def test_load_state_dict_reads_masks_of_earlier_versions():
     resumed = RankSampler(tail="fixed", generator=torch.Generator().manual_seed(1))
     resumed.load_state_dict(state | {"fixed": kept})
     assert resumed.draw(300, 4).equal(ranks)
-
-
-@pytest.mark.parametrize("tail", ["fixed", "resample"])
-def test_reserve_keeps_addresses(tail, monkeypatch):
-    monkeypatch.setattr(selection, "_TABLE_STEPS", 2)
-    sampler, addresses = RankSampler(tail=tail), set()
-    for batch in (4, 4, 1, 4, 4):
-        sampler.reserve(torch.device("cpu"), 300, batch)
-        sampler.take()
-        addresses.add((sampler._tables[True].rows.data_ptr(), sampler._tables[True].counter.data_ptr()))
-    assert len(addresses) == 1
 
 
 def test_select_ranks_nan_last_labels_first():
@@ -310,16 +275,12 @@ def test_select_ranks_nan_last_labels_first():
         (torch.zeros(0), torch.tensor([0]), r"scores must be \[C\]"),
         (torch.zeros(3), torch.tensor(0), r"labels must be int64 \[B\]"),
         (torch.zeros(3), torch.tensor([0.0]), r"labels must be int64 \[B\]"),
+        (torch.zeros(3), torch.tensor([3]), r"labels must be in"),
     ],
 )
 def test_select_classes_bad_input(scores, labels, message):
     with pytest.raises(ValueError, match=message):
         select_classes(scores, labels)
-
-
-def test_select_classes_label_out_of_range():
-    with pytest.raises(ValueError, match="labels must be in"):
-        select_classes(torch.zeros(3), torch.tensor([3]))
 
 
 def test_pickle_shares_no_tensor():

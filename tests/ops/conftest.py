@@ -13,8 +13,9 @@ import torch
 
 from skipkernels import _build
 from skipkernels.ops import registration
-from tests.ops import specialisations
 from tests.ops.interpreter import interpreter
+
+pytest.register_assert_rewrite("tests.ops.harness")
 
 
 class Backend(NamedTuple):
@@ -32,10 +33,10 @@ class Backend(NamedTuple):
         if dtype not in self.dtypes:
             pytest.skip(f"{self.name} does not support {dtype}")
 
-    def opcheck(self, operator: Any, arguments: tuple[Any, ...]) -> None:
+    def opcheck(self, operator: Any, arguments: tuple[Any, ...], compiled: bool = True) -> None:
         """`torch.library.opcheck`; autograd and compilation, which see only the registration, with C++ alone."""
         names = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-        torch.library.opcheck(operator, arguments, test_utils=names if self.name == "cpp" else names[:2])
+        torch.library.opcheck(operator, arguments, test_utils=names if compiled and self.name == "cpp" else names[:2])
 
 
 CPU = torch.device("cpu")
@@ -62,8 +63,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if chosen.name == "cpp" and _build.load().path is None:
         pytest.skip(f"no C++ kernels: {_build.load().reason}")
     if chosen.name in ("cpp", "gpu"):
-        with specialisations.recorded():
-            yield chosen
+        yield chosen
         return
     _build.load()  # loading it later would override the implementation
     library = torch.library.Library(registration.NAMESPACE, "IMPL")
@@ -72,6 +72,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         for name, definition in registration.definitions.items():
             function = definition.fallback if chosen.name == "reference" else definition.launch
             library.impl(name, function, "CPU", allow_override=True)
-    with specialisations.recorded(), interpreter() if chosen.name == "interpreter" else contextlib.nullcontext():
+    with interpreter() if chosen.name == "interpreter" else contextlib.nullcontext():
         yield chosen
     library._destroy()

@@ -10,8 +10,8 @@ import torch
 from skipkernels import functional
 from tests.ops.small_calls import small_call
 
-CALLS = 2000
-# Bytes by which caches of the allocator may change. A leak of 8 bytes per call is 16,000.
+CALLS = 1200
+# Bytes by which caches of the allocator may change. A leak of 8 bytes per call is 9,600.
 NOISE = 8192
 
 
