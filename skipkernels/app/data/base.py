@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-
-def escape_unprintable(text: str) -> str:
-    r"""Escape characters that can't be printed, such as line breaks in the name of a file.
-
-    >>> escape_unprintable("cat\n.png")
-    'cat\\n.png'
-    """
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+from ...formatting import escaped
 
 
 class InputError(ValueError):
@@ -26,7 +19,7 @@ class InputError(ValueError):
     def __init__(self, message: str, argument: str | None = None):
         # A DataLoader re-raises a worker's error with the lines of its traceback in the message.
         from_worker = message.startswith("Caught InputError in DataLoader")
-        super().__init__(message if from_worker else escape_unprintable(message))
+        super().__init__(message if from_worker else escaped(message))
         self.argument = argument
 
 

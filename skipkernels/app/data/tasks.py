@@ -6,13 +6,14 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from ...formatting import escaped
 from ...options import Shots, Test, Validation
-from .base import InputError, LabelledDataset, escape_unprintable
+from .base import InputError, LabelledDataset
 from .files import format_names
 from .images import DatasetImages, unreadable
 from .registry import open_source
@@ -195,11 +196,7 @@ def load_task(
             if domains:
                 others = _target_domains(domains, wanted)
             else:
-                found = [opened(target) for target in wanted]
-                names = _short_names([target.name for target in found])
-                if protocol == "domain-generalization":
-                    found = [_common_classes(target, source, chosen) for target in found]
-                others = dict(zip(names, (_subsample_classes(target, classes) for target in found), strict=True))
+                others = _target_datasets(map(opened, wanted), source, chosen, protocol, classes)
             tests += [_test_set(name, part, transform, test) for name, part in others.items()]
         except InputError as error:
             error.argument = "targets" if error.argument == "data" else error.argument
@@ -216,7 +213,7 @@ def load_task(
         for test in tests
         if len(test.classes) == 1
     ]
-    return Task(source.name, protocol, train, tuple(tests), held, tuple(dict.fromkeys(map(escape_unprintable, notes))))
+    return Task(source.name, protocol, train, tuple(tests), held, tuple(dict.fromkeys(map(escaped, notes))))
 
 
 def _with_unused(source: Source, validation: Validation, test: Test) -> tuple[Source, str | None]:
@@ -282,6 +279,17 @@ def _test_set(name: str, source: Source, transform: Callable | None, test: Test)
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
+
+
+def _target_datasets(
+    targets: Iterable[Source], source: Source, trained: Source, protocol: Protocol, classes: int | None
+) -> dict[str, Source]:
+    """Return the target datasets by name, with at most `classes` classes each; `trained` has some of source's."""
+    found = list(targets)
+    names = _short_names([target.name for target in found])
+    if protocol == "domain-generalization":
+        found = [_common_classes(target, source, trained) for target in found]
+    return dict(zip(names, (_subsample_classes(target, classes) for target in found), strict=True))
 
 
 def _short_names(datasets: Sequence[str]) -> list[str]:

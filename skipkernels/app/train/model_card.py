@@ -7,8 +7,8 @@ from typing import Any
 
 import open_clip
 
+from ...formatting import escaped
 from ..config import TuneConfig
-from ..data.base import escape_unprintable
 from .command_line import command_line
 from .description import NOT_CALIBRATED, Description
 
@@ -67,7 +67,7 @@ def model_card(
     ]
     lines += ["```", "", "## Data and model", ""]
     shots = f"{config.shots} images per class" if isinstance(config.shots, int) else "all images"
-    classes = escape_unprintable(", ".join(described.classes[:_SHOWN]))
+    classes = escaped(", ".join(described.classes[:_SHOWN]))
     more = len(described.classes) - _SHOWN
     templates = described.templates or []
     again = command_line("tune", config, processes=metrics.get("processes", 1), left_out=("out", "device"))

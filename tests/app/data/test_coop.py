@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 
 import pytest
@@ -23,10 +22,6 @@ def counts(source, split):
         assert class_of(image) == label == itself
         found[source.classes[label]] = found.get(source.classes[label], 0) + 1
     return found
-
-
-def test_datasets_count():
-    assert set(ELEVEN) == {"imagenet", "fgvc_aircraft", *JSON_SETS} and len(ELEVEN) == 11 and len(VARIANTS) == 4
 
 
 # ---- valid datasets --------------------------------------------------------------------------------------------------
@@ -165,16 +160,9 @@ def entry(path="a.jpg", label=0, name="one"):
         ([["a.jpg", 0]], ["entry 0 of train must be [path, label, class name]"]),
         ([entry(), {"a": 1}], ["entry 1 of train"]),
         ([entry(label="0")], ["entry 0 of train must be [path, label, class name]", "'0'"]),
-        ([entry(label=True)], ["entry 0 of train must be [path, label, class name]"]),
         ([entry(label=-1)], ["no image of 0"]),
-        ([entry(), entry(label=10**40)], ["no image of 1"]),
-        ([entry(name=5)], ["entry 0 of train must be [path, label, class name]"]),
-        ([entry(path=None)], ["entry 0 of train must be [path, label, class name]"]),
         ([entry(name=" _")], ["label 0 can't be named ' _'", "Rename it"]),
-        ([entry(name="half a pair \ud800")], ["label 0 can't be named", r"\ud800", "Rename it"]),
-        ([["x" * 1_000] * 100], ["entry 0 of train", "xxx...xxx"]),
         ([entry(path="../../etc/passwd.jpg")], ["leads out of the folder"]),
-        ([entry(path="/etc/passwd.jpg")], ["leads out of the folder"]),
         ([entry(), entry(name="two")], ["label 0 is 'one' and 'two'"]),
         ([entry(), entry(label=2, name="three")], ["no image of 1"]),
         ([], ["no image of 0"]),
@@ -184,30 +172,6 @@ def test_open_coop_invalid_split_entries(tmp_path, train, words):
     file = make_coop(tmp_path, "eurosat") / "eurosat/split_zhou_EuroSAT.json"
     file.write_text(json.dumps({"train": train, "val": [], "test": []}))
     with raises_input_error(file, *words):
-        open_source("coop:eurosat", tmp_path)
-
-
-@pytest.mark.parametrize("text", ["[]", '{"train": []}'])
-def test_open_coop_split_file_of_another_structure(tmp_path, text):
-    file = make_coop(tmp_path, "eurosat") / "eurosat/split_zhou_EuroSAT.json"
-    file.write_text(text)
-    with raises_input_error(file):
-        open_source("coop:eurosat", tmp_path)
-
-
-def test_open_coop_refuses_deep_entries(tmp_path):
-    file = make_coop(tmp_path, "eurosat") / "eurosat/split_zhou_EuroSAT.json"
-    for depth, words in ((300, "entry 0 of train must be"), (100_000, "not usable as JSON")):
-        file.write_text(f'{{"train": [{"[" * depth}{"]" * depth}], "val": [], "test": []}}')
-        with raises_input_error(file, words):
-            open_source("coop:eurosat", tmp_path)
-
-
-def test_open_coop_refuses_fifo(tmp_path):
-    file = make_coop(tmp_path, "eurosat") / "eurosat/split_zhou_EuroSAT.json"
-    file.unlink()
-    os.mkfifo(file)
-    with raises_input_error(file, "DATASETS.md"):
         open_source("coop:eurosat", tmp_path)
 
 
@@ -302,12 +266,4 @@ def test_open_coop_invalid_aircraft_lists(tmp_path, file, text, words):
     path = make_coop(tmp_path, "fgvc_aircraft") / "fgvc_aircraft" / file
     path.write_text(text)
     with raises_input_error(path, *words):
-        open_source("coop:fgvc_aircraft", tmp_path)
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_open_coop_missing_aircraft_list(tmp_path, split):
-    path = make_coop(tmp_path, "fgvc_aircraft") / f"fgvc_aircraft/images_variant_{split}.txt"
-    path.unlink()
-    with raises_input_error("coop:fgvc_aircraft", f"no file {path}", argument="root"):
         open_source("coop:fgvc_aircraft", tmp_path)

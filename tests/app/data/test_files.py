@@ -17,7 +17,6 @@ from skipkernels.app.data.files import (
     missing_files,
     read_json,
     read_text,
-    subfolders,
 )
 from skipkernels.app.data.images import unreadable
 
@@ -54,16 +53,6 @@ def test_find_images_lists_unreadable_images(tmp_path):
     assert all(words[index] in reason and paths[index] in reason for index, reason in reasons.items())
 
 
-def test_subfolders(tmp_path):
-    make_folders(tmp_path, {"b": 1, "a": 1, ".hidden": 1, "__MACOSX": 1})
-    (tmp_path / "link").symlink_to("a")
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "file").touch()
-    assert subfolders(tmp_path) == ["a", "b", "link"]
-    with raises_input_error(tmp_path / "none", "can't be listed"):
-        subfolders(tmp_path / "none")
-
-
 def test_missing_files(tmp_path):
     make_folders(tmp_path, {"cat": 2})
     assert missing_files(tmp_path, ["cat/00.png", "cat/01.png"]) == []
@@ -93,14 +82,6 @@ def test_read_text(tmp_path):
         read_text(tmp_path / "b.txt")
     with raises_input_error(tmp_path, "can't be read"):
         read_text(tmp_path)
-
-
-@pytest.mark.parametrize("link", ["/dev/zero", None], ids=["device", "fifo"])
-def test_read_json_irregular_file(tmp_path, link):
-    path = tmp_path / "a.json"
-    path.symlink_to(link) if link else os.mkfifo(path)
-    with raises_input_error(path, "not a regular file"):
-        read_json(path)
 
 
 @pytest.mark.parametrize(

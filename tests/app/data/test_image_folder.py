@@ -208,14 +208,6 @@ def test_class_names_invalid_file(tmp_path, file, text, words):
         open_folder(tmp_path)
 
 
-def test_class_names_two_files(tmp_path):
-    make_folders(tmp_path, FOLDERS)
-    (tmp_path / "classes.txt").touch()
-    (tmp_path / "classes.json").touch()
-    with raises_input_error("both classes.txt and classes.json", "Remove one"):
-        open_folder(tmp_path)
-
-
 @pytest.mark.parametrize("twice", [("sea_lion", "sea lion"), ("Cat", "cat"), (COMPOSED, DECOMPOSED)])
 def test_class_names_duplicate(tmp_path, twice):
     with raises_input_error("have the same class name", *twice, "Rename one"):
@@ -243,16 +235,6 @@ def test_load_task_unusual_file_names(tmp_path):
     assert len(task.train) == 10 and all(note.isprintable() for note in task.notes)
     assert any(r"\x1b[2J[b] (5)" in note for note in task.notes)
     assert [task.train[i][0].mode for i in range(10)] == ["RGB"] * 10
-
-
-@pytest.mark.parametrize("name", [os.fsdecode(name) for name in UNUSUAL])
-def test_open_image_folder_errors_with_unusual_names(tmp_path, name):
-    make_folders(tmp_path, {"cat": 2, "dog": 2})
-    (tmp_path / name).mkdir()
-    with raises_input_error(f"imagefolder:{tmp_path}"):
-        open_folder(tmp_path)
-    with raises_input_error("no folders in it"):
-        open_folder(tmp_path / name)
 
 
 @pytest.mark.parametrize("path", ["~no-such-user/x", "/" + "a" * 300, "a" * 5000, "a\0b"])

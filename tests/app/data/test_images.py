@@ -209,12 +209,6 @@ def test_read_image_extreme_ratio(tmp_path):
             one(tmp_path / "a.png")
 
 
-def test_read_image_avif_without_primary_item(tmp_path):
-    (tmp_path / "a.avif").write_bytes(encoded("avif").replace(b"pitm", b"free"))
-    with raises_input_error(tmp_path / "a.avif", "can't be read as an image (RuntimeError: "):
-        one(tmp_path / "a.avif")
-
-
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif", "avif"])
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=60)

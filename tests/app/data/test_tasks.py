@@ -16,7 +16,6 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from skipkernels.app.data import from_datasets, load_task, open_source, split_base_new, summarise
-from skipkernels.app.data.tasks import _short_names
 from skipkernels.app.demo import glyphs
 from skipkernels.features.dataset_key import dataset_key, sample_images
 
@@ -294,22 +293,6 @@ def test_load_task_given_targets(tmp_path):
     task = check(load(data, "cross-dataset", targets=[target, "glyphs:greek", own], classes=3))
     assert sizes(task) == {"source": 2, "insects": 3, "greek": 3, "mine": 1}
     assert [note for note in task.notes if note.startswith(target)], "notes of a target"
-
-
-@pytest.mark.parametrize(
-    ("specs", "names"),
-    [
-        (["coop:dtd", "glyphs:greek+coptic"], ["dtd", "greek+coptic"]),
-        (["coop:dtd", "torchvision:dtd"], ["coop-dtd", "torchvision-dtd"]),
-        (["imagefolder:/a/My Photos/"], ["My-Photos"]),
-        (["imagefolder:C:\\a\\b", "imagefolder:."], ["b", "."]),
-        (["imagefolder:/a/source"], ["a-source"]),
-        (["imagefolder:x/targets", "glyphs"], ["x-targets", "glyphs"]),
-        (["imagefolder:/日本/犬"], ["犬"]),
-    ],
-)
-def test_short_names(specs, names):
-    assert _short_names(specs) == names
 
 
 # ---- domain generalization -------------------------------------------------------------------------------------------
