@@ -1,35 +1,25 @@
-"""Kills and disk errors during the writing of exports, blends and adapters: never a mix of two models.
-
-A run of more kills: `python -c "from tests.app.serve.test_kills import main; main(70)"`.
-"""
+"""Kills and disk errors during the writing of exports and blends: never a mix of two models."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
-import random
 import shutil
 import signal
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 import skipkernels as sk
 from skipkernels.app.data import InputError
 from skipkernels.app.serve import blending, exporting
 from skipkernels.app.train import tune
 from tests.app.serve.conftest import CONFIG
-from tests.models import tiny_tokens
 
-KILLS, SEED = 8, 0
 CALLS = ("replace", "rename", "link", "unlink", "rmdir", "mkdir", "fsync")  # functions of `os` that change a folder
 BATCH = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 Found = tuple[str, bytes]
@@ -54,52 +44,33 @@ def blend(source: Path, folder: Path) -> Callable[[], object]:
     return lambda: blending._write(*calls[0])
 
 
-def save_lora(source: Path, folder: Path) -> Callable[[], object]:
-    """LoRA with the number that names the source as alpha and as every element of A and B."""
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = size | {"vocab_size": 60, "eos_token_id": 59}
-    config = transformers.CLIPConfig(text_config=text, vision_config=size | {"image_size": 16, "patch_size": 8})
-    clip = sk.SkipCLIP(transformers.CLIPModel(config), tiny_tokens(3), skip_layers=1)
-    sk.add_lora(clip, 2, alpha=float(source.name))
-    for name, parameter in clip.model.named_parameters():
-        if name.endswith(("lora_A", "lora_B")):
-            torch.nn.init.constant_(parameter, float(source.name))
-    return lambda: sk.save_lora(clip, folder)
-
-
 def names_and_logits(folder: Path) -> Found:
     classifier = sk.Classifier.load(folder, device="cpu")
     return " ".join(classifier.classes), classifier.logits(BATCH).numpy().tobytes()
 
 
-def alpha_and_weights(folder: Path) -> Found:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return str(config["lora_alpha"]), (folder / "adapter_model.safetensors").read_bytes()
-
-
-KINDS = {
-    "export": (export, names_and_logits),
-    "blend": (blend, names_and_logits),
-    "save_lora": (save_lora, alpha_and_weights),
-}
+KINDS = {"export": export, "blend": blend}
 
 
 class Case:
     """A folder with the first of two models and a file of the user, over which the second model is written."""
 
     def __init__(self, kind: str, sources: tuple[Path, Path], parent: Path):
-        prepare, self._read = KINDS[kind]
         self.folder, self._first = parent / "work" / "target", parent / "first"
         self.folder.parent.mkdir(parents=True)
         self.expected: dict[Found, str] = {}
         for name, source in zip(("first", "second"), sources, strict=True):
-            self.write = prepare(source, self.folder)
+            self.write = KINDS[kind](source, self.folder)
             self.write()
-            self.expected[self._read(self.folder)] = name
+            self.expected[names_and_logits(self.folder)] = name
             if name == "first":
                 shutil.copytree(self.folder, self._first)
         assert len(self.expected) == len({names for names, _ in self.expected}) == 2
-        self.seconds, self.calls = self._whole_write()
+        self.reset()
+        counter = Counter[str]()
+        with at_call(0, lambda: None, counter):
+            self.write()
+        self.calls = counter["calls"]  # number of calls of `CALLS` of an undisturbed write
 
     def reset(self) -> None:
         shutil.rmtree(self.folder.parent)
@@ -111,31 +82,19 @@ class Case:
         if not (self.folder / "mine.txt").is_file():
             return "lost"
         try:
-            return self.expected.get(self._read(self.folder), "mixed")
+            return self.expected.get(names_and_logits(self.folder), "mixed")
         except (InputError, OSError, ValueError):
             return "unreadable"
 
-    def _whole_write(self) -> tuple[float, int]:
-        """Seconds and number of calls of `CALLS` of an undisturbed write."""
-        self.reset()
-        counter, began = Counter[str](), time.perf_counter()
-        with at_call(0, lambda: None, counter):
-            self.write()
-        return time.perf_counter() - began, counter["calls"]
-
-    def killed(self, seconds: float, call: int) -> str:
-        """State after a write that is killed after some seconds, and before a call if it is not 0."""
+    def killed(self, call: int) -> str:
+        """State after a write that is killed before a call."""
         self.reset()
         child = os.fork()  # with torch and the model loaded
         if child == 0:
             with at_call(call, lambda: os.kill(os.getpid(), signal.SIGKILL), Counter()):
                 self.write()
             os._exit(0)
-        end = time.monotonic() + seconds
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
-            if time.monotonic() > end:
-                os.kill(child, signal.SIGKILL)
-            time.sleep(min(0.001, seconds))
+        os.waitpid(child, 0)
         return self.state()
 
     def failed(self, call: int) -> str:
@@ -178,49 +137,23 @@ class at_call:
         self._patch.undo()
 
 
-def make_case(kind: str, folder: Path) -> Case:
-    sources = folder / "1.0", folder / "2.0"
-    if kind != "save_lora":
-        for classes, source in zip((4, 6), sources, strict=True):
-            tune(dataclasses.replace(CONFIG, classes=classes, shots=1, out=source))
-    return Case(kind, sources, folder / "case")
-
-
-def after_kills(case: Case, kills: int) -> Counter[str]:
-    """States after kills at random times, and then one before each call that changes a folder."""
-    draw = random.Random(SEED)
-    moments = [(kill + draw.random()) / kills * case.seconds for kill in range(kills)]
-    found = Counter(case.killed(seconds, 0) for seconds in moments)
-    return found + Counter(case.killed(60, call) for call in range(1, case.calls + 1))
-
-
-def after_errors(case: Case) -> Counter[str]:
-    """States after an error of the disk in each call that changes a folder."""
-    return Counter(case.failed(call) for call in range(1, case.calls + 1))
-
-
 @pytest.fixture(scope="module", params=list(KINDS))
 def case(request, tmp_path_factory) -> Case:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process has no others
-    yield make_case(request.param, tmp_path_factory.mktemp(f"killed-{request.param}"))
+    folder = tmp_path_factory.mktemp(f"killed-{request.param}")
+    sources = folder / "first", folder / "second"
+    for classes, source in zip((4, 6), sources, strict=True):
+        tune(dataclasses.replace(CONFIG, classes=classes, shots=1, out=source))
+    yield Case(request.param, sources, folder / "case")
     torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
 def test_kill_leaves_one_whole_model(case):
-    assert after_kills(case, KILLS).keys() <= {"first", "second"}
+    assert {case.killed(call) for call in range(1, case.calls + 1)} <= {"first", "second"}
 
 
 @pytest.mark.slow
 def test_disk_error_leaves_one_whole_model(case):
-    assert after_errors(case).keys() <= {"first", "second"}
-
-
-def main(kills: int) -> None:
-    torch.set_num_threads(1)
-    for kind in KINDS:
-        with tempfile.TemporaryDirectory() as folder:
-            case = make_case(kind, Path(folder))
-            print(f"{kind}: {kills} kills at random in {case.seconds:.2f} s, {case.calls} calls", flush=True)  # noqa: T201
-            print(f"  killed {dict(after_kills(case, kills))}, errors {dict(after_errors(case))}", flush=True)  # noqa: T201
+    assert {case.failed(call) for call in range(1, case.calls + 1)} <= {"first", "second"}
