@@ -136,7 +136,7 @@ def open_source(
     if os.path.exists(data):  # Path.exists raises an error for a name that is too long
         form = "imagefolder" if os.path.isdir(data) else "csv"
         raise open_error(f"no dataset {data!r}; did you mean {form}:{data}?")
-    if close := difflib.get_close_matches(kind, _KINDS, 1):
-        raise open_error(f"no dataset {data!r}; did you mean {':'.join([close[0], *filter(None, [name])])}?")
+    close = difflib.get_close_matches(kind, _KINDS, 1)
+    meant = f"did you mean {':'.join([close[0], *filter(None, [name])])}? Or " if close else ""
     usages = ", ".join(kind.usage for kind in _KINDS.values())
-    raise open_error(f"no dataset {data!r}; choose {usages}.")
+    raise open_error(f"no dataset {data!r}; {meant}choose {usages}.")

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
+from ...formatting import first_line
 from ..data import InputError
 from ..train.plain_config import save_tokenizer
 from .merging import PlainModel
@@ -35,11 +36,7 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
         plain.model.save_pretrained(folder)
         save_tokenizer(plain.tokenizer, folder)
         return []
-    check(plain)
-    converted = transformers.CLIPModel(transformers.CLIPConfig(**config(plain.model)))
-    converted.load_state_dict(state_dict(plain.model))
-    converted.eval()
-    _compare(plain, converted)
+    converted = convert(plain, transformers)
     tokenizer = _tokenizer(plain, transformers)
     processor = transformers.CLIPProcessor(_image_processor(plain, transformers), tokenizer)
     converted.save_pretrained(folder)
@@ -47,51 +44,50 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
     return _other_tokens(plain, tokenizer)
 
 
-def check(plain: PlainModel) -> None:
-    """Raise an InputError that names the first part of the model without a counterpart in transformers."""
+def convert(plain: PlainModel, transformers: Any) -> Any:
+    """Return a CLIPModel with the weights of the model, after a comparison of the embeddings of both."""
+    _check(plain)
+    try:
+        converted = transformers.CLIPModel(transformers.CLIPConfig(**config(plain.model)))
+        converted.load_state_dict(state_dict(plain.model))
+    except (AttributeError, KeyError, RuntimeError) as error:
+        raise _error(f"it has no counterpart there ({first_line(error)})") from error
+    converted.eval()
+    _compare(plain, converted)
+    return converted
+
+
+def _error(problem: str, other: str = "open-clip") -> InputError:
+    return InputError(f"export: run must have a model that CLIPModel can hold; {problem}. Use {other}.", "run")
+
+
+def _check(plain: PlainModel) -> None:
+    """Raise an InputError that names a part of the model that the comparison of embeddings does not detect."""
     model = plain.model
-
-    def refuse(what: str, other: str = "open-clip") -> None:
-        raise InputError(f"export: run must have a model that CLIPModel can hold; {what}. Use {other}.", "run")
-
     if plain.learned_text:
-        refuse("the prompts of its method are learned, and are not in the model", "onnx")
-    if type(model) is not CLIP:
-        refuse(f"it is a {type(model).__name__}")
-    if type(model.visual) is not VisionTransformer:
-        refuse(f"its image tower is a {type(model.visual).__name__}")
-    visual = model.visual
+        raise _error("the prompts of its method are learned, and are not in the model", "onnx")
     unusual = {
-        "a logit bias": model.logit_bias is not None,
-        "attention pooling": visual.attn_pool is not None or visual.pool_type != "tok",
-        "no norm before the image tower": not isinstance(visual.ln_pre, nn.LayerNorm),
-        "images or patches that are not square": len({*visual.image_size}) > 1 or len({*visual.patch_size}) > 1,
-        "no causal mask": model.attn_mask is None,
-        f"text pooling {model.text_pool_type!r}": model.text_pool_type not in ("argmax", "eos"),
-        "no text projection, or one with a bias": not isinstance(model.text_projection, nn.Parameter)
-        and getattr(model.text_projection, "bias", 0) is not None,
-        "a tokenizer other than CLIP's": not isinstance(plain.tokenizer, SimpleTokenizer),
-        f"resize mode {_resize_mode(plain)!r}": _resize_mode(plain) not in ("shortest", "squash"),
+        f"is a {type(model).__name__}": type(model) is not CLIP,
+        f"has a {type(model.visual).__name__} as image tower": type(model.visual) is not VisionTransformer,
+        "has a logit bias": getattr(model, "logit_bias", None) is not None,
+        "has a tokenizer other than CLIP's": not isinstance(plain.tokenizer, SimpleTokenizer),
+        f"has the resize mode {_resize_mode(plain)!r}": _resize_mode(plain) not in ("shortest", "squash"),
     }
-    for what, found in unusual.items():
+    for problem, found in unusual.items():
         if found:
-            refuse(f"it has {what}")
-    for block in (*visual.transformer.resblocks, *model.transformer.resblocks):
-        if type(block) is not ResidualAttentionBlock or not isinstance(block.ls_1, nn.Identity):
-            refuse("its blocks are not those of CLIP")
-        if _activation(block) is None:
-            refuse(f"its activation is {type(block.mlp.gelu).__name__}")
+            raise _error(f"it {problem}")
 
 
 def _resize_mode(plain: PlainModel) -> str:
     return plain.model.visual.preprocess_cfg.get("resize_mode", "shortest")
 
 
-def _activation(block: Any) -> str | None:
+def _activation(block: Any) -> str:
+    """Return the name of the activation of a block in transformers; KeyError if it has none."""
     activation = block.mlp.gelu
     if type(activation) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[activation.approximate]
-    return "quick_gelu" if type(activation) is QuickGELU else None
+    return {QuickGELU: "quick_gelu"}[type(activation)]
 
 
 def config(model: Any) -> dict[str, Any]:
@@ -166,11 +162,7 @@ def _compare(plain: PlainModel, converted: Any) -> None:
     for side, (before, after) in pairs.items():
         error = (before - F.normalize(after, dim=-1)).abs().max().item()
         if not error <= _TOLERANCE:
-            raise InputError(
-                f"export: run must have a model that CLIPModel can hold; its {side} embeddings differ by "
-                f"{error:.1e} after the conversion. Use open-clip, and report the model.",
-                "run",
-            )
+            raise _error(f"its {side} embeddings differ by {error:.1e} after the conversion")
 
 
 def _tokenizer(plain: PlainModel, transformers: Any) -> Any:
