@@ -117,16 +117,6 @@ def test_linear_probe_fits_in_fp64():
     assert method.weight.dtype == torch.float32 and method.weight.equal(weight.float())
 
 
-def test_linear_probe_holds_out_quarter():
-    method = made("linear-probe")
-    labels = torch.tensor([0] * 16 + [1] * 7 + [2] * 2 + [3])
-    held_out = method._held_out(labels)
-    assert [int(held_out[labels == label].sum()) for label in range(4)] == [4, 1, 1, 0]
-    assert not method._held_out(labels).equal(held_out), "the generator chooses the images"
-    again = made("linear-probe", generator=torch.Generator().manual_seed(0))
-    assert again._held_out(labels).equal(held_out)
-
-
 def test_linear_probe_one_shot_has_no_sweep():
     method = made("linear-probe", task=tiny_task(shots=1))
     trained(method)
