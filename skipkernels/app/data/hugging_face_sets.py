@@ -80,11 +80,11 @@ def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
     else:
         loaded = _load(name, "load_dataset", where, options.get("config"), revision=options.get("revision"))
     features = next(iter(loaded.values())).features
-    image_column = _column(name, features, "image", _of_type("Image", features), options)
+    image_column = _column(name, features, "image", _of_type("Image", features), options.get("image"))
     of_classes = _of_type("ClassLabel", features)
     others = {column.lower(): column for column in features if column != image_column}
     named = [others[label] for label in LABEL_NAMES if label in others]
-    label_column = _column(name, features, "label", of_classes or named[:1], options)
+    label_column = _column(name, features, "label", of_classes or named[:1], options.get("label"))
     parts: dict[Split, Any] = {}
     notes: list[str] = []
     for key, part in loaded.items():
@@ -118,8 +118,8 @@ def open_shards(pattern: str, templates: Templates = None) -> SplitSource:
         files.setdefault(split or "train", []).append(str(shard))
     parts: Any = _load(name, "load_dataset", "webdataset", data_files=files)
     features = next(iter(parts.values())).features
-    image_column = _column(name, features, "image", _of_type("Image", features), {})
-    label_column = _column(name, features, "label", [one for one in _LABEL_FILES if one in features][:1], {})
+    image_column = _column(name, features, "image", _of_type("Image", features))
+    label_column = _column(name, features, "label", [one for one in _LABEL_FILES if one in features][:1])
     field = label_column
     values = [value for part in parts.values() for value in part[label_column]]
     if label_column == "json":
@@ -202,7 +202,10 @@ def _load(name: str, function: str, *arguments: Any, **options: Any) -> dict[str
         loaded = getattr(datasets, function)(*arguments, **options)
     except Exception as error:  # any error of the network, the hub, or a format
         why = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:300]
-        raise open_error(f"{name}: can't be loaded ({why}). Is the name correct, and the network available?") from error
+        remedy = (
+            "Is the name correct, and the network available" if name.startswith("hf:") else "Are the files complete"
+        )
+        raise open_error(f"{name}: can't be loaded ({why}). {remedy}?") from error
     return dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
 
 
@@ -210,15 +213,14 @@ def _of_type(kind: str, features: Any) -> list[str]:
     return [column for column in features if type(features[column]).__name__ == kind]
 
 
-def _column(name: str, features: Any, kind: str, candidates: list[str], options: Mapping[str, str]) -> str:
-    """Return the column that the options name, or the only candidate."""
-    found = [options[kind]] if kind in options else candidates
+def _column(name: str, features: Any, kind: str, candidates: list[str], given: str | None = None) -> str:
+    """Return the given column, or the only candidate."""
+    found = candidates if given is None else [given]
     if len(found) == 1 and found[0] in features:
         return found[0]
-    raise open_error(
-        f"{name}: which column has the {kind}s? The columns are {', '.join(features)}; got "
-        f"{' and '.join(found) or 'none'}. Add ?{kind}=NAME."
-    )
+    got = f"{' and '.join(found) or 'none'} among {', '.join(features)}"
+    remedy = f"Name it by ?{kind}=NAME" if name.startswith("hf:") else "Give each sample one image and one class"
+    raise open_error(f"{name}: which column has the {kind}s? Got {got}. {remedy}.")
 
 
 def _shards(name: str, pattern: str) -> list[Path]:

@@ -208,7 +208,7 @@ def test_wds_splits_by_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("files", "message"),
-    [({"a.png": png(0)}, "which column has the labels.* got none"),
+    [({"a.png": png(0)}, "which column has the labels. Got none among.*Give each sample one image and one class"),
      ({"a.png": png(0), "a.txt": b"x", "b.png": png(0), "b.jpg": png(0), "b.txt": b"x"}, "can't be loaded"),
      ({"a.png": png(0), "a.json": b"{"}, "can't be loaded"),
      ({"a.png": png(0), "a.json": b'{"name": "x"}'}, "a .json has no field class_name"),
@@ -278,7 +278,7 @@ def test_hf_folder(hub, tmp_path):
     assert torch.is_tensor(train[0][0])
     assert dataset_key(train) == dataset_key(open_source(f"hf:{tmp_path / 'set'}").few_shot(2, 0, pil_to_tensor))
     assert dataset_key(train) != dataset_key(source.few_shot(2, 1, transform=pil_to_tensor))
-    assert "which column has the labels? The columns are image, label, row; got other." in fails(
+    assert "which column has the labels? Got other among image, label, row. Name it by ?label=NAME." in fails(
         f"hf:{tmp_path / 'set'}?label=other"
     )
     assert "options must be image=…" in fails(f"hf:{tmp_path / 'set'}?column=label")
@@ -310,7 +310,7 @@ def test_hf_uses_own_decoder(hub, tmp_path, monkeypatch):
 def test_hf_refuses(hub, tmp_path, monkeypatch):
     two = rows(hub, 2).add_column("coarse", [0] * 6).cast_column("coarse", hub.ClassLabel(names=["animal"]))
     two.save_to_disk(tmp_path / "two")
-    assert "got label and coarse. Add ?label=NAME." in fails(f"hf:{tmp_path / 'two'}")
+    assert "Got label and coarse among image, label, coarse. Name it by ?label=NAME." in fails(f"hf:{tmp_path / 'two'}")
     assert "must be a folder that save_to_disk wrote" in fails(f"hf:{tmp_path}")
     assert "needs a folder or a name" in fails("hf:")
 
