@@ -109,7 +109,7 @@ def test_read_image_invalid_exif(tmp_path):
 
 
 @pytest.mark.parametrize("written", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif", "avif"])
-@pytest.mark.parametrize("extension", ["jpg", "png", "heic", "dat"])
+@pytest.mark.parametrize("extension", ["jpg", "heic"])
 def test_read_image_ignores_extension(tmp_path, written, extension):
     """Oxford-IIIT Pet has PNGs and GIFs with the extension .jpg, ImageNet a PNG with .JPEG."""
     Image.new("RGB", (3, 2), (0, 0, 200)).save(tmp_path / "a", written)
@@ -209,7 +209,7 @@ def test_read_image_extreme_ratio(tmp_path):
             one(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif", "avif"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=60)
 def test_read_image_fuzzed_files(tmp_path_factory, kind, data):
