@@ -35,7 +35,7 @@ def absolute_path(path: str | Path) -> Path:
 
 
 def _is_visible(path: str) -> bool:
-    return not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
+    return not any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -60,19 +60,22 @@ def find_images(root: Path, folders: Mapping[str, int]) -> tuple[list[tuple[str,
     from torchvision.datasets import ImageFolder
 
     others: Counter[str] = Counter()
+    top = os.path.join(root, "")
+
+    def relative(path: str) -> str:
+        return path[len(top) :].replace(os.sep, "/")
 
     def is_image(path: str) -> bool:
-        name = os.path.relpath(path, root)
-        if not _is_visible(name):
+        if not _is_visible(relative(path)):
             return False
-        extension = PurePosixPath(name).suffix.lower()
+        extension = os.path.splitext(path)[1].lower()
         if extension not in IMAGE_EXTENSIONS:
             others[extension or "no extension"] += 1
         return extension in IMAGE_EXTENSIONS
 
-    found = ImageFolder.make_dataset(str(root), dict(folders), is_valid_file=is_image, allow_empty=True)
-    relative = ((os.path.relpath(path, root).replace(os.sep, "/"), label) for path, label in found)
-    return sorted(relative, key=lambda image: (image[1], image[0])), others
+    found = ImageFolder.make_dataset(top, dict(folders), is_valid_file=is_image, allow_empty=True)
+    images = [(relative(path), label) for path, label in found]
+    return sorted(images, key=lambda image: (image[1], image[0])), others
 
 
 def format_others(others: Counter[str]) -> str:
