@@ -40,9 +40,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import skipkernels as sk
 from skipkernels import testing
-from skipkernels.clip.snapshot import Snapshot
 from skipkernels.ops import OPERATORS, launching, precompile, registration
 from skipkernels.selection import RankSampler
+from skipkernels.towers.changes import Containers
 
 from . import measure, tables
 from .flops import flops_of
@@ -243,7 +243,7 @@ def _on_a_gpu(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: st
     clip = copy.deepcopy(clip)
     clip(features, labels)  # caches the text features at the cut, which needs values
     clip.to("meta")
-    clip._snapshot = Snapshot(clip.model, clip._image, clip._text)  # without a comparison of values
+    clip._containers = Containers(clip.model, (clip._image, *clip._text_encoder.towers))  # no comparison of values
     features, labels = features.to("meta"), labels.to("meta")
     groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
     step = clip.graphed(sk.FusedSGD(groups, momentum=0.9, in_backward=optimizer == IN_BACKWARD), batch_size=BATCH)

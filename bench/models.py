@@ -29,6 +29,7 @@ from rich.progress import track
 
 import skipkernels as sk
 from skipkernels.towers import UnsupportedModel
+from skipkernels.towers.block import unfused
 from tests.models import openai_models
 
 from . import measure
@@ -162,10 +163,11 @@ def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
     out.loss.backward()
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    outputs = clip._image.reference_forward(images), clip._text.reference_forward(tokens)
-    image, text = (F.normalize(x, dim=-1) for x in outputs)
-    loss = F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
-    loss.backward()
+    with unfused(model.modules()):
+        outputs = clip._image.reference_forward(images), clip._text.reference_forward(tokens)
+        image, text = (F.normalize(x, dim=-1) for x in outputs)
+        loss = F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
+        loss.backward()
     # Gradients that are rounding only are not compared; a key bias, for example, changes nothing.
     largest = max(p.grad.norm() for p in model.parameters() if p.grad is not None)
     errors = [

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
     from skipkernels.store import StoreError
-    from skipkernels.towers import UnsupportedModel
+    from skipkernels.towers import UnsupportedModel, fuse, unfuse
 
 __version__ = "0.2.0"
 
@@ -48,6 +48,7 @@ __all__ = [
     "blend",
     "export",
     "functional",
+    "fuse",
     "merge_lora",
     "ops",
     "parallel",
@@ -57,6 +58,7 @@ __all__ = [
     "save_lora",
     "select_classes",
     "tune",
+    "unfuse",
 ]
 
 _SUBMODULES = ("functional", "ops", "parallel", "reference", "retrieval")
@@ -72,7 +74,7 @@ _find = lazy_names(
         "selection": ("ClassSelection", "select_classes"),
         "app.serve": ("Classifier", "blend", "export", "predict"),
         "store": ("StoreError",),
-        "towers": ("UnsupportedModel",),
+        "towers": ("UnsupportedModel", "fuse", "unfuse"),
         "app.config": ("TuneConfig",),
         "app.train": ("tune",),
     },

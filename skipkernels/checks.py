@@ -95,8 +95,8 @@ def whole_number(label: Any) -> int | None:
 
 
 def warn_caller(message: str) -> None:
-    """Issue a UserWarning at the line of the caller outside this package."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "skipkernels":
+    """Issue a UserWarning at the line of the caller outside this package and PyTorch."""
+    frame, level, inside = sys._getframe(), 1, ("skipkernels", "torch")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)

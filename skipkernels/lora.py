@@ -97,7 +97,7 @@ def add_lora(
     try:
         for tower in towers.values():
             for block in list(tower.blocks)[tower.skip :]:
-                _update_block(block, tower.linear_weights, chosen, rank, alpha, generator)
+                _update_block(block, block.linear_weights, chosen, rank, alpha, generator)
         clip._settings = clip._settings._replace(trainable="as_is")
         clip.refresh()
     except BaseException:
@@ -226,10 +226,10 @@ def _check_targets(targets: str | Sequence[str]) -> frozenset[str]:
 
 
 def _check_tower(name: str, tower: Tower) -> None:
-    above = range(tower.skip, len(tower.blocks))
-    if all(tower.is_fused(index) for index in above):
+    reasons = [tower.why_no_rows(index) for index in range(tower.skip, len(tower.blocks))]
+    reason = next(filter(None, reasons), None)
+    if reason is None:
         return
-    reason = tower.reductions["fused_block"].reason
     raise UnsupportedModel(
         f"add_lora: blocks above the cut of the {name} tower must be fused ({reason}). Skip all blocks of this tower "
         f'by skip_layers, or insert adapters of PEFT and pass trainable="as_is".'

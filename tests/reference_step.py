@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import skipkernels as sk
+from skipkernels.towers.block import unfused
 
 # Relative to the norm of the gradient: two orders of summation through a few blocks at a temperature of 14. A gradient
 # far smaller than the largest is rounding only, such as that of a key's bias. fp32 is 2^29 times coarser.
@@ -18,13 +19,14 @@ LOSS = {torch.float64: 1e-11, torch.float32: 1e-5}
 def reference_gradients(
     clip: sk.SkipCLIP, images: Tensor, tokens: Tensor, labels: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss over all classes and its gradients, by the model's two encoders."""
+    """Loss over all classes and its gradients, by the model's two encoders with their own blocks."""
     clip.model.zero_grad()
     torch.manual_seed(0)
-    image, text = clip._image.reference_forward(images), clip._text.reference_forward(tokens)
-    image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
-    loss = nn.functional.cross_entropy(clip.model.logit_scale.exp() * image @ text.T, labels)
-    loss.backward()
+    with unfused(clip.model.modules()):
+        image, text = clip._image.reference_forward(images), clip._text.reference_forward(tokens)
+        image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
+        loss = nn.functional.cross_entropy(clip.model.logit_scale.exp() * image @ text.T, labels)
+        loss.backward()
     found = {name: p.grad for name, p in clip.model.named_parameters() if p.grad is not None}
     clip.model.zero_grad()
     return loss.detach(), found

@@ -576,8 +576,10 @@ def test_parameter_groups_replaced_parameters():
     model = tiny_clip()
     clip = sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
-    with pytest.raises(RuntimeError, match="parameters were replaced by others"):
-        clip.parameter_groups(text_lr=0.1, image_lr=0.1)
+    groups = clip.parameter_groups(text_lr=0.1, image_lr=0.1)
+    assert {id(p) for group in groups for p in group["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("block", [0, 2], ids=["below", "above"])

@@ -346,7 +346,7 @@ def test_another_parametrization_is_not_fused():
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     sk.add_lora(clip, 2)
     parametrize.register_parametrization(model.transformer.resblocks[2].attn, "in_proj_weight", nn.Identity())
-    with pytest.raises(RuntimeError, match="ParametrizedMultiheadAttention of a block was altered"):
+    with pytest.warns(UserWarning, match="ParametrizedMultiheadAttention of a block was altered"):
         clip.predict(tiny_batch(3, C)[0])
 
 

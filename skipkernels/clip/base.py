@@ -12,16 +12,15 @@ from .. import functional
 from ..checks import warn_caller
 from ..parallel import ClassParallel
 from ..selection import RankSampler
-from ..towers import ImageTower, Reduction, TextTower, refuse_sharded
-from ..towers.eligibility import global_hooks
+from ..towers import ImageTower, Reduction, TextTower
+from ..towers.block import fuse_blocks
+from ..towers.changes import Containers
 from ..towers.reductions import of_every_template
 from .batch import check_images
 from .image_encoder import ImageEncoder
 from .settings import Settings, Trainable
-from .snapshot import Snapshot, refuse_alterations
 from .state import Shard, pack_state, prompts_digest, refuse_low_rank_updates, unpack_state
 from .text_encoder import TextEncoder
-from .trainable import TrainedParameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
@@ -41,8 +40,7 @@ class SkipCLIPBase(nn.Module):
     _tokens: Tensor  # prompts that this process holds
     _image_encoder: ImageEncoder
     _text_encoder: TextEncoder
-    _trained: TrainedParameters
-    _snapshot: Snapshot | None  # None in a copy and after a move
+    _containers: Containers | None  # None in a copy and after a move
     _before_lora: tuple[Trainable, list[str]] | None = None  # set by `add_lora`, for `merge_lora`
 
     @property
@@ -55,8 +53,8 @@ class SkipCLIPBase(nn.Module):
         """Exact reductions of time and memory by name: `enabled`, or the `reason` why not."""
         no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"
         states: dict[str, Reduction] = {}
-        texts = of_every_template([text.current_reductions() for text in self._text_encoder.towers])
-        images = self._image.current_reductions()
+        texts = of_every_template([text.reductions for text in self._text_encoder.towers])
+        images = self._image.reductions
         for prefix, tower, reductions in (("image", self._image, images), ("text", self._text, texts)):
             states |= {f"{prefix}.{name}": reduction for name, reduction in reductions.items()}
             if tower.skip == len(tower.blocks):
@@ -126,7 +124,7 @@ class SkipCLIPBase(nn.Module):
         """Check images and the model on the host, and move what belongs to no module to the device of the images."""
         check_images(x)
         self._image_encoder.are_images(x)
-        self._check_unaltered(lower_image=True)
+        self._check_unaltered()
         self._follow(x.device)
 
     def _check_draw(self, labels: int) -> None:
@@ -163,29 +161,13 @@ class SkipCLIPBase(nn.Module):
                 "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."
             )
 
-    def _check_unaltered(self, *, lower_image: bool = False) -> None:
-        """Raise a RuntimeError if the model was altered, or another SkipCLIP changed which parameters train."""
-        if self._trained.superseded:
-            raise RuntimeError(
-                "SkipCLIP: a later SkipCLIP on the same model trains other parameters, so this one would train the "
-                "wrong ones. Use the later one, or call refresh() on this one."
-            )
-        if self._snapshot is None or not self._snapshot.is_unchanged(lower_image=lower_image):
-            refuse_sharded(self)
-            refuse_alterations(self.model, self._tokens, self._image, self._text_encoder.towers)
-            self._snapshot = Snapshot(self.model, self._image, self._text)
-            if global_hooks():
-                self._warn_of_unfused(self._image, self._text)
-
-    def _warn_of_unfused(self, image: ImageTower, text: TextTower) -> None:
-        """Warn if a tower that could run fused blocks does not; not of adapters, which "as_is" expects."""
-        for tower, name in ((image, "image"), (text, "text")):
-            fused = tower.current_reductions()["fused_block"]
-            if tower.can_fuse and not fused.enabled and self._settings.trainable == "upper":
-                warn_caller(
-                    f"SkipCLIP: not every block of the {name} tower is fused ({fused.reason}). Blocks that are "
-                    "not fused run their own forward: the results are the same, but take more time and memory."
-                )
+    def _check_unaltered(self) -> None:
+        """Raise a RuntimeError if the blocks of the model, or a module around them, were altered."""
+        if self._containers is None or not self._containers.unchanged():
+            containers = Containers(self.model, (self._image, *self._text_encoder.towers))
+            containers.check(self._tokens)
+            fuse_blocks([*self._image.blocks, *self._text.blocks])  # those that were replaced
+            self._containers = containers
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; a switch compares the weights below the cut, see `check_weights`."""
@@ -207,8 +189,7 @@ class SkipCLIPBase(nn.Module):
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         encoders: tuple[ImageEncoder | TextEncoder, ...] = self._image_encoder, self._text_encoder
         dtype, stale = self._image.dtype, [encoder.weights.changed() for encoder in encoders]
-        keeps_text = self._text_encoder.is_current()
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        keeps_text = not stale[1]
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             converted = getattr(self, name)
@@ -218,14 +199,7 @@ class SkipCLIPBase(nn.Module):
             moved = fn(self.prototypes)
             keeps_dtype = moved.dtype == self.prototypes.dtype
             self.prototypes = moved if keeps_dtype else self.prototypes.to(moved.device)
-        replaced = {
-            id(parameters[name]): parameter
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if parameter is not parameters[name]
-        }
         for encoder, is_stale in zip(encoders, stale, strict=True):
-            for tower in encoder.towers:
-                tower.replace_parameters(replaced)
             if encoder.lower_device is not None:
                 encoder.tower.move_lower(encoder.lower_device)
             if not is_stale:  # the digests of another device or dtype differ
@@ -233,8 +207,7 @@ class SkipCLIPBase(nn.Module):
         self._text_encoder.apply(fn, keep=keeps_text)
         if self._image.dtype != dtype:
             self._image_encoder.features = self._image_encoder.features[0], self._image.dtype
-        self._trained.register(self.model)
-        self._snapshot = None
+        self._containers = None
         return self
 
     # ---- state --------------------------------------------------------------------------------------------------
@@ -281,8 +254,4 @@ class SkipCLIPBase(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_snapshot": None}  # it refers to modules of this process
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._trained.register(self.model)  # a copy has its own model
+        return super().__getstate__() | {"_containers": None}  # it refers to modules of this process

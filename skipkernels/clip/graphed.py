@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..optimizer import FusedSGD, world_size
 from ..towers.attention import SDPA
-from ..towers.eligibility import HOOKS, global_hooks
+from ..towers.block import HOOKS, global_hooks
+from ..towers.changes import Settings
 from .output import SkipOutput
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def _autocast(device: torch.device) -> torch.dtype | None:
 
 
 class _Frozen:
-    """All that a graph takes as constant: modules, modes, hooks, addresses, options. `SkipCLIP` checks the blocks."""
+    """All that a graph takes as constant: modules, modes, settings, hooks, addresses, options."""
 
     def __init__(self, clip: Training, optimizer: torch.optim.Optimizer):
         self._clip, self._optimizer = clip, optimizer
@@ -316,6 +317,7 @@ class _Frozen:
         ]
         self._hooks = [getattr(module, name) for module in modules for name in HOOKS]
         self._modules: list[nn.Module] = modules
+        self._settings = Settings(modules)
         self._tensors = [*clip.model.parameters(), *clip.model.buffers()]
         self._tensors += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         self._parameters = list(clip.model.parameters())
@@ -344,7 +346,8 @@ class _Frozen:
         except RuntimeError:  # tensors were compared by value
             return False
         same = same and self._clip._text_encoder is self._text_encoder
-        return same and not any(self._hooks) and not global_hooks() and self._state() == self._seen
+        same = same and not any(self._hooks) and not global_hooks() and not self._settings.changed()
+        return same and self._state() == self._seen
 
 
 def _constants(group: dict[str, Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..boundary import LSkipBoundary, refusing_lost_gradients
 from ..towers import ImageTower
-from ..towers.structure import WeightSnapshot
+from ..towers.changes import Frozen
 
 
 class ImageEncoder:
@@ -25,7 +25,7 @@ class ImageEncoder:
 
     def __init__(self, tower: ImageTower, chunk: int):
         self.tower, self.chunk = tower, chunk
-        self.weights = WeightSnapshot(())  # Snapshot of the weights below the cut that computed the features
+        self.weights = Frozen(tuple)  # Modules and weights below the cut that computed the features
 
     @property
     def towers(self) -> list[ImageTower]:
@@ -56,7 +56,7 @@ class ImageEncoder:
         self.gave_features = True
         if self.weights.changed():
             raise RuntimeError(
-                "SkipCLIP: the weights below the cut have changed since SkipCLIP was made, so earlier features "
+                "SkipCLIP: modules or weights below the cut have changed since SkipCLIP was made, so earlier features "
                 "at the cut do not match the model. Compute them again, then call clip.refresh()."
             )
         return self.tower.upper(x.to(self.features[1]))
@@ -85,14 +85,14 @@ class ImageEncoder:
         self.gave_features = True
         copied = copy.copy(self)
         copied.tower = sharing_weights(self.tower, self.tower.model)
-        for part in copied.tower.lower_parts:
+        for part in copied.tower.lower_parts():
             if isinstance(part, nn.Module):
                 part.eval()
         return copied.lower
 
     def accept_weights(self) -> None:
         """Record that features at the cut are computed with the current weights below the cut."""
-        self.weights = WeightSnapshot(self.tower.lower_parts)
+        self.weights = Frozen(self.tower.lower_parts, with_global_hooks=False)
 
 
 def sharing_weights(part: Any, model: nn.Module) -> Any:

@@ -87,7 +87,7 @@ class Inference(SkipCLIPBase):
     def _compared(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Unit-norm image embeddings [B, D] times exp(logit_scale), and unit-norm class embeddings [C/W, D]."""
         check_images(x)
-        self._check_unaltered(lower_image=True)
+        self._check_unaltered()
         self._follow(x.device)
         classes = self._own_embeddings()
         with evaluating([self.model]):
@@ -106,7 +106,7 @@ class Inference(SkipCLIPBase):
         `skip_layers` are often accepted, with wrong results. `FeatureCache.build` compares the cut and the weights.
         """
         check_images(images)
-        self._check_unaltered(lower_image=True)
+        self._check_unaltered()
         self._image_encoder.gave_features = True
         return self._image_encoder.lower(images, drop_patches=drop_patches)
 
@@ -123,7 +123,7 @@ class Inference(SkipCLIPBase):
         """
         check_images(x)
         self._image_encoder.are_images(x)
-        self._check_unaltered(lower_image=True)
+        self._check_unaltered()
         return self._image_encoder.encode(x)
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..options import AttentionName
 from ..towers import ImageTower, Memory, TextTower, xformers
 from ..towers.attention import SDPA, AttentionBackend
+from ..towers.block import FusedBlock
 
 Trainable = Literal["upper", "as_is"]
 
@@ -67,10 +68,10 @@ def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
 def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
     device = image.model.logit_scale.device
     for tower in (image, text):
-        if tower.is_fused(0):
-            block = tower.fused(0)
-            weight = block.weights.fc
-            reason = xformers.why_unavailable(device, weight.dtype, weight.shape[1] // block.heads)
+        block = tower.blocks[0]
+        if isinstance(block, FusedBlock) and block.why_not_fused() is None:
+            weights, _, _, heads = block._read()
+            reason = xformers.why_unavailable(device, weights.fc.dtype, weights.fc.shape[1] // heads)
             if reason is not None:
                 raise ValueError(
                     f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU '

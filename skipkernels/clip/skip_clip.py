@@ -10,23 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from ..boundary import DEFAULT_CHUNK
+from ..checks import warn_caller
 from ..digests import digest_tensors
 from ..options import AttentionName, Tail
 from ..parallel import ClassParallel
 from ..selection import RankSampler
-from ..towers import ImageTower, Memory, TextTower, build_towers, evaluating
-from ..towers.structure import containers, refuse_overrides
+from ..towers import ImageTower, Memory, TextTower, UnsupportedModel, build_towers, evaluating
+from ..towers.block import fuse_blocks
+from ..towers.changes import Containers
 from .image_encoder import ImageEncoder
 from .inference import Inference
 from .losses import LabelOrder, check_class_weight, check_label_smoothing
 from .settings import Settings, Trainable, check_tokens, check_vocabulary, prompts_of
 from .sharded import AGREED, device_of, digests_of_clip
-from .snapshot import Snapshot
 from .state import prompts_digest
 from .text_encoder import TextEncoder
-from .trainable import TrainedParameters, set_trainable
 from .training import Training
 from .verify import verify
+
+_ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with weights beside the model's own
 
 
 class SkipCLIP(Training, Inference):
@@ -110,11 +112,11 @@ class SkipCLIP(Training, Inference):
         self._parallel = None
         if process_group is not None:
             self._parallel = ClassParallel(process_group, len(tokens), device_of(model))
-        self._trained, self._label_order = TrainedParameters(), LabelOrder()
-        self._snapshot: Snapshot | None = None  # None in a copy and after a move
+        self._label_order = LabelOrder()
 
-        parameters = model.parameters() if isinstance(model, nn.Module) else ()  # checked below
-        required_grad = [(parameter, parameter.requires_grad) for parameter in parameters]
+        modules = list(model.modules()) if isinstance(model, nn.Module) else []  # checked below
+        kinds = [(module, type(module)) for module in modules]
+        required_grad = [(p, p.requires_grad) for module in modules for p in module.parameters(recurse=False)]
         try:
             if not isinstance(chunk, int) or chunk < 1:
                 raise ValueError(f"SkipCLIP: chunk must be a whole number, at least 1; got {chunk!r}.")
@@ -132,7 +134,6 @@ class SkipCLIP(Training, Inference):
             image, texts = build_towers(model, self._tokens)
             self._image_encoder, self._text_encoder = ImageEncoder(image, chunk), TextEncoder(texts, chunk)
             self._set_up(image, texts)
-            self._text_encoder.see_called_modules()
             with torch.autocast(texts[0].tokens.device.type, enabled=False):
                 with evaluating([model]):
                     folder = None if text_cache is None else self._folder(Path(text_cache))
@@ -147,6 +148,8 @@ class SkipCLIP(Training, Inference):
         except BaseException:
             for parameter, requires_grad in required_grad:
                 parameter.requires_grad_(requires_grad)
+            for module, kind in kinds:
+                module.__class__ = kind  # of a block that was fused
             raise
 
         # The text features of all classes are computed by now, so the lower text tower can move to another device.
@@ -172,14 +175,13 @@ class SkipCLIP(Training, Inference):
             self.prototypes = prototypes  # not a buffer: DistributedDataParallel would broadcast it
 
     def _set_up(self, image: ImageTower, texts: Sequence[TextTower]) -> None:
-        """Cut the towers, set which parameters train, and take a snapshot of the model to detect later changes."""
-        text = texts[0]
-        check_vocabulary(self._tokens, text.vocabulary)
+        """Cut the towers, fuse their blocks, and set which parameters train."""
+        check_vocabulary(self._tokens, texts[0].vocabulary)
+        self._containers = Containers(self.model, (image, *texts))
+        self._containers.refuse_overrides()
+        fuse_blocks([*image.blocks, *texts[0].blocks])
         self._settings.apply(image, texts)
-        refuse_overrides(self.model, containers(self.model, (image, text)))
-        set_trainable(self.model, image, text, self._settings)
-        self._snapshot = Snapshot(self.model, image, text)
-        self._warn_of_unfused(image, text)
+        _set_trainable(self.model, image, texts[0], self._settings)
 
     def refresh(self) -> None:
         """Read the model again, after a deliberate change to it or to its weights below the cut.
@@ -242,16 +244,63 @@ class SkipCLIP(Training, Inference):
         self._tokens, self._text_encoder, self.prototypes, self.class_weight = prompts, encoder, prototypes, weight
         if parallel is not None:
             self._parallel, self._prompts = parallel, prompts_digest(tokens)
-        self._snapshot = Snapshot(self.model, self._image, self._text)
+        self._containers = Containers(self.model, (self._image, *self._text_encoder.towers))
 
     def _take_over(self, lower_device: torch.device | None) -> None:
-        """Move the modules below the cut, accept their weights, and supersede other SkipCLIPs on the model."""
+        """Move the modules below the cut, and accept their weights."""
         if lower_device is not None:
             for encoder in (self._image_encoder, self._text_encoder):
                 encoder.lower_device = lower_device
                 encoder.tower.move_lower(lower_device)
         self._image_encoder.accept_weights()
-        self._trained.supersede_others(self.model)
+
+
+def _set_trainable(model: nn.Module, image: ImageTower, text: TextTower, settings: Settings) -> None:
+    """Set `requires_grad` of every parameter of the model."""
+    lower = {id(parameter) for tower in (image, text) for parameter in tower.lower_parameters()}
+    upper = {id(parameter): parameter for tower in (image, text) for parameter in tower.upper_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for key in upper:
+        if key in lower:
+            raise UnsupportedModel(
+                f"SkipCLIP: parameter {names[key]} is used on both sides of the cut, so training it would change "
+                "cached features. Untie it, or use skip_layers=0."
+            )
+    if settings.trainable == "upper":
+        adapter = next((name for name, module in model.named_modules() if _is_adapter(module)), None)
+        if adapter is not None:
+            raise UnsupportedModel(
+                f'SkipCLIP: {adapter} is an adapter, and trainable="upper" would train the weights beside it as '
+                'well. Pass trainable="as_is".'
+            )
+        frozen = [p for p in upper.values() if not p.requires_grad]
+        if frozen:
+            warn_caller(
+                f'SkipCLIP: trainable="upper" sets requires_grad of {len(frozen)} parameters above the cut that '
+                f'were frozen ({_numbers(frozen)}). Pass trainable="as_is" to leave them frozen.'
+            )
+    else:
+        below = [p for p in model.parameters() if id(p) in lower and p.requires_grad]
+        if below and any(not p.requires_grad for p in model.parameters()):
+            warn_caller(
+                f"SkipCLIP: {len(below)} trainable parameters below the cut are frozen ({_numbers(below)}), "
+                f"{names[id(below[0])]} among them: features at the cut are constants. Put adapters above the cut, or "
+                "lower skip_layers."
+            )
+    # Other parameters are frozen too: a bias of all logits, which a softmax cancels, and the decoder of CoCa.
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in upper and (settings.trainable == "upper" or parameter.requires_grad))
+    image.model.logit_scale.requires_grad_(settings.train_logit_scale)
+    if not any(p.requires_grad for p in upper.values()) and not settings.train_logit_scale and upper:
+        warn_caller("SkipCLIP: nothing trains: every parameter above the cut is frozen.")
+
+
+def _numbers(parameters: list[nn.Parameter]) -> str:
+    return f"{sum(parameter.numel() for parameter in parameters):,} numbers"
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in _ADAPTERS or any("lora_" in name for name in module._parameters)
 
 
 def check_clip(function: str, clip: Any) -> None:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from ..digests import digests
 from ..towers import TextTower, evaluating
-from ..towers.structure import Structure, WeightSnapshot, called_modules
+from ..towers.changes import Frozen
 from .prompt_features import PromptFeatures, unit_norm
 
 _ROWS_ON_GPU = 256 << 20  # bytes of a folder that a GPU holds, so that no step waits: about 40,000 classes of ViT-B
@@ -24,12 +23,12 @@ class TextEncoder:
     def __init__(self, towers: Sequence[TextTower], chunk: int):
         self.chunk = chunk
         self.templates = [PromptFeatures(tower, chunk) for tower in towers]
-        self._embeddings: tuple[Tensor, Any] | None = None  # embeddings of all classes, and what they depend on
-        self.weights = WeightSnapshot(())  # Snapshot of the weights below the cut that computed the cached features
-        self._called: tuple[Structure, Structure] | None = None  # called modules: all, and below the cut
+        # Embeddings of all classes, the autocast dtype and classes, and the modules and weights that computed them
+        self._embeddings: tuple[Tensor, Any, Frozen] | None = None
+        self.weights = Frozen(tuple)  # Modules and weights below the cut that computed the cached features
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | dict.fromkeys(("_embeddings", "_called"))  # not shared with other processes or copies
+        return vars(self) | {"_embeddings": None}  # not shared with other processes or copies
 
     @property
     def towers(self) -> list[TextTower]:
@@ -77,10 +76,15 @@ class TextEncoder:
 
     def _compute_features(self) -> None:
         """Compute the cached features, or read them from their folder, unless they are up to date."""
-        self._follow_called_modules()
         changed = self.weights.changed()
         if self._has_stores():
             if changed:
+                if self.weights.settings_changed():
+                    raise RuntimeError(
+                        "SkipCLIP: a module below the cut of the text tower has other hooks or settings than when the "
+                        "features of text_cache were computed. Undo that, or call clip.refresh() to compare with the "
+                        "model again."
+                    )
                 self._check_stores()
             if not self.reads_store():
                 for template in self.templates:
@@ -105,16 +109,17 @@ class TextEncoder:
     def class_embeddings(self, classes: slice = slice(None)) -> Tensor:
         """Unit-norm embeddings [C, D] of classes, by default all, in evaluation mode, cached until weights change."""
         device = self.tower.tokens.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        self._follow_called_modules()
+        options = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None, classes
         self.compare_weights()
-        parts = (*self.tower.upper_parameters(), *self.tower.lower_parameters())
-        seen = autocast, classes, digests(x.detach() for x in parts)
-        hooked = self._called is not None and self._called[0].is_hooked()  # a hook may depend on more than the weights
-        if self._embeddings is None or self._embeddings[1] != seen or hooked:
-            with torch.inference_mode(False), evaluating([self.tower.model]):
-                self._embeddings = self.unit_embeddings(self._class_ids[classes]), seen
-        return self._embeddings[0]
+        if self._embeddings is not None:
+            embeddings, of_options, parts = self._embeddings
+            comparable = not parts.is_hooked() and not parts.is_sharded()
+            if options == of_options and comparable and not parts.content_changed():
+                return embeddings
+        with torch.inference_mode(False), evaluating([self.tower.model]):
+            embeddings = self.unit_embeddings(self._class_ids[classes])
+        self._embeddings = embeddings, options, Frozen(self.tower.parts)
+        return embeddings
 
     # ---- folder ------------------------------------------------------------------------------------------------
 
@@ -163,7 +168,6 @@ class TextEncoder:
         for template, tower in zip(self.templates, towers, strict=True):
             template.tower = tower
         self.drop_cached()
-        self.see_called_modules()
         if self._has_stores():
             self._check_stores()
 
@@ -180,7 +184,6 @@ class TextEncoder:
                 setattr(tower, name, getattr(self.tower, name))
         encoder = TextEncoder(towers, self.chunk)
         encoder.lower_device = self.lower_device
-        encoder.see_called_modules()
         return encoder
 
     def drop_cached(self) -> None:
@@ -197,41 +200,16 @@ class TextEncoder:
             template.tower.apply(fn)
             if before is not None and (moved := fn(before)).dtype == before.dtype:
                 template.rows = moved
-        if any(template.rows is not None for template in self.templates):
-            self.see_called_modules()
-
-    def is_current(self) -> bool:
-        """Return True if no module that the tower calls, and no weight below the cut, has changed."""
-        return self._called is not None and self._called[0].is_unchanged() and not self.weights.changed()
 
     def accept_weights(self) -> None:
         """Record that the cached features are computed with the current weights below the cut."""
-        self.weights = WeightSnapshot(self.tower.lower_parts)
+        self.weights = Frozen(self.tower.lower_parts)
 
     def compare_weights(self) -> None:
         """Compare the weights below the cut by content, and drop cached features if they differ."""
         if self.weights.content_changed():
             for template in self.templates:
                 template.rows = None
-
-    def see_called_modules(self) -> None:
-        """Take a snapshot of the modules that the tower calls."""
-        self._called = (Structure(called_modules(self.tower)), Structure(called_modules(self.tower, lower=True)))
-
-    def _follow_called_modules(self) -> None:
-        """Drop cached values if hooks or settings of a module that the tower calls have changed."""
-        if self._called is not None:
-            every, lower = self._called
-            if every.is_unchanged():
-                return
-            if self._has_stores() and not lower.is_unchanged():
-                raise RuntimeError(
-                    "SkipCLIP: a module below the cut of the text tower has other hooks or settings than when the "
-                    "features of text_cache were computed. Undo that, or call clip.refresh() to compare with the model "
-                    "again."
-                )
-        self.drop_cached()
-        self.see_called_modules()
 
 
 def _mean_of_units(embeddings: Sequence[Tensor]) -> Tensor:

@@ -135,11 +135,6 @@ class Training(Losses):
         )
         if self.model.logit_scale.requires_grad:
             text.append(self.model.logit_scale)
-        if not {id(p) for p in (*text, *image)} <= {id(p) for p in self.model.parameters()}:
-            raise RuntimeError(
-                "SkipCLIP: the model's parameters were replaced by others (load_state_dict with assign=True does "
-                "that), so they would not train. Call clip.refresh(), or load without assign."
-            )
         self._check_unaltered()
         return [{"name": "text", "params": text, "lr": text_lr}, {"name": "image", "params": image, "lr": image_lr}]
 

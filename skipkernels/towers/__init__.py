@@ -1,10 +1,11 @@
 """Image and text towers of a CLIP model, cut below block `skip`; one file per model family in `families/`."""
 
 from .base import Memory, UnsupportedModel
+from .fusing import fuse, unfuse
 from .image import ImageTower
 from .modes import deterministic_training, evaluating
 from .reductions import Reduction
-from .registry import build_towers, refuse_sharded
+from .registry import build_towers
 from .text import TextTower
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "build_towers",
     "deterministic_training",
     "evaluating",
-    "refuse_sharded",
+    "fuse",
+    "unfuse",
 ]

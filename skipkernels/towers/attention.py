@@ -23,20 +23,24 @@ class AttentionBackend(NamedTuple):
     shared_prefix: Callable[..., Tensor]  # `functional.shared_prefix_attention`
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+    return out.transpose(1, 2)
 
 
 SDPA = AttentionBackend(_sdpa, functional.shared_prefix_attention)
 
 
-def sequences(packed: Tensor, *, backend: AttentionBackend, n: int, heads: int, mask: Tensor | None) -> Tensor:
-    """Attention within n sequences of equal length. A `mask` [1 or n, 1, tokens, tokens] is added, by PyTorch."""
+def sequences(
+    packed: Tensor, *, backend: AttentionBackend, n: int, heads: int, mask: Tensor | None, causal: bool = False
+) -> Tensor:
+    """Attention within n sequences of equal length. A mask is as in `Sequences`; PyTorch adds it."""
     query, key, value = packed.view(n, -1, 3, heads, packed.shape[1] // (3 * heads)).unbind(2)
-    if mask is None:
+    if mask is None and not causal:
         return backend.full(query, key, value).flatten(2).flatten(0, 1)
-    return _sdpa(query, key, value, mask=mask.to(query.dtype)).flatten(2).flatten(0, 1)
+    mask = None if mask is None else mask.to(query.dtype)
+    return _sdpa(query, key, value, mask, causal).flatten(2).flatten(0, 1)
 
 
 def pooled(query: Tensor, key_value: Tensor, *, heads: int, mask: Tensor | None) -> Tensor:

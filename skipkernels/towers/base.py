@@ -1,7 +1,7 @@
 """Towers: an embedding, a list of blocks and a head, cut below block `skip`.
 
-A model family defines the embedding, the blocks and the head; this file runs the blocks. A pre-norm transformer block
-(`fused_block.py`) runs as one autograd node; any other block is called as the caller's module.
+A model family defines the embedding, the blocks and the head; this file runs the blocks. All are called as modules: a
+fused block (`block.py`) with rows, any other as the model calls it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,8 @@ from ..digests import digest_tensors
 from ..memory import free_bytes
 from ..options import Memory
 from . import attention
-from .eligibility import global_hooks, why_weights_not_fusable
-from .fused_block import CAST_BYTES, SAVED_WIDTHS, BlockSettings, FusableBlock, Hidden, fused_block
+from .block import FusedBlock, RowsCall, fuse_blocks
+from .fused_block import CAST_BYTES, SAVED_WIDTHS, Hidden
 from .modes import evaluating, updates_statistics
 from .reductions import Reduction
 
@@ -42,20 +42,26 @@ class Tower(ABC):
 
     model: Any
     blocks: Any  # The caller's blocks in order, a sequence of modules
-    embedding: Sequence[Part]  # Modules and parameters in front of the first block
-    head: Sequence[Part]  # Modules and parameters behind the last block
     constants: Sequence[nn.Parameter] = ()  # Parameters that the model never trains
     skip: int = 0  # Number of blocks below the cut. Set by SkipCLIP.
     memory: Memory = "fast"  # Saved for backward by an upper block. Set by SkipCLIP.
     runs: int = 1  # Number of times that a step runs the blocks: once for each template of the prompts
     attention_backend: attention.AttentionBackend = attention.SDPA  # Attention of fused blocks. Set by SkipCLIP.
-    reductions: dict[str, Reduction]  # The exact reductions of this tower by name
-    # Paths in a block of the weights of query, key, value, W_o, W_fc and W_p; a packed projection is named three times.
-    linear_weights: Sequence[str] = ()
-    # Weights and settings of each block, or the reason why it is not fused; empty if the family fuses no blocks.
-    # Weights that are computed from parameters are on the meta device: `fused` computes them.
-    _fusable: Sequence[FusableBlock | str] = ()
-    _block_parameters: Sequence[list[nn.Parameter]] = ()  # for each block in `_fusable`, when it was read
+
+    @property
+    @abstractmethod
+    def embedding(self) -> Sequence[Part]:
+        """Modules and parameters in front of the first block."""
+
+    @property
+    @abstractmethod
+    def head(self) -> Sequence[Part]:
+        """Modules and parameters behind the last block."""
+
+    @property
+    @abstractmethod
+    def reductions(self) -> dict[str, Reduction]:
+        """The exact reductions of this tower by name, as they are now."""
 
     @abstractmethod
     def reference_forward(self, inputs: Tensor) -> Tensor:
@@ -69,73 +75,28 @@ class Tower(ABC):
         """Call one block as the caller's module."""
         return block(hidden)
 
-    @staticmethod
-    def read_block(block: Any) -> FusableBlock:
-        """Read the weights and settings of a block that can be fused."""
-        raise NotImplementedError
+    def why_no_rows(self, index: int) -> str | None:
+        """Return why block `index` is called as the model calls it, or None if it takes rows."""
+        block = self.blocks[index]
+        if isinstance(block, FusedBlock):
+            return block.why_no_rows()
+        return f"a block is a {type(block).__name__}, which runs its own forward"
 
-    @staticmethod
-    def why_not_fusable(block: Any) -> str | None:
-        """Return why a block cannot be fused, apart from its weights, or None if it can."""
-        return "a block runs its own forward"
-
-    def _read(self, block: Any) -> FusableBlock | str:
-        reason = self.why_not_fusable(block)
-        if reason is not None:
-            return reason
-        with torch.no_grad():
-            fusable = self.read_block(block)
-        reason = why_weights_not_fusable(fusable.weights)
-        if reason is not None:
-            return reason
-        weights = fusable.weights.map(lambda x: x if isinstance(x, nn.Parameter) else x.to("meta"))
-        return fusable._replace(weights=weights)
-
-    def read_blocks(self) -> tuple[str | None, str | None]:
-        """Read every block; return why not all are fused and why the last one is not, or None."""
-        self._fusable = [self._read(block) for block in self.blocks]
-        self._block_parameters = [list(block.parameters()) for block in self.blocks]
+    def why_not_fused(self) -> str | None:
+        """Return why not all blocks take rows, with the indices of those that don't, or None."""
         of_reason: dict[str, list[int]] = {}
-        for index, fusable in enumerate(self._fusable):
-            if isinstance(fusable, str):
-                of_reason.setdefault(fusable, []).append(index)
-        depth = len(self._fusable)
+        depth = len(self.blocks)
+        for index in range(depth):
+            reason = self.why_no_rows(index)
+            if reason is not None:
+                of_reason.setdefault(reason, []).append(index)
         reasons = [
             reason
             if len(indices) == depth
             else f"{len(indices)} of {depth} blocks ({', '.join(map(str, indices))}): {reason}"
             for reason, indices in of_reason.items()
         ]
-        return "; ".join(reasons) or None, self._fusable[-1] if isinstance(self._fusable[-1], str) else None
-
-    @property
-    def can_fuse(self) -> bool:
-        """True if this family fuses blocks that are not altered."""
-        return len(self._fusable) > 0
-
-    def is_fused(self, index: int) -> bool:
-        """Return True if block `index` can run as one autograd node."""
-        return index < len(self._fusable) and not isinstance(self._fusable[index], str)
-
-    def runs_fused(self, index: int) -> bool:
-        """Return True if block `index` runs as one autograd node now: global hooks expect its own modules to run."""
-        return self.is_fused(index) and not global_hooks()
-
-    def current_reductions(self) -> dict[str, Reduction]:
-        """Return `reductions`, without those of fused blocks while global module hooks are registered."""
-        if not (self.can_fuse and global_hooks()):
-            return self.reductions
-        hooked = Reduction(False, "global module hooks are registered, so each block runs its own forward")
-        of_blocks = ("fused_block", "shared_prefix", "pooled_last_block")
-        return self.reductions | {name: hooked for name in of_blocks if name in self.reductions}
-
-    def fused(self, index: int) -> FusableBlock:
-        """Weights and settings of fused block `index`. Layer scales and low-rank updates are applied at each call."""
-        fusable = self._fusable[index]
-        assert not isinstance(fusable, str)
-        if all(isinstance(x, nn.Parameter) for x in fusable.weights.tensors()):
-            return fusable
-        return self.read_block(self.blocks[index])
+        return "; ".join(reasons) or None
 
     def mask(self, inputs: Tensor) -> Tensor | None:
         """Attention mask added to the logits, [1 or n, 1, tokens, tokens], or None."""
@@ -146,14 +107,11 @@ class Tower(ABC):
 
         With `drop_patches`, patches are dropped as in training if the model has patch dropout.
         """
-        frozen = [part for part in self.lower_parts if isinstance(part, nn.Module)]
+        frozen = [part for part in self.lower_parts() if isinstance(part, nn.Module)]
         with evaluating(frozen, except_for=self.patch_dropout if drop_patches else None):
             hidden, mask = Hidden(self.embed(inputs)), self.mask(inputs)
             for index in range(self.skip):
-                if self.runs_fused(index):
-                    hidden = self._run_fused_sequences(index, hidden, mask, save_inputs_only=False)
-                else:
-                    hidden = Hidden(self.call_block(self.blocks[index], hidden.sum(), mask))
+                hidden = self._run_block(index, hidden, mask)
         return hidden.sum()
 
     @property
@@ -172,36 +130,30 @@ class Tower(ABC):
         modules = (module for part in self.embedding if isinstance(part, nn.Module) for module in part.modules())
         return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), None)
 
-    @property
+    def parts(self) -> Sequence[Part]:
+        """All modules and parameters."""
+        return (*self.embedding, *self.blocks, *self.head)
+
     def lower_parts(self) -> Sequence[Part]:
         """Modules and parameters below the cut; none at skip = 0, where the embedding trains too."""
         return (*self.embedding, *self.blocks[: self.skip]) if self.skip > 0 else ()
 
     def lower_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters below the cut."""
-        return _parameters(self.lower_parts)
+        return _parameters(self.lower_parts())
 
-    def summary(self) -> dict[str, Any]:
-        """Properties read from the caller's model, by name; equal for two towers of the same unaltered model."""
-        known = {id(module) for module in self.model.modules()}
+    def model_blocks(self) -> list[nn.Module]:
+        """The caller's modules that are blocks: a block may be an `nn.Sequential` that the tower made of several."""
+        known = set(self.model.modules())
 
-        def model_modules(block: nn.Module) -> list[int]:
-            """Ids of the caller's modules in a block, which may be an `nn.Sequential` built by the tower."""
-            if id(block) in known:
-                return [id(block)]
-            return [x for child in block.children() for x in model_modules(child)]
+        def of_model(block: nn.Module) -> list[nn.Module]:
+            return [block] if block in known else [x for child in block.children() for x in of_model(child)]
 
-        def comparable(fusable: FusableBlock | str, parameters: list[nn.Parameter]) -> Any:
-            return fusable if isinstance(fusable, str) else (list(map(id, parameters)), *fusable[1:])
+        return [module for block in self.blocks for module in of_model(block)]
 
-        return {
-            "its type": type(self),
-            "its blocks": [model_modules(block) for block in self.blocks],
-            "its embedding": list(map(id, self.embedding)),
-            "its head": list(map(id, self.head)),
-            "the weights or settings of a block": list(map(comparable, self._fusable, self._block_parameters)),
-            "its exact reductions": self.reductions,
-        }
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        fuse_blocks(self.blocks)  # copies and pickles of fused blocks have the caller's class
 
     def lower_identity(self) -> dict[str, str | int]:
         """Everything that features at the cut depend on, by name: digests of parameters and buffers, and the cut."""
@@ -212,19 +164,9 @@ class Tower(ABC):
             "lower blocks": digest_tensors(_named_tensors(self.blocks[: self.skip])),
         }
 
-    def replace_parameters(self, replaced: Mapping[int, nn.Parameter]) -> None:
-        """Follow a move that made new parameters, given by the id of the old one: a move to "meta" does."""
-
-        def follow(parts: Sequence[Any]) -> tuple[Any, ...]:
-            return tuple(replaced.get(id(part), part) for part in parts)
-
-        self.embedding, self.head, self.constants = map(follow, (self.embedding, self.head, self.constants))
-        if self.can_fuse:
-            self.read_blocks()
-
     def move_lower(self, device: torch.device) -> None:
         """Move the parameters and buffers below the cut to another device."""
-        for part in self.lower_parts:
+        for part in self.lower_parts():
             if isinstance(part, nn.Parameter):
                 part.data = part.data.to(device)
             elif part is not None:
@@ -236,44 +178,31 @@ class Tower(ABC):
         constants = {id(parameter) for parameter in self.constants}
         yield from (parameter for parameter in _parameters(upper) if id(parameter) not in constants)
 
-    def _run_fused_sequences(
-        self, index: int, hidden: Hidden, mask: Tensor | None, *, save_inputs_only: bool
-    ) -> Hidden:
-        """Run fused block `index` over sequences [n, tokens, W]."""
+    def _run_block(self, index: int, hidden: Hidden, mask: Tensor | None, *, save_inputs_only: bool = False) -> Hidden:
+        """Run one block over sequences [n, tokens, W]."""
+        if self.why_no_rows(index) is not None:
+            return Hidden(self.call_block(self.blocks[index], hidden.sum(), mask))
         n, tokens, _ = hidden.stream.shape
         attention_fn = partial(attention.sequences, backend=self.attention_backend, n=n, mask=mask)
         rows = hidden.map(lambda x: x.flatten(0, 1))
-        rows = self._run_fused_block(index, rows, attention_fn, save_inputs_only=save_inputs_only)
+        rows = self.blocks[index](rows, RowsCall(attention_fn, save_inputs_only))
         return rows.map(lambda x: x.view(n, tokens, -1))
 
-    def _run_fused_block(
-        self,
-        index: int,
-        rows: Hidden,
-        attention_fn: Callable,
-        *,
-        save_inputs_only: bool,
-        query_rows: Tensor | None = None,
-        separate_queries: bool = False,
-    ) -> Hidden:
-        """Run fused block `index` over rows [R, W]; `attention_fn` takes the number of heads as `heads`."""
-        weights, activation, eps, heads = self.fused(index)
-        dtype, device_type = weights.fc.dtype, rows.stream.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        attention_fn = partial(attention_fn, heads=heads)
-        settings = BlockSettings(attention_fn, activation, eps, dtype, save_inputs_only, separate_queries)
-        return fused_block(settings, rows, weights, query_rows)
-
     def _run_upper_block(self, index: int, hidden: Hidden, mask: Tensor | None, *, save_inputs_only: bool) -> Hidden:
-        """Run one block above the cut; with `memory="min"`, a block that is not fused is recomputed in backward."""
-        if self.runs_fused(index):
-            return self._run_fused_sequences(index, hidden, mask, save_inputs_only=save_inputs_only)
+        """Run one block above the cut; with `memory="min"`, a block that takes no rows is recomputed in backward."""
         block = self.blocks[index]
         # A batch norm in training mode would update its statistics twice if it were recomputed.
-        if self.memory == "min" and torch.is_grad_enabled() and not updates_statistics(block):
+        recomputes = self.memory == "min" and torch.is_grad_enabled() and not updates_statistics(block)
+        if recomputes and self.why_no_rows(index) is not None:
             return Hidden(checkpoint(self.call_block, block, hidden.sum(), mask, use_reentrant=False))
-        return Hidden(self.call_block(block, hidden.sum(), mask))
+        return self._run_block(index, hidden, mask, save_inputs_only=save_inputs_only)
+
+    def _run_last_block(
+        self, hidden: Hidden, attention_fn: Callable[..., Tensor], query_rows: Tensor, *, save_inputs_only: bool
+    ) -> Tensor:
+        """Run the last block over sequences, for the rows of the pooled tokens only, with separate queries."""
+        call = RowsCall(attention_fn, save_inputs_only, query_rows, separate_queries=True)
+        return self.blocks[-1](hidden.map(lambda x: x.flatten(0, 1)), call).sum()
 
     @functools.cached_property
     def _decisions(self) -> dict[tuple[int, torch.device], bool]:
@@ -287,7 +216,7 @@ class Tower(ABC):
         With `memory="auto"`, they do if saving everything would take more than half of the memory that is free in the
         first step with as many rows.
         """
-        if not any(map(self.runs_fused, range(self.skip, len(self.blocks)))):
+        if not any(isinstance(block, FusedBlock) for block in self.blocks):
             return False
         if self.memory != "auto" or not torch.is_grad_enabled():
             return self.memory == "min"

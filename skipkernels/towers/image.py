@@ -23,10 +23,16 @@ class ImageTower(Tower):
         """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""
         return self.model.visual
 
-    def _set_reductions(self, not_fused: str | None, not_pooled: str | None) -> None:
-        """Set the reductions. An argument is the reason why one is disabled, or None."""
-        self.reductions = {
-            "fused_block": Reduction.unless(not_fused),
+    @property
+    def why_not_pooled(self) -> str | None:
+        """Return why the last block is needed for every token, or None if the head pools the first one."""
+        return None
+
+    @property
+    def reductions(self) -> dict[str, Reduction]:  # noqa: D102
+        not_pooled = self.why_not_pooled or self.why_no_rows(len(self.blocks) - 1)
+        return {
+            "fused_block": Reduction.unless(self.why_not_fused()),
             "pooled_last_block": Reduction.unless(not_pooled),
         }
 
@@ -41,20 +47,13 @@ class ImageTower(Tower):
         """Map hidden states at the cut to image embeddings [n, D], not normalised."""
         depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
         hidden = Hidden(features)
-        pools = self.skip < depth and self.current_reductions()["pooled_last_block"].enabled
+        pools = self.skip < depth and self.why_not_pooled is None and self.why_no_rows(depth - 1) is None
         for index in range(self.skip, depth - pools):
             hidden = self._run_upper_block(index, hidden, None, save_inputs_only=save_inputs_only)
         if not pools:
             return self.finish(hidden.sum())
         n, tokens, _ = features.shape
         first = torch.arange(0, n * tokens, tokens, device=features.device)
-        attention_fn = partial(attention.pooled, mask=None)
-        rows = self._run_fused_block(
-            depth - 1,
-            hidden.map(lambda x: x.flatten(0, 1)),
-            attention_fn,
-            save_inputs_only=save_inputs_only,
-            query_rows=first,
-            separate_queries=True,
-        )
-        return self.finish(rows.sum()[:, None])
+        last = partial(attention.pooled, mask=None)
+        pooled = self._run_last_block(hidden, last, first, save_inputs_only=save_inputs_only)
+        return self.finish(pooled[:, None])

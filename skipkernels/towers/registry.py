@@ -67,7 +67,11 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[Tex
         remedy = " Pass its first element." if isinstance(model, tuple) else ""
         raise TypeError(f"SkipCLIP: model must be a CLIP, an nn.Module; got {type(model).__name__}.{remedy}")
     name = _type_name(model)
-    refuse_sharded(model)
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise UnsupportedModel(
+            "SkipCLIP: parameters must be whole; got shards (fully_shard of FSDP2, or tensor parallelism). Create "
+            "SkipCLIP first, then shard the blocks above the cut and the SkipCLIP: docs/many-processes.md."
+        )
     if name not in _HALVES:
         remedy = "A wrapper or a derived class may compute something else, so it is not treated as one of these."
         remedy = next((text for package, text in _WRAPPERS.items() if name.startswith(package)), remedy)
@@ -81,17 +85,6 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[Tex
     for tower in texts:
         tower.runs = len(texts)
     return image, texts
-
-
-def refuse_sharded(module: nn.Module) -> None:
-    """Raise an UnsupportedModel if a module is managed by FSDP2, or has DTensor parameters."""
-    managed = any(hasattr(part, "unshard") for part in module.modules())
-    if managed or any(hasattr(parameter, "placements") for parameter in module.parameters()):
-        raise UnsupportedModel(
-            "SkipCLIP: parameters must be whole; got shards (fully_shard of FSDP2, or tensor parallelism). Use "
-            "DistributedDataParallel(clip, forward_sync_buffers=False): weights below the cut have no gradient and no "
-            "optimizer state."
-        )
 
 
 def _type_name(module: nn.Module) -> str:

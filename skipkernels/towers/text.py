@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import attention
 from .base import Tower
-from .eligibility import global_hooks
+from .block import RowsCall, global_hooks
 from .fused_block import Hidden
 from .modes import is_deterministic
 from .prompts import PackedPrompts, SelectedPrompts, shared_prefix_length
@@ -42,39 +41,42 @@ class TextTower(Tower):
         self,
         tokens: Tensor,
         pooled: Tensor,
-        not_fused: str | None,
-        last_not_fused: str | None,
         *,
         not_causal: str | None = None,
         not_cropped: str | None = None,
         visible_length: int | None = None,
         excludes_self: bool = False,
     ) -> None:
-        """Set the prompts, and apply every reduction that is exact; the arguments `…not_…` are reasons why one is not.
+        """Set the prompts, and apply every reduction that is exact; the arguments `not_…` are reasons why one is not.
 
         `visible_length` is the number of tokens that a pooled token can see; by default up to the last pooled token.
         """
         tokens = tokens if not_cropped else tokens[:, : visible_length or int(pooled.max()) + 1].contiguous()
         length = shared_prefix_length(tokens, pooled, excludes_self=excludes_self)
-        not_shared = (
-            not_causal
-            or (not_fused if not any(map(self.is_fused, range(len(self.blocks)))) else self._why_prompts_differ())
-            or (None if length else "the prompts begin with different tokens")
-        )
+        not_shared = not_causal or (None if length else "the prompts begin with different tokens")
         self.prompts = PackedPrompts(tokens, pooled, 0 if not_shared else length, excludes_self=excludes_self)
-        reasons = {
-            "text_crop": not_cropped,
-            "shared_prefix": not_shared,
-            "fused_block": not_fused,
-            "pooled_last_block": last_not_fused,
-        }
-        self.reductions = {name: Reduction.unless(reason) for name, reason in reasons.items()}
+        self._not_cropped, self._not_shared = not_cropped, not_shared
 
-    def _why_prompts_differ(self) -> str | None:
-        """Return why the prefix is not computed once in a block that is not fused, or None."""
-        for index, block in enumerate(self.blocks):
-            if self.is_fused(index):
-                continue
+    @property
+    def reductions(self) -> dict[str, Reduction]:  # noqa: D102
+        reasons = {
+            "text_crop": self._not_cropped,
+            "shared_prefix": self._not_shared or self._why_not_shared(self._whole_blocks(0), len(self.blocks)),
+            "fused_block": self.why_not_fused(),
+            "pooled_last_block": self.why_no_rows(len(self.blocks) - 1),
+        }
+        return {name: Reduction.unless(reason) for name, reason in reasons.items()}
+
+    def _whole_blocks(self, start: int) -> dict[int, str]:
+        """Blocks from `start` on that take whole prompts only, with the reason."""
+        return {i: why for i in range(start, len(self.blocks)) if (why := self.why_no_rows(i)) is not None}
+
+    def _why_not_shared(self, whole: dict[int, str], count: int) -> str | None:
+        """Return why `count` blocks don't run the shared prefix once, or None; `whole` are those with whole prompts."""
+        if len(whole) == count > 0 or (whole and global_hooks()):
+            return next(iter(whole.values()))
+        for index in whole:
+            block = self.blocks[index]
             if not is_deterministic(block):
                 return f"block {index}, which is not fused, has dropout or a batch norm"
             if any(module._backward_hooks or module._backward_pre_hooks for module in block.modules()):
@@ -95,11 +97,18 @@ class TextTower(Tower):
         """Move the tensors that are not in the model."""
         self.prompts.apply(fn)
 
-    def summary(self) -> dict[str, Any]:  # noqa: D102
-        return super().summary() | {
-            "the tokens that are seen": self.tokens.tolist(),
-            "the positions that become embeddings": self.pooled.tolist(),
-        }
+    def masks(self) -> list[Tensor | None]:
+        """Masks of the model that determined the layout of the prompts."""
+        return []
+
+    def difference_to(self, other: TextTower) -> str | None:
+        """Return what differs between the layouts of two towers on the same prompts, or None."""
+        if not self.tokens.equal(other.tokens):
+            return "the tokens that are seen changed"
+        if not self.pooled.equal(other.pooled):
+            return "the positions that become embeddings changed"
+        same = (self._not_cropped, self._not_shared) == (other._not_cropped, other._not_shared)
+        return None if same else "its exact reductions changed"
 
     def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.model.encode_text(inputs)
@@ -115,39 +124,34 @@ class TextTower(Tower):
 
     def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised."""
-        shares = self.prompts.prefix_length and not global_hooks()
-        run = self._run_suffixes if shares else self._run_whole_prompts
-        return self.finish(run(rows, selected))
+        whole = self._whole_blocks(self.skip)
+        if self.prompts.prefix_length and self._why_not_shared(whole, len(self.blocks) - self.skip) is None:
+            return self.finish(self._run_suffixes(rows, selected, whole))
+        return self.finish(self._run_whole_prompts(rows, selected))
 
     def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run every block over whole prompts; return hidden states [K, W] of the pooled tokens."""
         features = selected.unpack(rows)  # [K, L, W]
         mask = self.mask(self.tokens[selected.class_ids])
         depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
-        pools = self.skip < depth and self.current_reductions()["pooled_last_block"].enabled
+        pools = self.skip < depth and self.why_no_rows(depth - 1) is None
         hidden = Hidden(features)
         for index in range(self.skip, depth - pools):
             hidden = self._run_upper_block(index, hidden, mask, save_inputs_only=save_inputs_only)
+        n, length, _ = features.shape
+        prompts, positions = torch.arange(n, device=rows.device), self.pooled[selected.class_ids]  # [K] each
         if not pools:
-            return selected.pack(hidden.sum())[selected.ends]
-        if mask is not None:
-            n, length, _ = features.shape
-            positions = self.pooled[selected.class_ids]
-            # The row of the mask at each pooled token: [1 or K, 1, L, L] -> [K, L]
-            mask = mask.expand(n, 1, length, length)[torch.arange(n, device=rows.device), 0, positions]
-        attention_fn = partial(attention.pooled, mask=mask)
-        pooled = self._run_fused_block(
-            depth - 1,
-            hidden.map(lambda x: x.flatten(0, 1)),
-            attention_fn,
-            save_inputs_only=save_inputs_only,
-            query_rows=selected.ends,
-            separate_queries=True,
-        )
-        return pooled.sum()
+            return hidden.sum()[prompts, positions]
+        if mask is not None:  # its row at each pooled token: [1 or K, 1, L, L] -> [K, L]
+            mask = mask.expand(n, 1, length, length)[prompts, 0, positions]
+        last, ends = partial(attention.pooled, mask=mask), prompts * length + positions
+        return self._run_last_block(hidden, last, ends, save_inputs_only=save_inputs_only)
 
-    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Run every block over the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
+    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts, whole: Container[int]) -> Tensor:
+        """Run every block over the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens.
+
+        Blocks in `whole` run over whole prompts.
+        """
         depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(rows)
         if self.skip == depth:
             return rows[selected.ends]
@@ -159,17 +163,17 @@ class TextTower(Tower):
             max_length=self.prompts.max_length,
             excludes_self=selected.ends if self.prompts.excludes_self else None,
         )
-        hidden, options = Hidden(rows), {"save_inputs_only": save_inputs_only}
-        pools = self.is_fused(depth - 1)
+        hidden = Hidden(rows)
+        pools = depth - 1 not in whole
         for index in range(self.skip, depth - pools):
-            if self.is_fused(index):
-                hidden = self._run_fused_block(index, hidden, attention_fn, **options)
+            if index not in whole:
+                hidden = self.blocks[index](hidden, RowsCall(attention_fn, save_inputs_only))
             else:
                 hidden = self._run_on_whole_prompts(index, hidden, selected)
         if not pools:
             return hidden.sum()[selected.ends]
         last = partial(attention_fn, rows=selected.ends)
-        return self._run_fused_block(depth - 1, hidden, last, query_rows=selected.ends, **options).sum()
+        return self.blocks[-1](hidden, RowsCall(last, save_inputs_only, selected.ends)).sum()
 
     def _run_on_whole_prompts(self, index: int, hidden: Hidden, selected: SelectedPrompts) -> Hidden:
         """Run a block that is not fused over whole prompts, unpacked from rows and packed again."""

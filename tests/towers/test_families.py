@@ -236,7 +236,7 @@ def test_attention_with_unusual_scale_is_not_fused():
     model, tokens, (images, labels) = hugging_face_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     model.vision_model.encoder.layers[1].self_attn.scale = 0.1
     model.text_model.encoder.layers[2].self_attn.scale = 0.1
-    with pytest.warns(UserWarning, match=r"1 of 3 blocks \(2\): a block's attention is causal or has an unusual scale"):
+    with pytest.warns(UserWarning, match="a block's attention is causal or has an unusual scale"):
         clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
     assert_matches_reference_step(clip, images, tokens, labels)
 

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base import Part
 from .open_clip import OpenClipTextTower, padding_mask
 
 
 class CoCaTextTower(OpenClipTextTower):
     """Text tower with a `TextTransformer` as `text` that has a class embedding."""
 
-    def __init__(self, model, tokens: Tensor):
-        super().__init__(model, tokens)
-        self.embedding = (*self.embedding, self.text.cls_emb)
+    @property
+    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+        return *super().embedding, self.text.cls_emb
 
     def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
         self._excludes_self = not self.text.correct_cls_mask

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import CLIPModel, SiglipModel
+from transformers import CLIPModel
 from transformers.activations import GELUActivation, QuickGELUActivation
 from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
 
-from ..base import UnsupportedModel
-from ..eligibility import why_not_fusable
+from ..base import Part, UnsupportedModel
+from ..block import FusedBlock, Sequences, Submodules, submodules, weight_and_bias
 from ..fused_block import BlockWeights, FusableBlock
 from ..image import ImageTower
 from ..text import TextTower
@@ -24,55 +25,70 @@ from ..text import TextTower
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions
 _ACTIVATIONS = {GELUActivation: "gelu", QuickGELUActivation: "quick_gelu", _TANH: "gelu_tanh"}
 
-_LINEAR_WEIGHTS = (
-    *(f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "out")), "mlp.fc1.weight", "mlp.fc2.weight"
-)  # fmt: skip
+
+class HuggingFaceBlock(FusedBlock):
+    """`CLIPEncoderLayer` and `SiglipEncoderLayer` of transformers."""
+
+    linear_weights = (
+        *(f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "out")), "mlp.fc1.weight", "mlp.fc2.weight"
+    )  # fmt: skip
+
+    def _submodules(self) -> Submodules:
+        return _SIGLIP_BLOCK if isinstance(self, modeling_siglip.SiglipEncoderLayer) else _CLIP_BLOCK
+
+    def _why_settings(self) -> str | None:
+        attention = self._modules["self_attn"]
+        if attention.dropout > 0:
+            return "a block's attention has dropout"
+        if attention.is_causal or attention.scale != attention.head_dim**-0.5:
+            return "a block's attention is causal or has an unusual scale"
+        return None
+
+    def _read(self) -> FusableBlock:
+        parts = self._modules
+        norm_1, norm_2, attention = parts["layer_norm1"], parts["layer_norm2"], parts["self_attn"]
+        layers, mlp = attention._modules, parts["mlp"]._modules
+        qkv, qkv_bias = zip(*(weight_and_bias(layers[f"{name}_proj"]) for name in "qkv"), strict=True)
+        weights = BlockWeights(
+            *weight_and_bias(norm_1), qkv, qkv_bias, *weight_and_bias(layers["out_proj"]),
+            *weight_and_bias(norm_2), *weight_and_bias(mlp["fc1"]), *weight_and_bias(mlp["fc2"]),
+        )  # fmt: skip
+        heads = attention.embed_dim // attention.head_dim  # its forward ignores `num_heads`
+        return FusableBlock(weights, _ACTIVATIONS[type(mlp["activation_fn"])], (norm_1.eps, norm_2.eps), heads)
+
+    def _sequences(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> Sequences | None:
+        if any(value is not None and value is not False for value in kwargs.values()):
+            return None  # such as output_attentions
+        if attention_mask is None:
+            ignores = self._modules["self_attn"].config._attn_implementation == "eager"  # which knows the mask alone
+            return Sequences(hidden_states, None, bool(is_causal) and not ignores)
+        if attention_mask.ndim != 4:  # of flash attention and flex attention
+            return None
+        if attention_mask.dtype == torch.bool:  # True where a token is seen
+            attention_mask = hidden_states.new_zeros(attention_mask.shape).masked_fill(~attention_mask, -torch.inf)
+        return Sequences(hidden_states, attention_mask)
 
 
-def _submodule_types(attention: type, mlp: type) -> dict[str, tuple[type, ...]]:
-    return {
+def _submodules_of(attention: type, mlp: type) -> Submodules:
+    types = {
         "self_attn": (attention,),
         "layer_norm1": (nn.LayerNorm,),
         "mlp": (mlp,),
         "mlp.activation_fn": tuple(_ACTIVATIONS),
         "layer_norm2": (nn.LayerNorm,),
-        **{name.removesuffix(".weight"): (nn.Linear,) for name in _LINEAR_WEIGHTS},
+        **{name.removesuffix(".weight"): (nn.Linear,) for name in HuggingFaceBlock.linear_weights},
     }
+    return submodules(types)
 
 
-_BLOCKS: dict[type, tuple[type, dict[str, tuple[type, ...]]]] = {
-    CLIPModel: (modeling_clip.CLIPEncoderLayer, _submodule_types(modeling_clip.CLIPAttention, modeling_clip.CLIPMLP)),
-    SiglipModel: (
-        modeling_siglip.SiglipEncoderLayer,
-        _submodule_types(modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP),
-    ),
-}
-
-
-def _why_not_fusable(block: Any) -> str | None:
-    kind = SiglipModel if isinstance(block, modeling_siglip.SiglipEncoderLayer) else CLIPModel
-    reason = why_not_fusable(block, *_BLOCKS[kind])
-    if reason is not None:
-        return reason
-    attention = block.self_attn
-    if attention.dropout > 0:
-        return "a block's attention has dropout"
-    if attention.is_causal or attention.scale != (attention.embed_dim // attention.num_heads) ** -0.5:
-        return "a block's attention is causal or has an unusual scale"
-    return None
-
-
-def _read_block(block: Any) -> FusableBlock:
-    attention, mlp = block.self_attn, block.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    weights = BlockWeights(
-        block.layer_norm1.weight, block.layer_norm1.bias,
-        tuple(layer.weight for layer in projections), tuple(layer.bias for layer in projections),
-        attention.out_proj.weight, attention.out_proj.bias, block.layer_norm2.weight, block.layer_norm2.bias,
-        mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-    )  # fmt: skip
-    eps = block.layer_norm1.eps, block.layer_norm2.eps
-    return FusableBlock(weights, _ACTIVATIONS[type(mlp.activation_fn)], eps, attention.num_heads)
+_CLIP_BLOCK = _submodules_of(modeling_clip.CLIPAttention, modeling_clip.CLIPMLP)
+_SIGLIP_BLOCK = _submodules_of(modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP)
 
 
 def _tensor(output: Any) -> Tensor:
@@ -96,26 +112,28 @@ class _ImageEncoder(nn.Module):
 class HuggingFaceImageTower(ImageTower):
     """Image tower of a `CLIPModel` or `SiglipModel`: `vision_model` and, for CLIP, the projection."""
 
-    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
-    linear_weights = _LINEAR_WEIGHTS
-
     def __init__(self, model: Any):
         self.model: Any = model
         self.vision = self.model.vision_model
         config = self.vision.config
         self.blocks = self.vision.encoder.layers
         self.image_size = (config.image_size, config.image_size)
-        not_fused, not_pooled = self.read_blocks()
-        if isinstance(model, CLIPModel):
-            self.embedding = (self.vision.embeddings, self.vision.pre_layrnorm)
-            self.head = (self.vision.post_layernorm, self.model.visual_projection)
-        else:
-            if not self.vision.use_head:
-                raise UnsupportedModel("SkipCLIP: this SiglipModel has no pooling head, and so no image embedding.")
-            self.embedding = (self.vision.embeddings,)
-            self.head = (self.vision.post_layernorm, self.vision.head)
-            not_pooled = not_pooled or "the tower pools over all tokens"
-        self._set_reductions(not_fused, not_pooled)
+        self._of_clip = isinstance(model, CLIPModel)
+        if not self._of_clip and not self.vision.use_head:
+            raise UnsupportedModel("SkipCLIP: this SiglipModel has no pooling head, and so no image embedding.")
+
+    @property
+    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+        vision = self.vision
+        return (vision.embeddings, vision.pre_layrnorm) if self._of_clip else (vision.embeddings,)
+
+    @property
+    def head(self) -> tuple[Part, ...]:  # noqa: D102
+        return self.vision.post_layernorm, self.model.visual_projection if self._of_clip else self.vision.head
+
+    @property
+    def why_not_pooled(self) -> str | None:  # noqa: D102
+        return None if self._of_clip else "the tower pools over all tokens"
 
     def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return _tensor(self.model.get_image_features(pixel_values=inputs))
@@ -125,13 +143,13 @@ class HuggingFaceImageTower(ImageTower):
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         hidden = self.vision.embeddings(inputs)
-        return self.vision.pre_layrnorm(hidden) if isinstance(self.model, CLIPModel) else hidden
+        return self.vision.pre_layrnorm(hidden) if self._of_clip else hidden
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
         return _tensor(block(hidden, attention_mask=None))
 
     def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
-        if isinstance(self.model, CLIPModel):
+        if self._of_clip:
             return self.model.visual_projection(self.vision.post_layernorm(hidden[:, 0]))
         return self.vision.head(self.vision.post_layernorm(hidden))
 
@@ -139,28 +157,28 @@ class HuggingFaceImageTower(ImageTower):
 class HuggingFaceTextTower(TextTower):
     """Text tower of a `CLIPModel` or `SiglipModel`: `text_model` and, for CLIP, the projection."""
 
-    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
-    linear_weights = _LINEAR_WEIGHTS
-
     def __init__(self, model: Any, tokens: Tensor):
         self.model: Any = model
         self.text = self.model.text_model
         self.blocks = self.text.encoder.layers
-        self.embedding = (self.text.embeddings,)
-        self.head = (
-            self.text.final_layer_norm,
-            self.model.text_projection if isinstance(model, CLIPModel) else self.text.head,
-        )
-        self._not_fused = self.read_blocks()
+        self._of_clip = isinstance(model, CLIPModel)
         self.read_prompts(tokens)
 
+    @property
+    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+        return (self.text.embeddings,)
+
+    @property
+    def head(self) -> tuple[Part, ...]:  # noqa: D102
+        return self.text.final_layer_norm, self.model.text_projection if self._of_clip else self.text.head
+
     def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
-        if isinstance(self.model, CLIPModel):
-            self._set_prompts(tokens, self._end_positions(tokens), *self._not_fused)
+        if self._of_clip:
+            self._set_prompts(tokens, self._end_positions(tokens))
         else:
             last = tokens.new_full((len(tokens),), tokens.shape[1] - 1)
             not_cropped = "every token sees every other"
-            self._set_prompts(tokens, last, *self._not_fused, not_causal="there is no mask", not_cropped=not_cropped)
+            self._set_prompts(tokens, last, not_causal="there is no mask", not_cropped=not_cropped)
 
     def _end_positions(self, tokens: Tensor) -> Tensor:
         end = self.text.eos_token_id  # read by its forward; the config may have changed
@@ -174,11 +192,11 @@ class HuggingFaceTextTower(TextTower):
         return self.text.embeddings(input_ids=inputs)
 
     def mask(self, inputs: Tensor) -> Tensor | None:  # noqa: D102
-        return super().mask(inputs) if isinstance(self.model, CLIPModel) else None
+        return super().mask(inputs) if self._of_clip else None
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
         return _tensor(block(hidden, attention_mask=None if mask is None else mask.to(hidden)))
 
     def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
         hidden = self.text.final_layer_norm(hidden)
-        return self.model.text_projection(hidden) if isinstance(self.model, CLIPModel) else self.text.head(hidden)
+        return self.model.text_projection(hidden) if self._of_clip else self.text.head(hidden)

@@ -20,22 +20,21 @@ from open_clip.transformer import (
     LayerScale,
     PatchDropout,
     QuickGELU,
-    ResidualAttentionBlock,
     TextTransformer,
     VisionTransformer,
 )
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..base import UnsupportedModel
-from ..eligibility import why_not_fusable, with_layer_scale
+from ..base import Part, UnsupportedModel
+from ..block import FusedBlock, Sequences, Submodules, activation, parameter, submodules, weight_and_bias
 from ..fused_block import BlockWeights, FusableBlock
 from ..image import ImageTower
 from ..text import TextTower
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 _NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)
-_BLOCK: dict[str, tuple[type, ...]] = {
+_TYPES: dict[str, tuple[type, ...]] = {
     "ln_1": _NORM,
     "attn": (nn.MultiheadAttention, Attention),
     "attn.out_proj": (NonDynamicallyQuantizableLinear, nn.Linear),
@@ -50,37 +49,58 @@ _BLOCK: dict[str, tuple[type, ...]] = {
 # Further submodules if `attn` is the `Attention` of open_clip 4.
 _ATTENTION: dict[str, tuple[type, ...]] = {f"attn.ln_{name}": (nn.Identity,) for name in ("q", "k", "inner")}
 _ATTENTION |= {f"attn.{name}_drop": (nn.Dropout,) for name in ("attn", "out")}
-
-_LINEAR_WEIGHTS = ("attn.in_proj_weight",) * 3 + ("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-def _why_not_fusable(block: Any) -> str | None:
-    of_open_clip = isinstance(getattr(block, "attn", None), Attention)
-    reason = why_not_fusable(block, ResidualAttentionBlock, _BLOCK | _ATTENTION if of_open_clip else _BLOCK)
-    if reason is not None:
-        return reason
-    attention = block.attn
-    if of_open_clip:
-        plain = attention.logit_scale is None and attention.head_scale is None and attention.in_proj_weight is not None
-        if not plain or attention.attn_drop.p > 0 or attention.out_drop.p > 0:
-            return "a block's attention has dropout, an extra scale, or separate projections"
-        width = attention.in_proj_weight.shape[1]
-        return None if attention.scale == (width // attention.num_heads) ** -0.5 else "a block's attention is scaled"
-    if attention.dropout > 0 or attention.add_zero_attn or attention.bias_k is not None:
-        return "a block's attention has dropout or an extra key"
-    return None
+_BLOCK, _BLOCK_OF_OPEN_CLIP_4 = submodules(_TYPES), submodules(_TYPES | _ATTENTION)
 
 
-def _read_block(block: Any) -> FusableBlock:
-    attention, mlp = block.attn, block.mlp
-    weights = BlockWeights(
-        block.ln_1.weight, block.ln_1.bias, attention.in_proj_weight, attention.in_proj_bias,
-        *with_layer_scale(attention.out_proj, block.ls_1), block.ln_2.weight, block.ln_2.bias,
-        mlp.c_fc.weight, mlp.c_fc.bias, *with_layer_scale(mlp.c_proj, block.ls_2),
-    )  # fmt: skip
-    tanh = getattr(mlp.gelu, "approximate", "none") == "tanh"
-    kind = "gelu_tanh" if tanh else _ACTIVATIONS[type(mlp.gelu)]
-    return FusableBlock(weights, kind, (block.ln_1.eps, block.ln_2.eps), attention.num_heads)
+class OpenClipBlock(FusedBlock):
+    """open_clip's `ResidualAttentionBlock`."""
+
+    linear_weights = ("attn.in_proj_weight",) * 3 + ("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+    def _submodules(self) -> Submodules:
+        return _BLOCK_OF_OPEN_CLIP_4 if isinstance(self._modules["attn"], Attention) else _BLOCK
+
+    def _why_settings(self) -> str | None:
+        attention = self._modules["attn"]
+        if not getattr(attention, "_qkv_same_embed_dim", True) or attention._parameters.get("in_proj_bias") is None:
+            return "a block's attention has separate projections, or no bias"
+        if isinstance(attention, Attention):
+            if attention.logit_scale is not None or attention.head_scale is not None:
+                return "a block's attention has an extra scale"
+            if attention.attn_drop.p > 0 or attention.out_drop.p > 0:
+                return "a block's attention has dropout"
+            width = attention.in_proj_weight.shape[1]
+            return (
+                None if attention.scale == (width // attention.num_heads) ** -0.5 else "a block's attention is scaled"
+            )
+        if attention.dropout > 0 or attention.add_zero_attn or attention.bias_k is not None:
+            return "a block's attention has dropout or an extra key"
+        return None
+
+    def _read(self) -> FusableBlock:
+        parts = self._modules
+        norm_1, norm_2, attention, mlp = parts["ln_1"], parts["ln_2"], parts["attn"], parts["mlp"]._modules
+        weights = BlockWeights(
+            *weight_and_bias(norm_1), parameter(attention, "in_proj_weight"), attention._parameters["in_proj_bias"],
+            *weight_and_bias(attention._modules["out_proj"], parts["ls_1"]),
+            *weight_and_bias(norm_2), *weight_and_bias(mlp["c_fc"]), *weight_and_bias(mlp["c_proj"], parts["ls_2"]),
+        )  # fmt: skip
+        kind = activation(mlp["gelu"], _ACTIVATIONS)
+        return FusableBlock(weights, kind, (norm_1.eps, norm_2.eps), attention.num_heads)
+
+    def _sequences(
+        self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Sequences | None:
+        if (
+            k_x is not None
+            or v_x is not None
+            or q_x.ndim != 3
+            or not getattr(self._modules["attn"], "batch_first", True)
+        ):
+            return None
+        if attn_mask is not None and attn_mask.ndim == 3:  # [n · H, tokens, tokens]
+            return Sequences(q_x, attn_mask.unflatten(0, (len(q_x), -1)))
+        return Sequences(q_x, None if attn_mask is None else attn_mask[None, None])
 
 
 def _is_sin_cos_table(positions: Tensor, grid: tuple[int, int]) -> bool:
@@ -94,9 +114,6 @@ def _is_sin_cos_table(positions: Tensor, grid: tuple[int, int]) -> bool:
 class OpenClipImageTower(ImageTower):
     """Image tower with a `VisionTransformer` as `visual`."""
 
-    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
-    linear_weights = _LINEAR_WEIGHTS
-
     def __init__(self, model: Any):
         self.model, self.visual = model, model.visual
         visual: VisionTransformer = model.visual
@@ -107,16 +124,22 @@ class OpenClipImageTower(ImageTower):
             )
         self.blocks = visual.transformer.resblocks
         self.image_size = tuple(visual.image_size)
-        self.embedding = (
-            visual.conv1, visual.class_embedding, visual.positional_embedding, visual.patch_dropout, visual.ln_pre
-        )  # fmt: skip
         if _is_sin_cos_table(visual.positional_embedding, visual.grid_size):
             self.constants = (visual.positional_embedding,)
-        self.head = (visual.attn_pool, visual.ln_post, visual.proj)
-        not_fused, not_pooled = self.read_blocks()
-        if visual.attn_pool is not None or visual.pool_type != "tok":
-            not_pooled = not_pooled or "the tower pools over all tokens"
-        self._set_reductions(not_fused, not_pooled)
+
+    @property
+    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+        visual = self.visual
+        return visual.conv1, visual.class_embedding, visual.positional_embedding, visual.patch_dropout, visual.ln_pre
+
+    @property
+    def head(self) -> tuple[Part, ...]:  # noqa: D102
+        return self.visual.attn_pool, self.visual.ln_post, self.visual.proj
+
+    @property
+    def why_not_pooled(self) -> str | None:  # noqa: D102
+        one_token = self.visual.attn_pool is None and self.visual.pool_type == "tok"
+        return None if one_token else "the tower pools over all tokens"
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.visual._embeds(inputs)
@@ -133,17 +156,19 @@ class OpenClipImageTower(ImageTower):
 class OpenClipTextTower(TextTower):
     """Text tower of a `CLIP`, `CustomTextCLIP` or `CoCa`; `text`, which may be the model itself, holds its modules."""
 
-    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
-    linear_weights = _LINEAR_WEIGHTS
-
     def __init__(self, model: Any, tokens: Tensor):
         self.model = model
         self.text: Any = model if isinstance(model, CLIP) else model.text
         self.blocks = self.text.transformer.resblocks
-        self.embedding = (self.text.token_embedding, self.text.positional_embedding)
-        self.head = (self.text.ln_final, self.text.text_projection)
-        self._not_fused = self.read_blocks()
         self.read_prompts(tokens)
+
+    @property
+    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+        return self.text.token_embedding, self.text.positional_embedding
+
+    @property
+    def head(self) -> tuple[Part, ...]:  # noqa: D102
+        return self.text.ln_final, self.text.text_projection
 
     def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
         context = len(self.text.positional_embedding) - (getattr(self.text, "cls_emb", None) is not None)
@@ -152,9 +177,10 @@ class OpenClipTextTower(TextTower):
                 f"SkipCLIP: tokens must be [C, L={context}], as long as the model's context; got {list(tokens.shape)}. "
                 "Use the model's tokenizer: open_clip.get_tokenizer(NAME)."
             )
-        not_fused, last_not_fused = self._not_fused
-        layout = self._prompt_layout(tokens)
-        self._set_prompts(tokens, not_fused=not_fused, last_not_fused=last_not_fused, **layout)
+        self._set_prompts(tokens, **self._prompt_layout(tokens))
+
+    def masks(self) -> list[Tensor | None]:  # noqa: D102
+        return [self.text.attn_mask]
 
     def _prompt_layout(self, tokens: Tensor) -> dict[str, Any]:
         """Arguments of `_set_prompts`: the pooled tokens, and the tokens that they can see."""

@@ -5,6 +5,7 @@ Its blocks take [tokens, n, W] and hold their attention mask.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -12,17 +13,53 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..eligibility import why_not_fusable
+from ..base import Part
+from ..block import FusedBlock, Sequences, Submodules, parameter, submodules, weight_and_bias
 from ..fused_block import BlockWeights, FusableBlock
 from ..image import ImageTower
 from ..text import TextTower
 
-_LINEAR_WEIGHTS = ("attn.in_proj_weight",) * 3 + ("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+class OpenAIBlock(FusedBlock):
+    """OpenAI's `ResidualAttentionBlock`, on [tokens, n, W]."""
+
+    linear_weights = ("attn.in_proj_weight",) * 3 + ("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    attn_mask: Tensor | None
+
+    def _submodules(self) -> Submodules:
+        return _submodules(sys.modules["clip.model"])  # already imported: it defines the model
+
+    def _why_settings(self) -> str | None:
+        attention = self._modules["attn"]
+        if not attention._qkv_same_embed_dim or attention._parameters.get("in_proj_bias") is None:
+            return "a block's attention has separate projections, or no bias"
+        if attention.dropout > 0 or attention.add_zero_attn or attention.bias_k is not None or attention.batch_first:
+            return "a block's attention has dropout, an extra key, or another order of axes"
+        return None
+
+    def _read(self) -> FusableBlock:
+        parts = self._modules
+        norm_1, norm_2, attention, mlp = parts["ln_1"], parts["ln_2"], parts["attn"], parts["mlp"]._modules
+        weights = BlockWeights(
+            *weight_and_bias(norm_1), parameter(attention, "in_proj_weight"), attention._parameters["in_proj_bias"],
+            *weight_and_bias(attention._modules["out_proj"]),
+            *weight_and_bias(norm_2), *weight_and_bias(mlp["c_fc"]), *weight_and_bias(mlp["c_proj"]),
+        )  # fmt: skip
+        return FusableBlock(weights, "quick_gelu", (norm_1.eps, norm_2.eps), attention.num_heads)
+
+    def _sequences(self, x: Tensor) -> Sequences | None:
+        if x.ndim != 3:
+            return None
+        mask, tokens = self.attn_mask, len(x)
+        return Sequences(x.transpose(0, 1), None if mask is None else mask[None, None, -tokens:, -tokens:].to(x.device))
+
+    def _output(self, hidden: Tensor) -> Tensor:
+        return hidden.transpose(0, 1)
 
 
-def _why_not_fusable(block: Any) -> str | None:
-    module: Any = sys.modules["clip.model"]  # already imported: it defines the model
-    submodule_types: dict[str, tuple[type, ...]] = {
+@functools.cache
+def _submodules(module: Any) -> Submodules:
+    types = {
         "attn": (nn.MultiheadAttention,),
         "attn.out_proj": (NonDynamicallyQuantizableLinear,),
         "ln_1": (module.LayerNorm,),
@@ -32,36 +69,25 @@ def _why_not_fusable(block: Any) -> str | None:
         "mlp.c_proj": (nn.Linear,),
         "ln_2": (module.LayerNorm,),
     }
-    return why_not_fusable(block, module.ResidualAttentionBlock, submodule_types)
-
-
-def _read_block(block: Any) -> FusableBlock:
-    attention, mlp = block.attn, block.mlp
-    weights = BlockWeights(
-        block.ln_1.weight, block.ln_1.bias, attention.in_proj_weight, attention.in_proj_bias,
-        attention.out_proj.weight, attention.out_proj.bias, block.ln_2.weight, block.ln_2.bias,
-        mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias,
-    )  # fmt: skip
-    return FusableBlock(weights, "quick_gelu", (block.ln_1.eps, block.ln_2.eps), attention.num_heads)
-
-
-def _call(block: nn.Module, hidden: Tensor) -> Tensor:
-    return block(hidden.transpose(0, 1)).transpose(0, 1)
+    return submodules(types)
 
 
 class OpenAIImageTower(ImageTower):
     """Image tower with a vision transformer as `visual`."""
 
-    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
-    linear_weights = _LINEAR_WEIGHTS
-
     def __init__(self, model: Any):
         visual = model.visual
         self.model, self.visual, self.blocks = model, visual, visual.transformer.resblocks
         self.image_size = (visual.input_resolution, visual.input_resolution)
-        self.embedding = (visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre)
-        self.head = (visual.ln_post, visual.proj)
-        self._set_reductions(*self.read_blocks())
+
+    @property
+    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+        visual = self.visual
+        return visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre
+
+    @property
+    def head(self) -> tuple[Part, ...]:  # noqa: D102
+        return self.visual.ln_post, self.visual.proj
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         visual = self.visual
@@ -70,7 +96,7 @@ class OpenAIImageTower(ImageTower):
         return visual.ln_pre(torch.cat([first, patches], dim=1) + visual.positional_embedding.to(patches.dtype))
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
-        return _call(block, hidden)
+        return block(hidden.transpose(0, 1)).transpose(0, 1)
 
     def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
         return self.visual.ln_post(hidden[:, 0]) @ self.visual.proj
@@ -79,40 +105,41 @@ class OpenAIImageTower(ImageTower):
 class OpenAITextTower(TextTower):
     """Text tower of a `clip.model.CLIP`."""
 
-    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
-    linear_weights = _LINEAR_WEIGHTS
-
     def __init__(self, model: Any, tokens: Tensor):
         self.model, self.blocks = model, model.transformer.resblocks
-        self.embedding = (model.token_embedding, model.positional_embedding)
-        self.head = (model.ln_final, model.text_projection)
         self.read_prompts(tokens)
 
+    @property
+    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+        return self.model.token_embedding, self.model.positional_embedding
+
+    @property
+    def head(self) -> tuple[Part, ...]:  # noqa: D102
+        return self.model.ln_final, self.model.text_projection
+
+    def masks(self) -> list[Tensor | None]:  # noqa: D102
+        return [getattr(block, "attn_mask", None) for block in self.blocks]
+
     def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
-        not_fused, last_not_fused = self.read_blocks()
         length = tokens.shape[1]
         triangle = torch.full((length, length), -torch.inf).triu(1)
-        masks = [getattr(block, "attn_mask", None) for block in self.blocks]
-        causal = all(mask is not None and mask[:length, :length].float().cpu().equal(triangle) for mask in masks)
-        not_causal = None if causal else "a block's mask is not the causal one"
-        if not_causal is not None:
-            self._fusable = [not_causal] * len(self.blocks)
-            not_fused, last_not_fused = not_fused or not_causal, last_not_fused or not_causal
-        self._set_prompts(
-            tokens,
-            tokens.argmax(dim=-1),
-            not_fused,
-            last_not_fused,
-            not_causal=not_causal,
-            not_cropped=not_fused and "a block runs its own forward, on the whole context",
-        )
+        causal = all(x is not None and x[:length, :length].float().cpu().equal(triangle) for x in self.masks())
+        self._not_causal = None if causal else "a block's mask is not the causal one"
+        pooled = tokens.argmax(dim=-1)
+        self._set_prompts(tokens, pooled, not_causal=self._not_causal, not_cropped=self._not_causal)
+
+    def why_no_rows(self, index: int) -> str | None:  # noqa: D102
+        return self._not_causal or super().why_no_rows(index)
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         positions = self.model.positional_embedding[: inputs.shape[1]]
         return self.model.token_embedding(inputs).to(self.model.dtype) + positions.to(self.model.dtype)
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
-        return _call(block, hidden)
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Call a block on prompts of the context length, for which it has a mask."""
+        length, context = hidden.shape[1], len(self.model.positional_embedding)
+        whole = nn.functional.pad(hidden, (0, 0, 0, context - length))  # no token sees those behind it
+        return block(whole.transpose(0, 1)).transpose(0, 1)[:, :length]
 
     def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
         return self.model.ln_final(hidden) @ self.model.text_projection

@@ -17,20 +17,20 @@ from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.fastvit import FastVit
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vitamin import MbConvStages
 from torch import Tensor, nn
 
 from ..base import Part, UnsupportedModel
-from ..eligibility import why_not_fusable, with_layer_scale
+from ..block import FusedBlock, Sequences, Submodules, activation, submodules, weight_and_bias
 from ..fused_block import BlockWeights, FusableBlock
 from ..image import ImageTower
 from .convnets import NOT_FUSED, chain_stages, convnext_tower, fastvit_tower, swin_tower
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM, _SCALE, _PATH = (nn.LayerNorm, LayerNorm), (nn.Identity, LayerScale), (nn.Identity, DropPath)
-_BLOCK: dict[str, tuple[type, ...]] = {
+_TYPES: dict[str, tuple[type, ...]] = {
     "norm1": _NORM,
     "attn": (Attention,),
     "attn.qkv": (nn.Linear,),
@@ -53,7 +53,7 @@ _BLOCK: dict[str, tuple[type, ...]] = {
     "ls2": _SCALE,
     "drop_path2": _PATH,
 }
-_LINEAR_WEIGHTS = ("attn.qkv.weight",) * 3 + ("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+_BLOCK = submodules(_TYPES)
 
 
 def timm_tower(model: Any) -> ImageTower:
@@ -82,51 +82,67 @@ def _is_vitamin(trunk: Any) -> bool:
     return plain and type(embed.backbone) is MbConvStages
 
 
-def _why_not_fusable(block: Any) -> str | None:
-    reason = why_not_fusable(block, Block, _BLOCK)
-    if reason is not None:
-        return reason
-    rates = (getattr(module, name, 0.0) for module in block.modules() for name in ("p", "drop_prob"))
-    if any(rate > 0 for rate in rates):
-        return "a block drops values or branches at random in training (dropout, drop path); set their rates to 0"
-    if block.attn.qkv.out_features != 3 * block.attn.qkv.in_features:
-        return "the total width of the heads of a block differs from the width of the block"
-    if block.attn.scale != block.attn.head_dim**-0.5 or getattr(block.attn, "is_causal", False):
-        return "a block's attention is causal or has an unusual scale"
-    return None
+class TimmBlock(FusedBlock):
+    """`Block` of timm's `VisionTransformer`."""
 
+    linear_weights = ("attn.qkv.weight",) * 3 + ("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
 
-def _read_block(block: Any) -> FusableBlock:
-    weights = BlockWeights(
-        block.norm1.weight, block.norm1.bias, block.attn.qkv.weight, block.attn.qkv.bias,
-        *with_layer_scale(block.attn.proj, block.ls1), block.norm2.weight, block.norm2.bias,
-        block.mlp.fc1.weight, block.mlp.fc1.bias, *with_layer_scale(block.mlp.fc2, block.ls2),
-    )  # fmt: skip
-    activation = block.mlp.act
-    tanh = getattr(activation, "approximate", "none") == "tanh"
-    kind = "gelu_tanh" if tanh else _ACTIVATIONS[type(activation)]
-    return FusableBlock(weights, kind, (block.norm1.eps, block.norm2.eps), block.attn.num_heads)
+    def _submodules(self) -> Submodules:
+        return _BLOCK
+
+    def _why_settings(self) -> str | None:
+        parts = self._modules
+        attention, layers, mlp = parts["attn"], parts["attn"]._modules, parts["mlp"]._modules
+        rates = [x.p for x in (layers["attn_drop"], layers["proj_drop"], mlp["drop1"], mlp["drop2"])]
+        if any(rates) or any(getattr(parts[name], "drop_prob", 0.0) for name in ("drop_path1", "drop_path2")):
+            return "a block drops values or branches at random in training (dropout, drop path); set their rates to 0"
+        width = attention.num_heads * attention.head_dim
+        if not layers["qkv"].out_features == 3 * width == 3 * layers["qkv"].in_features:
+            return "the total width of the heads of a block differs from the width of the block"
+        if attention.scale != attention.head_dim**-0.5 or getattr(attention, "is_causal", False):
+            return "a block's attention is causal or has an unusual scale"
+        return None
+
+    def _read(self) -> FusableBlock:
+        parts = self._modules
+        norm_1, norm_2, attention, mlp = parts["norm1"], parts["norm2"], parts["attn"], parts["mlp"]._modules
+        layers = attention._modules
+        weights = BlockWeights(
+            *weight_and_bias(norm_1), *weight_and_bias(layers["qkv"]), *weight_and_bias(layers["proj"], parts["ls1"]),
+            *weight_and_bias(norm_2), *weight_and_bias(mlp["fc1"]), *weight_and_bias(mlp["fc2"], parts["ls2"]),
+        )  # fmt: skip
+        kind = activation(mlp["act"], _ACTIVATIONS)
+        return FusableBlock(weights, kind, (norm_1.eps, norm_2.eps), attention.num_heads)
+
+    def _sequences(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Sequences | None:
+        if x.ndim != 3 or attn_mask is not None:  # towers of CLIP have no mask
+            return None
+        return Sequences(x, None, is_causal)
 
 
 class TransformerTower(ImageTower):
     """Image tower with a `VisionTransformer` as its trunk."""
-
-    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
-    linear_weights = _LINEAR_WEIGHTS
 
     def __init__(self, model: Any):
         self.model, self.visual = model, model.visual
         self.trunk = trunk = model.visual.trunk
         self.blocks = trunk.blocks
         self.image_size = tuple(trunk.patch_embed.img_size)  # `visual.image_size` may differ (ViTamin-XL-384)
-        front = ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "rope", "norm_pre")
-        back = ("norm", "attn_pool", "fc_norm", "head_drop", "head")
-        self.embedding: tuple[Part, ...] = tuple(getattr(trunk, name, None) for name in front)
-        self.head = (*(getattr(trunk, name, None) for name in back), self.visual.head)
-        not_fused, not_pooled = self.read_blocks()
-        if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool != "token":
-            not_pooled = not_pooled or "the tower pools over all tokens"
-        self._set_reductions(not_fused, not_pooled)
+
+    @property
+    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+        names = ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "rope", "norm_pre")
+        return tuple(getattr(self.trunk, name, None) for name in names)
+
+    @property
+    def head(self) -> tuple[Part, ...]:  # noqa: D102
+        names = ("norm", "attn_pool", "fc_norm", "head_drop", "head")
+        return (*(getattr(self.trunk, name, None) for name in names), self.visual.head)
+
+    @property
+    def why_not_pooled(self) -> str | None:  # noqa: D102
+        one_token = getattr(self.trunk, "attn_pool", None) is None and self.trunk.global_pool == "token"
+        return None if one_token else "the tower pools over all tokens"
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         hidden = self.trunk._pos_embed(self.trunk.patch_embed(inputs))
@@ -148,8 +164,13 @@ class ViTaminTower(TransformerTower):
         backbone = self.trunk.patch_embed.backbone
         stages = [((), stage) for stage in backbone.stages]
         self.blocks = chain_stages([*stages, ([_Tokens(self.trunk)], self.trunk.blocks)])
-        self._fusable, self.embedding = (), (backbone.stem,)
-        self._set_reductions(NOT_FUSED, NOT_FUSED)
+
+    @property
+    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+        return (self.trunk.patch_embed.backbone.stem,)
+
+    def why_no_rows(self, index: int) -> str | None:  # noqa: D102
+        return NOT_FUSED
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.trunk.patch_embed.backbone.stem(inputs)

@@ -13,7 +13,7 @@ import skipkernels as sk
 from skipkernels.features import FeatureCache
 from skipkernels.towers import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.processes import by_two, together
+from tests.processes import by_two
 
 IMAGES, CLASSES, TOGETHER = 16, 10, 4
 
@@ -69,27 +69,41 @@ def test_ddp_selects_classes_per_process(tmp_path):
     assert distance(first, train(small_clip(keep_ratio=0.3), 0, 1)) > 1e-6
 
 
-def shard_fully(rank: int) -> list[str]:
-    """Shard each part; return the parts with an error."""
+def shard_fully(rank: int, blocks: bool) -> dict[str, torch.Tensor]:
+    """Train with FSDP2 around the blocks above the cut, if `blocks`, and the SkipCLIP; return the whole weights."""
     dist.init_process_group("gloo")
-    mesh, refused = init_device_mesh("cpu", (1,)), []
-    for part in ("model", "blocks", "skip_clip"):
-        clip = small_clip()
-        parts = {"model": [clip.model], "blocks": clip.model.visual.transformer.resblocks, "skip_clip": [clip]}
-        for module in parts[part]:
-            fully_shard(module, mesh=mesh, ignored_params={clip.model.logit_scale})
-        with pytest.raises(UnsupportedModel, match="parameters must be whole; got shards .*DistributedDataParallel"):
-            clip(*tiny_batch(TOGETHER, CLASSES))
-        if part != "skip_clip":
-            with pytest.raises(UnsupportedModel, match="parameters must be whole"):
-                sk.SkipCLIP(clip.model, tiny_tokens(CLASSES), skip_layers=1)
-        refused.append(part)
-    return refused
+    clip = small_clip(keep_ratio=1.0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if blocks:
+        for tower in (clip.model.visual.transformer, clip.model.transformer):
+            for block in tower.resblocks[1:]:
+                fully_shard(block, mesh=mesh)
+    fully_shard(clip, mesh=mesh, ignored_params={clip.model.logit_scale})
+    assert all(reduction.enabled for reduction in clip.reductions.values())
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1), momentum=0.9)
+    images, labels = tiny_batch(TOGETHER, CLASSES)
+    half = slice(rank, None, dist.get_world_size())
+    for _ in range(3):
+        clip(images[half], labels[half]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    clip.eval().train()  # compares the weights below the cut
+    clip(images[half], labels[half])
+    return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in clip.model.state_dict().items()}
 
 
-def test_fully_shard_is_refused(tmp_path):
-    """In a process of its own: PyTorch keeps its process group in a cache, and a later fork would wait for it."""
-    assert together(1, tmp_path, shard_fully) == [["model", "blocks", "skip_clip"]]
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "clip"])
+def test_fully_shard_matches_one_process(blocks, tmp_path):
+    first, second = by_two(tmp_path, shard_fully, blocks)
+    clip = small_clip(keep_ratio=1.0)
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1), momentum=0.9)
+    images, labels = tiny_batch(TOGETHER, CLASSES)
+    for _ in range(3):
+        clip(images, labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert distance(first, second) == 0.0
+    assert distance(first, clip.model.state_dict()) < 1e-9 < 1e-4 < distance(first, tiny_clip().state_dict())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,263 @@
+"""The caller's block as a fused block: `block.__class__` becomes a subclass of its own class with another `forward`.
+
+Parameters, their names, `state_dict`, `isinstance` and hooks stay. `forward` reads weights and settings from the
+block's children at each call. If a child is not what the fused path knows (an adapter, a quantised layer, a hook), the
+block runs its family's own forward.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as modules_of_torch
+from torch.nn.utils import parametrize
+
+from ..checks import warn_caller
+from . import attention
+from .fused_block import BlockSettings, FusableBlock, Hidden, fused_block
+from .low_rank import low_rank_updates
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global{name}") for name in HOOKS]
+
+# Type of a block → file in families/, and the class in it. A file is imported on demand.
+FAMILIES = {
+    "open_clip.transformer.ResidualAttentionBlock": "open_clip:OpenClipBlock",
+    "clip.model.ResidualAttentionBlock": "openai:OpenAIBlock",
+    "transformers.models.clip.modeling_clip.CLIPEncoderLayer": "hugging_face:HuggingFaceBlock",
+    "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": "hugging_face:HuggingFaceBlock",
+    "timm.models.vision_transformer.Block": "timm:TimmBlock",
+}
+
+Submodules = Mapping[str, tuple[str, str, tuple[type, ...]]]
+"""Path of the parent, name and allowed types of each submodule of a block, by path; parents come first."""
+
+
+def submodules(types: Mapping[str, tuple[type, ...]]) -> Submodules:
+    """Make a table of submodules from their allowed types by path."""
+    return {path: (path.rpartition(".")[0], path.rpartition(".")[2], allowed) for path, allowed in types.items()}
+
+
+class Sequences(NamedTuple):
+    """Ordinary input of a block: sequences of equal length."""
+
+    hidden: Tensor  # [n, tokens, W]
+    mask: Tensor | None = None  # added to the logits, [1 or n, 1 or H, tokens, tokens]
+    causal: bool = False
+
+
+class RowsCall(NamedTuple):
+    """Second argument of a fused block that is called with rows, `block(hidden, call)`; the first is a `Hidden`."""
+
+    attention: Callable[..., Tensor]  # as in `BlockSettings`; it takes the number of heads as `heads`
+    save_inputs_only: bool = False
+    query_rows: Tensor | None = None  # int64 [Q], rows to return; default: all
+    separate_queries: bool = False
+
+
+class FusedBlock:
+    """Base of the classes of fused blocks, in front of the block's own class. A subclass knows one family of blocks."""
+
+    linear_weights: ClassVar[Sequence[str]]  # paths of query, key, value, W_o, W_fc and W_p; packed ones three times
+    _own: ClassVar[type]  # the caller's class
+    _modules: dict[str, Any]  # of nn.Module
+
+    def _submodules(self) -> Submodules:
+        """Return the submodules that this block must have."""
+        raise NotImplementedError
+
+    def _why_settings(self) -> str | None:
+        """Return why the settings of this block can't be fused, or None."""
+        return None
+
+    def _read(self) -> FusableBlock:
+        """Read weights and settings from the children."""
+        raise NotImplementedError
+
+    def _sequences(self, *args: Any, **kwargs: Any) -> Sequences | None:
+        """Return the arguments of the block's own forward as sequences, or None if only that forward takes them."""
+        raise NotImplementedError
+
+    def _output(self, hidden: Tensor) -> Tensor:
+        """Return hidden states [n, tokens, W] as the block's own forward does."""
+        return hidden
+
+    def why_not_fused(self) -> str | None:
+        """Return why this block runs its own forward now, or None."""
+        if global_hooks():
+            return "global module hooks are registered, so each block runs its own forward"
+        block: Any = self
+        if "attention" in vars(block):
+            return "attention() of a block was replaced"
+        modules: dict[str, Any] = {"": block}
+        count, dtypes = len(block._modules), set()
+        for path, (parent, name, types) in self._submodules().items():
+            module = modules[path] = modules[parent]._modules.get(name)
+            if module is None:
+                return f"the submodules of a block differ from those of a {block._own.__name__}"
+            attributes = module.__dict__
+            if type(module) not in types:
+                reason = _why_parametrized(module, path, types)
+                if reason is not None:
+                    return reason
+                count -= 1  # of `parametrizations`
+            if (
+                attributes["_forward_hooks"]
+                or attributes["_forward_pre_hooks"]
+                or attributes["_backward_hooks"]
+                or attributes["_backward_pre_hooks"]
+            ):
+                return "a module of a block has hooks"
+            if "forward" in attributes:
+                return f"forward() of a {type(module).__name__} of a block was replaced"
+            for name, x in attributes["_parameters"].items():
+                if x is None:
+                    if name == "weight" or name == "bias":
+                        return "a layer of a block has no bias, or a norm has no weight"
+                elif type(x) is not nn.Parameter and not hasattr(x, "placements"):  # FSDP2 shards whole ones
+                    return f"a weight of a block is a {type(x).__name__}"
+                elif name != "bias" and x.ndim == 2:
+                    dtypes.add(x.dtype)
+            count += len(attributes["_modules"])
+        if count != len(modules) - 1:
+            return f"the submodules of a block differ from those of a {block._own.__name__}"
+        if len(dtypes) > 1:
+            return "the weights of a block have more than one dtype"
+        return self._why_settings()
+
+    def why_no_rows(self) -> str | None:
+        """Return why this block has to be called with its ordinary input, or None if it takes rows."""
+        block: Any = self
+        if "forward" in vars(block):
+            return "forward() of a block was replaced"
+        if any(hooks and _changing(hooks) for hooks in map(vars(block).get, HOOKS)):
+            return "a block has hooks"
+        if getattr(block, "gradient_checkpointing", False):
+            return "a block has gradient checkpointing of transformers"
+        return self.why_not_fused()
+
+    @torch.compiler.disable  # reads Python objects that a compiler would guard on, and holds an autograd graph
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block on its ordinary input, or `block(hidden, call)` on rows."""
+        if args and isinstance(args[0], Hidden):
+            return self._run(*args)
+        if not _is_transformed():
+            reason = self.why_not_fused()
+            given = self._sequences(*args, **kwargs) if reason is None else None
+            if given is not None:
+                return self._run_sequences(given)
+            if reason is not None:
+                warn_caller(
+                    f"skipkernels: a block is not fused ({reason}). It runs its own forward: the result is the same, "
+                    "but takes more time and memory."
+                )
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def _run(self, hidden: Hidden, call: RowsCall) -> Hidden:
+        """Run the block on rows [R, W]."""
+        weights, activation, eps, heads = self._read()
+        dtype, device_type = weights.fc.dtype, hidden.stream.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        attention_fn = partial(call.attention, heads=heads)
+        settings = BlockSettings(attention_fn, activation, eps, dtype, call.save_inputs_only, call.separate_queries)
+        return fused_block(settings, hidden, weights, call.query_rows)
+
+    def _run_sequences(self, given: Sequences) -> Tensor:
+        hidden, mask, causal = given
+        attention_fn = partial(attention.sequences, backend=attention.SDPA, n=len(hidden), mask=mask, causal=causal)
+        rows = self._run(Hidden(hidden.flatten(0, 1)), RowsCall(attention_fn))
+        return self._output(rows.map(lambda x: x.view(hidden.shape)).sum())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles have the caller's class."""
+        rebuild = copyreg._reconstructor  # type: ignore[attr-defined]
+        return rebuild, (self._own, object, None), *super().__reduce_ex__(2)[2:]
+
+
+def _changing(hooks: Mapping[int, Any]) -> list[Any]:
+    """Hooks that may change values, or expect an ordinary input.
+
+    Those of FSDP2 and of PyTorch's tools such as `FlopCounterMode` only observe, and take any structure of tensors.
+    """
+    return [hook for hook in hooks.values() if not str(getattr(hook, "__module__", "")).startswith("torch.")]
+
+
+def global_hooks() -> list[Any]:
+    """Hooks of all modules that may change values."""
+    return [hook for hooks in _GLOBAL_HOOKS if hooks for hook in _changing(hooks)]
+
+
+def _why_parametrized(module: nn.Module, path: str, types: tuple[type, ...]) -> str | None:
+    """Return why a module of another type is not one of these with low-rank updates, whose weights are their sums."""
+    if parametrize.type_before_parametrizations(module) not in types:
+        package = type(module).__module__.partition(".")[0]
+        return f"a block has a {type(module).__name__} of {package} for its {path}"
+    return None if low_rank_updates(module) else f"a {type(module).__name__} of a block was altered"
+
+
+def parameter(module: Any, name: str) -> Any:
+    """Parameter or parametrized weight of a module, several times faster than `getattr` in the first case."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
+def weight_and_bias(layer: Any, scale: Any = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer, multiplied by the layer scale that follows it, if there is one."""
+    weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
+    if scale is None or isinstance(scale, nn.Identity):
+        return weight, bias
+    return scale.gamma[:, None] * weight, scale.gamma * bias
+
+
+def activation(module: nn.Module, names: Mapping[type, str]) -> str:
+    """Name of an activation in `functional.mlp_activation`."""
+    return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else names[type(module)]
+
+
+def _is_transformed() -> bool:
+    """Return True while the call is exported, traced, or transformed by `torch.func`."""
+    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or in_functorch
+
+
+@functools.cache
+def _fused_class(own: Any) -> type:
+    """Make the class of fused blocks whose own class is `own`, with the same name."""
+    file, _, name = FAMILIES[f"{own.__module__}.{own.__qualname__}"].partition(":")
+    family = getattr(importlib.import_module(f".families.{file}", __package__), name)
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (family, own), {**names, "_own": own})
+
+
+def fuse_blocks(modules: Iterable[nn.Module]) -> list[Any]:
+    """Make every known block among these modules a fused block, in place, and return the fused blocks."""
+    blocks: list[Any] = []
+    for module in modules:
+        kind: Any = type(module)
+        if not isinstance(module, FusedBlock) and f"{kind.__module__}.{kind.__qualname__}" in FAMILIES:
+            module.__class__ = _fused_class(kind)
+        if isinstance(module, FusedBlock):
+            blocks.append(module)
+    return blocks
+
+
+@contextmanager
+def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give fused blocks among these modules the caller's class."""
+    before = [(module, type(module)) for module in modules if isinstance(module, FusedBlock)]
+    try:
+        for module, _ in before:
+            module.__class__ = module._own
+        yield
+    finally:
+        for module, kind in before:
+            module.__class__ = kind
