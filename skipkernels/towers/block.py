@@ -197,7 +197,7 @@ def global_hooks() -> list[Any]:
 
 
 def _why_parametrized(module: nn.Module, path: str, types: tuple[type, ...]) -> str | None:
-    """Return why a module of another type is not one of these with low-rank updates, whose weights are their sums."""
+    """Return why a module is not one of these types with low-rank updates, or None."""
     if parametrize.type_before_parametrizations(module) not in types:
         package = type(module).__module__.partition(".")[0]
         return f"a block has a {type(module).__name__} of {package} for its {path}"
@@ -231,7 +231,7 @@ def _is_transformed() -> bool:
 
 @functools.cache
 def _fused_class(own: Any) -> type:
-    """Make the class of fused blocks whose own class is `own`, with the same name."""
+    """Make the class of fused blocks in front of the caller's class `own`, with the same name."""
     file, _, name = FAMILIES[f"{own.__module__}.{own.__qualname__}"].partition(":")
     family = getattr(importlib.import_module(f".families.{file}", __package__), name)
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}

@@ -161,7 +161,7 @@ class Frozen:
         return any(x.requires_grad for tensors in members for x in tensors.values() if x is not None)
 
     def is_hooked(self) -> bool:
-        """Return True if a module has hooks, of its own or global ones, whose effect may change between calls."""
+        """Return True if a module has hooks, of its own or global ones: their effect may change between calls."""
         return any(self._hooks) or bool(global_hooks())
 
     def changed(self) -> bool:
