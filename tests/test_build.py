@@ -276,10 +276,9 @@ def test_turned_off(tmp_path):
     """The reference raises the same errors; the tests with `reference` among the backends check its results."""
     code = """
 from tests import test_functional
-for bad in test_functional.CROSS_ENTROPY:
-    test_functional.test_class_sampled_ce_refuses(*bad)
-for bad in test_functional.SCORES:
-    test_functional.test_class_scores_refuses(*bad)
+for name in ("class_sampled_ce", "class_scores"):
+    for bad in test_functional.BAD[name]:
+        test_functional.test_refuses(name, *bad)
 """
     out, err = finish(start(WITHOUT_PREBUILT + USE + code, tmp_path, SKIPKERNELS_CPP="0"))
     assert out.split()[0] == LOSS and out.split()[-1] == "reference"
