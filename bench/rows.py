@@ -40,9 +40,9 @@ KINDS = {
     "glyphs": Kind("bench.glyphs", "data method seed", "base"),
     "when": Kind("bench.when", "task method phase seed setting blended", "harmonic"),
     "when_pretraining": Kind(
-        "bench.when.pretraining", "pretraining_steps task method phase seed setting blended", "harmonic"
+        "bench.when --pretrained 1500=FILE", "pretraining_steps task method phase seed setting blended", "harmonic"
     ),
-    "when_cost": Kind("bench.when.cost", "task method", "train_s"),
+    "when_cost": Kind("bench.when --cost", "task method", "train_s"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
     "scale_memory": Kind("bench.scale --measure", "C W B", "class_mib"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s"),

@@ -7,9 +7,9 @@ import matplotlib
 import pytest
 import torch
 
-from bench.when import pretraining, runs, summary, tasks
+from bench.when import __main__ as command
+from bench.when import runs, summary, tasks
 from bench.when.rows import Rows, reported
-from bench.when.summary import Interval
 from skipkernels.app.data import InputError
 from skipkernels.app.demo import glyph_tiny
 
@@ -39,15 +39,6 @@ def test_emoji_without_font_says_what_to_install(tmp_path):
         tasks.load(BY_NAME["emoji"], "search", 0, lambda image: image, tmp_path / "missing.ttf")
 
 
-def test_emoji_images_depend_on_seed_and_number():
-    first, again, other = (
-        tasks.Emoji([0x2603], FONT, per_class=2, seed=seed, transform=lambda image: image) for seed in (0, 0, 1)
-    )
-    pixels = [dataset[number][0].tobytes() for dataset in (first, other) for number in (0, 1)]
-    assert len(set(pixels)) == 4 and again[1][0].tobytes() == pixels[1]
-    assert first[1][0].size == (32, 32) and first[1][1] == 0
-
-
 def test_run_trains_and_blends(monkeypatch):
     monkeypatch.setitem(runs.SCHEDULES, "adamw", (1, 4))
     run = runs.Run(SMALL, "lora", runs.Candidate("adamw", 1e-2, 1e-2), "report", 0)
@@ -71,12 +62,6 @@ def test_run_trains_and_blends(monkeypatch):
         torch.testing.assert_close(weight, after[name] / 2)
 
 
-def test_interval_is_that_of_student():
-    found = Interval.of([40.0, 42.0, 44.0])
-    assert found.mean == 42.0 and found.half == pytest.approx(4.303 * 2 / 3**0.5)
-    assert Interval.of([]) is None and Interval.of([3.0]).text("+") == "+3.0"
-
-
 def row(method, seed, harmonic, blended=0, phase="report", setting="adamw 0.001 0.001", task="both"):
     accuracies = {"base": harmonic, "new": harmonic, "harmonic": harmonic}
     accuracies |= {f"zero_shot_{name}": 30.0 for name in ("base", "new", "harmonic")}
@@ -94,7 +79,7 @@ def test_runs_use_the_given_weights(tmp_path):
 
 
 def test_rows_of_pretraining_have_the_steps_of_their_model():
-    found = Rows(save=False, kind=pretraining.KIND, where={"pretraining_steps": "500"})
+    found = Rows(save=False, kind="when_pretraining", where={"pretraining_steps": "500"})
     found.runs = []
     found.add([row("full", 0, 50.0)])
     assert [of["pretraining_steps"] for of in found.runs] == ["500"]
@@ -128,7 +113,7 @@ def test_table_of_pretraining_has_paired_differences_and_the_mean_of_the_tasks()
 )
 def test_pretraining_names_a_bad_model(model, message, capsys):
     with pytest.raises(SystemExit):
-        pretraining.main([model])
+        command.main(["--pretrained", model])
     assert message in capsys.readouterr().err
 
 
