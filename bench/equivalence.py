@@ -56,20 +56,13 @@ _COLUMNS = "steps K other_classes loss weights change logits predictions tests t
 
 
 class Inputs(NamedTuple):
-    """Model and data of a case.
-
-    Attributes:
-        model: An open_clip `CLIP` in fp64.
-        tokens: [C, L].
-        images, labels: Training images [N, 3, height, width] in fp64, and their classes [N].
-        tests: Test images [M, 3, height, width] in fp64.
-    """
+    """Model and data of a case, in fp64."""
 
     model: nn.Module
-    tokens: Tensor
-    images: Tensor
-    labels: Tensor
-    tests: Tensor
+    tokens: Tensor  # [C, L]
+    images: Tensor  # [N, 3, height, width]
+    labels: Tensor  # [N]
+    tests: Tensor  # [M, 3, height, width]
 
 
 class Case(NamedTuple):

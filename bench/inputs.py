@@ -28,19 +28,12 @@ def positive(text: str) -> int:
 
 
 class Inputs(NamedTuple):
-    """A CLIP with random weights, and its inputs.
-
-    Attributes:
-        model: An open_clip `CLIP`.
-        tokens: [C, L], the prompts of all classes.
-        images: [B, 3, height, width].
-        labels: [B], one class for all images: with the published sampler a batch holds images of one class.
-    """
+    """An open_clip CLIP with random weights, and its inputs."""
 
     model: Any
-    tokens: Tensor
-    images: Tensor
-    labels: Tensor
+    tokens: Tensor  # [C, L], the prompts of all classes
+    images: Tensor  # [B, 3, height, width]
+    labels: Tensor  # [B], one class for all images, as the published sampler draws
 
 
 def parser(description: str, *, several: bool = False, **defaults: Any) -> argparse.ArgumentParser:
@@ -59,11 +52,7 @@ def parser(description: str, *, several: bool = False, **defaults: Any) -> argpa
 
 
 def random_inputs(model: str, images: int, classes: int, device: torch.device) -> Inputs:
-    """Random inputs, the same on each call.
-
-    Raises:
-        SystemExit: If open_clip has no such model or cannot create it.
-    """
+    """Random inputs, the same on each call."""
     try:
         clip, _, tokenizer = load_model(model, RANDOM, device)
     except InputError as error:

@@ -47,8 +47,6 @@ def cross_entropies(device: torch.device, dtype: torch.dtype, B: int) -> dict[st
         "cut-cross-entropy filtered": cut(lambda module: module.linear_cross_entropy, cannot=too_wide),
         "Liger": _liger(device, "liger_fused_linear_cross_entropy"),
         "inf-cl": _package(device, "inf-cl", "inf_cl", averaged, cannot=torn),
-        "memeff": Peer(None, "another loss: over the pairs of one batch; timed where there are pairs"),
-        "siglip-kernel": Peer(None, "another loss: a sigmoid for each pair, no softmax"),
     }
 
 
@@ -79,11 +77,6 @@ def contrastive_losses(device: torch.device, dtype: torch.dtype, B: int) -> dict
 def layer_norms(device: torch.device) -> dict[str, Peer]:
     """Peers for LayerNorm, from (x [T, W], weight [W], bias [W], eps). None adds the residual in the same pass."""
     return {"add, then Liger": _liger(device, "liger_layer_norm")}
-
-
-def activations() -> dict[str, Peer]:
-    """Peers for the bias and activation of an MLP."""
-    return {"Liger": Peer(None, "another function: its activations are gated (GEGLU, SwiGLU)")}
 
 
 def attentions(device: torch.device) -> dict[str, Peer]:

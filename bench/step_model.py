@@ -148,25 +148,15 @@ def class_bytes(model: Model, classes: int, length: int) -> dict[str, float]:
 
 
 class Prediction(NamedTuple):
-    """Prediction for each process.
+    """Prediction for each process."""
 
-    Attributes:
-        flops: Operations of products.
-        sent: Bytes that the process sends, without gradients of parameters.
-        class_bytes: Memory for classes.
-        rest_bytes: Memory for weights, their gradients, momentum, and images.
-        moved: Bytes read and written.
-        messages: The messages.
-        gradient_bytes: Bytes of the gradients of parameters.
-    """
-
-    flops: float
-    sent: int
-    class_bytes: float
-    rest_bytes: float
-    moved: float
+    flops: float  # of products
+    sent: int  # bytes that the process sends, without gradients of parameters
+    class_bytes: float  # memory for classes
+    rest_bytes: float  # memory for weights, their gradients, momentum, and images
+    moved: float  # bytes read and written
     messages: list[Message]
-    gradient_bytes: int
+    gradient_bytes: int  # of parameters
 
 
 def predict(way: str, W: int, b: int, C: int, K: int, model: Model = VIT_B_16) -> Prediction:

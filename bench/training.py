@@ -34,16 +34,7 @@ Skip = int | tuple[int, int]
 
 
 class Step(NamedTuple):
-    """Forward and backward of a batch.
-
-    Attributes:
-        name: Implementation.
-        K: Number of kept classes.
-        skip_layers: Blocks skipped in each tower, or in image and text.
-        precision: "fp32" or "bf16".
-        model: Module that receives the gradients.
-        loss: The forward pass.
-    """
+    """Forward and backward of a batch: `loss` is the forward pass, `model` receives the gradients."""
 
     name: str
     K: int
@@ -73,11 +64,7 @@ def with_update(step: Step) -> Callable[[], None]:
 
 
 class Published:
-    """The published step from features at the cut.
-
-    Attributes:
-        chosen: Kept class ids [K] in fp32.
-    """
+    """The published step from features at the cut, with `chosen`, its kept class ids [K] in fp32."""
 
     def __init__(self, inputs: Inputs, skip_layers: Skip):
         model, tokens, images, self._labels = inputs
@@ -102,11 +89,7 @@ class Published:
         return Step("published", len(self.chosen), self._skip_layers, precision, self._model, loss)
 
     def compiled(self, precision: str) -> Step:
-        """The step under torch.compile, already compiled.
-
-        Raises:
-            SystemExit: If its loss differs.
-        """
+        """The step under torch.compile, already compiled and compared."""
         function = torch.compile(self._step.__call__)
 
         def loss(class_ids: Tensor | None = None) -> Tensor:
@@ -128,20 +111,10 @@ def skip_step(
     against: Published | None = None,
     text_cache: Path | None = None,
 ) -> Step:
-    """SkipCLIP's training step from features at the cut.
+    """SkipCLIP's training step from features at the cut, checked against the published step.
 
-    Args:
-        inputs: Model, texts and batch.
-        skip_layers: Blocks skipped in each tower, or in image and text.
-        memory: "fast" or "min".
-        precision: "fp32" or "bf16".
-        against: The published step to check against: both must select the same classes in fp32 (in bf16 close scores
-            may change their order), and over the classes that SkipCLIP selects in `precision`, the error of its
-            gradients may not exceed that of the published step in that precision.
-        text_cache: Folder for text features at the cut.
-
-    Raises:
-        SystemExit: If they do not agree.
+    Both must select the same classes in fp32 (in bf16 close scores may change their order). Over the classes that
+    SkipCLIP selects in `precision`, the error of its gradients may not exceed that of the published step.
     """
     model, tokens, images, labels = inputs
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip_layers, memory=memory, text_cache=text_cache)
@@ -211,8 +184,7 @@ def full_step(model: Any, tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 def full_fine_tuning(inputs: Inputs, precision: str) -> Step:
     """The step of full fine-tuning: every layer trains, from images, over all tokens of all classes.
 
-    Raises:
-        SystemExit: If its loss is not the cross-entropy of the model's own logits.
+    Its loss must be the cross-entropy of the model's own logits.
     """
     model, tokens, images, labels = inputs
     model = copy.deepcopy(model).requires_grad_(True)
@@ -231,8 +203,7 @@ def full_fine_tuning(inputs: Inputs, precision: str) -> Step:
 def prompt_tuning(inputs: Inputs, precision: str, tokenizer: Callable[[list[str]], Tensor]) -> Step:
     """The step of CoOp: four context vectors train, through the whole text tower of all classes, from images.
 
-    Raises:
-        SystemExit: If with "a photo of a" as its context its loss is not the cross-entropy of the model's own logits.
+    With "a photo of a" as its context its loss must be the cross-entropy of the model's own logits.
     """
     model, tokens, images, labels = inputs
     names = class_names(len(tokens))

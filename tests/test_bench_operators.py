@@ -20,7 +20,6 @@ from bench import measure, peers
 from bench.operators import COMPILED, Case, Run, class_sampled_ce, test_operators
 from bench.operators.gate import Gate
 from bench.rows import KINDS, MACHINE, Device
-from skipkernels import testing
 from skipkernels.ops import OPERATORS
 
 ROOT = Path(measure.__file__).parents[1]
@@ -89,14 +88,6 @@ def test_operator_of_a_wrong_result_fails(monkeypatch):
         timed(monkeypatch, doubling(2.001), "skipkernels")
     with pytest.raises(TypeError):
         timed(monkeypatch, doubling(2.001), "eager")
-
-
-def test_operator_without_a_correct_result(monkeypatch):
-    case = doubling(3.0)
-    case = case._replace(runs={name: case.runs["skipkernels"] for name in ("skipkernels", "eager")})
-    for implementation, outcome in (("skipkernels", pytest.fail), ("eager", pytest.xfail)):
-        with pytest.raises(outcome.Exception, match="^wrong"):
-            timed(monkeypatch, case, implementation)
 
 
 def test_operator_without_time_left_is_skipped(monkeypatch):
@@ -211,23 +202,15 @@ def test_cases_of_pairs_call_the_operator_twice():
 # ---- peers -------------------------------------------------------------------------------------------------------
 
 
-def test_peers_without_a_gpu_have_reasons():
-    found = peers.cross_entropies(CPU, torch.bfloat16, 64) | peers.layer_norms(CPU) | peers.attentions(CPU)
-    for name in ("cut-cross-entropy", "cut-cross-entropy filtered", "inf-cl", "Liger", "xformers", "add, then Liger"):
-        assert found[name] == (None, "needs a GPU")
-    assert found["siglip-kernel"].note.startswith("another loss")
-
-
-def test_peers_with_a_gpu_have_other_reasons(monkeypatch):
+def test_peers_have_reasons_why_they_cannot_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    on_cpu = peers.cross_entropies(CPU, torch.bfloat16, 64) | peers.layer_norms(CPU) | peers.attentions(CPU)
+    assert on_cpu["inf-cl"] == on_cpu["Liger"] == on_cpu["xformers"] == (None, "needs a GPU")
     found = peers.cross_entropies(CUDA, torch.float32, 4)
     assert found["cut-cross-entropy"].note == "its backward is for bf16 and fp16"
     assert found["inf-cl"].note == "it reads past its buffers unless B is a multiple of 64"
     assert found["Liger"] == (None, "not installed: pip install liger-kernel")
-    assert found["memeff"].note.startswith("another loss")
-    found = peers.contrastive_losses(CUDA, torch.bfloat16, 64)
-    assert found["memeff"] == (None, "not installed: pip install memeff")
-    assert found["cut-cross-entropy"] == (None, "not installed: pip install cut-cross-entropy")
+    assert peers.contrastive_losses(CUDA, torch.bfloat16, 64)["memeff"].note == "not installed: pip install memeff"
 
 
 def test_peers_share_one_signature(monkeypatch):
@@ -251,11 +234,3 @@ def test_peers_import_error_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "memeff", None)
     note = peers.contrastive_losses(CUDA, torch.bfloat16, 64)["memeff"].note
     assert note.startswith("cannot be imported: ModuleNotFoundError")
-
-
-# ---- measuring ---------------------------------------------------------------------------------------------------
-
-
-def test_peak_bytes_counts_temporary_allocations():
-    assert testing.peak_bytes(lambda: torch.zeros(50 << 20, dtype=torch.uint8).sum()) >= 45 << 20
-    assert testing.peak_bytes(lambda: None) < 5 << 20

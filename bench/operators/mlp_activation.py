@@ -10,7 +10,6 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 
-from .. import peers
 from . import CPU, OURS, Case, Random, case
 
 SHAPES = ((4 * 197, 768), (4 * 197, 3072), (26 * 5, 2048), (788 * 5, 512), (788 * 5, 2048))
@@ -36,5 +35,4 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             # Forward reads one and writes one, backward reads two and writes one; the bias twice, and its gradient.
             moved=(5 * T + 3) * W * dtype.itemsize,
             target=TARGETS[kind],
-            peers=peers.activations(),
         )

@@ -39,13 +39,10 @@ class NaiveCLIP(nn.Module):
 
     Every layer runs in every step, on all tokens. What is below the cut is frozen. Selected classes as published, or
     all classes with `keep_ratio=1`, in training; all classes in evaluation.
-
-    Attributes:
-        prototypes: [C, D], unit-norm text embeddings from before tuning; None with `keep_ratio=1`.
     """
 
     tokens: Tensor
-    prototypes: Tensor | None
+    prototypes: Tensor | None  # [C, D], unit-norm text embeddings from before tuning
 
     def __init__(self, model: Any, tokens: Tensor, skip_layers: int, keep_ratio: float = 0.5):
         super().__init__()
@@ -88,29 +85,17 @@ class NaiveCLIP(nn.Module):
 
 
 class Problem(NamedTuple):
-    """A model, and the batches of a run.
-
-    Attributes:
-        name: Name of the model.
-        model: An open_clip `CLIP`, of which each run trains a copy.
-        tokens: [C, L], the prompts.
-        images: [steps · batch_size, 3, height, width], in the order of the run unless the trainer shuffles.
-        labels: [steps · batch_size]; one class in a batch, as the published sampler draws.
-        batch_size: B.
-        skip_layers: Blocks skipped in each tower.
-        keep_ratio: 1 to keep all classes.
-        learning_rate: Learning rate of the text tower; the image tower has half of it.
-    """
+    """A model, and the batches of a run, in their order unless the trainer shuffles; one class in a batch."""
 
     name: str
-    model: Any
-    tokens: Tensor
-    images: Tensor
-    labels: Tensor
+    model: Any  # an open_clip CLIP, of which each run trains a copy
+    tokens: Tensor  # [C, L]
+    images: Tensor  # [steps · batch_size, 3, height, width]
+    labels: Tensor  # [steps · batch_size]
     batch_size: int
     skip_layers: int
     keep_ratio: float
-    learning_rate: float
+    learning_rate: float  # of the text tower; the image tower has half of it
 
     @property
     def steps(self) -> int:
@@ -164,23 +149,14 @@ def full_problem(model: str = "ViT-B-16", classes: int = 500, batch_size: int = 
 
 
 class Record(NamedTuple):
-    """Result of a run.
-
-    Attributes:
-        losses: Loss of each step.
-        seconds: From the beginning of each step to that of the next; the first is the warm-up, and is left out.
-        saved_bytes: Saved for the backward of the first step.
-        start: All trained parameters before the run, [n].
-        weights: All trained parameters after it, [n].
-        kept: Classes of the last step, K.
-    """
+    """Result of a run."""
 
     losses: list[float]
-    seconds: list[float]
-    saved_bytes: int
-    start: Tensor
-    weights: Tensor
-    kept: int
+    seconds: list[float]  # from the beginning of each step to that of the next, without the warm-up
+    saved_bytes: int  # for the backward of the first step
+    start: Tensor  # [n], all trained parameters before the run
+    weights: Tensor  # [n], after it
+    kept: int  # classes of the last step
 
 
 class Recorder:
@@ -242,15 +218,10 @@ def record(train: Train, module: nn.Module, problem: Problem) -> Record:
 
 
 class Difference(NamedTuple):
-    """Difference between two runs.
+    """Difference between two runs."""
 
-    Attributes:
-        loss: Largest difference of a loss, relative to the loss.
-        weights: Difference of the final weights, relative to how far they moved.
-    """
-
-    loss: float
-    weights: float
+    loss: float  # the largest, relative to the loss
+    weights: float  # of the final weights, relative to how far they moved
 
     @property
     def is_small(self) -> bool:
