@@ -157,7 +157,7 @@ def execute(run: Run) -> list[dict[str, Any]]:
     """
     setup = setup_of(run)
     evaluator = Evaluator(setup, setup.test_features())
-    zero_shot = evaluator.accuracies(evaluator.zero_shot())
+    zero_shot = evaluator.evaluate(setup.zero_shot).accuracies
     before = {name: weight.clone() for name, weight in _blended_weights(setup.method)}
     train = setup.train_features()
     trainer = Trainer(setup.config, setup.method, setup.precision, train, setup.task.tests[0].classes)
@@ -184,7 +184,7 @@ def execute(run: Run) -> list[dict[str, Any]]:
     def row(blended: bool) -> dict[str, Any]:
         found = {"base": 0.0, "new": 0.0, "harmonic": 0.0}
         if not diverged:
-            found = evaluator.accuracies(evaluator.predictions())
+            found = evaluator.evaluate(setup.method).accuracies
         of_zero_shot = {f"zero_shot_{key}": round(zero_shot[key], 2) for key in found}
         return common | {"blended": int(blended)} | {k: round(v, 2) for k, v in found.items()} | of_zero_shot | cost
 

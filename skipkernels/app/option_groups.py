@@ -231,5 +231,4 @@ class OutputOptions:
     log_every: int = option(50, ge=1, results=False)
     """Steps between displays and checks of the loss."""
     log: tuple[str, ...] | None = option(None, results=False)
-    """Loggers of each epoch: tensorboard, csv (metrics.csv), wandb, mlflow, or none. By default tensorboard if it is
-    installed."""
+    """Loggers of each epoch: tensorboard, wandb, or none. By default tensorboard if it is installed."""

@@ -92,7 +92,7 @@ class TuneCommand(Options):
         out.print(_accuracy_table(config, metrics))
         out.print(_cost_table(config, metrics))
         names = ["report.html", "README.md", "metrics.json", "metrics.jsonl", metrics["checkpoint"]["file"]]
-        names += ["state.pt", "config.yaml", "classifier.json", "open_clip_config.json"]
+        names += ["config.yaml", "classifier.json", "open_clip_config.json"]
         out.print("  " + "  ".join(name for name in names if (config.out / name).exists()), soft_wrap=True)
         if self.output.blend is not None:
             from skipkernels.app.serve.blending import blend, record

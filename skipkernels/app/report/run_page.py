@@ -43,7 +43,7 @@ def report_html(
         tests=[_test(test) for test in tests],
         more_plots=[_class_plot(test) for test in tests] if len(names) > _TOP_PLOTS else [],
         curves=_curves(metrics, rows, coloured(names)),
-        bars=[bar for bar in _bars(metrics, rows) if bar],
+        bars=[bar for bar in _bars(rows) if bar],
         cost=_cost(config, metrics, rows),
         command=metrics.get("command", ""),
         environment=_environment(config, metrics),
@@ -272,13 +272,12 @@ def _kept(rows: list[dict[str, Any]]) -> Counter[int]:
     return kept
 
 
-def _bars(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
-    """Time by stage of all epochs, and by part of a forward."""
+def _bars(rows: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """Time by stage of all epochs."""
     seconds: Counter[str] = Counter()
     for row in rows:
         seconds.update(row.get("stage_seconds") or {})
-    forward = metrics["cost"].get("forward_milliseconds") or {}
-    return [_bar("all epochs", seconds, "s"), _bar("forward of one step", forward, "ms")]
+    return [_bar("all epochs", seconds, "s")]
 
 
 def _bar(title: str, times: Mapping[str, float], unit: str) -> dict[str, Any] | None:

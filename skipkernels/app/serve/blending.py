@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...digests import digest_file
-from ...folders import replace_tensors, replace_text, restored
+from ...folders import replace_text, restored
 from ..config import TuneConfig
 from ..data import InputError, SizedDataset
 from ..methods.base import TunedModel
@@ -25,12 +25,11 @@ from ..train.calibration import fit_temperature
 from ..train.checkpoint import MODEL
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluator
-from ..train.model_card import model_card
+from ..train.model_card import CARD, model_card
 from ..train.own_dataset import KIND, own_data
-from ..train.predictions import TestPredictions
-from ..train.run_folder import CONFIG, METRICS, REPORT, RunFolder, blended_folder, read_metrics
+from ..train.predictions import PREDICTIONS, TestPredictions, save
+from ..train.run_folder import CONFIG, METRICS, REPORT, RunFolder, blended_folder, read_metrics, read_model
 from ..train.setup import RunSetup, build_run
-from .loading import described_weights
 
 ALPHAS = tuple(n / 10 for n in range(11))
 """Weights of the tuned model in the curve."""
@@ -95,7 +94,7 @@ def blend(
     target = Path(out).expanduser() if out is not None else blended_folder(folder)
     if target.resolve() == folder.resolve():
         raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")
-    (_, file), metrics = described_weights(folder), read_metrics(folder)
+    (_, file), metrics = read_model(folder), read_metrics(folder)
     given = () if dataset is None else ("data",)
     of_run = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=given)
     check_method(of_run)
@@ -117,15 +116,15 @@ def blend(
     new_folder = RunFolder(written)  # refuses a folder that can't be written
     setup = build_run(config.resolved(open_data), open_data=open_data)
     evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
-    evaluator.zero_shot()
-    zero_shot = dict(evaluator.top)
+    zero_shot = evaluator.evaluate(setup.method).top
     weighted = Interpolation(setup, file)
-    curve = _curve(evaluator, weighted)
+    curve = _curve(evaluator, setup, weighted)
     if chosen is None:
         chosen = choose(curve["accuracy"].get(VALIDATION))
     weighted.set(chosen)
+    blended = evaluator.evaluate(setup.method)
     metrics |= {
-        "tuned": evaluator.accuracies(evaluator.predictions()),
+        "tuned": blended.accuracies,
         "blend": curve | {"chosen": chosen, "run": str(folder.resolve())},
         "alpha": chosen,
         "notes": [],
@@ -133,17 +132,15 @@ def blend(
     if metrics.get("command"):
         metrics["command"] += f"\nskipkernels blend {shlex.quote(str(folder))} --alpha {chosen:g}"
     tests = [
-        predictions_with_thumbnails(test, evaluator.labels(test.name), zero_shot[test.name], evaluator.top[test.name])
+        predictions_with_thumbnails(test, evaluator.labels[test.name], zero_shot[test.name], blended.top[test.name])
         for test in setup.task.tests
         if len(test.images)
     ]
     described = describe(written, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
-    held = evaluator.validation
-    logits = None if held is None else held.logits(setup.method)
-    if held is not None and logits is not None:
-        metrics["validation"] = metrics["validation"] | {"tuned": evaluator.validation_accuracy()}
-        fitted = fit_temperature(logits, held.labels)
-        described = replace(described, temperature=fitted, calibration_images=len(held.labels))
+    held = evaluator.validation_logits(setup.method)
+    if held is not None:
+        metrics["validation"] = metrics["validation"] | {"tuned": blended.validation}
+        described = replace(described, temperature=fit_temperature(*held), calibration_images=len(held[1]))
     _write(new_folder, written, setup, described, metrics, tests)
     return metrics
 
@@ -209,17 +206,15 @@ def _between(before: Tensor, after: Tensor, alpha: float) -> Tensor:
     return torch.lerp(before.to(wide), after.to(wide), alpha)
 
 
-def _curve(evaluator: Evaluator, weighted: Interpolation) -> dict[str, Any]:
+def _curve(evaluator: Evaluator, setup: RunSetup, weighted: Interpolation) -> dict[str, Any]:
     """Accuracy in per cent by test for each of `ALPHAS`."""
     accuracy: dict[str, list[float]] = {}
     for alpha in ALPHAS:
         weighted.set(alpha)
-        for name, value in evaluator.accuracies(evaluator.predictions()).items():
-            if value is not None:  # None without test images
+        found = evaluator.evaluate(setup.method)
+        for name, value in (found.accuracies | {VALIDATION: found.validation}).items():
+            if value is not None:  # None without images
                 accuracy.setdefault(name, []).append(value)
-        held_out = evaluator.validation_accuracy()
-        if held_out is not None:
-            accuracy.setdefault(VALIDATION, []).append(held_out)
     return {"alphas": list(ALPHAS), "accuracy": accuracy}
 
 
@@ -232,14 +227,14 @@ def _write(
     tests: list[TestPredictions],
 ) -> None:
     with folder.replaced():
-        written = folder.path / MODEL
-        replace_tensors(written, setup.method.state_dict(), weights.metadata(holds=weights.MODEL))
-        mib = round(written.stat().st_size / 2**20, 1)
+        file = folder.path / MODEL
+        weights.save_weights(file, setup.method.state_dict(), holds=weights.MODEL)
+        mib = round(file.stat().st_size / 2**20, 1)
         metrics["checkpoint"] = {"file": MODEL, "mib": mib, "mib_of_all": mib}
-        described = replace(described, weights_xxh3=digest_file(written))
+        described = replace(described, weights_xxh3=digest_file(file))
         described.write(folder.path)
         use = "open-clip" if write_open_clip_config(folder.path, setup.model, setup.tokenizer) else "skipkernels"
-        folder.write_card(model_card(config, described, metrics, use=use))
-        folder.write_predictions(tests)
-        folder.write_report(report_html(config, metrics, [], tests))
-        folder.finish(metrics)
+        folder.write(CARD, model_card(config, described, metrics, use=use))
+        save(folder.path / PREDICTIONS, tests)
+        folder.write(REPORT, report_html(config, metrics, [], tests))
+        folder.write_metrics(metrics)

@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import open_clip
 
 from ...digests import digest_file
-from ...folders import replace_tensors, replace_text, replaced_folder, restored
+from ...folders import replace_text, replaced_folder, restored
 from ..config import TuneConfig
 from ..data import InputError
 from ..train import weights
-from ..train.checkpoint import STATE
+from ..train.checkpoint import FOLDER as CHECKPOINT
 from ..train.description import CLASSIFIER, Description, write_open_clip_config
 from ..train.environment import versions
 from ..train.model import OPEN_CLIP, RANDOM
@@ -102,7 +102,7 @@ def export(
         raise InputError(f"export: out must be a new or an empty folder; got {folder}. Use `overwrite=True`.", "out")
     if not source.is_dir():
         raise InputError(f"export: run must be the folder of a run; {source} is not a folder.", "run")
-    if has_run(folder) or (folder / STATE).exists() or folder.resolve() == source.resolve():
+    if has_run(folder) or (folder / CHECKPOINT).exists() or folder.resolve() == source.resolve():
         raise InputError(f"export: out must not be the folder of a run; got {folder}. Choose another.", "out")
     with contextlib.ExitStack() as stack:
         try:
@@ -130,7 +130,7 @@ def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
         )
     if not write_open_clip_config(folder, plain.model, plain.tokenizer):
         raise InputError(f"export: run must have a model of open_clip; got {type(plain.model).__name__}.", "run")
-    replace_tensors(folder / OPEN_CLIP_WEIGHTS, plain.model.state_dict(), weights.metadata(holds=weights.MODEL))
+    weights.save_weights(folder / OPEN_CLIP_WEIGHTS, plain.model.state_dict(), holds=weights.MODEL)
     return []
 
 
@@ -198,7 +198,8 @@ def _shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
         return found
 
     values = {name: metrics[name] for name in ("alpha", "status", "epochs", "processes") if name in metrics}
-    tests = {name: by_test(metrics[name]) for name in ("zero_shot", "tuned", "classes")}
+    tests: dict[str, Any] = {name: by_test(metrics[name]) for name in ("zero_shot", "tuned", "classes")}
+    tests["images"] = {"tests": by_test(metrics.get("images", {}).get("tests"))}
     return values | tests | {"command": bool(metrics.get("command"))}
 
 

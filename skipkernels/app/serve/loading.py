@@ -17,11 +17,12 @@ from ..data.tasks import TestSet
 from ..data.templates import PHOTO, format_prompt, resolve_templates
 from ..methods import METHODS, Method
 from ..methods.base import FrozenModel
-from ..train import checkpoint, weights
+from ..train import weights
 from ..train.description import CLASSIFIER, Description
 from ..train.model import LOCAL_DIR, load_model, load_weights
 from ..train.plain_config import OPEN_CLIP
 from ..train.precision import MixedPrecision
+from ..train.run_folder import read_model
 from ..train.sources import check_source
 
 TEST = "classes"
@@ -53,7 +54,7 @@ def load_run(
     trust: bool = False,
 ) -> TunedRun:
     """Load the model of a run; see `Classifier.load` for the arguments and errors."""
-    described, file = described_weights(folder)
+    described, file = read_model(folder)
     chosen = torch.device(usable_device(str(device or "auto"), "Classifier.load"))
     mixed = MixedPrecision(_resolved(precision, chosen), chosen)
     whole = described.holds == weights.MODEL
@@ -77,12 +78,6 @@ def load_run(
     own_names, own_prompts = _classes(described, None, None)
     same = set(zip(names, *prompts, strict=True)) == set(zip(own_names, *own_prompts, strict=True))
     return TunedRun(described, names, model, method, transform, tokenizer, prompts, same, mixed)
-
-
-def described_weights(folder: Path) -> tuple[Description, Path]:
-    """Return the contents of classifier.json, and the weights that have its digest; see `checkpoint.weights_of`."""
-    described, file = checkpoint.weights_of(folder)
-    return described or Description.read(folder), file  # the second raises the error
 
 
 def _resolved(precision: Precision | str, device: torch.device) -> Any:
@@ -129,7 +124,7 @@ def _method(
         )
     kind = METHODS[described.method]
     tests = [TestSet(TEST, classes, prompts, ())]  # type: ignore[arg-type]
-    settings = dict(described.settings)
+    settings: dict[str, Any] = {str(name): value for name, value in described.settings.items()}
     if issubclass(kind, FrozenModel):  # the shapes of its weights may depend on the trained classes
         trained = _classes(described, None, None)
         tests.insert(0, TestSet("trained", *trained, ()))  # type: ignore[arg-type]

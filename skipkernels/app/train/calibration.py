@@ -7,12 +7,13 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-_BOUNDS = (0.01, 100.0)  # range of the temperature
+_BOUNDS = (math.log(0.01), math.log(100.0))  # range of log T
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _STEPS = 60  # each makes the interval 0.62 times as long: to 1e-12 of its length
+_TOLERANCE = 1e-6  # distance of log T from a bound at which the minimum is beyond it
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """Fit the temperature T that minimises the cross-entropy of softmax(logits / T).
 
         min over T of  Σ_i −Σ_c y_ic · log softmax_c(z_i / T),   y_ic = 1 − ε (C − 1)/C for the label, else ε / C
@@ -25,7 +26,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: int64 [n].
 
     Returns:
-        float: T, from 0.01 to 100; 1 for a single class, since its probability does not depend on T.
+        float | None: T, from 0.01 to 100; 1 for a single class, since its probability does not depend on T. None if the
+            minimum is beyond this range, as for logits that do not depend on the class of an image.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599. Platt,
     "Probabilistic Outputs for Support Vector Machines", 1999.
@@ -44,16 +46,13 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     def loss(log_temperature: float) -> float:
         return F.cross_entropy(wide / math.exp(log_temperature), labels, label_smoothing=smoothing).item()
 
-    low, high = (math.log(bound) for bound in _BOUNDS)
-    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-    at_left, at_right = loss(left), loss(right)
-    for _ in range(_STEPS):
-        if at_left <= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - _GOLDEN * (high - low)
-            at_left = loss(left)
+    low, high = _BOUNDS
+    for _ in range(_STEPS):  # golden-section search
+        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        if loss(left) <= loss(right):
+            high = right
         else:
-            low, left, at_left = left, right, at_right
-            right = low + _GOLDEN * (high - low)
-            at_right = loss(right)
-    return math.exp((low + high) / 2)
+            low = left
+    found = (low + high) / 2
+    at_bound = min(found - _BOUNDS[0], _BOUNDS[1] - found) < _TOLERANCE
+    return None if at_bound else math.exp(found)

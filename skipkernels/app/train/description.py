@@ -8,85 +8,65 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, InstanceOf
 
 from ...folders import replace_text
 from ..config import TuneConfig
 from ..data import InputError, Task
 from ..untrusted import read_object
 from .environment import versions
+from .errors import validated
 from .plain_config import OPEN_CLIP, save_tokenizer
-from .state_checks import check_types
 
 CLASSIFIER = "classifier.json"
 FORMAT = 1
-NOT_CALIBRATED = "not calibrated: no images were held out, or training did not end"
+NOT_CALIBRATED = "not calibrated: no images were held out, training did not end, or no temperature fits them"
 _MAX_BYTES = 1 << 28  # size of classifier.json: a million classes with a few prompts each
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # the part that open_clip reads with a model config
+Text = InstanceOf[str]  # pydantic's own str refuses names of folders that are not UTF-8
 
-_FIELDS: dict[str, Any] = {
-    "format": "whole number",
-    "model": "text",
-    "pretrained": ("text", "null"),
-    "method": "text",
-    "settings": "plain mapping",
-    "data": "text",
-    "protocol": "text",
-    "classes": "plain list",
-    "templates": ("plain list", "null"),
-    "prompts": ("plain list", "null"),
-    "weights": "text",
-    "holds": "text",
-    "logit_scale": "number",
-    "temperature": ("number", "null"),
-    "calibration_images": "whole number",
-    "weights_xxh3": ("text", "null"),
-    "preprocessing": "plain mapping",
-    "versions": "plain mapping",
-}
+
+def _name_of_file(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError("must be the name of a file in the folder")
+    return name
 
 
 @dataclass(frozen=True)
 class Description:
-    """Contents of classifier.json.
+    """Contents of classifier.json."""
 
-    Attributes:
-        model, pretrained: Name of the model and of its weights before tuning.
-        method, settings: Method, and the settings that its constructor needs.
-        data, protocol: Dataset and protocol of the run.
-        classes: Names of the trained classes, by label.
-        templates: Prompt templates; None if the prompts are not made of templates.
-        prompts: Prompts by template and class; None if `templates` make them.
-        weights: Name of the weights file.
-        holds: Its contents: "model", "method" or "changes"; see `weights`.
-        weights_xxh3: Digest of the weights file, by which it is found; None in files of earlier versions.
-        logit_scale: exp(logit_scale) of the model.
-        temperature: Divisor of the logits, fitted on held-out images at the end of training; None if there were none,
-            or training did not end.
-        calibration_images: Number of these images.
-        preprocessing: Settings of the image transform.
-        versions: Versions of the packages that wrote the run.
-    """
-
-    model: str
-    pretrained: str | None
-    method: str
-    settings: dict[str, Any]
-    data: str
-    protocol: str
-    classes: list[str]
-    templates: list[str] | None
-    prompts: list[list[str]] | None
-    weights: str
-    holds: str
+    model: Text
+    pretrained: Text | None
+    """Name of the model and of its weights before tuning."""
+    method: Text
+    settings: dict[Literal["skip_layers"], int | float]
+    """Method, and the settings of its constructor that a file may give: others include paths."""
+    data: Text
+    protocol: Text
+    classes: Annotated[list[Text], Field(min_length=1)]
+    """Names of the trained classes, by label."""
+    templates: Annotated[list[Text], Field(min_length=1)] | None
+    prompts: Annotated[list[list[Text]], Field(min_length=1)] | None
+    """Prompt templates; or, if the prompts are not made of templates, the prompts by template and class."""
+    weights: Annotated[Text, AfterValidator(_name_of_file)]
+    """Name of the weights file."""
+    holds: Text
+    """Contents of the weights file: "model", "method" or "changes"; see `weights`."""
     logit_scale: float
-    temperature: float | None = None
+    """exp(logit_scale) of the model."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """Divisor of the logits, fitted on held-out images at the end of training; None if they are not calibrated."""
     calibration_images: int = 0
-    weights_xxh3: str | None = None
-    preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    weights_xxh3: Text | None = None
+    """Digest of the weights file; None in files of earlier versions."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of the packages that wrote the run."""
 
     @classmethod
     def read(cls, folder: Path) -> Description:
@@ -98,43 +78,23 @@ class Description:
         path = folder / CLASSIFIER
         if not path.is_file():
             raise InputError(
-                f"{path}: no such file. A run has it after its first epoch; a run of an earlier version does not. Give "
-                "the folder of a run, or tune again."
+                f"{path}: no such file. A run has it after its first epoch. Give the folder of a run, wait for the "
+                "first epoch of a run in progress, or continue a run that was stopped with `resume=True`."
             )
         try:
-            values = {"weights_xxh3": None} | read_object(path, _MAX_BYTES)
-            check_types(values, _FIELDS)
-            if values.pop("format") != FORMAT:
+            values = read_object(path, _MAX_BYTES)
+            if values.pop("format", None) != FORMAT:
                 raise ValueError("written by a later version; upgrade skipkernels")
-            names = {field.name for field in dataclasses.fields(cls)}
-            read = cls(**{name: value for name, value in values.items() if name in names})
-            read._check()
+            read = validated(cls, values)
+            if read.templates is None and read.prompts is None:
+                raise ValueError("templates and prompts are missing")
+            if any(len(prompts) != len(read.classes) for prompts in read.prompts or ()):
+                raise ValueError("prompts must be one text for each class")
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror}).") from error
         except ValueError as error:
             raise InputError(f"{path}: damaged: {error}. Restore it from a copy, or tune again.") from error
         return read
-
-    def _check(self) -> None:
-        def texts(values: Any) -> bool:
-            return isinstance(values, list) and bool(values) and all(type(value) is str for value in values)
-
-        if not texts(self.classes):
-            raise ValueError("classes must be names")
-        if self.templates is None and self.prompts is None:
-            raise ValueError("templates and prompts are missing")
-        if self.templates is not None and not texts(self.templates):
-            raise ValueError("templates must be texts")
-        if self.prompts is not None:
-            fitting = (texts(part) and len(part) == len(self.classes) for part in self.prompts)
-            if not (self.prompts and all(fitting)):
-                raise ValueError("prompts must be one text for each class")
-        if Path(self.weights).name != self.weights:
-            raise ValueError("weights must be the name of a file in the folder")
-        if not self.settings.keys() <= {"skip_layers"}:  # other arguments of a method include paths
-            raise ValueError(f"settings may have skip_layers only; got {', '.join(self.settings)}")
-        if self.temperature is not None and self.temperature <= 0:
-            raise ValueError("temperature must be above 0")
 
     def write(self, folder: Path) -> None:
         """Write the classifier.json of a folder."""

@@ -5,32 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import open_clip
-
 from ...formatting import escaped
 from ..config import TuneConfig
 from .command_line import command_line
 from .description import NOT_CALIBRATED, Description
+from .notes import weak_result
 
 CARD = "README.md"
 _SHOWN = 20  # classes named in the card
-_PACKAGED = {"glyph-tiny": "apache-2.0"}  # that of this package
-# Licences of released weights by the beginning of their open_clip tag, as their publishers state them.
-_LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit", "commonpool": "mit", "webli": "apache-2.0"}
-_LICENCES |= {"metaclip": "cc-by-nc-4.0"}
-
-
-def licence(model: str, pretrained: str | None) -> str | None:
-    """Return the licence of pretrained weights, if it is known.
-
-    >>> licence("ViT-B-16-quickgelu", "openai"), licence("ViT-B-16", "my.pt")
-    ('mit', None)
-    """
-    if pretrained is None:
-        return _PACKAGED.get(model)
-    if pretrained not in open_clip.list_pretrained_tags_by_model(model):
-        return None
-    return next((name for start, name in _LICENCES.items() if pretrained.startswith(start)), None)
 
 
 def model_card(
@@ -44,11 +26,9 @@ def model_card(
 
     `use` is what can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx".
     """
-    known = licence(config.model, config.pretrained)
     base = f"`{config.model}`" + (f", weights `{config.pretrained}`" if config.pretrained else "")
     matter = ["---", f"library_name: {_LIBRARIES[use]}"]
     matter += ["pipeline_tag: zero-shot-image-classification", "tags:", "- clip", "- skipkernels"]
-    matter += [f"license: {known}"] if known else []
     alpha = metrics.get("alpha")
     blended = "" if alpha is None else f", blended with its zero-shot weights at {alpha:g}"
     lines = [*matter, "---", "", f"# {config.model} tuned on {described.data}{blended}", ""]
@@ -76,8 +56,7 @@ def model_card(
         f"- Training images: {shots} of `{described.data}`, protocol `{config.protocol}`, seed {config.seed}.",
         f"- Classes: {classes}{f' and {more:,} more, all in `classifier.json`' if more > 0 else ''}.",
         f"- Prompts: {', '.join(f'`{template}`' for template in templates) or 'one text for each class'}.",
-        f"- Base model: {base}. Licence of its weights: {known or 'not known here; see their publisher'}. The tuned "
-        "weights are a work derived from them.",
+        f"- Base model: {base}. The tuned weights are a work derived from its weights; see the licence of those.",
         "",
         "## Limits",
         "",
@@ -100,9 +79,7 @@ _CLASSIFIER = """import skipkernels as sk
 
 classifier = sk.Classifier.load("FOLDER")  # this folder
 classifier.predict(["photo.jpg"]).labels"""
-_OPEN_CLIP = """import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+_OPEN_CLIP = """model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")"""
 _TRANSFORMERS = """from transformers import CLIPModel, CLIPProcessor
 
@@ -146,5 +123,7 @@ def _accuracy(config: TuneConfig, metrics: Mapping[str, Any]) -> list[str]:
         cells = (f"{held[when]:.2f} %" if held.get(when) is not None else "–" for when in ("zero_shot", "tuned"))
         count = next(iter(metrics["classes"].values()))
         rows = [*rows[:2], f"| no test; {images} | {count} | {' | '.join(cells)} |"]
+    weak = weak_result(config, metrics)
+    rows += [] if weak is None else ["", f"**Warning:** {weak}"]
     done = f"{metrics['epochs']} of {config.epochs} epochs" if metrics["status"] != "complete" else ""
     return rows + (["", f"The run is {metrics['status']}: {done}."] if done else [])

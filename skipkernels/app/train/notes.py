@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from ..config import TuneConfig
-from ..data import Task
 
 
 def setting_notes(config: TuneConfig) -> tuple[str, ...]:
@@ -24,30 +24,27 @@ def setting_notes(config: TuneConfig) -> tuple[str, ...]:
     return found
 
 
-def weak_result(
-    config: TuneConfig, task: Task, zero_shot: Mapping[str, float | None], tuned: Mapping[str, float | None]
-) -> str | None:
+def weak_result(config: TuneConfig, metrics: Mapping[str, Any]) -> str | None:
     """Return a warning if the trained classes are below zero-shot, or within two standard errors of chance.
 
         chance = 1 / C,   standard error = √(chance · (1 − chance) / n)   for n test images of C classes
 
     Args:
         config: Resolved configuration.
-        task: Task; the classes of its first test are trained.
-        zero_shot: Accuracy in per cent before tuning, by test.
-        tuned: Accuracy after tuning.
+        metrics: Contents of metrics.json; the classes of its first test are trained.
     """
-    test = task.tests[0]
-    before, after = zero_shot.get(test.name), tuned.get(test.name)
-    if not config.epochs or before is None or after is None:
+    test, count = next(iter(metrics["classes"].items()))
+    images = metrics.get("images", {}).get("tests", {}).get(test)
+    before, after = metrics["zero_shot"].get(test), (metrics["tuned"] or {}).get(test)
+    if not config.epochs or not images or before is None or after is None:
         return None
-    chance = 1 / len(test.classes)
-    limit = 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / len(test.images)))
+    chance = 1 / count
+    limit = 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / images))
     if after < before:
         result, remedy = f"below zero-shot ({before:.2f} %)", "Lower"
     elif after <= limit and after < 100:
-        images = f"{len(test.images)} images, within two standard errors"
-        result, remedy = f"not above chance ({100 * chance:.2f} % of {images})", "Raise"
+        of = f"{images} images, within two standard errors"
+        result, remedy = f"not above chance ({100 * chance:.2f} % of {of})", "Raise"
     else:
         return None
     rates = " and ".join(name for name in ("text_lr", "image_lr") if getattr(config, name) is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -58,17 +57,6 @@ class TestPredictions:
     def last(self) -> TopClasses:
         """Predictions after tuning, or those before if there are none."""
         return self.zero_shot if self.tuned is None else self.tuned
-
-
-def consistent(top: Mapping[str, TopClasses], name: str, predicted: Tensor) -> TopClasses:
-    """Return the top classes of a test if the first are the predicted classes [n]; else only the predicted classes.
-
-    They differ if an evaluation was interrupted and the predictions are from an earlier one.
-    """
-    found = top.get(name)
-    if found is not None and found.classes[:, 0].equal(predicted):
-        return found
-    return TopClasses(predicted[:, None], torch.full((len(predicted), 1), torch.nan))
 
 
 def save(path: Path, tests: list[TestPredictions]) -> None:

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from ...features import FeatureCache
 from ...formatting import escaped, first_line
@@ -29,24 +29,26 @@ from ..report import report_html
 from ..report.mistakes import predictions_with_thumbnails
 from . import checkpoint, notes
 from .calibration import fit_temperature
+from .checkpoint import DELTA, MODEL, Checkpoint
 from .command_line import command_line
-from .description import CLASSIFIER, Description, describe, write_open_clip_config
+from .description import describe, write_open_clip_config
 from .environment import environment
 from .errors import argument_error
-from .evaluation import Evaluator
-from .forward_profile import forward_milliseconds
+from .evaluation import Evaluation, Evaluator
 from .loggers import Logger, open_loggers
-from .model_card import model_card
+from .model_card import CARD, model_card
 from .own_dataset import own_data
 from .plain_config import OPEN_CLIP
-from .predictions import TestPredictions, TopClasses, consistent
+from .predictions import PREDICTIONS, TestPredictions, save
 from .processes import ALONE, Processes, join
 from .progress import ProgressDisplay
-from .run_folder import FEW_SHOT, REPORT, FollowedFolder, RunFolder, interrupt_deferred, resumed
+from .run_folder import FEW_SHOT, REPORT, RunFolder, resumed
 from .setup import BATCH, build_run
+from .signals import interrupts_deferred
 from .trainer import Trainer
 from .validation import best_epoch, has_stalled
-from .weights import MODEL, WeightsFile
+from .weights import MODEL as WHOLE_MODEL
+from .weights import WeightsFile
 
 Status = Literal["complete", "interrupted", "diverged"]
 _log = logging.getLogger("skipkernels")
@@ -157,13 +159,13 @@ def _tune(
     with processes.one_first():
         config = config.resolved(open_data)
     _check_processes(config, processes)
-    folder = RunFolder(config) if processes.first else FollowedFolder(config)
-    finished = processes.from_first(lambda: folder.finished)
+    folder = RunFolder(config) if processes.first else None
+    finished, found = processes.from_first(lambda: (folder.finished, folder.resumed) if folder is not None else None)
     if finished is not None:
-        _print(console, f"{folder.path}: the run is complete; there is nothing to resume.")
+        _print(console, f"{config.out}: the run is complete; there is nothing to resume.")
         return finished
     with ignore_write_errors(console), _memory_errors(), _seeded(config):
-        return _Run(config, console, folder, open_data, processes, command, loggers).run()
+        return Run(config, console, folder, found, open_data, processes, command, loggers).run()
 
 
 def _check_processes(config: TuneConfig, processes: Processes) -> None:
@@ -187,46 +189,47 @@ def check(config: TuneConfig) -> None:
     open_data = functools.cache(config.open_data)
     config = config.resolved(open_data)
     with _memory_errors(), _seeded(config):
-        _Run(config, Console(quiet=True), RunFolder(config), open_data)
+        folder = RunFolder(config)
+        Run(config, Console(quiet=True), folder, folder.resumed, open_data)
 
 
-class _Run:
+class Run:
+    """A run with its model and data; `folder` is None on processes other than the first."""
+
     def __init__(
         self,
         config: TuneConfig,
         console: Console,
-        folder: RunFolder,
+        folder: RunFolder | None,
+        resumed: Checkpoint | None,
         open_data: Callable[[], Source],
         processes: Processes = ALONE,
         command: str = "",
         loggers: Sequence[Logger] = (),
     ):
-        self.command, self.loggers = command, loggers
-        self.config, self.folder, self.console, self.processes = config, folder, console, processes
+        self.config, self.console, self.folder, self.resumed = config, console, folder, resumed
+        self.processes, self.command, self.loggers = processes, command, loggers
         self.started = time.perf_counter()
         self.memory = PeakMemory(torch.device(config.device))
         self.baseline_memory = self.memory.read()
         self.setup = build_run(config, open_data=open_data, processes=processes)
         self.method, self.task = self.setup.method, self.setup.task
-        validated = self.task.validation is not None
-        if config.patience is not None and not validated:
+        if config.patience is not None and self.task.validation is None:
             raise argument_error("patience", "there are no validation images to stop by; add some, or leave it out.")
-        self.folder.check_room(self._checkpoint_bytes(), self._weights_bytes() if validated else 0)
-        self.weights = WeightsFile(self.method, self.setup.model, delta=config.delta, reloaded=validated)
+        self.weights = WeightsFile(self.method, self.setup.model, delta=config.delta)
+        file = DELTA if config.delta else MODEL
+        self.described = describe(config, self.setup.model, self.task, weights=file, holds=self.weights.holds)
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             _print(console, f"note: {note}")
             _log.info(escaped(note))
         title = f"{config.model} on {config.data}, {config.method}, {config.shots_text}"
         title += f", {processes.size} processes" if processes.size > 1 else ""
         self.display = ProgressDisplay(console, title=title, memory=self.memory)
-        self.zero_shot: dict[str, Tensor] = {}
-        self.zero_shot_top: dict[str, TopClasses] = {}
-        self.tuned: dict[str, Tensor] | None = None  # predictions after the last complete epoch, in the end the best
-        self.validation: dict[str, Any] | None = None  # accuracies on the validation images
-        self.described: Description | None = None
-        self.temperature: tuple[float, int] | None = None  # and the number of images that it was fitted on
+        self.rows = [] if resumed is None else list(resumed.rows)  # of the complete epochs
+        self.tuned: Evaluation | None = None  # after the last complete epoch, in the end of the best
         self.warnings: list[str] = []
-        self.seconds_before = self.seconds_fit = 0.0  # training seconds of earlier processes; seconds of `fit`
+        self.seconds_before = 0.0 if resumed is None else resumed.seconds  # of earlier processes
+        self.seconds_fit = 0.0
 
     def run(self) -> dict[str, Any]:
         """Compute features, train, and write the results. Returns the metrics."""
@@ -236,30 +239,24 @@ class _Run:
                 test, held = self.setup.test_features(advance), self.setup.validation_features(advance)
                 with self.setup.train_features(advance) as train:
                     self.evaluator = Evaluator(self.setup, test, held)
-                    self.zero_shot = self.evaluator.zero_shot()
-                    self.zero_shot_top = dict(self.evaluator.top)
-                    if held is not None:
-                        accuracy = self.evaluator.validation_accuracy(self.setup.zero_shot)
-                        count = len(self.task.validation.images) if self.task.validation is not None else 0
-                        self.validation = {"images": count, "zero_shot": accuracy, "tuned": None}
+                    self.zero_shot = self.evaluator.evaluate(
+                        self.setup.zero_shot, 'for the pretrained weights. Check `pretrained`, or use precision="fp32".'
+                    )
                     arguments = self.config, self.method, self.setup.precision, train, self.task.tests[0].classes
                     trainer = Trainer(*arguments, self.processes) if self.config.epochs else None
                     if trainer is not None and trainer.not_graphed is not None:
                         _print(self.console, f"note: steps run without a CUDA graph: {trainer.not_graphed}")
-                    with self.folder.lock():
-                        self.folder.follow(self.processes.from_first(lambda: self.folder.epochs))
-                        self._save_few_shot()
-                        self._resume(trainer)
+                    with contextlib.nullcontext() if self.folder is None else self.folder.lock():
+                        self._begin(trainer)
                         return self._train(trainer, train)
         except StoreError as error:
             if error.item is not None:
                 self._list_unreadable()
             raise
         except KeyboardInterrupt as error:  # also a second one, while the first is handled
-            epochs = self.folder.epochs
-            complete = f"{epochs} of {self.config.epochs} epochs are" if epochs else "no epoch is"
-            message = f"{complete} complete in {self.folder.path}{'; `resume=True` continues it' if epochs else ''}"
-            error.args = error.args or (message,)
+            done = f"{len(self.rows)} of {self.config.epochs} epochs are" if self.rows else "no epoch is"
+            how = "; `resume=True` continues it" if self.rows else ""
+            error.args = error.args or (f"{done} complete in {self.config.out}{how}",)
             raise
         finally:
             for warning in self.warnings:
@@ -278,14 +275,35 @@ class _Run:
                 f'{format_names(list(found))}. Replace or remove them, or leave them out with unreadable="skip".'
             )
 
-    def _save_few_shot(self) -> None:
-        """Write the list of training images, unless they are glyphs, which the seed determines."""
-        if isinstance(self.task.train, Images) and self.processes.first:
-            config, classes = self.config, self.task.tests[0].classes
-            path = self.folder.path / FEW_SHOT
-            save_few_shot(
-                path, self.task.train, data=config.data, classes=classes, shots=config.shots, seed=config.seed
-            )
+    def _begin(self, trainer: Trainer | None) -> None:
+        """Write the files that training does not change, and load the checkpoint to resume, if there is one."""
+        if self.folder is not None:
+            if self.weights.holds == WHOLE_MODEL:
+                write_open_clip_config(self.folder.path, self.setup.model, self.setup.tokenizer)
+            if isinstance(self.task.train, Images):  # the seed determines glyphs
+                config, path = self.config, self.folder.path / FEW_SHOT
+                known: dict[str, Any] = {"data": config.data, "shots": config.shots, "seed": config.seed}
+                save_few_shot(path, self.task.train, classes=self.task.tests[0].classes, **known)
+        if self.resumed is None:
+            return
+        self._load(self.resumed.weights)
+        if trainer is not None:
+            try:
+                trainer.load_state_dict(self.resumed.training or {})
+            except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(
+                    f"{self.resumed.weights.parent}: not the training state of this run: {first_line(error)}. Tune "
+                    "again in another folder, or in this one with `overwrite=True`."
+                ) from error
+        self.tuned = self.evaluator.evaluate(self.method)
+
+    def _load(self, file: Path) -> None:
+        """Load weights on the first process, and send them to the others."""
+        if self.processes.first:
+            self.weights.load(file)
+        self.processes.broadcast(self.method.state_dict().values())
 
     def _train(self, trainer: Trainer | None, train: FeatureCache) -> dict[str, Any]:
         """Train and write the metrics, also if the run is interrupted or diverges."""
@@ -294,40 +312,13 @@ class _Run:
             if trainer is not None:
                 self._epochs(trainer)
                 self._keep_best()
-            elif self.folder.resumed is None:
+            elif self.resumed is None:
                 self._fit(train)
             self._calibrate()
         except (KeyboardInterrupt, FloatingPointError) as error:
-            if self.processes.first:
-                self._finish("diverged" if isinstance(error, FloatingPointError) else "interrupted", train)
+            self._finish("diverged" if isinstance(error, FloatingPointError) else "interrupted")
             raise
-        return self.processes.from_first(lambda: self._finish("complete", train))
-
-    def _resume(self, trainer: Trainer | None) -> None:
-        """Load the checkpoint of the run folder, if there is one."""
-        resumed = self.folder.resumed
-        if resumed is None:
-            return
-        self.weights.load(resumed.weights)
-        self.seconds_before = resumed.state["seconds"]
-        if trainer is not None:
-            try:
-                trainer.load_state_dict(resumed.state["trainer"])
-            except InputError:
-                raise
-            except (ValueError, RuntimeError) as error:
-                state = self.folder.path / checkpoint.STATE
-                raise InputError(
-                    f"{state}: not the state of this run: {first_line(error)}; tune again with `overwrite=True`."
-                ) from error
-        self._evaluate()
-
-    def _evaluate(self) -> dict[str, Tensor]:
-        """Evaluate the current weights."""
-        self.tuned = self.evaluator.predictions()
-        if self.validation is not None:
-            self.validation["tuned"] = self.evaluator.validation_accuracy()
-        return self.tuned
+        return self.processes.from_first(lambda: self._finish("complete"))
 
     def _epochs(self, trainer: Trainer) -> None:
         config = self.config
@@ -335,23 +326,23 @@ class _Run:
         self.display.begin(
             epochs=config.epochs,
             steps_per_epoch=trainer.steps,
-            zero_shot=self.evaluator.accuracies(self.zero_shot),
+            zero_shot=self.zero_shot.accuracies,
             batch_size=len(self.task.train) / trainer.steps,
             done=trainer.epochs,
         )
         with contextlib.ExitStack() as closing:  # closes all, also if one fails to open or to close
             loggers: list[Logger] = []
-            if self.processes.first:
-                for logger in chain(self.loggers, open_loggers(config, self.folder.path, self.folder.rows)):
+            if self.folder is not None:
+                for logger in chain(self.loggers, open_loggers(config, self.folder.path)):
                     closing.callback(logger.close)
                     loggers.append(logger)
-            while trainer.epochs < config.epochs and not has_stalled(self.folder.rows, config.patience):
+            while trainer.epochs < config.epochs and not has_stalled(self.rows, config.patience):
                 row = trainer.epoch(self.display.step, self.display.loss)
                 started = time.perf_counter()
-                predictions, validation = self.evaluator.predictions(), self.evaluator.validation_accuracy()
+                evaluation = self.evaluator.evaluate(self.method)
                 row["stage_seconds"]["evaluation"] = time.perf_counter() - started
-                row["accuracy"], row["validation"] = self.evaluator.accuracies(predictions), validation
-                self._complete(row, predictions, trainer)
+                row["accuracy"], row["validation"] = evaluation.accuracies, evaluation.validation
+                self._complete(row, evaluation, trainer)
                 self.display.epoch(row)
                 _log.info(
                     "epoch %d/%d: loss %.4f, accuracy %s", row["epoch"], config.epochs, row["loss"], row["accuracy"]
@@ -367,122 +358,89 @@ class _Run:
         with self.setup.precision.autocast():
             self.method.fit(inputs, labels)
         self.seconds_fit = time.perf_counter() - started
-        self._complete(None, self._evaluate(), None)
+        self._complete(None, self.evaluator.evaluate(self.method), None)
+
+    def _complete(self, row: dict[str, Any] | None, evaluation: Evaluation, trainer: Trainer | None) -> None:
+        """Complete an epoch: write the checkpoint and the row. A method without epochs has no row."""
+        rows = self.rows if row is None else [*self.rows, row]
+        with interrupts_deferred():
+            if self.folder is not None:
+                state = None if trainer is None else trainer.state_dict()
+                known: dict[str, Any] = {"settings": self.config.identity(), "rows": rows, "seconds": self._seconds()}
+                checkpoint.save(self.folder.path, self.weights, self.described, state, **known)
+                self.folder.write_rows(rows)
+            self.rows, self.tuned = rows, evaluation
 
     def _keep_best(self) -> None:
-        """Return to the weights of the best epoch, and save them as those of the run."""
-        if best_epoch(self.folder.rows) is None:
+        """Return to the weights of the best epoch on the validation images."""
+        if best_epoch(self.rows) in (None, len(self.rows)):
             return
-
-        def load() -> bool:
-            with interrupt_deferred():
-                file = self.folder.keep_best()
-                if file is not None:
-                    self.weights.load(file)
-            return file is not None
-
-        if self.processes.from_first(load):
-            self.processes.broadcast(self.method.state_dict().values())
-            self._evaluate()
-
-    def _complete(self, row: dict[str, Any] | None, predictions: dict[str, Tensor], trainer: Trainer | None) -> None:
-        """Write the checkpoint and the row of an epoch, on the first process."""
-        if self.validation is not None and row is not None:
-            self.validation["tuned"] = row["validation"]
-        if not self.processes.first:
-            self.folder.rows += [] if row is None else [row]
-            self.tuned = predictions
-            return
-        state = {"seconds": self._seconds(), "trainer": None if trainer is None else trainer.state_dict()}
-        with interrupt_deferred():
-            self.folder.complete_epoch(row, *self.weights.contents(), state)
-            self.tuned = predictions
-            if self.described is None:
-                try:
-                    self._describe()
-                except Exception as error:  # any: the run continues without these files
-                    warning = f"{CLASSIFIER} was not written ({type(error).__name__}: {first_line(error)})."
-                    self.warnings += [warning] if warning not in self.warnings else []  # once, not in each epoch
+        assert self.config.out is not None
+        self._load(self.config.out / checkpoint.FOLDER / checkpoint.BEST)
+        self.tuned = self.evaluator.evaluate(self.method)
 
     def _calibrate(self) -> None:
         """Fit the temperature on the validation images, with the final weights."""
-        held = self.evaluator.validation
-        logits = None if held is None else held.logits(self.method)
-        if held is not None and logits is not None:
-            self.temperature = fit_temperature(logits, held.labels), len(held.labels)
-
-    def _describe(self) -> None:
-        """Write the files by which the folder is used without its training data; needs a checkpoint."""
-        setup, holds = self.setup, self.weights.holds
-        self.described = describe(setup.config, setup.model, self.task, weights=self.folder.weights_file, holds=holds)
-        if self.temperature is not None:
-            temperature, images = self.temperature
+        found = self.evaluator.validation_logits(self.method)
+        temperature = None if found is None else fit_temperature(*found)
+        if found is not None and temperature is not None:
+            images = len(found[1])
             self.described = replace(self.described, temperature=temperature, calibration_images=images)
-        self.folder.describe(self.described)
-        if holds == MODEL:
-            write_open_clip_config(self.folder.path, setup.model, setup.tokenizer)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
-    def _forward_parts(self, train: FeatureCache) -> dict[str, float]:
-        """Milliseconds of each part of `SkipCLIP.forward`; empty for other methods, and in several processes."""
-        if not isinstance(self.method, Skip) or self.processes.size > 1:
+    def _finish(self, status: Status) -> dict[str, Any]:
+        """Write the model and the metrics, then the report. An error in the report becomes a warning."""
+        if self.folder is None:
             return {}
-        images = range(min(self.config.batch_size or 1, len(train)))
-        batch = [train[image] for image in images]  # features of the last epoch: a loader would read those of the first
-        inputs, labels = torch.stack([features for features, _ in batch]), torch.tensor([label for _, label in batch])
-        device = self.setup.device
-        return forward_milliseconds(self.method.clip, inputs.to(device), labels.to(device), self.setup.precision)
-
-    def _finish(self, status: Status, train: FeatureCache) -> dict[str, Any]:
-        """Write the metrics, then the report. An error in the report becomes a warning."""
-        metrics = {"status": status} | self._metrics()
+        metrics = {"status": status, "notes": self.warnings} | self._metrics()
         if status == "complete":
-            weak = notes.weak_result(self.config, self.task, metrics["zero_shot"], metrics["tuned"])
+            weak = notes.weak_result(self.config, metrics)
             self.warnings += [] if weak is None else [weak]
-        metrics["notes"] = self.warnings
-        with interrupt_deferred():
-            self.folder.finish(metrics)
-        try:
+        with interrupts_deferred():
+            if self.tuned is not None:
+                self.folder.publish(self.described, best=status == "complete")
+                metrics["checkpoint"] = self._weights_size()
+                use = "open-clip" if (self.folder.path / OPEN_CLIP).exists() else "skipkernels"
+                self.folder.write(CARD, model_card(self.config, self.described, metrics, use=use))
+            self.folder.write_metrics(metrics)
             if status == "complete":
-                metrics["cost"]["forward_milliseconds"] = self._forward_parts(train)
-            with interrupt_deferred():
-                if self.tuned is not None:
-                    self._write_card(metrics)
-                    tests = self._predictions(self.tuned)
-                    self.folder.write_predictions(tests)
-                    self.folder.write_report(report_html(self.config, metrics, self.folder.rows, tests))
-                self.folder.finish(metrics)
+                checkpoint.remove(self.folder.path)
+        if self.tuned is None:
+            return metrics
+        try:
+            tests = self._predictions(self.tuned)
+            with interrupts_deferred():
+                save(self.folder.path / PREDICTIONS, tests)
+                self.folder.write(REPORT, report_html(self.config, metrics, self.rows, tests))
         except Exception as error:  # any: the results are complete without the report
             self.warnings.append(f"{REPORT} was not written ({type(error).__name__}: {first_line(error)}).")
-            self.folder.finish(metrics)
+            self.folder.write_metrics(metrics)
         except KeyboardInterrupt as error:
-            if status == "complete" and not (self.folder.path / REPORT).exists():
-                error.args = (f"the run in {self.folder.path} is {status}; {REPORT} is not written",)
+            if status == "complete":
+                error.args = (f"the run in {self.folder.path} is complete; {REPORT} is not written",)
             raise
         return metrics
 
-    def _write_card(self, metrics: dict[str, Any]) -> None:
-        """Write the model card, and classifier.json again, with what is known at the end."""
-        self._describe()
-        assert self.described is not None
-        use = "open-clip" if (self.folder.path / OPEN_CLIP).exists() else "skipkernels"
-        self.folder.write_card(model_card(self.config, self.described, metrics, use=use))
-
     def _metrics(self) -> dict[str, Any]:
         """Contents of metrics.json, from the complete epochs."""
-        rows, config = self.folder.rows, self.config
+        rows, config = self.rows, self.config
         seconds, steps = [row["seconds"] for row in rows], sum(row["steps"] for row in rows)
+        validation = None
+        if self.task.validation is not None:
+            tuned = None if self.tuned is None else self.tuned.validation
+            images = len(self.task.validation.images)
+            validation = {"images": images, "zero_shot": self.zero_shot.validation, "tuned": tuned}
         return {
             "command": self.command,
             "environment": environment(config.device, self.processes.size),
             "method": config.method,
             "protocol": config.protocol,
             "classes": {test.name: len(test.classes) for test in self.task.tests},
-            "zero_shot": self.evaluator.accuracies(self.zero_shot),
-            "tuned": None if self.tuned is None else self.evaluator.accuracies(self.tuned),
-            "validation": self.validation,
+            "zero_shot": self.zero_shot.accuracies,
+            "tuned": None if self.tuned is None else self.tuned.accuracies,
+            "validation": validation,
             "epochs": len(rows),
             "best_epoch": best_epoch(rows),
             "steps": steps,
@@ -494,10 +452,9 @@ class _Run:
             "batch_size": config.batch_size,
             "kept_classes": rows[-1]["kept_classes"] if rows else None,
             "parameters": self._parameters(),
-            "checkpoint": self._checkpoint_size(),
+            "checkpoint": self._weights_size(),
             "cost": {
                 "device": config.device,
-                "forward_milliseconds": {},
                 "seconds_total": self._seconds(),
                 "seconds_tuning": sum(seconds) + self.seconds_fit,
                 "baseline_memory_mib": _mib(self.baseline_memory),
@@ -507,42 +464,28 @@ class _Run:
             },
         }
 
-    def _predictions(self, tuned: dict[str, Tensor]) -> list[TestPredictions]:
+    def _predictions(self, tuned: Evaluation) -> list[TestPredictions]:
         """Predictions for all tests, with thumbnails of the images that the report shows."""
-        found = []
-        for test in self.task.tests:
-            if test.name not in self.zero_shot_top:  # no test images
-                continue
-            after = consistent(self.evaluator.top, test.name, tuned[test.name]) if test.name in tuned else None
-            before, labels = self.zero_shot_top[test.name], self.evaluator.labels(test.name)
-            found.append(predictions_with_thumbnails(test, labels, before, after))
-        return found
-
-    def _trained(self) -> list[Tensor]:
-        groups = self.method.parameter_groups(text_lr=0.0, image_lr=0.0)
-        return [weight for group in groups for weight in group["params"]]
+        before, after, labels = self.zero_shot.top, tuned.top, self.evaluator.labels
+        return [
+            predictions_with_thumbnails(test, labels[test.name], before[test.name], after.get(test.name))
+            for test in self.task.tests
+            if test.name in before  # it has images
+        ]
 
     def _parameters(self) -> dict[str, int]:
         """Number of parameters: trained, and all."""
-        trained = {id(weight): weight for weight in self._trained()}
+        groups = self.method.parameter_groups(text_lr=0.0, image_lr=0.0)
+        trained = {id(weight): weight for group in groups for weight in group["params"]}
         every = trained | {id(weight): weight for weight in self.setup.model.parameters()}
         return {name: sum(w.numel() for w in by_id.values()) for name, by_id in (("trained", trained), ("all", every))}
 
-    def _state_bytes(self) -> int:
-        return sum(weight.nbytes for weight in self.method.state_dict().values())
-
-    def _weights_bytes(self) -> int:
-        """Estimated size of the weights file."""
-        return sum(weight.nbytes for weight in self._trained()) if self.config.delta else self._state_bytes()
-
-    def _checkpoint_bytes(self) -> int:
-        """Estimated size of a checkpoint, with two optimizer values per trained weight."""
-        return 2 * sum(weight.nbytes for weight in self._trained()) + self._weights_bytes()
-
-    def _checkpoint_size(self) -> dict[str, Any]:
-        file = self.folder.path / self.folder.weights_file
+    def _weights_size(self) -> dict[str, Any]:
+        """Name and size of the weights file, and the size that all weights would have."""
+        file = Path(self.config.out or "", self.described.weights)
         size = file.stat().st_size if file.exists() else 0
-        return {"file": file.name, "mib": _mib(size), "mib_of_all": _mib(self._state_bytes())}
+        whole = sum(weight.nbytes for weight in self.method.state_dict().values())
+        return {"file": file.name, "mib": _mib(size), "mib_of_all": _mib(whole)}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,9 @@
-"""Run folder: its files, the order in which they are written, and its lock."""
+"""Run folder: its files, the order in which they are written, and its lock.
+
+metrics.json marks a run that has ended: it is deleted before anything else is changed, and written after the model
+files. Without it, the model of a run is that of its checkpoint. config.yaml marks the files as those of a run: it is
+written first and deleted last.
+"""
 
 from __future__ import annotations
 
@@ -6,64 +11,62 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, NonNegativeInt
 
-from ...folders import LOCK, is_locked, locked, replace_text, replaced_folder
+from ...digests import digest_file
+from ...folders import LOCK, is_locked, locked, replace_text, replaced_folder, restored
 from ..config import TuneConfig, read_settings
 from ..data import InputError
 from ..data.files import format_names
 from ..untrusted import read_object
 from . import checkpoint
-from .description import CLASSIFIER, Description
-from .errors import argument_error
-from .loggers import CSV
+from .checkpoint import DELTA, MODEL
+from .description import CLASSIFIER, Description, Text
+from .errors import argument_error, validated
 from .model_card import CARD
 from .plain_config import OPEN_CLIP
-from .predictions import PREDICTIONS, TestPredictions, save
-from .signals import handled
-from .state_checks import check_types
-from .validation import best_epoch
+from .predictions import PREDICTIONS
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
-# In the order of deletion. metrics.json marks a run that has ended: deleted first, written after the last epoch.
-# config.yaml marks the files as those of a run: deleted last, written first.
-_WEIGHTS = (checkpoint.MODEL, checkpoint.DELTA, checkpoint.BEST)
-_RESULTS = (METRICS, checkpoint.STATE, REPORT, PREDICTIONS, CARD, CLASSIFIER, OPEN_CLIP, CSV, EPOCHS)
-_FILES = (*_RESULTS, *_WEIGHTS, FEW_SHOT, CONFIG)
-
-_METRICS: dict[str, Any] = {  # fields of metrics.json that are read
-    "status": "text",
-    "classes": "numbers by name",
-    "zero_shot": "numbers by name",
-    "tuned": ("numbers by name", "null"),
-    "epochs": "whole number",
-    "steps": "whole number",
-    "kept_classes": ("number", "null"),
-    "parameters": {"trained": "whole number", "all": "whole number"},
-    "checkpoint": {"file": "text", "mib": "number", "mib_of_all": "number"},
-    "cost": {
-        "device": "text",
-        "seconds_total": "number",
-        "seconds_tuning": "number",
-        "baseline_memory_mib": "number",
-        "peak_memory_mib": "number",
-        "seconds_per_epoch": ("number", "null"),
-        "milliseconds_per_step": ("number", "null"),
-    },
-}
-_MAX_METRICS_BYTES = 1 << 24
-
+_STATE_0_2 = "state.pt"  # checkpoint of version 0.2, with the weights beside it
+_OF_END = (METRICS, REPORT, PREDICTIONS, CARD, CLASSIFIER, MODEL, DELTA)  # what the end of a run writes
+_FILES = (*_OF_END, OPEN_CLIP, EPOCHS, FEW_SHOT, _STATE_0_2, "best.safetensors", "metrics.csv", CONFIG)
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every version
+_MAX_METRICS_BYTES = 1 << 24
+_MAX_READS = 100  # attempts to read the model of a run in progress
+
+
+class _Cost(BaseModel):
+    device: Text
+    seconds_total: float
+    seconds_tuning: float
+    baseline_memory_mib: float
+    peak_memory_mib: float
+    seconds_per_epoch: float | None
+    milliseconds_per_step: float | None
+
+
+class _Metrics(BaseModel):
+    """Fields of metrics.json that are read."""
+
+    status: Text
+    classes: dict[Text, NonNegativeInt]
+    zero_shot: dict[Text, float | None]
+    tuned: dict[Text, float | None] | None
+    epochs: NonNegativeInt
+    steps: NonNegativeInt
+    kept_classes: float | None
+    parameters: dict[Text, NonNegativeInt]
+    checkpoint: dict[Text, Text | float]
+    cost: _Cost
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -72,30 +75,45 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: If it can't be read, or is not that of a run.
     """
-    metrics = _metrics_object(folder)
     try:
-        check_types(metrics, _METRICS)
-        kept = metrics["steps"] == 0 or metrics["kept_classes"] is not None
-        if metrics["status"] == "complete" and not (
-            kept and (metrics["tuned"] or {}).keys() == metrics["zero_shot"].keys()
-        ):
-            raise ValueError("status is complete, but tuned or kept_classes is incomplete")
-    except ValueError as error:
-        raise _damaged(folder, error) from error
-    return metrics
-
-
-def _metrics_object(folder: Path) -> dict[str, Any]:
-    """Read a metrics.json without checks of its fields."""
-    try:
-        return read_object(folder / METRICS, _MAX_METRICS_BYTES)
+        metrics = read_object(folder / METRICS, _MAX_METRICS_BYTES)
+        found = validated(_Metrics, metrics)
+        if found.status == "complete" and (found.tuned or {}).keys() != found.zero_shot.keys():
+            raise ValueError("status is complete, but tuned is incomplete")
+        return metrics
     except (OSError, ValueError) as error:
-        raise _damaged(folder, error) from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"{folder / METRICS}: damaged ({reason}). Restore it from a copy, or tune again in another folder."
+        ) from error
 
 
-def _damaged(folder: Path, error: OSError | ValueError) -> InputError:
-    reason = error.strerror if isinstance(error, OSError) else error
-    return InputError(f"{folder / METRICS}: damaged ({reason}); delete it, and run skipkernels tune --resume {folder}.")
+def read_model(run: Path) -> tuple[Description, Path]:
+    """Return the contents of classifier.json, and the weights file that has its digest.
+
+    They are those of the checkpoint until the run has ended. A run in progress may replace it between two reads: then
+    both are read again.
+
+    Raises:
+        InputError: If there are no such files, or they are damaged.
+    """
+    for _ in range(_MAX_READS):
+        ended = (run / METRICS).exists()
+        folder = run if ended or not restored(run / checkpoint.FOLDER).is_dir() else run / checkpoint.FOLDER
+        described = Description.read(folder)
+        path = folder / described.weights
+        try:
+            if path.is_file() and described.weights_xxh3 in (None, digest_file(path)):
+                return described, path
+        except OSError as error:  # the run that is in progress has deleted it meanwhile
+            if not is_locked(run):
+                raise InputError(f"{path}: can't be read ({error.strerror}). Copy the whole folder.") from error
+        if not is_locked(run):
+            break
+    raise InputError(
+        f"{path}: missing or damaged: it does not match {CLASSIFIER}. Copy the whole folder, or tune "
+        "again in another folder, or in this one with `overwrite=True`."
+    )
 
 
 def blended_folder(run: Path) -> Path:
@@ -103,18 +121,18 @@ def blended_folder(run: Path) -> Path:
     return run.with_name(f"{run.resolve().name}-blend")
 
 
-def check_writable(folder: Path, argument: str = "out", function: str = "tune") -> Path:
-    """Check that a folder can be created and written; return it, or its closest existing parent.
+def check_writable(folder: Path, argument: str = "out", function: str = "tune") -> None:
+    """Check that a folder can be created and written.
 
     Raises:
-        InputError: If it can't be created or written.
+        InputError: If it can't.
     """
     if os.path.exists(folder) and not folder.is_dir():
         raise InputError(f"{function}: {argument}: {folder} is a file; choose a folder.", argument)
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     try:
         with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=existing):  # os.access is wrong about /proc
-            return existing
+            pass
     except OSError as error:
         raise InputError(
             f"{function}: {argument}: {folder} can't be created: {existing} is not a writable folder; choose another.",
@@ -123,28 +141,16 @@ def check_writable(folder: Path, argument: str = "out", function: str = "tune") 
 
 
 def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
-    """Check that an output folder is outside the folder of the images, where its files would be read as images.
-
-    The images are those of `data` and `targets` of the form imagefolder:PATH. The argument is "out" or "cache".
+    """Check that an output folder is outside the folders of images, where it would be read as a class.
 
     Raises:
-        InputError: If the folder is the folder of the images, or in it; for "out" also if the images are in it.
+        InputError: If it is such a folder, or in one.
     """
     written = folder.expanduser().resolve()
     for data in (config.data, *(config.targets or ())):
         kind, _, path = data.partition(":")
-        if kind != "imagefolder" or not path:
-            continue
-        images = Path(path).expanduser().resolve()
-        if written == images:
-            relation = "is"
-        elif images in written.parents:
-            relation = "is in"
-        elif written in images.parents and argument == "out":
-            relation = "contains"
-        else:
-            continue
-        raise argument_error(argument, f"{folder} {relation} the folder of the images, {data}; choose another folder.")
+        if kind == "imagefolder" and path and Path(path).expanduser().resolve() in (written, *written.parents):
+            raise argument_error(argument, f"{folder} is in the folder of the images, {data}; choose another folder.")
 
 
 def resumed(config: TuneConfig) -> TuneConfig:
@@ -166,11 +172,6 @@ def resumed(config: TuneConfig) -> TuneConfig:
     return dataclasses.replace(found, **given)
 
 
-def _files(folder: Path) -> list[Path]:
-    """Files of a run in a folder, config.yaml last."""
-    return [path for path in (*folder.glob(_EVENTS), *(folder / name for name in _FILES)) if path.exists()]
-
-
 def has_run(folder: Path) -> bool:
     """Return True if a folder has the config.yaml of a run, of any version."""
     try:
@@ -185,7 +186,6 @@ class RunFolder:
 
     Attributes:
         path: Path of the folder.
-        rows: Rows of the complete epochs.
         resumed: Checkpoint from which the run continues, or None.
         finished: Metrics of the run to resume if it is complete, or None.
 
@@ -197,17 +197,14 @@ class RunFolder:
     def __init__(self, config: TuneConfig):
         assert config.out is not None
         self.path, self._config = config.out, config
-        self.rows: list[dict[str, Any]] = []
         self.resumed: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
-        self._digest: str | None = None  # of the weights
-        self._best: str | None = None  # of those of the best epoch
         check_apart("out", self.path, config)
         if config.cache is not None:
             check_apart("cache", config.cache, config)
-        self._disk = check_writable(self.path)
+        check_writable(self.path)
         self._check_free()
-        earlier = [path.name for path in _files(self.path)]
+        earlier = [path.name for path in self._files()]
         if earlier and not has_run(self.path):
             raise argument_error(
                 "out",
@@ -215,7 +212,7 @@ class RunFolder:
                 f"{format_names(earlier)}; choose another folder, or move them.",
             )
         if config.resume:
-            self._resume(earlier)
+            self._resume()
         elif earlier and not config.overwrite:
             raise argument_error(
                 "out",
@@ -223,51 +220,51 @@ class RunFolder:
                 "`overwrite=True` or `resume=True`.",
             )
 
+    def _files(self) -> list[Path]:
+        """Files of a run in the folder, config.yaml last."""
+        names = (checkpoint.FOLDER, *_FILES)
+        return [path for path in (*self.path.glob(_EVENTS), *(self.path / name for name in names)) if path.exists()]
+
     def _check_free(self) -> None:
         if is_locked(self.path):
+            raise argument_error("out", f"{self.path}: in use by another run. Wait for it, or choose another folder.")
+
+    def _resume(self) -> None:
+        found = checkpoint.load(self.path)
+        metrics = read_metrics(self.path) if (self.path / METRICS).exists() else {"status": "killed", "epochs": 0}
+        if found is None and metrics["status"] == "complete":
+            settings = TuneConfig.from_yaml(self.path / CONFIG, trust=True).identity()  # compared, not loaded
+            self._check_settings(settings)
+            self.finished = metrics
+        elif found is not None:
+            self._check_settings(found.settings)
+            self.resumed, self.finished = found, metrics if metrics["status"] == "complete" else None
+        elif (self.path / _STATE_0_2).exists():
             raise argument_error(
-                "out", f"{self.path}: in use by another process. Wait for it, or choose another folder."
+                "resume",
+                f"the run in {self.path} was stopped by skipkernels 0.2, and this version can't continue it; continue "
+                "with 0.2, or tune again with `overwrite=True`.",
+            )
+        elif metrics["epochs"]:
+            raise argument_error(
+                "resume",
+                f"{self.path} contains a run without its {checkpoint.FOLDER} folder; choose another folder, or use "
+                "`overwrite=True`.",
             )
 
-    def _resume(self, earlier: list[str]) -> None:
-        found = checkpoint.find(self.path)
-        if found is None:
-            if METRICS in earlier and _metrics_object(self.path).get("epochs"):
+    def _check_settings(self, before: dict[str, Any]) -> None:
+        """Check that the run to resume has the settings that change results."""
+        for name, value in self._config.identity().items():
+            if before.get(name) != value:
                 raise argument_error(
                     "resume",
-                    f"{self.path} contains a run without {checkpoint.STATE}; choose another folder, or "
-                    "use `overwrite=True`.",
+                    f"{name} is {before.get(name)!r} in the run in {self.path}, and {value!r} here; pass the same, or "
+                    "choose another folder.",
                 )
-            return
-        before, now = found.state["config"], self._config.identity()
-        for name in now:
-            if before.get(name) != now[name]:
-                raise argument_error(
-                    "resume",
-                    f"{name} is {before.get(name)!r} in the run in {self.path}, and {now[name]!r} here; "
-                    "pass the same, or choose another folder.",
-                )
-        if found.state["best"] is not None:
-            checkpoint.best_weights(self.path, found.state)
-        if METRICS in earlier and _metrics_object(self.path).get("status") == "complete":
-            self.finished = read_metrics(self.path)
-        self.resumed = found
 
-    def check_room(self, size: int, best: int = 0) -> None:
-        """Raise an InputError unless the disk has room for two checkpoints of `size` bytes, and the best weights."""
-        reused = sum(path.stat().st_size for name in _FILES if (path := self.path / name).is_file())
-        free = shutil.disk_usage(self._disk).free + reused
-        if free < 2 * size + best:
-            kept = f" and the best weights of {best / 2**20:.0f} MiB" if best else ""
-            raise argument_error(
-                "out",
-                f"{self.path} needs room for two checkpoints of {size / 2**20:.0f} MiB{kept}, and "
-                f"{free / 2**20:.0f} MiB are free; free disk space, choose another disk, or use `delta=True`.",
-            )
-
-    @contextmanager
+    @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the lock of the folder during the run, and prepare its files.
+        """Hold the lock of the folder during the run; delete what an earlier run or the resumed one left.
 
         Raises:
             InputError: If the folder can't be written, or another process uses it.
@@ -276,144 +273,58 @@ class RunFolder:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.path))
-                self._begin()
+                for name in _OF_END:
+                    (self.path / name).unlink(missing_ok=True)
+                if self.resumed is None:
+                    checkpoint.remove(self.path)
+                    for path in self._files():
+                        path.unlink(missing_ok=True)
             except OSError as error:
-                raise argument_error("out", f"{self.path} can't be written: {error.strerror}.") from error
+                raise argument_error("out", f"{self.path} can't be used: {error.strerror}.") from error
+            self.write(CONFIG, self._config.to_yaml())
+            if self.resumed is not None:
+                self.write_rows(self.resumed.rows)
             yield
 
-    @contextmanager
+    @contextlib.contextmanager
     def replaced(self) -> Iterator[None]:
         """Write all files of a run in place of an earlier one; in the block, `path` is a new folder beside it."""
         self._check_free()
         path = self.path
-        with replaced_folder(path, (*_FILES, _EVENTS, LOCK)) as self.path:
+        with replaced_folder(path, (*_FILES, checkpoint.FOLDER, _EVENTS, LOCK)) as self.path:
             try:
-                self._write(CONFIG, self._config.to_yaml())
+                self.write(CONFIG, self._config.to_yaml())
                 yield
             finally:
                 self.path = path
 
-    def _begin(self) -> None:
-        """Delete files of an earlier run, or restore the resumed one, and write the configuration."""
-        (self.path / METRICS).unlink(missing_ok=True)
-        (self.path / REPORT).unlink(missing_ok=True)
-        (self.path / PREDICTIONS).unlink(missing_ok=True)
-        if self.resumed is not None:
-            self.resumed = checkpoint.recover(self.path)
-            self.rows = list(self.resumed.state["rows"]) if self.resumed is not None else []
-            if self.resumed is not None:
-                self._digest, self._best = self.resumed.state["weights"]["xxh3"], self.resumed.state["best"]
-        else:
-            for path in _files(self.path):
-                path.unlink(missing_ok=True)
-        checkpoint.remove_leftovers(self.path, _FILES)
-        self._write(CONFIG, self._config.to_yaml())
-        if self.rows:
-            self._write_rows()
-
-    def follow(self, epochs: int) -> None:
-        """Do nothing: this process writes the folder itself."""
-
-    def complete_epoch(self, row: dict[str, Any] | None, weights: dict, metadata: dict[str, str], state: dict) -> None:
-        """Write the checkpoint of an epoch, then its row. A method without steps has no row."""
-        rows = self.rows if row is None else [*self.rows, row]
-        state = state | {"config": self._config.identity(), "rows": rows}
-        is_best = row is not None and best_epoch(rows) == row["epoch"]
-        arguments = self.path, self.weights_file, weights, metadata, state
-        self._digest, self._best = checkpoint.save(*arguments, best=self._best, is_best=is_best)
-        self.rows = rows
-        self._write_rows()
-
-    @property
-    def epochs(self) -> int:
-        """Number of completed epochs."""
-        return len(self.rows or (self.resumed.state["rows"] if self.resumed is not None else ()))
-
-    @property
-    def weights_file(self) -> str:
-        """Name of the weights file."""
-        return checkpoint.DELTA if self._config.delta else checkpoint.MODEL
-
-    def keep_best(self) -> Path | None:
-        """Make the weights of the best epoch those of the run; return their file, or None if they are already."""
-        if self._best is None or self._digest == self._best:
-            return None
-        self._digest = self._best
-        return checkpoint.keep_best(self.path)
-
-    def describe(self, described: Description) -> None:
-        """Write classifier.json, with the digest of the weights."""
-        dataclasses.replace(described, weights_xxh3=self._digest).write(self.path)
-
-    def _write_rows(self) -> None:
-        self._write(EPOCHS, "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def finish(self, metrics: dict[str, Any]) -> None:
-        """Write the metrics, which ends the run."""
-        self._write(METRICS, json.dumps(metrics, indent=2) + "\n")
-
-    def write_predictions(self, tests: list[TestPredictions]) -> None:
-        """Write predictions.safetensors."""
-        try:
-            save(self.path / PREDICTIONS, tests)
-        except OSError as error:
-            raise argument_error("out", f"{self.path / PREDICTIONS} can't be written: {error.strerror}.") from error
-
-    def write_report(self, report: str) -> None:
-        """Write report.html."""
-        self._write(REPORT, report)
-
-    def write_card(self, card: str) -> None:
-        """Write README.md."""
-        self._write(CARD, card)
-
-    def _write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str) -> None:
+        """Replace a text file."""
         try:
             replace_text(self.path / name, text)
         except OSError as error:
             raise argument_error("out", f"{self.path / name} can't be written: {error.strerror}.") from error
 
+    def write_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Write metrics.jsonl."""
+        self.write(EPOCHS, "".join(json.dumps(row) + "\n" for row in rows))
 
-class FollowedFolder(RunFolder):
-    """Folder of a run that another process writes; nothing is written here, and no other error is raised."""
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write metrics.json, which ends the run."""
+        self.write(METRICS, json.dumps(metrics, indent=2) + "\n")
 
-    def __init__(self, config: TuneConfig):
-        assert config.out is not None
-        self.path, self._config = config.out, config
-        self.rows, self.resumed, self.finished = [], None, None
+    def publish(self, described: Description, *, best: bool) -> None:
+        """Put the weights of the checkpoint, and their description, into the run folder; before `write_metrics`.
 
-    def check_room(self, size: int, best: int = 0) -> None:
-        """Do nothing."""
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold no lock."""
-        yield
-
-    def keep_best(self) -> None:
-        """Do nothing."""
-
-    def follow(self, epochs: int) -> None:
-        """Read the checkpoint of `epochs` complete epochs that the other process has found.
-
-        Raises:
-            InputError: If it is not in the folder.
+        Args:
+            described: Description of the model.
+            best: Take the weights of the best epoch, not those of the last one.
         """
-        self.resumed = checkpoint.find(self.path) if epochs else None
-        self.rows = [] if self.resumed is None else list(self.resumed.state["rows"])
-        if len(self.rows) != epochs:
-            raise argument_error(
-                "resume",
-                f"{self.path} has a checkpoint of {epochs} epochs on the first process, and of {len(self.rows)} here; "
-                "all processes must share the folder.",
-            )
-
-
-@contextmanager
-def interrupt_deferred() -> Iterator[None]:
-    """Defer SIGINT, SIGTERM and SIGHUP to the end of the block. Does nothing outside the main thread."""
-    received: list[int] = []
-    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda number, frame: received.append(number)):
-        yield
-    if received:
-        signal.raise_signal(received[0])
+        folder, target = self.path / checkpoint.FOLDER, self.path / described.weights
+        source = folder / checkpoint.BEST if best and (folder / checkpoint.BEST).exists() else folder / target.name
+        try:
+            target.unlink(missing_ok=True)
+            checkpoint.link_or_copy(source, target)
+            dataclasses.replace(described, weights_xxh3=digest_file(target)).write(self.path)
+        except OSError as error:
+            raise argument_error("out", f"{target} can't be written: {error.strerror}.") from error

@@ -23,3 +23,13 @@ def handled(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
     finally:
         for number, earlier in before:
             signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Defer SIGINT, SIGTERM and SIGHUP to the end of the block. Does nothing outside the main thread."""
+    received: list[int] = []
+    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda number, frame: received.append(number)):
+        yield
+    if received:
+        signal.raise_signal(received[0])

@@ -26,7 +26,6 @@ from .errors import argument_error
 from .precision import REMEDY, MixedPrecision
 from .processes import ALONE, Processes
 from .stage_timer import StageTimer
-from .state_checks import check_like, check_optimizer, check_types
 
 _CURVE = 100  # largest number of points of the loss curve in the row of an epoch
 
@@ -210,16 +209,8 @@ class Trainer:
 
         Raises:
             InputError: If the training images differ.
-            ValueError: If the state is damaged, or that of a different trainer.
         """
-        own = self.state_dict()
-        check_types(state, {name: "mapping" for name in own if name != "labels"} | {"labels": "text"}, "trainer")
-        check_optimizer(state["optimizer"], own["optimizer"], self.weights)
-        for name in ("schedule", "loader", "class_sampler", "precision"):
-            check_like(state[name], own[name], f"trainer.{name}")
-        # The state of a GPU's generator is not checked: the run may be resumed on another device.
-        check_like(state["random"].get("cpu"), own["random"]["cpu"], "trainer.random.cpu")
-        if state["labels"] != own["labels"]:
+        if state["labels"] != digest_tensors([("labels", self._labels)]):
             raise argument_error("resume", "the training images differ from those of the run; choose another folder.")
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
@@ -228,7 +219,7 @@ class Trainer:
             self._class_sampler.load_state_dict(state["class_sampler"])
         self._precision.load_state_dict(state["precision"])
         torch.set_rng_state(state["random"]["cpu"])
-        if self._device.type == "cuda" and "cuda" in state["random"]:
+        if self._device.type == "cuda" and "cuda" in state["random"]:  # the run may be resumed on another device
             torch.cuda.set_rng_state(state["random"]["cuda"], self._device)
 
 

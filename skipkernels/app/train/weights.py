@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...digests import digest_json, digest_tensors
+from ...folders import replace_tensors
 from ..data import InputError
 from ..methods import Method
 from ..untrusted import parse_object
@@ -29,28 +30,28 @@ class WeightsFile:
     Args:
         method: Method, before training.
         model: CLIP of the method.
-        delta: Save only changed weights, found by digests without a copy.
-        reloaded: Let `load` work after training too: then a delta has all trained weights, also unchanged ones.
+        delta: Save only the trained weights, and others that changed, found by digests without a copy.
     """
 
-    def __init__(self, method: Method, model: nn.Module, *, delta: bool, reloaded: bool = False):
+    def __init__(self, method: Method, model: nn.Module, *, delta: bool):
         self._method = method
-        self._first = WeightDigests(method.state_dict()) if delta else None
-        self._trained = _trained_names(method) if delta and reloaded else set()
-        self._whole = method.state_dict().keys() == model.state_dict().keys()
+        self._first = _digests(method.state_dict()) if delta else None
+        trained = {
+            w.data_ptr() for group in method.parameter_groups(text_lr=0.0, image_lr=0.0) for w in group["params"]
+        }
+        self._trained = {name for name, weight in method.state_dict().items() if weight.data_ptr() in trained}
+        whole = method.state_dict().keys() == model.state_dict().keys()
+        self.holds = CHANGES if delta else MODEL if whole else METHOD
 
-    @property
-    def holds(self) -> str:
-        """Kind of the contents: MODEL, METHOD or CHANGES."""
-        return CHANGES if self._first is not None else MODEL if self._whole else METHOD
-
-    def contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the tensors by name, and the metadata of the file."""
-        weights = dict(self._method.state_dict())
+    def save(self, path: Path) -> None:
+        """Write the weights to a new file."""
+        tensors = dict(self._method.state_dict())
         if self._first is None:
-            return weights, metadata(holds=self.holds)
-        kept = {name: weights[name] for name in weights if name in self._trained}
-        return kept | self._first.changed(weights), metadata(holds=self.holds, of=self._first.digest())
+            save_weights(path, tensors, holds=self.holds)
+            return
+        now = _digests(tensors)
+        kept = {name: tensors[name] for name in tensors if name in self._trained or now[name] != self._first[name]}
+        save_weights(path, kept, holds=self.holds, of=digest_json(self._first))
 
     def load(self, path: Path) -> None:
         """Load a weights file into the method.
@@ -63,10 +64,10 @@ class WeightsFile:
             weights = load_file(path)
             if found.get("holds") == CHANGES:
                 first = self._method.state_dict()
-                if found.get("of") != (self._first or WeightDigests(first)).digest():
+                if found.get("of") != digest_json(self._first or _digests(first)):
                     # A run in bf16-sr has bf16 weights; the model may have them in fp32 here.
                     first = {name: in_bf16(name, weight) for name, weight in first.items()}
-                    if found.get("of") != WeightDigests(first).digest():
+                    if found.get("of") != digest_json(_digests(first)):
                         raise InputError(
                             f"{path}: contains changes to other pretrained weights; give the same `pretrained`."
                         )
@@ -76,38 +77,13 @@ class WeightsFile:
             raise _unusable(path, error) from error
 
 
-def _trained_names(method: Method) -> set[str]:
-    """Names of the trained weights in the state of a method."""
-    trained = {w.data_ptr() for group in method.parameter_groups(text_lr=0.0, image_lr=0.0) for w in group["params"]}
-    return {name for name, weight in method.state_dict().items() if weight.data_ptr() in trained}
-
-
-class WeightDigests:
-    """Digests of weights before training, to find those that changed.
-
-    Example:
-        >>> import torch
-        >>> digests = WeightDigests({"a": torch.ones(1), "b": torch.ones(1)})
-        >>> digests.changed({"a": torch.ones(1), "b": torch.zeros(1)})
-        {'b': tensor([0.])}
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor]):
-        self._by_name = {name: digest_tensors([(name, tensor)]) for name, tensor in weights.items()}
-
-    def digest(self) -> str:
-        """Return the digest of all weights together."""
-        return digest_json(self._by_name)
-
-    def changed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights with a different digest."""
-        digests = self._by_name
-        return {name: tensor for name, tensor in weights.items() if digests[name] != digest_tensors([(name, tensor)])}
-
-
-def metadata(**values: str) -> dict[str, str]:
-    """Return metadata of a weights file, which `read_metadata` converts back to `values`."""
-    return {_KEY: json.dumps(values, sort_keys=True)}
+def save_weights(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write tensors to a file, with metadata for `read_metadata`."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        shared = any(tensor.data_ptr() == other.data_ptr() for other in stored.values())  # safetensors refuses it
+        stored[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
+    replace_tensors(path, stored, {_KEY: json.dumps(metadata, sort_keys=True)})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -127,16 +103,16 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def has_bf16(path: Path) -> bool:
-    """Return True if a weights file has a bf16 tensor, as those of runs in bf16-sr.
-
-    Raises:
-        InputError: If it can't be read.
-    """
+    """Return True if a weights file has a bf16 tensor, as those of runs in bf16-sr."""
     try:
         with safe_open(path, "pt") as file:
             return any(file.get_slice(name).get_dtype() == "BF16" for name in file.keys())
     except (SafetensorError, OSError) as error:
         raise _unusable(path, error) from error
+
+
+def _digests(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: digest_tensors([(name, tensor)]) for name, tensor in weights.items()}
 
 
 def _unusable(path: Path, error: BaseException) -> InputError:

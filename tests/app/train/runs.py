@@ -18,7 +18,6 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.demo import glyphs
 from skipkernels.app.report import plots
-from skipkernels.app.train import forward_profile
 from skipkernels.digests import digest_tensors
 
 SMALL = TuneConfig(shots=4, classes=12, epochs=2, device="cpu")  # two epochs of six steps
@@ -36,12 +35,8 @@ def few_test_images() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shortened() -> Iterator[None]:
-    """Leave out half of a small run: test images, and, which have tests of their own, plots and rounds of a timing.
-
-    The tokenizer is made once.
-    """
+    """Leave out test images, and plots, which have tests of their own; make the tokenizer once."""
     with few_test_images(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward_profile, "_ROUNDS", 1)
         patch.setattr(plots, "panels_svg", lambda name, label, panels, **_: f"<svg>{name}</svg>")
         patch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
         yield

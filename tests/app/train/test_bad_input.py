@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
 from skipkernels.app.demo import glyph_tiny
 from skipkernels.app.train.model import check_activation, load_model
+from skipkernels.digests import digest_bytes
 from tests.app.data.pictures import make_folders
 from tests.app.train.runs import fails
 
 
 @pytest.fixture
 def damaged(run, tmp_path):
-    """Copy of two files of a run, to be damaged."""
+    """Copy of the files of a run that eval reads, to be damaged."""
     folder, _ = run
-    for name in ("config.yaml", "model.safetensors"):
+    for name in ("config.yaml", "classifier.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     return tmp_path
 
@@ -88,7 +90,8 @@ def test_overwrite_deletes_metrics_first(run, tmp_path, monkeypatch):
     arguments = ["--shots", "4", "--classes", "12", "--epochs", "1", "--overwrite", "--out", str(tmp_path)]
     assert main(["tune", *arguments]) == 0
     order = [name for name in removed if (run[0] / name).exists() and not name.startswith(".")]
-    assert order[0] == "metrics.json" and order.index("state.pt") < order.index("model.safetensors")
+    assert order[0] == "metrics.json"
+    assert {"model.safetensors", "metrics.jsonl"} < set(order[: order.index("config.yaml")])
     assert "events.out.tfevents.1" in removed
 
 
@@ -134,15 +137,25 @@ def test_eval_refuses_folder_without_run(tmp_path, capsys):
     assert "no such file" in fails(["eval", tmp_path], capsys)
 
 
-@pytest.mark.parametrize("keep", [0, 7, 100, 5000])
+def write_weights(folder: Path, content: bytes) -> None:
+    """Replace the weights, and their digest."""
+    (folder / "model.safetensors").write_bytes(content)
+    path = folder / "classifier.json"
+    changed = json.loads(path.read_text()) | {"weights_xxh3": digest_bytes(content)}
+    path.write_text(json.dumps(changed))
+
+
+@pytest.mark.parametrize("keep", [0, 7, 5000])
 def test_eval_refuses_truncated_weights(damaged, keep, capsys):
-    file = damaged / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
+    content = (damaged / "model.safetensors").read_bytes()[:keep]
+    (damaged / "model.safetensors").write_bytes(content)
+    assert "missing or damaged: it does not match classifier.json" in fails(["eval", damaged], capsys)
+    write_weights(damaged, content)
     assert "not usable as weights" in fails(["eval", damaged], capsys)
 
 
 def test_eval_refuses_weights_of_other_model(damaged, capsys):
-    save_file({"weight": torch.zeros(2)}, damaged / "model.safetensors")
+    write_weights(damaged, save({"weight": torch.zeros(2)}))
     assert "not usable as weights" in fails(["eval", damaged], capsys)
 
 
@@ -239,10 +252,9 @@ def test_error_message_is_one_short_line(tmp_path, arguments, capsys):
     ("option", "place", "message"),
     [
         ("--out", "photos/runs/a", "is in the folder of the images"),
-        ("--out", "photos", "is the folder of the images"),
+        ("--out", "photos", "is in the folder of the images"),
         ("--out", "link/a", "is in the folder of the images"),
-        ("--out", ".", "contains the folder of the images"),
-        ("--cache", "photos", "is the folder of the images"),
+        ("--cache", "photos", "is in the folder of the images"),
         ("--cache", "photos/train", "is in the folder of the images"),
     ],
 )

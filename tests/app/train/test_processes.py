@@ -19,7 +19,7 @@ from skipkernels.app.data import InputError
 from skipkernels.app.data.tasks import TestSet
 from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train.processes import Processes
-from skipkernels.app.train.run import _check_processes, _Run
+from skipkernels.app.train.run import Run, _check_processes
 from skipkernels.app.train.setup import RunSetup
 from skipkernels.features import FeatureCache
 from tests.app.train import fail_at_step
@@ -48,12 +48,12 @@ def first_is_best():
 
 
 def let_accuracy_fall(patch: pytest.MonkeyPatch) -> None:
-    complete = _Run._complete
+    complete = Run._complete
 
     def completed(self, row, *others):
         complete(self, row | {"validation": row["validation"] and -row["epoch"]}, *others)
 
-    patch.setattr(_Run, "_complete", completed)
+    patch.setattr(Run, "_complete", completed)
 
 
 def config_of(name: str, folder: Path, **changes: Any) -> TuneConfig:

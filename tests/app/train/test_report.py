@@ -33,7 +33,7 @@ from skipkernels.app.report.mistakes import (
 )
 from skipkernels.app.report.study_page import pareto
 from skipkernels.app.train import predictions
-from skipkernels.app.train.predictions import TestPredictions, TopClasses, consistent
+from skipkernels.app.train.predictions import TestPredictions, TopClasses
 
 VOID = {"meta", "br", "img", "input"}
 NASTY = """</b></script><script>alert("1")</script> & 'quotes' {braces} {{ 7 * 7 }} {0} %s $x$ é 字 <!-- ]]>"""
@@ -370,11 +370,6 @@ def test_report_without_errors():
     assert not Page(text).named("img") and 'id="confusions"' not in text and 'id="fixed"' not in text
 
 
-def test_report_forward_time():
-    cost = metrics()["cost"] | {"forward_milliseconds": {"image tower": 3.0, "text tower": 1.0}}
-    assert ["image tower", "3.00 ms", "75.0 %"] in Page(page({"cost": cost})).rows
-
-
 def test_report_constant_kept_classes():
     rows = [row(1, kept_histogram={"11": 20})]
     text = page({"kept_classes": 11.0}, rows)
@@ -420,13 +415,6 @@ def test_predictions_round_trip_and_damage(tmp_path):
     predictions.save(path, tests)
     with pytest.raises(InputError, match="a class out of range"):
         predictions.load(path)
-
-
-def test_consistent_drops_other_predictions():
-    found = top(0, 1)
-    assert consistent({"base": found}, "base", torch.tensor([0, 1])) is found
-    dropped = consistent({"base": found}, "base", torch.tensor([0, 2]))
-    assert dropped.classes.tolist() == [[0], [2]] and dropped.probabilities.isnan().all()
 
 
 # ---- studies -----------------------------------------------------------------------------------------------------

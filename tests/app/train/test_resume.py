@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 
@@ -13,17 +12,15 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.methods.skip import Skip
-from skipkernels.app.train import tune
+from skipkernels.app.train import checkpoint, evaluate_run, tune
 from skipkernels.app.train.run_folder import RunFolder, read_metrics
 from tests.app.train.runs import fails, files, results, rows, shortened, small
-from tests.kills import run_for
-
-KILLS, SEED = 3, 0
 
 
 def stopped(folder, method_class=Skip, step: int = 9, **changes) -> None:
@@ -51,28 +48,26 @@ def test_resume_is_bitwise_identical(run, tmp_path):
     assert files(tmp_path) == files(run[0])
 
 
-def test_resume_refuses_state_of_other_weights(run, tmp_path):
-    folder = shutil.copytree(run[0], tmp_path / "run")
-    state = torch.load(folder / "state.pt")
-    state["trainer"]["optimizer"]["state"][0]["momentum_buffer"] = torch.ones(3)
-    torch.save(state, folder / "state.pt")
-    (folder / "metrics.json").unlink()
-    message = r"state\.pt: not the state of this run: trainer\.optimizer\.state\[0\]\.momentum_buffer does not fit"
-    with pytest.raises(InputError, match=message):
-        tune(small(folder, resume=True))
+@pytest.mark.parametrize("training", [{}, {"optimizer": 3}, [1]], ids=str)
+def test_resume_refuses_foreign_training_state(copy, training):
+    found = checkpoint.load(copy)
+    foreign = found._replace(training=training)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load", lambda run: foreign)
+        with pytest.raises(InputError, match=r"checkpoint: not the training state of this run: .*`overwrite=True`\.$"):
+            tune(small(copy, resume=True))
+    assert checkpoint.load(copy).rows == found.rows, "the checkpoint is kept"
 
 
 BROKEN = {
     "deep": ("[" * 100_000, "nested too deeply"),
     "list": ("[]", "not a JSON object"),
     "nan": ('{"epochs": NaN}', "NaN is not a finite number"),
-    "infinite": ('{"epochs": 1e999}', "1e999 is not a finite number"),
-    "empty": ("{}", "status is missing"),
-    "binary": (b"\xff\xfe\x00", "not JSON"),
+    "empty": ("{}", "status: Field required"),
     "large": (" " * ((1 << 24) + 1), "more than 16777216 bytes"),
-    "epochs": ({"epochs": "2"}, "epochs must be whole number; got str"),
-    "tuned": ({"tuned": None}, "status is complete, but tuned or kept_classes is incomplete"),
-    "cost": ({"cost": {"device": 0}}, "cost.device must be text; got int"),
+    "epochs": ({"epochs": -2}, "epochs: Input should be greater than or equal to 0"),
+    "tuned": ({"tuned": None}, "status is complete, but tuned is incomplete"),
+    "cost": ({"cost": {"device": 0}}, "cost.device: Input should be"),
 }
 
 
@@ -82,7 +77,7 @@ def test_read_metrics_refuses_damaged_file(run, tmp_path, kind):
     if isinstance(content, dict):
         content = json.dumps(json.loads((run[0] / "metrics.json").read_text()) | content)
     (tmp_path / "metrics.json").write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(InputError, match=rf"metrics\.json: damaged \(.*{message}.*\); delete it") as caught:
+    with pytest.raises(InputError, match=rf"metrics\.json: damaged \(.*{message}.*\)\. Restore it") as caught:
         read_metrics(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
@@ -179,21 +174,56 @@ def test_resume_refuses_folder_without_run(tmp_path, capsys):
         tune(TuneConfig(resume=tmp_path))
 
 
-def test_resume_restores_rows_and_metrics(run, tmp_path):
-    """Files as after a kill between the last checkpoint and the last row of metrics.jsonl."""
-    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "metrics.json").unlink()
-    (tmp_path / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
-    tune(small(tmp_path, resume=True))
-    assert results(tmp_path) == results(run[0])
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """Run that was interrupted in its second epoch; no test changes it."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with shortened():
+        stopped(folder)
+    return folder
 
 
 @pytest.fixture
-def copy(run, tmp_path):
-    """Copy of a run with all epochs and no metrics."""
-    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "metrics.json").unlink()
-    return tmp_path
+def copy(interrupted, tmp_path):
+    """Copy of an interrupted run."""
+    return shutil.copytree(interrupted, tmp_path / "copy")
+
+
+def test_resume_of_killed_run(run, copy):
+    """Files as after a kill between the checkpoint and the row of metrics.jsonl."""
+    (copy / "metrics.json").unlink()
+    (copy / "metrics.jsonl").write_text("")
+    tune(small(copy, resume=True))
+    assert results(copy) == results(run[0])
+
+
+def test_resume_refuses_run_of_version_0_2(copy):
+    """A run of 0.2 has state.pt beside its weights; without it, epochs would be lost."""
+    shutil.rmtree(copy / "checkpoint")
+    with pytest.raises(InputError, match="contains a run without its checkpoint folder"):
+        tune(small(copy, resume=True))
+    torch.save({"format": 2}, copy / "state.pt")
+    with pytest.raises(
+        InputError, match=r"was stopped by skipkernels 0\.2, .*; continue with 0\.2, or tune again with"
+    ):
+        tune(small(copy, resume=True))
+    assert evaluate_run(copy) == rows(copy)[0]["accuracy"], "its model can be used"
+    assert tune(small(copy, overwrite=True))["epochs"] == 2
+
+
+def test_run_of_version_0_2_is_complete(run, tmp_path):
+    """Its metrics have the times of the parts of a forward, and classifier.json no digest in the first versions."""
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    (folder / "state.pt").touch()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["cost"]["forward_milliseconds"] = {"loss": 1.0}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    classifier = json.loads((folder / "classifier.json").read_text())
+    del classifier["weights_xxh3"]
+    (folder / "classifier.json").write_text(json.dumps(classifier))
+    assert tune(small(folder, resume=True)) == metrics
+    assert evaluate_run(folder) == metrics["tuned"]
+    assert sk.Classifier.load(folder, device="cpu").classes == classifier["classes"]
 
 
 @pytest.mark.parametrize(
@@ -220,24 +250,16 @@ def test_resume_accepts_settings_without_effect(copy, changes):
     assert tune(small(copy, resume=True, **changes))["status"] == "complete"
 
 
-def test_resume_refuses_other_weights(copy, capsys):
-    file = copy / "model.safetensors"
+def test_resume_refuses_damaged_checkpoint(copy, capsys):
+    file = copy / "checkpoint" / "training.pt"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     arguments = ["--shots", 4, "--classes", 12, "--epochs", 2, "--out", copy]
-    assert "missing or damaged" in fails(["tune", "--resume", *arguments], capsys)
-    assert "missing or damaged" in fails(["eval", copy], capsys)
-    file.unlink()
-    assert "missing or damaged" in fails(["tune", "--resume", *arguments], capsys)
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    assert "training.pt does not match checkpoint.json" in fails(["tune", "--resume", *arguments], capsys)
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before, "nothing is lost"
     assert main(["tune", "--overwrite", *map(str, arguments)]) == 0
-
-
-def test_resume_refuses_missing_state(copy, capsys):
-    (copy / "state.pt").unlink()
-    (copy / "metrics.json").write_text('{"status": "complete", "epochs": 2}')
-    message = fails(["tune", "--resume", "--shots", 4, "--classes", 12, "--out", copy], capsys)
-    assert "contains a run without state.pt" in message
 
 
 def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):
@@ -246,34 +268,3 @@ def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "digest_tensors", lambda named: "others")
     message = fails(["tune", "--resume", "--shots", 4, "--classes", 12, "--epochs", 2, "--out", copy], capsys)
     assert "the training images differ" in message
-
-
-# ---- kills -------------------------------------------------------------------------------------------------------
-
-
-KILLED = {"epochs": 4}
-
-
-def work(config: TuneConfig, pipe) -> None:
-    torch.set_num_threads(1)
-    pipe.send("begins")
-    with shortened():
-        tune(config)
-    pipe.send("has ended")
-    pipe.recv()
-
-
-@pytest.mark.slow
-def test_resume_after_kill_is_bitwise_identical(tmp_path):
-    torch.set_num_threads(1)  # like the killed processes
-    whole, generator, between_epochs = tmp_path / "whole", random.Random(SEED), 0
-    duration = run_for(work, (small(whole, **KILLED),), seconds=100)
-    for kill in range(KILLS):
-        folder = tmp_path / f"{kill}"
-        run_for(work, (small(folder, **KILLED),), (kill + generator.random()) / KILLS * duration)
-        complete = (folder / "metrics.json").exists()
-        between_epochs += (folder / "state.pt").exists() and not complete
-        tune(small(folder, resume=True, **KILLED))
-        assert results(folder) == results(whole)
-        assert not list(folder.glob(".*partial")) and not list(folder.glob(".next.*"))
-    assert between_epochs, "no kill came between two epochs"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -16,22 +15,18 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.demo import glyphs
 from skipkernels.app.methods import METHODS
-from skipkernels.app.train import checkpoint, evaluate_run, optimizers, trainer, tune
-from skipkernels.app.train.forward_profile import forward_milliseconds
+from skipkernels.app.train import evaluate_run, optimizers, trainer, tune
 from skipkernels.app.train.model import load_model
-from skipkernels.app.train.precision import MixedPrecision
 from skipkernels.app.train.setup import build_task
 from skipkernels.folders import locked
 from skipkernels.optimizer import FusedSGD
 from tests.app.train.runs import files, losses, results, rows, small, without_cost
-from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
-FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "state.pt", "report.html"}
+FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html"}
 FILES |= {"classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
 
 
@@ -56,18 +51,13 @@ def test_tune_files_and_metrics(run):
 
 
 def test_tune_stage_seconds(run):
-    folder, metrics = run
-    for row in rows(folder):
+    for row in rows(run[0]):
         seconds = row["stage_seconds"]
         assert set(seconds) == {"data", "forward", "backward", "update", "evaluation"}
         trained = sum(value for stage, value in seconds.items() if stage != "evaluation")
         assert 0.5 * row["seconds"] < trained < row["seconds"], "other stages take little"
         assert seconds["data"] == row["seconds_waiting_for_features"] and min(seconds.values()) >= 0
         assert row["kept_histogram"] == {"5": 6}
-    parts = metrics["cost"]["forward_milliseconds"]
-    assert list(parts) == ["image tower", "class selection", "text tower", "loss"]
-    per_step = sum(row["stage_seconds"]["forward"] for row in rows(folder)) / 12
-    assert sum(parts.values()) < 10 * 1000 * per_step, "in milliseconds; ten times, since cores may be busy"
 
 
 def test_tune_graphed_gives_the_same_results(tmp_path, monkeypatch):
@@ -115,22 +105,7 @@ def test_eval_notes_run_in_progress(run, capsys):
         assert main(["eval", str(folder), "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out) == metrics["tuned"]
-    assert "note: a run is in progress in this folder, with" in shown.err
-
-
-def test_evaluate_run_retries_renamed_weights(run, tmp_path, monkeypatch):
-    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "model.safetensors").rename(tmp_path / ".next.model.safetensors")
-    find = checkpoint.find
-
-    def renamed_after(folder):
-        found = find(folder)
-        if found.weights.name.startswith("."):
-            found.weights.rename(folder / "model.safetensors")
-        return found
-
-    monkeypatch.setattr(checkpoint, "find", renamed_after)
-    assert evaluate_run(tmp_path) == run[1]["tuned"]
+    assert "note: a run is in progress in this folder, with 0 epochs left" in shown.err
 
 
 def test_eval_on_other_data(run, capsys):
@@ -246,7 +221,7 @@ def test_tune_methods(run, tmp_path, method, delta):
     if method == "zero-shot":
         assert metrics["tuned"] == metrics["zero_shot"] and metrics["parameters"]["trained"] == 0
     assert metrics["epochs"] == (1 if trains else 0) and (metrics["steps"] > 0) == trains
-    assert files(tmp_path) >= {"report.html", "state.pt", "metrics.json"}
+    assert files(tmp_path) >= {"report.html", "metrics.json"}
 
 
 def test_tune_clip_grad_norm_near_zero(tmp_path):
@@ -266,16 +241,6 @@ def test_load_model_random_weights_follow_seed():
         load_model("glyph-tiny", "random", torch.device("cpu"), seed=seed)[0].positional_embedding for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-def test_forward_milliseconds_changes_nothing():
-    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(60), skip_layers=1 / 3)
-    images, labels = tiny_batch(4, 60, torch.float32)
-    before = clip.sampler.state_dict()
-    parts = forward_milliseconds(clip, images, labels, MixedPrecision("fp32", torch.device("cpu")))
-    assert min(parts.values()) > 0 and list(parts) == ["image tower", "class selection", "text tower", "loss"]
-    assert clip.sampler.state_dict()["generator"].equal(before["generator"])
-    assert all(weight.grad is None for weight in clip.trainable_parameters())
 
 
 def squares(folder: Path, *colours: str) -> Path:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.train import checkpoint, epochs_left, evaluate_run, tune
-from skipkernels.app.train.run import _Run
+from skipkernels.app.train.run import Run
 from tests.app.train.runs import TEST_IMAGES, files, results, rows, small
 from tests.app.train.test_resume import stopped
 
@@ -21,20 +17,16 @@ CHANGES = {"validation": "split", "epochs": 6, "patience": 2, "classes": 6, "sho
 STEP = 8  # of the fourth epoch, of two steps each
 
 
-class Killed(BaseException):
-    """Stands in for SIGKILL."""
-
-
 @pytest.fixture(scope="module", autouse=True)
 def accuracies():
     """Validation accuracies of the rows."""
-    complete = _Run._complete
+    complete = Run._complete
 
     def completed(self, row, *others):
         complete(self, row | {"validation": ACCURACIES[row["epoch"]]}, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "_complete", completed)
+        patch.setattr(Run, "_complete", completed)
         yield
 
 
@@ -43,9 +35,9 @@ def whole(tmp_path_factory):
     """Run, its metrics, and its weights after each epoch."""
     folder, found, save = tmp_path_factory.mktemp("whole"), [], checkpoint.save
 
-    def recorded(folder, file, weights, *others, **named):
-        found.append({name: tensor.clone() for name, tensor in weights.items()})
-        return save(folder, file, weights, *others, **named)
+    def recorded(run, *others, **named):
+        save(run, *others, **named)
+        found.append(load_file(run / "checkpoint" / "model.safetensors"))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save", recorded)
@@ -61,13 +53,14 @@ def test_best_epoch_is_kept(whole):
     assert metrics["tuned"] == rows(folder)[2]["accuracy"] == evaluate_run(folder)
     assert metrics["validation"]["images"] == 3 * TEST_IMAGES and 0 <= metrics["validation"]["tuned"] <= 100
     assert [row["validation"] for row in rows(folder)] == list(ACCURACIES.values())
-    assert "best.safetensors" not in files(folder) and epochs_left(folder) == 0
+    assert epochs_left(folder) == 0
 
 
 def test_resume_is_bitwise_identical(whole, tmp_path):
-    """Interrupted when the best weights are not the last ones."""
+    """Interrupted before and after an epoch that is not the best one."""
     stopped(tmp_path, step=STEP, **CHANGES)
-    assert "best.safetensors" not in files(tmp_path), "the last epoch is the best one"
+    assert not (tmp_path / "checkpoint" / "best.safetensors").exists(), "the last epoch is the best one"
+    assert epochs_left(tmp_path) == 3
     tune(small(tmp_path, resume=True, **CHANGES))
     assert results(tmp_path) == results(whole[0])
     assert files(tmp_path) == files(whole[0])
@@ -79,62 +72,3 @@ def test_patience_without_validation():
     assert caught.value.argument == "patience"
     with pytest.raises(InputError, match="validation must be a share between 0 and 1; got 1.5"):
         TuneConfig(validation=1.5).resolved()
-
-
-# ---- files -------------------------------------------------------------------------------------------------------
-
-
-STATE = {"config": {}, "rows": [], "seconds": 1.0, "trainer": None}
-BEST = {1, 2}  # the last of them is kept
-
-
-def work(folder, done: list[int]):
-    """Save three epochs, and keep the best; `done` are those that are complete."""
-    best = None
-    for epoch in (1, 2, 3):
-        tensors = {"weight": torch.full((3,), float(epoch))}
-        arguments = folder, checkpoint.MODEL, tensors, {}, STATE | {"epoch": epoch}
-        _, best = checkpoint.save(*arguments, best=best, is_best=epoch in BEST)
-        done.append(epoch)
-    checkpoint.keep_best(folder)
-    done.append(4)
-
-
-def value(path) -> float:
-    return load_file(path)["weight"][0].item()
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_kill_keeps_last_and_best_weights(tmp_path, monkeypatch, after):
-    replace = os.replace
-    for moment in itertools.count(1):
-        folder, calls, done = tmp_path / f"{moment}", itertools.count(1), []
-        folder.mkdir()
-
-        def killed(*names, moment=moment, calls=calls):
-            number = next(calls)
-            if number >= moment and not (after and number == moment):
-                raise Killed
-            replace(*names)
-            if number == moment:
-                raise Killed
-
-        monkeypatch.setattr(os, "replace", killed)
-        try:
-            work(folder, done)
-        except Killed:
-            pass
-        monkeypatch.setattr(os, "replace", replace)
-        for finder in (checkpoint.find, checkpoint.recover):
-            found = finder(folder)
-            if found is None:
-                assert not done
-                continue
-            epoch, best = found.state["epoch"], value(checkpoint.best_weights(folder, found.state))
-            assert epoch >= min(max(done, default=0), 3)
-            assert best == min(epoch, 2) and value(found.weights) in {epoch, best}
-            assert value(found.weights) == epoch or epoch == 3, "the best weights replace only the last ones"
-        if 4 in done:
-            assert {path.name for path in folder.iterdir()} == {"model.safetensors", "state.pt"}
-            assert moment > 12 and value(folder / "model.safetensors") == 2
-            return
