@@ -225,12 +225,13 @@ def test_panels_agree_with_eager(backend: Backend):
     OPERATOR.check_no_worse_than_eager(OPERATOR.case((520, 17_000, None, 2)))
 
 
+@pytest.mark.parametrize("panel", [1, 33 * 80], ids=["of one tile", "last with fewer tiles"])
 @pytest.mark.parametrize("backend", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
-def test_panels_and_splits_agree(backend: Backend, monkeypatch):
+def test_panels_and_splits_agree(backend: Backend, panel, monkeypatch, poisoned_memory):
     """The gradient of the text is a sum over panels of images; for few images programs split the classes."""
     case = OPERATOR.case((70, 90, 80, 20), backend.device, label_smoothing=0.1)
     whole = OPERATOR.kernel(case)
-    monkeypatch.setattr("skipkernels.ops.unit_rows.PANEL", 1)
+    monkeypatch.setattr("skipkernels.ops.unit_rows.PANEL", panel)
     monkeypatch.setattr("skipkernels.ops.class_sampled_ce.PROGRAMS", 1)
     found = OPERATOR.kernel(case)
     assert all(relative_error(found[name], right) <= 1e-4 for name, right in whole.items())

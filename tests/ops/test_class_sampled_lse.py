@@ -119,6 +119,17 @@ def test_panels_and_splits_agree(backend: Backend, monkeypatch):
     assert all(relative_error(found[name], right) <= 1e-4 for name, right in whole.items())
 
 
+def test_gradients_that_nearly_cancel_are_added_in_fp64(backend: Backend):
+    """d_lse + d_target is −1e-9 for images of the only class of a process; in fp32 it would be 0."""
+    case = OPERATOR.case((3, 9, 1, 16), backend.device)
+    case.options["labels"] = case.options["class_ids"].expand(3)
+    found = []
+    for each, function in ((case, class_sampled_lse), (case.to(torch.float64), reference.class_sampled_lse)):
+        lse, target = function(**each.inputs, **each.options)
+        found.append(torch.autograd.grad(((1 - 1e-9) * lse - target).sum(), each.inputs["logit_scale"])[0])
+    assert relative_error(*found) < 1e-5
+
+
 @pytest.mark.parametrize("C", [0, 9])
 def test_no_class_contributes_nothing(backend: Backend, C):
     """A process may own no class, or none of the sample; its gradients must exist, since processes wait for them."""
