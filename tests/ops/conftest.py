@@ -54,7 +54,11 @@ if "ttsem" in sys.modules:  # the simulator runs the tests; its tensors are CPU 
     BACKENDS = {"simulator": Backend("simulator", CPU, (torch.float32, torch.bfloat16, torch.float16))}
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] * (name == "gpu")) for name in BACKENDS])
+GPU = pytest.param("gpu", marks=pytest.mark.gpu)
+INTERPRETED = "simulator" if "simulator" in BACKENDS else "interpreter"
+
+
+@pytest.fixture(params=[GPU if name == "gpu" else name for name in BACKENDS])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Run the test with each implementation."""
     chosen = BACKENDS[request.param]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skipkernels.functional import class_sampled_ce
 from skipkernels.testing import COSINE, SLACK, peak_bytes, relative_error
-from tests.ops.conftest import Backend
+from tests.ops.conftest import GPU, INTERPRETED, Backend
 from tests.ops.harness import Case, Operator, Results, shared_tests
 
 
@@ -146,7 +146,7 @@ def test_all_ignored_is_what_cross_entropy_makes_of_it(backend: Backend):
     assert found.pop("loss").isnan() and not any(x.any() for x in found.values())
 
 
-@pytest.mark.parametrize("backend", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("backend", [INTERPRETED, GPU], indirect=True)
 def test_large_batches_no_worse_than_eager(backend: Backend):
     # Tiles of 128 images, in one whole group of tiles and a part of one; two tiles of classes.
     OPERATOR.check_no_worse_than_eager(OPERATOR.case((1030, 90, 70, 32), backend.device, dtype=torch.float16))
@@ -226,7 +226,7 @@ def test_panels_agree_with_eager(backend: Backend):
 
 
 @pytest.mark.parametrize("panel", [1, 33 * 80], ids=["of one tile", "last with fewer tiles"])
-@pytest.mark.parametrize("backend", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("backend", [INTERPRETED, GPU], indirect=True)
 def test_panels_and_splits_agree(backend: Backend, panel, monkeypatch, poisoned_memory):
     """The gradient of the text is a sum over panels of images; for few images programs split the classes."""
     case = OPERATOR.case((70, 90, 80, 20), backend.device, label_smoothing=0.1)

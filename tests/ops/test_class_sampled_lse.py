@@ -11,7 +11,7 @@ from torch import Tensor
 from skipkernels import functional, reference
 from skipkernels.functional import class_sampled_lse
 from skipkernels.testing import COSINE, SLACK, relative_error
-from tests.ops.conftest import Backend
+from tests.ops.conftest import GPU, INTERPRETED, Backend
 from tests.ops.harness import Case, Operator, Results, shared_tests
 
 
@@ -108,7 +108,7 @@ OPERATOR = Operator(
 TestClassSampledLse = shared_tests(OPERATOR)
 
 
-@pytest.mark.parametrize("backend", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("backend", [INTERPRETED, GPU], indirect=True)
 def test_panels_and_splits_agree(backend: Backend, monkeypatch):
     """Several panels of images in backward; one split of the classes; more images than one combining program reads."""
     case = OPERATOR.case((300, 90, 79, 20), backend.device)

@@ -12,7 +12,7 @@ from skipkernels import reference
 from skipkernels.functional import mlp_activation
 from skipkernels.ops.mlp_activation import KINDS, mlp_activation_backward
 from skipkernels.testing import SLACK
-from tests.ops.conftest import Backend
+from tests.ops.conftest import GPU, INTERPRETED, Backend
 from tests.ops.harness import DTYPES, Case, Operator, shared_tests
 
 
@@ -78,7 +78,7 @@ def everywhere(dtype: torch.dtype) -> Tensor:
     """Numbers of every magnitude and sign, including denormal numbers and 0; dense from −15 to 15."""
     tiny, largest = torch.finfo(dtype).smallest_normal / 8, torch.finfo(dtype).max
     sizes = torch.logspace(torch.tensor(tiny).log2().item(), torch.tensor(largest).log2().item() - 1e-3, 500, 2.0)
-    dense = torch.linspace(-15, 15, 20001)
+    dense = torch.linspace(-15, 15, 8001)
     return torch.cat([-sizes, torch.tensor([0.0, -largest, largest]), sizes, dense]).to(dtype)
 
 
@@ -90,7 +90,7 @@ def value_and_slope(function, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["cpp", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("backend", ["cpp", INTERPRETED, GPU], indirect=True)
 def test_every_element_error(backend: Backend, kind, dtype):
     """Compare the error of each result, in steps of its dtype, from −max to max, instead of the norm of all errors."""
     backend.skip_unless_supported(dtype)
@@ -127,20 +127,13 @@ def test_relative_precision_where_the_result_vanishes(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["cpp", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("backend", ["cpp", INTERPRETED, GPU], indirect=True)
 def test_infinity_and_nan_follow_the_formula(backend: Backend, kind):
     for dtype in backend.dtypes:
         x = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0], dtype=dtype, device=backend.device)
         out, d_x = value_and_slope(mlp_activation, x, kind)
         assert out[0] == torch.inf and out[1:3].isnan().all() and out[3].isfinite()
         assert d_x[:3].isnan().all() and d_x[3].isfinite()
-
-
-def test_infinite_bias_stays_in_its_column(backend: Backend):
-    case = OPERATOR.case((5, 40), backend.device, kind="gelu")
-    case.inputs["bias"].data[3] = -torch.inf
-    d_bias = OPERATOR.kernel(case)["d_bias"]
-    assert d_bias.isfinite().sum() == 39 and OPERATOR.kernel(case)["out"].isnan().sum() == 5
 
 
 def test_no_rows(backend: Backend):

@@ -100,7 +100,7 @@ def test_any_scale(backend: Backend, scale):
     OPERATOR.check_no_worse_than_eager(OPERATOR.case((2, 35, 2, 16), backend.device, scale=scale))
 
 
-@pytest.mark.parametrize("deviation", [10, 30, 100, 300])
+@pytest.mark.parametrize("deviation", [10, 300])
 def test_no_worse_than_eager_at_any_deviation_of_scores(backend: Backend, deviation):
     """Queries and keys are multiples of 1/8, so that scores are exact; errors are those of softmax and its gradient."""
     case = OPERATOR.case((24, 12, 2, 16), backend.device)
