@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
-from skipkernels.clip.state import Shard, pack_state
+from skipkernels.clip.base import Shard, pack_state
 
 C = 40
 

@@ -1,8 +1,8 @@
 """SkipCLIP: Skip Tuning of a CLIP that is already loaded."""
 
+from .base import blocks_to_skip
 from .graphed import GraphedStep
 from .output import SkipOutput
-from .settings import blocks_to_skip
 from .skip_clip import SkipCLIP, check_clip
 
 __all__ = [

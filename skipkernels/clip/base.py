@@ -1,29 +1,99 @@
-"""State of SkipCLIP: its parts, the detection of changes to the model, moves, and the extra state of a checkpoint."""
+"""State of SkipCLIP: settings, encoders, detection of changes to the model, moves, and its part of a state dict."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 from ..checks import warn_caller
+from ..options import AttentionName
 from ..parallel import ClassParallel
 from ..selection import RankSampler
-from ..towers import ImageTower, Reduction, TextTower
-from ..towers.block import fuse_blocks
+from ..towers import ImageTower, Memory, Reduction, TextTower, xformers
+from ..towers.attention import SDPA, AttentionBackend
+from ..towers.block import FusedBlock, fuse_blocks
 from ..towers.changes import Containers
 from ..towers.reductions import of_every_template
-from .batch import check_images
-from .image_encoder import ImageEncoder
-from .settings import Settings, Trainable
-from .state import Shard, pack_state, prompts_digest, refuse_low_rank_updates, unpack_state
-from .text_encoder import TextEncoder
+from .image import ImageEncoder, check_images
+from .text import TextEncoder, prompts_digest
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
+
+Trainable = Literal["upper", "as_is"]
+_FORMAT = "1"
+# Largest distance of prototypes of the same weights that other numbers of processes computed: as between SkipCLIP and
+# the model, see towers/agreement.py; in half precision, prompts cropped to another length are rounded elsewhere.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+
+
+class Settings(NamedTuple):
+    """Arguments of SkipCLIP that construction and `refresh` apply to the towers."""
+
+    skip_layers: tuple[int | float, int | float]
+    memory: Memory
+    attention: AttentionName
+    trainable: Trainable
+    train_logit_scale: bool
+
+    @classmethod
+    def checked(
+        cls, skip_layers: Any, memory: Memory, attention: AttentionName, trainable: Trainable, train_logit_scale: bool
+    ) -> Settings:
+        """Return settings, or raise if an argument is invalid for every model."""
+        if memory not in get_args(Memory):
+            raise ValueError(f'SkipCLIP: memory must be "auto", "fast" or "min"; got {memory!r}.')
+        if attention not in get_args(AttentionName):
+            raise ValueError(f'SkipCLIP: attention must be "sdpa" or "xformers"; got {attention!r}.')
+        if trainable not in get_args(Trainable):
+            raise ValueError(f'SkipCLIP: trainable must be "upper" or "as_is"; got {trainable!r}.')
+        pair = skip_layers if isinstance(skip_layers, tuple) else (skip_layers, skip_layers)
+        if len(pair) != 2:
+            raise ValueError(f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {skip_layers!r}.")
+        return cls(pair, memory, attention, trainable, train_logit_scale)
+
+    def apply(self, image: ImageTower, texts: Sequence[TextTower]) -> None:
+        """Set cut, memory mode and attention backend of the towers; raise a ValueError if a tower can't use one."""
+        backend = SDPA if self.attention == "sdpa" else _xformers(image, texts[0])
+        for tower, name in ((image, "image"), *((text, "text") for text in texts)):
+            skip = blocks_to_skip(self.skip_layers[name == "text"], len(tower.blocks), name)
+            tower.memory, tower.skip, tower.attention_backend = self.memory, skip, backend
+
+
+def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
+    """Number of skipped blocks among the `depth` blocks of a tower.
+
+    >>> blocks_to_skip(0.5, 12, "image"), blocks_to_skip(5, 12, "text")
+    (6, 5)
+    """
+    number = not isinstance(skip, bool) and isinstance(skip, (int, float))
+    blocks = round(skip * depth) if isinstance(skip, float) and 0.0 <= skip <= 1.0 else skip
+    if not (number and 0 <= blocks <= depth and blocks == int(blocks)):
+        raise ValueError(
+            f"SkipCLIP: skip_layers must be a whole number from 0 to {depth} for the {tower} tower, or a fraction of "
+            f"its blocks such as 0.5, or a tuple (image, text) of either; got {skip!r}."
+        )
+    return int(blocks)
+
+
+def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
+    device = image.model.logit_scale.device
+    for tower in (image, text):
+        block = tower.blocks[0]
+        if isinstance(block, FusedBlock) and block.why_not_fused() is None:
+            weights, _, _, heads = block._read()
+            reason = xformers.why_unavailable(device, weights.fc.dtype, weights.fc.shape[1] // heads)
+            if reason is not None:
+                raise ValueError(
+                    f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU '
+                    "and an xformers that was built for this PyTorch."
+                )
+    return xformers.backend()
 
 
 class SkipCLIPBase(nn.Module):
@@ -255,3 +325,86 @@ class SkipCLIPBase(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_containers": None}  # it refers to modules of this process
+
+
+# ---- extra state in a state dict: a uint8 tensor with the bytes of a safetensors file
+
+
+class Shard(NamedTuple):
+    """The classes c ≡ rank (mod size) of `num_classes`."""
+
+    rank: int
+    size: int
+    num_classes: int
+
+    @property
+    def class_ids(self) -> Tensor:
+        """The classes, int64, ascending."""
+        return torch.arange(self.rank, self.num_classes, self.size)
+
+
+def pack_state(prototypes: Tensor, prompts: str, sampler: dict[str, Tensor], shard: Shard) -> Tensor:
+    """Pack prototypes [n, D] of a shard, a digest of all prompts, and the state of the sampler into uint8 [bytes]."""
+    tensors = {
+        "prototypes": prototypes.cpu(),
+        "prompts": torch.frombuffer(bytearray(prompts, "ascii"), dtype=torch.uint8),
+    }
+    if shard.size > 1:
+        tensors["shard"] = torch.tensor(shard)
+    data = safetensors.torch.save(tensors | sampler, metadata={"format": _FORMAT})
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def unpack_state(
+    state: Any, prototypes: Tensor, prompts: str, shard: Shard, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the prototypes [n, D] of a shard, and the state of the sampler.
+
+    A state of another shard replaces the prototypes of the classes that both shards have; the other rows stay.
+    """
+    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
+        raise ValueError("SkipCLIP: the extra state must be the uint8 tensor of get_extra_state().")
+    try:
+        tensors = safetensors.torch.load(state.cpu().numpy().tobytes())
+        loaded, saved_prompts = tensors.pop("prototypes"), tensors.pop("prompts", None)
+        saved = Shard(*tensors.pop("shard", torch.tensor([0, 1, len(loaded)])).tolist())
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"SkipCLIP: the extra state is damaged: {error}.") from error
+    if not (0 <= saved.rank < saved.size and len(loaded) == len(saved.class_ids)):
+        raise ValueError(f"SkipCLIP: the extra state is damaged: {len(loaded)} prototypes of {saved}.")
+    here = [shard.num_classes, prototypes.shape[1]]
+    there = [saved.num_classes, *loaded.shape[1:]]
+    if there != here:
+        raise ValueError(
+            f"SkipCLIP: the extra state has prototypes {there}, and this model and task have {here}. Load it into a "
+            "SkipCLIP with the same prompts."
+        )
+    if saved_prompts is not None and bytes(saved_prompts.tolist()) != prompts.encode():
+        raise ValueError(
+            "SkipCLIP: the extra state has the prototypes of other prompts, or of these in another order. Load "
+            "it into a SkipCLIP with the same prompts, or load the weights alone into clip.model."
+        )
+    if saved == shard == Shard(0, 1, len(loaded)):
+        return loaded, tensors
+    class_ids = saved.class_ids[saved.class_ids % shard.size == shard.rank]
+    found = loaded[class_ids // saved.size].to(prototypes)
+    rows = (class_ids // shard.size).to(prototypes.device)
+    distance = (found - prototypes[rows]).norm(dim=1)
+    if saved.size > 1 and (distance > _TOLERANCE[dtype]).any():
+        raise ValueError(
+            "SkipCLIP: the extra state of one of several processes has prototypes of other weights than these, up to "
+            f"{distance.max().item():.1e} away. Such a state lacks the other classes: create SkipCLIP on the weights "
+            "from before tuning, then load the state."
+        )
+    return prototypes.index_copy(0, rows, found), tensors
+
+
+def refuse_low_rank_updates(model: nn.Module, state_dict: Any, prefix: str) -> None:
+    """Raise a ValueError if a state dict has the low-rank updates of `add_lora`, and the model has none."""
+    saved = [name for name in state_dict if name.startswith(prefix) and name.endswith(".lora_A")]
+    if saved and not any(name.endswith(".lora_A") for name, _ in model.named_parameters()):
+        rank = state_dict[saved[0]].shape[-2]
+        raise ValueError(
+            f"SkipCLIP.load_state_dict: the state has low-rank updates of rank {rank}, and the model has none. Call "
+            f"add_lora(clip, rank={rank}) first, with the targets and alpha of the saved model."
+        )

@@ -20,7 +20,7 @@ from ..towers.changes import Settings
 from .output import SkipOutput
 
 if TYPE_CHECKING:
-    from .training import Training
+    from .skip_clip import SkipCLIP
 
 WARMUP = 3  # steps before a capture, which compile kernels and create the state of the optimizer
 
@@ -70,7 +70,7 @@ class GraphedStep:
         torch.Size([])
     """
 
-    def __init__(self, clip: Training, optimizer: torch.optim.Optimizer, batch_size: int):
+    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"graphed: batch_size must be at least 1, a whole number; got {batch_size!r}.")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -266,7 +266,7 @@ def record(step: Callable[[], SkipOutput], stream: Any, pool: Any) -> tuple[Any,
     return graph, out
 
 
-def why_not_capturable(clip: Training, optimizer: torch.optim.Optimizer) -> str | None:
+def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str | None:
     """Return why the step of a SkipCLIP and an optimizer cannot be captured in a CUDA graph, or None."""
     hooked = next((name for name, x in clip.model.named_modules() if any(getattr(x, hook) for hook in HOOKS)), None)
     generator = clip.sampler.generator
@@ -304,7 +304,7 @@ def _autocast(device: torch.device) -> torch.dtype | None:
 class _Frozen:
     """All that a graph takes as constant: modules, modes, settings, hooks, addresses, options."""
 
-    def __init__(self, clip: Training, optimizer: torch.optim.Optimizer):
+    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
         self._clip, self._optimizer = clip, optimizer
         self._text_encoder = clip._text_encoder  # kept, so that the addresses of its tensors are not used again
         modules = list(clip.model.modules())

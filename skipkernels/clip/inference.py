@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..retrieval import top_k_logits
 from ..towers import evaluating
 from .base import SkipCLIPBase
-from .batch import check_class_ids, check_features, check_images
-from .image_encoder import sharing_weights
+from .image import check_features, check_images, sharing_weights
 from .output import ImageClassifier
 from .sharded import sharded_predict, sharded_top_k
+from .text import check_class_ids
 
 
 class Inference(SkipCLIPBase):

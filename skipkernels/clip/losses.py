@@ -14,8 +14,8 @@ from ..checks import warn_caller
 from ..selection import classes_at_ranks
 from .base import SkipCLIPBase
 from .output import SkipOutput
-from .settings import check_vocabulary
 from .sharded import padded, sharded_pair_loss, sharded_sigmoid_loss
+from .text import check_vocabulary
 
 
 class Losses(SkipCLIPBase):

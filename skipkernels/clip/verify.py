@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map
 from ..towers import TextTower, deterministic_training, evaluating
 from ..towers.block import unfused
 from ..towers.text_store import representative_classes
-from .image_encoder import ImageEncoder
-from .text_encoder import TextEncoder
+from .image import ImageEncoder
+from .text import TextEncoder
 
 _HALF = (torch.float16, torch.bfloat16)
 # Largest distance between two unit-norm embeddings. Another order of operations changes about 1e-6 in fp32 over twelve

@@ -7,14 +7,90 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..boundary import LSkipBoundary, refusing_lost_gradients
+from ..digests import digest_tensors
 from ..towers import TextTower, evaluating
 from ..towers.changes import Frozen
-from .prompt_features import PromptFeatures, unit_norm
+from ..towers.text_store import TextStore, stored_prototypes
 
 _ROWS_ON_GPU = 256 << 20  # bytes of a folder that a GPU holds, so that no step waits: about 40,000 classes of ViT-B
+
+
+class PromptFeatures:
+    """Features at the cut of one prompt of each class, cached in memory or in a folder, and embeddings from them."""
+
+    # Device of the modules below the cut, if it differs from the device above the cut
+    lower_device: torch.device | None = None
+
+    def __init__(self, tower: TextTower, chunk: int):
+        self.tower, self.chunk = tower, chunk
+        self.store: TextStore | None = None  # The folder, if one is used
+        self.rows: Tensor | None = None  # Features of all classes in memory, [R, W], or None before they are computed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"rows": None}
+
+    def lower(self, class_ids: Tensor | None = None) -> Tensor:
+        """Hidden states [n, L, W] of classes (by default all) at the cut, without autocast."""
+        tokens = self.tower.tokens if class_ids is None else self.tower.tokens[class_ids]
+        with torch.autocast(tokens.device.type, enabled=False):
+            lower = refusing_lost_gradients(self.tower.lower, "text", "(…, 0)")
+            lower_tokens = tokens.to(self.lower_device or tokens.device)
+            return LSkipBoundary.apply(lower, lower_tokens, self.chunk).to(tokens.device)
+
+    def compute(self) -> None:
+        """Compute the features of all classes and keep them in memory."""
+        prompts, rows, stop = self.tower.prompts, None, 0
+        with torch.inference_mode(False), torch.enable_grad():  # used beyond the caller's context
+            # Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much.
+            for class_ids in torch.arange(len(self.tower.tokens), device=self.tower.tokens.device).split(self.chunk):
+                packed = prompts.pack(self.lower(class_ids), class_ids)
+                if rows is None:
+                    rows = packed.new_empty(prompts.row_count, packed.shape[1])
+                else:
+                    packed = packed[prompts.prefix_length :]
+                rows[stop : stop + len(packed)] = packed
+                stop += len(packed)
+        self.rows = rows
+
+    def read(self) -> None:
+        """Read the features of all classes from the folder and keep them in memory."""
+        assert self.store is not None
+        with torch.inference_mode(False), torch.no_grad():
+            self.rows = self.store.gather(torch.arange(self.tower.prompts.row_count, device=self.tower.tokens.device))
+
+    def use_folder(self, folder: Path) -> None:
+        """Cache the features in a folder."""
+        self.store = TextStore(folder / "features", self.tower, self.lower, self.chunk)
+
+    def encode(self, class_ids: Tensor, exact: bool = False) -> Tensor:
+        """Encode class ids [K] to embeddings [K, D] by the cached features. For `exact` see `PackedPrompts.select`."""
+        selected = self.tower.prompts.select(class_ids, exact=exact)
+        row_numbers = selected.row_numbers()
+        if self.rows is not None:
+            return self.tower.upper(self.rows.index_select(0, row_numbers), selected)
+        assert self.store is not None
+        return self.tower.upper(self.store.gather(row_numbers), selected)
+
+    def encode_uncached(self, class_ids: Tensor, exact: bool = False) -> Tensor:
+        """Encode class ids without the cached features."""
+        tower = self.tower
+        hidden = self.lower(class_ids) if tower.skip > 0 else tower.lower(tower.tokens[class_ids])
+        selected = tower.prompts.select(class_ids, exact=exact)
+        return tower.upper(selected.pack(hidden), selected)
+
+    def unit_embeddings(self, class_ids: Tensor) -> Tensor:
+        """Unit-norm embeddings [n, D] of classes, at least fp32, without gradient, in chunks."""
+        encode = self.encode if self.tower.skip > 0 else self.encode_uncached
+        with torch.no_grad():
+            return unit_norm(torch.cat([encode(chunk) for chunk in class_ids.split(self.chunk)]))
+
+    def stored_embeddings(self, folder: Path) -> Tensor:
+        """Unit-norm embeddings [C, D] of all classes before tuning, stored in a folder."""
+        return stored_prototypes(folder / "prototypes", self.tower, self.unit_embeddings)
 
 
 class TextEncoder:
@@ -219,3 +295,62 @@ def _mean_of_units(embeddings: Sequence[Tensor]) -> Tensor:
 
 def _fits_in_memory(nbytes: int, device: torch.device) -> bool:
     return device.type != "cpu" and nbytes <= _ROWS_ON_GPU
+
+
+def unit_norm(embeddings: Tensor) -> Tensor:
+    """Unit-norm rows, at least fp32."""
+    wide = torch.promote_types(embeddings.dtype, torch.float32)
+    return nn.functional.normalize(embeddings.to(wide), dim=-1)
+
+
+# ---- prompts
+
+
+def prompts_of(tokens: Tensor) -> Tensor:
+    """Tokens [C, L], or [C, T, L] for several templates, int32 on the CPU."""
+    return (tokens[:, 0] if tokens.ndim == 3 and tokens.shape[1] == 1 else tokens).to("cpu", torch.int32)
+
+
+def prompts_digest(tokens: Tensor) -> str:
+    """Digest of the prompts [C, L] or [C, T, L] of all classes."""
+    return digest_tensors([("tokens", prompts_of(tokens))])
+
+
+def check_tokens(tokens: Any) -> None:
+    """Raise unless tokens are an integer tensor [C, L] or [C, T, L]."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"SkipCLIP: tokens must be an int64 tensor [C, L] or [C, T, L]; got {type(tokens).__name__}. Tokenise one "
+            "prompt for each class; from the output of a transformers tokenizer take input_ids."
+        )
+    if tokens.ndim not in (2, 3) or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"SkipCLIP: tokens must be int64 [C, L], or [C, T, L] for T templates, with C, T and L ≥ 1; got "
+            f"{tokens.dtype} {list(tokens.shape)}. Tokenise the prompts of each class with the model's own tokenizer."
+        )
+
+
+def check_vocabulary(tokens: Tensor, vocabulary: int | None) -> None:
+    """Raise if a token id is outside the vocabulary of the model."""
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    if smallest < 0 or (vocabulary is not None and largest >= vocabulary):
+        raise ValueError(
+            f"SkipCLIP: tokens must be ids in [0, {vocabulary}), the model's vocabulary; got {smallest} to {largest}. "
+            "Use the model's own tokenizer."
+        )
+
+
+def check_class_ids(class_ids: Any, classes: int) -> None:
+    """Raise unless class ids are int64 or int32 [K]; their values are checked on the CPU only."""
+    if not isinstance(class_ids, Tensor) or class_ids.dtype not in (torch.int64, torch.int32):
+        kind = class_ids.dtype if isinstance(class_ids, Tensor) else type(class_ids).__name__
+        raise TypeError(f"SkipCLIP: class_ids must be an int64 tensor [K]; got {kind}. Use torch.tensor(class_ids).")
+    if class_ids.ndim != 1 or len(class_ids) == 0:
+        raise ValueError(f"SkipCLIP: class_ids must be [K], at least one; got {list(class_ids.shape)}.")
+    if class_ids.device.type == "cpu":
+        low, high = (int(x) for x in torch.aminmax(class_ids))
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"SkipCLIP: class_ids must be in [0, C={classes}); got {low} to {high}. Encode other texts with the "
+                "model itself."
+            )
