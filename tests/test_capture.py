@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
 from bench.stand_in import meta_as_gpu
-from skipkernels.clip import graphed, text
+from skipkernels.clip import graphed
+from skipkernels.clip import text as text_module
 from skipkernels.towers.changes import Containers
 
 CLASSES = 30
@@ -183,7 +184,7 @@ def test_text_cache_is_read_once_on_a_gpu(monkeypatch, tmp_path):
     expected, clip = skip_clip(), skip_clip(text_cache=tmp_path)
     x, labels = batches(clip, 1)[0]
     monkeypatch.setattr(
-        text, "_fits_in_memory", lambda nbytes, device: nbytes == clip._text_encoder.templates[0].store.nbytes
+        text_module, "_fits_in_memory", lambda nbytes, device: nbytes == clip._text_encoder.templates[0].store.nbytes
     )
     for _ in range(2):
         loss = clip(x, labels).loss

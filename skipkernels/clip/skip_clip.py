@@ -157,6 +157,112 @@ class SkipCLIP(Losses, Inference):
         self._take_over(None if lower_device is None else torch.device(lower_device))
         self.register_load_state_dict_post_hook(_after_load)
 
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # a compiler would break the graph at each fused block
+    def forward(
+        self,
+        x: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        images: Tensor | None = None,
+        return_logits: bool = False,
+    ) -> SkipOutput:
+        """Run one step: embed the images, select classes, embed these, and compute the loss.
+
+        In evaluation mode all classes are compared, nothing is drawn, and the logits are [B, C]. With `process_group` a
+        training step is collective: classes and loss are those of the images of all processes. `targets`, and the loss
+        in evaluation mode, are those of this process.
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+            labels: [B] int64, classes of the images.
+            pixel_values: Another name of x, for trainers that pass their batch by name.
+            images: Another name of x.
+            return_logits: In training, also return the [B, K] logits; the loss does not need them.
+
+        Returns:
+            SkipOutput: the cross-entropy over the selected classes, and these classes.
+        """
+        x = one_batch(x, pixel_values, images)
+        refuse_export()
+        own, several = 0, self._parallel is not None and self.training
+        if several:
+            x, labels, own = padded(x, labels)
+        self._check_step(x, labels)
+        assert x is not None and labels is not None
+        if several:
+            return sharded_step(self, x, labels, own, return_logits)
+        if not self.training:
+            return self._evaluate(self._image_encoder.encode(x), labels, self.model.logit_scale.exp())
+        return self._step(x, labels, self.sampler.draw_on, return_logits=return_logits)
+
+    def _check_step(self, x: Any, labels: Any) -> None:
+        """Check a batch of images with one label each, and the model, on the host."""
+        self._check_batch(x)
+        check_labels(labels, x)
+        if self.training:
+            self._label_order.see(labels)
+        if labels.device.type == "cpu" and (self._parallel is not None or not self.training):
+            check_label_range(labels, self._num_classes)  # elsewhere `class_scores` checks them
+        self._check_draw(len(x))
+
+    def _step(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        draw_on: Callable[[torch.device, int, int], Tensor],
+        *,
+        return_logits: bool = False,
+    ) -> SkipOutput:
+        """Run a training step with the ranks of `draw_on`(device, C, B). With `sampler.take`, no host value enters."""
+        classes = len(self.prototypes)
+        # 1. Image embeddings, [B, D]: constants up to the cut, then the blocks that train
+        image = self._image_encoder.encode(x)
+        # 2. Classes of the step, [K], and the positions of the labels among them, [B]: classes are ranked by their
+        # highest cosine with an image, labels first, and those at the drawn ranks are kept
+        try:
+            class_ids, targets = self._select(image, labels, draw_on(image.device, classes, len(labels)))
+        except ValueError:
+            check_label_range(labels, classes)  # with a message that names SkipCLIP
+            raise
+        # 3. Text embeddings of these classes alone, [K, D]
+        text = self._text_encoder.encode(class_ids)
+        # 4. Cross-entropy over these classes
+        scale = self.model.logit_scale.exp()
+        weight = None if self.class_weight is None else self.class_weight.index_select(0, class_ids)
+        loss = self._loss(image, text, targets, scale, weight)
+        logits = functional.class_sampled_logits(image, text, scale) if return_logits else None
+        return SkipOutput(loss, logits, class_ids, targets)
+
+    def _evaluate(self, image: Tensor, labels: Tensor, scale: Tensor) -> SkipOutput:
+        """Loss and logits over all classes. Without gradients, cached class embeddings are used."""
+        class_ids = torch.arange(self._num_classes, device=image.device)
+        text = self._embeddings_of_all(image)
+        loss = self._loss(image, text, labels, scale, self.class_weight)
+        return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), class_ids, labels)
+
+    def _loss(self, image: Tensor, text: Tensor, targets: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
+        return functional.class_sampled_ce(
+            image, text, targets, scale, class_weight=weight, label_smoothing=self.label_smoothing
+        )
+
+    def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
+        """Select the classes of a step from image embeddings [B, D] and labels [B]; draws from the tail."""
+        self._refuse_parallel("select")
+        return self._select(image, labels, self.sampler.draw_on(image.device, len(self.prototypes), len(labels)))
+
+    def _select(self, image: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
+        return select_ranks(self._scores(image, labels), labels, ranks)
+
+    def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int) -> GraphedStep:
+        """Return a function that runs a whole training step: on a GPU, a replay of a CUDA graph. See `GraphedStep`."""
+        self._refuse_parallel("graphed", "Run the steps without graphed.")
+        return GraphedStep(self, optimizer, batch_size)
+
+    # ---- set-up, change of the model or of the classes ---------------------------------------------------------
+
     def _held_prompts(self, tokens: Tensor, parallel: ClassParallel | None) -> Tensor:
         """Return the prompts that this process holds: of all classes, or of its own."""
         if parallel is None:
@@ -254,105 +360,6 @@ class SkipCLIP(Losses, Inference):
                 encoder.lower_device = lower_device
                 encoder.tower.move_lower(lower_device)
         self._image_encoder.accept_weights()
-
-    # ---- training -------------------------------------------------------------------------------------------
-
-    @torch.compiler.disable  # a compiler would break the graph at each fused block
-    def forward(
-        self,
-        x: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        pixel_values: Tensor | None = None,
-        images: Tensor | None = None,
-        return_logits: bool = False,
-    ) -> SkipOutput:
-        """Run one step: embed the images, select classes, embed these, and compute the loss.
-
-        In evaluation mode all classes are compared, nothing is drawn, and the logits are [B, C]. With `process_group` a
-        training step is collective: classes and loss are those of the images of all processes. `targets`, and the loss
-        in evaluation mode, are those of this process.
-
-        Args:
-            x: Images [B, 3, height, width], or features at the cut [B, N, W].
-            labels: [B] int64, classes of the images.
-            pixel_values: Another name of x, for trainers that pass their batch by name.
-            images: Another name of x.
-            return_logits: In training, also return the [B, K] logits; the loss does not need them.
-
-        Returns:
-            SkipOutput: the cross-entropy over the selected classes, and these classes.
-        """
-        x = one_batch(x, pixel_values, images)
-        refuse_export()
-        own, several = 0, self._parallel is not None and self.training
-        if several:
-            x, labels, own = padded(x, labels)
-        self._check_step(x, labels)
-        assert x is not None and labels is not None
-        if several:
-            return sharded_step(self, x, labels, own, return_logits)
-        if not self.training:
-            return self._evaluate(self._image_encoder.encode(x), labels, self.model.logit_scale.exp())
-        return self._step(x, labels, self.sampler.draw_on, return_logits=return_logits)
-
-    def _check_step(self, x: Any, labels: Any) -> None:
-        """Check a batch of images with one label each, and the model, on the host."""
-        self._check_batch(x)
-        check_labels(labels, x)
-        if self.training:
-            self._label_order.see(labels)
-        if labels.device.type == "cpu" and (self._parallel is not None or not self.training):
-            check_label_range(labels, self._num_classes)  # elsewhere `class_scores` checks them
-        self._check_draw(len(x))
-
-    def _step(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        draw_on: Callable[[torch.device, int, int], Tensor],
-        *,
-        return_logits: bool = False,
-    ) -> SkipOutput:
-        """Run a training step with the ranks of `draw_on`(device, C, B). With `sampler.take`, no host value enters."""
-        image = self._image_encoder.encode(x)  # [B, D]
-        scale = self.model.logit_scale.exp()
-        classes = len(self.prototypes)
-        try:  # [K], [B]
-            class_ids, targets = self._select(image, labels, draw_on(image.device, classes, len(labels)))
-        except ValueError:
-            check_label_range(labels, classes)  # with a message that names SkipCLIP
-            raise
-        text = self._text_encoder.encode(class_ids)  # [K, D]
-        weight = None if self.class_weight is None else self.class_weight.index_select(0, class_ids)
-        loss = self._loss(image, text, targets, scale, weight)
-        logits = functional.class_sampled_logits(image, text, scale) if return_logits else None
-        return SkipOutput(loss, logits, class_ids, targets)
-
-    def _evaluate(self, image: Tensor, labels: Tensor, scale: Tensor) -> SkipOutput:
-        """Loss and logits over all classes. Without gradients, cached class embeddings are used."""
-        class_ids = torch.arange(self._num_classes, device=image.device)
-        text = self._embeddings_of_all(image)
-        loss = self._loss(image, text, labels, scale, self.class_weight)
-        return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), class_ids, labels)
-
-    def _loss(self, image: Tensor, text: Tensor, targets: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
-        return functional.class_sampled_ce(
-            image, text, targets, scale, class_weight=weight, label_smoothing=self.label_smoothing
-        )
-
-    def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
-        """Select the classes of a step from image embeddings [B, D] and labels [B]; draws from the tail."""
-        self._refuse_parallel("select")
-        return self._select(image, labels, self.sampler.draw_on(image.device, len(self.prototypes), len(labels)))
-
-    def _select(self, image: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
-        return select_ranks(self._scores(image, labels), labels, ranks)
-
-    def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int) -> GraphedStep:
-        """Return a function that runs a whole training step: on a GPU, a replay of a CUDA graph. See `GraphedStep`."""
-        self._refuse_parallel("graphed", "Run the steps without graphed.")
-        return GraphedStep(self, optimizer, batch_size)
 
     # ---- parameters ---------------------------------------------------------------------------------------------
 

@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 from open_clip.transformer import QuickGELU
-from skipkernels.clip.text import PromptFeatures
 
 import skipkernels as sk
 from skipkernels import store
+from skipkernels.clip.text import PromptFeatures
 from skipkernels.folders import locked
 from skipkernels.store import Writer
 from skipkernels.towers import text_store
