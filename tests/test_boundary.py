@@ -1,4 +1,7 @@
-"""LSkipBoundary saves nothing for backward, passes no gradient, and bounds memory. A lost gradient is an error."""
+"""LSkipBoundary saves nothing for backward, passes no gradient and bounds memory.
+
+A step in which the cut would drop a gradient raises an error.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,15 @@ LOST = r"no gradient passes the cut of the {} tower.*skip_layers=\({}\)"
 
 
 class Lower(nn.Module):
+    """Layers below a cut, and the size of the largest batch that they were called with."""
+
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
-        self.largest = 0
+        self.largest_batch = 0
 
     def forward(self, inputs):
-        self.largest = max(self.largest, len(inputs))
+        self.largest_batch = max(self.largest_batch, len(inputs))
         return self.layers(inputs)
 
 
@@ -36,10 +41,10 @@ def test_boundary_value_and_no_gradient():
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_boundary_runs_at_most_a_chunk_at_once(batch):
+def test_boundary_runs_one_chunk_at_a_time(batch):
     lower = Lower()
     hidden = LSkipBoundary.apply(lower, torch.randn(batch, 8), 3)
-    assert hidden.shape == (batch, 8) and lower.largest <= 3
+    assert hidden.shape == (batch, 8) and lower.largest_batch <= 3
 
 
 def test_boundary_saves_nothing_for_backward():
@@ -79,11 +84,11 @@ def test_boundary_under_torch_compile():
     assert head.weight.grad is not None and lower.layers[0].weight.grad is None
 
 
-# ---- gradients that would be lost --------------------------------------------------------------------------------
+# ---- gradients that the cut would drop ---------------------------------------------------------------------------
 
 
 class Prompted(nn.Module):
-    """A visual prompt, a layer in front of the images, and a context added to token embeddings by a hook."""
+    """A CLIP with learned inputs: a visual prompt, a layer before the image tower, a context that a hook adds."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -105,10 +110,14 @@ class Prompted(nn.Module):
     def learned(self) -> list[nn.Parameter]:
         return [self.prompt, *self.layer.parameters(), self.context]
 
+    def reference_logits(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        image, text = self.model.encode_image(images), self.model.encode_text(tokens)
+        image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
+        return self.model.logit_scale.exp() * image @ text.T
+
     def reference_loss(self, images: torch.Tensor, labels: torch.Tensor, *, pairs: bool = False) -> torch.Tensor:
-        image, text = self.model.encode_image(self.images(images)), self.model.encode_text(tiny_tokens(C))
-        image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text[labels] if pairs else text))
-        logits = self.model.logit_scale.exp() * image @ text.T
+        tokens = tiny_tokens(C)[labels] if pairs else tiny_tokens(C)
+        logits = self.reference_logits(self.images(images), tokens)
         if not pairs:
             return nn.functional.cross_entropy(logits, labels)
         own = torch.arange(len(images))
@@ -169,8 +178,6 @@ def test_class_embeddings_follow_a_learned_context():
     before = clip.predict(images)
     with torch.no_grad():
         prompted.context.mul_(-20.0)
-    image, text = prompted.model.encode_image(images), prompted.model.encode_text(tiny_tokens(C))
-    image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
-    expected = prompted.model.logit_scale.exp() * image @ text.T
+    expected = prompted.reference_logits(images, tiny_tokens(C))
     torch.testing.assert_close(clip.predict(images), expected, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(before, expected, atol=1e-2)

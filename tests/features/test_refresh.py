@@ -37,7 +37,7 @@ def epochs_in(folder: Path) -> list[str]:
 
 
 class Failing(Drawn):
-    """Images of which one cannot be loaded while a file exists."""
+    """Images, of which number 5 cannot be loaded while a file exists."""
 
     def __init__(self, file: Path):
         super().__init__(COUNT)
@@ -50,7 +50,7 @@ class Failing(Drawn):
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_epoch_is_the_view_of_its_number_and_one_is_kept(tmp_path, views, prefetch):
+def test_each_epoch_has_its_own_view_and_one_is_stored(tmp_path, views, prefetch):
     with refreshed(tmp_path) as cache:
         loader = cache.loader(3, "sequential", prefetch=prefetch)
         for number in range(EPOCHS):
@@ -86,7 +86,7 @@ def test_second_cache_in_the_folder_is_refused(tmp_path, views):
                 refreshed(tmp_path, overwrite=overwrite)
         loader = cache.loader(3, "sequential")
         assert epoch(loader).equal(views[0]) and epoch(loader).equal(views[1])
-    closing = refreshed(tmp_path)
+    closing = refreshed(tmp_path)  # closed in another thread
     thread = threading.Thread(target=closing.close)
     thread.start()
     thread.join()
@@ -171,7 +171,7 @@ def test_failed_build_releases_the_folder(tmp_path):
         refreshed(tmp_path, seed=1)
     with refreshed(tmp_path, seed=1, overwrite=True) as cache:
         assert epochs_in(tmp_path)[0] == "epoch-00000" and len(cache) == COUNT
-    assert kept.value.__traceback__ is not None, "the kept error does not hold the lock"
+    assert kept.value.__traceback__ is not None, "an error with its traceback is referenced, and holds no lock"
 
 
 def test_epoch_of_a_loader_state_is_resumed(tmp_path, views):
@@ -179,21 +179,16 @@ def test_epoch_of_a_loader_state_is_resumed(tmp_path, views):
         loader = cache.loader(3, "random")
         for _ in range(2):
             epoch(loader)
-        for step, _ in enumerate(loader):  # one batch of the third epoch
-            if step == 0:
-                state = loader.state_dict()
-                break
-        expected = [cache._rows.gather(torch.arange(COUNT))]
-        assert expected[0].equal(views[2])
-    for name in ("first", "second"):  # with and without the stores of the first run
+        for _ in loader:  # one batch of the third epoch
+            state = loader.state_dict()
+            break
+        assert cache._rows.gather(torch.arange(COUNT)).equal(views[2])
+    for name in ("first", "second"):  # with and without the folder of the first run
         with refreshed(tmp_path / name) as cache:
             loader = cache.loader(3, "random", generator=torch.Generator().manual_seed(9))
             loader.load_state_dict(state)
             assert loader.epoch == 2
-            got, order = [], []
-            for features, labels in loader:
-                got.append(features)
-                order.append(labels)
+            got = [features for features, _ in loader]
             reference = cache.loader(3, "random")
             reference.load_state_dict(state)
             for features, batch in zip(got, reference.sampler, strict=True):

@@ -1,4 +1,4 @@
-"""mlp_activation: the shared tests, and its accuracy at each number."""
+"""mlp_activation: the shared tests, and the error of every element."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def make(R, W, *, dtype, seed=0, kind="quick_gelu", bias=True, bias_dtype=None) 
 
 
 def eager(x, bias=None, kind="quick_gelu"):
-    u = x if bias is None else (x + bias).to(x.dtype)
+    biased = x if bias is None else (x + bias).to(x.dtype)
     if kind == "quick_gelu":
-        return u * torch.sigmoid(1.702 * u)
-    return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
+        return biased * torch.sigmoid(1.702 * biased)
+    return F.gelu(biased, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def draw(data: st.DataObject, backend: Backend) -> Case:
@@ -45,8 +45,8 @@ OPERATOR = Operator(
     shapes=[
         (1, 1),
         (1, 7),
-        (30, 33),  # one more than the vectors of a row in C++, for 16-bit types
-        (9, 513),  # one more than a chunk of C++'s, two than blocks of columns of Triton's
+        (30, 33),  # one column more than two 512-bit vectors of fp32, which C++ processes together
+        (9, 513),  # one column more than a chunk in C++, and than two blocks in Triton
         (33, 512),
         (129, 130),
         (7, 3072),
@@ -74,8 +74,8 @@ def test_each_kind_no_worse_than_eager(backend: Backend, kind):
             assert OPERATOR.kernel(case)["d_bias"].dtype == torch.float32
 
 
-def everywhere(dtype: torch.dtype) -> Tensor:
-    """Numbers of every magnitude and sign, including denormal numbers and 0; dense from −15 to 15."""
+def all_magnitudes(dtype: torch.dtype) -> Tensor:
+    """Numbers of every magnitude and sign, with subnormal ones and 0; dense from −15 to 15."""
     tiny, largest = torch.finfo(dtype).smallest_normal / 8, torch.finfo(dtype).max
     sizes = torch.logspace(torch.tensor(tiny).log2().item(), torch.tensor(largest).log2().item() - 1e-3, 500, 2.0)
     dense = torch.linspace(-15, 15, 8001)
@@ -92,18 +92,18 @@ def value_and_slope(function, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["cpp", INTERPRETED, GPU], indirect=True)
 def test_every_element_error(backend: Backend, kind, dtype):
-    """Compare the error of each result, in steps of its dtype, from −max to max, instead of the norm of all errors."""
+    """Bound the error of every element from −max to max, in roundings of its dtype; other tests bound a norm."""
     backend.skip_unless_supported(dtype)
     if backend.name == "interpreter" and dtype == torch.float16:
-        pytest.skip("arithmetic is fp32 whatever the dtype is")
-    x = everywhere(dtype)
+        pytest.skip("covered by fp32: the interpreter computes fp16 in fp32")
+    x = all_magnitudes(dtype)
     out, d_x = (y.cpu().double() for y in value_and_slope(mlp_activation, x.to(backend.device), kind))
     right, d_right = value_and_slope(reference.mlp_activation, x.double(), kind)
     half_step, least = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    least = max(least, 2e-38)  # a step of denormal numbers; and what is smaller than this may be 0
-    # In fp32 a handful of roundings; in 16 bits that of the result, and a tenth of fp16's for the rest.
+    least = max(least, 2e-38)  # a step of subnormal numbers; smaller results may be flushed to 0
+    # fp32: six roundings. 16-bit types: the rounding of the result, and 15 % more for the arithmetic in fp32.
     rounding = 6 * half_step if dtype == torch.float32 else 1.15 * half_step
-    # What erf is off by counts u times; the slope is a sum of terms of size 1 that may cancel.
+    # An error of erf is multiplied by x. The slope is a sum of terms of size 1, which may cancel.
     terms = x.double().abs().clamp(max=15) * 2**-22
     assert ((out - right).abs() <= rounding * right.abs() + terms + least).all()
     cancelled = 2**-22 if dtype == torch.float32 else 3e-5
@@ -112,18 +112,18 @@ def test_every_element_error(backend: Backend, kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_relative_precision_where_the_result_vanishes(kind):
-    """C++ is accurate down to 1e-37, to 2⁻²² per unit of the argument of exp; 1 + erf(u/√2) cancels to 0."""
-    u = torch.linspace(-12.7, -1, 1001)
-    wide = u.double()
+    """The relative error stays small down to results of 1e-37, where 1 + erf(x/√2) would cancel to 0."""
+    x = torch.linspace(-12.7, -1, 1001)
+    wide = x.double()
     gate = {
         "quick_gelu": torch.sigmoid(1.702 * wide),
         "gelu": torch.special.erfc(wide * -(0.5**0.5)) / 2,
         "gelu_tanh": torch.sigmoid((8 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)),
     }
     right = wide * gate[kind]
-    seen = right.abs() > 1e-37
-    error = ((mlp_activation(u, kind=kind).double() - right) / right)[seen].abs().max().item()
-    assert error < 87 * 2**-22, error
+    normal = right.abs() > 1e-37
+    error = ((mlp_activation(x, kind=kind).double() - right) / right)[normal].abs().max().item()
+    assert error < 87 * 2**-22, error  # 2⁻²² for each unit of the argument of exp, which is above −87
 
 
 @pytest.mark.parametrize("kind", KINDS)
