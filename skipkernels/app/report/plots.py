@@ -21,7 +21,6 @@ COLOURS: tuple[str, ...] = ("#3b7dd8", "#cf7a1f", "#2e9e5b", "#d1495b", "#8f6be0
 COLOURS += ("#c2529f", "#7f8c1f", "#a8703f", "#5b83a6", "#e0563a", "#5f9148")
 LOSS, GREY = "#7a5ccc", "#808080"
 
-_MAX_BARS = 60  # bars of a histogram
 _MAX_DOTS = 40  # on a line
 _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves a key out, for equal bytes
 
@@ -110,23 +109,6 @@ def blend_svg(blend: Mapping[str, Any], colours: Mapping[str, str]) -> str:
 
     label = "accuracy over the blend of zero-shot and tuned weights, in per cent"
     return panels_svg("blend", label, [draw], size=(5.2, 3)) if curves else ""
-
-
-def kept_svg(histogram: Mapping[int, int]) -> str:
-    """Plot the histogram of steps by number of kept classes, with at most 60 bars."""
-    least, most = min(histogram), max(histogram)
-    width = math.ceil((most - least + 1) / _MAX_BARS)
-    bars = dict.fromkeys(range(least, most + 1, width), 0)
-    for classes, steps in histogram.items():
-        bars[least + (classes - least) // width * width] += steps
-
-    def draw(axes: Axes) -> None:
-        middles = [first + (width - 1) / 2 for first in bars]
-        axes.bar(middles, list(bars.values()), width=0.85 * width, color=COLOURS[0])
-        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        axes.set_ylabel("steps")
-
-    return figure_svg("kept", "steps by the number of kept classes", draw, over="kept classes per step")
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:

@@ -16,7 +16,7 @@ from ..train.run_folder import CONFIG, EPOCHS, read_metrics
 from ..untrusted import parse_object, read_regular
 from .dot_plot import DotPlot, DotRow, dot_plot, with_one_axis
 from .mistakes import changed, class_results, confused_pairs, confusion_matrix, count_changed
-from .plots import accuracy_svg, blend_svg, coloured, finite, kept_svg, loss_svg
+from .plots import accuracy_svg, blend_svg, coloured, finite, loss_svg
 from .rendering import MISSING, facts, number, plural, render, svg
 
 _SUMMARIES = {"harmonic": "harmonic mean", "targets": "mean of the targets"}
@@ -44,7 +44,7 @@ def report_html(
         more_plots=[_class_plot(test) for test in tests] if len(names) > _TOP_PLOTS else [],
         curves=_curves(metrics, rows, coloured(names)),
         bars=[bar for bar in _bars(rows) if bar],
-        cost=_cost(config, metrics, rows),
+        cost=_cost(config, metrics),
         command=metrics.get("command", ""),
         environment=_environment(config, metrics),
         settings=config.to_yaml(),
@@ -243,8 +243,8 @@ def _card(test: TestPredictions, index: int) -> dict[str, Any]:
 
 
 def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Plots of loss, accuracy, number of kept classes if it varies, and the blend."""
-    kept, blend = _kept(rows), metrics.get("blend")
+    """Plots of loss, accuracy, and the blend."""
+    blend = metrics.get("blend")
     legend = list(colours.items())
     of_blend = coloured(blend["accuracy"]) if blend else {}
     dashed = " (dashed: validation, dotted: zero-shot)" if any(finite(row.get("validation")) for row in rows) else ""
@@ -260,16 +260,8 @@ def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Map
             blend_svg(blend, of_blend) if blend else "",
             list(of_blend.items()),
         ),
-        ("kept classes per step", kept_svg(kept) if len(kept) > 1 else "", []),
     )
     return [{"title": title, "svg": svg(found), "legend": below} for title, found, below in curves if found]
-
-
-def _kept(rows: list[dict[str, Any]]) -> Counter[int]:
-    kept: Counter[int] = Counter()
-    for row in rows:
-        kept.update({int(classes): steps for classes, steps in (row.get("kept_histogram") or {}).items()})
-    return kept
 
 
 def _bars(rows: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
@@ -291,9 +283,9 @@ def _bar(title: str, times: Mapping[str, float], unit: str) -> dict[str, Any] | 
     return {"title": title, "parts": parts}
 
 
-def _cost(config: TuneConfig, metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _cost(config: TuneConfig, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     cost, parameters, kept = metrics["cost"], metrics["parameters"], metrics["kept_classes"]
-    trained_on, spec = next(iter(metrics["classes"].values())), ",.0f" if len(_kept(rows)) == 1 else ",.1f"
+    trained_on, spec = next(iter(metrics["classes"].values())), ",.1f" if kept and kept % 1 else ",.0f"
     return facts(
         {
             "run": number(cost["seconds_total"], ",.1f", " s"),
