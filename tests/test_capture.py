@@ -1,6 +1,7 @@
-"""The step in a CUDA graph: what may not happen in it, and its twin on the CPU.
+"""`SkipCLIP.graphed`: nothing in a step depends on the host, and replays of a captured step equal plain steps.
 
-The meta device stands in for a GPU: the code takes the paths of a GPU, and whatever needs a value on the host raises.
+Without a GPU, the first is tested on the meta device: the code takes the paths of a GPU, and whatever needs a value on
+the host raises. The second is tested on the CPU with `FakeGraph`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class DeviceOnly(TorchDispatchMode):
         if "meta" in devices:
             assert devices == {"meta"}, f"{function} takes or returns a tensor of the host"
             assert torch.Tag.data_dependent_output not in function.tags, f"{function} is a host sync"
-            # `index` has the tag for masks; on the meta device they raise an error.
+            # `index` has the tag because of masks, which raise an error on the meta device.
             dynamic = torch.Tag.dynamic_output_shape in function.tags and function is not torch.ops.aten.index.Tensor
             assert not dynamic, f"{function} has a data-dependent shape"
             self.count += 1
@@ -54,10 +55,10 @@ def as_on_a_gpu():
 
 
 def skip_clip(dtype: torch.dtype = torch.float32, **options: Any) -> sk.SkipCLIP:
-    """SkipCLIP in training mode; weights in `dtype`, but the logit scale in fp32."""
+    """SkipCLIP in training mode, with weights in `dtype` and the logit scale in fp32."""
     model = tiny_clip(torch.float32)
-    if options.pop("module", False):
-        model.transformer.resblocks[1].mlp.gelu = nn.SiLU()  # not fused
+    if options.pop("unfused", False):
+        model.transformer.resblocks[1].mlp.gelu = nn.SiLU()
     for name, parameter in model.named_parameters():
         if name != "logit_scale":
             parameter.data = parameter.data.to(dtype)
@@ -65,7 +66,7 @@ def skip_clip(dtype: torch.dtype = torch.float32, **options: Any) -> sk.SkipCLIP
 
 
 def batches(clip: sk.SkipCLIP, count: int, batch: int = 4) -> list[tuple[Tensor, Tensor]]:
-    """Features at the cut, or images without one."""
+    """Batches (features at the cut, labels); without a cut, (images, labels)."""
     found = []
     for seed in range(count):
         images, labels = tiny_batch(batch, CLASSES, clip._image.dtype, seed=seed)
@@ -74,6 +75,7 @@ def batches(clip: sk.SkipCLIP, count: int, batch: int = 4) -> list[tuple[Tensor,
 
 
 def groups_of(clip: sk.SkipCLIP, *, stochastic: bool = False) -> list[dict[str, Any]]:
+    """Parameter groups for FusedSGD; with `stochastic`, bf16 parameters are in groups with stochastic rounding."""
     groups = clip.parameter_groups(text_lr=0.02, image_lr=0.01)
     return [
         {**group, "params": params, "stochastic_rounding": bf16}
@@ -84,7 +86,7 @@ def groups_of(clip: sk.SkipCLIP, *, stochastic: bool = False) -> list[dict[str, 
 
 
 def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything outside a step that its kernels read."""
+    """Tensors that exist between steps and are read by the kernels of a step."""
     (table,) = clip.sampler._tables.values()
     found = dict(clip.model.named_parameters()) | dict(clip.model.named_buffers())
     for number, text in enumerate(clip._text_encoder.templates):
@@ -109,7 +111,7 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
         ("bf16-sr", True, {"label_smoothing": 0.1, "class_weight": torch.linspace(0, 2, CLASSES)}),
         ("bf16-sr", False, {"tail": "fixed"}),
         ("bf16", True, {"tokens": torch.stack([tiny_tokens(CLASSES, seed=seed) for seed in range(2)], dim=1)}),
-        ("fp32", False, {"module": True}),
+        ("fp32", False, {"unfused": True}),
         ("fp32", True, {"skip_layers": 0, "train_logit_scale": True}),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),
@@ -166,7 +168,7 @@ def test_addresses_do_not_change_between_steps():
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_a_move_carries_what_belongs_to_no_module():
+def test_move_carries_tensors_of_no_module():
     clip = skip_clip(torch.float32)
     x, labels = batches(clip, 1)[0]
     clip(x, labels)
@@ -194,11 +196,11 @@ def test_text_cache_is_read_once_on_a_gpu(monkeypatch, tmp_path):
     assert clip._text_encoder.templates[0].rows.device.type == "meta"
 
 
-# ---- the twin on the CPU, and the captured path with a graph that calls the function again --------------------------
+# ---- on the CPU: the plain loop, and the captured path with a fake graph --------------------------------------------
 
 
 class FakeGraph:
-    """Stands in for a CUDA graph: a replay runs the step again and copies the results into the static buffers."""
+    """Replacement of a CUDA graph: a replay runs the step again and copies its results into the static buffers."""
 
     replays = 0
 
@@ -252,7 +254,7 @@ def fake_cuda(monkeypatch):
     GRAPHED.clear()
 
 
-GRAPHED: list[graphed.GraphedStep] = []
+GRAPHED: list[graphed.GraphedStep] = []  # steps of a test; the last one is captured
 
 
 @pytest.fixture(params=["cpu", "captured"])
@@ -271,7 +273,7 @@ def optimizer_of(kind: str, clip: sk.SkipCLIP) -> torch.optim.Optimizer:
 
 
 class Run:
-    """A training: SkipCLIP, optimizer and schedule, in a loop of its own or by `graphed`."""
+    """SkipCLIP, optimizer and schedule, trained by `graphed` or in a plain loop."""
 
     captures = False  # True where graphs are captured: K is the same in every step
 
@@ -315,7 +317,7 @@ class Run:
 
 @pytest.fixture
 def without_capturable(monkeypatch):
-    """Adam on the CPU cannot be capturable; the fake graph does not mind."""
+    """Do not check that an optimizer is capturable: on a CPU Adam cannot be, and the fake graph does not need it."""
     monkeypatch.setattr(graphed, "_why_optimizer_is_not_capturable", lambda optimizer: None)
 
 
@@ -327,15 +329,16 @@ def without_capturable(monkeypatch):
 def test_graphed_equals_the_loop(path, kind):
     """Weights, draws, learning rates and rounding have the same bits, with evaluation and a short batch in between."""
     ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
-    some, odd = batches(ours.clip, 8), batches(ours.clip, 1, batch=3)
-    for part in (some, odd, some[:3]):
+    some, short = batches(ours.clip, 8), batches(ours.clip, 1, batch=3)
+    for part in (some, short, some[:3]):
         assert ours.train(part) == theirs.train(part)
         for run in (ours, theirs):
             run.clip.eval()
         assert ours.clip.predict(some[0][0]).equal(theirs.clip.predict(some[0][0]))
         for run in (ours, theirs):
             run.clip.train()
-    assert FakeGraph.replays == (8 - graphed.WARMUP + 3 if path == "captured" else 0)
+    replays = 8 - graphed.WARMUP + 3  # not of the short batch
+    assert FakeGraph.replays == (replays if path == "captured" else 0)
 
 
 def test_graphed_follows_a_larger_batch(fake_cuda):
@@ -412,15 +415,15 @@ def _decay(run: Run) -> None:
         group["weight_decay"] = 0.5
 
 
-def _scale(run: Run) -> None:
+def _replace_parameter(run: Run) -> None:
     run.clip.model.ln_final.weight = nn.Parameter(run.clip.model.ln_final.weight.detach().clone())
 
 
-def _recompute(run: Run) -> None:
+def _checkpoint(run: Run) -> None:
     run.clip.set_grad_checkpointing()
 
 
-@pytest.mark.parametrize("change", [_freeze, _decay, _scale, _recompute])
+@pytest.mark.parametrize("change", [_freeze, _decay, _replace_parameter, _checkpoint])
 def test_graphed_captures_again_after_a_change(fake_cuda, change):
     ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
     some = batches(ours.clip, 5)
@@ -545,7 +548,7 @@ def test_replays_equal_eager_steps(kind):
     runs = Run(kind, by_graph=True), Run(kind, by_graph=False)
     found = []
     some = [(x.cuda(), labels.cuda()) for x, labels in batches(runs[0].clip, graphed.WARMUP + 11)]
-    odd = [(x.cuda(), labels.cuda()) for x, labels in batches(runs[0].clip, 1, batch=3)]
+    short = [(x.cuda(), labels.cuda()) for x, labels in batches(runs[0].clip, 1, batch=3)]
     for run in runs:
         run.clip.cuda()
         run.train(some[: graphed.WARMUP + 1])
@@ -555,7 +558,7 @@ def test_replays_equal_eager_steps(kind):
                 out = run.step(x, labels)
                 outs += [out.loss.clone(), out.class_ids.clone()]
                 run.schedule.step()
-        found.append([*(x.tolist() for x in outs), *run.train(odd), *run.train(some[:2])])
+        found.append([*(x.tolist() for x in outs), *run.train(short), *run.train(some[:2])])
     assert found[0] == found[1]
     assert len(runs[0].step._captured) == 1
 

@@ -67,7 +67,7 @@ def test_step_equals_naive_step_with_written_out_weights(targets, skip, memory):
             continue
         path, weight = name.removesuffix(".0.lora_A").split(".parametrizations.")
         module = plain.get_submodule(path)
-        down, up = factors[name], factors[name.removesuffix("A") + "B"]
+        down, up = factors[name], factors[name.removesuffix("A") + "B"]  # [parts, rank, in], [parts, out, rank]
         update = torch.zeros_like(getattr(module, weight))
         chosen = [part for part in TARGETS[:3] if part in targets or targets == "all-linear"]
         rows = ["qkv".index(part) for part in chosen] if weight == "in_proj_weight" else [0]
@@ -85,7 +85,7 @@ def test_step_equals_naive_step_with_written_out_weights(targets, skip, memory):
     largest = max(factor.grad.norm() for factor in factors.values())
     trained = {name: p for name, p in clip.model.named_parameters() if p.grad is not None}
     assert trained.keys() == factors.keys() and len(factors) > 0
-    for name, factor in factors.items():  # the gradient of a key's update is partly rounding: its bias has none
+    for name, factor in factors.items():  # gradients of keys nearly cancel: their bound includes the largest norm
         error = (trained[name].grad - factor.grad).norm()
         assert error <= 1e-9 * factor.grad.norm() + 1e-10 * largest, name
 
@@ -116,7 +116,7 @@ def test_step_equals_callers_model(name):
 
 
 def test_twenty_steps_equal_those_of_the_model():
-    """Gradients of A, B and the temperature, with momentum, by the model alone and by a graphed step."""
+    """Train A, B and the logit scale with momentum: by a graphed step, and by the forward of the model."""
     model, (images, labels) = tiny_clip(), tiny_batch(6, C)
     other = with_lora(copy.deepcopy(model), train_logit_scale=True).model
     clip = with_lora(model, train_logit_scale=True)
@@ -136,7 +136,7 @@ def test_twenty_steps_equal_those_of_the_model():
         optimizers[1].zero_grad()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-8)
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.2  # has learned
+    assert losses[-1] < losses[0] - 0.2  # the loss falls
     for (name, got), want in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.allclose(got, want, rtol=1e-6, atol=1e-9), name
 
@@ -172,11 +172,12 @@ def test_weights_are_computed_once_a_pass(formed, autocast):
     clip.set_grad_checkpointing()
     assert calls(lambda: clip(images, labels).loss.backward()) == once
     clip.eval()
-    assert calls(lambda: clip.predict(images)) == once  # of four chunks of classes
+    assert calls(lambda: clip.predict(images)) == once  # for all four chunks of classes
     assert set(calls(lambda: clip.predict(images))) < set(once)  # class embeddings are kept
 
 
 def test_gradient_products_are_those_of_the_factors(monkeypatch):
+    """No gradient of a whole weight [W, W] is computed."""
     shapes: list[torch.Size] = []
     product = fused_block._product
 
@@ -200,23 +201,23 @@ def test_saved_bytes_are_those_of_the_step_and_the_updated_weights():
     )
     saved = saved_bytes(lambda: clip(images, labels))
     assert updated < saved <= saved_bytes(lambda: plain(images, labels)) + updated
-    with torch.autocast("cpu", torch.bfloat16):  # the casts alone, not the updated weights beside them
+    with torch.autocast("cpu", torch.bfloat16):  # saves the bf16 copies of the updated weights only
         casts = [saved_bytes(lambda clip=clip: clip(images, labels)) for clip in (clip, plain)]
     assert casts[0] <= casts[1]
     clip.set_grad_checkpointing()
     assert saved_bytes(lambda: clip(images, labels)) < saved
 
 
-def test_autocast_is_no_worse_than_the_models():
+def test_autocast_is_no_worse_than_the_model():
     images, labels = tiny_batch(3, C, torch.float32)
     clip = with_lora(tiny_clip(torch.float32))
     exact = with_lora(tiny_clip())
 
-    def flat(of: sk.SkipCLIP, loss: torch.Tensor) -> torch.Tensor:
-        found = torch.autograd.grad(loss, of.trainable_parameters())
+    def gradient(clip: sk.SkipCLIP, loss: torch.Tensor) -> torch.Tensor:
+        found = torch.autograd.grad(loss, clip.trainable_parameters())
         return torch.cat([x.flatten().double() for x in found])
 
-    truth = flat(exact, exact(images.double(), labels).loss)
+    truth = gradient(exact, exact(images.double(), labels).loss)
     with torch.autocast("cpu", torch.bfloat16):
         ours = clip(images, labels).loss
         image, text = (
@@ -224,8 +225,8 @@ def test_autocast_is_no_worse_than_the_models():
             clip.model.encode_text(tiny_tokens(C), normalize=True),
         )
         eager = nn.functional.cross_entropy((clip.model.logit_scale.exp() * image @ text.T).float(), labels)
-    errors = [(flat(clip, loss) - truth).norm() / truth.norm() for loss in (ours, eager)]
-    assert errors[0] <= 1.1 * errors[1]  # other roundings of the same size
+    errors = [(gradient(clip, loss) - truth).norm() / truth.norm() for loss in (ours, eager)]
+    assert errors[0] <= 1.1 * errors[1]  # rounding errors differ, but have the same size
 
 
 def test_half_precision_weights_have_fp32_updates():
@@ -291,7 +292,7 @@ def test_copies_and_state_dicts():
     averaged = torch.optim.swa_utils.AveragedModel(clip.model)
     sk.merge_lora(copied)
     assert all(p.requires_grad for name, p in copied.model.named_parameters() if "resblocks.2" in name)
-    for one in (copied, clip):  # the copy shared classes of its modules with the original
+    for one in (copied, clip):  # merging the copy does not change the classes of the original's modules
         assert one.predict(images).equal(logits)
         one(images, labels).loss.backward()
     assert averaged.module.encode_image(images).allclose(clip.model.encode_image(images), rtol=1e-12)
@@ -305,7 +306,10 @@ def test_copies_and_state_dicts():
     sk.add_lora(other, 2, "all-linear", alpha=4.0)
     with pytest.raises(ValueError, match="updates have alpha 3, and those of this model have 4. Add .* alpha=3"):
         other.load_state_dict(clip.state_dict())
-    queries, values = with_lora(tiny_clip(), "q"), with_lora(tiny_clip(), "v")  # parts of one weight, of one shape
+    queries, values = (
+        with_lora(tiny_clip(), "q"),
+        with_lora(tiny_clip(), "v"),
+    )  # updates of one shape, of different rows of a weight
     with pytest.raises(ValueError, match="updates are of the targets q, and those of this model of v"):
         values.load_state_dict(queries.state_dict())
 
@@ -337,6 +341,7 @@ def test_updates_beside_trained_weights():
         if trains or "1.layer_norm" in name:
             parameter.requires_grad_()
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, trainable="as_is")
+    # Per tower: A and B of three targets in two blocks, weights of keys, the weight with its update, norms.
     assert len(clip.trainable_parameters()) == 2 * (2 * 3 * 2 + 2 + 1 + 4)
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
@@ -355,7 +360,7 @@ def test_another_parametrization_is_not_fused():
 
 @pytest.mark.parametrize("make", [hugging_face_clip, siglip])
 def test_save_lora_round_trip_through_peft(make, tmp_path):
-    """Peft's own layers with the saved A and B: the same embeddings, loss and gradients."""
+    """PEFT's layers with the saved A and B have the same embeddings, loss and gradients."""
     clip, (images, labels) = with_lora(make(), ("q", "v", "fc")), tiny_batch(3, C)
     sk.save_lora(clip, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

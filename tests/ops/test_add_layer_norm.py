@@ -69,7 +69,7 @@ OPERATOR = Operator(
     shapes=[
         (1, 3),
         (1, 7),
-        (30, 33),  # one more than the vectors of a row in C++, for 16-bit types
+        (30, 33),  # one column more than two 512-bit vectors of fp32, which C++ processes together
         (13, 127),
         (3, 64),
         (33, 512),
