@@ -1,4 +1,4 @@
-"""Average of gradients over processes, for training without `DistributedDataParallel`."""
+"""All-reduce of gradients, for training without `DistributedDataParallel`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..clip import SkipCLIP
 
-_BUCKET = 32 << 20  # bytes of a message
+_BUCKET_BYTES = 32 << 20  # largest message, except for a larger gradient
 
 
 @torch.no_grad()
@@ -20,36 +20,38 @@ def all_reduce_gradients(clip: SkipCLIP) -> None:
     """Average the gradients of a SkipCLIP over the processes of its `process_group`, in place; collective.
 
     Call it on every process between `backward` and the optimizer's step, unless `DistributedDataParallel` does this.
-    With gradient accumulation, call it once, after the last backward. The mean is summed at least in fp32. A parameter
-    without gradient on this process counts as zero.
+    With gradient accumulation, call it once, after the last backward. Sums are in fp32, or fp64 for fp64 gradients. A
+    gradient that is None on this process counts as zero.
     """
     group = clip.process_group
     if group is None:
         raise ValueError("all_reduce_gradients: clip must have a process_group; got None. Pass it to SkipCLIP.")
-    parameters = [parameter for parameter in clip.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = []
+    for parameter in clip.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:  # every process must send the same buckets
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
     for bucket in _buckets(gradients):
-        mean = torch.cat([gradient.to(_wide(gradient)).flatten() for gradient in bucket])
-        dist.all_reduce(mean, group=group)
-        mean /= dist.get_world_size(group)
-        for gradient, part in zip(bucket, mean.split([gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        flat = torch.cat([gradient.to(_sum_dtype(gradient)).flatten() for gradient in bucket])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
-def _wide(gradient: Tensor) -> torch.dtype:
+def _sum_dtype(gradient: Tensor) -> torch.dtype:
+    """Dtype of sums over processes: bf16 and fp16 would round at each addition."""
     return torch.promote_types(gradient.dtype, torch.float32)
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Split into lists of one dtype of at most `_BUCKET` bytes, or of one gradient."""
+    """Split gradients into lists of one dtype and at most `_BUCKET_BYTES`; a larger gradient is a list of its own."""
     bucket: list[Tensor] = []
     nbytes = 0
     for gradient in gradients:
-        added = gradient.numel() * _wide(gradient).itemsize
-        if bucket and (_wide(bucket[0]) != _wide(gradient) or nbytes + added > _BUCKET):
+        added = gradient.numel() * _sum_dtype(gradient).itemsize
+        if bucket and (_sum_dtype(bucket[0]) != _sum_dtype(gradient) or nbytes + added > _BUCKET_BYTES):
             yield bucket
             bucket, nbytes = [], 0
         bucket.append(gradient)

@@ -1,8 +1,6 @@
-"""Losses of the images of all processes: each process computes its share from the texts that it encodes."""
+"""Losses over the images of all processes; each process computes its share from the texts that it encodes."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,31 +27,32 @@ def sharded_cross_entropy(
         loss_b = (1 − ε) · w_y · (lse_b − target_b) + ε/K · (lse_b · Σ_k w_k − smooth_b),
         lse_b = log Σ_r exp(lse_rb),   target_b = Σ_r target_rb,   smooth_b = Σ_r Σ_k w_k · z_bk over k of process r
 
-    This is the loss of `functional.class_sampled_ce`. Sums over processes are in the order of ranks, so that every
-    process has the same loss to the bit. Gradients are W times the share of this process, see `gather_shares`.
+    This is the loss of `functional.class_sampled_ce`. Sums over processes are in the order of ranks, so that the loss
+    is bitwise equal on all. Gradients are multiplied by the number of processes, as `gather_shares` explains.
 
-    `image` [B, D] are those of all processes; `text` [K_r, D] those of the selected classes of this process, any one
-    row if K_r = 0; `class_weight` w is [K].
+    `image` is [B, D], images of all processes; `text` [K_r, D], selected classes of this process, or any one row if
+    K_r = 0; `class_weight` [K], w of all selected classes.
     """
-    # 1. Own part: log-sum-exp and logit of the label of each image over the own classes, [B] each
-    none = selection.class_ids if len(selection.class_ids) == 0 else None
-    shares = list(functional.class_sampled_lse(image, text, selection.labels, logit_scale, class_ids=none))
+    # 1. Share of this process: log-sum-exp over its classes, and logit of the label or 0, [B] each
+    empty = selection.class_ids if len(selection.class_ids) == 0 else None  # selects no row of `text` if K_r = 0
+    shares = list(functional.class_sampled_lse(image, text, selection.labels, logit_scale, class_ids=empty))
     if label_smoothing > 0:
-        every = image.new_ones(selection.kept) if class_weight is None else class_weight
-        own_weight = every[selection.positions]
-        shares.append(_weighted_logits(image, text[: len(own_weight)], own_weight, logit_scale))
-    # 2. Parts of all processes in the order of ranks; then the losses of all images, [B]
-    lse, target, *smooth = gather_shares(torch.stack(shares), group).unbind(1)  # [W, B] each
+        all_weights = image.new_ones(selection.kept) if class_weight is None else class_weight  # [K]
+        own_weights = all_weights[selection.positions]  # [K_r]
+        shares.append(_weighted_logits(image, text[: len(own_weights)], own_weights, logit_scale))
+    # 2. Shares of all processes, [processes, B] each, combined into the loss of each image, [B]
+    lse, target, *smooth = gather_shares(torch.stack(shares), group).unbind(1)
     lse = lse.logsumexp(0)
     loss = lse - target.sum(0)
     if class_weight is not None:
         loss = class_weight[selection.targets] * loss
-    for share in smooth:
-        weights = 1.0 if class_weight is None else class_weight.mean()
+    if label_smoothing > 0:
+        mean_weight = 1.0 if class_weight is None else class_weight.mean()
         loss = (1 - label_smoothing) * loss
-        loss = loss + label_smoothing * (lse * weights - share.sum(0) / selection.kept)
+        loss = loss + label_smoothing * (lse * mean_weight - smooth[0].sum(0) / selection.kept)
+    # 3. Mean, weighted by the class of each image
     total = len(loss) if class_weight is None else class_weight[selection.targets].sum()
-    return (loss.sum() / total).to(_dtype(image))
+    return (loss.sum() / total).to(_loss_dtype(image))
 
 
 def replicated_cross_entropy(
@@ -66,13 +65,14 @@ def replicated_cross_entropy(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss of `sharded_cross_entropy`, from one message of one number; each process has all embeddings; collective.
+    """Compute the loss of `sharded_cross_entropy` where each process encodes all selected classes; collective.
 
-    `image` [b, D] are those of this process, b may be 0; `text` [K, D] of all selected classes; `targets` [b] positions
-    in `text`; `total` is the divisor of the mean: all images, or the sum of the weights of their labels.
+    Each process sends one number. `image` is [b, D], images of this process, b may be 0; `text` [K, D], all selected
+    classes; `targets` [b], positions of the labels in `text`; `total`, divisor of the mean: the number of images of all
+    processes, or the sum of the weights of their labels.
     """
     if len(image) == 0:
-        share = (image.sum() + text[:0].sum()) * logit_scale
+        share = _empty_share(image, text, logit_scale)
     else:
         share = functional.class_sampled_ce(
             image,
@@ -83,7 +83,7 @@ def replicated_cross_entropy(
             label_smoothing=label_smoothing,
             reduction="sum",
         )
-    return (_sum_over_processes(share, group) / total).to(_dtype(image))
+    return (_sum_over_processes(share, group) / total).to(_loss_dtype(image))
 
 
 def sharded_contrastive_loss(
@@ -91,48 +91,62 @@ def sharded_contrastive_loss(
 ) -> Tensor:
     """Symmetric contrastive loss [] of the pairs of all processes, see `functional.contrastive_loss`; collective.
 
-    `image` [B, D] are those of all processes; `text` [n, D] the captions that this process encodes, of the pairs `own`
-    [n], ascending; any one row if n = 0. Images to texts is a cross-entropy over texts that are shared out. Texts to
-    images needs no message of text embeddings, since each process has the gathered images.
+    `image` is [B, D], images of all processes; `text` [n, D], captions that this process encodes, or any one row if
+    n = 0; `own` [n], their pairs, ascending. Text embeddings are not sent: image to text is the cross-entropy of all
+    images over the captions of all processes, and for text to image each process has all images.
     """
-    pairs, labels = torch.arange(len(image), device=image.device), own.new_full((len(image),), -1)
+    B = len(image)
+    labels = own.new_full((B,), -1)  # [B], position of the caption of each image among those of this process
     labels[own] = torch.arange(len(own), device=image.device)
-    selection = OwnSelection(own, labels, own, pairs, len(pairs))
+    pairs = torch.arange(B, device=image.device)
+    selection = OwnSelection(class_ids=own, labels=labels, positions=own, targets=pairs, kept=B)
     image_to_text = sharded_cross_entropy(image, text, selection, logit_scale, group)
     if len(own) == 0:
-        share = (image[:0].sum() + text[:0].sum()) * logit_scale
+        share = _empty_share(image, text, logit_scale)
     else:
         share = functional.class_sampled_ce(text, image, own, logit_scale, reduction="sum")
-    return (image_to_text + (_sum_over_processes(share, group) / len(pairs)).to(_dtype(image))) / 2
+    text_to_image = (_sum_over_processes(share, group) / B).to(_loss_dtype(image))
+    return (image_to_text + text_to_image) / 2
 
 
 def sharded_binary_cross_entropy(
-    image: Tensor, text: Tensor, targets: Tensor, bias: Tensor | float, scale: Tensor, elements: int, group: Any
+    image: Tensor,
+    text: Tensor,
+    targets: Tensor,
+    bias: Tensor | float,
+    logit_scale: Tensor,
+    elements: int,
+    group: dist.ProcessGroup,
 ) -> Tensor:
-    """Mean binary cross-entropy [] of images and classes; each process has a part of the pairs; collective.
+    """Mean binary cross-entropy [] of images and classes; each process has a part of their pairs; collective.
 
-    `image` [b, D]; `text` [k, D], any one row if k = 0; `targets` bool [b, k]; `elements` is the number of pairs of all
-    processes.
+    `image` is [b, D]; `text` [k, D], or any one row if k = 0; `targets` bool [b, k]; `elements` the number of pairs of
+    all processes.
     """
     if targets.numel() == 0:
-        share = (image[:0].sum() + text[:0].sum()) * scale + 0.0 * bias
+        share = _empty_share(image, text, logit_scale) + 0.0 * bias
     else:
-        logits = functional.class_sampled_logits(image, text, scale) + bias
+        logits = functional.class_sampled_logits(image, text, logit_scale) + bias
         share = binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
-    return (_sum_over_processes(share, group) / elements).to(_dtype(image))
+    return (_sum_over_processes(share, group) / elements).to(_loss_dtype(image))
+
+
+def _empty_share(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Return 0 as a function of the inputs, so that backward computes zero gradients for them instead of None."""
+    return (image[:0].sum() + text[:0].sum()) * logit_scale
 
 
 def _sum_over_processes(share: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum of one number of each process, in fp64 and in the order of ranks; see `gather_shares`."""
+    """Sum one number of each process, in fp64 and in the order of ranks; see `gather_shares`."""
     return gather_shares(share.double(), group).sum()
 
 
-def _dtype(image: Tensor) -> torch.dtype:
+def _loss_dtype(image: Tensor) -> torch.dtype:
     return torch.float64 if image.dtype == torch.float64 else torch.float32
 
 
 def _weighted_logits(image: Tensor, text: Tensor, weight: Tensor, logit_scale: Tensor) -> Tensor:
-    """Σ_k w_k z_bk, [B] fp64, as one product with a weighted sum of texts."""
+    """Σ_k w_k z_bk, [B] fp64: by linearity the logits of Σ_k w_k t_k/|t_k|, without the logits [B, K_r]."""
     with torch.autocast(image.device.type, enabled=False):
         image, text = normalize(image.double(), dim=1), normalize(text.double(), dim=1)
         return logit_scale * (image @ (weight.double() @ text))
