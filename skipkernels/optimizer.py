@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import weakref
 from collections import defaultdict
@@ -30,25 +29,27 @@ _TORCH_OPTIONS = {
     "differentiable": False,
     "fused": None,
 }
-_GATHERED_BYTES = 32 << 20  # gradients that wait in backward for one launch; a block of ViT-B has 28 MB in fp32
-# Odd, so that a group has 2⁶⁴ seeds; not the constant that the operator multiplies positions by, so that the bits of a
-# step are not those of another step, shifted.
+_GATHERED_BYTES = 32 << 20  # gradients gathered in backward for one launch; a block of ViT-B has 28 MB in fp32
+# Added to the seed of a group at each step. Odd, so that seeds repeat only after 2⁶⁴ steps. Not the constant by which
+# the operator multiplies positions (SplitMix64): each step would use the random bits of the one before, shifted.
 _SEED_STRIDE = signed64(0xD1B54A32D192ED03)
 
 
 class _ConsumedGradient(torch.Tensor):
-    """Placeholder in `.grad` from an update in backward to `step()`, without memory: an operation on it is an error.
+    """Placeholder in `.grad` from an update in backward to `step()`, without memory; an operation on it is an error.
 
-    `clip_grad_norm_` skips weights without a gradient, so it would return 0 and clip nothing.
+    With None instead, `clip_grad_norm_` would skip the weight: return 0 and clip nothing.
     """
 
     _optimizer: weakref.ref[FusedSGD]
 
     @staticmethod
     def __new__(cls, gradient: Tensor, optimizer: FusedSGD) -> _ConsumedGradient:
-        made = torch.Tensor._make_wrapper_subclass(cls, gradient.shape, dtype=gradient.dtype, device=gradient.device)
-        made._optimizer = weakref.ref(optimizer)
-        return made
+        placeholder = torch.Tensor._make_wrapper_subclass(
+            cls, gradient.shape, dtype=gradient.dtype, device=gradient.device
+        )
+        placeholder._optimizer = weakref.ref(optimizer)
+        return placeholder
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
@@ -67,16 +68,16 @@ class FusedSGD(torch.optim.Optimizer):
     (`functional.sgd_momentum_`). Memory holds the gradients of about one block, not of the model: on the CPU each
     weight is updated immediately, on a GPU gradients are gathered up to 32 MiB for one launch.
 
-    The training loop is unchanged: `step()` after each backward updates the weights that still have a gradient (a
-    weight frozen at construction, a gradient set by hand) and begins the next step. Options of a group are read at each
+    The training loop is unchanged: `step()` after each backward updates the weights that still have a gradient (of a
+    weight that was frozen at construction, or set by hand) and ends the step. Options of a group are read at each
     update, so learning-rate schedulers work. Keep a reference to the optimizer: its hooks are removed with it.
 
     Each backward is an update. Use `in_backward=False` for everything that needs or changes all gradients of a step
     before the update: several backward passes per step, `GradScaler`, `clip_grad_norm_`, `DistributedDataParallel`, a
-    weight shared by checkpoints with `use_reentrant=True`. From its update to `step()`, `grad` of a weight is a
-    placeholder, and an operation on it raises an error. `GradScaler` is noticed only in its `unscale_` or `step`; the
-    error then restores weights and momentum from copies in host memory. If backward raises an error, some weights are
-    updated and others are not.
+    weight used in several activation checkpoints with `use_reentrant=True`. From its update to `step()`, `grad` of a
+    weight is a placeholder, and an operation on it raises an error. `GradScaler` is detected only after its first
+    backward, in `unscale_` or `step`: weights and momentum are restored from copies in host memory, then an error is
+    raised. If backward raises an error, some weights are updated and others are not.
 
     Args:
         params: Parameters, or groups of them with their own options, as for `torch.optim`; any shape, fp32, bf16, fp16
@@ -119,15 +120,15 @@ class FusedSGD(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ):
-        self._in_backward = False  # until all groups are checked
+        self._in_backward = False  # add_param_group adds no hooks until all groups are checked
         self._updated: set[int] = set()  # indices of the weights updated in backward since step()
-        # Each weight and momentum buffer with its value from before the first step; None after that step.
+        # Weights and momentum buffers with copies from before the first step, for `_undo_first_step`; None after it
         self._before: list[tuple[Tensor, Tensor]] | None = []
         self._placeholders: dict[Any, _ConsumedGradient] = {}  # by shape, dtype and device
         self._waiting: list[tuple[int, int, Tensor]] = []  # group, index and weight of gathered gradients
         self._waiting_bytes = 0
-        self._offsets: list[int] = []  # index of the first element of each weight, and of the next weight
-        # Learning rates of the groups that are numbers: a tensor on the device, and the number that it has.
+        self._offsets: list[int] = []  # first element of each weight among all, and of the next weight to be added
+        # Copies of learning rates that are numbers, by group and device: a tensor on the device, and its value
         self._rates: dict[tuple[int, torch.device], tuple[Tensor, float]] = {}
         self._hooks: list[RemovableHandle] = []
         self._remove_hooks = weakref.finalize(self, _remove, self._hooks)
@@ -140,8 +141,8 @@ class FusedSGD(torch.optim.Optimizer):
         )
         if in_backward:
             self._in_backward = True
-            for group in range(len(self.param_groups)):
-                self._hook(group)
+            for group_index in range(len(self.param_groups)):
+                self._add_hooks(group_index)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with its options."""
@@ -151,53 +152,55 @@ class FusedSGD(torch.optim.Optimizer):
         _set_step_seed(group)
         offsets = self._offsets or [0]
         for weight in group["params"]:
-            offsets.append(offsets[-1] + -(-weight.numel() // 4) * 4)  # four elements share a hash
+            offsets.append(offsets[-1] + -(-weight.numel() // 4) * 4)  # a multiple of 4: four elements share a hash
         self._offsets = offsets
         if self._in_backward:
-            self._hook(len(self.param_groups) - 1)
+            self._add_hooks(len(self.param_groups) - 1)
 
-    def _hook(self, group: int) -> None:
-        first = sum(len(other["params"]) for other in self.param_groups[:group])
-        for number, weight in enumerate(self.param_groups[group]["params"], first):
+    def _add_hooks(self, group_index: int) -> None:
+        first = sum(len(group["params"]) for group in self.param_groups[:group_index])
+        for index, weight in enumerate(self.param_groups[group_index]["params"], first):
             if weight.requires_grad:
                 # A proxy, since a parameter must not keep the optimizer alive, and the index of the group, since
                 # load_state_dict replaces the group.
-                update = partial(FusedSGD._update_in_backward, weakref.proxy(self), group, number)
+                update = partial(FusedSGD._update_in_backward, weakref.proxy(self), group_index, index)
                 self._hooks.append(weight.register_post_accumulate_grad_hook(update))
 
-    def _update_in_backward(self, group: int, number: int, weight: Tensor) -> None:
+    def _update_in_backward(self, group_index: int, index: int, weight: Tensor) -> None:
+        """Update a weight, given its index in the optimizer, or let it wait for others; hook after its gradient."""
         if not self._updated:  # once per step: a process group may be created after the optimizer
             _refuse_several_processes()
         if _is_consumed(weight):
             _refuse_second_optimizer()
-        if number in self._updated:
+        if index in self._updated:
             _refuse_use("a second backward")
-        self._updated.add(number)
+        self._updated.add(index)
         if not _gathers(weight):
-            self._consume(group, [(number, weight)])
+            self._consume(group_index, [(index, weight)])
             return
         if not self._waiting:
             torch.autograd.Variable._execution_engine.queue_callback(self._flush)  # at the end of backward
-        self._waiting.append((group, number, weight))
+        self._waiting.append((group_index, index, weight))
         self._waiting_bytes += weight.nbytes
         if self._waiting_bytes >= _GATHERED_BYTES:
             self._flush()
 
     def _flush(self) -> None:
+        """Update the weights that wait."""
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         if any(_is_consumed(weight) for *_, weight in waiting):
             _refuse_second_optimizer()
-        for group in range(len(self.param_groups)):
-            self._consume(group, [(number, weight) for of, number, weight in waiting if of == group])
+        for group_index in range(len(self.param_groups)):
+            self._consume(group_index, [(index, weight) for group, index, weight in waiting if group == group_index])
 
-    def _consume(self, index: int, numbered: list[tuple[int, Any]]) -> None:
+    def _consume(self, group_index: int, indexed: list[tuple[int, Any]]) -> None:
         """Update weights of a group in backward, and replace their gradients by placeholders."""
         if self._before is not None:
-            for _, weight in numbered:
+            for _, weight in indexed:
                 buffer = self.state.get(weight, {}).get("momentum_buffer")
                 self._before += [(x, _host_copy(x)) for x in (weight, buffer) if x is not None]
-        self._update(index, numbered)
-        for _, weight in numbered:
+        self._update(group_index, indexed)
+        for _, weight in indexed:
             key = weight.grad.shape, weight.grad.dtype, weight.grad.device
             if key not in self._placeholders:
                 self._placeholders[key] = _ConsumedGradient(weight.grad, self)
@@ -205,7 +208,10 @@ class FusedSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _undo_first_step(self) -> None:
-        """Restore weights and momentum from before the first step, unless it has ended."""
+        """Restore weights and momentum from before the first step, unless it has ended.
+
+        When GradScaler is detected, the updates of its first backward have already applied scaled gradients.
+        """
         if not self._before:
             return
         changed = {id(x) for x, _ in self._before}
@@ -221,13 +227,15 @@ class FusedSGD(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler.step reads this first.
+        # GradScaler.step reads this property before it does anything else.
         if self._updated:
             self._undo_first_step()
             _refuse_use("GradScaler")
         return False
 
-    def _drop_placeholders(self) -> None:
+    def _discard_backward(self) -> None:
+        """Remove what backward left: placeholders, and weights that wait because it raised an error."""
+        self._waiting, self._waiting_bytes = [], 0
         for group in self.param_groups:
             for weight in group["params"]:
                 if isinstance(weight.grad, _ConsumedGradient):
@@ -235,20 +243,19 @@ class FusedSGD(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all weights, see `torch.optim.Optimizer.zero_grad`."""
-        self._waiting, self._waiting_bytes = [], 0  # left by a backward that raised an error
-        self._drop_placeholders()
+        self._discard_backward()
         super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """End a step: update every weight that still has a gradient; return the result of `closure`, if given."""
         loss = None if closure is None else closure()
-        self._waiting, self._waiting_bytes = [], 0  # left by a backward that raised an error
-        self._drop_placeholders()
+        self._discard_backward()
         self._before = None
-        numbers = itertools.count()
-        for index, group in enumerate(self.param_groups):
-            numbered = zip(group["params"], numbers, strict=False)  # the longer one last: zip takes from the first
-            self._update(index, [(number, weight) for weight, number in numbered if weight.grad is not None])
+        first = 0
+        for group_index, group in enumerate(self.param_groups):
+            indexed = enumerate(group["params"], first)
+            self._update(group_index, [(index, weight) for index, weight in indexed if weight.grad is not None])
+            first += len(group["params"])
             if group["step_seed"] is not None:
                 group["step_seed"].add_(_SEED_STRIDE)
         self._updated.clear()
@@ -256,41 +263,42 @@ class FusedSGD(torch.optim.Optimizer):
 
     def copy_rates(self) -> None:
         """Copy learning rates that are numbers to the device; call it before each replay of a captured graph."""
-        for index, device in self._rates:
-            self._rate(index, device)
+        for group_index, device in self._rates:
+            self._rate(group_index, device)
 
-    def _update(self, index: int, numbered: list[tuple[int, Any]]) -> None:
+    def _update(self, group_index: int, indexed: list[tuple[int, Any]]) -> None:
         """Update weights of a group, given with their index in the optimizer, by one call for each dtype and device."""
-        group = self.param_groups[index]
+        group = self.param_groups[group_index]
         alike: defaultdict[tuple[torch.dtype, torch.device], list[tuple[int, Any]]] = defaultdict(list)
-        for number, weight in numbered:
-            alike[weight.dtype, weight.device].append((number, weight))
-        for (_, device), of_kind in alike.items():
-            weights = [weight for _, weight in of_kind]
+        for index, weight in indexed:
+            alike[weight.dtype, weight.device].append((index, weight))
+        for (_, device), pairs in alike.items():
+            weights = [weight for _, weight in pairs]
             functional.sgd_momentum_(
                 weights,
                 [weight.grad for weight in weights],
                 self._momentum_buffers(weights, group["momentum"]),
-                self._rate(index, device),
+                self._rate(group_index, device),
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
-                seed=_moved_seed(group, device),
-                offsets=[self._offsets[number] for number, _ in of_kind],
+                seed=_step_seed(group, device),
+                offsets=[self._offsets[index] for index, _ in pairs],
             )
 
-    def _rate(self, index: int, device: torch.device) -> Tensor | float:
-        """Learning rate of a group on a device: a tensor of a constant address, except on the CPU."""
-        lr = self.param_groups[index]["lr"]
+    def _rate(self, group_index: int, device: torch.device) -> Tensor | float:
+        """Learning rate of a group: on a GPU a tensor at a fixed address, which captured graphs read at each replay."""
+        lr = self.param_groups[group_index]["lr"]
         if isinstance(lr, Tensor) or device.type == "cpu":
             return lr
-        rate, number = self._rates.get((index, device)) or (torch.empty((), dtype=torch.float64, device=device), None)
-        if number != lr:
+        key = group_index, device
+        rate, value = self._rates.get(key) or (torch.empty((), dtype=torch.float64, device=device), None)
+        if value != lr:
             rate.fill_(lr)
-            self._rates[index, device] = rate, lr
+            self._rates[key] = rate, lr
         return rate
 
     def _momentum_buffers(self, weights: list[Tensor], momentum: float) -> list[Tensor]:
-        if momentum == 0:  # written, and never read
+        if momentum == 0:  # scratch memory: the operator writes buffers, and nothing reads these later
             zeros = weights[0].new_zeros(sum(weight.numel() for weight in weights))
             sizes = [weight.numel() for weight in weights]
             return [part.view(weight.shape) for part, weight in zip(zeros.split(sizes), weights, strict=True)]
@@ -313,7 +321,7 @@ class FusedSGD(torch.optim.Optimizer):
     def close(self) -> None:
         """Remove the hooks: later gradients remain for `step()` or another optimizer."""
         self._in_backward = False
-        self._drop_placeholders()
+        self._discard_backward()
         self._remove_hooks()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -336,7 +344,6 @@ def world_size() -> int:
 
 
 def _refuse_several_processes() -> None:
-    """Refuse a process group of several ranks: weights would be updated before gradients are averaged."""
     if (ranks := world_size()) > 1:
         raise RuntimeError(
             "FusedSGD: in_backward must be False in a process group of several ranks; got True in one of "
@@ -368,12 +375,12 @@ def _refuse_second_optimizer() -> NoReturn:
 
 
 def _gathers(weight: Tensor) -> bool:
-    """Return True if updates in backward wait for others: on a GPU, where a launch takes longer than most of them."""
+    """Return True if updates in backward are gathered: on a GPU, where a launch takes longer than most updates."""
     return weight.device.type != "cpu"
 
 
 def _set_step_seed(group: dict[str, Any]) -> None:
-    """Make the seed of the step an int64 tensor [] on the device of the weights; each step adds a constant to it."""
+    """Set the seed of the next step, an int64 tensor [] on the device of the weights; each step adds a constant."""
     seed = group["step_seed"]  # a number if it is from a state dict
     if isinstance(seed, Tensor) or not (group["stochastic_rounding"] and group["params"]):
         return
@@ -382,7 +389,8 @@ def _set_step_seed(group: dict[str, Any]) -> None:
     group["step_seed"] = torch.full((), seed, dtype=torch.int64, device=group["params"][0].device)
 
 
-def _moved_seed(group: dict[str, Any], device: torch.device) -> Tensor | None:
+def _step_seed(group: dict[str, Any], device: torch.device) -> Tensor | None:
+    """Return the seed of the step on a device; None without stochastic rounding."""
     if group["step_seed"] is not None and group["step_seed"].device != device:  # weights were moved, or state loaded
         group["step_seed"] = group["step_seed"].to(device)
     return group["step_seed"]
