@@ -5,12 +5,15 @@
     d_x = d_residual = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂))
     d_weight = Σ d_normed · x̂,   d_bias = Σ d_normed   over all rows
 
-x, residual and normed may have three dtypes. Without a residual `hidden` is empty: an operator must not return one of
-its inputs. Saved for backward: hidden, the weight, and mean and rstd of each row, in fp32 (fp64 for fp64).
+x, residual and normed may have different dtypes. Without a residual `hidden` is empty: an operator must not return one
+of its inputs. Saved for backward: hidden, the weight, and mean and rstd of each row, in fp32 (fp64 for fp64).
 
-For a fused block backward also emits d_x in a second dtype; normed, recomputed, if it is given the bias; and Σ d_hidden
-and Σ d_x over all rows, the gradients of the biases of the two products beside the norm. On a GPU one kernel sums fixed
-blocks of rows, and a second adds these sums in order; with `partial` they are left to `column_sums`.
+Options of backward for fused blocks: `cast` returns d_x in a second dtype, too; with a bias, normed is recomputed;
+`need_sums` returns Σ d_hidden and Σ d_x over all rows, which for the second norm of a block are the gradients of the
+biases of the MLP's and of the attention's output projection.
+
+On a GPU one kernel sums fixed blocks of rows, and a second adds these partial sums in order. With `partial` they are
+returned instead, and `column_sums` adds those of several operators in one launch.
 """
 
 from __future__ import annotations
@@ -25,50 +28,51 @@ from . import registration
 from .launching import launch, tl, triton
 from .row_sums import blocks_of_rows, sum_in_order_strided
 
-TILE = 1024  # numbers in a tile: one row, or as many rows as fit
-ROWS_PER_SUM = 8  # least number of rows per program of backward; with fewer it would write more than it reads
-MAX_SUMS = 512  # largest number of programs of backward: enough for every GPU, few sums for the second kernel
-BLOCK_SUMS = 64  # partial sums per iteration of the second kernel
-BLOCK_COLUMNS = 32  # columns per program of the second kernel: 128 bytes
+TILE = 1024  # numbers in a tile: as many rows as fit, at least one
+ROWS_PER_SUM = 8  # minimum rows per program of backward: it writes up to four rows of partial sums
+MAX_SUMS = 512  # maximum programs of backward: enough to fill a GPU, and few partial sums for the second kernel
+BLOCK_SUMS = 64  # rows of partial sums per iteration of the second kernel
+BLOCK_COLUMNS = 32  # columns per program of the second kernel: 128 bytes in fp32
 
 
 class Gradients(NamedTuple):
     """Results of `add_layer_norm_backward`; empty if not needed."""
 
     d_x: Tensor  # [..., W], dtype of hidden
-    d_weight: Tensor  # [W], as all vectors in the dtype of the weight
-    d_bias: Tensor  # [W]
+    d_weight: Tensor  # [W], dtype of the weight
+    d_bias: Tensor  # [W], dtype of the weight
     d_x_cast: Tensor  # [..., W], d_x in the dtype `cast`, rounded once
     normed: Tensor  # [..., W], dtype of d_normed
-    d_hidden_sum: Tensor  # [W], Σ d_hidden over all rows
-    d_x_sum: Tensor  # [W], Σ d_x over all rows
-    # With `partial` on a GPU, fp32 [P, S · W]: partial sums of d_weight, d_bias, and with `need_sums` d_hidden_sum and
-    # d_x_sum, side by side. The four are then empty.
+    d_hidden_sum: Tensor  # [W], dtype of the weight, Σ d_hidden over all rows
+    d_x_sum: Tensor  # [W], dtype of the weight, Σ d_x over all rows
+    # With `partial` on a GPU, fp32 [P, 2W] or [P, 4W]: partial sums of d_weight, d_bias, and with `need_sums` of
+    # d_hidden_sum and d_x_sum, side by side. These four results are then empty.
     sums: Tensor
 
 
 class Saved(NamedTuple):
     """Tensors that backward reads besides the gradients; the bias only if it recomputes normed."""
 
-    hidden: Tensor
-    mean: Tensor
-    rstd: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    hidden: Tensor  # [..., W]
+    mean: Tensor  # [...]
+    rstd: Tensor  # [...]
+    weight: Tensor  # [W]
+    bias: Tensor | None  # [W]
 
 
 class Needs(NamedTuple):
-    """Results of backward that are computed."""
+    """Results that backward computes."""
 
     x: bool
     weight: bool
     bias: bool
-    sums: bool
-    partial: bool
-    cast: torch.dtype | None
+    sums: bool  # Σ d_hidden and Σ d_x
+    partial: bool  # partial sums in place of sums over all rows, on a GPU
+    cast: torch.dtype | None  # second dtype of d_x
 
 
 def _unpack(rest: tuple[Any, ...]) -> tuple[Saved, Needs]:
+    """Group the arguments of backward that follow d_normed and d_hidden."""
     return Saved(*rest[:5]), Needs(*rest[5:])
 
 
@@ -104,9 +108,9 @@ def _add_layer_norm_fwd_kernel(
     mean = tl.sum(hidden, axis=1) / W  # [BLOCK_R]
     centred = tl.where(mask_w[None, :], hidden - mean[:, None], 0.0)  # [BLOCK_R, BLOCK_W]
     variance = tl.sum(centred * centred, axis=1) / W + eps  # [BLOCK_R]
-    rstd = tl.sqrt(variance) / variance  # NaN where the variance overflows, not 0
-    # 3. x̂, weight and bias
-    normed = centred * rstd[:, None]  # [BLOCK_R, BLOCK_W]
+    rstd = tl.sqrt(variance) / variance  # [BLOCK_R]; inf / inf = NaN if the variance overflows; tl.rsqrt gives 0
+    # 3. normed = x̂ · weight + bias
+    normed = centred * rstd[:, None]  # [BLOCK_R, BLOCK_W], x̂
     if weight_ptr is not None:
         normed *= tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_W]
     if bias_ptr is not None:
@@ -138,13 +142,14 @@ def _add_layer_norm_bwd_rows_kernel(
 ):
     """d_x = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂)); Σ d_normed · x̂, Σ d_normed, Σ d_hidden, Σ d_x.
 
-    One program: `rows` rows, BLOCK_R at a time, and its own row of the sums [P, SUMS, W], which are none, the first two
-    or all four. The pointer of a tensor that is absent or not needed is None.
+    One program: `rows` rows, BLOCK_R at a time, and its own row of the partial sums [P, SUMS, W]. SUMS is 0, 2 (the
+    first two) or 4. The pointer of a tensor that is absent or not needed is None.
     """
     program = tl.program_id(0).to(tl.int64)
     offs_w = tl.arange(0, BLOCK_W)
     mask_w = offs_w < W
     weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
+    # Sums over the rows of this program, reduced over BLOCK_R after the loop
     d_weight = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
     d_bias = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
     d_hidden_sum = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
@@ -162,24 +167,24 @@ def _add_layer_norm_bwd_rows_kernel(
         # 2. normed, recomputed
         if normed_ptr is not None:
             bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
-            normed = unit * weight[None, :] + bias[None, :]
+            normed = unit * weight[None, :] + bias[None, :]  # [BLOCK_R, BLOCK_W]
             tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
         # 3. d_x
         if d_x_ptr is not None:
             g = d_normed * weight[None, :]  # [BLOCK_R, BLOCK_W], 0 beyond W
             mean_g, mean_gx = tl.sum(g, axis=1) / W, tl.sum(g * unit, axis=1) / W  # [BLOCK_R] each
-            d_row = (g - mean_g[:, None] - unit * mean_gx[:, None]) * rstd[:, None]  # [BLOCK_R, BLOCK_W]
+            d_x = (g - mean_g[:, None] - unit * mean_gx[:, None]) * rstd[:, None]  # [BLOCK_R, BLOCK_W]
             if d_hidden_ptr is not None:
                 d_hidden = tl.load(d_hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
-                d_row += d_hidden
+                d_x += d_hidden
                 if SUMS == 4:
                     d_hidden_sum += d_hidden
-            tl.store(d_x_ptr + offs, d_row.to(d_x_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
+            tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
             if d_x_cast_ptr is not None:
-                tl.store(d_x_cast_ptr + offs, d_row.to(d_x_cast_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
+                tl.store(d_x_cast_ptr + offs, d_x.to(d_x_cast_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
             if SUMS == 4:
-                d_x_sum += d_row
-        # 4. Sums, reduced over BLOCK_R after the loop
+                d_x_sum += d_x
+        # 4. Sums
         d_weight += d_normed * unit
         d_bias += d_normed
     # 5. This program's row of the sums [P, SUMS, W]
@@ -194,6 +199,7 @@ def _add_layer_norm_bwd_rows_kernel(
 
 @triton.jit
 def _store_sum(sums_ptr, out_ptr, P, stride_p, W, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
+    """out = Σ_p sums[p] for the BLOCK_W columns of this program; nothing if out_ptr is None."""
     if out_ptr is not None:
         offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
         total = sum_in_order_strided(sums_ptr, P, stride_p, offs_w, W, BLOCK_P, BLOCK_W)  # [BLOCK_W]
@@ -213,7 +219,7 @@ def _add_layer_norm_bwd_sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """d_weight = Σ_p sums[p, 0], and so on. One program: BLOCK_W columns of one of the SUMS sums."""
+    """d_weight, d_bias, d_hidden_sum, d_x_sum = Σ_p sums[p]. One program: BLOCK_W columns of one of these results."""
     which = tl.program_id(1)
     if which == 0:
         _store_sum(sums_ptr, d_weight_ptr, P, SUMS * W, W, BLOCK_P, BLOCK_W)
@@ -266,14 +272,19 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def _blocks(R: int, W: int) -> tuple[int, int]:
+    """Return the number of programs of backward, and the rows of each."""
+    return blocks_of_rows(R, _tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
+
+
 def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gradients:
     saved, needs = _unpack(rest)
     hidden, mean, rstd, weight, bias = saved
-    if hidden.dtype == torch.float64:  # with d_normed of another dtype
+    if hidden.dtype == torch.float64:  # and d_normed is not: the registration falls back by the dtype of d_normed
         return _fallback_backward(d_normed, d_hidden, *rest)
-    W, R, device, tile = hidden.shape[-1], mean.numel(), hidden.device, _tile(hidden.shape[-1])
-    P, rows = blocks_of_rows(R, tile["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
-    out = _outputs(d_normed, saved, needs)
+    W, R, device = hidden.shape[-1], mean.numel(), hidden.device
+    P, rows = _blocks(R, W)
+    out = _empty_gradients(d_normed, saved, needs)
     SUMS = 4 if needs.sums else 2 if needs.weight or needs.bias or needs.partial else 0
     sums = out.sums if needs.partial else torch.empty(P, SUMS * W, dtype=torch.float32, device=device)  # [P, SUMS · W]
     launch(
@@ -295,7 +306,7 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
         rows=rows,
         W=W,
         SUMS=SUMS,
-        **tile,
+        **_tile(W),
     )
     if SUMS and not needs.partial:
         launch(
@@ -317,15 +328,15 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
     return out
 
 
-def _outputs(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
+def _empty_gradients(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
+    """Allocate the results: [0] where not needed, since an operator cannot return None."""
     hidden, _, _, weight, bias = saved
 
     def empty(like: Tensor, need: bool, dtype: torch.dtype | None = None) -> Tensor:
         return like.new_empty(like.shape if need else 0, dtype=dtype)
 
-    P, W = 0, hidden.shape[-1]
-    if needs.partial:
-        P, _ = blocks_of_rows(hidden.numel() // W, _tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
+    W = hidden.shape[-1]
+    sums_shape = (_blocks(hidden.numel() // W, W)[0], (4 if needs.sums else 2) * W) if needs.partial else 0
     return Gradients(
         d_x=empty(hidden, needs.x),
         d_weight=empty(weight, needs.weight and not needs.partial),
@@ -334,7 +345,7 @@ def _outputs(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
         normed=empty(hidden, bias is not None, d_normed.dtype),
         d_hidden_sum=empty(weight, needs.sums and not needs.partial),
         d_x_sum=empty(weight, needs.sums and not needs.partial),
-        sums=hidden.new_empty((P, (4 if needs.sums else 2) * W) if needs.partial else 0, dtype=torch.float32),
+        sums=hidden.new_empty(sums_shape, dtype=torch.float32),
     )
 
 
@@ -347,11 +358,11 @@ def _fallback(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = (x if residual is None else (x + residual).to(x.dtype)).contiguous()
-    hidden_fp32 = reference.at_least_fp32(hidden)
-    mean = hidden_fp32.mean(dim=-1)
-    centred = hidden_fp32 - mean[..., None]
-    variance = centred.square().mean(dim=-1) + eps
-    rstd = variance.sqrt() / variance  # NaN where the variance overflows, not 0
+    hidden_wide = reference.at_least_fp32(hidden)  # [..., W]
+    mean = hidden_wide.mean(dim=-1)  # [...]
+    centred = hidden_wide - mean[..., None]  # [..., W]
+    variance = centred.square().mean(dim=-1) + eps  # [...]
+    rstd = variance.sqrt() / variance  # [...]; NaN if the variance overflows; rsqrt gives 0
     normed = _affine(centred * rstd[..., None], weight, bias)
     return x.new_empty(0) if residual is None else hidden, normed.to(dtype or x.dtype), mean, rstd
 
@@ -365,10 +376,10 @@ def _fallback_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) ->
     # Not autograd of the reference: backward receives the statistics instead of eps.
     (hidden, mean, rstd, weight, bias), needs = _unpack(rest)
     dtype, cast = mean.dtype, needs.cast
-    hidden_fp32, upstream = (x.contiguous().to(dtype) for x in (hidden, d_normed))
+    hidden_wide, d_normed_wide = (x.contiguous().to(dtype) for x in (hidden, d_normed))
     d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-        upstream,
-        hidden_fp32,
+        d_normed_wide,
+        hidden_wide,
         hidden.shape[-1:],
         mean[..., None],
         rstd[..., None],
@@ -378,7 +389,7 @@ def _fallback_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) ->
     )
     if d_x is not None and d_hidden is not None:
         d_x = d_x + d_hidden
-    unit = None if bias is None else (hidden_fp32 - mean[..., None]) * rstd[..., None]
+    unit = None if bias is None else (hidden_wide - mean[..., None]) * rstd[..., None]
 
     def column_sum(x: Tensor | None) -> Tensor | None:
         return x.to(dtype).flatten(0, -2).sum(dim=0) if needs.sums and x is not None else None
@@ -414,8 +425,9 @@ def _fake(
 
 def _fake_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gradients:
     saved, needs = _unpack(rest)
-    on_gpu = saved.hidden.device.type != "cpu" and saved.hidden.dtype != torch.float64
-    return _outputs(d_normed, saved, needs._replace(partial=needs.partial and on_gpu))
+    # The C++ kernel and the fallback ignore `partial`.
+    uses_triton = saved.hidden.device.type != "cpu" and saved.hidden.dtype != torch.float64
+    return _empty_gradients(d_normed, saved, needs._replace(partial=needs.partial and uses_triton))
 
 
 add_layer_norm = registration.define(
@@ -453,10 +465,9 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: No
         return d_hidden, d_hidden if cast is None or d_hidden is None else d_hidden.to(cast)
     if weight is None:
         weight = mean.new_ones(hidden.shape[-1])
-    needs = need_x or need_residual, need_weight, need_bias
-    d_x, d_weight, d_bias, d_x_cast, *_ = add_layer_norm_backward(
-        d_normed, d_hidden, hidden, mean, rstd, weight, None, *needs, False, False, cast
-    )
+    saved = Saved(hidden, mean, rstd, weight, bias=None)
+    needs = Needs(need_x or need_residual, need_weight, need_bias, sums=False, partial=False, cast=cast)
+    d_x, d_weight, d_bias, d_x_cast, *_ = add_layer_norm_backward(d_normed, d_hidden, *saved, *needs)
     return d_x, d_x if cast is None else d_x_cast, d_weight, d_bias
 
 
