@@ -111,7 +111,7 @@ def class_sampled_ce(
     if reduction not in REDUCTIONS:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
     scale = _scale_tensor(name, logit_scale, image)
-    # On the CPU, gradients cost less when forward computes them. With "none" they need the upstream gradient.
+    # On the CPU, gradients cost less if forward computes them with the loss. Those of "none" depend on d_loss [B].
     in_forward = image.device.type == "cpu" and reduction != "none" and torch.is_grad_enabled()
     return registration.call(
         _class_sampled_ce,
@@ -174,7 +174,7 @@ def class_sampled_lse(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the classes of one process, and the logit of the label, for each image.
 
-    The parts of a cross-entropy over classes that are shared out among processes. With z_bk = logit_scale ·
+    The share of one process in a cross-entropy over classes that are divided among processes. With z_bk = logit_scale ·
     ⟨x_b/|x_b|, t_k/|t_k|⟩ over the sampled rows k of the bank of this process, and y_b the label:
 
         lse_b = log Σ_k exp(z_bk),   target_b = z_by, or 0 if another process has the class of the label
@@ -208,6 +208,7 @@ def class_sampled_lse(
         True
     """
     name = "class_sampled_lse"
+    # None is any size ≥ 1; a process without classes has 0.
     _check_features(name, image, "text", text, C=0 if text.shape[:1] == (0,) else None)
     _check_ids(name, "labels", labels, image, B=image.shape[0])
     if class_ids is not None:
@@ -349,7 +350,7 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
     Args:
         x: [..., W], before the bias, in fp32, bf16, fp16 or fp64.
         bias: [W], in any of these dtypes; default: None, no bias.
-        kind: "quick_gelu" (default; OpenAI's weights), "gelu" (exact) or "gelu_tanh".
+        kind: "quick_gelu" (default, as in OpenAI's CLIP), "gelu" (exact) or "gelu_tanh".
 
     Returns:
         [..., W] in the dtype of `x`; computed in fp32 (fp64 for fp64).
@@ -476,8 +477,8 @@ def pooled_attention(
     check_shape(name, "query", query, B=None, H=None, E=None)
     check_dtype(name, "query", query, FEATURE_DTYPES, "Convert it first.")
     B, H, E = query.shape
-    _check_like(name, query, "key", key, B=B, N=None, H=H, E=E)
-    _check_like(name, query, "value", value, B=B, N=key.shape[1], H=H, E=E)
+    _check_like(name, "key", key, ("query", query), B=B, N=None, H=H, E=E)
+    _check_like(name, "value", value, ("query", query), B=B, N=key.shape[1], H=H, E=E)
     if lengths is not None:
         check_dtype(name, "lengths", lengths, [torch.int64], "Use lengths.long().")
         check_shape(name, "lengths", lengths, ("query", query), B=B)
@@ -506,7 +507,7 @@ def gather_rows(
     Args:
         rows: [R, N, W] features, one row per sample; in fp32, fp16, bf16, fp64 or int8.
         index: int64 [B], indices of the rows to gather, in any order, with or without repeats.
-        token_scale: fp32 [R, N], scale of each token; required for int8, not allowed otherwise.
+        token_scale: fp32 [R, N], scale of each token; required for int8 rows, and only allowed for them.
         dtype: dtype of the result; default: that of `rows`, or fp32 for int8.
         pin_memory: allocate the result in page-locked memory, for a copy to a GPU on a side stream; default: False.
         out: contiguous [B, N, W] tensor for the result, in any floating-point dtype, that does not share memory with
@@ -577,7 +578,7 @@ def gather_rows(
         )
     check_dtype(name, "out", out, FEATURE_DTYPES, "Pass a floating-point tensor.")
     check_device(name, "out", out, ("rows", rows))
-    # Under torch.compile tensors have no addresses.
+    # torch.compile traces with fake tensors, which have no addresses.
     if not torch.compiler.is_compiling() and out.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
         raise ValueError(f"{name}: out must not share memory with rows; got a tensor in the same storage.")
     registration.call(_gather_rows_out, rows, index, token_scale, out_index, out)
@@ -616,8 +617,8 @@ def sgd_momentum_(
             that each replay of a captured CUDA graph uses its current value.
         momentum: decay of the buffer, at least 0; default: 0.9.
         weight_decay: L2 penalty, at least 0; default: 0.
-        seed: seed of stochastic rounding of bf16 weights: a number, or an int64 tensor of one element, read like `lr`;
-            default: None, round to nearest.
+        seed: seed of stochastic rounding of bf16 weights: a number, or an int64 tensor of one element on the device of
+            `weight`; default: None, round to nearest.
         offsets: index of the first element of each weight among all elements that share the seed, so that a weight has
             the same random bits in any list; default: the weights follow each other in the order of the list.
 
@@ -638,9 +639,9 @@ def sgd_momentum_(
     if offsets is not None and (len(offsets) != len(weights) or min(offsets, default=0) < 0):
         raise ValueError(f"{name}: offsets must be an index ≥ 0 for each of {len(weights)} weights; got {offsets}.")
     for option, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-        if not 0 <= value < float("inf"):
+        if not 0 <= value < math.inf:
             raise ValueError(f"{name}: {option} must be finite and at least 0; got {value}.")
-    if not isinstance(lr, Tensor) and not 0 <= lr < float("inf"):
+    if not isinstance(lr, Tensor) and not 0 <= lr < math.inf:
         raise ValueError(f"{name}: lr must be finite and at least 0; got {lr}.")
     if not weights:
         return
@@ -649,23 +650,28 @@ def sgd_momentum_(
     if seed is not None:
         check_dtype(name, "weight", first, [torch.bfloat16], "Leave out seed, which is for bfloat16.")
     dtype, device = first.dtype, first.device
-    for i, (w, g, b) in enumerate(zip(weights, grads, buffers, strict=True)):
-        if w.dtype != dtype or w.device != device:
+    for i, (weight_i, grad_i, buffer_i) in enumerate(zip(weights, grads, buffers, strict=True)):
+        if weight_i.dtype != dtype or weight_i.device != device:
             raise ValueError(
-                f"{name}: the weights of a list must have one dtype and device; got {dtype} on {device} and {w.dtype} "
-                f"on {w.device}. Use one call per dtype and device."
+                f"{name}: the weights of a list must have one dtype and device; got {dtype} on {device} and "
+                f"{weight_i.dtype} on {weight_i.device}. Use one call per dtype and device."
             )
-        # A model has hundreds of tensors: check the common case in one expression.
-        alike = g.shape == w.shape == b.shape and g.dtype == dtype == b.dtype and g.device == device == b.device
-        if not (alike and g.layout == torch.strided == b.layout):
-            for argument, x in (("grad", g), ("momentum_buffer", b)):
-                if x.shape != w.shape:
-                    raise ValueError(
-                        f"{name}: {argument} must be {list(w.shape)} to match weight"
-                        f"{f' number {i}' if len(weights) > 1 else ''}; got {list(x.shape)}."
-                    )
-                check_dtype(name, argument, x, FEATURE_DTYPES, f"Use {argument}.float().")
-                check_device(name, argument, x, ("weight", w))
+        # A model has hundreds of tensors: one expression accepts the common case.
+        if (
+            grad_i.shape == weight_i.shape == buffer_i.shape
+            and grad_i.dtype == dtype == buffer_i.dtype
+            and grad_i.device == device == buffer_i.device
+            and grad_i.layout == torch.strided == buffer_i.layout
+        ):
+            continue
+        for argument, tensor in (("grad", grad_i), ("momentum_buffer", buffer_i)):
+            if tensor.shape != weight_i.shape:
+                raise ValueError(
+                    f"{name}: {argument} must be {list(weight_i.shape)} to match weight"
+                    f"{f' number {i}' if len(weights) > 1 else ''}; got {list(tensor.shape)}."
+                )
+            check_dtype(name, argument, tensor, FEATURE_DTYPES, f"Use {argument}.float().")
+            check_device(name, argument, tensor, ("weight", weight_i))
     lr = _number_tensor(name, "lr", lr, ("weight", first), FEATURE_DTYPES, torch.float64)
     if seed is not None:
         seed = seed if isinstance(seed, Tensor) else reference.signed64(seed)
@@ -676,19 +682,19 @@ def sgd_momentum_(
 def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor, C: int | None = None) -> None:
     check_shape(name, "image", image, B=None, D=None)
     check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
-    check_shape(name, bank_name, bank, ("image", image), C=C, D=image.shape[1])
-    check_one_dtype(name, bank_name, bank, ("image", image))
-    check_device(name, bank_name, bank, ("image", image))
+    _check_like(name, bank_name, bank, ("image", image), C=C, D=image.shape[1])
 
 
-def _check_like(name: str, query: Tensor, argument: str, tensor: Tensor, **sizes: int | None) -> None:
-    check_shape(name, argument, tensor, ("query", query), **sizes)
-    check_one_dtype(name, argument, tensor, ("query", query))
-    check_device(name, argument, tensor, ("query", query))
+def _check_like(name: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], **sizes: int | None) -> None:
+    """Check the sizes of a tensor, and that its dtype and device are those of another argument."""
+    check_shape(name, argument, tensor, like, **sizes)
+    check_one_dtype(name, argument, tensor, like)
+    check_device(name, argument, tensor, like)
 
 
 def _check_ids(name: str, argument: str, ids: Tensor, image: Tensor, **size: int | None) -> None:
     check_dtype(name, argument, ids, [torch.int64], f"Use {argument}.long().")
+    # The message names `image` only if it determines the size: not for K=None or K=0.
     check_shape(name, argument, ids, ("image", image) if all(size.values()) else None, **size)
     check_device(name, argument, ids, ("image", image))
 
@@ -714,7 +720,7 @@ def _number_tensor(
     dtypes: Sequence[torch.dtype],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Convert a number to a tensor of `dtype` without a host sync; validate a tensor and return it unchanged."""
+    """Convert a number to a tensor [] of `dtype` without a host sync; validate a tensor and return it unchanged."""
     if not isinstance(value, Tensor):
         if dtype.is_floating_point and abs(value) > torch.finfo(dtype).max:
             value = math.copysign(math.inf, value)  # torch.full raises on overflow; the CPU kernel rejects inf
