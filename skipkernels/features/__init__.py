@@ -1,4 +1,4 @@
-"""Features of images at the LSkip cut: computed once, cached on the disk or in memory, and read in batches."""
+"""Image features at the LSkip cut (see `boundary`): computed once, cached on disk or in memory, read in batches."""
 
 from .feature_cache import FeatureCache, Progress
 from .loader import FeatureLoader

@@ -22,27 +22,31 @@ from ..digests import digest_json
 from ..store import Layout, StoreError
 from .image_batches import Batch, is_iterable_only, is_one_shot, load_batches
 
-NOT_GIVEN = "not given"
 # Attributes that list the files of a dataset, as paths or (path, label), absolute or relative to `root`: those of
 # torchvision's ImageFolder and similar datasets, then private ones of other torchvision datasets.
-_PATHS = ("samples", "imgs", "paths", "names", "_samples", "_image_files", "_images")
-_LABELS = ("labels", "targets", "_labels")
+_PATH_ATTRIBUTES = ("samples", "imgs", "paths", "names", "_samples", "_image_files", "_images")
+_LABEL_ATTRIBUTES = ("labels", "targets", "_labels")
 
 _SPREAD = 6  # sampled images besides the first and the last
-_GOLDEN = 0.6180339887498949  # multiples modulo 1 are spread evenly, for any number of them
-_BLOCKS = 8  # along each side of a sampled image; the mean of each block is kept
-# Tolerance of the numbers of a sampled image, relative to the largest. Another version of a library may decode or
-# resize a pixel differently by 1 of 255. Measured at 224 × 224 on noise with the spectrum of a photograph: at most
-# 0.0016 by that, 0.017 by bilinear for bicubic, 0.018 by JPEG of quality 95, 0.15 by a shift of 8 pixels.
+_GOLDEN = 0.6180339887498949  # golden ratio − 1: its multiples modulo 1 are spread evenly, however many there are
+_BLOCKS = 8  # a sampled image is summarised by the means of 8 × 8 blocks
+# Tolerance of the numbers of a sampled image, relative to the largest: above the difference between versions of an
+# image library, below a change of the transform. Measured at 224 × 224 on noise with the spectrum of a photograph:
+# pixels that differ by 1 of 255 change a number by at most 0.0016, bilinear instead of bicubic resizing by 0.017, JPEG
+# of quality 95 by 0.018, a shift by 8 pixels by 0.15.
 _SAMPLE_TOLERANCE = 5e-3
 
 
 def dataset_key(dataset: Any, key: Any = None) -> dict[str, str]:
-    """Return the entries of a fingerprint that describe a dataset; docs/cache.md lists the changes that they detect.
+    """Return the entries of a fingerprint that describe a dataset.
 
-    `key` is a text or JSON value that identifies the dataset and its transform. None uses digests: of the paths
-    (relative to their common folder), sizes and modification times of the files, or of the indices of a subset without
-    files; of the labels; and of the transform's repr. An entry is "not listed" if the dataset does not list it.
+    `key` is text or a JSON value that identifies the dataset and its transform. Without it, the entries are digests of
+
+    - the files: path below the common folder, size and modification time; without files, the indices of a subset;
+    - the labels;
+    - the repr of the transform.
+
+    An entry is "not listed" if the dataset does not list it.
 
     >>> dataset_key([(torch.zeros(3, 2, 2), 1)], key={"name": "zeros", "version": 2})
     {'dataset key': '{"name": "zeros", "version": 2}'}
@@ -55,22 +59,22 @@ def dataset_key(dataset: Any, key: Any = None) -> dict[str, str]:
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"FeatureCache: key must be text or a JSON value; got {key!a:.200} ({error}).") from None
     images, labels, transforms, fingerprints = _describe(dataset)
-    listed: Any = None if images is None else _with_status(images)
+    files = None if images is None else _with_file_status(images)
     return {
-        "dataset key": NOT_GIVEN,
-        "images": "not listed" if images is None else digest_json([listed, fingerprints] if fingerprints else listed),
+        "dataset key": "not given",
+        "images": "not listed" if files is None else digest_json([files, fingerprints] if fingerprints else files),
         "labels": "not listed" if labels is None else digest_json(labels),
         "image transform": digest_json(transforms) if transforms else "none",
     }
 
 
 class _Description(NamedTuple):
-    """Paths or indices and labels of all items, if listed; reprs of transforms; the text `fingerprint` of a dataset."""
+    """Description of a dataset, and of the datasets inside it."""
 
-    images: list[str | int] | None
-    labels: list[int] | None
-    transforms: list[str]
-    fingerprints: list[str] = []
+    images: list[str | int] | None  # path or index of each item; None if not listed
+    labels: list[int] | None  # None if not listed
+    transforms: list[str]  # reprs
+    fingerprints: list[str]  # of the images, by the dataset itself: its attribute `fingerprint`
 
 
 def _describe(dataset: Any) -> _Description:
@@ -86,9 +90,9 @@ def _describe(dataset: Any) -> _Description:
     names = ("transform", "target_transform") if hasattr(dataset, "transform") else ("transforms",)
     found = [value for name in names if (value := getattr(dataset, name, None)) is not None]
     transforms = [re.sub(" at 0x[0-9a-fA-F]+", "", repr(transform)) for transform in found]
-    own = getattr(dataset, "fingerprint", getattr(dataset, "_fingerprint", None))  # the latter is Hugging Face's
-    fingerprints = [own] if isinstance(own, str) else []
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # Subset, DatasetImages
+    fingerprint = getattr(dataset, "fingerprint", getattr(dataset, "_fingerprint", None))  # the latter: `datasets`
+    fingerprints = [fingerprint] if isinstance(fingerprint, str) else []
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # such as torch.utils.data.Subset
         inner, indices = _describe(dataset.dataset), [int(index) for index in dataset.indices]
         if images is None:
             images = [index if inner.images is None else inner.images[index] for index in indices]
@@ -100,12 +104,14 @@ def _describe(dataset: Any) -> _Description:
 
 
 def _joined(parts: list[Any]) -> list[Any] | None:
+    """Concatenate lists; None if one is not listed."""
     return None if any(part is None for part in parts) else list(chain.from_iterable(parts))
 
 
 def _paths(dataset: Any) -> list[str | int] | None:
+    """Return the path of each item from the first attribute that lists files, or None."""
     root = getattr(dataset, "root", "")
-    for name in _PATHS:
+    for name in _PATH_ATTRIBUTES:
         entries = getattr(dataset, name, None)
         if not isinstance(entries, (list, tuple, np.ndarray)) or len(entries) == 0:
             continue
@@ -113,14 +119,16 @@ def _paths(dataset: Any) -> list[str | int] | None:
         first = entries[0][0] if in_pairs and entries[0] else entries[0]
         if not isinstance(first, (str, Path)):
             continue
-        for folder in (root if isinstance(root, (str, Path)) else "", ""):
+        for folder in (root if isinstance(root, (str, Path)) else "", ""):  # "": the working directory
             if os.path.isfile(os.path.join(folder, first)):
                 return [os.path.join(folder, entry[0] if in_pairs else entry) for entry in entries]
     return None
 
 
 def _labels(dataset: Any) -> list[int] | None:
-    values: Any = next((found for name in _LABELS if (found := getattr(dataset, name, None)) is not None), None)
+    """Return the label of each item, or None unless the dataset lists one whole number for each without loading it."""
+    listed = (getattr(dataset, name, None) for name in _LABEL_ATTRIBUTES)
+    values: Any = next((value for value in listed if value is not None), None)
     if isinstance(dataset, TensorDataset):
         values = dataset.tensors[-1]
     try:
@@ -128,12 +136,12 @@ def _labels(dataset: Any) -> list[int] | None:
             values = [label for _, label in dataset]
         labels = [int(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
         return labels if len(labels) == len(dataset) else None
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # not listed, or not one number for each item
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # not listed, or not numbers
         return None
 
 
-def _with_status(images: Sequence[str | int]) -> list[Any]:
-    """Replace each path by its part below the common folder, size and modification time."""
+def _with_file_status(images: Sequence[str | int]) -> list[Any]:
+    """Replace each path by [path below the common folder, size, modification time]."""
     paths = [os.path.abspath(image) for image in images if isinstance(image, str)]
     if not paths:
         return list(images)
@@ -155,11 +163,10 @@ def _with_status(images: Sequence[str | int]) -> list[Any]:
 
 
 def sample_images(dataset: Any, seed: int, workers: int = 0) -> list[dict[str, Any]]:
-    """Summarise a few transformed items, as a build loads them for view 0.
+    """Summarise a few items, transformed as in view 0 of a build.
 
-    Samples the first item, the last, and six between; of an iterable the first eight, if it can be iterated again. A
-    summary has the label, mean and standard deviation of each channel, and means over 8 × 8 blocks. With `workers`,
-    items are loaded in another process, so that the dataset opens no files in this one.
+    These are the first item, the last, and six between; of an iterable the first eight, or none if it can be iterated
+    only once. With `workers`, items are loaded in another process, so that the dataset opens no files in this one.
     """
     count = len(dataset)
     if is_iterable_only(dataset):
@@ -168,10 +175,10 @@ def sample_images(dataset: Any, seed: int, workers: int = 0) -> list[dict[str, A
     else:
         spread = {int(count * (number * _GOLDEN % 1)) for number in range(1, _SPREAD + 1)}
         items = sorted({0, count - 1} | spread)
-        rows = [[item] for item in items * 2]
+        rows = [[item] for item in items * 2]  # each twice: the second time must give the same image
     found = [_summary(batch) for batch in load_batches(dataset, rows, seed=seed, workers=min(workers, 1))]
     found, again = found[: len(items)], found[len(items) :]
-    for first, second in zip(found, again, strict=False):
+    for first, second in zip(found, again, strict=False):  # `again` is empty for an iterable
         if not _alike(first, second):
             raise StoreError(
                 f"FeatureCache: item {first['item']} of the dataset differs each time it is loaded, although the "
@@ -182,6 +189,7 @@ def sample_images(dataset: Any, seed: int, workers: int = 0) -> list[dict[str, A
 
 
 def _summary(batch: Batch) -> dict[str, Any]:
+    """Summarise a batch of one item: label; mean, standard deviation and means of blocks of each channel."""
     image = batch.images[0].double()
     blocks = adaptive_avg_pool2d(image, _BLOCKS)
     numbers = torch.cat([image.mean((1, 2)), image.std((1, 2), correction=0), blocks.flatten()])
@@ -190,20 +198,21 @@ def _summary(batch: Batch) -> dict[str, Any]:
 
 
 def _alike(stored: dict[str, Any], found: dict[str, Any]) -> bool:
-    before, now = (torch.tensor(sample["numbers"], dtype=torch.float64) for sample in (stored, found))
+    """Return True if two summaries have the same item and label, and equal numbers up to the tolerance."""
+    before, now = (torch.tensor(summary["numbers"], dtype=torch.float64) for summary in (stored, found))
     tolerance = _SAMPLE_TOLERANCE * before.nan_to_num().abs().max().item()
     same = before.shape == now.shape and torch.allclose(now, before, rtol=0, atol=tolerance, equal_nan=True)
     return same and (stored["item"], stored["label"]) == (found["item"], found["label"])
 
 
 def check_samples(layout: Layout, found: list[dict[str, Any]], folder: Path) -> None:
-    """Raise a StoreError with the first sampled item that differs from that item in the dataset of a store."""
+    """Raise a StoreError that names the first item with another summary than in the manifest of a store."""
     remedy = "Build another cache, or replace this one with `overwrite=True`."
     try:
         pairs = list(zip(layout.notes["samples"], found, strict=True))
         wrong = next((now["item"] for before, now in pairs if not _alike(before, now)), None)
     except (KeyError, TypeError, ValueError, RuntimeError):
-        raise StoreError(f"{folder}: its manifest has no samples of such a dataset. {remedy}") from None
+        raise StoreError(f"{folder}: its manifest has no samples that fit this dataset. {remedy}") from None
     if wrong is not None:
         raise StoreError(
             f"{folder}: item {wrong} of the dataset has another image or label than when the cache was built: the "

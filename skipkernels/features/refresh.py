@@ -1,4 +1,7 @@
-"""Features with a new view of every image for each epoch, computed when the epoch begins."""
+"""`FeatureCache.build(refresh="epoch")`: features of a new view of every image, computed when an epoch begins.
+
+A folder `epoch-00000`, `epoch-00001`, … has the store of that epoch.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from .builder import BuildConfig, Encoder, write_store
 
 def clear_epochs(folder: Path, *, overwrite: bool) -> None:
     """Delete the stores of epochs in a folder, before another store is built in it."""
+    # Without a lock file, the folder is new, or folders in it with such names are not of this package.
     epochs = _epochs_in(folder) if (folder / LOCK).exists() else {}
     if epochs and not overwrite:
         raise StoreError(
@@ -29,9 +33,10 @@ def clear_epochs(folder: Path, *, overwrite: bool) -> None:
 
 
 class EpochStores:
-    """Folder with the store of one epoch, in use by this process until `close`.
+    """Folder with the store of one epoch at a time, locked by this process until `close`.
 
-    Epoch e is view e of every image, so that an epoch that is built again has the same random transforms.
+    The store of epoch e has view e of every image. Random transforms are seeded by the view, so building an epoch again
+    gives the same features.
     """
 
     def __init__(
@@ -45,11 +50,10 @@ class EpochStores:
     ):
         self._folder, self._config, self._encode, self._progress = folder, config, encode, progress
         self._labels: Tensor | None = None
-        self._held: contextlib.ExitStack | None = None
-        with disk_errors(folder), contextlib.ExitStack() as held:
+        with disk_errors(folder), contextlib.ExitStack() as stack:  # an error here releases the lock
             check_folder(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(folder))
+            stack.enter_context(locked(folder))
             if is_store(folder) and not overwrite:
                 raise StoreError(
                     f"{folder}: holds a store for all epochs. Choose another folder, or replace it with "
@@ -58,19 +62,19 @@ class EpochStores:
             if overwrite:
                 erase(folder)
                 _delete(_epochs_in(folder).values())
-            self._held = held.pop_all()
-        self.first = min(_epochs_in(folder), default=0)  # Earliest epoch found in the folder, or 0
+            self._lock: contextlib.ExitStack | None = stack.pop_all()
+        self.first = min(_epochs_in(folder), default=0)  # epoch of the store in the folder, or 0
 
     def store(self, epoch: int) -> Store:
         """Build or resume the store of an epoch, and delete all others."""
-        if self._held is None:
+        if self._lock is None:
             raise StoreError(f"{self._folder}: this FeatureCache was closed. Build it again to continue.")
         epochs = _epochs_in(self._folder)
         folder = epochs.pop(epoch, self._folder / f"epoch-{epoch:05d}")
         _delete(epochs.values())
         config = replace(self._config, first_view=epoch)
         write_store(folder, config, self._encode, resume=True, overwrite=False, progress=self._progress)
-        self._progress = False  # of the first epoch only: training shows its own
+        self._progress = False  # from the second epoch on: training shows its own progress
         store = Store(folder)
         labels = store.labels()
         if self._labels is not None and not labels.equal(self._labels):
@@ -83,20 +87,21 @@ class EpochStores:
 
     def close(self) -> None:
         """Release the folder."""
-        if self._held is not None:
-            self._held.close()
-        self._held = None
+        if self._lock is not None:
+            self._lock.close()
+        self._lock = None
 
 
 def _epochs_in(folder: Path) -> dict[int, Path]:
-    """Folders of stores by epoch."""
+    """Folders of the stores of epochs, by epoch."""
     found = {path: re.fullmatch("epoch-([0-9]{5,})", path.name) for path in folder.iterdir() if path.is_dir()}
     return {int(name[1]): path for path, name in found.items() if name is not None}
 
 
-def _delete(epochs: Iterable[Path]) -> None:
-    for epoch in epochs:
-        erase(epoch)
-        with contextlib.suppress(OSError):  # other files were added
-            (epoch / LOCK).unlink(missing_ok=True)
-            epoch.rmdir()
+def _delete(stores: Iterable[Path]) -> None:
+    """Delete stores and their folders. A folder with files that are not of a store stays."""
+    for store in stores:
+        erase(store)
+        with contextlib.suppress(OSError):  # the folder is not empty
+            (store / LOCK).unlink(missing_ok=True)
+            store.rmdir()

@@ -410,5 +410,5 @@ def test_store_without_samples_is_refused(tmp_path, samples):
     manifest["xxh3"] = digest_json(manifest)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     sk.FeatureCache.open(tmp_path, skip_clip())
-    with pytest.raises(StoreError, match="its manifest has no samples of such a dataset. Build another cache"):
+    with pytest.raises(StoreError, match="its manifest has no samples that fit this dataset. Build another cache"):
         sk.FeatureCache.open(tmp_path, dataset=images())
