@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-_CLEAR = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the high-water mark of resident memory
-_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the high-water mark of resident memory
+_STATUS = Path("/proc/self/status")  # Linux: VmHWM is that mark
 _PROC = Path("/proc")
 _GROUPS = Path("/sys/fs/cgroup")
 
@@ -18,26 +19,27 @@ _GROUPS = Path("/sys/fs/cgroup")
 def free_bytes(device: torch.device) -> float:
     """Return the free memory of a device in bytes, infinity if unknown.
 
-    On a GPU, includes memory that PyTorch has reserved and not allocated. On Linux, the minimum of the available memory
-    of the machine and of what the limit of each control group (version 2) of the process leaves, as in a container.
+    A GPU's includes memory that PyTorch has reserved but not allocated. On Linux, the CPU's is the minimum of the
+    machine's available memory and of what is left of each cgroup v2 memory limit of the process, such as a container's.
     """
     if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
     free = _fields(_PROC / "meminfo").get("MemAvailable:", math.inf) * 1024
-    path = _read(_PROC / "self/cgroup").rpartition("0::/")[2].strip()
+    path = _read(_PROC / "self/cgroup").rpartition("0::/")[2].strip()  # cgroup v2 is the line "0::/path"
     for group in (_GROUPS / path, *(_GROUPS / path).parents):
         if not group.is_relative_to(_GROUPS):
             break
         limit = _read(group / "memory.max").strip()
         if limit.isdigit():  # else "max", or no such file
+            # Page cache, which the kernel frees before an allocation fails
             reclaimable = _fields(group / "memory.stat").get("inactive_file", 0)
             free = min(free, int(limit) - int(_read(group / "memory.current") or 0) + reclaimable)
     return max(free, 0)
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Read a file with a name and a number in each line."""
+    """Read the numbers of a file with a name and a number in each line; {} if it cannot be read."""
     return {name: int(number) for name, number, *_ in map(str.split, _read(path).splitlines())}
 
 
@@ -51,16 +53,16 @@ def _read(path: Path) -> str:
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Return True if an error of PyTorch, C++ or Python means that memory is exhausted."""
-    first = str(error).partition("\n")[0]
+    message = str(error).partition("\n")[0]
     if isinstance(error, MemoryError):
-        return first in ("", "std::bad_alloc")  # a MemoryError of this package has another message
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in first or "bad_alloc" in first
+        return message in ("", "std::bad_alloc")  # those that this package raises have another message
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message or "bad_alloc" in message
 
 
 class PeakMemory:
-    """High-water mark since `reset` in bytes: `torch.cuda.max_memory_allocated`, or on Linux the resident memory.
+    """Peak memory in bytes since `reset`: allocated GPU memory, or resident memory of the process for a CPU.
 
-    On other systems the mark cannot be reset and covers the whole process.
+    The latter can be reset on Linux only; elsewhere it is the peak since the process started.
     """
 
     def __init__(self, device: torch.device):
@@ -68,21 +70,19 @@ class PeakMemory:
         self.reset()
 
     def reset(self) -> None:
-        """Reset the mark to the memory in use."""
+        """Reset the peak to the memory in use."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif _CLEAR.exists():
-            try:
-                _CLEAR.write_text("5")
-            except OSError:
-                return  # not permitted: the mark covers the whole process
+        elif _CLEAR_REFS.exists():
+            with contextlib.suppress(OSError):  # not permitted, as in some containers: `read` covers the whole process
+                _CLEAR_REFS.write_text("5")
 
     def read(self) -> int:
-        """Return the mark in bytes."""
+        """Return the peak in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if _STATUS.exists():
             line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
             return int(line.split()[1]) * 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
         return peak if sys.platform == "darwin" else peak * 1024

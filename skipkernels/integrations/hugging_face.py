@@ -1,7 +1,7 @@
-"""SkipCLIP in `transformers.Trainer`: arguments for the trainer. A SkipCLIP is itself a model for it.
+"""Arguments of `transformers.Trainer` for training a SkipCLIP, which is passed to it as the model.
 
-Nothing is imported from transformers. A checkpoint holds the state of the sampler, so a resumed run draws the same
-classes; `skipkernels[hugging-face]` installs what the trainer needs.
+Nothing is imported from transformers; `skipkernels[hugging-face]` installs it. The `state_dict` of a SkipCLIP contains
+the state of its class sampler, so a run that is resumed from a checkpoint of the trainer draws the same classes.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ def trainer_arguments(
 ) -> dict[str, Any]:
     """Arguments of `Trainer` for a SkipCLIP: optimizer, data collator, and logits [B, C] for `compute_metrics`.
 
-    The trainer creates the optimizer from its own model, so one result serves several trainers, and `model_init`.
+    The optimizer is created by the trainer, for its own model. The result can be passed to several trainers, also with
+    `model_init`.
 
     Args:
         args: `TrainingArguments` of the trainer. `learning_rate` and `optim` have no effect. A `weight_decay` that is
-            not 0 applies to every parameter that trains, norms and biases too; it excludes the option `weight_decay`.
+            not 0 applies to all trainable parameters, including norms and biases; do not pass it in `options` too.
         text_lr: Learning rate of the text tower.
         image_lr: Learning rate of the image tower.
         optimizer: Class of the optimizer; default SGD.
-        options: Further arguments of the optimizer, such as `momentum`. For `FusedSGD`, `in_backward` is False unless
-            given: the trainer clips gradients after backward (`max_grad_norm=1.0`), when an update in backward is over.
+        options: Further arguments of the optimizer, such as `momentum`. For `FusedSGD`, `in_backward` defaults to
+            False: the trainer clips gradients after backward (`max_grad_norm=1.0`), which updates in backward exclude.
 
     Returns:
         dict: `args`, `optimizer_cls_and_kwargs`, `data_collator`, `preprocess_logits_for_metrics` and
-        `compute_metrics` (`accuracy`), to replace by your own.
+        `compute_metrics` (`accuracy`; may be replaced).
 
     Raises:
-        TypeError: If args are not `TrainingArguments`; in training, if the model of the trainer is not a SkipCLIP.
+        TypeError: If args are not `TrainingArguments`, or, when training begins, the model is not a SkipCLIP.
 
     Example:
         >>> from transformers import TrainingArguments
-        >>> ours = trainer_arguments(TrainingArguments("runs/trainer"), text_lr=2e-5, image_lr=5e-6, momentum=0.9)
-        >>> sorted(ours)
+        >>> arguments = trainer_arguments(TrainingArguments("runs"), text_lr=2e-5, image_lr=5e-6, momentum=0.9)
+        >>> sorted(arguments)
         ['args', 'compute_metrics', 'data_collator', 'optimizer_cls_and_kwargs', 'preprocess_logits_for_metrics']
     """
     if not hasattr(args, "weight_decay"):
@@ -67,7 +68,8 @@ def trainer_arguments(
 
     return {
         "args": args,
-        "optimizer_cls_and_kwargs": (lambda: make_optimizer, {}),  # no class: the trainer calls it with its model
+        # A factory instead of a class: the trainer calls it, then its result with the model.
+        "optimizer_cls_and_kwargs": (lambda: make_optimizer, {}),
         "data_collator": collate,
         "preprocess_logits_for_metrics": class_logits,
         "compute_metrics": accuracy,
@@ -78,8 +80,8 @@ def collate(items: Sequence[tuple[Tensor, int] | dict[str, Any]]) -> dict[str, T
     """Stack items of a dataset into the batch {"pixel_values": [B, …], "labels": int64 [B]}.
 
     Args:
-        items: (image, label), or features at the cut instead of the image, such as of a `FeatureCache`; or dictionaries
-            with these keys.
+        items: Pairs (image, label), or dictionaries with these keys. Features at the cut, such as those of a
+            `FeatureCache`, may replace the image.
 
     Raises:
         TypeError: If an image is not a tensor, or a label is not one class id.
@@ -94,21 +96,21 @@ def collate(items: Sequence[tuple[Tensor, int] | dict[str, Any]]) -> dict[str, T
     images, labels = zip(*pairs, strict=True)
     if not isinstance(images[0], Tensor):
         raise TypeError(
-            f"collate: images must be tensors, by the model's image transform; got {type(images[0]).__name__}. Apply "
-            "the transform in the dataset."
+            "collate: images must be tensors, as the model's image transform returns; got "
+            f"{type(images[0]).__name__}. Apply the transform in the dataset."
         )
     class_ids = list(map(whole_number, labels))
     if None in class_ids:
         raise TypeError(
             "collate: labels must be class ids, one whole number for each image; got "
-            f"{labels[class_ids.index(None)]!r:.80}. For several labels per image use clip.sigmoid_loss, in a loop of "
-            "your own."
+            f"{labels[class_ids.index(None)]!r:.80}. For several labels per image, use clip.sigmoid_loss in your "
+            "own training loop."
         )
     return {"pixel_values": torch.stack(images), "labels": torch.tensor(class_ids)}
 
 
 def _pair(item: dict[str, Any]) -> tuple[Any, Any]:
-    """Image and label of an item."""
+    """Return the image and the label of a dictionary."""
     if not item.keys() >= {"pixel_values", "labels"}:
         raise ValueError(
             f"collate: items must have the keys pixel_values and labels; got {', '.join(map(str, item))}. Rename the "
@@ -118,7 +120,7 @@ def _pair(item: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def class_logits(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Return the logits [B, C] of the outputs (logits, class ids, targets) of an evaluation step."""
+    """Return the logits [B, C] from the outputs (logits, class ids, targets) of an evaluation step."""
     return outputs[0]
 
 

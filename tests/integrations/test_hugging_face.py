@@ -159,7 +159,7 @@ def test_features_where_images_are_expected(short, tmp_path):
 @pytest.mark.parametrize(
     ("item", "error", "message"),
     [
-        (([1.0], 1), TypeError, "images must be tensors, by the model's image transform; got list"),
+        (([1.0], 1), TypeError, "images must be tensors, as the model's image transform returns; got list"),
         (
             {"pixel_values": torch.zeros(1), "label": 1},
             ValueError,
