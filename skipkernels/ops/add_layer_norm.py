@@ -284,7 +284,7 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
         return _fallback_backward(d_normed, d_hidden, *rest)
     W, R, device = hidden.shape[-1], mean.numel(), hidden.device
     P, rows = _blocks(R, W)
-    out = _empty_gradients(d_normed, saved, needs)
+    out = _outputs(d_normed, saved, needs)
     SUMS = 4 if needs.sums else 2 if needs.weight or needs.bias or needs.partial else 0
     sums = out.sums if needs.partial else torch.empty(P, SUMS * W, dtype=torch.float32, device=device)  # [P, SUMS · W]
     launch(
@@ -328,7 +328,7 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
     return out
 
 
-def _empty_gradients(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
+def _outputs(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
     """Allocate the results: [0] where not needed, since an operator cannot return None."""
     hidden, _, _, weight, bias = saved
 
@@ -427,7 +427,7 @@ def _fake_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gra
     saved, needs = _unpack(rest)
     # The C++ kernel and the fallback ignore `partial`.
     uses_triton = saved.hidden.device.type != "cpu" and saved.hidden.dtype != torch.float64
-    return _empty_gradients(d_normed, saved, needs._replace(partial=needs.partial and uses_triton))
+    return _outputs(d_normed, saved, needs._replace(partial=needs.partial and uses_triton))
 
 
 add_layer_norm = registration.define(
