@@ -7,6 +7,7 @@ from typing import Literal
 Ablated = Literal["skip_layers", "keep_ratio", "decay"]
 Tail = Literal["resample", "fixed"]
 Memory = Literal["auto", "fast", "min"]
+FusedMemory = Literal["fast", "balanced", "min"]
 AttentionName = Literal["sdpa", "xformers"]
 SamplerKind = Literal["class_pure", "random", "sequential"]
 Refresh = Literal["never", "epoch"]

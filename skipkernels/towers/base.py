@@ -42,21 +42,15 @@ class Tower(ABC):
 
     model: Any
     blocks: Any  # The caller's blocks in order, a sequence of modules
+    # Modules and parameters in front of the first block, and behind the last one. Where they have parameters they are
+    # properties: `load_state_dict(assign=True)`, FSDP2 and moves to "meta" replace parameters.
+    embedding: Any
+    head: Any
     constants: Sequence[nn.Parameter] = ()  # Parameters that the model never trains
     skip: int = 0  # Number of blocks below the cut. Set by SkipCLIP.
     memory: Memory = "fast"  # Saved for backward by an upper block. Set by SkipCLIP.
     runs: int = 1  # Number of times that a step runs the blocks: once for each template of the prompts
     attention_backend: attention.AttentionBackend = attention.SDPA  # Attention of fused blocks. Set by SkipCLIP.
-
-    @property
-    @abstractmethod
-    def embedding(self) -> Sequence[Part]:
-        """Modules and parameters in front of the first block."""
-
-    @property
-    @abstractmethod
-    def head(self) -> Sequence[Part]:
-        """Modules and parameters behind the last block."""
 
     @property
     @abstractmethod

@@ -21,6 +21,7 @@ from torch.nn.modules import module as modules_of_torch
 from torch.nn.utils import parametrize
 
 from ..checks import warn_caller
+from ..options import FusedMemory
 from . import attention
 from .fused_block import BlockSettings, FusableBlock, Hidden, fused_block
 from .low_rank import low_rank_updates
@@ -61,6 +62,7 @@ class RowsCall(NamedTuple):
     save_inputs_only: bool = False
     query_rows: Tensor | None = None  # int64 [Q], rows to return; default: all
     separate_queries: bool = False
+    recompute_mlp: bool = False
 
 
 class FusedBlock:
@@ -68,6 +70,7 @@ class FusedBlock:
 
     linear_weights: ClassVar[Sequence[str]]  # paths of query, key, value, W_o, W_fc and W_p; packed ones three times
     _own: ClassVar[type]  # the caller's class
+    _memory: ClassVar[FusedMemory]  # saved for backward of a call with sequences
     _modules: dict[str, Any]  # of nn.Module
 
     def _submodules(self) -> Submodules:
@@ -168,13 +171,16 @@ class FusedBlock:
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         attention_fn = partial(call.attention, heads=heads)
-        settings = BlockSettings(attention_fn, activation, eps, dtype, call.save_inputs_only, call.separate_queries)
+        settings = BlockSettings(
+            attention_fn, activation, eps, dtype, call.save_inputs_only, call.separate_queries, call.recompute_mlp
+        )
         return fused_block(settings, hidden, weights, call.query_rows)
 
     def _run_sequences(self, given: Sequences) -> Tensor:
         hidden, mask, causal = given
         attention_fn = partial(attention.sequences, backend=attention.SDPA, n=len(hidden), mask=mask, causal=causal)
-        rows = self._run(Hidden(hidden.flatten(0, 1)), RowsCall(attention_fn))
+        call = RowsCall(attention_fn, self._memory == "min", recompute_mlp=self._memory == "balanced")
+        rows = self._run(Hidden(hidden.flatten(0, 1)), call)
         return self._output(rows.map(lambda x: x.view(hidden.shape)).sum())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -219,8 +225,10 @@ def weight_and_bias(layer: Any, scale: Any = None) -> tuple[Tensor, Tensor]:
 
 
 def activation(module: nn.Module, names: Mapping[type, str]) -> str:
-    """Name of an activation in `functional.mlp_activation`."""
-    return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else names[type(module)]
+    """Name of an activation in `functional.mlp_activation`; each package has a QuickGELU of its own."""
+    if getattr(module, "approximate", "none") == "tanh":
+        return "gelu_tanh"
+    return names.get(type(module)) or {"QuickGELU": "quick_gelu"}[type(module).__name__]
 
 
 def _is_transformed() -> bool:
@@ -230,21 +238,24 @@ def _is_transformed() -> bool:
 
 
 @functools.cache
-def _fused_class(own: Any) -> type:
+def _fused_class(own: Any, memory: FusedMemory) -> type:
     """Make the class of fused blocks in front of the caller's class `own`, with the same name."""
     file, _, name = FAMILIES[f"{own.__module__}.{own.__qualname__}"].partition(":")
     family = getattr(importlib.import_module(f".families.{file}", __package__), name)
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (family, own), {**names, "_own": own})
+    return type(own.__name__, (family, own), {**names, "_own": own, "_memory": memory})
 
 
-def fuse_blocks(modules: Iterable[nn.Module]) -> list[Any]:
-    """Make every known block among these modules a fused block, in place, and return the fused blocks."""
+def fuse_blocks(modules: Iterable[nn.Module], memory: FusedMemory = "fast") -> list[Any]:
+    """Make every known block among these modules a fused block, in place, and return the fused blocks.
+
+    Those that are fused already stay as they are.
+    """
     blocks: list[Any] = []
     for module in modules:
         kind: Any = type(module)
         if not isinstance(module, FusedBlock) and f"{kind.__module__}.{kind.__qualname__}" in FAMILIES:
-            module.__class__ = _fused_class(kind)
+            module.__class__ = _fused_class(kind, memory)
         if isinstance(module, FusedBlock):
             blocks.append(module)
     return blocks

@@ -8,7 +8,8 @@ The result is the sum of mid and branch, returned as `Hidden`, so that the norm 
 
 Saved for backward: hidden; query, key, value, result and log-sum-exp of attention; mid; the product of the MLP before
 its bias; about 10·W values per token. Backward recomputes the norms and the activation, which are memory-bound, but no
-matrix product. With `save_inputs_only`, only hidden is saved, and backward repeats the forward pass.
+matrix product. With `recompute_mlp`, the product of the MLP is not saved but repeated: 6·W values per token. With
+`save_inputs_only`, only hidden is saved, and backward repeats the forward pass.
 
 Under autocast the weights of products are cast once, by one launch, and their copies are saved as well: 24·W² bytes for
 an MLP of width 4·W. With `save_inputs_only` they are cast again in backward. The norms write the dtype of the products,
@@ -125,6 +126,7 @@ class BlockSettings(NamedTuple):
     # With `query_rows`, compute queries for these rows only; `attention` is then (query [Q, W], key_value [R, 2W]) →
     # [Q, W]
     separate_queries: bool = False
+    recompute_mlp: bool = False  # Don't save the product of the MLP for backward
 
 
 @torch.compiler.disable  # the node holds an autograd graph, which would cause graph breaks
@@ -256,6 +258,8 @@ class _FusedBlock(torch.autograd.Function):
         # Computed weights (updated, scaled) would be saved beside their casts, although backward reads only the casts.
         spared = [bool(casts) and x.dim() == 2 and not isinstance(x, torch.nn.Parameter) for x in flat]
         kept = [x.new_empty(0) if spare else x for x, spare in zip(flat, spared, strict=True)]
+        if saved and settings.recompute_mlp:
+            saved = saved._replace(inner=saved.inner.new_empty(0))
         ctx.save_for_backward(hidden, query_rows, *kept, *factors, *casts, *projected, *(saved or ()))
         return out
 
@@ -275,7 +279,10 @@ class _FusedBlock(torch.autograd.Function):
             weights = _cast(settings, flat, casts)
             recorded: tuple[_Attention | None, _Saved | None]
             if saved:
-                recorded = attention or _attention(settings, projected, record=True), _Saved(*saved)
+                restored = _Saved(*saved)
+                if settings.recompute_mlp:
+                    restored = restored._replace(inner=_mlp_product(settings, restored.mid, weights))
+                recorded = attention or _attention(settings, projected, record=True), restored
             else:
                 recorded = _forward(settings, Hidden(hidden), query_rows, weights, record=True)[2:]
             # 2. Gradients, by the name of the weight
@@ -296,6 +303,12 @@ class _FusedBlock(torch.autograd.Function):
         d_stream, d_input = d_hidden
         d_updates = (d.to(x.dtype) for d, x in zip(d_factors, factors, strict=True))
         return None, d_stream, d_input if ctx.has_branch else None, None, None, *d_weights, *d_updates
+
+
+def _mlp_product(settings: BlockSettings, mid: Tensor, weights: BlockWeights) -> Tensor:
+    """LN₂(mid) · W_fc, [Q, W] @ [W, M] -> [Q, M]."""
+    _, normed, *_ = add_layer_norm(mid, None, weights.norm_2, weights.norm_2_bias, settings.eps[1], settings.dtype)
+    return normed @ weights.fc.T
 
 
 def _split(items: Sequence[Tensor], *counts: int) -> Iterator[Sequence[Tensor]]:

@@ -42,18 +42,10 @@ class StagedTower(ImageTower):
         stages: Iterable[tuple[Sequence[nn.Module], Iterable[nn.Module]]],
         head: Sequence[nn.Module],
     ):
-        self.model, self.blocks, self._embedding, self._head = model, chain_stages(stages), embedding, head
+        self.model, self.embedding, self.blocks, self.head = model, embedding, chain_stages(stages), head
         height, width = image_size
         self.image_size = height, width
         self._embedding_chain, self._head_chain = nn.Sequential(*embedding), nn.Sequential(*head)
-
-    @property
-    def embedding(self) -> Sequence[nn.Module]:  # noqa: D102
-        return self._embedding
-
-    @property
-    def head(self) -> Sequence[nn.Module]:  # noqa: D102
-        return self._head
 
     def why_no_rows(self, index: int) -> str | None:  # noqa: D102
         return NOT_FUSED

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..base import Part, UnsupportedModel
+from ..base import UnsupportedModel
 from ..fused_block import Hidden
 from ..prompts import SelectedPrompts
 from ..text import TextTower
@@ -63,15 +63,9 @@ class RobertaTextTower(EncoderTextTower):
     """Text tower with RoBERTa, XLM-RoBERTa or BERT."""
 
     def __init__(self, model: Any, tokens: Tensor):
-        super().__init__(model, tokens, model.text.transformer.encoder.layer)
-
-    @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
-        return (self.encoder.embeddings,)
-
-    @property
-    def head(self) -> tuple[Part, ...]:  # noqa: D102
-        return self.encoder.pooler, self.model.text.proj
+        encoder = model.text.transformer
+        super().__init__(model, tokens, encoder.encoder.layer)
+        self.embedding, self.head = (encoder.embeddings,), (encoder.pooler, model.text.proj)
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.encoder.embeddings(input_ids=inputs)
@@ -81,15 +75,10 @@ class MT5TextTower(EncoderTextTower):
     """Text tower with the encoder of mT5."""
 
     def __init__(self, model: Any, tokens: Tensor):
-        super().__init__(model, tokens, model.text.transformer.block)
-
-    @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
-        return self.encoder.embed_tokens, self.encoder.dropout
-
-    @property
-    def head(self) -> tuple[Part, ...]:  # noqa: D102
-        return self.encoder.final_layer_norm, self.model.text.proj
+        encoder = model.text.transformer
+        super().__init__(model, tokens, encoder.block)
+        self.embedding = (encoder.embed_tokens, encoder.dropout)
+        self.head = (encoder.final_layer_norm, model.text.proj)
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.encoder.dropout(self.encoder.embed_tokens(inputs))
@@ -113,14 +102,8 @@ class M2M100TextTower(EncoderTextTower):
                 "SkipCLIP: the text encoder drops whole blocks in training; create it with encoder_layerdrop=0."
             )
         super().__init__(model, tokens, encoder.layers)
-
-    @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
-        return self.encoder.embed_tokens, self.encoder.embed_positions
-
-    @property
-    def head(self) -> tuple[Part, ...]:  # noqa: D102
-        return self.encoder.layer_norm, self.model.text.proj
+        self.embedding = (encoder.embed_tokens, encoder.embed_positions)
+        self.head = (encoder.layer_norm, model.text.proj)
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         words = self.encoder.embed_tokens(inputs)

@@ -16,7 +16,7 @@ from transformers.activations import GELUActivation, QuickGELUActivation
 from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
 
-from ..base import Part, UnsupportedModel
+from ..base import UnsupportedModel
 from ..block import FusedBlock, Sequences, Submodules, submodules, weight_and_bias
 from ..fused_block import BlockWeights, FusableBlock
 from ..image import ImageTower
@@ -121,15 +121,9 @@ class HuggingFaceImageTower(ImageTower):
         self._of_clip = isinstance(model, CLIPModel)
         if not self._of_clip and not self.vision.use_head:
             raise UnsupportedModel("SkipCLIP: this SiglipModel has no pooling head, and so no image embedding.")
-
-    @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
         vision = self.vision
-        return (vision.embeddings, vision.pre_layrnorm) if self._of_clip else (vision.embeddings,)
-
-    @property
-    def head(self) -> tuple[Part, ...]:  # noqa: D102
-        return self.vision.post_layernorm, self.model.visual_projection if self._of_clip else self.vision.head
+        self.embedding = (vision.embeddings, vision.pre_layrnorm) if self._of_clip else (vision.embeddings,)
+        self.head = (vision.post_layernorm, self.model.visual_projection if self._of_clip else vision.head)
 
     @property
     def why_not_pooled(self) -> str | None:  # noqa: D102
@@ -162,15 +156,9 @@ class HuggingFaceTextTower(TextTower):
         self.text = self.model.text_model
         self.blocks = self.text.encoder.layers
         self._of_clip = isinstance(model, CLIPModel)
+        self.embedding = (self.text.embeddings,)
+        self.head = (self.text.final_layer_norm, model.text_projection if self._of_clip else self.text.head)
         self.read_prompts(tokens)
-
-    @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
-        return (self.text.embeddings,)
-
-    @property
-    def head(self) -> tuple[Part, ...]:  # noqa: D102
-        return self.text.final_layer_norm, self.model.text_projection if self._of_clip else self.text.head
 
     def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
         if self._of_clip:

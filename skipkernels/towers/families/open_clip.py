@@ -34,7 +34,7 @@ from ..text import TextTower
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 _NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)
-_TYPES: dict[str, tuple[type, ...]] = {
+BLOCK_TYPES: dict[str, tuple[type, ...]] = {
     "ln_1": _NORM,
     "attn": (nn.MultiheadAttention, Attention),
     "attn.out_proj": (NonDynamicallyQuantizableLinear, nn.Linear),
@@ -49,7 +49,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 # Further submodules if `attn` is the `Attention` of open_clip 4.
 _ATTENTION: dict[str, tuple[type, ...]] = {f"attn.ln_{name}": (nn.Identity,) for name in ("q", "k", "inner")}
 _ATTENTION |= {f"attn.{name}_drop": (nn.Dropout,) for name in ("attn", "out")}
-_BLOCK, _BLOCK_OF_OPEN_CLIP_4 = submodules(_TYPES), submodules(_TYPES | _ATTENTION)
+_BLOCK, _BLOCK_OF_OPEN_CLIP_4 = submodules(BLOCK_TYPES), submodules(BLOCK_TYPES | _ATTENTION)
 
 
 class OpenClipBlock(FusedBlock):
@@ -82,8 +82,8 @@ class OpenClipBlock(FusedBlock):
         norm_1, norm_2, attention, mlp = parts["ln_1"], parts["ln_2"], parts["attn"], parts["mlp"]._modules
         weights = BlockWeights(
             *weight_and_bias(norm_1), parameter(attention, "in_proj_weight"), attention._parameters["in_proj_bias"],
-            *weight_and_bias(attention._modules["out_proj"], parts["ls_1"]),
-            *weight_and_bias(norm_2), *weight_and_bias(mlp["c_fc"]), *weight_and_bias(mlp["c_proj"], parts["ls_2"]),
+            *weight_and_bias(attention._modules["out_proj"], parts.get("ls_1")),
+            *weight_and_bias(norm_2), *weight_and_bias(mlp["c_fc"]), *weight_and_bias(mlp["c_proj"], parts.get("ls_2")),
         )  # fmt: skip
         kind = activation(mlp["gelu"], _ACTIVATIONS)
         return FusableBlock(weights, kind, (norm_1.eps, norm_2.eps), attention.num_heads)

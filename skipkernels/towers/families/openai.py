@@ -11,43 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..base import Part
-from ..block import FusedBlock, Sequences, Submodules, parameter, submodules, weight_and_bias
-from ..fused_block import BlockWeights, FusableBlock
+from ..block import Sequences, Submodules, submodules
 from ..image import ImageTower
 from ..text import TextTower
+from .open_clip import BLOCK_TYPES, OpenClipBlock
 
 
-class OpenAIBlock(FusedBlock):
+class OpenAIBlock(OpenClipBlock):
     """OpenAI's `ResidualAttentionBlock`, on [tokens, n, W]."""
 
-    linear_weights = ("attn.in_proj_weight",) * 3 + ("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     attn_mask: Tensor | None
 
     def _submodules(self) -> Submodules:
         return _submodules(sys.modules["clip.model"])  # already imported: it defines the model
 
-    def _why_settings(self) -> str | None:
-        attention = self._modules["attn"]
-        if not attention._qkv_same_embed_dim or attention._parameters.get("in_proj_bias") is None:
-            return "a block's attention has separate projections, or no bias"
-        if attention.dropout > 0 or attention.add_zero_attn or attention.bias_k is not None or attention.batch_first:
-            return "a block's attention has dropout, an extra key, or another order of axes"
-        return None
-
-    def _read(self) -> FusableBlock:
-        parts = self._modules
-        norm_1, norm_2, attention, mlp = parts["ln_1"], parts["ln_2"], parts["attn"], parts["mlp"]._modules
-        weights = BlockWeights(
-            *weight_and_bias(norm_1), parameter(attention, "in_proj_weight"), attention._parameters["in_proj_bias"],
-            *weight_and_bias(attention._modules["out_proj"]),
-            *weight_and_bias(norm_2), *weight_and_bias(mlp["c_fc"]), *weight_and_bias(mlp["c_proj"]),
-        )  # fmt: skip
-        return FusableBlock(weights, "quick_gelu", (norm_1.eps, norm_2.eps), attention.num_heads)
-
-    def _sequences(self, x: Tensor) -> Sequences | None:
+    def _sequences(self, x: Tensor) -> Sequences | None:  # type: ignore[override]
         if x.ndim != 3:
             return None
         mask, tokens = self.attn_mask, len(x)
@@ -59,17 +39,9 @@ class OpenAIBlock(FusedBlock):
 
 @functools.cache
 def _submodules(module: Any) -> Submodules:
-    types = {
-        "attn": (nn.MultiheadAttention,),
-        "attn.out_proj": (NonDynamicallyQuantizableLinear,),
-        "ln_1": (module.LayerNorm,),
-        "mlp": (nn.Sequential,),
-        "mlp.c_fc": (nn.Linear,),
-        "mlp.gelu": (module.QuickGELU,),
-        "mlp.c_proj": (nn.Linear,),
-        "ln_2": (module.LayerNorm,),
-    }
-    return submodules(types)
+    types = {name: allowed for name, allowed in BLOCK_TYPES.items() if not name.startswith("ls_")}
+    own = {"ln_1": (module.LayerNorm,), "ln_2": (module.LayerNorm,), "mlp.gelu": (module.QuickGELU,)}
+    return submodules(types | own)
 
 
 class OpenAIImageTower(ImageTower):

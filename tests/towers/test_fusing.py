@@ -1,0 +1,210 @@
+"""Fused blocks in the caller's model: same outputs, gradients, names and copies as with its own blocks."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import open_clip
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from hugging_face_models import hugging_face_clip, siglip
+from models import openai_clip, random_weights, tiny_batch, tiny_clip, tiny_tokens
+from processes import by_two
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import skipkernels as sk
+from skipkernels.testing import SLACK, relative_error, saved_bytes
+from skipkernels.towers import UnsupportedModel
+from skipkernels.towers.block import FusedBlock
+
+
+def timm_vit(**options) -> nn.Module:
+    torch.manual_seed(0)
+    size = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 12}
+    return random_weights(timm.models.VisionTransformer(**size, **options))
+
+
+MODELS = {
+    "open_clip": tiny_clip,
+    "open_clip_scale": lambda: tiny_clip(vision={"ls_init_value": 0.3}, quick_gelu=True),
+    "custom_text": lambda: tiny_clip(family=open_clip.CustomTextCLIP),
+    "openai": lambda: openai_clip().double(),
+    "hf": hugging_face_clip,
+    "hf_eager": lambda: hugging_face_clip(attn_implementation="eager"),
+    "siglip": siglip,
+    "timm": timm_vit,
+}
+# Products in fp32: OpenAI's norms, and the softmax of eager attention in transformers.
+ROUNDING = {"openai": 2e-5, "hf_eager": 2e-5}
+
+
+def pair_loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Contrastive loss of images and prompts; for an image model, the sum of squares."""
+    tokens = tiny_tokens(len(images))
+    if isinstance(model, timm.models.VisionTransformer):
+        return model(images).square().sum()
+    if hasattr(model, "get_image_features"):
+        out = model(input_ids=tokens, attention_mask=(tokens > 0).long(), pixel_values=images, return_dict=True)
+        image, text = out.image_embeds, out.text_embeds
+    else:
+        image, text = (
+            nn.functional.normalize(x, dim=-1) for x in (model.encode_image(images), model.encode_text(tokens))
+        )
+    logits = 5 * image @ text.T
+    labels = torch.arange(len(images))
+    return nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)
+
+
+def gradients(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    loss = pair_loss(model, images)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
+    model.zero_grad()
+    return found
+
+
+def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-9) -> None:
+    assert got.keys() == expected.keys()
+    largest = max(x.norm() for x in expected.values())
+    for name, x in expected.items():
+        assert (got[name] - x).norm() <= tolerance * (x.norm() + 1e-3 * largest), name
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced", "min"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fuse_same_gradients(name, memory):
+    model, (images, _) = MODELS[name](), tiny_batch(3, 3)
+    expected, kind = gradients(model, images), type(model)
+    assert sk.fuse(model, memory=memory) is model
+    blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
+    assert len(blocks) == (3 if name == "timm" else 6)
+    assert_equal(gradients(model, images), expected, ROUNDING.get(name, 1e-9))
+    assert type(model) is kind and {type(block).__name__ for block in blocks} == {type(blocks[0])._own.__name__}
+    sk.unfuse(model)
+    assert not any(isinstance(module, FusedBlock) for module in model.modules())
+    assert_equal(gradients(model, images), expected, 1e-15)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_fuse_no_worse_than_eager(autocast):
+    model, (images, _) = tiny_clip(torch.float32), tiny_batch(5, 3, torch.float32)
+    truth = gradients(copy.deepcopy(model).double(), images.double())
+    slack = SLACK[torch.bfloat16 if autocast else torch.float32]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        eager, fused = gradients(model, images), gradients(sk.fuse(model), images)
+    largest = max(x.norm() for x in truth.values())
+    for name, exact in truth.items():
+        if exact.norm() > 1e-4 * largest:  # else rounding only, such as that of a key's bias
+            assert relative_error(fused[name], exact) <= 1.5 * relative_error(eager[name], exact) + slack, name
+
+
+def test_fuse_saves_less():
+    saved = {}
+    for memory in ("eager", "fast", "balanced", "min"):
+        model = tiny_clip(torch.float32, vision={"width": 96, "head_width": 32, "image_size": 32})
+        if memory != "eager":
+            sk.fuse(model, memory=memory)
+        saved[memory] = saved_bytes(lambda model=model: model.encode_image(torch.randn(4, 3, 32, 32)))
+    assert saved["fast"] < 0.7 * saved["eager"] and saved["balanced"] < 0.45 * saved["eager"]
+    assert saved["min"] < 0.2 * saved["eager"]
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: torch.load(_saved(model), weights_only=False),
+    ],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+@pytest.mark.parametrize("wrap", [sk.fuse, lambda m: sk.SkipCLIP(m, tiny_tokens(3), skip_layers=0).model])
+def test_copies_have_the_own_classes(copied, wrap):
+    model, (images, _) = tiny_clip(), tiny_batch(3, 3)
+    twin = copied(wrap(model))
+    assert [type(x) for x in twin.modules()] == [type(x) for x in tiny_clip().modules()]
+    assert twin.state_dict().keys() == model.state_dict().keys() == tiny_clip().state_dict().keys()
+    assert_equal(gradients(twin, images), gradients(model, images))
+
+
+def _saved(model: nn.Module) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def test_compiled_model_with_fused_blocks():
+    model, (images, _) = tiny_clip(), tiny_batch(3, 3)
+    expected = gradients(model, images)
+    sk.SkipCLIP(model, tiny_tokens(3), skip_layers=0)
+    compiled = torch.compile(lambda x: pair_loss(model, x), backend="aot_eager")
+    compiled(images).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": expected["loss"]}
+    assert_equal(found, expected)
+
+
+def test_checkpointed_blocks():
+    """Gradient checkpointing of the model around fused blocks."""
+    model, (images, _) = tiny_clip(), tiny_batch(3, 3)
+    expected = gradients(model, images)
+    sk.fuse(model).set_grad_checkpointing(True)
+    assert_equal(gradients(model, images), expected)
+
+
+def test_exported_model_with_fused_blocks():
+    model, images = timm_vit().float().eval(), torch.randn(2, 3, 16, 16)
+    expected = model(images)
+    exported = torch.export.export(sk.fuse(model), (images,)).module()
+    torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def in_processes(rank: int, sharded: bool) -> dict[str, torch.Tensor]:
+    """Two accumulated halves of a batch in each of two processes, by DDP or FSDP2; return the gradients."""
+    dist.init_process_group("gloo")
+    model = sk.fuse(timm_vit())
+    images, _ = tiny_batch(8, 3)
+    if sharded:
+        mesh = init_device_mesh("cpu", (2,))
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh)
+    wrapped = model if sharded else DistributedDataParallel(model)
+    for part in images[rank::2].chunk(2):
+        wrapped(part).square().sum().backward()
+    found = {name: p.grad.full_tensor() if sharded else p.grad for name, p in model.named_parameters()}
+    dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_fuse_in_two_processes(sharded, tmp_path):
+    first, second = by_two(tmp_path, in_processes, sharded)
+    images, _ = tiny_batch(8, 3)
+    model = timm_vit()
+    (model(images).square().sum() / 2).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    for found in (first, second):
+        assert_equal(found, expected)
+
+
+def test_fuse_says_what_it_cannot_fuse():
+    with pytest.raises(
+        UnsupportedModel, match=r"fuse: no block of Linear can be fused: the model has none of open_clip"
+    ):
+        sk.fuse(nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModel, match="no block of VisionTransformer can be fused: a block has a LayerNorm"):
+        sk.fuse(timm_vit(qk_norm=True))
+    model = tiny_clip()
+    model.transformer.resblocks[1].mlp.gelu = nn.SiLU()
+    with pytest.warns(UserWarning, match="fuse: 1 of 6 blocks are not fused: a block has a SiLU of torch"):
+        sk.fuse(model)
+    assert type(model.transformer.resblocks[1]) is type(tiny_clip().transformer.resblocks[1])
+    with pytest.raises(ValueError, match='fuse: memory must be "fast", "balanced" or "min"'):
+        sk.fuse(tiny_clip(), memory="low")
