@@ -35,14 +35,14 @@ MODELS = {
     "open_clip": tiny_clip,
     "open_clip_scale": lambda: tiny_clip(vision={"ls_init_value": 0.3}, quick_gelu=True),
     "custom_text": lambda: tiny_clip(family=open_clip.CustomTextCLIP),
-    "openai": lambda: openai_clip().double(),
+    "openai": openai_clip,
     "hf": hugging_face_clip,
     "hf_eager": lambda: hugging_face_clip(attn_implementation="eager"),
     "siglip": siglip,
     "timm": timm_vit,
 }
-# Products in fp32: OpenAI's norms, and the softmax of eager attention in transformers.
-ROUNDING = {"openai": 2e-5, "hf_eager": 2e-5}
+# OpenAI's model is in fp32, in which its norms compute; the softmax of eager attention in transformers also is.
+ROUNDING = {"openai": 1e-4, "hf_eager": 2e-5}
 
 
 def pair_loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,8 @@ def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 @pytest.mark.parametrize("memory", ["fast", "balanced", "min"])
 @pytest.mark.parametrize("name", MODELS)
 def test_fuse_same_gradients(name, memory):
-    model, (images, _) = MODELS[name](), tiny_batch(3, 3)
+    model = MODELS[name]()
+    images, _ = tiny_batch(3, 3, next(model.parameters()).dtype)
     expected, kind = gradients(model, images), type(model)
     assert sk.fuse(model, memory=memory) is model
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
@@ -94,15 +95,18 @@ def test_fuse_same_gradients(name, memory):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_fuse_no_worse_than_eager(autocast):
-    model, (images, _) = tiny_clip(torch.float32), tiny_batch(5, 3, torch.float32)
-    truth = gradients(copy.deepcopy(model).double(), images.double())
+    """The mean error of all gradients over eight models: that of one model depends on which values round up."""
+    errors: dict[str, list[float]] = {"eager": [], "fused": []}
+    for seed in range(8):
+        model, (images, _) = tiny_clip(torch.float32, seed=seed), tiny_batch(5, 3, torch.float32, seed=seed)
+        truth = gradients(copy.deepcopy(model).double(), images.double())
+        for name in errors:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found = gradients(sk.fuse(model) if name == "fused" else model, images)
+            flat = (torch.cat([each[x].double().flatten() for x in truth]) for each in (found, truth))
+            errors[name].append(relative_error(*flat))
     slack = SLACK[torch.bfloat16 if autocast else torch.float32]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        eager, fused = gradients(model, images), gradients(sk.fuse(model), images)
-    largest = max(x.norm() for x in truth.values())
-    for name, exact in truth.items():
-        if exact.norm() > 1e-4 * largest:  # else rounding only, such as that of a key's bias
-            assert relative_error(fused[name], exact) <= 1.5 * relative_error(eager[name], exact) + slack, name
+    assert sum(errors["fused"]) / 8 <= sum(errors["eager"]) / 8 + slack
 
 
 def test_fuse_saves_less():
