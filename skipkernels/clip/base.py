@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Trainable = Literal["upper", "as_is"]
 _FORMAT = "1"
 # Largest distance of prototypes of the same weights that other numbers of processes computed: as between SkipCLIP and
-# the model, see towers/agreement.py; in half precision, prompts cropped to another length are rounded elsewhere.
+# the model, see clip/verify.py; in half precision, prompts cropped to another length are rounded elsewhere.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
