@@ -35,7 +35,7 @@ from .option_groups import (
     SkipOptions,
     TrainingOptions,
 )
-from .train.sources import check_source
+from .untrusted import check_source
 
 if TYPE_CHECKING:
     from .data import Source

@@ -1,4 +1,4 @@
-"""Reading of files that others may have written: regular files only, and JSON of bounded size."""
+"""Reading of files that others may have written: regular files, JSON of bounded size, sources that they may name."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from ..formatting import first_line
+from .data.base import InputError
+
+_REMOTE_DATA = re.compile(r"^hf:|://")
+_ELSEWHERE = re.compile(r"^(hf-hub|hf|local-dir):|://|^[/\\~]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)")
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -75,3 +80,37 @@ def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
         OSError: If the file cannot be read, is not regular, or is larger.
     """
     return parse_object(read_regular(path, max_bytes))
+
+
+def check_source(where: object, name: str, value: str, trust: bool) -> None:
+    """Check that a file may name this source.
+
+    Images on this machine may be named without trust: they are only decoded.
+
+    Args:
+        where: The file.
+        name: Setting in the file. For "data" and "targets", only remote sources are refused.
+        value: Its value.
+        trust: True if the user trusts the author of the file.
+
+    Raises:
+        InputError: If the source is remote or elsewhere on this machine, and the file is not trusted.
+
+    Example:
+        >>> check_source("config.yaml", "model", "ViT-B-32", trust=False)
+        >>> check_source("config.yaml", "model", "hf-hub:org/name", trust=True)
+        >>> check_source("config.yaml", "model", "hf-hub:org/name", trust=False)
+        Traceback (most recent call last):
+        skipkernels.app.data.base.InputError: config.yaml: model must not be remote or elsewhere on this machine where only a file names it; got 'hf-hub:org/name'. If you trust the author of the file, add `trust=True`.
+    """  # noqa: E501
+    pattern = _REMOTE_DATA if name in ("data", "targets") else _ELSEWHERE
+    if not trust and pattern.search(value):
+        raise refused_source(where, name, value)
+
+
+def refused_source(where: object, name: str, value: str) -> InputError:
+    """Return the error for a source that a file names."""
+    return InputError(
+        f"{where}: {name} must not be remote or elsewhere on this machine where only a file names it; got {value!r}. "
+        "If you trust the author of the file, add `trust=True`."
+    )

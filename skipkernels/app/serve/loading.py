@@ -23,7 +23,7 @@ from ..train.model import LOCAL_DIR, load_model, load_weights
 from ..train.plain_config import OPEN_CLIP
 from ..train.precision import MixedPrecision
 from ..train.run_folder import read_model
-from ..train.sources import check_source
+from ..untrusted import check_source
 
 TEST = "classes"
 """Name of the test that has the classes to predict, for `Method.logits`."""

@@ -18,6 +18,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,7 +34,6 @@ from ..data import InputError
 from ..untrusted import read_object
 from .description import Description
 from .errors import argument_error, validated
-from .validation import best_epoch
 from .weights import WeightsFile
 
 FOLDER, MODEL, DELTA = "checkpoint", "model.safetensors", "delta.safetensors"
@@ -162,3 +162,28 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{Path(error.filename or TRAINING).name}: {error.strerror or first_line(error)}"
     return first_line(error) if isinstance(error, ValueError) else f"{TRAINING} can't be read"
+
+
+def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the epoch with the highest validation accuracy, of equal ones the last; None without validation.
+
+    The last: with few validation images many epochs are equal, and those at the end of the schedule change least.
+
+    >>> best_epoch([{"epoch": epoch, "validation": accuracy} for epoch, accuracy in ((1, 90.0), (2, 90.0), (3, 85.0))])
+    2
+    """
+    measured = [(row["validation"], row["epoch"]) for row in rows if row.get("validation") is not None]
+    return max(measured)[1] if measured else None
+
+
+def has_stalled(rows: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """Return True if the validation accuracy has not risen in the last `patience` epochs.
+
+    >>> rows = [{"epoch": 1, "validation": 80.0}, {"epoch": 2, "validation": 80.0}, {"epoch": 3, "validation": 79.0}]
+    >>> has_stalled(rows, 2), has_stalled(rows, 3), has_stalled(rows, None)
+    (True, False, False)
+    """
+    accuracies = [row["validation"] for row in rows if row.get("validation") is not None]
+    if patience is None or not accuracies:
+        return False
+    return len(accuracies) - 1 - accuracies.index(max(accuracies)) >= patience

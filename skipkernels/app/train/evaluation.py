@@ -21,6 +21,7 @@ from ..data import InputError, SizedDataset
 from ..data.files import format_names
 from ..data.tasks import summarise
 from ..methods import Method
+from ..untrusted import check_source
 from . import checkpoint, weights
 from .model import LOCAL_DIR, load_weights
 from .own_dataset import own_data
@@ -30,8 +31,6 @@ from .predictions import TOP, TopClasses
 from .processes import join
 from .run_folder import CONFIG, read_model
 from .setup import BATCH, RunSetup, build_run
-from .sources import check_source
-from .validation import has_stalled
 
 Accuracies = dict[str, float | None]
 """Accuracy in per cent by test and by summary of the protocol; None where a method can't classify the images."""
@@ -143,7 +142,7 @@ def epochs_left(folder: Path) -> int:
         InputError: If the folder is not a run folder, or its checkpoint is damaged.
     """
     config, found = TuneConfig.from_yaml(folder / CONFIG, trust=True), checkpoint.load(folder)  # nothing is loaded
-    if found is None or has_stalled(found.rows, config.patience):
+    if found is None or checkpoint.has_stalled(found.rows, config.patience):
         return 0
     return (config.epochs or 0) - len(found.rows)
 

@@ -21,8 +21,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 
 from ...folders import replace_text
-from ..untrusted import read_object, read_regular
-from .sources import refused_source
+from ..untrusted import read_object, read_regular, refused_source
 
 OPEN_CLIP = "open_clip_config.json"
 _MAX_BYTES = 1 << 28  # size of a file; the tokenizer.json of 256,000 tokens has 34 MB

@@ -29,7 +29,7 @@ from ..report import report_html
 from ..report.mistakes import predictions_with_thumbnails
 from . import checkpoint, notes
 from .calibration import fit_temperature
-from .checkpoint import DELTA, MODEL, Checkpoint
+from .checkpoint import DELTA, MODEL, Checkpoint, best_epoch, has_stalled
 from .command_line import command_line
 from .description import describe, write_open_clip_config
 from .environment import environment
@@ -46,7 +46,6 @@ from .run_folder import FEW_SHOT, REPORT, RunFolder, resumed
 from .setup import BATCH, build_run
 from .signals import interrupts_deferred
 from .trainer import Trainer
-from .validation import best_epoch, has_stalled
 from .weights import MODEL as WHOLE_MODEL
 from .weights import WeightsFile
 

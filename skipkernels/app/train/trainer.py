@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -25,7 +26,6 @@ from . import optimizers
 from .errors import argument_error
 from .precision import REMEDY, MixedPrecision
 from .processes import ALONE, Processes
-from .stage_timer import StageTimer
 
 _CURVE = 100  # largest number of points of the loss curve in the row of an epoch
 
@@ -282,3 +282,49 @@ class EpochLosses:
         losses, count = self._on_host, min(points, len(self._on_host))
         bounds = [place * len(losses) // count for place in range(count + 1)] if count else []
         return [sum(losses[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+class StageTimer:
+    """Timer of stages, in seconds. On a GPU it uses events of the stream; only `read` has a host sync.
+
+    Example:
+        >>> timer = StageTimer(torch.device("cpu"))
+        >>> with timer("forward"):
+        ...     _ = torch.ones(2) + 1
+        >>> list(timer.read()), timer.read()
+        (['forward'], {})
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time the body of a `with` statement as part of a stage."""
+        started = self._mark()
+        yield
+        ended = self._mark()
+        if self._device.type == "cuda":
+            self._events.append((stage, started, ended))
+        else:
+            self._seconds[stage] += ended - started
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds by stage since the last read. On a GPU this is a host sync."""
+        if self._events:
+            torch.cuda.synchronize(self._device)
+        for stage, started, ended in self._events:
+            self._seconds[stage] += started.elapsed_time(ended) / 1000
+        found = dict(self._seconds)
+        self._seconds.clear()
+        self._events.clear()
+        return found
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
