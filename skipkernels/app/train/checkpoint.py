@@ -75,11 +75,7 @@ def save(
     rows: list[dict[str, Any]],
     seconds: float,
 ) -> None:
-    """Replace the checkpoint of a run; `described.weights` names the weights file.
-
-    Raises:
-        InputError: If the disk is full, or the folder can't be written; the old checkpoint is kept.
-    """
+    """Replace the checkpoint of a run; `described.weights` names the weights file."""
     folder, file = run / FOLDER, described.weights
     try:
         with replaced_folder(folder, ["*"]) as new:
@@ -103,11 +99,7 @@ def save(
 
 
 def load(run: Path) -> Checkpoint | None:
-    """Read the checkpoint of a run, executing no code of it; None if there is none.
-
-    Raises:
-        InputError: If it is damaged, or not that of a run.
-    """
+    """Read the checkpoint of a run, executing no code of it; None if there is none."""
     folder = restored(run / FOLDER)
     if not folder.is_dir():
         return None

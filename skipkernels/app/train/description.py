@@ -70,11 +70,7 @@ class Description:
 
     @classmethod
     def read(cls, folder: Path) -> Description:
-        """Read the classifier.json of a folder.
-
-        Raises:
-            InputError: If it is missing or damaged, or of a later version.
-        """
+        """Read the classifier.json of a folder."""
         path = folder / CLASSIFIER
         if not path.is_file():
             raise InputError(

@@ -21,9 +21,6 @@ def argument_error(argument: str, message: str) -> InputError:
 def validated(kind: type[Parsed], values: Any) -> Parsed:
     """Convert the values of a file to a class by pydantic.
 
-    Raises:
-        ValueError: Names the first wrong value, in one line.
-
     Example:
         >>> from dataclasses import dataclass
         >>> @dataclass

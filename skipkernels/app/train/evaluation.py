@@ -68,11 +68,7 @@ class Evaluator:
         self.labels = {name: self._gathered(found.labels, count) for name, (found, count) in self._tests.items()}
 
     def evaluate(self, method: Method, when: str = _AFTER_EPOCH) -> Evaluation:
-        """Evaluate a method.
-
-        Raises:
-            FloatingPointError: If a logit is not finite; the message ends with `when`.
-        """
+        """Evaluate a method."""
         top, known, validation = {}, {}, None
         for test, images in self._tests.items():
             found = self._predicted(method, partial(method.top_k, test, k=TOP), *images)
@@ -136,11 +132,7 @@ def _accuracy(top: TopClasses, labels: Tensor, not_finite: str) -> float:
 
 
 def epochs_left(folder: Path) -> int:
-    """Return the number of epochs that a run has not completed; 0 without a checkpoint, or if it stopped early.
-
-    Raises:
-        InputError: If the folder is not a run folder, or its checkpoint is damaged.
-    """
+    """Return the number of epochs that a run has not completed; 0 without a checkpoint, or if it stopped early."""
     config, found = TuneConfig.from_yaml(folder / CONFIG, trust=True), checkpoint.load(folder)  # nothing is loaded
     if found is None or checkpoint.has_stalled(found.rows, config.patience):
         return 0

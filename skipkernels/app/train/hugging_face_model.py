@@ -67,9 +67,6 @@ def load_hugging_face(
         where: A folder of `save_pretrained`, with the processor beside the model; or the name of a repository.
         architecture_only: Load no weights.
         seed: Seed of the weights if none are loaded.
-
-    Raises:
-        InputError: If a part is missing or damaged, or it is another model.
     """
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
@@ -130,11 +127,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def preprocess_settings(processor: Any) -> dict[str, Any]:
-    """Convert the settings of an image processor of transformers to those of open_clip's `PreprocessCfg`.
-
-    Raises:
-        ValueError: If open_clip has no such preprocessing.
-    """
+    """Convert the settings of an image processor of transformers to those of open_clip's `PreprocessCfg`."""
     size = dict(processor.size.items() if hasattr(processor.size, "items") else vars(processor.size))
     size = {name: value for name, value in size.items() if value is not None}
     if getattr(processor, "do_center_crop", False):

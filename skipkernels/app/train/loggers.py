@@ -42,9 +42,6 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
 def chosen(log: Sequence[str] | None) -> tuple[str, ...]:
     """Return the names in the setting `log`, which may be separated by commas; None: TensorBoard if it is installed.
 
-    Raises:
-        InputError: If there is no logger of a name, or its package is not installed.
-
     Example:
         >>> chosen(("none",))
         ()

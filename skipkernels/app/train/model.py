@@ -63,9 +63,6 @@ def load_model(
         architecture_only: Load no weights. The image transform is still that of the tag, if it has its own.
         seed: Seed of random weights.
         trust: Load models of the hub that the configuration of the model names as its towers.
-
-    Raises:
-        InputError: If there is no such model or weights, or the file does not fit the model.
     """
     if name.startswith((LOCAL_DIR, HUB)):
         if pretrained is not None:
@@ -187,9 +184,6 @@ def check_activation(name: str, tag: str) -> None:
     """Check that the weights of a tag were trained with the activation of the model, QuickGELU or GELU.
 
     Otherwise open_clip only warns, and the model is less accurate. Downloads nothing.
-
-    Raises:
-        InputError: If the activations differ; names the model that fits.
     """
     suffix = "-quickgelu"
     other = name.removesuffix(suffix) if name.endswith(suffix) else name + suffix
@@ -274,11 +268,7 @@ def _tag_settings(name: str, tag: str | None) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict into a model, without executing code from the file.
-
-    Raises:
-        InputError: If the file is damaged, or is not a state dict of this model.
-    """
+    """Load a state dict into a model, without executing code from the file."""
     try:
         if hasattr(model, "visual"):
             open_clip.load_checkpoint(model, str(path), weights_only=True)

@@ -21,9 +21,6 @@ _UNSUPPORTED = {"LBFGS": "evaluates the loss several times per step", "SparseAda
 def find(name: str) -> type[Optimizer]:
     """Return an optimizer class: "sgd" is `FusedSGD`, "torch-sgd" is `torch.optim.SGD`, else a class of `torch.optim`.
 
-    Raises:
-        InputError: If there is no such optimizer, or it is not supported.
-
     Example:
         >>> find("adamw")
         <class 'torch.optim.adamw.AdamW'>
@@ -56,9 +53,6 @@ def build(name: str, groups: list[dict[str, Any]], *, in_backward: bool = False,
         groups: Parameter groups, each with a learning rate.
         in_backward: Update each weight inside backward; only `FusedSGD` does.
         options: Options such as momentum and weight_decay; those that the class does not have are left out.
-
-    Raises:
-        InputError: If the optimizer does not accept these weights or options.
     """
     found = find(name)
     known = inspect.signature(found).parameters

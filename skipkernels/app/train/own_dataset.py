@@ -34,11 +34,7 @@ def own_data(
     name: str | None = None,
     key: Any = None,
 ) -> OwnData:
-    """Return the configuration for a dataset; arguments as for `tune`.
-
-    Raises:
-        InputError: If a dataset can't be used.
-    """
+    """Return the configuration for a dataset; arguments as for `tune`."""
     if config.data != TuneConfig.data and config.data.partition(":")[0] != KIND:
         raise InputError(f"tune: data is {config.data!r}, and dataset is given too; leave one of them out.", "data")
     parts = {"dataset": dataset, "test": test, "validation": validation}

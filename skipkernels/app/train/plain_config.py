@@ -65,10 +65,6 @@ def read_open_clip_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
     Args:
         path: The file.
         trust: Accept models of the hub as towers.
-
-    Raises:
-        ValueError: If it is not such a file.
-        InputError: If it names a source; see `check_source`.
     """
     values = read_object(path, _MAX_BYTES)
     model = _section(values, "model_cfg")

@@ -60,11 +60,7 @@ class TestPredictions:
 
 
 def save(path: Path, tests: list[TestPredictions]) -> None:
-    """Write predictions.safetensors, replacing an earlier one.
-
-    Raises:
-        OSError: If it can't be written.
-    """
+    """Write predictions.safetensors, replacing an earlier one."""
     tensors: dict[str, Tensor] = {}
     for number, test in enumerate(tests):
         tensors[f"{number}.labels"] = test.labels.int()
@@ -80,11 +76,7 @@ def save(path: Path, tests: list[TestPredictions]) -> None:
 
 
 def load(path: Path) -> list[TestPredictions]:
-    """Read the result of `save`.
-
-    Raises:
-        InputError: If the file is missing, damaged, or of another version.
-    """
+    """Read the result of `save`."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

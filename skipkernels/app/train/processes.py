@@ -45,11 +45,7 @@ class Processes:
         self._local_rank = local_rank
 
     def set_device(self, device: str) -> None:
-        """Let "cuda" and "auto" be the GPU of this process. Call it before anything is on a GPU.
-
-        Raises:
-            InputError: If `device` names one GPU, or there are fewer GPUs than processes on this host.
-        """
+        """Let "cuda" and "auto" be the GPU of this process. Call it before anything is on a GPU."""
         import torch
 
         if self.size == 1 or device == "cpu" or not torch.cuda.is_available():
@@ -145,9 +141,6 @@ def join(timeout: float = ProcessOptions.timeout) -> Processes:
 
     Args:
         timeout: Seconds for which a collective of a new group waits for the other processes.
-
-    Raises:
-        InputError: If the processes can't connect, or their group can't send tensors on the CPU.
     """
     import torch
     import torch.distributed as dist

@@ -70,11 +70,7 @@ class _Metrics(BaseModel):
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """Read the metrics.json of a run.
-
-    Raises:
-        InputError: If it can't be read, or is not that of a run.
-    """
+    """Read the metrics.json of a run."""
     try:
         metrics = read_object(folder / METRICS, _MAX_METRICS_BYTES)
         found = validated(_Metrics, metrics)
@@ -93,9 +89,6 @@ def read_model(run: Path) -> tuple[Description, Path]:
 
     They are those of the checkpoint until the run has ended. A run in progress may replace it between two reads: then
     both are read again.
-
-    Raises:
-        InputError: If there are no such files, or they are damaged.
     """
     for _ in range(_MAX_READS):
         ended = (run / METRICS).exists()
@@ -122,11 +115,7 @@ def blended_folder(run: Path) -> Path:
 
 
 def check_writable(folder: Path, argument: str = "out", function: str = "tune") -> None:
-    """Check that a folder can be created and written.
-
-    Raises:
-        InputError: If it can't.
-    """
+    """Check that a folder can be created and written."""
     if os.path.exists(folder) and not folder.is_dir():
         raise InputError(f"{function}: {argument}: {folder} is a file; choose a folder.", argument)
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
@@ -141,11 +130,7 @@ def check_writable(folder: Path, argument: str = "out", function: str = "tune") 
 
 
 def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
-    """Check that an output folder is outside the folders of images, where it would be read as a class.
-
-    Raises:
-        InputError: If it is such a folder, or in one.
-    """
+    """Check that an output folder is outside the folders of images, where it would be read as a class."""
     written = folder.expanduser().resolve()
     for data in (config.data, *(config.targets or ())):
         kind, _, path = data.partition(":")
@@ -157,9 +142,6 @@ def resumed(config: TuneConfig) -> TuneConfig:
     """Return the configuration of the run in the folder `resume`, with the non-default settings of `config`.
 
     Returns `config` itself if `resume` is not a folder.
-
-    Raises:
-        InputError: If there is no run in the folder.
     """
     if isinstance(config.resume, bool):
         return config
@@ -188,10 +170,6 @@ class RunFolder:
         path: Path of the folder.
         resumed: Checkpoint from which the run continues, or None.
         finished: Metrics of the run to resume if it is complete, or None.
-
-    Raises:
-        InputError: If the folder can't be written, or contains another run, a damaged checkpoint, or foreign files with
-            the names of run files.
     """
 
     def __init__(self, config: TuneConfig):
@@ -264,11 +242,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the lock of the folder during the run; delete what an earlier run or the resumed one left.
-
-        Raises:
-            InputError: If the folder can't be written, or another process uses it.
-        """
+        """Hold the lock of the folder during the run; delete what an earlier run or the resumed one left."""
         with contextlib.ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)

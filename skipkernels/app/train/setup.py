@@ -156,9 +156,6 @@ def build_run(
         resume: Resume incomplete stores of the cache.
         overwrite: Replace stores of the cache.
         rounded_to: Dtype to which features in memory are rounded, as in a cache. Default: no rounding.
-
-    Raises:
-        InputError: If the model, the dataset or a setting can't be used.
     """
     device = torch.device(config.device)
     with processes.one_first():
@@ -198,11 +195,7 @@ def _erase_text_stores(cache: Path) -> None:
 def build_method(
     config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task, processes: Processes = ALONE
 ) -> Method:
-    """Construct the method of a run, with the settings that it has.
-
-    Raises:
-        InputError: If a setting can't be used with the model.
-    """
+    """Construct the method of a run, with the settings that it has."""
     method = config.method_class()
     names = ["skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail"]
     names += ["memory", "attention", "keep_embeddings"]

@@ -113,9 +113,6 @@ class Trainer:
         Args:
             on_step: Called after each step; must not cause a host sync.
             on_loss: Called every `log_every` steps with their mean loss.
-
-        Raises:
-            FloatingPointError: If the loss or a weight is not finite; names the batch.
         """
         started, waited, order = time.perf_counter(), self._loader.seconds_waited, self._loader.state_dict()
         losses, kept = EpochLosses(self.steps, self._device), Counter[int]()
@@ -205,11 +202,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`.
-
-        Raises:
-            InputError: If the training images differ.
-        """
+        """Restore the result of `state_dict`."""
         if state["labels"] != digest_tensors([("labels", self._labels)]):
             raise argument_error("resume", "the training images differ from those of the run; choose another folder.")
         self._optimizer.load_state_dict(state["optimizer"])

@@ -54,11 +54,7 @@ class WeightsFile:
         save_weights(path, kept, holds=self.holds, of=digest_json(self._first))
 
     def load(self, path: Path) -> None:
-        """Load a weights file into the method.
-
-        Raises:
-            InputError: If it is damaged, or of another model, method or pretrained weights.
-        """
+        """Load a weights file into the method."""
         found = read_metadata(path)
         try:
             weights = load_file(path)
@@ -87,11 +83,7 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> 
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a weights file; empty for a file that no run wrote.
-
-    Raises:
-        InputError: If it can't be read.
-    """
+    """Read the metadata of a weights file; empty for a file that no run wrote."""
     try:
         with safe_open(path, "pt") as file:
             values = parse_object((file.metadata() or {}).get(_KEY, "{}"))

@@ -231,9 +231,6 @@ def test_run_of_version_0_2_is_complete(run, tmp_path):
     [
         ({"shots": 3}, "shots is 4 in the run in .*, and 3 here"),
         ({"epochs": 5}, "epochs is 2 in the run in .*, and 5 here"),
-        ({"text_lr": 1.0}, "text_lr is 0.004 in"),
-        ({"seed": 1}, "seed is 0 in"),
-        ({"optimizer": "torch-sgd"}, "optimizer is 'sgd' in"),
         ({"method": "full"}, "method is 'skip' in"),
         ({"delta": True}, "delta is False in"),
     ],

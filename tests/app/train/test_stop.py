@@ -181,16 +181,6 @@ def test_infinite_logits_of_pretrained_weights(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_high_learning_rate_diverges(tmp_path, capsys):
-    out = tmp_path / "run"
-    arguments = [*ARGUMENTS, "--epochs", "3", "--warmup-epochs", "1", "--warmup-lr", "1e-4"]
-    assert main([*arguments, "--text-lr", "1e18", "--image-lr", "1e18", "--out", str(out)]) == 1
-    assert "the loss of batch" in capsys.readouterr().err
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["status"] == "diverged" and metrics["epochs"] == 1
-    assert evaluate_run(out) == metrics["tuned"]
-
-
 # ---- report -------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +227,6 @@ def test_out_of_memory_in_step(tmp_path, at_step, capsys):
     "error",
     [
         MemoryError(),
-        MemoryError("std::bad_alloc"),
         RuntimeError("std::bad_alloc"),
         RuntimeError("skipkernels: can't allocate memory for a tensor (…)\nand where"),
         torch.OutOfMemoryError("HIP out of memory"),
