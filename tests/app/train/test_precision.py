@@ -127,7 +127,7 @@ def test_step_does_not_synchronize(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(Trainer, "_step", watched)
     monkeypatch.setattr(RankSampler, "draw", drawn)
     monkeypatch.setattr("skipkernels.towers.prompts.reads_row_counts", lambda device: False)  # as on a GPU
-    monkeypatch.setattr("skipkernels.clip.training.check_images", lambda x: None)  # reads values on the CPU only
+    monkeypatch.setattr("skipkernels.clip.base.check_images", lambda x: None)  # reads values on the CPU only
     tune(small(tmp_path, epochs=1, **changes))
     assert reads == [[]] * 6
 
