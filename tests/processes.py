@@ -1,4 +1,4 @@
-"""Several processes, with the variables that a launcher of distributed training sets."""
+"""Run a function in several processes, with the environment variables that torchrun sets."""
 
 from __future__ import annotations
 
@@ -16,43 +16,40 @@ _PRELOADED = ["pytest", "open_clip", "skipkernels.app.train.run"]
 
 
 def forkserver() -> Any:
-    """Return a fork server with imported modules, so that its processes start at once.
+    """Return a fork server that has imported slow modules, so that its processes start at once.
 
-    One list for all tests: a test process has one server, with the modules of its first user.
+    All tests preload one list: a test process has one server, with the modules of its first user.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
 
 
-def by_two(folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Results of `function(rank, *arguments)` in each of two processes, in which it may make a process group."""
-    return together(2, folder, function, *arguments)
-
-
-def together(
+def run_in_processes(
     size: int, folder: Path, function: Callable[..., Any], *arguments: Any, killed: Collection[int] = ()
 ) -> list[Any]:
-    """Results of `function(rank, *arguments)` in each of `size` processes, in which it may make a process group.
+    """Return the result of `function(rank, *arguments)` in each of `size` processes, which may make a process group.
 
-    Those in `killed` must kill themselves; their result is None.
+    Args:
+        folder: Folder for the results, which the processes write with `torch.save`.
+        killed: Ranks that must kill themselves; their result is None.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = forkserver()
-    every = [
+    processes = [
         context.Process(target=_process, args=(rank, size, port, folder, function, arguments)) for rank in range(size)
     ]
-    for each in every:
-        each.start()
+    for process in processes:
+        process.start()
     try:
-        for rank, each in enumerate(every):
-            each.join(300)
-            assert each.exitcode == (-signal.SIGKILL if rank in killed else 0)
+        for rank, process in enumerate(processes):
+            process.join(300)
+            assert process.exitcode == (-signal.SIGKILL if rank in killed else 0)
     finally:
-        for each in every:
-            each.kill()
+        for process in processes:
+            process.kill()
     files = [None if rank in killed else folder / f"{rank}.pt" for rank in range(size)]
     return [None if file is None else torch.load(file, weights_only=True) for file in files]
 
@@ -60,6 +57,7 @@ def together(
 def _process(
     rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    """Set the variables of torchrun, call the function, and save its result."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}

@@ -16,7 +16,7 @@ import skipkernels as sk
 from skipkernels.features import FeatureCache
 from skipkernels.store import StoreError
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.processes import together
+from tests.processes import run_in_processes
 from tests.stores import contents, listed_shards
 
 IMAGES, SIZE, SHARDS = 42, 3, 11  # shards of two batches, the last of one: views of 42 images in batches of 4
@@ -67,7 +67,9 @@ def test_builds_of_several_processes(tmp_path):
     build(tmp_path / "one")
     one = contents(tmp_path / "one")
     assert len(json.loads(one["manifest.json"])["shards"]) == SHARDS
-    assert together(SIZE, tmp_path, in_process, tmp_path, killed=[2]) == [2 * IMAGES, 0, None], "the first shows all"
+    assert run_in_processes(SIZE, tmp_path, in_process, tmp_path, killed=[2]) == [2 * IMAGES, 0, None], (
+        "the first shows all"
+    )
     assert contents(tmp_path / "whole") == contents(tmp_path / "alone") == one
     assert listed_shards(tmp_path / "killed") == 3, "each process loses the shard that it was encoding"
     build(tmp_path / "killed", resume=True)

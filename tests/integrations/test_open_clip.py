@@ -21,7 +21,7 @@ import skipkernels as sk
 from bench.trainers import open_clip as runner
 from bench.trainers.common import Problem, small_problem, trained
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_schedule
-from tests.processes import by_two
+from tests.processes import run_in_processes
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_two_processes_equal_one(tmp_path):
     text = problem.tokens[problem.labels]
     start = trained(skip_clip(problem))
     alone = fit(skip_clip(problem), problem.images, text, batch_size=4)
-    first, second = by_two(tmp_path, fit_half)
+    first, second = run_in_processes(2, tmp_path, fit_half)
     assert first.equal(second)
     # Gradients of half a batch are added in another order: 16 steps of 2⁻²³ in each update.
     assert (first - alone).norm() < 1e-4 * (alone - start).norm()

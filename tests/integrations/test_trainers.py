@@ -17,7 +17,7 @@ from bench import measure
 from bench.trainers import __main__ as command
 from bench.trainers import lightning
 from bench.trainers.common import NaiveCLIP, small_problem, trained
-from tests.processes import by_two
+from tests.processes import run_in_processes
 
 STEPS, TOGETHER = 3, 4
 TRAINERS = ("accelerate", "hugging_face", "lightning")  # Lightning last: it uses the process group of the others
@@ -89,7 +89,7 @@ def train(name: str, batch_size: int, folder: Path, rank: int | None = None) -> 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> list[dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("both")
-    return by_two(folder, train_each, folder / "output")
+    return run_in_processes(2, folder, train_each, folder / "output")
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -26,7 +26,7 @@ from skipkernels.clip.sharded import refuse_batch_norms
 from skipkernels.store import Store
 from skipkernels.towers import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.processes import together
+from tests.processes import run_in_processes
 
 CLASSES, STEPS = 18, 3
 SIZES = (1, 2, 4)
@@ -321,7 +321,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict[int, list[dict[str, Any]]]:
-    return {size: together(size, folder, in_process, size, folder) for size in reversed(SIZES)}
+    return {size: run_in_processes(size, folder, in_process, size, folder) for size in reversed(SIZES)}
 
 
 def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:

@@ -24,7 +24,7 @@ from skipkernels.app.train.setup import RunSetup
 from skipkernels.features import FeatureCache
 from tests.app.train import fail_at_step
 from tests.app.train.runs import files, losses, rows, shortened, small
-from tests.processes import together
+from tests.processes import run_in_processes
 
 ROOT = Path(__file__).parents[3]
 SLACK = 1e-4  # relative, of fp32 after twelve steps: sums in another order; a wrong scale of gradients gives 1e-1
@@ -114,11 +114,11 @@ def several(one, killed, tmp_path_factory) -> dict[int, tuple[Path, list[dict[st
     folders = {size: tmp_path_factory.mktemp(f"{size}") for size in (4, 2)}
     shutil.copytree(killed[0], folders[2] / "killed")
     with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(together, 4, folders[4], four, folders[4])
+        waiting = thread.submit(run_in_processes, 4, folders[4], four, folders[4])
         for name in RUNS:
             tune(config_of(name, one))
         by_four = waiting.result()
-    by_two = together(2, folders[2], two, folders[2], folders[2] / "killed")
+    by_two = run_in_processes(2, folders[2], two, folders[2], folders[2] / "killed")
     return {4: (folders[4], by_four), 2: (folders[2], by_two)}
 
 

@@ -13,7 +13,7 @@ import skipkernels as sk
 from skipkernels.features import FeatureCache
 from skipkernels.towers import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.processes import by_two
+from tests.processes import run_in_processes
 
 IMAGES, CLASSES, TOGETHER = 16, 10, 4
 
@@ -56,7 +56,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 def test_ddp_matches_one_process_with_all_classes(tmp_path):
     """With all classes kept, the mean of the processes' gradients is that of the whole batch."""
-    first, second = by_two(tmp_path, train_together, {"keep_ratio": 1.0})
+    first, second = run_in_processes(2, tmp_path, train_together, {"keep_ratio": 1.0})
     alone = train(small_clip(keep_ratio=1.0), 0, 1)
     assert distance(first, second) == 0.0
     assert distance(first, alone) < 1e-12 < 1e-4 < distance(alone, tiny_clip().state_dict())
@@ -64,7 +64,7 @@ def test_ddp_matches_one_process_with_all_classes(tmp_path):
 
 def test_ddp_selects_classes_per_process(tmp_path):
     """The loss is not that of the whole batch, but the processes have equal weights."""
-    first, second = by_two(tmp_path, train_together, {"keep_ratio": 0.3})
+    first, second = run_in_processes(2, tmp_path, train_together, {"keep_ratio": 0.3})
     assert distance(first, second) == 0.0
     assert distance(first, train(small_clip(keep_ratio=0.3), 0, 1)) > 1e-6
 
@@ -94,7 +94,7 @@ def shard_fully(rank: int, blocks: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "clip"])
 def test_fully_shard_matches_one_process(blocks, tmp_path):
-    first, second = by_two(tmp_path, shard_fully, blocks)
+    first, second = run_in_processes(2, tmp_path, shard_fully, blocks)
     clip = small_clip(keep_ratio=1.0)
     optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1), momentum=0.9)
     images, labels = tiny_batch(TOGETHER, CLASSES)
