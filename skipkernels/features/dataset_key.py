@@ -42,7 +42,8 @@ def dataset_key(dataset: Any, key: Any = None) -> dict[str, str]:
 
     `key` is text or a JSON value that identifies the dataset and its transform. Without it, the entries are digests of
 
-    - the files: path below the common folder, size and modification time; without files, the indices of a subset;
+    - the files: path below the common folder, size and modification time; without files, the indices of a subset; and
+      the text `fingerprint` of a dataset that has one;
     - the labels;
     - the repr of the transform.
 
@@ -59,10 +60,12 @@ def dataset_key(dataset: Any, key: Any = None) -> dict[str, str]:
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"FeatureCache: key must be text or a JSON value; got {key!a:.200} ({error}).") from None
     images, labels, transforms, fingerprints = _describe(dataset)
-    files = None if images is None else _with_file_status(images)
+    files: list[Any] | None = None if images is None else _with_file_status(images)
+    if fingerprints:
+        files = [files, fingerprints]
     return {
         "dataset key": "not given",
-        "images": "not listed" if files is None else digest_json([files, fingerprints] if fingerprints else files),
+        "images": "not listed" if files is None else digest_json(files),
         "labels": "not listed" if labels is None else digest_json(labels),
         "image transform": digest_json(transforms) if transforms else "none",
     }

@@ -412,3 +412,12 @@ def test_store_without_samples_is_refused(tmp_path, samples):
     sk.FeatureCache.open(tmp_path, skip_clip())
     with pytest.raises(StoreError, match="its manifest has no samples that fit this dataset. Build another cache"):
         sk.FeatureCache.open(tmp_path, dataset=images())
+
+
+def test_fingerprint_of_a_dataset_without_files():
+    dataset = TensorDataset(torch.zeros(2, 3, 2, 2), torch.tensor([0, 1]))
+    keys = []
+    for fingerprint in ("first", "second"):
+        dataset.fingerprint = fingerprint
+        keys.append(dataset_key(dataset)["images"])
+    assert keys[0] != keys[1]
