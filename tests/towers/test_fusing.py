@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from hugging_face_models import hugging_face_clip, siglip
 from models import openai_clip, random_weights, tiny_batch, tiny_clip, tiny_tokens
-from processes import by_two
+from processes import run_in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -189,7 +189,7 @@ def in_processes(rank: int, sharded: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_fuse_in_two_processes(sharded, tmp_path):
-    first, second = by_two(tmp_path, in_processes, sharded)
+    first, second = run_in_processes(2, tmp_path, in_processes, sharded)
     images, _ = tiny_batch(8, 3)
     model = timm_vit()
     (model(images).square().sum() / 2).backward()
