@@ -194,6 +194,10 @@ def shared_tests(operator: Operator) -> type:
         def test_no_worse_than_eager(self, backend: Backend, shape, dtype):
             operator.check_no_worse_than_eager(operator.case(shape, backend.device, dtype=dtype))
 
+        @each_variant
+        def test_variants_no_worse_than_eager(self, backend: Backend, variant):
+            operator.check_no_worse_than_eager(operator.case(operator.small, backend.device, **variant))
+
         @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
         @given(data=st.data())
         @pytest.mark.parametrize("backend", ["cpp", "reference", GPU], indirect=True)
