@@ -154,8 +154,8 @@ class ClassModel(nn.Module):
     def fsdp_shard_modules(self) -> list[tuple[str, nn.Module]]:
         """Raise an error: open_clip calls this before FSDP2 shards the model."""
         raise NotImplementedError(
-            "ClassModel: FSDP2 would shard parameters that SkipCLIP reads outside of its modules. Train with "
-            "DistributedDataParallel instead."
+            "ClassModel: FSDP2 is not supported in open_clip's trainer, which shards modules that SkipCLIP does not "
+            "call. Train with DistributedDataParallel instead."
         )
 
     def __getstate__(self) -> dict[str, Any]:
