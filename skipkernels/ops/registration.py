@@ -7,6 +7,7 @@ names. Triton kernels are for CUDA and ROCm devices. Without a kernel, the fallb
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +121,11 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
     arity = len(operator._schema.arguments)
 
     def all_gradients(ctx: Any, *upstream: Any) -> list[Any]:
-        gradients = backward(ctx, *upstream)
+        # Called within autocast, the matrix products of Triton's path and of the fallback would be rounded to 16 bits.
+        device_type = next(x for x in upstream if x is not None).device.type
+        rounds = torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device_type)
+        with torch.autocast(device_type, enabled=False) if rounds else nullcontext():
+            gradients = backward(ctx, *upstream)
         wanted = [x if need else None for x, need in zip(gradients, ctx.needs_input_grad, strict=False)]
         return wanted + [None] * (arity - len(wanted))
 

@@ -55,6 +55,16 @@ def test_second_backward_gives_equal_gradients(backend: Backend, call):
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
+def test_backward_within_autocast_rounds_nothing(backend: Backend, call):
+    call = call.on(backend.device)
+    leaves = [x.requires_grad_() for x in call.inputs]
+    total = call.total(*leaves)
+    right = torch.autograd.grad(total, leaves, retain_graph=True)
+    with torch.autocast(backend.device.type, torch.bfloat16):
+        ours = torch.autograd.grad(total, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(ours, right, strict=True))
+
+
 def test_double_backward_is_an_error(backend: Backend, call):
     call = call.on(backend.device)
     leaves = [x.requires_grad_() for x in call.inputs]
