@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from skipkernels.app.serve import Classifier, blend, export, predict
     from skipkernels.app.train import tune
     from skipkernels.boundary import LSkipBoundary
-    from skipkernels.clip import GraphedStep, SkipCLIP, SkipOutput
+    from skipkernels.clip import SkipCLIP, SkipOutput
+    from skipkernels.clip.graphed import GraphedStep
     from skipkernels.features import FeatureCache
     from skipkernels.lora import add_lora, merge_lora, save_lora
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
     from skipkernels.store import StoreError
-    from skipkernels.towers import UnsupportedModel, fuse, unfuse
+    from skipkernels.towers import UnsupportedModel
+    from skipkernels.towers.fusing import fuse, unfuse
 
 __version__ = "0.2.0"
 
@@ -66,7 +68,8 @@ _find = lazy_names(
     __name__,
     {
         "boundary": ("LSkipBoundary",),
-        "clip": ("GraphedStep", "SkipCLIP", "SkipOutput"),
+        "clip": ("SkipCLIP", "SkipOutput"),
+        "clip.graphed": ("GraphedStep",),
         "features": ("FeatureCache",),
         "lora": ("add_lora", "merge_lora", "save_lora"),
         "ops": ("backends",),
@@ -74,7 +77,8 @@ _find = lazy_names(
         "selection": ("ClassSelection", "select_classes"),
         "app.serve": ("Classifier", "blend", "export", "predict"),
         "store": ("StoreError",),
-        "towers": ("UnsupportedModel", "fuse", "unfuse"),
+        "towers": ("UnsupportedModel",),
+        "towers.fusing": ("fuse", "unfuse"),
         "app.config": ("TuneConfig",),
         "app.train": ("tune",),
     },

@@ -107,6 +107,12 @@ def test_import_after_torch_is_light_and_registers_operators():
     assert scores.startswith("[inf, 0.707") and reason.startswith("False ")
 
 
+def test_import_of_clip_loads_few_modules():
+    """Several processes, stores, CUDA graphs and families of models are imported where they are used."""
+    out = run("import sys, skipkernels.clip; print(*[name for name in sys.modules if name.startswith('skipkernels')])")
+    assert len(out.split()) <= 45
+
+
 def test_operators_are_registered_without_triton():
     out = run(f"import sys; sys.modules['triton'] = None\nimport skipkernels.ops, torch\n{NAMESPACE}{FUNCTIONAL}")
     *registered, scores, reason = out.splitlines()

@@ -12,24 +12,57 @@ from torch import Tensor, nn
 from .. import functional
 from ..checks import warn_caller
 from ..options import AttentionName
-from ..parallel import ClassParallel
 from ..selection import RankSampler
-from ..towers import ImageTower, Memory, Reduction, TextTower, xformers
+from ..towers import ImageTower, Memory, Reduction, TextTower
 from ..towers.attention import SDPA, AttentionBackend
+from ..towers.base import of_every_template
 from ..towers.block import FusedBlock, fuse_blocks
 from ..towers.changes import Containers
-from ..towers.reductions import of_every_template
 from .image import ImageEncoder, check_images
 from .text import TextEncoder, prompts_digest
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
 
+    from ..parallel import ClassParallel
+
 Trainable = Literal["upper", "as_is"]
 _FORMAT = "1"
 # Largest distance of prototypes of the same weights that other numbers of processes computed: as between SkipCLIP and
 # the model, see clip/verify.py; in half precision, prompts cropped to another length are rounded elsewhere.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+
+
+class _Fields(NamedTuple):
+    loss: Tensor
+    kept_logits: Tensor | None
+    class_ids: Tensor
+    targets: Tensor
+
+
+class SkipOutput(_Fields):
+    """Result of a step: a named tuple.
+
+    Attributes:
+        loss: [], mean cross-entropy over the batch, weighted if SkipCLIP has class weights; of `sigmoid_loss`, the mean
+            over images and classes.
+        logits: [B, K]. In training they are computed with `return_logits` and by `sigmoid_loss` only; else the item
+            `kept_logits` of the tuple is None, and reading the attribute raises an AttributeError.
+        class_ids: [K] int64, ascending, the kept classes; in evaluation all classes, K = C.
+        targets: [B] int64, positions of the labels in `class_ids`; of `sigmoid_loss` bool [B, K],
+            the labels themselves.
+    """
+
+    __slots__ = ()
+
+    @property
+    def logits(self) -> Tensor:  # noqa: D102
+        if (logits := self.kept_logits) is None:
+            raise AttributeError(
+                "SkipOutput.logits: this training step did not compute logits. Call clip(x, labels, "
+                "return_logits=True) for those of the kept classes, or clip.predict(x) for those of all classes."
+            )
+        return logits
 
 
 class Settings(NamedTuple):
@@ -82,6 +115,8 @@ def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
 
 
 def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
+    from ..towers import xformers
+
     device = image.model.logit_scale.device
     for tower in (image, text):
         block = tower.blocks[0]

@@ -17,7 +17,7 @@ from ..optimizer import FusedSGD, world_size
 from ..towers.attention import SDPA
 from ..towers.block import HOOKS, global_hooks
 from ..towers.changes import Settings
-from .output import SkipOutput
+from .base import SkipOutput
 
 if TYPE_CHECKING:
     from .skip_clip import SkipCLIP

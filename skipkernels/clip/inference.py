@@ -8,12 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..retrieval import top_k_logits
 from ..towers import evaluating
 from .base import SkipCLIPBase
 from .image import check_features, check_images, sharing_weights
-from .output import ImageClassifier
-from .sharded import sharded_predict, sharded_top_k
 from .text import check_class_ids
 
 
@@ -49,6 +46,8 @@ class Inference(SkipCLIPBase):
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
         """
         if self._parallel is not None:
+            from .sharded import sharded_predict
+
             return sharded_predict(self, self._parallel, x)
         image, classes = self._compared(x)
         with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
@@ -79,7 +78,11 @@ class Inference(SkipCLIPBase):
             (torch.Size([4, 3]), True)
         """
         if self._parallel is not None:
+            from .sharded import sharded_top_k
+
             return sharded_top_k(self, self._parallel, x, k)
+        from ..retrieval import top_k_logits
+
         image, classes = self._compared(x)
         with torch.autocast(image.device.type, enabled=False):
             return top_k_logits(image, classes, k)
@@ -142,3 +145,31 @@ class Inference(SkipCLIPBase):
         if tower == "image":
             self._image_encoder.accept_weights()
         return (self._image if tower == "image" else self._text).lower_identity()
+
+
+class ImageClassifier(nn.Module):
+    """A tuned model as a plain module, for `torch.export` and ONNX: images [B, 3, height, width] to logits [B, C].
+
+    logits = scale · cos(image, class), over fixed class embeddings.
+
+    Args:
+        encoder: Module that returns embeddings [B, D] of images, or a tuple with the embeddings first.
+        class_embeddings: [C, D], unit norm.
+        scale: [], the exponential of `logit_scale`.
+    """
+
+    class_embeddings: Tensor
+    scale: Tensor
+
+    def __init__(self, encoder: nn.Module, class_embeddings: Tensor, scale: Tensor):
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("class_embeddings", class_embeddings.detach().clone())
+        self.register_buffer("scale", scale.detach().clone().to(class_embeddings.dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, C]."""
+        image = self.encoder(images)
+        image = image[0] if isinstance(image, tuple) else image
+        image = nn.functional.normalize(image.to(self.class_embeddings.dtype), dim=-1)
+        return self.scale * image @ self.class_embeddings.T

@@ -1,4 +1,4 @@
-"""Losses of SkipCLIP without a selection of one class per image: pairs and several labels; checks of labels."""
+"""Losses of SkipCLIP besides the cross-entropy: pairs and several labels; checks of labels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from torch import Tensor
 from .. import functional
 from ..checks import warn_caller
 from ..selection import classes_at_ranks
-from .base import SkipCLIPBase
-from .output import SkipOutput
-from .sharded import padded, sharded_pair_loss, sharded_sigmoid_loss
+from .base import SkipCLIPBase, SkipOutput
 from .text import check_vocabulary
 
 
@@ -47,6 +45,8 @@ class Losses(SkipCLIPBase):
         """
         pairs, several = len(x) if isinstance(x, Tensor) else 0, self._parallel is not None
         if several:
+            from .sharded import padded, sharded_pair_loss
+
             tokens = isinstance(captions, Tensor) and captions.ndim > 1
             x, captions, pairs = padded(x, captions, self._tokens.flatten(0, -2)[0] if tokens else None)
         self._refuse_loss_options("pair_loss")
@@ -99,6 +99,8 @@ class Losses(SkipCLIPBase):
         """
         images, several = len(x) if isinstance(x, Tensor) else 0, self._parallel is not None and self.training
         if several:
+            from .sharded import padded, sharded_sigmoid_loss
+
             x, labels, images = padded(x, labels)
         self._refuse_loss_options("sigmoid_loss")
         self._check_batch(x)

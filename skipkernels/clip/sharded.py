@@ -28,26 +28,16 @@ from ..retrieval import check_k, largest, top_k_logits
 from ..selection import RankSampler, classes_at_ranks, select_ranks
 from ..towers import UnsupportedModel
 from ..towers.base import Tower
-from .output import SkipOutput
+from .base import SkipOutput
 
 if TYPE_CHECKING:
     from .base import SkipCLIPBase
     from .inference import Inference
 
-# What every process must have in common.
-AGREED = (
-    "tokens",
-    "skip_layers, class_parallel and the trained parameters",
-    "options of the selection",
-    "generator",
-    "label_smoothing and class_weight",
-    "weights",
-)
 
-
-def device_of(model: nn.Module) -> torch.device:
-    """Device of the messages about a model: that of its first parameter."""
-    return next(model.parameters()).device
+def class_parallel(group: Any, tokens: Tensor, model: nn.Module) -> ClassParallel:
+    """Assign the classes of `tokens` to the processes of a group; their messages are on the device of the model."""
+    return ClassParallel(group, len(tokens), next(model.parameters()).device)
 
 
 def refuse_batch_norms(tower: Tower) -> None:
@@ -62,24 +52,32 @@ def refuse_batch_norms(tower: Tower) -> None:
                 )
 
 
-def digests_of_clip(clip: SkipCLIPBase) -> tuple[str, ...]:
-    """Digests of what every process must have in common; refuses models that would differ from one process."""
-    if clip._parallel is not None and clip._parallel.size > 1:
+def check_agreement(clip: SkipCLIPBase) -> None:
+    """Raise a ValueError on every process unless all have the same inputs and weights.
+
+    Refuses models of which the steps of several processes would differ from those of one.
+    """
+    parallel, sampler, model = clip._parallel, clip.sampler, clip.model
+    assert parallel is not None and clip._prompts is not None
+    if parallel.size > 1:
         refuse_batch_norms(clip._image)
         refuse_batch_norms(clip._text)
-    sampler, model = clip.sampler, clip.model
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    tensors = (x.detach() for x in (*model.parameters(), *model.buffers()))
-    assert clip._prompts is not None
     weights = [] if clip.class_weight is None else [("class_weight", clip.class_weight)]
-    return (
-        clip._prompts,
-        digest_json([clip.skip_layers, trained, clip._parallel is not None and clip._parallel.replicated]),
-        digest_json([sampler.keep_ratio, sampler.max_keep, sampler.decay, sampler.tail, sampler.max_tail]),
-        digest_tensors(sorted(sampler.tensors().items())),
-        digest_json([clip.label_smoothing, digest_tensors(weights)]),
-        digest_json(digests(tensors)),
-    )
+    tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
+    digest_of = {
+        "tokens": clip._prompts,
+        "skip_layers, class_parallel and the trained parameters": digest_json(
+            [clip.skip_layers, trained, parallel.replicated]
+        ),
+        "options of the selection": digest_json(
+            [sampler.keep_ratio, sampler.max_keep, sampler.decay, sampler.tail, sampler.max_tail]
+        ),
+        "generator": digest_tensors(sorted(sampler.tensors().items())),
+        "label_smoothing and class_weight": digest_json([clip.label_smoothing, digest_tensors(weights)]),
+        "weights": digest_json(digests(tensors)),
+    }
+    parallel.check_equal(list(digest_of.items()), next(model.parameters()).device)
 
 
 # ---- steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,27 @@ from ..boundary import DEFAULT_CHUNK
 from ..checks import warn_caller
 from ..digests import digest_tensors
 from ..options import AttentionName, Tail
-from ..parallel import ClassParallel
 from ..selection import ClassSelection, RankSampler, select_ranks
 from ..towers import ImageTower, Memory, TextTower, UnsupportedModel, build_towers, evaluating
 from ..towers.block import fuse_blocks
 from ..towers.changes import Containers
-from .base import Settings, Trainable
-from .graphed import GraphedStep
+from .base import Settings, SkipOutput, Trainable
 from .image import ImageEncoder, one_batch, refuse_export
 from .inference import Inference
-from .losses import LabelOrder, Losses, check_class_weight, check_label_range, check_label_smoothing, check_labels
-from .output import SkipOutput
-from .sharded import AGREED, device_of, digests_of_clip, padded, sharded_step
+from .losses import (
+    LabelOrder,
+    Losses,
+    check_class_weight,
+    check_label_range,
+    check_label_smoothing,
+    check_labels,
+)
 from .text import TextEncoder, check_tokens, check_vocabulary, prompts_digest, prompts_of
 from .verify import verify
+
+if TYPE_CHECKING:
+    from ..parallel import ClassParallel
+    from .graphed import GraphedStep
 
 _ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with weights beside the model's own
 
@@ -112,7 +119,9 @@ class SkipCLIP(Losses, Inference):
         self.model = model
         self._parallel = None
         if process_group is not None:
-            self._parallel = ClassParallel(process_group, len(tokens), device_of(model))
+            from . import sharded
+
+            self._parallel = sharded.class_parallel(process_group, tokens, model)
         self._label_order = LabelOrder()
 
         modules = list(model.modules()) if isinstance(model, nn.Module) else []  # checked below
@@ -145,7 +154,7 @@ class SkipCLIP(Losses, Inference):
                 self.register_buffer("class_weight", weight, persistent=False)
                 verify(model, self._image_encoder, self._text_encoder, self._tokens)
             if self._parallel is not None:
-                self._parallel.check_equal(list(zip(AGREED, digests_of_clip(self), strict=True)), device_of(model))
+                sharded.check_agreement(self)
         except BaseException:
             for parameter, requires_grad in required_grad:
                 parameter.requires_grad_(requires_grad)
@@ -189,6 +198,8 @@ class SkipCLIP(Losses, Inference):
         refuse_export()
         own, several = 0, self._parallel is not None and self.training
         if several:
+            from .sharded import padded, sharded_step
+
             x, labels, own = padded(x, labels)
         self._check_step(x, labels)
         assert x is not None and labels is not None
@@ -259,6 +270,8 @@ class SkipCLIP(Losses, Inference):
     def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int) -> GraphedStep:
         """Return a function that runs a whole training step: on a GPU, a replay of a CUDA graph. See `GraphedStep`."""
         self._refuse_parallel("graphed", "Run the steps without graphed.")
+        from .graphed import GraphedStep
+
         return GraphedStep(self, optimizer, batch_size)
 
     # ---- set-up, change of the model or of the classes ---------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from ..boundary import LSkipBoundary, refusing_lost_gradients
 from ..digests import digest_tensors
 from ..towers import TextTower, evaluating
 from ..towers.changes import Frozen
-from ..towers.text_store import TextStore, stored_prototypes
+
+if TYPE_CHECKING:
+    from ..towers.text_store import TextStore
 
 _ROWS_ON_GPU = 256 << 20  # bytes of a folder that a GPU holds, so that no step waits: about 40,000 classes of ViT-B
 
@@ -64,6 +66,8 @@ class PromptFeatures:
 
     def use_folder(self, folder: Path) -> None:
         """Cache the features in a folder."""
+        from ..towers.text_store import TextStore
+
         self.store = TextStore(folder / "features", self.tower, self.lower, self.chunk)
 
     def encode(self, class_ids: Tensor, exact: bool = False) -> Tensor:
@@ -90,6 +94,8 @@ class PromptFeatures:
 
     def stored_embeddings(self, folder: Path) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes before tuning, stored in a folder."""
+        from ..towers.text_store import stored_prototypes
+
         return stored_prototypes(folder / "prototypes", self.tower, self.unit_embeddings)
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from ..towers import TextTower, deterministic_training, evaluating
 from ..towers.block import unfused
-from ..towers.text_store import representative_classes
+from ..towers.text import representative_classes
 from .image import ImageEncoder
 from .text import TextEncoder
 

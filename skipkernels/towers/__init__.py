@@ -1,10 +1,6 @@
 """Image and text towers of a CLIP model, cut below block `skip`; one file per model family in `families/`."""
 
-from .base import Memory, UnsupportedModel
-from .fusing import fuse, unfuse
-from .image import ImageTower
-from .modes import deterministic_training, evaluating
-from .reductions import Reduction
+from .base import ImageTower, Memory, Reduction, UnsupportedModel, deterministic_training, evaluating
 from .registry import build_towers
 from .text import TextTower
 
@@ -17,6 +13,4 @@ __all__ = [
     "build_towers",
     "deterministic_training",
     "evaluating",
-    "fuse",
-    "unfuse",
 ]

@@ -6,15 +6,17 @@ fused block (`block.py`) with rows, any other as the model calls it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from ..digests import digest_tensors
@@ -23,10 +25,32 @@ from ..options import Memory
 from . import attention
 from .block import FusedBlock, RowsCall, fuse_blocks
 from .fused_block import CAST_BYTES, SAVED_WIDTHS, Hidden
-from .modes import evaluating, updates_statistics
-from .reductions import Reduction
 
 Part = nn.Module | nn.Parameter | None
+# Attributes in which modules of PyTorch, timm, open_clip and transformers hold their dropout rate.
+_DROPOUT_RATES = ("p", "prob", "drop_prob", "dropout", "attention_dropout", "activation_dropout", "layerdrop")
+
+
+class Reduction(NamedTuple):
+    """State of one exact reduction."""
+
+    enabled: bool
+    reason: str  # Reason why it is not applied; "" if it is
+
+    @classmethod
+    def unless(cls, reason: str | None) -> Reduction:
+        """Return an enabled reduction, or one disabled for `reason`."""
+        return cls(not reason, reason or "")
+
+
+def of_every_template(reductions: Sequence[dict[str, Reduction]]) -> dict[str, Reduction]:
+    """Reductions of the text towers of several templates as one; enabled if they are for every template."""
+    merged = {}
+    for name, first in reductions[0].items():
+        reasons = [reason for each in reductions if (reason := each[name].reason)]
+        some = f"{len(reasons)} of {len(reductions)} templates: " if reasons and len(reasons) < len(reductions) else ""
+        merged[name] = Reduction.unless(some + reasons[0]) if reasons else first
+    return merged
 
 
 class UnsupportedModel(ValueError):
@@ -225,6 +249,51 @@ class Tower(ABC):
         return self._decisions[key]
 
 
+class ImageTower(Tower):
+    """A tower over images [n, 3, height, width]."""
+
+    image_size: tuple[int, int]  # Height and width
+
+    def encoder(self) -> nn.Module:
+        """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""
+        return self.model.visual
+
+    @property
+    def why_not_pooled(self) -> str | None:
+        """Return why the last block is needed for every token, or None if the head pools the first one."""
+        return None
+
+    @property
+    def reductions(self) -> dict[str, Reduction]:  # noqa: D102
+        not_pooled = self.why_not_pooled or self.why_no_rows(len(self.blocks) - 1)
+        return {
+            "fused_block": Reduction.unless(self.why_not_fused()),
+            "pooled_last_block": Reduction.unless(not_pooled),
+        }
+
+    def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self.model.encode_image(inputs)
+
+    @abstractmethod
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Map hidden states behind the last block, of all tokens or only the pooled one, to embeddings [n, D]."""
+
+    def upper(self, features: Tensor) -> Tensor:
+        """Map hidden states at the cut to image embeddings [n, D], not normalised."""
+        depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
+        hidden = Hidden(features)
+        pools = self.skip < depth and self.why_not_pooled is None and self.why_no_rows(depth - 1) is None
+        for index in range(self.skip, depth - pools):
+            hidden = self._run_upper_block(index, hidden, None, save_inputs_only=save_inputs_only)
+        if not pools:
+            return self.finish(hidden.sum())
+        n, tokens, _ = features.shape
+        first = torch.arange(0, n * tokens, tokens, device=features.device)
+        last = partial(attention.pooled, mask=None)
+        pooled = self._run_last_block(hidden, last, first, save_inputs_only=save_inputs_only)
+        return self.finish(pooled[:, None])
+
+
 def _parameters(parts: Iterable[Part]) -> Iterator[nn.Parameter]:
     for part in parts:
         if isinstance(part, nn.Parameter):
@@ -240,3 +309,49 @@ def _named_tensors(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
         elif part is not None:
             for name, tensor in itertools.chain(part.named_parameters(), part.named_buffers()):
                 yield f"{number}.{name}", tensor
+
+
+# ---- training and evaluation mode
+
+
+@contextlib.contextmanager
+def evaluating(modules: Iterable[nn.Module], *, except_for: nn.Module | None = None) -> Iterator[None]:
+    """Set evaluation mode for modules and their submodules, except for one."""
+    with _in_mode([module for part in modules for module in part.modules() if module is not except_for], False):
+        yield
+
+
+@contextlib.contextmanager
+def deterministic_training(model: nn.Module) -> Iterator[None]:
+    """Set training mode, except for batch norms and modules that drop values at random."""
+    frozen = [m for m in model.modules() if _drops(m) or any(map(_drops, m.children())) or isinstance(m, _NormBase)]
+    others = set(model.modules()) - set(frozen)
+    with _in_mode(frozen, False), _in_mode(others, True):
+        yield
+
+
+def updates_statistics(module: nn.Module) -> bool:
+    """Return True if the module contains a batch norm in training mode."""
+    return any(isinstance(part, _NormBase) and part.training for part in module.modules())
+
+
+def is_deterministic(module: nn.Module) -> bool:
+    """Return True for a module without dropout and batch norms, which computes each sample alone."""
+    return not any(_drops(part) or isinstance(part, _NormBase) for part in module.modules())
+
+
+def _drops(module: nn.Module) -> bool:
+    rates = (getattr(module, name, None) for name in _DROPOUT_RATES)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+@contextlib.contextmanager
+def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
+    changed = [module for module in modules if module.training != training]
+    for module in changed:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = not training

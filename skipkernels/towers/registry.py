@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import UnsupportedModel
-from .image import ImageTower
+from .base import ImageTower, UnsupportedModel
 from .text import TextTower
 
 # Type of the module → file in families/, and the class or function in it that makes the tower. A file is imported on

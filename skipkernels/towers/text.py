@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from . import attention
-from .base import Tower
+from .base import Reduction, Tower, is_deterministic
 from .block import RowsCall, global_hooks
 from .fused_block import Hidden
-from .modes import is_deterministic
 from .prompts import PackedPrompts, SelectedPrompts, shared_prefix_length
-from .reductions import Reduction
 
 
 class TextTower(Tower):
@@ -179,3 +177,9 @@ class TextTower(Tower):
         """Run a block that is not fused over whole prompts, unpacked from rows and packed again."""
         whole, mask = Hidden(selected.unpack(hidden.sum())), self.mask(self.tokens[selected.class_ids])
         return self._run_upper_block(index, whole, mask, save_inputs_only=False).map(selected.pack)
+
+
+def representative_classes(text: TextTower) -> Tensor:
+    """Class ids [K] of the first and the last class, and of those with the shortest and the longest prompt."""
+    ends = text.pooled
+    return torch.unique(torch.stack([ends.new_zeros(()), ends.argmin(), ends.argmax(), ends.new_tensor(len(ends) - 1)]))

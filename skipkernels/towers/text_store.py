@@ -24,7 +24,7 @@ from ..store import (
     is_store,
 )
 from .prompts import SelectedPrompts
-from .text import TextTower
+from .text import TextTower, representative_classes
 
 _SHARD_BYTES = 64 << 20
 _NAME_OF = {dtype: name for name, dtype in COMPUTED.items() if name in DTYPES}
@@ -36,12 +36,6 @@ _PROTOTYPE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16
 
 Lower = Callable[[Tensor], Tensor]
 """Class ids [n] to hidden states at the cut [n, L, W]."""
-
-
-def representative_classes(text: TextTower) -> Tensor:
-    """Class ids [K] of the first and the last class, and of those with the shortest and the longest prompt."""
-    ends = text.pooled
-    return torch.unique(torch.stack([ends.new_zeros(()), ends.argmin(), ends.argmax(), ends.new_tensor(len(ends) - 1)]))
 
 
 class TextStore:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..image import ImageTower
+from ..base import ImageTower
 
 NOT_FUSED = "blocks in stages run their own forward"
 

@@ -16,10 +16,9 @@ from transformers.activations import GELUActivation, QuickGELUActivation
 from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
 
-from ..base import UnsupportedModel
+from ..base import ImageTower, UnsupportedModel
 from ..block import FusedBlock, Sequences, Submodules, submodules, weight_and_bias
 from ..fused_block import BlockWeights, FusableBlock
-from ..image import ImageTower
 from ..text import TextTower
 
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions

@@ -26,10 +26,9 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..base import Part, UnsupportedModel
+from ..base import ImageTower, Part, UnsupportedModel
 from ..block import FusedBlock, Sequences, Submodules, activation, parameter, submodules, weight_and_bias
 from ..fused_block import BlockWeights, FusableBlock
-from ..image import ImageTower
 from ..text import TextTower
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import Part
+from ..base import ImageTower, Part
 from ..block import Sequences, Submodules, submodules
-from ..image import ImageTower
 from ..text import TextTower
 from .open_clip import BLOCK_TYPES, OpenClipBlock
 

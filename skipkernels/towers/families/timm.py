@@ -22,10 +22,9 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vitamin import MbConvStages
 from torch import Tensor, nn
 
-from ..base import Part, UnsupportedModel
+from ..base import ImageTower, Part, UnsupportedModel
 from ..block import FusedBlock, Sequences, Submodules, activation, submodules, weight_and_bias
 from ..fused_block import BlockWeights, FusableBlock
-from ..image import ImageTower
 from .convnets import NOT_FUSED, chain_stages, convnext_tower, fastvit_tower, swin_tower
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
