@@ -36,7 +36,7 @@ def fuse(model: Model, *, memory: FusedMemory = "fast") -> Model:
         UnsupportedModel: If no block can be fused.
 
     Example:
-        >>> import skipkernels as sk
+        >>> import torch, skipkernels as sk
         >>> from skipkernels.app.demo import glyph_tiny
         >>> model, _, _ = glyph_tiny.load()
         >>> sk.fuse(model).encode_image(torch.rand(2, 3, 32, 32)).shape

@@ -38,7 +38,8 @@ def check(capsys, data: Path, *options: object) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
-def test_check_without_findings(data, capsys):
+def test_check_without_findings(data, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     code, out = check(capsys, data)
     assert code == 0 and "no unreadable images, no duplicates" in out
     heads = ("split", "images", "unreadable", "classes", "per class", "smallest", "median", "largest")

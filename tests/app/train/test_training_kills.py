@@ -1,6 +1,6 @@
 """Trainings that are killed at random moments: each leaves a whole checkpoint, and resumes to equal bits.
 
-A run of more kills: `python -c "from tests.app.train.test_kills import main; main(100)"`.
+A run of more kills: `python -c "from tests.app.train.test_training_kills import main; main(100)"`.
 """
 
 from __future__ import annotations
