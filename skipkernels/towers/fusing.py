@@ -40,7 +40,7 @@ def fuse(model: Model, *, memory: FusedMemory = "fast") -> Model:
         >>> from skipkernels.app.demo import glyph_tiny
         >>> model, _, _ = glyph_tiny.load()
         >>> sk.fuse(model).encode_image(torch.rand(2, 3, 32, 32)).shape
-        torch.Size([2, 64])
+        torch.Size([2, 128])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be an nn.Module; got {type(model).__name__}.")
