@@ -122,9 +122,9 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
 
     def all_gradients(ctx: Any, *upstream: Any) -> list[Any]:
         # Called within autocast, the matrix products of Triton's path and of the fallback would be rounded to 16 bits.
-        device_type = next(x for x in upstream if x is not None).device.type
-        rounds = torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device_type)
-        with torch.autocast(device_type, enabled=False) if rounds else nullcontext():
+        devices = [x.device.type for x in upstream if x is not None]
+        rounds = devices and torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(devices[0])
+        with torch.autocast(devices[0], enabled=False) if rounds else nullcontext():
             gradients = backward(ctx, *upstream)
         wanted = [x if need else None for x, need in zip(gradients, ctx.needs_input_grad, strict=False)]
         return wanted + [None] * (arity - len(wanted))
