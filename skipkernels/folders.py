@@ -80,22 +80,13 @@ def partial_of(name: str) -> str | None:
     return None if found is None else found[1]
 
 
-@contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> contextlib.AbstractContextManager[None]:
     """Hold the lock of a folder. The system releases it when the process ends, also after a kill.
 
     Raises:
         OSError: If another process holds it and `wait` is False, or the file system has no locks.
     """
-    lock = FileLock(folder / LOCK, timeout=-1 if wait else 0, thread_local=False)  # another thread may release it
-    try:
-        lock.acquire()
-    except Timeout:
-        raise OSError(errno.EBUSY, "in use by another process; wait for it", str(folder)) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return _holding(folder / LOCK, folder, "in use by another process; wait for it", wait=wait)
 
 
 def is_locked(folder: Path) -> bool:
@@ -186,13 +177,19 @@ def _beside(folder: Path, role: str) -> Path:
     return folder.with_name(f".{folder.name}.skipkernels-{role}")
 
 
+def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of the replacement of a folder."""
+    return _holding(_beside(folder, "lock"), folder, "another process is replacing it")
+
+
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(_beside(folder, "lock"), timeout=0)
+def _holding(file: Path, folder: Path, fault: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file; if another process holds it and `wait` is False, raise an OSError of the folder."""
+    lock = FileLock(file, timeout=-1 if wait else 0, thread_local=False)  # another thread may release it
     try:
         lock.acquire()
     except Timeout:
-        raise OSError(errno.EBUSY, "another process is replacing it", str(folder)) from None
+        raise OSError(errno.EBUSY, fault, str(folder)) from None
     try:
         yield
     finally:

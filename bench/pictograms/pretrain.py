@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import os
 import shutil
 import signal
 import time
@@ -31,9 +30,10 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from skipkernels.folders import replace_tensors, replaced_file
 
 from . import pool as pools
 from .augment import augment, normalize, on_white
@@ -249,12 +249,10 @@ class Run:
             "rows": self.rows,
             "losses": self.losses,
         }
-        checkpoint, rows = self.options.out / "checkpoint.pt", self.options.out / "rows.csv"
-        torch.save(state, checkpoint.with_suffix(".partial"))
-        os.replace(checkpoint.with_suffix(".partial"), checkpoint)
-        with rows.with_suffix(".partial").open("w", newline="") as file:
+        with replaced_file(self.options.out / "checkpoint.pt") as checkpoint:
+            torch.save(state, checkpoint)
+        with replaced_file(self.options.out / "rows.csv") as rows, rows.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *self.rows])
-        os.replace(rows.with_suffix(".partial"), rows)
 
     def load(self) -> None:
         """Continue from the checkpoint."""
@@ -272,9 +270,8 @@ class Run:
             model = copy.deepcopy(self.model)
         embed = model.visual.trunk.patch_embed
         embed.backbone = embed.backbone.without_norms()
-        state = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, self.options.out / "partial.safetensors")
-        os.replace(self.options.out / "partial.safetensors", self.options.out / f"{NAME}.safetensors")
+        state = {name: tensor.half().cpu() for name, tensor in model.state_dict().items()}
+        replace_tensors(self.options.out / f"{NAME}.safetensors", state)
 
     # ---- steps
 
