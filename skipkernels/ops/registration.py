@@ -7,7 +7,7 @@ names. Triton kernels are for CUDA and ROCm devices. Without a kernel, the fallb
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +108,12 @@ PRIVATE = (
 """Names in `torch._C` that `differentiate` uses. Without them `torch.library.register_autograd` is used."""
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Turn autocast off on a device that has it; the meta device has none."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
 def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
     """Register the gradient of an operator, as `torch.library.register_autograd` does for more schemas at more cost.
 
@@ -122,9 +128,8 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
 
     def all_gradients(ctx: Any, *upstream: Any) -> list[Any]:
         # Called within autocast, the matrix products of Triton's path and of the fallback would be rounded to 16 bits.
-        devices = [x.device.type for x in upstream if x is not None]
-        rounds = devices and torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(devices[0])
-        with torch.autocast(devices[0], enabled=False) if rounds else nullcontext():
+        given = [x for x in upstream if x is not None] if torch._C._is_any_autocast_enabled() else []
+        with without_autocast(given[0].device) if given else nullcontext():
             gradients = backward(ctx, *upstream)
         wanted = [x if need else None for x, need in zip(gradients, ctx.needs_input_grad, strict=False)]
         return wanted + [None] * (arity - len(wanted))
@@ -210,7 +215,7 @@ def reference_gradients(
         with (
             torch._C._ForceDispatchKeyGuard(include, exclude),
             torch.enable_grad(),
-            torch.autocast(inputs[0].device.type, enabled=False),
+            without_autocast(inputs[0].device),
         ):
             leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
             found = torch.autograd.grad(function(*leaves), [leaves[i] for i in wanted], d_result.contiguous())

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +39,7 @@ from torch import Tensor
 from ..ops import launching
 from ..ops.add_layer_norm import Gradients, add_layer_norm, add_layer_norm_backward
 from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
+from ..ops.registration import without_autocast
 from ..ops.row_sums import MAX_ROWS, column_sums
 
 SAVED_WIDTHS = 11  # upper bound of the values saved per token, in multiples of W, for an MLP of width 4·W
@@ -156,12 +156,6 @@ def _low_rank(weights: BlockWeights) -> list[tuple[str, LowRankFactors]]:
         for offset, weight in enumerate(field if isinstance(field, tuple) else (field,))
         for update in getattr(weight, "low_rank", ())
     ]
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Turn autocast off on a device that has it; the meta device has none."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class _Attention(NamedTuple):

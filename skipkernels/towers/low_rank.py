@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .fused_block import LowRankFactors, without_autocast
+from ..ops.registration import without_autocast
+from .fused_block import LowRankFactors
 
 
 class LowRankUpdate(nn.Module):
