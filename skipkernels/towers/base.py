@@ -197,23 +197,21 @@ class Tower(ABC):
         yield from (parameter for parameter in _parameters(upper) if id(parameter) not in constants)
 
     def _run_block(self, index: int, hidden: Hidden, mask: Tensor | None, *, save_inputs_only: bool = False) -> Hidden:
-        """Run one block over sequences [n, tokens, W]."""
-        if self.why_no_rows(index) is not None:
-            return Hidden(self.call_block(self.blocks[index], hidden.sum(), mask))
-        n, tokens, _ = hidden.stream.shape
-        attention_fn = partial(attention.sequences, backend=self.attention_backend, n=n, mask=mask)
-        rows = hidden.map(lambda x: x.flatten(0, 1))
-        rows = self.blocks[index](rows, RowsCall(attention_fn, save_inputs_only))
-        return rows.map(lambda x: x.view(n, tokens, -1))
+        """Run one block over sequences [n, tokens, W].
 
-    def _run_upper_block(self, index: int, hidden: Hidden, mask: Tensor | None, *, save_inputs_only: bool) -> Hidden:
-        """Run one block above the cut; with `memory="min"`, a block that takes no rows is recomputed in backward."""
+        Above the cut, with `memory="min"`, a block that takes no rows is recomputed in backward.
+        """
         block = self.blocks[index]
+        if self.why_no_rows(index) is None:
+            n, tokens, _ = hidden.stream.shape
+            attention_fn = partial(attention.sequences, backend=self.attention_backend, n=n, mask=mask)
+            rows = block(hidden.map(lambda x: x.flatten(0, 1)), RowsCall(attention_fn, save_inputs_only))
+            return rows.map(lambda x: x.view(n, tokens, -1))
         # A batch norm in training mode would update its statistics twice if it were recomputed.
-        recomputes = self.memory == "min" and torch.is_grad_enabled() and not updates_statistics(block)
-        if recomputes and self.why_no_rows(index) is not None:
+        recomputes = index >= self.skip and self.memory == "min" and torch.is_grad_enabled()
+        if recomputes and not updates_statistics(block):
             return Hidden(checkpoint(self.call_block, block, hidden.sum(), mask, use_reentrant=False))
-        return self._run_block(index, hidden, mask, save_inputs_only=save_inputs_only)
+        return Hidden(self.call_block(block, hidden.sum(), mask))
 
     def _run_last_block(
         self, hidden: Hidden, attention_fn: Callable[..., Tensor], query_rows: Tensor, *, save_inputs_only: bool
@@ -284,7 +282,7 @@ class ImageTower(Tower):
         hidden = Hidden(features)
         pools = self.skip < depth and self.why_not_pooled is None and self.why_no_rows(depth - 1) is None
         for index in range(self.skip, depth - pools):
-            hidden = self._run_upper_block(index, hidden, None, save_inputs_only=save_inputs_only)
+            hidden = self._run_block(index, hidden, None, save_inputs_only=save_inputs_only)
         if not pools:
             return self.finish(hidden.sum())
         n, tokens, _ = features.shape

@@ -135,7 +135,7 @@ class TextTower(Tower):
         pools = self.skip < depth and self.why_no_rows(depth - 1) is None
         hidden = Hidden(features)
         for index in range(self.skip, depth - pools):
-            hidden = self._run_upper_block(index, hidden, mask, save_inputs_only=save_inputs_only)
+            hidden = self._run_block(index, hidden, mask, save_inputs_only=save_inputs_only)
         n, length, _ = features.shape
         prompts, positions = torch.arange(n, device=rows.device), self.pooled[selected.class_ids]  # [K] each
         if not pools:
@@ -176,7 +176,7 @@ class TextTower(Tower):
     def _run_on_whole_prompts(self, index: int, hidden: Hidden, selected: SelectedPrompts) -> Hidden:
         """Run a block that is not fused over whole prompts, unpacked from rows and packed again."""
         whole, mask = Hidden(selected.unpack(hidden.sum())), self.mask(self.tokens[selected.class_ids])
-        return self._run_upper_block(index, whole, mask, save_inputs_only=False).map(selected.pack)
+        return self._run_block(index, whole, mask, save_inputs_only=False).map(selected.pack)
 
 
 def representative_classes(text: TextTower) -> Tensor:

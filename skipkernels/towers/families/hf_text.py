@@ -47,7 +47,7 @@ class EncoderTextTower(TextTower):
         tokens = self.tokens[selected.class_ids]
         states, mask = Hidden(rows.unflatten(0, (len(tokens), -1))), self.mask(tokens)
         for index in range(self.skip, len(self.blocks)):
-            states = self._run_upper_block(index, states, mask, save_inputs_only=False)
+            states = self._run_block(index, states, mask, save_inputs_only=False)
         hidden = self.finish_encoder(states.sum())
         pooler = getattr(self.encoder, "pooler", None)
         output = BaseModelOutputWithPooling(
