@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from skipkernels import functional, reference
-from skipkernels.testing import SLACK, relative_error
+from skipkernels.testing import COSINE, SLACK, relative_error
 from tests.layouts import LAYOUTS, laid_out
 from tests.ops.conftest import BACKENDS, GPU, INTERPRETED, Backend
 
@@ -165,6 +165,25 @@ class _Calls(TorchDispatchMode):
         if function.namespace == "skipkernels":
             self.found.append((function, args))
         return function(*args, **kwargs or {})
+
+
+def shortest(rows: Tensor) -> float:
+    """Smallest norm of a row."""
+    return rows.detach().double().norm(dim=1).min().item()
+
+
+def log_probability_slack(case: Case, exact: Results, results: Sequence[str]) -> dict[str, float]:
+    """Slack of results that are log-probabilities of scaled cosines, and of their gradients.
+
+    Rounded cosines give a log-probability an absolute error of scale · COSINE. The results and the gradients of the
+    logits have the same error, the gradients of the rows scale/|row| times that. It dominates where the gradients of
+    a confident image are nearly 0.
+    """
+    scale = abs(case.inputs["logit_scale"].item())
+    sizes = dict.fromkeys((*results, "d_logit_scale"), 1.0)
+    sizes |= {f"d_{name}": scale / shortest(case.inputs[name]) for name in ("image", "text")}
+    logit = scale * COSINE[case.dtype]
+    return {name: logit * (1 + size / max(exact[name].norm().item(), 1e-300)) for name, size in sizes.items()}
 
 
 def as_leaf(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from skipkernels.functional import class_sampled_ce
 from skipkernels.testing import COSINE, SLACK, peak_bytes, relative_error
 from tests.ops.conftest import GPU, INTERPRETED, Backend
-from tests.ops.harness import Case, Operator, Results, shared_tests
+from tests.ops.harness import Case, Operator, Results, log_probability_slack, shared_tests, shortest
 
 
 def make(B, C, K, D, *, dtype, scale=100.0, noise=2.0, ignored=0.0, seed=0, weighted=False, **options) -> Case:
@@ -51,18 +51,8 @@ def upstream(case: Case, results: list[Tensor]) -> list[Tensor]:
     return [torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device).view(x.shape) for x in results]
 
 
-def shortest(rows: Tensor) -> float:
-    return rows.detach().double().norm(dim=1).min().item()
-
-
 def slack(case: Case, exact: Results) -> dict[str, float]:
-    """A log-probability is known to scale · COSINE, absolutely, and with it the loss and the gradient of each logit;
-    those of the rows are that times scale/|row|. It counts where a confident image makes them vanish."""
-    scale = abs(case.inputs["logit_scale"].item())
-    sizes = {"loss": 1.0, "d_logit_scale": 1.0}
-    sizes |= {f"d_{name}": scale / shortest(case.inputs[name]) for name in ("image", "text")}
-    logit = scale * COSINE[case.dtype]
-    return {name: logit * (1 + size / max(exact[name].norm().item(), 1e-300)) for name, size in sizes.items()}
+    return log_probability_slack(case, exact, ["loss"])
 
 
 def draw(data: st.DataObject, backend: Backend) -> Case:

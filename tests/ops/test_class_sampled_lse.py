@@ -10,9 +10,9 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 from skipkernels.functional import class_sampled_lse
-from skipkernels.testing import COSINE, SLACK, relative_error
+from skipkernels.testing import SLACK, relative_error
 from tests.ops.conftest import GPU, INTERPRETED, Backend
-from tests.ops.harness import Case, Operator, Results, shared_tests
+from tests.ops.harness import Case, Operator, Results, log_probability_slack, shared_tests
 
 
 def make(B, C, K, D, *, dtype, scale=100.0, seed=0) -> Case:
@@ -53,15 +53,7 @@ def upstream(case: Case, results: list[Tensor]) -> list[Tensor]:
 
 
 def slack(case: Case, exact: Results) -> dict[str, float]:
-    """Rounded cosines give a log-probability an absolute error of scale · COSINE. The results and the gradients of the
-    logits have the same error, the gradients of the rows scale/|row| times that. It dominates where the gradients of
-    a confident image are nearly 0."""
-    scale = abs(case.inputs["logit_scale"].item())
-    sizes = {"lse": 1.0, "target": 1.0, "d_logit_scale": 1.0}
-    for name in ("image", "text"):
-        sizes[f"d_{name}"] = scale / case.inputs[name].detach().double().norm(dim=1).min().item()
-    logit = scale * COSINE[case.dtype]
-    found = {name: logit * (1 + size / max(exact[name].norm().item(), 1e-300)) for name, size in sizes.items()}
+    found = log_probability_slack(case, exact, ["lse", "target"])
     for name in ("lse", "target"):  # fp64, but computed from cosines in the dtype of the arithmetic
         found[name] += SLACK[torch.promote_types(case.dtype, torch.float32)]
     return found
