@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench import measure, peers
-from bench.operators import COMPILED, Case, Run, class_sampled_ce, test_operators
+from bench.operators import COMPILED, Case, Run, test_operators
 from bench.operators.gate import Gate
 from bench.rows import KINDS, MACHINE, Device
 from skipkernels.ops import OPERATORS
@@ -88,11 +88,6 @@ def test_operator_of_a_wrong_result_fails(monkeypatch):
         timed(monkeypatch, doubling(2.001), "skipkernels")
     with pytest.raises(TypeError):
         timed(monkeypatch, doubling(2.001), "eager")
-
-
-def test_operator_without_time_left_is_skipped(monkeypatch):
-    with pytest.raises(pytest.skip.Exception, match="left out: no time left"):
-        timed(monkeypatch, doubling(), "skipkernels", deadline=0.0)
 
 
 def test_gate_raises_on_a_lost_device():
@@ -166,15 +161,6 @@ def test_command_saves_rows_and_compares_with_them(tmp_path):
     assert len([*tmp_path.rglob("*.json")]) == 1
 
 
-def test_command_on_a_gpu_uses_cuda_graphs(tmp_path):
-    """With times of another clock; no GPU is needed."""
-    (tmp_path / "operators" / "host").mkdir(parents=True)
-    file = tmp_path / "operators" / "host" / "run.json"
-    command("--device=cuda", f"--benchmark-json={file}", "-k", "eager", f"--benchmark-storage=file://{tmp_path}")
-    (row,) = Device(tmp_path).latest_rows("operators")
-    assert (row["p20_ms"], row["p50_ms"], row["p80_ms"]) == ("2.8", "4.0", "6.4")
-
-
 # ---- the cases ---------------------------------------------------------------------------------------------------
 
 
@@ -186,17 +172,6 @@ def test_cases_of_every_operator_are_correct(name, dtype):
     assert {"skipkernels", "eager"} <= set(case.runs) and case.moved > 0
     assert COMPILED in {*case.runs, *case.absent}
     assert Gate(case, dtype, CPU).error_of("skipkernels") == ""
-
-
-def test_cases_of_pairs_call_the_operator_twice():
-    case = class_sampled_ce.of_pairs(48, 64, torch.float32, CPU)
-    gate = Gate(case, torch.float32, CPU)
-    assert [
-        gate.error_of(implementation)
-        for implementation in ("skipkernels", "eager", "linear_cross_entropy")
-        if implementation in case.runs
-    ] == ([""] * (2 + hasattr(torch.nn.functional, "linear_cross_entropy")))
-    assert case.absent["memeff"] == "needs a GPU"
 
 
 # ---- peers -------------------------------------------------------------------------------------------------------
@@ -211,26 +186,3 @@ def test_peers_have_reasons_why_they_cannot_run(monkeypatch):
     assert found["inf-cl"].note == "it reads past its buffers unless B is a multiple of 64"
     assert found["Liger"] == (None, "not installed: pip install liger-kernel")
     assert peers.contrastive_losses(CUDA, torch.bfloat16, 64)["memeff"].note == "not installed: pip install memeff"
-
-
-def test_peers_share_one_signature(monkeypatch):
-    cut = types.SimpleNamespace(
-        linear_cross_entropy=lambda image, text, labels, filter_eps="high": (image.shape, filter_eps)
-    )
-    monkeypatch.setitem(sys.modules, "cut_cross_entropy", cut)
-    monkeypatch.setitem(sys.modules, "inf_cl", types.SimpleNamespace())  # of another version
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1")
-    found = peers.cross_entropies(CUDA, torch.bfloat16, 64)
-    inputs = torch.ones(64, 3), torch.ones(5, 3), torch.zeros(64, dtype=torch.int64)
-    for name, expected in (("cut-cross-entropy", None), ("cut-cross-entropy filtered", "high")):
-        assert found[name].note == "cut-cross-entropy 0.1"
-        function = found[name].function
-        assert function is not None and function(*inputs) == ((64, 3), expected)
-
-
-def test_peers_import_error_is_a_reason(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "memeff", None)
-    note = peers.contrastive_losses(CUDA, torch.bfloat16, 64)["memeff"].note
-    assert note.startswith("cannot be imported: ModuleNotFoundError")

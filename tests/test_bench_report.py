@@ -103,10 +103,6 @@ def test_growth_compares_rows_of_one_commit_and_machine(root):
     assert same_run([few, many], many, C="10") == few and same_run([few, many], many, C="50") is None
 
 
-def test_table_drops_empty_columns_and_escapes_bars():
-    assert report.table(["", "a", "b"], [["x", "", "1|2"]]) == "|  | b |\n| --- | --- |\n| x | 1\\|2 |"
-
-
 def test_step_table_gives_the_reason_where_nothing_was_measured(root):
     save(
         root,
@@ -128,16 +124,6 @@ def test_headline_uses_ratios_of_one_run(root):
     text = page(root)
     assert "5.10 times as fast" in text and "900 MiB → 100 MiB" in text
     assert "1.50 times the time, 1.00 times the memory" in text
-
-
-def test_other_models_and_batch_sizes_have_a_table(root):
-    many = {"B": 32, "K": 53}
-    ours, published = step("skipkernels", 100, 2000, **many), step("published", 100, 5000, faster=2.5, **many)
-    no_room = step("published", 1000, note="does not fit: 1000 classes …", B=32)
-    save(root, "step", ours, published | {"saved_mib": "900", "peak_mib": ""}, no_room, step("skipkernels", 10, 1))
-    text = page(root, "docs/benchmarks.md").partition("<!-- bench:sizes -->")[2].partition("<!-- /bench:sizes -->")[0]
-    assert "| ViT-B-16 | 32 | 53 of 100 | fp32 | 5,000 ms (2.50) | 2,000 ms | 900 MiB → 100 MiB | 200 MiB |" in text
-    assert "| ViT-B-16 | 32 | 20 of 1,000 | fp32 | does not fit |  |  |  |" in text and "of 10 |" not in text
 
 
 def test_claims_compare_rows_of_one_run(root):
@@ -163,27 +149,6 @@ def test_losses_are_sorted(root):
     full = page(root, "docs/benchmarks.md")
     assert "faster in 5 of 8 comparisons" in full and "- `class_scores`, N9, fp32: wrong: error" in full
     assert re.findall(r"N(\d), fp32 \| eager \| \*\*", full) == ["0", "1", "2", "3", "4"]
-
-
-def test_several_processes_are_compared_with_one(root):
-    memory = [{"C": 200_000, "W": W, "B": 32, "class_mib": mib, "of_one": mib / 240} for W, mib in ((1, 240), (4, 60))]
-    save(root, "scale_memory", *(row("scale_memory", **each) for each in memory))
-    assert "| 4 | 200,000 | 60.0 MiB | 0.250 |" in page(root, "docs/benchmarks.md")
-
-
-def test_a_gpu_is_shown_before_a_cpu(root):
-    for device in (CPU, GPU):
-        save(root, "step", step("skipkernels", 10, 5.0, device=device))
-    text = page(root, "docs/benchmarks.md")
-    assert text.index(f"**{GPU}**") < text.index(f"**{CPU}**")
-
-
-def test_filled_needs_one_place_for_each_block():
-    text = "a\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nb"
-    assert report.filled(text, "x", "new") == "a\n<!-- bench:x -->\nnew\n<!-- /bench:x -->\nb"
-    for wrong in ("nothing", text + text):
-        with pytest.raises(ValueError, match="a page must have"):
-            report.filled(wrong, "x", "new")
 
 
 def test_check_names_stale_files_and_writes_nothing(root, capsys):

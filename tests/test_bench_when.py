@@ -7,11 +7,9 @@ import matplotlib
 import pytest
 import torch
 
-from bench.when import __main__ as command
 from bench.when import runs, summary, tasks
 from bench.when.rows import Rows, reported
 from skipkernels.app.data import InputError
-from skipkernels.app.demo import glyph_tiny
 
 BY_NAME = {shift.name: shift for shift in tasks.SHIFTS}
 SMALL = replace(BY_NAME["both"], classes=3, shots=2)
@@ -67,54 +65,6 @@ def row(method, seed, harmonic, blended=0, phase="report", setting="adamw 0.001 
     accuracies |= {f"zero_shot_{name}": 30.0 for name in ("base", "new", "harmonic")}
     named = {"task": task, "method": method, "phase": phase, "seed": seed, "setting": setting, "blended": blended}
     return {name: str(value) for name, value in (named | accuracies).items()}
-
-
-def test_runs_use_the_given_weights(tmp_path):
-    model, *_ = glyph_tiny.load()
-    with torch.no_grad():
-        model.logit_scale.fill_(1.5)
-    glyph_tiny.save(model, file := tmp_path / "other.safetensors")
-    run = runs.Run(SMALL, "full", runs.CANDIDATES["full"][0], "report", 0, weights=file)
-    assert runs.setup_of(run).model.logit_scale.item() == 1.5
-
-
-def test_rows_of_pretraining_have_the_steps_of_their_model():
-    found = Rows(save=False, kind="when_pretraining", where={"pretraining_steps": "500"})
-    found.runs = []
-    found.add([row("full", 0, 50.0)])
-    assert [of["pretraining_steps"] for of in found.runs] == ["500"]
-
-
-def test_table_of_pretraining_has_paired_differences_and_the_mean_of_the_tasks():
-    def of(steps, task, skip, full):
-        found = [row(m, n, v, task=task) for m, of in (("skip 2/4", skip), ("full", full)) for n, v in enumerate(of)]
-        return [line | {"pretraining_steps": steps} for line in found]
-
-    shipped, fewer = of("", "both", (50, 60), (51, 61)), of("500", "both", (20, 40), (30, 50))
-    header, lines = summary.pretraining_table(shipped, fewer + of("500", "noise", (10, 20), (10, 20)))
-    assert header[-1] == "difference"
-    assert [line[:2] + line[-1:] for line in lines] == [
-        ["500", "both", "-10.0 ± 0.0"],
-        ["500", "noise", "+0.0 ± 0.0"],
-        ["500", "mean of the tasks", "-5.0 ± 0.0"],
-        ["4,500", "both", "-1.0 ± 0.0"],
-        ["4,500", "noise", ""],
-        ["4,500", "mean of the tasks", ""],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("1500", "must be STEPS=FILE, such as 1500=FILE; got '1500'"),
-        ("x=a.safetensors", "must be STEPS=FILE, such as 1500=FILE; got 'x=a.safetensors'"),
-        ("1500=missing.safetensors", "there is no missing.safetensors"),
-    ],
-)
-def test_pretraining_names_a_bad_model(model, message, capsys):
-    with pytest.raises(SystemExit):
-        command.main(["--pretrained", model])
-    assert message in capsys.readouterr().err
 
 
 def rows(found):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import skipkernels as sk
-from bench import counts, measure, scale
+from bench import counts, scale
 from bench import step_model as cost
 from bench.flops import flops_of
 from bench.inputs import class_names, random_inputs
@@ -76,14 +76,6 @@ def test_seconds_of_by_hand():
     assert across == pytest.approx(3.6e-6 + 14 * 0.47e-6 + 2.7e-6)
 
 
-@pytest.mark.parametrize(("K", "W"), [(107, 2), (1000, 16), (60_000, 64)])
-def test_kept_by_one_is_the_largest_share(K, W):
-    generator = torch.Generator().manual_seed(0)
-    largest = [torch.randint(W, (K,), generator=generator).bincount(minlength=W).max().item() for _ in range(400)]
-    assert cost.kept_by_one(K, W) == pytest.approx(sum(largest) / len(largest), rel=0.02)
-    assert cost.kept_by_one(K, 1) == K
-
-
 def test_predict_class_memory_is_shared_out():
     """With a quarter of 200,000 classes, and their part of the kept ones, a process holds at most 0.35 of the bytes."""
     K = RankSampler().expected_keep(200_000, 32)
@@ -106,17 +98,3 @@ def test_table_is_that_of_the_formulas():
     assert [{name: str(value) for name, value in row.items()} for row in rows] == table, "run python -m bench.scale"
     assert {row["faster on H100"] for row in rows if row["C"] == 1_000_000 and row["W"] > 1} == {CLASS_PARALLEL}
     assert {row["faster on H100"] for row in rows if row["W"] == 1} == {"equal"}
-
-
-def test_memory_of_a_process_is_the_largest(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    monkeypatch.setattr(scale, "in_processes", lambda W, *_: [2**20 * (8 // W + rank) for rank in range(W)])
-    scale.main(["--measure"])
-    with next(tmp_path.glob("*/scale_memory.csv")).open(newline="") as file:
-        assert [row["class_mib"] for row in csv.DictReader(file)] == ["8.0", "5.0"]
-
-
-def test_small_prompts_are_distinct():
-    tokens = scale.small_tokens(30_000)
-    assert len(tokens[:, 2:5].unique(dim=0)) == 30_000 and int(tokens.max()) == 999
-    assert (tokens.argmax(dim=1) == 5).all(), "open_clip pools the largest id"
