@@ -22,7 +22,7 @@ from pathlib import Path
 
 from skipkernels.ops import OPERATORS
 
-from . import infer, pictures, step
+from . import infer, paper_cost, pictures, step
 from .rows import KINDS, MACHINE, PRECISIONS, Device, Row, devices, grouped, number, same_run
 from .when import summary
 
@@ -254,6 +254,21 @@ def claims(device: Device) -> str:
     return table(header, [line for line in lines if any(line[2:])]) + origin("step infer", used) if used else ""
 
 
+def paper(device: Device) -> str:
+    """The paper's memory column, the same by formula, and the peaks that were measured at about as many classes."""
+    rows = [row for row in device.all_rows("step") if SHOWN.items() <= row.items() and row.get("training_mib")]
+    used: dict[tuple[str, ...], Row] = {(r["C"], r["implementation"]): r for r in rows if r["precision"] == "bf16"}
+    lines = []
+    for cost in paper_cost.costs():
+        C = CLAIMED["classes" in cost.protocol] if cost.method == "Skip Tuning, λ = 0.3" else ""  # as measured
+        peaks = [number(used.get((C, name), {}), "training_mib") for name in (step.PUBLISHED, OURS)]
+        published, formula = (f"{value:,.0f}" for value in (cost.published, cost.megabytes))
+        lines.append([cost.method, cost.protocol, published, formula, *(figure(peak, " MiB") for peak in peaks)])
+    header = ["", "protocol", "published", "by formula", "measured peak, published step", "measured peak, ours"]
+    shown = [row for (C, name), row in used.items() if C in CLAIMED and name in (step.PUBLISHED, OURS)]
+    return table(header, lines) + origin("step", shown) if shown else ""
+
+
 def trainers(device: Device) -> str:
     rows = device.latest_rows("trainers", **SHOWN)
     lines = []
@@ -358,7 +373,7 @@ def processes(device: Device) -> str:
 BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "README.md": {"headline": headline},
     "docs/benchmarks.md": {"step": steps, "sizes": sizes, "memory": memory, "infer": classifying, "claims": claims}
-    | {"glyphs": glyphs, "lose": losses, "processes": processes},
+    | {"paper": paper, "glyphs": glyphs, "lose": losses, "processes": processes},
     "docs/operators.md": {"operators": operators},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
     "docs/trainers.md": {"trainers": trainers},
