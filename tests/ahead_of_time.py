@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +79,6 @@ def differences() -> None:
                     if compiled.pop() != precompile.kernels_of([launched], architecture)[0][1:]:
                         print(f"{launched.kernel.fn.__name__} ({op}, {call.shape}, {target})")  # noqa: T201
     print(f"{compared} compared")  # noqa: T201
-
-
-def warmup() -> None:
-    """Compile a kernel in another process, then find it in the cache, a new folder."""
-    (job,) = aot.jobs_of(["class_scores"], ["sm_90"], ["bf16"], quick=True)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        for _ in range(2):
-            print(precompile.compile_all([job.kernel], precompile.ARCHITECTURES["sm_90"], 1))  # noqa: T201
-        print([path.name for path in Path(folder).glob("*/*.cubin")])  # noqa: T201
 
 
 def printing(name: str, path: Path) -> None:

@@ -14,16 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-
-from .._progress import progress
 from . import launching, registration
 
 _KIB = 1024
-CACHED = "cached"
 Result = TypeVar("Result")
 
 
@@ -73,14 +66,6 @@ class Kernel(NamedTuple):
         return (self.function.fn.__qualname__, *map(repr, self[1:]))
 
 
-def architecture_of(device: torch.device) -> Architecture:
-    """The architecture of a device of this machine."""
-    properties = torch.cuda.get_device_properties(device)
-    warp, shared = properties.warp_size, properties.shared_memory_per_block
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return Architecture(*launching._target_of_gpu(index), warp, shared)
-
-
 @contextlib.contextmanager
 def recording(architecture: Architecture) -> Iterator[list[Launch]]:
     """Record launches on the meta device in a list, as they would be made for this architecture."""
@@ -99,26 +84,6 @@ def launches_of(op: str, arguments: Sequence[Any], architecture: Architecture) -
     with recording(architecture) as launches:
         registration.definitions[op].launch(*arguments)
     return launches
-
-
-class Recorder(TorchDispatchMode):
-    """Records the launches of our operators in `launches`; the operators return zeros and compute nothing."""
-
-    def __init__(self, architecture: Architecture):
-        super().__init__()
-        self.architecture, self.launches = architecture, list[Launch]()
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operator.namespace != registration.NAMESPACE:
-            return operator(*args, **kwargs or {})
-        arguments = tree_map_only(Tensor, _on_meta, args)
-        self.launches += launches_of(operator._opname, arguments, self.architecture)
-        device = registration._first(args).device
-        return tree_map_only(Tensor, lambda x: torch.zeros_like(x, device=device), operator(*arguments))
-
-
-def _on_meta(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def gpu_target(architecture: Architecture) -> Any:
@@ -148,34 +113,6 @@ def compile_one(kernel: Kernel, architecture: Architecture) -> Any:
     """Compile a kernel, or load it from Triton's cache."""
     source = launching.triton.compiler.ASTSource(kernel.function, kernel.signature, kernel.constants, kernel.attributes)
     return launching.triton.compile(source, target=gpu_target(architecture), options=kernel.options)
-
-
-def compile_all(
-    kernels: Sequence[Kernel], architecture: Architecture, processes: int | None = None, title: str = ""
-) -> list[str]:
-    """Compile kernels in processes into Triton's cache, with a progress bar.
-
-    Returns:
-        For each kernel "" if it was compiled, CACHED if it was in the cache, or the error.
-    """
-    listening = launching.triton.knobs.compilation
-
-    def compile_numbered(number: int) -> str:
-        hits: list[bool] = []
-        listening.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-        try:
-            compile_one(kernels[number], architecture)
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [""]
-            return f"{kernels[number].function.fn.__name__} does not compile: {type(error).__name__}: {reason[-1]}"
-        return CACHED if hits[-1] else ""
-
-    found = []
-    with progress(title, len(kernels)) as advance, in_processes(compile_numbered, len(kernels), processes) as results:
-        for result in results:
-            found.append(result)
-            advance(1)
-    return found
 
 
 @contextlib.contextmanager

@@ -29,25 +29,20 @@ class BlendCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Blend, and print the accuracy by alpha. Returns 0."""
+        from rich.table import Table
+
         from skipkernels.app.serve import blend
         from skipkernels.app.train.run_folder import blended_folder
 
         options: dict[str, Any] = {"overwrite": self.overwrite, "device": self.device, "trust": self.trust}
         metrics = blend(self.run, self.alpha, out=self.out, **options)
-        show(metrics, self.out or blended_folder(self.run), out)
+        curve = metrics["blend"]
+        table = Table("alpha", title="accuracy, %, from zero-shot (0) to tuned (1)")
+        for name in curve["accuracy"]:
+            table.add_column(name, justify="right")
+        for alpha, *values in zip(curve["alphas"], *curve["accuracy"].values(), strict=True):
+            style = "bold" if alpha == curve["chosen"] else None
+            table.add_row(f"{alpha:g}", *(f"{value:.2f}" for value in values), style=style)
+        out.print(table)
+        out.print(f"{self.out or blended_folder(self.run)}: alpha {curve['chosen']:g}", soft_wrap=True)
         return 0
-
-
-def show(metrics: dict[str, Any], folder: Path, out: Terminal) -> None:
-    """Print the curve of a blend, and its folder."""
-    from rich.table import Table
-
-    curve = metrics["blend"]
-    table = Table("alpha", title="accuracy, %, from zero-shot (0) to tuned (1)")
-    for name in curve["accuracy"]:
-        table.add_column(name, justify="right")
-    for alpha, *values in zip(curve["alphas"], *curve["accuracy"].values(), strict=True):
-        style = "bold" if alpha == curve["chosen"] else None
-        table.add_row(f"{alpha:g}", *(f"{value:.2f}" for value in values), style=style)
-    out.print(table)
-    out.print(f"{folder}: alpha {curve['chosen']:g}", soft_wrap=True)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
+from rich.filesize import decimal
+from rich.table import Column, Table
+from rich.text import Text
 
+from skipkernels._progress import progress
 from skipkernels.app.console import Terminal
 from skipkernels.app.option_groups import (
     CacheOptions,
@@ -56,13 +60,19 @@ class CacheBuild:
     run: RunOptions = RunOptions()
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Build the stores. Returns 0."""
-        from . import cache_actions
+        """Build the stores, and print them. Returns 0."""
+        from skipkernels.app.train.run_folder import check_apart
+        from skipkernels.app.train.setup import build_run
 
-        config = tune_config(self, cache=self.path, cache_dtype=self.build.dtype, resume=False, overwrite=False)
         with on_interrupt("complete shards are kept; resume with cache build --resume"):
-            cache_actions.build(config, self.path, out, err, resume=self.build.resume, overwrite=self.build.overwrite)
-        return 0
+            changes = {"cache": self.path, "cache_dtype": self.build.dtype, "resume": False, "overwrite": False}
+            config = tune_config(self, **changes).resolved()
+            check_apart("cache", self.path, config)
+            setup = build_run(config, resume=self.build.resume, overwrite=self.build.overwrite)
+            setup.test_features(progress=True)
+            setup.validation_features(progress=True)
+            setup.train_features(progress=True)
+        return CacheInfo(self.path).execute(out, err)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +86,26 @@ class CacheInfo:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Print the stores. Returns 0."""
-        from . import cache_actions
-
-        cache_actions.info(cache_actions.stores_in(self.path, err), self.json, out)
+        stores = {str(folder): _description(folder) for folder in _stores(self.path, err)}
+        if self.json:
+            out.print_json(data=stores)
+            return 0
+        short = (Column(name, no_wrap=True) for name in ("rows", "shape", "dtype", "on disk"))
+        table = Table(Column("store", overflow="fold"), *short, Column("state", overflow="fold"))
+        for name, store in stores.items():
+            if "error" in store:
+                table.add_row(name, "", "", "", "", store["error"])
+                continue
+            shape = " × ".join(map(str, store["shape"]))
+            state = "complete" if store["complete"] else f"{store['shards there']} of {store['shards']} shards"
+            state += f", {decimal(store['leftover bytes'])} unused" if store["leftover bytes"] else ""
+            table.add_row(name, f"{store['rows']:,}", shape, store["dtype"], decimal(store["bytes"]), state)
+        out.print(table)
+        if len(stores) == 1 and "error" not in store:
+            depends = Table("depends on", "")
+            for name, value in store["depends on"].items():
+                depends.add_row(name, str(value))
+            out.print(depends)
         return 0
 
 
@@ -90,10 +117,23 @@ class CacheVerify:
     """Folder of a store, or a folder that contains stores."""
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Verify the stores. Returns 0, or 1 if one is damaged."""
-        from . import cache_actions
+        """Verify the stores, and print damaged parts. Returns 0, or 1 if one is damaged."""
+        from skipkernels.store import Store, StoreError
 
-        return cache_actions.verify(cache_actions.stores_in(self.path, err), out, err)
+        folders, damages = _stores(self.path, err), list[str]()
+        for folder in folders:
+            try:
+                store = Store(folder)
+                with progress(f"{folder}, MB", store.bytes // 10**6) as advance:
+                    damages += store.verify(lambda count: advance(count / 10**6))  # noqa: B023
+            except StoreError as error:
+                damages.append(str(error))
+        for damage in damages:
+            out.print(Text("damaged", "red"), damage, soft_wrap=True)
+        intact = "all complete and undamaged; stores that a build has not started are not counted"
+        state = f"{len(damages)} damaged parts" if damages else intact
+        out.print(f"{len(folders)} stores, {state}", soft_wrap=True)
+        return 1 if damages else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +146,13 @@ class CachePrune:
     """Print the files without deleting them."""
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Delete the files. Returns 0."""
-        from . import cache_actions
+        """Delete the files, and print them. Returns 0."""
+        from skipkernels.store import prune
 
-        folders = cache_actions.stores_in(self.path, err)
-        cache_actions.remove_unused(folders, out, dry_run=self.dry_run)
+        files = [file for folder in _stores(self.path, err) for file in prune(folder, dry_run=self.dry_run)]
+        for path, size in files:
+            out.print(f"{path}  {decimal(size)}", soft_wrap=True)
+        out.print(f"{decimal(sum(size for _, size in files))} {'would be freed' if self.dry_run else 'freed'}")
         return 0
 
 
@@ -128,3 +170,42 @@ class CacheCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Run the action."""
         return self.action.execute(out, err)
+
+
+def _stores(path: Path, err: Terminal) -> list[Path]:
+    """List the folders of stores in a path and its subfolders; report manifests that are not of a store."""
+    from skipkernels.app.data import InputError
+    from skipkernels.store import MANIFEST, is_store
+
+    stores = []
+    for manifest in sorted(path.rglob(MANIFEST)):
+        if is_store(manifest.parent):
+            stores.append(manifest.parent)
+        else:
+            err.print(f"skipped {manifest}: not the manifest of a store", soft_wrap=True)
+    if not stores:
+        raise InputError(f"{path} contains no store (no {MANIFEST}); create one with skipkernels cache build.")
+    return stores
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """Describe a store in JSON types."""
+    from skipkernels.store import Manifest, StoreError, leftovers
+
+    try:
+        manifest = Manifest.read(folder)
+    except StoreError as error:
+        return {"error": str(error)}
+    layout, written = manifest.layout, [shard for shard in manifest.shards if shard is not None]
+    return {
+        "rows": layout.rows,
+        "shape": list(layout.shape),
+        "dtype": layout.dtype,
+        "computed": layout.computed,
+        "bytes": sum(shard.bytes for shard in written),
+        "shards": layout.shards,
+        "shards there": len(written),
+        "complete": not manifest.missing,
+        "leftover bytes": sum(path.stat().st_size for path in leftovers(folder, manifest)),
+        "depends on": layout.fingerprint,
+    }

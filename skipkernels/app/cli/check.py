@@ -42,10 +42,12 @@ class CheckCommand:
         from skipkernels.folders import replace_text
 
         if self.out is not None:
-            if self.out.suffix.lower() not in (".csv", ".json"):
-                raise InputError(f"check: out must end in .csv or .json; got {self.out}.", "out")
-            check_file(self.out, "out")
-        source = open_source(self.data, self.root)
+            check_file(self.out, "check")
+        try:
+            source = open_source(self.data, self.root)
+        except InputError as error:  # DATA has no flag
+            argument = None if error.argument == "data" else error.argument
+            raise InputError(str(error).removeprefix("open_source: "), argument) from error
         total = sum(len(source.images(split)) for split in ("train", "val", "test") if source.has_split(split))
         with progress("images", total) as advance:
             images = facts(source, lambda: advance(1))

@@ -18,7 +18,7 @@ class EvalCommand:
     """Recompute the accuracy of a run from its checkpoint. Writes no files."""
 
     run: Run
-    """Folder of the run, or the model.safetensors or delta.safetensors in it."""
+    """Folder of the run."""
     data: str | None = None
     """Dataset to test on, named as for tune. By default that of the run."""
     root: Path | None = None
@@ -37,31 +37,25 @@ class EvalCommand:
         """Evaluate, and print the accuracy. Returns 0."""
         from rich.table import Table
 
-        from skipkernels.app.data import InputError
         from skipkernels.app.train import epochs_left, evaluate_run
-        from skipkernels.app.train.checkpoint import DELTA, MODEL
         from skipkernels.app.train.processes import is_first
         from skipkernels.folders import is_locked
 
-        is_file = self.run.suffix == ".safetensors"
-        if is_file and self.run.name not in (MODEL, DELTA):
-            raise InputError(f"eval: RUN must be the folder of a run, or the {MODEL} or {DELTA} in it; got {self.run}.")
-        folder = self.run.parent if is_file else self.run
         options = ("device", "data", "root", "protocol", "classes", "trust")
-        accuracies = evaluate_run(folder, **{name: getattr(self, name) for name in options}, console=err)
+        accuracies = evaluate_run(self.run, **{name: getattr(self, name) for name in options}, console=err)
         if not is_first():
             return 0
-        left = epochs_left(folder)
-        if is_locked(folder):
+        left = epochs_left(self.run)
+        if is_locked(self.run):
             err.print(f"note: a run is in progress in this folder, with {left} epochs left")
         elif left:
             epochs = f"{left} epoch{'s' if left > 1 else ''}"
-            resume = f"skipkernels tune --resume {folder}"
+            resume = f"skipkernels tune --resume {self.run}"
             err.print(f"note: the run was interrupted with {epochs} left; resume it with {resume}", soft_wrap=True)
         if self.json:
             out.print(json.dumps(accuracies), soft_wrap=True)
             return 0
-        table = Table("accuracy, %", title=str(folder))
+        table = Table("accuracy, %", title=str(self.run))
         table.add_column("tuned", justify="right")
         for key, value in accuracies.items():
             table.add_row(key, number(value, ".2f"))

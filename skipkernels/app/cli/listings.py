@@ -51,19 +51,11 @@ class ModelsCommand:
 class DatasetsCommand:
     """List the kinds of datasets for --data, with an example of each."""
 
-    json: bool = False
-    """Print JSON instead of a table."""
-
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Print the kinds. Returns 0."""
         from skipkernels.app.data.registry import source_kinds
 
-        kinds = source_kinds()
-        if self.json:
-            parts = ("usage", "about", "example")
-            out.print_json(data={name: {part: getattr(kind, part) for part in parts} for name, kind in kinds.items()})
-            return 0
-        for kind in kinds.values():
+        for kind in source_kinds().values():
             out.print(kind.usage.replace("`root`", "--root"), style="bold", soft_wrap=True)
             example = f"skipkernels tune {kind.example}" if kind.example else ""
             for line in filter(None, (kind.about, example)):

@@ -28,7 +28,6 @@ from .predict import PredictCommand
 from .report import ReportCommand
 from .studies import CompareCommand, ProtocolCommand
 from .tune import TuneCommand, command_with_file
-from .warmup import WarmupCommand
 
 COMMANDS: dict[str, Any] = {
     "tune": TuneCommand,
@@ -43,7 +42,6 @@ COMMANDS: dict[str, Any] = {
     "check": CheckCommand,
     "models": ModelsCommand,
     "datasets": DatasetsCommand,
-    "warmup": WarmupCommand,
     "doctor": DoctorCommand,
 }
 _LONGEST = 1000  # characters of an error message

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -18,7 +17,7 @@ from skipkernels.options import Precision
 from .options import Run, Trust
 
 if TYPE_CHECKING:
-    from skipkernels.app.serve import Classifier, Predictions
+    from skipkernels.app.serve import Classifier
     from skipkernels.app.serve.output import Row
 
 
@@ -34,15 +33,10 @@ class PredictOptions:
     template: tuple[str, ...] | None = None
     """Prompts of the classes, such as "a photo of a {}.". By default the prompts of the run."""
     out: Path | None = None
-    """File of the results. By default they are printed. An interrupted command writes the images that are done."""
-    format: Literal["csv", "json"] | None = None
-    """Format of the results. By default that of the ending of --out, else csv."""
+    """File of the results, .csv or .json. By default they are printed as CSV. An interrupted command writes the images
+    that are done."""
     sort_into: Path | None = None
     """New folder into which each image is copied, in a folder named after its label."""
-    link: bool = False
-    """With --sort-into, make symbolic links in place of copies."""
-    contact_sheet: Path | None = None
-    """HTML file with a thumbnail of each image, by label."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,90 +70,54 @@ class PredictCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data.files import format_others
-        from skipkernels.app.serve.output import SortedFolders, contact_sheet, lines, write_rows
-        from skipkernels.folders import replace_text
+        from skipkernels.app.serve import Classifier
+        from skipkernels.app.serve.classifier import check_counts
+        from skipkernels.app.serve.output import SortedFolders, check_file, csv_lines, write_rows
 
-        results, form = self.results, self._checked_format()
+        results, compute = self.results, self.compute
+        counts: dict[str, Any] = {"batch_size": compute.batch_size, "workers": compute.workers}
+        check_counts(top=results.top, **counts)
+        if results.out is not None:
+            check_file(results.out, "predict")
         images, others = self._images()
-        classifier = self._load()
-        top = min(results.top, len(classifier.classes))
-        folders = None
-        if results.sort_into is not None:
-            folders = SortedFolders(results.sort_into, classifier.classes, link=results.link)
+        classifier = Classifier.load(
+            self.run,
+            classes=None if results.classes is None else _names(results.classes),
+            templates=results.template,
+            device=compute.device,
+            precision=compute.precision,
+            trust=compute.trust,
+        )
+        folders = None if results.sort_into is None else SortedFolders(results.sort_into, classifier.classes)
         rows: list[Row] = []
         unreadable = 0
-
-        def parts(advance: Callable[[int], object]) -> Iterator[Predictions]:
-            nonlocal unreadable
-            options: dict[str, Any] = {"batch_size": self.compute.batch_size, "workers": self.compute.workers}
-            for part in classifier.predict_batches(images, top=top, unreadable="skip", **options):
-                for name, reason in part.unreadable.items():
-                    err.print(f"skipped {name}: {reason}", soft_wrap=True)
-                unreadable += len(part.unreadable)
-                rows.extend(part)
-                if folders is not None:
-                    for name, labels in part:
-                        folders.add(name, labels[0][0])
-                yield part
-                advance(len(part) + len(part.unreadable))
-
         try:
             with progress("images", len(images)) as advance:
-                if results.out is not None:
-                    deque(parts(advance), maxlen=0)
-                else:
-                    for text in lines(parts(advance), form, top):
-                        if out.is_terminal:  # shows names literally; a file gets them as they are
-                            out.print(text, end="", soft_wrap=True)
-                        else:
-                            out.file.write(text)
+                for part in classifier.predict_batches(images, top=results.top, unreadable="skip", **counts):
+                    for name, reason in part.unreadable.items():
+                        err.print(f"skipped {name}: {reason}", soft_wrap=True)
+                    unreadable += len(part.unreadable)
+                    rows.extend(part)
+                    if folders is not None:
+                        for name, labels in part:
+                            folders.add(name, labels[0][0])
+                    advance(len(part) + len(part.unreadable))
         except BaseException:
             err.print(f"{len(rows):,} of {len(images):,} images are classified", soft_wrap=True)
             raise
         finally:
             if results.out is not None:
-                write_rows(results.out, rows, form, top)
-        if results.contact_sheet is not None:
-            best = [(name, *labels[0]) for name, labels in rows]
-            replace_text(results.contact_sheet, contact_sheet(best, f"Predictions of {self.run.resolve().name}"))
+                write_rows(results.out, rows)
+            elif out.is_terminal:  # shows names literally; a file gets them as they are
+                out.print("".join(csv_lines(rows)), end="", soft_wrap=True)
+            else:
+                out.file.writelines(csv_lines(rows))
         if others:
             err.print(format_others(others), soft_wrap=True)
         skipped = f", {unreadable:,} skipped" if unreadable else ""
         calibration = self._calibration(classifier)
         err.print(f"{len(rows):,} images classified{skipped}; probabilities are {calibration}", soft_wrap=True)
         return 1 if unreadable else 0
-
-    def _checked_format(self) -> Literal["csv", "json"]:
-        """Check the options, and return the format of the results."""
-        from skipkernels.app.data import InputError
-        from skipkernels.app.serve.classifier import check_counts
-        from skipkernels.app.serve.output import check_file
-
-        results, compute = self.results, self.compute
-        if results.link and results.sort_into is None:
-            raise InputError("predict: link has no effect without `sort_into`; leave it out.", "link")
-        for name in ("out", "contact_sheet"):
-            path = getattr(results, name)
-            if path is not None:
-                check_file(path, name)
-        check_counts(top=results.top, batch_size=compute.batch_size, workers=compute.workers)
-        ending = ".csv" if results.out is None else results.out.suffix.lower()
-        if results.format is None and ending not in (".csv", ".json"):
-            message = f"predict: out must end in .csv or .json; got {results.out}. Or choose a --format."
-            raise InputError(message, "out")
-        return results.format or ("json" if ending == ".json" else "csv")
-
-    def _load(self) -> Classifier:
-        from skipkernels.app.serve import Classifier
-
-        return Classifier.load(
-            self.run,
-            classes=None if self.results.classes is None else _names(self.results.classes),
-            templates=self.results.template,
-            device=self.compute.device,
-            precision=self.compute.precision,
-            trust=self.compute.trust,
-        )
 
     def _calibration(self, classifier: Classifier) -> str:
         from skipkernels.app.train.description import NOT_CALIBRATED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -112,9 +111,6 @@ class CompareStudyOptions:
     """Values of the setting of --ablate. By default five values from small to large."""
     seeds: int = 3
     """Number of runs of each method or value, with seeds 0, 1, …"""
-    blend: bool = False
-    """Also show each method that tunes the weights of the model itself blended with the zero-shot model; see
-    blend --help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +125,6 @@ class CompareCommand(Options):
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Run the comparison. Returns 0."""
         import skipkernels.app.studies.compare as studies
-        from skipkernels.app import serve
         from skipkernels.app.data import InputError
         from skipkernels.app.methods.registry import METHODS
         from skipkernels.app.train.command_line import command_line
@@ -142,12 +137,11 @@ class CompareCommand(Options):
             raise InputError("--values needs a setting; add --ablate skip_layers, keep_ratio or decay.")
         folder = self.output.out or _default_folder("compare" if setting is None else f"ablate-{setting}", config)
         with on_interrupt(_after_interrupt(overwrite)):
-            blend = partial(serve.blend, overwrite=True, trust=True) if self.study.blend else None
             if setting is None:
                 methods = self.study.methods or tuple(METHODS)
-                study = studies.compare(config, methods, seeds, folder, err, overwrite=overwrite, blend=blend)
+                study = studies.compare(config, methods, seeds, folder, err, overwrite=overwrite)
             else:
-                study = studies.ablate(config, setting, values, seeds, folder, err, overwrite=overwrite, blend=blend)
+                study = studies.ablate(config, setting, values, seeds, folder, err, overwrite=overwrite)
             _show(study, folder, out, command_line("compare", self))
         return 0
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from skipkernels.app.console import Terminal
 from skipkernels.app.option_groups import OutputOptions, ProcessOptions
 
-from .blend import show as show_blend
 from .options import Options, replaced, tune_config
 
 if TYPE_CHECKING:
@@ -46,8 +45,6 @@ class TuneOutputOptions(OutputOptions):
     resume: Annotated[bool | Path, _FLAG_OR_PATH, tyro.conf.arg(help_behavior_hint="")] = False
     """Resume a run after its last complete epoch, bit-exactly. With RUN: the run in this folder, with its settings.
     Without RUN: the run in --out, with the settings given here; if there is none, start it."""
-    blend: float | Literal["auto"] | None = None
-    """Also blend the tuned model with the zero-shot one, with this weight or auto, into OUT-blend; see blend --help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +70,7 @@ class TuneCommand(Options):
         """Tune, and print accuracy and cost. Returns 0."""
         from skipkernels.app.train import tune
         from skipkernels.app.train.processes import join
-        from skipkernels.app.train.run_folder import blended_folder, resumed
+        from skipkernels.app.train.run_folder import resumed
 
         if self.file.print_config:
             out.print(_as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
@@ -81,8 +78,6 @@ class TuneCommand(Options):
         processes = join(self.processes.timeout)
         config = resumed(tune_config(self))
         processes.set_device(config.device)
-        if self.output.blend is not None:
-            _check_blend(config, processes.size)
         with processes.one_first():
             config = config.resolved()
         metrics = tune(config, console=err)
@@ -94,13 +89,6 @@ class TuneCommand(Options):
         names = ["report.html", "README.md", "metrics.json", "metrics.jsonl", metrics["checkpoint"]["file"]]
         names += ["config.yaml", "classifier.json", "open_clip_config.json"]
         out.print("  " + "  ".join(name for name in names if (config.out / name).exists()), soft_wrap=True)
-        if self.output.blend is not None:
-            from skipkernels.app.serve.blending import blend, record
-
-            again = config.overwrite or bool(config.resume)
-            blended = blend(config.out, self.output.blend, overwrite=again, trust=True)  # this command's own run
-            record(config.out, blended)
-            show_blend(blended, blended_folder(config.out), out)
         return 0
 
 
@@ -133,15 +121,6 @@ def _as_yaml(config: TuneConfig) -> str:
 
     resolved = dataclasses.replace(config.resolved(), **{name: getattr(config, name) for name in _AS_GIVEN})
     return f"# yaml-language-server: $schema={SCHEMA_ADDRESS}\n{resolved.to_yaml()}"
-
-
-def _check_blend(config: TuneConfig, processes: int) -> None:
-    from skipkernels.app.data import InputError
-    from skipkernels.app.serve.blending import check_method
-
-    check_method(config)
-    if processes > 1:
-        raise InputError("tune: blend needs one process; use `skipkernels blend RUN` afterwards.", "blend")
 
 
 def _accuracy_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:

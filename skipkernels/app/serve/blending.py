@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ...digests import digest_file
-from ...folders import replace_text, restored
+from ...folders import restored
 from ..config import TuneConfig
 from ..data import InputError, SizedDataset
 from ..methods.base import TunedModel
-from ..report import report_html, run_report
+from ..report import report_html
 from ..report.mistakes import predictions_with_thumbnails
 from ..train import weights
 from ..train.calibration import fit_temperature
@@ -28,7 +26,7 @@ from ..train.evaluation import Evaluator
 from ..train.model_card import CARD, model_card
 from ..train.own_dataset import KIND, own_data
 from ..train.predictions import PREDICTIONS, TestPredictions, save
-from ..train.run_folder import CONFIG, METRICS, REPORT, RunFolder, blended_folder, read_metrics, read_model
+from ..train.run_folder import CONFIG, REPORT, RunFolder, blended_folder, read_metrics, read_model
 from ..train.setup import RunSetup, build_run
 
 ALPHAS = tuple(n / 10 for n in range(11))
@@ -89,7 +87,8 @@ def blend(
         >>> blended["blend"]["chosen"], blended["blend"]["accuracy"]["base"][10] == tuned["tuned"]["base"]
         (0.3, True)
     """
-    chosen = _checked(alpha)
+    if alpha != "auto" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
+        raise InputError(f'blend: alpha must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha")
     folder = restored(Path(run).expanduser())
     target = Path(out).expanduser() if out is not None else blended_folder(folder)
     if target.resolve() == folder.resolve():
@@ -97,7 +96,12 @@ def blend(
     (_, file), metrics = read_model(folder), read_metrics(folder)
     given = () if dataset is None else ("data",)
     of_run = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=given)
-    check_method(of_run)
+    if not issubclass(of_run.method_class(), TunedModel):
+        raise InputError(
+            f"blend: run must be of a method that tunes the weights of the model, skip or full; got {of_run.method}, "
+            "which adds weights to it.",
+            "run",
+        )
     config = replace(of_run, trust=trust, views=1, refresh="never", workers=0, download=False)
     if config.cache is not None and not config.cache.is_dir():
         config = replace(config, cache=None)
@@ -119,8 +123,7 @@ def blend(
     zero_shot = evaluator.evaluate(setup.method).top
     weighted = Interpolation(setup, file)
     curve = _curve(evaluator, setup, weighted)
-    if chosen is None:
-        chosen = choose(curve["accuracy"].get(VALIDATION))
+    chosen = choose(curve["accuracy"].get(VALIDATION)) if alpha == "auto" else float(alpha)
     weighted.set(chosen)
     blended = evaluator.evaluate(setup.method)
     metrics |= {
@@ -143,31 +146,6 @@ def blend(
         described = replace(described, temperature=fit_temperature(*held), calibration_images=len(held[1]))
     _write(new_folder, written, setup, described, metrics, tests)
     return metrics
-
-
-def record(run: Path, blended: dict[str, Any]) -> None:
-    """Add the curve of a blend to the metrics.json and the report of its run."""
-    metrics = read_metrics(run) | {"blend": blended["blend"]}
-    replace_text(run / METRICS, json.dumps(metrics, indent=2) + "\n")
-    replace_text(run / REPORT, run_report(run))
-
-
-def check_method(config: TuneConfig) -> None:
-    """Raise an InputError if the method of a run does not tune the weights of the model itself."""
-    if not issubclass(config.method_class(), TunedModel):
-        raise InputError(
-            f'blend: method must be one that tunes the weights of the model, "skip" or "full"; got '
-            f'"{config.method}", which adds weights to it.',
-            "method",
-        )
-
-
-def _checked(alpha: float | str) -> float | None:
-    if alpha == "auto":
-        return None
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1 or math.isnan(alpha):
-        raise InputError(f'blend: alpha must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha")
-    return float(alpha)
 
 
 def choose(validation: list[float] | None) -> float:

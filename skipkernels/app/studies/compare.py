@@ -16,7 +16,7 @@ from ..console import plain
 from ..data import InputError
 from ..methods import METHODS
 from ..train.setup import build_task
-from .runs import Blend, Result, Variant, run_variants
+from .runs import Result, Variant, run_variants
 from .study import ACCURACY, COST, Column, Study, Value, accuracy, cost
 
 VALUES: dict[Ablated, tuple[int | float, ...]] = {
@@ -41,7 +41,6 @@ def compare(
     console: Console,
     *,
     overwrite: bool = False,
-    blend: Blend | None = None,
 ) -> Study:
     """Run several methods, keys of `METHODS`, with the same training images and tests.
 
@@ -58,7 +57,7 @@ def compare(
     searched = _search(config, configs, folder / "search", console, overwrite) if config.own_data else {}
     configs |= {method: dataclasses.replace(configs[method], **found.rates) for method, found in searched.items()}
     variants = [Variant(method, configs[method]) for method in methods]
-    results = run_variants(variants, seeds, folder, console, overwrite=overwrite, blend=blend)
+    results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
     columns = _columns(results)
     if searched:
         for result in results:
@@ -126,7 +125,6 @@ def ablate(
     console: Console,
     *,
     overwrite: bool = False,
-    blend: Blend | None = None,
 ) -> Study:
     """Run Skip Tuning with several values of a setting, a field of `TuneConfig`; if empty, those of `VALUES`."""
     values = values or VALUES[setting]
@@ -136,7 +134,7 @@ def ablate(
     for value in values:
         change: dict[str, Any] = {setting: value}
         variants.append(Variant(f"{setting} {value:g}", dataclasses.replace(config, **change)))
-    results = run_variants(variants, seeds, folder, console, overwrite=overwrite, blend=blend)
+    results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
     title = f"{config.model} on {config.data}, {config.shots_text}"
     return Study(f"ablate-{setting}", title, results, _columns(results))
 

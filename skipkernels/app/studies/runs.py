@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import multiprocessing
 import statistics
@@ -19,13 +20,10 @@ from rich.console import Console
 from ..config import TuneConfig
 from ..console import Terminal, plain
 from ..data import InputError
-from ..methods.base import TunedModel
 from ..train import check, tune
-from ..train.run_folder import CONFIG, METRICS, blended_folder, read_metrics
+from ..train.run_folder import CONFIG, METRICS, read_metrics
 
 RUNS = "runs"
-Blend = Callable[[Path], dict[str, Any]]
-"""Function that blends the run in a folder into `blended_folder`, replacing an earlier one, and returns its metrics."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,6 @@ def run_variants(
     console: Console,
     *,
     overwrite: bool = False,
-    blend: Blend | None = None,
     search: bool = False,
 ) -> list[Result]:
     """Run every variant with every seed, in `folder/runs/VARIANT-SEED`; variants have distinct names.
@@ -82,58 +79,33 @@ def run_variants(
     that times and peak memory are comparable. Completed runs in the folder are not run again unless `overwrite`, and
     interrupted runs are resumed. All configurations are checked before the first run starts.
 
-    `blend` blends a run that tunes the model itself with its zero-shot model; its result follows, as another variant.
-    With `search` the variants of a method differ in their learning rates alone, so that the settings of one are
-    checked, and runs with a loss that is not finite are results too, with the status "diverged".
+    With `search`, runs with a loss that is not finite are results too, with the status "diverged".
     """
-    planned = [_PlannedRun.of(variant, seed, folder, overwrite) for seed in seeds for variant in variants]
-    first_of = {run.config.method if search else run.variant: run for run in reversed(planned) if run.metrics is None}
-    _check(sorted(first_of.values(), key=planned.index)[1:], console)  # the first run is checked when it starts
-    results = []
-    for number, run in enumerate(planned, 1):
-        metrics = run.metrics
-        if metrics is None:
-            console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {run.variant}, seed {run.seed}"))
-            try:
-                metrics = _in_subprocess(_run, run.config)
-            except FloatingPointError:
-                if not search:
-                    raise
-                assert run.config.out is not None
-                metrics = read_metrics(run.config.out)
-        results.append(Result(run.variant, run.seed, metrics))
-        if blend is not None and issubclass(run.config.method_class(), TunedModel):
-            results.append(Result(f"{run.variant}, blended", run.seed, _blended(run, blend, console)))
-    return results
-
-
-def _blended(run: _PlannedRun, blend: Blend, console: Console) -> dict[str, Any]:
-    """Metrics of the blend of a run, which is made again unless both are complete."""
-    assert run.config.out is not None
-    out = blended_folder(run.config.out)
-    if run.metrics is not None and (out / METRICS).exists():
-        return read_metrics(out)
-    console.print(plain(f"blending {run.variant}, seed {run.seed}", "dim"))
-    return _in_subprocess(blend, run.config.out)
-
-
-class _PlannedRun(NamedTuple):
-    """A run of a variant; `metrics` is None unless the run is already complete."""
-
-    variant: str
-    seed: int
-    config: TuneConfig
-    metrics: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, variant: Variant, seed: int, folder: Path, overwrite: bool) -> _PlannedRun:
+    planned: list[tuple[str, TuneConfig, dict[str, Any] | None]] = []
+    for seed, variant in itertools.product(seeds, variants):
         out = folder / RUNS / f"{variant.name.replace(' ', '-').replace('/', '-')}-{seed}"
         config = dataclasses.replace(variant.config, seed=seed, out=out, overwrite=overwrite, resume=False)
         with _variant_in_errors(variant.name):
             config = config.resolved()
             metrics = None if overwrite else _complete(config)
         resume = not overwrite and (out / CONFIG).exists()
-        return cls(variant.name, seed, dataclasses.replace(config, resume=resume), metrics)
+        planned.append((variant.name, dataclasses.replace(config, resume=resume), metrics))
+    unchecked = {name: config for name, config, metrics in planned[1:] if metrics is None}
+    if unchecked:
+        console.print(plain("checking the settings", "dim"))
+        _in_subprocess(_check, unchecked)
+    results = []
+    for number, (name, config, metrics) in enumerate(planned, 1):
+        if metrics is None:
+            console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {name}, seed {config.seed}"))
+            try:
+                metrics = _in_subprocess(_run, config)
+            except FloatingPointError:
+                if not search or config.out is None:
+                    raise
+                metrics = read_metrics(config.out)
+        results.append(Result(name, config.seed, metrics))
+    return results
 
 
 @contextlib.contextmanager
@@ -142,14 +114,6 @@ def _variant_in_errors(variant: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{variant}: {error}", error.argument) from error
-
-
-def _check(runs: Sequence[_PlannedRun], console: Console) -> None:
-    if runs:
-        console.print(plain(f"checking the settings of {', '.join(run.variant for run in runs)}", "dim"))
-    for run in runs:
-        with _variant_in_errors(run.variant):
-            _in_subprocess(_check_config, run.config)
 
 
 def _complete(config: TuneConfig) -> dict[str, Any] | None:
@@ -174,8 +138,10 @@ def _in_subprocess(work: Callable[[Any], Any], argument: Any) -> Any:
 
 
 # Defined in this module, so that unpickling them in the subprocess imports the experiments, which register methods.
-def _check_config(config: TuneConfig) -> None:
-    check(config)
+def _check(configs: dict[str, TuneConfig]) -> None:
+    for name, config in configs.items():
+        with _variant_in_errors(name):
+            check(config)
 
 
 def _run(config: TuneConfig) -> dict[str, Any]:

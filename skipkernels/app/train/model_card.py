@@ -51,7 +51,7 @@ def model_card(
     more = len(described.classes) - _SHOWN
     templates = described.templates or []
     again = command_line("tune", config, processes=metrics.get("processes", 1), left_out=("out", "device"))
-    again += "" if alpha is None else f" --blend {alpha:g}"
+    again += "" if alpha is None else f"\nskipkernels blend RUN --alpha {alpha:g}"
     lines += [
         f"- Training images: {shots} of `{described.data}`, protocol `{config.protocol}`, seed {config.seed}.",
         f"- Classes: {classes}{f' and {more:,} more, all in `classifier.json`' if more > 0 else ''}.",

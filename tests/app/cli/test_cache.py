@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from skipkernels.app.cli import cache_actions
 from skipkernels.app.cli.main import main
+from skipkernels.app.train import setup
 from skipkernels.store import MANIFEST, Store
 
 TASK = ["--data", "glyphs:greek", "--classes", "6", "--shots", "2"]
@@ -87,7 +87,7 @@ def test_cache_build_interrupted(tmp_path, monkeypatch, capsys, how, code):
             raise how
         signal.raise_signal(how)
 
-    monkeypatch.setattr(cache_actions, "build", interrupted)
+    monkeypatch.setattr(setup, "build_run", interrupted)
     assert main(["cache", "build", str(tmp_path)]) == code
     assert "complete shards are kept; resume with cache build --resume" in said(capsys)
 
@@ -118,16 +118,6 @@ def test_main_error_is_one_line(tmp_path, monkeypatch, capsys, error, code, line
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(cache_actions, "build", fail)
+    monkeypatch.setattr(setup, "build_run", fail)
     assert main(["cache", "build", str(tmp_path)]) == code
     assert said(capsys).startswith(line)
-
-
-@pytest.mark.parametrize("action", ["info", "verify"])
-def test_cache_info_and_verify_interrupted(built, monkeypatch, capsys, action):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cache_actions, action, interrupt)
-    assert main(["cache", action, str(built)]) == 130
-    assert said(capsys) == "interrupted"

@@ -76,7 +76,7 @@ def test_check_findings(data, tmp_path, capsys, form):
 def test_check_names_the_kind_of_a_folder(data, capsys):
     for given, meant in ((data, f"imagefolder:{data}"), (f"imagfolder:{data}", f"imagefolder:{data}")):
         assert main(["check", str(given)]) == 2
-        assert f"no dataset '{given}'; did you mean {meant}?" in capsys.readouterr().err
+        assert capsys.readouterr().err.startswith(f"error no dataset '{given}'; did you mean {meant}?")
 
 
 def test_check_refuses_other_files(data, tmp_path, capsys):

@@ -22,11 +22,6 @@ from skipkernels.app.train.setup import build_run
 
 
 @pytest.fixture(scope="module")
-def zero_shot() -> dict[str, torch.Tensor]:
-    return load_model("glyph-tiny", None, torch.device("cpu"))[0].state_dict()
-
-
-@pytest.fixture(scope="module")
 def blended(run, tmp_path_factory) -> Path:
     """Folder of a blend that encoded no image below the cut: the features are in the run's cache."""
 
@@ -77,7 +72,7 @@ def test_report(run, blended):
     assert "Tuning and blending " in page and " the accuracy on the 4 trained classes " in page
     assert ", blended at 0.25" in page and "accuracy over the blend of zero-shot and tuned weights" in page
     assert f"skipkernels blend {run.folder} --alpha 0.25" in page
-    assert " --blend 0.25\n```" in (blended / "README.md").read_text()
+    assert "\nskipkernels blend RUN --alpha 0.25\n```" in (blended / "README.md").read_text()
     assert main(["report", str(blended)]) == 0 and (blended / "report.html").read_text() == page
 
 
@@ -90,8 +85,7 @@ def test_report(run, blended):
     ],
 )
 def test_bad_arguments(run, arguments, message):
-    if "out" in arguments:
-        arguments = {"out": run.folder}
+    arguments = {name: run.folder if name == "out" else value for name, value in arguments.items()}
     with pytest.raises(InputError, match=message):
         sk.blend(run.folder, **arguments)
 
@@ -104,16 +98,15 @@ def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, 
             folder.mkdir(parents=True, exist_ok=True)
             image.rotate(4 * copy).save(folder / f"{number}-{copy}.png")
     options = ["--data", f"imagefolder:{tmp_path / 'data'}", "--shots", "2", "--epochs", "1", "--device", "cpu"]
-    arguments = ["tune", *options, "--out", str(tmp_path / "run"), "--delta", "--blend", "auto"]
+    arguments = ["tune", *options, "--out", str(tmp_path / "run"), "--delta"]
     assert main(arguments) == 0
+    assert main(["blend", str(tmp_path / "run")]) == 0
     assert "run-blend: alpha" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run-blend" / "metrics.json").read_text())
     curve = metrics["blend"]
     held_out = curve["accuracy"]["validation"]
     assert curve["chosen"] == held_out.index(max(held_out)) / 10
     assert metrics["validation"]["tuned"] == max(held_out)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["blend"] == curve
-    assert "accuracy over the blend of zero-shot and tuned weights" in (tmp_path / "run" / "report.html").read_text()
 
     setup = build_run(TuneConfig.from_yaml(tmp_path / "run" / "config.yaml"))  # for its images
     held = setup.task.validation.images
@@ -123,8 +116,10 @@ def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, 
         fitted = fit_temperature(classifier.logits(inputs), torch.tensor(held.labels))
         assert classifier.temperature == pytest.approx(fitted, rel=1e-3)  # logits in batches of another size
 
-    assert main([*arguments, "--method", "lora", "--overwrite"]) == 2
-    assert "--method must be one that tunes the weights" in " ".join(capsys.readouterr().err.split())
+    zero_shot = str(tmp_path / "zero-shot")
+    assert main(["tune", "--method", "zero-shot", "--classes", "4", "--device", "cpu", "--out", zero_shot]) == 0
+    assert main(["blend", zero_shot]) == 2
+    assert "RUN must be of a method that tunes the weights" in " ".join(capsys.readouterr().err.split())
 
 
 def test_temperature_is_the_minimum():

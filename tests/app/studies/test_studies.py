@@ -27,7 +27,7 @@ def ran(monkeypatch):
     found = []
 
     def complete(work, config: TuneConfig) -> dict:
-        if work is runs._check_config:
+        if work is runs._check:
             return {}
         found.append(config)
         value = 10.0 * len(found)
@@ -114,30 +114,6 @@ def test_compare_tables_and_json(ran, tmp_path):
     accuracies, costs = study.tables()
     assert list(accuracies.columns[1].cells) == ["20.0", "30.0"], "two seeds are too few for an interval"
     assert list(accuracies.columns[2].cells) == ["–", "–"] and list(costs.columns[4].cells) == ["100", "100"]
-
-
-def test_compare_blended(ran, tmp_path, monkeypatch):
-    blended, run = [], runs._in_subprocess
-
-    def blend(folder):
-        blended.append(folder.name)
-        metrics = json.loads((folder / "metrics.json").read_text()) | {"tuned": {"base": 99.0, "new": None}}
-        out = folder.with_name(f"{folder.name}-blend")
-        out.mkdir(exist_ok=True)
-        (out / "metrics.json").write_text(json.dumps(metrics))
-        return metrics
-
-    monkeypatch.setattr(runs, "_in_subprocess", lambda work, of: blend(of) if work is blend else run(work, of))
-    arguments = TINY, ["skip", "zero-shot", "full"], range(2), tmp_path, QUIET
-    study = compare(*arguments, blend=blend)
-    assert study.variants == ["skip", "skip, blended", "zero-shot", "full", "full, blended"]
-    accuracies = {name: groups["accuracy, %"]["base"].mean for name, groups in study.summary().items()}
-    assert accuracies["skip, blended"] == 99.0 and accuracies["skip"] == 25.0
-    assert blended == ["skip-0", "full-0", "skip-1", "full-1"]
-    del ran[:], blended[:]
-    (tmp_path / "runs" / "full-1" / "metrics.json").unlink()
-    assert compare(*arguments, blend=blend).variants == study.variants
-    assert [config.out.name for config in ran] == blended == ["full-1"], "a complete run and its blend are kept"
 
 
 def test_compare_and_ablate_single_variant(ran, tmp_path):
@@ -287,10 +263,10 @@ def test_ablate_checks_all_variants_first(tmp_path, capsys, in_process):
     assert not (tmp_path / "out").exists()
 
 
-def test_in_subprocess_registers_the_experiments():
-    """The new process imports the experiments, and returns an error of a setting."""
-    with pytest.raises(InputError, match='epochs=1 has no effect with method="linear-probe"'):
-        runs._in_subprocess(runs._check_config, dataclasses.replace(TINY, method="linear-probe"))
+def test_settings_are_checked_in_a_new_process():
+    """It imports the experiments, and returns an error of a setting."""
+    with pytest.raises(InputError, match='a: .*epochs=1 has no effect with method="linear-probe"'):
+        runs._in_subprocess(runs._check, {"a": dataclasses.replace(TINY, method="linear-probe")})
 
 
 def test_compare_command(tmp_path, capsys, in_process):

@@ -95,7 +95,7 @@ def test_tune_beats_zero_shot_on_unseen_characters(tmp_path, monkeypatch):
 def test_eval_reproduces_accuracy(run, capsys):
     folder, metrics = run
     assert evaluate_run(folder) == metrics["tuned"]
-    assert main(["eval", str(folder / "model.safetensors"), "--json"]) == 0
+    assert main(["eval", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == metrics["tuned"]
 
 
@@ -185,7 +185,7 @@ def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
     assert all(delta[name].equal(whole[name]) for name in delta)
     assert files(tmp_path / "run") == FILES - {"model.safetensors", "open_clip_config.json"} | {"delta.safetensors"}
     assert evaluate_run(tmp_path / "run") == metrics["tuned"]
-    assert main(["eval", str(tmp_path / "run" / "delta.safetensors")]) == 0
+    assert main(["eval", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize(
