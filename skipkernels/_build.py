@@ -100,6 +100,8 @@ def build() -> Path:
     if not library.exists():
         with locked(folder, wait=True):
             if not library.exists():  # else another process built it meanwhile
+                for left in folder.glob("._C.so-*.partial"):  # of a build that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 sys.stderr.write(f"skipkernels: building the C++ kernels, once (one to three minutes), in {folder}\n")
                 with replaced_file(library) as new:
                     _run_ninja(compiler, new)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 """Name of the lock file in a folder."""
-_PARTIAL = re.compile(r"\.(.+)(?:-[a-z0-9_]{8}\.partial|\.[0-9a-f]{16}\.skipkernels-partial|\.[0-9]+\.partial)")
+_PARTIAL = re.compile(r"\.(.+)-[a-z0-9_]{8}\.partial")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
@@ -71,7 +71,7 @@ def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[st
 
 
 def partial_of(name: str) -> str | None:
-    """Return the final name of a temporary folder of `replaced_file`, or a temporary file of 0.2; None for another.
+    """Return the final name of a temporary folder of `replaced_file`; None for another name.
 
     >>> partial_of(".note.txt-x1y2z3_4.partial"), partial_of(".mine.partial")
     ('note.txt', None)

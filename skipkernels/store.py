@@ -39,7 +39,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 COMPUTED = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Dtypes of rows before they are stored and after they are read."""
 
-_OWNER = ".owner.json"  # beside the lock of a build of 0.2
+_DIGEST = re.compile("[0-9a-f]{32}")
 _SHARD_NAME = re.compile(r"[0-9]{5,}\.safetensors")
 _SHARD = "shard"  # the only metadata key of a shard: safetensors writes several in random order
 _MAX_SIZE = 2**48  # of a number in a manifest; products of larger ones overflow
@@ -157,15 +157,16 @@ class Layout:
         return digest_json(dataclasses.asdict(self) | {"notes": None, "format": FORMAT})
 
     def difference(self, other: Layout) -> str | None:
-        """Return the first entry that differs, except shard_rows and notes, with both values."""
-        for name in (*self.fingerprint, *other.fingerprint):
-            ours, theirs = self.fingerprint.get(name, "nothing"), other.fingerprint.get(name, "nothing")
-            if theirs != ours:
-                return f"{name} ({ours} there, {theirs} here)"
-        for field in ("rows", "shape", "dtype", "computed", "labelled"):
-            theirs, ours = getattr(other, field), getattr(self, field)
-            if theirs != ours:
-                return f"{field} ({ours} there, {theirs} here)"
+        """Return the first entry that differs, and its values unless they are digests; not shard_rows and notes."""
+        pairs = [
+            (name, self.fingerprint.get(name, "nothing"), other.fingerprint.get(name, "nothing"))
+            for name in self.fingerprint | other.fingerprint
+        ]
+        fields = ("rows", "shape", "dtype", "computed", "labelled")
+        for name, there, here in pairs + [(field, getattr(self, field), getattr(other, field)) for field in fields]:
+            if there != here:
+                digests = all(_DIGEST.fullmatch(str(value)) for value in (there, here))
+                return name if digests else f"{name} ({there} there, {here} here)"
         return None
 
 
@@ -628,7 +629,7 @@ def _files(folder: Path) -> list[Path]:
 
     def belongs(path: Path) -> bool:
         name = partial_of(path.name) or path.name
-        known = name in (MANIFEST, _OWNER) or _SHARD_NAME.fullmatch(name) is not None
+        known = name == MANIFEST or _SHARD_NAME.fullmatch(name) is not None
         return known and (path.name != name or path.is_file())
 
     return sorted(filter(belongs, folder.iterdir()), key=lambda path: (path.name == MANIFEST, path))

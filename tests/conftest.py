@@ -23,6 +23,8 @@ _EXAMPLES = 8 if torch.cuda.is_available() else 40
 hypothesis.settings.register_profile("skipkernels", deadline=None, derandomize=True, max_examples=_EXAMPLES)
 hypothesis.settings.load_profile("skipkernels")
 
+# Flushes matter only when the power fails, and take most of the time of tests of stores.
+os.fsync = lambda descriptor: None
 
 THREADS = torch.get_num_threads()
 

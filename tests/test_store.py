@@ -47,12 +47,6 @@ OLD = Path(__file__).with_name("store_of_0.2")
 SHARD = "00001.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip flushes to the disk: they matter only when the power fails, and take most of the time of these tests."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def layout() -> Layout:
     return layout_of("int8")  # the dtype with the most tensors
@@ -195,8 +189,6 @@ def test_store_of_version_0_2_loads(tmp_path):
     fill(tmp_path / "new", layout)
     assert contents(tmp_path / "new") == contents(OLD), "the format is the same to the bit"
     shutil.copytree(OLD, tmp_path / "killed")
-    for name in (".owner.json", ".00001.safetensors.0123456789abcdef.skipkernels-partial"):
-        (tmp_path / "killed" / name).touch()
     Manifest.read(OLD).with_shards({1: None}).write(tmp_path / "killed")
     assert fill(tmp_path / "killed", layout, resume=True) == [1]
     assert contents(tmp_path / "killed") == contents(OLD)

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _progress
+from ..options import Refresh
 from ..store import COMPUTED, Layout, StoreError, Writer, path_of, quantise, write_shard
 from . import fingerprint
 from .dataset_key import check_samples
-from .image_batches import Batch, load_batches, split_batches, worker_error
+from .image_batches import Batch, load_batches, split_batches
 
 if TYPE_CHECKING:
     from ..clip import SkipCLIP
@@ -65,6 +66,7 @@ class BuildConfig:
     dataset: Any  # Dataset of (image, label)
     dtype: str  # Storage dtype of features
     views: int
+    refresh: Refresh
     first_view: int
     batch_size: int  # Images per forward pass
     workers: int  # Number of processes that load images
@@ -89,6 +91,7 @@ class BuildConfig:
             | {"number of images": items}  # before the digests: this difference is reported first
             | self.dataset_key
             | {"number of views": self.views, "first view": self.first_view}
+            | ({"refresh": "epoch"} if self.refresh == "epoch" else {})
             | {"seed": self.seed, "batch size": self.batch_size, "autocast": encode.precision},
             notes={"probe": fingerprint.probe(self.clip), "samples": self.samples},
         )
@@ -118,7 +121,7 @@ def write_store(
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     layout = config.layout(encode)
     show = _progress.progress(f"features → {folder}", layout.rows, shown=progress is True and rank == 0)
-    with _worker_errors(), show as advance_bar, contextlib.ExitStack() as stack:
+    with show as advance_bar, contextlib.ExitStack() as stack:
         advance: Callable[[int], object] = progress if callable(progress) and rank == 0 else advance_bar
         inputs, writer = replace(layout, shard_rows=1).digest, None
         if rank == 0:
@@ -165,17 +168,6 @@ def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
-
-
-@contextlib.contextmanager
-def _worker_errors() -> Iterator[None]:
-    """Convert the error that PyTorch raises, at any point, after a worker process has died."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise worker_error(error) from error
 
 
 def _encode_shard(

@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from ..digests import digest_json
 from ..store import Layout, StoreError
-from .image_batches import Batch, is_iterable_only, is_one_shot, load_batches
+from .image_batches import Batch, load_batches
 
 # Attributes that list the files of a dataset, as paths or (path, label), absolute or relative to `root`: those of
 # torchvision's ImageFolder and similar datasets, then private ones of other torchvision datasets.
@@ -166,22 +166,16 @@ def _with_file_status(images: Sequence[str | int]) -> list[Any]:
 
 
 def sample_images(dataset: Any, seed: int, workers: int = 0) -> list[dict[str, Any]]:
-    """Summarise a few items, transformed as in view 0 of a build.
+    """Summarise the first item, the last, and six between, transformed as in view 0 of a build.
 
-    These are the first item, the last, and six between; of an iterable the first eight, or none if it can be iterated
-    only once. With `workers`, items are loaded in another process, so that the dataset opens no files in this one.
+    With `workers`, items are loaded in another process, so that the dataset opens no files in this one.
     """
     count = len(dataset)
-    if is_iterable_only(dataset):
-        items = [] if is_one_shot(dataset) else list(range(min(count, _SPREAD + 2)))
-        rows = [[item] for item in items]
-    else:
-        spread = {int(count * (number * _GOLDEN % 1)) for number in range(1, _SPREAD + 1)}
-        items = sorted({0, count - 1} | spread)
-        rows = [[item] for item in items * 2]  # each twice: the second time must give the same image
+    items = sorted({0, count - 1} | {int(count * (number * _GOLDEN % 1)) for number in range(1, _SPREAD + 1)})
+    rows = [[item] for item in items * 2]  # each twice: the second time must give the same image
     found = [_summary(batch) for batch in load_batches(dataset, rows, seed=seed, workers=min(workers, 1))]
     found, again = found[: len(items)], found[len(items) :]
-    for first, second in zip(found, again, strict=False):  # `again` is empty for an iterable
+    for first, second in zip(found, again, strict=True):
         if not _alike(first, second):
             raise StoreError(
                 f"FeatureCache: item {first['item']} of the dataset differs each time it is loaded, although the "

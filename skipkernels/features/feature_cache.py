@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,15 +12,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..clip import SkipCLIP, check_clip
+from ..memory import free_bytes
 from ..options import Refresh, SamplerKind
-from ..store import DTYPES, Store, StoreError
+from ..store import DTYPES, Manifest, Store, StoreError
 from . import fingerprint
 from .builder import SHARD_BYTES, BuildConfig, Encoder, write_store
 from .dataset_key import check_samples, dataset_key, sample_images
-from .in_memory import Encode, collect
-from .loader import FeatureLoader, Rows
-from .refresh import EpochStores, clear_epochs
-from .samplers import BatchSampler, check_batches
+from .image_batches import load_batches, split_batches
+from .loader import FeatureLoader, MemoryRows, Rows
+from .samplers import BatchSampler
 
 Progress = Callable[[int], None] | bool
 
@@ -48,11 +49,10 @@ class FeatureCache(Dataset):
         torch.float32 [3, 65, 128] 1 0
     """
 
-    def __init__(
-        self, rows: Rows, labels: Tensor, *, views: int = 1, epochs: EpochStores | None = None, first_epoch: int = 0
-    ):
+    def __init__(self, rows: Rows, labels: Tensor, *, views: int = 1):
         self._rows, self.labels, self.views = rows, labels, views
-        self._epochs, self._epoch = epochs, first_epoch
+        self._epoch = 0  # of the features, if each epoch has its own
+        self._build_epoch: Callable[[int], Store] | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -84,11 +84,10 @@ class FeatureCache(Dataset):
         Args:
             path: Folder of the store; created if needed.
             clip: Model that computes the features; its weights above the cut are not used.
-            dataset: Map-style dataset of (image, label), or an iterable of those with a length. Images are tensors [3,
-                height, width], preprocessed for the model; labels are whole numbers.
+            dataset: Map-style dataset of (image, label): tensors [3, height, width], preprocessed for the model, and
+                whole numbers.
             dtype: Storage dtype: "fp32", "fp16", "bf16" (default), or "int8" with a scale for each token (lossy).
-            views: Number of views of every image, for a dataset with a random transform; default 1. Epochs cycle
-                through them. All views must have the same labels, so an iterable must keep its order.
+            views: Number of views of every image, for a random transform; default 1. Epochs cycle through them.
             refresh: "epoch" computes a new view when an epoch begins, as in the published method, in place of that of
                 the epoch before. Default "never".
             batch_size: Images per forward pass; default 64.
@@ -100,11 +99,8 @@ class FeatureCache(Dataset):
             overwrite: Replace the store in the folder.
             shard_bytes: Approximate bytes of a shard. A kill loses at most one shard; a build holds one in memory.
             progress: False for no progress bar, or a function called with the number of images of each batch.
-            process_group: Processes that all make this call with equal arguments, and share a folder and the work; the
-                store is bitwise that of one process. Default None: this process alone, also in an initialised group.
-
-        Returns:
-            FeatureCache: The complete cache.
+            process_group: Processes that all make this call with equal arguments and share the folder and the work; the
+                store is bitwise that of one process. Default None: this process alone.
 
         Raises:
             StoreError: If the folder has another store (the message says how it differs), another process builds in it,
@@ -112,49 +108,39 @@ class FeatureCache(Dataset):
         """
         check_clip("FeatureCache.build", clip)
         folder = Path(path).absolute()  # a later change of the working directory has no effect
-        if dtype not in DTYPES:
-            raise ValueError(f"FeatureCache.build: dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
-        if refresh not in get_args(Refresh):
-            raise ValueError(f'FeatureCache.build: refresh must be "never" or "epoch"; got {refresh!r}.')
+        for name, value, known in (("dtype", dtype, list(DTYPES)), ("refresh", refresh, get_args(Refresh))):
+            if value not in known:
+                raise ValueError(f"FeatureCache.build: {name} must be one of {', '.join(known)}; got {value!r}.")
         least = {"views": 1, "batch_size": 1, "shard_bytes": 1, "seed": 0, "workers": 0}
-        for name, value in zip(least, (views, batch_size, shard_bytes, seed, workers), strict=True):
-            if not isinstance(value, int):
-                raise ValueError(f"FeatureCache.build: {name} must be a whole number; got {value!r}.")
-            if value < least[name]:
-                raise ValueError(f"FeatureCache.build: {name} must be at least {least[name]}; got {value}.")
+        for name, number in zip(least, (views, batch_size, shard_bytes, seed, workers), strict=True):
+            if not isinstance(number, int) or number < least[name]:
+                raise ValueError(
+                    f"FeatureCache.build: {name} must be at least {least[name]}, a whole number; got {number!r}."
+                )
         if resume and overwrite:
             raise ValueError("FeatureCache.build: resume continues a store, and overwrite replaces it; pass only one.")
-        if refresh == "epoch" and views != 1:
+        if refresh == "epoch" and (views != 1 or process_group is not None):
             raise ValueError(
-                f'FeatureCache.build: views must be 1 with refresh="epoch", which computes a view per epoch; got '
-                f"{views}."
-            )
-        if refresh == "epoch" and process_group is not None:
-            raise ValueError(
-                'FeatureCache.build: process_group must be None with refresh="epoch", which one process builds. Use '
-                "views, or build in one process."
-            )
-        if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
-            raise TypeError(
-                "FeatureCache.build: process_group must be a torch.distributed.ProcessGroup that contains this "
-                f"process, such as torch.distributed.group.WORLD; got {type(process_group).__name__}."
+                'FeatureCache.build: views must be 1 and process_group None with refresh="epoch", for which one '
+                f"process computes a view per epoch; got {views} and {process_group}."
             )
         if clip.skip_layers[0] == 0:
             raise ValueError(
                 "FeatureCache.build: with skip_layers=0 the image embedding trains, so features cannot be cached. Skip "
                 "a block, or train from images."
             )
-        if not hasattr(dataset, "__len__"):
-            raise ValueError("FeatureCache.build: the dataset has no length; it must have at least one image.")
-        if len(dataset) == 0:
-            raise ValueError("FeatureCache.build: the dataset is empty; it must have at least one image.")
-        group = process_group
-        is_first = group is None or torch.distributed.get_rank(group) == 0
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
+            raise ValueError(
+                "FeatureCache.build: dataset must be map-style, with `__len__` and `__getitem__`, and have at least "
+                f"one image; got {type(dataset).__name__}. Pass list(dataset) if it fits into memory."
+            )
+        is_first = process_group is None or torch.distributed.get_rank(process_group) == 0
         config = BuildConfig(
             clip=clip,
             dataset=dataset,
             dtype=dtype,
             views=views,
+            refresh=refresh,
             first_view=0,
             batch_size=batch_size,
             workers=workers,
@@ -164,19 +150,28 @@ class FeatureCache(Dataset):
             shard_bytes=shard_bytes,
         )
         encode = Encoder(clip)
+        # With refresh="epoch" the folder has the features of one epoch: that of the last build, which may have been
+        # killed. It is resumed if its other inputs are the same.
+        epoch = _first_view(folder) if refresh == "epoch" and not overwrite else 0
+        write_store(
+            folder,
+            replace(config, first_view=epoch),
+            encode,
+            resume=resume or (refresh == "epoch" and not overwrite),
+            overwrite=overwrite,
+            progress=progress,
+            group=process_group,
+        )
+        cache = cls.open(folder)
+
+        def build_epoch(number: int) -> Store:
+            of_epoch = replace(config, first_view=number)
+            write_store(folder, of_epoch, encode, resume=False, overwrite=True, progress=False)
+            return Store(folder)
+
         if refresh == "epoch":
-            epochs = EpochStores(folder, config, encode, progress, overwrite=overwrite)
-            epoch = epochs.first
-            try:
-                store = epochs.store(epoch)
-            except BaseException:
-                epochs.close()
-                raise
-            return cls(store, store.labels(), epochs=epochs, first_epoch=epoch)
-        if is_first:
-            clear_epochs(folder, overwrite=overwrite)
-        write_store(folder, config, encode, resume=resume, overwrite=overwrite, progress=progress, group=group)
-        return cls.open(folder)
+            cache._epoch, cache._build_epoch = epoch, build_epoch
+        return cache
 
     @classmethod
     def open(
@@ -203,10 +198,11 @@ class FeatureCache(Dataset):
         folder = Path(path).absolute()
         store = Store(folder, verify=verify)
         layout = store.layout
-        found = [layout.fingerprint.get(name) for name in ("number of images", "number of views", "seed")]
-        items, views, seed = (value if isinstance(value, int) else 0 for value in found)
-        if items < 1 or items * views != layout.rows or not layout.labelled:
+        items, views, seed = (layout.fingerprint.get(name) for name in ("number of images", "number of views", "seed"))
+        if not (isinstance(items, int) and isinstance(views, int) and isinstance(seed, int) and layout.labelled):
             raise StoreError(f"{folder}: this store does not hold features of images.")
+        if items < 1 or items * views != layout.rows:
+            raise StoreError(f"{folder}: its rows do not match its images and views. Build it again.")
         if clip is not None:
             expected = fingerprint.of_model(clip) | {"autocast": Encoder(clip).precision}
             fingerprint.check(layout, expected, folder)
@@ -229,7 +225,7 @@ class FeatureCache(Dataset):
     def in_memory(
         cls,
         dataset: Any,
-        encode: Encode = lambda images: images,
+        encode: Callable[[Tensor], Tensor] = lambda images: images,
         *,
         batch_size: int = 64,
         workers: int = 0,
@@ -247,8 +243,29 @@ class FeatureCache(Dataset):
         Raises:
             MemoryError: If the outputs would take more than half of the free memory.
         """
-        on_batch = progress if callable(progress) else (lambda images: None)
-        return cls(*collect(dataset, encode, batch_size=batch_size, workers=workers, on_batch=on_batch))
+        count = len(dataset)
+        if count == 0:
+            raise ValueError("FeatureCache.in_memory: the dataset has no images.")
+        labels = torch.empty(count, dtype=torch.int64)
+        rows: Tensor | None = None
+        for batch in load_batches(dataset, split_batches([range(count)], batch_size), workers=workers):
+            with torch.no_grad():
+                output = encode(batch.images)
+            if rows is None:
+                needed, free = output[0].nbytes * count, free_bytes(output.device)
+                if needed > free / 2:
+                    raise MemoryError(
+                        f"FeatureCache.in_memory: {count} items of {list(output.shape[1:])} {output.dtype} take "
+                        f"{needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB of free memory. Use "
+                        "FeatureCache.build, fewer shots or classes, or a smaller model."
+                    )
+                rows = output.new_empty(count, *output.shape[1:])
+            place = slice(batch.rows[0], batch.rows[-1] + 1)
+            rows[place], labels[place] = output, batch.labels
+            if callable(progress):
+                progress(len(batch.rows))
+        assert rows is not None
+        return cls(MemoryRows(rows), labels)
 
     # ---- use ---------------------------------------------------------------------------------------------------
 
@@ -309,15 +326,13 @@ class FeatureCache(Dataset):
         """
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"FeatureCache.loader: dtype must be a torch.dtype, such as torch.bfloat16; got {dtype!r}.")
-        if not isinstance(sampler, str) and (rank, world_size) != (0, 1):
+        if isinstance(sampler, str):
+            sampler = BatchSampler(self.labels, batch_size, sampler, generator, rank=rank, world_size=world_size)
+        elif (rank, world_size) != (0, 1):
             raise ValueError(
                 f"FeatureCache.loader: lists of image numbers are not divided; got rank={rank} and "
                 f"world_size={world_size}. Give each process its own lists, or name a sampler."
             )
-        if isinstance(sampler, str):
-            name = "FeatureCache.loader"
-            check_batches(name, self.labels, batch_size, ("sampler", sampler), generator, rank, world_size)
-            sampler = BatchSampler(self.labels, batch_size, sampler, generator, rank=rank, world_size=world_size)
         if prefetch is None:
             prefetch = 0 if self.store is None else 2
         target = None if device is None else torch.device(device)
@@ -327,30 +342,25 @@ class FeatureCache(Dataset):
 
     def rows_of_epoch(self, epoch: int) -> tuple[Rows, int]:
         """Return the features of an epoch, and the number of its first row."""
-        if self._epochs is not None and epoch != self._epoch:
-            self._rows, self._epoch = self._epochs.store(epoch), epoch
+        if self._build_epoch is not None and epoch != self._epoch:
+            self._epoch = -1  # until the build has ended, the folder has no features of an epoch
+            rows = self._build_epoch(epoch)
+            if not rows.labels().equal(self.labels):
+                raise StoreError(
+                    f"{rows.folder}: epoch {epoch} has other labels than the first: the dataset's labels change from "
+                    "one epoch to the next. Give a dataset with fixed labels."
+                )
+            self._rows, self._epoch = rows, epoch
         return self._rows, epoch % self.views * len(self)
 
     def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
         """Read every byte of the store and compare checksums; return a message for each damaged file."""
         return [] if self.store is None else self.store.verify(on_bytes)
 
-    def close(self) -> None:
-        """Release the folder of a cache with refresh="epoch"; its loaders cannot start another epoch."""
-        if self._epochs is not None:
-            self._epochs.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for another process, such as a DataLoader worker; an error with refresh="epoch"."""
-        if self._epochs is not None:
-            raise TypeError(
-                'FeatureCache: a cache with refresh="epoch" cannot be sent to another process; iterate over its '
-                "loader() in this one."
-            )
-        return self.__dict__
-
-    def __enter__(self) -> FeatureCache:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+def _first_view(folder: Path) -> int:
+    """First view of the store in a folder; 0 without one."""
+    try:
+        return int(Manifest.read(folder).layout.fingerprint.get("first view", 0))
+    except (StoreError, ValueError):
+        return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ _PROBED = 64  # numbers of the probe that are stored
 # activation, mask or number of heads changes more, even with small random weights.
 _PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
-_DIGEST = re.compile("[0-9a-f]{32}")
 _HINTS = {  # by the entry that differs
     "autocast": "Open it under the same autocast. ",
     "dataset key": "Pass the same `key` as to build. ",
@@ -48,15 +47,13 @@ def _probed(clip: SkipCLIP) -> Tensor:
 
 def check(layout: Layout, expected: dict[str, Any], folder: Path) -> None:
     """Raise a StoreError if an entry of the fingerprint of a store differs from `expected`."""
-    for name, here in expected.items():
-        there = layout.fingerprint.get(name, "nothing")
-        if there != here:
-            digests = all(_DIGEST.fullmatch(str(value)) for value in (there, here))
-            values = "" if digests else f" ({there} there, {here} here)"
-            raise StoreError(
-                f"{folder}: holds a store that differs in {name}{values}. {_HINTS.get(name, '')}Build another cache, "
-                "or replace this one with `overwrite=True`."
-            )
+    difference = layout.difference(replace(layout, fingerprint=layout.fingerprint | expected))
+    if difference is not None:
+        hint = _HINTS.get(difference.partition(" (")[0], "")
+        raise StoreError(
+            f"{folder}: holds a store that differs in {difference}. {hint}Build another cache, or replace this one "
+            "with `overwrite=True`."
+        )
 
 
 def check_probe(layout: Layout, clip: SkipCLIP, folder: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import math
-import queue
-import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +15,29 @@ import torch
 from torch import Tensor
 
 from ..store import Store
-from .in_memory import MemoryRows
 from .samplers import BatchSampler
 
-Rows = Store | MemoryRows
 Pair = tuple[Tensor, Tensor]
+
+
+class MemoryRows:
+    """Rows [n, *shape] in a tensor, `rows`, with the interface of a `Store`."""
+
+    rows_per_read = 0  # no limit
+
+    def __init__(self, rows: Tensor):
+        self.rows, self.shape, self.dtype, self.device = rows, tuple(rows.shape[1:]), rows.dtype, rows.device
+
+    def expect(self, index: Tensor) -> None:
+        """Do nothing: the rows are in memory."""
+
+    def gather(self, index: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Gather rows by number [B], into `out` [B, *shape] if given."""
+        rows = self.rows.index_select(0, index.to(self.device))
+        return rows if out is None else out.copy_(rows)
+
+
+Rows = Store | MemoryRows
 
 
 class _Piece(NamedTuple):
@@ -57,7 +73,7 @@ class FeatureLoader:
         self._epoch = 0  # for samplers that do not count epochs
         self._initial: dict[str, Any] | None = None  # the sampler's state at the beginning of the current epoch
         self._yielded = 0  # batches of the current epoch
-        self._buffers = _Buffers(pinned=device is not None and device.type == "cuda")
+        self._free: list[np.ndarray] = []  # buffers without a tensor
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
@@ -108,12 +124,7 @@ class FeatureLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the result of `state_dict`."""
-        if not hasattr(self.sampler, "load_state_dict"):
-            raise TypeError(
-                "FeatureLoader.load_state_dict: this sampler has no load_state_dict; name a sampler in "
-                "FeatureCache.loader."
-            )
-        self.sampler.load_state_dict(state)
+        self.sampler.load_state_dict(state)  # type: ignore[attr-defined]
         self._initial, self._yielded = None, 0
 
     def _sampler_state(self) -> dict[str, Any]:
@@ -129,7 +140,7 @@ class FeatureLoader:
             if self.prefetch > 0 and following is not None:
                 rows.expect(following.rows)
             if piece.start == 0 and rows.device.type == "cpu":
-                out = self._buffers.take((len(piece.batch), *rows.shape), self.dtype or rows.dtype)
+                out = self._buffer((len(piece.batch), *rows.shape), self.dtype or rows.dtype)
             stop = piece.start + len(piece.rows)
             features = rows.gather(piece.rows, out=None if out is None else out[piece.start : stop])
             if stop == len(piece.batch):
@@ -141,20 +152,30 @@ class FeatureLoader:
 
     def _pieces(self, offset: int, max_rows: int) -> Iterator[_Piece]:
         """Split batches into pieces of at most `max_rows` rows; 0: whole batches."""
-        trusted = isinstance(self.sampler, BatchSampler)
         for numbers in self.sampler:
-            batch = torch.tensor(numbers, dtype=torch.int64) if trusted else self._checked(numbers)
-            index = batch + offset if offset else batch
-            size = max_rows or len(index) or 1
-            for start in range(0, len(index) or 1, size):
-                yield _Piece(batch, index[start : start + size], start)
+            batch = torch.as_tensor(numbers, dtype=torch.int64)
+            if any(not 0 <= number < len(self._labels) for number in numbers):
+                raise IndexError(
+                    f"FeatureLoader: images are numbered from 0 to {len(self._labels) - 1}; got {numbers}."
+                )
+            size = max_rows or len(batch) or 1
+            for start in range(0, len(batch) or 1, size):
+                yield _Piece(batch, offset + batch[start : start + size], start)
 
-    def _checked(self, batch: list[int]) -> Tensor:
-        numbers = np.asarray(batch, dtype=np.int64)
-        if len(numbers) > 0 and not 0 <= numbers.min() <= numbers.max() < len(self._labels):
-            wrong = numbers[(numbers < 0) | (numbers >= len(self._labels))][0]
-            raise IndexError(f"FeatureLoader: images are numbered from 0 to {len(self._labels) - 1}; got {wrong}.")
-        return torch.from_numpy(numbers)
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Tensor in memory that is used again when the last tensor on it has been freed."""
+        if self.device is not None and self.device.type == "cuda":
+            return torch.empty(shape, dtype=dtype, pin_memory=True)  # PyTorch reuses it after the copy to the GPU
+        size = math.prod(shape) * dtype.itemsize
+        memory = None
+        while memory is None or memory.nbytes < size:  # smaller memory is dropped: that of a short last batch
+            try:
+                memory = self._free.pop()  # atomic: another thread may take and return memory
+            except IndexError:
+                memory = np.empty(max(size, 1), dtype=np.uint8)
+        part = memory[:size]
+        weakref.finalize(part, self._free.append, memory)
+        return torch.from_numpy(part).view(dtype).view(shape)
 
     def _to_device(self, batches: Iterator[Pair]) -> Generator[tuple[Tensor, Tensor, Any], None, None]:
         """Move batches to the device; on a GPU, yield also the event at the end of the copy."""
@@ -165,89 +186,23 @@ class FeatureLoader:
                 yield features, labels, None
             return
         stream = torch.cuda.Stream(self.device)
-        in_flight: deque[tuple[Any, Tensor]] = deque()  # holds each buffer until its copy has ended
-        try:
-            for features, labels in batches:
-                if features.is_cuda:  # gathered on the current stream
-                    stream.wait_stream(torch.cuda.current_stream(self.device))
-                with torch.cuda.stream(stream):
-                    moved = [part.to(self.device, non_blocking=True) for part in (features, labels)]
-                    event = torch.cuda.Event()
-                    event.record(stream)
-                in_flight.append((event, features))
-                if len(in_flight) > 1:
-                    in_flight.popleft()[0].synchronize()
-                del features
-                yield moved[0], moved[1], event
-        finally:
-            for event, _ in in_flight:
-                event.synchronize()
-
-
-class _Buffers:
-    """Pool of memory for batches; memory is reused when its last tensor has been freed."""
-
-    def __init__(self, pinned: bool):
-        self._pinned = pinned
-        self._free: list[np.ndarray] = []
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = math.prod(shape) * dtype.itemsize
-        memory = None
-        while memory is None or memory.nbytes < size:  # smaller memory is dropped: that of a short last batch
-            try:
-                memory = self._free.pop()  # atomic: another thread may take and return memory
-            except IndexError:
-                memory = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=self._pinned).numpy()
-        part = memory[:size]
-        weakref.finalize(part, self._give_back, memory)
-        return torch.from_numpy(part).view(dtype).view(shape)
-
-    def _give_back(self, memory: np.ndarray) -> None:
-        self._free.append(memory)
+        for features, labels in batches:
+            if features.is_cuda:  # gathered on the current stream
+                stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                moved = [part.to(self.device, non_blocking=True) for part in (features, labels)]
+            yield moved[0], moved[1], stream.record_event()
 
 
 def _ahead(batches: Iterator[Any], depth: int) -> Generator[Any, None, None]:
-    """Yield batches that a thread reads ahead, up to `depth` in a queue."""
-    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: tuple[Any, BaseException | None]) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def read() -> None:
+    """Yield batches of which a thread reads up to `depth` ahead."""
+    with ThreadPoolExecutor(1, "skipkernels features") as thread:
+        waiting = deque(thread.submit(next, batches, None) for _ in range(depth))
         try:
-            for batch in batches:
-                put((batch, None))
-                if stopped.is_set():
-                    return
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(thread.submit(next, batches, None))
+                yield batch
                 del batch  # so that its buffer can be reused
-            put((None, None))
-        except BaseException as error:
-            put((None, error))
-
-    thread = threading.Thread(target=read, name="skipkernels features", daemon=True)
-
-    def stop() -> None:
-        stopped.set()
-        if thread is not threading.current_thread():  # in which this generator may be collected
-            thread.join()
-
-    thread.start()
-    atexit.register(stop)  # the interpreter aborts if it ends while the thread reads
-    try:
-        while True:
-            batch, error = ready.get()
-            if error is not None:
-                raise error
-            if batch is None:
-                return
-            yield batch
-            del batch
-    finally:
-        stop()
-        atexit.unregister(stop)
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -44,7 +44,14 @@ class BatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ):
-        check_batches("BatchSampler", labels, batch_size, ("kind", kind), generator, rank, world_size)
+        if kind not in get_args(SamplerKind):
+            raise ValueError(f"BatchSampler: kind must be one of {', '.join(get_args(SamplerKind))}; got {kind!r}.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"BatchSampler: batch_size must be at least 1, a whole number; got {batch_size!r}.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"BatchSampler: rank must be from 0 to world_size - 1 = {world_size - 1}; got {rank}.")
+        if len(labels) < world_size:
+            raise ValueError(f"BatchSampler: {len(labels)} images are too few for {world_size} processes.")
         self.labels, self.batch_size, self.kind = labels.cpu(), batch_size, kind
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.rank, self.world_size = rank, world_size
@@ -79,26 +86,14 @@ class BatchSampler(Sampler[list[int]]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the result of `state_dict`."""
-        expected = self._settings()
-        if not isinstance(state, dict) or not state.keys() >= expected.keys() | {"epoch", "batches", "generator"}:
-            raise ValueError("BatchSampler.load_state_dict: state must be a result of BatchSampler.state_dict.")
-        for name, here in expected.items():
-            if state[name] != here:
+        for name, here in self._settings().items():
+            if state.get(name) != here:
                 raise ValueError(
-                    f"BatchSampler.load_state_dict: the state is of {name}={state[name]!r}, and this sampler has "
+                    f"BatchSampler.load_state_dict: the state is of {name}={state.get(name)!r}, and this sampler has "
                     f"{here!r}. Use the same settings, or start without the state."
                 )
-        epoch, batches = state["epoch"], state["batches"]
-        if not (isinstance(epoch, int) and epoch >= 0 and isinstance(batches, int) and 0 <= batches <= len(self)):
-            raise ValueError(
-                f"BatchSampler.load_state_dict: epoch must be at least 0, and batches from 0 to {len(self)}; got "
-                f"{epoch!r} and {batches!r}."
-            )
-        try:
-            self.generator.set_state(state["generator"])
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"BatchSampler.load_state_dict: generator must be a generator state: {error}") from error
-        self.epoch, self._skip, self._initial, self._yielded = epoch, batches, None, 0
+        self.generator.set_state(state["generator"])
+        self.epoch, self._skip, self._initial, self._yielded = state["epoch"], state["batches"], None, 0
 
     def _settings(self) -> dict[str, Any]:
         settings = {"kind": self.kind, "batch_size": self.batch_size, "world_size": self.world_size}
@@ -165,22 +160,3 @@ class SharedBatchSampler(BatchSampler):
         rank, size = self._share
         for batch in super().__iter__():
             yield torch.tensor(batch).tensor_split(size)[rank].tolist()
-
-
-def check_batches(
-    function: str, labels: Tensor, batch_size: Any, kind: tuple[str, Any], generator: Any, rank: int, world_size: int
-) -> None:
-    """Raise unless these are arguments of `BatchSampler`, for `function`; `kind` is an argument's name and value."""
-    name, value = kind
-    if value not in get_args(SamplerKind):
-        raise ValueError(f"{function}: {name} must be one of {', '.join(get_args(SamplerKind))}; got {value!r}.")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"{function}: batch_size must be at least 1, a whole number; got {batch_size!r}.")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"{function}: generator must be a torch.Generator; got {generator!r}. Use torch.Generator().manual_seed(0)."
-        )
-    if not 0 <= rank < world_size:
-        raise ValueError(f"{function}: rank must be from 0 to world_size - 1 = {world_size - 1}; got {rank}.")
-    if len(labels) < world_size:
-        raise ValueError(f"{function}: {len(labels)} images are too few for {world_size} processes.")

@@ -11,7 +11,6 @@ import random
 import signal
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from skipkernels.features import FeatureCache
 from skipkernels.store import Store, StoreError
 from tests.kills import run_for
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.processes import forkserver
 from tests.stores import contents, listed_shards
 
 IMAGES, SHARDS, KILLS, SEED = 80, 20, 8, 0
@@ -133,9 +131,6 @@ def test_kill_around_a_rename_loses_at_most_one_shard(whole, tmp_path, name, num
     assert found == done + (after and (name, number) == ("replace", 5))
 
 
-# ---- two builders -------------------------------------------------------------------------------------------------
-
-
 class Images(torch.utils.data.Dataset):
     """The small images, with a call before each is loaded."""
 
@@ -148,63 +143,6 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
         self.before(item)
         return self.images[item]
-
-
-class Waiting(Images):
-    """The image in the middle sets an event and waits for another."""
-
-    def __init__(self, asked, proceed):
-        super().__init__()
-        self.asked, self.proceed = asked, proceed
-
-    def before(self, item: int) -> None:
-        if item == IMAGES // 2:
-            self.asked.set()
-            assert self.proceed.wait(60)
-
-
-def waiting_builder(folder: Path, asked, proceed) -> None:
-    build(folder, dataset=Waiting(asked, proceed), key="images")
-
-
-@pytest.fixture
-def half_built(tmp_path):
-    """A process that has built half of a store and waits to continue."""
-    processes = forkserver()
-    asked, proceed = processes.Event(), processes.Event()
-    process = processes.Process(target=waiting_builder, args=(tmp_path / "store", asked, proceed))
-    process.start()
-    assert asked.wait(60)
-    deadline = time.monotonic() + 60
-    while listed_shards(tmp_path / "store") < SHARDS // 2:  # the last one may not be written yet
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    yield process, proceed
-    process.kill()
-    process.join()
-
-
-def test_second_builder_is_refused(half_built, tmp_path):
-    process, proceed = half_built
-    before = contents(tmp_path / "store")
-    message = "store: in use by another process"
-    for options in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(StoreError, match=message):
-            build(tmp_path / "store", key="images", **options)
-    assert contents(tmp_path / "store") == before
-    proceed.set()
-    process.join()
-    assert process.exitcode == 0
-    build(tmp_path / "alone", key="images")
-    assert contents(tmp_path / "store") == contents(tmp_path / "alone")
-
-
-def test_killed_builder_releases_the_folder(half_built, tmp_path):
-    process, _ = half_built
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    build(tmp_path / "store", key="images", resume=True)
-    assert listed_shards(tmp_path / "store") == SHARDS
 
 
 # ---- resuming ----------------------------------------------------------------------------------------------------
@@ -234,23 +172,6 @@ def test_build_resumes_after_a_bad_image_with_the_same_shard_rows(tmp_path, shar
     build(tmp_path / "store", dataset=dataset, resume=True, shard_bytes=shard_bytes)
     build(tmp_path / "whole", dataset=dataset)
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
-
-
-class Dying(Images):
-    """One image kills the process that loads it, as the system does without memory."""
-
-    def before(self, item: int) -> None:
-        if item == BAD and torch.utils.data.get_worker_info() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_build_resumes_after_a_worker_died(whole, tmp_path):
-    with pytest.raises(
-        StoreError, match=r"FeatureCache: a process that loads images has died \(.+\)\. .*`resume=True`"
-    ):
-        build(tmp_path / "store", dataset=Dying(), key="images", workers=1)
-    build(tmp_path / "store", dataset=Dying(), key="images", resume=True)
-    assert contents(tmp_path / "store").keys() == whole.keys()
 
 
 def test_repair_warning_points_at_the_call_of_build(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from caches import CLASSES, Drawn, build, images, pictures, skip_clip
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision import transforms as v1
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -177,7 +177,7 @@ def test_dataset_key_notices_labels(make):
 
 @pytest.mark.parametrize("labels", [None, [{"box": 1}] * 23, [1, 2]], ids=["none", "dicts", "too few"])
 def test_dataset_key_without_labels(labels):
-    dataset = Stream()
+    dataset = Numbered()
     dataset.targets = labels
     assert dataset_key(dataset) == {
         "dataset key": "not given", "images": "not listed", "labels": "not listed", "image transform": "none"
@@ -279,18 +279,6 @@ class Relabelled(Numbered):
         return image, label + 1
 
 
-class Stream(IterableDataset):
-    def __init__(self, off: float = 0.0):
-        self._off = off
-
-    def __len__(self) -> int:
-        return COUNT
-
-    def __iter__(self):
-        torch.rand(1)  # as for an order
-        return iter([Numbered(self._off)[item] for item in range(COUNT)])
-
-
 def brighter(image: torch.Tensor) -> torch.Tensor:
     return image + BRIGHTER
 
@@ -310,7 +298,6 @@ UNLISTED: dict[
     "global": reads_a_global,
     "lambda": lambda root, change: Transformed(v1.Lambda(LAMBDAS[change])),
     "label": lambda root, change: Relabelled() if change else Numbered(),
-    "iterable": lambda root, change: Stream(0.5 * change),
 }
 
 
@@ -335,7 +322,6 @@ def test_sample_images_are_the_first_the_last_and_six_others(tmp_path):
     sampled = [sample["item"] for sample in sample_images(Numbered(), seed=0)]
     assert len(sampled) == 8 and sampled[0] == 0 and sampled[-1] == COUNT - 1
     assert max(b - a for a, b in zip(sampled, sampled[1:], strict=False)) <= COUNT / 4, "spread over the dataset"
-    assert [sample["item"] for sample in sample_images(Stream(), seed=0)] == list(range(8))
     assert len(sample_images(images(3), seed=0)) == 3
     build(tmp_path, Numbered())
     for item in (0, sampled[3], COUNT - 1):
@@ -352,8 +338,8 @@ def test_sampled_images_may_be_decoded_slightly_differently(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("dataset", [Drawn(8), Stream(0.5)], ids=["drawn", "stream"])
-def test_sample_images_draw_random_transforms_reproducibly(tmp_path, dataset, workers):
+def test_sample_images_draw_random_transforms_reproducibly(tmp_path, workers):
+    dataset = Drawn(8)
     build(tmp_path, dataset, views=2, seed=3, workers=workers)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     for _ in range(2):
@@ -380,25 +366,6 @@ def test_irreproducible_images_need_a_key(tmp_path):
     assert not list(tmp_path.iterdir())
     build(tmp_path, Irreproducible(), key="irreproducible")
     sk.FeatureCache.open(tmp_path, dataset=Irreproducible(), key="irreproducible")
-
-
-class OneShot:
-    """An iterable that can be read once."""
-
-    def __init__(self):
-        self._items = iter(list(images(9)))
-
-    def __len__(self) -> int:
-        return 9
-
-    def __iter__(self):
-        return self._items
-
-
-def test_one_shot_iterable_is_not_sampled(tmp_path):
-    cache = build(tmp_path, OneShot())
-    assert len(cache) == 9
-    sk.FeatureCache.open(tmp_path, dataset=OneShot())
 
 
 @pytest.mark.parametrize("samples", [None, [], [{}] * 8, {"item": 0}], ids=["none", "empty", "without item", "dict"])

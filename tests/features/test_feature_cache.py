@@ -25,7 +25,7 @@ from PIL import Image
 from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import skipkernels as sk
 from skipkernels.app.data import LabelledImages
@@ -215,7 +215,7 @@ def test_cache_can_be_pickled_after_reading(tmp_path):
     assert features.equal(torch.stack([one for one, _ in right])) and labels.tolist() == [label for _, label in right]
 
 
-def test_in_memory_equals_the_model(tmp_path):
+def test_in_memory_equals_the_model(monkeypatch, tmp_path):
     clip, done = skip_clip(), []
     cache = sk.FeatureCache.in_memory(images(), clip.encode_lower, batch_size=4, progress=done.append)
     assert sum(done) == len(cache) == 23 and cache.store is None and cache.verify() == []
@@ -228,78 +228,10 @@ def test_in_memory_equals_the_model(tmp_path):
     assert torch.cat([features for features, _ in cache.loader(5, "sequential", dtype=torch.bfloat16)]).equal(
         right.bfloat16()
     )
-
-
-class Stream(IterableDataset):
-    """Images one after the other, `given` of them."""
-
-    def __init__(self, count: int = 23, given: int | None = None):
-        self.count, self.given = count, count if given is None else given
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self):
-        return iter(list(images(self.given)))
-
-
-class Old:
-    """An iterable that is not an IterableDataset."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self):
-        return iter(Stream(self.count))
-
-
-@pytest.mark.parametrize(("make", "workers"), [(Stream, 0), (Stream, 2), (Old, 0)])
-def test_iterable_gives_the_same_store(tmp_path, make, workers):
-    right = rows(build(tmp_path / "map"))
-    cache = build(tmp_path / "stream", make(23), workers=workers)
-    assert rows(cache).equal(right) and cache.labels.equal(images().tensors[1])
-
-
-def test_iterable_is_resumed(tmp_path):
-    right = rows(build(tmp_path, Stream(), views=2))
-    for number in (1, 7, 11):
-        (tmp_path / f"{number:05d}.safetensors").unlink()
-    with pytest.warns(UserWarning, match="missing"):
-        cache = build(tmp_path, Stream(), views=2, resume=True)
-    assert rows(cache).equal(right)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(
-    ("given", "message"), [(10, "of 23, but ended after 10 items"), (24, "of 23, but gives more than 23 items")]
-)
-def test_iterable_with_a_wrong_length(tmp_path, given, message, workers):
-    with pytest.raises(StoreError, match=f"the dataset has a length {message}"):
-        build(tmp_path, Stream(given=given), workers=workers)
-
-
-class Shuffled(Stream):
-    """Images in a random order, drawn when the iteration starts."""
-
-    def __iter__(self):
-        return iter([images(self.count)[number] for number in torch.randperm(self.count).tolist()])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_iterable_with_a_random_order_is_resumed_in_the_same(tmp_path, workers):
-    torch.manual_seed(1)
-    whole = build(tmp_path / "whole", Shuffled(), workers=workers)
-    torch.manual_seed(2)
-    right = build(tmp_path / "store", Shuffled())
-    assert rows(whole).equal(rows(right)) and whole.labels.equal(right.labels)
-    for number in (1, 4):
-        (tmp_path / "store" / f"{number:05d}.safetensors").unlink()
-    with pytest.warns(UserWarning, match="missing"):
-        cache = build(tmp_path / "store", Shuffled(), workers=workers, resume=True)
-    assert rows(cache).equal(rows(right)) and cache.labels.equal(right.labels)
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 1 kB\n")
+    monkeypatch.setattr("skipkernels.memory._PROC", tmp_path)
+    with pytest.raises(MemoryError, match=r"23 items of \[3, 16, 16\] torch.float32 take .* Use FeatureCache.build"):
+        sk.FeatureCache.in_memory(images())
 
 
 class Relabelled(Drawn):
@@ -309,14 +241,13 @@ class Relabelled(Drawn):
         return super().__getitem__(item)[0], random.randrange(100)
 
 
-@pytest.mark.parametrize(("make", "workers"), [(Shuffled, 1), (Relabelled, 0)])
-def test_views_with_other_labels_are_refused(tmp_path, make, workers):
+def test_views_with_other_labels_are_refused(tmp_path):
     message = r"view 1 has other labels than the first \(item \d+: \d+, not \d+\): .*order or labels"
     with pytest.raises(StoreError, match=message):
-        build(tmp_path / "two", make(23), views=2, workers=workers)
+        build(tmp_path / "two", Relabelled(23), views=2)
     with pytest.raises(StoreError, match=message):
-        build(tmp_path / "in one batch", make(5), views=2, batch_size=10, workers=workers)
-    build(tmp_path / "one", make(23), workers=workers)
+        build(tmp_path / "in one batch", Relabelled(5), views=2, batch_size=10)
+    build(tmp_path / "one", Relabelled(23))
 
 
 # ---- views ---------------------------------------------------------------------------------------------------------
@@ -430,9 +361,8 @@ def test_open_allows_other_rounding_in_half_precision(tmp_path, dtype):
     [
         (images(seed=1), "item 0 of the dataset has another image"),
         (images(22), r"holds a store that differs in number of images \(23 there, 22 here\)"),
-        (Stream(), r"holds a store that differs in labels \(\w+ there, not listed here\)"),
     ],
-    ids=["pixels", "count", "type"],
+    ids=["pixels", "count"],
 )
 def test_open_refuses_another_dataset(folder, dataset, message):
     with pytest.raises(StoreError, match=f"^{folder}: {message}.*Build another cache"):
@@ -472,20 +402,15 @@ def test_build_replaces_a_store_only_with_overwrite(tmp_path):
     [
         ({"dtype": "fp8"}, "dtype must be one of fp32, fp16, bf16, int8; got 'fp8'"),
         ({"refresh": "always"}, "refresh must be"),
-        ({"views": 0}, "views must be at least 1; got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
-        ({"shard_bytes": 0}, "shard_bytes must be at least 1; got 0"),
-        ({"workers": -1}, "workers must be at least 0; got -1"),
-        ({"seed": -1}, "seed must be at least 0; got -1"),
-        ({"views": 2.5}, r"views must be a whole number; got 2\.5"),
-        ({"shard_bytes": 1e6}, r"shard_bytes must be a whole number; got 1000000\.0"),
+        ({"views": 0}, "views must be at least 1, a whole number; got 0"),
+        ({"shard_bytes": 1e6}, r"shard_bytes must be at least 1, a whole number; got 1000000\.0"),
         (
             {"resume": True, "overwrite": True},
             "resume continues a store, and overwrite replaces it; pass only one",
         ),
-        ({"views": 2, "refresh": "epoch"}, "views must be 1 with refresh"),
-        ({"dataset": []}, "the dataset is empty"),
-        ({"dataset": iter([])}, "the dataset has no length"),
+        ({"views": 2, "refresh": "epoch"}, "views must be 1 and process_group None with refresh"),
+        ({"dataset": []}, "dataset must be map-style, .* at least one image; got list"),
+        ({"dataset": iter([])}, "dataset must be map-style"),
         ({"clip": skip_clip(skip=0)}, "with skip_layers=0 the image embedding trains"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -521,20 +446,18 @@ GOOD = pictures(1)[0]
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ((Image.new("RGB", (16, 16)), 1), r"image of item 5 .* must be a tensor .*; got Image.*preprocessing"),
-        ((GOOD[0], 1), r"image of item 5 .* must be a tensor \[3, height, width\]; got \[16, 16\]"),
+        ((Image.new("RGB", (16, 16)), 1), r"image of item 5 .* a floating-point tensor .*; got Image.*preprocessing"),
+        ((GOOD[0], 1), r"image of item 5 .* tensor \[3, height, width\]; got torch.float32 \[16, 16\]"),
         ((pictures(1, 8)[0], 1), r"item 5 .*\[3, 8, 8\]"),
-        ((GOOD, 1.0), r"label of item 5 .* must be a whole number; got 1\.0"),
-        ((GOOD, True), r"label of item 5 .* must be a whole number; got True"),
-        ((GOOD, 2**70), r"label of item 5 .* must fit 64 bits; got 1180591620717411303424"),
-        ((GOOD, "cat"), r"label of item 5 .* must be a whole number; got 'cat'"),
-        ((GOOD, torch.tensor([1])), r"label of item 5 .* must be a whole number; got tensor\(\[1\]\)"),
-        ((GOOD.byte(), 1), r"image of item 5 .* must be floating-point numbers, normalised .*; got torch\.uint8\."),
+        ((GOOD, 1.0), r"label of item 5 .* must be a whole number of 64 bits; got 1\.0"),
+        ((GOOD, 2**70), r"label of item 5 .* of 64 bits; got 1180591620717411303424"),
+        ((GOOD, torch.tensor([1])), r"label of item 5 .* must be a whole number .*; got tensor\(\[1\]\)"),
+        ((GOOD.byte(), 1), r"image of item 5 .* floating-point tensor .*; got torch\.uint8 "),
         (GOOD, r"item 5 of the dataset must be \(image, label\); got Tensor"),
         ((GOOD, 1, 2), r"item 5 of the dataset must be \(image, label\); got tuple"),
         (OSError("no such disk"), r"item 5 of the dataset cannot be loaded: OSError\('no such disk'\)"),
     ],
-    ids=["picture", "grey", "small", "fraction", "bool", "huge", "text", "vector", "bytes", "alone", "three", "error"],
+    ids=["picture", "grey", "small", "fraction", "huge", "vector", "bytes", "alone", "three", "error"],
 )  # fmt: skip
 def test_invalid_item_is_named(tmp_path, item, message, workers):
     with pytest.raises(StoreError, match=f"^FeatureCache: .*{message}") as caught:
@@ -544,26 +467,12 @@ def test_invalid_item_is_named(tmp_path, item, message, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("stream", [False, True], ids=["map", "iterable"])
-def test_error_of_a_dataset_of_this_package_is_unchanged(tmp_path, stream, workers):
+def test_error_of_a_dataset_of_this_package_is_unchanged(tmp_path, workers):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no image")
     files = LabelledImages(tmp_path, ["a.png", "b.png"], [0, 1], transform=lambda image: GOOD)
     with pytest.raises(StoreError, match=rf"^{tmp_path}/b\.png: can.*t be read as an image .*Replace or remove it\.$"):
-        build(tmp_path / "store", OneByOne(files) if stream else files, key="files", workers=workers)
-
-
-class OneByOne(IterableDataset):
-    """A map-style dataset as an iterable."""
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self):
-        return (self.dataset[number] for number in range(len(self)))
+        build(tmp_path / "store", files, key="files", workers=workers)
 
 
 @pytest.mark.parametrize(("size", "workers"), [(8, 0), (32, 2)])
@@ -599,14 +508,6 @@ def test_shards_before_a_bad_item_are_kept(tmp_path):
     cache = build(tmp_path, images(9), key="same", resume=True, progress=done.append)
     assert rows(cache).equal(by_hand(skip_clip(), images(9).tensors[0]))
     assert done[0] == 4 and sum(done) == 9, "four images existed"
-
-
-def test_folder_without_a_cache(tmp_path):
-    with pytest.raises(StoreError, match="no manifest.json: not a store"):
-        sk.FeatureCache.open(tmp_path)
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(StoreError, match=r"holds other files \(thesis.tex\)"):
-        build(tmp_path)
 
 
 def test_relative_path_is_resolved_before_loading(tmp_path, monkeypatch):

@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from caches import CLASSES, Drawn, build, images
-from torch.utils.data import DataLoader, SequentialSampler, sampler
+from caches import CLASSES, Drawn, build
+from torch.utils.data import DataLoader
 
 import skipkernels as sk
 from skipkernels.features import BatchSampler
-from skipkernels.features.in_memory import MemoryRows
+from skipkernels.features.loader import MemoryRows
 from skipkernels.store import Store, StoreError
 
 COUNT = 23
@@ -41,14 +41,14 @@ def in_memory(rows: torch.Tensor) -> sk.FeatureCache:
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "skipkernels features"]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("skipkernels features")]
 
 
 # ---- contents --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefetch", [0, 1, 3])
-@pytest.mark.parametrize("kind", ["class_pure", "random", "sequential"])
+@pytest.mark.parametrize("prefetch", [0, 3])
+@pytest.mark.parametrize("kind", ["class_pure", "sequential"])
 @pytest.mark.parametrize("where", ["disk", "memory"])
 def test_rows_follow_the_sampler(cache, rows, where, kind, prefetch):
     cache = cache if where == "disk" else in_memory(rows)
@@ -85,36 +85,18 @@ def test_lists_of_numbers_as_sampler(cache, rows):
     assert len(list(loader)) == 3 and loader.epoch == 2
 
 
-def test_sampler_without_state(cache, rows):
-    loader = cache.loader(sampler=sampler.BatchSampler(SequentialSampler(range(COUNT)), 5, drop_last=False))
-    assert torch.cat([features for features, _ in loader]).equal(rows)
-    for _ in loader:
-        with pytest.raises(TypeError, match=r"^FeatureLoader\.state_dict: this sampler has no (load_)?state_dict"):
-            loader.state_dict()
-    with pytest.raises(TypeError, match="this sampler has no (load_)?state_dict"):
-        loader.state_dict()
-    with pytest.raises(TypeError, match=r"^FeatureLoader\.load_state_dict: this sampler has no (load_)?state_dict"):
-        loader.load_state_dict(cache.loader(5).state_dict())
-
-
-@pytest.mark.parametrize(("rank", "world_size"), [(1, 2), (0, 2), (1, 1)])
-def test_lists_of_numbers_are_not_divided(cache, rank, world_size):
-    message = f"lists of image numbers are not divided; got rank={rank} and world_size={world_size}"
-    with pytest.raises(ValueError, match=f"^FeatureCache.loader: {message}"):
-        cache.loader(sampler=[[0, 1], [2, 3]], rank=rank, world_size=world_size)
-
-
-@pytest.mark.parametrize("dtype", ["bf16", float], ids=str)
-def test_dtype_must_be_a_torch_dtype(cache, dtype):
-    with pytest.raises(TypeError, match=r"^FeatureCache\.loader: dtype must be a torch\.dtype, such as .*; got "):
-        cache.loader(dtype=dtype)
+def test_lists_of_numbers_have_no_state_and_are_not_divided(cache):
+    with pytest.raises(TypeError, match=r"^FeatureLoader\.state_dict: this sampler has no state_dict"):
+        cache.loader(sampler=[[0, 1], [2, 3]]).state_dict()
+    with pytest.raises(ValueError, match="^FeatureCache.loader: lists of image numbers are not divided; got rank=0"):
+        cache.loader(sampler=[[0, 1], [2, 3]], rank=0, world_size=2)
 
 
 @pytest.mark.parametrize("wrong", [COUNT, -1])
 @pytest.mark.parametrize("where", ["disk", "memory"])
 def test_image_number_out_of_range(cache, rows, where, wrong):
     cache = cache if where == "disk" else in_memory(rows)
-    with pytest.raises(IndexError, match=rf"^FeatureLoader: images are numbered from 0 to 22; got {wrong}\.$"):
+    with pytest.raises(IndexError, match=rf"^FeatureLoader: images are numbered from 0 to 22; got \[3, {wrong}, 2\]"):
         list(cache.loader(sampler=[[0], [3, wrong, 2]]))
     assert not threads()
 
@@ -142,16 +124,6 @@ def test_kept_batches_do_not_change(cache, rows, prefetch):
         assert all(features.equal(right) for (features, _), right in zip(kept, expected, strict=True))
         assert all(view.equal(right[1:, 2]) for view, right in zip(views, expected, strict=True))
         assert all((array == right[:, 0].numpy()).all() for array, right in zip(arrays, expected, strict=True))
-
-
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_batches_saved_by_autograd_do_not_change(cache, rows, prefetch):
-    weight = torch.ones(rows.shape[1:], requires_grad=True)
-    losses = [(features * weight).square().sum() for features, _ in cache.loader(5, "sequential", prefetch=prefetch)]
-    for _ in cache.loader(5, "sequential", prefetch=prefetch):
-        pass
-    sum(losses).backward()
-    torch.testing.assert_close(weight.grad, 2 * rows.square().sum(dim=0))
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
@@ -224,7 +196,7 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) and all(one.equal(other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("steps", [0, 1, 5, 11, 12])
+@pytest.mark.parametrize("steps", [0, 5, 12])
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_state_counts_yielded_batches(cache, tmp_path, prefetch, steps):
     whole = cache.loader(2, "random", prefetch=0)
@@ -263,19 +235,6 @@ def test_state_after_an_unfinished_epoch(cache, prefetch):
     assert same(taken(resumed), batches[4:])
     resumed.load_state_dict(state_of_unfinished)
     assert same(taken(resumed), taken(cache.loader(2, "random"))[3:])
-
-
-def test_state_of_another_loader_is_refused(cache):
-    loader = cache.loader(2, "random")
-    kept = []
-    for features, _ in loader:
-        kept.append(features)
-        if len(kept) == 3:
-            state = loader.state_dict()
-            with pytest.raises(ValueError, match="the state is of batch_size=4, and this sampler has 2"):
-                loader.load_state_dict(cache.loader(4, "random").state_dict())
-            assert loader.state_dict()["batches"] == state["batches"] == 3
-    assert same(kept, taken(cache.loader(2, "random")))
 
 
 def test_epochs_cycle_through_views(tmp_path):
@@ -325,10 +284,3 @@ def test_batches_from_a_gpu_to_the_cpu(rows):
     cache = in_memory(rows.cuda())
     for _ in range(3):
         assert torch.cat([features for features, _ in cache.loader(5, "sequential", device="cpu")]).equal(rows)
-
-
-def test_images_in_memory():
-    dataset = images(7)
-    loader = sk.FeatureCache.in_memory(dataset).loader(3, "sequential")
-    assert loader.prefetch == 0
-    assert torch.cat(taken(loader)).equal(dataset.tensors[0])

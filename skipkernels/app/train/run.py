@@ -236,18 +236,18 @@ class Run:
             with self.display:
                 advance = self.display.features(self.setup.images)
                 test, held = self.setup.test_features(advance), self.setup.validation_features(advance)
-                with self.setup.train_features(advance) as train:
-                    self.evaluator = Evaluator(self.setup, test, held)
-                    self.zero_shot = self.evaluator.evaluate(
-                        self.setup.zero_shot, 'for the pretrained weights. Check `pretrained`, or use precision="fp32".'
-                    )
-                    arguments = self.config, self.method, self.setup.precision, train, self.task.tests[0].classes
-                    trainer = Trainer(*arguments, self.processes) if self.config.epochs else None
-                    if trainer is not None and trainer.not_graphed is not None:
-                        _print(self.console, f"note: steps run without a CUDA graph: {trainer.not_graphed}")
-                    with contextlib.nullcontext() if self.folder is None else self.folder.lock():
-                        self._begin(trainer)
-                        return self._train(trainer, train)
+                train = self.setup.train_features(advance)
+                self.evaluator = Evaluator(self.setup, test, held)
+                self.zero_shot = self.evaluator.evaluate(
+                    self.setup.zero_shot, 'for the pretrained weights. Check `pretrained`, or use precision="fp32".'
+                )
+                arguments = self.config, self.method, self.setup.precision, train, self.task.tests[0].classes
+                trainer = Trainer(*arguments, self.processes) if self.config.epochs else None
+                if trainer is not None and trainer.not_graphed is not None:
+                    _print(self.console, f"note: steps run without a CUDA graph: {trainer.not_graphed}")
+                with contextlib.nullcontext() if self.folder is None else self.folder.lock():
+                    self._begin(trainer)
+                    return self._train(trainer, train)
         except StoreError as error:
             if error.item is not None:
                 self._list_unreadable()

@@ -54,7 +54,7 @@ def test_cache_skips_other_manifests(built, capsys):
     app = built / "app" / MANIFEST
     app.parent.mkdir()
     app.write_text('{"name": "an app"}')
-    (built / "train" / ".00000.safetensors.77.partial").write_text("left")
+    (built / "train" / ".00000.safetensors-abcd1234.partial").write_text("left")
     for action in ("verify", "prune", "info"):
         assert main(["cache", action, str(built)]) == 0
         assert f"skipped {app}: not the manifest of a store" in said(capsys)
@@ -95,7 +95,7 @@ def test_cache_build_interrupted(tmp_path, monkeypatch, capsys, how, code):
 def test_cache_prints_folder_names_escaped(built, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     folder = Path(shutil.move(built, built.parent / "[/b]:ok:\x1b[2J"))
-    (folder / "train" / ".00000.safetensors.77.partial").write_text("left")
+    (folder / "train" / ".00000.safetensors-abcd1234.partial").write_text("left")
     for action in (["info"], ["prune", "--dry-run"], ["verify"]):
         assert main(["cache", *action, str(folder)]) == 0
     (folder / "train" / MANIFEST).write_text("damaged")
