@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from . import functional
@@ -41,21 +40,12 @@ class _ConsumedGradient(torch.Tensor):
     With None instead, `clip_grad_norm_` would skip the weight: return 0 and clip nothing.
     """
 
-    _optimizer: weakref.ref[FusedSGD]
-
     @staticmethod
-    def __new__(cls, gradient: Tensor, optimizer: FusedSGD) -> _ConsumedGradient:
-        placeholder = torch.Tensor._make_wrapper_subclass(
-            cls, gradient.shape, dtype=gradient.dtype, device=gradient.device
-        )
-        placeholder._optimizer = weakref.ref(optimizer)
-        return placeholder
+    def __new__(cls, gradient: Tensor) -> _ConsumedGradient:
+        return torch.Tensor._make_wrapper_subclass(cls, gradient.shape, dtype=gradient.dtype, device=gradient.device)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, cls) and (optimizer := x._optimizer()) is not None:
-                optimizer._undo_first_step()
         _refuse_use(str(func))
 
 
@@ -74,10 +64,8 @@ class FusedSGD(torch.optim.Optimizer):
 
     Each backward is an update. Use `in_backward=False` for everything that needs or changes all gradients of a step
     before the update: several backward passes per step, `GradScaler`, `clip_grad_norm_`, `DistributedDataParallel`, a
-    weight used in several activation checkpoints with `use_reentrant=True`. From its update to `step()`, `grad` of a
-    weight is a placeholder, and an operation on it raises an error. `GradScaler` is detected only after its first
-    backward, in `unscale_` or `step`: weights and momentum are restored from copies in host memory, then an error is
-    raised. If backward raises an error, some weights are updated and others are not.
+    weight used in several activation checkpoints with `use_reentrant=True`. They are errors, but some are detected only
+    after a backward has updated the weights: load these again.
 
     Args:
         params: Parameters, or groups of them with their own options, as for `torch.optim`; any shape, fp32, bf16, fp16
@@ -86,16 +74,11 @@ class FusedSGD(torch.optim.Optimizer):
             kernel reads the tensor, so a captured CUDA graph uses its value at each replay; see `copy_rates`.
         momentum: Factor of the buffer, ≥ 0; 0 (default) keeps no buffer.
         weight_decay: L2 penalty ≥ 0, 0 by default.
-        in_backward: True (default) updates weights in backward. False updates all in `step()`, with one call per group,
-            dtype and device.
+        in_backward: True (default) updates weights in backward. False updates all in `step()`.
         stochastic_rounding: True rounds bf16 weights up with the probability of the discarded part, so that updates
             below half a unit in the last place survive on average. Only for groups of bf16 weights. The random bits
             differ for each weight, step and replay of a captured graph, and continue with the state dict.
         seed: Seed of stochastic rounding, ≥ 0.
-
-    Raises:
-        RuntimeError: In backward, for a second gradient before `step()` or a gradient that another optimizer has
-            consumed; in backward and at construction, for updates in backward in a process group of several ranks.
 
     Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO), ACL 2024,
     arXiv 2306.09782, for updates inside backward.
@@ -122,9 +105,6 @@ class FusedSGD(torch.optim.Optimizer):
     ):
         self._in_backward = False  # add_param_group adds no hooks until all groups are checked
         self._updated: set[int] = set()  # indices of the weights updated in backward since step()
-        # Weights and momentum buffers with copies from before the first step, for `_undo_first_step`; None after it
-        self._before: list[tuple[Tensor, Tensor]] | None = []
-        self._placeholders: dict[Any, _ConsumedGradient] = {}  # by shape, dtype and device
         self._waiting: list[tuple[int, int, Tensor]] = []  # group, index and weight of gathered gradients
         self._waiting_bytes = 0
         self._offsets: list[int] = []  # first element of each weight among all, and of the next weight to be added
@@ -195,43 +175,9 @@ class FusedSGD(torch.optim.Optimizer):
 
     def _consume(self, group_index: int, indexed: list[tuple[int, Any]]) -> None:
         """Update weights of a group in backward, and replace their gradients by placeholders."""
-        if self._before is not None:
-            for _, weight in indexed:
-                buffer = self.state.get(weight, {}).get("momentum_buffer")
-                self._before += [(x, _host_copy(x)) for x in (weight, buffer) if x is not None]
         self._update(group_index, indexed)
         for _, weight in indexed:
-            key = weight.grad.shape, weight.grad.dtype, weight.grad.device
-            if key not in self._placeholders:
-                self._placeholders[key] = _ConsumedGradient(weight.grad, self)
-            weight.grad = self._placeholders[key]
-
-    @torch.no_grad()
-    def _undo_first_step(self) -> None:
-        """Restore weights and momentum from before the first step, unless it has ended.
-
-        When GradScaler is detected, the updates of its first backward have already applied scaled gradients.
-        """
-        if not self._before:
-            return
-        changed = {id(x) for x, _ in self._before}
-        for weight in self.state:
-            buffer = self.state[weight].get("momentum_buffer")
-            if buffer is not None and id(buffer) not in changed:  # created by this step
-                buffer.zero_()
-        for x, value in reversed(self._before):  # the oldest value last
-            x.copy_(value)
-        self._before = []
-        self.zero_grad()
-        self._updated.clear()
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler.step reads this property before it does anything else.
-        if self._updated:
-            self._undo_first_step()
-            _refuse_use("GradScaler")
-        return False
+            weight.grad = _ConsumedGradient(weight.grad)
 
     def _discard_backward(self) -> None:
         """Remove what backward left: placeholders, and weights that wait because it raised an error."""
@@ -250,7 +196,6 @@ class FusedSGD(torch.optim.Optimizer):
         """End a step: update every weight that still has a gradient; return the result of `closure`, if given."""
         loss = None if closure is None else closure()
         self._discard_backward()
-        self._before = None
         first = 0
         for group_index, group in enumerate(self.param_groups):
             indexed = enumerate(group["params"], first)
@@ -273,17 +218,19 @@ class FusedSGD(torch.optim.Optimizer):
         for index, weight in indexed:
             alike[weight.dtype, weight.device].append((index, weight))
         for (_, device), pairs in alike.items():
-            weights = [weight for _, weight in pairs]
-            functional.sgd_momentum_(
-                weights,
-                [weight.grad for weight in weights],
-                self._momentum_buffers(weights, group["momentum"]),
-                self._rate(group_index, device),
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-                seed=_step_seed(group, device),
-                offsets=[self._offsets[index] for index, _ in pairs],
-            )
+            # Without momentum the buffer is scratch memory: that of one weight at a time, not of the whole model.
+            for part in [pairs] if group["momentum"] else [[pair] for pair in pairs]:
+                weights = [weight for _, weight in part]
+                functional.sgd_momentum_(
+                    weights,
+                    [weight.grad for weight in weights],
+                    [self._momentum_buffer(weight, group["momentum"]) for weight in weights],
+                    self._rate(group_index, device),
+                    momentum=group["momentum"],
+                    weight_decay=group["weight_decay"],
+                    seed=_step_seed(group, device),
+                    offsets=[self._offsets[index] for index, _ in part],
+                )
 
     def _rate(self, group_index: int, device: torch.device) -> Tensor | float:
         """Learning rate of a group: on a GPU a tensor at a fixed address, which captured graphs read at each replay."""
@@ -297,18 +244,13 @@ class FusedSGD(torch.optim.Optimizer):
             self._rates[key] = rate, lr
         return rate
 
-    def _momentum_buffers(self, weights: list[Tensor], momentum: float) -> list[Tensor]:
-        if momentum == 0:  # scratch memory: the operator writes buffers, and nothing reads these later
-            zeros = weights[0].new_zeros(sum(weight.numel() for weight in weights))
-            sizes = [weight.numel() for weight in weights]
-            return [part.view(weight.shape) for part, weight in zip(zeros.split(sizes), weights, strict=True)]
-        buffers = []
-        for weight in weights:
-            state = self.state[weight]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            buffers.append(state["momentum_buffer"])
-        return buffers
+    def _momentum_buffer(self, weight: Tensor, momentum: float) -> Tensor:
+        if momentum == 0:
+            return torch.zeros_like(weight)
+        state = self.state[weight]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        return state["momentum_buffer"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, see `torch.optim.Optimizer.state_dict`; with stochastic rounding, a host sync."""
@@ -354,10 +296,6 @@ def _refuse_several_processes() -> None:
 
 def _is_consumed(weight: Tensor) -> bool:
     return weight.grad is None or isinstance(weight.grad, _ConsumedGradient)
-
-
-def _host_copy(x: Tensor) -> Tensor:
-    return x.detach().cpu() if x.is_cuda else x.detach().clone()
 
 
 def _refuse_use(use: str) -> NoReturn:

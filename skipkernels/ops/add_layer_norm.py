@@ -330,7 +330,7 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
 
 def _outputs(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
     """Allocate the results: [0] where not needed, since an operator cannot return None."""
-    hidden, _, _, weight, bias = saved
+    hidden, mean, _, weight, bias = saved
 
     def empty(like: Tensor, need: bool, dtype: torch.dtype | None = None) -> Tensor:
         return like.new_empty(like.shape if need else 0, dtype=dtype)
@@ -345,7 +345,7 @@ def _outputs(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
         normed=empty(hidden, bias is not None, d_normed.dtype),
         d_hidden_sum=empty(weight, needs.sums and not needs.partial),
         d_x_sum=empty(weight, needs.sums and not needs.partial),
-        sums=hidden.new_empty(sums_shape, dtype=torch.float32),
+        sums=mean.new_empty(sums_shape),
     )
 
 
@@ -405,7 +405,7 @@ def _fallback_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) ->
         normed=result(None if unit is None else _affine(unit, weight, bias), d_normed.dtype),
         d_hidden_sum=result(column_sum(d_hidden), weight.dtype),
         d_x_sum=result(column_sum(d_x), weight.dtype),
-        sums=hidden.new_empty(0),
+        sums=mean.new_empty(0),
     )
 
 

@@ -168,7 +168,7 @@ def test_backward_of_a_block(backend: Backend, rows, dtypes):
         exact, size = terms.double().sum(dim=0), terms.double().abs().sum(dim=0)
         assert ((sums.double() - exact).abs() <= 4 * max(SLACK[stream], SLACK[torch.float32]) * size).all()
     options = (bias, True, True, True, True, False, cast)
-    if stream == torch.float32:
+    if rows == 1:
         backend.opcheck(add_layer_norm_backward, (*saved, *options), compiled=False)
 
 
