@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
@@ -315,12 +315,8 @@ class RankSampler:
         """Draw the kept ranks of a step from a CPU generator, to be read by `take` on `device`, also in a CUDA graph.
 
         K is the same in every step: "resample" draws round(Σq) ranks of the tail, each with its entry of
-        `inclusion_probabilities` as probability.
-
-        The ranks of many steps, drawn with a copy of the generator, are copied to the device together. The generator
-        itself advances by one number in each step, so that its state is that of a loop with `draw`. If this number is
-        not the one that the next row was drawn with (the generator was seeded, or continues from a checkpoint), all
-        rows are drawn again.
+        `inclusion_probabilities` as probability. The ranks of many steps, drawn with a copy of the generator, are
+        copied to the device together; the generator itself advances by one number in each step, as in `draw`.
         """
         self._reserve(device, num_classes, batch_size, constant=True)
 
@@ -332,6 +328,7 @@ class RankSampler:
             table = self._tables[constant] = _RankTable(device, certain, intervals)
         if intervals is not None:
             start = self._uniform()
+            # Another number than the row was drawn with: the generator was seeded, or continues from a checkpoint.
             if table.starts[table.next : table.next + 1] != [start.item()]:
                 table.fill(start, self.generator)
             table.next += 1
@@ -372,46 +369,38 @@ class RankSampler:
             self._intervals[constant] = q, device, intervals
         return intervals.certain, intervals if intervals.total else None
 
+    def options(self) -> dict[str, Any]:
+        """Return the arguments by name, except the generator."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "generator"}
+
     def fingerprint(self) -> bytes:
-        """Return the options and the state of the generator as bytes."""
+        """Return everything that the next draw depends on as bytes."""
         assert self.generator is not None
-        options = self.keep_ratio, self.max_keep, self.decay, self.tail, self.max_tail, self._min_keep
-        return repr(options).encode() + self.generator.get_state().numpy().tobytes()
+        return repr((self.options(), self._min_keep)).encode() + self.generator.get_state().numpy().tobytes()
 
-    def state_dict(self) -> dict[str, Tensor | int | None]:
-        """Return the state of the draws, for `load_state_dict`."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state of the draws, for `load_state_dict`, as CPU tensors."""
         assert self.generator is not None
-        return {"generator": self.generator.get_state(), "fixed": self._fixed, "min_keep": self._min_keep}
+        state = {"generator": self.generator.get_state(), "min_keep": torch.tensor(self._min_keep)}
+        return state if self._fixed is None else state | {"fixed": self._fixed.cpu()}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from the result of `state_dict`."""
-        assert self.generator is not None
-        self.generator.set_state(state["generator"])
-        fixed, self._min_keep = state["fixed"], state["min_keep"]
-        if fixed is not None and fixed.dtype == torch.bool:  # a mask of an earlier version: 0 is below q, 1 is not
-            fixed = 1.0 - fixed.double()
-        self._fixed = fixed
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the state as CPU tensors by name."""
-        state = self.state_dict() | {"min_keep": torch.tensor(self._min_keep)}
-        return {name: value.cpu() for name, value in state.items() if isinstance(value, Tensor)}
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from the result of `tensors`.
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from the result of `state_dict`.
 
         Raises:
-            ValueError: If the tensors are not the state of a generator on this device.
+            ValueError: If it is not the state of a generator on this device.
         """
         assert self.generator is not None
         try:
-            state = {"generator": tensors["generator"], "min_keep": int(tensors["min_keep"])}
-            fixed = tensors.get("fixed")
-            self.load_state_dict(state | {"fixed": None if fixed is None else fixed.to(self.generator.device)})
+            self.generator.set_state(state["generator"])
+            self._min_keep, fixed = int(state["min_keep"]), state.get("fixed")
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"RankSampler: the state is not that of a generator on {self.generator.device}: {error}."
             ) from error
+        if fixed is not None and fixed.dtype == torch.bool:  # a mask of an earlier version: 0 is below q, 1 is not
+            fixed = 1.0 - fixed.double()
+        self._fixed = None if fixed is None else fixed.to(self.generator.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # A generator cannot be pickled; its device and state can. The state is pickled as bytes, because a spawned

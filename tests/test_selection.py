@@ -209,10 +209,10 @@ def test_table_draws_the_same_ranks(tail, steps, max_tail, constant, monkeypatch
         for sampler in (ours, theirs):
             setattr(sampler, name, value)
         same_draws(300, 4)
-    state = {name: value.clone() for name, value in ours.tensors().items()}
+    state = {name: value.clone() for name, value in ours.state_dict().items()}
     same_draws(300, 4)
     for sampler in (ours, theirs):
-        sampler.load_tensors(state)
+        sampler.load_state_dict(state)
     same_draws(300, 4)
     for sampler in (ours, theirs):
         sampler.generator.manual_seed(7)

@@ -320,7 +320,7 @@ class SkipCLIPBase(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return the state of the sampler and the prototypes of this process as a uint8 tensor: a safetensors file."""
         prompts = self._prompts or prompts_digest(self._tokens)
-        return pack_state(self.prototypes, prompts, self.sampler.tensors(), self._shard)
+        return pack_state(self.prototypes, prompts, self.sampler.state_dict(), self._shard)
 
     def set_extra_state(self, state: Any) -> None:
         """Continue from the result of `get_extra_state`, of any process of any number of them.
@@ -330,7 +330,7 @@ class SkipCLIPBase(nn.Module):
         """
         prompts = self._prompts or prompts_digest(self._tokens)
         prototypes, sampler = unpack_state(state, self.prototypes, prompts, self._shard, self._text.dtype)
-        self.sampler.load_tensors(sampler)
+        self.sampler.load_state_dict(sampler)
         self.prototypes.copy_(prototypes)
 
     @property

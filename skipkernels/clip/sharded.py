@@ -70,10 +70,8 @@ def check_agreement(clip: SkipCLIPBase) -> None:
         "skip_layers, class_parallel and the trained parameters": digest_json(
             [clip.skip_layers, trained, parallel.replicated]
         ),
-        "options of the selection": digest_json(
-            [sampler.keep_ratio, sampler.max_keep, sampler.decay, sampler.tail, sampler.max_tail]
-        ),
-        "generator": digest_tensors(sorted(sampler.tensors().items())),
+        "options of the selection": digest_json(sampler.options()),
+        "generator": digest_tensors(sorted(sampler.state_dict().items())),
         "label_smoothing and class_weight": digest_json([clip.label_smoothing, digest_tensors(weights)]),
         "weights": digest_json(digests(tensors)),
     }

@@ -103,9 +103,9 @@ def test_accumulation_draws_classes_once(problem):
     text = problem.tokens[problem.labels]
     for clip, batches in zip(clips, (1, 3), strict=True):
         fit(clip, problem.images, text, accum_freq=batches)
-    assert clips[0].sampler.tensors().keys() == clips[1].sampler.tensors().keys()
-    for name, state in clips[0].sampler.tensors().items():
-        assert state.equal(clips[1].sampler.tensors()[name])
+    assert clips[0].sampler.state_dict().keys() == clips[1].sampler.state_dict().keys()
+    for name, state in clips[0].sampler.state_dict().items():
+        assert state.equal(clips[1].sampler.state_dict()[name])
 
 
 def test_two_processes_equal_one(tmp_path):
