@@ -196,13 +196,12 @@ class FeatureLoader:
 
 def _ahead(batches: Iterator[Any], depth: int) -> Generator[Any, None, None]:
     """Yield batches of which a thread reads up to `depth` ahead."""
-    with ThreadPoolExecutor(1, "skipkernels features") as thread:
-        waiting = deque(thread.submit(next, batches, None) for _ in range(depth))
-        try:
-            while (batch := waiting.popleft().result()) is not None:
-                waiting.append(thread.submit(next, batches, None))
-                yield batch
-                del batch  # so that its buffer can be reused
-        finally:
-            for future in waiting:
-                future.cancel()
+    thread = ThreadPoolExecutor(1, "skipkernels features")
+    waiting = deque(thread.submit(next, batches, None) for _ in range(depth))
+    try:
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, batches, None))
+            yield batch
+            del batch  # so that its buffer can be reused
+    finally:
+        thread.shutdown(cancel_futures=True)
