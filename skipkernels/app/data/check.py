@@ -18,10 +18,8 @@ from .images import Images, read_all, reason_of, unreadable
 from .source import Source, Split
 from .tasks import Task
 
-_BANDS, _BAND_BITS = 4, 16
-_ALIKE = _BANDS - 1  # different bits of two similar images: one of the bands is then equal
+_ALIKE = 3  # different bits of two similar images
 _FLAT = 4  # bits of a hash; images with fewer have no structure to compare
-_PAIRS = 1 << 20  # compared at once
 
 
 class Fact(NamedTuple):
@@ -103,27 +101,25 @@ def _examined(image: Image.Image) -> tuple[tuple[int, int], str, int]:
 
 def findings(images: Sequence[Fact]) -> list[Finding]:
     """Return the unreadable images, equal images, and similar ones in different classes or splits."""
-    found = [Finding("unreadable", *_place(one), one.reason) for one in images if one.reason is not None]
+    found = [
+        Finding("unreadable", one.split, one.label, one.name, one.reason) for one in images if one.reason is not None
+    ]
     first: dict[str, Fact] = {}
     readable = [one for one in images if one.reason is None]
     for one in readable:
         other = first.setdefault(one.digest, one)
         if other is not one:
             where = _difference(one, other)
-            found.append(Finding(f"duplicate{f' in {where}' if where else ''}", *_place(one), _described(other)))
+            found.append(_finding(f"duplicate in {where}" if where else "duplicate", one, other))
     distinct = list(first.values())
     for i, j in similar_pairs(np.array([one.hash for one in distinct], np.uint64)):
         if where := _difference(distinct[i], distinct[j]):
-            found.append(Finding(f"similar in {where}", *_place(distinct[j]), _described(distinct[i])))
+            found.append(_finding(f"similar in {where}", distinct[j], distinct[i]))
     return found
 
 
-def _place(one: Fact) -> tuple[Split, str, str]:
-    return one.split, one.label, one.name
-
-
-def _described(one: Fact) -> str:
-    return f"{one.name} ({one.split}, {one.label})"
+def _finding(kind: str, one: Fact, other: Fact) -> Finding:
+    return Finding(kind, one.split, one.label, one.name, f"{other.name} ({other.split}, {other.label})")
 
 
 def _difference(one: Fact, other: Fact) -> str:
@@ -132,22 +128,23 @@ def _difference(one: Fact, other: Fact) -> str:
 
 
 def similar_pairs(hashes: NDArray[np.uint64]) -> list[tuple[int, int]]:
-    """Return the pairs of hashes that differ in at most three bits, as ascending indices; flat images have none."""
+    """Return the pairs of hashes that differ in at most three bits, as ascending indices; flat images have none.
 
-    def bits(values: NDArray[np.uint64]) -> Any:
-        return np.unpackbits(values[..., None].view(np.uint8), axis=-1).sum(-1)
+    One of their four bands of 16 bits is then equal, so only hashes with an equal band are compared.
+    """
+
+    def ones(values: NDArray[np.uint64]) -> Any:
+        return np.unpackbits(values[:, None].view(np.uint8), axis=1).sum(1)
 
     pairs: set[tuple[int, int]] = set()
-    usable = np.flatnonzero((bits(hashes) >= _FLAT) & (bits(~hashes) >= _FLAT))
-    for band in range(_BANDS):
+    usable = np.flatnonzero((ones(hashes) >= _FLAT) & (ones(~hashes) >= _FLAT))
+    for shift in range(0, 64, 16):
         groups = defaultdict(list)
-        for index, key in zip(
-            usable, (hashes[usable] >> np.uint64(_BAND_BITS * band)) & np.uint64(0xFFFF), strict=True
-        ):
-            groups[int(key)].append(index)
+        for index, band in zip(usable, hashes[usable] >> np.uint64(shift) & np.uint64(0xFFFF), strict=True):
+            groups[int(band)].append(index)
         for group in map(np.array, groups.values()):
-            step = max(1, _PAIRS // len(group))
-            for start in range(0, len(group) if len(group) > 1 else 0, step):
-                close = bits(hashes[group[start : start + step, None]] ^ hashes[group]) <= _ALIKE
-                pairs |= {(int(group[start + i]), int(group[j])) for i, j in np.argwhere(close) if start + i < j}
+            for place, first in enumerate(group[:-1], 1):
+                others = group[place:]
+                close = others[ones(hashes[others] ^ hashes[first]) <= _ALIKE]
+                pairs.update((int(first), int(other)) for other in close)
     return sorted(pairs)

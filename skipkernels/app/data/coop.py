@@ -12,29 +12,17 @@ folder that they are relative to. CoOp's few-shot pickles are not read: a pickle
 from __future__ import annotations
 
 import os
-import posixpath
 import re
-import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, get_args
 
 from .base import InputError, open_error
-from .files import (
-    absolute_path,
-    check_inside,
-    find_images,
-    format_names,
-    missing_files,
-    read_json,
-    read_text,
-    subfolders,
-)
+from .files import absolute_path, check_inside, find_images, format_names, read_json, read_text, subfolders
 from .images import Images, LabelledImages
-from .source import Protocol, Split, SplitSource, is_valid_class_name, normalize_class_name
+from .source import Protocol, Source, Split, normalize_class_name
 from .templates import Templates, resolve_templates
 
 
@@ -71,34 +59,11 @@ _IMAGENET_TARGETS: Mapping[Protocol, list[str]] = {
 }
 _HELP = "CoOp's DATASETS.md says where to get it."
 
-_Lists = dict[Split, tuple[list[str], list[int]]]  # paths and labels
-_Splits = dict[Split, Callable[[], Images]]
 
-
-class _Contents(NamedTuple):
-    """Contents of a dataset; see `SplitSource`."""
-
-    names: list[str]
-    splits: _Splits
-    missing: Mapping[Split, str] = {}
-    class_ids: tuple[str, ...] | None = None
-    notes: Sequence[str] = ()
-
-
-def _error(dataset: str, problem: str) -> InputError:
-    return open_error(f"{dataset}: {problem}", "root")
-
-
-def _without_punctuation(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-_KEYS = {_without_punctuation(name): name for name in DATASETS} | {"describabletextures": "dtd"}
-
-
-def open_coop(name: str, root: str | Path | None, templates: Templates = None) -> SplitSource:
+def open_coop(name: str, root: str | Path | None, templates: Templates = None) -> Source:
     """Open a dataset in CoOp's layout; `name` is a key of `DATASETS`, in any case, with or without "_" and "-"."""
-    key = _KEYS.get(_without_punctuation(name))
+    keys = {re.sub("_", "", key): key for key in DATASETS} | {"describabletextures": "dtd"}
+    key = keys.get(re.sub("[^a-z0-9]", "", name.lower()))
     if key is None:
         raise open_error(f"CoOp has no dataset {name!r}; choose coop: and one of {', '.join(DATASETS)}.")
     dataset, layout = f"coop:{key}", DATASETS[key]
@@ -109,146 +74,100 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     images = folder / layout.images
     absent = next((path for path in (base, folder, images) if not os.path.isdir(path)), None)
     if absent is not None:
-        raise _error(dataset, f"no folder {absent}. {_HELP}")
-    if key in VARIANTS:
-        class_names = _read_classnames(dataset, folder, base / DATASETS["imagenet"].folder)
-        contents = _variant(dataset, images, class_names, numbered=key == "imagenetv2")
-    elif key == "imagenet":
-        contents = _imagenet(dataset, images)
+        raise open_error(f"{dataset}: no folder {absent}. {_HELP}", "root")
+    more: dict[str, Any] = {}
+    if key == "imagenet" or key in VARIANTS:
+        file = folder / "classnames.txt"
+        class_names = _class_names(file if file.is_file() else base / "imagenet" / "classnames.txt")
+        names, splits, more = _imagenet(dataset, key, images, class_names)
     elif key == "fgvc_aircraft":
-        contents = _aircraft(dataset, images)
+        names, splits = _aircraft(folder, images)
     else:
-        contents = _from_split_file(dataset, images, folder / layout.split_file)
-    names = tuple(map(normalize_class_name, contents.names))
-    duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
-    note = f"{dataset}: several classes are named {format_names(duplicates)}, so no prompt can tell them apart."
-    return SplitSource(
-        dataset,
-        names,
-        resolve_templates(key, templates),
-        contents.splits,
-        notes=(*([note] if duplicates else []), *contents.notes),
-        missing=contents.missing,
-        class_ids=contents.class_ids,
-        targets=_IMAGENET_TARGETS if key == "imagenet" else {},
-    )
+        names, splits = _split_file(folder / layout.split_file, images)
+    classes = tuple(map(normalize_class_name, names))
+    twice = sorted(name for name, count in Counter(classes).items() if count > 1)
+    note = f"{dataset}: several classes are named {format_names(twice)}, so no prompt can tell them apart."
+    notes = (note,) if twice else ()
+    return Source(dataset, classes, resolve_templates(key, templates), splits=splits, notes=notes, **more)
 
 
-def _read_lines(dataset: str, *files: Path) -> tuple[Path, list[str]]:
-    """Return the first of some files that exists, and its lines, without blank ones."""
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise _error(dataset, f"no file {' or '.join(map(str, files))}. {_HELP}")
-    return file, [line.strip() for line in read_text(file).splitlines() if line.strip()]
-
-
-def _from_lists(dataset: str, root: Path, names: list[str], listed: _Lists) -> _Contents:
-    """Return the contents of lists of (paths, labels), with notes on duplicates."""
-    counts = {split: Counter(map(posixpath.normpath, paths)) for split, (paths, _) in listed.items()}
-    duplicates = {
-        f"listed twice in {split}": [path for path, count in paths.items() if count > 1]
-        for split, paths in counts.items()
-    }
-    for split in ("train", "val"):
-        duplicates[f"in {split} and in test"] = [path for path in counts[split] if path in counts["test"]]
-    return _Contents(
-        names,
-        {
-            split: partial(_listed_images, f"{dataset}: {split}", root, paths, labels)
-            for split, (paths, labels) in listed.items()
-            if paths
-        },
-        notes=[
-            f"{dataset}: {problem}: {len(paths)} images, such as {paths[0]}."
-            for problem, paths in duplicates.items()
-            if paths
-        ],
-    )
-
-
-def _listed_images(dataset: str, root: Path, paths: list[str], labels: list[int]) -> Images:
-    missing = missing_files(root, paths)
-    if missing:
-        problem = f"{len(missing)} of {len(paths)} files are missing in {root}, such as {missing[0]!r}"
-        raise _error(dataset, f"{problem}. Is it unpacked completely?")
-    return LabelledImages(root, paths, labels)
-
-
-def _from_split_file(dataset: str, root: Path, file: Path) -> _Contents:
-    """Return the contents of a JSON file; its labels must be 0, 1, … with one name each."""
-    if not file.is_file():
-        raise _error(dataset, f"no file {file}. {_HELP}")
-    content = read_json(file)
-    if not (isinstance(content, dict) and all(isinstance(content.get(split), list) for split in get_args(Split))):
-        raise InputError(
-            f'{file}: expected {{"train": […], "val": […], "test": […]}}, lists of [path, label, class name]. {_HELP}'
-        )
-    names: dict[int, str] = {}
-    listed: _Lists = {}
+def _split_file(file: Path, root: Path) -> tuple[list[str], dict[Split, Images]]:
+    """Read the class names and the splits of a JSON file; its labels must be 0, 1, … with one name each."""
+    content = read_json(file, dict[str, list[tuple[str, int, str]]])
+    name_of: dict[int, str] = {}
+    splits: dict[Split, Images] = {}
     for split in get_args(Split):
-        paths, labels = listed[split] = [], []
-        for number, item in enumerate(content[split]):
-            location = f"{file}: entry {number} of {split}"
-            if not (isinstance(item, list) and [type(part) for part in item] == [str, int, str]):
-                raise InputError(f"{location} must be [path, label, class name]; got {reprlib.repr(item)}. {_HELP}")
-            path, label, name = item
-            check_inside(path, location)
-            if names.setdefault(label, name) != name:
-                raise InputError(f"{file}: label {label} is {names[label]!r} and {name!r}. Give each label one name.")
-            paths.append(path)
-            labels.append(label)
-    gap = next((label for label in range(len(names) or 1) if label not in names), None)
-    if gap is not None:
-        raise InputError(f"{file}: labels must be 0, 1, … without a gap; there is no image of {gap}. Renumber them.")
-    for label, name in names.items():
-        if not is_valid_class_name(normalize_class_name(name)):
-            raise InputError(f"{file}: the class of label {label} can't be named {name!a:.80}. Rename it.")
-    return _from_lists(dataset, root, [names[label] for label in range(len(names))], listed)
+        items = content.get(split, [])
+        for path, label, name in items:
+            check_inside(path, f"{file}: {split}")
+            if name_of.setdefault(label, name) != name:
+                raise InputError(f"{file}: label {label} is {name_of[label]!r} and {name!r}. Give each label one name.")
+        if items:
+            splits[split] = LabelledImages(root, [path for path, _, _ in items], [label for _, label, _ in items])
+    if sorted(name_of) != list(range(len(name_of))):
+        raise InputError(f"{file}: labels must be 0, 1, … without a gap; got {sorted(name_of)!r:.80}. Renumber them.")
+    return [name_of[label] for label in range(len(name_of))], splits
 
 
-def _aircraft(dataset: str, images: Path) -> _Contents:
-    variants, names = _read_lines(dataset, images.parent / "variants.txt")
+def _aircraft(folder: Path, root: Path) -> tuple[list[str], dict[Split, Images]]:
+    names = _lines(folder / "variants.txt")
     label_of = {name: label for label, name in enumerate(names)}
-    if not names or len(label_of) < len(names):
-        raise InputError(f"{variants}: expected a name in each line, without duplicates. {_HELP}")
-    listed: _Lists = {}
+    splits: dict[Split, Images] = {}
     for split in get_args(Split):
-        file, lines = _read_lines(dataset, images.parent / f"images_variant_{split}.txt")
-        paths, labels = listed[split] = [], []
-        for line in lines:
-            image, _, name = line.partition(" ")
-            if name.strip() not in label_of:
-                raise InputError(f"{file}: {line!r}: {name!r} is not in {variants.name}. {_HELP}")
-            check_inside(image, f"{file}: {line!r}")
+        file = folder / f"images_variant_{split}.txt"
+        paths, labels = [], []
+        for image, _, name in (line.partition(" ") for line in _lines(file)):
+            if name not in label_of:
+                raise InputError(f"{file}: {name!r} is not in variants.txt. {_HELP}")
+            check_inside(image, str(file))
             paths.append(f"{image}.jpg")
-            labels.append(label_of[name.strip()])
-    return _from_lists(dataset, images, names, listed)
+            labels.append(label_of[name])
+        splits[split] = LabelledImages(root, paths, labels)
+    return names, splits
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a text file, without blank ones."""
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
 
 
 # ---- ImageNet and its variants ---------------------------------------------------------------------------------------
 
 
-def _read_classnames(dataset: str, *folders: Path) -> dict[str, str]:
-    """Read class names by WordNet id from the first classnames.txt in some folders."""
-    file, lines = _read_lines(dataset, *(folder / "classnames.txt" for folder in folders))
-    names: dict[str, str] = {}
-    for line in lines:
-        wnid, _, name = line.partition(" ")
-        if not name.strip() or wnid in names:
-            problem = "is a duplicate" if wnid in names else "has no name"
-            raise InputError(f"{file}: expected a WordNet id and its name in each line; {wnid!r} {problem}. {_HELP}")
-        names[wnid] = name.strip()
+def _class_names(file: Path) -> dict[str, str]:
+    """Read the class names by WordNet id."""
+    names = dict(line.partition(" ")[::2] for line in _lines(file))
+    if not all(names.values()):
+        raise InputError(f"{file}: expected a WordNet id and its name in each line. {_HELP}")
     return names
 
 
-def _wnid_folders(dataset: str, folder: Path, names: dict[str, str]) -> list[str]:
-    found = [wnid for wnid in subfolders(folder) if re.fullmatch(r"n\d+", wnid)]
-    if not found:
-        raise _error(dataset, f"no folders n… in {folder}; it must have one for each class.")
-    unknown = [wnid for wnid in found if wnid not in names]
-    if unknown:
-        raise _error(dataset, f"classnames.txt has no name for {format_names(unknown)} in {folder}. Add it.")
-    return found
+def _imagenet(
+    dataset: str, key: str, images: Path, class_names: Mapping[str, str]
+) -> tuple[list[str], dict[Split, Images], dict[str, Any]]:
+    """Return the class names, the splits, and further fields of the source."""
+    folder_of: dict[Split, Path] = {"train": images / "train", "test": images / "val"}
+    missing: dict[Split, str] = {split: f"no folder {path}. {_HELP}" for split, path in folder_of.items()}
+    missing["val"] = "its validation images are the test images. Choose test."
+    if key != "imagenet":
+        folder_of = {"test": images}
+        reason = "it is a variant of ImageNet, for testing only. Train on coop:imagenet."
+        missing = {"train": reason, "val": reason}
+    folder_of = {split: path for split, path in folder_of.items() if path.is_dir()}
+    folders = sorted({name for path in folder_of.values() for name in subfolders(path) if re.fullmatch(r"n\d+", name)})
+    ids = tuple(folders)
+    if key == "imagenetv2":  # folder i has the class of the i-th WordNet id
+        ids = tuple(sorted(class_names))
+        folders = list(map(str, range(len(ids))))
+    unnamed = [wnid for wnid in ids if wnid not in class_names]
+    if unnamed or not ids:
+        problem = f"classnames.txt has no name for {format_names(unnamed)}" if ids else f"no folders n… in {images}"
+        raise open_error(f"{dataset}: {problem}. {_HELP}", "root")
+    splits = {split: _folder_images(dataset, path, folders) for split, path in folder_of.items()}
+    more: dict[str, Any] = {"class_ids": ids, "missing": missing}
+    if key == "imagenet":
+        more["targets"] = _IMAGENET_TARGETS
+    return [class_names[wnid] for wnid in ids], splits, more
 
 
 def _folder_images(dataset: str, root: Path, folders: list[str]) -> Images:
@@ -257,33 +176,5 @@ def _folder_images(dataset: str, root: Path, folders: list[str]) -> Images:
     present = {label for _, label in found}
     empty = [folder for label, folder in enumerate(folders) if label not in present]
     if empty:
-        raise _error(dataset, f"no images in {format_names(empty)} of {root}. Is it unpacked completely?")
+        raise open_error(f"{dataset}: no images in {format_names(empty)} of {root}. Is it unpacked completely?", "root")
     return LabelledImages(root, [path for path, _ in found], [label for _, label in found])
-
-
-def _imagenet(dataset: str, images: Path) -> _Contents:
-    names = _read_classnames(dataset, images.parent)
-    folders: dict[Split, Path] = {"train": images / "train", "test": images / "val"}
-    found = {split: _wnid_folders(dataset, path, names) for split, path in folders.items() if path.is_dir()}
-    if not found:
-        raise _error(dataset, f"no folder {folders['train']} or {folders['test']}. {_HELP}")
-    wnids = next(iter(found.values()))
-    in_one = sorted({wnid for others in found.values() for wnid in set(wnids) ^ set(others)})
-    if in_one:
-        problem = f"only one of images/train and images/val has {format_names(in_one)}"
-        raise _error(dataset, f"{problem}. Is it unpacked completely?")
-    splits: _Splits = {split: partial(_folder_images, dataset, folders[split], wnids) for split in found}
-    missing: dict[Split, str] = {split: f"no folder {path}. {_HELP}" for split, path in folders.items()}
-    missing["val"] = "its validation images are the test images. Choose test."
-    return _Contents([names[wnid] for wnid in wnids], splits, missing, tuple(wnids))
-
-
-def _variant(dataset: str, images: Path, names: dict[str, str], *, numbered: bool) -> _Contents:
-    if numbered:  # folder i has the class of the i-th WordNet id
-        wnids = sorted(names)
-        folders = list(map(str, range(len(wnids))))
-    else:
-        folders = wnids = _wnid_folders(dataset, images, names)
-    reason = "it is a variant of ImageNet, for testing only. Train on coop:imagenet."
-    splits: _Splits = {"test": partial(_folder_images, dataset, images, folders)}
-    return _Contents([names[wnid] for wnid in wnids], splits, {"train": reason, "val": reason}, tuple(wnids))

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from ...formatting import csv_text
 from .base import InputError, open_error
-from .files import absolute_path, check_inside, format_names, missing_files, read_text
+from .files import absolute_path, format_names, read_text
 from .images import LabelledImages
-from .source import Split, SplitSource
+from .source import Source, Split
 from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
 from .templates import Templates
 
@@ -32,40 +32,41 @@ _SPLIT_COLUMNS = ("split", "set", "subset")
 _DELIMITERS = ",\t;"
 
 
-def open_csv(path: str, root: str | Path | None = None, templates: Templates = None) -> SplitSource:
+def open_csv(path: str, root: str | Path | None = None, templates: Templates = None) -> Source:
     """Open a table of images; `root` is the folder that paths are relative to, by default that of the table."""
     name, file = f"csv:{path}", absolute_path(path)
     if not path or not file.is_file():
         raise open_error(f"{name}: no file {file if path else 'given'}; it must be a table with a line for each image.")
     base = file.parent if root is None else absolute_path(root)
-    header, lines = _read(file)
+    header, rows = _read(file)
     path_column = _column(file, header, _PATH_NAMES, "path")
     label_column = _column(file, header, LABEL_NAMES, "label")
     split_column = next((name for name in _SPLIT_COLUMNS if name in header), None)
     images: dict[str, tuple[str, Split | None]] = {}
-    for number, row in lines:
-        where = f"{file}: line {number}"
-        image, label = _relative(row[path_column], base, where), row[label_column]
-        if not image or not label:
-            raise InputError(f"{where} has no {'path' if not image else label_column}. Fill it in, or remove the line.")
-        split = None if split_column is None else SPLIT_NAMES.get(row[split_column].lower())
+    for number, cells in enumerate(rows, 2):
+        where = f"{file}: row {number}"
+        row = dict(zip(header, cells, strict=False))
+        if not row.get(path_column) or not row.get(label_column):
+            raise InputError(f"{where} needs a {path_column} and a {label_column}. Fill them in, or remove the row.")
+        image = os.path.relpath(os.path.join(base, row[path_column]), base).replace(os.sep, "/")
+        if image.startswith("../"):
+            raise InputError(f"{where}: {row[path_column]} is not in {base}. Name a folder of all as `root`.", "root")
+        split = None if split_column is None else SPLIT_NAMES.get(row.get(split_column, "").lower())
         if split_column is not None and split is None:
-            raise InputError(f"{where}: {split_column} must be train, val or test; got {row[split_column]!a:.80}.")
-        if images.setdefault(image, (label, split)) != (label, split):
+            raise InputError(f"{where}: {split_column} must be train, val or test; got {row.get(split_column)!a:.80}.")
+        of_image = row[label_column], split
+        if images.setdefault(image, of_image) != of_image:
             raise InputError(f"{where}: {image} is listed before with another class or split. Remove one.")
-    if not images:
-        raise open_error(f"{name}: has no images. Add a line for each.")
-    missing = missing_files(base, list(images))
-    if missing:
-        raise open_error(
-            f"{name}: no file {format_names(missing)} in {base}. Correct the paths, or name their folder as `root`.",
-            "data" if root is None else "root",
-        )
+    missing = [image for image in images if not os.path.exists(base / image)]
+    if missing or not images:
+        problem = f"no file {format_names(missing)} in {base}" if missing else "has no images"
+        remedy = "Correct the paths, or name their folder as `root`."
+        raise open_error(f"{name}: {problem}. {remedy}", "data" if root is None else "root")
     labels, classes = labels_by_name(
         name, label_column, [label for label, _ in images.values()], "name them in a column class_name"
     )
     splits = [split for _, split in images.values() if split is not None]
-    repeated = len(lines) - len(images)
+    repeated = len(rows) - len(images)
     return listed_source(
         name,
         LabelledImages(base, list(images), labels),
@@ -78,49 +79,28 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
     )
 
 
-def _read(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Return the column names in lower case, and the other lines as dictionaries, with their numbers."""
+def _read(file: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the column names in lower case, and the cells of the other rows, without blank ones."""
     text = read_text(file)
     delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[int, dict[str, str]]] = []
     try:
-        header = [cell.strip().lower() for cell in next(reader, [])]
-        for cells in reader:
-            if any(map(str.strip, cells)):
-                if len(cells) != len(header):
-                    raise InputError(
-                        f"{file}: line {reader.line_num} has {len(cells)} columns, and the first line has "
-                        f"{len(header)}. Put text with a separator in quotes."
-                    )
-                texts = (csv_text(cell).strip() for cell in cells)
-                rows.append((reader.line_num, dict(zip(header, texts, strict=True))))
+        table = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     except csv.Error as error:
-        raise InputError(f"{file}: line {reader.line_num} is not readable as CSV ({error}). Correct it.") from error
-    return header, rows
+        raise InputError(f"{file}: not readable as CSV ({error}). Correct it.") from error
+    rows = [[csv_text(cell).strip() for cell in cells] for cells in table]
+    header = [cell.lower() for cell in rows[0]] if rows else []
+    longer = [number for number, cells in enumerate(rows, 1) if len(cells) > len(header)]
+    if longer:
+        raise InputError(f"{file}: row {longer[0]} has more columns than row 1. Put text with a separator in quotes.")
+    return header, [cells for cells in rows[1:] if any(cells)]
 
 
 def _column(file: Path, header: Sequence[str], names: Sequence[str], kind: str) -> str:
     """Return the first of some names that is a column."""
     found = next((name for name in names if name in header), None)
-    if found is None:
+    if found is None or header.count(found) > 1:
         raise InputError(
-            f"{file}: the first line must name a column with the {kind} of each image, such as {', '.join(names[:4])}; "
-            f"got {', '.join(header)[:200] or 'nothing'}. Add the line, or rename a column."
+            f"{file}: row 1 must name one column with the {kind} of each image, such as {', '.join(names[:4])}; "
+            f"got {', '.join(header)[:200] or 'nothing'}. Add the row, or rename a column."
         )
-    if header.count(found) > 1:
-        raise InputError(f"{file}: two columns are named {found}. Rename one.")
     return found
-
-
-def _relative(path: str, base: Path, where: str) -> str:
-    """Return a path relative to the base, with "/"; an absolute one must be in it."""
-    if os.path.isabs(path):
-        try:
-            path = Path(path).relative_to(base).as_posix()
-        except ValueError:
-            raise InputError(
-                f"{where}: {path} is not in {base}. Name a folder with all images as `root`.", "root"
-            ) from None
-    check_inside(path, where)
-    return os.path.normpath(path).replace(os.sep, "/") if path else path

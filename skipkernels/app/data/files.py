@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from ..untrusted import open_regular
 from .base import InputError
@@ -17,6 +18,7 @@ from .base import InputError
 IMAGE_EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 IMAGE_EXTENSIONS += (".gif", ".avif", ".heic", ".heif")
 _MAX_NAMES = 5  # in a message
+Json = TypeVar("Json")
 
 
 def format_names(names: Sequence[str]) -> str:
@@ -90,22 +92,6 @@ def check_inside(path: str, location: str) -> None:
         raise InputError(f"{location}: {path!r} leads out of the folder of the dataset. Paths must stay in it.")
 
 
-def missing_files(root: Path, paths: Sequence[str]) -> list[str]:
-    """Return the paths below a root that do not exist. Lists each folder once, which is faster over a network."""
-    listed: dict[str, frozenset[str]] = {}
-    missing = []
-    for path in paths:
-        folder, _, name = path.rpartition("/")
-        if folder not in listed:
-            try:
-                listed[folder] = frozenset(os.listdir(root / folder))
-            except (OSError, ValueError):  # ValueError: a null character in the path
-                listed[folder] = frozenset()
-        if name not in listed[folder]:
-            missing.append(path)
-    return missing
-
-
 def read_text(path: Path) -> str:
     """Read a text file in UTF-8, with or without a byte-order mark."""
     try:
@@ -117,10 +103,11 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not a text in UTF-8 (byte {error.start}). Save it as UTF-8.") from error
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    text = read_text(path)
+def read_json(path: Path, kind: type[Json]) -> Json:
+    """Read a JSON file with values of the types in `kind`, such as dict[str, str]."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not usable as JSON ({error}). Correct the file, or get it again.") from error
+        return TypeAdapter(kind).validate_json(read_text(path), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"[{part!r}]" for part in first["loc"])
+        raise InputError(f"{path}{where}: {first['msg']}. Correct the file, or get it again.") from error

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,13 +29,14 @@ from torch.utils.data import ConcatDataset, Dataset
 from .base import open_error
 from .files import absolute_path, format_names, read_text
 from .images import DatasetImages, decode_image, read_image
-from .source import Split, SplitSource, normalize_class_names
+from .source import Source, Split, normalize_class_names
 from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, is_number, labels_by_name, listed_source
 from .templates import Templates
 
 _OPTIONS = ("image", "label", "config", "revision")
 _ON_DISK = ("dataset_dict.json", "dataset_info.json", "state.json")  # files of `save_to_disk`
 _LABEL_FILES = ("cls", "json", "txt")
+_TAR_END = 1024  # zero bytes
 _SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 
 
@@ -63,7 +65,7 @@ class RowDataset(Dataset):
         return decode_image(io.BytesIO(image.get("bytes") or b""), name), self.labels[index]
 
 
-def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
+def open_hugging_face(spec: str, templates: Templates = None) -> Source:
     """Open a dataset of Hugging Face, PATH or NAME with options after "?"; see the docstring of this module."""
     where, _, query = spec.partition("?")
     name, options = f"hf:{where}", dict(parse_qsl(query, keep_blank_values=True))
@@ -103,7 +105,7 @@ def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
     return _source(name, parts, image_column, label_column, values, names, known, templates, notes)
 
 
-def open_shards(pattern: str, templates: Templates = None) -> SplitSource:
+def open_shards(pattern: str, templates: Templates = None) -> Source:
     """Open the shards SHARDS of webdataset; see the docstring of this module."""
     name = f"wds:{pattern}"
     shards = _shards(name, pattern)
@@ -154,7 +156,7 @@ def _source(
     known: Sequence[str] | None,
     templates: Templates,
     notes: list[str],
-) -> SplitSource:
+) -> Source:
     """Return a source of the rows of some splits; `values` and `names` have the class and the name of each row.
 
     `known` are the names of the classes, if `values` are their numbers.
@@ -234,6 +236,11 @@ def _shards(name: str, pattern: str) -> list[Path]:
             if not shard.is_file():
                 raise open_error(f"{name}: no file {shard} on this machine. Correct the range, or download the shard.")
             shards.append(shard)
+    for shard in shards:
+        with shard.open("rb") as file:  # `datasets` takes a shard that was cut between two samples for a whole one
+            file.seek(-min(_TAR_END, shard.stat().st_size), os.SEEK_END)
+            if file.read() != bytes(_TAR_END):
+                raise open_error(f"{name}: {shard} ends without the mark of the end of a tar file. Get it again.")
     if not shards:
         raise open_error(f"{name}: no .tar files. Name shards, such as wds:shards/{{000..012}}.tar, or their folder.")
     return shards

@@ -11,13 +11,8 @@ train, rounded to the nearest, with at least one image of each class in train an
 disk has no effect.
 
 Class names. They are the names of the folders, with "_" replaced by spaces, or are read from one file in PATH:
-
-- `classes.json`: {"folder": "name", …};
-- `classes.txt` with a folder, a tab and its name in each line, in any order;
-- `classes.txt` with a name in each line, in the order of the sorted folders.
-
-The first two may also name folders that do not exist. The third is refused if every line begins with the name of a
-folder and a space: the rest of the line may be the class name.
+`classes.json`, {"folder": "name", …}, which may also name folders that do not exist, or `classes.txt`, with a name in
+each line, in the order of the sorted folders.
 """
 
 from __future__ import annotations
@@ -28,12 +23,12 @@ from pathlib import Path
 from .base import InputError, open_error
 from .files import absolute_path, find_images, format_names, format_others, read_json, read_text, subfolders
 from .images import LabelledImages
-from .source import Split, SplitSource, normalize_class_name, normalize_class_names
+from .source import Source, Split, normalize_class_names
 from .splits import SPLIT_NAMES, listed_source
 from .templates import Templates
 
 
-def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSource:
+def open_image_folder(path: str | Path, templates: Templates = None) -> Source:
     """Open a folder of images; see the docstring of this module."""
     name, root = f"imagefolder:{path}", absolute_path(path)
     if not str(path) or not os.path.isdir(root):
@@ -90,57 +85,23 @@ def _class_folders(name: str, root: Path, parts: list[str]) -> list[str]:
     return folders
 
 
-# ---- class names -----------------------------------------------------------------------------------------------------
-
-
 def _class_names(name: str, root: Path, folders: list[str]) -> tuple[str, ...]:
     """Return the class names by label."""
     text, mapping = root / "classes.txt", root / "classes.json"
-    if text.is_file() and mapping.is_file():
-        raise open_error(f"{name}: there are both classes.txt and classes.json. Remove one.")
+    names = folders
     if mapping.is_file():
-        names = _in_folder_order(mapping, folders, read_json(mapping))
+        name_of = read_json(mapping, dict[str, str])
+        unnamed = [folder for folder in folders if folder not in name_of]
+        if unnamed or text.is_file():
+            problem = f"no name for folder {format_names(unnamed)}" if unnamed else "there is a classes.txt too"
+            raise InputError(f"{mapping}: {problem}. Add it, or remove one of the files.")
+        names = [name_of[folder] for folder in folders]
     elif text.is_file():
-        names = _read_classes_txt(text, folders)
-    else:
-        names = folders
-    return normalize_class_names(f"open_source: {name}", "data", "folder", folders, names, "name them in classes.json")
-
-
-def _in_folder_order(file: Path, folders: list[str], names: object) -> list[str]:
-    """Return the values of a mapping from folders to names, in the order of `folders`."""
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise InputError(f'{file}: expected {{"folder": "name", …}}, a name for each class folder.')
-    unnamed = [folder for folder in folders if folder not in names]
-    if unnamed:
-        raise InputError(f"{file}: no name for folder {format_names(unnamed)}. Add it.")
-    return [names[folder] for folder in folders]
-
-
-def _read_classes_txt(file: Path, folders: list[str]) -> list[str]:
-    lines = [line.rstrip() for line in read_text(file).splitlines() if line.strip()]
-    if any("\t" in line for line in lines):
-        pairs = [line.partition("\t") for line in lines]
-        name_of = {folder.strip(): name for folder, _, name in pairs}
-        if len(name_of) < len(pairs):
-            raise InputError(f"{file}: a folder is named twice. Name each once, with a tab after the folder.")
-        return _in_folder_order(file, folders, name_of)
-    if len(lines) != len(folders):
-        raise InputError(
-            f"{file}: expected a name for each of {len(folders)} class folders; got {len(lines)} lines. Write one in "
-            "each line, in the order of the sorted folders, or each folder, a tab and its name."
-        )
-    if all(any(line.startswith(f"{folder} ") for folder in folders) for line in lines):
-        raise InputError(
-            f"{file}: {lines[0]!r} may be a name, or a folder and its name. Put a tab after the folder, or write "
-            "classes.json."
-        )
-    folder_of_name = {normalize_class_name(folder).casefold(): folder for folder in folders}
-    for line, folder in zip(lines, folders, strict=True):
-        same_name = folder_of_name.get(normalize_class_name(line).casefold(), folder)
-        if same_name != folder:
+        names = [line.strip() for line in read_text(text).splitlines() if line.strip()]
+        listed = zip(names, folders, strict=False)
+        if len(names) != len(folders) or all(name.startswith((f"{folder}\t", f"{folder} ")) for name, folder in listed):
             raise InputError(
-                f"{file}: by its position {line!r} is the name of folder {folder}, but there is a folder {same_name}. "
-                "Sort the lines as the folders are, or write each folder, a tab and its name."
+                f"{text}: expected a name for each of {len(folders)} class folders, one in each line, in the order of "
+                f"the sorted folders and without the folder; got {len(names)} lines. Or write classes.json."
             )
-    return lines
+    return normalize_class_names(f"open_source: {name}", "data", "folder", folders, names, "name them in classes.json")

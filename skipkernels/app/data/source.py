@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 from ...options import Protocol
@@ -21,13 +19,17 @@ SourceT = TypeVar("SourceT", bound="Source")
 
 
 @dataclass(frozen=True)
-class Source(ABC):
+class Source:
     """Images of some classes, in splits.
 
     Attributes:
         name: Name of the dataset, as `open_source` takes it.
         classes: Names by label, as in prompts.
         templates: Prompt templates. Training uses the first; evaluation averages the embeddings of all.
+        splits: Images of each split.
+        missing: For missing splits, the reason and the remedy.
+        class_ids: Keys that identify the same class in other datasets. Default: the names in lower case.
+        targets: Default targets of a protocol, as `open_source` takes them.
         notes: Remarks for the user on how the dataset was read.
         hashed: The user's data have no splits of their own, and were split by a hash.
     """
@@ -35,6 +37,10 @@ class Source(ABC):
     name: str
     classes: tuple[str, ...]
     templates: tuple[str, ...]
+    splits: Mapping[Split, Images] = field(default_factory=dict, repr=False, kw_only=True)
+    missing: Mapping[Split, str] = field(default_factory=dict, repr=False, kw_only=True)
+    class_ids: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
+    targets: Mapping[Protocol, Sequence[str]] = field(default_factory=dict, repr=False, kw_only=True)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     hashed: bool = field(default=False, kw_only=True)
 
@@ -45,8 +51,8 @@ class Source(ABC):
 
     @property
     def class_keys(self) -> tuple[str, ...]:
-        """Key of each class, which identifies the same class in other datasets: its name in lower case."""
-        return tuple(name.casefold() for name in self.classes)
+        """Key of each class; see `class_ids`."""
+        return tuple(name.casefold() for name in self.classes) if self.class_ids is None else self.class_ids
 
     @property
     def domains(self) -> Mapping[str, Source]:
@@ -55,6 +61,8 @@ class Source(ABC):
 
     def default_targets(self, protocol: Protocol) -> Sequence[str]:
         """Names of the datasets, or of the domains, that a protocol tests on by default."""
+        if protocol in self.targets:
+            return self.targets[protocol]
         if protocol == "domain-generalization" and self.domains:
             return list(self.domains)[1:]
         kind = "datasets" if protocol == "cross-dataset" else "datasets of the same classes"
@@ -67,17 +75,21 @@ class Source(ABC):
         except InputError:
             return False
 
-    @abstractmethod
     def images(self, split: Split, transform: Transform | None = None) -> LabelledDataset:
         """Return the images of a split.
 
         Raises:
             InputError: If the dataset has no such split.
         """
+        if split not in self.splits:
+            reason = self.missing.get(split, f"it has {', '.join(self.splits)} images.")
+            raise InputError(f"{self.name} has no {split} images: {reason}", "data")
+        return self.splits[split].with_transform(transform)
 
-    @abstractmethod
     def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> LabelledDataset:
         """Return `shots` training images of each class, class by class; all images of a class that has fewer."""
+        images = self._train(transform)
+        return images.subset(few_shot(images.labels, images.names, shots, seed))
 
     def hold_out(
         self, shots: int, seed: int, share: float, transform: Transform | None, train_transform: Transform | None
@@ -86,55 +98,6 @@ class Source(ABC):
 
         `transform` is applied to the validation images, `train_transform` to the training images.
         """
-        raise InputError(f'load_task: {self.name} can hold out no images. Use validation="split".', "validation")
-
-    def train_on(self: SourceT, splits: Sequence[Split]) -> SourceT:
-        """Return the source with the images of further splits as training images."""
-        raise InputError(f'load_task: {self.name} can\'t train on its test images. Use test="split".', "test")
-
-    @abstractmethod
-    def subset_classes(self: SourceT, labels: Sequence[int]) -> SourceT:
-        """Return some of the classes with their images, labelled from 0 in the order of `labels`."""
-
-
-@dataclass(frozen=True)
-class SplitSource(Source):
-    """Source that is defined by a function for each split."""
-
-    # For each split of the dataset, a function that returns its images
-    splits: Mapping[Split, Callable[[], Images]] = field(repr=False)
-    # For each missing split, the reason and the remedy
-    missing: Mapping[Split, str] = field(default_factory=dict, repr=False, kw_only=True)
-    # Class keys by label, if they are not the names
-    class_ids: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
-    # Default targets by protocol, as `open_source` takes them
-    targets: Mapping[Protocol, Sequence[str]] = field(default_factory=dict, repr=False, kw_only=True)
-
-    @property
-    def class_keys(self) -> tuple[str, ...]:
-        """`class_ids`, if given; see `Source`."""
-        return super().class_keys if self.class_ids is None else self.class_ids
-
-    def default_targets(self, protocol: Protocol) -> Sequence[str]:
-        """`targets` of the protocol; see `Source`."""
-        return self.targets[protocol] if protocol in self.targets else super().default_targets(protocol)
-
-    def images(self, split: Split, transform: Transform | None = None) -> Images:
-        """Return the images of a split; see `Source`."""
-        if split not in self.splits:
-            reason = self.missing.get(split, f"it has {', '.join(self.splits)} images.")
-            raise InputError(f"{self.name} has no {split} images: {reason}", "data")
-        return self.splits[split]().with_transform(transform)
-
-    def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> Images:
-        """Return some training images of each class, chosen by the function `few_shot`; see `Source`."""
-        images = self._train(transform)
-        return images.subset(few_shot(images.labels, images.names, shots, seed))
-
-    def hold_out(
-        self, shots: int, seed: int, share: float, transform: Transform | None, train_transform: Transform | None
-    ) -> tuple[Images, Images]:
-        """Return training and validation images of the training split; see `Source`."""
         images = self._train(train_transform)
         train, held = hold_out(images.labels, images.names, shots, seed, share)
         return images.subset(train), images.subset(held).with_transform(transform)
@@ -142,35 +105,29 @@ class SplitSource(Source):
     def _train(self, transform: Transform | None) -> Images:
         """Training images, at least one of each class."""
         images = self.images("train", transform)
-        labels = images.labels
-        present = set(labels)
+        if not isinstance(images, Images):  # drawn, without names
+            raise InputError(f'load_task: {self.name} can hold out no images. Use validation="split".', "validation")
+        present = set(images.labels)
         without = [name for label, name in enumerate(self.classes) if label not in present]
         if without:
             raise InputError(f"{self.name} has no training images of {format_names(without)}. Add some.", "data")
         return images
 
-    def train_on(self, splits: Sequence[Split]) -> SplitSource:
-        """Return the source with the images of further splits as training images; see `Source`."""
-        train = joined([self.splits[split]() for split in ("train", *splits) if split in self.splits])
-        return replace(self, splits={**self.splits, "train": constant_split(train)})
+    def train_on(self: SourceT, splits: Sequence[Split]) -> SourceT:
+        """Return the source with the images of further splits as training images."""
+        parts = [self.splits[split] for split in ("train", *splits) if split in self.splits]
+        if not parts:
+            raise InputError(f'load_task: {self.name} can\'t train on its test images. Use test="split".', "test")
+        return replace(self, splits={**self.splits, "train": joined(parts)})
 
-    def subset_classes(self, labels: Sequence[int]) -> SplitSource:
-        """Return some of the classes; see `Source`."""
-
-        def subset(images: Callable[[], Images]) -> Images:
-            return images().subset_classes(labels)
-
+    def subset_classes(self: SourceT, labels: Sequence[int]) -> SourceT:
+        """Return some of the classes with their images, labelled from 0 in the order of `labels`."""
         return replace(
             self,
             classes=tuple(self.classes[label] for label in labels),
-            splits={split: partial(subset, images) for split, images in self.splits.items()},
+            splits={split: images.subset_classes(labels) for split, images in self.splits.items()},
             class_ids=None if self.class_ids is None else tuple(self.class_ids[label] for label in labels),
         )
-
-
-def constant_split(images: Images) -> Callable[[], Images]:
-    """Return a function that returns `images`, for `SplitSource.splits`."""
-    return lambda: images
 
 
 def from_datasets(
@@ -226,7 +183,7 @@ def from_datasets(
     names = normalize_class_names(
         f"from_datasets: {name}", "classes", "label", range(len(classes)), classes, "give others as classes=[…]"
     )
-    splits: dict[Split, Callable[[], Images]] = {}
+    splits: dict[Split, Images] = {}
     for split, dataset in datasets.items():
         own = getattr(dataset, "names", None)
         images = DatasetImages(dataset, names=own if isinstance(own, (list, tuple)) else None)
@@ -237,11 +194,11 @@ def from_datasets(
                 f"classes; got {outside[0][1]} for item {outside[0][0]} of {split}. Name all classes, or relabel.",
                 split,
             )
-        splits[split] = constant_split(images)
+        splits[split] = images
     missing: dict[Split, str] = {
         split: f"it has {', '.join(splits)} images. Give from_datasets {split}= too." for split in get_args(Split)
     }
-    return SplitSource(name, names, resolve_templates(None, templates), splits, missing=missing)
+    return Source(name, names, resolve_templates(None, templates), splits=splits, missing=missing)
 
 
 def _class_names(dataset: Any) -> Sequence[str] | None:
@@ -271,20 +228,13 @@ def normalize_class_names(
     id_of: dict[str, object] = {}
     normalized = tuple(map(normalize_class_name, names))
     for class_id, name in zip(ids, normalized, strict=True):
-        if not is_valid_class_name(name):
+        if not name or name != name.encode(errors="ignore").decode():  # the bytes of a folder that is not in UTF-8
             raise error(f"the class of {kind} {class_id!a} can't be named {name!a}", "Rename it")
         other = id_of.setdefault(name.casefold(), class_id)
         if other != class_id:
-            problem = (
-                f"{kind}s {other} and {class_id} have the same class name, {name!r}: no prompt can tell them apart"
-            )
-            raise error(problem, "Rename one")
+            same = f"{kind}s {other} and {class_id} have the same class name, {name!r}: no prompt can tell them apart"
+            raise error(same, "Rename one")
     return normalized
-
-
-def is_valid_class_name(name: str) -> bool:
-    """Return True if a normalized class name is not empty and has no surrogates."""
-    return bool(name) and name == name.encode(errors="ignore").decode()
 
 
 def normalize_class_name(name: str) -> str:

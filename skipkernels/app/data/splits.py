@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import get_args
 
 from .files import format_names
 from .images import Images
 from .shots import hash_order
-from .source import Split, SplitSource, constant_split, normalize_class_names
+from .source import Source, Split, normalize_class_names
 from .templates import Templates, resolve_templates
 
 SPLIT_NAMES: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -69,7 +70,7 @@ def listed_source(
     notes: Sequence[str] = (),
     how: str,
     remedy: str,
-) -> SplitSource:
+) -> Source:
     """Return a source of listed images.
 
     Without splits, or with train alone, the images of each class are split by a hash of their names. With val and
@@ -79,10 +80,9 @@ def listed_source(
     notes = list(notes)
     if all(map(is_number, classes)):
         notes.append(f"{name}: the classes have numbers and no names, and prompts are made of names.")
-    present = set() if splits is None else set(splits)
     parts: dict[Split, Images]
     missing: dict[Split, str] = {}
-    hashed = splits is None or present == {"train"}
+    hashed = splits is None or set(splits) == {"train"}
     if splits is None or hashed:
         parts, missing = hash_splits(images, classes, remedy)
         counts = ", ".join(f"{len(part)} {split}" for split, part in parts.items())
@@ -91,21 +91,13 @@ def listed_source(
         indices: dict[Split, list[int]] = defaultdict(list)
         for index, split in enumerate(splits):
             indices[split].append(index)
-        parts = {split: images.subset(indices[split]) for split in ("train", "val", "test") if split in present}
+        parts = {split: images.subset(indices[split]) for split in get_args(Split) if split in indices}
         if "test" not in parts:
             parts["test"] = parts.pop("val")
             notes.append(f"{name}: no test images, so the val images are the test images.")
             missing["val"] = "without test images, the val images are the test images. Add test images to have both."
-    splits_of: dict[Split, Callable[[], Images]] = {split: constant_split(part) for split, part in parts.items()}
-    return SplitSource(
-        name,
-        tuple(classes),
-        resolve_templates(None, templates),
-        splits_of,
-        notes=tuple(notes),
-        missing=missing,
-        hashed=hashed,
-    )
+    chosen = resolve_templates(None, templates)
+    return Source(name, tuple(classes), chosen, splits=parts, notes=tuple(notes), missing=missing, hashed=hashed)
 
 
 def is_number(text: str) -> bool:

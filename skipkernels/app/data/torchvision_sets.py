@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torchvision import datasets
 from .base import open_error
 from .files import absolute_path
 from .images import DatasetImages, Images, LabelledImages, read_labels
-from .source import Split, SplitSource, constant_split, normalize_class_name
+from .source import Source, Split, normalize_class_name
 from .splits import hash_splits
 from .templates import Templates, resolve_templates
 
@@ -31,24 +29,6 @@ _EUROSAT_NAMES = {
     "Residential": "Residential Buildings",
     "SeaLake": "Sea or Lake",
 }
-
-
-def _eurosat_name(name: str) -> str:
-    return _EUROSAT_NAMES.get(name, name)
-
-
-def _sun397_name(name: str) -> str:
-    """Return "outdoor apartment_building" for "apartment_building/outdoor"."""
-    return " ".join(reversed(name.split("/")))
-
-
-def _mnist_name(name: str) -> str:
-    """Return "zero" for "0 - zero"."""
-    return name.rpartition(" - ")[2]
-
-
-def _first_synonym(names: tuple[str, ...]) -> str:
-    return names[0]
 
 
 @dataclass(frozen=True)
@@ -70,26 +50,26 @@ DATASETS = {
     "cifar10": TorchvisionSet("CIFAR10", _TRAIN),
     "cifar100": TorchvisionSet("CIFAR100", _TRAIN),
     "dtd": TorchvisionSet("DTD", _THREE, "dtd"),
-    "eurosat": TorchvisionSet("EuroSAT", {}, "eurosat", _eurosat_name),
+    "eurosat": TorchvisionSet("EuroSAT", {}, "eurosat", lambda name: _EUROSAT_NAMES.get(name, name)),
     "fashionmnist": TorchvisionSet("FashionMNIST", _TRAIN),
     "fgvcaircraft": TorchvisionSet("FGVCAircraft", _THREE, "fgvc_aircraft"),
     "flowers102": TorchvisionSet("Flowers102", _THREE, "oxford_flowers"),
     "food101": TorchvisionSet("Food101", _TWO, "food101"),
     "imagenette": TorchvisionSet(
-        "Imagenette", {"train": {"split": "train"}, "test": {"split": "val"}}, class_name=_first_synonym
+        "Imagenette", {"train": {"split": "train"}, "test": {"split": "val"}}, class_name=lambda names: names[0]
     ),
-    "mnist": TorchvisionSet("MNIST", _TRAIN, class_name=_mnist_name),
+    "mnist": TorchvisionSet("MNIST", _TRAIN, class_name=lambda name: name.rpartition(" - ")[2]),
     "oxfordiiitpet": TorchvisionSet(
         "OxfordIIITPet", {"train": {"split": "trainval"}, "test": {"split": "test"}}, "oxford_pets"
     ),
     "stl10": TorchvisionSet("STL10", _TWO),
-    "sun397": TorchvisionSet("SUN397", {}, "sun397", _sun397_name),
+    "sun397": TorchvisionSet("SUN397", {}, "sun397", lambda name: " ".join(reversed(name.split("/")))),
 }
 
 
 def open_torchvision(
     name: str, root: str | Path | None, templates: Templates = None, *, download: bool = False
-) -> SplitSource:
+) -> Source:
     """Open a dataset of torchvision, stored in `root`; `name` is a key of `DATASETS`, in any case of letters."""
     key = name.lower()
     if key not in DATASETS:
@@ -98,30 +78,24 @@ def open_torchvision(
     if root is None:
         raise open_error(f"{full_name} needs the folder where torchvision stores its datasets.", "root")
     base = absolute_path(root)
-
-    @functools.cache
-    def load(split: Split) -> Any:
-        try:
-            return getattr(datasets, dataset.type)(str(base), download=download, **dataset.splits.get(split, {}))
-        except ImportError as error:  # Flowers102 is read with scipy
-            raise open_error(f"{full_name} needs another package: {error}. Install it with pip.") from error
-        except _UNUSABLE as error:
-            remedy = "Is the network available, and is the folder writable?" if download else "Add `download=True`."
-            message = " ".join(str(error).split())
-            raise open_error(f"{full_name}: not usable in {base} ({message}). {remedy}", "root") from error
-
-    @functools.cache
-    def images(split: Split) -> Images:
-        return _images(load(split), base)
-
+    loaded: dict[Split, Any] = {}
+    try:
+        for split, arguments in (dataset.splits or {"train": {}}).items():
+            loaded[split] = getattr(datasets, dataset.type)(str(base), download=download, **arguments)
+    except ImportError as error:  # Flowers102 is read with scipy
+        raise open_error(f"{full_name} needs another package: {error}. Install it with pip.") from error
+    except _UNUSABLE as error:
+        remedy = "Is the network available, and is the folder writable?" if download else "Add `download=True`."
+        message = " ".join(str(error).split())
+        raise open_error(f"{full_name}: not usable in {base} ({message}). {remedy}", "root") from error
+    splits = {split: _images(part, base) for split, part in loaded.items()}
     notes: tuple[str, ...] = ()
-    splits: dict[Split, Callable[[], Images]] = {split: partial(images, split) for split in dataset.splits}
+    names = [dataset.class_name(name) for name in loaded["train"].classes]
     if not dataset.splits:
-        parts, _ = hash_splits(images("train"), list(map(str, load("train").classes)), "get it again")
-        splits = {split: constant_split(part) for split, part in parts.items()}
+        splits, _ = hash_splits(splits["train"], names, "get it again")
         notes = (f"{full_name}: has no splits, so the images of each class are split by a hash of their paths.",)
-    classes = tuple(normalize_class_name(dataset.class_name(name)) for name in load("train").classes)
-    return SplitSource(full_name, classes, resolve_templates(dataset.coop, templates), splits, notes=notes)
+    classes = tuple(map(normalize_class_name, names))
+    return Source(full_name, classes, resolve_templates(dataset.coop, templates), splits=splits, notes=notes)
 
 
 def _images(dataset: Any, root: Path) -> Images:

@@ -13,7 +13,6 @@ import pytest
 from pictures import class_of, draw_image, make_folders, raises_input_error, shuffle_listings
 
 from skipkernels.app.data import DatasetImages, load_task, open_source
-from skipkernels.app.data.image_folder import open_image_folder
 from skipkernels.app.data.splits import hash_splits
 
 
@@ -79,8 +78,7 @@ def test_hash_splits_sizes(classes):
         assert abs(count["test"] - 0.3 * len(names)) <= 0.5 and abs(count["val"] - 0.2 * len(names)) <= 0.5
 
 
-@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "Valid", "TESTING"),
-                                   ("train", "validation", "test")])  # fmt: skip
+@pytest.mark.parametrize("names", [("train", "validation", "test"), ("Training", "Valid", "TESTING")])
 def test_open_image_folder_uses_split_folders(tmp_path, names):
     train, val, test = names
     source = open_folder(make_folders(tmp_path, {f"{train}/cat": 3, f"{train}/dog": 2, f"{val}/cat": 1, f"{val}/dog": 1,
@@ -98,22 +96,16 @@ def test_open_image_folder_val_without_test(tmp_path):
         source.images("val")
 
 
-def test_open_image_folder_train_alone(tmp_path):
-    source = open_folder(make_folders(tmp_path, {"train/cat": 10, "train/dog": 10}))
+def test_open_image_folder_one_split(tmp_path):
+    source = open_folder(make_folders(tmp_path / "a", {"train/cat": 10, "train/dog": 10}))
     assert [len(source.images(split)) for split in ("train", "val", "test")] == [10, 4, 6]
     assert contents(source, "val")["cat"][0].startswith("train/cat/")
-
-
-def test_open_image_folder_test_alone(tmp_path):
-    source = open_folder(make_folders(tmp_path, {"test/cat": 2, "test/dog": 1}))
+    source = open_folder(make_folders(tmp_path / "b", {"test/cat": 2, "test/dog": 1}))
     assert len(source.images("test")) == 3
     with raises_input_error("no train images: it has test images"):
         source.images("train")
-
-
-def test_open_image_folder_too_few_images_for_val(tmp_path):
     with raises_input_error("no val images", "too few"):
-        open_folder(make_folders(tmp_path, {"cat": 2, "dog": 2})).images("val")
+        open_folder(make_folders(tmp_path / "c", {"cat": 2, "dog": 2})).images("val")
 
 
 def test_open_image_folder_class_named_train(tmp_path):
@@ -163,9 +155,7 @@ FOLDERS = {"n01": 2, "n02": 2, "n03": 2}
     ("file", "text"),
     [
         ("classes.json", json.dumps({"n02": "dog", "n01": "sea_lion", "n03": "owl", "n99": "not here"})),
-        ("classes.txt", "n02\tdog\nn01\tsea_lion\nn99\tnot here\n\nn03\towl"),
-        ("classes.txt", "\ufeffn01\tsea lion\r\nn02\tdog\r\nn03\towl\r\n"),
-        ("classes.txt", "sea lion\ndog\n  owl  \n"),
+        ("classes.txt", "\ufeffsea lion\r\ndog\r\n\r\n  owl  \r\n"),
     ],
 )
 def test_class_names_from_file(tmp_path, file, text):
@@ -176,35 +166,21 @@ def test_class_names_from_file(tmp_path, file, text):
     assert contents(source, "test")["dog"][0].startswith("n02/")
 
 
-def test_class_names_with_folder_as_prefix(tmp_path):
-    make_folders(tmp_path, {"cat": 2, "dog": 2})
-    (tmp_path / "classes.txt").write_text("cat of Pallas\nhound\n")
-    assert open_folder(tmp_path).classes == ("cat of Pallas", "hound")
-
-
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("classes.json", "[]", ['expected {"folder": "name"']),
-        ("classes.json", '{"n01": 1, "n02": "a", "n03": "b"}', ['expected {"folder": "name"']),
-        ("classes.json", '{"n01": "a"}', ["no name for folder n02, n03", "Add"]),
-        ("classes.json", '{"n01": "a", "n02": "A", "n03": "b"}', ["n01 and n02 have the same class name", "Rename"]),
-        ("classes.json", '{"n01": " ", "n02": "a", "n03": "b"}', ["'n01' can't be named ''"]),
-        ("classes.txt", "n01\ta\nn02\tb", ["no name for folder n03"]),
-        ("classes.txt", "n01\ta\nn01\tb\nn02\tc\nn03\td", ["named twice"]),
-        ("classes.txt", "a\nb", ["a name for each of 3 class folders; got 2 lines", "tab"]),
-        ("classes.txt", "", ["got 0 lines"]),
-        ("classes.txt", "n01 a\nn02 b\nn03 c", ["'n01 a' may be a name, or a folder and its name", "tab"]),
-        ("classes.txt", "a\nn01\nb", ["by its position 'n01' is the name of folder n02", "Sort"]),
-        ("classes.txt", "a\na\nb", ["n01 and n02 have the same class name"]),
+        ("classes.json", '{"n01": 1}', "['n01']: Input should be a valid string"),
+        ("classes.json", '{"n01": "a"}', "no name for folder n02, n03"),
+        ("classes.json", '{"n01": "a", "n02": "A", "n03": "b"}', "n01 and n02 have the same class name"),
+        ("classes.json", '{"n01": " ", "n02": "a", "n03": "b"}', "'n01' can't be named ''"),
+        ("classes.txt", "a\nb", "a name for each of 3 class folders, one in each line"),
+        ("classes.txt", "n01\ta\nn02\tb\nn03\tc", "without the folder"),
     ],
 )
 def test_class_names_invalid_file(tmp_path, file, text, words):
     make_folders(tmp_path, FOLDERS)
     (tmp_path / file).write_text(text)
-    with raises_input_error(
-        tmp_path if "same class name" in words[0] or "can't be named" in words[0] else file, *words
-    ):
+    with raises_input_error(tmp_path, words):
         open_folder(tmp_path)
 
 
@@ -237,14 +213,15 @@ def test_load_task_unusual_file_names(tmp_path):
     assert [task.train[i][0].mode for i in range(10)] == ["RGB"] * 10
 
 
-@pytest.mark.parametrize("path", ["~no-such-user/x", "/" + "a" * 300, "a" * 5000, "a\0b"])
+@pytest.mark.parametrize("path", ["", "~no-such-user/x", "/" + "a" * 300, "a" * 5000, "a\0b"])
 def test_open_source_invalid_path(path):
     with raises_input_error("no folder", argument="data"):
         open_folder(path)
-    with raises_input_error("no folder", argument="root"):
-        open_source("coop:dtd", path)
-    with raises_input_error("not usable in", argument="root"):
-        open_source("torchvision:dtd", path)
+    if path:
+        with raises_input_error("no folder", argument="root"):
+            open_source("coop:dtd", path)
+        with raises_input_error("not usable in", argument="root"):
+            open_source("torchvision:dtd", path)
 
 
 # ---- invalid folders -------------------------------------------------------------------------------------------------
@@ -256,10 +233,6 @@ def test_open_source_invalid_path(path):
         ({}, ["has no folders in it", "of every class"]),
         ({"cat": 2, "dog": 0}, ["no images in dog", "Add some"]),
         ({"train/cat": 1, "train/dog": 1, "test/cat": 1}, ["test/ has no folder dog, which another split has"]),
-        ({"train/cat": 1, "test/cat": 1, "test/dog": 1}, ["train/ has no folder dog"]),
-        ({"train/cat": 1, "train/dog": 1, "test/cat": 1, "test/dog": 0}, ["no images in test/dog"]),
-        ({"train/cat": 1, "test": 1}, ["test/ has no folder cat"]),
-        ({"train": 3, "test": 3}, ["test/ has no folders in it"]),
         ({"train/cat": 1, "other/cat": 1}, ["train and other are side by side", "Move"]),
         ({"train": 1, "test": 1, "other": 1}, ["test, train and other are side by side"]),
         ({"test/cat": 1, "testing/cat": 1}, ["two of test, testing have images of one split", "Merge"]),
@@ -270,13 +243,3 @@ def test_open_image_folder_invalid_folders(tmp_path, counts, words):
         (tmp_path / folder).mkdir(parents=True)
     with raises_input_error(f"imagefolder:{tmp_path}", *words, argument="data"):
         open_folder(make_folders(tmp_path, counts))
-
-
-def test_open_image_folder_missing_folder(tmp_path):
-    with raises_input_error("imagefolder:", "no folder given", argument="data"):
-        open_source("imagefolder:")
-    with raises_input_error(f"no folder {tmp_path / 'none'}", "one folder for each class", argument="data"):
-        open_image_folder(tmp_path / "none")
-    (tmp_path / "file").touch()
-    with raises_input_error(f"no folder {tmp_path / 'file'}"):
-        open_image_folder(tmp_path / "file")

@@ -93,28 +93,25 @@ def test_csv_of_captions_without_splits(images):
     elsewhere = images / "elsewhere"
     elsewhere.mkdir()
     os.rename(images / "table.csv", elsewhere / "table.csv")
-    assert "name a folder with all images as `root`" in fails(f"csv:{elsewhere / 'table.csv'}", "root").lower()
+    assert "Name a folder of all as `root`" in fails(f"csv:{elsewhere / 'table.csv'}", "root")
     assert open_source(f"csv:{elsewhere / 'table.csv'}", root=images).classes == source.classes
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "the first line must name a column with the path of each image, such as path, filepath, file_path, filename"),
-     ("images/cat0.png,cat\n", "must name a column with the path of each image"),
-     ("path,name\nimages/cat0.png,cat\n", "must name a column with the label of each image, such as class_name, "),
+    [("", "row 1 must name one column with the path of each image, such as path, filepath, file_path"),
+     ("path,name\nimages/cat0.png,cat\n", "one column with the label of each image, such as class_name, "),
+     ("path,label,label\n", "must name one column with the label"),
      ("path,label\n", "has no images"),
      ("path,label\nimages/none.png,cat\n", r"no file images/none\.png in"),
-     ("path,label\n../x.png,cat\n", r"'\.\./x\.png' leads out of the folder"),
-     ("path,label\nimages/../../x.png,cat\n", "leads out of the folder"),
-     ("path,label\n/etc/passwd,cat\n", "line 2: /etc/passwd is not in .*as `root`"),
-     ("path,label\nimages/cat0.png\n", "line 2 has 1 columns, and the first line has 2"),
-     ("path,label\nimages/cat0.png, \n", "line 2 has no label"),
-     ("path,label\n,cat\n", "line 2 has no path"),
-     ("path,label\nimages/cat0.png,cat\nimages/cat0.png,dog\n", "line 3: images/cat0.png is listed before"),
-     ("path,label,split\nimages/cat0.png,cat,train\nimages/cat0.png,cat,test\n", "listed before with another"),
+     ("path,label\nimages/../../x.png,cat\n", r"row 2: images/\.\./\.\./x\.png is not in .*as `root`"),
+     ("path,label\n/etc/passwd,cat\n", "row 2: /etc/passwd is not in .*as `root`"),
+     ("path,label\nimages/cat0.png,cat, sitting\n", "row 2 has more columns than row 1"),
+     ("path,label\nimages/cat0.png, \n", "row 2 needs a path and a label"),
+     ("path,label\nimages/cat0.png\n", "row 2 needs a path and a label"),
+     ("path,label\nimages/cat0.png,cat\nimages/cat0.png,dog\n", "row 3: images/cat0.png is listed before with another"),
      ("path,label,split\nimages/cat0.png,cat,dev\n", "split must be train, val or test; got 'dev'"),
-     ("path,label,label\n", "two columns are named label"),
-     ('path,label\n"images/cat0.png,cat\n', "is not readable as CSV"),
+     ('path,label\n"images/cat0.png,cat\n', "not readable as CSV"),
      ("path,label\nimages/cat0.png,Cat\nimages/dog0.png,cat\n", "have the same class name")],
 )  # fmt: skip
 def test_csv_refuses(images, text, message):
@@ -224,8 +221,9 @@ def test_wds_refuses_samples(tmp_path, files, message):
 
 def test_wds_refuses_shards(tmp_path):
     write_tar(tmp_path / "a.tar", samples("txt"))
-    (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:6000])
-    assert "can't be loaded (ReadError: unexpected end of data)" in fails(f"wds:{tmp_path / 'cut.tar'}")
+    for length in (6000, 6144, 1024):  # in a file, and between two
+        (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:length])
+        assert "ends without the mark of the end of a tar file" in fails(f"wds:{tmp_path / 'cut.tar'}")
     assert f"no file {tmp_path}/0.tar on this machine" in fails(f"wds:{tmp_path}/{{0..{10**12}}}.tar")
     assert "download the shard" in fails("wds:https://host/{0..3}.tar")
     (tmp_path / "empty").mkdir()

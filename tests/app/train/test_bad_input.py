@@ -196,10 +196,6 @@ def test_pretrained_refuses_file_without_weights(tmp_path, content, capsys):
     assert "not usable as weights" in fails(arguments, capsys)
 
 
-def test_eval_refuses_other_file_in_run(run, capsys):
-    assert "folder of a run" in fails(["eval", run[0] / "other.safetensors"], capsys)
-
-
 def test_load_model_names_missing_tokenizer(monkeypatch, tmp_path, capsys):
     def get_tokenizer(name):
         raise OSError("We couldn't connect to load the files.")
