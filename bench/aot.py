@@ -39,18 +39,10 @@ import torch
 from rich.console import Console
 
 from skipkernels.ops import OPERATORS, launching, registration
-from skipkernels.ops.precompile import (
-    ARCHITECTURES,
-    Kernel,
-    compile_one,
-    gpu_target,
-    in_processes,
-    kernels_of,
-    launches_of,
-)
 
 from . import measure, tables
 from .launches import CALLS, DTYPES, DTYPES_OF
+from .precompile import ARCHITECTURES, Kernel, compile_one, gpu_target, in_processes, kernels_of, launches_of
 
 TABLE = measure.RESULTS / "aot.csv"
 # Registers and shared memory may grow by this much when another version of Triton compiles the same source: versions

@@ -40,11 +40,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import skipkernels as sk
 from skipkernels import testing
-from skipkernels.ops import OPERATORS, launching, precompile, registration
+from skipkernels.ops import OPERATORS, launching, registration
 from skipkernels.selection import RankSampler
 from skipkernels.towers.changes import Containers
 
-from . import measure, tables
+from . import measure, precompile, tables
 from .flops import flops_of
 from .inputs import PRECISIONS, autocast, random_inputs
 from .launches import CALLS

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from bench import aot
+from bench import aot, precompile
 from bench.launches import CALLS, on_meta
-from skipkernels.ops import precompile
 from skipkernels.ops.launching import launch, tl, triton
 
 

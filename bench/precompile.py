@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from . import launching, registration
+from skipkernels.ops import launching, registration
 
 _KIB = 1024
 Result = TypeVar("Result")
