@@ -98,16 +98,18 @@ def test_built_after_a_kill_of_a_build(tmp_path, copies):
         time.sleep(0.05)
     killed.kill()
     killed.communicate()
-    assert not list((tmp_path / "cache").glob("skipkernels/*/_C.so"))
+    (folder,) = (tmp_path / "cache").glob("skipkernels/*")
+    assert list(folder.glob("._C.so-*.partial")) and not (folder / "_C.so").exists()
     compiler.write_text(text)
     out, err = finish(start(WITHOUT_PREBUILT + USE, tmp_path, **copies))
     assert out.split()[0] == LOSS and out.split()[-1] == "C++" and "building the C++ kernels" in err
+    assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
 # A compiler that makes files with nothing but its arguments in them, so that a build is cheap.
 PRETENDED = """#!/bin/sh
 for argument; do test "$last" = -o && echo "$@" > "$argument"; last=$argument; done
-echo "${VERSION:-1}"
+echo 1
 """
 
 
@@ -141,13 +143,6 @@ def test_prebuilt_library_of_other_sources_is_not_loaded(pretended, monkeypatch,
     assert not changed or path.is_relative_to(tmp_path / "cache")
 
 
-def test_another_version_of_the_compiler_builds_again(pretended, monkeypatch):
-    first = _build.build()
-    monkeypatch.setenv("VERSION", "2")
-    second = _build.build()
-    assert first.parent != second.parent and first.exists()
-
-
 def test_compiler_with_arguments_and_further_flags(pretended, monkeypatch):
     plain = _build.build()
     monkeypatch.setenv("CXX", f"{shlex.quote(str(pretended))} --first 'of two'")
@@ -175,8 +170,9 @@ def give_away(path: Path, monkeypatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
 
 
-@pytest.mark.parametrize("change", ["all write", "group writes", "of another"])
-@pytest.mark.parametrize("which", ["folder", "parent"])
+@pytest.mark.parametrize(
+    ("which", "change"), [("folder", "all write"), ("folder", "group writes"), ("parent", "of another")]
+)
 def test_folder_that_another_user_may_write_is_refused(pretended, monkeypatch, tmp_path, which, change):
     """They could put a library of their own into it, or another folder in its place."""
     folder = _build.build().parent if which == "folder" else tmp_path / "cache"
@@ -200,37 +196,22 @@ def test_folder_in_a_sticky_one_is_used(pretended, tmp_path):
     assert library.is_file() and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
 
 
-def no_home() -> Path:
-    raise RuntimeError("Could not determine home directory.")
-
-
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
         ("CXX", r"no C\+\+ compiler found \(CXX=/no/such/compiler\)"),
         ("CXXFLAGS", r"CXX or CXXFLAGS cannot be split into words \(No closing quotation\)"),
         ("ninja", r"ninja is not installed \(pip install ninja\)"),
-        ("home", "Could not determine home directory"),
         ("cache", "Not a directory|File exists"),
-        ("format", "Exec format error"),
-        ("words", "failed with exit code 1:\n.?no"),
         ("error", r"(?s)failed with exit code 1:.*FAILED: .*\.o.*broken header"),
         ("no library", "Could not load this library|invalid ELF header"),
     ],
 )
 def test_failed_build_is_one_warning(pretended, monkeypatch, tmp_path, case, reason):
-    scripts = {
-        "format": "\x7f",
-        "words": "#!/bin/sh\nprintf '\\377no' >&2; exit 1",
-        "error": '#!/bin/sh\ncase "$*" in *--version) ;; *) echo broken header; exit 1;; esac',
-    }
-    if case in scripts:
-        pretended.write_text(scripts[case])
+    if case == "error":
+        pretended.write_text('#!/bin/sh\ncase "$*" in *--version) ;; *) echo broken header; exit 1;; esac')
     elif case == "ninja":
         monkeypatch.setitem(sys.modules, "ninja", None)
-    elif case == "home":
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(Path, "home", no_home)
     elif case == "cache":
         (tmp_path / "cache").write_text("a file")
     elif case in ("CXX", "CXXFLAGS"):
@@ -239,15 +220,13 @@ def test_failed_build_is_one_warning(pretended, monkeypatch, tmp_path, case, rea
     assert case == "no library" or not list(tmp_path.rglob("*.so"))
 
 
-@pytest.mark.parametrize("case", ["no compiler", "compiler that fails"])
-def test_setup_without_kernels_is_a_pure_wheel(tmp_path, case):
+def test_setup_without_kernels_is_a_pure_wheel(tmp_path):
     setup = Path(skipkernels.__file__).parents[1] / "setup.py"
     if not setup.is_file():
         pytest.skip("not a checkout")
     compiler = tmp_path / "compiler"
-    if case == "compiler that fails":
-        compiler.write_text("#!/bin/sh\necho broken header; exit 1\n")
-        compiler.chmod(0o755)
+    compiler.write_text("#!/bin/sh\necho broken header; exit 1\n")
+    compiler.chmod(0o755)
     command = ["egg_info", "-e", tmp_path, "build", "-b", tmp_path / "build", "bdist_wheel", "-d", tmp_path]
     result = subprocess.run(
         [sys.executable, setup.name, *command, "-b", tmp_path / "bdist"],
@@ -257,19 +236,13 @@ def test_setup_without_kernels_is_a_pure_wheel(tmp_path, case):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert ("broken header" if compiler.exists() else "no C++ compiler found") in result.stderr
+    assert "broken header" in result.stderr
     assert "they will be built on first use" in result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"skipkernels-{skipkernels.__version__}-py3-none-any.whl"
     names = {Path(name).name for name in zipfile.ZipFile(wheel).namelist()}
     assert {"functional.py", *(path.name for path in _build.source_dir().iterdir())} <= names
     assert not [name for name in names if name.endswith(".so")]
-
-
-def test_only_names_that_the_oldest_torch_has():
-    """torch 2.10 has the macro with the shorter name, and later ones have both."""
-    for path in _build.source_dir().iterdir():
-        assert "STABLE_TORCH_ERROR_CODE_CHECK" not in path.read_text()
 
 
 def test_turned_off(tmp_path):
@@ -284,12 +257,6 @@ for name in ("class_sampled_ce", "class_scores"):
     assert out.split()[0] == LOSS and out.split()[-1] == "reference"
     assert err == ""
     assert not (tmp_path / "cache").exists()
-
-
-def test_no_compiler_is_one_warning(tmp_path):
-    out, err = finish(start(WITHOUT_PREBUILT + USE + USE, tmp_path, CXX="/no/such/compiler"))
-    assert out.splitlines()[0].split()[0] == LOSS and out.split()[-1] == "reference"
-    assert err.count("RuntimeWarning: skipkernels: no C++ kernels: no C++ compiler found") == 1
 
 
 def test_links_to_stable_symbols_only():

@@ -6,15 +6,12 @@ import copy
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
 import tempfile
 import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -125,51 +122,10 @@ def test_gather_closes_maps_of_a_large_store(tmp_path, monkeypatch, dtype):
     assert kept.equal(truth), "a batch is not a view of a map"
 
 
-def test_pickled_store_has_no_maps(folder):
-    store = Store(folder)
-    everything, truth = torch.arange(18), truth_of(layout_of("int8"))
-    unread = len(ForkingPickler.dumps(store))
-    store.gather(everything)
-    pickled = ForkingPickler.dumps(store)  # shares the memory of tensors
-    assert len(pickled) == unread
-    for other in (pickle.loads(pickled), store):
-        assert other.gather(everything).equal(truth)
-
-
-def test_gather_while_another_thread_closes_the_maps(folder, layout):
-    store = Store(folder)
-
-    class Maps(dict):
-        def __contains__(self, number):
-            there = super().__contains__(number)
-            store._maps = {}  # as another thread does at its limit
-            return there
-
-    everything, truth = torch.arange(18), truth_of(layout)
-    store.gather(everything)
-    for _ in range(2):
-        store._maps = Maps(store._maps)
-        assert store.gather(everything).equal(truth)
-        store._maps = Maps(store._maps)
-        store.expect(everything)
-
-
 @pytest.mark.parametrize("index, wrong", [([0, 18], 18), ([-1, 3], -1), ([2**62], 2**62)])
 def test_gather_of_a_row_out_of_range(folder, index, wrong):
     with pytest.raises(IndexError, match=rf"^gather: rows are numbered from 0 to 17; got {wrong}\.$"):
         Store(folder).gather(torch.tensor(index))
-
-
-def test_relative_path_is_resolved_once(tmp_path, monkeypatch, layout):
-    monkeypatch.chdir(tmp_path)
-    with Writer(Path("store"), layout) as writer:
-        monkeypatch.chdir("/")
-        for number in writer.missing:
-            writer.write(number, tensors_of(layout, number))
-    monkeypatch.chdir(tmp_path)
-    store = Store(Path("store"))
-    monkeypatch.chdir("/")
-    assert store.gather(torch.arange(18)).equal(truth_of(layout)) and store.verify() == []
 
 
 def test_read_only_store_opens_and_resumes(folder, layout, monkeypatch):
@@ -243,12 +199,6 @@ def other_rows(folder: Path) -> None:
     (folder / SHARD).write_bytes(save({name: tensor.flip(0) for name, tensor in tensors.items()}, metadata))
 
 
-def pipe(folder: Path) -> None:
-    """Reading a pipe never ends."""
-    (folder / SHARD).unlink()
-    os.mkfifo(folder / SHARD)
-
-
 DAMAGES: dict[str, tuple[Callable[[Path], object], str, bool]] = {  # True if only reading every byte finds it
     "bit-of-the-rows": (flip_in("rows"), "its contents have changed", True),
     "bit-of-the-labels": (flip_in("labels"), "its contents have changed", True),
@@ -280,42 +230,27 @@ def test_damaged_shard_is_named_and_rebuilt(folder, layout, damage):
     assert contents(folder) == sound
 
 
-def test_pipe_at_the_path_of_a_shard_does_not_hang(folder):
-    pipe(folder)
-    with pytest.raises(StoreError, match=f"{SHARD}: damaged: 0 bytes instead of"):
-        Store(folder)
-
-
 MANIFESTS: dict[str, Any] = {
     "empty": b"",
-    "text": b"rows: 18",
     "binary": bytes(range(256)),
     "deep": b"[" * 100_000,
-    "long-number": b'{"format": ' + b"9" * 5000 + b"}",
     "list": b"[]",
     "no-format": b"{}",
+    "missing": None,
 }
 
 
 @pytest.mark.parametrize("damage", MANIFESTS)
 def test_damaged_manifest_is_named_and_rebuilt(folder, layout, damage):
     sound = contents(folder)
-    (folder / MANIFEST).write_bytes(MANIFESTS[damage])
-    with pytest.raises(StoreError, match=rf"{MANIFEST}: damaged \(.+\)\. Build it again with `resume=True`"):
-        Store(folder)
-    with pytest.warns(UserWarning, match=f"{MANIFEST}: damaged .* It is rebuilt completely"):
-        assert len(fill(folder, layout, resume=True)) == 5
-    assert contents(folder) == sound
-
-
-def test_deleted_manifest_is_rebuilt_with_its_shards(folder, layout):
-    sound = contents(folder)
     (folder / MANIFEST).unlink()
-    with pytest.raises(StoreError, match="store: no manifest.json: not a store. Build it first"):
+    if MANIFESTS[damage] is not None:
+        (folder / MANIFEST).write_bytes(MANIFESTS[damage])
+    with pytest.raises(StoreError, match=rf"{MANIFEST}: (damaged \(.+\)\. Build it again|not a store\. Build it)"):
         Store(folder)
-    with pytest.raises(StoreError, match="holds a store"):
+    with pytest.raises(StoreError, match="holds a store. Open it, continue or repair it with `resume=True`"):
         fill(folder, layout)
-    with pytest.warns(UserWarning, match="no manifest.json.* It is rebuilt completely"):
+    with pytest.warns(UserWarning, match=f"{MANIFEST}.* It is rebuilt completely"):
         assert len(fill(folder, layout, resume=True)) == 5
     assert contents(folder) == sound
 
@@ -404,7 +339,7 @@ def test_second_writer_may_wait(tmp_path, layout):
     assert not second.is_alive() and written == []
 
 
-@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("at", [0, 1, 3])
 def test_full_disk_keeps_complete_shards(folder, layout, tmp_path, monkeypatch, at):
     """The disk is full when a shard, or the manifest that lists it, is renamed."""
     calls, rename = [], os.replace
@@ -439,10 +374,8 @@ def test_disk_too_small_is_refused_before_the_build(tmp_path, monkeypatch, layou
     "other, difference",
     [
         ({"weights": "others"}, r"weights \(these there, others here\)"),
-        ({"rows": 17}, r"rows \(18 there, 17 here\)"),
         ({"shape": (15,)}, r"shape \(\(3, 5\) there, \(15,\) here\)"),
         ({"dtype": "fp16"}, r"dtype \(int8 there, fp16 here\)"),
-        ({"computed": "fp64"}, r"computed \(fp32 there, fp64 here\)"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -450,13 +383,6 @@ def test_other_store_is_refused_and_kept(folder, layout, other, difference):
     before = contents(folder)
     with pytest.raises(StoreError, match=f"holds a store that differs in {difference}. Choose another folder, or"):
         fill(folder, layout_of(**{"dtype": layout.dtype, **other}), resume=True)
-    assert contents(folder) == before
-
-
-def test_existing_store_is_refused_without_resume_or_overwrite(folder, layout):
-    before = contents(folder)
-    with pytest.raises(StoreError, match="holds a store. Open it, continue or repair it with `resume=True`"):
-        fill(folder, layout)
     assert contents(folder) == before
 
 
@@ -472,17 +398,11 @@ def test_resume_keeps_the_shard_rows_and_deletes_leftovers(folder, layout):
     Manifest.read(folder).with_shards({1: None}).write(folder)
     shutil.copy(folder / SHARD, folder / "00008.safetensors")
     (folder / ".00003.safetensors-abcd1234.partial").mkdir()
+    before = sorted(folder.iterdir())
+    unused = [SHARD, ".00003.safetensors-abcd1234.partial", "00008.safetensors"]
+    assert [path.name for path, _ in prune(folder, dry_run=True)] == sorted(unused)
+    assert sorted(folder.iterdir()) == before, "only listed"
     assert fill(folder, layout_of(layout.dtype, shard_rows=7), resume=True) == [1]
-    assert contents(folder) == sound
-
-
-def test_prune_deletes_leftovers(folder):
-    sound = contents(folder)
-    shutil.copy(folder / SHARD, folder / "00008.safetensors")
-    (folder / ".00003.safetensors-abcd1234.partial").mkdir()
-    for dry_run in (True, False):
-        pruned = [path.name for path, size in prune(folder, dry_run=dry_run) if size > 0]
-        assert pruned == [".00003.safetensors-abcd1234.partial", "00008.safetensors"]
     assert contents(folder) == sound and prune(folder) == []
 
 
@@ -503,14 +423,6 @@ def test_manifest_of_another_program_is_not_a_store(folder, tmp_path, text):
     assert is_store(folder), "damaged: it has the lock of a build"
 
 
-def test_file_at_the_path_of_the_folder_is_refused(tmp_path, layout):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(StoreError, match="file: is a file. Choose a folder"):
-        fill(tmp_path / "file", layout)
-    with pytest.raises(StoreError, match=r"cannot be read or written \(Not a directory\)"):
-        fill(tmp_path / "file" / "store", layout)
-
-
 # ---- int8, layouts ---------------------------------------------------------------------------------------------------
 
 
@@ -527,30 +439,3 @@ def test_int8_error_is_at_most_half_a_step(seed, magnitude, dtype):
     # Added to the half step: the scale, the quotient and fp64 inputs are rounded to 24 bits, at most 127 steps from 0.
     assert (off <= scale.double() * (0.5 + 127 * 2**-22))[normal].all()
     assert (rows.abs().amax(dim=-1) == 127)[normal].all() and rows.min() >= -127
-
-
-def test_int8_token_of_zeros():
-    rows, scale = quantise(torch.tensor([[[0.0, 0.0], [1.0, -4.0], [-0.0, 1e-45]]]))
-    assert rows.tolist() == [[[0, 0], [32, -127], [0, 0]]]
-    assert scale[0, 0] == 0 and scale[0, 1] == torch.tensor(4.0) / 127 and scale.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "dtype, labelled, size",
-    [("fp32", True, 68), ("fp32", False, 60), ("fp16", True, 38), ("bf16", True, 38), ("int8", True, 15 + 12 + 8)],
-)
-def test_layout_row_bytes(tmp_path, dtype, labelled, size):
-    layout = layout_of(dtype, labelled=labelled)
-    assert layout.row_bytes == size
-    fill(tmp_path, layout)
-    header = 8 + int.from_bytes((tmp_path / "00000.safetensors").read_bytes()[:8], "little")
-    assert (tmp_path / "00000.safetensors").stat().st_size == header + 4 * size
-
-
-def test_layout_digest_depends_on_everything_but_notes():
-    layout = layout_of()
-    changes = {"rows": 17, "shape": (5, 3), "dtype": "fp16", "computed": "fp64", "shard_rows": 5, "labelled": False}
-    changed = [replace(layout, **{name: value}) for name, value in changes.items()]
-    changed.append(replace(layout, fingerprint={"weights": "those"}))
-    assert len({layout.digest, *(other.digest for other in changed)}) == 8
-    assert replace(layout, notes={"by": "another test"}).digest == layout.digest
