@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 
 import naive
 import open_clip
@@ -16,8 +15,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import skipkernels as sk
 from skipkernels import functional
-from skipkernels.clip.losses import LabelOrder
-from skipkernels.features.samplers import BatchSampler
 from skipkernels.selection import RankSampler
 from skipkernels.testing import allocated_bytes, saved_bytes
 
@@ -516,36 +513,6 @@ def test_construction_token_outside_vocabulary(number):
 def test_construction_under_inference_mode():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be created under torch.inference_mode"):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1)
-
-
-def test_sorted_batches_warn_once():
-    """Loading folder after folder without shuffling; a few batches do not suffice for a warning."""
-    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=2)
-    images, _ = tiny_batch(3, 9)
-    labels = torch.arange(5).repeat_interleave(10).split(3)  # batches of one class, and of two where a class ends
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for few in labels[:8]:
-            clip(images[: len(few)], few)
-        assert caught == []
-        for more in labels[8:] * 2:
-            clip(images[: len(more)], more)
-    assert ["in the order of their labels" in str(warning.message) for warning in caught] == [True]
-
-
-@pytest.mark.parametrize("kind", ["class_pure", "random"])
-@pytest.mark.parametrize("images", [(64, 64), (200, 2), (40,), (16, 16, 16), (4,) * 40], ids=str)
-def test_shuffled_batches_do_not_warn(kind, images):
-    """Batches of one class are a published method, and batches of one image have one class."""
-    labels = torch.arange(len(images)).repeat_interleave(torch.tensor(images))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for seed in range(200):
-            order = LabelOrder()
-            sampler = BatchSampler(labels, 4 if kind == "class_pure" else 1, kind, torch.Generator().manual_seed(seed))
-            for _ in range(3):
-                for rows in sampler:
-                    order.see(labels[rows])
 
 
 def test_forward_features_of_wrong_shape():

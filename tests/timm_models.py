@@ -132,13 +132,11 @@ def assert_batch_norms_update_above_cut_only(family: Family, skip: int) -> None:
 
 
 def assert_draws_as_the_model(family: Family, skip: int) -> None:
-    """In training mode dropout above the cut, and of patches on either side, draws as in the caller's model."""
+    """In training mode dropout above the cut draws as in the caller's model."""
     model = family.make().train()
     clip, images = cut(model, skip), family.images()
     for part in lower_modules(clip):
         part.eval()
-    if clip._image.patch_dropout is not None:
-        clip._image.patch_dropout.train()
     embeddings = []
     for encode in (model.encode_image, clip.encode_image):
         torch.manual_seed(3)

@@ -168,9 +168,6 @@ class SkipCLIPBase(nn.Module):
                 )
             states[f"{prefix}.no_input_gradient"] = Reduction.unless(None if tower.skip else no_cut)
         states["text.features_kept"] = states["text.no_input_gradient"]
-        if self._parallel is not None:
-            replicated = "class_parallel is False" if self._parallel.replicated else None
-            states["text.class_parallel"] = Reduction.unless(replicated)
         return states
 
     @property
@@ -195,20 +192,12 @@ class SkipCLIPBase(nn.Module):
     def _num_classes(self) -> int:
         return len(self.prototypes) if self._parallel is None else self._parallel.num_classes
 
-    @property
-    def _owned_of_held(self) -> slice:
-        return slice(None) if self._parallel is None else self._parallel.owned_of_held
-
     # ---- embeddings of classes ----------------------------------------------------------------------------------
 
     def _class_embeddings(self) -> Tensor:
         """Cached embeddings [C, D] of all classes, not to be changed."""
-        own = self._own_embeddings()
+        own = self._text_encoder.class_embeddings()
         return own if self._parallel is None else self._parallel.class_embeddings(own)
-
-    def _own_embeddings(self) -> Tensor:
-        """Cached embeddings [C/W, D] of the classes that this process owns, not to be changed."""
-        return self._text_encoder.class_embeddings(self._owned_of_held)
 
     def _embeddings_of_all(self, image: Tensor) -> Tensor:
         """Embeddings [C, D] of all classes for image embeddings; cached ones if there is no gradient."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,13 +31,13 @@ class ImageEncoder:
         """The tower."""
         return [self.tower]
 
-    def lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
+    def lower(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]."""
-        lower, x = partial(self.tower.lower, drop_patches=drop_patches), images.to(self.tower.dtype)
+        x = images.to(self.tower.dtype)
         try:
             if self.tower.skip == 0:
-                return lower(x)
-            checked = refusing_lost_gradients(lower, "image", "(0, …)")
+                return self.tower.lower(x)
+            checked = refusing_lost_gradients(self.tower.lower, "image", "(0, …)")
             return LSkipBoundary.apply(checked, x.to(self.lower_device or x.device), self.chunk).to(images.device)
         except RuntimeError as error:
             height, width = self.tower.image_size
@@ -52,7 +51,7 @@ class ImageEncoder:
     def encode(self, x: Tensor) -> Tensor:
         """Images or features at the cut to embeddings [B, D], not normalised."""
         if self.are_images(x):
-            return self.tower.upper(self.lower(x, drop_patches=True))
+            return self.tower.upper(self.lower(x))
         self.gave_features = True
         if self.weights.changed():
             raise RuntimeError(
@@ -64,8 +63,7 @@ class ImageEncoder:
     def are_images(self, x: Tensor) -> bool:
         """Return True for images, False for features at the cut; raise a ValueError for anything else."""
         shape, _ = self.features
-        some_patches = self.tower.patch_dropout is not None and x.ndim == 3 and x.shape[2] == shape[1]
-        are_features = x.shape[1:] == shape or some_patches
+        are_features = x.shape[1:] == shape
         if x.ndim == 4 and x.shape[1] == 3 and not are_features:
             return True
         if self.tower.skip == 0:
@@ -138,9 +136,9 @@ def check_images(x: Any) -> None:
 
 
 def check_features(x: Any, shape: Sequence[int]) -> None:
-    """Raise unless x are features at the cut [B, N, W] of the model, [N, W] = shape; patches may have been dropped."""
+    """Raise unless x are features at the cut [B, N, W] of the model, [N, W] = shape."""
     found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-    if not isinstance(x, Tensor) or x.ndim != 1 + len(shape) or x.shape[-1] != shape[-1] or len(x) == 0:
+    if not isinstance(x, Tensor) or x.shape[1:] != shape or len(x) == 0:
         raise ValueError(
             f"SkipCLIP.encode_upper: features must be features at the cut, [B, {', '.join(map(str, shape))}]; got "
             f"{found}. For images use encode_image."

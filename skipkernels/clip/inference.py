@@ -92,7 +92,7 @@ class Inference(SkipCLIPBase):
         check_images(x)
         self._check_unaltered()
         self._follow(x.device)
-        classes = self._own_embeddings()
+        classes = self._text_encoder.class_embeddings()
         with evaluating([self.model]):
             image = self._image_encoder.encode(x)
         with torch.autocast(image.device.type, enabled=False):
@@ -101,17 +101,16 @@ class Inference(SkipCLIPBase):
 
     # ---- towers -------------------------------------------------------------------------------------------------
 
-    def encode_lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
+    def encode_lower(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W], constants that may be cached.
 
-        Below the cut all modules run in evaluation mode. `drop_patches=True` applies the patch dropout of a model in
-        training mode; do not cache such random features. Features do not record their cut: those of another
-        `skip_layers` are often accepted, with wrong results. `FeatureCache.build` compares the cut and the weights.
+        Below the cut all modules run in evaluation mode, without dropout. Features do not record their cut: those of
+        another `skip_layers` are often accepted, with wrong results. `FeatureCache.build` compares cut and weights.
         """
         check_images(images)
         self._check_unaltered()
         self._image_encoder.gave_features = True
-        return self._image_encoder.lower(images, drop_patches=drop_patches)
+        return self._image_encoder.lower(images)
 
     def encode_upper(self, features: Tensor) -> Tensor:
         """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
@@ -120,10 +119,7 @@ class Inference(SkipCLIPBase):
         return self._image.upper(features)
 
     def encode_image(self, x: Tensor) -> Tensor:
-        """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], not normalised.
-
-        In training mode the patch dropout of the model, if any, is applied to images.
-        """
+        """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], any norm."""
         check_images(x)
         self._image_encoder.are_images(x)
         self._check_unaltered()

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from ..checks import warn_caller
 from ..selection import classes_at_ranks
 from .base import SkipCLIPBase, SkipOutput
 from .text import check_vocabulary
@@ -268,38 +267,3 @@ def check_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) 
             f"{class_weight[bad][0].item()} for class {int(bad.nonzero()[0])}."
         )
     return class_weight.to(prototypes.device, prototypes.dtype, copy=True)
-
-
-class LabelOrder:
-    """Warns once if training batches come in the order of their labels, as of a dataset that is not shuffled.
-
-    Sees the batches up to the first label that is smaller than the one before it. Of n batches that begin with a label
-    of class c n_c times each, shuffling gives this order with the chance Π n_c! / n!, also if batches have one class.
-    """
-
-    CHANCE = 1e-6  # below it, the warning: of ten classes with four batches each after the first 14 batches
-
-    def __init__(self) -> None:
-        self._chance, self._batches, self._of_class = 1.0, 0, 0
-        self._first = self._last = -1  # labels of the previous batch
-        self._watches = True
-
-    def see(self, labels: Tensor) -> None:
-        """Add a batch of labels, int64 [B]. On a GPU they are not read: that would be a host sync."""
-        if not self._watches or labels.device.type != "cpu":
-            return
-        order = [self._last, *labels.tolist()]
-        if order != sorted(order):
-            self._watches = False
-            return
-        self._batches += 1
-        self._of_class = self._of_class + 1 if order[1] == self._first else 1
-        self._chance *= self._of_class / self._batches
-        self._first, self._last = order[1], order[-1]
-        if self._chance < self.CHANCE:
-            self._watches = False
-            warn_caller(
-                f"SkipCLIP: the first {self._batches} training batches came in the order of their labels, as of a "
-                "dataset that is sorted by class and not shuffled. Training on class after class is less accurate. "
-                "Shuffle: DataLoader(dataset, shuffle=True)."
-            )

@@ -18,7 +18,6 @@ from ..digests import digest_json, digest_tensors, digests
 from ..parallel import (
     ClassParallel,
     gather_rows,
-    replicated_cross_entropy,
     sharded_binary_cross_entropy,
     sharded_contrastive_loss,
     sharded_cross_entropy,
@@ -67,9 +66,7 @@ def check_agreement(clip: SkipCLIPBase) -> None:
     tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
     digest_of = {
         "tokens": clip._prompts,
-        "skip_layers, class_parallel and the trained parameters": digest_json(
-            [clip.skip_layers, trained, parallel.replicated]
-        ),
+        "skip_layers and the trained parameters": digest_json([clip.skip_layers, trained]),
         "options of the selection": digest_json(sampler.options()),
         "generator": digest_tensors(sorted(sampler.state_dict().items())),
         "label_smoothing and class_weight": digest_json([clip.label_smoothing, digest_tensors(weights)]),
@@ -92,26 +89,25 @@ def sharded_step(clip: SkipCLIPBase, x: Tensor, labels: Tensor, images: int, ret
         )
     own_image = clip._image_encoder.encode(x)[:images]
     sizes, own = sizes_of(parallel, images, "clip", x.device, clip.sampler)
-    # 1. All labels and image embeddings. Replicated texts need the latter for the scores only, without gradient.
+    # 1. The labels and image embeddings of all processes
     labels = gather_rows(labels[:images], sizes, parallel.group)  # [B]
-    image = gather_rows(own_image.detach() if parallel.replicated else own_image, sizes, parallel.group)
+    image = gather_rows(own_image, sizes, parallel.group)  # [B, D]
     # 2. The same selection on every process, from the scores [C/W] of each
     ranks = clip.sampler.draw_on(x.device, parallel.num_classes, len(labels))
     selection = select_ranks(parallel.gather_classes(clip._scores(image)), labels, ranks)
     class_ids, targets = selection  # [K], [B]
-    # 3. Texts and loss: own images with all K classes, or all images with the own K_r classes
-    scale, group = clip.model.logit_scale.exp(), parallel.group
-    weight, smoothing = None if clip.class_weight is None else clip.class_weight[class_ids], clip.label_smoothing
-    if parallel.replicated:
-        text = clip._text_encoder.encode(class_ids)
-        total = sum(sizes) if weight is None else weight[targets].sum()
-        loss = replicated_cross_entropy(own_image, text, targets[own], scale, group, total, weight, smoothing)
-    else:
-        own_selection = parallel.own_selection(selection)
-        text = clip._text_encoder.encode(at_least_one(own_selection.class_ids))
-        loss = sharded_cross_entropy(
-            image, text, own_selection, scale, group, class_weight=weight, label_smoothing=smoothing
-        )
+    # 3. Text embeddings of the own classes among these, [K_r, D], and the loss of all images
+    own_selection = parallel.own_selection(selection)
+    text = clip._text_encoder.encode(at_least_one(own_selection.class_ids))
+    loss = sharded_cross_entropy(
+        image,
+        text,
+        own_selection,
+        clip.model.logit_scale.exp(),
+        parallel.group,
+        class_weight=None if clip.class_weight is None else clip.class_weight[class_ids],
+        label_smoothing=clip.label_smoothing,
+    )
     return SkipOutput(loss, None, class_ids, targets[own])
 
 
@@ -153,12 +149,10 @@ def sharded_pair_loss(clip: SkipCLIPBase, own_image: Tensor, captions: Tensor) -
     numbers = torch.arange(len(image), device=image.device)[own]  # [n], pairs of the captions encoded here
     if captions.ndim == 2:
         text = encoder.encode_tokens(captions)
-    elif parallel.replicated:
-        text = encoder.encode(captions, exact=True)
     else:
         every = gather_rows(captions[:pairs], sizes, parallel.group)  # [B]
         numbers = (every % parallel.size == parallel.rank).nonzero().flatten()
-        text = encoder.encode(at_least_one(parallel.ids_of_held(every[numbers])), exact=True)
+        text = encoder.encode(at_least_one(every[numbers] // parallel.size), exact=True)
     return sharded_contrastive_loss(image, text, numbers, clip.model.logit_scale.exp(), parallel.group)
 
 
@@ -172,7 +166,7 @@ def sharded_sigmoid_loss(
     # 1. The image embeddings of all processes, [B, D]
     call = f"sigmoid_loss with max_labels={max_labels}"
     sizes, _ = sizes_of(parallel, len(own_image), call, own_image.device, clip.sampler)
-    image = gather_rows(own_image.detach() if parallel.replicated else own_image, sizes, group)
+    image = gather_rows(own_image, sizes, group)
     # 2. The same selection on every process: labels of any image score +∞
     with torch.no_grad():
         is_label = labels.any(dim=0).byte()  # [C]
@@ -180,14 +174,11 @@ def sharded_sigmoid_loss(
         ranks = clip.sampler.draw_on(image.device, parallel.num_classes, len(image) * max_labels)
         scores = parallel.gather_classes(clip._scores(image))
         class_ids = classes_at_ranks(scores.masked_fill(is_label.bool(), math.inf), ranks)  # [K]
-    # 3. Loss of own images with all K classes, or of all images with the own K_r classes
-    scale, elements, own_targets = clip.model.logit_scale.exp(), len(image) * len(class_ids), labels[:, class_ids]
-    if parallel.replicated:
-        image, targets, text = own_image, own_targets, clip._text_encoder.encode(class_ids)
-    else:
-        positions = (class_ids % parallel.size == parallel.rank).nonzero().flatten()  # [K_r]
-        targets = gather_rows(own_targets.byte(), sizes, group)[:, positions]
-        text = clip._text_encoder.encode(at_least_one(parallel.ids_of_held(class_ids[positions])))
+    # 3. Text embeddings of the own classes among these, [K_r, D], and the loss of all images
+    own_targets, positions = labels[:, class_ids], (class_ids % parallel.size == parallel.rank).nonzero().flatten()
+    text = clip._text_encoder.encode(at_least_one(class_ids[positions] // parallel.size))
+    targets = gather_rows(own_targets.byte(), sizes, group)[:, positions]  # [B, K_r]
+    scale, elements = clip.model.logit_scale.exp(), len(image) * len(class_ids)
     loss = sharded_binary_cross_entropy(image, text, targets, bias, scale, elements, group)
     return SkipOutput(loss, None, class_ids, own_targets)
 

@@ -22,7 +22,6 @@ from .base import Settings, SkipOutput, Trainable
 from .image import ImageEncoder, one_batch, refuse_export
 from .inference import Inference
 from .losses import (
-    LabelOrder,
     Losses,
     check_class_weight,
     check_label_range,
@@ -33,7 +32,6 @@ from .text import TextEncoder, check_tokens, check_vocabulary, prompts_digest, p
 from .verify import verify
 
 if TYPE_CHECKING:
-    from ..parallel import ClassParallel
     from .graphed import GraphedStep
 
 _ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with weights beside the model's own
@@ -67,7 +65,6 @@ class SkipCLIP(Losses, Inference):
         attention: "sdpa", or "xformers" on a GPU. docs/training-loop.md.
         text_cache: Folder of the text features at the cut; default: in memory. docs/cache.md, Very many classes.
         process_group: Processes that train together as one; default: none. docs/many-processes.md.
-        class_parallel: With `process_group`: True shares out the texts, False replicates them. docs/many-processes.md.
 
     Attributes:
         prototypes: [C, D] unit-norm text embeddings from before tuning, at least fp32; of own classes in a group.
@@ -112,7 +109,6 @@ class SkipCLIP(Losses, Inference):
         attention: AttentionName = "sdpa",
         text_cache: str | Path | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
-        class_parallel: bool = True,
     ):
         super().__init__()
         check_tokens(tokens)
@@ -122,7 +118,6 @@ class SkipCLIP(Losses, Inference):
             from . import sharded
 
             self._parallel = sharded.class_parallel(process_group, tokens, model)
-        self._label_order = LabelOrder()
 
         modules = list(model.modules()) if isinstance(model, nn.Module) else []  # checked below
         kinds = [(module, type(module)) for module in modules]
@@ -137,10 +132,8 @@ class SkipCLIP(Losses, Inference):
             self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
             self.label_smoothing = check_label_smoothing(label_smoothing)
             self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
-            if self._parallel is not None:
-                self._parallel.replicated = not class_parallel
             self._prompts = prompts_digest(tokens) if self._parallel is not None else None
-            self._tokens = self._held_prompts(tokens, self._parallel)
+            self._tokens = prompts_of(tokens if self._parallel is None else tokens[self._parallel.owned])
             image, texts = build_towers(model, self._tokens)
             self._image_encoder, self._text_encoder = ImageEncoder(image, chunk), TextEncoder(texts, chunk)
             self._set_up(image, texts)
@@ -149,7 +142,7 @@ class SkipCLIP(Losses, Inference):
                     folder = None if text_cache is None else self._folder(Path(text_cache))
                     if folder is not None:
                         self._text_encoder.use_folder(folder)
-                    self._set_prototypes(self._text_encoder.prototypes(folder, self._owned_of_held))
+                    self._set_prototypes(self._text_encoder.prototypes(folder))
                 weight = check_class_weight(class_weight, self.prototypes, self._num_classes)
                 self.register_buffer("class_weight", weight, persistent=False)
                 verify(model, self._image_encoder, self._text_encoder, self._tokens)
@@ -213,8 +206,6 @@ class SkipCLIP(Losses, Inference):
         """Check a batch of images with one label each, and the model, on the host."""
         self._check_batch(x)
         check_labels(labels, x)
-        if self.training:
-            self._label_order.see(labels)
         if labels.device.type == "cpu" and (self._parallel is not None or not self.training):
             check_label_range(labels, self._num_classes)  # elsewhere `class_scores` checks them
         self._check_draw(len(x))
@@ -276,15 +267,9 @@ class SkipCLIP(Losses, Inference):
 
     # ---- set-up, change of the model or of the classes ---------------------------------------------------------
 
-    def _held_prompts(self, tokens: Tensor, parallel: ClassParallel | None) -> Tensor:
-        """Return the prompts that this process holds: of all classes, or of its own."""
-        if parallel is None:
-            return prompts_of(tokens)
-        return prompts_of(tokens[parallel.held])
-
     def _folder(self, text_cache: Path) -> Path:
         """Folder of the text features of the classes of this process."""
-        if self._parallel is None or self._parallel.replicated:
+        if self._parallel is None:
             return text_cache
         return text_cache / f"process_{self._parallel.rank}_of_{self._parallel.size}"
 
@@ -349,11 +334,11 @@ class SkipCLIP(Losses, Inference):
             raise RuntimeError("SkipCLIP: set_classes cannot be called under torch.inference_mode().")
         if parallel is not None:
             parallel = parallel.with_classes(len(tokens))
-        prompts = self._held_prompts(tokens, parallel)
+        prompts = prompts_of(tokens if parallel is None else tokens[parallel.owned])
         encoder = self._text_encoder.of_other_prompts(build_towers(self.model, prompts)[1], device)
         with torch.autocast(device.type, enabled=False):
             with evaluating([self.model]):
-                prototypes = encoder.prototypes(None, slice(None) if parallel is None else parallel.owned_of_held)
+                prototypes = encoder.prototypes(None)
             weight = check_class_weight(class_weight, prototypes, len(tokens))
             if encoder.lower_device is None:  # verify runs the model itself, which must be on one device
                 verify(self.model, self._image_encoder, encoder, prompts)

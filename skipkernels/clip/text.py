@@ -105,7 +105,7 @@ class TextEncoder:
     def __init__(self, towers: Sequence[TextTower], chunk: int):
         self.chunk = chunk
         self.templates = [PromptFeatures(tower, chunk) for tower in towers]
-        # Embeddings of all classes, the autocast dtype and classes, and the modules and weights that computed them
+        # Embeddings of all classes, the autocast dtype, and the modules and weights that computed them
         self._embeddings: tuple[Tensor, Any, Frozen] | None = None
         self.weights = Frozen(tuple)  # Modules and weights below the cut that computed the cached features
 
@@ -188,19 +188,19 @@ class TextEncoder:
         with parametrize.cached():  # low-rank updates once, not for each chunk
             return _mean_of_units([template.unit_embeddings(class_ids) for template in self.templates])
 
-    def class_embeddings(self, classes: slice = slice(None)) -> Tensor:
-        """Unit-norm embeddings [C, D] of classes, by default all, in evaluation mode, cached until weights change."""
+    def class_embeddings(self) -> Tensor:
+        """Unit-norm embeddings [C, D] of all classes in evaluation mode, cached until weights change."""
         device = self.tower.tokens.device.type
-        options = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None, classes
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.compare_weights()
         if self._embeddings is not None:
-            embeddings, of_options, parts = self._embeddings
+            embeddings, its_autocast, parts = self._embeddings
             comparable = not parts.is_hooked() and not parts.is_sharded()
-            if options == of_options and comparable and not parts.content_changed():
+            if autocast == its_autocast and comparable and not parts.content_changed():
                 return embeddings
         with torch.inference_mode(False), evaluating([self.tower.model]):
-            embeddings = self.unit_embeddings(self._class_ids[classes])
-        self._embeddings = embeddings, options, Frozen(self.tower.parts)
+            embeddings = self.unit_embeddings(self._class_ids)
+        self._embeddings = embeddings, autocast, Frozen(self.tower.parts)
         return embeddings
 
     # ---- folder ------------------------------------------------------------------------------------------------
@@ -213,14 +213,13 @@ class TextEncoder:
             template.use_folder(own)
         self.accept_weights()
 
-    def prototypes(self, folder: Path | None, classes: slice = slice(None)) -> Tensor:
-        """Unit-norm embeddings [C, D] of classes, by default all, before tuning; stored in `folder` if given."""
+    def prototypes(self, folder: Path | None) -> Tensor:
+        """Unit-norm embeddings [C, D] of all classes before tuning; stored in `folder` if given."""
         if folder is None:
-            return self.unit_embeddings(self._class_ids[classes])
+            return self.unit_embeddings(self._class_ids)
         self._compute_features()
         stored = zip(self.templates, self._folders(folder), strict=True)
-        every = _mean_of_units([template.stored_embeddings(own) for template, own in stored])
-        return every if classes == slice(None) else every[classes].clone()
+        return _mean_of_units([template.stored_embeddings(own) for template, own in stored])
 
     def _folders(self, folder: Path) -> list[Path]:
         if len(self.templates) == 1:

@@ -73,12 +73,6 @@ class SkipModule(LightningModule):
         """Logits [B, C] over all classes; see `SkipCLIP.predict`."""
         return self.clip.predict(x)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Warn if training batches are sorted by class. On a GPU SkipCLIP does not read the labels of a batch."""
-        if self.training and self.device.type != "cpu" and isinstance(self.clip, SkipCLIP):
-            self.clip._label_order.see(_pair(batch)[1])
-        return batch
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss over the classes selected for the batch."""
         loss = self.clip(*_pair(batch)).loss

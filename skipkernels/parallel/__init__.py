@@ -3,18 +3,12 @@
 from .class_parallel import ClassParallel
 from .gathers import gather_rows
 from .gradients import all_reduce_gradients
-from .loss import (
-    replicated_cross_entropy,
-    sharded_binary_cross_entropy,
-    sharded_contrastive_loss,
-    sharded_cross_entropy,
-)
+from .loss import sharded_binary_cross_entropy, sharded_contrastive_loss, sharded_cross_entropy
 
 __all__ = [
     "ClassParallel",
     "all_reduce_gradients",
     "gather_rows",
-    "replicated_cross_entropy",
     "sharded_contrastive_loss",
     "sharded_cross_entropy",
     "sharded_binary_cross_entropy",

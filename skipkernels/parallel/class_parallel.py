@@ -20,8 +20,7 @@ _LOW = (1 << 32) - 1  # low bits of a message: digest of the generator's state; 
 class OwnSelection(NamedTuple):
     """The selected classes of one process."""
 
-    # [K_r] int64, selected classes that this process owns, as indices of those that it holds, ascending
-    class_ids: Tensor
+    class_ids: Tensor  # [K_r] int64, selected classes that this process owns, as indices of its own, ascending
     # [B] int64, positions of the labels of all images in `class_ids`, −1 if another process owns the class
     labels: Tensor
     positions: Tensor  # [K_r] int64, positions of these classes among the selected classes of all processes
@@ -37,9 +36,6 @@ class ClassParallel:
     Attributes:
         rank: r of this process in the group.
         size: W, number of processes.
-        replicated: True if each process holds the prompts of all classes and encodes all selected ones, False if it
-            does so only for the classes that it owns. In both cases scores and evaluation are of owned classes
-            only.
     """
 
     def __init__(self, group: Any, num_classes: int, device: torch.device):
@@ -54,7 +50,7 @@ class ClassParallel:
                 f"SkipCLIP: process_group must have gloo or NCCL for tensors on {device.type}, where the model is; got "
                 f"{backend}. Move the model to its device first, or pass another group."
             )
-        self.group, self.num_classes, self.replicated = group, num_classes, False
+        self.group, self.num_classes = group, num_classes
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._check_number(num_classes)
         self._whole: tuple[Tensor, Tensor] | None = None  # argument and result of the last call of `class_embeddings`
@@ -83,16 +79,6 @@ class ClassParallel:
     def owned(self) -> slice:
         """The classes that this process owns, among all classes."""
         return slice(self.rank, None, self.size)
-
-    @property
-    def held(self) -> slice:
-        """The classes that have their prompts on this process, among all classes."""
-        return slice(None) if self.replicated else self.owned
-
-    @property
-    def owned_of_held(self) -> slice:
-        """The classes that this process owns, among those that it holds."""
-        return self.owned if self.replicated else slice(None)
 
     @property
     def sizes(self) -> list[int]:
@@ -162,8 +148,4 @@ class ClassParallel:
         owned = class_ids % self.size == self.rank  # [K]
         labels = torch.where(owned, owned.cumsum(0) - 1, -1)[targets]  # [K] -> [B]
         positions = owned.nonzero().flatten()  # [K_r]
-        return OwnSelection(self.ids_of_held(class_ids[positions]), labels, positions, targets, len(class_ids))
-
-    def ids_of_held(self, class_ids: Tensor) -> Tensor:
-        """Return ids of classes that this process owns as indices of the classes that it holds."""
-        return class_ids if self.replicated else class_ids // self.size
+        return OwnSelection(class_ids[positions] // self.size, labels, positions, targets, len(class_ids))

@@ -55,37 +55,6 @@ def sharded_cross_entropy(
     return (loss.sum() / total).to(_loss_dtype(image))
 
 
-def replicated_cross_entropy(
-    image: Tensor,
-    text: Tensor,
-    targets: Tensor,
-    logit_scale: Tensor,
-    group: dist.ProcessGroup,
-    total: Tensor | int,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Compute the loss of `sharded_cross_entropy` where each process encodes all selected classes; collective.
-
-    Each process sends one number. `image` is [b, D], images of this process, b may be 0; `text` [K, D], all selected
-    classes; `targets` [b], positions of the labels in `text`; `total`, divisor of the mean: the number of images of all
-    processes, or the sum of the weights of their labels.
-    """
-    if len(image) == 0:
-        share = _empty_share(image, text, logit_scale)
-    else:
-        share = functional.class_sampled_ce(
-            image,
-            text,
-            targets,
-            logit_scale,
-            class_weight=class_weight,
-            label_smoothing=label_smoothing,
-            reduction="sum",
-        )
-    return (_sum_over_processes(share, group) / total).to(_loss_dtype(image))
-
-
 def sharded_contrastive_loss(
     image: Tensor, text: Tensor, own: Tensor, logit_scale: Tensor, group: dist.ProcessGroup
 ) -> Tensor:

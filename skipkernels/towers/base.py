@@ -120,22 +120,13 @@ class Tower(ABC):
         """Attention mask added to the logits, [1 or n, 1, tokens, tokens], or None."""
         return None
 
-    def lower(self, inputs: Tensor, *, drop_patches: bool = False) -> Tensor:
-        """Map inputs to the hidden states at the cut, in evaluation mode: no dropout, constant batch-norm statistics.
-
-        With `drop_patches`, patches are dropped as in training if the model has patch dropout.
-        """
-        frozen = [part for part in self.lower_parts() if isinstance(part, nn.Module)]
-        with evaluating(frozen, except_for=self.patch_dropout if drop_patches else None):
+    def lower(self, inputs: Tensor) -> Tensor:
+        """Map inputs to the hidden states at the cut, in evaluation mode: no dropout, frozen batch norms."""
+        with evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)]):
             hidden, mask = Hidden(self.embed(inputs)), self.mask(inputs)
             for index in range(self.skip):
                 hidden = self._run_block(index, hidden, mask)
         return hidden.sum()
-
-    @property
-    def patch_dropout(self) -> nn.Module | None:
-        """Module that drops patches of images in training, or None."""
-        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -313,9 +304,9 @@ def _named_tensors(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def evaluating(modules: Iterable[nn.Module], *, except_for: nn.Module | None = None) -> Iterator[None]:
-    """Set evaluation mode for modules and their submodules, except for one."""
-    with _in_mode([module for part in modules for module in part.modules() if module is not except_for], False):
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Set evaluation mode for modules and their submodules."""
+    with _in_mode([module for part in modules for module in part.modules()], False):
         yield
 
 

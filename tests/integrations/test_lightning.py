@@ -77,20 +77,6 @@ def test_gradients_are_clipped_before_the_update(short, tmp_path):
     assert 0 < (trained(module.clip) - before).norm() <= 1.01e-5  # 1e-2 · 1e-3, and its rounding
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_sorted_dataset_warns(short, tmp_path, monkeypatch, device):
-    """On a GPU labels are read before they are moved to it."""
-    module = runner.plug(short.implementations()["skipkernels"](), short)
-    batches = [(short.images[:4], torch.full((4,), n // 4)) for n in range(16)]
-    if device == "cuda":
-        monkeypatch.setattr(SkipModule, "device", torch.device("cuda"))
-    with pytest.warns(UserWarning, match="the first 14 training batches came in the order of their labels"):
-        if device == "cpu":
-            runner.trainer(tmp_path).fit(module, DataLoader(batches, batch_size=None))
-        else:
-            assert [module.on_before_batch_transfer(batch, 0) for batch in batches] == batches
-
-
 def test_missing_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "skipkernels.integrations.lightning")
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from models import tiny_batch, tiny_clip, tiny_tokens
-from reference_step import assert_matches_reference_step
 
 import skipkernels as sk
 from skipkernels.towers import UnsupportedModel, deterministic_training, evaluating
@@ -13,17 +12,12 @@ from skipkernels.towers import UnsupportedModel, deterministic_training, evaluat
 CLASSES = 7
 
 
-def test_patch_dropout_in_training_only_and_never_in_features():
+def test_patch_dropout_below_the_cut_is_off():
     model = tiny_clip(vision={"patch_dropout": 0.5, "image_size": 32}).train()
-    images, labels = torch.nn.functional.interpolate(tiny_batch(3, CLASSES)[0], 32), torch.tensor([1, 2, 3])
-    tokens = tiny_tokens(CLASSES)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert_matches_reference_step(clip, images, tokens, labels)
+    images = torch.nn.functional.interpolate(tiny_batch(3, CLASSES)[0], 32)
+    clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1)
     features = clip.encode_lower(images)
-    assert features.shape[1] == 17 > clip.encode_lower(images, drop_patches=True).shape[1]
-    model.eval()
-    assert features.equal(clip.encode_lower(images, drop_patches=True))
-    assert_matches_reference_step(clip, images, tokens, labels)
+    assert features.shape[1] == 17 and clip.encode_image(images).equal(clip.encode_upper(features))
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -89,7 +83,7 @@ def test_deterministic_training_freezes_dropout_and_batch_norm():
     with deterministic_training(model):
         assert [module.training for module in model] == [True, True, False, False]
         assert not model[3][0].training
-        with evaluating(model, except_for=model[1]):
-            assert [module.training for module in model] == [False, True, False, False]
+        with evaluating(model):
+            assert not any(module.training for module in model)
         assert model[0].training
     assert not any(module.training for module in model.modules())

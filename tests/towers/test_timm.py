@@ -91,14 +91,13 @@ def test_stem_batch_norms_update_above_cut_only(skip):
     timm_models.assert_batch_norms_update_above_cut_only(FUSED["mobile_clip"], skip)
 
 
-@pytest.mark.parametrize("skip", [0, 2], ids=lambda skip: f"skip{skip}")
 @pytest.mark.parametrize(
-    "make",
+    ("make", "skip"),
     [
-        partial(vit, drop_path_rate=0.5),
-        partial(vit, patch_size=2, patch_drop_rate=0.5),
-        partial(vit, attn_drop_rate=0.5),
-        partial(eva, patch_size=2, global_pool="token", patch_drop_rate=0.5),
+        (partial(vit, drop_path_rate=0.5), 2),
+        (partial(vit, patch_size=2, patch_drop_rate=0.5), 0),
+        (partial(vit, attn_drop_rate=0.5), 2),
+        (partial(eva, patch_size=2, global_pool="token", patch_drop_rate=0.5), 0),
     ],
     ids=["drop_path", "patches", "attention", "eva_patches"],
 )

@@ -18,7 +18,6 @@ from open_clip.transformer import (
     LayerNorm,
     LayerNormFp32,
     LayerScale,
-    PatchDropout,
     QuickGELU,
     TextTransformer,
     VisionTransformer,
@@ -142,10 +141,6 @@ class OpenClipImageTower(ImageTower):
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.visual._embeds(inputs)
-
-    @property
-    def patch_dropout(self) -> nn.Module | None:  # noqa: D102
-        return self.visual.patch_dropout if isinstance(self.visual.patch_dropout, PatchDropout) else None
 
     def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
         pooled, _ = self.visual._pool(hidden)

@@ -147,10 +147,6 @@ class TransformerTower(ImageTower):
         hidden = self.trunk._pos_embed(self.trunk.patch_embed(inputs))
         return self.trunk.norm_pre(self.trunk.patch_drop(hidden))
 
-    @property
-    def patch_dropout(self) -> nn.Module | None:  # noqa: D102
-        return getattr(self.trunk, "patch_drop", None)
-
     def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
         return self.visual.head(self.trunk.forward_head(self.trunk.norm(hidden)))
 
