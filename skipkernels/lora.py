@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch.nn.utils import parametrize
 from .clip import SkipCLIP, check_clip
 from .digests import digest_file
 from .folders import replace_tensors, replaced_folder
-from .optimizer import world_size
 from .towers import UnsupportedModel
 from .towers.base import Tower
 from .towers.low_rank import LowRankUpdate, low_rank_updates
@@ -38,15 +36,9 @@ def add_lora(
         W' = W + alpha / rank · B A,   A [rank, in] uniform in ±1/√in,   B [out, rank] zero
 
     The weights become parametrizations (`torch.nn.utils.parametrize`) of the caller's modules, so the model itself
-    computes the same, also where query, key and value are packed in one weight. W' is computed once for each forward
-    pass, and fused blocks stay fused. Features at the cut and caches of them stay valid. Everything but A and B is
-    frozen, except for the temperature with `train_logit_scale=True`. Create the optimizer and
-    `DistributedDataParallel` after this call: one made before does not train, or average, A and B.
-
-    A and B are fp32 (fp64 for fp64 weights), and W' is rounded to the dtype of W: beside 16-bit weights, small updates
-    are partly lost in rounding, so prefer fp32 weights with autocast. Until `merge_lora`, keys of the model's state
-    dict are those of parametrizations: `….parametrizations.weight.original` and `….parametrizations.weight.0.lora_A`.
-    They load into a model with the same updates. `copy.deepcopy` works; PyTorch does not pickle such modules.
+    computes the same, and fused blocks stay fused. Everything but A and B is frozen, except for the temperature with
+    `train_logit_scale=True`. Create the optimizer and `DistributedDataParallel` after this call: one made before does
+    not train, or average, A and B. Precision, cost and state dicts: docs/lora.md.
 
     Args:
         clip: SkipCLIP. Its blocks above the cut must be fused.
@@ -56,10 +48,7 @@ def add_lora(
         generator: Generator of A. Default: seed 0.
 
     Raises:
-        TypeError: If `clip` is not a SkipCLIP.
-        ValueError: If an argument is out of range, nothing is above the cut, or the model has such updates already.
         UnsupportedModel: If a block above the cut is not fused.
-        RuntimeError: If several processes train and `DistributedDataParallel` already wraps `clip`.
 
     Source: Hu et al., "LoRA", ICLR 2022, arXiv 2106.09685.
 
@@ -80,22 +69,19 @@ def add_lora(
     alpha = float(rank if alpha is None else alpha)
     if not alpha > 0:
         raise ValueError(f"add_lora: alpha must be above 0; got {alpha}.")
-    chosen = _check_targets(targets)
-    _refuse_wrapped(clip)
+    chosen = frozenset(TARGETS if targets == "all-linear" else [targets] if isinstance(targets, str) else targets)
+    if not chosen or not chosen <= set(TARGETS):
+        raise ValueError(f'add_lora: targets must be of {", ".join(TARGETS)}, or "all-linear"; got {targets!r}.')
     clip._check_unaltered()
     if next(_updates(clip.model), None) is not None:
         raise ValueError("add_lora: the model has low-rank updates already. Merge them first: merge_lora(clip).")
-    towers: dict[str, Tower] = {"text": clip._text, "image": clip._image}
-    if all(tower.skip == len(tower.blocks) for tower in towers.values()):
-        raise ValueError("add_lora: no block is above the cut. Make a SkipCLIP with fewer skip_layers.")
-    for name, tower in towers.items():
-        _check_tower(name, tower)
+    towers = _fusable_towers(clip)
 
     generator = generator or torch.Generator().manual_seed(0)
     before = clip._settings, [name for name, parameter in clip.model.named_parameters() if parameter.requires_grad]
     clip.model.requires_grad_(False)
     try:
-        for tower in towers.values():
+        for tower in towers:
             for block in list(tower.blocks)[tower.skip :]:
                 _update_block(block, block.linear_weights, chosen, rank, alpha, generator)
         clip._settings = clip._settings._replace(trainable="as_is")
@@ -113,13 +99,6 @@ def merge_lora(clip: SkipCLIP) -> None:
     The model has its plain modules and state-dict keys again, and `requires_grad` and the `trainable` setting are as
     before `add_lora` on this SkipCLIP (or a copy of it); on another one, weights stay frozen. Predictions don't change.
     To train further, create the optimizer and `DistributedDataParallel` again.
-
-    Args:
-        clip: SkipCLIP on a model with low-rank updates. See `add_lora` for an example.
-
-    Raises:
-        TypeError: If `clip` is not a SkipCLIP.
-        ValueError: If the model has no low-rank updates.
     """
     _check_updated("merge_lora", clip)
     _remove(clip.model, merge=True)
@@ -138,10 +117,6 @@ def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
     Args:
         clip: SkipCLIP on a `CLIPModel` or `SiglipModel` with low-rank updates.
         folder: Folder to write, created if it does not exist. An adapter in it is replaced; other files are kept.
-
-    Raises:
-        TypeError: If `clip` is not a SkipCLIP.
-        ValueError: If the model has no low-rank updates, or is not a Hugging Face model.
 
     Example:
         >>> import logging, tempfile; logging.disable()  # transformers reports unused settings
@@ -203,37 +178,19 @@ def _check_updated(function: str, clip: Any) -> None:
         raise ValueError(f"{function}: the model has no low-rank updates. Add them: add_lora(clip, rank).")
 
 
-def _refuse_wrapped(clip: SkipCLIP) -> None:
-    """Refuse a SkipCLIP in `DistributedDataParallel`, which averages the parameters that trained when it was made."""
-    if world_size() == 1:
-        return
-    wrapper = torch.nn.parallel.DistributedDataParallel
-    gc.collect()  # wrappers that are no longer in use
-    wrappers = [x for x in gc.get_objects() if issubclass(type(x), wrapper)]  # a module does not know its wrapper
-    if any(module is clip for x in wrappers for module in x.modules()):
-        raise RuntimeError(
-            "add_lora: clip must not be in DistributedDataParallel yet, which would not average the gradients of the "
-            "new parameters. Call add_lora first, then DistributedDataParallel(clip)."
-        )
-
-
-def _check_targets(targets: str | Sequence[str]) -> frozenset[str]:
-    named = (targets,) if isinstance(targets, str) or targets is None else targets
-    chosen = frozenset(TARGETS if targets == "all-linear" else named)
-    if not chosen or not chosen <= set(TARGETS):
-        raise ValueError(f'add_lora: targets must be of {", ".join(TARGETS)}, or "all-linear"; got {targets!r}.')
-    return chosen
-
-
-def _check_tower(name: str, tower: Tower) -> None:
-    reasons = [tower.why_no_rows(index) for index in range(tower.skip, len(tower.blocks))]
-    reason = next(filter(None, reasons), None)
-    if reason is None:
-        return
-    raise UnsupportedModel(
-        f"add_lora: blocks above the cut of the {name} tower must be fused ({reason}). Skip all blocks of this tower "
-        f'by skip_layers, or insert adapters of PEFT and pass trainable="as_is".'
-    )
+def _fusable_towers(clip: SkipCLIP) -> list[Tower]:
+    """Return both towers, or raise if no block is above the cut, or one that is not fused."""
+    towers: dict[str, Tower] = {"text": clip._text, "image": clip._image}
+    if all(tower.skip == len(tower.blocks) for tower in towers.values()):
+        raise ValueError("add_lora: no block is above the cut. Make a SkipCLIP with fewer skip_layers.")
+    for name, tower in towers.items():
+        reasons = [tower.why_no_rows(index) for index in range(tower.skip, len(tower.blocks))]
+        if reason := next(filter(None, reasons), None):
+            raise UnsupportedModel(
+                f"add_lora: blocks above the cut of the {name} tower must be fused ({reason}). Skip all blocks of this "
+                'tower by skip_layers, or insert adapters of PEFT and pass trainable="as_is".'
+            )
+    return list(towers.values())
 
 
 # ---- changes to the model --------------------------------------------------------------------------------------------

@@ -432,20 +432,6 @@ def with_updates(clip: sk.SkipCLIP) -> dict[str, torch.Tensor]:
     return copied.state_dict()
 
 
-def test_forward_bad_inputs():
-    with pytest.raises(ValueError, match="tokens must be int64"):
-        sk.SkipCLIP(tiny_clip(), torch.zeros(77, dtype=torch.int64), skip_layers=1)
-    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
-    with pytest.raises(ValueError, match="x must be images"):
-        clip(images[0, 0], labels)
-    with pytest.raises(ValueError, match="labels must be"):
-        clip(images, labels[:2])
-    with pytest.raises(ValueError, match="4"):
-        clip(images, torch.tensor([0, 1, 4]))
-    with pytest.raises(ValueError, match="pass images"):
-        sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=0)(torch.randn(3, 5, 24).double(), labels)
-
-
 @pytest.mark.parametrize(
     ("alter", "error", "message"),
     [
@@ -454,52 +440,28 @@ def test_forward_bad_inputs():
         (lambda x, y: (x[:0], y[:0]), ValueError, r"at least one image; got \[0, 3, 16, 16\]"),
         (lambda x, y: (x.repeat(1, 1, 2, 2), y), ValueError, r"must be \[B, 3, 16, 16\].*got \[3, 3, 32, 32\]"),
         (lambda x, y: (list(x), y), TypeError, "got list. Stack a list of images"),
-        (lambda x, y: (x, y.tolist()), TypeError, "labels must be an int64 tensor .*got list"),
-        (lambda x, y: (x, None), TypeError, r"got NoneType. Without labels use clip.predict"),
-        (lambda x, y: (x, torch.eye(4)[y]), ValueError, r"float32 \[3, 4\]. .*one-hot.*labels.argmax\(dim=1\)"),
-        (lambda x, y: (x, torch.eye(4).long()[y]), ValueError, r"labels.argmax\(dim=1\)"),
-        (lambda x, y: (x, y.int()), ValueError, r"labels must be int64 \[B=3\]"),
-        (lambda x, y: (x, y - 100), ValueError, r"SkipCLIP: labels must be in \[0, C=4\); got -"),
-        (lambda x, y: (x, y + 4), ValueError, r"SkipCLIP: labels must be in \[0, C=4\); got "),
-        (lambda x, y: (x, y.float()), ValueError, r"int64 \[B=3\], one for each image; got torch.float32"),
         (lambda x, y: (x[0], y), ValueError, r"x must be images \[B, 3, height, width\] .* got \[3, 16, 16\]"),
+        (lambda x, y: (x, None), TypeError, r"got NoneType. Without labels use clip.predict"),
+        (lambda x, y: (x, y[:2]), ValueError, r"int64 \[B=3\]; got torch.int64 \[2\]"),
+        (lambda x, y: (x, torch.eye(4)[y]), ValueError, r"float32 \[3, 4\]. .*one-hot.*labels.argmax\(dim=1\)"),
+        (lambda x, y: (x, y - 100), ValueError, r"SkipCLIP: labels must be in \[0, C=4\); got -"),
     ],
-    ids=[
-        "uint8", "nan", "empty", "size", "list", "label_list", "no_labels", "one_hot", "one_hot_int", "int32",
-        "minus_100", "large", "float", "one_image",
-    ],
+    ids=["uint8", "nan", "empty", "size", "list", "one_image", "no_labels", "fewer", "one_hot", "range"],
 )  # fmt: skip
-def test_forward_bad_batch(alter, error, message):
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_forward_bad_batch(alter, error, message, training):
     clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
     with pytest.raises(error, match=message) as caught:
-        clip(*alter(images, labels))
+        clip.train(training)(*alter(images, labels))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("label", [-100, 4])
-def test_evaluation_label_out_of_range(label):
-    clip, (images, _) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1).eval(), tiny_batch(1, 4)
-    with pytest.raises(ValueError, match=r"labels must be in \[0, C=4\); got "):
-        clip(images, torch.tensor([label]))
-
-
-@pytest.mark.parametrize(
-    ("alter", "error"),
-    [
-        (lambda x: (255 * x).to(torch.uint8), TypeError),
-        (lambda x: torch.full_like(x, torch.nan), ValueError),
-        (lambda x: torch.full((len(x), 5, 24), torch.nan), ValueError),
-        (list, TypeError),
-        (lambda x: x[:0], ValueError),
-        (lambda x: x.repeat(1, 1, 2, 2), ValueError),
-    ],
-    ids=["uint8", "nan", "nan_features", "list", "empty", "size"],
-)
 @pytest.mark.parametrize("name", ["encode_lower", "encode_image", "predict"])
-def test_bad_images(name, alter, error):
+def test_bad_images(name):
     clip, (images, _) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
-    with pytest.raises(error, match="SkipCLIP: "):
-        getattr(clip, name)(alter(images))
+    for wrong in (images[:0], images.repeat(1, 1, 2, 2), torch.full((3, 5, 24), torch.nan).double()):
+        with pytest.raises(ValueError, match="SkipCLIP: "):
+            getattr(clip, name)(wrong)
 
 
 @pytest.mark.parametrize("number", [60, -1])
@@ -525,17 +487,16 @@ def test_forward_features_of_wrong_shape():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "error", "message"),
+    ("tokens", "message"),
     [
-        ([[1, 2]], TypeError, "tokens must be an int64 tensor .* got list"),
-        (tiny_tokens(4)[:, :0], ValueError, "L ≥ 1"),
-        (tiny_tokens(4, context=80), ValueError, r"must be \[C, L=77\], as long as the model's context; got \[4, 80\]"),
-        (tiny_tokens(4)[:, :20], ValueError, r"tokens must be \[C, L=77\]"),
+        ([[1, 2]], "tokens must be an int64 tensor .* got list"),
+        (tiny_tokens(4)[:, :0], "L ≥ 1"),
+        (tiny_tokens(4, context=80), r"must be \[C, L=77\], as long as the model's context; got \[4, 80\]"),
     ],
-    ids=["list", "empty", "long", "short"],
-)  # fmt: skip
-def test_construction_bad_tokens(tokens, error, message):
-    with pytest.raises(error, match=message):
+    ids=["list", "empty", "long"],
+)
+def test_construction_bad_tokens(tokens, message):
+    with pytest.raises(ValueError, match=message):
         sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1)
 
 
@@ -597,17 +558,8 @@ def test_loaded_lower_weights_give_new_text_features():
     assert not torch.allclose(embeddings, clip.class_embeddings())
 
 
-@pytest.mark.parametrize(
-    ("class_ids", "error", "message"),
-    [
-        ([0, 1], TypeError, "int64 tensor .* got list"),
-        (torch.tensor([0.0]), TypeError, "got torch.float32"),
-        (torch.tensor([[0]]), ValueError, r"\[K\], at least one; got \[1, 1\]"),
-        (torch.tensor([-1]), ValueError, r"in \[0, C=5\); got -1 to -1"),
-        (torch.tensor([0, 5]), ValueError, r"in \[0, C=5\); got 0 to 5"),
-    ],
-)
-def test_encode_classes_refuses(class_ids, error, message):
+@pytest.mark.parametrize("class_ids", [[0, 1], torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([0, 5])])
+def test_encode_classes_refuses(class_ids):
     clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(5), skip_layers=1)
-    with pytest.raises(error, match=f"SkipCLIP: class_ids must be .*{message}"):
+    with pytest.raises(ValueError, match="SkipCLIP: class_ids must be"):
         clip.encode_classes(class_ids)

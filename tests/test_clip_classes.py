@@ -77,20 +77,20 @@ def test_class_weight_is_a_copy_that_moves():
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "message"),
     [
-        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be a number in \[0, 1\]; got 1.5"),
-        ({"label_smoothing": None}, ValueError, "label_smoothing must be a number"),
-        ({"class_weight": [1.0] * C}, TypeError, r"class_weight must be a floating-point tensor \[C\]; got list"),
-        ({"class_weight": torch.ones(C).long()}, TypeError, "got torch.int64"),
-        ({"class_weight": class_weights(C + 1)}, ValueError, r"must be \[C=13\], one for each class; got \[14\]"),
-        ({"class_weight": -class_weights()}, ValueError, "not negative; got -.* for class 1"),
-        ({"class_weight": class_weights() * torch.nan}, ValueError, "must be finite"),
-        ({"class_weight": class_weights().requires_grad_()}, ValueError, "class_weight is a constant"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must be a number in \[0, 1\]; got 1.5"),
+        (
+            {"class_weight": [1.0] * C},
+            r"class_weight must be a floating-point tensor \[C=13\], one per class; got list",
+        ),
+        ({"class_weight": class_weights(C + 1)}, r"got torch.float32 \[14\]"),
+        ({"class_weight": -class_weights()}, "not negative; got -.* for class 1"),
+        ({"class_weight": class_weights().requires_grad_()}, "class_weight is a constant"),
     ],
 )
-def test_bad_loss_options(options, error, message):
-    with pytest.raises(error, match=f"SkipCLIP: .*{message}"):
+def test_bad_loss_options(options, message):
+    with pytest.raises(ValueError, match=f"SkipCLIP: .*{message}"):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, **options)
 
 
@@ -138,18 +138,18 @@ def test_set_classes_equals_fresh_skipclip(classes, tail):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        ((tiny_tokens(5)[:, :20],), ValueError, r"must be \[C, L=77\]"),
-        ((tiny_tokens(5) + 1,), ValueError, "ids in"),
-        ((tiny_tokens(5), class_weights(6)), ValueError, r"class_weight must be \[C=5\]"),
+        ((tiny_tokens(5)[:, :20],), r"must be \[C, L=77\]"),
+        ((tiny_tokens(5) + 1,), "ids in"),
+        ((tiny_tokens(5), class_weights(6)), r"class_weight must be .*\[C=5\]"),
     ],
     ids=["length", "vocabulary", "weight"],
 )
-def test_set_classes_refused_keeps_the_classes(arguments, error, message):
+def test_set_classes_refused_keeps_the_classes(arguments, message):
     clip, _ = tuned()
     x, expected = tiny_batch(3, C)[0], copy.deepcopy(clip)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         clip.set_classes(*arguments)
     assert clip.predict(x).equal(expected.predict(x)) and clip.get_extra_state().equal(expected.get_extra_state())
 

@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import skipkernels as sk
-from skipkernels import lora
 from skipkernels.digests import digest_file
 from skipkernels.lora import TARGETS
 from skipkernels.testing import saved_bytes
@@ -390,9 +389,7 @@ def test_save_lora_round_trip_through_peft(make, tmp_path):
     ("arguments", "message"),
     [
         ({"rank": 0}, "rank must be an integer of at least 1; got 0"),
-        ({"rank": 2.0}, "rank must be an integer of at least 1; got 2.0"),
         ({"alpha": 0}, "alpha must be above 0; got 0.0"),
-        ({"targets": None}, "targets must be of q, .*; got None"),
         ({"targets": ()}, r"targets must be of q, k, v, out, fc, proj, or \"all-linear\"; got \(\)"),
         ({"targets": ("q", "q_proj")}, r"targets must be of q, .*; got \('q', 'q_proj'\)"),
     ],
@@ -442,17 +439,3 @@ def test_failed_add_lora_restores_the_model(monkeypatch):
     assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == before
     clip(*tiny_batch(3, C)).loss.backward()
     assert not any(isinstance(module, LowRankUpdate) for module in model.modules())
-
-
-def test_add_lora_in_several_processes(monkeypatch, tmp_path):
-    """Refused after DistributedDataParallel, which would not average the gradients of the new parameters."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    monkeypatch.setattr(lora, "world_size", lambda: 2)
-    try:
-        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1)
-        wrapped = nn.parallel.DistributedDataParallel(nn.ModuleDict({"clip": clip}))
-        with pytest.raises(RuntimeError, match=r"Call add_lora first, then DistributedDataParallel\(clip\)"):
-            sk.add_lora(wrapped.module["clip"], 2)
-        sk.add_lora(sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1), 2)
-    finally:
-        torch.distributed.destroy_process_group()

@@ -103,19 +103,18 @@ def test_sigmoid_loss_under_autocast_and_with_integer_labels():
 
 
 @pytest.mark.parametrize(
-    ("labels", "max_labels", "error", "message"),
+    ("labels", "max_labels", "message"),
     [
-        (LABELS.tolist(), 3, TypeError, r"labels must be a tensor \[B, C\] of 0 and 1; got list"),
-        (torch.zeros(4).long(), 3, ValueError, r"labels must be \[B=4, C=17\], .* call clip\(x, labels\)"),
-        (LABELS[:, :16], 3, ValueError, r"labels must be \[B=4, C=17\], .* got torch.float32 \[4, 16\]"),
-        (LABELS * 0.5, 3, ValueError, "labels must be 0 or 1; got 0.0 to 0.5"),
-        (LABELS, 2, ValueError, "an image has 3 labels, more than max_labels=2. Raise max_labels"),
-        (LABELS, 0, ValueError, "max_labels must be a whole number, at least 1; got 0"),
-        (LABELS.to("meta"), 3, ValueError, "labels must be on cpu, where x is; got meta"),
+        (LABELS.tolist(), 3, r"labels must be a tensor \[B=4, C=17\], .* got list"),
+        (torch.zeros(4).long(), 3, r"labels must be a tensor \[B=4, C=17\], .* call clip\(x, labels\)"),
+        (LABELS * 0.5, 3, "labels must be 0 or 1; got 0.0 to 0.5"),
+        (LABELS, 2, "max_labels must be at least 3, the labels of an image; got 2"),
+        (LABELS, 0, "max_labels must be a whole number, at least 1; got 0"),
+        (LABELS.to("meta"), 3, "labels must be on cpu, where x is; got meta"),
     ],
 )
-def test_sigmoid_loss_refuses(labels, max_labels, error, message):
-    with pytest.raises(error, match=f"^SkipCLIP.sigmoid_loss: {message}"):
+def test_sigmoid_loss_refuses(labels, max_labels, message):
+    with pytest.raises(ValueError, match=f"^SkipCLIP.sigmoid_loss: {message}"):
         _clip().sigmoid_loss(tiny_batch(4, CLASSES, torch.float32)[0], labels, max_labels=max_labels)
 
 

@@ -153,21 +153,19 @@ def test_pair_loss_accumulates_gradients():
 
 
 @pytest.mark.parametrize(
-    ("captions", "error", "message"),
+    ("captions", "message"),
     [
-        (["a cat"] * 5, TypeError, "captions must be a tensor, .* got list"),
-        (torch.zeros(5), TypeError, "captions must be int64"),
-        (torch.zeros(4, dtype=torch.int64), ValueError, r"captions must be ids \[B=5\] or tokens .* got \[4\]"),
-        (torch.zeros(5, 2, 77, dtype=torch.int64), ValueError, r"got \[5, 2, 77\]. Draw one of several"),
-        (torch.full((5,), 13), ValueError, "captions must be rows of the tokens of SkipCLIP, 0 to 12; got 13 to 13"),
-        (torch.full((5, 77), 60), ValueError, r"tokens must be ids in \[0, 60\)"),
-        (torch.zeros(5, 20, dtype=torch.int64), ValueError, r"as long as the model's context; got \[5, 20\]"),
+        (["a cat"] * 5, r"captions must be int64, ids \[B=5\] or tokens .* got list"),
+        (torch.zeros(5, 2, 77, dtype=torch.int64), r"got torch.int64 \[5, 2, 77\]"),
+        (torch.full((5,), 13), r"captions must be in \[0, C=13\); got 13 to 13"),
+        (torch.full((5, 77), 60), r"tokens must be ids in \[0, 60\)"),
+        (torch.zeros(5, 20, dtype=torch.int64), r"as long as the model's context; got \[5, 20\]"),
     ],
 )
-def test_pair_loss_refuses(captions, error, message):
+def test_pair_loss_refuses(captions, message):
     images, tokens, _ = pair_batch(torch.float32)
     clip = _clip_of_13_captions()
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         clip.pair_loss(images, captions)
 
 

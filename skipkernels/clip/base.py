@@ -16,7 +16,7 @@ from ..selection import RankSampler
 from ..towers import ImageTower, Memory, Reduction, TextTower
 from ..towers.attention import SDPA, AttentionBackend
 from ..towers.base import of_every_template
-from ..towers.block import FusedBlock, fuse_blocks
+from ..towers.block import FusedBlock
 from ..towers.changes import Containers
 from .image import ImageEncoder, check_images
 from .text import TextEncoder, prompts_digest
@@ -79,12 +79,11 @@ class Settings(NamedTuple):
         cls, skip_layers: Any, memory: Memory, attention: AttentionName, trainable: Trainable, train_logit_scale: bool
     ) -> Settings:
         """Return settings, or raise if an argument is invalid for every model."""
-        if memory not in get_args(Memory):
-            raise ValueError(f'SkipCLIP: memory must be "auto", "fast" or "min"; got {memory!r}.')
-        if attention not in get_args(AttentionName):
-            raise ValueError(f'SkipCLIP: attention must be "sdpa" or "xformers"; got {attention!r}.')
-        if trainable not in get_args(Trainable):
-            raise ValueError(f'SkipCLIP: trainable must be "upper" or "as_is"; got {trainable!r}.')
+        for name, value, allowed in (
+            ("memory", memory, Memory), ("attention", attention, AttentionName), ("trainable", trainable, Trainable)
+        ):  # fmt: skip
+            if value not in get_args(allowed):
+                raise ValueError(f"SkipCLIP: {name} must be one of {', '.join(get_args(allowed))}; got {value!r}.")
         pair = skip_layers if isinstance(skip_layers, tuple) else (skip_layers, skip_layers)
         if len(pair) != 2:
             raise ValueError(f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {skip_layers!r}.")
@@ -145,7 +144,7 @@ class SkipCLIPBase(nn.Module):
     _tokens: Tensor  # prompts that this process holds
     _image_encoder: ImageEncoder
     _text_encoder: TextEncoder
-    _containers: Containers | None  # None in a copy and after a move
+    _containers: Containers
     _before_lora: tuple[Trainable, list[str]] | None = None  # set by `add_lora`, for `merge_lora`
 
     @property
@@ -240,7 +239,7 @@ class SkipCLIPBase(nn.Module):
         do not show a change through `.data` or `numpy()`. After a change, text features are computed again, and calls
         with image features computed before raise an error.
         """
-        self._image_encoder.weights.content_changed()
+        self._image_encoder.compare_weights()
         self._text_encoder.compare_weights()
         self._refuse_training_below()
 
@@ -249,19 +248,15 @@ class SkipCLIPBase(nn.Module):
             raise RuntimeError(f"SkipCLIP: {name} is not supported with process_group. {remedy}")
 
     def _refuse_training_below(self) -> None:
-        if self._image_encoder.weights.requires_grad() or self._text_encoder.weights.requires_grad():
+        if any(p.requires_grad for tower in (self._image, self._text) for p in tower.lower_parameters()):
             raise RuntimeError(
                 "SkipCLIP: requires_grad was set on parameters below the cut, which get no gradient. Set it to False "
                 "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."
             )
 
     def _check_unaltered(self) -> None:
-        """Raise a RuntimeError if the blocks of the model, or a module around them, were altered."""
-        if self._containers is None or not self._containers.unchanged():
-            containers = Containers(self.model, (self._image, *self._text_encoder.towers))
-            containers.check(self._tokens)
-            fuse_blocks([*self._image.blocks, *self._text.blocks])  # those that were replaced
-            self._containers = containers
+        """Raise a RuntimeError if a module around the blocks of the model was altered."""
+        self._containers.check()
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; a switch compares the weights below the cut, see `check_weights`."""
@@ -282,8 +277,7 @@ class SkipCLIPBase(nn.Module):
         """Convert or move everything, including tensors of the towers; prototypes and weights stay at least fp32."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         encoders: tuple[ImageEncoder | TextEncoder, ...] = self._image_encoder, self._text_encoder
-        dtype, stale = self._image.dtype, [encoder.weights.changed() for encoder in encoders]
-        keeps_text = not stale[1]
+        dtype, stale = self._image.dtype, [encoder.is_stale() for encoder in encoders]
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             converted = getattr(self, name)
@@ -298,10 +292,9 @@ class SkipCLIPBase(nn.Module):
                 encoder.tower.move_lower(encoder.lower_device)
             if not is_stale:  # the digests of another device or dtype differ
                 encoder.accept_weights()
-        self._text_encoder.apply(fn, keep=keeps_text)
+        self._text_encoder.apply(fn, keep=not stale[1])
         if self._image.dtype != dtype:
             self._image_encoder.features = self._image_encoder.features[0], self._image.dtype
-        self._containers = None
         return self
 
     # ---- state --------------------------------------------------------------------------------------------------
@@ -346,9 +339,6 @@ class SkipCLIPBase(nn.Module):
             "Use DistributedDataParallel, with a process for each GPU (torchrun, accelerate launch), or one GPU "
             "(CUDA_VISIBLE_DEVICES=0)."
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_containers": None}  # it refers to modules of this process
 
 
 # ---- extra state in a state dict: a uint8 tensor with the bytes of a safetensors file

@@ -7,16 +7,14 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..optimizer import FusedSGD, world_size
 from ..towers.attention import SDPA
 from ..towers.block import HOOKS, global_hooks
-from ..towers.changes import Settings
 from .base import SkipOutput
 
 if TYPE_CHECKING:
@@ -302,52 +300,41 @@ def _autocast(device: torch.device) -> torch.dtype | None:
 
 
 class _Frozen:
-    """All that a graph takes as constant: modules, modes, settings, hooks, addresses, options."""
+    """All that a graph takes as constant: modules, modes, hooks, tensors and their addresses, options."""
 
     def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
         self._clip, self._optimizer = clip, optimizer
-        self._text_encoder = clip._text_encoder  # kept, so that the addresses of its tensors are not used again
-        modules = list(clip.model.modules())
-        held = ("_parameters", "_buffers", "_modules")
-        self._members = [members for module in modules for name in held if (members := getattr(module, name))]
-        self._held = [dict(members) for members in self._members]
-        # Tensors of one element are compared by value if they are other objects, so these are compared by identity.
-        self._small = [
-            (m, n, x) for m in self._members for n, x in m.items() if isinstance(x, Tensor) and x.numel() == 1
-        ]
-        self._hooks = [getattr(module, name) for module in modules for name in HOOKS]
-        self._modules: list[nn.Module] = modules
-        self._settings = Settings(modules)
-        self._tensors = [*clip.model.parameters(), *clip.model.buffers()]
-        self._tensors += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-        self._parameters = list(clip.model.parameters())
+        self._modules = list(clip.model.modules())
         self._seen = self._state()
-
-    def _state(self) -> list[Any]:
-        clip, table = self._clip, self._clip.sampler._tables[True]
-        texts = [
-            x for text in clip._text_encoder.templates for x in (text.rows, *text.tower.prompts.tensors().values())
-        ]
-        beside = clip.prototypes, clip.class_weight, *texts, table.rows, table.counter
-        return [
-            list(map(id, beside)),  # replaced tensors
-            [None if x is None else x.data_ptr() for x in beside],  # moved tensors
-            list(map(Tensor.data_ptr, self._tensors)),
-            list(map(attrgetter("requires_grad"), self._parameters)),
-            list(map(attrgetter("training"), self._modules)),
-            [clip._image.memory, clip._text.memory, clip.label_smoothing],
-            [_constants(group) for group in self._optimizer.param_groups],
-        ]
+        self._held = list(self._tensors()), clip._text_encoder  # so that addresses are not used again
 
     def is_unchanged(self) -> bool:
         """Return True if a replay is the step that would run now."""
-        try:
-            same = self._members == self._held and all(members.get(name) is x for members, name, x in self._small)
-        except RuntimeError:  # tensors were compared by value
-            return False
-        same = same and self._clip._text_encoder is self._text_encoder
-        same = same and not any(self._hooks) and not global_hooks() and not self._settings.changed()
-        return same and self._state() == self._seen
+        return self._state() == self._seen
+
+    def _tensors(self) -> Iterator[Tensor | None]:
+        """Yield the tensors that a step reads and that exist between steps."""
+        clip, table = self._clip, self._clip.sampler._tables[True]
+        for module in self._modules:
+            yield from module._parameters.values()
+            yield from module._buffers.values()
+        for state in self._optimizer.state.values():
+            yield from (x for x in state.values() if isinstance(x, Tensor))
+        for text in clip._text_encoder.templates:
+            yield text.rows
+            yield from text.tower.prompts.tensors().values()
+        yield from (clip.prototypes, clip.class_weight, table.rows, table.counter)
+
+    def _state(self) -> list[Any]:
+        clip = self._clip
+        return [
+            [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors()],
+            [(id(m), m.training, *map(id, m._modules.values())) for m in self._modules],
+            [hooks for m in self._modules for name in HOOKS if (hooks := getattr(m, name))],
+            global_hooks(),
+            [id(clip._text_encoder), clip._image.memory, clip._text.memory, clip.label_smoothing],
+            [_constants(group) for group in self._optimizer.param_groups],
+        ]
 
 
 def _constants(group: dict[str, Any]) -> list[Any]:

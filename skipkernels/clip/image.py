@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,21 +15,16 @@ from ..towers.changes import Frozen
 
 
 class ImageEncoder:
-    """Image tower of SkipCLIP; `gave_features` is True after features at the cut were computed or used."""
+    """Image tower of SkipCLIP."""
 
     # Device of the modules below the cut, if it differs from the device above the cut
     lower_device: torch.device | None = None
     features: tuple[torch.Size, torch.dtype]  # Shape [N, W] of one image's features at the cut, and their dtype
-    gave_features = False
+    # Modules and weights below the cut when features at the cut were first computed or used
+    weights: Frozen | None = None
 
     def __init__(self, tower: ImageTower, chunk: int):
         self.tower, self.chunk = tower, chunk
-        self.weights = Frozen(tuple)  # Modules and weights below the cut that computed the features
-
-    @property
-    def towers(self) -> list[ImageTower]:
-        """The tower."""
-        return [self.tower]
 
     def lower(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]."""
@@ -52,35 +47,31 @@ class ImageEncoder:
         """Images or features at the cut to embeddings [B, D], not normalised."""
         if self.are_images(x):
             return self.tower.upper(self.lower(x))
-        self.gave_features = True
-        if self.weights.changed():
+        if self.weights is None:
+            self.accept_weights()
+        if self.is_stale():
             raise RuntimeError(
-                "SkipCLIP: modules or weights below the cut have changed since SkipCLIP was made, so earlier features "
-                "at the cut do not match the model. Compute them again, then call clip.refresh()."
+                "SkipCLIP: modules or weights below the cut have changed since features at the cut were first computed "
+                "or used, so these do not match the model. Compute them again, then call clip.refresh()."
             )
         return self.tower.upper(x.to(self.features[1]))
 
     def are_images(self, x: Tensor) -> bool:
         """Return True for images, False for features at the cut; raise a ValueError for anything else."""
         shape, _ = self.features
-        are_features = x.shape[1:] == shape
-        if x.ndim == 4 and x.shape[1] == 3 and not are_features:
+        if x.shape[1:] == shape and self.tower.skip > 0:
+            return False
+        if x.ndim == 4 and x.shape[1] == 3:
             return True
+        features = f" or features at the cut [B, {', '.join(map(str, shape))}]"
         if self.tower.skip == 0:
-            raise ValueError(
-                "SkipCLIP: with skip_layers=0 the embedding trains, so features can't be cached; pass images "
-                f"[B, 3, height, width]; got {list(x.shape)}."
-            )
-        if not are_features:
-            raise ValueError(
-                "SkipCLIP: x must be images [B, 3, height, width] or features at the cut "
-                f"[B, {', '.join(map(str, shape))}]; got {list(x.shape)}."
-            )
-        return False
+            features = ", as nothing is skipped (skip_layers=0), so that features can't be cached"
+        raise ValueError(f"SkipCLIP: x must be images [B, 3, height, width]{features}; got {list(x.shape)}.")
 
     def lower_copy(self) -> Callable[[Tensor], Tensor]:
         """Return `lower` of copied modules that share the weights and stay in evaluation mode."""
-        self.gave_features = True
+        if self.weights is None:
+            self.accept_weights()
         copied = copy.copy(self)
         copied.tower = sharing_weights(self.tower, self.tower.model)
         for part in copied.tower.lower_parts():
@@ -91,6 +82,15 @@ class ImageEncoder:
     def accept_weights(self) -> None:
         """Record that features at the cut are computed with the current weights below the cut."""
         self.weights = Frozen(self.tower.lower_parts, with_global_hooks=False)
+
+    def is_stale(self) -> bool:
+        """Return True if features at the cut were computed with other modules or weights."""
+        return self.weights is not None and self.weights.changed()
+
+    def compare_weights(self) -> None:
+        """Compare the weights below the cut by content; the next use of features raises an error if they differ."""
+        if self.weights is not None:
+            self.weights.content_changed()
 
 
 def sharing_weights(part: Any, model: nn.Module) -> Any:
@@ -124,25 +124,14 @@ def check_images(x: Any) -> None:
             f"SkipCLIP: images must be floating-point, normalised by the model's image transform; got {x.dtype}. "
             "Apply the transform, or (images / 255 − mean) / std."
         )
-    if x.ndim < 3:
+    if x.ndim < 3 or len(x) == 0:
         raise ValueError(
-            f"SkipCLIP: x must be images [B, 3, height, width] or features at the cut [B, N, W]; got {list(x.shape)}."
+            "SkipCLIP: x must be images [B, 3, height, width] or features at the cut [B, N, W], at least one image; "
+            f"got {list(x.shape)}."
         )
-    if len(x) == 0:
-        raise ValueError(f"SkipCLIP: a batch must have at least one image; got {list(x.shape)}.")
     if x.device.type == "cpu" and not x.isfinite().all():
         bad = (~x.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(f"SkipCLIP: images and features must be finite; NaN or infinity in images {bad} of the batch.")
-
-
-def check_features(x: Any, shape: Sequence[int]) -> None:
-    """Raise unless x are features at the cut [B, N, W] of the model, [N, W] = shape."""
-    found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-    if not isinstance(x, Tensor) or x.shape[1:] != shape or len(x) == 0:
-        raise ValueError(
-            f"SkipCLIP.encode_upper: features must be features at the cut, [B, {', '.join(map(str, shape))}]; got "
-            f"{found}. For images use encode_image."
-        )
 
 
 def refuse_export() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..towers import evaluating
 from .base import SkipCLIPBase
-from .image import check_features, check_images, sharing_weights
-from .text import check_class_ids
+from .image import check_images, sharing_weights
+from .text import check_range
 
 
 class Inference(SkipCLIPBase):
@@ -109,12 +109,19 @@ class Inference(SkipCLIPBase):
         """
         check_images(images)
         self._check_unaltered()
-        self._image_encoder.gave_features = True
+        if self._image_encoder.weights is None:
+            self._image_encoder.accept_weights()
         return self._image_encoder.lower(images)
 
     def encode_upper(self, features: Tensor) -> Tensor:
         """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
-        check_features(features, self._image_encoder.features[0])
+        shape, _ = self._image_encoder.features
+        if not isinstance(features, Tensor) or features.shape[1:] != shape:
+            found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"SkipCLIP.encode_upper: features must be features at the cut, [B, {', '.join(map(str, shape))}]; got "
+                f"{found}. For images use encode_image."
+            )
         self._check_unaltered()
         return self._image.upper(features)
 
@@ -128,7 +135,13 @@ class Inference(SkipCLIPBase):
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Class ids [K], int64 in [0, C), to text embeddings [K, D], not normalised. Ids may repeat."""
         self._refuse_parallel("encode_classes", "Read them from class_embeddings().")
-        check_class_ids(class_ids, len(self.prototypes))
+        valid = isinstance(class_ids, Tensor) and class_ids.dtype in (torch.int64, torch.int32) and class_ids.ndim == 1
+        if not valid or len(class_ids) == 0:
+            found = f"{class_ids.dtype} {list(class_ids.shape)}" if isinstance(class_ids, Tensor) else repr(class_ids)
+            raise ValueError(f"SkipCLIP: class_ids must be int64 [K], at least one; got {found:.80}.")
+        if class_ids.device.type == "cpu":
+            remedy = "Encode other texts with the model itself."
+            check_range("SkipCLIP", "class_ids", class_ids, len(self.prototypes), remedy)
         self._check_unaltered()
         return self._text_encoder.encode(class_ids, exact=True)
 

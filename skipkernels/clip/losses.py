@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
+from ..checks import check_device
 from ..selection import classes_at_ranks
 from .base import SkipCLIPBase, SkipOutput
-from .text import check_vocabulary
+from .text import check_range, check_vocabulary
 
 
 class Losses(SkipCLIPBase):
@@ -129,14 +130,14 @@ class Losses(SkipCLIPBase):
         if logit_bias is None:
             bias = getattr(self.model, "logit_bias", None)
             logit_bias = 0.0 if bias is None else bias
-        number = isinstance(logit_bias, (int, float)) and not isinstance(logit_bias, bool)
-        if not number and not (isinstance(logit_bias, Tensor) and logit_bias.numel() == 1):
+        if isinstance(logit_bias, Tensor) and logit_bias.numel() == 1:
+            return logit_bias.reshape(())  # that of transformers has one dimension
+        if not isinstance(logit_bias, (int, float)):
             found = list(logit_bias.shape) if isinstance(logit_bias, Tensor) else repr(logit_bias)
             raise ValueError(
                 f"SkipCLIP.sigmoid_loss: logit_bias must be a number or a tensor of one element; got {found}."
             )
-        # The bias of transformers has one dimension.
-        return logit_bias.reshape(()) if isinstance(logit_bias, Tensor) else logit_bias
+        return logit_bias
 
     def _refuse_loss_options(self, function: str) -> None:
         """Raise a ValueError if an option of the cross-entropy is set, for another loss."""
@@ -159,28 +160,18 @@ def check_labels(labels: Any, x: Tensor) -> None:
             f"SkipCLIP: labels must be an int64 tensor [B]; got {type(labels).__name__}. Without labels use "
             "clip.predict(x)."
         )
-    if labels.ndim == 2:
-        raise ValueError(
-            f"SkipCLIP: labels must be class ids, int64 [B={len(x)}]; got {labels.dtype} {list(labels.shape)}. "
-            "For several labels per image use clip.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1). Mixed "
-            "labels are not handled."
-        )
     if labels.shape != (len(x),) or labels.dtype != torch.int64:
         raise ValueError(
-            f"SkipCLIP: labels must be int64 [B={len(x)}], one for each image; got {labels.dtype} {list(labels.shape)}."
+            f"SkipCLIP: labels must be class ids, int64 [B={len(x)}]; got {labels.dtype} {list(labels.shape)}. For "
+            "several labels per image use clip.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1)."
         )
-    if labels.device != x.device:
-        raise ValueError(f"SkipCLIP: labels must be on {x.device}, where x is; got {labels.device}.")
+    check_device("SkipCLIP", "labels", labels, ("x", x))
 
 
 def check_label_range(labels: Tensor, classes: int) -> None:
     """Raise if a label is outside [0, classes). A host sync on a GPU."""
-    low, high = (int(x) for x in torch.aminmax(labels))
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"SkipCLIP: labels must be in [0, C={classes}); got {low} to {high}. Leave images without a class out of "
-            "the batch; ignore_index is not handled."
-        )
+    remedy = "Leave images without a class out of the batch; ignore_index is not handled."
+    check_range("SkipCLIP", "labels", labels, classes, remedy)
 
 
 def _check_many_labels(labels: Any, x: Tensor, classes: int, max_labels: int) -> None:
@@ -188,52 +179,36 @@ def _check_many_labels(labels: Any, x: Tensor, classes: int, max_labels: int) ->
     name, shape = "SkipCLIP.sigmoid_loss", (len(x), classes)
     if not isinstance(max_labels, int) or max_labels < 1:
         raise ValueError(f"{name}: max_labels must be a whole number, at least 1; got {max_labels!r}.")
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name}: labels must be a tensor [B, C] of 0 and 1; got {type(labels).__name__}.")
-    if labels.shape != shape or labels.is_complex():
+    if not isinstance(labels, Tensor) or labels.shape != shape or labels.is_complex():
+        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
-            f"{name}: labels must be [B={shape[0]}, C={classes}], 1 where an image has a class; got {labels.dtype} "
-            f"{list(labels.shape)}. For one class id per image call clip(x, labels)."
+            f"{name}: labels must be a tensor [B={shape[0]}, C={classes}], 1 where an image has a class; got {found}. "
+            "For one class id per image call clip(x, labels)."
         )
-    if labels.device != x.device:
-        raise ValueError(f"{name}: labels must be on {x.device}, where x is; got {labels.device}.")
-    if labels.device.type != "cpu":
-        return
-    if not ((labels == 0) | (labels == 1)).all():
-        raise ValueError(f"{name}: labels must be 0 or 1; got {labels.min().item()} to {labels.max().item()}.")
-    most = int(labels.count_nonzero(dim=1).max())
-    if most > max_labels:
-        raise ValueError(f"{name}: an image has {most} labels, more than max_labels={max_labels}. Raise max_labels.")
+    check_device(name, "labels", labels, ("x", x))
+    if labels.device.type == "cpu":
+        if not ((labels == 0) | (labels == 1)).all():
+            raise ValueError(f"{name}: labels must be 0 or 1; got {labels.min().item()} to {labels.max().item()}.")
+        most = int(labels.count_nonzero(dim=1).max())
+        if most > max_labels:
+            raise ValueError(f"{name}: max_labels must be at least {most}, the labels of an image; got {max_labels}.")
 
 
 def _check_captions(captions: Any, batch_size: int, classes: int, vocabulary: int | None) -> None:
     """Raise unless captions are ids [B] or tokens [B, L]."""
-    if not isinstance(captions, Tensor):
-        raise TypeError(
-            "SkipCLIP.pair_loss: captions must be a tensor, ids [B] or tokens [B, L]; got "
-            f"{type(captions).__name__}. Tokenise texts with the model's own tokenizer."
-        )
-    if captions.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            f"SkipCLIP.pair_loss: captions must be int64, ids [B] or tokens [B, L]; got {captions.dtype}. Use "
-            "captions.long()."
-        )
-    if captions.ndim not in (1, 2) or len(captions) != batch_size or captions.numel() == 0:
+    is_tensor = isinstance(captions, Tensor)
+    valid = is_tensor and captions.dtype in (torch.int64, torch.int32) and captions.ndim in (1, 2)
+    if not valid or len(captions) != batch_size or captions.numel() == 0:
+        found = f"{captions.dtype} {list(captions.shape)}" if is_tensor else type(captions).__name__
         raise ValueError(
-            f"SkipCLIP.pair_loss: captions must be ids [B={batch_size}] or tokens [B={batch_size}, L], one caption for "
-            f"each image; got {list(captions.shape)}. Draw one of several captions of an image."
+            f"SkipCLIP.pair_loss: captions must be int64, ids [B={batch_size}] or tokens [B={batch_size}, L], one "
+            f"caption for each image; got {found}. Tokenise texts with the model's own tokenizer."
         )
-    if captions.device.type != "cpu":
-        return
-    if captions.ndim == 2:
+    if captions.device.type == "cpu" and captions.ndim == 2:
         check_vocabulary(captions, vocabulary)
-        return
-    low, high = (int(x) for x in torch.aminmax(captions))
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"SkipCLIP.pair_loss: captions must be rows of the tokens of SkipCLIP, 0 to {classes - 1}; got {low} to "
-            f"{high}. Pass tokens [B, L] for other captions."
-        )
+    elif captions.device.type == "cpu":
+        remedy = "Ids are rows of the tokens of SkipCLIP. Pass tokens [B, L] for other captions."
+        check_range("SkipCLIP.pair_loss", "captions", captions, classes, remedy)
 
 
 def check_label_smoothing(label_smoothing: Any) -> float:
@@ -248,15 +223,11 @@ def check_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) 
     """Return a copy of the weights [C] in the dtype and on the device of the prototypes; None without weights."""
     if class_weight is None:
         return None
-    if not isinstance(class_weight, Tensor) or not class_weight.is_floating_point():
-        kind = class_weight.dtype if isinstance(class_weight, Tensor) else type(class_weight).__name__
-        raise TypeError(
-            f"SkipCLIP: class_weight must be a floating-point tensor [C]; got {kind}. Convert it with torch.tensor and "
-            ".float()."
-        )
-    if class_weight.shape != (num_classes,):
+    is_tensor = isinstance(class_weight, Tensor)
+    if not is_tensor or class_weight.shape != (num_classes,) or not class_weight.is_floating_point():
+        found = f"{class_weight.dtype} {list(class_weight.shape)}" if is_tensor else type(class_weight).__name__
         raise ValueError(
-            f"SkipCLIP: class_weight must be [C={num_classes}], one for each class; got {list(class_weight.shape)}."
+            f"SkipCLIP: class_weight must be a floating-point tensor [C={num_classes}], one per class; got {found}."
         )
     if class_weight.requires_grad:
         raise ValueError("SkipCLIP: class_weight is a constant; got one that requires grad. Use class_weight.detach().")

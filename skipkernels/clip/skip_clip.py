@@ -156,8 +156,7 @@ class SkipCLIP(Losses, Inference):
             raise
 
         # The text features of all classes are computed by now, so the lower text tower can move to another device.
-        self._take_over(None if lower_device is None else torch.device(lower_device))
-        self.register_load_state_dict_post_hook(_after_load)
+        self._move_lower(None if lower_device is None else torch.device(lower_device))
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
@@ -206,8 +205,8 @@ class SkipCLIP(Losses, Inference):
         """Check a batch of images with one label each, and the model, on the host."""
         self._check_batch(x)
         check_labels(labels, x)
-        if labels.device.type == "cpu" and (self._parallel is not None or not self.training):
-            check_label_range(labels, self._num_classes)  # elsewhere `class_scores` checks them
+        if labels.device.type == "cpu":
+            check_label_range(labels, self._num_classes)
         self._check_draw(len(x))
 
     def _step(
@@ -219,16 +218,12 @@ class SkipCLIP(Losses, Inference):
         return_logits: bool = False,
     ) -> SkipOutput:
         """Run a training step with the ranks of `draw_on`(device, C, B). With `sampler.take`, no host value enters."""
-        classes = len(self.prototypes)
         # 1. Image embeddings, [B, D]: constants up to the cut, then the blocks that train
         image = self._image_encoder.encode(x)
         # 2. Classes of the step, [K], and the positions of the labels among them, [B]: classes are ranked by their
         # highest cosine with an image, labels first, and those at the drawn ranks are kept
-        try:
-            class_ids, targets = self._select(image, labels, draw_on(image.device, classes, len(labels)))
-        except ValueError:
-            check_label_range(labels, classes)  # with a message that names SkipCLIP
-            raise
+        ranks = draw_on(image.device, len(self.prototypes), len(labels))
+        class_ids, targets = select_ranks(self._scores(image, labels), labels, ranks)
         # 3. Text embeddings of these classes alone, [K, D]
         text = self._text_encoder.encode(class_ids)
         # 4. Cross-entropy over these classes
@@ -253,9 +248,7 @@ class SkipCLIP(Losses, Inference):
     def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
         """Select the classes of a step from image embeddings [B, D] and labels [B]; draws from the tail."""
         self._refuse_parallel("select")
-        return self._select(image, labels, self.sampler.draw_on(image.device, len(self.prototypes), len(labels)))
-
-    def _select(self, image: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
+        ranks = self.sampler.draw_on(image.device, len(self.prototypes), len(labels))
         return select_ranks(self._scores(image, labels), labels, ranks)
 
     def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int) -> GraphedStep:
@@ -304,7 +297,8 @@ class SkipCLIP(Losses, Inference):
         self._text_encoder.replace_towers(texts)
         with torch.autocast(device.type, enabled=False):
             verify(self.model, self._image_encoder, self._text_encoder, self._tokens)
-        self._take_over(self._image_encoder.lower_device)
+        self._move_lower(self._image_encoder.lower_device)
+        self._image_encoder.weights = None
 
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
         """Replace the classes of the task in place; their number may change.
@@ -351,13 +345,12 @@ class SkipCLIP(Losses, Inference):
             self._parallel, self._prompts = parallel, prompts_digest(tokens)
         self._containers = Containers(self.model, (self._image, *self._text_encoder.towers))
 
-    def _take_over(self, lower_device: torch.device | None) -> None:
-        """Move the modules below the cut, and accept their weights."""
+    def _move_lower(self, lower_device: torch.device | None) -> None:
+        """Move the modules below the cut."""
         if lower_device is not None:
             for encoder in (self._image_encoder, self._text_encoder):
                 encoder.lower_device = lower_device
                 encoder.tower.move_lower(lower_device)
-        self._image_encoder.accept_weights()
 
     # ---- parameters ---------------------------------------------------------------------------------------------
 
@@ -451,9 +444,3 @@ def check_clip(function: str, clip: Any) -> None:
             f"{function}: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the model: "
             "SkipCLIP(model, tokens, skip_layers=…)."
         )
-
-
-def _after_load(clip: SkipCLIP, keys: Any) -> None:
-    """Accept the loaded weights below the cut, unless features at the cut were computed with the previous weights."""
-    if not clip._image_encoder.gave_features:
-        clip._image_encoder.accept_weights()

@@ -105,7 +105,7 @@ class TextEncoder:
     def __init__(self, towers: Sequence[TextTower], chunk: int):
         self.chunk = chunk
         self.templates = [PromptFeatures(tower, chunk) for tower in towers]
-        # Embeddings of all classes, the autocast dtype, and the modules and weights that computed them
+        # Embeddings of all classes, the autocast dtype, and the modules and weights above the cut that computed them
         self._embeddings: tuple[Tensor, Any, Frozen] | None = None
         self.weights = Frozen(tuple)  # Modules and weights below the cut that computed the cached features
 
@@ -158,7 +158,7 @@ class TextEncoder:
 
     def _compute_features(self) -> None:
         """Compute the cached features, or read them from their folder, unless they are up to date."""
-        changed = self.weights.changed()
+        changed = self.is_stale()
         if self._has_stores():
             if changed:
                 if self.weights.settings_changed():
@@ -173,6 +173,7 @@ class TextEncoder:
                     if template.rows is None:
                         template.read()
         elif changed or any(template.rows is None for template in self.templates):
+            self._embeddings = None
             for template in self.templates:
                 template.compute()
             self.accept_weights()
@@ -200,7 +201,7 @@ class TextEncoder:
                 return embeddings
         with torch.inference_mode(False), evaluating([self.tower.model]):
             embeddings = self.unit_embeddings(self._class_ids)
-        self._embeddings = embeddings, autocast, Frozen(self.tower.parts)
+        self._embeddings = embeddings, autocast, Frozen(self.tower.upper_parts)
         return embeddings
 
     # ---- folder ------------------------------------------------------------------------------------------------
@@ -282,15 +283,18 @@ class TextEncoder:
             if before is not None and (moved := fn(before)).dtype == before.dtype:
                 template.rows = moved
 
+    def is_stale(self) -> bool:
+        """Return True if the cached features were computed with other modules or weights."""
+        return self.weights.changed()
+
     def accept_weights(self) -> None:
         """Record that the cached features are computed with the current weights below the cut."""
         self.weights = Frozen(self.tower.lower_parts)
 
     def compare_weights(self) -> None:
-        """Compare the weights below the cut by content, and drop cached features if they differ."""
+        """Compare the weights below the cut by content, and drop what is cached in memory if they differ."""
         if self.weights.content_changed():
-            for template in self.templates:
-                template.rows = None
+            self.drop_cached()
 
 
 def _mean_of_units(embeddings: Sequence[Tensor]) -> Tensor:
@@ -323,16 +327,24 @@ def prompts_digest(tokens: Tensor) -> str:
 
 def check_tokens(tokens: Any) -> None:
     """Raise unless tokens are an integer tensor [C, L] or [C, T, L]."""
-    if not isinstance(tokens, Tensor):
-        raise TypeError(
-            f"SkipCLIP: tokens must be an int64 tensor [C, L] or [C, T, L]; got {type(tokens).__name__}. Tokenise one "
-            "prompt for each class; from the output of a transformers tokenizer take input_ids."
-        )
-    if tokens.ndim not in (2, 3) or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.ndim not in (2, 3)
+        or tokens.numel() == 0
+        or tokens.dtype not in (torch.int64, torch.int32)
+    ):
+        found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(
-            f"SkipCLIP: tokens must be int64 [C, L], or [C, T, L] for T templates, with C, T and L ≥ 1; got "
-            f"{tokens.dtype} {list(tokens.shape)}. Tokenise the prompts of each class with the model's own tokenizer."
+            f"SkipCLIP: tokens must be an int64 tensor [C, L], or [C, T, L] for T templates, with C, T and L ≥ 1; got "
+            f"{found}. Tokenise a prompt of each class with the model's own tokenizer (from transformers: input_ids)."
         )
+
+
+def check_range(function: str, argument: str, ids: Tensor, classes: int, remedy: str) -> None:
+    """Raise if an id is outside [0, classes). A host sync on a GPU."""
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or high >= classes:
+        raise ValueError(f"{function}: {argument} must be in [0, C={classes}); got {low} to {high}. {remedy}")
 
 
 def check_vocabulary(tokens: Tensor, vocabulary: int | None) -> None:
@@ -343,19 +355,3 @@ def check_vocabulary(tokens: Tensor, vocabulary: int | None) -> None:
             f"SkipCLIP: tokens must be ids in [0, {vocabulary}), the model's vocabulary; got {smallest} to {largest}. "
             "Use the model's own tokenizer."
         )
-
-
-def check_class_ids(class_ids: Any, classes: int) -> None:
-    """Raise unless class ids are int64 or int32 [K]; their values are checked on the CPU only."""
-    if not isinstance(class_ids, Tensor) or class_ids.dtype not in (torch.int64, torch.int32):
-        kind = class_ids.dtype if isinstance(class_ids, Tensor) else type(class_ids).__name__
-        raise TypeError(f"SkipCLIP: class_ids must be an int64 tensor [K]; got {kind}. Use torch.tensor(class_ids).")
-    if class_ids.ndim != 1 or len(class_ids) == 0:
-        raise ValueError(f"SkipCLIP: class_ids must be [K], at least one; got {list(class_ids.shape)}.")
-    if class_ids.device.type == "cpu":
-        low, high = (int(x) for x in torch.aminmax(class_ids))
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"SkipCLIP: class_ids must be in [0, C={classes}); got {low} to {high}. Encode other texts with the "
-                "model itself."
-            )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from ..towers import TextTower, deterministic_training, evaluating
 from ..towers.block import unfused
@@ -43,7 +40,7 @@ def verify(model: nn.Module, image_encoder: ImageEncoder, text_encoder: TextEnco
     """
     image_tower, device = image_encoder.tower, text_encoder.tower.tokens.device
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, *image_tower.image_size, generator=generator).to(device, image_tower.dtype)
+    image = torch.randn(1, 3, *image_tower.image_size, generator=generator).to(device)
     text_parameters = list(text_encoder.tower.upper_parameters())
     # Cached features are rounded to half precision, unlike those of the model in this comparison.
     half = any(torch.finfo(parameter.dtype).bits < 32 for parameter in text_parameters)
@@ -64,7 +61,10 @@ def verify(model: nn.Module, image_encoder: ImageEncoder, text_encoder: TextEnco
     pairs = [
         *(texts_of(number, tower) for number, tower in enumerate(text_encoder.towers)),
         _Pair(
-            "an image", lambda: image_tower.reference_forward(image), encode_image, list(image_tower.upper_parameters())
+            "an image",
+            lambda: image_tower.reference_forward(image.to(image_tower.dtype)),
+            encode_image,
+            list(image_tower.upper_parameters()),
         ),
     ]
     with evaluating([model]):
@@ -84,7 +84,7 @@ def _compare(model: nn.Module, pair: _Pair, mode: str, parameters: list[nn.Param
 
     Half-precision models are compared in fp32: in half precision rounding would hide a wrong activation.
     """
-    with _in_float32(pair.parameters), torch.set_grad_enabled(bool(parameters)):
+    with _in_float32(model), torch.set_grad_enabled(bool(parameters)):
         with unfused(model.modules()):
             expected, d_expected = _differentiated(pair, pair.reference, parameters)
         got, d_got = _differentiated(pair, pair.actual, parameters)
@@ -129,44 +129,14 @@ def _raise_if_above(pair: _Pair, mode: str, measure: str, value: float, allowed:
         )
 
 
-# ---- half precision in fp32 --------------------------------------------------------------------------------------
-
-
-class _InFloat32(TorchDispatchMode):
-    """Run every operator on fp32 copies of its half-precision arguments, which takes less memory than an fp32 model."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(_upcast, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-class _ConvolutionInFloat32(TorchFunctionMode):
-    """Run convolutions on fp32 copies too: PyTorch compares the dtypes of their arguments before dispatch."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.conv1d, torch.conv2d, torch.conv3d):
-            args, kwargs = tree_map(_upcast, (args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _upcast(x: Any) -> Any:
-    if isinstance(x, Tensor) and x.dtype in _HALF:
-        return x.float()
-    return torch.float32 if x in _HALF and isinstance(x, torch.dtype) else x
-
-
 @contextmanager
-def _in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Run half-precision arithmetic in fp32, with fp32 gradients of these parameters."""
-    half = [p for p in parameters if p.dtype in _HALF]
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Convert half-precision parameters and buffers to fp32 in place, and back with the same bits."""
+    half = [(x, x.data) for x in (*model.parameters(), *model.buffers()) if x.dtype in _HALF]
     try:
-        for parameter in half:
-            parameter.grad_dtype = torch.float32
-        with ExitStack() as modes:
-            if half:
-                modes.enter_context(_ConvolutionInFloat32())
-                modes.enter_context(_InFloat32())
-            yield
+        for x, values in half:
+            x.data = values.float()
+        yield
     finally:
-        for parameter in half:
-            parameter.grad_dtype = parameter.dtype
+        for x, values in half:
+            x.data = values

@@ -183,7 +183,9 @@ class SkipKernels(TrainerX):
         config = name.replace("/", "-")
         if config in open_clip.list_openai_models():
             config, weights = f"{config}-quickgelu", weights or "openai"
-        return open_clip.create_model(config, pretrained=weights or None), open_clip.get_tokenizer(config)
+        described = (open_clip.get_model_config(config) or {}).get("text_cfg", {})
+        safe = {"trust_remote_code": False} if "hf_tokenizer_name" in described else {}
+        return open_clip.create_model(config, pretrained=weights or None), open_clip.get_tokenizer(config, **safe)
 
     def prompts(self, names: list[str]) -> list[str]:
         """Return the prompts of the classes, from the template of the options or of the dataset."""
@@ -253,6 +255,11 @@ def _problems(cfg: Any) -> Iterator[str]:
             )
         if optim.WARMUP_CONS_LR > min(_rate(cfg, "TEXT_LR"), _rate(cfg, "IMAGE_LR")):
             yield f"OPTIM.WARMUP_CONS_LR must be at most the rate of each tower; got {optim.WARMUP_CONS_LR}."
+    if ":" in cfg.MODEL.BACKBONE.NAME:
+        yield (
+            "MODEL.BACKBONE.NAME must be a model that open_clip itself describes: hf-hub: and local-dir: name files of "
+            "others, which may name code. Override load_clip for them."
+        )
     if _option(cfg, "SAMPLER") not in ("class_pure", ""):
         yield f'TRAINER.SKIPKERNELS.SAMPLER must be "class_pure" or ""; got {_option(cfg, "SAMPLER")!r}.'
     elif _option(cfg, "SAMPLER") and cfg.DATALOADER.TRAIN_X.SAMPLER != "RandomSampler":

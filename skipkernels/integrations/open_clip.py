@@ -8,7 +8,7 @@ and that of the development version as `open_clip.task.CLIPTask(model, loss=loss
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class ClassModel(nn.Module):
                 "training, not the SkipCLIP."
             )
         self.clip = clip
-        self._prompts: _Prompts | None = None
+        self._index: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # tokens of SkipCLIP, and `_index` of them
         self._groups: list[dict[str, Any]] = []  # to be checked in the first training step
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
@@ -113,15 +113,32 @@ class ClassModel(nn.Module):
             )
 
     def class_ids(self, text: Tensor) -> Tensor:
-        """Class ids [B] of captions, int64 tokens [B, L].
+        """Class ids [B] of captions, int64 tokens [B, L]; on a GPU without a host sync.
 
         Raises:
             ValueError: As for `forward`, or if two classes have the same prompt.
         """
-        tokens = self.clip._tokens
-        if self._prompts is None or self._prompts.tokens is not tokens or self._prompts.keys.device != text.device:
-            self._prompts = _index(tokens, text.device)
-        return self._prompts.find(text)
+        tokens = self.clip._tokens  # [C, L] or [C, T, L]
+        if text.ndim != 2 or text.shape[1] != tokens.shape[-1] or text.is_floating_point():
+            raise ValueError(
+                f"ClassModel: text must be tokens [B, L={tokens.shape[-1]}] like the prompts of SkipCLIP, or class "
+                f"ids [B]; got {text.dtype} {list(text.shape)}. Tokenize both with the same tokenizer."
+            )
+        if self._index is None or self._index[0] is not tokens or self._index[1].device != text.device:
+            self._index = tokens, *_index(tokens.to(text.device))
+        _, prompts, hashes, order = self._index
+        found = torch.searchsorted(hashes, _hash(text)).clamp(max=len(order) - 1)
+        rows = order[found]  # [B], into the C·T prompts
+        known = (prompts[rows] == text).all(dim=1)
+        if text.device.type != "cpu":
+            torch._assert_async(known.all(), "ClassModel: a caption is not the prompt of a class.")
+        elif not known.all():
+            unknown = (~known).nonzero().flatten().tolist()
+            raise ValueError(
+                f"ClassModel: captions {unknown} of the batch are not the prompt of a class. Give SkipCLIP the "
+                "tokens of all captions, each once, in the order of the classes."
+            )
+        return rows // (len(prompts) // len(tokens))
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Image embeddings [B, D] of images or features at the cut."""
@@ -159,7 +176,7 @@ class ClassModel(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_prompts": None, "_groups": []}
+        return super().__getstate__() | {"_index": None, "_groups": []}
 
 
 def scaled_schedule(schedule: Callable[[int], float], optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
@@ -208,56 +225,22 @@ def _normalized(embedding: Tensor, normalize: bool) -> Tensor:
     return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
 
 
-class _Prompts(NamedTuple):
-    """Prompts of all classes, sorted by a hash of their tokens.
-
-    Attributes:
-        tokens: [C, L] or [C, T, L], as SkipCLIP holds them.
-        keys: [C·T] int64, ascending.
-        captions: [C·T, L] int64, in the order of the keys.
-        class_ids: [C·T] int64, in the order of the keys.
-        weights: [L] int64 of the hash.
-    """
-
-    tokens: Tensor
-    keys: Tensor
-    captions: Tensor
-    class_ids: Tensor
-    weights: Tensor
-
-    def find(self, text: Tensor) -> Tensor:
-        """Class ids [B] of captions [B, L], without a host sync on a GPU."""
-        if text.ndim != 2 or text.shape[1] != len(self.weights) or text.is_floating_point():
-            raise ValueError(
-                f"ClassModel: text must be tokens [B, L={len(self.weights)}] like the prompts of SkipCLIP, or class "
-                f"ids [B]; got {text.dtype} {list(text.shape)}. Tokenize both with the same tokenizer."
-            )
-        rows = torch.searchsorted(self.keys, (text.long() * self.weights).sum(dim=1)).clamp(max=len(self.keys) - 1)
-        known = (self.captions[rows] == text).all(dim=1)
-        if text.device.type != "cpu":
-            torch._assert_async(known.all(), "ClassModel: a caption is not the prompt of a class.")
-        elif not known.all():
-            unknown = (~known).nonzero().flatten().tolist()
-            raise ValueError(
-                f"ClassModel: captions {unknown} of the batch are not the prompt of a class. Give SkipCLIP the "
-                "tokens of all captions, each once, in the order of the classes."
-            )
-        return self.class_ids[rows]
+def _hash(tokens: Tensor) -> Tensor:
+    """Hashes [n] int64 of tokens [n, L]. Of a million prompts, two have equal hashes with a chance of 1 in 10^7."""
+    weights = torch.randint(-(2**63), 2**63 - 1, tokens.shape[1:], generator=torch.Generator().manual_seed(0))
+    return (tokens.long() * weights.to(tokens.device)).sum(dim=1)  # sums wrap around
 
 
-def _index(tokens: Tensor, device: torch.device) -> _Prompts:
-    captions = tokens.to(device).long().flatten(0, -2)
-    class_ids = torch.arange(len(tokens), device=device).repeat_interleave(len(captions) // len(tokens))
-    # Sums wrap around: of two different captions among a million, the chance of equal sums is 1 in 10^7.
-    weights = torch.randint(-(2**63), 2**63 - 1, captions.shape[1:], generator=torch.Generator().manual_seed(0))
-    weights = weights.to(device)
-    keys, order = (captions * weights).sum(dim=1).sort()
-    captions, class_ids = captions[order], class_ids[order]
-    same = ((keys[1:] == keys[:-1]) & (class_ids[1:] != class_ids[:-1])).nonzero()
+def _index(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the prompts [C·T, L] of tokens, their hashes in ascending order, and the prompt of each hash."""
+    prompts = tokens.long().flatten(0, -2)
+    hashes, order = _hash(prompts).sort()
+    class_ids = order // (len(prompts) // len(tokens))
+    same = ((hashes[1:] == hashes[:-1]) & (class_ids[1:] != class_ids[:-1])).nonzero()
     if len(same):
         first, second = sorted(class_ids[same[0, 0] : same[0, 0] + 2].tolist())
         raise ValueError(
             f"ClassModel: classes {first} and {second} have the same prompt, so a caption does not tell which is "
             "meant. Rename one of them, or pass class ids [B] in place of tokens."
         )
-    return _Prompts(tokens, keys, captions, class_ids, weights)
+    return prompts, hashes, order

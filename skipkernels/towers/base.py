@@ -139,13 +139,13 @@ class Tower(ABC):
         modules = (module for part in self.embedding if isinstance(part, nn.Module) for module in part.modules())
         return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), None)
 
-    def parts(self) -> Sequence[Part]:
-        """All modules and parameters."""
-        return (*self.embedding, *self.blocks, *self.head)
-
     def lower_parts(self) -> Sequence[Part]:
         """Modules and parameters below the cut; none at skip = 0, where the embedding trains too."""
         return (*self.embedding, *self.blocks[: self.skip]) if self.skip > 0 else ()
+
+    def upper_parts(self) -> Sequence[Part]:
+        """Modules and parameters above the cut."""
+        return (*(() if self.skip > 0 else self.embedding), *self.blocks[self.skip :], *self.head)
 
     def lower_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters below the cut."""
@@ -183,9 +183,8 @@ class Tower(ABC):
 
     def upper_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters above the cut."""
-        upper = (*(() if self.skip > 0 else self.embedding), *self.blocks[self.skip :], *self.head)
         constants = {id(parameter) for parameter in self.constants}
-        yield from (parameter for parameter in _parameters(upper) if id(parameter) not in constants)
+        yield from (parameter for parameter in _parameters(self.upper_parts()) if id(parameter) not in constants)
 
     def _run_block(self, index: int, hidden: Hidden, mask: Tensor | None, *, save_inputs_only: bool = False) -> Hidden:
         """Run one block over sequences [n, tokens, W].

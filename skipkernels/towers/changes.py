@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..digests import digests
 from .base import Part, Tower, UnsupportedModel
-from .block import HOOKS, FusedBlock, global_hooks
+from .block import HOOKS, FusedBlock, fuse_blocks, global_hooks
 from .text import TextTower
 
 _ENCODERS = ("encode_image", "encode_text", "get_image_features", "get_text_features")
@@ -34,27 +35,51 @@ class Containers:
             inside = any(id(child) in called for child in module.modules())
             return inside or any(id(parameter) in parameters for parameter in module.parameters(recurse=False))
 
-        around = [x for x in model.modules() if id(x) not in called and (x is model or holds_a_part(x))]
-        self._model, self._towers, self._around, self._settings = model, towers, around, Settings(around)
-        self._children = [module._modules for module in around]
-        self._buffers = [module._buffers for module in around if module._buffers]
-        self._attributes = [vars(module) for module in around]
-        self._hooks = [getattr(module, name) for module in around if module is not model for name in HOOKS]
-        self._seen_children, self._seen = list(map(dict, self._children)), self._state()
+        self._model, self._towers = model, towers
+        self._around = [x for x in model.modules() if id(x) not in called and (x is model or holds_a_part(x))]
+        self._children = [dict(module._modules) for module in self._around]
+        self._seen_masks = self._masks()
+        self._mask_values = [mask.detach().clone() for mask, _ in self._seen_masks]
 
-    def _state(self) -> list[Any]:
+    def _masks(self) -> list[tuple[Tensor, int]]:
+        """Return the masks of the text towers, with their versions."""
         masks = [mask for tower in self._towers if isinstance(tower, TextTower) for mask in tower.masks()]
-        tensors = [x for buffers in self._buffers for x in buffers.values()] + masks
-        versions = [(id(x), x._version) for x in tensors if x is not None]
-        return [list(map(len, self._attributes)), versions]  # an instance method makes the attributes longer
+        return [(mask, mask._version) for mask in masks if mask is not None]
 
-    def unchanged(self) -> bool:
-        """Return True if nothing differs from construction; False also for harmless changes, such as a move."""
-        same = not any(self._hooks) and self._children == self._seen_children
-        return same and not self._settings.changed() and self._state() == self._seen
+    def check(self) -> None:
+        """Raise a RuntimeError if the modules were altered in a way that SkipCLIP does not follow.
+
+        Fuses blocks that were put in the place of others.
+        """
+        what = self._override()
+        if self._children != [module._modules for module in self._around]:
+            for tower in self._towers:
+                blocks = tower.model_blocks()
+                if [x for x in self._model.modules() if x in set(blocks)] != blocks:
+                    what = "its blocks changed"
+                fuse_blocks(tower.blocks)
+            self._children = [dict(module._modules) for module in self._around]
+        masks = self._masks()
+        if [(id(mask), version) for mask, version in masks] != [(id(mask), x) for mask, x in self._seen_masks]:
+            pairs = zip(masks, self._mask_values, strict=False)
+            if len(masks) != len(self._mask_values) or not all(_equal_masks(mask, seen) for (mask, _), seen in pairs):
+                what = "the attention mask changed (to NaN, if −inf in it was averaged: average with use_buffers=False)"
+            self._seen_masks = masks
+        if what is not None:
+            self._seen_masks = []  # compared again in the next call
+            self._children = []
+            raise RuntimeError(
+                f"SkipCLIP: the model was altered after SkipCLIP was made: {what}. Undo that, or call clip.refresh() "
+                "to read the model again, and create the optimizer again if parameters were replaced."
+            )
 
     def refuse_overrides(self) -> None:
         """Raise an UnsupportedModel for hooks and instance methods on containers: they would have no effect."""
+        if what := self._override():
+            raise UnsupportedModel(f"SkipCLIP: {what}")
+
+    def _override(self) -> str | None:
+        """Return the hooks, instance methods or shards of a container, with a remedy, or None."""
         for module in self._around:
             attributes, what = vars(module), None
             if module is not self._model and any(attributes[name] for name in HOOKS):
@@ -65,33 +90,15 @@ class Containers:
                 what = "shards (fully_shard; shard the blocks above the cut, and the SkipCLIP)"
             if what is not None:
                 name = next(n for n, x in self._model.named_modules() if x is module) or type(module).__name__
-                raise UnsupportedModel(
-                    f"SkipCLIP: {name} has {what}, and SkipCLIP does not call this module, so it would have no effect. "
-                    "Remove it, or put it on a block, an embedding or a head, which SkipCLIP calls."
+                return (
+                    f"{name} has {what}, and SkipCLIP does not call this module, so it would have no effect. Remove "
+                    "it, or put it on a block, an embedding or a head, which SkipCLIP calls."
                 )
+        return None
 
-    def check(self, tokens: Tensor) -> None:
-        """Raise a RuntimeError if the towers, with the prompts `tokens`, would be other ones now."""
-        what = None
-        try:
-            self.refuse_overrides()
-            prompts = iter(tokens.unbind(1) if tokens.ndim == 3 else (tokens,))
-            for tower in self._towers:
-                blocks = tower.model_blocks()
-                if [x for x in self._model.modules() if x in set(blocks)] != blocks:
-                    what = what or "its blocks changed"
-                if isinstance(tower, TextTower):
-                    what = what or tower.difference_to(tower.with_prompts(next(prompts).to(tower.tokens)))
-        except ValueError as error:
-            raise RuntimeError(f"SkipCLIP: the model was altered after SkipCLIP was made. {error}") from error
-        if what is not None:
-            nan = next((n for n, x in self._model.named_buffers() if x.is_floating_point() and x.isnan().any()), None)
-            if nan is not None:
-                what += f" (buffer {nan} has NaN, to which averages turn −inf: average with use_buffers=False)"
-            raise RuntimeError(
-                f"SkipCLIP: the model was altered after SkipCLIP was made: {what}. Undo that, or call clip.refresh() "
-                "to read the model again, and create the optimizer again if parameters were replaced."
-            )
+
+def _equal_masks(mask: Tensor, seen: Tensor) -> bool:
+    return mask.detach().to(seen.device, torch.float64).equal(seen.double())
 
 
 class Settings:
@@ -154,11 +161,6 @@ class Frozen:
 
     def _own_parameters(self) -> dict[str, Any]:
         return {str(i): part for i, part in enumerate(self._parts()) if isinstance(part, nn.Parameter)}
-
-    def requires_grad(self) -> bool:
-        """Return True if a parameter is set to train."""
-        members = (*self._members[:-1], self._own_parameters())
-        return any(x.requires_grad for tensors in members for x in tensors.values() if x is not None)
 
     def is_hooked(self) -> bool:
         """Return True if a module has hooks, of its own or global ones: their effect may change between calls."""

@@ -99,15 +99,6 @@ class TextTower(Tower):
         """Masks of the model that determined the layout of the prompts."""
         return []
 
-    def difference_to(self, other: TextTower) -> str | None:
-        """Return what differs between the layouts of two towers on the same prompts, or None."""
-        if not self.tokens.equal(other.tokens):
-            return "the tokens that are seen changed"
-        if not self.pooled.equal(other.pooled):
-            return "the positions that become embeddings changed"
-        same = (self._not_cropped, self._not_shared) == (other._not_cropped, other._not_shared)
-        return None if same else "its exact reductions changed"
-
     def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.model.encode_text(inputs)
 
