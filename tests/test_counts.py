@@ -30,15 +30,15 @@ def test_counts_match_the_table():
 
 
 def test_check_finds_duplicated_work(monkeypatch):
-    select = SkipCLIP._select
+    scores = SkipCLIP._scores
     monkeypatch.setattr(counts, "PRECISIONS", ("fp32",))
     before = counts.rows_of(counts.SIZES[0])  # same torch: exact comparison
 
     def twice(self, *arguments):
-        select(self, *arguments)
-        return select(self, *arguments)
+        scores(self, *arguments)
+        return scores(self, *arguments)
 
-    monkeypatch.setattr(SkipCLIP, "_select", twice)
+    monkeypatch.setattr(SkipCLIP, "_scores", twice)
     found = "\n".join(counts.compare(counts.rows_of(counts.SIZES[0]), before))
     for name in ("flops", "calls", "launches"):
         assert f"SkipCLIP, step (glyph-tiny, B4-C20-K11, fp32, memory=fast, FusedSGD): {name} " in found
