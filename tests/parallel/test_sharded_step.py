@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import runpy
 import sys
 from collections.abc import Iterator
@@ -524,14 +525,15 @@ def test_move_keeps_dtype_of_prototypes(group):
     assert clip.prototypes.equal(before) and "prototypes" not in dict(clip.named_buffers())
 
 
-def example(rank: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["many_processes.py", "--epochs", "1", "--classes", "5"])
+def example(rank: int) -> str:
+    sys.argv = ["many_processes.py", "--epochs", "1", "--classes", "5"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return printed.getvalue()
 
 
-def test_example_matches_one_process(group, tmp_path, capfd):
-    run_in_processes(2, tmp_path, example)
-    printed = capfd.readouterr().out
+def test_example_matches_one_process(group, tmp_path):
+    printed, of_second = run_in_processes(2, tmp_path, example)
+    assert of_second == ""
     loss, accuracy = runpy.run_path(str(EXAMPLE))["tune"](torch.device("cpu"), epochs=1, classes=5)
     assert printed == f"loss {loss:.4f}, accuracy {accuracy:.1%}\n"
