@@ -70,8 +70,8 @@ def class_sampled_ce(
         loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 
     This is `torch.nn.functional.cross_entropy` of the gathered logits, but the [B, K] logits are never in memory all at
-    once: without gradients they are computed in tiles; with gradients, in panels of at most 32 MiB or 16 images,
-    whichever is more. Gradients flow to `image`, `text` (zero for rows outside the sample) and `logit_scale`.
+    once: at most 32 MiB or 16 images of them, whichever is more. Gradients flow to `image`, `text` (zero for rows
+    outside the sample) and `logit_scale`.
 
     Args:
         image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64. A row with a norm below 1e-12 is
@@ -84,7 +84,7 @@ def class_sampled_ce(
         class_weight: [C], weight of each row of the bank, without gradient; default: 1 for all.
         label_smoothing: ε in [0, 1]; default: 0.
         ignore_index: images with this label have no loss and no gradient; default: -100.
-        reduction: "mean" (the default: the mean weighted by w_y over the images that are not ignored), "sum" or "none".
+        reduction: "mean" (the default: weighted by w_y, over the images that are not ignored), "sum" or "none".
 
     Returns:
         The loss: [] for "mean" and "sum", [B] for "none"; fp64 for fp64 features, else fp32.
@@ -139,15 +139,10 @@ def class_sampled_logits(
 
         logits_bk = logit_scale · ⟨x_b/|x_b|, t_k/|t_k|⟩
 
-    Args:
-        image: [B, D], see `class_sampled_ce`.
-        text: [C, D], see `class_sampled_ce`.
-        logit_scale: factor of the cosines: a number, or a tensor of one element on the device of `image`.
-        class_ids: int64 [K], indices of the sampled rows of the bank, without duplicates; default: all rows.
+    Arguments and gradients are those of `class_sampled_ce`.
 
     Returns:
-        [B, K] logits: fp64 for fp64 features, else fp32, because bf16 logits near 100 have steps of 0.5. Gradients flow
-        to `image`, `text` and `logit_scale`.
+        [B, K] logits: fp64 for fp64 features, else fp32, because bf16 logits near 100 have steps of 0.5.
 
     Example:
         >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])           # [B=2, D=2]
@@ -174,22 +169,17 @@ def class_sampled_lse(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the classes of one process, and the logit of the label, for each image.
 
-    The share of one process in a cross-entropy over classes that are divided among processes. With z_bk = logit_scale ·
-    ⟨x_b/|x_b|, t_k/|t_k|⟩ over the sampled rows k of the bank of this process, and y_b the label:
+    The share of one process in a cross-entropy over classes that are divided among processes. With the logits z_bk of
+    `class_sampled_logits` over the sampled rows k of the bank of this process, and y_b the label:
 
         lse_b = log Σ_k exp(z_bk),   target_b = z_by, or 0 if another process has the class of the label
 
-    The loss of image b is the `torch.logsumexp` of lse_b over the processes, minus the sum of target_b over the
-    processes. Autograd gives each process the gradients of its own lse and target, from which backward computes the
-    exact gradients of `image`, `text` and `logit_scale` without another message. The [B, K] logits are never in memory
-    all at once. Class weights and label smoothing are left to the caller; see `parallel.loss`.
+    The loss of image b is the `torch.logsumexp` of lse_b over the processes, minus the sum of target_b over them; from
+    the gradients of both, backward computes exact gradients without another message. The [B, K] logits are never in
+    memory all at once. Class weights and label smoothing are left to the caller; see `parallel.loss`.
 
-    Args:
-        image: [B, D], images of all processes, see `class_sampled_ce`.
-        text: [C, D] class bank of this process with rows of any norm, in the dtype of `image`; C may be 0.
-        labels: int64 [B], indices of rows of the bank, or −1 for a class of another process.
-        logit_scale: factor of the cosines: a number, or a tensor of one element, see `class_sampled_ce`.
-        class_ids: int64 [K], indices of the sampled rows, without duplicates; K may be 0; default: all rows.
+    Arguments are those of `class_sampled_ce`, with the images of all processes and the classes of this one; C and K may
+    be 0, and a label is −1 for a class of another process.
 
     Returns:
         lse and target, both [B], in fp64 for every dtype of the features: the loss is their difference, and fp32 rounds
@@ -261,15 +251,8 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *
     Computed by two calls of `class_sampled_ce`, without the [B, B] logits in memory. If two texts of a batch are equal,
     each is a negative for the image of the other.
 
-    Args:
-        image: [B, D], see `class_sampled_ce`.
-        text: [B, D] text embeddings of any norm, in the dtype of `image`; row b belongs to image b.
-        logit_scale: factor of the cosines: a number, or a tensor of one element, see `class_sampled_ce`.
-        reduction: "mean" (default), "sum" or "none".
-
-    Returns:
-        The loss: [] for "mean" and "sum", [B] for "none"; fp64 for fp64 features, else fp32. Gradients flow to `image`,
-        `text` and `logit_scale`.
+    `image` and `text` are [B, D] embeddings of any norm, of which row b is a pair; the other arguments, the result and
+    the gradients are those of `class_sampled_ce`.
 
     Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, figure 3.
 
@@ -312,9 +295,8 @@ def add_layer_norm(
         out_dtype: dtype of `normed`, any of the dtypes listed for `x`; default: the dtype of `x`.
 
     Returns:
-        `hidden` and `normed`, both [..., W] in the dtype of `x`, or `normed` in `out_dtype`. `normed` is computed from
-        the rounded `hidden`, with statistics in fp32 (fp64 for fp64), and rounded once. Without a residual `hidden` is
-        `x` itself, not cast by autocast. If the variance of a row overflows, its `normed` and its gradients are NaN.
+        `hidden` (without a residual `x` itself) and `normed`, both [..., W]. `normed` is computed from the rounded
+        `hidden`, with statistics in fp32 (fp64 for fp64), and rounded once; NaN where the variance of a row overflows.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 3.0, 2.0]])                 # [1, W=4]
@@ -492,7 +474,6 @@ def gather_rows(
     token_scale: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
-    pin_memory: bool = False,
     out: Tensor | None = None,
     out_index: Tensor | None = None,
 ) -> Tensor:
@@ -500,20 +481,17 @@ def gather_rows(
 
         out_b = rows[index_b] · token_scale[index_b], or with out_index: out[out_index_b] = …
 
-    Every number is read once, also from a memory-mapped file, and written once. Not differentiable: cached features are
-    constants. For a batch from several shards, call it once per shard: `out_index` are the rows of the batch that come
-    from this shard.
+    Every number is read once, also from a memory-mapped file, and written once. Not differentiable. For a batch from
+    several shards, call it once per shard: `out_index` are the rows of the batch that come from this shard.
 
     Args:
         rows: [R, N, W] features, one row per sample; in fp32, fp16, bf16, fp64 or int8.
         index: int64 [B], indices of the rows to gather, in any order, with or without repeats.
         token_scale: fp32 [R, N], scale of each token; required for int8 rows, and only allowed for them.
         dtype: dtype of the result; default: that of `rows`, or fp32 for int8.
-        pin_memory: allocate the result in page-locked memory, for a copy to a GPU on a side stream; default: False.
-        out: contiguous [B, N, W] tensor for the result, in any floating-point dtype, that does not share memory with
-            `rows`. With `out_index` it is [M, N, W], M ≥ 1.
-        out_index: int64 [B], indices of the rows of `out` to write, in any order, without duplicates. Other rows do not
-            change. Only with `out`; default: 0 to B − 1.
+        out: contiguous [B, N, W] tensor for the result, in any floating-point dtype; with `out_index` [M, N, W].
+        out_index: int64 [B], indices of the rows of `out` to write, without duplicates; others do not change. Only with
+            `out`; default: 0 to B − 1.
 
     Returns:
         [B, N, W] tensor, or `out`, to which nothing is written if an argument is invalid.
@@ -554,17 +532,9 @@ def gather_rows(
     if out is None:
         if out_index is not None:
             raise ValueError(f"{name}: out_index selects rows of out; got no out. Pass out too.")
-        if pin_memory and (rows.device.type != "cpu" or not torch.cuda.is_available()):
-            raise ValueError(
-                f"{name}: pin_memory needs rows on the CPU, and a GPU in the machine; got rows on {rows.device}"
-                f"{'' if torch.cuda.is_available() else ' and no GPU'}. Leave it out."
-            )
-        return registration.call(_gather_rows, rows, index, token_scale, dtype, pin_memory)
-    if dtype is not None or pin_memory:
-        raise ValueError(
-            f"{name}: dtype and pin_memory must not be given with out, which has its own dtype; got dtype={dtype} and "
-            f"pin_memory={pin_memory}. Leave them out."
-        )
+        return registration.call(_gather_rows, rows, index, token_scale, dtype, False)  # not pinned
+    if dtype is not None:
+        raise ValueError(f"{name}: dtype must be None with out, which has its own; got {dtype}.")
     B = index.shape[0]
     if out_index is not None:
         check_shape(name, "out_index", out_index, ("index", index), B=B)
@@ -600,13 +570,10 @@ def sgd_momentum_(
 
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
-    This is the step of `torch.optim.SGD` for a buffer that starts at zero, in one pass over memory. Autograd does not
-    record it. Pass the parameters of a model as lists: one call, on a GPU one launch, updates all of them. Every number
-    is rounded as in `skipkernels.reference`, so results are bit-equal on all devices and for any number of threads.
-
-    With a seed, bf16 weights are rounded at random, up with a probability equal to the truncated fraction, so that
-    updates smaller than half the spacing of bf16 numbers are applied on average. The random bits of an element depend
-    only on the seed and on the index of the element in the list, see `offsets`. Use a new seed for every step.
+    This is the step of `torch.optim.SGD` for a buffer that starts at zero, in one pass over memory, bit-equal on all
+    devices. Autograd does not record it. Pass the parameters of a model as lists: one call, on a GPU one launch,
+    updates all of them. With a seed, bf16 weights are rounded at random, up with a probability equal to the truncated
+    fraction, so that updates below half the spacing of bf16 numbers are applied on average.
 
     Args:
         weight: tensor of any shape, in fp32, bf16, fp16 or fp64, updated in place; or a list of such tensors of one
@@ -617,10 +584,10 @@ def sgd_momentum_(
             that each replay of a captured CUDA graph uses its current value.
         momentum: decay of the buffer, at least 0; default: 0.9.
         weight_decay: L2 penalty, at least 0; default: 0.
-        seed: seed of stochastic rounding of bf16 weights: a number, or an int64 tensor of one element on the device of
-            `weight`; default: None, round to nearest.
-        offsets: index of the first element of each weight among all elements that share the seed, so that a weight has
-            the same random bits in any list; default: the weights follow each other in the order of the list.
+        seed: seed of stochastic rounding of bf16 weights, a new one for every step: a number, or an int64 tensor of one
+            element on the device of `weight`; default: None, round to nearest.
+        offsets: index of the first element of each weight among all elements that share the seed, which determines its
+            random bits; default: the weights follow each other in the order of the list.
 
     Example:
         >>> weight, buffer = torch.tensor([1.0]), torch.tensor([0.0])
@@ -650,28 +617,20 @@ def sgd_momentum_(
     if seed is not None:
         check_dtype(name, "weight", first, [torch.bfloat16], "Leave out seed, which is for bfloat16.")
     dtype, device = first.dtype, first.device
-    for i, (weight_i, grad_i, buffer_i) in enumerate(zip(weights, grads, buffers, strict=True)):
+    for weight_i, grad_i, buffer_i in zip(weights, grads, buffers, strict=True):
         if weight_i.dtype != dtype or weight_i.device != device:
             raise ValueError(
                 f"{name}: the weights of a list must have one dtype and device; got {dtype} on {device} and "
                 f"{weight_i.dtype} on {weight_i.device}. Use one call per dtype and device."
             )
-        # A model has hundreds of tensors: one expression accepts the common case.
-        if (
-            grad_i.shape == weight_i.shape == buffer_i.shape
-            and grad_i.dtype == dtype == buffer_i.dtype
-            and grad_i.device == device == buffer_i.device
-            and grad_i.layout == torch.strided == buffer_i.layout
-        ):
-            continue
-        for argument, tensor in (("grad", grad_i), ("momentum_buffer", buffer_i)):
-            if tensor.shape != weight_i.shape:
-                raise ValueError(
-                    f"{name}: {argument} must be {list(weight_i.shape)} to match weight"
-                    f"{f' number {i}' if len(weights) > 1 else ''}; got {list(tensor.shape)}."
-                )
-            check_dtype(name, argument, tensor, FEATURE_DTYPES, f"Use {argument}.float().")
-            check_device(name, argument, tensor, ("weight", weight_i))
+        for argument, x in (("grad", grad_i), ("momentum_buffer", buffer_i)):
+            if x.shape == weight_i.shape and x.dtype == dtype and x.device == device and x.layout == torch.strided:
+                continue  # a model has hundreds of tensors
+            if x.shape != weight_i.shape:
+                shape, got = list(weight_i.shape), list(x.shape)
+                raise ValueError(f"{name}: {argument} must be {shape} to match its weight; got {got}.")
+            check_dtype(name, argument, x, FEATURE_DTYPES, f"Use {argument}.float().")
+            check_device(name, argument, x, ("weight", weight_i))
     lr = _number_tensor(name, "lr", lr, ("weight", first), FEATURE_DTYPES, torch.float64)
     if seed is not None:
         seed = seed if isinstance(seed, Tensor) else reference.signed64(seed)

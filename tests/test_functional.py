@@ -70,7 +70,6 @@ BAD = {
         ({"image": torch.randn(D)}, ValueError, r"image must be \[B, D\] with B, D ≥ 1; got \[16\]"),
         ({"image": torch.ones(B, D).long()}, TypeError, r"image must be float32, .* got torch.int64"),
         ({"text": torch.randn(C, 7)}, ValueError, r"text must be \[C, D=16\] with C ≥ 1 to match image \[4, 16\]; got"),
-        ({"text": torch.randn(0, D)}, ValueError, r"text must be \[C, D=16\]"),
         ({"text": torch.randn(C, D).double()}, TypeError, r"text must be float32; got torch.float64. Convert one"),
         ({"text": meta(C, D)}, ValueError, r"text must be on cpu, where image is; got meta"),
         ({"labels": ids(0, 3)}, ValueError, r"labels must be \[B=4\] to match image \[4, 16\]; got \[2\]"),
@@ -79,14 +78,10 @@ BAD = {
         ({"labels": ids(0, 3, 5, -1)}, ValueError, r"labels must be rows of text, 0 to 8, .*\(-100\); got -1"),
         ({"labels": ids(0, 3, 5, 7)}, ValueError, r"labels must be among class_ids; got 7"),
         ({"class_ids": ids()}, ValueError, r"class_ids must be \[K\] with K ≥ 1; got \[0\]"),
-        ({"class_ids": ids(8, 0, 3, 5, 3)}, ValueError, r"class_ids must have no duplicates; got"),
         ({"class_ids": ids(8, 0, 3, 5, 9)}, ValueError, r"class_ids must be rows of text, 0 to 8; got"),
-        ({"class_ids": ids(8, 0, 3, 5, -1)}, ValueError, r"class_ids must be rows of text, 0 to 8; got"),
-        ({"class_weight": torch.ones(C - 1)}, ValueError, r"class_weight must be \[C=9\] to match text .*; got \[8\]"),
         ({"class_weight": torch.ones(C, requires_grad=True)}, ValueError, r"class_weight is a constant; .*detach\(\)"),
         ({"logit_scale": torch.ones(2)}, ValueError, r"logit_scale must be a number, \[\] or \[1\]; got \[2\]"),
         ({"logit_scale": torch.tensor(torch.inf)}, ValueError, r"logit_scale must be finite; got inf"),
-        ({"logit_scale": math.nan}, ValueError, r"logit_scale must be finite; got -?nan"),
         ({"logit_scale": 1e39}, ValueError, r"logit_scale must be finite"),  # beyond fp32
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]; got 1.5"),
         ({"reduction": "max"}, ValueError, r'reduction must be "mean", "sum" or "none"; got \'max\''),
@@ -94,20 +89,16 @@ BAD = {
     "class_sampled_logits": [
         ({"text": torch.randn(C, 7)}, ValueError, r"text must be \[C, D=16\]"),
         ({"class_ids": torch.ones(2)}, TypeError, r"class_ids must be int64"),
-        ({"class_ids": ids(8, 0, 8)}, ValueError, r"class_ids must have no duplicates; got"),
-        ({"class_ids": ids(8, 0, 9)}, ValueError, r"class_ids must be rows of text, 0 to 8; got"),
     ],
     "class_sampled_lse": [
         ({"labels": ids(0, 3, 5, -2)}, ValueError, r"labels must be rows of text, .*process \(-1\); got -2"),
         ({"labels": ids(0, 3, 5, 7)}, ValueError, r"labels must be among class_ids; got 7"),
-        ({"class_ids": ids(8, 0, 3, 5, 3)}, ValueError, r"class_ids must have no duplicates; got"),
         ({"class_ids": ids()}, ValueError, r"labels must be among class_ids; got 0"),
         ({"class_ids": torch.ones(0, 1).long()}, ValueError, r"class_ids must be \[K\] with K ≥ 1; got \[0, 1\]"),
         ({"text": torch.randn(0, D), "class_ids": None}, ValueError, r"labels must be rows of text, .*; got 0"),
     ],
     "class_scores": [
         ({"prototypes": torch.randn(C, 7)}, ValueError, r"prototypes must be \[C, D=16\] with C ≥ 1 to match"),
-        ({"labels": ids(0, 3, 5)}, ValueError, r"labels must be \[B=4\] to match image"),
         ({"labels": ids(0, 3, 5, -100)}, ValueError, r"labels must be rows of prototypes, 0 to 8; got"),
     ],
     "add_layer_norm": [
@@ -115,37 +106,29 @@ BAD = {
         ({"residual": torch.randn(D)}, ValueError, r"residual must be \[4, 16\], the shape of x; got \[16\]"),
         ({"x": torch.randn(B, D).half()}, TypeError, r"residual must be float16; got torch.float32. Convert one"),
         ({"out_dtype": torch.int8}, TypeError, r"out_dtype must be float32, .* got torch.int8"),
-        ({"weight": torch.randn(7)}, ValueError, r"weight must be \[W=16\] to match x \[4, 16\]; got \[7\]"),
         ({"weight": torch.ones(D).long()}, TypeError, r"weight must be float32, .* got torch.int64. Use weight.float"),
         ({"bias": torch.randn(7)}, ValueError, r"bias must be \[16\], the shape of weight; got \[7\]"),
-        ({"bias": torch.randn(D).double()}, TypeError, r"bias must be float32; got torch.float64. Convert one of bias"),
         ({"eps": -1e-5}, ValueError, r"eps must be finite and at least 0"),
-        ({"eps": math.inf}, ValueError, r"eps must be finite and at least 0"),
     ],
     "mlp_activation": [
         ({"bias": torch.randn(7)}, ValueError, r"bias must be \[W=16\] to match x \[4, 16\]; got \[7\]"),
-        ({"bias": torch.ones(D).long()}, TypeError, r"bias must be float32, .* got torch.int64. Use bias.float"),
         ({"kind": "relu"}, ValueError, r'kind must be "quick_gelu", "gelu" or "gelu_tanh"; got \'relu\''),
     ],
     "gather_rows": [
         ({"rows": torch.ones(5, 4).char()}, ValueError, r"rows must be \[R, N, W\] with .* ≥ 1; got \[5, 4\]"),
         ({"rows": torch.ones(5, 3, 4).long()}, TypeError, r"rows must be float32, .* or int8; got torch.int64"),
-        ({"index": torch.tensor(3)}, ValueError, r"index must be \[B\] with B ≥ 1; got \[\]"),
         ({"index": ids(0, 5)}, ValueError, r"index must be rows of rows, 0 to 4; got 5"),
         ({"token_scale": None}, ValueError, r"token_scale must be given for int8 .* got rows of torch.int8 without"),
         ({"rows": torch.ones(5, 3, 4)}, ValueError, r"token_scale must be given .* torch.float32 with token_scale"),
         ({"token_scale": torch.ones(5, 4)}, ValueError, r"token_scale must be \[R=5, N=3\] to match rows .*; got"),
-        ({"token_scale": torch.ones(5, 3).half()}, TypeError, r"token_scale must be float32; got torch.float16. Use"),
         ({"dtype": torch.int8}, TypeError, r"dtype must be float32, bfloat16, float16 or float64; got torch.int8"),
         ({"out": torch.ones(2, 3, 5)}, ValueError, r"out must be contiguous \[B=2, N=3, W=4\]; got \[2, 3, 5\]"),
         ({"out": torch.ones(2, 4, 3).mT}, ValueError, r"out must be contiguous .* strides \[12, 1, 3\]"),
-        ({"out": torch.ones(2, 3, 4), "dtype": torch.half}, ValueError, "dtype and pin_memory must not be given with"),
+        ({"out": torch.ones(2, 3, 4), "dtype": torch.half}, ValueError, "dtype must be None with out"),
         ({"out_index": ids(0, 1)}, ValueError, r"out_index selects rows of out; got no out\. Pass out too"),
-        (placed() | {"out_index": ids(6)}, ValueError, r"out_index must be \[B=2\] to match index \[2\]; got \[1\]"),
         (placed() | {"out_index": ids(6, 7)}, ValueError, r"out_index must be rows of out, 0 to 6; got 7"),
         (placed() | {"out_index": ids(6, 6)}, ValueError, r"out_index must have no duplicates; got 6 more than once"),
         (placed() | {"out": torch.ones(0, 3, 4)}, ValueError, r"out must be contiguous .* with M ≥ 1; got \[0, 3, 4\]"),
-        (placed() | {"out": torch.ones(7, 4, 3).mT}, ValueError, r"out must be contiguous .* strides \[12, 1, 3\]"),
     ],
     "sgd_momentum_": [
         ({"grad": [torch.ones(3)]}, ValueError, r"weight, grad and momentum_buffer must be lists .*; got 2, 1 and 2"),
@@ -154,11 +137,8 @@ BAD = {
             ValueError,
             r"the weights of a list must have one dtype",
         ),
-        ({"grad": [torch.ones(3), torch.ones(4)]}, ValueError, r"grad must be \[2, 2\] to match weight number 1; got"),
-        ({"grad": [torch.ones(3), meta(2, 2)]}, ValueError, r"grad must be on cpu, where weight is"),
+        ({"grad": [torch.ones(3), torch.ones(4)]}, ValueError, r"grad must be \[2, 2\] to match its weight; got"),
         ({"lr": -0.1}, ValueError, r"lr must be finite and at least 0; got -0.1"),
-        ({"lr": torch.ones(2)}, ValueError, r"lr must be a number, \[\] or \[1\]; got \[2\]"),
-        ({"momentum": -1.0}, ValueError, r"momentum must be finite and at least 0; got -1.0"),
         ({"weight_decay": math.nan}, ValueError, r"weight_decay must be finite and at least 0; got nan"),
         ({"seed": 3}, TypeError, r"weight must be bfloat16; got torch.float32. Leave out seed"),
     ],
@@ -177,12 +157,6 @@ def test_good_arguments_are_accepted(name):
 def test_refuses(name, bad, error, message):
     with pytest.raises(error, match=rf"^{name}: {message}"):
         getattr(functional, name)(**{**GOOD[name](), **bad})
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_pinned_memory_needs_a_gpu():
-    with pytest.raises(ValueError, match=r"^gather_rows: pin_memory needs .* on cpu and no GPU. Leave it out"):
-        functional.gather_rows(**stored(), pin_memory=True)
 
 
 def test_sgd_momentum_refuses_a_fractional_seed():

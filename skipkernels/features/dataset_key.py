@@ -153,12 +153,7 @@ def _with_file_status(images: Sequence[str | int]) -> list[Any]:
     for image in images:
         if isinstance(image, str):
             path = os.path.abspath(image)
-            try:
-                status = os.stat(path)
-            except OSError as error:
-                raise StoreError(
-                    f"FeatureCache: {path}: {error.strerror}. The dataset lists it; restore it."
-                ) from error
+            status = os.stat(path)
             described.append([path[start:].replace(os.sep, "/"), status.st_size, status.st_mtime_ns])
         else:
             described.append(image)

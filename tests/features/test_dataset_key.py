@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +140,6 @@ def test_dataset_key_is_kept_when_the_folder_moves(root, tmp_path, make, monkeyp
         assert dataset_key(make(Path(relative))) == before
 
 
-def test_dataset_key_of_a_missing_file(root):
-    dataset = ImageFolder(str(root))
-    removed(root)
-    with pytest.raises(StoreError, match=r"^FeatureCache: .*/dog/b\.png: No such file or directory\. .*restore it"):
-        dataset_key(dataset)
-
-
 @pytest.mark.parametrize("indices", [[0, 1], [1, 0]])
 def test_dataset_key_of_subsets(root, indices):
     for dataset in (ImageFolder(str(root)), TensorDataset(pictures(4), torch.zeros(4)), DatasetImages([(0, 0)] * 4)):
@@ -175,26 +167,14 @@ def test_dataset_key_notices_labels(make):
     assert dataset_key(make([0, 1, 2, 3])) == dataset_key(make([0, 1, 2, 3]))
 
 
-@pytest.mark.parametrize("labels", [None, [{"box": 1}] * 23, [1, 2]], ids=["none", "dicts", "too few"])
-def test_dataset_key_without_labels(labels):
-    dataset = Numbered()
-    dataset.targets = labels
-    assert dataset_key(dataset) == {
-        "dataset key": "not given", "images": "not listed", "labels": "not listed", "image transform": "none"
-    }  # fmt: skip
-
-
 def darker(image: Any, by: float = 0.5) -> Any:
     return image * by
 
 
 TRANSFORMS = {
-    "size": (v1.Resize(6), v1.Resize(7)),
     "mean, v2": (v2.Normalize([0.5], [0.2]), v2.Normalize([0.4], [0.2])),
     "order": (v1.Compose([v1.Resize(6), v1.CenterCrop(4)]), v1.Compose([v1.CenterCrop(4), v1.Resize(6)])),
-    "partial": (partial(darker, by=0.25), partial(darker, by=0.75)),
     "function": (darker, images),
-    "none": (None, v1.ToTensor()),
 }
 
 
@@ -217,17 +197,12 @@ def test_key_argument(tmp_path):
     message = r"dataset key \({.*1} there, {.*2} here\)\. Pass the same `key`"
     with pytest.raises(StoreError, match=message):
         sk.FeatureCache.open(tmp_path, dataset=images(9), key={"name": "noise", "version": 2})
-    with pytest.raises(StoreError, match=r"dataset key \({.*} there, not given here\)"):
-        sk.FeatureCache.open(tmp_path, dataset=images(9))
-    with pytest.raises(StoreError, match=r"differs in dataset key \({.*} there, \"noise\" here\)"):
-        build(tmp_path, images(9), clip, key="noise", resume=True)
     with pytest.raises(StoreError, match=r"number of images \(9 there, 8 here\)"):
         sk.FeatureCache.open(tmp_path, dataset=images(8), key={"name": "noise", "version": 1})
-    for key in (object(), float("nan"), {1, 2}):
+    for key in (object(), float("nan")):
         with pytest.raises(ValueError, match="^FeatureCache: key must be text or a JSON value; got "):
             build(tmp_path / "other", images(9), clip, key=key)
     assert not (tmp_path / "other").exists()
-    build(tmp_path / "caf\u00e9", images(9), clip, key="caf\udce9")  # any text
 
 
 # ---- sampled images ----------------------------------------------------------------------------------------------
@@ -273,12 +248,6 @@ class FromFolder(Numbered):
         return v1.functional.to_tensor(Image.open(os.path.join(self.root, f"{item}.png"))), item % CLASSES
 
 
-class Relabelled(Numbered):
-    def __getitem__(self, item: int) -> tuple[Any, int]:
-        image, label = super().__getitem__(item)
-        return image, label + 1
-
-
 def brighter(image: torch.Tensor) -> torch.Tensor:
     return image + BRIGHTER
 
@@ -297,7 +266,6 @@ UNLISTED: dict[
     "private attribute": lambda root, change: Numbered(0.5 * change),
     "global": reads_a_global,
     "lambda": lambda root, change: Transformed(v1.Lambda(LAMBDAS[change])),
-    "label": lambda root, change: Relabelled() if change else Numbered(),
 }
 
 
@@ -337,10 +305,9 @@ def test_sampled_images_may_be_decoded_slightly_differently(tmp_path):
     sk.FeatureCache.open(tmp_path, dataset=Numbered(unit))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_sample_images_draw_random_transforms_reproducibly(tmp_path, workers):
+def test_sample_images_draw_random_transforms_reproducibly(tmp_path):
     dataset = Drawn(8)
-    build(tmp_path, dataset, views=2, seed=3, workers=workers)
+    build(tmp_path, dataset, views=2, seed=3, workers=1)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     for _ in range(2):
         sk.FeatureCache.open(tmp_path, dataset=dataset)
@@ -368,7 +335,7 @@ def test_irreproducible_images_need_a_key(tmp_path):
     sk.FeatureCache.open(tmp_path, dataset=Irreproducible(), key="irreproducible")
 
 
-@pytest.mark.parametrize("samples", [None, [], [{}] * 8, {"item": 0}], ids=["none", "empty", "without item", "dict"])
+@pytest.mark.parametrize("samples", [None, [{}] * 8], ids=["none", "without item"])
 def test_store_without_samples_is_refused(tmp_path, samples):
     build(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

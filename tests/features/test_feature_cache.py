@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import pickle
 import random
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,14 +76,12 @@ def tiny_text() -> dict:
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # model, skipped blocks, image size
     "open_clip": (partial(tiny_clip, torch.float32), 1, 16),
-    "open_clip, all": (partial(tiny_clip, torch.float32, quick_gelu=True), 3, 16),
     "openai": (openai_clip, 2, 16),
     "siglip": (siglip, 1, 16),
     "timm": (pooled_by_attention, 2, 16),
     "maps": (convolutions, 2, 32),
     "fp64": (tiny_clip, 1, 16),
     "bf16": (partial(half, torch.bfloat16), 1, 16),
-    "fp16": (partial(half, torch.float16), 1, 16),
 }
 
 
@@ -164,9 +160,8 @@ def dropping() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "skip", "size"),
-    [(dropping, 1, 16), (lambda: tiny_clip(torch.float32, vision={"patch_dropout": 0.5}).train(), 1, 16),
-     (lambda: timm_models.timm_clip(batch_norm_stem()).float().train(), 1, 16)],
-    ids=["dropout", "patches", "batch norm"],
+    [(dropping, 1, 16), (lambda: tiny_clip(torch.float32, vision={"patch_dropout": 0.5}).train(), 1, 16)],
+    ids=["dropout", "patches"],
 )  # fmt: skip
 def test_build_does_not_change_the_model(tmp_path, make, skip, size):
     model = make()
@@ -178,16 +173,6 @@ def test_build_does_not_change_the_model(tmp_path, make, skip, size):
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     model.eval()
     assert rows(cache).equal(by_hand(clip, images(8, size).tensors[0]))
-
-
-def batch_norm_stem() -> nn.Module:
-    from timm.layers import HybridEmbed
-    from timm.models.vision_transformer_hybrid import ConvStem
-
-    stem = ConvStem(depth=2, channels=(8, 24), stride=(4, 2), kernel_size=(4, 2), padding=0, act_layer=nn.GELU)
-    embed = partial(HybridEmbed, backbone=stem, proj=False)
-    shape = {**VIT, "patch_size": 1, "num_classes": 12}
-    return VisionTransformer(**shape, no_embed_class=True, embed_layer=embed)
 
 
 # ---- labels and items ----------------------------------------------------------------------------------------------
@@ -253,15 +238,14 @@ def test_views_with_other_labels_are_refused(tmp_path):
 # ---- views ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_views_are_random_and_reproducible(tmp_path, workers):
+def test_views_are_random_and_reproducible(tmp_path):
     cache = build(tmp_path / "one", Drawn(8), views=3)
     views = rows(cache).view(3, 8, *cache.shape)
     assert len(cache) == 8 and cache.views == 3 and cache.labels.equal(torch.arange(8) % CLASSES)
     for one in range(3):
         for other in range(one):
             assert not (views[one] == views[other]).flatten(1).all(dim=1).any(), "every image was drawn again"
-    again = build(tmp_path / "two", Drawn(8), views=3, workers=workers)
+    again = build(tmp_path / "two", Drawn(8), views=3, workers=2)
     assert rows(again).equal(rows(cache))
     other_seed = build(tmp_path / "three", Drawn(8), views=3, seed=1)
     assert not rows(other_seed).equal(rows(cache))
@@ -270,8 +254,7 @@ def test_views_are_random_and_reproducible(tmp_path, workers):
     assert reopened.views == 3 and len(reopened) == 8
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_build_does_not_change_the_generators(tmp_path, workers):
+def test_build_does_not_change_the_generators(tmp_path):
     def state() -> tuple:
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
@@ -282,7 +265,7 @@ def test_build_does_not_change_the_generators(tmp_path, workers):
         draw() if draw is not torch.rand else draw(1)
     expected = state()
     torch.manual_seed(3), np.random.seed(3), random.seed(3)
-    build(tmp_path, Drawn(8), clip, workers=workers)
+    build(tmp_path, Drawn(8), clip)
     assert state() == before != expected
 
 
@@ -323,25 +306,22 @@ def hooked() -> nn.Module:
     ("make", "skip", "message"),
     [
         (partial(changed, "visual.conv1.weight"), 1, "differs in image embedding"),
-        (partial(changed, "visual.positional_embedding"), 1, "differs in image embedding"),
         (partial(changed, "visual.transformer.resblocks.0.mlp.c_fc.bias"), 1, "differs in image lower blocks"),
         (partial(tiny_clip, torch.float32), 2, r"differs in image skipped blocks \(1 there, 2 here\)"),
         (partial(tiny_clip, torch.float32, quick_gelu=True), 1, "computes other features from the same weights"),
-        (partial(tiny_clip, torch.float32, vision={"head_width": 12}), 1, "computes other features from the same"),
         (hooked, 1, "computes other features from the same weights"),
-        (tiny_clip, 1, "differs in image embedding"),
         (siglip, 1, "differs in image tower"),
     ],
-    ids=["patches", "positions", "block", "cut", "activation", "heads", "hook", "dtype", "family"],
+    ids=["patches", "block", "cut", "activation", "hook", "family"],
 )
 def test_open_refuses_another_model_below_the_cut(folder, make, skip, message):
     with pytest.raises(StoreError, match=f"^{folder}: .*{message}"):
         sk.FeatureCache.open(folder, skip_clip(make(), skip))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_open_allows_other_rounding_in_half_precision(tmp_path, dtype):
+def test_open_allows_other_rounding_in_half_precision(tmp_path):
     """Another device rounds differently; norms and positions are in fp32."""
+    dtype = torch.bfloat16
     clip = skip_clip(half(dtype))
     build(tmp_path, images(4), clip)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -387,14 +367,6 @@ def test_resume_refuses_other_arguments(folder, changes, message):
         return
     with pytest.raises(StoreError, match=f"holds a store that differs in {message}"):
         build(folder, resume=True, **changes)
-
-
-def test_build_replaces_a_store_only_with_overwrite(tmp_path):
-    build(tmp_path)
-    with pytest.raises(StoreError, match="holds a store"):
-        build(tmp_path, images(seed=1))
-    cache = build(tmp_path, images(seed=1), overwrite=True)
-    assert rows(cache).equal(by_hand(skip_clip(), images(seed=1).tensors[0]))
 
 
 @pytest.mark.parametrize(
@@ -449,15 +421,12 @@ GOOD = pictures(1)[0]
         ((Image.new("RGB", (16, 16)), 1), r"image of item 5 .* a floating-point tensor .*; got Image.*preprocessing"),
         ((GOOD[0], 1), r"image of item 5 .* tensor \[3, height, width\]; got torch.float32 \[16, 16\]"),
         ((pictures(1, 8)[0], 1), r"item 5 .*\[3, 8, 8\]"),
-        ((GOOD, 1.0), r"label of item 5 .* must be a whole number of 64 bits; got 1\.0"),
         ((GOOD, 2**70), r"label of item 5 .* of 64 bits; got 1180591620717411303424"),
-        ((GOOD, torch.tensor([1])), r"label of item 5 .* must be a whole number .*; got tensor\(\[1\]\)"),
         ((GOOD.byte(), 1), r"image of item 5 .* floating-point tensor .*; got torch\.uint8 "),
-        (GOOD, r"item 5 of the dataset must be \(image, label\); got Tensor"),
         ((GOOD, 1, 2), r"item 5 of the dataset must be \(image, label\); got tuple"),
         (OSError("no such disk"), r"item 5 of the dataset cannot be loaded: OSError\('no such disk'\)"),
     ],
-    ids=["picture", "grey", "small", "fraction", "huge", "vector", "bytes", "alone", "three", "error"],
+    ids=["picture", "grey", "small", "huge", "bytes", "three", "error"],
 )  # fmt: skip
 def test_invalid_item_is_named(tmp_path, item, message, workers):
     with pytest.raises(StoreError, match=f"^FeatureCache: .*{message}") as caught:
@@ -466,17 +435,16 @@ def test_invalid_item_is_named(tmp_path, item, message, workers):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_error_of_a_dataset_of_this_package_is_unchanged(tmp_path, workers):
+def test_error_of_a_dataset_of_this_package_is_unchanged(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no image")
     files = LabelledImages(tmp_path, ["a.png", "b.png"], [0, 1], transform=lambda image: GOOD)
     with pytest.raises(StoreError, match=rf"^{tmp_path}/b\.png: can.*t be read as an image .*Replace or remove it\.$"):
-        build(tmp_path / "store", files, key="files", workers=workers)
+        build(tmp_path / "store", files, key="files", workers=1)
 
 
-@pytest.mark.parametrize(("size", "workers"), [(8, 0), (32, 2)])
-def test_images_of_another_size_are_refused(tmp_path, size, workers):
+def test_images_of_another_size_are_refused(tmp_path):
+    size, workers = 32, 2
     message = rf"images must be \[3, 16, 16\], the model's input size; got \[3, {size}, {size}\]"
     with pytest.raises(StoreError, match=message) as kept:
         build(tmp_path, images(9, size), workers=workers)
@@ -498,25 +466,3 @@ def test_features_out_of_the_range_of_fp16_are_named(tmp_path):
     ):
         build(tmp_path, Broken(item), clip, key="large", dtype="fp16")
     build(tmp_path, Broken(item), clip, key="large", dtype="bf16", overwrite=True)
-
-
-def test_shards_before_a_bad_item_are_kept(tmp_path):
-    with pytest.raises(StoreError, match="item 5"):
-        build(tmp_path, Broken(OSError("away")), key="same")
-    assert (tmp_path / "00000.safetensors").exists()
-    done = []
-    cache = build(tmp_path, images(9), key="same", resume=True, progress=done.append)
-    assert rows(cache).equal(by_hand(skip_clip(), images(9).tensors[0]))
-    assert done[0] == 4 and sum(done) == 9, "four images existed"
-
-
-def test_relative_path_is_resolved_before_loading(tmp_path, monkeypatch):
-    class Moving(Drawn):
-        def __getitem__(self, item: int):
-            os.chdir("/")
-            return super().__getitem__(item)
-
-    monkeypatch.chdir(tmp_path)
-    cache = build(Path("store"), Moving(), key="moving")
-    assert (tmp_path / "store" / "manifest.json").exists()
-    assert cache.verify() == [] and len([batch for batch in cache.loader(4, "sequential")]) == 2

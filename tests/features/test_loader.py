@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import skipkernels as sk
 from skipkernels.features import BatchSampler
 from skipkernels.features.loader import MemoryRows
-from skipkernels.store import Store, StoreError
+from skipkernels.store import StoreError
 
 COUNT = 23
 
@@ -165,26 +165,6 @@ def test_read_error_is_raised_in_the_loop(tmp_path, rows, prefetch):
     assert not threads()
 
 
-@pytest.mark.parametrize(
-    ("prefetch", "least", "most"), [(0, 0.2, 1.0), (2, 0.01, 0.15)], ids=["no prefetch", "prefetch"]
-)
-def test_seconds_waited(cache, monkeypatch, prefetch, least, most):
-    gather = Store.gather
-
-    def slowly(store, index, *, out=None):
-        time.sleep(0.02)
-        return gather(store, index, out=out)
-
-    monkeypatch.setattr(Store, "gather", slowly)
-    loader = cache.loader(2, "sequential", prefetch=prefetch)
-    for _ in loader:
-        time.sleep(0.03)
-    assert least < loader.seconds_waited < most
-    before = loader.seconds_waited
-    list(loader)
-    assert loader.seconds_waited > before + least, "it accumulates"
-
-
 # ---- states ----------------------------------------------------------------------------------------------------
 
 
@@ -277,10 +257,3 @@ def test_batches_on_a_gpu(cache, rows, monkeypatch, where, prefetch):
             assert features.cpu().equal(rows[batch]) and labels.cpu().equal(cache.labels[batch])
         list(order)
     assert set(pinned) == {where != "memory of the GPU"}
-
-
-@pytest.mark.gpu
-def test_batches_from_a_gpu_to_the_cpu(rows):
-    cache = in_memory(rows.cuda())
-    for _ in range(3):
-        assert torch.cat([features for features, _ in cache.loader(5, "sequential", device="cpu")]).equal(rows)
