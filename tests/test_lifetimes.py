@@ -21,10 +21,6 @@ from tests.app.train.runs import shortened, small
 C = 7
 
 
-def _construct(folder):
-    sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1)
-
-
 def _construct_with_text_cache(folder):
     for _ in range(2):  # written, then opened
         sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1, text_cache=folder / "texts", chunk=2)
@@ -60,7 +56,6 @@ def _tune_and_break_off_predictions(folder):
 @pytest.mark.parametrize(
     "call",
     [
-        _construct,
         _construct_with_text_cache,
         _train_and_predict,
         _break_off_a_loader,

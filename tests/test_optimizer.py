@@ -218,46 +218,15 @@ def test_backward_on_gpu_bounds_memory_without_host_sync():
 
 
 @pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
-        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=4),
-    ],
-    ids=["lr", "lr_and_momentum"],
-)
-def test_schedulers_equal_torch(schedule, in_backward):
+def test_scheduler_of_rate_and_momentum_equals_torch(in_backward):
     nets = Net(), Net()
+    ours = sk.FusedSGD(nets[0].groups(), **HYPER, in_backward=in_backward)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for net, optimizer in zip(
-            nets,
-            (
-                sk.FusedSGD(nets[0].groups(), **HYPER, in_backward=in_backward),
-                torch.optim.SGD(nets[1].groups(), **HYPER),
-            ),
-            strict=True,
-        ):
-            train(net, optimizer, schedule=schedule(optimizer))
+        for net, optimizer in zip(nets, (ours, torch.optim.SGD(nets[1].groups(), **HYPER)), strict=True):
+            train(net, optimizer, schedule=torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=4))
     assert_close(*nets)
     assert not torch.allclose(nets[0].first, trained_by_torch().first)
-
-
-def test_lr_tensor():
-    net = Net()
-    lr = torch.tensor(0.1, dtype=torch.float64)
-    optimizer = sk.FusedSGD([net.first, net.twice, net.scale], lr, momentum=0.9)
-    train(net, optimizer, range(1))
-    lr.zero_()
-    still = copy.deepcopy(net)
-    assert equal(train(net, optimizer, range(1, 2)), still)
-
-
-def test_add_param_group():
-    net, theirs = Net(), trained_by_torch()
-    optimizer = sk.FusedSGD(net.groups()[:1], **HYPER)
-    optimizer.add_param_group(net.groups()[1])
-    assert_close(train(net, optimizer), theirs)
 
 
 @pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
@@ -277,6 +246,19 @@ def test_weight_unfrozen_after_construction(in_backward):
     assert_close(net, train(theirs, optimizer, range(1, 4)))
 
 
+@pytest.mark.parametrize("gathers", [False, True], ids=["at_once", "gathered"])
+def test_backward_with_two_optimizers(gathers, monkeypatch):
+    monkeypatch.setattr(optimizer_module, "_gathers", lambda weight: gathers)
+    weight = nn.Parameter(torch.ones(2))
+    first, second = sk.FusedSGD([weight]), sk.FusedSGD([weight])
+    with pytest.raises(RuntimeError, match=r"FusedSGD: the gradient of a weight was consumed .* Call close\(\)"):
+        weight.sum().backward()
+    first.close()
+    second.zero_grad()
+    second.step()
+    weight.sum().backward()
+
+
 def test_step_one_call_per_dtype(monkeypatch):
     calls = []
     monkeypatch.setattr(functional, "sgd_momentum_", lambda weights, *_, **__: calls.append(len(weights)))
@@ -293,7 +275,6 @@ def test_step_one_call_per_dtype(monkeypatch):
 def test_close_leaves_gradients_to_step():
     net = Net()
     optimizer = sk.FusedSGD(net.groups()[:1], **HYPER)
-    optimizer.close()
     optimizer.close()
     optimizer.add_param_group(net.groups()[1])
     net.loss(0).backward()
@@ -327,15 +308,6 @@ def test_backward_twice_before_step():
     optimizer.zero_grad()
     optimizer.step()
     net.loss(2).backward()
-
-
-def test_backward_with_two_optimizers():
-    weight = nn.Parameter(torch.ones(2))
-    first, _second = sk.FusedSGD([weight]), sk.FusedSGD([weight])
-    with pytest.raises(RuntimeError, match=r"FusedSGD: the gradient of a weight was consumed .* Call close\(\)"):
-        weight.sum().backward()
-    first.close()
-    weight.sum().backward()
 
 
 # ---- uses that need all gradients before the update -----------------------------------------------------------------
@@ -407,23 +379,17 @@ def test_load_state_dict_continues_bit_for_bit(stochastic, in_backward):
     assert not equal(train(forgetful, start(forgetful), range(2, 4)), net)
 
 
-def test_load_state_dict_of_torch_sgd():
+@pytest.mark.parametrize("kinds", [(torch.optim.SGD, sk.FusedSGD), (sk.FusedSGD, torch.optim.SGD)], ids=["of", "into"])
+def test_load_state_dict_of_or_into_torch_sgd(kinds):
     net = Net()
-    theirs = torch.optim.SGD(net.groups(), **HYPER)
-    train(net, theirs, range(2))
-    ours = sk.FusedSGD(net.groups())
-    ours.load_state_dict(theirs.state_dict())
-    assert_close(train(net, ours, range(2, 4)), trained_by_torch())
-
-
-def test_state_dict_loads_into_torch_sgd():
-    net, expected = Net(), trained_by_torch()
-    ours = sk.FusedSGD(net.groups(), **HYPER)
-    train(net, ours, range(2))
-    theirs = torch.optim.SGD(net.groups(), lr=1.0)
-    ours.close()
-    theirs.load_state_dict(ours.state_dict())
-    assert_close(train(net, theirs, range(2, 4)), expected)
+    first = kinds[0](net.groups(), **HYPER)
+    train(net, first, range(2))
+    state = first.state_dict()
+    if isinstance(first, sk.FusedSGD):
+        first.close()
+    second = kinds[1](net.groups(), lr=1.0)
+    second.load_state_dict(state)
+    assert_close(train(net, second, range(2, 4)), trained_by_torch())
 
 
 @pytest.fixture
@@ -540,12 +506,3 @@ def test_unsupported_options():
     state["param_groups"][0][option] = value
     with pytest.raises(ValueError, match=f"^FusedSGD: {option} is not supported"):
         optimizer.load_state_dict(state)
-
-
-def test_sparse_gradient():
-    embedding = nn.Embedding(5, 2, sparse=True)
-    before = copy.deepcopy(embedding)
-    _optimizer = sk.FusedSGD(embedding.parameters())
-    with pytest.raises(TypeError, match="grad must be a dense tensor; got torch.sparse_coo"):
-        embedding(torch.tensor([1])).sum().backward()
-    assert equal(embedding, before)

@@ -47,13 +47,3 @@ def test_cosine_with_warmup_is_published(lr, epochs, warmup_epochs):
 def test_warmup_rate_is_at_most_lr():
     assert rates(1e-6, 2, 1, 1e-3)[0] == 1e-6
     assert rates(0.0, 2, 1, 1e-3)[0] == 0.0
-
-
-def test_schedule_per_group():
-    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (2.0, 8.0)]
-    optimizer = torch.optim.SGD(groups, lr=1.0)
-    schedule = cosine_with_warmup(optimizer, epochs=2, warmup_epochs=1, warmup_lr=0.5)
-    assert schedule.get_last_lr() == [0.5, 0.5]
-    optimizer.step()
-    schedule.step()
-    assert schedule.get_last_lr() == pytest.approx([2.0, 8.0])

@@ -51,12 +51,6 @@ def test_expected_keep_of_the_published_setting(classes, kept):
     assert abs(len(sampler.draw(classes, 1)) - kept) <= 1
 
 
-def test_expected_keep_changes_no_state():
-    sampler = RankSampler()
-    assert sampler.expected_keep(1000, 200) > 200
-    assert sampler.state_dict()["min_keep"] == RankSampler().state_dict()["min_keep"]
-
-
 @pytest.mark.parametrize(
     ("classes", "ratio", "max_keep", "m"),
     [(10, 0.5, 50, 5), (11, 0.5, 50, 6), (1000, 0.5, 50, 50), (7, 1.0, 2, 7), (100, 0.07, 50, 7), (9, 3, 50, 3),
@@ -161,19 +155,6 @@ def test_fixed_draws_once_resample_each_step():
     fixed, resample = RankSampler(tail="fixed"), RankSampler(tail="resample")
     assert len({tuple(fixed.draw(500, 4).tolist()) for _ in range(5)}) == 1
     assert len({tuple(resample.draw(500, 4).tolist()) for _ in range(5)}) == 5
-
-
-@pytest.mark.parametrize("max_tail", [None, 5])
-@pytest.mark.parametrize("tail", ["fixed", "resample"])
-def test_load_state_dict_continues_the_draws(tail, max_tail):
-    whole = RankSampler(tail=tail, max_tail=max_tail)
-    draws = [whole.draw(300, 4).tolist() for _ in range(3)]
-    state = whole.state_dict()
-    rest = [whole.draw(300, 4).tolist() for _ in range(3)]
-    resumed = RankSampler(tail=tail, max_tail=max_tail, generator=torch.Generator().manual_seed(99))
-    resumed.load_state_dict(state)
-    assert [resumed.draw(300, 4).tolist() for _ in range(3)] == rest
-    assert draws != rest or tail == "fixed"
 
 
 def draw_of_constant_size(sampler: RankSampler, classes: int, batch: int) -> torch.Tensor:
@@ -281,11 +262,3 @@ def test_select_ranks_nan_last_labels_first():
 def test_select_classes_bad_input(scores, labels, message):
     with pytest.raises(ValueError, match=message):
         select_classes(scores, labels)
-
-
-def test_pickle_shares_no_tensor():
-    """A tensor is freed before a spawned process, such as a worker of a DataLoader, opens its shared memory."""
-    sampler = RankSampler()
-    sampler.draw(100, 4)
-    assert not any(isinstance(part, torch.Tensor) for part in sampler.__getstate__()["generator"])
-    assert pickle.loads(pickle.dumps(sampler)).draw(100, 4).equal(sampler.draw(100, 4))

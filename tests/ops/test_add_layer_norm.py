@@ -229,12 +229,6 @@ def test_a_variance_that_overflows_is_nan_in_its_row(backend: Backend, size, W):
         assert found[name][[0, 2]].isfinite().all()
 
 
-def test_a_large_variance_that_fits_is_normed(backend: Backend):
-    case = OPERATOR.case((3, 64), backend.device, residual=False)
-    case.inputs["x"].data.mul_(1e17)
-    OPERATOR.check_no_worse_than_eager(case)
-
-
 def test_no_rows(backend: Backend):
     found = OPERATOR.kernel(OPERATOR.case((0, 40), backend.device))
     assert found["hidden"].shape == found["normed"].shape == found["d_x"].shape == (0, 40)
