@@ -16,7 +16,7 @@ from PIL import Image
 
 import skipkernels as sk
 from skipkernels.app.train import tune
-from tests.app.train.runs import shortened, small
+from tests.app.runs import shortened, small
 
 C = 7
 

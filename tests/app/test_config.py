@@ -14,7 +14,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
-from tests.app.train.runs import SMALL, fails, small
+from tests.app.runs import SMALL, fails, small
 from tools.config_schema import FILE, schema
 
 # config.yaml of a run of version 0.2.0

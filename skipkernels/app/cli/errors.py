@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from typing import Any
 
 from skipkernels.app import option_groups
-from skipkernels.app.train.signals import handled
 from skipkernels.formatting import first_line
 
 _FLAGS = {"templates": "template", "text_cache": "cache"}  # Python argument → flag, where they differ
@@ -37,10 +37,19 @@ def _terminate(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM and SIGHUP."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup
-    with handled([signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP], _terminate):
+    """Raise `Terminated` on SIGTERM and SIGHUP; only in the main thread, which alone can set handlers."""
+    if threading.current_thread() is not threading.main_thread():
         yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # by nohup
+            signal.signal(number, _terminate)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -37,21 +37,20 @@ class EvalCommand:
         """Evaluate, and print the accuracy. Returns 0."""
         from rich.table import Table
 
-        from skipkernels.app.train import epochs_left, evaluate_run
+        from skipkernels.app.train import evaluate_run
         from skipkernels.app.train.processes import is_first
+        from skipkernels.app.train.run_folder import METRICS
         from skipkernels.folders import is_locked
 
         options = ("device", "data", "root", "protocol", "classes", "trust")
         accuracies = evaluate_run(self.run, **{name: getattr(self, name) for name in options}, console=err)
         if not is_first():
             return 0
-        left = epochs_left(self.run)
         if is_locked(self.run):
-            err.print(f"note: a run is in progress in this folder, with {left} epochs left")
-        elif left:
-            epochs = f"{left} epoch{'s' if left > 1 else ''}"
+            err.print("note: a run is in progress in this folder")
+        elif not (self.run / METRICS).exists():
             resume = f"skipkernels tune --resume {self.run}"
-            err.print(f"note: the run was interrupted with {epochs} left; resume it with {resume}", soft_wrap=True)
+            err.print(f"note: the run was stopped before its end; continue it with {resume}", soft_wrap=True)
         if self.json:
             out.print(json.dumps(accuracies), soft_wrap=True)
             return 0

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def run_variants(
     that times and peak memory are comparable. Completed runs in the folder are not run again unless `overwrite`, and
     interrupted runs are resumed. All configurations are checked before the first run starts.
 
-    With `search`, runs with a loss that is not finite are results too, with the status "diverged".
+    With `search`, runs with a loss that is not finite are results too, with the status "diverged" and their cost alone.
     """
     planned: list[tuple[str, TuneConfig, dict[str, Any] | None]] = []
     for seed, variant in itertools.product(seeds, variants):
@@ -98,12 +99,13 @@ def run_variants(
     for number, (name, config, metrics) in enumerate(planned, 1):
         if metrics is None:
             console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {name}, seed {config.seed}"))
+            started = time.perf_counter()
             try:
                 metrics = _in_subprocess(_run, config)
             except FloatingPointError:
-                if not search or config.out is None:
+                if not search:
                     raise
-                metrics = read_metrics(config.out)
+                metrics = {"status": "diverged", "cost": {"seconds_total": time.perf_counter() - started}}
         results.append(Result(name, config.seed, metrics))
     return results
 

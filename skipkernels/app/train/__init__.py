@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 from ..._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .evaluation import epochs_left, evaluate_run
+    from .evaluation import evaluate_run
     from .run import check, tune
 
-__all__ = ["check", "epochs_left", "evaluate_run", "tune"]
+__all__ = ["check", "evaluate_run", "tune"]
 
 __getattr__ = lazy_names(
     __name__,
-    {
-        "evaluation": ("epochs_left", "evaluate_run"),
-        "run": ("check", "tune"),
-    },
+    {"evaluation": ("evaluate_run",), "run": ("check", "tune")},
 )

@@ -21,10 +21,9 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from ...digests import digest_file, digest_json
@@ -33,7 +32,7 @@ from ...formatting import first_line
 from ..data import InputError
 from ..untrusted import read_object
 from .description import Description
-from .errors import argument_error, validated
+from .errors import argument_error
 from .weights import WeightsFile
 
 FOLDER, MODEL, DELTA = "checkpoint", "model.safetensors", "delta.safetensors"
@@ -46,23 +45,13 @@ _LOAD_ERRORS += (AttributeError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 class Checkpoint(NamedTuple):
-    """Contents of a checkpoint; weights are paths."""
+    """Contents of a checkpoint."""
 
     weights: Path
-    best: Path  # of the best epoch on the validation images; `weights` without any
     settings: dict[str, Any]  # `TuneConfig.identity`
     rows: list[dict[str, Any]]  # of metrics.jsonl
     seconds: float  # since the start of the run
     training: dict[str, Any] | None  # state of the trainer; None for a method without epochs
-
-
-class _Index(BaseModel):
-    """Contents of checkpoint.json."""
-
-    settings: dict[str, Any]
-    rows: list[dict[str, Any]]
-    seconds: float
-    files: dict[Literal["model.safetensors", "delta.safetensors", "best.safetensors", "training.pt"], str]
 
 
 def save(
@@ -110,14 +99,11 @@ def load(run: Path) -> Checkpoint | None:
             raise ValueError(f"{INDEX} has format {written}, and this version reads {FORMAT}")
         if digest != digest_json(values):
             raise ValueError(f"{INDEX} was changed after it was written")
-        index = validated(_Index, values)
-        file = next((name for name in index.files if name in (MODEL, DELTA)), None)
-        if file is None or TRAINING not in index.files:
-            raise ValueError(f"{INDEX} names no weights")
-        for name, expected in index.files.items():
+        file = DELTA if DELTA in values["files"] else MODEL
+        for name in {file, TRAINING, *values["files"]}:
             if not (folder / name).is_file():  # a pipe or a device may never end
                 raise ValueError(f"{name} is missing, or not a regular file")
-            if digest_file(folder / name) != expected:
+            if digest_file(folder / name) != values["files"].get(name):
                 raise ValueError(f"{name} does not match {INDEX}")
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:
@@ -127,8 +113,7 @@ def load(run: Path) -> Checkpoint | None:
             f"{folder}: damaged, or not a checkpoint: {reason}. Restore the folder from a copy, or tune again in "
             "another folder, or in this one with `overwrite=True`."
         ) from error
-    best = BEST if BEST in index.files else file
-    return Checkpoint(folder / file, folder / best, index.settings, index.rows, index.seconds, training)
+    return Checkpoint(folder / file, values["settings"], values["rows"], values["seconds"], training)
 
 
 def remove(run: Path) -> None:

@@ -22,7 +22,7 @@ from ..data.files import format_names
 from ..data.tasks import summarise
 from ..methods import Method
 from ..untrusted import check_source
-from . import checkpoint, weights
+from . import weights
 from .model import LOCAL_DIR, load_weights
 from .own_dataset import own_data
 from .plain_config import OPEN_CLIP
@@ -129,14 +129,6 @@ def _accuracy(top: TopClasses, labels: Tensor, not_finite: str) -> float:
     if not top.probabilities.isfinite().all():  # NaN if a logit is
         raise FloatingPointError(f"tune: logits of {not_finite}")
     return round(100.0 * (top.classes[:, 0] == labels).float().mean().item(), 4)
-
-
-def epochs_left(folder: Path) -> int:
-    """Return the number of epochs that a run has not completed; 0 without a checkpoint, or if it stopped early."""
-    config, found = TuneConfig.from_yaml(folder / CONFIG, trust=True), checkpoint.load(folder)  # nothing is loaded
-    if found is None or checkpoint.has_stalled(found.rows, config.patience):
-        return 0
-    return (config.epochs or 0) - len(found.rows)
 
 
 def evaluate_run(

@@ -124,6 +124,4 @@ def _accuracy(config: TuneConfig, metrics: Mapping[str, Any]) -> list[str]:
         count = next(iter(metrics["classes"].values()))
         rows = [*rows[:2], f"| no test; {images} | {count} | {' | '.join(cells)} |"]
     weak = weak_result(config, metrics)
-    rows += [] if weak is None else ["", f"**Warning:** {weak}"]
-    done = f"{metrics['epochs']} of {config.epochs} epochs" if metrics["status"] != "complete" else ""
-    return rows + (["", f"The run is {metrics['status']}: {done}."] if done else [])
+    return rows + ([] if weak is None else ["", f"**Warning:** {weak}"])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,17 +39,15 @@ from .loggers import Logger, open_loggers
 from .model_card import CARD, model_card
 from .own_dataset import own_data
 from .plain_config import OPEN_CLIP
-from .predictions import PREDICTIONS, TestPredictions, save
+from .predictions import PREDICTIONS, save
 from .processes import ALONE, Processes, join
 from .progress import ProgressDisplay
 from .run_folder import FEW_SHOT, REPORT, RunFolder, resumed
 from .setup import BATCH, build_run
-from .signals import interrupts_deferred
 from .trainer import Trainer
 from .weights import MODEL as WHOLE_MODEL
 from .weights import WeightsFile
 
-Status = Literal["complete", "interrupted", "diverged"]
 _log = logging.getLogger("skipkernels")
 _log.addHandler(logging.NullHandler())  # silent, unless the program that uses the library configures logging
 
@@ -247,15 +245,16 @@ class Run:
                     _print(self.console, f"note: steps run without a CUDA graph: {trainer.not_graphed}")
                 with contextlib.nullcontext() if self.folder is None else self.folder.lock():
                     self._begin(trainer)
-                    return self._train(trainer, train)
+                    self._train(trainer, train)
+                    return self.processes.from_first(self._finish)
         except StoreError as error:
             if error.item is not None:
                 self._list_unreadable()
             raise
-        except KeyboardInterrupt as error:  # also a second one, while the first is handled
+        except KeyboardInterrupt as error:
             done = f"{len(self.rows)} of {self.config.epochs} epochs are" if self.rows else "no epoch is"
             how = "; `resume=True` continues it" if self.rows else ""
-            error.args = error.args or (f"{done} complete in {self.config.out}{how}",)
+            error.args = (f"{done} complete in {self.config.out}{how}",)
             raise
         finally:
             for warning in self.warnings:
@@ -304,20 +303,18 @@ class Run:
             self.weights.load(file)
         self.processes.broadcast(self.method.state_dict().values())
 
-    def _train(self, trainer: Trainer | None, train: FeatureCache) -> dict[str, Any]:
-        """Train and write the metrics, also if the run is interrupted or diverges."""
+    def _train(self, trainer: Trainer | None, train: FeatureCache) -> None:
+        """Train, and return to the weights of the best epoch on the validation images."""
         self.memory.reset()
-        try:
-            if trainer is not None:
-                self._epochs(trainer)
-                self._keep_best()
-            elif self.resumed is None:
-                self._fit(train)
-            self._calibrate()
-        except (KeyboardInterrupt, FloatingPointError) as error:
-            self._finish("diverged" if isinstance(error, FloatingPointError) else "interrupted")
-            raise
-        return self.processes.from_first(lambda: self._finish("complete"))
+        if trainer is not None:
+            self._epochs(trainer)
+            if best_epoch(self.rows) not in (None, len(self.rows)):
+                assert self.config.out is not None
+                self._load(self.config.out / checkpoint.FOLDER / checkpoint.BEST)
+                self.tuned = self.evaluator.evaluate(self.method)
+        elif self.resumed is None:
+            self._fit(train)
+        self._calibrate()
 
     def _epochs(self, trainer: Trainer) -> None:
         config = self.config
@@ -362,21 +359,12 @@ class Run:
     def _complete(self, row: dict[str, Any] | None, evaluation: Evaluation, trainer: Trainer | None) -> None:
         """Complete an epoch: write the checkpoint and the row. A method without epochs has no row."""
         rows = self.rows if row is None else [*self.rows, row]
-        with interrupts_deferred():
-            if self.folder is not None:
-                state = None if trainer is None else trainer.state_dict()
-                known: dict[str, Any] = {"settings": self.config.identity(), "rows": rows, "seconds": self._seconds()}
-                checkpoint.save(self.folder.path, self.weights, self.described, state, **known)
-                self.folder.write_rows(rows)
-            self.rows, self.tuned = rows, evaluation
-
-    def _keep_best(self) -> None:
-        """Return to the weights of the best epoch on the validation images."""
-        if best_epoch(self.rows) in (None, len(self.rows)):
-            return
-        assert self.config.out is not None
-        self._load(self.config.out / checkpoint.FOLDER / checkpoint.BEST)
-        self.tuned = self.evaluator.evaluate(self.method)
+        if self.folder is not None:
+            state = None if trainer is None else trainer.state_dict()
+            known: dict[str, Any] = {"settings": self.config.identity(), "rows": rows, "seconds": self._seconds()}
+            checkpoint.save(self.folder.path, self.weights, self.described, state, **known)
+            self.folder.write_rows(rows)
+        self.rows, self.tuned = rows, evaluation
 
     def _calibrate(self) -> None:
         """Fit the temperature on the validation images, with the final weights."""
@@ -389,48 +377,39 @@ class Run:
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
-    def _finish(self, status: Status) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         """Write the model and the metrics, then the report. An error in the report becomes a warning."""
-        if self.folder is None:
-            return {}
-        metrics = {"status": status, "notes": self.warnings} | self._metrics()
-        if status == "complete":
-            weak = notes.weak_result(self.config, metrics)
-            self.warnings += [] if weak is None else [weak]
-        with interrupts_deferred():
-            if self.tuned is not None:
-                self.folder.publish(self.described, best=status == "complete")
-                metrics["checkpoint"] = self._weights_size()
-                use = "open-clip" if (self.folder.path / OPEN_CLIP).exists() else "skipkernels"
-                self.folder.write(CARD, model_card(self.config, self.described, metrics, use=use))
-            self.folder.write_metrics(metrics)
-            if status == "complete":
-                checkpoint.remove(self.folder.path)
-        if self.tuned is None:
-            return metrics
+        assert self.folder is not None and self.tuned is not None
+        self.folder.publish(self.described)
+        metrics = {"status": "complete", "notes": self.warnings} | self._metrics(self.tuned)
+        weak = notes.weak_result(self.config, metrics)
+        self.warnings += [] if weak is None else [weak]
+        use = "open-clip" if (self.folder.path / OPEN_CLIP).exists() else "skipkernels"
+        self.folder.write(CARD, model_card(self.config, self.described, metrics, use=use))
+        self.folder.write_metrics(metrics)
+        checkpoint.remove(self.folder.path)
         try:
-            tests = self._predictions(self.tuned)
-            with interrupts_deferred():
-                save(self.folder.path / PREDICTIONS, tests)
-                self.folder.write(REPORT, report_html(self.config, metrics, self.rows, tests))
+            before, after, labels = self.zero_shot.top, self.tuned.top, self.evaluator.labels
+            tests = [
+                predictions_with_thumbnails(test, labels[test.name], before[test.name], after.get(test.name))
+                for test in self.task.tests
+                if test.name in before  # it has images
+            ]
+            save(self.folder.path / PREDICTIONS, tests)
+            self.folder.write(REPORT, report_html(self.config, metrics, self.rows, tests))
         except Exception as error:  # any: the results are complete without the report
             self.warnings.append(f"{REPORT} was not written ({type(error).__name__}: {first_line(error)}).")
             self.folder.write_metrics(metrics)
-        except KeyboardInterrupt as error:
-            if status == "complete":
-                error.args = (f"the run in {self.folder.path} is complete; {REPORT} is not written",)
-            raise
         return metrics
 
-    def _metrics(self) -> dict[str, Any]:
-        """Contents of metrics.json, from the complete epochs."""
+    def _metrics(self, tuned: Evaluation) -> dict[str, Any]:
+        """Contents of metrics.json."""
         rows, config = self.rows, self.config
         seconds, steps = [row["seconds"] for row in rows], sum(row["steps"] for row in rows)
         validation = None
         if self.task.validation is not None:
-            tuned = None if self.tuned is None else self.tuned.validation
             images = len(self.task.validation.images)
-            validation = {"images": images, "zero_shot": self.zero_shot.validation, "tuned": tuned}
+            validation = {"images": images, "zero_shot": self.zero_shot.validation, "tuned": tuned.validation}
         return {
             "command": self.command,
             "environment": environment(config.device, self.processes.size),
@@ -438,7 +417,7 @@ class Run:
             "protocol": config.protocol,
             "classes": {test.name: len(test.classes) for test in self.task.tests},
             "zero_shot": self.zero_shot.accuracies,
-            "tuned": None if self.tuned is None else self.tuned.accuracies,
+            "tuned": tuned.accuracies,
             "validation": validation,
             "epochs": len(rows),
             "best_epoch": best_epoch(rows),
@@ -463,15 +442,6 @@ class Run:
             },
         }
 
-    def _predictions(self, tuned: Evaluation) -> list[TestPredictions]:
-        """Predictions for all tests, with thumbnails of the images that the report shows."""
-        before, after, labels = self.zero_shot.top, tuned.top, self.evaluator.labels
-        return [
-            predictions_with_thumbnails(test, labels[test.name], before[test.name], after.get(test.name))
-            for test in self.task.tests
-            if test.name in before  # it has images
-        ]
-
     def _parameters(self) -> dict[str, int]:
         """Number of parameters: trained, and all."""
         groups = self.method.parameter_groups(text_lr=0.0, image_lr=0.0)
@@ -482,9 +452,8 @@ class Run:
     def _weights_size(self) -> dict[str, Any]:
         """Name and size of the weights file, and the size that all weights would have."""
         file = Path(self.config.out or "", self.described.weights)
-        size = file.stat().st_size if file.exists() else 0
         whole = sum(weight.nbytes for weight in self.method.state_dict().values())
-        return {"file": file.name, "mib": _mib(size), "mib_of_all": _mib(whole)}
+        return {"file": file.name, "mib": _mib(file.stat().st_size), "mib_of_all": _mib(whole)}
 
 
 @contextlib.contextmanager

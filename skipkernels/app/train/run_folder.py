@@ -1,8 +1,8 @@
 """Run folder: its files, the order in which they are written, and its lock.
 
-metrics.json marks a run that has ended: it is deleted before anything else is changed, and written after the model
-files. Without it, the model of a run is that of its checkpoint. config.yaml marks the files as those of a run: it is
-written first and deleted last.
+metrics.json marks a complete run: it is deleted before anything else is changed, and written after the model files.
+Without it, the model of a run is that of its checkpoint. config.yaml marks the files as those of a run: it is written
+first and deleted last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, NonNegativeInt
 
 from ...digests import digest_file
 from ...folders import LOCK, is_locked, locked, replace_text, replaced_folder, restored
@@ -26,9 +25,9 @@ from ..data import InputError
 from ..data.files import format_names
 from ..untrusted import read_object
 from . import checkpoint
-from .checkpoint import DELTA, MODEL
-from .description import CLASSIFIER, Description, Text
-from .errors import argument_error, validated
+from .checkpoint import BEST, DELTA, MODEL
+from .description import CLASSIFIER, Description
+from .errors import argument_error
 from .model_card import CARD
 from .plain_config import OPEN_CLIP
 from .predictions import PREDICTIONS
@@ -36,47 +35,28 @@ from .predictions import PREDICTIONS
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
 _STATE_0_2 = "state.pt"  # checkpoint of version 0.2, with the weights beside it
-_OF_END = (METRICS, REPORT, PREDICTIONS, CARD, CLASSIFIER, MODEL, DELTA)  # what the end of a run writes
-_FILES = (*_OF_END, OPEN_CLIP, EPOCHS, FEW_SHOT, _STATE_0_2, "best.safetensors", "metrics.csv", CONFIG)
+_FILES: tuple[str, ...] = (METRICS, REPORT, PREDICTIONS, CARD, CLASSIFIER, MODEL, DELTA, OPEN_CLIP, EPOCHS, FEW_SHOT)
+_FILES += (_STATE_0_2, BEST, "metrics.csv", CONFIG)
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every version
 _MAX_METRICS_BYTES = 1 << 24
+_METRICS = {"status", "classes", "zero_shot", "tuned", "epochs", "steps", "kept_classes", "parameters", "checkpoint"}
+_METRICS |= {"cost"}
 _MAX_READS = 100  # attempts to read the model of a run in progress
 
 
-class _Cost(BaseModel):
-    device: Text
-    seconds_total: float
-    seconds_tuning: float
-    baseline_memory_mib: float
-    peak_memory_mib: float
-    seconds_per_epoch: float | None
-    milliseconds_per_step: float | None
-
-
-class _Metrics(BaseModel):
-    """Fields of metrics.json that are read."""
-
-    status: Text
-    classes: dict[Text, NonNegativeInt]
-    zero_shot: dict[Text, float | None]
-    tuned: dict[Text, float | None] | None
-    epochs: NonNegativeInt
-    steps: NonNegativeInt
-    kept_classes: float | None
-    parameters: dict[Text, NonNegativeInt]
-    checkpoint: dict[Text, Text | float]
-    cost: _Cost
-
-
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """Read the metrics.json of a run."""
+    """Read the metrics.json of a complete run."""
     try:
         metrics = read_object(folder / METRICS, _MAX_METRICS_BYTES)
-        found = validated(_Metrics, metrics)
-        if found.status == "complete" and (found.tuned or {}).keys() != found.zero_shot.keys():
-            raise ValueError("status is complete, but tuned is incomplete")
+        if missing := sorted(_METRICS - metrics.keys()):
+            raise ValueError(f"{missing[0]} is missing")
         return metrics
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder / METRICS}: no such file. A run has it when it is complete; continue one that was stopped with "
+            "`resume=True`."
+        ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
@@ -87,20 +67,17 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 def read_model(run: Path) -> tuple[Description, Path]:
     """Return the contents of classifier.json, and the weights file that has its digest.
 
-    They are those of the checkpoint until the run has ended. A run in progress may replace it between two reads: then
+    They are those of the checkpoint until the run is complete. A run in progress may replace it between two reads: then
     both are read again.
     """
     for _ in range(_MAX_READS):
-        ended = (run / METRICS).exists()
-        folder = run if ended or not restored(run / checkpoint.FOLDER).is_dir() else run / checkpoint.FOLDER
+        complete = (run / METRICS).exists()
+        folder = run if complete or not restored(run / checkpoint.FOLDER).is_dir() else run / checkpoint.FOLDER
         described = Description.read(folder)
         path = folder / described.weights
-        try:
+        with contextlib.suppress(OSError):  # the run in progress has deleted it meanwhile
             if path.is_file() and described.weights_xxh3 in (None, digest_file(path)):
                 return described, path
-        except OSError as error:  # the run that is in progress has deleted it meanwhile
-            if not is_locked(run):
-                raise InputError(f"{path}: can't be read ({error.strerror}). Copy the whole folder.") from error
         if not is_locked(run):
             break
     raise InputError(
@@ -208,26 +185,18 @@ class RunFolder:
             raise argument_error("out", f"{self.path}: in use by another run. Wait for it, or choose another folder.")
 
     def _resume(self) -> None:
-        found = checkpoint.load(self.path)
-        metrics = read_metrics(self.path) if (self.path / METRICS).exists() else {"status": "killed", "epochs": 0}
-        if found is None and metrics["status"] == "complete":
-            settings = TuneConfig.from_yaml(self.path / CONFIG, trust=True).identity()  # compared, not loaded
-            self._check_settings(settings)
+        metrics = read_metrics(self.path) if (self.path / METRICS).exists() else None
+        if metrics is not None and metrics["status"] == "complete":
+            self._check_settings(TuneConfig.from_yaml(self.path / CONFIG, trust=True).identity())  # nothing is loaded
             self.finished = metrics
-        elif found is not None:
+        elif (found := checkpoint.load(self.path)) is not None:
             self._check_settings(found.settings)
-            self.resumed, self.finished = found, metrics if metrics["status"] == "complete" else None
-        elif (self.path / _STATE_0_2).exists():
+            self.resumed = found
+        elif metrics is not None or (self.path / _STATE_0_2).exists():
             raise argument_error(
                 "resume",
                 f"the run in {self.path} was stopped by skipkernels 0.2, and this version can't continue it; continue "
                 "with 0.2, or tune again with `overwrite=True`.",
-            )
-        elif metrics["epochs"]:
-            raise argument_error(
-                "resume",
-                f"{self.path} contains a run without its {checkpoint.FOLDER} folder; choose another folder, or use "
-                "`overwrite=True`.",
             )
 
     def _check_settings(self, before: dict[str, Any]) -> None:
@@ -247,8 +216,7 @@ class RunFolder:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.path))
-                for name in _OF_END:
-                    (self.path / name).unlink(missing_ok=True)
+                (self.path / METRICS).unlink(missing_ok=True)
                 if self.resumed is None:
                     checkpoint.remove(self.path)
                     for path in self._files():
@@ -284,18 +252,13 @@ class RunFolder:
         self.write(EPOCHS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write metrics.json, which ends the run."""
+        """Write metrics.json, which completes the run."""
         self.write(METRICS, json.dumps(metrics, indent=2) + "\n")
 
-    def publish(self, described: Description, *, best: bool) -> None:
-        """Put the weights of the checkpoint, and their description, into the run folder; before `write_metrics`.
-
-        Args:
-            described: Description of the model.
-            best: Take the weights of the best epoch, not those of the last one.
-        """
+    def publish(self, described: Description) -> None:
+        """Put the best weights of the checkpoint, and their description, into the run folder."""
         folder, target = self.path / checkpoint.FOLDER, self.path / described.weights
-        source = folder / checkpoint.BEST if best and (folder / checkpoint.BEST).exists() else folder / target.name
+        source = folder / BEST if (folder / BEST).exists() else folder / target.name
         try:
             target.unlink(missing_ok=True)
             checkpoint.link_or_copy(source, target)

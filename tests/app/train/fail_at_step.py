@@ -11,7 +11,7 @@ import sys
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.methods.skip import Skip
-from tests.app.train.runs import shortened
+from tests.app.runs import shortened
 
 if __name__ == "__main__":
     kind, number, *arguments = sys.argv[1:]

@@ -16,7 +16,7 @@ from skipkernels.app.demo import glyph_tiny
 from skipkernels.app.train.model import check_activation, load_model
 from skipkernels.digests import digest_bytes
 from tests.app.data.pictures import make_folders
-from tests.app.train.runs import fails
+from tests.app.runs import fails
 
 
 @pytest.fixture

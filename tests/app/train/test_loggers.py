@@ -13,7 +13,7 @@ import skipkernels
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.train.loggers import TensorBoardLogger, open_loggers, scalars
-from tests.app.train.runs import small
+from tests.app.runs import small
 
 ROW = {
     "epoch": 3,

@@ -20,7 +20,7 @@ from skipkernels.app.data import InputError
 from skipkernels.app.train import evaluate_run, model, tune
 from skipkernels.app.train.hugging_face_model import preprocess_settings
 from skipkernels.app.train.plain_config import read_open_clip_config, save_tokenizer
-from tests.app.train.runs import small
+from tests.app.runs import small
 from tests.hugging_face_models import hugging_face_clip
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.train import notes
-from tests.app.train.runs import SMALL
+from tests.app.runs import SMALL
 
 
 def warning(before, after, config=SMALL, classes=10, images=120) -> str | None:

@@ -13,7 +13,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.train import evaluate_run, tune
-from tests.app.train.runs import fails, files
+from tests.app.runs import fails, files
 
 COLOURS = ["black", "red", "white"]
 

@@ -18,7 +18,7 @@ from skipkernels.app.train.model import load_model
 from skipkernels.app.train.precision import MixedPrecision
 from skipkernels.app.train.trainer import Trainer
 from skipkernels.selection import RankSampler
-from tests.app.train.runs import losses, rows, small
+from tests.app.runs import losses, rows, small
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 CPU = torch.device("cpu")

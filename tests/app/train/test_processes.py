@@ -22,8 +22,8 @@ from skipkernels.app.train.processes import Processes
 from skipkernels.app.train.run import Run, _check_processes
 from skipkernels.app.train.setup import RunSetup
 from skipkernels.features import FeatureCache
+from tests.app.runs import files, losses, rows, shortened, small
 from tests.app.train import fail_at_step
-from tests.app.train.runs import files, losses, rows, shortened, small
 from tests.processes import run_in_processes
 
 ROOT = Path(__file__).parents[3]

@@ -14,7 +14,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train.model import augmentation, load_model
 from skipkernels.features import builder
-from tests.app.train.runs import TEST_IMAGES, losses, small, without_cost
+from tests.app.runs import TEST_IMAGES, losses, small, without_cost
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import skipkernels as sk
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.train import checkpoint, tune
-from tests.app.train.runs import results, shortened, small
+from tests.app.runs import results, shortened, small
 
 KILLS, SEED = 4, 0
 # The least work per checkpoint, so that many kills come while one is written. The best epoch is seldom the last.

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from safetensors.torch import load_file
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.demo import glyphs
+from skipkernels.app.methods import Method
+from skipkernels.app.methods.skip import Skip
 from skipkernels.app.report import plots
+from skipkernels.app.train import tune
 from skipkernels.digests import digest_tensors
 
 SMALL = TuneConfig(shots=4, classes=12, epochs=2, device="cpu")  # two epochs of six steps
@@ -35,15 +39,30 @@ def few_test_images() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shortened() -> Iterator[None]:
-    """Leave out test images, and plots, which have tests of their own; make the tokenizer once."""
+    """Leave out test images, plots and waiting for the disk, which have tests of their own; make the tokenizer once."""
     with few_test_images(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "panels_svg", lambda name, label, panels, **_: f"<svg>{name}</svg>")
         patch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
 def small(out: Path, **changes: Any) -> TuneConfig:
     return dataclasses.replace(SMALL, out=out, **changes)
+
+
+def stopped(folder: Path, method: type[Method] = Skip, step: int = 9, **changes: Any) -> None:
+    """Start a run that is interrupted in a step, by default the third of the second epoch."""
+    calls, original = iter(range(1, 1000)), method.step
+
+    def interrupted(self, *args):
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(method, "step", interrupted)
+        tune(small(folder, **changes))
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
