@@ -2,9 +2,7 @@
 
     python -m bench.glyphs --seeds 3 --methods skip full
 
-Runs `skipkernels compare --keep-embeddings`: CoOp and CLIP-Adapter run the frozen image tower once per image, not in
-every step as published, which makes them faster and changes no result. Appends a row for each run to
-bench/results/DEVICE/glyphs.csv, and prints means.
+Runs `skipkernels compare`. Appends a row for each run to bench/results/DEVICE/glyphs.csv, and prints means.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     args.device = measure.default_device()
     with tempfile.TemporaryDirectory() as folder:
-        config = TuneConfig(data=args.data, keep_embeddings=True)
+        config = TuneConfig(data=args.data)
         study = compare(config, args.methods, range(args.seeds), Path(folder), Console(stderr=True))
     for table in study.tables():
         Console(width=120).print(table)

@@ -112,8 +112,6 @@ class Run:
             del settings["text_lr"]
         elif self.method == "coop":
             del settings["image_lr"]
-        if self.method in ("clip-adapter", "coop"):
-            settings["keep_embeddings"] = True  # the image tower runs once per image: the same result, sooner
         return TuneConfig(
             method=self.method,
             epochs=epochs,

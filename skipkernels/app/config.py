@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+import yaml
 from pydantic import ConfigDict, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import to_jsonable_python
@@ -35,7 +36,7 @@ from .option_groups import (
     SkipOptions,
     TrainingOptions,
 )
-from .untrusted import check_source
+from .untrusted import check_source, read_regular
 
 if TYPE_CHECKING:
     from .data import Source
@@ -46,6 +47,7 @@ _GLYPH_CLASSES = 100  # default of `classes` on glyphs
 _SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 
 NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
+_REMOVED = ("keep_embeddings",)  # settings of version 0.2 that did not change results
 _SOURCES = ("model", "pretrained", "data", "targets")
 _MAX_BYTES = 2**20  # size of a config.yaml
 SCHEMA_ADDRESS = "https://raw.githubusercontent.com/skipkernels/skipkernels/main/docs/config.schema.json"
@@ -309,8 +311,6 @@ class TuneConfig(
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML, for `from_yaml`."""
-        import yaml
-
         return yaml.safe_dump(self._plain(), sort_keys=False)
 
     @classmethod
@@ -326,8 +326,6 @@ class TuneConfig(
             InputError: If the file is missing, is not a YAML mapping, or has an unknown field, a wrong type, or a
                 source that `check_source` refuses.
         """
-        import yaml
-
         try:
             values = read_settings(path)
         except FileNotFoundError:
@@ -343,7 +341,7 @@ class TuneConfig(
             if name in values:
                 raise InputError(f"{path}: {name} is not taken from a file; remove it.")
         try:
-            config = cls(**{str(name): value for name, value in values.items()})
+            config = cls(**{str(name): value for name, value in values.items() if name not in _REMOVED})
         except InputError as error:
             raise InputError(str(error).replace("TuneConfig", str(path), 1)) from None
         for name in (name for name in _SOURCES if name in values and name not in given):
@@ -353,17 +351,25 @@ class TuneConfig(
         return config
 
 
+class _Loader(yaml.SafeLoader):
+    """Loader that refuses whole numbers of thousands of digits, which no message can show, in any notation."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number = super().construct_yaml_int(node)
+        str(number)  # a ValueError
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def read_settings(path: Path) -> Any:
     """Read a config.yaml.
 
     Raises:
         OSError, ValueError, RecursionError, yaml.YAMLError: If it can't be read, is too large, or is not YAML.
     """
-    import yaml
-
-    from .untrusted import read_regular
-
-    return yaml.safe_load(read_regular(path, _MAX_BYTES))
+    return yaml.load(read_regular(path, _MAX_BYTES), _Loader)
 
 
 def usable_device(device: str, function: str) -> str:

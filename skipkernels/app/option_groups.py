@@ -110,8 +110,6 @@ class MethodOptions:
     tail: Tail | None = option(None, methods="constructor")
     """Classes that CSkip draws from the tail. resample: new ones in every step, the default. fixed: drawn once, as
     published."""
-    keep_embeddings: bool = option(False, methods="constructor")
-    """coop and clip-adapter: embed each image once, instead of in every step as published."""
 
 
 @dataclass(frozen=True)

@@ -140,11 +140,10 @@ def test_resolved_reference_few_shots_sampler():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_with_method_resets_unused_settings(method):
-    every = dataclasses.replace(SMALL, skip_layers=2, decay=0.5, keep_embeddings=True, text_lr=1.0, image_lr=1.0)
+    every = dataclasses.replace(SMALL, skip_layers=2, decay=0.5, text_lr=1.0, image_lr=1.0)
     config = every.with_method(method)
     assert config.resolved().method == method and config.shots == every.shots
     assert (config.skip_layers == 2) == (config.decay == 0.5) == (method == "skip")
-    assert config.keep_embeddings == (method in ("coop", "clip-adapter"))
     assert config.text_lr == (1.0 if method in ("skip", "full", "coop", "lora") else None)
 
 
@@ -181,7 +180,6 @@ def test_differs_from():
         ({"method": "full", "skip_layers": 2}, 'skip_layers=2 has no effect with method="full"; leave it out'),
         ({"method": "lora", "tail": "fixed"}, 'tail=fixed has no effect with method="lora"'),
         ({"method": "coop", "image_lr": 1e-3}, 'image_lr=0.001 has no effect with method="coop"'),
-        ({"keep_embeddings": True}, 'keep_embeddings=True has no effect with method="skip"'),
         ({"views": 2}, "add `cache=…`"),
         ({"refresh": "epoch"}, "add `cache=…`"),
         ({"optimizer": "adamv"}, "no optimizer 'adamv'; did you mean"),

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote
 
 import torch
@@ -60,23 +60,8 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 def unit_norm(embeddings: Tensor) -> Tensor:
-    """Normalize embeddings [n, D], in at least fp32.
-
-    >>> unit_norm(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16))
-    tensor([[0.6000, 0.8000]])
-    """
+    """Normalize embeddings [n, D], in at least fp32."""
     return F.normalize(embeddings.to(at_least_fp32(embeddings.dtype)), dim=-1)
-
-
-def mean_embedding(templates: Sequence[Tensor]) -> Tensor:
-    """Unit-norm mean [C, D] over templates of unit-norm embeddings [C, D]. A single template is returned unchanged.
-
-    Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, section 3.1.4 (prompt ensembling in embedding space).
-
-    >>> mean_embedding([torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])])
-    tensor([[0.7071, 0.7071]])
-    """
-    return templates[0] if len(templates) == 1 else unit_norm(torch.stack(list(templates)).mean(dim=0))
 
 
 def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
@@ -162,8 +147,6 @@ class Method(ABC):
 
         `classes` is used by methods with a published number of steps, not of epochs.
         """
-        if protocol not in get_args(Protocol):
-            raise InputError(f"recipe: protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}.")
         changes = MODELS[model_name].recipe(cls.name, data) if model_name in MODELS else {}
         return replace(cls._published(protocol, shots, classes), **changes)
 
@@ -218,12 +201,12 @@ class Method(ABC):
         """Text embeddings [n, D] of any norm, from tokens [n, L]."""
         return self.model.encode_text(tokens, normalize=False)
 
-    def class_embeddings(self, test: str) -> Tensor:
-        """Unit-norm embeddings [C, D] of the classes of a test, in evaluation mode and without gradient."""
-        return self._class_embeddings(test)
+    def class_embeddings(self, test: str, templates: int | None = None) -> Tensor:
+        """Unit-norm embeddings [C, D] of the classes of a test, in evaluation mode and without gradient.
 
-    def _class_embeddings(self, test: str, templates: int | None = None) -> Tensor:
-        """`class_embeddings` over the first templates, by default all; cached until weights on the text side change."""
+        They are the normalized mean over the first `templates`, by default all, of the embeddings of each (Radford et
+        al., CLIP, ICML 2021, arXiv 2103.00020, section 3.1.4), and cached until weights on the text side change.
+        """
         tokens, version = self._test_tokens(test), self._text_version()
         cached = self._embeddings.get((test, templates))
         if cached is None or cached[0] != version:
@@ -232,7 +215,8 @@ class Method(ABC):
                     torch.cat([unit_norm(self.encode_texts(chunk)) for chunk in prompts.split(DEFAULT_CHUNK)])
                     for prompts in tokens[:templates]
                 ]
-            cached = self._embeddings[test, templates] = version, mean_embedding(embeddings)
+            mean = embeddings[0] if len(embeddings) == 1 else unit_norm(torch.stack(embeddings).mean(dim=0))
+            cached = self._embeddings[test, templates] = version, mean
         return cached[1]
 
     def _test_tokens(self, test: str) -> list[Tensor]:
@@ -297,36 +281,20 @@ class Method(ABC):
 
 
 class FrozenModel(Method):
-    """Method that freezes the weights of the model, in evaluation mode.
+    """Method that freezes the weights of the model, in evaluation mode. The image tower runs once per image."""
 
-    `keep_embeddings` lets `encode_frozen` return embeddings [B, D], so that the image tower runs once per image, not in
-    every step. The results are the same, unless images are augmented.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        task: Task,
-        *,
-        keep_embeddings: bool,
-        generator: torch.Generator | None = None,
-    ):
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
         check_open_clip(self.name, model)
         super().__init__(model, tokenizer, task, generator=generator)
-        self._keep_embeddings = keep_embeddings
         model.eval()
 
+    @torch.no_grad()
     def encode_frozen(self, images: Tensor) -> Tensor:
-        """Embeddings [B, D] of images [B, 3, H, W] with `keep_embeddings`, otherwise the images."""
-        return self.frozen_embedding(images) if self._keep_embeddings else images
-
-    def frozen_embedding(self, inputs: Tensor) -> Tensor:
-        """Embeddings [B, D] of the pretrained model, from images or from embeddings, without gradient."""
-        if inputs.ndim == 2:
-            return inputs
-        with torch.no_grad(), evaluating([self.model]):
-            return self.model.encode_image(inputs, normalize=False)
+        """Embeddings [B, D] of images [B, 3, H, W] by the pretrained model; embeddings are returned as they are."""
+        if images.ndim == 2:
+            return images
+        with evaluating([self.model]):
+            return self.model.encode_image(images, normalize=False)
 
     def _empty_embedding(self) -> Tensor:
         """Uninitialised tensor [D], on the device of the embeddings, in the dtype of the logits."""
@@ -335,7 +303,7 @@ class FrozenModel(Method):
         return torch.empty_like(first[0], dtype=at_least_fp32(first.dtype))
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        return self.frozen_embedding(inputs)
+        return self.encode_frozen(inputs)
 
     def train(self, training: bool) -> None:
         """Do nothing: the model stays in evaluation mode."""
@@ -385,7 +353,7 @@ class TunedModel(Method):
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.clip.encode_image(inputs)
 
-    def class_embeddings(self, test: str) -> Tensor:  # noqa: D102
+    def class_embeddings(self, test: str, templates: int | None = None) -> Tensor:  # noqa: D102
         self._test_tokens(test)
         return self._clips[test].class_embeddings()
 

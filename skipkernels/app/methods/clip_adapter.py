@@ -25,8 +25,6 @@ class CLIPAdapter(FrozenModel):
     class embeddings t̂ are frozen and computed once. W_up is random before training, so the logits are then not those
     of zero-shot. The published code trains like CoOp: 200 epochs for 16 shots, SGD at 0.002, batches of 32.
 
-    The other arguments are those of `Method` and `FrozenModel`.
-
     Source: Gao et al., "CLIP-Adapter: Better Vision-Language Models with Feature Adapters", 2021, arXiv 2110.04544.
 
     Example:
@@ -44,10 +42,9 @@ class CLIPAdapter(FrozenModel):
         *,
         reduction: int = 4,
         ratio: float = 0.2,
-        keep_embeddings: bool = False,
         generator: torch.Generator | None = None,
     ):
-        super().__init__(model, tokenizer, task, keep_embeddings=keep_embeddings, generator=generator)
+        super().__init__(model, tokenizer, task, generator=generator)
         embedding = self._empty_embedding()
         width = len(embedding)
         if not 1 <= reduction <= width:
@@ -73,13 +70,13 @@ class CLIPAdapter(FrozenModel):
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Adapted embeddings x' [B, D] of images or embeddings."""
-        image = self.frozen_embedding(inputs).to(self.down.weight.dtype)
+        image = self.encode_frozen(inputs).to(self.down.weight.dtype)
         adapted = F.relu(self.up(F.relu(self.down(image))))
         return self.ratio * adapted + (1 - self.ratio) * image
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         """Compute the loss of a batch over all classes."""
-        text = self._class_embeddings(self._train_test, templates=1)
+        text = self.class_embeddings(self._train_test, templates=1)
         return self._cross_entropy_step(self.embed(inputs), text, labels)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:

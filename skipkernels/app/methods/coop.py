@@ -49,13 +49,12 @@ class CoOp(FrozenModel):
         task: Task,
         *,
         vectors: int = 16,
-        keep_embeddings: bool = False,
         generator: torch.Generator | None = None,
     ):
         if vectors < 1:
             raise InputError(f"{self.name}: vectors must be at least 1; got {vectors}.")
         self._text = _text_tower(model)
-        super().__init__(model, tokenizer, task, keep_embeddings=keep_embeddings, generator=generator)
+        super().__init__(model, tokenizer, task, generator=generator)
         names = [name for test in task.tests for name in test.classes]
         tokens = tokenizer([f"{name}." for name in names])
         ends = self._ends(tokens)

@@ -48,7 +48,7 @@ class LinearProbe(FrozenModel):
     name = "linear-probe"
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
-        super().__init__(model, tokenizer, task, keep_embeddings=True, generator=generator)
+        super().__init__(model, tokenizer, task, generator=generator)
         embedding, trained = self._empty_embedding(), task.tests[0].classes
         self.weight, self.bias = embedding.new_zeros(len(trained), len(embedding)), embedding.new_zeros(len(trained))
         self.l2 = embedding.new_tensor(_WITHOUT_SWEEP)  # Chosen penalty, []
@@ -68,7 +68,7 @@ class LinearProbe(FrozenModel):
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Choose l2 and fit, in fp64, to embeddings [n, D] of all training images with labels [n]."""
-        image, labels = self.frozen_embedding(inputs).double(), labels.to(self.weight.device)
+        image, labels = self.encode_frozen(inputs).double(), labels.to(self.weight.device)
         held_out = self._held_out(labels)
         if held_out.any():
             l2 = self._choose(image[~held_out], labels[~held_out], image[held_out], labels[held_out])
@@ -117,7 +117,7 @@ class LinearProbe(FrozenModel):
         rows = self._rows[test]
         if rows is None:
             return None
-        image = self.frozen_embedding(inputs)
+        image = self.encode_frozen(inputs)
         with torch.autocast(image.device.type, enabled=False):
             return (image.to(self.weight.dtype) @ self.weight.T + self.bias)[:, rows]
 

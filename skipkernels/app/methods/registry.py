@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,37 +17,19 @@ if TYPE_CHECKING:
 Entry = TypeVar("Entry")
 
 
-class Registry(Mapping[str, Entry], Generic[Entry]):
-    """Entries by name, in the order of registration.
+class Registry(UserDict[str, Entry]):
+    """Entries by name; one that is given as text, "module:attribute", is imported when it is read.
 
-    >>> registry = Registry()
-    >>> registry.register("square root", "math:sqrt")
-    >>> list(registry), registry["square root"](4.0)
-    (['square root'], 2.0)
+    >>> Registry({"square root": "math:sqrt"})["square root"](4.0)
+    2.0
     """
 
-    def __init__(self) -> None:
-        self._entries: dict[str, Entry | str] = {}
-
-    def register(self, name: str, entry: Entry | str) -> None:
-        """Add an entry, or "module:attribute", which is imported on first use; replace the one of that name."""
-        self._entries[name] = entry
-
     def __getitem__(self, name: str) -> Entry:
-        entry = self._entries[name]
+        entry: Any = super().__getitem__(name)
         if isinstance(entry, str):
             module, _, attribute = entry.partition(":")
-            entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
+            entry = self[name] = getattr(importlib.import_module(module), attribute)
         return entry
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 @dataclass(frozen=True)
@@ -60,17 +43,15 @@ class PackagedModel:
     recipe: Callable[[str, str], Mapping[str, Any]]
 
 
-METHODS: Registry[type[Method]] = Registry()
-MODELS: Registry[PackagedModel] = Registry()
-
-for _name, _class in {
-    "skip": "skip:Skip",
-    "zero-shot": "zero_shot:ZeroShot",
-    "full": "full:Full",
-    "linear-probe": "linear_probe:LinearProbe",
-    "coop": "coop:CoOp",
-    "clip-adapter": "clip_adapter:CLIPAdapter",
-    "lora": "lora:LoRA",
-}.items():
-    METHODS.register(_name, f"skipkernels.app.methods.{_class}")
-MODELS.register("glyph-tiny", "skipkernels.app.demo.glyph_tiny:PACKAGED")
+_METHODS: dict[str, Any] = {
+    "skip": "skipkernels.app.methods.skip:Skip",
+    "zero-shot": "skipkernels.app.methods.zero_shot:ZeroShot",
+    "full": "skipkernels.app.methods.full:Full",
+    "linear-probe": "skipkernels.app.methods.linear_probe:LinearProbe",
+    "coop": "skipkernels.app.methods.coop:CoOp",
+    "clip-adapter": "skipkernels.app.methods.clip_adapter:CLIPAdapter",
+    "lora": "skipkernels.app.methods.lora:LoRA",
+}
+_MODELS: dict[str, Any] = {"glyph-tiny": "skipkernels.app.demo.glyph_tiny:PACKAGED"}
+METHODS: Registry[type[Method]] = Registry(_METHODS)
+MODELS: Registry[PackagedModel] = Registry(_MODELS)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...options import Protocol
-from ..data import Task
-from .base import FrozenModel, Recipe, Tokenizer
+from .base import FrozenModel, Recipe
 
 
 class ZeroShot(FrozenModel):
@@ -25,9 +23,6 @@ class ZeroShot(FrozenModel):
     """
 
     name = "zero-shot"
-
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
-        super().__init__(model, tokenizer, task, keep_embeddings=True, generator=generator)
 
     @classmethod
     def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:

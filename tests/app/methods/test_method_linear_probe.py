@@ -12,6 +12,8 @@ from method_tasks import BASE, made, stacked, tiny_model, tiny_task, trained
 from skipkernels.app.methods import linear_probe
 from skipkernels.app.methods.linear_probe import logistic_regression
 
+IDENTITY = torch.eye(5, 12, dtype=torch.float64)
+
 
 def points(n: int = 60, classes: int = 4, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -57,55 +59,34 @@ def test_linear_probe_fit_and_logits():
     assert right > 0.8
 
 
-def test_linear_probe_sweep(monkeypatch):
-    """Seven penalties two decades apart; then, with half the distance each time, one on each side of the best."""
-    best, tried = 1.3, []
-
-    def fit(image, labels, classes, l2):
-        tried.append(math.log10(l2))
-        # The nearer the penalty is to `best`, the larger is the logit of the label: the loss is lowest there.
-        return torch.eye(5, 12, dtype=torch.float64) / (1 + abs(tried[-1] - best)), torch.zeros(5, dtype=torch.float64)
-
-    monkeypatch.setattr(linear_probe, "logistic_regression", fit)
-    method = made("linear-probe")
-    labels = torch.arange(5).repeat(4)
-    method.fit(torch.eye(5, 12, dtype=torch.float64)[labels], labels)
-    expected = [-6, -4, -2, 0, 2, 4, 6, 1, 3, 0.5, 1.5, 1.25, 1.75, 1.125, 1.375, math.log10(method.l2.item())]
-    assert tried == pytest.approx(expected) and tried[-1] == pytest.approx(1.25)
-
-
-def test_linear_probe_sweep_stays_in_range(monkeypatch):
+def swept(monkeypatch, weight) -> list[float]:
+    """Decimal exponents of the penalties that are tried, and the chosen one, if a fit gives weight(exponent)."""
     tried = []
 
     def fit(image, labels, classes, l2):
-        tried.append(math.log10(l2))
-        return torch.eye(5, 12, dtype=torch.float64) * tried[-1], torch.zeros(5, dtype=torch.float64)
+        tried.append(round(math.log10(l2), 6))
+        return weight(tried[-1]), torch.zeros(5, dtype=torch.float64)
 
     monkeypatch.setattr(linear_probe, "logistic_regression", fit)
-    method = made("linear-probe")
-    labels = torch.arange(5).repeat(4)
-    method.fit(torch.eye(5, 12, dtype=torch.float64)[labels], labels)
-    assert tried[:7] == pytest.approx([-6, -4, -2, 0, 2, 4, 6])
-    assert tried[7:] == pytest.approx([5, 5.5, 5.75, 5.875, 6])
+    method, labels = made("linear-probe"), torch.arange(5).repeat(4)
+    method.fit(IDENTITY[labels], labels)
+    return tried
 
 
-def test_linear_probe_accuracy_precedes_loss(monkeypatch):
-    """The penalty with the highest accuracy is chosen, even if another one has a lower loss."""
+def test_linear_probe_sweep(monkeypatch):
+    """Seven penalties two decades apart; then, with half the distance each time, one on each side of the best."""
+    coarse = [-6, -4, -2, 0, 2, 4, 6]
+    tried = swept(monkeypatch, lambda exponent: IDENTITY / (1 + abs(exponent - 1.3)))
+    assert tried == [*coarse, 1, 3, 0.5, 1.5, 1.25, 1.75, 1.125, 1.375, 1.25]
+    assert swept(monkeypatch, lambda exponent: IDENTITY * exponent) == [*coarse, 5, 5.5, 5.75, 5.875, 6], "in range"
 
-    def fit(image, labels, classes, l2):
-        weight = torch.eye(5, 12, dtype=torch.float64)
-        if l2 == 1e4:  # all correct, with low confidence
-            weight *= 0.01
-        else:  # four confident, the fifth nearly correct
-            weight *= 5
-            weight[1, 0] = 5.01
-        return weight, torch.zeros(5, dtype=torch.float64)
+    def accurate(exponent: float) -> torch.Tensor:
+        """All correct at 4, with low confidence; else four are confident, and the fifth is nearly correct."""
+        nearly = 5 * IDENTITY
+        nearly[1, 0] = 5.01
+        return 0.01 * IDENTITY if exponent == 4 else nearly
 
-    monkeypatch.setattr(linear_probe, "logistic_regression", fit)
-    method = made("linear-probe")
-    labels = torch.arange(5).repeat(4)
-    method.fit(torch.eye(5, 12, dtype=torch.float64)[labels], labels)
-    assert method.l2.item() == pytest.approx(1e4)
+    assert swept(monkeypatch, accurate)[-1] == 4, "accuracy precedes the loss"
 
 
 def test_linear_probe_fits_in_fp64():

@@ -223,10 +223,11 @@ def test_doctor(capsys):
         ("shots: [" + "x, " * 10**5 + "]", "shots must be"),
         ("? " + "x" * 1000 + "\n: 1", "unknown setting"),
         ("shots: " + "9" * 10**4, "not readable as YAML"),
+        ("shots: [0x" + "f" * 10**4 + "]", "not readable as YAML"),
         ("[" * 10**4, "not readable as YAML"),
         ("#" * 2**21, "more than 1048576 bytes"),
     ],
-    ids=["list", "name", "decimal", "nested", "large"],
+    ids=["list", "name", "decimal", "hexadecimal", "nested", "large"],
 )
 def test_from_yaml_refuses_file_in_short_line(tmp_path, text, message, capsys):
     (tmp_path / "config.yaml").write_text(text)
