@@ -25,9 +25,9 @@ from skipkernels.app.data import InputError
 from skipkernels.app.train import checkpoint, tune
 from tests.app.runs import results, shortened, small
 
-KILLS, SEED = 4, 0
+KILLS, SEED = 2, 0
 # The least work per checkpoint, so that many kills come while one is written. The best epoch is seldom the last.
-SETTINGS: dict[str, Any] = {"epochs": 8, "shots": 1, "classes": 4, "validation": "split", "log": ("none",)}
+SETTINGS: dict[str, Any] = {"epochs": 4, "shots": 1, "classes": 4, "validation": "split", "log": ("none",)}
 
 
 def config_of(folder: Path, **changes: Any) -> TuneConfig:
