@@ -96,12 +96,6 @@ def test_strings_are_paths_and_lists_tuples(tmp_path):
     assert given == small(tmp_path, cache=tmp_path / "cache", resume=tmp_path, template=("a {}.",), log=("csv",))
 
 
-def test_resolved_is_idempotent():
-    for method in METHODS:
-        config = dataclasses.replace(SMALL, method=method, epochs=None).resolved()
-        assert config.resolved() == config
-
-
 def test_resolved_uses_published_recipe():
     config = TuneConfig(model="ViT-B-16", pretrained="random").resolved()
     assert (config.epochs, config.text_lr, config.image_lr, config.warmup_lr) == (20, 2e-5, 5e-6, 1e-6)
@@ -142,6 +136,7 @@ def test_resolved_reference_few_shots_sampler():
 def test_with_method_resets_unused_settings(method):
     every = dataclasses.replace(SMALL, skip_layers=2, decay=0.5, text_lr=1.0, image_lr=1.0)
     config = every.with_method(method)
+    assert config.resolved().resolved() == config.resolved()
     assert config.resolved().method == method and config.shots == every.shots
     assert (config.skip_layers == 2) == (config.decay == 0.5) == (method == "skip")
     assert config.text_lr == (1.0 if method in ("skip", "full", "coop", "lora") else None)
@@ -176,14 +171,10 @@ def test_differs_from():
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"method": "zero-shot", "epochs": 3}, 'epochs=3 has no effect with method="zero-shot"'),
         ({"method": "zero-shot", "epochs": None, "text_lr": 1.0}, "text_lr=1.0 has no effect"),
-        ({"method": "linear-probe", "epochs": None, "clip_grad_norm": 1.0}, "clip_grad_norm=1.0 has no effect"),
         ({"method": "full", "skip_layers": 2}, 'skip_layers=2 has no effect with method="full"; leave it out'),
-        ({"method": "lora", "tail": "fixed"}, 'tail=fixed has no effect with method="lora"'),
         ({"method": "coop", "image_lr": 1e-3}, 'image_lr=0.001 has no effect with method="coop"'),
         ({"views": 2}, "add `cache=…`"),
-        ({"refresh": "epoch"}, "add `cache=…`"),
         ({"optimizer": "adamv"}, "no optimizer 'adamv'; did you mean"),
-        ({"optimizer": "zzz"}, "choose sgd, torch-sgd, or a class of torch.optim"),
         ({"optimizer": "LBFGS"}, "evaluates the loss several times"),
         ({"optimizer": "AdamW", "precision": "bf16-sr"}, "Use bf16 with it"),
         ({"optimizer": "AdamW", "fused_optimizer": True}, 'optimizer="AdamW" does not; use sgd'),
@@ -218,15 +209,12 @@ WRONG = {
 
 @pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=WRONG)
 def test_wrong_setting_is_one_line(tmp_path, text, message, capsys):
-    """The same in Python, in the folder of a run and in a file of --config."""
+    """The same in Python, as an option, in the folder of a run and in a file of --config."""
     with pytest.raises(InputError, match=f"^TuneConfig: {re.escape(message)}$"):
         TuneConfig(**yaml.safe_load(text))
     (tmp_path / "config.yaml").write_text(text)
     for arguments in (["eval", tmp_path], ["tune", "--config", tmp_path / "config.yaml"]):
         assert fails(arguments, capsys) == f"error {tmp_path / 'config.yaml'}: {message}"
-
-
-def test_wrong_option_is_one_line(capsys):
     assert fails(["tune", "--batch-size", "0"], capsys) == "error --batch-size must be at least 1; got 0."
 
 
@@ -252,12 +240,6 @@ def test_resolved_protocol_by_data(data, protocol):
     assert config.protocol is None and config.resolved().protocol == protocol
     for asked in ("base-to-new", "few-shot"):
         assert dataclasses.replace(config, protocol=asked).resolved().protocol == asked
-
-
-def test_resolved_recipe_by_default_protocol():
-    """Wu et al. train 40 epochs for few-shot, 20 for base-to-new."""
-    config = TuneConfig(preset="reference", data="imagefolder:photos").resolved()
-    assert (config.epochs, config.image_lr) == (40, 1e-5)
 
 
 def test_config_file_gives_defaults_that_options_replace(tmp_path, capsys):

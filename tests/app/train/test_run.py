@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections import Counter
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -190,13 +188,12 @@ def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"skip_layers": 0}, {"skip_layers": 1.0}, {"classes": 2}, {"classes": 3}, {"preset": "reference"},
+    [{"skip_layers": 0, "classes": 2}, {"skip_layers": 1.0, "classes": 3}, {"preset": "reference"},
      {"tail": "fixed", "memory": "min", "sampler": "random", "batch_size": 5, "clip_grad_norm": 1.0,
       "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("the sign {}.", "{}")},
      {"protocol": "few-shot"}, {"protocol": "cross-dataset", "targets": ("glyphs:greek", "glyphs:cyrillic")},
      {"protocol": "domain-generalization"}],
-    ids=["no cut", "all skipped", "2 classes", "3 classes", "reference", "several", "few-shot", "cross-dataset",
-         "domain-generalization"],
+    ids=["no cut", "all skipped", "reference", "several", "few-shot", "cross-dataset", "domain-generalization"],
 )  # fmt: skip
 def test_tune_options(tmp_path, changes):
     metrics = tune(small(tmp_path, **{"epochs": 1, **changes}))
@@ -224,18 +221,6 @@ def test_tune_methods(run, tmp_path, method, delta):
     assert files(tmp_path) >= {"report.html", "metrics.json"}
 
 
-def test_tune_clip_grad_norm_near_zero(tmp_path):
-    tune(small(tmp_path, epochs=1, clip_grad_norm=1e-30, weight_decay=0.0))
-    before, after = first_weights(), load_file(tmp_path / "model.safetensors")
-    assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-25) for name in before)
-
-
-def test_tune_fixed_tail_keeps_constant_number(tmp_path):
-    tune(small(tmp_path, classes=60, epochs=1, tail="fixed"))
-    (row,) = rows(tmp_path)
-    assert len(Counter(row["kept_histogram"])) == 1 and sum(row["kept_histogram"].values()) == row["steps"]
-
-
 def test_load_model_random_weights_follow_seed():
     first, again, other = (
         load_model("glyph-tiny", "random", torch.device("cpu"), seed=seed)[0].positional_embedding for seed in (1, 1, 2)
@@ -243,32 +228,16 @@ def test_load_model_random_weights_follow_seed():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def squares(folder: Path, *colours: str) -> Path:
-    """Folder with six images per class."""
-    for colour in colours or ("red", "blue"):
-        (folder / f"{colour} square").mkdir(parents=True)
+def test_tune_image_folder_trains_all_classes_of_few_shot_json(tmp_path):
+    for name, grey in (("black", 0), ("grey", 128), ("white", 255)):
+        (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(6):
-            Image.new("RGB", (32, 32), colour).save(folder / f"{colour} square" / f"{number}.png")
-    return folder
-
-
-def test_tune_image_folder_trains_all_classes(tmp_path):
-    data = f"imagefolder:{squares(tmp_path / 'images', 'red', 'blue', 'green', 'black')}"
-    metrics = tune(small(tmp_path / "run", data=data, shots=2, classes=None, epochs=1))
-    assert metrics["protocol"] == "few-shot" and metrics["classes"] == {"all": 4}
-
-
-def test_tune_writes_few_shot_paths(tmp_path):
-    squares(tmp_path / "images")
-    run = tmp_path / "run"
-    data = f"imagefolder:{tmp_path / 'images'}"
-    tune(small(run, data=data, protocol="few-shot", shots=2, classes=None, epochs=1, seed=3))
+            Image.new("L", (32, 32), grey).save(tmp_path / "images" / name / f"{number}.png")
+    run, data = tmp_path / "run", f"imagefolder:{tmp_path / 'images'}"
+    metrics = tune(small(run, data=data, shots=2, classes=None, epochs=1, seed=3))
+    assert metrics["protocol"] == "few-shot" and metrics["classes"] == {"all": 3}
     written = json.loads((run / "few_shot.json").read_text())
     assert (written["shots"], written["seed"], written["data"]) == (2, 3, data)
-    assert [(path.split("/")[0], label, name) for path, label, name in written["train"]] == [
-        ("blue square", 0, "blue square"),
-        ("blue square", 0, "blue square"),
-        ("red square", 1, "red square"),
-        ("red square", 1, "red square"),
-    ]
+    trained = [(path.split("/")[0], label, name) for path, label, name in written["train"]]
+    assert trained == 2 * [("black", 0, "black")] + 2 * [("grey", 1, "grey")] + 2 * [("white", 2, "white")]
     assert all((tmp_path / "images" / path).is_file() for path, _, _ in written["train"])
