@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from ..untrusted import open_regular
 from .base import InputError
 
@@ -105,6 +103,8 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path, kind: type[Json]) -> Json:
     """Read a JSON file with values of the types in `kind`, such as dict[str, str]."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         return TypeAdapter(kind).validate_json(read_text(path), strict=True)
     except ValidationError as error:

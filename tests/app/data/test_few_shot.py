@@ -10,9 +10,9 @@ from collections import Counter
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from pictures import make_coop, make_folders, raises_input_error, shuffle_listings
+from pictures import make_coop, make_folders, shuffle_listings
 
-from skipkernels.app.data import few_shot, few_shot_note, open_source, save_few_shot
+from skipkernels.app.data import few_shot, open_source, save_few_shot
 
 LABELLED = st.dictionaries(st.text(min_size=1), st.integers(0, 4), min_size=1, max_size=40)
 
@@ -56,21 +56,6 @@ def test_few_shot_fixed_values():
     names = [f"{animal}/{number}.jpg" for animal in ("cat", "naïve") for number in range(50)]
     chosen = few_shot([0] * 50 + [1] * 50, names, 2, 3)
     assert [names[i] for i in chosen] == ["cat/13.jpg", "cat/1.jpg", "naïve/47.jpg", "naïve/2.jpg"]
-
-
-def test_few_shot_invalid_shots():
-    for shots in (0, -1):
-        with raises_input_error("shots must be at least 1", f"got {shots}", argument="shots"):
-            few_shot([0], ["a"], shots, 0)
-
-
-def test_few_shot_note():
-    assert few_shot_note([0, 0, 1, 1], ["cat", "dog"], 2) is None
-    text = few_shot_note([0, 0, 2], [f"c{i}" for i in range(8)], 2)
-    assert text == (
-        "7 of 8 classes have fewer than 2 training images, all of which are used: c1 (0), c2 (1), c3 (0), c4 (0), "
-        "c5 (0) and 2 more."
-    )
 
 
 @pytest.mark.parametrize("data", ["imagefolder", "coop:imagenet", "coop:dtd"])

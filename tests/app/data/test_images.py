@@ -17,7 +17,6 @@ from PIL import EpsImagePlugin, ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from skipkernels.app.data import DatasetImages, InputError, LabelledImages
-from skipkernels.app.data import images as images_module
 from skipkernels.app.data.images import read_image, read_labels, to_rgb
 
 
@@ -32,35 +31,28 @@ def pixel(path: Path) -> tuple[int, int, int]:
 # ---- valid files -----------------------------------------------------------------------------------------------------
 
 
+COLOUR = (200, 10, 30)
+PALETTE = Image.new("RGB", (3, 2), COLOUR).quantize(4)
+
+
 @pytest.mark.parametrize(
-    ("mode", "value", "seen"),
+    ("image", "options", "seen"),
     [
-        ("1", 1, (255, 255, 255)),
-        ("L", 77, (77, 77, 77)),
-        ("LA", (77, 0), (77, 77, 77)),
-        ("RGB", (1, 2, 3), (1, 2, 3)),
-        ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
+        (Image.new("1", (3, 2), 1), {}, (255, 255, 255)),
+        (Image.new("L", (3, 2), 77), {}, (77, 77, 77)),
+        (Image.new("LA", (3, 2), (77, 0)), {}, (77, 77, 77)),
+        (Image.new("RGB", (3, 2), COLOUR), {}, COLOUR),
+        (Image.new("RGBA", (3, 2), (*COLOUR, 0)), {}, COLOUR),
+        (PALETTE, {}, COLOUR),
+        (PALETTE, {"transparency": bytes([9, 200])}, COLOUR),
     ],
+    ids=["1", "L", "LA", "RGB", "RGBA", "P", "P with transparency"],
 )
-def test_read_image_converts_png_modes(tmp_path, mode, value, seen):
-    Image.new(mode, (3, 2), value).save(tmp_path / "a.png")
-    assert one(tmp_path / "a.png").mode == "RGB"
-    assert pixel(tmp_path / "a.png") == seen
-
-
-def test_read_image_converts_palette(tmp_path):
-    image = Image.new("RGB", (3, 2), (200, 10, 30)).quantize(4)
-    assert image.mode == "P"
-    image.save(tmp_path / "a.png")
-    assert pixel(tmp_path / "a.png") == (200, 10, 30)
-
-
-def test_read_image_palette_with_transparency(tmp_path):
-    image = Image.new("RGB", (3, 2), (200, 10, 30)).quantize(4)
-    image.save(tmp_path / "a.png", transparency=bytes([9, 200]))
+def test_read_image_converts_modes(tmp_path, image, options, seen):
+    image.save(tmp_path / "a.png", **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of Pillow, for such images
-        assert pixel(tmp_path / "a.png") == (200, 10, 30)
+        warnings.simplefilter("error")  # Pillow's, of palettes with transparency
+        assert one(tmp_path / "a.png").mode == "RGB" and pixel(tmp_path / "a.png") == seen
 
 
 def test_read_image_converts_cmyk(tmp_path):
@@ -87,7 +79,7 @@ def test_read_image_thirty_two_bits(tmp_path, dtype):
         one(path)
 
 
-@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("extension", ["jpg", "png"])
 def test_read_image_is_upright(tmp_path, extension):
     """Orientation 6: the camera was turned, so the left edge of the stored pixels is the top of the photo."""
     exif = Image.Exif()
@@ -109,12 +101,11 @@ def test_read_image_invalid_exif(tmp_path):
 
 
 @pytest.mark.parametrize("written", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif", "avif"])
-@pytest.mark.parametrize("extension", ["jpg", "heic"])
-def test_read_image_ignores_extension(tmp_path, written, extension):
+def test_read_image_ignores_extension(tmp_path, written):
     """Oxford-IIIT Pet has PNGs and GIFs with the extension .jpg, ImageNet a PNG with .JPEG."""
     Image.new("RGB", (3, 2), (0, 0, 200)).save(tmp_path / "a", written)
-    (tmp_path / "a").rename(tmp_path / f"a.{extension}")
-    assert abs(pixel(tmp_path / f"a.{extension}")[2] - 200) < 5
+    (tmp_path / "a").rename(tmp_path / "a.heic")
+    assert abs(pixel(tmp_path / "a.heic")[2] - 200) < 5
 
 
 def test_read_image_heif(tmp_path):
@@ -129,14 +120,7 @@ def test_read_image_heif(tmp_path):
     assert image.size == (32, 64) and image.getpixel((16, 12))[0] > 200 > 50 > image.getpixel((16, 52))[0]
 
 
-def test_read_image_names_missing_plugin(tmp_path, monkeypatch):
-    monkeypatch.setattr(images_module, "_formats", lambda: ["JPEG", "PNG"])
-    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
-    with raises_input_error(tmp_path / "a.jpg", "not JPEG, PNG; HEIC needs: pip install 'skipkernels[heif]'"):
-        one(tmp_path / "a.jpg")
-
-
-@pytest.mark.parametrize("written", ["gif", "webp", "png"])
+@pytest.mark.parametrize("written", ["gif", "webp"])
 def test_read_image_takes_first_frame(tmp_path, written):
     frames = [Image.new("RGB", (3, 2), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a", written, save_all=True, append_images=frames[1:], lossless=True)
@@ -154,28 +138,20 @@ def encoded(kind: str) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("empty.png", b""),
-        ("text.jpg", b"<html>404 Not Found</html>"),
-        ("half.jpg", encoded("jpeg")[:300]),
-        ("half.png", encoded("png")[:300]),
-        ("ünïcode.webp", encoded("webp")[:100]),
-    ],
-)
-def test_read_image_invalid_content(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with raises_input_error(tmp_path / name, "can't be read as an image", "remove"):
-        one(tmp_path / name)
-
-
-def test_read_image_folder_or_missing_file(tmp_path):
-    (tmp_path / "a.png").mkdir()
-    with raises_input_error(tmp_path / "a.png", "can't be read"):
-        one(tmp_path / "a.png")
-    with raises_input_error(tmp_path / "b.png", "no such file. Was it removed, or is it a broken link?"):
-        one(tmp_path / "b.png")
+def test_read_image_invalid_files(tmp_path):
+    path = tmp_path / "ünïcode.png"
+    for content in (b"", b"<html>404 Not Found</html>", encoded("jpeg")[:300], encoded("png")[:300]):
+        path.write_bytes(content)
+        with raises_input_error(path, "can't be read as an image", "remove"):
+            one(path)
+    path.unlink()
+    with raises_input_error(path, "no such file. Was it removed, or is it a broken link?"):
+        one(path)
+    for make in (lambda: path.mkdir(), lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")):
+        make()
+        with raises_input_error(path, "can't be read"):
+            one(path)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):
@@ -184,14 +160,6 @@ def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):
     (tmp_path / "a.eps").rename(tmp_path / "0.png")
     with raises_input_error(tmp_path / "0.png", "can't be read as an image"):
         one(tmp_path / "0.png")
-
-
-@pytest.mark.parametrize("link", ["/dev/zero", None], ids=["device", "fifo"])
-def test_read_image_irregular_file(tmp_path, link):
-    path = tmp_path / "a.png"
-    path.symlink_to(link) if link else os.mkfifo(path)
-    with raises_input_error(path, "not a regular file"):
-        one(path)
 
 
 def test_read_image_decompression_bomb(tmp_path, monkeypatch):
@@ -211,7 +179,7 @@ def test_read_image_extreme_ratio(tmp_path):
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
 @hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=30)
 def test_read_image_fuzzed_files(tmp_path_factory, kind, data):
     content = bytearray(encoded(kind))
     for _ in range(data.draw(st.integers(1, 8))):
@@ -274,13 +242,6 @@ def test_images_with_transform_copies(images):
     assert isinstance(images.with_transform(class_of).with_transform(None)[4][0], Image.Image)
 
 
-def test_labelled_images_public_attributes(tmp_path):
-    """A feature cache identifies the images by them; the names are those of torchvision's `ImageFolder`."""
-    draw_image(tmp_path / "a" / "0.png")
-    images = LabelledImages(str(tmp_path), ["a/0.png"], [3])
-    assert images.root == tmp_path and images.samples == [(str(tmp_path / "a" / "0.png"), 3)]
-
-
 def test_images_label_count(tmp_path):
     with pytest.raises(ValueError, match="labels must have one item per path, 2; got 1"):
         LabelledImages(tmp_path, ["a", "b"], [0])
@@ -312,13 +273,12 @@ class Loads(Dataset):
         return "image", self.items[index]
 
 
-@pytest.mark.parametrize("values", [[1, 0, 2], (1, 0, 2), np.array([1, 0, 2]), torch.tensor([1, 0, 2]),
-                                    [np.int64(1), torch.tensor(0), 2]])  # fmt: skip
 @pytest.mark.parametrize("name", ["labels", "targets", "_labels"])
-def test_read_labels_from_attribute(values, name):
-    dataset = Loads([1, 0, 2], **{name: values})
-    found = read_labels(dataset)
-    assert found == [1, 0, 2] and {type(label) for label in found} == {int} and dataset.loaded == 0
+def test_read_labels_from_attribute(name):
+    for values in ((1, 0, 2), np.array([1, 0, 2]), torch.tensor([1, 0, 2]), [np.int64(1), torch.tensor(0), 2]):
+        dataset = Loads([1, 0, 2], **{name: values})
+        found = read_labels(dataset)
+        assert found == [1, 0, 2] and {type(label) for label in found} == {int} and dataset.loaded == 0
 
 
 def test_read_labels_from_items():

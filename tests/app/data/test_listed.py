@@ -383,15 +383,6 @@ def test_task_validation(images, validation, count, note):
     assert len(set.union(*parts)) == sum(map(len, parts)), "no image is in two parts"
 
 
-def test_task_one_image_per_class(images):
-    (images / "table.csv").write_text("path,label\nimages/cat0.png,cat\nimages/dog0.png,dog\n")
-    assert task_of(f"csv:{images / 'table.csv'}", test="none").train.labels == [0, 1]
-    with pytest.raises(
-        InputError, match="no test images: classes cat, dog have 1 image.*add a column split with train and test"
-    ):
-        task_of(f"csv:{images / 'table.csv'}")
-
-
 def test_task_all_shots(images):
     data = table(images, "path,label", lambda name, n: (f"images/{name}{n}.png", name))
     task = task_of(data, shots="all", validation=0.2)
