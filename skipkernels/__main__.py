@@ -17,7 +17,8 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         sys.stdout.write(f"skipkernels {skipkernels.__version__}\n")
         return 0
-    _prepare_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has: escape what the encoding lacks
     _set_passive_wait()
     for package in _CLI_PACKAGES:
         if importlib.util.find_spec(package) is None:
@@ -30,32 +31,11 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        _flush_streams()
-
-
-def _prepare_streams() -> None:
-    """Open the null device for closed standard streams, and escape characters that the encoding of stdout lacks.
-
-    Without the null device a file of the run would get the descriptor of a closed stream.
-    """
-    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor: this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has
-
-
-def _flush_streams() -> None:
-    """Flush the standard streams. Discard what cannot be written: Python would retry at exit and print an error."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed when Python started
+            try:
+                stream.flush()
+            except OSError:  # Python would try again at exit, and print an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _set_passive_wait() -> None:

@@ -13,15 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...clip import SkipCLIP
-from ...features import FeatureCache
 from ...folders import restored
 from ...options import Precision
-from ...store import is_store
 from ..data import InputError
 from ..data.files import find_images
 from ..data.images import read_image, to_rgb
-from ..methods.base import TunedModel
 from .loading import TEST, TunedRun, load_run
 
 Unreadable = Literal["raise", "skip"]
@@ -56,8 +52,7 @@ class Predictions:
 
     def __iter__(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
         """Iterate over (name, [(label, probability), …])."""
-        for name, labels, row in zip(self.names, self.labels, self.probabilities.tolist(), strict=True):
-            yield name, list(zip(labels, row, strict=True))
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> tuple[str, list[tuple[str, float]]]:
         """Return (name, [(label, probability), …]) of an image."""
@@ -77,8 +72,6 @@ class Classifier:
         classes: Names of the classes.
         temperature: Divisor of the logits.
         calibrated: True if the temperature was fitted on held-out images, with the same classes and prompts.
-        clip: SkipCLIP of the model, with which `FeatureCache.build` computes features for `predict`; None for a method
-            without one.
         transform: Transform of an RGB image to a tensor [3, H, W].
 
     Example:
@@ -100,7 +93,6 @@ class Classifier:
         temperature = run.described.temperature if run.has_own_prompts else None
         self.calibrated = temperature is not None
         self.temperature = temperature or 1.0
-        self.clip: SkipCLIP | None = run.method.clip if isinstance(run.method, TunedModel) else None
 
     @classmethod
     def load(
@@ -146,12 +138,10 @@ class Classifier:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Logits [B, C] before the temperature, of preprocessed images [B, 3, H, W] or features of `clip` [B, N, W]."""
+        """Logits [B, C] before the temperature, of preprocessed images [B, 3, H, W]."""
         method = self._run.method
         with self._run.precision.autocast():
-            images = images.to(self.device)
-            inputs = method.encode_frozen(images) if images.ndim == 4 else images
-            logits = method.logits(TEST, inputs)
+            logits = method.logits(TEST, method.encode_frozen(images.to(self.device)))
         if logits is None:
             raise InputError(
                 f"Classifier.load: classes must be trained classes: the method {method.name} does not use texts.",
@@ -173,18 +163,16 @@ class Classifier:
         batch_size: int = 64,
         workers: int | None = None,
         unreadable: Unreadable = "raise",
-        progress: Callable[[int], object] | None = None,
     ) -> Predictions:
         """Classify images.
 
         Args:
-            images: A Pillow image, a path, or a list of these; the path of a folder, for all images in it; preprocessed
-                images [N, 3, H, W]; or features at the cut of `clip`: a `FeatureCache`, or the path of its folder.
+            images: A Pillow image, a path, or a list of these; the path of a folder, for all images in it; or
+                preprocessed images [N, 3, H, W].
             top: Number of classes for each image; all classes if there are fewer.
             batch_size: Images per forward pass.
             workers: Threads that decode images. Default: one for each core, at most 8.
             unreadable: "skip" leaves out files that can't be read and lists them in the result; "raise" raises.
-            progress: Function called with the number of images of each batch.
 
         Returns:
             Predictions: Classes and probabilities of N images.
@@ -193,13 +181,8 @@ class Classifier:
             InputError: If an image can't be read, or an argument can't be used.
             FloatingPointError: If a logit is not finite.
         """
-        parts = []
-        for part in self.predict_batches(
-            images, top=top, batch_size=batch_size, workers=workers, unreadable=unreadable
-        ):
-            parts.append(part)
-            if progress is not None:
-                progress(len(part) + len(part.unreadable))
+        options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "unreadable": unreadable}
+        parts = list(self.predict_batches(images, top=top, **options))
         skipped = {name: reason for part in parts for name, reason in part.unreadable.items()}
         empty = torch.empty(0, min(top, len(self.classes)))
         return Predictions(
@@ -222,14 +205,9 @@ class Classifier:
         """Classify images batch by batch, with the arguments and errors of `predict`."""
         check_counts(top=top, batch_size=batch_size, workers=workers)
         if isinstance(images, (str, os.PathLike)):
-            images = self._opened(Path(images))
-        if isinstance(images, FeatureCache):
-            batch: Any
-            start = 0
-            for batch, _ in images.loader(batch_size, "sequential", device=self.device):
-                yield self._predictions(list(map(str, range(start, start + len(batch)))), batch, top)
-                start += len(batch)
-        elif isinstance(images, Tensor):
+            path = Path(images).expanduser()
+            images = [path / name for name, _ in find_images(path, {"": 0})[0]] if path.is_dir() else [path]
+        if isinstance(images, Tensor):
             if images.ndim != 4 or images.shape[1] != 3:
                 raise InputError(
                     f"Classifier.predict: images must be [N, 3, H, W], preprocessed by classifier.transform; got "
@@ -243,20 +221,6 @@ class Classifier:
             images = [images] if isinstance(images, Image.Image) else list(images)
             for decoded in decoded_batches(images, self.transform, batch_size, workers):
                 yield self._decoded(decoded, top, unreadable)
-
-    def _opened(self, path: Path) -> FeatureCache | list[str]:
-        """Open the features in a folder, or list its images."""
-        path = path.expanduser()
-        if is_store(path):
-            if self.clip is None:
-                raise InputError(
-                    f"Classifier.predict: images can't be the features in {path}: the method "
-                    f"{self._run.method.name} has no cut. Pass the images themselves.",
-                    "images",
-                )
-            with self._run.precision.autocast():
-                return FeatureCache.open(path, self.clip)
-        return [str(path / name) for name, _ in find_images(path, {"": 0})[0]] if path.is_dir() else [str(path)]
 
     def _decoded(self, decoded: list[Decoded], top: int, unreadable: Unreadable) -> Predictions:
         failed = {item.name: item.image for item in decoded if isinstance(item.image, InputError)}

@@ -89,11 +89,7 @@ def test_no_code_runs(entry, hostile, run, tmp_path):
     )
 
 
-SOURCES = [
-    {"model": "hf-hub:org/name"},
-    {"model": "local-dir:other"},
-    {"model": "ViT-B-32", "pretrained": "/home/me.pt"},
-]
+SOURCES = [{"model": "hf-hub:org/name"}, {"model": "ViT-B-32", "pretrained": "/home/me.pt"}]
 
 
 @pytest.mark.parametrize("settings", SOURCES, ids=str)
@@ -123,14 +119,12 @@ def test_source_in_file_is_refused(entry, settings, hostile, run, tmp_path, caps
 )  # fmt: skip
 def test_from_yaml_refuses_sources(tmp_path, name, value, refused):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({name: value}))
-    expected = TuneConfig(**{name: value})
-    assert TuneConfig.from_yaml(tmp_path / "config.yaml", trust=True) == expected
-    assert TuneConfig.from_yaml(tmp_path / "config.yaml", given=[name]) == expected
-    if refused:
-        with pytest.raises(InputError, match=f"{name} must not be remote"):
-            TuneConfig.from_yaml(tmp_path / "config.yaml")
-    else:
-        assert TuneConfig.from_yaml(tmp_path / "config.yaml") == expected
+    for options in ({"trust": True}, {"given": [name]}, {}):
+        if refused and not options:
+            with pytest.raises(InputError, match=f"{name} must not be remote"):
+                TuneConfig.from_yaml(tmp_path / "config.yaml")
+        else:
+            assert TuneConfig.from_yaml(tmp_path / "config.yaml", **options) == TuneConfig(**{name: value})
 
 
 def test_config_file_accepts_named_source_and_no_trust(hostile, tmp_path, capsys):
