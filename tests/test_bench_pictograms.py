@@ -92,7 +92,7 @@ def test_licences_names_each_set_once_with_author_and_licence():
         }
         for prefix in ("mdi", "ri", "unused")
     }
-    text = count.licences([icon("mdi", "cat"), icon("mdi", "dog"), icon("ri", "cat")], information)
+    text = count.licences("Of", [icon("mdi", "cat"), icon("mdi", "dog"), icon("ri", "cat")], information)
     assert text.count("Mdi (mdi), 2 icons\n  by mdi's author") == text.count("Ri (ri), 1 icons") == 1
     assert text.count("T (MIT)") == 2 and "unused" not in text
 

@@ -72,11 +72,11 @@ def tables(rows: list[Icon], digests: np.ndarray) -> dict[str, str]:
     }
 
 
-def licences(rows: Iterable[Icon], information: dict[str, dict]) -> str:
-    """The text of LICENSES-pictograms: the sets of these icons, with their authors and licences."""
+def licences(title: str, rows: Iterable[Icon], information: dict[str, dict]) -> str:
+    """A title, and the sets of these icons with their authors and licences."""
     used = Counter(row.set for row in rows)
     lines = [
-        "pictogram-tiny was pre-trained on drawings from the icon sets below, taken from the npm package",
+        f"{title} the icon sets below, taken from the npm package",
         f"{sets.PACKAGE}. Each set: name, prefix in the package, author, licence, number of icons used.",
     ]
     for prefix, count in sorted(used.items()):
@@ -99,7 +99,8 @@ def main() -> None:
     DOCS.write_text(text, "utf-8")
     words = names.held_out_words(pool.concrete_names(rows))
     used = [rows[i] for i in pool.choose(rows, pool.training_rows(rows, digests, words))[2]]
-    LICENCES.write_text(licences(used, json.loads((folder / "sets.json").read_text())), "utf-8")
+    title = "pictogram-tiny was pre-trained on drawings from"
+    LICENCES.write_text(licences(title, used, json.loads((folder / "sets.json").read_text())), "utf-8")
     print(f"wrote {DOCS.relative_to(ROOT)} and {LICENCES.relative_to(ROOT)}")
 
 

@@ -80,6 +80,12 @@ _KINDS = {
         "flowers102, food101, imagenette, mnist, oxfordiiitpet, stl10, sun397.",
         "--data torchvision:food101 --root datasets --download",
     ),
+    "pictograms": Kind(
+        _imported("..demo.pictograms", "open_pictograms", "templates"),
+        "pictograms, pictograms:TASK such as pictograms:animals",
+        "Drawings of 850 things by three designers, with nothing to download.",
+        "--data pictograms:animals",
+    ),
     "glyphs": Kind(
         _imported("..demo.glyphs", "open_glyphs", "templates"),
         "glyphs, glyphs:BLOCK such as glyphs:greek",
@@ -111,8 +117,8 @@ def open_source(
     Args:
         data: "imagefolder:PATH" (see `image_folder`); "csv:PATH", a table (see `csv_files`); "wds:SHARDS", tar files of
             webdataset, "hf:PATH" or "hf:NAME" (see `hugging_face_sets`); "coop:NAME", a dataset in CoOp's layout below
-            `root` (see `coop`); "torchvision:NAME", a dataset of torchvision in `root`; "glyphs" or
-            "glyphs:BLOCK[+BLOCK…]" (see `demo.glyphs`).
+            `root` (see `coop`); "torchvision:NAME", a dataset of torchvision in `root`; "pictograms" or
+            "pictograms:TASK[+TASK…]" (see `demo.pictograms`); "glyphs" or "glyphs:BLOCK[+BLOCK…]" (see `demo.glyphs`).
         root: Folder of the datasets.
         templates: Prompt templates, the first for training; or "paper" or "coop", the sets of those papers. Default:
             "paper".
