@@ -48,7 +48,6 @@ _LEVELS = 127  # int8 without −128: the scale is the same on both sides
 # Bytes read from maps before all maps are closed, unless the store is small compared with the free memory. The pages
 # stay in the system's cache, but no longer count as resident memory of this process.
 _MAPPED = 32 << 20
-_ANNOUNCED = 8 << 20  # bytes announced to the system: with little memory, more would be evicted before they are read
 _READ_AHEAD = 128 << 10  # bytes per madvise call: the system's default limit for one read-ahead
 
 
@@ -354,7 +353,6 @@ class Store:
     Attributes:
         shape, dtype, device: Those of a gathered row.
         bytes: Bytes on the disk, without the manifest.
-        rows_per_read: Number of rows to gather at once while the next rows are read ahead.
 
     Raises:
         StoreError: If there is no store, or it is incomplete or damaged.
@@ -375,7 +373,6 @@ class Store:
             raise StoreError(found[0])
         self.shape, self.dtype, self.device = layout.shape, COMPUTED[layout.computed], torch.device("cpu")
         self.bytes = sum(shard.bytes for shard in self.manifest.shards if shard is not None)
-        self.rows_per_read = max(_ANNOUNCED // layout.row_bytes, 1)
         self._token_rows_bytes = math.prod(layout.stored_shape) * DTYPES[layout.dtype].itemsize
         self._limit = math.inf if self.bytes < free_bytes(self.device) / 32 else _MAPPED
         self._maps: dict[int, MappedShard] = {}

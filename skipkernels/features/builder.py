@@ -58,27 +58,30 @@ class Encoder:
             return self._lower(images.to(self.device, non_blocking=True)).cpu()
 
 
-@dataclass(frozen=True)
-class BuildConfig:
-    """Inputs and options of a store."""
+@dataclass
+class Builder:
+    """Inputs and options of a store, which `write` builds."""
 
     clip: SkipCLIP
-    dataset: Any  # Dataset of (image, label)
+    dataset: Any  # Map-style dataset of (image, label)
     dtype: str  # Storage dtype of features
     views: int
     refresh: Refresh
-    first_view: int
     batch_size: int  # Images per forward pass
     workers: int  # Number of processes that load images
     seed: int  # Seed of random transforms
     dataset_key: dict[str, str]  # Fingerprint of the dataset, from `dataset_key`
     samples: list[dict[str, Any]]  # Summaries of a few items, from `sample_images`
     shard_bytes: int  # Approximate bytes of a shard
+    progress: Callable[[int], None] | bool  # Called with the number of images of each batch; True shows a bar
+    group: dist.ProcessGroup | None  # Processes that build together
 
-    def layout(self, encode: Encoder) -> Layout:
+    def __post_init__(self) -> None:
+        self.encode = Encoder(self.clip)
+
+    def layout(self, first_view: int) -> Layout:
         """Layout of the store."""
-        image = torch.zeros(1, 3, *self.clip.image_size)
-        features = encode(image)[0]
+        features = self.encode(torch.zeros(1, 3, *self.clip.image_size))[0]
         items = len(self.dataset)
         layout = Layout(
             rows=items * self.views,
@@ -90,75 +93,63 @@ class BuildConfig:
             fingerprint=fingerprint.of_model(self.clip)
             | {"number of images": items}  # before the digests: this difference is reported first
             | self.dataset_key
-            | {"number of views": self.views, "first view": self.first_view}
+            | {"number of views": self.views, "first view": first_view}
             | ({"refresh": "epoch"} if self.refresh == "epoch" else {})
-            | {"seed": self.seed, "batch size": self.batch_size, "autocast": encode.precision},
+            | {"seed": self.seed, "batch size": self.batch_size, "autocast": self.encode.precision},
             notes={"probe": fingerprint.probe(self.clip), "samples": self.samples},
         )
         # A shard has whole batches, so that a resumed build computes the same batches.
         batches = max(self.shard_bytes // layout.row_bytes // self.batch_size, 1)
         return replace(layout, shard_rows=batches * self.batch_size)
 
+    def write(self, folder: Path, first_view: int = 0, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Build a store, or with `resume` its missing shards.
 
-def write_store(
-    folder: Path,
-    config: BuildConfig,
-    encode: Encoder,
-    *,
-    resume: bool,
-    overwrite: bool,
-    progress: Callable[[int], None] | bool,
-    group: dist.ProcessGroup | None = None,
-) -> None:
-    """Build a store, or with `resume` its missing shards.
-
-    Each process of `group` encodes and writes every W-th missing shard. After each of its shards the first process adds
-    those of all to the manifest. An error of one process is raised there only: the others wait for the timeout of the
-    group, or until torchrun ends them.
-
-    `progress` is called with the number of images after each batch; True shows a bar.
-    """
-    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    layout = config.layout(encode)
-    show = _progress.progress(f"features → {folder}", layout.rows, shown=progress is True and rank == 0)
-    with show as advance_bar, contextlib.ExitStack() as stack:
-        advance: Callable[[int], object] = progress if callable(progress) and rank == 0 else advance_bar
-        inputs, writer = replace(layout, shard_rows=1).digest, None
-        if rank == 0:
-            writer = stack.enter_context(Writer(folder, layout, resume=resume, overwrite=overwrite))
-            check_samples(writer.layout, config.samples, folder)
-            layout = writer.layout
-        plans = _gather((inputs, layout.shard_rows, writer and writer.missing), group)
-        if len({digest for digest, _, _ in plans}) > 1:
-            raise StoreError(
-                "FeatureCache.build: model, dataset and options must be equal on all processes of process_group; got "
-                "different ones. Pass the same on every process."
-            )
-        _, shard_rows, missing = plans[0]
-        layout = replace(layout, shard_rows=shard_rows)
-        existing = layout.rows - sum(len(layout.rows_of(number)) for number in missing)
-        if existing:
-            advance(existing)
-
-        batches = split_batches([layout.rows_of(number) for number in missing[rank::size]], config.batch_size)
-        options = {"seed": config.seed, "first_view": config.first_view, "workers": config.workers}
-        loaded = stack.enter_context(contextlib.closing(load_batches(config.dataset, batches, **options)))
-        for start in range(0, len(missing), size):
-            written = {}
-            for number in missing[start : start + size][rank : rank + 1]:
-                tensors = _encode_shard(layout, number, loaded, encode, advance)
-                written[number] = write_shard(folder, layout, number, tensors)
-            shards = {number: shard for part in _gather(written, group) for number, shard in part.items()}
-            if writer is not None:
-                for number in shards.keys() - written.keys():
-                    advance(len(layout.rows_of(number)))
-                    if not path_of(folder, number).exists():
-                        raise StoreError(
-                            f"{path_of(folder, number)}: another process has written it, and this one can't see it. "
-                            "Choose a folder that all processes share."
-                        )
-                writer.add(shards)
-        _gather(None, group)  # wait until the first process has written the manifest
+        Each process of the group encodes and writes every W-th missing shard. After each of its shards the first
+        process adds those of all to the manifest. An error of one process is raised there only: the others wait for the
+        timeout of the group, or until torchrun ends them.
+        """
+        rank, size = (0, 1) if self.group is None else (dist.get_rank(self.group), dist.get_world_size(self.group))
+        layout, writer = self.layout(first_view), None
+        title, shown = f"features → {folder}", self.progress is True and rank == 0
+        with _progress.progress(title, layout.rows, shown=shown) as bar, contextlib.ExitStack() as stack:
+            advance: Callable[[int], object] = self.progress if callable(self.progress) and rank == 0 else bar
+            # 1. The first process chooses the shards to write.
+            inputs = replace(layout, shard_rows=1).digest
+            if rank == 0:
+                writer = stack.enter_context(Writer(folder, layout, resume=resume, overwrite=overwrite))
+                check_samples(writer.layout, self.samples, folder)
+                layout = writer.layout
+            plans = _gather((inputs, layout.shard_rows, writer and writer.missing), self.group)
+            if len({digest for digest, _, _ in plans}) > 1:
+                raise StoreError(
+                    "FeatureCache.build: model, dataset and options must be equal on all processes of process_group; "
+                    "got different ones. Pass the same on every process."
+                )
+            _, shard_rows, missing = plans[0]
+            layout = replace(layout, shard_rows=shard_rows)
+            if existing := layout.rows - sum(len(layout.rows_of(number)) for number in missing):
+                advance(existing)
+            # 2. Each process writes its own, and the first lists those of all.
+            batches = split_batches([layout.rows_of(number) for number in missing[rank::size]], self.batch_size)
+            options = {"seed": self.seed, "first_view": first_view, "workers": self.workers}
+            loaded = stack.enter_context(contextlib.closing(load_batches(self.dataset, batches, **options)))
+            for start in range(0, len(missing), size):
+                written = {}
+                for number in missing[start : start + size][rank : rank + 1]:
+                    tensors = _encode_shard(layout, number, loaded, self.encode, advance)
+                    written[number] = write_shard(folder, layout, number, tensors)
+                shards = {number: shard for part in _gather(written, self.group) for number, shard in part.items()}
+                if writer is not None:
+                    for number in shards.keys() - written.keys():
+                        advance(len(layout.rows_of(number)))
+                        if not path_of(folder, number).exists():
+                            raise StoreError(
+                                f"{path_of(folder, number)}: another process has written it, and this one can't see "
+                                "it. Choose a folder that all processes share."
+                            )
+                    writer.add(shards)
+            _gather(None, self.group)  # wait until the first process has written the manifest
 
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +15,7 @@ from ..memory import free_bytes
 from ..options import Refresh, SamplerKind
 from ..store import DTYPES, Manifest, Store, StoreError
 from . import fingerprint
-from .builder import SHARD_BYTES, BuildConfig, Encoder, write_store
+from .builder import SHARD_BYTES, Builder, Encoder
 from .dataset_key import check_samples, dataset_key, sample_images
 from .image_batches import load_batches, split_batches
 from .loader import FeatureLoader, MemoryRows, Rows
@@ -52,7 +51,7 @@ class FeatureCache(Dataset):
     def __init__(self, rows: Rows, labels: Tensor, *, views: int = 1):
         self._rows, self.labels, self.views = rows, labels, views
         self._epoch = 0  # of the features, if each epoch has its own
-        self._build_epoch: Callable[[int], Store] | None = None
+        self._builder: Builder | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -135,42 +134,30 @@ class FeatureCache(Dataset):
                 f"one image; got {type(dataset).__name__}. Pass list(dataset) if it fits into memory."
             )
         is_first = process_group is None or torch.distributed.get_rank(process_group) == 0
-        config = BuildConfig(
+        builder = Builder(
             clip=clip,
             dataset=dataset,
             dtype=dtype,
             views=views,
             refresh=refresh,
-            first_view=0,
             batch_size=batch_size,
             workers=workers,
             seed=seed,
             dataset_key=dataset_key(dataset, key),
             samples=sample_images(dataset, seed, workers) if key is None and is_first else [],
             shard_bytes=shard_bytes,
-        )
-        encode = Encoder(clip)
-        # With refresh="epoch" the folder has the features of one epoch: that of the last build, which may have been
-        # killed. It is resumed if its other inputs are the same.
-        epoch = _first_view(folder) if refresh == "epoch" and not overwrite else 0
-        write_store(
-            folder,
-            replace(config, first_view=epoch),
-            encode,
-            resume=resume or (refresh == "epoch" and not overwrite),
-            overwrite=overwrite,
             progress=progress,
             group=process_group,
         )
+        if refresh == "never":
+            builder.write(folder, resume=resume, overwrite=overwrite)
+            return cls.open(folder)
+        # The folder has the features of the epoch of the last build, which may have been killed.
+        epoch = 0 if overwrite else _first_view(folder)
+        builder.write(folder, epoch, resume=not overwrite, overwrite=overwrite)
+        builder.progress = False  # from the second epoch on: training shows its own progress
         cache = cls.open(folder)
-
-        def build_epoch(number: int) -> Store:
-            of_epoch = replace(config, first_view=number)
-            write_store(folder, of_epoch, encode, resume=False, overwrite=True, progress=False)
-            return Store(folder)
-
-        if refresh == "epoch":
-            cache._epoch, cache._build_epoch = epoch, build_epoch
+        cache._epoch, cache._builder = epoch, builder
         return cache
 
     @classmethod
@@ -342,15 +329,16 @@ class FeatureCache(Dataset):
 
     def rows_of_epoch(self, epoch: int) -> tuple[Rows, int]:
         """Return the features of an epoch, and the number of its first row."""
-        if self._build_epoch is not None and epoch != self._epoch:
-            self._epoch = -1  # until the build has ended, the folder has no features of an epoch
-            rows = self._build_epoch(epoch)
-            if not rows.labels().equal(self.labels):
+        if self._builder is not None and self.store is not None and epoch != self._epoch:
+            folder, self._epoch = self.store.folder, -1  # none until the build has ended
+            self._builder.write(folder, epoch, overwrite=True)
+            store = Store(folder)
+            if not store.labels().equal(self.labels):
                 raise StoreError(
-                    f"{rows.folder}: epoch {epoch} has other labels than the first: the dataset's labels change from "
-                    "one epoch to the next. Give a dataset with fixed labels."
+                    f"{folder}: epoch {epoch} has other labels than the first: the dataset's labels change from one "
+                    "epoch to the next. Give a dataset with fixed labels."
                 )
-            self._rows, self._epoch = rows, epoch
+            self._rows, self._epoch = store, epoch
         return self._rows, epoch % self.views * len(self)
 
     def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:

@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,6 @@ Pair = tuple[Tensor, Tensor]
 class MemoryRows:
     """Rows [n, *shape] in a tensor, `rows`, with the interface of a `Store`."""
 
-    rows_per_read = 0  # no limit
-
     def __init__(self, rows: Tensor):
         self.rows, self.shape, self.dtype, self.device = rows, tuple(rows.shape[1:]), rows.dtype, rows.device
 
@@ -38,14 +36,6 @@ class MemoryRows:
 
 
 Rows = Store | MemoryRows
-
-
-class _Piece(NamedTuple):
-    """Part of a batch."""
-
-    batch: Tensor  # Image numbers [B] of the batch
-    rows: Tensor  # Row numbers of this part
-    start: int  # Position of the part in the batch
 
 
 class FeatureLoader:
@@ -131,36 +121,25 @@ class FeatureLoader:
         return self.sampler.state_dict() if hasattr(self.sampler, "state_dict") else {}
 
     def _read_all(self, rows: Rows, offset: int) -> Generator[Pair, None, None]:
-        """Read the batches piece by piece. With prefetch, each piece is announced while the one before it is read."""
-        pieces = self._pieces(offset, rows.rows_per_read if self.prefetch > 0 else 0)
-        out: Tensor | None = None
-        piece = next(pieces, None)
-        while piece is not None:
-            following = next(pieces, None)
+        """Read the batches. With prefetch, each is announced while the one before it is read."""
+        batches = map(self._checked, self.sampler)
+        batch = next(batches, None)
+        while batch is not None:
+            following = next(batches, None)
             if self.prefetch > 0 and following is not None:
-                rows.expect(following.rows)
-            if piece.start == 0 and rows.device.type == "cpu":
-                out = self._buffer((len(piece.batch), *rows.shape), self.dtype or rows.dtype)
-            stop = piece.start + len(piece.rows)
-            features = rows.gather(piece.rows, out=None if out is None else out[piece.start : stop])
-            if stop == len(piece.batch):
-                features = features.to(self.dtype or rows.dtype) if out is None else out
-                yield features, self._labels[piece.batch].to(rows.device)
-                out = None
-            del features  # frees its buffer for the next batch, unless the caller keeps it
-            piece = following
+                rows.expect(offset + following)
+            dtype, out = self.dtype or rows.dtype, None
+            if rows.device.type == "cpu":
+                out = self._buffer((len(batch), *rows.shape), dtype)
+            features = rows.gather(offset + batch, out=out).to(dtype)
+            yield features, self._labels[batch].to(rows.device)
+            del features, out  # frees the buffer for the next batch, unless the caller keeps it
+            batch = following
 
-    def _pieces(self, offset: int, max_rows: int) -> Iterator[_Piece]:
-        """Split batches into pieces of at most `max_rows` rows; 0: whole batches."""
-        for numbers in self.sampler:
-            batch = torch.as_tensor(numbers, dtype=torch.int64)
-            if any(not 0 <= number < len(self._labels) for number in numbers):
-                raise IndexError(
-                    f"FeatureLoader: images are numbered from 0 to {len(self._labels) - 1}; got {numbers}."
-                )
-            size = max_rows or len(batch) or 1
-            for start in range(0, len(batch) or 1, size):
-                yield _Piece(batch, offset + batch[start : start + size], start)
+    def _checked(self, numbers: list[int]) -> Tensor:
+        if any(not 0 <= number < len(self._labels) for number in numbers):
+            raise IndexError(f"FeatureLoader: images are numbered from 0 to {len(self._labels) - 1}; got {numbers}.")
+        return torch.as_tensor(numbers, dtype=torch.int64)
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Tensor in memory that is used again when the last tensor on it has been freed."""
