@@ -14,7 +14,6 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import skipkernels as sk
-from skipkernels import functional
 from skipkernels.selection import RankSampler
 from skipkernels.testing import allocated_bytes, saved_bytes
 
@@ -28,8 +27,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-@pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quickgelu"])
-@pytest.mark.parametrize("tail", ["resample", "fixed"])
+@pytest.mark.parametrize(("tail", "quick_gelu"), [("resample", False), ("fixed", True)])
 @pytest.mark.parametrize("skip", [0, 1, 2, 3, (1, 2), (3, 0)], ids=lambda skip: f"skip{skip}")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 def test_forward_equals_naive_step(dtype, skip, tail, quick_gelu):
@@ -109,13 +107,6 @@ def test_step_tunes_the_model_in_place():
     assert "visual.transformer.resblocks.0.mlp.c_fc.weight" not in changed
 
 
-def test_second_skipclip_unfreezes_blocks():
-    model = tiny_clip()
-    sk.SkipCLIP(model, tiny_tokens(9), skip_layers=3)
-    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
-    assert all(parameter.requires_grad for parameter in clip.trainable_parameters())
-
-
 def test_forward_keeps_every_label_of_a_large_batch():
     model, tokens = tiny_clip(), tiny_tokens(20)
     images, labels = tiny_batch(16, 20)[0], torch.arange(16)
@@ -132,18 +123,6 @@ def test_forward_few_classes(classes, tail):
     images, labels = tiny_batch(1, classes)
     out = sk.SkipCLIP(tiny_clip(), tiny_tokens(classes), skip_layers=1, tail=tail)(images, labels)
     assert out.loss.isfinite()
-
-
-def test_generator_determines_classes():
-    model, (images, labels) = tiny_clip(), tiny_batch(2, 40)
-
-    def run(seed):
-        generator = torch.Generator().manual_seed(seed)
-        clip = sk.SkipCLIP(model, tiny_tokens(40), skip_layers=1, keep_ratio=4, generator=generator)
-        return [clip(images, labels).class_ids.tolist() for _ in range(5)]
-
-    assert run(1) == run(1)
-    assert run(1) != run(2)
 
 
 def test_forward_return_logits():
@@ -191,25 +170,6 @@ def test_predict_equals_model_logits():
     torch.testing.assert_close(clip.predict(images), moved.detach(), rtol=1e-10, atol=1e-10)
 
 
-def test_prototypes_stay_zero_shot():
-    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
-    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
-    prototypes = clip.prototypes.clone()
-    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1))
-    clip(images, labels).loss.backward()
-    optimizer.step()
-    assert clip.prototypes.equal(prototypes)
-    assert not clip.class_embeddings().equal(prototypes)
-
-
-def test_train_logit_scale():
-    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
-    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, train_logit_scale=True)
-    clip(images, labels).loss.backward()
-    assert model.logit_scale.grad is not None
-    assert any(p is model.logit_scale for p in clip.trainable_parameters())
-
-
 @pytest.mark.parametrize("shared", [True, False])
 def test_text_features_are_packed_by_chunks(shared):
     """Hidden states [C, L, W] of whole prompts are never in memory."""
@@ -222,12 +182,6 @@ def test_text_features_are_packed_by_chunks(shared):
     assert before.equal(prompts.pack(whole)) and (prompts.prefix_length > 0) == shared
     peak = allocated_bytes(template.compute)
     assert template.rows.equal(before) and before.nbytes <= peak < before.nbytes + whole.nbytes / 2
-
-
-def test_chunk_changes_no_result():
-    model, (images, labels) = tiny_clip(), tiny_batch(7, 9)
-    losses = [sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, chunk=n)(images, labels).loss for n in (256, 2)]
-    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
 
 
 def test_forward_under_autocast():
@@ -244,20 +198,6 @@ def test_forward_under_autocast():
     assert out.loss.item() == pytest.approx(full.loss.item(), abs=14 * 2**-6)
 
 
-def test_selection_under_autocast_does_not_cast_prototypes(monkeypatch):
-    clip, seen = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(13), skip_layers=1), []
-    scores = functional.class_scores
-
-    def class_scores(image, prototypes, labels):
-        seen.append((image.dtype, prototypes.dtype, torch.is_autocast_enabled("cpu")))
-        return scores(image, prototypes, labels)
-
-    monkeypatch.setattr(functional, "class_scores", class_scores)
-    with torch.autocast("cpu", torch.bfloat16):
-        clip(*tiny_batch(4, 13, torch.float32))
-    assert seen == [(torch.float32, torch.float32, False)]
-
-
 def test_construction_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(9), skip_layers=1)
@@ -266,26 +206,11 @@ def test_construction_under_autocast():
     assert not half.equal(clip.class_embeddings()), "embeddings from autocast are not reused in fp32"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights(dtype):
-    model, (images, labels) = tiny_clip(dtype), tiny_batch(4, 9, dtype)
-    out = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels)
-    out.loss.backward()
-    assert out.loss.isfinite()
-
-
 def test_lower_device():
     model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
     expected = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels).loss
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, lower_device="cpu")
     assert clip(images, labels).loss.equal(expected)
-
-
-def test_construction_keeps_training_modes():
-    model = tiny_clip().train()
-    model.visual.ln_post.eval()
-    sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
-    assert model.training and model.visual.transformer.training and not model.visual.ln_post.training
 
 
 def test_global_random_state_is_unchanged():
@@ -296,33 +221,6 @@ def test_global_random_state_is_unchanged():
 
 
 # ---- variants of models ------------------------------------------------------------------------------------------
-
-
-def test_reductions_of_an_ordinary_clip():
-    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1)
-    assert all(reduction.enabled for reduction in clip.reductions.values())
-    assert clip._text.tokens.shape[1] < 77
-
-
-@pytest.mark.parametrize(
-    "alter",
-    [
-        lambda m: m.transformer.resblocks[1].register_forward_hook(lambda mod, args, out: out * 1.01),
-        lambda m: m.visual.register_forward_hook(lambda mod, args, out: out + 0.1),
-        lambda m: setattr(m, "encode_text", lambda tokens, normalize=False: torch.ones(len(tokens), 12).double()),
-        lambda m: setattr(m.visual, "forward", lambda images: torch.ones(len(images), 12).double()),
-    ],
-    ids=["block_hook_is_followed", "visual_hook", "encode_text", "visual_forward"],
-)
-def test_altered_model_is_followed_or_refused(alter, request):
-    model, tokens, (images, _) = tiny_clip(), tiny_tokens(9), tiny_batch(3, 9)
-    alter(model)
-    if "followed" in request.node.callspec.id:
-        clip = sk.SkipCLIP(model, tokens, skip_layers=1)
-        torch.testing.assert_close(clip.predict(images), model.get_logits(images, tokens)[0].detach())
-    else:
-        with pytest.raises(ValueError, match="does not call this module"):
-            sk.SkipCLIP(model, tokens, skip_layers=1)
 
 
 def test_reductions_text_not_causal():
@@ -357,38 +255,15 @@ def test_open_clip_tower_variants(vision, text):
 
 
 @pytest.mark.parametrize(
-    "text", [{}, {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}], ids=["causal", "siglip"]
-)
-def test_custom_text_clip(text):
-    """SigLIP has no mask, pools the last token and keeps padding."""
-    model, tokens = tiny_clip(family=open_clip.CustomTextCLIP, text=text), tiny_tokens(9)
-    images, labels = tiny_batch(3, 9)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert (clip.reductions["text.shared_prefix"].enabled) == (not text)
-    clip(images, labels).loss.backward()
-    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in got)
-    torch.nn.functional.cross_entropy(model.get_logits(images, tokens)[0], labels).backward()
-    for name, gradient in got.items():
-        assert relative_error(gradient, model.get_parameter(name).grad) < GRADIENT_TOLERANCE[torch.float64], name
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"skip_layers": 4}, "skip_layers must be a whole number from 0 to 3"),
-        ({"skip_layers": -1}, "skip_layers must be"),
-        ({"skip_layers": 1.5}, "skip_layers must be"),
         ({"skip_layers": float("nan")}, "skip_layers must be"),
-        ({"skip_layers": True}, "skip_layers must be"),
         ({"skip_layers": (1, 2, 3)}, "skip_layers must be one number or a pair"),
         ({"skip_layers": 1, "keep_ratio": 0.0}, "keep_ratio must be above 0"),
         ({"skip_layers": 1, "chunk": "a"}, "chunk must be a whole number, at least 1; got 'a'"),
         ({"skip_layers": 1, "generator": 0}, "generator must be a torch.Generator; got 0"),
         ({"skip_layers": 1, "model": (tiny_clip(), None)}, "model must be a CLIP, .*; got tuple. Pass its first"),
-        ({"skip_layers": 1, "model": None}, r"model must be a CLIP, an nn.Module; got NoneType\."),
     ],
 )
 def test_construction_bad_arguments(arguments, message):
@@ -400,17 +275,13 @@ def test_construction_bad_arguments(arguments, message):
     ("call", "error", "message"),
     [
         (lambda clip, x, y: clip.encode_upper(x), ValueError, r"be .* \[B, 5, 24\]; got \[3, 3, 16, 16\]"),
-        (lambda clip, x, y: clip.encode_upper(torch.zeros(3, 5, 23)), ValueError, r"be .* got \[3, 5, 23\]"),
-        (lambda clip, x, y: clip.sigmoid_loss(x, F.one_hot(y, 4), max_labels=1, logit_bias="a"), ValueError, "got 'a'"),
         (
             lambda clip, x, y: clip.sigmoid_loss(x, F.one_hot(y, 4), max_labels=1, logit_bias=torch.zeros(4)),
             ValueError,
             r"logit_bias must be a number or a tensor of one element; got \[4\]",
         ),
         (lambda clip, x, y: clip.graphed(None, batch_size=4), TypeError, "optimizer must be .*; got NoneType"),
-        (lambda clip, x, y: clip.graphed(None, batch_size=8.0), ValueError, "batch_size must be .*; got 8.0"),
         (lambda clip, x, y: torch.export.export(clip, (x, y)), RuntimeError, r"Export .* clip.classifier\(\)"),
-        (lambda clip, x, y: torch.jit.trace(clip, (x, y)), RuntimeError, r"Export .* clip.classifier\(\)"),
         (
             lambda clip, x, y: clip.load_state_dict(with_updates(clip)),
             ValueError,
@@ -418,7 +289,7 @@ def test_construction_bad_arguments(arguments, message):
         ),
         (lambda clip, x, y: sk.FeatureCache.build("x", clip.model, [(x[0], 0)]), TypeError, "clip must be a SkipC"),
     ],
-    ids=["images", "width", "bias", "biases", "optimizer", "batch_size", "export", "trace", "lora_state", "build"],
+    ids=["images", "bias", "optimizer", "export", "lora_state", "build"],
 )  # fmt: skip
 def test_wrong_use(call, error, message):
     clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1).eval(), tiny_batch(3, 4)
@@ -472,11 +343,6 @@ def test_construction_token_outside_vocabulary(number):
         sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1)
 
 
-def test_construction_under_inference_mode():
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be created under torch.inference_mode"):
-        sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1)
-
-
 def test_forward_features_of_wrong_shape():
     clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
     features = clip.encode_lower(images)
@@ -508,15 +374,6 @@ def test_parameter_groups_replaced_parameters():
     assert {id(p) for group in groups for p in group["params"]} == {
         id(p) for p in model.parameters() if p.requires_grad
     }
-
-
-@pytest.mark.parametrize("block", [0, 2], ids=["below", "above"])
-def test_predict_follows_weight_changed_through_data(block):
-    model, tokens, (images, _) = tiny_clip(), tiny_tokens(6), tiny_batch(2, 6)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1)
-    clip.predict(images)
-    model.transformer.resblocks[block].mlp.c_fc.weight.data.mul_(3)
-    torch.testing.assert_close(clip.predict(images), model.get_logits(images, tokens)[0].detach())
 
 
 def test_skip_layers_fraction_and_pair():

@@ -23,24 +23,20 @@ from skipkernels.towers.families import open_clip as open_clip_towers
 C = 7
 
 
-class LoRA(nn.Module):
-    """A linear layer with a low-rank update, as an adapter library inserts it."""
-
-    def __init__(self, base: nn.Linear, rank: int = 2):
-        super().__init__()
-        self.base = base
-        self.lora_A = nn.Parameter(0.1 * torch.randn(rank, base.in_features, dtype=base.weight.dtype))
-        self.lora_B = nn.Parameter(0.1 * torch.randn(base.out_features, rank, dtype=base.weight.dtype))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + x @ self.lora_A.T @ self.lora_B.T
+def _with_lora(module: nn.Module, name: str) -> None:
+    """Insert PEFT's LoRA with random factors."""
+    config = peft.LoraConfig(r=2, target_modules=[name])
+    peft.inject_adapter_in_model(config, module)
+    for key, parameter in module.named_parameters():
+        if "lora_" in key:
+            parameter.data = 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
 
 
-def with_adapters(block: int, tower: str = "both") -> nn.Module:
-    """Return a frozen model with a trainable LoRA in the MLP of one block."""
+def with_adapters(block: int) -> nn.Module:
+    """Return a frozen model with trainable LoRA of PEFT in the MLP of one block of each tower."""
     model = tiny_clip().requires_grad_(False)
-    for stack in {"both": (model.visual.transformer, model.transformer), "image": (model.visual.transformer,)}[tower]:
-        stack.resblocks[block].mlp.c_proj = LoRA(stack.resblocks[block].mlp.c_proj)
+    for stack in (model.visual.transformer, model.transformer):
+        _with_lora(stack.resblocks[block], "c_proj")
     return model
 
 
@@ -62,17 +58,8 @@ def test_trainable_upper_ordinary_model_without_warning(recwarn):
 
 
 def test_trainable_upper_refuses_adapters():
-    with pytest.raises(UnsupportedModel, match=r'c_proj is an adapter.*Pass trainable="as_is"'):
+    with pytest.raises(UnsupportedModel, match=r'is an adapter.*Pass trainable="as_is"'):
         sk.SkipCLIP(with_adapters(1), tiny_tokens(C), skip_layers=1)
-
-
-def test_trainable_as_is_adapters():
-    model, (images, labels) = with_adapters(2), tiny_batch(3, C)
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, trainable="as_is")
-    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    assert len(clip.trainable_parameters()) == 4
-    assert "1 of 3 blocks" in clip.reductions["image.fused_block"].reason
-    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
 
 @pytest.mark.parametrize("kept", ["ln_", "bias"])
@@ -136,15 +123,6 @@ def test_altered_container_is_an_error(name, way):
         clip.predict(images)
 
 
-def _with_lora(module: nn.Module, name: str, **options) -> None:
-    """Insert PEFT's LoRA with random factors."""
-    config = peft.LoraConfig(r=2, target_modules=[name], **options)
-    peft.inject_adapter_in_model(config, module)
-    for key, parameter in module.named_parameters():
-        if "lora_" in key:
-            parameter.data = 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
-
-
 def _both(alter):
     """Alter a block above the cut of each tower."""
     return lambda m: [alter(stack.resblocks[2]) for stack in (m.visual.transformer, m.transformer)]
@@ -159,12 +137,8 @@ FOLLOWED = {
     "eps": _both(lambda b: setattr(b.ln_2, "eps", 0.1)),
     "activation": _both(lambda b: setattr(b.mlp, "gelu", open_clip.transformer.QuickGELU())),
     "unknown_activation": _both(lambda b: setattr(b.mlp, "gelu", nn.SiLU())),
-    "layer": _both(lambda b: setattr(b.mlp, "c_fc", copy.deepcopy(b.mlp.c_fc))),
-    "subclass": _both(lambda b: setattr(b.mlp, "c_fc", LoRA(b.mlp.c_fc))),
     "peft": _both(lambda b: _with_lora(b, "c_proj")),
-    "norm": _both(lambda b: setattr(b, "ln_1", nn.RMSNorm(b.ln_1.normalized_shape).double())),
     "weight_norm": _both(lambda b: torch.nn.utils.parametrizations.weight_norm(b.mlp.c_fc)),
-    "extra_layer": _both(lambda b: b.mlp.append(nn.ReLU())),
     "hook": _both(lambda b: b.register_forward_hook(_scale)),
     "pre_hook": _both(lambda b: b.register_forward_pre_hook(lambda mod, args: (1.1 * args[0], *args[1:]))),
     "backward_hook": _both(lambda b: b.register_full_backward_hook(lambda mod, d_in, d_out: (2 * d_in[0],))),
@@ -186,35 +160,22 @@ FOLLOWED = {
 
 
 @pytest.mark.filterwarnings("ignore:skipkernels. a block is not fused")
-@pytest.mark.parametrize("memory", ["fast", "min"])
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_alteration_is_followed(name, memory):
+def test_alteration_is_followed(name):
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, memory=memory)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, memory="min")
     clip(images, labels)
     before = clip.predict(images)
     FOLLOWED[name](model)
     with unfused(model.modules()):
         expected = model.get_logits(images, tiny_tokens(C))[0].detach()
     torch.testing.assert_close(clip.predict(images), expected, rtol=1e-9, atol=1e-9)
-    assert before.allclose(expected) == (name in ("layer", "backward_hook", "weight_norm"))  # no effect on logits
+    assert before.allclose(expected) == (name in ("backward_hook", "weight_norm"))  # no effect on logits
     for parameter in model.parameters():  # `assign` and PEFT set it
         parameter.requires_grad_(False)
     for part in (*clip._image.upper_parameters(), *clip._text.upper_parameters()):
         part.requires_grad_(True)
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
-
-
-@pytest.mark.parametrize("name", ["peft", "hook", "hook_on_child", "unknown_activation"])
-def test_reductions_say_which_blocks_are_altered(name):
-    model = tiny_clip()
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
-    assert all(reduction.enabled for reduction in clip.reductions.values())
-    FOLLOWED[name](model)
-    for tower in ("image", "text"):
-        assert clip.reductions[f"{tower}.fused_block"].reason.startswith("1 of 3 blocks (2): ")
-        assert not clip.reductions[f"{tower}.pooled_last_block"].enabled
-    assert clip.reductions["text.shared_prefix"].enabled
 
 
 def _new_embedding(model: nn.Module) -> None:
@@ -228,9 +189,6 @@ def _scaled_in_place(model: nn.Module) -> None:
 CALLED = {
     "hook_on_embedding": lambda m: m.token_embedding.register_forward_hook(lambda mod, args, out: 1.3 * out),
     "new_embedding": _new_embedding,
-    "forward_of_embedding": lambda m: setattr(
-        m.token_embedding, "forward", lambda ids: 1.3 * m.token_embedding.weight[ids]
-    ),
     "eps_of_head": lambda m: setattr(m.ln_final, "eps", 0.3),
     "hook_on_head": lambda m: m.ln_final.register_forward_pre_hook(lambda mod, args: (args[0] + args[0].sin(),)),
     "adapter_scale": _scaled_in_place,
@@ -344,15 +302,6 @@ def test_features_after_altered_lower_block(alter):
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
 
-def test_features_after_replaced_lower_weight():
-    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
-    features = clip.encode_lower(images)
-    model.visual.conv1.weight = nn.Parameter(1.3 * model.visual.conv1.weight.detach(), requires_grad=False)
-    with pytest.raises(RuntimeError, match="weights below the cut have changed"):
-        clip(features, labels)
-
-
 @pytest.mark.parametrize("name", ["mask", "reordered"])
 def test_refresh_follows_alteration(name):
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
@@ -391,13 +340,8 @@ def test_harmless_changes_are_no_alteration():
 @pytest.mark.parametrize("place", ["image", "text"])
 @pytest.mark.parametrize(
     "write",
-    [
-        lambda p: p.data.mul_(1.5),
-        lambda p: p.detach().numpy().__imul__(1.5),
-        lambda p: p.data.neg_(),
-        lambda p: p.data.copy_(p.data.flip(0)),
-    ],
-    ids=["data", "numpy", "sign", "moved"],
+    [lambda p: p.detach().numpy().__imul__(1.5), lambda p: p.data.copy_(p.data.flip(0))],
+    ids=["numpy", "data"],
 )
 def test_mode_switch_sees_weights_that_bypass_autograd(write, place):
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
@@ -454,19 +398,10 @@ def test_failed_construction_restores_requires_grad(monkeypatch):
     assert before == {name: p.requires_grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("write", [torch.Tensor.neg_, lambda p: p.copy_(p.flip(0))], ids=["sign", "moved"])
-def test_predict_sees_changed_signs_and_positions(write):
-    model, (images, _) = tiny_clip(), tiny_batch(3, C)
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
-    clip.predict(images)
-    write(model.text_projection.data)
-    torch.testing.assert_close(clip.predict(images), model.get_logits(images, tiny_tokens(C))[0].detach())
-
-
 @pytest.mark.parametrize(
     "function", [lambda x: digests([x])[0], lambda x: _device_digest(x).item()], ids=["cpu", "gpu"]
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_digests_depend_on_signs_and_positions(function, dtype):
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     others = [x.clone(), -x, x.flip(0), x.roll(1), x.T.reshape(6, 5)]
@@ -479,7 +414,7 @@ def test_digests_depend_on_signs_and_positions(function, dtype):
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_verify_wrong_activation(dtype, tower, monkeypatch):
     """GELU and QuickGELU differ by less than half precision rounds over a few blocks."""
     from open_clip.transformer import QuickGELU
@@ -511,13 +446,6 @@ def test_verify_wrong_gradient(dtype, monkeypatch):
     )
     with pytest.raises(RuntimeError, match="relative error of the gradient"):
         sk.SkipCLIP(tiny_clip(dtype), tiny_tokens(C), skip_layers=1)
-
-
-def test_unfused_block_warns():
-    model = tiny_clip()
-    model.transformer.resblocks[1].mlp.gelu = nn.SiLU()
-    with pytest.warns(UserWarning, match=r"a block is not fused \(a block has a SiLU of torch for its mlp.gelu\)"):
-        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
 
 
 def test_attention_of_open_clip_4_is_fused(monkeypatch):

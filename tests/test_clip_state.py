@@ -78,11 +78,6 @@ def test_state_dict_continues_the_draws(tail):
     assert drawn(fresh) == drawn(clip)
 
 
-def test_state_dict_keys():
-    clip = make_clip()
-    assert set(clip.state_dict()) == {f"model.{name}" for name in clip.model.state_dict()} | {"_extra_state"}
-
-
 def test_load_state_dict_without_sampler_warns():
     clip, old = make_clip(), make_clip().state_dict()
     del old["_extra_state"]
@@ -111,35 +106,16 @@ def test_set_extra_state_mismatch(state, message):
         make_clip().set_extra_state(state() if callable(state) else state)
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda clip: pickle.loads(pickle.dumps(clip))], ids=["copy", "pickle"])
-def test_copy_draws_and_trains_independently(way):
-    clip, (images, labels) = make_clip(), tiny_batch(2, C)
-    drawn(clip)
-    twin = way(clip)
-    assert drawn(twin) == drawn(clip)
-    out, expected = twin(images, labels), clip(images, labels)
-    assert out.loss.equal(expected.loss)
-    out.loss.backward()
-    assert clip.model.text_projection.grad is None, "the copy trains its own weights"
-
-
 # ---- interfaces of trainers ----------------------------------------------------------------------------------------
 
 
 def test_forward_batch_by_name():
     images, labels = tiny_batch(2, C)
-    losses = [make_clip()(**{name: images}, labels=labels).loss for name in ("x", "pixel_values", "images")]
-    assert losses[0].equal(losses[1]) and losses[0].equal(losses[2])
-    with pytest.raises(TypeError, match="pass images or features as one of x, .*; got none"):
-        make_clip()(labels=labels)
-    with pytest.raises(TypeError, match="got more than one"):
-        make_clip()(images, labels, pixel_values=images)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_forward_outputs_are_tensors(training):
-    out = make_clip().train(training)(*tiny_batch(2, C))
-    assert [isinstance(value, torch.Tensor) for value in out] == [True, not training, True, True]
+    losses = [make_clip()(**{name: images}, labels=labels).loss for name in ("x", "pixel_values")]
+    assert losses[0].equal(losses[1])
+    for given in ({}, {"x": images, "pixel_values": images}):
+        with pytest.raises(TypeError, match="pass images or features as x, or as pixel_values; got both or none"):
+            make_clip()(labels=labels, **given)
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing_enable", "set_grad_checkpointing"])
@@ -149,22 +125,6 @@ def test_gradient_checkpointing_is_memory_min(name):
     assert clip._image.memory == clip._text.memory == "min"
     clip.gradient_checkpointing_disable()
     assert clip._image.memory == "auto"
-
-
-def test_gradient_checkpointing_options_of_transformers():
-    clip = make_clip()
-    clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={}, every_n_layers=1, offload=False)
-    assert clip._image.memory == "min"
-
-
-def test_averaged_model_with_buffers():
-    clip = make_clip()
-    average = AveragedModel(clip, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    clip.model.transformer.resblocks[0].ln_1.bias.data += 1.0
-    clip.eval()  # drops the text features at the cut
-    for _ in range(2):
-        average.update_parameters(clip)
-    assert average.module.prototypes.equal(clip.prototypes)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -178,25 +138,12 @@ def test_activation_checkpoint_around_the_step(reentrant):
     assert every.model.text_projection.grad is not None
 
 
-def test_to_moves_every_tensor():
-    clip = make_clip().to("meta")
-    held = [clip._text.tokens, clip._text.pooled, clip._text.prompts.lengths, clip.prototypes]
-    assert {tensor.device.type for tensor in held} == {"meta"}
-
-
 def test_bfloat16_keeps_prototypes_in_fp32():
     clip, (images, labels) = make_clip(dtype=torch.float32), tiny_batch(2, C, torch.float32)
     prototypes = clip.prototypes.clone()
     clip.bfloat16()
     assert clip.prototypes.equal(prototypes)
     assert clip(clip.encode_lower(images), labels).loss.isfinite()
-
-
-def test_prototypes_under_autocast_are_fp32():
-    expected = make_clip(dtype=torch.float32).prototypes
-    with torch.autocast("cpu", torch.bfloat16):
-        clip = make_clip(dtype=torch.float32)
-    assert clip.prototypes.equal(expected)
 
 
 def test_classifier_exports():
@@ -221,13 +168,6 @@ def test_set_extra_state_without_digest_of_prompts():
     tensors = safetensors.torch.load(state.numpy().tobytes())
     del tensors["prompts"]
     clip.set_extra_state(torch.frombuffer(bytearray(safetensors.torch.save(tensors)), dtype=torch.uint8))
-
-
-def test_forward_one_class_has_zero_gradients():
-    model, (images, labels) = tiny_clip(), tiny_batch(3, 1)
-    sk.SkipCLIP(model, tiny_tokens(1), skip_layers=1)(images, labels).loss.backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    assert gradients and all(gradient.abs().max() < 1e-12 for gradient in gradients)  # rounding of a zero
 
 
 # ---- trainers around the step --------------------------------------------------------------------------------------
@@ -269,12 +209,9 @@ def test_exponential_average_of_the_weights():
     assert average.module.prototypes.equal(clip.prototypes)
 
 
-@pytest.mark.parametrize("memory", ["fast", "min"])
-def test_gradient_accumulation_equals_the_large_batch(memory):
+def test_gradient_accumulation_equals_the_large_batch():
     images, labels = tiny_batch(6, C)
-    large, small = (
-        sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, keep_ratio=1.0, memory=memory) for _ in range(2)
-    )
+    large, small = (sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, keep_ratio=1.0) for _ in range(2))
     large(images, labels).loss.backward()
     for part in range(3):
         (small(images[part::3], labels[part::3]).loss / 3).backward()
@@ -296,9 +233,3 @@ def test_copy_in_the_middle_of_training_goes_the_same_way(way):
             step_of(twin, other, seed)
         assert all(a.equal(b) for a, b in zip(clip.parameters(), twin.parameters(), strict=True))
         clip.set_classes(tiny_tokens(C, seed=8), torch.linspace(1.5, 0.5, C))
-
-
-def test_step_in_a_compiled_function():
-    eager, clip, (images, labels) = make_clip(), make_clip(), tiny_batch(3, C)
-    twice = torch.compile(lambda x, y: 2 * clip(x + 0, y).loss, backend="aot_eager")
-    assert twice(images, labels).equal(2 * eager(images, labels).loss)

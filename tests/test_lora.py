@@ -17,7 +17,6 @@ from reference_step import assert_matches_reference_step
 from timm.models.vision_transformer import VisionTransformer
 from timm_models import timm_clip
 from torch import nn
-from torch.nn.utils import parametrize
 
 import skipkernels as sk
 from skipkernels.digests import digest_file
@@ -343,15 +342,6 @@ def test_updates_beside_trained_weights():
     # Per tower: A and B of three targets in two blocks, weights of keys, the weight with its update, norms.
     assert len(clip.trainable_parameters()) == 2 * (2 * 3 * 2 + 2 + 1 + 4)
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
-
-
-def test_another_parametrization_is_not_fused():
-    model = tiny_clip()
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
-    sk.add_lora(clip, 2)
-    parametrize.register_parametrization(model.transformer.resblocks[2].attn, "in_proj_weight", nn.Identity())
-    with pytest.warns(UserWarning, match="ParametrizedMultiheadAttention of a block was altered"):
-        clip.predict(tiny_batch(3, C)[0])
 
 
 # ---- PEFT ------------------------------------------------------------------------------------------------------------

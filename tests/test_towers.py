@@ -52,43 +52,32 @@ def hidden_states(dtype=torch.float64, requires_grad=True):
     return hidden.requires_grad_(requires_grad)
 
 
+# Dtypes of weights and residual stream, and of products: the same, or another one as under autocast.
+DTYPES = [
+    *((dtype, dtype) for dtype in TOLERANCE),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float16),
+]
+
+
 @pytest.mark.parametrize("save_inputs_only", [False, True], ids=["fast", "min"])
 @pytest.mark.parametrize("constant", [False, True], ids=["inner", "first"])
 @pytest.mark.parametrize("pool", [False, True], ids=["all", "pooled"])
 @pytest.mark.parametrize("layer_scale", [None, 0.3], ids=["plain", "layer_scale"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32", "bf16"])
-def test_fused_block_equals_callers_module(dtype, layer_scale, pool, constant, save_inputs_only):
+@pytest.mark.parametrize(("dtype", "product_dtype"), DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_fused_block_equals_callers_module(dtype, product_dtype, layer_scale, pool, constant, save_inputs_only):
     block, hidden = make_block(dtype, ls_init_value=layer_scale), hidden_states(dtype, not constant)
     exact, exact_hidden = copy.deepcopy(block).double(), hidden.detach().double().requires_grad_(not constant)
     rows = torch.arange(N) * TOKENS if pool else None
     expected = exact(exact_hidden).flatten(0, 1)
     expected = expected if rows is None else expected[rows]
-    out = run_fused(block, hidden, save_inputs_only, rows)
-    assert relative_error(out, expected) < TOLERANCE[dtype]
-    truth = gradients(expected, exact, exact_hidden)
-    for name, gradient in gradients(out, block, hidden).items():
-        assert gradient.dtype == dtype
-        assert relative_error(gradient, truth[name]) < TOLERANCE[dtype], name
-
-
-@pytest.mark.parametrize("save_inputs_only", [False, True], ids=["fast", "min"])
-@pytest.mark.parametrize("constant", [False, True], ids=["inner", "first"])
-@pytest.mark.parametrize("pool", [False, True], ids=["all", "pooled"])
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str)
-def test_fused_block_under_autocast(dtypes, pool, constant, save_inputs_only):
-    """Products in a narrower dtype than weights and residual stream, or in another."""
-    dtype, product_dtype = dtypes
-    block, hidden = make_block(dtype), hidden_states(dtype, not constant)
-    exact, exact_hidden = copy.deepcopy(block).double(), hidden.detach().double().requires_grad_(not constant)
-    rows = torch.arange(N) * TOKENS if pool else None
-    expected = exact(exact_hidden).flatten(0, 1)
-    expected = expected if rows is None else expected[rows]
     out = run_fused(block, hidden, save_inputs_only, rows, product_dtype)
-    assert out.dtype == dtype and relative_error(out, expected) < 1e-2
+    tolerance = TOLERANCE[dtype if product_dtype == dtype else torch.bfloat16]
+    assert out.dtype == dtype and relative_error(out, expected) < tolerance
     truth = gradients(expected, exact, exact_hidden)
     for name, gradient in gradients(out, block, hidden).items():
         assert gradient.dtype == dtype
-        assert relative_error(gradient, truth[name]) < TOLERANCE[torch.bfloat16], name
+        assert relative_error(gradient, truth[name]) < tolerance, name
 
 
 @pytest.mark.parametrize("product_dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
@@ -236,7 +225,7 @@ def prompts(draw):
     return tokens
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     tokens=prompts(),
     batch=st.integers(1, 5),
@@ -262,14 +251,6 @@ def test_step_equals_naive_step_for_any_prompts(tokens, batch, skip, keep, memor
             expected = reference.get_parameter(name).grad
             bound = 1e-9 * expected.norm() + 1e-12
             assert (parameter.grad - expected).norm() <= bound, name
-
-
-def test_prompts_share_prefix_and_are_packed():
-    tower = OpenClipTextTower(sk.fuse(tiny_clip()), tiny_tokens(9))
-    assert all(reduction.enabled for reduction in tower.reductions.values())
-    prefix, rows = tower.prompts.prefix_length, tower.prompts.pack(tower.embed(tower.tokens))
-    assert prefix >= 2
-    assert len(rows) == tower.prompts.row_count == prefix + int((tower.pooled + 1 - prefix).sum())
 
 
 def test_prompts_with_rows_behind_equal_packed(monkeypatch):
@@ -338,11 +319,6 @@ def test_memory_modes_same_step_and_saved_bytes(monkeypatch):
     monkeypatch.setattr("skipkernels.towers.base.free_bytes", lambda device: 1000)
     clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1, memory="auto")  # which decides once
     assert saved_bytes(lambda: clip(features, labels)) == saved["min"]
-
-
-def test_memory_invalid_raises():
-    with pytest.raises(ValueError, match="memory must be one of auto, fast, min; got 'low'"):
-        sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, memory="low")
 
 
 def test_step_compiled_has_same_gradients():

@@ -101,17 +101,6 @@ def sharing_weights(part: Any, model: nn.Module) -> Any:
 # ---- checks of images. Values are checked on the CPU only: on a GPU the check would be a host sync.
 
 
-def one_batch(x: Any, pixel_values: Any, images: Any) -> Any:
-    """Return the argument that was given, of three names of one argument."""
-    given = [value for value in (x, pixel_values, images) if value is not None]
-    if len(given) != 1:
-        raise TypeError(
-            "SkipCLIP: pass images or features as one of x, pixel_values and images; got "
-            f"{'more than one' if given else 'none'}."
-        )
-    return given[0]
-
-
 def check_images(x: Any) -> None:
     """Raise unless x can be images or features: floating point, not empty; on the CPU also finite."""
     if not isinstance(x, Tensor):

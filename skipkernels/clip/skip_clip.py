@@ -19,7 +19,7 @@ from ..towers import ImageTower, Memory, TextTower, UnsupportedModel, build_towe
 from ..towers.block import fuse_blocks
 from ..towers.changes import Containers
 from .base import Settings, SkipOutput, Trainable
-from .image import ImageEncoder, one_batch, refuse_export
+from .image import ImageEncoder, refuse_export
 from .inference import Inference
 from .losses import (
     Losses,
@@ -167,7 +167,6 @@ class SkipCLIP(Losses, Inference):
         labels: Tensor | None = None,
         *,
         pixel_values: Tensor | None = None,
-        images: Tensor | None = None,
         return_logits: bool = False,
     ) -> SkipOutput:
         """Run one step: embed the images, select classes, embed these, and compute the loss.
@@ -180,13 +179,14 @@ class SkipCLIP(Losses, Inference):
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
             labels: [B] int64, classes of the images.
             pixel_values: Another name of x, for trainers that pass their batch by name.
-            images: Another name of x.
             return_logits: In training, also return the [B, K] logits; the loss does not need them.
 
         Returns:
             SkipOutput: the cross-entropy over the selected classes, and these classes.
         """
-        x = one_batch(x, pixel_values, images)
+        if (x is None) == (pixel_values is None):
+            raise TypeError("SkipCLIP: pass images or features as x, or as pixel_values; got both or none.")
+        x = pixel_values if x is None else x
         refuse_export()
         own, several = 0, self._parallel is not None and self.training
         if several:

@@ -215,9 +215,6 @@ class SkipKernels(TrainerX):
         """Load the weights of `model-best.pth.tar` or of an epoch, of these or of other classes.
 
         An empty directory leaves the model untuned, as in CoOp.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
         """
         if directory:
             path = Path(directory, "model", "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}")

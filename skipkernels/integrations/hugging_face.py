@@ -39,13 +39,6 @@ def trainer_arguments(
         options: Further arguments of the optimizer, such as `momentum`. For `FusedSGD`, `in_backward` defaults to
             False: the trainer clips gradients after backward (`max_grad_norm=1.0`), which updates in backward exclude.
 
-    Returns:
-        dict: `args`, `optimizer_cls_and_kwargs`, `data_collator`, `preprocess_logits_for_metrics` and
-        `compute_metrics` (`accuracy`; may be replaced).
-
-    Raises:
-        TypeError: If args are not `TrainingArguments`, or, when training begins, the model is not a SkipCLIP.
-
     Example:
         >>> from transformers import TrainingArguments
         >>> arguments = trainer_arguments(TrainingArguments("runs"), text_lr=2e-5, image_lr=5e-6, momentum=0.9)
@@ -83,16 +76,17 @@ def collate(items: Sequence[tuple[Tensor, int] | dict[str, Any]]) -> dict[str, T
         items: Pairs (image, label), or dictionaries with these keys. Features at the cut, such as those of a
             `FeatureCache`, may replace the image.
 
-    Raises:
-        TypeError: If an image is not a tensor, or a label is not one class id.
-        ValueError: If a dictionary has other keys.
-
     Example:
         >>> batch = collate([(torch.zeros(3, 32, 32), 7), (torch.ones(3, 32, 32), 1)])
         >>> batch["pixel_values"].shape, batch["labels"]
         (torch.Size([2, 3, 32, 32]), tensor([7, 1]))
     """
-    pairs = [_pair(item) if isinstance(item, dict) else item for item in items]
+    if isinstance(items[0], dict) and not items[0].keys() >= {"pixel_values", "labels"}:
+        raise ValueError(
+            f"collate: items must have the keys pixel_values and labels; got {', '.join(map(str, items[0]))}. Rename "
+            "the columns of the dataset."
+        )
+    pairs = [(item["pixel_values"], item["labels"]) if isinstance(item, dict) else item for item in items]
     images, labels = zip(*pairs, strict=True)
     if not isinstance(images[0], Tensor):
         raise TypeError(
@@ -107,16 +101,6 @@ def collate(items: Sequence[tuple[Tensor, int] | dict[str, Any]]) -> dict[str, T
             "own training loop."
         )
     return {"pixel_values": torch.stack(images), "labels": torch.tensor(class_ids)}
-
-
-def _pair(item: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the image and the label of a dictionary."""
-    if not item.keys() >= {"pixel_values", "labels"}:
-        raise ValueError(
-            f"collate: items must have the keys pixel_values and labels; got {', '.join(map(str, item))}. Rename the "
-            "columns of the dataset."
-        )
-    return item["pixel_values"], item["labels"]
 
 
 def class_logits(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:

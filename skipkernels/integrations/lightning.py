@@ -37,9 +37,6 @@ class SkipModule(LightningModule):
         options: Further arguments of the optimizer, such as `momentum`. For `FusedSGD`, `in_backward` is False unless
             given, since an update in backward is over before the trainer clips gradients (`gradient_clip_val`).
 
-    Raises:
-        TypeError: If clip is not a SkipCLIP; in a step, if the batch is not a pair (images or features, labels).
-
     Example:
         >>> import skipkernels as sk
         >>> from skipkernels.app.demo import glyph_tiny
@@ -108,10 +105,8 @@ class SkipModule(LightningModule):
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     """Images or features, and labels, of a batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        parts = f" with keys {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
-        parts = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else parts
         raise TypeError(
-            f"SkipModule: a batch must be a pair (images or features, labels); got {type(batch).__name__}{parts}. "
-            "Return pairs from the dataset, or write the steps of a LightningModule of your own."
+            f"SkipModule: a batch must be a pair (images or features, labels); got {type(batch).__name__} of "
+            f"{len(batch)}. Return pairs from the dataset, or write the steps of a LightningModule of your own."
         )
     return batch[0], batch[1]

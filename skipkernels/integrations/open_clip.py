@@ -29,9 +29,6 @@ class ClassModel(nn.Module):
     Args:
         clip: `SkipCLIP` around an open_clip model, with the prompts of the classes.
 
-    Raises:
-        TypeError: If clip is not a SkipCLIP, such as one in a parallel wrapper.
-
     Example:
         >>> import skipkernels as sk
         >>> from skipkernels.app.demo import glyph_tiny
@@ -78,8 +75,7 @@ class ClassModel(nn.Module):
             In training mode `class_loss` [1] and `logit_scale` []. In evaluation mode `image_features` and
             `text_features` [B, D], unit norm (None where the input is), and `logit_scale` [].
 
-        Raises:
-            ValueError: If a caption is not the prompt of a class, on the CPU. On a GPU it is a device-side assertion.
+        A caption that is not the prompt of a class is a ValueError on the CPU, and a device-side assertion on a GPU.
         """
         if text is not None and not isinstance(text, Tensor):
             raise TypeError(
@@ -113,11 +109,7 @@ class ClassModel(nn.Module):
             )
 
     def class_ids(self, text: Tensor) -> Tensor:
-        """Class ids [B] of captions, int64 tokens [B, L]; on a GPU without a host sync.
-
-        Raises:
-            ValueError: As for `forward`, or if two classes have the same prompt.
-        """
+        """Class ids [B] of captions, int64 tokens [B, L]; on a GPU without a host sync."""
         tokens = self.clip._tokens  # [C, L] or [C, T, L]
         if text.ndim != 2 or text.shape[1] != tokens.shape[-1] or text.is_floating_point():
             raise ValueError(

@@ -122,12 +122,6 @@ def test_model_init(trained, short, tmp_path):
     assert not vector(models[1]).equal(vector(models[0]))
 
 
-def test_weight_decay_given_twice(short, tmp_path):
-    trainer = trainer_of(make(short), short, tmp_path, weight_decay=0.3)
-    with pytest.raises(TypeError, match="multiple values for keyword argument 'weight_decay'"):
-        trainer.create_optimizer()
-
-
 @pytest.mark.filterwarnings("error")
 def test_gradient_checkpointing(trained, short, tmp_path):
     clip = make(short)
@@ -166,11 +160,8 @@ def test_features_where_images_are_expected(short, tmp_path):
             "keys pixel_values and labels; got pixel_values, la",
         ),
         ((torch.zeros(1), [1, 2]), TypeError, "labels must be class ids, one whole number for each image"),
-        ((torch.zeros(1), 2.7), TypeError, "labels must be class ids, one whole number for each image; got 2.7"),
-        ((torch.zeros(1), torch.tensor(2.7)), TypeError, "one whole number for each image; got tensor"),
-        ((torch.zeros(1), True), TypeError, "one whole number for each image; got True"),
     ],
-    ids=["list", "keys", "labels", "float", "float_tensor", "bool"],
+    ids=["list", "keys", "labels"],
 )
 def test_collate_refuses(item, error, message):
     with pytest.raises(error, match=f"^collate: .*{message}"):

@@ -57,7 +57,7 @@ def test_bad_use(short):
     with pytest.raises(TypeError, match="SkipModule: clip must be a SkipCLIP; got Linear"):
         lightning.SkipModule(torch.nn.Linear(1, 1), text_lr=1, image_lr=1)
     module = runner.plug(short.implementations()["skipkernels"](), short)
-    for batch, found in (({"image": 1, "label": 2}, "dict with keys image, label"), ((1, 2, 3), "tuple of 3")):
+    for batch, found in (({"image": 1, "label": 2}, "dict of 2"), ((1, 2, 3), "tuple of 3")):
         with pytest.raises(TypeError, match=f"batch must be a pair .*; got {found}"):
             module.training_step(batch, 0)
 

@@ -20,7 +20,6 @@ import skipkernels as sk
 from bench.trainers import open_clip as runner
 from bench.trainers.common import Problem, small_problem, trained
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_schedule
-from tests.processes import run_in_processes
 
 
 @pytest.fixture(scope="module")
@@ -100,32 +99,6 @@ def test_accumulation_draws_classes_once(problem):
         assert state.equal(clips[1].sampler.state_dict()[name])
 
 
-def test_two_processes_equal_one(tmp_path):
-    """With DistributedDataParallel as open_clip's `main` makes it, and all classes kept."""
-    problem = small_problem(steps=3, batch_size=4)
-    text = problem.tokens[problem.labels]
-    start = trained(skip_clip(problem))
-    alone = fit(skip_clip(problem), problem.images, text, batch_size=4)
-    first, second = run_in_processes(2, tmp_path, fit_half)
-    assert first.equal(second)
-    # Gradients of half a batch are added in another order: 16 steps of 2⁻²³ in each update.
-    assert (first - alone).norm() < 1e-4 * (alone - start).norm()
-
-
-def fit_half(rank: int) -> Tensor:
-    """Trained parameters of one of two processes."""
-    problem = small_problem(steps=3, batch_size=4)
-    torch.distributed.init_process_group("gloo")
-    clip = skip_clip(problem)
-    mine = torch.arange(12).view(3, 2, 2)[:, rank].flatten()
-    model = nn.parallel.DistributedDataParallel(ClassModel(clip))
-    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=1e-2, image_lr=5e-3))
-    data = runner.data(problem.images[mine], problem.tokens[problem.labels[mine]], 2)
-    runner.fit(model, ClassLoss(), optimizer, data, distributed=True, rank=rank, world_size=2)
-    torch.distributed.destroy_process_group()
-    return trained(clip)
-
-
 def schedule_of_open_clip_4(optimizer: torch.optim.Optimizer, rate: float) -> Any:
     """Stand-in for `cosine_lr` of open_clip 4, which is not installed: it honours `lr_scale`."""
 
@@ -162,14 +135,6 @@ def test_rates_under_a_schedule(problem, clip, version, is_scaled):
     found = [str(warning.message) for warning in caught if "ClassModel" in str(warning.message)]
     assert len(found) == ignored
     assert all("both towers to 0.01, so text_lr and image_lr have no effect" in message for message in found)
-
-
-def test_loss_with_accumulation():
-    loss = torch.tensor([0.0, 3.0, 0.0], requires_grad=True)
-    out = ClassLoss()(class_loss=loss, logit_scale=torch.ones(()))["class_loss"]
-    out.backward()
-    assert out.item() == 3
-    assert loss.grad[1].item() == pytest.approx(1 / 3)
 
 
 def test_evaluation(problem, clip):

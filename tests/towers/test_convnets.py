@@ -95,9 +95,9 @@ def test_step_equals_reference(family, skip):
     assert "run their own forward" in reductions["image.fused_block"].reason
 
 
-@each_cut(FAMILIES, lowest=1)
-def test_features_are_constant(family, skip):
-    timm_models.assert_features_are_constant(family, skip)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_features_are_constant(family):
+    timm_models.assert_features_are_constant(family, 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -153,7 +153,7 @@ def test_altered_block_is_followed_and_altered_stage_raises(name):
         cut(model, 1)
 
 
-@pytest.mark.parametrize("skip", range(6), ids=lambda skip: f"skip{skip}")
+@pytest.mark.parametrize("skip", [0, 2, 5], ids=lambda skip: f"skip{skip}")
 def test_openai_resnet(skip):
     visual = randomise(openai_models().ModifiedResNet((1, 2, 1, 1), 12, 8, 32, 8)).double().eval()
     tower = ResNetTower(SimpleNamespace(visual=visual, encode_image=visual))
@@ -218,7 +218,7 @@ def test_features_with_three_rows_are_not_images():
     assert clip(features, LABELS[:2]).loss.equal(clip(images, LABELS[:2]).loss)
 
 
-@pytest.mark.parametrize("name", ["convnext", "swin", "vitamin", "resnet"])
+@pytest.mark.parametrize("name", ["convnext", "resnet"])
 def test_half_precision_and_autocast(name):
     family = FAMILIES[name]
     clip = cut(family.make().bfloat16(), 2)

@@ -107,14 +107,11 @@ def test_text_store_damaged_shard_is_rebuilt(tmp_path, monkeypatch):
     assert same(step(clip), theirs)
 
 
-def test_text_store_other_prompts_raise(tmp_path):
+def test_text_store_of_other_prompts_or_weights_raises(tmp_path):
     make_clip(tmp_path)
-    with pytest.raises(sk.StoreError, match=r"differs in prompts"):
+    said = rf"differs in prompts\. Give another text_cache \(--cache\), or delete {tmp_path}; .* build --overwrite"
+    with pytest.raises(sk.StoreError, match=said):
         make_clip(tmp_path, tokens=tiny_tokens(CLASSES, seed=1))
-
-
-def test_text_store_other_lower_weights_raise(tmp_path):
-    make_clip(tmp_path)
     with pytest.raises(sk.StoreError, match=r"differs in (embedding|lower blocks)"):
         make_clip(tmp_path, model=tiny_clip(torch.float32, seed=1))
     with pytest.raises(sk.StoreError, match=r"differs in skipped blocks \(1 there, 2 here\)"):
@@ -197,13 +194,6 @@ def test_text_store_other_lower_activation_raises(tmp_path):
     said = rf"features: holds a text_cache of another model: .* Give another text_cache .*, or delete {tmp_path};"
     with pytest.raises(sk.StoreError, match=said):
         make_clip(tmp_path, model=with_another_activation(slice(None)))
-
-
-def test_text_store_error_has_remedy(tmp_path):
-    make_clip(tmp_path)
-    said = rf"differs in prompts\. Give another text_cache \(--cache\), or delete {tmp_path}; .* build --overwrite"
-    with pytest.raises(sk.StoreError, match=said):
-        make_clip(tmp_path, tokens=tiny_tokens(CLASSES, seed=1))
 
 
 def test_text_store_complete_opens_without_lock(tmp_path, monkeypatch):

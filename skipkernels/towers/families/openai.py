@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..base import ImageTower, Part
 from ..block import Sequences, Submodules, submodules
 from ..text import TextTower
-from .open_clip import BLOCK_TYPES, OpenClipBlock
+from .open_clip import BLOCK_TYPES, OpenClipBlock, OpenClipTextTower
 
 
 class OpenAIBlock(OpenClipBlock):
@@ -73,20 +73,13 @@ class OpenAIImageTower(ImageTower):
         return self.visual.ln_post(hidden[:, 0]) @ self.visual.proj
 
 
-class OpenAITextTower(TextTower):
-    """Text tower of a `clip.model.CLIP`."""
+class OpenAITextTower(OpenClipTextTower):
+    """Text tower of a `clip.model.CLIP`, which has its modules under the names of open_clip's `CLIP`."""
 
     def __init__(self, model: Any, tokens: Tensor):
-        self.model, self.blocks = model, model.transformer.resblocks
+        self.model = self.text = model
+        self.blocks = model.transformer.resblocks
         self.read_prompts(tokens)
-
-    @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
-        return self.model.token_embedding, self.model.positional_embedding
-
-    @property
-    def head(self) -> tuple[Part, ...]:  # noqa: D102
-        return self.model.ln_final, self.model.text_projection
 
     def masks(self) -> list[Tensor | None]:  # noqa: D102
         return [getattr(block, "attn_mask", None) for block in self.blocks]
@@ -106,11 +99,11 @@ class OpenAITextTower(TextTower):
         positions = self.model.positional_embedding[: inputs.shape[1]]
         return self.model.token_embedding(inputs).to(self.model.dtype) + positions.to(self.model.dtype)
 
+    def mask(self, inputs: Tensor) -> Tensor | None:  # noqa: D102
+        return TextTower.mask(self, inputs)
+
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Call a block on prompts of the context length, for which it has a mask."""
         length, context = hidden.shape[1], len(self.model.positional_embedding)
         whole = nn.functional.pad(hidden, (0, 0, 0, context - length))  # no token sees those behind it
         return block(whole.transpose(0, 1)).transpose(0, 1)[:, :length]
-
-    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
-        return self.model.ln_final(hidden) @ self.model.text_projection
