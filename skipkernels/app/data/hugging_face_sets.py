@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 
 from .base import open_error
 from .files import absolute_path, format_names, read_text
@@ -48,8 +48,8 @@ class RowDataset(Dataset):
         fingerprint: Fingerprint of the dataset, for a feature cache.
     """
 
-    def __init__(self, rows: Any, column: str, labels: Sequence[int], names: Sequence[str]):
-        self.labels, self._names, self._column = list(labels), names, column
+    def __init__(self, rows: Any, column: str, labels: list[int], names: Sequence[str]):
+        self.labels, self._names, self._column = labels, names, column
         self.fingerprint = f"{rows._fingerprint} {column}"
         # As bytes: the decoder of `datasets` takes any format, and ignores the orientation of photos.
         encoded = importlib.import_module("datasets").Image(decode=False)
@@ -109,15 +109,16 @@ def open_shards(pattern: str, templates: Templates = None) -> Source:
     """Open the shards SHARDS of webdataset; see the docstring of this module."""
     name = f"wds:{pattern}"
     shards = _shards(name, pattern)
-    splits = [_split_of(shard) for shard in shards]
-    if None in splits and any(splits):
-        raise open_error(
-            f"{name}: some shards are named after a split, and {shards[splits.index(None)].name} is not. Begin its "
-            "name with train, val or test, or name only the other splits."
-        )
-    files: dict[str, list[str]] = {}
-    for shard, split in zip(shards, splits, strict=True):
-        files.setdefault(split or "train", []).append(str(shard))
+    files: dict[Split | None, list[str]] = {}
+    for shard in shards:
+        files.setdefault(_split_of(shard), []).append(str(shard))
+    if None in files:
+        if len(files) > 1:
+            raise open_error(
+                f"{name}: some shards are named after a split, and {Path(files[None][0]).name} is not. Begin its name "
+                "with train, val or test, or name only the other splits."
+            )
+        files = {"train": files[None]}
     parts: Any = _load(name, "load_dataset", "webdataset", data_files=files)
     features = next(iter(parts.values())).features
     image_column = _column(name, features, "image", _of_type("Image", features))
@@ -172,21 +173,16 @@ def _source(
     else:
         labels, ids = values, range(len(known))
         classes = normalize_class_names(f"open_source: {name}", "data", "class", ids, known, "use another label=…")
-    images: list[RowDataset] = []
-    splits: list[Split] = []
-    for split, part in parts.items():
-        chosen = slice(len(splits), len(splits) + len(part))
-        full_names = [f"{name}: {of_row}" for of_row in names[chosen]]
-        try:
-            images.append(RowDataset(part, image_column, labels[chosen], full_names))
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise open_error(f"{name}: {image_column} must be a column of images ({error}). Use image=….") from error
-        splits += [split] * len(part)
+    try:
+        rows = importlib.import_module("datasets").concatenate_datasets(list(parts.values()))
+        images = RowDataset(rows, image_column, labels, [f"{name}: {of_row}" for of_row in names])
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise open_error(f"{name}: {image_column} must be a column of images ({error}). Use image=….") from error
     return listed_source(
         name,
-        DatasetImages(ConcatDataset(images), labels, names),
+        DatasetImages(images, labels, names),
         classes,
-        splits,
+        [split for split, part in parts.items() for _ in range(len(part))],
         "{}" if templates is None and label_column.lower() in CAPTIONS else templates,
         notes=notes,
         how="no test split",
