@@ -7,7 +7,6 @@ import functools
 import os
 import struct
 import zlib
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,37 +36,32 @@ _CHUNK = 256  # images that are read by one pool of threads
 
 
 class Images(Dataset):
-    """Map-style dataset of (image, label) with a name for each image, from which subsets can be taken."""
+    """Map-style dataset of (image, label) with a name for each image, from which subsets can be taken.
 
-    transform: Transform | None  # Applied to every image, or None
+    Attributes:
+        labels: Label of every image; no image is opened for it.
+        names: Unique, permanent name of every image, such as its path from the root with "/".
+        transform: Applied to every image, or None.
+    """
 
-    @property
-    @abstractmethod
-    def labels(self) -> list[int]:
-        """Label of every image, without opening any."""
-
-    @property
-    @abstractmethod
-    def names(self) -> list[str]:
-        """Unique, permanent name of every image, such as its path from the root with "/"."""
-
-    @abstractmethod
-    def _with_items(self: ImagesT, indices: Sequence[int], labels: Sequence[int]) -> ImagesT:
-        """Return the images at some indices, with the given labels."""
+    def __init__(self, labels: Iterable[int], names: Iterable[str], transform: Transform | None):
+        self.labels, self.names, self.transform = list(labels), list(names), transform
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self: ImagesT, indices: Iterable[int]) -> ImagesT:
         """Return some of the images, in the order of `indices`."""
-        chosen, labels = list(indices), self.labels
-        return self._with_items(chosen, [labels[index] for index in chosen])
+        part, chosen = copy.copy(self), list(indices)
+        part.labels, part.names = [self.labels[index] for index in chosen], [self.names[index] for index in chosen]
+        return part
 
     def subset_classes(self: ImagesT, classes: Sequence[int]) -> ImagesT:
         """Return the images of some classes, labelled from 0 in the order of `classes`."""
-        new_label, labels = {label: position for position, label in enumerate(classes)}, self.labels
-        chosen = [index for index, label in enumerate(labels) if label in new_label]
-        return self._with_items(chosen, [new_label[labels[index]] for index in chosen])
+        new_label = {label: position for position, label in enumerate(classes)}
+        part = self.subset(index for index, label in enumerate(self.labels) if label in new_label)
+        part.labels = [new_label[label] for label in part.labels]
+        return part
 
     def with_transform(self: ImagesT, transform: Transform | None) -> ImagesT:
         """Return a copy with another transform."""
@@ -96,34 +90,17 @@ class LabelledImages(Images):
     ):
         if len(paths) != len(labels):
             raise ValueError(f"LabelledImages: labels must have one item per path, {len(paths)}; got {len(labels)}.")
+        super().__init__(labels, paths, transform)
         self.root = absolute_path(root)
-        # (path, label) of every image, as in torchvision's `ImageFolder`
-        self.samples = [(os.path.join(self.root, path), label) for path, label in zip(paths, labels, strict=True)]
-        self.transform = transform  # Applied to every image, or None
 
     @property
-    def labels(self) -> list[int]:
-        """Labels of `samples`."""
-        return [label for _, label in self.samples]
-
-    @property
-    def names(self) -> list[str]:
-        """Paths relative to the root, with "/"."""
-        start = len(os.path.join(self.root, ""))
-        return [path[start:].replace(os.sep, "/") for path, _ in self.samples]
-
-    def _with_items(self, indices: Sequence[int], labels: Sequence[int]) -> LabelledImages:
-        part = copy.copy(self)
-        part.samples = [(self.samples[index][0], label) for index, label in zip(indices, labels, strict=True)]
-        return part
-
-    def __len__(self) -> int:
-        return len(self.samples)
+    def samples(self) -> list[tuple[str, int]]:
+        """(path, label) of every image, as in torchvision's `ImageFolder`."""
+        return [(os.path.join(self.root, name), label) for name, label in zip(self.names, self.labels, strict=True)]
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Load an image and its label."""
-        path, label = self.samples[index]
-        return read_image(path, self.transform), label
+        return read_image(os.path.join(self.root, self.names[index]), self.transform), self.labels[index]
 
 
 def read_image(path: str | Path, transform: Transform | None = None) -> Any:
@@ -231,31 +208,21 @@ class DatasetImages(Images):
         names: Sequence[str] | None = None,
         transform: Transform | None = None,
     ):
-        self.dataset, self.transform = dataset, transform
-        self._labels = read_labels(dataset) if labels is None else list(labels)
-        self._own_labels = self._labels if labels is None else None  # of all items, to compare with each item
-        self._names = list(map(str, range(len(dataset)))) if names is None else list(names)
-        self.indices = list(range(len(dataset)))
-        if not len(self._labels) == len(self._names) == len(dataset):
+        found = read_labels(dataset) if labels is None else labels
+        super().__init__(found, map(str, range(len(dataset))) if names is None else names, transform)
+        self.dataset, self.indices = dataset, list(range(len(dataset)))
+        self._own_labels = self.labels if labels is None else None  # of all items, to compare with each item
+        if not len(self.labels) == len(self.names) == len(dataset):
             raise ValueError(
                 f"DatasetImages: labels and names must have one item per item of the dataset, {len(dataset)}; got "
-                f"{len(self._labels)} and {len(self._names)}."
+                f"{len(self.labels)} and {len(self.names)}."
             )
 
-    @property
-    def labels(self) -> list[int]:
-        """Label of every item."""
-        return self._labels
-
-    @property
-    def names(self) -> list[str]:
-        """Name of every item."""
-        return self._names
-
-    def _with_items(self, indices: Sequence[int], labels: Sequence[int]) -> DatasetImages:
-        part = copy.copy(self)
-        part._labels, part._names = list(labels), [self._names[index] for index in indices]
-        part.indices = [self.indices[index] for index in indices]
+    def subset(self, indices: Iterable[int]) -> DatasetImages:
+        """Return some of the images; see `Images`."""
+        chosen = list(indices)
+        part = super().subset(chosen)
+        part.indices = [self.indices[index] for index in chosen]
         return part
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -268,10 +235,10 @@ class DatasetImages(Images):
                 "dataset",
             )
         if isinstance(image, Image.Image):
-            image = to_rgb(image, f"image {self._names[index]}", self.transform)
+            image = to_rgb(image, f"image {self.names[index]}", self.transform)
         elif self.transform is not None and not isinstance(image, Tensor):
             image = self.transform(image)
-        return image, self._labels[index]
+        return image, self.labels[index]
 
 
 def read_all(images: Images, use: Transform) -> Iterator[Any]:
