@@ -129,7 +129,6 @@ class FusedSGD(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _check(group)
-        _set_step_seed(group)
         offsets = self._offsets or [0]
         for weight in group["params"]:
             offsets.append(offsets[-1] + -(-weight.numel() // 4) * 4)  # a multiple of 4: four elements share a hash
@@ -201,7 +200,7 @@ class FusedSGD(torch.optim.Optimizer):
             indexed = enumerate(group["params"], first)
             self._update(group_index, [(index, weight) for index, weight in indexed if weight.grad is not None])
             first += len(group["params"])
-            if group["step_seed"] is not None:
+            if isinstance(group["step_seed"], Tensor):
                 group["step_seed"].add_(_SEED_STRIDE)
         self._updated.clear()
         return loss
@@ -273,7 +272,6 @@ class FusedSGD(torch.optim.Optimizer):
             for option, default in self.defaults.items():
                 group.setdefault(option, default)
             _check(group)
-            _set_step_seed(group)
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("FusedSGD: cannot be copied or pickled: its hooks are on its parameters. Use state_dict().")
@@ -317,20 +315,16 @@ def _gathers(weight: Tensor) -> bool:
     return weight.device.type != "cpu"
 
 
-def _set_step_seed(group: dict[str, Any]) -> None:
-    """Set the seed of the next step, an int64 tensor [] on the device of the weights; each step adds a constant."""
+def _step_seed(group: dict[str, Any], device: torch.device) -> Tensor | None:
+    """Return the seed of the step, an int64 tensor [] on a device; None without stochastic rounding."""
+    if not group["stochastic_rounding"]:
+        return None
     seed = group["step_seed"]  # a number if it is from a state dict
-    if isinstance(seed, Tensor) or not (group["stochastic_rounding"] and group["params"]):
-        return
     if seed is None:
         seed = signed64(int(np.random.SeedSequence(group["seed"]).generate_state(1, np.uint64)[0]))
-    group["step_seed"] = torch.full((), seed, dtype=torch.int64, device=group["params"][0].device)
-
-
-def _step_seed(group: dict[str, Any], device: torch.device) -> Tensor | None:
-    """Return the seed of the step on a device; None without stochastic rounding."""
-    if group["step_seed"] is not None and group["step_seed"].device != device:  # weights were moved, or state loaded
-        group["step_seed"] = group["step_seed"].to(device)
+    if not isinstance(seed, Tensor):
+        seed = torch.full((), seed, dtype=torch.int64, device=device)
+    group["step_seed"] = seed.to(device)  # the weights may have been moved
     return group["step_seed"]
 
 
