@@ -1,14 +1,12 @@
 """skipkernels: Skip Tuning for CLIP, with fused kernels for CPUs and GPUs.
 
 Importing this package imports no other package: each public name is loaded at its first use. `import skipkernels.ops`
-registers the operators with PyTorch as `torch.ops.skipkernels.…`; if torch is already imported, the first use of
-`torch.ops.skipkernels` does the same.
+registers the operators with PyTorch as `torch.ops.skipkernels.…`.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 from ._lazy import lazy_names
@@ -83,10 +81,6 @@ _find = lazy_names(
         "app.train": ("tune",),
     },
 )
-
-
-if hasattr(sys.modules.get("torch"), "ops"):
-    importlib.import_module("skipkernels._namespace")
 
 
 def __getattr__(name: str) -> Any:
