@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ..data.base import open_error
 from ..data.images import DatasetImages
-from ..data.source import Source, Split
+from ..data.source import Protocol, Source, Split
 from ..data.templates import Templates, resolve_templates
 
 ARCHIVE = Path(__file__).with_name("pictograms.zip")
@@ -81,7 +81,9 @@ def open_pictograms(name: str, templates: Templates = None) -> PictogramSource:
     if unknown:
         raise open_error(f"no task {unknown[0]!r} of pictograms; choose from {', '.join(TASKS)}.")
     data = f"pictograms:{name}" if name else "pictograms"
-    targets = {"cross-dataset": [f"pictograms:{task}" for task in TASKS if task not in tasks]}
+    targets: dict[Protocol, list[str]] = {
+        "cross-dataset": [f"pictograms:{task}" for task in TASKS if task not in tasks]
+    }
     classes, templates = tuple(names_of(tasks)), resolve_templates(None, templates, TEMPLATE)
     found = PictogramSource(data, classes, templates, targets=targets)
     return _source(found, {"train": TRAIN, "test": TEST})

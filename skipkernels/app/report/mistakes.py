@@ -174,22 +174,22 @@ def add_thumbnails(test: TestPredictions, images: SizedDataset) -> None:
     test.thumbnails = {index: encoded(images[index][0]) for index in dict.fromkeys(shown)}
 
 
-def encoded(image: Any, side: int = _MAX_SIDE) -> bytes:
+def encoded(image: Any) -> bytes:
     """Return the thumbnail of an image as a file: PNG up to 64 pixels a side, else JPEG."""
-    small, buffer = thumbnail(image, side), io.BytesIO()
+    small, buffer = thumbnail(image), io.BytesIO()
     small.save(buffer, "png" if max(small.size) <= _PIXEL_ART else "jpeg", quality=80)
     return buffer.getvalue()
 
 
-def thumbnail(image: Any, side: int = _MAX_SIDE) -> Image.Image:
-    """Convert a PIL image, or a tensor scaled to its range, to RGB, at most `side` pixels a side.
+def thumbnail(image: Any) -> Image.Image:
+    """Convert a PIL image, or a tensor scaled to its range, to RGB, at most 128 pixels a side.
 
     >>> thumbnail(Image.new("RGB", (4000, 3000))).size, thumbnail(torch.randn(3, 32, 32)).size
     ((128, 96), (32, 32))
     """
     if isinstance(image, Tensor):
         least, most = image.aminmax()
-        return thumbnail(to_pil_image(((image - least) / (most - least).clamp(min=1e-12)).float().cpu()), side)
+        return thumbnail(to_pil_image(((image - least) / (most - least).clamp(min=1e-12)).float().cpu()))
     small = image.convert("RGB")
-    small.thumbnail((side, side))
+    small.thumbnail((_MAX_SIDE, _MAX_SIDE))
     return small

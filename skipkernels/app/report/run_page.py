@@ -43,7 +43,7 @@ def report_html(
         tests=[_test(test) for test in tests],
         more_plots=[_class_plot(test) for test in tests] if len(names) > _TOP_PLOTS else [],
         curves=_curves(metrics, rows, coloured(names)),
-        bars=[bar for bar in _bars(rows) if bar],
+        stages=_stages(rows),
         cost=_cost(config, metrics),
         command=metrics.get("command", ""),
         environment=_environment(config, metrics),
@@ -151,26 +151,22 @@ def _class_plot(test: TestPredictions) -> DotPlot:
 def _accuracy(metrics: Mapping[str, Any], names: list[str]) -> list[dict[str, Any]]:
     """Rows of zero-shot and tuned accuracy, of each test and of the summaries of the protocol."""
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"] or {}
-    found = []
-    for name in [*names, *(name for name in zero_shot if name not in names)]:
-        before, after = zero_shot.get(name), tuned.get(name)
+    found: list[dict[str, Any]] = []
+
+    def add(label: str, classes: int | None, before: float | None, after: float | None, summary: bool) -> None:
         change = after - before if finite(before) and finite(after) else None
+        verdict = "" if not change else "better" if change > 0 else "worse"
+        row = {"name": label, "classes": classes, "before": before, "after": after, "change": change}
+        found.append(row | {"summary": summary, "verdict": verdict})
+
+    for name in [*names, *(name for name in zero_shot if name not in names)]:
         label = name if name in names else _SUMMARIES.get(name, name)
         label += ", trained on" if name == names[0] else ""
-        row = {"name": label, "classes": metrics["classes"].get(name), "before": before, "after": after}
-        found.append(row | {"change": change, "summary": name not in names, "verdict": _verdict(change)})
+        add(label, metrics["classes"].get(name), zero_shot.get(name), tuned.get(name), name not in names)
     validation = metrics.get("validation")
     if validation and finite(validation.get("zero_shot")):
-        before, after = validation["zero_shot"], validation.get("tuned")
-        change = after - before if finite(after) else None
-        classes = metrics["classes"][names[0]]
-        row = {"name": "validation", "classes": classes, "before": before, "after": after, "change": change}
-        found.append(row | {"summary": False, "verdict": _verdict(change)})
+        add("validation", metrics["classes"][names[0]], validation["zero_shot"], validation.get("tuned"), False)
     return found
-
-
-def _verdict(change: float | None) -> str:
-    return "" if not change else "better" if change > 0 else "worse"
 
 
 def _test(test: TestPredictions) -> dict[str, Any]:
@@ -264,23 +260,22 @@ def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Map
     return [{"title": title, "svg": svg(found), "legend": below} for title, found, below in curves if found]
 
 
-def _bars(rows: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
-    """Time by stage of all epochs."""
+def _stages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Time by stage of all epochs, and its share."""
     seconds: Counter[str] = Counter()
     for row in rows:
         seconds.update(row.get("stage_seconds") or {})
-    return [_bar("all epochs", seconds, "s")]
-
-
-def _bar(title: str, times: Mapping[str, float], unit: str) -> dict[str, Any] | None:
-    total = sum(times.values())
-    if not total:
-        return None
-    parts = [
-        {"name": name, "time": f"{part:,.2f} {unit}", "share": f"{100 * part / total:.1f}", "colour": colour}
-        for (name, part), colour in zip(times.items(), coloured(times).values(), strict=True)
+    colours = coloured(seconds)
+    return [
+        {
+            "name": name,
+            "time": f"{part:,.2f} s",
+            "share": f"{100 * part / seconds.total():.1f}",
+            "colour": colours[name],
+        }
+        for name, part in seconds.items()
+        if seconds.total()
     ]
-    return {"title": title, "parts": parts}
 
 
 def _cost(config: TuneConfig, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
