@@ -232,14 +232,10 @@ class RankSampler:
         tail: "resample" draws ⌊Σq⌋ or ⌈Σq⌉ ranks of the tail in each step by systematic sampling, from one uniform
             number: each rank has its probability q. In a CUDA graph it draws round(Σq), see `reserve`. "fixed" draws
             each rank of the tail once, independently, and keeps the result for the run, as published.
-        generator: Random generator; by default a new one with seed 0. Its state is part of `state_dict`.
+        generator: Random generator; by default a new one with seed 0.
         max_tail: Upper bound on Σq, the expected number of classes drawn from the tail; q is scaled down if Σq exceeds
             it (`bounded`). "resample" then draws at most `max_tail` classes, "fixed" `max_tail` on average. With None,
             the default, the tail grows with C as published, to 6 % of a million classes. A bound changes the method.
-
-    Raises:
-        TypeError: If generator is not a torch.Generator.
-        ValueError: If another argument is out of range.
     """
 
     keep_ratio: float = 0.5
@@ -448,11 +444,9 @@ def classes_at_ranks(scores: Tensor, ranks: Tensor) -> Tensor:
 
 
 def select_classes(scores: Tensor, labels: Tensor, **options: Any) -> ClassSelection:
-    """Select the classes of one step: the top m by score, and rank m + j of the tail with probability q_j.
+    """Select the classes of one step: the top m by score, and others with a probability that falls with their rank.
 
-        q_j = (e_j − e_last) / (e_0 − e_last),   e_j = exp(−x_j / decay),   x evenly spaced over [0, 5]
-
-    For several steps use `RankSampler`, which keeps its state between them.
+    For several steps use `RankSampler`, which keeps its state between them and describes the options.
 
     Args:
         scores: [C], any floating dtype; NaN ranks last.
@@ -461,9 +455,6 @@ def select_classes(scores: Tensor, labels: Tensor, **options: Any) -> ClassSelec
 
     Returns:
         ClassSelection: `class_ids` [K] int64 ascending, `targets` [B] int64.
-
-    Raises:
-        ValueError: If a shape, a dtype or a label doesn't fit, or an option is out of range.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 
