@@ -18,7 +18,7 @@ _FLAGS = {"templates": "template", "text_cache": "cache"}  # Python argument →
 _POSITIONAL = {"run": "RUN", "images": "IMAGES"}  # Python argument → its name in the usage
 _GROUPS = filter(dataclasses.is_dataclass, vars(option_groups).values())
 _SETTINGS = [field.name for group in _GROUPS for field in dataclasses.fields(group)]
-_ARGUMENTS = "|".join([*_SETTINGS, *_FLAGS, "sort_into", "push"])
+_ARGUMENTS = "|".join([*_SETTINGS, *_FLAGS, "sort_into"])
 _FUNCTION = r"^([^:]+: )?(?:[a-z_]\w*|[A-Z]\w*(?:\.\w+)?): "  # optionally after a prefix, such as the name of a variant
 _ONLY_IN_PYTHON = ", or a tuple (image, text) of either"  # values of skip_layers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from skipkernels.app.console import Terminal
 
@@ -24,24 +24,14 @@ class ExportCommand:
     """Folder to write; new or empty."""
     overwrite: bool = False
     """Write into a folder with files. An earlier export in it is replaced."""
-    push: str | None = None
-    """Also upload the folder to this repository of the Hugging Face Hub, ORG/NAME."""
-    public: bool = False
-    """With --push, create a public repository. By default it is private."""
     trust: Trust = False
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Export, and print the files. Returns 0."""
-        from skipkernels.app.data import InputError
         from skipkernels.app.serve import export
 
-        if self.public and self.push is None:
-            raise InputError("export: public has no effect without `push`; leave it out.", "public")
-        options: dict[str, Any] = {"overwrite": self.overwrite, "push": self.push, "trust": self.trust}
-        done = export(self.run, self.to, self.out, private=not self.public, **options)
+        done = export(self.run, self.to, self.out, overwrite=self.overwrite, trust=self.trust)
         for note in done.notes:
             err.print(f"note: {note}", soft_wrap=True)
         out.print(f"{done.folder}: {' '.join(done.files)}", soft_wrap=True)
-        if done.url is not None:
-            out.print(done.url, soft_wrap=True)
         return 0

@@ -1,4 +1,4 @@
-"""Export of a tuned model to other libraries, and to the Hugging Face Hub."""
+"""Export of a tuned model to other libraries."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ class Exported(NamedTuple):
     folder: Path  # Folder of the files
     files: list[str]  # Their names
     notes: list[str]  # Differences from the tuned model
-    url: str | None = None  # Address on the Hub, or None
 
 
 def export(
@@ -54,8 +53,6 @@ def export(
     to: Target,
     out: str | Path,
     *,
-    push: str | None = None,
-    private: bool = True,
     overwrite: bool = False,
     trust: bool = False,
 ) -> Exported:
@@ -74,11 +71,8 @@ def export(
         run: Folder of a run, or one that `blend` wrote.
         to: "open-clip", "hugging-face" or "onnx".
         out: Folder to write; new or empty.
-        push: Also upload the folder to this repository of the Hugging Face Hub, "ORG/NAME", with the account that
-            huggingface_hub is logged in to.
-        private: Create that repository as a private one, if it does not exist.
-        overwrite: Write into a folder with files. An earlier export in it is replaced; other files are kept, and not
-            uploaded. The folder of a run is refused.
+        overwrite: Write into a folder with files. An earlier export in it is replaced; other files are kept. The folder
+            of a run is refused.
         trust: See `Classifier.load`.
 
     Raises:
@@ -95,8 +89,6 @@ def export(
     """
     if to not in get_args(Target):
         raise InputError(f"export: to must be one of {', '.join(get_args(Target))}; got {to!r}.", "to")
-    if push is not None:
-        _check_repository(push)
     source, folder = restored(Path(run).expanduser()), Path(out).expanduser()
     if os.path.lexists(folder) and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise InputError(f"export: out must be a new or an empty folder; got {folder}. Use `overwrite=True`.", "out")
@@ -119,7 +111,7 @@ def export(
             _write_classes(written, described)
         _write_card(source, written, described, to)
         files = sorted(path.name for path in written.iterdir())
-    return Exported(folder, files, notes, None if push is None else _push(folder, files, push, private))
+    return Exported(folder, files, notes)
 
 
 def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
@@ -211,28 +203,3 @@ def _write_card(source: Path, folder: Path, described: Description, to: Target) 
         return
     config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)
     replace_text(folder / CARD, model_card(config, described, _shared_metrics(read_metrics(source)), use=to))
-
-
-def _check_repository(name: str) -> None:
-    parts = name.split("/")
-    if len(parts) != 2 or not all(parts):
-        raise InputError(f"export: push must be a repository, ORG/NAME; got {name!r}.", "push")
-    try:
-        import huggingface_hub  # noqa: F401
-    except ImportError:
-        raise InputError("export: push needs huggingface_hub: pip install huggingface_hub.", "push") from None
-
-
-def _push(folder: Path, files: list[str], name: str, private: bool) -> str:
-    """Upload files of a folder to the Hub; return the address of the repository."""
-    import huggingface_hub
-
-    client: Any = huggingface_hub.HfApi()
-    try:
-        address = client.create_repo(name, private=private, exist_ok=True)
-        message = "Upload a model tuned with skipkernels"
-        client.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message=message)
-    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:  # the first: no connection, or not logged in
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"export: push to {name} failed ({reason}). The files are in {folder}.", "push") from error
-    return str(address)

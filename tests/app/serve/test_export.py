@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -43,7 +42,8 @@ def source(request, run, lora) -> Path:
 
 @torch.no_grad()
 def test_open_clip(source, images, tmp_path):
-    done = sk.export(source, "open-clip", tmp_path / "out")
+    assert main(["export", str(source), "--to", "open-clip", "--out", str(tmp_path / "out")]) == 0
+    done = sk.export(source, "open-clip", tmp_path / "out", overwrite=True)
     assert done.files == ["README.md", "classifier.json", "open_clip_config.json", "open_clip_model.safetensors"]
     name = f"local-dir:{done.folder}"
     model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
@@ -150,48 +150,6 @@ def test_onnx(run, tmp_path):
         torch.testing.assert_close(logits, scale * expected @ text.T, atol=ATOL, rtol=0)
 
 
-class Hub:
-    """Stand-in for huggingface_hub.HfApi that records its calls."""
-
-    calls: list[tuple] = []
-
-    def create_repo(self, name, *, private, exist_ok):
-        self.calls.append(("create", name, private, exist_ok))
-        return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
-
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
-        assert all((Path(folder_path) / name).is_file() for name in allow_patterns)
-        self.calls.append(("upload", repo_id, set(allow_patterns)))
-
-
-def test_push(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(Hub, "calls", [])
-    arguments = ["export", str(run.folder), "--to", "open-clip", "--out", str(tmp_path / "out")]
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "private.txt").write_text("not to be uploaded")
-    assert main([*arguments, "--overwrite", "--push", "me/classes"]) == 0
-    created, uploaded = Hub.calls
-    assert created == ("create", "me/classes", True, True)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert uploaded == ("upload", "me/classes", names - {"private.txt"})
-    assert "https://huggingface.co/me/classes" in capsys.readouterr().out
-    for other, message in [
-        (["--push", "classes", "--overwrite"], "--push must be a repository, ORG/NAME"),
-        (["--public", "--overwrite"], "--public has no effect without --push"),
-        ([], "--out must be a new or an empty folder"),
-    ]:
-        assert main([*arguments, *other]) == 2
-        assert message in " ".join(capsys.readouterr().err.split())
-
-    def offline(self, *arguments, **options):
-        raise OSError("no connection")
-
-    monkeypatch.setattr(Hub, "upload_folder", offline)
-    with pytest.raises(InputError, match=r"push to me/classes failed \(no connection\)"):
-        sk.export(run.folder, "open-clip", tmp_path / "other", push="me/classes")
-
-
 def test_failed_export_leaves_no_files(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Description, "write", lambda self, folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -199,10 +157,13 @@ def test_failed_export_leaves_no_files(run, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [".out.skipkernels-lock"]
 
 
-def test_folder_of_a_run_is_refused(run, lora):
+def test_other_folders_are_refused(run, lora, tmp_path):
     for folder in (run.folder, lora):
         with pytest.raises(InputError, match="out must not be the folder of a run"):
             sk.export(run.folder, "open-clip", folder, overwrite=True)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(InputError, match="out must be a new or an empty folder"):
+        sk.export(run.folder, "open-clip", tmp_path)
 
 
 @torch.no_grad()
@@ -231,7 +192,7 @@ def test_overwrite_replaces_an_earlier_export_of_another_target(run, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["open-clip", "hugging-face"])
-def test_push_uploads_no_local_paths(to, run, tmp_path, monkeypatch):
+def test_no_local_paths(to, run, tmp_path):
     """No byte of an export has a path of the run, its settings, or the package."""
     if to == "hugging-face":
         pytest.importorskip("transformers")
@@ -251,10 +212,7 @@ def test_push_uploads_no_local_paths(to, run, tmp_path, monkeypatch):
     for name in ("zero_shot", "tuned", "classes"):
         metrics[name][f"csv:{place}.csv"] = metrics[name]["new"]
     (source / "metrics.json").write_text(json.dumps(metrics))
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(Hub, "calls", [])
-    done = sk.export(source, to, tmp_path / "M4RKER-out", push="me/classes")
-    assert Hub.calls[-1] == ("upload", "me/classes", set(done.files))
+    done = sk.export(source, to, tmp_path / "M4RKER-out")
     home = str(Path(sk.__file__).parent.parent)
     for path in done.folder.rglob("*"):
         content = path.read_bytes()
