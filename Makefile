@@ -35,9 +35,10 @@ wheel: $(READY) ## Build a wheel in dist/, with the C++ kernels if there is a co
 tune: $(READY) ## Tune the embedded model on the embedded data; prints a table, writes runs/glyphs-skip.
 	$(BIN)/skipkernels tune --overwrite
 
-# Two processes, since most tests are one thread of Python. Threads that wait sleep: they leave the core to the other.
+# Two processes of one thread each, since most tests are one thread of Python. Tests of threads set their number.
 # Bytecode is written: else each of the many processes compiles the package, and each run the tests.
 test: export OMP_WAIT_POLICY = passive
+test: export OMP_NUM_THREADS = 1
 test: export PYTHONDONTWRITEBYTECODE =
 test: $(TESTS) ## Run all tests and doctests.
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
