@@ -459,7 +459,7 @@ class Writer:
         layout: Layout of the store.
         resume: Keep existing shards without damage.
         overwrite: Replace any store in the folder.
-        on_wait: Called before waiting for another process; without it, one is an error.
+        wait: Wait for another process that builds in the folder; by default, one is an error.
 
     Raises:
         DifferentStore: On entering, if the folder has another store.
@@ -474,10 +474,10 @@ class Writer:
         *,
         resume: bool = False,
         overwrite: bool = False,
-        on_wait: Callable[[], None] | None = None,
+        wait: bool = False,
     ):
         self.folder, self.manifest = folder.absolute(), Manifest(layout, (None,) * layout.shards)
-        self._resume, self._overwrite, self._on_wait = resume, overwrite, on_wait
+        self._resume, self._overwrite, self._wait = resume, overwrite, wait
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Writer:
@@ -486,7 +486,7 @@ class Writer:
         with disk_errors(self.folder), contextlib.ExitStack() as held:
             check_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock(held)
+            held.enter_context(locked(self.folder, wait=self._wait))
             self._choose_shards()
             self._check_space()
             self.manifest.write(self.folder)
@@ -528,15 +528,6 @@ class Writer:
             return False
         self.manifest = manifest
         return True
-
-    def _lock(self, held: contextlib.ExitStack) -> None:
-        try:
-            held.enter_context(locked(self.folder))
-        except OSError as error:
-            if error.errno != errno.EBUSY or self._on_wait is None:
-                raise
-            self._on_wait()
-            held.enter_context(locked(self.folder, wait=True))
 
     def _choose_shards(self) -> None:
         """Find the shards to keep; refuse a store that may not be replaced."""

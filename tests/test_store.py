@@ -317,12 +317,14 @@ def test_second_writer_is_refused(tmp_path, layout):
 
 def test_second_writer_may_wait(tmp_path, layout):
     """It then finds the store complete."""
-    waits, written = threading.Event(), []
-    options = {"resume": True, "on_wait": waits.set}
-    second = threading.Thread(target=lambda: written.extend(fill(tmp_path, layout, **options)), daemon=True)
+    written = []
+    second = threading.Thread(
+        target=lambda: written.extend(fill(tmp_path, layout, resume=True, wait=True)), daemon=True
+    )
     with Writer(tmp_path, layout) as writer:
         second.start()
-        assert waits.wait(60)
+        second.join(0.1)
+        assert second.is_alive()
         for number in writer.missing:
             writer.write(number, tensors_of(layout, number))
     second.join(60)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._progress import Output, progress
 from ..digests import digest_tensors
+from ..folders import is_locked
 from ..formatting import escaped
 from ..store import (
     COMPUTED,
@@ -150,11 +151,9 @@ def _store(
     name = _NAME_OF[dtype]
     shard_rows = max(_SHARD_BYTES // (shape[1] * dtype.itemsize), 1)
     layout = Layout(rows, shape, name, name, shard_rows, False, fingerprint, {})
-
-    def on_wait() -> None:
+    if is_locked(folder):
         Output(sys.stderr).write(f"{escaped(folder)}: in use by another process. Waiting for it.\n")
-
-    return Writer(folder, layout, resume=not overwrite, overwrite=overwrite, on_wait=on_wait)
+    return Writer(folder, layout, resume=not overwrite, overwrite=overwrite, wait=True)
 
 
 def _chunks(
