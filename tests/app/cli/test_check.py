@@ -14,7 +14,6 @@ from PIL import Image
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
-from skipkernels.app.data.check import similar_pairs
 from skipkernels.app.train import tune
 
 
@@ -53,7 +52,6 @@ def test_check_findings(data, tmp_path, capsys, form):
     shutil.copy(train / "cat/0.png", train / "dog/copy.png")
     photo(1).save(train / "cat/again.webp", lossless=True)  # the same pixels in another file
     shutil.copy(train / "cat/2.png", test / "cat/copy.png")
-    photo(12).resize((60, 45)).save(test / "cat/small.png")
     for name in ("a.png", "b.jpg", "\x1b[1m\udcff.jpg"):
         (train / "cat" / name).write_text("no image")
     code, out = check(capsys, data, "--out", tmp_path / f"found.{form}")
@@ -64,7 +62,6 @@ def test_check_findings(data, tmp_path, capsys, form):
         ("duplicate", "train/cat/again.webp"): "train/cat/1.png (train, cat)",
         ("duplicate in another class", "train/dog/copy.png"): "train/cat/0.png (train, cat)",
         ("duplicate in another split", "test/cat/copy.png"): "train/cat/2.png (train, cat)",
-        ("similar in another class and another split", "test/cat/small.png"): "train/dog/12.png (train, dog)",
     }
     assert [row["name"] for row in rows if row["kind"] == "unreadable"] == [
         r"train/cat/\x1b[1m\udcff.jpg" if form == "csv" else "train/cat/\x1b[1m\udcff.jpg",
@@ -82,17 +79,6 @@ def test_check_names_the_kind_of_a_folder(data, capsys):
 def test_check_refuses_other_files(data, tmp_path, capsys):
     assert main(["check", f"imagefolder:{data}", "--out", str(tmp_path / "a.txt")]) == 2
     assert "--out must end in .csv or .json" in capsys.readouterr().err
-
-
-def test_similar_pairs_are_those_of_all_pairs():
-    random = np.random.default_rng(0)
-    hashes = random.integers(0, 2**64, 300, dtype=np.uint64)
-    for index in range(200):  # 1 to 5 bits of another hash
-        bits = random.choice(64, random.integers(1, 6), replace=False)
-        hashes[index] = hashes[index + 100] ^ np.bitwise_or.reduce(np.uint64(1) << bits.astype(np.uint64))
-    distance = np.array([[bin(int(a ^ b)).count("1") for b in hashes] for a in hashes])
-    assert similar_pairs(hashes) == [(i, j) for i in range(300) for j in range(i + 1, 300) if distance[i, j] <= 3]
-    assert similar_pairs(np.zeros(3, np.uint64)) == [], "flat images"
 
 
 SETTINGS = {"epochs": 1, "device": "cpu", "shots": "all"}
