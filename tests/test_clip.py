@@ -15,16 +15,12 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import skipkernels as sk
 from skipkernels.selection import RankSampler
-from skipkernels.testing import allocated_bytes, saved_bytes
+from skipkernels.testing import allocated_bytes, relative_error, saved_bytes
 
 # Largest error of a gradient relative to its norm. fp64: rounding of two orders of summation. fp32: the same times
 # 2^29, through six blocks of random weights at a temperature of 14.
 GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 @pytest.mark.parametrize(("tail", "quick_gelu"), [("resample", False), ("fixed", True)])
@@ -282,25 +278,14 @@ def test_construction_bad_arguments(arguments, message):
         ),
         (lambda clip, x, y: clip.graphed(None, batch_size=4), TypeError, "optimizer must be .*; got NoneType"),
         (lambda clip, x, y: torch.export.export(clip, (x, y)), RuntimeError, r"Export .* clip.classifier\(\)"),
-        (
-            lambda clip, x, y: clip.load_state_dict(with_updates(clip)),
-            ValueError,
-            r"low-rank updates of rank 2, and the model has none. Call add_lora\(clip, rank=2\) first",
-        ),
         (lambda clip, x, y: sk.FeatureCache.build("x", clip.model, [(x[0], 0)]), TypeError, "clip must be a SkipC"),
     ],
-    ids=["images", "bias", "optimizer", "export", "lora_state", "build"],
+    ids=["images", "bias", "optimizer", "export", "build"],
 )  # fmt: skip
 def test_wrong_use(call, error, message):
     clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1).eval(), tiny_batch(3, 4)
     with pytest.raises(error, match=message):
         call(clip, images, labels)
-
-
-def with_updates(clip: sk.SkipCLIP) -> dict[str, torch.Tensor]:
-    copied = copy.deepcopy(clip)
-    sk.add_lora(copied, rank=2)
-    return copied.state_dict()
 
 
 @pytest.mark.parametrize(

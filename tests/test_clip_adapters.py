@@ -7,28 +7,20 @@ import copy
 import peft
 import pytest
 import torch
-from models import random_weights, tiny_batch, tiny_clip, tiny_coca, tiny_tokens
+from hugging_face_models import hugging_face_clip
+from models import tiny_batch, tiny_clip, tiny_coca, tiny_tokens
 from reference_step import assert_matches_reference_step
 from torch import nn
-from transformers import CLIPConfig, CLIPModel
 
 import skipkernels as sk
 
 C = 7
 
 
-def hugging_face_clip() -> CLIPModel:
-    tower = {"intermediate_size": 48, "num_hidden_layers": 3}
-    text = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "eos_token_id": 59, **tower}
-    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 24, "num_attention_heads": 3, **tower}
-    torch.manual_seed(0)
-    return random_weights(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)))
-
-
 def with_lora(blocks: list[int], **options) -> nn.Module:
     """Hugging Face CLIP with PEFT's LoRA in some blocks of both towers."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=blocks, **options)
-    model = peft.inject_adapter_in_model(config, hugging_face_clip().requires_grad_(False)).double()
+    model = peft.inject_adapter_in_model(config, hugging_face_clip(end=59).requires_grad_(False)).double()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

@@ -302,22 +302,11 @@ def test_copies_and_state_dicts():
     assert other.predict(images).equal(logits)
     sk.merge_lora(other)
     sk.add_lora(other, 2, "all-linear", alpha=4.0)
-    with pytest.raises(ValueError, match="updates have alpha 3, and those of this model have 4. Add .* alpha=3"):
+    with pytest.raises(ValueError, match="updates have alpha 3 .*, those of this model have 4"):
         other.load_state_dict(clip.state_dict())
-    queries, values = (
-        with_lora(tiny_clip(), "q"),
-        with_lora(tiny_clip(), "v"),
-    )  # updates of one shape, of different rows of a weight
-    with pytest.raises(ValueError, match="updates are of the targets q, and those of this model of v"):
+    queries, values = with_lora(tiny_clip(), "q"), with_lora(tiny_clip(), "v")  # of different rows of a weight
+    with pytest.raises(ValueError, match=r"are of the parts \[0.0\] of a weight, those .* are of \[2.0\]"):
         values.load_state_dict(queries.state_dict())
-
-
-def test_state_of_another_rank():
-    clips = [sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1) for _ in range(2)]
-    for rank, clip in zip((2, 3), clips, strict=True):
-        sk.add_lora(clip, rank=rank)
-    with pytest.raises(ValueError, match=r"have rank 2, and those of this model have 3. .*rank=2"):
-        clips[1].load_state_dict(clips[0].state_dict())
 
 
 def test_second_skipclip_on_a_model_with_updates():

@@ -19,7 +19,7 @@ from ..towers.base import of_every_template
 from ..towers.block import FusedBlock
 from ..towers.changes import Containers
 from .image import ImageEncoder, check_images
-from .text import TextEncoder, prompts_digest
+from .text import TextEncoder
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
@@ -140,7 +140,7 @@ class SkipCLIPBase(nn.Module):
     label_smoothing: float
     _settings: Settings
     _parallel: ClassParallel | None
-    _prompts: str | None  # digest of the prompts of all classes, with `_parallel`
+    _prompts: str  # digest of the prompts of all classes
     _tokens: Tensor  # prompts that this process holds
     _image_encoder: ImageEncoder
     _text_encoder: TextEncoder
@@ -301,8 +301,7 @@ class SkipCLIPBase(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return the state of the sampler and the prototypes of this process as a uint8 tensor: a safetensors file."""
-        prompts = self._prompts or prompts_digest(self._tokens)
-        return pack_state(self.prototypes, prompts, self.sampler.state_dict(), self._shard)
+        return pack_state(self.prototypes, self._prompts, self.sampler.state_dict(), self._shard)
 
     def set_extra_state(self, state: Any) -> None:
         """Continue from the result of `get_extra_state`, of any process of any number of them.
@@ -310,8 +309,7 @@ class SkipCLIPBase(nn.Module):
         Raises:
             ValueError: If it is damaged, or of other prompts, another model, or other weights before tuning.
         """
-        prompts = self._prompts or prompts_digest(self._tokens)
-        prototypes, sampler = unpack_state(state, self.prototypes, prompts, self._shard, self._text.dtype)
+        prototypes, sampler = unpack_state(state, self.prototypes, self._prompts, self._shard, self._text.dtype)
         self.sampler.load_state_dict(sampler)
         self.prototypes.copy_(prototypes)
 
@@ -323,7 +321,6 @@ class SkipCLIPBase(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
-        refuse_low_rank_updates(self.model, state_dict, f"{prefix}model.")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         key = f"{prefix}_extra_state"
         if key in missing:
@@ -411,14 +408,3 @@ def unpack_state(
             "from before tuning, then load the state."
         )
     return prototypes.index_copy(0, rows, found), tensors
-
-
-def refuse_low_rank_updates(model: nn.Module, state_dict: Any, prefix: str) -> None:
-    """Raise a ValueError if a state dict has the low-rank updates of `add_lora`, and the model has none."""
-    saved = [name for name in state_dict if name.startswith(prefix) and name.endswith(".lora_A")]
-    if saved and not any(name.endswith(".lora_A") for name, _ in model.named_parameters()):
-        rank = state_dict[saved[0]].shape[-2]
-        raise ValueError(
-            f"SkipCLIP.load_state_dict: the state has low-rank updates of rank {rank}, and the model has none. Call "
-            f"add_lora(clip, rank={rank}) first, with the targets and alpha of the saved model."
-        )

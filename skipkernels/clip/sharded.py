@@ -34,11 +34,6 @@ if TYPE_CHECKING:
     from .inference import Inference
 
 
-def class_parallel(group: Any, tokens: Tensor, model: nn.Module) -> ClassParallel:
-    """Assign the classes of `tokens` to the processes of a group; their messages are on the device of the model."""
-    return ClassParallel(group, len(tokens), next(model.parameters()).device)
-
-
 def refuse_batch_norms(tower: Tower) -> None:
     """Raise if a part above the cut has batch norms over the images of one process."""
     for part in (*tower.blocks[tower.skip :], *tower.head):
@@ -57,7 +52,7 @@ def check_agreement(clip: SkipCLIPBase) -> None:
     Refuses models of which the steps of several processes would differ from those of one.
     """
     parallel, sampler, model = clip._parallel, clip.sampler, clip.model
-    assert parallel is not None and clip._prompts is not None
+    assert parallel is not None
     if parallel.size > 1:
         refuse_batch_norms(clip._image)
         refuse_batch_norms(clip._text)

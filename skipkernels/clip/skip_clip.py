@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from .text import TextEncoder, check_tokens, check_vocabulary, prompts_digest, p
 from .verify import verify
 
 if TYPE_CHECKING:
+    from ..parallel import ClassParallel
     from .graphed import GraphedStep
 
 _ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with weights beside the model's own
@@ -112,48 +114,48 @@ class SkipCLIP(Losses, Inference):
     ):
         super().__init__()
         check_tokens(tokens)
+        if not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(f"SkipCLIP: chunk must be a whole number, at least 1; got {chunk!r}.")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("SkipCLIP: cannot be created under torch.inference_mode(): its tensors could not train.")
+        self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
+        self.label_smoothing = check_label_smoothing(label_smoothing)
+        self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
         self.model = model
-        self._parallel = None
+        self._parallel: ClassParallel | None = None
         if process_group is not None:
-            from . import sharded
+            from ..parallel import ClassParallel
 
-            self._parallel = sharded.class_parallel(process_group, tokens, model)
+            self._parallel = ClassParallel(process_group, len(tokens), next(model.parameters()).device)
+        parallel = self._parallel
+        self._prompts = prompts_digest(tokens)
+        self._tokens = prompts_of(tokens if parallel is None else tokens[parallel.owned])
 
-        modules = list(model.modules()) if isinstance(model, nn.Module) else []  # checked below
-        kinds = [(module, type(module)) for module in modules]
-        required_grad = [(p, p.requires_grad) for module in modules for p in module.parameters(recurse=False)]
-        try:
-            if not isinstance(chunk, int) or chunk < 1:
-                raise ValueError(f"SkipCLIP: chunk must be a whole number, at least 1; got {chunk!r}.")
-            if torch.is_inference_mode_enabled():
-                raise RuntimeError(
-                    "SkipCLIP: cannot be created under torch.inference_mode(): its tensors could not train."
-                )
-            self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
-            self.label_smoothing = check_label_smoothing(label_smoothing)
-            self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
-            self._prompts = prompts_digest(tokens) if self._parallel is not None else None
-            self._tokens = prompts_of(tokens if self._parallel is None else tokens[self._parallel.owned])
+        with _restored_after_error(model):
+            # 1. Cut the towers, fuse their blocks, and freeze what is below the cut
             image, texts = build_towers(model, self._tokens)
             self._image_encoder, self._text_encoder = ImageEncoder(image, chunk), TextEncoder(texts, chunk)
             self._set_up(image, texts)
             with torch.autocast(texts[0].tokens.device.type, enabled=False):
+                # 2. Text features at the cut, and prototypes: embeddings of all classes before tuning
                 with evaluating([model]):
-                    folder = None if text_cache is None else self._folder(Path(text_cache))
+                    folder = None if text_cache is None else Path(text_cache)
                     if folder is not None:
+                        folder /= "" if parallel is None else f"process_{parallel.rank}_of_{parallel.size}"
                         self._text_encoder.use_folder(folder)
-                    self._set_prototypes(self._text_encoder.prototypes(folder))
-                weight = check_class_weight(class_weight, self.prototypes, self._num_classes)
+                    prototypes = self._text_encoder.prototypes(folder)
+                if parallel is None:
+                    self.register_buffer("prototypes", prototypes, persistent=False)  # `get_extra_state` holds them
+                else:
+                    self.prototypes = prototypes  # not a buffer: DistributedDataParallel would broadcast it
+                weight = check_class_weight(class_weight, prototypes, self._num_classes)
                 self.register_buffer("class_weight", weight, persistent=False)
+                # 3. Comparison with the model itself, and between processes
                 verify(model, self._image_encoder, self._text_encoder, self._tokens)
-            if self._parallel is not None:
-                sharded.check_agreement(self)
-        except BaseException:
-            for parameter, requires_grad in required_grad:
-                parameter.requires_grad_(requires_grad)
-            for module, kind in kinds:
-                module.__class__ = kind  # of a block that was fused
-            raise
+            if parallel is not None:
+                from .sharded import check_agreement
+
+                check_agreement(self)
 
         # The text features of all classes are computed by now, so the lower text tower can move to another device.
         self._move_lower(None if lower_device is None else torch.device(lower_device))
@@ -260,18 +262,6 @@ class SkipCLIP(Losses, Inference):
 
     # ---- set-up, change of the model or of the classes ---------------------------------------------------------
 
-    def _folder(self, text_cache: Path) -> Path:
-        """Folder of the text features of the classes of this process."""
-        if self._parallel is None:
-            return text_cache
-        return text_cache / f"process_{self._parallel.rank}_of_{self._parallel.size}"
-
-    def _set_prototypes(self, prototypes: Tensor) -> None:
-        if self._parallel is None:
-            self.register_buffer("prototypes", prototypes, persistent=False)  # `get_extra_state` holds them
-        else:
-            self.prototypes = prototypes  # not a buffer: DistributedDataParallel would broadcast it
-
     def _set_up(self, image: ImageTower, texts: Sequence[TextTower]) -> None:
         """Cut the towers, fuse their blocks, and set which parameters train."""
         check_vocabulary(self._tokens, texts[0].vocabulary)
@@ -341,8 +331,7 @@ class SkipCLIP(Losses, Inference):
             names = "tokens of set_classes", "class_weight of set_classes"
             parallel.check_equal(list(zip(names, digests, strict=True)), device)
         self._tokens, self._text_encoder, self.prototypes, self.class_weight = prompts, encoder, prototypes, weight
-        if parallel is not None:
-            self._parallel, self._prompts = parallel, prompts_digest(tokens)
+        self._parallel, self._prompts = parallel, prompts_digest(tokens)
         self._containers = Containers(self.model, (self._image, *self._text_encoder.towers))
 
     def _move_lower(self, lower_device: torch.device | None) -> None:
@@ -387,6 +376,22 @@ class SkipCLIP(Losses, Inference):
         disabled: Memory = "auto" if self._settings.memory == "min" else self._settings.memory
         for tower in (self._image, *self._text_encoder.towers):
             tower.memory = "min" if enable else disabled
+
+
+@contextmanager
+def _restored_after_error(model: nn.Module) -> Iterator[None]:
+    """Restore the classes of the blocks of a model, and `requires_grad` of its parameters, after an error."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []  # else `build_towers` raises
+    kinds = [(module, type(module)) for module in modules]
+    required_grad = [(p, p.requires_grad) for module in modules for p in module.parameters(recurse=False)]
+    try:
+        yield
+    except BaseException:
+        for parameter, requires_grad in required_grad:
+            parameter.requires_grad_(requires_grad)
+        for module, kind in kinds:
+            module.__class__ = kind  # of a block that was fused
+        raise
 
 
 def _set_trainable(model: nn.Module, image: ImageTower, text: TextTower, settings: Settings) -> None:

@@ -132,7 +132,8 @@ def _raise_if_above(pair: _Pair, mode: str, measure: str, value: float, allowed:
 @contextmanager
 def _in_float32(model: nn.Module) -> Iterator[None]:
     """Convert half-precision parameters and buffers to fp32 in place, and back with the same bits."""
-    half = [(x, x.data) for x in (*model.parameters(), *model.buffers()) if x.dtype in _HALF]
+    tensors = [*model.parameters(), *model.buffers()]
+    half = [(x, x.data) for x in tensors if x.dtype in _HALF and type(x.data) is Tensor]  # not quantised
     try:
         for x, values in half:
             x.data = values.float()

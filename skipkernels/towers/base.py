@@ -252,14 +252,14 @@ class ImageTower(Tower):
         return None
 
     @property
-    def reductions(self) -> dict[str, Reduction]:  # noqa: D102
+    def reductions(self) -> dict[str, Reduction]:
         not_pooled = self.why_not_pooled or self.why_no_rows(len(self.blocks) - 1)
         return {
             "fused_block": Reduction.unless(self.why_not_fused()),
             "pooled_last_block": Reduction.unless(not_pooled),
         }
 
-    def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def reference_forward(self, inputs: Tensor) -> Tensor:
         return self.model.encode_image(inputs)
 
     @abstractmethod

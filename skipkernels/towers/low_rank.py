@@ -47,32 +47,18 @@ class LowRankUpdate(nn.Module):
             result.low_rank = [LowRankFactors(part, scale, down, up) for part, down, up in factors]
         return result
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        saved = state_dict.get(f"{prefix}lora_A")
-        if saved is not None and saved.shape[-2] != self.rank:
-            raise ValueError(
-                f"load_state_dict: the low-rank updates have rank {saved.shape[-2]}, and those of this model have "
-                f"{self.rank}. Add them with add_lora(clip, rank={saved.shape[-2]})."
-            )
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
     def get_extra_state(self) -> Tensor:
         """Return alpha and the updated parts, fp64."""
         return torch.tensor([self.alpha, *self.updated], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raise a ValueError if the state dict is of another alpha or other parts: A and B are then another update."""
-        alpha, *updated = state.tolist()
-        if alpha != self.alpha:
+        if not state.equal(own := self.get_extra_state().to(state)):
+            (alpha, *parts), (own_alpha, *own_parts) = state.tolist(), own.tolist()
             raise ValueError(
-                f"load_state_dict: the low-rank updates have alpha {alpha:g}, and those of this model have "
-                f"{self.alpha:g}. Add them with add_lora(clip, rank, targets, alpha={alpha:g})."
-            )
-        if tuple(updated) != self.updated:  # only query, key and value are parts of one weight
-            saved, own = (", ".join("qkv"[int(part)] for part in parts) for parts in (updated, self.updated))
-            raise ValueError(
-                f"load_state_dict: the low-rank updates are of the targets {saved}, and those of this model of {own}. "
-                "Add them with the same targets: add_lora(clip, rank, targets)."
+                f"load_state_dict: the low-rank updates have alpha {alpha:g} and are of the parts {parts} of a weight, "
+                f"those of this model have {own_alpha:g} and are of {own_parts}. Add them with the same targets and "
+                "alpha: add_lora(clip, rank, targets, alpha=…)."
             )
 
 

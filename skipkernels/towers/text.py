@@ -56,7 +56,7 @@ class TextTower(Tower):
         self._not_cropped, self._not_shared = not_cropped, not_shared
 
     @property
-    def reductions(self) -> dict[str, Reduction]:  # noqa: D102
+    def reductions(self) -> dict[str, Reduction]:
         reasons = {
             "text_crop": self._not_cropped,
             "shared_prefix": self._not_shared or self._why_not_shared(self._whole_blocks(0), len(self.blocks)),
@@ -99,7 +99,7 @@ class TextTower(Tower):
         """Masks of the model that determined the layout of the prompts."""
         return []
 
-    def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def reference_forward(self, inputs: Tensor) -> Tensor:
         return self.model.encode_text(inputs)
 
     def mask(self, inputs: Tensor) -> Tensor | None:

@@ -21,10 +21,10 @@ class CoCaTextTower(OpenClipTextTower):
     """Text tower with a `TextTransformer` as `text` that has a class embedding."""
 
     @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+    def embedding(self) -> tuple[Part, ...]:
         return *super().embedding, self.text.cls_emb
 
-    def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
+    def read_prompts(self, tokens: Tensor) -> None:
         self._excludes_self = not self.text.correct_cls_mask
         lengths, L = self._lengths(self.text.pad_id, tokens), tokens.shape[1]
         self._position = L  # index of the class token's positional embedding
@@ -49,7 +49,7 @@ class CoCaTextTower(OpenClipTextTower):
         reason = "a prompt has padding in its middle (open_clip's padding is the token of '!'), or fills the context"
         return {"pooled": pooled, "not_causal": reason, "not_cropped": reason}
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         prompts, token = super().embed(inputs), self.text.cls_emb + self.text.positional_embedding[self._position]
         token = token.to(prompts.dtype).expand(len(prompts), 1, -1)
         hidden = torch.cat([prompts, token], dim=1)
@@ -58,7 +58,7 @@ class CoCaTextTower(OpenClipTextTower):
         ends = self._pooled_positions(inputs)[:, None, None]
         return hidden.scatter(1, ends.expand_as(token), token)
 
-    def mask(self, inputs: Tensor) -> Tensor | None:  # noqa: D102
+    def mask(self, inputs: Tensor) -> Tensor | None:
         if not self._moved:
             return padding_mask(self.text, inputs)
         length = inputs.shape[1] + 1

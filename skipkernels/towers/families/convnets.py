@@ -47,13 +47,13 @@ class StagedTower(ImageTower):
         self.image_size = height, width
         self._embedding_chain, self._head_chain = nn.Sequential(*embedding), nn.Sequential(*head)
 
-    def why_no_rows(self, index: int) -> str | None:  # noqa: D102
+    def why_no_rows(self, index: int) -> str | None:
         return NOT_FUSED
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         return self._embedding_chain(inputs)
 
-    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish(self, hidden: Tensor) -> Tensor:
         return self._head_chain(hidden)
 
 

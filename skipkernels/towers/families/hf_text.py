@@ -28,22 +28,22 @@ class EncoderTextTower(TextTower):
         self.blocks, self.padding = layers, model.text.config.pad_token_id
         self.read_prompts(tokens)
 
-    def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
+    def read_prompts(self, tokens: Tensor) -> None:
         last = (tokens != self.padding).long().cumsum(dim=1).argmax(dim=1)
         self._set_prompts(tokens, last, not_causal="a token sees later ones")
 
-    def mask(self, inputs: Tensor) -> Tensor | None:  # noqa: D102
+    def mask(self, inputs: Tensor) -> Tensor | None:
         hidden = torch.zeros(inputs.shape, device=inputs.device).masked_fill(inputs == self.padding, -torch.inf)
         return hidden[:, None, None].expand(-1, 1, inputs.shape[1], -1)
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         return _first(block(hidden, None if mask is None else mask.to(hidden)))
 
     def finish_encoder(self, hidden: Tensor) -> Tensor:
         """Apply the part of the encoder behind its last block."""
         return hidden
 
-    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:  # noqa: D102
+    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         tokens = self.tokens[selected.class_ids]
         states, mask = Hidden(rows.unflatten(0, (len(tokens), -1))), self.mask(tokens)
         for index in range(self.skip, len(self.blocks)):
@@ -55,7 +55,7 @@ class EncoderTextTower(TextTower):
         )
         return self.finish(self.model.text.pooler(output, (tokens != self.padding).long()))
 
-    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish(self, hidden: Tensor) -> Tensor:
         return self.model.text.proj(hidden)
 
 
@@ -67,7 +67,7 @@ class RobertaTextTower(EncoderTextTower):
         super().__init__(model, tokens, encoder.encoder.layer)
         self.embedding, self.head = (encoder.embeddings,), (encoder.pooler, model.text.proj)
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         return self.encoder.embeddings(input_ids=inputs)
 
 
@@ -80,15 +80,15 @@ class MT5TextTower(EncoderTextTower):
         self.embedding = (encoder.embed_tokens, encoder.dropout)
         self.head = (encoder.final_layer_norm, model.text.proj)
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         return self.encoder.dropout(self.encoder.embed_tokens(inputs))
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         length, first = hidden.shape[1], self.blocks[0].layer[0].SelfAttention
         bias = first.compute_bias(length, length, device=first.relative_attention_bias.weight.device).to(hidden)
         return _first(block(hidden, None if mask is None else mask.to(hidden), bias))
 
-    def finish_encoder(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish_encoder(self, hidden: Tensor) -> Tensor:
         return self.encoder.dropout(self.encoder.final_layer_norm(hidden))
 
 
@@ -105,12 +105,12 @@ class M2M100TextTower(EncoderTextTower):
         self.embedding = (encoder.embed_tokens, encoder.embed_positions)
         self.head = (encoder.layer_norm, model.text.proj)
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         words = self.encoder.embed_tokens(inputs)
         hidden = words + self.encoder.embed_positions(inputs, words).to(words)
         return F.dropout(hidden, self.encoder.dropout, training=self.encoder.training and self.skip == 0)
 
-    def finish_encoder(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish_encoder(self, hidden: Tensor) -> Tensor:
         return self.encoder.layer_norm(hidden)
 
 

@@ -125,23 +125,23 @@ class HuggingFaceImageTower(ImageTower):
         self.head = (vision.post_layernorm, self.model.visual_projection if self._of_clip else vision.head)
 
     @property
-    def why_not_pooled(self) -> str | None:  # noqa: D102
+    def why_not_pooled(self) -> str | None:
         return None if self._of_clip else "the tower pools over all tokens"
 
-    def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def reference_forward(self, inputs: Tensor) -> Tensor:
         return _tensor(self.model.get_image_features(pixel_values=inputs))
 
-    def encoder(self) -> nn.Module:  # noqa: D102
+    def encoder(self) -> nn.Module:
         return _ImageEncoder(self.model)
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         hidden = self.vision.embeddings(inputs)
         return self.vision.pre_layrnorm(hidden) if self._of_clip else hidden
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         return _tensor(block(hidden, attention_mask=None))
 
-    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish(self, hidden: Tensor) -> Tensor:
         if self._of_clip:
             return self.model.visual_projection(self.vision.post_layernorm(hidden[:, 0]))
         return self.vision.head(self.vision.post_layernorm(hidden))
@@ -159,7 +159,7 @@ class HuggingFaceTextTower(TextTower):
         self.head = (self.text.final_layer_norm, model.text_projection if self._of_clip else self.text.head)
         self.read_prompts(tokens)
 
-    def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
+    def read_prompts(self, tokens: Tensor) -> None:
         if self._of_clip:
             self._set_prompts(tokens, self._end_positions(tokens))
         else:
@@ -172,18 +172,18 @@ class HuggingFaceTextTower(TextTower):
         # Configs from before transformers 4.31 always have eos_token_id = 2; the end of text is the largest id.
         return tokens.argmax(dim=-1) if end == 2 else (tokens == end).int().argmax(dim=-1)
 
-    def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def reference_forward(self, inputs: Tensor) -> Tensor:
         return _tensor(self.model.get_text_features(input_ids=inputs))
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         return self.text.embeddings(input_ids=inputs)
 
-    def mask(self, inputs: Tensor) -> Tensor | None:  # noqa: D102
+    def mask(self, inputs: Tensor) -> Tensor | None:
         return super().mask(inputs) if self._of_clip else None
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         return _tensor(block(hidden, attention_mask=None if mask is None else mask.to(hidden)))
 
-    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish(self, hidden: Tensor) -> Tensor:
         hidden = self.text.final_layer_norm(hidden)
         return self.model.text_projection(hidden) if self._of_clip else self.text.head(hidden)

@@ -126,23 +126,23 @@ class OpenClipImageTower(ImageTower):
             self.constants = (visual.positional_embedding,)
 
     @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+    def embedding(self) -> tuple[Part, ...]:
         visual = self.visual
         return visual.conv1, visual.class_embedding, visual.positional_embedding, visual.patch_dropout, visual.ln_pre
 
     @property
-    def head(self) -> tuple[Part, ...]:  # noqa: D102
+    def head(self) -> tuple[Part, ...]:
         return self.visual.attn_pool, self.visual.ln_post, self.visual.proj
 
     @property
-    def why_not_pooled(self) -> str | None:  # noqa: D102
+    def why_not_pooled(self) -> str | None:
         one_token = self.visual.attn_pool is None and self.visual.pool_type == "tok"
         return None if one_token else "the tower pools over all tokens"
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         return self.visual._embeds(inputs)
 
-    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish(self, hidden: Tensor) -> Tensor:
         pooled, _ = self.visual._pool(hidden)
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
@@ -157,14 +157,14 @@ class OpenClipTextTower(TextTower):
         self.read_prompts(tokens)
 
     @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+    def embedding(self) -> tuple[Part, ...]:
         return self.text.token_embedding, self.text.positional_embedding
 
     @property
-    def head(self) -> tuple[Part, ...]:  # noqa: D102
+    def head(self) -> tuple[Part, ...]:
         return self.text.ln_final, self.text.text_projection
 
-    def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
+    def read_prompts(self, tokens: Tensor) -> None:
         context = len(self.text.positional_embedding) - (getattr(self.text, "cls_emb", None) is not None)
         if tokens.shape[1] > context or (self.text is self.model and tokens.shape[1] != context):
             raise ValueError(
@@ -173,7 +173,7 @@ class OpenClipTextTower(TextTower):
             )
         self._set_prompts(tokens, **self._prompt_layout(tokens))
 
-    def masks(self) -> list[Tensor | None]:  # noqa: D102
+    def masks(self) -> list[Tensor | None]:
         return [self.text.attn_mask]
 
     def _prompt_layout(self, tokens: Tensor) -> dict[str, Any]:
@@ -210,25 +210,25 @@ class OpenClipTextTower(TextTower):
             return tokens.new_full((len(tokens),), 0 if pool_type == "first" else tokens.shape[1] - 1)
         raise UnsupportedModel(f"SkipCLIP: text pooling {pool_type!r} is not handled; expected one token per prompt.")
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         dtype = self.text.transformer.get_cast_dtype()
         positions = self.text.positional_embedding[: inputs.shape[1]]
         return self.text.token_embedding(inputs).to(dtype) + positions.to(dtype)
 
-    def mask(self, inputs: Tensor) -> Tensor | None:  # noqa: D102
+    def mask(self, inputs: Tensor) -> Tensor | None:
         if getattr(self.text, "use_pad_mask", False):
             return padding_mask(self.text, inputs)
         length, mask = inputs.shape[1], self.text.attn_mask
         return None if mask is None else mask[None, None, :length, :length].to(inputs.device)
 
-    def call_block(self, block: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+    def call_block(self, block: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             return block(hidden)
         mask = mask.to(hidden)
         per_head = mask[0, 0] if len(mask) == 1 else mask.expand(-1, block.attn.num_heads, -1, -1).flatten(0, 1)
         return block(hidden, attn_mask=per_head)
 
-    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish(self, hidden: Tensor) -> Tensor:
         hidden, projection = self.text.ln_final(hidden), self.text.text_projection
         if projection is None:
             return hidden

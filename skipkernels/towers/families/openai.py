@@ -52,24 +52,24 @@ class OpenAIImageTower(ImageTower):
         self.image_size = (visual.input_resolution, visual.input_resolution)
 
     @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+    def embedding(self) -> tuple[Part, ...]:
         visual = self.visual
         return visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre
 
     @property
-    def head(self) -> tuple[Part, ...]:  # noqa: D102
+    def head(self) -> tuple[Part, ...]:
         return self.visual.ln_post, self.visual.proj
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         visual = self.visual
         patches = visual.conv1(inputs.to(self.dtype)).flatten(2).transpose(1, 2)
         first = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         return visual.ln_pre(torch.cat([first, patches], dim=1) + visual.positional_embedding.to(patches.dtype))
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         return block(hidden.transpose(0, 1)).transpose(0, 1)
 
-    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish(self, hidden: Tensor) -> Tensor:
         return self.visual.ln_post(hidden[:, 0]) @ self.visual.proj
 
 
@@ -81,10 +81,10 @@ class OpenAITextTower(OpenClipTextTower):
         self.blocks = model.transformer.resblocks
         self.read_prompts(tokens)
 
-    def masks(self) -> list[Tensor | None]:  # noqa: D102
+    def masks(self) -> list[Tensor | None]:
         return [getattr(block, "attn_mask", None) for block in self.blocks]
 
-    def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
+    def read_prompts(self, tokens: Tensor) -> None:
         length = tokens.shape[1]
         triangle = torch.full((length, length), -torch.inf).triu(1)
         causal = all(x is not None and x[:length, :length].float().cpu().equal(triangle) for x in self.masks())
@@ -92,14 +92,14 @@ class OpenAITextTower(OpenClipTextTower):
         pooled = tokens.argmax(dim=-1)
         self._set_prompts(tokens, pooled, not_causal=self._not_causal, not_cropped=self._not_causal)
 
-    def why_no_rows(self, index: int) -> str | None:  # noqa: D102
+    def why_no_rows(self, index: int) -> str | None:
         return self._not_causal or super().why_no_rows(index)
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         positions = self.model.positional_embedding[: inputs.shape[1]]
         return self.model.token_embedding(inputs).to(self.model.dtype) + positions.to(self.model.dtype)
 
-    def mask(self, inputs: Tensor) -> Tensor | None:  # noqa: D102
+    def mask(self, inputs: Tensor) -> Tensor | None:
         return TextTower.mask(self, inputs)
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:

@@ -129,25 +129,25 @@ class TransformerTower(ImageTower):
         self.image_size = tuple(trunk.patch_embed.img_size)  # `visual.image_size` may differ (ViTamin-XL-384)
 
     @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+    def embedding(self) -> tuple[Part, ...]:
         names = ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "rope", "norm_pre")
         return tuple(getattr(self.trunk, name, None) for name in names)
 
     @property
-    def head(self) -> tuple[Part, ...]:  # noqa: D102
+    def head(self) -> tuple[Part, ...]:
         names = ("norm", "attn_pool", "fc_norm", "head_drop", "head")
         return (*(getattr(self.trunk, name, None) for name in names), self.visual.head)
 
     @property
-    def why_not_pooled(self) -> str | None:  # noqa: D102
+    def why_not_pooled(self) -> str | None:
         one_token = getattr(self.trunk, "attn_pool", None) is None and self.trunk.global_pool == "token"
         return None if one_token else "the tower pools over all tokens"
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         hidden = self.trunk._pos_embed(self.trunk.patch_embed(inputs))
         return self.trunk.norm_pre(self.trunk.patch_drop(hidden))
 
-    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish(self, hidden: Tensor) -> Tensor:
         return self.visual.head(self.trunk.forward_head(self.trunk.norm(hidden)))
 
 
@@ -161,13 +161,13 @@ class ViTaminTower(TransformerTower):
         self.blocks = chain_stages([*stages, ([_Tokens(self.trunk)], self.trunk.blocks)])
 
     @property
-    def embedding(self) -> tuple[Part, ...]:  # noqa: D102
+    def embedding(self) -> tuple[Part, ...]:
         return (self.trunk.patch_embed.backbone.stem,)
 
-    def why_no_rows(self, index: int) -> str | None:  # noqa: D102
+    def why_no_rows(self, index: int) -> str | None:
         return NOT_FUSED
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         return self.trunk.patch_embed.backbone.stem(inputs)
 
 
@@ -197,7 +197,7 @@ class RelPosTower(TransformerTower):
             )
         super().__init__(model)
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         patches, token = self.trunk.patch_embed(inputs), self.trunk.cls_token
         return patches if token is None else torch.cat([token.expand(len(patches), -1, -1), patches], dim=1)
 
@@ -215,11 +215,11 @@ class EvaTower(TransformerTower):
         super().__init__(model)
         self._depth = {block: i for i, block in enumerate(self.blocks)}
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def embed(self, inputs: Tensor) -> Tensor:
         hidden, _ = self.trunk._pos_embed(self.trunk.patch_embed(inputs))
         return self.trunk.norm_pre(hidden)
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         rope = self.trunk.rope
         if rope is None:
             return block(hidden)
