@@ -31,6 +31,7 @@ _UNREADABLE += (ArithmeticError, AttributeError, RuntimeError, struct.error, zli
 _UNREADABLE += (Image.DecompressionBombError, MemoryError)
 # Under any extension: six .jpg files of Oxford-IIIT Pet are GIFs. Others are excluded: Pillow runs Ghostscript on EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
+_MAX_RATIO = 500  # of the sides: a transform that resizes a line of 8000 x 2 pixels to 224 makes 200 million of them
 _CHUNK = 256  # images that are read by one pool of threads
 
 
@@ -148,6 +149,11 @@ def decode_image(file: BinaryIO, name: str | Path, transform: Transform | None =
 
 def to_rgb(image: Image.Image, name: str | Path, transform: Transform | None = None) -> Any:
     """Convert an image to RGB as `read_image` does, and transform it; `name` is its name in error messages."""
+    width, height = image.size
+    if max(width, height) > _MAX_RATIO * min(width, height):
+        raise InputError(
+            f"{name}: a side must be at most {_MAX_RATIO} times the other; got {width:,} × {height:,}. Crop it."
+        )
     if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):  # Pillow reads 16 bits of these as I
         raise InputError(
             f"{name}: has 32 bits per channel (mode {image.mode}), without a defined white. Convert it to 8 or 16 bits."

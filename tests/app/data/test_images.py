@@ -169,6 +169,14 @@ def test_read_image_decompression_bomb(tmp_path, monkeypatch):
         one(tmp_path / "a.png")
 
 
+def test_read_image_extreme_ratio(tmp_path):
+    """With its shorter side resized to 224, it would have 200 million pixels."""
+    for size in ((8000, 2), (2, 8000)):
+        Image.new("L", size).save(tmp_path / "a.png")
+        with raises_input_error("a.png: a side must be at most 500 times the other", "got {:,} × {:,}".format(*size)):
+            one(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=30)
