@@ -17,6 +17,11 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         sys.stdout.write(f"skipkernels {skipkernels.__version__}\n")
         return 0
+    for descriptor in range(3):  # a file of the run must not get the descriptor of a closed stream
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has: escape what the encoding lacks
     _set_passive_wait()
