@@ -7,6 +7,7 @@ import functools
 import os
 import struct
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,6 @@ _UNREADABLE += (Image.DecompressionBombError, MemoryError)
 # Under any extension: six .jpg files of Oxford-IIIT Pet are GIFs. Others are excluded: Pillow runs Ghostscript on EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
 _MAX_RATIO = 500  # of the sides: a transform that resizes a line of 8000 x 2 pixels to 224 makes 200 million of them
-_CHUNK = 256  # images that are read by one pool of threads
 
 
 class Images(Dataset):
@@ -241,21 +241,36 @@ class DatasetImages(Images):
         return image, self.labels[index]
 
 
-def read_all(images: Images, use: Transform) -> Iterator[Any]:
-    """Read images in order, in threads if they are files; yield the results of `use`, or the error of an image."""
-    images = images.with_transform(use)
+def read_ahead(
+    read: Callable[[int], Any], count: int, *, workers: int | None = None, ahead: int = 256
+) -> Iterator[Any]:
+    """Yield the results of read(0), read(1), …, or their errors, computed in threads up to `ahead` before their use.
 
-    def read(index: int) -> Any:
+    `workers` is the number of threads, by default one for each core, at most 8.
+    """
+
+    def attempt(index: int) -> Any:
         try:
-            return images[index][0]
+            return read(index)
         except Exception as error:  # of any dataset
             return error
 
-    workers = min(8, os.cpu_count() or 1) if isinstance(images, LabelledImages) else 1
-    for start in range(0, len(images), _CHUNK):
-        with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(read, range(start, min(start + _CHUNK, len(images)))))
-        yield from found
+    pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+    try:
+        pending = deque(pool.submit(attempt, index) for index in range(min(ahead, count)))
+        for index in range(count):
+            yield pending.popleft().result()
+            if index + ahead < count:
+                pending.append(pool.submit(attempt, index + ahead))
+    finally:  # without waiting: this generator may be collected in one of these threads
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_all(images: Images, use: Transform) -> Iterator[Any]:
+    """Read images in order, in threads if they are files; yield the results of `use`, or the error of an image."""
+    used = images.with_transform(use)
+    workers = None if isinstance(images, LabelledImages) else 1
+    return read_ahead(lambda index: used[index][0], len(images), workers=workers)
 
 
 def reason_of(error: Exception, name: str) -> str:

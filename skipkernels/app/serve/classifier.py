@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -17,11 +16,10 @@ from ...folders import restored
 from ...options import Precision
 from ..data import InputError
 from ..data.files import find_images
-from ..data.images import read_image, to_rgb
+from ..data.images import read_ahead, read_image, to_rgb
 from .loading import TEST, TunedRun, load_run
 
 Unreadable = Literal["raise", "skip"]
-_MAX_WORKERS = 8  # decoding is faster than a model on most machines; more threads only take memory
 
 
 @dataclass(frozen=True)
@@ -219,20 +217,37 @@ class Classifier:
                 yield self._predictions(list(map(str, range(start, start + len(part)))), part, top)
         else:
             images = [images] if isinstance(images, Image.Image) else list(images)
-            for decoded in decoded_batches(images, self.transform, batch_size, workers):
-                yield self._decoded(decoded, top, unreadable)
+            names = [str(n) if isinstance(image, Image.Image) else str(image) for n, image in enumerate(images)]
 
-    def _decoded(self, decoded: list[Decoded], top: int, unreadable: Unreadable) -> Predictions:
-        failed = {item.name: item.image for item in decoded if isinstance(item.image, InputError)}
-        if failed and unreadable == "raise":
-            raise next(iter(failed.values()))
-        read = [item for item in decoded if not isinstance(item.image, InputError)]
-        reasons = {name: str(error).removeprefix(f"{name}: ") for name, error in failed.items()}
+            def load(number: int) -> Any:
+                image = images[number]
+                if isinstance(image, Image.Image):
+                    return to_rgb(image, f"image {number}", self.transform)
+                if not isinstance(image, (str, os.PathLike)):
+                    kind = type(image).__name__
+                    raise InputError(
+                        f"Classifier.predict: images must be paths or Pillow images; got {kind}.", "images"
+                    )
+                return read_image(image, self.transform)
+
+            decoded = read_ahead(load, len(images), workers=workers, ahead=2 * batch_size)
+            for start in range(0, len(images), batch_size):
+                part = list(zip(names[start : start + batch_size], decoded, strict=False))
+                yield self._decoded(part, top, unreadable)
+
+    def _decoded(self, decoded: list[tuple[str, Any]], top: int, unreadable: Unreadable) -> Predictions:
+        """Classify named tensors [3, H, W]; one that can't be read has an error in its place."""
+        reasons: dict[str, str] = {}
+        for name, image in decoded:
+            if isinstance(image, Exception):
+                if unreadable == "raise" or not isinstance(image, InputError) or image.argument is not None:
+                    raise image
+                reasons[name] = str(image).removeprefix(f"{name}: ")
+        read = [(name, image) for name, image in decoded if name not in reasons]
         if not read:
             k = min(top, len(self.classes))
             return Predictions([], torch.empty(0, k).long(), torch.empty(0, k), self.classes, reasons)
-        images = torch.stack([item.image for item in read])  # type: ignore[misc]
-        return self._predictions([item.name for item in read], images, top, reasons)
+        return self._predictions([name for name, _ in read], torch.stack([image for _, image in read]), top, reasons)
 
     def _predictions(
         self, names: list[str], inputs: Tensor, top: int, unreadable: dict[str, str] | None = None
@@ -246,47 +261,6 @@ class Classifier:
                 "finite in fp32 either, the image or the weights have values that are not finite."
             )
         return Predictions(names, ids, probabilities, self.classes, unreadable or {})
-
-
-class Decoded(NamedTuple):
-    """Name of an image, and its tensor [3, H, W] or the reason why it can't be read."""
-
-    name: str
-    image: Tensor | InputError
-
-
-def decoded_batches(
-    images: Sequence[Any], transform: Callable[[Image.Image], Tensor], batch_size: int, workers: int | None = None
-) -> Iterator[list[Decoded]]:
-    """Decode and transform paths or Pillow images in threads, in their order, one batch ahead."""
-
-    def load(number: int) -> Decoded:
-        image = images[number]
-        is_path = isinstance(image, (str, os.PathLike))
-        if not is_path and not isinstance(image, Image.Image):
-            raise InputError(
-                f"Classifier.predict: images must be paths or Pillow images; got {type(image).__name__}.", "images"
-            )
-        name = os.fspath(image) if is_path else str(number)
-        try:
-            found = read_image(name, transform) if is_path else to_rgb(image, f"image {name}", transform)
-        except InputError as error:
-            found = error
-        return Decoded(name, found)
-
-    pool = ThreadPoolExecutor(workers or min(_MAX_WORKERS, os.cpu_count() or 1))
-
-    def submitted(start: int) -> list[Future[Decoded]]:
-        return [pool.submit(load, number) for number in range(start, min(start + batch_size, len(images)))]
-
-    try:
-        batch = submitted(0)
-        for start in range(0, len(images), batch_size):
-            following = submitted(start + batch_size)
-            yield [decoded.result() for decoded in batch]
-            batch = following
-    finally:  # without waiting: this generator may be collected in one of these threads
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def check_counts(**counts: int | None) -> None:
