@@ -223,17 +223,15 @@ class Classifier:
                 image = images[number]
                 if isinstance(image, Image.Image):
                     return to_rgb(image, f"image {number}", self.transform)
-                if not isinstance(image, (str, os.PathLike)):
-                    kind = type(image).__name__
-                    raise InputError(
-                        f"Classifier.predict: images must be paths or Pillow images; got {kind}.", "images"
-                    )
-                return read_image(image, self.transform)
+                if isinstance(image, (str, os.PathLike)):
+                    return read_image(Path(image), self.transform)
+                got = type(image).__name__
+                raise InputError(f"Classifier.predict: images must be paths or Pillow images; got {got}.", "images")
 
             decoded = read_ahead(load, len(images), workers=workers, ahead=2 * batch_size)
             for start in range(0, len(images), batch_size):
-                part = list(zip(names[start : start + batch_size], decoded, strict=False))
-                yield self._decoded(part, top, unreadable)
+                batch = list(zip(names[start : start + batch_size], decoded, strict=False))
+                yield self._decoded(batch, top, unreadable)
 
     def _decoded(self, decoded: list[tuple[str, Any]], top: int, unreadable: Unreadable) -> Predictions:
         """Classify named tensors [3, H, W]; one that can't be read has an error in its place."""
