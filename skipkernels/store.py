@@ -80,10 +80,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise StoreError(
-                f"{folder}: in use by another process, or by a FeatureCache that was not closed. Wait for it, close "
-                "it, or choose another folder."
-            ) from None
+            raise StoreError(f"{folder}: in use by another process. Wait for it, or choose another folder.") from None
         named = error.filename if isinstance(error.filename, str) else folder
         raise StoreError(
             f"{named}: cannot be read or written ({error.strerror or error}). Complete shards stay. Free space, check "
@@ -490,7 +487,9 @@ class Writer:
             self._choose_shards()
             self._check_space()
             self.manifest.write(self.folder)
-            _delete(leftovers(self.folder, self.manifest))
+            listed = set(range(self.layout.shards)) - set(self.missing)
+            used = {MANIFEST, *(path_of(self.folder, number).name for number in listed)}
+            _delete([path for path in _files(self.folder) if path.name not in used])
             self._held = held.pop_all()
         return self
 
@@ -588,22 +587,6 @@ def check_folder(folder: Path) -> None:
         other = min((path.name for path in folder.iterdir()), default=None)
         if other is not None:
             raise StoreError(f"{folder}: holds other files ({other}). Choose an empty folder.")
-
-
-def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
-    """Unused files in the folder of a store: temporary files of killed builds, and shards not in the manifest."""
-    used = {path_of(folder, number) for number, shard in enumerate(manifest.shards) if shard is not None}
-    return sorted(path for path in _files(folder) if path not in used and path.name != MANIFEST)
-
-
-def prune(folder: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
-    """Delete the leftovers of killed builds in a store's folder; return each with its bytes. `dry_run` only lists."""
-    with disk_errors(folder), locked(folder):
-        unused = leftovers(folder, Manifest.read(folder))
-        sized = [(path, sum(part.stat().st_size for part in (path, *path.rglob("*")))) for path in unused]
-        if not dry_run:
-            _delete(unused)
-    return sized
 
 
 def erase(folder: Path) -> None:

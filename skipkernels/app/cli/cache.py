@@ -1,4 +1,4 @@
-"""`skipkernels cache`: build, info, verify and prune."""
+"""`skipkernels cache`: build, info and verify."""
 
 from __future__ import annotations
 
@@ -98,7 +98,6 @@ class CacheInfo:
                 continue
             shape = " × ".join(map(str, store["shape"]))
             state = "complete" if store["complete"] else f"{store['shards there']} of {store['shards']} shards"
-            state += f", {decimal(store['leftover bytes'])} unused" if store["leftover bytes"] else ""
             table.add_row(name, f"{store['rows']:,}", shape, store["dtype"], decimal(store["bytes"]), state)
         out.print(table)
         if len(stores) == 1 and "error" not in store:
@@ -137,34 +136,13 @@ class CacheVerify:
 
 
 @dataclasses.dataclass(frozen=True)
-class CachePrune:
-    """Delete files of interrupted builds that no store uses."""
-
-    path: tyro.conf.Positional[Path]
-    """Folder of a store, or a folder that contains stores."""
-    dry_run: bool = False
-    """Print the files without deleting them."""
-
-    def execute(self, out: Terminal, err: Terminal) -> int:
-        """Delete the files, and print them. Returns 0."""
-        from skipkernels.store import prune
-
-        files = [file for folder in _stores(self.path, err) for file in prune(folder, dry_run=self.dry_run)]
-        for path, size in files:
-            out.print(f"{path}  {decimal(size)}", soft_wrap=True)
-        out.print(f"{decimal(sum(size for _, size in files))} {'would be freed' if self.dry_run else 'freed'}")
-        return 0
-
-
-@dataclasses.dataclass(frozen=True)
 class CacheCommand:
-    """Build and inspect feature caches: build, info, verify, prune."""
+    """Build and inspect feature caches: build, info, verify."""
 
     action: (
         Annotated[CacheBuild, tyro.conf.subcommand("build")]
         | Annotated[CacheInfo, tyro.conf.subcommand("info")]
         | Annotated[CacheVerify, tyro.conf.subcommand("verify")]
-        | Annotated[CachePrune, tyro.conf.subcommand("prune")]
     )
 
     def execute(self, out: Terminal, err: Terminal) -> int:
@@ -190,7 +168,7 @@ def _stores(path: Path, err: Terminal) -> list[Path]:
 
 def _description(folder: Path) -> dict[str, Any]:
     """Describe a store in JSON types."""
-    from skipkernels.store import Manifest, StoreError, leftovers
+    from skipkernels.store import Manifest, StoreError
 
     try:
         manifest = Manifest.read(folder)
@@ -206,6 +184,5 @@ def _description(folder: Path) -> dict[str, Any]:
         "shards": layout.shards,
         "shards there": len(written),
         "complete": not manifest.missing,
-        "leftover bytes": sum(path.stat().st_size for path in leftovers(folder, manifest)),
         "depends on": layout.fingerprint,
     }
