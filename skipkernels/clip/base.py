@@ -288,8 +288,7 @@ class SkipCLIPBase(nn.Module):
             keeps_dtype = moved.dtype == self.prototypes.dtype
             self.prototypes = moved if keeps_dtype else self.prototypes.to(moved.device)
         for encoder, is_stale in zip(encoders, stale, strict=True):
-            if encoder.lower_device is not None:
-                encoder.tower.move_lower(encoder.lower_device)
+            encoder.tower.move_lower()
             if not is_stale:  # the digests of another device or dtype differ
                 encoder.accept_weights()
         self._text_encoder.apply(fn, keep=not stale[1])

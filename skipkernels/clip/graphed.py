@@ -121,7 +121,7 @@ class GraphedStep:
         clip._check_step(x, labels)
         if x.requires_grad:
             raise ValueError("graphed: x must not require grad, which a replay would not compute. Run without graphed.")
-        if clip._image_encoder.lower_device is not None and clip._image_encoder.are_images(x):
+        if clip._image.lower_device is not None and clip._image_encoder.are_images(x):
             raise RuntimeError(
                 "graphed: images cannot be captured with lower_device, which copies each batch to another device. Pass "
                 "features at the cut, or leave lower_device out."

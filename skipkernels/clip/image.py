@@ -17,8 +17,6 @@ from ..towers.changes import Frozen
 class ImageEncoder:
     """Image tower of SkipCLIP."""
 
-    # Device of the modules below the cut, if it differs from the device above the cut
-    lower_device: torch.device | None = None
     features: tuple[torch.Size, torch.dtype]  # Shape [N, W] of one image's features at the cut, and their dtype
     # Modules and weights below the cut when features at the cut were first computed or used
     weights: Frozen | None = None
@@ -33,7 +31,7 @@ class ImageEncoder:
             if self.tower.skip == 0:
                 return self.tower.lower(x)
             checked = refusing_lost_gradients(self.tower.lower, "image", "(0, …)")
-            return LSkipBoundary.apply(checked, x.to(self.lower_device or x.device), self.chunk).to(images.device)
+            return LSkipBoundary.apply(checked, x.to(self.tower.lower_device or x.device), self.chunk).to(images.device)
         except RuntimeError as error:
             height, width = self.tower.image_size
             if tuple(images.shape[1:]) == (3, height, width):

@@ -278,7 +278,7 @@ class SkipCLIP(Losses, Inference):
         constructor and sets `requires_grad` again; prototypes and sampler do not change. Create the optimizer again if
         it holds replaced parameters.
         """
-        device = self.prototypes.device
+        device, lower_device = self.prototypes.device, self._image.lower_device
         image, texts = build_towers(self.model, self._tokens)
         self._set_up(image, texts)
         for text in texts:
@@ -287,7 +287,7 @@ class SkipCLIP(Losses, Inference):
         self._text_encoder.replace_towers(texts)
         with torch.autocast(device.type, enabled=False):
             verify(self.model, self._image_encoder, self._text_encoder, self._tokens)
-        self._move_lower(self._image_encoder.lower_device)
+        self._move_lower(lower_device)
         self._image_encoder.weights = None
 
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
@@ -324,7 +324,7 @@ class SkipCLIP(Losses, Inference):
             with evaluating([self.model]):
                 prototypes = encoder.prototypes(None)
             weight = check_class_weight(class_weight, prototypes, len(tokens))
-            if encoder.lower_device is None:  # verify runs the model itself, which must be on one device
+            if encoder.tower.lower_device is None:  # verify runs the model itself, which must be on one device
                 verify(self.model, self._image_encoder, encoder, prompts)
         if parallel is not None:
             digests = [prompts_digest(tokens), digest_tensors([] if weight is None else [("class_weight", weight)])]
@@ -335,11 +335,10 @@ class SkipCLIP(Losses, Inference):
         self._containers = Containers(self.model, (self._image, *self._text_encoder.towers))
 
     def _move_lower(self, lower_device: torch.device | None) -> None:
-        """Move the modules below the cut."""
-        if lower_device is not None:
-            for encoder in (self._image_encoder, self._text_encoder):
-                encoder.lower_device = lower_device
-                encoder.tower.move_lower(lower_device)
+        """Set the device of the modules below the cut, and move them there."""
+        for tower in (self._image, *self._text_encoder.towers):
+            tower.lower_device = lower_device
+            tower.move_lower()
 
     # ---- parameters ---------------------------------------------------------------------------------------------
 

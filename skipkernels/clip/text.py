@@ -24,9 +24,6 @@ _ROWS_ON_GPU = 256 << 20  # bytes of a folder that a GPU holds, so that no step 
 class PromptFeatures:
     """Features at the cut of one prompt of each class, cached in memory or in a folder, and embeddings from them."""
 
-    # Device of the modules below the cut, if it differs from the device above the cut
-    lower_device: torch.device | None = None
-
     def __init__(self, tower: TextTower, chunk: int):
         self.tower, self.chunk = tower, chunk
         self.store: TextStore | None = None  # The folder, if one is used
@@ -40,7 +37,7 @@ class PromptFeatures:
         tokens = self.tower.tokens if class_ids is None else self.tower.tokens[class_ids]
         with torch.autocast(tokens.device.type, enabled=False):
             lower = refusing_lost_gradients(self.tower.lower, "text", "(…, 0)")
-            lower_tokens = tokens.to(self.lower_device or tokens.device)
+            lower_tokens = tokens.to(self.tower.lower_device or tokens.device)
             return LSkipBoundary.apply(lower, lower_tokens, self.chunk).to(tokens.device)
 
     def compute(self) -> None:
@@ -122,16 +119,6 @@ class TextEncoder:
         """The tower of the first template."""
         return self.templates[0].tower
 
-    @property
-    def lower_device(self) -> torch.device | None:
-        """Device of the modules below the cut, if it differs from the device above the cut."""
-        return self.templates[0].lower_device
-
-    @lower_device.setter
-    def lower_device(self, device: torch.device | None) -> None:
-        for template in self.templates:
-            template.lower_device = device
-
     # ---- encoding ----------------------------------------------------------------------------------------------
 
     def encode(self, class_ids: Tensor, *, exact: bool = False) -> Tensor:
@@ -153,7 +140,6 @@ class TextEncoder:
         """Encode prompts [B, L] that need not be classes, cropped to the longest; on a GPU with host syncs."""
         device = self.tower.tokens.device
         prompts = PromptFeatures(self.tower.with_prompts(tokens.to(device, torch.int64)), self.chunk)
-        prompts.lower_device = self.lower_device
         return prompts.encode_uncached(torch.arange(len(tokens), device=device), exact=True)
 
     def _compute_features(self) -> None:
@@ -262,11 +248,9 @@ class TextEncoder:
             )
         for tower in towers:
             tower.apply(lambda x: x.to(device))
-            for name in ("skip", "memory", "attention_backend"):
+            for name in ("skip", "memory", "attention_backend", "lower_device"):
                 setattr(tower, name, getattr(self.tower, name))
-        encoder = TextEncoder(towers, self.chunk)
-        encoder.lower_device = self.lower_device
-        return encoder
+        return TextEncoder(towers, self.chunk)
 
     def drop_cached(self) -> None:
         """Drop the features and embeddings that are cached in memory."""

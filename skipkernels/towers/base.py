@@ -72,6 +72,8 @@ class Tower(ABC):
     head: Any
     constants: Sequence[nn.Parameter] = ()  # Parameters that the model never trains
     skip: int = 0  # Number of blocks below the cut. Set by SkipCLIP.
+    # Device of the modules below the cut, if it differs from the device above the cut. Set by SkipCLIP.
+    lower_device: torch.device | None = None
     memory: Memory = "fast"  # Saved for backward by an upper block. Set by SkipCLIP.
     runs: int = 1  # Number of times that a step runs the blocks: once for each template of the prompts
     attention_backend: attention.AttentionBackend = attention.SDPA  # Attention of fused blocks. Set by SkipCLIP.
@@ -173,13 +175,13 @@ class Tower(ABC):
             "lower blocks": digest_tensors(_named_tensors(self.blocks[: self.skip])),
         }
 
-    def move_lower(self, device: torch.device) -> None:
-        """Move the parameters and buffers below the cut to another device."""
-        for part in self.lower_parts():
+    def move_lower(self) -> None:
+        """Move the parameters and buffers below the cut to `lower_device`, if there is one."""
+        for part in self.lower_parts() if self.lower_device is not None else ():
             if isinstance(part, nn.Parameter):
-                part.data = part.data.to(device)
+                part.data = part.data.to(self.lower_device)
             elif part is not None:
-                part.to(device)
+                part.to(self.lower_device)
 
     def upper_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters above the cut."""
