@@ -57,6 +57,17 @@ def test_trainable_upper_ordinary_model_without_warning(recwarn):
     assert not recwarn.list
 
 
+def test_another_skipclip_froze_the_first_block():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    first = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    second = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=2)
+    second(images, labels)
+    with pytest.raises(RuntimeError, match="the first block above the cut was frozen .* by another SkipCLIP"):
+        first(images, labels)
+    first.refresh()
+    first(images, labels)
+
+
 def test_trainable_upper_refuses_adapters():
     with pytest.raises(UnsupportedModel, match=r'is an adapter.*Pass trainable="as_is"'):
         sk.SkipCLIP(with_adapters(1), tiny_tokens(C), skip_layers=1)

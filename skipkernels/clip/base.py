@@ -230,6 +230,17 @@ class SkipCLIPBase(nn.Module):
                 'would draw other classes than the first time. Use memory="min" instead.'
             )
 
+    def _refuse_frozen_above(self) -> None:
+        """Raise a RuntimeError if the first block above the cut was frozen, as by another SkipCLIP on the model."""
+        for tower in (self._image, self._text) if self._settings.trainable == "upper" else ():
+            first = tower.blocks[tower.skip : tower.skip + 1]
+            if not all(any(p.requires_grad for p in block.parameters()) for block in first):
+                raise RuntimeError(
+                    "SkipCLIP: the first block above the cut was frozen after SkipCLIP was made, such as by another "
+                    "SkipCLIP on the same model, with more skip_layers. Use the other one, or call clip.refresh(); to "
+                    'freeze blocks above the cut, pass trainable="as_is".'
+                )
+
     # ---- changes to the model -----------------------------------------------------------------------------------
 
     def check_weights(self) -> None:

@@ -210,6 +210,8 @@ class SkipCLIP(Losses, Inference):
         if labels.device.type == "cpu":
             check_label_range(labels, self._num_classes)
         self._check_draw(len(x))
+        if self.training:
+            self._refuse_frozen_above()
 
     def _step(
         self,
