@@ -17,7 +17,7 @@ from ..data import InputError
 from ..methods import METHODS
 from ..train.setup import build_task
 from .runs import Result, Variant, run_variants
-from .study import ACCURACY, COST, Column, Study, Value, accuracy, cost
+from .study import ACCURACY, COST, Column, Study
 
 VALUES: dict[Ablated, tuple[int | float, ...]] = {
     "skip_layers": (0, 0.25, 0.5, 0.75, 1.0),
@@ -63,7 +63,7 @@ def compare(
         for result in results:
             found = searched.get(result.metrics["method"])
             result.metrics["search"] = None if found is None else found._asdict()
-        columns += [Column(_SEARCH, name, _of_search(name)) for name in ("multiplier", "accuracy", "seconds")]
+        columns += [Column(_SEARCH, name, ("search", name)) for name in ("multiplier", "accuracy", "seconds")]
     return Study("compare", f"{config.model} on {config.data}, {config.shots_text}", results, columns)
 
 
@@ -112,10 +112,6 @@ def _search(
     return found
 
 
-def _of_search(name: str) -> Value:
-    return lambda metrics: None if metrics["search"] is None else metrics["search"][name]
-
-
 def ablate(
     config: TuneConfig,
     setting: Ablated,
@@ -141,10 +137,10 @@ def ablate(
 
 def _columns(results: Sequence[Result]) -> list[Column]:
     return [
-        *(Column(ACCURACY, key, accuracy(key)) for key in results[0].metrics["tuned"]),
-        Column(COST, "tuning, s", cost("seconds_tuning")),
-        Column(COST, "step, ms", cost("milliseconds_per_step")),
-        Column(COST, "classes a step", lambda metrics: metrics["kept_classes"]),
-        Column(COST, "peak, MiB", cost("peak_memory_mib")),
-        Column(COST, "parameters", lambda metrics: metrics["parameters"]["trained"]),
+        *(Column(ACCURACY, key, ("tuned", key)) for key in results[0].metrics["tuned"]),
+        Column(COST, "tuning, s", ("cost", "seconds_tuning")),
+        Column(COST, "step, ms", ("cost", "milliseconds_per_step")),
+        Column(COST, "classes a step", ("kept_classes",)),
+        Column(COST, "peak, MiB", ("cost", "peak_memory_mib")),
+        Column(COST, "parameters", ("parameters", "trained")),
     ]

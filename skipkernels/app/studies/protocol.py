@@ -11,7 +11,7 @@ from rich.console import Console
 from ..config import TuneConfig
 from ..data import Protocol
 from .runs import Result, Variant, run_variants
-from .study import ACCURACY, Column, Study, accuracy
+from .study import ACCURACY, Column, Study
 
 SHOTS = (1, 2, 4, 8, 16)  # training images per class in the few-shot protocol, as in CoOp
 
@@ -44,5 +44,5 @@ def _columns(results: Sequence[Result]) -> list[Column]:
     """Columns for each accuracy of the protocol, zero-shot and tuned; few-shot has a single accuracy."""
     keys, when = list(results[0].metrics["tuned"]), {"zero-shot": "zero_shot", "tuned": "tuned"}
     if results[0].metrics["protocol"] == "few-shot":
-        return [Column(ACCURACY, name, accuracy(keys[0], part)) for name, part in when.items()]
-    return [Column(name, key, accuracy(key, part)) for name, part in when.items() for key in keys]
+        return [Column(ACCURACY, name, (part, keys[0])) for name, part in when.items()]
+    return [Column(name, key, (part, key)) for name, part in when.items() for key in keys]

@@ -149,11 +149,3 @@ def _check(configs: dict[str, TuneConfig]) -> None:
 def _run(config: TuneConfig) -> dict[str, Any]:
     logging.getLogger("skipkernels").propagate = False  # the console shows its messages
     return tune(config, Terminal(sys.stderr))
-
-
-def by_variant(
-    results: Sequence[Result], value: Callable[[dict[str, Any]], float | None]
-) -> dict[str, MeanAndDeviation | None]:
-    """Compute mean and deviation of a value over the seeds of each variant."""
-    names = dict.fromkeys(result.variant for result in results)
-    return {name: mean_and_deviation(value(r.metrics) for r in results if r.variant == name) for name in names}

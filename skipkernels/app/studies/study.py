@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,15 +17,13 @@ from ..report.study_page import LEAST_RUNS, study_html, tables
 from ..train.environment import environment
 from ..train.run_folder import REPORT
 from ..untrusted import read_object
-from .runs import MeanAndDeviation, Result, by_variant
+from .runs import MeanAndDeviation, Result, mean_and_deviation
 
 ACCURACY, COST = "accuracy, %", "cost"  # groups of columns
 
 Layout = Literal["variants", "tests", "shots"]
 
 _LARGEST = 1 << 28  # bytes of the JSON file
-
-Value = Callable[[dict[str, Any]], float | None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,13 @@ class Column:
 
     group: str  # Name of the group of columns, with the unit if they all share one
     name: str  # Name within the group
-    value: Value  # Function of the metrics of a run that returns the value, or None if the run has none
+    path: tuple[str, ...]  # Keys of the value in the metrics of a run
+
+    def value(self, metrics: Any) -> float | None:
+        """Value of a run, or None if it has none."""
+        for key in self.path:
+            metrics = None if metrics is None else metrics[key]
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class Study:
         """Mean and deviation over seeds, as [variant][group][column]."""
         found: dict[str, dict[str, dict[str, MeanAndDeviation | None]]] = {variant: {} for variant in self.variants}
         for column in self.columns:
-            for variant, figure in by_variant(self.results, column.value).items():
-                found[variant].setdefault(column.group, {})[column.name] = figure
+            for variant, groups in found.items():
+                values = [column.value(result.metrics) for result in self.results if result.variant == variant]
+                groups.setdefault(column.group, {})[column.name] = mean_and_deviation(values)
         return found
 
     def tables(self) -> list[Table]:
@@ -119,13 +124,3 @@ def study_page(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
         raise InputError(f"report: {folder}: damaged ({type(error).__name__}: {error}).", "run") from error
     raise InputError(f"report: {folder} must be the folder of a run of tune, compare or protocol; it has none.", "run")
-
-
-def accuracy(key: str, when: str = "tuned") -> Value:
-    """Return the function of the metrics that gives the accuracy of a test, "tuned" or "zero_shot"."""
-    return lambda metrics: metrics[when][key]
-
-
-def cost(key: str) -> Value:
-    """Return the function of the metrics that gives an entry of the cost."""
-    return lambda metrics: metrics["cost"][key]
