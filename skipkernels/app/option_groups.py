@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ..options import (
     AttentionName,
     CacheDtype,
+    LoggerName,
     Memory,
     Precision,
     Preset,
@@ -228,5 +229,5 @@ class OutputOptions:
     """Save only the weights that tuning changed, in delta.safetensors."""
     log_every: int = option(50, ge=1, results=False)
     """Steps between displays and checks of the loss."""
-    log: tuple[str, ...] | None = option(None, results=False)
+    log: tuple[LoggerName, ...] | None = option(None, results=False)
     """Loggers of each epoch: tensorboard, wandb, or none. By default tensorboard if it is installed."""

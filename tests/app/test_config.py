@@ -92,8 +92,8 @@ def test_file_round_trip(tmp_path, changes, form):
 
 
 def test_strings_are_paths_and_lists_tuples(tmp_path):
-    given = small(str(tmp_path), cache=str(tmp_path / "cache"), resume=str(tmp_path), template=["a {}."], log=["csv"])
-    assert given == small(tmp_path, cache=tmp_path / "cache", resume=tmp_path, template=("a {}.",), log=("csv",))
+    given = small(str(tmp_path), cache=str(tmp_path / "cache"), resume=str(tmp_path), template=["a {}."], log=["none"])
+    assert given == small(tmp_path, cache=tmp_path / "cache", resume=tmp_path, template=("a {}.",), log=("none",))
 
 
 def test_resolved_uses_published_recipe():
@@ -202,6 +202,7 @@ WRONG = {
     "template: 'a {}.'": "template must be a list; got 'a {}.'.",
     "template: [1]": "template must be a valid string; got 1.",
     "resume: 1": "resume must be a valid boolean or a path; got 1.",
+    "log: [csv]": "log must be 'tensorboard', 'wandb' or 'none'; got 'csv'.",
     "colour: red": "unknown setting 'colour'.",
     "epoch: 3": "unknown setting 'epoch'; did you mean epochs?",
 }
@@ -244,7 +245,7 @@ def test_resolved_protocol_by_data(data, protocol):
 
 def test_config_file_gives_defaults_that_options_replace(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
-    file.write_text("shots: 3\nclasses: 9\ntemplate: ['a {}.']\nlog: [csv]\ncache: features\n")
+    file.write_text("shots: 3\nclasses: 9\ntemplate: ['a {}.']\nlog: [wandb]\ncache: features\n")
     assert main(["tune", f"--config={file}", "--shots", "5", "--log", "none", "--print-config"]) == 0
     printed, said = capsys.readouterr()
     assert said == "" and printed.startswith("# yaml-language-server: $schema=https://")

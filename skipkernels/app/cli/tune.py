@@ -75,8 +75,8 @@ class TuneCommand(Options):
         if self.file.print_config:
             out.print(_as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
             return 0
-        processes = join(self.processes.timeout)
         config = resumed(tune_config(self))
+        processes = join(config.timeout)
         processes.set_device(config.device)
         with processes.one_first():
             config = config.resolved()

@@ -46,21 +46,10 @@ def command_line(
 
 
 def _changed(options: Any) -> Iterator[tuple[str, Any]]:
-    """Yield names and values of the options that differ from their default, beginning with the data."""
-    fields = dataclasses.fields(options)
-    # A class that inherits from groups lists the last group first.
-    for field in fields if _has_groups(options) else sorted(fields, key=lambda field: _rank(field.name)):
+    """Yield names and values of the options that differ from their default."""
+    for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
             yield from _changed(value)
         elif value != field.default and value is not None and field.name not in _LEFT_OUT:
             yield field.name, value
-
-
-def _has_groups(options: Any) -> bool:
-    return any(dataclasses.is_dataclass(getattr(options, field.name)) for field in dataclasses.fields(options))
-
-
-def _rank(name: str) -> int:
-    first = ("data", "root", "template", "shots", "classes", "protocol", "targets", "model", "pretrained", "method")
-    return first.index(name) if name in first else len(first) + (name in ("out", "delta"))

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ...options import LoggerName
 from ..report.plots import finite
 from .errors import argument_error
 
 if TYPE_CHECKING:
     from ..config import TuneConfig
 
-_NAMES = ("tensorboard", "wandb")  # of the packages too
 _PROJECT = "skipkernels"  # of Weights & Biases
 
 
@@ -39,23 +39,15 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if finite(value)}
 
 
-def chosen(log: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names in the setting `log`, which may be separated by commas; None: TensorBoard if it is installed.
-
-    Example:
-        >>> chosen(("none",))
-        ()
-    """
+def chosen(log: Sequence[LoggerName] | None) -> list[str]:
+    """Return the names of the packages in the setting `log`; None: TensorBoard if it is installed."""
     if log is None:
-        return ("tensorboard",) if importlib.util.find_spec("tensorboard") is not None else ()
-    names = tuple(dict.fromkeys(name.strip() for part in log for name in part.split(",") if name.strip()))
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") is not None else []
+    names: list[str] = [name for name in dict.fromkeys(log) if name != "none"]
     for name in names:
-        if name not in (*_NAMES, "none"):
-            remedy = f"choose of {', '.join(_NAMES)}, or none; pass others to `tune` as loggers."
-            raise argument_error("log", f"no logger {name!r}; {remedy}")
-        if name in _NAMES and importlib.util.find_spec(name) is None:
+        if importlib.util.find_spec(name) is None:
             raise argument_error("log", f"{name} is not installed: pip install {name}.")
-    return tuple(name for name in names if name != "none")
+    return names
 
 
 def open_loggers(config: TuneConfig, folder: Path) -> Iterator[Logger]:

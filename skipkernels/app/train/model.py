@@ -8,7 +8,6 @@ import json
 import logging
 import pickle
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -143,8 +142,7 @@ def _load_whole(
                     raise
                 converted = not local and OPEN_CLIP in str(error)
                 if not converted:
-                    reason = " ".join(str(error).replace(plain, where).split())
-                    reason = textwrap.shorten(reason, 250, placeholder=" ….")
+                    reason = first_line(error).replace(plain, where)
                     raise argument_error("model", f"{name} could not be loaded: {reason}") from error
     found = load_hugging_face(name, folder if local else where, architecture_only=architecture_only, seed=seed)
     return found[0].to(device).eval(), *found[1:]
@@ -254,7 +252,7 @@ def _tokenizer(name: str, source: str, config: dict[str, Any]) -> Callable:
     except (OSError, ImportError) as error:
         raise argument_error(
             "model",
-            f"the Hugging Face tokenizer of {name} could not be loaded: {_first_line(error)} It is "
+            f"the Hugging Face tokenizer of {name} could not be loaded: {first_line(error)} It is "
             "downloaded once, and needs transformers (pip install 'skipkernels[hugging-face]').",
         ) from error
 
@@ -277,32 +275,24 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except pickle.UnpicklingError as error:  # its message says how to execute the file anyway
         raise InputError(f"{path}: not usable as weights: it holds more than tensors.") from error
     except _LOAD_ERRORS as error:
-        lines = [line.strip() for line in str(error).strip().splitlines()]
-        if isinstance(error, AssertionError) or (lines and lines[0].startswith("Error(s) in loading state_dict")):
-            reason = textwrap.shorten(lines[-1] if lines else "another structure", 200, placeholder=" ….")
-            raise InputError(
-                f"{path}: not usable as weights of this model: they are those of another ({reason.strip('. ')}). Pass "
-                "the `model` of the weights."
-            ) from error
-        raise InputError(f"{path}: not usable as weights of this model: {_first_line(error)}") from error
+        reason = first_line(error)
+        if isinstance(error, AssertionError) or reason.startswith("Error(s) in loading state_dict"):
+            last = str(error).splitlines()[-1].strip(".\t ")
+            reason = f"they are those of another ({last}). Pass the `model` of the weights."
+        raise InputError(f"{path}: not usable as weights of this model: {reason}") from error
 
 
 def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
     """Return the error for a model that open_clip could not create, with the first cause of a failed download."""
     while error.__context__ is not None and isinstance(error.__context__, OSError):
         error = error.__context__
-    reason = textwrap.shorten(first_line(error), 250, placeholder=" ….")
+    reason = first_line(error).strip(". ")
     if tag is None:
-        return argument_error("model", f"{name} could not be created: {reason}")
-    remedy = "Or pass the path of a file of weights."
+        return argument_error("model", f"{name} could not be created: {reason}.")
     return argument_error(
-        "pretrained", f"the weights {tag} of {name} could not be downloaded: {reason.strip('. ')}. {remedy}"
+        "pretrained",
+        f"the weights {tag} of {name} could not be downloaded: {reason}. Or pass the path of a file of weights.",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines: list[Any] = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {textwrap.shorten(' '.join(lines[:2]), 250, placeholder=' ….')}"
 
 
 @contextlib.contextmanager

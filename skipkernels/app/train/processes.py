@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...formatting import first_line
 from ..data.base import InputError
-from ..option_groups import MAX_TIMEOUT, ProcessOptions
+from ..option_groups import ProcessOptions
 from .errors import argument_error
 
 if TYPE_CHECKING:
@@ -53,12 +53,6 @@ class Processes:
         if ":" in device:
             raise argument_error(
                 "device", f"{device} is one GPU, and each of {self.size} processes uses its own; choose cuda."
-            )
-        if self._local_rank >= torch.cuda.device_count():
-            raise argument_error(
-                "device",
-                f"process {self.rank} has number {self._local_rank} on its host, which has "
-                f"{torch.cuda.device_count()} GPUs; start fewer processes, or choose cpu.",
             )
         torch.cuda.set_device(self._local_rank)
 
@@ -149,20 +143,12 @@ def join(timeout: float = ProcessOptions.timeout) -> Processes:
         return ALONE
     if not dist.is_initialized():
         gpus = torch.cuda.is_available() and dist.is_nccl_available()
-        # `TuneConfig.resolved` raises the error.
-        timeout = timeout if 0 < timeout < MAX_TIMEOUT else ProcessOptions.timeout
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"tune: the {launched()} processes can't connect: {first_line(error)}. Start them with torchrun."
             ) from error
-    backends = dist.get_backend_config()
-    if "cpu:gloo" not in backends:
-        raise InputError(
-            f"tune: the process group must have gloo for the CPU; got {backends}. Make it with "
-            'init_process_group("cpu:gloo,cuda:nccl"), or leave it to tune.'
-        )
     rank = dist.get_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     return Processes(rank, dist.get_world_size(), local_rank=local_rank, group=dist.group.WORLD)

@@ -231,20 +231,16 @@ def to_training_mode(method: Method) -> None:
 class EpochLosses:
     """Losses of the steps of an epoch, on the device until they are read.
 
-    Attributes:
-        images: Number of images of each step.
-
     Example:
         >>> losses = EpochLosses(3, torch.device("cpu"))
         >>> losses.add(torch.tensor(2.0), images=4); losses.add(torch.tensor(5.0), images=2)
-        >>> losses.read(), losses.read(), losses.mean
-        ((0, [2.0, 5.0]), (2, []), 3.0)
+        >>> losses.read(), losses.read(), losses.mean, losses.curve(1)
+        ((0, [2.0, 5.0]), (2, []), 3.0, [3.5])
     """
 
     def __init__(self, steps: int, device: torch.device):
-        self._on_device = torch.zeros(steps, device=device)
-        self.images: list[int] = []
-        self._on_host: list[float] = []
+        self.images: list[int] = []  # of each step
+        self._on_device, self._on_host = torch.zeros(steps, device=device), list[float]()
 
     def add(self, loss: Tensor, images: int) -> None:
         """Add the loss of a step over `images` images."""
@@ -265,28 +261,14 @@ class EpochLosses:
         return sum(weighted) / sum(self.images)
 
     def curve(self, points: int) -> list[float]:
-        """Loss curve of at most `points` values, each the mean of consecutive steps; read all losses first.
-
-        >>> losses = EpochLosses(3, torch.device("cpu"))
-        >>> for loss in (1.0, 2.0, 4.0): losses.add(torch.tensor(loss), images=1)
-        >>> _ = losses.read(); losses.curve(2)
-        [1.0, 3.0]
-        """
+        """Loss curve of at most `points` values, each the mean of consecutive steps; read all losses first."""
         losses, count = self._on_host, min(points, len(self._on_host))
         bounds = [place * len(losses) // count for place in range(count + 1)] if count else []
         return [sum(losses[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 class StageTimer:
-    """Timer of stages, in seconds. On a GPU it uses events of the stream; only `read` has a host sync.
-
-    Example:
-        >>> timer = StageTimer(torch.device("cpu"))
-        >>> with timer("forward"):
-        ...     _ = torch.ones(2) + 1
-        >>> list(timer.read()), timer.read()
-        (['forward'], {})
-    """
+    """Timer of stages, in seconds. On a GPU it uses events of the stream; only `read` has a host sync."""
 
     def __init__(self, device: torch.device):
         self._device = device

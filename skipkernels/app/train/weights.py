@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ...digests import digest_json, digest_tensors
 from ...folders import replace_tensors
+from ...formatting import first_line
 from ..data import InputError
 from ..methods import Method
 from ..untrusted import parse_object
@@ -108,6 +108,4 @@ def _digests(weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _unusable(path: Path, error: BaseException) -> InputError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = textwrap.shorten(" ".join(lines[:2]), 250, placeholder=" ….")
-    return InputError(f"{path}: not usable as weights of this model: {reason}")
+    return InputError(f"{path}: not usable as weights of this model: {first_line(error)}")

@@ -208,7 +208,7 @@ def test_doctor(capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("shots: [" + "x, " * 10**5 + "]", "shots must be"),
+        ("shots: [" + "x, " * 10**4 + "]", "shots must be"),
         ("? " + "x" * 1000 + "\n: 1", "unknown setting"),
         ("shots: " + "9" * 10**4, "not readable as YAML"),
         ("shots: [0x" + "f" * 10**4 + "]", "not readable as YAML"),

@@ -59,22 +59,17 @@ def test_wandb_calls(monkeypatch, tmp_path):
     wandb = Recorded("wandb")
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    (logger,) = open_loggers(TuneConfig(log=("wandb,none",)), tmp_path)
+    (logger,) = open_loggers(TuneConfig(log=("wandb", "none")), tmp_path)
     logger.write(ROW)
     logger.close()
     assert [name for name, _, _ in wandb.calls] == ["init", "log", "finish"]
     assert wandb.calls[0][2]["config"]["shots"] == 16 and wandb.calls[1][2] == {"step": 3}
 
 
-@pytest.mark.parametrize(
-    ("log", "message"),
-    [(("csv",), "no logger 'csv'; choose of tensorboard, wandb, or none; pass others"),
-     (("wandb",), "wandb is not installed: pip install wandb")],
-)  # fmt: skip
-def test_unknown_loggers_are_refused_before_the_run(log, message, monkeypatch):
+def test_missing_logger_is_refused_before_the_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=message):
-        TuneConfig(log=log, device="cpu").resolved()
+    with pytest.raises(InputError, match="wandb is not installed: pip install wandb"):
+        TuneConfig(log=("wandb",), device="cpu").resolved()
 
 
 def test_tune_writes_to_loggers(tmp_path, caplog):
