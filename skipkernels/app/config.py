@@ -116,9 +116,6 @@ class TuneConfig(
 ):
     """Configuration of a run. Its fields are those of the option groups, beginning with `DataOptions`.
 
-    Raises:
-        InputError: If there is no such setting, or a value has the wrong type or is out of range.
-
     Example:
         >>> TuneConfig(data="imagefolder:photos", epochs=3, out="runs/photos").out
         PosixPath('runs/photos')
@@ -140,13 +137,9 @@ class TuneConfig(
         return tuple(value) if isinstance(value, list) else value
 
     def resolved(self, open_data: Callable[[], Source] | None = None) -> TuneConfig:
-        """Return the configuration with all defaults filled in.
+        """Return the configuration with all defaults filled in, some of which depend on the number of classes.
 
-        Args:
-            open_data: Opens the dataset; some recipes depend on its number of classes. Default: `self.open_data`.
-
-        Raises:
-            InputError: If a value is out of range, or two values exclude each other.
+        Raises an InputError if two values exclude each other.
         """
         import torch
 
@@ -215,11 +208,7 @@ class TuneConfig(
         return recipe(classes=math.ceil(classes / 2) if self.chosen_protocol == "base-to-new" else classes)
 
     def method_class(self) -> type[Method]:
-        """Return the class of the method.
-
-        Raises:
-            InputError: If no such method is registered.
-        """
+        """Return the class of the method."""
         if self.method not in METHODS:
             choices = f"{', '.join(METHODS)}; got {self.method!r}."
             raise InputError(f"TuneConfig: method must be one of {choices}", "method")
@@ -321,10 +310,6 @@ class TuneConfig(
             path: The file.
             trust: Accept all sources that the file names, because the user trusts it or because nothing is loaded.
             given: Settings that the caller replaces; their sources are accepted.
-
-        Raises:
-            InputError: If the file is missing, is not a YAML mapping, or has an unknown field, a wrong type, or a
-                source that `check_source` refuses.
         """
         try:
             values = read_settings(path)
@@ -364,20 +349,12 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_settings(path: Path) -> Any:
-    """Read a config.yaml.
-
-    Raises:
-        OSError, ValueError, RecursionError, yaml.YAMLError: If it can't be read, is too large, or is not YAML.
-    """
+    """Read a config.yaml; raises OSError, ValueError, RecursionError or yaml.YAMLError."""
     return yaml.load(read_regular(path, _MAX_BYTES), _Loader)
 
 
 def usable_device(device: str, function: str) -> str:
-    """Return the name of a device; "auto" is "cuda" if there is a GPU, else "cpu".
-
-    Raises:
-        InputError: If no tensor can be on it.
-    """
+    """Return the name of a device on which a tensor can be; "auto" is "cuda" if there is a GPU, else "cpu"."""
     import torch
 
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

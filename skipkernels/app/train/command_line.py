@@ -18,14 +18,9 @@ def command_line(
     processes: int = 1,
     left_out: Collection[str] = (),
 ) -> str:
-    """Return the command of `skipkernels` with the options that differ from their default.
+    """Return the command of `skipkernels` with the options, of a dataclass or its groups, that have been changed.
 
-    Args:
-        command: Name of the command.
-        options: Options: a dataclass. Its fields may be groups of options.
-        positional: Fields that are positional arguments.
-        processes: Number of processes; several are started by torchrun.
-        left_out: Fields that the reader of the command chooses, such as its output folder.
+    `positional` names fields that are positional arguments; `left_out` those that the reader of the command chooses.
 
     Example:
         >>> from skipkernels.app.config import TuneConfig

@@ -151,11 +151,7 @@ def preprocessing(model: Any) -> dict[str, Any]:
 
 
 def write_open_clip_config(folder: Path, model: Any, tokenizer: Any) -> bool:
-    """Write open_clip_config.json of a model of `load_model`, and its tokenizer if that is one of Hugging Face.
-
-    Returns:
-        False if the model is not one of open_clip; nothing is written then.
-    """
+    """Write open_clip_config.json of a model, with a tokenizer of Hugging Face; False for other models."""
     model_cfg = getattr(model, "model_cfg", None)
     if model_cfg is None:
         return False

@@ -17,12 +17,7 @@ _PACKAGES = ("torch", "open_clip_torch", "torchvision", "triton", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that compute, by name.
-
-    Example:
-        >>> versions()["skipkernels"] == skipkernels.__version__
-        True
-    """
+    """Return the versions of Python and of the installed packages that compute, by name."""
     found = {"skipkernels": skipkernels.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -31,12 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(device: str, processes: int = 1) -> dict[str, Any]:
-    """Return the date and time (UTC), `versions`, and the machine.
-
-    Example:
-        >>> sorted(environment("cpu"))
-        ['finished', 'machine', 'versions']
-    """
+    """Return the date and time (UTC) as "finished", "versions", and the "machine"."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
     parts = [name or platform.machine(), f"{os.cpu_count()} CPU cores", f"{torch.get_num_threads()} threads"]
     parts += [f"{processes} processes"] if processes > 1 else []

@@ -46,17 +46,9 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluator of methods on all tests of a task.
+    """Evaluator of methods on all tests of a task, with the features of a `RunSetup`.
 
     With several processes each classifies its share of the images; the results cover all images.
-
-    Args:
-        setup: The run.
-        features: Features of the test images, by test; see `RunSetup.test_features`.
-        validation: Features of the validation images; see `RunSetup.validation_features`.
-
-    Attributes:
-        labels: Labels [n] of the images of each test.
     """
 
     def __init__(self, setup: RunSetup, features: Mapping[str, FeatureCache], validation: FeatureCache | None = None):
@@ -83,7 +75,7 @@ class Evaluator:
         return Evaluation(self._summarised(known), top, validation)
 
     def validation_logits(self, method: Method) -> tuple[Tensor, Tensor] | None:
-        """Return logits [n, C] and labels [n] of the validation images; None if there are none of either."""
+        """Return logits [n, C] and labels [n] of the validation images; None if there are none."""
         if self._validation is None:
             return None
         found = self._predicted(method, partial(method.logits, self._trained_test), *self._validation)

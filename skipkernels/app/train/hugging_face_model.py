@@ -61,12 +61,7 @@ def load_hugging_face(
     """Load a model with its image transform and tokenizer.
 
     transformers reads them from a folder with rebuilt configurations, without other files such as code or adapters.
-
-    Args:
-        name: Name of the model, for messages.
-        where: A folder of `save_pretrained`, with the processor beside the model; or the name of a repository.
-        architecture_only: Load no weights.
-        seed: Seed of the weights if none are loaded.
+    `where` is a folder of `save_pretrained`, with the processor beside the model, or the name of a repository.
     """
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer

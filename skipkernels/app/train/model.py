@@ -149,14 +149,7 @@ def _load_whole(
 
 
 def _rebuild(source: Path | str, folder: Path, *, weights: bool, trust: bool) -> dict[str, Any]:
-    """Write the plain parts of a model into a folder for open_clip; return its model_cfg.
-
-    Args:
-        source: A folder, or the name of a repository of the hub.
-        folder: Folder to write.
-        weights: Also link the weights.
-        trust: See `load_model`.
-    """
+    """Write the plain parts of a model, of a folder or a repository of the hub, for open_clip; return its model_cfg."""
     local = isinstance(source, Path)
     download = partial(download_pretrained_from_hf, str(source))
     file = Path(source, OPEN_CLIP) if local else Path(download(filename=OPEN_CLIP))

@@ -27,11 +27,7 @@ def setting_notes(config: TuneConfig) -> tuple[str, ...]:
 def weak_result(config: TuneConfig, metrics: Mapping[str, Any]) -> str | None:
     """Return a warning if the trained classes are below zero-shot, or within two standard errors of chance.
 
-        chance = 1 / C,   standard error = √(chance · (1 − chance) / n)   for n test images of C classes
-
-    Args:
-        config: Resolved configuration.
-        metrics: Contents of metrics.json; the classes of its first test are trained.
+    For n test images of C classes, chance is 1 / C, and its standard error √(chance · (1 − chance) / n).
     """
     test, count = next(iter(metrics["classes"].items()))
     images = metrics.get("images", {}).get("tests", {}).get(test)

@@ -46,14 +46,7 @@ def find(name: str) -> type[Optimizer]:
 
 
 def build(name: str, groups: list[dict[str, Any]], *, in_backward: bool = False, **options: Any) -> Optimizer:
-    """Construct an optimizer.
-
-    Args:
-        name: Name, as for `find`.
-        groups: Parameter groups, each with a learning rate.
-        in_backward: Update each weight inside backward; only `FusedSGD` does.
-        options: Options such as momentum and weight_decay; those that the class does not have are left out.
-    """
+    """Construct an optimizer by its name; options that its class does not have are left out."""
     found = find(name)
     known = inspect.signature(found).parameters
     options |= {"in_backward": in_backward}

@@ -37,15 +37,8 @@ _NAME = re.compile(r"[\w.+-]*")
 _REPOSITORY = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
 
 _TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
-_TOKENIZER_FILES: tuple[str, ...] = (
-    "tokenizer.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-)
-_TOKENIZER_FILES += ("sentencepiece.bpe.model", "tokenizer.model")
+_TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")
+_TOKENIZER_FILES += ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 _TOKENIZER = {f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "cls", "pad", "mask")}
 _TOKENIZER |= {"add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder"}
 _TOKENIZER |= {"additional_special_tokens", "extra_special_tokens", "clean_up_tokenization_spaces", "do_basic_tokenize"}
@@ -62,9 +55,7 @@ SMALL_FILES = (*_TOKENIZER_CONFIGS, *_TOKENIZER_FILES, *_PROCESSOR_CONFIGS, "con
 def read_open_clip_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
     """Read an open_clip_config.json: "model_cfg" and "preprocess_cfg", with plain values in known fields only.
 
-    Args:
-        path: The file.
-        trust: Accept models of the hub as towers.
+    With `trust`, models of the hub are accepted as towers.
     """
     values = read_object(path, _MAX_BYTES)
     model = _section(values, "model_cfg")

@@ -33,25 +33,16 @@ class TopClasses(NamedTuple):
 
 @dataclass
 class TestPredictions:
-    """Predictions for the images of a test.
-
-    Attributes:
-        name: Name of the test.
-        classes: Class names by label.
-        labels: Labels of the images, int64 [n].
-        zero_shot: Predictions before tuning.
-        tuned: Predictions after tuning; None if there are none.
-        thumbnails: PNG or JPEG files by the index of the image.
-    """
+    """Predictions for the images of a test."""
 
     __test__ = False  # not a pytest class
 
     name: str
-    classes: list[str]
-    labels: Tensor
+    classes: list[str]  # names by label
+    labels: Tensor  # int64 [n]
     zero_shot: TopClasses
     tuned: TopClasses | None
-    thumbnails: dict[int, bytes] = field(default_factory=dict)
+    thumbnails: dict[int, bytes] = field(default_factory=dict)  # PNG or JPEG files by the index of the image
 
     @property
     def last(self) -> TopClasses:

@@ -18,19 +18,9 @@ if TYPE_CHECKING:
 
 
 class Processes:
-    """Processes of a run. By default there is only this one.
+    """Processes of a run. Without a group there is only this one, and all methods do what it needs, at no cost.
 
-    Without a group all methods do what a single process needs, at no cost. An error of one process ends it, then
-    torchrun ends the others.
-
-    Args:
-        rank: Number of this process.
-        size: Number of processes.
-        local_rank: Number of this process on its host.
-        group: Process group, or None.
-
-    Attributes:
-        first: True on the process that writes files and shows progress.
+    The `first` process writes files and shows progress. An error of one process ends it, then torchrun ends the others.
     """
 
     def __init__(
@@ -131,11 +121,7 @@ def is_first() -> bool:
 
 
 def join(timeout: float = ProcessOptions.timeout) -> Processes:
-    """Return the processes that torchrun started; makes the process group, unless the program has one already.
-
-    Args:
-        timeout: Seconds for which a collective of a new group waits for the other processes.
-    """
+    """Return the processes that torchrun started; makes the process group, unless the program has one already."""
     import torch
     import torch.distributed as dist
 

@@ -21,12 +21,7 @@ _SPEED_SECONDS = 600.0  # over which the time left is estimated: most epochs are
 
 
 class ProgressDisplay:
-    """Context manager that displays the features and then the epochs of a run.
-
-    Args:
-        console: Console; without a terminal, or if it is quiet, there are no bars.
-        title: Title of the run.
-        memory: Memory counter, to display peak use. Default: no display of memory.
+    """Context manager that displays the features and then the epochs of a run; bars only in a terminal.
 
     Example:
         >>> with ProgressDisplay(Console(width=80), title="letters") as display:
@@ -71,15 +66,7 @@ class ProgressDisplay:
         batch_size: float,
         done: int = 0,
     ) -> None:
-        """Begin the epochs.
-
-        Args:
-            epochs: Number of epochs.
-            steps_per_epoch: Calls of `step` per epoch.
-            zero_shot: Accuracies before tuning, in per cent.
-            batch_size: Mean number of images per step.
-            done: Epochs that an earlier process completed.
-        """
+        """Begin the epochs, of which an earlier process completed `done`; `batch_size` is the mean over the steps."""
         for features in self._bars.tasks:  # features of a store were not counted
             self._bars.update(features.id, completed=features.total)
         self._epochs, self._done, self._batch_size, self._zero_shot = epochs, done, batch_size, zero_shot

@@ -33,25 +33,15 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Objects of a run, created by `build_run`.
+    """Objects of a run, created by `build_run`."""
 
-    Attributes:
-        config: Resolved configuration.
-        model, tokenizer: CLIP, on the device of the run, and its tokenizer.
-        precision: Mixed precision.
-        task: Training images and tests.
-        method: Method to tune.
-        zero_shot: Method that predicts before tuning: `method`, or a `ZeroShot`.
-        processes, resume, overwrite, rounded_to: See `build_run`.
-    """
-
-    config: TuneConfig
-    model: nn.Module
+    config: TuneConfig  # resolved
+    model: nn.Module  # on the device of the run
     tokenizer: Any
     precision: MixedPrecision
     task: Task
     method: Method
-    zero_shot: Method
+    zero_shot: Method  # predicts before tuning: `method`, or a `ZeroShot`
     processes: Processes = ALONE
     resume: bool = True
     overwrite: bool = False
@@ -76,20 +66,17 @@ class RunSetup:
         return self.config.cache is not None and self.method.cut is not None
 
     def test_features(self, progress: Progress = False) -> dict[str, FeatureCache]:
-        """Compute the features of the images of each test that has some; see `FeatureCache.build` for `progress`.
-
-        With several processes and features in memory, each process has the features of its share of the images.
-        """
+        """Compute the features of the images of each test that has some."""
         tests = [test for test in self.task.tests if len(test.images)]
         return {test.name: self._shared(f"test-{quote(test.name, safe=' ')}", test, progress) for test in tests}
 
     def validation_features(self, progress: Progress = False) -> FeatureCache | None:
-        """Compute the features of the validation images, as `test_features` does; None if there are none."""
+        """Compute the features of the validation images; None if there are none."""
         validation = self.task.validation
         return None if validation is None else self._shared("validation", validation, progress)
 
     def _shared(self, name: str, test: TestSet, progress: Progress) -> FeatureCache:
-        """Features of the images of a test, or of the share of this process."""
+        """Features of the images of a test, or without a cache on disk of the share of this process."""
         images: Any = test.images
         if self.processes.size > 1:
             if len(images) < self.processes.size:
@@ -102,7 +89,7 @@ class RunSetup:
         return self._features(name, images, progress)
 
     def train_features(self, progress: Progress = False) -> FeatureCache:
-        """Compute the features of the training images; see `FeatureCache.build` for `progress`."""
+        """Compute the features of the training images."""
         config = self.config
         return self._features("train", self.task.train, progress, views=config.views, refresh=config.refresh)
 
@@ -146,16 +133,10 @@ def build_run(
     overwrite: bool = False,
     rounded_to: CacheDtype | None = None,
 ) -> RunSetup:
-    """Load the model and the task of a run, and construct its method.
+    """Load the model and the task of a resolved configuration, and construct its method.
 
-    Args:
-        config: Resolved configuration.
-        open_data: Opens the dataset. Default: `config.open_data`.
-        load: Function that loads all weights of the model, instead of `config.pretrained`.
-        processes: Processes that train together.
-        resume: Resume incomplete stores of the cache.
-        overwrite: Replace stores of the cache.
-        rounded_to: Dtype to which features in memory are rounded, as in a cache. Default: no rounding.
+    `load` loads all weights of the model, instead of `config.pretrained`; `resume` and `overwrite` are those of the
+    stores of the cache; features in memory are rounded to the dtype `rounded_to`, as in a cache.
     """
     device = torch.device(config.device)
     with processes.one_first():

@@ -33,19 +33,10 @@ _CURVE = 100  # largest number of points of the loss curve in the row of an epoc
 class Trainer:
     """Train a method, one epoch per call. Within an epoch, only reading the losses needs a host sync.
 
-    Args:
-        config: Resolved configuration.
-        method: Method to train.
-        precision: Mixed precision of the run.
-        train: Features of the training images.
-        classes: Class names by label, for messages.
-        processes: Processes that train together, each with its part of each batch.
-
     Attributes:
         steps: Number of steps per epoch.
         weights: Trained weights.
-        not_graphed: Reason why steps are not captured in a CUDA graph, although `graph` is set and the device is a GPU;
-            None if they are captured, or capture was not asked for.
+        not_graphed: Reason why steps are not captured in a CUDA graph, although `graph` is set and the device is a GPU.
     """
 
     def __init__(
@@ -110,9 +101,7 @@ class Trainer:
     def epoch(self, on_step: Callable[[], None], on_loss: Callable[[float], None]) -> dict[str, Any]:
         """Train for one epoch; return its row of metrics.jsonl, without the accuracy.
 
-        Args:
-            on_step: Called after each step; must not cause a host sync.
-            on_loss: Called every `log_every` steps with their mean loss.
+        Calls `on_step` after each step, and `on_loss` every `log_every` steps with their mean loss.
         """
         started, waited, order = time.perf_counter(), self._loader.seconds_waited, self._loader.state_dict()
         losses, kept = EpochLosses(self.steps, self._device), Counter[int]()

@@ -25,12 +25,9 @@ _KEY = "skipkernels"  # the only metadata key: safetensors writes several in ran
 
 
 class WeightsFile:
-    """Contents of the weights file of a method.
+    """Contents of the weights file of a method; made before training.
 
-    Args:
-        method: Method, before training.
-        model: CLIP of the method.
-        delta: Save only the trained weights, and others that changed, found by digests without a copy.
+    With `delta` only the trained weights are saved, and others that changed, found by digests without a copy.
     """
 
     def __init__(self, method: Method, model: nn.Module, *, delta: bool):
