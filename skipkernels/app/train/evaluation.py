@@ -32,6 +32,8 @@ from .processes import join
 from .run_folder import CONFIG, read_model
 from .setup import BATCH, RunSetup, build_run
 
+VALIDATION = "validation"
+"""Name of the validation images beside the names of the tests."""
 Accuracies = dict[str, float | None]
 """Accuracy in per cent by test and by summary of the protocol; None where a method can't classify the images."""
 _AFTER_EPOCH = f"after this epoch, though its loss and weights are. {REMEDY}"
@@ -53,44 +55,39 @@ class Evaluator:
 
     def __init__(self, setup: RunSetup, features: Mapping[str, FeatureCache], validation: FeatureCache | None = None):
         self._setup, task = setup, setup.task
-        self._tests = {test.name: (features[test.name], len(test.images)) for test in task.tests if len(test.images)}
-        self._validation: tuple[FeatureCache, int] | None = None
+        self._features, self._counts = dict(features), {test.name: len(test.images) for test in task.tests}
         if validation is not None and task.validation is not None:
-            self._validation = validation, len(task.validation.images)
-        self.labels = {name: self._gathered(found.labels, count) for name, (found, count) in self._tests.items()}
+            self._features[VALIDATION], self._counts[VALIDATION] = validation, len(task.validation.images)
+        self.labels = {name: self._gathered(found.labels, self._counts[name]) for name, found in self._features.items()}
 
     def evaluate(self, method: Method, when: str = _AFTER_EPOCH) -> Evaluation:
         """Evaluate a method."""
-        top, known, validation = {}, {}, None
-        for test, images in self._tests.items():
-            found = self._predicted(method, partial(method.top_k, test, k=TOP), *images)
-            if found is not None:
-                top[test] = TopClasses(found[1], found[0])
-                known[test] = _accuracy(top[test], self.labels[test], f"the test {test!r} are not finite {when}")
-        if self._validation is not None:
-            found = self._predicted(method, partial(method.top_k, self._trained_test, k=TOP), *self._validation)
-            if found is not None:
-                labels = self._gathered(self._validation[0].labels, self._validation[1])
-                validation = _accuracy(TopClasses(found[1], found[0]), labels, f"validation are not finite {when}")
-        return Evaluation(self._summarised(known), top, validation)
+        top, accuracies = {}, {}
+        for name in self._features:
+            found = self._predicted(method, name, partial(method.top_k, k=TOP))
+            if found is None:
+                continue
+            top[name] = TopClasses(found[1], found[0])
+            if not found[0].isfinite().all():  # NaN if a logit is
+                raise FloatingPointError(f"tune: logits of the test {name!r} are not finite {when}")
+            correct = top[name].classes[:, 0] == self.labels[name]
+            accuracies[name] = round(100.0 * correct.float().mean().item(), 4)
+        top.pop(VALIDATION, None)
+        validation = accuracies.pop(VALIDATION, None)
+        return Evaluation(self._summarised(accuracies), top, validation)
 
     def validation_logits(self, method: Method) -> tuple[Tensor, Tensor] | None:
         """Return logits [n, C] and labels [n] of the validation images; None if there are none."""
-        if self._validation is None:
+        if VALIDATION not in self._features:
             return None
-        found = self._predicted(method, partial(method.logits, self._trained_test), *self._validation)
-        return None if found is None else (found[0], self._gathered(self._validation[0].labels, self._validation[1]))
-
-    @property
-    def _trained_test(self) -> str:
-        """Name of the test with the classes of the validation images."""
-        return self._setup.task.tests[0].name
+        found = self._predicted(method, VALIDATION, method.logits)
+        return None if found is None else (found[0], self.labels[VALIDATION])
 
     @torch.no_grad()
-    def _predicted(
-        self, method: Method, predict: Callable[..., Any], features: FeatureCache, count: int
-    ) -> list[Tensor] | None:
+    def _predicted(self, method: Method, name: str, predict: Callable[..., Any]) -> list[Tensor] | None:
         """Tensors [n, …] that `predict` returns for all images, in evaluation mode; None if it can't classify them."""
+        features, count = self._features[name], self._counts[name]
+        test = self._setup.task.tests[0].name if name == VALIDATION else name  # with the classes of the images
         share = self._setup.processes.share(count)
         own = range(len(share)) if len(features) == len(share) else share
         batches = [list(own[start : start + BATCH]) for start in range(0, len(own), BATCH)]
@@ -98,7 +95,7 @@ class Evaluator:
         method.train(False)
         for inputs, _ in features.loader(sampler=batches, device=self._setup.device):
             with self._setup.precision.autocast():
-                found = predict(inputs=inputs)
+                found = predict(test, inputs)
             if found is None:
                 return None
             parts.append([tensor.cpu() for tensor in (found if isinstance(found, tuple) else (found,))])
@@ -114,13 +111,6 @@ class Evaluator:
         if len(known) == len(task.tests):
             return dict(summarise(task.protocol, known))
         return {name: known.get(name) for name in summarise(task.protocol, {test.name: 0.0 for test in task.tests})}
-
-
-def _accuracy(top: TopClasses, labels: Tensor, not_finite: str) -> float:
-    """Accuracy in per cent."""
-    if not top.probabilities.isfinite().all():  # NaN if a logit is
-        raise FloatingPointError(f"tune: logits of {not_finite}")
-    return round(100.0 * (top.classes[:, 0] == labels).float().mean().item(), 4)
 
 
 def evaluate_run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -104,13 +104,13 @@ class Trainer:
         Calls `on_step` after each step, and `on_loss` every `log_every` steps with their mean loss.
         """
         started, waited, order = time.perf_counter(), self._loader.seconds_waited, self._loader.state_dict()
-        losses, kept = EpochLosses(self.steps, self._device), Counter[int]()
+        losses, kept = EpochLosses(self.steps, self._device), 0
         rates = {group["name"]: group["lr"] for group in self._optimizer.param_groups}
         to_training_mode(self._method)
         for step, (inputs, labels) in enumerate(self._loader, 1):
             out = self._step(inputs, labels)
             losses.add(out.loss, len(labels))
-            kept[out.classes] += 1
+            kept += out.classes
             on_step()
             if step % self._config.log_every == 0 or step == self.steps:
                 on_loss(self._read(losses, order))
@@ -124,8 +124,7 @@ class Trainer:
             "step_loss": losses.curve(_CURVE),
             "lr": rates,
             "steps": self.steps,
-            "kept_classes": sum(classes * steps for classes, steps in kept.items()) / self.steps,
-            "kept_histogram": {str(classes): kept[classes] for classes in sorted(kept)},
+            "kept_classes": kept / self.steps,
             "seconds": time.perf_counter() - started,
             "seconds_waiting_for_features": waited,
             "stage_seconds": {"data": waited} | self._timer.read(),
