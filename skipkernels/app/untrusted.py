@@ -83,26 +83,13 @@ def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
 
 
 def check_source(where: object, name: str, value: str, trust: bool) -> None:
-    """Check that a file may name this source.
+    """Refuse a source that the file `where` names if it is remote or elsewhere on this machine, unless with `trust`.
 
-    Images on this machine may be named without trust: they are only decoded.
+    "data" and "targets" may name images on this machine: they are only decoded.
 
-    Args:
-        where: The file.
-        name: Setting in the file. For "data" and "targets", only remote sources are refused.
-        value: Its value.
-        trust: True if the user trusts the author of the file.
-
-    Raises:
-        InputError: If the source is remote or elsewhere on this machine, and the file is not trusted.
-
-    Example:
-        >>> check_source("config.yaml", "model", "ViT-B-32", trust=False)
-        >>> check_source("config.yaml", "model", "hf-hub:org/name", trust=True)
-        >>> check_source("config.yaml", "model", "hf-hub:org/name", trust=False)
-        Traceback (most recent call last):
-        skipkernels.app.data.base.InputError: config.yaml: model must not be remote or elsewhere on this machine where only a file names it; got 'hf-hub:org/name'. If you trust the author of the file, add `trust=True`.
-    """  # noqa: E501
+    >>> check_source("config.yaml", "model", "ViT-B-32", trust=False)
+    >>> check_source("config.yaml", "model", "hf-hub:org/name", trust=True)
+    """
     pattern = _REMOTE_DATA if name in ("data", "targets") else _ELSEWHERE
     if not trust and pattern.search(value):
         raise refused_source(where, name, value)

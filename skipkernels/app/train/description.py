@@ -128,21 +128,11 @@ def find_templates(classes: Sequence[str], prompts: Sequence[Sequence[str]]) -> 
     >>> find_templates(["cat", "dog"], [["a cat.", "the dog."]]) is None
     True
     """
-    found = []
-    for of_classes in prompts:
-        first, name = of_classes[0], classes[0]
-        starts = [start for start in range(len(first)) if first.startswith(name, start)]
-        candidates = (f"{first[:start]}{{}}{first[start + len(name) :]}" for start in starts)
-        fitting = (
-            template
-            for template in candidates
-            if all(template.replace("{}", other) == p for other, p in zip(classes, of_classes, strict=True))
-        )
-        template = next(fitting, None)
-        if template is None or template.count("{}") != 1:
-            return None
-        found.append(template)
-    return found
+    example = max(range(len(classes)), key=lambda label: len(classes[label]))  # a short name may be in the template
+    templates = [of_classes[example].replace(classes[example], "{}") for of_classes in prompts]
+    expected = [[template.replace("{}", name) for name in classes] for template in templates]
+    known = all(template.count("{}") == 1 for template in templates)
+    return templates if known and expected == [list(of_classes) for of_classes in prompts] else None
 
 
 def preprocessing(model: Any) -> dict[str, Any]:

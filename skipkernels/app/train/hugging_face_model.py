@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,15 +24,6 @@ _CONFIG |= {"initializer_factor", "initializer_range", "intermediate_size", "lay
 _CONFIG |= {"max_position_embeddings", "num_attention_heads", "num_channels", "num_hidden_layers", "pad_token_id"}
 _CONFIG |= {"patch_size", "projection_dim", "projection_size", "vision_use_head", "vocab_size"}
 _RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-
-
-def is_hugging_face(folder: Path) -> bool:
-    """Return True for a folder that `save_pretrained` of a model wrote."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "model_type" in config
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from ..data import InputError
 from ..data.files import absolute_path
 from ..methods.registry import MODELS
 from .errors import argument_error
-from .hugging_face_model import is_hugging_face, load_hugging_face
+from .hugging_face_model import load_hugging_face
 from .plain_config import OPEN_CLIP, copy_tokenizer, link_weights, read_open_clip_config, save_tokenizer
 
 RANDOM = "random"
@@ -118,7 +118,7 @@ def _load_whole(
         missing = f"no folder {folder}" if where else f"must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME"
         raise argument_error("model", f"{name}: {missing}.")
     converted = local and not (folder / OPEN_CLIP).is_file()
-    if converted and not is_hugging_face(folder):
+    if converted and not (folder / "config.json").is_file():
         raise argument_error(
             "model",
             f"{name}: {folder} has no {OPEN_CLIP} of open_clip, and no config.json of transformers; name the "

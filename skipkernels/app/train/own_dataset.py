@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...digests import digest_json
 from ...features.dataset_key import dataset_key
@@ -15,13 +15,6 @@ from ..data import InputError, SizedDataset, Source, from_datasets
 from ..data.splits import listed_source
 
 KIND = "dataset"
-
-
-class OwnData(NamedTuple):
-    """Configuration of a run on the user's own dataset, and the function that opens it."""
-
-    config: TuneConfig
-    open_data: Callable[[], Source]
 
 
 def own_data(
@@ -33,8 +26,8 @@ def own_data(
     classes: Sequence[str] | None = None,
     name: str | None = None,
     key: Any = None,
-) -> OwnData:
-    """Return the configuration for a dataset; arguments as for `tune`."""
+) -> tuple[TuneConfig, Callable[[], Source]]:
+    """Return the configuration for a dataset, and the function that opens it; arguments as for `tune`."""
     if config.data != TuneConfig.data and config.data.partition(":")[0] != KIND:
         raise InputError(f"tune: data is {config.data!r}, and dataset is given too; leave one of them out.", "data")
     parts = {"dataset": dataset, "test": test, "validation": validation}
@@ -64,4 +57,4 @@ def own_data(
         source = from_datasets(own_name, train=dataset, test=validation, classes=classes, templates=config.template)
         return dataclasses.replace(source, notes=(note,))
 
-    return OwnData(dataclasses.replace(config, data=own_name, dataset_key=digest), open_data)
+    return dataclasses.replace(config, data=own_name, dataset_key=digest), open_data

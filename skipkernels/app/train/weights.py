@@ -27,16 +27,12 @@ _KEY = "skipkernels"  # the only metadata key: safetensors writes several in ran
 class WeightsFile:
     """Contents of the weights file of a method; made before training.
 
-    With `delta` only the trained weights are saved, and others that changed, found by digests without a copy.
+    With `delta` only the weights that changed are saved, found by digests without a copy.
     """
 
     def __init__(self, method: Method, model: nn.Module, *, delta: bool):
         self._method = method
         self._first = _digests(method.state_dict()) if delta else None
-        trained = {
-            w.data_ptr() for group in method.parameter_groups(text_lr=0.0, image_lr=0.0) for w in group["params"]
-        }
-        self._trained = {name for name, weight in method.state_dict().items() if weight.data_ptr() in trained}
         whole = method.state_dict().keys() == model.state_dict().keys()
         self.holds = CHANGES if delta else MODEL if whole else METHOD
 
@@ -47,7 +43,7 @@ class WeightsFile:
             save_weights(path, tensors, holds=self.holds)
             return
         now = _digests(tensors)
-        kept = {name: tensors[name] for name in tensors if name in self._trained or now[name] != self._first[name]}
+        kept = {name: tensors[name] for name in tensors if now[name] != self._first[name]}
         save_weights(path, kept, holds=self.holds, of=digest_json(self._first))
 
     def load(self, path: Path) -> None:
