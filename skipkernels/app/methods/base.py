@@ -70,9 +70,6 @@ def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
         z_bc = exp(logit_scale) · ⟨x_b/|x_b|, t_c⟩
 
     `image` x [B, D] may have any norm; `text` t [C, D] has unit norm; `logit_scale`, [] or [1], gets no gradient.
-
-    >>> cosine_logits(torch.tensor([[2.0, 0.0]]), torch.eye(2), torch.tensor(100.0).log())
-    tensor([[100.0000,   0.0000]])
     """
     with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
         return _scaled(image, text, logit_scale) @ text.T
@@ -95,19 +92,13 @@ def check_open_clip(method: str, model: nn.Module) -> None:
 class Method(ABC):
     """Method that adapts a CLIP, in place, to the classes of a task's first test.
 
-    Args:
-        model: An open_clip model.
-        tokenizer: Tokenizer of the model.
-        task: Task; training uses the classes of its first test, in the first template.
-        generator: Generator of all random numbers except those of dropout, which are PyTorch's. Default: seed 0.
+    Training uses the first template. All random numbers except those of dropout, which are PyTorch's, are drawn from
+    `generator`, by default with seed 0. A model or task that the method does not support is an InputError.
 
     Attributes:
         name: Name of the method in `METHODS`.
         cut: SkipCLIP that computes the features of a cache on disk, by its lower image tower; None: no such cache.
         notes: Notes for the user about the setup.
-
-    Raises:
-        InputError: If the method does not support this model or this task.
 
     Example:
         >>> from skipkernels.app.data import load_task

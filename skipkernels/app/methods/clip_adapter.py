@@ -26,10 +26,6 @@ class CLIPAdapter(FrozenModel):
     of zero-shot. The published code trains like CoOp: 200 epochs for 16 shots, SGD at 0.002, batches of 32.
 
     Source: Gao et al., "CLIP-Adapter: Better Vision-Language Models with Feature Adapters", 2021, arXiv 2110.04544.
-
-    Example:
-        >>> CLIPAdapter.recipe("ViT-B-16", "few-shot", shots=16).image_lr
-        0.002
     """
 
     name = "clip-adapter"

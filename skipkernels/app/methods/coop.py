@@ -34,10 +34,6 @@ class CoOp(FrozenModel):
     The other arguments are those of `Method` and `FrozenModel`; the text tower must be open_clip's text transformer.
 
     Source: Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv 2109.01134.
-
-    Example:
-        >>> [CoOp.recipe("ViT-B-16", "few-shot", shots=shots).epochs for shots in (1, 4, 16)]
-        [50, 100, 200]
     """
 
     name = "coop"

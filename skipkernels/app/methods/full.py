@@ -23,10 +23,6 @@ class Full(TunedModel):
     baseline, but with random batches.
 
     Source: Wu et al., CVPR 2025, arXiv 2412.11509, section 3 (the baseline).
-
-    Example:
-        >>> Full.recipe("ViT-B-16", "base-to-new", shots=16).sampler
-        'random'
     """
 
     name = "full"

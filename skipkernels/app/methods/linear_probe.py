@@ -39,10 +39,6 @@ class LinearProbe(FrozenModel):
         bias: Bias, [C].
 
     Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, appendix A.3.
-
-    Example:
-        >>> LinearProbe.recipe("ViT-B-16", "few-shot", shots=16).optimizer
-        'lbfgs'
     """
 
     name = "linear-probe"
@@ -141,11 +137,6 @@ def logistic_regression(image: Tensor, labels: Tensor, classes: int, l2: float) 
 
     This is the problem of scikit-learn's LogisticRegression with C = 1/l2, for embeddings [n, D] and labels int64 [n].
     In fp64 the minimum is more accurate than 1e-4, and autocast has no effect.
-
-    >>> image = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    >>> weight, bias = logistic_regression(image, torch.tensor([0, 1]), classes=2, l2=1.0)
-    >>> [round(w, 4) for w in weight.flatten().tolist()]
-    [0.5213, -0.5213]
     """
     weight, bias = image.new_zeros(classes, image.shape[1]), image.new_zeros(classes)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]

@@ -35,10 +35,6 @@ class LoRA(Method):
 
     Source: Zanella & Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models", CVPR workshops 2024, arXiv
     2405.18541.
-
-    Example:
-        >>> LoRA.recipe("ViT-B-16", "few-shot", shots=16, classes=100).epochs  # 8000 steps, 50 per epoch
-        160
     """
 
     name = "lora"

@@ -26,10 +26,6 @@ class Skip(TunedModel):
 
     Source: Wu et al., "Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters
     Themselves", CVPR 2025, arXiv 2412.11509.
-
-    Example:
-        >>> Skip.recipe("ViT-B-16", "few-shot", shots=16).epochs
-        40
     """
 
     name = "skip"

@@ -16,10 +16,6 @@ class ZeroShot(FrozenModel):
         z_bc = exp(logit_scale) · ⟨x̂_b, t̂_c⟩,   t̂_c the unit-norm mean of the class's prompts
 
     Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020.
-
-    Example:
-        >>> ZeroShot.recipe("ViT-B-16", "few-shot", shots=16).epochs
-        0
     """
 
     name = "zero-shot"
