@@ -15,7 +15,6 @@ from ..options import AttentionName
 from ..selection import RankSampler
 from ..towers import ImageTower, Memory, Reduction, TextTower
 from ..towers.attention import SDPA, AttentionBackend
-from ..towers.base import of_every_template
 from ..towers.block import FusedBlock
 from ..towers.changes import Containers
 from .image import ImageEncoder, check_images
@@ -157,7 +156,11 @@ class SkipCLIPBase(nn.Module):
         """Exact reductions of time and memory by name: `enabled`, or the `reason` why not."""
         no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"
         states: dict[str, Reduction] = {}
-        texts = of_every_template([text.reductions for text in self._text_encoder.towers])
+        first, *others = (text.reductions for text in self._text_encoder.towers)
+        texts = {  # those that are enabled for every template
+            name: next((each[name] for each in others if not each[name].enabled and found.enabled), found)
+            for name, found in first.items()
+        }
         images = self._image.reductions
         for prefix, tower, reductions in (("image", self._image, images), ("text", self._text, texts)):
             states |= {f"{prefix}.{name}": reduction for name, reduction in reductions.items()}

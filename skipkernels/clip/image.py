@@ -45,8 +45,7 @@ class ImageEncoder:
         """Images or features at the cut to embeddings [B, D], not normalised."""
         if self.are_images(x):
             return self.tower.upper(self.lower(x))
-        if self.weights is None:
-            self.accept_weights()
+        self.watch_weights()
         if self.is_stale():
             raise RuntimeError(
                 "SkipCLIP: modules or weights below the cut have changed since features at the cut were first computed "
@@ -68,14 +67,18 @@ class ImageEncoder:
 
     def lower_copy(self) -> Callable[[Tensor], Tensor]:
         """Return `lower` of copied modules that share the weights and stay in evaluation mode."""
-        if self.weights is None:
-            self.accept_weights()
+        self.watch_weights()
         copied = copy.copy(self)
         copied.tower = sharing_weights(self.tower, self.tower.model)
         for part in copied.tower.lower_parts():
             if isinstance(part, nn.Module):
                 part.eval()
         return copied.lower
+
+    def watch_weights(self) -> None:
+        """Record the weights below the cut, unless features at the cut were computed or used before."""
+        if self.weights is None:
+            self.accept_weights()
 
     def accept_weights(self) -> None:
         """Record that features at the cut are computed with the current weights below the cut."""

@@ -109,8 +109,7 @@ class Inference(SkipCLIPBase):
         """
         check_images(images)
         self._check_unaltered()
-        if self._image_encoder.weights is None:
-            self._image_encoder.accept_weights()
+        self._image_encoder.watch_weights()
         return self._image_encoder.lower(images)
 
     def encode_upper(self, features: Tensor) -> Tensor:

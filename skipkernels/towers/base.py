@@ -43,16 +43,6 @@ class Reduction(NamedTuple):
         return cls(not reason, reason or "")
 
 
-def of_every_template(reductions: Sequence[dict[str, Reduction]]) -> dict[str, Reduction]:
-    """Reductions of the text towers of several templates as one; enabled if they are for every template."""
-    merged = {}
-    for name, first in reductions[0].items():
-        reasons = [reason for each in reductions if (reason := each[name].reason)]
-        some = f"{len(reasons)} of {len(reductions)} templates: " if reasons and len(reasons) < len(reductions) else ""
-        merged[name] = Reduction.unless(some + reasons[0]) if reasons else first
-    return merged
-
-
 class UnsupportedModel(ValueError):
     """A model that no adapter handles exactly; the message names the part and the reason."""
 

@@ -170,32 +170,29 @@ def test_exported_model_with_fused_blocks():
     torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
 
 
-def in_processes(rank: int, sharded: bool) -> dict[str, torch.Tensor]:
-    """Two accumulated halves of a batch in each of two processes, by DDP or FSDP2; return the gradients."""
+def in_processes(rank: int) -> list[dict[str, torch.Tensor]]:
+    """Gradients of two accumulated halves of a batch in each of two processes, by DDP and by FSDP2."""
     dist.init_process_group("gloo")
-    model = sk.fuse(timm_vit())
-    images, _ = tiny_batch(8, 3)
-    if sharded:
-        mesh = init_device_mesh("cpu", (2,))
-        for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh)
-    wrapped = model if sharded else DistributedDataParallel(model)
-    for part in images[rank::2].chunk(2):
-        wrapped(part).square().sum().backward()
-    found = {name: p.grad.full_tensor() if sharded else p.grad for name, p in model.named_parameters()}
+    images, found = tiny_batch(8, 3)[0], []
+    for sharded in (False, True):
+        model = sk.fuse(timm_vit())
+        for module in (*model.blocks, model) if sharded else ():
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+        wrapped = model if sharded else DistributedDataParallel(model)
+        for part in images[rank::2].chunk(2):
+            wrapped(part).square().sum().backward()
+        found.append({name: p.grad.full_tensor() if sharded else p.grad for name, p in model.named_parameters()})
     dist.barrier()
     return found
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_fuse_in_two_processes(sharded, tmp_path):
-    first, second = run_in_processes(2, tmp_path, in_processes, sharded)
-    images, _ = tiny_batch(8, 3)
-    model = timm_vit()
+def test_fuse_in_two_processes(tmp_path):
+    model, (images, _) = timm_vit(), tiny_batch(8, 3)
     (model(images).square().sum() / 2).backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
-    for found in (first, second):
-        assert_equal(found, expected)
+    for found in run_in_processes(2, tmp_path, in_processes):
+        for gradients_of_way in found:
+            assert_equal(gradients_of_way, expected)
 
 
 def test_fuse_says_what_it_cannot_fuse():
