@@ -241,7 +241,8 @@ def _tokenizer(name: str, source: str, config: dict[str, Any]) -> Callable:
     """Return the tokenizer of a model, from the name or the folder that open_clip takes."""
     options = {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
     try:
-        return open_clip.get_tokenizer(source, **options)
+        with quiet():
+            return open_clip.get_tokenizer(source, **options)
     except (OSError, ImportError) as error:
         raise argument_error(
             "model",
@@ -291,9 +292,10 @@ def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Suppress warnings, such as that of open_clip without weights, which are loaded later or meant to be random."""
-    before = logging.root.manager.disable
+    before, handlers = logging.root.manager.disable, list(logging.root.handlers)
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(before)
+        logging.root.handlers[:] = handlers  # without any, logging.info of open_clip adds one to stderr

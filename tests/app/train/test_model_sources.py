@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from unittest.mock import Mock
 
@@ -55,6 +56,13 @@ def test_local_dir(folder, tmp_path):
     assert tokenizer(["a cat"]).shape == (1, 16)
     random, _, _ = model.load_model(f"local-dir:{folder}", None, CPU, architecture_only=True)
     assert not random.visual.proj.equal(loaded.visual.proj)
+
+
+def test_load_model_leaves_the_root_logger_as_it_is(monkeypatch):
+    """With a handler, warnings that a console shows would be on stderr too."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    model.load_model("glyph-tiny", None, CPU)
+    assert not logging.root.handlers
 
 
 def test_hub_model_is_rebuilt(folder, monkeypatch):
