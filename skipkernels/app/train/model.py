@@ -271,7 +271,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except _LOAD_ERRORS as error:
         reason = first_line(error)
         if isinstance(error, AssertionError) or reason.startswith("Error(s) in loading state_dict"):
-            last = str(error).splitlines()[-1].strip(".\t ")
+            last = (str(error).splitlines() or ["another structure"])[-1].strip(".\t ")
             reason = f"they are those of another ({last}). Pass the `model` of the weights."
         raise InputError(f"{path}: not usable as weights of this model: {reason}") from error
 

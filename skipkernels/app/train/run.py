@@ -159,6 +159,8 @@ def _tune(
     folder = RunFolder(config) if processes.first else None
     finished, found = processes.from_first(lambda: (folder.finished, folder.resumed) if folder is not None else None)
     if finished is not None:
+        if folder is not None:
+            checkpoint.remove(folder.path)  # a kill may have left it
         _print(console, f"{config.out}: the run is complete; there is nothing to resume.")
         return finished
     with ignore_write_errors(console), _memory_errors(), _seeded(config):
