@@ -113,6 +113,7 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
         ("bf16", True, {"tokens": torch.stack([tiny_tokens(CLASSES, seed=seed) for seed in range(2)], dim=1)}),
         ("fp32", False, {"unfused": True}),
         ("fp32", True, {"skip_layers": 0, "train_logit_scale": True}),
+        ("bf16", True, {"train_text": False}),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),
 )

@@ -146,7 +146,7 @@ def test_pair_loss_in_every_mode(kind, tmp_path):
         (["a cat"] * 5, r"captions must be int64, ids \[B=5\] or tokens .* got list"),
         (torch.zeros(5, 2, 77, dtype=torch.int64), r"got torch.int64 \[5, 2, 77\]"),
         (torch.full((5,), 13), r"captions must be in \[0, C=13\); got 13 to 13"),
-        (torch.full((5, 77), 60), r"tokens must be ids in \[0, 60\)"),
+        (torch.full((5, 77), 60), r"captions must be ids in \[0, 60\)"),
         (torch.zeros(5, 20, dtype=torch.int64), r"as long as the model's context; got \[5, 20\]"),
     ],
 )

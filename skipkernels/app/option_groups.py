@@ -107,7 +107,8 @@ class MethodOptions:
     method: str = "skip"
     """skip: Skip Tuning. Baselines: zero-shot, full (full fine-tuning), linear-probe, coop, clip-adapter, lora."""
     preset: Preset = "default"
-    """reference: settings of the published code, such as --tail fixed and the paper's schedule."""
+    """reference: settings of the published code, such as --tail fixed and the paper's schedule. --decay is 0.3 in each
+    protocol, as in its configuration; the memory that the paper reports for ImageNet follows from 0.1."""
     tail: Tail | None = option(None, methods="constructor")
     """Classes that CSkip draws from the tail. resample: new ones in every step, the default. fixed: drawn once, as
     published."""
@@ -128,6 +129,8 @@ class SkipOptions:
     max_tail: int | None = option(None, ge=0, methods="constructor")
     """Upper limit of the expected number of classes of the tail, for very many classes. By default none, as published:
     the tail then grows with the number of classes."""
+    train_text: bool = option(True, methods="constructor")
+    """Also train the text tower. False: the embeddings of classes are constant, and every step compares all classes."""
 
 
 @dataclass(frozen=True)

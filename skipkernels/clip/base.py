@@ -71,11 +71,18 @@ class Settings(NamedTuple):
     memory: Memory
     attention: AttentionName
     trainable: Trainable
+    train_text: bool
     train_logit_scale: bool
 
     @classmethod
     def checked(
-        cls, skip_layers: Any, memory: Memory, attention: AttentionName, trainable: Trainable, train_logit_scale: bool
+        cls,
+        skip_layers: Any,
+        memory: Memory,
+        attention: AttentionName,
+        trainable: Trainable,
+        train_text: bool,
+        train_logit_scale: bool,
     ) -> Settings:
         """Return settings, or raise if an argument is invalid for every model."""
         for name, value, allowed in (
@@ -86,7 +93,9 @@ class Settings(NamedTuple):
         pair = skip_layers if isinstance(skip_layers, tuple) else (skip_layers, skip_layers)
         if len(pair) != 2:
             raise ValueError(f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {skip_layers!r}.")
-        return cls(pair, memory, attention, trainable, train_logit_scale)
+        if not train_text:
+            pair = pair[0], 1.0  # all blocks of the text tower
+        return cls(pair, memory, attention, trainable, train_text, train_logit_scale)
 
     def apply(self, image: ImageTower, texts: Sequence[TextTower]) -> None:
         """Set cut, memory mode and attention backend of the towers; raise a ValueError if a tower can't use one."""
@@ -198,7 +207,7 @@ class SkipCLIPBase(nn.Module):
 
     def _class_embeddings(self) -> Tensor:
         """Cached embeddings [C, D] of all classes, not to be changed."""
-        own = self._text_encoder.class_embeddings()
+        own = self._own_class_embeddings()
         return own if self._parallel is None else self._parallel.class_embeddings(own)
 
     def _embeddings_of_all(self, image: Tensor) -> Tensor:
@@ -206,7 +215,17 @@ class SkipCLIPBase(nn.Module):
         if not torch.is_grad_enabled():
             return self._class_embeddings().to(image.dtype)
         self._refuse_parallel("an evaluation with gradients", "Call it under torch.no_grad().")
-        return self._text_encoder.encode(torch.arange(self._num_classes, device=image.device))
+        return self._encode_classes(torch.arange(self._num_classes, device=image.device), image.dtype)
+
+    def _own_class_embeddings(self) -> Tensor:
+        """Cached unit-norm embeddings of the classes of this process, not to be changed."""
+        return self._text_encoder.class_embeddings() if self._settings.train_text else self.prototypes
+
+    def _encode_classes(self, class_ids: Tensor, dtype: torch.dtype, *, exact: bool = False) -> Tensor:
+        """Embeddings [K, D] of classes of this process, with gradient; constants in `dtype` if texts do not train."""
+        if self._settings.train_text:
+            return self._text_encoder.encode(class_ids, exact=exact)
+        return self.prototypes.index_select(0, class_ids).to(dtype)
 
     @torch.no_grad()
     def _scores(self, image: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -221,6 +240,8 @@ class SkipCLIPBase(nn.Module):
         check_images(x)
         self._image_encoder.are_images(x)
         self._check_unaltered()
+        if self.training:
+            self._refuse_frozen_above()
         self._follow(x.device)
 
     def _check_draw(self, labels: int) -> None:
@@ -262,7 +283,9 @@ class SkipCLIPBase(nn.Module):
             raise RuntimeError(f"SkipCLIP: {name} is not supported with process_group. {remedy}")
 
     def _refuse_training_below(self) -> None:
-        if any(p.requires_grad for tower in (self._image, self._text) for p in tower.lower_parameters()):
+        frozen = [*self._image.lower_parameters(), *self._text.lower_parameters()]
+        frozen += [] if self._settings.train_text else self._text.upper_parameters()
+        if any(p.requires_grad for p in frozen):
             raise RuntimeError(
                 "SkipCLIP: requires_grad was set on parameters below the cut, which get no gradient. Set it to False "
                 "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."

@@ -92,7 +92,7 @@ class Inference(SkipCLIPBase):
         check_images(x)
         self._check_unaltered()
         self._follow(x.device)
-        classes = self._text_encoder.class_embeddings()
+        classes = self._own_class_embeddings()
         with evaluating([self.model]):
             image = self._image_encoder.encode(x)
         with torch.autocast(image.device.type, enabled=False):
@@ -142,7 +142,7 @@ class Inference(SkipCLIPBase):
             remedy = "Encode other texts with the model itself."
             check_range("SkipCLIP", "class_ids", class_ids, len(self.prototypes), remedy)
         self._check_unaltered()
-        return self._text_encoder.encode(class_ids, exact=True)
+        return self._encode_classes(class_ids, self._image.dtype, exact=True)
 
     def lower_copy(self) -> Callable[[Tensor], Tensor]:
         """Return `encode_lower` for another thread: copied modules in evaluation mode that share the weights."""

@@ -17,7 +17,7 @@ from .text import check_range, check_vocabulary
 
 
 class Losses(SkipCLIPBase):
-    """Base of `SkipCLIP`: its losses besides that of a step."""
+    """Base of `SkipCLIP`: its contrastive loss and its sigmoid loss."""
 
     @torch.compiler.disable
     def pair_loss(self, x: Tensor, captions: Tensor) -> Tensor:
@@ -43,8 +43,8 @@ class Losses(SkipCLIPBase):
             >>> torch.allclose(clip.pair_loss(images, ids), clip.pair_loss(images, captions[ids]), atol=1e-4)
             True
         """
-        pairs, several = len(x) if isinstance(x, Tensor) else 0, self._parallel is not None
-        if several:
+        distributed = self._parallel is not None
+        if distributed:
             from .sharded import padded, sharded_pair_loss
 
             tokens = isinstance(captions, Tensor) and captions.ndim > 1
@@ -54,7 +54,7 @@ class Losses(SkipCLIPBase):
         _check_captions(captions, len(x), self._num_classes, self._text.vocabulary)
         image = self._image_encoder.encode(x)  # [B, D]
         captions = captions.to(image.device, torch.int64)
-        if several:
+        if distributed:
             return sharded_pair_loss(self, image[:pairs], captions)
         encoder = self._text_encoder
         text = encoder.encode(captions, exact=True) if captions.ndim == 1 else encoder.encode_tokens(captions)
@@ -66,7 +66,7 @@ class Losses(SkipCLIPBase):
     ) -> SkipOutput:
         """Binary cross-entropy of each image with each selected class, for any number of labels per image.
 
-            loss = −1/(B·K) · Σ_b Σ_k log σ(±(logit_scale · ⟨x̂_b, t̂_k⟩ + logit_bias)),  + if k is a label of b, else −
+            loss = −1/(B·K) · Σ_b Σ_k log σ(±(exp(logit_scale) · ⟨x̂_b, t̂_k⟩ + logit_bias)),  + for labels, else −
 
         The classes of a step are selected as in `forward`, with all labels of the batch: m is at least
         min(C, B · max_labels). In evaluation mode all classes are compared. The loss of SigLIP (Zhai et al., ICCV 2023,
@@ -97,8 +97,8 @@ class Losses(SkipCLIPBase):
             >>> out.loss.shape, out.class_ids[out.targets[0]].tolist(), out.class_ids[out.targets[1]].tolist()
             (torch.Size([]), [3, 7], [3])
         """
-        images, several = len(x) if isinstance(x, Tensor) else 0, self._parallel is not None and self.training
-        if several:
+        distributed = self._parallel is not None and self.training
+        if distributed:
             from .sharded import padded, sharded_sigmoid_loss
 
             x, labels, images = padded(x, labels)
@@ -109,14 +109,14 @@ class Losses(SkipCLIPBase):
         if self.training:
             self._check_draw(len(x) * max_labels)
         image, labels = self._image_encoder.encode(x), labels != 0  # [B, D], [B, C]
-        if several:
+        if distributed:
             return sharded_sigmoid_loss(self, image[:images], labels[:images], max_labels, bias)
         if self.training:
             ranks = self.sampler.draw_on(image.device, labels.shape[1], len(image) * max_labels)
             # Labels of any image rank first. K does not depend on the labels.
             scores = self._scores(image).masked_fill(labels.any(dim=0), math.inf)
             class_ids = classes_at_ranks(scores, ranks)  # [K]
-            text = self._text_encoder.encode(class_ids)  # [K, D]
+            text = self._encode_classes(class_ids, image.dtype)  # [K, D]
         else:
             class_ids = torch.arange(self._num_classes, device=image.device)
             text = self._embeddings_of_all(image)
@@ -150,11 +150,11 @@ class Losses(SkipCLIPBase):
                 )
 
 
-# ---- checks of labels. Values are checked on the CPU only: on a GPU the check would be a host sync.
+# ---- checks of arguments. Values of a batch are checked on the CPU only: on a GPU each check would be a host sync
 
 
 def check_labels(labels: Any, x: Tensor) -> None:
-    """Raise unless labels are int64 [B], where x is."""
+    """Raise unless labels are int64 [B] on the device of x."""
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"SkipCLIP: labels must be an int64 tensor [B]; got {type(labels).__name__}. Without labels use "
@@ -169,13 +169,13 @@ def check_labels(labels: Any, x: Tensor) -> None:
 
 
 def check_label_range(labels: Tensor, classes: int) -> None:
-    """Raise if a label is outside [0, classes). A host sync on a GPU."""
+    """Raise if a label is outside [0, classes)."""
     remedy = "Leave images without a class out of the batch; ignore_index is not handled."
     check_range("SkipCLIP", "labels", labels, classes, remedy)
 
 
 def _check_many_labels(labels: Any, x: Tensor, classes: int, max_labels: int) -> None:
-    """Raise unless labels are [B, C]."""
+    """Raise unless labels are [B, C] of 0 and 1, with at most `max_labels` per image."""
     name, shape = "SkipCLIP.sigmoid_loss", (len(x), classes)
     if not isinstance(max_labels, int) or max_labels < 1:
         raise ValueError(f"{name}: max_labels must be a whole number, at least 1; got {max_labels!r}.")
@@ -205,7 +205,7 @@ def _check_captions(captions: Any, batch_size: int, classes: int, vocabulary: in
             f"caption for each image; got {found}. Tokenise texts with the model's own tokenizer."
         )
     if captions.device.type == "cpu" and captions.ndim == 2:
-        check_vocabulary(captions, vocabulary)
+        check_vocabulary(captions, vocabulary, "SkipCLIP.pair_loss: captions")
     elif captions.device.type == "cpu":
         remedy = "Ids are rows of the tokens of SkipCLIP. Pass tokens [B, L] for other captions."
         check_range("SkipCLIP.pair_loss", "captions", captions, classes, remedy)

@@ -1,7 +1,7 @@
 """SkipCLIP in several processes: the agreement at construction, steps and losses, and evaluation.
 
-All functions are collective: every process must call them equally often, if necessary with an empty batch.
-docs/many-processes.md lists the messages.
+Functions that send messages are collective: every process must call them equally often, with an empty batch if it has
+no images. docs/many-processes.md lists the messages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def refuse_batch_norms(tower: Tower) -> None:
-    """Raise if a part above the cut has batch norms over the images of one process."""
+    """Raise if a module above the cut is a batch norm other than `SyncBatchNorm`."""
     for part in (*tower.blocks[tower.skip :], *tower.head):
         for module in part.modules() if isinstance(part, nn.Module) else ():
             if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
@@ -49,7 +49,7 @@ def refuse_batch_norms(tower: Tower) -> None:
 def check_agreement(clip: SkipCLIPBase) -> None:
     """Raise a ValueError on every process unless all have the same inputs and weights.
 
-    Refuses models of which the steps of several processes would differ from those of one.
+    Also raises an UnsupportedModel for batch norms that use the images of one process only.
     """
     parallel, sampler, model = clip._parallel, clip.sampler, clip.model
     assert parallel is not None
@@ -74,7 +74,7 @@ def check_agreement(clip: SkipCLIPBase) -> None:
 
 
 def sharded_step(clip: SkipCLIPBase, x: Tensor, labels: Tensor, images: int, return_logits: bool) -> SkipOutput:
-    """Run one step with the images of all processes; `images` of x are those of this process, the others padding."""
+    """Run one step on the images of all processes. The first `images` rows of x are images, the others padding."""
     parallel = clip._parallel
     assert parallel is not None
     if return_logits:
@@ -87,13 +87,13 @@ def sharded_step(clip: SkipCLIPBase, x: Tensor, labels: Tensor, images: int, ret
     # 1. The labels and image embeddings of all processes
     labels = gather_rows(labels[:images], sizes, parallel.group)  # [B]
     image = gather_rows(own_image, sizes, parallel.group)  # [B, D]
-    # 2. The same selection on every process, from the scores [C/W] of each
+    # 2. The same selection on every process, from the scores [C], gathered from [C/W] on each
     ranks = clip.sampler.draw_on(x.device, parallel.num_classes, len(labels))
     selection = select_ranks(parallel.gather_classes(clip._scores(image)), labels, ranks)
     class_ids, targets = selection  # [K], [B]
-    # 3. Text embeddings of the own classes among these, [K_r, D], and the loss of all images
+    # 3. Text embeddings of the selected classes that this process owns, [K_r, D], and the loss over all images
     own_selection = parallel.own_selection(selection)
-    text = clip._text_encoder.encode(at_least_one(own_selection.class_ids))
+    text = clip._encode_classes(at_least_one(own_selection.class_ids), image.dtype)
     loss = sharded_cross_entropy(
         image,
         text,
@@ -107,9 +107,10 @@ def sharded_step(clip: SkipCLIPBase, x: Tensor, labels: Tensor, images: int, ret
 
 
 def padded(x: Any, labels: Any, row: Tensor | None = None) -> tuple[Any, Any, int]:
-    """Return a batch and its number of images; for an empty batch, one image of zeros with label 0 or `row`, and 0.
+    """Return x, labels and the number of images.
 
-    The weights of a process without images then get gradients of zero, not None.
+    An empty batch is replaced by one image of zeros with label 0 or `row`, so that the gradients of a process without
+    images are zeros, not None; its number of images is 0. An invalid batch is left to the checks that follow.
     """
     empty = isinstance(x, Tensor) and isinstance(labels, Tensor) and x.numel() == labels.numel() == 0
     if not empty:
@@ -135,20 +136,23 @@ def at_least_one(ids: Tensor) -> Tensor:
 
 
 def sharded_pair_loss(clip: SkipCLIPBase, own_image: Tensor, captions: Tensor) -> Tensor:
-    """Loss [] of all pairs. A process encodes the captions of its images or, of ids, those that it owns."""
+    """Contrastive loss [] of the pairs of all processes.
+
+    A caption of tokens is encoded by the process that has its image, one of an id by the process that owns the class.
+    """
     parallel, encoder, pairs = clip._parallel, clip._text_encoder, len(own_image)
     assert parallel is not None
     call = f"pair_loss with captions of {captions.ndim} dimensions"
     sizes, own = sizes_of(parallel, pairs, call, own_image.device)
     image = gather_rows(own_image, sizes, parallel.group)  # [B, D]
-    numbers = torch.arange(len(image), device=image.device)[own]  # [n], pairs of the captions encoded here
     if captions.ndim == 2:
+        pair_ids = torch.arange(pairs, device=image.device) + own.start  # [n], pairs with a caption encoded here
         text = encoder.encode_tokens(captions)
     else:
-        every = gather_rows(captions[:pairs], sizes, parallel.group)  # [B]
-        numbers = (every % parallel.size == parallel.rank).nonzero().flatten()
-        text = encoder.encode(at_least_one(every[numbers] // parallel.size), exact=True)
-    return sharded_contrastive_loss(image, text, numbers, clip.model.logit_scale.exp(), parallel.group)
+        caption_ids = gather_rows(captions[:pairs], sizes, parallel.group)  # [B]
+        pair_ids = (caption_ids % parallel.size == parallel.rank).nonzero().flatten()  # [n]
+        text = encoder.encode(at_least_one(caption_ids[pair_ids] // parallel.size), exact=True)
+    return sharded_contrastive_loss(image, text, pair_ids, clip.model.logit_scale.exp(), parallel.group)
 
 
 def sharded_sigmoid_loss(
@@ -169,9 +173,9 @@ def sharded_sigmoid_loss(
         ranks = clip.sampler.draw_on(image.device, parallel.num_classes, len(image) * max_labels)
         scores = parallel.gather_classes(clip._scores(image))
         class_ids = classes_at_ranks(scores.masked_fill(is_label.bool(), math.inf), ranks)  # [K]
-    # 3. Text embeddings of the own classes among these, [K_r, D], and the loss of all images
+    # 3. Text embeddings of the selected classes that this process owns, [K_r, D], and the loss over all images
     own_targets, positions = labels[:, class_ids], (class_ids % parallel.size == parallel.rank).nonzero().flatten()
-    text = clip._text_encoder.encode(at_least_one(class_ids[positions] // parallel.size))
+    text = clip._encode_classes(at_least_one(class_ids[positions] // parallel.size), image.dtype)
     targets = gather_rows(own_targets.byte(), sizes, group)[:, positions]  # [B, K_r]
     scale, elements = clip.model.logit_scale.exp(), len(image) * len(class_ids)
     loss = sharded_binary_cross_entropy(image, text, targets, bias, scale, elements, group)

@@ -42,9 +42,10 @@ _ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with
 class SkipCLIP(Losses, Inference):
     """Tune a CLIP by Skip Tuning: train the blocks above `skip_layers` on the classes selected for each batch.
 
-    The model is tuned in place, and the keys of its `state_dict` stay. The *cut* is behind the first `skip_layers`
-    blocks of each tower: parameters below it are frozen, parameters above it train. A step, selection and loss are in
-    docs/method.md; evaluation, checks for changes of the model, memory and limits in docs/training-loop.md.
+    The model is tuned in place, and the keys of its `state_dict` do not change. The *cut* is after the first
+    `skip_layers` blocks of each tower: parameters below it are frozen, parameters above it train. A step, selection
+    and loss are in docs/method.md; evaluation, checks for changes of the model, memory and limits in
+    docs/training-loop.md.
 
     Args:
         model: open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, OpenAI `clip.model.CLIP`, Hugging Face `CLIPModel` or
@@ -58,6 +59,7 @@ class SkipCLIP(Losses, Inference):
         max_tail: Upper bound on the expected length of the tail; changes the method. docs/many-classes.md.
         generator: Generator of the draws; default: one with seed 0.
         lower_device: Device of parameters and buffers below the cut; default: that of the model.
+        train_text: False trains the image tower only: constant class embeddings, all classes. docs/training-loop.md.
         train_logit_scale: True also trains the temperature.
         label_smoothing: ε in [0, 1] of the loss, over the kept classes. docs/method.md.
         class_weight: [C] weights of the classes in the loss, as in `torch.nn.CrossEntropyLoss`; default: none.
@@ -69,7 +71,7 @@ class SkipCLIP(Losses, Inference):
         process_group: Processes that train together as one; default: none. docs/many-processes.md.
 
     Attributes:
-        prototypes: [C, D] unit-norm text embeddings from before tuning, at least fp32; of own classes in a group.
+        prototypes: [C, D] unit-norm text embeddings from before tuning, at least fp32; with a group of own classes.
         class_weight: [C] in the dtype of the prototypes, or None. Not part of `state_dict`.
         sampler: The `RankSampler`. Its state is part of `state_dict`.
 
@@ -102,6 +104,7 @@ class SkipCLIP(Losses, Inference):
         max_tail: int | None = None,
         generator: torch.Generator | None = None,
         lower_device: torch.device | str | None = None,
+        train_text: bool = True,
         train_logit_scale: bool = False,
         label_smoothing: float = 0.0,
         class_weight: Tensor | None = None,
@@ -118,9 +121,9 @@ class SkipCLIP(Losses, Inference):
             raise ValueError(f"SkipCLIP: chunk must be a whole number, at least 1; got {chunk!r}.")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("SkipCLIP: cannot be created under torch.inference_mode(): its tensors could not train.")
-        self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
+        self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_text, train_logit_scale)
         self.label_smoothing = check_label_smoothing(label_smoothing)
-        self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
+        self.sampler = RankSampler(keep_ratio if train_text else 1.0, max_keep, decay, tail, generator, max_tail)
         self.model = model
         self._parallel: ClassParallel | None = None
         if process_group is not None:
@@ -140,8 +143,9 @@ class SkipCLIP(Losses, Inference):
                 # 2. Text features at the cut, and prototypes: embeddings of all classes before tuning
                 with evaluating([model]):
                     folder = None if text_cache is None else Path(text_cache)
+                    if folder is not None and parallel is not None:
+                        folder /= f"process_{parallel.rank}_of_{parallel.size}"
                     if folder is not None:
-                        folder /= "" if parallel is None else f"process_{parallel.rank}_of_{parallel.size}"
                         self._text_encoder.use_folder(folder)
                     prototypes = self._text_encoder.prototypes(folder)
                 if parallel is None:
@@ -190,15 +194,15 @@ class SkipCLIP(Losses, Inference):
             raise TypeError("SkipCLIP: pass images or features as x, or as pixel_values; got both or none.")
         x = pixel_values if x is None else x
         refuse_export()
-        own, several = 0, self._parallel is not None and self.training
-        if several:
+        distributed = self._parallel is not None and self.training
+        if distributed:
             from .sharded import padded, sharded_step
 
-            x, labels, own = padded(x, labels)
+            x, labels, images = padded(x, labels)
         self._check_step(x, labels)
         assert x is not None and labels is not None
-        if several:
-            return sharded_step(self, x, labels, own, return_logits)
+        if distributed:
+            return sharded_step(self, x, labels, images, return_logits)
         if not self.training:
             return self._evaluate(self._image_encoder.encode(x), labels, self.model.logit_scale.exp())
         return self._step(x, labels, self.sampler.draw_on, return_logits=return_logits)
@@ -210,8 +214,6 @@ class SkipCLIP(Losses, Inference):
         if labels.device.type == "cpu":
             check_label_range(labels, self._num_classes)
         self._check_draw(len(x))
-        if self.training:
-            self._refuse_frozen_above()
 
     def _step(
         self,
@@ -221,7 +223,7 @@ class SkipCLIP(Losses, Inference):
         *,
         return_logits: bool = False,
     ) -> SkipOutput:
-        """Run a training step with the ranks of `draw_on`(device, C, B). With `sampler.take`, no host value enters."""
+        """Run a training step on the ranks of `draw_on`(device, C, B); with `sampler.take` it has no host sync."""
         # 1. Image embeddings, [B, D]: constants up to the cut, then the blocks that train
         image = self._image_encoder.encode(x)
         # 2. Classes of the step, [K], and the positions of the labels among them, [B]: classes are ranked by their
@@ -229,7 +231,7 @@ class SkipCLIP(Losses, Inference):
         ranks = draw_on(image.device, len(self.prototypes), len(labels))
         class_ids, targets = select_ranks(self._scores(image, labels), labels, ranks)
         # 3. Text embeddings of these classes alone, [K, D]
-        text = self._text_encoder.encode(class_ids)
+        text = self._encode_classes(class_ids, image.dtype)
         # 4. Cross-entropy over these classes
         scale = self.model.logit_scale.exp()
         weight = None if self.class_weight is None else self.class_weight.index_select(0, class_ids)
@@ -276,7 +278,7 @@ class SkipCLIP(Losses, Inference):
     def refresh(self) -> None:
         """Read the model again, after a deliberate change to it or to its weights below the cut.
 
-        After a change of weights, compute stored features at the cut again first. This call repeats every check of the
+        Compute stored image features at the cut again before the next step. This call repeats every check of the
         constructor and sets `requires_grad` again; prototypes and sampler do not change. Create the optimizer again if
         it holds replaced parameters.
         """
@@ -337,9 +339,12 @@ class SkipCLIP(Losses, Inference):
         self._containers = Containers(self.model, (self._image, *self._text_encoder.towers))
 
     def _move_lower(self, lower_device: torch.device | None) -> None:
-        """Set the device of the modules below the cut, and move them there."""
+        """Set the device of the modules below the cut, and move them there. Texts that do not train go to the CPU."""
         for tower in (self._image, *self._text_encoder.towers):
             tower.lower_device = lower_device
+            if tower is not self._image and not self._settings.train_text:
+                self._text_encoder.drop_cached()
+                tower.lower_device = None if self.prototypes.device.type == "cpu" else torch.device("cpu")
             tower.move_lower()
 
     # ---- parameters ---------------------------------------------------------------------------------------------
@@ -349,11 +354,11 @@ class SkipCLIP(Losses, Inference):
         return [p for group in self.parameter_groups(text_lr=0.0, image_lr=0.0) for p in group["params"]]
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        """Return groups for an optimizer, text tower and image tower; a temperature that trains is with the text."""
+        """Return the parameter groups "text" and "image"; a `logit_scale` that trains is in "text"."""
         self._refuse_training_below()
         text, image = (
-            [p for p in tower.upper_parameters() if p.requires_grad or self._settings.trainable == "upper"]
-            for tower in (self._text, self._image)
+            [p for p in tower.upper_parameters() if trains and (p.requires_grad or self._settings.trainable == "upper")]
+            for tower, trains in ((self._text, self._settings.train_text), (self._image, True))
         )
         if self.model.logit_scale.requires_grad:
             text.append(self.model.logit_scale)
@@ -368,7 +373,7 @@ class SkipCLIP(Losses, Inference):
         """Set `memory` back to its value at construction, or to "auto" if that was "min"."""
         self.set_grad_checkpointing(False)
 
-    # Their names until transformers 6.
+    # Names in transformers before version 6.
     gradient_checkpointing_enable = activation_checkpointing_enable
     gradient_checkpointing_disable = activation_checkpointing_disable
 
@@ -398,7 +403,8 @@ def _restored_after_error(model: nn.Module) -> Iterator[None]:
 def _set_trainable(model: nn.Module, image: ImageTower, text: TextTower, settings: Settings) -> None:
     """Set `requires_grad` of every parameter of the model."""
     lower = {id(parameter) for tower in (image, text) for parameter in tower.lower_parameters()}
-    upper = {id(parameter): parameter for tower in (image, text) for parameter in tower.upper_parameters()}
+    trained = (image, text) if settings.train_text else (image,)
+    upper = {id(parameter): parameter for tower in trained for parameter in tower.upper_parameters()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for key in upper:
         if key in lower:
@@ -430,7 +436,7 @@ def _set_trainable(model: nn.Module, image: ImageTower, text: TextTower, setting
     # Other parameters are frozen too: a bias of all logits, which a softmax cancels, and the decoder of CoCa.
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in upper and (settings.trainable == "upper" or parameter.requires_grad))
-    image.model.logit_scale.requires_grad_(settings.train_logit_scale)
+    model.logit_scale.requires_grad_(settings.train_logit_scale)
     if not any(p.requires_grad for p in upper.values()) and not settings.train_logit_scale and upper:
         warn_caller("SkipCLIP: nothing trains: every parameter above the cut is frozen.")
 

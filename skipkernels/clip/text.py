@@ -331,11 +331,11 @@ def check_range(function: str, argument: str, ids: Tensor, classes: int, remedy:
         raise ValueError(f"{function}: {argument} must be in [0, C={classes}); got {low} to {high}. {remedy}")
 
 
-def check_vocabulary(tokens: Tensor, vocabulary: int | None) -> None:
+def check_vocabulary(tokens: Tensor, vocabulary: int | None, argument: str = "SkipCLIP: tokens") -> None:
     """Raise if a token id is outside the vocabulary of the model."""
     smallest, largest = int(tokens.min()), int(tokens.max())
     if smallest < 0 or (vocabulary is not None and largest >= vocabulary):
         raise ValueError(
-            f"SkipCLIP: tokens must be ids in [0, {vocabulary}), the model's vocabulary; got {smallest} to {largest}. "
+            f"{argument} must be ids in [0, {vocabulary}), the model's vocabulary; got {smallest} to {largest}. "
             "Use the model's own tokenizer."
         )

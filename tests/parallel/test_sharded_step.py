@@ -54,6 +54,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "pairs": {"loss": "pairs", "batches": [9, 3], "train_logit_scale": True, "templates": 2},
     "captions": {"loss": "captions", "batches": [7, 3]},
     "sigmoid": {"loss": "sigmoid", "batches": [7, 3], "train_logit_scale": True},
+    "image_only": {"train_text": False, "batches": [7, 3]},
 }
 
 

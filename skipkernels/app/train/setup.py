@@ -178,7 +178,7 @@ def build_method(
 ) -> Method:
     """Construct the method of a run, with the settings that it has."""
     method = config.method_class()
-    names = ["skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail", "memory", "attention"]
+    names = ["skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail", "train_text", "memory", "attention"]
     settings = {name: getattr(config, name) for name in names}
     settings |= {"process_group": processes.group, "generator": torch.Generator().manual_seed(config.seed)}
     settings["text_cache"] = config.cache
