@@ -52,7 +52,7 @@ class CacheBuild:
     """Compute the features of the images and prompts of a task, for tune --cache."""
 
     path: tyro.conf.Positional[Path]
-    """Folder to create."""
+    """Folder of the cache."""
     build: BuildOptions = BuildOptions()
     data: DataOptions = DataOptions()
     protocol: ProtocolOptions = ProtocolOptions()
@@ -65,11 +65,12 @@ class CacheBuild:
         from skipkernels.app.train.setup import build_run
 
         with on_interrupt("complete shards are kept; resume with cache build --resume"):
+            # resume and overwrite of a run; those of the stores are passed to `build_run`
             changes = {"cache": self.path, "cache_dtype": self.build.dtype, "resume": False, "overwrite": False}
             config = tune_config(self, **changes).resolved()
             check_apart("cache", self.path, config)
             setup = build_run(config, resume=self.build.resume, overwrite=self.build.overwrite)
-            setup.test_features(progress=True)
+            setup.test_features(progress=True)  # stores the features, as do the next two
             setup.validation_features(progress=True)
             setup.train_features(progress=True)
         return CacheInfo(self.path).execute(out, err)
@@ -97,12 +98,13 @@ class CacheInfo:
                 table.add_row(name, "", "", "", "", store["error"])
                 continue
             shape = " × ".join(map(str, store["shape"]))
-            state = "complete" if store["complete"] else f"{store['shards there']} of {store['shards']} shards"
+            state = "complete" if store["complete"] else f"{store['shards_written']} of {store['shards']} shards"
             table.add_row(name, f"{store['rows']:,}", shape, store["dtype"], decimal(store["bytes"]), state)
         out.print(table)
-        if len(stores) == 1 and "error" not in store:
+        (store, *others) = stores.values()
+        if not others and "error" not in store:
             depends = Table("depends on", "")
-            for name, value in store["depends on"].items():
+            for name, value in store["fingerprint"].items():
                 depends.add_row(name, str(value))
             out.print(depends)
         return 0
@@ -119,20 +121,20 @@ class CacheVerify:
         """Verify the stores, and print damaged parts. Returns 0, or 1 if one is damaged."""
         from skipkernels.store import Store, StoreError
 
-        folders, damages = _stores(self.path, err), list[str]()
+        folders, problems = _stores(self.path, err), list[str]()
         for folder in folders:
             try:
                 store = Store(folder)
                 with progress(f"{folder}, MB", store.bytes // 10**6) as advance:
-                    damages += store.verify(lambda count: advance(count / 10**6))  # noqa: B023
+                    problems += store.verify(lambda count: advance(count / 10**6))  # noqa: B023
             except StoreError as error:
-                damages.append(str(error))
-        for damage in damages:
-            out.print(Text("damaged", "red"), damage, soft_wrap=True)
-        intact = "all complete and undamaged; stores that a build has not started are not counted"
-        state = f"{len(damages)} damaged parts" if damages else intact
-        out.print(f"{len(folders)} stores, {state}", soft_wrap=True)
-        return 1 if damages else 0
+                problems.append(str(error))
+        for problem in problems:
+            out.print(Text("damaged", "red"), problem, soft_wrap=True)
+        intact = "complete and undamaged. Stores that a build has not started are not counted"
+        state = f"{len(problems)} damaged parts" if problems else intact
+        out.print(f"stores: {len(folders)}; {state}.", soft_wrap=True)
+        return 1 if problems else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _description(folder: Path) -> dict[str, Any]:
         "computed": layout.computed,
         "bytes": sum(shard.bytes for shard in written),
         "shards": layout.shards,
-        "shards there": len(written),
+        "shards_written": len(written),
         "complete": not manifest.missing,
-        "depends on": layout.fingerprint,
+        "fingerprint": layout.fingerprint,
     }

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from skipkernels.app.config import TuneConfig
 
-_OF_ONE_COMMAND = ("out", "overwrite", "resume", "trust")  # settings that a file does not give to another run
-_AS_GIVEN = ("device", "precision", "out")  # settings with defaults that depend on the machine or on other settings
+_NOT_FROM_FILE = ("out", "overwrite", "resume", "trust")  # settings that are not taken from the file of --config
+_UNRESOLVED = ("device", "precision", "out")  # printed as given: resolved, they depend on the machine or other settings
 
 
 def _flag_or_path(words: list[str]) -> bool | Path:
@@ -75,7 +75,7 @@ class TuneCommand(Options):
         if self.file.print_config:
             out.print(_as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
             return 0
-        config = resumed(tune_config(self))
+        config = resumed(tune_config(self))  # resolved here too, since the tables below name its folder
         processes = join(config.timeout)
         processes.set_device(config.device)
         with processes.one_first():
@@ -93,9 +93,9 @@ class TuneCommand(Options):
 
 
 def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
-    """Return the command with the settings of the file of --config as defaults, to be replaced by the options.
+    """Return the default command, with the settings of the file of --config as defaults.
 
-    The author of the file may be unknown: it may name sources only with --trust, or if an option replaces them.
+    The file is not trusted: sources that it names need --trust, unless an option replaces them.
     """
     if arguments[:1] != ["tune"]:
         return TuneCommand()
@@ -108,18 +108,18 @@ def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
 
     given = {word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")}
     config = TuneConfig.from_yaml(Path(file), trust="trust" in given, given=given)
-    left_out = [name for name in _OF_ONE_COMMAND if getattr(config, name) and name not in given]
+    left_out = [name for name in _NOT_FROM_FILE if getattr(config, name) and name not in given]
     if left_out:
         err.print(f"note: not taken from {file}: {', '.join(f'--{name}' for name in left_out)}", soft_wrap=True)
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return replaced(TuneCommand(), {name: value for name, value in values.items() if name not in _OF_ONE_COMMAND})
+    return replaced(TuneCommand(), {name: value for name, value in values.items() if name not in _NOT_FROM_FILE})
 
 
 def _as_yaml(config: TuneConfig) -> str:
     """Return the settings of a run as a file for `--config`, with the defaults of its method filled in."""
     from skipkernels.app.config import SCHEMA_ADDRESS
 
-    resolved = dataclasses.replace(config.resolved(), **{name: getattr(config, name) for name in _AS_GIVEN})
+    resolved = dataclasses.replace(config.resolved(), **{name: getattr(config, name) for name in _UNRESOLVED})
     return f"# yaml-language-server: $schema={SCHEMA_ADDRESS}\n{resolved.to_yaml()}"
 
 
@@ -153,8 +153,8 @@ def _cost_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
         accuracy = f"{number(validation['tuned'], '.2f')} % of {validation['images']} validation images"
         table.add_row("epoch kept", f"{metrics['best_epoch']} of {metrics['epochs']}, {accuracy}")
     table.add_row("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}")
-    baseline = f"{cost['baseline_memory_mib']:.0f} before the model"
-    table.add_row("peak memory", f"{cost['peak_memory_mib']:.0f} MiB, of which {baseline}")
+    peak, before = cost["peak_memory_mib"], cost["baseline_memory_mib"]
+    table.add_row("peak memory", f"{peak:.0f} MiB, of which {before:.0f} before the model")
     part = f" of {weights['mib_of_all']}" if config.delta else ""
     table.add_row("weights", f"{weights['file']}, {weights['mib']}{part} MiB")
     table.add_row("results", str(config.out))

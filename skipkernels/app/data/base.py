@@ -17,14 +17,14 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str, argument: str | None = None):
-        # A DataLoader re-raises a worker's error with the lines of its traceback in the message.
+        # A DataLoader creates a worker's error again with its traceback as the message; its line breaks are kept.
         from_worker = message.startswith("Caught InputError in DataLoader")
         super().__init__(message if from_worker else escaped(message))
         self.argument = argument
 
 
 def open_error(message: str, argument: str = "data") -> InputError:
-    """Return an error of `open_source`."""
+    """Return an `InputError` of `open_source` about one of its arguments."""
     return InputError(f"open_source: {message}", argument)
 
 

@@ -5,7 +5,7 @@ Eleven datasets are for training and testing, and four variants of ImageNet for 
 and class names in `classnames.txt`; a variant without this file uses that of ImageNet. Aircraft has text files.
 
 ImageNet's validation images are the test images. ImageNet-A and ImageNet-R have 200 of the 1000 classes, labelled in
-the order of their sorted folders, and are evaluated only among these, as in CoOp. Paths in the files must stay in the
+the order of their sorted folders, and are evaluated over these only, as in CoOp. Paths in the files must stay in the
 folder that they are relative to. CoOp's few-shot pickles are not read: a pickle can execute any code.
 """
 
@@ -31,8 +31,8 @@ class Layout:
     """Location of a dataset below the root."""
 
     folder: str
-    images: str = ""  # Folder in it that paths are relative to
-    split_file: str = ""  # JSON file in it, if any
+    images: str = ""  # Image folder below `folder`; paths are relative to it
+    split_file: str = ""  # JSON file below `folder`; "" without one
 
 
 DATASETS = {
@@ -61,8 +61,8 @@ _HELP = "CoOp's DATASETS.md says where to get it."
 
 
 def open_coop(name: str, root: str | Path | None, templates: Templates = None) -> Source:
-    """Open a dataset in CoOp's layout; `name` is a key of `DATASETS`, in any case, with or without "_" and "-"."""
-    keys = {re.sub("_", "", key): key for key in DATASETS} | {"describabletextures": "dtd"}
+    """Open a dataset in CoOp's layout; `name` is a key of `DATASETS`; case and punctuation are ignored."""
+    keys = {key.replace("_", ""): key for key in DATASETS} | {"describabletextures": "dtd"}
     key = keys.get(re.sub("[^a-z0-9]", "", name.lower()))
     if key is None:
         raise open_error(f"CoOp has no dataset {name!r}; choose coop: and one of {', '.join(DATASETS)}.")
@@ -75,20 +75,20 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     absent = next((path for path in (base, folder, images) if not os.path.isdir(path)), None)
     if absent is not None:
         raise open_error(f"{dataset}: no folder {absent}. {_HELP}", "root")
-    more: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if key == "imagenet" or key in VARIANTS:
         file = folder / "classnames.txt"
         class_names = _class_names(file if file.is_file() else base / "imagenet" / "classnames.txt")
-        names, splits, more = _imagenet(dataset, key, images, class_names)
+        names, splits, fields = _imagenet(dataset, key, images, class_names)
     elif key == "fgvc_aircraft":
         names, splits = _aircraft(folder, images)
     else:
         names, splits = _split_file(folder / layout.split_file, images)
     classes = tuple(map(normalize_class_name, names))
-    twice = sorted(name for name, count in Counter(classes).items() if count > 1)
-    note = f"{dataset}: several classes are named {format_names(twice)}, so no prompt can tell them apart."
-    notes = (note,) if twice else ()
-    return Source(dataset, classes, resolve_templates(key, templates), splits=splits, notes=notes, **more)
+    if repeated := sorted(name for name, count in Counter(classes).items() if count > 1):
+        note = f"{dataset}: more than one class is named {format_names(repeated)}; their prompts are equal."
+        fields["notes"] = (note,)
+    return Source(dataset, classes, resolve_templates(key, templates), splits=splits, **fields)
 
 
 def _split_file(file: Path, root: Path) -> tuple[list[str], dict[Split, Images]]:
@@ -104,6 +104,8 @@ def _split_file(file: Path, root: Path) -> tuple[list[str], dict[Split, Images]]
                 raise InputError(f"{file}: label {label} is {name_of[label]!r} and {name!r}. Give each label one name.")
         if items:
             splits[split] = LabelledImages(root, [path for path, _, _ in items], [label for _, label, _ in items])
+    if not name_of:
+        raise InputError(f"{file}: no images. {_HELP}")
     if sorted(name_of) != list(range(len(name_of))):
         raise InputError(f"{file}: labels must be 0, 1, … without a gap; got {sorted(name_of)!r:.80}. Renumber them.")
     return [name_of[label] for label in range(len(name_of))], splits
@@ -156,7 +158,7 @@ def _imagenet(
     folder_of = {split: path for split, path in folder_of.items() if path.is_dir()}
     folders = sorted({name for path in folder_of.values() for name in subfolders(path) if re.fullmatch(r"n\d+", name)})
     ids = tuple(folders)
-    if key == "imagenetv2":  # folder i has the class of the i-th WordNet id
+    if key == "imagenetv2":  # its folders are 0, 1, …, in the order of the sorted WordNet ids
         ids = tuple(sorted(class_names))
         folders = list(map(str, range(len(ids))))
     unnamed = [wnid for wnid in ids if wnid not in class_names]
@@ -164,10 +166,10 @@ def _imagenet(
         problem = f"classnames.txt has no name for {format_names(unnamed)}" if ids else f"no folders n… in {images}"
         raise open_error(f"{dataset}: {problem}. {_HELP}", "root")
     splits = {split: _folder_images(dataset, path, folders) for split, path in folder_of.items()}
-    more: dict[str, Any] = {"class_ids": ids, "missing": missing}
+    fields: dict[str, Any] = {"class_ids": ids, "missing": missing}
     if key == "imagenet":
-        more["targets"] = _IMAGENET_TARGETS
-    return [class_names[wnid] for wnid in ids], splits, more
+        fields["targets"] = _IMAGENET_TARGETS
+    return [class_names[wnid] for wnid in ids], splits, fields
 
 
 def _folder_images(dataset: str, root: Path, folders: list[str]) -> Images:

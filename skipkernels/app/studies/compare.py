@@ -95,7 +95,7 @@ def _search(
         for method, recipe in rates.items()
     }
     variants = [Variant(name, dataclasses.replace(configs[method], **of)) for name, (method, _, of) in tried.items()]
-    results = run_variants(variants, [SEARCH_SEED], folder, console, overwrite=overwrite, search=True)
+    results = run_variants(variants, [SEARCH_SEED], folder, console, overwrite=overwrite, keep_diverged=True)
     found: dict[str, Searched] = {}
     for result in results:
         method, multiplier, of = tried[result.variant]

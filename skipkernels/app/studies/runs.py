@@ -72,15 +72,15 @@ def run_variants(
     console: Console,
     *,
     overwrite: bool = False,
-    search: bool = False,
+    keep_diverged: bool = False,
 ) -> list[Result]:
     """Run every variant with every seed, in `folder/runs/VARIANT-SEED`; variants have distinct names.
 
-    Variants alternate, so that temporary load on the machine affects all of them. Each run has its own subprocess, so
-    that times and peak memory are comparable. Completed runs in the folder are not run again unless `overwrite`, and
-    interrupted runs are resumed. All configurations are checked before the first run starts.
+    All variants run with one seed before the next seed, so that temporary load on the machine affects all of them. Each
+    run has its own subprocess, so that times and peak memory are comparable. Completed runs in the folder are not run
+    again unless `overwrite`, and interrupted runs are resumed. Each variant is checked before the first run starts.
 
-    With `search`, runs with a loss that is not finite are results too, with the status "diverged" and their cost alone.
+    With `keep_diverged`, a run whose loss becomes infinite or NaN is a result, with the status "diverged" and its time.
     """
     planned: list[tuple[str, TuneConfig, dict[str, Any] | None]] = []
     for seed, variant in itertools.product(seeds, variants):
@@ -91,6 +91,7 @@ def run_variants(
             metrics = None if overwrite else _complete(config)
         resume = not overwrite and (out / CONFIG).exists()
         planned.append((variant.name, dataclasses.replace(config, resume=resume), metrics))
+    # One seed of each variant; the first run checks itself.
     unchecked = {name: config for name, config, metrics in planned[1:] if metrics is None}
     if unchecked:
         console.print(plain("checking the settings", "dim"))
@@ -103,7 +104,7 @@ def run_variants(
             try:
                 metrics = _in_subprocess(_run, config)
             except FloatingPointError:
-                if not search:
+                if not keep_diverged:
                     raise
                 metrics = {"status": "diverged", "cost": {"seconds_total": time.perf_counter() - started}}
         results.append(Result(name, config.seed, metrics))
@@ -123,7 +124,8 @@ def _complete(config: TuneConfig) -> dict[str, Any] | None:
     assert config.out is not None
     if not (config.out / METRICS).exists():
         return None
-    differing = config.differs_from(TuneConfig.from_yaml(config.out / CONFIG, trust=True))  # compared, not loaded
+    # trust: sources are compared, not opened
+    differing = config.differs_from(TuneConfig.from_yaml(config.out / CONFIG, trust=True))
     if differing:
         raise InputError(
             f"run_variants: {config.out} holds a run with another {' and '.join(differing)}. Choose another folder, or "
@@ -139,7 +141,6 @@ def _in_subprocess(work: Callable[[Any], Any], argument: Any) -> Any:
         return process.submit(work, argument).result()
 
 
-# Defined in this module, so that unpickling them in the subprocess imports the experiments, which register methods.
 def _check(configs: dict[str, TuneConfig]) -> None:
     for name, config in configs.items():
         with _variant_in_errors(name):

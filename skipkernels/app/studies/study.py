@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ...folders import replace_text
 from ..data import InputError
-from ..report.study_page import LEAST_RUNS, study_html, tables
+from ..report import study_page as page
 from ..train.environment import environment
 from ..train.run_folder import REPORT
 from ..untrusted import read_object
@@ -23,7 +23,7 @@ ACCURACY, COST = "accuracy, %", "cost"  # groups of columns
 
 Layout = Literal["variants", "tests", "shots"]
 
-_LARGEST = 1 << 28  # bytes of the JSON file
+_MAX_BYTES = 1 << 28  # bytes of the JSON file
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Column:
     path: tuple[str, ...]  # Keys of the value in the metrics of a run
 
     def value(self, metrics: Any) -> float | None:
-        """Value of a run, or None if it has none."""
+        """Value at `path` in the metrics of a run, or None if a key on it is None."""
         for key in self.path:
             metrics = None if metrics is None else metrics[key]
         return metrics
@@ -75,10 +75,10 @@ class Study:
     def tables(self) -> list[Table]:
         """Tables of the page, for the terminal."""
         seeds = len(self.seeds)
-        interval = ", ± 95 % interval of the mean" if seeds >= LEAST_RUNS else ""
+        interval = ", ± 95 % interval of the mean" if seeds >= page.LEAST_RUNS else ""
         title = f"{self.title}, {seeds} seed{'s' if seeds > 1 else ''}{interval}"
         found = []
-        for content in tables(self.as_dict()):
+        for content in page.tables(self.as_dict()):
             table = Table(content["corner"], title=title, title_justify="left")
             for column in content["columns"]:
                 table.add_column(column, justify="right")
@@ -104,7 +104,7 @@ class Study:
     def write(self, folder: Path) -> list[Path]:
         """Write NAME.json and report.html, and return their paths."""
         contents = json.dumps(self.as_dict(), indent=2) + "\n"
-        texts = {folder / f"{self.name}.json": contents, folder / REPORT: study_html(json.loads(contents))}
+        texts = {folder / f"{self.name}.json": contents, folder / REPORT: page.study_html(json.loads(contents))}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path, text in texts.items():
@@ -118,9 +118,10 @@ def study_page(folder: Path) -> str:
     """Return the page of the study in a folder, from its JSON file."""
     try:
         for path in sorted(folder.glob("*.json")):
-            found = read_object(path, _LARGEST)
+            found = read_object(path, _MAX_BYTES)
             if found.get("study") == path.stem and "summary" in found:
-                return study_html(found)
+                return page.study_html(found)
+    # Raised by reading, or by rendering of other contents than expected
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
         raise InputError(f"report: {folder}: damaged ({type(error).__name__}: {error}).", "run") from error
-    raise InputError(f"report: {folder} must be the folder of a run of tune, compare or protocol; it has none.", "run")
+    raise InputError(f"report: {folder} has no results. Name the folder of a run of tune, compare or protocol.", "run")

@@ -9,17 +9,17 @@ from torch import Tensor
 
 _BOUNDS = (math.log(0.01), math.log(100.0))  # range of log T
 _GOLDEN = (math.sqrt(5) - 1) / 2
-_STEPS = 60  # each makes the interval 0.62 times as long: to 1e-12 of its length
-_TOLERANCE = 1e-6  # distance of log T from a bound at which the minimum is beyond it
+_STEPS = 60  # the interval shrinks by 0.618 in each, to 3e-13 of its length
+_TOLERANCE = 1e-6  # closer than this to a bound, the minimum is beyond it
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """Fit the temperature T that minimises the cross-entropy of softmax(logits / T).
 
-        min over T of  Σ_i −Σ_c y_ic · log softmax_c(z_i / T),   y_ic = 1 − ε (C − 1)/C for the label, else ε / C
+        min over T of  −Σ_i Σ_c y_ic · log softmax_c(z_i / T),   y_ic = 1 − ε (C − 1)/C for the label, else ε / C
 
-    The loss is convex in 1/T. ε = 2 / (n + 2) keeps T above 0 where every image is classified correctly: then a lower T
-    would always have a lower loss, and a few images do not show that a model makes no errors (Platt 1999).
+    The loss is convex in 1/T. The smoothing of targets ε = 2 / (n + 2), after Platt, keeps the minimum above T = 0 if
+    every image is classified correctly.
 
     Args:
         logits: Logits [n, C] of held-out images.
@@ -47,7 +47,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
         return F.cross_entropy(wide / math.exp(log_temperature), labels, label_smoothing=smoothing).item()
 
     low, high = _BOUNDS
-    for _ in range(_STEPS):  # golden-section search
+    for _ in range(_STEPS):  # golden-section search; both points are evaluated again, for simplicity
         left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
         if loss(left) <= loss(right):
             high = right

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Processes:
-    """Processes of a run. Without a group there is only this one, and all methods do what it needs, at no cost.
+    """Processes of a run. Without a group, size is 1 and the collectives return their input.
 
     The `first` process writes files and shows progress. An error of one process ends it, then torchrun ends the others.
     """
@@ -35,7 +35,7 @@ class Processes:
         self._local_rank = local_rank
 
     def set_device(self, device: str) -> None:
-        """Let "cuda" and "auto" be the GPU of this process. Call it before anything is on a GPU."""
+        """Make the GPU of this process the current one, which "cuda" and "auto" name. Call it before using a GPU."""
         import torch
 
         if self.size == 1 or device == "cpu" or not torch.cuda.is_available():
@@ -56,12 +56,12 @@ class Processes:
         return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
 
     def gather(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """Gather rows of the `share` of each process to [count, …]; collective."""
+        """Gather the rows [share, …] of each process to [count, …], in the order of ranks; collective."""
         from ...parallel import gather_rows
 
-        return (
-            rows if self.group is None else gather_rows(rows, [len(part) for part in self._shares(count)], self.group)
-        )
+        if self.group is None:
+            return rows
+        return gather_rows(rows, [len(part) for part in self._shares(count)], self.group)
 
     def sum(self, numbers: list[int]) -> list[int]:
         """Sum numbers over the processes; collective."""
@@ -82,7 +82,7 @@ class Processes:
             return
         for tensor in tensors:
             whole = tensor.contiguous()
-            dist.broadcast(whole, 0, group=self.group)
+            dist.broadcast(whole, group=self.group, group_src=0)
             tensor.copy_(whole)
 
     def from_first(self, compute: Callable[[], Any]) -> Any:
@@ -99,11 +99,10 @@ class Processes:
     @contextlib.contextmanager
     def one_first(self) -> Iterator[None]:
         """Run a block on the first process of each host before the others, which find its downloads; collective."""
-        leads = self._local_rank == 0
-        if not leads:
-            self.sum([0])
+        if self._local_rank != 0:
+            self.sum([0])  # a barrier on the CPU: dist.barrier would use NCCL
         yield
-        if leads:
+        if self._local_rank == 0:
             self.sum([0])
 
 
@@ -121,7 +120,7 @@ def is_first() -> bool:
 
 
 def join(timeout: float = ProcessOptions.timeout) -> Processes:
-    """Return the processes that torchrun started; makes the process group, unless the program has one already."""
+    """Return the processes that torchrun started; makes the process group, unless there is one. Reads WORLD_SIZE."""
     import torch
     import torch.distributed as dist
 

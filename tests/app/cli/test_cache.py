@@ -60,13 +60,13 @@ def test_cache_skips_other_manifests(built, capsys):
     assert main(["cache", "verify", str(app.parent)]) == 2
     (built / "train" / MANIFEST).write_text("damaged")
     assert main(["cache", "verify", str(built)]) == 1
-    assert "7 stores, 1 damaged parts" in said(capsys)
+    assert "stores: 7; 1 damaged parts" in said(capsys)
 
 
 def test_cache_verify_missing_store(built, capsys):
     shutil.rmtree(built / "test-new")
     assert main(["cache", "verify", str(built)]) == 0
-    assert "6 stores, all complete and undamaged; stores that a build has not started are not counted" in said(capsys)
+    assert "stores: 6; complete and undamaged. Stores that a build has not started are not counted." in said(capsys)
 
 
 def test_cache_info_folds_long_names(built, capsys, monkeypatch):

@@ -82,7 +82,7 @@ def test_open_coop_notes_duplicate_class_names(tmp_path):
     make_coop(tmp_path, "imagenet")
     (tmp_path / "imagenet/classnames.txt").write_text("".join(f"{wnid} crane\n" for wnid in WNIDS))
     source = open_source("coop:imagenet", tmp_path)
-    assert source.notes == ("coop:imagenet: several classes are named crane, so no prompt can tell them apart.",)
+    assert source.notes == ("coop:imagenet: more than one class is named crane; their prompts are equal.",)
     assert len(set(source.class_keys)) == 4
 
 

@@ -189,7 +189,7 @@ def test_ablate(ran, tmp_path):
 
 
 def test_study_write_unwritable_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("skipkernels.app.studies.study.study_html", lambda study: "")
+    monkeypatch.setattr("skipkernels.app.studies.study.page.study_html", lambda study: "")
     (tmp_path / "file").write_text("")
     study = Study("s", "t", [], [Column("g", "c", ("cost", "x"))])
     with pytest.raises(InputError, match="file can't be written"):
