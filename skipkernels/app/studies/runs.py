@@ -80,7 +80,7 @@ def run_variants(
     run has its own subprocess, so that times and peak memory are comparable. Completed runs in the folder are not run
     again unless `overwrite`, and interrupted runs are resumed. Each variant is checked before the first run starts.
 
-    With `keep_diverged`, a run whose loss becomes infinite or NaN is a result, with the status "diverged" and its time.
+    With `keep_diverged`, a run with an infinite or NaN loss is a result, with the status "diverged" and its time.
     """
     planned: list[tuple[str, TuneConfig, dict[str, Any] | None]] = []
     for seed, variant in itertools.product(seeds, variants):
