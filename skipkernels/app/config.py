@@ -48,6 +48,7 @@ _SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 
 NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
 _REMOVED = ("keep_embeddings",)  # settings of version 0.2 that did not change results
+_REMOVED_LOGGERS = ("csv", "mlflow")  # of version 0.2
 _SOURCES = ("model", "pretrained", "data", "targets")
 _MAX_BYTES = 2**20  # size of a config.yaml
 SCHEMA_ADDRESS = "https://raw.githubusercontent.com/skipkernels/skipkernels/main/docs/config.schema.json"
@@ -325,6 +326,8 @@ class TuneConfig(
         for name in NOT_IN_FILES:
             if name in values:
                 raise InputError(f"{path}: {name} is not taken from a file; remove it.")
+        if isinstance(values.get("log"), list):
+            values["log"] = [name for name in values["log"] if name not in _REMOVED_LOGGERS] or ["none"]
         try:
             config = cls(**{str(name): value for name, value in values.items() if name not in _REMOVED})
         except InputError as error:

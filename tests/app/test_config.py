@@ -202,7 +202,7 @@ WRONG = {
     "template: 'a {}.'": "template must be a list; got 'a {}.'.",
     "template: [1]": "template must be a valid string; got 1.",
     "resume: 1": "resume must be a valid boolean or a path; got 1.",
-    "log: [csv]": "log must be 'tensorboard', 'wandb' or 'none'; got 'csv'.",
+    "log: [cvs]": "log must be 'tensorboard', 'wandb' or 'none'; got 'cvs'.",
     "colour: red": "unknown setting 'colour'.",
     "epoch: 3": "unknown setting 'epoch'; did you mean epochs?",
 }

@@ -354,7 +354,7 @@ def test_report_command_repeats_the_page(run, tmp_path, capsys):
         shutil.copy(folder / name, tmp_path / "run")
     assert "skipkernels tune" in run_report(tmp_path / "run"), "without predictions and rows"
     assert main(["report", str(tmp_path)]) == 2
-    assert "must be the folder of a run" in capsys.readouterr().err
+    assert "has no results. Name the folder of a run" in capsys.readouterr().err
 
 
 def test_predictions_round_trip_and_damage(tmp_path):
