@@ -140,7 +140,7 @@ def command(*options: str) -> str:
     return done.stdout
 
 
-def test_command_saves_rows_and_compares_with_them(tmp_path):
+def test_command_saves_rows(tmp_path):
     storage = f"--benchmark-storage=file://{tmp_path / 'operators'}"
     output = command(storage, "--benchmark-autosave")
     assert "4 passed, 1 skipped, 3 xfailed" in output
@@ -155,9 +155,6 @@ def test_command_saves_rows_and_compares_with_them(tmp_path):
     assert float(ours["p20_ms"]) <= float(ours["p50_ms"]) <= float(ours["p80_ms"])
     assert float(peer["faster"]) == pytest.approx(float(peer["p50_ms"]) / float(ours["p50_ms"]), abs=1e-3)
     assert (ours["faster"], ours["wanted"], eager["wanted"], peer["note"]) == ("", "", "≥ 1", "peer 1.2")
-
-    again = command(storage, "--benchmark-compare", "--benchmark-autosave", "--no-save")
-    assert "(NOW)" in again and "(0001_" in again and "machine_info is different" not in again
     assert len([*tmp_path.rglob("*.json")]) == 1
 
 

@@ -75,22 +75,17 @@ def train(name: str, batch_size: int, folder: Path, rank: int | None = None) -> 
     return trained(clip)
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory) -> list[dict[str, Tensor]]:
-    folder = tmp_path_factory.mktemp("both")
-    return run_in_processes(2, folder, train_each, folder / "output")
-
-
-@pytest.mark.parametrize("name", TRAINERS)
-def test_two_processes_equal_one(both, tmp_path, name):
+def test_two_processes_equal_one(tmp_path):
     """With all classes kept, the weights are those of one process with the whole batch."""
-    problem = small_problem(STEPS, batch_size=TOGETHER)
-    start, alone = trained(problem.implementations()["skipkernels"]()), train(name, TOGETHER, tmp_path)
-    first, second = (each[name] for each in both)
-    assert first.equal(second)
-    moved = (alone - start).norm()
-    # Gradients of half a batch are added in another order: 16 steps of 2⁻²³ in each update.
-    assert (first - alone).norm() < 1e-4 * moved and moved > 0.1
+    both = run_in_processes(2, tmp_path, train_each, tmp_path / "output")  # once, for all trainers
+    for name in TRAINERS:
+        problem = small_problem(STEPS, batch_size=TOGETHER)
+        start, alone = trained(problem.implementations()["skipkernels"]()), train(name, TOGETHER, tmp_path / name)
+        first, second = (each[name] for each in both)
+        assert first.equal(second), name
+        moved = (alone - start).norm()
+        # Gradients of half a batch are added in another order: 16 steps of 2⁻²³ in each update.
+        assert (first - alone).norm() < 1e-4 * moved and moved > 0.1, name
 
 
 # ---- examples ----------------------------------------------------------------------------------------------------
