@@ -13,7 +13,7 @@ from .. import functional
 from ..checks import warn_caller
 from ..options import AttentionName
 from ..selection import RankSampler
-from ..towers import ImageTower, Memory, Reduction, TextTower
+from ..towers import ImageTower, Memory, Reduction, TextTower, evaluating
 from ..towers.attention import SDPA, AttentionBackend
 from ..towers.block import FusedBlock
 from ..towers.changes import Containers
@@ -226,6 +226,18 @@ class SkipCLIPBase(nn.Module):
         if self._settings.train_text:
             return self._text_encoder.encode(class_ids, exact=exact)
         return self.prototypes.index_select(0, class_ids).to(dtype)
+
+    def _scaled_embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit-norm image embeddings [B, D] times exp(logit_scale), and unit-norm class embeddings [C/W, D]."""
+        check_images(x)
+        self._check_unaltered()
+        self._follow(x.device)
+        classes = self._own_class_embeddings()
+        with evaluating([self.model]):
+            image = self._image_encoder.encode(x)
+        with torch.autocast(image.device.type, enabled=False):
+            image = nn.functional.normalize(image.to(classes.dtype), dim=-1)
+            return self.model.logit_scale.exp().to(classes.dtype) * image, classes
 
     @torch.no_grad()
     def _scores(self, image: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..towers import evaluating
 from .base import SkipCLIPBase
 from .image import check_images, sharing_weights
 from .text import check_range
@@ -49,7 +48,7 @@ class Inference(SkipCLIPBase):
             from .sharded import sharded_predict
 
             return sharded_predict(self, self._parallel, x)
-        image, classes = self._compared(x)
+        image, classes = self._scaled_embeddings(x)
         with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
             return image @ classes.T
 
@@ -83,21 +82,9 @@ class Inference(SkipCLIPBase):
             return sharded_top_k(self, self._parallel, x, k)
         from ..retrieval import top_k_logits
 
-        image, classes = self._compared(x)
+        image, classes = self._scaled_embeddings(x)
         with torch.autocast(image.device.type, enabled=False):
             return top_k_logits(image, classes, k)
-
-    def _compared(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit-norm image embeddings [B, D] times exp(logit_scale), and unit-norm class embeddings [C/W, D]."""
-        check_images(x)
-        self._check_unaltered()
-        self._follow(x.device)
-        classes = self._own_class_embeddings()
-        with evaluating([self.model]):
-            image = self._image_encoder.encode(x)
-        with torch.autocast(image.device.type, enabled=False):
-            image = nn.functional.normalize(image.to(classes.dtype), dim=-1)
-            return self.model.logit_scale.exp().to(classes.dtype) * image, classes
 
     # ---- towers -------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,6 @@ from .base import SkipOutput
 
 if TYPE_CHECKING:
     from .base import SkipCLIPBase
-    from .inference import Inference
 
 
 def refuse_batch_norms(tower: Tower) -> None:
@@ -185,12 +184,12 @@ def sharded_sigmoid_loss(
 # ---- evaluation
 
 
-def sharded_predict(clip: Inference, parallel: ClassParallel, x: Tensor) -> Tensor:
+def sharded_predict(clip: SkipCLIPBase, parallel: ClassParallel, x: Tensor) -> Tensor:
     """Logits [b, C] of the images of this process; see `SkipCLIP.predict`.
 
     Each process sends every other process the logits [b, C/W] of that process's images for its own classes.
     """
-    image, classes, sizes, _ = _compared(clip, parallel, x, "predict")
+    image, classes, sizes, _ = _gathered_embeddings(clip, parallel, x, "predict")
     longest, width = max(sizes), max(parallel.sizes)
     sent = image.new_empty(parallel.size, longest, width)
     with torch.autocast(image.device.type, enabled=False):
@@ -204,12 +203,12 @@ def sharded_predict(clip: Inference, parallel: ClassParallel, x: Tensor) -> Tens
     return logits
 
 
-def sharded_top_k(clip: Inference, parallel: ClassParallel, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def sharded_top_k(clip: SkipCLIPBase, parallel: ClassParallel, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest logits [b, k] of the images of this process, and their classes; see `SkipCLIP.top_k`.
 
     Each process sends the k best of its classes for the images of all processes: [B, k] logits and class ids.
     """
-    image, classes, _, own = _compared(clip, parallel, x, f"top_k with k={k}", k)
+    image, classes, _, own = _gathered_embeddings(clip, parallel, x, f"top_k with k={k}", k)
     width = min(k, max(parallel.sizes))
     with torch.autocast(image.device.type, enabled=False):
         logits, positions = top_k_logits(image, classes, min(k, len(classes)))
@@ -223,12 +222,12 @@ def sharded_top_k(clip: Inference, parallel: ClassParallel, x: Tensor, k: int) -
     return found, every_id.gather(1, positions)
 
 
-def _compared(
-    clip: Inference, parallel: ClassParallel, x: Any, call: str, k: int = 1
+def _gathered_embeddings(
+    clip: SkipCLIPBase, parallel: ClassParallel, x: Any, call: str, k: int = 1
 ) -> tuple[Tensor, Tensor, list[int], slice]:
     """Scaled image embeddings [B, D] of all processes, own class embeddings, image counts, and slice of own images."""
     check_k(k, parallel.num_classes)
     x, _, images = padded(x, x)
-    own_image, classes = clip._compared(x)
+    own_image, classes = clip._scaled_embeddings(x)
     sizes, own = sizes_of(parallel, images, call, own_image.device)
     return gather_rows(own_image[:images], sizes, parallel.group), classes, sizes, own

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from ..clip import SkipCLIP
+from torch import Tensor, nn
 
 _BUCKET_BYTES = 32 << 20  # largest message, except for a larger gradient
 
 
 @torch.no_grad()
-def all_reduce_gradients(clip: SkipCLIP) -> None:
+def all_reduce_gradients(clip: nn.Module) -> None:
     """Average the gradients of a SkipCLIP over the processes of its `process_group`, in place; collective.
 
     Call it on every process between `backward` and the optimizer's step, unless `DistributedDataParallel` does this.
     With gradient accumulation, call it once, after the last backward. Sums are in fp32, or fp64 for fp64 gradients. A
     gradient that is None on this process counts as zero.
     """
-    group = clip.process_group
+    group: dist.ProcessGroup | None = getattr(clip, "process_group", None)
     if group is None:
         raise ValueError("all_reduce_gradients: clip must have a process_group; got None. Pass it to SkipCLIP.")
     gradients = []

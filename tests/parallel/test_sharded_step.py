@@ -233,7 +233,7 @@ def integers() -> tuple[torch.Tensor, torch.Tensor]:
 def ties(clip: sk.SkipCLIP, rank: int, size: int) -> Any:
     image, text = integers()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clip, "_compared", lambda x: (part(image, rank, size), text[rank::size]))
+        patch.setattr(clip, "_scaled_embeddings", lambda x: (part(image, rank, size), text[rank::size]))
         return [clip.top_k(part(image, rank, size), k) for k in (1, 2, 7, CLASSES)]
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ...options import LoggerName
 from ..report.plots import finite
 from .errors import argument_error
-
-if TYPE_CHECKING:
-    from ..config import TuneConfig
 
 _PROJECT = "skipkernels"  # of Weights & Biases
 
@@ -50,10 +47,10 @@ def chosen(log: Sequence[LoggerName] | None) -> list[str]:
     return names
 
 
-def open_loggers(config: TuneConfig, folder: Path) -> Iterator[Logger]:
-    """Open the loggers that a run names, one by one."""
-    for name in chosen(config.log):
-        yield TensorBoardLogger(folder) if name == "tensorboard" else WandbLogger(config, folder)
+def open_loggers(log: Sequence[LoggerName] | None, settings: dict[str, Any], folder: Path) -> Iterator[Logger]:
+    """Open the loggers of the setting `log`, one by one; `settings` are those of the run."""
+    for name in chosen(log):
+        yield TensorBoardLogger(folder) if name == "tensorboard" else WandbLogger(settings, folder)
 
 
 class TensorBoardLogger:
@@ -78,10 +75,10 @@ class TensorBoardLogger:
 class WandbLogger:
     """Logger for Weights & Biases, in the project "skipkernels". A resumed run is another one there."""
 
-    def __init__(self, config: TuneConfig, folder: Path):
+    def __init__(self, settings: dict[str, Any], folder: Path):
         import wandb
 
-        self._run = wandb.init(project=_PROJECT, name=folder.name, dir=str(folder), config=config.identity())
+        self._run = wandb.init(project=_PROJECT, name=folder.name, dir=str(folder), config=settings)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Log the scalars of an epoch."""

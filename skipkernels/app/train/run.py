@@ -331,7 +331,7 @@ class Run:
         with contextlib.ExitStack() as closing:  # closes all, also if one fails to open or to close
             loggers: list[Logger] = []
             if self.folder is not None:
-                for logger in chain(self.loggers, open_loggers(config, self.folder.path)):
+                for logger in chain(self.loggers, open_loggers(config.log, config.identity(), self.folder.path)):
                     closing.callback(logger.close)
                     loggers.append(logger)
             while trainer.epochs < config.epochs and not has_stalled(self.rows, config.patience):
