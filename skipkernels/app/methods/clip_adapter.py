@@ -23,7 +23,7 @@ class CLIPAdapter(FrozenModel):
 
     x is the image embedding before normalisation. Only W_down [D/reduction, D] and W_up [D, D/reduction] train; the
     class embeddings t̂ are frozen and computed once. W_up is random before training, so the logits are then not those
-    of zero-shot. The published code trains like CoOp: 200 epochs for 16 shots, SGD at 0.002, batches of 32.
+    of zero-shot. It trains like 16-shot CoOp for any number of shots: 200 epochs, SGD at 0.002, batches of 32.
 
     Source: Gao et al., "CLIP-Adapter: Better Vision-Language Models with Feature Adapters", 2021, arXiv 2110.04544.
     """

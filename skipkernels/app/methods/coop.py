@@ -15,14 +15,14 @@ from .base import FrozenModel, Recipe, StepOutput, Tokenizer, at_least_fp32
 
 
 class CoOp(FrozenModel):
-    """Context Optimization (Zhou et al. 2022), with one context for all classes, and the class name at the end.
+    """Context Optimization (Zhou et al. 2022), with the unified context and the class token at the end.
 
         prompt of c = [start, v_1, …, v_M, name of c, ".", end];   t_c = text tower(prompt of c)
         loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
 
-    Only the context v [M, W] trains, in place of M token embeddings; both towers are frozen. All tests use the same
-    context. Templates are not used. v is initialised from N(0, 0.02²), so the logits before training are not those of
-    zero-shot.
+    Only the context vectors v [M, W] train, in place of the embeddings of M placeholder tokens after start-of-text; both
+    towers are frozen. All tests use the same context. Templates are not used. v is initialised from N(0, 0.02²), so the
+    logits before training are not those of zero-shot.
 
     M is `vectors`, 16 as published. If the longest prompt of any test would exceed the context length L of the model, M
     is the largest number that fits, L − 2 − (number of tokens of the longest name and its full stop), with a note in
@@ -54,30 +54,31 @@ class CoOp(FrozenModel):
         names = [name for test in task.tests for name in test.classes]
         tokens = tokenizer([f"{name}." for name in names])
         ends = self._ends(tokens)
-        longest, length = int(ends.max()), tokens.shape[1]
-        count = min(vectors, length - 1 - longest)
-        name = names[int(ends.argmax())]
+        last_end, length = int(ends.max()), tokens.shape[1]
+        count = min(vectors, length - 1 - last_end)
+        longest_name = names[int(ends.argmax())]
         if count < 1:
             raise InputError(
-                f"{self.name}: no context fits beside the class name {name!r}, which takes all {length} tokens that "
+                f"{self.name}: no context fits beside the class name {longest_name!r}, which takes all {length} tokens that "
                 "the model has. Use shorter names, or another method."
             )
         if count < vectors:
             self.notes.append(
-                f"{self.name}: {count} context vectors in place of {vectors}: with {name!r} the prompt would have "
-                f"{longest + 1 + vectors} tokens, and the model takes {length}."
+                f"{self.name}: {count} context vectors in place of {vectors}: with {longest_name!r} the prompt would have "
+                f"{last_end + 1 + vectors} tokens, and the model takes {length}."
             )
-        # Placeholder of the context: the first token of the name, which is neither padding nor end of text.
+        # Placeholder tokens of the context: any id that is neither padding nor end-of-text, since these set the mask and
+        # the pooled position. They replace the tokens of the templates.
         tokens = torch.cat([tokens[:, :1], tokens[:, 1:2].expand(-1, count), tokens[:, 1 : length - count]], dim=1)
         sizes = [len(test.classes) for test in task.tests]
         device = next(model.parameters()).device
         self._tokens = {
             test.name: [part.to(device)] for test, part in zip(task.tests, tokens.split(sizes), strict=True)
         }
-        words = self._text.token_embedding.weight
-        first = torch.empty(count, words.shape[1], device=self._generator.device)
-        nn.init.normal_(first, std=0.02, generator=self._generator)
-        self.context = nn.Parameter(first.to(device, at_least_fp32(words.dtype)))  # Context v, [M, W]
+        embedding = self._text.token_embedding.weight
+        initial = torch.empty(count, embedding.shape[1], device=self._generator.device)
+        nn.init.normal_(initial, std=0.02, generator=self._generator)
+        self.context = nn.Parameter(initial.to(device, at_least_fp32(embedding.dtype)))  # v, [M, W]
         model.requires_grad_(False)
 
     def _ends(self, tokens: Tensor) -> Tensor:
