@@ -20,9 +20,9 @@ class CoOp(FrozenModel):
         prompt of c = [start, v_1, …, v_M, name of c, ".", end];   t_c = text tower(prompt of c)
         loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
 
-    Only the context vectors v [M, W] train, in place of the embeddings of M placeholder tokens after start-of-text; both
-    towers are frozen. All tests use the same context. Templates are not used. v is initialised from N(0, 0.02²), so the
-    logits before training are not those of zero-shot.
+    Only the context vectors v [M, W] train, in place of the embeddings of M placeholder tokens after start-of-text;
+    both towers are frozen. All tests use the same context. Templates are not used. v is initialised from N(0, 0.02²), so
+    the logits before training are not those of zero-shot.
 
     M is `vectors`, 16 as published. If the longest prompt of any test would exceed the context length L of the model, M
     is the largest number that fits, L − 2 − (number of tokens of the longest name and its full stop), with a note in
@@ -59,16 +59,16 @@ class CoOp(FrozenModel):
         longest_name = names[int(ends.argmax())]
         if count < 1:
             raise InputError(
-                f"{self.name}: no context fits beside the class name {longest_name!r}, which takes all {length} tokens that "
-                "the model has. Use shorter names, or another method."
+                f"{self.name}: no context fits beside the class name {longest_name!r}, which takes all {length} tokens "
+                "that the model has. Use shorter names, or another method."
             )
         if count < vectors:
             self.notes.append(
-                f"{self.name}: {count} context vectors in place of {vectors}: with {longest_name!r} the prompt would have "
-                f"{last_end + 1 + vectors} tokens, and the model takes {length}."
+                f"{self.name}: {count} context vectors in place of {vectors}: with {longest_name!r} the prompt would "
+                f"have {last_end + 1 + vectors} tokens, and the model takes {length}."
             )
-        # Placeholder tokens of the context: any id that is neither padding nor end-of-text, since these set the mask and
-        # the pooled position. They replace the tokens of the templates.
+        # Placeholder tokens of the context: any id but padding and end-of-text, which set the mask and the pooled
+        # position. They replace the tokens of the templates.
         tokens = torch.cat([tokens[:, :1], tokens[:, 1:2].expand(-1, count), tokens[:, 1 : length - count]], dim=1)
         sizes = [len(test.classes) for test in task.tests]
         device = next(model.parameters()).device
