@@ -21,8 +21,8 @@ class CoOp(FrozenModel):
         loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
 
     Only the context vectors v [M, W] train, in place of the embeddings of M placeholder tokens after start-of-text;
-    both towers are frozen. All tests use the same context. Templates are not used. v is initialised from N(0, 0.02²), so
-    the logits before training are not those of zero-shot.
+    both towers are frozen. All tests use the same context. Templates are not used. v is initialised from N(0, 0.02²),
+    so the logits before training are not those of zero-shot.
 
     M is `vectors`, 16 as published. If the longest prompt of any test would exceed the context length L of the model, M
     is the largest number that fits, L − 2 − (number of tokens of the longest name and its full stop), with a note in
