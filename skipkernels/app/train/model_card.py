@@ -46,14 +46,15 @@ def model_card(
         _USE[use],
     ]
     lines += ["```", "", "## Data and model", ""]
-    shots = f"{config.shots} images per class" if isinstance(config.shots, int) else "all images"
+    shots = "" if config.shots == "all" else f", at most {config.shots} per class"
+    images = metrics.get("images", {}).get("train", "all images")
     classes = escaped(", ".join(described.classes[:_SHOWN]))
     more = len(described.classes) - _SHOWN
     templates = described.templates or []
     again = command_line("tune", config, processes=metrics.get("processes", 1), left_out=("out", "device"))
     again += "" if alpha is None else f"\nskipkernels blend RUN --alpha {alpha:g}"
     lines += [
-        f"- Training images: {shots} of `{described.data}`, protocol `{config.protocol}`, seed {config.seed}.",
+        f"- Training images: {images} of `{described.data}`{shots}, protocol `{config.protocol}`, seed {config.seed}.",
         f"- Classes: {classes}{f' and {more:,} more, all in `classifier.json`' if more > 0 else ''}.",
         f"- Prompts: {', '.join(f'`{template}`' for template in templates) or 'one text for each class'}.",
         f"- Base model: {base}. The tuned weights are a work derived from its weights; see the licence of those.",
@@ -79,7 +80,9 @@ _CLASSIFIER = """import skipkernels as sk
 
 classifier = sk.Classifier.load("FOLDER")  # this folder
 classifier.predict(["photo.jpg"]).labels"""
-_OPEN_CLIP = """model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+_OPEN_CLIP = """import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")"""
 _TRANSFORMERS = """from transformers import CLIPModel, CLIPProcessor
 

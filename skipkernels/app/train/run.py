@@ -163,6 +163,8 @@ def _tune(
             checkpoint.remove(folder.path)  # a kill may have left it
         _print(console, f"{config.out}: the run is complete; there is nothing to resume.")
         return finished
+    if folder is not None and config.resume and found is None:
+        _print(console, f"note: there is no epoch to resume in {config.out}; the run starts from the beginning.")
     with ignore_write_errors(console), _memory_errors(), _seeded(config):
         return Run(config, console, folder, found, open_data, processes, command, loggers).run()
 
@@ -255,7 +257,7 @@ class Run:
             raise
         except KeyboardInterrupt as error:
             done = f"{len(self.rows)} of {self.config.epochs} epochs are" if self.rows else "no epoch is"
-            how = "; `resume=True` continues it" if self.rows else ""
+            how = f"; continue it with skipkernels tune --resume {self.config.out}" if self.rows else ""
             error.args = (f"{done} complete in {self.config.out}{how}",)
             raise
         finally:

@@ -103,7 +103,8 @@ def test_signal_is_interrupt(tmp_path, at_step, number, capsys):
         assert signal.getsignal(number) is signal.SIG_DFL
     finally:
         signal.signal(number, before)
-    message = f"interrupted: 1 of 2 epochs are complete in {tmp_path / 'run'}; --resume continues it"
+    run = tmp_path / "run"
+    message = f"interrupted: 1 of 2 epochs are complete in {run}; continue it with skipkernels tune --resume {run}"
     assert " ".join(capsys.readouterr().err.split()).endswith(message)
 
 
