@@ -330,21 +330,24 @@ class SkipCLIP(Losses, Inference):
             weight = check_class_weight(class_weight, prototypes, len(tokens))
             if encoder.tower.lower_device is None:  # verify runs the model itself, which must be on one device
                 verify(self.model, self._image_encoder, encoder, prompts)
+        prompts_of_all = prompts_digest(tokens)
         if parallel is not None:
-            digests = [prompts_digest(tokens), digest_tensors([] if weight is None else [("class_weight", weight)])]
+            digests = [prompts_of_all, digest_tensors([] if weight is None else [("class_weight", weight)])]
             names = "tokens of set_classes", "class_weight of set_classes"
             parallel.check_equal(list(zip(names, digests, strict=True)), device)
         self._tokens, self._text_encoder, self.prototypes, self.class_weight = prompts, encoder, prototypes, weight
-        self._parallel, self._prompts = parallel, prompts_digest(tokens)
+        self._parallel, self._prompts = parallel, prompts_of_all
         self._containers = Containers(self.model, (self._image, *self._text_encoder.towers))
+        self._move_lower(self._image.lower_device)
 
     def _move_lower(self, lower_device: torch.device | None) -> None:
         """Set the device of the modules below the cut, and move them there. Texts that do not train go to the CPU."""
+        texts = lower_device
+        if not self._settings.train_text:
+            self._text_encoder.drop_cached()
+            texts = None if self.prototypes.device.type == "cpu" else torch.device("cpu")
         for tower in (self._image, *self._text_encoder.towers):
-            tower.lower_device = lower_device
-            if tower is not self._image and not self._settings.train_text:
-                self._text_encoder.drop_cached()
-                tower.lower_device = None if self.prototypes.device.type == "cpu" else torch.device("cpu")
+            tower.lower_device = lower_device if tower is self._image else texts
             tower.move_lower()
 
     # ---- parameters ---------------------------------------------------------------------------------------------
