@@ -114,8 +114,7 @@ def checked_step(random: inputs.Inputs, precision: str = "fp32") -> training.Ste
     return training.skip_step(random, 3, "fast", precision, training.Published(random, 3))
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_skip_step_refuses_different_gradients(monkeypatch, random, precision):
+def test_skip_step_refuses_different_gradients(monkeypatch, random):
     right = PublishedStep.__call__
 
     def wrong(self, features, labels, class_ids=None):
@@ -124,7 +123,7 @@ def test_skip_step_refuses_different_gradients(monkeypatch, random, precision):
 
     monkeypatch.setattr(PublishedStep, "__call__", wrong)
     with pytest.raises(SystemExit, match="do not agree: no timing"):
-        checked_step(random, precision)
+        checked_step(random, "bf16")
 
 
 def test_step_with_other_classes_is_not_timed(monkeypatch, capsys):
@@ -197,12 +196,11 @@ def test_memory_writes_a_row_per_optimizer(results, monkeypatch):
     assert float(ours["gradients_mib"]) < float(theirs["gradients_mib"]) / 2 and float(ours["p50_ms"]) > 0
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_memory_refuses_different_weights(monkeypatch, results, precision):
+def test_memory_refuses_different_weights(monkeypatch, results):
     wrong = partial(torch.optim.SGD, nesterov=True)
     monkeypatch.setattr(memory, "_OPTIMIZERS", {"torch.optim.SGD": wrong, "FusedSGD": sk.FusedSGD})
     with pytest.raises(SystemExit, match="the two optimizers leave other weights: no measurement"):
-        memory.main([*CUT, "--precision", precision])
+        memory.main([*CUT, "--precision", "bf16"])
     assert not list(results.iterdir())
 
 

@@ -68,13 +68,12 @@ def test_tune_graphed_gives_the_same_results(tmp_path, monkeypatch):
     assert set(rows(plain)[0]["stage_seconds"]) == {"data", "forward", "backward", "update", "evaluation"}
 
 
-@pytest.mark.parametrize(("changes", "reason"), [({"clip_grad_norm": 1.0}, "clip_grad_norm")])
-def test_tune_says_why_steps_are_not_graphed(changes, reason, tmp_path, monkeypatch):
+def test_tune_says_why_steps_are_not_graphed(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_captures", lambda device: True)
     console = Console(file=io.StringIO())
-    tune(small(tmp_path, epochs=1, **changes), console)
+    tune(small(tmp_path, epochs=1, clip_grad_norm=1.0), console)
     assert set(rows(tmp_path)[0]["stage_seconds"]) == {"data", "forward", "backward", "update", "evaluation"}
-    assert f"note: steps run without a CUDA graph: {reason}" in " ".join(console.file.getvalue().split())
+    assert "note: steps run without a CUDA graph: clip_grad_norm" in " ".join(console.file.getvalue().split())
 
 
 def test_tune_beats_zero_shot_on_unseen_characters(tmp_path, monkeypatch):
