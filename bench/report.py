@@ -35,6 +35,9 @@ CLAIMED, EVALUATION = ("100", "1000"), {"model": "ViT-B-16", "images": "100", "B
 METHODS = {"zero-shot": "zero-shot", "linear-probe": "linear probe", "coop": "CoOp", "clip-adapter": "CLIP-Adapter"}
 METHODS |= {"lora": "CLIP-LoRA", "full": "full fine-tuning", "skip": "Skip Tuning"}
 TRAINERS = {"accelerate": "accelerate", "hugging_face": "Hugging Face Trainer"}
+PARTS = {"image": "image tower", "pairs": "both towers on pairs"}
+FUSED = {"checkpointing": "gradient checkpointing", "compile": "torch.compile"}
+FUSED |= {f"fuse-{memory}": f"sk.fuse, {memory}" for memory in ("fast", "balanced", "min")}
 TRAINERS |= {"lightning": "Lightning", "open_clip": "open_clip's trainer"}
 PICTURES = {"step_bars": pictures.step_bars, "step_over_classes": pictures.step_over_classes}
 
@@ -281,6 +284,17 @@ def trainers(device: Device) -> str:
     return table(header, lines) + origin("trainers", rows) if rows else ""
 
 
+def fused(device: Device) -> str:
+    """Saved bytes and time of training a whole model, relative to its own blocks."""
+    rows, lines = device.latest_rows("fuse"), []
+    for (model, batch, part), of in grouped(rows, "model B part").items():
+        found = {row["implementation"]: (float(row["saved_mib"]), float(row["p50_ms"])) for row in of}
+        saved, step = found[EAGER]
+        cells = [f"{found[name][0] / saved:.2f}, {found[name][1] / step:.2f}" for name in FUSED]
+        lines.append([f"{model}, batch {batch}, {PARTS[part]}", *cells])
+    return table(["bytes, time", *FUSED.values()], lines) + origin("fuse", rows) if rows else ""
+
+
 def glyphs(device: Device) -> str:
     rows = device.latest_rows("glyphs", data="glyphs")
     lines = []
@@ -376,7 +390,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     | {"paper": paper, "glyphs": glyphs, "lose": losses, "processes": processes},
     "docs/operators.md": {"operators": operators},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
-    "docs/trainers.md": {"trainers": trainers},
+    "docs/trainers.md": {"trainers": trainers, "fuse": fused},
 }
 
 

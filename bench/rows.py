@@ -43,6 +43,7 @@ KINDS = {
         "bench.when --pretrained 1500=FILE", "pretraining_steps task method phase seed setting blended", "harmonic"
     ),
     "when_cost": Kind("bench.when --cost", "task method", "train_s"),
+    "fuse": Kind("bench.fuse", "model B precision part implementation", "p50_ms"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
     "scale_memory": Kind("bench.scale --measure", "C W B", "class_mib"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s"),
