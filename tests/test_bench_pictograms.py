@@ -1,15 +1,19 @@
-"""bench.pictograms: cleaned names, what is held out, and a pre-training run that is interrupted."""
+"""bench.pictograms: cleaned names, what is held out, more tasks, and a pre-training run that is interrupted."""
 
+import io
 import json
+import tarfile
 from dataclasses import replace
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 
-from bench.pictograms import count, names, pool, pretrain, sets, table
+from bench.pictograms import count, more, names, pool, pretrain, sets, table
 from bench.pictograms.table import Icon
+from skipkernels.app.demo import pictogram_tiny
 
 
 @pytest.mark.parametrize(
@@ -97,6 +101,76 @@ def test_licences_names_each_set_once_with_author_and_licence():
     assert text.count("T (MIT)") == 2 and "unused" not in text
 
 
+def named(drawings):
+    return [(own.set, own.name) for own in drawings]
+
+
+def test_game_icons_are_tested_and_others_trained_on():
+    prefixes = ("game-icons", "noto", "mdi", "ri", "openmoji")
+    rows = [icon(prefix, "cat") for prefix in prefixes]
+    rows += [icon("game-icons", "ox"), icon("mdi", "dog"), icon("game-icons", "hen"), icon("ph", "hen")]
+    found = more.game_icons(more.by_family(rows))
+    assert named(found["test"]) == [("game-icons", "cat"), ("game-icons", "hen")]
+    cats = {prefix for prefix, name in named(found["train"]) if name == "cat"}
+    assert len(cats) == 2 and cats < {"noto", "mdi", "ri"} and ("ph", "hen") in named(found["train"])
+
+
+def test_many_classes_are_drawn_by_two_families_of_pre_training():
+    rows = [icon(prefix, "cat") for prefix in ("mdi", "ri", "ri", "noto")]
+    rows += [icon(prefix, "dog") for prefix in ("fa6-solid", "fa7-solid", "noto")]
+    found = more.many_classes(more.by_family(rows))
+    assert sorted(named(found["train"] + found["test"])) == [("mdi", "cat"), ("ri", "cat")]
+
+
+def test_flags_have_the_names_of_twemoji():
+    characters = {"1f1eb-1f1f7": "flag-france", "1f1f1-1f1f0": "flag-sri-lanka", "1f1ee-1f1f9": "flag-italy"}
+    characters |= {"1f431": "cat", "1f3f4-200d": "black-flag"}
+    data = {prefix: {"chars": characters} for prefix in ("twemoji", "openmoji")} | {
+        "cif": {"icons": {"fr": {}, "lk": {}}}
+    }
+    found = more.flags(data)
+    assert named(found["test"]) == [("openmoji", "flag of france"), ("openmoji", "flag of sri lanka")]
+    assert [own[1:] for own in found["train"][:2]] == [("twemoji", "flag-france"), ("cif", "fr")]
+
+
+def test_stamps_are_photographs_with_a_known_name():
+    image = Image.new("RGBA", (40, 20))
+    image.paste("red", (10, 5, 30, 15))
+    photo = io.BytesIO()
+    image.save(photo, "PNG")
+    stored = {"frog-1.png": photo.getvalue(), "frog-1.txt": b"A green frog.\nde=Ein Frosch."}
+    stored |= {"bat.png": photo.getvalue(), "bat.svg": b"", "bat.txt": b"A bat."}
+    stored |= {"cartoon/owl.png": photo.getvalue(), "cartoon/owl.txt": b"An owl."}
+    stored |= {"x.png": photo.getvalue(), "x.txt": b"An Emu!", "y.png": photo.getvalue(), "y.txt": b"Say cheese!"}
+    with tarfile.open(fileobj=(archive := io.BytesIO()), mode="w") as files:
+        for name, content in stored.items():
+            member = tarfile.TarInfo(f"./usr/share/tuxpaint/stamps/{name}")
+            member.size = len(content)
+            files.addfile(member, io.BytesIO(content))
+    with tarfile.open(fileobj=io.BytesIO(archive.getvalue())) as files:
+        frog, emu = more.stamps(files, {"bat", "frog", "owl", "emu"})
+    assert (frog.name, emu.name) == ("frog", "emu")
+    assert (frog.image[32, 1:63] == (255, 0, 0)).all() and (frog.image[:12] == 255).all()
+
+
+def test_arrays_leave_out_blank_and_equal_images():
+    def picture(name, value):
+        return more.Picture(name, "set", None if value is None else np.full((2, 2, 3), value, np.uint8))
+
+    train = [picture("cat", 1), picture("dog", 2), picture("ox", 3), picture("hen", 4)]
+    test = [picture("cat", 5), picture("dog", 2), picture("ox", 6), picture("hen", None), picture("cat", 7)]
+    found = more.arrays("photos", {"train": train, "test": test})
+    assert found["photos/train/names"].tolist() == ["cat", "ox"]
+    assert found["photos/test/names"].tolist() == ["cat", "ox", "cat"]
+    assert found["photos/test/images"][:, 0, 0, 0].tolist() == [5, 6, 7]
+
+
+def test_missing_stamps_say_where_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(more.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match="tuxpaint-stamps-default_2025.03.31-1_all.deb"):
+        more.download_stamps(tmp_path)
+
+
 @pytest.fixture
 def small_pool():
     rng = np.random.default_rng(0)
@@ -118,7 +192,7 @@ def small_pool():
 
 @pytest.fixture
 def options(tmp_path):
-    settings = json.loads(pretrain.CONFIG.read_text()) | {"embed_dim": 16}
+    settings = json.loads(pictogram_tiny.CONFIG.read_text()) | {"embed_dim": 16}
     settings["text_cfg"] |= {"width": 64, "layers": 1, "heads": 1}
     config = tmp_path / "pictogram-test.json"
     config.write_text(json.dumps(settings))

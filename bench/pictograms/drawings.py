@@ -28,11 +28,15 @@ TITLE = f"Drawings of {SIZE} by {SIZE} pixels on white with {COLORS} colors of i
 FILE = Path(__file__).parents[2] / "skipkernels" / "app" / "demo" / "pictograms.zip"
 
 
+def on_white(drawing: np.ndarray) -> np.ndarray:
+    """A drawing, uint8 [S, S, 4] with premultiplied alpha, on white, uint8 [S, S, 3]."""
+    return drawing[..., :3] + (255 - drawing[..., 3:])
+
+
 def png(drawing: np.ndarray) -> bytes:
-    """A drawing, uint8 [S, S, 4] with premultiplied alpha, on white as a PNG file with a palette."""
-    white = drawing[..., :3] + (255 - drawing[..., 3:])
+    """A drawing on white as a PNG file with a palette."""
     file = io.BytesIO()
-    Image.fromarray(white).quantize(COLORS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    Image.fromarray(on_white(drawing)).quantize(COLORS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

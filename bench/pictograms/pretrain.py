@@ -33,14 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from skipkernels.app.demo.pictogram_tiny import NAME, register
+from skipkernels.app.demo.vit_pictogram import Stem
 from skipkernels.folders import replace_tensors, replaced_file
 
 from . import pool as pools
 from .augment import augment, normalize, on_white
-from .model import Stem
 
-NAME = "pictogram-tiny"
-CONFIG = Path(__file__).with_name(f"{NAME}.json")
 TEMPLATE = "an icon of a {}"
 COLUMNS = ("step", "phase", "pairs", "loss", "narrow", "wide", "unknown", "seconds")
 DIRECTIONS = set("left right undo redo next previous forward back backward e letter number".split())  # not mirrored
@@ -64,25 +63,27 @@ class Options:
         save_seconds: Least time between two checkpoints.
         threads: Threads.
         device: Device.
+        init: Checkpoint of a run with other words. This run starts from its step and model.
         model: Name of a configuration of open_clip.
     """
 
     pool: Path = Path.home() / ".cache/skipkernels/pictograms/pool.npz"
     out: Path = Path("runs") / NAME
-    names_steps: int = 12000
-    pairs_steps: int = 6000
-    wide_steps: int = 12000
+    names_steps: int = 3500
+    pairs_steps: int = 2500
+    wide_steps: int = 2500
     batch: int = 256
     texts: int = 512
     lr: float = 1.5e-3
     table_lr: float = 1.5e-2
-    decay: int = 4000
+    decay: int = 1000
     weight_decay: float = 0.05
     average: float = 0.998
     every: int = 500
     save_seconds: float = 120
     threads: int = 1
     device: str = "cpu"
+    init: Path | None = None
     model: str = NAME
 
     @property
@@ -97,11 +98,6 @@ class Options:
         if step < self.names_steps + self.pairs_steps:
             return "pairs", self.names_steps
         return "wide", self.names_steps + self.pairs_steps
-
-
-def register() -> None:
-    """Add the model to open_clip's configurations."""
-    open_clip.add_model_config(CONFIG)
 
 
 class Captions:
@@ -233,6 +229,11 @@ class Run:
         self.step, self.seconds, self.rows, self.losses = 0, 0.0, [], []  # type: ignore[var-annotated]
         if (options.out / "checkpoint.pt").exists():
             self.load()
+        elif options.init:
+            state = torch.load(options.init, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.step = state["step"]
+            self.averaged = [tensor.detach().clone() for tensor in self.tensors]
 
     # ---- checkpoints
 
@@ -421,7 +422,7 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for field in fields(Options):
-        kind = type(field.default)
+        kind = type(field.default) if field.default is not None else Path
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
     options = Options(**vars(parser.parse_args()))
     torch.set_num_threads(options.threads)

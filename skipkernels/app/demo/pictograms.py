@@ -10,8 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..data.base import open_error
-from ..data.images import DatasetImages
+from ..data.images import DatasetImages, Images
 from ..data.source import Protocol, Source, Split
 from ..data.templates import Templates, resolve_templates
 
@@ -64,32 +63,19 @@ class Drawings(Dataset):
         return Image.open(io.BytesIO(_files()[self.names[index]])).convert("RGB"), self.labels[index]
 
 
-@dataclass(frozen=True)
-class PictogramSource(Source):
-    """Drawings of some classes. Each set is a domain."""
-
-    @property
-    def domains(self) -> Mapping[str, PictogramSource]:
-        """The same classes in each set; see `Source`."""
-        return {prefix: _source(self, {"train": [prefix], "test": [prefix]}) for prefix in (*TRAIN, *TEST)}
-
-
-def open_pictograms(name: str, templates: Templates = None) -> PictogramSource:
+def open_pictograms(name: str, templates: Templates = None) -> Source:
     """Open tasks "TASK[+TASK…]" of `TASKS` as a source; if empty, all."""
     tasks = name.split("+") if name else TASKS
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise open_error(f"no task {unknown[0]!r} of pictograms; choose from {', '.join(TASKS)}.")
     data = f"pictograms:{name}" if name else "pictograms"
-    targets: dict[Protocol, list[str]] = {
-        "cross-dataset": [f"pictograms:{task}" for task in TASKS if task not in tasks]
-    }
     classes, templates = tuple(names_of(tasks)), resolve_templates(None, templates, TEMPLATE)
-    found = PictogramSource(data, classes, templates, targets=targets)
-    return _source(found, {"train": TRAIN, "test": TEST})
+    others: dict[Protocol, list[str]] = {"cross-dataset": [f"pictograms:{task}" for task in TASKS if task not in tasks]}
+    splits: dict[Split, Images] = {"train": _images(classes, TRAIN), "test": _images(classes, TEST)}
+    return Source(data, classes, templates, splits=splits, targets=others)
 
 
-def _source(source: PictogramSource, sets: Mapping[Split, Sequence[str]]) -> PictogramSource:
-    """The source with the drawings of some sets in each split."""
-    drawings = {split: Drawings(source.classes, its) for split, its in sets.items()}
-    return replace(source, splits={split: DatasetImages(own, names=own.names) for split, own in drawings.items()})
+def _images(classes: Sequence[str], sets: Sequence[str]) -> Images:
+    drawings = Drawings(classes, sets)
+    return DatasetImages(drawings, names=drawings.names)

@@ -9,7 +9,7 @@ from timm.layers import HybridEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def _convolution(inputs: int, outputs: int, stride: int, norm: bool) -> list[nn.Module]:
@@ -22,7 +22,8 @@ class Residual(nn.Sequential):
 
     def __init__(self, width: int, norm: bool):
         super().__init__(*_convolution(width, width, 1, norm), nn.ReLU(), *_convolution(width, width, 1, norm))
-        nn.init.zeros_(self[-1].weight)
+        last: Any = self[-1]
+        nn.init.zeros_(last.weight)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Transform maps, [B, W, H, H]."""
@@ -42,16 +43,13 @@ class Stem(nn.Sequential):
         super().__init__(*layers)
 
     def without_norms(self) -> Stem:
-        """Copy with the batch norms, of constant statistics, in the convolutions."""
+        """Copy with the batch norms in the convolutions. Sets them to evaluation mode."""
         stem = Stem()
-        convolutions, norms = (
-            [m for m in self.modules() if isinstance(m, kind)] for kind in (nn.Conv2d, nn.BatchNorm2d)
-        )
+        convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         copies = [module for module in stem.modules() if isinstance(module, nn.Conv2d)]
         for copy, convolution, norm in zip(copies, convolutions, norms, strict=True):
-            copy.weight, copy.bias = fuse_conv_bn_weights(
-                convolution.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
+            copy.load_state_dict(fuse_conv_bn_eval(convolution.eval(), norm.eval()).state_dict())
         return stem
 
 
@@ -61,6 +59,6 @@ default_cfgs = generate_default_cfgs({"vit_pictogram.untrained": {"input_size": 
 @register_model
 def vit_pictogram(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """Build the tower, which timm and open_clip find by its name."""
-    sizes = {"img_size": 32, "patch_size": 1, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 1, "embed_dim": 128, "depth": 4, "num_heads": 4}
     embed = partial(HybridEmbed, backbone=Stem())
     return build_model_with_cfg(VisionTransformer, "vit_pictogram", pretrained, **sizes, embed_layer=embed, **options)
