@@ -295,20 +295,6 @@ def fused(device: Device) -> str:
     return table(["bytes, time", *FUSED.values()], lines) + origin("fuse", rows) if rows else ""
 
 
-def glyphs(device: Device) -> str:
-    rows = device.latest_rows("glyphs", data="glyphs")
-    lines = []
-    by_method = {method: of for (method,), of in grouped(rows, "method").items()}
-    for method in sorted(by_method, key=[*METHODS, *by_method].index):
-        of = by_method[method]
-        line = [METHODS.get(method, method), str(len(of))]
-        line += [mean(of, column, digits=1) or "none" for column in ("base", "new", "harmonic")]
-        line += [mean(of, "tuning_s", " s"), mean(of, "step_ms", " ms"), mean(of, "peak_mib", " MiB")]
-        lines.append([*line, "fitted" if method == "linear-probe" else f"{int(of[-1]['trained_parameters']):,}"])
-    header = ["", "seeds", "base", "new", "harmonic mean", "tuning", "step", "peak memory", "trained parameters"]
-    return table(header, lines) + origin("glyphs", rows) if rows else ""
-
-
 def when(device: Device, name: str) -> str:
     """A table of the study of when Skip Tuning wins."""
     study = summary.Study(*map(device.latest_rows, summary.Study._fields))
@@ -387,7 +373,7 @@ def processes(device: Device) -> str:
 BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "README.md": {"headline": headline},
     "docs/benchmarks.md": {"step": steps, "sizes": sizes, "memory": memory, "infer": classifying, "claims": claims}
-    | {"paper": paper, "glyphs": glyphs, "lose": losses, "processes": processes},
+    | {"paper": paper, "lose": losses, "processes": processes},
     "docs/operators.md": {"operators": operators},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
     "docs/trainers.md": {"trainers": trainers, "fuse": fused},

@@ -37,13 +37,9 @@ KINDS = {
     "infer": Kind("bench.infer", "model images B C skip_layers precision implementation", "p50_ms"),
     "operators": Kind("pytest bench/operators", "op shape dtype implementation", "p50_ms"),
     "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms"),
-    "glyphs": Kind("bench.glyphs", "data method seed", "base"),
-    "when": Kind("bench.when", "task method phase seed setting blended", "harmonic"),
-    "when_pretraining": Kind(
-        "bench.when --pretrained 1500=FILE", "pretraining_steps task method phase seed setting blended", "harmonic"
-    ),
-    "when_cost": Kind("bench.when --cost", "task method", "train_s"),
     "fuse": Kind("bench.fuse", "model B precision part implementation", "p50_ms"),
+    "when": Kind("bench.when", "task method phase seed setting blended", "base"),
+    "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
     "scale_memory": Kind("bench.scale --measure", "C W B", "class_mib"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s"),

@@ -1,45 +1,80 @@
 """bench.when: tasks, one short run, and its tables."""
 
-from dataclasses import replace
-from pathlib import Path
-
-import matplotlib
+import numpy as np
 import pytest
 import torch
 
+from bench.pictograms import more
+from bench.when import __main__ as command
 from bench.when import runs, summary, tasks
 from bench.when.rows import Rows, reported
-from skipkernels.app.data import InputError
+from bench.when.tasks import Shift
 
 BY_NAME = {shift.name: shift for shift in tasks.SHIFTS}
-SMALL = replace(BY_NAME["both"], classes=3, shots=2)
-FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+PACKAGED = [shift for shift in tasks.SHIFTS if shift.packaged]
+SMALL = Shift("small", ("activities",))
 
 
-@pytest.mark.parametrize("shift", [shift for shift in tasks.SHIFTS if shift.blocks], ids=lambda shift: shift.name)
-def test_characters_of_search_and_report_are_disjoint_and_enough(shift):
-    search, report = (tasks.characters(shift, phase) for phase in ("search", "report"))
-    assert not set(search) & set(report)
-    assert min(len(search), len(report)) >= 2 * shift.classes
+@pytest.mark.parametrize("shift", PACKAGED, ids=lambda shift: shift.name)
+def test_names_of_search_and_report_are_disjoint(shift):
+    search, report = (set(tasks.names(shift, phase)) for phase in ("search", "report"))
+    assert not search & report and 0 < 2 * len(search) < len(report)
+    assert not search & {name for other in PACKAGED for name in tasks.names(other, "report")}
 
 
-def test_load_draws_other_classes_and_images_for_other_seeds():
-    first, again, other = (tasks.load(SMALL, "report", seed, lambda image: image, FONT) for seed in (0, 0, 1))
-    assert [test.name for test in first.tests] == ["base", "new"]
-    assert not set(first.tests[0].classes) & set(first.tests[1].classes)
-    assert first.tests[0].classes == again.tests[0].classes != other.tests[0].classes
-    assert (len(first.train), len(first.tests[0].images)) == (6, 30)
-    assert first.train[0][0].tobytes() == again.train[0][0].tobytes() != first.tests[0].images[0][0].tobytes()
+def test_known_and_unknown_words_are_all_names():
+    known, unknown = (set(tasks.names(BY_NAME[f"{kind} words"], "report")) for kind in ("known", "unknown"))
+    assert known | unknown == set(tasks.names(BY_NAME["all"], "report")) and not known & unknown
+    assert "grinning cat" not in known, "cat is held out"
 
 
-def test_emoji_without_font_says_what_to_install(tmp_path):
-    with pytest.raises(InputError, match=r"fonts-noto-color-emoji.*--emoji-font"):
-        tasks.load(BY_NAME["emoji"], "search", 0, lambda image: image, tmp_path / "missing.ttf")
+def test_load_draws_other_classes_for_other_seeds():
+    first, again, other = (tasks.load(SMALL, "report", seed, lambda image: image) for seed in (0, 0, 1))
+    base, new = first.tests
+    assert base.classes == again.tests[0].classes != other.tests[0].classes
+    assert not set(base.classes) & set(new.classes) and abs(len(base.classes) - len(new.classes)) <= 1
+    assert (len(first.train), len(base.images)) == (2 * len(base.classes), len(base.classes))
+
+
+@pytest.fixture
+def drawings(tmp_path):
+    """A file with 40 names of flags: two images of each to train on and one to test on, each of one color."""
+
+    def pictures(colors):
+        images = [np.full((64, 64, 3), color, np.uint8) for color in colors]
+        return [more.Picture(f"name {i}", "set", image) for i, image in enumerate(images)]
+
+    one, other, test = (pictures(colors) for colors in np.arange(120).reshape(3, 40))
+    np.savez(tmp_path / more.FILE, **more.arrays("flags", {"train": one + other, "test": test}))
+    return tmp_path / more.FILE
+
+
+def test_load_reads_drawings_of_a_file(drawings):
+    task = tasks.load(BY_NAME["flags"], "report", 0, np.asarray, drawings)
+    report, search = (tasks.names(BY_NAME["flags"], phase, drawings) for phase in ("report", "search"))
+    base, new = (test.classes for test in task.tests)
+    assert sorted([*base, *new]) == report and sorted(report + search) == sorted(f"name {i}" for i in range(40))
+    assert (len(task.train), len(task.tests[0].images)) == (2 * len(base), len(base))
+    assert all((image == 80 + int(new[label].split()[1])).all() for image, label in task.tests[1].images)
+
+
+def test_drawings_enable_tasks(monkeypatch, drawings):
+    planned = []
+    monkeypatch.setattr(command, "run_study", lambda shifts, args: planned.append([shift.name for shift in shifts]))
+    command.main(["--tasks", "flags", "animals"])
+    command.main(["--tasks", "flags", "animals", "--drawings", str(drawings)])
+    assert planned == [["animals"], ["animals", "flags"]]
+    with pytest.raises(SystemExit):
+        command.main(["--drawings", str(drawings.with_name("missing.npz"))])
+
+
+def run_of(name, candidate, shift=SMALL):
+    return runs.Run(shift, name, runs.VARIANTS_OF_ALL[name], candidate, "report", 0)
 
 
 def test_run_trains_and_blends(monkeypatch):
-    monkeypatch.setitem(runs.SCHEDULES, "adamw", (1, 4))
-    run = runs.Run(SMALL, "lora", runs.Candidate("adamw", 1e-2, 1e-2), "report", 0)
+    monkeypatch.setitem(runs.SCHEDULES, "adamw", (1, 64, "random"))
+    run = run_of("lora", runs.Candidate("adamw", 1e-2, 1e-2))
     kept = {}
     original = runs._blended_weights
 
@@ -60,7 +95,18 @@ def test_run_trains_and_blends(monkeypatch):
         torch.testing.assert_close(weight, after[name] / 2)
 
 
-def row(method, seed, harmonic, blended=0, phase="report", setting="adamw 0.001 0.001", task="both"):
+def test_curve_has_a_row_for_each_epoch(monkeypatch):
+    monkeypatch.setitem(runs.SCHEDULES, "adamw", (2, 64, "random"))
+    found = runs.curve(run_of("skip, image only", runs.Candidate("adamw", 0.0, 1e-3)))
+    assert [row["epoch"] for row in found] == [1, 2] and found[0]["train_s"] < found[1]["train_s"]
+
+
+def test_linear_probe_is_fitted():
+    (found,) = runs.execute(run_of("linear-probe", *runs.CANDIDATES["linear-probe"]))
+    assert found["new"] is None and found["base"] > found["zero_shot_base"]
+
+
+def row(method, seed, harmonic, blended=0, phase="report", setting="adamw 0.001 0.001", task="all"):
     accuracies = {"base": harmonic, "new": harmonic, "harmonic": harmonic}
     accuracies |= {f"zero_shot_{name}": 30.0 for name in ("base", "new", "harmonic")}
     named = {"task": task, "method": method, "phase": phase, "seed": seed, "setting": setting, "blended": blended}
@@ -75,33 +121,49 @@ def rows(found):
 
 def test_best_setting_is_that_of_the_search():
     names = [candidate.name for candidate in runs.CANDIDATES["full"]]
-    found = [row("full", 10, 10.0 * n, phase="search", setting=name) for n, name in enumerate(names)]
-    found += [
-        row("full", 10, 99.0, blended=1, phase="search", setting=names[0]),
-        row("full", 0, 98.0, setting=names[1]),
+    found = [
+        row("full", seed, 10.0 * n + seed, phase="search", setting=name)
+        for n, name in enumerate(names)
+        for seed in runs.SEARCH_SEEDS
     ]
-    assert rows(found).best(BY_NAME["both"], "full").name == names[-1]
-    assert rows(found).best(BY_NAME["16 shots"], "full").name == names[-1]
+    found += [row("full", 10, 999.0, blended=1, phase="search", setting=names[0]), row("full", 0, 999.0)]
+    assert rows(found).best("full").name == names[-1]
 
 
 def test_reported_runs_have_every_omega():
     found = rows([row(m, 10, 1.0, phase="search", setting=c.name) for m, of in runs.CANDIDATES.items() for c in of])
-    planned = list(reported(BY_NAME["both"], 0, FONT, found))
-    assert [run.name for run in planned] == summary.METHODS
+    planned = list(reported(BY_NAME["all"], 0, found))
+    assert sorted(run.name for run in planned) == sorted(summary.METHODS)
     assert [run.config().skip_layers for run in planned[:3]] == [0.25, 0.5, 0.75]
+    configs = {run.name: run.config() for run in planned}
+    assert configs["skip, K/C = 0.05"].keep_ratio == 0.05 and not configs["skip, image only"].train_text
+    assert configs["skip, one class"].sampler == "class_pure" and configs["full"].method == "full"
 
 
 def test_tables_show_means_and_paired_differences():
-    means = {"skip 2/4": (50.0, 60.0, 70.0), "full": (49.0, 59.0, 69.0), "clip-adapter": (40.0, 40.0, 40.0)}
+    means = {"skip, ω = ½": (50.0, 60.0, 70.0), "full": (49.0, 59.0, 69.0), "clip-adapter": (40.0, 40.0, 40.0)}
     found = [row(method, seed, value) for method, of in means.items() for seed, value in enumerate(of)]
-    found += [row("skip 2/4", seed, 65.0, blended=1) for seed in range(3)]
+    found += [row("skip, ω = ½", seed, 65.0, blended=1) for seed in range(3)]
     _, lines = summary.accuracy_table(found, "harmonic")
     cells = {line[0]: line[1] for line in lines}
     assert cells["Skip Tuning, ω = ½"] == "60.0 ± 24.8" and cells["zero-shot"] == "30.0 ± 0.0"
     assert cells["Skip Tuning, ω = ½, blended"] == "**65.0 ± 0.0**" and cells["CoOp"] == ""
     _, lines = summary.difference_table(found)
     assert ["Skip Tuning, ω = ½ − full fine-tuning", "+1.0 ± 0.0"] in lines
-    assert ["CoOp", ""] in summary.settings_table(found)[1]
     assert ["full fine-tuning", "adamw 0.001 0.001"] in summary.settings_table(found)[1]
-    cost = [{"task": "both", "method": "full", "steps": "9", "train_s": "2.5", "train_mib": "30"}]
-    assert summary.cost_table(cost) == (["", "steps on both", "both"], [["full fine-tuning", "9", "2.5 s, 30 MiB"]])
+    cost = [
+        {
+            "task": "all",
+            "method": method,
+            "steps": "9",
+            "train_s": str(seconds),
+            "train_mib": "30",
+            "harmonic": str(value),
+        }
+        for method, points in {"full": [(2, 40), (9, 50)], "skip, ω = ½": [(1, 41), (4, 49)]}.items()
+        for seconds, value in points
+    ]
+    assert summary.cost_table(cost)[1] == [
+        ["all", "Skip Tuning, ω = ½", "9", "4.0 s", "30 MiB", "49.0", "1.0 s", "", ""],
+        ["all", "full fine-tuning", "9", "9.0 s", "30 MiB", "50.0", "2.0 s", "9.0 s", "9.0 s"],
+    ]

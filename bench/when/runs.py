@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.methods import Method
 from skipkernels.app.methods.base import FrozenModel, TunedModel
 from skipkernels.app.methods.lora import LoRA
@@ -20,14 +20,14 @@ from skipkernels.app.serve.blending import WITHOUT_VALIDATION
 from skipkernels.app.train.evaluation import Evaluator
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.precision import MixedPrecision
-from skipkernels.app.train.setup import RunSetup, build_method
+from skipkernels.app.train.setup import BATCH, RunSetup, build_method
 from skipkernels.app.train.trainer import Trainer
 from skipkernels.memory import PeakMemory
 
 from . import tasks
 from .tasks import Phase, Shift
 
-SEARCH_SEED = 10
+SEARCH_SEEDS = (10, 11, 12)
 
 
 class Candidate(NamedTuple):
@@ -43,21 +43,49 @@ class Candidate(NamedTuple):
         return f"{self.optimizer} {self.text_lr:g} {self.image_lr:g}"
 
 
-_ADAMW = [Candidate("adamw", rate, rate) for rate in (1e-4, 3e-4, 1e-3)]
-# Four candidates for each method. Skip Tuning and full fine-tuning: SGD with the recipe of glyph-tiny, or AdamW. The
-# others have their published optimizer, with rates below and above the recipe of glyph-tiny or the published one.
+# Candidates of each method: AdamW, or the published SGD, with rates below and above those for this model.
+_SGD = [Candidate("sgd", rate, rate / 2) for rate in (1e-3, 4e-3, 1.6e-2)]
 CANDIDATES: dict[str, list[Candidate]] = {
-    "skip": [Candidate("sgd", 4e-3, 2e-3), *_ADAMW],
-    "full": [Candidate("sgd", 5e-4, 2e-4), *_ADAMW],
+    "skip": [*_SGD, *(Candidate("adamw", rate, rate) for rate in (1e-4, 3e-4, 1e-3))],
+    "skip, one class": _SGD,
+    "skip, image only": [Candidate("sgd", 0.0, rate) for rate in (1e-3, 4e-3, 1.6e-2)],
+    "full": [*_SGD, *(Candidate("adamw", rate, rate) for rate in (1e-4, 3e-4, 1e-3))],
     "lora": [Candidate("adamw", rate, rate) for rate in (5e-4, 1e-3, 2e-3, 5e-3)],
     "clip-adapter": [Candidate("sgd", rate, rate) for rate in (2e-3, 2e-2, 0.1, 0.3)],
     "coop": [Candidate("sgd", rate, rate) for rate in (2e-3, 2e-2, 0.1, 0.3)],
+    "linear-probe": [Candidate("fit", 0.0, 0.0)],
 }
-# Epochs and images per batch: for SGD of Skip Tuning and full fine-tuning the recipe of glyph-tiny, for AdamW larger
-# batches. The steps of CLIP-Adapter and CoOp are short, so they have more.
-SCHEDULES = {"sgd": (8, 4), "adamw": (12, 16), "clip-adapter": (100, 32), "coop": (40, 32)}
-OMEGAS = (0.25, 0.5, 0.75)
-KEEP_RATIO = 0.5
+# Epochs, images per batch and sampler. "One class": the batches of the published recipe, here of the two images of a
+# class. The steps of CLIP-Adapter and CoOp are short, so they have more.
+SCHEDULES = {
+    "sgd": (8, 4, "random"),
+    "adamw": (8, 16, "random"),
+    "skip, one class": (8, 2, "class_pure"),
+    "clip-adapter": (100, 32, "random"),
+    "coop": (40, 32, "random"),
+}
+
+
+class Variant(NamedTuple):
+    """A method of the tables: a key of `CANDIDATES`, and further fields of a `TuneConfig`."""
+
+    method: str
+    changes: tuple[tuple[str, Any], ...] = ()
+
+
+VARIANTS = {
+    **{
+        f"skip, ω = {name}": Variant("skip", (("skip_layers", w),))
+        for name, w in (("¼", 0.25), ("½", 0.5), ("¾", 0.75))
+    },
+    **{name: Variant(name) for name in CANDIDATES if name not in ("skip", "skip, one class")},
+}
+# Also measured on the task "all": another recipe, and other numbers of kept classes.
+VARIANTS_OF_ALL = VARIANTS | {
+    "skip, one class": Variant("skip, one class"),
+    **{f"skip, K/C = {r:g}": Variant("skip", (("keep_ratio", r), ("max_keep", 10**6))) for r in (0.05, 0.2, 0.5, 1.0)},
+}
+ACCURACIES = ("base", "new", "harmonic")
 
 
 @dataclass(frozen=True)
@@ -66,85 +94,83 @@ class Run:
 
     Attributes:
         shift: The task.
-        method: Key of `CANDIDATES`.
+        name: Key of `VARIANTS_OF_ALL`; in the search, of `CANDIDATES`.
+        variant: The method.
         candidate: Optimizer and rates.
-        phase: Part of the characters.
-        seed: Seed of classes, images and initial weights.
-        skip_layers: ω; only for skip.
-        emoji_font: See `tasks.EMOJI_FONT`.
-        weights: File of `glyph_tiny.save`. Default: the weights in the package.
+        phase: Part of the names.
+        seed: Seed of classes, batches and initial weights.
+        weights: Weights of pictogram-tiny. Default: those in the package.
+        drawings: File with the drawings, if they are not in the package.
     """
 
     shift: Shift
-    method: str
+    name: str
+    variant: Variant
     candidate: Candidate
     phase: Phase
     seed: int
-    skip_layers: float = 0.5
-    emoji_font: Path = tasks.EMOJI_FONT
-    weights: Path = glyph_tiny.WEIGHTS
+    weights: Path = pictogram_tiny.WEIGHTS
+    drawings: Path | None = None
 
     @property
-    def name(self) -> str:
-        """Name of the method in the tables.
-
-        >>> Run(tasks.SHIFTS[0], "skip", CANDIDATES["skip"][0], "report", 0, skip_layers=0.25).name
-        'skip 1/4'
-        """
-        if self.method != "skip":
-            return self.method
-        return f"skip {round(4 * self.skip_layers)}/4"
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """Identifies the run among rows."""
-        return self.shift.name, self.name, self.phase, str(self.seed), self.candidate.name
+    def columns(self) -> dict[str, Any]:
+        """Columns that identify the run among rows."""
+        of = {"task": self.shift.name, "method": self.name, "phase": self.phase, "seed": str(self.seed)}
+        return of | {"setting": self.candidate.name}
 
     def config(self) -> TuneConfig:
         """The configuration of the trainer."""
         optimizer, text_lr, image_lr = self.candidate
-        epochs, batch = SCHEDULES.get(self.method) or SCHEDULES[optimizer]
-        published = self.method == "skip" and optimizer == "sgd" and self.shift.shots >= batch
-        settings: dict[str, Any] = {"text_lr": text_lr, "image_lr": image_lr}
-        if self.method == "skip":
-            settings |= {"skip_layers": self.skip_layers, "keep_ratio": KEEP_RATIO, "max_keep": 50}
-        elif self.method == "clip-adapter":
-            del settings["text_lr"]
-        elif self.method == "coop":
-            del settings["image_lr"]
-        return TuneConfig(
-            method=self.method,
-            epochs=epochs,
-            batch_size=batch,
-            optimizer=optimizer,
-            warmup_epochs=0,
-            warmup_lr=0.0,
-            sampler="class_pure" if published else "random",
-            shots=self.shift.shots,
-            seed=self.seed,
-            device="cpu",
-            precision="fp32",
-            **settings,
-        ).resolved()
+        key, (method, _, part) = self.variant.method, self.variant.method.partition(", ")
+        common: dict[str, Any] = {"method": method, "seed": self.seed, "device": "cpu", "precision": "fp32"}
+        if method == "linear-probe":
+            return TuneConfig(**common).resolved()
+        epochs, batch, sampler = SCHEDULES.get(key) or SCHEDULES[optimizer]
+        common |= {"epochs": epochs, "batch_size": batch, "sampler": sampler, "optimizer": optimizer}
+        common |= {"warmup_epochs": 0, "warmup_lr": 0.0}
+        if method != "clip-adapter" and part != "image only":
+            common["text_lr"] = text_lr
+        if method != "coop":
+            common["image_lr"] = image_lr
+        if part == "image only":
+            common["train_text"] = False
+        return TuneConfig(**common | dict(self.variant.changes)).resolved()
 
 
-def searched(shift: Shift, methods: Iterable[str] = CANDIDATES, **settings: Any) -> Iterator[Run]:
-    """The runs of the search of a task: every candidate of each method. Settings are further fields of a `Run`."""
-    for method in methods:
-        for candidate in CANDIDATES[method]:
-            yield Run(shift, method, candidate, "search", SEARCH_SEED, **settings)
+def searched() -> Iterator[Run]:
+    """The runs of the search: every candidate of each method on all names."""
+    for method, candidates in CANDIDATES.items():
+        for candidate in candidates if len(candidates) > 1 else ():
+            for seed in SEARCH_SEEDS:
+                yield Run(tasks.Shift("all"), method, Variant(method), candidate, "search", seed)
 
 
 def setup_of(run: Run) -> RunSetup:
     """The model, task and method of a run."""
     torch.manual_seed(run.seed)
     config, device = run.config(), torch.device("cpu")
-    model, transform, tokenizer = load_model(glyph_tiny.NAME, None, device, architecture_only=True)
-    model.load_state_dict(glyph_tiny.state_dict(run.weights))
-    task = tasks.load(run.shift, run.phase, run.seed, transform, run.emoji_font)
+    model, transform, tokenizer = load_model(pictogram_tiny.NAME, str(run.weights), device)
+    task = tasks.load(run.shift, run.phase, run.seed, transform, run.drawings)
     method = build_method(config, model, tokenizer, task)
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
     return RunSetup(config, model, tokenizer, MixedPrecision("fp32", device), task, method, zero_shot)
+
+
+def epochs_of(setup: RunSetup) -> Iterator[tuple[int, float]]:
+    """Train; after each epoch, yield the steps and the seconds of training so far."""
+    train, steps, seconds = setup.train_features(), 0, 0.0
+    started = time.perf_counter()
+    if not setup.config.epochs:
+        inputs, labels = zip(*train.loader(BATCH, "sequential"), strict=True)
+        setup.method.fit(torch.cat(inputs), torch.cat(labels))
+        yield steps, time.perf_counter() - started
+        return
+    trainer = Trainer(setup.config, setup.method, setup.precision, train, setup.task.tests[0].classes)
+    for _ in range(setup.config.epochs):
+        started = time.perf_counter()
+        steps += trainer.epoch(on_step=lambda: None, on_loss=lambda loss: None)["steps"]
+        seconds += time.perf_counter() - started
+        yield steps, seconds
 
 
 def execute(run: Run) -> list[dict[str, Any]]:
@@ -157,34 +183,17 @@ def execute(run: Run) -> list[dict[str, Any]]:
     evaluator = Evaluator(setup, setup.test_features())
     zero_shot = evaluator.evaluate(setup.zero_shot).accuracies
     before = {name: weight.clone() for name, weight in _blended_weights(setup.method)}
-    train = setup.train_features()
-    trainer = Trainer(setup.config, setup.method, setup.precision, train, setup.task.tests[0].classes)
-    memory = PeakMemory(setup.device)
-    resident, started, steps = memory.read(), time.perf_counter(), 0
     diverged = False
     try:
-        for _ in range(setup.config.epochs or 0):
-            steps += trainer.epoch(on_step=lambda: None, on_loss=lambda loss: None)["steps"]
+        *_, (steps, seconds) = epochs_of(setup)
     except FloatingPointError:
-        diverged = True
-    seconds, peak = time.perf_counter() - started, memory.read() - resident
-    common = {
-        "task": run.shift.name,
-        "method": run.name,
-        "phase": run.phase,
-        "seed": run.seed,
-        "setting": run.candidate.name,
-        "skip_layers": "" if run.method != "skip" else str(setup.config.skip_layers),
-        "keep_ratio": "" if run.method != "skip" else KEEP_RATIO,
-    }
-    cost = {"steps": steps, "train_s": round(seconds, 2), "train_mib": round(peak / 2**20, 1)}
+        diverged, steps, seconds = True, 0, 0.0
+    cost = {"steps": steps, "train_s": round(seconds, 2)}
+    of_zero_shot = {f"zero_shot_{name}": round(zero_shot[name], 2) for name in ACCURACIES}
 
     def row(blended: bool) -> dict[str, Any]:
-        found = {"base": 0.0, "new": 0.0, "harmonic": 0.0}
-        if not diverged:
-            found = evaluator.evaluate(setup.method).accuracies
-        of_zero_shot = {f"zero_shot_{key}": round(zero_shot[key], 2) for key in found}
-        return common | {"blended": int(blended)} | {k: round(v, 2) for k, v in found.items()} | of_zero_shot | cost
+        found = dict.fromkeys(ACCURACIES, 0.0) if diverged else evaluator.evaluate(setup.method).accuracies
+        return run.columns | {"blended": int(blended)} | rounded(found) | of_zero_shot | cost
 
     rows = [row(blended=False)]
     if before and not diverged:
@@ -193,6 +202,25 @@ def execute(run: Run) -> list[dict[str, Any]]:
                 weight.lerp_(before[name], 1 - WITHOUT_VALIDATION)
         rows.append(row(blended=True))
     return rows
+
+
+def curve(run: Run) -> list[dict[str, Any]]:
+    """Train, and test after each epoch. Returns a row for each; the seconds are of training only."""
+    setup = setup_of(run)
+    evaluator, memory = Evaluator(setup, setup.test_features()), PeakMemory(setup.device)
+    resident, rows = memory.read(), []
+    for epoch, (steps, seconds) in enumerate(epochs_of(setup), start=1):
+        cost = {"steps": steps, "train_s": round(seconds, 2)}
+        if epoch == 1:  # evaluation needs memory, too
+            peak = round((memory.read() - resident) / 2**20, 1)
+        found = rounded(evaluator.evaluate(setup.method).accuracies)
+        rows.append(run.columns | {"epoch": epoch} | found | cost | {"train_mib": peak})
+    return rows
+
+
+def rounded(accuracies: dict[str, Any]) -> dict[str, Any]:
+    """Accuracies for a row; a linear probe has none on new classes."""
+    return {name: None if value is None else round(value, 2) for name, value in accuracies.items()}
 
 
 def _blended_weights(method: Method) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,22 +7,20 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ..rows import Row, grouped
-from .runs import OMEGAS
+from ..rows import Row
+from .runs import VARIANTS, VARIANTS_OF_ALL
 from .tasks import SHIFTS
 
-PACKAGED_STEPS = 4500
-"""Pre-training steps of glyph-tiny."""
+REFERENCE_SECONDS = (3, 10, 30)
 ZERO_SHOT, BLENDED = "zero-shot", ", blended"
-_SKIP = [f"skip {round(4 * omega)}/4" for omega in OMEGAS]
-_HALF = "skip 2/4"
-_OTHERS = ["full", "lora", "clip-adapter", "coop"]
-METHODS = [*_SKIP, *_OTHERS]
-VARIANTS = [ZERO_SHOT, *METHODS, *(name + BLENDED for name in [*_SKIP, "full", "lora"])]
+METHODS = list(VARIANTS_OF_ALL)
+_HALF = "skip, ω = ½"
+_BLENDS = [name for name in VARIANTS if name.startswith("skip") or name in ("full", "lora")]
+SHOWN = [ZERO_SHOT, *METHODS, *(name + BLENDED for name in _BLENDS)]
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "clip-adapter": "CLIP-Adapter", "coop": "CoOp"}
-NAMES |= {"skip 1/4": "Skip Tuning, ω = ¼", "skip 2/4": "Skip Tuning, ω = ½", "skip 3/4": "Skip Tuning, ω = ¾"}
+NAMES |= {"linear-probe": "linear probe"}
 # Compared variants in the table of differences.
-_PAIRS = [(_HALF, other) for other in (ZERO_SHOT, *_OTHERS)] + [(name, _HALF) for name in _SKIP if name != _HALF]
+_PAIRS = [(_HALF, other) for other in (ZERO_SHOT, *METHODS) if other not in (_HALF, "linear-probe")]
 _PAIRS += [(name + BLENDED, name) for name in (_HALF, "full", "lora")] + [(_HALF + BLENDED, "full" + BLENDED)]
 # 97.5 % quantile of Student's t distribution, by degrees of freedom.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -62,7 +60,7 @@ def values(rows: Sequence[Row], task: str, variant: str, column: str) -> dict[st
     if variant == ZERO_SHOT:
         method, column = "full", f"zero_shot_{column}"
     wanted = {"task": task, "phase": "report", "method": method, "blended": str(int(blended))}
-    return {row["seed"]: float(row[column]) for row in rows if wanted.items() <= row.items()}
+    return {row["seed"]: float(row[column]) for row in rows if wanted.items() <= row.items() and row[column]}
 
 
 def interval(rows: Sequence[Row], task: str, variant: str, column: str) -> Interval | None:
@@ -85,14 +83,14 @@ def reported_tasks(rows: Sequence[Row]) -> list[str]:
 def named(variant: str) -> str:
     """The name of a variant in tables."""
     method = variant.removesuffix(BLENDED)
-    return NAMES.get(method, method) + variant[len(method) :]
+    return NAMES.get(method, method.replace("skip", "Skip Tuning")) + variant[len(method) :]
 
 
 def accuracy_table(rows: Sequence[Row], column: str) -> Table:
     """Accuracy in per cent of every variant on every task; the best in bold."""
     tasks = reported_tasks(rows)
-    found = {(v, task): interval(rows, task, v, column) for v in VARIANTS for task in tasks}
-    best = {task: max(f.mean for v in VARIANTS if (f := found[v, task])) for task in tasks}
+    found = {(v, task): interval(rows, task, v, column) for v in SHOWN for task in tasks}
+    best = {task: max(f.mean for v in SHOWN if (f := found[v, task])) for task in tasks}
 
     def cell(variant: str, task: str) -> str:
         figure = found[variant, task]
@@ -100,7 +98,7 @@ def accuracy_table(rows: Sequence[Row], column: str) -> Table:
             return ""
         return f"**{figure.text()}**" if figure.mean == best[task] else figure.text()
 
-    return ["", *tasks], [[named(v), *(cell(v, task) for task in tasks)] for v in VARIANTS]
+    return ["", *tasks], [[named(v), *(cell(v, task) for task in tasks)] for v in SHOWN]
 
 
 def difference_table(rows: Sequence[Row]) -> Table:
@@ -113,48 +111,32 @@ def difference_table(rows: Sequence[Row]) -> Table:
 
 
 def settings_table(rows: Sequence[Row]) -> Table:
-    """The chosen setting of each method on each task: optimizer, learning rate of the text and of the image side."""
-    tasks = reported_tasks(rows)
-    chosen = {(row["task"], row["method"]): row["setting"] for row in rows if row["phase"] == "report"}
-    cells = [[chosen.get((task, method), "") for task in tasks] for method in (_HALF, *_OTHERS)]
-    names = ["Skip Tuning, every ω", *map(named, _OTHERS)]
-    return ["", *tasks], [[name, *line] for name, line in zip(names, cells, strict=True)]
+    """The chosen setting of each method: optimizer, learning rate of the text and of the image side."""
+    chosen = {row["method"]: row["setting"] for row in rows if row["phase"] == "report"}
+    return ["", "setting"], [[named(method), chosen[method]] for method in METHODS if method in chosen]
 
 
 def cost_table(cost: Sequence[Row]) -> Table:
-    """Time and memory of training, one process at a time."""
-    tasks = [shift.name for shift in SHIFTS if any(row["task"] == shift.name for row in cost)]
-    found = {(row["task"], row["method"]): row for row in cost}
+    """Time, memory and harmonic mean at the end, and the time to reach that of full fine-tuning after some seconds."""
     lines = []
-    for method in (name for name in METHODS if any((task, name) in found for task in tasks)):
-        of = [found.get((task, method)) for task in tasks]
-        steps = next(row["steps"] for row in of if row)
-        cells = [f"{float(row['train_s']):.1f} s, {float(row['train_mib']):.0f} MiB" if row else "" for row in of]
-        lines.append([named(method), steps, *cells])
-    return ["", f"steps on {tasks[0]}" if tasks else "", *tasks], lines
-
-
-def pretraining_table(rows: Sequence[Row], others: Sequence[Row]) -> Table:
-    """Skip Tuning and full fine-tuning by pre-training steps: harmonic means on every task, and their mean.
-
-    Args:
-        rows: Rows of the model in the package.
-        others: Rows of models with other numbers of pre-training steps.
-    """
-    tasks, lines = reported_tasks(others), []
-    by_steps = {int(steps): of for (steps,), of in grouped(others, "pretraining_steps").items()}
-    for steps, of in sorted({**by_steps, PACKAGED_STEPS: rows}.items()):
-        by_task = {task: [values(of, task, name, "harmonic") for name in (ZERO_SHOT, _HALF, "full")] for task in tasks}
-        by_task["mean of the tasks"] = [
-            {seed: statistics.fmean(task[seed] for task in found) for seed in set.intersection(*map(set, found))}
-            for found in zip(*by_task.values(), strict=True)
-        ]
-        for task, (zero_shot, skip, full) in by_task.items():
-            gaps = [skip[seed] - full[seed] for seed in skip if seed in full]
-            figures = [Interval.of(list(found.values())) for found in (zero_shot, skip, full)]
-            cells = [figure.text() if figure else "" for figure in figures]
-            lines.append([f"{steps:,}", task, *cells, gap.text("+") if (gap := Interval.of(gaps)) else ""])
-    return ["steps", "task", ZERO_SHOT, named(_HALF), named("full"), "difference"], lines
+    for task in (shift.name for shift in SHIFTS):
+        by_method = {name: [row for row in cost if (row["task"], row["method"]) == (task, name)] for name in METHODS}
+        reference = [(float(row["train_s"]), float(row["harmonic"])) for row in by_method["full"]]
+        goals = [max((best for s, best in reference if s <= seconds), default=None) for seconds in REFERENCE_SECONDS]
+        for method, of in by_method.items():
+            if not of or method == "linear-probe":
+                continue
+            curve = [(float(row["train_s"]), float(row["harmonic"])) for row in of]
+            reached = [next((s for s, value in curve if goal and value >= goal), None) for goal in goals]
+            end = [
+                of[-1]["steps"],
+                f"{curve[-1][0]:.1f} s",
+                f"{float(of[-1]['train_mib']):.0f} MiB",
+                f"{curve[-1][1]:.1f}",
+            ]
+            lines.append([task, named(method), *end, *(f"{s:.1f} s" if s is not None else "" for s in reached)])
+    header = ["", "", "steps", "training", "memory", "harmonic mean"]
+    return header + [f"as full after {seconds} s" for seconds in REFERENCE_SECONDS], lines
 
 
 class Study(NamedTuple):
@@ -162,7 +144,6 @@ class Study(NamedTuple):
 
     when: Sequence[Row]
     when_cost: Sequence[Row]
-    when_pretraining: Sequence[Row]
 
 
 TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
@@ -172,10 +153,5 @@ TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
     "differences": ("harmonic mean, differences", "when", lambda study: difference_table(study.when)),
     "settings": ("chosen settings", "when", lambda study: settings_table(study.when)),
     "cost": ("time and memory of training", "when_cost", lambda study: cost_table(study.when_cost)),
-    "pretraining": (
-        "pre-training",
-        "when_pretraining",
-        lambda study: pretraining_table(study.when, study.when_pretraining),
-    ),
 }
 """The tables by name: title, kind of the rows, and function of the rows."""
