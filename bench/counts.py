@@ -2,7 +2,7 @@
 
     python -m bench.counts                     count all and write bench/results/counts.csv
     python -m bench.counts --check             count all and compare with the table; write nothing
-    python -m bench.counts --check --model glyph-tiny
+    python -m bench.counts --check --model vit-tiny
 
 For training steps of SkipCLIP, and `predict` from features after the weights have changed:
 
@@ -68,7 +68,7 @@ class Size(NamedTuple):
     C: int
 
 
-SIZES = (Size("glyph-tiny", 3, 20), Size("ViT-B-16", 6, 50), Size("ViT-B-16", 6, 1000))
+SIZES = (Size("vit-tiny", 3, 20), Size("ViT-B-16", 6, 50), Size("ViT-B-16", 6, 1000))
 
 
 class Row(NamedTuple):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import open_clip
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from skipkernels.app.train.model import RANDOM, load_model
 from . import measure
 
 PRECISIONS = ("fp32", "bf16")
+open_clip.add_model_config(Path(__file__).with_name("vit-tiny.json"))  # for quick runs
 
 
 def positive(text: str) -> int:

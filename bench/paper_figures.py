@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from skipkernels.app.data import load_task
-from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.report.plots import COLOURS, GREY, figure_svg
 from skipkernels.towers import build_towers, evaluating
 
@@ -119,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/paper"))
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
-    model, transform, tokenizer = glyph_tiny.load()
-    task = load_task("glyphs", protocol="base-to-new", shots=4, classes=None, seed=0, transform=transform)
+    model, transform, tokenizer = pictogram_tiny.load()
+    task = load_task("pictograms", protocol="base-to-new", shots=2, classes=None, seed=0, transform=transform)
     images, labels = next(iter(DataLoader(task.train, batch_size=len(task.train))))
     tokens = tokenizer(task.tests[0].prompts[0])
     with torch.no_grad():

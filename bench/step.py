@@ -195,7 +195,7 @@ def training_bytes(args: argparse.Namespace, model: str, batch: int, classes: in
     """Peak memory of the second step with its update, above the memory before the model is made."""
     with tempfile.TemporaryDirectory() as folder:
         small = argparse.Namespace(**vars(args) | {"skip_layers": None})
-        with_update(build(small, "glyph-tiny", batch, _PROBED[0], [key], Path(folder))[key])()  # load libraries
+        with_update(build(small, "vit-tiny", batch, _PROBED[0], [key], Path(folder))[key])()  # load libraries
         testing.release_freed_memory()
         before = PeakMemory(args.device).read()
         train = with_update(build(args, model, batch, classes, [key], Path(folder))[key])

@@ -31,7 +31,8 @@ def skip_clip(model: str, classes: int) -> tuple[sk.SkipCLIP, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("model", "classes", "precision"), [("glyph-tiny", 20, "fp32"), ("ViT-B-16", 50, "fp32"), ("ViT-B-16", 50, "bf16")]
+    ("model", "classes", "precision"),
+    [("vit-tiny", 20, "fp32"), ("ViT-B-16", 50, "fp32"), ("ViT-B-16", 50, "bf16")],
 )
 def test_step(benchmark: Any, model: str, classes: int, precision: str) -> None:
     clip, features, labels = skip_clip(model, classes)
@@ -46,7 +47,7 @@ def test_step(benchmark: Any, model: str, classes: int, precision: str) -> None:
     benchmark(step)
 
 
-@pytest.mark.parametrize(("model", "classes"), [("glyph-tiny", 20), ("ViT-B-16", 50)])
+@pytest.mark.parametrize(("model", "classes"), [("vit-tiny", 20), ("ViT-B-16", 50)])
 def test_predict(benchmark: Any, model: str, classes: int) -> None:
     clip, features, _ = skip_clip(model, classes)
     weights = clip.trainable_parameters()

@@ -1,4 +1,4 @@
-"""Skip Tuning in several processes, of glyph-tiny on glyphs: the number of processes does not change the result.
+"""Skip Tuning of pictogram-tiny in several processes: the number of processes does not change the result.
 
 pip install "skipkernels[cli]"
 torchrun --nproc-per-node 2 examples/many_processes.py
@@ -15,15 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
 from skipkernels.app.data import load_task
-from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.demo import pictogram_tiny
 
 BATCH = 8  # images of all processes
 
 
-def tune(device: torch.device, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
+def tune(device: torch.device, epochs: int = 3, classes: int = 100) -> tuple[float, float]:
     """Return the loss of the last step and the accuracy after it."""
-    model, preprocess, tokenizer = glyph_tiny.load()
-    task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
+    model, preprocess, tokenizer = pictogram_tiny.load()
+    task = load_task("pictograms:food", protocol="few-shot", shots=2, classes=classes, seed=0, transform=preprocess)
     tokens = tokenizer(task.tests[0].prompts[0])
 
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -47,7 +47,7 @@ def tune(device: torch.device, epochs: int = 3, classes: int = 30) -> tuple[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--classes", type=int, default=30)
+    parser.add_argument("--classes", type=int, default=100)
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")

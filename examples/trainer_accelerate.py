@@ -1,4 +1,4 @@
-"""Skip Tuning in a training loop with accelerate, of glyph-tiny on glyphs, from features in memory.
+"""Skip Tuning in a training loop with accelerate, of pictogram-tiny on pictograms, from features in memory.
 
 pip install "skipkernels[cli]" accelerate
 accelerate launch --cpu examples/trainer_accelerate.py
@@ -13,21 +13,21 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 
 import skipkernels as sk
-from skipkernels.app.data import LabelledDataset, load_task
-from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.data import Images, load_task
+from skipkernels.app.demo import pictogram_tiny
 
 
-def tune(epochs: int = 3, classes: int = 30) -> tuple[float, float]:
+def tune(epochs: int = 3, classes: int = 100) -> tuple[float, float]:
     """Return the accuracy before and after."""
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    model, preprocess, tokenizer = glyph_tiny.load()
-    task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
+    model, preprocess, tokenizer = pictogram_tiny.load()
+    task = load_task("pictograms:food", protocol="few-shot", shots=2, classes=classes, seed=0, transform=preprocess)
     tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model.to(accelerator.device), tokens, skip_layers=0.5)
     optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=4e-3, image_lr=2e-3), momentum=0.9, weight_decay=5e-4)
 
-    def features(images: LabelledDataset) -> sk.FeatureCache:
+    def features(images: Images) -> sk.FeatureCache:
         return sk.FeatureCache.in_memory(images, lambda x: clip.encode_lower(x.to(accelerator.device)))
 
     train = DataLoader(features(task.train), batch_size=8, shuffle=True)

@@ -1,4 +1,4 @@
-"""Skip Tuning in `transformers.Trainer`, of glyph-tiny on glyphs.
+"""Skip Tuning in `transformers.Trainer`, of pictogram-tiny on pictograms.
 
 pip install "skipkernels[cli,hugging-face]"
 python examples/trainer_hugging_face.py --output runs/trainer
@@ -12,14 +12,14 @@ from transformers import Trainer, TrainingArguments
 
 import skipkernels as sk
 from skipkernels.app.data import load_task
-from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.demo import pictogram_tiny
 from skipkernels.integrations.hugging_face import trainer_arguments
 
 
-def tune(output: str, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
+def tune(output: str, epochs: int = 3, classes: int = 100) -> tuple[float, float]:
     """Return the accuracy before and after."""
-    model, preprocess, tokenizer = glyph_tiny.load()
-    task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
+    model, preprocess, tokenizer = pictogram_tiny.load()
+    task = load_task("pictograms:food", protocol="few-shot", shots=2, classes=classes, seed=0, transform=preprocess)
     tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)

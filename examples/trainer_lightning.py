@@ -1,4 +1,4 @@
-"""Skip Tuning in Lightning, of glyph-tiny on glyphs.
+"""Skip Tuning in Lightning, of pictogram-tiny on pictograms.
 
 pip install "skipkernels[cli,lightning]"
 python examples/trainer_lightning.py --output runs/lightning
@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 
 import skipkernels as sk
 from skipkernels.app.data import load_task
-from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.demo import pictogram_tiny
 from skipkernels.integrations.lightning import SkipModule
 
 
-def tune(output: str, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
+def tune(output: str, epochs: int = 3, classes: int = 100) -> tuple[float, float]:
     """Return the accuracy before and after."""
-    model, preprocess, tokenizer = glyph_tiny.load()
-    task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
+    model, preprocess, tokenizer = pictogram_tiny.load()
+    task = load_task("pictograms:food", protocol="few-shot", shots=2, classes=classes, seed=0, transform=preprocess)
     tokens = tokenizer(task.tests[0].prompts[0])
     train, tests = DataLoader(task.train, batch_size=8, shuffle=True), DataLoader(task.tests[0].images, batch_size=100)
 

@@ -1,4 +1,4 @@
-"""Skip Tuning in open_clip's trainer, of glyph-tiny on glyphs with a caption for each image.
+"""Skip Tuning in open_clip's trainer, of pictogram-tiny on pictograms with a caption for each image.
 
 pip install "skipkernels[cli]"
 python examples/trainer_open_clip.py --output runs/open_clip
@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 
 import skipkernels as sk
 from skipkernels.app.data import load_task
-from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.demo import pictogram_tiny
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_schedule
 
 
-def tune(output: str, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
+def tune(output: str, epochs: int = 3, classes: int = 100) -> tuple[float, float]:
     """Return the accuracy before and after."""
-    model, preprocess, tokenizer = glyph_tiny.load()
-    task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
+    model, preprocess, tokenizer = pictogram_tiny.load()
+    task = load_task("pictograms:food", protocol="few-shot", shots=2, classes=classes, seed=0, transform=preprocess)
     tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)

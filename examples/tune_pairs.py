@@ -1,10 +1,10 @@
-"""Tune `glyph-tiny` on pairs of an image and a caption, and measure recall at k before and after.
+"""Tune `pictogram-tiny` on pairs of an image and a caption, and measure recall at k before and after.
 
     python examples/tune_pairs.py --epochs 6
 
-A training image is a Greek character in one of two fonts; each character has two captions. Features at the cut are
+A training image is an animal as one of two designers draws it; each animal has two captions. Features at the cut are
 cached: of the images in a folder, of the captions in memory, by SkipCLIP. Each step draws one caption for each image.
-Retrieval is measured on images in a third font.
+Retrieval is measured on the drawings of a third designer.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 
 import skipkernels as sk
-from skipkernels.app.demo import glyph_tiny, glyphs
+from skipkernels.app.data import open_source
+from skipkernels.app.demo import pictogram_tiny
 
-CAPTIONS = ("{}", "a drawing of the {}")
-FONTS, TEST_FONTS = ("sans", "mono"), ("serif",)
+CAPTIONS = ("{}", "an icon of a {}")
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[sk.retrieval.Recall, sk.retrieval.Recall]:
@@ -28,15 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> tuple[sk.retrieval.Recall, s
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args(arguments)
 
-    model, preprocess, tokenizer = glyph_tiny.load()
-    characters = glyphs.block_characters(["greek"], (*FONTS, *TEST_FONTS))[:48]
-    names = [glyphs.character_name(c) for c in characters]
-    captions = [caption.format(name) for name in names for caption in CAPTIONS]  # 2c and 2c + 1 belong to character c
+    model, preprocess, tokenizer = pictogram_tiny.load()
+    animals = open_source("pictograms:animals")
+    captions = [caption.format(name) for name in animals.classes for caption in CAPTIONS]  # of animal c: 2c and 2c + 1
     image_of_caption = torch.arange(len(captions)) // len(CAPTIONS)
 
     clip = sk.SkipCLIP(model, tokenizer(captions), skip_layers=0.5)
-    train = glyphs.GlyphDataset(characters, FONTS, per_class=4, seed=0, transform=preprocess)
-    test = glyphs.GlyphDataset(characters, TEST_FONTS, per_class=1, seed=1, transform=preprocess)
+    train, test = (animals.images(split, preprocess) for split in ("train", "test"))
     test_images = torch.stack([image for image, _ in test])
 
     @torch.no_grad()

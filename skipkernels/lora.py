@@ -54,8 +54,8 @@ def add_lora(
 
     Example:
         >>> import skipkernels
-        >>> from skipkernels.app.demo import glyph_tiny
-        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, tokenizer = pictogram_tiny.load()
         >>> clip = skipkernels.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> add_lora(clip, rank=2)
         >>> optimizer = torch.optim.AdamW(clip.parameter_groups(text_lr=1e-3, image_lr=1e-3))

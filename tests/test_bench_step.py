@@ -20,7 +20,7 @@ from bench.published import PublishedStep
 from bench.rows import KINDS, MACHINE
 from skipkernels import testing
 
-SMALL = "--model glyph-tiny --classes 20 --device cpu --rounds 1".split()
+SMALL = "--model vit-tiny --classes 20 --device cpu --rounds 1".split()
 CUT = [*SMALL, "--skip-layers", "3"]
 INFER = [*CUT, "--images", "4", "--batch", "2"]
 
@@ -97,8 +97,8 @@ def test_append_rows_adds_columns_and_keeps_rows():
 
 def test_steps_of_pytest_benchmark_run():
     ran = []
-    test_steps.test_step(lambda function: ran.append(function()), "glyph-tiny", 20, "bf16")
-    test_steps.test_predict(lambda function: ran.append(function()), "glyph-tiny", 20)
+    test_steps.test_step(lambda function: ran.append(function()), "vit-tiny", 20, "bf16")
+    test_steps.test_predict(lambda function: ran.append(function()), "vit-tiny", 20)
     assert len(ran) == 2
 
 
@@ -107,7 +107,7 @@ def test_steps_of_pytest_benchmark_run():
 
 @pytest.fixture
 def random() -> inputs.Inputs:
-    return inputs.random_inputs("glyph-tiny", 4, 20, measure.CPU)
+    return inputs.random_inputs("vit-tiny", 4, 20, measure.CPU)
 
 
 def checked_step(random: inputs.Inputs, precision: str = "fp32") -> training.Step:
@@ -147,7 +147,7 @@ def test_prompt_tuning_refuses_another_loss(monkeypatch, random):
     other = lambda self, *batch: right(self, *batch)._replace(loss=right(self, *batch).loss * 1.01)  # noqa: E731
     monkeypatch.setattr(training.CoOp, "step", other)
     with pytest.raises(SystemExit, match="prompt tuning has another loss: no timing"):
-        training.prompt_tuning(random, "fp32", open_clip.get_tokenizer("glyph-tiny"))
+        training.prompt_tuning(random, "fp32", open_clip.get_tokenizer("vit-tiny"))
 
 
 # ---- bench.infer and bench.memory ----------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_infer_refuses_wrong_logits(monkeypatch, capsys):
 def test_infer_recomputes_text_features():
     def work(classes: int) -> dict[str, int]:
         """FLOPs of the second call."""
-        random = inputs.random_inputs("glyph-tiny", 4, classes, measure.CPU)
+        random = inputs.random_inputs("vit-tiny", 4, classes, measure.CPU)
         found = {}
         for name, run in infer.runs_of(random, 2, 3, "fp32").items():
             run()

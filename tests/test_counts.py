@@ -41,7 +41,7 @@ def test_check_finds_duplicated_work(monkeypatch):
     monkeypatch.setattr(SkipCLIP, "_scores", twice)
     found = "\n".join(counts.compare(counts.rows_of(counts.SIZES[0]), before))
     for name in ("flops", "calls", "launches"):
-        assert f"SkipCLIP, step (glyph-tiny, B4-C20-K11, fp32, memory=fast, FusedSGD): {name} " in found
+        assert f"SkipCLIP, step (vit-tiny, B4-C20-K11, fp32, memory=fast, FusedSGD): {name} " in found
     assert "saved_bytes" not in found and "predict" not in found
 
 
@@ -78,7 +78,7 @@ def test_counts_of_waits(wait, expected):
 
 ROW = counts.Row(
     what=counts.STEP,
-    model="glyph-tiny",
+    model="vit-tiny",
     B=4,
     C=20,
     K=11,

@@ -20,7 +20,7 @@ from skipkernels.selection import RankSampler
 @pytest.mark.parametrize(("B", "C"), [(2, 300), (3, 40)])
 def test_formulas_equal_counts_of_a_step(B, C):
     """FLOPs of products, parameters, and bytes of the tensors of each class."""
-    inputs = random_inputs("glyph-tiny", B, C, torch.device("cpu"))
+    inputs = random_inputs("vit-tiny", B, C, torch.device("cpu"))
     with counts.WithoutProducts():
         clip = sk.SkipCLIP(inputs.model, inputs.tokens, skip_layers=3, memory="fast")
         features, found = clip.encode_lower(inputs.images), []

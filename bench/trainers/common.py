@@ -130,13 +130,13 @@ class Problem(NamedTuple):
 
 
 def small_problem(steps: int = 20, classes: int = 12, batch_size: int = 2) -> Problem:
-    """glyph-tiny with its weights, on random images; all classes are kept."""
-    model, _, tokenizer = load_model("glyph-tiny", None, CPU)
+    """pictogram-tiny with its weights, on random images; all classes are kept."""
+    model, _, tokenizer = load_model("pictogram-tiny", None, CPU)
     tokens = tokenizer([f"a photo of a {name}." for name in class_names(classes)])
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(steps * batch_size, 3, *model.visual.image_size, generator=generator)
     labels = torch.randint(classes, (steps,), generator=generator).repeat_interleave(batch_size)
-    return Problem("glyph-tiny", model, tokens, images, labels, batch_size, 2, 1.0, 1e-2)
+    return Problem("pictogram-tiny", model, tokens, images, labels, batch_size, 2, 1.0, 1e-2)
 
 
 def full_problem(model: str = "ViT-B-16", classes: int = 500, batch_size: int = 4, steps: int = 4) -> Problem:

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import to_jsonable_python
 
 from ..formatting import first_line
-from ..options import Precision, Protocol
+from ..options import Precision, Protocol, Shots
 from .data.base import InputError
 from .data.registry import OWN
 from .methods.registry import METHODS
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .data import Source
     from .methods import Method, Recipe
 
-_GLYPH_CLASSES = 100  # default of `classes` on glyphs
+_SHOTS = 16
 # The published recipe of these methods trains a quarter of the epochs on these datasets.
 _SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 
@@ -173,8 +173,8 @@ class TuneConfig(
             recipe["epochs"] //= 4
         if reference and self.method == "skip" and self._shots < 4:
             recipe["sampler"] = "random"
-        recipe["classes"] = _GLYPH_CLASSES if self.data.partition(":")[0] == "glyphs" else None
         recipe["protocol"] = self.chosen_protocol
+        recipe["shots"] = self.chosen_shots
         if "tail" in self.method_class().options():
             recipe["tail"] = "fixed" if reference else "resample"
         return recipe
@@ -185,23 +185,31 @@ class TuneConfig(
         return self.protocol or ("few-shot" if self.own_data else "base-to-new")
 
     @property
+    def chosen_shots(self) -> Shots:
+        """Training images per class. Default: 16; all for pictograms, of which there are two."""
+        if self.shots is not None:
+            return self.shots
+        return "all" if self.data.partition(":")[0] == "pictograms" else _SHOTS
+
+    @property
     def own_data(self) -> bool:
-        """True if the dataset is the user's own, not a published one or glyphs."""
+        """True if the dataset is the user's own, not a published or packaged one."""
         return self.data.partition(":")[0] in OWN
 
     @property
     def shots_text(self) -> str:
         """Number of training images per class, for titles: "16 shots"."""
-        return "all images" if self.shots == "all" else f"{self.shots} shot{'' if self.shots == 1 else 's'}"
+        shots = self.chosen_shots
+        return "all images" if shots == "all" else f"{shots} shot{'' if shots == 1 else 's'}"
 
     @property
     def _shots(self) -> int:
         """Number of shots, for recipes that depend on it."""
-        return TuneConfig.shots if self.shots == "all" else self.shots  # type: ignore[return-value]
+        return self.shots if isinstance(self.shots, int) else _SHOTS
 
     def _recipe(self, open_data: Callable[[], Source] | None) -> Recipe:
         model = "" if self.preset == "reference" else self.model  # "": the published recipe
-        recipe = partial(self.method_class().recipe, model, self.chosen_protocol, self._shots, data=self.data)
+        recipe = partial(self.method_class().recipe, model, self.chosen_protocol, self._shots)
         if self.epochs is not None or recipe(classes=2) == recipe(classes=2000):
             return recipe()
         available = len((open_data or self.open_data)().classes)

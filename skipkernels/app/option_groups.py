@@ -47,9 +47,9 @@ def option(
 class DataOptions:
     """Images and prompts."""
 
-    data: str = "glyphs"
-    """Dataset: imagefolder:PATH, csv:PATH, wds:SHARDS, hf:PATH or hf:NAME, coop:NAME, torchvision:NAME, glyphs, or
-    glyphs:BLOCK with a block of Unicode."""
+    data: str = "pictograms"
+    """Dataset: imagefolder:PATH, csv:PATH, wds:SHARDS, hf:PATH or hf:NAME, coop:NAME, torchvision:NAME,
+    pictograms, or pictograms:TASK such as pictograms:animals."""
     root: Path | None = option(None, results=False)
     """Folder that contains the datasets of coop: and torchvision:, or the images of csv:."""
     download: bool = option(False, results=False)
@@ -57,8 +57,8 @@ class DataOptions:
     template: tuple[str, ...] | None = None
     """Prompts such as "a photo of a {}.", or paper or coop for the prompts of these papers. Training uses the first;
     for evaluation the embeddings of all are averaged. By default paper."""
-    shots: Shots = 16
-    """Training images per class, or all."""
+    shots: Shots | None = None
+    """Training images per class, or all. By default 16; all for pictograms, of which there are two."""
     validation: Validation = "auto"
     """Images that choose the best epoch, which is the one that is kept. split: the val split of the dataset. A share
     such as 0.2: that share of the training images of each class is held out, if possible of images that don't train.
@@ -70,7 +70,7 @@ class DataOptions:
     unreadable: Literal["error", "skip"] = "error"
     """Images that can't be read. error: list them and stop. skip: leave them out; all images are then read twice."""
     classes: int | None = option(None, ge=1)
-    """Largest number of classes, base and new together. By default all; 100 for glyphs."""
+    """Largest number of classes, base and new together. By default all."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,18 @@ class ProtocolOptions:
     classes. By default few-shot for own data (imagefolder:, csv:, wds:, hf:), else base-to-new."""
     targets: tuple[str, ...] | None = None
     """Datasets to test on with cross-dataset and domain-generalization. By default those of the paper for
-    coop:imagenet, and other glyphs for glyphs."""
+    coop:imagenet, and the other pictograms for pictograms."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Model and weights."""
 
-    model: str = "glyph-tiny"
+    model: str = "pictogram-tiny"
     """Name of an open_clip model, such as ViT-B-16-quickgelu; or a model with its weights: hf-hub:ORG/NAME, or
     local-dir:DIR, a folder of open_clip, such as a run folder, or of transformers (CLIP and SigLIP)."""
     pretrained: str | None = None
-    """Weights: a tag of open_clip, a file, or "random". glyph-tiny has its own by default; other models need one."""
+    """Weights: a tag of open_clip, a file, or "random". pictogram-tiny has its own; other models need one."""
     trust: bool = option(False, results=False)
     """Also load models, weights and data of the hub or of other folders that a file names, such as the config.yaml of a
     run or the configuration of a model. Code in a folder never runs."""
@@ -138,7 +138,7 @@ class TrainingOptions:
     """Schedule and optimizer. By default those of the method."""
 
     epochs: int | None = None
-    """Passes over the training images. For skip 20, or 8 on glyph-tiny."""
+    """Passes over the training images. For skip 20, or 8 on pictogram-tiny."""
     batch_size: int | None = option(None, ge=1)
     """Images per step. For skip 4."""
     sampler: SamplerKind | None = None
@@ -146,9 +146,9 @@ class TrainingOptions:
     optimizer: str | None = None
     """sgd: fused SGD with momentum. torch-sgd, or a class of torch.optim such as AdamW."""
     text_lr: float | None = option(None, ge=0, methods="rates")
-    """Learning rate of the text tower. For skip 2e-5; on glyph-tiny 4e-3, or 1e-3 with data other than glyphs."""
+    """Learning rate of the text tower. For skip 2e-5; on pictogram-tiny LR."""
     image_lr: float | None = option(None, ge=0, methods="rates")
-    """Learning rate of the image tower. For skip 5e-6; on glyph-tiny 2e-3, or 1e-3 with data other than glyphs."""
+    """Learning rate of the image tower. For skip 5e-6; on pictogram-tiny LR."""
     patience: int | None = option(None, ge=1)
     """Stop after this number of epochs without a higher validation accuracy. By default never."""
     warmup_epochs: int | None = option(None, ge=0)

@@ -59,8 +59,8 @@ class GraphedStep:
 
     Example:
         >>> import skipkernels
-        >>> from skipkernels.app.demo import glyph_tiny
-        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, tokenizer = pictogram_tiny.load()
         >>> clip = skipkernels.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> optimizer = skipkernels.FusedSGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)
         >>> step = GraphedStep(clip, optimizer, batch_size=4)

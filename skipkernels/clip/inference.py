@@ -68,8 +68,8 @@ class Inference(SkipCLIPBase):
 
         Example:
             >>> import skipkernels as sk
-            >>> from skipkernels.app.demo import glyph_tiny
-            >>> model, _, tokenizer = glyph_tiny.load()
+            >>> from skipkernels.app.demo import pictogram_tiny
+            >>> model, _, tokenizer = pictogram_tiny.load()
             >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
             >>> images = torch.rand(4, 3, 32, 32)
             >>> logits, class_ids = clip.top_k(images, 3)

@@ -35,8 +35,8 @@ class Losses(SkipCLIPBase):
 
         Example:
             >>> import skipkernels as sk
-            >>> from skipkernels.app.demo import glyph_tiny
-            >>> model, _, tokenizer = glyph_tiny.load()
+            >>> from skipkernels.app.demo import pictogram_tiny
+            >>> model, _, tokenizer = pictogram_tiny.load()
             >>> captions = tokenizer([f"a small {n}" for n in range(10)])
             >>> clip = sk.SkipCLIP(model, captions, skip_layers=0.5)
             >>> images, ids = torch.rand(4, 3, 32, 32), torch.tensor([3, 0, 9, 1])
@@ -87,8 +87,8 @@ class Losses(SkipCLIPBase):
 
         Example:
             >>> import skipkernels as sk
-            >>> from skipkernels.app.demo import glyph_tiny
-            >>> model, _, tokenizer = glyph_tiny.load()
+            >>> from skipkernels.app.demo import pictogram_tiny
+            >>> model, _, tokenizer = pictogram_tiny.load()
             >>> tokens = tokenizer([f"the digit {n}." for n in range(10)])
             >>> clip = sk.SkipCLIP(model, tokens, skip_layers=0.5, keep_ratio=0.2)
             >>> labels = torch.zeros(2, 10)

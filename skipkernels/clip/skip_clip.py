@@ -83,8 +83,8 @@ class SkipCLIP(Losses, Inference):
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
 
     Example:
-        >>> from skipkernels.app.demo import glyph_tiny
-        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, tokenizer = pictogram_tiny.load()
         >>> clip = SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> out = clip(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3]))
         >>> out.loss.shape, out.class_ids[out.targets].tolist()
@@ -307,8 +307,8 @@ class SkipCLIP(Losses, Inference):
             class_weight: [C] weights of the new classes in the loss; by default none.
 
         Example:
-            >>> from skipkernels.app.demo import glyph_tiny
-            >>> model, _, tokenizer = glyph_tiny.load()
+            >>> from skipkernels.app.demo import pictogram_tiny
+            >>> model, _, tokenizer = pictogram_tiny.load()
             >>> clip = SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
             >>> clip.set_classes(tokenizer([f"the letter {n}." for n in "abcdefghijklmnopqrstuvwxyz"]))
             >>> clip.predict(torch.rand(4, 3, 32, 32)).shape

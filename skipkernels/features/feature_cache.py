@@ -37,8 +37,8 @@ class FeatureCache(Dataset):
 
     Example:
         >>> import tempfile, skipkernels as sk
-        >>> from skipkernels.app.demo import glyph_tiny
-        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, tokenizer = pictogram_tiny.load()
         >>> clip = sk.SkipCLIP(model, tokenizer(["the digit 0.", "the digit 1."]), skip_layers=0.5)
         >>> images = [(torch.rand(3, 32, 32), n % 2) for n in range(6)]
         >>> cache = sk.FeatureCache.build(tempfile.mkdtemp(), clip, images, dtype="bf16", progress=False)

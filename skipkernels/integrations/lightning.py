@@ -39,8 +39,8 @@ class SkipModule(LightningModule):
 
     Example:
         >>> import skipkernels as sk
-        >>> from skipkernels.app.demo import glyph_tiny
-        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, tokenizer = pictogram_tiny.load()
         >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> module = SkipModule(clip, text_lr=2e-5, image_lr=5e-6, momentum=0.9)
         >>> module(torch.rand(4, 3, 32, 32)).shape

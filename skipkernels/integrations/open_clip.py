@@ -31,8 +31,8 @@ class ClassModel(nn.Module):
 
     Example:
         >>> import skipkernels as sk
-        >>> from skipkernels.app.demo import glyph_tiny
-        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, tokenizer = pictogram_tiny.load()
         >>> tokens = tokenizer([f"the digit {n}." for n in range(10)])
         >>> clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)
         >>> model, loss = ClassModel(clip), ClassLoss()

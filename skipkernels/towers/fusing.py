@@ -37,8 +37,8 @@ def fuse(model: Model, *, memory: FusedMemory = "fast") -> Model:
 
     Example:
         >>> import torch, skipkernels as sk
-        >>> from skipkernels.app.demo import glyph_tiny
-        >>> model, _, _ = glyph_tiny.load()
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, _ = pictogram_tiny.load()
         >>> sk.fuse(model).encode_image(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 128])
     """

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from skipkernels.app.train import tune
-from tests.app.runs import few_test_images, small
+from tests.app.runs import small
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """Run folder, which no test changes, and metrics."""
     folder = tmp_path_factory.mktemp("run")
-    with few_test_images():
-        return folder, tune(small(folder))
+    return folder, tune(small(folder))

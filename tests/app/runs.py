@@ -17,30 +17,20 @@ from safetensors.torch import load_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.demo import glyphs
 from skipkernels.app.methods import Method
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.report import plots
 from skipkernels.app.train import tune
 from skipkernels.digests import digest_tensors
 
-SMALL = TuneConfig(shots=4, classes=12, epochs=2, device="cpu")  # two epochs of six steps
-TEST_IMAGES = 4  # of each class: one in each font
+SMALL = TuneConfig(shots=2, classes=24, epochs=2, device="cpu")  # two epochs of six steps
 _get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
 
 @contextlib.contextmanager
-def few_test_images() -> Iterator[None]:
-    """Draw a third of the test and validation images."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glyphs, "_TEST_IMAGES", TEST_IMAGES)
-        yield
-
-
-@contextlib.contextmanager
 def shortened() -> Iterator[None]:
-    """Leave out test images, plots and waiting for the disk, which have tests of their own; make the tokenizer once."""
-    with few_test_images(), pytest.MonkeyPatch.context() as patch:
+    """Leave out plots and waiting for the disk, which have tests of their own; make the tokenizer once."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "panels_svg", lambda name, label, panels, **_: f"<svg>{name}</svg>")
         patch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
         patch.setattr(os, "fsync", lambda descriptor: None)

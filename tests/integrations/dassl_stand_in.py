@@ -35,7 +35,7 @@ def config(folder: Path, problem: Problem, **options: Any) -> Any:
         DATASET=Node(NAME="Caltech101"),
         DATALOADER=Node(TRAIN_X=Node(SAMPLER="RandomSampler", BATCH_SIZE=problem.batch_size)),
         INPUT=Node(),
-        MODEL=Node(BACKBONE=Node(NAME="glyph-tiny"), INIT_WEIGHTS=""),
+        MODEL=Node(BACKBONE=Node(NAME="pictogram-tiny"), INIT_WEIGHTS=""),
         OPTIM=Node(
             MAX_EPOCH=1,
             LR=1e-3,

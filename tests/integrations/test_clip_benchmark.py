@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.train import evaluate_run, tune
 
 CLASSES = ["circle", "square", "triangle", "zigzag"]
@@ -47,8 +47,8 @@ def test_accuracy_of_a_tuned_model(tmp_path):
     for kind, texts in files.items():
         (tmp_path / kind).write_text(json.dumps({name: texts}))
     custom = {f"custom_{kind}_file": str(tmp_path / kind) for kind in files}
-    glyph_tiny.register()
-    model, transform, tokenizer = load_clip("open_clip", "glyph-tiny", str(out / "model.safetensors"), None, "cpu")
+    pictogram_tiny.register()
+    model, transform, tokenizer = load_clip("open_clip", "pictogram-tiny", str(out / "model.safetensors"), None, "cpu")
     data = build_dataset(name, str(photos), transform, **custom)
     classifier = zero_shot_classifier(model, tokenizer, data.classes, data.templates, "cpu", amp=False)
     logits, labels = run_classification(model.eval(), classifier, DataLoader(data, 8), "cpu", amp=False)

@@ -40,14 +40,14 @@ def dassl() -> Iterator[Any]:
 
 
 def registered(problem: Problem) -> type:
-    """The registered trainer on glyph-tiny, which records the labels and the rates of each step."""
+    """The registered trainer on pictogram-tiny, which records the labels and the rates of each step."""
     engine = sys.modules["dassl.engine"]
     registry = engine.TRAINER_REGISTRY
 
     class Trainer(registry["SkipKernels"] if isinstance(registry, dict) else registry.get("SkipKernels")):
         def load_clip(self) -> Any:
             self.labels, self.rates, self.batches = [], [], []
-            return copy.deepcopy(problem.model), open_clip.get_tokenizer("glyph-tiny")
+            return copy.deepcopy(problem.model), open_clip.get_tokenizer("pictogram-tiny")
 
         def forward_backward(self, batch: Any) -> Any:
             self.labels.append(batch["label"].tolist())
@@ -77,7 +77,7 @@ def test_weights_are_those_of_the_plain_module(dassl, problem, tmp_path):
     trainer = make(dassl, problem, tmp_path)
     start = trained(trainer.model)
     trainer.train()
-    tokens = open_clip.get_tokenizer("glyph-tiny")(trainer.prompts(NAMES))
+    tokens = open_clip.get_tokenizer("pictogram-tiny")(trainer.prompts(NAMES))
     plain = NaiveCLIP(copy.deepcopy(problem.model), tokens, problem.skip_layers, problem.keep_ratio)
     optimizer = problem.optimizer(plain)
     for images, labels in trainer.batches:
@@ -287,7 +287,7 @@ def test_published_settings_in_dassl(real_dassl, problem, tmp_path):
     real_dassl.extend_cfg(cfg)
     cfg.DATASET.NAME = "SUN397"
     real_dassl.set_published(cfg)
-    small = {"MODEL.BACKBONE.NAME": "glyph-tiny", "INPUT.SIZE": (32, 32), "TRAINER.SKIPKERNELS.SKIP_LAYERS": 2}
+    small = {"MODEL.BACKBONE.NAME": "pictogram-tiny", "INPUT.SIZE": (32, 32), "TRAINER.SKIPKERNELS.SKIP_LAYERS": 2}
     here = {"OUTPUT_DIR": str(tmp_path), "USE_CUDA": False, "DATALOADER.NUM_WORKERS": 0, "SEED": 1}
     cfg.merge_from_list([part for setting in (small | here).items() for part in setting])
     cfg.freeze()

@@ -42,7 +42,7 @@ def test_captions_of_a_file(problem, clip):
     rows = csv.DictReader(
         io.StringIO("filepath\ttitle\n" + "".join(f"{n}.png\t{names[n]}\n" for n in (2, 0, 3))), delimiter="\t"
     )
-    tokenize = open_clip.get_tokenizer("glyph-tiny")
+    tokenize = open_clip.get_tokenizer("pictogram-tiny")
     clip = sk.SkipCLIP(copy.deepcopy(problem.model), tokenize(names), skip_layers=2)
     model = ClassModel(clip)
     captions = tokenize([row["title"] for row in rows])
@@ -142,7 +142,7 @@ def test_evaluation(problem, clip):
     model = ClassModel(clip).eval()
     names = [f"class {n}" for n in range(12)]
     classifier = open_clip.build_zero_shot_classifier(
-        model, open_clip.get_tokenizer("glyph-tiny"), names, ["a photo of a {}."], device="cpu"
+        model, open_clip.get_tokenizer("pictogram-tiny"), names, ["a photo of a {}."], device="cpu"
     )
     # What `open_clip_train.zero_shot.run` does; it fails itself with NumPy 2.4, which refuses float() of an array.
     logits = 100.0 * model(image=problem.images)["image_features"] @ classifier

@@ -68,13 +68,12 @@ class ProtocolCommand(Options):
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Run the protocols. Returns 0."""
-        from skipkernels.app.config import TuneConfig
         from skipkernels.app.data import InputError
         from skipkernels.app.studies.protocol import SHOTS, run_protocol
         from skipkernels.app.train.command_line import command_line
 
         config, shots = _run_config(self, self.study.seeds), self.study.numbers_of_shots
-        if self.name == "few-shot" and config.shots != TuneConfig.shots:
+        if self.name == "few-shot" and config.shots is not None:
             raise InputError(f"--shots {config.shots} has no effect with few-shot; give --numbers-of-shots.")
         if self.name not in ("few-shot", "all") and shots is not None:
             raise InputError(f"--numbers-of-shots has no effect with {self.name}; give --shots.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .base import InputError, LabelledDataset, SizedDataset
+    from .base import InputError, SizedDataset
     from .images import DatasetImages, Images, LabelledImages
     from .registry import open_source, register_source
     from .shots import few_shot, few_shot_note, save_few_shot
@@ -18,7 +18,6 @@ __all__ = [
     "DatasetImages",
     "Images",
     "InputError",
-    "LabelledDataset",
     "LabelledImages",
     "Protocol",
     "SizedDataset",
@@ -40,7 +39,7 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "base": ("InputError", "LabelledDataset", "SizedDataset"),
+        "base": ("InputError", "SizedDataset"),
         "images": ("DatasetImages", "Images", "LabelledImages"),
         "registry": ("open_source", "register_source"),
         "shots": ("few_shot", "few_shot_note", "save_few_shot"),

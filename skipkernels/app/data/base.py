@@ -34,11 +34,3 @@ class SizedDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
-
-
-class LabelledDataset(SizedDataset, Protocol):
-    """A map-style dataset of (image, label) with a length and all labels."""
-
-    @property
-    def labels(self) -> list[int]:
-        """Label of every item."""

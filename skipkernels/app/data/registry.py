@@ -86,12 +86,6 @@ _KINDS = {
         "Drawings of 850 things by three designers, with nothing to download.",
         "--data pictograms:animals",
     ),
-    "glyphs": Kind(
-        _imported("..demo.glyphs", "open_glyphs", "templates"),
-        "glyphs, glyphs:BLOCK such as glyphs:greek",
-        "Characters of Unicode in the fonts of matplotlib, with nothing to download.",
-        "--data glyphs:greek",
-    ),
 }
 
 
@@ -118,7 +112,7 @@ def open_source(
         data: "imagefolder:PATH" (see `image_folder`); "csv:PATH", a table (see `csv_files`); "wds:SHARDS", tar files of
             webdataset, "hf:PATH" or "hf:NAME" (see `hugging_face_sets`); "coop:NAME", a dataset in CoOp's layout below
             `root` (see `coop`); "torchvision:NAME", a dataset of torchvision in `root`; "pictograms" or
-            "pictograms:TASK[+TASK…]" (see `demo.pictograms`); "glyphs" or "glyphs:BLOCK[+BLOCK…]" (see `demo.glyphs`).
+            "pictograms:TASK[+TASK…]" (see `demo.pictograms`).
         root: Folder of the datasets.
         templates: Prompt templates, the first for training; or "paper" or "coop", the sets of those papers. Default:
             "paper".
@@ -128,11 +122,11 @@ def open_source(
         InputError: If there is no such dataset, or it can't be used.
 
     Example:
-        >>> source = open_source("glyphs:greek")
+        >>> source = open_source("pictograms:food")
         >>> len(source.classes), source.prompts[0][0]
-        (120, 'the character greek capital letter heta.')
-        >>> source.subset_classes([1, 0]).images("test").labels[:13]
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+        (130, 'an icon of a amphora')
+        >>> source.subset_classes([1, 0]).images("train").labels
+        [0, 0, 1, 1]
     """
     kind, _, name = data.partition(":")
     if kind in _KINDS:

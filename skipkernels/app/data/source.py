@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args
 
 from ...options import Protocol
-from .base import InputError, LabelledDataset, SizedDataset
+from .base import InputError, SizedDataset
 from .files import format_names
 from .images import DatasetImages, Images, Transform, joined
 from .shots import few_shot, hold_out
@@ -54,17 +54,10 @@ class Source:
         """Key of each class; see `class_ids`."""
         return tuple(name.casefold() for name in self.classes) if self.class_ids is None else self.class_ids
 
-    @property
-    def domains(self) -> Mapping[str, Source]:
-        """Source of the same classes in each domain, by name; empty without domains. Training uses the first."""
-        return {}
-
     def default_targets(self, protocol: Protocol) -> Sequence[str]:
-        """Names of the datasets, or of the domains, that a protocol tests on by default."""
-        if protocol in self.targets:
+        """Names of the datasets that a protocol tests on by default."""
+        if self.targets.get(protocol):
             return self.targets[protocol]
-        if protocol == "domain-generalization" and self.domains:
-            return list(self.domains)[1:]
         kind = "datasets" if protocol == "cross-dataset" else "datasets of the same classes"
         raise InputError(f"load_task: {protocol} of {self.name} needs {kind} to test on. Name some.", "targets")
 
@@ -75,7 +68,7 @@ class Source:
         except InputError:
             return False
 
-    def images(self, split: Split, transform: Transform | None = None) -> LabelledDataset:
+    def images(self, split: Split, transform: Transform | None = None) -> Images:
         """Return the images of a split.
 
         Raises:
@@ -86,14 +79,14 @@ class Source:
             raise InputError(f"{self.name} has no {split} images: {reason}", "data")
         return self.splits[split].with_transform(transform)
 
-    def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> LabelledDataset:
+    def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> Images:
         """Return `shots` training images of each class, class by class; all images of a class that has fewer."""
         images = self._train(transform)
         return images.subset(few_shot(images.labels, images.names, shots, seed))
 
     def hold_out(
         self, shots: int, seed: int, share: float, transform: Transform | None, train_transform: Transform | None
-    ) -> tuple[LabelledDataset, LabelledDataset]:
+    ) -> tuple[Images, Images]:
         """Return training images as `few_shot` does, and validation images besides, as the function `hold_out` does.
 
         `transform` is applied to the validation images, `train_transform` to the training images.
@@ -105,8 +98,6 @@ class Source:
     def _train(self, transform: Transform | None) -> Images:
         """Training images, at least one of each class."""
         images = self.images("train", transform)
-        if not isinstance(images, Images):  # drawn, without names
-            raise InputError(f'load_task: {self.name} can hold out no images. Use validation="split".', "validation")
         present = set(images.labels)
         without = [name for label, name in enumerate(self.classes) if label not in present]
         if without:
@@ -116,8 +107,6 @@ class Source:
     def train_on(self: SourceT, splits: Sequence[Split]) -> SourceT:
         """Return the source with the images of further splits as training images."""
         parts = [self.splits[split] for split in ("train", *splits) if split in self.splits]
-        if not parts:
-            raise InputError(f'load_task: {self.name} can\'t train on its test images. Use test="split".', "test")
         return replace(self, splits={**self.splits, "train": joined(parts)})
 
     def subset_classes(self: SourceT, labels: Sequence[int]) -> SourceT:

@@ -13,9 +13,9 @@ from typing import Any, get_args
 
 from ...formatting import escaped
 from ...options import Shots, Test, Validation
-from .base import InputError, LabelledDataset
+from .base import InputError
 from .files import format_names
-from .images import DatasetImages, unreadable
+from .images import DatasetImages, Images, unreadable
 from .registry import open_source
 from .shots import few_shot_note
 from .source import Protocol, Source, Split
@@ -31,7 +31,7 @@ class TestSet:
     """Test images of some classes.
 
     Attributes:
-        name: "base", "new", "source", "all", or the name of the target dataset or domain.
+        name: "base", "new", "source", "all", or the name of the target dataset.
         classes: Names by label.
         prompts: For each template, a list with the prompt of each class. Training uses the first template.
         images: Items are (image, label).
@@ -42,7 +42,7 @@ class TestSet:
     name: str
     classes: list[str]
     prompts: tuple[list[str], ...]
-    images: LabelledDataset
+    images: Images
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Task:
 
     name: str
     protocol: Protocol
-    train: LabelledDataset
+    train: Images
     tests: tuple[TestSet, ...]
     validation: TestSet | None = None
     notes: tuple[str, ...] = ()
@@ -118,10 +118,9 @@ def load_task(
     - base-to-new: trains on the first half of the classes (`split_base_new`), and tests on "base" and "new" classes.
     - few-shot: trains on all classes, and tests on "all".
     - cross-dataset: trains on the dataset, and tests on it ("source") and on each target dataset. Default targets of
-      coop:imagenet are the ten other datasets of CoOp; of glyphs, the other blocks of at least 100 characters.
+      coop:imagenet are the ten other datasets of CoOp; of pictograms, those of the other tasks.
     - domain-generalization: the same, but targets have other images of the same classes, or of some of them. Classes
-      are matched by name, and the common ones are tested. Default targets of coop:imagenet are its four variants. The
-      domains of glyphs are fonts: training uses the first held-out font, and tests use all.
+      are matched by name, and the common ones are tested. Default targets of coop:imagenet are its four variants.
 
     Args:
         data: The dataset, as `open_source` takes it, or a source, such as one of `from_datasets`.
@@ -136,7 +135,7 @@ def load_task(
             user's data without splits that neither validate nor test always train.
         root: Folder of the datasets, for coop: and torchvision:.
         templates: Prompt templates; see `open_source`.
-        targets: Datasets to test on, as `data`, or domains of the dataset.
+        targets: Datasets to test on, as `data`.
         transform: Applied to every image; default: none.
         train_transform: Applied to training images; default: `transform`.
         download: Let torchvision download a missing dataset.
@@ -145,9 +144,9 @@ def load_task(
         InputError: If there is no such dataset, or it can't be used with the protocol.
 
     Example:
-        >>> task = load_task("glyphs:greek", protocol="base-to-new", shots=4, classes=20, seed=1)
+        >>> task = load_task("pictograms:food", protocol="base-to-new", shots=4, classes=20, seed=1)
         >>> [(test.name, len(test.classes)) for test in task.tests], len(task.train), task.tests[1].prompts[0][0]
-        ([('base', 10), ('new', 10)], 40, 'the character greek small letter zeta.')
+        ([('base', 10), ('new', 10)], 20, 'an icon of a hot pepper')
     """
     if protocol not in get_args(Protocol):
         raise InputError(
@@ -175,14 +174,13 @@ def load_task(
     if len(source.classes) < 2:
         raise InputError(f"load_task: {source.name} has fewer than two classes. Add some.", "data")
     chosen = _subsample_classes(source, classes)
-    domains = chosen.domains if protocol == "domain-generalization" else {}
     if protocol == "base-to-new":
         base, new = split_base_new(range(len(chosen.classes)))
         parts = {"base": chosen.subset_classes(base), "new": chosen.subset_classes(new)}
     elif protocol == "few-shot":
         parts = {"all": chosen}
     else:
-        parts = {"source": next(iter(domains.values()), chosen)}
+        parts = {"source": chosen}
     tests = [_test_set(name, part, transform, test) for name, part in parts.items()]
     trained, joined_note = _with_unused(next(iter(parts.values())), validation, test)
     count = max(Counter(trained.images("train").labels).values(), default=1) if shots == "all" else shots
@@ -193,10 +191,7 @@ def load_task(
     if protocol in _WITH_TARGETS:
         wanted = targets or source.default_targets(protocol)
         try:
-            if domains:
-                others = _target_domains(domains, wanted)
-            else:
-                others = _target_datasets(map(opened, wanted), source, chosen, protocol, classes)
+            others = _target_datasets(map(opened, wanted), source, chosen, protocol, classes)
             tests += [_test_set(name, part, transform, test) for name, part in others.items()]
         except InputError as error:
             error.argument = "targets" if error.argument == "data" else error.argument
@@ -234,9 +229,9 @@ def _train_and_validation(
     seed: int,
     transform: Callable | None,
     train_transform: Callable | None,
-) -> tuple[LabelledDataset, TestSet | None, str | None]:
+) -> tuple[Images, TestSet | None, str | None]:
     """Return training images, validation images, and a note on the latter; see `load_task`."""
-    held: LabelledDataset
+    held: Images
     if validation == "none":
         return source.few_shot(shots, seed, train_transform), None, None
     if validation == "split" or (validation == "auto" and source.has_split("val")):
@@ -263,7 +258,7 @@ def _subsample_classes(source: Source, classes: int | None) -> Source:
 
 def _test_set(name: str, source: Source, transform: Callable | None, test: Test) -> TestSet:
     if test == "none":
-        images: LabelledDataset = DatasetImages([])
+        images: Images = DatasetImages([])
     else:
         try:
             images = source.images("test", transform)
@@ -304,19 +299,6 @@ def _short_names(datasets: Sequence[str]) -> list[str]:
         if len({*names, "source", "targets"}) == len(names) + 2:
             return names
     raise InputError(f"load_task: two of {format_names(datasets)} are the same. Name each once.", "targets")
-
-
-def _target_domains(domains: Mapping[str, Source], targets: Sequence[str | Source]) -> dict[str, Source]:
-    """Return the target domains by name; the first domain is trained on."""
-    home, *others = domains
-    names = list(map(str, targets))
-    if len(set(names)) < len(names) or not set(names) <= set(others):
-        raise InputError(
-            f"load_task: targets must be domains of {domains[home].name} other than {home}, which is trained on: "
-            f"{', '.join(others)}, each once; got {' '.join(names)}.",
-            "targets",
-        )
-    return {name: domains[name] for name in names}
 
 
 def _common_classes(target: Source, source: Source, trained: Source) -> Source:

@@ -102,10 +102,10 @@ class Method(ABC):
 
     Example:
         >>> from skipkernels.app.data import load_task
-        >>> from skipkernels.app.demo import glyph_tiny
+        >>> from skipkernels.app.demo import pictogram_tiny
         >>> from skipkernels.app.methods import METHODS
-        >>> model, _, tokenizer = glyph_tiny.load()
-        >>> task = load_task("glyphs:greek", protocol="base-to-new", shots=1, classes=6, seed=0)
+        >>> model, _, tokenizer = pictogram_tiny.load()
+        >>> task = load_task("pictograms:food", protocol="base-to-new", shots=1, classes=6, seed=0)
         >>> method, images = METHODS["lora"](model, tokenizer, task), torch.rand(2, 3, 32, 32)
         >>> loss, classes = method.step(method.encode_frozen(images), torch.tensor([0, 2]))
         >>> classes, method.logits("new", method.encode_frozen(images)).shape
@@ -131,14 +131,12 @@ class Method(ABC):
         return set(inspect.signature(cls).parameters)
 
     @classmethod
-    def recipe(
-        cls, model_name: str, protocol: Protocol, shots: int, classes: int = 100, *, data: str = "glyphs"
-    ) -> Recipe:
-        """Return the default recipe: the published one, with the changes of a model in `MODELS` for the dataset `data`.
+    def recipe(cls, model_name: str, protocol: Protocol, shots: int, classes: int = 100) -> Recipe:
+        """Return the default recipe: the published one, with the changes of a model in `MODELS`.
 
         `classes` is used by methods with a published number of steps, not of epochs.
         """
-        changes = MODELS[model_name].recipe(cls.name, data) if model_name in MODELS else {}
+        changes = MODELS[model_name].recipes.get(cls.name, {}) if model_name in MODELS else {}
         return replace(cls._published(protocol, shots, classes), **changes)
 
     @classmethod

@@ -38,9 +38,7 @@ class PackagedModel:
 
     config: Path  # JSON file of the open_clip model config, with the name of the model
     state_dict: Callable[[], dict[str, Tensor]]  # Function that reads the weights
-    # Function of a method name and a dataset name of `TuneConfig` that returns the fields of the method's `Recipe` that
-    # differ for this model
-    recipe: Callable[[str, str], Mapping[str, Any]]
+    recipes: Mapping[str, Mapping[str, Any]]  # By name of a method, the fields of its `Recipe` that differ
 
 
 _METHODS: dict[str, Any] = {
@@ -52,6 +50,8 @@ _METHODS: dict[str, Any] = {
     "clip-adapter": "skipkernels.app.methods.clip_adapter:CLIPAdapter",
     "lora": "skipkernels.app.methods.lora:LoRA",
 }
-_MODELS: dict[str, Any] = {"glyph-tiny": "skipkernels.app.demo.glyph_tiny:PACKAGED"}
+_MODELS: dict[str, Any] = {
+    "pictogram-tiny": "skipkernels.app.demo.pictogram_tiny:PACKAGED",
+}
 METHODS: Registry[type[Method]] = Registry(_METHODS)
 MODELS: Registry[PackagedModel] = Registry(_MODELS)

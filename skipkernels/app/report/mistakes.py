@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -159,9 +158,7 @@ def predictions_with_thumbnails(
 ) -> TestPredictions:
     """Collect the predictions for a test, and read the images that the report shows, without their transform."""
     found = TestPredictions(test.name, list(test.classes), labels, zero_shot, tuned)
-    images = copy.copy(test.images)
-    images.transform = None  # type: ignore[attr-defined]
-    add_thumbnails(found, images)
+    add_thumbnails(found, test.images.with_transform(None))
     return found
 
 

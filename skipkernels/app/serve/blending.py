@@ -82,7 +82,7 @@ def blend(
         >>> import logging, tempfile; logging.disable()
         >>> import skipkernels as sk
         >>> folder = Path(tempfile.mkdtemp(), "run")
-        >>> tuned = sk.tune(TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=folder))
+        >>> tuned = sk.tune(TuneConfig(data="pictograms:food", shots=1, classes=4, epochs=1, device="cpu", out=folder))
         >>> blended = sk.blend(folder, 0.3)
         >>> blended["blend"]["chosen"], blended["blend"]["accuracy"]["base"][10] == tuned["tuned"]["base"]
         (0.3, True)

@@ -82,7 +82,8 @@ def export(
         >>> import logging, tempfile; logging.disable()
         >>> import open_clip, skipkernels as sk
         >>> out = Path(tempfile.mkdtemp())
-        >>> _ = sk.tune(sk.TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=out / "run"))
+        >>> config = sk.TuneConfig(data="pictograms:food", classes=4, epochs=1, device="cpu", out=out / "run")
+        >>> _ = sk.tune(config)
         >>> sorted(sk.export(out / "run", "open-clip", out / "exported").files)[:2]
         ['README.md', 'classifier.json']
         >>> model = open_clip.create_model(f"local-dir:{out / 'exported'}")
@@ -163,7 +164,7 @@ def _public(name: str) -> str:
     if kind in ("hf", "hf-hub"):
         public = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(\?.*)?", rest) and not Path(rest).exists()
     else:
-        public = not re.search(r"[/\\]", rest) and kind in ("coop", "torchvision", "glyphs", "dataset")
+        public = not re.search(r"[/\\]", rest) and kind in ("coop", "torchvision", "pictograms", "dataset")
     return name if public or not rest else kind
 
 

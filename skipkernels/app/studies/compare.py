@@ -44,7 +44,7 @@ def compare(
 ) -> Study:
     """Run several methods, keys of `METHODS`, with the same training images and tests.
 
-    Recipes are chosen for published benchmarks and for glyphs. On the user's own data the learning rates of every
+    Recipes are chosen for published benchmarks and for pictograms. On the user's own data the learning rates of every
     method are searched by the same rule: all of `MULTIPLIERS`, with another seed; the best accuracy on the validation
     images is kept. There is no search without validation images, or if a rate is given. Settings of `config` that are
     None follow each method's recipe; others are ignored for methods that they do not apply to.

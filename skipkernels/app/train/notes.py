@@ -14,7 +14,7 @@ def setting_notes(config: TuneConfig) -> tuple[str, ...]:
     found: tuple[str, ...] = ()
     if config.own_data and config.model == TuneConfig.model:
         found += (
-            f"{config.model} is a small model for demonstrations, of characters of 32 × 32 pixels. For your own images "
+            f"{config.model} is a small model for demonstrations, of icons of 32 × 32 pixels. For your own images "
             "use a pretrained model: --model ViT-B-16-quickgelu --pretrained openai.",
         )
     if config.method == "skip" and config.skip_layers == 1:

@@ -17,7 +17,7 @@ REMEDY = (
     'Lower `text_lr` and `image_lr`, or use precision="fp32". The checkpoint of the last good epoch, if any, is kept.'
 )
 # PyTorch's default of 65,536 times CLIP's logit scale of 100 overflows: the first steps would be skipped until it has
-# been halved enough, to 8,192 on glyph-tiny.
+# been halved enough, to 8,192 on pictogram-tiny.
 _INITIAL_SCALE = 2.0**10
 
 

@@ -21,7 +21,7 @@ from ...memory import PeakMemory, out_of_memory
 from ...store import StoreError
 from ..config import TuneConfig
 from ..console import ignore_write_errors, plain
-from ..data import Images, InputError, SizedDataset, Source, save_few_shot
+from ..data import InputError, SizedDataset, Source, save_few_shot
 from ..data.check import unreadable_images
 from ..data.files import format_names
 from ..methods.skip import Skip
@@ -115,7 +115,7 @@ def tune(
         ...         label = self.labels[index]
         ...         return Image.new("RGB", (32, 32), ("black", "white")[label]), label
         >>> folder = tempfile.mkdtemp()
-        >>> metrics = sk.tune(dataset=Squares(16), test=Squares(8), model="glyph-tiny", epochs=2, out=folder)
+        >>> metrics = sk.tune(dataset=Squares(16), test=Squares(8), model="pictogram-tiny", epochs=2, out=folder)
         >>> metrics["classes"], metrics["best_epoch"] in (1, 2)
         ({'all': 2}, True)
         >>> evaluate_run(folder, dataset=Squares(16), test=Squares(8)) == metrics["tuned"]
@@ -282,10 +282,9 @@ class Run:
         if self.folder is not None:
             if self.weights.holds == WHOLE_MODEL:
                 write_open_clip_config(self.folder.path, self.setup.model, self.setup.tokenizer)
-            if isinstance(self.task.train, Images):  # the seed determines glyphs
-                config, path = self.config, self.folder.path / FEW_SHOT
-                known: dict[str, Any] = {"data": config.data, "shots": config.shots, "seed": config.seed}
-                save_few_shot(path, self.task.train, classes=self.task.tests[0].classes, **known)
+            config, path = self.config, self.folder.path / FEW_SHOT
+            known: dict[str, Any] = {"data": config.data, "shots": config.shots, "seed": config.seed}
+            save_few_shot(path, self.task.train, classes=self.task.tests[0].classes, **known)
         if self.resumed is None:
             return
         self._load(self.resumed.weights)

@@ -197,7 +197,7 @@ def build_task(
     task = load_task(
         (open_data or config.open_data)(),
         protocol=config.chosen_protocol,
-        shots=config.shots,
+        shots=config.chosen_shots,
         classes=config.classes,
         seed=config.seed,
         validation=config.validation,

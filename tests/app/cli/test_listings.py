@@ -18,14 +18,14 @@ def listed(capsys, *arguments: str):
 
 def test_models(capsys):
     found = listed(capsys, "models")
-    assert set(found) == {"glyph-tiny", *open_clip.list_models()}
+    assert set(found) == {"pictogram-tiny", *open_clip.list_models()}
     assert "openai" in found["ViT-B-16-quickgelu"]["weights"] and "openai" not in found["ViT-B-16"]["weights"]
     assert found["ViT-B-16-SigLIP"]["image"] == "timm vit_base_patch16_siglip_224"
     assert found["RN50"]["image"] == "ResNet" and found["roberta-ViT-B-32"]["text"] == "roberta-base"
     assert set(listed(capsys, "models", "b-16-QUICK")) == {"ViT-B-16-quickgelu"}
-    assert main(["models", "glyph"]) == 0
+    assert main(["models", "pictogram"]) == 0
     out, err = capsys.readouterr()
-    assert "glyph-tiny" in out and "packaged" in out and "local-dir:DIR" in err
+    assert "pictogram-tiny" in out and "packaged" in out and "local-dir:DIR" in err
     assert main(["models", "nothing[/]"]) == 1
     assert "no model or weights with 'nothing[/]'" in capsys.readouterr().err
 

@@ -19,7 +19,6 @@ from torchvision.transforms.functional import pil_to_tensor
 from skipkernels.app.data import InputError, few_shot, load_task, open_source
 from skipkernels.app.data.check import unreadable_images
 from skipkernels.app.data.shots import hold_out
-from skipkernels.app.demo.glyphs import open_glyphs
 from skipkernels.features.dataset_key import dataset_key
 from tests.app.data.pictures import RED, class_of, draw_image
 
@@ -382,5 +381,3 @@ def test_task_all_shots(images):
     task = task_of(data, shots="all", validation=0.2)
     assert len(task.train) == 18 and len(task.validation.images) == 3
     assert not any("fewer than" in note for note in task.notes)
-    with pytest.raises(InputError, match=r"glyphs:.* can hold out no images"):
-        task_of(open_glyphs("greek"), validation=0.2)

@@ -10,46 +10,19 @@ from torch.utils.data import Dataset
 
 from skipkernels.app.data import from_datasets, open_source
 from skipkernels.app.data.source import normalize_class_name
-from skipkernels.app.demo import glyphs
 
 # ---- by name ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["imagenet", "", "glyph", "folder:/x", "imagefolder"])
+@pytest.mark.parametrize("spec", ["imagenet", "", "pictogram", "folder:/x", "imagefolder"])
 def test_open_source_unknown_dataset(spec):
     with raises_input_error(argument="data"):
         open_source(spec)
     if spec != "imagefolder":
         with raises_input_error(
-            f"no dataset {spec!r}", "glyphs:greek", "imagefolder:PATH", "coop:dtd", "torchvision:food101"
+            f"no dataset {spec!r}", "pictograms:TASK", "imagefolder:PATH", "coop:dtd", "torchvision:food101"
         ):
             open_source(spec)
-
-
-def test_open_source_invalid_glyph_blocks():
-    with raises_input_error("no block 'klingon'", *glyphs.BLOCKS, argument="data"):
-        open_source("glyphs:greek+klingon")
-    with raises_input_error("draw only 0 distinct characters of emoticons", "another block", argument="data"):
-        open_source("glyphs:emoticons")
-
-
-def test_glyph_source_splits_and_classes():
-    source = open_source("glyphs:greek")
-    assert isinstance(source, glyphs.GlyphSource) and source.fonts == glyphs.HELD_OUT_FONTS
-    splits = {split: source.images(split) for split in ("train", "val", "test")}
-    pixels = {split: {images[i][0].tobytes() for i in range(24)} for split, images in splits.items()}
-    assert not (pixels["train"] & pixels["val"] or pixels["val"] & pixels["test"] or pixels["train"] & pixels["test"])
-    some = source.subset_classes([5, 2])
-    assert some.classes == (source.classes[5], source.classes[2]) and some.few_shot(2, 0).labels == [0, 0, 1, 1]
-    assert some.few_shot(2, 0)[2][0].tobytes() == source.few_shot(2, 0)[4][0].tobytes()
-    with raises_input_error("glyphs:greek has no trian images", "train, val, test"):
-        source.images("trian")
-    for shots in (0, 1001):
-        with raises_input_error("shots must be from 1 to 1000", f"got {shots}", argument="shots"):
-            source.few_shot(shots, 0)
-    for seed in (-1, 2**31):
-        with raises_input_error("seed must be from 0 to 2147483647", f"got {seed}", argument="seed"):
-            source.few_shot(1, seed)
 
 
 def test_subset_classes_keeps_class_keys(tmp_path):

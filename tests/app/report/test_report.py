@@ -145,7 +145,7 @@ def svgs(text: str) -> list[str]:
 
 def test_report_contents():
     found = Page(page({"checkpoint": {"mib": 24.5}}))
-    assert "glyph-tiny on glyphs, skip, 16 shots · 2026-11-26" in found.text
+    assert "pictogram-tiny on pictograms, skip, all images · 2026-11-26" in found.text
     percent = "\N{NO-BREAK SPACE}%"
     assert (
         f"Tuning raised the accuracy on the 20 trained classes from 57.5{percent} to 81.5{percent}: 1 class better, "
@@ -168,12 +168,12 @@ def test_report_contents():
         ["trained parameters", "847,616 of 6,427,201"],
         ["checkpoint", "24.5 MiB"],
         ["device", "cpu, auto"],
-        ["data", "glyphs; base-to-new; 80 training images, 24 of base"],
+        ["data", "pictograms; base-to-new; 80 training images, 24 of base"],
         ["seed", "0"],
         ["versions", "torch 2.13.0"],
     ):
         assert cells in found.rows, cells
-    assert "skipkernels tune --shots 4" in found.text and "shots: 16" in found.text
+    assert "skipkernels tune --shots 4" in found.text and "data: pictograms" in found.text
     assert "1 of 2 as beta" in found.text, "a confused pair"
     ids = re.findall(r'<section id="(\w+)"', page())
     assert ids == ["fixed", "broken", "classes", "confusions", "training", "reproduce", "cost"], "cost is last"
@@ -348,7 +348,7 @@ def test_report_command_repeats_the_page(run, tmp_path, capsys):
     assert main(["report", str(folder), "--out", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text() == expected
     found = Page(expected)
-    assert len(found.named("img")) > 4 and "skipkernels tune --shots 4 --classes 12 --epochs 2" in found.text
+    assert len(found.named("img")) > 4 and "skipkernels tune --shots 2 --classes 24 --epochs 2" in found.text
     (tmp_path / "run").mkdir()
     for name in ("config.yaml", "metrics.json"):
         shutil.copy(folder / name, tmp_path / "run")
@@ -390,7 +390,7 @@ def study(**changes) -> dict:
 
     summary = {"skip": method([80.0, 1.0], [9.0, 1.0]), NASTY: method([60.0, None], [1.0, 0.1])}
     return {
-        "title": f"glyph-tiny {NASTY}",
+        "title": f"pictogram-tiny {NASTY}",
         "seeds": [0, 1, 2],
         "summary": summary | {"bad": method([50.0, 0.5], [5.0, 0.1])},
         "command": "skipkernels compare",

@@ -14,7 +14,7 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
 
-CONFIG = TuneConfig(data="glyphs:greek", shots=2, classes=8, epochs=1, device="cpu", cache_dtype="fp32")
+CONFIG = TuneConfig(data="pictograms:food", shots=2, classes=40, epochs=1, device="cpu", cache_dtype="fp32")
 
 
 class Run(NamedTuple):

@@ -37,7 +37,7 @@ def blended(run, tmp_path_factory) -> Path:
 
 def test_weights_and_curve(run, blended):
     tuned, found = load_file(run.folder / "model.safetensors"), load_file(blended / "model.safetensors")
-    zero_shot = load_model("glyph-tiny", None, torch.device("cpu"))[0].state_dict()
+    zero_shot = load_model("pictogram-tiny", None, torch.device("cpu"))[0].state_dict()
     assert found.keys() == tuned.keys() == zero_shot.keys()
     for name, before in zero_shot.items():
         expected = (0.75 * before.double() + 0.25 * tuned[name].double()).float()
@@ -69,7 +69,7 @@ def test_report(run, blended):
         correct = (test.tuned.classes[:, 0] == test.labels).float().mean().item()
         assert 100 * correct == pytest.approx(metrics["tuned"][test.name], abs=1e-3)
         assert test.zero_shot.classes.equal(before[test.name].zero_shot.classes) and test.thumbnails
-    assert "Tuning and blending " in page and " the accuracy on the 4 trained classes " in page
+    assert "Tuning and blending " in page and " the accuracy on the 20 trained classes " in page
     assert ", blended at 0.25" in page and "accuracy over the blend of zero-shot and tuned weights" in page
     assert f"skipkernels blend {run.folder} --alpha 0.25" in page
     assert "\nskipkernels blend RUN --alpha 0.25\n```" in (blended / "README.md").read_text()
@@ -94,7 +94,7 @@ def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, 
     images = run.task.train
     for number, (image, label) in enumerate(images):
         for copy in range(3):
-            folder = tmp_path / "data" / f"class {label}"
+            folder = tmp_path / "data" / run.classes[label]
             folder.mkdir(parents=True, exist_ok=True)
             image.rotate(4 * copy).save(folder / f"{number}-{copy}.png")
     options = ["--data", f"imagefolder:{tmp_path / 'data'}", "--shots", "2", "--epochs", "1", "--device", "cpu"]

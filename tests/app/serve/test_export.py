@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import skipkernels as sk
 from skipkernels.app.cli.main import main
@@ -25,6 +25,11 @@ from skipkernels.app.train import tune
 from skipkernels.app.train.description import Description
 from tests.app.serve.conftest import CONFIG
 
+NATIVE = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
 ATOL = 1e-4  # of logits up to the logit scale, in fp32
 
 
@@ -33,6 +38,18 @@ def lora(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lora") / "run"
     tune(dataclasses.replace(CONFIG, method="lora", shots=1, classes=4, out=folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def native_run(tmp_path_factory) -> Path:
+    """Run of a small CLIP of open_clip's own blocks with random weights, which CLIPModel of transformers can hold."""
+    folder = tmp_path_factory.mktemp("native")
+    clip = plain().model
+    config = {"model_cfg": NATIVE, "preprocess_cfg": clip.visual.preprocess_cfg}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    tune(dataclasses.replace(CONFIG, model=f"local-dir:{folder}", classes=4, out=folder / "run"))
+    return folder / "run"
 
 
 @pytest.fixture(params=["skip", "lora"])
@@ -48,7 +65,7 @@ def test_open_clip(source, images, tmp_path):
     name = f"local-dir:{done.folder}"
     model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
     tuned = sk.Classifier.load(source, device="cpu")
-    image, text, scale = model(images, tokenizer([f"the character {name}." for name in tuned.classes]))
+    image, text, scale = model(images, tokenizer([f"an icon of a {name}" for name in tuned.classes]))
     torch.testing.assert_close(scale * image @ text.T, tuned.logits(images), atol=ATOL, rtol=0)
     exported = sk.Classifier.load(done.folder, device="cpu")
     torch.testing.assert_close(exported.logits(images), tuned.logits(images), atol=ATOL, rtol=0)
@@ -63,29 +80,29 @@ def test_lora_is_merged(lora):
 
 
 @torch.no_grad()
-def test_hugging_face(source, run, images, tmp_path):
+def test_hugging_face(native_run, run, images, tmp_path):
+    images = images[..., :16, :16]
     transformers = pytest.importorskip("transformers")
-    done = sk.export(source, "hugging-face", tmp_path / "out")
+    done = sk.export(native_run, "hugging-face", tmp_path / "out")
     assert not done.notes
     model = transformers.CLIPModel.from_pretrained(done.folder).eval()
     processor = transformers.CLIPProcessor.from_pretrained(done.folder)
-    tuned = sk.Classifier.load(source, device="cpu")
-    texts = [f"the character {name}." for name in json.loads((done.folder / "classes.json").read_text())["classes"]]
+    tuned = sk.Classifier.load(native_run, device="cpu")
+    texts = [f"an icon of a {name}" for name in json.loads((done.folder / "classes.json").read_text())["classes"]]
     tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
     found = model(**tokens, pixel_values=images).logits_per_image
     torch.testing.assert_close(found, tuned.logits(images), atol=ATOL, rtol=0)
-    picture = run.task.tests[0].images[0][0]  # of the model's size, so nothing is interpolated
+    picture = run.task.tests[0].images[0][0].resize((16, 16))  # the model's size, so nothing is interpolated
     pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(pixels, tuned.transform(picture), atol=1e-5, rtol=0)
 
 
 def plain(tokenizer=None, **changes) -> PlainModel:
     """A narrow CLIP with random weights and changes of its configuration."""
-    vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2} | changes.pop("vision", {})
-    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2} | changes.pop("text", {})
+    vision, text = (NATIVE[f"{part}_cfg"] | changes.pop(part, {}) for part in ("vision", "text"))
     logging.disable(logging.WARNING)
     kind = open_clip.CustomTextCLIP if changes.pop("custom_text", False) else open_clip.CLIP
-    model = kind(embed_dim=16, vision_cfg=vision, text_cfg=text, **changes).eval()
+    model = kind(embed_dim=NATIVE["embed_dim"], vision_cfg=vision, text_cfg=text, **changes).eval()
     logging.disable(logging.NOTSET)
     open_clip.set_model_preprocess_cfg(model, {"mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic"})
     own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
@@ -181,23 +198,23 @@ def test_weights_are_those_of_the_names(run, lora, images, tmp_path):
         sk.Classifier.load(mixed, device="cpu")
 
 
-def test_overwrite_replaces_an_earlier_export_of_another_target(run, tmp_path):
+def test_overwrite_replaces_an_earlier_export_of_another_target(native_run, tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "out" / ".git").mkdir(parents=True)
     (tmp_path / "out" / ".git" / "HEAD").write_text("main")
     for target in ("hugging-face", "open-clip"):
-        done = sk.export(run.folder, target, tmp_path / "out", overwrite=True)
+        done = sk.export(native_run, target, tmp_path / "out", overwrite=True)
         assert {path.name for path in done.folder.iterdir()} == {".git", *done.files}
     assert (done.folder / ".git" / "HEAD").read_text() == "main"
 
 
 @pytest.mark.parametrize("to", ["open-clip", "hugging-face"])
-def test_no_local_paths(to, run, tmp_path):
+def test_no_local_paths(to, native_run, tmp_path):
     """No byte of an export has a path of the run, its settings, or the package."""
     if to == "hugging-face":
         pytest.importorskip("transformers")
     source = tmp_path / "M4RKER" / "run"
-    shutil.copytree(run.folder, source)
+    shutil.copytree(native_run, source)
     place = str(tmp_path / "M4RKER-place")
     settings, hints = yaml.safe_load((source / "config.yaml").read_text()), get_type_hints(TuneConfig)
     settings |= {name: place for name, hint in hints.items() if Path in get_args(hint)}

@@ -87,7 +87,7 @@ def test_other_classes_by_their_names(run, photos):
 def test_open_clip_loads_the_run(run, images, classifier):
     name = f"local-dir:{run.folder}"
     model, _, transform = open_clip.create_model_and_transforms(name)
-    tokens = open_clip.get_tokenizer(name)([f"the character {name}." for name in run.classes])
+    tokens = open_clip.get_tokenizer(name)([f"an icon of a {name}" for name in run.classes])
     with torch.no_grad():
         image, text, scale = model.eval()(images, tokens)
     torch.testing.assert_close(scale * image @ text.T, classifier.logits(images), atol=1e-4, rtol=0)

@@ -115,7 +115,7 @@ def test_source_in_file_is_refused(entry, settings, hostile, run, tmp_path, caps
      ("pretrained", "laion2b_s34b_b79k", False), ("pretrained", "weights.pt", False), ("pretrained", "/w.pt", True),
      ("pretrained", "a/../../w.pt", True), ("pretrained", "~/w.pt", True), ("pretrained", "https://a/w.pt", True),
      ("pretrained", r"\\\\host\w.pt", True), ("pretrained", r"C:\w.pt", True), ("data", "hf:food101", True),
-     ("data", "imagefolder:/home/me/photos", False), ("targets", ["glyphs", "hf:food101"], True)],
+     ("data", "imagefolder:/home/me/photos", False), ("targets", ["pictograms", "hf:food101"], True)],
 )  # fmt: skip
 def test_from_yaml_refuses_sources(tmp_path, name, value, refused):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({name: value}))
@@ -130,7 +130,7 @@ def test_from_yaml_refuses_sources(tmp_path, name, value, refused):
 def test_config_file_accepts_named_source_and_no_trust(hostile, tmp_path, capsys):
     arguments = ["tune", "--config", str(hostile.folder / "config.yaml"), "--print-config"]
     assert main(arguments) == 2
-    assert main([*arguments, "--model=glyph-tiny"]) == 0 and main([*arguments, "--trust"]) == 0
+    assert main([*arguments, "--model=pictogram-tiny"]) == 0 and main([*arguments, "--trust"]) == 0
     assert "trust" not in capsys.readouterr().out
     hostile.set(trust=True)
     assert main([*arguments, "--trust"]) == 2

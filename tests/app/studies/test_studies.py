@@ -157,12 +157,6 @@ def test_compare_without_search(ran, own, tmp_path, changes):
     assert [config.seed for config in ran] == [0, 0]
 
 
-def test_glyph_tiny_recipes_of_other_data_are_of_one_search():
-    """No method keeps the recipe for glyphs where another has one for other data."""
-    skip, full = (TuneConfig(data="imagefolder:x", method=name).resolved() for name in ("skip", "full"))
-    assert (full.optimizer, full.epochs, full.sampler) == (skip.optimizer, skip.epochs, skip.sampler)
-
-
 def test_compare_ignores_settings_of_other_methods(ran, tmp_path):
     compare(dataclasses.replace(TINY, skip_layers=2), ["skip", "full", "zero-shot"], range(1), tmp_path, QUIET)
     assert [config.skip_layers for config in ran] == [2, 0.5, 0.5]

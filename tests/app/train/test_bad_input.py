@@ -13,7 +13,7 @@ from safetensors.torch import save, save_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
-from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.train.model import check_activation, load_model, load_weights
 from skipkernels.digests import digest_bytes
 from tests.app.data.pictures import make_folders
@@ -33,17 +33,17 @@ def damaged(run, tmp_path):
     ("arguments", "message"),
     [
         (["--data", "imagenet"], "no dataset"),
-        (["--data", "glyphs:emoticons"], "draw only 0"),
+        (["--data", "pictograms:plants"], "no task 'plants' of pictograms"),
         (["--shots", "0"], "every class needs a training image"),
         (["--classes", "1"], "--classes must be at least 2"),
         (["--template", "no place"], "templates with one {} each"),
-        (["--targets", "glyphs:greek"], "base-to-new has no targets"),
+        (["--targets", "pictograms:food"], "base-to-new has no targets"),
         (["--model", "ViT-B-61"], "did you mean"),
         (["--model", "ViT-B-16"], "ViT-B-16 needs weights"),
         (["--model", "ViT-B-16", "--pretrained", "nonsense"], "no tag 'nonsense'"),
         (["--pretrained", "nowhere/model.safetensors"], "no file nowhere/model.safetensors"),
         (["--attention", "xformers"], "error --attention xformers cannot be used here"),
-        (["--skip-layers", "7"], "error --skip-layers must be a whole number from 0 to 6"),
+        (["--skip-layers", "7"], "error --skip-layers must be a whole number from 0 to 4"),
         (["--keep-ratio", "1.5"], "a share up to 1, or a whole number of classes); got 1.5"),
         (["--max-tail", "-1"], "error --max-tail must be at least 0"),
         (["--method", "full", "--cache", "c"], "--cache needs frozen blocks below a cut; every layer trains here"),
@@ -136,7 +136,7 @@ def test_eval_refuses_damaged_weights(damaged, tmp_path, capsys):
 
 def test_eval_refuses_changes_to_other_weights(run, tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = ["--shots", "4", "--classes", "12", "--epochs", "1", "--delta", "--out", str(out)]
+    arguments = ["--shots", "2", "--classes", "24", "--epochs", "1", "--delta", "--out", str(out)]
     assert main(["tune", *arguments]) == 0
     config = (out / "config.yaml").read_text().replace("pretrained: null", "pretrained: random")
     (out / "config.yaml").write_text(config)
@@ -159,7 +159,7 @@ def test_pretrained_executes_no_pickle(tmp_path, capsys):
 def test_load_weights_refuses_file_without_weights(tmp_path, content):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(InputError, match="not usable as weights"):
-        load_weights(glyph_tiny.load()[0], tmp_path / "model.pt")
+        load_weights(pictogram_tiny.load()[0], tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(
@@ -167,16 +167,16 @@ def test_load_weights_refuses_file_without_weights(tmp_path, content):
     [
         ({"positional_embedding": torch.zeros(32, 80)}, "text pos_embed width changed!"),
         ({"ln_final.weight": torch.zeros(80)}, "size mismatch for ln_final.weight"),
-        ({"visual.proj": None}, 'Missing key(s) in state_dict: "visual.proj"'),
+        ({"text_projection": None}, 'Missing key(s) in state_dict: "text_projection"'),
     ],
     ids=["width", "size", "missing"],
 )
 def test_load_weights_refuses_those_of_other_model(tmp_path, change, reason):
-    weights = {name: value for name, value in (glyph_tiny.state_dict() | change).items() if value is not None}
+    weights = {name: value for name, value in (pictogram_tiny.state_dict() | change).items() if value is not None}
     save_file(weights, tmp_path / "model.safetensors")
     message = f"not usable as weights of this model: they are those of another ({reason}"
     with pytest.raises(InputError, match=f"{re.escape(message)}.*Pass the `model` of the weights") as caught:
-        load_weights(glyph_tiny.load()[0], tmp_path / "model.safetensors")
+        load_weights(pictogram_tiny.load()[0], tmp_path / "model.safetensors")
     assert "\n" not in str(caught.value)
 
 
@@ -186,7 +186,7 @@ def test_load_model_names_missing_tokenizer(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(open_clip, "get_tokenizer", get_tokenizer)
     error = fails(["tune", "--out", tmp_path / "run"], capsys)
-    assert "tokenizer of glyph-tiny" in error and "couldn't connect" in error and "pip install" in error
+    assert "tokenizer of pictogram-tiny" in error and "couldn't connect" in error and "pip install" in error
 
 
 def test_load_model_architecture_only(monkeypatch):

@@ -59,7 +59,7 @@ def test_wandb_calls(monkeypatch, tmp_path):
     wandb = Recorded("wandb")
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    (logger,) = open_loggers(("wandb", "none"), TuneConfig().identity(), tmp_path)
+    (logger,) = open_loggers(("wandb", "none"), TuneConfig(shots=16).identity(), tmp_path)
     logger.write(ROW)
     logger.close()
     assert [name for name, _, _ in wandb.calls] == ["init", "log", "finish"]

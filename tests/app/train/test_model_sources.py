@@ -61,7 +61,7 @@ def test_local_dir(folder, tmp_path):
 def test_load_model_leaves_the_root_logger_as_it_is(monkeypatch):
     """With a handler, warnings that a console shows would be on stderr too."""
     monkeypatch.setattr(logging.root, "handlers", [])
-    model.load_model("glyph-tiny", None, CPU)
+    model.load_model("pictogram-tiny", None, CPU)
     assert not logging.root.handlers
 
 
@@ -162,7 +162,7 @@ def test_transformers_folder(converted):
 
 def test_tune_model_of_transformers(converted, tmp_path):
     folder, _, _ = converted
-    changes = {"data": "glyphs:greek", "classes": 4, "shots": 1, "epochs": 1, "model": f"local-dir:{folder}"}
+    changes = {"data": "pictograms:food", "classes": 4, "shots": 1, "epochs": 1, "model": f"local-dir:{folder}"}
     metrics = tune(small(tmp_path / "run", **changes))
     assert metrics["steps"] > 0
     assert evaluate_run(tmp_path / "run", trust=True) == metrics["tuned"]

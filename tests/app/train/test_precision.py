@@ -33,7 +33,7 @@ def test_half_precision_keeps_accuracy(run, tmp_path):
 
 
 def test_bf16_sr_keeps_logit_scale():
-    model, _, _ = load_model("glyph-tiny", None, CPU)
+    model, _, _ = load_model("pictogram-tiny", None, CPU)
     scale = model.logit_scale.exp().item()
     MixedPrecision("bf16-sr", CPU).prepare(model)
     assert model.logit_scale.exp().item() == scale

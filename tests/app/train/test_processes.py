@@ -34,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "ragged": {"batch_size": 23, "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "sampler": "random"},
     "cached": {"cache": Path("cache"), "views": 3, "precision": "bf16", "epochs": 1},
-    "validated": {"validation": "split", "classes": 6},
+    "validated": {"validation": 0.5, "classes": 12},
 }
 
 
@@ -58,7 +58,7 @@ def config_of(name: str, folder: Path, **changes: Any) -> TuneConfig:
 def killed(out: Path) -> subprocess.CompletedProcess[str]:
     """Tune under torchrun in two processes, the second of which is killed in the second epoch."""
     launch = f"-m torch.distributed.run --standalone --nproc-per-node 2 -m {fail_at_step.__name__} 9"
-    settings = "tune --data glyphs --shots 4 --classes 12 --epochs 2 --device cpu --out"
+    settings = "tune --data pictograms --shots 2 --classes 24 --epochs 2 --device cpu --out"
     command = [sys.executable, *launch.split(), *settings.split(), str(out)]
     # Less than the timeout of the group, for which the other process would wait.
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)

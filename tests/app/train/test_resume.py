@@ -55,8 +55,8 @@ def test_resume_refuses_pipe(run, tmp_path, name):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"classes": 6, "decay": 2.0, "precision": "bf16-sr"}, {"classes": 6, "fused_optimizer": True},
-     {"classes": 6, "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5,
+    [{"classes": 12, "decay": 2.0, "precision": "bf16-sr"}, {"classes": 12, "fused_optimizer": True},
+     {"classes": 12, "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5,
       "sampler": "random", "skip_layers": 0, "delta": True}],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
 )  # fmt: skip
@@ -79,7 +79,7 @@ def test_resume_restores_global_generator(tmp_path, monkeypatch):
 
 
 def test_resume_continues_views_of_cache(tmp_path):
-    changes = {"refresh": "epoch", "epochs": 3, "classes": 6}
+    changes = {"refresh": "epoch", "epochs": 3, "classes": 12}
     tune(small(tmp_path / "whole", cache=tmp_path / "first", **changes))
     stopped(tmp_path / "cut", step=5, cache=tmp_path / "second", **changes)
     tune(small(tmp_path / "cut", cache=tmp_path / "second", resume=True, **changes))
@@ -103,7 +103,7 @@ def test_resume_by_folder(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--shots", 3], "shots is 4 in the run in"), (["--out", "elsewhere"], "continues in RUN; leave out --out"),
+    [(["--shots", 3], "shots is 2 in the run in"), (["--out", "elsewhere"], "continues in RUN; leave out --out"),
      (["--overwrite"], "pass only one")],
 )  # fmt: skip
 def test_resume_by_folder_refuses_settings(copy, arguments, message, capsys):
@@ -164,14 +164,14 @@ def test_run_of_version_0_2_is_complete(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shots": 3}, "shots is 4 in the run in .*, and 3 here"),
+        ({"shots": 3}, "shots is 2 in the run in .*, and 3 here"),
         ({"epochs": 5}, "epochs is 2 in the run in .*, and 5 here"),
         ({"method": "full"}, "method is 'skip' in"),
         ({"delta": True}, "delta is False in"),
     ],
 )
 def test_resume_refuses_other_settings(copy, changes, message, capsys):
-    arguments = {"shots": 4, "classes": 12, "epochs": 2, "out": copy, **changes}
+    arguments = {"shots": 2, "classes": 24, "epochs": 2, "out": copy, **changes}
     flags = [[f"--{k.replace('_', '-')}", *([] if v is True else [v])] for k, v in arguments.items()]
     said = fails(["tune", "--resume", *(part for flag in flags for part in flag)], capsys)
     assert re.search(message, said), said
@@ -186,7 +186,7 @@ def test_resume_refuses_damaged_checkpoint(copy, capsys):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    arguments = ["--shots", 4, "--classes", 12, "--epochs", 2, "--out", copy]
+    arguments = ["--shots", 2, "--classes", 24, "--epochs", 2, "--out", copy]
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     assert "training.pt does not match checkpoint.json" in fails(["tune", "--resume", *arguments], capsys)
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before, "nothing is lost"
@@ -202,5 +202,5 @@ def test_read_metrics_refuses_damaged_file(tmp_path):
 
 def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "digest_tensors", lambda named: "others")
-    message = fails(["tune", "--resume", "--shots", 4, "--classes", 12, "--epochs", 2, "--out", copy], capsys)
+    message = fails(["tune", "--resume", "--shots", 2, "--classes", 24, "--epochs", 2, "--out", copy], capsys)
     assert "the training images differ" in message

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.demo import glyphs
 from skipkernels.app.methods import METHODS
 from skipkernels.app.train import evaluate_run, optimizers, trainer, tune
 from skipkernels.app.train.model import load_model
@@ -25,11 +24,11 @@ from skipkernels.optimizer import FusedSGD
 from tests.app.runs import files, losses, results, rows, small, without_cost
 
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html"}
-FILES |= {"classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
+FILES |= {"few_shot.json", "classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
 
 
 def first_weights() -> dict[str, torch.Tensor]:
-    return load_model("glyph-tiny", None, torch.device("cpu"))[0].state_dict()
+    return load_model("pictogram-tiny", None, torch.device("cpu"))[0].state_dict()
 
 
 def test_tune_files_and_metrics(run):
@@ -39,8 +38,8 @@ def test_tune_files_and_metrics(run):
     assert [row["epoch"] for row in rows(folder)] == [1, 2]
     assert rows(folder)[-1]["accuracy"] == metrics["tuned"]
     assert metrics["status"] == "complete" and metrics["steps"] == 12 and metrics["protocol"] == "base-to-new"
-    assert metrics["classes"] == {"base": 6, "new": 6} and set(metrics["tuned"]) == {"base", "new", "harmonic"}
-    assert metrics["kept_classes"] == 5  # four kept, and one of two in the tail
+    assert metrics["classes"] == {"base": 12, "new": 12} and set(metrics["tuned"]) == {"base", "new", "harmonic"}
+    assert metrics["kept_classes"] == 7  # six kept, and one of six in the tail
     assert metrics["cost"]["peak_memory_mib"] > metrics["cost"]["baseline_memory_mib"] * 0.5 > 50
     html = (folder / "report.html").read_text()
     assert "<svg" in html and "data:image/png" in html and not re.search(r"""(src|href)=["']?(https?:|//)""", html), (
@@ -76,13 +75,12 @@ def test_tune_says_why_steps_are_not_graphed(tmp_path, monkeypatch):
     assert "note: steps run without a CUDA graph: clip_grad_norm" in " ".join(console.file.getvalue().split())
 
 
-def test_tune_beats_zero_shot_on_unseen_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(glyphs, "_TEST_IMAGES", 12)  # as in other runs: of four, the gain is 8 points
-    metrics = tune(TuneConfig(shots=8, epochs=2, device="cpu", out=tmp_path))
+def test_tune_beats_zero_shot_on_drawings_of_another_designer(tmp_path):
+    metrics = tune(TuneConfig(data="pictograms:objects", epochs=3, device="cpu", out=tmp_path))
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
-    assert zero_shot["base"] > 20, "ten times chance over 50 classes"
+    assert zero_shot["base"] > 20, "25 times chance over 131 classes"
     assert tuned["base"] > zero_shot["base"] + 8
-    assert tuned["new"] > zero_shot["new"] - 2
+    assert tuned["new"] > zero_shot["new"]
     assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
 
 
@@ -104,18 +102,18 @@ def test_eval_notes_run_in_progress(run, capsys):
 
 def test_eval_on_other_data(run, capsys):
     folder, _ = run
-    arguments = ["eval", str(folder), "--data", "glyphs:greek", "--protocol", "few-shot", "--json"]
+    arguments = ["eval", str(folder), "--data", "pictograms:food", "--protocol", "few-shot", "--json"]
     assert main(arguments) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["all"]
 
 
 def test_open_clip_loads_checkpoint(run):
     folder, metrics = run
-    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
+    model, _, preprocess = open_clip.create_model_and_transforms("pictogram-tiny")
     open_clip.load_checkpoint(model, str(folder / "model.safetensors"))
     base = build_task(small(folder), preprocess).tests[0]
     images, labels = zip(*base.images, strict=True)
-    tokens = open_clip.get_tokenizer("glyph-tiny")(base.prompts[0])
+    tokens = open_clip.get_tokenizer("pictogram-tiny")(base.prompts[0])
     with torch.no_grad():
         answers = model.eval().get_logits(torch.stack(images), tokens)[0].argmax(dim=1)
     assert 100 * (answers == torch.tensor(labels)).double().mean().item() == pytest.approx(
@@ -131,8 +129,8 @@ def test_tune_is_deterministic(run, tmp_path):
     again = tune(small(tmp_path / "again", log_every=1))
     assert torch.rand(1) == expected, "the caller's generator is restored"
     assert without_cost(again) == without_cost(metrics) and losses(tmp_path / "again") == losses(folder)
-    other = tune(small(tmp_path / "other", seed=1))
-    assert other["tuned"] != metrics["tuned"] or other["zero_shot"] != metrics["zero_shot"]
+    tune(small(tmp_path / "other", seed=1))
+    assert losses(tmp_path / "other") != losses(folder)
 
 
 @pytest.mark.parametrize(
@@ -154,15 +152,15 @@ def test_tune_changes_weights_above_cut_only(run):
     before, after = first_weights(), load_file(folder / "model.safetensors")
     moved = {name for name in before if not before[name].equal(after[name])}
     assert not any(
-        name.startswith(("visual.conv1", "token_embedding", "visual.transformer.resblocks.2")) for name in moved
+        name.startswith(("visual.trunk.patch_embed", "token_embedding", "visual.trunk.blocks.1")) for name in moved
     )
-    assert "visual.transformer.resblocks.3.mlp.c_fc.weight" in moved and "text_projection" in moved
+    assert "visual.trunk.blocks.2.mlp.fc1.weight" in moved and "text_projection" in moved
     assert "logit_scale" not in moved
 
 
 def test_tune_full_changes_all_weights(tmp_path):
     metrics = tune(small(tmp_path, method="full", epochs=1))
-    assert metrics["kept_classes"] == 6
+    assert metrics["kept_classes"] == 12
     assert evaluate_run(tmp_path) == metrics["tuned"]
     before, after = first_weights(), load_file(tmp_path / "model.safetensors")
     assert {name for name in before if before[name].equal(after[name])} <= {"logit_scale"}
@@ -170,9 +168,9 @@ def test_tune_full_changes_all_weights(tmp_path):
 
 def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
     folder, metrics = run
-    arguments = ["tune", "--shots", "4", "--classes", "12", "--epochs", "2", "--delta", "--out", str(tmp_path / "run")]
+    arguments = ["tune", "--shots", "2", "--classes", "24", "--epochs", "2", "--delta", "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
-    assert re.search(r"delta.safetensors, 3\.\d of 24\.5 MiB", capsys.readouterr().out)
+    assert re.search(r"delta.safetensors, \d\.\d of 33\.6 MiB", capsys.readouterr().out)
     whole, delta = load_file(folder / "model.safetensors"), load_file(tmp_path / "run" / "delta.safetensors")
     before = first_weights()
     assert set(delta) == {name for name in before if not before[name].equal(whole[name])}
@@ -186,10 +184,9 @@ def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
     "changes",
     [{"skip_layers": 0, "classes": 2}, {"skip_layers": 1.0, "classes": 3}, {"preset": "reference"},
      {"tail": "fixed", "memory": "min", "sampler": "random", "batch_size": 5, "clip_grad_norm": 1.0,
-      "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("the sign {}.", "{}")},
-     {"protocol": "few-shot"}, {"protocol": "cross-dataset", "targets": ("glyphs:greek",), "classes": 6},
-     {"protocol": "domain-generalization", "classes": 4}],
-    ids=["no cut", "all skipped", "reference", "several", "few-shot", "cross-dataset", "domain-generalization"],
+      "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("a sign of a {}.", "{}")},
+     {"protocol": "few-shot"}, {"protocol": "cross-dataset", "targets": ("pictograms:food",), "classes": 6}],
+    ids=["no cut", "all skipped", "reference", "several", "few-shot", "cross-dataset"],
 )  # fmt: skip
 def test_tune_options(tmp_path, changes):
     metrics = tune(small(tmp_path, **{"epochs": 1, **changes}))
@@ -203,7 +200,7 @@ def test_tune_options(tmp_path, changes):
     + [("lora", True), ("linear-probe", True)],
 )
 def test_tune_methods(run, tmp_path, method, delta):
-    trains = METHODS[method].recipe("glyph-tiny", "base-to-new", 4).epochs > 0
+    trains = METHODS[method].recipe("pictogram-tiny", "base-to-new", 4).epochs > 0
     metrics = tune(small(tmp_path, method=method, epochs=1 if trains else None, delta=delta))
     assert metrics["zero_shot"] == run[1]["zero_shot"], "the pretrained model"
     assert evaluate_run(tmp_path) == metrics["tuned"]
@@ -219,7 +216,8 @@ def test_tune_methods(run, tmp_path, method, delta):
 
 def test_load_model_random_weights_follow_seed():
     first, again, other = (
-        load_model("glyph-tiny", "random", torch.device("cpu"), seed=seed)[0].positional_embedding for seed in (1, 1, 2)
+        load_model("pictogram-tiny", "random", torch.device("cpu"), seed=seed)[0].positional_embedding
+        for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
 

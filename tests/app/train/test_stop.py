@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
-from skipkernels.app.demo import glyph_tiny, glyphs
+from skipkernels.app.demo import pictogram_tiny, pictograms
 from skipkernels.app.methods.base import StepOutput
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import check, checkpoint, evaluate_run, tune
@@ -35,7 +35,7 @@ from tests.app.runs import fails, files, rows, small, stopped
 from tests.app.train.test_checkpoint import CLASSIFIER, Epoch, Killed, until_killed
 from tests.streams import Broken
 
-ARGUMENTS = ["tune", "--shots", "4", "--classes", "12"]
+ARGUMENTS = ["tune", "--shots", "2", "--classes", "24"]
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def at_step(monkeypatch):
 
 def test_interrupt_keeps_last_epoch(tmp_path, capsys):
     stopped(tmp_path)
-    assert files(tmp_path) == {"config.yaml", "metrics.jsonl", "checkpoint", "open_clip_config.json"}
+    assert files(tmp_path) == {"config.yaml", "few_shot.json", "metrics.jsonl", "checkpoint", "open_clip_config.json"}
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"] and len(rows(tmp_path)) == 1
     assert main(["eval", str(tmp_path)]) == 0
     note = f"note: the run was stopped before its end; continue it with skipkernels tune --resume {tmp_path}"
@@ -64,7 +64,7 @@ def test_interrupt_keeps_last_epoch(tmp_path, capsys):
 
 def test_interrupt_before_first_epoch(tmp_path):
     stopped(tmp_path, step=1)
-    assert files(tmp_path) == {"config.yaml", "open_clip_config.json"}
+    assert files(tmp_path) == {"config.yaml", "few_shot.json", "open_clip_config.json"}
     with pytest.raises(InputError, match=r"classifier\.json: no such file\. A run has it after its first epoch\."):
         evaluate_run(tmp_path)
     with pytest.raises(InputError, match=r"metrics\.json: no such file\. A run has it when it is complete"):
@@ -158,7 +158,7 @@ def test_infinite_logits_diverge(tmp_path, capsys):
 
 
 def test_infinite_logits_of_pretrained_weights(tmp_path, capsys):
-    weights = {name: tensor * 1e30 for name, tensor in glyph_tiny.state_dict().items()}
+    weights = {name: tensor * 1e30 for name, tensor in pictogram_tiny.state_dict().items()}
     save_file(weights, tmp_path / "large.safetensors")
     arguments = [*ARGUMENTS, "--pretrained", tmp_path / "large.safetensors", "--out", tmp_path / "run"]
     assert "embeddings of texts are not finite" in fails(arguments, capsys)
@@ -187,8 +187,10 @@ def test_report_failure_is_note(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, {"method": "lora", "preset": "reference"}], ids=["skip", "lora"])
 def test_check_opens_data_once(tmp_path, monkeypatch, changes):
-    opened, open_glyphs = [], glyphs.open_glyphs
-    monkeypatch.setattr(glyphs, "open_glyphs", lambda *args, **how: opened.append(args) or open_glyphs(*args, **how))
+    opened, open_now = [], pictograms.open_pictograms
+    monkeypatch.setattr(
+        pictograms, "open_pictograms", lambda *args, **how: opened.append(args) or open_now(*args, **how)
+    )
     check(small(tmp_path / "run", epochs=None, **changes))
     assert len(opened) == 1
 

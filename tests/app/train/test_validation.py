@@ -9,10 +9,10 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.train import checkpoint, evaluate_run, tune
 from skipkernels.app.train.run import Run
-from tests.app.runs import TEST_IMAGES, files, results, rows, small, stopped
+from tests.app.runs import files, results, rows, small, stopped
 
 ACCURACIES = {1: 50.0, 2: 70.0, 3: 70.0, 4: 60.0}  # by epoch; of equal ones the last is kept
-CHANGES = {"validation": "split", "epochs": 6, "patience": 2, "classes": 6, "shots": 2}
+CHANGES = {"validation": 0.5, "epochs": 6, "patience": 2, "classes": 12, "shots": 1}
 STEP = 8  # of the fourth epoch, of two steps each
 
 
@@ -50,7 +50,7 @@ def test_best_epoch_is_kept(whole):
     assert all(kept[name].equal(weights[2][name]) for name in kept)
     assert not all(kept[name].equal(weights[3][name]) for name in kept)
     assert metrics["tuned"] == rows(folder)[2]["accuracy"] == evaluate_run(folder)
-    assert metrics["validation"]["images"] == 3 * TEST_IMAGES and 0 <= metrics["validation"]["tuned"] <= 100
+    assert metrics["validation"]["images"] == 6 and 0 <= metrics["validation"]["tuned"] <= 100
     assert [row["validation"] for row in rows(folder)] == list(ACCURACIES.values())
 
 
