@@ -132,7 +132,7 @@ def test_best_setting_is_that_of_the_search():
 
 def test_reported_runs_have_every_omega():
     found = rows([row(m, 10, 1.0, phase="search", setting=c.name) for m, of in runs.CANDIDATES.items() for c in of])
-    planned = list(reported(BY_NAME["all"], 0, found))
+    planned = list(reported(BY_NAME["all"], 0, found, runs.CANDIDATES))
     assert sorted(run.name for run in planned) == sorted(summary.METHODS)
     assert [run.config().skip_layers for run in planned[:3]] == [0.25, 0.5, 0.75]
     configs = {run.name: run.config() for run in planned}

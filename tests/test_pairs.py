@@ -228,5 +228,5 @@ def test_example_improves_recall(capsys):
     main = runpy.run_path(str(EXAMPLES / "tune_pairs.py"))["main"]
     before, after = main(["--epochs", "2"])
     for then, now in zip(before, after, strict=True):
-        assert now[5] > then[5] + 0.05
+        assert now[5] > then[5] + 0.03
     assert "image to text" in capsys.readouterr().out

@@ -28,7 +28,7 @@ TRAINERS = tuple(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.command(__doc__)
     parser.add_argument("--trainer", nargs="+", choices=TRAINERS, default=TRAINERS, metavar="NAME", help="default: all")
-    parser.add_argument("--quick", action="store_true", help="pictogram-tiny, without a measurement of ViT-B/16")
+    parser.add_argument("--quick", action="store_true", help="vit-tiny, without a measurement of ViT-B/16")
     args = parser.parse_args(arguments)
     args.device = measure.CPU
     for name in args.trainer:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import skipkernels as sk
-from skipkernels.app.train.model import load_model
+from skipkernels.app.train.model import RANDOM, load_model
 from skipkernels.selection import RankSampler
 from skipkernels.testing import relative_error, saved_storages
 
@@ -130,13 +130,13 @@ class Problem(NamedTuple):
 
 
 def small_problem(steps: int = 20, classes: int = 12, batch_size: int = 2) -> Problem:
-    """pictogram-tiny with its weights, on random images; all classes are kept."""
-    model, _, tokenizer = load_model("pictogram-tiny", None, CPU)
+    """vit-tiny with random weights and images; all classes are kept."""
+    model, _, tokenizer = load_model("vit-tiny", RANDOM, CPU)
     tokens = tokenizer([f"a photo of a {name}." for name in class_names(classes)])
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(steps * batch_size, 3, *model.visual.image_size, generator=generator)
     labels = torch.randint(classes, (steps,), generator=generator).repeat_interleave(batch_size)
-    return Problem("pictogram-tiny", model, tokens, images, labels, batch_size, 2, 1.0, 1e-2)
+    return Problem("vit-tiny", model, tokens, images, labels, batch_size, 2, 1.0, 1e-2)
 
 
 def full_problem(model: str = "ViT-B-16", classes: int = 500, batch_size: int = 4, steps: int = 4) -> Problem:

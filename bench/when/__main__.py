@@ -33,7 +33,7 @@ from typing import Any
 from .. import measure, tables
 from . import summary
 from .rows import Rows, reported
-from .runs import curve, searched
+from .runs import CANDIDATES, curve, searched
 from .tasks import SHIFTS, Shift
 
 
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = measure.command(__doc__)
     names = [shift.name for shift in SHIFTS]
     parser.add_argument("--tasks", nargs="+", default=names, choices=names, metavar="TASK")
+    parser.add_argument("--methods", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="runs beside each other")
     parser.add_argument("--without-words", type=Path, metavar="FILE")
@@ -73,9 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_study(shifts: Sequence[Shift], args: argparse.Namespace) -> None:
     """Run what has no row, first the search, then the report."""
     found = Rows(save=not args.no_save)
-    found.run(searched(), args.workers, "search")
+    found.run(searched(args.methods), args.workers, "search")
     seeds = range(1 if args.cost else args.seeds)
-    report = [run for seed in seeds for shift in shifts for run in reported(shift, seed, found, **files(shift, args))]
+    report = [
+        run
+        for seed in seeds
+        for shift in shifts
+        for run in reported(shift, seed, found, args.methods, **files(shift, args))
+    ]
     if args.cost:
         Rows(save=not args.no_save, kind="when_cost", execute=curve).run(report, 1, "cost")
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
@@ -62,7 +62,8 @@ class Rows:
         return max(candidates, key=lambda c: statistics.fmean(found[c.name])) if len(candidates) > 1 else candidates[0]
 
 
-def reported(shift: Shift, seed: int, found: Rows, **settings: Any) -> Iterator[Run]:
+def reported(shift: Shift, seed: int, found: Rows, methods: Collection[str], **settings: Any) -> Iterator[Run]:
     """The reported runs of a task with a seed, with the settings of the search, and further fields of a `Run`."""
     for name, variant in (VARIANTS_OF_ALL if shift.name == "all" else VARIANTS).items():
-        yield Run(shift, name, variant, found.best(variant.method), "report", seed, **settings)
+        if variant.method in methods:
+            yield Run(shift, name, variant, found.best(variant.method), "report", seed, **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,13 +56,13 @@ CANDIDATES: dict[str, list[Candidate]] = {
     "linear-probe": [Candidate("fit", 0.0, 0.0)],
 }
 # Epochs, images per batch and sampler. "One class": the batches of the published recipe, here of the two images of a
-# class. The steps of CLIP-Adapter and CoOp are short, so they have more.
+# class. The steps of CLIP-Adapter are short, so it has more.
 SCHEDULES = {
     "sgd": (8, 4, "random"),
     "adamw": (8, 16, "random"),
     "skip, one class": (8, 2, "class_pure"),
     "clip-adapter": (100, 32, "random"),
-    "coop": (40, 32, "random"),
+    "coop": (10, 32, "random"),
 }
 
 
@@ -137,10 +137,10 @@ class Run:
         return TuneConfig(**common | dict(self.variant.changes)).resolved()
 
 
-def searched() -> Iterator[Run]:
+def searched(methods: Collection[str]) -> Iterator[Run]:
     """The runs of the search: every candidate of each method on all names."""
     for method, candidates in CANDIDATES.items():
-        for candidate in candidates if len(candidates) > 1 else ():
+        for candidate in candidates if len(candidates) > 1 and method in methods else ():
             for seed in SEARCH_SEEDS:
                 yield Run(tasks.Shift("all"), method, Variant(method), candidate, "search", seed)
 

@@ -138,17 +138,18 @@ class TrainingOptions:
     """Schedule and optimizer. By default those of the method."""
 
     epochs: int | None = None
-    """Passes over the training images. For skip 20, or 8 on pictogram-tiny."""
+    """Passes over the training images. For skip 20; for pictogram-tiny 8."""
     batch_size: int | None = option(None, ge=1)
-    """Images per step. For skip 4."""
+    """Images per step. For skip 4; for pictogram-tiny 16."""
     sampler: SamplerKind | None = None
     """class_pure: batches of a single class if it has enough images. random: mixed batches. sequential: in order."""
     optimizer: str | None = None
-    """sgd: fused SGD with momentum. torch-sgd, or a class of torch.optim such as AdamW."""
+    """sgd: fused SGD with momentum. torch-sgd, or a class of torch.optim such as AdamW. By default sgd for
+    skip; adamw for pictogram-tiny."""
     text_lr: float | None = option(None, ge=0, methods="rates")
-    """Learning rate of the text tower. For skip 2e-5; on pictogram-tiny LR."""
+    """Learning rate of the text tower. For skip 2e-5; for pictogram-tiny 3e-4."""
     image_lr: float | None = option(None, ge=0, methods="rates")
-    """Learning rate of the image tower. For skip 5e-6; on pictogram-tiny LR."""
+    """Learning rate of the image tower. For skip 5e-6; for pictogram-tiny 3e-4."""
     patience: int | None = option(None, ge=1)
     """Stop after this number of epochs without a higher validation accuracy. By default never."""
     warmup_epochs: int | None = option(None, ge=0)

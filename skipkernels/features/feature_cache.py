@@ -44,8 +44,8 @@ class FeatureCache(Dataset):
         >>> cache = sk.FeatureCache.build(tempfile.mkdtemp(), clip, images, dtype="bf16", progress=False)
         >>> for features, labels in cache.loader(batch_size=3, sampler="class_pure"):
         ...     print(features.dtype, list(features.shape), labels.unique().numel(), clip(features, labels).loss.ndim)
-        torch.float32 [3, 65, 128] 1 0
-        torch.float32 [3, 65, 128] 1 0
+        torch.float32 [3, 17, 128] 1 0
+        torch.float32 [3, 17, 128] 1 0
     """
 
     def __init__(self, rows: Rows, labels: Tensor, *, views: int = 1):

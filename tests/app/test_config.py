@@ -100,7 +100,7 @@ def test_resolved_uses_published_recipe():
     config = TuneConfig(model="ViT-B-16", pretrained="random").resolved()
     assert (config.epochs, config.text_lr, config.image_lr, config.warmup_lr) == (20, 2e-5, 5e-6, 1e-6)
     assert (config.batch_size, config.sampler, config.tail, config.optimizer) == (4, "class_pure", "resample", "sgd")
-    assert TuneConfig().resolved().text_lr == 4e-3
+    assert TuneConfig().resolved().text_lr == 4e-3, "of `published_optimizer`"
 
 
 @pytest.mark.parametrize(

@@ -96,4 +96,4 @@ def test_example(name, tmp_path):
     tune = runpy.run_path(str(ROOT / "examples" / f"trainer_{name}.py"))["tune"]
     torch.manual_seed(0)  # the order of the images
     before, after = tune(*([] if name == "accelerate" else [str(tmp_path)]), epochs=2, classes=6)
-    assert 0.7 < before <= after
+    assert 0.5 < before <= after

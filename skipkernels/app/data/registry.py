@@ -126,7 +126,7 @@ def open_source(
         >>> len(source.classes), source.prompts[0][0]
         (130, 'an icon of a amphora')
         >>> source.subset_classes([1, 0]).images("train").labels
-        [0, 0, 1, 1]
+        [1, 1, 0, 0]
     """
     kind, _, name = data.partition(":")
     if kind in _KINDS:

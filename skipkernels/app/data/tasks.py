@@ -146,7 +146,7 @@ def load_task(
     Example:
         >>> task = load_task("pictograms:food", protocol="base-to-new", shots=4, classes=20, seed=1)
         >>> [(test.name, len(test.classes)) for test in task.tests], len(task.train), task.tests[1].prompts[0][0]
-        ([('base', 10), ('new', 10)], 20, 'an icon of a hot pepper')
+        ([('base', 10), ('new', 10)], 20, 'an icon of a hamburger')
     """
     if protocol not in get_args(Protocol):
         raise InputError(
