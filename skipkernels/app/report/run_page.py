@@ -129,7 +129,8 @@ def _kept_epoch(metrics: Mapping[str, Any]) -> str:
 
 
 def _top_plots(metrics: Mapping[str, Any], names: list[str], tests: Sequence[TestPredictions]) -> list[DotPlot]:
-    if len(names) <= _TOP_PLOTS:
+    # Of a single image per class, accuracies are 0 and 100 %.
+    if len(names) <= _TOP_PLOTS and any(found.images > 1 for test in tests for found in class_results(test)):
         return with_one_axis([_class_plot(test) for test in tests])
     rows = [
         DotRow(name, before, after if finite(after) else None, plural(metrics["classes"][name], "class", "classes"))

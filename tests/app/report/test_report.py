@@ -190,6 +190,17 @@ def test_report_galleries_show_top_classes_and_shape():
     assert fixed.count('class="correct"') == 1 and fixed.count("<img") == 1
 
 
+def test_report_of_one_image_per_class_has_no_plot_of_classes():
+    labels = list(range(9))
+    shown = Page(
+        page(
+            {"classes": {"all": 9}, "zero_shot": {"all": 0.0}, "tuned": {"all": 90.0}},
+            tests=[of(labels, [0] * 9, labels, 10)],
+        )
+    )
+    assert "accuracy of each test" in shown.text and "all: 10 classes" not in shown.text
+
+
 def test_report_many_classes_and_tests():
     labels = torch.arange(250).repeat_interleave(2)
     after = torch.where(torch.arange(500) % 3 == 0, labels, (labels + 1) % 250)
