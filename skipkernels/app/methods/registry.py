@@ -53,5 +53,12 @@ _METHODS: dict[str, Any] = {
 _MODELS: dict[str, Any] = {
     "pictogram-tiny": "skipkernels.app.demo.pictogram_tiny:PACKAGED",
 }
+_TOWERS = ("skipkernels.app.demo.vit_pictogram",)
 METHODS: Registry[type[Method]] = Registry(_METHODS)
 MODELS: Registry[PackagedModel] = Registry(_MODELS)
+
+
+def register_towers() -> None:
+    """Register the image towers of packaged models in timm, for folders that have such a model."""
+    for module in _TOWERS:
+        importlib.import_module(module)

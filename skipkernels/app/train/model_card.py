@@ -7,6 +7,7 @@ from typing import Any
 
 from ...formatting import escaped
 from ..config import TuneConfig
+from ..methods.registry import MODELS
 from .command_line import command_line
 from .description import NOT_CALIBRATED, Description
 from .notes import weak_result
@@ -43,7 +44,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        _USE[use],
+        _USE[use].replace("import open_clip\n", f"import open_clip\n{_TOWER}") if config.model in MODELS else _USE[use],
     ]
     lines += ["```", "", "## Data and model", ""]
     shots = "" if config.shots == "all" else f", at most {config.shots} per class"
@@ -84,6 +85,7 @@ _OPEN_CLIP = """import open_clip
 
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")"""
+_TOWER = "import skipkernels.app.demo.vit_pictogram  # registers the image tower in timm\n"
 _TRANSFORMERS = """from transformers import CLIPModel, CLIPProcessor
 
 model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")

@@ -9,6 +9,8 @@ import itertools
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
@@ -75,6 +77,13 @@ def test_probabilities_sum_to_one_and_use_the_temperature(run, images, classifie
     assert not sk.Classifier.load(folder, templates=["a {}."], device="cpu").calibrated
     expected = (classifier.logits(images) / 2).softmax(1).sort(1, descending=True).values
     torch.testing.assert_close(cooled.predict(images, top=99).probabilities, expected)
+
+
+def test_run_opens_in_a_new_process(run):
+    """Nothing else has registered the image tower of the packaged model there."""
+    code = f"import skipkernels as sk; print(len(sk.Classifier.load({str(run.folder)!r}, device='cpu').classes))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) == len(run.classes)
 
 
 def test_other_classes_by_their_names(run, photos):
