@@ -99,7 +99,7 @@ def main() -> None:
     DOCS.write_text(text, "utf-8")
     words = names.held_out_words(pool.concrete_names(rows))
     used = [rows[i] for i in pool.choose(rows, pool.training_rows(rows, digests, words))[2]]
-    title = "pictogram-tiny was pre-trained on drawings from"
+    title = "pictogram-tiny was pre-trained on drawings (counted here without the held-out words) from"
     LICENCES.write_text(licences(title, used, json.loads((folder / "sets.json").read_text())), "utf-8")
     print(f"wrote {DOCS.relative_to(ROOT)} and {LICENCES.relative_to(ROOT)}")
 

@@ -58,7 +58,8 @@ def model_card(
         f"- Training images: {images} of `{described.data}`{shots}, protocol `{config.protocol}`, seed {config.seed}.",
         f"- Classes: {classes}{f' and {more:,} more, all in `classifier.json`' if more > 0 else ''}.",
         f"- Prompts: {', '.join(f'`{template}`' for template in templates) or 'one text for each class'}.",
-        f"- Base model: {base}. The tuned weights are a work derived from its weights; see the licence of those.",
+        f"- Base model: {base}. The tuned weights are a work derived from its weights; see the licence of those"
+        + (" (LICENSES-pictograms of skipkernels)." if config.model in MODELS else "."),
         "",
         "## Limits",
         "",
