@@ -7,7 +7,7 @@ The published training is written out from the paper and shares no code with the
 blocks, dense logits, autograd (`tests/naive.py`), a mask over ranks that is drawn once, `torch.optim.SGD` with two
 learning rates, momentum and weight decay, and a cosine that is stepped once per epoch and starts after the warm-up.
 SkipCLIP trains with `tail="fixed"`, `FusedSGD` and the schedule of the tuner. Both see the same batches, each of a
-single class.
+single class if it has enough images: a pictogram has two.
 
 Models, with random weights: vit-tiny on pictograms, and a narrower ViT on random images. Columns
 of bench/results/DEVICE/equivalence.csv, all over the whole training:

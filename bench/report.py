@@ -14,7 +14,6 @@ import argparse
 import itertools
 import math
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -32,8 +31,6 @@ SHOWN = {"model": "ViT-B-16", "B": "4"}  # the steps in tables and pictures
 HEADLINE, FEW, MANY = "1000", "10", "21841"  # classes
 LARGE_BATCH = "32"
 CLAIMED, EVALUATION = ("100", "1000"), {"model": "ViT-B-16", "images": "100", "B": "100"}  # of the claims
-METHODS = {"zero-shot": "zero-shot", "linear-probe": "linear probe", "coop": "CoOp", "clip-adapter": "CLIP-Adapter"}
-METHODS |= {"lora": "CLIP-LoRA", "full": "full fine-tuning", "skip": "Skip Tuning"}
 TRAINERS = {"accelerate": "accelerate", "hugging_face": "Hugging Face Trainer"}
 PARTS = {"image": "image tower", "pairs": "both towers on pairs"}
 FUSED = {"checkpointing": "gradient checkpointing", "compile": "torch.compile"}
@@ -77,16 +74,6 @@ def timed(row: Row, divisor: float = 1, unit: str = "") -> str:
         return f"{reason}: {about[0]}" if about and reason == "not run" else reason
     faster = times(number(row, "faster"))
     return figure(float(row["p50_ms"]) / divisor, unit) + (f" ({faster})" if faster else "")
-
-
-def mean(rows: Sequence[Row], column: str, unit: str = "", digits: int | None = None) -> str:
-    """Mean and standard deviation over seeds; "" if a value is missing or the mean is 0."""
-    values = [value for row in rows if (value := number(row, column)) is not None]
-    if len(values) < len(rows) or not (average := statistics.fmean(values)):
-        return ""
-    digits = (2 if average < 1 else 1 if average < 20 else 0) if digits is None else digits
-    deviation = statistics.stdev(values) if len(values) > 1 else 0
-    return f"{average:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "") + unit
 
 
 def saving(row: Row, first: Row, column: str, divisor: float = 1, unit: str = "") -> str:

@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skipkernels.app.demo.pictogram_tiny import NAME, register
+from skipkernels.app.demo.pictograms import TEMPLATE
 from skipkernels.app.demo.vit_pictogram import Stem
 from skipkernels.folders import replace_tensors, replaced_file
 
 from . import pool as pools
 from .augment import augment, normalize, on_white
 
-TEMPLATE = "an icon of a {}"
 COLUMNS = ("step", "phase", "pairs", "loss", "narrow", "wide", "unknown", "seconds")
 DIRECTIONS = set("left right undo redo next previous forward back backward e letter number".split())  # not mirrored
 

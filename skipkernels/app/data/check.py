@@ -11,7 +11,7 @@ from PIL import Image
 from ...digests import digest_bytes
 from .base import InputError
 from .files import format_names
-from .images import Images, read_all, reason_of, unreadable
+from .images import read_all, reason_of, unreadable
 from .source import Source, Split
 from .tasks import Task
 
@@ -74,9 +74,9 @@ def facts(source: Source, advance: Callable[[], object] = lambda: None) -> list[
     """Read all images of a dataset; `advance` is called after each."""
     found = []
     for split in get_args(Split):
-        images = source.images(split) if source.has_split(split) else None
-        if not isinstance(images, Images):
+        if not source.has_split(split):
             continue
+        images = source.images(split)
         for name, label, result in zip(images.names, images.labels, read_all(images, _examined), strict=True):
             about = split, name, source.classes[label]
             error = isinstance(result, Exception)

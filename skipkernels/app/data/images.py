@@ -278,10 +278,8 @@ def reason_of(error: Exception, name: str) -> str:
     return str(error) if isinstance(error, InputError) else f"{name}: {error!r}"
 
 
-def unreadable(images: Any) -> dict[int, str]:
-    """Return the reason by index for each image that can't be read; nothing for images that are drawn."""
-    if not isinstance(images, Images):
-        return {}
+def unreadable(images: Images) -> dict[int, str]:
+    """Return the reason by index for each image that can't be read."""
     found: dict[int, str] = {}
     for index, result in enumerate(read_all(images, lambda image: None)):
         if isinstance(result, InputError) and result.argument is not None:  # not of the image, but of its label

@@ -53,12 +53,10 @@ _METHODS: dict[str, Any] = {
 _MODELS: dict[str, Any] = {
     "pictogram-tiny": "skipkernels.app.demo.pictogram_tiny:PACKAGED",
 }
-_TOWERS = ("skipkernels.app.demo.vit_pictogram",)
 METHODS: Registry[type[Method]] = Registry(_METHODS)
 MODELS: Registry[PackagedModel] = Registry(_MODELS)
 
 
-def register_towers() -> None:
-    """Register the image towers of packaged models in timm, for folders that have such a model."""
-    for module in _TOWERS:
-        importlib.import_module(module)
+def register_tower() -> None:
+    """Register the image tower of pictogram-tiny in timm, for folders that have such a model."""
+    importlib.import_module("skipkernels.app.demo.vit_pictogram")

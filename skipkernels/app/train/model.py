@@ -26,7 +26,7 @@ from ...formatting import first_line
 from ...options import Preset
 from ..data import InputError
 from ..data.files import absolute_path
-from ..methods.registry import MODELS, register_towers
+from ..methods.registry import MODELS, register_tower
 from .errors import argument_error
 from .hugging_face_model import load_hugging_face
 from .plain_config import OPEN_CLIP, copy_tokenizer, link_weights, read_open_clip_config, save_tokenizer
@@ -125,7 +125,7 @@ def _load_whole(
             "folder of a saved model.",
         )
     if not converted:
-        register_towers()
+        register_tower()
         with tempfile.TemporaryDirectory() as plain, quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
