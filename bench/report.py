@@ -22,7 +22,7 @@ from pathlib import Path
 from skipkernels.ops import OPERATORS
 
 from . import infer, paper_cost, pictures, step
-from .rows import KINDS, MACHINE, PRECISIONS, Device, Row, devices, grouped, number, same_run
+from .rows import KINDS, MACHINE, PRECISIONS, Device, Row, devices, grouped, number, of_all_devices, same_run
 from .when import summary
 
 ROOT = Path(__file__).parents[1]
@@ -283,8 +283,10 @@ def fused(device: Device) -> str:
 
 
 def when(device: Device, name: str) -> str:
-    """A table of the study of when Skip Tuning wins."""
-    study = summary.Study(*map(device.latest_rows, summary.Study._fields))
+    """A table of the study of when Skip Tuning wins, which ran on several CPUs."""
+    if not device.is_cpu:
+        return ""
+    study = summary.Study(*(of_all_devices(device.folder.parent, kind) for kind in summary.Study._fields))
     _, kind, make = summary.TABLES[name]
     rows = getattr(study, kind)
     return table(*make(study)) + origin(kind, rows) if rows else ""

@@ -40,6 +40,7 @@ KINDS = {
     "fuse": Kind("bench.fuse", "model B precision part implementation", "p50_ms"),
     "when": Kind("bench.when", "task method phase seed setting blended", "base"),
     "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),
+    "when_steps": Kind("bench.when --steps", "task method", "step_s"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
     "scale_memory": Kind("bench.scale --measure", "C W B", "class_mib"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s"),
@@ -80,6 +81,11 @@ def devices(results: Path) -> list[Device]:
     """The devices that have rows, GPUs first."""
     found = [Device(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
     return sorted((device for device in found if device.name), key=lambda device: device.is_cpu)
+
+
+def of_all_devices(results: Path, kind: str) -> list[Row]:
+    """The rows of a kind that count, of all devices together: for results that do not depend on the device."""
+    return latest((row for device in devices(results) for row in device.all_rows(kind)), KINDS[kind])
 
 
 def read(path: Path) -> list[Row]:

@@ -69,7 +69,7 @@ def test_drawings_enable_tasks(monkeypatch, drawings):
 
 
 def run_of(name, candidate, shift=SMALL):
-    return runs.Run(shift, name, runs.VARIANTS_OF_ALL[name], candidate, "report", 0)
+    return runs.Run(shift, name, runs.EVERY[name], candidate, "report", 0)
 
 
 def test_run_trains_and_blends(monkeypatch):
@@ -99,6 +99,21 @@ def test_curve_has_a_row_for_each_epoch(monkeypatch):
     monkeypatch.setitem(runs.SCHEDULES, "adamw", (2, 64, "random"))
     found = runs.curve(run_of("skip, image only", runs.Candidate("adamw", 0.0, 1e-3)))
     assert [row["epoch"] for row in found] == [1, 2] and found[0]["train_s"] < found[1]["train_s"]
+
+
+def test_first_steps_end_early(monkeypatch):
+    monkeypatch.setitem(runs.SCHEDULES, "adamw", (2, 4, "random"))
+    (found,) = runs.first_steps(run_of("skip, label smoothing", runs.Candidate("adamw", 1e-3, 1e-3)))
+    classes = (len(tasks.names(SMALL, "report")) + 1) // 2
+    assert (found["classes"], found["batch_size"]) == (classes, 4) and found["step_s"] > 0 and found["train_mib"] > 0
+
+
+def test_many_classes_leave_out_methods_that_take_hours():
+    found = rows([row(m, 10, 1.0, phase="search", setting=c.name) for m, of in runs.CANDIDATES.items() for c in of])
+    shift, methods = BY_NAME["many classes"], runs.CANDIDATES
+    trained, measured = ({run.name for run in reported(shift, 0, found, methods, trains=t)} for t in (True, False))
+    assert measured - trained == {"full", "lora", "coop"} and "skip, K/C = 1" in trained
+    assert {run.config().epochs for run in reported(shift, 0, found, ["skip"])} == {runs.MANY_EPOCHS}
 
 
 def test_linear_probe_is_fitted():
@@ -157,13 +172,12 @@ def test_tables_show_means_and_paired_differences():
             "method": method,
             "steps": "9",
             "train_s": str(seconds),
-            "train_mib": "30",
             "harmonic": str(value),
         }
         for method, points in {"full": [(2, 40), (9, 50)], "skip, ω = ½": [(1, 41), (4, 49)]}.items()
         for seconds, value in points
     ]
     assert summary.cost_table(cost)[1] == [
-        ["all", "Skip Tuning, ω = ½", "9", "4.0 s", "30 MiB", "49.0", "1.0 s", "", ""],
-        ["all", "full fine-tuning", "9", "9.0 s", "30 MiB", "50.0", "2.0 s", "9.0 s", "9.0 s"],
+        ["all", "Skip Tuning, ω = ½", "9", "4.0 s", "49.0", "1.0 s", "", ""],
+        ["all", "full fine-tuning", "9", "9.0 s", "50.0", "2.0 s", "9.0 s", "9.0 s"],
     ]

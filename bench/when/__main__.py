@@ -5,6 +5,7 @@
     python -m bench.when --without-words FILE    also the tasks of known and unknown words
     python -m bench.when --drawings FILE         also the tasks of the file of bench.pictograms.more
     python -m bench.when --cost --tasks all      accuracy over time, on a quiet machine
+    python -m bench.when --steps --tasks all     time and memory of a step, on a quiet machine
     python -m bench.when --print                 the tables of the committed rows
 
 `bench.when.tasks` has the tasks; `docs/when.md` the predictions, made before the runs, and the results. The order of
@@ -16,8 +17,8 @@ the work:
    with each seed. Blends have the mean of the weights before and after tuning (WiSE-FT).
 
 Each run uses one thread; its rows are appended to bench/results/DEVICE/when.csv when it ends, and runs with a row are
-not repeated. Runs share the machine, so their `train_s` is no measurement. --cost runs seed 0 one process at a time,
-and tests after each epoch (when_cost.csv).
+not repeated. Runs share the machine, so their `train_s` is no measurement. --cost and --steps run seed 0, one process
+after the other; --cost tests after each epoch (when_cost.csv), --steps trains for a few steps (when_steps.csv).
 
 The FILE of --without-words has the weights of a model that was pre-trained without the 175 words of docs/pictograms.md.
 """
@@ -33,7 +34,7 @@ from typing import Any
 from .. import measure, tables
 from . import summary
 from .rows import Rows, reported
-from .runs import CANDIDATES, curve, searched
+from .runs import CANDIDATES, curve, first_steps, searched
 from .tasks import SHIFTS, Shift
 
 
@@ -47,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="runs beside each other")
     parser.add_argument("--without-words", type=Path, metavar="FILE")
     parser.add_argument("--drawings", type=Path, metavar="FILE")
-    parser.add_argument("--cost", action="store_true", help="measure accuracy over time with the chosen settings")
+    measured = parser.add_mutually_exclusive_group()
+    measured.add_argument("--cost", action="store_true", help="measure accuracy over time with the chosen settings")
+    measured.add_argument("--steps", action="store_true", help="measure time and memory of a step")
     parser.add_argument("--print", action="store_true", help="print the tables of the rows that there are")
     args = parser.parse_args(arguments)
     args.device = measure.CPU
@@ -72,20 +75,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_study(shifts: Sequence[Shift], args: argparse.Namespace) -> None:
-    """Run what has no row, first the search, then the report."""
+    """Run what has no row, first the search, then the report or the measurements."""
     found = Rows(save=not args.no_save)
     found.run(searched(args.methods), args.workers, "search")
-    seeds = range(1 if args.cost else args.seeds)
+    seeds = range(1 if args.cost or args.steps else args.seeds)
     report = [
         run
         for seed in seeds
         for shift in shifts
-        for run in reported(shift, seed, found, args.methods, **files(shift, args))
+        for run in reported(shift, seed, found, args.methods, trains=not args.steps, **files(shift, args))
     ]
-    if args.cost:
-        Rows(save=not args.no_save, kind="when_cost", execute=curve).run(report, 1, "cost")
-    else:
+    if not (args.cost or args.steps):
         found.run(report, args.workers, "report")
+        return
+    kind, execute = ("when_cost", curve) if args.cost else ("when_steps", first_steps)
+    measured = Rows(save=not args.no_save, kind=kind, execute=execute)
+    for run in report:
+        if run.config().epochs:  # a linear probe has no steps
+            measured.run([run], 1, f"{run.shift.name}, {run.name}")  # in a process of its own, for its memory
 
 
 def files(shift: Shift, args: argparse.Namespace) -> dict[str, Any]:

@@ -12,15 +12,16 @@ import torch
 from rich.progress import track
 
 from .. import measure
-from ..rows import Device
-from .runs import CANDIDATES, VARIANTS, VARIANTS_OF_ALL, Candidate, Run, execute
+from ..rows import of_all_devices
+from .runs import CANDIDATES, KEPT, RECIPES, VARIANTS, Candidate, Run, execute
 from .tasks import Shift
 
 RUN_COLUMNS = ("task", "method", "phase", "seed", "setting")
+_WHOLE_TOWERS = ("full", "lora", "coop")  # train through the whole text tower
 
 
 class Rows:
-    """The rows of this machine. New ones are appended to its files as they are added.
+    """The rows of all machines. New ones are appended to the files of this one as they are added.
 
     Args:
         save: Append to the files.
@@ -29,9 +30,8 @@ class Rows:
     """
 
     def __init__(self, *, save: bool = True, kind: str = "when", execute: Callable[[Run], list[Any]] = execute):
-        device = Device(measure.RESULTS / measure.slug(measure.cpu_name()))
         self._save, self._kind, self._execute = save, kind, execute
-        self.runs = device.latest_rows(kind)
+        self.runs = of_all_devices(measure.RESULTS, kind)
 
     def run(self, runs: Iterable[Run], workers: int, title: str) -> None:
         """Execute the runs that have no row, and append the rows of each when it ends."""
@@ -62,8 +62,14 @@ class Rows:
         return max(candidates, key=lambda c: statistics.fmean(found[c.name])) if len(candidates) > 1 else candidates[0]
 
 
-def reported(shift: Shift, seed: int, found: Rows, methods: Collection[str], **settings: Any) -> Iterator[Run]:
-    """The reported runs of a task with a seed, with the settings of the search, and further fields of a `Run`."""
-    for name, variant in (VARIANTS_OF_ALL if shift.name == "all" else VARIANTS).items():
-        if variant.method in methods:
+def reported(
+    shift: Shift, seed: int, found: Rows, methods: Collection[str], *, trains: bool = True, **settings: Any
+) -> Iterator[Run]:
+    """The reported runs of a task with a seed, with the settings of the search, and further fields of a `Run`.
+
+    Unless a run `trains` to the end, methods that take hours with many classes are among them.
+    """
+    variants = VARIANTS | (KEPT if shift.many else KEPT | RECIPES if shift.name == "all" else {})
+    for name, variant in variants.items():
+        if variant.method in methods and not (trains and shift.many and variant.method in _WHOLE_TOWERS):
             yield Run(shift, name, variant, found.best(variant.method), "report", seed, **settings)

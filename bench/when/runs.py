@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import statistics
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ from . import tasks
 from .tasks import Phase, Shift
 
 SEARCH_SEEDS = (10, 11, 12)
+TIMED_STEPS = 3  # of `first_steps`
 
 
 class Candidate(NamedTuple):
@@ -67,10 +71,11 @@ SCHEDULES = {
 
 
 class Variant(NamedTuple):
-    """A method of the tables: a key of `CANDIDATES`, and further fields of a `TuneConfig`."""
+    """A method of the tables: a key of `CANDIDATES`, further fields of a `TuneConfig`, and label smoothing."""
 
     method: str
     changes: tuple[tuple[str, Any], ...] = ()
+    label_smoothing: float = 0.0
 
 
 VARIANTS = {
@@ -80,11 +85,16 @@ VARIANTS = {
     },
     **{name: Variant(name) for name in CANDIDATES if name not in ("skip", "skip, one class")},
 }
-# Also measured on the task "all": another recipe, and other numbers of kept classes.
-VARIANTS_OF_ALL = VARIANTS | {
+# Other numbers of kept classes, on the tasks "all" and "many classes"; and other recipes, on "all".
+KEPT = {f"skip, K/C = {r:g}": Variant("skip", (("keep_ratio", r), ("max_keep", 10**6))) for r in (0.05, 0.2, 0.5, 1.0)}
+RECIPES = {
     "skip, one class": Variant("skip, one class"),
-    **{f"skip, K/C = {r:g}": Variant("skip", (("keep_ratio", r), ("max_keep", 10**6))) for r in (0.05, 0.2, 0.5, 1.0)},
+    "skip, warm-up": Variant("skip", (("warmup_epochs", 1), ("warmup_lr", 1e-5))),
+    "skip, 16 epochs": Variant("skip", (("epochs", 16),)),
+    "skip, label smoothing": Variant("skip", label_smoothing=0.1),
 }
+EVERY = VARIANTS | KEPT | RECIPES
+MANY_EPOCHS = 2  # of "many classes"
 ACCURACIES = ("base", "new", "harmonic")
 
 
@@ -94,7 +104,7 @@ class Run:
 
     Attributes:
         shift: The task.
-        name: Key of `VARIANTS_OF_ALL`; in the search, of `CANDIDATES`.
+        name: Key of `EVERY`; in the search, of `CANDIDATES`.
         variant: The method.
         candidate: Optimizer and rates.
         phase: Part of the names.
@@ -126,6 +136,7 @@ class Run:
         if method == "linear-probe":
             return TuneConfig(**common).resolved()
         epochs, batch, sampler = SCHEDULES.get(key) or SCHEDULES[optimizer]
+        epochs = min(epochs, MANY_EPOCHS) if self.shift.many else epochs
         common |= {"epochs": epochs, "batch_size": batch, "sampler": sampler, "optimizer": optimizer}
         common |= {"warmup_epochs": 0, "warmup_lr": 0.0}
         if method != "clip-adapter" and part != "image only":
@@ -152,6 +163,8 @@ def setup_of(run: Run) -> RunSetup:
     model, transform, tokenizer = load_model(pictogram_tiny.NAME, str(run.weights), device)
     task = tasks.load(run.shift, run.phase, run.seed, transform, run.drawings)
     method = build_method(config, model, tokenizer, task)
+    if run.variant.label_smoothing:
+        method.clip.label_smoothing = run.variant.label_smoothing
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
     return RunSetup(config, model, tokenizer, MixedPrecision("fp32", device), task, method, zero_shot)
 
@@ -207,15 +220,37 @@ def execute(run: Run) -> list[dict[str, Any]]:
 def curve(run: Run) -> list[dict[str, Any]]:
     """Train, and test after each epoch. Returns a row for each; the seconds are of training only."""
     setup = setup_of(run)
-    evaluator, memory = Evaluator(setup, setup.test_features()), PeakMemory(setup.device)
-    resident, rows = memory.read(), []
+    evaluator, rows = Evaluator(setup, setup.test_features()), []
     for epoch, (steps, seconds) in enumerate(epochs_of(setup), start=1):
-        cost = {"steps": steps, "train_s": round(seconds, 2)}
-        if epoch == 1:  # evaluation needs memory, too
-            peak = round((memory.read() - resident) / 2**20, 1)
         found = rounded(evaluator.evaluate(setup.method).accuracies)
-        rows.append(run.columns | {"epoch": epoch} | found | cost | {"train_mib": peak})
+        rows.append(run.columns | {"epoch": epoch} | found | {"steps": steps, "train_s": round(seconds, 2)})
     return rows
+
+
+def first_steps(run: Run) -> list[dict[str, Any]]:
+    """Train for a few steps. Returns a row with the median time of those after the first, and the peak of memory.
+
+    The memory is that above the process with PyTorch: weights, features, and what the steps need.
+    """
+    memory, ends = PeakMemory(torch.device("cpu")), []
+    resident, setup = memory.read(), setup_of(run)
+    classes = setup.task.tests[0].classes
+    trainer = Trainer(setup.config, setup.method, setup.precision, setup.train_features(), classes)
+
+    def on_step() -> None:
+        ends.append(time.perf_counter())
+        if len(ends) > TIMED_STEPS:
+            raise _Enough
+
+    with contextlib.suppress(_Enough):
+        trainer.epoch(on_step=on_step, on_loss=lambda loss: None)
+    seconds = statistics.median(after - before for before, after in itertools.pairwise(ends))
+    cost = {"step_s": round(seconds, 4), "train_mib": round((memory.read() - resident) / 2**20, 1)}
+    return [run.columns | {"classes": len(classes), "batch_size": setup.config.batch_size} | cost]
+
+
+class _Enough(Exception):
+    """Ends an epoch."""
 
 
 def rounded(accuracies: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..rows import Row
-from .runs import VARIANTS, VARIANTS_OF_ALL
+from .runs import EVERY, VARIANTS
 from .tasks import SHIFTS
 
 REFERENCE_SECONDS = (3, 10, 30)
 ZERO_SHOT, BLENDED = "zero-shot", ", blended"
-METHODS = list(VARIANTS_OF_ALL)
+METHODS = list(EVERY)
 _HALF = "skip, ω = ½"
 _BLENDS = [name for name in VARIANTS if name.startswith("skip") or name in ("full", "lora")]
 SHOWN = [ZERO_SHOT, *METHODS, *(name + BLENDED for name in _BLENDS)]
@@ -58,7 +58,7 @@ def values(rows: Sequence[Row], task: str, variant: str, column: str) -> dict[st
     blended = variant.endswith(BLENDED)
     method = variant.removesuffix(BLENDED)
     if variant == ZERO_SHOT:
-        method, column = "full", f"zero_shot_{column}"
+        method, column = _HALF, f"zero_shot_{column}"
     wanted = {"task": task, "phase": "report", "method": method, "blended": str(int(blended))}
     return {row["seed"]: float(row[column]) for row in rows if wanted.items() <= row.items() and row[column]}
 
@@ -117,7 +117,7 @@ def settings_table(rows: Sequence[Row]) -> Table:
 
 
 def cost_table(cost: Sequence[Row]) -> Table:
-    """Time, memory and harmonic mean at the end, and the time to reach that of full fine-tuning after some seconds."""
+    """Time and harmonic mean at the end, and the time to reach that of full fine-tuning after some seconds."""
     lines = []
     for task in (shift.name for shift in SHIFTS):
         by_method = {name: [row for row in cost if (row["task"], row["method"]) == (task, name)] for name in METHODS}
@@ -128,15 +128,29 @@ def cost_table(cost: Sequence[Row]) -> Table:
                 continue
             curve = [(float(row["train_s"]), float(row["harmonic"])) for row in of]
             reached = [next((s for s, value in curve if goal and value >= goal), None) for goal in goals]
-            end = [
-                of[-1]["steps"],
-                f"{curve[-1][0]:.1f} s",
-                f"{float(of[-1]['train_mib']):.0f} MiB",
-                f"{curve[-1][1]:.1f}",
-            ]
+            end = [of[-1]["steps"], f"{curve[-1][0]:.1f} s", f"{curve[-1][1]:.1f}"]
             lines.append([task, named(method), *end, *(f"{s:.1f} s" if s is not None else "" for s in reached)])
-    header = ["", "", "steps", "training", "memory", "harmonic mean"]
+    header = ["", "", "steps", "training", "harmonic mean"]
     return header + [f"as full after {seconds} s" for seconds in REFERENCE_SECONDS], lines
+
+
+def steps_table(steps: Sequence[Row]) -> Table:
+    """Time of a step and peak of memory by the number of trained classes."""
+    by_case = {(int(row["classes"]), row["method"]): row for row in steps}
+    counts = sorted({classes for classes, _ in by_case})
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return ""
+        return f"{1000 * float(row['step_s']):,.0f} ms, {float(row['train_mib']):,.0f} MiB"
+
+    header = ["", "images per step", *(f"{classes:,} classes" for classes in counts)]
+    lines = [
+        [named(method), of[0]["batch_size"], *(cell(by_case.get((classes, method))) for classes in counts)]
+        for method in METHODS
+        if (of := [row for row in steps if row["method"] == method])
+    ]
+    return header, lines
 
 
 class Study(NamedTuple):
@@ -144,6 +158,7 @@ class Study(NamedTuple):
 
     when: Sequence[Row]
     when_cost: Sequence[Row]
+    when_steps: Sequence[Row]
 
 
 TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
@@ -152,6 +167,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
     "new": ("new, %", "when", lambda study: accuracy_table(study.when, "new")),
     "differences": ("harmonic mean, differences", "when", lambda study: difference_table(study.when)),
     "settings": ("chosen settings", "when", lambda study: settings_table(study.when)),
-    "cost": ("time and memory of training", "when_cost", lambda study: cost_table(study.when_cost)),
+    "cost": ("time of training", "when_cost", lambda study: cost_table(study.when_cost)),
+    "steps": ("time and memory of a step", "when_steps", lambda study: steps_table(study.when_steps)),
 }
 """The tables by name: title, kind of the rows, and function of the rows."""

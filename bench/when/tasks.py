@@ -41,6 +41,11 @@ class Shift:
     words: Literal["all", "known", "unknown"] = "all"
     packaged: bool = True
 
+    @property
+    def many(self) -> bool:
+        """True for the task on which a method that trains through the whole text tower takes hours."""
+        return self.name == "many classes"
+
 
 SHIFTS = (
     *(Shift(task, (task,)) for task in TASKS),
