@@ -280,7 +280,7 @@ class SkipCLIP(Losses, Inference):
 
         Compute stored image features at the cut again before the next step. This call repeats every check of the
         constructor and sets `requires_grad` again; prototypes and sampler do not change. Create the optimizer again if
-        it holds replaced parameters.
+        it holds replaced parameters, and SkipCLIP again after an error.
         """
         device, lower_device = self.prototypes.device, self._image.lower_device
         image, texts = build_towers(self.model, self._tokens)

@@ -31,7 +31,7 @@ class BlendCommand:
         """Blend, and print the accuracy by alpha. Returns 0."""
         from rich.table import Table
 
-        from skipkernels.app.serve import blend
+        from skipkernels.app.serve.blending import VALIDATION, blend
         from skipkernels.app.train.run_folder import blended_folder
 
         options: dict[str, Any] = {"overwrite": self.overwrite, "device": self.device, "trust": self.trust}
@@ -44,5 +44,9 @@ class BlendCommand:
             style = "bold" if alpha == curve["chosen"] else None
             table.add_row(f"{alpha:g}", *(f"{value:.2f}" for value in values), style=style)
         out.print(table)
-        out.print(f"{self.out or blended_folder(self.run)}: alpha {curve['chosen']:g}", soft_wrap=True)
+        why = ""
+        if self.alpha == "auto":
+            validated = VALIDATION in curve["accuracy"]
+            why = ", the best on the validation images" if validated else ", for want of validation images"
+        out.print(f"{self.out or blended_folder(self.run)}: alpha {curve['chosen']:g}{why}", soft_wrap=True)
         return 0

@@ -116,7 +116,8 @@ class PredictCommand:
             err.print(format_others(others), soft_wrap=True)
         skipped = f", {unreadable:,} skipped" if unreadable else ""
         calibration = self._calibration(classifier)
-        err.print(f"{len(rows):,} images classified{skipped}; probabilities are {calibration}", soft_wrap=True)
+        noun = "image" if len(rows) == 1 else "images"
+        err.print(f"{len(rows):,} {noun} classified{skipped}; probabilities are {calibration}", soft_wrap=True)
         return 1 if unreadable else 0
 
     def _calibration(self, classifier: Classifier) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import logging
 import multiprocessing
 import statistics
 import sys
@@ -148,5 +147,4 @@ def _check(configs: dict[str, TuneConfig]) -> None:
 
 
 def _run(config: TuneConfig) -> dict[str, Any]:
-    logging.getLogger("skipkernels").propagate = False  # the console shows its messages
     return tune(config, Terminal(sys.stderr))
