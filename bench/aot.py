@@ -2,6 +2,7 @@
 
     python -m bench.aot                                 compile all and write bench/results/aot.csv
     python -m bench.aot --check                         compile all and compare with the table; write nothing
+    python -m bench.aot --op class_scores               compile an operator and replace its rows
     python -m bench.aot --op class_scores --no-save     print only; also --target sm_90 gfx942, --dtype bf16, --quick
     python -m bench.aot --sweep --target sm_90          compile with each integer argument at 1 and beyond 2³¹
 
@@ -347,8 +348,8 @@ def main() -> None:
     results, problems = compile_all(jobs, console, args.processes)
     rows = [result.row for result in results]
     problems += [problem for result in results for problem in problems_of(result)]
-    everything = set(args.op) == set(OPERATORS) and set(args.dtype) >= set(DTYPES)
-    if everything and not args.quick:
+    whole = not args.quick and set(args.dtype) >= set(DTYPES)  # of the chosen operators
+    if whole and set(args.op) == set(OPERATORS):
         problems += not_reached(jobs)
     if args.check:
         table = [row for row in read_table() if row.op in ops and row.target in args.target and row.dtype in args.dtype]
@@ -359,8 +360,10 @@ def main() -> None:
     else:
         print_rows(rows)
     report(console, len(rows), problems)
-    if everything and not (args.check or args.no_save or args.quick) and set(args.target) == set(ARCHITECTURES):
-        write_table([row for row in rows if row.target in IN_TABLE])
+    if whole and not (args.check or args.no_save) and set(args.target) == set(ARCHITECTURES):
+        others = [row for row in read_table() if row.op not in ops]
+        new = [row for row in rows if row.target in IN_TABLE]
+        write_table(sorted([*others, *new], key=lambda row: (list(IN_TABLE).index(row.target), list(CALLS).index(row.op))))
         console.print(f"wrote {TABLE}")
 
 

@@ -209,13 +209,13 @@ def _stored(R: int, N: int, W: int, B: int, dtype: torch.dtype) -> tuple[Tensor,
 @calls
 def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
     """The two largest weights of a block and a bias, with both roundings; momentum buffers in fp32."""
-    lr = on_meta(dtype=torch.float64)
+    options = [on_meta(dtype=torch.float64) for _ in range(3)]
     for buffer in (dtype, torch.float32):
         for seed in (None, ids()) if dtype == torch.bfloat16 else (None,):
             sizes = ((3072, 768), (768, 3072), (768,), (67,))
             lists = [[on_meta(*size, dtype=x) for size in sizes] for x in (dtype, dtype, buffer)]
             how = ("" if seed is None else "-random") + ("" if buffer == dtype else "-fp32-buffer")
-            yield Call(f"block{how}", (*lists, lr, 0.9, 5e-4, seed, None))
+            yield Call(f"block{how}", (*lists, *options, seed, None))
 
 
 # K, S, P, H, E: prompts of classes, and suffixes and a prefix of several tiles with wide heads.

@@ -251,15 +251,16 @@ class Changed {
 
 void sgd_momentum_(
     std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> buffers, const Tensor& lr,
-    double momentum, double weight_decay, const std::optional<Tensor>& seed,
+    const Tensor& momentum, const Tensor& weight_decay, const std::optional<Tensor>& seed,
     const std::optional<std::vector<int64_t>>& offsets) {
   STD_TORCH_CHECK(
       weights.size() == grads.size() && weights.size() == buffers.size(), NAME, ": the lists must be of one length.");
-  STD_TORCH_CHECK(is_number(lr), NAME, ": lr must have one element.");
+  for (const Tensor* option : {&lr, &momentum, &weight_decay})
+    STD_TORCH_CHECK(is_number(*option), NAME, ": lr, momentum and weight_decay must have one element each.");
   STD_TORCH_CHECK(
       !seed || (is_number(*seed) && seed->scalar_type() == ScalarType::Long), NAME, ": seed must be one int64.");
   STD_TORCH_CHECK(!offsets || offsets->size() == weights.size(), NAME, ": there must be one offset for each weight.");
-  Options options{numbers(lr)[0], momentum, weight_decay, std::nullopt};
+  Options options{numbers(lr)[0], numbers(momentum)[0], numbers(weight_decay)[0], std::nullopt};
   if (seed)
     options.seed = uint64_t(*seed->const_data_ptr<int64_t>());
 

@@ -561,8 +561,8 @@ def sgd_momentum_(
     momentum_buffer: Tensor | Sequence[Tensor],
     lr: Tensor | float,
     *,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
+    momentum: Tensor | float = 0.9,
+    weight_decay: Tensor | float = 0.0,
     seed: Tensor | int | None = None,
     offsets: Sequence[int] | None = None,
 ) -> None:
@@ -582,8 +582,8 @@ def sgd_momentum_(
         momentum_buffer: like `grad`, updated in place. Zeros before the first step.
         lr: learning rate: a number, or a tensor of one element on the device of `weight`, which the kernel reads, so
             that each replay of a captured CUDA graph uses its current value.
-        momentum: decay of the buffer, at least 0; default: 0.9.
-        weight_decay: L2 penalty, at least 0; default: 0.
+        momentum: decay of the buffer, at least 0; as `lr`; default: 0.9.
+        weight_decay: L2 penalty, at least 0; as `lr`; default: 0.
         seed: seed of stochastic rounding of bf16 weights, a new one for every step: a number, or an int64 tensor of one
             element on the device of `weight`; default: None, round to nearest.
         offsets: index of the first element of each weight among all elements that share the seed, which determines its
@@ -605,11 +605,10 @@ def sgd_momentum_(
         )
     if offsets is not None and (len(offsets) != len(weights) or min(offsets, default=0) < 0):
         raise ValueError(f"{name}: offsets must be an index ≥ 0 for each of {len(weights)} weights; got {offsets}.")
-    for option, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-        if not 0 <= value < math.inf:
+    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    for option, value in options.items():
+        if not isinstance(value, Tensor) and not 0 <= value < math.inf:
             raise ValueError(f"{name}: {option} must be finite and at least 0; got {value}.")
-    if not isinstance(lr, Tensor) and not 0 <= lr < math.inf:
-        raise ValueError(f"{name}: lr must be finite and at least 0; got {lr}.")
     if not weights:
         return
     first = weights[0]
@@ -631,7 +630,10 @@ def sgd_momentum_(
                 raise ValueError(f"{name}: {argument} must be {shape} to match its weight; got {got}.")
             check_dtype(name, argument, x, FEATURE_DTYPES, f"Use {argument}.float().")
             check_device(name, argument, x, ("weight", weight_i))
-    lr = _number_tensor(name, "lr", lr, ("weight", first), FEATURE_DTYPES, torch.float64)
+    lr, momentum, weight_decay = (
+        _number_tensor(name, option, value, ("weight", first), FEATURE_DTYPES, torch.float64)
+        for option, value in options.items()
+    )
     if seed is not None:
         seed = seed if isinstance(seed, Tensor) else reference.signed64(seed)
         seed = _number_tensor(name, "seed", seed, ("weight", first), [torch.int64], torch.int64)

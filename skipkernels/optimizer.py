@@ -71,7 +71,7 @@ class FusedSGD(torch.optim.Optimizer):
         params: Parameters, or groups of them with their own options, as for `torch.optim`; any shape, fp32, bf16, fp16
             or fp64. Momentum buffers have the shape and dtype of their weights.
         lr: Learning rate ≥ 0, 1e-3 by default: a number, or a tensor of one element on the device of the weights. The
-            kernel reads the tensor, so a captured CUDA graph uses its value at each replay; see `copy_rates`.
+            kernel reads the tensor, so a captured CUDA graph uses its value at each replay; see `copy_options`.
         momentum: Factor of the buffer, ≥ 0; 0 (default) keeps no buffer.
         weight_decay: L2 penalty ≥ 0, 0 by default.
         in_backward: True (default) updates weights in backward. False updates all in `step()`.
@@ -108,8 +108,8 @@ class FusedSGD(torch.optim.Optimizer):
         self._waiting: list[tuple[int, int, Tensor]] = []  # group, index and weight of gathered gradients
         self._waiting_bytes = 0
         self._offsets: list[int] = []  # first element of each weight among all, and of the next weight to be added
-        # Copies of learning rates that are numbers, by group and device: a tensor on the device, and its value
-        self._rates: dict[tuple[int, torch.device], tuple[Tensor, float]] = {}
+        # Copies of options that are numbers, by group, name and device: a tensor on the device, and its value
+        self._numbers: dict[tuple[int, str, torch.device], tuple[Tensor, float]] = {}
         self._hooks: list[RemovableHandle] = []
         self._remove_hooks = weakref.finalize(self, _remove, self._hooks)
         self._remove_hooks.atexit = False
@@ -178,6 +178,11 @@ class FusedSGD(torch.optim.Optimizer):
         for _, weight in indexed:
             weight.grad = _ConsumedGradient(weight.grad)
 
+    def discard_step(self) -> None:
+        """Forget a step that did not end, such as after a failed capture in a CUDA graph."""
+        self._discard_backward()
+        self._updated.clear()
+
     def _discard_backward(self) -> None:
         """Remove what backward left: placeholders, and weights that wait because it raised an error."""
         self._waiting, self._waiting_bytes = [], 0
@@ -205,10 +210,10 @@ class FusedSGD(torch.optim.Optimizer):
         self._updated.clear()
         return loss
 
-    def copy_rates(self) -> None:
-        """Copy learning rates that are numbers to the device; call it before each replay of a captured graph."""
-        for group_index, device in self._rates:
-            self._rate(group_index, device)
+    def copy_options(self) -> None:
+        """Copy changed learning rates, momenta and weight decays to the device, before a replay of a captured graph."""
+        for group_index, name, device in self._numbers:
+            self._option(group_index, name, device)
 
     def _update(self, group_index: int, indexed: list[tuple[int, Any]]) -> None:
         """Update weights of a group, given with their index in the optimizer, by one call for each dtype and device."""
@@ -224,24 +229,24 @@ class FusedSGD(torch.optim.Optimizer):
                     weights,
                     [weight.grad for weight in weights],
                     [self._momentum_buffer(weight, group["momentum"]) for weight in weights],
-                    self._rate(group_index, device),
-                    momentum=group["momentum"],
-                    weight_decay=group["weight_decay"],
+                    self._option(group_index, "lr", device),
+                    momentum=self._option(group_index, "momentum", device),
+                    weight_decay=self._option(group_index, "weight_decay", device),
                     seed=_step_seed(group, device),
                     offsets=[self._offsets[index] for index, _ in part],
                 )
 
-    def _rate(self, group_index: int, device: torch.device) -> Tensor | float:
-        """Learning rate of a group: on a GPU a tensor at a fixed address, which captured graphs read at each replay."""
-        lr = self.param_groups[group_index]["lr"]
-        if isinstance(lr, Tensor) or device.type == "cpu":
-            return lr
-        key = group_index, device
-        rate, value = self._rates.get(key) or (torch.empty((), dtype=torch.float64, device=device), None)
-        if value != lr:
-            rate.fill_(lr)
-            self._rates[key] = rate, lr
-        return rate
+    def _option(self, group_index: int, name: str, device: torch.device) -> Tensor | float:
+        """Option of a group: on a GPU a tensor at a fixed address, which captured graphs read at each replay."""
+        option = self.param_groups[group_index][name]
+        if isinstance(option, Tensor) or device.type == "cpu":
+            return option
+        key = group_index, name, device
+        copy, value = self._numbers.get(key) or (torch.empty((), dtype=torch.float64, device=device), None)
+        if value != option:
+            copy.fill_(option)
+            self._numbers[key] = copy, option
+        return copy
 
     def _momentum_buffer(self, weight: Tensor, momentum: float) -> Tensor:
         if momentum == 0:

@@ -260,8 +260,8 @@ def sgd_momentum_(
     grad: Tensor | Sequence[Tensor],
     momentum_buffer: Tensor | Sequence[Tensor],
     lr: Tensor | float,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
+    momentum: Tensor | float = 0.9,
+    weight_decay: Tensor | float = 0.0,
     seed: Tensor | int | None = None,
     offsets: Sequence[int] | None = None,
 ) -> None:
@@ -278,8 +278,10 @@ def sgd_momentum_(
         if seed is not None and w.dtype != torch.bfloat16:
             raise TypeError(f"sgd_momentum_: seed is for bfloat16 weights; got {w.dtype}. Leave it out.")
         old = at_least_fp32(w)
-        rate = lr.reshape(()).to(old.dtype) if isinstance(lr, Tensor) else lr
-        buffer = momentum * b.to(old.dtype) + (g.to(old.dtype) + weight_decay * old)
+        rate, factor, decay = (
+            x.reshape(()).to(old.dtype) if isinstance(x, Tensor) else x for x in (lr, momentum, weight_decay)
+        )
+        buffer = factor * b.to(old.dtype) + (g.to(old.dtype) + decay * old)
         updated = old - rate * buffer
         b.copy_(buffer)
         w.copy_(updated if seed is None else _round_at_random(updated, seed, first))

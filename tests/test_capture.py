@@ -97,7 +97,7 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
     for number, state in enumerate(optimizer.state.values()):
         found |= {f"{name} {number}": x for name, x in state.items() if isinstance(x, Tensor)}
     if isinstance(optimizer, sk.FusedSGD):
-        found |= {f"rate {key}": rate for key, (rate, _) in optimizer._rates.items()}
+        found |= {f"option {key}": copy for key, (copy, _) in optimizer._numbers.items()}
     for number, group in enumerate(optimizer.param_groups):
         found |= {f"{name} of group {number}": x for name, x in group.items() if isinstance(x, Tensor)}
     return found
@@ -193,14 +193,39 @@ class FakeGraph:
 
     replays = 0
 
-    def __init__(self, step, out):
+    def __init__(self, step, out, pool):
         self.step, self.out = step, out
+        weakref.finalize(self, FakePools.release, pool)
 
     def replay(self) -> None:
         FakeGraph.replays += 1
         for static, new in zip(self.out, self.step(), strict=True):
             if static is not None:  # logits
                 static.copy_(new)
+
+
+class FakePools:
+    """Memory pools of graphs, as the caching allocator counts their users: one without users cannot be used again."""
+
+    users: dict[int, int] = {}
+    captures = 0
+
+    @classmethod
+    def create(cls) -> int:
+        cls.users[len(cls.users)] = 0
+        return len(cls.users) - 1
+
+    @classmethod
+    def begin(cls, pool: int) -> None:
+        assert cls.users[pool] >= 0, "INTERNAL ASSERT FAILED: it->second->use_count > 0"
+        cls.users[pool] += 1
+        cls.captures += 1
+
+    @classmethod
+    def release(cls, pool: int) -> None:
+        cls.users[pool] -= 1
+        if cls.users[pool] == 0:
+            cls.users[pool] = -1
 
 
 class FakeStream:
@@ -217,6 +242,7 @@ def fake_cuda(monkeypatch):
 
     def record(step, stream, pool):
         """A capture launches nothing: undo what the function does."""
+        FakePools.begin(pool)
         clip, optimizer = GRAPHED[-1]._clip, GRAPHED[-1]._optimizer
         tensors = list(persistent_tensors(clip, optimizer).values())
         before = [x.detach().clone() for x in tensors]
@@ -227,7 +253,7 @@ def fake_cuda(monkeypatch):
         with torch.no_grad():
             for x, value in zip(tensors, before, strict=True):
                 x.copy_(value)
-        return FakeGraph(step, out), out
+        return FakeGraph(step, out, pool), out
 
     monkeypatch.setattr(Run, "captures", True)
     monkeypatch.setattr(graphed.GraphedStep, "_captures", lambda self: GRAPHED.append(self) or True)
@@ -236,9 +262,9 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", FakePools.create)
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
-    FakeGraph.replays = 0
+    FakeGraph.replays = FakePools.captures = 0
     yield lambda: FakeGraph.replays
     GRAPHED.clear()
 
@@ -399,9 +425,13 @@ def _freeze(run: Run) -> None:
     run.clip.model.ln_final.weight.requires_grad_(False)
 
 
-def _decay(run: Run) -> None:
+def _without_momentum(run: Run) -> None:
     for group in run.optimizer.param_groups:
-        group["weight_decay"] = 0.5
+        group["momentum"] = 0.0
+
+
+def _load(run: Run) -> None:
+    run.load(run.state())
 
 
 def _replace_parameter(run: Run) -> None:
@@ -412,7 +442,7 @@ def _checkpoint(run: Run) -> None:
     run.clip.set_grad_checkpointing()
 
 
-@pytest.mark.parametrize("change", [_freeze, _decay, _replace_parameter, _checkpoint])
+@pytest.mark.parametrize("change", [_freeze, _without_momentum, _replace_parameter, _checkpoint, _load])
 def test_graphed_captures_again_after_a_change(fake_cuda, change):
     ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
     some = batches(ours.clip, 5)
@@ -421,6 +451,80 @@ def test_graphed_captures_again_after_a_change(fake_cuda, change):
         change(run)
     assert ours.train(some) == theirs.train(some)
     assert fake_cuda() == 2 + 2, "three more steps one by one, before the next capture"
+    assert FakePools.captures == 2
+
+
+@pytest.mark.parametrize("kind", ["in_backward", "stochastic"])
+def test_graphed_captures_once_with_a_cycled_momentum(fake_cuda, kind):
+    """OneCycleLR changes rate and momentum in each step, and here the weight decay changes, too."""
+    runs = Run(kind, by_graph=True), Run(kind, by_graph=False)
+    some, found = batches(runs[0].clip, 12), []
+    for run in runs:
+        run.schedule = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, [0.02] * len(run.optimizer.param_groups), 24)
+        found.append(run.train(some))
+        for group in run.optimizer.param_groups:
+            group["weight_decay"] = 0.5
+        found[-1] += run.train(some)
+    assert found[0] == found[1]
+    assert (FakePools.captures, fake_cuda()) == (1, 24 - graphed.WARMUP)
+
+
+def test_a_held_loss_keeps_no_node_of_an_earlier_step(fake_cuda, monkeypatch):
+    """A node that a loss keeps alive accumulates on the stream of its step, which would break the capture."""
+    run = Run("in_step", by_graph=True)
+    x, labels = batches(run.clip, 1)[0]
+    held = run.clip(x, labels)
+
+    def node(parameter):
+        return parameter.view_as(parameter).grad_fn.next_functions[0][0]
+
+    weights = run.clip.trainable_parameters()
+    for weight in weights:
+        node(weight).metadata["of"] = "the held loss"
+    at_capture, record = [], graphed.record
+
+    def watched(*arguments):
+        at_capture.extend(node(weight).metadata.get("of") for weight in weights)
+        return record(*arguments)
+
+    monkeypatch.setattr(graphed, "record", watched)
+    addresses, hooks = [weight.data_ptr() for weight in weights], []
+    handle = weights[0].register_hook(hooks.append)
+    run.train([(x, labels)] * (graphed.WARMUP + 2))
+    assert at_capture == [None] * len(weights) and fake_cuda() == 2 and len(hooks) == graphed.WARMUP + 3
+    assert [weight.data_ptr() for weight in weights] == addresses
+    handle.remove()
+    assert held.loss.requires_grad, "it was alive"
+
+
+@pytest.mark.parametrize("kind", ["in_backward", "in_step"])
+def test_steps_run_eagerly_after_a_failed_capture(fake_cuda, monkeypatch, kind):
+    """Also when it fails within backward: weights, draws and the optimizer are those of the loop."""
+    ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
+
+    def fails(step, stream, pool):
+        FakePools.begin(pool)
+        tensors = list(persistent_tensors(ours.clip, ours.optimizer).values())
+        before = [x.detach().clone() for x in tensors]
+
+        def stop(*_):
+            raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might …")
+
+        handle = ours.clip.model.visual.ln_post.weight.register_hook(stop)
+        try:
+            step()
+        finally:
+            handle.remove()
+            with torch.no_grad():
+                for x, value in zip(tensors, before, strict=True):
+                    x.copy_(value)
+
+    monkeypatch.setattr(graphed, "record", fails)
+    some = batches(ours.clip, 8)
+    with pytest.warns(UserWarning, match=r"^graphed: the capture failed, .*: operation not permitted .* capturing\.$"):
+        found = ours.train(some)
+    assert found == theirs.train(some)
+    assert (FakePools.captures, fake_cuda()) == (1, 0)
 
 
 @pytest.mark.filterwarnings("ignore:skipkernels. a block is not fused")
@@ -539,6 +643,30 @@ def test_replays_equal_eager_steps(kind):
         found.append([*(x.tolist() for x in outs), *run.train(short), *run.train(some[:2])])
     assert found[0] == found[1]
     assert len(runs[0].step._captured) == 1
+
+
+@pytest.mark.gpu
+def test_graph_is_captured_again():
+    """After eager steps with a loss that is held, a loaded state, new classes, other options and a larger batch."""
+    ours, theirs = Run("in_backward", by_graph=True), Run("in_backward", by_graph=False)
+    some, large = ([(x.cuda(), labels.cuda()) for x, labels in batches(ours.clip, 5, n)] for n in (4, 20))
+    for run in (ours, theirs):
+        run.clip.cuda()
+    held = [run.plain(*some[0]) for run in (ours, theirs)]
+
+    def new_classes(run: Run) -> None:
+        run.clip.set_classes(tiny_tokens(CLASSES + 5, seed=5).cuda())
+
+    def smooth(run: Run) -> None:
+        run.clip.label_smoothing = 0.2
+
+    for change in (lambda run: None, _load, new_classes, smooth, _without_momentum):
+        for run in (ours, theirs):
+            change(run)
+        assert ours.train(some) == theirs.train(some)
+        assert len(ours.step._captured) == 1
+    assert ours.train(large) == theirs.train(large)
+    assert ours.train(some) == theirs.train(some) and held[0].loss.equal(held[1].loss)
 
 
 @pytest.mark.gpu

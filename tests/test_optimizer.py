@@ -187,9 +187,10 @@ def test_device_tensors_keep_their_addresses():
         weight.sum().backward()
         optimizer.step()
         schedule.step()
-        optimizer.copy_rates()
-        ((rate, number),) = optimizer._rates.values()
+        optimizer.copy_options()
+        (rate, number), *others = optimizer._numbers.values()
         assert number == optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0]
+        assert [value for _, value in others] == [0.9, 0.0]
         buffer = optimizer.state[weight]["momentum_buffer"]
         seen.add((id(rate), id(optimizer.param_groups[0]["step_seed"]), id(buffer)))
     assert len(seen) == 1
@@ -197,7 +198,7 @@ def test_device_tensors_keep_their_addresses():
 
 @pytest.mark.gpu
 def test_backward_on_gpu_bounds_memory_without_host_sync():
-    layers = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, device="cuda") for _ in range(8)))
+    layers = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, device="cuda") for _ in range(24)))  # 96 MiB
     inputs = torch.randn(4, 1024, device="cuda")
     optimizer = sk.FusedSGD(layers.parameters(), lr=torch.tensor(1e-3, device="cuda"), momentum=0.9)
     layers(inputs).sum().backward()  # compiles the kernel and creates the buffers
@@ -211,7 +212,8 @@ def test_backward_on_gpu_bounds_memory_without_host_sync():
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.max_memory_allocated() - held < 3 * layers[0].weight.nbytes
+    bound = optimizer_module._GATHERED_BYTES + 3 * layers[0].weight.nbytes  # 44 MiB
+    assert torch.cuda.max_memory_allocated() - held < bound
 
 
 # ---- training loop --------------------------------------------------------------------------------------------------
@@ -339,7 +341,7 @@ def test_step_without_momentum_allocates_one_weight():
     weights = [nn.Parameter(torch.ones(1000)) for _ in range(5)]
     optimizer = sk.FusedSGD(weights, lr=0.5, in_backward=False)
     sum(weight.sum() for weight in weights).backward()
-    assert allocated_bytes(optimizer.step) <= 4000 + 8, "and the learning rate"
+    assert allocated_bytes(optimizer.step) <= 4000 + 3 * 8, "and the options"
     assert not optimizer.state and all(weight.eq(0.5).all() for weight in weights)
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..formatting import first_line
+from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import FusedSGD, world_size
 from ..towers.attention import SDPA
 from ..towers.block import HOOKS, global_hooks
@@ -27,6 +30,7 @@ class _Captured(NamedTuple):
     """A captured step: its graph, and the tensors that it reads and writes."""
 
     graph: Any
+    tables: GraphTables
     x: Tensor
     labels: Tensor
     out: SkipOutput
@@ -41,12 +45,13 @@ class GraphedStep:
 
         out = clip(x, labels); out.loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    A replay has the random numbers (except those of dropout) and learning rates of this loop, but one K for all steps,
-    m + round(Σq); see `RankSampler.reserve` and docs/cuda-graphs.md. Its result is detached, in buffers that the next
-    call overwrites. Schedulers, evaluation, checkpoints and `load_state_dict` are possible between calls: each call
-    compares the model, the optimizer and autocast with those captured, on the host. After a change that a graph would
-    not follow (`requires_grad`, a moved tensor, weight decay) the step is captured again; with a later hook, steps run
-    eagerly.
+    A replay has the random numbers (except those of dropout) and learning rates of this loop, with `FusedSGD` also its
+    momentum and weight decay, but one K for all steps, m + round(Σq); see `RankSampler.reserve` and
+    docs/cuda-graphs.md. Its result is detached, in buffers that the next call overwrites. Schedulers, evaluation,
+    checkpoints and `load_state_dict` are possible between calls: each call compares the model, the optimizer and
+    autocast with those captured, on the host. After a change that a graph would not follow (`requires_grad`, a moved
+    tensor, an option of another optimizer) the step is captured again; with a later hook, steps run eagerly. So do all
+    later steps if a capture fails, after a warning with the reason.
 
     Args:
         clip: SkipCLIP in training mode.
@@ -84,6 +89,7 @@ class GraphedStep:
         self._one: Tensor | None = None  # gradient of the loss
         self._stream: Any = None
         self._pool: Any = None
+        self._failed = False  # a capture raised an error
         if self._captures():
             reason = why_not_capturable(clip, optimizer)
             if reason is not None:
@@ -107,6 +113,7 @@ class GraphedStep:
         """Drop the captured graphs: the next calls run eagerly, then a step is captured again."""
         self._captured.clear()
         self._warm.clear()
+        self._pool = None  # the allocator refuses to use the pool of graphs that are all destroyed
 
     def __call__(self, x: Tensor, labels: Tensor) -> SkipOutput:
         """Run one step on images [B, 3, height, width], or features at the cut [B, N, W], with labels int64 [B]."""
@@ -149,15 +156,17 @@ class GraphedStep:
         # 2. Without a graph, run eagerly; after WARMUP such steps of `batch_size` images, capture one.
         if captured is None:
             self._check_optimizer()
-            ready = len(x) == self._batch_size and self._warm.get(key, 0) >= WARMUP
-            if not ready or why_not_capturable(self._clip, self._optimizer) is not None:
+            ready = len(x) == self._batch_size and self._warm.get(key, 0) >= WARMUP and not self._failed
+            if ready and why_not_capturable(self._clip, self._optimizer) is None:
+                captured = self._try_capture(x, labels)
+            if captured is None:
                 self._warm[key] = self._warm.get(key, 0) + 1
                 return self._on_stream(x, labels)
-            captured = self._captured[key] = self._capture(x, labels)
-        # 3. Copy the batch and changed learning rates to the addresses that the graph reads, and replay it.
+            self._captured[key] = captured
+        # 3. Copy the batch and changed options to the addresses that the graph reads, and replay it.
         captured.x.copy_(x, non_blocking=True)
         captured.labels.copy_(labels, non_blocking=True)
-        self._copy_rates()
+        self._copy_options()
         captured.graph.replay()
         return captured.out
 
@@ -183,9 +192,9 @@ class GraphedStep:
         """Run the step eagerly on the stream of the capture; its ranks are reserved."""
         current = torch.cuda.current_stream(x.device)
         if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(x.device), torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(x.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), self._rates_on_device():
+        with torch.cuda.stream(self._stream), self._options_on_device():
             out = self._update(self._forward(x, labels))
         current.wait_stream(self._stream)
         # Otherwise the allocator could reuse the memory of the result while the caller's stream reads it.
@@ -196,21 +205,43 @@ class GraphedStep:
 
     # ---- capture -----------------------------------------------------------------------------------------------
 
+    def _try_capture(self, x: Tensor, labels: Tensor) -> _Captured | None:
+        """Capture the step; after an error warn, forget what it left on the host, and return None.
+
+        A capture launches nothing, so weights, ranks and the state of the optimizer are those before it.
+        """
+        try:
+            return self._capture(x, labels)
+        except RuntimeError as error:
+            reason = first_line(error).rstrip(".")
+            warnings.warn(f"graphed: the capture failed, so steps run one by one from here: {reason}.", stacklevel=4)
+        self._failed = True
+        self.reset()
+        torch.clear_autocast_cache()
+        self._optimizer.zero_grad()
+        if isinstance(self._optimizer, FusedSGD):
+            self._optimizer.discard_step()
+        return None
+
     def _capture(self, x: Tensor, labels: Tensor) -> _Captured:
         static_x, static_labels = x.clone(), labels.clone()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        _renew_accumulators(self._clip.trainable_parameters())
 
         def step() -> SkipOutput:
             torch.clear_autocast_cache()  # casts of the warm-up would be constants of the graph
             return self._update(self._forward(static_x, static_labels))
 
-        with self._rates_on_device():
+        with self._options_on_device(), tables_of_graph() as tables:
             graph, out = record(step, self._stream, self._pool)
-        return _Captured(graph, static_x, static_labels, out, _Frozen(self._clip, self._optimizer))
+        tables.upload()
+        return _Captured(graph, tables, static_x, static_labels, out, _Frozen(self._clip, self._optimizer))
 
-    def _copy_rates(self) -> None:
-        """Copy learning rates that a scheduler has changed to the device."""
+    def _copy_options(self) -> None:
+        """Copy options that a scheduler has changed to the device: learning rates, and others of FusedSGD."""
         if isinstance(self._optimizer, FusedSGD):
-            self._optimizer.copy_rates()
+            self._optimizer.copy_options()
             return
         for number, group in enumerate(self._optimizer.param_groups):
             lr = group["lr"]
@@ -222,9 +253,9 @@ class GraphedStep:
                 self._rates[number] = rate, lr
 
     @contextlib.contextmanager
-    def _rates_on_device(self) -> Iterator[None]:
+    def _options_on_device(self) -> Iterator[None]:
         """Set learning rates that are numbers to tensors for one step; a captured number would be a constant."""
-        self._copy_rates()
+        self._copy_options()
         numbers = [(group, group["lr"]) for group in self._optimizer.param_groups]
         for index, (rate, _) in self._rates.items():
             self._optimizer.param_groups[index]["lr"] = rate
@@ -244,6 +275,19 @@ def _reset(step: weakref.ref[GraphedStep], _: torch.optim.Optimizer) -> None:
     graphed = step()
     if graphed is not None:
         graphed.reset()
+
+
+def _renew_accumulators(parameters: Iterable[Tensor]) -> None:
+    """Let autograd create new nodes for the gradients of parameters; their hooks stay.
+
+    A node accumulates on the stream on which it was created. The graph of a loss that is still held keeps its
+    nodes alive, so backward would accumulate on the stream of that step, which breaks a capture on another one. A
+    parameter has a new node after its data had another dtype.
+    """
+    for parameter in parameters:
+        data = parameter.data
+        parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+        parameter.data = data
 
 
 def record(step: Callable[[], SkipOutput], stream: Any, pool: Any) -> tuple[Any, SkipOutput]:
@@ -333,16 +377,22 @@ class _Frozen:
             [hooks for m in self._modules for name in HOOKS if (hooks := getattr(m, name))],
             global_hooks(),
             [id(clip._text_encoder), clip._image.memory, clip._text.memory, clip.label_smoothing],
-            [_constants(group) for group in self._optimizer.param_groups],
+            [_constants(self._optimizer, group) for group in self._optimizer.param_groups],
         ]
 
 
-def _constants(group: dict[str, Any]) -> list[Any]:
-    """Options of a group that a graph takes as constants: numbers, except for the learning rate; ids of tensors."""
-    options: list[Any] = [list(map(id, group["params"]))]
+def _constants(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Any]:
+    """Options of a group that a graph takes as constants: numbers that it does not read on the device; ids of tensors.
+
+    Without momentum FusedSGD has no buffers.
+    """
+    not_constant = {"params", "lr", "initial_lr"}
+    if isinstance(optimizer, FusedSGD):
+        not_constant |= {"momentum", "weight_decay"}
+    options: list[Any] = [list(map(id, group["params"])), group.get("momentum") == 0]
     for name, value in group.items():
         if isinstance(value, Tensor):
             options.append((name, id(value)))
-        elif name not in ("params", "lr", "initial_lr"):
+        elif name not in not_constant:
             options.append((name, value))
     return options

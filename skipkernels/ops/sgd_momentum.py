@@ -2,8 +2,8 @@
 
     g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
-The learning rate and the seed of stochastic rounding are tensors on the device, so that a captured graph reads new
-values at each replay. Each product is rounded as in the reference: all kernels return the same bits.
+Learning rate, momentum, weight decay and the seed of stochastic rounding are tensors on the device, so that a captured
+graph reads new values at each replay. Each product is rounded as in the reference: all kernels return the same bits.
 
 A list (a model has some 150 parameters, most of them small) is one parallel region on the CPU and one launch on a GPU.
 The kernel reads the addresses and sizes of the tensors from tables on the device, which are kept between calls.
@@ -11,7 +11,8 @@ The kernel reads the addresses and sizes of the tensors from tables on the devic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,6 @@ LANES, LANES_RANDOM = 8, 4  # elements per group; with stochastic rounding, thos
 NUM_WARPS = 4
 COLUMNS = 6  # in the table: addresses of weight and buffer, number of elements, offset, first program, vectorised
 MAX_TABLES = 512  # kept between calls; 8 bytes per number
-PINNED = 1 << 17  # numbers of pinned memory for the tables that are made while a graph is captured: 1 MiB
 
 _TRITON_DTYPES = {
     getattr(torch, name): getattr(tl, name, None) for name in ("float32", "bfloat16", "float16", "float64")
@@ -103,9 +103,9 @@ def _sgd_momentum_kernel(
     grads_ptr,
     programs_ptr,
     lr_ptr,
+    momentum_ptr,
+    weight_decay_ptr,
     seed_ptr,
-    momentum,
-    weight_decay,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENTUM_BUFFER: tl.constexpr,
@@ -129,6 +129,8 @@ def _sgd_momentum_kernel(
     block = tl.program_id(0) - tl.load(row_ptr + 4)
     vectorised = tl.load(row_ptr + 5)
     lr = tl.load(lr_ptr).to(tl.float32)
+    momentum = tl.load(momentum_ptr).to(tl.float32)
+    weight_decay = tl.load(weight_decay_ptr).to(tl.float32)
     seed = tl.load(seed_ptr) if STOCHASTIC else 0
     # Two calls, since VECTORISED is known to the compiler and the table is not.
     # fmt: off
@@ -155,8 +157,8 @@ def _launch(
     grads: list[Tensor],
     momentum_buffers: list[Tensor],
     lr: Tensor,
-    momentum: float,
-    weight_decay: float,
+    momentum: Tensor,
+    weight_decay: Tensor,
     seed: Tensor | None,
     offsets: Sequence[int] | None,
 ) -> None:
@@ -183,7 +185,7 @@ def _launch(
 
 
 def _launch_alike(
-    tensors: list[_Tensors], lr: Tensor, momentum: float, weight_decay: float, seed: Tensor | None
+    tensors: list[_Tensors], lr: Tensor, momentum: Tensor, weight_decay: Tensor, seed: Tensor | None
 ) -> None:
     weight, grad, momentum_buffer, _ = tensors[0]
     device, lanes = weight.device, LANES if seed is None else LANES_RANDOM
@@ -210,9 +212,9 @@ def _launch_alike(
         grads_ptr=_table(grad_addresses, device),  # [tensors]
         programs_ptr=_table(programs, device, repeat=True),  # [programs]
         lr_ptr=lr,
+        momentum_ptr=momentum,
+        weight_decay_ptr=weight_decay,
         seed_ptr=seed,
-        momentum=momentum,
-        weight_decay=weight_decay,
         WEIGHT=_TRITON_DTYPES[weight.dtype],
         GRAD=_TRITON_DTYPES[grad.dtype],
         MOMENTUM_BUFFER=_TRITON_DTYPES[momentum_buffer.dtype],
@@ -224,43 +226,66 @@ def _launch_alike(
 
 
 _tables: dict[tuple[torch.device, bool, tuple[int, ...]], Tensor] = {}
-_of_graphs: list[Tensor] = []  # tables that captured graphs read: never freed
-_pinned: dict[torch.device, Tensor] = {}  # what is left of the pinned memory for them
+
+
+class GraphTables:
+    """Tables that the launches in a captured graph read; they must live as long as the graph.
+
+    Addresses of gradients are known during the capture only. Their tables are allocated then, and written by `upload`
+    after it: a copy in the graph would run in each replay.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []
+        self._missing: list[tuple[Tensor, Tensor]] = []  # table on the device, and its numbers
+
+    def upload(self) -> None:
+        """Write the tables that were allocated during the capture, on the current stream."""
+        for table, numbers in self._missing:
+            table.copy_(numbers.pin_memory() if table.is_cuda else numbers, non_blocking=True)
+        self._missing.clear()
+
+
+_of_graph: GraphTables | None = None  # of the graph that is being captured
+
+
+@contextlib.contextmanager
+def tables_of_graph() -> Iterator[GraphTables]:
+    """Collect the tables of the launches that are captured in this context, also in threads of autograd."""
+    global _of_graph
+    _of_graph = GraphTables()
+    try:
+        yield _of_graph
+    finally:
+        _of_graph = None
 
 
 def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False) -> Tensor:
     """Return int64 numbers on a device, kept between calls; with `repeat`, index i numbers[i] times. No host sync."""
     key = device, repeat, tuple(numbers)
-    table, captures = _tables.get(key), device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    table = _tables.get(key)
     if table is None:
         table = torch.tensor(numbers, dtype=torch.int64)
         if repeat:
             table = torch.arange(len(table)).repeat_interleave(table)
         if device.type != "cpu":
-            source = _in_pinned_memory(table, captures) if device.type == "cuda" else table
-            table = torch.empty_like(table, device=device).copy_(source, non_blocking=True)
-        if not captures:
-            while len(_tables) >= MAX_TABLES:
-                del _tables[next(iter(_tables))]
-            _tables[key] = table
-    if captures:
-        _of_graphs.append(table)
+            on_host, table = table, torch.empty_like(table, device=device)
+            if _of_graph is not None:
+                _of_graph._held.append(table)
+                _of_graph._missing.append((table, on_host))
+                return table
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "sgd_momentum_: a captured graph can only read tensors of an earlier call; got new addresses. Make "
+                    "the same call before the capture, or capture the training step with SkipCLIP.graphed."
+                )
+            table.copy_(on_host.pin_memory() if device.type == "cuda" else on_host, non_blocking=True)
+        while len(_tables) >= MAX_TABLES:
+            del _tables[next(iter(_tables))]
+        _tables[key] = table
+    if _of_graph is not None:
+        _of_graph._held.append(table)
     return table
-
-
-def _in_pinned_memory(numbers: Tensor, captures: bool) -> Tensor:
-    """Copy numbers to pinned memory; while a graph is captured, to memory that each replay can copy from."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _pinned and not captures:
-        _pinned[device] = torch.empty(PINNED, dtype=torch.int64, pin_memory=True)
-    left = _pinned.get(device)
-    if not captures or left is None or len(left) < len(numbers):
-        pinned = numbers.pin_memory()
-        if captures:
-            _of_graphs.append(pinned)
-        return pinned
-    pinned, _pinned[device] = left[: len(numbers)].copy_(numbers), left[len(numbers) :]
-    return pinned
 
 
 def _fake(weights: list[Tensor], *_: object) -> None:
@@ -268,8 +293,8 @@ def _fake(weights: list[Tensor], *_: object) -> None:
 
 
 sgd_momentum_ = registration.define(
-    "sgd_momentum_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor lr, float momentum,"
-    " float weight_decay, Tensor? seed, int[]? offsets) -> ()",
+    "sgd_momentum_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor lr, Tensor momentum,"
+    " Tensor weight_decay, Tensor? seed, int[]? offsets) -> ()",
     fallback=reference.sgd_momentum_,
     fake=_fake,
     launch=_launch,

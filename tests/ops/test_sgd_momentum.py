@@ -70,9 +70,10 @@ def test_is_the_reference(backend, dtypes):
         pytest.skip("the interpreter does not round as bf16 does, and fp64 runs in the reference")
     ours = State(SIZES, *dtypes, device=backend.device)
     theirs = ours.clone()
-    for lr in (0.013, torch.tensor(0.5), torch.tensor([1e-3], dtype=torch.float64)):
-        lr = lr.to(backend.device) if isinstance(lr, Tensor) else lr
-        assert ours.step(lr=lr) == theirs.step(reference.sgd_momentum_, lr=lr)
+    for number in (0.013, torch.tensor(0.5), torch.tensor([1e-3], dtype=torch.float64)):
+        number = number.to(backend.device) if isinstance(number, Tensor) else number
+        options = dict.fromkeys(HYPER, number)
+        assert ours.step(**options) == theirs.step(reference.sgd_momentum_, **options)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_one_launch_for_a_list(monkeypatch):
     monkeypatch.setattr(launching, "_run", lambda kernel, grid, options, arguments: launches.append(arguments))
     state = State(SIZES, torch.float32)
     for _ in range(2):
-        registration.definitions["sgd_momentum_"].launch(*state.lists, torch.tensor(0.1), 0.9, 0.0, None, None)
+        registration.definitions["sgd_momentum_"].launch(*state.lists, *map(torch.tensor, (0.1, 0.9, 0.0)), None, None)
     first, second = launches
     for name in ("tensors_ptr", "grads_ptr", "programs_ptr"):
         assert first[name] is second[name]
@@ -133,17 +134,29 @@ def test_one_launch_for_a_list(monkeypatch):
     assert rows[3, 5], "1,024 elements are vectorised"
 
 
-def test_tables_of_graphs_keep_their_memory(monkeypatch):
-    """Each replay copies from the pinned memory again, so no two tables share it."""
-    memory = torch.full((8,), -1)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
-    monkeypatch.setattr(sgd_momentum_module, "_pinned", {torch.device("cuda", 0): memory})
-    monkeypatch.setattr(sgd_momentum_module, "_of_graphs", [])
-    pinned = [sgd_momentum_module._in_pinned_memory(torch.arange(n), captures=True) for n in (3, 4, 2)]
-    assert memory.tolist() == [0, 1, 2, 0, 1, 2, 3, -1]
-    assert [x.tolist() for x in pinned] == [[0, 1, 2], [0, 1, 2, 3], [0, 1]]
-    assert sgd_momentum_module._of_graphs[0] is pinned[2], "without room it has memory of its own"
+def test_tables_of_a_graph_are_written_after_the_capture(monkeypatch):
+    """A copy in the graph would run in each replay. Known tables are held too, so that they are not freed."""
+    monkeypatch.setattr(sgd_momentum_module, "_tables", {})
+    device = torch.device("meta")
+    known = sgd_momentum_module._table([1, 2], device)
+    with sgd_momentum_module.tables_of_graph() as tables:
+        held = [sgd_momentum_module._table(numbers, device) for numbers in ([1, 2], [3, 4, 5])]
+    assert held[0] is known and [table is x for table, x in zip(tables._held, held, strict=True)] == [True, True]
+    assert [(table is held[1], numbers.tolist()) for table, numbers in tables._missing] == [(True, [3, 4, 5])]
+    copies = []
+    monkeypatch.setattr(Tensor, "copy_", lambda self, source, non_blocking: copies.append((self, source.tolist())))
+    tables.upload()
+    tables.upload()
+    assert copies == [(held[1], [3, 4, 5])] and len(sgd_momentum_module._tables) == 1
+
+
+def test_a_capture_without_its_tables_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "empty_like", lambda table, device: table)
+    with pytest.raises(
+        RuntimeError, match=r"^sgd_momentum_: a captured graph can only read tensors of an earlier call"
+    ):
+        sgd_momentum_module._table([1, 2], torch.device("cuda", 0))
 
 
 def test_one_tensor_needs_no_list(backend):
@@ -215,11 +228,11 @@ def test_runs_without_no_grad_and_increments_versions():
 
 def test_opcheck(backend):
     state = State([(5,), (2, 3)], torch.float32, device=backend.device)
-    lr = torch.tensor(0.1, dtype=torch.float64, device=backend.device)
-    backend.opcheck(operator, (*state.lists, lr, 0.9, 5e-4, None, None))
+    numbers = [torch.tensor(number, dtype=torch.float64, device=backend.device) for number in (0.1, 0.9, 5e-4)]
+    backend.opcheck(operator, (*state.lists, *numbers, None, None))
     if backend.name != "interpreter":
         state = State([(5,), (2, 3)], torch.bfloat16, device=backend.device)
-        backend.opcheck(operator, (*state.lists, lr, 0.9, 5e-4, torch.tensor(3, device=backend.device), [8, 3]))
+        backend.opcheck(operator, (*state.lists, *numbers, torch.tensor(3, device=backend.device), [8, 3]))
 
 
 def test_compiles_into_one_graph():
@@ -240,17 +253,18 @@ def test_compiles_into_one_graph():
 def test_captured_graph_takes_new_rates_and_seeds():
     ours = State([(1025,), (64, 3)], torch.bfloat16, device="cuda")
     theirs = ours.clone()
-    lr, seed = torch.tensor(0.1, device="cuda"), torch.tensor(1, device="cuda")
-    ours.step(lr=lr, seed=seed)  # compiles
-    theirs.step(reference.sgd_momentum_, lr=0.1, seed=1)
+    options = {name: torch.tensor(0.1, device="cuda") for name in HYPER} | {"seed": torch.tensor(1, device="cuda")}
+    ours.step(**options)  # compiles
+    theirs.step(reference.sgd_momentum_, **dict.fromkeys(HYPER, 0.1), seed=1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ours.step(lr=lr, seed=seed)
+        ours.step(**options)
     for number in (2, 3):
-        lr.fill_(0.1 / number)
-        seed.fill_(number)
+        for name in HYPER:
+            options[name].fill_(0.1 / number)
+        options["seed"].fill_(number)
         graph.replay()
-        assert ours == theirs.step(reference.sgd_momentum_, lr=lr.clone(), seed=number)
+        assert ours == theirs.step(reference.sgd_momentum_, **{name: x.clone() for name, x in options.items()})
 
 
 @pytest.mark.gpu
