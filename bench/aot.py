@@ -363,7 +363,8 @@ def main() -> None:
     if whole and not (args.check or args.no_save) and set(args.target) == set(ARCHITECTURES):
         others = [row for row in read_table() if row.op not in ops]
         new = [row for row in rows if row.target in IN_TABLE]
-        write_table(sorted([*others, *new], key=lambda row: (list(IN_TABLE).index(row.target), list(CALLS).index(row.op))))
+        places = {op: place for place, op in enumerate(CALLS)}
+        write_table(sorted([*others, *new], key=lambda row: (IN_TABLE.index(row.target), places[row.op])))
         console.print(f"wrote {TABLE}")
 
 
