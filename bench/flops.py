@@ -25,9 +25,16 @@ def flops_of(function: Callable[[], Any]) -> int:
         >>> flops_of(lambda: a @ b), flops_of(lambda: sk.functional.class_scores(a, b.T, torch.tensor([0, 0])))
         (60, 60)
     """
+    with FlopCounterMode(display=False, custom_mapping=formulas()) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def formulas() -> dict[Any, Callable[..., int]]:
+    """FLOPs of the operators that PyTorch's counter does not know, as functions of the shapes of their arguments."""
     sk.backends()  # registers the operators
     ours, aten = torch.ops.skipkernels, torch.ops.aten
-    formulas: dict[Any, Callable[..., int]] = {
+    return {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: 2 * _pairs(*shapes),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *shapes, **__: 5 * _pairs(*shapes),
         aten._native_multi_head_attention: _whole_attention,
@@ -45,9 +52,6 @@ def flops_of(function: Callable[[], Any]) -> int:
         ours.pooled_attention: lambda query, key, *_, **__: 4 * key.numel(),
         ours.pooled_attention_backward: lambda _, query, key, *__, **___: 10 * key.numel(),
     }
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        function()
-    return counter.get_total_flops()
 
 
 # Attention has two products, scores and the weighted sum of values, and five in backward: the scores again, and the

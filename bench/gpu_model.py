@@ -1,0 +1,368 @@
+"""Estimate the time of a training step on a GPU from the launches that it makes. Nothing is measured.
+
+    python -m bench.gpu_model                        all cases; write bench/results/gpu_model.csv
+    python -m bench.gpu_model --check                compare with the table; write nothing
+    python -m bench.gpu_model --launches --batch 4 --classes 1000 --precision bf16    each launch of our step
+
+The steps run on the meta device, and every launch is recorded with the bytes of its tensors, its FLOPs and the shape of
+its product. A launch takes
+
+    START + max(bytes / bandwidth, FLOPs / rate)
+
+A product is divided into tiles, and the slowest multiprocessor determines its time: of the tiles in TILES and the ways
+to split the inner dimension, the fastest counts. The L2 cache is left out: a step moves many times its size.
+
+    floor    FLOPs at the rate of a large product, and bytes at the bandwidth of the memory, without START
+    graph    the launches one after the other in a CUDA graph, GAP between them
+    eager    the longer of the launches on the device, and of the calls on the host
+
+The constants below describe an H100 SXM. They are assumptions: one run of bench/gpu.sh on a device can correct them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+import skipkernels as sk
+from skipkernels.ops import registration
+from skipkernels.ops.sgd_momentum import tables_of_graph
+from skipkernels.selection import RankSampler
+from skipkernels.towers.changes import Containers
+
+from . import measure, precompile, tables
+from .counts import WithoutProducts, launches_a_kernel
+from .flops import formulas
+from .inputs import PRECISIONS, autocast, random_inputs
+from .published import PublishedStep
+from .stand_in import meta_as_gpu
+
+TABLE = measure.RESULTS / "gpu_model.csv"
+OURS, PUBLISHED = "skipkernels", "published"
+MODEL, SKIP_LAYERS = "ViT-B-16", 6
+BATCHES, CLASSES = (4, 32), (100, 1000, 10_000)
+_CPU = torch.device("cpu")
+
+# ---- assumptions about the GPU ---------------------------------------------------------------------------------------
+
+PROCESSORS = 132  # multiprocessors of an H100 SXM
+RATES = {torch.bfloat16: 750e12, torch.float16: 750e12, torch.float32: 55e12, torch.float64: 55e12}  # FLOP/s, products
+BANDWIDTH = 2.9e12  # bytes/s of the memory, read or written
+START = 1.5e-6  # seconds until the programs of a kernel run at full speed, and until the last one ends
+GAP = 1.1e-6  # seconds between two nodes of a graph
+HOST_TORCH, HOST_TRITON = 5e-6, 12e-6  # seconds of the host for a call of PyTorch, and for a launch of Triton
+TILES = {(128, 256): 0.9, (128, 128): 0.8, (128, 64): 0.6, (64, 64): 0.4}  # of products: share of the rate
+SPLITS = (1, 2, 4, 8)  # of the inner dimension
+ATTENTION = 0.4  # share of the rate that attention reaches
+
+
+class Launch(NamedTuple):
+    """A launch of a step.
+
+    Attributes:
+        name: Operator of PyTorch, or Triton kernel.
+        triton: It is a Triton kernel.
+        nbytes: Bytes of its tensors.
+        flops: Operations of its products.
+        dtype: Type of its products.
+        shape: Batch, rows, columns and inner dimension of a product; None of other launches.
+    """
+
+    name: str
+    triton: bool
+    nbytes: int
+    flops: int
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int] | None
+
+    @property
+    def seconds(self) -> float:
+        """Time of the launch on the device."""
+        computing = seconds_of_product(*self.shape, self.dtype) if self.shape else self.flops / ATTENTION / self.rate
+        return START + max(self.nbytes / BANDWIDTH, computing)
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s of a large product."""
+        return RATES[self.dtype]
+
+    @property
+    def floor(self) -> float:
+        """Time at full speed."""
+        return max(self.nbytes / BANDWIDTH, self.flops / self.rate)
+
+
+def seconds_of_product(batch: int, rows: int, columns: int, inner: int, dtype: torch.dtype) -> float:
+    """Time of a product on the multiprocessors, with the best of TILES and SPLITS.
+
+    >>> 1e6 * seconds_of_product(1, 8192, 8192, 8192, torch.bfloat16)  # 1466 at full rate
+    1715.0...
+    """
+    of_processor = RATES[dtype] / PROCESSORS
+
+    def seconds(tile: tuple[int, int], split: int) -> float:
+        (height, width), share = tile, TILES[tile]
+        tiles = batch * math.ceil(rows / height) * math.ceil(columns / width) * split
+        of_tile = 2 * height * width * math.ceil(inner / split)
+        return math.ceil(tiles / PROCESSORS) * of_tile / (share * of_processor)
+
+    return min(seconds(tile, split) for tile, split in product(TILES, SPLITS))
+
+
+# ---- recording -------------------------------------------------------------------------------------------------------
+
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
+_ATTENTION = tuple(op for op in flop_registry if "attention" in str(op))
+_READS_SOME_ROWS = (_aten.index, _aten.index_select, _aten.gather, _aten.embedding)
+
+
+def nbytes_of(values: Any) -> int:
+    """Bytes of the tensors among some values, each memory once."""
+    tensors = {(id(x._base) if x._base is not None else id(x)): x for x in tree_leaves(values) if isinstance(x, Tensor)}
+    return sum(x.numel() * x.element_size() for x in tensors.values() if x.is_meta)
+
+
+class Recording(TorchDispatchMode):
+    """Record the launches of what runs on the meta device, which stands in for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self._formulas = formulas()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = operator(*args, **kwargs)
+        if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs, out))):
+            if operator.namespace == registration.NAMESPACE:
+                self.launches += self._ours(operator, args, out)
+            elif launches_a_kernel(operator):
+                self.launches.append(self._of_torch(operator, args, kwargs, out))
+        return out
+
+    def _of_torch(self, operator: Any, args: Any, kwargs: Any, out: Any) -> Launch:
+        packet, moved = operator.overloadpacket, nbytes_of((args, kwargs, out))
+        if packet in _READS_SOME_ROWS:
+            moved = 2 * nbytes_of(out)
+        flops, shape, dtype = 0, None, torch.float32
+        if packet in _PRODUCTS:
+            left, right = [x for x in args if isinstance(x, Tensor)][-2:]
+            *batch, rows, inner = left.shape
+            shape, dtype = (math.prod(batch), rows, right.shape[-1], inner), left.dtype
+            flops = 2 * math.prod(shape)
+        elif packet in _ATTENTION:
+            flops, dtype = flop_registry[packet](*args, **kwargs, out_val=out), args[0].dtype
+        return Launch(packet.__name__, False, moved, flops, dtype, shape)
+
+    def _ours(self, operator: Any, args: Any, out: Any) -> Iterator[Launch]:
+        """The kernels of one of our operators, and those of PyTorch in its launcher."""
+        formula = self._formulas.get(operator.overloadpacket)
+        shapes = tree_map_only(Tensor, lambda x: x.shape, (args, out))
+        flops = formula(*shapes[0], out_shape=shapes[1]) if formula else 0
+        within = Recording()
+        with precompile.recording(precompile.ARCHITECTURES["sm_90"]) as launches, within:
+            registration.definitions[operator._opname].launch(*args)
+        dtype = next((x.dtype for x in tree_leaves(args) if isinstance(x, Tensor)), torch.float32)
+        for launch in launches:
+            name, arguments = launch.kernel.fn.__name__, launch.arguments
+            moved = moved_by(name, arguments, args)
+            yield Launch(name, True, moved, flops // len(launches), dtype, None)
+        yield from within.launches
+
+
+def moved_by(kernel: str, arguments: dict[str, Any], args: Any) -> int:
+    """Bytes that a Triton kernel reads and writes: its tensors, but of a table only the rows that it gathers."""
+    if kernel == "_sgd_momentum_kernel":  # the tensors are in a table of addresses
+        weights, grads, buffers = args[:3]
+        return 2 * nbytes_of(weights) + nbytes_of(grads) + 2 * nbytes_of(buffers)
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+    if "out_ptr" in tensors and "rows_ptr" in tensors:
+        return 2 * nbytes_of(tensors["out_ptr"])
+    return nbytes_of(list(tensors.values()))
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def launches_of_ours(batch: int, classes: int, precision: str) -> list[Launch]:
+    """Launches of our step in a graph, with its update."""
+    inputs = random_inputs(MODEL, batch, classes, _CPU)
+    keep = RankSampler().expected_keep(classes, batch) - 1  # without a tail, which is drawn on the machine
+    with WithoutProducts():
+        clip = sk.SkipCLIP(
+            inputs.model,
+            inputs.tokens,
+            skip_layers=SKIP_LAYERS,
+            memory="fast",
+            keep_ratio=keep,
+            max_keep=keep,
+            decay=1e-6,
+        )
+        features = clip.encode_lower(inputs.images)
+        clip(features, inputs.labels)  # caches the text features at the cut, which needs values
+    clip.to("meta")
+    clip._containers = Containers(clip.model, (clip._image, *clip._text_encoder.towers))  # no comparison of values
+    features, labels = features.to("meta"), inputs.labels.to("meta")
+    optimizer = sk.FusedSGD(clip.parameter_groups(text_lr=0.0, image_lr=0.0), momentum=0.9, in_backward=False)
+    step = clip.graphed(optimizer, batch_size=batch)
+    return recorded(lambda: step(features, labels), precision)
+
+
+def launches_of_published(batch: int, classes: int, precision: str) -> list[Launch]:
+    """Launches of the published step and of PyTorch's update."""
+    inputs = random_inputs(MODEL, batch, classes, _CPU)
+    model, (tokens, images, labels) = inputs.model.to("meta"), (x.to("meta") for x in inputs[1:])
+    step = PublishedStep(model, tokens, SKIP_LAYERS, RankSampler())
+    features = step.image_features(images)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], momentum=0.9, foreach=True)
+
+    def run() -> None:
+        loss, _ = step(features, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return recorded(run, precision)
+
+
+def recorded(step: Callable[[], Any], precision: str) -> list[Launch]:
+    """Launches of the second call of a step; the first makes the state of its optimizer."""
+    with meta_as_gpu(), autocast(_CPU, precision):
+        step()
+        with tables_of_graph(), Recording() as recording:  # tables of the update are no nodes of a graph
+            step()
+    return recording.launches
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One line of the table; times in microseconds."""
+
+    implementation: str
+    B: int
+    C: int
+    precision: str
+    launches: int
+    mbytes: int
+    gflops: int
+    floor_us: int
+    device_us: int
+    eager_us: int
+    torch: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self[:4]
+
+    @property
+    def name(self) -> str:
+        return f"{self.implementation} (B{self.B}-C{self.C}, {self.precision})"
+
+
+def row_of(implementation: str, batch: int, classes: int, precision: str, launches: Sequence[Launch]) -> Row:
+    device = sum(launch.seconds + GAP for launch in launches)
+    host = sum(HOST_TRITON if launch.triton else HOST_TORCH for launch in launches)
+    return Row(
+        implementation,
+        batch,
+        classes,
+        precision,
+        len(launches),
+        round(sum(launch.nbytes for launch in launches) / 1e6),
+        round(sum(launch.flops for launch in launches) / 1e9),
+        round(1e6 * sum(launch.floor for launch in launches)),
+        round(1e6 * device),
+        round(1e6 * max(device, host)),
+        ".".join(torch.__version__.split(".")[:2]),
+    )
+
+
+RECORDERS = {OURS: launches_of_ours, PUBLISHED: launches_of_published}
+
+
+def cases() -> Iterator[tuple[int, int, str]]:
+    """Batch, classes and precision of the cases."""
+    return product(BATCHES, CLASSES, reversed(PRECISIONS))
+
+
+def worse_than(committed: Row, row: Row) -> Iterator[str]:
+    """Differences between an estimate and its committed row; another version of torch may launch other kernels."""
+    if committed.torch == row.torch and committed != row:
+        yield f"{row.name}: {committed[4:-1]} → {row[4:-1]}: run python -m bench.gpu_model"
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print the cases, ours beside the published step."""
+    found = {row.key: row for row in rows}
+    lines = []
+    for case in dict.fromkeys(row.key[1:] for row in rows):
+        ours, published = (found.get((name, *case)) for name in (OURS, PUBLISHED))
+        cells = [f"{x / 1000:.2f}" for x in (ours.floor_us, ours.device_us, ours.eager_us)] if ours else [""] * 3
+        both = f"{published.eager_us / ours.device_us:.1f}" if ours and published else ""
+        eager = f"{published.eager_us / 1000:.2f}" if published else ""
+        lines.append(
+            [*case, ours.launches if ours else "", *cells, published.launches if published else "", eager, both]
+        )
+    header = ["B", "C", "precision", "launches", "floor, ms", "graph, ms", "eager, ms", "published launches"]
+    tables.show([*header, "published, ms", "published over graph"], lines, "estimated for an H100; nothing is measured")
+
+
+def show_launches(launches: Sequence[Launch]) -> None:
+    """Print the launches by name, the longest first."""
+    count, moved = Counter[str](), Counter[str]()
+    seconds: dict[str, float] = defaultdict(float)
+    for launch in launches:
+        count[launch.name] += 1
+        seconds[launch.name] += launch.seconds + GAP
+        moved[launch.name] += launch.nbytes
+    lines = [
+        [name, count[name], f"{1e6 * s:.0f}", f"{moved[name] / 1e6:.0f}"]
+        for name, s in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    tables.show(["", "launches", "µs", "MB"], lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = measure.command(__doc__)
+    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES, choices=BATCHES)
+    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES, choices=CLASSES)
+    parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument("--launches", action="store_true", help="print the launches of our step by name")
+    parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
+    args = parser.parse_args(arguments)
+    measure.keep_freed_memory()
+    rows = []
+    for batch, classes, precision in cases():
+        if batch in args.batch and classes in args.classes and precision in args.precision:
+            for name, record in RECORDERS.items():
+                launches = record(batch, classes, precision)
+                rows.append(row_of(name, batch, classes, precision, launches))
+                if args.launches and name == OURS:
+                    show_launches(launches)
+    show(rows)
+    table = tables.read(TABLE, Row)
+    if args.check:
+        keys = {row.key for row in rows}
+        problems = list(tables.compare(rows, [row for row in table if row.key in keys], TABLE, "estimates", worse_than))
+        print("\n".join([*problems, f"{len(rows)} rows, {len(problems)} problems"]))
+        if problems:
+            raise SystemExit(1)
+    elif not args.no_save and len(rows) == len(RECORDERS) * len(list(cases())):
+        tables.write(TABLE, rows)
+        print(f"wrote {TABLE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""bench.gpu_model: its launches are those of bench.counts, and its times follow its assumptions."""
+
+import pytest
+import torch
+
+from bench import counts, gpu_model, tables
+
+
+def test_launches_are_those_that_are_counted():
+    counted = {
+        (row.B, row.C, row.precision): row.launches
+        for row in counts.read_table()
+        if (row.model, row.optimizer, row.memory) == (gpu_model.MODEL, counts.SGD, "fast")
+    }
+    estimated = [row for row in tables.read(gpu_model.TABLE, gpu_model.Row) if row.implementation == gpu_model.OURS]
+    both = [row for row in estimated if row.key[1:] in counted]
+    assert len(both) == 2 and all(row.launches == counted[row.key[1:]] for row in both)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(gpu_model, "MODEL", "vit-tiny")
+    monkeypatch.setattr(gpu_model, "SKIP_LAYERS", 3)
+
+
+def test_steps_are_recorded(tiny):
+    ours, published = (record(4, 20, "bf16") for record in gpu_model.RECORDERS.values())
+    update = next(launch for launch in ours if launch.name == "_sgd_momentum_kernel")
+    assert update.triton and update.nbytes % (5 * 4) == 0, "weight and buffer read and written, gradient read; fp32"
+    products = [launch for launch in ours if launch.shape]
+    assert products and all(launch.dtype == torch.bfloat16 for launch in products if launch.flops > 1e6)
+    assert len(published) > len(ours) and not any(launch.triton for launch in published)
+    row = gpu_model.row_of(gpu_model.OURS, 4, 20, "bf16", ours)
+    assert row.floor_us < row.device_us <= row.eager_us and row.launches == len(ours)
+
+
+def test_a_product_takes_whole_tiles():
+    def seconds(rows):
+        return gpu_model.seconds_of_product(1, rows, 128 * gpu_model.PROCESSORS, 768, torch.bfloat16)
+
+    assert seconds(128) == seconds(100) < seconds(129)
+    flops = 2 * 128 * 128 * gpu_model.PROCESSORS * 768
+    assert seconds(128) >= flops / gpu_model.RATES[torch.bfloat16]
