@@ -1,4 +1,4 @@
-"""Print what `bench.aot` finds in compiled kernels; tests/test_aot.py runs it in a process without the interpreter.
+"""Print what `bench.aot` and `bench.counts` find; tests/test_aot.py runs it in a process without the interpreter.
 
 python -m tests.ahead_of_time FOLDER NAME …     run these functions, each in a forked process; FOLDER/NAME is its output
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import aot, precompile
+from bench import aot, counts, precompile
 from bench.launches import CALLS, on_meta
 from skipkernels.ops.launching import launch, tl, triton
 
@@ -78,6 +78,17 @@ def differences() -> None:
                     if compiled.pop() != precompile.kernels_of([launched], architecture)[0][1:]:
                         print(f"{launched.kernel.fn.__name__} ({op}, {call.shape}, {target})")  # noqa: T201
     print(f"{compared} compared")  # noqa: T201
+
+
+def kernels() -> None:
+    sys.argv = "aot --check --quick --target sm_90 gfx942 --dtype bf16".split()
+    with contextlib.suppress(SystemExit):  # the problems are printed
+        aot.main()
+
+
+def counts_of_a_step() -> None:
+    with contextlib.suppress(SystemExit):
+        counts.main(["--check", "--classes", "20"])  # `make counts` checks all
 
 
 def printing(name: str, path: Path) -> None:

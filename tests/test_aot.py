@@ -1,13 +1,14 @@
 """Every Triton kernel compiles to machine code for GPUs that are not here, without spills, on the matrix units.
 
 The suite compiles the first call of every operator in bf16, which reaches every kernel; all calls and dtypes, with
-every entry of the block tables, are for `python -m bench.aot --check`.
+every entry of the block tables, are for `python -m bench.aot --check`. `bench.counts --check` runs in the same process.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 
@@ -20,27 +21,29 @@ from skipkernels.ops import launching
 pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not installed")
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a process that compiles kernels and does not interpret them."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
-
-
-def test_kernels_are_sound_and_no_worse_than_the_table():
-    done = python("-m", "bench.aot", "--check", "--quick", "--target", "sm_90", "gfx942", "--dtype", "bf16")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Output of the functions of tests/ahead_of_time.py; one process imports torch and Triton for all."""
     folder = tmp_path_factory.mktemp("printed")
-    names = ("faults", "differences")
-    done = python("-m", "tests.ahead_of_time", str(folder), *names)
+    names = ("kernels", "faults", "differences", "counts_of_a_step")
+    command = [sys.executable, "-m", "tests.ahead_of_time", str(folder), *names]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return {name: (folder / name).read_text() for name in names}
 
 
+@pytest.mark.slow
+def test_kernels_are_sound_and_no_worse_than_the_table(printed):
+    assert re.search(r"^[1-9]\d+ kernels, 0 problems$", printed["kernels"], re.MULTILINE), printed["kernels"]
+
+
+@pytest.mark.slow
+def test_counts_match_the_table(printed):
+    assert re.search(r"^[1-9]\d* rows, 0 problems$", printed["counts_of_a_step"], re.MULTILINE), printed
+
+
+@pytest.mark.slow
 def test_faults_are_found_in_machine_code(printed):
     lines = printed["faults"].splitlines()
     assert lines[0] == "sound, sm_80: []" and lines[1] == "sound, gfx942: []"
@@ -48,6 +51,7 @@ def test_faults_are_found_in_machine_code(printed):
     assert "spills" in lines[3] and "spills" in lines[4]
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_what_a_launch_compiles(printed):
     (summary,) = printed["differences"].splitlines()
     assert int(summary.removesuffix(" compared")) >= 4 * len(CALLS)

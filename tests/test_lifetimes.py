@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from PIL import Image
 import skipkernels as sk
 from skipkernels.app.train import tune
 from tests.app.runs import shortened, small
+from tests.processes import forkserver
 
 C = 7
 
@@ -75,38 +76,36 @@ def test_public_call_leaves_nothing_behind(call, tmp_path):
     assert left <= threads and clips_left == clips
 
 
-AT_A_TERMINAL = """
-import sys
-from models import tiny_clip, tiny_tokens
-import skipkernels as sk
-assert sys.stderr.isatty()
-for seed in range(2):
-    tokens, folder = tiny_tokens(7, seed=seed), f"{sys.argv[1]}/{seed}"
-    sk.SkipCLIP(tiny_clip().float(), tokens, skip_layers=1, text_cache=folder, chunk=2)
-"""
+def construct_at(terminal: str, folder: Path) -> None:
+    """Construct with a text cache, with a terminal in place of stderr."""
+    os.environ["TERM"] = "xterm"
+    sys.stderr = open(terminal, "w")
+    assert sys.stderr.isatty()
+    for seed in range(2):
+        tokens = tiny_tokens(C, seed=seed)
+        sk.SkipCLIP(tiny_clip().float(), tokens, skip_layers=1, text_cache=folder / f"{seed}", chunk=2)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_text_cache_at_a_terminal(tmp_path):
     """Construction hung if its display was still open when a thread collected it."""
     master, terminal = os.openpty()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
-    command = [sys.executable, "-c", AT_A_TERMINAL, str(tmp_path)]
-    with subprocess.Popen(command, env=environment, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+    process, shown = forkserver().Process(target=construct_at, args=(os.ttyname(terminal), tmp_path)), []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the terminal is closed
+            while data := os.read(master, 4096):
+                shown.append(data)
+
+    reader = threading.Thread(target=read)
+    process.start()
+    reader.start()
+    try:
+        process.join(120)
+        assert process.exitcode == 0, b"".join(shown).decode()
+    finally:
+        process.kill()
         os.close(terminal)
-        shown = []
-
-        def read() -> None:
-            with contextlib.suppress(OSError):  # the terminal is closed
-                while data := os.read(master, 4096):
-                    shown.append(data)
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            assert process.wait(timeout=120) == 0, b"".join(shown).decode()
-        finally:
-            process.kill()
-            reader.join()
-            os.close(master)
+        reader.join()
+        os.close(master)
     assert "texts →".encode() in b"".join(shown)

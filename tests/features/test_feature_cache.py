@@ -29,6 +29,7 @@ import skipkernels as sk
 from skipkernels.app.data import LabelledImages
 from skipkernels.digests import digest_json
 from skipkernels.store import StoreError
+from tests.processes import forkserver
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 24), "num_classes": 12}
@@ -195,7 +196,7 @@ def test_cache_can_be_pickled_after_reading(tmp_path):
     unread = len(pickle.dumps(cache))
     right = [cache[item] for item in range(len(cache))]
     assert len(pickle.dumps(cache)) == unread, "without its maps"
-    loader = DataLoader(cache, batch_size=8, num_workers=1, multiprocessing_context="spawn")
+    loader = DataLoader(cache, batch_size=8, num_workers=1, multiprocessing_context=forkserver())
     features, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     assert features.equal(torch.stack([one for one, _ in right])) and labels.tolist() == [label for _, label in right]
 

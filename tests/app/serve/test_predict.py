@@ -9,7 +9,6 @@ import itertools
 import json
 import logging
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from skipkernels.app.train import tune
 from skipkernels.digests import digest_file
 from skipkernels.formatting import csv_line, csv_text
 from tests.app.serve.conftest import CONFIG
+from tests.processes import run_in_processes
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +79,14 @@ def test_probabilities_sum_to_one_and_use_the_temperature(run, images, classifie
     torch.testing.assert_close(cooled.predict(images, top=99).probabilities, expected)
 
 
-def test_run_opens_in_a_new_process(run):
+def classes_of(rank: int, folder: Path) -> int:
+    assert "skipkernels.app.demo.vit_pictogram" not in sys.modules
+    return len(sk.Classifier.load(folder, device="cpu").classes)
+
+
+def test_run_opens_in_a_new_process(run, tmp_path):
     """Nothing else has registered the image tower of the packaged model there."""
-    code = f"import skipkernels as sk; print(len(sk.Classifier.load({str(run.folder)!r}, device='cpu').classes))"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert int(done.stdout) == len(run.classes)
+    assert run_in_processes(1, tmp_path, classes_of, run.folder) == [len(run.classes)]
 
 
 def test_other_classes_by_their_names(run, photos):
