@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ import torch
 import skipkernels
 from skipkernels import _build
 from skipkernels.ops import registration
+from tests.processes import forkserver
 
-# A process that has no prebuilt library: it looks for one in an empty folder.
+# In a process that has not loaded the kernels, and has no prebuilt library: it looks for one in an empty folder.
 WITHOUT_PREBUILT = """
 import pathlib, sys, torch, skipkernels as sk
 from skipkernels import _build
@@ -37,22 +39,38 @@ print(f"{loss:.6f} {image.grad.norm():.6f} {sk.backends()['class_sampled_ce']['c
 LOSS = "0.239545"  # log(e² + 2) − 2
 
 
-def start(code: str, tmp_path: Path, **environment: str) -> subprocess.Popen:
-    empty = tmp_path / "empty"
+class Started(NamedTuple):
+    """A process that has imported the package, and the files of its output and its errors."""
+
+    process: Any
+    out: Path
+    err: Path
+
+
+def execute(code: str, empty: str, out: Path, err: Path, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    sys.argv = ["-c", empty]
+    for number, path in enumerate((out, err), 1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    exec(code, {})
+    sys.stdout.flush()
+
+
+def start(code: str, tmp_path: Path, name: str = "first", **environment: str) -> Started:
+    empty, out, err = tmp_path / "empty", tmp_path / f"{name}.out", tmp_path / f"{name}.err"
     empty.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(empty)],
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
+    process = forkserver().Process(target=execute, args=(code, str(empty), out, err, environment))
+    process.start()
+    return Started(process, out, err)
 
 
-def finish(process: subprocess.Popen) -> tuple[str, str]:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out.strip(), err
+def finish(started: Started) -> tuple[str, str]:
+    started.process.join(300)
+    err = started.err.read_text()
+    assert started.process.exitcode == 0, err
+    return started.out.read_text().strip(), err
 
 
 # A compiler that copies the library of this process, so that a build is cheap; `make setup` compiles.
@@ -84,14 +102,14 @@ def test_built_once_by_two_processes_at_once_after_a_kill_of_a_build(tmp_path, c
     )
     killed = start(WITHOUT_PREBUILT + USE, tmp_path, **copies)
     while not waiting.exists():
-        assert killed.poll() is None, killed.communicate()
+        assert killed.process.is_alive(), killed.err.read_text()
         time.sleep(0.05)
-    killed.kill()
-    killed.communicate()
+    killed.process.kill()
+    killed.process.join()
     (folder,) = (tmp_path / "cache").glob("skipkernels/*")
     assert list(folder.glob("._C.so-*.partial")) and not (folder / "_C.so").exists()
     compiler.write_text(text)
-    both = [finish(process) for process in [start(WITHOUT_PREBUILT + USE, tmp_path, **copies) for _ in "ab"]]
+    both = [finish(process) for process in [start(WITHOUT_PREBUILT + USE, tmp_path, n, **copies) for n in "ab"]]
     silent, building = sorted(err for _, err in both)
     assert silent == "" and building.count("skipkernels: building the C++ kernels, once") == 1
     for out, _ in both:
