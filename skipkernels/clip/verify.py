@@ -67,25 +67,25 @@ def verify(model: nn.Module, image_encoder: ImageEncoder, text_encoder: TextEnco
             list(image_tower.upper_parameters()),
         ),
     ]
+    modules = list(model.modules())
     with evaluating([model]):
         with torch.no_grad():
             features = image_encoder.lower(image)
         image_encoder.features = features.shape[1:], features.dtype
-        for pair in pairs:
-            _compare(model, pair, "evaluation", [])
-    with deterministic_training(model):
+        # In half precision, rounding would hide a wrong activation.
+        with _in_float32(model):
+            for pair in pairs:
+                _compare(modules, pair, "evaluation", [])
+    with deterministic_training(model), _in_float32(model):
         for pair in pairs:
             trained = [p for p in pair.parameters if p.requires_grad]
-            _compare(model, pair, "training", [p for p in trained if p.ndim <= 1] or trained)
+            _compare(modules, pair, "training", [p for p in trained if p.ndim <= 1] or trained)
 
 
-def _compare(model: nn.Module, pair: _Pair, mode: str, parameters: list[nn.Parameter]) -> None:
-    """Raise if the two embeddings, or their gradients, differ by more than rounding, or are not finite.
-
-    Half-precision models are compared in fp32: in half precision rounding would hide a wrong activation.
-    """
-    with _in_float32(model), torch.set_grad_enabled(bool(parameters)):
-        with unfused(model.modules()):
+def _compare(modules: list[nn.Module], pair: _Pair, mode: str, parameters: list[nn.Parameter]) -> None:
+    """Raise if the two embeddings, or their gradients, differ by more than rounding, or are not finite."""
+    with torch.set_grad_enabled(bool(parameters)):
+        with unfused(modules):
             expected, d_expected = _differentiated(pair, pair.reference, parameters)
         got, d_got = _differentiated(pair, pair.actual, parameters)
     distance = (expected - got).norm(dim=-1).max().item()

@@ -304,8 +304,10 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def deterministic_training(model: nn.Module) -> Iterator[None]:
     """Set training mode, except for batch norms and modules that drop values at random."""
-    frozen = [m for m in model.modules() if _drops(m) or any(map(_drops, m.children())) or isinstance(m, _NormBase)]
-    others = set(model.modules()) - set(frozen)
+    modules = list(model.modules())
+    dropping = set(filter(_drops, modules))
+    frozen = [m for m in modules if m in dropping or isinstance(m, _NormBase) or not dropping.isdisjoint(m.children())]
+    others = set(modules) - set(frozen)
     with _in_mode(frozen, False), _in_mode(others, True):
         yield
 
