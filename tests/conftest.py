@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
+import sys
 
 import torch
 
@@ -25,6 +28,11 @@ hypothesis.settings.load_profile("skipkernels")
 
 # Flushes matter only when the power fails, and take most of the time of tests of stores.
 os.fsync = lambda descriptor: None
+
+# A seed for devices that are not there is queued, with the formatted stack of the call: three milliseconds each.
+for devices in (torch.cuda, torch.xpu, torch.mtia):
+    if not devices.is_available():
+        devices.manual_seed_all = lambda seed: None
 
 THREADS = torch.get_num_threads()
 
@@ -56,6 +64,18 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """Make slow work of imported modules cheaper: full garbage collections, of 0.4 seconds, and tokenizers, of 0.1."""
+    gc.collect()
+    gc.freeze()
+    if open_clip := sys.modules.get("open_clip"):
+        open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else nanobind reports leaks at the end of the process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,18 +1,16 @@
-"""The optimizer and the tokenizer of all runs, and a run that tests share."""
+"""The optimizer of all runs, and a run that tests share."""
 
 from __future__ import annotations
 
-import open_clip
 import pytest
 
 from skipkernels.app.train import tune
-from tests.app.runs import get_tokenizer, published_optimizer, small
+from tests.app.runs import published_optimizer, small
 
 
 @pytest.fixture(scope="session", autouse=True)
 def published():
-    with published_optimizer(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(open_clip, "get_tokenizer", get_tokenizer)
+    with published_optimizer():
         yield
 
 

@@ -25,7 +25,7 @@ from skipkernels.app.train import tune
 from skipkernels.digests import digest_tensors
 
 SMALL = TuneConfig(shots=2, classes=24, epochs=2, device="cpu")  # two epochs of six steps
-get_tokenizer = functools.cache(open_clip.get_tokenizer)  # 0.1 s each
+_get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def shortened() -> Iterator[None]:
     """Leave out plots and waiting for the disk, which have tests of their own; make the tokenizer once."""
     with published_optimizer(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "panels_svg", lambda name, label, panels, **_: f"<svg>{name}</svg>")
-        patch.setattr(open_clip, "get_tokenizer", get_tokenizer)
+        patch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
