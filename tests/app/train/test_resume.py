@@ -55,14 +55,15 @@ def test_resume_refuses_pipe(run, tmp_path, name):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"classes": 12, "decay": 2.0, "precision": "bf16-sr"}, {"classes": 12, "fused_optimizer": True},
-     {"classes": 12, "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5,
-      "sampler": "random", "skip_layers": 0, "delta": True}],
+    [{"decay": 2.0, "precision": "bf16-sr"}, {"fused_optimizer": True, "skip_layers": 0},
+     {"optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5,
+      "sampler": "random", "delta": True}],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
 )  # fmt: skip
 def test_resume_with_settings_is_bitwise_identical(tmp_path, changes):
+    changes |= {"classes": 12}  # two epochs of three steps
     tune(small(tmp_path / "whole", **changes))
-    stopped(tmp_path / "cut", step=5 if "classes" in changes else 9, **changes)
+    stopped(tmp_path / "cut", step=5, **changes)
     tune(small(tmp_path / "cut", resume=True, **changes))
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
@@ -71,15 +72,15 @@ def test_resume_restores_global_generator(tmp_path, monkeypatch):
     """A step of which dropout draws from the global generator."""
     real = Skip.step
     monkeypatch.setattr(Skip, "step", lambda self, images, labels: real(self, F.dropout(images, 0.2), labels))
-    tune(small(tmp_path / "whole"))
+    tune(small(tmp_path / "whole", classes=12))
     torch.manual_seed(2)  # another state of the caller's generator
-    stopped(tmp_path / "cut")
-    tune(small(tmp_path / "cut", resume=True))
+    stopped(tmp_path / "cut", step=5, classes=12)
+    tune(small(tmp_path / "cut", classes=12, resume=True))
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
 def test_resume_continues_views_of_cache(tmp_path):
-    changes = {"refresh": "epoch", "epochs": 3, "classes": 12}
+    changes = {"refresh": "epoch", "classes": 12}
     tune(small(tmp_path / "whole", cache=tmp_path / "first", **changes))
     stopped(tmp_path / "cut", step=5, cache=tmp_path / "second", **changes)
     tune(small(tmp_path / "cut", cache=tmp_path / "second", resume=True, **changes))
@@ -94,11 +95,10 @@ def test_resume_of_complete_run(run, capsys):
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
-def test_resume_by_folder(run, tmp_path, capsys):
-    stopped(tmp_path)
-    assert main(["tune", "--resume", str(tmp_path), "--log-every", "7"]) == 0
-    assert results(tmp_path) == results(run[0])
-    assert "log_every: 7" in (tmp_path / "config.yaml").read_text(), "a setting without effect on results may differ"
+def test_resume_by_folder(run, copy):
+    assert main(["tune", "--resume", str(copy), "--log-every", "7", "--memory", "min", "--workers", "1"]) == 0
+    assert "log_every: 7" in (copy / "config.yaml").read_text(), "settings without effect on results may differ"
+    assert results(copy) == results(run[0])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_resume_refuses_run_of_version_0_2(run, copy):
     with pytest.raises(InputError, match=r"was stopped by skipkernels 0\.2, .*; continue with 0\.2, or tune again"):
         tune(small(copy, resume=True))
     assert evaluate_run(copy) == rows(copy)[0]["accuracy"], "its model can be used"
-    assert tune(small(copy, overwrite=True))["epochs"] == 2
+    assert tune(small(copy, overwrite=True, epochs=1))["epochs"] == 1
 
 
 def test_run_of_version_0_2_is_complete(run, tmp_path):
@@ -177,10 +177,6 @@ def test_resume_refuses_other_settings(copy, changes, message, capsys):
     assert re.search(message, said), said
 
 
-def test_resume_accepts_settings_without_effect(copy):
-    assert tune(small(copy, resume=True, log_every=7, memory="min", workers=1))["status"] == "complete"
-
-
 def test_resume_refuses_damaged_checkpoint(copy, capsys):
     file = copy / "checkpoint" / "training.pt"
     content = bytearray(file.read_bytes())
@@ -190,7 +186,7 @@ def test_resume_refuses_damaged_checkpoint(copy, capsys):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     assert "training.pt does not match checkpoint.json" in fails(["tune", "--resume", *arguments], capsys)
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before, "nothing is lost"
-    assert main(["tune", "--overwrite", *map(str, arguments)]) == 0
+    assert main(["tune", "--overwrite", *map(str, arguments), "--epochs", "1"]) == 0
 
 
 def test_read_metrics_refuses_damaged_file(tmp_path):

@@ -77,7 +77,7 @@ def test_tune_says_why_steps_are_not_graphed(tmp_path, monkeypatch):
 
 def test_tune_beats_zero_shot_on_drawings_of_another_designer(tmp_path):
     rates = {"text_lr": 3e-4, "image_lr": 3e-4, "optimizer": "adamw", "batch_size": 16}
-    metrics = tune(TuneConfig(data="pictograms:objects", **rates, device="cpu", out=tmp_path))
+    metrics = tune(TuneConfig(data="pictograms:objects", **rates, epochs=5, device="cpu", out=tmp_path))
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
     assert zero_shot["base"] > 20, "25 times chance over 131 classes"
     assert tuned["base"] > zero_shot["base"] + 8
@@ -130,8 +130,8 @@ def test_tune_is_deterministic(run, tmp_path):
     again = tune(small(tmp_path / "again", log_every=1))
     assert torch.rand(1) == expected, "the caller's generator is restored"
     assert without_cost(again) == without_cost(metrics) and losses(tmp_path / "again") == losses(folder)
-    tune(small(tmp_path / "other", seed=1))
-    assert losses(tmp_path / "other") != losses(folder)
+    tune(small(tmp_path / "other", seed=1, epochs=1))
+    assert losses(tmp_path / "other")[0] != losses(folder)[0]
 
 
 @pytest.mark.parametrize(
@@ -178,16 +178,16 @@ def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
     assert all(delta[name].equal(whole[name]) for name in delta)
     assert files(tmp_path / "run") == FILES - {"model.safetensors", "open_clip_config.json"} | {"delta.safetensors"}
     assert evaluate_run(tmp_path / "run") == metrics["tuned"]
-    assert main(["eval", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"skip_layers": 0, "classes": 2}, {"skip_layers": 1.0, "classes": 3}, {"preset": "reference"},
+    [{"skip_layers": 0, "classes": 2}, {"skip_layers": 1.0, "classes": 3, "protocol": "few-shot"},
+     {"preset": "reference", "classes": 12},
      {"tail": "fixed", "memory": "min", "sampler": "random", "batch_size": 5, "clip_grad_norm": 1.0,
       "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("a sign of a {}.", "{}")},
-     {"protocol": "few-shot"}, {"protocol": "cross-dataset", "targets": ("pictograms:food",), "classes": 6}],
-    ids=["no cut", "all skipped", "reference", "several", "few-shot", "cross-dataset"],
+     {"protocol": "cross-dataset", "targets": ("pictograms:food",), "classes": 6}],
+    ids=["no cut", "all skipped, few-shot", "reference", "several", "cross-dataset"],
 )  # fmt: skip
 def test_tune_options(tmp_path, changes):
     metrics = tune(small(tmp_path, **{"epochs": 1, **changes}))
@@ -197,8 +197,7 @@ def test_tune_options(tmp_path, changes):
 
 @pytest.mark.parametrize(
     ("method", "delta"),
-    [(method, False) for method in METHODS if method not in ("skip", "full")]
-    + [("lora", True), ("linear-probe", True)],
+    [(method, method in ("lora", "linear-probe")) for method in METHODS if method not in ("skip", "full")],
 )
 def test_tune_methods(run, tmp_path, method, delta):
     trains = METHODS[method].recipe("pictogram-tiny", "base-to-new", 4).epochs > 0
