@@ -9,8 +9,9 @@ its product. A launch takes
 
     START + max(bytes / bandwidth, FLOPs / rate)
 
-A product is divided into tiles, and the slowest multiprocessor determines its time: of the tiles in TILES and the ways
-to split the inner dimension, the fastest counts. The L2 cache is left out: a step moves many times its size.
+A Triton kernel with few warps does not reach the whole bandwidth. A product is divided into tiles, and the slowest
+multiprocessor determines its time: of the tiles in TILES and the ways to split the inner dimension, the fastest counts.
+The L2 cache is left out: a step moves many times its size.
 
     floor    FLOPs at the rate of a large product, and bytes at the bandwidth of the memory, without START
     graph    the launches one after the other in a CUDA graph, GAP between them
@@ -57,6 +58,7 @@ _CPU = torch.device("cpu")
 PROCESSORS = 132  # multiprocessors of an H100 SXM
 RATES = {torch.bfloat16: 750e12, torch.float16: 750e12, torch.float32: 55e12, torch.float64: 55e12}  # FLOP/s, products
 BANDWIDTH = 2.9e12  # bytes/s of the memory, read or written
+WARPS = 8  # for each multiprocessor, which need to be loading for the whole bandwidth
 START = 1.5e-6  # seconds until the programs of a kernel run at full speed, and until the last one ends
 GAP = 1.1e-6  # seconds between two nodes of a graph
 HOST_TORCH, HOST_TRITON = 5e-6, 12e-6  # seconds of the host for a call of PyTorch, and for a launch of Triton
@@ -75,6 +77,7 @@ class Launch(NamedTuple):
         flops: Operations of its products.
         dtype: Type of its products.
         shape: Batch, rows, columns and inner dimension of a product; None of other launches.
+        warps: Of all programs of a Triton kernel; None of other launches, which are assumed to fill the GPU.
     """
 
     name: str
@@ -83,12 +86,14 @@ class Launch(NamedTuple):
     flops: int
     dtype: torch.dtype
     shape: tuple[int, int, int, int] | None
+    warps: int | None = None
 
     @property
     def seconds(self) -> float:
         """Time of the launch on the device."""
+        filled = 1.0 if self.warps is None else min(1.0, self.warps / (PROCESSORS * WARPS))
         computing = seconds_of_product(*self.shape, self.dtype) if self.shape else self.flops / ATTENTION / self.rate
-        return START + max(self.nbytes / BANDWIDTH, computing)
+        return START + max(self.nbytes / (filled * BANDWIDTH), computing)
 
     @property
     def rate(self) -> float:
@@ -176,7 +181,8 @@ class Recording(TorchDispatchMode):
         for launch in launches:
             name, arguments = launch.kernel.fn.__name__, launch.arguments
             moved = moved_by(name, arguments, args)
-            yield Launch(name, True, moved, flops // len(launches), dtype, None)
+            warps = math.prod(launch.grid) * launch.options["num_warps"]
+            yield Launch(name, True, moved, flops // len(launches), dtype, None, warps)
         yield from within.launches
 
 

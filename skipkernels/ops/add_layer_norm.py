@@ -28,7 +28,9 @@ from . import registration
 from .launching import launch, tl, triton
 from .row_sums import blocks_of_rows, sum_in_order_strided
 
-TILE = 1024  # numbers in a tile: as many rows as fit, at least one
+# Numbers in a tile: as many rows as fit, at least one. A program of backward walks over 8 rows or more, and with larger
+# tiles it waits for memory fewer times, and more warps load at once.
+TILE, BACKWARD_TILE = 1024, 4096
 ROWS_PER_SUM = 8  # minimum rows per program of backward: it writes up to four rows of partial sums
 MAX_SUMS = 512  # maximum programs of backward: enough to fill a GPU, and few partial sums for the second kernel
 BLOCK_SUMS = 64  # rows of partial sums per iteration of the second kernel
@@ -231,10 +233,14 @@ def _add_layer_norm_bwd_sums_kernel(
         _store_sum(sums_ptr + 3 * W, d_x_sum_ptr, P, SUMS * W, W, BLOCK_P, BLOCK_W)
 
 
-def _tile(W: int) -> dict[str, Any]:
+def _tile(W: int, numbers: int = TILE, most_rows: int = TILE) -> dict[str, Any]:
     BLOCK_W = triton.next_power_of_2(W)
-    BLOCK_R = max(1, TILE // BLOCK_W)
+    BLOCK_R = min(max(1, numbers // BLOCK_W), most_rows)
     return {"BLOCK_W": BLOCK_W, "BLOCK_R": BLOCK_R, "num_warps": min(max(BLOCK_R * BLOCK_W // 256, 4), 16)}
+
+
+def _backward_tile(W: int) -> dict[str, Any]:
+    return _tile(W, BACKWARD_TILE, ROWS_PER_SUM)
 
 
 def _launch(
@@ -274,7 +280,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def _blocks(R: int, W: int) -> tuple[int, int]:
     """Return the number of programs of backward, and the rows of each."""
-    return blocks_of_rows(R, _tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
+    return blocks_of_rows(R, _backward_tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
 
 
 def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gradients:
@@ -306,7 +312,7 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
         rows=rows,
         W=W,
         SUMS=SUMS,
-        **_tile(W),
+        **_backward_tile(W),
     )
     if SUMS and not needs.partial:
         launch(
