@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import open_clip
@@ -33,12 +33,15 @@ class Family(NamedTuple):
         return torch.randn(3, 3, self.size, self.size, generator=generator, dtype=torch.float64)
 
 
-def each_cut(families: Mapping[str, Family], lowest: int = 0) -> Any:
-    """Parametrise over every family and every cut, from `lowest` blocks skipped to all of them."""
+def each_cut(families: Mapping[str, Family], lowest: int = 0, variants: Collection[str] = ()) -> Any:
+    """Parametrise over every family and every cut, from `lowest` blocks skipped to all of them.
+
+    `variants` of other families have the same blocks, with another head or other weights: one cut is enough.
+    """
     cases = [
         pytest.param(family, skip, id=f"{name}-skip{skip}")
         for name, family in families.items()
-        for skip in range(lowest, family.depth + 1)
+        for skip in ([2] if name in variants else range(lowest, family.depth + 1))
     ]
     return pytest.mark.parametrize(("family", "skip"), cases)
 

@@ -47,10 +47,9 @@ def other_starts():
     return tokens
 
 
-@pytest.mark.parametrize("shard_bytes", [200, 1 << 20], ids=["small-shards", "one-shard"])
 @pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
 @pytest.mark.parametrize("tokens", [tiny_tokens(CLASSES), other_starts()], ids=["prefix", "alone"])
-@pytest.mark.parametrize("skip", [1, 3])
+@pytest.mark.parametrize(("skip", "shard_bytes"), [(1, 200), (3, 1 << 20)], ids=["1-small-shards", "3-one-shard"])
 def test_text_store_equals_memory(tmp_path, monkeypatch, skip, tokens, padded, shard_bytes):
     monkeypatch.setattr(text_store, "_SHARD_BYTES", shard_bytes)
     if padded:

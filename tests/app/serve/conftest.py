@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import NamedTuple
 
+import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from skipkernels.app.config import TuneConfig
@@ -15,6 +18,14 @@ from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
 
 CONFIG = TuneConfig(data="pictograms:food", shots=2, classes=40, epochs=1, device="cpu", cache_dtype="fp32")
+
+
+NATIVE = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+PREPROCESS = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic"}
 
 
 class Run(NamedTuple):
@@ -35,6 +46,19 @@ def run(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("serve") / "run"
     metrics = tune(dataclasses.replace(CONFIG, out=folder, cache=folder.parent / "cache"))
     return Run(folder, metrics, build_task(CONFIG.resolved()))
+
+
+@pytest.fixture(scope="session")
+def native_run(tmp_path_factory) -> Path:
+    """Run of a small CLIP of open_clip's own blocks with random weights, which CLIPModel of transformers can hold."""
+    folder = tmp_path_factory.mktemp("native")
+    clip = open_clip.CLIP(**NATIVE)
+    open_clip.set_model_preprocess_cfg(clip, PREPROCESS)
+    config = {"model_cfg": NATIVE, "preprocess_cfg": clip.visual.preprocess_cfg}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    tune(dataclasses.replace(CONFIG, model=f"local-dir:{folder}", classes=4, out=folder / "run"))
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

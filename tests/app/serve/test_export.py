@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import skipkernels as sk
 from skipkernels.app.cli.main import main
@@ -23,13 +23,8 @@ from skipkernels.app.serve import to_hugging_face, to_onnx
 from skipkernels.app.serve.merging import PlainModel, plain_model
 from skipkernels.app.train import tune
 from skipkernels.app.train.description import Description
-from tests.app.serve.conftest import CONFIG
+from tests.app.serve.conftest import CONFIG, NATIVE, PREPROCESS
 
-NATIVE = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
 ATOL = 1e-4  # of logits up to the logit scale, in fp32
 
 
@@ -40,18 +35,6 @@ def lora(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def native_run(tmp_path_factory) -> Path:
-    """Run of a small CLIP of open_clip's own blocks with random weights, which CLIPModel of transformers can hold."""
-    folder = tmp_path_factory.mktemp("native")
-    clip = plain().model
-    config = {"model_cfg": NATIVE, "preprocess_cfg": clip.visual.preprocess_cfg}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
-    tune(dataclasses.replace(CONFIG, model=f"local-dir:{folder}", classes=4, out=folder / "run"))
-    return folder / "run"
-
-
 @pytest.fixture(params=["skip", "lora"])
 def source(request, run, lora) -> Path:
     return run.folder if request.param == "skip" else lora
@@ -59,8 +42,7 @@ def source(request, run, lora) -> Path:
 
 @torch.no_grad()
 def test_open_clip(source, images, tmp_path):
-    assert main(["export", str(source), "--to", "open-clip", "--out", str(tmp_path / "out")]) == 0
-    done = sk.export(source, "open-clip", tmp_path / "out", overwrite=True)
+    done = sk.export(source, "open-clip", tmp_path / "out")
     assert done.files == ["README.md", "classifier.json", "open_clip_config.json", "open_clip_model.safetensors"]
     name = f"local-dir:{done.folder}"
     model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
@@ -69,8 +51,8 @@ def test_open_clip(source, images, tmp_path):
     torch.testing.assert_close(scale * image @ text.T, tuned.logits(images), atol=ATOL, rtol=0)
     exported = sk.Classifier.load(done.folder, device="cpu")
     torch.testing.assert_close(exported.logits(images), tuned.logits(images), atol=ATOL, rtol=0)
-    again = sk.export(done.folder, "open-clip", tmp_path / "again")
-    assert (again.folder / "README.md").read_text() == (done.folder / "README.md").read_text()
+    assert main(["export", str(done.folder), "--to", "open-clip", "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "README.md").read_text() == (done.folder / "README.md").read_text()
 
 
 def test_lora_is_merged(lora):
@@ -104,7 +86,7 @@ def plain(tokenizer=None, **changes) -> PlainModel:
     kind = open_clip.CustomTextCLIP if changes.pop("custom_text", False) else open_clip.CLIP
     model = kind(embed_dim=NATIVE["embed_dim"], vision_cfg=vision, text_cfg=text, **changes).eval()
     logging.disable(logging.NOTSET)
-    open_clip.set_model_preprocess_cfg(model, {"mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic"})
+    open_clip.set_model_preprocess_cfg(model, PREPROCESS)
     own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
     return PlainModel(None, model, own, (["a cat", "two dogs"],), torch.zeros(2, 16), False)
 

@@ -45,7 +45,7 @@ def blends(run: Path, folder: Path) -> Iterator[Write]:
             calls: list[tuple] = []
             patch.setattr(blending, "ALPHAS", (0.0, 1.0))
             patch.setattr(blending, "_write", lambda *arguments, calls=calls: calls.append(arguments))
-            sk.blend(run, alpha, out=folder, overwrite=True)
+            sk.blend(run, alpha, out=folder, overwrite=True, trust=True)
         yield lambda calls=calls: blending._write(*calls[0])
 
 
@@ -94,14 +94,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("writes", [exports, blends])
-def test_folder_has_one_whole_model(run, tmp_path, writes):
+def test_folder_has_one_whole_model(native_run, tmp_path, writes):
     """Disturbed at the first call, in the middle, and at each call around the exchange of the two folders."""
     first, folder = tmp_path / "first", tmp_path / "work" / "target"
     folder.parent.mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process has no others
     try:
-        write_first, write = writes(run.folder, folder)
+        write_first, write = writes(native_run, folder)
         write_first()
         (folder / "mine.txt").write_text("of the user")
         shutil.copytree(folder, first)
