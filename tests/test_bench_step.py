@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 
 import skipkernels as sk
-from bench import gpu, infer, inputs, measure, memory, published, step, test_steps, training
+from bench import infer, inputs, measure, memory, published, step, test_steps, training
 from bench.flops import flops_of
 from bench.published import PublishedStep
 from bench.rows import KINDS, MACHINE
@@ -100,6 +98,22 @@ def test_steps_of_pytest_benchmark_run():
     test_steps.test_step(lambda function: ran.append(function()), "vit-tiny", 20, "bf16")
     test_steps.test_predict(lambda function: ran.append(function()), "vit-tiny", 20)
     assert len(ran) == 2
+
+
+def test_prompts_have_the_lengths_of_imagenet():
+    tokenize = open_clip.get_tokenizer("vit-tiny")
+
+    def lengths(names: list[str]) -> torch.Tensor:
+        """Tokens from the first of a name to the end of text."""
+        return tokenize([f"a photo of a {name}." for name in names]).argmax(dim=1) - 4
+
+    imagenet = lengths(open_clip.IMAGENET_CLASSNAMES).double()
+    for count in (100, 1000):
+        names = inputs.class_names(count)
+        own = lengths(names).double()
+        assert len(set(names)) == count and abs(own.mean() - imagenet.mean()) < 0.05
+        assert abs(own.std() - imagenet.std()) < 0.15
+    assert len(set(inputs.class_names(30_000))) == 30_000
 
 
 # ---- wrong steps get no time ---------------------------------------------------------------------------------------
@@ -202,25 +216,3 @@ def test_memory_refuses_different_weights(monkeypatch, results):
     with pytest.raises(SystemExit, match="the two optimizers leave other weights: no measurement"):
         memory.main([*CUT, "--precision", "bf16"])
     assert not list(results.iterdir())
-
-
-# ---- bench/gpu.sh --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "stage, printed", [("step", "skipkernels"), ("profile_step", "skipkernels::"), ("smoke", "class_scores: ")]
-)
-def test_stages_of_gpu_run_on_the_cpu(stage, printed, capsys):
-    gpu.main([stage, *CUT, "--no-save"])
-    assert printed in capsys.readouterr().out
-
-
-def test_gpu_script_runs_each_stage_with_its_limit(tmp_path):
-    """With `echo` in place of Python; one that cannot run does not stop the others."""
-    script = Path(gpu.__file__).with_name("gpu.sh")
-    environment = os.environ | {"PYTHON": "echo", "OUT": str(tmp_path)}
-    done = subprocess.run([script, "step", "racecheck", "ncu"], capture_output=True, text=True, env=environment)
-    assert [line.partition(",")[0] for line in done.stdout.splitlines()] == [
-        "step: exit status 0", "racecheck: exit status 127", "ncu: exit status 127"
-    ]  # fmt: skip
-    assert (tmp_path / "step.txt").read_text() == "-m bench.gpu step\n"
