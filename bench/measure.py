@@ -41,40 +41,56 @@ def default_device() -> torch.device:
 
 
 def time_alternately(
-    functions: dict[Key, Callable[[], Any]], rounds: int, device: torch.device, *, warm_up: bool = True
+    functions: dict[Key, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    *,
+    warm_up: bool = True,
+    calls: int = 1,
+    before: Callable[[], Any] | None = None,
 ) -> dict[Key, list[float]]:
     """Seconds of each function in each round, run in turn, after a warm-up round unless all ran before.
 
-    The order changes every round, since a later function finds shared inputs in the CPU cache.
+    The order changes every round, since a later function finds shared inputs in the CPU cache. For `calls` and `before`
+    see `seconds_of`.
     """
     seconds: dict[Key, list[float]] = {name: [] for name in functions}
     order, shuffle = list(functions), random.Random(0).shuffle
     for number in range(0 if warm_up else 1, rounds + 1):
         shuffle(order)
         for name in order:
-            elapsed = seconds_of(functions[name], device)
+            elapsed = seconds_of(functions[name], device, calls, before)
             if number:
                 seconds[name].append(elapsed)
     return seconds
 
 
-def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call: between two events on the current stream of a GPU, by the clock elsewhere.
+def seconds_of(
+    function: Callable[[], Any], device: torch.device, calls: int = 1, before: Callable[[], Any] | None = None
+) -> float:
+    """Seconds of one of `calls` calls in a row: between two events on the current stream of a GPU, else by the clock.
 
-    Events are recorded by the GPU: they leave out the time of the host sync, several microseconds.
+    Events are recorded by the GPU: they leave out the time of the host sync, several microseconds. `before` is called
+    first and not timed. While a GPU runs it, the host enqueues the calls, so that their launch is left out, too.
     """
     synchronize(device)
     if device.type != "cuda":
+        if before is not None:
+            before()
         start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
+        if before is not None:
+            before()
         first.record()
-        function()
+        for _ in range(calls):
+            function()
         last.record()
         last.synchronize()
-    return first.elapsed_time(last) / 1000
+    return first.elapsed_time(last) / 1000 / calls
 
 
 def compare(

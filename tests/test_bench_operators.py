@@ -12,9 +12,12 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench import measure, peers
 from bench.operators import COMPILED, Case, Run, test_operators
@@ -63,7 +66,7 @@ def doubling(factor: float = 2.0, flops: int = 0) -> Case:
 
 def timed(monkeypatch, case: Case, implementation: str, deadline: float = math.inf) -> None:
     """Run a benchmark without a fixture to time it: what is timed fails with a TypeError."""
-    monkeypatch.setattr(test_operators, "prepared", lambda *_: ([case], Gate(case, torch.float32, CPU)))
+    monkeypatch.setattr(test_operators, "prepared", lambda *_: (case, Gate(case, torch.float32, CPU)))
     config = types.SimpleNamespace(option=types.SimpleNamespace(device=CPU, deadline=deadline))
     test_operators.test_operator(None, config, "class_scores", "fp32", case.shape, implementation)
 
@@ -111,11 +114,84 @@ def test_columns_have_rates_and_the_share_of_the_ceiling(monkeypatch, flops, lea
     assert row["gflops_s"] == (round(flops / 0.030 / 1e9, 2) if flops else "")
 
 
+def test_replays_take_turns_with_inputs_of_their_own(monkeypatch):
+    """Twenty calls in a graph, none of which finds its inputs in the cache: by a flush, or since all are larger."""
+    events: list[str] = []
+
+    def captured(runs, calls, device):
+        if runs[0]() == "fails":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return lambda: events.append(f"{len({run() for run in runs})} inputs, {calls} calls")
+
+    def case(moved: int) -> Case:
+        numbers = itertools.count()
+
+        def copy() -> dict[str, Run]:
+            number = next(numbers)
+            return {"skipkernels": lambda: number, "eager": lambda: -number, "peer": lambda: "fails"}
+
+        return Case("N1", copy(), lambda: [], moved, copy=copy)
+
+    def seconds_of(function, device, calls=1, before=None):
+        if before is None:
+            return 1e-5 if function() != "fails" else 1e-6
+        before()
+        function()
+        return 20.0
+
+    monkeypatch.setattr(test_operators, "captured", captured)
+    monkeypatch.setattr(test_operators, "l2_bytes", lambda device: 1000)
+    monkeypatch.setattr(measure, "seconds_of", seconds_of)
+    for moved, inputs in ((10, 20), (150, 14), (5000, 1)):
+        events.clear()
+        found = test_operators.in_turn(case(moved), ["skipkernels", "eager", "peer"], CPU)
+        assert found.pop("peer") == "no CUDA graph: operation not permitted when stream is capturing"
+        assert found == {name: [1.0] * test_operators.ROUNDS for name in ("skipkernels", "eager")}
+        assert set(events) == {f"{inputs} inputs, 20 calls"} and len(events) == 2 * (test_operators.ROUNDS + 1)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_copies_of_a_case_are_correct(name):
+    """Their runs share no input with the case, except the store of `gather_rows`, of which they gather other rows."""
+    cases = importlib.import_module(f"bench.operators.{name}").cases(torch.float32, CPU)
+    case = next(itertools.islice(cases, CHECKED.get(name, 0), None))
+    copy = case.copy()
+    assert copy.keys() == case.runs.keys()
+    case.prepare()
+    ours, theirs = (tensors_of_our_call(runs["skipkernels"]) for runs in (case.runs, copy))
+    same = {x.data_ptr() for x in ours} & {x.data_ptr() for x in theirs}
+    assert [x.stride() for x in ours] == [x.stride() for x in theirs]
+    if name == "gather_rows":
+        assert same == {ours[0].data_ptr()} and not ours[1].equal(theirs[1])
+        return
+    large = {x.data_ptr() for x in ours if x.numel() > 100}  # not labels and offsets
+    assert not same & large
+    assert Gate(case._replace(runs=case.copy()), torch.float32, CPU).error_of("skipkernels") == ""
+
+
+def tensors_of_our_call(run: Run) -> list[torch.Tensor]:
+    """Tensors among the arguments of the first call of an operator of ours."""
+    with Calls() as calls:
+        run()
+    return [x for x in tree_leaves(calls.found[0]) if isinstance(x, torch.Tensor)]
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "skipkernels":
+            self.found.append(args)
+        return function(*args, **kwargs or {})
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 # pytest with the case above in place of the operators', and with limits of the machine that are not measured.
 COMMAND = """
-import sys, pytest, torch, triton.testing
+import sys, pytest
 from bench import measure
 from bench.operators import test_operators
 from skipkernels import testing
@@ -127,7 +203,6 @@ measure.synchronize = lambda device: None
 testing.peak_bytes = lambda run, device: 0
 machine = measure.machine
 measure.machine = lambda device: machine(measure.CPU)
-triton.testing.do_bench_cudagraph = lambda run, return_mode: [run() and 2.0, 4.0, 8.0]
 sys.exit(pytest.main(["bench/operators", "-p", "no:cacheprovider", "-rxs", "--benchmark-max-time=0", *sys.argv[1:]]))
 """
 

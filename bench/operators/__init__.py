@@ -43,6 +43,8 @@ class Case(NamedTuple):
     """Called before each run that is checked; restores the inputs of an in-place operator."""
     target: str = ""
     """Goal of the speed-up over eager, such as "≥ 2.5", or ""."""
+    copy: Callable[[], dict[str, Run]] | None = None
+    """Returns the same runs with inputs of their own."""
 
 
 def cases_of(op: str, dtype: str, device: torch.device) -> Iterator[Case]:
@@ -94,9 +96,20 @@ def case(
         wide = [x.detach().double().requires_grad_(bool(d_outputs)) if _is_real(x) else x for x in inputs]
         return _run_of(reference, wide, options, [x.double() for x in d_outputs])()
 
-    runs = {name: _run_of(function, inputs, options, d_outputs) for name, function in functions.items()}
+    def runs_on(inputs: Sequence[Any], d_outputs: Sequence[Tensor]) -> dict[str, Run]:
+        return {name: _run_of(function, inputs, options, d_outputs) for name, function in functions.items()}
+
+    def copy() -> dict[str, Run]:
+        return runs_on([_copy(x) if isinstance(x, Tensor) else x for x in inputs], [_copy(x) for x in d_outputs])
+
     versions = {name: peer.note for name, peer in usable.items()}
-    return Case(shape, runs, truth, moved, flops, absent, versions, target=target)
+    return Case(shape, runs_on(inputs, d_outputs), truth, moved, flops, absent, versions, target=target, copy=copy)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy with the same strides."""
+    out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return out.copy_(x.detach()).requires_grad_(x.requires_grad)
 
 
 def _is_real(x: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import COMPILED, CPU, OURS, Case, Random, compiled
+from . import COMPILED, CPU, OURS, Case, Random, Run, compiled
 
 R, N, W = 500, 197, 768
 BATCHES = (4, 32, 256)
@@ -44,21 +44,26 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
 
 def from_store(rows: Tensor, index: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Case:
     (B,) = index.shape
-    ours, theirs = (torch.empty(B, N, W, dtype=dtype, device=rows.device) for _ in range(2))
     gather = compiled(into)
 
-    def eager() -> list[Tensor]:
-        if scale is None:
-            return [torch.index_select(rows, 0, index, out=theirs)]
-        return [theirs.copy_(rows.index_select(0, index) * scale.index_select(0, index).unsqueeze(-1))]
+    def runs(index: Tensor) -> dict[str, Run]:
+        ours, theirs = (torch.empty(B, N, W, dtype=dtype, device=rows.device) for _ in range(2))
 
-    return Case(
-        shape=f"B{B}-N{N}-W{W}" + ("" if scale is None else "-from-int8"),
-        runs={
+        def eager() -> list[Tensor]:
+            if scale is None:
+                return [torch.index_select(rows, 0, index, out=theirs)]
+            return [theirs.copy_(rows.index_select(0, index) * scale.index_select(0, index).unsqueeze(-1))]
+
+        return {
             OURS: lambda: [functional.gather_rows(rows, index, scale, out=ours)],
             "eager": eager,
             COMPILED: lambda: [gather(theirs, rows, index, scale)],
-        },
+        }
+
+    return Case(
+        shape=f"B{B}-N{N}-W{W}" + ("" if scale is None else "-from-int8"),
+        runs=runs(index),
+        copy=lambda: runs(torch.randint_like(index, len(rows))),
         truth=lambda: [reference.gather_rows(rows, index, scale, None if scale is None else torch.float64)],
         moved=B * N * W * (rows.itemsize + dtype.itemsize) + (0 if scale is None else 4 * B * N) + 8 * B,
         target="≥ 1" if scale is None else "> 1",

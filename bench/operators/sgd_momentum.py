@@ -19,7 +19,7 @@ from torch.optim.sgd import sgd
 
 from skipkernels import functional, reference
 
-from . import COMPILED, CPU, OURS, Case, Random, Run, compiled
+from . import COMPILED, CPU, OURS, Case, Random, compiled
 
 LR, MOMENTUM, WEIGHT_DECAY, SEED = 2e-5, 0.9, 5e-4, 1
 
@@ -33,28 +33,32 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
 def case(shape: str, sizes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> Case:
     start = functools.cache(functools.partial(random_lists, sizes, dtype, device))
     seed = SEED if dtype == torch.bfloat16 else None
-    steps = {
-        OURS: Step(start, dtype, functional.sgd_momentum_, seed=seed),
-        "eager": Step(start, torch.float32, torch_sgd, fused=True),
-        "foreach": Step(start, torch.float32, torch_sgd, foreach=True),
-    }
-    if dtype != torch.float32:
-        steps[f"fused {str(dtype)[6:]}"] = Step(start, dtype, torch_sgd, fused=True)
-    absent = {}
-    if len(sizes) == 1:
-        steps[COMPILED] = Step(start, dtype, compiled(reference.sgd_momentum_), seed=seed)
-    else:
-        absent[COMPILED] = f"not timed here: {len(sizes)} tensors take minutes to compile"
+    alone = len(sizes) == 1
+
+    def steps() -> dict[str, Step]:
+        found = {
+            OURS: Step(start, dtype, functional.sgd_momentum_, seed=seed),
+            "eager": Step(start, torch.float32, torch_sgd, fused=True),
+            "foreach": Step(start, torch.float32, torch_sgd, foreach=True),
+        }
+        if dtype != torch.float32:
+            found[f"fused {str(dtype)[6:]}"] = Step(start, dtype, torch_sgd, fused=True)
+        if alone:
+            found[COMPILED] = Step(start, dtype, compiled(reference.sgd_momentum_), seed=seed)
+        return found
+
+    absent = {} if alone else {COMPILED: f"not timed here: {len(sizes)} tensors take minutes to compile"}
     truth = Step(start, torch.float64, reference.sgd_momentum_)
-    runs: dict[str, Run] = {**steps}
+    checked = steps()
 
     def restart() -> None:
-        for step in (truth, *steps.values()):
+        for step in (truth, *checked.values()):
             step.restart()
 
     return Case(
         shape=shape,
-        runs=runs,
+        runs={**checked},
+        copy=lambda: {**steps()},
         truth=truth,
         moved=5 * sum(map(math.prod, sizes)) * dtype.itemsize,
         absent=absent,

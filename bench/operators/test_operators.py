@@ -7,7 +7,12 @@
 A result of ours is wrong, and the test fails, if its error against the reference in fp64 exceeds eager's by more than
 the slack of the tests. Others that are wrong get no time (xfail); those that cannot run here are skipped with the
 reason. The implementations of a case run one after the other, the first shapes of all operators first; --minutes skips
-the last ones. On a GPU torch.compile comes last, and the times are those of `triton.testing.do_bench_cudagraph`.
+the last ones.
+
+On a GPU they run in turn, as CUDA graphs of up to CALLS calls, since the time between two events is several
+microseconds longer than one small kernel. The calls of a graph have different inputs, or more bytes of them than twice
+the L2 cache, which is flushed before each replay: no call finds its inputs there. torch.compile comes last, in turn
+with itself.
 
 `extra_info` has the further columns of a row (`bench.rows`). `of_ceiling` is the least time by the measured limits of
 the machine (bench.measure) over the measured time; it is above 1 if the inputs were in a CPU cache.
@@ -18,20 +23,22 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from bench import measure
-from bench.operators import COMPILED, DTYPES, OURS, Case, cases_of
+from bench.operators import COMPILED, DTYPES, OURS, Case, Run, cases_of
 from bench.operators.gate import Gate
 from skipkernels import testing
 from skipkernels.ops import OPERATORS
 
 TIMED = ("fp32", "bf16")
-ROTATED_BYTES, MOST_COPIES = 256 << 20, 8  # on a GPU: copies of the inputs, together larger than the L2 cache
+CALLS, GRAPH_SECONDS = 20, 0.01  # of a graph: at most
+ROUNDS, CASE_SECONDS = 50, 0.2  # of each implementation: at most, but at least FEWEST rounds
+FEWEST = 5
 
 
 class ReplayClock:
@@ -43,16 +50,8 @@ class ReplayClock:
     def __call__(self) -> float:
         return self.seconds
 
-    def measure(self, run: Callable[[], Any]) -> int:
-        """Measure a function; returns the number of times."""
-        import triton.testing
-
-        times = triton.testing.do_bench_cudagraph(run, return_mode="all")
-        self.times = iter(times)
-        return len(times)
-
     def advance(self) -> None:
-        self.seconds += next(self.times) / 1000
+        self.seconds += next(self.times)
 
 
 CLOCK = ReplayClock()
@@ -72,16 +71,64 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @functools.lru_cache(maxsize=1)  # the implementations of a case follow each other
-def prepared(op: str, dtype: str, shape: str, device: torch.device) -> tuple[list[Case], Gate]:
-    """A case, on a GPU with copies, and its gate."""
+def prepared(op: str, dtype: str, shape: str, device: torch.device) -> tuple[Case, Gate]:
+    """A case and its gate."""
+    case = next(case for case in cases_of(op, dtype, device) if case.shape == shape)
+    return case, Gate(case, DTYPES[dtype], device)
 
-    def new() -> Case:
-        return next(case for case in cases_of(op, dtype, device) if case.shape == shape)
 
-    cases = [new()]
-    if device.type == "cuda":
-        cases += [new() for _ in range(min(MOST_COPIES - 1, ROTATED_BYTES // cases[0].moved))]
-    return cases, Gate(cases[0], DTYPES[dtype], device)
+Times = dict[str, list[float] | str]
+
+
+@functools.lru_cache(maxsize=1)
+def replayed(op: str, dtype: str, shape: str, device: torch.device, compiled: bool) -> Times:
+    """Times of the correct implementations of a case on a GPU, of torch.compile alone or of the others."""
+    case, gate = prepared(op, dtype, shape, device)
+    names = [name for name in case.runs if (name == COMPILED) == compiled and not gate.error_of(name)]
+    return in_turn(case, names, device)
+
+
+def in_turn(case: Case, names: Sequence[str], device: torch.device) -> Times:
+    """Seconds of a call of each implementation in each round, or the reason why it cannot be captured."""
+    cache = torch.empty(2 * l2_bytes(device), dtype=torch.uint8, device=device)
+    inputs = min(CALLS, -(-len(cache) // case.moved))
+    copies = [case.copy() for _ in range(inputs - 1)] if case.copy else []
+    runs = {name: [case.runs[name], *(copy[name] for copy in copies)] for name in names}
+    for of_name in runs.values():
+        of_name[0]()  # an in-place operator copies its inputs in the first call
+    slowest = max((measure.seconds_of(of_name[0], device) for of_name in runs.values()), default=GRAPH_SECONDS)
+    calls = min(CALLS, max(1, int(GRAPH_SECONDS / slowest)))
+    rounds = min(ROUNDS, max(FEWEST, int(CASE_SECONDS / (calls * slowest))))
+    replays: dict[str, Callable[[], None]] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        try:
+            replays[name] = captured(runs[name], calls, device)
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError as error:
+            failed[name] = f"no CUDA graph: {str(error).splitlines()[0]}"
+    times = measure.time_alternately(replays, rounds, device, before=cache.zero_)
+    return {**failed, **{name: [each / calls for each in seconds] for name, seconds in times.items()}}
+
+
+def l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def captured(runs: Sequence[Run], calls: int, device: torch.device) -> Callable[[], None]:
+    """The replay of a CUDA graph of `calls` calls, of each run in turn."""
+    stream = torch.cuda.Stream(device)  # backward must be captured on the stream of its warm-up
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for run in itertools.islice(itertools.cycle(runs), calls):
+            run()
+    return graph.replay
 
 
 def test_operator(
@@ -90,7 +137,7 @@ def test_operator(
     device = pytestconfig.option.device
     if time.monotonic() > pytestconfig.option.deadline:
         pytest.skip("left out: no time left")
-    (case, *copies), gate = prepared(op, dtype, shape, device)
+    case, gate = prepared(op, dtype, shape, device)
     if implementation in case.absent:
         pytest.skip(case.absent[implementation])
     without_time = pytest.fail if implementation == OURS else pytest.xfail
@@ -99,14 +146,11 @@ def test_operator(
     case.prepare()
     run = case.runs[implementation]
     if device.type == "cuda":
-        turns = itertools.cycle([run, *(copy.runs[implementation] for copy in copies)])
-        try:
-            rounds = CLOCK.measure(lambda: next(turns)())
-        except torch.AcceleratorError:
-            raise
-        except RuntimeError as error:
-            without_time(f"no CUDA graph: {str(error).splitlines()[0]}")
-        benchmark.pedantic(CLOCK.advance, rounds=rounds)
+        times = replayed(op, dtype, shape, device, implementation == COMPILED)[implementation]
+        if isinstance(times, str):
+            without_time(times)
+        CLOCK.times = iter(times)
+        benchmark.pedantic(CLOCK.advance, rounds=len(times))
     else:
         benchmark(run)
     if benchmark.stats:  # None with --benchmark-disable
