@@ -42,13 +42,12 @@ import skipkernels as sk
 from skipkernels import testing
 from skipkernels.ops import OPERATORS, launching, registration
 from skipkernels.selection import RankSampler
-from skipkernels.towers.changes import Containers
 
 from . import measure, precompile, tables
 from .flops import flops_of
 from .inputs import PRECISIONS, autocast, random_inputs
 from .launches import CALLS
-from .stand_in import meta_as_gpu
+from .stand_in import WithoutProducts, meta_as_gpu, move_to_meta
 
 TABLE = measure.RESULTS / "counts.csv"
 LAUNCHES = measure.RESULTS / "launches.csv"
@@ -104,19 +103,8 @@ class Row(NamedTuple):
 # ---- counting --------------------------------------------------------------------------------------------------------
 
 _aten = torch.ops.aten
-_PRODUCTS = {product.default for product in (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)}
 _INDEXED = (_aten.index, _aten.index_put, _aten.index_put_)
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-
-
-class WithoutProducts(TorchDispatchMode):
-    """Replace matrix products by zeros."""
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operator in _PRODUCTS:
-            left, right = args[-2:]
-            return left.new_zeros(*left.shape[:-1], right.shape[-1])
-        return operator(*args, **kwargs or {})
 
 
 def waits(operator: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
@@ -242,8 +230,7 @@ def _on_a_gpu(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: st
     """Calls, launches and waits of a step on a GPU, for which the meta device stands in."""
     clip = copy.deepcopy(clip)
     clip(features, labels)  # caches the text features at the cut, which needs values
-    clip.to("meta")
-    clip._containers = Containers(clip.model, (clip._image, *clip._text_encoder.towers))  # no comparison of values
+    move_to_meta(clip)
     features, labels = features.to("meta"), labels.to("meta")
     groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
     step = clip.graphed(sk.FusedSGD(groups, momentum=0.9, in_backward=optimizer == IN_BACKWARD), batch_size=BATCH)

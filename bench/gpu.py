@@ -1,40 +1,78 @@
 """Stages of bench/gpu.sh, besides the tests and the benchmarks of the operators.
 
+    python -m bench.gpu machine         device and versions, and which peers can run
     python -m bench.gpu step            time of a training step: published, ours, ours as a CUDA graph, with the update
     python -m bench.gpu profile_step    the kernels of our step that take longest
-    python -m bench.gpu one_step        our step once, for Nsight Compute
+    python -m bench.gpu one_step        our step, between the calls that start and stop Nsight Compute
     python -m bench.gpu smoke           a small call of every operator, for compute-sanitizer
 
-`step` checks the gradients of ours against the published step first. Its rows are appended to
-bench/results/DEVICE/gpu_step.csv. On a machine without a GPU all run on the CPU, `step` without the graph.
+`step` checks the gradients of ours against the published step first; on a GPU it also counts the launches and compares
+the bits of replays with those of eager steps. Its rows are appended to bench/results/DEVICE/gpu_step.csv. With --out,
+what `python -m bench.summary` reads is written into FOLDER/facts.json. On a machine without a GPU all run on the CPU,
+`step` without the graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import skipkernels as sk
 from skipkernels import testing
 from skipkernels.clip import graphed
-from skipkernels.ops import OPERATORS
+from skipkernels.ops import OPERATORS, launching
 from tests.ops.small_calls import small_call
 
-from . import measure
+from . import measure, peers, summary
+from .flops import flops_of
 from .inputs import autocast, parser, random_inputs
-from .training import Published, skip_step, with_update
+from .training import Published, Step, skip_step, with_update
 
 _LISTED = 40  # kernels
+_CALLS = 10  # steps between two events, as in training: the host does not wait between them
+# Least number of times that a step with its update reads or writes its weights: read in forward and in backward, and
+# the gradient written; then weight, gradient and momentum read, weight and momentum written.
+_PASSES = 3 + 5
+_REPLAYS = 4  # that are compared with eager steps
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, batch=4, classes=1000, rounds=50, precision="bf16")
+    options = parser(__doc__, batch=4, classes=1000, rounds=20, precision="bf16")
     options.add_argument("stage", choices=[function.__name__ for function in STAGES])
+    options.add_argument("--out", type=Path, metavar="FOLDER", help="write facts.json there")
     args = options.parse_args(arguments)
     {function.__name__: function for function in STAGES}[args.stage](args)
+
+
+def machine(args: argparse.Namespace) -> None:
+    """Print device and versions, then the peers, then all packages."""
+    found = measure.machine(args.device)
+    found["triton"] = launching.triton.__version__ if launching.installed else "not installed"
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    absent = []
+    for name, peer in all_peers(args.device).items():
+        print(f"peer {name}: {peer.note or 'part of torch'}", flush=True)
+        if peer.function is None:
+            absent.append(name)
+    _write(args, machine=found, absent_peers=absent)
+    print(*sorted(f"{each.name}=={each.version}" for each in metadata.distributions()), sep="\n")
+
+
+def all_peers(device: torch.device) -> dict[str, peers.Peer]:
+    """The peers, at a dtype and a batch that all support."""
+    of_losses = peers.contrastive_losses(device, torch.bfloat16, peers.INF_CL_BLOCK)
+    return of_losses | peers.layer_norms(device) | peers.attentions(device)
 
 
 def step(args: argparse.Namespace) -> None:
@@ -42,49 +80,127 @@ def step(args: argparse.Namespace) -> None:
     inputs = random_inputs(args.model, args.batch, args.classes, args.device)
     published = Published(inputs, args.skip_layers)
     ours = skip_step(inputs, args.skip_layers, "fast", args.precision, published)
+    floor = floor_of(ours, args.device)
     steps: dict[str, Callable[[], Any]] = {
         "published": with_update(published.step(args.precision)),
-        "skipkernels": with_update(ours),
+        summary.EAGER: with_update(ours),
     }
     if args.device.type == "cuda":
-        steps["skipkernels, graphed"] = graphed_step(args)
+        steps[summary.GRAPHED], step = graphed_step(args)
     for run in steps.values():
         for _ in range(graphed.WARMUP + 1):  # the last captures a graph
             run()
-    seconds = measure.time_alternately(steps, args.rounds, args.device)
+    facts: dict[str, Any] = {"K": ours.K}
+    if args.device.type == "cuda":
+        facts |= {"captured": bool(step._captured), "launches": launches_of(steps[summary.GRAPHED], args.device)}
+        print(f"captured: {facts['captured']}; launches in a step: {facts['launches']}", flush=True)
+    seconds = measure.time_alternately(steps, args.rounds, args.device, calls=_CALLS if len(steps) == 3 else 1)
     rows = []
     for name, times in seconds.items():
         row = {"implementation": name, "model": args.model, "B": args.batch, "C": args.classes, "K": ours.K}
         row |= {"skip_layers": args.skip_layers, "precision": args.precision} | measure.milliseconds(times, 3)
+        row |= {"floor_ms": round(1000 * floor, 3), "above_floor": round(measure.quantile(times, 0.5) / floor, 3)}
         peak = testing.peak_bytes(steps[name], args.device, warm_up=False)
         rows.append(row | {"peak_mib": round(peak / 2**20)})
-        print(f"{name:21} {measure.shown(rows[-1])}")
+        print(f"{name:21} {measure.shown(rows[-1])}", flush=True)
+    ratios = {
+        name: measure.median_ratio(seconds["published"], times)
+        for name, times in seconds.items()
+        if name != "published"
+    }
+    times = {row["implementation"]: row["p50_ms"] for row in rows}
+    facts |= {"ms": times, "floor_ms": rows[0]["floor_ms"], "faster": ratios}
+    _write(args, **{f"step {args.precision}": facts})
     measure.save(args, rows, "gpu_step")
+    if args.device.type == "cuda":
+        facts["difference"] = difference_of_replays(args)
+        print(f"largest relative difference of a weight after replays, from eager steps: {facts['difference']:.1e}")
+        _write(args, **{f"step {args.precision}": facts})
 
 
-def graphed_step(args: argparse.Namespace) -> Callable[[], Any]:
+def floor_of(step: Step, device: torch.device) -> float:
+    """Least seconds of a step with its update: products at the rate of a large one, then its weights by copies."""
+    trained = sum(weight.nbytes for weight in step.model.parameters() if weight.requires_grad)
+    products = flops_of(step) / measure.matrix_rate(device, measure.DTYPES[step.precision])
+    step.model.zero_grad()
+    return products + _PASSES * trained / measure.bandwidth(device)
+
+
+def graphed_step(args: argparse.Namespace) -> tuple[Callable[[], sk.SkipOutput], graphed.GraphedStep]:
     """Our step with its update; on a GPU a replayed CUDA graph."""
     model, tokens, images, labels = random_inputs(args.model, args.batch, args.classes, args.device)
     clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers, memory="fast")
-    features, optimizer = clip.encode_lower(images), sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
+    return graphed_step_of(clip, clip.encode_lower(images), labels, args.precision)
+
+
+def graphed_step_of(
+    clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str
+) -> tuple[Callable[[], sk.SkipOutput], graphed.GraphedStep]:
+    optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
     labels = labels.contiguous()
-    with autocast(args.device, args.precision):
-        replay = clip.graphed(optimizer, batch_size=args.batch)
+    with autocast(features.device, precision):
+        step = clip.graphed(optimizer, batch_size=len(labels))
 
-    def run() -> None:
-        with autocast(args.device, args.precision):
-            replay(features, labels)
+    def run() -> sk.SkipOutput:
+        with autocast(features.device, precision):
+            return step(features, labels)
 
-    return run
+    return run, step
+
+
+def difference_of_replays(args: argparse.Namespace) -> float:
+    """Largest relative difference of a weight between replays and as many eager steps: 0.0 if all bits are equal.
+
+    It is infinite if the steps keep other classes.
+    """
+    classes, weights = [], []
+    for captures in (True, False):
+        run, step = graphed_step(args)
+        if not captures:
+            step._batch_size = -1  # no batch has this size, so nothing is captured
+        classes.append([run().class_ids.tolist() for _ in range(graphed.WARMUP + 1 + _REPLAYS)])
+        weights.append([weight.detach() for weight in step._clip.trainable_parameters()])
+    if classes[0] != classes[1]:
+        return float("inf")
+    return max(
+        0.0 if torch.equal(a, b) else max(testing.relative_error(a, b), sys.float_info.min)
+        for a, b in zip(*weights, strict=True)
+    )
+
+
+def launches_of(run: Callable[[], Any], device: torch.device) -> dict[str, int]:
+    """Kernels, and copies and fills of memory, that a call runs on a GPU."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        measure.synchronize(device)
+    names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
+    return {"kernels": len(names) - copies, "copies": copies}
 
 
 def one_step(args: argparse.Namespace) -> None:
-    graphed_step(args)()
+    """Run a step for Nsight Compute, which profiles only what is launched between two calls of the profiler's API.
+
+    The step is eager: it launches the kernels of a replay, and versions of Nsight Compute differ in whether they see
+    the kernels of a graph. The steps before it compile kernels and create the state of the optimizer.
+    """
+    run, _ = graphed_step(args)
+    for _ in range(graphed.WARMUP - 1):
+        run()
+    measure.synchronize(args.device)
+    with profiled(args.device):
+        print(f"loss: {run().loss.item():.6f}")  # waits for the device
+
+
+def profiled(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Start and stop the profiler of CUDA."""
+    return torch.cuda.profiler.profile() if device.type == "cuda" else contextlib.nullcontext()
 
 
 def profile_step(args: argparse.Namespace) -> None:
-    run, on_gpu = graphed_step(args), args.device.type == "cuda"
-    run()
+    (run, _), on_gpu = graphed_step(args), args.device.type == "cuda"
+    for _ in range(graphed.WARMUP + 1 if on_gpu else 1):  # the last captures a graph
+        run()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         run()
         measure.synchronize(args.device)
@@ -101,7 +217,14 @@ def smoke(args: argparse.Namespace) -> None:
         print(f"{op}: {total.item():.6f}", flush=True)
 
 
-STAGES = (step, profile_step, one_step, smoke)
+def _write(args: argparse.Namespace, **facts: Any) -> None:
+    """Add facts to those of other stages."""
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        summary.write_facts(args.out, facts)
+
+
+STAGES = (machine, step, profile_step, one_step, smoke)
 
 if __name__ == "__main__":
     main()

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # Check and time everything on a GPU, unattended, in at most nine minutes. Each stage has a time limit and its output in
-# $OUT/STAGE.txt (default: gpu-results); a stage that fails or is cut off does not stop the others.
+# $OUT/STAGE.txt (default: gpu-results); a stage that fails or is cut off does not stop the others. docs/gpu.md says more.
 #
 #   bench/gpu.sh                       all stages
 #   bench/gpu.sh step ncu              some stages
 #   bench/gpu.sh --prepare [TARGET]    without a GPU, with the Python and Triton of the machine that has one: put into
 #                                      .gpu the packages that it may lack and the kernels of a step for TARGET (sm_90)
 #
-#   machine     versions and devices
+#   machine     versions, devices, and which peers can run
 #   tests       pytest -m gpu, in parallel: operators against fp64, no host sync, replays equal eager steps
-#   step        a step of ViT-B/16: gradients against the published step; time, also as a CUDA graph
+#   step, step_fp32        a step of ViT-B/16: gradients against the published step; launches; time, also as a CUDA graph
 #   operators   every operator as CUDA graphs, against eager, peers and torch.compile; operators.json
 #   profile     the kernels of a step that take longest
 #   memcheck, racecheck    compute-sanitizer on a small call of every operator
 #   ncu         Nsight Compute on the Triton kernels of a step
+#   summary     ten lines with the goals beside the results
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-gpu-results}
@@ -22,15 +23,28 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.gpu/triton}
 export SKIPKERNELS_CPP=${SKIPKERNELS_CPP:-0} # no time to compile what runs on a CPU
 
 if [ "${1:-}" = --prepare ]; then
-  "$python" -m pip install --quiet --no-deps --upgrade --target .gpu/packages \
-    open_clip_torch ftfy wcwidth tyro docstring_parser typeguard pytest_benchmark py-cpuinfo
-  for precision in bf16 fp32; do
-    "$python" -m skipkernels warmup --target "${2:-sm_90}" --precision "$precision" || exit
+  # What this Python lacks of some packages and of their dependencies; torch and Triton stay as they are.
+  fixed=$("$python" -c 'from importlib.metadata import distributions as found
+print(*(f"{x.name}=={x.version}" for x in found() if x.name in ("torch", "torchvision", "triton")))')
+  lacking() {
+    "$python" -m pip install --quiet --dry-run --report - $fixed "$@" | "$python" -c 'import json, sys
+print(*("{name}=={version}".format(**x["metadata"]) for x in json.load(sys.stdin)["install"]))'
+  }
+  put() { "$python" -m pip install --quiet --no-deps --upgrade --target .gpu/packages "$@"; }
+  missing=$(lacking open_clip_torch safetensors xxhash filelock tyro pydantic pyyaml rich jinja2 matplotlib \
+    hypothesis pytest pytest-benchmark pytest-xdist) || exit
+  [ -z "$missing" ] || put $missing || exit
+  # Peers: a benchmark leaves out one that is absent and says so.
+  for peer in liger-kernel cut-cross-entropy inf-cl memeff xformers; do
+    put "$peer" || echo "$peer cannot be installed here"
   done
+  "$python" -m bench.prepare --target "${2:-sm_90}" || exit
+  du -sh .gpu/packages .gpu/triton
   exit
 fi
 
-chosen=${*:-machine tests step operators profile memcheck racecheck ncu}
+processes=$(($(nproc) < 8 ? $(nproc) : 8))
+chosen=${*:-machine tests step step_fp32 operators profile memcheck racecheck ncu summary}
 mkdir -p "$out"
 stage() { # NAME SECONDS COMMAND …
   [[ " $chosen " == *" $1 "* ]] || return 0
@@ -38,16 +52,21 @@ stage() { # NAME SECONDS COMMAND …
   echo "$1: exit status $?, $SECONDS s since the start" | tee -a "$out/log.txt"
 }
 
-stage machine 10 sh -c "nvidia-smi; $python -m pip list"
-stage tests 150 "$python" -m pytest -q -m gpu -n 8 -p no:cacheprovider --continue-on-collection-errors \
-  --ignore tests/integrations tests
-stage step 60 "$python" -m bench.gpu step
-stage operators 150 "$python" -m pytest bench/operators -q -p no:cacheprovider --device=cuda --minutes=2 \
+# From a cold disk the first import of torch takes most of a minute.
+stage machine 60 sh -c "nvidia-smi; $python -m bench.gpu machine --out '$out'"
+stage tests 130 "$python" -m pytest -q -m gpu -n "$processes" --maxschedchunk 1 -p bench.failures -p no:cacheprovider \
+  --continue-on-collection-errors --ignore tests/integrations tests
+stage step 50 "$python" -m bench.gpu step --out "$out"
+stage step_fp32 40 "$python" -m bench.gpu step --precision fp32 --out "$out"
+stage operators 130 "$python" -m pytest bench/operators -q -p no:cacheprovider --device=cuda --minutes=1.7 \
   --benchmark-json="$out/operators.json"
-stage profile 30 "$python" -m bench.gpu profile_step
+stage profile 20 "$python" -m bench.gpu profile_step
 # The sanitizer sees allocations only if PyTorch does not keep freed memory.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-stage memcheck 45 compute-sanitizer --tool memcheck "$python" -m bench.gpu smoke
-stage racecheck 45 compute-sanitizer --tool racecheck "$python" -m bench.gpu smoke
+stage memcheck 30 compute-sanitizer --tool memcheck "$python" -m bench.gpu smoke
+stage racecheck 30 compute-sanitizer --tool racecheck "$python" -m bench.gpu smoke
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
-stage ncu 40 ncu --clock-control none --kernel-name 'regex:^_.*_kernel$' --launch-count 40 "$python" -m bench.gpu one_step
+# Two blocks of each tower, whose launches are those of the others: each is replayed for several passes.
+stage ncu 40 ncu --profile-from-start off --clock-control none --kernel-name 'regex:^_.*_kernel$' --launch-count 60 \
+  "$python" -m bench.gpu one_step --skip-layers 10
+[[ " $chosen " == *" summary "* ]] && "$python" -m bench.summary "$out" | tee "$out/summary.txt"

@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import skipkernels as sk
+from skipkernels.towers.changes import Containers
+
+_aten = torch.ops.aten
+PRODUCTS = {product.default for product in (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)}
 _ATTENTION = F.scaled_dot_product_attention
 _PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, F.linear}
 
@@ -54,3 +60,19 @@ def meta_as_gpu() -> Iterator[None]:
     within = {name: partial(_call_as_on_a_gpu, function) for name, function in called.items()}
     with mock.patch.multiple(torch, **patches), mock.patch.multiple(F, **within), _AsOnAGpu():
         yield
+
+
+def move_to_meta(clip: sk.SkipCLIP) -> None:
+    """Move a SkipCLIP, after a step: text features at the cut need values and are cached."""
+    clip.to("meta")
+    clip._containers = Containers(clip.model, (clip._image, *clip._text_encoder.towers))  # no comparison of values
+
+
+class WithoutProducts(TorchDispatchMode):
+    """Replace matrix products by zeros."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator in PRODUCTS:
+            left, right = args[-2:]
+            return left.new_zeros(*left.shape[:-1], right.shape[-1])
+        return operator(*args, **kwargs or {})

@@ -119,22 +119,29 @@ def skip_step(
     model, tokens, images, labels = inputs
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip_layers, memory=memory, text_cache=text_cache)
     features = clip.encode_lower(images)
-
-    def forward() -> sk.SkipOutput:
-        with autocast(images.device, precision):
-            return clip(features, labels)
-
+    step = step_of(clip, features, labels, skip_layers, precision)
     if against is not None:
         with torch.no_grad():
             if not clip(features, labels).class_ids.equal(against.chosen):
                 raise SystemExit("the two steps choose other classes: no timing")
-        out = forward()
+        with autocast(images.device, precision):
+            out = clip(features, labels)
         found = _gradients(out.loss, model)
         _refuse_wrong(found, *(against.gradients(p, out.class_ids) for p in (precision, "fp32")), precision)
+    return step if memory == "fast" else step._replace(name=f"{step.name}, memory={memory}")
+
+
+def step_of(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, skip_layers: Skip, precision: str) -> Step:
+    """The step of a SkipCLIP from features at the cut."""
+    C, B = len(clip.prototypes), len(labels)
     with torch.no_grad():
-        K = clip.sampler.expected_keep(len(tokens), len(labels))  # each step draws another tail, rounded down or up
-    name = "skipkernels" if memory == "fast" else f"skipkernels, memory={memory}"
-    return Step(name, K, skip_layers, precision, model, lambda: forward().loss)
+        K = clip.sampler.expected_keep(C, B)  # each step draws another tail, rounded down or up
+
+    def loss() -> Tensor:
+        with autocast(features.device, precision):
+            return clip(features, labels).loss
+
+    return Step("skipkernels", K, skip_layers, precision, clip.model, loss)
 
 
 def _gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:

@@ -1,0 +1,161 @@
+"""Print the results of bench/gpu.sh in ten lines, with the goals beside them.
+
+    python -m bench.summary [FOLDER]     the folder of bench/gpu.sh, by default gpu-results
+
+A stage that was not run, or was cut off before its result, is "not run". It imports neither torch nor the package, so
+that it also works where they cannot be imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+EAGER, GRAPHED = "skipkernels", "skipkernels, graphed"
+PRECISIONS = ("bf16", "fp32")
+# Of ViT-B/16 with B = 4 and C = 1,000; for launches the number of kernels in a step.
+GOAL_MS, GOAL_FASTER, GOAL_LAUNCHES = {"bf16": 1.6}, 3, {"bf16": 340, "fp32": 300}
+NOT_RUN = "not run"
+_NAMED = 3  # failures
+_SANITIZERS = ("memcheck", "racecheck")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu-results")
+    print(*lines_of(folder), sep="\n")
+
+
+def lines_of(folder: Path) -> Iterator[str]:
+    """The ten lines."""
+    facts = read_facts(folder)
+    steps = {precision: facts.get(f"step {precision}", {}) for precision in PRECISIONS}
+    yield f"machine: {_machine(facts)}"
+    yield f"tests: {_tests(folder)}"
+    yield f"gradients: {_gradients(folder)}"
+    yield f"replays and eager steps: {_each(steps, _bits)}"
+    yield f"launches: {_each(steps, _launches)}"
+    yield f"step: {_each(steps, _time)}"
+    yield f"against the floor: {_each(steps, _floor)}"
+    yield f"against the published step: {_each(steps, _faster)}"
+    yield f"operators: {_operators(folder)}"
+    yield f"sanitizer and profiler: {_tools(folder)}"
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / "facts.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Add facts to those in the folder."""
+    (folder / "facts.json").write_text(json.dumps(read_facts(folder) | facts, indent=1) + "\n")
+
+
+def _output(folder: Path, stage: str) -> str:
+    path = folder / f"{stage}.txt"
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _was_cut_off(folder: Path, stage: str) -> bool:
+    """True if the last run of a stage had no time left: the exit status of `timeout` is 124, or 137 after a kill."""
+    log = folder / "log.txt"
+    statuses = re.findall(rf"^{stage}: exit status (\d+)", log.read_text() if log.exists() else "", re.MULTILINE)
+    return statuses[-1:] in (["124"], ["137"])
+
+
+def _each(steps: dict[str, dict[str, Any]], text_of: Any) -> str:
+    """The text of each precision."""
+    return "; ".join(f"{precision} {text_of(precision, step) or NOT_RUN}" for precision, step in steps.items())
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    if not (found := facts.get("machine")):
+        return NOT_RUN
+    absent = facts.get("absent_peers", [])
+    peers = f"; peers that cannot run: {', '.join(absent)}" if absent else "; all peers"
+    return f"{found['device']}, torch {found['torch']}, Triton {found['triton']}, commit {found['commit']}{peers}"
+
+
+def _tests(folder: Path) -> str:
+    if not (text := _output(folder, "tests")):
+        return NOT_RUN
+    names = list(dict.fromkeys(re.findall(r"^FAILED (\S+)", text, re.MULTILINE)))
+    passed = re.findall(r"\b(\d+) passed\b", text)
+    counted = f"{passed[-1]} passed" if passed else "cut off" if _was_cut_off(folder, "tests") else "no test ran"
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{counted}, {len(names)} failed{': ' if names else ''}{', '.join(names[:_NAMED])}{more} (goal: 0)"
+
+
+def _gradients(folder: Path) -> str:
+    texts = [_output(folder, stage) for stage in ("step", "step_fp32")]
+    found = [match for text in texts for match in re.findall(r"^worst gradient in (.+)$", text, re.MULTILINE)]
+    found += [line for text in texts for line in text.splitlines() if line.endswith(": no timing")]
+    return "; ".join(found) or NOT_RUN
+
+
+def _bits(precision: str, step: dict[str, Any]) -> str:
+    if "captured" not in step:
+        return ""
+    if not step["captured"]:
+        return "no graph was captured"
+    if "difference" not in step:
+        return "captured, not compared"
+    off = step["difference"]
+    return "equal in all bits" if off == 0 else f"differ: a weight by {off:.1e} of its norm (goal: equal bits)"
+
+
+def _launches(precision: str, step: dict[str, Any]) -> str:
+    if not (launches := step.get("launches")):
+        return ""
+    goal = f"goal: at most {GOAL_LAUNCHES[precision]}"
+    return f"{launches['kernels']} kernels and {launches['copies']} copies or fills ({goal})"
+
+
+def _time(precision: str, step: dict[str, Any]) -> str:
+    if not (times := step.get("ms")):
+        return ""
+    goal = f" (goal: {GOAL_MS[precision]} ms)" if precision in GOAL_MS else ""
+    graphed = f"{times[GRAPHED]} ms as a graph{goal}, " if GRAPHED in times else "no graph, "
+    return f"{graphed}{times[EAGER]} ms eager, {times['published']} ms published"
+
+
+def _floor(precision: str, step: dict[str, Any]) -> str:
+    if not (times := step.get("ms")):
+        return ""
+    return f"{times.get(GRAPHED, times[EAGER]) / step['floor_ms']:.2f} times {step['floor_ms']} ms"
+
+
+def _faster(precision: str, step: dict[str, Any]) -> str:
+    if not (faster := step.get("faster")):
+        return ""
+    return f"{faster.get(GRAPHED, faster[EAGER]):.2f} times as fast (goal: at least {GOAL_FASTER})"
+
+
+def _operators(folder: Path) -> str:
+    path = folder / "operators.json"
+    if not path.exists() or not (text := path.read_text()):
+        return "cut off" if _was_cut_off(folder, "operators") else NOT_RUN
+    times: dict[str, dict[str, float]] = {}
+    for row in json.loads(text)["benchmarks"]:
+        times.setdefault(row["group"], {})[row["params"]["implementation"]] = row["stats"]["median"]
+    compared = {group: of for group, of in times.items() if EAGER in of and len(of) > 1}
+    slower = [group for group, of in compared.items() if of[EAGER] > min(of.values())]
+    listed = f": {', '.join(slower[:_NAMED])}{', …' if len(slower) > _NAMED else ''}" if slower else ""
+    return f"{len(compared)} cases compared, another implementation is faster in {len(slower)}{listed} (goal: 0)"
+
+
+def _tools(folder: Path) -> str:
+    found = []
+    for tool in _SANITIZERS:
+        errors = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", _output(folder, tool))
+        found.append(f"{tool} {errors[-1] if errors else NOT_RUN}")
+    profiled = len(re.findall(r"^==PROF== Profiling ", _output(folder, "ncu"), re.MULTILINE))
+    return "; ".join([*found, f"ncu {f'{profiled} kernels profiled' if profiled else NOT_RUN}"])
+
+
+if __name__ == "__main__":
+    main()

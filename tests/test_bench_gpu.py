@@ -1,0 +1,182 @@
+"""bench/gpu.sh: its stages, what is compiled ahead of it, and its summary."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, measure, summary
+from skipkernels import testing
+from skipkernels.clip import graphed
+
+CUT = "--model vit-tiny --classes 20 --skip-layers 3 --device cpu --rounds 1 --no-save".split()
+SCRIPT = Path(gpu.__file__).with_name("gpu.sh")
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch) -> None:
+    """Fixed limits of the machine, and no slow measurement of memory."""
+    monkeypatch.setattr(testing, "peak_bytes", lambda function, device, **_: 0)
+    monkeypatch.setattr(measure, "matrix_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(measure, "bandwidth", lambda device: 1e10)
+
+
+# ---- the stages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage, printed",
+    [
+        ("machine", "peer Liger: needs a GPU"),
+        ("step", "skipkernels"),
+        ("profile_step", "skipkernels::"),
+        ("one_step", "loss: "),
+        ("smoke", "class_scores: "),
+    ],
+)
+def test_stages_run_on_the_cpu(stage, printed, capsys):
+    gpu.main([stage, *CUT])
+    assert printed in capsys.readouterr().out
+
+
+def test_script_runs_each_stage_with_its_limit(tmp_path):
+    """With `echo` in place of Python; one that cannot run does not stop the others."""
+    environment = os.environ | {"PYTHON": "echo", "OUT": str(tmp_path)}
+    done = subprocess.run([SCRIPT, "step", "racecheck", "ncu"], capture_output=True, text=True, env=environment)
+    assert [line.partition(",")[0] for line in done.stdout.splitlines()] == [
+        "step: exit status 0", "racecheck: exit status 127", "ncu: exit status 127"
+    ]  # fmt: skip
+    assert (tmp_path / "step.txt").read_text() == f"-m bench.gpu step --out {tmp_path}\n"
+
+
+def test_limits_of_the_stages_are_nine_minutes():
+    lines = [line.split() for line in SCRIPT.read_text().splitlines() if line.startswith("stage ")]
+    assert len(lines) == 9 and sum(int(line[2]) for line in lines) <= 540
+
+
+def test_profiler_sees_one_warm_step(monkeypatch):
+    """The steps before it, and the construction, are not between the two calls."""
+    events, run = [], graphed.GraphedStep.__call__
+
+    @contextlib.contextmanager
+    def profiled(device: torch.device) -> Iterator[None]:
+        events.append("start")
+        yield
+        events.append("stop")
+
+    def counted(self, *batch):
+        events.append("step")
+        return run(self, *batch)
+
+    monkeypatch.setattr(graphed.GraphedStep, "__call__", counted)
+    monkeypatch.setattr(gpu, "profiled", profiled)
+    gpu.main(["one_step", *CUT])
+    assert events == ["step", "step", "start", "step", "stop"]
+
+
+FAILING = """
+import time, pytest
+
+@pytest.mark.parametrize("number", range(4))
+def test_number(number):
+    assert number != 1, "one is wrong"
+    time.sleep(60 * (number == 3))
+"""
+
+
+def test_failures_are_kept_when_the_tests_are_cut_off(tmp_path):
+    (tmp_path / "test_failing.py").write_text(FAILING)
+    output = tmp_path / "tests.txt"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--maxschedchunk", "1", "-p", "bench.failures"]
+    command += ["-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path)]
+    with output.open("w") as file:
+        run = subprocess.Popen(command, stdout=file, stderr=file, cwd=SCRIPT.parents[1], start_new_session=True)
+    try:
+        for _ in range(600):
+            if "AssertionError" in output.read_text():
+                break
+            time.sleep(0.1)
+        assert run.poll() is None, "the last test sleeps"
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    text = output.read_text()
+    assert text.count("\nFAILED test_failing.py::test_number[1]\n") == 1 and "AssertionError: one is wrong" in text
+    (tmp_path / "log.txt").write_text("tests: exit status 137, 12 s since the start\n")
+    assert "tests: cut off, 1 failed: test_failing.py::test_number[1] (goal: 0)" in summary.lines_of(tmp_path)
+
+
+# ---- the summary -----------------------------------------------------------------------------------------------------
+
+STEP = {
+    "captured": True,
+    "difference": 0.0,
+    "launches": {"kernels": 357, "copies": 33},
+    "ms": {"published": 9.0, "skipkernels": 6.0, "skipkernels, graphed": 3.0},
+    "floor_ms": 1.5,
+    "faster": {"skipkernels": 1.5, "skipkernels, graphed": 3.01},
+}
+MACHINE = {"device": "A GPU", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}
+
+
+def summarised(folder: Path) -> dict[str, str]:
+    lines = list(summary.lines_of(folder))
+    assert len(lines) == 10
+    return dict(line.split(": ", 1) for line in lines)
+
+
+def test_summary_without_results(tmp_path):
+    for name, text in summarised(tmp_path / "nothing").items():
+        assert "not run" in text, name
+
+
+def test_summary_of_results(tmp_path):
+    facts = {"machine": MACHINE, "absent_peers": ["xformers"]}
+    summary.write_facts(tmp_path, facts)
+    summary.write_facts(tmp_path, {"step bf16": STEP, "step fp32": STEP | {"difference": 1e-7}})
+    (tmp_path / "tests.txt").write_text("FAILED a.py::b[1]\nE\nFAILED a.py::b[1] - E\n1 failed, 812 passed in 99.00s\n")
+    (tmp_path / "step.txt").write_text("worst gradient in bf16, of x: off by 1e-3\nthe steps disagree: no timing\n")
+    rows = [
+        {"group": group, "params": {"implementation": name}, "stats": {"median": median}}
+        for group, name, median in [
+            ("one", "skipkernels", 1), ("one", "eager", 2), ("two", "skipkernels", 2), ("two", "Liger", 1),
+            ("three", "eager", 1),
+        ]
+    ]  # fmt: skip
+    (tmp_path / "operators.json").write_text(json.dumps({"benchmarks": rows}))
+    (tmp_path / "memcheck.txt").write_text("========= ERROR SUMMARY: 0 errors\n")
+    (tmp_path / "ncu.txt").write_text('==PROF== Profiling "_a_kernel": 0%\n==PROF== Profiling "_b_kernel": 0%\n')
+    assert summarised(tmp_path) == {
+        "machine": "A GPU, torch 2.11.0, Triton 3.6.0, commit abc1234; peers that cannot run: xformers",
+        "tests": "812 passed, 1 failed: a.py::b[1] (goal: 0)",
+        "gradients": "bf16, of x: off by 1e-3; the steps disagree: no timing",
+        "replays and eager steps": "bf16 equal in all bits; "
+        "fp32 differ: a weight by 1.0e-07 of its norm (goal: equal bits)",
+        "launches": "bf16 357 kernels and 33 copies or fills (goal: at most 340); "
+        "fp32 357 kernels and 33 copies or fills (goal: at most 300)",
+        "step": "bf16 3.0 ms as a graph (goal: 1.6 ms), 6.0 ms eager, 9.0 ms published; "
+        "fp32 3.0 ms as a graph, 6.0 ms eager, 9.0 ms published",
+        "against the floor": "bf16 2.00 times 1.5 ms; fp32 2.00 times 1.5 ms",
+        "against the published step": "bf16 3.01 times as fast (goal: at least 3); "
+        "fp32 3.01 times as fast (goal: at least 3)",
+        "operators": "2 cases compared, another implementation is faster in 1: two (goal: 0)",
+        "sanitizer and profiler": "memcheck 0 errors; racecheck not run; ncu 2 kernels profiled",
+    }
+
+
+def test_summary_reads_the_facts_of_stages(tmp_path):
+    for stage in ("machine", "step"):
+        gpu.main([stage, *CUT, "--out", str(tmp_path)])
+    found = summarised(tmp_path)
+    assert found["machine"].startswith(measure.machine(measure.CPU)["device"]) and "Liger" in found["machine"]
+    assert "ms eager" in found["step"] and found["launches"] == "bf16 not run; fp32 not run"
