@@ -57,6 +57,7 @@ def test_what_is_compiled_is_what_a_launch_compiles(printed):
     assert int(summary.removesuffix(" compared")) >= 4 * len(CALLS)
 
 
+@pytest.mark.slow
 def test_kernels_of_measured_steps_are_compiled_ahead(printed):
     for line in printed["measured_steps"].splitlines():
         count, missing = re.fullmatch(r"\w+: (\d+) kernels, not compiled: (.*)", line).groups()
