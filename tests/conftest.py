@@ -78,10 +78,22 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # else nanobind reports leaks at the end of the process
 
 
+# First on a GPU, where a run may have little time: shapes of a real step, graphs, then operators at other shapes.
+TELLING = ("test_step_shapes.py", "test_step_gradients.py", "test_capture.py", "::test_no_worse_than_eager", "::test_graph_replays")
+
+
+def place(item: pytest.Item, on_gpu: bool) -> int:
+    """Sort key of a test: telling tests first on a GPU, else slow ones, so that no process ends with one alone."""
+    if not on_gpu:
+        return int(item.get_closest_marker("slow") is None)
+    return next((index for index, part in enumerate(TELLING) if part in item.nodeid), len(TELLING))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` without a GPU; run tests marked `slow` first, so that no process ends with one alone."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    if not torch.cuda.is_available():
+    """Sort the tests; skip those marked `gpu` without a GPU."""
+    on_gpu = torch.cuda.is_available()
+    items.sort(key=lambda item: place(item, on_gpu))
+    if not on_gpu:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))

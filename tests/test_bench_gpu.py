@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ import torch
 from bench import gpu, measure, summary
 from skipkernels import testing
 from skipkernels.clip import graphed
+from tests.conftest import TELLING, place
 
 CUT = "--model vit-tiny --classes 20 --skip-layers 3 --device cpu --rounds 1 --no-save".split()
 SCRIPT = Path(gpu.__file__).with_name("gpu.sh")
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +85,18 @@ def test_profiler_sees_one_warm_step(monkeypatch):
     monkeypatch.setattr(gpu, "profiled", profiled)
     gpu.main(["one_step", *CUT])
     assert events == ["step", "step", "start", "step", "stop"]
+
+
+def test_telling_tests_come_first_on_a_gpu():
+    ids = ["a.py::test_x", "ops/test_b.py::TestB::test_no_worse_than_eager[gpu]", "test_capture.py::test_x"]
+    items = [*map(Named, ids), Named("ops/test_step_shapes.py::test_no_worse_than_eager[gpu]")]
+    assert sorted(items, key=lambda item: place(item, True)) == items[::-1]
+    files = {path.name for path in TESTS.rglob("test_*.py")}
+    assert all(part in files or part.removeprefix("::") in (TESTS / "ops/harness.py").read_text() for part in TELLING)
+
+
+class Named(NamedTuple):
+    nodeid: str
 
 
 FAILING = """
