@@ -15,6 +15,8 @@ The L2 cache is left out: a step moves many times its size.
 
     floor    FLOPs at the rate of a large product, and bytes at the bandwidth of the memory, without START
     graph    the launches one after the other in a CUDA graph, GAP between them
+    overlap  the same, backward and update of both sides on two streams (`graphed(overlap=True)`): as long as the longer
+             side, or as the work of both without START and GAP
     eager    the longer of the launches on the device, and of the calls on the host
 
 The constants below describe an H100 SXM. They are assumptions: one run of bench/gpu.sh on a device can correct them.
@@ -25,8 +27,10 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -35,6 +39,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 import skipkernels as sk
+from skipkernels import optimizer
 from skipkernels.ops import registration
 from skipkernels.ops.sgd_momentum import tables_of_graph
 from skipkernels.selection import RankSampler
@@ -77,7 +82,8 @@ class Launch(NamedTuple):
         flops: Operations of its products.
         dtype: Type of its products.
         shape: Batch, rows, columns and inner dimension of a product; None of other launches.
-        warps: Of all programs of a Triton kernel; None of other launches, which are assumed to fill the GPU.
+        warps: Warps of all programs of a Triton kernel; None of other launches, which are assumed to fill the GPU.
+        side: "image" or "text" in backward and update of the blocks of a tower.
     """
 
     name: str
@@ -87,6 +93,7 @@ class Launch(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, int, int, int] | None
     warps: int | None = None
+    side: str = ""
 
     @property
     def seconds(self) -> float:
@@ -143,16 +150,19 @@ class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches: list[Launch] = []
+        self.side = ""
         self._formulas = formulas()
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = operator(*args, **kwargs)
         if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs, out))):
+            found: list[Launch] = []
             if operator.namespace == registration.NAMESPACE:
-                self.launches += self._ours(operator, args, out)
+                found += self._ours(operator, args, out)
             elif launches_a_kernel(operator):
-                self.launches.append(self._of_torch(operator, args, kwargs, out))
+                found.append(self._of_torch(operator, args, kwargs, out))
+            self.launches += [launch._replace(side=self.side) for launch in found]
         return out
 
     def _of_torch(self, operator: Any, args: Any, kwargs: Any, out: Any) -> Launch:
@@ -200,8 +210,8 @@ def moved_by(kernel: str, arguments: dict[str, Any], args: Any) -> int:
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
-def launches_of_ours(batch: int, classes: int, precision: str) -> list[Launch]:
-    """Launches of our step in a graph, with its update."""
+def launches_of_ours(batch: int, classes: int, precision: str, overlap: bool = False) -> list[Launch]:
+    """Launches of our step in a graph, with its update; with `overlap` that in backward, each with its side."""
     inputs = random_inputs(MODEL, batch, classes, _CPU)
     keep = RankSampler().expected_keep(classes, batch) - 1  # without a tail, which is drawn on the machine
     with WithoutProducts():
@@ -219,9 +229,9 @@ def launches_of_ours(batch: int, classes: int, precision: str) -> list[Launch]:
     clip.to("meta")
     clip._containers = Containers(clip.model, (clip._image, *clip._text_encoder.towers))  # no comparison of values
     features, labels = features.to("meta"), inputs.labels.to("meta")
-    optimizer = sk.FusedSGD(clip.parameter_groups(text_lr=0.0, image_lr=0.0), momentum=0.9, in_backward=False)
-    step = clip.graphed(optimizer, batch_size=batch)
-    return recorded(lambda: step(features, labels), precision)
+    sgd = sk.FusedSGD(clip.parameter_groups(text_lr=0.0, image_lr=0.0), momentum=0.9, in_backward=overlap)
+    step = clip.graphed(sgd, batch_size=batch)
+    return recorded(lambda: step(features, labels), precision, clip if overlap else None)
 
 
 def launches_of_published(batch: int, classes: int, precision: str) -> list[Launch]:
@@ -230,24 +240,56 @@ def launches_of_published(batch: int, classes: int, precision: str) -> list[Laun
     model, (tokens, images, labels) = inputs.model.to("meta"), (x.to("meta") for x in inputs[1:])
     step = PublishedStep(model, tokens, SKIP_LAYERS, RankSampler())
     features = step.image_features(images)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], momentum=0.9, foreach=True)
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], momentum=0.9, foreach=True)
 
     def run() -> None:
         loss, _ = step(features, labels)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        sgd.step()
+        sgd.zero_grad()
 
     return recorded(run, precision)
 
 
-def recorded(step: Callable[[], Any], precision: str) -> list[Launch]:
-    """Launches of the second call of a step; the first makes the state of its optimizer."""
-    with meta_as_gpu(), autocast(_CPU, precision):
+def recorded(step: Callable[[], Any], precision: str, clip: sk.SkipCLIP | None = None) -> list[Launch]:
+    """Launches of the second call of a step; the first makes the state of its optimizer. `clip` is to be overlapped."""
+    recording = Recording()
+    with meta_as_gpu(), autocast(_CPU, precision), _sides(recording, clip) if clip else nullcontext():
         step()
-        with tables_of_graph(), Recording() as recording:  # tables of the update are no nodes of a graph
+        recording.side = ""
+        with tables_of_graph(), recording:  # tables of the update are no nodes of a graph
             step()
     return recording.launches
+
+
+@contextmanager
+def _sides(recording: Recording, clip: sk.SkipCLIP) -> Iterator[None]:
+    """Set the side of a recording when backward reaches the embeddings of a tower: first the text's, then the image's.
+
+    Gradients that are gathered for an update are those of one side, as on two streams; at the end of backward, of none.
+    """
+    flush_all = optimizer.FusedSGD._flush_all
+
+    def at_the_end(sgd: sk.FusedSGD) -> None:
+        recording.side = ""
+        flush_all(sgd)
+
+    def marked(side: str, encode: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any) -> Tensor:
+            embedding = encode(*args)
+            embedding.register_hook(lambda _: setattr(recording, "side", side))
+            return embedding
+
+        return run
+
+    image = clip._image_encoder
+    with (
+        mock.patch.object(image, "encode", marked("image", image.encode)),
+        mock.patch.object(clip, "_encode_classes", marked("text", clip._encode_classes)),
+        mock.patch.object(optimizer.FusedSGD, "_flush_all", at_the_end),
+        mock.patch.object(optimizer, "_stream_of", lambda weight: hash(recording.side)),
+    ):
+        yield
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -265,6 +307,7 @@ class Row(NamedTuple):
     gflops: int
     floor_us: int
     device_us: int
+    overlap_us: int
     eager_us: int
     torch: str
 
@@ -277,7 +320,26 @@ class Row(NamedTuple):
         return f"{self.implementation} (B{self.B}-C{self.C}, {self.precision})"
 
 
-def row_of(implementation: str, batch: int, classes: int, precision: str, launches: Sequence[Launch]) -> Row:
+def overlapped(launches: Sequence[Launch]) -> float:
+    """Time of a step, of which the launches of the two sides run beside each other."""
+    chain: dict[str, float] = defaultdict(float)
+    work: dict[str, float] = defaultdict(float)
+    for launch in launches:
+        chain[launch.side] += launch.seconds + GAP
+        work[launch.side] += launch.seconds - START
+    alone = chain.pop("")
+    return alone + max(*chain.values(), sum(work[side] for side in chain))
+
+
+def row_of(
+    implementation: str,
+    batch: int,
+    classes: int,
+    precision: str,
+    launches: Sequence[Launch],
+    overlap: Sequence[Launch] = (),
+) -> Row:
+    """The line of a step, of its launches one after the other, and if it can be, of those that overlap."""
     device = sum(launch.seconds + GAP for launch in launches)
     host = sum(HOST_TRITON if launch.triton else HOST_TORCH for launch in launches)
     return Row(
@@ -290,6 +352,7 @@ def row_of(implementation: str, batch: int, classes: int, precision: str, launch
         round(sum(launch.flops for launch in launches) / 1e9),
         round(1e6 * sum(launch.floor for launch in launches)),
         round(1e6 * device),
+        round(1e6 * overlapped(overlap)) if overlap else 0,
         round(1e6 * max(device, host)),
         ".".join(torch.__version__.split(".")[:2]),
     )
@@ -311,18 +374,14 @@ def worse_than(committed: Row, row: Row) -> Iterator[str]:
 
 def show(rows: Sequence[Row]) -> None:
     """Print the cases, ours beside the published step."""
-    found = {row.key: row for row in rows}
     lines = []
     for case in dict.fromkeys(row.key[1:] for row in rows):
-        ours, published = (found.get((name, *case)) for name in (OURS, PUBLISHED))
-        cells = [f"{x / 1000:.2f}" for x in (ours.floor_us, ours.device_us, ours.eager_us)] if ours else [""] * 3
-        both = f"{published.eager_us / ours.device_us:.1f}" if ours and published else ""
-        eager = f"{published.eager_us / 1000:.2f}" if published else ""
-        lines.append(
-            [*case, ours.launches if ours else "", *cells, published.launches if published else "", eager, both]
-        )
-    header = ["B", "C", "precision", "launches", "floor, ms", "graph, ms", "eager, ms", "published launches"]
-    tables.show([*header, "published, ms", "published over graph"], lines, "estimated for an H100; nothing is measured")
+        ours, published = (next(row for row in rows if row.key == (name, *case)) for name in (OURS, PUBLISHED))
+        times = (ours.floor_us, ours.device_us, ours.overlap_us, ours.eager_us, published.eager_us)
+        ratios = (published.eager_us / x for x in (ours.device_us, ours.overlap_us))
+        lines.append([*case, ours.launches, *(f"{x / 1000:.2f}" for x in times), *(f"{x:.1f}" for x in ratios)])
+    header = ["B", "C", "precision", "launches", "floor, ms", "graph, ms", "overlap, ms", "eager, ms", "published, ms"]
+    tables.show([*header, "over graph", "over overlap"], lines, "estimated for an H100; nothing is measured")
 
 
 def show_launches(launches: Sequence[Launch]) -> None:
@@ -354,14 +413,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if batch in args.batch and classes in args.classes and precision in args.precision:
             for name, record in RECORDERS.items():
                 launches = record(batch, classes, precision)
-                rows.append(row_of(name, batch, classes, precision, launches))
+                overlap = launches_of_ours(batch, classes, precision, overlap=True) if name == OURS else []
+                rows.append(row_of(name, batch, classes, precision, launches, overlap))
                 if args.launches and name == OURS:
                     show_launches(launches)
     show(rows)
-    table = tables.read(TABLE, Row)
     if args.check:
         keys = {row.key for row in rows}
-        problems = list(tables.compare(rows, [row for row in table if row.key in keys], TABLE, "estimates", worse_than))
+        table = [row for row in tables.read(TABLE, Row) if row.key in keys]
+        problems = list(tables.compare(rows, table, TABLE, "estimates", worse_than))
         print("\n".join([*problems, f"{len(rows)} rows, {len(problems)} problems"]))
         if problems:
             raise SystemExit(1)

@@ -105,8 +105,8 @@ class FusedSGD(torch.optim.Optimizer):
     ):
         self._in_backward = False  # add_param_group adds no hooks until all groups are checked
         self._updated: set[int] = set()  # indices of the weights updated in backward since step()
-        self._waiting: list[tuple[int, int, Tensor]] = []  # group, index and weight of gathered gradients
-        self._waiting_bytes = 0
+        # Group, index and weight of gathered gradients, by the stream on which they were computed
+        self._waiting: dict[int, list[tuple[int, int, Tensor]]] = {}
         self._offsets: list[int] = []  # first element of each weight among all, and of the next weight to be added
         # Copies of options that are numbers, by group, name and device: a tensor on the device, and its value
         self._numbers: dict[tuple[int, str, torch.device], tuple[Tensor, float]] = {}
@@ -158,15 +158,22 @@ class FusedSGD(torch.optim.Optimizer):
             self._consume(group_index, [(index, weight)])
             return
         if not self._waiting:
-            torch.autograd.Variable._execution_engine.queue_callback(self._flush)  # at the end of backward
-        self._waiting.append((group_index, index, weight))
-        self._waiting_bytes += weight.nbytes
-        if self._waiting_bytes >= _GATHERED_BYTES:
-            self._flush()
+            # At the end of backward, when the stream of its caller has waited for all others
+            torch.autograd.Variable._execution_engine.queue_callback(self._flush_all)
+        stream = _stream_of(weight)
+        waiting = self._waiting.setdefault(stream, [])
+        waiting.append((group_index, index, weight))
+        if sum(weight.nbytes for *_, weight in waiting) >= _GATHERED_BYTES:
+            self._flush(stream)
 
-    def _flush(self) -> None:
-        """Update the weights that wait."""
-        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+    def _flush_all(self) -> None:
+        """Update all weights that wait."""
+        for stream in list(self._waiting):
+            self._flush(stream)
+
+    def _flush(self, stream: int) -> None:
+        """Update the weights that wait for the gradients of a stream."""
+        waiting = self._waiting.pop(stream)
         if any(_is_consumed(weight) for *_, weight in waiting):
             _refuse_second_optimizer()
         for group_index in range(len(self.param_groups)):
@@ -185,7 +192,7 @@ class FusedSGD(torch.optim.Optimizer):
 
     def _discard_backward(self) -> None:
         """Remove what backward left: placeholders, and weights that wait because it raised an error."""
-        self._waiting, self._waiting_bytes = [], 0
+        self._waiting = {}
         for group in self.param_groups:
             for weight in group["params"]:
                 if isinstance(weight.grad, _ConsumedGradient):
@@ -318,6 +325,11 @@ def _refuse_second_optimizer() -> NoReturn:
 def _gathers(weight: Tensor) -> bool:
     """Return True if updates in backward are gathered: on a GPU, where a launch takes longer than most updates."""
     return weight.device.type != "cpu"
+
+
+def _stream_of(weight: Tensor) -> int:
+    """Return the id of the stream on which the gradient of a weight was computed; for use in its hook."""
+    return torch.cuda.current_stream(weight.device).stream_id if weight.is_cuda else 0
 
 
 def _step_seed(group: dict[str, Any], device: torch.device) -> Tensor | None:

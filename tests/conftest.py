@@ -79,7 +79,13 @@ def pytest_unconfigure() -> None:
 
 
 # First on a GPU, where a run may have little time: shapes of a real step, graphs, then operators at other shapes.
-TELLING = ("test_step_shapes.py", "test_step_gradients.py", "test_capture.py", "::test_no_worse_than_eager", "::test_graph_replays")
+TELLING = (
+    "test_step_shapes.py",
+    "test_step_gradients.py",
+    "test_capture.py",
+    "::test_no_worse_than_eager",
+    "::test_graph_replays",
+)
 
 
 def place(item: pytest.Item, on_gpu: bool) -> int:

@@ -34,6 +34,17 @@ def test_steps_are_recorded(tiny):
     assert row.floor_us < row.device_us <= row.eager_us and row.launches == len(ours)
 
 
+def test_sides_overlap(tiny):
+    launches = gpu_model.launches_of_ours(4, 20, "bf16", overlap=True)
+    assert {launch.side for launch in launches} == {"", "text", "image"}
+    assert [launch.side for launch in launches if "sgd" in launch.name] == ["", ""], "less than is gathered in backward"
+    alone = gpu_model.Launch("one", True, 0, 0, torch.float32, None)
+    sides = [alone, *[alone._replace(side="text")] * 3, *[alone._replace(side="image")] * 2]
+    assert gpu_model.overlapped(sides) == pytest.approx(4 * (gpu_model.START + gpu_model.GAP))
+    full = alone._replace(nbytes=int(gpu_model.BANDWIDTH))  # a second
+    assert gpu_model.overlapped([alone, full._replace(side="text"), full._replace(side="image")]) > 2
+
+
 def test_a_product_takes_whole_tiles():
     def seconds(rows):
         return gpu_model.seconds_of_product(1, rows, 128 * gpu_model.PROCESSORS, 768, torch.bfloat16)

@@ -229,11 +229,13 @@ class FakePools:
 
 
 class FakeStream:
-    def __init__(self, *_: Any):
-        pass
+    """A stream that remembers the streams for which it waited."""
 
-    def wait_stream(self, other: Any) -> None:
-        pass
+    def __init__(self, *_: Any):
+        self.waited: list[FakeStream] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited.append(other)
 
 
 @pytest.fixture
@@ -497,6 +499,36 @@ def test_a_held_loss_keeps_no_node_of_an_earlier_step(fake_cuda, monkeypatch):
     assert held.loss.requires_grad, "it was alive"
 
 
+def test_overlapped_sides_wait_for_each_other(fake_cuda, monkeypatch):
+    current, now, used = FakeStream(), [], []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: now[-1] if now else current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: on(stream))
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: used.append((self, stream)))
+
+    @contextlib.contextmanager
+    def on(stream):
+        now.append(stream)
+        yield
+        now.pop()
+
+    ours, theirs = Run("in_backward", by_graph=True), Run("in_backward", by_graph=False)
+    ours.step = ours.clip.graphed(ours.optimizer, batch_size=4, overlap=True)
+    encode, seen = ours.clip._encode_classes, []
+
+    def watched(class_ids, dtype):
+        text = encode(class_ids, dtype)
+        seen.append((now[-1], class_ids, text))
+        return text
+
+    monkeypatch.setattr(ours.clip, "_encode_classes", watched)
+    some = batches(ours.clip, 1)
+    assert ours.train(some) == theirs.train(some)
+    ((stream, class_ids, text),) = seen
+    of_step, of_text = ours.step._stream, ours.step._text_stream
+    assert stream is of_text and of_text.waited == [of_step] and of_step.waited == [current, of_text]
+    assert any(x is class_ids and s is of_text for x, s in used) and any(x is text and s is of_step for x, s in used)
+
+
 @pytest.mark.parametrize("kind", ["in_backward", "in_step"])
 def test_steps_run_eagerly_after_a_failed_capture(fake_cuda, monkeypatch, kind):
     """Also when it fails within backward: weights, draws and the optimizer are those of the loop."""
@@ -624,10 +656,12 @@ def sync_is_an_error():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 @pytest.mark.parametrize("kind", ["in_backward", "in_step", "stochastic"])
-def test_replays_equal_eager_steps(kind):
+def test_replays_equal_eager_steps(kind, overlap):
     """Ten replays and ten eager steps: weights, draws, learning rates through a schedule, rounding."""
     runs = Run(kind, by_graph=True), Run(kind, by_graph=False)
+    runs[0].step = runs[0].clip.graphed(runs[0].optimizer, batch_size=4, overlap=overlap)
     found = []
     some = [(x.cuda(), labels.cuda()) for x, labels in batches(runs[0].clip, graphed.WARMUP + 11)]
     short = [(x.cuda(), labels.cuda()) for x, labels in batches(runs[0].clip, 1, batch=3)]

@@ -163,6 +163,19 @@ def test_gathered_updates_are_few_and_bounded(gathering):
     optimizer.close()
 
 
+def test_gathered_gradients_of_two_streams_are_updated_apart(gathering, monkeypatch):
+    """A launch reads gradients of its own stream only; what is left at the end of backward, of any."""
+    weights = [nn.Parameter(torch.ones(5)) for _ in range(30)]  # 20 bytes each
+    monkeypatch.setattr(optimizer_module, "_stream_of", lambda weight: int(weight is weights[0]))
+    optimizer = sk.FusedSGD(weights, lr=0.5)
+    update, lists = optimizer._update, []
+    monkeypatch.setattr(optimizer, "_update", lambda *a: lists.append([index for index, _ in a[1]]) or update(*a))
+    sum(weight.sum() for weight in weights).backward()
+    lists = [indices for indices in lists if indices]
+    assert sorted(map(len, lists)) == [1, 9, 10, 10] and [0] in lists
+    assert all(weight.eq(0.5).all() for weight in weights)
+
+
 def test_gathered_gradients_of_a_failed_backward_are_dropped(gathering):
     first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer = sk.FusedSGD([first, second], lr=0.5)

@@ -58,6 +58,8 @@ class GraphedStep:
         optimizer: Optimizer of its parameters: `FusedSGD`, `torch.optim.SGD(fused=True)`, or one that is constructed
             with `capturable=True`, such as `torch.optim.AdamW`.
         batch_size: Number of images of the batches to capture.
+        overlap: Run the text side on a stream of its own on a GPU, so that its backward, and with `FusedSGD` its
+            update, overlap those of the image side. The results are the same. It has not run on a device yet.
 
     Raises:
         ValueError: If the optimizer has no parameter of SkipCLIP that trains, or the step cannot be captured.
@@ -73,7 +75,7 @@ class GraphedStep:
         torch.Size([])
     """
 
-    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int):
+    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int, overlap: bool = False):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"graphed: batch_size must be at least 1, a whole number; got {batch_size!r}.")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -81,13 +83,14 @@ class GraphedStep:
                 f"graphed: optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}. Create one from "
                 "clip.parameter_groups(…)."
             )
-        self._clip, self._optimizer, self._batch_size = clip, optimizer, batch_size
+        self._clip, self._optimizer, self._batch_size, self._overlaps = clip, optimizer, batch_size, overlap
         self._check_optimizer()
         self._captured: dict[Any, _Captured] = {}
         self._warm: dict[Any, int] = {}
         self._rates: dict[int, tuple[Tensor, float]] = {}  # by group of PyTorch's optimizers: tensor, number in it
         self._one: Tensor | None = None  # gradient of the loss
         self._stream: Any = None
+        self._text_stream: Any = None
         self._pool: Any = None
         self._failed = False  # a capture raised an error
         if self._captures():
@@ -173,7 +176,26 @@ class GraphedStep:
     # ---- eager steps -------------------------------------------------------------------------------------------
 
     def _forward(self, x: Tensor, labels: Tensor) -> SkipOutput:
-        return self._clip._step(x, labels, lambda *_: self._clip.sampler.take())
+        encode = self._encode_on_text_stream if self._overlaps and self._captures() else None
+        return self._clip._step(x, labels, lambda *_: self._clip.sampler.take(), encode_classes=encode)
+
+    def _encode_on_text_stream(self, class_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Encode classes [K] on the stream of the text side.
+
+        Autograd runs each node of backward on the stream of its forward, and lets streams wait for each other's
+        gradients.
+        """
+        current = torch.cuda.current_stream(class_ids.device)
+        if self._text_stream is None:
+            self._text_stream = torch.cuda.Stream(class_ids.device)
+        self._text_stream.wait_stream(current)
+        with torch.cuda.stream(self._text_stream):
+            text = self._clip._encode_classes(class_ids, dtype)
+        current.wait_stream(self._text_stream)
+        # The allocator knows the stream on which memory was allocated, and not the other one that uses it.
+        class_ids.record_stream(self._text_stream)
+        text.record_stream(current)
+        return text
 
     def _update(self, out: SkipOutput) -> SkipOutput:
         device_type = out.loss.device.type

@@ -222,6 +222,7 @@ class SkipCLIP(Losses, Inference):
         draw_on: Callable[[torch.device, int, int], Tensor],
         *,
         return_logits: bool = False,
+        encode_classes: Callable[[Tensor, torch.dtype], Tensor] | None = None,
     ) -> SkipOutput:
         """Run a training step on the ranks of `draw_on`(device, C, B); with `sampler.take` it has no host sync."""
         # 1. Image embeddings, [B, D]: constants up to the cut, then the blocks that train
@@ -231,7 +232,7 @@ class SkipCLIP(Losses, Inference):
         ranks = draw_on(image.device, len(self.prototypes), len(labels))
         class_ids, targets = select_ranks(self._scores(image, labels), labels, ranks)
         # 3. Text embeddings of these classes alone, [K, D]
-        text = self._encode_classes(class_ids, image.dtype)
+        text = (encode_classes or self._encode_classes)(class_ids, image.dtype)
         # 4. Cross-entropy over these classes
         scale = self.model.logit_scale.exp()
         weight = None if self.class_weight is None else self.class_weight.index_select(0, class_ids)
@@ -257,12 +258,12 @@ class SkipCLIP(Losses, Inference):
         ranks = self.sampler.draw_on(image.device, len(self.prototypes), len(labels))
         return select_ranks(self._scores(image, labels), labels, ranks)
 
-    def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int) -> GraphedStep:
+    def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int, overlap: bool = False) -> GraphedStep:
         """Return a function that runs a whole training step: on a GPU, a replay of a CUDA graph. See `GraphedStep`."""
         self._refuse_parallel("graphed", "Run the steps without graphed.")
         from .graphed import GraphedStep
 
-        return GraphedStep(self, optimizer, batch_size)
+        return GraphedStep(self, optimizer, batch_size, overlap)
 
     # ---- set-up, change of the model or of the classes ---------------------------------------------------------
 
