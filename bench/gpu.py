@@ -29,14 +29,14 @@ from torch.profiler import ProfilerActivity, profile
 
 import skipkernels as sk
 from skipkernels import testing
-from skipkernels.clip import graphed
+from skipkernels.clip.graphed import WARMUP, GraphedStep
 from skipkernels.ops import OPERATORS, launching
 from tests.ops.small_calls import small_call
 
 from . import measure, peers, summary
 from .flops import flops_of
 from .inputs import autocast, parser, random_inputs
-from .training import Published, Step, skip_step, with_update
+from .training import Published, Skip, Step, skip_step, with_update
 
 _LISTED = 40  # kernels
 _CALLS = 10  # steps between two events, as in training: the host does not wait between them
@@ -44,6 +44,7 @@ _CALLS = 10  # steps between two events, as in training: the host does not wait 
 # the gradient written; then weight, gradient and momentum read, weight and momentum written.
 _PASSES = 3 + 5
 _REPLAYS = 4  # that are compared with eager steps
+_PROFILED = 2  # blocks of each tower in the step for Nsight Compute
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,16 +86,17 @@ def step(args: argparse.Namespace) -> None:
         "published": with_update(published.step(args.precision)),
         summary.EAGER: with_update(ours),
     }
-    if args.device.type == "cuda":
-        steps[summary.GRAPHED], step = graphed_step(args)
+    on_gpu = args.device.type == "cuda"
+    if on_gpu:
+        steps[summary.GRAPHED], graphed = graphed_step(args)
     for run in steps.values():
-        for _ in range(graphed.WARMUP + 1):  # the last captures a graph
+        for _ in range(WARMUP + 1):  # the last captures a graph
             run()
     facts: dict[str, Any] = {"K": ours.K}
-    if args.device.type == "cuda":
-        facts |= {"captured": bool(step._captured), "launches": launches_of(steps[summary.GRAPHED], args.device)}
+    if on_gpu:
+        facts |= {"captured": bool(graphed._captured), "launches": launches_of(steps[summary.GRAPHED], args.device)}
         print(f"captured: {facts['captured']}; launches in a step: {facts['launches']}", flush=True)
-    seconds = measure.time_alternately(steps, args.rounds, args.device, calls=_CALLS if len(steps) == 3 else 1)
+    seconds = measure.time_alternately(steps, args.rounds, args.device, calls=_CALLS if on_gpu else 1)
     rows = []
     for name, times in seconds.items():
         row = {"implementation": name, "model": args.model, "B": args.batch, "C": args.classes, "K": ours.K}
@@ -112,7 +114,7 @@ def step(args: argparse.Namespace) -> None:
     facts |= {"ms": times, "floor_ms": rows[0]["floor_ms"], "faster": ratios}
     _write(args, **{f"step {args.precision}": facts})
     measure.save(args, rows, "gpu_step")
-    if args.device.type == "cuda":
+    if on_gpu:
         facts["difference"] = difference_of_replays(args)
         print(f"largest relative difference of a weight after replays, from eager steps: {facts['difference']:.1e}")
         _write(args, **{f"step {args.precision}": facts})
@@ -126,16 +128,22 @@ def floor_of(step: Step, device: torch.device) -> float:
     return products + _PASSES * trained / measure.bandwidth(device)
 
 
-def graphed_step(args: argparse.Namespace) -> tuple[Callable[[], sk.SkipOutput], graphed.GraphedStep]:
-    """Our step with its update; on a GPU a replayed CUDA graph."""
+def graphed_step(
+    args: argparse.Namespace, blocks: int | None = None
+) -> tuple[Callable[[], sk.SkipOutput], GraphedStep]:
+    """Our step with its update, of `blocks` in each tower if given; on a GPU a replayed CUDA graph."""
     model, tokens, images, labels = random_inputs(args.model, args.batch, args.classes, args.device)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers, memory="fast")
+    skip: Skip = args.skip_layers
+    if blocks is not None:
+        depths = [len(tower.transformer.resblocks) for tower in (model.visual, model)]
+        skip = depths[0] - blocks, depths[1] - blocks
+    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, memory="fast")
     return graphed_step_of(clip, clip.encode_lower(images), labels, args.precision)
 
 
 def graphed_step_of(
     clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str
-) -> tuple[Callable[[], sk.SkipOutput], graphed.GraphedStep]:
+) -> tuple[Callable[[], sk.SkipOutput], GraphedStep]:
     optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
     labels = labels.contiguous()
     with autocast(features.device, precision):
@@ -158,7 +166,7 @@ def difference_of_replays(args: argparse.Namespace) -> float:
         run, step = graphed_step(args)
         if not captures:
             step._batch_size = -1  # no batch has this size, so nothing is captured
-        classes.append([run().class_ids.tolist() for _ in range(graphed.WARMUP + 1 + _REPLAYS)])
+        classes.append([run().class_ids.tolist() for _ in range(WARMUP + 1 + _REPLAYS)])
         weights.append([weight.detach() for weight in step._clip.trainable_parameters()])
     if classes[0] != classes[1]:
         return float("inf")
@@ -182,10 +190,11 @@ def one_step(args: argparse.Namespace) -> None:
     """Run a step for Nsight Compute, which profiles only what is launched between two calls of the profiler's API.
 
     The step is eager: it launches the kernels of a replay, and versions of Nsight Compute differ in whether they see
-    the kernels of a graph. The steps before it compile kernels and create the state of the optimizer.
+    the kernels of a graph. The steps before it compile kernels and create the state of the optimizer. Two blocks of
+    each tower are left, one of them pooled: the others have the same launches, and each launch is repeated many times.
     """
-    run, _ = graphed_step(args)
-    for _ in range(graphed.WARMUP - 1):
+    run, _ = graphed_step(args, _PROFILED)
+    for _ in range(WARMUP - 1):
         run()
     measure.synchronize(args.device)
     with profiled(args.device):
@@ -199,7 +208,7 @@ def profiled(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def profile_step(args: argparse.Namespace) -> None:
     (run, _), on_gpu = graphed_step(args), args.device.type == "cuda"
-    for _ in range(graphed.WARMUP + 1 if on_gpu else 1):  # the last captures a graph
+    for _ in range(WARMUP + 1 if on_gpu else 1):  # the last captures a graph
         run()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         run()

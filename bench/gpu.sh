@@ -7,6 +7,8 @@
 #   bench/gpu.sh --prepare [TARGET]    without a GPU, with the Python and Triton of the machine that has one: put into
 #                                      .gpu the packages that it may lack and the kernels of a step for TARGET (sm_90)
 #
+# STEP has options of the step, such as STEP="--model ViT-L-14 --classes 100". PYTHON is the Python to run.
+#
 #   machine     versions, devices, and which peers can run
 #   tests       pytest -m gpu, in parallel: operators against fp64, no host sync, replays equal eager steps
 #   step, step_fp32        a step of ViT-B/16: gradients against the published step; launches; time, also as a CUDA graph
@@ -17,8 +19,9 @@
 #   summary     ten lines with the goals beside the results
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3} out=${OUT:-gpu-results}
-export PYTHONPATH=$PWD:$PWD/.gpu/packages${PYTHONPATH:+:$PYTHONPATH}
+python=${PYTHON:-python3} out=${OUT:-gpu-results} STEP=${STEP:-}
+packages=$PWD/.gpu/packages-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') # not of another Python
+export PYTHONPATH=$PWD:$packages${PYTHONPATH:+:$PYTHONPATH}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.gpu/triton}
 export SKIPKERNELS_CPP=${SKIPKERNELS_CPP:-0} # no time to compile what runs on a CPU
 
@@ -30,7 +33,7 @@ print(*(f"{x.name}=={x.version}" for x in found() if x.name in ("torch", "torchv
     "$python" -m pip install --quiet --dry-run --report - $fixed "$@" | "$python" -c 'import json, sys
 print(*("{name}=={version}".format(**x["metadata"]) for x in json.load(sys.stdin)["install"]))'
   }
-  put() { "$python" -m pip install --quiet --no-deps --upgrade --target .gpu/packages "$@"; }
+  put() { "$python" -m pip install --quiet --no-deps --upgrade --target "$packages" "$@"; }
   missing=$(lacking open_clip_torch safetensors xxhash filelock tyro pydantic pyyaml rich jinja2 matplotlib \
     hypothesis pytest pytest-benchmark pytest-xdist) || exit
   [ -z "$missing" ] || put $missing || exit
@@ -38,8 +41,8 @@ print(*("{name}=={version}".format(**x["metadata"]) for x in json.load(sys.stdin
   for peer in liger-kernel cut-cross-entropy inf-cl memeff xformers; do
     put "$peer" || echo "$peer cannot be installed here"
   done
-  "$python" -m bench.prepare --target "${2:-sm_90}" || exit
-  du -sh .gpu/packages .gpu/triton
+  "$python" -m bench.prepare $STEP --target "${2:-sm_90}" || exit
+  du -sh "$packages" "$TRITON_CACHE_DIR"
   exit
 fi
 
@@ -55,18 +58,17 @@ stage() { # NAME SECONDS COMMAND …
 # From a cold disk the first import of torch takes most of a minute.
 stage machine 60 sh -c "nvidia-smi; $python -m bench.gpu machine --out '$out'"
 stage tests 130 "$python" -m pytest -q -m gpu -n "$processes" --maxschedchunk 1 -p bench.failures -p no:cacheprovider \
-  --continue-on-collection-errors --ignore tests/integrations tests
-stage step 50 "$python" -m bench.gpu step --out "$out"
-stage step_fp32 40 "$python" -m bench.gpu step --precision fp32 --out "$out"
+  --continue-on-collection-errors $(grep -rlE 'mark\.gpu|: Backend' tests --include='test_*.py') # others import more
+stage step 50 "$python" -m bench.gpu step $STEP --out "$out"
+stage step_fp32 40 "$python" -m bench.gpu step $STEP --precision fp32 --out "$out"
 stage operators 130 "$python" -m pytest bench/operators -q -p no:cacheprovider --device=cuda --minutes=1.7 \
   --benchmark-json="$out/operators.json"
-stage profile 20 "$python" -m bench.gpu profile_step
+stage profile 20 "$python" -m bench.gpu profile_step $STEP
 # The sanitizer sees allocations only if PyTorch does not keep freed memory.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 stage memcheck 30 compute-sanitizer --tool memcheck "$python" -m bench.gpu smoke
 stage racecheck 30 compute-sanitizer --tool racecheck "$python" -m bench.gpu smoke
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
-# Two blocks of each tower, whose launches are those of the others: each is replayed for several passes.
 stage ncu 40 ncu --profile-from-start off --clock-control none --kernel-name 'regex:^_.*_kernel$' --launch-count 60 \
-  "$python" -m bench.gpu one_step --skip-layers 10
+  "$python" -m bench.gpu one_step $STEP
 [[ " $chosen " == *" summary "* ]] && "$python" -m bench.summary "$out" | tee "$out/summary.txt"

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 import skipkernels as sk
 from skipkernels.ops import OPERATORS, launching, registration
+from tests.ops.small_calls import small_call
 
 from .gpu import graphed_step_of
 from .inputs import PRECISIONS, positive, random_inputs
@@ -102,11 +103,20 @@ def measured_steps(
 
 
 def calls_of_operators(precision: str) -> list[Call]:
-    """The calls of the cases of bench/operators, except `gather_rows`: it compares addresses, which are all 0 here."""
+    """The calls of the cases of bench/operators, and in fp32 those of `bench.gpu.smoke`.
+
+    `gather_rows` is left out: it compares addresses, which are all 0 here.
+    """
+    meta = torch.device("meta")
     with Calls() as calls:
-        for op in OPERATORS:
-            for case in cases_of(op, precision, torch.device("meta")) if op != "gather_rows" else ():
+        for op in [op for op in OPERATORS if op != "gather_rows"]:
+            for case in cases_of(op, precision, meta):
                 case.runs[OURS]()
+            if precision == "fp32":
+                small = small_call(op).on(meta)
+                total = small.total(*(x.requires_grad_() for x in small.inputs))
+                if small.inputs:
+                    total.backward()
     return calls.found
 
 

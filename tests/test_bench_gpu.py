@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -9,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from bench import gpu, measure, summary
 from skipkernels import testing
@@ -97,6 +100,33 @@ def test_telling_tests_come_first_on_a_gpu():
 
 class Named(NamedTuple):
     nodeid: str
+
+
+def test_replays_are_compared_in_bits(monkeypatch):
+    """Without a GPU both steps are eager."""
+    args = argparse.Namespace(
+        model="vit-tiny", batch=4, classes=20, device=measure.CPU, skip_layers=3, precision="bf16"
+    )
+    assert gpu.difference_of_replays(args) == 0
+    made, made_as = [], gpu.graphed_step
+
+    def another(*arguments):
+        run, step = made_as(*arguments)
+        made.append(step._clip.model.visual.proj)
+        if len(made) == 2:
+            made[1].data[0, 0] += 1e-7
+        return run, step
+
+    monkeypatch.setattr(gpu, "graphed_step", another)
+    assert 0 < gpu.difference_of_replays(args) < 1e-5
+
+
+def test_launches_are_kernels_and_copies(monkeypatch):
+    names = {"_a_kernel": "CUDA", "Memcpy DtoD (Device -> Device)": "CUDA", "void b<float>": "CUDA", "aten::mm": "CPU"}
+    events = [types.SimpleNamespace(name=name, device_type=getattr(DeviceType, of)) for name, of in names.items()]
+    profiler = types.SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(gpu, "profile", lambda activities: contextlib.nullcontext(profiler))
+    assert gpu.launches_of(lambda: None, measure.CPU) == {"kernels": 2, "copies": 1}
 
 
 FAILING = """
