@@ -96,6 +96,9 @@ def step(args: argparse.Namespace) -> None:
     if on_gpu:
         facts |= {"captured": bool(graphed._captured), "launches": launches_of(steps[summary.GRAPHED], args.device)}
         print(f"captured: {facts['captured']}; launches in a step: {facts['launches']}", flush=True)
+        facts["difference"] = difference_of_replays(args)
+        print(f"largest relative difference of a weight after replays, from eager steps: {facts['difference']:.1e}")
+        _write(args, **{f"step {args.precision}": facts})
     seconds = measure.time_alternately(steps, args.rounds, args.device, calls=_CALLS if on_gpu else 1)
     rows = []
     for name, times in seconds.items():
@@ -114,10 +117,6 @@ def step(args: argparse.Namespace) -> None:
     facts |= {"ms": times, "floor_ms": rows[0]["floor_ms"], "faster": ratios}
     _write(args, **{f"step {args.precision}": facts})
     measure.save(args, rows, "gpu_step")
-    if on_gpu:
-        facts["difference"] = difference_of_replays(args)
-        print(f"largest relative difference of a weight after replays, from eager steps: {facts['difference']:.1e}")
-        _write(args, **{f"step {args.precision}": facts})
 
 
 def floor_of(step: Step, device: torch.device) -> float:

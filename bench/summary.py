@@ -98,13 +98,12 @@ def _gradients(folder: Path) -> str:
 
 
 def _bits(precision: str, step: dict[str, Any]) -> str:
-    if "captured" not in step:
+    if "difference" not in step:
         return ""
     if not step["captured"]:
         return "no graph was captured"
-    if "difference" not in step:
-        return "captured, not compared"
-    off = step["difference"]
+    if (off := step["difference"]) == float("inf"):
+        return "keep other classes (goal: equal bits)"
     return "equal in all bits" if off == 0 else f"differ: a weight by {off:.1e} of its norm (goal: equal bits)"
 
 

@@ -219,6 +219,18 @@ def test_summary_of_results(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        ({"captured": False}, "no graph was captured"),
+        ({"difference": float("inf")}, "keep other classes (goal: equal bits)"),
+    ],
+)
+def test_summary_of_replays_that_are_not_equal(tmp_path, step, text):
+    summary.write_facts(tmp_path, {"step bf16": STEP | step})
+    assert summarised(tmp_path)["replays and eager steps"] == f"bf16 {text}; fp32 not run"
+
+
 def test_summary_reads_the_facts_of_stages(tmp_path):
     for stage in ("machine", "step"):
         gpu.main([stage, *CUT, "--out", str(tmp_path)])
