@@ -150,6 +150,35 @@ def test_replays_take_turns_with_inputs_of_their_own(monkeypatch):
         assert set(events) == {f"{inputs} inputs, 20 calls"} and len(events) == 2 * (test_operators.ROUNDS + 1)
 
 
+def test_operator_takes_the_times_of_replays(monkeypatch):
+    """Only correct implementations are replayed, torch.compile alone."""
+    case, replayed = doubling(), []
+
+    def in_turn(case: Case, names: list[str], device: torch.device) -> dict[str, Any]:
+        replayed.append(names)
+        return {name: "no CUDA graph: why" if name == "eager" else [2.0, 4.0] for name in names}
+
+    class Benchmark:
+        stats = None
+
+        def pedantic(self, function: Callable[[], None], rounds: int) -> None:
+            readings = [test_operators.CLOCK(), *(function() or test_operators.CLOCK() for _ in range(rounds))]
+            self.times = [b - a for a, b in itertools.pairwise(readings)]
+
+    monkeypatch.setattr(test_operators, "prepared", lambda *_: (case, Gate(case, torch.float32, CPU)))
+    monkeypatch.setattr(test_operators, "in_turn", in_turn)
+    test_operators.replayed.cache_clear()
+    config = types.SimpleNamespace(option=types.SimpleNamespace(device=CUDA, deadline=math.inf))
+    for name in ("skipkernels", "peer", COMPILED):
+        benchmark = Benchmark()
+        test_operators.test_operator(benchmark, config, "class_scores", "fp32", case.shape, name)
+        assert benchmark.times == [2.0, 4.0]
+    assert replayed == [["skipkernels", "eager", "peer"], [COMPILED]]
+    test_operators.replayed.cache_clear()
+    with pytest.raises(pytest.xfail.Exception, match="no CUDA graph: why"):
+        test_operators.test_operator(None, config, "class_scores", "fp32", case.shape, "eager")
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_copies_of_a_case_are_correct(name):
     """Their runs share no input with the case, except the store of `gather_rows`, of which they gather other rows."""

@@ -24,7 +24,7 @@ from tests.ops import test_class_scores as scores
 from tests.ops import test_mlp_activation as activation
 from tests.ops import test_pooled_attention as pooled
 from tests.ops import test_shared_prefix_attention as prefix
-from tests.ops.conftest import GPU, INTERPRETED, Backend
+from tests.ops.conftest import GPU, Backend
 from tests.ops.harness import Operator
 from tests.ops.test_sgd_momentum import State
 
@@ -32,10 +32,15 @@ from tests.ops.test_sgd_momentum import State
 def runs(name: str, dtype: torch.dtype) -> pytest.MarkDecorator:
     """Both dtypes on a GPU, and one with a backend of the CPU."""
     on_gpu = [pytest.param("gpu", each, marks=pytest.mark.gpu) for each in (torch.float32, torch.bfloat16)]
-    return pytest.mark.parametrize(("backend", "dtype"), [(name, dtype), *on_gpu], indirect=["backend"], ids=str)
+    return pytest.mark.parametrize(
+        ("backend", "dtype"),
+        [(name, dtype), *on_gpu],
+        indirect=["backend"],
+        ids=lambda value: str(value).split(".")[-1],
+    )
 
 
-in_cpp, in_interpreter = runs("cpp", torch.bfloat16), runs(INTERPRETED, torch.float32)
+in_cpp, in_interpreter = runs("cpp", torch.bfloat16), runs("interpreter", torch.float32)
 on_both = pytest.mark.parametrize("backend", ["cpp", GPU], indirect=True)
 
 PREFIX, LONGEST = 5, 13
