@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -35,9 +37,10 @@ from tests.ops.small_calls import small_call
 
 from . import measure, peers, summary
 from .flops import flops_of
-from .inputs import autocast, parser, random_inputs
+from .inputs import Inputs, autocast, parser, random_inputs
 from .training import Published, Skip, Step, skip_step, with_update
 
+GRAPHS = {summary.GRAPHED: False, summary.OVERLAPPED: True}  # with the text side on a stream of its own
 _LISTED = 40  # kernels
 _CALLS = 10  # steps between two events, as in training: the host does not wait between them
 # Least number of times that a step with its update reads or writes its weights: read in forward and in backward, and
@@ -78,7 +81,7 @@ def all_peers(device: torch.device) -> dict[str, peers.Peer]:
 
 def step(args: argparse.Namespace) -> None:
     """Time steps with their updates, in turn."""
-    inputs = random_inputs(args.model, args.batch, args.classes, args.device)
+    inputs = inputs_of(args)
     published = Published(inputs, args.skip_layers)
     ours = skip_step(inputs, args.skip_layers, "fast", args.precision, published)
     floor = floor_of(ours, args.device)
@@ -86,15 +89,19 @@ def step(args: argparse.Namespace) -> None:
         "published": with_update(published.step(args.precision)),
         summary.EAGER: with_update(ours),
     }
-    on_gpu = args.device.type == "cuda"
-    if on_gpu:
-        steps[summary.GRAPHED], graphed = graphed_step(args)
+    on_gpu, graphs = args.device.type == "cuda", []
+    for name, overlap in GRAPHS.items() if on_gpu else ():
+        steps[name], graph = graphed_step(args, overlap=overlap)
+        graphs.append(graph)
     for run in steps.values():
         for _ in range(WARMUP + 1):  # the last captures a graph
             run()
     facts: dict[str, Any] = {"K": ours.K}
     if on_gpu:
-        facts |= {"captured": bool(graphed._captured), "launches": launches_of(steps[summary.GRAPHED], args.device)}
+        facts |= {
+            "captured": all(graph._captured for graph in graphs),
+            "launches": launches_of(steps[summary.GRAPHED], args.device),
+        }
         print(f"captured: {facts['captured']}; launches in a step: {facts['launches']}", flush=True)
         facts["difference"] = difference_of_replays(args)
         print(f"largest relative difference of a weight after replays, from eager steps: {facts['difference']:.1e}")
@@ -127,26 +134,35 @@ def floor_of(step: Step, device: torch.device) -> float:
     return products + _PASSES * trained / measure.bandwidth(device)
 
 
+def inputs_of(args: argparse.Namespace) -> Inputs:
+    """Random inputs, with a model of their own."""
+    inputs = _random_inputs(args.model, args.batch, args.classes, args.device)
+    return inputs._replace(model=copy.deepcopy(inputs.model))
+
+
+_random_inputs = functools.cache(random_inputs)  # seconds for each model
+
+
 def graphed_step(
-    args: argparse.Namespace, blocks: int | None = None
+    args: argparse.Namespace, blocks: int | None = None, *, overlap: bool = False
 ) -> tuple[Callable[[], sk.SkipOutput], GraphedStep]:
     """Our step with its update, of `blocks` in each tower if given; on a GPU a replayed CUDA graph."""
-    model, tokens, images, labels = random_inputs(args.model, args.batch, args.classes, args.device)
+    model, tokens, images, labels = inputs_of(args)
     skip: Skip = args.skip_layers
     if blocks is not None:
         depths = [len(tower.transformer.resblocks) for tower in (model.visual, model)]
         skip = depths[0] - blocks, depths[1] - blocks
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, memory="fast")
-    return graphed_step_of(clip, clip.encode_lower(images), labels, args.precision)
+    return graphed_step_of(clip, clip.encode_lower(images), labels, args.precision, overlap)
 
 
 def graphed_step_of(
-    clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str
+    clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str, overlap: bool = False
 ) -> tuple[Callable[[], sk.SkipOutput], GraphedStep]:
     optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
     labels = labels.contiguous()
     with autocast(features.device, precision):
-        step = clip.graphed(optimizer, batch_size=len(labels))
+        step = clip.graphed(optimizer, batch_size=len(labels), overlap=overlap)
 
     def run() -> sk.SkipOutput:
         with autocast(features.device, precision):
@@ -161,17 +177,18 @@ def difference_of_replays(args: argparse.Namespace) -> float:
     It is infinite if the steps keep other classes.
     """
     classes, weights = [], []
-    for captures in (True, False):
-        run, step = graphed_step(args)
+    for captures, overlap in ((False, False), *((True, overlap) for overlap in GRAPHS.values())):
+        run, step = graphed_step(args, overlap=overlap)
         if not captures:
             step._batch_size = -1  # no batch has this size, so nothing is captured
         classes.append([run().class_ids.tolist() for _ in range(WARMUP + 1 + _REPLAYS)])
         weights.append([weight.detach() for weight in step._clip.trainable_parameters()])
-    if classes[0] != classes[1]:
+    if any(kept != classes[0] for kept in classes):
         return float("inf")
     return max(
-        0.0 if torch.equal(a, b) else max(testing.relative_error(a, b), sys.float_info.min)
-        for a, b in zip(*weights, strict=True)
+        0.0 if torch.equal(eager, other) else max(testing.relative_error(other, eager), sys.float_info.min)
+        for others in weights[1:]
+        for eager, other in zip(weights[0], others, strict=True)
     )
 
 
