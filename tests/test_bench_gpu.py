@@ -209,7 +209,8 @@ def test_summary_of_results(tmp_path):
         "fp32 differ: a weight by 1.0e-07 of its norm (goal: equal bits)",
         "launches": "bf16 357 kernels and 33 copies or fills (goal: at most 340); "
         "fp32 357 kernels and 33 copies or fills (goal: at most 300)",
-        "step": "bf16 3.0 ms as a graph, 2.5 ms with the text side beside it (goal: 1.6 ms), 6.0 ms eager, 9.0 ms published; "
+        "step": "bf16 3.0 ms as a graph, 2.5 ms with the text side beside it (goal: 1.6 ms), "
+        "6.0 ms eager, 9.0 ms published; "
         "fp32 3.0 ms as a graph, 2.5 ms with the text side beside it, 6.0 ms eager, 9.0 ms published",
         "against the floor": "bf16 1.67 times 1.5 ms; fp32 1.67 times 1.5 ms",
         "against the published step": "bf16 3.60 times as fast (goal: at least 3); "
