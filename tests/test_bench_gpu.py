@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import gpu, measure, summary
+from bench import gpu, inputs, measure, summary
 from skipkernels import testing
 from skipkernels.clip import graphed
 from tests.conftest import TELLING, place
@@ -100,6 +101,22 @@ def test_telling_tests_come_first_on_a_gpu():
 
 class Named(NamedTuple):
     nodeid: str
+
+
+def test_step_writes_its_facts_on_a_gpu(monkeypatch, tmp_path):
+    """The CPU in place of a GPU: every path but the capture and the counting of launches."""
+    on_cpu = functools.partial(inputs.random_inputs, "vit-tiny", 4, 20, measure.CPU)
+    machine = measure.machine(measure.CPU)
+    monkeypatch.setattr(gpu, "_random_inputs", lambda *_: on_cpu())
+    monkeypatch.setattr(gpu, "launches_of", lambda run, device: {"kernels": 1, "copies": 2})
+    monkeypatch.setattr(measure, "machine", lambda device: machine)
+    monkeypatch.setattr(measure, "seconds_of", lambda function, device, calls=1, before=None: 0.001 * calls)
+    gpu.main(["step", *CUT, "--device", "cuda", "--out", str(tmp_path)])
+    found = summary.read_facts(tmp_path)["step bf16"]
+    names = {summary.EAGER, summary.GRAPHED, summary.OVERLAPPED}
+    assert found["ms"].keys() == names | {"published"} and found["faster"].keys() == names
+    assert set(found["ms"].values()) == {10.0} and found["difference"] == 0
+    assert (found["captured"], found["launches"]) == (False, {"kernels": 1, "copies": 2})
 
 
 def test_replays_are_compared_in_bits(monkeypatch):
