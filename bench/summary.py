@@ -2,8 +2,8 @@
 
     python -m bench.summary [FOLDER]     the folder of bench/gpu.sh, by default gpu-results
 
-A stage that was not run, or was cut off before its result, is "not run". It imports neither torch nor the package, so
-that it also works where they cannot be imported.
+A stage without a result is "not run" or "cut off", or its output says why. The module imports neither torch nor the
+package, so that it also works where they cannot be imported.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 EAGER, GRAPHED, OVERLAPPED = "skipkernels", "skipkernels, graphed", "skipkernels, overlapped"
-PRECISIONS = ("bf16", "fp32")
+STAGES = {"bf16": "step", "fp32": "step_fp32"}
 # Of ViT-B/16 with B = 4 and C = 1,000; for launches the number of kernels in a step.
 GOAL_MS, GOAL_FASTER, GOAL_LAUNCHES = {"bf16": 1.6}, 3, {"bf16": 340, "fp32": 300}
 NOT_RUN = "not run"
@@ -32,15 +33,15 @@ def main() -> None:
 def lines_of(folder: Path) -> Iterator[str]:
     """The ten lines."""
     facts = read_facts(folder)
-    steps = {precision: facts.get(f"step {precision}", {}) for precision in PRECISIONS}
-    yield f"machine: {_machine(facts)}"
+    each = partial(_each, folder, facts)
+    yield f"machine: {_machine(facts) or _without_result(folder, 'machine')}"
     yield f"tests: {_tests(folder)}"
     yield f"gradients: {_gradients(folder)}"
-    yield f"replays and eager steps: {_each(steps, _bits)}"
-    yield f"launches: {_each(steps, _launches)}"
-    yield f"step: {_each(steps, _time)}"
-    yield f"against the floor: {_each(steps, _floor)}"
-    yield f"against the published step: {_each(steps, _faster)}"
+    yield f"replays and eager steps: {each(_bits)}"
+    yield f"launches: {each(_launches)}"
+    yield f"step: {each(_time)}"
+    yield f"against the floor: {each(_floor)}"
+    yield f"against the published step: {each(_faster)}"
     yield f"operators: {_operators(folder)}"
     yield f"sanitizer and profiler: {_tools(folder)}"
 
@@ -67,14 +68,24 @@ def _was_cut_off(folder: Path, stage: str) -> bool:
     return statuses[-1:] in (["124"], ["137"])
 
 
-def _each(steps: dict[str, dict[str, Any]], text_of: Any) -> str:
+def _without_result(folder: Path, stage: str) -> str:
+    if not (folder / f"{stage}.txt").exists():
+        return NOT_RUN
+    return "cut off" if _was_cut_off(folder, stage) else f"no result, see {stage}.txt"
+
+
+def _each(folder: Path, facts: dict[str, Any], text_of: Callable[[str, dict[str, Any]], str]) -> str:
     """The text of each precision."""
-    return "; ".join(f"{precision} {text_of(precision, step) or NOT_RUN}" for precision, step in steps.items())
+    texts = []
+    for precision, stage in STAGES.items():
+        text = text_of(precision, facts.get(f"step {precision}", {})) or _without_result(folder, stage)
+        texts.append(f"{precision} {text}")
+    return "; ".join(texts)
 
 
 def _machine(facts: dict[str, Any]) -> str:
     if not (found := facts.get("machine")):
-        return NOT_RUN
+        return ""
     absent = facts.get("absent_peers", [])
     peers = f"; peers that cannot run: {', '.join(absent)}" if absent else "; all peers"
     return f"{found['device']}, torch {found['torch']}, Triton {found['triton']}, commit {found['commit']}{peers}"
@@ -91,7 +102,7 @@ def _tests(folder: Path) -> str:
 
 
 def _gradients(folder: Path) -> str:
-    texts = [_output(folder, stage) for stage in ("step", "step_fp32")]
+    texts = [_output(folder, stage) for stage in STAGES.values()]
     found = [match for text in texts for match in re.findall(r"^worst gradient in (.+)$", text, re.MULTILINE)]
     found += [line for text in texts for line in text.splitlines() if line.endswith(": no timing")]
     return "; ".join(found) or NOT_RUN
@@ -139,7 +150,7 @@ def _faster(precision: str, step: dict[str, Any]) -> str:
 def _operators(folder: Path) -> str:
     path = folder / "operators.json"
     if not path.exists() or not (text := path.read_text()):
-        return "cut off" if _was_cut_off(folder, "operators") else NOT_RUN
+        return _without_result(folder, "operators")
     times: dict[str, dict[str, float]] = {}
     for row in json.loads(text)["benchmarks"]:
         times.setdefault(row["group"], {})[row["params"]["implementation"]] = row["stats"]["median"]
@@ -153,9 +164,10 @@ def _tools(folder: Path) -> str:
     found = []
     for tool in _SANITIZERS:
         errors = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", _output(folder, tool))
-        found.append(f"{tool} {errors[-1] if errors else NOT_RUN}")
+        found.append(f"{tool} {errors[-1] if errors else _without_result(folder, tool)}")
     profiled = len(re.findall(r"^==PROF== Profiling ", _output(folder, "ncu"), re.MULTILINE))
-    return "; ".join([*found, f"ncu {f'{profiled} kernels profiled' if profiled else NOT_RUN}"])
+    found.append(f"ncu {f'{profiled} kernels profiled' if profiled else _without_result(folder, 'ncu')}")
+    return "; ".join(found)
 
 
 if __name__ == "__main__":

@@ -249,6 +249,17 @@ def test_summary_of_replays_that_are_not_equal(tmp_path, step, text):
     assert summarised(tmp_path)["replays and eager steps"] == f"bf16 {text}; fp32 not run"
 
 
+def test_summary_of_stages_without_a_result(tmp_path):
+    for stage in ("step", "operators", "memcheck"):
+        (tmp_path / f"{stage}.txt").write_text("Traceback\n")
+    (tmp_path / "log.txt").write_text(
+        "step: exit status 1, 9 s\nstep: exit status 124, 60 s\nmemcheck: exit status 127\n"
+    )
+    found = summarised(tmp_path)
+    assert found["step"] == "bf16 cut off; fp32 not run" and found["operators"] == "no result, see operators.txt"
+    assert found["sanitizer and profiler"] == "memcheck no result, see memcheck.txt; racecheck not run; ncu not run"
+
+
 def test_summary_reads_the_facts_of_stages(tmp_path):
     for stage in ("machine", "step"):
         gpu.main([stage, *CUT, "--out", str(tmp_path)])
