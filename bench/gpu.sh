@@ -49,6 +49,7 @@ fi
 processes=$(($(nproc) < 8 ? $(nproc) : 8))
 chosen=${*:-machine tests step step_fp32 operators profile memcheck racecheck ncu summary}
 mkdir -p "$out"
+[ $# -gt 0 ] || rm -f "$out/facts.json" "$out/operators.json" # of an earlier run
 stage() { # NAME SECONDS COMMAND …
   [[ " $chosen " == *" $1 "* ]] || return 0
   timeout --signal=INT --kill-after=5 "$2" "${@:3}" >"$out/$1.txt" 2>&1
