@@ -55,6 +55,7 @@ from .stand_in import meta_as_gpu
 TABLE = measure.RESULTS / "gpu_model.csv"
 OURS, PUBLISHED = "skipkernels", "published"
 MODEL, SKIP_LAYERS = "ViT-B-16", 6
+TITLE = "Estimated for an H100; nothing is measured"
 BATCHES, CLASSES = (4, 32), (100, 1000, 10_000)
 _CPU = torch.device("cpu")
 
@@ -372,16 +373,26 @@ def worse_than(committed: Row, row: Row) -> Iterator[str]:
         yield f"{row.name}: {committed[4:-1]} → {row[4:-1]}: run python -m bench.gpu_model"
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Print the cases, ours beside the published step."""
+def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the cases, ours beside the published step."""
     lines = []
     for case in dict.fromkeys(row.key[1:] for row in rows):
         ours, published = (next(row for row in rows if row.key == (name, *case)) for name in (OURS, PUBLISHED))
         times = (ours.floor_us, ours.device_us, ours.overlap_us, ours.eager_us, published.eager_us)
         ratios = (published.eager_us / x for x in (ours.device_us, ours.overlap_us))
-        lines.append([*case, ours.launches, *(f"{x / 1000:.2f}" for x in times), *(f"{x:.1f}" for x in ratios)])
+        B, C, precision = case
+        lines.append(
+            [
+                str(B),
+                f"{C:,}",
+                precision,
+                str(ours.launches),
+                *(f"{x / 1000:.2f}" for x in times),
+                *(f"{x:.1f}" for x in ratios),
+            ]
+        )
     header = ["B", "C", "precision", "launches", "floor, ms", "graph, ms", "overlap, ms", "eager, ms", "published, ms"]
-    tables.show([*header, "over graph", "over overlap"], lines, "estimated for an H100; nothing is measured")
+    return [*header, "over graph", "over overlap"], lines
 
 
 def show_launches(launches: Sequence[Launch]) -> None:
@@ -417,7 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows.append(row_of(name, batch, classes, precision, launches, overlap))
                 if args.launches and name == OURS:
                     show_launches(launches)
-    show(rows)
+    tables.show(*cells(rows), TITLE)
     if args.check:
         keys = {row.key for row in rows}
         table = [row for row in tables.read(TABLE, Row) if row.key in keys]

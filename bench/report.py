@@ -21,7 +21,7 @@ from pathlib import Path
 
 from skipkernels.ops import OPERATORS
 
-from . import infer, paper_cost, pictures, step
+from . import gpu_model, infer, paper_cost, pictures, step, tables
 from .rows import KINDS, MACHINE, PRECISIONS, Device, Row, devices, grouped, number, of_all_devices, same_run
 from .when import summary
 
@@ -292,6 +292,14 @@ def when(device: Device, name: str) -> str:
     return table(*make(study)) + origin(kind, rows) if rows else ""
 
 
+def estimates(device: Device) -> str:
+    """Estimated steps on a GPU, which depend on no device here."""
+    if not device.is_cpu:
+        return ""
+    header, lines = gpu_model.cells(tables.read(gpu_model.TABLE, gpu_model.Row))
+    return table(header, lines) + f"\n\n<sub>{gpu_model.TITLE}; `python -m bench.gpu_model`</sub>"
+
+
 # ---- operators and losses ----------------------------------------------------------------------------------------
 
 
@@ -364,6 +372,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/benchmarks.md": {"step": steps, "sizes": sizes, "memory": memory, "infer": classifying, "claims": claims}
     | {"paper": paper, "lose": losses, "processes": processes},
     "docs/operators.md": {"operators": operators},
+    "docs/gpu.md": {"gpu-model": estimates},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
     "docs/trainers.md": {"trainers": trainers, "fuse": fused},
 }
