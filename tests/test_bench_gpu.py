@@ -161,8 +161,11 @@ def test_failures_are_kept_when_the_tests_are_cut_off(tmp_path):
     output = tmp_path / "tests.txt"
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--maxschedchunk", "1", "-p", "bench.failures"]
     command += ["-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path)]
+    # A process of pytest-xdist, as this one may be, reports nothing itself.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    options = {"cwd": SCRIPT.parents[1], "env": environment, "start_new_session": True}
     with output.open("w") as file:
-        run = subprocess.Popen(command, stdout=file, stderr=file, cwd=SCRIPT.parents[1], start_new_session=True)
+        run = subprocess.Popen(command, stdout=file, stderr=file, **options)
     try:
         for _ in range(600):
             if "AssertionError" in output.read_text():
