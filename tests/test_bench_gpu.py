@@ -120,18 +120,17 @@ def test_step_writes_its_facts_on_a_gpu(monkeypatch, tmp_path):
 
 
 def test_replays_are_compared_in_bits(monkeypatch):
-    """Without a GPU both steps are eager."""
+    """Without a GPU both steps are eager; the test of the facts of a step has equal ones."""
     args = argparse.Namespace(
         model="vit-tiny", batch=4, classes=20, device=measure.CPU, skip_layers=3, precision="bf16"
     )
-    assert gpu.difference_of_replays(args) == 0
     made, made_as = [], gpu.graphed_step
 
     def another(*arguments, **options):
         run, step = made_as(*arguments, **options)
         made.append(step._clip.model.visual.proj)
-        if len(made) == 3:
-            made[2].data[0, 0] += 1e-7
+        if len(made) == 1:
+            made[0].data[0, 0] += 1e-7
         return run, step
 
     monkeypatch.setattr(gpu, "graphed_step", another)
