@@ -11,7 +11,7 @@ from ..rows import Row
 from .runs import EVERY, VARIANTS
 from .tasks import SHIFTS
 
-REFERENCE_SECONDS = (3, 10, 30)
+REFERENCE_SECONDS = (10, 30, 100)
 ZERO_SHOT, BLENDED = "zero-shot", ", blended"
 METHODS = list(EVERY)
 _HALF = "skip, ω = ½"
