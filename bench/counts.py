@@ -181,10 +181,7 @@ def counts_of(function: Callable[[], Any], *, gpu: bool = False) -> dict[str, in
 
 def rows_of(size: Size) -> list[Row]:
     inputs = random_inputs(size.model, BATCH, size.C, _CPU)
-    # The default number of classes, without a random tail: which classes are drawn depends on the machine, and their
-    # prompts have different lengths.
-    K = RankSampler().expected_keep(size.C, BATCH)
-    sampling: dict[str, Any] = {"keep_ratio": K - 1, "max_keep": K - 1, "decay": 1e-6}
+    K, sampling = without_tail(size.C, BATCH)
     rows: list[Row] = []
 
     def add(what: str, precision: str, memory: str, optimizer: str, counts: dict[str, int]) -> None:
@@ -203,6 +200,15 @@ def rows_of(size: Size) -> list[Row]:
         for precision in PRECISIONS:
             add(PREDICT, precision, "", "", _predict(clip, features, precision))
     return rows
+
+
+def without_tail(classes: int, batch: int) -> tuple[int, dict[str, Any]]:
+    """The default number of kept classes, and options of SkipCLIP that keep as many without a random tail.
+
+    Which classes are drawn depends on the machine, and their prompts have different lengths.
+    """
+    K = RankSampler().expected_keep(classes, batch)
+    return K, {"keep_ratio": K - 1, "max_keep": K - 1, "decay": 1e-6}
 
 
 def _step(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str) -> dict[str, int]:

@@ -6,6 +6,7 @@ activations, softmax and the optimizer are not counted: they are bound by memory
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ def flops_of(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+@functools.cache
 def formulas() -> dict[Any, Callable[..., int]]:
     """FLOPs of the operators that PyTorch's counter does not know, as functions of the shapes of their arguments."""
     sk.backends()  # registers the operators

@@ -24,6 +24,7 @@ The constants below describe an H100 SXM. They are assumptions: one run of bench
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -43,14 +44,13 @@ from skipkernels import optimizer
 from skipkernels.ops import registration
 from skipkernels.ops.sgd_momentum import tables_of_graph
 from skipkernels.selection import RankSampler
-from skipkernels.towers.changes import Containers
 
 from . import measure, precompile, tables
-from .counts import WithoutProducts, launches_a_kernel
+from .counts import launches_a_kernel, without_tail
 from .flops import formulas
 from .inputs import PRECISIONS, autocast, random_inputs
 from .published import PublishedStep
-from .stand_in import meta_as_gpu
+from .stand_in import PRODUCTS, WithoutProducts, meta_as_gpu, move_to_meta
 
 TABLE = measure.RESULTS / "gpu_model.csv"
 OURS, PUBLISHED = "skipkernels", "published"
@@ -134,9 +134,9 @@ def seconds_of_product(batch: int, rows: int, columns: int, inner: int, dtype: t
 # ---- recording -------------------------------------------------------------------------------------------------------
 
 _aten = torch.ops.aten
-_PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
+_PRODUCTS = {product.overloadpacket for product in PRODUCTS}
 _ATTENTION = tuple(op for op in flop_registry if "attention" in str(op))
-_READS_SOME_ROWS = (_aten.index, _aten.index_select, _aten.gather, _aten.embedding)
+_READS_SOME_ROWS = (_aten.index, _aten.index_select)
 
 
 def nbytes_of(values: Any) -> int:
@@ -152,7 +152,6 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
         self.side = ""
-        self._formulas = formulas()
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -182,7 +181,7 @@ class Recording(TorchDispatchMode):
 
     def _ours(self, operator: Any, args: Any, out: Any) -> Iterator[Launch]:
         """The kernels of one of our operators, and those of PyTorch in its launcher."""
-        formula = self._formulas.get(operator.overloadpacket)
+        formula = formulas().get(operator.overloadpacket)
         shapes = tree_map_only(Tensor, lambda x: x.shape, (args, out))
         flops = formula(*shapes[0], out_shape=shapes[1]) if formula else 0
         within = Recording()
@@ -198,41 +197,37 @@ class Recording(TorchDispatchMode):
 
 
 def moved_by(kernel: str, arguments: dict[str, Any], args: Any) -> int:
-    """Bytes that a Triton kernel reads and writes: its tensors, but of a table only the rows that it gathers."""
+    """Bytes that a Triton kernel reads and writes: its tensors."""
     if kernel == "_sgd_momentum_kernel":  # the tensors are in a table of addresses
         weights, grads, buffers = args[:3]
         return 2 * nbytes_of(weights) + nbytes_of(grads) + 2 * nbytes_of(buffers)
-    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
-    if "out_ptr" in tensors and "rows_ptr" in tensors:
-        return 2 * nbytes_of(tensors["out_ptr"])
-    return nbytes_of(list(tensors.values()))
+    return nbytes_of(arguments)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
-def launches_of_ours(batch: int, classes: int, precision: str, overlap: bool = False) -> list[Launch]:
-    """Launches of our step in a graph, with its update; with `overlap` that in backward, each with its side."""
-    inputs = random_inputs(MODEL, batch, classes, _CPU)
-    keep = RankSampler().expected_keep(classes, batch) - 1  # without a tail, which is drawn on the machine
+@functools.lru_cache(maxsize=1)
+def _skip_clip(model: str, skip_layers: int, batch: int, classes: int) -> tuple[sk.SkipCLIP, Tensor, Tensor]:
+    """SkipCLIP, features at the cut and labels, on the meta device."""
+    inputs = random_inputs(model, batch, classes, _CPU)
+    _, sampling = without_tail(classes, batch)
     with WithoutProducts():
-        clip = sk.SkipCLIP(
-            inputs.model,
-            inputs.tokens,
-            skip_layers=SKIP_LAYERS,
-            memory="fast",
-            keep_ratio=keep,
-            max_keep=keep,
-            decay=1e-6,
-        )
+        clip = sk.SkipCLIP(inputs.model, inputs.tokens, skip_layers=skip_layers, memory="fast", **sampling)
         features = clip.encode_lower(inputs.images)
         clip(features, inputs.labels)  # caches the text features at the cut, which needs values
-    clip.to("meta")
-    clip._containers = Containers(clip.model, (clip._image, *clip._text_encoder.towers))  # no comparison of values
-    features, labels = features.to("meta"), inputs.labels.to("meta")
+    move_to_meta(clip)
+    return clip, features.to("meta"), inputs.labels.to("meta")
+
+
+def launches_of_ours(batch: int, classes: int, precision: str, overlap: bool = False) -> list[Launch]:
+    """Launches of our step in a graph, with its update; with `overlap` that in backward, each with its side."""
+    clip, features, labels = _skip_clip(MODEL, SKIP_LAYERS, batch, classes)
     sgd = sk.FusedSGD(clip.parameter_groups(text_lr=0.0, image_lr=0.0), momentum=0.9, in_backward=overlap)
     step = clip.graphed(sgd, batch_size=batch)
-    return recorded(lambda: step(features, labels), precision, clip if overlap else None)
+    launches = recorded(lambda: step(features, labels), precision, clip if overlap else None)
+    sgd.close()
+    return launches
 
 
 def launches_of_published(batch: int, classes: int, precision: str) -> list[Launch]:

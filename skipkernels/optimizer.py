@@ -186,8 +186,8 @@ class FusedSGD(torch.optim.Optimizer):
             weight.grad = _ConsumedGradient(weight.grad)
 
     def discard_step(self) -> None:
-        """Forget a step that did not end, such as after a failed capture in a CUDA graph."""
-        self._discard_backward()
+        """Forget a step that did not end, such as after a failed capture in a CUDA graph; reset the gradients."""
+        self.zero_grad()
         self._updated.clear()
 
     def _discard_backward(self) -> None:

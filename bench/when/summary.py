@@ -117,7 +117,7 @@ def settings_table(rows: Sequence[Row]) -> Table:
 
 
 def cost_table(cost: Sequence[Row]) -> Table:
-    """Time and harmonic mean at the end, and the time to reach that of full fine-tuning after some seconds."""
+    """Time and harmonic mean at the end, and the time to reach the best of full fine-tuning within some seconds."""
     lines = []
     for task in (shift.name for shift in SHIFTS):
         by_method = {name: [row for row in cost if (row["task"], row["method"]) == (task, name)] for name in METHODS}
@@ -131,7 +131,7 @@ def cost_table(cost: Sequence[Row]) -> Table:
             end = [of[-1]["steps"], f"{curve[-1][0]:.1f} s", f"{curve[-1][1]:.1f}"]
             lines.append([task, named(method), *end, *(f"{s:.1f} s" if s is not None else "" for s in reached)])
     header = ["", "", "steps", "training", "harmonic mean"]
-    return header + [f"as full after {seconds} s" for seconds in REFERENCE_SECONDS], lines
+    return header + [f"as full within {seconds} s" for seconds in REFERENCE_SECONDS], lines
 
 
 def steps_table(steps: Sequence[Row]) -> Table:

@@ -240,9 +240,10 @@ class GraphedStep:
         self._failed = True
         self.reset()
         torch.clear_autocast_cache()
-        self._optimizer.zero_grad()
         if isinstance(self._optimizer, FusedSGD):
             self._optimizer.discard_step()
+        else:
+            self._optimizer.zero_grad()
         return None
 
     def _capture(self, x: Tensor, labels: Tensor) -> _Captured:

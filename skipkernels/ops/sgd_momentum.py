@@ -242,7 +242,7 @@ class GraphTables:
     def upload(self) -> None:
         """Write the tables that were allocated during the capture, on the current stream."""
         for table, numbers in self._missing:
-            table.copy_(numbers.pin_memory() if table.is_cuda else numbers, non_blocking=True)
+            _write(table, numbers)
         self._missing.clear()
 
 
@@ -279,13 +279,17 @@ def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False
                     "sgd_momentum_: a captured graph can only read tensors of an earlier call; got new addresses. Make "
                     "the same call before the capture, or capture the training step with SkipCLIP.graphed."
                 )
-            table.copy_(on_host.pin_memory() if device.type == "cuda" else on_host, non_blocking=True)
+            _write(table, on_host)
         while len(_tables) >= MAX_TABLES:
             del _tables[next(iter(_tables))]
         _tables[key] = table
     if _of_graph is not None:
         _of_graph._held.append(table)
     return table
+
+
+def _write(table: Tensor, numbers: Tensor) -> None:
+    table.copy_(numbers.pin_memory() if table.is_cuda else numbers, non_blocking=True)
 
 
 def _fake(weights: list[Tensor], *_: object) -> None:
