@@ -7,6 +7,7 @@ the compiled kernels have the constants, types, divisibility, warps and stages t
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -92,14 +93,18 @@ def gpu_target(architecture: Architecture) -> Any:
     return GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
 
 
+@functools.cache
+def _binder(kernel: Any, backend: Any) -> Callable[..., Any]:
+    """Triton's function that sorts the arguments of a kernel."""
+    create = importlib.import_module("triton.runtime.jit").create_function_from_signature
+    return create(kernel.signature, kernel.params, backend)
+
+
 def specialise(launch: Launch, backend: Any) -> Kernel:
     """The input that `JITFunction.run` would pass to the compiler."""
     kernel = launch.kernel
-    bind = importlib.import_module("triton.runtime.jit").create_function_from_signature(
-        kernel.signature, kernel.params, backend
-    )
     given = {**launch.arguments, **launch.options}
-    options, signature, constants, attributes = kernel._pack_args(backend, given, *bind(**given))
+    options, signature, constants, attributes = kernel._pack_args(backend, given, *_binder(kernel, backend)(**given))
     return Kernel(kernel, signature, constants, attributes, dict(options.__dict__))
 
 

@@ -9,6 +9,8 @@ import sys
 
 import torch
 
+gc.disable()  # in the collection of tests, which makes objects that stay
+
 # Before the first use of cuBLAS, which needs it under torch.use_deterministic_algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -70,6 +72,7 @@ def pytest_collection_finish() -> None:
     """Make slow work of imported modules cheaper: full garbage collections, of 0.4 seconds, and tokenizers, of 0.1."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     if open_clip := sys.modules.get("open_clip"):
         open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
@@ -89,9 +92,13 @@ TELLING = (
 
 
 def place(item: pytest.Item, on_gpu: bool) -> int:
-    """Sort key of a test: telling tests first on a GPU, else slow ones, so that no process ends with one alone."""
+    """Sort key of a test: telling tests first on a GPU, else slow ones, so that no process ends with one alone.
+
+    Then those of modules with a fork server, which so starts in one of pytest's processes only.
+    """
     if not on_gpu:
-        return int(item.get_closest_marker("slow") is None)
+        forks = not {"forkserver", "run_in_processes"}.isdisjoint(vars(item.getparent(pytest.Module).obj))
+        return 0 if item.get_closest_marker("slow") else 1 if forks else 2
     return next((index for index, part in enumerate(TELLING) if part in item.nodeid), len(TELLING))
 
 

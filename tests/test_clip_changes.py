@@ -438,6 +438,15 @@ def test_verify_wrong_activation(dtype, tower, monkeypatch):
         sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
 
 
+def test_verify_weights_that_are_too_large():
+    model = tiny_clip(torch.float32)
+    with torch.no_grad():
+        for parameter in model.transformer.parameters():
+            parameter.mul_(1e30)
+    with pytest.raises(RuntimeError, match="embeddings of texts are not finite. Its weights are damaged, or too large"):
+        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_verify_wrong_gradient(dtype, monkeypatch):
     """The embedding is right and the gradient is three times too large."""
