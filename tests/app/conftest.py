@@ -10,12 +10,22 @@ from skipkernels.app.train import tune
 from tests.app.runs import published_optimizer, small
 
 
+verify = importlib.import_module("skipkernels.clip.verify")  # the package has the function of this name
+_compare = verify._compare
+
+
 @pytest.fixture(scope="session", autouse=True)
 def published():
     # The comparison with the packaged model, a tenth of these tests' time, has tests of its own in tests/test_clip*.py.
     with published_optimizer(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("skipkernels.clip.verify"), "_compare", lambda *arguments: None)
+        patch.setattr(verify, "_compare", lambda *arguments: None)
         yield
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Compare a new SkipCLIP with its model, as outside tests."""
+    monkeypatch.setattr(verify, "_compare", _compare)
 
 
 @pytest.fixture(scope="session")
