@@ -9,8 +9,6 @@ import sys
 
 import torch
 
-gc.disable()  # in the collection of tests, which makes objects that stay
-
 # Before the first use of cuBLAS, which needs it under torch.use_deterministic_algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -37,6 +35,7 @@ for devices in (torch.cuda, torch.xpu, torch.mtia):
         devices.manual_seed_all = lambda seed: None
 
 THREADS = torch.get_num_threads()
+gc.disable()  # while tests are collected, which makes objects that stay
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which make runs that later tests compare with

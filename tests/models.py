@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import open_clip
+import pytest
 import torch
+
+verify = importlib.import_module("skipkernels.clip.verify")  # the package has the function of this name
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 3, "head_width": 8}
 TEXT = {"context_length": 77, "vocab_size": 60, "width": 16, "heads": 2, "layers": 3}
@@ -31,6 +36,14 @@ def tiny_clip(
             if name != "logit_scale":
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return model.to(dtype)
+
+
+@contextmanager
+def uncompared() -> Iterator[None]:
+    """Make SkipCLIPs without the comparison with their model, which has tests of its own and takes half of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_compare", lambda *arguments: None)
+        yield
 
 
 def random_weights(model: torch.nn.Module) -> torch.nn.Module:

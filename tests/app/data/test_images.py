@@ -14,7 +14,8 @@ import pytest
 import torch
 from pictures import class_of, draw_image, raises_input_error
 from PIL import EpsImagePlugin, ExifTags, Image
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch._utils import ExceptionWrapper
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from skipkernels.app.data import DatasetImages, InputError, LabelledImages
 from skipkernels.app.data.images import read_image, read_labels, to_rgb
@@ -196,9 +197,11 @@ def test_read_image_fuzzed_files(tmp_path_factory, kind, data):
 
 
 def test_read_image_error_of_worker_keeps_its_lines(tmp_path):
-    images = LabelledImages(tmp_path, ["a\nb.png"], [0])
+    with pytest.raises(InputError) as caught:
+        LabelledImages(tmp_path, ["a\nb.png"], [0])[0]
+    raised = ExceptionWrapper((caught.type, caught.value, caught.tb), "in DataLoader worker process 0")
     with pytest.raises(InputError, match="Original Traceback") as caught:
-        next(iter(DataLoader(images, num_workers=1)))
+        raised.reraise()
     assert (
         str(caught.value).splitlines()[-1].endswith(r"a\nb.png: no such file. Was it removed, or is it a broken link?")
     )
