@@ -63,7 +63,7 @@ class Options:
         save_seconds: Least time between two checkpoints.
         threads: Threads.
         device: Device.
-        dtype: Of the products: "float32" is faster on a CPU without bf16 instructions.
+        dtype: Type of the products; "float32" is faster on a CPU without bf16 instructions.
         init: Checkpoint of a run with other words. This run starts from its step and model.
         model: Name of a configuration of open_clip.
     """
