@@ -144,22 +144,30 @@ _random_inputs = functools.cache(random_inputs)  # seconds for each model
 
 
 def graphed_step(
-    args: argparse.Namespace, blocks: int | None = None, *, overlap: bool = False
+    args: argparse.Namespace, blocks: int | None = None, **options: bool
 ) -> tuple[Callable[[], sk.SkipOutput], GraphedStep]:
-    """Our step with its update, of `blocks` in each tower if given; on a GPU a replayed CUDA graph."""
+    """Our step with its update, of `blocks` in each tower if given; on a GPU a replayed CUDA graph.
+
+    `options` are those of `graphed_step_of`.
+    """
     model, tokens, images, labels = inputs_of(args)
     skip: Skip = args.skip_layers
     if blocks is not None:
         depths = [len(tower.transformer.resblocks) for tower in (model.visual, model)]
         skip = depths[0] - blocks, depths[1] - blocks
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, memory="fast")
-    return graphed_step_of(clip, clip.encode_lower(images), labels, args.precision, overlap)
+    return graphed_step_of(clip, clip.encode_lower(images), labels, args.precision, **options)
 
 
 def graphed_step_of(
-    clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str, overlap: bool = False
+    clip: sk.SkipCLIP,
+    features: Tensor,
+    labels: Tensor,
+    precision: str,
+    overlap: bool = False,
+    keep_casts: bool = True,
 ) -> tuple[Callable[[], sk.SkipOutput], GraphedStep]:
-    optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
+    optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9, keep_casts=keep_casts)
     labels = labels.contiguous()
     with autocast(features.device, precision):
         step = clip.graphed(optimizer, batch_size=len(labels), overlap=overlap)
@@ -178,7 +186,7 @@ def difference_of_replays(args: argparse.Namespace) -> float:
     """
     classes, weights = [], []
     for captures, overlap in ((False, False), *((True, overlap) for overlap in GRAPHS.values())):
-        run, step = graphed_step(args, overlap=overlap)
+        run, step = graphed_step(args, overlap=overlap, keep_casts=captures)
         if not captures:
             step._batch_size = -1  # no batch has this size, so nothing is captured
         classes.append([run().class_ids.tolist() for _ in range(WARMUP + 1 + _REPLAYS)])

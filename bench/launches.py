@@ -208,14 +208,16 @@ def _stored(R: int, N: int, W: int, B: int, dtype: torch.dtype) -> tuple[Tensor,
 
 @calls
 def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
-    """The two largest weights of a block and a bias, with both roundings; momentum buffers in fp32."""
+    """The two largest weights of a block and a bias, with both roundings; momentum buffers in fp32; copies in bf16."""
     options = [on_meta(dtype=torch.float64) for _ in range(3)]
     for buffer in (dtype, torch.float32):
         for seed in (None, ids()) if dtype == torch.bfloat16 else (None,):
             sizes = ((3072, 768), (768, 3072), (768,), (67,))
             lists = [[on_meta(*size, dtype=x) for size in sizes] for x in (dtype, dtype, buffer)]
             how = ("" if seed is None else "-random") + ("" if buffer == dtype else "-fp32-buffer")
-            yield Call(f"block{how}", (*lists, *options, seed, None))
+            casts = [on_meta(*size, dtype=torch.bfloat16) for size in sizes[:2]] + [on_meta(0), on_meta(0)]
+            for given in ([], casts) if dtype == torch.float32 else ([],):
+                yield Call(f"block{how}" + ("-casts" if given else ""), (*lists, *options, seed, None, given))
 
 
 # K, S, P, H, E: prompts of classes, and suffixes and a prefix of several tiles with wide heads.

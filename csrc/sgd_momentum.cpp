@@ -165,6 +165,20 @@ MULTIVERSION void steps(
 #pragma GCC pop_options
 #endif
 
+// Copies n updated weights in 16 bits.
+template <class C>
+SKIPKERNELS_INLINE void cast_body(const float* weight, C* cast, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    cast[i] = narrow<C>(weight[i]);
+}
+MULTIVERSION void cast_weights(const float* weight, BFloat16* cast, int64_t n) {
+  cast_body(weight, cast, n);
+}
+MULTIVERSION void cast_weights(const float* weight, Half* cast, int64_t n) {
+  cast_body(weight, cast, n);
+}
+
 struct Options {
   double lr, momentum, weight_decay;
   std::optional<uint64_t> seed;
@@ -173,7 +187,8 @@ struct Options {
 // One tensor of the list; gradient and buffer have the type of the weights or of the arithmetic.
 struct Parameter {
   void *weight, *grad, *buffer;
-  ScalarType type, grad_type, buffer_type;
+  void* cast; // copy of fp32 weights in 16 bits, or null
+  ScalarType type, grad_type, buffer_type, cast_type;
   int64_t begin, numel; // begin: index of the first element among those of the list
   int64_t first; // index of the first element among those that share the seed
 };
@@ -212,8 +227,15 @@ void run(const Parameter& parameter, const Options& options, int64_t begin, int6
     case ScalarType::Double: return run<double>(parameter, options, begin, end);
     case ScalarType::BFloat16: return run<BFloat16>(parameter, options, begin, end);
     case ScalarType::Half: return run<Half>(parameter, options, begin, end);
-    default: return run<float>(parameter, options, begin, end);
+    default: run<float>(parameter, options, begin, end);
   }
+  if (parameter.cast == nullptr)
+    return;
+  const float* const weight = static_cast<const float*>(parameter.weight) + begin;
+  if (parameter.cast_type == ScalarType::BFloat16)
+    cast_weights(weight, static_cast<BFloat16*>(parameter.cast) + begin, end - begin);
+  else
+    cast_weights(weight, static_cast<Half*>(parameter.cast) + begin, end - begin);
 }
 
 bool is_number(const Tensor& x) {
@@ -252,7 +274,7 @@ class Changed {
 void sgd_momentum_(
     std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> buffers, const Tensor& lr,
     const Tensor& momentum, const Tensor& weight_decay, const std::optional<Tensor>& seed,
-    const std::optional<std::vector<int64_t>>& offsets) {
+    const std::optional<std::vector<int64_t>>& offsets, std::vector<Tensor> casts) {
   STD_TORCH_CHECK(
       weights.size() == grads.size() && weights.size() == buffers.size(), NAME, ": the lists must be of one length.");
   for (const Tensor* option : {&lr, &momentum, &weight_decay})
@@ -260,6 +282,8 @@ void sgd_momentum_(
   STD_TORCH_CHECK(
       !seed || (is_number(*seed) && seed->scalar_type() == ScalarType::Long), NAME, ": seed must be one int64.");
   STD_TORCH_CHECK(!offsets || offsets->size() == weights.size(), NAME, ": there must be one offset for each weight.");
+  STD_TORCH_CHECK(
+      casts.empty() || casts.size() == weights.size(), NAME, ": there must be one cast for each weight, or none.");
   Options options{numbers(lr)[0], numbers(momentum)[0], numbers(weight_decay)[0], std::nullopt};
   if (seed)
     options.seed = uint64_t(*seed->const_data_ptr<int64_t>());
@@ -283,6 +307,15 @@ void sgd_momentum_(
     p.weight = changed.numbers(weight, p.type, true, p.type);
     p.grad = changed.numbers(grad, p.grad_type, false, p.type);
     p.buffer = changed.numbers(buffer, p.buffer_type, true, p.type);
+    p.cast = nullptr;
+    if (!casts.empty() && casts[i].numel() > 0) {
+      p.cast_type = casts[i].scalar_type();
+      STD_TORCH_CHECK(
+          p.type == ScalarType::Float && weight.is_contiguous() && casts[i].is_cpu() && casts[i].is_contiguous() &&
+              casts[i].numel() == p.numel && (p.cast_type == ScalarType::BFloat16 || p.cast_type == ScalarType::Half),
+          NAME, ": a cast must be contiguous, in 16 bits, and of a contiguous fp32 weight.");
+      p.cast = casts[i].mutable_data_ptr();
+    }
     total += p.numel;
   }
 

@@ -565,6 +565,7 @@ def sgd_momentum_(
     weight_decay: Tensor | float = 0.0,
     seed: Tensor | int | None = None,
     offsets: Sequence[int] | None = None,
+    casts: Sequence[Tensor | None] | None = None,
 ) -> None:
     """One step of SGD with momentum, in place.
 
@@ -588,6 +589,8 @@ def sgd_momentum_(
             element on the device of `weight`; default: None, round to nearest.
         offsets: index of the first element of each weight among all elements that share the seed, which determines its
             random bits; default: the weights follow each other in the order of the list.
+        casts: copies of contiguous fp32 weights in bf16 or fp16, one dtype for all, which are overwritten with the new
+            weights: a contiguous tensor of the shape of each weight, or None; default: no copies.
 
     Example:
         >>> weight, buffer = torch.tensor([1.0]), torch.tensor([0.0])
@@ -637,7 +640,30 @@ def sgd_momentum_(
     if seed is not None:
         seed = seed if isinstance(seed, Tensor) else reference.signed64(seed)
         seed = _number_tensor(name, "seed", seed, ("weight", first), [torch.int64], torch.int64)
-    _sgd_momentum_(weights, grads, buffers, lr, momentum, weight_decay, seed, offsets)
+    given = [] if casts is None else _casts(name, weights, casts)
+    _sgd_momentum_(weights, grads, buffers, lr, momentum, weight_decay, seed, offsets, given)
+
+
+def _casts(name: str, weights: list[Tensor], casts: Sequence[Tensor | None]) -> list[Tensor]:
+    """Check copies of weights; return one for each weight, empty where there is none, or no list without any."""
+    first = next((x for x in casts if x is not None), None)
+    if len(casts) != len(weights):
+        raise ValueError(
+            f"{name}: casts must have a tensor or None for each of {len(weights)} weights; got {len(casts)}."
+        )
+    if first is None:
+        return []
+    check_dtype(name, "casts", first, [torch.bfloat16, torch.float16], "A copy has 16 bits.")
+    for weight, x in zip(weights, casts, strict=True):
+        if x is None:
+            continue
+        alike = (x.shape, x.dtype, x.device) == (weight.shape, first.dtype, weight.device)
+        if not (alike and weight.dtype == torch.float32 and x.is_contiguous() and weight.is_contiguous()):
+            raise ValueError(
+                f"{name}: casts must be contiguous copies of contiguous fp32 weights on their device; got "
+                f"{list(x.shape)} in {x.dtype} on {x.device} for a weight {list(weight.shape)} in {weight.dtype}."
+            )
+    return [first.new_empty(0) if x is None else x for x in casts]
 
 
 def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor, C: int | None = None) -> None:

@@ -264,6 +264,7 @@ def sgd_momentum_(
     weight_decay: Tensor | float = 0.0,
     seed: Tensor | int | None = None,
     offsets: Sequence[int] | None = None,
+    casts: Sequence[Tensor | None] = (),
 ) -> None:
     """One step of SGD with momentum, in place, see `functional.sgd_momentum_`.
 
@@ -285,6 +286,8 @@ def sgd_momentum_(
         updated = old - rate * buffer
         b.copy_(buffer)
         w.copy_(updated if seed is None else _round_at_random(updated, seed, first))
+        if casts and (cast := casts[number]) is not None and cast.numel() > 0:
+            cast.copy_(w)
         first += w.numel()
 
 

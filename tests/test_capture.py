@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
 from bench.stand_in import meta_as_gpu
+from skipkernels import casts
 from skipkernels.clip import graphed
 from skipkernels.clip import text as text_module
 from skipkernels.towers.changes import Containers
@@ -640,6 +641,39 @@ def test_graphed_follows_autocast(fake_cuda):
             theirs.schedule.step()
             b += [out.loss.item(), out.class_ids.tolist()]
         assert a == [*b, *(p.detach().tolist() for p in theirs.clip.parameters())]
+
+
+def test_graph_with_kept_casts_casts_nothing(fake_cuda, monkeypatch):
+    """Weights that change between replays are copied before the next one; another optimizer keeps no casts."""
+    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
+    options = {"momentum": 0.9, "weight_decay": 0.01, "in_backward": False}
+    ours.optimizer = sk.FusedSGD(groups_of(ours.clip), **options, keep_casts=True)
+    ours.step, ours.schedule = ours.clip.graphed(ours.optimizer, batch_size=4), theirs.schedule
+    (x, labels), cast, whole = batches(ours.clip, 1)[0], [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, by: cast.append(len(by)) or whole(to, by))
+
+    def steps(run: Run, count: int) -> list[float]:
+        found = []
+        for _ in range(count):
+            with torch.autocast("cpu", torch.bfloat16):
+                found.append(run.step(x, labels).loss.item())
+        return found
+
+    for _ in range(2):
+        expected = steps(theirs, graphed.WARMUP + 3)
+        cast.clear()
+        assert steps(ours, graphed.WARMUP + 3) == expected
+        assert len(cast) <= 5, "of the first step, or of the copies before a replay"
+        for run in (ours, theirs):
+            with torch.no_grad():
+                next(run.clip.model.visual.transformer.resblocks[-1].parameters()).mul_(1.5)
+                run.clip.model.visual.transformer.resblocks[-1].mlp.c_fc.weight.mul_(1.5)
+    assert fake_cuda() > 3
+    weights = list(ours.clip.trainable_parameters())
+    assert any(casts.own(weight) is not None for weight in weights)
+    ours.step = ours.clip.graphed(torch.optim.SGD(weights, lr=0.1, fused=True), batch_size=4)
+    steps(ours, graphed.WARMUP + 2)
+    assert all(casts.own(weight) is None for weight in weights)
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import casts
 from ..formatting import first_line
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import FusedSGD, world_size
@@ -251,6 +252,8 @@ class GraphedStep:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         _renew_accumulators(self._clip.trainable_parameters())
+        if not (isinstance(self._optimizer, FusedSGD) and self._optimizer.keeps_casts):
+            casts.forget(self._clip.trainable_parameters())  # a replay would not update them
 
         def step() -> SkipOutput:
             torch.clear_autocast_cache()  # casts of the warm-up would be constants of the graph

@@ -2,6 +2,8 @@
 
     g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
+With `casts`, copies of the weights in 16 bits are written in the same pass; an empty tensor is no copy.
+
 Learning rate, momentum, weight decay and the seed of stochastic rounding are tensors on the device, so that a captured
 graph reads new values at each replay. Each product is rounded as in the reference: all kernels return the same bits.
 
@@ -25,7 +27,7 @@ from .launching import launch, tl, triton
 BLOCK = 2048  # elements per program
 LANES, LANES_RANDOM = 8, 4  # elements per group; with stochastic rounding, those that share a hash
 NUM_WARPS = 4
-COLUMNS = 6  # in the table: addresses of weight and buffer, number of elements, offset, first program, vectorised
+COLUMNS = 7  # in the table: addresses of weight, buffer and cast (or 0), elements, offset, first program, vectorised
 MAX_TABLES = 512  # kept between calls; 8 bytes per number
 
 _TRITON_DTYPES = {
@@ -38,6 +40,7 @@ def _update(
     weight,
     grad,
     momentum_buffer,
+    cast,
     numel,
     first,
     block,
@@ -48,12 +51,13 @@ def _update(
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENTUM_BUFFER: tl.constexpr,
+    CAST: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     VECTORISED: tl.constexpr,
 ):
-    """Update GROUPS groups of LANES elements of one tensor; the first three arguments are addresses."""
+    """Update GROUPS groups of LANES elements of one tensor; the first four arguments are addresses."""
     # 1. Elements of the groups
     group = block * GROUPS + tl.arange(0, GROUPS)
     lane = tl.arange(0, LANES)
@@ -96,6 +100,14 @@ def _update(
         weight = tl.where(finite, (bits + random) & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
     tl.store(weight_ptr + offs, weight.to(weight_ptr.dtype.element_ty), mask=mask)  # [GROUPS, LANES]
 
+    # 4. Copy in 16 bits
+    if CAST is not None:
+        if cast != 0:
+            cast_ptr = cast.to(tl.pointer_type(CAST))
+            if VECTORISED:
+                cast_ptr = tl.multiple_of(cast_ptr, 16)
+            tl.store(cast_ptr + offs, weight.to(CAST), mask=mask)  # [GROUPS, LANES]
+
 
 @triton.jit
 def _sgd_momentum_kernel(
@@ -109,6 +121,7 @@ def _sgd_momentum_kernel(
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENTUM_BUFFER: tl.constexpr,
+    CAST: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
@@ -124,10 +137,11 @@ def _sgd_momentum_kernel(
     weight = tl.load(row_ptr)
     momentum_buffer = tl.load(row_ptr + 1)
     grad = tl.load(grads_ptr + tensor)
-    numel = tl.load(row_ptr + 2)
-    first = tl.load(row_ptr + 3)
-    block = tl.program_id(0) - tl.load(row_ptr + 4)
-    vectorised = tl.load(row_ptr + 5)
+    cast = tl.load(row_ptr + 2)
+    numel = tl.load(row_ptr + 3)
+    first = tl.load(row_ptr + 4)
+    block = tl.program_id(0) - tl.load(row_ptr + 5)
+    vectorised = tl.load(row_ptr + 6)
     lr = tl.load(lr_ptr).to(tl.float32)
     momentum = tl.load(momentum_ptr).to(tl.float32)
     weight_decay = tl.load(weight_decay_ptr).to(tl.float32)
@@ -135,20 +149,21 @@ def _sgd_momentum_kernel(
     # Two calls, since VECTORISED is known to the compiler and the table is not.
     # fmt: off
     if vectorised != 0:
-        _update(weight, grad, momentum_buffer, numel, first, block, lr, seed, momentum, weight_decay,
-                WEIGHT, GRAD, MOMENTUM_BUFFER, STOCHASTIC, GROUPS, LANES, VECTORISED=True)
+        _update(weight, grad, momentum_buffer, cast, numel, first, block, lr, seed, momentum, weight_decay,
+                WEIGHT, GRAD, MOMENTUM_BUFFER, CAST, STOCHASTIC, GROUPS, LANES, VECTORISED=True)
     else:
-        _update(weight, grad, momentum_buffer, numel, first, block, lr, seed, momentum, weight_decay,
-                WEIGHT, GRAD, MOMENTUM_BUFFER, STOCHASTIC, GROUPS, LANES, VECTORISED=False)
+        _update(weight, grad, momentum_buffer, cast, numel, first, block, lr, seed, momentum, weight_decay,
+                WEIGHT, GRAD, MOMENTUM_BUFFER, CAST, STOCHASTIC, GROUPS, LANES, VECTORISED=False)
     # fmt: on
 
 
 class _Tensors(NamedTuple):
-    """One tensor of the list, contiguous, with the offset of its random bits."""
+    """One tensor of the list, contiguous, with its copy, if any, and the offset of its random bits."""
 
     weight: Tensor
     grad: Tensor
     momentum_buffer: Tensor
+    cast: Tensor | None
     first: int
 
 
@@ -161,6 +176,7 @@ def _launch(
     weight_decay: Tensor,
     seed: Tensor | None,
     offsets: Sequence[int] | None,
+    casts: list[Tensor],
 ) -> None:
     alike: dict[tuple[torch.dtype, torch.dtype], list[_Tensors]] = {}
     copies: list[tuple[Tensor, Tensor]] = []
@@ -175,7 +191,8 @@ def _launch(
     for number, (weight, grad, momentum_buffer) in enumerate(zip(weights, grads, momentum_buffers, strict=True)):
         first = first if offsets is None else offsets[number]
         if weight.numel() > 0:
-            tensors = _Tensors(contiguous(weight), grad.contiguous(), contiguous(momentum_buffer), first)
+            cast = casts[number] if casts and casts[number].numel() > 0 else None
+            tensors = _Tensors(contiguous(weight), grad.contiguous(), contiguous(momentum_buffer), cast, first)
             alike.setdefault((grad.dtype, momentum_buffer.dtype), []).append(tensors)
         first += weight.numel()
     for tensors_alike in alike.values():
@@ -187,7 +204,8 @@ def _launch(
 def _launch_alike(
     tensors: list[_Tensors], lr: Tensor, momentum: Tensor, weight_decay: Tensor, seed: Tensor | None
 ) -> None:
-    weight, grad, momentum_buffer, _ = tensors[0]
+    weight, grad, momentum_buffer, *_ = tensors[0]
+    cast = next((x.cast for x in tensors if x.cast is not None), None)
     device, lanes = weight.device, LANES if seed is None else LANES_RANDOM
     rows: list[int] = []
     programs: list[int] = []  # number of programs of each tensor
@@ -195,7 +213,7 @@ def _launch_alike(
     grad_addresses: list[int] = []
     for x in tensors:
         first = 0 if seed is None else x.first
-        addresses = x.weight.data_ptr(), x.momentum_buffer.data_ptr()
+        addresses = x.weight.data_ptr(), x.momentum_buffer.data_ptr(), 0 if x.cast is None else x.cast.data_ptr()
         grad_addresses.append(x.grad.data_ptr())
         numel = x.weight.numel()
         vectorised = all(n % 16 == 0 for n in (*addresses, grad_addresses[-1], numel)) and first % lanes == 0
@@ -218,6 +236,7 @@ def _launch_alike(
         WEIGHT=_TRITON_DTYPES[weight.dtype],
         GRAD=_TRITON_DTYPES[grad.dtype],
         MOMENTUM_BUFFER=_TRITON_DTYPES[momentum_buffer.dtype],
+        CAST=None if cast is None else _TRITON_DTYPES[cast.dtype],
         STOCHASTIC=seed is not None,
         GROUPS=BLOCK // lanes,
         LANES=lanes,
@@ -298,7 +317,7 @@ def _fake(weights: list[Tensor], *_: object) -> None:
 
 sgd_momentum_ = registration.define(
     "sgd_momentum_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor lr, Tensor momentum,"
-    " Tensor weight_decay, Tensor? seed, int[]? offsets) -> ()",
+    " Tensor weight_decay, Tensor? seed, int[]? offsets, Tensor(c!)[] casts) -> ()",
     fallback=reference.sgd_momentum_,
     fake=_fake,
     launch=_launch,

@@ -24,7 +24,6 @@ from ..checks import warn_caller
 from ..options import FusedMemory
 from . import attention
 from .fused_block import BlockSettings, FusableBlock, Hidden, fused_block
-from .low_rank import low_rank_updates
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global{name}") for name in HOOKS]
@@ -207,6 +206,8 @@ def _why_parametrized(module: nn.Module, path: str, types: tuple[type, ...]) -> 
     if parametrize.type_before_parametrizations(module) not in types:
         package = type(module).__module__.partition(".")[0]
         return f"a block has a {type(module).__name__} of {package} for its {path}"
+    from .low_rank import low_rank_updates  # few models have any
+
     return None if low_rank_updates(module) else f"a {type(module).__name__} of a block was altered"
 
 

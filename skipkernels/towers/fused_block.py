@@ -11,9 +11,9 @@ its bias; about 10·W values per token. Backward recomputes the norms and the ac
 matrix product. With `recompute_mlp`, the product of the MLP is not saved but repeated: 6·W values per token. With
 `save_inputs_only`, only hidden is saved, and backward repeats the forward pass.
 
-Under autocast the weights of products are cast once, by one launch, and their copies are saved as well: 24·W² bytes for
-an MLP of width 4·W. With `save_inputs_only` they are cast again in backward. The norms write the dtype of the products,
-and the residual stream keeps its own.
+Under autocast the weights of products are cast once, by one launch or by `FusedSGD(keep_casts=True)`, and their copies
+are saved as well: 24·W² bytes for an MLP of width 4·W. With `save_inputs_only` they are cast again in backward. The
+norms write the dtype of the products, and the residual stream keeps its own.
 
 Tokens are rows [R, W] of any number of sequences; only `attention` knows where a sequence ends. With `query_rows` (the
 pooled tokens, in the last block), only LN₁ and the projections are computed for all rows; with `separate_queries` only
@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import casts as kept_casts
 from ..ops import launching
 from ..ops.add_layer_norm import Gradients, add_layer_norm, add_layer_norm_backward
 from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
@@ -326,7 +327,10 @@ def _join_qkv(flat: Sequence[Any], join: Callable[[Sequence[Any]], Any]) -> Sequ
 
 
 def _cast(settings: BlockSettings, flat: Sequence[Tensor], casts: Sequence[Tensor] = ()) -> BlockWeights:
-    """Weights with those of products in the dtype of the products: `casts`, else cast and joined by one launch."""
+    """Weights with those of products in the dtype of the products: `casts`, else cast and joined by one launch.
+
+    Copies that `FusedSGD(keep_casts=True)` keeps up to date are not cast again.
+    """
     weights = BlockWeights(*_join_qkv(flat, tuple))
     copies = dict(zip(PRODUCTS, casts, strict=False))
     targets: list[Tensor] = []
@@ -336,12 +340,17 @@ def _cast(settings: BlockSettings, flat: Sequence[Tensor], casts: Sequence[Tenso
         parts = weight if isinstance(weight, tuple) else (weight,)
         if len(parts) > 1 or weight.dtype != settings.dtype:
             lengths = [len(part) for part in parts]
-            copies[name] = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=settings.dtype)
-            targets += copies[name].split(lengths)
-            sources += parts
+            kept = kept_casts.joined(parts, settings.dtype)
+            copy = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=settings.dtype) if kept is None else kept
+            copies[name] = copy
+            for part, target in zip(parts, copy.split(lengths), strict=True):
+                if kept is None or kept_casts.own(part) is None:
+                    targets.append(target)
+                    sources.append(part)
     if sources:
         with torch.no_grad():
             torch._foreach_copy_(targets, sources)
+        kept_casts.mark(sources)
     return weights._replace(**copies)
 
 

@@ -91,6 +91,37 @@ def test_random_bits_are_those_of_the_reference(backend, dtypes):
     assert ours.step(seed=1) != nearest.step()
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=name)
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16], ids=name)
+def test_casts_are_copies_of_the_new_weights(backend, grad, dtype):
+    """Vectorised or not, beside weights without a copy; nothing else changes."""
+    if backend.name == "interpreter" and torch.bfloat16 in (grad, dtype):
+        pytest.skip("the interpreter does not round as bf16 does")
+    ours = State(SIZES, torch.float32, grad, torch.float32, device=backend.device)
+    theirs = ours.clone()
+    casts = [
+        None if number == 1 else torch.full_like(x, torch.nan, dtype=dtype) for number, x in enumerate(ours.lists[0])
+    ]
+    assert ours.step(casts=casts) == theirs.step()
+    for weight, cast in zip(ours.lists[0], casts, strict=True):
+        assert cast is None or cast.equal(weight.to(dtype))
+
+
+def test_casts_must_fit():
+    weight, buffer = torch.ones(2, 3), torch.zeros(2, 3)
+    for casts, message in (
+        ([], "casts must have a tensor or None for each of 1 weights; got 0"),
+        ([torch.ones(2, 3)], "casts must be bfloat16 or float16"),
+        ([torch.ones(3, 2).bfloat16()], "casts must be contiguous copies of contiguous fp32 weights"),
+        ([torch.ones(3, 2).bfloat16().T], "casts must be contiguous copies of contiguous fp32 weights"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            sgd_momentum_(weight, weight, buffer, 0.1, casts=casts)
+    half = weight.bfloat16()
+    with pytest.raises(ValueError, match="of contiguous fp32 weights"):
+        sgd_momentum_(half, half, buffer, 0.1, casts=[half.clone()])
+
+
 @given(
     st.lists(st.integers(0, 70), min_size=1, max_size=5),
     st.sampled_from(TRIPLES),
@@ -125,13 +156,14 @@ def test_one_launch_for_a_list(monkeypatch):
     monkeypatch.setattr(launching, "_run", lambda kernel, grid, options, arguments: launches.append(arguments))
     state = State(SIZES, torch.float32)
     for _ in range(2):
-        registration.definitions["sgd_momentum_"].launch(*state.lists, *map(torch.tensor, (0.1, 0.9, 0.0)), None, None)
+        numbers = map(torch.tensor, (0.1, 0.9, 0.0))
+        registration.definitions["sgd_momentum_"].launch(*state.lists, *numbers, None, None, [])
     first, second = launches
     for name in ("tensors_ptr", "grads_ptr", "programs_ptr"):
         assert first[name] is second[name]
     rows = first["tensors_ptr"].view(-1, sgd_momentum_module.COLUMNS)
     assert rows[:, 0].tolist() == [x.data_ptr() for x in state.lists[0] if x.numel()]
-    assert rows[3, 5], "1,024 elements are vectorised"
+    assert rows[3, 6], "1,024 elements are vectorised"
 
 
 def test_tables_of_a_graph_are_written_after_the_capture(monkeypatch):
@@ -229,10 +261,12 @@ def test_runs_without_no_grad_and_increments_versions():
 def test_opcheck(backend):
     state = State([(5,), (2, 3)], torch.float32, device=backend.device)
     numbers = [torch.tensor(number, dtype=torch.float64, device=backend.device) for number in (0.1, 0.9, 5e-4)]
-    backend.opcheck(operator, (*state.lists, *numbers, None, None))
+    backend.opcheck(operator, (*state.lists, *numbers, None, None, []))
+    casts = [x.bfloat16() for x in state.lists[0]]
+    backend.opcheck(operator, (*state.lists, *numbers, None, None, casts))
     if backend.name != "interpreter":
         state = State([(5,), (2, 3)], torch.bfloat16, device=backend.device)
-        backend.opcheck(operator, (*state.lists, *numbers, torch.tensor(3, device=backend.device), [8, 3]))
+        backend.opcheck(operator, (*state.lists, *numbers, torch.tensor(3, device=backend.device), [8, 3], []))
 
 
 def test_compiles_into_one_graph():
