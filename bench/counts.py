@@ -54,7 +54,7 @@ LAUNCHES = measure.RESULTS / "launches.csv"
 ALLOWANCE = 1.05  # for another version of torch, which may split an operator into others
 COUNTS = ("flops", "saved_bytes", "gradient_bytes", "calls", "launches", "triton", "waits")
 STEP, PREDICT = "SkipCLIP, step", "SkipCLIP, predict"
-SGD, IN_BACKWARD = "FusedSGD", "FusedSGD in backward"
+SGD, IN_BACKWARD, KEPT = "FusedSGD", "FusedSGD in backward", "FusedSGD, kept casts"
 BATCH = 4
 _CPU = torch.device("cpu")
 
@@ -189,12 +189,14 @@ def rows_of(size: Size) -> list[Row]:
         rows.append(Row(what, size.model, BATCH, size.C, K, precision, memory, optimizer, **counts, torch=version))
 
     with WithoutProducts():
-        for memory, optimizers in (("fast", (SGD, IN_BACKWARD)), ("min", (SGD,))):
+        for memory, optimizers in (("fast", (SGD, IN_BACKWARD, KEPT)), ("min", (SGD,))):
             clip = sk.SkipCLIP(inputs.model, inputs.tokens, skip_layers=size.skip_layers, memory=memory, **sampling)
             features = clip.encode_lower(inputs.images)
             for precision in PRECISIONS:
                 counts = _step(clip, features, inputs.labels, precision)
                 for optimizer in optimizers:
+                    if optimizer == KEPT and precision == "fp32":
+                        continue  # nothing is cast
                     counts |= _on_a_gpu(clip, features, inputs.labels, precision, optimizer)
                     add(STEP, precision, memory, optimizer, counts)
         for precision in PRECISIONS:
@@ -239,7 +241,8 @@ def _on_a_gpu(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: st
     move_to_meta(clip)
     features, labels = features.to("meta"), labels.to("meta")
     groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
-    step = clip.graphed(sk.FusedSGD(groups, momentum=0.9, in_backward=optimizer == IN_BACKWARD), batch_size=BATCH)
+    sgd = sk.FusedSGD(groups, momentum=0.9, in_backward=optimizer == IN_BACKWARD, keep_casts=optimizer == KEPT)
+    step = clip.graphed(sgd, batch_size=BATCH)
 
     def run() -> None:
         with autocast(_CPU, precision):

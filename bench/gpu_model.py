@@ -199,8 +199,8 @@ class Recording(TorchDispatchMode):
 def moved_by(kernel: str, arguments: dict[str, Any], args: Any) -> int:
     """Bytes that a Triton kernel reads and writes: its tensors."""
     if kernel == "_sgd_momentum_kernel":  # the tensors are in a table of addresses
-        weights, grads, buffers = args[:3]
-        return 2 * nbytes_of(weights) + nbytes_of(grads) + 2 * nbytes_of(buffers)
+        weights, grads, buffers, casts = *args[:3], args[-1]
+        return 2 * nbytes_of(weights) + nbytes_of(grads) + 2 * nbytes_of(buffers) + nbytes_of(casts)
     return nbytes_of(arguments)
 
 
@@ -221,9 +221,12 @@ def _skip_clip(model: str, skip_layers: int, batch: int, classes: int) -> tuple[
 
 
 def launches_of_ours(batch: int, classes: int, precision: str, overlap: bool = False) -> list[Launch]:
-    """Launches of our step in a graph, with its update; with `overlap` that in backward, each with its side."""
+    """Launches of our step in a graph, with its update, which keeps the casts of the weights; with `overlap` that in
+    backward, each with its side.
+    """
     clip, features, labels = _skip_clip(MODEL, SKIP_LAYERS, batch, classes)
-    sgd = sk.FusedSGD(clip.parameter_groups(text_lr=0.0, image_lr=0.0), momentum=0.9, in_backward=overlap)
+    groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
+    sgd = sk.FusedSGD(groups, momentum=0.9, in_backward=overlap, keep_casts=precision == "bf16")
     step = clip.graphed(sgd, batch_size=batch)
     launches = recorded(lambda: step(features, labels), precision, clip if overlap else None)
     sgd.close()
