@@ -2,6 +2,7 @@
 
     python -m bench.gpu_model                        all cases; write bench/results/gpu_model.csv
     python -m bench.gpu_model --check                compare with the table; write nothing
+    python -m bench.gpu_model --bounds               what could still be saved; about 20 seconds
     python -m bench.gpu_model --launches --batch 4 --classes 1000 --precision bf16    each launch of our step
 
 The steps run on the meta device, and every launch is recorded with the bytes of its tensors, its FLOPs and the shape of
@@ -48,7 +49,7 @@ from skipkernels.selection import RankSampler
 from . import measure, precompile, tables
 from .counts import launches_a_kernel, without_tail
 from .flops import formulas
-from .inputs import PRECISIONS, autocast, random_inputs
+from .inputs import autocast, random_inputs
 from .published import PublishedStep
 from .stand_in import PRODUCTS, WithoutProducts, meta_as_gpu, move_to_meta
 
@@ -56,13 +57,14 @@ TABLE = measure.RESULTS / "gpu_model.csv"
 OURS, PUBLISHED = "skipkernels", "published"
 MODEL, SKIP_LAYERS = "ViT-B-16", 6
 TITLE = "Estimated for an H100; nothing is measured"
-BATCHES, CLASSES = (4, 32), (100, 1000, 10_000)
+BATCHES, CLASSES, PRECISIONS = (4, 32), (100, 1000, 10_000), ("bf16", "fp32", "tf32")
 _CPU = torch.device("cpu")
 
 # ---- assumptions about the GPU ---------------------------------------------------------------------------------------
 
 PROCESSORS = 132  # multiprocessors of an H100 SXM
-RATES = {torch.bfloat16: 750e12, torch.float16: 750e12, torch.float32: 55e12, torch.float64: 55e12}  # FLOP/s, products
+RATES: dict[Any, float] = {torch.bfloat16: 750e12, torch.float16: 750e12, torch.float32: 55e12, torch.float64: 55e12}
+RATES |= {"tf32": 375e12}  # FLOP/s of products
 BANDWIDTH = 2.9e12  # bytes/s of the memory, read or written
 WARPS = 8  # for each multiprocessor, which need to be loading for the whole bandwidth
 START = 1.5e-6  # seconds until the programs of a kernel run at full speed, and until the last one ends
@@ -81,7 +83,7 @@ class Launch(NamedTuple):
         triton: It is a Triton kernel.
         nbytes: Bytes of its tensors.
         flops: Operations of its products.
-        dtype: Type of its products.
+        dtype: Type of its products, or "tf32".
         shape: Batch, rows, columns and inner dimension of a product; None of other launches.
         warps: Warps of all programs of a Triton kernel; None of other launches, which are assumed to fill the GPU.
         side: "image" or "text" in backward and update of the blocks of a tower.
@@ -91,7 +93,7 @@ class Launch(NamedTuple):
     triton: bool
     nbytes: int
     flops: int
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     shape: tuple[int, int, int, int] | None
     warps: int | None = None
     side: str = ""
@@ -114,7 +116,7 @@ class Launch(NamedTuple):
         return max(self.nbytes / BANDWIDTH, self.flops / self.rate)
 
 
-def seconds_of_product(batch: int, rows: int, columns: int, inner: int, dtype: torch.dtype) -> float:
+def seconds_of_product(batch: int, rows: int, columns: int, inner: int, dtype: torch.dtype | str) -> float:
     """Time of a product on the multiprocessors, with the best of TILES and SPLITS.
 
     >>> 1e6 * seconds_of_product(1, 8192, 8192, 8192, torch.bfloat16)  # 1466 at full rate
@@ -360,9 +362,22 @@ def row_of(
 RECORDERS = {OURS: launches_of_ours, PUBLISHED: launches_of_published}
 
 
+@functools.lru_cache(maxsize=len(RECORDERS) * 2)
+def steps_of(implementation: str, batch: int, classes: int, precision: str) -> tuple[list[Launch], list[Launch]]:
+    """Launches of a step, and of ours as it overlaps; "tf32" is fp32 with PyTorch's products in TF32, not attention."""
+    if precision == "tf32":
+        whole, overlap = (
+            [launch._replace(dtype="tf32") if launch.shape else launch for launch in launches]
+            for launches in steps_of(implementation, batch, classes, "fp32")
+        )
+        return whole, overlap
+    overlap = launches_of_ours(batch, classes, precision, overlap=True) if implementation == OURS else []
+    return RECORDERS[implementation](batch, classes, precision), overlap
+
+
 def cases() -> Iterator[tuple[int, int, str]]:
     """Batch, classes and precision of the cases."""
-    return product(BATCHES, CLASSES, reversed(PRECISIONS))
+    return product(BATCHES, CLASSES, PRECISIONS)
 
 
 def worse_than(committed: Row, row: Row) -> Iterator[str]:
@@ -393,6 +408,67 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [*header, "over graph", "over overlap"], lines
 
 
+# ---- what could still be saved ---------------------------------------------------------------------------------------
+
+_SELECTION = "index_select index sub add add_ arange scatter nan_to_num sort searchsorted cat cumsum".split()
+
+
+def bounds(launches: Sequence[Launch], rows: int, real_rows: int) -> Iterator[tuple[str, Sequence[Launch]]]:
+    """Changes of an overlapped step, and its launches if the changed part took no time: upper bounds of a gain.
+
+    `rows` are those of the texts in a graph, which suffice for any classes, and `real_rows` those of mean classes.
+    """
+
+    def without(*names: str, side: str | None = None) -> list[Launch]:
+        return [x for x in launches if x.name not in names or (side is not None and x.side != side)]
+
+    def exact(launch: Launch) -> Launch:
+        if launch.shape is None or rows not in launch.shape:
+            return launch
+        batch, *sizes = (real_rows if size == rows else size for size in launch.shape)
+        share = real_rows / rows
+        return launch._replace(
+            shape=(batch, *sizes), nbytes=int(share * launch.nbytes), flops=int(share * launch.flops)
+        )
+
+    yield "selection and packing of the classes in one kernel", without(*_SELECTION, side="")
+    yield "activations in the epilogues of products", without("_mlp_activation_fwd_kernel")
+    yield "bias gradients in the epilogues of products", without("_column_sums_kernel")
+    yield "gradients of query, key and value written side by side", without("stack")
+    yield "products over the text rows that exist", [exact(launch) for launch in launches]
+    yield "all gradients of a side updated by one launch", _together(launches, "_sgd_momentum_kernel")
+
+
+def _together(launches: Sequence[Launch], name: str) -> list[Launch]:
+    """The launches, of which those of a name are one for each side."""
+    found: dict[str, Launch] = {}
+    others = []
+    for x in launches:
+        if x.name != name:
+            others.append(x)
+        elif (one := found.get(x.side)) is None:
+            found[x.side] = x
+        else:
+            found[x.side] = one._replace(nbytes=one.nbytes + x.nbytes, warps=(one.warps or 0) + (x.warps or 0))
+    return [*others, *found.values()]
+
+
+def show_bounds(cases: Sequence[tuple[int, int]]) -> None:
+    """Print the bounds of steps in bf16, in microseconds."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for batch, classes in cases:
+        launches = steps_of(OURS, batch, classes, "bf16")[1]
+        clip, *_ = _skip_clip(MODEL, SKIP_LAYERS, batch, classes)
+        prompts, K = clip._text.prompts, clip.sampler.expected_keep(classes, batch)
+        whole, prefix = overlapped(launches), prompts.prefix_length
+        real_rows = prefix + round(K * (prompts.row_count - prefix) / classes)
+        found["a step, estimated"].append(f"{1e6 * whole:.0f}")
+        for name, fewer in bounds(launches, prompts.capacity(K), real_rows):
+            found[name].append(f"−{1e6 * (whole - overlapped(fewer)):.0f} ({len(launches) - len(fewer)} launches)")
+    columns = [f"B = {batch}, C = {classes:,}, µs" for batch, classes in cases]
+    tables.show(["at most", *columns], [[name, *cells] for name, cells in found.items()], TITLE)
+
+
 def show_launches(launches: Sequence[Launch]) -> None:
     """Print the launches by name, the longest first."""
     count, moved = Counter[str](), Counter[str]()
@@ -414,15 +490,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", nargs="+", type=int, default=CLASSES, choices=CLASSES)
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--launches", action="store_true", help="print the launches of our step by name")
+    parser.add_argument("--bounds", action="store_true", help="print what could still be saved in bf16")
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     args = parser.parse_args(arguments)
     measure.keep_freed_memory()
+    if args.bounds:
+        return show_bounds([(batch, classes) for batch in args.batch for classes in args.classes])
     rows = []
     for batch, classes, precision in cases():
         if batch in args.batch and classes in args.classes and precision in args.precision:
-            for name, record in RECORDERS.items():
-                launches = record(batch, classes, precision)
-                overlap = launches_of_ours(batch, classes, precision, overlap=True) if name == OURS else []
+            for name in RECORDERS:
+                launches, overlap = steps_of(name, batch, classes, precision)
                 rows.append(row_of(name, batch, classes, precision, launches, overlap))
                 if args.launches and name == OURS:
                     show_launches(launches)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from skipkernels.ops import OPERATORS
 
-from . import gpu_model, infer, paper_cost, pictures, step, tables
+from . import gpu_model, infer, paper_cost, pictures, step, tables, tf32
 from .rows import KINDS, MACHINE, PRECISIONS, Device, Row, devices, grouped, number, of_all_devices, same_run
 from .when import summary
 
@@ -300,6 +300,18 @@ def estimates(device: Device) -> str:
     return table(header, lines) + f"\n\n<sub>{gpu_model.TITLE}; `python -m bench.gpu_model`</sub>"
 
 
+def errors_in_tf32(device: Device) -> str:
+    """Errors of a step in TF32, emulated, which depend on no device here."""
+    if not device.is_cpu:
+        return ""
+    rows = tables.read(tf32.TABLE, tf32.Row)
+    lines = [[row.precision, row.loss, row.gradients, f"{row.largest}, `{row.weight}`"] for row in rows]
+    caption = (
+        f"{tf32.MODEL}, B = {tf32.BATCH}, C = K = {tf32.CLASSES}, random weights; emulated; `python -m bench.tf32`"
+    )
+    return table(["", "loss", "all gradients", "largest of a weight"], lines) + f"\n\n<sub>{caption}</sub>"
+
+
 # ---- operators and losses ----------------------------------------------------------------------------------------
 
 
@@ -372,7 +384,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/benchmarks.md": {"step": steps, "sizes": sizes, "memory": memory, "infer": classifying, "claims": claims}
     | {"paper": paper, "lose": losses, "processes": processes},
     "docs/operators.md": {"operators": operators},
-    "docs/gpu.md": {"gpu-model": estimates},
+    "docs/gpu.md": {"gpu-model": estimates, "tf32": errors_in_tf32},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
     "docs/trainers.md": {"trainers": trainers, "fuse": fused},
 }

@@ -57,3 +57,22 @@ def test_a_product_takes_whole_tiles():
     assert seconds(128) == seconds(100) < seconds(129)
     flops = 2 * 128 * 128 * gpu_model.PROCESSORS * 768
     assert seconds(128) >= flops / gpu_model.RATES[torch.bfloat16]
+
+
+def test_products_in_tf32_are_faster(tiny):
+    (whole, _), (tf32, overlap) = (
+        gpu_model.steps_of(gpu_model.OURS, 4, 20, precision) for precision in ("fp32", "tf32")
+    )
+    assert [launch.name for launch in whole] == [launch.name for launch in tf32] and overlap
+    for launch, faster in zip(whole, tf32, strict=True):
+        assert faster.seconds <= launch.seconds if launch.shape else faster == launch
+    assert sum(launch.seconds for launch in tf32) < sum(launch.seconds for launch in whole)
+
+
+def test_bounds_are_below_the_step(tiny):
+    launches = gpu_model.launches_of_ours(4, 20, "bf16", overlap=True)
+    rows = next(launch.shape[1] for launch in launches if launch.shape and launch.side == "text")
+    found = dict(gpu_model.bounds(launches, rows, rows // 2))
+    saved = {name: gpu_model.overlapped(launches) - gpu_model.overlapped(fewer) for name, fewer in found.items()}
+    assert len(saved) == 6 and all(seconds >= 0 for seconds in saved.values())
+    assert saved["selection and packing of the classes in one kernel"] > 20 * gpu_model.GAP
