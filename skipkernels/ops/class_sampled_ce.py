@@ -514,7 +514,8 @@ def _launch_sums(
     k_blocks, panels = triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(B, panel)
     b_blocks = triton.cdiv(min(panel, B), blocks.BLOCK_B)
     # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
-    d_scale = torch.zeros(panels if needs.logit_scale else 0, b_blocks * k_blocks, dtype=torch.float32, device=device)
+    new = torch.zeros if needs.logit_scale else torch.empty
+    d_scale = new(panels if needs.logit_scale else 0, b_blocks * k_blocks, dtype=torch.float32, device=device)
     if not any(needs):
         return d_image, d_text, d_scale
     common = _arguments(saved.labels, saved.logit_scale, options)
@@ -547,7 +548,11 @@ def _launch_sums(
         )
         if factors is not None and needs.image:
             # [count, K] @ [K, D] -> [count, D]
-            d_image[images] = contract(factors[:count], sampled)
+            product = contract(factors[:count], sampled)
+            if panels == 1:
+                d_image = product
+            else:
+                d_image[images] = product
         if factors is not None and needs.text:
             # [K, count] @ [count, D] -> [K, D]
             product = contract(factors[:count].T, image[images])

@@ -48,10 +48,11 @@ class PackedPrompts:
         self.max_length, self.row_count = int(self.lengths.max()), prefix_length + int(self.lengths.sum())
         self.same_length = bool((self.lengths == self.max_length).all())  # True if all suffixes have S rows
         self._capacities = [prefix_length, *(prefix_length + self.lengths.sort(descending=True)[0].cumsum(0)).tolist()]
-        prefix_and_empty = self.lengths.new_tensor([[prefix_length, prefix_length], [0, 0]])  # [2, 2]
-        # int64 [C + 2, 2], for each suffix, then the prefix, then an empty segment: its number of rows, and the index
-        # of the row behind its last one
-        self.segments = torch.cat([torch.stack([self.lengths, self.starts + self.lengths], dim=1), prefix_and_empty])
+        # int64 [4, C + 2], for each suffix, then the prefix, then an empty segment: its number of rows; the same with 0
+        # for the prefix, and with P − 1, for other sums; and the index of the row behind its last one
+        prefix = self.lengths.new_tensor([prefix_length, 0, prefix_length - 1, prefix_length])
+        suffixes = torch.stack([*[self.lengths] * 3, self.starts + self.lengths])  # [4, C]
+        self.segments = torch.cat([suffixes, torch.stack([prefix, torch.zeros_like(prefix)], dim=1)], dim=1)
         self.prefix_segment, self.empty_segment = self.lengths.new_tensor([len(pooled), len(pooled) + 1]).split(1)
         self.positions = torch.arange(self.row_count, device=tokens.device)  # [R]
 
@@ -94,13 +95,13 @@ class SelectedPrompts:
         self._prompts, self.class_ids = prompts, class_ids
         P, K = prompts.prefix_length, len(class_ids)
         segments = torch.cat([prompts.prefix_segment, class_ids, prompts.empty_segment])  # [K + 2]
-        self._lengths, stops = prompts.segments[segments].unbind(1)  # [K + 2] each
-        ends = self._lengths.cumsum(0)  # [K + 2]
-        self._ends, self._shifts = ends, stops - ends
+        of_segments = prompts.segments.index_select(1, segments)  # [4, K + 2]
+        ends, behind_prefix, last_rows = of_segments[:3].cumsum(1)  # [K + 2] each
+        self._lengths, self._ends, self._shifts = of_segments[0], ends, of_segments[3] - ends
         # Start of each suffix, counted behind the prefix
-        self.offsets = None if prompts.same_length else ends[:-1] - P  # [K + 1]
+        self.offsets = None if prompts.same_length else behind_prefix[:-1]  # [K + 1]
         # Row of the pooled token of each class
-        self.ends = ends[1:-1] - 1 if P else ends[:-2] + prompts.pooled[class_ids]  # [K]
+        self.ends = last_rows[1:-1] if P else ends[:-2] + prompts.pooled[class_ids]  # [K]
         if prompts.same_length:
             self.row_count = P + K * prompts.max_length  # R
         else:
