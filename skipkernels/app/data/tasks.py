@@ -56,7 +56,8 @@ class Task:
         tests: Test sets; the first has the classes of the training images. It has no images if all train.
         validation: Images with the classes of `tests[0]` that neither train nor test, to choose the best epoch; or
             None.
-        notes: Remarks for the user on how the data were read.
+        notes: Remarks for the user on how the data were read, and on what trains and validates.
+        source_notes: Those of them on how the data were read.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Task:
     tests: tuple[TestSet, ...]
     validation: TestSet | None = None
     notes: tuple[str, ...] = ()
+    source_notes: tuple[str, ...] = ()
 
 
 def split_base_new(classes: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -197,7 +199,8 @@ def load_task(
             error.argument = "targets" if error.argument == "data" else error.argument
             raise
         parts |= others
-    notes = [*source.notes, *(note for part in parts.values() for note in part.notes)]
+    source_notes = [escaped(note) for part in (source, *parts.values()) for note in part.notes]
+    notes = list(source_notes)
     if chosen is not source:
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
     if shots != "all" and (note := few_shot_note(train.labels, trained.classes, shots)) is not None:
@@ -208,7 +211,8 @@ def load_task(
         for test in tests
         if len(test.classes) == 1
     ]
-    return Task(source.name, protocol, train, tuple(tests), held, tuple(dict.fromkeys(map(escaped, notes))))
+    notes = list(dict.fromkeys(map(escaped, notes)))
+    return Task(source.name, protocol, train, tuple(tests), held, tuple(notes), tuple(dict.fromkeys(source_notes)))
 
 
 def _with_unused(source: Source, validation: Validation, test: Test) -> tuple[Source, str | None]:

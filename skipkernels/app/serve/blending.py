@@ -117,7 +117,7 @@ def blend(
         )
     written = replace(of_run, cache=config.cache, device=config.device, attention=config.attention)
     written = replace(written, out=target, overwrite=overwrite, resume=False, delta=False).resolved(open_data)
-    new_folder = RunFolder(written)  # refuses a folder that can't be written
+    new_folder = RunFolder(written, can_resume=False)  # refuses a folder that can't be written
     setup = build_run(config.resolved(open_data), open_data=open_data)
     evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
     zero_shot = evaluator.evaluate(setup.method).top

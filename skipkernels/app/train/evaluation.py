@@ -141,7 +141,7 @@ def evaluate_run(
         classes: Class names by label; see `tune`. Or the largest number of classes; default: all of other `data`, and
             the setting of the run for its own.
         trust: Load what config.yaml names: models and datasets of the hub, models and weights in other folders.
-        console: Console for the number of images and the classes of each test. Default: none.
+        console: Console for notes, and the number of images and the classes of each test. Default: none.
 
     Raises:
         InputError: If the folder is not a run folder, its model is damaged, the run has no test images, or it is not
@@ -185,6 +185,8 @@ def evaluate_run(
     if not whole:
         weights.WeightsFile(setup.method, setup.model, delta=False).load(file)
     shown = console if console is not None and processes.first else Console(quiet=True)
+    for note in setup.task.source_notes:
+        shown.print(plain(f"note: {note}"), soft_wrap=True)
     for each in setup.task.tests:
         names = f"{len(each.classes)} classes: {format_names(each.classes)}"
         shown.print(plain(f"{each.name}: {len(each.images)} images of {names}"), soft_wrap=True)

@@ -143,13 +143,17 @@ def has_run(folder: Path) -> bool:
 class RunFolder:
     """Files of a run. Nothing is written before `lock`.
 
+    Args:
+        config: Settings of the run.
+        can_resume: The command can continue a run, which an error names as a remedy.
+
     Attributes:
         path: Path of the folder.
         resumed: Checkpoint from which the run continues, or None.
         finished: Metrics of the run to resume if it is complete, or None.
     """
 
-    def __init__(self, config: TuneConfig):
+    def __init__(self, config: TuneConfig, *, can_resume: bool = True):
         assert config.out is not None
         self.path, self._config = config.out, config
         self.resumed: checkpoint.Checkpoint | None = None
@@ -172,7 +176,7 @@ class RunFolder:
             raise argument_error(
                 "out",
                 f"{self.path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
-                "`overwrite=True` or `resume=True`.",
+                f"`overwrite=True`{' or `resume=True`' if can_resume else ''}.",
             )
 
     def _files(self) -> list[Path]:
