@@ -16,7 +16,8 @@ class _Cast:
     """The copy of a weight, and the version and address that the weight had when they were equal."""
 
     def __init__(self) -> None:
-        self.joined: Tensor | None = None  # copies of all weights of one product, rows below each other
+        self.product: list[int] = []  # ids of the weights of a product, which this one is part of
+        self.joined: Tensor | None = None  # copies of them, one below the other
         self.own: Tensor | None = None  # the rows of this weight
         self.seen: tuple[int, int] | None = None
 
@@ -38,26 +39,28 @@ def forget(weights: Iterable[Tensor]) -> None:
 
 
 def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """Return the tensor for the copies of weights [n, …], one below the other; None if they are not kept.
+    """Return the tensor for the copies of the weights [n, …] of a product, one below the other.
 
-    It is the same at each call. `own` tells which of them must be copied to it.
+    It is the same at each call; `own` tells which of them must be copied to it. None if they are not kept, or if one is
+    part of another product.
     """
     casts = [_kept.get(weight) for weight in weights]
     if None in casts:
         return None
-    found = casts[0].joined
+    found, product = casts[0].joined, list(map(id, weights))
     if found is None or found.dtype != dtype or found.device != weights[0].device:
         lengths = [len(weight) for weight in weights]
-        found = weights[0].new_empty(sum(lengths), *weights[0].shape[1:], dtype=dtype)
+        with torch.inference_mode(False):  # else a later step could not write it
+            found = weights[0].new_empty(sum(lengths), *weights[0].shape[1:], dtype=dtype)
         for cast, own in zip(casts, found.split(lengths), strict=True):
-            cast.joined, cast.own, cast.seen = found, own, None
-    return found if all(cast.joined is found for cast in casts) else None  # not those of another product
+            cast.product, cast.joined, cast.own, cast.seen = product, found, own, None
+    return found if all(cast.product == product for cast in casts) else None
 
 
 def own(weight: Tensor) -> Tensor | None:
     """Return the copy of a weight if it is up to date."""
     cast = _kept.get(weight)
-    return cast.own if cast is not None and cast.seen == _state(weight) else None
+    return cast.own if cast is not None and cast.own is not None and cast.seen == _state(weight) else None
 
 
 def to_update(weights: Iterable[Tensor]) -> list[Tensor | None]:

@@ -123,6 +123,17 @@ def test_changed_weights_are_cast_again(change):
     assert_equal(ours, theirs)
 
 
+def test_first_use_in_inference_mode():
+    ours, theirs = Trained(keep_casts=True), Trained()
+    images, labels = tiny_batch(4, CLASSES, torch.float32)
+    for trained in (ours, theirs):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            trained.clip(images, labels)
+    for seed in (1, 2):
+        assert ours.step(seed) == theirs.step(seed)
+    assert_equal(ours, theirs)
+
+
 def test_another_dtype_of_autocast():
     ours, theirs = Trained(keep_casts=True), Trained()
     for seed, dtype in enumerate((torch.bfloat16, torch.float16, torch.bfloat16)):
@@ -143,6 +154,16 @@ def test_renew_copies_what_changed_into_the_same_memory(cast):
     trained.optimizer.copy_options()
     assert cast == [1]
     assert casts.own(weight) is before and before.equal(weight.bfloat16())
+
+
+def test_weight_of_two_products_is_kept_for_one():
+    first, second = torch.zeros(2, 3), torch.ones(2, 3)
+    casts.keep([first, second])
+    joined = casts.joined([first, second], torch.bfloat16)
+    assert joined.shape == (4, 3) and casts.joined([first, second], torch.bfloat16) is joined
+    for others in ([first], [second], [second, first]):
+        assert casts.joined(others, torch.bfloat16) is None
+    assert casts.own(first) is None, "nothing is copied yet"
 
 
 def test_casts_end_with_the_optimizer_or_the_weights():

@@ -335,6 +335,7 @@ def _cast(settings: BlockSettings, flat: Sequence[Tensor], casts: Sequence[Tenso
     copies = dict(zip(PRODUCTS, casts, strict=False))
     targets: list[Tensor] = []
     sources: list[Tensor] = []
+    renewed: list[Tensor] = []  # weights with a copy that is kept
     for name in () if casts else PRODUCTS:
         weight = getattr(weights, name)
         parts = weight if isinstance(weight, tuple) else (weight,)
@@ -347,10 +348,11 @@ def _cast(settings: BlockSettings, flat: Sequence[Tensor], casts: Sequence[Tenso
                 if kept is None or kept_casts.own(part) is None:
                     targets.append(target)
                     sources.append(part)
+                    renewed += [] if kept is None else [part]
     if sources:
         with torch.no_grad():
             torch._foreach_copy_(targets, sources)
-        kept_casts.mark(sources)
+        kept_casts.mark(renewed)
     return weights._replace(**copies)
 
 
