@@ -196,7 +196,7 @@ class Tower(ABC):
         return Hidden(self.call_block(block, hidden.sum(), mask))
 
     def _run_last_block(
-        self, hidden: Hidden, attention_fn: Callable[..., Tensor], query_rows: Tensor, *, save_inputs_only: bool
+        self, hidden: Hidden, attention_fn: Callable[..., Tensor], query_rows: Tensor | slice, *, save_inputs_only: bool
     ) -> Tensor:
         """Run the last block over sequences, for the rows of the pooled tokens only, with separate queries."""
         call = RowsCall(attention_fn, save_inputs_only, query_rows, separate_queries=True)
@@ -268,7 +268,7 @@ class ImageTower(Tower):
         if not pools:
             return self.finish(hidden.sum())
         n, tokens, _ = features.shape
-        first = torch.arange(0, n * tokens, tokens, device=features.device)
+        first = slice(None, None, tokens)
         last = partial(attention.pooled, mask=None)
         pooled = self._run_last_block(hidden, last, first, save_inputs_only=save_inputs_only)
         return self.finish(pooled[:, None])

@@ -59,7 +59,7 @@ class RowsCall(NamedTuple):
 
     attention: Callable[..., Tensor]  # as in `BlockSettings`; it takes the number of heads as `heads`
     save_inputs_only: bool = False
-    query_rows: Tensor | None = None  # int64 [Q], rows to return; default: all
+    query_rows: Tensor | slice | None = None  # int64 [Q] or a slice, rows to return; default: all
     separate_queries: bool = False
     recompute_mlp: bool = False
 

@@ -132,9 +132,9 @@ class BlockSettings(NamedTuple):
 
 @torch.compiler.disable  # the node holds an autograd graph, which would cause graph breaks
 def fused_block(
-    settings: BlockSettings, hidden: Hidden, weights: BlockWeights, query_rows: Tensor | None = None
+    settings: BlockSettings, hidden: Hidden, weights: BlockWeights, query_rows: Tensor | slice | None = None
 ) -> Hidden:
-    """Run one block over rows [R, W], or those of `query_rows`, int64 [Q], without duplicates.
+    """Run one block over rows [R, W], or those of `query_rows`: int64 [Q], without duplicates, or a slice.
 
     `weights` are in the dtype of the stream; products run in `settings.dtype`, which is the dtype of the branches.
     """
@@ -147,6 +147,19 @@ def fused_block(
         return Hidden(*_FusedBlock.apply(settings, *hidden, query_rows, layout, *flat, *factors))
     with without_autocast(hidden.stream.device):
         return Hidden(*_forward(settings, hidden, query_rows, _cast(settings, flat), record=False).out)
+
+
+def _rows(x: Tensor, rows: Tensor | slice) -> Tensor:
+    """Some rows of a tensor; a view for a slice."""
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def _add_to_rows(x: Tensor, rows: Tensor | slice, values: Tensor) -> Tensor:
+    """Add to some rows of a tensor in place."""
+    if isinstance(rows, slice):
+        x[rows].add_(values)
+        return x
+    return x.index_add_(0, rows, values)
 
 
 def _low_rank(weights: BlockWeights) -> list[tuple[str, LowRankFactors]]:
@@ -193,7 +206,7 @@ def _attention(settings: BlockSettings, projected: Sequence[Tensor], record: boo
 
 
 def _forward(
-    settings: BlockSettings, inputs: Hidden, query_rows: Tensor | None, weights: BlockWeights, record: bool
+    settings: BlockSettings, inputs: Hidden, query_rows: Tensor | slice | None, weights: BlockWeights, record: bool
 ) -> _Forward:
     # Q rows with `query_rows`, else Q = R; M is the width of the MLP.
     # 1. hidden = stream + branch, and LN₁: [R, W]
@@ -201,13 +214,13 @@ def _forward(
     hidden, normed, *statistics_1 = add_layer_norm(*inputs, *norm_1)
     if inputs.branch is None:
         hidden = inputs.stream
-    residual = hidden if query_rows is None else hidden.index_select(0, query_rows)  # [Q, W]
+    residual = hidden if query_rows is None else _rows(hidden, query_rows)  # [Q, W]
     # 2. Projections: [R, 3W], or query [Q, W] and key_value [R, 2W]
     if query_rows is None or not settings.separate_queries:
         projected: tuple[Tensor, ...] = (F.linear(normed, weights.in_proj, weights.in_proj_bias),)
     else:
         W = hidden.shape[1]
-        query = F.linear(normed.index_select(0, query_rows), weights.in_proj[:W], weights.in_proj_bias[:W])
+        query = F.linear(_rows(normed, query_rows), weights.in_proj[:W], weights.in_proj_bias[:W])
         projected = query, F.linear(normed, weights.in_proj[W:], weights.in_proj_bias[W:])
         del query
     del normed
@@ -237,7 +250,7 @@ class _FusedBlock(torch.autograd.Function):
         settings: BlockSettings,
         stream: Tensor,
         branch: Tensor | None,
-        query_rows: Tensor | None,
+        query_rows: Tensor | slice | None,
         layout: Sequence[tuple[str, int, float]],
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -255,14 +268,18 @@ class _FusedBlock(torch.autograd.Function):
         kept = [x.new_empty(0) if spare else x for x, spare in zip(flat, spared, strict=True)]
         if saved and settings.recompute_mlp:
             saved = saved._replace(inner=saved.inner.new_empty(0))
-        ctx.save_for_backward(hidden, query_rows, *kept, *factors, *casts, *projected, *(saved or ()))
+        ctx.query_rows = query_rows if isinstance(query_rows, slice) else None
+        ctx.save_for_backward(
+            hidden, None if ctx.query_rows else query_rows, *kept, *factors, *casts, *projected, *(saved or ())
+        )
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_mid: Tensor, d_branch: Tensor) -> tuple[Tensor | None, ...]:
         settings: BlockSettings = ctx.settings
-        hidden, query_rows, *rest = ctx.saved_tensors
+        hidden, saved_rows, *rest = ctx.saved_tensors
+        query_rows = ctx.query_rows or saved_rows
         flat, factors, casts, projected, saved = _split(rest, *ctx.counts)
         needs_hidden, needed = any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[5 : 5 + len(flat)]
         pairs = zip(ctx.layout, factors[::2], factors[1::2], strict=True)
@@ -426,7 +443,7 @@ def _backward(
     settings: BlockSettings,
     d_out: tuple[Tensor, Tensor],
     hidden: Tensor,
-    query_rows: Tensor | None,
+    query_rows: Tensor | slice | None,
     weights: BlockWeights,
     attention: _Attention | None,
     saved: _Saved | None,
@@ -507,7 +524,7 @@ def _backward(
             return _product(d_projected[0].T, inputs, dtype)
         assert query_rows is not None
         out = inputs.new_empty(3 * W, W, dtype=_product_dtype(inputs, dtype))
-        _product(d_projected[0].T, inputs.index_select(0, query_rows), dtype, out=out[:W])
+        _product(d_projected[0].T, _rows(inputs, query_rows), dtype, out=out[:W])
         _product(d_projected[1].T, inputs, dtype, out=out[W:])
         return out
 
@@ -515,7 +532,7 @@ def _backward(
         """Add the gradients of the factors of query, key and value."""
         if len(d_projected) > 1:
             assert query_rows is not None
-            add_factors("in_proj", d_projected[0], inputs.index_select(0, query_rows))
+            add_factors("in_proj", d_projected[0], _rows(inputs, query_rows))
         add_factors("in_proj", d_projected[-1], inputs, first=len(d_projected) - 1)
 
     # 5. Biases [3W]; also the rest if no gradient of hidden is needed, as in the first block above the cut
@@ -544,7 +561,8 @@ def _backward(
     # 6. Input projections: [R, 3W] @ [3W, W] -> [R, W]; queries are added at their rows
     if len(d_projected) > 1:
         d_normed = d_projected[1] @ weights.in_proj[W:]
-        d_normed.index_add_(0, query_rows, d_projected[0] @ weights.in_proj[:W])
+        assert query_rows is not None
+        _add_to_rows(d_normed, query_rows, d_projected[0] @ weights.in_proj[:W])
     else:
         d_normed = d_projected[0] @ weights.in_proj
     # 7. LN₁: [R, W] -> d_hidden [R, W], with the gradient of the residual, d_mid, at its rows
@@ -561,7 +579,7 @@ def _backward(
     if query_rows is None:
         d_hidden = d_norm.d_x, d_norm.d_x if cast is None else d_norm.d_x_cast
     else:
-        d_rows = d_norm.d_x.index_add_(0, query_rows, d_mid)
+        d_rows = _add_to_rows(d_norm.d_x, query_rows, d_mid)
         d_hidden = d_rows, d_rows.to(settings.dtype)
     # 8. Weights of the projections: [3W, R] @ [R, W] -> [3W, W]
     if needs.in_proj:
