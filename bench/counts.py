@@ -39,7 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import skipkernels as sk
-from skipkernels import testing
+from skipkernels import casts, testing
+from skipkernels.casts import Casts
 from skipkernels.ops import OPERATORS, launching, registration
 from skipkernels.selection import RankSampler
 
@@ -118,8 +119,10 @@ def waits(operator: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 
 
-def launches_a_kernel(operator: torch._ops.OpOverload) -> bool:
+def launches_a_kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
     """True unless a PyTorch operator makes a view or only allocates. One that launches several kernels counts once."""
+    if operator is torch.ops.aten.contiguous.default:
+        return not args[0].is_contiguous()
     return not operator.is_view and operator.overloadpacket.__name__ not in _ALLOCATIONS
 
 
@@ -139,7 +142,7 @@ class _Calls(TorchDispatchMode):
         if operator.namespace == registration.NAMESPACE:
             self.ours.append((operator._opname, args))
         else:
-            self.torch += launches_a_kernel(operator)
+            self.torch += launches_a_kernel(operator, args)
             self.waits += waits(operator, args)
         return out
 
@@ -241,11 +244,11 @@ def _on_a_gpu(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: st
     move_to_meta(clip)
     features, labels = features.to("meta"), labels.to("meta")
     groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
-    sgd = sk.FusedSGD(groups, momentum=0.9, in_backward=optimizer == IN_BACKWARD, keep_casts=optimizer == KEPT)
-    step = clip.graphed(sgd, batch_size=BATCH)
+    step = clip.graphed(sk.FusedSGD(groups, momentum=0.9, in_backward=optimizer == IN_BACKWARD), batch_size=BATCH)
+    kept = Casts(clip.trainable_parameters()) if optimizer == KEPT else None
 
     def run() -> None:
-        with autocast(_CPU, precision):
+        with autocast(_CPU, precision), casts.used(kept):
             step(features, labels)
 
     with meta_as_gpu():

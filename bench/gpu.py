@@ -167,10 +167,10 @@ def graphed_step_of(
     overlap: bool = False,
     keep_casts: bool = True,
 ) -> tuple[Callable[[], sk.SkipOutput], GraphedStep]:
-    optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9, keep_casts=keep_casts)
+    optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
     labels = labels.contiguous()
     with autocast(features.device, precision):
-        step = clip.graphed(optimizer, batch_size=len(labels), overlap=overlap)
+        step = clip.graphed(optimizer, batch_size=len(labels), overlap=overlap, keep_casts=keep_casts)
 
     def run() -> sk.SkipOutput:
         with autocast(features.device, precision):

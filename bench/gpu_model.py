@@ -41,7 +41,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 import skipkernels as sk
-from skipkernels import optimizer
+from skipkernels import casts, optimizer
+from skipkernels.casts import Casts
 from skipkernels.ops import registration
 from skipkernels.ops.sgd_momentum import tables_of_graph
 from skipkernels.selection import RankSampler
@@ -162,7 +163,7 @@ class Recording(TorchDispatchMode):
             found: list[Launch] = []
             if operator.namespace == registration.NAMESPACE:
                 found += self._ours(operator, args, out)
-            elif launches_a_kernel(operator):
+            elif launches_a_kernel(operator, args):
                 found.append(self._of_torch(operator, args, kwargs, out))
             self.launches += [launch._replace(side=self.side) for launch in found]
         return out
@@ -201,8 +202,8 @@ class Recording(TorchDispatchMode):
 def moved_by(kernel: str, arguments: dict[str, Any], args: Any) -> int:
     """Bytes that a Triton kernel reads and writes: its tensors."""
     if kernel == "_sgd_momentum_kernel":  # the tensors are in a table of addresses
-        weights, grads, buffers, casts = *args[:3], args[-1]
-        return 2 * nbytes_of(weights) + nbytes_of(grads) + 2 * nbytes_of(buffers) + nbytes_of(casts)
+        weights, grads, buffers, copies = *args[:3], args[-1]
+        return 2 * nbytes_of(weights) + nbytes_of(grads) + 2 * nbytes_of(buffers) + nbytes_of(copies)
     return nbytes_of(arguments)
 
 
@@ -223,14 +224,16 @@ def _skip_clip(model: str, skip_layers: int, batch: int, classes: int) -> tuple[
 
 
 def launches_of_ours(batch: int, classes: int, precision: str, overlap: bool = False) -> list[Launch]:
-    """Launches of our step in a graph, with its update, which keeps the casts of the weights; with `overlap` that in
-    backward, each with its side.
+    """Launches of our step in a graph, with its update; with `overlap` that in backward, each with its side.
+
+    In bf16 the update writes the casts of the weights, as with `graphed(keep_casts=True)`.
     """
     clip, features, labels = _skip_clip(MODEL, SKIP_LAYERS, batch, classes)
     groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
-    sgd = sk.FusedSGD(groups, momentum=0.9, in_backward=overlap, keep_casts=precision == "bf16")
+    sgd = sk.FusedSGD(groups, momentum=0.9, in_backward=overlap)
     step = clip.graphed(sgd, batch_size=batch)
-    launches = recorded(lambda: step(features, labels), precision, clip if overlap else None)
+    with casts.used(Casts(clip.trainable_parameters()) if precision == "bf16" else None):
+        launches = recorded(lambda: step(features, labels), precision, clip if overlap else None)
     sgd.close()
     return launches
 

@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import skipkernels as sk
+from skipkernels import casts
+from skipkernels.casts import Casts
 from skipkernels.ops import OPERATORS, launching, registration
 from tests.ops.small_calls import small_call
 
@@ -95,11 +97,16 @@ def measured_steps(
             clip(features, labels)
         step()
 
-    return [
-        lambda: compare,
-        lambda: with_update(step),
-        lambda: graphed_step_of(clip, features, labels, precision)[0],
-    ]
+    def graphed() -> Callable[[], None]:
+        run, kept = graphed_step_of(clip, features, labels, precision)[0], Casts(clip.trainable_parameters())
+
+        def with_casts() -> None:
+            with casts.used(kept):
+                run()
+
+        return with_casts
+
+    return [lambda: compare, lambda: with_update(step), graphed]
 
 
 def calls_of_operators(precision: str) -> list[Call]:

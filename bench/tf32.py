@@ -4,8 +4,9 @@
 
 On an NVIDIA GPU `torch.set_float32_matmul_precision("high")` lets PyTorch's products round their inputs to TF32, 10
 bits of mantissa, and add in fp32. Here the inputs of every product of PyTorch are rounded so, to nearest, forward and
-backward; those within attention are not. Errors are relative, |error| / |value|, against the same step in fp64: of the
-loss, of all gradients together, and the largest of a weight. All classes are kept, so that rounding selects no others.
+backward; those within attention and in the loss are not. Errors are relative, |error| / |value|, against the same step
+in fp64: of the loss, of all gradients together, and the largest of a weight. All classes are kept, so that rounding
+selects no others.
 """
 
 from __future__ import annotations

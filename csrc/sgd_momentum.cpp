@@ -2,8 +2,9 @@
 //
 //   g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 //
-// Map: the elements of all tensors, in order, are divided among the threads. Each is read once and written once. The
-// random bits of stochastic rounding are drawn a block at a time and stay in the L1 cache.
+// Map: the elements of all tensors, in order, are divided among the threads. Each is read once and written once; then a
+// thread writes the casts of its elements. The random bits of stochastic rounding are drawn a block at a time and stay in
+// the L1 cache.
 #include "tensor.h"
 
 namespace skipkernels {

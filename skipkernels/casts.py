@@ -1,93 +1,75 @@
-"""Copies of fp32 weights in 16 bits, which fused blocks multiply by under autocast and `FusedSGD` updates.
-
-Without them, each step casts the weights again.
-"""
+"""Casts of weights, copies in 16 bits, which a captured step multiplies by and its update writes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+_DTYPES = (torch.bfloat16, torch.float16)
 
 
-class _Cast:
-    """The copy of a weight, and the version and address that the weight had when they were equal."""
+class Casts:
+    """The casts of a captured step, which are equal to the weights before each replay.
 
-    def __init__(self) -> None:
-        self.product: list[int] = []  # ids of the weights of a product, which this one is part of
-        self.joined: Tensor | None = None  # copies of them, one below the other
-        self.own: Tensor | None = None  # the rows of this weight
-        self.seen: tuple[int, int] | None = None
+    An eager step before the capture makes them. Weights have one if they are contiguous, in fp32 and in one product.
 
-
-_kept = WeakTensorKeyDictionary()  # by weight
-
-
-def keep(weights: Iterable[Tensor]) -> None:
-    """Keep the copies of these weights from their next use on; other dtypes than fp32 are not copied."""
-    for weight in weights:
-        if weight.dtype == torch.float32 and weight not in _kept:
-            _kept[weight] = _Cast()
-
-
-def forget(weights: Iterable[Tensor]) -> None:
-    """Keep no copies of these weights any more."""
-    for weight in weights:
-        _kept.pop(weight, None)
-
-
-def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """Return the tensor for the copies of the weights [n, …] of a product, one below the other.
-
-    It is the same at each call; `own` tells which of them must be copied to it. None if they are not kept, or if one is
-    part of another product.
+    Attributes:
+        complete: No others are made, as in a capture.
     """
-    casts = [_kept.get(weight) for weight in weights]
-    if None in casts:
-        return None
-    found, product = casts[0].joined, list(map(id, weights))
-    if found is None or found.dtype != dtype or found.device != weights[0].device:
+
+    def __init__(self, weights: Iterable[Tensor]):
+        self.complete = False
+        self._weights = {id(x): x for x in weights if x.dtype == torch.float32 and x.is_contiguous()}
+        self._products: dict[tuple[int, ...], Tensor] = {}  # by the ids of their weights
+        self._casts: dict[int, Tensor] = {}  # by the id of the weight
+        self._versions: dict[int, int] = {}
+
+    def of_product(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        """Return the casts of the weights [n, …] of a product, one below the other; None if the step must cast them."""
+        ids = tuple(map(id, weights))
+        found = self._products.get(ids)
+        if found is not None:
+            return found if found.dtype == dtype else None
+        new = self._weights.keys() >= set(ids) and self._casts.keys().isdisjoint(ids) and len(set(ids)) == len(ids)
+        if self.complete or not new or dtype not in _DTYPES:
+            return None
         lengths = [len(weight) for weight in weights]
-        with torch.inference_mode(False):  # else a later step could not write it
-            found = weights[0].new_empty(sum(lengths), *weights[0].shape[1:], dtype=dtype)
-        for cast, own in zip(casts, found.split(lengths), strict=True):
-            cast.product, cast.joined, cast.own, cast.seen = product, found, own, None
-    return found if all(cast.product == product for cast in casts) else None
-
-
-def own(weight: Tensor) -> Tensor | None:
-    """Return the copy of a weight if it is up to date."""
-    cast = _kept.get(weight)
-    return cast.own if cast is not None and cast.own is not None and cast.seen == _state(weight) else None
-
-
-def to_update(weights: Iterable[Tensor]) -> list[Tensor | None]:
-    """Return the copies that are up to date and that an update of the weights can write: all in one dtype."""
-    found = [own(weight) if weight.is_contiguous() else None for weight in weights]
-    dtype = next((x.dtype for x in found if x is not None), None)
-    return [x if x is not None and x.dtype == dtype else None for x in found]
-
-
-def mark(weights: Iterable[Tensor]) -> None:
-    """Mark the copies of these weights, those that are kept, as up to date."""
-    for weight in weights:
-        cast = _kept.get(weight)
-        if cast is not None and cast.own is not None:
-            cast.seen = _state(weight)
-
-
-def renew(weights: Iterable[Tensor]) -> None:
-    """Copy those weights again that something else has changed."""
-    stale = [
-        weight for weight in weights if (cast := _kept.get(weight)) and cast.own is not None and own(weight) is None
-    ]
-    if stale:
+        joint = weights[0].new_empty(sum(lengths), *weights[0].shape[1:], dtype=dtype)
+        self._products[ids] = joint
+        self._casts |= zip(ids, joint.split(lengths), strict=True)
         with torch.no_grad():
-            torch._foreach_copy_([_kept[weight].own for weight in stale], stale)
-        mark(stale)
+            torch._foreach_copy_([*joint.split(lengths)], [*weights])
+        return joint
+
+    def of_weights(self, weights: Iterable[Tensor]) -> list[Tensor | None]:
+        """Return the cast of each weight, or None."""
+        return [self._casts.get(id(weight)) for weight in weights]
+
+    def renew(self) -> None:
+        """Cast the weights that have changed since the last update by a replay."""
+        stale = [i for i in self._casts if self._versions.get(i) != self._weights[i]._version]
+        if stale:
+            with torch.no_grad():
+                torch._foreach_copy_([self._casts[i] for i in stale], [self._weights[i] for i in stale])
+            self.mark()
+
+    def mark(self) -> None:
+        """Mark all casts as up to date."""
+        self._versions = {i: self._weights[i]._version for i in self._casts}
 
 
-def _state(weight: Tensor) -> tuple[int, int]:
-    return weight._version, weight.data_ptr()
+active: Casts | None = None  # of the step that runs
+
+
+@contextlib.contextmanager
+def used(casts: Casts | None) -> Iterator[None]:
+    """Use casts in this context, also in threads of autograd."""
+    global active
+    before, active = active, casts
+    try:
+        yield
+    finally:
+        active = before

@@ -79,10 +79,6 @@ class FusedSGD(torch.optim.Optimizer):
             below half a unit in the last place survive on average. Only for groups of bf16 weights. The random bits
             differ for each weight, step and replay of a captured graph, and continue with the state dict.
         seed: Seed of stochastic rounding, ≥ 0.
-        keep_casts: True keeps the 16-bit copies of fp32 weights that fused blocks use under autocast, and writes them
-            in the update, with the same results: no step casts its weights, and a captured graph has no casts. Other
-            changes of a weight must be visible in its version, as those by `load_state_dict` and in-place operations
-            are, and changes through `.data` are not. The copies stay in memory between steps.
 
     Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO), ACL 2024,
     arXiv 2306.09782, for updates inside backward.
@@ -106,9 +102,7 @@ class FusedSGD(torch.optim.Optimizer):
         in_backward: bool = True,
         stochastic_rounding: bool = False,
         seed: int = 0,
-        keep_casts: bool = False,
     ):
-        self.keeps_casts = keep_casts
         self._in_backward = False  # add_param_group adds no hooks until all groups are checked
         self._updated: set[int] = set()  # indices of the weights updated in backward since step()
         # Group, index and weight of gathered gradients, by the stream on which they were computed
@@ -139,8 +133,6 @@ class FusedSGD(torch.optim.Optimizer):
         for weight in group["params"]:
             offsets.append(offsets[-1] + -(-weight.numel() // 4) * 4)  # a multiple of 4: four elements share a hash
         self._offsets = offsets
-        if self.keeps_casts:
-            casts.keep(group["params"])
         if self._in_backward:
             self._add_hooks(len(self.param_groups) - 1)
 
@@ -226,14 +218,9 @@ class FusedSGD(torch.optim.Optimizer):
         return loss
 
     def copy_options(self) -> None:
-        """Copy what the host has changed to the device, before a replay of a captured graph.
-
-        These are learning rates, momenta and weight decays, and weights of which casts are kept.
-        """
+        """Copy changed learning rates, momenta and weight decays to the device, before a replay of a captured graph."""
         for group_index, name, device in self._numbers:
             self._option(group_index, name, device)
-        if self.keeps_casts:
-            casts.renew(weight for group in self.param_groups for weight in group["params"])
 
     def _update(self, group_index: int, indexed: list[tuple[int, Any]]) -> None:
         """Update weights of a group, given with their index in the optimizer, by one call for each dtype and device."""
@@ -245,7 +232,6 @@ class FusedSGD(torch.optim.Optimizer):
             # Without momentum the buffer is scratch memory: that of one weight at a time, not of the whole model.
             for part in [pairs] if group["momentum"] else [[pair] for pair in pairs]:
                 weights = [weight for _, weight in part]
-                copies = casts.to_update(weights) if self.keeps_casts else [None] * len(weights)
                 functional.sgd_momentum_(
                     weights,
                     [weight.grad for weight in weights],
@@ -255,9 +241,8 @@ class FusedSGD(torch.optim.Optimizer):
                     weight_decay=self._option(group_index, "weight_decay", device),
                     seed=_step_seed(group, device),
                     offsets=[self._offsets[index] for index, _ in part],
-                    casts=copies,
+                    casts=None if casts.active is None else casts.active.of_weights(weights),
                 )
-                casts.mark(weight for weight, copy in zip(weights, copies, strict=True) if copy is not None)
 
     def _option(self, group_index: int, name: str, device: torch.device) -> Tensor | float:
         """Option of a group: on a GPU a tensor at a fixed address, which captured graphs read at each replay."""
@@ -288,9 +273,8 @@ class FusedSGD(torch.optim.Optimizer):
         return state
 
     def close(self) -> None:
-        """Remove the hooks, and keep no casts: later gradients remain for `step()` or another optimizer."""
-        self._in_backward = self.keeps_casts = False
-        casts.forget(weight for group in self.param_groups for weight in group["params"])
+        """Remove the hooks: later gradients remain for `step()` or another optimizer."""
+        self._in_backward = False
         self._discard_backward()
         self._remove_hooks()
 

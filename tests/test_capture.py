@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
 from bench.stand_in import meta_as_gpu
-from skipkernels import casts
 from skipkernels.clip import graphed
 from skipkernels.clip import text as text_module
 from skipkernels.towers.changes import Containers
@@ -643,37 +642,64 @@ def test_graphed_follows_autocast(fake_cuda):
         assert a == [*b, *(p.detach().tolist() for p in theirs.clip.parameters())]
 
 
-def test_graph_with_kept_casts_casts_nothing(fake_cuda, monkeypatch):
-    """Weights that change between replays are copied before the next one; another optimizer keeps no casts."""
-    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
-    options = {"momentum": 0.9, "weight_decay": 0.01, "in_backward": False}
-    ours.optimizer = sk.FusedSGD(groups_of(ours.clip), **options, keep_casts=True)
-    ours.step, ours.schedule = ours.clip.graphed(ours.optimizer, batch_size=4), theirs.schedule
-    (x, labels), cast, whole = batches(ours.clip, 1)[0], [], torch._foreach_copy_
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, by: cast.append(len(by)) or whole(to, by))
+@pytest.mark.parametrize("kind", ["in_backward", "in_step"])
+def test_graph_with_kept_casts(fake_cuda, monkeypatch, kind):
+    """A replay casts no weight that trains, and follows changed weights, evaluations and another graph."""
+    ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
+    ours.step = ours.clip.graphed(ours.optimizer, batch_size=4, keep_casts=True)
+    other = ours.clip.graphed(ours.optimizer, batch_size=4)
+    (x, labels), cast, whole, replay = batches(ours.clip, 1)[0], [], torch._foreach_copy_, FakeGraph.replay
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, by: cast.append(by[0].requires_grad) or whole(to, by))
 
-    def steps(run: Run, count: int) -> list[float]:
-        found = []
-        for _ in range(count):
-            with torch.autocast("cpu", torch.bfloat16):
-                found.append(run.step(x, labels).loss.item())
-        return found
-
-    for _ in range(2):
-        expected = steps(theirs, graphed.WARMUP + 3)
+    def counted(graph):
         cast.clear()
-        assert steps(ours, graphed.WARMUP + 3) == expected
-        assert len(cast) <= 5, "of the first step, or of the copies before a replay"
-        for run in (ours, theirs):
-            with torch.no_grad():
-                next(run.clip.model.visual.transformer.resblocks[-1].parameters()).mul_(1.5)
-                run.clip.model.visual.transformer.resblocks[-1].mlp.c_fc.weight.mul_(1.5)
-    assert fake_cuda() > 3
-    weights = list(ours.clip.trainable_parameters())
-    assert any(casts.own(weight) is not None for weight in weights)
-    ours.step = ours.clip.graphed(torch.optim.SGD(weights, lr=0.1, fused=True), batch_size=4)
-    steps(ours, graphed.WARMUP + 2)
-    assert all(casts.own(weight) is None for weight in weights)
+        replay(graph)
+        casts_of_replays.append(sum(cast))
+
+    def train(count: int, step: Any = None) -> None:
+        for _ in range(count):
+            losses = []
+            for one in (step or ours.step, theirs.step):
+                GRAPHED.append(other if one is other else ours.step)
+                with torch.autocast("cpu", torch.bfloat16):
+                    losses.append(one(x, labels).loss.item())
+            assert losses[0] == losses[1]
+        assert all(map(torch.equal, ours.clip.parameters(), theirs.clip.parameters()))
+
+    casts_of_replays: list[int] = []
+    monkeypatch.setattr(FakeGraph, "replay", counted)
+    train(graphed.WARMUP + 2)
+    for run in (ours, theirs):
+        with torch.no_grad():
+            run.clip.model.visual.transformer.resblocks[-1].mlp.c_fc.weight.mul_(1.5)
+            run.clip.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours.clip.predict(x).equal(theirs.clip.predict(x))
+    for run in (ours, theirs):
+        run.clip.train()
+    train(2)
+    assert casts_of_replays == [0] * 4 and fake_cuda() == 4
+    train(graphed.WARMUP + 2, other)
+    assert min(casts_of_replays[4:]) > 0, "without keep_casts a graph casts"
+    train(2)
+    assert casts_of_replays[6:] == [0, 0]
+
+
+def test_replays_increase_the_versions_of_weights(fake_cuda, monkeypatch):
+    """By which the casts of another graph, and autograd, detect the update."""
+    run, increased = Run("in_step", by_graph=True), []
+    (x, labels) = batches(run.clip, 1)[0]
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", lambda weights: increased.append(list(weights)))
+    for _ in range(graphed.WARMUP + 1):
+        run.step(x, labels)
+    held = {id(p) for p in run.clip.trainable_parameters()}
+    assert fake_cuda() == 1 and {id(p) for p in increased[-1]} == held
+
+
+def test_keep_casts_needs_the_fused_optimizer(fake_cuda):
+    clip = skip_clip()
+    with pytest.raises(ValueError, match="^graphed: keep_casts needs FusedSGD; got SGD. Leave it out"):
+        clip.graphed(torch.optim.SGD(clip.trainable_parameters(), fused=True), batch_size=4, keep_casts=True)
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import casts
+from ..casts import Casts
 from ..formatting import first_line
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import FusedSGD, world_size
@@ -32,6 +33,7 @@ class _Captured(NamedTuple):
 
     graph: Any
     tables: GraphTables
+    casts: Casts | None
     x: Tensor
     labels: Tensor
     out: SkipOutput
@@ -61,6 +63,10 @@ class GraphedStep:
         batch_size: Number of images of the batches to capture.
         overlap: Run the text side on a stream of its own on a GPU, so that its backward, and with `FusedSGD` its
             update, overlap those of the image side. The results are the same. It has not run on a device yet.
+        keep_casts: Let the update of `FusedSGD` write the 16-bit copies of weights that fused blocks use under
+            autocast, so that a replay does not cast them again. The results are the same, as long as the version of a
+            weight tells of all other changes: a change through `.data` or by a collective is not seen. It has not run
+            on a device yet.
 
     Raises:
         ValueError: If the optimizer has no parameter of SkipCLIP that trains, or the step cannot be captured.
@@ -76,7 +82,14 @@ class GraphedStep:
         torch.Size([])
     """
 
-    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int, overlap: bool = False):
+    def __init__(
+        self,
+        clip: SkipCLIP,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int,
+        overlap: bool = False,
+        keep_casts: bool = False,
+    ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"graphed: batch_size must be at least 1, a whole number; got {batch_size!r}.")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -84,10 +97,14 @@ class GraphedStep:
                 f"graphed: optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}. Create one from "
                 "clip.parameter_groups(…)."
             )
+        if keep_casts and not isinstance(optimizer, FusedSGD):
+            raise ValueError(f"graphed: keep_casts needs FusedSGD; got {type(optimizer).__name__}. Leave it out.")
         self._clip, self._optimizer, self._batch_size, self._overlaps = clip, optimizer, batch_size, overlap
+        self._keeps_casts = keep_casts
         self._check_optimizer()
         self._captured: dict[Any, _Captured] = {}
         self._warm: dict[Any, int] = {}
+        self._casts: dict[Any, Casts] = {}  # made by the last eager step
         self._rates: dict[int, tuple[Tensor, float]] = {}  # by group of PyTorch's optimizers: tensor, number in it
         self._one: Tensor | None = None  # gradient of the loss
         self._stream: Any = None
@@ -117,6 +134,7 @@ class GraphedStep:
         """Drop the captured graphs: the next calls run eagerly, then a step is captured again."""
         self._captured.clear()
         self._warm.clear()
+        self._casts.clear()
         self._pool = None  # the allocator refuses to use the pool of graphs that are all destroyed
 
     def __call__(self, x: Tensor, labels: Tensor) -> SkipOutput:
@@ -162,16 +180,24 @@ class GraphedStep:
             self._check_optimizer()
             ready = len(x) == self._batch_size and self._warm.get(key, 0) >= WARMUP and not self._failed
             if ready and why_not_capturable(self._clip, self._optimizer) is None:
-                captured = self._try_capture(x, labels)
+                captured = self._try_capture(x, labels, self._casts.get(key))
             if captured is None:
                 self._warm[key] = self._warm.get(key, 0) + 1
-                return self._on_stream(x, labels)
+                if self._keeps_casts and len(x) == self._batch_size and not self._failed:
+                    self._casts[key] = Casts(self._held_weights())  # also compiles the update that writes them
+                return self._on_stream(x, labels, self._casts.get(key))
             self._captured[key] = captured
         # 3. Copy the batch and changed options to the addresses that the graph reads, and replay it.
         captured.x.copy_(x, non_blocking=True)
         captured.labels.copy_(labels, non_blocking=True)
         self._copy_options()
+        if captured.casts is not None:
+            captured.casts.renew()
         captured.graph.replay()
+        # A replay changes no versions, by which autograd, and the casts of other graphs, detect the update.
+        torch.autograd.graph.increment_version(self._held_weights())
+        if captured.casts is not None:
+            captured.casts.mark()
         return captured.out
 
     # ---- eager steps -------------------------------------------------------------------------------------------
@@ -211,13 +237,13 @@ class GraphedStep:
             torch.clear_autocast_cache()
         return out._replace(loss=out.loss.detach())
 
-    def _on_stream(self, x: Tensor, labels: Tensor) -> SkipOutput:
-        """Run the step eagerly on the stream of the capture; its ranks are reserved."""
+    def _on_stream(self, x: Tensor, labels: Tensor, kept: Casts | None) -> SkipOutput:
+        """Run the step eagerly on the stream of the capture, with its casts; its ranks are reserved."""
         current = torch.cuda.current_stream(x.device)
         if self._stream is None:
             self._stream = torch.cuda.Stream(x.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), self._options_on_device():
+        with torch.cuda.stream(self._stream), self._options_on_device(), casts.used(kept):
             out = self._update(self._forward(x, labels))
         current.wait_stream(self._stream)
         # Otherwise the allocator could reuse the memory of the result while the caller's stream reads it.
@@ -228,13 +254,13 @@ class GraphedStep:
 
     # ---- capture -----------------------------------------------------------------------------------------------
 
-    def _try_capture(self, x: Tensor, labels: Tensor) -> _Captured | None:
-        """Capture the step; after an error warn, forget what it left on the host, and return None.
+    def _try_capture(self, x: Tensor, labels: Tensor, kept: Casts | None) -> _Captured | None:
+        """Capture the step, with its casts; after an error warn, forget what it left on the host, and return None.
 
         A capture launches nothing, so weights, ranks and the state of the optimizer are those before it.
         """
         try:
-            return self._capture(x, labels)
+            return self._capture(x, labels, kept)
         except RuntimeError as error:
             reason = first_line(error).rstrip(".")
             warnings.warn(f"graphed: the capture failed, so steps run one by one from here: {reason}.", stacklevel=4)
@@ -247,22 +273,27 @@ class GraphedStep:
             self._optimizer.zero_grad()
         return None
 
-    def _capture(self, x: Tensor, labels: Tensor) -> _Captured:
+    def _capture(self, x: Tensor, labels: Tensor, kept: Casts | None) -> _Captured:
         static_x, static_labels = x.clone(), labels.clone()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         _renew_accumulators(self._clip.trainable_parameters())
-        if not (isinstance(self._optimizer, FusedSGD) and self._optimizer.keeps_casts):
-            casts.forget(self._clip.trainable_parameters())  # a replay would not update them
+        if kept is not None:
+            kept.complete = True
 
         def step() -> SkipOutput:
             torch.clear_autocast_cache()  # casts of the warm-up would be constants of the graph
-            return self._update(self._forward(static_x, static_labels))
+            with casts.used(kept):
+                return self._update(self._forward(static_x, static_labels))
 
         with self._options_on_device(), tables_of_graph() as tables:
             graph, out = record(step, self._stream, self._pool)
         tables.upload()
-        return _Captured(graph, tables, static_x, static_labels, out, _Frozen(self._clip, self._optimizer))
+        return _Captured(graph, tables, kept, static_x, static_labels, out, _Frozen(self._clip, self._optimizer))
+
+    def _held_weights(self) -> list[Tensor]:
+        """Weights that train and that the optimizer holds."""
+        return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     def _copy_options(self) -> None:
         """Copy options that a scheduler has changed to the device: learning rates, and others of FusedSGD."""

@@ -258,12 +258,14 @@ class SkipCLIP(Losses, Inference):
         ranks = self.sampler.draw_on(image.device, len(self.prototypes), len(labels))
         return select_ranks(self._scores(image, labels), labels, ranks)
 
-    def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int, overlap: bool = False) -> GraphedStep:
+    def graphed(
+        self, optimizer: torch.optim.Optimizer, *, batch_size: int, overlap: bool = False, keep_casts: bool = False
+    ) -> GraphedStep:
         """Return a function that runs a whole training step: on a GPU, a replay of a CUDA graph. See `GraphedStep`."""
         self._refuse_parallel("graphed", "Run the steps without graphed.")
         from .graphed import GraphedStep
 
-        return GraphedStep(self, optimizer, batch_size, overlap)
+        return GraphedStep(self, optimizer, batch_size, overlap, keep_casts)
 
     # ---- set-up, change of the model or of the classes ---------------------------------------------------------
 

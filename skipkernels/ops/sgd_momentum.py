@@ -2,7 +2,7 @@
 
     g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
-With `casts`, copies of the weights in 16 bits are written in the same pass; an empty tensor is no copy.
+With `casts`, copies of the weights in 16 bits are written too; an empty tensor means no copy of this weight.
 
 Learning rate, momentum, weight decay and the seed of stochastic rounding are tensors on the device, so that a captured
 graph reads new values at each replay. Each product is rounded as in the reference: all kernels return the same bits.

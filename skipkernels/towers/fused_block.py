@@ -11,9 +11,9 @@ its bias; about 10·W values per token. Backward recomputes the norms and the ac
 matrix product. With `recompute_mlp`, the product of the MLP is not saved but repeated: 6·W values per token. With
 `save_inputs_only`, only hidden is saved, and backward repeats the forward pass.
 
-Under autocast the weights of products are cast once, by one launch or by `FusedSGD(keep_casts=True)`, and their copies
-are saved as well: 24·W² bytes for an MLP of width 4·W. With `save_inputs_only` they are cast again in backward. The
-norms write the dtype of the products, and the residual stream keeps its own.
+Under autocast the weights of products are cast once, by one launch, or in a captured step by their update
+(`casts.Casts`), and their copies are saved as well: 24·W² bytes for an MLP of width 4·W. With `save_inputs_only` they
+are cast again in backward. The norms write the dtype of the products, and the residual stream keeps its own.
 
 Tokens are rows [R, W] of any number of sequences; only `attention` knows where a sequence ends. With `query_rows` (the
 pooled tokens, in the last block), only LN₁ and the projections are computed for all rows; with `separate_queries` only
@@ -346,30 +346,27 @@ def _join_qkv(flat: Sequence[Any], join: Callable[[Sequence[Any]], Any]) -> Sequ
 def _cast(settings: BlockSettings, flat: Sequence[Tensor], casts: Sequence[Tensor] = ()) -> BlockWeights:
     """Weights with those of products in the dtype of the products: `casts`, else cast and joined by one launch.
 
-    Copies that `FusedSGD(keep_casts=True)` keeps up to date are not cast again.
+    In a step that keeps casts they are not cast again.
     """
     weights = BlockWeights(*_join_qkv(flat, tuple))
     copies = dict(zip(PRODUCTS, casts, strict=False))
     targets: list[Tensor] = []
     sources: list[Tensor] = []
-    renewed: list[Tensor] = []  # weights with a copy that is kept
     for name in () if casts else PRODUCTS:
         weight = getattr(weights, name)
         parts = weight if isinstance(weight, tuple) else (weight,)
         if len(parts) > 1 or weight.dtype != settings.dtype:
+            kept = None if kept_casts.active is None else kept_casts.active.of_product(parts, settings.dtype)
+            if kept is not None:
+                copies[name] = kept
+                continue
             lengths = [len(part) for part in parts]
-            kept = kept_casts.joined(parts, settings.dtype)
-            copy = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=settings.dtype) if kept is None else kept
-            copies[name] = copy
-            for part, target in zip(parts, copy.split(lengths), strict=True):
-                if kept is None or kept_casts.own(part) is None:
-                    targets.append(target)
-                    sources.append(part)
-                    renewed += [] if kept is None else [part]
+            copies[name] = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=settings.dtype)
+            targets += copies[name].split(lengths)
+            sources += parts
     if sources:
         with torch.no_grad():
             torch._foreach_copy_(targets, sources)
-        kept_casts.mark(renewed)
     return weights._replace(**copies)
 
 

@@ -48,9 +48,9 @@ class PackedPrompts:
         self.max_length, self.row_count = int(self.lengths.max()), prefix_length + int(self.lengths.sum())
         self.same_length = bool((self.lengths == self.max_length).all())  # True if all suffixes have S rows
         self._capacities = [prefix_length, *(prefix_length + self.lengths.sort(descending=True)[0].cumsum(0)).tolist()]
-        # int64 [4, C + 2], for each suffix, then the prefix, then an empty segment: its number of rows; the same with 0
-        # for the prefix, and with P − 1, for other sums; and the index of the row behind its last one
-        prefix = self.lengths.new_tensor([prefix_length, 0, prefix_length - 1, prefix_length])
+        # int64 [4, C + 2], for each suffix, then the prefix, then an empty segment. Rows: its length, with 0 for the
+        # prefix; its length; the same with P − 1 for the prefix; the index of the row behind its last one
+        prefix = self.lengths.new_tensor([0, prefix_length, prefix_length - 1, prefix_length])
         suffixes = torch.stack([*[self.lengths] * 3, self.starts + self.lengths])  # [4, C]
         self.segments = torch.cat([suffixes, torch.stack([prefix, torch.zeros_like(prefix)], dim=1)], dim=1)
         self.prefix_segment, self.empty_segment = self.lengths.new_tensor([len(pooled), len(pooled) + 1]).split(1)
@@ -96,8 +96,9 @@ class SelectedPrompts:
         P, K = prompts.prefix_length, len(class_ids)
         segments = torch.cat([prompts.prefix_segment, class_ids, prompts.empty_segment])  # [K + 2]
         of_segments = prompts.segments.index_select(1, segments)  # [4, K + 2]
-        ends, behind_prefix, last_rows = of_segments[:3].cumsum(1)  # [K + 2] each
-        self._lengths, self._ends, self._shifts = of_segments[0], ends, of_segments[3] - ends
+        # [K + 2] each. The first is aligned for every K; the kernels of attention read it.
+        behind_prefix, ends, last_rows = of_segments[:3].cumsum(1)
+        self._lengths, self._ends, self._shifts = of_segments[1], ends, of_segments[3] - ends
         # Start of each suffix, counted behind the prefix
         self.offsets = None if prompts.same_length else behind_prefix[:-1]  # [K + 1]
         # Row of the pooled token of each class

@@ -6,7 +6,7 @@ import pytest
 
 from skipkernels.app.train import tune
 from tests.app.runs import published_optimizer, small
-from tests.models import verify
+from tests.models import uncompared, verify
 
 _compare = verify._compare
 
@@ -14,6 +14,12 @@ _compare = verify._compare
 @pytest.fixture(scope="session", autouse=True)
 def published():
     with published_optimizer():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def not_compared(published):
+    with uncompared():
         yield
 
 

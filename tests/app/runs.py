@@ -31,13 +31,10 @@ _get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
 @contextlib.contextmanager
 def published_optimizer() -> Iterator[None]:
-    """Train pictogram-tiny with SGD and batches of 4, as published: the optimizer that takes every option.
-
-    Without the comparison of a SkipCLIP with its model, which is always the packaged one.
-    """
+    """Train pictogram-tiny with SGD and batches of 4, as published: the optimizer that takes every option."""
     recipe = {"epochs": 8, "text_lr": 4e-3, "image_lr": 2e-3, "sampler": "random", "warmup_epochs": 0, "warmup_lr": 0.0}
     full = recipe | {"text_lr": 5e-4, "image_lr": 2e-4}
-    with uncompared(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         for method, fields in (("skip", recipe), ("full", full)):
             patch.setitem(pictogram_tiny.PACKAGED.recipes, method, fields)
         yield
@@ -45,8 +42,11 @@ def published_optimizer() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shortened() -> Iterator[None]:
-    """Leave out plots and waiting for the disk, which have tests of their own; make the tokenizer once."""
-    with published_optimizer(), pytest.MonkeyPatch.context() as patch:
+    """Leave out plots, waiting for the disk and the comparison of a SkipCLIP with its model, always the packaged one.
+
+    They have tests of their own. The tokenizer is made once.
+    """
+    with published_optimizer(), uncompared(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "panels_svg", lambda name, label, panels, **_: f"<svg>{name}</svg>")
         patch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
         patch.setattr(os, "fsync", lambda descriptor: None)
