@@ -715,12 +715,16 @@ def sync_is_an_error():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"keep_casts": True}], ids=",".join)
 @pytest.mark.parametrize("kind", ["in_backward", "in_step", "stochastic"])
-def test_replays_equal_eager_steps(kind, overlap):
-    """Ten replays and ten eager steps: weights, draws, learning rates through a schedule, rounding."""
+def test_replays_equal_eager_steps(kind, options):
+    """Ten replays and ten eager steps: weights, draws, learning rates through a schedule, rounding, kept casts."""
     runs = Run(kind, by_graph=True), Run(kind, by_graph=False)
-    runs[0].step = runs[0].clip.graphed(runs[0].optimizer, batch_size=4, overlap=overlap)
+    step = runs[0].clip.graphed(runs[0].optimizer, batch_size=4, **options)
+    runs[0].step = step
+    if "keep_casts" in options:
+        for run in runs:
+            run.step = torch.autocast("cuda", torch.bfloat16)(run.step)  # once for each step
     found = []
     some = [(x.cuda(), labels.cuda()) for x, labels in batches(runs[0].clip, graphed.WARMUP + 11)]
     short = [(x.cuda(), labels.cuda()) for x, labels in batches(runs[0].clip, 1, batch=3)]
@@ -735,7 +739,7 @@ def test_replays_equal_eager_steps(kind, overlap):
                 run.schedule.step()
         found.append([*(x.tolist() for x in outs), *run.train(short), *run.train(some[:2])])
     assert found[0] == found[1]
-    assert len(runs[0].step._captured) == 1
+    assert len(step._captured) == 1
 
 
 @pytest.mark.gpu
