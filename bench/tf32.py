@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         together = (torch.cat([x.flatten() for x in gradients.values()]) for gradients in (found, truth))
         values = relative_error(loss, true_loss), relative_error(*together), errors[weight]
         version = ".".join(torch.__version__.split(".")[:2])
-        rows.append(Row(precision, *(f"{value:.1e}" for value in values), weight, version))
+        rows.append(Row(precision, *(f"{value:.0e}" for value in values), weight, version))
     tables.show(Row._fields, rows)
     if not args.no_save:
         tables.write(TABLE, rows)

@@ -590,7 +590,7 @@ def sgd_momentum_(
         offsets: index of the first element of each weight among all elements that share the seed, which determines its
             random bits; default: the weights follow each other in the order of the list.
         casts: copies of contiguous fp32 weights in bf16 or fp16, one dtype for all, which are overwritten with the new
-            weights: a contiguous tensor of the shape of each weight, or None; default: no copies.
+            weights: a contiguous tensor of the shape of each weight, in memory of its own, or None; default: no copies.
 
     Example:
         >>> weight, buffer = torch.tensor([1.0]), torch.tensor([0.0])
@@ -660,8 +660,8 @@ def _casts(name: str, weights: list[Tensor], casts: Sequence[Tensor | None]) -> 
         alike = (x.shape, x.dtype, x.device) == (weight.shape, first.dtype, weight.device)
         if not (alike and weight.dtype == torch.float32 and x.is_contiguous() and weight.is_contiguous()):
             raise ValueError(
-                f"{name}: casts must be contiguous copies of contiguous fp32 weights on their device; got "
-                f"{list(x.shape)} in {x.dtype} on {x.device} for a weight {list(weight.shape)} in {weight.dtype}."
+                f"{name}: casts must be contiguous copies, in one dtype, of contiguous fp32 weights on their device; "
+                f"got {list(x.shape)} in {x.dtype} on {x.device} for a weight {list(weight.shape)} in {weight.dtype}."
             )
     return [first.new_empty(0) if x is None else x for x in casts]
 

@@ -77,7 +77,7 @@ class GraphedStep:
         >>> model, _, tokenizer = pictogram_tiny.load()
         >>> clip = skipkernels.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> optimizer = skipkernels.FusedSGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)
-        >>> step = GraphedStep(clip, optimizer, batch_size=4)
+        >>> step = clip.graphed(optimizer, batch_size=4)
         >>> step(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).loss.shape
         torch.Size([])
     """

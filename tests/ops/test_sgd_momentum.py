@@ -112,8 +112,8 @@ def test_casts_must_fit():
     for casts, message in (
         ([], "casts must have a tensor or None for each of 1 weights; got 0"),
         ([torch.ones(2, 3)], "casts must be bfloat16 or float16"),
-        ([torch.ones(3, 2).bfloat16()], "casts must be contiguous copies of contiguous fp32 weights"),
-        ([torch.ones(3, 2).bfloat16().T], "casts must be contiguous copies of contiguous fp32 weights"),
+        ([torch.ones(3, 2).bfloat16()], "casts must be contiguous copies, in one dtype, of contiguous fp32 weights"),
+        ([torch.ones(3, 2).bfloat16().T], "casts must be contiguous copies, in one dtype, of contiguous fp32 weights"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             sgd_momentum_(weight, weight, buffer, 0.1, casts=casts)
