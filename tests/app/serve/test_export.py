@@ -217,4 +217,9 @@ def test_no_local_paths(to, native_run, tmp_path):
         content = path.read_bytes()
         assert not any(word.encode() in content for word in ("M4RKER", home, "site-packages")), path
     card = (done.folder / "README.md").read_text()
-    assert "tuned on imagefolder" in card and "--shots 2" in card and "| csv |" in card
+    assert (
+        "tuned on imagefolder" in card
+        and "--data imagefolder:PATH" in card
+        and "--shots 2" in card
+        and "| csv |" in card
+    )
