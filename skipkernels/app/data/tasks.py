@@ -199,7 +199,7 @@ def load_task(
             error.argument = "targets" if error.argument == "data" else error.argument
             raise
         parts |= others
-    source_notes = [escaped(note) for part in (source, *parts.values()) for note in part.notes]
+    source_notes = [note for part in (source, *parts.values()) for note in part.notes]
     notes = list(source_notes)
     if chosen is not source:
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
@@ -211,8 +211,8 @@ def load_task(
         for test in tests
         if len(test.classes) == 1
     ]
-    notes = list(dict.fromkeys(map(escaped, notes)))
-    return Task(source.name, protocol, train, tuple(tests), held, tuple(notes), tuple(dict.fromkeys(source_notes)))
+    shown, of_source = (tuple(dict.fromkeys(map(escaped, each))) for each in (notes, source_notes))
+    return Task(source.name, protocol, train, tuple(tests), held, shown, of_source)
 
 
 def _with_unused(source: Source, validation: Validation, test: Test) -> tuple[Source, str | None]:

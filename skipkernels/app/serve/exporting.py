@@ -178,6 +178,8 @@ def _shared_settings(config: TuneConfig, described: Description) -> TuneConfig:
     plain = {name for name, hint in get_type_hints(TuneConfig).items() if not types(hint) & {str, Path}}
     values = {name: getattr(config, name) for name in plain | {"method", "optimizer", "template"}}
     names: dict[str, Any] = {name: getattr(described, name) for name in ("model", "pretrained", "data")}
+    if described.data != config.data:  # the path is not shared, and a command needs one
+        names["data"] += ":PATH"
     targets = None if config.targets is None else tuple(map(_public, config.targets))
     return TuneConfig(**values, **names, targets=targets)
 

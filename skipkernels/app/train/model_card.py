@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ...formatting import escaped
@@ -53,10 +52,7 @@ def model_card(
     classes = escaped(", ".join(described.classes[:_SHOWN]))
     more = len(described.classes) - _SHOWN
     templates = described.templates or []
-    named = config.data if ":" in config.data or config.data == "pictograms" else f"{config.data}:PATH"  # not shared
-    again = command_line(
-        "tune", replace(config, data=named), processes=metrics.get("processes", 1), left_out=("out", "device")
-    )
+    again = command_line("tune", config, processes=metrics.get("processes", 1), left_out=("out", "device"))
     again += "" if alpha is None else f"\nskipkernels blend RUN --alpha {alpha:g}"
     lines += [
         f"- Training images: {images} of `{described.data}`{shots}, protocol `{config.protocol}`, seed {config.seed}.",
