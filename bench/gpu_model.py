@@ -64,8 +64,13 @@ _CPU = torch.device("cpu")
 # ---- assumptions about the GPU ---------------------------------------------------------------------------------------
 
 PROCESSORS = 132  # multiprocessors of an H100 SXM
-RATES: dict[Any, float] = {torch.bfloat16: 750e12, torch.float16: 750e12, torch.float32: 55e12, torch.float64: 55e12}
-RATES |= {"tf32": 375e12}  # FLOP/s of products
+RATES: dict[torch.dtype | str, float] = {  # FLOP/s of products
+    torch.bfloat16: 750e12,
+    torch.float16: 750e12,
+    torch.float32: 55e12,
+    torch.float64: 55e12,
+    "tf32": 375e12,
+}
 BANDWIDTH = 2.9e12  # bytes/s of the memory, read or written
 WARPS = 8  # for each multiprocessor, which need to be loading for the whole bandwidth
 START = 1.5e-6  # seconds until the programs of a kernel run at full speed, and until the last one ends

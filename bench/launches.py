@@ -215,9 +215,7 @@ def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
             sizes = ((3072, 768), (768, 3072), (768,), (67,))
             lists = [[on_meta(*size, dtype=x) for size in sizes] for x in (dtype, dtype, buffer)]
             how = ("" if seed is None else "-random") + ("" if buffer == dtype else "-fp32-buffer")
-            casts = [on_meta(*size, dtype=torch.bfloat16) for size in sizes[:2]] + [
-                on_meta(0, dtype=torch.bfloat16)
-            ] * 2
+            casts = [on_meta(*size, dtype=torch.bfloat16) for size in (*sizes[:2], (0,), (0,))]  # not of the biases
             for given in ([], casts) if dtype == torch.float32 else ([],):
                 yield Call(f"block{how}" + ("-casts" if given else ""), (*lists, *options, seed, None, given))
 

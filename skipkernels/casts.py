@@ -40,8 +40,7 @@ class Casts:
         joint = weights[0].new_empty(sum(lengths), *weights[0].shape[1:], dtype=dtype)
         self._products[ids] = joint
         self._casts |= zip(ids, joint.split(lengths), strict=True)
-        with torch.no_grad():
-            torch._foreach_copy_([*joint.split(lengths)], [*weights])
+        self._copy(ids)
         return joint
 
     def of_weights(self, weights: Iterable[Tensor]) -> list[Tensor | None]:
@@ -52,9 +51,13 @@ class Casts:
         """Cast the weights that have changed since the last update by a replay."""
         stale = [i for i in self._casts if self._versions.get(i) != self._weights[i]._version]
         if stale:
-            with torch.no_grad():
-                torch._foreach_copy_([self._casts[i] for i in stale], [self._weights[i] for i in stale])
+            self._copy(stale)
             self.mark()
+
+    def _copy(self, ids: Sequence[int]) -> None:
+        """Cast the weights with these ids."""
+        with torch.no_grad():
+            torch._foreach_copy_([self._casts[i] for i in ids], [self._weights[i] for i in ids])
 
     def mark(self) -> None:
         """Mark all casts as up to date."""
