@@ -113,6 +113,13 @@ def class_scores(dtype: torch.dtype) -> Iterator[Call]:
         yield Call(f"B{B}-C{C}-D{D}", (on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B)))
 
 
+@calls
+def classes_at_ranks(dtype: torch.dtype) -> Iterator[Call]:
+    """A step, and an evaluation of no labels."""
+    for C, K, B in ((1000, 107, 4), (12_001, 700, 0)):
+        yield Call(f"C{C}-K{K}-B{B}", (on_meta(C, dtype=dtype), ids(K), ids(B) if B else None))
+
+
 def layer_norm_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Shape, rows, weight: the image tower, then one width for each entry of the tile table; also fp32 weights."""
     widths = ((788, 768, dtype), (690, 512, torch.float32), *((33, W, dtype) for W in (64, 2048, 4096)))
@@ -159,6 +166,14 @@ def column_sums(dtype: torch.dtype) -> Iterator[Call]:
     norm_1, packed = on_meta(99, 1536, dtype=torch.float32), on_meta(788, 2304, dtype=dtype)
     yield Call("W768", ([*sums, packed, norm_1], torch.float32))
     yield Call("W768-pooled", ([*sums, packed[:4, :768], packed[:, 768:], norm_1], dtype))
+
+
+@calls
+def folded_norm_gradients(dtype: torch.dtype) -> Iterator[Call]:
+    """The first block above the cut of ViT-B/16, with gradients of a product in fp32 and in the dtype."""
+    for O, W, product in ((2304, 768, torch.float32), (1920, 640, dtype)):
+        vectors = [on_meta(n, dtype=torch.float32) for n in (O, W, W)]
+        yield Call(f"O{O}-W{W}", (on_meta(O, W, dtype=dtype), on_meta(O, W, dtype=product), *vectors))
 
 
 def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
@@ -222,6 +237,12 @@ def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
 
 # K, S, P, H, E: prompts of classes, and suffixes and a prefix of several tiles with wide heads.
 _PROMPTS = ((1380, 5, 6, 8, 64), (50, 40, 70, 10, 128))
+
+
+@calls
+def packed_layout(dtype: torch.dtype) -> Iterator[Call]:
+    """The prompts of a step on ImageNet; the dtype plays no part."""
+    yield Call("K107-P5-R891", (ids(107), ids(1000), ids(1000), 5, 891))
 
 
 @calls

@@ -122,11 +122,10 @@ def flops(model: Model, b: int, K: int, rows: float, scores: int, logits: int) -
     """Operations of the products of a step, with backward: b images, and K classes with `rows` tokens of suffixes."""
     image, N, n = model.image_width, model.image_tokens, model.image_blocks
     text, m = model.text_width, model.text_blocks
-    # Products of a block: 24·W² per token and twice that in backward. The first block needs no gradient of its input,
-    # except one row for a bias. The last block computes keys and values (for texts also queries) for every token, and
-    # all else for pooled tokens only.
-    images = b * N * image**2 * (72 * (n - 1) - 6 + 12) + 6 * image**2 + 60 * b * image**2
-    texts = (rows + model.prefix) * text**2 * (72 * (m - 1) - 6 + 18) + 6 * text**2 + 54 * K * text**2
+    # Products of a block: 24·W² per token and twice that in backward. The first block needs no gradient of its input. The
+    # last block computes keys and values (for texts also queries) for every token, and all else for pooled tokens only.
+    images = b * N * image**2 * (72 * (n - 1) - 6 + 12) + 60 * b * image**2
+    texts = (rows + model.prefix) * text**2 * (72 * (m - 1) - 6 + 18) + 54 * K * text**2
     # Attention: 14 operations, of which 10 in backward, for each pair of tokens and channel.
     pairs = rows * (model.prefix + (rows / K + 1) / 2) + model.prefix * (model.prefix + 1) / 2
     attention = 14 * (b * image * N * (N * (n - 1) + 1) + text * pairs * m)
@@ -144,7 +143,7 @@ def saved_bytes(model: Model, b: int, K: int, rows: float) -> tuple[float, float
 def class_bytes(model: Model, classes: int, length: int) -> dict[str, float]:
     """Bytes for the classes that a process holds: fp32 prototypes and features, int64 layout of prompts of a length."""
     sizes = {"prototypes": 4 * model.D, "features": 4 * model.suffix * model.text_width}
-    return {name: size * classes for name, size in (sizes | {"layout": 8 * (length + model.suffix + 7)}).items()}
+    return {name: size * classes for name, size in (sizes | {"layout": 8 * (length + 3)}).items()}
 
 
 class Prediction(NamedTuple):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .ops.class_selection import classes_at_ranks as _at_ranks
 from .options import Tail
 
 _TAIL_SPAN = 5.0  # the published code spaces the tail evenly over [0, 5] and takes exp(−x / decay)
@@ -428,8 +429,12 @@ def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelectio
         >>> select_ranks(scores, torch.tensor([2, 2]), torch.tensor([0, 1]))
         ClassSelection(class_ids=tensor([1, 2]), targets=tensor([1, 1]))
     """
-    class_ids = classes_at_ranks(scores.scatter(0, labels, math.inf), ranks)  # [K]
-    return ClassSelection(class_ids, torch.searchsorted(class_ids, labels.contiguous()))  # [K], [B]
+    return ranked_selection(scores.scatter(0, labels, math.inf), labels, ranks)
+
+
+def ranked_selection(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
+    """Return the result of `select_ranks` for scores [C] that are infinite for labels, as those of `class_scores`."""
+    return ClassSelection(*_at_ranks(scores, ranks.to(scores.device, non_blocking=True), labels))
 
 
 def classes_at_ranks(scores: Tensor, ranks: Tensor) -> Tensor:
@@ -438,9 +443,7 @@ def classes_at_ranks(scores: Tensor, ranks: Tensor) -> Tensor:
     >>> classes_at_ranks(torch.tensor([0.1, 0.9, 0.3, 0.8]), torch.tensor([0, 2]))
     tensor([1, 2])
     """
-    # [C], by descending score
-    order = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
-    return order[ranks.to(order.device, non_blocking=True)].sort().values  # [K]
+    return _at_ranks(scores, ranks.to(scores.device, non_blocking=True), None)[0]
 
 
 def select_classes(scores: Tensor, labels: Tensor, **options: Any) -> ClassSelection:

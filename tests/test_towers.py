@@ -261,7 +261,7 @@ def test_prompts_with_rows_behind_equal_packed(monkeypatch):
 
     def upper(class_ids):
         selected = tower.prompts.select(class_ids)
-        return tower.upper(rows[selected.row_numbers()], selected)
+        return tower.upper(rows[selected.row_numbers], selected)
 
     expected, exact = upper(ids), tower.prompts.select(ids)
     monkeypatch.setattr("skipkernels.towers.prompts.reads_row_counts", lambda device: False)
@@ -299,7 +299,7 @@ def test_layout_of_prompts_has_static_shapes():
     prompts_of_task.apply(lambda x: x.to("meta"))
     selected = prompts_of_task.select(torch.tensor([1, 4, 8], device="meta"))
     rows = prompts_of_task.capacity(3)
-    assert selected.row_numbers().shape == (rows,) and selected.offsets.shape == (4,)
+    assert selected.row_numbers.shape == (rows,) and selected.offsets.shape == (4,)
     assert selected.pack(torch.zeros(3, 12, 8, device="meta")).shape == (rows, 8)
 
 

@@ -15,7 +15,7 @@ from ..boundary import DEFAULT_CHUNK
 from ..checks import warn_caller
 from ..digests import digest_tensors
 from ..options import AttentionName, Tail
-from ..selection import ClassSelection, RankSampler, select_ranks
+from ..selection import ClassSelection, RankSampler, ranked_selection
 from ..towers import ImageTower, Memory, TextTower, UnsupportedModel, build_towers, evaluating
 from ..towers.block import fuse_blocks
 from ..towers.changes import Containers
@@ -230,7 +230,7 @@ class SkipCLIP(Losses, Inference):
         # 2. Classes of the step, [K], and the positions of the labels among them, [B]: classes are ranked by their
         # highest cosine with an image, labels first, and those at the drawn ranks are kept
         ranks = draw_on(image.device, len(self.prototypes), len(labels))
-        class_ids, targets = select_ranks(self._scores(image, labels), labels, ranks)
+        class_ids, targets = ranked_selection(self._scores(image, labels), labels, ranks)
         # 3. Text embeddings of these classes alone, [K, D]
         text = (encode_classes or self._encode_classes)(class_ids, image.dtype)
         # 4. Cross-entropy over these classes
@@ -256,7 +256,7 @@ class SkipCLIP(Losses, Inference):
         """Select the classes of a step from image embeddings [B, D] and labels [B]; draws from the tail."""
         self._refuse_parallel("select")
         ranks = self.sampler.draw_on(image.device, len(self.prototypes), len(labels))
-        return select_ranks(self._scores(image, labels), labels, ranks)
+        return ranked_selection(self._scores(image, labels), labels, ranks)
 
     def graphed(
         self, optimizer: torch.optim.Optimizer, *, batch_size: int, overlap: bool = False, keep_casts: bool = False

@@ -70,11 +70,10 @@ class PromptFeatures:
     def encode(self, class_ids: Tensor, exact: bool = False) -> Tensor:
         """Encode class ids [K] to embeddings [K, D] by the cached features. For `exact` see `PackedPrompts.select`."""
         selected = self.tower.prompts.select(class_ids, exact=exact)
-        row_numbers = selected.row_numbers()
         if self.rows is not None:
-            return self.tower.upper(self.rows.index_select(0, row_numbers), selected)
+            return self.tower.upper(self.rows.index_select(0, selected.row_numbers), selected)
         assert self.store is not None
-        return self.tower.upper(self.store.gather(row_numbers), selected)
+        return self.tower.upper(self.store.gather(selected.row_numbers), selected)
 
     def encode_uncached(self, class_ids: Tensor, exact: bool = False) -> Tensor:
         """Encode class ids without the cached features."""

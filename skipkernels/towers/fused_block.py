@@ -39,6 +39,7 @@ from torch import Tensor
 from .. import casts as kept_casts
 from ..ops import launching
 from ..ops.add_layer_norm import Gradients, add_layer_norm, add_layer_norm_backward
+from ..ops.folded_norm import folded_norm_gradients
 from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ..ops.registration import without_autocast
 from ..ops.row_sums import MAX_ROWS, column_sums
@@ -545,15 +546,12 @@ def _backward(
         # The first block above the cut needs no gradient of its tokens. Since LN₁(hidden) = x̂ · γ + β, the gradients of
         # γ and β follow from that of the projection's weights, which saves a product as large as the projection.
         sums.finish()
-        # unit is x̂ [R, W]; unit_gradient [3W, W] = d_projected.T @ x̂; d_bias [3W]
-        _, unit, *_ = add_layer_norm(hidden, None, None, None, settings.eps[0], settings.dtype)
-        wide = mean_1.dtype
-        unit_gradient, d_bias = in_proj_gradient(unit).to(wide), gradients["in_proj_bias"].to(wide)
-        gradients["norm_1"] = (weights.in_proj * unit_gradient).sum(dim=0)
-        gradients["norm_1_bias"] = (d_bias[None] @ weights.in_proj.to(wide))[0]
-        gradients["in_proj"] = torch.addcmul(
-            d_bias[:, None] * weights.norm_1_bias.to(wide), unit_gradient, weights.norm_1.to(wide)
+        _, unit, *_ = add_layer_norm(hidden, None, None, None, settings.eps[0], settings.dtype)  # x̂, [R, W]
+        gradients["in_proj"], norm_sums = folded_norm_gradients(
+            weights.in_proj, in_proj_gradient(unit), gradients["in_proj_bias"], weights.norm_1, weights.norm_1_bias
         )
+        totals = column_sums([norm_sums], norm_sums.dtype)  # [2W]
+        gradients["norm_1"], gradients["norm_1_bias"] = totals.chunk(2)
         return d_hidden, gradients
     # 6. Input projections: [R, 3W] @ [3W, W] -> [R, W]; queries are added at their rows
     if len(d_projected) > 1:

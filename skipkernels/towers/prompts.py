@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..ops.class_selection import packed_layout
+
 
 def shared_prefix_length(tokens: Tensor, pooled: Tensor, *, excludes_self: bool = False) -> int:
     """Length of the prefix that all prompts [C, L] share, in front of every pooled token [C].
@@ -31,10 +33,10 @@ class PackedPrompts:
     whole prompt. With `excludes_self` a pooled token attends to the tokens in front of it and not to itself.
 
     Attributes:
+        lengths: int64 [C], rows of each suffix.
+        starts: int64 [C], the first of them.
         max_length: S, the largest of the lengths.
         row_count: R.
-        prefix_segment: int64 [1], index of the prefix in `segments`.
-        empty_segment: int64 [1], index of the empty segment.
     """
 
     def __init__(self, tokens: Tensor, pooled: Tensor, prefix_length: int, *, excludes_self: bool = False):
@@ -42,19 +44,11 @@ class PackedPrompts:
         self.prefix_length, self.excludes_self = prefix_length, excludes_self
         # CoCa appends a token that has no token id.
         self.length = length = max(tokens.shape[1], int(pooled.max()) + 1)  # Number of tokens of a whole prompt
-        # Rows of each suffix, and the first of them
         self.lengths = pooled + 1 - prefix_length if prefix_length else torch.full_like(pooled, length)  # [C]
         self.starts = prefix_length + self.lengths.cumsum(0) - self.lengths  # [C]
         self.max_length, self.row_count = int(self.lengths.max()), prefix_length + int(self.lengths.sum())
         self.same_length = bool((self.lengths == self.max_length).all())  # True if all suffixes have S rows
         self._capacities = [prefix_length, *(prefix_length + self.lengths.sort(descending=True)[0].cumsum(0)).tolist()]
-        # int64 [4, C + 2], for each suffix, then the prefix, then an empty segment. Rows: its length, with 0 for the
-        # prefix; its length; the same with P − 1 for the prefix; the index of the row behind its last one
-        prefix = self.lengths.new_tensor([0, prefix_length, prefix_length - 1, prefix_length])
-        suffixes = torch.stack([*[self.lengths] * 3, self.starts + self.lengths])  # [4, C]
-        self.segments = torch.cat([suffixes, torch.stack([prefix, torch.zeros_like(prefix)], dim=1)], dim=1)
-        self.prefix_segment, self.empty_segment = self.lengths.new_tensor([len(pooled), len(pooled) + 1]).split(1)
-        self.positions = torch.arange(self.row_count, device=tokens.device)  # [R]
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, such as a move to a device, to every tensor."""
@@ -89,37 +83,38 @@ class SelectedPrompts:
     Rows may follow the last suffix: on a GPU the number of rows is one that suffices for any K classes, since counting
     the rows of these K would need a host sync. The additional rows repeat other rows; attention neither reads them nor
     gives them a gradient.
+
+    Attributes:
+        row_count: R.
+        row_numbers: int64 [R], indices of these rows among the rows of all classes.
+        offsets: int64 [K + 1], start of each suffix, counted behind the prefix; None if all have the same length.
+        ends: int64 [K], row of the pooled token of each class; with a shared prefix.
     """
 
     def __init__(self, prompts: PackedPrompts, class_ids: Tensor, exact: bool):
         self._prompts, self.class_ids = prompts, class_ids
         P, K = prompts.prefix_length, len(class_ids)
-        segments = torch.cat([prompts.prefix_segment, class_ids, prompts.empty_segment])  # [K + 2]
-        of_segments = prompts.segments.index_select(1, segments)  # [4, K + 2]
-        # [K + 2] each. The first is aligned for every K; the kernels of attention read it.
-        behind_prefix, ends, last_rows = of_segments[:3].cumsum(1)
-        self._lengths, self._ends, self._shifts = of_segments[1], ends, of_segments[3] - ends
-        # Start of each suffix, counted behind the prefix
-        self.offsets = None if prompts.same_length else behind_prefix[:-1]  # [K + 1]
-        # Row of the pooled token of each class
-        self.ends = last_rows[1:-1] if P else ends[:-2] + prompts.pooled[class_ids]  # [K]
         if prompts.same_length:
-            self.row_count = P + K * prompts.max_length  # R
+            self.row_count = P + K * prompts.max_length
+        elif exact:
+            self.row_count = P + int(prompts.lengths[class_ids].sum())
         else:
-            self.row_count = int(ends[-1]) if exact else prompts.capacity(K)
-
-    def row_numbers(self) -> Tensor:
-        """Indices of these rows among the rows of all classes, int64 [R]."""
-        return self._shifted(self._shifts)
+            self.row_count = prompts.capacity(K)
+        self.row_numbers, offsets, self.ends = packed_layout(
+            class_ids, prompts.starts, prompts.lengths, P, self.row_count
+        )
+        self.offsets = None if prompts.same_length else offsets
 
     def pack(self, hidden: Tensor) -> Tensor:
         """Pack hidden states [K, L, W] of these prompts into rows."""
         P, (K, L, _) = self._prompts.prefix_length, hidden.shape
+        hidden = hidden.flatten(0, 1)  # [K · L, W]
         if not P:
-            return hidden.flatten(0, 1)  # [K · L, W]
-        stops = self._lengths + P + L * torch.arange(-1, K + 1, device=hidden.device)  # [K + 2]
-        stops[0], stops[-1] = P, 0
-        return hidden.flatten(0, 1).index_select(0, self._shifted(stops - self._ends))  # [R, W]
+            return hidden
+        prompts = torch.arange(K, device=hidden.device)
+        lengths = self._prompts.lengths[self.class_ids]  # [K]
+        row_numbers, *_ = packed_layout(prompts, P + L * prompts, lengths, P, self.row_count)
+        return hidden.index_select(0, row_numbers)  # [R, W]
 
     def unpack(self, rows: Tensor) -> Tensor:
         """Unpack rows [R, W] into whole prompts [K, L, W].
@@ -130,15 +125,8 @@ class SelectedPrompts:
         if not P:
             return rows.view(K, -1, W)
         suffix = torch.arange(self._prompts.length - P, device=rows.device)
-        first = self.ends - self._lengths[1:-1] + 1  # [K]
+        first = self.ends - self._prompts.lengths[self.class_ids] + 1  # [K]
         index = torch.minimum(first[:, None] + suffix, self.ends[:, None])  # [K, L - P]
         # The backward of `expand` adds the gradients of the prefix in a fixed order.
         prefix = rows[:P].expand(K, P, W)  # [K, P, W]
         return torch.cat([prefix, rows.index_select(0, index.flatten()).view(K, -1, W)], dim=1)  # [K, L, W]
-
-    def _shifted(self, shifts: Tensor) -> Tensor:
-        """Row numbers 0 to R − 1, each plus the shift of its segment."""
-        rows = self._prompts.positions[: self.row_count]  # [R]
-        if len(rows) < self.row_count:  # ids that repeat
-            rows = torch.arange(self.row_count, device=rows.device)
-        return rows + shifts[torch.searchsorted(self._ends[:-1], rows, right=True)]  # [R]

@@ -69,7 +69,7 @@ class TextStore:
 
     def _probe(self, selected: SelectedPrompts, hidden: Tensor) -> None:
         """Refuse a model that computes other rows from the same weights."""
-        expected, stored = selected.pack(hidden), self.gather(selected.row_numbers())
+        expected, stored = selected.pack(hidden), self.gather(selected.row_numbers)
         distance = ((stored - expected).double().norm() / expected.double().norm().clamp(min=1e-30)).item()
         if not distance <= _FEATURE_TOLERANCE[expected.dtype]:
             raise StoreError(
