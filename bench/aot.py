@@ -55,7 +55,7 @@ HELPERS = {
     "column_sums": "add_layer_norm",
     "folded_norm_gradients": "add_layer_norm",
     "classes_at_ranks": "class_scores",
-    "packed_layout": "shared_prefix_attention",
+    "packed_layout": "gather_rows",
 }
 IN_TABLE = ("sm_80", "sm_90", "sm_100", "gfx942")
 LARGEST_GRID = (2**31 - 1, 65535, 65535)

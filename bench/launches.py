@@ -171,9 +171,9 @@ def column_sums(dtype: torch.dtype) -> Iterator[Call]:
 @calls
 def folded_norm_gradients(dtype: torch.dtype) -> Iterator[Call]:
     """The first block above the cut of ViT-B/16, with gradients of a product in fp32 and in the dtype."""
-    for O, W, product in ((2304, 768, torch.float32), (1920, 640, dtype)):
-        vectors = [on_meta(n, dtype=torch.float32) for n in (O, W, W)]
-        yield Call(f"O{O}-W{W}", (on_meta(O, W, dtype=dtype), on_meta(O, W, dtype=product), *vectors))
+    for N, W, product in ((2304, 768, torch.float32), (1920, 640, dtype)):
+        vectors = [on_meta(n, dtype=torch.float32) for n in (N, W, W)]
+        yield Call(f"N{N}-W{W}", (on_meta(N, W, dtype=dtype), on_meta(N, W, dtype=product), *vectors))
 
 
 def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:

@@ -122,8 +122,8 @@ def flops(model: Model, b: int, K: int, rows: float, scores: int, logits: int) -
     """Operations of the products of a step, with backward: b images, and K classes with `rows` tokens of suffixes."""
     image, N, n = model.image_width, model.image_tokens, model.image_blocks
     text, m = model.text_width, model.text_blocks
-    # Products of a block: 24·W² per token and twice that in backward. The first block needs no gradient of its input. The
-    # last block computes keys and values (for texts also queries) for every token, and all else for pooled tokens only.
+    # Products of a block: 24·W² per token and twice that in backward. The first block needs no gradient of its input.
+    # The last computes keys and values (of texts also queries) of every token, and all else of pooled tokens only.
     images = b * N * image**2 * (72 * (n - 1) - 6 + 12) + 60 * b * image**2
     texts = (rows + model.prefix) * text**2 * (72 * (m - 1) - 6 + 18) + 54 * K * text**2
     # Attention: 14 operations, of which 10 in backward, for each pair of tokens and channel.

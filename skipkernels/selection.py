@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .ops.class_selection import classes_at_ranks as _at_ranks
+from .ops.class_scores import classes_at_ranks as _at_ranks
 from .options import Tail
 
 _TAIL_SPAN = 5.0  # the published code spaces the tail evenly over [0, 5] and takes exp(−x / decay)
@@ -147,13 +147,13 @@ class _Intervals(NamedTuple):
 
 
 class _RankTable:
-    """Kept ranks of the coming steps, on a device, at addresses that do not change: a captured graph can read them.
+    """Kept ranks of the coming steps, on a device.
 
     Attributes:
         rows: int64 [steps, largest K]; one row if every step keeps the same ranks.
-        counter: int64 [1], row of the next step.
+        row: int64 [largest K], the ranks of the reserved step, at an address that a captured graph can read.
         starts: The uniform number that each row is drawn with.
-        next: Index of the next row on the host.
+        next: Index of the next row.
     """
 
     def __init__(self, device: torch.device, certain: Tensor, intervals: _Intervals | None):
@@ -161,7 +161,7 @@ class _RankTable:
         kept = len(certain) + (0 if intervals is None else intervals.most)
         steps = 1 if intervals is None else max(1, min(_TABLE_STEPS, _TABLE_RANKS // kept))
         self.rows = torch.empty(steps, kept, dtype=torch.int64, device=device)
-        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self.row = torch.empty(kept, dtype=torch.int64, device=device)
         self.starts: list[float] = []
         self.next = 0
         if intervals is None:
@@ -186,20 +186,16 @@ class _RankTable:
         certain = self._certain.expand(len(starts), -1)  # [steps, m]
         # [steps, largest K]
         self._upload(torch.cat([certain, len(self._certain) + self._intervals.draw(starts)], dim=1))
-        self.counter.zero_()
         self.starts, self.next = starts.tolist(), 0
 
     def _upload(self, ranks: Tensor) -> None:
         self.rows.copy_(ranks.pin_memory() if self.rows.device.type == "cuda" else ranks, non_blocking=True)
 
-    def take(self) -> Tensor:
-        """Return the next ranks [K]; only K depends on the host. In a captured graph, others at each replay."""
+    def current(self) -> Tensor:
+        """Return the ranks [K] of the last step that was reserved, a view."""
         if self._intervals is None:
             return self.rows[0]
-        kept = len(self._certain) + self._intervals.count(self.starts[self.next - 1])
-        ranks = self.rows.index_select(0, self.counter)[0, :kept]  # [K]
-        self.counter.add_(1)
-        return ranks
+        return self.rows[self.next - 1, : len(self._certain) + self._intervals.count(self.starts[self.next - 1])]
 
 
 def _is(kind: Any, value: Any) -> bool:
@@ -306,16 +302,17 @@ class RankSampler:
         assert self.generator is not None
         if device.type == "cpu" or self.generator.device.type != "cpu":
             return self.draw(num_classes, batch_size)
-        return self._reserve(device, num_classes, batch_size, constant=False).take()
+        return self._reserve(device, num_classes, batch_size, constant=False).current()
 
     def reserve(self, device: torch.device, num_classes: int, batch_size: int) -> None:
-        """Draw the kept ranks of a step from a CPU generator, to be read by `take` on `device`, also in a CUDA graph.
+        """Draw the kept ranks of a step from a CPU generator, and copy them to where a CUDA graph reads them (`take`).
 
         K is the same in every step: "resample" draws round(Σq) ranks of the tail, each with its entry of
         `inclusion_probabilities` as probability. The ranks of many steps, drawn with a copy of the generator, are
         copied to the device together; the generator itself advances by one number in each step, as in `draw`.
         """
-        self._reserve(device, num_classes, batch_size, constant=True)
+        table = self._reserve(device, num_classes, batch_size, constant=True)
+        table.row.copy_(table.current())
 
     def _reserve(self, device: torch.device, num_classes: int, batch_size: int, *, constant: bool) -> _RankTable:
         assert self.generator is not None
@@ -332,12 +329,8 @@ class RankSampler:
         return table
 
     def take(self) -> Tensor:
-        """Return the reserved ranks [K]. Uses no host value: in a captured graph, each replay returns the next ones."""
-        return self._tables[True].take()
-
-    def discard_reserved(self) -> None:
-        """Drop the rows ahead, after a reserved row was not taken; they are drawn again."""
-        self._tables.clear()
+        """Return the reserved ranks [K], always at the same address."""
+        return self._tables[True].row
 
     def _uniform(self) -> Tensor:
         assert self.generator is not None

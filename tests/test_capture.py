@@ -93,7 +93,7 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
         found |= {f"{name} {number}": x for name, x in text.tower.prompts.tensors().items()}
         if text.rows is not None:
             found[f"rows {number}"] = text.rows
-    found |= {"prototypes": clip.prototypes, "table": table.rows, "counter": table.counter}
+    found |= {"prototypes": clip.prototypes, "ranks": table.row}
     for number, state in enumerate(optimizer.state.values()):
         found |= {f"{name} {number}": x for name, x in state.items() if isinstance(x, Tensor)}
     if isinstance(optimizer, sk.FusedSGD):

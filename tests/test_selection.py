@@ -179,7 +179,7 @@ def test_table_draws_the_same_ranks(tail, steps, max_tail, constant, monkeypatch
 
     def same_draws(classes: int, batch: int, count: int = 4) -> None:
         for _ in range(count):
-            ranks = ours._reserve(torch.device("cpu"), classes, batch, constant=constant).take()
+            ranks = ours._reserve(torch.device("cpu"), classes, batch, constant=constant).current()
             draw = draw_of_constant_size if constant else RankSampler.draw
             assert ranks.equal(draw(theirs, classes, batch))
             assert ours.generator.get_state().equal(theirs.generator.get_state())

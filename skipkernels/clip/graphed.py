@@ -161,12 +161,8 @@ class GraphedStep:
                 "graphed: fp16 autocast needs a GradScaler, which has a host sync in each step. Use bfloat16."
             )
         clip.sampler.reserve(device, len(clip.prototypes), len(x))
-        try:
-            with torch.cuda.device(device):
-                return self._run(x, labels, (x.shape, x.dtype, autocast))
-        except BaseException:
-            clip.sampler.discard_reserved()
-            raise
+        with torch.cuda.device(device):
+            return self._run(x, labels, (x.shape, x.dtype, autocast))
 
     def _run(self, x: Tensor, labels: Tensor, key: Any) -> SkipOutput:
         """Run a step with reserved ranks: by a replay of the graph of `key`, if there is one or it is time for one."""
@@ -424,7 +420,7 @@ class _Frozen:
         for text in clip._text_encoder.templates:
             yield text.rows
             yield from text.tower.prompts.tensors().values()
-        yield from (clip.prototypes, clip.class_weight, table.rows, table.counter)
+        yield from (clip.prototypes, clip.class_weight, table.row)
 
     def _state(self) -> list[Any]:
         clip = self._clip

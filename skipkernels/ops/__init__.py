@@ -1,6 +1,6 @@
 """The operators, one file each. Importing this package registers all of them.
 
-`OPERATORS` are the public ones. Those of `row_sums`, `folded_norm` and `class_selection` are parts of a step.
+`OPERATORS` are the public ones; the files have others that are parts of a step.
 """
 
 from __future__ import annotations
@@ -65,5 +65,5 @@ def _on_cuda(name: str) -> Backend:
     return Backend("Triton", reason, registration.definitions[name].fallback_cases)
 
 
-for _name in (*OPERATORS, "row_sums", "folded_norm", "class_selection"):
+for _name in OPERATORS:
     importlib.import_module(f"{__name__}.{_name.rstrip('_')}")

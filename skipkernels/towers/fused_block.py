@@ -39,10 +39,9 @@ from torch import Tensor
 from .. import casts as kept_casts
 from ..ops import launching
 from ..ops.add_layer_norm import Gradients, add_layer_norm, add_layer_norm_backward
-from ..ops.folded_norm import folded_norm_gradients
 from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ..ops.registration import without_autocast
-from ..ops.row_sums import MAX_ROWS, column_sums
+from ..ops.row_sums import MAX_ROWS, column_sums, folded_norm_gradients
 
 SAVED_WIDTHS = 11  # upper bound of the values saved per token, in multiples of W, for an MLP of width 4·W
 CAST_BYTES = 24  # size of the copies of the weights in 16 bits, in multiples of W²
@@ -556,8 +555,11 @@ def _backward(
     # 6. Input projections: [R, 3W] @ [3W, W] -> [R, W]; queries are added at their rows
     if len(d_projected) > 1:
         d_normed = d_projected[1] @ weights.in_proj[W:]
-        assert query_rows is not None
-        _add_to_rows(d_normed, query_rows, d_projected[0] @ weights.in_proj[:W])
+        if isinstance(query_rows, slice):
+            d_normed[query_rows].addmm_(d_projected[0], weights.in_proj[:W])
+        else:
+            assert query_rows is not None
+            d_normed.index_add_(0, query_rows, d_projected[0] @ weights.in_proj[:W])
     else:
         d_normed = d_projected[0] @ weights.in_proj
     # 7. LN₁: [R, W] -> d_hidden [R, W], with the gradient of the residual, d_mid, at its rows

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from skipkernels.ops.folded_norm import ROWS, folded_norm_gradients
-from skipkernels.ops.row_sums import column_sums
+from skipkernels.ops.row_sums import FOLDED_ROWS, column_sums, folded_norm_gradients
 from skipkernels.testing import SLACK, relative_error
 from tests.ops.conftest import GPU, INTERPRETED, Backend
 
@@ -21,20 +20,18 @@ def vectors(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.floa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(("O", "W"), [(3, 5), (ROWS + 1, 129), (2 * ROWS, 40), (192, 64)])
-def test_gradients_equal_autograd(backend: Backend, O, W, dtype):
+@pytest.mark.parametrize(("N", "W"), [(3, 5), (FOLDED_ROWS + 1, 129), (2 * FOLDED_ROWS, 40), (192, 64)])
+def test_gradients_equal_autograd(backend: Backend, N, W, dtype):
     """Weight and product in a dtype; the projection may be a part of a wider matrix."""
     backend.skip_unless_supported(dtype)
-    x, weight, bias, gamma, beta, d_y = vectors(O, (7, W), (O, W + 3), (O,), (W,), (W,), (7, O))
+    x, weight, bias, gamma, beta, d_y = vectors(N, (7, W), (N, W + 3), (N,), (W,), (W,), (7, N))
     weight = weight.to(dtype)
     leaves = [t.requires_grad_() for t in (gamma, beta, weight[:, :W].double(), bias)]
     F.linear(F.layer_norm(x, (W,), gamma, beta, 1e-5), *leaves[2:]).backward(d_y)
     unit_gradient = (d_y.T @ F.layer_norm(x, (W,), eps=1e-5)).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     rest = (t.detach().to(backend.device, wide) for t in (d_y.sum(dim=0), gamma, beta))
-    d_weight, sums = folded_norm_gradients(
-        weight.to(backend.device)[:, :W], unit_gradient.to(backend.device), *rest
-    )
+    d_weight, sums = folded_norm_gradients(weight.to(backend.device)[:, :W], unit_gradient.to(backend.device), *rest)
     assert d_weight.dtype == sums.dtype == wide
     found = [*column_sums([sums], wide).chunk(2), d_weight]
     for ours, leaf in zip(found, leaves, strict=False):

@@ -1,4 +1,4 @@
-"""classes_at_ranks and packed_layout against their definitions."""
+"""classes_at_ranks against its definition."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from skipkernels.ops import class_selection
-from skipkernels.ops.class_selection import classes_at_ranks, packed_layout
+from skipkernels.ops.class_scores import classes_at_ranks
 from tests.ops.conftest import GPU, INTERPRETED, Backend
 
 # There are no C++ kernels.
@@ -54,40 +53,11 @@ def test_more_classes_than_are_counted(backend: Backend, monkeypatch):
     scores, ranks, labels = torch.arange(40.0).sin(), torch.tensor([0, 3, 20]), torch.tensor([], dtype=torch.int64)
     tensors = scores.to(backend.device), ranks.to(backend.device), labels.to(backend.device)
     counted = classes_at_ranks(*tensors)
-    monkeypatch.setattr(class_selection, "MOST_CLASSES", 39)
+    monkeypatch.setattr("skipkernels.ops.class_scores.MOST_RANKED", 39)
     assert all(map(torch.equal, counted, classes_at_ranks(*tensors)))
-
-
-LENGTHS = torch.tensor([3, 1, 200, 2, 7, 1, 129])
-
-
-@pytest.mark.parametrize("class_ids", [[2], [0, 1, 3, 6], [6, 2, 4], list(range(7)), [1, 1, 5]], ids=str)
-@pytest.mark.parametrize(("P", "spare"), [(0, 0), (2, 0), (5, 1), (140, 300)])
-def test_packed_layout(backend: Backend, class_ids, P, spare):
-    """Spare rows begin again at the first row; a program writes several hundred of them."""
-    starts = P + LENGTHS.cumsum(0) - LENGTHS
-    rows, offsets, ends = list(range(P)), [0], []
-    for class_id in class_ids:
-        rows += range(int(starts[class_id]), int(starts[class_id] + LENGTHS[class_id]))
-        offsets.append(len(rows) - P)
-        ends.append(len(rows) - 1)
-    rows += range(spare)
-    tensors = (x.to(backend.device) for x in (torch.tensor(class_ids), starts, LENGTHS))
-    found = packed_layout(*tensors, P, len(rows))
-    assert [x.tolist() for x in found] == [rows, offsets, ends]
-
-
-def test_more_classes_than_are_packed(backend: Backend, monkeypatch):
-    class_ids, lengths = (x.to(backend.device) for x in (torch.tensor([0, 2, 5]), LENGTHS))
-    arguments = class_ids, lengths.cumsum(0), lengths, 4, 300
-    packed = packed_layout(*arguments)
-    monkeypatch.setattr(class_selection, "MOST_KEPT", 2)
-    assert all(map(torch.equal, packed, packed_layout(*arguments)))
 
 
 def test_opcheck(backend: Backend):
     scores, ids = torch.randn(9, device=backend.device), torch.tensor([0, 2, 4], device=backend.device)
-    lengths = LENGTHS.to(backend.device)
     backend.opcheck(classes_at_ranks, (scores, ids, ids))
     backend.opcheck(classes_at_ranks, (scores, ids, None))
-    backend.opcheck(packed_layout, (ids, lengths, lengths, 2, 300))

@@ -1,0 +1,43 @@
+"""packed_layout against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skipkernels.ops.gather_rows import packed_layout
+from tests.ops.conftest import GPU, INTERPRETED, Backend
+
+# There are no C++ kernels.
+pytestmark = pytest.mark.parametrize("backend", ["reference", INTERPRETED, GPU], indirect=True)
+
+LENGTHS = torch.tensor([3, 1, 200, 2, 7, 1, 129])
+
+
+@pytest.mark.parametrize("class_ids", [[2], [0, 1, 3, 6], [6, 2, 4], list(range(7)), [1, 1, 5]], ids=str)
+@pytest.mark.parametrize(("P", "spare"), [(0, 0), (2, 0), (5, 1), (140, 300)])
+def test_packed_layout(backend: Backend, class_ids, P, spare):
+    """Spare rows begin again at the first row; a program writes several hundred of them."""
+    starts = P + LENGTHS.cumsum(0) - LENGTHS
+    rows, offsets, ends = list(range(P)), [0], []
+    for class_id in class_ids:
+        rows += range(int(starts[class_id]), int(starts[class_id] + LENGTHS[class_id]))
+        offsets.append(len(rows) - P)
+        ends.append(len(rows) - 1)
+    rows += range(spare)
+    tensors = (x.to(backend.device) for x in (torch.tensor(class_ids), starts, LENGTHS))
+    found = packed_layout(*tensors, P, len(rows))
+    assert [x.tolist() for x in found] == [rows, offsets, ends]
+
+
+def test_more_classes_than_are_packed(backend: Backend, monkeypatch):
+    class_ids, lengths = (x.to(backend.device) for x in (torch.tensor([0, 2, 5]), LENGTHS))
+    arguments = class_ids, lengths.cumsum(0), lengths, 4, 300
+    packed = packed_layout(*arguments)
+    monkeypatch.setattr("skipkernels.ops.gather_rows.MOST_PACKED", 2)
+    assert all(map(torch.equal, packed, packed_layout(*arguments)))
+
+
+def test_opcheck(backend: Backend):
+    ids, lengths = (x.to(backend.device) for x in (torch.tensor([0, 2, 4]), LENGTHS))
+    backend.opcheck(packed_layout, (ids, lengths, lengths, 2, 300))
