@@ -2,7 +2,6 @@
 
     python -m bench.gpu_model                        all cases; write bench/results/gpu_model.csv
     python -m bench.gpu_model --check                compare with the table; write nothing
-    python -m bench.gpu_model --bounds               what could still be saved; about 20 seconds
     python -m bench.gpu_model --launches --batch 4 --classes 1000 --precision bf16    each launch of our step
 
 The steps run on the meta device, and every launch is recorded with the bytes of its tensors, its FLOPs and the shape of
@@ -195,7 +194,8 @@ class Recording(TorchDispatchMode):
         within = Recording()
         with precompile.recording(precompile.ARCHITECTURES["sm_90"]) as launches, within:
             registration.definitions[operator._opname].launch(*args)
-        dtype = next((x.dtype for x in tree_leaves(args) if isinstance(x, Tensor)), torch.float32)
+        tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+        dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
         for launch in launches:
             name, arguments = launch.kernel.fn.__name__, launch.arguments
             moved = moved_by(name, arguments, args)
@@ -228,14 +228,16 @@ def _skip_clip(model: str, skip_layers: int, batch: int, classes: int) -> tuple[
     return clip, features.to("meta"), inputs.labels.to("meta")
 
 
-def launches_of_ours(batch: int, classes: int, precision: str, overlap: bool = False) -> list[Launch]:
+def launches_of_ours(
+    batch: int, classes: int, precision: str, overlap: bool = False, momentum_dtype: torch.dtype | None = None
+) -> list[Launch]:
     """Launches of our step in a graph, with its update; with `overlap` that in backward, each with its side.
 
     In bf16 the update writes the casts of the weights, as with `graphed(keep_casts=True)`.
     """
     clip, features, labels = _skip_clip(MODEL, SKIP_LAYERS, batch, classes)
     groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
-    sgd = sk.FusedSGD(groups, momentum=0.9, in_backward=overlap)
+    sgd = sk.FusedSGD(groups, momentum=0.9, in_backward=overlap, momentum_dtype=momentum_dtype)
     step = clip.graphed(sgd, batch_size=batch)
     with casts.used(Casts(clip.trainable_parameters()) if precision == "bf16" else None):
         launches = recorded(lambda: step(features, labels), precision, clip if overlap else None)
@@ -416,67 +418,6 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [*header, "over graph", "over overlap"], lines
 
 
-# ---- what could still be saved ---------------------------------------------------------------------------------------
-
-_SELECTION = "index_select index sub add add_ arange scatter nan_to_num sort searchsorted cat cumsum".split()
-
-
-def bounds(launches: Sequence[Launch], rows: int, real_rows: int) -> Iterator[tuple[str, Sequence[Launch]]]:
-    """Changes of an overlapped step, and its launches if the changed part took no time: upper bounds of a gain.
-
-    `rows` are those of the texts in a graph, which suffice for any classes, and `real_rows` those of mean classes.
-    """
-
-    def without(*names: str, side: str | None = None) -> list[Launch]:
-        return [x for x in launches if x.name not in names or (side is not None and x.side != side)]
-
-    def exact(launch: Launch) -> Launch:
-        if launch.shape is None or rows not in launch.shape:
-            return launch
-        batch, *sizes = (real_rows if size == rows else size for size in launch.shape)
-        share = real_rows / rows
-        return launch._replace(
-            shape=(batch, *sizes), nbytes=int(share * launch.nbytes), flops=int(share * launch.flops)
-        )
-
-    yield "selection and packing of the classes in one kernel", without(*_SELECTION, side="")
-    yield "activations in the epilogues of products", without("_mlp_activation_fwd_kernel")
-    yield "bias gradients in the epilogues of products", without("_column_sums_kernel")
-    yield "gradients of query, key and value written side by side", without("stack")
-    yield "products over the text rows that exist", [exact(launch) for launch in launches]
-    yield "all gradients of a side updated by one launch", _together(launches, "_sgd_momentum_kernel")
-
-
-def _together(launches: Sequence[Launch], name: str) -> list[Launch]:
-    """The launches, of which those of a name are one for each side."""
-    found: dict[str, Launch] = {}
-    others = []
-    for x in launches:
-        if x.name != name:
-            others.append(x)
-        elif (one := found.get(x.side)) is None:
-            found[x.side] = x
-        else:
-            found[x.side] = one._replace(nbytes=one.nbytes + x.nbytes, warps=(one.warps or 0) + (x.warps or 0))
-    return [*others, *found.values()]
-
-
-def show_bounds(cases: Sequence[tuple[int, int]]) -> None:
-    """Print the bounds of steps in bf16, in microseconds."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for batch, classes in cases:
-        launches = steps_of(OURS, batch, classes, "bf16")[1]
-        clip, *_ = _skip_clip(MODEL, SKIP_LAYERS, batch, classes)
-        prompts, K = clip._text.prompts, clip.sampler.expected_keep(classes, batch)
-        whole, prefix = overlapped(launches), prompts.prefix_length
-        real_rows = prefix + round(K * (prompts.row_count - prefix) / classes)
-        found["a step, estimated"].append(f"{1e6 * whole:.0f}")
-        for name, fewer in bounds(launches, prompts.capacity(K), real_rows):
-            found[name].append(f"−{1e6 * (whole - overlapped(fewer)):.0f} ({len(launches) - len(fewer)} launches)")
-    columns = [f"B = {batch}, C = {classes:,}, µs" for batch, classes in cases]
-    tables.show(["at most", *columns], [[name, *cells] for name, cells in found.items()], TITLE)
-
-
 def show_launches(launches: Sequence[Launch]) -> None:
     """Print the launches by name, the longest first."""
     count, moved = Counter[str](), Counter[str]()
@@ -498,12 +439,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", nargs="+", type=int, default=CLASSES, choices=CLASSES)
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--launches", action="store_true", help="print the launches of our step by name")
-    parser.add_argument("--bounds", action="store_true", help="print what could still be saved in bf16")
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     args = parser.parse_args(arguments)
     measure.keep_freed_memory()
-    if args.bounds:
-        return show_bounds([(batch, classes) for batch in args.batch for classes in args.classes])
     rows = []
     for batch, classes, precision in cases():
         if batch in args.batch and classes in args.classes and precision in args.precision:

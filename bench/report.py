@@ -21,7 +21,7 @@ from pathlib import Path
 
 from skipkernels.ops import OPERATORS
 
-from . import gpu_model, infer, paper_cost, pictures, step, tables, tf32
+from . import gpu_bounds, gpu_model, infer, paper_cost, pictures, step, tables, tf32
 from .rows import KINDS, MACHINE, PRECISIONS, Device, Row, devices, grouped, number, of_all_devices, same_run
 from .when import summary
 
@@ -300,6 +300,17 @@ def estimates(device: Device) -> str:
     return table(header, lines) + f"\n\n<sub>{gpu_model.TITLE}; `python -m bench.gpu_model`</sub>"
 
 
+def unbuilt(device: Device) -> str:
+    """What changes of a step on a GPU could save, estimated."""
+    if not device.is_cpu:
+        return ""
+    header, lines = gpu_bounds.cells(tables.read(gpu_bounds.TABLE, gpu_bounds.Row))
+    return (
+        table(header, lines)
+        + f"\n\n<sub>{gpu_model.TITLE}; C = {gpu_bounds.CLASSES:,}; `python -m bench.gpu_bounds`</sub>"
+    )
+
+
 def errors_in_tf32(device: Device) -> str:
     """Errors of a step in TF32, emulated, which depend on no device here."""
     if not device.is_cpu:
@@ -384,7 +395,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/benchmarks.md": {"step": steps, "sizes": sizes, "memory": memory, "infer": classifying, "claims": claims}
     | {"paper": paper, "lose": losses, "processes": processes},
     "docs/operators.md": {"operators": operators},
-    "docs/gpu.md": {"gpu-model": estimates, "tf32": errors_in_tf32},
+    "docs/gpu.md": {"gpu-model": estimates, "gpu-bounds": unbuilt, "tf32": errors_in_tf32},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
     "docs/trainers.md": {"trainers": trainers, "fuse": fused},
 }

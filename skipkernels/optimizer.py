@@ -69,7 +69,7 @@ class FusedSGD(torch.optim.Optimizer):
 
     Args:
         params: Parameters, or groups of them with their own options, as for `torch.optim`; any shape, fp32, bf16, fp16
-            or fp64. Momentum buffers have the shape and dtype of their weights.
+            or fp64. Momentum buffers have the shape of their weights.
         lr: Learning rate ≥ 0, 1e-3 by default: a number, or a tensor of one element on the device of the weights. The
             kernel reads the tensor, so a captured CUDA graph uses its value at each replay; see `copy_options`.
         momentum: Factor of the buffer, ≥ 0; 0 (default) keeps no buffer.
@@ -79,6 +79,8 @@ class FusedSGD(torch.optim.Optimizer):
             below half a unit in the last place survive on average. Only for groups of bf16 weights. The random bits
             differ for each weight, step and replay of a captured graph, and continue with the state dict.
         seed: Seed of stochastic rounding, ≥ 0.
+        momentum_dtype: Dtype of the momentum buffers; by default that of each weight. `torch.bfloat16` halves their
+            memory beside fp32 weights: the update adds in fp32, and rounds each buffer once a step.
 
     Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO), ACL 2024,
     arXiv 2306.09782, for updates inside backward.
@@ -102,6 +104,7 @@ class FusedSGD(torch.optim.Optimizer):
         in_backward: bool = True,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        momentum_dtype: torch.dtype | None = None,
     ):
         self._in_backward = False  # add_param_group adds no hooks until all groups are checked
         self._updated: set[int] = set()  # indices of the weights updated in backward since step()
@@ -116,9 +119,8 @@ class FusedSGD(torch.optim.Optimizer):
         if in_backward:
             _refuse_several_processes()
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, **_TORCH_OPTIONS}
-        super().__init__(
-            params, options | {"stochastic_rounding": stochastic_rounding, "seed": seed, "step_seed": None}
-        )
+        options |= {"stochastic_rounding": stochastic_rounding, "seed": seed, "step_seed": None}
+        super().__init__(params, options | {"momentum_dtype": momentum_dtype})
         if in_backward:
             self._in_backward = True
             for group_index in range(len(self.param_groups)):
@@ -235,7 +237,7 @@ class FusedSGD(torch.optim.Optimizer):
                 functional.sgd_momentum_(
                     weights,
                     [weight.grad for weight in weights],
-                    [self._momentum_buffer(weight, group["momentum"]) for weight in weights],
+                    [self._momentum_buffer(weight, group) for weight in weights],
                     self._option(group_index, "lr", device),
                     momentum=self._option(group_index, "momentum", device),
                     weight_decay=self._option(group_index, "weight_decay", device),
@@ -256,13 +258,17 @@ class FusedSGD(torch.optim.Optimizer):
             self._numbers[key] = copy, option
         return copy
 
-    def _momentum_buffer(self, weight: Tensor, momentum: float) -> Tensor:
-        if momentum == 0:
-            return torch.zeros_like(weight)
+    def _momentum_buffer(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
+        dtype = group["momentum_dtype"] or weight.dtype
+        if group["momentum"] == 0:
+            return torch.zeros_like(weight, dtype=dtype)
         state = self.state[weight]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        return state["momentum_buffer"]
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            state["momentum_buffer"] = buffer = torch.zeros_like(weight, dtype=dtype)
+        elif buffer.dtype != dtype:  # load_state_dict gives it the dtype of the weight
+            state["momentum_buffer"] = buffer = buffer.to(dtype)
+        return buffer
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, see `torch.optim.Optimizer.state_dict`; with stochastic rounding, a host sync."""
@@ -359,6 +365,11 @@ def _check(group: dict[str, Any]) -> None:
         on_device = option == "lr" and isinstance(value, Tensor)  # its value would be a host sync
         if not (on_device or 0 <= value < math.inf):
             raise ValueError(f"FusedSGD: {option} must be at least 0; got {value}.")
+    if group["momentum_dtype"] not in (None, *FEATURE_DTYPES):
+        raise ValueError(
+            f"FusedSGD: momentum_dtype must be a floating-point dtype; got {group['momentum_dtype']}. Use "
+            "torch.bfloat16, or None for that of the weights."
+        )
     for option in ("dampening", "nesterov", "maximize", "differentiable"):
         if group.get(option):
             raise ValueError(f"FusedSGD: {option} is not supported; got {group[option]}. Use torch.optim.SGD.")

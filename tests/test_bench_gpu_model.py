@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import counts, gpu_model, tables
+from bench import counts, gpu_bounds, gpu_model, tables
 
 
 def test_launches_are_those_that_are_counted():
@@ -72,7 +72,16 @@ def test_products_in_tf32_are_faster(tiny):
 def test_bounds_are_below_the_step(tiny):
     launches = gpu_model.launches_of_ours(4, 20, "bf16", overlap=True)
     rows = next(launch.shape[1] for launch in launches if launch.shape and launch.side == "text")
-    found = dict(gpu_model.bounds(launches, rows, rows // 2))
-    saved = {name: gpu_model.overlapped(launches) - gpu_model.overlapped(fewer) for name, fewer in found.items()}
-    assert len(saved) == 6 and all(seconds >= 0 for seconds in saved.values())
-    assert saved["selection and packing of the classes in one kernel"] > 20 * gpu_model.GAP
+    changes = list(gpu_bounds.changes(launches, rows, rows // 2))
+    found = {row.change: row for row in gpu_bounds.bounds(launches, 4, changes)}
+    assert len(found) == 6 and all(0 <= row.gain_us < row.step_us for row in found.values())
+    activations = found["activations in the epilogues of products"]
+    assert activations.launches == sum(launch.name == "_mlp_activation_fwd_kernel" for launch in launches) > 0
+    assert activations.gain_us >= 1e6 * activations.launches * gpu_model.GAP / 2, "at most half are beside others"
+    assert 0.1 < float(activations.break_even) < 1
+
+
+def test_momentum_in_bf16_moves_fewer_bytes(tiny):
+    steps = [gpu_model.launches_of_ours(4, 20, "fp32", momentum_dtype=dtype) for dtype in (None, torch.bfloat16)]
+    whole, half = (sum(x.nbytes for x in step if x.name == "_sgd_momentum_kernel") for step in steps)
+    assert half * 5 == whole * 4, "weight and buffer read and written, gradient read; 4 of 20 bytes are saved"
