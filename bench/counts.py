@@ -140,7 +140,8 @@ class _Calls(TorchDispatchMode):
         if self._gpu and not any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs, out))):
             return out
         if operator.namespace == registration.NAMESPACE:
-            self.ours.append((operator._opname, args))
+            # Not the tensors themselves: autograd copies a gradient that somebody else holds.
+            self.ours.append((operator._opname, tree_map_only(Tensor, Tensor.detach, args)))
         else:
             self.torch += launches_a_kernel(operator, args)
             self.waits += waits(operator, args)

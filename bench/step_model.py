@@ -55,7 +55,7 @@ class Gpu(NamedTuple):
 GPUS = {"H100": Gpu(989.4e12, 3.35e12, 450e9, 50e9), "A100": Gpu(312e12, 2.039e12, 300e9, 25e9)}
 # Launches of a step with 12 blocks above the cut, in counts.csv: 5 µs for a call of PyTorch and 12 µs for a Triton
 # launch (assumed, typical values). In many processes a step has host syncs and is not captured in a graph.
-HOST_SECONDS = 2.533e-3 / 12
+HOST_SECONDS = 2.499e-3 / 12
 # Times that a step reads or writes each gradient (written once, and read by the update, which reads and writes weight
 # and momentum), and each saved byte.
 GRADIENT_PASSES, SAVED_PASSES = 6, 2

@@ -218,8 +218,10 @@ def _fake_folded(
     weight: Tensor, unit_gradient: Tensor, d_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     N, W = weight.shape
-    wide = unit_gradient.new_empty(0, dtype=torch.promote_types(unit_gradient.dtype, torch.float32))
-    return wide.new_empty(N, W), wide.new_empty(-(-N // FOLDED_ROWS), 2 * W)
+    wide = torch.float64 if unit_gradient.dtype == torch.float64 else torch.float32
+    sizes = (N, W), (-(-N // FOLDED_ROWS), 2 * W)
+    d_weight, sums = (unit_gradient.new_empty(size, dtype=wide) for size in sizes)
+    return d_weight, sums
 
 
 folded_norm_gradients = registration.define(

@@ -556,7 +556,8 @@ def _backward(
     if len(d_projected) > 1:
         d_normed = d_projected[1] @ weights.in_proj[W:]
         if isinstance(query_rows, slice):
-            d_normed[query_rows].addmm_(d_projected[0], weights.in_proj[:W])
+            d_rows = d_normed[query_rows]
+            torch.addmm(d_rows, d_projected[0], weights.in_proj[:W], out=d_rows)
         else:
             assert query_rows is not None
             d_normed.index_add_(0, query_rows, d_projected[0] @ weights.in_proj[:W])
