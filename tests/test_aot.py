@@ -54,14 +54,13 @@ def test_faults_are_found_in_machine_code(printed):
 @pytest.mark.slow
 def test_what_is_compiled_is_what_a_launch_compiles(printed):
     (summary,) = printed["differences"].splitlines()
-    assert int(summary.removesuffix(" compared")) >= 4 * len(CALLS)
+    assert int(summary.removesuffix(" compared")) >= 2 * len(CALLS)
 
 
 @pytest.mark.slow
 def test_kernels_of_measured_steps_are_compiled_ahead(printed):
-    for line in printed["measured_steps"].splitlines():
-        count, missing = re.fullmatch(r"\w+: (\d+) kernels, not compiled: (.*)", line).groups()
-        assert int(count) > 20 and missing == "[]", line
+    count, missing = re.fullmatch(r"(\d+) kernels, not compiled: (.*)\n", printed["measured_steps"]).groups()
+    assert int(count) > 20 and missing == "[]", missing
 
 
 ROW = aot.Row(
