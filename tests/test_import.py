@@ -61,32 +61,6 @@ def test_import_loads_no_torch(code):
     assert out.splitlines()[-1] == "False"
 
 
-FUNCTIONAL = """
-x = torch.ones(2, 3)
-print(torch.equal(torch.ops.skipkernels.mlp_activation(x, None, 0), skipkernels.functional.mlp_activation(x)))
-print(skipkernels.functional.class_scores(torch.ones(1, 2), torch.eye(2), torch.tensor([0])).tolist())
-print(torch.cuda.is_initialized(), skipkernels.backends()['class_scores']['cuda'].reason)
-"""
-
-
-def test_import_after_torch_is_light():
-    out = run(
-        "import torch, sys, time, json\n"
-        "start = time.perf_counter(); import skipkernels; seconds = time.perf_counter() - start\n"
-        "print(json.dumps([seconds, torch.cuda.is_initialized(), sorted(sys.modules)]))\n"
-        "import skipkernels.clip; print(*[name for name in sys.modules if name.startswith('skipkernels')])\n"
-        "import skipkernels.ops\n" + FUNCTIONAL
-    )
-    first, of_clip, equal, scores, reason = out.splitlines()
-    seconds, cuda, modules = json.loads(first)
-    assert seconds < 0.3
-    assert not cuda
-    assert not [name for name in LIGHT if name in modules]
-    # Several processes, stores, CUDA graphs and families of models are imported where they are used.
-    assert len(of_clip.split()) <= 45
-    assert equal == "True" and scores.startswith("[inf, 0.707") and reason.startswith("False ")
-
-
 def test_public_names():
     assert set(skipkernels.__all__) <= set(dir(skipkernels))
     for name in skipkernels.__all__:
@@ -167,8 +141,11 @@ def test_no_module_is_named_utils():
     assert not [path for path in modules() if path.stem in {"utils", "util", "helpers", "common", "misc"}]
 
 
-CORE_STEP = """
-import sys
+# One process for both tests, since it imports torch. Packages of the command line are blocked after the first import.
+CORE = """
+import json, sys, time, torch
+start = time.perf_counter(); import skipkernels as sk; seconds = time.perf_counter() - start
+print(json.dumps([seconds, torch.cuda.is_initialized(), sorted(sys.modules)]))
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -177,7 +154,15 @@ class Blocked:
 
 BLOCKED = {"rich", "tyro", "pydantic", "matplotlib", "triton", "torchmetrics", "ninja"}
 sys.meta_path.insert(0, Blocked())
-import open_clip, torch, skipkernels as sk
+import skipkernels.clip
+print(*[name for name in sys.modules if name.startswith("skipkernels")])
+import skipkernels.ops
+x = torch.ones(2, 3)
+print(torch.equal(torch.ops.skipkernels.mlp_activation(x, None, 0), sk.functional.mlp_activation(x)))
+print(sk.functional.class_scores(torch.ones(1, 2), torch.eye(2), torch.tensor([0])).tolist())
+print(torch.cuda.is_initialized(), sk.backends()["class_scores"]["cuda"].reason)
+
+import open_clip
 model = open_clip.CLIP(32, open_clip.CLIPVisionCfg(layers=3, width=64, head_width=32, patch_size=8, image_size=16),
                        open_clip.CLIPTextCfg(context_length=8, vocab_size=99, width=64, heads=2, layers=3))
 tokens = torch.randint(1, 98, (7, 8)); tokens[:, 7] = 98
@@ -192,14 +177,29 @@ print(loss.isfinite().item(), sorted(BLOCKED & set(sys.modules)))
 """
 
 
-def test_core_without_the_packages_of_the_command_line(tmp_path):
-    code = f"{CORE_STEP}\nimport skipkernels\n{FUNCTIONAL}"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def core(tmp_path_factory) -> list[str]:
+    """Lines that CORE prints."""
+    folder = tmp_path_factory.mktemp("core")
+    result = subprocess.run([sys.executable, "-c", CORE], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    done, equal, scores, reason = result.stdout.splitlines()[-4:]
-    assert done == "True []"
+    return result.stdout.splitlines()
+
+
+def test_import_after_torch_is_light(core):
+    seconds, cuda, modules = json.loads(core[0])
+    assert seconds < 0.3
+    assert not cuda
+    assert not [name for name in LIGHT if name in modules]
+    # Several processes, stores, CUDA graphs and families of models are imported where they are used.
+    assert len(core[1].split()) <= 45
+
+
+def test_core_without_the_packages_of_the_command_line(core):
+    equal, scores, reason = core[2:5]
     assert equal == "True" and scores.startswith("[inf, 0.707") and reason.startswith("False ")
     assert "Triton is not installed" in reason or "no Triton kernel" in reason
+    assert core[-1] == "True []"
 
 
 @pytest.mark.parametrize("package", ["pydantic", "rich", "tyro", "yaml", "matplotlib", "jinja2"])
