@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from skipkernels.folders import (
     replaced_folder,
     restored,
 )
-from tests.kills import run_for
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
@@ -65,17 +65,17 @@ def test_replaced_file_is_flushed_before_the_rename_and_the_folder_after_it(tmp_
     assert flushed == [((tmp_path / "file").stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
-def writer(folder: Path, pipe) -> None:
-    """Write half of a file while the folder is locked, and wait."""
-    with locked(folder), replaced_file(folder / "file") as new:
-        new.write_text("half")
-        pipe.send("begins")
-        pipe.recv()
-
-
 def test_kill_leaves_the_old_file_and_releases_the_lock(tmp_path):
     replace_text(tmp_path / "file", "old")
-    run_for(writer, (tmp_path,), 0)
+    child = os.fork()
+    if child == 0:
+        try:
+            with locked(tmp_path), replaced_file(tmp_path / "file") as new:
+                new.write_text("half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert (tmp_path / "file").read_text() == "old" and not is_locked(tmp_path)
     assert "file" in [partial_of(name) for name in names(tmp_path)]
 

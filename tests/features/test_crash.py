@@ -11,7 +11,9 @@ import random
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,11 @@ import torch
 import skipkernels as sk
 from skipkernels.features import FeatureCache
 from skipkernels.store import Store, StoreError
-from tests.kills import run_for
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.processes import forkserver
 from tests.stores import contents, listed_shards
 
-IMAGES, SHARDS, KILLS, SEED = 80, 20, 8, 0
+IMAGES, SHARDS, KILLS, SEED = 40, 10, 4, 0
 BAD = IMAGES // 2 + 1  # in the shard in the middle, and not sampled
 
 
@@ -75,6 +77,29 @@ def builder(folder: Path, call: tuple[str, int, bool] | None, pipe) -> None:
     build(folder, clip, images)
     pipe.send("has ended")
     pipe.recv()
+
+
+def run_for(work: Callable[..., None], arguments: tuple, seconds: float) -> float:
+    """Run a function in another process, and kill it after some seconds or at its end; returns the seconds it ran.
+
+    Args:
+        work: Function of the arguments and a pipe; it sends "begins", then a message at its end, and waits.
+        arguments: Arguments of `work`.
+        seconds: Time of the kill after "begins".
+    """
+    context = forkserver()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(*arguments, theirs))
+    process.start()
+    theirs.close()
+    assert ours.recv() == "begins"
+    began = time.perf_counter()
+    ours.poll(seconds)
+    took = time.perf_counter() - began
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    return took
 
 
 def kill_and_resume(folder: Path, whole: dict[str, bytes], clip: sk.SkipCLIP, seconds: float, call=None) -> int:
