@@ -56,28 +56,30 @@ def test_tune_stage_seconds(run):
         assert seconds["data"] == row["seconds_waiting_for_features"] and min(seconds.values()) >= 0
 
 
-def test_tune_graphed_gives_the_same_results(tmp_path, monkeypatch):
+def test_tune_graphed_gives_the_same_results(run, tmp_path, monkeypatch):
     """On the CPU the graphed step is the plain loop; its only stage is "step"."""
     monkeypatch.setattr(trainer, "_captures", lambda device: True)
-    graphed, plain = tmp_path / "graphed", tmp_path / "plain"
-    tune(small(graphed))
-    tune(small(plain, graph=False))
-    assert results(graphed)[1:] == results(plain)[1:]
-    assert set(rows(graphed)[0]["stage_seconds"]) == {"data", "step", "evaluation"}
-    assert set(rows(plain)[0]["stage_seconds"]) == {"data", "forward", "backward", "update", "evaluation"}
+    tune(small(tmp_path))
+    assert results(tmp_path)[1:] == results(run[0])[1:]
+    assert set(rows(tmp_path)[0]["stage_seconds"]) == {"data", "step", "evaluation"}
 
 
-def test_tune_says_why_steps_are_not_graphed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [({"graph": False}, ""), ({"clip_grad_norm": 1.0}, "note: steps run without a CUDA graph: clip_grad_norm")],
+    ids=["graph", "clip_grad_norm"],
+)
+def test_tune_without_graph(tmp_path, monkeypatch, changes, note):
     monkeypatch.setattr(trainer, "_captures", lambda device: True)
     console = Console(file=io.StringIO())
-    tune(small(tmp_path, epochs=1, clip_grad_norm=1.0), console)
+    tune(small(tmp_path, epochs=1, classes=4, **changes), console)
     assert set(rows(tmp_path)[0]["stage_seconds"]) == {"data", "forward", "backward", "update", "evaluation"}
-    assert "note: steps run without a CUDA graph: clip_grad_norm" in " ".join(console.file.getvalue().split())
+    assert note in " ".join(console.file.getvalue().split())
 
 
 def test_tune_beats_zero_shot_on_drawings_of_another_designer(tmp_path):
     rates = {"text_lr": 3e-4, "image_lr": 3e-4, "optimizer": "adamw", "batch_size": 16}
-    metrics = tune(TuneConfig(data="pictograms:objects", **rates, epochs=5, device="cpu", out=tmp_path))
+    metrics = tune(TuneConfig(data="pictograms:objects", **rates, epochs=3, device="cpu", out=tmp_path))
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
     assert zero_shot["base"] > 20, "25 times chance over 131 classes"
     assert tuned["base"] > zero_shot["base"] + 8
@@ -160,8 +162,8 @@ def test_tune_changes_weights_above_cut_only(run):
 
 
 def test_tune_full_changes_all_weights(tmp_path):
-    metrics = tune(small(tmp_path, method="full", epochs=1))
-    assert metrics["kept_classes"] == 12
+    metrics = tune(small(tmp_path, method="full", epochs=1, classes=6))
+    assert metrics["kept_classes"] == 3
     assert evaluate_run(tmp_path) == metrics["tuned"]
     before, after = first_weights(), load_file(tmp_path / "model.safetensors")
     assert {name for name in before if before[name].equal(after[name])} <= {"logit_scale"}
@@ -183,9 +185,9 @@ def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes",
     [{"skip_layers": 0, "classes": 2}, {"skip_layers": 1.0, "classes": 3, "protocol": "few-shot"},
-     {"preset": "reference", "classes": 12},
+     {"preset": "reference", "classes": 6},
      {"tail": "fixed", "memory": "min", "sampler": "random", "batch_size": 5, "clip_grad_norm": 1.0,
-      "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("a sign of a {}.", "{}")},
+      "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("a sign of a {}.", "{}"), "classes": 12},
      {"protocol": "cross-dataset", "targets": ("pictograms:food",), "classes": 6}],
     ids=["no cut", "all skipped, few-shot", "reference", "several", "cross-dataset"],
 )  # fmt: skip

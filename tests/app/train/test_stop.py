@@ -97,14 +97,15 @@ def test_kill_during_overwrite_leaves_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signal_is_interrupt(tmp_path, at_step, number, capsys):
     before = signal.signal(number, signal.SIG_DFL)
-    at_step(8, lambda *args: signal.raise_signal(number))
+    at_step(3, lambda *args: signal.raise_signal(number))
     try:
-        assert main([*ARGUMENTS, "--epochs", "2", "--out", str(tmp_path / "run")]) == 128 + number
+        arguments = ["--shots", "2", "--classes", "4", "--epochs", "3"]  # a step per epoch
+        assert main(["tune", *arguments, "--out", str(tmp_path / "run")]) == 128 + number
         assert signal.getsignal(number) is signal.SIG_DFL
     finally:
         signal.signal(number, before)
     run = tmp_path / "run"
-    message = f"interrupted: 1 of 2 epochs are complete in {run}; continue it with skipkernels tune --resume {run}"
+    message = f"interrupted: 2 of 3 epochs are complete in {run}; continue it with skipkernels tune --resume {run}"
     assert " ".join(capsys.readouterr().err.split()).endswith(message)
 
 
@@ -142,9 +143,9 @@ def test_nan_weights_are_not_saved(tmp_path, at_step):
         loss.register_hook(lambda gradient: gradient * float("nan"))
         return StepOutput(loss, 5)
 
-    at_step(12, spoil)
+    at_step(6, spoil)
     with pytest.raises(FloatingPointError, match="after the last batch of epoch 2 weights are not finite"):
-        tune(small(tmp_path))
+        tune(small(tmp_path, classes=12))
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"]
 
 
@@ -251,7 +252,8 @@ def test_full_disk_keeps_last_epoch(tmp_path, at_step, small_disk, size, changes
         small_disk(size)
         return StepOutput(self.clip(inputs, labels).loss, 5)
 
-    at_step(9, fill)
+    at_step(5, fill)
+    changes |= {"classes": 12}  # two epochs of three steps
     with pytest.raises(InputError, match="the checkpoint can't be written.* continue with `resume=True`"):
         tune(small(tmp_path, **changes))
     small_disk(resource.RLIM_INFINITY)
@@ -272,7 +274,7 @@ def test_run_folder_refuses_second_process(tmp_path, capsys):
 def test_broken_terminal_does_not_stop_run(tmp_path, monkeypatch, live):
     monkeypatch.setattr(threading, "excepthook", lambda args: pytest.fail(f"a thread ended with {args.exc_value!r}"))
     console = Console(file=Broken(), force_terminal=live)
-    assert tune(small(tmp_path, epochs=1), console)["status"] == "complete"
+    assert tune(small(tmp_path, epochs=1, classes=4), console)["status"] == "complete"
     assert not console.quiet
 
 
@@ -288,7 +290,8 @@ def test_closed_terminal_does_not_stop_run(tmp_path, terminal):
         os.dup2(writer, 1)
         os.dup2(writer, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        os._exit(main([*ARGUMENTS, "--epochs", "1", "--out", str(tmp_path / "run")]))
+        arguments = ["--shots", "2", "--classes", "4", "--epochs", "1"]
+        os._exit(main(["tune", *arguments, "--out", str(tmp_path / "run")]))
     os.close(writer)
     assert os.read(reader, 1)
     os.close(reader)
