@@ -44,8 +44,6 @@ def limits(monkeypatch) -> None:
 @pytest.mark.parametrize(
     "stage, printed",
     [
-        ("machine", "peer Liger: needs a GPU"),
-        ("step", "skipkernels"),
         ("profile_step", "skipkernels::"),
         ("one_step", "loss: "),
         ("smoke", "class_scores: "),
@@ -262,9 +260,10 @@ def test_summary_of_stages_without_a_result(tmp_path):
     assert found["sanitizer and profiler"] == "memcheck no result, see memcheck.txt; racecheck not run; ncu not run"
 
 
-def test_summary_reads_the_facts_of_stages(tmp_path):
-    for stage in ("machine", "step"):
+def test_summary_reads_the_facts_of_stages(tmp_path, capsys):
+    for stage, printed in (("machine", "peer Liger: needs a GPU"), ("step", "skipkernels")):
         gpu.main([stage, *CUT, "--out", str(tmp_path)])
+        assert printed in capsys.readouterr().out
     found = summarised(tmp_path)
     assert found["machine"].startswith(measure.machine(measure.CPU)["device"]) and "Liger" in found["machine"]
     assert "ms eager" in found["step"] and found["launches"] == "bf16 not run; fp32 not run"
