@@ -96,7 +96,7 @@ def counts_of_a_step() -> None:
 def measured_steps() -> None:
     """Print the kernels that steps of bench/gpu.py launch and bench/prepare.py does not compile.
 
-    In bf16, whose steps launch the kernels of fp32 and casts. Each step draws its own ranks, and operators call the
+    In bf16: its steps launch the kernels of fp32 and casts. Each step draws its own ranks, and operators call the
     launchers themselves.
     """
     architecture, sizes, precision = precompile.ARCHITECTURES["sm_90"], ("vit-tiny", 4, 58, 3), "bf16"  # K is 31 or 32

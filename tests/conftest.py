@@ -63,6 +63,15 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def not_compared() -> Iterator[None]:
+    """Make SkipCLIPs without the comparison with their model, of which test_clip.py and towers/ have tests."""
+    from tests.models import uncompared
+
+    with uncompared():
+        yield
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 

@@ -18,6 +18,8 @@ from skipkernels import casts
 from skipkernels.casts import Casts
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
+pytestmark = pytest.mark.usefixtures("not_compared")
+
 CLASSES = 30
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import counts
+from bench import counts, inputs
 from skipkernels import SkipCLIP, functional
 from skipkernels.ops import launching
 
@@ -13,19 +13,28 @@ pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not i
 
 
 def test_check_finds_duplicated_work(monkeypatch):
-    scores = SkipCLIP._scores
-    monkeypatch.setattr(counts, "PRECISIONS", ("fp32",))
-    before = counts.rows_of(counts.SIZES[0])  # same torch: exact comparison
+    scores, size = SkipCLIP._scores, counts.SIZES[0]
+    random = inputs.random_inputs(size.model, counts.BATCH, size.C, torch.device("cpu"))
+    with counts.WithoutProducts():
+        clip = SkipCLIP(random.model, random.tokens, skip_layers=size.skip_layers)
+        features = clip.encode_lower(random.images)
+
+    def row() -> counts.Row:
+        with counts.WithoutProducts():
+            found = counts._step(clip, features, random.labels, "fp32")
+            found |= counts._on_a_gpu(clip, features, random.labels, "fp32", counts.SGD)
+        return ROW._replace(**found)
 
     def twice(self, *arguments):
         scores(self, *arguments)
         return scores(self, *arguments)
 
+    before = row()
     monkeypatch.setattr(SkipCLIP, "_scores", twice)
-    found = "\n".join(counts.compare(counts.rows_of(counts.SIZES[0]), before))
+    found = "\n".join(counts.compare([row()], [before]))
     for name in ("flops", "calls", "launches"):
-        assert f"SkipCLIP, step (vit-tiny, B4-C20-K11, fp32, memory=fast, FusedSGD): {name} " in found
-    assert "saved_bytes" not in found and "predict" not in found
+        assert f"{ROW.name}: {name} " in found
+    assert "saved_bytes" not in found
 
 
 def test_counts_of_calls_launches_and_flops():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import open_clip
 import pytest
 import torch
-from models import tiny_clip, tiny_tokens
+from models import tiny_clip, tiny_tokens, uncompared
 from open_clip.timm_model import TimmModel
 from reference_step import assert_matches_reference_step
 from torch import Tensor, nn
@@ -90,6 +90,7 @@ def assert_matches_reference(family: Family, skip: int) -> sk.SkipCLIP:
     return clip
 
 
+@uncompared()
 def assert_features_are_constant(family: Family, skip: int) -> None:
     """Features at the cut give the same step as images, twice, and neither is written to."""
     images = family.images()
@@ -118,6 +119,7 @@ def assert_model_is_unchanged(family: Family, skip: int) -> None:
     assert list(after) == list(before) and all(after[name].equal(value) for name, value in before.items())
 
 
+@uncompared()
 def assert_batch_norms_update_above_cut_only(family: Family, skip: int) -> None:
     """In training mode batch norms above the cut use and count the batch, those below do neither."""
     model = family.make().train()
