@@ -19,6 +19,7 @@ from skipkernels.app.train import evaluate_run, predictions
 from skipkernels.app.train.calibration import fit_temperature
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.setup import build_run
+from tests.app.runs import shortened
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,7 @@ def test_bad_arguments(run, arguments, message):
         sk.blend(run.folder, **arguments)
 
 
+@shortened()
 def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, capsys):
     images = run.task.train
     for number, (image, label) in enumerate(images):

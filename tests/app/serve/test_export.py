@@ -23,6 +23,7 @@ from skipkernels.app.serve import to_hugging_face, to_onnx
 from skipkernels.app.serve.merging import PlainModel, plain_model
 from skipkernels.app.train import tune
 from skipkernels.app.train.description import Description
+from tests.app.runs import shortened
 from tests.app.serve.conftest import CONFIG, NATIVE, PREPROCESS
 
 ATOL = 1e-4  # of logits up to the logit scale, in fp32
@@ -31,7 +32,8 @@ ATOL = 1e-4  # of logits up to the logit scale, in fp32
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lora") / "run"
-    tune(dataclasses.replace(CONFIG, method="lora", shots=1, classes=4, out=folder))
+    with shortened():
+        tune(dataclasses.replace(CONFIG, method="lora", shots=1, classes=4, out=folder))
     return folder
 
 

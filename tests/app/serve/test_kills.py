@@ -19,6 +19,7 @@ import torch
 import skipkernels as sk
 from skipkernels.app.data import InputError
 from skipkernels.app.serve import blending, exporting
+from tests.app.runs import shortened
 
 CALLS = ("replace", "rename", "link", "unlink", "rmdir", "mkdir", "fsync")  # functions of `os` that change a folder
 Write = Callable[[], object]
@@ -94,6 +95,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("writes", [exports, blends])
+@shortened()
 def test_folder_has_one_whole_model(native_run, tmp_path, writes):
     """Disturbed at the first call, in the middle, and at each call around the exchange of the two folders."""
     first, folder = tmp_path / "first", tmp_path / "work" / "target"
