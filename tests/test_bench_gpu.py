@@ -31,7 +31,7 @@ TESTS = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def limits(monkeypatch, not_compared) -> None:
+def limits(monkeypatch) -> None:
     """Fixed limits of the machine, and no slow measurement of memory."""
     monkeypatch.setattr(testing, "peak_bytes", lambda function, device, **_: 0)
     monkeypatch.setattr(measure, "matrix_rate", lambda device, dtype: 1e11)

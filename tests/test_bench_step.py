@@ -24,7 +24,7 @@ INFER = [*CUT, "--images", "4", "--batch", "2"]
 
 
 @pytest.fixture(autouse=True)
-def results(monkeypatch, tmp_path, not_compared) -> Path:
+def results(monkeypatch, tmp_path) -> Path:
     """Folder for rows; fixed limits of the machine, and no slow measurement of memory."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(testing, "peak_bytes", lambda function, device, **_: 0)

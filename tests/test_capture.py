@@ -24,8 +24,6 @@ from skipkernels.clip import graphed
 from skipkernels.clip import text as text_module
 from skipkernels.towers.changes import Containers
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 CLASSES = 30
 
 

@@ -18,8 +18,6 @@ from skipkernels import casts
 from skipkernels.casts import Casts
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 CLASSES = 30
 
 

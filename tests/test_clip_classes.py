@@ -13,8 +13,6 @@ from torch import Tensor, nn
 import skipkernels as sk
 from skipkernels.towers.fused_block import SAVED_WIDTHS
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 C = 13
 LOSS_TOLERANCE = {"rel": 1e-11}  # two orders of summation in fp64
 

@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 import skipkernels as sk
 from skipkernels.clip.base import Shard, pack_state
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 C = 40
 
 

@@ -12,8 +12,6 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 import skipkernels as sk
 from skipkernels.testing import relative_error, saved_bytes
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 C, B = 11, 4
 
 

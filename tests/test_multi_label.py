@@ -14,8 +14,6 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 import skipkernels as sk
 from skipkernels.selection import base_keep
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 CLASSES = 17
 
 

@@ -18,8 +18,6 @@ import skipkernels as sk
 from skipkernels import functional, reference
 from skipkernels.testing import SLACK, relative_error, saved_bytes
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

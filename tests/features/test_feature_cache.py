@@ -31,8 +31,6 @@ from skipkernels.digests import digest_json
 from skipkernels.store import StoreError
 from tests.processes import forkserver
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 24), "num_classes": 12}
 SIGLIP = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}

@@ -16,8 +16,6 @@ from skipkernels.features import BatchSampler
 from skipkernels.features.loader import MemoryRows
 from skipkernels.store import StoreError
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 COUNT = 23
 
 

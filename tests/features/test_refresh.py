@@ -12,8 +12,6 @@ from caches import Drawn, build
 import skipkernels as sk
 from skipkernels.store import StoreError
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 COUNT, EPOCHS = 8, 4
 
 

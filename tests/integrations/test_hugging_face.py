@@ -17,8 +17,6 @@ from bench.trainers.common import Problem, small_problem
 from bench.trainers.common import trained as vector
 from skipkernels.integrations import hugging_face
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 STEPS, SAVED = 6, 4  # of the only epoch
 
 

@@ -16,8 +16,6 @@ from bench.trainers.common import Problem, small_problem, trained
 from skipkernels.integrations import lightning
 from skipkernels.integrations.lightning import SkipModule
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 STEPS, SAVED = 6, 4  # of the only epoch
 
 

@@ -21,8 +21,6 @@ from bench.trainers import open_clip as runner
 from bench.trainers.common import Problem, small_problem, trained
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_schedule
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:

@@ -20,8 +20,6 @@ from bench.trainers.common import NaiveCLIP, small_problem, trained
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel
 from tests.processes import run_in_processes
 
-pytestmark = pytest.mark.usefixtures("not_compared")
-
 STEPS, TOGETHER = 3, 4
 TRAINERS = ("accelerate", "hugging_face", "open_clip", "lightning")  # the first one makes the process group
 ROOT = Path(__file__).parents[2]
