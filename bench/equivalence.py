@@ -14,7 +14,7 @@ Models, with random weights: vit-tiny on pictograms, and a narrower ViT on rando
 of bench/results/DEVICE/equivalence.csv, all over the whole training:
 
     other_classes    steps in which the two kept different classes
-    loss             largest relative difference of the losses of a step
+    loss             largest relative difference of the losses of a step; of losses below 1e-3, relative to 1e-3
     weights          relative difference of the trained weights at the end, ‖ours − published‖ / ‖published‖
     change           the same, relative to how far training moved them: / ‖published − initial‖
     logits           relative difference of the logits of all test images over all classes at the end
@@ -54,6 +54,7 @@ _SMALL_VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 4, "h
 _SMALL_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 4}
 _BF16_MOMENTUM = "bf16 momentum"
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, _BF16_MOMENTUM: torch.float32}
+_SMALL_LOSS = 1e-3  # in fp32 that of a batch may be 0
 _COLUMNS = "steps K other_classes loss weights change logits predictions tests trained_loss".split()
 
 
@@ -153,7 +154,7 @@ def compare(case: Case, inputs: Inputs, steps: int) -> dict[str, Any]:
         steps,
         len(theirs.kept[0]),
         sum(a != b for a, b in zip(ours.kept, theirs.kept, strict=True)),
-        max(abs(a - b) / abs(b) for a, b in losses),
+        max(abs(a - b) / max(b, _SMALL_LOSS) for a, b in losses),
         relative_error(mine, last),
         ((mine - last).norm() / (last - initial).norm()).item(),
         relative_error(*logits),
