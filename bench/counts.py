@@ -140,7 +140,7 @@ class _Calls(TorchDispatchMode):
         if self._gpu and not any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs, out))):
             return out
         if operator.namespace == registration.NAMESPACE:
-            # Not the tensors themselves: autograd copies a gradient that somebody else holds.
+            # Not the tensors themselves: autograd copies a gradient that is held elsewhere.
             self.ours.append((operator._opname, tree_map_only(Tensor, Tensor.detach, args)))
         else:
             self.torch += launches_a_kernel(operator, args)

@@ -301,7 +301,7 @@ def estimates(device: Device) -> str:
 
 
 def unbuilt(device: Device) -> str:
-    """What changes of a step on a GPU could save, estimated."""
+    """Estimated gains of changes of a step on a GPU."""
     if not device.is_cpu:
         return ""
     header, lines = gpu_bounds.cells(tables.read(gpu_bounds.TABLE, gpu_bounds.Row))

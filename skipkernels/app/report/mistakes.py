@@ -22,7 +22,7 @@ _PIXEL_ART = 64  # images up to this size are stored without loss
 
 
 class ClassResult(NamedTuple):
-    """Result of a class: accuracies in per cent, None if unknown, and its most frequent wrong prediction."""
+    """Result of a class: in per cent, None if unknown, and its most frequent wrong prediction."""
 
     label: int
     images: int
@@ -157,7 +157,7 @@ def predictions_with_thumbnails(
     test: TestSet, labels: Tensor, zero_shot: TopClasses, tuned: TopClasses | None
 ) -> TestPredictions:
     """Collect the predictions for a test, and read the images that the report shows, without their transform."""
-    found = TestPredictions(test.name, list(test.classes), labels, zero_shot, tuned)
+    found = TestPredictions(test.name, list(test.classes), labels, zero_shot, tuned, list(test.images.names))
     add_thumbnails(found, test.images.with_transform(None))
     return found
 

@@ -21,11 +21,12 @@ from ..report.mistakes import predictions_with_thumbnails
 from ..train import weights
 from ..train.calibration import fit_temperature
 from ..train.checkpoint import MODEL
+from ..train.class_metrics import metrics_of_test
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluator
 from ..train.model_card import CARD, model_card
 from ..train.own_dataset import KIND, own_data
-from ..train.predictions import PREDICTIONS, TestPredictions, save
+from ..train.predictions import TestPredictions
 from ..train.run_folder import CONFIG, REPORT, RunFolder, blended_folder, read_metrics, read_model
 from ..train.setup import RunSetup, build_run
 
@@ -139,6 +140,9 @@ def blend(
         for test in setup.task.tests
         if len(test.images)
     ]
+    metrics["by_class"] = {
+        test.name: metrics_of_test(test.labels, blended.top[test.name].classes[:, 0], test.classes) for test in tests
+    }
     described = describe(written, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
     held = evaluator.validation_logits(setup.method)
     if held is not None:
@@ -213,6 +217,6 @@ def _write(
         described.write(folder.path)
         use = "open-clip" if write_open_clip_config(folder.path, setup.model, setup.tokenizer) else "skipkernels"
         folder.write(CARD, model_card(config, described, metrics, use=use))
-        save(folder.path / PREDICTIONS, tests)
+        folder.write_predictions(tests)
         folder.write(REPORT, report_html(config, metrics, [], tests))
         folder.write_metrics(metrics)

@@ -1,4 +1,4 @@
-"""Notes and warnings about a run: settings that are easily confused, and low accuracy."""
+"""Notes and warnings about a run: settings that are easily confused, low accuracy, and validation that misleads."""
 
 from __future__ import annotations
 
@@ -45,3 +45,24 @@ def weak_result(config: TuneConfig, metrics: Mapping[str, Any]) -> str | None:
         return None
     rates = " and ".join(name for name in ("text_lr", "image_lr") if getattr(config, name) is not None)
     return f"accuracy on the trained classes is {after:.2f} %, {result}. {remedy} {rates}, or change epochs or shots."
+
+
+def optimistic_validation(metrics: Mapping[str, Any]) -> str | None:
+    """Return a warning if validation accuracy is far above that on test images of the same classes.
+
+    Far is 10 points and more, and at least three standard errors of the difference.
+    """
+    test = next(iter(metrics["classes"]))
+    images = metrics["images"]["tests"].get(test)
+    held, after = metrics["validation"] or {}, (metrics["tuned"] or {}).get(test)
+    if not images or after is None or held.get("tuned") is None:
+        return None
+    shares = (after, images), (held["tuned"], held["images"])
+    error = math.sqrt(sum(share * (100 - share) / count for share, count in shares))
+    if held["tuned"] - after < max(10, 3 * error):
+        return None
+    return (
+        f"accuracy on the validation images is {held['tuned']:.2f} %, far above {after:.2f} % on the test images of "
+        "the same classes: the former are more like the training images. Hold out images that are like those of the "
+        "test."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class TestPredictions:
     labels: Tensor  # int64 [n]
     zero_shot: TopClasses
     tuned: TopClasses | None
+    images: list[str] = field(default_factory=list)  # names of the images; not kept in the file
     thumbnails: dict[int, bytes] = field(default_factory=dict)  # PNG or JPEG files by the index of the image
 
     @property
@@ -50,7 +52,7 @@ class TestPredictions:
         return self.zero_shot if self.tuned is None else self.tuned
 
 
-def save(path: Path, tests: list[TestPredictions]) -> None:
+def save(path: Path, tests: Sequence[TestPredictions]) -> None:
     """Write predictions.safetensors, replacing an earlier one."""
     tensors: dict[str, Tensor] = {}
     for number, test in enumerate(tests):
@@ -109,4 +111,4 @@ def _test(number: int, entry: dict, tensors: dict[str, Tensor]) -> TestPredictio
     thumbnails = {
         int(key[len(prefix) :]): bytes(tensor.numpy()) for key, tensor in tensors.items() if key.startswith(prefix)
     }
-    return TestPredictions(name, classes, labels, zero_shot, tuned, thumbnails)
+    return TestPredictions(name, classes, labels, zero_shot, tuned, thumbnails=thumbnails)

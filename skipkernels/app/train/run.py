@@ -30,6 +30,7 @@ from ..report.mistakes import predictions_with_thumbnails
 from . import checkpoint, notes
 from .calibration import fit_temperature
 from .checkpoint import DELTA, MODEL, Checkpoint, best_epoch, has_stalled
+from .class_metrics import metrics_of_test
 from .command_line import command_line
 from .description import describe, write_open_clip_config
 from .environment import environment
@@ -39,7 +40,6 @@ from .loggers import Logger, open_loggers
 from .model_card import CARD, model_card
 from .own_dataset import own_data
 from .plain_config import OPEN_CLIP
-from .predictions import PREDICTIONS, save
 from .processes import ALONE, Processes, join
 from .progress import ProgressDisplay
 from .run_folder import FEW_SHOT, REPORT, RunFolder, resumed
@@ -386,7 +386,7 @@ class Run:
         self.folder.publish(self.described)
         metrics = {"status": "complete", "notes": self.warnings} | self._metrics(self.tuned)
         weak = notes.weak_result(self.config, metrics)
-        self.warnings += [] if weak is None else [weak]
+        self.warnings += [note for note in (weak, notes.optimistic_validation(metrics)) if note is not None]
         use = "open-clip" if (self.folder.path / OPEN_CLIP).exists() else "skipkernels"
         self.folder.write(CARD, model_card(self.config, self.described, metrics, use=use))
         self.folder.write_metrics(metrics)
@@ -398,7 +398,7 @@ class Run:
                 for test in self.task.tests
                 if test.name in before  # it has images
             ]
-            save(self.folder.path / PREDICTIONS, tests)
+            self.folder.write_predictions(tests)
             self.folder.write(REPORT, report_html(self.config, metrics, self.rows, tests))
         except Exception as error:  # any: the results are complete without the report
             self.warnings.append(f"{REPORT} was not written ({type(error).__name__}: {first_line(error)}).")
@@ -409,7 +409,7 @@ class Run:
         """Contents of metrics.json."""
         rows, config = self.rows, self.config
         seconds, steps = [row["seconds"] for row in rows], sum(row["steps"] for row in rows)
-        validation = None
+        classes, validation = {test.name: test.classes for test in self.task.tests}, None
         if self.task.validation is not None:
             images = len(self.task.validation.images)
             validation = {"images": images, "zero_shot": self.zero_shot.validation, "tuned": tuned.validation}
@@ -418,9 +418,13 @@ class Run:
             "environment": environment(config.device, self.processes.size),
             "method": config.method,
             "protocol": config.protocol,
-            "classes": {test.name: len(test.classes) for test in self.task.tests},
+            "classes": {name: len(names) for name, names in classes.items()},
             "zero_shot": self.zero_shot.accuracies,
             "tuned": tuned.accuracies,
+            "by_class": {
+                name: metrics_of_test(self.evaluator.labels[name], top.classes[:, 0], classes[name])
+                for name, top in tuned.top.items()
+            },
             "validation": validation,
             "epochs": len(rows),
             "best_epoch": best_epoch(rows),

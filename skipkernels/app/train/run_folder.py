@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,19 @@ from ..data.files import format_names
 from ..untrusted import read_object
 from . import checkpoint
 from .checkpoint import BEST, DELTA, MODEL
+from .class_metrics import confusion_lines, prediction_lines
 from .description import CLASSIFIER, Description
 from .errors import argument_error
 from .model_card import CARD
 from .plain_config import OPEN_CLIP
-from .predictions import PREDICTIONS
+from .predictions import PREDICTIONS, TestPredictions, save
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
+PREDICTIONS_CSV, CONFUSION_CSV = "predictions.csv", "confusion.csv"
 _STATE_0_2 = "state.pt"  # checkpoint of version 0.2, with the weights beside it
 _FILES: tuple[str, ...] = (METRICS, REPORT, PREDICTIONS, CARD, CLASSIFIER, MODEL, DELTA, OPEN_CLIP, EPOCHS, FEW_SHOT)
-_FILES += (_STATE_0_2, BEST, "metrics.csv", CONFIG)
+_FILES += (PREDICTIONS_CSV, CONFUSION_CSV, _STATE_0_2, BEST, "metrics.csv", CONFIG)
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every version
 _MAX_METRICS_BYTES = 1 << 24
@@ -254,6 +256,12 @@ class RunFolder:
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl."""
         self.write(EPOCHS, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_predictions(self, tests: Sequence[TestPredictions]) -> None:
+        """Write the predictions for the test images, also as CSV, and their confusions."""
+        save(self.path / PREDICTIONS, tests)
+        self.write(PREDICTIONS_CSV, "".join(prediction_lines(tests)))
+        self.write(CONFUSION_CSV, "".join(confusion_lines(tests)))
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json, which completes the run."""

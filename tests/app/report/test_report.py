@@ -156,8 +156,8 @@ def test_report_contents():
         ["base, trained on", "20", "57.50", "81.50", "+24.00"],
         ["new", "19", "47.92", "40.25", "−7.67"],
         ["harmonic mean", "", "52.27", "53.89", "+1.62"],
-        ["alpha", "2", "0.0", "50.0", "+50.0", "beta (1)"],
-        ["beta", "2", "100.0", "50.0", "−50.0", "gamma (1)"],
+        ["alpha", "2", "0.0", "50.0", "+50.0", "100.0", "66.7", "beta (1)"],
+        ["beta", "2", "100.0", "50.0", "−50.0", "50.0", "50.0", "gamma (1)"],
         ["alpha", "1", "1", "", "", ""],  # of the matrix of confusions: the four classes, and others
         ["beta", "", "1", "1", "", ""],
         ["forward", "2.00 s", "25.0 %"],
@@ -209,7 +209,7 @@ def test_report_many_classes_and_tests():
     assert sum(a.get("class") == "thin" for a in found.named("li")) == 180
     assert sum(a.get("class") == "" for a in found.named("li")) == 20
     assert "180 others, a line each (50 more are not drawn)" in found.text
-    assert len([cells for cells in found.rows if re.fullmatch(r"c\d+", cells[0]) and len(cells) == 6]) == 250
+    assert len([cells for cells in found.rows if re.fullmatch(r"c\d+", cells[0]) and len(cells) == 8]) == 250
     names = ["source", *(f"target {place}" for place in range(13))]
     zero_shot = {name: 40.0 + place for place, name in enumerate(names)} | {"targets": 47.0}
     tuned = {name: value + 1 for name, value in zero_shot.items()}
@@ -323,7 +323,7 @@ def test_report_method_without_epochs():
     found = Page(text)
     assert not svgs(text) and "all epochs" not in found.text
     assert ["new", "19", "47.92", "–", "–"] in found.rows and ["harmonic mean", "", "52.27", "–", "–"] in found.rows
-    assert ["alpha", "2", "0.0", "–", "–", "beta (2)"] in found.rows
+    assert ["alpha", "2", "0.0", "–", "–", "–", "0.0", "beta (2)"] in found.rows
     assert not [cells for cells in found.rows if cells[0].startswith(("epoch", "kept classes"))]
     complete(text)
     perfect = TestPredictions("base", ["a", "b"], torch.tensor([0, 1]), top(0, 1), top(0, 1))

@@ -44,6 +44,24 @@ def test_weak_result_names_rates_of_method():
     assert "Lower text_lr, or" in warning(40.0, 20.0, SMALL.with_method("coop"))
 
 
+@pytest.mark.parametrize(
+    ("validation", "test", "images", "warns"),
+    [
+        (55.4, 18.3, 60, True),
+        (55.4, 50.0, 60, False),  # less than ten points
+        (60.0, 40.0, 20, False),  # less than three standard errors
+        (None, 18.3, 60, False),
+        (55.4, None, 60, False),
+    ],
+)
+def test_optimistic_validation(validation, test, images, warns):
+    metrics = {"classes": {"base": 10}, "images": {"tests": {"base": images}}, "tuned": {"base": test}}
+    found = notes.optimistic_validation(metrics | {"validation": {"images": images, "tuned": validation}})
+    assert (found is not None) == warns
+    assert not warns or "on the validation images is 55.40 %, far above 18.30 %" in found
+    assert notes.optimistic_validation(metrics | {"validation": None}) is None
+
+
 def test_tune_below_zero_shot_warns(tmp_path, capsys):
     rates = ["--text-lr", "1", "--image-lr", "1", "--epochs", "1", "--warmup-epochs", "0"]
     assert main(["tune", "--shots", "2", "--classes", "12", *rates, "--out", str(tmp_path)]) == 0

@@ -23,7 +23,8 @@ from skipkernels.folders import locked
 from skipkernels.optimizer import FusedSGD
 from tests.app.runs import files, losses, results, rows, small, without_cost
 
-FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html"}
+FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html", "predictions.csv"}
+FILES |= {"confusion.csv"}
 FILES |= {"few_shot.json", "classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
 
 
