@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +89,7 @@ def build() -> Path:
 
     The compiler is that of the environment variable CXX, its further flags are those of CXXFLAGS.
     """
+    from ._progress import progress
     from .folders import locked, replaced_file
 
     compiler = _compiler()
@@ -103,8 +105,9 @@ def build() -> Path:
                 for left in folder.glob("._C.so-*.partial"):  # of a build that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 sys.stderr.write(f"skipkernels: building the C++ kernels, once (one to three minutes), in {folder}\n")
-                with replaced_file(library) as new:
-                    _run_ninja(compiler, new)
+                steps = len(list(source_dir().glob("*.cpp"))) + 1
+                with replaced_file(library) as new, progress("building", steps) as advance:
+                    _run_ninja(compiler, new, lambda: advance(1))
     return library
 
 
@@ -165,7 +168,7 @@ def _check_private(folder: Path) -> None:
             )
 
 
-def _run_ninja(compiler: list[str], library: Path) -> None:
+def _run_ninja(compiler: list[str], library: Path, after_step: Callable[[], None] = lambda: None) -> None:
     """Compile csrc/, all files in parallel, and link the library. The objects are put beside it."""
     import torch
 
@@ -185,12 +188,19 @@ def _run_ninja(compiler: list[str], library: Path) -> None:
         f"build {library.name}: link {' '.join(objects)}",
     ]
     library.with_name("build.ninja").write_text("\n".join(lines) + "\n")
-    _run([sys.executable, "-m", "ninja", "-C", str(library.parent), library.name])
+    _run([sys.executable, "-m", "ninja", "-C", str(library.parent), library.name], after_step)
 
 
-def _run(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if result.returncode != 0:
-        last_lines = "\n".join((result.stdout + result.stderr).strip().splitlines()[-20:])
-        raise BuildError(f"`{shlex.join(command)}` failed with exit code {result.returncode}:\n{last_lines}\n")
-    return result.stdout
+def _run(command: list[str], after_step: Callable[[], None] = lambda: None) -> str:
+    """Run a command and return its output; call `after_step` after each line of ninja about a step that has ended."""
+    output: list[str] = []
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, **options) as process:  # type: ignore[call-overload]
+        for line in process.stdout:
+            output.append(line)
+            if line.startswith("["):  # [3/12] …
+                after_step()
+    if process.returncode != 0:
+        last_lines = "".join(output[-20:]).strip()
+        raise BuildError(f"`{shlex.join(command)}` failed with exit code {process.returncode}:\n{last_lines}\n")
+    return "".join(output)

@@ -33,7 +33,8 @@ class DoctorCommand:
         for index in range(torch.cuda.device_count()):
             versions.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
         if not torch.cuda.is_available():
-            versions.add_row("cuda", "no device")
+            built = torch.version.cuda and f"; torch is built for CUDA {torch.version.cuda}, its CPU build is smaller"
+            versions.add_row("cuda", f"no device{built or ''}")
         out.print(versions)
         kernels = Table("operator", "device", "kernel", "why not a faster one", "computed by plain PyTorch")
         for operator, devices in skipkernels.backends().items():

@@ -199,10 +199,14 @@ def test_load_model_architecture_only(monkeypatch):
     assert given[0]["image_mean"] == (0.5, 0.5, 0.5) and given[0]["pretrained"] is given[1]["pretrained"] is None
 
 
-def test_doctor(capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+@pytest.mark.parametrize("cuda", ["13.0", None])
+def test_doctor(cuda, capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "torch" in out and "class_sampled_ce" in out
+    assert "torch" in out and "class_sampled_ce" in out and "no device" in out
+    assert ("torch is built for CUDA 13.0" in out) == (cuda is not None)
 
 
 @pytest.mark.parametrize(
