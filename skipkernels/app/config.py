@@ -171,7 +171,7 @@ class TuneConfig(
         recipe = dataclasses.asdict(self._recipe(open_data))
         if self.method in _SCHEDULED and self.data.rpartition(":")[2] in _LARGE:
             recipe["epochs"] //= 4
-        if reference and self.method == "skip" and self._shots < 4:
+        if (reference and self.method == "skip" and self._shots < 4) or self.class_weight is not None:
             recipe["sampler"] = "random"
         recipe["protocol"] = self.chosen_protocol
         recipe["shots"] = self.chosen_shots
@@ -261,6 +261,8 @@ class TuneConfig(
             _refuse("patience", "patience needs validation images; add `validation=0.2`.")
         if self.resume and self.overwrite:
             _refuse("resume", "resume continues a run and `overwrite` replaces it; pass only one.")
+        if self.class_weight is not None and self.sampler == "class_pure":
+            _refuse("class_weight", "class_weight has no effect in batches of one class; use sampler=random.")
         self._check_optimizer()
         if self.log is not None:
             from .train import loggers

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ..options import (
     AttentionName,
     CacheDtype,
+    ClassWeight,
     LoggerName,
     Memory,
     Precision,
@@ -142,7 +143,11 @@ class TrainingOptions:
     batch_size: int | None = option(None, ge=1)
     """Images per step. For skip 4; for pictogram-tiny 16."""
     sampler: SamplerKind | None = None
-    """class_pure: batches of a single class if it has enough images. random: mixed batches. sequential: in order."""
+    """class_pure: batches of a single class if it has enough images. random: mixed batches. balanced: images drawn with
+    replacement, each class equally often. sequential: in order."""
+    class_weight: ClassWeight | None = option(None, methods="constructor")
+    """balanced: images of rare classes weigh more in the loss, all classes the same in total. By default every image
+    weighs the same. Batches are then random."""
     optimizer: str | None = None
     """sgd: fused SGD with momentum. torch-sgd, or a class of torch.optim such as AdamW. By default sgd for
     skip; adamw for pictogram-tiny."""

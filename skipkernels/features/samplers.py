@@ -1,4 +1,4 @@
-"""Order of training images, in batches. Every image is in one batch per epoch."""
+"""Order of training images, in batches."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class BatchSampler(Sampler[list[int]]):
     Args:
         labels: Label of every item, [n].
         batch_size: Items per batch of one process; the last batch of an epoch may have fewer.
-        kind: "random"; "sequential"; or "class_pure" (default): full batches of one class, and batches that mix the
-            remaining images of all classes.
+        kind: "class_pure" (default): full batches of one class, and batches that mix the remaining images of all
+            classes; "random"; "sequential". With these every image is in one batch per epoch. "balanced": as many
+            images are drawn with replacement, each class with the same probability.
         generator: Generator of the order, in the same state in all processes; default: a new one with seed 0.
         rank: Index of this process in `world_size`. Each process gets its part of every global batch of
             batch_size · world_size items, so that all take the same number of steps.
@@ -104,6 +105,11 @@ class BatchSampler(Sampler[list[int]]):
         size = self.batch_size * self.world_size
         if self.kind == "sequential":
             return self._merge_short(list(torch.arange(len(self.labels)).split(size)))
+        if self.kind == "balanced":
+            _, classes, counts = self.labels.unique(return_inverse=True, return_counts=True)
+            weights = 1 / counts[classes].double()  # [n]
+            order = torch.multinomial(weights, len(weights), replacement=True, generator=self.generator)  # [n]
+            return self._merge_short(list(order.split(size)))
         # 1. Draw the order of the n images.
         order = torch.randperm(len(self.labels), generator=self.generator)  # [n]
         if self.kind == "random":

@@ -50,6 +50,16 @@ def test_last_batch_too_small_for_all_processes_is_merged():
     assert ranks == [[[0, 1, 2]], [[3, 4]], [[5, 6]], [[7, 8]]]
 
 
+def test_balanced_batches_have_each_class_equally_often():
+    labels = [0] * 90 + [1] * 9 + [2]
+    ranks = [sampler(labels, 5, "balanced", rank=rank, world_size=2) for rank in range(2)]
+    drawn = [item for _ in range(30) for each in ranks for batch in each for item in batch]
+    assert len(drawn) == 30 * len(labels) and all(each.epoch == 30 for each in ranks)
+    counts = torch.tensor(labels)[drawn].bincount()
+    assert (counts - 1000).abs().max() < 4 * (3000 * 2 / 9) ** 0.5, "four standard deviations of 3,000 draws"
+    assert list(sampler(labels, 5, "balanced")) == list(sampler(labels, 5, "balanced"))
+
+
 @given(SETS, st.integers(1, 7))
 def test_class_pure_batches(labels, batch_size):
     batches = list(sampler(labels, batch_size, "class_pure"))
@@ -74,7 +84,7 @@ def test_epochs_differ_and_seeds_reproduce(kind):
 # ---- states ----------------------------------------------------------------------------------------------------
 
 
-@given(SETS, st.integers(1, 7), st.sampled_from(KINDS), st.integers(0, 40), st.integers(1, 2))
+@given(SETS, st.integers(1, 7), st.sampled_from([*KINDS, "balanced"]), st.integers(0, 40), st.integers(1, 2))
 def test_state_resumes_the_same_batches(labels, batch_size, kind, taken, world_size):
     assume(len(labels) >= world_size)
     processes = {"rank": world_size - 1, "world_size": world_size}
@@ -149,7 +159,7 @@ def test_invalid_state_is_refused(change, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "shuffled"}, r"kind must be one of class_pure, random, sequential; got 'shuffled'\."),
+        ({"kind": "shuffled"}, r"kind must be one of class_pure, random, balanced, sequential; got 'shuffled'\."),
         ({"batch_size": 0}, r"batch_size must be at least 1, a whole number; got 0\."),
         ({"rank": 2, "world_size": 2}, r"rank must be from 0 to world_size - 1 = 1; got 2\."),
         ({"rank": -1}, r"rank must be from 0 to world_size - 1 = 0; got -1\."),

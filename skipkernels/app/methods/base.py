@@ -313,20 +313,23 @@ class TunedModel(Method):
         *,
         generator: torch.Generator | None = None,
         text_cache: str | Path | None = None,
+        class_weight: Tensor | None = None,
         **settings: Any,
     ):
         super().__init__(model, tokenizer, task, generator=generator)
 
-        def skip_clip(test: str, tokens: Tensor, own: torch.Generator | None = None) -> SkipCLIP:
+        def skip_clip(
+            test: str, tokens: Tensor, own: torch.Generator | None = None, weight: Tensor | None = None
+        ) -> SkipCLIP:
             name = f"texts-{quote(test, safe=' ')}" + ("+templates" if tokens.ndim == 3 else "")  # quote escapes +
             folder = None if text_cache is None else Path(text_cache, name)
             try:
-                return SkipCLIP(model, tokens, generator=own, text_cache=folder, **settings)
+                return SkipCLIP(model, tokens, generator=own, text_cache=folder, class_weight=weight, **settings)
             except (ValueError, RuntimeError) as error:
                 raise InputError(str(error)) from error
 
         # SkipCLIP over the trained classes; `clip.sampler` has the state of its random numbers
-        self.clip = skip_clip(self._train_test, self._tokens[self._train_test][0], self._generator)
+        self.clip = skip_clip(self._train_test, self._tokens[self._train_test][0], self._generator, class_weight)
         self._clips = {self._train_test: self.clip}
         for test, templates in self._tokens.items():
             if len(templates) > 1:

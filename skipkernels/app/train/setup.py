@@ -182,8 +182,15 @@ def build_method(
     settings = {name: getattr(config, name) for name in names}
     settings |= {"process_group": processes.group, "generator": torch.Generator().manual_seed(config.seed)}
     settings["text_cache"] = config.cache
+    settings["class_weight"] = None if config.class_weight is None else balanced_weights(task)
     options = method.options()
     return method(model, tokenizer, task, **{name: settings[name] for name in settings if name in options})
+
+
+def balanced_weights(task: Task) -> torch.Tensor:
+    """Weights [C] of the trained classes: n / (C · n_c) for n images, n_c of the class, so that their sum is n."""
+    counts = torch.tensor(task.train.labels).bincount(minlength=len(task.tests[0].classes))
+    return len(task.train) / (len(counts) * counts.clamp_min(1).float())
 
 
 def build_task(

@@ -13,6 +13,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.train import evaluate_run, tune
+from skipkernels.clip import SkipCLIP
 from tests.app.runs import fails, files
 
 COLOURS = ["black", "red", "white"]
@@ -53,6 +54,27 @@ def test_tune_dataset(run):
     assert evaluate_run(str(folder), dataset=Squares(30), classes=SETTINGS["classes"]) == metrics["tuned"]
 
 
+@pytest.mark.parametrize("changes", [{"class_weight": "balanced"}, {"sampler": "balanced"}], ids=str)
+def test_rare_classes_weigh_as_much(changes, tmp_path, monkeypatch):
+    """Twelve black squares, six red, three white."""
+    squares, made, trained, forward = Squares(21), [], [], SkipCLIP.forward
+    squares.labels = [0] * 12 + [1] * 6 + [2] * 3
+
+    def recorded(clip, x, y, **options):
+        made.append(clip)
+        trained.extend(y.tolist())
+        return forward(clip, x, y, **options)
+
+    monkeypatch.setattr(SkipCLIP, "forward", recorded)
+    tune(dataset=squares, validation="none", test=Squares(3), out=tmp_path, **SETTINGS | {"epochs": 10} | changes)
+    counts = torch.tensor(trained).bincount()
+    if "sampler" in changes:
+        assert (counts - 70).abs().max() < 4 * (210 * 2 / 9) ** 0.5, "four standard deviations of 210 draws"
+    else:
+        assert counts.tolist() == [120, 60, 30]
+        assert made[0].class_weight.tolist() == pytest.approx([21 / 36, 21 / 18, 21 / 9])
+
+
 def test_resume_with_the_same_dataset(run):
     folder, metrics = run
     again = {"validation": 0.25, "name": "my squares", "out": folder, "resume": True, **SETTINGS}
@@ -61,6 +83,13 @@ def test_resume_with_the_same_dataset(run):
         tune(dataset=Squares(30, shift=1), **again)
     with pytest.raises(InputError, match="dataset_key is '.*' in the run in"):
         tune(dataset=Squares(30), key="version 2", **again)
+
+
+def test_class_weight_without_effect_is_refused():
+    with pytest.raises(InputError, match="class_weight has no effect in batches of one class; use sampler=random"):
+        TuneConfig(class_weight="balanced", sampler="class_pure").resolved()
+    with pytest.raises(InputError, match='class_weight=balanced has no effect with method="full"'):
+        TuneConfig(class_weight="balanced", method="full").resolved()
 
 
 def test_eval_of_dataset(run, capsys):
