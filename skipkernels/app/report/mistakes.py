@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -140,17 +141,32 @@ def confusion_matrix(test: TestPredictions, *, limit: int = WORST) -> tuple[list
     """Count the predictions of the classes with the most errors, or of all if there are at most `limit` classes.
 
     Returns labels [n], and counts [n, n + 1]: images of a class (row) predicted as each of these classes, or as any
-    other (last column). Both are empty without errors.
+    other (last column). Classes that are confused with each other are neighbours. Both are empty without errors.
     """
-    labels = sorted(_by_errors(test)[:limit])
+    labels = _by_errors(test)[:limit]
     if labels and len(test.classes) <= limit:
-        labels = list(range(len(test.classes)))
+        labels += [label for label in range(len(test.classes)) if label not in labels]
+    labels = _neighbours(labels, test)
     place = torch.full((len(test.classes),), len(labels))
     place[labels] = torch.arange(len(labels))
     rows, columns = place[test.labels], place[test.last.classes[:, 0]]
     chosen, width = rows < len(labels), len(labels) + 1
     counts = (rows * width + columns)[chosen].bincount(minlength=len(labels) * width)
     return labels, counts.view(len(labels), width).tolist()
+
+
+def _neighbours(labels: list[int], test: TestPredictions) -> list[int]:
+    """Order labels so that each follows the one that it is confused with most, of those that are left."""
+    confused: Counter[frozenset[int]] = Counter()
+    for pair, indices in _errors(test).items():
+        confused[frozenset(pair)] += len(indices)
+    left = list(labels)
+    found: list[int] = []
+    while left:
+        last = found[-1:]
+        found.append(max(left, key=lambda label: confused[frozenset([*last, label])]))  # the first of equal ones
+        left.remove(found[-1])
+    return found
 
 
 def predictions_with_thumbnails(

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator
 
 from .dot_plot import DotRow, dot_plot
 from .plots import COLOURS, GREY, coloured, panels_svg
-from .rendering import MISSING, facts, number, render, svg
+from .rendering import MISSING, facts, number, plural, render, svg
 
 _ACCURACY, _COST, _TIME = "accuracy, %", "cost", "tuning, s"
 _SUMMARIES = ("harmonic", "targets")  # the accuracy that a protocol is judged by, if it has several
@@ -107,7 +107,10 @@ def _headline(study: Mapping[str, Any]) -> str:
     times = {variant: _time(groups) for variant, groups in summary.items()}
     if times[best] is not None:
         sentence += f" after {number(times[best], ',.3g')} s of tuning"
-    return f"{sentence}."
+    runs: list[dict[str, Any]] = study.get("runs") or [{"metrics": {}}]
+    images = runs[0]["metrics"].get("images", {}).get("tests", {}).get(name)
+    counts = [plural(seeds, "seed"), *([plural(images, "test image")] if images else [])]
+    return f"{sentence} ({', '.join(counts)})."
 
 
 def _time(groups: Mapping[str, Any]) -> float | None:

@@ -411,7 +411,7 @@ def study(**changes) -> dict:
 def test_study_page_of_methods():
     text = study_html(study())
     found = Page(text)
-    assert "Best is skip with 80.0 ± 2.5 % base accuracy after 9 s of tuning." in found.text
+    assert "Best is skip with 80.0 ± 2.5 % base accuracy after 9 s of tuning (3 seeds)." in found.text
     assert ["skip", "80.0 ± 2.5", "–"] in found.rows and ["bad", "5.0", "100"] in found.rows
     assert len(found.named("script")) == 1 and NASTY not in text
     assert [svg.get("aria-label") for svg in map(ElementTree.fromstring, svgs(text))][0].startswith(
@@ -428,7 +428,7 @@ def test_study_page_of_tests_and_shots():
     assert sum(a.get("class") == "interval" for a in found.named("i")) == 1
     shots = {"1 shot": {"accuracy, %": {"zero-shot": [50.0, 0.0], "tuned": [60.0, 1.0]}}}
     text = study_html(study(layout="shots", summary=shots))
-    assert "Best is 1 shot with 60.0 ± 2.5 % accuracy." in Page(text).text
+    assert "Best is 1 shot with 60.0 ± 2.5 % accuracy (3 seeds)." in Page(text).text
     assert ElementTree.fromstring(svgs(text)[0]).get("aria-label") == "accuracy over the training images per class"
 
 
@@ -508,7 +508,8 @@ def test_confusions_by_number_of_errors():
         ConfusedPair(3, 4, index=10, predicted_index=None, count=1, total=1),
     ]
     assert confused_pairs(test) == expected and confused_pairs(test, limit=2) == expected[:2]
-    assert confusion_matrix(test, limit=2) == ([0, 1], [[1, 0, 2], [1, 1, 2]])
+    assert confusion_matrix(test, limit=2) == ([1, 0], [[1, 1, 2], [0, 1, 2]])
+    assert confusion_matrix(test)[0] == [1, 0, 2, 3, 4], "each beside the one that it is confused with most"
     assert confusion_matrix(test)[1][3:] == [[0, 0, 0, 0, 1, 0], [0] * 6], "all of few classes"
     assert class_results(test)[1] == ClassResult(1, 4, 100.0, 25.0, predicted=0, errors=1)
     assert [result.label for result in class_results(test)] == [0, 1, 2, 3], "4 has no images"
