@@ -22,6 +22,7 @@ from .rendering import MISSING, facts, number, plural, render, svg
 
 _SUMMARIES = {"harmonic": "harmonic mean", "targets": "mean of the targets"}
 _LARGEST = 1 << 28  # bytes of metrics.jsonl
+_FEW = 100  # validation images, of which one is more than 1 %
 _TABLE_ROWS = 2000  # most classes in a table
 _TOP_PLOTS = 2  # most tests with a plot of their classes at the top; of more tests, a row each is shown there
 
@@ -43,6 +44,7 @@ def report_html(
         accuracy=_accuracy(metrics, names),
         tests=[_test(test) for test in tests],
         more_plots=[_class_plot(test) for test in tests] if len(names) > _TOP_PLOTS else [],
+        thresholds=_thresholds(metrics.get("validation") or {}),
         curves=_curves(metrics, rows, coloured(names)),
         stages=_stages(rows),
         cost=_cost(config, metrics),
@@ -245,6 +247,20 @@ def _card(test: TestPredictions, index: int) -> dict[str, Any]:
         "image": test.thumbnails.get(index),
         "predictions": [("zero-shot", listed(test.zero_shot)), ("tuned", listed(test.tuned))],
     }
+
+
+def _thresholds(validation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Table of thresholds on the validation images, with a sentence for the first that leaves images out."""
+    rows, count = validation.get("thresholds"), validation.get("images")
+    if not rows or not count:
+        return None
+    text = "These thresholds keep all validation images."
+    row = next((row for row in rows if finite(row["threshold"]) and row["coverage"] < 100), None)
+    if row is not None:
+        kept, right = (number(row[name], ".0f", "\N{NO-BREAK SPACE}%") for name in ("coverage", "accuracy"))
+        text = f"At {row['threshold']:.2f}, {kept} of the validation images are kept, of which {right} are right."
+    few = f"; they are few, one is {_percent(100 / count)}" if count < _FEW else ""
+    return {"rows": rows, "text": f"{text} Measured on {plural(count, 'validation image')}{few}."}
 
 
 def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from ..methods.base import TunedModel
 from ..report import report_html
 from ..report.mistakes import predictions_with_thumbnails
 from ..train import weights
-from ..train.calibration import fit_temperature
+from ..train.calibration import calibrate
 from ..train.checkpoint import MODEL
 from ..train.class_metrics import metrics_of_test
 from ..train.description import Description, describe, write_open_clip_config
@@ -146,8 +146,9 @@ def blend(
     described = describe(written, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
     held = evaluator.validation_logits(setup.method)
     if held is not None:
-        metrics["validation"] = metrics["validation"] | {"tuned": blended.validation}
-        described = replace(described, temperature=fit_temperature(*held), calibration_images=len(held[1]))
+        fitted, thresholds = calibrate(*held)
+        metrics["validation"] = metrics["validation"] | {"tuned": blended.validation, "thresholds": thresholds}
+        described = replace(described, **fitted)
     _write(new_folder, written, setup, described, metrics, tests)
     return metrics
 

@@ -1,12 +1,17 @@
-"""Temperature scaling: probabilities that agree with the accuracy on held-out images."""
+"""Probabilities that agree with the accuracy on held-out images, and thresholds on them."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WANTED = (("accuracy", 90.0), ("accuracy", 95.0), ("accuracy", 99.0), ("coverage", 95.0))
+"""Accuracies, and shares of images that are kept, in per cent, for which thresholds are found."""
+_NONE_QUANTILE = 0.05  # of the energies of held-out images
 _BOUNDS = (math.log(0.01), math.log(100.0))  # range of log T
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _STEPS = 60  # the interval shrinks by 0.618 in each, to 3e-13 of its length
@@ -56,3 +61,89 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     found = (low + high) / 2
     at_bound = min(found - _BOUNDS[0], _BOUNDS[1] - found) < _TOLERANCE
     return None if at_bound else math.exp(found)
+
+
+def fit_none_logit(logits: Tensor, temperature: float | None) -> float:
+    """Return the logit of "none of these": the 5 % quantile of the energy logsumexp(z / T) of held-out images.
+
+    At this energy, "none of these" is as probable as all classes together.
+    """
+    return (logits.double() / (temperature or 1.0)).logsumexp(dim=1).quantile(_NONE_QUANTILE).item()
+
+
+def class_probabilities(logits: Tensor, temperature: float | None, none_logit: float | None) -> Tensor:
+    """Probabilities [n, C] of the classes, with "none of these" as one more class if it has a logit b.
+
+        p_c = exp(z_c / T) / (exp(b) + Σ_j exp(z_j / T)) = softmax_c(z / T) · σ(E − b),   E = logsumexp(z / T)
+
+    σ(E − b) is small for images that resemble no class, of which the softmax may be near 1.
+
+    Args:
+        logits: Logits z [n, C].
+        temperature: T; None is 1.
+        none_logit: b; None is −∞, the softmax over the classes.
+
+    Source: the energy is that of Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020, arXiv
+    2010.03759.
+
+    Example:
+        >>> import torch
+        >>> class_probabilities(torch.zeros(1, 2), None, none_logit=0.0).tolist()
+        [[0.3333333432674408, 0.3333333432674408]]
+    """
+    scaled = logits.float() / (temperature or 1.0)
+    if none_logit is None:
+        return scaled.softmax(dim=1)
+    none = scaled.new_full((len(scaled), 1), none_logit)
+    return torch.cat([scaled, none], dim=1).softmax(dim=1)[:, :-1]
+
+
+def find_thresholds(probabilities: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """Find the thresholds of `WANTED`: the smallest that reaches an accuracy, the largest that keeps a share of images.
+
+    An image is kept if its largest probability is at least the threshold, a multiple of 0.01.
+
+    Args:
+        probabilities: Probabilities [n, C] of held-out images.
+        labels: int64 [n].
+
+    Returns:
+        list[dict[str, Any]]: For each of `WANTED`, "wanted", "target", "threshold", "coverage" (share of the images
+            that is kept) and "accuracy" (of those), in per cent. The last three are None if the target is not reached.
+
+    Source: Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017, arXiv 1705.08500.
+
+    Example:
+        >>> import torch
+        >>> probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+        >>> find_thresholds(probabilities, torch.tensor([0, 0, 1, 1]))[0]
+        {'wanted': 'accuracy', 'target': 90.0, 'threshold': 0.61, 'coverage': 75.0, 'accuracy': 100.0}
+    """
+    best, classes = probabilities.max(dim=1)
+    correct = classes == labels.to(classes.device)
+    points: list[dict[str, Any]] = []
+    for threshold in (n / 100 for n in range(101)):
+        kept = best >= threshold
+        if kept.any():
+            parts = {"coverage": kept, "accuracy": correct[kept]}
+            shares = {name: round(100 * part.double().mean().item(), 4) for name, part in parts.items()}
+            points.append({"threshold": threshold, **shares})
+    rows = []
+    for wanted, target in WANTED:
+        reached = [point for point in points if point[wanted] >= target]
+        place = 0 if wanted == "accuracy" else -1
+        found = reached[place] if reached else dict.fromkeys(("threshold", "coverage", "accuracy"))
+        rows.append({"wanted": wanted, "target": target, **found})
+    return rows
+
+
+def calibrate(logits: Tensor, labels: Tensor) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Fit the temperature and the logit of "none of these", and find thresholds; arguments as for `fit_temperature`.
+
+    Returns:
+        Fields of a `Description`, and the result of `find_thresholds`.
+    """
+    temperature = fit_temperature(logits, labels)
+    none_logit = fit_none_logit(logits, temperature)
+    fields = {"temperature": temperature, "none_logit": none_logit, "calibration_images": len(labels)}
+    return fields, find_thresholds(class_probabilities(logits, temperature, none_logit), labels)

@@ -61,6 +61,8 @@ class Description:
     """exp(logit_scale) of the model."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """Divisor of the logits, fitted on held-out images at the end of training; None if they are not calibrated."""
+    none_logit: float | None = None
+    """Logit of "none of these" after the temperature; see `calibration.class_probabilities`."""
     calibration_images: int = 0
     weights_xxh3: Text | None = None
     """Digest of the weights file; None in files of earlier versions."""

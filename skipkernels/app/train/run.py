@@ -28,7 +28,7 @@ from ..methods.skip import Skip
 from ..report import report_html
 from ..report.mistakes import predictions_with_thumbnails
 from . import checkpoint, notes
-from .calibration import fit_temperature
+from .calibration import calibrate
 from .checkpoint import DELTA, MODEL, Checkpoint, best_epoch, has_stalled
 from .class_metrics import metrics_of_test
 from .command_line import command_line
@@ -228,6 +228,7 @@ class Run:
         self.display = ProgressDisplay(console, title=title, memory=self.memory)
         self.rows = [] if resumed is None else list(resumed.rows)  # of the complete epochs
         self.tuned: Evaluation | None = None  # after the last complete epoch, in the end of the best
+        self.thresholds: list[dict[str, Any]] = []  # by accuracy on the validation images
         self.warnings: list[str] = []
         self.seconds_before = 0.0 if resumed is None else resumed.seconds  # of earlier processes
         self.seconds_fit = 0.0
@@ -370,12 +371,11 @@ class Run:
         self.rows, self.tuned = rows, evaluation
 
     def _calibrate(self) -> None:
-        """Fit the temperature on the validation images, with the final weights."""
+        """Fit probabilities and find thresholds on the validation images, with the final weights."""
         found = self.evaluator.validation_logits(self.method)
-        temperature = None if found is None else fit_temperature(*found)
-        if found is not None and temperature is not None:
-            images = len(found[1])
-            self.described = replace(self.described, temperature=temperature, calibration_images=images)
+        if found is not None:
+            fitted, self.thresholds = calibrate(*found)
+            self.described = replace(self.described, **fitted)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -409,10 +409,12 @@ class Run:
         """Contents of metrics.json."""
         rows, config = self.rows, self.config
         seconds, steps = [row["seconds"] for row in rows], sum(row["steps"] for row in rows)
-        classes, validation = {test.name: test.classes for test in self.task.tests}, None
+        classes = {test.name: test.classes for test in self.task.tests}
+        validation: dict[str, Any] | None = None
         if self.task.validation is not None:
             images = len(self.task.validation.images)
             validation = {"images": images, "zero_shot": self.zero_shot.validation, "tuned": tuned.validation}
+            validation["thresholds"] = self.thresholds
         return {
             "command": self.command,
             "environment": environment(config.device, self.processes.size),

@@ -179,6 +179,19 @@ def test_report_contents():
     assert ids == ["fixed", "broken", "classes", "confusions", "training", "reproduce", "cost"], "cost is last"
 
 
+def test_report_thresholds():
+    unreached = {"wanted": "accuracy", "target": 99.0, "threshold": None, "coverage": None, "accuracy": None}
+    row = {"wanted": "coverage", "target": 95.0, "threshold": 0.72, "coverage": 81.25, "accuracy": 95.0}
+    found = Page(page({"validation": {"images": 80, "zero_shot": 60.0, "tuned": 80.0, "thresholds": [row, unreached]}}))
+    percent = "\N{NO-BREAK SPACE}%"
+    assert f"At 0.72, 81{percent} of the validation images are kept, of which 95{percent} are right." in found.text
+    assert f"Measured on 80 validation images; they are few, one is 1.2{percent}." in found.text
+    assert ["95 % kept", "0.72", "81.2", "95.0"] in found.rows and ["99 % right", "–", "–", "–"] in found.rows
+    none = {"validation": {"images": 200, "zero_shot": 60.0, "tuned": 80.0, "thresholds": [row | {"coverage": 100.0}]}}
+    assert "These thresholds keep all validation images. Measured on 200 validation images." in Page(page(none)).text
+    assert "Thresholds" not in Page(page({"validation": {"images": 80, "zero_shot": 60.0, "tuned": 80.0}})).text
+
+
 def test_report_galleries_show_top_classes_and_shape():
     text = page(tests=[predicted()])
     fixed, broken = (

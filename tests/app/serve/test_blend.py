@@ -16,7 +16,7 @@ from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.serve.blending import _between
 from skipkernels.app.train import evaluate_run, predictions
-from skipkernels.app.train.calibration import fit_temperature
+from skipkernels.app.train.calibration import fit_none_logit, fit_temperature
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.setup import build_run
 from tests.app.runs import shortened
@@ -117,6 +117,8 @@ def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, 
         classifier = sk.Classifier.load(tmp_path / name, device="cpu")
         fitted = fit_temperature(classifier.logits(inputs), torch.tensor(held.labels))
         assert classifier.temperature == pytest.approx(fitted, rel=1e-3)  # logits in batches of another size
+        none_logit = fit_none_logit(classifier.logits(inputs), classifier.temperature)
+        assert classifier.none_logit == pytest.approx(none_logit, rel=1e-3)
 
     zero_shot = str(tmp_path / "zero-shot")
     assert main(["tune", "--method", "zero-shot", "--classes", "4", "--device", "cpu", "--out", zero_shot]) == 0
