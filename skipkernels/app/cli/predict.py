@@ -27,6 +27,9 @@ class PredictOptions:
 
     top: int = 5
     """Number of classes for each image, best first."""
+    threshold: float | None = None
+    """Smallest probability, from 0 to 1, of the best class: images below it get the label "none of these". report.html
+    of the run has thresholds with their accuracy."""
     classes: str | None = None
     """Other classes, recognised by their names alone: at least two names with commas between them, or a file with a
     name in each line, which may have commas. By default the trained classes."""
@@ -71,12 +74,21 @@ class PredictCommand:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data.files import format_others
         from skipkernels.app.serve import Classifier
-        from skipkernels.app.serve.classifier import check_counts
-        from skipkernels.app.serve.output import SortedFolders, check_file, csv_lines, write_rows
+        from skipkernels.app.serve.classifier import check_counts, check_threshold
+        from skipkernels.app.serve.output import (
+            NONE,
+            SortedFolders,
+            check_file,
+            check_none,
+            csv_lines,
+            labelled,
+            write_rows,
+        )
 
         results, compute = self.results, self.compute
         counts: dict[str, Any] = {"batch_size": compute.batch_size, "workers": compute.workers}
         check_counts(top=results.top, **counts)
+        check_threshold(results.threshold)
         if results.out is not None:
             check_file(results.out, "predict")
         images, others = self._images()
@@ -88,19 +100,26 @@ class PredictCommand:
             precision=compute.precision,
             trust=compute.trust,
         )
-        folders = None if results.sort_into is None else SortedFolders(results.sort_into, classifier.classes)
+        labels = list(classifier.classes)
+        if results.threshold is not None:
+            check_none(labels)
+            labels.insert(0, NONE)
+        folders = None if results.sort_into is None else SortedFolders(results.sort_into, labels)
         rows: list[Row] = []
-        unreadable = 0
+        unreadable = without_class = 0
+        options: dict[str, Any] = {"top": results.top, "threshold": results.threshold, "unreadable": "skip"}
         try:
             with progress("images", len(images)) as advance:
-                for part in classifier.predict_batches(images, top=results.top, unreadable="skip", **counts):
+                for part in classifier.predict_batches(images, **options, **counts):
                     for name, reason in part.unreadable.items():
                         err.print(f"skipped {name}: {reason}", soft_wrap=True)
                     unreadable += len(part.unreadable)
-                    rows.extend(part)
+                    without_class += int((~part.known).sum())
+                    found = list(labelled(part))
+                    rows.extend(found)
                     if folders is not None:
-                        for name, labels in part:
-                            folders.add(name, labels[0][0])
+                        for name, ranked in found:
+                            folders.add(name, ranked[0][0])
                     advance(len(part) + len(part.unreadable))
         except BaseException:
             err.print(f"{len(rows):,} of {len(images):,} images are classified", soft_wrap=True)
@@ -114,10 +133,11 @@ class PredictCommand:
                 out.file.writelines(csv_lines(rows))
         if others:
             err.print(format_others(others), soft_wrap=True)
-        skipped = f", {unreadable:,} skipped" if unreadable else ""
+        counted = f", {without_class:,} as {NONE}" if results.threshold is not None else ""
+        counted += f", {unreadable:,} skipped" if unreadable else ""
         calibration = self._calibration(classifier)
         noun = "image" if len(rows) == 1 else "images"
-        err.print(f"{len(rows):,} {noun} classified{skipped}; probabilities are {calibration}", soft_wrap=True)
+        err.print(f"{len(rows):,} {noun} classified{counted}; probabilities are {calibration}", soft_wrap=True)
         return 1 if unreadable else 0
 
     def _calibration(self, classifier: Classifier) -> str:

@@ -17,6 +17,7 @@ from ...options import Precision
 from ..data import InputError
 from ..data.files import find_images
 from ..data.images import read_ahead, read_image, to_rgb
+from ..train.calibration import class_probabilities
 from .loading import TEST, TunedRun, load_run
 
 Unreadable = Literal["raise", "skip"]
@@ -24,14 +25,16 @@ Unreadable = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class Predictions:
-    """The best classes of N images, best first.
+    """The best classes of N images, best first, also of an image that has none of the classes.
 
     Attributes:
         names: Path of each image; its number for an image without a path.
         ids: Classes, int64 [N, k], as positions in `classes`.
-        probabilities: Their probabilities, fp32 [N, k]. They sum to 1 over all classes, not over these k.
+        probabilities: Their probabilities, fp32 [N, k]. They sum to 1 over all classes, not over these k; with a
+            threshold, over all classes and "none of these".
         classes: Names of all classes.
         unreadable: Reason by path for files that were skipped.
+        threshold: The smallest probability of the best class of an image that has a class; None for no threshold.
     """
 
     names: list[str]
@@ -39,6 +42,12 @@ class Predictions:
     probabilities: Tensor
     classes: list[str]
     unreadable: dict[str, str] = field(default_factory=dict)
+    threshold: float | None = None
+
+    @property
+    def known(self) -> Tensor:
+        """False for an image that has none of the classes: its best probability is below the threshold. Bool [N]."""
+        return self.probabilities[:, 0] >= (self.threshold or 0.0)
 
     @property
     def labels(self) -> list[list[str]]:
@@ -64,12 +73,15 @@ class Classifier:
         p_c = softmax over c of (exp(logit_scale) · ⟨x̂, t̂_c⟩ / temperature)
 
     t̂_c is the unit-norm mean of the prompts of class c; a method may compute other logits. The temperature was fitted
-    on held-out images when the model was tuned; without such images, and for other classes or prompts, it is 1.
+    on held-out images when the model was tuned; without such images, and for other classes or prompts, it is 1. With a
+    threshold, "none of these" is one more class, with a constant logit from the same images.
 
     Attributes:
         classes: Names of the classes.
         temperature: Divisor of the logits.
         calibrated: True if the temperature was fitted on held-out images, with the same classes and prompts.
+        none_logit: Logit of "none of these" after the temperature, which is used with a threshold; None without
+            held-out images, and for other classes or prompts.
         transform: Transform of an RGB image to a tensor [3, H, W].
 
     Example:
@@ -82,6 +94,8 @@ class Classifier:
         >>> found = classifier.predict(torch.zeros(3, 3, 32, 32), top=2)
         >>> found.ids.shape, len(classifier.classes), found[0][0], len(found[0][1])
         (torch.Size([3, 2]), 2, '0', 2)
+        >>> classifier.predict(torch.zeros(3, 3, 32, 32), threshold=1).known.tolist()
+        [False, False, False]
     """
 
     def __init__(self, run: TunedRun):
@@ -91,6 +105,7 @@ class Classifier:
         temperature = run.described.temperature if run.has_own_prompts else None
         self.calibrated = temperature is not None
         self.temperature = temperature or 1.0
+        self.none_logit = run.described.none_logit if run.has_own_prompts else None
 
     @classmethod
     def load(
@@ -158,6 +173,7 @@ class Classifier:
         images: Any,
         *,
         top: int = 5,
+        threshold: float | None = None,
         batch_size: int = 64,
         workers: int | None = None,
         unreadable: Unreadable = "raise",
@@ -168,6 +184,8 @@ class Classifier:
             images: A Pillow image, a path, or a list of these; the path of a folder, for all images in it; or
                 preprocessed images [N, 3, H, W].
             top: Number of classes for each image; all classes if there are fewer.
+            threshold: Smallest probability, from 0 to 1, of the best class of an image that has a class: `known` of the
+                result is False for the others. report.html has thresholds and their accuracy on validation images.
             batch_size: Images per forward pass.
             workers: Threads that decode images. Default: one for each core, at most 8.
             unreadable: "skip" leaves out files that can't be read and lists them in the result; "raise" raises.
@@ -180,7 +198,7 @@ class Classifier:
             FloatingPointError: If a logit is not finite.
         """
         options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "unreadable": unreadable}
-        parts = list(self.predict_batches(images, top=top, **options))
+        parts = list(self.predict_batches(images, top=top, threshold=threshold, **options))
         skipped = {name: reason for part in parts for name, reason in part.unreadable.items()}
         empty = torch.empty(0, min(top, len(self.classes)))
         return Predictions(
@@ -189,6 +207,7 @@ class Classifier:
             torch.cat([part.probabilities for part in parts] or [empty]),
             self.classes,
             skipped,
+            threshold,
         )
 
     def predict_batches(
@@ -196,12 +215,14 @@ class Classifier:
         images: Any,
         *,
         top: int = 5,
+        threshold: float | None = None,
         batch_size: int = 64,
         workers: int | None = None,
         unreadable: Unreadable = "raise",
     ) -> Iterator[Predictions]:
         """Classify images batch by batch, with the arguments and errors of `predict`."""
         check_counts(top=top, batch_size=batch_size, workers=workers)
+        check_threshold(threshold)
         if isinstance(images, (str, os.PathLike)):
             path = Path(images).expanduser()
             images = [path / name for name, _ in find_images(path, {"": 0})[0]] if path.is_dir() else [path]
@@ -214,7 +235,7 @@ class Classifier:
                 )
             for start in range(0, len(images), batch_size):
                 part = images[start : start + batch_size]
-                yield self._predictions(list(map(str, range(start, start + len(part)))), part, top)
+                yield self._predictions(list(map(str, range(start, start + len(part)))), part, top, threshold)
         else:
             images = [images] if isinstance(images, Image.Image) else list(images)
             names = [str(n) if isinstance(image, Image.Image) else str(image) for n, image in enumerate(images)]
@@ -231,9 +252,11 @@ class Classifier:
             decoded = read_ahead(load, len(images), workers=workers, ahead=2 * batch_size)
             for start in range(0, len(images), batch_size):
                 batch = list(zip(names[start : start + batch_size], decoded, strict=False))
-                yield self._decoded(batch, top, unreadable)
+                yield self._decoded(batch, top, threshold, unreadable)
 
-    def _decoded(self, decoded: list[tuple[str, Any]], top: int, unreadable: Unreadable) -> Predictions:
+    def _decoded(
+        self, decoded: list[tuple[str, Any]], top: int, threshold: float | None, unreadable: Unreadable
+    ) -> Predictions:
         """Classify named tensors [3, H, W]; one that can't be read has an error in its place."""
         reasons: dict[str, str] = {}
         for name, image in decoded:
@@ -244,13 +267,20 @@ class Classifier:
         read = [(name, image) for name, image in decoded if name not in reasons]
         if not read:
             k = min(top, len(self.classes))
-            return Predictions([], torch.empty(0, k).long(), torch.empty(0, k), self.classes, reasons)
-        return self._predictions([name for name, _ in read], torch.stack([image for _, image in read]), top, reasons)
+            return Predictions([], torch.empty(0, k).long(), torch.empty(0, k), self.classes, reasons, threshold)
+        inputs = torch.stack([image for _, image in read])
+        return self._predictions([name for name, _ in read], inputs, top, threshold, reasons)
 
     def _predictions(
-        self, names: list[str], inputs: Tensor, top: int, unreadable: dict[str, str] | None = None
+        self,
+        names: list[str],
+        inputs: Tensor,
+        top: int,
+        threshold: float | None,
+        unreadable: dict[str, str] | None = None,
     ) -> Predictions:
-        scores = (self.logits(inputs).float() / self.temperature).softmax(dim=1)
+        none_logit = None if threshold is None else self.none_logit
+        scores = class_probabilities(self.logits(inputs), self.temperature, none_logit)
         probabilities, ids = (found.cpu() for found in scores.topk(min(top, len(self.classes)), dim=1))
         if not probabilities.isfinite().all():  # NaN if a logit is NaN or +∞
             name = next(name for name, row in zip(names, probabilities, strict=True) if not row.isfinite().all())
@@ -258,7 +288,7 @@ class Classifier:
                 f'Classifier.predict: logits of image {name} are not finite. Use precision="fp32"; if they are not '
                 "finite in fp32 either, the image or the weights have values that are not finite."
             )
-        return Predictions(names, ids, probabilities, self.classes, unreadable or {})
+        return Predictions(names, ids, probabilities, self.classes, unreadable or {}, threshold)
 
 
 def check_counts(**counts: int | None) -> None:
@@ -266,6 +296,17 @@ def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InputError(f"Classifier.predict: {name} must be a whole number of at least 1; got {value}.", name)
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Raise an InputError if the threshold is not a number from 0 to 1, or None."""
+    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if threshold is not None and not (number and 0 <= threshold <= 1):
+        raise InputError(
+            f"Classifier.predict: threshold must be a number from 0 to 1; got {threshold!r}. The run's report.html has "
+            "thresholds with their accuracy.",
+            "threshold",
+        )
 
 
 def predict(run: str | Path, images: Any, *, top: int = 5, **options: Any) -> Predictions:

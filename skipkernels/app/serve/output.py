@@ -8,12 +8,18 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...folders import replaced_file
 from ...formatting import csv_line
 from ..data import InputError
 from ..train.run_folder import check_writable
 
+if TYPE_CHECKING:
+    from .classifier import Predictions
+
+NONE = "none of these"
+"""Label of an image that has none of the classes."""
 Row = tuple[str, list[tuple[str, float]]]
 """Name of an image, and its labels with their probabilities, best first."""
 
@@ -26,6 +32,22 @@ def check_file(path: Path, command: str) -> None:
     if path.is_dir() or not parent.is_dir():
         raise InputError(f"{command}: out must be a file in an existing folder; got {path}.", "out")
     check_writable(parent, "out", command)
+
+
+def check_none(classes: Sequence[str]) -> None:
+    """Raise an InputError if a class has the label of images without a class."""
+    if any(name.strip().casefold() == NONE for name in classes):
+        raise InputError(
+            f"predict: threshold labels images {NONE!r}, which is also a class of the run. Use Classifier.predict in "
+            "Python, where `known` of the result marks such images.",
+            "threshold",
+        )
+
+
+def labelled(found: Predictions) -> Iterator[Row]:
+    """Yield the rows of predictions, with `NONE` in place of the best label of an image without a class."""
+    for (name, labels), known in zip(found, found.known.tolist(), strict=True):
+        yield name, labels if known else [(NONE, labels[0][1]), *labels[1:]]
 
 
 def csv_lines(rows: Iterable[Row]) -> Iterator[str]:

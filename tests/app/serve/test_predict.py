@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -20,8 +21,10 @@ from PIL import Image
 import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError, open_source
-from skipkernels.app.serve.output import SortedFolders
+from skipkernels.app.serve.output import NONE, SortedFolders
 from skipkernels.app.train import tune
+from skipkernels.app.train.calibration import class_probabilities, find_thresholds, fit_none_logit
+from skipkernels.app.train.setup import build_task
 from skipkernels.digests import digest_file
 from skipkernels.formatting import csv_line, csv_text
 from tests.app.serve.conftest import CONFIG
@@ -115,6 +118,7 @@ def test_open_clip_loads_the_run(run, images, classifier):
         ({"device": "gpu"}, {}, "device 'gpu' can't be used"),
         ({"precision": "bf16-sr"}, {}, "precision must be one of auto, fp32"),
         ({}, {"top": 0}, "top must be a whole number of at least 1"),
+        *(({}, {"threshold": bad}, "threshold must be a number from 0 to 1; got") for bad in (-1, 2, math.nan, "0.8")),
         ({}, {"images": torch.zeros(3, 32, 32)}, r"\[N, 3, H, W\]"),
         ({}, {"images": [Image.new("F", (32, 32))]}, "image 0: has 32 bits per channel"),
         ({}, {"images": ["missing.png"]}, "missing.png: no such file"),
@@ -199,6 +203,69 @@ def test_command(run, photos, tmp_path, capsys):
     assert len(outputs) == 1 and outputs.pop().count(",alpha,") == len(found)
 
 
+def test_thresholds_by_hand():
+    """Right at 0.95, 0.9 and 0.7, wrong at 0.8 and 0.605."""
+    best = torch.tensor([0.9, 0.8, 0.7, 0.605, 0.95])
+    probabilities = torch.stack([best, 1 - best], dim=1)
+    rows = find_thresholds(probabilities, torch.tensor([0, 1, 0, 1, 0]))
+    point = {"threshold": 0.81, "coverage": 40.0, "accuracy": 100.0}
+    assert rows[0] == {"wanted": "accuracy", "target": 90.0} | point
+    wrong = find_thresholds(probabilities, torch.ones(5, dtype=torch.int64))
+    nothing = {"threshold": None, "coverage": None, "accuracy": None}
+    assert wrong[:3] == [{"wanted": "accuracy", "target": target} | nothing for target in (90.0, 95.0, 99.0)]
+    everything = {"threshold": 0.6, "coverage": 100.0, "accuracy": 60.0}  # without one of five, 80 % would be kept
+    assert rows[3] == {"wanted": "coverage", "target": 95.0} | everything
+    right = find_thresholds(probabilities, torch.zeros(5, dtype=torch.int64))
+    assert all((row["threshold"], row["coverage"], row["accuracy"]) == (0.0, 100.0, 100.0) for row in right[:3])
+
+
+def test_none_is_one_more_class():
+    logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double()
+    energy = (logits / 2).logsumexp(dim=1)
+    none_logit = fit_none_logit(logits, 2.0)
+    assert (energy < none_logit).double().mean().item() == pytest.approx(0.06)  # of 50: below the 5 % quantile are 3
+    found = class_probabilities(logits, 2.0, none_logit)
+    expected = (logits / 2).softmax(dim=1) * (energy - none_logit).sigmoid()[:, None]
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_thresholds_keep_the_share_of_validation_images_that_is_reported(tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, validation=0.5, out=tmp_path / "run")
+    thresholds = tune(config)["validation"]["thresholds"]
+    held = build_task(config.resolved()).validation.images
+    classifier = sk.Classifier.load(tmp_path / "run", device="cpu")
+    reached = [row for row in thresholds if row["threshold"] is not None]
+    assert reached and classifier.none_logit is not None
+    for row in reached:
+        found = classifier.predict([image for image, _ in held], threshold=row["threshold"])
+        assert 100 * found.known.double().mean().item() == pytest.approx(row["coverage"], abs=1e-3)
+        right = (found.ids[:, 0] == torch.tensor(held.labels))[found.known]
+        assert 100 * right.double().mean().item() == pytest.approx(row["accuracy"], abs=1e-3)
+    assert "of the validation images are kept" in (tmp_path / "run" / "report.html").read_text()
+    others = sk.Classifier.load(tmp_path / "run", classes=["a", "b"], device="cpu")
+    assert others.none_logit is None
+
+
+def test_command_with_a_threshold(run, photos, tmp_path, capsys):
+    part, folder, table = photos / "part1", tmp_path / "sorted", tmp_path / "found.json"
+    plain = list(csv.DictReader(io.StringIO(command(capsys, run.folder, part, "--top", 2)[1])))
+    threshold = sorted(float(row["probability"]) for row in plain)[len(plain) // 2]
+    options = ["--top", 2, "--threshold", threshold - 1e-5]
+    code, out, err = command(capsys, run.folder, part, *options, "--sort-into", folder)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    below = [float(row["probability"]) < threshold - 1e-5 for row in plain]
+    assert code == 0 and 0 < sum(below) < len(rows) and f"classified, {sum(below)} as {NONE};" in err
+    for row, before, none in zip(rows, plain, below, strict=True):  # without validation images, the same probabilities
+        assert row == (before | {"label": NONE} if none else before)
+    assert len(list((folder / NONE).iterdir())) == sum(below)
+    assert command(capsys, run.folder, part, *options, "--out", table)[0] == 0
+    labels = [item["predictions"][0]["label"] for item in json.loads(table.read_text())]
+    assert labels == [row["label"] for row in rows]
+    assert sk.predict(run.folder, part, threshold=threshold - 1e-5, device="cpu").known.tolist() == [
+        not none for none in below
+    ]
+
+
 def test_command_writes_what_is_done_after_an_error(run, photos, tmp_path, capsys, monkeypatch):
     out, folder = tmp_path / "found.csv", tmp_path / "sorted"
     found, batches = sk.Classifier._predictions, []
@@ -239,6 +306,9 @@ def test_sorted_folders(tmp_path):
         (["{run}", "{tmp}"], "IMAGES must be files or folders of images"),
         (["{run}", "{photos}", "--sort-into", "{photos}"], "--sort-into must be a new or an empty folder"),
         (["{run}", "{photos}", "--top", "0"], "--top must be a whole number"),
+        (["{run}", "{photos}", "--threshold", "nan"], "--threshold must be a number from 0 to 1; got nan"),
+        (["{run}", "{photos}", "--threshold", "-1"], "--threshold must be a number from 0 to 1; got -1.0"),
+        (["{run}", "{photos}", "--threshold", "0.5", "--classes", "cat, None of these"], "is also a class of the run"),
         (["{run}", "{photos}", "{tmp}/none"], "IMAGES must be files or folders of images; there is no"),
         (["{run}", "{photos}", "--classes", "clases.txt"], "--classes must be at least two names"),
         (["{run}", "{photos}", "--out", "{tmp}/a.xlsx"], "--out must end in .csv or .json"),
