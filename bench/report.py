@@ -18,10 +18,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 from skipkernels.ops import OPERATORS
 
-from . import gpu_bounds, gpu_model, infer, paper_cost, pictures, step, tables, tf32
+from . import gpu_bounds, gpu_model, infer, paper_cost, pictures, step, tables, tf32, unknown
 from .rows import KINDS, MACHINE, PRECISIONS, Device, Row, devices, grouped, number, of_all_devices, same_run
 from .when import summary
 
@@ -323,6 +324,37 @@ def errors_in_tf32(device: Device) -> str:
     return table(["", "loss", "all gradients", "largest of a weight"], lines) + f"\n\n<sub>{caption}</sub>"
 
 
+def unknown_scores(device: Device) -> str:
+    """Scores that tell unknown images from known ones: means over tasks and seeds."""
+    if not device.is_cpu:
+        return ""
+    of = tables.read(unknown.SCORES_TABLE, unknown.Score)
+    lines = []
+    for name in dict.fromkeys(row.score for row in of):
+        rows = {kind: [row for row in of if (row.score, row.unknown) == (name, kind)] for kind in unknown.UNKNOWN}
+        cells = [f"{mean(float(row.auroc) for row in found):.2f}" for found in rows.values()]
+        kept = [f"{mean(float(row.unknown_kept) for row in found):.0f} %" for found in rows.values()]
+        lines.append([name, *cells, *kept, f"{mean(float(row.right) for row in of if row.score == name):.2f}"])
+    header = ["score", *(f"AUROC, {kind}" for kind in unknown.UNKNOWN)]
+    header += [*(f"{kind} kept" for kind in unknown.UNKNOWN), "AUROC, right and wrong"]
+    return table(header, lines) + "\n\n<sub>pictogram-tiny, 5 tasks, 3 seeds; `python -m bench.unknown`</sub>"
+
+
+def unknown_thresholds(device: Device) -> str:
+    """Images that thresholds keep: means over tasks and seeds."""
+    if not device.is_cpu:
+        return ""
+    of = tables.read(unknown.THRESHOLDS_TABLE, unknown.Kept)
+    columns = ("threshold", "validation", "known", "accuracy", "new_classes", "other_tasks")
+    lines = []
+    for target in dict.fromkeys(row.target for row in of):
+        found = [row for row in of if row.target == target and row.threshold]
+        means = [mean(float(getattr(row, column)) for row in found) for column in columns]
+        lines.append([f"{target} %", f"{means[0]:.2f}", *(f"{value:.0f} %" for value in means[1:])])
+    header = ["accuracy wanted", "threshold", "validation images kept", "test images kept", "right of these"]
+    return table([*header, *(f"{kind} kept" for kind in unknown.UNKNOWN)], lines)
+
+
 # ---- operators and losses ----------------------------------------------------------------------------------------
 
 
@@ -396,6 +428,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     | {"paper": paper, "lose": losses, "processes": processes},
     "docs/operators.md": {"operators": operators},
     "docs/gpu.md": {"gpu-model": estimates, "gpu-bounds": unbuilt, "tf32": errors_in_tf32},
+    "docs/using-a-model.md": {"unknown": unknown_scores, "unknown-thresholds": unknown_thresholds},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
     "docs/trainers.md": {"trainers": trainers, "fuse": fused},
 }
