@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import IO, Any, cast
 
@@ -30,11 +30,15 @@ class Output:
         self._try(self._file.write, text)
         return len(text)
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write lines, unless an earlier write failed."""
+        self._try(self._file.writelines, lines)
+
     def flush(self) -> None:
         """Flush, unless an earlier write failed."""
         self._try(self._file.flush)
 
-    def _try(self, call: Callable[..., Any], *arguments: str) -> None:
+    def _try(self, call: Callable[..., Any], *arguments: Any) -> None:
         if self.error is None:
             try:
                 call(*arguments)

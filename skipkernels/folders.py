@@ -137,6 +137,8 @@ def replaced_folder(folder: Path, ours: Collection[str]) -> Iterator[Path]:
             new.mkdir()
             yield new
             for path in new.rglob("*"):
+                if path.is_file():
+                    path.chmod(new.stat().st_mode & 0o666)  # of the umask: safetensors and tempfile have 0600
                 sync(path)
             if folder.exists():
                 shutil.copymode(folder, new)

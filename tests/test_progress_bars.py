@@ -41,6 +41,7 @@ def test_output_stops_at_its_first_error():
     on = Output(broken)
     assert on.write("one") == 3
     on.write("two")
+    on.writelines(["three"])
     on.flush()
     assert isinstance(on.error, BrokenPipeError) and broken.writes == 1
 

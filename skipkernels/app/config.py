@@ -350,7 +350,14 @@ class TuneConfig(
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader that refuses whole numbers of thousands of digits, which no message can show, in any notation."""
+    """Loader that refuses repeated names, and whole numbers of thousands of digits, which no message can show."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"{_short.repr(repeated)} is given twice")
+        return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         number = super().construct_yaml_int(node)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from typing import Annotated, Any, Union
 
 import tyro
@@ -23,7 +25,7 @@ from .errors import Terminated, failure, termination_as_interrupt, with_flags
 from .eval import EvalCommand
 from .export import ExportCommand
 from .listings import DatasetsCommand, ModelsCommand
-from .options import REGISTRY
+from .options import REGISTRY, settings
 from .predict import PredictCommand
 from .report import ReportCommand
 from .studies import CompareCommand, ProtocolCommand
@@ -92,12 +94,15 @@ def _run(arguments: list[str], out: Terminal, err: Terminal) -> int:
 
 
 def _parse(arguments: list[str], err: Terminal) -> Any:
-    """Parse the arguments; exits the process for --help and for unknown arguments."""
+    """Parse the arguments; exits the process for --help, and for missing or invalid values."""
+    name = arguments[0] if arguments else "-"
+    if not name.startswith("-") and name not in COMMANDS:
+        raise _unknown(f"command {name!r}", name, COMMANDS, "skipkernels --help")
     # The settings of the file of --config are the defaults of the options, also in --help.
     tune: Any = Annotated[TuneCommand, tyro.conf.subcommand("tune", default=command_with_file(arguments, err))]
     others = [Annotated[COMMANDS[name], tyro.conf.subcommand(name)] for name in COMMANDS if name != "tune"]
     commands: Any = Union[tuple([tune, *others])]  # noqa: UP007
-    command = tyro.cli(
+    command, unknown = tyro.cli(
         commands,
         prog="skipkernels",
         description="Skip Tuning for CLIP. See also: skipkernels COMMAND --help, skipkernels --version.",
@@ -105,12 +110,25 @@ def _parse(arguments: list[str], err: Terminal) -> Any:
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
         registry=REGISTRY,
         console_outputs=is_first(),
+        return_unknown_args=True,
     )
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        flags = [f"--{setting.replace('_', '-')}" for setting in settings(command)]
+        raise _unknown(f"option {option!r} of {name}", option, flags, f"skipkernels {name} --help")
     if launched() > 1 and not isinstance(command, (TuneCommand, EvalCommand)):
         from skipkernels.app.data import InputError
 
         raise InputError(f"only tune and eval run in several processes; torchrun started {launched()}. Start one.")
     return command
+
+
+def _unknown(what: str, given: str, names: Iterable[str], help_command: str) -> Exception:
+    """Error of one line for a word that is not among the names."""
+    from skipkernels.app.data import InputError
+
+    close = difflib.get_close_matches(given, list(names), 1)
+    return InputError(f"no {what}{f'; did you mean {close[0]}?' if close else '.'} See {help_command}.")
 
 
 def _recorded(command: Any, out: Terminal, err: Terminal) -> int:

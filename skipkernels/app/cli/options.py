@@ -64,14 +64,14 @@ def tune_config(options: Any, **changes: Any) -> TuneConfig:
     from skipkernels.app.config import TuneConfig
 
     names = {field.name for field in dataclasses.fields(TuneConfig)}
-    return TuneConfig(**{name: value for name, value in _settings(options).items() if name in names} | changes)
+    return TuneConfig(**{name: value for name, value in settings(options).items() if name in names} | changes)
 
 
-def _settings(options: Any) -> dict[str, Any]:
+def settings(options: Any) -> dict[str, Any]:
     """Options of a command and of its option groups, by name."""
     found: dict[str, Any] = {}
     for name, value in vars(options).items():
-        found |= _settings(value) if dataclasses.is_dataclass(value) else {name: value}
+        found |= settings(value) if dataclasses.is_dataclass(value) else {name: value}
     return found
 
 

@@ -100,6 +100,9 @@ class PredictCommand:
             precision=compute.precision,
             trust=compute.trust,
         )
+        count = len(classifier.classes)
+        if results.top > max(count, PredictOptions.top):
+            err.print(f"note: --top {results.top} shows all classes, which are {count}")
         labels = list(classifier.classes)
         if results.threshold is not None:
             check_none(labels)
@@ -145,8 +148,9 @@ class PredictCommand:
 
         if classifier.calibrated:
             return "calibrated on held-out images"
-        if self.results.classes is not None or self.results.template is not None:
-            return "not calibrated: only those of the run's own classes and prompts are"
+        changed = [f"--{name}" for name in ("classes", "template") if getattr(self.results, name) is not None]
+        if changed:
+            return f"not calibrated: {' and '.join(changed)} replace those of the run"
         return NOT_CALIBRATED
 
     def _images(self) -> tuple[list[str], Counter[str]]:

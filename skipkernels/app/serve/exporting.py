@@ -194,14 +194,15 @@ def _shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 
     values = {name: metrics[name] for name in ("alpha", "status", "epochs", "processes") if name in metrics}
     tests: dict[str, Any] = {name: by_test(metrics[name]) for name in ("zero_shot", "tuned", "classes")}
-    tests["images"] = {"tests": by_test(metrics.get("images", {}).get("tests"))}
+    images = metrics.get("images", {})
+    tests["images"] = images | {"tests": by_test(images.get("tests"))}
     return values | tests | {"command": bool(metrics.get("command"))}
 
 
 def _write_card(source: Path, folder: Path, described: Description, to: Target) -> None:
-    """Write the model card of an exported run; copy that of a folder without settings, such as an exported one."""
+    """Write the model card of an exported run; copy that of an exported folder, which has no settings, if it fits."""
     if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
-        if (source / CARD).is_file():
+        if to == "open-clip" and (source / CARD).is_file():
             replace_text(folder / CARD, (source / CARD).read_text(encoding="utf-8"))
         return
     config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 NONE = "none of these"
 """Label of an image that has none of the classes."""
+_MAX_NAME = 200  # bytes of the name of a folder, before numbers
+
 Row = tuple[str, list[tuple[str, float]]]
 """Name of an image, and its labels with their probabilities, best first."""
 
@@ -82,7 +84,8 @@ def folder_names(classes: Sequence[str]) -> list[str]:
     names: list[str] = []
     used: set[str] = set()
     for number, name in enumerate(classes, 1):
-        base = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", name).strip(". ")[:100] or "_"
+        text = name.encode(errors="replace")[:_MAX_NAME].decode(errors="ignore")  # a folder name has at most 255 bytes
+        base = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", text).strip(". ") or "_"
         chosen = base
         while chosen.casefold() in used:
             chosen += f" ({number})"

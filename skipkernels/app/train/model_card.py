@@ -47,16 +47,19 @@ def model_card(
         _USE[use].replace("import open_clip\n", f"import open_clip\n{_TOWER}") if config.model in MODELS else _USE[use],
     ]
     lines += ["```", "", "## Data and model", ""]
-    shots = "" if config.shots == "all" else f", at most {config.shots} per class"
-    images = metrics.get("images", {}).get("train", "all images")
+    images, shots = metrics.get("images", {}).get("train"), ""
+    trained = "all images" if images is None else images
+    if isinstance(config.shots, int) and images is not None:
+        whole = images == config.shots * len(described.classes)
+        shots = f", {config.shots} per class" if whole else f", fewer than {config.shots} of some classes"
     classes = escaped(", ".join(described.classes[:_SHOWN]))
     more = len(described.classes) - _SHOWN
     templates = described.templates or []
     again = command_line("tune", config, processes=metrics.get("processes", 1), left_out=("out", "device"))
     again += "" if alpha is None else f"\nskipkernels blend RUN --alpha {alpha:g}"
     lines += [
-        f"- Training images: {images} of `{described.data}`{shots}, protocol `{config.protocol}`, seed {config.seed}.",
-        f"- Classes: {classes}{f' and {more:,} more, all in `classifier.json`' if more > 0 else ''}.",
+        f"- Training images: {trained} of `{described.data}`{shots}, protocol `{config.protocol}`, seed {config.seed}.",
+        f"- Classes: {classes}{f' and {more:,} more, all in {_CLASSES_IN[use]}' if more > 0 else ''}.",
         f"- Prompts: {', '.join(f'`{template}`' for template in templates) or 'one text for each class'}.",
         f"- Base model: {base}. The tuned weights are a work derived from its weights; see the licence of those"
         + (" (LICENSES-pictograms of skipkernels)." if config.model in MODELS else "."),
@@ -97,6 +100,8 @@ session = onnxruntime.InferenceSession("FOLDER/model.onnx")
 metadata = session.get_modelmeta().custom_metadata_map
 classes, preprocessing = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
 logits, embedding = session.run(None, {"pixel_values": images})  # float32 [B, 3, H, W]; softmax gives probabilities"""
+_CLASSES_IN = {"open-clip": "`classifier.json`", "skipkernels": "`classifier.json`"}
+_CLASSES_IN |= {"hugging-face": "`classes.json`", "onnx": "the metadata of `model.onnx`"}
 _USE = {"open-clip": f"{_CLASSIFIER}\n\n{_OPEN_CLIP}", "skipkernels": _CLASSIFIER}
 _USE |= {"hugging-face": _TRANSFORMERS, "onnx": _ONNX}
 

@@ -18,8 +18,8 @@ def setting_notes(config: TuneConfig) -> tuple[str, ...]:
             "use a pretrained model: --model ViT-B-16-quickgelu --pretrained openai.",
         )
     if config.method == "skip" and config.skip_layers == 1:
-        one = "skip_layers=1 skips one block of each tower; 1.0 would skip every block."
-        every = "skip_layers=1.0 skips every block of each tower; 1 would skip one block."
+        one = "--skip-layers 1 skips one block of each tower; 1.0 would skip every block."
+        every = "--skip-layers 1.0 skips every block of each tower; 1 would skip one block."
         found += (one if isinstance(config.skip_layers, int) else every,)
     return found
 
@@ -43,8 +43,10 @@ def weak_result(config: TuneConfig, metrics: Mapping[str, Any]) -> str | None:
         result, remedy = f"not above chance ({100 * chance:.2f} % of {of})", "Raise"
     else:
         return None
-    rates = " and ".join(name for name in ("text_lr", "image_lr") if getattr(config, name) is not None)
-    return f"accuracy on the trained classes is {after:.2f} %, {result}. {remedy} {rates}, or change epochs or shots."
+    rates = " and ".join(f"--{side}-lr" for side in ("text", "image") if getattr(config, f"{side}_lr") is not None)
+    return (
+        f"accuracy on the trained classes is {after:.2f} %, {result}. {remedy} {rates}, or change --epochs or --shots."
+    )
 
 
 def optimistic_validation(metrics: Mapping[str, Any]) -> str | None:

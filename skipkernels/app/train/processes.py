@@ -131,8 +131,9 @@ def join(timeout: float = ProcessOptions.timeout) -> Processes:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
+            reason = first_line(error).rstrip(".")
             raise InputError(
-                f"tune: the {launched()} processes can't connect: {first_line(error)}. Start them with torchrun."
+                f"tune: the {launched()} processes can't connect: {reason}. Start them with torchrun."
             ) from error
     rank = dist.get_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", rank))

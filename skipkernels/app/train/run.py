@@ -274,8 +274,8 @@ class Run:
             _log.warning(reason)
         if found:
             raise InputError(
-                f'tune: unreadable="error" stops at images that can\'t be read, of which there are {len(found)}: '
-                f'{format_names(list(found))}. Replace or remove them, or leave them out with unreadable="skip".'
+                f"{len(found)} of the images can't be read: {format_names(list(found))}. Replace or remove them, or "
+                'leave them out with unreadable="skip".'
             )
 
     def _begin(self, trainer: Trainer | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -21,7 +22,7 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.serve import to_hugging_face, to_onnx
 from skipkernels.app.serve.merging import PlainModel, plain_model
-from skipkernels.app.train import tune
+from skipkernels.app.train import model_card, tune
 from skipkernels.app.train.description import Description
 from tests.app.runs import shortened
 from tests.app.serve.conftest import CONFIG, NATIVE, PREPROCESS
@@ -190,6 +191,18 @@ def test_overwrite_replaces_an_earlier_export_of_another_target(native_run, tmp_
         done = sk.export(native_run, target, tmp_path / "out", overwrite=True)
         assert {path.name for path in done.folder.iterdir()} == {".git", *done.files}
     assert (done.folder / ".git" / "HEAD").read_text() == "main"
+
+
+@pytest.mark.parametrize("to", ["open-clip", "hugging-face", "onnx"])
+def test_files_are_readable_and_named_by_the_card(to, native_run, tmp_path, monkeypatch):
+    pytest.importorskip({"hugging-face": "transformers", "onnx": "onnxscript"}.get(to, "open_clip"))
+    monkeypatch.setattr(model_card, "_SHOWN", 1)
+    (tmp_path / "plain").touch()
+    done = sk.export(native_run, to, tmp_path / "out")
+    assert {(done.folder / name).stat().st_mode for name in done.files} == {(tmp_path / "plain").stat().st_mode}
+    card = (done.folder / "README.md").read_text()
+    named = re.findall(r"\b[\w.]+\.(?:json|onnx|safetensors)\b", card)
+    assert named and set(named) <= set(done.files) and "- Training images: 4 of `pictograms:food`, 2 per class" in card
 
 
 @pytest.mark.parametrize("to", ["open-clip", "hugging-face"])

@@ -21,7 +21,7 @@ from PIL import Image
 import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError, open_source
-from skipkernels.app.serve.output import NONE, SortedFolders
+from skipkernels.app.serve.output import NONE, SortedFolders, folder_names
 from skipkernels.app.train import tune
 from skipkernels.app.train.calibration import class_probabilities, find_thresholds, fit_none_logit
 from skipkernels.app.train.setup import build_task
@@ -177,6 +177,7 @@ def command(capsys, *arguments) -> tuple[int, str, str]:
 def test_command(run, photos, tmp_path, capsys):
     folder = tmp_path / "sorted"
     code, out, err = command(capsys, run.folder, photos, "--top", 2, "--sort-into", folder)
+    assert "--top" not in err
     rows = list(csv.DictReader(io.StringIO(out)))
     assert code == 1 and "skipped" in err and "broken.jpg" in err  # the damaged file is named
     assert "skipped files that are not images: .txt 1\n" in err
@@ -201,6 +202,9 @@ def test_command(run, photos, tmp_path, capsys):
     long = "alpha, beta" + 200 * ", "  # longer than a file name may be
     outputs = {command(capsys, run.folder, part, "--classes", value)[1] for value in (long, names)}
     assert len(outputs) == 1 and outputs.pop().count(",alpha,") == len(found)
+    said = command(capsys, run.folder, part, "--classes", names, "--template", "a {}", "--top", 9)[2]
+    assert "note: --top 9 shows all classes, which are 2\n" in said
+    assert said.endswith("probabilities are not calibrated: --classes and --template replace those of the run\n")
 
 
 def test_thresholds_by_hand():
@@ -282,6 +286,13 @@ def test_command_writes_what_is_done_after_an_error(run, photos, tmp_path, capsy
     assert code == 1 and f"{len(done)} of {len(run.task.tests[0].images) + 1} images are classified" in err
     assert [row["path"] for row in csv.DictReader(out.open())] == done
     assert len(list(folder.glob("*/*"))) == len(done)
+
+
+def test_folder_names_fit_a_file_system(tmp_path):
+    names = folder_names(["狐" * 120, "狐" * 121, "\ud800", "a" * 300])
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert len({path.name for path in tmp_path.iterdir()}) == 4 and names[0] == "狐" * 66
 
 
 def test_sorted_folders(tmp_path):

@@ -61,10 +61,19 @@ def test_tune_refuses_argument(arguments, message, tmp_path, capsys):
     assert not (tmp_path / "run").exists(), "nothing is written"
 
 
-def test_tune_unknown_argument_exits_with_2():
-    with pytest.raises(SystemExit) as exit_:
-        main(["tune", "--shotz", "3"])
-    assert exit_.value.code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tun"], "no command 'tun'; did you mean tune? See skipkernels --help."),
+        (["tune", "--dta", "x"], "no option '--dta' of tune; did you mean --data? See skipkernels tune --help."),
+        (["eval", "run", "--jsn=1"], "no option '--jsn' of eval; did you mean --json? See skipkernels eval --help."),
+        (["cache", "info", "run", "--qqq"], "no option '--qqq' of cache. See skipkernels cache --help."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_unknown_word_is_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error {message}\n"
 
 
 def test_tune_keeps_earlier_run(run, capsys):
@@ -214,12 +223,13 @@ def test_doctor(cuda, capsys, monkeypatch):
     [
         ("shots: [" + "x, " * 10**4 + "]", "shots must be"),
         ("? " + "x" * 1000 + "\n: 1", "unknown setting"),
+        ("seed: 1\nseed: 2", "config.yaml: not readable as YAML ('seed' is given twice)."),
         ("shots: " + "9" * 10**4, "not readable as YAML"),
         ("shots: [0x" + "f" * 10**4 + "]", "not readable as YAML"),
         ("[" * 10**4, "not readable as YAML"),
         ("#" * 2**21, "more than 1048576 bytes"),
     ],
-    ids=["list", "name", "decimal", "hexadecimal", "nested", "large"],
+    ids=["list", "name", "repeated", "decimal", "hexadecimal", "nested", "large"],
 )
 def test_from_yaml_refuses_file_in_short_line(tmp_path, text, message, capsys):
     (tmp_path / "config.yaml").write_text(text)

@@ -22,10 +22,10 @@ def warning(before, after, config=SMALL, classes=10, images=120) -> str | None:
     [
         (40.0, 60.0, None),
         (40.0, 40.0, None),
-        (40.0, 39.0, "39.00 %, below zero-shot (40.00 %). Lower text_lr and image_lr"),
+        (40.0, 39.0, "39.00 %, below zero-shot (40.00 %). Lower --text-lr and --image-lr"),
         (40.0, 9.0, "9.00 %, below zero-shot (40.00 %). Lower"),
         # Chance is 10 %, and two standard errors of 120 images are 5.48 points.
-        (9.0, 15.4, "15.40 %, not above chance (10.00 % of 120 images, within two standard errors). Raise text_lr"),
+        (9.0, 15.4, "15.40 %, not above chance (10.00 % of 120 images, within two standard errors). Raise --text-lr"),
         (9.0, 15.5, None),
     ],
 )
@@ -41,7 +41,7 @@ def test_weak_result_without_warning():
 
 
 def test_weak_result_names_rates_of_method():
-    assert "Lower text_lr, or" in warning(40.0, 20.0, SMALL.with_method("coop"))
+    assert "Lower --text-lr, or" in warning(40.0, 20.0, SMALL.with_method("coop"))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_tune_below_zero_shot_warns(tmp_path, capsys):
     rates = ["--text-lr", "1", "--image-lr", "1", "--epochs", "1", "--warmup-epochs", "0"]
     assert main(["tune", "--shots", "2", "--classes", "12", *rates, "--out", str(tmp_path)]) == 0
     (note,) = json.loads((tmp_path / "metrics.json").read_text())["notes"]
-    assert "below zero-shot" in note and "Lower text_lr and image_lr" in note
+    assert "below zero-shot" in note and "Lower --text-lr and --image-lr" in note
     assert f"warning: {note}" in " ".join(capsys.readouterr().err.split())
     for name in ("report.html", "README.md"):
         assert "below zero-shot" in (tmp_path / name).read_text()
@@ -77,6 +77,6 @@ def test_tune_below_zero_shot_warns(tmp_path, capsys):
 )
 def test_setting_notes_of_skip_layers(skip_layers, expected):
     found = notes.setting_notes(dataclasses.replace(SMALL, skip_layers=skip_layers))
-    assert [f"skip_layers={skip_layers} skips {expected} of each tower" in note for note in found] == [True] * bool(
+    assert [f"--skip-layers {skip_layers} skips {expected} of each tower" in note for note in found] == [True] * bool(
         expected
     )
