@@ -15,6 +15,7 @@ cache, and takes the type of the images and of the classes from the first sample
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
@@ -26,7 +27,8 @@ from urllib.parse import parse_qsl
 
 from torch.utils.data import Dataset
 
-from .base import open_error
+from ..hub import hub
+from .base import InputError, open_error
 from .files import absolute_path, format_names, read_text
 from .images import DatasetImages, decode_image, read_image
 from .source import Source, Split, normalize_class_names
@@ -196,8 +198,12 @@ def _load(name: str, function: str, *arguments: Any, **options: Any) -> dict[str
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise open_error(f"{name} needs the package datasets: pip install 'skipkernels[datasets]'.") from error
+    remote = function == "load_dataset" and name.startswith("hf:")
     try:
-        loaded = getattr(datasets, function)(*arguments, **options)
+        with hub(name, "data") if remote else contextlib.nullcontext():
+            loaded = getattr(datasets, function)(*arguments, **options)
+    except InputError:
+        raise
     except Exception as error:  # any error of the network, the hub, or a format
         why = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:300]
         remedy = (

@@ -27,6 +27,7 @@ from ...formatting import first_line
 from ...options import Preset
 from ..data import InputError
 from ..data.files import absolute_path
+from ..hub import hub
 from ..methods.registry import MODELS, register_tower
 from .errors import argument_error
 from .hugging_face_model import load_hugging_face
@@ -80,7 +81,8 @@ def load_model(
     if name.startswith((LOCAL_DIR, HUB)):
         if pretrained is not None:
             raise argument_error("pretrained", f"{name} has its own weights; leave it out.")
-        return _load_whole(name, device, architecture_only=architecture_only, seed=seed, trust=trust)
+        with hub(name, "model") if name.startswith(HUB) else contextlib.nullcontext():
+            return _load_whole(name, device, architecture_only=architecture_only, seed=seed, trust=trust)
     packaged = MODELS.get(name)
     known = open_clip.list_models()
     if name not in known and packaged is not None:
@@ -104,7 +106,8 @@ def load_model(
         )
     if file is not None and not architecture_only and not file.is_file():
         raise argument_error("pretrained", f"no file {file}.")
-    with quiet(), torch.random.fork_rng(devices=[]):
+    online = contextlib.nullcontext() if tag is None or architecture_only else _weights_of_hub(name, tag)
+    with online, quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             with contextlib.nullcontext() if pretrained == RANDOM else _WithoutRandomWeights():
@@ -120,6 +123,11 @@ def load_model(
             model.load_state_dict(packaged.state_dict())
     model.model_cfg = open_clip.get_model_config(name)
     return model.to(device).eval(), transform, _tokenizer(name, name, model.model_cfg)
+
+
+def _weights_of_hub(name: str, tag: str) -> contextlib.AbstractContextManager[None]:
+    """Use the hub, where most weights of open_clip are."""
+    return hub(f"the weights {tag} of {name}", "pretrained", "Or pass the path of a file of weights.")
 
 
 def _load_whole(
@@ -258,7 +266,8 @@ def _tokenizer(name: str, source: str, config: dict[str, Any]) -> Callable:
     """Return the tokenizer of a model, from the name or the folder that open_clip takes."""
     options = {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
     try:
-        with quiet():
+        remote = options and not source.startswith(LOCAL_DIR)
+        with quiet(), hub(f"the tokenizer of {name}", "model") if remote else contextlib.nullcontext():
             return open_clip.get_tokenizer(source, **options)
     except (OSError, ImportError) as error:
         raise argument_error(
@@ -310,7 +319,7 @@ def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
 def quiet() -> Iterator[None]:
     """Suppress warnings, such as that of open_clip without weights, which are loaded later or meant to be random."""
     before, handlers = logging.root.manager.disable, list(logging.root.handlers)
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # open_clip logs the error of a download that it then raises
     try:
         yield
     finally:

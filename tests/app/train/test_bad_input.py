@@ -280,6 +280,27 @@ def test_check_activation_accepts_one_model_per_tag():
     assert {(model.removesuffix("-quickgelu"), tag) for model, tag in refused} <= accepted
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--pretrained", "laion2b_s34b_b79k", "--model", "ViT-B-32"],
+        ["--model", "hf-hub:org/none"],
+        ["--data", "hf:org/none"],
+    ],
+    ids=" ".join,
+)
+def test_download_without_network_fails_once(monkeypatch, tmp_path, capsys, arguments):
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)  # before another attempt
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    if "--data" in arguments:
+        pytest.importorskip("datasets")
+    said = fails(["tune", *arguments, "--out", tmp_path / "run"], capsys)
+    assert said.startswith(f"error {arguments[0]}: ") and "http://127.0.0.1:9 can't be reached ([Errno" in said
+    assert not [wait for wait in waits if wait >= 1]
+
+
 def test_load_model_names_failed_download(monkeypatch, tmp_path, capsys):
     def download(*args, **named):
         raise OSError("[Errno -2] Name or service not known\nMax retries exceeded")
