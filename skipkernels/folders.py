@@ -80,6 +80,13 @@ def partial_of(name: str) -> str | None:
     return None if found is None else found[1]
 
 
+def sweep(folder: Path) -> None:
+    """Delete the temporary folders of `replaced_file` that kills left in a folder, of which the lock is held."""
+    for path in folder.iterdir():
+        if partial_of(path.name) is not None and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def locked(folder: Path, *, wait: bool = False) -> contextlib.AbstractContextManager[None]:
     """Hold the lock of a folder. The system releases it when the process ends, also after a kill.
 
@@ -179,9 +186,16 @@ def _beside(folder: Path, role: str) -> Path:
     return folder.with_name(f".{folder.name}.skipkernels-{role}")
 
 
-def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of the replacement of a folder."""
-    return _holding(_beside(folder, "lock"), folder, "another process is replacing it")
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of the replacement of a folder, and delete its file."""
+    file = _beside(folder, "lock")
+    with _holding(file, folder, "another process is replacing it"):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a system that deletes no open file
+                file.unlink()  # filelock takes no lock on a file that was deleted meanwhile
 
 
 @contextlib.contextmanager

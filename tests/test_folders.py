@@ -20,6 +20,7 @@ from skipkernels.folders import (
     replaced_file,
     replaced_folder,
     restored,
+    sweep,
 )
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -80,6 +81,13 @@ def test_kill_leaves_the_old_file_and_releases_the_lock(tmp_path):
     assert "file" in [partial_of(name) for name in names(tmp_path)]
 
 
+def test_sweep_deletes_what_kills_left(tmp_path):
+    for name in (".note.txt-x1y2z3_4.partial", ".mine.partial", "note.txt-x1y2z3_4.partial"):
+        (tmp_path / name).mkdir()
+    sweep(tmp_path)
+    assert names(tmp_path) == {".mine.partial", "note.txt-x1y2z3_4.partial"}
+
+
 def test_lock_is_held_once(tmp_path):
     assert not is_locked(tmp_path) and names(tmp_path) == set(), "nothing is written"
     with locked(tmp_path):
@@ -125,7 +133,7 @@ def test_replaced_folder_keeps_other_files(folder):
     assert contents(folder) == {"names.json": "new", "mine.txt": "old", "sub/mine.txt": "old"}
     assert os.readlink(folder / "link") == "nothing"
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert names(folder.parent) == {"folder", ".folder.skipkernels-lock"}
+    assert names(folder.parent) == {"folder"}
 
 
 def test_replaced_folder_makes_a_new_one(tmp_path):
@@ -144,7 +152,7 @@ def test_error_in_the_block_keeps_the_old_folder(folder):
     with pytest.raises(ZeroDivisionError), replaced_folder(folder, ["*"]) as new:
         (new / "half").write_text("half")
         1 / 0  # noqa: B018
-    assert contents(folder) == before and names(folder.parent) == {"folder", ".folder.skipkernels-lock"}
+    assert contents(folder) == before and names(folder.parent) == {"folder"}
 
 
 def test_error_of_the_second_rename_keeps_the_old_folder(folder, monkeypatch):

@@ -12,6 +12,8 @@ from ..config import TuneConfig
 from ..data import InputError
 from ..train import predictions
 from ..train.class_metrics import class_metrics
+from ..train.errors import validated
+from ..train.metrics_schema import Row
 from ..train.predictions import TestPredictions, TopClasses
 from ..train.run_folder import CONFIG, EPOCHS, read_metrics
 from ..untrusted import parse_object, read_regular
@@ -65,7 +67,9 @@ def run_report(folder: Path) -> str:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        return [parse_object(line, finite=False) for line in read_regular(path, _LARGEST).splitlines()]
+        rows = [parse_object(line, finite=False) for line in read_regular(path, _LARGEST).splitlines()]
+        validated(list[Row], rows, strict=True)
+        return rows
     except FileNotFoundError:  # a method without epochs
         return []
     except (OSError, ValueError, RecursionError, json.JSONDecodeError) as error:

@@ -17,6 +17,7 @@ from ...digests import digest_file
 from ...folders import replace_text, replaced_folder, restored
 from ..config import TuneConfig
 from ..data import InputError
+from ..data.files import read_text
 from ..train import weights
 from ..train.checkpoint import FOLDER as CHECKPOINT
 from ..train.description import CLASSIFIER, Description, write_open_clip_config
@@ -203,7 +204,7 @@ def _write_card(source: Path, folder: Path, described: Description, to: Target) 
     """Write the model card of an exported run; copy that of an exported folder, which has no settings, if it fits."""
     if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
         if to == "open-clip" and (source / CARD).is_file():
-            replace_text(folder / CARD, (source / CARD).read_text(encoding="utf-8"))
+            replace_text(folder / CARD, read_text(source / CARD))
         return
     config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)
     replace_text(folder / CARD, model_card(config, described, _shared_metrics(read_metrics(source)), use=to))

@@ -37,7 +37,7 @@ RANDOM = "random"
 LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
 # Errors of open_clip for a file that is damaged, empty, or of another structure or model.
 _LOAD_ERRORS: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
-_LOAD_ERRORS += (LookupError, AttributeError, TypeError, AssertionError, StopIteration)
+_LOAD_ERRORS += (LookupError, AttributeError, TypeError, AssertionError, StopIteration, ArithmeticError)
 _FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
 # The functions of `nn.init` that pass themselves to a mode, and what the others call.
 _RANDOM_FILLS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)

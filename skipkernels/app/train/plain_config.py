@@ -13,15 +13,18 @@ import tempfile
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import open_clip
 from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from ...folders import replace_text
 from ..untrusted import read_object, read_regular, refused_source
+from .errors import validated
 
 OPEN_CLIP = "open_clip_config.json"
 _MAX_BYTES = 1 << 28  # size of a file; the tokenizer.json of 256,000 tokens has 34 MB
@@ -52,6 +55,16 @@ _PROCESSOR |= {"feature_extractor_type", "resample", "rescale_factor", "size"}
 SMALL_FILES = (*_TOKENIZER_CONFIGS, *_TOKENIZER_FILES, *_PROCESSOR_CONFIGS, "config.json")
 
 
+_Channels = Annotated[list[float], Field(min_length=3, max_length=3)]  # of RGB
+
+
+class _Preprocess(TypedDict, total=False):
+    """Fields of preprocess_cfg that open_clip does not check."""
+
+    mean: _Channels
+    std: _Channels
+
+
 def read_open_clip_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
     """Read an open_clip_config.json: "model_cfg" and "preprocess_cfg", with plain values in known fields only.
 
@@ -73,7 +86,9 @@ def read_open_clip_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
         raise refused_source(path, "timm_model_name", image["timm_model_name"])
     if not trust and text.get("hf_model_name") and text["hf_model_name"] not in _text_towers():
         raise refused_source(path, "hf_model_name", text["hf_model_name"])
-    preprocess, known = values.get("preprocess_cfg") or {}, {field.name for field in dataclasses.fields(PreprocessCfg)}
+    preprocess = validated(dict[str, Any], values.get("preprocess_cfg") or {})
+    validated(_Preprocess, preprocess)
+    known = {field.name for field in dataclasses.fields(PreprocessCfg)}
     chosen = {name: _plain(name, value) for name, value in preprocess.items() if name in known}
     return {"model_cfg": rebuilt, "preprocess_cfg": chosen}
 

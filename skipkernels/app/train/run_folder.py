@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from ...digests import digest_file
-from ...folders import LOCK, is_locked, locked, replace_text, replaced_folder, restored
+from ...folders import LOCK, is_locked, locked, replace_text, replaced_folder, restored, sweep
 from ..config import TuneConfig, read_settings
 from ..data import InputError
 from ..data.files import format_names
@@ -28,7 +28,8 @@ from . import checkpoint
 from .checkpoint import BEST, DELTA, MODEL
 from .class_metrics import confusion_lines, prediction_lines
 from .description import CLASSIFIER, Description
-from .errors import argument_error
+from .errors import argument_error, validated
+from .metrics_schema import Metrics
 from .model_card import CARD
 from .plain_config import OPEN_CLIP
 from .predictions import PREDICTIONS, TestPredictions, save
@@ -42,8 +43,6 @@ _FILES += (PREDICTIONS_CSV, CONFUSION_CSV, _STATE_0_2, BEST, "metrics.csv", CONF
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every version
 _MAX_METRICS_BYTES = 1 << 24
-_METRICS = {"status", "classes", "zero_shot", "tuned", "epochs", "steps", "kept_classes", "parameters", "checkpoint"}
-_METRICS |= {"cost"}
 _MAX_READS = 100  # attempts to read the model of a run in progress
 
 
@@ -51,8 +50,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """Read the metrics.json of a complete run."""
     try:
         metrics = read_object(folder / METRICS, _MAX_METRICS_BYTES)
-        if missing := sorted(_METRICS - metrics.keys()):
-            raise ValueError(f"{missing[0]} is missing")
+        validated(Metrics, metrics, strict=True)
         return metrics
     except FileNotFoundError:
         raise InputError(
@@ -222,6 +220,7 @@ class RunFolder:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.path))
+                sweep(self.path)
                 (self.path / METRICS).unlink(missing_ok=True)
                 if self.resumed is None:
                     checkpoint.remove(self.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ from skipkernels.app.report.mistakes import (
 from skipkernels.app.report.study_page import pareto
 from skipkernels.app.train import predictions
 from skipkernels.app.train.predictions import TestPredictions, TopClasses
+from tests.app.runs import fails
 
 VOID = {"meta", "br", "img", "input"}
 NASTY = """</b></script><script>alert("1")</script> & 'quotes' {braces} {{ 7 * 7 }} {0} %s $x$ é 字 <!-- ]]>"""
@@ -536,3 +538,28 @@ def test_thumbnails_open_only_selected_images():
     data = Counted(test.labels)
     add_thumbnails(test, data)
     assert len(data.opened) == len(set(data.opened)) == len(test.thumbnails) < 30
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("metrics.json", {"classes": {}}),
+        ("metrics.json", {"zero_shot": {"base": "text"}}),
+        ("metrics.json", {"steps": 10**400}),
+        ("metrics.json", {"cost": None}),
+        ("metrics.json", {"validation": {"images": -1}}),
+        ("metrics.json", {"notes": 3}),
+        ("metrics.jsonl", {"epoch": -1}),
+        ("metrics.jsonl", {"accuracy": [1]}),
+        ("metrics.jsonl", {"step_loss": [10**400]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "".join(value),
+)
+def test_report_of_damaged_metrics_is_one_line(run, tmp_path, capsys, name, change):
+    for file in ("config.yaml", "metrics.json", "metrics.jsonl"):
+        shutil.copy(run[0] / file, tmp_path)
+    text = (tmp_path / name).read_text()
+    values = json.loads(text.splitlines()[0] if name.endswith("l") else text)
+    (tmp_path / name).write_text(json.dumps(values | change))
+    error = fails(["report", tmp_path], capsys)
+    assert f"{tmp_path / name}: damaged (" in error and next(iter(change)) in error and len(error) < 400

@@ -215,3 +215,12 @@ def test_preprocess_settings():
     uneven = transformers.CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
     with pytest.raises(ValueError, match="which differ"):
         preprocess_settings(uneven)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "message"), [({"mean": [0.5]}, "mean: List"), ({"std": "text"}, "std: Input"), ([1], "dict: Input")]
+)
+def test_read_open_clip_config_refuses_preprocessing(tmp_path, preprocess, message):
+    (tmp_path / "config").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": preprocess}))
+    with pytest.raises(ValueError, match=message):
+        read_open_clip_config(tmp_path / "config")

@@ -178,7 +178,7 @@ def test_resume_refuses_damaged_checkpoint(copy, capsys):
 
 
 def test_read_metrics_refuses_damaged_file(tmp_path):
-    for text, reason in (("[]", "not a JSON object"), ("{}", "checkpoint is missing"), ("[" * 10**5, "too deeply")):
+    for text, reason in (("[]", "not a JSON object"), ("{}", "status: Field required"), ("[" * 10**5, "too deeply")):
         (tmp_path / "metrics.json").write_text(text)
         with pytest.raises(InputError, match=rf"metrics\.json: damaged \(.*{reason}\)*\. Restore it"):
             read_metrics(tmp_path)

@@ -79,7 +79,7 @@ def after_kills(parent: Path, kills: int) -> Iterator[tuple[str, bool]]:
             shutil.rmtree(folder)
         found = state(folder)
         tune(config_of(folder, resume=True))
-        assert not list(folder.glob(".checkpoint*")) and not (folder / "checkpoint").exists()
+        assert not [*folder.glob(".checkpoint*"), *folder.glob(".*.partial")] and not (folder / "checkpoint").exists()
         yield found, results(folder) == expected
 
 
