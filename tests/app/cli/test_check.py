@@ -90,7 +90,7 @@ def test_tune_lists_all_unreadable_images(data, tmp_path):
         path.write_text("no image")
     config = TuneConfig(data=f"imagefolder:{data}", out=tmp_path / "run", **SETTINGS)
     for workers in (0, 1):
-        message = "of which there are 3: train/cat/bad0.png, train/cat/bad1.png, test/cat/bad2"
+        message = "3 of the images can't be read: train/cat/bad0.png, train/cat/bad1.png, test/cat/bad2"
         with pytest.raises(InputError, match=message):
             tune(config, workers=workers)
     metrics = tune(config, unreadable="skip", validation="none")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from skipkernels.app.data import InputError
 from skipkernels.app.data.tasks import TestSet
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import evaluate_run, tune
-from skipkernels.app.train.processes import Processes
+from skipkernels.app.train.processes import Processes, join
 from skipkernels.app.train.run import Run, _check_processes
 from skipkernels.app.train.setup import RunSetup
 from skipkernels.features import FeatureCache
@@ -127,6 +129,18 @@ def test_killed_process_ends_the_other_and_one_process_continues(run, tmp_path):
     assert len(losses(tmp_path / "run")) == 1, "the second epoch was not completed"
     tune(small(tmp_path / "run", resume=True))
     assert_same_run(tmp_path / "run", run[0])
+
+
+def test_join_ends_after_the_timeout_if_a_process_is_missing(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"the 2 processes can't connect: .*[^.]\. Start them with torchrun"):
+        join(timeout=1)
+    assert time.monotonic() - began < 60
 
 
 def test_error_of_a_process_is_left_to_torchrun(tmp_path, monkeypatch, capsys):
