@@ -227,12 +227,12 @@ class SkipCLIPBase(nn.Module):
             return self._text_encoder.encode(class_ids, exact=exact)
         return self.prototypes.index_select(0, class_ids).to(dtype)
 
-    def _scaled_embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit-norm image embeddings [B, D] times exp(logit_scale), and unit-norm class embeddings [C/W, D]."""
+    def _scaled_embeddings(self, x: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Unit-norm image embeddings [B, D] times exp(logit_scale), and unit-norm class embeddings, by default own."""
         check_images(x)
         self._check_unaltered()
         self._follow(x.device)
-        classes = self._own_class_embeddings()
+        classes = self._own_class_embeddings() if classes is None else classes
         with evaluating([self.model]):
             image = self._image_encoder.encode(x)
         with torch.autocast(image.device.type, enabled=False):

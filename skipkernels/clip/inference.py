@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .base import SkipCLIPBase
 from .image import check_images, sharing_weights
-from .text import check_range
+from .text import check_range, check_tokens, check_vocabulary
 
 
 class Inference(SkipCLIPBase):
     """Base of `SkipCLIP`: its inference."""
 
-    def class_embeddings(self) -> Tensor:
+    def class_embeddings(self, tokens: Tensor | None = None) -> Tensor:
         """Unit-norm text embeddings [C, D] of all classes with the current weights, without gradient or dropout.
 
         Computed again only after a change of the weights, of any kind; with `process_group` that call is collective.
+
+        Args:
+            tokens: Prompts [C', L] or [C', T, L], as in the constructor, of other classes: their embeddings [C', D] are
+                returned, computed in each call, with `process_group` by each process alone. The task stays.
+
+        Example:
+            >>> import skipkernels as sk
+            >>> from skipkernels.app.demo import pictogram_tiny
+            >>> model, _, tokenizer = pictogram_tiny.load()
+            >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
+            >>> letters = clip.class_embeddings(tokenizer([f"the letter {n}." for n in "abc"]))
+            >>> clip.predict(torch.rand(4, 3, 32, 32), classes=letters).shape
+            torch.Size([4, 3])
         """
         self._check_unaltered()
-        return self._class_embeddings().clone()  # the original is cached
+        if tokens is None:
+            return self._class_embeddings().clone()  # the original is cached
+        check_tokens(tokens)
+        check_vocabulary(tokens, self._text.vocabulary)
+        return self._text_encoder.embeddings_of(tokens)
 
     def classifier(self) -> nn.Module:
         """Return a plain module from images [B, 3, height, width] to logits [B, C], with the current class embeddings.
@@ -36,19 +53,28 @@ class Inference(SkipCLIPBase):
             return ImageClassifier(encoder, self._class_embeddings().clone(), self.model.logit_scale.exp()).eval()
 
     @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:
-        """Logits [B, C] over all classes, always in evaluation mode.
+    def predict(self, x: Tensor, *, tokens: Tensor | None = None, classes: Tensor | None = None) -> Tensor:
+        """Logits [B, C] over all classes, or over other classes, always in evaluation mode.
 
-        With `process_group` every call is collective, and B is the number of images of this process, which may be 0.
+        With `process_group` a call over all classes is collective, and B is the number of images of this process, which
+        may be 0.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
+            tokens: Prompts of other classes; the same as `classes=clip.class_embeddings(tokens)`.
+            classes: Embeddings [C', D] of other classes from `class_embeddings`, for several batches.
         """
-        if self._parallel is not None:
+        if tokens is not None:
+            if classes is not None:
+                raise TypeError("SkipCLIP.predict: pass tokens or classes; got both.")
+            classes = self.class_embeddings(tokens)
+        if classes is not None:
+            _check_classes(classes, self.prototypes.shape[1])
+        elif self._parallel is not None:
             from .sharded import sharded_predict
 
             return sharded_predict(self, self._parallel, x)
-        image, classes = self._scaled_embeddings(x)
+        image, classes = self._scaled_embeddings(x, classes)
         with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
             return image @ classes.T
 
@@ -140,6 +166,17 @@ class Inference(SkipCLIPBase):
         if tower == "image":
             self._image_encoder.accept_weights()
         return (self._image if tower == "image" else self._text).lower_identity()
+
+
+def _check_classes(classes: Any, width: int) -> None:
+    """Raise unless classes are embeddings [C', D]."""
+    is_tensor = isinstance(classes, Tensor)
+    if not is_tensor or not classes.is_floating_point() or classes.ndim != 2 or classes.shape[1] != width:
+        found = f"{classes.dtype} {list(classes.shape)}" if is_tensor else type(classes).__name__
+        raise ValueError(
+            f"SkipCLIP.predict: classes must be embeddings, floating-point [C', D={width}]; got {found}. Compute them "
+            "with clip.class_embeddings(tokens), or pass tokens."
+        )
 
 
 class ImageClassifier(nn.Module):

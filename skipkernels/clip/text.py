@@ -84,7 +84,8 @@ class PromptFeatures:
 
     def unit_embeddings(self, class_ids: Tensor) -> Tensor:
         """Unit-norm embeddings [n, D] of classes, at least fp32, without gradient, in chunks."""
-        encode = self.encode if self.tower.skip > 0 else self.encode_uncached
+        cached = self.rows is not None or self.store is not None
+        encode = self.encode if cached else self.encode_uncached
         with torch.no_grad():
             return unit_norm(torch.cat([encode(chunk) for chunk in class_ids.split(self.chunk)]))
 
@@ -140,6 +141,15 @@ class TextEncoder:
         device = self.tower.tokens.device
         prompts = PromptFeatures(self.tower.with_prompts(tokens.to(device, torch.int64)), self.chunk)
         return prompts.encode_uncached(torch.arange(len(tokens), device=device), exact=True)
+
+    def embeddings_of(self, tokens: Tensor) -> Tensor:
+        """Unit-norm embeddings [n, D] of prompts [n, L] or [n, T, L] in evaluation mode, not cached."""
+        device = self.tower.tokens.device
+        prompts = tokens.to(device, torch.int64)
+        class_ids = torch.arange(len(prompts), device=device)
+        with evaluating([self.tower.model]), parametrize.cached():
+            towers = [self.tower.with_prompts(x) for x in (prompts.unbind(1) if prompts.ndim == 3 else [prompts])]
+            return _mean_of_units([PromptFeatures(tower, self.chunk).unit_embeddings(class_ids) for tower in towers])
 
     def _compute_features(self) -> None:
         """Compute the cached features, or read them from their folder, unless they are up to date."""
