@@ -65,7 +65,7 @@ def poisoned_memory() -> Iterator[None]:
 # Modules of which the SkipCLIPs are not compared with their model, which test_clip.py, towers/ and others test.
 UNCOMPARED = (
     "bench_gpu bench_step capture casts clip_classes clip_state feature_cache hugging_face image_only "
-    "lightning loader multi_label open_clip other_classes pairs refresh trainers"
+    "lightning loader multi_label open_clip other_classes pairs refresh split_step trainers"
 ).split()
 
 

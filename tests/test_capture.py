@@ -312,7 +312,8 @@ class Run:
             return self.clip(x, labels)
         sampler = self.clip.sampler
         sampler.reserve(x.device, len(self.clip.prototypes), len(x))
-        return self.clip._step(x, labels, lambda *_: sampler.take())
+        image = self.clip._image_encoder.encode(x)
+        return self.clip._step(image, labels, lambda *_: sampler.take())
 
     def train(self, some: list[tuple[Tensor, Tensor]]) -> list[Any]:
         """Losses and classes of the steps, and the weights after them."""

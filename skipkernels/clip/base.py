@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..checks import warn_caller
 from ..options import AttentionName
-from ..selection import RankSampler
+from ..selection import ClassSelection, RankSampler, classes_at_ranks, ranked_selection
 from ..towers import ImageTower, Memory, Reduction, TextTower, evaluating
 from ..towers.attention import SDPA, AttentionBackend
 from ..towers.block import FusedBlock
@@ -45,11 +46,11 @@ class SkipOutput(_Fields):
     Attributes:
         loss: [], mean cross-entropy over the batch, weighted if SkipCLIP has class weights; of `sigmoid_loss`, the mean
             over images and classes.
-        logits: [B, K]. In training they are computed with `return_logits` and by `sigmoid_loss` only; else the item
-            `kept_logits` of the tuple is None, and reading the attribute raises an AttributeError.
+        logits: [B, K]. In training they are computed with `return_logits`, for soft labels and by `sigmoid_loss` only;
+            else the item `kept_logits` of the tuple is None, and reading the attribute raises an AttributeError.
         class_ids: [K] int64, ascending, the kept classes; in evaluation all classes, K = C.
-        targets: [B] int64, positions of the labels in `class_ids`; of `sigmoid_loss` bool [B, K],
-            the labels themselves.
+        targets: [B] int64, positions of the labels in `class_ids`; of soft labels and of `sigmoid_loss` [B, K], the
+            labels themselves.
     """
 
     __slots__ = ()
@@ -245,16 +246,40 @@ class SkipCLIPBase(nn.Module):
         with torch.autocast(image.device.type, enabled=False):  # which would cast all prototypes in each step
             return functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
 
+    def _select(
+        self, image: Tensor, labels: Tensor, draw_on: Callable[[torch.device, int, int], Tensor]
+    ) -> ClassSelection:
+        """Select the classes of a step on the ranks of `draw_on`(device, C, number of labels).
+
+        Targets are the positions [B] of labels [B], or the columns [B, K] of soft labels [B, C].
+        """
+        if labels.ndim == 2:
+            is_label = (labels != 0).any(dim=0)  # [C]
+            class_ids = self._select_with(image, is_label, max(len(labels), int(is_label.sum())))
+            return ClassSelection(class_ids, labels.index_select(1, class_ids))
+        ranks = draw_on(image.device, len(self.prototypes), len(labels))
+        return ranked_selection(self._scores(image, labels), labels, ranks)
+
+    def _select_with(self, image: Tensor, is_label: Tensor, labels: int) -> Tensor:
+        """Select the classes [K] of a step, with all of `is_label`, bool [C], of which at most `labels` are true."""
+        ranks = self.sampler.draw_on(image.device, len(is_label), labels)
+        # Labels rank first. K does not depend on which classes they are.
+        return classes_at_ranks(self._scores(image).masked_fill(is_label, math.inf), ranks)
+
     # ---- checks of a step ----------------------------------------------------------------------------------------
 
     def _check_batch(self, x: Any) -> None:
         """Check images and the model on the host, and move what belongs to no module to the device of the images."""
         check_images(x)
         self._image_encoder.are_images(x)
+        self._check_model(x.device)
+
+    def _check_model(self, device: torch.device) -> None:
+        """Check the model on the host, and move what belongs to no module to a device."""
         self._check_unaltered()
         if self.training:
             self._refuse_frozen_above()
-        self._follow(x.device)
+        self._follow(device)
 
     def _check_draw(self, labels: int) -> None:
         """Raise a RuntimeError if the step of a number of labels would draw other classes than its first forward."""

@@ -142,6 +142,11 @@ class GraphedStep:
         clip = self._clip
         if not clip.training:
             raise RuntimeError("graphed: a step needs clip.train(); SkipCLIP is in evaluation mode.")
+        if labels.is_floating_point():
+            raise ValueError(
+                f"graphed: labels must be class ids, int64 [B]; got {labels.dtype} {list(labels.shape)}. The classes "
+                "of soft labels are counted on the host: run without graphed."
+            )
         if not self._captures():
             self._check_optimizer()
             return self._update(clip(x, labels))
@@ -200,7 +205,8 @@ class GraphedStep:
 
     def _forward(self, x: Tensor, labels: Tensor) -> SkipOutput:
         encode = self._encode_on_text_stream if self._overlaps and self._captures() else None
-        return self._clip._step(x, labels, lambda *_: self._clip.sampler.take(), encode_classes=encode)
+        image = self._clip._image_encoder.encode(x)
+        return self._clip._step(image, labels, lambda *_: self._clip.sampler.take(), encode_classes=encode)
 
     def _encode_on_text_stream(self, class_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Encode classes [K] on the stream of the text side.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from .. import functional
 from ..checks import check_device
-from ..selection import classes_at_ranks
 from .base import SkipCLIPBase, SkipOutput
 from .text import check_range, check_vocabulary
 
@@ -112,10 +110,7 @@ class Losses(SkipCLIPBase):
         if distributed:
             return sharded_sigmoid_loss(self, image[:images], labels[:images], max_labels, bias)
         if self.training:
-            ranks = self.sampler.draw_on(image.device, labels.shape[1], len(image) * max_labels)
-            # Labels of any image rank first. K does not depend on the labels.
-            scores = self._scores(image).masked_fill(labels.any(dim=0), math.inf)
-            class_ids = classes_at_ranks(scores, ranks)  # [K]
+            class_ids = self._select_with(image, labels.any(dim=0), len(image) * max_labels)  # [K]
             text = self._encode_classes(class_ids, image.dtype)  # [K, D]
         else:
             class_ids = torch.arange(self._num_classes, device=image.device)
@@ -153,25 +148,40 @@ class Losses(SkipCLIPBase):
 # ---- checks of arguments. Values of a batch are checked on the CPU only: on a GPU each check would be a host sync
 
 
-def check_labels(labels: Any, x: Tensor) -> None:
-    """Raise unless labels are int64 [B] on the device of x."""
+def check_labels(labels: Any, x: Tensor, classes: int) -> None:
+    """Raise unless labels are class ids, int64 [B], or probabilities [B, C], on the device of x."""
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"SkipCLIP: labels must be an int64 tensor [B]; got {type(labels).__name__}. Without labels use "
             "clip.predict(x)."
         )
-    if labels.shape != (len(x),) or labels.dtype != torch.int64:
+    soft = labels.is_floating_point() and labels.shape == (len(x), classes)
+    if not soft and (labels.shape != (len(x),) or labels.dtype != torch.int64):
         raise ValueError(
-            f"SkipCLIP: labels must be class ids, int64 [B={len(x)}]; got {labels.dtype} {list(labels.shape)}. For "
-            "several labels per image use clip.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1)."
+            f"SkipCLIP: labels must be class ids, int64 [B={len(x)}], or probabilities of the classes, floating-point "
+            f"[B={len(x)}, C={classes}]; got {labels.dtype} {list(labels.shape)}. For several labels per image use "
+            "clip.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1)."
         )
     check_device("SkipCLIP", "labels", labels, ("x", x))
+    if labels.device.type == "cpu":
+        check_values = _check_probabilities if soft else _check_label_range
+        check_values(labels, classes)
 
 
-def check_label_range(labels: Tensor, classes: int) -> None:
-    """Raise if a label is outside [0, classes)."""
+def _check_label_range(labels: Tensor, classes: int) -> None:
     remedy = "Leave images without a class out of the batch; ignore_index is not handled."
     check_range("SkipCLIP", "labels", labels, classes, remedy)
+
+
+def _check_probabilities(labels: Tensor, classes: int) -> None:
+    sums = labels.detach().double().sum(dim=1)
+    # bf16 rounds each of two probabilities by up to 2^-9.
+    if not ((labels >= 0).all() and ((sums - 1).abs() < 0.01).all()):
+        raise ValueError(
+            f"SkipCLIP: labels [B, C={classes}] must be probabilities, not negative, that sum to 1 for each image; got "
+            f"sums from {sums.min():.3g} to {sums.max():.3g} and values from {labels.min():.3g}. For labels of 0 and 1 "
+            "use clip.sigmoid_loss."
+        )
 
 
 def _check_many_labels(labels: Any, x: Tensor, classes: int, max_labels: int) -> None:

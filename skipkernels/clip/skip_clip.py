@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
@@ -15,20 +16,14 @@ from ..boundary import DEFAULT_CHUNK
 from ..checks import warn_caller
 from ..digests import digest_tensors
 from ..options import AttentionName, Tail
-from ..selection import ClassSelection, RankSampler, ranked_selection
+from ..selection import ClassSelection, RankSampler
 from ..towers import ImageTower, Memory, TextTower, UnsupportedModel, build_towers, evaluating
 from ..towers.block import fuse_blocks
 from ..towers.changes import Containers
 from .base import Settings, SkipOutput, Trainable
 from .image import ImageEncoder, refuse_export
 from .inference import Inference
-from .losses import (
-    Losses,
-    check_class_weight,
-    check_label_range,
-    check_label_smoothing,
-    check_labels,
-)
+from .losses import Losses, check_class_weight, check_label_smoothing, check_labels
 from .text import TextEncoder, check_tokens, check_vocabulary, prompts_digest, prompts_of
 from .verify import verify
 
@@ -183,7 +178,8 @@ class SkipCLIP(Losses, Inference):
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
-            labels: [B] int64, classes of the images.
+            labels: [B] int64, classes of the images. Or soft labels, [B, C] floating-point, rows of probabilities that
+                sum to 1, as of mixup and CutMix: see `loss`.
             pixel_values: Another name of x, for trainers that pass their batch by name.
             return_logits: In training, also return the [B, K] logits; the loss does not need them.
 
@@ -203,60 +199,106 @@ class SkipCLIP(Losses, Inference):
         assert x is not None and labels is not None
         if distributed:
             return sharded_step(self, x, labels, images, return_logits)
-        if not self.training:
-            return self._evaluate(self._image_encoder.encode(x), labels, self.model.logit_scale.exp())
-        return self._step(x, labels, self.sampler.draw_on, return_logits=return_logits)
+        return self._compare(self._image_encoder.encode(x), labels, return_logits)
+
+    @torch.compiler.disable
+    def loss(self, image: Tensor, labels: Tensor) -> Tensor:
+        """Loss [] of image embeddings: `clip.loss(clip.encode_image(x), labels)` is `clip(x, labels).loss`.
+
+        For trainers that call a model and then a loss function. Both calls belong within the same autocast. A training
+        step with `process_group` is refused.
+
+        Soft labels p [B, C] have the cross-entropy of `torch.nn.functional.cross_entropy` over the K selected classes,
+
+            loss = −1/B · Σ_b Σ_k w_k · p'_bk · log softmax(z_b)_k,   p' = (1 − label_smoothing) · p + label_smoothing/K
+
+        Every class with a probability above 0 in the batch is selected, as labels are, so p must be sparse: pass label
+        smoothing to SkipCLIP, not to mixup. The logits z [B, K] are in memory. On a GPU such a step has a host sync, to
+        count these classes.
+
+        Args:
+            image: [B, D] image embeddings of any norm, such as from `encode_image`.
+            labels: [B] int64, or soft labels [B, C] floating-point, rows of probabilities that sum to 1.
+
+        Example:
+            >>> from skipkernels.app.demo import pictogram_tiny
+            >>> model, _, tokenizer = pictogram_tiny.load()
+            >>> clip = SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5, keep_ratio=1)
+            >>> images, labels = torch.rand(2, 3, 32, 32), torch.tensor([3, 7])
+            >>> mixed = torch.tensor([[0.8, 0.2], [0.2, 0.8]]) @ torch.eye(10)[labels]  # [2, 10]
+            >>> image = clip.encode_image(images)
+            >>> clip.loss(image, labels).equal(clip(images, labels).loss), clip.loss(image, mixed).shape
+            (True, torch.Size([]))
+        """
+        if self.training:
+            self._refuse_parallel("loss in training mode", "Call clip(x, labels).")
+        width = self.prototypes.shape[1]
+        if not isinstance(image, Tensor) or not image.is_floating_point() or image.shape[1:] != (width,):
+            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(
+                f"SkipCLIP.loss: image must be image embeddings, floating-point [B, D={width}]; got {found}. Compute "
+                "them with clip.encode_image(x)."
+            )
+        self._check_model(image.device)
+        self._check_labels(labels, image)
+        return self._compare(image, labels, return_logits=False).loss
 
     def _check_step(self, x: Any, labels: Any) -> None:
-        """Check a batch of images with one label each, and the model, on the host."""
+        """Check a batch of images with their labels, and the model, on the host."""
         self._check_batch(x)
-        check_labels(labels, x)
-        if labels.device.type == "cpu":
-            check_label_range(labels, self._num_classes)
+        self._check_labels(labels, x)
+
+    def _check_labels(self, labels: Any, x: Tensor) -> None:
+        check_labels(labels, x, self._num_classes)
+        if self.training and labels.ndim == 2:
+            self._refuse_parallel("a step with soft labels")
         self._check_draw(len(x))
+
+    def _compare(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
+        """Compare image embeddings [B, D] with the selected classes; in evaluation mode with all."""
+        if self.training:
+            return self._step(image, labels, self.sampler.draw_on, return_logits=return_logits)
+        class_ids = torch.arange(self._num_classes, device=image.device)
+        return self._cross_entropy(image, self._embeddings_of_all(image), ClassSelection(class_ids, labels), True)
 
     def _step(
         self,
-        x: Tensor,
+        image: Tensor,
         labels: Tensor,
         draw_on: Callable[[torch.device, int, int], Tensor],
         *,
         return_logits: bool = False,
         encode_classes: Callable[[Tensor, torch.dtype], Tensor] | None = None,
     ) -> SkipOutput:
-        """Run a training step on the ranks of `draw_on`(device, C, B); with `sampler.take` it has no host sync."""
-        # 1. Image embeddings, [B, D]: constants up to the cut, then the blocks that train
-        image = self._image_encoder.encode(x)
-        # 2. Classes of the step, [K], and the positions of the labels among them, [B]: classes are ranked by their
+        """Run a training step on image embeddings [B, D] and the ranks of `draw_on`(device, C, number of labels).
+
+        With `sampler.take` and labels [B] it has no host sync.
+        """
+        # 1. Classes of the step, [K], and the positions of the labels among them, [B]: classes are ranked by their
         # highest cosine with an image, labels first, and those at the drawn ranks are kept
-        ranks = draw_on(image.device, len(self.prototypes), len(labels))
-        class_ids, targets = ranked_selection(self._scores(image, labels), labels, ranks)
-        # 3. Text embeddings of these classes alone, [K, D]
-        text = (encode_classes or self._encode_classes)(class_ids, image.dtype)
-        # 4. Cross-entropy over these classes
-        scale = self.model.logit_scale.exp()
+        selection = self._select(image, labels, draw_on)
+        # 2. Text embeddings of these classes alone, [K, D]
+        text = (encode_classes or self._encode_classes)(selection.class_ids, image.dtype)
+        # 3. Cross-entropy over these classes
+        return self._cross_entropy(image, text, selection, return_logits)
+
+    def _cross_entropy(self, image: Tensor, text: Tensor, selection: ClassSelection, return_logits: bool) -> SkipOutput:
+        """Cross-entropy of images [B, D] over classes [K, D]; targets are positions [B] or probabilities [B, K]."""
+        (class_ids, targets), scale = selection, self.model.logit_scale.exp()
         weight = None if self.class_weight is None else self.class_weight.index_select(0, class_ids)
-        loss = self._loss(image, text, targets, scale, weight)
-        logits = functional.class_sampled_logits(image, text, scale) if return_logits else None
-        return SkipOutput(loss, logits, class_ids, targets)
-
-    def _evaluate(self, image: Tensor, labels: Tensor, scale: Tensor) -> SkipOutput:
-        """Loss and logits over all classes. Without gradients, cached class embeddings are used."""
-        class_ids = torch.arange(self._num_classes, device=image.device)
-        text = self._embeddings_of_all(image)
-        loss = self._loss(image, text, labels, scale, self.class_weight)
-        return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), class_ids, labels)
-
-    def _loss(self, image: Tensor, text: Tensor, targets: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
-        return functional.class_sampled_ce(
-            image, text, targets, scale, class_weight=weight, label_smoothing=self.label_smoothing
-        )
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing}
+        if targets.ndim == 2:
+            logits = functional.class_sampled_logits(image, text, scale)
+            loss = F.cross_entropy(logits, targets.to(logits.dtype), weight, **options)
+            return SkipOutput(loss, logits, class_ids, targets)
+        loss = functional.class_sampled_ce(image, text, targets, scale, class_weight=weight, **options)
+        kept_logits = functional.class_sampled_logits(image, text, scale) if return_logits else None
+        return SkipOutput(loss, kept_logits, class_ids, targets)
 
     def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
         """Select the classes of a step from image embeddings [B, D] and labels [B]; draws from the tail."""
         self._refuse_parallel("select")
-        ranks = self.sampler.draw_on(image.device, len(self.prototypes), len(labels))
-        return ranked_selection(self._scores(image, labels), labels, ranks)
+        return self._select(image, labels, self.sampler.draw_on)
 
     def graphed(
         self, optimizer: torch.optim.Optimizer, *, batch_size: int, overlap: bool = False, keep_casts: bool = False

@@ -1,0 +1,246 @@
+"""Split steps and soft labels, in fp64 against PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import naive
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import skipkernels as sk
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.processes import run_in_processes
+
+C = 17
+IMAGES, LABELS = tiny_batch(4, C)
+
+
+def make_clip(dtype: torch.dtype = torch.float64, **options) -> sk.SkipCLIP:
+    return sk.SkipCLIP(tiny_clip(dtype), tiny_tokens(C), **{"skip_layers": 1, "keep_ratio": 3, "decay": 3.0, **options})
+
+
+def mixup(labels: Tensor, share: float = 0.7) -> Tensor:
+    """Soft labels [B, C] of each image mixed with the next."""
+    one_hot = F.one_hot(labels, C).double()
+    return share * one_hot + (1 - share) * one_hot.roll(1, 0)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Gradients of the parameters of a model, which have none afterwards."""
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def naive_loss(model: nn.Module, images: Tensor, class_ids: Tensor, targets: Tensor, **options) -> Tensor:
+    """Cross-entropy over classes [K] by all tokens, with the first block frozen."""
+    image, text = (
+        F.normalize(embed(model, x, 1, False), dim=1)
+        for embed, x in ((naive.embed_images, images), (naive.embed_texts, tiny_tokens(C)[class_ids]))
+    )
+    return F.cross_entropy(model.logit_scale.exp() * image @ text.T, targets, **options)
+
+
+def assert_equal_gradients(got: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert got.keys() == right.keys() and got
+    for name, gradient in right.items():
+        # fp64: rounding of two orders of summation, as in test_clip.py
+        assert (got[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-15, name
+
+
+# ---- split step ------------------------------------------------------------------------------------------------------
+
+
+class ImageModel(nn.Module):
+    """SkipCLIP as docs/trainers.md shows it to trainers that call `loss_fn(model(x), y)`."""
+
+    def __init__(self, clip: sk.SkipCLIP):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.clip.encode_image(x) if self.training else self.clip.predict(x)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
+@pytest.mark.parametrize("labels", [LABELS, mixup(LABELS)], ids=["ids", "soft"])
+@pytest.mark.parametrize("inputs", ["images", "features"])
+def test_split_step_equals_forward(inputs, labels, mode):
+    clips = [make_clip(label_smoothing=0.1).train(mode == "train") for _ in range(2)]
+    x = IMAGES if inputs == "images" else clips[0].encode_lower(IMAGES)
+    with torch.set_grad_enabled(mode != "no_grad"):
+        for _ in range(3):  # with a draw each
+            whole, split = clips[0](x, labels).loss, clips[1].loss(clips[1].encode_image(x), labels)
+            assert whole.equal(split)
+            if mode != "no_grad":
+                right, got = gradients(clips[0], whole), gradients(clips[1], split)
+                assert got.keys() == right.keys() and all(got[name].equal(right[name]) for name in right)
+    assert clips[0].get_extra_state().equal(clips[1].get_extra_state())
+
+
+def test_loop_of_model_and_loss_function():
+    """Training with accumulated gradients, and evaluation, through `loss_fn(model(x), y)` alone."""
+    losses = []
+    for split in (True, False):
+        clip = make_clip()
+        model = ImageModel(clip)
+        optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.02, image_lr=0.01), momentum=0.9)
+        found = []
+        for _ in range(3):
+            for part in (slice(0, 2), slice(2, 4)):
+                x, y = IMAGES[part], LABELS[part]
+                loss = clip.loss(model(x), y) if split else clip(x, y).loss
+                (loss / 2).backward()
+                found.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(found)
+        assert model.eval()(IMAGES).equal(clip.predict(IMAGES))
+    assert losses[0] == losses[1] and len(set(losses[0])) == 6
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "soft"])
+def test_split_step_under_autocast(soft):
+    clips = [make_clip(torch.float32) for _ in range(2)]
+    x, labels = IMAGES.float(), mixup(LABELS).float() if soft else LABELS
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, split = clips[0](x, labels).loss, clips[1].loss(clips[1].encode_image(x), labels)
+    assert whole.dtype == torch.float32 and whole.equal(split)
+    right, got = gradients(clips[0], whole), gradients(clips[1], split)
+    assert got.keys() == right.keys() and all(got[name].equal(right[name]) for name in right)
+
+
+def train_in_ddp(rank: int, size: int = 2) -> dict[str, Tensor]:
+    """Train three split steps on this process's share of four images."""
+    if size > 1:
+        dist.init_process_group("gloo")
+    clip = make_clip(keep_ratio=1.0)
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.02, image_lr=0.01), momentum=0.9)
+    model = DistributedDataParallel(ImageModel(clip), broadcast_buffers=False) if size > 1 else ImageModel(clip)
+    for _ in range(3):
+        clip.loss(model(IMAGES[rank::size]), LABELS[rank::size]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if size > 1:
+        dist.destroy_process_group()
+    return clip.model.state_dict()
+
+
+def test_split_step_in_ddp_matches_one_process(tmp_path):
+    first, second = run_in_processes(2, tmp_path, train_in_ddp)
+    alone, before = train_in_ddp(0, 1), tiny_clip().state_dict()
+    assert all(first[name].equal(second[name]) for name in first)
+    assert max((first[name] - alone[name]).abs().max() for name in alone) < 1e-12
+    assert max((first[name] - before[name]).abs().max() for name in alone) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("image", "labels", "message"),
+    [
+        (IMAGES, LABELS, r"SkipCLIP.loss: image must be .* \[B, D=12\]; got .*\[4, 3, 16, 16\]. .*encode_image"),
+        (torch.zeros(4, 12).long(), LABELS, r"image must be image embeddings, floating-point .* got torch.int64"),
+        (torch.zeros(4, 12).double(), LABELS[:2], r"labels must be class ids, int64 \[B=4\], or probabilities"),
+        (torch.zeros(4, 12).double(), LABELS + C, r"labels must be in \[0, C=17\)"),
+    ],
+    ids=["images", "dtype", "labels", "range"],
+)
+def test_loss_refuses(image, labels, message):
+    with pytest.raises(ValueError, match=message):
+        _clip().loss(image, labels)
+
+
+@functools.cache
+def _clip() -> sk.SkipCLIP:
+    return make_clip()
+
+
+def refused_in_processes(rank: int) -> list[str]:
+    dist.init_process_group("gloo")
+    clip, errors = make_clip(process_group=dist.group.WORLD), []
+    for call in (
+        lambda: clip.loss(clip.encode_image(IMAGES), LABELS),
+        lambda: clip(IMAGES, mixup(LABELS)),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        errors.append(str(caught.value))
+    other = tiny_tokens(5, seed=4)
+    assert clip.predict(IMAGES, tokens=other).equal(make_clip().predict(IMAGES, tokens=other))
+    dist.destroy_process_group()
+    return errors
+
+
+def test_several_processes_refuse(tmp_path):
+    names = ("loss in training mode", "a step with soft labels")
+    for errors in run_in_processes(2, tmp_path, refused_in_processes):
+        assert [
+            error.startswith(f"SkipCLIP: {name} is not supported with process_group.")
+            for name, error in zip(names, errors, strict=True)
+        ] == [True] * 2
+
+
+# ---- soft labels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.2}, {"class_weight": torch.linspace(0.5, 1.5, C)}], ids=str
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_soft_labels_equal_naive_step(training, options):
+    labels = mixup(LABELS)
+    clip = make_clip(train_logit_scale=True, **options).train(training)
+    plain = copy.deepcopy(clip.model)
+    out = clip(IMAGES, labels)
+    assert (len(out.class_ids) < C) == training and out.targets.equal(labels[:, out.class_ids])
+    assert out.targets.sum().item() == pytest.approx(4, abs=1e-12), "every label is kept"
+
+    theirs = {"label_smoothing": options.get("label_smoothing", 0.0)}
+    if "class_weight" in options:
+        theirs["weight"] = options["class_weight"].double()[out.class_ids]
+    loss = naive_loss(plain, IMAGES, out.class_ids, out.targets, **theirs)
+    torch.testing.assert_close(out.loss, loss, rtol=1e-12, atol=0)
+    assert_equal_gradients(gradients(clip.model, out.loss), gradients(plain, loss))
+
+
+def test_one_hot_labels_are_class_ids():
+    one, other = make_clip(), make_clip()
+    for _ in range(3):
+        ids, soft = one(IMAGES, LABELS), other(IMAGES, F.one_hot(LABELS, C).double())
+        assert ids.class_ids.equal(soft.class_ids)
+        torch.testing.assert_close(ids.loss, soft.loss, rtol=1e-12, atol=0)
+
+
+def test_soft_labels_with_more_classes_than_images_are_all_kept():
+    labels = torch.zeros(4, C).double()
+    labels[0, :11], labels[1:, 16] = 1 / 11, 1.0
+    out = make_clip()(IMAGES, labels)
+    assert out.targets.sum().item() == pytest.approx(4) and len(out.class_ids) < C
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (mixup(LABELS)[:, :-1], r"or probabilities of the classes, floating-point \[B=4, C=17\]; got .* \[4, 16\]"),
+        (F.one_hot(LABELS, C), r"got torch.int64 \[4, 17\]. .* for one-hot labels pass labels.argmax"),
+        (2 * mixup(LABELS), "must be probabilities, not negative, that sum to 1 for each image; got sums from 2 to 2"),
+        (mixup(LABELS, 1.5), "must be probabilities, not negative.* and values from -0.5"),
+    ],
+    ids=["classes", "integers", "sum", "negative"],
+)
+def test_soft_labels_refused(labels, message):
+    with pytest.raises(ValueError, match=f"^SkipCLIP: labels .*{message}"):
+        _clip()(IMAGES, labels)
+
+
+def test_graphed_refuses_soft_labels():
+    clip = make_clip()
+    step = clip.graphed(sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), batch_size=4)
+    with pytest.raises(ValueError, match=r"graphed: labels must be class ids, int64 \[B\]; got torch.float64"):
+        step(IMAGES, mixup(LABELS))
