@@ -1,4 +1,4 @@
-"""Split steps and soft labels, in fp64 against PyTorch."""
+"""Split steps, soft labels, and steps with the same classes, in fp64 against PyTorch."""
 
 from __future__ import annotations
 
@@ -167,6 +167,7 @@ def refused_in_processes(rank: int) -> list[str]:
     for call in (
         lambda: clip.loss(clip.encode_image(IMAGES), LABELS),
         lambda: clip(IMAGES, mixup(LABELS)),
+        lambda: clip.same_classes().__enter__(),
     ):
         with pytest.raises(RuntimeError) as caught:
             call()
@@ -178,12 +179,12 @@ def refused_in_processes(rank: int) -> list[str]:
 
 
 def test_several_processes_refuse(tmp_path):
-    names = ("loss in training mode", "a step with soft labels")
+    names = ("loss in training mode", "a step with soft labels", "same_classes")
     for errors in run_in_processes(2, tmp_path, refused_in_processes):
         assert [
             error.startswith(f"SkipCLIP: {name} is not supported with process_group.")
             for name, error in zip(names, errors, strict=True)
-        ] == [True] * 2
+        ] == [True] * 3
 
 
 # ---- soft labels -----------------------------------------------------------------------------------------------------
@@ -244,3 +245,102 @@ def test_graphed_refuses_soft_labels():
     step = clip.graphed(sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), batch_size=4)
     with pytest.raises(ValueError, match=r"graphed: labels must be class ids, int64 \[B\]; got torch.float64"):
         step(IMAGES, mixup(LABELS))
+
+
+# ---- the same classes ------------------------------------------------------------------------------------------------
+
+
+def draws_of(clip: sk.SkipCLIP) -> Tensor:
+    return clip.sampler.generator.get_state()
+
+
+def test_sam_with_the_same_classes_equals_naive():
+    clip = make_clip()
+    plain = copy.deepcopy(clip.model)
+    before, once = draws_of(clip), make_clip()
+    once(IMAGES, LABELS)
+
+    def perturbed(model: nn.Module, d_model: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, gradient in d_model.items():
+                model.get_parameter(name).add_(0.05 * gradient)
+
+    with clip.same_classes():
+        first = clip(IMAGES, LABELS)
+        perturbed(clip.model, gradients(clip.model, first.loss))
+        second = clip(IMAGES, LABELS)
+    assert second.class_ids is first.class_ids and second.targets.equal(first.targets)
+    assert draws_of(clip).equal(draws_of(once)) and not draws_of(clip).equal(before)
+
+    kept = first.class_ids, first.targets
+    perturbed(plain, gradients(plain, naive_loss(plain, IMAGES, *kept)))
+    loss = naive_loss(plain, IMAGES, *kept)
+    torch.testing.assert_close(second.loss, loss, rtol=1e-12, atol=0)
+    assert_equal_gradients(gradients(clip.model, second.loss), gradients(plain, loss))
+    assert draws_of(clip).equal(draws_of(once)) and not clip(IMAGES, LABELS).class_ids.equal(kept[0]), "drawn again"
+
+
+def test_lbfgs_with_the_same_classes():
+    clip, evaluations = make_clip(), []
+    optimizer = torch.optim.LBFGS(clip.trainable_parameters(), max_iter=4, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        evaluations.append(out := clip(IMAGES, LABELS))
+        out.loss.backward()
+        return out.loss
+
+    with clip.same_classes():
+        optimizer.step(closure)
+    assert len(evaluations) > 2 and all(out.class_ids is evaluations[0].class_ids for out in evaluations)
+    assert evaluations[-1].loss < 0.9 * evaluations[0].loss
+
+
+def test_same_classes_for_every_kind_of_labels():
+    """Class ids, soft labels and several labels, on subsets of the labels of the first step."""
+    clip = make_clip()
+    many = F.one_hot(LABELS, C)
+    for first in (LABELS, mixup(LABELS), many):
+        with clip.same_classes():
+            steps = [
+                clip.sigmoid_loss(IMAGES[rows], y[rows], max_labels=1) if y is many else clip(IMAGES[rows], y[rows])
+                for y, rows in [(first, slice(None)), (LABELS, slice(2)), (mixup(LABELS), slice(2)), (many, slice(2))]
+            ]
+        assert len(steps[0].class_ids) < C and all(out.class_ids is steps[0].class_ids for out in steps)
+        assert steps[1].class_ids[steps[1].targets].equal(LABELS[:2])
+        assert steps[3].targets.sum() == 2
+
+
+def test_checkpointed_step_within_same_classes():
+    """The second forward of activation checkpointing, which elsewhere would draw other classes."""
+    clip, plain = make_clip(), make_clip()
+    right = gradients(plain, plain(IMAGES, LABELS).loss)
+    features = clip.encode_lower(IMAGES)
+    with clip.same_classes():
+        step = functools.partial(torch.utils.checkpoint.checkpoint, clip, features, LABELS, use_reentrant=False)
+        assert_equal_gradients(gradients(clip, step().loss), right)
+
+
+def test_same_classes_ends_with_an_error():
+    clip = make_clip()
+    with pytest.raises(ZeroDivisionError), clip.same_classes():
+        clip(IMAGES, LABELS)
+        raise ZeroDivisionError
+    assert not clip(IMAGES, LABELS).class_ids.equal(clip(IMAGES, LABELS).class_ids)
+
+
+def test_same_classes_refuses():
+    clip = make_clip()
+    with clip.same_classes():
+        kept = clip(IMAGES, LABELS).class_ids
+        other = next(c for c in range(C) if c not in kept)
+        message = rf"must be among the classes that its first step kept, {len(kept)} of 17; got \[{other}\] too"
+        for labels in (torch.full((4,), other), F.one_hot(torch.full((4,), other), C).double()):
+            with pytest.raises(ValueError, match=message):
+                clip(IMAGES, labels)
+        with pytest.raises(RuntimeError, match="cannot be nested"), clip.same_classes():
+            pass
+        step = clip.graphed(sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), batch_size=4)
+        with pytest.raises(RuntimeError, match="graphed: a step selects its own classes. Leave same_classes"):
+            step(IMAGES, LABELS)
+        assert clip(IMAGES, LABELS).class_ids is kept

@@ -154,6 +154,8 @@ class SkipCLIPBase(nn.Module):
     _image_encoder: ImageEncoder
     _text_encoder: TextEncoder
     _containers: Containers
+    _shares_classes = False  # within `same_classes`
+    _shared_classes: Tensor | None = None  # [K], those of the first step there
     _before_lora: tuple[Trainable, list[str]] | None = None  # set by `add_lora`, for `merge_lora`
 
     @property
@@ -253,18 +255,45 @@ class SkipCLIPBase(nn.Module):
 
         Targets are the positions [B] of labels [B], or the columns [B, K] of soft labels [B, C].
         """
+        num_classes = len(self.prototypes)
         if labels.ndim == 2:
             is_label = (labels != 0).any(dim=0)  # [C]
             class_ids = self._select_with(image, is_label, max(len(labels), int(is_label.sum())))
             return ClassSelection(class_ids, labels.index_select(1, class_ids))
-        ranks = draw_on(image.device, len(self.prototypes), len(labels))
-        return ranked_selection(self._scores(image, labels), labels, ranks)
+        if self._shared_classes is not None:
+            is_label = torch.zeros(num_classes, dtype=torch.bool, device=labels.device).index_fill_(0, labels, True)
+            class_ids = self._checked_shared_classes(is_label)
+            return ClassSelection(class_ids, torch.searchsorted(class_ids, labels))
+        ranks = draw_on(image.device, num_classes, len(labels))
+        selection = ranked_selection(self._scores(image, labels), labels, ranks)
+        if self._shares_classes:
+            self._shared_classes = selection.class_ids
+        return selection
 
     def _select_with(self, image: Tensor, is_label: Tensor, labels: int) -> Tensor:
         """Select the classes [K] of a step, with all of `is_label`, bool [C], of which at most `labels` are true."""
+        if self._shared_classes is not None:
+            return self._checked_shared_classes(is_label)
         ranks = self.sampler.draw_on(image.device, len(is_label), labels)
         # Labels rank first. K does not depend on which classes they are.
-        return classes_at_ranks(self._scores(image).masked_fill(is_label, math.inf), ranks)
+        class_ids = classes_at_ranks(self._scores(image).masked_fill(is_label, math.inf), ranks)
+        if self._shares_classes:
+            self._shared_classes = class_ids
+        return class_ids
+
+    def _checked_shared_classes(self, is_label: Tensor) -> Tensor:
+        """Classes [K] of the first step within `same_classes`, which must have all labels, bool [C]."""
+        assert self._shared_classes is not None
+        missing = is_label.index_fill(0, self._shared_classes, False)  # [C]
+        expected = "within same_classes() labels must be among the classes that its first step kept"
+        if missing.device.type != "cpu":
+            torch._assert_async(~missing.any(), f"SkipCLIP: {expected}.")
+        elif missing.any():
+            raise ValueError(
+                f"SkipCLIP: {expected}, {len(self._shared_classes)} of {len(missing)}; got "
+                f"{missing.nonzero().flatten().tolist()} too. Enter same_classes() again for each batch."
+            )
+        return self._shared_classes
 
     # ---- checks of a step ----------------------------------------------------------------------------------------
 
@@ -284,7 +313,8 @@ class SkipCLIPBase(nn.Module):
     def _check_draw(self, labels: int) -> None:
         """Raise a RuntimeError if the step of a number of labels would draw other classes than its first forward."""
         classes = self._num_classes
-        in_backward = self.training and torch._C._current_graph_task_id() != -1
+        draws = self.training and self._shared_classes is None
+        in_backward = draws and torch._C._current_graph_task_id() != -1
         if in_backward and self.sampler.plan(classes, labels)[0] < classes:  # the step would draw from the tail
             raise RuntimeError(
                 "SkipCLIP: the step was called again within a backward pass, as activation checkpointing does; it "

@@ -147,6 +147,8 @@ class GraphedStep:
                 f"graphed: labels must be class ids, int64 [B]; got {labels.dtype} {list(labels.shape)}. The classes "
                 "of soft labels are counted on the host: run without graphed."
             )
+        if clip._shares_classes:
+            raise RuntimeError("graphed: a step selects its own classes. Leave same_classes(), or run without graphed.")
         if not self._captures():
             self._check_optimizer()
             return self._update(clip(x, labels))

@@ -300,6 +300,33 @@ class SkipCLIP(Losses, Inference):
         self._refuse_parallel("select")
         return self._select(image, labels, self.sampler.draw_on)
 
+    @contextmanager
+    def same_classes(self) -> Iterator[None]:
+        """Select the classes of the first training step for all steps of the context, with one draw.
+
+        The loss of a batch is then a function of the weights, as SAM, the closure of LBFGS and the two forward passes
+        of R-Drop need it. Labels of later steps must be among these classes: a ValueError on the CPU, and a device-side
+        assertion on a GPU. `graphed` steps and `process_group` are refused.
+
+        Example:
+            >>> from skipkernels.app.demo import pictogram_tiny
+            >>> model, _, tokenizer = pictogram_tiny.load()
+            >>> clip = SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
+            >>> images, labels = torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 7, 7])
+            >>> with clip.same_classes():
+            ...     first, second = clip(images, labels), clip(images, labels)
+            >>> first.class_ids.equal(second.class_ids), first.loss.equal(second.loss)
+            (True, True)
+        """
+        self._refuse_parallel("same_classes")
+        if self._shares_classes:
+            raise RuntimeError("SkipCLIP: same_classes() cannot be nested. Leave the outer context first.")
+        self._shares_classes = True
+        try:
+            yield
+        finally:
+            self._shares_classes, self._shared_classes = False, None
+
     def graphed(
         self, optimizer: torch.optim.Optimizer, *, batch_size: int, overlap: bool = False, keep_casts: bool = False
     ) -> GraphedStep:
