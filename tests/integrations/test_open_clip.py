@@ -19,7 +19,10 @@ from torch import Tensor, nn
 import skipkernels as sk
 from bench.trainers import open_clip as runner
 from bench.trainers.common import Problem, small_problem, trained
+from skipkernels.app.demo import pictogram_tiny
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_schedule
+
+pictogram_tiny.register()  # so that open_clip knows its tokenizer
 
 
 @pytest.fixture(scope="module")
