@@ -21,6 +21,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja numpy
 	$(BIN)/python -m pip install --progress-bar=on "torch>=2.10" "torchvision>=0.25"
+	@echo "compiling the C++ kernels, one to three minutes"
 	$(BIN)/python -m pip install --no-build-isolation --editable '.[cli]'
 	@touch $(READY)
 

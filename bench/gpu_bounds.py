@@ -1,6 +1,6 @@
 """Estimate what changes of a step on a GPU that are not built could save at most. Nothing is measured.
 
-    python -m bench.gpu_bounds       write bench/results/gpu_bounds.csv; about 20 seconds
+    python -m bench.gpu_bounds       write bench/results/gpu_bounds.csv; about a minute
     python -m bench.gpu_bounds --no-save
 
 The step is that of `bench.gpu_model`, in bf16 and overlapped. A change is estimated as the same step in which the part
@@ -130,7 +130,7 @@ def rows_of(batch: int) -> list[Row]:
     real_rows = prefix + round(K * (prompts.row_count - prefix) / CLASSES)
     found = list(changes(launches, prompts.capacity(K), real_rows))
     half = launches_of_ours(batch, CLASSES, PRECISION, overlap=True, momentum_dtype=torch.bfloat16)
-    found.append(Change("momentum in bf16 (`FusedSGD(momentum_dtype=…)`, built)", half))
+    found.append(Change("momentum in bf16, an option (`FusedSGD(momentum_dtype=…)`)", half))
     return list(bounds(launches, batch, found))
 
 
@@ -140,7 +140,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         lines[row.change].append(row)
     batches = list(dict.fromkeys(row.B for row in rows))
-    header = ["", *(f"B = {batch}, µs" for batch in batches), "launches", "breaks even at"]
+    header = ["", *(f"B = {batch}, µs" for batch in batches), "launches", "breaks even at, for each B"]
     return header, [
         [
             change,

@@ -263,6 +263,8 @@ class TuneConfig(
             _refuse("resume", "resume continues a run and `overwrite` replaces it; pass only one.")
         if self.class_weight is not None and self.sampler == "class_pure":
             _refuse("class_weight", "class_weight has no effect in batches of one class; use sampler=random.")
+        if self.class_weight is not None and self.sampler == "balanced":
+            _refuse("class_weight", "class_weight and sampler=balanced would balance twice; leave one of them out.")
         self._check_optimizer()
         if self.log is not None:
             from .train import loggers

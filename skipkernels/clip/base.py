@@ -290,8 +290,8 @@ class SkipCLIPBase(nn.Module):
             torch._assert_async(~missing.any(), f"SkipCLIP: {expected}.")
         elif missing.any():
             raise ValueError(
-                f"SkipCLIP: {expected}, {len(self._shared_classes)} of {len(missing)}; got "
-                f"{missing.nonzero().flatten().tolist()} too. Enter same_classes() again for each batch."
+                f"SkipCLIP: {expected}, {len(self._shared_classes)} of {len(missing)}; got {missing.count_nonzero()} "
+                f"others, such as {int(missing.nonzero()[0])}. Enter same_classes() again for each batch."
             )
         return self._shared_classes
 

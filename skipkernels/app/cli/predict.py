@@ -140,6 +140,8 @@ class PredictCommand:
         counted += f", {unreadable:,} skipped" if unreadable else ""
         calibration = self._calibration(classifier)
         noun = "image" if len(rows) == 1 else "images"
+        if results.threshold is not None and classifier.none_logit is not None:
+            calibration += f", with {NONE} as one more class"
         err.print(f"{len(rows):,} {noun} classified{counted}; probabilities are {calibration}", soft_wrap=True)
         return 1 if unreadable else 0
 

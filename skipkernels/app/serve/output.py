@@ -22,7 +22,7 @@ NONE = "none of these"
 """Label of an image that has none of the classes."""
 _MAX_NAME = 200  # bytes of the name of a folder, before numbers
 
-Row = tuple[str, list[tuple[str, float]]]
+Row = tuple[str, Sequence[tuple[str, float | None]]]
 """Name of an image, and its labels with their probabilities, best first."""
 
 
@@ -47,9 +47,9 @@ def check_none(classes: Sequence[str]) -> None:
 
 
 def labelled(found: Predictions) -> Iterator[Row]:
-    """Yield the rows of predictions, with `NONE` in place of the best label of an image without a class."""
+    """Yield the rows of predictions; of an image without a class, `NONE` without a probability comes first."""
     for (name, labels), known in zip(found, found.known.tolist(), strict=True):
-        yield name, labels if known else [(NONE, labels[0][1]), *labels[1:]]
+        yield name, labels if known else [(NONE, None), *labels[:-1]]
 
 
 def csv_lines(rows: Iterable[Row]) -> Iterator[str]:
@@ -58,7 +58,7 @@ def csv_lines(rows: Iterable[Row]) -> Iterator[str]:
     numbers = ["", *(f"_{n + 2}" for n in range(len(rows[0][1]) - 1 if rows else 0))]
     yield csv_line(["path", *(f"{name}{number}" for number in numbers for name in ("label", "probability"))])
     for name, found in rows:
-        yield csv_line([name, *(cell for label, p in found for cell in (label, f"{p:.6g}"))])
+        yield csv_line([name, *(cell for label, p in found for cell in (label, "" if p is None else f"{p:.6g}"))])
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -68,7 +68,9 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         if path.suffix.lower() == ".json":
             items = []
             for name, found in rows:
-                predictions = [{"label": label, "probability": float(f"{p:.6g}")} for label, p in found]
+                predictions = [
+                    {"label": label, "probability": None if p is None else float(f"{p:.6g}")} for label, p in found
+                ]
                 items.append(json.dumps({"path": name, "predictions": predictions}))
             file.write("[" + ",\n".join(items) + "]\n")
         else:

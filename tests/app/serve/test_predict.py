@@ -260,7 +260,8 @@ def test_command_with_a_threshold(run, photos, tmp_path, capsys):
     below = [float(row["probability"]) < threshold - 1e-5 for row in plain]
     assert code == 0 and 0 < sum(below) < len(rows) and f"classified, {sum(below)} as {NONE};" in err
     for row, before, none in zip(rows, plain, below, strict=True):  # without validation images, the same probabilities
-        assert row == (before | {"label": NONE} if none else before)
+        best = {"label_2": before["label"], "probability_2": before["probability"]}
+        assert row == (before | {"label": NONE, "probability": ""} | best if none else before)
     assert len(list((folder / NONE).iterdir())) == sum(below)
     assert command(capsys, run.folder, part, *options, "--out", table)[0] == 0
     labels = [item["predictions"][0]["label"] for item in json.loads(table.read_text())]
