@@ -13,12 +13,23 @@ Number = Annotated[float, Field(gt=-1e15, lt=1e15)]  # finite
 Percent = Annotated[float, Field(ge=0, le=100)] | None
 
 
+class Threshold(TypedDict):
+    """Row of `calibration.find_thresholds`."""
+
+    wanted: Text
+    target: Number
+    threshold: Number | None
+    coverage: Percent
+    accuracy: Percent
+
+
 class Validation(TypedDict):
     """Accuracy on the validation images."""
 
     images: Count
     zero_shot: Percent
     tuned: Percent
+    thresholds: NotRequired[list[Threshold]]
 
 
 class Images(TypedDict, total=False):

@@ -548,6 +548,7 @@ def test_thumbnails_open_only_selected_images():
         ("metrics.json", {"steps": 10**400}),
         ("metrics.json", {"cost": None}),
         ("metrics.json", {"validation": {"images": -1}}),
+        ("metrics.json", {"validation": {"images": 9, "zero_shot": 1, "tuned": 2, "thresholds": [{"threshold": 0.5}]}}),
         ("metrics.json", {"notes": 3}),
         ("metrics.jsonl", {"epoch": -1}),
         ("metrics.jsonl", {"accuracy": [1]}),
