@@ -103,16 +103,16 @@ class BatchSampler(Sampler[list[int]]):
     def _order(self) -> list[Tensor]:
         """Global batches of an epoch."""
         size = self.batch_size * self.world_size
+        # 1. Draw the order of the n images.
         if self.kind == "sequential":
-            return self._merge_short(list(torch.arange(len(self.labels)).split(size)))
-        if self.kind == "balanced":
+            order = torch.arange(len(self.labels))  # [n]
+        elif self.kind == "balanced":
             _, classes, counts = self.labels.unique(return_inverse=True, return_counts=True)
             weights = 1 / counts[classes].double()  # [n]
             order = torch.multinomial(weights, len(weights), replacement=True, generator=self.generator)  # [n]
-            return self._merge_short(list(order.split(size)))
-        # 1. Draw the order of the n images.
-        order = torch.randperm(len(self.labels), generator=self.generator)  # [n]
-        if self.kind == "random":
+        else:
+            order = torch.randperm(len(self.labels), generator=self.generator)  # [n]
+        if self.kind != "class_pure":
             return self._merge_short(list(order.split(size)))
         # 2. Group it by class, each class in the drawn order, and cut classes into batches of `size` and a remainder.
         whole: list[Tensor] = []

@@ -14,6 +14,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from ..data import SizedDataset
 from ..data.tasks import TestSet
+from ..train.class_metrics import class_metrics
 from ..train.predictions import TestPredictions, TopClasses
 
 GALLERY, PAIRS, WORST = 8, 6, 30
@@ -23,7 +24,7 @@ _PIXEL_ART = 64  # images up to this size are stored without loss
 
 
 class ClassResult(NamedTuple):
-    """Result of a class: in per cent, None if unknown, and its most frequent wrong prediction."""
+    """Result of a class: accuracies in per cent, None if unknown, and its most frequent wrong prediction."""
 
     label: int
     images: int
@@ -53,25 +54,13 @@ def class_results(test: TestPredictions) -> list[ClassResult]:
     >>> class_results(TestPredictions("base", ["a", "b"], labels, top(1, 1, 1), top(0, 1, 1)))[0]
     ClassResult(label=0, images=2, zero_shot=0.0, tuned=50.0, predicted=1, errors=1)
     """
-    count = len(test.classes)
-
-    def correct(predicted: Tensor) -> list[int]:
-        return test.labels[predicted == test.labels].bincount(minlength=count).tolist()
-
-    images = test.labels.bincount(minlength=count).tolist()
-    before = correct(test.zero_shot.classes[:, 0])
-    after = None if test.tuned is None else correct(test.tuned.classes[:, 0])
+    before, last = (class_metrics(test.labels, top.classes[:, 0], test.classes) for top in (test.zero_shot, test.last))
     most = _most_frequent_errors(test)
     return [
         ClassResult(
-            label,
-            images[label],
-            100 * before[label] / images[label],
-            None if after is None else 100 * after[label] / images[label],
-            *most.get(label, (None, 0)),
+            label, of.images, was.recall, None if test.tuned is None else of.recall, *most.get(label, (None, 0))
         )
-        for label in range(count)
-        if images[label]
+        for label, was, of in zip(test.labels.unique().tolist(), before, last, strict=True)
     ]
 
 

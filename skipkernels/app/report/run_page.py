@@ -11,7 +11,7 @@ from typing import Any
 from ..config import TuneConfig
 from ..data import InputError
 from ..train import predictions
-from ..train.class_metrics import class_metrics
+from ..train.class_metrics import metrics_of_test
 from ..train.errors import validated
 from ..train.metrics_schema import Row
 from ..train.predictions import TestPredictions, TopClasses
@@ -181,9 +181,9 @@ def _test(test: TestPredictions) -> dict[str, Any]:
     """Galleries, table of classes and confusions of a test."""
     fixed, broken = changed(test)
     results = class_results(test)
-    metrics = class_metrics(test.labels, test.last.classes[:, 0], test.classes)  # of the same classes
+    last = metrics_of_test(test.labels, test.last, test.classes)
     shown = sorted(
-        zip(results, metrics, strict=True), key=lambda pair: -abs((pair[0].tuned or 0.0) - pair[0].zero_shot)
+        zip(results, last["classes"], strict=True), key=lambda pair: -abs((pair[0].tuned or 0.0) - pair[0].zero_shot)
     )
     labels, counts = confusion_matrix(test)
     totals = test.labels.bincount(minlength=len(test.classes)).tolist()
@@ -199,16 +199,16 @@ def _test(test: TestPredictions) -> dict[str, Any]:
                 "before": found.zero_shot,
                 "after": found.tuned,
                 "change": None if found.tuned is None else found.tuned - found.zero_shot,
-                "precision": own.precision,
-                "f1": own.f1,
+                "precision": own["precision"],
+                "f1": own["f1"],
                 "predicted": None if found.predicted is None else test.classes[found.predicted],
                 "errors": found.errors,
             }
             for found, own in sorted(shown[:_TABLE_ROWS], key=lambda pair: pair[0].label)
         ],
         "all_classes": len(results),
-        "balanced": sum(each.recall for each in metrics) / len(metrics),
-        "macro_f1": sum(each.f1 for each in metrics) / len(metrics),
+        "balanced": last["balanced_accuracy"],
+        "macro_f1": last["macro_f1"],
         "matrix": [
             (test.classes[label], totals[label], [(count, count / max(totals[label], 1)) for count in row])
             for label, row in zip(labels, counts, strict=True)

@@ -21,7 +21,7 @@ from ..report.mistakes import predictions_with_thumbnails
 from ..train import weights
 from ..train.calibration import calibrate
 from ..train.checkpoint import MODEL
-from ..train.class_metrics import metrics_of_test
+from ..train.class_metrics import metrics_by_class
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluator
 from ..train.model_card import CARD, model_card
@@ -129,6 +129,7 @@ def blend(
     blended = evaluator.evaluate(setup.method)
     metrics |= {
         "tuned": blended.accuracies,
+        "by_class": metrics_by_class(setup.task.tests, evaluator.labels, blended.top),
         "blend": curve | {"chosen": chosen, "run": str(folder.resolve())},
         "alpha": chosen,
         "notes": [],
@@ -140,9 +141,6 @@ def blend(
         for test in setup.task.tests
         if len(test.images)
     ]
-    metrics["by_class"] = {
-        test.name: metrics_of_test(test.labels, blended.top[test.name].classes[:, 0], test.classes) for test in tests
-    }
     described = describe(written, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
     held = evaluator.validation_logits(setup.method)
     if held is not None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...formatting import csv_line
-from .predictions import TestPredictions
+from ..data.tasks import TestSet
+from .predictions import TestPredictions, TopClasses
 
 MOST_CONFUSED = 20  # pairs in metrics.json
 
@@ -56,8 +57,20 @@ def class_metrics(labels: Tensor, predicted: Tensor, classes: Sequence[str]) -> 
     ]
 
 
-def metrics_of_test(labels: Tensor, predicted: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+def metrics_by_class(
+    tests: Iterable[TestSet], labels: Mapping[str, Tensor], top: Mapping[str, TopClasses]
+) -> dict[str, Any]:
+    """Return "by_class" of metrics.json: the metrics of each test with predictions `top`."""
+    return {
+        test.name: metrics_of_test(labels[test.name], top[test.name], test.classes)
+        for test in tests
+        if test.name in top
+    }
+
+
+def metrics_of_test(labels: Tensor, top: TopClasses, classes: Sequence[str]) -> dict[str, Any]:
     """Return what metrics.json has of a test: means over the classes with images, the classes, and what is confused."""
+    predicted = top.classes[:, 0]
     found = class_metrics(labels, predicted, classes)
     wrong = sorted(
         (pair for pair in confusions(labels, predicted) if pair[0] != pair[1]), key=lambda pair: (-pair[2], pair)

@@ -30,7 +30,7 @@ from ..report.mistakes import predictions_with_thumbnails
 from . import checkpoint, notes
 from .calibration import calibrate
 from .checkpoint import DELTA, MODEL, Checkpoint, best_epoch, has_stalled
-from .class_metrics import metrics_of_test
+from .class_metrics import metrics_by_class
 from .command_line import command_line
 from .description import describe, write_open_clip_config
 from .environment import environment
@@ -409,7 +409,6 @@ class Run:
         """Contents of metrics.json."""
         rows, config = self.rows, self.config
         seconds, steps = [row["seconds"] for row in rows], sum(row["steps"] for row in rows)
-        classes = {test.name: test.classes for test in self.task.tests}
         validation: dict[str, Any] | None = None
         if self.task.validation is not None:
             images = len(self.task.validation.images)
@@ -420,13 +419,10 @@ class Run:
             "environment": environment(config.device, self.processes.size),
             "method": config.method,
             "protocol": config.protocol,
-            "classes": {name: len(names) for name, names in classes.items()},
+            "classes": {test.name: len(test.classes) for test in self.task.tests},
             "zero_shot": self.zero_shot.accuracies,
             "tuned": tuned.accuracies,
-            "by_class": {
-                name: metrics_of_test(self.evaluator.labels[name], top.classes[:, 0], classes[name])
-                for name, top in tuned.top.items()
-            },
+            "by_class": metrics_by_class(self.task.tests, self.evaluator.labels, tuned.top),
             "validation": validation,
             "epochs": len(rows),
             "best_epoch": best_epoch(rows),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from skipkernels.app.train.class_metrics import MOST_CONFUSED, class_metrics, confusions, metrics_of_test
+from skipkernels.app.train.predictions import TopClasses
 from skipkernels.formatting import csv_text
 
 
@@ -27,7 +28,7 @@ def test_metrics_equal_their_definitions(seed):
         f1 = 2 * recall * precision / (recall + precision) if recall and precision else 0.0
         assert each.images == of and [each.recall, each.f1] == pytest.approx([100 * recall, 100 * f1], abs=1e-4)
         assert each.precision == (None if precision is None else pytest.approx(100 * precision, abs=1e-4))
-    whole = metrics_of_test(labels, predicted, names)
+    whole = metrics_of_test(labels, TopClasses(predicted[:, None], torch.ones(40, 1)), names)
     assert whole["balanced_accuracy"] == pytest.approx(sum(each.recall for each in found) / len(found), abs=1e-3)
     assert whole["macro_f1"] == pytest.approx(sum(each.f1 for each in found) / len(found), abs=1e-3)
     assert confusions(labels, predicted) == sorted((*pair, n) for pair, n in pairs.items())
