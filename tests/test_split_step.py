@@ -245,6 +245,8 @@ def test_graphed_refuses_soft_labels():
     step = clip.graphed(sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), batch_size=4)
     with pytest.raises(ValueError, match=r"graphed: labels must be class ids, int64 \[B\]; got torch.float64"):
         step(IMAGES, mixup(LABELS))
+    with pytest.raises(TypeError, match=r"labels must be an int64 tensor \[B\]; got list"):
+        step(IMAGES, LABELS.tolist())
 
 
 # ---- the same classes ------------------------------------------------------------------------------------------------

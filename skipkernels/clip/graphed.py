@@ -142,7 +142,7 @@ class GraphedStep:
         clip = self._clip
         if not clip.training:
             raise RuntimeError("graphed: a step needs clip.train(); SkipCLIP is in evaluation mode.")
-        if labels.is_floating_point():
+        if isinstance(labels, Tensor) and labels.is_floating_point():
             raise ValueError(
                 f"graphed: labels must be class ids, int64 [B]; got {labels.dtype} {list(labels.shape)}. The classes "
                 "of soft labels are counted on the host: run without graphed."
