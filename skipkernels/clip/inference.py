@@ -69,7 +69,9 @@ class Inference(SkipCLIPBase):
                 raise TypeError("SkipCLIP.predict: pass tokens or classes; got both.")
             classes = self.class_embeddings(tokens)
         if classes is not None:
-            _check_classes(classes, self.prototypes.shape[1])
+            remedy = "Compute them with clip.class_embeddings(tokens), or pass tokens."
+            width = self.prototypes.shape[1]
+            check_embeddings("SkipCLIP.predict: classes", classes, "embeddings, floating-point [C'", width, remedy)
         elif self._parallel is not None:
             from .sharded import sharded_predict
 
@@ -168,15 +170,12 @@ class Inference(SkipCLIPBase):
         return (self._image if tower == "image" else self._text).lower_identity()
 
 
-def _check_classes(classes: Any, width: int) -> None:
-    """Raise unless classes are embeddings [C', D]."""
-    is_tensor = isinstance(classes, Tensor)
-    if not is_tensor or not classes.is_floating_point() or classes.ndim != 2 or classes.shape[1] != width:
-        found = f"{classes.dtype} {list(classes.shape)}" if is_tensor else type(classes).__name__
-        raise ValueError(
-            f"SkipCLIP.predict: classes must be embeddings, floating-point [C', D={width}]; got {found}. Compute them "
-            "with clip.class_embeddings(tokens), or pass tokens."
-        )
+def check_embeddings(argument: str, embeddings: Any, expected: str, width: int, remedy: str) -> None:
+    """Raise unless an argument has embeddings [n, D=width]; `expected` begins their description."""
+    is_tensor = isinstance(embeddings, Tensor)
+    if not is_tensor or not embeddings.is_floating_point() or embeddings.shape[1:] != (width,):
+        found = f"{embeddings.dtype} {list(embeddings.shape)}" if is_tensor else type(embeddings).__name__
+        raise ValueError(f"{argument} must be {expected}, D={width}]; got {found}. {remedy}")
 
 
 class ImageClassifier(nn.Module):

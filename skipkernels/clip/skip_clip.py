@@ -22,7 +22,7 @@ from ..towers.block import fuse_blocks
 from ..towers.changes import Containers
 from .base import Settings, SkipOutput, Trainable
 from .image import ImageEncoder, refuse_export
-from .inference import Inference
+from .inference import Inference, check_embeddings
 from .losses import Losses, check_class_weight, check_label_smoothing, check_labels
 from .text import TextEncoder, check_tokens, check_vocabulary, prompts_digest, prompts_of
 from .verify import verify
@@ -232,13 +232,8 @@ class SkipCLIP(Losses, Inference):
         """
         if self.training:
             self._refuse_parallel("loss in training mode", "Call clip(x, labels).")
-        width = self.prototypes.shape[1]
-        if not isinstance(image, Tensor) or not image.is_floating_point() or image.shape[1:] != (width,):
-            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(
-                f"SkipCLIP.loss: image must be image embeddings, floating-point [B, D={width}]; got {found}. Compute "
-                "them with clip.encode_image(x)."
-            )
+        width, remedy = self.prototypes.shape[1], "Compute them with clip.encode_image(x)."
+        check_embeddings("SkipCLIP.loss: image", image, "image embeddings, floating-point [B", width, remedy)
         self._check_model(image.device)
         self._check_labels(labels, image)
         return self._compare(image, labels, return_logits=False).loss
