@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from . import gpu_model, measure, tables
-from .gpu_model import MODEL, OURS, SKIP_LAYERS, Launch, launches_of_ours, overlapped, steps_of
+from .gpu_model import MODEL, OURS, SKIP_LAYERS, Launch, launches_of_ours, overlapped, skip_clip, steps_of
 
 TABLE = measure.RESULTS / "gpu_bounds.csv"
 PRECISION, CLASSES = "bf16", 1000
@@ -124,7 +124,7 @@ def bounds(launches: Sequence[Launch], batch: int, found: Sequence[Change]) -> I
 def rows_of(batch: int) -> list[Row]:
     """The changes of the step with a batch."""
     launches = steps_of(OURS, batch, CLASSES, PRECISION)[1]
-    clip, *_ = gpu_model._skip_clip(MODEL, SKIP_LAYERS, batch, CLASSES)
+    clip, *_ = skip_clip(MODEL, SKIP_LAYERS, batch, CLASSES)
     prompts, K = clip._text.prompts, clip.sampler.expected_keep(CLASSES, batch)
     prefix = prompts.prefix_length
     real_rows = prefix + round(K * (prompts.row_count - prefix) / CLASSES)

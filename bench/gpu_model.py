@@ -216,7 +216,7 @@ def moved_by(kernel: str, arguments: dict[str, Any], args: Any) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _skip_clip(model: str, skip_layers: int, batch: int, classes: int) -> tuple[sk.SkipCLIP, Tensor, Tensor]:
+def skip_clip(model: str, skip_layers: int, batch: int, classes: int) -> tuple[sk.SkipCLIP, Tensor, Tensor]:
     """SkipCLIP, features at the cut and labels, on the meta device."""
     inputs = random_inputs(model, batch, classes, _CPU)
     _, sampling = without_tail(classes, batch)
@@ -235,7 +235,7 @@ def launches_of_ours(
 
     In bf16 the update writes the casts of the weights, as with `graphed(keep_casts=True)`.
     """
-    clip, features, labels = _skip_clip(MODEL, SKIP_LAYERS, batch, classes)
+    clip, features, labels = skip_clip(MODEL, SKIP_LAYERS, batch, classes)
     groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
     sgd = sk.FusedSGD(groups, momentum=0.9, in_backward=overlap, momentum_dtype=momentum_dtype)
     step = clip.graphed(sgd, batch_size=batch)
