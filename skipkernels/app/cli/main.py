@@ -28,6 +28,7 @@ from .listings import DatasetsCommand, ModelsCommand
 from .options import REGISTRY, settings
 from .predict import PredictCommand
 from .report import ReportCommand
+from .serve import ServeCommand
 from .studies import CompareCommand, ProtocolCommand
 from .tune import TuneCommand, command_with_file
 
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Any] = {
     "tune": TuneCommand,
     "eval": EvalCommand,
     "predict": PredictCommand,
+    "serve": ServeCommand,
     "blend": BlendCommand,
     "export": ExportCommand,
     "report": ReportCommand,

@@ -146,10 +146,10 @@ class PredictCommand:
         return 1 if unreadable else 0
 
     def _calibration(self, classifier: Classifier) -> str:
-        from skipkernels.app.train.description import NOT_CALIBRATED
+        from skipkernels.app.train.description import CALIBRATED, NOT_CALIBRATED
 
         if classifier.calibrated:
-            return "calibrated on held-out images"
+            return CALIBRATED
         changed = [f"--{name}" for name in ("classes", "template") if getattr(self.results, name) is not None]
         if changed:
             return f"not calibrated: {' and '.join(changed)} replace those of the run"

@@ -35,6 +35,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
 _MAX_RATIO = 500  # of the sides: a transform that resizes a line of 8000 x 2 pixels to 224 makes 200 million of them
 
 
+class TooLarge(InputError):
+    """Error for an image with more pixels than a limit."""
+
+
 class Images(Dataset):
     """Map-style dataset of (image, label) with a name for each image, from which subsets can be taken.
 
@@ -134,16 +138,26 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def decode_image(file: BinaryIO, name: str | Path, transform: Transform | None = None) -> Any:
-    """Read an opened image file as `read_image` does; `name` is its name in error messages."""
+def decode_image(
+    file: BinaryIO, name: str | Path, transform: Transform | None = None, *, max_pixels: int | None = None
+) -> Any:
+    """Read an opened image file as `read_image` does; `name` is its name in error messages.
+
+    Of more than `max_pixels` nothing is decoded; by default the limit is Pillow's, 179 million.
+    """
     try:
         opened = Image.open(file, formats=_formats())
     except UnidentifiedImageError as error:
         heif = "" if "HEIF" in _formats() else "; HEIC needs: pip install 'skipkernels[heif]'"
         raise _unreadable(name, f"not {', '.join(_formats())}{heif}") from error
+    except Image.DecompressionBombError:
+        most = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise TooLarge(f"{name}: must have at most {most:,} pixels. Make it smaller.") from None
     except _UNREADABLE as error:
         raise _unreadable(name, error) from error
     with opened as image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise TooLarge(f"{name}: must have at most {max_pixels:,} pixels. Make it smaller.")
         return to_rgb(image, name, transform)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...formatting import decimal
 from .plots import finite
 
 MISSING = "–"
@@ -28,22 +29,29 @@ def _environment() -> Environment:
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    script, _, _ = loader.get_source(environment, "report.js")
-    style, _, _ = loader.get_source(environment, "report.css")
-    environment.globals |= {
-        "script": Markup(script),
-        "style": Markup(style),
-        # A browser runs no other script than the one with this digest, whatever a class is called.
-        "policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
-        f"{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
-    }
+
+    def source(name: str) -> Markup:
+        return Markup(loader.get_source(environment, name)[0])
+
+    environment.globals |= {"source": source, "policy": policy}
     environment.filters |= {
+        "decimal": decimal,
         "number": number,
         "image": image_source,
+        "plural": plural,
         "share": share,
         "short": short,
     }
     return environment
+
+
+def policy(script: str, others: str = "img-src data:") -> str:
+    """Content security policy of a page: a browser runs no other script than this one, whatever a class is called.
+
+    `others` are further directives, about what the page loads.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; {others}; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 def number(value: float | None, spec: str = ".1f", unit: str = "") -> str:

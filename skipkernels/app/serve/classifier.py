@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -161,6 +162,14 @@ class Classifier:
                 "classes",
             )
         return logits
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit-norm image embeddings [B, D] in fp32 of preprocessed images [B, 3, H, W]."""
+        method = self._run.method
+        with self._run.precision.autocast():
+            embeddings = method.embed(method.encode_frozen(images.to(self.device)))
+        return F.normalize(embeddings.float(), dim=-1)
 
     @torch.no_grad()
     def class_embeddings(self) -> Tensor:

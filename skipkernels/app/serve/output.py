@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...folders import replaced_file
 from ...formatting import csv_line
@@ -61,6 +61,11 @@ def csv_lines(rows: Iterable[Row]) -> Iterator[str]:
         yield csv_line([name, *(cell for label, p in found for cell in (label, "" if p is None else f"{p:.6g}"))])
 
 
+def json_predictions(found: Sequence[tuple[str, float | None]]) -> list[dict[str, Any]]:
+    """Return the labels of a row, with their probabilities, in JSON types."""
+    return [{"label": label, "probability": None if p is None else float(f"{p:.6g}")} for label, p in found]
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write predictions as CSV, or as JSON: [{"path": …, "predictions": [{"label": …, "probability": …}, …]}, …]."""
     # surrogateescape: the bytes of a file name that is not in UTF-8
@@ -68,10 +73,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         if path.suffix.lower() == ".json":
             items = []
             for name, found in rows:
-                predictions = [
-                    {"label": label, "probability": None if p is None else float(f"{p:.6g}")} for label, p in found
-                ]
-                items.append(json.dumps({"path": name, "predictions": predictions}))
+                items.append(json.dumps({"path": name, "predictions": json_predictions(found)}))
             file.write("[" + ",\n".join(items) + "]\n")
         else:
             file.writelines(csv_lines(rows))

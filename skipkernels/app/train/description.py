@@ -24,6 +24,7 @@ from .plain_config import OPEN_CLIP, save_tokenizer
 
 CLASSIFIER = "classifier.json"
 FORMAT = 1
+CALIBRATED = "calibrated on held-out images"
 NOT_CALIBRATED = "not calibrated: no temperature was fitted on held-out images"
 _MAX_BYTES = 1 << 28  # size of classifier.json: a million classes with a few prompts each
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # the part that open_clip reads with a model config

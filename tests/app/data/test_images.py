@@ -166,7 +166,7 @@ def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):
 def test_read_image_decompression_bomb(tmp_path, monkeypatch):
     draw_image(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)  # the picture has 20
-    with raises_input_error(tmp_path / "a.png", "DecompressionBomb"):
+    with raises_input_error(tmp_path / "a.png", "must have at most"):
         one(tmp_path / "a.png")
 
 

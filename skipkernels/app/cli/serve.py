@@ -1,0 +1,154 @@
+"""`skipkernels serve`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from skipkernels._progress import progress
+from skipkernels.app.console import Terminal
+from skipkernels.options import Precision
+
+from .options import Run, Trust
+
+if TYPE_CHECKING:
+    from skipkernels.app.serve import Classifier
+    from skipkernels.app.serve.training_images import TrainingImages
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+_NEAREST = 4  # training images that are shown with each result
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """Results and limits."""
+
+    top: int = 5
+    """Number of classes for each image, best first."""
+    threshold: float | None = None
+    """Smallest probability, from 0 to 1, of the best class: images below it get the label "none of these". report.html
+    of the run has thresholds with their accuracy."""
+    nearest: int | None = None
+    """Number of nearest training images for each image, with their thumbnails and names; 0 for none. They are read at
+    the start. By default 4 for a server on this machine alone, else 0: every visitor of the page sees them."""
+    max_mb: float = 20.0
+    """Largest image file, in megabytes."""
+    max_images: int = 16
+    """Largest number of images in a request. The page sends one in a request."""
+    rate: int = 120
+    """Largest number of requests of a client in a minute."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeCommand:
+    """Classify images in the browser, and by a REST endpoint. Ctrl-C ends it."""
+
+    run: Run
+    """Folder of the run."""
+    host: str = "127.0.0.1"
+    """Address to listen at. 0.0.0.0 is all of this machine: then everyone in its network can use it."""
+    port: int = 8000
+    """Port to listen at. 0 takes a free one."""
+    serve: ServeOptions = ServeOptions()
+    device: str | None = None
+    """cpu, cuda, cuda:1, …. By default cuda if there is one, else cpu."""
+    precision: Precision = "auto"
+    """auto is bf16 on a GPU that has it, else fp32."""
+    trust: Trust = False
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Serve until an interruption."""
+        from skipkernels.app.data import InputError
+
+        try:
+            import python_multipart  # noqa: F401
+            import uvicorn
+
+            from skipkernels.app.serve.web import Limits, Page, Service, make_app
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] in ("skipkernels", "torch"):
+                raise
+            raise InputError(f"serve needs {error.name}: pip install 'skipkernels[web]'.") from None
+        from skipkernels.app.serve import Classifier
+        from skipkernels.app.serve.classifier import check_counts, check_threshold
+        from skipkernels.app.serve.output import check_none
+        from skipkernels.app.train.description import CALIBRATED, NOT_CALIBRATED
+
+        options = self.serve
+        check_counts(top=options.top, max_images=options.max_images, rate=options.rate)
+        check_threshold(options.threshold)
+        if not 0 < options.max_mb < 10_000:
+            raise InputError(f"serve: max_mb must be more than 0; got {options.max_mb:g}.", "max_mb")
+        with self._listening() as listener:  # first: a port that is taken is known before the model is loaded
+            classifier = Classifier.load(self.run, device=self.device, precision=self.precision, trust=self.trust)
+            if options.threshold is not None:
+                check_none(classifier.classes)
+            training, nearest = self._training(classifier, err)
+            service = Service(
+                classifier,
+                Page(self.run.resolve().name, CALIBRATED if classifier.calibrated else NOT_CALIBRATED, nearest),
+                top=options.top,
+                threshold=options.threshold,
+                training=training,
+                nearest=_NEAREST if options.nearest is None else options.nearest,
+                limits=Limits(image_bytes=int(options.max_mb * 1e6), images=options.max_images, rate=options.rate),
+            )
+            host, port = listener.getsockname()[:2]
+            if not self._is_local:
+                err.print("note: everyone in the network of this machine can use the page", soft_wrap=True)
+            address = f"[{host}]" if ":" in host else host
+            out.print(f"{self.run} is served at http://{address}:{port}/ ; Ctrl-C ends it", soft_wrap=True)
+            out.output.flush()
+            app = make_app(service, [*LOCAL, "[::1]"] if self._is_local else None)
+            settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+            config = uvicorn.Config(app, **settings, server_header=False, timeout_graceful_shutdown=5)
+            uvicorn.Server(config).run(sockets=[listener])  # raises the signal that ends it again
+        return 0
+
+    @property
+    def _is_local(self) -> bool:
+        return self.host in LOCAL
+
+    def _listening(self) -> contextlib.closing[socket.socket]:
+        """Return a socket that listens at the address."""
+        from skipkernels.app.data import InputError
+
+        if not 0 <= self.port < 1 << 16:
+            raise InputError(f"serve: port must be from 0 to 65535; got {self.port}.", "port")
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            return contextlib.closing(socket.create_server((self.host, self.port), family=family))
+        except OSError as error:
+            name_unknown = isinstance(error, socket.gaierror)
+            at = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) and not name_unknown else "host"
+            reason = error.strerror if name_unknown or error.errno is None else os.strerror(error.errno)
+            raise InputError(
+                f"serve: {at}: can't listen at {self.host}, port {self.port} ({reason}). Choose another {at}.", at
+            ) from None
+
+    def _training(self, classifier: Classifier, err: Terminal) -> tuple[TrainingImages | None, str]:
+        """Read the training images for the nearest ones; return them, if there are any, and a sentence for the page."""
+        from skipkernels.app.data import InputError
+        from skipkernels.app.serve.training_images import embed_training_images, find_training_images
+
+        count = self.serve.nearest
+        if count == 0 or (count is None and not self._is_local):
+            return None, "Nearest training images are turned off."
+        if count is not None and count < 0:
+            raise InputError(f"serve: nearest must be at least 0; got {count}.", "nearest")
+        try:
+            images, classes = find_training_images(self.run, trust=self.trust)
+            with progress("training images", len(images)) as advance:
+                training = embed_training_images(classifier, images, classes, advance)
+        except InputError as error:
+            err.print(f"note: no nearest training images: {error}", soft_wrap=True)
+            return None, "Nearest training images can't be shown: the data of the run can't be read here."
+        skipped = f" {training.unreadable} more can't be read." if training.unreadable else ""
+        return training, (
+            f"The nearest of {len(training):,} training images are those with the largest cosine between "
+            f"embeddings by the tuned model.{skipped}"
+        )

@@ -1,0 +1,262 @@
+"""Web page and REST endpoint of a classifier, as an ASGI application.
+
+`GET /` is the page, `POST /predict` classifies images, `GET /classes` and `GET /health` describe the classifier, and
+`GET /training/N` is the thumbnail of a training image. No other file is served. Errors are {"error": line}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from PIL import UnidentifiedImageError
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+import skipkernels
+
+from ...formatting import decimal, escaped
+from ..data import InputError
+from ..data.images import TooLarge, decode_image
+from ..report.rendering import render
+from .classifier import Classifier
+from .output import json_predictions, labelled
+from .training_images import TrainingImages
+
+Upload = tuple[str, BinaryIO, int]
+"""Name, contents and size in bytes of an uploaded image."""
+_MULTIPART_BYTES = 1 << 16  # beside the images, in the body of a request
+_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest requests, and how many; a larger one is refused.
+
+    Attributes:
+        image_bytes: Size of an image file.
+        pixels: Pixels of an image.
+        images: Images in a request.
+        rate: Requests of a client to classify images in a minute.
+        pending: Requests that are received, waiting or classified at a time; the model runs for one of them.
+        seconds: Time to send a request.
+    """
+
+    image_bytes: int = 20_000_000
+    pixels: int = 50_000_000
+    images: int = 16
+    rate: int = 120
+    pending: int = 8
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Page:
+    """Texts of the page: its title, and sentences on the probabilities and the nearest training images."""
+
+    title: str
+    calibration: str
+    nearest: str
+
+
+class Service:
+    """Handlers of the requests; the images of one request at a time are classified, in a thread."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        page: Page,
+        *,
+        top: int = 5,
+        threshold: float | None = None,
+        training: TrainingImages | None = None,
+        nearest: int = 4,
+        limits: Limits = Limits(),
+    ):
+        self.classifier, self.page, self.top, self.threshold = classifier, page, top, threshold
+        self.training, self.nearest, self.limits = training, nearest, limits
+        self._pending = 0
+        self._one_at_a_time = asyncio.Lock()
+        self._minute, self._requests = 0, Counter[str]()
+
+    async def show_page(self, request: Request) -> Response:
+        """Return the page."""
+        page = render(
+            "serve.html.j2",
+            **vars(self.page),
+            classes=self.classifier.classes,
+            threshold=self.threshold,
+            limits=self.limits,
+            address=request.url.netloc,
+        )
+        return HTMLResponse(page, headers=_HEADERS)
+
+    async def health(self, request: Request) -> Response:
+        """Return the version and the state of the queue."""
+        return JSONResponse({"status": "ok", "version": skipkernels.__version__, "pending": self._pending})
+
+    async def classes(self, request: Request) -> Response:
+        """Return the names of the classes."""
+        classifier = self.classifier
+        described = {"classes": classifier.classes, "calibrated": classifier.calibrated, "threshold": self.threshold}
+        return JSONResponse(described)
+
+    async def thumbnail(self, request: Request) -> Response:
+        """Return the thumbnail of a training image."""
+        number = request.path_params["number"]
+        if self.training is None or number >= len(self.training):
+            raise HTTPException(404, f"no training image {number}.")
+        data = self.training.thumbnails[number]
+        kind = "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
+        return Response(data, media_type=kind, headers=_HEADERS | {"Cache-Control": "private, max-age=3600"})
+
+    async def predict(self, request: Request) -> Response:
+        """Classify the images of a request: a form with files, or the bytes of an image."""
+        self._count(request)
+        if self._pending >= self.limits.pending:
+            raise HTTPException(503, "the server is busy; try again.", {"Retry-After": "1"})
+        limited = Request(request.scope, self._limited_receive(request))
+        self._pending += 1
+        try:
+            try:
+                uploads = await asyncio.wait_for(self._uploads(limited), self.limits.seconds)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, f"the request took more than {self.limits.seconds:g} s to send.") from None
+            async with self._one_at_a_time:
+                status, found = await run_in_threadpool(self._classify, uploads)
+            return JSONResponse(found, status, _HEADERS | {"Cache-Control": "no-store"})
+        finally:
+            self._pending -= 1
+            await limited.close()  # deletes the temporary files of a form
+
+    def _count(self, request: Request) -> None:
+        """Count a request of a client, and refuse it if there were too many in this minute of the clock."""
+        minute, second = divmod(int(time.monotonic()), 60)
+        if minute != self._minute:
+            self._minute, self._requests = minute, Counter()
+        client = request.client.host if request.client else ""
+        self._requests[client] += 1
+        if self._requests[client] > self.limits.rate:
+            wait = 60 - second
+            message = f"more than {self.limits.rate} requests in a minute; try again in {wait} s."
+            raise HTTPException(429, message, {"Retry-After": str(wait)})
+
+    def _limited_receive(self, request: Request) -> Any:
+        """Return the receive function of a request, which refuses a body that is larger than all images may be."""
+        limits, received = self.limits, 0
+        form = _is_form(request)
+        most = (limits.images if form else 1) * limits.image_bytes + (_MULTIPART_BYTES if form else 0)
+        error = HTTPException(413, f"the request must have at most {decimal(most)}.")
+        length = request.headers.get("Content-Length", "")
+        if length.isdigit() and int(length) > most:
+            raise error
+
+        async def receive() -> Any:
+            nonlocal received
+            message = await request.receive()
+            received += len(message.get("body", b""))
+            if received > most:
+                raise error
+            return message
+
+        return receive
+
+    async def _uploads(self, request: Request) -> list[Upload]:
+        """Receive the images of a request. Those of a form are in temporary files."""
+        if not _is_form(request):
+            body = await request.body()
+            found: list[Upload] = [("image", io.BytesIO(body), len(body))] if body else []
+        else:
+            form = await request.form(max_files=self.limits.images, max_fields=self.limits.images)
+            files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+            found = [(escaped(file.filename or "image"), file.file, file.size or 0) for file in files]
+        if not found:
+            raise HTTPException(400, "the request has no image; send a form with files, or the bytes of an image.")
+        return found
+
+    def _classify(self, uploads: list[Upload]) -> tuple[int, dict[str, Any]]:
+        """Return the HTTP status and the results, an error in place of those of an image that can't be read."""
+        items: list[dict[str, Any]] = []
+        statuses, tensors = [], []
+        for name, file, size in uploads:
+            items.append({"name": name})
+            try:
+                tensors.append(self._decoded(name, file, size))
+                statuses.append(200)
+            except InputError as error:
+                unknown = isinstance(error.__cause__, UnidentifiedImageError)
+                statuses.append(413 if isinstance(error, TooLarge) else 415 if unknown else 400)
+                items[-1]["error"] = str(error)
+        if not tensors:
+            return statuses[0], {"error": items[0]["error"], "images": items}
+        images = torch.stack(tensors)
+        rows = labelled(self.classifier.predict(images, top=self.top, threshold=self.threshold))
+        read = [item for item in items if "error" not in item]
+        for item, (_, found) in zip(read, rows, strict=True):
+            item["predictions"] = json_predictions(found)
+        if self.training is not None:
+            near = self.training.nearest(self.classifier.embed(images), self.nearest)
+            for item, cosines, numbers in zip(read, *(part.tolist() for part in near), strict=True):
+                item["nearest"] = [self._neighbour(*pair) for pair in zip(cosines, numbers, strict=True)]
+        return 200, {"images": items}
+
+    def _decoded(self, name: str, file: BinaryIO, size: int) -> torch.Tensor:
+        if size > self.limits.image_bytes:
+            most = decimal(self.limits.image_bytes)
+            raise TooLarge(f"{name}: must have at most {most}; got {decimal(size)}.")
+        return decode_image(file, name, self.classifier.transform, max_pixels=self.limits.pixels)
+
+    def _neighbour(self, cosine: float, number: int) -> dict[str, Any]:
+        training: Any = self.training
+        label = training.classes[int(training.labels[number])]
+        found = {"label": label, "cosine": round(cosine, 4), "name": escaped(training.names[number])}
+        return found | {"thumbnail": f"training/{number}"}
+
+
+def _is_form(request: Request) -> bool:
+    return request.headers.get("Content-Type", "").lower().startswith("multipart/form-data")
+
+
+async def _json_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers: Mapping[str, str] = error.headers or {}
+    return JSONResponse({"error": error.detail}, error.status_code, {**_HEADERS, **headers})
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "internal error; the server's terminal has its traceback."}, 500, _HEADERS)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # the client has closed the connection
+
+
+def make_app(service: Service, hosts: list[str] | None = None) -> Starlette:
+    """Make the ASGI application.
+
+    `hosts` are the names by which clients may address it, by default any: a page of the web with a name that was made
+    to point at 127.0.0.1 (DNS rebinding) could otherwise read the results.
+    """
+    routes = [
+        Route("/", service.show_page),
+        Route("/health", service.health),
+        Route("/classes", service.classes),
+        Route("/training/{number:int}", service.thumbnail),
+        Route("/predict", service.predict, methods=["POST"]),
+    ]
+    middleware = [] if hosts is None else [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+    handlers: Any = {HTTPException: _json_error, ClientDisconnect: _gone, Exception: _bug}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
