@@ -45,7 +45,7 @@ NAMES = ("README.md", "CONTRIBUTING.md", "tests/README.md")
 # Placeholders in commands, and a value for each.
 PLACEHOLDERS = {"NAME": "mlp_activation"}
 # Programs with arguments that are not checked.
-OTHER_PROGRAMS = ("cd", "git", "pip", "torchrun")
+OTHER_PROGRAMS = ("cd", "curl", "docker", "git", "pip", "torchrun")
 
 
 class Block(NamedTuple):
