@@ -80,10 +80,14 @@ def partial_of(name: str) -> str | None:
     return None if found is None else found[1]
 
 
-def sweep(folder: Path) -> None:
-    """Delete the temporary folders of `replaced_file` that kills left in a folder, of which the lock is held."""
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Delete the temporary folders of `replaced_file` that kills left in a folder, of which the lock is held.
+
+    With a name only those of one file are deleted, in a folder without a lock.
+    """
     for path in folder.iterdir():
-        if partial_of(path.name) is not None and path.is_dir() and not path.is_symlink():
+        of = partial_of(path.name)
+        if of is not None and name in (None, of) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -27,6 +27,7 @@ from .export import ExportCommand
 from .listings import DatasetsCommand, ModelsCommand
 from .options import REGISTRY, settings
 from .predict import PredictCommand
+from .rank import RankCommand
 from .report import ReportCommand
 from .serve import ServeCommand
 from .studies import CompareCommand, ProtocolCommand
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Any] = {
     "tune": TuneCommand,
     "eval": EvalCommand,
     "predict": PredictCommand,
+    "rank": RankCommand,
     "serve": ServeCommand,
     "blend": BlendCommand,
     "export": ExportCommand,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from skipkernels.options import Precision
 from .options import Run, Trust
 
 if TYPE_CHECKING:
-    from skipkernels.app.serve import Classifier
+    from skipkernels.app.serve import Classifier, Predictions
     from skipkernels.app.serve.output import Row
 
 
@@ -91,7 +92,7 @@ class PredictCommand:
         check_threshold(results.threshold)
         if results.out is not None:
             check_file(results.out, "predict")
-        images, others = self._images()
+        images, others = find_paths("predict", self.images)
         classifier = Classifier.load(
             self.run,
             classes=None if results.classes is None else _names(results.classes),
@@ -109,31 +110,28 @@ class PredictCommand:
             labels.insert(0, NONE)
         folders = None if results.sort_into is None else SortedFolders(results.sort_into, labels)
         rows: list[Row] = []
-        unreadable = without_class = 0
-        options: dict[str, Any] = {"top": results.top, "threshold": results.threshold, "unreadable": "skip"}
+        without_class = 0
+
+        def use(part: Predictions) -> None:
+            nonlocal without_class
+            without_class += int((~part.known).sum())
+            found = list(labelled(part))
+            rows.extend(found)
+            if folders is not None:
+                for name, ranked in found:
+                    folders.add(name, ranked[0][0])
+
         try:
-            with progress("images", len(images)) as advance:
-                for part in classifier.predict_batches(images, **options, **counts):
-                    for name, reason in part.unreadable.items():
-                        err.print(f"skipped {name}: {reason}", soft_wrap=True)
-                    unreadable += len(part.unreadable)
-                    without_class += int((~part.known).sum())
-                    found = list(labelled(part))
-                    rows.extend(found)
-                    if folders is not None:
-                        for name, ranked in found:
-                            folders.add(name, ranked[0][0])
-                    advance(len(part) + len(part.unreadable))
+            options: dict[str, Any] = {"top": results.top, "threshold": results.threshold, **counts}
+            unreadable = classify(classifier, images, err, use, **options)
         except BaseException:
             err.print(f"{len(rows):,} of {len(images):,} images are classified", soft_wrap=True)
             raise
         finally:
             if results.out is not None:
                 write_rows(results.out, rows)
-            elif out.is_terminal:  # shows names literally; a file gets them as they are
-                out.print("".join(csv_lines(rows)), end="", soft_wrap=True)
             else:
-                out.file.writelines(csv_lines(rows))
+                print_lines(csv_lines(rows), out)
         if others:
             err.print(format_others(others), soft_wrap=True)
         counted = f", {without_class:,} as {NONE}" if results.threshold is not None else ""
@@ -155,29 +153,6 @@ class PredictCommand:
             return f"not calibrated: {' and '.join(changed)} replace those of the run"
         return NOT_CALIBRATED
 
-    def _images(self) -> tuple[list[str], Counter[str]]:
-        """Paths of the images, and the number of other files by extension."""
-        from skipkernels.app.data import InputError
-        from skipkernels.app.data.files import find_images, format_others
-
-        found: list[str] = []
-        others: Counter[str] = Counter()
-        for path in self.images:
-            if path.is_dir():
-                inside, skipped = find_images(path, {"": 0})
-                if not inside:
-                    none = f"has none{f' ({format_others(skipped)})' if skipped else ''}"
-                    raise InputError(f"predict: images must be files or folders of images; {path} {none}.", "images")
-                found += [str(path / name) for name, _ in inside]
-                others += skipped
-            elif not os.path.lexists(path):
-                raise InputError(f"predict: images must be files or folders of images; there is no {path}.", "images")
-            else:
-                found.append(str(path))
-        if not found:
-            raise InputError("predict: images must be files or folders of images; got none.", "images")
-        return list(dict.fromkeys(found)), others
-
 
 def _names(text: str) -> list[str]:
     """Names of classes in a file, or in a list with commas."""
@@ -195,3 +170,58 @@ def _names(text: str) -> list[str]:
             "classes",
         )
     return names
+
+
+def find_paths(command: str, paths: Iterable[Path]) -> tuple[list[str], Counter[str]]:
+    """Paths of the images that are named, or in the folders that are, and the number of other files by extension."""
+    from skipkernels.app.data import InputError
+    from skipkernels.app.data.files import find_images, format_others
+
+    found: list[str] = []
+    others: Counter[str] = Counter()
+    for path in paths:
+        if path.is_dir():
+            inside, skipped = find_images(path, {"": 0})
+            if not inside:
+                none = f"has none{f' ({format_others(skipped)})' if skipped else ''}"
+                raise InputError(f"{command}: images must be files or folders of images; {path} {none}.", "images")
+            found += [str(path / name) for name, _ in inside]
+            others += skipped
+        elif not os.path.lexists(path):
+            raise InputError(f"{command}: images must be files or folders of images; there is no {path}.", "images")
+        else:
+            found.append(str(path))
+    if not found:
+        raise InputError(f"{command}: images must be files or folders of images; got none.", "images")
+    return list(dict.fromkeys(found)), others
+
+
+def classify(
+    classifier: Classifier, images: list[str], err: Terminal, use: Callable[[Predictions], None], **options: Any
+) -> int:
+    """Classify images with a progress bar, and pass the predictions of each batch to `use`.
+
+    Names the files that can't be read, and returns their number.
+    """
+    unreadable = 0
+    with progress("images", len(images)) as advance:
+        for part in classifier.predict_batches(images, **options, unreadable="skip"):
+            print_skipped(part.unreadable, err)
+            unreadable += len(part.unreadable)
+            use(part)
+            advance(len(part) + len(part.unreadable))
+    return unreadable
+
+
+def print_skipped(unreadable: dict[str, str], err: Terminal) -> None:
+    """Name files that can't be read, with the reasons."""
+    for name, reason in unreadable.items():
+        err.print(f"skipped {name}: {reason}", soft_wrap=True)
+
+
+def print_lines(lines: Iterable[str], out: Terminal) -> None:
+    """Print the lines of a table: literally in a terminal, as they are in a file."""
+    if out.is_terminal:
+        out.print("".join(lines), end="", soft_wrap=True)
+    else:
+        out.file.writelines(lines)

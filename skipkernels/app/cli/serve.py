@@ -17,7 +17,7 @@ from .options import Run, Trust
 
 if TYPE_CHECKING:
     from skipkernels.app.serve import Classifier
-    from skipkernels.app.serve.training_images import TrainingImages
+    from skipkernels.app.serve.embedded_images import EmbeddedImages
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 _NEAREST = 4  # training images that are shown with each result
@@ -130,10 +130,10 @@ class ServeCommand:
                 f"serve: {at}: can't listen at {self.host}, port {self.port} ({reason}). Choose another {at}.", at
             ) from None
 
-    def _training(self, classifier: Classifier, err: Terminal) -> tuple[TrainingImages | None, str]:
+    def _training(self, classifier: Classifier, err: Terminal) -> tuple[EmbeddedImages | None, str]:
         """Read the training images for the nearest ones; return them, if there are any, and a sentence for the page."""
         from skipkernels.app.data import InputError
-        from skipkernels.app.serve.training_images import embed_training_images, find_training_images
+        from skipkernels.app.serve.embedded_images import embed_images, find_training_images
 
         count = self.serve.nearest
         if count == 0 or (count is None and not self._is_local):
@@ -143,11 +143,11 @@ class ServeCommand:
         try:
             images, classes = find_training_images(self.run, trust=self.trust)
             with progress("training images", len(images)) as advance:
-                training = embed_training_images(classifier, images, classes, advance)
+                training = embed_images(classifier, images, classes, advance)
         except InputError as error:
             err.print(f"note: no nearest training images: {error}", soft_wrap=True)
             return None, "Nearest training images can't be shown: the data of the run can't be read here."
-        skipped = f" {training.unreadable} more can't be read." if training.unreadable else ""
+        skipped = f" {len(training.unreadable)} more can't be read." if training.unreadable else ""
         return training, (
             f"The nearest of {len(training):,} training images are those with the largest cosine between "
             f"embeddings by the tuned model.{skipped}"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...folders import replaced_file
+from ...folders import replaced_file, sweep
 from ...formatting import csv_line
 from ..data import InputError
 from ..train.run_folder import check_writable
@@ -26,14 +26,15 @@ Row = tuple[str, Sequence[tuple[str, float | None]]]
 """Name of an image, and its labels with their probabilities, best first."""
 
 
-def check_file(path: Path, command: str) -> None:
-    """Check that results can be written to a file, before the work is done."""
-    if path.suffix.lower() not in (".csv", ".json"):
-        raise InputError(f"{command}: out must end in .csv or .json; got {path}.", "out")
+def check_file(path: Path, command: str, argument: str = "out", suffixes: Sequence[str] = (".csv", ".json")) -> None:
+    """Check that results can be written to a file, before the work is done; delete what a killed command left of it."""
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"{command}: {argument} must end in {' or '.join(suffixes)}; got {path}.", argument)
     parent = path.absolute().parent
     if path.is_dir() or not parent.is_dir():
-        raise InputError(f"{command}: out must be a file in an existing folder; got {path}.", "out")
-    check_writable(parent, "out", command)
+        raise InputError(f"{command}: {argument} must be a file in an existing folder; got {path}.", argument)
+    check_writable(parent, argument, command)
+    sweep(parent, path.name)
 
 
 def check_none(classes: Sequence[str]) -> None:
@@ -68,15 +69,17 @@ def json_predictions(found: Sequence[tuple[str, float | None]]) -> list[dict[str
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write predictions as CSV, or as JSON: [{"path": …, "predictions": [{"label": …, "probability": …}, …]}, …]."""
-    # surrogateescape: the bytes of a file name that is not in UTF-8
+    if path.suffix.lower() == ".json":
+        items = [json.dumps({"path": name, "predictions": json_predictions(found)}) for name, found in rows]
+        write_lines(path, ["[" + ",\n".join(items) + "]\n"])
+    else:
+        write_lines(path, csv_lines(rows))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines, with the bytes of a file name that is not in UTF-8."""
     with replaced_file(path) as new, new.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        if path.suffix.lower() == ".json":
-            items = []
-            for name, found in rows:
-                items.append(json.dumps({"path": name, "predictions": json_predictions(found)}))
-            file.write("[" + ",\n".join(items) + "]\n")
-        else:
-            file.writelines(csv_lines(rows))
+        file.writelines(lines)
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:

@@ -33,8 +33,8 @@ from ..data import InputError
 from ..data.images import TooLarge, decode_image
 from ..report.rendering import render
 from .classifier import Classifier
+from .embedded_images import EmbeddedImages
 from .output import json_predictions, labelled
-from .training_images import TrainingImages
 
 Upload = tuple[str, BinaryIO, int]
 """Name, contents and size in bytes of an uploaded image."""
@@ -82,7 +82,7 @@ class Service:
         *,
         top: int = 5,
         threshold: float | None = None,
-        training: TrainingImages | None = None,
+        training: EmbeddedImages | None = None,
         nearest: int = 4,
         limits: Limits = Limits(),
     ):

@@ -29,15 +29,19 @@ def command_line(
     """
     words = [f"torchrun --nproc-per-node {processes} -m skipkernels" if processes > 1 else "skipkernels", command]
     found = {name: value for name, value in _changed(options) if name not in left_out}
-    words += [shlex.quote(str(found.pop(name))) for name in positional if name in found]
+    given = [_values(found.pop(name)) for name in positional if name in found]
+    words += [shlex.quote(str(one)) for values in given for one in values]
     for name, value in found.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            values = value if isinstance(value, (tuple, list)) else [value]
-            words += [f"--{flag}", *(shlex.quote(str(one)) for one in values)]
+            words += [f"--{flag}", *(shlex.quote(str(one)) for one in _values(value))]
     return " ".join(words)
+
+
+def _values(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (tuple, list)) else [value]
 
 
 def _changed(options: Any) -> Iterator[tuple[str, Any]]:

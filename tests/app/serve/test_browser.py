@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import skipkernels as sk
+from skipkernels.app.serve.embedded_images import embed_images, find_training_images
 from skipkernels.app.serve.output import NONE
-from skipkernels.app.serve.training_images import embed_training_images, find_training_images
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 uvicorn = pytest.importorskip("uvicorn", reason="serve needs the extra web")
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not (CHROME and DRIVER), reason="no chromium, or
 def address(run) -> str:
     """A server with a threshold that some images reach."""
     classifier = sk.Classifier.load(run.folder, device="cpu")
-    training = embed_training_images(classifier, *find_training_images(run.folder), lambda count: None)
+    training = embed_images(classifier, *find_training_images(run.folder), lambda count: None)
     page, limits = Page("photos", "not calibrated", "None."), Limits(image_bytes=30_000, pixels=10_000)
     service = Service(classifier, page, training=training, nearest=3, threshold=0.2, limits=limits)
     server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning", lifespan="off"))

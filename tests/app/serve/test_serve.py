@@ -20,8 +20,8 @@ from PIL import Image
 import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
+from skipkernels.app.serve.embedded_images import embed_images, find_training_images
 from skipkernels.app.serve.output import NONE
-from skipkernels.app.serve.training_images import embed_training_images, find_training_images
 from tests.app.runs import fails
 
 pytest.importorskip("starlette", reason="serve needs the extra web")
@@ -39,7 +39,7 @@ def classifier(run) -> sk.Classifier:
 
 @pytest.fixture(scope="module")
 def training(run, classifier):
-    return embed_training_images(classifier, *find_training_images(run.folder), lambda count: None)
+    return embed_images(classifier, *find_training_images(run.folder), lambda count: None)
 
 
 def client(classifier, limits: Limits = LIMITS, **options) -> TestClient:
@@ -71,8 +71,8 @@ def test_form_and_bytes_give_the_predictions_of_the_classifier(web, classifier, 
     for item, labels, row in zip(found, expected.labels, expected.probabilities.tolist(), strict=True):
         assert [each["label"] for each in item["predictions"]] == labels
         assert [each["probability"] for each in item["predictions"]] == pytest.approx(row, abs=1e-5)
-    raw = web.post("/predict", content=png(pictures[0])).json()["images"]
-    assert raw == [found[0] | {"name": "image"}]
+    (raw,) = web.post("/predict", content=png(pictures[0])).json()["images"]
+    assert raw["name"] == "image" and raw["predictions"][0]["label"] == expected.labels[0][0]
 
 
 def test_nearest_training_images(web, training, classifier, run):
@@ -221,8 +221,8 @@ def test_unreadable_training_images_are_left_out(classifier, run):
     images, classes = find_training_images(run.folder)
     images.dataset = [*images.dataset]
     images.dataset[images.indices[1]] = (Image.new("F", (8, 8)), images.labels[1])
-    found = embed_training_images(classifier, images, classes, lambda count: None)
-    assert found.unreadable == 1 and found.names == [images.names[0], *images.names[2:]]
+    found = embed_images(classifier, images, classes, lambda count: None)
+    assert list(found.unreadable) == [images.names[1]] and found.names == [images.names[0], *images.names[2:]]
     assert torch.equal(found.labels, torch.tensor([images.labels[0], *images.labels[2:]]))
 
 

@@ -1,4 +1,4 @@
-"""Training images of a run as its model sees them: nearest neighbours of other images, and labels to doubt."""
+"""Images with their embeddings by a tuned model, such as the training images of its run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...folders import restored
 from ...retrieval import top_k_logits
 from ..config import TuneConfig
 from ..data import InputError
-from ..data.images import Images, read_all
+from ..data.images import Images, read_all, reason_of
 from ..report.mistakes import encoded
 from ..train.own_dataset import KIND
 from ..train.run_folder import CONFIG
@@ -23,16 +23,16 @@ from .classifier import Classifier
 
 
 @dataclass(frozen=True)
-class TrainingImages:
-    """The n training images that can be read.
+class EmbeddedImages:
+    """The n images of a dataset that can be read.
 
     Attributes:
         names: Name of each image, such as its path in the folder of the data.
         labels: Class of each image, int64 [n], as positions in `classes`.
-        classes: Names of the trained classes.
+        classes: Names of the classes.
         embeddings: Unit-norm embeddings [n, D] by the model of the run, on the CPU.
         thumbnails: Small copy of each image, as a PNG or JPEG file.
-        unreadable: Number of the images that can't be read.
+        unreadable: Reason by name for images that can't be read.
     """
 
     names: list[str]
@@ -40,7 +40,7 @@ class TrainingImages:
     classes: list[str]
     embeddings: Tensor
     thumbnails: list[bytes]
-    unreadable: int = 0
+    unreadable: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,10 +64,10 @@ def find_training_images(run: Path, *, trust: bool = False) -> tuple[Images, lis
     return task.train, list(task.tests[0].classes)
 
 
-def embed_training_images(
+def embed_images(
     classifier: Classifier, images: Images, classes: list[str], advance: Callable[[float], None]
-) -> TrainingImages:
-    """Read training images and compute their embeddings; one that can't be read is left out.
+) -> EmbeddedImages:
+    """Read images and compute their embeddings; one that can't be read is left out.
 
     `advance` is called with the number of images of each batch.
     """
@@ -76,9 +76,14 @@ def embed_training_images(
     labels: list[int] = []
     thumbnails: list[bytes] = []
     embeddings: list[Tensor] = []
+    unreadable: dict[str, str] = {}
     for start in range(0, len(images), BATCH):
-        found = list(islice(read, BATCH))
-        good = [(start + offset, each) for offset, each in enumerate(found) if not isinstance(each, Exception)]
+        found = list(enumerate(islice(read, BATCH), start))
+        good = [(index, each) for index, each in found if not isinstance(each, Exception)]
+        wrong = [(images.names[index], each) for index, each in found if isinstance(each, Exception)]
+        for name, error in wrong:
+            reason = reason_of(error, name)
+            unreadable[name] = reason.partition(f"{name}: ")[2] or reason  # before it is the folder of the data
         names += [images.names[index] for index, _ in good]
         labels += [images.labels[index] for index, _ in good]
         thumbnails += [thumbnail for _, (_, thumbnail) in good]
@@ -86,7 +91,5 @@ def embed_training_images(
             embeddings.append(classifier.embed(torch.stack([tensor for _, (tensor, _) in good])).cpu())
         advance(len(found))
     if not names:
-        raise InputError("none of the training images can be read.")
-    return TrainingImages(
-        names, torch.tensor(labels), classes, torch.cat(embeddings), thumbnails, len(images) - len(names)
-    )
+        raise InputError("none of the images can be read.")
+    return EmbeddedImages(names, torch.tensor(labels), classes, torch.cat(embeddings), thumbnails, unreadable)
