@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable
@@ -50,6 +52,7 @@ COMMANDS: dict[str, Any] = {
     "datasets": DatasetsCommand,
     "doctor": DoctorCommand,
 }
+_INVALID_CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*?)\)")
 _LONGEST = 1000  # characters of an error message
 
 
@@ -106,16 +109,23 @@ def _parse(arguments: list[str], err: Terminal) -> Any:
     tune: Any = Annotated[TuneCommand, tyro.conf.subcommand("tune", default=command_with_file(arguments, err))]
     others = [Annotated[COMMANDS[name], tyro.conf.subcommand(name)] for name in COMMANDS if name != "tune"]
     commands: Any = Union[tuple([tune, *others])]  # noqa: UP007
-    command, unknown = tyro.cli(
-        commands,
-        prog="skipkernels",
-        description="Skip Tuning for CLIP. See also: skipkernels COMMAND --help, skipkernels --version.",
-        args=arguments,
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
-        registry=REGISTRY,
-        console_outputs=is_first(),
-        return_unknown_args=True,
-    )
+    box = io.StringIO()  # tyro's message
+    try:
+        with contextlib.redirect_stderr(box):
+            command, unknown = tyro.cli(
+                commands,
+                prog="skipkernels",
+                description="Skip Tuning for CLIP. See also: skipkernels COMMAND --help, skipkernels --version.",
+                args=arguments,
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+                registry=REGISTRY,
+                console_outputs=is_first(),
+                return_unknown_args=True,
+            )
+    except SystemExit:
+        _raise_invalid_choice(box.getvalue())
+        err.file.write(box.getvalue())
+        raise
     if unknown:
         option = unknown[0].partition("=")[0]
         flags = [f"--{setting.replace('_', '-')}" for setting in settings(command)]
@@ -127,11 +137,25 @@ def _parse(arguments: list[str], err: Terminal) -> Any:
     return command
 
 
+def _raise_invalid_choice(box: str) -> None:
+    """Raise an error of one line if the message of tyro, in a box, is about a value that is not among the choices."""
+    found = _INVALID_CHOICE.search(" ".join(box.replace("│", " ").split()))
+    if found is not None:
+        from skipkernels.app.data import InputError
+
+        given, flag, choices = found.groups()
+        names = [name for name in re.findall(r"'([^']*)'", choices) if name != "None"]
+        close = difflib.get_close_matches(given, names, 1)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        raise InputError(f"{flag} must be {'one of ' if names[1:] else ''}{', '.join(names)}; got {given!r}.{meant}")
+
+
 def _unknown(what: str, given: str, names: Iterable[str], help_command: str) -> Exception:
     """Error of one line for a word that is not among the names."""
     from skipkernels.app.data import InputError
 
-    close = difflib.get_close_matches(given, list(names), 1)
+    words = {name.lstrip("-"): name for name in names}  # two dashes in common would make all options alike
+    close = [words[word] for word in difflib.get_close_matches(given.lstrip("-"), list(words), 1)]
     return InputError(f"no {what}{f'; did you mean {close[0]}?' if close else '.'} See {help_command}.")
 
 
