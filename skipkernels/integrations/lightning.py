@@ -1,4 +1,4 @@
-"""SkipCLIP in Lightning: a `LightningModule` for it."""
+"""SkipCLIP in Lightning: a `LightningModule` for each of its losses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..clip import SkipCLIP, SkipOutput, check_clip
 from ..optimizer import FusedSGD
@@ -24,16 +24,19 @@ except ImportError as error:
 class SkipModule(LightningModule):
     """Trains a SkipCLIP on batches (images or features at the cut, labels) and logs loss and accuracy.
 
-    The logged names are `train_loss`, `val_loss`, `val_accuracy`, `test_loss` and `test_accuracy`. For several
-    processes pass `strategy=DDPStrategy(forward_sync_buffers=False)` to the trainer (`broadcast_buffers=False` in
-    PyTorch versions without that argument).
+    The logged names are `train_loss`, `val_loss`, `val_accuracy`, `test_loss` and `test_accuracy`; with several loaders
+    for validation or test, `val_loss/dataloader_idx_0` and so on. Override `loss` and `metrics` for another loss. For
+    several processes pass `strategy=DDPStrategy(forward_sync_buffers=False)` to the trainer (`broadcast_buffers=False`
+    in PyTorch versions without that argument).
 
     Args:
         clip: The model to tune.
         text_lr: Learning rate of the text tower.
-        image_lr: Learning rate of the image tower.
+        image_lr: Learning rate of the image tower. Both rates and `options` are the `hparams` of the module.
         optimizer: Class of the optimizer; default SGD.
-        schedule: Function from the optimizer to a schedule that is stepped after each epoch; None: constant rates.
+        schedule: Function from the optimizer to a schedule that is stepped after each epoch, or to a dictionary as
+            Lightning takes it, such as {"scheduler": …, "interval": "step"}; None: constant rates. `ReduceLROnPlateau`
+            monitors `val_loss`, unless the dictionary has another "monitor".
         options: Further arguments of the optimizer, such as `momentum`. For `FusedSGD`, `in_backward` is False unless
             given, since an update in backward is over before the trainer clips gradients (`gradient_clip_val`).
 
@@ -54,7 +57,7 @@ class SkipModule(LightningModule):
         text_lr: float,
         image_lr: float,
         optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
-        schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+        schedule: Callable[[torch.optim.Optimizer], LRScheduler | dict[str, Any]] | None = None,
         **options: Any,
     ):
         super().__init__()
@@ -63,25 +66,45 @@ class SkipModule(LightningModule):
         self.clip = clip
         if optimizer is FusedSGD:
             options.setdefault("in_backward", False)
-        self._rates, self._optimizer = {"text_lr": text_lr, "image_lr": image_lr}, (optimizer, options)
-        self._schedule = schedule
+        self._optimizer, self._schedule = optimizer, schedule
+        self.save_hyperparameters({"text_lr": text_lr, "image_lr": image_lr} | options)
+        self._options = list(options)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the text tower, for `Tuner.lr_find`. Setting it scales that of the image tower alike."""
+        return self.hparams["text_lr"]
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        text_lr, image_lr = self.hparams["text_lr"], self.hparams["image_lr"]
+        self.hparams.update(text_lr=rate, image_lr=rate * image_lr / text_lr if text_lr else rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, C] over all classes; see `SkipCLIP.predict`."""
         return self.clip.predict(x)
 
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Loss [] of a training batch, over the classes selected for it."""
+        return self.clip(x, labels).loss
+
+    def metrics(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Values [] of a batch by name, for validation and test: loss and accuracy over all classes."""
+        out: SkipOutput = self.clip(x, labels)
+        return {"loss": out.loss, "accuracy": (out.logits.argmax(dim=1) == labels).float().mean()}
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss over the classes selected for the batch."""
-        loss = self.clip(*_pair(batch)).loss
+        """Log and return `loss`."""
+        loss = self.loss(*_pair(batch))
         self.log("train_loss", loss.detach(), prog_bar=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy over all classes."""
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log `metrics`."""
         self._evaluate("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy over all classes."""
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log `metrics`."""
         self._evaluate("test", batch)
 
     def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -90,16 +113,80 @@ class SkipModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer with two parameter groups, and the schedule if there is one."""
-        optimizer, options = self._optimizer
-        made = optimizer(self.clip.parameter_groups(**self._rates), **options)
-        return made if self._schedule is None else {"optimizer": made, "lr_scheduler": self._schedule(made)}
+        groups = self.clip.parameter_groups(text_lr=self.hparams["text_lr"], image_lr=self.hparams["image_lr"])
+        optimizer = self._optimizer(groups, **{name: self.hparams[name] for name in self._options})
+        if self._schedule is None:
+            return optimizer
+        schedule = self._schedule(optimizer)
+        config = schedule if isinstance(schedule, dict) else {"scheduler": schedule}
+        if isinstance(config["scheduler"], ReduceLROnPlateau):
+            config = {"monitor": "val_loss"} | config
+        return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _evaluate(self, name: str, batch: tuple[Tensor, Tensor]) -> None:
         x, labels = _pair(batch)
-        out: SkipOutput = self.clip(x, labels)
-        correct = (out.logits.argmax(dim=1) == labels).float().mean()
-        values = {f"{name}_loss": out.loss, f"{name}_accuracy": correct}
+        values = {f"{name}_{metric}": value for metric, value in self.metrics(x, labels).items()}
         self.log_dict(values, batch_size=len(labels), sync_dist=True, prog_bar=True)
+
+
+class PairModule(SkipModule):
+    """Trains a SkipCLIP on batches (images or features at the cut, captions) by `pair_loss`; arguments as `SkipModule`.
+
+    Captions are row numbers [B] of the `tokens` of SkipCLIP, or tokens [B, L]. The logged names are `train_loss`,
+    `val_loss` and `test_loss`, each among the pairs of a batch.
+
+    Example:
+        >>> import skipkernels as sk
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, tokenizer = pictogram_tiny.load()
+        >>> captions = tokenizer([f"a small {n}" for n in range(10)])
+        >>> module = PairModule(sk.SkipCLIP(model, captions, skip_layers=0.5), text_lr=2e-5, image_lr=5e-6)
+        >>> module.loss(torch.rand(4, 3, 32, 32), torch.tensor([3, 0, 9, 1])).requires_grad
+        True
+    """
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Loss [] of images and captions; see `SkipCLIP.pair_loss`."""
+        return self.clip.pair_loss(x, labels)
+
+    def metrics(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Loss among the pairs of a batch."""
+        return {"loss": self.loss(x, labels)}
+
+
+class MultiLabelModule(SkipModule):
+    """Trains a SkipCLIP on batches (images or features at the cut, labels [B, C] of 0 and 1) by `sigmoid_loss`.
+
+    The logged names are `train_loss`, `val_loss` and `test_loss`; the latter two over all classes.
+
+    Args:
+        clip: The model to tune.
+        max_labels: Largest number of labels of an image.
+        logit_bias: Bias of the logits, a number; default: that of the model. See `SkipCLIP.sigmoid_loss`.
+        arguments: As of `SkipModule`.
+
+    Example:
+        >>> import skipkernels as sk
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, tokenizer = pictogram_tiny.load()
+        >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
+        >>> module = MultiLabelModule(clip, max_labels=2, logit_bias=-10.0, text_lr=2e-5, image_lr=5e-6)
+        >>> module.loss(torch.rand(2, 3, 32, 32), torch.eye(10)[[3, 7]]).requires_grad
+        True
+    """
+
+    def __init__(self, clip: SkipCLIP, *, max_labels: int, logit_bias: float | None = None, **arguments: Any):
+        super().__init__(clip, **arguments)
+        self.save_hyperparameters({"max_labels": max_labels, "logit_bias": logit_bias})
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Loss [] of a batch, over the classes selected for it in training mode; see `SkipCLIP.sigmoid_loss`."""
+        max_labels, logit_bias = self.hparams["max_labels"], self.hparams["logit_bias"]
+        return self.clip.sigmoid_loss(x, labels, max_labels=max_labels, logit_bias=logit_bias).loss
+
+    def metrics(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Loss over all classes."""
+        return {"loss": self.loss(x, labels)}
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:

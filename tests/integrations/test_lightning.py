@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
+from lightning.pytorch.tuner import Tuner
+from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, TensorDataset
 
 import skipkernels as sk
 from bench.trainers import lightning as runner
 from bench.trainers.common import Problem, small_problem, trained
 from skipkernels.integrations import lightning
-from skipkernels.integrations.lightning import SkipModule
+from skipkernels.integrations.lightning import MultiLabelModule, PairModule, SkipModule
 
 STEPS, SAVED = 6, 4  # of the only epoch
 
@@ -75,6 +78,101 @@ def test_gradients_are_clipped_before_the_update(short, tmp_path):
     trainer = runner.trainer(tmp_path, max_steps=1, gradient_clip_val=1e-3)
     trainer.fit(module, DataLoader(short.dataset, short.batch_size))
     assert 0 < (trained(module.clip) - before).norm() <= 1.01e-5  # 1e-2 · 1e-3, and its rounding
+
+
+def module_of(short: Problem, **options) -> SkipModule:
+    return SkipModule(short.implementations()["skipkernels"](), **short.rates(), **options)
+
+
+def test_several_validation_loaders(short, tmp_path):
+    module = module_of(short)
+    loaders = [DataLoader(TensorDataset(short.images[rows], short.labels[rows]), 4) for rows in (slice(4), slice(4, 8))]
+    for run in ("validate", "test"):
+        name = run.replace("validate", "val")
+        logged = getattr(runner.trainer(tmp_path), run)(module, loaders, verbose=False)
+        for number, (values, rows) in enumerate(zip(logged, (slice(4), slice(4, 8)), strict=True)):
+            loss = torch.nn.functional.cross_entropy(module(short.images[rows]), short.labels[rows]).item()
+            assert values[f"{name}_loss/dataloader_idx_{number}"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_learning_rate_finder(short, tmp_path):
+    """It restores weights and class sampler, and sets both rates; they keep their ratio."""
+    module, trainer = module_of(short), runner.trainer(tmp_path)
+    before = copy.deepcopy(module.state_dict())
+    finder = Tuner(trainer).lr_find(module, DataLoader(short.dataset, 2), num_training=12, min_lr=1e-4)
+    assert all(state.equal(before[name]) for name, state in module.state_dict().items())
+    rate = finder.suggestion(skip_begin=1, skip_end=1)
+    module.lr = rate
+    trainer.fit(module, DataLoader(short.dataset, 2))
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [rate, rate / 2]
+
+
+def test_schedules(short, tmp_path):
+    """A schedule on a plateau watches val_loss; a dictionary of Lightning has its own interval."""
+
+    def plateau(optimizer):
+        return ReduceLROnPlateau(optimizer, patience=0, threshold=1e9)  # no value is an improvement
+
+    def each_step(optimizer):
+        return {"scheduler": ExponentialLR(optimizer, 0.5), "interval": "step"}
+
+    def other_metric(optimizer):
+        return {"scheduler": plateau(optimizer), "monitor": "train_loss"}
+
+    cases = ((plateau, True, 0.1), (each_step, False, 0.5**STEPS), (other_metric, False, 0.1))
+    for schedule, validates, factor in cases:
+        trainer, loader = runner.trainer(tmp_path), DataLoader(short.dataset, short.batch_size)
+        trainer.fit(module_of(short, schedule=schedule), loader, loader if validates else None)
+        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        assert rates == pytest.approx([factor * 1e-2, factor * 5e-3])
+
+
+def test_hyperparameters_are_in_the_checkpoint(short, tmp_path):
+    module, trainer = module_of(short, momentum=0.9), runner.trainer(tmp_path)
+    trainer.fit(module, DataLoader(short.dataset, short.batch_size))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    clip = short.implementations()["skipkernels"]()
+    loaded = SkipModule.load_from_checkpoint(tmp_path / "a.ckpt", clip=clip, weights_only=True)
+    assert dict(loaded.hparams) == {"text_lr": 1e-2, "image_lr": 5e-3, "momentum": 0.9}
+    assert loaded(short.images).equal(module(short.images))
+    assert loaded.configure_optimizers().defaults["momentum"] == 0.9
+
+
+def multi_labels(short: Problem) -> torch.Tensor:
+    """[n, C], two labels for each image."""
+    return torch.eye(len(short.tokens))[short.labels] + torch.eye(len(short.tokens))[short.labels - 1]
+
+
+@pytest.mark.parametrize("kind", ["ids", "tokens", "labels"])
+def test_pairs_and_several_labels(kind, short, tmp_path):
+    """Losses, weights and the validated loss are those of a loop."""
+    clip = short.implementations()["skipkernels"]()
+    captions = torch.arange(STEPS * short.batch_size) % len(short.tokens)
+    targets = {"ids": captions, "tokens": short.tokens[captions], "labels": multi_labels(short)}[kind]
+    rates, dataset = short.rates(), TensorDataset(short.images, targets)
+    if kind == "labels":
+        module = MultiLabelModule(clip, max_labels=2, logit_bias=-10.0, **rates)
+    else:
+        module = PairModule(clip, **rates)
+    trainer = runner.trainer(tmp_path)
+    trainer.fit(module, DataLoader(dataset, 4), DataLoader(dataset, len(dataset)))
+
+    plain = short.implementations()["skipkernels"]().train()
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if kind == "labels":
+            return plain.sigmoid_loss(x, y, max_labels=2, logit_bias=-10.0).loss
+        return plain.pair_loss(x, y)
+
+    optimizer = torch.optim.SGD(plain.parameter_groups(**rates))
+    for x, y in DataLoader(dataset, 4):
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        optimizer.step()
+    assert trained(clip).equal(trained(plain))
+    plain.eval()
+    with torch.no_grad():
+        assert trainer.callback_metrics["val_loss"].item() == pytest.approx(loss(short.images, targets).item())
 
 
 def test_missing_extra(monkeypatch):
