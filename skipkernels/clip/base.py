@@ -190,6 +190,11 @@ class SkipCLIPBase(nn.Module):
         return self._image.image_size
 
     @property
+    def config(self) -> Any:
+        """Configuration of a Hugging Face model, for the model card of its trainer; None of other models."""
+        return getattr(self.model, "config", None)
+
+    @property
     def process_group(self) -> torch.distributed.ProcessGroup | None:
         """The processes that train together, or None."""
         return None if self._parallel is None else self._parallel.group

@@ -7,13 +7,14 @@ the state of its class sampler, so a run that is resumed from a checkpoint of th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import whole_number
-from ..clip import check_clip
+from ..clip import SkipCLIP, check_clip
 from ..optimizer import FusedSGD
 
 
@@ -23,9 +24,10 @@ def trainer_arguments(
     text_lr: float,
     image_lr: float,
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+    top_k: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Arguments of `Trainer` for a SkipCLIP: optimizer, data collator, and logits [B, C] for `compute_metrics`.
+    """Arguments of `Trainer` for a SkipCLIP: optimizer, data collator, predictions and their accuracy.
 
     The optimizer is created by the trainer, for its own model. The result can be passed to several trainers, also with
     `model_init`.
@@ -36,6 +38,8 @@ def trainer_arguments(
         text_lr: Learning rate of the text tower.
         image_lr: Learning rate of the image tower.
         optimizer: Class of the optimizer; default SGD.
+        top_k: Predictions are the classes with the top_k largest logits, int64 [n, top_k], which the trainer holds for
+            the whole dataset; default: the logits [n, C].
         options: Further arguments of the optimizer, such as `momentum`. For `FusedSGD`, `in_backward` defaults to
             False: the trainer clips gradients after backward (`max_grad_norm=1.0`), which updates in backward exclude.
 
@@ -64,35 +68,38 @@ def trainer_arguments(
         # A factory instead of a class: the trainer calls it, then its result with the model.
         "optimizer_cls_and_kwargs": (lambda: make_optimizer, {}),
         "data_collator": collate,
-        "preprocess_logits_for_metrics": class_logits,
-        "compute_metrics": accuracy,
+        "preprocess_logits_for_metrics": class_logits if top_k is None else partial(top_classes, top_k=top_k),
+        "compute_metrics": Accuracy(top_k),
     }
 
 
-def collate(items: Sequence[tuple[Tensor, int] | dict[str, Any]]) -> dict[str, Tensor]:
+def collate(items: Sequence[Tensor | tuple[Tensor, int] | dict[str, Any]]) -> dict[str, Tensor]:
     """Stack items of a dataset into the batch {"pixel_values": [B, …], "labels": int64 [B]}.
 
     Args:
         items: Pairs (image, label), or dictionaries with these keys. Features at the cut, such as those of a
-            `FeatureCache`, may replace the image.
+            `FeatureCache`, may replace the image. Or images alone, for a `Predictor`: the batch has no labels.
 
     Example:
         >>> batch = collate([(torch.zeros(3, 32, 32), 7), (torch.ones(3, 32, 32), 1)])
         >>> batch["pixel_values"].shape, batch["labels"]
         (torch.Size([2, 3, 32, 32]), tensor([7, 1]))
     """
-    if isinstance(items[0], dict) and not items[0].keys() >= {"pixel_values", "labels"}:
+    if isinstance(items[0], dict) and "pixel_values" not in items[0]:
         raise ValueError(
-            f"collate: items must have the keys pixel_values and labels; got {', '.join(map(str, items[0]))}. Rename "
-            "the columns of the dataset."
+            "collate: items must have the keys pixel_values and, except for prediction, labels; got "
+            f"{', '.join(map(str, items[0]))}. Rename the columns of the dataset."
         )
-    pairs = [(item["pixel_values"], item["labels"]) if isinstance(item, dict) else item for item in items]
+    pairs = [_image_and_label(item) for item in items]
     images, labels = zip(*pairs, strict=True)
     if not isinstance(images[0], Tensor):
         raise TypeError(
             "collate: images must be tensors, as the model's image transform returns; got "
             f"{type(images[0]).__name__}. Apply the transform in the dataset."
         )
+    batch = {"pixel_values": torch.stack(images)}
+    if all(label is None for label in labels):
+        return batch
     class_ids = list(map(whole_number, labels))
     if None in class_ids:
         raise TypeError(
@@ -100,14 +107,76 @@ def collate(items: Sequence[tuple[Tensor, int] | dict[str, Any]]) -> dict[str, T
             f"{labels[class_ids.index(None)]!r:.80}. For several labels per image, use clip.sigmoid_loss in your "
             "own training loop."
         )
-    return {"pixel_values": torch.stack(images), "labels": torch.tensor(class_ids)}
+    return batch | {"labels": torch.tensor(class_ids)}
 
 
-def class_logits(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+def _image_and_label(item: Any) -> tuple[Any, Any]:
+    """Return the image and the label of an item of a dataset; None for an item without label."""
+    if isinstance(item, dict):
+        return item["pixel_values"], item.get("labels")
+    return (item, None) if isinstance(item, Tensor) else item
+
+
+class Predictor(nn.Module):
+    """Model for `Trainer.predict` of images without labels: its output is {"logits": [B, C]} of a SkipCLIP.
+
+    Example:
+        >>> import skipkernels as sk
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> from transformers import Trainer, TrainingArguments
+        >>> model, _, tokenizer = pictogram_tiny.load()
+        >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
+        >>> args = TrainingArguments("runs", use_cpu=True, disable_tqdm=True)
+        >>> Trainer(Predictor(clip), args, data_collator=collate).predict(torch.rand(5, 3, 32, 32)).predictions.shape
+        (5, 10)
+    """
+
+    def __init__(self, clip: SkipCLIP):
+        super().__init__()
+        check_clip("Predictor", clip)
+        self.clip = clip
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Logits over all classes of images, or of features at the cut."""
+        return {"logits": self.clip.predict(pixel_values)}
+
+
+def class_logits(outputs: tuple[Tensor, ...] | Tensor, labels: Tensor | None) -> Tensor:
     """Return the logits [B, C] from the outputs (logits, class ids, targets) of an evaluation step."""
-    return outputs[0]
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 
-def accuracy(predictions: Any) -> dict[str, float]:
-    """Return {"accuracy": …} of an `EvalPrediction` with logits [n, C] and labels [n], both numpy arrays."""
-    return {"accuracy": float((predictions.predictions.argmax(axis=1) == predictions.label_ids).mean())}
+def top_classes(outputs: tuple[Tensor, ...] | Tensor, labels: Tensor | None, *, top_k: int) -> Tensor:
+    """Return the classes with the top_k largest logits, int64 [B, top_k], from the outputs of an evaluation step."""
+    logits = class_logits(outputs, labels)
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(
+            f"trainer_arguments: top_k must be a number of classes, from 1 to {logits.shape[1]}; got {top_k}."
+        )
+    return logits.topk(top_k).indices
+
+
+class Accuracy:
+    """Return {"accuracy": …} of an `EvalPrediction` with logits [n, C] and labels [n], arrays or tensors.
+
+    With top_k the predictions are classes [n, top_k], and there is also {"top_5_accuracy": …} for top_k = 5. With
+    `batch_eval_metrics` of the trainer it counts hits from batch to batch.
+    """
+
+    def __init__(self, top_k: int | None = None):
+        self.top_k = top_k
+        self._hits: list[Any] = []  # [top_k] of each batch
+        self._count = 0
+
+    def __call__(self, predictions: Any, compute_result: bool = True) -> dict[str, float]:
+        """Return the accuracy of all predictions since the last result, or nothing if there are more batches."""
+        classes, labels = predictions.predictions, predictions.label_ids
+        classes = classes.argmax(axis=1)[:, None] if self.top_k is None else classes
+        self._hits.append((classes == labels[:, None]).sum(axis=0))
+        self._count += len(labels)
+        if not compute_result:
+            return {}
+        shares = [float(hits) / self._count for hits in sum(self._hits)]
+        self._hits, self._count = [], 0
+        names = {"accuracy": shares[0]}
+        return names if self.top_k is None else names | {f"top_{self.top_k}_accuracy": sum(shares)}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import HfApi
+from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments
 
 import skipkernels as sk
@@ -79,6 +83,61 @@ def test_evaluation_has_logits_of_all_classes(trained, short):
     expected = (logits.argmax(dim=1) == short.labels).float().mean().item()
     assert result.metrics["test_accuracy"] == pytest.approx(expected)
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("by_batch", [False, True], ids=["whole", "by-batch"])
+def test_accuracy(top_k, by_batch, trained, short, tmp_path):
+    """A quarter of the images have the class of rank 0 as their label, and so on to rank 3."""
+    clip = trained[0].model
+    ranked = clip.predict(short.images).argsort(dim=1, descending=True)  # [n, C]
+    dataset = TensorDataset(short.images, ranked[torch.arange(len(ranked)), torch.arange(len(ranked)) % 4])
+    args = runner.arguments(short, tmp_path, batch_eval_metrics=by_batch, per_device_eval_batch_size=5)
+    trainer = Trainer(clip, **hugging_face.trainer_arguments(args, **short.rates(), top_k=top_k))
+    for _ in range(2):  # nothing is left of the first evaluation
+        found = trainer.evaluate(dataset)
+        assert found["eval_accuracy"] == 0.25
+        assert found.get("eval_top_3_accuracy") == (None if top_k is None else 0.75)
+    if top_k:
+        assert trainer.predict(dataset).predictions.tolist() == ranked[:, :3].tolist()
+
+
+def test_top_k_of_too_few_classes(trained, short, tmp_path):
+    args = hugging_face.trainer_arguments(runner.arguments(short, tmp_path), **short.rates(), top_k=13)
+    with pytest.raises(ValueError, match="top_k must be a number of classes, from 1 to 12; got 13"):
+        Trainer(trained[0].model, **args).predict(short.dataset)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_predict_without_labels(top_k, trained, short, tmp_path):
+    """Batches of five and of one image."""
+    clip, args = trained[0].model, runner.arguments(short, tmp_path, per_device_eval_batch_size=5)
+    ours = hugging_face.trainer_arguments(args, **short.rates(), top_k=top_k)
+    trainer = Trainer(hugging_face.Predictor(clip), **ours)
+    logits = clip.predict(short.images[:11])
+    for dataset in (short.images[:11], [{"pixel_values": image} for image in short.images[:11]]):
+        found = trainer.predict(dataset)
+        assert found.label_ids is None
+        if top_k:
+            assert found.predictions.tolist() == logits.topk(3).indices.tolist()
+        else:
+            torch.testing.assert_close(torch.from_numpy(found.predictions), logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="Predictor: clip must be a SkipCLIP"):
+        hugging_face.Predictor(short.model)
+
+
+def test_push_to_hub(trained, short, tmp_path, monkeypatch):
+    """The pushed folder has a model card and all of SkipCLIP."""
+    trainer, pushed = trained[0], []
+    monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="name/tuned"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda *_, folder_path, **__: pushed.append(Path(folder_path)))
+    trainer.push_to_hub(tags="skip-tuning")
+    assert pushed == [tmp_path]
+    assert "- skip-tuning" in (tmp_path / "README.md").read_text()
+    fresh = make(short)
+    fresh.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
+    assert fresh.predict(short.images[:2]).equal(trainer.model.predict(short.images[:2]))
 
 
 def groups(trainer: Trainer) -> list[tuple[str, float, float, set[int]]]:
@@ -155,9 +214,9 @@ def test_features_where_images_are_expected(short, tmp_path):
     [
         (([1.0], 1), TypeError, "images must be tensors, as the model's image transform returns; got list"),
         (
-            {"pixel_values": torch.zeros(1), "label": 1},
+            {"image": torch.zeros(1)},
             ValueError,
-            "keys pixel_values and labels; got pixel_values, la",
+            "keys pixel_values and, except for prediction, labels; got image",
         ),
         ((torch.zeros(1), [1, 2]), TypeError, "labels must be class ids, one whole number for each image"),
     ],
