@@ -375,7 +375,7 @@ def options() -> set[str]:
 
     for command in cli.COMMANDS.values():
         add(command)
-    for file in (*ROOT.glob("bench/**/*.py"), *ROOT.glob("examples/*.py")):
+    for file in (*ROOT.glob("bench/**/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("skipkernels/integrations/*.py")):
         found |= set(re.findall(r'"(--[a-z-]+)"', file.read_text()))
     return found
 
