@@ -283,9 +283,17 @@ def test_global_hooks_of_torch_tools_keep_blocks_fused(recwarn):
 def test_training_below_the_cut_is_an_error():
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
-    for tower in (model.visual.transformer, model.transformer):
-        tower.requires_grad_(True)
-        for use in (clip.check_weights, clip.eval, lambda: clip.parameter_groups(text_lr=0.1, image_lr=0.1)):
+    features = clip.encode_lower(images)
+
+    def groups() -> list:
+        return clip.parameter_groups(text_lr=0.1, image_lr=0.1)
+
+    def step() -> sk.SkipOutput:
+        return clip(features, labels)
+
+    for part in (model.visual.transformer, model.transformer, clip):
+        part.requires_grad_(True)
+        for use in (clip.check_weights, clip.eval, groups, step):
             with pytest.raises(RuntimeError, match="requires_grad was set on parameters below the cut"):
                 use()
             clip.training = True

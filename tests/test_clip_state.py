@@ -85,10 +85,40 @@ def test_load_state_dict_without_sampler_warns():
         clip.load_state_dict(old)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_average_of_state_dicts(dtype):
+    """A model soup has the logits of the averaged weights; sums of uint8 overflow. Sampler and prototypes stay."""
+    clips = [make_clip() for _ in range(3)]
+    for clip, number in zip(clips, range(3), strict=True):
+        step_of(clip, torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), seed=number)
+        drawn(clip, number)
+    states = [clip.state_dict() for clip in clips]
+    soup = {name: sum(state[name] for state in states) / 3 for name in states[0]}
+    if dtype == torch.uint8:
+        extra = torch.stack([state["_extra_state"].float() for state in states]).mean(0)
+        soup["_extra_state"] = extra.to(torch.uint8)
+    fresh, same = make_clip(seed=5), make_clip(seed=5)
+    with pytest.warns(UserWarning, match="average of several states, or damaged: the class sampler and the prototypes"):
+        fresh.load_state_dict(soup)
+    same.model.load_state_dict({name.removeprefix("model."): x for name, x in soup.items() if name != "_extra_state"})
+    images, _ = tiny_batch(3, C)
+    assert fresh.predict(images).equal(same.predict(images))
+    assert fresh.prototypes.equal(same.prototypes) and drawn(fresh) == drawn(same)
+
+
+def test_converted_state_dict_continues_the_draws():
+    """All tensors in half precision, as for a smaller checkpoint."""
+    clip, fresh = make_clip(), make_clip(seed=5)
+    drawn(clip)
+    fresh.load_state_dict({name: tensor.half() for name, tensor in clip.state_dict().items()})
+    assert fresh.prototypes.equal(clip.prototypes)
+    assert drawn(fresh) == drawn(clip)
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (torch.zeros(3), "must be the uint8 tensor"),
+        (torch.zeros(3, dtype=torch.int64), "must be the uint8 tensor"),
         ({"generator": 1}, "must be the uint8 tensor"),
         (torch.zeros(9, dtype=torch.uint8), "is damaged"),
         (lambda: sk.SkipCLIP(tiny_clip(), tiny_tokens(5), skip_layers=1).get_extra_state(), r"prototypes \[5, 12\]"),
@@ -99,7 +129,7 @@ def test_load_state_dict_without_sampler_warns():
         (lambda: pack_state(torch.zeros(4, 12), "x", {}, Shard(1, 4, C)), r"is damaged: 4 prototypes of Shard\(rank=1"),
         (lambda: pack_state(torch.zeros(C, 12), "x", {}, Shard(4, 4, C)), "is damaged"),
     ],
-    ids=["floats", "dictionary", "damaged", "other_classes", "other_order", "other_share", "no_share"],
+    ids=["integers", "dictionary", "damaged", "other_classes", "other_order", "other_share", "no_share"],
 )
 def test_set_extra_state_mismatch(state, message):
     with pytest.raises(ValueError, match=message):

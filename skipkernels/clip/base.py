@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..checks import warn_caller
+from ..digests import digest_tensors
 from ..options import AttentionName
 from ..selection import ClassSelection, RankSampler, classes_at_ranks, ranked_selection
 from ..towers import ImageTower, Memory, Reduction, TextTower, evaluating
@@ -265,15 +266,12 @@ class SkipCLIPBase(nn.Module):
             is_label = (labels != 0).any(dim=0)  # [C]
             class_ids = self._select_with(image, is_label, max(len(labels), int(is_label.sum())))
             return ClassSelection(class_ids, labels.index_select(1, class_ids))
-        if self._shared_classes is not None:
+        if self._shares_classes:
             is_label = torch.zeros(num_classes, dtype=torch.bool, device=labels.device).index_fill_(0, labels, True)
-            class_ids = self._checked_shared_classes(is_label)
+            class_ids = self._select_with(image, is_label, len(labels))
             return ClassSelection(class_ids, torch.searchsorted(class_ids, labels))
         ranks = draw_on(image.device, num_classes, len(labels))
-        selection = ranked_selection(self._scores(image, labels), labels, ranks)
-        if self._shares_classes:
-            self._shared_classes = selection.class_ids
-        return selection
+        return ranked_selection(self._scores(image, labels), labels, ranks)
 
     def _select_with(self, image: Tensor, is_label: Tensor, labels: int) -> Tensor:
         """Select the classes [K] of a step, with all of `is_label`, bool [C], of which at most `labels` are true."""
@@ -313,6 +311,8 @@ class SkipCLIPBase(nn.Module):
         self._check_unaltered()
         if self.training:
             self._refuse_frozen_above()
+            if self._text_encoder.trains_below() or self._image_encoder.trains_below():
+                self._refuse_training_below()
         self._follow(device)
 
     def _check_draw(self, labels: int) -> None:
@@ -414,10 +414,19 @@ class SkipCLIPBase(nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Continue from the result of `get_extra_state`, of any process of any number of them.
 
+        An average of several such states, as in a model soup, has no effect but a warning.
+
         Raises:
             ValueError: If it is damaged, or of other prompts, another model, or other weights before tuning.
         """
-        prototypes, sampler = unpack_state(state, self.prototypes, self._prompts, self._shard, self._text.dtype)
+        tensors = decoded_state(state)
+        if tensors is None:
+            warn_caller(
+                "SkipCLIP: the extra state is an average of several states, or damaged: the class sampler and the "
+                "prototypes keep their current state. The weights are loaded."
+            )
+            return
+        prototypes, sampler = unpack_state(tensors, self.prototypes, self._prompts, self._shard, self._text.dtype)
         self.sampler.load_state_dict(sampler)
         self.prototypes.copy_(prototypes)
 
@@ -470,24 +479,47 @@ def pack_state(prototypes: Tensor, prompts: str, sampler: dict[str, Tensor], sha
     }
     if shard.size > 1:
         tensors["shard"] = torch.tensor(shard)
-    data = safetensors.torch.save(tensors | sampler, metadata={"format": _FORMAT})
+    tensors |= sampler
+    tensors["digest"] = torch.frombuffer(bytearray(_digest(tensors), "ascii"), dtype=torch.uint8)
+    data = safetensors.torch.save(tensors, metadata={"format": _FORMAT})
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return digest_tensors(sorted(tensors.items()))
+
+
+def decoded_state(state: Any) -> dict[str, Tensor] | None:
+    """Tensors of an extra state; None for an average of several, whose bytes belong to none of them.
+
+    Code that averages state dicts converts all tensors to floating point, and some of it back.
+    """
+    is_float = isinstance(state, Tensor) and state.is_floating_point()
+    if not isinstance(state, Tensor) or state.ndim != 1 or not (is_float or state.dtype == torch.uint8):
+        raise ValueError("SkipCLIP: the extra state must be the uint8 tensor of get_extra_state().")
+    data = state.round().to(torch.uint8) if is_float else state
+    try:
+        tensors = safetensors.torch.load(data.cpu().numpy().tobytes())
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        if is_float:
+            return None
+        raise ValueError(f"SkipCLIP: the extra state is damaged: {error}.") from error
+    digest = tensors.pop("digest", None)  # None in an earlier version
+    same = not is_float if digest is None else bytes(digest.tolist()) == _digest(tensors).encode()
+    return tensors if same else None
+
+
 def unpack_state(
-    state: Any, prototypes: Tensor, prompts: str, shard: Shard, dtype: torch.dtype
+    tensors: dict[str, Tensor], prototypes: Tensor, prompts: str, shard: Shard, dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the prototypes [n, D] of a shard, and the state of the sampler.
 
     A state of another shard replaces the prototypes of the classes that both shards have; the other rows stay.
     """
-    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
-        raise ValueError("SkipCLIP: the extra state must be the uint8 tensor of get_extra_state().")
     try:
-        tensors = safetensors.torch.load(state.cpu().numpy().tobytes())
         loaded, saved_prompts = tensors.pop("prototypes"), tensors.pop("prompts", None)
         saved = Shard(*tensors.pop("shard", torch.tensor([0, 1, len(loaded)])).tolist())
-    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"SkipCLIP: the extra state is damaged: {error}.") from error
     if not (0 <= saved.rank < saved.size and len(loaded) == len(saved.class_ids)):
         raise ValueError(f"SkipCLIP: the extra state is damaged: {len(loaded)} prototypes of {saved}.")

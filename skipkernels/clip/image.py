@@ -84,6 +84,10 @@ class ImageEncoder:
         """Record that features at the cut are computed with the current weights below the cut."""
         self.weights = Frozen(self.tower.lower_parts, with_global_hooks=False)
 
+    def trains_below(self) -> bool:
+        """Return True if a weight that computed features at the cut requires grad."""
+        return self.weights is not None and self.weights.trains()
+
     def is_stale(self) -> bool:
         """Return True if features at the cut were computed with other modules or weights."""
         return self.weights is not None and self.weights.changed()

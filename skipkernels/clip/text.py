@@ -276,6 +276,10 @@ class TextEncoder:
             if before is not None and (moved := fn(before)).dtype == before.dtype:
                 template.rows = moved
 
+    def trains_below(self) -> bool:
+        """Return True if a weight that computed the cached features requires grad."""
+        return self.weights.trains()
+
     def is_stale(self) -> bool:
         """Return True if the cached features were computed with other modules or weights."""
         return self.weights.changed()

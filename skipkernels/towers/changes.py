@@ -20,7 +20,7 @@ from .text import TextTower
 
 _ENCODERS = ("encode_image", "encode_text", "get_image_features", "get_text_features")
 _IGNORED = {*vars(nn.Module()), "in_features", "out_features", "normalized_shape", "elementwise_affine"}
-_VERSION = attrgetter("_version")
+_VERSION, _REQUIRES_GRAD = attrgetter("_version"), attrgetter("requires_grad")
 
 
 class Containers:
@@ -161,6 +161,10 @@ class Frozen:
 
     def _own_parameters(self) -> dict[str, Any]:
         return {str(i): part for i, part in enumerate(self._parts()) if isinstance(part, nn.Parameter)}
+
+    def trains(self) -> bool:
+        """Return True if a weight requires grad."""
+        return any(map(_REQUIRES_GRAD, self._tensors))
 
     def is_hooked(self) -> bool:
         """Return True if a module has hooks, of its own or global ones: their effect may change between calls."""
