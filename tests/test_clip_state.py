@@ -193,6 +193,13 @@ def test_classifier_has_its_own_mode():
     assert classifier.encoder.conv1.weight is clip.model.visual.conv1.weight
 
 
+def test_repr_begins_with_the_task():
+    clip = make_clip()
+    trainable = sum(p.numel() for p in clip.trainable_parameters())
+    expected = f"classes={C}, skip_layers=(1, 1), trainable={trainable:,}, dtype=torch.float64, device=cpu"
+    assert repr(clip).splitlines()[:3] == ["SkipCLIP(", f"  {expected}", "  (model): CLIP("]
+
+
 def test_set_extra_state_without_digest_of_prompts():
     clip, state = make_clip(), make_clip().get_extra_state()
     tensors = safetensors.torch.load(state.numpy().tobytes())

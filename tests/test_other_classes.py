@@ -59,15 +59,24 @@ def test_other_classes_with_text_cache_and_constant_texts(tmp_path):
         torch.testing.assert_close(make_clip(torch.float32, **options).class_embeddings(tokens), right)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_classes_of_another_dtype(dtype):
+    """The logits are computed in fp32, on rounded embeddings."""
+    clip = make_clip(torch.float32)
+    classes = clip.class_embeddings(tiny_tokens(5, seed=4)).to(dtype)
+    assert clip.predict(IMAGES.float(), classes=classes).equal(clip.predict(IMAGES.float(), classes=classes.float()))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"tokens": tiny_tokens(5)[:, :20]}, ValueError, r"\[C, L=77\]"),
         ({"tokens": tiny_tokens(5) + 1}, ValueError, r"SkipCLIP: tokens must be ids in \[0, 60\)"),
         ({"classes": tiny_tokens(5)}, ValueError, r"classes must be .* \[C', D=12\]; got torch.int64 \[5, 77\]"),
+        ({"classes": torch.ones(5, 12)}, ValueError, "classes must have unit norm; got norms from 3.46 to 3.46"),
         ({"classes": torch.zeros(5, 12), "tokens": tiny_tokens(5)}, TypeError, "pass tokens or classes; got both"),
     ],
-    ids=["length", "vocabulary", "tokens", "both"],
+    ids=["length", "vocabulary", "tokens", "norm", "both"],
 )
 def test_predict_other_classes_refuses(options, error, message):
     with pytest.raises(error, match=message):

@@ -156,6 +156,16 @@ def test_loss_refuses(image, labels, message):
         _clip().loss(image, labels)
 
 
+def test_loss_refuses_another_dtype():
+    clip = make_clip(dtype=torch.float32)
+    image = torch.ones(4, 12, dtype=torch.bfloat16)
+    message = r"SkipCLIP.loss: image must be torch.float32 .*; got torch.bfloat16. Call .* within the same autocast"
+    with pytest.raises(TypeError, match=message):
+        clip.loss(image, LABELS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert clip.loss(image, LABELS).requires_grad
+
+
 @functools.cache
 def _clip() -> sk.SkipCLIP:
     return make_clip()

@@ -159,6 +159,11 @@ class SkipCLIPBase(nn.Module):
     _shared_classes: Tensor | None = None  # [K], those of the first step there
     _before_lora: tuple[Trainable, list[str]] | None = None  # set by `add_lora`, for `merge_lora`
 
+    def extra_repr(self) -> str:  # noqa: D102
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        where = f"dtype={self._image.dtype}, device={self.prototypes.device}"
+        return f"classes={self._num_classes}, skip_layers={self.skip_layers}, trainable={trainable:,}, {where}"
+
     @property
     def skip_layers(self) -> tuple[int, int]:
         """Number of blocks skipped in the image tower and in the text tower."""
@@ -490,7 +495,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def decoded_state(state: Any) -> dict[str, Tensor] | None:
-    """Tensors of an extra state; None for an average of several, whose bytes belong to none of them.
+    """Tensors of an extra state; None for an average of several states, which has the bytes of none.
 
     Code that averages state dicts converts all tensors to floating point, and some of it back.
     """

@@ -62,7 +62,8 @@ class Inference(SkipCLIPBase):
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
             tokens: Prompts of other classes; the same as `classes=clip.class_embeddings(tokens)`.
-            classes: Embeddings [C', D] of other classes from `class_embeddings`, for several batches.
+            classes: Embeddings [C', D] of other classes from `class_embeddings`, for several batches; unit norm, any
+                floating dtype. Logits are computed in the dtype of `prototypes`.
         """
         if tokens is not None:
             if classes is not None:
@@ -72,6 +73,8 @@ class Inference(SkipCLIPBase):
             remedy = "Compute them with clip.class_embeddings(tokens), or pass tokens."
             width = self.prototypes.shape[1]
             check_embeddings("SkipCLIP.predict: classes", classes, "embeddings, floating-point [C'", width, remedy)
+            _check_unit_norm(classes, remedy)
+            classes = classes.to(self.prototypes.dtype)
         elif self._parallel is not None:
             from .sharded import sharded_predict
 
@@ -176,6 +179,16 @@ def check_embeddings(argument: str, embeddings: Any, expected: str, width: int, 
     if not is_tensor or not embeddings.is_floating_point() or embeddings.shape[1:] != (width,):
         found = f"{embeddings.dtype} {list(embeddings.shape)}" if is_tensor else type(embeddings).__name__
         raise ValueError(f"{argument} must be {expected}, D={width}]; got {found}. {remedy}")
+
+
+def _check_unit_norm(classes: Tensor, remedy: str) -> None:
+    norms = classes.detach().float().norm(dim=1)
+    # bf16 rounds each element by up to 2^-9. Checked on the CPU only: on a GPU it would be a host sync.
+    if classes.device.type == "cpu" and not ((norms - 1).abs() < 0.01).all():
+        low, high = norms.aminmax()
+        raise ValueError(
+            f"SkipCLIP.predict: classes must have unit norm; got norms from {low:.3g} to {high:.3g}. {remedy}"
+        )
 
 
 class ImageClassifier(nn.Module):

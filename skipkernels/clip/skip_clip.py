@@ -234,6 +234,12 @@ class SkipCLIP(Losses, Inference):
             self._refuse_parallel("loss in training mode", "Call clip(x, labels).")
         width, remedy = self.prototypes.shape[1], "Compute them with clip.encode_image(x)."
         check_embeddings("SkipCLIP.loss: image", image, "image embeddings, floating-point [B", width, remedy)
+        converts = torch.is_autocast_enabled(image.device.type) or not self._settings.train_text
+        if not converts and image.dtype != self._text.dtype and (self.training or torch.is_grad_enabled()):
+            raise TypeError(
+                f"SkipCLIP.loss: image must be {self._text.dtype} like the class embeddings; got {image.dtype}. Call "
+                "encode_image and loss within the same autocast, or convert the embeddings."
+            )
         self._check_model(image.device)
         self._check_labels(labels, image)
         return self._compare(image, labels, return_logits=False).loss
