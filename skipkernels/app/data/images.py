@@ -186,6 +186,26 @@ def to_rgb(image: Image.Image, name: str | Path, transform: Transform | None = N
     return image if transform is None else transform(image)
 
 
+def from_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
+    """Convert a uint8 array [H, W], [H, W, 3] or [H, W, 4], or a tensor [3, H, W], to an image: grey, RGB or RGBA.
+
+    >>> image = from_pixels(np.zeros((2, 5, 4), np.uint8), "black")
+    >>> image.mode, image.size
+    ('RGBA', (5, 2))
+    """
+    if isinstance(pixels, Tensor):
+        expected, is_image = "a tensor [3, H, W]", pixels.ndim == 3 and pixels.shape[0] == 3
+    else:
+        expected = "an array [H, W], [H, W, 3] (RGB) or [H, W, 4] (RGBA)"
+        is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    dtype = str(pixels.dtype).removeprefix("torch.")
+    if dtype != "uint8" or not is_image or 0 in pixels.shape:
+        hint = " From 0 to 1? Multiply by 255, round, and convert to uint8." if is_image and "float" in dtype else ""
+        raise InputError(f"{name}: pixels must be {expected} of uint8; got {dtype} {list(pixels.shape)}.{hint}")
+    values = pixels.permute(1, 2, 0).cpu().numpy() if isinstance(pixels, Tensor) else pixels
+    return Image.fromarray(np.ascontiguousarray(values))
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Return an image rotated and mirrored by its EXIF orientation; the same image if it has none."""
     try:
@@ -201,7 +221,8 @@ def _unreadable(name: str | Path, error: Exception | str) -> InputError:
 
 
 class DatasetImages(Images):
-    """Items of a map-style dataset, with labels and names. Pillow's images are converted as `read_image` does.
+    """Items of a map-style dataset, with labels and names. Images of Pillow and uint8 arrays are converted as in
+    `read_image`.
 
     Args:
         dataset: Map-style dataset of (image, label), or of {"image": image, "label": label}.
@@ -248,8 +269,11 @@ class DatasetImages(Images):
                 f"have {self._own_labels[item]}. Make them equal.",
                 "dataset",
             )
+        name = f"image {self.names[index]}"
+        if isinstance(image, np.ndarray):
+            image = from_pixels(image, name)
         if isinstance(image, Image.Image):
-            image = to_rgb(image, f"image {self.names[index]}", self.transform)
+            image = to_rgb(image, name, self.transform)
         elif self.transform is not None and not isinstance(image, Tensor):
             image = self.transform(image)
         return image, self.labels[index]

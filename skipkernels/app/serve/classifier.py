@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,11 +18,13 @@ from ...folders import restored
 from ...options import Precision
 from ..data import InputError
 from ..data.files import find_images
-from ..data.images import read_ahead, read_image, to_rgb
+from ..data.images import from_pixels, read_ahead, read_image, to_rgb
 from ..train.calibration import class_probabilities
 from .loading import TEST, TunedRun, load_run
 
 Unreadable = Literal["raise", "skip"]
+ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+"""A path, an image of Pillow, a uint8 array [H, W], [H, W, 3] (RGB) or [H, W, 4], or a uint8 tensor [3, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ class Classifier:
 
     def predict(
         self,
-        images: Any,
+        images: ImageInput | Iterable[ImageInput],
         *,
         top: int = 5,
         threshold: float | None = None,
@@ -190,8 +193,9 @@ class Classifier:
         """Classify images.
 
         Args:
-            images: A Pillow image, a path, or a list of these; the path of a folder, for all images in it; or
-                preprocessed images [N, 3, H, W].
+            images: An image or a list of images: paths, images of Pillow, uint8 arrays [H, W] or [H, W, 3] in the order
+                RGB (`image[..., ::-1]` of OpenCV's) or [H, W, 4], and uint8 tensors [3, H, W]. Or the path of a folder,
+                for all images in it. Or a floating-point tensor [N, 3, H, W], preprocessed by `transform`.
             top: Number of classes for each image; all classes if there are fewer.
             threshold: Smallest probability, from 0 to 1, of the best class of an image that has a class: `known` of the
                 result is False for the others. report.html has thresholds and their accuracy on validation images.
@@ -221,7 +225,7 @@ class Classifier:
 
     def predict_batches(
         self,
-        images: Any,
+        images: ImageInput | Iterable[ImageInput],
         *,
         top: int = 5,
         threshold: float | None = None,
@@ -235,31 +239,36 @@ class Classifier:
         if isinstance(images, (str, os.PathLike)):
             path = Path(images).expanduser()
             images = [path / name for name, _ in find_images(path, {"": 0})[0]] if path.is_dir() else [path]
-        if isinstance(images, Tensor):
+        if isinstance(images, Tensor) and images.is_floating_point():
             if images.ndim != 4 or images.shape[1] != 3:
                 raise InputError(
-                    f"Classifier.predict: images must be [N, 3, H, W], preprocessed by classifier.transform; got "
-                    f"{list(images.shape)}.",
+                    "Classifier.predict: images must be [N, 3, H, W], preprocessed by classifier.transform, or of "
+                    f"uint8; got {images.dtype} {list(images.shape)}.",
                     "images",
                 )
             for start in range(0, len(images), batch_size):
                 part = images[start : start + batch_size]
                 yield self._predictions(list(map(str, range(start, start + len(part)))), part, top, threshold)
         else:
-            images = [images] if isinstance(images, Image.Image) else list(images)
-            names = [str(n) if isinstance(image, Image.Image) else str(image) for n, image in enumerate(images)]
+            pixels = isinstance(images, (np.ndarray, Tensor)) and images.ndim in (0, 2, 3)
+            listed: list[Any] = [images] if pixels or not isinstance(images, Iterable) else list(images)
+            names = [str(each if isinstance(each, (str, os.PathLike)) else n) for n, each in enumerate(listed)]
 
             def load(number: int) -> Any:
-                image = images[number]
-                if isinstance(image, Image.Image):
-                    return to_rgb(image, f"image {number}", self.transform)
+                image = listed[number]
                 if isinstance(image, (str, os.PathLike)):
                     return read_image(Path(image), self.transform)
+                if isinstance(image, (np.ndarray, Tensor)):
+                    image = from_pixels(image, f"image {number}")
+                if isinstance(image, Image.Image):
+                    return to_rgb(image, f"image {number}", self.transform)
                 got = type(image).__name__
-                raise InputError(f"Classifier.predict: images must be paths or Pillow images; got {got}.", "images")
+                raise InputError(
+                    f"Classifier.predict: images must be paths, images of Pillow, or uint8 arrays; got {got}.", "images"
+                )
 
-            decoded = read_ahead(load, len(images), workers=workers, ahead=2 * batch_size)
-            for start in range(0, len(images), batch_size):
+            decoded = read_ahead(load, len(listed), workers=workers, ahead=2 * batch_size)
+            for start in range(0, len(listed), batch_size):
                 batch = list(zip(names[start : start + batch_size], decoded, strict=False))
                 yield self._decoded(batch, top, threshold, unreadable)
 
@@ -318,7 +327,7 @@ def check_threshold(threshold: float | None) -> None:
         )
 
 
-def predict(run: str | Path, images: Any, *, top: int = 5, **options: Any) -> Predictions:
+def predict(run: str | Path, images: ImageInput | Iterable[ImageInput], *, top: int = 5, **options: Any) -> Predictions:
     """Classify images with a run: `Classifier.load(run).predict(images, top=top)`; `options` are those of both."""
     names = ("classes", "templates", "device", "precision", "trust")
     load_options = {name: options.pop(name) for name in names if name in options}

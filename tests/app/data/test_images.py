@@ -29,6 +29,13 @@ def pixel(path: Path) -> tuple[int, int, int]:
     return one(path).getpixel((0, 0))
 
 
+def test_dataset_of_arrays():
+    image, label = DatasetImages([(np.full((2, 3), 77, np.uint8), 4)])[0]
+    assert image.mode == "RGB" and image.getpixel((2, 1)) == (77, 77, 77) and label == 4
+    with raises_input_error("image 0: pixels must be an array", "of uint8; got int64 [2, 3]"):
+        DatasetImages([(np.zeros((2, 3), np.int64), 0)])[0]
+
+
 # ---- valid files -----------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -59,6 +60,16 @@ def test_inputs_of_each_kind_agree(photos, classifier):
         found = classifier.predict(inputs, top=3, batch_size=2, workers=2)
         assert torch.equal(found.ids, expected.ids)
         torch.testing.assert_close(found.probabilities, expected.probabilities, atol=1e-5, rtol=0)
+    arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
+    tensor = torch.from_numpy(arrays[4].copy()).permute(2, 0, 1)
+    rgba = np.dstack([arrays[3], np.full_like(arrays[3][..., 0], 7)])
+    for inputs in ([paths[0], pictures[1], arrays[2], rgba, tensor], np.stack(arrays)):
+        assert torch.equal(classifier.predict(inputs, top=3, batch_size=2).ids, expected.ids)
+    assert torch.equal(classifier.predict(arrays[1], top=3).ids, expected.ids[1:2])
+    opencv = arrays[0][..., ::-1]
+    assert torch.equal(classifier.predict(opencv[..., ::-1], top=3).ids, expected.ids[:1])
+    grey = pictures[0].convert("L")
+    assert torch.equal(classifier.predict(np.asarray(grey)).probabilities, classifier.predict(grey).probabilities)
     assert classifier.predict(paths).names == list(map(str, paths))
     assert torch.equal(classifier.predict(pictures[0], top=3).ids, expected.ids[:1])
     assert len(classifier.predict([])) == 0
@@ -121,6 +132,11 @@ def test_open_clip_loads_the_run(run, images, classifier):
         *(({}, {"threshold": bad}, "threshold must be a number from 0 to 1; got") for bad in (-1, 2, math.nan, "0.8")),
         ({}, {"images": torch.zeros(3, 32, 32)}, r"\[N, 3, H, W\]"),
         ({}, {"images": [Image.new("F", (32, 32))]}, "image 0: has 32 bits per channel"),
+        ({}, {"images": np.zeros((8, 8, 3), np.float32)}, r"got float32 \[8, 8, 3\]. From 0 to 1\? Multiply by 255"),
+        ({}, {"images": np.zeros((3, 8, 8), np.uint8)}, r"image 0: pixels must be an array \[H, W\], \[H, W, 3\]"),
+        ({}, {"images": [torch.zeros(8, 8, 3).byte()]}, r"a tensor \[3, H, W\] of uint8; got uint8 \[8, 8, 3\]"),
+        ({}, {"images": np.zeros((0, 8, 3), np.uint8)}, r"got uint8 \[0, 8, 3\]"),
+        ({}, {"images": [3]}, "must be paths, images of Pillow, or uint8 arrays; got int"),
         ({}, {"images": ["missing.png"]}, "missing.png: no such file"),
     ],
 )
