@@ -31,9 +31,10 @@ from .merging import PlainModel, plain_model
 Target = Literal["open-clip", "hugging-face", "onnx"]
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"  # the name that open_clip looks for on the Hub
 CLASSES = "classes.json"
+HEAD = "head.safetensors"
 # Names of the files of every target, and of transformers' tokenizers: what an earlier export may have left.
 _OURS = (
-    *(CARD, CLASSES, CLASSIFIER, OPEN_CLIP, OPEN_CLIP_WEIGHTS, to_onnx.FILE, f"{to_onnx.FILE}.data"),
+    *(CARD, CLASSES, CLASSIFIER, HEAD, OPEN_CLIP, OPEN_CLIP_WEIGHTS, to_onnx.FILE, f"{to_onnx.FILE}.data"),
     *("config.json", "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
     *("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
@@ -65,8 +66,10 @@ def export(
     - "onnx": OUT/model.onnx, an image classifier: image tower, class embeddings, temperature; the names of the classes
       and the preprocessing are in its metadata.
 
-    LoRA is merged into the weights. CoOp's learned prompts are not in a model, so it can only be exported to ONNX. The
-    folder also has a model card and the names of the classes, without local paths.
+    LoRA is merged into the weights. A CLIP has no place for what coop, clip-adapter and linear-probe train: ONNX has
+    it, and the other targets have the base model, with these weights in OUT/head.safetensors and the lines of code
+    that apply them in OUT/README.md. The folder also has a model card and the names of the classes, without local
+    paths.
 
     Args:
         run: Folder of a run, or one that `blend` wrote.
@@ -107,21 +110,19 @@ def export(
         write: Callable[[PlainModel, Path], list[str]] = _WRITERS[to]
         described = _shared(plain)
         notes = write(plain, written)
-        if to == "open-clip":
+        if plain.learned_head and to != "onnx":
+            weights.save_weights(written / HEAD, plain.head.state_dict(), holds="head")
+            _write_classes(written, described)
+        elif to == "open-clip":
             replace(described, weights_xxh3=digest_file(written / OPEN_CLIP_WEIGHTS)).write(written)
         elif to == "hugging-face":
             _write_classes(written, described)
-        _write_card(source, written, described, to)
+        _write_card(source, written, described, to, head=(written / HEAD).exists())
         files = sorted(path.name for path in written.iterdir())
     return Exported(folder, files, notes)
 
 
 def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
-    if plain.learned_text:
-        raise InputError(
-            f"export: run must have its prompts in the model; those of {plain.described.method} are learned. Use onnx.",
-            "run",
-        )
     if not write_open_clip_config(folder, plain.model, plain.tokenizer):
         raise InputError(f"export: run must have a model of open_clip; got {type(plain.model).__name__}.", "run")
     weights.save_weights(folder / OPEN_CLIP_WEIGHTS, plain.model.state_dict(), holds=weights.MODEL)
@@ -200,11 +201,12 @@ def _shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return values | tests | {"command": bool(metrics.get("command"))}
 
 
-def _write_card(source: Path, folder: Path, described: Description, to: Target) -> None:
+def _write_card(source: Path, folder: Path, described: Description, to: Target, *, head: bool) -> None:
     """Write the model card of an exported run; copy that of an exported folder, which has no settings, if it fits."""
     if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
         if to == "open-clip" and (source / CARD).is_file():
             replace_text(folder / CARD, read_text(source / CARD))
         return
     config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)
-    replace_text(folder / CARD, model_card(config, described, _shared_metrics(read_metrics(source)), use=to))
+    card = model_card(config, described, _shared_metrics(read_metrics(source)), use=to, head=head)
+    replace_text(folder / CARD, card)

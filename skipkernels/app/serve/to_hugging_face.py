@@ -57,15 +57,13 @@ def convert(plain: PlainModel, transformers: Any) -> Any:
     return converted
 
 
-def _error(problem: str, other: str = "open-clip") -> InputError:
-    return InputError(f"export: run must have a model that CLIPModel can hold; {problem}. Use {other}.", "run")
+def _error(problem: str) -> InputError:
+    return InputError(f"export: run must have a model that CLIPModel can hold; {problem}. Use open-clip.", "run")
 
 
 def _check(plain: PlainModel) -> None:
     """Raise an InputError that names a part of the model that the comparison of embeddings does not detect."""
     model = plain.model
-    if plain.learned_text:
-        raise _error("the prompts of its method are learned, and are not in the model", "onnx")
     unusual = {
         f"is a {type(model).__name__}": type(model) is not CLIP,
         f"has a {type(model.visual).__name__} as image tower": type(model.visual) is not VisionTransformer,

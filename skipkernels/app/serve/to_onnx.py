@@ -1,4 +1,4 @@
-"""Export of an image classifier to ONNX: the image tower with the embeddings of the classes."""
+"""Export of an image classifier to ONNX: the image tower with the head of the classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...formatting import first_line
@@ -21,21 +20,16 @@ _EXTERNAL = 1 << 30  # bytes of weights above which they are in a second file: p
 
 
 class ImageClassifier(nn.Module):
-    """Image tower and class embeddings: images [B, 3, H, W] → logits [B, C], unit-norm image embeddings [B, D].
-
-    With z_bc = exp(logit_scale) / temperature · ⟨x̂_b, t̂_c⟩.
-    """
+    """Image tower and head: images [B, 3, H, W] → logits / temperature [B, C], unit-norm image embeddings [B, D]."""
 
     def __init__(self, plain: PlainModel):
         super().__init__()
-        self.model = plain.model
-        scale = plain.model.logit_scale.detach().float().exp() / (plain.described.temperature or 1.0)
-        self.register_buffer("weight", scale * plain.text)
+        self.model, self.head, self.temperature = plain.model, plain.head, plain.described.temperature or 1.0
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the logits and the embeddings."""
-        embedding = F.normalize(self.model.encode_image(pixel_values), dim=-1)
-        return embedding @ self.weight.T, embedding  # type: ignore[operator]
+        logits, embedding = self.head(self.model.encode_image(pixel_values))
+        return logits / self.temperature, embedding
 
 
 def write(plain: PlainModel, folder: Path) -> list[str]:

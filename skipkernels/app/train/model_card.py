@@ -22,16 +22,19 @@ def model_card(
     metrics: Mapping[str, Any],
     *,
     use: str = "open-clip",
+    head: bool = False,
 ) -> str:
     """Return the text of a model card, from the description of the tuned model and the contents of metrics.json.
 
-    `use` is what can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx".
+    `use` is what can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx". With
+    `head`, what the method trains is in head.safetensors, and not in the model.
     """
     base = f"`{config.model}`" + (f", weights `{config.pretrained}`" if config.pretrained else "")
     matter = ["---", f"library_name: {_LIBRARIES[use]}"]
     matter += ["pipeline_tag: zero-shot-image-classification", "tags:", "- clip", "- skipkernels"]
     alpha = metrics.get("alpha")
     blended = "" if alpha is None else f", blended with its zero-shot weights at {alpha:g}"
+    code = _with_head(use, config.method) if head else _USE[use]
     lines = [*matter, "---", "", f"# {config.model} tuned on {described.data}{blended}", ""]
     lines += [
         f"{base}, tuned on {len(described.classes):,} classes of `{described.data}` by `{config.method}` with "
@@ -44,7 +47,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        _USE[use].replace("import open_clip\n", f"import open_clip\n{_TOWER}") if config.model in MODELS else _USE[use],
+        code.replace("import open_clip\n", f"import open_clip\n{_TOWER}") if config.model in MODELS else code,
     ]
     lines += ["```", "", "## Data and model", ""]
     images, shots = metrics.get("images", {}).get("train"), ""
@@ -54,12 +57,13 @@ def model_card(
         shots = f", {config.shots} per class" if whole else f", fewer than {config.shots} of some classes"
     classes = escaped(", ".join(described.classes[:_SHOWN]))
     more = len(described.classes) - _SHOWN
+    classes_in = "`classes.json`" if head else _CLASSES_IN[use]
     templates = described.templates or []
     again = command_line("tune", config, processes=metrics.get("processes", 1), left_out=("out", "device"))
     again += "" if alpha is None else f"\nskipkernels blend RUN --alpha {alpha:g}"
     lines += [
         f"- Training images: {trained} of `{described.data}`{shots}, protocol `{config.protocol}`, seed {config.seed}.",
-        f"- Classes: {classes}{f' and {more:,} more, all in {_CLASSES_IN[use]}' if more > 0 else ''}.",
+        f"- Classes: {classes}{f' and {more:,} more, all in {classes_in}' if more > 0 else ''}.",
         f"- Prompts: {', '.join(f'`{template}`' for template in templates) or 'one text for each class'}.",
         f"- Base model: {base}. The tuned weights are a work derived from its weights; see the licence of those"
         + (" (LICENSES-pictograms of skipkernels)." if config.model in MODELS else "."),
@@ -104,6 +108,40 @@ _CLASSES_IN = {"open-clip": "`classifier.json`", "skipkernels": "`classifier.jso
 _CLASSES_IN |= {"hugging-face": "`classes.json`", "onnx": "the metadata of `model.onnx`"}
 _USE = {"open-clip": f"{_CLASSIFIER}\n\n{_OPEN_CLIP}", "skipkernels": _CLASSIFIER}
 _USE |= {"hugging-face": _TRANSFORMERS, "onnx": _ONNX}
+
+_HEAD = """import json
+from pathlib import Path
+
+{imports}
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+{load}
+head, described = load_file("FOLDER/head.safetensors"), json.loads(Path("FOLDER/classes.json").read_text())
+picture = Image.open("photo.jpg").convert("RGB")
+image = {encode}
+{apply}
+probabilities = (logits / (described["temperature"] or 1)).softmax(dim=-1)  # in the order of described["classes"]"""
+_ENCODE = {
+    "open-clip": "model.eval().encode_image(preprocess(picture).unsqueeze(0))",
+    "hugging-face": 'model.visual_projection(model.vision_model(**processor(images=picture, return_tensors="pt"))[1])',
+}
+_COSINE = 'logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ head["class_embeddings"].T'
+_ADAPTER = """hidden = F.relu(image @ head["down"].T)
+image = head["ratio"] * F.relu(hidden @ head["up"].T) + (1 - head["ratio"]) * image"""
+_APPLY = {
+    "coop": _COSINE,
+    "clip-adapter": f"{_ADAPTER}\n{_COSINE}",
+    "linear-probe": 'logits = image @ head["weight"].T + head["bias"]',
+}
+
+
+def _with_head(use: str, method: str) -> str:
+    """Code that classifies an image by the model and the head in a folder."""
+    imports, load = (_OPEN_CLIP if use == "open-clip" else _TRANSFORMERS).split("\n\n")
+    return _HEAD.format(imports=imports, load=load.split("\n")[0], encode=_ENCODE[use], apply=_APPLY[method])
+
 
 _CONTENTS = {
     "changes": "The folder holds the weights that tuning changed. The others are those of the base model, which is "

@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import skipkernels as sk
@@ -21,7 +22,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.serve import to_hugging_face, to_onnx
-from skipkernels.app.serve.merging import PlainModel, plain_model
+from skipkernels.app.serve.merging import CosineHead, PlainModel, plain_model
 from skipkernels.app.train import model_card, tune
 from skipkernels.app.train.description import Description
 from tests.app.runs import shortened
@@ -91,7 +92,9 @@ def plain(tokenizer=None, **changes) -> PlainModel:
     logging.disable(logging.NOTSET)
     open_clip.set_model_preprocess_cfg(model, PREPROCESS)
     own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
-    return PlainModel(None, model, own, (["a cat", "two dogs"],), torch.zeros(2, 16), False)
+    return PlainModel(
+        None, model, own, (["a cat", "two dogs"],), CosineHead(torch.zeros(2, 16), model.logit_scale), False
+    )
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
@@ -136,7 +139,7 @@ def test_onnx(run, tmp_path):
         preprocessing=narrow.model.visual.preprocess_cfg | {"size": [16, 16]},
     )
     text = torch.nn.functional.normalize(torch.randn(len(run.classes), 16), dim=1)
-    narrow = narrow._replace(described=described, text=text)
+    narrow = narrow._replace(described=described, head=CosineHead(text, narrow.model.logit_scale))
     to_onnx.write(narrow, tmp_path)
     content = (tmp_path / "model.onnx").read_bytes()
     assert b"site-packages" not in content and str(Path(sk.__file__).parents[1]).encode() not in content
@@ -150,6 +153,67 @@ def test_onnx(run, tmp_path):
         scale = narrow.model.logit_scale.exp() / 2
         torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(logits, scale * expected @ text.T, atol=ATOL, rtol=0)
+
+
+@pytest.fixture(scope="module", params=["linear-probe", "clip-adapter", "coop"])
+def head_run(request, native_run, tmp_path_factory) -> Path:
+    """A run, with a temperature, of a method that trains weights for which a CLIP has no place."""
+    folder = tmp_path_factory.mktemp("head") / "run"
+    epochs = None if request.param == "linear-probe" else 1
+    changes = {
+        "method": request.param,
+        "epochs": epochs,
+        "model": f"local-dir:{native_run}",
+        "classes": 4,
+        "out": folder,
+    }
+    with shortened():
+        tune(dataclasses.replace(CONFIG, **changes))
+    values = json.loads((folder / "classifier.json").read_text())
+    (folder / "classifier.json").write_text(json.dumps(values | {"temperature": 0.7}))
+    return folder
+
+
+def probabilities_of(folder: Path, picture: Path) -> torch.Tensor:
+    classifier = sk.Classifier.load(folder, device="cpu", trust=True)
+    found = classifier.predict([picture], top=9)
+    assert classifier.calibrated and len(found.ids[0]) == 2
+    return found.probabilities[0][found.ids[0].argsort()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("to", ["open-clip", "hugging-face"])
+def test_head_is_exported_beside_the_model(to, head_run, run, tmp_path):
+    """The code of the model card gives the probabilities of the Classifier."""
+    if to == "hugging-face":
+        pytest.importorskip("transformers")
+    picture = tmp_path / "photo.png"
+    run.task.tests[0].images[0][0].resize((16, 16)).save(picture)
+    done = sk.export(head_run, to, tmp_path / "out", trust=True)
+    assert "head.safetensors" in done.files and "classifier.json" not in done.files
+    code = (done.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code.replace("FOLDER", str(done.folder)).replace("photo.jpg", str(picture)), names)
+    torch.testing.assert_close(names["probabilities"][0], probabilities_of(head_run, picture), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_head_in_onnx(head_run, run, tmp_path):
+    picture = tmp_path / "photo.png"
+    run.task.tests[0].images[0][0].save(picture)
+    pixels = sk.Classifier.load(head_run, device="cpu", trust=True).transform(Image.open(picture))[None]
+    plain = plain_model(head_run, trust=True)
+    found = [to_onnx.ImageClassifier(plain)(pixels)[0]]
+    if plain.described.method == "clip-adapter":  # the longest head: an export takes three seconds
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+        import onnxruntime
+
+        done = sk.export(head_run, "onnx", tmp_path / "out", trust=True)
+        session = onnxruntime.InferenceSession(done.folder / "model.onnx")
+        found.append(torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0]))
+    for logits in found:
+        torch.testing.assert_close(logits.softmax(1)[0], probabilities_of(head_run, picture), atol=1e-5, rtol=0)
 
 
 def test_failed_export_leaves_no_files(run, tmp_path, monkeypatch):
