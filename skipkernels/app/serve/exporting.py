@@ -25,7 +25,7 @@ from ..train.environment import versions
 from ..train.model import OPEN_CLIP, RANDOM
 from ..train.model_card import CARD, model_card
 from ..train.run_folder import CONFIG, METRICS, has_run, read_metrics
-from . import to_hugging_face, to_onnx
+from . import to_hugging_face, to_int8, to_onnx
 from .merging import PlainModel, plain_model
 
 Target = Literal["open-clip", "hugging-face", "onnx"]
@@ -34,7 +34,15 @@ CLASSES = "classes.json"
 HEAD = "head.safetensors"
 # Names of the files of every target, and of transformers' tokenizers: what an earlier export may have left.
 _OURS = (
-    *(CARD, CLASSES, CLASSIFIER, HEAD, OPEN_CLIP, OPEN_CLIP_WEIGHTS, to_onnx.FILE, f"{to_onnx.FILE}.data"),
+    *(
+        CARD,
+        CLASSES,
+        CLASSIFIER,
+        HEAD,
+        OPEN_CLIP,
+        OPEN_CLIP_WEIGHTS,
+        *(f"{name}{end}" for name in (to_onnx.FILE, to_int8.FILE) for end in ("", ".data")),
+    ),
     *("config.json", "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
     *("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
@@ -48,6 +56,7 @@ class Exported(NamedTuple):
     folder: Path  # Folder of the files
     files: list[str]  # Their names
     notes: list[str]  # Differences from the tuned model
+    comparison: to_int8.Comparison | None = None  # of int8 with fp32
 
 
 def export(
@@ -55,6 +64,8 @@ def export(
     to: Target,
     out: str | Path,
     *,
+    int8: bool = False,
+    images: str | Path | None = None,
     overwrite: bool = False,
     trust: bool = False,
 ) -> Exported:
@@ -75,6 +86,10 @@ def export(
         run: Folder of a run, or one that `blend` wrote.
         to: "open-clip", "hugging-face" or "onnx".
         out: Folder to write; new or empty.
+        int8: Also write OUT/model.int8.onnx, with the matrix products of the image tower in int8, and compare the two:
+            by their accuracy on the test images of the run, or else on its validation images.
+        images: Folder of images for this comparison, instead of those of the run: without labels, by how often both
+            give the same class.
         overwrite: Write into a folder with files. An earlier export in it is replaced; other files are kept. The folder
             of a run is refused.
         trust: See `Classifier.load`.
@@ -94,6 +109,9 @@ def export(
     """
     if to not in get_args(Target):
         raise InputError(f"export: to must be one of {', '.join(get_args(Target))}; got {to!r}.", "to")
+    if (int8 or images is not None) and (to != "onnx" or not int8):
+        name = "int8" if int8 else "images"
+        raise InputError(f"export: {name} is for {'the target onnx' if int8 else 'int8'}; leave it out.", name)
     source, folder = restored(Path(run).expanduser()), Path(out).expanduser()
     if os.path.lexists(folder) and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise InputError(f"export: out must be a new or an empty folder; got {folder}. Use `overwrite=True`.", "out")
@@ -117,9 +135,13 @@ def export(
             replace(described, weights_xxh3=digest_file(written / OPEN_CLIP_WEIGHTS)).write(written)
         elif to == "hugging-face":
             _write_classes(written, described)
-        _write_card(source, written, described, to, head=(written / HEAD).exists())
+        comparison = None
+        if int8:
+            others = None if images is None else Path(images)
+            comparison = to_int8.write(plain, written, source, others, trust)
+        _write_card(source, written, described, to, head=(written / HEAD).exists(), int8=comparison)
         files = sorted(path.name for path in written.iterdir())
-    return Exported(folder, files, notes)
+    return Exported(folder, files, notes, comparison)
 
 
 def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
@@ -201,12 +223,12 @@ def _shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return values | tests | {"command": bool(metrics.get("command"))}
 
 
-def _write_card(source: Path, folder: Path, described: Description, to: Target, *, head: bool) -> None:
+def _write_card(source: Path, folder: Path, described: Description, to: Target, **options: Any) -> None:
     """Write the model card of an exported run; copy that of an exported folder, which has no settings, if it fits."""
     if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
         if to == "open-clip" and (source / CARD).is_file():
             replace_text(folder / CARD, read_text(source / CARD))
         return
     config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)
-    card = model_card(config, described, _shared_metrics(read_metrics(source)), use=to, head=head)
+    card = model_card(config, described, _shared_metrics(read_metrics(source)), use=to, **options)
     replace_text(folder / CARD, card)
