@@ -252,9 +252,11 @@ class TuneConfig(
         assert self.epochs is not None
         if self.epochs < 1 and self.method_class().recipe(self.model, self.chosen_protocol, self._shots).epochs > 0:
             _refuse("epochs", f"epochs must be at least 1; got {self.epochs}.")
-        if self.cache is None and self.augments:
+        if self.epochs == 0 and self.augments:
             name = "views" if self.views > 1 else "refresh"
-            _refuse(name, f"{name}={getattr(self, name)} keeps random crops on disk; add `cache=…`.")
+            _refuse(name, f"{name}={getattr(self, name)} has no effect without epochs, which {self.method} has not.")
+        if self.views > 1 and self.refresh == "epoch":
+            _refuse("refresh", "refresh=epoch makes a new crop in each epoch, and views repeats some; pass only one.")
         if not isinstance(self.validation, str) and not 0 < self.validation < 1:
             _refuse("validation", f"validation must be a share between 0 and 1; got {self.validation}.")
         if self.patience is not None and self.validation == "none":

@@ -197,9 +197,10 @@ class CacheOptions:
     cache_dtype: CacheDtype = "bf16"
     """Type of the stored features. int8 is lossy."""
     views: int = option(1, ge=1)
-    """Random crops per training image, used in turn by epochs; needs --cache. 1: no random crop."""
+    """Random crops per training image, computed once and used in turn by epochs. 1: no random crop."""
     refresh: Refresh = "never"
-    """epoch: a new random crop of each training image, computed when an epoch begins; needs --cache."""
+    """epoch: a new random crop of each training image for each epoch, computed when it begins, in memory or in --cache.
+    It depends on the epoch and the image alone: resumed runs, and runs with other --workers, see the same crops."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class FeatureCache(Dataset):
     def __init__(self, rows: Rows, labels: Tensor, *, views: int = 1):
         self._rows, self.labels, self.views = rows, labels, views
         self._epoch = 0  # of the features, if each epoch has its own
-        self._builder: Builder | None = None
+        self._renew: Callable[[int], tuple[Rows, Tensor]] | None = None  # features and labels of an epoch
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -157,7 +157,13 @@ class FeatureCache(Dataset):
         builder.write(folder, epoch, resume=not overwrite, overwrite=overwrite)
         builder.progress = False  # from the second epoch on: training shows its own progress
         cache = cls.open(folder)
-        cache._epoch, cache._builder = epoch, builder
+
+        def renew(epoch: int) -> tuple[Rows, Tensor]:
+            builder.write(folder, epoch, overwrite=True)
+            store = Store(folder)
+            return store, store.labels()
+
+        cache._epoch, cache._renew = epoch, renew
         return cache
 
     @classmethod
@@ -198,15 +204,7 @@ class FeatureCache(Dataset):
             fingerprint.check(layout, {"number of images": len(dataset)} | dataset_key(dataset, key), folder)
             if key is None:
                 check_samples(layout, sample_images(dataset, seed), folder)
-        labels = store.labels().view(views, items)
-        if (wrong := (labels != labels[0]).nonzero()).numel():
-            view, item = wrong[0].tolist()
-            raise StoreError(
-                f"{folder}: view {view} has other labels than the first (item {item}: {labels[view, item]}, not "
-                f"{labels[0, item]}): the dataset's order or labels change from one iteration to the next. Build it "
-                "again from a map-style dataset with fixed labels, or with one view."
-            )
-        return cls(store, labels[0], views=views)
+        return cls(store, _labels_of_items(store.labels(), views, folder), views=views)
 
     @classmethod
     def in_memory(
@@ -216,6 +214,9 @@ class FeatureCache(Dataset):
         *,
         batch_size: int = 64,
         workers: int = 0,
+        views: int = 1,
+        refresh: Refresh = "never",
+        seed: int = 0,
         progress: Progress = False,
     ) -> FeatureCache:
         """Keep the outputs of `encode` for all images in memory, on their device; by default the images themselves.
@@ -225,34 +226,48 @@ class FeatureCache(Dataset):
             encode: Function [n, 3, height, width] → [n, …], such as `SkipCLIP.encode_lower`.
             batch_size: Images per call of `encode`.
             workers: Number of processes that load images.
-            progress: Function called with the number of images of each batch.
+            views: As for `build`; all views are in memory.
+            refresh: As for `build`: "epoch" computes a new view of each image when an epoch begins.
+            seed: Seed of random transforms: each view of each image has its own, so that resumed runs see the same.
+            progress: Function called with the number of images of each batch, in the first epoch.
 
         Raises:
             MemoryError: If the outputs would take more than half of the free memory.
         """
-        count = len(dataset)
-        if count == 0:
+        items = len(dataset)
+        if items == 0:
             raise ValueError("FeatureCache.in_memory: the dataset has no images.")
-        labels = torch.empty(count, dtype=torch.int64)
+        if refresh == "epoch" and views != 1:
+            raise ValueError(f'FeatureCache.in_memory: views must be 1 with refresh="epoch"; got {views}.')
+        count, labels = items * views, torch.empty(items * views, dtype=torch.int64)
         rows: Tensor | None = None
-        for batch in load_batches(dataset, split_batches([range(count)], batch_size), workers=workers):
-            with torch.no_grad():
-                output = encode(batch.images)
-            if rows is None:
-                needed, free = output[0].nbytes * count, free_bytes(output.device)
-                if needed > free / 2:
-                    raise MemoryError(
-                        f"FeatureCache.in_memory: {count} items of {list(output.shape[1:])} {output.dtype} take "
-                        f"{needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB of free memory. Use "
-                        "FeatureCache.build, fewer shots or classes, or a smaller model."
-                    )
-                rows = output.new_empty(count, *output.shape[1:])
-            place = slice(batch.rows[0], batch.rows[-1] + 1)
-            rows[place], labels[place] = output, batch.labels
-            if callable(progress):
-                progress(len(batch.rows))
-        assert rows is not None
-        return cls(MemoryRows(rows), labels)
+
+        def renew(epoch: int, advance: Progress = False) -> tuple[Rows, Tensor]:
+            nonlocal rows
+            batches = split_batches([range(count)], batch_size)
+            for batch in load_batches(dataset, batches, seed=seed, first_view=epoch, workers=workers):
+                with torch.no_grad():
+                    output = encode(batch.images)
+                if rows is None:
+                    needed, free = output[0].nbytes * count, free_bytes(output.device)
+                    if needed > free / 2:
+                        raise MemoryError(
+                            f"FeatureCache.in_memory: {count} items of {list(output.shape[1:])} {output.dtype} take "
+                            f"{needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB of free memory. "
+                            "Use FeatureCache.build, fewer shots, views or classes, or a smaller model."
+                        )
+                    rows = output.new_empty(count, *output.shape[1:])
+                place = slice(batch.rows[0], batch.rows[-1] + 1)
+                rows[place], labels[place] = output, batch.labels
+                if callable(advance):
+                    advance(len(batch.rows))
+            assert rows is not None
+            return MemoryRows(rows), labels
+
+        found, _ = renew(0, progress)
+        cache = cls(found, _labels_of_items(labels, views, "FeatureCache.in_memory").clone(), views=views)
+        cache._renew = renew if refresh == "epoch" else None
+        return cache
 
     # ---- use ---------------------------------------------------------------------------------------------------
 
@@ -329,21 +344,34 @@ class FeatureCache(Dataset):
 
     def rows_of_epoch(self, epoch: int) -> tuple[Rows, int]:
         """Return the features of an epoch, and the number of its first row."""
-        if self._builder is not None and self.store is not None and epoch != self._epoch:
-            folder, self._epoch = self.store.folder, -1  # none until the build has ended
-            self._builder.write(folder, epoch, overwrite=True)
-            store = Store(folder)
-            if not store.labels().equal(self.labels):
+        if self._renew is not None and epoch != self._epoch:
+            self._epoch = -1  # none until all features are new
+            rows, labels = self._renew(epoch)
+            if not labels.equal(self.labels):
+                where = rows.folder if isinstance(rows, Store) else "FeatureCache.in_memory"
                 raise StoreError(
-                    f"{folder}: epoch {epoch} has other labels than the first: the dataset's labels change from one "
+                    f"{where}: epoch {epoch} has other labels than the first: the dataset's labels change from one "
                     "epoch to the next. Give a dataset with fixed labels."
                 )
-            self._rows, self._epoch = store, epoch
+            self._rows, self._epoch = rows, epoch
         return self._rows, epoch % self.views * len(self)
 
     def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
         """Read every byte of the store and compare checksums; return a message for each damaged file."""
         return [] if self.store is None else self.store.verify(on_bytes)
+
+
+def _labels_of_items(labels: Tensor, views: int, where: object) -> Tensor:
+    """Labels [items] from those of all rows [views · items]; a StoreError if a view has others than the first."""
+    labels = labels.view(views, -1)
+    if (wrong := (labels != labels[0]).nonzero()).numel():
+        view, item = wrong[0].tolist()
+        raise StoreError(
+            f"{where}: view {view} has other labels than the first (item {item}: {labels[view, item]}, not "
+            f"{labels[0, item]}): the dataset's order or labels change from one iteration to the next. Build it again "
+            "from a map-style dataset with fixed labels, or with one view."
+        )
+    return labels[0]
 
 
 def _first_view(folder: Path) -> int:

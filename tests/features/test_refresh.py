@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import Drawn, build
+from caches import Drawn, build, skip_clip
 
 import skipkernels as sk
 from skipkernels.store import StoreError
@@ -39,6 +39,23 @@ def test_each_epoch_has_its_own_view_and_one_is_stored(tmp_path, views, prefetch
         assert len(list(tmp_path.glob("*.safetensors"))) == 2
         sk.FeatureCache.open(tmp_path, verify=True)
     assert torch.get_rng_state().equal(before[0]) and random.getstate() == before[1], "those of training"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_memory(views, workers):
+    """The same images as on the disk, in any process, also if epochs are skipped; kept batches do not change."""
+    encode = skip_clip().encode_lower
+    cache = sk.FeatureCache.in_memory(Drawn(COUNT), encode, batch_size=4, workers=workers, refresh="epoch")
+    loader = cache.loader(3, "sequential")
+    kept = [features for features, _ in loader]
+    loader.load_state_dict(loader.state_dict() | {"epoch": 2})
+    torch.testing.assert_close(epoch(loader), views[2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(kept), views[0], atol=1e-5, rtol=1e-5)
+    every = sk.FeatureCache.in_memory(Drawn(COUNT), encode, batch_size=4, views=EPOCHS).loader(3, "sequential")
+    for number in range(2):
+        torch.testing.assert_close(epoch(every), views[number], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="views must be 1"):
+        sk.FeatureCache.in_memory(Drawn(COUNT), views=2, refresh="epoch")
 
 
 class Failing(Drawn):

@@ -120,7 +120,8 @@ class RunSetup:
                 features = self.method.encode_frozen(images.to(self.device))
             return features if self.rounded_to is None else rounded(features, self.rounded_to)
 
-        return FeatureCache.in_memory(dataset, encode, batch_size=BATCH, workers=config.workers, progress=progress)
+        options: dict[str, Any] = {"batch_size": BATCH, "workers": config.workers, "progress": progress}
+        return FeatureCache.in_memory(dataset, encode, views=views, refresh=refresh, **options)
 
 
 def build_run(

@@ -19,7 +19,7 @@ from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import checkpoint, evaluate_run, trainer, tune
 from skipkernels.app.train.run_folder import RunFolder, read_metrics
-from tests.app.runs import fails, files, results, rows, shortened, small, stopped
+from tests.app.runs import fails, files, losses, results, rows, shortened, small, stopped
 
 
 def test_resume_is_bitwise_identical(run, tmp_path):
@@ -78,6 +78,17 @@ def test_resume_continues_views_of_cache(tmp_path):
     stopped(tmp_path / "cut", step=5, cache=tmp_path / "second", **changes)
     tune(small(tmp_path / "cut", cache=tmp_path / "second", resume=True, **changes))
     assert results(tmp_path / "cut")[1:] == results(tmp_path / "whole")[1:]
+
+
+def test_resume_continues_crops_in_memory(tmp_path):
+    """New crops in each epoch without a cache, of which a resumed run in other processes sees the same."""
+    changes = {"refresh": "epoch", "classes": 12}
+    tune(small(tmp_path / "whole", **changes))
+    tune(small(tmp_path / "plain", classes=12))
+    stopped(tmp_path / "cut", step=5, **changes)
+    tune(small(tmp_path / "cut", workers=1, resume=True, **changes))
+    assert results(tmp_path / "cut")[1:] == results(tmp_path / "whole")[1:]
+    assert not set(losses(tmp_path / "whole")) & set(losses(tmp_path / "plain"))
 
 
 def test_resume_of_complete_run(run, capsys):
