@@ -20,6 +20,8 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	  { echo "$(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja numpy
+	@test "$$(uname)" != Linux -o -e /dev/nvidiactl -o -e /dev/kfd -o -n "$$PIP_EXTRA_INDEX_URL" || \
+	  echo "no GPU found; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make … takes the smaller CPU build of PyTorch"
 	$(BIN)/python -m pip install --progress-bar=on "torch>=2.10" "torchvision>=0.25"
 	@echo "compiling the C++ kernels, one to three minutes"
 	$(BIN)/python -m pip install --no-build-isolation --editable '.[cli]'

@@ -1,7 +1,8 @@
 """Build the C++ kernels with ninja, and load them.
 
-`setup.py` builds them into the package if torch is there at build time. Where they are missing they are built when an
-operator is first used, once, into the user's cache. Imports only the standard library at its head, for `setup.py`.
+`setup.py` builds them into the package if torch is there at build time. Where they are missing, the first use of an
+operator starts a process that builds them once, into the user's cache, also after the end of this process, which uses
+the PyTorch reference. Imports only the standard library at its head, for `setup.py`.
 
 `torch.utils.cpp_extension.load` is not used: after a kill its lock file stays, and the next build waits forever. It
 also links libraries that one binary for every torch since 2.10 must not need.
@@ -10,6 +11,7 @@ also links libraries that one binary for every torch since 2.10 must not need.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -44,6 +46,8 @@ COMPILE_FLAGS = (
     "-Wno-psabi",
 )
 _PACKAGE = Path(__file__).parent
+_LOG, _FAILED = "build.log", "failed.log"  # of a build in the background, and of one that failed
+_DETACHED = "from skipkernels import _build; _build.build_detached()"
 
 
 class Extension(NamedTuple):
@@ -59,7 +63,10 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def load() -> Extension:
-    """Load the C++ kernels, built first if necessary; the first call decides for the whole process."""
+    """Load the C++ kernels; the first call decides for the whole process.
+
+    If they are not built, a process in the background builds them; with SKIPKERNELS_CPP=wait or build this one does.
+    """
     asked = os.environ.get("SKIPKERNELS_CPP", "")
     if asked == "0":
         return Extension(None, "SKIPKERNELS_CPP=0 turns them off")
@@ -70,9 +77,11 @@ def load() -> Extension:
             torch.ops.load_library(path)
             return Extension(path)
     try:
-        path = build()
-        torch.ops.load_library(path)
-        return Extension(path)
+        built = build() if asked in ("build", "wait") else _find_or_start()
+        if built is None:
+            return Extension(None, "being compiled in the background, for the next start")
+        torch.ops.load_library(built)
+        return Extension(built)
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"skipkernels: no C++ kernels: {error}. The PyTorch reference is used instead: the same numbers, slower. "
@@ -84,23 +93,19 @@ def load() -> Extension:
         return Extension(None, str(error))
 
 
-def build() -> Path:
+def build(*, wait: bool = True) -> Path:
     """Return the path of the library in the user's cache; build it if absent.
 
-    The compiler is that of the environment variable CXX, its further flags are those of CXXFLAGS.
+    The compiler is that of the environment variable CXX, its further flags are those of CXXFLAGS. Raises an OSError if
+    another process builds it and `wait` is False.
     """
     from ._progress import progress
     from .folders import locked, replaced_file
 
-    compiler = _compiler()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "skipkernels" / _key(compiler)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder = folder.resolve()  # without links, so that its parents are those that are checked
-    _check_private(folder)
-    library = folder / "_C.so"
+    compiler, library = _target()
+    folder = library.parent
     if not library.exists():
-        with locked(folder, wait=True):
+        with locked(folder, wait=wait):
             if not library.exists():  # else another process built it meanwhile
                 for left in folder.glob("._C.so-*.partial"):  # of a build that was killed
                     shutil.rmtree(left, ignore_errors=True)
@@ -108,7 +113,62 @@ def build() -> Path:
                 steps = len(list(source_dir().glob("*.cpp"))) + 1
                 with replaced_file(library) as new, progress("building", steps) as advance:
                     _run_ninja(compiler, new, lambda: advance(1))
+                (folder / _FAILED).unlink(missing_ok=True)
     return library
+
+
+def build_detached() -> None:
+    """Build the library as the process in the background: at low priority, unless another process builds it."""
+    if hasattr(os, "nice"):
+        os.nice(10)
+    folder = _target()[1].parent
+    try:
+        build(wait=False)
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) != errno.EBUSY:
+            sys.stderr.write(f"{error}\n")
+            sys.stderr.flush()
+            os.replace(folder / _LOG, folder / _FAILED)
+
+
+def _find_or_start() -> Path | None:
+    """Return the path of the library in the user's cache; if absent, start a process that builds it."""
+    from .folders import is_locked
+
+    _, library = _target()
+    if library.exists():
+        return library
+    folder = library.parent
+    if (folder / _FAILED).exists():
+        raise BuildError(f"a build failed, as {folder / _FAILED} says; SKIPKERNELS_CPP=wait repeats it")
+    _check_ninja()
+    if not is_locked(folder):
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        with (folder / _LOG).open("wb") as log:
+            subprocess.Popen(
+                [sys.executable, "-c", _DETACHED],
+                env=os.environ | {"PYTHONPATH": paths},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C in the terminal does not reach it
+            )
+    sys.stderr.write(
+        "skipkernels: compiling the C++ kernels in the background (one to three minutes); this run uses PyTorch, "
+        "the next one the kernels\n"
+    )
+    return None
+
+
+def _target() -> tuple[list[str], Path]:
+    """Return the compiler command, and the path of the library in a folder of the user's cache, which is made."""
+    compiler = _compiler()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "skipkernels" / _key(compiler)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = folder.resolve()  # without links, so that its parents are those that are checked
+    _check_private(folder)
+    return compiler, folder / "_C.so"
 
 
 def build_into(library: Path) -> None:
@@ -155,6 +215,11 @@ def _compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found ({f'CXX={shlex.join(asked)}' if asked else 'tried c++, g++, clang++'})")
 
 
+def _check_ninja() -> None:
+    if importlib.util.find_spec("ninja") is None:
+        raise BuildError("ninja is not installed (pip install ninja)")
+
+
 def _check_private(folder: Path) -> None:
     """Raise if another user may write to a folder or replace it: this process would run the code of their library."""
     for path in (folder, *folder.parents) if os.name == "posix" else ():
@@ -172,8 +237,7 @@ def _run_ninja(compiler: list[str], library: Path, after_step: Callable[[], None
     """Compile csrc/, all files in parallel, and link the library. The objects are put beside it."""
     import torch
 
-    if importlib.util.find_spec("ninja") is None:
-        raise BuildError("ninja is not installed (pip install ninja)")
+    _check_ninja()
     command = shlex.join(compiler).replace("$", "$$")
     torch_dir = shlex.quote(str(Path(torch.__file__).parent)).replace("$", "$$")
     sources = sorted(source_dir().glob("*.cpp"), key=lambda path: -path.stat().st_size)  # the slowest first

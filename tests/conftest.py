@@ -12,6 +12,8 @@ import torch
 # Before the first use of cuBLAS, which needs it under torch.use_deterministic_algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+os.environ.setdefault("SKIPKERNELS_CPP", "wait")  # tests of C++ kernels need them in this process
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the import of Triton: its kernels then run on the CPU
 

@@ -19,6 +19,7 @@ import torch
 
 import skipkernels
 from skipkernels import _build
+from skipkernels.folders import locked
 from skipkernels.ops import registration
 from tests.processes import forkserver
 
@@ -117,6 +118,26 @@ def test_built_once_by_two_processes_at_once_after_a_kill_of_a_build(tmp_path, c
     assert {path.name for path in folder.iterdir()} <= {"_C.so", ".lock"} and (folder / "_C.so").exists()
 
 
+def wait_for(path: Path) -> None:
+    for _ in range(2400):  # another process imports torch first
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} was not made: {[each.name for each in path.parent.iterdir()]}")
+
+
+def test_built_in_the_background_for_the_next_start(tmp_path, copies):
+    options = copies | {"SKIPKERNELS_CPP": ""}
+    out, err = finish(start(WITHOUT_PREBUILT + USE + USE, tmp_path, **options))
+    lines = out.splitlines()
+    assert lines[0] == lines[1] and lines[0].split()[0] == LOSS and lines[0].split()[-1] == "reference"
+    assert err.count("\n") == 1 and "this run uses PyTorch, the next one the kernels" in err
+    (folder,) = (tmp_path / "cache").glob("skipkernels/*")
+    wait_for(folder / "_C.so")
+    out, err = finish(start(WITHOUT_PREBUILT + USE, tmp_path, "second", **options))
+    assert out.split()[0] == LOSS and out.split()[-1] == "C++" and err == ""
+
+
 # A compiler that makes files with nothing but its arguments in them, so that a build is cheap.
 PRETENDED = """#!/bin/sh
 for argument; do test "$last" = -o && echo "$@" > "$argument"; last=$argument; done
@@ -142,7 +163,7 @@ def test_prebuilt_library_of_other_sources_is_not_loaded(pretended, monkeypatch,
     shutil.copytree(_build.source_dir(), package / "csrc")
     monkeypatch.setattr(_build, "_PACKAGE", package)
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-    monkeypatch.delenv("SKIPKERNELS_CPP", raising=False)
+    monkeypatch.setenv("SKIPKERNELS_CPP", "wait")
     (package / "_C.abi3.so").touch()  # as libraries were named before
     prebuilt = package / f"_C_{_build.sources_digest()}.abi3.so"
     prebuilt.touch()
@@ -229,6 +250,33 @@ def test_failed_build_is_one_warning(pretended, monkeypatch, tmp_path, case, rea
         monkeypatch.setenv(case, {"CXX": "/no/such/compiler", "CXXFLAGS": '"-g'}[case])
     assert re.search(reason, warning(monkeypatch))
     assert case == "no library" or not list(tmp_path.rglob("*.so"))
+
+
+def test_background_build_that_fails_is_not_repeated(pretended, monkeypatch, capfd):
+    text = pretended.read_text()
+    pretended.write_text('#!/bin/sh\ncase "$*" in *--version) echo 1;; *) echo broken header; exit 1;; esac')
+    assert _build._find_or_start() is None
+    folder = _build._target()[1].parent
+    wait_for(folder / "failed.log")
+    assert "broken header" in (folder / "failed.log").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(_build, "_check_ninja", lambda: pytest.fail("a build was started"))
+        with pytest.raises(_build.BuildError, match=rf"as {folder}/failed.log says; SKIPKERNELS_CPP=wait repeats it"):
+            _build._find_or_start()
+    pretended.write_text(text)
+    assert _build.build().exists() and not (folder / "failed.log").exists()
+
+
+def test_background_build_that_was_killed_is_repeated(pretended, monkeypatch, capfd):
+    """But not while another process builds."""
+    folder, started = _build._target()[1].parent, []
+    (folder / "build.log").write_text("of a process that was killed")
+    monkeypatch.setattr(_build, "_key", lambda compiler: folder.name)  # it starts a process
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: started.append(options))
+    with locked(folder):
+        assert _build._find_or_start() is None and not started
+    assert _build._find_or_start() is None and len(started) == 1 and started[0]["start_new_session"]
+    assert capfd.readouterr().err.count("in the background") == 2
 
 
 def test_setup_without_kernels_is_a_pure_wheel(tmp_path):
