@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -36,6 +36,9 @@ class PredictOptions:
     name in each line, which may have commas. By default the trained classes."""
     template: tuple[str, ...] | None = None
     """Prompts of the classes, such as "a photo of a {}.". By default the prompts of the run."""
+    crops: Literal[1, 5, 10] = 1
+    """Views of each image, of which the probabilities are averaged. 5: the corners and the centre. 10: also their
+    mirror images. Each view takes as long as an image."""
     out: Path | None = None
     """File of the results, .csv or .json. By default they are printed as CSV. An interrupted command writes the images
     that are done."""
@@ -122,8 +125,8 @@ class PredictCommand:
                     folders.add(name, ranked[0][0])
 
         try:
-            options: dict[str, Any] = {"top": results.top, "threshold": results.threshold, **counts}
-            unreadable = classify(classifier, images, err, use, **options)
+            options: dict[str, Any] = {"top": results.top, "threshold": results.threshold, "crops": results.crops}
+            unreadable = classify(classifier, images, err, use, **options, **counts)
         except BaseException:
             err.print(f"{len(rows):,} of {len(images):,} images are classified", soft_wrap=True)
             raise

@@ -75,6 +75,21 @@ def test_inputs_of_each_kind_agree(photos, classifier):
     assert len(classifier.predict([])) == 0
 
 
+@pytest.mark.parametrize("crops", [5, 10])
+def test_crops_average_probabilities(classifier, crops):
+    """An image of the enlarged size, 37 by 37, is not interpolated: its views are cut out by hand."""
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 37, 3), dtype=np.uint8)
+    views = [pixels[:32, :32], pixels[:32, 5:], pixels[5:, :32], pixels[5:, 5:], pixels[2:34, 2:34]]
+    if crops == 10:
+        mirrored = pixels[:, ::-1]
+        views += [mirrored[:32, :32], mirrored[:32, 5:], mirrored[5:, :32], mirrored[5:, 5:], mirrored[2:34, 2:34]]
+    every = classifier.predict(views, top=99)
+    expected = torch.zeros(crops, len(classifier.classes)).scatter(1, every.ids, every.probabilities).mean(0)
+    for threshold in (None, 0.5):
+        found = classifier.predict([pixels, pixels], top=99, crops=crops, threshold=threshold, batch_size=3)
+        torch.testing.assert_close(found.probabilities[1], expected[found.ids[1]], atol=1e-5, rtol=0)
+
+
 def test_probabilities_sum_to_one_and_use_the_temperature(run, images, classifier, tmp_path):
     every = classifier.predict(images, top=99)
     assert every.ids.shape == (len(images), len(run.classes))
@@ -136,6 +151,8 @@ def test_open_clip_loads_the_run(run, images, classifier):
         ({}, {"images": np.zeros((3, 8, 8), np.uint8)}, r"image 0: pixels must be an array \[H, W\], \[H, W, 3\]"),
         ({}, {"images": [torch.zeros(8, 8, 3).byte()]}, r"a tensor \[3, H, W\] of uint8; got uint8 \[8, 8, 3\]"),
         ({}, {"images": np.zeros((0, 8, 3), np.uint8)}, r"got uint8 \[0, 8, 3\]"),
+        ({}, {"crops": 5}, "crops=5 needs images that are not preprocessed"),
+        ({}, {"images": [], "crops": 3}, "crops must be 1, 5 or 10; got 3"),
         ({}, {"images": [3]}, "must be paths, images of Pillow, or uint8 arrays; got int"),
         ({}, {"images": ["missing.png"]}, "missing.png: no such file"),
     ],
