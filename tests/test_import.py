@@ -33,7 +33,7 @@ LAYERS = [
     ("lora",),
     ("features",),
     ("integrations",),
-    ("app.console", "app.data", "app.hub", "app.option_groups", "app.untrusted"),
+    ("app.console", "app.data", "app.hub", "app.option_groups", "app.settings", "app.untrusted"),
     ("app.methods",),
     ("app.config", "app.demo", "app.report", "app.train"),
     ("app.serve", "app.studies"),

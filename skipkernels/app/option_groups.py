@@ -111,8 +111,8 @@ class MethodOptions:
     """reference: settings of the published code, such as --tail fixed and the paper's schedule. --decay is 0.3 in each
     protocol, as in its configuration; the memory that the paper reports for ImageNet follows from 0.1."""
     tail: Tail | None = option(None, methods="constructor")
-    """Classes that CSkip draws from the tail. resample: new ones in every step, the default. fixed: drawn once, as
-    published."""
+    """Each step compares its images with the classes most similar to them and, at random, a few of the others, the
+    tail. resample: draw other ranks of the tail in every step, the default. fixed: draw them once, as published."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,13 @@ class SkipOptions:
     skip_layers: int | float = option(0.5, methods="constructor")
     """Blocks that each tower skips (LSkip): a number, or a fraction of its blocks such as 0.5."""
     keep_ratio: float = option(0.5, methods="constructor")
-    """Classes that CSkip keeps in every step: a share if below 1, all classes if 1, a number of classes if above 1."""
+    """Most similar classes that each step compares its images with (CSkip): a share of all if below 1, all classes if
+    1, a number of classes if above 1."""
     max_keep: int = option(50, methods="constructor")
     """Upper limit of the number of classes kept in every step; it does not apply to --keep-ratio 1."""
     decay: float = option(0.3, methods="constructor")
-    """Decay of the probability that a class of the tail is kept; larger values keep more classes."""
+    """Decay of the probability that a less similar class, of the tail, is drawn in a step: larger values draw more.
+    With 0.3 they are about 57 of 1,000 classes, beside 50 similar ones."""
     max_tail: int | None = option(None, ge=0, methods="constructor")
     """Upper limit of the expected number of classes of the tail, for very many classes. By default none, as published:
     the tail then grows with the number of classes."""
@@ -179,8 +181,8 @@ class ComputeOptions:
     """bf16: bf16 arithmetic, fp32 weights. bf16-sr: bf16 weights with stochastic rounding. fp16: with a gradient
     scaler. auto: bf16 on a GPU that supports it, else fp32."""
     memory: Memory = option("auto", methods="constructor", results=False)
-    """Tensors that a block saves for backward. fast: all but cheap ones. min: its input, and recompute the rest. auto:
-    fast if it fits in memory."""
+    """Memory of a training step. fast: each block saves what its backward pass needs. min: it saves its input alone and
+    computes the rest again, with less memory and more time. auto: fast if it fits in memory."""
     attention: AttentionName = option("sdpa", methods="constructor", results=False)
     """Attention implementation. sdpa: PyTorch. xformers: on a GPU, if installed."""
     graph: bool = option(True, results=False)

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
+from skipkernels.app.settings import TuneSettings
 from tests.app.runs import SMALL, fails, small
 from tools.config_schema import FILE, schema
 
@@ -267,3 +270,17 @@ def test_schema_of_the_documentation_is_that_of_the_settings():
     assert {*properties, "trust"} == {field.name for field in dataclasses.fields(TuneConfig)}
     assert all(setting["description"] for setting in properties.values())
     assert properties["momentum"]["anyOf"][0] == {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
+
+
+def test_typed_settings_are_the_fields_of_the_configuration():
+    """`tune` has three fields as parameters and sets a fourth; it also takes a path as text, and a list for a tuple."""
+    taken = get_type_hints(TuneConfig)
+    for name in ("test", "validation", "classes", "dataset_key"):
+        del taken[name]
+    found = get_type_hints(TuneSettings)
+    assert found.keys() == taken.keys()
+    for name, hint in taken.items():
+        parts = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+        parts |= {str} if Path in parts else set()
+        parts |= {list[get_args(part)[0]] for part in parts if get_origin(part) is tuple}
+        assert set(get_args(found[name]) if get_origin(found[name]) in (Union, UnionType) else [found[name]]) == parts

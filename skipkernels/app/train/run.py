@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -48,6 +48,11 @@ from .trainer import Trainer
 from .weights import MODEL as WHOLE_MODEL
 from .weights import WeightsFile
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..settings import TuneSettings
+
 _log = logging.getLogger("skipkernels")
 _log.addHandler(logging.NullHandler())  # silent, unless the program that uses the library configures logging
 
@@ -61,9 +66,9 @@ def tune(
     validation: SizedDataset | str | float | None = None,
     classes: Sequence[str] | int | None = None,
     name: str | None = None,
-    key: Any = None,
+    key: object = None,
     loggers: Sequence[Logger] = (),
-    **settings: Any,
+    **settings: Unpack[TuneSettings],
 ) -> dict[str, Any]:
     """Tune a model and write the results.
 
@@ -121,13 +126,14 @@ def tune(
         >>> evaluate_run(folder, dataset=Squares(16), test=Squares(8)) == metrics["tuned"]
         True
     """
+    changes: dict[str, Any] = {**settings}
     if validation is not None and isinstance(validation, (str, int, float)):
-        settings["validation"], validation = validation, None
+        changes["validation"], validation = validation, None
     if isinstance(test, str):
-        settings["test"], test = test, None
+        changes["test"], test = test, None
     if isinstance(classes, int):
-        settings["classes"], classes = classes, None
-    config = replace(config or TuneConfig(), **settings)
+        changes["classes"], classes = classes, None
+    config = replace(config or TuneConfig(), **changes)
     open_data = None
     if dataset is not None:
         parts: Any = {"test": test, "validation": validation, "classes": classes, "name": name, "key": key}

@@ -1,0 +1,81 @@
+"""Types of the settings that `tune` takes by name, for editors and type checkers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypedDict
+
+from ..options import (
+    AttentionName,
+    CacheDtype,
+    ClassWeight,
+    LoggerName,
+    Memory,
+    Precision,
+    Preset,
+    Protocol,
+    Refresh,
+    SamplerKind,
+    Shots,
+    Tail,
+)
+
+
+class TuneSettings(TypedDict, total=False):
+    """Fields of `TuneConfig`, without those that `tune` has as parameters; paths may be text, and tuples lists.
+
+    They are explained in `option_groups`. tests/app/test_config.py compares them with `TuneConfig`.
+    """
+
+    data: str
+    root: str | Path | None
+    download: bool
+    template: list[str] | tuple[str, ...] | None
+    shots: Shots | None
+    unreadable: Literal["error", "skip"]
+    protocol: Protocol | None
+    targets: list[str] | tuple[str, ...] | None
+    model: str
+    pretrained: str | None
+    trust: bool
+    method: str
+    preset: Preset
+    tail: Tail | None
+    skip_layers: int | float
+    keep_ratio: float
+    max_keep: int
+    decay: float
+    max_tail: int | None
+    train_text: bool
+    epochs: int | None
+    batch_size: int | None
+    sampler: SamplerKind | None
+    class_weight: ClassWeight | None
+    optimizer: str | None
+    text_lr: float | None
+    image_lr: float | None
+    patience: int | None
+    warmup_epochs: int | None
+    warmup_lr: float | None
+    momentum: float | None
+    weight_decay: float | None
+    clip_grad_norm: float | None
+    fused_optimizer: bool
+    precision: Precision
+    memory: Memory
+    attention: AttentionName
+    graph: bool
+    cache: str | Path | None
+    cache_dtype: CacheDtype
+    views: int
+    refresh: Refresh
+    device: str
+    workers: int
+    seed: int
+    timeout: float
+    out: str | Path | None
+    overwrite: bool
+    resume: bool | str | Path
+    delta: bool
+    log_every: int
+    log: list[LoggerName] | tuple[LoggerName, ...] | None
