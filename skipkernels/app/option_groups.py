@@ -88,6 +88,16 @@ class ProtocolOptions:
 
 
 @dataclass(frozen=True)
+class SearchOptions:
+    """Search of settings."""
+
+    time_budget: str | None = None
+    """Time such as 90s, 20m or 1h in which method, learning rates, --skip-layers and --keep-ratio are chosen on the
+    validation images; settings that are given stay. Zero-shot and a linear probe are tried first, and the best complete
+    run is kept. Repeat the command to search on."""
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """Model and weights."""
 

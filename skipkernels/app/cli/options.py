@@ -86,6 +86,16 @@ def replaced(options: Any, values: dict[str, Any]) -> Any:
     return dataclasses.replace(options, **changes)
 
 
+def default_folder(name: str, config: TuneConfig) -> Path:
+    """Folder of a study if --out is not given."""
+    return Path("runs", name, f"{config.data}-{config.model}".replace(":", "-").replace("/", "-"))
+
+
+def after_interrupt(overwrite: bool) -> str:
+    """Advice to resume a study after Ctrl-C."""
+    return f"complete runs are kept; repeat the command{' without --overwrite' if overwrite else ''} to resume"
+
+
 @REGISTRY.struct_rule
 def _plain_help(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
     """Hide "(default: None)", because help texts state the default, and join the lines of help texts."""

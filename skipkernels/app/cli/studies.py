@@ -13,7 +13,7 @@ from skipkernels.app.option_groups import MethodOptions, OutputOptions, Protocol
 from skipkernels.options import Ablated, Protocol
 
 from .errors import on_interrupt
-from .options import Options, tune_config
+from .options import Options, after_interrupt, default_folder, tune_config
 
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
@@ -78,8 +78,8 @@ class ProtocolCommand(Options):
         if self.name not in ("few-shot", "all") and shots is not None:
             raise InputError(f"--numbers-of-shots has no effect with {self.name}; give --shots.")
         names: tuple[Protocol, ...] = get_args(Protocol) if self.name == "all" else (self.name,)
-        folder, overwrite = self.output.out or _default_folder("protocols", config), self.output.overwrite
-        with on_interrupt(_after_interrupt(overwrite)):
+        folder, overwrite = self.output.out or default_folder("protocols", config), self.output.overwrite
+        with on_interrupt(after_interrupt(overwrite)):
             for name in names:
                 seeds = range(self.study.seeds)
                 study = run_protocol(config, name, seeds, folder / name, err, shots=shots or SHOTS, overwrite=overwrite)
@@ -134,8 +134,8 @@ class CompareCommand(Options):
             raise InputError("--methods: --ablate compares values of a setting, not methods; give one of the two.")
         if setting is None and values:
             raise InputError("--values needs a setting; add --ablate skip_layers, keep_ratio or decay.")
-        folder = self.output.out or _default_folder("compare" if setting is None else f"ablate-{setting}", config)
-        with on_interrupt(_after_interrupt(overwrite)):
+        folder = self.output.out or default_folder("compare" if setting is None else f"ablate-{setting}", config)
+        with on_interrupt(after_interrupt(overwrite)):
             if setting is None:
                 methods = self.study.methods or tuple(METHODS)
                 study = studies.compare(config, methods, seeds, folder, err, overwrite=overwrite)
@@ -152,16 +152,6 @@ def _run_config(options: Options, seeds: int) -> TuneConfig:
     if not 1 <= seeds <= 1000:
         raise InputError(f"--seeds must be a number of runs from 1 to 1000; got {seeds}.")
     return tune_config(options, out=None, overwrite=False)
-
-
-def _default_folder(name: str, config: TuneConfig) -> Path:
-    """Folder of a study if --out is not given."""
-    return Path("runs", name, f"{config.data}-{config.model}".replace(":", "-").replace("/", "-"))
-
-
-def _after_interrupt(overwrite: bool) -> str:
-    """Advice to resume a study after Ctrl-C."""
-    return f"complete runs are kept; repeat the command{' without --overwrite' if overwrite else ''} to resume"
 
 
 def _show(study: Study, folder: Path, out: Terminal, command: str) -> None:

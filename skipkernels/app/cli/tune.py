@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from skipkernels.app.console import Terminal
-from skipkernels.app.option_groups import OutputOptions, ProcessOptions
+from skipkernels.app.option_groups import OutputOptions, ProcessOptions, SearchOptions
 
-from .options import Options, replaced, tune_config
+from .errors import on_interrupt
+from .options import Options, after_interrupt, default_folder, replaced, tune_config
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,6 +63,7 @@ class FileOptions:
 class TuneCommand(Options):
     """Tune a CLIP model on a dataset, and test it, also on new classes or other datasets."""
 
+    search: SearchOptions = SearchOptions()
     processes: ProcessOptions = ProcessOptions()
     output: TuneOutputOptions = TuneOutputOptions()
     file: FileOptions = FileOptions()
@@ -75,6 +77,8 @@ class TuneCommand(Options):
         if self.file.print_config:
             out.print(_as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
             return 0
+        if self.search.time_budget is not None:
+            return self._search(self.search.time_budget, out, err)
         config = resumed(tune_config(self))  # resolved here too, since the tables below name its folder
         processes = join(config.timeout)
         processes.set_device(config.device)
@@ -83,13 +87,41 @@ class TuneCommand(Options):
         metrics = tune(config, console=err)
         if not processes.first:
             return 0
-        assert config.out is not None
-        out.print(_accuracy_table(config, metrics))
-        out.print(_cost_table(config, metrics))
-        names = ["report.html", "README.md", "metrics.json", "metrics.jsonl", metrics["checkpoint"]["file"]]
-        names += ["config.yaml", "classifier.json", "open_clip_config.json"]
-        out.print("  " + "  ".join(name for name in names if (config.out / name).exists()), soft_wrap=True)
+        _show(config, metrics, out)
         return 0
+
+    def _search(self, time_budget: str, out: Terminal, err: Terminal) -> int:
+        from skipkernels.app.studies.budget import Search, seconds_of
+        from skipkernels.app.train.command_line import command_line
+        from skipkernels.app.train.processes import launched
+
+        seconds, config = seconds_of(time_budget), tune_config(self)
+        if launched() > 1:
+            raise _refused("time_budget", f"runs in one process; torchrun started {launched()}. Start one.")
+        config = dataclasses.replace(config, out=config.out or default_folder("search", config))
+        with on_interrupt(after_interrupt(config.overwrite)):
+            search = Search(config, seconds, err, command_line("tune", self))
+            config, metrics = search.run()
+        out.print(_candidates_table(metrics["time_budget"]["candidates"]))
+        out.print(" ".join(search.sentences), soft_wrap=True)
+        _show(config, metrics, out)
+        return 0
+
+
+def _refused(argument: str, message: str) -> Exception:
+    from skipkernels.app.data import InputError
+
+    return InputError(f"tune: {argument} {message}", argument)
+
+
+def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
+    """Print the tables of a run, and the names of its files."""
+    assert config.out is not None
+    out.print(_accuracy_table(config, metrics))
+    out.print(_cost_table(config, metrics))
+    names = ["report.html", "README.md", "metrics.json", "metrics.jsonl", metrics["checkpoint"]["file"]]
+    names += ["config.yaml", "classifier.json", "open_clip_config.json"]
+    out.print("  " + "  ".join(name for name in names if (config.out / name).exists()), soft_wrap=True)
 
 
 def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
@@ -121,6 +153,21 @@ def _as_yaml(config: TuneConfig) -> str:
 
     resolved = dataclasses.replace(config.resolved(), **{name: getattr(config, name) for name in _UNRESOLVED})
     return f"# yaml-language-server: $schema={SCHEMA_ADDRESS}\n{resolved.to_yaml()}"
+
+
+def _candidates_table(candidates: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    from skipkernels.app.report.intervals import range_text
+
+    table = Table("tried", "settings", title="accuracy on the validation images, with its 95 % interval (Wilson)")
+    for column in ("accuracy, %", "interval", "time, s"):
+        table.add_column(column, justify="right")
+    for row in candidates:
+        interval = row["status"] if row["interval"] is None else range_text(row["interval"])
+        cells = number(row["accuracy"], ".1f"), interval, f"{row['seconds']:.1f}"
+        table.add_row(row["name"], row["settings"], *cells, style="bold" if row["chosen"] else None)
+    return table
 
 
 def _accuracy_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...formatting import decimal
+from .intervals import range_text
 from .plots import finite
 
 MISSING = "–"
@@ -37,6 +38,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "decimal": decimal,
         "number": number,
+        "range": range_text,
         "image": image_source,
         "plural": plural,
         "share": share,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,16 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
 from .dot_plot import DotRow, dot_plot
+from .intervals import half_interval
 from .plots import COLOURS, GREY, coloured, panels_svg
 from .rendering import MISSING, facts, number, plural, render, svg
 
 _ACCURACY, _COST, _TIME = "accuracy, %", "cost", "tuning, s"
 _SUMMARIES = ("harmonic", "targets")  # the accuracy that a protocol is judged by, if it has several
 _BEFORE, _AFTER = "zero-shot", "tuned"
-LEAST_RUNS = 3  # fewest runs with an interval of the mean
 _INSTANT = 1e-3  # a variant that takes less than this share of the longest time trains nothing
-# Quantile 0.975 of Student's t with 2 to 10 degrees of freedom.
-_T = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 Figure = Sequence[float | None]  # mean and deviation
 
@@ -49,20 +46,6 @@ def study_html(study: Mapping[str, Any]) -> str:
         ),
         settings="",
     )
-
-
-def half_interval(deviation: float | None, runs: int) -> float:
-    """Half of the 95 % interval of the mean of normal values, t₀.₉₇₅(n − 1) · s / √n; 0 with fewer than three runs.
-
-    >>> round(half_interval(1.0, 3), 2), half_interval(None, 1)
-    (2.48, 0.0)
-    """
-    if not deviation or runs < LEAST_RUNS:
-        return 0.0
-    degrees = runs - 1
-    # Beyond the table the expansion of the quantile in 1 / degrees is exact to 0.002.
-    quantile = _T[degrees - 2] if degrees <= len(_T) + 1 else 1.96 + 2.372 / degrees + 2.823 / degrees**2
-    return quantile * deviation / math.sqrt(runs)
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:

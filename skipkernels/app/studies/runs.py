@@ -6,12 +6,15 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +38,12 @@ class Variant:
 
 
 class Result(NamedTuple):
-    """Variant, seed and contents of metrics.json of a run."""
+    """Variant, seed, contents of metrics.json, and folder of a run, relative to that of the study."""
 
     variant: str
     seed: int
     metrics: dict[str, Any]
+    folder: str
 
 
 class MeanAndDeviation(NamedTuple):
@@ -64,6 +68,29 @@ def mean_and_deviation(values: Iterable[float | None]) -> MeanAndDeviation | Non
     return MeanAndDeviation(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
+class Planned(NamedTuple):
+    """A run to start, to resume, or that is complete."""
+
+    name: str  # of its variant
+    config: TuneConfig  # resolved, with the folder of the run
+    metrics: dict[str, Any] | None  # of the complete run
+
+    @property
+    def title(self) -> str:
+        """Variant and seed."""
+        return f"{self.name}, seed {self.config.seed}"
+
+
+def plan(variant: Variant, seed: int, folder: Path, *, overwrite: bool = False) -> Planned:
+    """Plan the run of a variant in `folder/runs/VARIANT-SEED`; raise if it holds a run with other settings."""
+    out = folder / RUNS / f"{variant.name.replace(' ', '-').replace('/', '-')}-{seed}"
+    config = dataclasses.replace(variant.config, seed=seed, out=out, overwrite=overwrite, resume=False)
+    with _variant_in_errors(variant.name):
+        config = config.resolved()
+        metrics = None if overwrite else _complete(config)
+    return Planned(variant.name, dataclasses.replace(config, resume=not overwrite and (out / CONFIG).exists()), metrics)
+
+
 def run_variants(
     variants: Sequence[Variant],
     seeds: Sequence[int],
@@ -81,33 +108,92 @@ def run_variants(
 
     With `keep_diverged`, a run with an infinite or NaN loss is a result, with the status "diverged" and its time.
     """
-    planned: list[tuple[str, TuneConfig, dict[str, Any] | None]] = []
-    for seed, variant in itertools.product(seeds, variants):
-        out = folder / RUNS / f"{variant.name.replace(' ', '-').replace('/', '-')}-{seed}"
-        config = dataclasses.replace(variant.config, seed=seed, out=out, overwrite=overwrite, resume=False)
-        with _variant_in_errors(variant.name):
-            config = config.resolved()
-            metrics = None if overwrite else _complete(config)
-        resume = not overwrite and (out / CONFIG).exists()
-        planned.append((variant.name, dataclasses.replace(config, resume=resume), metrics))
+    planned = [plan(variant, seed, folder, overwrite=overwrite) for seed, variant in itertools.product(seeds, variants)]
     # One seed of each variant; the first run checks itself.
-    unchecked = {name: config for name, config, metrics in planned[1:] if metrics is None}
+    unchecked = {run.name: run.config for run in planned[1:] if run.metrics is None}
     if unchecked:
         console.print(plain("checking the settings", "dim"))
         _in_subprocess(_check, unchecked)
-    results = []
-    for number, (name, config, metrics) in enumerate(planned, 1):
+    waiting = [run for run in planned if run.metrics is None]
+    if len(waiting) < len(planned):
+        console.print(plain(f"{len(planned) - len(waiting)} of {len(planned)} runs are complete in {folder}"))
+    results, noted = [], set[str]()
+    seconds: dict[str, list[float]] = {}  # of the runs of each variant
+    for number, run in enumerate(planned, 1):
+        metrics = run.metrics
         if metrics is None:
-            console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {name}, seed {config.seed}"))
+            left = _expected(seconds, [other.name for other in planned[number - 1 :] if other.metrics is None])
+            about = "" if left is None else f", about {duration(left)} left"
+            console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {run.title}{about}"), soft_wrap=True)
             started = time.perf_counter()
-            try:
-                metrics = _in_subprocess(_run, config)
-            except FloatingPointError:
-                if not keep_diverged:
-                    raise
-                metrics = {"status": "diverged", "cost": {"seconds_total": time.perf_counter() - started}}
-        results.append(Result(name, config.seed, metrics))
+            metrics = execute(run, keep_diverged=keep_diverged, notes=run.config.method not in noted)
+            noted.add(run.config.method)
+            took = time.perf_counter() - started
+            console.print(plain(f"{run.title}: {_outcome(metrics)}, {duration(took)}"), soft_wrap=True)
+        else:
+            took = metrics["cost"]["seconds_total"]
+        seconds.setdefault(run.name, []).append(took)
+        assert run.config.out is not None
+        results.append(Result(run.name, run.config.seed, metrics, run.config.out.relative_to(folder).as_posix()))
     return results
+
+
+def duration(seconds: float) -> str:
+    """Format a time in whole seconds.
+
+    >>> duration(83.4)
+    '0:01:23'
+    """
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _expected(seconds: Mapping[str, Sequence[float]], names: Sequence[str]) -> float | None:
+    """Seconds that runs of these variants take: the mean of those of the variant, or else of all; None before any."""
+    known = [each for of_variant in seconds.values() for each in of_variant]
+    if not known:
+        return None
+    return sum(statistics.fmean(seconds.get(name, known)) for name in names)
+
+
+def _outcome(metrics: Mapping[str, Any]) -> str:
+    """Accuracies of a run, or its status if it is not complete."""
+    if metrics["status"] != "complete":
+        return metrics["status"]
+    known = {name: value for name, value in (metrics["tuned"] or {}).items() if value is not None}
+    if (metrics.get("validation") or {}).get("tuned") is not None:
+        known["validation"] = metrics["validation"]["tuned"]
+    return ", ".join(f"{name} {value:.1f} %" for name, value in known.items()) or "no accuracy"
+
+
+class OutOfTime(KeyboardInterrupt):
+    """Interruption of a run that would not be complete in time.
+
+    Attributes:
+        seconds_per_epoch: Seconds of an epoch with its evaluation; None before the first is complete.
+    """
+
+    seconds_per_epoch: float | None = None
+
+
+def execute(
+    run: Planned, *, keep_diverged: bool = False, notes: bool = True, deadline: float | None = None
+) -> dict[str, Any]:
+    """Run in a subprocess, and return the metrics.
+
+    Args:
+        run: The run.
+        keep_diverged: Return the status "diverged" and the time of a run with an infinite or NaN loss.
+        notes: Show the notes of the run.
+        deadline: Time, as of `time.time`, at which the run is interrupted, or after an epoch if the others would not be
+            complete by then; raises `OutOfTime`. Its complete epochs are kept.
+    """
+    started = time.perf_counter()
+    try:
+        return _in_subprocess(partial(_run, notes=notes, deadline=deadline), run.config)
+    except FloatingPointError:
+        if not keep_diverged:
+            raise
+        return {"status": "diverged", "cost": {"seconds_total": time.perf_counter() - started}}
 
 
 @contextlib.contextmanager
@@ -146,5 +232,51 @@ def _check(configs: dict[str, TuneConfig]) -> None:
             check(config)
 
 
-def _run(config: TuneConfig) -> dict[str, Any]:
-    return tune(config, Terminal(sys.stderr))
+def _run(config: TuneConfig, *, notes: bool = True, deadline: float | None = None) -> dict[str, Any]:
+    console = Terminal(sys.stderr) if notes else _WithoutNotes(sys.stderr)
+    if deadline is None:
+        return tune(config, console)
+    assert config.epochs is not None
+    watch = _Deadline(deadline, config.epochs)
+    before = signal.signal(signal.SIGALRM, watch.stop)
+    signal.setitimer(signal.ITIMER_REAL, max(deadline - time.time(), 1e-3))
+    try:
+        return tune(config, console, loggers=[watch])
+    finally:
+        watch.close()
+        signal.signal(signal.SIGALRM, before)
+
+
+class _WithoutNotes(Terminal):
+    """Terminal that leaves out notes, for runs that have those of an earlier one."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if not str(objects[0] if objects else "").startswith("note: "):
+            super().print(*objects, **options)
+
+
+class _Deadline:
+    """Logger that ends a run after an epoch, if the time left is too short for the others."""
+
+    def __init__(self, deadline: float, epochs: int):
+        self._deadline, self._epochs = deadline, epochs
+        self._seconds: float | None = None
+
+    def stop(self, *_: Any) -> None:
+        """Interrupt the run; also a handler of a signal."""
+        error = OutOfTime()
+        error.seconds_per_epoch = self._seconds
+        raise error
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Interrupt the run, unless the other epochs will be complete in time."""
+        self._seconds = row["seconds"] + row["stage_seconds"]["evaluation"]
+        left = self._epochs - row["epoch"]
+        if not left:
+            self.close()  # the results are written in any case
+        elif time.time() + left * self._seconds > self._deadline:
+            self.stop()
+
+    def close(self) -> None:
+        """Cancel the signal."""
+        signal.setitimer(signal.ITIMER_REAL, 0)

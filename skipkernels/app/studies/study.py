@@ -14,6 +14,7 @@ from rich.table import Table
 from ...folders import replace_text
 from ..data import InputError
 from ..report import study_page as page
+from ..report.intervals import LEAST_RUNS
 from ..train.environment import environment
 from ..train.run_folder import REPORT
 from ..untrusted import read_object
@@ -75,7 +76,7 @@ class Study:
     def tables(self) -> list[Table]:
         """Tables of the page, for the terminal."""
         seeds = len(self.seeds)
-        interval = ", ± 95 % interval of the mean" if seeds >= page.LEAST_RUNS else ""
+        interval = ", ± 95 % interval of the mean" if seeds >= LEAST_RUNS else ""
         title = f"{self.title}, {seeds} seed{'s' if seeds > 1 else ''}{interval}"
         found = []
         for content in page.tables(self.as_dict()):

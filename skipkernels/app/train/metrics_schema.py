@@ -80,6 +80,28 @@ class Blend(TypedDict):
     chosen: NotRequired[Number | None]
 
 
+class Candidate(TypedDict):
+    """Row of a search within a time budget."""
+
+    name: Text
+    method: Text
+    settings: Text
+    status: Text
+    accuracy: Percent
+    interval: list[Number] | None
+    seconds: Number
+    chosen: bool
+
+
+class TimeBudget(TypedDict):
+    """Search within a time budget."""
+
+    command: Text
+    seconds: Number
+    sentences: list[Text]
+    candidates: list[Candidate]
+
+
 class Metrics(TypedDict):
     """Contents of metrics.json."""
 
@@ -103,6 +125,7 @@ class Metrics(TypedDict):
     processes: NotRequired[Count]
     alpha: NotRequired[Number]
     blend: NotRequired[Blend]
+    time_budget: NotRequired[TimeBudget]
 
 
 class Row(TypedDict):

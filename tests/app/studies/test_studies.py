@@ -22,47 +22,6 @@ QUIET = Console(quiet=True)
 TINY = TuneConfig(shots=2, classes=6, epochs=1, device="cpu")
 
 
-@pytest.fixture
-def ran(monkeypatch):
-    """Configurations of the runs that would have started. Each completes immediately."""
-    found = []
-
-    def complete(work, config: TuneConfig) -> dict:
-        if work is runs._check:
-            return {}
-        found.append(config)
-        value = 10.0 * len(found)
-        metrics = {
-            "status": "complete",
-            "protocol": config.protocol,
-            "zero_shot": {"base": 5.0, "new": None},
-            "tuned": {"base": value, "new": None},
-            "classes": {"base": 3, "new": 3},
-            "epochs": 1,
-            "steps": 2,
-            "kept_classes": 3,
-            "parameters": {"trained": 7, "all": 9},
-            "checkpoint": {"file": "model.safetensors", "mib": 1.0, "mib_of_all": 1.0},
-            "cost": {
-                "device": "cpu",
-                "seconds_total": value,
-                "seconds_tuning": value,
-                "baseline_memory_mib": 10.0,
-                "peak_memory_mib": 100.0,
-                "seconds_per_epoch": None,
-                "milliseconds_per_step": None,
-            },
-        }
-        assert config.out is not None
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "config.yaml").write_text(config.to_yaml())
-        (config.out / "metrics.json").write_text(json.dumps(metrics))
-        return metrics
-
-    monkeypatch.setattr(runs, "_in_subprocess", complete)
-    return found
-
-
 def two(**changes) -> list[Variant]:
     changed = dataclasses.replace(TINY, **changes)
     return [Variant("a", changed), Variant("b", dataclasses.replace(changed, decay=0.5))]
@@ -109,16 +68,6 @@ def test_compare_tables_and_json(ran, tmp_path):
     accuracies, costs = study.tables()
     assert list(accuracies.columns[1].cells) == ["20.0", "30.0"], "two seeds are too few for an interval"
     assert list(accuracies.columns[2].cells) == ["–", "–"] and list(costs.columns[4].cells) == ["100", "100"]
-
-
-@pytest.fixture
-def own(tmp_path):
-    """Configuration of runs on a folder of images, which are empty files."""
-    for name in ("cat", "dog"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(10):
-            (tmp_path / "photos" / name / f"{number}.png").touch()
-    return TuneConfig(data=f"imagefolder:{tmp_path / 'photos'}", shots=2, device="cpu")
 
 
 def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, monkeypatch):
@@ -188,12 +137,6 @@ def test_study_write_unwritable_folder(tmp_path, monkeypatch):
     study = Study("s", "t", [], [Column("g", "c", ("cost", "x"))])
     with pytest.raises(InputError, match="file can't be written"):
         study.write(tmp_path / "file")
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Check settings in this process: a new one imports PyTorch for seconds."""
-    monkeypatch.setattr(runs, "_in_subprocess", lambda work, config: work(config))
 
 
 @pytest.mark.parametrize(
