@@ -72,6 +72,9 @@ class DataOptions:
     """Images that can't be read. error: list them and stop. skip: leave them out; all images are then read twice."""
     classes: int | None = option(None, ge=1)
     """Largest number of classes, base and new together. By default all."""
+    fold: str | None = None
+    """One fold of a cross-validation, such as 2/5: all images are split into five parts, each with the same share of
+    every class, and the second is the test. The parts depend on --seed. By default the splits of the dataset."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,16 @@ class ProtocolOptions:
 
 
 @dataclass(frozen=True)
-class SearchOptions:
-    """Search of settings."""
+class SeveralRunsOptions:
+    """Several runs with one command. Repeat it to continue; complete runs are kept."""
 
     time_budget: str | None = None
     """Time such as 90s, 20m or 1h in which method, learning rates, --skip-layers and --keep-ratio are chosen on the
     validation images; settings that are given stay. Zero-shot and a linear probe are tried first, and the best complete
-    run is kept. Repeat the command to search on."""
+    run is kept."""
+    folds: int | None = None
+    """Cross-validation with this number of runs, such as 5: every image is a test image once, of a model that did not
+    see it. Writes the predictions of all, and their accuracy with an interval."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from skipkernels.app.option_groups import (
 
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
+    from skipkernels.app.console import Terminal
+    from skipkernels.app.studies.study import Study
 
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
@@ -94,6 +96,16 @@ def default_folder(name: str, config: TuneConfig) -> Path:
 def after_interrupt(overwrite: bool) -> str:
     """Advice to resume a study after Ctrl-C."""
     return f"complete runs are kept; repeat the command{' without --overwrite' if overwrite else ''} to resume"
+
+
+def show_study(study: Study, folder: Path, out: Terminal, command: str) -> None:
+    """Write the files of a study, with the command that repeats it, and print its tables."""
+    paths = dataclasses.replace(study, command=command).write(folder)
+    for table in study.tables():
+        out.print(table)
+    for sentence in study.sentences:
+        out.print(sentence, soft_wrap=True)
+    out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)
 
 
 @REGISTRY.struct_rule

@@ -13,11 +13,10 @@ from skipkernels.app.option_groups import MethodOptions, OutputOptions, Protocol
 from skipkernels.options import Ablated, Protocol
 
 from .errors import on_interrupt
-from .options import Options, after_interrupt, default_folder, tune_config
+from .options import Options, after_interrupt, default_folder, show_study, tune_config
 
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
-    from skipkernels.app.studies.study import Study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ class ProtocolCommand(Options):
                 seeds = range(self.study.seeds)
                 study = run_protocol(config, name, seeds, folder / name, err, shots=shots or SHOTS, overwrite=overwrite)
                 command = command_line("protocol", dataclasses.replace(self, name=name), ("name",))
-                _show(study, folder / name, out, command)
+                show_study(study, folder / name, out, command)
         return 0
 
 
@@ -141,7 +140,7 @@ class CompareCommand(Options):
                 study = studies.compare(config, methods, seeds, folder, err, overwrite=overwrite)
             else:
                 study = studies.ablate(config, setting, values, seeds, folder, err, overwrite=overwrite)
-            _show(study, folder, out, command_line("compare", self))
+            show_study(study, folder, out, command_line("compare", self))
         return 0
 
 
@@ -152,11 +151,3 @@ def _run_config(options: Options, seeds: int) -> TuneConfig:
     if not 1 <= seeds <= 1000:
         raise InputError(f"--seeds must be a number of runs from 1 to 1000; got {seeds}.")
     return tune_config(options, out=None, overwrite=False)
-
-
-def _show(study: Study, folder: Path, out: Terminal, command: str) -> None:
-    """Write the files of a study, with the command that repeats it, and print its tables."""
-    paths = dataclasses.replace(study, command=command).write(folder)
-    for table in study.tables():
-        out.print(table)
-    out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)

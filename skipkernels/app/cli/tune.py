@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from skipkernels.app.console import Terminal
-from skipkernels.app.option_groups import OutputOptions, ProcessOptions, SearchOptions
+from skipkernels.app.option_groups import OutputOptions, ProcessOptions, SeveralRunsOptions
 
 from .errors import on_interrupt
-from .options import Options, after_interrupt, default_folder, replaced, tune_config
+from .options import Options, after_interrupt, default_folder, replaced, show_study, tune_config
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,7 +63,7 @@ class FileOptions:
 class TuneCommand(Options):
     """Tune a CLIP model on a dataset, and test it, also on new classes or other datasets."""
 
-    search: SearchOptions = SearchOptions()
+    several: SeveralRunsOptions = SeveralRunsOptions()
     processes: ProcessOptions = ProcessOptions()
     output: TuneOutputOptions = TuneOutputOptions()
     file: FileOptions = FileOptions()
@@ -77,8 +77,8 @@ class TuneCommand(Options):
         if self.file.print_config:
             out.print(_as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
             return 0
-        if self.search.time_budget is not None:
-            return self._search(self.search.time_budget, out, err)
+        if self.several.time_budget is not None or self.several.folds is not None:
+            return self._several_runs(out, err)
         config = resumed(tune_config(self))  # resolved here too, since the tables below name its folder
         processes = join(config.timeout)
         processes.set_device(config.device)
@@ -90,17 +90,31 @@ class TuneCommand(Options):
         _show(config, metrics, out)
         return 0
 
-    def _search(self, time_budget: str, out: Terminal, err: Terminal) -> int:
+    def _several_runs(self, out: Terminal, err: Terminal) -> int:
+        """Search within a time budget, or cross-validate."""
         from skipkernels.app.studies.budget import Search, seconds_of
+        from skipkernels.app.studies.folds import cross_validate
         from skipkernels.app.train.command_line import command_line
         from skipkernels.app.train.processes import launched
 
-        seconds, config = seconds_of(time_budget), tune_config(self)
+        time_budget, folds, config = self.several.time_budget, self.several.folds, tune_config(self)
+        argument, command = "folds" if time_budget is None else "time_budget", command_line("tune", self)
+        if time_budget is not None and folds is not None:
+            raise _refused("folds", "can't be searched within a time budget; leave --time-budget out.")
         if launched() > 1:
-            raise _refused("time_budget", f"runs in one process; torchrun started {launched()}. Start one.")
-        config = dataclasses.replace(config, out=config.out or default_folder("search", config))
+            raise _refused(argument, f"runs in one process; torchrun started {launched()}. Start one.")
+        if config.resume:
+            raise _refused(argument, "continues an earlier command with the same folder anyway; leave --resume out.")
         with on_interrupt(after_interrupt(config.overwrite)):
-            search = Search(config, seconds, err, command_line("tune", self))
+            if time_budget is None:
+                assert folds is not None
+                folder = config.out or default_folder(f"{folds}-folds-{config.method}", config)
+                settings = dataclasses.replace(config, out=None, overwrite=False)
+                study = cross_validate(settings, folds, folder, err, overwrite=config.overwrite)
+                show_study(study, folder, out, command)
+                return 0
+            config = dataclasses.replace(config, out=config.out or default_folder("search", config))
+            search = Search(config, seconds_of(time_budget), err, command)
             config, metrics = search.run()
         out.print(_candidates_table(metrics["time_budget"]["candidates"]))
         out.print(" ".join(search.sentences), soft_wrap=True)
@@ -176,7 +190,13 @@ def _accuracy_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
     table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots_text}")
     for column in ("zero-shot", "tuned", "change"):
         table.add_column(column, justify="right")
-    accuracies = {key: (before, metrics["tuned"][key]) for key, before in metrics["zero_shot"].items()}
+    accuracies: dict[str, tuple[Any, ...]] = {}
+    for key, before in metrics["zero_shot"].items():
+        accuracies[key] = before, metrics["tuned"][key]
+        found = [(metrics.get(part) or {}).get(key) for part in ("zero_shot_by_class", "by_class")]
+        counts = {each["images"] for of_test in found if of_test for each in of_test["classes"]}
+        if len(counts) > 1:
+            accuracies[f"{key}, balanced"] = (*(of and of["balanced_accuracy"] for of in found),)
     if config.test == "none":
         held = metrics["validation"] or {"zero_shot": None, "tuned": None}
         accuracies = {"validation": (held["zero_shot"], held["tuned"])}

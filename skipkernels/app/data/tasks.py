@@ -19,6 +19,7 @@ from .images import DatasetImages, Images, unreadable
 from .registry import open_source
 from .shots import few_shot_note
 from .source import Protocol, Source, Split
+from .splits import fold_source
 from .templates import Templates
 
 _WITH_TARGETS = ("cross-dataset", "domain-generalization")
@@ -108,6 +109,7 @@ def load_task(
     seed: int,
     validation: Validation = "none",
     test: Test = "split",
+    fold: str | None = None,
     root: str | Path | None = None,
     templates: Templates = None,
     targets: Sequence[str | Source] | None = None,
@@ -135,6 +137,8 @@ def load_task(
             split if there is one, else 0.2. "none": none.
         test: Test images. "split": the test split. "none": none; all images that don't validate train. Images of the
             user's data without splits that neither validate nor test always train.
+        fold: Fold of a cross-validation, such as "2/5": its images test, and all others train, whatever their split;
+            see `splits.fold_source`. It needs few-shot, and has no val split.
         root: Folder of the datasets, for coop: and torchvision:.
         templates: Prompt templates; see `open_source`.
         targets: Datasets to test on, as `data`.
@@ -176,6 +180,10 @@ def load_task(
     if len(source.classes) < 2:
         raise InputError(f"load_task: {source.name} has fewer than two classes. Add some.", "data")
     chosen = _subsample_classes(source, classes)
+    if fold is not None:
+        if protocol != "few-shot" or test == "none":
+            raise InputError('load_task: fold needs protocol="few-shot" and test="split".', "fold")
+        chosen = fold_source(chosen, fold, seed)
     if protocol == "base-to-new":
         base, new = split_base_new(range(len(chosen.classes)))
         parts = {"base": chosen.subset_classes(base), "new": chosen.subset_classes(new)}
@@ -199,9 +207,10 @@ def load_task(
             error.argument = "targets" if error.argument == "data" else error.argument
             raise
         parts |= others
-    source_notes = [note for part in (source, *parts.values()) for note in part.notes]
+    read = parts.values() if fold is not None else (source, *parts.values())
+    source_notes = [note for part in read for note in part.notes]
     notes = list(source_notes)
-    if chosen is not source:
+    if len(chosen.classes) < len(source.classes):
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
     if shots != "all" and (note := few_shot_note(train.labels, trained.classes, shots)) is not None:
         notes.append(f"{source.name}: {note}")

@@ -27,7 +27,7 @@ def wilson(accuracy: float, images: int) -> tuple[float, float]:
     middle = share + square / (2 * images)
     half = _NORMAL * math.sqrt(share * (1 - share) / images + square / (4 * images**2))
     low, high = (100 * (middle + sign * half) / (1 + square / images) for sign in (-1, 1))
-    return max(low, 0.0), min(high, 100.0)
+    return round(max(low, 0.0), 4), round(min(high, 100.0), 4)
 
 
 def half_interval(deviation: float | None, runs: int) -> float:

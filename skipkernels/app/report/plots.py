@@ -84,6 +84,7 @@ def accuracy_svg(
         if best_epoch is not None:
             axes.axvline(best_epoch, color=GREY, linewidth=1)
             axes.annotate("kept", (best_epoch, 0), (3, 3), ("data", "axes fraction"), "offset points", color=GREY)
+        within_per_cent(axes)
 
     return figure_svg("accuracy", "test accuracy over the epochs, in per cent", draw) if rows else ""
 
@@ -104,11 +105,20 @@ def blend_svg(blend: Mapping[str, Any], colours: Mapping[str, str]) -> str:
             axes.annotate(
                 "chosen", (blend["chosen"], 0), (3, 3), ("data", "axes fraction"), "offset points", color=GREY
             )
+        within_per_cent(axes)
         axes.set_xlabel("α: 0 zero-shot, 1 tuned")
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
 
     label = "accuracy over the blend of zero-shot and tuned weights, in per cent"
     return panels_svg("blend", label, [draw], size=(5.2, 3)) if curves else ""
+
+
+def within_per_cent(axes: Axes) -> None:
+    """Limit the axis of accuracies to 0 to 100 %; points on its ends are drawn whole."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0.0), min(high, 100.0))
+    for line in axes.lines:
+        line.set_clip_on(False)
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
 from .dot_plot import DotRow, dot_plot
-from .intervals import half_interval
-from .plots import COLOURS, GREY, coloured, panels_svg
+from .intervals import LEAST_RUNS, half_interval, range_text, wilson
+from .plots import COLOURS, GREY, coloured, panels_svg, within_per_cent
 from .rendering import MISSING, facts, number, plural, render, svg
 
 _ACCURACY, _COST, _TIME = "accuracy, %", "cost", "tuning, s"
 _SUMMARIES = ("harmonic", "targets")  # the accuracy that a protocol is judged by, if it has several
 _BEFORE, _AFTER = "zero-shot", "tuned"
 _INSTANT = 1e-3  # a variant that takes less than this share of the longest time trains nothing
+
+_OVER_SEEDS = "and bars: 95 % interval of the mean over seeds (Student's t)"
+_TIMED = ("variants", "shots")  # layouts with a plot over time
+_MOST_CLASSES = 2000  # in a table
 
 Figure = Sequence[float | None]  # mean and deviation
 
@@ -28,12 +32,12 @@ def study_html(study: Mapping[str, Any]) -> str:
         "study.html.j2",
         title=study["title"],
         date=str(study.get("finished", ""))[:10],
-        headline=_headline(study),
-        seeds=seeds,
+        headline=headline(study),
+        explained=explained(study),
         plots=[_test_plot(summary, seeds)] if layout == "tests" else [],
         shots=_shots_svg(summary, seeds) if layout == "shots" else None,
-        pareto=[] if layout == "tests" else _pareto_plots(summary, seeds),
-        legend=[] if layout == "tests" else list(coloured(summary).items()),
+        pareto=_pareto_plots(summary, seeds) if layout in _TIMED else [],
+        legend=list(coloured(summary).items()) if layout in _TIMED else [],
         tables=tables(study),
         command=study.get("command", ""),
         environment=facts(
@@ -61,12 +65,17 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return found
 
 
-def _primary(columns: Sequence[str]) -> str:
+def primary(columns: Iterable[str]) -> str:
+    """Return the accuracy that decides: the summary of a protocol, or else the first."""
+    columns = list(columns)
     return next((name for name in _SUMMARIES if name in columns), columns[0])
 
 
-def _headline(study: Mapping[str, Any]) -> str:
+def headline(study: Mapping[str, Any]) -> str:
+    """Return the result in a sentence."""
     summary, seeds = study["summary"], len(study["seeds"])
+    if study.get("layout") == "folds":
+        return _folds_headline(study["pooled"])
 
     def text(figure: Figure) -> str:
         half = half_interval(figure[1], seeds)
@@ -74,26 +83,70 @@ def _headline(study: Mapping[str, Any]) -> str:
 
     if study.get("layout") == "tests":
         (groups,) = summary.values()
-        name = _primary(list(groups[_AFTER]))
+        name = primary(list(groups[_AFTER]))
         before, after = groups[_BEFORE].get(name), groups[_AFTER].get(name)
         if not (before and after):
             return study["title"]
         return f"Tuning takes the {name} accuracy from {text(before)} to {text(after)}."
     names = list(next(iter(summary.values()))[_ACCURACY])
-    name = _AFTER if study.get("layout") == "shots" else _primary(names)
+    name = _AFTER if study.get("layout") == "shots" else primary(names)
     found = {variant: figure for variant, groups in summary.items() if (figure := groups[_ACCURACY].get(name))}
     if not found:
         return study["title"]
     best = max(found, key=lambda variant: found[variant][0] or 0.0)
-    measure = "accuracy" if name == _AFTER else f"{name} accuracy"
-    sentence = f"Best is {best} with {text(found[best])} {measure}"
+    measure = "accuracy" if name in (_AFTER, "all") else f"{name} accuracy"
+    comparison = study.get("comparison") or {}
+    equal = [other for other, of in comparison.get("others", {}).items() if not of["worse"]]
+    certain = comparison.get("best") == best and not equal
+    sentence = f"{'Best' if certain else 'Highest'} is {best} with {text(found[best])} {measure}"
     times = {variant: _time(groups) for variant, groups in summary.items()}
     if times[best] is not None:
         sentence += f" after {number(times[best], ',.3g')} s of tuning"
-    runs: list[dict[str, Any]] = study.get("runs") or [{"metrics": {}}]
-    images = runs[0]["metrics"].get("images", {}).get("tests", {}).get(name)
+    images = _images(study).get(name)
     counts = [plural(seeds, "seed"), *([plural(images, "test image")] if images else [])]
-    return f"{sentence} ({', '.join(counts)})."
+    sentence += f" ({', '.join(counts)})"
+    if equal:
+        listed = " and ".join([*([", ".join(equal[:-1])] if len(equal) > 1 else []), equal[-1]])
+        sentence += f", but these images and seeds don't tell it apart from {listed}"
+    return f"{sentence}."
+
+
+def _folds_headline(pooled: Mapping[str, Any]) -> str:
+    tuned, images = pooled["tuned"], plural(pooled["images"], "image")
+    return (
+        f"Accuracy is {number(tuned['accuracy'])} % (95 % interval {range_text(tuned['interval'])}) on {images}, each "
+        f"classified by a model that did not see it; zero-shot {number(pooled['zero_shot']['accuracy'])} %."
+    )
+
+
+def _images(study: Mapping[str, Any]) -> dict[str, int]:
+    """Number of test images by column of accuracies."""
+    runs: list[dict[str, Any]] = study.get("runs") or [{"metrics": {}}]
+    found = (runs[0]["metrics"].get("images") or {}).get("tests") or {}
+    if study.get("layout") == "shots":
+        return dict.fromkeys((_BEFORE, _AFTER), next(iter(found.values()), 0))
+    return dict(found)
+
+
+def explained(study: Mapping[str, Any]) -> str:
+    """Return what the intervals in the tables are, and what "best" means."""
+    seeds, layout = len(study["seeds"]), study.get("layout", "variants")
+    if layout == "folds":
+        return (
+            "In brackets: 95 % interval over the images (Wilson). It treats the images as independent; the folds share "
+            "training images, so it is approximate."
+        )
+    text = f"Means of {seeds} seeds" if seeds > 1 else "One seed"
+    text += f"; ± {_OVER_SEEDS}" if seeds >= LEAST_RUNS else ", too few for an interval over seeds"
+    if layout != "tests" and _images(study):
+        text += "; in brackets the 95 % interval over the test images (Wilson)"
+    if study.get("comparison"):
+        text += (
+            ". All variants have the same test images, so a difference may be certain although intervals overlap: one "
+            "is best if it is ahead of each other one in every seed, and by a permutation test of the two (5 % for "
+            "all tests together)"
+        )
+    return f"{text}."
 
 
 def _time(groups: Mapping[str, Any]) -> float | None:
@@ -135,6 +188,7 @@ def _shots_svg(summary: Mapping[str, Any], seeds: int) -> Any:
         axes.errorbar(list(tuned), means, yerr=halves, color=COLOURS[0], marker="o", capsize=3, label=_AFTER)
         for mean in {figure[0] for row in figures.values() if (figure := row[_BEFORE])}:
             axes.axhline(mean, color=GREY, linestyle=":", linewidth=1, label=_BEFORE)
+        within_per_cent(axes)
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(figures), list(map(str, figures)))
         axes.minorticks_off()
@@ -191,7 +245,8 @@ def _pareto_svg(
             )
         values = [accuracy for _, accuracy in points.values()]
         spread = max(max(values) - min(values), 5.0)
-        axes.set_ylim(max(0.0, min(values) - 0.6 * spread), min(100.5, max(values) + 0.6 * spread))
+        axes.set_ylim(max(0.0, min(values) - 0.6 * spread), max(values) + 0.6 * spread)
+        within_per_cent(axes)
         axes.set_xscale("log")
         axes.margins(x=0.2)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
@@ -214,16 +269,60 @@ def tables(study: Mapping[str, Any]) -> list[dict[str, Any]]:
         half = half_interval(figure[1], seeds) if with_interval else 0.0
         return number(figure[0], f",.{digits}f") + (f" ± {half:,.{digits}f}" if half else "")
 
+    if study.get("layout") == "folds":
+        return _fold_tables(study)
     if study.get("layout") == "tests":
         (groups,) = summary.values()
         rows = [(name, [cell(groups[group].get(name), 1) for group in groups]) for name in groups[_BEFORE]]
         return [{"corner": _ACCURACY, "columns": list(groups), "rows": rows}]
-    tables = []
+    tables, images = [], _images(study)
+
+    def of_images(figure: Figure | None, count: int | None) -> str:
+        return f" ({range_text(wilson(figure[0], count))})" if count and figure and figure[0] is not None else ""
+
     for group, columns in next(iter(summary.values())).items():
         digits = {name: 0 if name in ("peak, MiB", "parameters") else 1 for name in columns}
         rows = [
-            (variant, [cell(groups[group].get(name), digits[name], group == _ACCURACY) for name in columns])
+            (
+                variant,
+                [
+                    cell(groups[group].get(name), digits[name], group == _ACCURACY)
+                    + (of_images(groups[group].get(name), images.get(name)) if group == _ACCURACY else "")
+                    for name in columns
+                ],
+            )
             for variant, groups in summary.items()
         ]
         tables.append({"corner": group, "columns": list(columns), "rows": rows})
     return tables
+
+
+def _fold_tables(study: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Tables of the folds, and of the classes over the images of all folds."""
+    pooled = study["pooled"]
+    rows = []
+    for fold, groups in study["summary"].items():
+        of_fold = groups[_ACCURACY]
+        rows.append((fold, [f"{of_fold['test images'][0]:,.0f}", *(number(of_fold[w][0]) for w in (_BEFORE, _AFTER))]))
+    both = pooled["zero_shot"], pooled["tuned"]
+    means = [f"{number(of['over_folds'][0])} ± {number(of['over_folds'][1])}" for of in both]
+    rows.append(("mean ± standard deviation", ["", *means]))
+    whole = [f"{number(of['accuracy'])} ({range_text(of['interval'])})" for of in both]
+    rows.append(("all images", [f"{pooled['images']:,}", *whole]))
+    rows.append(("balanced accuracy", ["", *(number(of["balanced_accuracy"]) for of in both)]))
+    before = {each["name"]: each["recall"] for each in both[0]["classes"]}
+    classes = [
+        (
+            each["name"],
+            [
+                f"{each['images']:,}",
+                *map(number, (before[each["name"]], each["recall"], each["precision"], each["f1"])),
+            ],
+        )
+        for each in both[1]["classes"][:_MOST_CLASSES]
+    ]
+    columns = ["images", "zero-shot recall, %", "recall, %", "precision, %", "F1, %"]
+    return [
+        {"corner": _ACCURACY, "columns": ["test images", _BEFORE, _AFTER], "rows": rows},
+        {"corner": "classes", "columns": columns, "rows": classes},
+    ]

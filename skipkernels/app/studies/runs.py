@@ -116,7 +116,9 @@ def run_variants(
         _in_subprocess(_check, unchecked)
     waiting = [run for run in planned if run.metrics is None]
     if len(waiting) < len(planned):
-        console.print(plain(f"{len(planned) - len(waiting)} of {len(planned)} runs are complete in {folder}"))
+        console.print(
+            plain(f"{len(planned) - len(waiting)} of {len(planned)} runs are complete in {folder}"), soft_wrap=True
+        )
     results, noted = [], set[str]()
     seconds: dict[str, list[float]] = {}  # of the runs of each variant
     for number, run in enumerate(planned, 1):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ from rich.table import Table
 from ...folders import replace_text
 from ..data import InputError
 from ..report import study_page as page
-from ..report.intervals import LEAST_RUNS
 from ..train.environment import environment
 from ..train.run_folder import REPORT
 from ..untrusted import read_object
@@ -22,8 +21,9 @@ from .runs import MeanAndDeviation, Result, mean_and_deviation
 
 ACCURACY, COST = "accuracy, %", "cost"  # groups of columns
 
-Layout = Literal["variants", "tests", "shots"]
+Layout = Literal["variants", "tests", "shots", "folds"]
 
+_MOST_ROWS = 60  # of a table in the terminal
 _MAX_BYTES = 1 << 28  # bytes of the JSON file
 
 
@@ -50,9 +50,10 @@ class Study:
     title: str
     results: Sequence[Result]
     columns: Sequence[Column]
-    # Rows of the tables: compared variants, tests of a protocol, or numbers of shots
+    # Rows of the tables: compared variants, tests of a protocol, numbers of shots, or folds
     layout: Layout = "variants"
     command: str = ""  # Command that repeats the study
+    more: Mapping[str, Any] = field(default_factory=dict)  # Further contents of the JSON file
 
     @property
     def variants(self) -> list[str]:
@@ -74,19 +75,24 @@ class Study:
         return found
 
     def tables(self) -> list[Table]:
-        """Tables of the page, for the terminal."""
-        seeds = len(self.seeds)
-        interval = ", ± 95 % interval of the mean" if seeds >= LEAST_RUNS else ""
-        title = f"{self.title}, {seeds} seed{'s' if seeds > 1 else ''}{interval}"
+        """Tables of the page, for the terminal: without long ones."""
         found = []
         for content in page.tables(self.as_dict()):
-            table = Table(content["corner"], title=title, title_justify="left")
+            if len(content["rows"]) > _MOST_ROWS:
+                continue
+            table = Table(content["corner"], title=self.title, title_justify="left")
             for column in content["columns"]:
                 table.add_column(column, justify="right")
             for name, cells in content["rows"]:
                 table.add_row(name, *cells)
             found.append(table)
         return found
+
+    @property
+    def sentences(self) -> list[str]:
+        """Meaning of the intervals in the tables, and the result."""
+        contents = self.as_dict()
+        return [page.explained(contents), page.headline(contents)]
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types: versions, the metrics of every run, and the summary as [mean, deviation]."""
@@ -99,6 +105,7 @@ class Study:
             **environment("cpu"),
             "threads": torch.get_num_threads(),
             "summary": self.summary(),
+            **self.more,
             "runs": [result._asdict() for result in self.results],
         }
 

@@ -162,6 +162,8 @@ def evaluate_run(
         "protocol": protocol or config.protocol,
     }
     changes |= {"cache": None, "views": 1, "refresh": "never", "validation": "none", "patience": None, "test": "split"}
+    if test is not None or data not in (None, config.data):
+        changes["fold"] = None
     if device is not None:  # xformers may not support this device
         changes |= {"device": device, "attention": "sdpa"}
     rounded_to = None if config.cache is None else config.cache_dtype

@@ -210,6 +210,7 @@ def build_task(
         seed=config.seed,
         validation=config.validation,
         test=config.test,
+        fold=config.fold,
         root=config.root,
         templates=config.template,
         targets=config.targets,

@@ -12,7 +12,7 @@ import subprocess
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
-import matplotlib
+import matplotlib.figure
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -423,10 +423,19 @@ def study(**changes) -> dict:
     } | changes
 
 
+@pytest.mark.parametrize(("values", "limits"), [((60.0, 100.0), (58.0, 100.0)), ((0.0, 40.0), (0.0, 42.0))])
+def test_axis_of_accuracies_is_within_per_cent(values, limits):
+    axes = matplotlib.figure.Figure().subplots()
+    axes.plot((0, 1), values)
+    plots.within_per_cent(axes)
+    assert axes.get_ylim() == pytest.approx(limits)
+    assert not any(line.get_clip_on() for line in axes.lines)
+
+
 def test_study_page_of_methods():
     text = study_html(study())
     found = Page(text)
-    assert "Best is skip with 80.0 ± 2.5 % base accuracy after 9 s of tuning (3 seeds)." in found.text
+    assert "Highest is skip with 80.0 ± 2.5 % base accuracy after 9 s of tuning (3 seeds)." in found.text
     assert ["skip", "80.0 ± 2.5", "–"] in found.rows and ["bad", "5.0", "100"] in found.rows
     assert len(found.named("script")) == 1 and NASTY not in text
     assert [svg.get("aria-label") for svg in map(ElementTree.fromstring, svgs(text))][0].startswith(
@@ -443,7 +452,7 @@ def test_study_page_of_tests_and_shots():
     assert sum(a.get("class") == "interval" for a in found.named("i")) == 1
     shots = {"1 shot": {"accuracy, %": {"zero-shot": [50.0, 0.0], "tuned": [60.0, 1.0]}}}
     text = study_html(study(layout="shots", summary=shots))
-    assert "Best is 1 shot with 60.0 ± 2.5 % accuracy (3 seeds)." in Page(text).text
+    assert "Highest is 1 shot with 60.0 ± 2.5 % accuracy (3 seeds)." in Page(text).text
     assert ElementTree.fromstring(svgs(text)[0]).get("aria-label") == "accuracy over the training images per class"
 
 

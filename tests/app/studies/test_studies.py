@@ -106,6 +106,17 @@ def test_compare_without_search(ran, own, tmp_path, changes):
     assert [config.seed for config in ran] == [0, 0]
 
 
+def test_run_variants_shows_progress(ran, tmp_path, capsys):
+    console = Console(width=200, force_terminal=False, stderr=True)
+    run_variants(two(), range(2), tmp_path, console)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "checking the settings" and lines[1] == "1 of 4  a, seed 0"
+    assert lines[2].startswith("a, seed 0: base 10.0 %, 0:00:0")
+    assert lines[3].startswith("2 of 4  b, seed 0, about 0:00:0") and lines[3].endswith("left")
+    run_variants(two(), range(2), tmp_path, console)
+    assert capsys.readouterr().err == f"4 of 4 runs are complete in {tmp_path}\n"
+
+
 def test_compare_ignores_settings_of_other_methods(ran, tmp_path):
     compare(dataclasses.replace(TINY, skip_layers=2), ["skip", "full", "zero-shot"], range(1), tmp_path, QUIET)
     assert [config.skip_layers for config in ran] == [2, 0.5, 0.5]
