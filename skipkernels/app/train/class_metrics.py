@@ -60,7 +60,7 @@ def class_metrics(labels: Tensor, predicted: Tensor, classes: Sequence[str]) -> 
 def metrics_by_class(
     tests: Iterable[TestSet], labels: Mapping[str, Tensor], top: Mapping[str, TopClasses]
 ) -> dict[str, Any]:
-    """Return "by_class" of metrics.json: the metrics of each test with predictions `top`."""
+    """Return "by_class" or "zero_shot_by_class" of metrics.json: the metrics of each test with predictions `top`."""
     return {
         test.name: metrics_of_test(labels[test.name], top[test.name], test.classes)
         for test in tests

@@ -429,6 +429,7 @@ class Run:
             "zero_shot": self.zero_shot.accuracies,
             "tuned": tuned.accuracies,
             "by_class": metrics_by_class(self.task.tests, self.evaluator.labels, tuned.top),
+            "zero_shot_by_class": metrics_by_class(self.task.tests, self.evaluator.labels, self.zero_shot.top),
             "validation": validation,
             "epochs": len(rows),
             "best_epoch": best_epoch(rows),

@@ -9,6 +9,8 @@ from collections import Counter
 import pytest
 import torch
 
+from skipkernels.app.cli.tune import _accuracy_table
+from skipkernels.app.config import TuneConfig
 from skipkernels.app.train.class_metrics import MOST_CONFUSED, class_metrics, confusions, metrics_of_test
 from skipkernels.app.train.predictions import TopClasses
 from skipkernels.formatting import csv_text
@@ -62,3 +64,14 @@ def test_csv_files_of_a_run_agree_with_its_metrics(run):
         for each in found["classes"]:
             assert each["recall"] == pytest.approx(100 * right.get(each["name"], 0) / each["images"], abs=1e-3)
     assert json.loads((folder / "metrics.json").read_text())["by_class"] == metrics["by_class"]
+
+
+@pytest.mark.parametrize(("images", "rows"), [((6, 2), ["all", "all, balanced"]), ((4, 4), ["all"])])
+def test_table_of_a_run_has_the_balanced_accuracy_of_unequal_classes(images, rows):
+    labels = torch.tensor([0] * images[0] + [1] * images[1])
+    top = TopClasses(torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1))
+    accuracy = {"all": 100.0 * images[0] / 8}
+    by_class = {"all": metrics_of_test(labels, top, ["cat", "dog"])}
+    metrics = {"zero_shot": accuracy, "tuned": accuracy, "by_class": by_class, "zero_shot_by_class": by_class}
+    table = _accuracy_table(TuneConfig(), metrics)
+    assert list(table.columns[0].cells) == rows and list(table.columns[2].cells)[-1] == "50.00"
