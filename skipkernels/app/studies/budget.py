@@ -119,10 +119,6 @@ class Search:
             raise InputError(
                 'tune: time_budget chooses by validation images; leave validation="none" out.', "time_budget"
             )
-        if config.resume:
-            raise InputError(
-                "tune: time_budget continues an earlier search in the folder anyway; leave `resume` out.", "time_budget"
-            )
         if config.validation == "auto" and not config.own_data:
             config = dataclasses.replace(config, validation=VALIDATION_SHARE)
         assert config.out is not None
@@ -140,6 +136,7 @@ class Search:
         self._console, self._command, self._seconds = console, command, seconds
         self._deadline = time.time() + seconds
         self._noted: set[str] = set()
+        self._took: list[tuple[str, float]] = []  # method and seconds of each complete candidate
         self._per_epoch: float | None = None  # seconds of the first run, if it was too long
         self._runs: dict[str, tuple[Planned, dict[str, Any]]] = {}  # complete ones by name
         self.tried: list[Tried] = []
@@ -174,7 +171,7 @@ class Search:
         for name, config in self._candidates():
             method, left = config.method, self._deadline - time.time()
             planned = plan(Variant(name, config), config.seed, self._folder)
-            expected = max((each.seconds for each in self.tried if each.method in (method, *BASELINES)), default=0.0)
+            expected = max((took for of, took in self._took if of in (method, *BASELINES)), default=0.0)
             if planned.metrics is None and expected > left:
                 return (
                     f"The next candidate, {name}, would take about {duration(expected)}, and {duration(max(left, 0))} "
@@ -253,7 +250,9 @@ class Search:
                 self._console.print(plain(f"{name}: {whole}"), soft_wrap=True)
                 return None if self._fewer_epochs() else f"{name}: {whole}, and none fits."
             self._noted.add(planned.config.method)
-        seconds = metrics["cost"]["seconds_total"] if done else time.perf_counter() - started
+        seconds = metrics["cost"]["seconds_total"]
+        took = seconds if done else time.perf_counter() - started  # with the start of the process
+        self._took.append((planned.config.method, took))
         held = metrics.get("validation") or {}
         accuracy = held.get("tuned")
         interval = None if accuracy is None else wilson(accuracy, held["images"])
@@ -262,7 +261,7 @@ class Search:
         said = (
             status if accuracy is None or interval is None else f"validation {accuracy:.1f} % ({range_text(interval)})"
         )
-        how = "complete before" if done else duration(seconds)
+        how = "complete before" if done else duration(took)
         self._console.print(plain(f"{name}: {said}, {how}"), soft_wrap=True)
         if accuracy is not None:
             self._runs[name] = planned, metrics
