@@ -15,7 +15,9 @@ from ..config import TuneConfig
 from ..console import plain
 from ..data import InputError
 from ..methods import METHODS
+from ..report.study_page import primary
 from ..train.setup import build_task
+from .comparison import compare_best
 from .runs import Result, Variant, run_variants
 from .study import ACCURACY, COST, Column, Study
 
@@ -64,7 +66,8 @@ def compare(
             found = searched.get(result.metrics["method"])
             result.metrics["search"] = None if found is None else found._asdict()
         columns += [Column(_SEARCH, name, ("search", name)) for name in ("multiplier", "accuracy", "seconds")]
-    return Study("compare", f"{config.model} on {config.data}, {config.shots_text}", results, columns)
+    more = {"comparison": compare_best(results, folder, primary(results[0].metrics["tuned"]))}
+    return Study("compare", f"{config.model} on {config.data}, {config.shots_text}", results, columns, more=more)
 
 
 class Searched(NamedTuple):
@@ -140,7 +143,8 @@ def ablate(
         variants.append(Variant(f"{setting} {value:g}", dataclasses.replace(config, **change)))
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
     title = f"{config.model} on {config.data}, {config.shots_text}"
-    return Study(f"ablate-{setting}", title, results, _columns(results))
+    more = {"comparison": compare_best(results, folder, primary(results[0].metrics["tuned"]))}
+    return Study(f"ablate-{setting}", title, results, _columns(results), more=more)
 
 
 def _columns(results: Sequence[Result]) -> list[Column]:

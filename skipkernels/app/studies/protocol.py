@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..config import TuneConfig
 from ..data import Protocol
+from .comparison import compare_best
 from .runs import Result, Variant, run_variants
 from .study import ACCURACY, Column, Study
 
@@ -37,7 +38,10 @@ def run_protocol(
         variants = [Variant(f"{config.shots_text}", config)]
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
     title = f"{protocol}: {config.model} on {config.data}, {config.method}"
-    return Study(protocol, title, results, _columns(results), "shots" if protocol == "few-shot" else "tests")
+    if protocol != "few-shot":
+        return Study(protocol, title, results, _columns(results), "tests")
+    more = {"comparison": compare_best(results, folder, next(iter(results[0].metrics["tuned"])))}
+    return Study(protocol, title, results, _columns(results), "shots", more=more)
 
 
 def _columns(results: Sequence[Result]) -> list[Column]:

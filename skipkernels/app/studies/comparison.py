@@ -1,0 +1,103 @@
+"""Comparison of the best variant of a study with the others, on the same test images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import InputError
+from ..data.tasks import summarise
+from ..train import predictions
+from .runs import Result
+
+Right = dict[str, np.ndarray]  # by test, the number of seeds that classify each image correctly, [n]
+LEVEL = 0.05
+"""Probability of calling one of the others worse by chance, if all are equally good; shared out by Bonferroni."""
+_DRAWS = 10_000
+
+
+def compare_best(results: Sequence[Result], folder: Path, test: str) -> dict[str, Any] | None:
+    """Compare the variant with the best mean accuracy with each other one, in pairs, on the same images.
+
+    Another variant is worse if the best is ahead of it in every seed, and a permutation test over the images gives
+    p < 0.05 / number of others: each image swaps its results (of all seeds) between the two with probability one half,
+    and p is the share of swaps with a difference at least as large. With one seed this is McNemar's exact test, but for
+    the number of draws.
+
+    Args:
+        results: Runs, with the same seeds for all variants.
+        folder: Folder of the study, in which the predictions of the runs are read.
+        test: Test, or summary of a protocol, of which the accuracy is compared.
+
+    Returns:
+        "test", "best", and for each of the "others" by name "difference" (mean over the seeds), "p", "every_seed" and
+        "worse"; None if predictions are missing, or are not of the same images.
+    """
+    by_seed: dict[str, dict[int, float]] = {}
+    for result in results:
+        if (value := (result.metrics["tuned"] or {}).get(test)) is not None:
+            by_seed.setdefault(result.variant, {})[result.seed] = value
+    seeds = {result.seed for result in results}
+    means = {name: sum(values.values()) / len(seeds) for name, values in by_seed.items() if values.keys() == seeds}
+    right = _read([result for result in results if result.variant in means], folder)
+    if right is None or len(means) < 2:
+        return None
+    best = max(means, key=lambda name: means[name])
+    protocol = results[0].metrics["protocol"]
+
+    def accuracy(found: Mapping[str, float]) -> float:
+        return summarise(protocol, found)[test]
+
+    others = {}
+    for name in (name for name in means if name != best):
+        p = permutation_p(right[best], right[name], len(seeds), accuracy)
+        every = all(by_seed[best][seed] > by_seed[name][seed] for seed in seeds)
+        worse = every and p < LEVEL / (len(means) - 1)
+        others[name] = {"difference": means[best] - means[name], "p": p, "every_seed": every, "worse": worse}
+    return {"test": test, "best": best, "others": others}
+
+
+def _read(results: Sequence[Result], folder: Path) -> dict[str, Right] | None:
+    """Read the predictions of the runs; None if one has none, or if the runs have other test images."""
+    found: dict[str, Right] = {}
+    labels: dict[str, list[int]] = {}
+    try:
+        for result in results:
+            for test in predictions.load(folder / result.folder / predictions.PREDICTIONS):
+                if labels.setdefault(test.name, test.labels.tolist()) != test.labels.tolist():
+                    return None
+                right = (test.last.classes[:, 0] == test.labels).long().numpy()
+                of_variant = found.setdefault(result.variant, {})
+                of_variant[test.name] = of_variant.get(test.name, 0) + right
+    except InputError:  # a run may have no predictions: they are written with its report, which may fail
+        return None
+    return found
+
+
+def permutation_p(first: Right, second: Right, seeds: int, accuracy: Callable[[Mapping[str, float]], float]) -> float:
+    """Return the p-value of the difference of two variants; `accuracy` is a function of those of the tests.
+
+    >>> equal, better = {"all": np.array([1, 1, 0, 0])}, {"all": np.array([1, 1, 1, 0])}
+    >>> permutation_p(better, equal, 1, lambda found: found["all"])  # one image differs, whatever is swapped
+    1.0
+    """
+    generator = np.random.default_rng(0)
+    totals = {name: (first[name].sum(), second[name].sum(), len(first[name]) * seeds) for name in first}
+    moved = {name: np.zeros(_DRAWS, dtype=np.int64) for name in first}  # correct results that change sides
+    for name in first:
+        values, counts = np.unique(first[name] - second[name], return_counts=True)
+        for value, count in zip(values, counts, strict=True):
+            moved[name] += value * generator.binomial(count, 0.5, size=_DRAWS)
+
+    def difference(draw: int | None) -> float:
+        sides: tuple[dict[str, float], dict[str, float]] = {}, {}
+        for name, (one, other, count) in totals.items():
+            swapped = 0 if draw is None else int(moved[name][draw])
+            sides[0][name], sides[1][name] = 100 * (one - swapped) / count, 100 * (other + swapped) / count
+        return abs(accuracy(sides[0]) - accuracy(sides[1]))
+
+    least = difference(None) - 1e-9  # equal differences may differ by rounding
+    return float((1 + sum(difference(draw) >= least for draw in range(_DRAWS))) / (1 + _DRAWS))
