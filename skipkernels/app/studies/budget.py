@@ -137,7 +137,8 @@ class Search:
         self._deadline = time.time() + seconds
         self._noted: set[str] = set()
         self._took: list[tuple[str, float]] = []  # method and seconds of each complete candidate
-        self._per_epoch: float | None = None  # seconds of the first run, if it was too long
+        self._per_epoch: float | None = None  # seconds, of a run that was too long
+        self._setup = 0.0  # its seconds before the first epoch
         self._runs: dict[str, tuple[Planned, dict[str, Any]]] = {}  # complete ones by name
         self.tried: list[Tried] = []
         self.sentences: list[str] = []
@@ -242,7 +243,9 @@ class Search:
                 metrics = execute(planned, keep_diverged=True, notes=notes, deadline=self._deadline)
             except OutOfTime as error:
                 self._per_epoch = pace = error.seconds_per_epoch
-                self.tried.append(Tried(*parts, "too long", None, None, time.perf_counter() - started))
+                took = time.perf_counter() - started
+                self._setup = max(took - (pace or 0.0), 0.0)
+                self.tried.append(Tried(*parts, "too long", None, None, took))
                 if pace is None or name != self._config.method:
                     return f"The time was over in {name}."
                 epochs = planned.config.epochs or 0
@@ -272,7 +275,8 @@ class Search:
         """Number of epochs that fit into the time left, after a first run that was too long; None if there is none."""
         if self._config.epochs is not None or self._per_epoch is None:
             return None
-        return int(_MARGIN * (self._deadline - time.time()) / self._per_epoch) or None
+        left = self._deadline - time.time() - self._setup
+        return max(int(_MARGIN * left / self._per_epoch), 0) or None
 
     def _status(self, name: str) -> str | None:
         return next((each.status for each in self.tried if each.name == name), None)
