@@ -32,6 +32,7 @@ class TuneSettings(TypedDict, total=False):
     download: bool
     template: list[str] | tuple[str, ...] | None
     shots: Shots | None
+    fold: str | None
     unreadable: Literal["error", "skip"]
     protocol: Protocol | None
     targets: list[str] | tuple[str, ...] | None
