@@ -200,6 +200,15 @@ def mlp_activation_backward(dtype: torch.dtype) -> Iterator[Call]:
 
 
 @calls
+def rotary_embedding(dtype: torch.dtype) -> Iterator[Call]:
+    """Query, key and value of PE-Core's L/14; heads that are no power of two; the gradient, with pairs of halves."""
+    for n, T, H, E, interleaved in ((4, 577, 16, 64, True), (3, 5, 6, 80, True), (4, 577, 16, 64, False)):
+        x, angles = on_meta(n * T, 3 * H * E, dtype=dtype), on_meta(T, E // 2, dtype=torch.float32)
+        form = "" if interleaved else "-halves-inverse"
+        yield Call(f"N{n}-T{T}-H{H}-E{E}{form}", (x, angles, angles, 2 * H, interleaved, not interleaved))
+
+
+@calls
 def gather_rows(dtype: torch.dtype) -> Iterator[Call]:
     """A batch of ViT-B/16 features, and a narrower batch of another dtype than the store."""
     for R, N, W, B, to in ((800, 197, 768, 4, None), (9, 5, 67, 3, torch.float16)):

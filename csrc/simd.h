@@ -189,6 +189,9 @@ struct Columns {
   SKIPKERNELS_INLINE Columns operator+(const Columns& other) const {
     return {first + other.first, second + other.second};
   }
+  SKIPKERNELS_INLINE Columns operator-(const Columns& other) const {
+    return {first - other.first, second - other.second};
+  }
   SKIPKERNELS_INLINE Columns operator*(const Columns& other) const {
     return {first * other.first, second * other.second};
   }

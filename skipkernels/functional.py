@@ -32,6 +32,7 @@ from .ops.gather_rows import gather_rows_out as _gather_rows_out
 from .ops.mlp_activation import KINDS
 from .ops.mlp_activation import mlp_activation as _mlp_activation
 from .ops.pooled_attention import pooled_attention as _pooled_attention
+from .ops.rotary_embedding import rotary_embedding as _rotary_embedding
 from .ops.sgd_momentum import sgd_momentum_ as _sgd_momentum_
 from .ops.shared_prefix_attention import shared_prefix_attention as _shared_prefix_attention
 
@@ -43,6 +44,7 @@ __all__ = [
     "class_scores",
     "contrastive_loss",
     "mlp_activation",
+    "rotary_embedding",
     "pooled_attention",
     "shared_prefix_attention",
     "gather_rows",
@@ -353,6 +355,53 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
     if kind not in KINDS:
         raise ValueError(f'{name}: kind must be "quick_gelu", "gelu" or "gelu_tanh"; got {kind!r}.')
     return _mlp_activation(x, bias, KINDS.index(kind))
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, interleaved: bool = True) -> Tensor:
+    """Rotary position embedding: rotate pairs of columns of each head by angles of the position of the row.
+
+        out_1 = x_1 · cos − x_2 · sin,   out_2 = x_2 · cos + x_1 · sin
+
+    A pair x_1, x_2 is columns 2i and 2i + 1 of a head, or with `interleaved=False` columns i and i + E/2. Heads behind
+    the first `heads`, such as values beside query and key, are copied. Saved for backward: `cos` and `sin`. Autocast
+    casts `x`, not the angles.
+
+    Args:
+        x: [R, W], heads of width E side by side, for one or more sequences of T rows; in fp32, bf16, fp16 or fp64.
+        cos: [T, E/2], cosine of the angle of each pair at each position, in fp32, or fp64 for fp64; a constant. A
+            position with cosines 1 and sines 0 is not rotated.
+        sin: [T, E/2], sines, in the dtype of `cos`.
+        heads: number of heads that are rotated, 1 to W/E.
+        interleaved: pairs are neighbours (default: as in timm, EVA-02 and PE-Core), or columns of the two halves.
+
+    Returns:
+        [R, W] in the dtype of `x`; computed in fp32 (fp64 for fp64).
+
+    Source: Su et al., RoFormer, arXiv 2104.09864.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0, 5.0, 6.0], [1.0, 0.0, 5.0, 6.0]])  # [R=2, W=4]: two heads with E = 2
+        >>> cos, sin = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])  # [T=2, E/2=1]: 0 and 90 degrees
+        >>> rotary_embedding(x, cos, sin, heads=1)
+        tensor([[1., 0., 5., 6.],
+                [0., 1., 5., 6.]])
+    """
+    name = "rotary_embedding"
+    check_shape(name, "cos", cos, **{"T": None, "E/2": None})
+    check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
+    angle_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_dtype(name, "cos", cos, [angle_dtype], f"Use cos.to({angle_dtype}).")
+    check_device(name, "cos", cos, ("x", x))
+    check_alike(name, "sin", sin, ("cos", cos))
+    T, E = cos.shape[0], 2 * cos.shape[1]
+    if x.dim() != 2 or x.shape[0] % T != 0 or x.shape[1] % E != 0 or x.shape[1] == 0:
+        raise ValueError(
+            f"{name}: x must be [R, W] with R a multiple of T={T} and W of E={E} to match cos {list(cos.shape)}; got "
+            f"{list(x.shape)}."
+        )
+    if not 1 <= heads <= x.shape[1] // E:
+        raise ValueError(f"{name}: heads must be 1 to {x.shape[1] // E}, with x {list(x.shape)}; got {heads}.")
+    return _rotary_embedding(x, cos, sin, heads, interleaved, False)
 
 
 def shared_prefix_attention(

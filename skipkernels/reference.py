@@ -27,6 +27,7 @@ __all__ = [
     "gather_rows",
     "mlp_activation",
     "pooled_attention",
+    "rotary_embedding",
     "sgd_momentum_",
     "shared_prefix_attention",
 ]
@@ -146,6 +147,21 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
     else:
         raise ValueError(f'mlp_activation: kind must be "quick_gelu", "gelu" or "gelu_tanh"; got {kind!r}.')
     return activated.to(x.dtype)
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool = True) -> Tensor:
+    """Rotation of pairs of columns by angles of the position, see `functional.rotary_embedding`."""
+    T, E = cos.shape[0], 2 * cos.shape[1]
+    rotated, copied = x.split([heads * E, x.shape[1] - heads * E], dim=1)
+    sequences = at_least_fp32(rotated).reshape(-1, T, heads, E)
+    if interleaved:
+        first, second = sequences.unflatten(3, (-1, 2)).unbind(4)  # [n, T, H, E/2]
+    else:
+        first, second = sequences.chunk(2, dim=3)  # [n, T, H, E/2]
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, E/2]
+    pairs = first * cos - second * sin, second * cos + first * sin
+    result = torch.stack(pairs, dim=4) if interleaved else torch.cat(pairs, dim=3)
+    return torch.cat([result.reshape(rotated.shape).to(x.dtype), copied], dim=1)
 
 
 def shared_prefix_attention(

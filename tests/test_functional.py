@@ -52,6 +52,11 @@ GOOD = {
         **{name: torch.ones(D) for name in ("weight", "bias")},
     },
     "mlp_activation": lambda: {"x": torch.randn(B, D), "bias": torch.ones(D)},
+    "rotary_embedding": lambda: {
+        "x": torch.randn(6, 12),
+        **{name: torch.ones(3, 2) for name in ("cos", "sin")},
+        "heads": 2,
+    },
     "gather_rows": stored,
     "sgd_momentum_": trained,
 }
@@ -113,6 +118,20 @@ BAD = {
     "mlp_activation": [
         ({"bias": torch.randn(7)}, ValueError, r"bias must be \[W=16\] to match x \[4, 16\]; got \[7\]"),
         ({"kind": "relu"}, ValueError, r'kind must be "quick_gelu", "gelu" or "gelu_tanh"; got \'relu\''),
+    ],
+    "rotary_embedding": [
+        (
+            {"x": torch.randn(7, 12)},
+            ValueError,
+            r"x must be \[R, W\] with R a multiple of T=3 and W of E=4 .*; got",
+        ),
+        ({"x": torch.randn(6, 10)}, ValueError, r"x must be \[R, W\] .* to match cos \[3, 2\]; got \[6, 10\]"),
+        ({"x": torch.randn(2, 3, 12)}, ValueError, r"x must be \[R, W\] with .*; got \[2, 3, 12\]"),
+        ({"x": torch.randn(6, 12).double()}, TypeError, r"cos must be float64; got torch.float32. Use cos.to"),
+        ({"cos": torch.ones(3)}, ValueError, r"cos must be \[T, E/2\] with T, E/2 ≥ 1; got \[3\]"),
+        ({"cos": torch.ones(3, 2).half()}, TypeError, r"cos must be float32; got torch.float16"),
+        ({"sin": torch.ones(3, 3)}, ValueError, r"sin must be \[3, 2\], the shape of cos; got \[3, 3\]"),
+        ({"heads": 4}, ValueError, r"heads must be 1 to 3, with x \[6, 12\]; got 4"),
     ],
     "gather_rows": [
         ({"rows": torch.ones(5, 4).char()}, ValueError, r"rows must be \[R, N, W\] with .* ≥ 1; got \[5, 4\]"),

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
 from skipkernels import reference
 
@@ -87,6 +88,21 @@ def test_mlp_activation(rng):
     assert torch.equal(reference.mlp_activation(u, None, "gelu_tanh"), F.gelu(u, approximate="tanh"))
     with pytest.raises(ValueError, match=r"^mlp_activation: kind must be .* got 'relu'"):
         reference.mlp_activation(x, bias, "relu")
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotary_embedding_matches_timm(rng, interleaved):
+    """timm has query and key as [B, H, T, E], and the sine and cosine of each column."""
+    B, T, H, E = 2, 5, 3, 8
+    angles = torch.randn(T, E // 2, generator=rng, **torch_double)
+    columns = angles.repeat_interleave(2, dim=1) if interleaved else angles.repeat(1, 2)
+    table = torch.cat([columns.sin(), columns.cos()], dim=1)
+    qkv = torch.randn(B, T, 3, H, E, generator=rng, **torch_double)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    theirs = [*(apply_rot_embed_cat(x, table, half=not interleaved) for x in (query, key)), value]
+    rows = qkv.reshape(B * T, 3 * H * E)
+    ours = reference.rotary_embedding(rows, angles.cos(), angles.sin(), 2 * H, interleaved)
+    assert torch.equal(ours.view_as(qkv).permute(2, 0, 3, 1, 4), torch.stack(theirs))
 
 
 def test_shared_prefix_attention_is_sdpa_on_the_whole_sequence(rng):

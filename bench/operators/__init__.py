@@ -65,6 +65,7 @@ def case(
     peers: dict[str, Peer] | None = None,
     adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
     not_compiled: str = "",
+    constants: int = 0,
     **options: Any,
 ) -> Case:
     """The case of a pure operator.
@@ -73,7 +74,7 @@ def case(
         shape: Shape in the form of test ids.
         functions: Implementations with the signature of the reference.
         reference: The correct result in fp64; also timed under torch.compile.
-        inputs: Positional arguments; all floating-point tensors get gradients.
+        inputs: Positional arguments; all floating-point tensors but the constants get gradients.
         d_outputs: Gradients of the results; none for the forward pass alone.
         moved: Least bytes to read and write.
         flops: Least FLOPs of matrix products.
@@ -81,6 +82,7 @@ def case(
         peers: Functions of other packages, with one common signature.
         adapt: Turns a peer's function into one with the signature of the reference.
         not_compiled: Reason to leave out the compiled reference.
+        constants: Number of inputs at the end that get no gradients.
         options: Keyword arguments.
     """
     peers = peers or {}
@@ -90,10 +92,11 @@ def case(
         functions = functions | {COMPILED: compiled(reference)}
     absent = {COMPILED: not_compiled} if not_compiled else {}
     absent |= {name: peer.note for name, peer in peers.items() if name not in usable}
-    inputs = [x.detach().requires_grad_(bool(d_outputs)) if _is_real(x) else x for x in inputs]
+    differentiated = len(inputs) - constants if d_outputs else 0
+    inputs = [x.detach().requires_grad_(place < differentiated) if _is_real(x) else x for place, x in enumerate(inputs)]
 
     def truth() -> list[Tensor]:
-        wide = [x.detach().double().requires_grad_(bool(d_outputs)) if _is_real(x) else x for x in inputs]
+        wide = [x.detach().double().requires_grad_(x.requires_grad) if _is_real(x) else x for x in inputs]
         return _run_of(reference, wide, options, [x.double() for x in d_outputs])()
 
     def runs_on(inputs: Sequence[Any], d_outputs: Sequence[Tensor]) -> dict[str, Run]:
@@ -120,7 +123,7 @@ def _run_of(
     function: Callable[..., Any], inputs: Sequence[Any], options: dict[str, Any], d_outputs: Sequence[Tensor]
 ) -> Run:
     """A run that returns the results of a function, and the gradients of its inputs."""
-    leaves = [x for x in inputs if _is_real(x)]
+    leaves = [x for x in inputs if _is_real(x) and x.requires_grad]
 
     def run() -> list[Tensor]:
         outputs = function(*inputs, **options)

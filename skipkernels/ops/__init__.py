@@ -22,6 +22,7 @@ OPERATORS = (
     "class_scores",
     "add_layer_norm",
     "mlp_activation",
+    "rotary_embedding",
     "shared_prefix_attention",
     "pooled_attention",
     "gather_rows",

@@ -1,0 +1,52 @@
+"""Benchmark of `rotary_embedding`: query, key and value of EVA-02-B/16 and PE-Core-L/14, and pairs of halves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from skipkernels import functional, reference
+
+from . import CPU, OURS, Case, Random, case
+
+# Images, tokens, heads and their width; pairs are neighbours.
+SHAPES = ((4, 197, 12, 64, True), (4, 577, 16, 64, True), (4, 577, 16, 64, False))
+
+
+def eager(x: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool) -> Tensor:
+    """Rotate as timm does, with the cosine and sine of each column."""
+    T, E = cos.shape[0], 2 * cos.shape[1]
+    cos, sin = (x.repeat_interleave(2, 1) if interleaved else x.repeat(1, 2) for x in (cos, sin))  # [T, E]
+    rotated, copied = x.split([heads * E, x.shape[1] - heads * E], dim=1)
+    rotated = rotated.view(-1, T, heads, E)
+    if interleaved:
+        turned = torch.stack([-rotated[..., 1::2], rotated[..., ::2]], dim=-1).flatten(3)
+    else:
+        first, second = rotated.chunk(2, dim=3)
+        turned = torch.cat([-second, first], dim=3)
+    result = (rotated * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+    return torch.cat([result.flatten(0, 1).flatten(1), copied], dim=1)
+
+
+def ours(x: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool) -> Tensor:
+    return functional.rotary_embedding(x, cos, sin, heads=heads, interleaved=interleaved)
+
+
+def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
+    random = Random(dtype, device)
+    for N, T, H, E, interleaved in SHAPES:
+        angles = random(T, E // 2, dtype=torch.float32)
+        yield case(
+            f"N{N}-T{T}-H{H}-E{E}" + ("" if interleaved else "-halves"),
+            {OURS: ours, "eager": eager},
+            reference.rotary_embedding,
+            [random(N * T, 3 * H * E), angles.cos(), angles.sin()],
+            [random(N * T, 3 * H * E)],
+            # Forward and backward read one and write one, and the cosines and sines.
+            moved=4 * N * T * 3 * H * E * dtype.itemsize + 4 * angles.nbytes,
+            constants=2,
+            heads=2 * H,
+            interleaved=interleaved,
+        )
