@@ -177,10 +177,11 @@ def folded_norm_gradients(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
-    """Shape, rows, bias and kind: the image tower with every kind, narrow rows, rows without a bias."""
-    x, bias = on_meta(788, 3072, dtype=dtype), on_meta(3072, dtype=dtype)
+    """Shape of the result, rows, bias and kind: an image tower with every kind, narrow rows, rows without a bias."""
     for kind, name in enumerate(KINDS):
-        yield f"T788-W3072-{name}", x, bias, kind
+        W = 3072 * (2 if name == "swiglu" else 1)
+        yield f"T788-W3072-{name}", on_meta(788, W, dtype=dtype), on_meta(W, dtype=dtype), kind
+    x = on_meta(788, 3072, dtype=dtype)
     kind, narrow = KINDS.index("quick_gelu"), (on_meta(33, 64, dtype=dtype), on_meta(64, dtype=torch.float32))
     yield "T33-W64-quick_gelu", *narrow, kind
     yield "T788-W3072-quick_gelu-plain", x, None, kind
@@ -195,7 +196,10 @@ def mlp_activation(dtype: torch.dtype) -> Iterator[Call]:
 @calls
 def mlp_activation_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, bias, kind in activation_rows(dtype):
-        yield Call(shape, (x, x, bias, kind, True, bias is not None, False, False))
+        d_out = x.chunk(2, dim=-1)[0].contiguous() if KINDS[kind] == "swiglu" else x
+        yield Call(shape, (d_out, x, bias, kind, True, bias is not None, False, False))
+        if KINDS[kind] == "swiglu":
+            yield Call(f"{shape}-block", (d_out, x, bias, kind, True, True, True, True))
     yield Call(f"{shape}-block", (x, x, x[0], kind, True, True, True, True))
 
 

@@ -2,6 +2,8 @@
 //
 //   u = x + bias,   out = u · g(u),   d_x = d_out · (g(u) + u · g'(u)),   d_bias = Σ d_x over all rows
 //   quick_gelu: g(u) = σ(1.702 u);   gelu: g(u) = Φ(u);   gelu_tanh: g(u) = σ(2 √(2/π) (u + 0.044715 u³))
+//   swiglu, of rows (u, v) twice as wide: g(u) = σ(u),   out = u · g(u) · v,   d_v = d_out · u · g(u),
+//     d_u = d_out · v · (g(u) + u · g'(u))
 //
 // Map: blocks of rows are tasks (RowPlan). A row is processed CHUNK numbers at a time in a buffer of the type of
 // arithmetic: load, compute in place, store.
@@ -15,7 +17,7 @@ namespace {
 constexpr const char* NAME = "mlp_activation";
 constexpr int64_t CHUNK = 512; // 2 KiB in fp32: the L1 cache has room for it beside the rows
 
-enum class Kind { quick_gelu, gelu, gelu_tanh }; // as KINDS of skipkernels/ops/mlp_activation.py
+enum class Kind { quick_gelu, gelu, gelu_tanh, swiglu }; // as KINDS of skipkernels/ops/mlp_activation.py
 
 // Relative errors of the functions below, and therefore of g for negative u, where g vanishes. With ROUGH, for 16-bit
 // results: below 2.6e-5, a tenth of half a step of fp16. Else: below 1e-8 plus rounding, which is t · 2⁻²³ + 4 · 2⁻²⁴
@@ -80,6 +82,8 @@ struct Gate {
   A value, slope;
 };
 
+template <Kind KIND>
+constexpr double SIGMOID_FACTOR = KIND == Kind::quick_gelu ? 1.702 : 1.0;
 constexpr double TANH_FACTOR = 1.5957691216057308, TANH_CUBIC = 0.044715; // 2 √(2/π)
 
 // Where g rounds to 1 or 0, g must be exactly 1 or 0, and g' exactly 0: u may be 1e38.
@@ -93,11 +97,11 @@ SKIPKERNELS_INLINE Gate<float> gate(float u) {
   } else {
     float t, scale; // g = σ(z), t = −z · log₂ e, scale = z'
     bool is_zero;
-    if constexpr (KIND == Kind::quick_gelu) {
-      t = u * (-1.702f * LOG2_E);
+    if constexpr (KIND != Kind::gelu_tanh) {
+      scale = float(SIGMOID_FACTOR<KIND>);
+      t = u * (-scale * LOG2_E);
       is_zero = t > 126.0f;
       t = t < -127.0f ? -127.0f : is_zero ? 126.0f : t;
-      scale = 1.702f;
     } else {
       constexpr float FACTOR = float(TANH_FACTOR), CUBIC = float(TANH_CUBIC), BOUND = 10.031f; // there |t| is 127
       const float inner = u < -BOUND ? -BOUND : u > BOUND ? BOUND : u, square = inner * inner;
@@ -115,7 +119,7 @@ SKIPKERNELS_INLINE Gate<double> gate(double u) {
   if constexpr (KIND == Kind::gelu) {
     return {0.5 * std::erfc(u * -0.70710678118654752), std::exp(-0.5 * u * u) * 0.39894228040143268};
   } else {
-    double z = 1.702 * u, scale = 1.702;
+    double scale = SIGMOID_FACTOR<KIND>, z = scale * u;
     if constexpr (KIND == Kind::gelu_tanh) {
       const double inner = std::min(std::max(u, -30.0), 30.0), square = inner * inner;
       z = TANH_FACTOR * inner * (1 + TANH_CUBIC * square);
@@ -128,11 +132,14 @@ SKIPKERNELS_INLINE Gate<double> gate(double u) {
 
 template <class T, class A = accumulate_t<T>>
 struct Problem {
-  int64_t W;
+  int64_t W; // of out; x has rows of W numbers, for swiglu of 2W
   const T *x, *d_out; // d_out: backward only
-  const A* bias;
+  const A *bias, *bias_v; // bias_v: of v, swiglu only
   T *out, *d_x; // null if not needed
 };
+
+template <Kind KIND>
+constexpr int64_t PARTS = KIND == Kind::swiglu ? 2 : 1; // W numbers each, of a row of x
 
 // u = x + bias, in slots.
 template <class T, class A>
@@ -145,14 +152,20 @@ SKIPKERNELS_INLINE void load_sum(A* u, const T* x, const A* bias, int64_t W) {
 template <Kind KIND, class T, class A>
 SKIPKERNELS_INLINE void forward_rows_body(const Problem<T>& problem, int64_t begin, int64_t end) {
   const int64_t W = problem.W;
-  alignas(64) A u[CHUNK];
+  alignas(64) A u[CHUNK], v[CHUNK];
   for (int64_t r = begin; r < end; ++r)
     for (int64_t start = 0; start < W; start += CHUNK) {
       const int64_t count = std::min(CHUNK, W - start), padded = slots<T>(count);
-      load_sum(u, problem.x + r * W + start, problem.bias + start, count);
+      const T* x = problem.x + r * W * PARTS<KIND> + start;
+      load_sum(u, x, problem.bias + start, count);
+      if constexpr (KIND == Kind::swiglu)
+        load_sum(v, x + W, problem.bias_v + start, count);
 #pragma omp simd
-      for (int64_t i = 0; i < padded; ++i)
+      for (int64_t i = 0; i < padded; ++i) {
         u[i] *= gate<KIND, is_16_bit<T>>(u[i]).value;
+        if constexpr (KIND == Kind::swiglu)
+          u[i] *= v[i];
+      }
       T* out = problem.out + r * W + start;
       for_columns<T>(count, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
         Columns<T> result = load_slots<T>(u + i);
@@ -161,47 +174,69 @@ SKIPKERNELS_INLINE void forward_rows_body(const Problem<T>& problem, int64_t beg
     }
 }
 
+// d_x = d_out · factor for W columns of a row of x, and its sum; null if not needed.
+template <class T, class A>
+SKIPKERNELS_INLINE void store_product(T* d_x, A* sum, const T* d_out, const A* factor, int64_t W) {
+  for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
+    Columns<T> product = load_columns(d_out + i, n) * load_slots<T>(factor + i);
+    if (sum != nullptr)
+      store_slots<T>(sum + i, load_slots<T>(sum + i) + product);
+    if (d_x != nullptr)
+      store_columns(d_x + i, product, n);
+  });
+}
+
 template <Kind KIND, class T, class A>
-SKIPKERNELS_INLINE void backward_rows_body(const Problem<T>& problem, int64_t begin, int64_t end, A* d_bias) {
+SKIPKERNELS_INLINE void backward_rows_body(
+    const Problem<T>& problem, int64_t begin, int64_t end, A* d_bias, A* d_bias_v) {
+  const auto at_or_null = [](auto* data, int64_t i) { return data == nullptr ? nullptr : data + i; };
   const int64_t W = problem.W;
-  alignas(64) A u[CHUNK], active[CHUNK];
+  alignas(64) A u[CHUNK], active[CHUNK], v[CHUNK];
   for (int64_t r = begin; r < end; ++r)
     for (int64_t start = 0; start < W; start += CHUNK) {
-      const int64_t count = std::min(CHUNK, W - start), padded = slots<T>(count), at = r * W + start;
-      load_sum(u, problem.x + at, problem.bias + start, count);
+      const int64_t count = std::min(CHUNK, W - start), padded = slots<T>(count);
+      const int64_t at = r * W + start, at_x = r * W * PARTS<KIND> + start;
+      load_sum(u, problem.x + at_x, problem.bias + start, count);
+      if constexpr (KIND == Kind::swiglu)
+        load_sum(v, problem.x + at_x + W, problem.bias_v + start, count);
       // active is computed also where out is not needed: one product beside an exponential.
 #pragma omp simd
       for (int64_t i = 0; i < padded; ++i) {
         const Gate<A> g = gate<KIND, is_16_bit<T>>(u[i]);
         active[i] = u[i] * g.value;
         u[i] = g.value + u[i] * g.slope;
+        if constexpr (KIND == Kind::swiglu) {
+          const A d_v = active[i]; // up to d_out, as u
+          active[i] *= v[i];
+          u[i] *= v[i];
+          v[i] = d_v;
+        }
       }
       if (problem.out != nullptr)
         for_columns<T>(count, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
           Columns<T> result = load_slots<T>(active + i);
           store_columns(problem.out + at + i, result, n);
         });
-      for_columns<T>(count, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
-        Columns<T> d_x = load_columns(problem.d_out + at + i, n) * load_slots<T>(u + i);
-        if (d_bias != nullptr)
-          store_slots<T>(d_bias + start + i, load_slots<T>(d_bias + start + i) + d_x);
-        if (problem.d_x != nullptr)
-          store_columns(problem.d_x + at + i, d_x, n);
-      });
+      const T* d_out = problem.d_out + at;
+      store_product<T, A>(at_or_null(problem.d_x, at_x), at_or_null(d_bias, start), d_out, u, count);
+      if constexpr (KIND == Kind::swiglu)
+        store_product<T, A>(at_or_null(problem.d_x, at_x + W), at_or_null(d_bias_v, start), d_out, v, count);
     }
 }
 
-#define DEFINE_KIND_LOOPS(KIND, T, A)                                                                   \
-  MULTIVERSION void forward_##KIND(const Problem<T>& problem, int64_t begin, int64_t end) {             \
-    forward_rows_body<Kind::KIND, T, A>(problem, begin, end);                                           \
-  }                                                                                                     \
-  MULTIVERSION void backward_##KIND(const Problem<T>& problem, int64_t begin, int64_t end, A* d_bias) { \
-    backward_rows_body<Kind::KIND, T, A>(problem, begin, end, d_bias);                                  \
+#define DEFINE_KIND_LOOPS(KIND, T, A)                                                       \
+  MULTIVERSION void forward_##KIND(const Problem<T>& problem, int64_t begin, int64_t end) { \
+    forward_rows_body<Kind::KIND, T, A>(problem, begin, end);                               \
+  }                                                                                         \
+  MULTIVERSION void backward_##KIND(                                                        \
+      const Problem<T>& problem, int64_t begin, int64_t end, A* d_bias, A* d_bias_v) {      \
+    backward_rows_body<Kind::KIND, T, A>(problem, begin, end, d_bias, d_bias_v);            \
   }
 #define DEFINE_ROW_LOOPS(T, A)        \
   DEFINE_KIND_LOOPS(quick_gelu, T, A) \
   DEFINE_KIND_LOOPS(gelu, T, A)       \
-  DEFINE_KIND_LOOPS(gelu_tanh, T, A)
+  DEFINE_KIND_LOOPS(gelu_tanh, T, A)  \
+  DEFINE_KIND_LOOPS(swiglu, T, A)
 
 DEFINE_ROW_LOOPS(float, float)
 DEFINE_ROW_LOOPS(double, double)
@@ -214,30 +249,47 @@ void check_shapes(const Tensor& x, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == x.size(x.dim() - 1)), NAME, ": bias must be [W].");
 }
 
-Kind kind_of(int64_t index) {
+Kind kind_of(int64_t index, const Tensor& x) {
   STD_TORCH_CHECK(
-      index >= 0 && index <= int64_t(Kind::gelu_tanh), NAME,
-      ": kind must be 0 (quick_gelu), 1 (gelu) or 2 (gelu_tanh); got ", index, ".");
-  return Kind(index);
+      index >= 0 && index <= int64_t(Kind::swiglu), NAME,
+      ": kind must be 0 (quick_gelu), 1 (gelu), 2 (gelu_tanh) or 3 (swiglu); got ", index, ".");
+  const Kind kind = Kind(index);
+  STD_TORCH_CHECK(
+      kind != Kind::swiglu || x.size(x.dim() - 1) % 2 == 0, NAME, ": x must be [..., 2W] with kind 3 (swiglu).");
+  return kind;
+}
+
+// The shape of the result.
+std::vector<int64_t> result_sizes(const Tensor& x, Kind kind) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < x.dim(); ++i)
+    sizes.push_back(x.size(i));
+  if (kind == Kind::swiglu)
+    sizes.back() /= 2;
+  return sizes;
 }
 
 Tensor mlp_activation(const Tensor& x_, const std::optional<Tensor>& bias_, int64_t kind_) {
   check_shapes(x_, bias_);
-  const Kind kind = kind_of(kind_);
+  const Kind kind = kind_of(kind_, x_);
   const Tensor x = as_contiguous(x_);
-  Tensor out = make_empty_like(x);
+  Tensor out = make_empty(result_sizes(x, kind), x.scalar_type());
   dispatch_features(x, NAME, [&](auto type) {
     using T = decltype(type);
-    const RowPlan plan = rows_of_width(x);
-    const Slots<T> bias(bias_, plan.W);
-    const Problem<T> problem{plan.W, x.const_data_ptr<T>(), nullptr, bias, out.mutable_data_ptr<T>(), nullptr};
+    const RowPlan plan = rows_of_width(out);
+    const bool gated = kind == Kind::swiglu;
+    const Slots<T> bias(bias_, plan.W), bias_v(gated ? bias_ : std::nullopt, plan.W, 0, plan.W);
+    const Problem<T> problem{
+        plan.W, x.const_data_ptr<T>(), nullptr, bias, bias_v, out.mutable_data_ptr<T>(), nullptr};
     parallel_rows(plan, [&](int64_t, int64_t begin, int64_t end) {
       if (kind == Kind::quick_gelu)
         forward_quick_gelu(problem, begin, end);
       else if (kind == Kind::gelu)
         forward_gelu(problem, begin, end);
-      else
+      else if (kind == Kind::gelu_tanh)
         forward_gelu_tanh(problem, begin, end);
+      else
+        forward_swiglu(problem, begin, end);
     });
   });
   return out;
@@ -247,36 +299,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_activation_backward(
     const Tensor& d_out_, const Tensor& x_, const std::optional<Tensor>& bias_, int64_t kind_, bool need_x,
     bool need_bias, bool need_out, bool /* partial: the sums are cheap to complete here */) {
   check_shapes(x_, bias_);
-  check_like(NAME, x_, d_out_, "d_out");
+  const Kind kind = kind_of(kind_, x_);
+  STD_TORCH_CHECK(
+      d_out_.sizes().equals(result_sizes(x_, kind)) && d_out_.scalar_type() == x_.scalar_type(), NAME,
+      ": d_out must have the shape and the dtype of the result.");
   STD_TORCH_CHECK(bias_ || !need_bias, NAME, ": without a bias there is no gradient of it.");
-  const Kind kind = kind_of(kind_);
   const Tensor x = as_contiguous(x_), d_out = as_contiguous(d_out_);
-  Tensor d_x = empty_if(need_x, x), out = empty_if(need_out, x);
-  std::optional<Tensor> d_bias;
+  Tensor d_x = empty_if(need_x, x), out = empty_if(need_out, d_out);
+  Tensor d_bias = make_empty({need_bias ? bias_->size(0) : 0}, (bias_ ? *bias_ : x).scalar_type());
   dispatch_features(x, NAME, [&](auto type) {
     using T = decltype(type);
-    const RowPlan plan = rows_of_width(x);
-    const Slots<T> bias(bias_, plan.W);
-    const ColumnSums<T> sums(plan, need_bias);
+    const RowPlan plan = rows_of_width(d_out);
+    const bool gated = kind == Kind::swiglu;
+    const Slots<T> bias(bias_, plan.W), bias_v(gated ? bias_ : std::nullopt, plan.W, 0, plan.W);
+    const ColumnSums<T> sums(plan, need_bias), sums_v(plan, need_bias && gated);
     const Problem<T> problem{
         plan.W,
         x.const_data_ptr<T>(),
         d_out.const_data_ptr<T>(),
         bias,
+        bias_v,
         need_out ? out.mutable_data_ptr<T>() : nullptr,
         need_x ? d_x.mutable_data_ptr<T>() : nullptr};
     parallel_rows(plan, [&](int64_t block, int64_t begin, int64_t end) {
-      auto* block_sums = sums.start(block);
+      auto *const block_sums = sums.start(block), *const block_sums_v = sums_v.start(block);
       if (kind == Kind::quick_gelu)
-        backward_quick_gelu(problem, begin, end, block_sums);
+        backward_quick_gelu(problem, begin, end, block_sums, block_sums_v);
       else if (kind == Kind::gelu)
-        backward_gelu(problem, begin, end, block_sums);
+        backward_gelu(problem, begin, end, block_sums, block_sums_v);
+      else if (kind == Kind::gelu_tanh)
+        backward_gelu_tanh(problem, begin, end, block_sums, block_sums_v);
       else
-        backward_gelu_tanh(problem, begin, end, block_sums);
+        backward_swiglu(problem, begin, end, block_sums, block_sums_v);
     });
-    d_bias = sums.total(bias_ ? *bias_ : x, need_bias);
+    sums.add_up(d_bias, 0);
+    sums_v.add_up(d_bias, plan.W);
   });
-  return {d_x, *d_bias, out, empty_if(false, *d_bias)};
+  return {d_x, d_bias, out, empty_if(false, d_bias)};
 }
 
 } // namespace

@@ -16,12 +16,6 @@ inline bool same_sizes(const Tensor& x, const Tensor& other) {
   return same;
 }
 
-inline void check_like(const char* function, const Tensor& x, const Tensor& other, const char* argument) {
-  STD_TORCH_CHECK(
-      same_sizes(x, other) && other.scalar_type() == x.scalar_type(), function, ": ", argument,
-      " must have the shape and the dtype of the other features.");
-}
-
 // Rows of W numbers of any type, read and written through a buffer in the type of arithmetic.
 template <class A>
 class ConvertedRows {
@@ -68,8 +62,9 @@ class Slots {
  public:
   using A = accumulate_t<T>;
 
-  // Without a vector: all `otherwise`.
-  Slots(const std::optional<Tensor>& vector, int64_t W, A otherwise = 0) : slots_(scratch<A>(slots<T>(W))) {
+  // W numbers of a vector from `first` on. Without a vector: all `otherwise`.
+  Slots(const std::optional<Tensor>& vector, int64_t W, A otherwise = 0, int64_t first = 0)
+      : slots_(scratch<A>(slots<T>(W))) {
     std::fill(&slots_[0], &slots_[slots<T>(W)], vector ? A(0) : otherwise);
     if (!vector)
       return;
@@ -77,7 +72,7 @@ class Slots {
     dispatch_features(*vector, "skipkernels", [&](auto type) {
       const auto* data = vector->template const_data_ptr<decltype(type)>();
       for (int64_t i = 0; i < W; ++i) {
-        const A number = A(widen(data[i * stride]));
+        const A number = A(widen(data[(first + i) * stride]));
         slots_[slot<T>(i)] = std::isnan(number) ? std::numeric_limits<A>::quiet_NaN() : number; // see round_to_bfloat16
       }
     });
@@ -139,17 +134,22 @@ class ColumnSums {
   // [W] in the dtype of `like`; empty if not needed.
   Tensor total(const Tensor& like, bool wanted) const {
     Tensor out = make_empty({wanted ? W_ : 0}, like.scalar_type());
-    if (!wanted)
-      return out;
+    if (wanted)
+      add_up(out, 0);
+    return out;
+  }
+  // Writes the sums, if wanted, to W elements of a vector from `first` on.
+  void add_up(Tensor& out, int64_t first) const {
+    if (!wanted_)
+      return;
     for (int64_t block = 1; block < blocks_; ++block)
       add(&sums_[0], &sums_[block * slots<T>(W_)], slots<T>(W_));
     dispatch_features(out, "skipkernels", [&](auto type) {
       using Out = decltype(type);
-      Out* data = out.mutable_data_ptr<Out>();
+      Out* data = out.mutable_data_ptr<Out>() + first;
       for (int64_t i = 0; i < W_; ++i)
         data[i] = narrow<Out>(accumulate_t<Out>(sums_[slot<T>(i)]));
     });
-    return out;
   }
 
  private:

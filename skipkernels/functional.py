@@ -324,17 +324,17 @@ def add_layer_norm(
 
 
 def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:
-    """Bias and activation of the MLP of a CLIP block, in one pass.
+    """Bias and activation of the MLP of a block, in one pass.
 
     With u = x + bias: `quick_gelu` is u · σ(1.702 u), `gelu` is u · Φ(u), `gelu_tanh` is the tanh approximation of
-    `gelu`.
+    `gelu`. `swiglu` is silu(u[..., :W]) · u[..., W:] with silu(u) = u · σ(u), half as wide as `x`.
 
     Saved for backward: `x` and `bias`. Autocast casts `x`, not the bias.
 
     Args:
-        x: [..., W], before the bias, in fp32, bf16, fp16 or fp64.
-        bias: [W], in any of these dtypes; default: None, no bias.
-        kind: "quick_gelu" (default, as in OpenAI's CLIP), "gelu" (exact) or "gelu_tanh".
+        x: [..., W], for `swiglu` [..., 2W], before the bias, in fp32, bf16, fp16 or fp64.
+        bias: [W], for `swiglu` [2W], in any of these dtypes; default: None, no bias.
+        kind: "quick_gelu" (default, as in OpenAI's CLIP), "gelu" (exact), "gelu_tanh" or "swiglu" (gate first).
 
     Returns:
         [..., W] in the dtype of `x`; computed in fp32 (fp64 for fp64).
@@ -344,6 +344,8 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
         tensor([-0.1542,  0.0000,  0.8458])
         >>> mlp_activation(torch.tensor([-2.0, -1.0, 0.0]), bias=torch.ones(3), kind="gelu")
         tensor([-0.1587,  0.0000,  0.8413])
+        >>> mlp_activation(torch.tensor([0.0, 1.0, 5.0, 2.0]), kind="swiglu")
+        tensor([0.0000, 1.4621])
     """
     name = "mlp_activation"
     check_shape(name, "x", x, rest=None, W=None)
@@ -353,7 +355,9 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
         check_dtype(name, "bias", bias, FEATURE_DTYPES, "Use bias.float().")
         check_device(name, "bias", bias, ("x", x))
     if kind not in KINDS:
-        raise ValueError(f'{name}: kind must be "quick_gelu", "gelu" or "gelu_tanh"; got {kind!r}.')
+        raise ValueError(f'{name}: kind must be "quick_gelu", "gelu", "gelu_tanh" or "swiglu"; got {kind!r}.')
+    if kind == "swiglu" and x.shape[-1] % 2 != 0:
+        raise ValueError(f'{name}: x must be [..., 2W] with kind "swiglu", gate first; got {list(x.shape)}.')
     return _mlp_activation(x, bias, KINDS.index(kind))
 
 

@@ -136,7 +136,7 @@ def add_layer_norm(
 
 
 def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:
-    """Bias and activation of the MLP of a CLIP block, see `functional.mlp_activation`."""
+    """Bias and activation of the MLP of a block, see `functional.mlp_activation`."""
     u = at_least_fp32(x) if bias is None else at_least_fp32(x) + at_least_fp32(bias)
     if kind == "quick_gelu":
         activated = u * torch.sigmoid(1.702 * u)
@@ -144,8 +144,11 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
         activated = F.gelu(u)
     elif kind == "gelu_tanh":
         activated = F.gelu(u, approximate="tanh")
+    elif kind == "swiglu":
+        gate, linear = u.chunk(2, dim=-1)
+        activated = F.silu(gate) * linear
     else:
-        raise ValueError(f'mlp_activation: kind must be "quick_gelu", "gelu" or "gelu_tanh"; got {kind!r}.')
+        raise ValueError(f'mlp_activation: kind must be "quick_gelu", "gelu", "gelu_tanh" or "swiglu"; got {kind!r}.')
     return activated.to(x.dtype)
 
 

@@ -117,7 +117,12 @@ BAD = {
     ],
     "mlp_activation": [
         ({"bias": torch.randn(7)}, ValueError, r"bias must be \[W=16\] to match x \[4, 16\]; got \[7\]"),
-        ({"kind": "relu"}, ValueError, r'kind must be "quick_gelu", "gelu" or "gelu_tanh"; got \'relu\''),
+        ({"kind": "relu"}, ValueError, r'kind must be "quick_gelu", "gelu", "gelu_tanh" or "swiglu"; got \'relu\''),
+        (
+            {"x": torch.randn(B, 7), "bias": None, "kind": "swiglu"},
+            ValueError,
+            r"x must be \[\.\.\., 2W\] .*; got \[4, 7",
+        ),
     ],
     "rotary_embedding": [
         (

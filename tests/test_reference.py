@@ -86,6 +86,8 @@ def test_mlp_activation(rng):
     assert torch.allclose(reference.mlp_activation(x, bias), u / (1 + torch.exp(-1.702 * u)), rtol=1e-13)
     assert torch.equal(reference.mlp_activation(x, bias, "gelu"), F.gelu(u))
     assert torch.equal(reference.mlp_activation(u, None, "gelu_tanh"), F.gelu(u, approximate="tanh"))
+    gate, linear = u.chunk(2, dim=-1)
+    assert torch.allclose(reference.mlp_activation(x, bias, "swiglu"), gate * torch.sigmoid(gate) * linear, rtol=1e-13)
     with pytest.raises(ValueError, match=r"^mlp_activation: kind must be .* got 'relu'"):
         reference.mlp_activation(x, bias, "relu")
 

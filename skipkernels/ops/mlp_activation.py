@@ -3,10 +3,14 @@
     u = x + bias,   out = u · g(u),   d_x = d_out · (g(u) + u · g'(u)),   d_bias = Σ d_x over all rows
     quick_gelu: g(u) = σ(1.702 u);   gelu: g(u) = Φ(u);   gelu_tanh: g(u) = σ(2 √(2/π) (u + 0.044715 u³))
 
+`swiglu` takes rows twice as wide, the gate u and the linear part v, each with its half of the bias, with g(u) = σ(u):
+
+    out = u · g(u) · v,   d_u = d_out · v · (g(u) + u · g'(u)),   d_v = d_out · u · g(u),   d_x = (d_u, d_v)
+
 Saved for backward: x and bias; g is recomputed. For a fused block backward also returns out, recomputed.
 
 On a GPU one kernel sums the gradient of the bias over fixed blocks of rows, and a second adds these sums in order. With
-`partial` they are returned, fp32 [P, W], with an empty d_bias: `column_sums` adds them.
+`partial` they are returned, fp32 [P, W], for swiglu [P, 2W], with an empty d_bias: `column_sums` adds them.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from . import registration
 from .launching import launch, tl, triton
 from .row_sums import blocks_of_rows, sum_in_order
 
-KINDS = ("quick_gelu", "gelu", "gelu_tanh")  # `kind` of the schemas is an index: strings leak in the stable ABI
+# `kind` of the schemas is an index: strings leak in the stable ABI.
+KINDS = ("quick_gelu", "gelu", "gelu_tanh", "swiglu")
 
-TILE = 2048  # numbers in a tile: 16 per thread
+TILE = 2048  # numbers of x in a tile: 16 per thread
 NUM_WARPS = 4
 BLOCK_COLUMNS = 256  # largest number of columns of a tile
 ROWS_PER_SUM = 32  # least number of rows per program of backward; with fewer there are many more sums to write
@@ -57,6 +62,8 @@ def _gate(u, KIND: tl.constexpr):
     elif KIND == "gelu":
         value = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
         slope = tl.exp(-0.5 * u * u) * 0.3989422804014327
+    elif KIND == "swiglu":
+        value, slope = _sigmoid(u, 1.0)
     else:
         # Beyond 30 the sigmoid is 0 or 1, while u³ may be infinite. 2 √(2/π) = 1.5957691216057308.
         inner = tl.where(u < -30, -30.0, tl.where(u > 30, 30.0, u))
@@ -78,15 +85,21 @@ def _mlp_activation_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """out = u · g(u) with u = x + bias. One program: BLOCK_R rows, BLOCK_W columns."""
+    """out = u · g(u), for swiglu u · g(u) · v. One program: BLOCK_R rows, BLOCK_W columns."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     mask_w = offs_w < W
     offs, mask = offs_r[:, None] * W + offs_w[None, :], (offs_r < R)[:, None] & mask_w[None, :]
-    u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
+    offs_x = offs_r[:, None] * (2 * W if KIND == "swiglu" else W) + offs_w[None, :]
+    u = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
     if bias_ptr is not None:
         u += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_W]
     value, _ = _gate(u, KIND)  # [BLOCK_R, BLOCK_W]
+    if KIND == "swiglu":
+        v = tl.load(x_ptr + W + offs_x, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
+        if bias_ptr is not None:
+            v += tl.load(bias_ptr + W + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_W]
+        value *= v
     tl.store(out_ptr + offs, (u * value).to(out_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
 
 
@@ -105,29 +118,50 @@ def _mlp_activation_bwd_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """d_x = d_out · (g(u) + u · g'(u)), out = u · g(u), Σ d_x. One program: BLOCK_W columns of `rows` rows."""
+    """d_x = d_out · (g(u) + u · g'(u)), for swiglu (d_u, d_v), out, Σ d_x.
+
+    One program: BLOCK_W columns of `rows` rows, for swiglu of each half of x.
+    """
     program = tl.program_id(0).to(tl.int64)
     offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     mask_w = offs_w < W
+    WIDTH: tl.constexpr = 2 * W if KIND == "swiglu" else W  # of x
     bias = tl.zeros([BLOCK_W], tl.float32)
+    bias_v = tl.zeros([BLOCK_W], tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
+        if KIND == "swiglu":
+            bias_v = tl.load(bias_ptr + W + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
     d_bias = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
+    d_bias_v = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
     # 1. Gradients of the rows, and the sum of d_x
     for start in range(0, rows, BLOCK_R):
         offs_r = program * rows + start + tl.arange(0, BLOCK_R)
         offs, mask = offs_r[:, None] * W + offs_w[None, :], (offs_r < R)[:, None] & mask_w[None, :]
-        u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]  # [BLOCK_R, BLOCK_W]
+        offs_x = offs_r[:, None] * WIDTH + offs_w[None, :]
+        u = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32) + bias[None, :]  # [BLOCK_R, BLOCK_W]
         value, slope = _gate(u, KIND)  # [BLOCK_R, BLOCK_W] each
-        d_x = tl.load(d_out_ptr + offs, mask=mask, other=0.0).to(tl.float32) * (value + u * slope)  # [BLOCK_R, BLOCK_W]
+        d_out = tl.load(d_out_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
+        d_x = d_out * (value + u * slope)  # [BLOCK_R, BLOCK_W]
+        if KIND == "swiglu":
+            v = tl.load(x_ptr + W + offs_x, mask=mask, other=0.0).to(tl.float32) + bias_v[None, :]  # [BLOCK_R, BLOCK_W]
+            d_v = d_out * (u * value)  # [BLOCK_R, BLOCK_W]
+            if d_x_ptr is not None:
+                tl.store(d_x_ptr + W + offs_x, d_v.to(d_x_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
+            d_bias_v += tl.where(mask, d_v, 0.0)
+            value *= v
+            d_x *= v
         if d_x_ptr is not None:
-            tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
+            tl.store(d_x_ptr + offs_x, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
         if out_ptr is not None:
             tl.store(out_ptr + offs, (u * value).to(out_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
         d_bias += tl.where(mask, d_x, 0.0)  # beyond R d_x is 0 · g, and NaN if the bias is infinite
-    # 2. This program's row of the sums [P, W]
+    # 2. This program's row of the sums, [P, W], for swiglu [P, 2W]
     if d_bias_sums_ptr is not None:
-        tl.store(d_bias_sums_ptr + program * W + offs_w, tl.sum(d_bias, axis=0), mask=mask_w)  # [BLOCK_W]
+        sums_ptr = d_bias_sums_ptr + program * WIDTH + offs_w
+        tl.store(sums_ptr, tl.sum(d_bias, axis=0), mask=mask_w)  # [BLOCK_W]
+        if KIND == "swiglu":
+            tl.store(sums_ptr + W, tl.sum(d_bias_v, axis=0), mask=mask_w)  # [BLOCK_W]
 
 
 @triton.jit
@@ -145,15 +179,22 @@ def _mlp_activation_bwd_sums_kernel(
     tl.store(d_bias_ptr + offs_w, d_bias.to(d_bias_ptr.dtype.element_ty), mask=offs_w < W)  # [BLOCK_W]
 
 
-def _tile(W: int) -> dict[str, Any]:
+def _tile(W: int, width: int) -> dict[str, Any]:
+    """Return the tile of a result [..., W] of x [..., width]."""
     BLOCK_W = min(triton.next_power_of_2(W), BLOCK_COLUMNS)
-    return {"BLOCK_W": BLOCK_W, "BLOCK_R": TILE // BLOCK_W, "num_warps": NUM_WARPS}
+    return {"BLOCK_W": BLOCK_W, "BLOCK_R": TILE // (BLOCK_W * (width // W)), "num_warps": NUM_WARPS}
+
+
+def _shape(x: Tensor, kind: int) -> tuple[int, ...]:
+    """Shape of the result, [..., W]."""
+    *rest, width = x.shape
+    return *rest, width // 2 if KINDS[kind] == "swiglu" else width
 
 
 def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
-    W, tile = x.shape[-1], _tile(x.shape[-1])
-    R = x.numel() // W
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # [..., W]
+    out = _fake(x, bias, kind)  # [..., W]
+    W, width = out.shape[-1], x.shape[-1]
+    R, tile = out.numel() // W, _tile(W, width)
     launch(
         _mlp_activation_fwd_kernel,
         (triton.cdiv(R, tile["BLOCK_R"]), triton.cdiv(W, tile["BLOCK_W"])),
@@ -170,13 +211,13 @@ def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
 
 
 def _launch_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *needs: bool) -> tuple[Tensor, ...]:
-    W, device, tile = x.shape[-1], x.device, _tile(x.shape[-1])
-    R = x.numel() // W
+    W, width, device = d_out.shape[-1], x.shape[-1], x.device
+    R, tile = d_out.numel() // W, _tile(W, width)
     P, rows = blocks_of_rows(R, tile["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
     need = Needs(*needs)
-    d_x, d_bias, out, sums = _outputs(x, bias, need)
+    d_x, d_bias, out, sums = _outputs(d_out, x, bias, need)
     if need.bias and not need.partial:
-        sums = torch.empty(P, W, dtype=torch.float32, device=device)
+        sums = torch.empty(P, width, dtype=torch.float32, device=device)
     launch(
         _mlp_activation_bwd_rows_kernel,
         (P, triton.cdiv(W, tile["BLOCK_W"])),
@@ -196,26 +237,26 @@ def _launch_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *
     if need.bias and not need.partial:
         launch(
             _mlp_activation_bwd_sums_kernel,
-            (triton.cdiv(W, BLOCK_SUMS_COLUMNS),),
+            (triton.cdiv(width, BLOCK_SUMS_COLUMNS),),
             device=device,
             num_warps=4,
             d_bias_sums_ptr=sums,
             d_bias_ptr=d_bias,
             P=P,
-            W=W,
+            W=width,
             BLOCK_P=BLOCK_SUMS,
             BLOCK_W=BLOCK_SUMS_COLUMNS,
         )
     return d_x, d_bias, out, sums if need.partial else x.new_empty(0)
 
 
-def _outputs(x: Tensor, bias: Tensor | None, need: Needs) -> tuple[Tensor, ...]:
-    P, W = 0, x.shape[-1]
+def _outputs(d_out: Tensor, x: Tensor, bias: Tensor | None, need: Needs) -> tuple[Tensor, ...]:
+    P, W, width = 0, d_out.shape[-1], x.shape[-1]
     partial = need.partial and need.bias
     if partial:
-        P, _ = blocks_of_rows(x.numel() // W, _tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
-    inputs, needs = (x, x if bias is None else bias, x), (need.x, need.bias and not partial, need.out)
-    sums = x.new_empty((P, W) if partial else 0, dtype=torch.float32)
+        P, _ = blocks_of_rows(d_out.numel() // W, _tile(W, width)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
+    inputs, needs = (x, x if bias is None else bias, d_out), (need.x, need.bias and not partial, need.out)
+    sums = x.new_empty((P, width) if partial else 0, dtype=torch.float32)
     return *registration.gradients_like(inputs, needs), sums
 
 
@@ -235,13 +276,13 @@ def _fallback_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int,
 
 
 def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
-    return x.new_empty(x.shape)
+    return x.new_empty(_shape(x, kind))
 
 
 def _fake_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *needs: bool) -> tuple[Tensor, ...]:
     need = Needs(*needs)
     return _outputs(
-        x, bias, need._replace(partial=need.partial and x.device.type != "cpu" and x.dtype != torch.float64)
+        d_out, x, bias, need._replace(partial=need.partial and x.device.type != "cpu" and x.dtype != torch.float64)
     )
 
 

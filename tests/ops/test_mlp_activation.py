@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from timm.layers.mlp import GluMlp, SwiGLU
 from torch import Tensor
 
 from skipkernels import reference
@@ -15,11 +16,15 @@ from skipkernels.testing import SLACK
 from tests.ops.conftest import GPU, INTERPRETED, Backend
 from tests.ops.harness import DTYPES, Case, Operator, shared_tests
 
+ELEMENTWISE = KINDS[:3]  # the others join two numbers
+
 
 def make(R, W, *, dtype, seed=0, kind="quick_gelu", bias=True, bias_dtype=None) -> Case:
+    """W is the width of the result."""
     rng = torch.Generator().manual_seed(seed)
-    inputs = {"x": (2 * torch.randn(R, W, generator=rng)).to(dtype)}
-    vector = torch.randn(W, generator=rng).to(bias_dtype or dtype)
+    width = W if kind in ELEMENTWISE else 2 * W
+    inputs = {"x": (2 * torch.randn(R, width, generator=rng)).to(dtype)}
+    vector = torch.randn(width, generator=rng).to(bias_dtype or dtype)
     inputs |= {"bias": vector} if bias else {}
     return Case({name: x.requires_grad_() for name, x in inputs.items()}, {"kind": kind})
 
@@ -28,6 +33,9 @@ def eager(x, bias=None, kind="quick_gelu"):
     biased = x if bias is None else (x + bias).to(x.dtype)
     if kind == "quick_gelu":
         return biased * torch.sigmoid(1.702 * biased)
+    if kind == "swiglu":
+        gate, linear = biased.chunk(2, dim=-1)
+        return F.silu(gate) * linear
     return F.gelu(biased, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
@@ -89,7 +97,7 @@ def value_and_slope(function, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 @pytest.mark.parametrize("backend", ["cpp", INTERPRETED, GPU], indirect=True)
 def test_every_element_error(backend: Backend, kind, dtype):
     """Bound the error of every element from −max to max, in roundings of its dtype; other tests bound a norm."""
@@ -110,7 +118,7 @@ def test_every_element_error(backend: Backend, kind, dtype):
     assert ((d_x - d_right).abs() <= rounding * d_right.abs() + 4 * terms + cancelled).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 def test_relative_precision_where_the_result_vanishes(kind):
     """The relative error stays small down to results of 1e-37, where 1 + erf(x/√2) would cancel to 0."""
     x = torch.linspace(-12.7, -1, 1001)
@@ -126,7 +134,7 @@ def test_relative_precision_where_the_result_vanishes(kind):
     assert error < 87 * 2**-22, error  # 2⁻²² for each unit of the argument of exp, which is above −87
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 @pytest.mark.parametrize("backend", ["cpp", INTERPRETED, GPU], indirect=True)
 def test_infinity_and_nan_follow_the_formula(backend: Backend, kind):
     for dtype in backend.dtypes:
@@ -134,6 +142,57 @@ def test_infinity_and_nan_follow_the_formula(backend: Backend, kind):
         out, d_x = value_and_slope(mlp_activation, x, kind)
         assert out[0] == torch.inf and out[1:3].isnan().all() and out[3].isfinite()
         assert d_x[:3].isnan().all() and d_x[3].isfinite()
+
+
+def gated_value_and_slopes(function, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Result, and the gradients of both numbers of each pair, which is a row."""
+    x = pairs.detach().requires_grad_()
+    out = function(x, kind="swiglu").squeeze(1)
+    return out.detach(), torch.autograd.grad(out.sum(), x)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("backend", ["cpp", INTERPRETED, GPU], indirect=True)
+def test_every_gated_element_error(backend: Backend, dtype):
+    """The bounds of `test_every_element_error`, relative to the linear part."""
+    backend.skip_unless_supported(dtype)
+    gate = all_magnitudes(dtype)
+    pairs = torch.stack([gate, torch.linspace(-3, 3, len(gate)).to(dtype)], dim=1)
+    out, d_x = (y.cpu().double() for y in gated_value_and_slopes(mlp_activation, pairs.to(backend.device)))
+    right, d_right = gated_value_and_slopes(reference.mlp_activation, pairs.double())
+    half_step, least = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    rounding = 8 * half_step if dtype == torch.float32 else 1.2 * half_step
+    terms = 3 * gate.double().abs().clamp(max=15) * 2**-22 + max(least, 1e-37)
+    finite = right.isfinite() & (right.abs() < torch.finfo(dtype).max)
+    assert ((out - right).abs() <= rounding * right.abs() + terms)[finite].all()
+    cancelled = 3 * (2**-22 if dtype == torch.float32 else 3e-5)
+    assert ((d_x - d_right).abs() <= rounding * d_right.abs() + 4 * terms[:, None] + cancelled)[finite].all()
+
+
+@pytest.mark.parametrize("backend", ["cpp", INTERPRETED, GPU], indirect=True)
+def test_gated_infinity_and_nan_follow_the_formula(backend: Backend):
+    for dtype in backend.dtypes:
+        gate, linear = [torch.inf, -torch.inf, torch.nan, 1, 1, 1], [2, 2, 2, torch.inf, torch.nan, 2]
+        pairs = torch.tensor([gate, linear], dtype=dtype, device=backend.device).T
+        out, d_x = gated_value_and_slopes(mlp_activation, pairs)
+        assert out[[0, 3]].tolist() == [torch.inf] * 2 and out[[1, 2, 4]].isnan().all() and out[5].isfinite()
+        assert d_x[:, 0].isfinite().tolist() == [False] * 5 + [True]
+        assert d_x[:, 1].isfinite().tolist() == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_swiglu_equals_that_of_timm(backend: Backend, bias):
+    """GluMlp joins both products, gate first; SwiGLU has one for each."""
+    if torch.float64 not in backend.dtypes:
+        pytest.skip("in fp64")
+    glu = GluMlp(5, 2 * 7, act_layer=torch.nn.SiLU, gate_last=False, bias=bias).double()
+    swiglu = SwiGLU(5, 7, bias=bias).double()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    pairs = zip(swiglu.fc1_g.parameters(), swiglu.fc1_x.parameters(), strict=True)
+    joined = [torch.cat(pair) for pair in pairs]
+    for module, weights in ((glu, [*glu.fc1.parameters()]), (swiglu, joined)):
+        ours = mlp_activation(x @ weights[0].T, weights[1] if bias else None, "swiglu")
+        torch.testing.assert_close(module.fc2(ours), module(x))
 
 
 def test_no_rows(backend: Backend):
@@ -147,7 +206,7 @@ def test_backward_recomputes_the_result(backend: Backend, kind):
         case = OPERATOR.case((33, 513), backend.device, kind=kind, dtype=dtype)
         with torch.no_grad():
             x, bias = case.inputs.values()
-            arguments = torch.ones_like(x), x, bias, KINDS.index(kind), True, True
+            arguments = torch.ones(33, 513).to(x), x, bias, KINDS.index(kind), True, True
             plain, found = (mlp_activation_backward(*arguments, need_out, False) for need_out in (False, True))
             out = mlp_activation(x, bias, kind)
         assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
