@@ -140,6 +140,7 @@ def add_layer_norm(dtype: torch.dtype) -> Iterator[Call]:
         yield Call(shape, (x, x, weight, weight, 1e-5, None))
     yield Call(f"{shape}-plain", (x, None, weight, weight, 1e-5, None))
     yield Call(f"{shape}-unit", (x, None, None, None, 1e-5, None))
+    yield Call(f"{shape}-rms", (x, x, weight, None, 1e-6, None, True))
     for shape, x, low, weight in mixed_rows(dtype):
         yield Call(shape, (x, low, weight, weight, 1e-5, dtype))
 
@@ -154,6 +155,9 @@ def add_layer_norm_backward(dtype: torch.dtype) -> Iterator[Call]:
     yield Call(f"{shape}-sums", (x, x, *saved, None, True, True, True, True, False, None))
     yield Call(f"{shape}-frozen", (x, x, *saved, None, True, False, False, False, False, None))
     yield Call(f"{shape}-first", (x, None, *saved, None, False, True, True, False, False, None))
+    no_mean = (x, on_meta(0, dtype=torch.float32), statistic, weight)
+    yield Call(f"{shape}-rms", (x, x, *no_mean, None, True, True, False, False, False, None))
+    yield Call(f"{shape}-rms-block", (x, x, *no_mean, None, True, True, False, True, True, None, True))
     for shape, x, low, weight in mixed_rows(dtype):
         statistic = on_meta(x.shape[0], dtype=torch.float32)
         yield Call(shape, (low, x, x, statistic, statistic, weight, weight, True, True, True, True, True, dtype))

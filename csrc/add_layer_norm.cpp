@@ -1,9 +1,11 @@
-// add_layer_norm: residual addition and LayerNorm of the sum.
+// add_layer_norm: residual addition and LayerNorm or RMSNorm of the sum.
 //
 //   hidden = x + residual, rounded to the type of x;   x̂ = (hidden − mean) · rstd;   normed = x̂ · weight + bias
 //   g = d_normed · weight
 //   d_x = d_residual = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂))
 //   d_weight = Σ d_normed · x̂,   d_bias = Σ d_normed   over all rows
+//
+// RMSNorm: mean = 0 and mean(g) = 0; the pointer of the means is null.
 //
 // Map: blocks of rows are tasks (RowPlan). Forward and backward read a row from memory once, and then from the L1
 // cache. If the features have several types, each row is converted to the type of arithmetic in a buffer, and results
@@ -58,10 +60,10 @@ SKIPKERNELS_INLINE void forward_rows_body(const Forward<T>& f, int64_t begin, in
         store_columns(hidden + i, added, n);
         sum = sum + added;
       });
-    } else {
+    } else if (f.mean != nullptr) {
       for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA { sum = sum + load_columns(x + i, n); });
     }
-    const A mean = sum.sum() / A(W);
+    const A mean = f.mean != nullptr ? sum.sum() / A(W) : A(0);
     // From the centred row: E[x²] − E[x]² would cancel where the mean is large.
     for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
       const Columns<T> centred = only(load_columns(row + i, n) - mean, n);
@@ -74,7 +76,8 @@ SKIPKERNELS_INLINE void forward_rows_body(const Forward<T>& f, int64_t begin, in
       Columns<T> scaled = unit * load_slots<T>(f.weight + i) + load_slots<T>(f.bias + i);
       store_columns(normed + i, scaled, n);
     });
-    f.mean[r] = mean;
+    if (f.mean != nullptr)
+      f.mean[r] = mean;
     f.rstd[r] = rstd;
   }
 }
@@ -90,7 +93,7 @@ SKIPKERNELS_INLINE void backward_rows_body(const Backward<T>& b, int64_t begin, 
   const int64_t W = b.W;
   for (int64_t r = begin; r < end; ++r) {
     const T *d_normed = b.d_normed + r * W, *hidden = b.hidden + r * W;
-    const A mean = b.mean[r], rstd = b.rstd[r];
+    const A mean = b.mean != nullptr ? b.mean[r] : A(0), rstd = b.rstd[r];
     Columns<T> sum_g = {}, sum_gx = {};
     if constexpr (D_X)
       for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
@@ -98,7 +101,7 @@ SKIPKERNELS_INLINE void backward_rows_body(const Backward<T>& b, int64_t begin, 
         sum_g = sum_g + g;
         sum_gx = sum_gx + g * ((load_columns(hidden + i, n) - mean) * rstd);
       });
-    const A mean_g = sum_g.sum() / A(W), mean_gx = sum_gx.sum() / A(W);
+    const A mean_g = b.mean != nullptr ? sum_g.sum() / A(W) : A(0), mean_gx = sum_gx.sum() / A(W);
     for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
       const Columns<T> upstream = load_columns(d_normed + i, n);
       const Columns<T> unit = (load_columns(hidden + i, n) - mean) * rstd;
@@ -177,7 +180,7 @@ void forward_converted_rows(
       f.x = hidden.load(r, buffer.get());
     }
     f.normed = normed.destination(r, normed_buffer.get());
-    f.mean = mean + r;
+    f.mean = mean == nullptr ? nullptr : mean + r;
     f.rstd = rstd + r;
     forward_rows(f, 0, 1);
     normed.store(r, f.normed);
@@ -186,7 +189,7 @@ void forward_converted_rows(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
     const Tensor& x_, const std::optional<Tensor>& residual_, const std::optional<Tensor>& weight_,
-    const std::optional<Tensor>& bias_, double eps, std::optional<ScalarType> dtype) {
+    const std::optional<Tensor>& bias_, double eps, std::optional<ScalarType> dtype, bool rms) {
   STD_TORCH_CHECK(x_.dim() > 0 && x_.size(x_.dim() - 1) > 0, NAME, ": x must be [..., W] with W at least 1.");
   const int64_t W = x_.size(x_.dim() - 1), R = x_.numel() / W;
   STD_TORCH_CHECK(!residual_ || same_sizes(x_, *residual_), NAME, ": residual must have the shape of x.");
@@ -204,9 +207,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
     using T = decltype(type);
     using A = accumulate_t<T>;
     const auto sizes = x.sizes();
-    Tensor mean = make_empty(sizes.slice(0, sizes.size() - 1), scalar_type_of<A>);
-    Tensor rstd = make_empty_like(mean);
-    A *const means = mean.mutable_data_ptr<A>(), *const rstds = rstd.mutable_data_ptr<A>();
+    Tensor rstd = make_empty(sizes.slice(0, sizes.size() - 1), scalar_type_of<A>);
+    Tensor mean = empty_if(!rms, rstd);
+    A *const means = rms ? nullptr : mean.mutable_data_ptr<A>(), *const rstds = rstd.mutable_data_ptr<A>();
     const RowPlan plan(R, W);
     if (one_type) {
       const Slots<T> weight(weight_, W, 1), bias(bias_, W);
@@ -253,7 +256,7 @@ void backward_converted_rows(
     b.hidden = hidden.load(r, buffers[2].get());
     b.d_x = need_x ? d_x.destination(r, buffers[3].get()) : nullptr;
     b.normed = need_normed ? normed.destination(r, buffers[4].get()) : nullptr;
-    b.mean = mean + r;
+    b.mean = mean == nullptr ? nullptr : mean + r;
     b.rstd = rstd + r;
     backward_rows(b, 0, 1, sums);
     if (need_x)
@@ -269,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_l
     const Tensor& d_normed_, const std::optional<Tensor>& d_hidden_, const Tensor& hidden_, const Tensor& mean_,
     const Tensor& rstd_, const Tensor& weight_, const std::optional<Tensor>& bias_, bool need_x, bool need_weight,
     bool need_bias, bool need_sums, bool /* partial: the sums are cheap to complete here */,
-    std::optional<ScalarType> cast) {
+    std::optional<ScalarType> cast, bool need_normed_) {
   STD_TORCH_CHECK(
       hidden_.dim() > 0 && hidden_.size(hidden_.dim() - 1) > 0, NAME, ": hidden must be [..., W] with W at least 1.");
   const int64_t W = hidden_.size(hidden_.dim() - 1), R = hidden_.numel() / W;
@@ -285,18 +288,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_l
   const Tensor rstd = as_contiguous(rstd_);
   const std::optional<Tensor> d_hidden = d_hidden_ ? std::optional(as_contiguous(*d_hidden_)) : std::nullopt;
   Tensor d_x = empty_if(need_x, hidden), d_x_cast = empty_if(cast.has_value(), hidden, cast);
-  Tensor normed = empty_if(bias_.has_value(), hidden, d_normed.scalar_type());
+  const bool need_normed = need_normed_ || bias_;
+  Tensor normed = empty_if(need_normed, hidden, d_normed.scalar_type());
   const auto has_type_of_hidden = [&](const Tensor& x) { return x.scalar_type() == hidden.scalar_type(); };
   const bool one_type = has_type_of_hidden(d_normed) && (!d_hidden || has_type_of_hidden(*d_hidden)) && !cast;
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>> outputs;
   dispatch_features(hidden, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
+    const bool rms = mean.numel() == 0;
     STD_TORCH_CHECK(
-        mean.numel() == R && rstd.numel() == R && mean.scalar_type() == scalar_type_of<A> &&
+        (rms || mean.numel() == R) && rstd.numel() == R && mean.scalar_type() == scalar_type_of<A> &&
             rstd.scalar_type() == scalar_type_of<A>,
         NAME, ": backward must be given what forward returned.");
-    const A *const means = mean.const_data_ptr<A>(), *const rstds = rstd.const_data_ptr<A>();
+    const A *const means = rms ? nullptr : mean.const_data_ptr<A>(), *const rstds = rstd.const_data_ptr<A>();
     const RowPlan plan(R, W);
     // Calls rows(begin, end, sums) for every block. The sums are in the order of slots of S.
     const auto sum_blocks = [&](auto slot_type, const auto& rows) {
@@ -324,15 +329,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_l
           weight,
           bias,
           need_x ? d_x.mutable_data_ptr<T>() : nullptr,
-          bias_ ? normed.mutable_data_ptr<T>() : nullptr};
+          need_normed ? normed.mutable_data_ptr<T>() : nullptr};
       sum_blocks(T(), [&](int64_t begin, int64_t end, const Sums<A>& sums) { backward_rows(b, begin, end, sums); });
     } else {
       const Slots<A> weight(weight_, W), bias(bias_, W);
       const Backward<A> b{W, nullptr, nullptr, nullptr, means, rstds, weight, bias, nullptr, nullptr};
       sum_blocks(A(), [&](int64_t begin, int64_t end, const Sums<A>& sums) {
         backward_converted_rows<A>(
-            b, d_normed, d_hidden, hidden, d_x, d_x_cast, normed, need_x, cast.has_value(), bias_.has_value(), begin,
-            end, sums);
+            b, d_normed, d_hidden, hidden, d_x, d_x_cast, normed, need_x, cast.has_value(), need_normed, begin, end,
+            sums);
       });
     }
   });

@@ -38,6 +38,7 @@ from .ops.shared_prefix_attention import shared_prefix_attention as _shared_pref
 
 __all__ = [
     "add_layer_norm",
+    "add_rms_norm",
     "class_sampled_ce",
     "class_sampled_logits",
     "class_sampled_lse",
@@ -307,19 +308,36 @@ def add_layer_norm(
         (tensor([[2., 4., 6., 4.]]), tensor([[-1.4142,  0.0000,  1.4142,  0.0000]]))
     """
     name = "add_layer_norm"
-    check_shape(name, "x", x, rest=None, W=None)
-    check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
-    if residual is not None:
-        check_alike(name, "residual", residual, ("x", x), narrower=True)
-    check_shape(name, "weight", weight, ("x", x), W=x.shape[-1])
-    check_dtype(name, "weight", weight, FEATURE_DTYPES, "Use weight.float().")
-    check_device(name, "weight", weight, ("x", x))
+    _check_norm(name, x, residual, weight, eps, out_dtype)
     check_alike(name, "bias", bias, ("weight", weight))
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{name}: eps must be finite and at least 0; got {eps}.")
-    if out_dtype is not None and out_dtype not in FEATURE_DTYPES:
-        raise TypeError(f"{name}: out_dtype must be float32, bfloat16, float16 or float64; got {out_dtype}.")
     hidden, normed, _, _ = _add_layer_norm(x, residual, weight, bias, eps, out_dtype)
+    return x if residual is None else hidden, normed
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Residual addition and RMSNorm of the sum, in one pass: an option of the operator `add_layer_norm`.
+
+        hidden = x + residual,   normed = hidden / sqrt(mean(hidden²) + eps) · weight
+
+    Saved for backward: `hidden`, which the model saves anyway, and one number per row. Arguments and results are those
+    of `add_layer_norm`, with `eps` added to the mean square; default: 1e-6.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, NeurIPS 2019, arXiv 1910.07467.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0, -1.0, 2.0]])                # [1, W=4]
+        >>> hidden, normed = add_rms_norm(x, x, torch.ones(4))
+        >>> hidden, normed
+        (tensor([[ 0.,  2., -2.,  4.]]), tensor([[ 0.0000,  0.8165, -0.8165,  1.6330]]))
+    """
+    _check_norm("add_rms_norm", x, residual, weight, eps, out_dtype)
+    hidden, normed, _, _ = _add_layer_norm(x, residual, weight, None, eps, out_dtype, True)
     return x if residual is None else hidden, normed
 
 
@@ -717,6 +735,22 @@ def _casts(name: str, weights: list[Tensor], casts: Sequence[Tensor | None]) -> 
                 f"got {list(x.shape)} in {x.dtype} on {x.device} for a weight {list(weight.shape)} in {weight.dtype}."
             )
     return [first.new_empty(0) if x is None else x for x in casts]
+
+
+def _check_norm(
+    name: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out_dtype: torch.dtype | None
+) -> None:
+    check_shape(name, "x", x, rest=None, W=None)
+    check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
+    if residual is not None:
+        check_alike(name, "residual", residual, ("x", x), narrower=True)
+    check_shape(name, "weight", weight, ("x", x), W=x.shape[-1])
+    check_dtype(name, "weight", weight, FEATURE_DTYPES, "Use weight.float().")
+    check_device(name, "weight", weight, ("x", x))
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{name}: eps must be finite and at least 0; got {eps}.")
+    if out_dtype is not None and out_dtype not in FEATURE_DTYPES:
+        raise TypeError(f"{name}: out_dtype must be float32, bfloat16, float16 or float64; got {out_dtype}.")
 
 
 def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor, C: int | None = None) -> None:

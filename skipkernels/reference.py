@@ -19,6 +19,7 @@ from torch import Tensor
 __all__ = [
     "UNIT_NORM_EPS",
     "add_layer_norm",
+    "add_rms_norm",
     "class_sampled_ce",
     "class_sampled_logits",
     "class_sampled_lse",
@@ -132,6 +133,20 @@ def add_layer_norm(
     hidden = x if residual is None else (x + residual).to(x.dtype)
     wide = at_least_fp32(hidden)
     normed = F.layer_norm(wide, wide.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps)
+    return hidden, normed.to(out_dtype or hidden.dtype)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Residual addition and RMSNorm of the sum, see `functional.add_rms_norm`."""
+    hidden = x if residual is None else (x + residual).to(x.dtype)
+    wide = at_least_fp32(hidden)
+    normed = F.rms_norm(wide, wide.shape[-1:], weight.to(wide.dtype), eps)
     return hidden, normed.to(out_dtype or hidden.dtype)
 
 

@@ -51,6 +51,10 @@ GOOD = {
         **{name: torch.randn(B, D) for name in ("x", "residual")},
         **{name: torch.ones(D) for name in ("weight", "bias")},
     },
+    "add_rms_norm": lambda: {
+        **{name: torch.randn(B, D) for name in ("x", "residual")},
+        "weight": torch.ones(D),
+    },
     "mlp_activation": lambda: {"x": torch.randn(B, D), "bias": torch.ones(D)},
     "rotary_embedding": lambda: {
         "x": torch.randn(6, 12),
@@ -115,6 +119,11 @@ BAD = {
         ({"bias": torch.randn(7)}, ValueError, r"bias must be \[16\], the shape of weight; got \[7\]"),
         ({"eps": -1e-5}, ValueError, r"eps must be finite and at least 0"),
     ],
+    "add_rms_norm": [
+        ({"residual": torch.randn(D)}, ValueError, r"residual must be \[4, 16\], the shape of x; got \[16\]"),
+        ({"weight": torch.randn(7)}, ValueError, r"weight must be \[W=16\] to match x \[4, 16\]; got \[7\]"),
+        ({"eps": math.inf}, ValueError, r"eps must be finite and at least 0; got inf"),
+    ],
     "mlp_activation": [
         ({"bias": torch.randn(7)}, ValueError, r"bias must be \[W=16\] to match x \[4, 16\]; got \[7\]"),
         ({"kind": "relu"}, ValueError, r'kind must be "quick_gelu", "gelu", "gelu_tanh" or "swiglu"; got \'relu\''),
@@ -125,11 +134,7 @@ BAD = {
         ),
     ],
     "rotary_embedding": [
-        (
-            {"x": torch.randn(7, 12)},
-            ValueError,
-            r"x must be \[R, W\] with R a multiple of T=3 and W of E=4 .*; got",
-        ),
+        ({"x": torch.randn(7, 12)}, ValueError, r"x must be \[R, W\] with R a multiple of T=3 and W of E=4 .*; got"),
         ({"x": torch.randn(6, 10)}, ValueError, r"x must be \[R, W\] .* to match cos \[3, 2\]; got \[6, 10\]"),
         ({"x": torch.randn(2, 3, 12)}, ValueError, r"x must be \[R, W\] with .*; got \[2, 3, 12\]"),
         ({"x": torch.randn(6, 12).double()}, TypeError, r"cos must be float64; got torch.float32. Use cos.to"),

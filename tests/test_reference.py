@@ -80,6 +80,15 @@ def test_add_layer_norm_matches_torch(rng):
     assert hidden.dtype == normed.dtype == torch.bfloat16
 
 
+def test_add_rms_norm_matches_torch(rng):
+    x, residual = (torch.randn(3, 5, 16, generator=rng, **torch_double) for _ in "xr")
+    weight = torch.randn(16, generator=rng, **torch_double)
+    hidden, normed = reference.add_rms_norm(x, residual, weight)
+    assert torch.equal(hidden, x + residual) and torch.equal(normed, F.rms_norm(hidden, (16,), weight, 1e-6))
+    mean_square = hidden.square().mean(dim=-1, keepdim=True)
+    assert torch.allclose(normed, hidden / (mean_square + 1e-6).sqrt() * weight, rtol=1e-14)
+
+
 def test_mlp_activation(rng):
     x, bias = torch.randn(3, 16, generator=rng, **torch_double), torch.randn(16, generator=rng, **torch_double)
     u = x + bias

@@ -1,16 +1,18 @@
-"""`add_layer_norm`: residual addition and LayerNorm of the sum.
+"""`add_layer_norm`: residual addition and LayerNorm or RMSNorm of the sum.
 
     hidden = x + residual, rounded to the dtype of x;   x̂ = (hidden − mean) · rstd;   normed = x̂ · weight + bias
     g = d_normed · weight
     d_x = d_residual = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂))
     d_weight = Σ d_normed · x̂,   d_bias = Σ d_normed   over all rows
 
+With `rms`, an RMSNorm: mean = 0 and mean(g) = 0; the result `mean` is empty, by which backward recognises it.
+
 x, residual and normed may have different dtypes. Without a residual `hidden` is empty: an operator must not return one
 of its inputs. Saved for backward: hidden, the weight, and mean and rstd of each row, in fp32 (fp64 for fp64).
 
-Options of backward for fused blocks: `cast` returns d_x in a second dtype, too; with a bias, normed is recomputed;
-`need_sums` returns Σ d_hidden and Σ d_x over all rows, which for the second norm of a block are the gradients of the
-biases of the MLP's and of the attention's output projection.
+Options of backward for fused blocks: `cast` returns d_x in a second dtype, too; with a bias, or with `need_normed`,
+normed is recomputed; `need_sums` returns Σ d_hidden and Σ d_x over all rows, which for the second norm of a block are
+the gradients of the biases of the MLP's and of the attention's output projection.
 
 On a GPU one kernel sums fixed blocks of rows, and a second adds these partial sums in order. With `partial` they are
 returned instead, and `column_sums` adds those of several operators in one launch.
@@ -56,7 +58,7 @@ class Saved(NamedTuple):
     """Tensors that backward reads besides the gradients; the bias only if it recomputes normed."""
 
     hidden: Tensor  # [..., W]
-    mean: Tensor  # [...]
+    mean: Tensor  # [...], for RMSNorm [0]
     rstd: Tensor  # [...]
     weight: Tensor  # [W]
     bias: Tensor | None  # [W]
@@ -71,11 +73,13 @@ class Needs(NamedTuple):
     sums: bool  # Σ d_hidden and Σ d_x
     partial: bool  # partial sums in place of sums over all rows, on a GPU
     cast: torch.dtype | None  # second dtype of d_x
+    normed: bool = False
 
 
 def _unpack(rest: tuple[Any, ...]) -> tuple[Saved, Needs]:
     """Group the arguments of backward that follow d_normed and d_hidden."""
-    return Saved(*rest[:5]), Needs(*rest[5:])
+    saved, needs = Saved(*rest[:5]), Needs(*rest[5:])
+    return saved, needs._replace(normed=needs.normed or saved.bias is not None)
 
 
 @triton.jit
@@ -94,7 +98,10 @@ def _add_layer_norm_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """hidden = x + residual, normed = (hidden − mean) · rstd · weight + bias. One program: BLOCK_R whole rows."""
+    """hidden = x + residual, normed = (hidden − mean) · rstd · weight + bias. One program: BLOCK_R whole rows.
+
+    Without mean_ptr the mean is 0.
+    """
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_w = tl.arange(0, BLOCK_W)
     mask_r, mask_w = offs_r < R, offs_w < W
@@ -107,7 +114,9 @@ def _add_layer_norm_fwd_kernel(
         tl.store(hidden_ptr + offs, rounded, mask=mask)  # [BLOCK_R, BLOCK_W]
         hidden = rounded.to(tl.float32)
     # 2. Mean and rstd of each row
-    mean = tl.sum(hidden, axis=1) / W  # [BLOCK_R]
+    mean = tl.zeros([BLOCK_R], tl.float32)
+    if mean_ptr is not None:
+        mean = tl.sum(hidden, axis=1) / W  # [BLOCK_R]
     centred = tl.where(mask_w[None, :], hidden - mean[:, None], 0.0)  # [BLOCK_R, BLOCK_W]
     variance = tl.sum(centred * centred, axis=1) / W + eps  # [BLOCK_R]
     rstd = tl.sqrt(variance) / variance  # [BLOCK_R]; inf / inf = NaN if the variance overflows; tl.rsqrt gives 0
@@ -118,7 +127,8 @@ def _add_layer_norm_fwd_kernel(
     if bias_ptr is not None:
         normed += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_W]
     tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
-    tl.store(mean_ptr + offs_r, mean, mask=mask_r)  # [BLOCK_R]
+    if mean_ptr is not None:
+        tl.store(mean_ptr + offs_r, mean, mask=mask_r)  # [BLOCK_R]
     tl.store(rstd_ptr + offs_r, rstd, mask=mask_r)  # [BLOCK_R]
 
 
@@ -163,18 +173,25 @@ def _add_layer_norm_bwd_rows_kernel(
         # 1. x̂ from the saved mean and rstd
         d_normed = tl.load(d_normed_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
         hidden = tl.load(hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
-        mean = tl.load(mean_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
+        mean = tl.zeros([BLOCK_R], tl.float32)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
         rstd = tl.load(rstd_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R], 0 beyond R: adds 0 to every sum
         unit = (hidden - mean[:, None]) * rstd[:, None]  # [BLOCK_R, BLOCK_W], x̂
         # 2. normed, recomputed
         if normed_ptr is not None:
-            bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
+            bias = tl.zeros([BLOCK_W], tl.float32)
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
             normed = unit * weight[None, :] + bias[None, :]  # [BLOCK_R, BLOCK_W]
             tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
         # 3. d_x
         if d_x_ptr is not None:
             g = d_normed * weight[None, :]  # [BLOCK_R, BLOCK_W], 0 beyond W
-            mean_g, mean_gx = tl.sum(g, axis=1) / W, tl.sum(g * unit, axis=1) / W  # [BLOCK_R] each
+            mean_g = tl.zeros([BLOCK_R], tl.float32)
+            if mean_ptr is not None:
+                mean_g = tl.sum(g, axis=1) / W  # [BLOCK_R]
+            mean_gx = tl.sum(g * unit, axis=1) / W  # [BLOCK_R]
             d_x = (g - mean_g[:, None] - unit * mean_gx[:, None]) * rstd[:, None]  # [BLOCK_R, BLOCK_W]
             if d_hidden_ptr is not None:
                 d_hidden = tl.load(d_hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
@@ -250,10 +267,11 @@ def _launch(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype | None,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     W = x.shape[-1]
-    hidden, normed, mean, rstd = _fake(x, residual, weight, bias, eps, dtype)
-    R, tile = mean.numel(), _tile(W)
+    hidden, normed, mean, rstd = _fake(x, residual, weight, bias, eps, dtype, rms)
+    R, tile = rstd.numel(), _tile(W)
     launch(
         _add_layer_norm_fwd_kernel,
         (triton.cdiv(R, tile["BLOCK_R"]),),
@@ -264,7 +282,7 @@ def _launch(
         bias_ptr=_contiguous(bias),
         hidden_ptr=None if residual is None else hidden,
         normed_ptr=normed,
-        mean_ptr=mean,
+        mean_ptr=None if rms else mean,
         rstd_ptr=rstd,
         R=R,
         eps=eps,
@@ -288,7 +306,7 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
     hidden, mean, rstd, weight, bias = saved
     if hidden.dtype == torch.float64:  # and d_normed is not: the registration falls back by the dtype of d_normed
         return _fallback_backward(d_normed, d_hidden, *rest)
-    W, R, device = hidden.shape[-1], mean.numel(), hidden.device
+    W, R, device = hidden.shape[-1], rstd.numel(), hidden.device
     P, rows = _blocks(R, W)
     out = _outputs(d_normed, saved, needs)
     SUMS = 4 if needs.sums else 2 if needs.weight or needs.bias or needs.partial else 0
@@ -300,13 +318,13 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
         d_normed_ptr=d_normed.contiguous(),
         d_hidden_ptr=_contiguous(d_hidden),
         hidden_ptr=hidden.contiguous(),
-        mean_ptr=mean.contiguous(),
+        mean_ptr=mean.contiguous() if mean.numel() else None,
         rstd_ptr=rstd.contiguous(),
         weight_ptr=weight.contiguous(),
         bias_ptr=_contiguous(bias),
         d_x_ptr=out.d_x if needs.x else None,
         d_x_cast_ptr=None if needs.cast is None else out.d_x_cast,
-        normed_ptr=None if bias is None else out.normed,
+        normed_ptr=out.normed if needs.normed else None,
         sums_ptr=sums if SUMS else None,
         R=R,
         rows=rows,
@@ -336,7 +354,7 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
 
 def _outputs(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
     """Allocate the results: [0] where not needed, since an operator cannot return None."""
-    hidden, mean, _, weight, bias = saved
+    hidden, _, rstd, weight, _ = saved
 
     def empty(like: Tensor, need: bool, dtype: torch.dtype | None = None) -> Tensor:
         return like.new_empty(like.shape if need else 0, dtype=dtype)
@@ -348,10 +366,10 @@ def _outputs(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
         d_weight=empty(weight, needs.weight and not needs.partial),
         d_bias=empty(weight, needs.bias and not needs.partial),
         d_x_cast=empty(hidden, needs.cast is not None, needs.cast),
-        normed=empty(hidden, bias is not None, d_normed.dtype),
+        normed=empty(hidden, needs.normed, d_normed.dtype),
         d_hidden_sum=empty(weight, needs.sums and not needs.partial),
         d_x_sum=empty(weight, needs.sums and not needs.partial),
-        sums=mean.new_empty(sums_shape),
+        sums=rstd.new_empty(sums_shape),
     )
 
 
@@ -362,11 +380,12 @@ def _fallback(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype | None,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = (x if residual is None else (x + residual).to(x.dtype)).contiguous()
     hidden_wide = reference.at_least_fp32(hidden)  # [..., W]
-    mean = hidden_wide.mean(dim=-1)  # [...]
-    centred = hidden_wide - mean[..., None]  # [..., W]
+    mean = hidden_wide.new_empty(0) if rms else hidden_wide.mean(dim=-1)  # [...]
+    centred = hidden_wide if rms else hidden_wide - mean[..., None]  # [..., W]
     variance = centred.square().mean(dim=-1) + eps  # [...]
     rstd = variance.sqrt() / variance  # [...]; NaN if the variance overflows; rsqrt gives 0
     normed = _affine(centred * rstd[..., None], weight, bias)
@@ -381,21 +400,31 @@ def _affine(unit: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 def _fallback_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gradients:
     # Not autograd of the reference: backward receives the statistics instead of eps.
     (hidden, mean, rstd, weight, bias), needs = _unpack(rest)
-    dtype, cast = mean.dtype, needs.cast
-    hidden_wide, d_normed_wide = (x.contiguous().to(dtype) for x in (hidden, d_normed))
-    d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-        d_normed_wide,
-        hidden_wide,
-        hidden.shape[-1:],
-        mean[..., None],
-        rstd[..., None],
-        weight.to(dtype),
-        torch.zeros_like(weight, dtype=dtype),
-        needs[:3],
-    )
+    dtype, cast = rstd.dtype, needs.cast
+    hidden_wide, d_normed_wide, rstd = hidden.to(dtype).contiguous(), d_normed.to(dtype).contiguous(), rstd[..., None]
+
+    def unit() -> Tensor:
+        return (hidden_wide - mean[..., None] if mean.numel() else hidden_wide) * rstd
+
+    d_x: Tensor | None
+    if mean.numel():
+        d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+            d_normed_wide,
+            hidden_wide,
+            hidden.shape[-1:],
+            mean[..., None],
+            rstd,
+            weight.to(dtype),
+            torch.zeros_like(weight, dtype=dtype),
+            needs[:3],
+        )
+    else:  # RMSNorm; or no rows
+        g = d_normed_wide * weight.to(dtype)
+        d_x = (g - unit() * (g * unit()).mean(dim=-1, keepdim=True)) * rstd if needs.x else None
+        terms = (d_normed_wide * unit(), needs.weight), (d_normed_wide, needs.bias)
+        d_weight, d_bias = (x.flatten(0, -2).sum(dim=0) if need else None for x, need in terms)
     if d_x is not None and d_hidden is not None:
         d_x = d_x + d_hidden
-    unit = None if bias is None else (hidden_wide - mean[..., None]) * rstd[..., None]
 
     def column_sum(x: Tensor | None) -> Tensor | None:
         return x.to(dtype).flatten(0, -2).sum(dim=0) if needs.sums and x is not None else None
@@ -408,10 +437,10 @@ def _fallback_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) ->
         d_weight=result(d_weight, weight.dtype),
         d_bias=result(d_bias, weight.dtype),
         d_x_cast=result(None if cast is None else d_x, cast or hidden.dtype),
-        normed=result(None if unit is None else _affine(unit, weight, bias), d_normed.dtype),
+        normed=result(_affine(unit(), weight, bias) if needs.normed else None, d_normed.dtype),
         d_hidden_sum=result(column_sum(d_hidden), weight.dtype),
         d_x_sum=result(column_sum(d_x), weight.dtype),
-        sums=mean.new_empty(0),
+        sums=rstd.new_empty(0),
     )
 
 
@@ -422,10 +451,11 @@ def _fake(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype | None,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = x.new_empty(0 if residual is None else x.shape)  # [..., W]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=wide) for _ in range(2))  # [...]
+    mean, rstd = (x.new_empty(shape, dtype=wide) for shape in (0 if rms else x.shape[:-1], x.shape[:-1]))  # [...]
     return hidden, x.new_empty(x.shape, dtype=dtype or x.dtype), mean, rstd
 
 
@@ -437,7 +467,8 @@ def _fake_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gra
 
 
 add_layer_norm = registration.define(
-    "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType? dtype)"
+    "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType? dtype,"
+    " bool rms=False)"
     " -> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
     fallback=_fallback,
     fake=_fake,
@@ -445,7 +476,8 @@ add_layer_norm = registration.define(
 )
 add_layer_norm_backward = registration.define(
     "add_layer_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor mean, Tensor rstd, Tensor weight,"
-    " Tensor? bias, bool need_x, bool need_weight, bool need_bias, bool need_sums, bool partial, ScalarType? cast)"
+    " Tensor? bias, bool need_x, bool need_weight, bool need_bias, bool need_sums, bool partial, ScalarType? cast,"
+    " bool need_normed=False)"
     " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_x_cast, Tensor normed, Tensor d_hidden_sum,"
     " Tensor d_x_sum, Tensor sums)",
     fallback=_fallback_backward,
@@ -478,5 +510,5 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: No
 
 
 registration.differentiate(add_layer_norm, _backward, _save)
-registration.refuse_double_backward(add_layer_norm_backward, instead="skipkernels.reference.add_layer_norm")
+registration.refuse_double_backward(add_layer_norm_backward, instead="skipkernels.reference")
 registration.autocast_features(add_layer_norm, features=2)

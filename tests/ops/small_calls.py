@@ -56,6 +56,7 @@ def small_call(name: str) -> SmallCall:
         "class_sampled_lse": ((randn(2, 4), randn(5, 4), scale), (torch.tensor([-1, 3]),), {"class_ids": ids}),
         "class_scores": ((), (randn(2, 4), randn(5, 4), torch.tensor([0, 3])), {}),
         "add_layer_norm": ((randn(3, 4), randn(3, 4), randn(4), randn(4)), (), {}),
+        "add_rms_norm": ((randn(3, 4), randn(3, 4), randn(4)), (), {}),
         "mlp_activation": ((randn(3, 4), randn(4)), ("gelu",), {}),
         "rotary_embedding": ((randn(6, 12),), (randn(3, 2), randn(3, 2)), {"heads": 2}),
         "shared_prefix_attention": (

@@ -1,6 +1,9 @@
-"""add_layer_norm: the shared tests, several dtypes in one call, and backward for a fused block."""
+"""add_layer_norm: the shared tests, also as RMSNorm, several dtypes in one call, and backward for a fused block."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -37,7 +40,7 @@ def eager(x, residual, weight, bias, eps=1e-5):
     return hidden, F.layer_norm(wide, wide.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def draw(data: st.DataObject, backend: Backend) -> Case:
+def draw(data: st.DataObject, backend: Backend, make: Callable[..., Case] = make) -> Case:
     dtype, weight_dtype = (data.draw(st.sampled_from(backend.dtypes)) for _ in "xw")
     return make(
         data.draw(st.integers(1, 200)),
@@ -94,6 +97,31 @@ OPERATOR = Operator(
 
 TestAddLayerNorm = shared_tests(OPERATOR)
 
+
+def make_rms(R, W, **options) -> Case:
+    case = make(R, W, **options)
+    return case._replace(inputs={name: x for name, x in case.inputs.items() if name != "bias"})
+
+
+def eager_rms(x, residual, weight, eps=1e-6):
+    hidden = x if residual is None else x + residual
+    wide = hidden.to(weight.dtype)
+    return hidden, F.rms_norm(wide, wide.shape[-1:], weight, eps).to(x.dtype)
+
+
+RMS = dataclasses.replace(
+    OPERATOR,
+    name="add_rms_norm",
+    make=make_rms,
+    eager=eager_rms,
+    shapes=[(1, 3), (30, 33), (33, 512), (17, 1025), (200, 768)],
+    large=[(131, 4096)],
+    draw=lambda data, backend: draw(data, backend, make_rms),
+    saves=lambda case: saves(case)[1:],  # no mean
+    gradients=[["x", "residual"], ["weight"]],
+)
+TestAddRmsNorm = shared_tests(RMS)
+
 TWO_DTYPES = [
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
@@ -144,19 +172,21 @@ def test_several_dtypes(backend: Backend, shape, dtypes):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, *TWO_DTYPES], ids=ids_of)
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("rows", [1, 130])
-def test_backward_of_a_block(backend: Backend, rows, dtypes):
+def test_backward_of_a_block(backend: Backend, rows, rms, dtypes):
     """Everything that backward emits for a fused block: d_x twice, normed, and the sums of both gradients."""
     for dtype in dtypes:
         backend.skip_unless_supported(dtype)
     stream, product = dtypes
     case = OPERATOR.case((rows, 100), backend.device, dtype=stream, weight_dtype=torch.float32, out_dtype=product)
     x, residual, weight, bias = (x.detach() for x in case.inputs.values())
-    hidden, normed, mean, rstd = operator(x, residual, weight, bias, 1e-5, product)
+    bias = None if rms else bias
+    hidden, normed, mean, rstd = operator(x, residual, weight, bias, 1e-5, product, rms)
     d_hidden, d_normed = OPERATOR.upstream(case, (hidden, normed))
     cast = None if stream == product else product
     saved = d_normed, d_hidden, hidden, mean, rstd, weight
-    found = Gradients(*add_layer_norm_backward(*saved, bias, True, True, True, True, False, cast))
+    found = Gradients(*add_layer_norm_backward(*saved, bias, True, True, True, True, False, cast, rms))
     plain = Gradients(*add_layer_norm_backward(*saved, None, True, True, True, False, False, None))
     for name in ("d_x", "d_weight", "d_bias"):
         assert torch.equal(getattr(found, name), getattr(plain, name)), name
@@ -167,9 +197,18 @@ def test_backward_of_a_block(backend: Backend, rows, dtypes):
     for sums, terms in ((found.d_hidden_sum, d_hidden), (found.d_x_sum, found.d_x)):
         exact, size = terms.double().sum(dim=0), terms.double().abs().sum(dim=0)
         assert ((sums.double() - exact).abs() <= 4 * max(SLACK[stream], SLACK[torch.float32]) * size).all()
-    options = (bias, True, True, True, True, False, cast)
+    options = (bias, True, True, True, True, False, cast, rms)
     if rows == 1:
         backend.opcheck(add_layer_norm_backward, (*saved, *options), compiled=False)
+
+
+def test_rms_norm_with_a_bias_and_without_a_weight(backend: Backend):
+    """The operator has both; `functional.add_rms_norm` has no bias."""
+    x = OPERATOR.case((5, 70), backend.device).inputs["x"].detach()
+    bias = torch.linspace(-1, 1, 70, device=backend.device)
+    _, normed, mean, _ = operator(x, None, None, bias, 1e-6, None, True)
+    assert mean.numel() == 0
+    torch.testing.assert_close(normed, F.rms_norm(x, (70,), eps=1e-6) + bias)
 
 
 def test_without_weight_is_the_unit_row(backend: Backend):

@@ -47,11 +47,12 @@ def test_column_sums_opcheck(backend: Backend):
     backend.opcheck(column_sums, (matrices, torch.float16))
 
 
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("need_sums", [False, True])
-def test_partial_sums_of_a_norm(backend: Backend, need_sums):
+def test_partial_sums_of_a_norm(backend: Backend, need_sums, rms):
     hidden, d_hidden, d_normed = (rows(i, 70, 100, device=backend.device) for i in range(3))
     weight, bias = (rows(i, 100, device=backend.device) for i in (3, 4))
-    _, _, mean, rstd = add_layer_norm(hidden, None, weight, bias, 1e-5, None)
+    _, _, mean, rstd = add_layer_norm(hidden, None, weight, bias, 1e-5, None, rms)
     arguments = d_normed, d_hidden, hidden, mean, rstd, weight, bias, True, True, True, need_sums
     whole, part = (Gradients(*add_layer_norm_backward(*arguments, each, None)) for each in (False, True))
     names = ["d_weight", "d_bias", *(["d_hidden_sum", "d_x_sum"] if need_sums else [])]
@@ -66,9 +67,11 @@ def test_partial_sums_of_a_norm(backend: Backend, need_sums):
     assert torch.equal(part.d_x, whole.d_x) and torch.equal(part.normed, whole.normed)
 
 
-def test_partial_sums_of_an_activation(backend: Backend):
-    x, d_out, bias = (rows(0, 70, 300), rows(1, 70, 300), rows(2, 300))
-    arguments = *(each.to(backend.device) for each in (d_out, x, bias)), KINDS.index("gelu"), True, True, True
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+def test_partial_sums_of_an_activation(backend: Backend, kind):
+    x, bias, W = rows(0, 70, 300), rows(2, 300), 150 if kind == "swiglu" else 300
+    tensors = (each.to(backend.device) for each in (rows(1, 70, W), x, bias))
+    arguments = *tensors, KINDS.index(kind), True, True, True
     whole, part = (mlp_activation_backward(*arguments, each) for each in (False, True))
     if backend.name in ("cpp", "reference"):
         assert part[3].numel() == 0 and torch.equal(part[1], whole[1])
