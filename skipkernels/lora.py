@@ -197,17 +197,20 @@ def _fusable_towers(clip: SkipCLIP) -> list[Tower]:
 
 
 def _update_block(
-    block: nn.Module, names: Sequence[str], targets: frozenset[str], rank: int, alpha: float, generator: torch.Generator
+    block: nn.Module, names: Sequence[Any], targets: frozenset[str], rank: int, alpha: float, generator: torch.Generator
 ) -> None:
-    """Update the weights of a block; `names` are their paths in the order of TARGETS, equal for parts of one weight."""
+    """Update the weights of a block; `names` are their paths in the order of TARGETS, equal for parts of one weight.
+
+    A target may have several weights.
+    """
     parts: dict[str, list[int]] = {}
     for index, (target, name) in enumerate(zip(TARGETS, names, strict=True)):
-        if target in targets:
-            parts.setdefault(name, []).append(index - names.index(name))
+        for path in (name if isinstance(name, tuple) else (name,)) if target in targets else ():
+            parts.setdefault(path, []).append(index - names.index(name))
     for name, updated in parts.items():
         path, _, tensor = name.rpartition(".")
         module = block.get_submodule(path)
-        update = LowRankUpdate(getattr(module, tensor), names.count(name), updated, rank, alpha, generator)
+        update = LowRankUpdate(getattr(module, tensor), max(1, names.count(name)), updated, rank, alpha, generator)
         parametrize.register_parametrization(module, tensor, update)
 
 

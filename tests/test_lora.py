@@ -14,6 +14,7 @@ from hugging_face_models import hugging_face_clip, siglip
 from models import openai_clip, tiny_batch, tiny_clip, tiny_tokens
 from naive import step_loss
 from reference_step import assert_matches_reference_step
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm_models import timm_clip
 from torch import nn
@@ -95,10 +96,18 @@ def timm_model() -> nn.Module:
     return timm_clip(trunk)
 
 
+def eva02_model() -> nn.Module:
+    """SwiGLU in two layers, three projections, rotary positions."""
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 12}
+    options = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "use_rot_pos_emb": True}
+    return timm_clip(Eva(**shape, **options, global_pool="token"))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "layer scale": lambda: tiny_clip(vision={"ls_init_value": 0.5}, text={"ls_init_value": 0.5}),
     "openai": openai_clip,
     "timm": timm_model,
+    "eva02": eva02_model,
     "hugging face": hugging_face_clip,
     "siglip": siglip,
 }
@@ -107,7 +116,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_step_equals_callers_model(name):
     model = MODELS[name]()
-    clip = with_lora(model, ("q", "v", "out", "proj"))
+    clip = with_lora(model, ("q", "v", "out", "fc", "proj"))
     images, labels = tiny_batch(3, C, next(model.parameters()).dtype)
     assert all(clip.reductions[f"{tower}.fused_block"].enabled for tower in ("image", "text"))
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)

@@ -39,7 +39,7 @@ def gradients(out, block, hidden):
 
 
 def run_fused(block, hidden, save_inputs_only=False, query_rows=None, product_dtype=None):
-    weights, activation, eps, heads = OpenClipBlock._read(block)
+    weights, activation, eps, heads, _ = OpenClipBlock._read(block)
     all_rows = partial(sequences, backend=SDPA, n=N, heads=heads, mask=None)
     attention = all_rows if query_rows is None else partial(pooled, heads=heads, mask=None)
     dtype = product_dtype or hidden.dtype
@@ -84,7 +84,7 @@ def test_fused_block_equals_callers_module(dtype, product_dtype, layer_scale, po
 def test_fused_block_separate_projections(product_dtype):
     """Separate projections of query, key and value, as in Hugging Face's models, give the bits of a joined one."""
     block, hidden = make_block(torch.float32), hidden_states(torch.float32)
-    weights, activation, eps, heads = OpenClipBlock._read(block)
+    weights, activation, eps, heads, _ = OpenClipBlock._read(block)
     attention = partial(sequences, backend=SDPA, n=N, heads=heads, mask=None)
     parts = [x.detach().chunk(3) for x in (weights.in_proj, weights.in_proj_bias)]
     parts = [tuple(part.requires_grad_() for part in x) for x in parts]
@@ -128,7 +128,7 @@ LAUNCHES = {
 @pytest.mark.parametrize(("kind", "product_dtype"), LAUNCHES, ids=lambda x: str(x).removeprefix("torch."))
 def test_fused_block_launches(kind, product_dtype):
     block = make_block(torch.float32).to("meta")
-    weights, activation, eps, _ = OpenClipBlock._read(block)
+    weights, activation, eps, *_ = OpenClipBlock._read(block)
     stream = torch.empty(N * TOKENS, W, device="meta", requires_grad=kind != "first")
     branch = None if kind == "first" else stream.detach().to(product_dtype).requires_grad_()
     hidden, inputs = (

@@ -130,8 +130,8 @@ def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
     for tower in (image, text):
         block = tower.blocks[0]
         if isinstance(block, FusedBlock) and block.why_not_fused() is None:
-            weights, _, _, heads = block._read()
-            reason = xformers.why_unavailable(device, weights.fc.dtype, weights.fc.shape[1] // heads)
+            weights, _, _, heads, *_ = block._read()
+            reason = xformers.why_unavailable(device, weights.proj.dtype, weights.proj.shape[0] // heads)
             if reason is not None:
                 raise ValueError(
                     f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU '

@@ -24,7 +24,7 @@ from ..memory import free_bytes
 from ..options import Memory
 from . import attention
 from .block import FusedBlock, RowsCall, fuse_blocks
-from .fused_block import CAST_BYTES, SAVED_WIDTHS, Hidden
+from .fused_block import CAST_BYTES, SAVED_WIDTHS, Hidden, Rotary
 
 Part = nn.Module | nn.Parameter | None
 # Attributes in which modules of PyTorch, timm, open_clip and transformers hold their dropout rate.
@@ -112,12 +112,17 @@ class Tower(ABC):
         """Attention mask added to the logits, [1 or n, 1, tokens, tokens], or None."""
         return None
 
+    def rotary(self, device: torch.device) -> Rotary | None:
+        """Rotary position embeddings of fused blocks, or None."""
+        return None
+
     def lower(self, inputs: Tensor) -> Tensor:
         """Map inputs to the hidden states at the cut, in evaluation mode: no dropout, frozen batch norms."""
         with evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)]):
             hidden, mask = Hidden(self.embed(inputs)), self.mask(inputs)
+            rotary = self.rotary(hidden.stream.device)
             for index in range(self.skip):
-                hidden = self._run_block(index, hidden, mask)
+                hidden = self._run_block(index, hidden, mask, rotary=rotary)
         return hidden.sum()
 
     @property
@@ -178,7 +183,15 @@ class Tower(ABC):
         constants = {id(parameter) for parameter in self.constants}
         yield from (parameter for parameter in _parameters(self.upper_parts()) if id(parameter) not in constants)
 
-    def _run_block(self, index: int, hidden: Hidden, mask: Tensor | None, *, save_inputs_only: bool = False) -> Hidden:
+    def _run_block(
+        self,
+        index: int,
+        hidden: Hidden,
+        mask: Tensor | None,
+        *,
+        save_inputs_only: bool = False,
+        rotary: Rotary | None = None,
+    ) -> Hidden:
         """Run one block over sequences [n, tokens, W].
 
         Above the cut, with `memory="min"`, a block that takes no rows is recomputed in backward.
@@ -187,7 +200,8 @@ class Tower(ABC):
         if self.why_no_rows(index) is None:
             n, tokens, _ = hidden.stream.shape
             attention_fn = partial(attention.sequences, backend=self.attention_backend, n=n, mask=mask)
-            rows = block(hidden.map(lambda x: x.flatten(0, 1)), RowsCall(attention_fn, save_inputs_only))
+            call = RowsCall(attention_fn, save_inputs_only, rotary=rotary)
+            rows = block(hidden.map(lambda x: x.flatten(0, 1)), call)
             return rows.map(lambda x: x.view(n, tokens, -1))
         # A batch norm in training mode would update its statistics twice if it were recomputed.
         recomputes = index >= self.skip and self.memory == "min" and torch.is_grad_enabled()
@@ -196,10 +210,16 @@ class Tower(ABC):
         return Hidden(self.call_block(block, hidden.sum(), mask))
 
     def _run_last_block(
-        self, hidden: Hidden, attention_fn: Callable[..., Tensor], query_rows: Tensor | slice, *, save_inputs_only: bool
+        self,
+        hidden: Hidden,
+        attention_fn: Callable[..., Tensor],
+        query_rows: Tensor | slice,
+        *,
+        save_inputs_only: bool,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """Run the last block over sequences, for the rows of the pooled tokens only, with separate queries."""
-        call = RowsCall(attention_fn, save_inputs_only, query_rows, separate_queries=True)
+        call = RowsCall(attention_fn, save_inputs_only, query_rows, separate_queries=True, rotary=rotary)
         return self.blocks[-1](hidden.map(lambda x: x.flatten(0, 1)), call).sum()
 
     @functools.cached_property
@@ -261,16 +281,16 @@ class ImageTower(Tower):
     def upper(self, features: Tensor) -> Tensor:
         """Map hidden states at the cut to image embeddings [n, D], not normalised."""
         depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
-        hidden = Hidden(features)
+        hidden, rotary = Hidden(features), self.rotary(features.device)
         pools = self.skip < depth and self.why_not_pooled is None and self.why_no_rows(depth - 1) is None
         for index in range(self.skip, depth - pools):
-            hidden = self._run_block(index, hidden, None, save_inputs_only=save_inputs_only)
+            hidden = self._run_block(index, hidden, None, save_inputs_only=save_inputs_only, rotary=rotary)
         if not pools:
             return self.finish(hidden.sum())
         n, tokens, _ = features.shape
         first = slice(None, None, tokens)
         last = partial(attention.pooled, mask=None)
-        pooled = self._run_last_block(hidden, last, first, save_inputs_only=save_inputs_only)
+        pooled = self._run_last_block(hidden, last, first, save_inputs_only=save_inputs_only, rotary=rotary)
         return self.finish(pooled[:, None])
 
 

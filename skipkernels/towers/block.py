@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from ..checks import warn_caller
 from ..options import FusedMemory
 from . import attention
-from .fused_block import BlockSettings, FusableBlock, Hidden, fused_block
+from .fused_block import BlockSettings, FusableBlock, Hidden, Rotary, fused_block
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global{name}") for name in HOOKS]
@@ -34,7 +34,8 @@ FAMILIES = {
     "clip.model.ResidualAttentionBlock": "openai:OpenAIBlock",
     "transformers.models.clip.modeling_clip.CLIPEncoderLayer": "hugging_face:HuggingFaceBlock",
     "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": "hugging_face:HuggingFaceBlock",
-    "timm.models.vision_transformer.Block": "timm:TimmBlock",
+    "timm.models.vision_transformer.Block": "timm_blocks:TimmBlock",
+    "timm.models.eva.EvaBlock": "timm_blocks:TimmEvaBlock",
 }
 
 Submodules = Mapping[str, tuple[str, str, tuple[type, ...]]]
@@ -52,6 +53,7 @@ class Sequences(NamedTuple):
     hidden: Tensor  # [n, tokens, W]
     mask: Tensor | None = None  # added to the logits, [1 or n, 1 or H, tokens, tokens]
     causal: bool = False
+    rotary: Rotary | None = None
 
 
 class RowsCall(NamedTuple):
@@ -62,12 +64,13 @@ class RowsCall(NamedTuple):
     query_rows: Tensor | slice | None = None  # int64 [Q] or a slice, rows to return; default: all
     separate_queries: bool = False
     recompute_mlp: bool = False
+    rotary: Rotary | None = None  # of sequences of equal length, the query rows being the first of each
 
 
 class FusedBlock:
     """Base of the classes of fused blocks, in front of the block's own class. A subclass knows one family of blocks."""
 
-    linear_weights: ClassVar[Sequence[str]]  # paths of query, key, value, W_o, W_fc and W_p; packed ones three times
+    linear_weights: Sequence[str]  # paths of query, key, value, W_o, W_fc and W_p; packed ones three times
     _own: ClassVar[type]  # the caller's class
     _memory: ClassVar[FusedMemory]  # saved for backward of a call with sequences
     _modules: dict[str, Any]  # of nn.Module
@@ -122,8 +125,8 @@ class FusedBlock:
                 return f"forward() of a {type(module).__name__} of a block was replaced"
             for name, x in attributes["_parameters"].items():
                 if x is None:
-                    if name == "weight" or name == "bias":
-                        return "a layer of a block has no bias, or a norm has no weight"
+                    if name == "weight":
+                        return "a norm of a block has no weight"
                 elif type(x) is not nn.Parameter and not hasattr(x, "placements"):  # FSDP2 shards whole ones
                     return f"a weight of a block is a {type(x).__name__}"
                 elif name != "bias" and x.ndim == 2:
@@ -165,20 +168,21 @@ class FusedBlock:
 
     def _run(self, hidden: Hidden, call: RowsCall) -> Hidden:
         """Run the block on rows [R, W]."""
-        weights, activation, eps, heads = self._read()
-        dtype, device_type = weights.fc.dtype, hidden.stream.device.type
+        weights, activation, eps, heads, rms = self._read()
+        dtype, device_type = weights.proj.dtype, hidden.stream.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         attention_fn = partial(call.attention, heads=heads)
         settings = BlockSettings(
-            attention_fn, activation, eps, dtype, call.save_inputs_only, call.separate_queries, call.recompute_mlp
-        )
+            attention_fn, activation, eps, dtype, call.save_inputs_only, call.separate_queries, call.recompute_mlp,
+            heads, call.rotary, rms,
+        )  # fmt: skip
         return fused_block(settings, hidden, weights, call.query_rows)
 
     def _run_sequences(self, given: Sequences) -> Tensor:
-        hidden, mask, causal = given
+        hidden, mask, causal, rotary = given
         attention_fn = partial(attention.sequences, backend=attention.SDPA, n=len(hidden), mask=mask, causal=causal)
-        call = RowsCall(attention_fn, self._memory == "min", recompute_mlp=self._memory == "balanced")
+        call = RowsCall(attention_fn, self._memory == "min", recompute_mlp=self._memory == "balanced", rotary=rotary)
         rows = self._run(Hidden(hidden.flatten(0, 1)), call)
         return self._output(rows.map(lambda x: x.view(hidden.shape)).sum())
 
@@ -217,12 +221,17 @@ def parameter(module: Any, name: str) -> Any:
     return getattr(module, name) if found is None else found
 
 
-def weight_and_bias(layer: Any, scale: Any = None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer, multiplied by the layer scale that follows it, if there is one."""
-    weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
-    if scale is None or isinstance(scale, nn.Identity):
+def weight_and_bias(layer: Any, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer, multiplied by the layer scale [W] that follows it, if there is one."""
+    weight, bias = parameter(layer, "weight"), layer._parameters.get("bias")
+    if scale is None:
         return weight, bias
-    return scale.gamma[:, None] * weight, scale.gamma * bias
+    return scale[:, None] * weight, None if bias is None else scale * bias
+
+
+def layer_scale(module: Any) -> Tensor | None:
+    """Factors [W] of a module that scales a branch; None for an identity."""
+    return None if module is None or isinstance(module, nn.Identity) else module.gamma
 
 
 def activation(module: nn.Module, names: Mapping[type, str]) -> str:

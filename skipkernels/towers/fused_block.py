@@ -6,9 +6,14 @@
 
 The result is the sum of mid and branch, returned as `Hidden`, so that the norm of the next block adds them.
 
+Options, as some families have them: a norm of each head of query and key (`query_norm`, `key_norm`), rotary position
+embeddings of query and key (`Rotary`), a norm of the result of attention and one of the activation (`attention_norm`,
+`mlp_norm`), SwiGLU, where W_fc has gate and value side by side, RMSNorm in place of LayerNorm, and no biases.
+
 Saved for backward: hidden; query, key, value, result and log-sum-exp of attention; mid; the product of the MLP before
 its bias; about 10·W values per token. Backward recomputes the norms and the activation, which are memory-bound, but no
-matrix product. With `recompute_mlp`, the product of the MLP is not saved but repeated: 6·W values per token. With
+matrix product; rotations are undone in backward, and nothing is saved for them. Norms within attention save their
+inputs. With `recompute_mlp`, the product of the MLP is not saved but repeated: 6·W values per token. With
 `save_inputs_only`, only hidden is saved, and backward repeats the forward pass.
 
 Under autocast the weights of products are cast once, by one launch, or in a captured step by their update
@@ -41,9 +46,12 @@ from ..ops import launching
 from ..ops.add_layer_norm import Gradients, add_layer_norm, add_layer_norm_backward
 from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ..ops.registration import without_autocast
-from ..ops.row_sums import MAX_ROWS, column_sums, folded_norm_gradients
+from ..ops.rotary_embedding import rotary_embedding
+from ..ops.row_sums import MATRICES, MAX_ROWS, column_sums, folded_norm_gradients
 
-SAVED_WIDTHS = 11  # upper bound of the values saved per token, in multiples of W, for an MLP of width 4·W
+NORMS = ("norm_1", "norm_2", "query_norm", "key_norm", "attention_norm", "mlp_norm")
+ATTENTION_NORMS = tuple(name + suffix for name in NORMS[2:5] for suffix in ("", "_bias"))  # those within attention
+SAVED_WIDTHS = 13  # upper bound of the values saved per token, in multiples of W; 11 without SwiGLU and other options
 CAST_BYTES = 24  # size of the copies of the weights in 16 bits, in multiples of W²
 
 PRODUCTS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
@@ -69,30 +77,52 @@ class Hidden(NamedTuple):
         return Hidden(function(self.stream), None if self.branch is None else function(self.branch))
 
 
+class Rotary(NamedTuple):
+    """Rotary position embeddings of the tokens of a sequence, see `functional.rotary_embedding`."""
+
+    cos: Tensor  # [tokens, E/2]; 1 for a token without a position, such as the class token
+    sin: Tensor  # [tokens, E/2]
+    interleaved: bool
+
+
 class BlockWeights(NamedTuple):
-    """Parameters of a block in order of use. Layer scales are multiplied into W_o, b_o and W_p, b_p."""
+    """Parameters of a block in order of use. Layer scales are multiplied into W_o, b_o and W_p, b_p.
+
+    A field may be a tuple of the parts of a weight, which are concatenated in each pass. None: the block has none.
+    """
 
     norm_1: Tensor
-    norm_1_bias: Tensor
-    in_proj: Any  # [3W, W]: query, key, value; or a tuple of the three, concatenated in each pass
+    norm_1_bias: Tensor | None
+    in_proj: Any  # [3W, W]: query, key, value
     in_proj_bias: Any
     out_proj: Tensor
-    out_proj_bias: Tensor
+    out_proj_bias: Tensor | None
     norm_2: Tensor
-    norm_2_bias: Tensor
-    fc: Tensor
-    fc_bias: Tensor
+    norm_2_bias: Tensor | None
+    fc: Any  # [M, W], or [2M, W] for SwiGLU: gate, value
+    fc_bias: Any
     proj: Tensor
-    proj_bias: Tensor
+    proj_bias: Tensor | None
+    query_norm: Tensor | None = None  # [E]
+    query_norm_bias: Tensor | None = None
+    key_norm: Tensor | None = None  # [E]
+    key_norm_bias: Tensor | None = None
+    attention_norm: Tensor | None = None  # [W]
+    attention_norm_bias: Tensor | None = None
+    mlp_norm: Tensor | None = None  # [M]
+    mlp_norm_bias: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a flat list."""
+        return [x for x in self.flat() if x is not None]
+
+    def flat(self) -> list[Any]:
+        """Fields in a flat list, with parts one after the other."""
         return [x for field in self for x in (field if isinstance(field, tuple) else (field,))]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> BlockWeights:
-        """Apply a function to every tensor."""
-        mapped: Any = (tuple(map(function, x)) if isinstance(x, tuple) else function(x) for x in self)
-        return BlockWeights(*mapped)
+    def counts(self) -> list[int]:
+        """Number of items of each field in a flat list."""
+        return [len(field) if isinstance(field, tuple) else 1 for field in self]
 
 
 class LowRankFactors(NamedTuple):
@@ -109,8 +139,9 @@ class FusableBlock(NamedTuple):
 
     weights: BlockWeights
     activation: str  # Name of the activation in `functional.mlp_activation`
-    eps: tuple[float, float]  # Epsilons of the two norms
+    eps: tuple[float, ...]  # Epsilons of the norms, in the order of `BlockWeights`
     heads: int  # H
+    rms: bool = False  # The norms are RMSNorms
 
 
 class BlockSettings(NamedTuple):
@@ -120,7 +151,7 @@ class BlockSettings(NamedTuple):
     # `query_rows` it returns these rows, [Q, W].
     attention: Callable[..., Tensor]
     activation: str  # Name of the activation in `functional.mlp_activation`
-    eps: tuple[float, float]  # Epsilons of the two norms
+    eps: tuple[float, ...]  # Epsilons of the norms, in the order of `BlockWeights`
     # Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
     dtype: torch.dtype
     save_inputs_only: bool = False  # Save only hidden for backward
@@ -128,6 +159,9 @@ class BlockSettings(NamedTuple):
     # [Q, W]
     separate_queries: bool = False
     recompute_mlp: bool = False  # Don't save the product of the MLP for backward
+    heads: int = 1  # H; for rotations and norms of heads
+    rotary: Rotary | None = None
+    rms: bool = False  # The norms are RMSNorms
 
 
 @torch.compiler.disable  # the node holds an autograd graph, which would cause graph breaks
@@ -138,15 +172,14 @@ def fused_block(
 
     `weights` are in the dtype of the stream; products run in `settings.dtype`, which is the dtype of the branches.
     """
-    flat, updates = weights.tensors(), _low_rank(weights)
-    inputs = [x for x in hidden if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *flat)):
+    flat, counts, updates = weights.flat(), weights.counts(), _low_rank(weights)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*hidden, *flat)):
         flat = [x.detach() if hasattr(x, "low_rank") else x for x in flat]
         factors = [x for _, update in updates for x in (update.down, update.up)]
         layout = [(name, update.part, update.scale) for name, update in updates]
-        return Hidden(*_FusedBlock.apply(settings, *hidden, query_rows, layout, *flat, *factors))
+        return Hidden(*_FusedBlock.apply(settings, *hidden, query_rows, counts, layout, *flat, *factors))
     with without_autocast(hidden.stream.device):
-        return Hidden(*_forward(settings, hidden, query_rows, _cast(settings, flat), record=False).out)
+        return Hidden(*_forward(settings, hidden, query_rows, _cast(settings, flat, counts), record=False).out)
 
 
 def _rows(x: Tensor, rows: Tensor | slice) -> Tensor:
@@ -173,9 +206,10 @@ def _low_rank(weights: BlockWeights) -> list[tuple[str, LowRankFactors]]:
 
 
 class _Attention(NamedTuple):
-    """Attention with the graph from its result back to the projections."""
+    """Attention with the graph from its result back to the projections and to the weights of its norms."""
 
     projected: tuple[Tensor, ...]
+    norms: dict[str, Tensor]
     result: Tensor
 
 
@@ -199,10 +233,59 @@ class _Forward(NamedTuple):
     saved: _Saved | None
 
 
-def _attention(settings: BlockSettings, projected: Sequence[Tensor], record: bool) -> _Attention:
+def _norm(
+    settings: BlockSettings, weights: BlockWeights, name: str, x: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x + residual, its norm `name` of the block, and the statistics of each row, as `add_layer_norm`."""
+    weight, bias, eps = getattr(weights, name), getattr(weights, f"{name}_bias"), settings.eps[NORMS.index(name)]
+    return add_layer_norm(x, residual, weight, bias, eps, settings.dtype, settings.rms)
+
+
+def _rotate(settings: BlockSettings, projected: Sequence[Tensor], inverse: bool = False) -> tuple[Tensor, ...]:
+    """Rotate the heads of query and key in projections; `inverse` maps gradients of the rotated ones to the others."""
+    if settings.rotary is None:
+        return tuple(projected)
+    cos, sin, interleaved = settings.rotary
+    cos, sin = (x.to(torch.promote_types(projected[0].dtype, torch.float32)) for x in (cos, sin))
+    rotated = 1 if len(projected) > 1 else 2  # parts of W columns in front of each result: query, key
+    of_query = (cos[:1], sin[:1]) if len(projected) > 1 else (cos, sin)  # a pooled query is the first token
+    tables = (of_query, (cos, sin))
+    return tuple(
+        rotary_embedding(x, *table, rotated * settings.heads, interleaved, inverse)
+        for x, table in zip(projected, tables, strict=False)
+    )
+
+
+def _attention(settings: BlockSettings, projected: Sequence[Tensor], weights: BlockWeights, record: bool) -> _Attention:
+    """Attention of rotated projections, or of projections before the norms of the heads, and its norm."""
     leaves = tuple(x.detach().requires_grad_(record) for x in projected)
+    norms = {
+        name: x.detach().requires_grad_(record) for name in ATTENTION_NORMS if (x := getattr(weights, name)) is not None
+    }
+    if not norms:
+        with torch.set_grad_enabled(record):
+            return _Attention(leaves, norms, settings.attention(*leaves))
+    weights = weights._replace(**norms)
     with torch.set_grad_enabled(record):
-        return _Attention(leaves, settings.attention(*leaves))
+        inputs: Sequence[Tensor] = leaves
+        if weights.query_norm is not None:
+            inputs = _rotate(settings, _norm_heads(settings, weights, leaves))
+        result = settings.attention(*inputs)
+        if weights.attention_norm is not None:
+            result = _norm(settings, weights, "attention_norm", result)[1]
+    return _Attention(leaves, norms, result)
+
+
+def _norm_heads(settings: BlockSettings, weights: BlockWeights, projected: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Projections with each head of query and key normed."""
+    width = weights.out_proj.shape[1]
+    query, key, value = (part for x in projected for part in x.split(width, dim=1))  # [Q or R, W] each
+    query, key = (
+        _norm(settings, weights, name, x.unflatten(1, (settings.heads, -1)))[1].flatten(1)
+        for name, x in (("query_norm", query), ("key_norm", key))
+    )
+    parts = ((query, key, value),) if len(projected) == 1 else ((query,), (key, value))
+    return tuple(torch.cat(x, dim=1) if len(x) > 1 else x[0] for x in parts)
 
 
 def _forward(
@@ -210,8 +293,7 @@ def _forward(
 ) -> _Forward:
     # Q rows with `query_rows`, else Q = R; M is the width of the MLP.
     # 1. hidden = stream + branch, and LN₁: [R, W]
-    norm_1 = weights.norm_1, weights.norm_1_bias, settings.eps[0], settings.dtype
-    hidden, normed, *statistics_1 = add_layer_norm(*inputs, *norm_1)
+    hidden, normed, *statistics_1 = _norm(settings, weights, "norm_1", *inputs)
     if inputs.branch is None:
         hidden = inputs.stream
     residual = hidden if query_rows is None else _rows(hidden, query_rows)  # [Q, W]
@@ -219,27 +301,31 @@ def _forward(
     if query_rows is None or not settings.separate_queries:
         projected: tuple[Tensor, ...] = (F.linear(normed, weights.in_proj, weights.in_proj_bias),)
     else:
-        W = hidden.shape[1]
-        query = F.linear(_rows(normed, query_rows), weights.in_proj[:W], weights.in_proj_bias[:W])
-        projected = query, F.linear(normed, weights.in_proj[W:], weights.in_proj_bias[W:])
+        W, bias = hidden.shape[1], weights.in_proj_bias
+        of_query, of_key_value = (None, None) if bias is None else (bias[:W], bias[W:])
+        query = F.linear(_rows(normed, query_rows), weights.in_proj[:W], of_query)
+        projected = query, F.linear(normed, weights.in_proj[W:], of_key_value)
         del query
     del normed
     # 3. Attention, with its own graph if recorded: [Q, W]
-    attention = _attention(settings, projected, record)
+    if weights.query_norm is None:
+        projected = _rotate(settings, projected)
+    attention = _attention(settings, projected, weights, record)
     del projected
     branch = F.linear(attention.result.detach(), weights.out_proj, weights.out_proj_bias)
     recorded = attention if record else None
     del attention
     # 4. mid = residual + branch, and LN₂: [Q, W]
-    norm_2 = weights.norm_2, weights.norm_2_bias, settings.eps[1], settings.dtype
-    mid, normed, *statistics_2 = add_layer_norm(residual, branch, *norm_2)
+    mid, normed, *statistics_2 = _norm(settings, weights, "norm_2", residual, branch)
     del branch
-    # 5. MLP: [Q, W] @ [W, M] -> [Q, M], activation, [Q, M] @ [M, W] -> [Q, W]
+    # 5. MLP: [Q, W] @ [W, M] -> [Q, M], or [Q, 2M] for SwiGLU; activation [Q, M], its norm, [Q, M] @ [M, W] -> [Q, W]
     inner = normed @ weights.fc.T
     del normed
     saved = _Saved(mid, inner, *statistics_1, *statistics_2) if record else None
     active = mlp_activation(inner, weights.fc_bias, KINDS.index(settings.activation))
     del inner
+    if weights.mlp_norm is not None:
+        active = _norm(settings, weights, "mlp_norm", active)[1]
     return _Forward((mid, F.linear(active, weights.proj, weights.proj_bias)), hidden, recorded, saved)
 
 
@@ -251,20 +337,23 @@ class _FusedBlock(torch.autograd.Function):
         stream: Tensor,
         branch: Tensor | None,
         query_rows: Tensor | slice | None,
+        counts: Sequence[int],
         layout: Sequence[tuple[str, int, float]],
-        *tensors: Tensor,
+        *tensors: Any,
     ) -> tuple[Tensor, Tensor]:
         record, count = not settings.save_inputs_only, len(tensors) - 2 * len(layout)
         flat, factors = tensors[:count], tensors[count:]
         with without_autocast(stream.device):
-            weights = _cast(settings, flat)
+            weights = _cast(settings, flat, counts)
             out, hidden, attention, saved = _forward(settings, Hidden(stream, branch), query_rows, weights, record)
         projected = attention.projected if attention else ()
-        casts = [getattr(weights, name) for name in PRODUCTS] if record and _dtype(flat) != settings.dtype else []
-        ctx.settings, ctx.attention, ctx.has_branch, ctx.layout = settings, attention, branch is not None, layout
+        is_cast = record and _dtype(flat, counts) != settings.dtype
+        casts = [getattr(weights, name) for name in PRODUCTS] if is_cast else []
+        ctx.settings, ctx.attention, ctx.has_branch = settings, attention, branch is not None
+        ctx.layout, ctx.field_counts = layout, counts
         ctx.counts = len(flat), len(factors), len(casts), len(projected)
         # Computed weights (updated, scaled) would be saved beside their casts, although backward reads only the casts.
-        spared = [bool(casts) and x.dim() == 2 and not isinstance(x, torch.nn.Parameter) for x in flat]
+        spared = [is_cast and getattr(x, "ndim", 0) == 2 and not isinstance(x, torch.nn.Parameter) for x in flat]
         kept = [x.new_empty(0) if spare else x for x, spare in zip(flat, spared, strict=True)]
         if saved and settings.recompute_mlp:
             saved = saved._replace(inner=saved.inner.new_empty(0))
@@ -279,48 +368,47 @@ class _FusedBlock(torch.autograd.Function):
     def backward(ctx: Any, d_mid: Tensor, d_branch: Tensor) -> tuple[Tensor | None, ...]:
         settings: BlockSettings = ctx.settings
         hidden, saved_rows, *rest = ctx.saved_tensors
-        query_rows = ctx.query_rows or saved_rows
+        query_rows, counts = ctx.query_rows or saved_rows, ctx.field_counts
         flat, factors, casts, projected, saved = _split(rest, *ctx.counts)
-        needs_hidden, needed = any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[5 : 5 + len(flat)]
+        needs_hidden, needed = any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[6 : 6 + len(flat)]
         pairs = zip(ctx.layout, factors[::2], factors[1::2], strict=True)
         updates = [(name, LowRankFactors(part, scale, down, up)) for (name, part, scale), down, up in pairs]
         d_factors: list[Tensor] = [x.new_empty(0) for x in factors]
         attention, ctx.attention = ctx.attention, None  # frees its graph; a second backward records another
         # 1. The forward pass: saved, or repeated from the inputs
         with without_autocast(hidden.device):
-            weights = _cast(settings, flat, casts)
+            weights = _cast(settings, flat, counts, casts)
             recorded: tuple[_Attention | None, _Saved | None]
             if saved:
                 restored = _Saved(*saved)
                 if settings.recompute_mlp:
                     restored = restored._replace(inner=_mlp_product(settings, restored.mid, weights))
-                recorded = attention or _attention(settings, projected, record=True), restored
+                recorded = attention or _attention(settings, projected, weights, record=True), restored
             else:
                 recorded = _forward(settings, Hidden(hidden), query_rows, weights, record=True)[2:]
             # 2. Gradients, by the name of the weight
-            needs = BlockWeights(*_join_qkv(needed, any))
+            needs = BlockWeights(*_join(needed, counts, any))
             d_hidden, gradients = _backward(
                 settings, (d_mid, d_branch), hidden, query_rows, weights, *recorded, needs_hidden, needs,
-                _dtype(flat), updates, d_factors,
+                _dtype(flat, counts), updates, d_factors,
             )  # fmt: skip
-        # 3. In the order of the arguments; those of joined projections [3W, …] are cut into query, key and value
-        d_flat: list[Tensor | None] = [gradients.get(name) for name in BlockWeights._fields]
-        if len(flat) > len(d_flat):
-            qkv = ([None] * 3 if x is None else x.chunk(3) for x in d_flat[2:4])
-            d_flat[2:4] = [part for parts in qkv for part in parts]
+        # 3. In the order of the arguments; those of joined weights are cut into their parts, of equal size
+        d_flat: list[Tensor | None] = []
+        for name, count in zip(BlockWeights._fields, counts, strict=True):
+            gradient = gradients.get(name)
+            d_flat += [None] * count if gradient is None else gradient.chunk(count)
         d_weights = (
             None if x is None or not need else x.to(weight.dtype)
             for x, weight, need in zip(d_flat, flat, needed, strict=True)
         )
         d_stream, d_input = d_hidden
         d_updates = (d.to(x.dtype) for d, x in zip(d_factors, factors, strict=True))
-        return None, d_stream, d_input if ctx.has_branch else None, None, None, *d_weights, *d_updates
+        return None, d_stream, d_input if ctx.has_branch else None, None, None, None, *d_weights, *d_updates
 
 
 def _mlp_product(settings: BlockSettings, mid: Tensor, weights: BlockWeights) -> Tensor:
     """LN₂(mid) · W_fc, [Q, W] @ [W, M] -> [Q, M]."""
-    _, normed, *_ = add_layer_norm(mid, None, weights.norm_2, weights.norm_2_bias, settings.eps[1], settings.dtype)
-    return normed @ weights.fc.T
+    return _norm(settings, weights, "norm_2", mid)[1] @ weights.fc.T
 
 
 def _split(items: Sequence[Tensor], *counts: int) -> Iterator[Sequence[Tensor]]:
@@ -331,29 +419,34 @@ def _split(items: Sequence[Tensor], *counts: int) -> Iterator[Sequence[Tensor]]:
     yield items
 
 
-def _dtype(flat: Sequence[Tensor]) -> torch.dtype:
+def _dtype(flat: Sequence[Any], counts: Sequence[int]) -> torch.dtype:
     """Dtype of the matrices of a block; its vectors may have another."""
-    return flat[BlockWeights._fields.index("proj") - len(BlockWeights._fields)].dtype
+    return flat[sum(counts[: BlockWeights._fields.index("proj")])].dtype
 
 
-def _join_qkv(flat: Sequence[Any], join: Callable[[Sequence[Any]], Any]) -> Sequence[Any]:
-    """Fields of `BlockWeights`, with separate projections of query, key and value joined."""
-    if len(flat) == len(BlockWeights._fields):
-        return flat
-    return (*flat[:2], join(flat[2:5]), join(flat[5:8]), *flat[8:])
+def _join(flat: Sequence[Any], counts: Sequence[int], join: Callable[[Sequence[Any]], Any]) -> list[Any]:
+    """Fields of `BlockWeights` from a flat list, with the parts of a field joined."""
+    items = iter(flat)
+    return [next(items) if n == 1 else join([next(items) for _ in range(n)]) for n in counts]
 
 
-def _cast(settings: BlockSettings, flat: Sequence[Tensor], casts: Sequence[Tensor] = ()) -> BlockWeights:
+def _cast(
+    settings: BlockSettings, flat: Sequence[Any], counts: Sequence[int], casts: Sequence[Tensor | None] = ()
+) -> BlockWeights:
     """Weights with those of products in the dtype of the products: `casts`, else cast and joined by one launch.
 
     In a step that keeps casts they are not cast again.
     """
-    weights = BlockWeights(*_join_qkv(flat, tuple))
-    copies = dict(zip(PRODUCTS, casts, strict=False))
+    weights = BlockWeights(*_join(flat, counts, tuple))
+    if isinstance(weights.fc_bias, tuple):
+        weights = weights._replace(fc_bias=torch.cat(weights.fc_bias))
+    copies: dict[str, Any] = dict(zip(PRODUCTS, casts, strict=False))
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for name in () if casts else PRODUCTS:
         weight = getattr(weights, name)
+        if weight is None:
+            continue
         parts = weight if isinstance(weight, tuple) else (weight,)
         if len(parts) > 1 or weight.dtype != settings.dtype:
             kept = None if kept_casts.active is None else kept_casts.active.of_product(parts, settings.dtype)
@@ -432,7 +525,9 @@ class _Sums:
 
     def finish(self) -> None:
         if self.pending:
-            totals = column_sums(self.pending, self.dtype).split(self.widths)
+            calls = [self.pending[i : i + MATRICES] for i in range(0, len(self.pending), MATRICES)]
+            sums = [column_sums(matrices, self.dtype) for matrices in calls]
+            totals = (torch.cat(sums) if len(sums) > 1 else sums[0]).split(self.widths)
             self.gradients |= dict(zip(self.names, totals, strict=True))
 
 
@@ -483,20 +578,36 @@ def _backward(
                 d_factors[2 * index + 1] = _product(d_part.T, thin, up.dtype)
 
     # Shapes as in `_forward`: Q rows behind the projections, R before them.
-    # 1. MLP: d_branch [Q, W] @ W_p [W, M] -> [Q, M]; recomputes act(…) [Q, M] and gives d_inner [Q, M]
+    # 1. MLP: d_branch [Q, W] @ W_p [W, M] -> [Q, M]; recomputes act(…) [Q, M] and gives d_inner [Q, M] or [Q, 2M]
+    d_active, kind = d_branch @ weights.proj, KINDS.index(settings.activation)
+    if weights.mlp_norm is not None:
+        plain = mlp_activation(inner, weights.fc_bias, kind)
+        _, active, *statistics = _norm(settings, weights, "mlp_norm", plain)
+        add_weight("proj", d_branch, active)
+        d_norm = Gradients(
+            *add_layer_norm_backward(
+                d_active, None, plain, *statistics, weights.mlp_norm, None, True, needs.mlp_norm, needs.mlp_norm_bias,
+                False, sums.partial, None,
+            )
+        )  # fmt: skip
+        sums.add(d_norm.sums, mlp_norm=d_norm.d_weight, mlp_norm_bias=d_norm.d_bias)
+        d_active = d_norm.d_x
+        del plain, d_norm
+    needs_active = weights.mlp_norm is None and "proj" in needed
     d_inner, d_fc_bias, active, partial = mlp_activation_backward(
-        d_branch @ weights.proj, inner, weights.fc_bias, KINDS.index(settings.activation),
-        True, needs.fc_bias, "proj" in needed, sums.partial,
-    )  # fmt: skip
+        d_active, inner, weights.fc_bias, kind, True, needs.fc_bias, needs_active, sums.partial
+    )
+    del d_active
     sums.add(partial, fc_bias=d_fc_bias)
-    add_weight("proj", d_branch, active)
+    if needs_active:
+        add_weight("proj", d_branch, active)
     del active
     # 2. LN₂: d_inner [Q, M] @ W_fc [M, W] -> [Q, W]; recomputes the norm, and gives d_mid = d_stream + …
     d_norm = Gradients(
         *add_layer_norm_backward(
             d_inner @ weights.fc, d_stream, mid, mean_2, rstd_2, weights.norm_2,
             weights.norm_2_bias if "fc" in needed else None, True, needs.norm_2, needs.norm_2_bias,
-            needs.out_proj_bias or needs.proj_bias, sums.partial, cast,
+            needs.out_proj_bias or needs.proj_bias, sums.partial, cast, "fc" in needed,
         )
     )  # fmt: skip
     d_mid, upstream = d_norm.d_x, d_norm.d_x if cast is None else d_norm.d_x_cast
@@ -508,11 +619,17 @@ def _backward(
     del d_inner, d_norm
     # 3. Output projection: d_W_o = upstream.T [W, Q] @ result [Q, W]
     add_weight("out_proj", upstream, attention.result.detach())
-    if not needs_hidden and not any(needs[:4]) and "in_proj" not in updated:
+    needs_norms = any(getattr(needs, name) for name in attention.norms)
+    if not needs_hidden and not any(needs[:4]) and "in_proj" not in updated and not needs_norms:
         sums.finish()
         return d_hidden, gradients
-    # 4. Attention by autograd: [Q, W] -> ([R, 3W],), or ([Q, W], [R, 2W]) with separate queries
-    d_projected = torch.autograd.grad(attention.result, attention.projected, upstream @ weights.out_proj)
+    # 4. Attention and its norms by autograd: [Q, W] -> ([R, 3W],), or ([Q, W], [R, 2W]) with separate queries
+    leaves = (*attention.projected, *attention.norms.values())
+    d_projected = torch.autograd.grad(attention.result, leaves, upstream @ weights.out_proj)
+    gradients |= zip(attention.norms, d_projected[len(attention.projected) :], strict=True)
+    d_projected = d_projected[: len(attention.projected)]
+    if weights.query_norm is None:
+        d_projected = _rotate(settings, d_projected, inverse=True)
     del upstream
 
     def in_proj_gradient(inputs: Tensor) -> Tensor:
@@ -536,8 +653,7 @@ def _backward(
     if needs.in_proj_bias or (not needs_hidden and any(needs[:4])):
         sums.add_columns("in_proj_bias", d_projected)
     if not needs_hidden and "in_proj" in updated:
-        norm = weights.norm_1, weights.norm_1_bias, settings.eps[0], settings.dtype
-        add_in_proj_factors(add_layer_norm(hidden, None, *norm)[1])
+        add_in_proj_factors(_norm(settings, weights, "norm_1", hidden)[1])
     if not needs_hidden and not any(needs[:4]):
         sums.finish()
         return d_hidden, gradients
@@ -545,9 +661,10 @@ def _backward(
         # The first block above the cut needs no gradient of its tokens. Since LN₁(hidden) = x̂ · γ + β, the gradients of
         # γ and β follow from that of the projection's weights, which saves a product as large as the projection.
         sums.finish()
-        _, unit, *_ = add_layer_norm(hidden, None, None, None, settings.eps[0], settings.dtype)  # x̂, [R, W]
+        unit = add_layer_norm(hidden, None, None, None, settings.eps[0], settings.dtype, settings.rms)[1]  # x̂, [R, W]
+        bias = torch.zeros_like(weights.norm_1) if weights.norm_1_bias is None else weights.norm_1_bias
         gradients["in_proj"], norm_sums = folded_norm_gradients(
-            weights.in_proj, in_proj_gradient(unit), gradients["in_proj_bias"], weights.norm_1, weights.norm_1_bias
+            weights.in_proj, in_proj_gradient(unit), gradients["in_proj_bias"], weights.norm_1, bias
         )
         totals = column_sums([norm_sums], norm_sums.dtype)  # [2W]
         gradients["norm_1"], gradients["norm_1_bias"] = totals.chunk(2)
@@ -568,7 +685,7 @@ def _backward(
         *add_layer_norm_backward(
             d_normed, d_mid if query_rows is None else None, hidden, mean_1, rstd_1, weights.norm_1,
             weights.norm_1_bias if "in_proj" in needed else None, True, needs.norm_1, needs.norm_1_bias,
-            False, sums.partial, cast if query_rows is None else None,
+            False, sums.partial, cast if query_rows is None else None, "in_proj" in needed,
         )
     )  # fmt: skip
     del d_normed

@@ -200,8 +200,8 @@ def test_fuse_says_what_it_cannot_fuse():
         UnsupportedModel, match=r"fuse: no block of Linear can be fused: the model has none of open_clip"
     ):
         sk.fuse(nn.Linear(2, 2))
-    with pytest.raises(UnsupportedModel, match="no block of VisionTransformer can be fused: a block has a LayerNorm"):
-        sk.fuse(timm_vit(qk_norm=True))
+    with pytest.raises(UnsupportedModel, match="no block of VisionTransformer can be fused: a block has a Diff"):
+        sk.fuse(timm_vit(attn_layer="diff"))
     model = tiny_clip()
     model.transformer.resblocks[1].mlp.gelu = nn.SiLU()
     with pytest.warns(UserWarning, match="fuse: 1 of 6 blocks are not fused: a block has a SiLU of torch"):

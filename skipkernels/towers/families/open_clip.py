@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..base import ImageTower, Part, UnsupportedModel
-from ..block import FusedBlock, Sequences, Submodules, activation, parameter, submodules, weight_and_bias
+from ..block import FusedBlock, Sequences, Submodules, activation, layer_scale, parameter, submodules, weight_and_bias
 from ..fused_block import BlockWeights, FusableBlock
 from ..text import TextTower
 
@@ -60,8 +60,8 @@ class OpenClipBlock(FusedBlock):
 
     def _why_settings(self) -> str | None:
         attention = self._modules["attn"]
-        if not getattr(attention, "_qkv_same_embed_dim", True) or attention._parameters.get("in_proj_bias") is None:
-            return "a block's attention has separate projections, or no bias"
+        if not getattr(attention, "_qkv_same_embed_dim", True):
+            return "a block's attention has separate projections"
         if isinstance(attention, Attention):
             if attention.logit_scale is not None or attention.head_scale is not None:
                 return "a block's attention has an extra scale"
@@ -80,8 +80,9 @@ class OpenClipBlock(FusedBlock):
         norm_1, norm_2, attention, mlp = parts["ln_1"], parts["ln_2"], parts["attn"], parts["mlp"]._modules
         weights = BlockWeights(
             *weight_and_bias(norm_1), parameter(attention, "in_proj_weight"), attention._parameters["in_proj_bias"],
-            *weight_and_bias(attention._modules["out_proj"], parts.get("ls_1")),
-            *weight_and_bias(norm_2), *weight_and_bias(mlp["c_fc"]), *weight_and_bias(mlp["c_proj"], parts.get("ls_2")),
+            *weight_and_bias(attention._modules["out_proj"], layer_scale(parts.get("ls_1"))),
+            *weight_and_bias(norm_2), *weight_and_bias(mlp["c_fc"]),
+            *weight_and_bias(mlp["c_proj"], layer_scale(parts.get("ls_2"))),
         )  # fmt: skip
         kind = activation(mlp["gelu"], _ACTIVATIONS)
         return FusableBlock(weights, kind, (norm_1.eps, norm_2.eps), attention.num_heads)

@@ -2,7 +2,7 @@
 
 Patches, by a projection or convolutions; class token and registers; positions in front of the blocks or inside them
 (rotary, relative); blocks; norm, pooling (class token, mean, attention), projection. Trunks with blocks in stages are
-in `convnets.py`.
+in `convnets.py`, fused blocks in `timm_blocks.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import Attention, DropPath, HybridEmbed, LayerNorm, LayerScale, Mlp
-from timm.layers.activations import GELU, GELUTanh, QuickGELU
+from timm.layers import HybridEmbed
 from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.fastvit import FastVit
@@ -23,36 +22,9 @@ from timm.models.vitamin import MbConvStages
 from torch import Tensor, nn
 
 from ..base import ImageTower, Part, UnsupportedModel
-from ..block import FusedBlock, Sequences, Submodules, activation, submodules, weight_and_bias
-from ..fused_block import BlockWeights, FusableBlock
+from ..fused_block import Rotary
 from .convnets import NOT_FUSED, chain_stages, convnext_tower, fastvit_tower, swin_tower
-
-_ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
-_NORM, _SCALE, _PATH = (nn.LayerNorm, LayerNorm), (nn.Identity, LayerScale), (nn.Identity, DropPath)
-_TYPES: dict[str, tuple[type, ...]] = {
-    "norm1": _NORM,
-    "attn": (Attention,),
-    "attn.qkv": (nn.Linear,),
-    "attn.q_norm": (nn.Identity,),
-    "attn.k_norm": (nn.Identity,),
-    "attn.attn_drop": (nn.Dropout,),
-    "attn.norm": (nn.Identity,),
-    "attn.proj": (nn.Linear,),
-    "attn.proj_drop": (nn.Dropout,),
-    "ls1": _SCALE,
-    "drop_path1": _PATH,
-    "norm2": _NORM,
-    "mlp": (Mlp,),
-    "mlp.fc1": (nn.Linear,),
-    "mlp.act": tuple(_ACTIVATIONS),
-    "mlp.drop1": (nn.Dropout,),
-    "mlp.norm": (nn.Identity,),
-    "mlp.fc2": (nn.Linear,),
-    "mlp.drop2": (nn.Dropout,),
-    "ls2": _SCALE,
-    "drop_path2": _PATH,
-}
-_BLOCK = submodules(_TYPES)
+from .timm_blocks import rotary_of_tokens
 
 
 def timm_tower(model: Any) -> ImageTower:
@@ -79,44 +51,6 @@ def _is_vitamin(trunk: Any) -> bool:
     embed: Any = getattr(trunk, "patch_embed", None)
     plain = type(embed) is HybridEmbed and embed.flatten and not embed.dynamic_img_pad
     return plain and type(embed.backbone) is MbConvStages
-
-
-class TimmBlock(FusedBlock):
-    """`Block` of timm's `VisionTransformer`."""
-
-    linear_weights = ("attn.qkv.weight",) * 3 + ("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
-
-    def _submodules(self) -> Submodules:
-        return _BLOCK
-
-    def _why_settings(self) -> str | None:
-        parts = self._modules
-        attention, layers, mlp = parts["attn"], parts["attn"]._modules, parts["mlp"]._modules
-        rates = [x.p for x in (layers["attn_drop"], layers["proj_drop"], mlp["drop1"], mlp["drop2"])]
-        if any(rates) or any(getattr(parts[name], "drop_prob", 0.0) for name in ("drop_path1", "drop_path2")):
-            return "a block drops values or branches at random in training (dropout, drop path); set their rates to 0"
-        width = attention.num_heads * attention.head_dim
-        if not layers["qkv"].out_features == 3 * width == 3 * layers["qkv"].in_features:
-            return "the total width of the heads of a block differs from the width of the block"
-        if attention.scale != attention.head_dim**-0.5 or getattr(attention, "is_causal", False):
-            return "a block's attention is causal or has an unusual scale"
-        return None
-
-    def _read(self) -> FusableBlock:
-        parts = self._modules
-        norm_1, norm_2, attention, mlp = parts["norm1"], parts["norm2"], parts["attn"], parts["mlp"]._modules
-        layers = attention._modules
-        weights = BlockWeights(
-            *weight_and_bias(norm_1), *weight_and_bias(layers["qkv"]), *weight_and_bias(layers["proj"], parts["ls1"]),
-            *weight_and_bias(norm_2), *weight_and_bias(mlp["fc1"]), *weight_and_bias(mlp["fc2"], parts["ls2"]),
-        )  # fmt: skip
-        kind = activation(mlp["act"], _ACTIVATIONS)
-        return FusableBlock(weights, kind, (norm_1.eps, norm_2.eps), attention.num_heads)
-
-    def _sequences(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Sequences | None:
-        if x.ndim != 3 or attn_mask is not None:  # towers of CLIP have no mask
-            return None
-        return Sequences(x, None, is_causal)
 
 
 class TransformerTower(ImageTower):
@@ -219,13 +153,29 @@ class EvaTower(TransformerTower):
         hidden, _ = self.trunk._pos_embed(self.trunk.patch_embed(inputs))
         return self.trunk.norm_pre(hidden)
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def why_no_rows(self, index: int) -> str | None:
+        return "each block has rotary positions of its own" if self._is_mixed else super().why_no_rows(index)
+
+    @property
+    def _is_mixed(self) -> bool:
+        return self.trunk.rope is not None and self.trunk.rope_mixed
+
+    def _positions(self, device: torch.device) -> Tensor:
+        """Rotary positions of the patches, [patches, 2E], or those of each block."""
         rope = self.trunk.rope
-        if rope is None:
-            return block(hidden)
         grid = {} if hasattr(rope, "feat_shape") else {"shape": self.trunk.patch_embed.grid_size}
-        positions = rope.get_embed(**grid).to(hidden.device)
-        return block(hidden, rope=positions[self._depth[block]] if self.trunk.rope_mixed else positions)
+        return rope.get_embed(**grid).to(device)
+
+    def rotary(self, device: torch.device) -> Rotary | None:
+        if self.trunk.rope is None or self._is_mixed:
+            return None
+        return rotary_of_tokens(self._positions(device), self.blocks[0].attn)
+
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        if self.trunk.rope is None:
+            return block(hidden)
+        positions = self._positions(hidden.device)
+        return block(hidden, rope=positions[self._depth[block]] if self._is_mixed else positions)
 
 
 def _refuse_varying_positions(trunk: Any) -> None:

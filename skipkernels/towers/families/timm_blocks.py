@@ -1,0 +1,177 @@
+"""Blocks of timm: `Block` of `VisionTransformer`, `EvaBlock` of EVA, EVA-02 and Perception Encoder.
+
+Both have the same options: norms of query, key, the result of attention and the activation; SwiGLU, packed or in two
+layers; RMSNorm; no biases. An `EvaBlock` also has rotary positions, separate projections, and layer scales that are its
+own parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope, DropPath, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU
+from timm.layers.activations import GELU, GELUTanh, QuickGELU
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+from ..block import FusedBlock, Sequences, Submodules, activation, layer_scale, submodules, weight_and_bias
+from ..fused_block import NORMS, BlockWeights, FusableBlock, Rotary
+
+_ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
+_NORM = (nn.LayerNorm, LayerNorm, RmsNorm)
+_OPTIONAL_NORM = (nn.Identity, *_NORM)
+
+
+@functools.cache
+def _submodules(attention: Any, mlp: Any, packed: bool) -> Submodules:
+    """Submodules of a block with these types, and a packed projection of query, key and value or three."""
+    types: dict[str, tuple[type, ...]] = {
+        "norm1": _NORM,
+        "attn": (attention,),
+        **{f"attn.{name}": (nn.Linear,) for name in (("qkv",) if packed else ("q_proj", "k_proj", "v_proj"))},
+        **{f"attn.{name}": _OPTIONAL_NORM for name in ("q_norm", "k_norm", "norm")},
+        "attn.proj": (nn.Linear,),
+        "norm2": _NORM,
+        "mlp": (mlp,),
+        **{f"mlp.{name}": (nn.Linear,) for name in (("fc1_g", "fc1_x") if mlp is SwiGLU else ("fc1",))},
+        "mlp.act": tuple(_ACTIVATIONS) if mlp is Mlp else (nn.SiLU,),
+        "mlp.norm": _OPTIONAL_NORM,
+        "mlp.fc2": (nn.Linear,),
+        **{name: (nn.Dropout,) for name in ("attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2")},
+        **{name: (nn.Identity, DropPath) for name in ("drop_path1", "drop_path2")},
+    }
+    if attention is Attention:
+        types |= {name: (nn.Identity, LayerScale) for name in ("ls1", "ls2")}
+    return submodules(types)
+
+
+class TimmBlock(FusedBlock):
+    """`Block` of timm's `VisionTransformer`."""
+
+    _attentions: tuple[type, ...] = (Attention,)
+
+    @property
+    def linear_weights(self) -> Sequence[Any]:  # type: ignore[override]
+        layers, mlp = self._modules["attn"]._modules, self._modules["mlp"]._modules
+        qkv = ("qkv",) * 3 if "qkv" in layers else ("q_proj", "k_proj", "v_proj")
+        fc = "mlp.fc1.weight" if "fc1" in mlp else ("mlp.fc1_g.weight", "mlp.fc1_x.weight")
+        return (*(f"attn.{name}.weight" for name in qkv), "attn.proj.weight", fc, "mlp.fc2.weight")
+
+    def _submodules(self) -> Submodules:
+        attention, mlp = self._modules.get("attn"), type(self._modules.get("mlp"))
+        kind = type(attention) if type(attention) in self._attentions else self._attentions[0]
+        packed = attention is not None and "qkv" in attention._modules
+        return _submodules(kind, mlp if mlp in (GluMlp, SwiGLU) else Mlp, packed)  # type: ignore[arg-type]
+
+    def _why_settings(self) -> str | None:
+        parts = self._modules
+        attention, mlp = parts["attn"], parts["mlp"]
+        layers, steps = attention._modules, mlp._modules
+        rates = [x.p for x in (layers["attn_drop"], layers["proj_drop"], steps["drop1"], steps["drop2"])]
+        if any(rates) or any(getattr(parts[name], "drop_prob", 0.0) for name in ("drop_path1", "drop_path2")):
+            return "a block drops values or branches at random in training (dropout, drop path); set their rates to 0"
+        width, total = parts["norm1"].weight.shape[0], attention.num_heads * attention.head_dim
+        if total != width or layers["proj"].out_features != width or getattr(attention, "num_kv_groups", 1) != 1:
+            return "the total width of the heads of a block differs from the width of the block"
+        if attention.scale != attention.head_dim**-0.5 or getattr(attention, "is_causal", False):
+            return "a block's attention is causal or has an unusual scale"
+        if getattr(mlp, "gate_last", False):
+            return "the gate of a block's MLP is behind its value"
+        norms = [parts["norm1"], parts["norm2"], *self._optional_norms()]
+        if len({isinstance(x, RmsNorm) for x in norms if not isinstance(x, nn.Identity)}) > 1:
+            return "a block has LayerNorm and RMSNorm"
+        return None
+
+    def _optional_norms(self) -> list[nn.Module]:
+        """Norms of query, key, the result of attention and the activation, in the order of `BlockWeights`."""
+        layers = self._modules["attn"]._modules
+        return [layers["q_norm"], layers["k_norm"], layers["norm"], self._modules["mlp"]._modules["norm"]]
+
+    def _scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """Layer scales of both branches."""
+        return layer_scale(self._modules["ls1"]), layer_scale(self._modules["ls2"])
+
+    def _read(self) -> FusableBlock:
+        parts = self._modules
+        norm_1, norm_2, attention = parts["norm1"], parts["norm2"], parts["attn"]
+        layers, mlp = attention._modules, parts["mlp"]._modules
+        scales, norms = self._scales(), self._optional_norms()
+        fc: tuple[Any, Any] = weight_and_bias(mlp["fc1"]) if "fc1" in mlp else _joint(mlp["fc1_g"], mlp["fc1_x"])
+        weights = BlockWeights(
+            *weight_and_bias(norm_1), *_projections(attention), *weight_and_bias(layers["proj"], scales[0]),
+            *weight_and_bias(norm_2), *fc, *weight_and_bias(mlp["fc2"], scales[1]),
+        )._replace(**_weights_of_norms(norms))  # fmt: skip
+        kind = "swiglu" if type(mlp["act"]) is nn.SiLU else activation(mlp["act"], _ACTIVATIONS)
+        eps = tuple(getattr(norm, "eps", 0.0) for norm in (norm_1, norm_2, *norms))
+        return FusableBlock(weights, kind, eps, attention.num_heads, isinstance(norm_1, RmsNorm))
+
+    def _sequences(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Sequences | None:
+        if x.ndim != 3 or attn_mask is not None:  # towers of CLIP have no mask
+            return None
+        return Sequences(x, None, is_causal)
+
+
+class TimmEvaBlock(TimmBlock):
+    """`EvaBlock` of timm's `Eva`."""
+
+    _attentions = (EvaAttention, AttentionRope)
+
+    def _scales(self) -> tuple[Tensor | None, Tensor | None]:
+        block: Any = self
+        return block.gamma_1, block.gamma_2
+
+    def _sequences(  # type: ignore[override]
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Sequences | None:
+        given = super()._sequences(x, attn_mask, is_causal)
+        if given is None or rope is None:
+            return given
+        rotary = rotary_of_tokens(rope, self._modules["attn"])
+        return None if rotary is None else given._replace(rotary=rotary)
+
+
+def rotary_of_tokens(rope: Tensor, attention: Any) -> Rotary | None:
+    """Rotary positions of all tokens from timm's, [tokens with a position, 2E]: the sine of each pair, twice, and the
+    cosine. None if they are learned, or differ between heads or images.
+    """
+    if rope.ndim != 2 or rope.requires_grad:
+        return None
+    interleaved = not getattr(attention, "rotate_half", False)
+    head_dim = rope.shape[1] // 2
+    once = slice(None, None, 2) if interleaved else slice(head_dim // 2)
+    sin, cos = (x[:, once] for x in rope.split(head_dim, dim=1))
+    prefix = (0, 0, attention.num_prefix_tokens, 0)  # class token and registers are not rotated
+    return Rotary(F.pad(cos, prefix, value=1.0), F.pad(sin, prefix), interleaved)
+
+
+def _weights_of_norms(norms: Sequence[nn.Module]) -> dict[str, Any]:
+    """Weights and biases of the norms that are no identity, by their names in `BlockWeights`."""
+    found: dict[str, Any] = {}
+    for name, norm in zip(NORMS[2:], norms, strict=True):
+        if not isinstance(norm, nn.Identity):
+            found[name], found[f"{name}_bias"] = weight_and_bias(norm)
+    return found
+
+
+def _projections(attention: Any) -> tuple[Any, Any]:
+    """Weights and biases of query, key and value."""
+    layers, own = attention._modules, attention._parameters
+    if "qkv" not in layers:
+        return _joint(layers["q_proj"], layers["k_proj"], layers["v_proj"])
+    weight, bias = weight_and_bias(layers["qkv"])
+    separate = own.get("q_bias") is not None  # of EvaAttention, where the layer has no bias
+    return weight, (own["q_bias"], attention.k_bias, own["v_bias"]) if separate else bias
+
+
+def _joint(*layers: Any) -> tuple[Any, Any]:
+    """Weights and biases of layers side by side; zeros for a bias that one of them lacks."""
+    weights, biases = zip(*map(weight_and_bias, layers), strict=True)
+    if all(bias is None for bias in biases):
+        return weights, None
+    return weights, tuple(
+        w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)
+    )
