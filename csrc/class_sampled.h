@@ -229,31 +229,24 @@ A logits_gradient(
 // Computes all needed outputs; `upstream` are the factors of each image.
 template <class T, class A = accumulate_t<T>>
 void run(const Problem<T>& problem, const std::vector<Upstream<A>>& upstream, const Results<A>& out) {
-  const int64_t B = problem.B, K = problem.K;
   if (!out.with_gradients())
-    return forward<T>(problem, Plan(B, K, problem.D), 0, static_cast<A*>(nullptr), 0, out);
+    return forward<T>(
+        problem, Plan(problem.B, problem.K, problem.D), 0, static_cast<A*>(nullptr), 0, out);
 
-  constexpr int64_t PANEL = int64_t(1) << 23; // 32 MiB in fp32
-  const int64_t panel = std::min(B, std::max<int64_t>(PANEL / K / 16, 1) * 16);
-  const int64_t stride = divide_up(K, 16) * 16; // rows of d_logits start on a cache line
-  const auto d_logits = scratch<A>(panel * stride);
   const UnitRows<T> unit{problem.image, problem.text, out.image_norm, out.text_norm, problem.D};
-  for (int64_t p = 0; p < B; p += panel) {
-    const Plan plan(std::min(panel, B - p), K, problem.D);
-    forward<T>(problem, plan, p, d_logits.get(), stride, out);
-    const auto along = scratch<A>(plan.k_blocks * plan.B); // Σ_k d_z_bk · cosine_bk over the classes of a block
-    parallel_blocks(plan, [&](const Block& block) {
-      const auto [b_index, k_index, b0, b1, k0, k1] = block;
-      for (int64_t i = b0; i < b1; ++i)
-        along[k_index * plan.B + i] =
-            logits_gradient(problem, upstream[p + i], out.lse[p + i], p + i, k0, k1 - k0, &d_logits[i * stride + k0]);
-    });
-    if (out.d_logit_scale)
-      *out.d_logit_scale = std::accumulate(&along[0], &along[plan.k_blocks * plan.B], *out.d_logit_scale);
-    contract<T>(
-        {d_logits.get(), plan.B, K, stride}, unit, p, out.d_image ? out.d_image + p * problem.D : nullptr, out.d_text,
-        p > 0, plan.tasks() == 1);
-  }
+  for_each_panel<T>(
+      problem, unit, out.d_image, out.d_text, [&](const Plan& plan, int64_t p, A* d_logits, int64_t stride) {
+        forward<T>(problem, plan, p, d_logits, stride, out);
+        const auto along = scratch<A>(plan.k_blocks * plan.B); // Σ_k d_z_bk · cosine_bk over the classes of a block
+        parallel_blocks(plan, [&](const Block& block) {
+          const auto [b_index, k_index, b0, b1, k0, k1] = block;
+          for (int64_t i = b0; i < b1; ++i)
+            along[k_index * plan.B + i] = logits_gradient(
+                problem, upstream[p + i], out.lse[p + i], p + i, k0, k1 - k0, &d_logits[i * stride + k0]);
+        });
+        if (out.d_logit_scale)
+          *out.d_logit_scale = std::accumulate(&along[0], &along[plan.k_blocks * plan.B], *out.d_logit_scale);
+      });
 }
 
 // Output tensors; empty if not needed.

@@ -16,34 +16,6 @@ namespace {
 
 constexpr const char* NAME = "class_sampled_logits";
 
-// Calls f(cosines, b, k, b_count, k_count, k_index) for every tile; f may overwrite the cosines, [b_count, k_count].
-// Writes the norms of the rows.
-template <class T, class F, class A = accumulate_t<T>>
-void for_each_tile(const Sample<T>& sample, const Plan& plan, A* image_norm, A* text_norm, const F& f) {
-  const int64_t D = sample.D;
-  parallel_blocks<Tile<A>>(plan, [&](Tile<A>& tile, const Block& block) {
-    const auto [b_index, k_index, b0, b1, k0, k1] = block;
-    for (int64_t k = k0; k < k1; k += K_TILE) {
-      const int64_t k_count = std::min(K_TILE, k1 - k);
-      for (int64_t i = 0; i < k_count; ++i) {
-        const A norm = load_unit_row(&tile.text[i * D], sample.text[k + i], D);
-        if (b_index == 0)
-          text_norm[k + i] = norm;
-      }
-      for (int64_t b = b0; b < b1; b += B_TILE) {
-        const int64_t b_count = std::min(B_TILE, b1 - b);
-        for (int64_t i = 0; i < b_count; ++i) {
-          const A norm = load_unit_row(&tile.image[i * D], sample.image[b + i], D);
-          if (k == 0)
-            image_norm[b + i] = norm;
-        }
-        tile.multiply(tile.cosine.get(), k_count, b_count, k_count, D);
-        f(tile.cosine.get(), b, k, b_count, k_count, k_index);
-      }
-    }
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor> class_sampled_logits(
     const Tensor& image, const Tensor& text, const Tensor& logit_scale, const std::optional<Tensor>& class_ids) {
   check_sample(NAME, image, text, logit_scale, class_ids);
@@ -58,8 +30,9 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits(
     Tensor image_norm = vector_of<A>(sample.B), text_norm = vector_of<A>(sample.K);
     A* const out = logits.mutable_data_ptr<A>();
     for_each_tile(
-        sample, Plan(sample.B, sample.K, sample.D), image_norm.mutable_data_ptr<A>(), text_norm.mutable_data_ptr<A>(),
-        [&](const A* cosine, int64_t b, int64_t k, int64_t b_count, int64_t k_count, int64_t) {
+        sample, Plan(sample.B, sample.K, sample.D), 0, image_norm.mutable_data_ptr<A>(),
+        text_norm.mutable_data_ptr<A>(),
+        [&](const A* cosine, int64_t b, int64_t k, int64_t b_count, int64_t k_count, const Block&) {
           for (int64_t i = 0; i < b_count; ++i)
             multiply(out + (b + i) * sample.K + k, cosine + i * k_count, scale, k_count);
         });
@@ -132,10 +105,10 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits_backward(
         std::vector<double> along(plan.k_blocks * B, 0); // Σ_k d_z_bk · cosine_bk over the classes of a block
         std::vector<A> image_again(B), text_again(K);
         for_each_tile(
-            sample, plan, image_again.data(), text_again.data(),
-            [&](const A* cosine, int64_t b, int64_t k, int64_t b_count, int64_t k_count, int64_t k_index) {
+            sample, plan, 0, image_again.data(), text_again.data(),
+            [&](const A* cosine, int64_t b, int64_t k, int64_t b_count, int64_t k_count, const Block& block) {
               for (int64_t i = 0; i < b_count; ++i)
-                along[k_index * B + b + i] += dot(cosine + i * k_count, d_z + (b + i) * stride + k, k_count);
+                along[block.k_index * B + b + i] += dot(cosine + i * k_count, d_z + (b + i) * stride + k, k_count);
             });
         d_scale = std::accumulate(along.begin(), along.end(), 0.0);
       }

@@ -55,6 +55,35 @@ struct Sample {
         text(rows_of<T>(text_storage, class_ids ? ids.data() : nullptr)) {}
 };
 
+// Calls f(cosines, b, k, b_count, k_count, block) for every tile of the images p0 to p0 + plan.B − 1, numbered from 0; f
+// may overwrite the cosines, [b_count, k_count]. Writes the norms of the rows.
+template <class T, class F, class A = accumulate_t<T>>
+void for_each_tile(
+    const Sample<T>& sample, const Plan& plan, int64_t p0, A* image_norm, A* text_norm, const F& f) {
+  const int64_t D = sample.D;
+  parallel_blocks<Tile<A>>(plan, [&](Tile<A>& tile, const Block& block) {
+    const auto [b_index, k_index, b0, b1, k0, k1] = block;
+    for (int64_t k = k0; k < k1; k += K_TILE) {
+      const int64_t k_count = std::min(K_TILE, k1 - k);
+      for (int64_t i = 0; i < k_count; ++i) {
+        const A norm = load_unit_row(&tile.text[i * D], sample.text[k + i], D);
+        if (p0 == 0 && b_index == 0)
+          text_norm[k + i] = norm;
+      }
+      for (int64_t b = b0; b < b1; b += B_TILE) {
+        const int64_t b_count = std::min(B_TILE, b1 - b);
+        for (int64_t i = 0; i < b_count; ++i) {
+          const A norm = load_unit_row(&tile.image[i * D], sample.image[p0 + b + i], D);
+          if (k == 0)
+            image_norm[p0 + b + i] = norm;
+        }
+        tile.multiply(tile.cosine.get(), k_count, b_count, k_count, D);
+        f(tile.cosine.get(), b, k, b_count, k_count, block);
+      }
+    }
+  });
+}
+
 // True if PyTorch's bf16 product is faster than fp32: without these instructions it is emulated.
 inline bool has_bf16_products() {
 #if defined(__x86_64__)
@@ -187,6 +216,25 @@ void contract(
         texts.run(task - image_tasks, whole, own);
     }
   });
+}
+
+// Calls write(plan, p, d_logits, stride) for one panel of images after the other, p the first image: it computes the
+// norms and writes d_z, [plan.B, K]. Contracts each panel before the next one: d_image [B, D] and d_text [K, D] are
+// gradients of the unit rows, without the factor scale; either may be null.
+template <class T, class F, class A = accumulate_t<T>>
+void for_each_panel(const Sample<T>& sample, const UnitRows<T>& unit, A* d_image, A* d_text, const F& write) {
+  constexpr int64_t PANEL = int64_t(1) << 23; // 32 MiB in fp32
+  const int64_t B = sample.B, K = sample.K, D = sample.D;
+  const int64_t panel = std::min(B, std::max<int64_t>(PANEL / K / 16, 1) * 16);
+  const int64_t stride = divide_up(K, 16) * 16; // rows of d_logits start on a cache line
+  const auto d_logits = scratch<A>(panel * stride);
+  for (int64_t p = 0; p < B; p += panel) {
+    const Plan plan(std::min(panel, B - p), K, D);
+    write(plan, p, d_logits.get(), stride);
+    contract<T>(
+        {d_logits.get(), plan.B, K, stride}, unit, p, d_image ? d_image + p * D : nullptr, d_text, p > 0,
+        plan.tasks() == 1);
+  }
 }
 
 // Gradient of the unit norm, times scale: writes d_rows at the n rows from the gradients of the unit rows. The caller

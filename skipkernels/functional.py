@@ -31,6 +31,7 @@ from .ops.gather_rows import gather_rows as _gather_rows
 from .ops.gather_rows import gather_rows_out as _gather_rows_out
 from .ops.mlp_activation import KINDS
 from .ops.mlp_activation import mlp_activation as _mlp_activation
+from .ops.pairwise_sigmoid import pairwise_sigmoid as _pairwise_sigmoid
 from .ops.pooled_attention import pooled_attention as _pooled_attention
 from .ops.rotary_embedding import rotary_embedding as _rotary_embedding
 from .ops.sgd_momentum import sgd_momentum_ as _sgd_momentum_
@@ -46,6 +47,8 @@ __all__ = [
     "contrastive_loss",
     "mlp_activation",
     "rotary_embedding",
+    "pairwise_sigmoid",
+    "pairwise_sigmoid_loss",
     "pooled_attention",
     "shared_prefix_attention",
     "gather_rows",
@@ -113,7 +116,7 @@ def class_sampled_ce(
         raise ValueError(f"{name}: label_smoothing must be in [0, 1]; got {label_smoothing}.")
     if reduction not in REDUCTIONS:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
-    scale = _scale_tensor(name, logit_scale, image)
+    scale = _number_of_logits(name, "logit_scale", logit_scale, image)
     # On the CPU, gradients cost less if forward computes them with the loss. Those of "none" depend on d_loss [B].
     in_forward = image.device.type == "cpu" and reduction != "none" and torch.is_grad_enabled()
     return registration.call(
@@ -158,7 +161,7 @@ def class_sampled_logits(
     _check_features(name, image, "text", text)
     if class_ids is not None:
         _check_ids(name, "class_ids", class_ids, image, K=None)
-    scale = _scale_tensor(name, logit_scale, image)
+    scale = _number_of_logits(name, "logit_scale", logit_scale, image)
     return registration.call(_class_sampled_logits, image, text, scale, class_ids)[0]
 
 
@@ -206,7 +209,7 @@ def class_sampled_lse(
     _check_ids(name, "labels", labels, image, B=image.shape[0])
     if class_ids is not None:
         _check_ids(name, "class_ids", class_ids, image, K=0 if class_ids.shape == (0,) else None)
-    scale = _scale_tensor(name, logit_scale, image)
+    scale = _number_of_logits(name, "logit_scale", logit_scale, image)
     if (text if class_ids is None else class_ids).shape[0] == 0:  # the kernels need at least one class
         if image.device.type == "cpu":
             _check_class_sampled_lse(image, text, labels, scale, class_ids)
@@ -271,6 +274,79 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *
     labels = torch.arange(image.shape[0], device=image.device)
     image_to_text = class_sampled_ce(image, text, labels, logit_scale, reduction=reduction)
     return (image_to_text + class_sampled_ce(text, image, labels, logit_scale, reduction=reduction)) / 2
+
+
+def pairwise_sigmoid(
+    image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+) -> Tensor:
+    """Sigmoid loss of all pairs of B images and N texts, a block of the pairs of a batch.
+
+    With z_bn = logit_scale · ⟨x_b/|x_b|, t_n/|t_n|⟩ + logit_bias:
+
+        loss = −Σ_b Σ_n log σ(y_bn z_bn),   y_bn = +1 for n = labels_b, else −1
+
+    The losses of blocks, as of several processes, add up to that of the batch; `pairwise_sigmoid_loss` is the mean over
+    the images of one batch. The [B, N] logits are never in memory all at once: at most 32 MiB or 16 images of them,
+    whichever is more. Gradients flow to `image`, `text`, `logit_scale` and `logit_bias`.
+
+    Args:
+        image: [B, D] image embeddings of any norm, as in `class_sampled_ce`.
+        text: [N, D] text embeddings of any norm, in the dtype of `image`.
+        labels: int64 [B], the text of each image as a row of `text`, or −1 if it is not among these.
+        logit_scale: factor of the cosines, as in `class_sampled_ce`.
+        logit_bias: bias of the logits: a number, or a tensor of one element on the device of `image`.
+
+    Returns:
+        [], the sum: fp64 for fp64 features, else fp32.
+
+    Source: Zhai et al., SigLIP, ICCV 2023, arXiv 2303.15343.
+
+    Example:
+        >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])           # [B=2, D=2]
+        >>> text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # [N=3, D=2]
+        >>> whole = pairwise_sigmoid(image, text, torch.tensor([0, 2]), 10.0, -10.0)
+        >>> first = pairwise_sigmoid(image, text[:2], torch.tensor([0, -1]), 10.0, -10.0)
+        >>> second = pairwise_sigmoid(image, text[2:], torch.tensor([-1, 0]), 10.0, -10.0)
+        >>> print(f"{whole:.4f} {first + second:.4f}")
+        4.4206 4.4206
+    """
+    name = "pairwise_sigmoid"
+    _check_features(name, image, "text", text, N=None)
+    _check_ids(name, "labels", labels, image, B=image.shape[0])
+    scale = _number_of_logits(name, "logit_scale", logit_scale, image)
+    bias = _number_of_logits(name, "logit_bias", logit_bias, image)
+    in_forward = image.device.type == "cpu" and torch.is_grad_enabled()  # as in `class_sampled_ce`
+    keep = (
+        in_forward and x for x in (image.requires_grad, text.requires_grad, scale.requires_grad or bias.requires_grad)
+    )
+    return registration.call(_pairwise_sigmoid, image, text, labels, scale, bias, *keep)[0]
+
+
+def pairwise_sigmoid_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+) -> Tensor:
+    """Sigmoid loss of B pairs of an image and a text, as of SigLIP.
+
+    With z_bc = logit_scale · ⟨x_b/|x_b|, t_c/|t_c|⟩ + logit_bias for images b and texts c of the batch:
+
+        loss = −1/B · Σ_b Σ_c log σ(y_bc z_bc),   y_bc = +1 for c = b, else −1
+
+    One call of `pairwise_sigmoid`, which documents the arguments and gradients. `text` is [B, D], row b the text of
+    image b; if two texts of a batch are equal, each is a negative for the image of the other.
+
+    Source: Zhai et al., SigLIP, ICCV 2023, arXiv 2303.15343, algorithm 1.
+
+    Example:
+        >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])  # [B=2, D=2]
+        >>> text = torch.tensor([[1.0, 0.0], [1.0, 1.0]])   # [B=2, D=2]
+        >>> print(f"{pairwise_sigmoid_loss(image, text, 10.0, -10.0):.4f}")
+        1.8841
+    """
+    name = "pairwise_sigmoid_loss"
+    _check_features(name, image, "text", text)
+    check_shape(name, "text", text, ("image", image), B=image.shape[0], D=image.shape[1])
+    labels = torch.arange(image.shape[0], device=image.device)
+    return pairwise_sigmoid(image, text, labels, logit_scale, logit_bias) / image.shape[0]
 
 
 def add_layer_norm(
@@ -753,10 +829,10 @@ def _check_norm(
         raise TypeError(f"{name}: out_dtype must be float32, bfloat16, float16 or float64; got {out_dtype}.")
 
 
-def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor, C: int | None = None) -> None:
+def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor, **rows: int | None) -> None:
     check_shape(name, "image", image, B=None, D=None)
     check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
-    _check_like(name, bank_name, bank, ("image", image), C=C, D=image.shape[1])
+    _check_like(name, bank_name, bank, ("image", image), **(rows or {"C": None}), D=image.shape[1])
 
 
 def _check_like(name: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], **sizes: int | None) -> None:
@@ -781,9 +857,9 @@ def _check_class_weight(name: str, class_weight: Tensor, text: Tensor) -> None:
     check_device(name, "class_weight", class_weight, ("text", text))
 
 
-def _scale_tensor(name: str, logit_scale: Tensor | float, image: Tensor) -> Tensor:
+def _number_of_logits(name: str, argument: str, value: Tensor | float, image: Tensor) -> Tensor:
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    return _number_tensor(name, "logit_scale", logit_scale, ("image", image), FEATURE_DTYPES, dtype)
+    return _number_tensor(name, argument, value, ("image", image), FEATURE_DTYPES, dtype)
 
 
 def _number_tensor(

@@ -27,6 +27,8 @@ __all__ = [
     "contrastive_loss",
     "gather_rows",
     "mlp_activation",
+    "pairwise_sigmoid",
+    "pairwise_sigmoid_loss",
     "pooled_attention",
     "rotary_embedding",
     "sgd_momentum_",
@@ -115,6 +117,26 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, r
     labels = torch.arange(len(logits), device=logits.device)
     both = (F.cross_entropy(z, labels, reduction=reduction) for z in (logits, logits.T))
     return sum(both, start=logits.new_zeros(())) / 2
+
+
+def pairwise_sigmoid(
+    image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+) -> Tensor:
+    """Sigmoid loss of all pairs of an image and a text, see `functional.pairwise_sigmoid`."""
+    cosine = class_sampled_logits(image, text, 1.0)
+    scale, bias = (x.reshape(()).to(cosine.dtype) if isinstance(x, Tensor) else x for x in (logit_scale, logit_bias))
+    logits = scale * cosine + bias
+    # Column 0 is for −1; a label outside the texts has no column.
+    own = F.pad(torch.zeros_like(cosine, dtype=torch.bool), (1, 0)).scatter(1, labels[:, None] + 1, True)[:, 1:]
+    return -F.logsigmoid(torch.where(own, logits, -logits)).sum()
+
+
+def pairwise_sigmoid_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+) -> Tensor:
+    """Sigmoid loss of B pairs of an image and a text, see `functional.pairwise_sigmoid_loss`."""
+    labels = torch.arange(len(image), device=image.device)
+    return pairwise_sigmoid(image, text, labels, logit_scale, logit_bias) / len(image)
 
 
 def add_layer_norm(

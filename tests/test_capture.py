@@ -132,7 +132,7 @@ def test_nothing_from_the_host_enters_a_step(as_on_a_gpu, monkeypatch, options, 
     for number in range(4):
         mode = contextlib.nullcontext() if number == 0 else DeviceOnly()
         if number == 2:  # a query of the free memory is a call of the driver
-            monkeypatch.setattr("skipkernels.towers.base.free_bytes", lambda device: 1 / 0)
+            monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 1 / 0)
         with mode, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             step(x, labels)
         schedule.step()

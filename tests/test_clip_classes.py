@@ -228,7 +228,7 @@ def test_templates_share_the_free_memory(monkeypatch):
     text = sk.SkipCLIP(tiny_clip(), three_templates(C), skip_layers=1)._text
     rows = torch.zeros(20, 16, dtype=torch.float64)
     saved = rows.numel() * rows.element_size() * SAVED_WIDTHS * 2  # two blocks
-    monkeypatch.setattr("skipkernels.towers.base.free_bytes", lambda device: 2 * saved + 2)
+    monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 2 * saved + 2)
     assert text.saves_inputs_only(rows)
     text.runs = 1
     assert not text.saves_inputs_only(rows)

@@ -46,6 +46,9 @@ GOOD = {
     "class_sampled_ce": good,
     "class_sampled_logits": lambda: {k: v for k, v in good().items() if k not in ("labels", "class_weight")},
     "class_sampled_lse": lambda: {k: v for k, v in good().items() if k != "class_weight"},
+    "pairwise_sigmoid": lambda: (
+        {k: good()[k] for k in ("image", "text", "labels", "logit_scale")} | {"logit_bias": -10.0}
+    ),
     "class_scores": lambda: {"image": torch.randn(B, D), "prototypes": torch.randn(C, D), "labels": torch.arange(B)},
     "add_layer_norm": lambda: {
         **{name: torch.randn(B, D) for name in ("x", "residual")},
@@ -105,6 +108,15 @@ BAD = {
         ({"class_ids": ids()}, ValueError, r"labels must be among class_ids; got 0"),
         ({"class_ids": torch.ones(0, 1).long()}, ValueError, r"class_ids must be \[K\] with K ≥ 1; got \[0, 1\]"),
         ({"text": torch.randn(0, D), "class_ids": None}, ValueError, r"labels must be rows of text, .*; got 0"),
+    ],
+    "pairwise_sigmoid": [
+        ({"text": torch.randn(C, 7)}, ValueError, r"text must be \[N, D=16\] with N ≥ 1 to match image \[4, 16\]; got"),
+        ({"labels": ids(0, 3, 5, 9)}, ValueError, r"labels must be rows of text, 0 to 8, or no text \(-1\); got 9"),
+        ({"labels": ids(0, 3, 5, -2)}, ValueError, r"labels must be rows of text, .* got -2"),
+        ({"labels": ids(0, 3)}, ValueError, r"labels must be \[B=4\]"),
+        ({"logit_scale": torch.tensor(torch.nan)}, ValueError, r"logit_scale must be finite; got nan"),
+        ({"logit_bias": torch.tensor(torch.inf)}, ValueError, r"logit_bias must be finite; got inf"),
+        ({"logit_bias": torch.ones(2)}, ValueError, r"logit_bias must be a number, \[\] or \[1\]; got \[2\]"),
     ],
     "class_scores": [
         ({"prototypes": torch.randn(C, 7)}, ValueError, r"prototypes must be \[C, D=16\] with C ≥ 1 to match"),

@@ -50,6 +50,15 @@ def test_class_sampled_lse_is_that_of_the_logits(rng, class_ids):
     )
 
 
+def test_pairwise_sigmoid_is_the_sum_over_all_pairs(rng):
+    image, text = (torch.randn(n, 8, generator=rng, **torch_double) for n in (3, 4))
+    logits = reference.class_sampled_logits(image, text, 5.0) - 2.0
+    own = torch.zeros(3, 4, **torch_double)
+    own[0, 2] = own[2, 2] = 1
+    ours = reference.pairwise_sigmoid(image, text, torch.tensor([2, -1, 2]), 5.0, -2.0)
+    assert torch.allclose(ours, F.binary_cross_entropy_with_logits(logits, own, reduction="sum"), rtol=1e-14)
+
+
 @pytest.mark.parametrize("function", [reference.class_sampled_ce, reference.class_sampled_lse])
 @pytest.mark.parametrize("label", [3, -2, 9])
 def test_a_label_outside_the_sample_is_refused(function, label):

@@ -316,7 +316,7 @@ def test_memory_modes_same_step_and_saved_bytes(monkeypatch):
         losses[memory] = clip(features, labels).loss
     assert losses["fast"] == losses["min"] == losses["auto"]
     assert saved["auto"] == saved["fast"] > 3 * saved["min"]
-    monkeypatch.setattr("skipkernels.towers.base.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 1000)
     clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1, memory="auto")  # which decides once
     assert saved_bytes(lambda: clip(features, labels)) == saved["min"]
 

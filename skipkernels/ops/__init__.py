@@ -19,6 +19,7 @@ OPERATORS = (
     "class_sampled_ce",
     "class_sampled_logits",
     "class_sampled_lse",
+    "pairwise_sigmoid",
     "class_scores",
     "add_layer_norm",
     "mlp_activation",

@@ -26,12 +26,11 @@ from torch import Tensor
 from .. import reference
 from . import registration, unit_rows
 from .launching import launch, tl, triton
-from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, upstream_of, with_contiguous_rows
+from .unit_rows import Panels, blocks_for, cosine_arguments, cosine_tile, with_contiguous_rows
 
 # Number of programs that fills a large GPU twice. Equal on all GPUs, so that all split, and round, in the same way.
 PROGRAMS = 256
 BLOCK_COMBINE = 256  # images or classes per iteration of the combining program
-BLOCK_SUM = 1024
 GROUP = 8  # tiles of images that are computed for one tile of classes before the next tile of classes
 
 REDUCTIONS = ("mean", "sum", "none")  # an index in the schemas, since strings leak memory in the stable ABI
@@ -408,16 +407,6 @@ def _class_sampled_ce_bwd_logits_kernel(
         tl.store(d_scale_ptr + place, tl.sum(tl.sum(d_logits * cosine, axis=1), axis=0))
 
 
-@triton.jit
-def _class_sampled_ce_bwd_scale_kernel(partial_ptr, factor_ptr, divisor_ptr, total_ptr, n, BLOCK: tl.constexpr):
-    """d_s = factor/divisor · Σ of the partial sums, in order. A single program."""
-    total = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, n, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + offs, mask=offs < n, other=0.0).to(tl.float64)  # [BLOCK]
-    tl.store(total_ptr, tl.sum(total, axis=0) * upstream_of(factor_ptr, divisor_ptr))
-
-
 def launch_splits(
     image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -497,7 +486,7 @@ def launch_gradients(
         ids = None if options.class_ids is None else options.class_ids.contiguous()
         d_text = unit_rows.through_unit_norm(text, ids, sums[1], logit_scale, *upstream)
     if needs.logit_scale:
-        d_logit_scale = _launch_scale(sums[2], torch.empty_like(logit_scale), *upstream)
+        d_logit_scale = unit_rows.total_of(sums[2], torch.empty_like(logit_scale), *upstream)
     return d_image, d_text, d_logit_scale
 
 
@@ -506,29 +495,19 @@ def _launch_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute fp32 Σ_k G_bk t_k [B, D], Σ_b G_bk x_b [K, D] (see unit_rows.py), and parts of d_logit_scale."""
     image, text = saved.image, saved.text
-    (B, D), K, device = image.shape, options.classes(text), image.device
-    d_image = torch.empty(B if needs.image else 0, D, dtype=torch.float32, device=device)
-    d_text = torch.empty(0, D, dtype=torch.float32, device=device)
+    B, K, device = image.shape[0], options.classes(text), image.device
     blocks = blocks_for(B, image.dtype, device)
-    panel = triton.cdiv(max(unit_rows.PANEL // K, 1), blocks.BLOCK_B) * blocks.BLOCK_B
-    k_blocks, panels = triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(B, panel)
-    b_blocks = triton.cdiv(min(panel, B), blocks.BLOCK_B)
+    panels = Panels.of(B, K, blocks)
     # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
     new = torch.zeros if needs.logit_scale else torch.empty
-    d_scale = new(panels if needs.logit_scale else 0, b_blocks * k_blocks, dtype=torch.float32, device=device)
-    if not any(needs):
-        return d_image, d_text, d_scale
+    d_scale = new(panels.number if needs.logit_scale else 0, panels.tiles, dtype=torch.float32, device=device)
     common = _arguments(saved.labels, saved.logit_scale, options)
-    factors = None
-    if needs.image or needs.text:
-        factors = torch.empty(min(panel, B), K, dtype=unit_rows.factors_dtype(image.dtype), device=device)
-    sampled = text if options.class_ids is None or not needs.image else text.index_select(0, options.class_ids)
-    for number, start in enumerate(range(0, B, panel)):
-        images = slice(start, start + panel)
-        count = min(panel, B - start)
+
+    def write(number: int, images: slice, factors: Tensor | None) -> None:
+        count = images.stop - images.start
         launch(
             _class_sampled_ce_bwd_logits_kernel,
-            (k_blocks, triton.cdiv(count, blocks.BLOCK_B)),
+            (triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(count, blocks.BLOCK_B)),
             device=device,
             **blocks._asdict(),
             **{**common, "labels_ptr": common["labels_ptr"][images]},
@@ -546,18 +525,11 @@ def _launch_sums(
             label_smoothing=options.label_smoothing,
             ignore_index=options.ignore_index,
         )
-        if factors is not None and needs.image:
-            # [count, K] @ [K, D] -> [count, D]
-            product = contract(factors[:count], sampled)
-            if panels == 1:
-                d_image = product
-            else:
-                d_image[images] = product
-        if factors is not None and needs.text:
-            # [K, count] @ [count, D] -> [K, D]
-            product = contract(factors[:count].T, image[images])
-            d_text = product if number == 0 else d_text.add_(product)
-    return d_image, d_text, d_scale.flatten()
+
+    sampled = None
+    if needs.image:
+        sampled = text if options.class_ids is None else text.index_select(0, options.class_ids)
+    return *unit_rows.sums_by_panels(image, sampled, K, panels, needs, write), d_scale.flatten()
 
 
 def _arguments(labels: Tensor, logit_scale: Tensor, options: Options) -> dict[str, Any]:
@@ -573,24 +545,6 @@ def _arguments(labels: Tensor, logit_scale: Tensor, options: Options) -> dict[st
         class_weight_ptr=class_weight,
         total_weight_ptr=total_weight,
     )
-
-
-def _launch_scale(
-    partial: Tensor, total: Tensor, factor: Tensor | None = None, divisor: Tensor | None = None
-) -> Tensor:
-    launch(
-        _class_sampled_ce_bwd_scale_kernel,
-        (1,),
-        device=partial.device,
-        num_warps=4,
-        partial_ptr=partial,
-        factor_ptr=factor,
-        divisor_ptr=divisor,
-        total_ptr=total,
-        n=partial.numel(),
-        BLOCK=BLOCK_SUM,
-    )
-    return total
 
 
 def _launch_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ with u and v the unit rows. With both norms in the factors G, the sums are matri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from .. import reference
 from .launching import dot_precision, launch, target, tl, triton
 
 PANEL = 1 << 24  # largest number of factors in memory: 32 MiB in bf16
+BLOCK_SUM = 1024
 
 
 class Blocks(NamedTuple):
@@ -168,6 +169,33 @@ def upstream_of(factor_ptr, divisor_ptr):
     return factor
 
 
+@triton.jit
+def _total_kernel(parts_ptr, factor_ptr, divisor_ptr, total_ptr, n, BLOCK: tl.constexpr):
+    """factor/divisor · Σ of the parts, in order. A single program."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        total += tl.load(parts_ptr + offs, mask=offs < n, other=0.0).to(tl.float64)  # [BLOCK]
+    tl.store(total_ptr, tl.sum(total, axis=0) * upstream_of(factor_ptr, divisor_ptr))
+
+
+def total_of(parts: Tensor, total: Tensor, factor: Tensor | None = None, divisor: Tensor | None = None) -> Tensor:
+    """Write factor/divisor times the sum of fp32 parts to `total`, which has one element, and return it."""
+    launch(
+        _total_kernel,
+        (1,),
+        device=parts.device,
+        num_warps=4,
+        parts_ptr=parts,
+        factor_ptr=factor,
+        divisor_ptr=divisor,
+        total_ptr=total,
+        n=parts.numel(),
+        BLOCK=BLOCK_SUM,
+    )
+    return total
+
+
 def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None) -> tuple[bool, Tensor, Tensor]:
     """Compute the norms of both, fp32 [B] and [K], or allocate them (True) for the kernel of the product to compute."""
     B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
@@ -236,6 +264,52 @@ def contract(factors: Tensor, rows: Tensor) -> Tensor:
     if factors.dtype == torch.float32 or factors.device.type == "cpu":
         return factors.float() @ rows.float()
     return torch.mm(factors, rows, out_dtype=torch.float32)
+
+
+class Panels(NamedTuple):
+    """Division of the images into panels, each with at most about PANEL factors, and of a panel into tiles."""
+
+    size: int  # images of a panel
+    number: int  # of panels
+    tiles: int  # of a panel
+
+    @classmethod
+    def of(cls, B: int, K: int, blocks: Blocks) -> Panels:
+        """Divide B images, compared with K rows."""
+        size = min(triton.cdiv(max(PANEL // K, 1), blocks.BLOCK_B) * blocks.BLOCK_B, B)
+        return cls(size, triton.cdiv(B, size), triton.cdiv(size, blocks.BLOCK_B) * triton.cdiv(K, blocks.BLOCK_K))
+
+
+def sums_by_panels(
+    image: Tensor, rows: Tensor | None, K: int, panels: Panels, needs: Sequence[bool], write: Callable[..., None]
+) -> tuple[Tensor, Tensor]:
+    """Compute fp32 Σ_k G_bk t_k [B, D] and Σ_b G_bk x_b [K, D], each if needed, from one panel of factors at a time.
+
+    `rows` are the sampled rows [K, D], None if the first sum is not needed. `write(number, images, factors)` launches
+    the kernel that writes the factors [images, K] of a slice of the images; they are None if no sum is needed.
+    """
+    (B, D), device = image.shape, image.device
+    need_image, need_rows = needs[:2]
+    sums = torch.empty(B if need_image else 0, D, dtype=torch.float32, device=device)
+    row_sums = torch.empty(0, D, dtype=torch.float32, device=device)
+    factors = None
+    if need_image or need_rows:
+        factors = torch.empty(panels.size, K, dtype=factors_dtype(image.dtype), device=device)
+    for number in range(panels.number):
+        images = slice(number * panels.size, min((number + 1) * panels.size, B))
+        panel = None if factors is None else factors[: images.stop - images.start]
+        write(number, images, panel)
+        if panel is not None and need_image:
+            assert rows is not None
+            product = contract(panel, rows)  # [count, K] @ [K, D] -> [count, D]
+            if panels.number == 1:
+                sums = product
+            else:
+                sums[images] = product
+        if panel is not None and need_rows:
+            product = contract(panel.T, image[images])  # [K, count] @ [count, D] -> [K, D]
+            row_sums = product if number == 0 else row_sums.add_(product)
+    return sums, row_sums
 
 
 def through_unit_norm(

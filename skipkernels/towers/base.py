@@ -20,7 +20,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from ..digests import digest_tensors
-from ..memory import free_bytes
 from ..options import Memory
 from . import attention
 from .block import FusedBlock, RowsCall, fuse_blocks
@@ -245,6 +244,8 @@ class Tower(ABC):
         # Asked once: reading the free memory takes 0.1 ms, and a captured graph must not ask the driver.
         key = saved, hidden.device
         if key not in self._decisions:
+            from ..memory import free_bytes
+
             self._decisions[key] = saved > free_bytes(hidden.device) / 2
         return self._decisions[key]
 
