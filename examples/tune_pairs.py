@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[sk.retrieval.Recall, s
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--loss", choices=("softmax", "sigmoid"), default="softmax", help="of CLIP, or of SigLIP")
+    parser.add_argument("--chunk", type=int, help="pairs encoded at a time; default: the whole batch")
     args = parser.parse_args(arguments)
 
     model, preprocess, tokenizer = pictogram_tiny.load()
@@ -46,7 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> tuple[sk.retrieval.Recall, s
             print(f"  {name}:", "  ".join(f"R@{k} {share:.0%}" for k, share in recall_at.items()))
         return found
 
-    optimizer = torch.optim.AdamW(clip.parameter_groups(text_lr=5e-4, image_lr=5e-4))
+    groups = clip.parameter_groups(text_lr=5e-4, image_lr=5e-4)
+    bias = None
+    if args.loss == "sigmoid":  # the model was trained with a softmax: start with a probability of ½ at a cosine of 0.5
+        bias = torch.nn.Parameter(-0.5 * model.logit_scale.exp().detach())
+        groups.append({"params": [bias], "lr": 1e-2, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups)
     generator = torch.Generator().manual_seed(0)
     print(f"{len(train)} images, {len(captions)} captions\nzero-shot")
     before = evaluate()
@@ -56,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[sk.retrieval.Recall, s
         for _ in range(args.epochs):
             for features, labels in loader:
                 drawn = torch.randint(len(CAPTIONS), labels.shape, generator=generator)
-                clip.pair_loss(features, len(CAPTIONS) * labels + drawn).backward()
+                ids = len(CAPTIONS) * labels + drawn
+                clip.pair_loss(features, ids, loss=args.loss, logit_bias=bias, chunk=args.chunk).backward()
                 optimizer.step()
                 optimizer.zero_grad()
     print(f"after {args.epochs} epochs")

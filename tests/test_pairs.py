@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import runpy
@@ -13,10 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import tiny_batch, tiny_clip, tiny_tokens
+from open_clip.loss import SigLipLoss
 
 import skipkernels as sk
 from skipkernels import functional, reference
-from skipkernels.testing import SLACK, relative_error, saved_bytes
+from skipkernels.clip.chunked import check_chunk
+from skipkernels.testing import SLACK, allocated_bytes, relative_error, saved_bytes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -65,6 +68,25 @@ def test_contrastive_loss_equals_clip_loss_of_open_clip():
     torch.testing.assert_close(functional.contrastive_loss(image, text, scale), theirs, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (5, 16), (33, 640)], ids=lambda s: "B{}-D{}".format(*s))
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (100.0, 3.5)])
+def test_pairwise_sigmoid_loss_equals_siglip_loss_of_open_clip(shape, scale, bias):
+    image, text, _ = make_pairs(*shape)
+    numbers = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (scale, bias)]
+    theirs = SigLipLoss()(F.normalize(image, dim=1), F.normalize(text, dim=1), *numbers)
+    theirs = theirs, *torch.autograd.grad(theirs, [image, text, *numbers])
+    for function in (functional.pairwise_sigmoid_loss, reference.pairwise_sigmoid_loss):
+        loss = function(image, text, *numbers)
+        ours = loss, *torch.autograd.grad(loss, [image, text, *numbers])
+        for own, right in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(own, right, rtol=1e-12, atol=1e-14)
+
+
+def test_pairwise_sigmoid_loss_does_not_save_the_logits():
+    image, text, scale = make_pairs(300, 8, torch.float32)
+    assert saved_bytes(lambda: functional.pairwise_sigmoid_loss(image, text, scale, -10.0)) < 4 * 300 * 300
+
+
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
@@ -73,9 +95,12 @@ def test_contrastive_loss_equals_clip_loss_of_open_clip():
         ({"image": torch.ones(3, 8).long()}, TypeError, "image must be float32"),
     ],
 )
-def test_contrastive_loss_refuses(bad, error, message):
-    with pytest.raises(error, match=rf"^contrastive_loss: {message}"):
-        functional.contrastive_loss(**{"image": torch.ones(3, 8), "text": torch.ones(3, 8), "logit_scale": 1.0, **bad})
+@pytest.mark.parametrize("name", ["contrastive_loss", "pairwise_sigmoid_loss"])
+def test_losses_of_pairs_refuse(name, bad, error, message):
+    arguments = {"image": torch.ones(3, 8), "text": torch.ones(3, 8), "logit_scale": 1.0, **bad}
+    arguments |= {"logit_bias": 0.0} if name == "pairwise_sigmoid_loss" else {}
+    with pytest.raises(error, match=rf"^{name}: {message}"):
+        getattr(functional, name)(**arguments)
 
 
 # ---- SkipCLIP.pair_loss ------------------------------------------------------------------------------------------
@@ -86,22 +111,38 @@ def pair_batch(dtype=torch.float64):
     return tiny_batch(5, 13, dtype)[0], tiny_tokens(13), torch.tensor([7, 0, 12, 7, 3])
 
 
-def naive_pair_loss(model, images, tokens, skip):
+def naive_pair_loss(model, images, tokens, skip, bias=None):
     image, text = naive.embed_images(model, images, skip[0], False), naive.embed_texts(model, tokens, skip[1], False)
-    return plain_loss(image, text, model.logit_scale.exp())
+    if bias is None:
+        return plain_loss(image, text, model.logit_scale.exp())
+    return SigLipLoss()(F.normalize(image, dim=1), F.normalize(text, dim=1), model.logit_scale.exp(), bias)
 
 
-@pytest.mark.parametrize("kind", ["ids", "tokens"])
-@pytest.mark.parametrize("skip", [0, 1, 3, (2, 1)], ids=lambda skip: f"skip{skip}")
-def test_pair_loss_equals_naive_step(skip, kind):
+@pytest.mark.parametrize(
+    ("skip", "kind", "loss", "chunk"),
+    [
+        *((skip, kind, "softmax", None) for skip in (0, 1, 3, (2, 1)) for kind in ("ids", "tokens")),
+        (1, "ids", "sigmoid", None),
+        (1, "tokens", "softmax", 3),  # of 5 pairs
+        ((2, 1), "ids", "softmax", 8),
+        (0, "tokens", "sigmoid", 1),
+        (3, "ids", "sigmoid", 2),
+    ],
+    ids=str,
+)
+def test_pair_loss_equals_naive_step(skip, kind, loss, chunk):
     model, (images, tokens, ids) = tiny_clip(), pair_batch()
     plain = copy.deepcopy(model).requires_grad_(True)
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, train_logit_scale=True)
-    loss = clip.pair_loss(images, ids if kind == "ids" else tokens[ids])
-    loss.backward()
-    expected = naive_pair_loss(plain, images, tokens[ids], skip if isinstance(skip, tuple) else (skip, skip))
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    ours, theirs = (torch.tensor([-1.5]).double().requires_grad_() if loss == "sigmoid" else None for _ in "ab")
+    captions = ids if kind == "ids" else tokens[ids]
+    found = clip.pair_loss(images, captions, loss=loss, logit_bias=ours, chunk=chunk)
+    (2 * found).backward()
+    skip = skip if isinstance(skip, tuple) else (skip, skip)
+    expected = naive_pair_loss(plain, images, tokens[ids], skip, theirs)
+    (2 * expected).backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert loss == "softmax" or ours.grad.item() == pytest.approx(theirs.grad.item(), rel=1e-10)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # fp64: rounding of two orders of summation, as in test_clip.py
@@ -160,6 +201,151 @@ def test_pair_loss_refuses(captions, message):
 @functools.cache
 def _clip_of_13_captions() -> sk.SkipCLIP:
     return sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(13), skip_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "hinge"}, "loss must be one of softmax, sigmoid; got 'hinge'"),
+        ({"logit_bias": -10.0}, 'logit_bias is for loss="sigmoid"'),
+        ({"loss": "sigmoid", "logit_bias": torch.ones(2)}, r"logit_bias must be a number .*; got \[2\]"),
+        ({"chunk": 0}, "chunk must be a whole number of pairs, at least 1, or None; got 0"),
+        ({"chunk": True}, "chunk must be a whole number .* got True"),
+    ],
+)
+def test_pair_loss_refuses_options(options, message):
+    images, _, ids = pair_batch(torch.float32)
+    with pytest.raises(ValueError, match=f"^SkipCLIP.pair_loss: {message}"):
+        _clip_of_13_captions().pair_loss(images, ids, **options)
+
+
+# ---- chunks of a batch -------------------------------------------------------------------------------------------
+
+
+def gradients_of(clip) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in clip.named_parameters() if p.grad is not None}
+
+
+def test_forward_of_chunks_saves_the_batch_and_gradients_of_embeddings(monkeypatch):
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(24), skip_layers=1, memory="fast")
+    features, ids = clip.encode_lower(tiny_batch(24, 24, torch.float32)[0]), torch.arange(24)
+    whole, chunked = (saved_bytes(lambda c=c: clip.pair_loss(features, ids, chunk=c)) for c in (None, 4))
+    assert chunked < whole / 4
+    rows, encode = [], clip._image_encoder.encode
+    monkeypatch.setattr(clip._image_encoder, "encode", lambda x: rows.append(len(x)) or encode(x))
+    loss = clip.pair_loss(features, ids, chunk=4)
+    kept = features.nbytes + ids.nbytes + 2 * 24 * clip.prototypes.shape[1] * 4
+    assert sum(x.nbytes for x in loss.grad_fn.saved_tensors) == kept
+    loss.backward()
+    assert rows == [4] * 12, "six chunks, twice"
+
+
+def test_peak_of_chunks_does_not_grow_with_the_batch():
+    """Backward has the activations of one chunk; gradients of parameters are twice in memory, since they are summed."""
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(40), skip_layers=1, memory="fast")
+    features, ids = clip.encode_lower(tiny_batch(40, 40, torch.float32)[0]), torch.arange(40)
+
+    def peak(count: int, chunk: int | None) -> int:
+        return allocated_bytes(lambda: clip.pair_loss(features[:count], ids[:count], chunk=chunk).backward())
+
+    peak(4, None)  # gradients exist from here on
+    small, whole, chunked = peak(4, None), peak(40, None), peak(40, 4)
+    assert whole > 4 * small and chunked < 2 * small
+
+
+def test_both_passes_have_the_same_autocast_and_random_numbers(monkeypatch):
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(13), skip_layers=1)
+    images, _, ids = pair_batch(torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            whole = clip.pair_loss(images, ids)
+        whole.backward()
+        expected = gradients_of(clip)
+        clip.zero_grad()
+        passes, encode = [], clip._image_encoder.encode
+
+        def recorded(x, rate, encode=encode, passes=passes):
+            embedding = F.dropout(encode(x), rate)
+            passes.append(embedding.detach())
+            return embedding
+
+        for dropped in (0.0, 0.5):
+            monkeypatch.setattr(clip._image_encoder, "encode", functools.partial(recorded, rate=dropped))
+            passes.clear()
+            with torch.autocast("cpu", dtype):
+                loss = clip.pair_loss(images, ids, chunk=2)
+                assert not dropped or clip(images, ids).loss.requires_grad, "no cast without a graph is left"
+            torch.rand(3)
+            state = torch.get_rng_state()
+            loss.backward()
+            assert torch.get_rng_state().equal(state)
+            first, second = [passes[:3], passes[-3:]]
+            assert all(a.equal(b) and a.dtype == dtype for a, b in zip(first, second, strict=True))
+            if not dropped:
+                torch.testing.assert_close(loss, whole, rtol=1e-3, atol=1e-3)
+                assert max(relative_error(g, expected[name]) for name, g in gradients_of(clip).items()) < 0.1
+            clip.zero_grad()
+        monkeypatch.undo()
+
+
+def test_hooks_of_parameters_are_called_once_and_a_second_backward_is_equal():
+    """`DistributedDataParallel` and updates inside backward need it."""
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(13), skip_layers=1, train_logit_scale=True)
+    images, _, ids = pair_batch()
+    calls = collections.Counter()
+    trained = {name: p for name, p in clip.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: calls.update([name]))
+    loss = clip.pair_loss(images, ids, chunk=2)
+    loss.backward(retain_graph=True)
+    once = gradients_of(clip)
+    assert calls == dict.fromkeys(trained, 1) and once.keys() == trained.keys()
+    loss.backward()
+    assert all(gradient.equal(2 * once[name]) for name, gradient in gradients_of(clip).items())
+
+
+def test_updates_inside_backward_are_those_of_the_whole_batch():
+    weights = []
+    for chunk in (None, 2):
+        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(13), skip_layers=1)
+        images, _, ids = pair_batch()
+        optimizer = sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1))
+        for _ in range(2):
+            clip.pair_loss(images, ids, chunk=chunk).backward()
+            optimizer.step()
+        weights.append(clip.model.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-10, atol=1e-12)
+
+
+def test_chunks_of_a_tower_that_does_not_train_and_without_gradients():
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(13), skip_layers=1, train_text=False)
+    images, _, ids = pair_batch()
+    clip.pair_loss(images, ids).backward()
+    expected = gradients_of(clip)
+    clip.zero_grad()
+    clip.pair_loss(images, ids, chunk=2).backward()
+    found = gradients_of(clip)
+    assert found.keys() == expected.keys()
+    assert all(relative_error(x, expected[name]) < 1e-10 for name, x in found.items())
+    with torch.no_grad():
+        loss = clip.eval().pair_loss(images, ids, chunk=2)
+    assert not loss.requires_grad
+
+
+def test_chunks_refuse_changed_weights_and_what_they_would_change():
+    clip, (images, _, ids) = sk.SkipCLIP(tiny_clip(), tiny_tokens(13), skip_layers=1), pair_batch()
+    features = clip.encode_lower(images)
+    with pytest.raises(ValueError, match=r"pair_loss: with chunk, x gets no gradient; .*x.detach\(\)"):
+        clip.pair_loss(features.requires_grad_(), ids, chunk=2)
+    loss = clip.pair_loss(images, ids, chunk=2)
+    with torch.no_grad():
+        clip.model.ln_final.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="pair_loss: weights changed between the loss"):
+        loss.backward()
+    clip.model.visual.ln_post = torch.nn.Sequential(clip.model.visual.ln_post, torch.nn.BatchNorm1d(1))
+    with pytest.raises(ValueError, match="chunk must be None, since batch norms above the cut are in training mode"):
+        check_chunk(2, images, [clip._image])
 
 
 # ---- recall ------------------------------------------------------------------------------------------------------

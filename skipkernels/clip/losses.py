@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +14,38 @@ from ..checks import check_device
 from .base import SkipCLIPBase, SkipOutput
 from .text import check_range, check_vocabulary
 
+PairLoss = Literal["softmax", "sigmoid"]
+
 
 class Losses(SkipCLIPBase):
-    """Base of `SkipCLIP`: its contrastive loss and its sigmoid loss."""
+    """Base of `SkipCLIP`: its loss of pairs and its sigmoid loss of several labels."""
 
     @torch.compiler.disable
-    def pair_loss(self, x: Tensor, captions: Tensor) -> Tensor:
-        """Symmetric contrastive loss [] of pairs of an image and a caption, see `functional.contrastive_loss`.
+    def pair_loss(
+        self,
+        x: Tensor,
+        captions: Tensor,
+        *,
+        loss: PairLoss = "softmax",
+        logit_bias: Tensor | float | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """Contrastive loss [] of pairs of an image and a caption.
 
         No classes are selected; `label_smoothing` and `class_weight` are refused. A caption is a negative for every
-        image of the batch but its own, as in open_clip; with `process_group`, of all processes. See
-        docs/pairs.md.
+        image of the batch but its own, as in open_clip; with `process_group`, of all processes. See docs/pairs.md.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
             captions: [B] int64, the caption of each image as an index of the `tokens` that SkipCLIP was made with;
                 their features at the cut are cached. Or tokens [B, L] of any captions, which run below the cut in each
                 call, cropped to the longest. On a GPU both need a host sync, to read the number of tokens.
+            loss: "softmax", the symmetric cross-entropy of CLIP (`functional.contrastive_loss`), or "sigmoid", the
+                pairwise sigmoid loss of SigLIP (`functional.pairwise_sigmoid_loss`).
+            logit_bias: Bias of the logits of "sigmoid", as in `sigmoid_loss`.
+            chunk: Largest number of images or captions in a forward pass above the cut: the loss and the gradients of
+                the whole batch, with the activation memory of a chunk. Every chunk is encoded twice, the second time in
+                backward. Default: the whole batch at once.
 
         Example:
             >>> import skipkernels as sk
@@ -38,25 +54,55 @@ class Losses(SkipCLIPBase):
             >>> captions = tokenizer([f"a small {n}" for n in range(10)])
             >>> clip = sk.SkipCLIP(model, captions, skip_layers=0.5)
             >>> images, ids = torch.rand(4, 3, 32, 32), torch.tensor([3, 0, 9, 1])
-            >>> torch.allclose(clip.pair_loss(images, ids), clip.pair_loss(images, captions[ids]), atol=1e-4)
+            >>> loss = clip.pair_loss(images, ids)
+            >>> torch.allclose(loss, clip.pair_loss(images, captions[ids]), atol=1e-4)
+            True
+            >>> torch.allclose(loss, clip.pair_loss(images, ids, chunk=3), atol=1e-4)
             True
         """
-        distributed = self._parallel is not None
+        distributed, pairs = self._parallel is not None, 0
         if distributed:
-            from .sharded import padded, sharded_pair_loss
+            from .sharded import padded, sharded_pairs
 
             tokens = isinstance(captions, Tensor) and captions.ndim > 1
             x, captions, pairs = padded(x, captions, self._tokens.flatten(0, -2)[0] if tokens else None)
         self._refuse_loss_options("pair_loss")
+        bias = self._pair_bias(loss, logit_bias)
         self._check_batch(x)
         _check_captions(captions, len(x), self._num_classes, self._text.vocabulary)
-        image = self._image_encoder.encode(x)  # [B, D]
-        captions = captions.to(image.device, torch.int64)
+        if chunk is not None:
+            from .chunked import Part, check_chunk, chunked_loss
+
+            check_chunk(chunk, x, (self._image, self._text))
+        captions = captions.to(x.device, torch.int64)
         if distributed:
-            return sharded_pair_loss(self, image[:pairs], captions)
+            captions, loss_of = sharded_pairs(self, captions, pairs, loss, bias, x.device)
+        else:
+            loss_of = functools.partial(self._loss_of_pairs, bias)
         encoder = self._text_encoder
-        text = encoder.encode(captions, exact=True) if captions.ndim == 1 else encoder.encode_tokens(captions)
-        return functional.contrastive_loss(image, text, self.model.logit_scale.exp())
+        encode_text = functools.partial(encoder.encode, exact=True) if captions.ndim == 1 else encoder.encode_tokens
+        if chunk is None:
+            return loss_of(self._image_encoder.encode(x), encode_text(captions))
+        parts = Part(self._image_encoder.encode, x), Part(encode_text, captions)
+        numbers = [self.model.logit_scale, *([bias] if isinstance(bias, Tensor) else [])]
+        return chunked_loss(parts, loss_of, numbers, self.parameters(), chunk)
+
+    def _pair_bias(self, loss: str, logit_bias: Any) -> Tensor | float | None:
+        """Bias of the logits of the pairwise sigmoid loss, None for the softmax loss."""
+        if loss not in get_args(PairLoss):
+            raise ValueError(f"SkipCLIP.pair_loss: loss must be one of {', '.join(get_args(PairLoss))}; got {loss!r}.")
+        if loss == "sigmoid":
+            return self._bias("pair_loss", logit_bias)
+        if logit_bias is not None:
+            raise ValueError('SkipCLIP.pair_loss: logit_bias is for loss="sigmoid"; a softmax does not depend on it.')
+        return None
+
+    def _loss_of_pairs(self, bias: Tensor | float | None, image: Tensor, text: Tensor) -> Tensor:
+        """Loss of embeddings [B, D] of images and their captions."""
+        scale = self.model.logit_scale.exp()
+        if bias is None:
+            return functional.contrastive_loss(image, text, scale)
+        return functional.pairwise_sigmoid_loss(image, text, scale, bias)
 
     @torch.compiler.disable
     def sigmoid_loss(
@@ -68,8 +114,8 @@ class Losses(SkipCLIPBase):
 
         The classes of a step are selected as in `forward`, with all labels of the batch: m is at least
         min(C, B · max_labels). In evaluation mode all classes are compared. The loss of SigLIP (Zhai et al., ICCV 2023,
-        arXiv 2303.15343) is K times this one. With `process_group` a training step is collective, without logits.
-        `label_smoothing` and `class_weight` are refused.
+        arXiv 2303.15343; of pairs: `pair_loss`) is K times this one. With `process_group` a training step is
+        collective, without logits. `label_smoothing` and `class_weight` are refused.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
@@ -103,7 +149,7 @@ class Losses(SkipCLIPBase):
         self._refuse_loss_options("sigmoid_loss")
         self._check_batch(x)
         _check_many_labels(labels, x, self._num_classes, max_labels)
-        bias = self._bias(logit_bias)
+        bias = self._bias("sigmoid_loss", logit_bias)
         if self.training:
             self._check_draw(len(x) * max_labels)
         image, labels = self._image_encoder.encode(x), labels != 0  # [B, D], [B, C]
@@ -120,7 +166,7 @@ class Losses(SkipCLIPBase):
         loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
         return SkipOutput(loss, logits, class_ids, targets)
 
-    def _bias(self, logit_bias: Any) -> Tensor | float:
+    def _bias(self, function: str, logit_bias: Any) -> Tensor | float:
         """Bias of the logits, by default that of the model."""
         if logit_bias is None:
             bias = getattr(self.model, "logit_bias", None)
@@ -130,7 +176,7 @@ class Losses(SkipCLIPBase):
         if not isinstance(logit_bias, (int, float)):
             found = list(logit_bias.shape) if isinstance(logit_bias, Tensor) else repr(logit_bias)
             raise ValueError(
-                f"SkipCLIP.sigmoid_loss: logit_bias must be a number or a tensor of one element; got {found}."
+                f"SkipCLIP.{function}: logit_bias must be a number or a tensor of one element; got {found}."
             )
         return logit_bias
 

@@ -7,6 +7,7 @@ no images. docs/many-processes.md lists the messages.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from ..parallel import (
     sharded_binary_cross_entropy,
     sharded_contrastive_loss,
     sharded_cross_entropy,
+    sharded_pairwise_sigmoid_loss,
 )
 from ..parallel.gathers import all_gather
 from ..retrieval import check_k, largest, top_k_logits
@@ -134,24 +136,35 @@ def at_least_one(ids: Tensor) -> Tensor:
     return ids if len(ids) else ids.new_zeros(1)
 
 
-def sharded_pair_loss(clip: SkipCLIPBase, own_image: Tensor, captions: Tensor) -> Tensor:
-    """Contrastive loss [] of the pairs of all processes.
+def sharded_pairs(
+    clip: SkipCLIPBase, captions: Tensor, pairs: int, loss: str, bias: Tensor | float | None, device: torch.device
+) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """Return the captions that this process encodes, and the loss of its images and these captions; both collective.
 
-    A caption of tokens is encoded by the process that has its image, one of an id by the process that owns the class.
+    Captions of tokens are encoded by the process that has their images, those of ids by the process that owns the
+    classes. The first `pairs` captions and image embeddings are pairs of this process, the others padding; the loss
+    is that of the pairs of all processes.
     """
-    parallel, encoder, pairs = clip._parallel, clip._text_encoder, len(own_image)
+    parallel = clip._parallel
     assert parallel is not None
-    call = f"pair_loss with captions of {captions.ndim} dimensions"
-    sizes, own = sizes_of(parallel, pairs, call, own_image.device)
-    image = gather_rows(own_image, sizes, parallel.group)  # [B, D]
+    group = parallel.group
+    call = f"pair_loss with loss={loss!r} and captions of {captions.ndim} dimensions"
+    sizes, own = sizes_of(parallel, pairs, call, device)
     if captions.ndim == 2:
-        pair_ids = torch.arange(pairs, device=image.device) + own.start  # [n], pairs with a caption encoded here
-        text = encoder.encode_tokens(captions)
+        pair_ids = torch.arange(pairs, device=device) + own.start  # [n], pairs with a caption encoded here
+        texts = captions
     else:
-        caption_ids = gather_rows(captions[:pairs], sizes, parallel.group)  # [B]
+        caption_ids = gather_rows(captions[:pairs], sizes, group)  # [B]
         pair_ids = (caption_ids % parallel.size == parallel.rank).nonzero().flatten()  # [n]
-        text = encoder.encode(at_least_one(caption_ids[pair_ids] // parallel.size), exact=True)
-    return sharded_contrastive_loss(image, text, pair_ids, clip.model.logit_scale.exp(), parallel.group)
+        texts = at_least_one(caption_ids[pair_ids] // parallel.size)
+
+    def loss_of(image: Tensor, text: Tensor) -> Tensor:
+        image, scale = gather_rows(image[:pairs], sizes, group), clip.model.logit_scale.exp()  # [B, D]
+        if bias is None:
+            return sharded_contrastive_loss(image, text, pair_ids, scale, group)
+        return sharded_pairwise_sigmoid_loss(image, text, pair_ids, scale, bias, group)
+
+    return texts, loss_of
 
 
 def sharded_sigmoid_loss(

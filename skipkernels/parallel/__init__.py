@@ -3,7 +3,12 @@
 from .class_parallel import ClassParallel
 from .gathers import gather_rows
 from .gradients import all_reduce_gradients
-from .loss import sharded_binary_cross_entropy, sharded_contrastive_loss, sharded_cross_entropy
+from .loss import (
+    sharded_binary_cross_entropy,
+    sharded_contrastive_loss,
+    sharded_cross_entropy,
+    sharded_pairwise_sigmoid_loss,
+)
 
 __all__ = [
     "ClassParallel",
@@ -12,4 +17,5 @@ __all__ = [
     "sharded_contrastive_loss",
     "sharded_cross_entropy",
     "sharded_binary_cross_entropy",
+    "sharded_pairwise_sigmoid_loss",
 ]

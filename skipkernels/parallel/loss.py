@@ -65,9 +65,7 @@ def sharded_contrastive_loss(
     images over the captions of all processes, and for text to image each process has all images.
     """
     B = len(image)
-    labels = own.new_full((B,), -1)  # [B], position of the caption of each image among those of this process
-    labels[own] = torch.arange(len(own), device=image.device)
-    pairs = torch.arange(B, device=image.device)
+    labels, pairs = _labels_of(own, B), torch.arange(B, device=image.device)
     selection = OwnSelection(class_ids=own, labels=labels, positions=own, targets=pairs, kept=B)
     image_to_text = sharded_cross_entropy(image, text, selection, logit_scale, group)
     if len(own) == 0:
@@ -76,6 +74,27 @@ def sharded_contrastive_loss(
         share = functional.class_sampled_ce(text, image, own, logit_scale, reduction="sum")
     text_to_image = (_sum_over_processes(share, group) / B).to(_loss_dtype(image))
     return (image_to_text + text_to_image) / 2
+
+
+def sharded_pairwise_sigmoid_loss(
+    image: Tensor, text: Tensor, own: Tensor, logit_scale: Tensor, logit_bias: Tensor | float, group: dist.ProcessGroup
+) -> Tensor:
+    """Sigmoid loss [] of the pairs of all processes, see `functional.pairwise_sigmoid_loss`; collective.
+
+    The arguments are those of `sharded_contrastive_loss`: each process compares its captions with all images.
+    """
+    if len(own) == 0:
+        share = _empty_share(image, text, logit_scale) + 0.0 * logit_bias
+    else:
+        share = functional.pairwise_sigmoid(image, text, _labels_of(own, len(image)), logit_scale, logit_bias)
+    return (_sum_over_processes(share, group) / len(image)).to(_loss_dtype(image))
+
+
+def _labels_of(own: Tensor, B: int) -> Tensor:
+    """Position [B] of the caption of each image among those of this process, −1 if it has another one's."""
+    labels = own.new_full((B,), -1)
+    labels[own] = torch.arange(len(own), device=own.device)
+    return labels
 
 
 def sharded_binary_cross_entropy(

@@ -53,6 +53,14 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "set_classes": {"replace": 21, "batches": [8]},
     "pairs": {"loss": "pairs", "batches": [9, 3], "train_logit_scale": True, "templates": 2},
     "captions": {"loss": "captions", "batches": [7, 3]},
+    "pairs_sigmoid": {"loss": "pairs", "of_pairs": {"loss": "sigmoid", "logit_bias": -1.5}, "batches": [9, 3]},
+    "pairs_chunked": {"loss": "pairs", "of_pairs": {"chunk": 1}, "batches": [9, 3], "train_logit_scale": True},
+    "captions_sigmoid_chunked": {
+        "loss": "captions",
+        "of_pairs": {"loss": "sigmoid", "chunk": 2},
+        "batches": [7, 3],
+        "train_logit_scale": True,
+    },
     "sigmoid": {"loss": "sigmoid", "batches": [7, 3], "train_logit_scale": True},
     "image_only": {"train_text": False, "batches": [7, 3]},
 }
@@ -89,6 +97,7 @@ def train(
     wrap: bool = False,
     accumulate: int = 1,
     loss: str = "",
+    of_pairs: dict[str, Any] | None = None,
     first: int = 0,
     last: int = STEPS,
 ) -> dict[str, Any]:
@@ -104,7 +113,7 @@ def train(
             own = [part(part(x, number, accumulate), rank, size) for x in (images.to(clip._image.dtype), drawn)]
             waits = wrap and sharded and number + 1 < accumulate
             with forward.no_sync() if waits else contextlib.nullcontext():
-                out = output(forward, loss, *own)
+                out = output(forward, loss, *own, **of_pairs or {})
                 (out.loss / accumulate).backward()
             losses.append(out.loss.item())
             ids.append(out.class_ids)
@@ -116,15 +125,15 @@ def train(
     return {"losses": losses, "ids": ids, "gradients": gradients, "weights": dict(clip.model.state_dict())}
 
 
-def output(forward: Any, loss: str, images: torch.Tensor, labels: torch.Tensor) -> SkipOutput:
+def output(forward: Any, kind: str, images: torch.Tensor, labels: torch.Tensor, **options: Any) -> SkipOutput:
     """A step of one of the losses."""
-    if loss == "sigmoid":
+    if kind == "sigmoid":
         multiple = sum(torch.nn.functional.one_hot(x % CLASSES, CLASSES) for x in (labels, labels + 5))
         out = forward.sigmoid_loss(images, multiple, max_labels=2, logit_bias=-1.5)
         assert out.targets.equal(multiple[:, out.class_ids].bool())
-    elif loss:
-        captions = labels if loss == "pairs" else tokens_of(1)[labels]
-        out = SkipOutput(forward.pair_loss(images, captions), images, labels.new_empty(0), labels)
+    elif kind:
+        captions = labels if kind == "pairs" else tokens_of(1)[labels]
+        out = SkipOutput(forward.pair_loss(images, captions, **options), images, labels.new_empty(0), labels)
     else:
         out = forward(images, labels)
         assert out.class_ids[out.targets].equal(labels)
@@ -133,7 +142,7 @@ def output(forward: Any, loss: str, images: torch.Tensor, labels: torch.Tensor) 
 
 def split(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of `train`, and those of SkipCLIP."""
-    names = ("batches", "labels", "wrap", "accumulate", "loss")
+    names = ("batches", "labels", "wrap", "accumulate", "loss", "of_pairs")
     return {k: v for k, v in settings.items() if k in names}, {k: v for k, v in settings.items() if k not in names}
 
 
@@ -210,9 +219,32 @@ def in_process(rank: int, size: int, folder: Path) -> dict[str, Any]:
         clip.load_state_dict(torch.load(file))
         found["resumed"] = train(clip, rank, size, first=1)
     if size == 2:
+        found["wrapped_pairs"] = {
+            (sharded, chunk): wrapped_pairs(group if sharded else None, chunk, own)
+            for sharded in (False, True)
+            for chunk in (None, 3)
+        }
         found["errors"] = errors(rank, group)
     dist.destroy_process_group()
     return found
+
+
+class PairStep(torch.nn.Module):
+    """A module that calls `pair_loss` in its forward, for `DistributedDataParallel`."""
+
+    def __init__(self, clip: sk.SkipCLIP, chunk: int | None):
+        super().__init__()
+        self.clip, self.chunk = clip, chunk
+
+    def forward(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self.clip.pair_loss(images, ids, loss="sigmoid", logit_bias=-1.5, chunk=self.chunk)
+
+
+def wrapped_pairs(group: Any, chunk: int | None, own: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+    clip = small_clip(group)
+    step = DistributedDataParallel(PairStep(clip, chunk))  # averages gradients while it exists
+    step(*own).backward()
+    return {name: p.grad for name, p in clip.model.named_parameters() if p.requires_grad}
 
 
 def evaluations(clip: sk.SkipCLIP, rank: int, size: int) -> list[Any]:
@@ -333,6 +365,17 @@ def test_training_matches_one_process(results, name):
     expected = alone(TRAININGS[name])
     for size in SIZES if name in OF_TWO else (4,):
         assert_same_training([got[name] for got in results[size]], expected)
+
+
+def test_chunks_of_pairs_within_distributed_data_parallel(results):
+    """Gradients are those of the whole batch: of each process without a group, of all processes with one."""
+    clip = small_clip()
+    PairStep(clip, None)(*tiny_batch(8, CLASSES)).backward()
+    of_all = {name: p.grad for name, p in clip.model.named_parameters() if p.requires_grad}
+    for got in (got["wrapped_pairs"] for got in results[2]):
+        assert_close(got[False, 3], got[False, None], FP64)
+        for chunk in (None, 3):
+            assert_close(got[True, chunk], of_all, FP64)
 
 
 def test_one_owner_leaves_processes_without_classes_and_labels():

@@ -1,0 +1,142 @@
+"""Loss of a batch that is encoded in chunks, with the activation memory of one chunk (GradCache).
+
+1. Encode all chunks without a graph, and compute the loss and its gradients with respect to the embeddings [B, D].
+2. In backward, encode chunk after chunk again, and propagate the gradients of its embeddings to the parameters.
+
+The gradients are those of the whole batch. Saved for backward: the inputs, and the gradients of the embeddings. The
+loss is one node of the graph, with the parameters as inputs: each parameter gets its gradient once in a backward, so
+hooks on parameters, as of `DistributedDataParallel` and of `FusedSGD`, are called as without chunks.
+
+Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from ..ops.registration import without_autocast
+from ..towers.base import Tower, updates_statistics
+
+
+class Part(NamedTuple):
+    """A batch, and the function that encodes rows of it to embeddings [n, D]."""
+
+    encode: Callable[[Tensor], Tensor]
+    batch: Tensor
+
+
+def check_chunk(chunk: Any, x: Tensor, towers: Iterable[Tower]) -> None:
+    """Raise unless a batch can be encoded in chunks."""
+    name = "SkipCLIP.pair_loss"
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"{name}: chunk must be a whole number of pairs, at least 1, or None; got {chunk!r}.")
+    if x.requires_grad:
+        raise ValueError(f"{name}: with chunk, x gets no gradient; got one that requires grad. Use x.detach().")
+    for tower in towers:
+        if any(updates_statistics(part) for part in tower.upper_parts() if isinstance(part, nn.Module)):
+            raise ValueError(
+                f"{name}: chunk must be None, since batch norms above the cut are in training mode, and would use the "
+                "statistics of a chunk. Raise skip_layers, or call eval() of these modules."
+            )
+
+
+def chunked_loss(
+    parts: Sequence[Part],
+    loss_of: Callable[..., Tensor],
+    numbers: Iterable[Tensor],
+    parameters: Iterable[Tensor],
+    chunk: int,
+) -> Tensor:
+    """Compute `loss_of` the embeddings [B, D] of each part, from at most `chunk` rows at a time.
+
+    `numbers` are what `loss_of` depends on besides, a scale and a bias; `parameters` are what the encoders depend on.
+    """
+    context = _Context(parts[0].batch.device)
+    with torch.no_grad(), context.autocast():
+        embeddings = [torch.cat([part.encode(x) for x in part.batch.split(chunk)]) for part in parts]
+    if not torch.is_grad_enabled():
+        return loss_of(*embeddings)
+    # The gradients of fp16 embeddings are fp32: they have no factor of a GradScaler yet, and could underflow.
+    widens = any(x.dtype == torch.float16 for x in embeddings)
+    leaves = [(x.float() if widens else x).detach().requires_grad_() for x in embeddings]
+    with without_autocast(context.device) if widens else contextlib.nullcontext():
+        loss = loss_of(*leaves)
+    numbers = [x for x in numbers if x.requires_grad]
+    trained = [x for x in parameters if x.requires_grad and not any(x is number for number in numbers)]
+    gradients = torch.autograd.grad(loss, [*leaves, *numbers], materialize_grads=True)
+    second = _SecondPass([part.encode for part in parts], chunk, trained, [x._version for x in trained], context)
+    return _Chunked.apply(second, loss.detach(), [part.batch for part in parts], gradients, *numbers, *trained)
+
+
+class _Context:
+    """Autocast and the states of the random generators at construction."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.dtype, self.casts = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        self.cpu_state = torch.get_rng_state()
+        self.device_states = get_device_states(torch.empty(0, device=device))
+
+    def autocast(self) -> torch.autocast:
+        """Cast as then. Casts are not cached, since those made without a graph must not be used by later calls."""
+        return torch.autocast(self.device.type, self.dtype, self.casts, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def random_numbers(self) -> Iterator[None]:
+        """Draw the same random numbers as from then on."""
+        devices, states = self.device_states
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(self.cpu_state)
+            set_device_states(devices, states)
+            yield
+
+
+class _SecondPass(NamedTuple):
+    encoders: list[Callable[[Tensor], Tensor]]
+    chunk: int
+    trained: list[Tensor]
+    versions: list[int]  # of the trained parameters
+    context: _Context
+
+
+class _Chunked(torch.autograd.Function):
+    """A loss with known gradients of embeddings and numbers, as a function of numbers and trained parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, second: _SecondPass, loss: Tensor, batches: list[Tensor], gradients: list[Tensor], *inputs: Tensor
+    ) -> Tensor:
+        ctx.second = second
+        ctx.save_for_backward(*batches, *gradients)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        encoders, chunk, trained, versions, context = ctx.second
+        saved, count = ctx.saved_tensors, len(encoders)
+        batches, d_embeddings, d_numbers = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        if versions != [x._version for x in trained]:
+            raise RuntimeError(
+                "SkipCLIP.pair_loss: weights changed between the loss with chunk and its backward, which encodes the "
+                "batch again. Call backward before the optimizer's step."
+            )
+        sums: list[Tensor | None] = [None] * len(trained)
+        with context.random_numbers():
+            for encode, batch, d_embedding in zip(encoders, batches, d_embeddings, strict=True):
+                for x, d_rows in zip(batch.split(chunk), d_embedding.split(chunk), strict=True):
+                    with torch.enable_grad(), context.autocast():
+                        embedding = encode(x)
+                    if not embedding.requires_grad:  # of a tower that does not train
+                        break
+                    d_rows = (d_loss * d_rows).to(embedding.dtype)
+                    found = torch.autograd.grad(embedding, trained, d_rows, allow_unused=True)
+                    # Not in place: two parameters may share a gradient.
+                    sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, found, strict=True)]
+        return None, None, None, None, *(d_loss * x for x in d_numbers), *sums
