@@ -37,6 +37,7 @@ KINDS = {
     "infer": Kind("bench.infer", "model images B C skip_layers precision implementation", "p50_ms"),
     "operators": Kind("pytest bench/operators", "op shape dtype implementation", "p50_ms"),
     "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms"),
+    "pairs": Kind("bench.memory", "model B loss skip_layers precision memory pairs", "p50_ms"),
     "fuse": Kind("bench.fuse", "model B precision part implementation", "p50_ms"),
     "when": Kind("bench.when", "task method phase seed setting blended", "base"),
     "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),

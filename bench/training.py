@@ -144,6 +144,20 @@ def step_of(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, skip_layers: Sk
     return Step("skipkernels", K, skip_layers, precision, clip.model, loss)
 
 
+def pair_step(inputs: Inputs, skip_layers: Skip, memory: str, precision: str, kind: str, chunk: int | None) -> Step:
+    """The step of a loss of pairs from features at the cut: one caption of the inputs for each image."""
+    model, tokens, images, _ = inputs
+    clip = sk.SkipCLIP(model, tokens, skip_layers=skip_layers, memory=memory)
+    features, ids = clip.encode_lower(images), torch.arange(len(images), device=images.device)
+    bias = -10.0 if kind == "sigmoid" else None
+
+    def loss() -> Tensor:
+        with autocast(features.device, precision):
+            return clip.pair_loss(features, ids, loss=kind, logit_bias=bias, chunk=chunk)
+
+    return Step(f"{kind} loss of pairs", len(tokens), skip_layers, precision, clip.model, loss)
+
+
 def _gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
