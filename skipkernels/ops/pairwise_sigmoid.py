@@ -211,9 +211,10 @@ def _launch_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     B, N, device = image.shape[0], text.shape[0], image.device
     blocks = blocks_for(B, image.dtype, device)
     panels = Panels.of(B, N, blocks)
-    # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
+    # [panels, tiles]; zeros if the last panel may have fewer images and then does not write all elements.
+    new = torch.zeros if panels.number > 1 else torch.empty
     d_scale, d_bias = (
-        torch.zeros(panels.number if need else 0, panels.tiles, dtype=torch.float32, device=device)
+        new(panels.number if need else 0, panels.tiles, dtype=torch.float32, device=device)
         for need in (needs.logit_scale, needs.logit_bias)
     )
 
