@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.loss import SigLipLoss
 from torch import Tensor
 
 INF_CL_BLOCK = 64  # images; its backward reads the gradients of a whole block, also beyond the end
@@ -89,7 +90,7 @@ def sigmoid_losses(device: torch.device) -> dict[str, Peer]:
         return normalized(lambda image, text, scale, bias: module.fused_siglip_loss(image, text, scale.log(), bias))
 
     def of_open_clip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return open_clip.SigLipLoss()(image, text, scale.to(image.dtype), bias.to(image.dtype))
+        return SigLipLoss()(image, text, scale.to(image.dtype), bias.to(image.dtype))
 
     return {
         "open_clip": Peer(normalized(of_open_clip), f"open_clip_torch {open_clip.__version__}"),
