@@ -308,7 +308,7 @@ def pairwise_sigmoid(
         >>> first = pairwise_sigmoid(image, text[:2], torch.tensor([0, -1]), 10.0, -10.0)
         >>> second = pairwise_sigmoid(image, text[2:], torch.tensor([-1, 0]), 10.0, -10.0)
         >>> print(f"{whole:.4f} {first + second:.4f}")
-        4.4206 4.4206
+        4.4195 4.4195
     """
     name = "pairwise_sigmoid"
     _check_features(name, image, "text", text, N=None)
@@ -340,7 +340,7 @@ def pairwise_sigmoid_loss(
         >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])  # [B=2, D=2]
         >>> text = torch.tensor([[1.0, 0.0], [1.0, 1.0]])   # [B=2, D=2]
         >>> print(f"{pairwise_sigmoid_loss(image, text, 10.0, -10.0):.4f}")
-        1.8841
+        1.8631
     """
     name = "pairwise_sigmoid_loss"
     _check_features(name, image, "text", text)
