@@ -11,7 +11,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, DropPath, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU
 from timm.layers.activations import GELU, GELUTanh, QuickGELU
