@@ -213,6 +213,6 @@ def test_memory_writes_a_row_per_optimizer(results, monkeypatch):
 def test_memory_refuses_different_weights(monkeypatch, results):
     wrong = partial(torch.optim.SGD, nesterov=True)
     monkeypatch.setattr(memory, "_OPTIMIZERS", {"torch.optim.SGD": wrong, "FusedSGD": sk.FusedSGD})
-    with pytest.raises(SystemExit, match="the two optimizers leave other weights: no measurement"):
+    with pytest.raises(SystemExit, match="the two variants leave other weights: no measurement"):
         memory.main([*CUT, "--precision", "bf16"])
     assert not list(results.iterdir())

@@ -94,7 +94,7 @@ def test_fused_block_completes_its_sums_by_one_launch(backend: Backend, kind, mo
     if queries is not None:
         attention = partial(_selected, attention, queries)
     options = blocks.BlockSettings(attention, "gelu", (1e-5, 1e-5), torch.float32)
-    inputs, found = [x for x in (stream, *weights) if x.requires_grad], []
+    inputs, found = [x for x in (stream, *weights.tensors()) if x.requires_grad], []
     for together in (False, True):
         monkeypatch.setattr(blocks, "_sums_together", lambda device, together=together: together)
         out = blocks.fused_block(options, blocks.Hidden(stream), weights, queries).sum()

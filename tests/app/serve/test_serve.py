@@ -301,5 +301,7 @@ def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch):
             thread.join()
 
     monkeypatch.setattr(uvicorn.Server, "run", used)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored, in a process in the background
     code = main(["serve", str(run.folder), "--port", "0", "--nearest", "0", "--device", "cpu"])
     assert code == 130 and b"predictions" in answers[0] and capsys.readouterr().err == "interrupted\n"
+    signal.signal(signal.SIGINT, before)
