@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import skipkernels as sk
 from skipkernels import casts, testing
+from skipkernels.app.train.meta_device import meta_as_gpu
 from skipkernels.casts import Casts
 from skipkernels.ops import OPERATORS, launching, registration
 from skipkernels.selection import RankSampler
@@ -48,7 +49,7 @@ from . import measure, precompile, tables
 from .flops import flops_of
 from .inputs import PRECISIONS, autocast, random_inputs
 from .launches import CALLS
-from .stand_in import WithoutProducts, meta_as_gpu, move_to_meta
+from .stand_in import WithoutProducts, move_to_meta
 
 TABLE = measure.RESULTS / "counts.csv"
 LAUNCHES = measure.RESULTS / "launches.csv"

@@ -41,6 +41,7 @@ from torch.utils.flop_counter import flop_registry
 
 import skipkernels as sk
 from skipkernels import casts, optimizer
+from skipkernels.app.train.meta_device import meta_as_gpu
 from skipkernels.casts import Casts
 from skipkernels.ops import registration
 from skipkernels.ops.sgd_momentum import tables_of_graph
@@ -51,7 +52,7 @@ from .counts import launches_a_kernel, without_tail
 from .flops import formulas
 from .inputs import autocast, random_inputs
 from .published import PublishedStep
-from .stand_in import PRODUCTS, WithoutProducts, meta_as_gpu, move_to_meta
+from .stand_in import PRODUCTS, WithoutProducts, move_to_meta
 
 TABLE = measure.RESULTS / "gpu_model.csv"
 OURS, PUBLISHED = "skipkernels", "published"

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 import skipkernels as sk
 from skipkernels import casts
+from skipkernels.app.train.meta_device import meta_as_gpu
 from skipkernels.casts import Casts
 from skipkernels.ops import OPERATORS, launching, registration
 from tests.ops.small_calls import small_call
@@ -40,7 +41,7 @@ from .inputs import PRECISIONS, positive, random_inputs
 from .measure import CPU, OURS
 from .operators import cases_of
 from .precompile import ARCHITECTURES, Kernel, compile_one, in_processes, kernels_of, launches_of
-from .stand_in import WithoutProducts, meta_as_gpu, move_to_meta
+from .stand_in import WithoutProducts, move_to_meta
 from .training import step_of, with_update
 
 Call = tuple[str, tuple[Any, ...]]

@@ -16,6 +16,7 @@ import torch
 import skipkernels as sk
 from bench import aot, counts, inputs, measure, precompile, prepare, stand_in
 from bench.launches import CALLS, on_meta
+from skipkernels.app.train.meta_device import meta_as_gpu
 from skipkernels.ops import registration
 from skipkernels.ops.launching import launch, tl, triton
 
@@ -109,7 +110,7 @@ def measured_steps() -> None:
     library = torch.library.Library(registration.NAMESPACE, "IMPL")
     for name, definition in registration.definitions.items():
         library.impl(name, definition.launch, "Meta", allow_override=True)
-    with precompile.recording(architecture) as launches, stand_in.meta_as_gpu():
+    with precompile.recording(architecture) as launches, meta_as_gpu():
         features, labels = features.to("meta"), labels.to("meta")
         for make in prepare.measured_steps(clip, features, labels, sizes[3], precision):
             run = make()

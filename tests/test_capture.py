@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
-from bench.stand_in import meta_as_gpu
+from skipkernels.app.train.meta_device import meta_as_gpu
 from skipkernels.clip import graphed
 from skipkernels.clip import text as text_module
 from skipkernels.towers.changes import Containers

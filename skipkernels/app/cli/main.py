@@ -27,6 +27,7 @@ from .errors import Terminated, failure, termination_as_interrupt, with_flags
 from .eval import EvalCommand
 from .export import ExportCommand
 from .listings import DatasetsCommand, ModelsCommand
+from .memory import MemoryCommand
 from .options import REGISTRY, settings
 from .predict import PredictCommand
 from .rank import RankCommand
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Any] = {
     "compare": CompareCommand,
     "cache": CacheCommand,
     "check": CheckCommand,
+    "memory": MemoryCommand,
     "models": ModelsCommand,
     "datasets": DatasetsCommand,
     "doctor": DoctorCommand,

@@ -92,7 +92,7 @@ def load_model(
         hint = f"did you mean {' or '.join(close)}?" if close else "`skipkernels models` lists the names."
         raise argument_error("model", f"open_clip has no model {name!r}; {hint}")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None and packaged is None:
+    if pretrained is None and packaged is None and not architecture_only:
         raise argument_error(
             "pretrained", f"{name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}."
         )
