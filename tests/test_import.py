@@ -210,6 +210,17 @@ def test_command_line_names_the_package_that_it_lacks(package):
     assert result.stderr == f"skipkernels: the command line needs {package}: pip install 'skipkernels[cli]'\n"
 
 
+def test_matplotlib_is_imported_only_to_draw():
+    """No module imports it at its head, so that runs and studies without a report work without it."""
+    at_the_head = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in modules()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and re.match(r"(from|import) matplotlib", ast.unparse(node))
+    }
+    assert not at_the_head
+
+
 def test_wheel_has_every_file_of_the_package():
     """Files other than modules are in a wheel only if pyproject.toml lists them."""
     listed = re.search(r"^skipkernels = (\[.*\])$", (PACKAGE.parent / "pyproject.toml").read_text(), re.MULTILINE)

@@ -9,12 +9,10 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Contrast of at least 3 with white, and with #121212, the background of the dark mode of browsers.
 COLOURS: tuple[str, ...] = ("#3b7dd8", "#cf7a1f", "#2e9e5b", "#d1495b", "#8f6be0", "#1793a5")
@@ -130,6 +128,8 @@ def figure_svg(name: str, label: str, draw: Callable[[Axes], None], *, over: str
     """Return a plot with integer x as SVG; `name` is unique on the page, `label` is for screen readers."""
 
     def framed(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         draw(axes)
         axes.set_xlabel(over)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -147,6 +147,9 @@ def panels_svg(
     columns: int | None = None,
 ) -> str:
     """Return plots, each drawn on axes, as SVG of `size` in inches: side by side, or in full rows of `columns`."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     # Text is not drawn as paths, so that it has the font of the page. The matplotlibrc of the user is ignored.
     with style.context(["default", {"svg.hashsalt": name, "svg.fonttype": "none"}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+")  # the page has other fonts

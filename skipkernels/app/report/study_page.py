@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
+from typing import TYPE_CHECKING, Any
 
 from .dot_plot import DotRow, dot_plot
 from .intervals import LEAST_RUNS, half_interval, range_text, wilson
 from .plots import COLOURS, GREY, coloured, panels_svg, within_per_cent
 from .rendering import MISSING, facts, number, plural, render, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _ACCURACY, _COST, _TIME = "accuracy, %", "cost", "tuning, s"
 _SUMMARIES = ("harmonic", "targets")  # the accuracy that a protocol is judged by, if it has several
@@ -230,6 +230,8 @@ def _pareto_svg(
     line.append((longest, line[-1][1]))
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import LogLocator
+
         axes.step([x for x, _ in line], [y for _, y in line], where="post", color=GREY, linewidth=1)
         for name, accuracy in instant.items():
             axes.axhline(accuracy, color=colours[name], linestyle=":", linewidth=1.2)
