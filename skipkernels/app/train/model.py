@@ -299,6 +299,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if isinstance(error, AssertionError) or reason.startswith("Error(s) in loading state_dict"):
             last = (str(error).splitlines() or ["another structure"])[-1].strip(".\t ")
             reason = f"they are those of another ({last}). Pass the `model` of the weights."
+        if "TorchScript" in reason:  # PyTorch's message says how to execute the file
+            reason = "it is a TorchScript archive, which holds code. Pass the tag of these weights, or a state dict."
         raise InputError(f"{path}: not usable as weights of this model: {reason}") from error
 
 

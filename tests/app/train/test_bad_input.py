@@ -180,6 +180,14 @@ def test_load_weights_refuses_file_without_weights(tmp_path, content):
         load_weights(pictogram_tiny.load()[0], tmp_path / "model.pt")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of torch.jit
+def test_load_weights_refuses_torchscript_without_advice_to_run_it(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-L-14.pt")
+    with pytest.raises(InputError, match="it is a TorchScript archive, which holds code") as error:
+        load_weights(pictogram_tiny.load()[0], tmp_path / "ViT-L-14.pt")
+    assert "weights_only" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
