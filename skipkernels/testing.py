@@ -110,14 +110,19 @@ class _AllocatedBytes(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._alive: dict[StorageWeakRef, int] = {}
+        self._sum = 0  # of them, and of those that were freed since it exceeded the peak
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = operator(*args, **kwargs or {})
         if not operator.is_view:
-            storages = (tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
-            self._alive |= {StorageWeakRef(storage): storage.nbytes() for storage in storages}
-        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self._alive.values()))
+            for storage in (tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)):
+                reference, size = StorageWeakRef(storage), storage.nbytes()
+                self._sum += size - self._alive.get(reference, 0)
+                self._alive[reference] = size
+        if self._sum > self.peak:
+            self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
+            self._sum = sum(self._alive.values())
+            self.peak = max(self.peak, self._sum)
         return out
 
 

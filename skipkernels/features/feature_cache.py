@@ -254,7 +254,7 @@ class FeatureCache(Dataset):
                         raise MemoryError(
                             f"FeatureCache.in_memory: {count} items of {list(output.shape[1:])} {output.dtype} take "
                             f"{needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB of free memory. "
-                            "Use FeatureCache.build, fewer shots, views or classes, or a smaller model."
+                            "Use FeatureCache.build (tune: `cache`), fewer shots, views or classes, or a smaller model."
                         )
                     rows = output.new_empty(count, *output.shape[1:])
                 place = slice(batch.rows[0], batch.rows[-1] + 1)

@@ -204,6 +204,7 @@ def test_out_of_memory_in_step(tmp_path, at_step, capsys):
     at_step(2, lambda *args: torch.empty(2**60))
     message = fails([*ARGUMENTS, "--out", tmp_path / "run"], capsys)
     assert "out of memory" in message and "--memory min" in message
+    assert "`skipkernels memory MODEL` predicts what fits" in message
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
