@@ -47,7 +47,7 @@ class MemoryCommand:
     """Classes of the task."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["--batch"])] = 4
     """Images per step."""
-    images: int = 0
+    images_in_memory: int = 0
     """Training, validation and test images together, if their features are kept in memory: tune without --cache."""
     name_tokens: int = 4
     """Tokens of a class name. Names of ImageNet have 1 to 11; a word has one to three."""
@@ -70,7 +70,7 @@ class MemoryCommand:
         from skipkernels.app.train.memory import RESERVED, MemoryModel
         from skipkernels.selection import RankSampler
 
-        for name, least in (("classes", 1), ("batch_size", 1), ("images", 0), ("name_tokens", 1)):
+        for name, least in (("classes", 1), ("batch_size", 1), ("images_in_memory", 0), ("name_tokens", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"memory: {name} must be at least {least}; got {getattr(self, name)}.", name)
         budget = None if self.fit is None else _bytes(self.fit) - RESERVED
@@ -96,9 +96,11 @@ class MemoryCommand:
             out.print_json(data=case | {"precision": self.precision, "reserved": RESERVED, "memory": found})
             return 0
         out.print(self._table(case["kept_classes"], found))
-        if self.method == "skip" and not self.images:
+        if self.method == "skip" and not self.images_in_memory:
             size = f"{case['bytes_per_image'] / 2**20:.2f} MiB"
-            err.print(f"Features of an image take {size}: in memory with --images, on disk with tune --cache.")
+            err.print(
+                f"Features of an image take {size}: in memory with --images-in-memory, on disk with tune --cache."
+            )
         return 0
 
     def _of_mode(
@@ -107,14 +109,14 @@ class MemoryCommand:
         """Sizes in bytes, the sizes of GPUs that suffice, and what fits in a budget."""
         from skipkernels.app.train.memory import RESERVED, largest
 
-        sizes = dataclasses.asdict(model.predict(self.batch_size, self.classes, mode, images=self.images))
+        sizes = dataclasses.asdict(model.predict(self.batch_size, self.classes, mode, images=self.images_in_memory))
         advance(1)
         found: dict[str, Any] = sizes | {"fits_gb": [gb for gb in SIZES if sizes["total"] + RESERVED <= gb << 30]}
         for name, most in _MOST.items() if budget is not None else ():
 
             def total(count: int, name: str = name) -> int:
                 case = {"batch_size": self.batch_size, "classes": self.classes} | {name: count}
-                return model.predict(**case, memory=mode, images=self.images).total
+                return model.predict(**case, memory=mode, images=self.images_in_memory).total
 
             assert budget is not None
             found[f"largest_{name}"] = largest(total, budget, getattr(self, name), most)
@@ -136,7 +138,7 @@ class MemoryCommand:
             return [f"{each[name] / 2**20:,.0f}" for each in found.values()]
 
         for name, label in _HELD.items():
-            if name != "image_features" or self.images:
+            if name != "image_features" or self.images_in_memory:
                 add(label, sizes(name))
         add("a step, at its peak", sizes("step"))
         for name, label in _PARTS.items():

@@ -92,7 +92,7 @@ def test_other_settings_of_a_run(options):
 
 
 def test_command(capsys):
-    arguments = ["memory", MODEL, "--classes", "500", "--batch", "16", "--fit", "2GB", "--images", "1000"]
+    arguments = ["memory", MODEL, "--classes", "500", "--batch", "16", "--fit", "2GB", "--images-in-memory", "1000"]
     assert main([*arguments, "--memory", "min", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kept_classes"] == 77 and found["memory"].keys() == {"min"}
@@ -107,7 +107,12 @@ def test_command(capsys):
         assert fits and not over
     assert main(arguments[:-4]) == 0
     out, err = capsys.readouterr()
-    assert "--memory fast" in out and "--memory min" in out and "8 GB" in out and "MiB: in memory with --images" in err
+    assert (
+        "--memory fast" in out
+        and "--memory min" in out
+        and "8 GB" in out
+        and "MiB: in memory with --images-in-memory" in err
+    )
 
 
 @pytest.mark.parametrize(
