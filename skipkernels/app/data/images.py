@@ -32,6 +32,7 @@ _UNREADABLE += (ArithmeticError, AttributeError, RuntimeError, struct.error, zli
 _UNREADABLE += (Image.DecompressionBombError, MemoryError)
 # Under any extension: six .jpg files of Oxford-IIIT Pet are GIFs. Others are excluded: Pillow runs Ghostscript on EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
+_TIFF = b"II*\0", b"MM\0*"  # first bytes, in either byte order
 _MAX_RATIO = 500  # of the sides: a transform that resizes a line of 8000 x 2 pixels to 224 makes 200 million of them
 
 
@@ -148,6 +149,10 @@ def decode_image(
     try:
         opened = Image.open(file, formats=_formats())
     except UnidentifiedImageError as error:
+        file.seek(0)
+        if file.read(4) in _TIFF:
+            reason = "a TIFF of more than four bands, or of another kind that Pillow can't decode; save three in 8 bits"
+            raise _unreadable(name, reason) from error
         heif = "" if "HEIF" in _formats() else "; HEIC needs: pip install 'skipkernels[heif]'"
         raise _unreadable(name, f"not {', '.join(_formats())}{heif}") from error
     except Image.DecompressionBombError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -101,6 +102,19 @@ def test_read_image_is_upright(tmp_path, extension):
             assert image.size == (8, 16)
             (top, _, _), (below, _, _) = image.getpixel((3, 2)), image.getpixel((3, 13))
             assert top > 200 and below < 50
+
+
+def test_read_image_tiff_of_thirteen_bands(tmp_path):
+    """A satellite image of 2 x 2 pixels, without compression."""
+    bands, pixels = 13, bytes(2 * 2 * 13 * 2)
+    bits = 8 + 2 + 9 * 12 + 4  # place of the bits per band, behind the fields; then come the pixels
+    sizes = {256: 2, 257: 2, 259: 1, 262: 1, 273: bits + 2 * bands, 277: bands, 278: 2, 279: len(pixels)}
+    fields = {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in sizes.items()}
+    fields[258] = struct.pack("<HHII", 258, 3, bands, bits)
+    header = b"II*\0" + struct.pack("<IH", 8, len(fields)) + b"".join(fields[tag] for tag in sorted(fields)) + bytes(4)
+    (tmp_path / "scene.tif").write_bytes(header + struct.pack("<H", 16) * bands + pixels)
+    with pytest.raises(InputError, match="a TIFF of more than four bands, or of another kind.*save three in 8 bits"):
+        read_image(tmp_path / "scene.tif")
 
 
 def test_read_image_invalid_exif(tmp_path):

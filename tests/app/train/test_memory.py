@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,20 @@ def test_committed_counts():
         found = model.predict(4, 1000, row.memory)
         assert found.gradients == row.gradient_bytes
         assert found.saved_images + found.saved_texts == pytest.approx(row.saved_bytes, rel=0.03)
+
+
+def test_numbers_of_the_recipes():
+    """Those of ViT-B/16; the others take longer."""
+    page = Path(__file__).parents[3] / "docs" / "recipes.md"
+    row = r"ViT-B-16-quickgelu \| ([\d,]+) \(([\d,]+)\) \| (\d+) \| ([\d.]+); ([\d.]+) "
+    rows = re.findall(row, page.read_text(encoding="utf-8"))
+    assert len(rows) == 2
+    for classes, kept, batch, fast, least in rows:
+        C, B = int(classes.replace(",", "")), int(batch)
+        model = MemoryModel("ViT-B-16-quickgelu", name_tokens=12 if C == 20_000 else 4)
+        assert model.kept(C, B) == int(kept.replace(",", ""))
+        for memory, size in (("fast", fast), ("min", least)):
+            assert model.predict(B, C, memory).total / 2**30 == pytest.approx(float(size), abs=0.06)
 
 
 @pytest.mark.parametrize("options", [{"train_text": False}, {"skip_layers": 0}, {"precision": "bf16-sr"}], ids=str)
