@@ -111,7 +111,7 @@ def shown(row: dict[str, Any]) -> str:
 def pictogram_inputs() -> Inputs:
     """Half of 160 pictograms, two drawings of each, and the test drawings of the same classes."""
     model, transform, tokenizer = load_model("vit-tiny", RANDOM, measure.CPU)
-    config = TuneConfig(classes=160).resolved()
+    config = TuneConfig(max_classes=160).resolved()
     task = build_task(config, transform)
     test = task.tests[0]
     images, labels = _stacked(task.train)

@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     model, transform, tokenizer = pictogram_tiny.load()
-    task = load_task("pictograms", protocol="base-to-new", shots=2, classes=None, seed=0, transform=transform)
+    task = load_task("pictograms", protocol="base-to-new", shots=2, max_classes=None, seed=0, transform=transform)
     images, labels = next(iter(DataLoader(task.train, batch_size=len(task.train))))
     tokens = tokenizer(task.tests[0].prompts[0])
     with torch.no_grad():

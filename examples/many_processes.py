@@ -20,10 +20,12 @@ from skipkernels.app.demo import pictogram_tiny
 BATCH = 8  # images of all processes
 
 
-def tune(device: torch.device, epochs: int = 3, classes: int = 100) -> tuple[float, float]:
+def tune(device: torch.device, epochs: int = 3, max_classes: int = 100) -> tuple[float, float]:
     """Return the loss of the last step and the accuracy after it."""
     model, preprocess, tokenizer = pictogram_tiny.load()
-    task = load_task("pictograms:food", protocol="few-shot", shots=2, classes=classes, seed=0, transform=preprocess)
+    task = load_task(
+        "pictograms:food", protocol="few-shot", shots=2, max_classes=max_classes, seed=0, transform=preprocess
+    )
     tokens = tokenizer(task.tests[0].prompts[0])
 
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -47,14 +49,14 @@ def tune(device: torch.device, epochs: int = 3, classes: int = 100) -> tuple[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--max-classes", type=int, default=100)
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    loss, accuracy = tune(device, options.epochs, options.classes)
+    loss, accuracy = tune(device, options.epochs, options.max_classes)
     if dist.get_rank() == 0:
         print(f"loss {loss:.4f}, accuracy {accuracy:.1%}")
     dist.destroy_process_group()

@@ -17,11 +17,13 @@ from skipkernels.app.data import Images, load_task
 from skipkernels.app.demo import pictogram_tiny
 
 
-def tune(epochs: int = 3, classes: int = 100) -> tuple[float, float]:
+def tune(epochs: int = 3, max_classes: int = 100) -> tuple[float, float]:
     """Return the accuracy before and after."""
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     model, preprocess, tokenizer = pictogram_tiny.load()
-    task = load_task("pictograms:food", protocol="few-shot", shots=2, classes=classes, seed=0, transform=preprocess)
+    task = load_task(
+        "pictograms:food", protocol="few-shot", shots=2, max_classes=max_classes, seed=0, transform=preprocess
+    )
     tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model.to(accelerator.device), tokens, skip_layers=0.5)

@@ -18,10 +18,12 @@ from skipkernels.app.demo import pictogram_tiny
 from skipkernels.integrations.lightning import SkipModule
 
 
-def tune(output: str, epochs: int = 3, classes: int = 100) -> tuple[float, float]:
+def tune(output: str, epochs: int = 3, max_classes: int = 100) -> tuple[float, float]:
     """Return the accuracy before and after."""
     model, preprocess, tokenizer = pictogram_tiny.load()
-    task = load_task("pictograms:food", protocol="few-shot", shots=2, classes=classes, seed=0, transform=preprocess)
+    task = load_task(
+        "pictograms:food", protocol="few-shot", shots=2, max_classes=max_classes, seed=0, transform=preprocess
+    )
     tokens = tokenizer(task.tests[0].prompts[0])
     train, tests = DataLoader(task.train, batch_size=8, shuffle=True), DataLoader(task.tests[0].images, batch_size=100)
 

@@ -22,10 +22,12 @@ from skipkernels.app.demo import pictogram_tiny
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_schedule
 
 
-def tune(output: str, epochs: int = 3, classes: int = 100) -> tuple[float, float]:
+def tune(output: str, epochs: int = 3, max_classes: int = 100) -> tuple[float, float]:
     """Return the accuracy before and after."""
     model, preprocess, tokenizer = pictogram_tiny.load()
-    task = load_task("pictograms:food", protocol="few-shot", shots=2, classes=classes, seed=0, transform=preprocess)
+    task = load_task(
+        "pictograms:food", protocol="few-shot", shots=2, max_classes=max_classes, seed=0, transform=preprocess
+    )
     tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)

@@ -36,7 +36,7 @@ def test_predict_other_classes_leaves_the_task(templates, skip):
     own, state, rows = clip._class_embeddings(), clip.get_extra_state(), clip._text_encoder.templates[0].rows
 
     classes = clip.class_embeddings(tokens)
-    logits = clip.predict(IMAGES, classes=classes)
+    logits = clip.predict(IMAGES, class_embeddings=classes)
     assert logits.equal(clip.predict(IMAGES, tokens=tokens)) and not classes.requires_grad
     texts = tokens[:, None] if tokens.ndim == 2 else tokens
     text = F.normalize(sum(clip.model.encode_text(x, normalize=True) for x in texts.unbind(1)), dim=1)
@@ -64,7 +64,9 @@ def test_other_classes_of_another_dtype(dtype):
     """The logits are computed in fp32, on rounded embeddings."""
     clip = make_clip(torch.float32)
     classes = clip.class_embeddings(tiny_tokens(5, seed=4)).to(dtype)
-    assert clip.predict(IMAGES.float(), classes=classes).equal(clip.predict(IMAGES.float(), classes=classes.float()))
+    assert clip.predict(IMAGES.float(), class_embeddings=classes).equal(
+        clip.predict(IMAGES.float(), class_embeddings=classes.float())
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,9 +74,21 @@ def test_other_classes_of_another_dtype(dtype):
     [
         ({"tokens": tiny_tokens(5)[:, :20]}, ValueError, r"\[C, L=77\]"),
         ({"tokens": tiny_tokens(5) + 1}, ValueError, r"SkipCLIP: tokens must be ids in \[0, 60\)"),
-        ({"classes": tiny_tokens(5)}, ValueError, r"classes must be .* \[C', D=12\]; got torch.int64 \[5, 77\]"),
-        ({"classes": torch.ones(5, 12)}, ValueError, "classes must have unit norm; got norms from 3.46 to 3.46"),
-        ({"classes": torch.zeros(5, 12), "tokens": tiny_tokens(5)}, TypeError, "pass tokens or classes; got both"),
+        (
+            {"class_embeddings": tiny_tokens(5)},
+            ValueError,
+            r"class_embeddings must be .* \[C', D=12\]; got torch.int64 \[5, 77\]",
+        ),
+        (
+            {"class_embeddings": torch.ones(5, 12)},
+            ValueError,
+            "class_embeddings must have unit norm; got norms from 3.46 to 3.46",
+        ),
+        (
+            {"class_embeddings": torch.zeros(5, 12), "tokens": tiny_tokens(5)},
+            TypeError,
+            "pass tokens or class_embeddings; got both",
+        ),
     ],
     ids=["length", "vocabulary", "tokens", "norm", "both"],
 )

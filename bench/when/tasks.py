@@ -77,4 +77,4 @@ def load(shift: Shift, phase: Phase, seed: int, transform: Callable[..., Any], d
     else:
         train, test = (DatasetImages(more.read(drawings, shift.name, split, classes)) for split in ("train", "test"))
     source = Source(shift.name, tuple(classes), (TEMPLATE,), splits={"train": train, "test": test})
-    return load_task(source, protocol="base-to-new", shots="all", classes=None, seed=seed, transform=transform)
+    return load_task(source, protocol="base-to-new", shots="all", max_classes=None, seed=seed, transform=transform)

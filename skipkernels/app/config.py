@@ -48,6 +48,7 @@ _SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 
 NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
 _REMOVED = ("keep_embeddings",)  # settings of version 0.2 that did not change results
+_RENAMED = {"classes": "max_classes"}  # settings of version 0.2
 _REMOVED_LOGGERS = ("csv", "mlflow")  # of version 0.2
 _SOURCES = ("model", "pretrained", "data", "targets")
 _MAX_BYTES = 2**20  # size of a config.yaml
@@ -213,7 +214,7 @@ class TuneConfig(
         if self.epochs is not None or recipe(classes=2) == recipe(classes=2000):
             return recipe()
         available = len((open_data or self.open_data)().classes)
-        classes = min(available, self.classes or available)
+        classes = min(available, self.max_classes or available)
         return recipe(classes=math.ceil(classes / 2) if self.chosen_protocol == "base-to-new" else classes)
 
     def method_class(self) -> type[Method]:
@@ -351,7 +352,7 @@ class TuneConfig(
         if isinstance(values.get("log"), list):
             values["log"] = [name for name in values["log"] if name not in _REMOVED_LOGGERS] or ["none"]
         try:
-            config = cls(**{str(name): value for name, value in values.items() if name not in _REMOVED})
+            config = cls(**{name: value for name, value in renamed(values).items() if name not in _REMOVED})
         except InputError as error:
             raise InputError(str(error).replace("TuneConfig", str(path), 1)) from None
         for name in (name for name in _SOURCES if name in values and name not in given):
@@ -383,6 +384,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 def read_settings(path: Path) -> Any:
     """Read a config.yaml; raises OSError, ValueError, RecursionError or yaml.YAMLError."""
     return yaml.load(read_regular(path, _MAX_BYTES), _Loader)
+
+
+def renamed(settings: dict[Any, Any]) -> dict[str, Any]:
+    """Return the settings of a run of version 0.2 by their present names."""
+    return {_RENAMED.get(name, name): value for name, value in ((str(name), value) for name, value in settings.items())}
 
 
 def usable_device(device: str, function: str) -> str:

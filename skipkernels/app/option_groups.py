@@ -70,7 +70,7 @@ class DataOptions:
     don't validate train, and accuracies are those on the validation images, if there are any."""
     unreadable: Literal["error", "skip"] = "error"
     """Images that can't be read. error: list them and stop. skip: leave them out; all images are then read twice."""
-    classes: int | None = option(None, ge=1)
+    max_classes: int | None = option(None, ge=1)
     """Largest number of classes, base and new together. By default all."""
     fold: str | None = None
     """One fold of a cross-validation, such as 2/5: all images are split into five parts, each with the same share of

@@ -34,6 +34,7 @@ class TuneSettings(TypedDict, total=False):
     shots: Shots | None
     fold: str | None
     unreadable: Literal["error", "skip"]
+    max_classes: int | None
     protocol: Protocol | None
     targets: list[str] | tuple[str, ...] | None
     model: str

@@ -31,7 +31,7 @@ class Inference(SkipCLIPBase):
             >>> model, _, tokenizer = pictogram_tiny.load()
             >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
             >>> letters = clip.class_embeddings(tokenizer([f"the letter {n}." for n in "abc"]))
-            >>> clip.predict(torch.rand(4, 3, 32, 32), classes=letters).shape
+            >>> clip.predict(torch.rand(4, 3, 32, 32), class_embeddings=letters).shape
             torch.Size([4, 3])
         """
         self._check_unaltered()
@@ -53,7 +53,7 @@ class Inference(SkipCLIPBase):
             return ImageClassifier(encoder, self._class_embeddings().clone(), self.model.logit_scale.exp()).eval()
 
     @torch.no_grad()
-    def predict(self, x: Tensor, *, tokens: Tensor | None = None, classes: Tensor | None = None) -> Tensor:
+    def predict(self, x: Tensor, *, tokens: Tensor | None = None, class_embeddings: Tensor | None = None) -> Tensor:
         """Logits [B, C] over all classes, or over other classes, always in evaluation mode.
 
         With `process_group` a call over all classes is collective, and B is the number of images of this process, which
@@ -61,27 +61,29 @@ class Inference(SkipCLIPBase):
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
-            tokens: Prompts of other classes; the same as `classes=clip.class_embeddings(tokens)`.
-            classes: Embeddings [C', D] of other classes from `class_embeddings`, for several batches; unit norm, any
-                floating dtype. Logits are computed in the dtype of `prototypes`.
+            tokens: Prompts of other classes; the same as `class_embeddings=clip.class_embeddings(tokens)`.
+            class_embeddings: Embeddings [C', D] of other classes, from the method of this name, for several batches;
+                unit norm, any floating dtype. Logits are computed in the dtype of `prototypes`.
         """
         if tokens is not None:
-            if classes is not None:
-                raise TypeError("SkipCLIP.predict: pass tokens or classes; got both.")
-            classes = self.class_embeddings(tokens)
-        if classes is not None:
+            if class_embeddings is not None:
+                raise TypeError("SkipCLIP.predict: pass tokens or class_embeddings; got both.")
+            class_embeddings = self.class_embeddings(tokens)
+        if class_embeddings is not None:
             remedy = "Compute them with clip.class_embeddings(tokens), or pass tokens."
             width = self.prototypes.shape[1]
-            check_embeddings("SkipCLIP.predict: classes", classes, "embeddings, floating-point [C'", width, remedy)
-            _check_unit_norm(classes, remedy)
-            classes = classes.to(self.prototypes.dtype)
+            check_embeddings(
+                "SkipCLIP.predict: class_embeddings", class_embeddings, "floating-point [C'", width, remedy
+            )
+            _check_unit_norm(class_embeddings, remedy)
+            class_embeddings = class_embeddings.to(self.prototypes.dtype)
         elif self._parallel is not None:
             from .sharded import sharded_predict
 
             return sharded_predict(self, self._parallel, x)
-        image, classes = self._scaled_embeddings(x, classes)
+        image, class_embeddings = self._scaled_embeddings(x, class_embeddings)
         with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
-            return image @ classes.T
+            return image @ class_embeddings.T
 
     @torch.no_grad()
     def top_k(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -181,13 +183,13 @@ def check_embeddings(argument: str, embeddings: Any, expected: str, width: int, 
         raise ValueError(f"{argument} must be {expected}, D={width}]; got {found}. {remedy}")
 
 
-def _check_unit_norm(classes: Tensor, remedy: str) -> None:
-    norms = classes.detach().float().norm(dim=1)
+def _check_unit_norm(class_embeddings: Tensor, remedy: str) -> None:
+    norms = class_embeddings.detach().float().norm(dim=1)
     # bf16 rounds each element by up to 2^-9. Checked on the CPU only: on a GPU it would be a host sync.
-    if classes.device.type == "cpu" and not ((norms - 1).abs() < 0.01).all():
+    if class_embeddings.device.type == "cpu" and not ((norms - 1).abs() < 0.01).all():
         low, high = norms.aminmax()
         raise ValueError(
-            f"SkipCLIP.predict: classes must have unit norm; got norms from {low:.3g} to {high:.3g}. {remedy}"
+            f"SkipCLIP.predict: class_embeddings must have unit norm; got norms from {low:.3g} to {high:.3g}. {remedy}"
         )
 
 

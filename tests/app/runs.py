@@ -25,7 +25,7 @@ from skipkernels.app.train import tune
 from skipkernels.digests import digest_tensors
 from tests.models import uncompared
 
-SMALL = TuneConfig(shots=2, classes=24, epochs=2, device="cpu")  # two epochs of six steps
+SMALL = TuneConfig(shots=2, max_classes=24, epochs=2, device="cpu")  # two epochs of six steps
 _get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
 

@@ -76,7 +76,7 @@ def test_from_yaml_reads_version_0_2(tmp_path):
     read = TuneConfig.from_yaml(tmp_path / "config.yaml")
     assert read.resolved() == read.resolved().resolved()
     assert read == TuneConfig(
-        root="/data", template=["a {}."], shots=2, classes=6, protocol="base-to-new", method="full", epochs=1,
+        root="/data", template=["a {}."], shots=2, max_classes=6, protocol="base-to-new", method="full", epochs=1,
         batch_size=4, sampler="random", optimizer="sgd", text_lr=5e-4, image_lr=2e-4, warmup_epochs=0, warmup_lr=0,
         momentum=0.9, weight_decay=5e-4, clip_grad_norm=1, precision="fp32", device="cpu", out="runs/pictograms-full",
     )  # fmt: skip
@@ -146,7 +146,7 @@ def test_resolved_large_dataset_epochs(data):
 def test_resolved_epochs_depend_on_classes():
     """78 of 156 classes are base: 2,000 steps are 200 epochs of 10; with all classes, 100 of 20."""
     named = {"data": "pictograms:animals", "model": "ViT-B-32", "pretrained": "random"}
-    config = TuneConfig(**named, method="lora", shots=4, classes=1000)
+    config = TuneConfig(**named, method="lora", shots=4, max_classes=1000)
     assert config.resolved().epochs == 200
     assert dataclasses.replace(config, protocol="few-shot").resolved().epochs == 100
 
@@ -242,13 +242,13 @@ def test_resolved_protocol_by_data(data, protocol):
 
 def test_config_file_gives_defaults_that_options_replace(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
-    file.write_text("shots: 3\nclasses: 9\ntemplate: ['a {}.']\nlog: [wandb]\ncache: features\n")
+    file.write_text("shots: 3\nmax_classes: 9\ntemplate: ['a {}.']\nlog: [wandb]\ncache: features\n")
     assert main(["tune", f"--config={file}", "--shots", "5", "--log", "none", "--print-config"]) == 0
     printed, said = capsys.readouterr()
     assert said == "" and printed.startswith("# yaml-language-server: $schema=https://")
     file.write_text(printed)
     again = TuneConfig.from_yaml(file)
-    assert (again.shots, again.classes, again.template, again.log) == (5, 9, ("a {}.",), ("none",))
+    assert (again.shots, again.max_classes, again.template, again.log) == (5, 9, ("a {}.",), ("none",))
     assert again.epochs == 8 and again.device == "auto" and again.cache == Path("features"), "the method's defaults"
 
 
@@ -260,7 +260,7 @@ def test_config_file_says_what_is_not_taken_from_it(tmp_path, capsys):
     printed, said = capsys.readouterr()
     assert said == f"note: not taken from {file}: --out, --overwrite\n"
     values = yaml.safe_load(printed)
-    assert values["classes"] == 24 and values["out"] is None and values["overwrite"] is False
+    assert values["max_classes"] == 24 and values["out"] is None and values["overwrite"] is False
 
 
 def test_schema_of_the_documentation_is_that_of_the_settings():
@@ -273,9 +273,9 @@ def test_schema_of_the_documentation_is_that_of_the_settings():
 
 
 def test_typed_settings_are_the_fields_of_the_configuration():
-    """`tune` has three fields as parameters and sets a fourth; it also takes a path as text, and a list for a tuple."""
+    """`tune` has two fields as parameters and sets a third; it also takes a path as text, and a list for a tuple."""
     taken = get_type_hints(TuneConfig)
-    for name in ("test", "validation", "classes", "dataset_key"):
+    for name in ("test", "validation", "dataset_key"):
         del taken[name]
     found = get_type_hints(TuneSettings)
     assert found.keys() == taken.keys()

@@ -572,7 +572,7 @@ def test_move_keeps_dtype_of_prototypes(group):
 
 
 def example(rank: int) -> str:
-    sys.argv = ["many_processes.py", "--epochs", "1", "--classes", "5"]
+    sys.argv = ["many_processes.py", "--epochs", "1", "--max-classes", "5"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         runpy.run_path(str(EXAMPLE), run_name="__main__")
     return printed.getvalue()
@@ -581,5 +581,5 @@ def example(rank: int) -> str:
 def test_example_matches_one_process(group, tmp_path):
     printed, of_second = run_in_processes(2, tmp_path, example)
     assert of_second == ""
-    loss, accuracy = runpy.run_path(str(EXAMPLE))["tune"](torch.device("cpu"), epochs=1, classes=5)
+    loss, accuracy = runpy.run_path(str(EXAMPLE))["tune"](torch.device("cpu"), epochs=1, max_classes=5)
     assert printed == f"loss {loss:.4f}, accuracy {accuracy:.1%}\n"

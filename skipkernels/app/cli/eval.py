@@ -25,7 +25,7 @@ class EvalCommand:
     """Folder that contains the datasets of coop: and torchvision:. By default that of the run."""
     protocol: Protocol | None = None
     """Protocol, which selects the classes and images to test. By default that of the run."""
-    classes: int | None = None
+    max_classes: int | None = None
     """Largest number of classes. By default all of other data, and for the data of the run as many as in the run."""
     device: str | None = None
     """cpu, cuda, cuda:1, …. By default that of the run."""
@@ -42,7 +42,7 @@ class EvalCommand:
         from skipkernels.app.train.run_folder import METRICS
         from skipkernels.folders import is_locked
 
-        options = ("device", "data", "root", "protocol", "classes", "trust")
+        options = ("device", "data", "root", "protocol", "max_classes", "trust")
         accuracies = evaluate_run(self.run, **{name: getattr(self, name) for name in options}, console=err)
         if not is_first():
             return 0

@@ -61,9 +61,9 @@ class Images(Dataset):
         part.labels, part.names = [self.labels[index] for index in chosen], [self.names[index] for index in chosen]
         return part
 
-    def subset_classes(self: ImagesT, classes: Sequence[int]) -> ImagesT:
-        """Return the images of some classes, labelled from 0 in the order of `classes`."""
-        new_label = {label: position for position, label in enumerate(classes)}
+    def subset_classes(self: ImagesT, labels: Sequence[int]) -> ImagesT:
+        """Return the images of some classes, labelled from 0 in the order of `labels`."""
+        new_label = {label: position for position, label in enumerate(labels)}
         part = self.subset(index for index, label in enumerate(self.labels) if label in new_label)
         part.labels = [new_label[label] for label in part.labels]
         return part

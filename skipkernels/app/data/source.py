@@ -157,7 +157,7 @@ def from_datasets(
         >>> from skipkernels.app.data import load_task
         >>> items = [(Image.new("RGB", (32, 32), ("black", "white")[n % 2]), n % 2) for n in range(32)]
         >>> squares = from_datasets("squares", train=items, test=items[:10], classes=["black_square", "white_square"])
-        >>> task = load_task(squares, protocol="few-shot", shots=4, classes=None, seed=0)
+        >>> task = load_task(squares, protocol="few-shot", shots=4, max_classes=None, seed=0)
         >>> len(task.train), task.tests[0].prompts[0]
         (8, ['a photo of a black square.', 'a photo of a white square.'])
     """
@@ -169,6 +169,8 @@ def from_datasets(
         classes = next((own for d in datasets.values() if (own := _class_names(d)) is not None), None)
     if classes is None:
         raise InputError(f"from_datasets: {name} has no class names. Give classes=[…], names by label.", "classes")
+    if isinstance(classes, str) or not hasattr(classes, "__len__"):
+        raise InputError(f"from_datasets: {name}: classes must be names by label, a list; got {classes!r}.", "classes")
     names = normalize_class_names(
         f"from_datasets: {name}", "classes", "label", range(len(classes)), classes, "give others as classes=[…]"
     )

@@ -105,7 +105,7 @@ def load_task(
     *,
     protocol: Protocol,
     shots: Shots,
-    classes: int | None,
+    max_classes: int | None,
     seed: int,
     validation: Validation = "none",
     test: Test = "split",
@@ -130,7 +130,7 @@ def load_task(
         data: The dataset, as `open_source` takes it, or a source, such as one of `from_datasets`.
         protocol: The protocol.
         shots: Training images of each class; "all" for all.
-        classes: Largest number of classes of each dataset, base and new together, evenly spaced; None for all.
+        max_classes: Largest number of classes of each dataset, base and new together, evenly spaced; None for all.
         seed: Seed of the choice of training and validation images.
         validation: Validation images. "split": the val split of the dataset. A share such as 0.2: that share of the
             images of each class in the train split is held out, if possible of those that `shots` leaves. "auto": the
@@ -150,7 +150,7 @@ def load_task(
         InputError: If there is no such dataset, or it can't be used with the protocol.
 
     Example:
-        >>> task = load_task("pictograms:food", protocol="base-to-new", shots=4, classes=20, seed=1)
+        >>> task = load_task("pictograms:food", protocol="base-to-new", shots=4, max_classes=20, seed=1)
         >>> [(test.name, len(test.classes)) for test in task.tests], len(task.train), task.tests[1].prompts[0][0]
         ([('base', 10), ('new', 10)], 20, 'an icon of a hamburger')
     """
@@ -160,8 +160,8 @@ def load_task(
         )
     if isinstance(validation, float) and not 0 < validation < 1:
         raise InputError(f"load_task: validation must be a share between 0 and 1; got {validation}.", "validation")
-    if classes is not None and classes < 2:
-        raise InputError(f"load_task: classes must be at least 2; got {classes}.", "classes")
+    if max_classes is not None and max_classes < 2:
+        raise InputError(f"load_task: max_classes must be at least 2; got {max_classes}.", "max_classes")
     if test == "none" and protocol != "few-shot":
         raise InputError(
             f'load_task: test="none" needs protocol="few-shot"; {protocol} is a comparison of tests.', "test"
@@ -179,7 +179,7 @@ def load_task(
     source = opened(data)
     if len(source.classes) < 2:
         raise InputError(f"load_task: {source.name} has fewer than two classes. Add some.", "data")
-    chosen = _subsample_classes(source, classes)
+    chosen = _subsample_classes(source, max_classes)
     if fold is not None:
         if protocol != "few-shot" or test == "none":
             raise InputError('load_task: fold needs protocol="few-shot" and test="split".', "fold")
@@ -201,7 +201,7 @@ def load_task(
     if protocol in _WITH_TARGETS:
         wanted = targets or source.default_targets(protocol)
         try:
-            others = _target_datasets(map(opened, wanted), source, chosen, protocol, classes)
+            others = _target_datasets(map(opened, wanted), source, chosen, protocol, max_classes)
             tests += [_test_set(name, part, transform, test) for name, part in others.items()]
         except InputError as error:
             error.argument = "targets" if error.argument == "data" else error.argument
@@ -261,12 +261,12 @@ def _train_and_validation(
     return train, TestSet("validation", list(source.classes), source.prompts, held), note
 
 
-def _subsample_classes(source: Source, classes: int | None) -> Source:
-    """Return a source with at most `classes` classes, evenly spaced."""
+def _subsample_classes(source: Source, max_classes: int | None) -> Source:
+    """Return a source with at most `max_classes` classes, evenly spaced."""
     count = len(source.classes)
-    if classes is None or classes >= count:
+    if max_classes is None or max_classes >= count:
         return source
-    return source.subset_classes([position * count // classes for position in range(classes)])
+    return source.subset_classes([position * count // max_classes for position in range(max_classes)])
 
 
 def _test_set(name: str, source: Source, transform: Callable | None, test: Test) -> TestSet:
@@ -290,14 +290,14 @@ def _test_set(name: str, source: Source, transform: Callable | None, test: Test)
 
 
 def _target_datasets(
-    targets: Iterable[Source], source: Source, trained: Source, protocol: Protocol, classes: int | None
+    targets: Iterable[Source], source: Source, trained: Source, protocol: Protocol, max_classes: int | None
 ) -> dict[str, Source]:
-    """Return the target datasets by name, with at most `classes` classes each; `trained` has some of source's."""
+    """Return the target datasets by name, with at most `max_classes` classes each; `trained` has some of source's."""
     found = list(targets)
     names = _short_names([target.name for target in found])
     if protocol == "domain-generalization":
         found = [_common_classes(target, source, trained) for target in found]
-    return dict(zip(names, (_subsample_classes(target, classes) for target in found), strict=True))
+    return dict(zip(names, (_subsample_classes(target, max_classes) for target in found), strict=True))
 
 
 def _short_names(datasets: Sequence[str]) -> list[str]:
@@ -338,6 +338,6 @@ def _common_classes(target: Source, source: Source, trained: Source) -> Source:
     ]
     if not common:
         raise InputError(
-            f"load_task: {target.name} has none of the classes that are trained on. Raise `classes`.", "data"
+            f"load_task: {target.name} has none of the classes that are trained on. Raise `max_classes`.", "data"
         )
     return replace(target.subset_classes([label for label, _ in common]), classes=tuple(name for _, name in common))

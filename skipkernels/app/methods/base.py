@@ -105,7 +105,7 @@ class Method(ABC):
         >>> from skipkernels.app.demo import pictogram_tiny
         >>> from skipkernels.app.methods import METHODS
         >>> model, _, tokenizer = pictogram_tiny.load()
-        >>> task = load_task("pictograms:food", protocol="base-to-new", shots=1, classes=6, seed=0)
+        >>> task = load_task("pictograms:food", protocol="base-to-new", shots=1, max_classes=6, seed=0)
         >>> method, images = METHODS["lora"](model, tokenizer, task), torch.rand(2, 3, 32, 32)
         >>> loss, classes = method.step(method.encode_frozen(images), torch.tensor([0, 2]))
         >>> classes, method.logits("new", method.encode_frozen(images)).shape

@@ -25,7 +25,7 @@ from ..train.class_metrics import metrics_by_class
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluator
 from ..train.model_card import CARD, model_card
-from ..train.own_dataset import KIND, own_data
+from ..train.own_dataset import KIND, check_no_parts, own_data
 from ..train.predictions import TestPredictions
 from ..train.run_folder import CONFIG, REPORT, RunFolder, blended_folder, read_metrics, read_model
 from ..train.setup import RunSetup, build_run
@@ -82,8 +82,8 @@ def blend(
     Example:
         >>> import logging, tempfile; logging.disable()
         >>> import skipkernels as sk
-        >>> folder = Path(tempfile.mkdtemp(), "run")
-        >>> tuned = sk.tune(TuneConfig(data="pictograms:food", shots=1, classes=4, epochs=1, device="cpu", out=folder))
+        >>> folder, short = Path(tempfile.mkdtemp(), "run"), {"shots": 1, "max_classes": 4, "epochs": 1}
+        >>> tuned = sk.tune(data="pictograms:food", **short, device="cpu", out=folder)
         >>> blended = sk.blend(folder, 0.3)
         >>> blended["blend"]["chosen"], blended["blend"]["accuracy"]["base"][10] == tuned["tuned"]["base"]
         (0.3, True)
@@ -116,6 +116,8 @@ def blend(
         raise InputError(
             f"blend: dataset must be given in Python, with test and validation, for a run on {config.data}."
         )
+    else:
+        check_no_parts("blend", test, validation, classes)
     written = replace(of_run, cache=config.cache, device=config.device, attention=config.attention)
     written = replace(written, out=target, overwrite=overwrite, resume=False, delta=False).resolved(open_data)
     new_folder = RunFolder(written, can_resume=False)  # refuses a folder that can't be written

@@ -96,7 +96,7 @@ class Classifier:
         >>> from pathlib import Path
         >>> import torch, skipkernels as sk
         >>> run = Path(tempfile.mkdtemp(), "run")
-        >>> _ = sk.tune(sk.TuneConfig(data="pictograms:food", shots=1, classes=4, epochs=1, device="cpu", out=run))
+        >>> _ = sk.tune(sk.TuneConfig(data="pictograms:food", shots=1, max_classes=4, epochs=1, device="cpu", out=run))
         >>> classifier = sk.Classifier.load(run, device="cpu")
         >>> found = classifier.predict(torch.zeros(3, 3, 32, 32), top=2)
         >>> found.ids.shape, len(classifier.classes), found[0][0], len(found[0][1])

@@ -101,7 +101,7 @@ def export(
         >>> import logging, tempfile; logging.disable()
         >>> import open_clip, skipkernels as sk
         >>> out = Path(tempfile.mkdtemp())
-        >>> config = sk.TuneConfig(data="pictograms:food", classes=4, epochs=1, device="cpu", out=out / "run")
+        >>> config = sk.TuneConfig(data="pictograms:food", max_classes=4, epochs=1, device="cpu", out=out / "run")
         >>> _ = sk.tune(config)
         >>> sorted(sk.export(out / "run", "open-clip", out / "exported").files)[:2]
         ['README.md', 'classifier.json']

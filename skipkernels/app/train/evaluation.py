@@ -24,7 +24,7 @@ from ..methods import Method
 from ..untrusted import check_source
 from . import weights
 from .model import LOCAL_DIR, load_weights
-from .own_dataset import own_data
+from .own_dataset import check_no_parts, own_data
 from .plain_config import OPEN_CLIP
 from .precision import REMEDY
 from .predictions import TOP, TopClasses
@@ -122,7 +122,8 @@ def evaluate_run(
     protocol: Protocol | None = None,
     dataset: SizedDataset | None = None,
     test: SizedDataset | None = None,
-    classes: Sequence[str] | int | None = None,
+    classes: Sequence[str] | None = None,
+    max_classes: int | None = None,
     trust: bool = False,
     console: Console | None = None,
 ) -> Accuracies:
@@ -138,8 +139,8 @@ def evaluate_run(
         protocol: Protocol that selects test classes and images. Default: that of the run.
         dataset: Training images that were passed to `tune`, or others of the same classes.
         test: Test images; see `tune`.
-        classes: Class names by label; see `tune`. Or the largest number of classes; default: all of other `data`, and
-            the setting of the run for its own.
+        classes: Class names by label; see `tune`.
+        max_classes: Largest number of classes. Default: all of other `data`, and the setting of the run for its own.
         trust: Load what config.yaml names: models and datasets of the hub, models and weights in other folders.
         console: Console for notes, and the number of images and the classes of each test. Default: none.
 
@@ -153,9 +154,8 @@ def evaluate_run(
     config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=given)
     if config.test == "none" and data is None and test is None:
         raise InputError(f"evaluate_run: data must be given: all images of {config.data} trained or validated.", "data")
-    limit = config.classes if data in (None, config.data) else None  # of other data, all classes
-    if isinstance(classes, int):
-        limit, classes = classes, None
+    if max_classes is None and data in (None, config.data):  # of other data, all classes
+        max_classes = config.max_classes
     changes: dict[str, Any] = {
         "data": data or config.data,
         "root": root or config.root,
@@ -167,10 +167,12 @@ def evaluate_run(
     if device is not None:  # xformers may not support this device
         changes |= {"device": device, "attention": "sdpa"}
     rounded_to = None if config.cache is None else config.cache_dtype
-    config = replace(config, trust=trust, classes=limit, workers=0, download=False, **changes)
+    config = replace(config, trust=trust, max_classes=max_classes, workers=0, download=False, **changes)
     open_data = None
     if dataset is not None:
         config, open_data = own_data(config, dataset, test=test, classes=classes)
+    else:
+        check_no_parts("evaluate_run", test, classes)
     processes = join()
     processes.set_device(config.device)
     described, file = read_model(folder)

@@ -58,3 +58,13 @@ def own_data(
         return dataclasses.replace(source, notes=(note,))
 
     return dataclasses.replace(config, data=own_name, dataset_key=digest), open_data
+
+
+def check_no_parts(function: str, *parts: object) -> None:
+    """Refuse test images, validation images and class names without a dataset."""
+    if any(part is not None for part in parts):
+        raise InputError(
+            f"{function}: test and validation images, and class names as classes, need the training images as dataset. "
+            "For a number of classes pass max_classes.",
+            "dataset",
+        )

@@ -38,7 +38,7 @@ from .errors import argument_error
 from .evaluation import Evaluation, Evaluator
 from .loggers import Logger, open_loggers
 from .model_card import CARD, model_card
-from .own_dataset import own_data
+from .own_dataset import check_no_parts, own_data
 from .plain_config import OPEN_CLIP
 from .processes import ALONE, Processes, join
 from .progress import ProgressDisplay
@@ -64,7 +64,7 @@ def tune(
     dataset: SizedDataset | None = None,
     test: SizedDataset | str | None = None,
     validation: SizedDataset | str | float | None = None,
-    classes: Sequence[str] | int | None = None,
+    classes: Sequence[str] | None = None,
     name: str | None = None,
     key: object = None,
     loggers: Sequence[Logger] = (),
@@ -87,7 +87,7 @@ def tune(
         test: Test images. Default: those of `validation`, or else 30 % of the images of each class of `dataset`. Or the
             setting `test`, "none".
         validation: Validation images; or the setting `validation`, a text or a share.
-        classes: Class names by label. Default: the `classes` of a dataset. Or the setting `classes`, a number.
+        classes: Class names by label. Default: the `classes` of a dataset.
         name: Name of the dataset in the results. Default: its type.
         key: Text or JSON value that identifies the datasets when a run is resumed. Default: a digest of their files and
             labels; see `FeatureCache.build`.
@@ -131,17 +131,13 @@ def tune(
         changes["validation"], validation = validation, None
     if isinstance(test, str):
         changes["test"], test = test, None
-    if isinstance(classes, int):
-        changes["classes"], classes = classes, None
     config = replace(config or TuneConfig(), **changes)
     open_data = None
     if dataset is not None:
         parts: Any = {"test": test, "validation": validation, "classes": classes, "name": name, "key": key}
         config, open_data = own_data(config, dataset, **parts)
-    elif not (test is validation is classes is None):
-        raise InputError(
-            "tune: test, validation images and class names need the training images as dataset.", "dataset"
-        )
+    else:
+        check_no_parts("tune", test, validation, classes)
     processes = join(config.timeout)
     shown = console if console is not None and processes.first else Console(quiet=True)
     return _tune(config, shown, processes, loggers, open_data)

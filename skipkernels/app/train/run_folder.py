@@ -20,7 +20,7 @@ import yaml
 
 from ...digests import digest_file
 from ...folders import LOCK, is_locked, locked, replace_text, replaced_folder, restored, sweep
-from ..config import TuneConfig, read_settings
+from ..config import TuneConfig, read_settings, renamed
 from ..data import InputError
 from ..data.files import format_names
 from ..untrusted import read_object
@@ -205,6 +205,7 @@ class RunFolder:
 
     def _check_settings(self, before: dict[str, Any]) -> None:
         """Check that the run to resume has the settings that change results."""
+        before = renamed(before)
         for name, value in self._config.identity().items():
             if before.get(name) != value:
                 raise argument_error(

@@ -206,7 +206,7 @@ def build_task(
         (open_data or config.open_data)(),
         protocol=config.chosen_protocol,
         shots=config.chosen_shots,
-        classes=config.classes,
+        max_classes=config.max_classes,
         seed=config.seed,
         validation=config.validation,
         test=config.test,

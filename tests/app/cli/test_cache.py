@@ -14,7 +14,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.train import setup
 from skipkernels.store import MANIFEST, Store
 
-TASK = ["--data", "pictograms:food", "--classes", "6", "--shots", "2"]
+TASK = ["--data", "pictograms:food", "--max-classes", "6", "--shots", "2"]
 
 
 @pytest.fixture(scope="module")

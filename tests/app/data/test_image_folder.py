@@ -207,7 +207,9 @@ def test_load_task_unusual_file_names(tmp_path):
         os.mkdir(os.fsencode(tmp_path) + b"/" + folder)
         for name in UNUSUAL:
             os.link(tmp_path / "one.png", os.fsencode(tmp_path) + b"/" + folder + b"/" + name + b".png")
-    task = load_task(f"imagefolder:{tmp_path}", protocol="few-shot", shots=9, classes=None, seed=0, validation="auto")
+    task = load_task(
+        f"imagefolder:{tmp_path}", protocol="few-shot", shots=9, max_classes=None, seed=0, validation="auto"
+    )
     assert len(task.train) == 10 and all(note.isprintable() for note in task.notes)
     assert any(r"\x1b[2J[b] (5)" in note for note in task.notes)
     assert [task.train[i][0].mode for i in range(10)] == ["RGB"] * 10

@@ -26,7 +26,7 @@ CLASSES = ["cat", "dog", "owl"]
 
 
 def task_of(data, **how):
-    return load_task(data, **{"protocol": "few-shot", "shots": 2, "classes": None, "seed": 0, **how})
+    return load_task(data, **{"protocol": "few-shot", "shots": 2, "max_classes": None, "seed": 0, **how})
 
 
 def fails(data, argument: str | None = "data", **how) -> str:

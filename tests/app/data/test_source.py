@@ -88,6 +88,7 @@ def test_from_datasets_optional_attributes():
         ({"train": Squares([0])}, ["no class names", "classes=[…]"]),
         ({"train": Squares([0, 2]), "classes": ["a", "b"]}, ["from 0 to 1", "2 classes", "got 2 for item 1 of train"]),
         ({"test": Squares([0], classes=("sea_lion", "sea  lion"))}, ["no prompt can tell them apart", "classes=[…]"]),
+        ({"test": Squares([0]), "classes": 2}, ["classes must be names by label, a list; got 2."]),
         ({"test": Squares([0]), "classes": [0, 1]}, ["class names must be text; got [0, 1]"]),
         ({"test": Squares([0]), "classes": ["a", "_ "]}, ["the class of label 1 can't be named ''", "classes=[…]"]),
     ],

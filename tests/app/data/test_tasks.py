@@ -16,7 +16,7 @@ from skipkernels.app.data import from_datasets, load_task, summarise
 
 
 def load(data, protocol="base-to-new", **how):
-    return load_task(data, **{"protocol": protocol, "shots": 2, "classes": None, "seed": 0, **how})
+    return load_task(data, **{"protocol": protocol, "shots": 2, "max_classes": None, "seed": 0, **how})
 
 
 def sizes(task):
@@ -115,7 +115,7 @@ def test_load_task_any_number_of_classes(there, classes, protocol):
     names = [f"class {number:02d}" for number in range(there)]
     items = [(Image.new("L", (1, 1), label), label) for label in range(there) for _ in range(2)]
     source = from_datasets("grey", train=items, test=items, classes=names)
-    task = check(load(source, protocol, classes=classes, shots=1))
+    task = check(load(source, protocol, max_classes=classes, shots=1))
     chosen = [name for test in task.tests for name in test.classes]
     assert len(chosen) == min(there, classes) and chosen == sorted(chosen) and len(set(chosen)) == len(chosen)
     for test in task.tests:
@@ -139,7 +139,7 @@ def test_load_task_notes_few_images(tmp_path):
 
 
 def test_default_targets_pictograms():
-    task = check(load("pictograms:food", "cross-dataset", classes=20))
+    task = check(load("pictograms:food", "cross-dataset", max_classes=20))
     assert sizes(task) == dict.fromkeys(["source", "animals", "objects", "travel", "activities"], 20)
     assert len(task.train) == 40 and {len(test.images) for test in task.tests} == {20}
 
@@ -153,7 +153,7 @@ def test_default_targets_imagenet(tmp_path):
     assert task.tests[0].classes == IMAGENET_NAMES and len(task.train) == 8
     prompts = {test.name: test.prompts[0][0] for test in task.tests}
     assert prompts["source"] == "a photo of a tench." and prompts["dtd"] == "itap of a apple pie."
-    assert load("coop:imagenet", "cross-dataset", root=tmp_path, classes=2).notes == (
+    assert load("coop:imagenet", "cross-dataset", root=tmp_path, max_classes=2).notes == (
         "coop:imagenet: 2 of 4 classes, evenly spaced.",
     )
 
@@ -163,7 +163,7 @@ def test_load_task_given_targets(tmp_path):
     make_folders(tmp_path / "insects", {"ant": 4, "bee": 4, "fly": 1, "fly/more": 3})
     data, target = (f"imagefolder:{tmp_path / name}" for name in ("pets", "insects"))
     own = from_datasets("mine", test=[(Image.new("L", (1, 1)), 0)], classes=["x"])
-    task = check(load(data, "cross-dataset", targets=[target, "pictograms:food", own], classes=3))
+    task = check(load(data, "cross-dataset", targets=[target, "pictograms:food", own], max_classes=3))
     assert sizes(task) == {"source": 2, "insects": 3, "food": 3, "mine": 1}
     assert [note for note in task.notes if note.startswith(target)], "notes of a target"
 
@@ -181,7 +181,7 @@ def test_domains_imagenet_with_fewer_classes(tmp_path):
     """ImageNet-A has neither the first nor the third class, which are trained on."""
     imagenet_and_variants(tmp_path)
     targets = ["coop:imagenetv2", "coop:imagenet_r"]
-    task = check(load("coop:imagenet", "domain-generalization", root=tmp_path, classes=2, targets=targets))
+    task = check(load("coop:imagenet", "domain-generalization", root=tmp_path, max_classes=2, targets=targets))
     tuned = [IMAGENET_NAMES[0], IMAGENET_NAMES[2]]
     assert {test.name: test.classes for test in task.tests} == {
         "source": tuned,
@@ -191,9 +191,9 @@ def test_domains_imagenet_with_fewer_classes(tmp_path):
     third = [image for image, label in map(task.tests[1].images.__getitem__, range(4)) if label == 1]
     assert {class_of(image) for image in third} == {2}
     with raises_input_error(
-        "coop:imagenet_a has none of the classes that are trained on", "`classes`", argument="targets"
+        "coop:imagenet_a has none of the classes that are trained on", "`max_classes`", argument="targets"
     ):
-        load("coop:imagenet", "domain-generalization", root=tmp_path, classes=2)
+        load("coop:imagenet", "domain-generalization", root=tmp_path, max_classes=2)
 
 
 def test_domains_match_classes_by_id(tmp_path):
@@ -253,7 +253,7 @@ WHOLE = from_datasets("squares", train=SQUARES, test=SQUARES, classes=["black", 
     ("arguments", "argument", "words"),
     [
         ({"shots": 0}, "shots", ["shots must be", "every class needs a training image"]),
-        ({"classes": 1}, "classes", ["classes must be at least 2", "got 1"]),
+        ({"max_classes": 1}, "max_classes", ["max_classes must be at least 2", "got 1"]),
         ({"protocol": "zero-shot"}, "protocol", ["protocol must be one of base-to-new, cross-dataset", "'zero-shot'"]),
         (
             {"targets": ["pictograms:food"]},
@@ -265,13 +265,13 @@ WHOLE = from_datasets("squares", train=SQUARES, test=SQUARES, classes=["black", 
         ({"protocol": "cross-dataset", "targets": ["x"]}, "targets", ["no dataset 'x'"]),
         ({"protocol": "cross-dataset", "targets": ["coop:dtd"], "root": "none"}, "root", ["coop:dtd: no folder"]),
         ({"data": WHOLE, "protocol": "cross-dataset"}, "targets", ["squares needs datasets to test on. Name some"]),
-        ({"data": UNTRAINED, "protocol": "few-shot", "classes": None}, "data", ["Give from_datasets train= too"]),
+        ({"data": UNTRAINED, "protocol": "few-shot", "max_classes": None}, "data", ["Give from_datasets train= too"]),
         ({"protocol": "cross-dataset", "targets": ["pictograms:food"] * 2}, "targets", ["two of", "are the same"]),
     ],
 )
 def test_load_task_invalid_arguments(arguments, argument, words):
     with raises_input_error(*words, argument=argument):
-        load(**{"data": "pictograms", "classes": 4, **arguments})
+        load(**{"data": "pictograms", "max_classes": 4, **arguments})
 
 
 def test_load_task_without_test_images(tmp_path):

@@ -374,7 +374,7 @@ def test_report_command_repeats_the_page(run, tmp_path, capsys):
     assert main(["report", str(folder), "--out", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text() == expected
     found = Page(expected)
-    assert len(found.named("img")) > 4 and "skipkernels tune --shots 2 --classes 24 --epochs 2" in found.text
+    assert len(found.named("img")) > 4 and "skipkernels tune --shots 2 --max-classes 24 --epochs 2" in found.text
     (tmp_path / "run").mkdir()
     for name in ("config.yaml", "metrics.json"):
         shutil.copy(folder / name, tmp_path / "run")

@@ -17,7 +17,7 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
 
-CONFIG = TuneConfig(data="pictograms:food", shots=2, classes=40, epochs=1, device="cpu", cache_dtype="fp32")
+CONFIG = TuneConfig(data="pictograms:food", shots=2, max_classes=40, epochs=1, device="cpu", cache_dtype="fp32")
 
 
 NATIVE = {
@@ -57,7 +57,7 @@ def native_run(tmp_path_factory) -> Path:
     config = {"model_cfg": NATIVE, "preprocess_cfg": clip.visual.preprocess_cfg}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
-    tune(dataclasses.replace(CONFIG, model=f"local-dir:{folder}", classes=4, out=folder / "run"))
+    tune(dataclasses.replace(CONFIG, model=f"local-dir:{folder}", max_classes=4, out=folder / "run"))
     return folder / "run"
 
 

@@ -121,7 +121,7 @@ def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, 
         assert classifier.none_logit == pytest.approx(none_logit, rel=1e-3)
 
     zero_shot = str(tmp_path / "zero-shot")
-    assert main(["tune", "--method", "zero-shot", "--classes", "4", "--device", "cpu", "--out", zero_shot]) == 0
+    assert main(["tune", "--method", "zero-shot", "--max-classes", "4", "--device", "cpu", "--out", zero_shot]) == 0
     assert main(["blend", zero_shot]) == 2
     assert "RUN must be of a method that tunes the weights" in " ".join(capsys.readouterr().err.split())
 

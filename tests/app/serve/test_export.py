@@ -36,7 +36,7 @@ ATOL = 1e-4  # of logits up to the logit scale, in fp32
 def lora(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lora") / "run"
     with shortened():
-        tune(dataclasses.replace(CONFIG, method="lora", shots=1, classes=4, out=folder))
+        tune(dataclasses.replace(CONFIG, method="lora", shots=1, max_classes=4, out=folder))
     return folder
 
 

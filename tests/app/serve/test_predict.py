@@ -163,7 +163,7 @@ def test_bad_arguments(run, images, load, use, message):
 
 
 def test_delta_in_bf16_sr(images, tmp_path):
-    config = dataclasses.replace(CONFIG, classes=4, shots=1, precision="bf16-sr")
+    config = dataclasses.replace(CONFIG, max_classes=4, shots=1, precision="bf16-sr")
     for delta in (True, False):
         tune(dataclasses.replace(config, delta=delta, out=tmp_path / str(delta)))
     changes, whole = (sk.Classifier.load(tmp_path / str(delta), device="cpu") for delta in (True, False))

@@ -71,7 +71,19 @@ ENTRY_POINTS = {
     "resume": lambda run, out: main(["tune", "--resume", str(run), "--epochs", "2"]),
     "config": lambda run, out: main(["tune", "--config", str(run / "config.yaml"), "--out", str(out)]),
     "model": lambda run, out: main(
-        ["tune", "--model", f"local-dir:{run}", "--classes", "4", "--shots", "1", "--epochs", "1", "--out", str(out)]
+        [
+            "tune",
+            "--model",
+            f"local-dir:{run}",
+            "--max-classes",
+            "4",
+            "--shots",
+            "1",
+            "--epochs",
+            "1",
+            "--out",
+            str(out),
+        ]
     ),
     "report": lambda run, out: main(["report", str(run)]),
     "load_model": lambda run, out: load_model(f"local-dir:{run}", None, torch.device("cpu")),

@@ -17,7 +17,7 @@ from skipkernels.app.data.splits import fold_numbers, fold_source
 from skipkernels.app.studies.folds import cross_validate
 from skipkernels.app.train import evaluate_run
 
-PICTOGRAMS = TuneConfig(data="pictograms:food", classes=6, method="zero-shot", device="cpu")
+PICTOGRAMS = TuneConfig(data="pictograms:food", max_classes=6, method="zero-shot", device="cpu")
 
 
 def source(counts: list[int]) -> Source:

@@ -19,7 +19,7 @@ from skipkernels.app.studies.study import Column, Study
 from tests.processes import forkserver
 
 QUIET = Console(quiet=True)
-TINY = TuneConfig(shots=2, classes=6, epochs=1, device="cpu")
+TINY = TuneConfig(shots=2, max_classes=6, epochs=1, device="cpu")
 
 
 def two(**changes) -> list[Variant]:
@@ -192,7 +192,7 @@ def test_settings_are_checked_in_a_new_process(monkeypatch):
 
 
 def test_compare_command(tmp_path, capsys, in_process):
-    arguments = "compare --methods zero-shot linear-probe --seeds 1 --shots 2 --classes 6 --device cpu".split()
+    arguments = "compare --methods zero-shot linear-probe --seeds 1 --shots 2 --max-classes 6 --device cpu".split()
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     assert "linear-probe" in capsys.readouterr().out
     found = json.loads((tmp_path / "compare.json").read_text())
@@ -201,7 +201,7 @@ def test_compare_command(tmp_path, capsys, in_process):
     assert zero_shot == [found["runs"][1]["metrics"]["zero_shot"]["new"], None]
     assert (tmp_path / "runs" / "zero-shot-0" / "report.html").exists()
     page = (tmp_path / "report.html").read_text()
-    assert "skipkernels compare --shots 2 --classes 6 --device cpu" in page
+    assert "skipkernels compare --shots 2 --max-classes 6 --device cpu" in page
     assert "--methods zero-shot linear-probe --seeds 1" in page
     assert main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
     (tmp_path / "compare.json").write_text('{"study": "compare", "summary": {}}')

@@ -35,7 +35,7 @@ def damaged(run, tmp_path):
         (["--data", "imagenet"], "no dataset"),
         (["--data", "pictograms:plants"], "no task 'plants' of pictograms"),
         (["--shots", "0"], "every class needs a training image"),
-        (["--classes", "1"], "--classes must be at least 2"),
+        (["--max-classes", "1"], "--max-classes must be at least 2"),
         (["--template", "no place"], "templates with one {} each"),
         (["--targets", "pictograms:food"], "base-to-new has no targets"),
         (["--model", "ViT-B-61"], "did you mean"),
@@ -57,7 +57,9 @@ def damaged(run, tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_tune_refuses_argument(arguments, message, tmp_path, capsys):
-    assert message in fails(["tune", "--shots", "2", "--classes", "12", "--out", tmp_path / "run", *arguments], capsys)
+    assert message in fails(
+        ["tune", "--shots", "2", "--max-classes", "12", "--out", tmp_path / "run", *arguments], capsys
+    )
     assert not (tmp_path / "run").exists(), "nothing is written"
 
 
@@ -98,7 +100,7 @@ def test_tune_keeps_earlier_run(run, capsys):
 def test_out_keeps_files_of_no_run(tmp_path, name, text, capsys):
     (tmp_path / name).write_text(text)
     for flag in ([], ["--overwrite"], ["--resume"]):
-        message = fails(["tune", "--shots", "1", "--classes", "6", "--out", tmp_path, *flag], capsys)
+        message = fails(["tune", "--shots", "1", "--max-classes", "6", "--out", tmp_path, *flag], capsys)
         assert f"{tmp_path} contains files with names of run files, but no config.yaml of a run: {name}" in message
         assert "--overwrite" not in message and "--resume" not in message
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: text}
@@ -110,7 +112,7 @@ def test_out_keeps_files_of_no_run(tmp_path, name, text, capsys):
 )
 def test_out_refuses_path(tmp_path, out, message, capsys):
     (tmp_path / "file").touch()
-    assert message in fails(["tune", "--shots", "1", "--classes", "6", "--out", tmp_path / out], capsys)
+    assert message in fails(["tune", "--shots", "1", "--max-classes", "6", "--out", tmp_path / out], capsys)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,10 @@ def test_output_refuses_folder_of_images(tmp_path, monkeypatch, capsys, command,
 def test_overwrite_replaces_run_of_other_version(run, tmp_path):
     config = (run[0] / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(config.replace("max_keep:", "most_kept:"))
-    assert main(["tune", "--shots", "1", "--classes", "6", "--epochs", "1", "--overwrite", "--out", str(tmp_path)]) == 0
+    assert (
+        main(["tune", "--shots", "1", "--max-classes", "6", "--epochs", "1", "--overwrite", "--out", str(tmp_path)])
+        == 0
+    )
     assert "max_keep" in (tmp_path / "config.yaml").read_text()
 
 
@@ -154,7 +159,7 @@ def test_eval_refuses_damaged_weights(damaged, tmp_path, capsys):
 
 def test_eval_refuses_changes_to_other_weights(run, tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = ["--shots", "2", "--classes", "24", "--epochs", "1", "--delta", "--out", str(out)]
+    arguments = ["--shots", "2", "--max-classes", "24", "--epochs", "1", "--delta", "--out", str(out)]
     assert main(["tune", *arguments]) == 0
     config = (out / "config.yaml").read_text().replace("pretrained: null", "pretrained: random")
     (out / "config.yaml").write_text(config)

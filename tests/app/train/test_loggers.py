@@ -85,6 +85,6 @@ def test_tune_writes_to_loggers(tmp_path, caplog):
 
     mine = Mine()
     with caplog.at_level("INFO", "skipkernels"):
-        skipkernels.tune(small(tmp_path, log=("none",), epochs=1, classes=4, shots=1), loggers=[mine])
+        skipkernels.tune(small(tmp_path, log=("none",), epochs=1, max_classes=4, shots=1), loggers=[mine])
     assert mine.epochs == [1, "closed"] and "epoch 1/1: loss" in caplog.text
     assert not list(tmp_path.glob("events*"))

@@ -163,7 +163,7 @@ def test_transformers_folder(converted):
 
 def test_tune_model_of_transformers(converted, tmp_path):
     folder, _, _ = converted
-    changes = {"data": "pictograms:food", "classes": 4, "shots": 1, "epochs": 1, "model": f"local-dir:{folder}"}
+    changes = {"data": "pictograms:food", "max_classes": 4, "shots": 1, "epochs": 1, "model": f"local-dir:{folder}"}
     metrics = tune(small(tmp_path / "run", **changes))
     assert metrics["steps"] > 0
     assert evaluate_run(tmp_path / "run", trust=True) == metrics["tuned"]

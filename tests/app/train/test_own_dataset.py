@@ -141,13 +141,13 @@ def test_eval_of_other_data_has_all_its_classes(tmp_path, capsys):
     data = f"imagefolder:{squares_folder(tmp_path / 'photos', COLOURS, 4)}"
     other = f"imagefolder:{squares_folder(tmp_path / 'other', 'abcdefg', 3)}"
     out = str(tmp_path / "run")
-    assert main(["tune", "--data", data, "--classes", "2", "--epochs", "1", "--device", "cpu", "--out", out]) == 0
+    assert main(["tune", "--data", data, "--max-classes", "2", "--epochs", "1", "--device", "cpu", "--out", out]) == 0
     capsys.readouterr()
     for arguments, shown in [
         ([], "all: 2 images of 2 classes: black, red"),
         (["--data", other], "all: 7 images of 7 classes: a, b, c, d, e and 2 more"),
-        (["--data", other, "--classes", "3"], "all: 3 images of 3 classes: a, c, e"),
-        (["--classes", "3"], "all: 3 images of 3 classes: black, red, white"),
+        (["--data", other, "--max-classes", "3"], "all: 3 images of 3 classes: a, c, e"),
+        (["--max-classes", "3"], "all: 3 images of 3 classes: black, red, white"),
     ]:
         assert main(["eval", out, *arguments]) == 0
         error = capsys.readouterr().err
@@ -177,6 +177,7 @@ def test_tune_labels_that_contradict_items(tmp_path):
      ({"dataset": {"train": Squares(3)}}, "dataset must be a map-style dataset, .* got dict"),
      ({"dataset": Squares(3), "data": "coop:dtd"}, "data is 'coop:dtd', and dataset is given too"),
      ({"test": Squares(3)}, "need the training images as dataset"),
+     ({"classes": 3}, "need the training images as dataset. For a number of classes pass max_classes"),
      ({"dataset": Squares(3), "epoch": 3}, "unknown setting 'epoch'; did you mean epochs?"),
      ({"dataset": Squares(30)}, "has no class names"),
      ({"dataset": Squares(30), "classes": ["one", "two"]}, "labels of dataset:Squares must be from 0 to 1"),

@@ -19,6 +19,7 @@ from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import checkpoint, evaluate_run, trainer, tune
 from skipkernels.app.train.run_folder import RunFolder, read_metrics
+from skipkernels.digests import digest_json
 from tests.app.runs import fails, files, losses, results, rows, shortened, small, stopped
 
 
@@ -64,7 +65,7 @@ def test_resume_with_settings_is_bitwise_identical(tmp_path, monkeypatch, change
     """Dropout in each step draws from the global generator."""
     real = Skip.step
     monkeypatch.setattr(Skip, "step", lambda self, images, labels: real(self, F.dropout(images, 0.2), labels))
-    changes |= {"classes": 12}  # two epochs of three steps
+    changes |= {"max_classes": 12}  # two epochs of three steps
     tune(small(tmp_path / "whole", **changes))
     torch.manual_seed(2)  # another state of the caller's generator
     stopped(tmp_path / "cut", step=5, **changes)
@@ -73,7 +74,7 @@ def test_resume_with_settings_is_bitwise_identical(tmp_path, monkeypatch, change
 
 
 def test_resume_continues_views_of_cache(tmp_path):
-    changes = {"refresh": "epoch", "classes": 12}
+    changes = {"refresh": "epoch", "max_classes": 12}
     tune(small(tmp_path / "whole", cache=tmp_path / "first", **changes))
     stopped(tmp_path / "cut", step=5, cache=tmp_path / "second", **changes)
     tune(small(tmp_path / "cut", cache=tmp_path / "second", resume=True, **changes))
@@ -82,9 +83,9 @@ def test_resume_continues_views_of_cache(tmp_path):
 
 def test_resume_continues_crops_in_memory(tmp_path):
     """New crops in each epoch without a cache, of which a resumed run in other processes sees the same."""
-    changes = {"refresh": "epoch", "classes": 12}
+    changes = {"refresh": "epoch", "max_classes": 12}
     tune(small(tmp_path / "whole", **changes))
-    tune(small(tmp_path / "plain", classes=12))
+    tune(small(tmp_path / "plain", max_classes=12))
     stopped(tmp_path / "cut", step=5, **changes)
     tune(small(tmp_path / "cut", workers=1, resume=True, **changes))
     assert results(tmp_path / "cut")[1:] == results(tmp_path / "whole")[1:]
@@ -100,8 +101,14 @@ def test_resume_of_complete_run(run, capsys):
 
 
 def test_resume_by_folder_of_killed_run(run, copy):
-    """Files as after a kill between the checkpoint and the row of metrics.jsonl."""
+    """Files as after a kill between the checkpoint and the row of metrics.jsonl, and a name of version 0.2."""
     (copy / "metrics.jsonl").write_text("")
+    index = copy / "checkpoint" / "checkpoint.json"
+    values = json.loads(index.read_text().replace("max_classes", "classes"))
+    assert values["settings"]["classes"] == 24
+    body = {name: value for name, value in values.items() if name not in ("format", "digest")}
+    index.write_text(json.dumps(values | {"digest": digest_json(body)}))
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("max_classes", "classes"))
     assert main(["tune", "--resume", str(copy), "--log-every", "7", "--memory", "min", "--workers", "1"]) == 0
     assert "log_every: 7" in (copy / "config.yaml").read_text(), "settings without effect on results may differ"
     assert results(copy) == results(run[0])
@@ -141,7 +148,7 @@ def test_resume_refuses_run_of_version_0_2(run, copy):
     with pytest.raises(InputError, match=r"was stopped by skipkernels 0\.2, .*; continue with 0\.2, or tune again"):
         tune(small(copy, resume=True))
     assert evaluate_run(copy) == rows(copy)[0]["accuracy"], "its model can be used"
-    assert tune(small(copy, overwrite=True, epochs=1, classes=4))["epochs"] == 1
+    assert tune(small(copy, overwrite=True, epochs=1, max_classes=4))["epochs"] == 1
 
 
 def test_run_of_version_0_2_is_complete(run, tmp_path):
@@ -170,7 +177,7 @@ def test_run_of_version_0_2_is_complete(run, tmp_path):
     ],
 )
 def test_resume_refuses_other_settings(copy, changes, message, capsys):
-    arguments = {"shots": 2, "classes": 24, "epochs": 2, "out": copy, **changes}
+    arguments = {"shots": 2, "max_classes": 24, "epochs": 2, "out": copy, **changes}
     flags = [[f"--{k.replace('_', '-')}", *([] if v is True else [v])] for k, v in arguments.items()]
     said = fails(["tune", "--resume", *(part for flag in flags for part in flag)], capsys)
     assert re.search(message, said), said
@@ -181,11 +188,11 @@ def test_resume_refuses_damaged_checkpoint(copy, capsys):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    arguments = ["--shots", 2, "--classes", 24, "--epochs", 2, "--out", copy]
+    arguments = ["--shots", 2, "--max-classes", 24, "--epochs", 2, "--out", copy]
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     assert "training.pt does not match checkpoint.json" in fails(["tune", "--resume", *arguments], capsys)
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before, "nothing is lost"
-    assert main(["tune", "--overwrite", *map(str, arguments), "--epochs", "1", "--classes", "4"]) == 0
+    assert main(["tune", "--overwrite", *map(str, arguments), "--epochs", "1", "--max-classes", "4"]) == 0
 
 
 def test_read_metrics_refuses_damaged_file(tmp_path):
@@ -197,5 +204,5 @@ def test_read_metrics_refuses_damaged_file(tmp_path):
 
 def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "digest_tensors", lambda named: "others")
-    message = fails(["tune", "--resume", "--shots", 2, "--classes", 24, "--epochs", 2, "--out", copy], capsys)
+    message = fails(["tune", "--resume", "--shots", 2, "--max-classes", 24, "--epochs", 2, "--out", copy], capsys)
     assert "the training images differ" in message

@@ -73,7 +73,7 @@ def test_tune_graphed_gives_the_same_results(run, tmp_path, monkeypatch):
 def test_tune_without_graph(tmp_path, monkeypatch, changes, note):
     monkeypatch.setattr(trainer, "_captures", lambda device: True)
     console = Console(file=io.StringIO())
-    tune(small(tmp_path, epochs=1, classes=4, **changes), console)
+    tune(small(tmp_path, epochs=1, max_classes=4, **changes), console)
     assert set(rows(tmp_path)[0]["stage_seconds"]) == {"data", "forward", "backward", "update", "evaluation"}
     assert note in " ".join(console.file.getvalue().split())
 
@@ -163,7 +163,7 @@ def test_tune_changes_weights_above_cut_only(run):
 
 
 def test_tune_full_changes_all_weights(tmp_path):
-    metrics = tune(small(tmp_path, method="full", epochs=1, classes=6))
+    metrics = tune(small(tmp_path, method="full", epochs=1, max_classes=6))
     assert metrics["kept_classes"] == 3
     assert evaluate_run(tmp_path) == metrics["tuned"]
     before, after = first_weights(), load_file(tmp_path / "model.safetensors")
@@ -172,7 +172,18 @@ def test_tune_full_changes_all_weights(tmp_path):
 
 def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
     folder, metrics = run
-    arguments = ["tune", "--shots", "2", "--classes", "24", "--epochs", "2", "--delta", "--out", str(tmp_path / "run")]
+    arguments = [
+        "tune",
+        "--shots",
+        "2",
+        "--max-classes",
+        "24",
+        "--epochs",
+        "2",
+        "--delta",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main(arguments) == 0
     assert re.search(r"delta.safetensors, \d\.\d of 33\.6 MiB", capsys.readouterr().out)
     whole, delta = load_file(folder / "model.safetensors"), load_file(tmp_path / "run" / "delta.safetensors")
@@ -185,11 +196,12 @@ def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"skip_layers": 0, "classes": 2}, {"skip_layers": 1.0, "classes": 3, "protocol": "few-shot"},
-     {"preset": "reference", "classes": 6},
+    [{"skip_layers": 0, "max_classes": 2}, {"skip_layers": 1.0, "max_classes": 3, "protocol": "few-shot"},
+     {"preset": "reference", "max_classes": 6},
      {"tail": "fixed", "memory": "min", "sampler": "random", "batch_size": 5, "clip_grad_norm": 1.0,
-      "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("a sign of a {}.", "{}"), "classes": 12},
-     {"protocol": "cross-dataset", "targets": ("pictograms:food",), "classes": 6}],
+      "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("a sign of a {}.", "{}"),
+      "max_classes": 12},
+     {"protocol": "cross-dataset", "targets": ("pictograms:food",), "max_classes": 6}],
     ids=["no cut", "all skipped, few-shot", "reference", "several", "cross-dataset"],
 )  # fmt: skip
 def test_tune_options(tmp_path, changes):
@@ -231,7 +243,7 @@ def test_tune_image_folder_trains_all_classes_of_few_shot_json(tmp_path):
         for number in range(6):
             Image.new("L", (32, 32), grey).save(tmp_path / "images" / name / f"{number}.png")
     run, data = tmp_path / "run", f"imagefolder:{tmp_path / 'images'}"
-    metrics = tune(small(run, data=data, shots=2, classes=None, epochs=1, seed=3))
+    metrics = tune(small(run, data=data, shots=2, max_classes=None, epochs=1, seed=3))
     assert metrics["protocol"] == "few-shot" and metrics["classes"] == {"all": 3}
     written = json.loads((run / "few_shot.json").read_text())
     assert (written["shots"], written["seed"], written["data"]) == (2, 3, data)

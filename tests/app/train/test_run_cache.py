@@ -109,7 +109,7 @@ def test_cache_crops_training_images_only(run, cached, tmp_path, changes):
 )
 def test_cache_refuses_mismatch(cached, tmp_path, capsys, changes, message):
     folder, _ = cached
-    arguments = ["tune", "--shots", 2, "--classes", 24, "--epochs", 1, "--cache", folder / "cache"]
+    arguments = ["tune", "--shots", 2, "--max-classes", 24, "--epochs", 1, "--cache", folder / "cache"]
     arguments += ["--cache-dtype", "fp32", "--out", tmp_path / "run", *changes]
     assert main([str(argument) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]  # after the progress

@@ -35,7 +35,7 @@ from tests.app.runs import fails, files, rows, small, stopped
 from tests.app.train.test_checkpoint import CLASSIFIER, Epoch, Killed, until_killed
 from tests.streams import Broken
 
-ARGUMENTS = ["tune", "--shots", "2", "--classes", "24"]
+ARGUMENTS = ["tune", "--shots", "2", "--max-classes", "24"]
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_signal_is_interrupt(tmp_path, at_step, number, capsys):
     before = signal.signal(number, signal.SIG_DFL)
     at_step(3, lambda *args: signal.raise_signal(number))
     try:
-        arguments = ["--shots", "2", "--classes", "4", "--epochs", "3"]  # a step per epoch
+        arguments = ["--shots", "2", "--max-classes", "4", "--epochs", "3"]  # a step per epoch
         assert main(["tune", *arguments, "--out", str(tmp_path / "run")]) == 128 + number
         assert signal.getsignal(number) is signal.SIG_DFL
     finally:
@@ -145,14 +145,14 @@ def test_nan_weights_are_not_saved(tmp_path, at_step):
 
     at_step(6, spoil)
     with pytest.raises(FloatingPointError, match="after the last batch of epoch 2 weights are not finite"):
-        tune(small(tmp_path, classes=12))
+        tune(small(tmp_path, max_classes=12))
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"]
 
 
 def test_infinite_logits_diverge(tmp_path, capsys):
     """Weights of 1e28 are finite, and so is the last loss, but the logits are not."""
     rates = ["--epochs", "2", "--warmup-epochs", "1", "--warmup-lr", "1e-4", "--text-lr", "1e30", "--image-lr", "1e30"]
-    steps = ["--shots", "1", "--classes", "6", "--batch-size", "3"]
+    steps = ["--shots", "1", "--max-classes", "6", "--batch-size", "3"]
     assert main(["tune", *steps, *rates, "--out", str(tmp_path)]) == 1
     assert "logits of the test 'base' are not finite after this epoch" in capsys.readouterr().err
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"] and len(rows(tmp_path)) == 1
@@ -254,7 +254,7 @@ def test_full_disk_keeps_last_epoch(tmp_path, at_step, small_disk, size, changes
         return StepOutput(self.clip(inputs, labels).loss, 5)
 
     at_step(5, fill)
-    changes |= {"classes": 12}  # two epochs of three steps
+    changes |= {"max_classes": 12}  # two epochs of three steps
     with pytest.raises(InputError, match="the checkpoint can't be written.* continue with `resume=True`"):
         tune(small(tmp_path, **changes))
     small_disk(resource.RLIM_INFINITY)
@@ -275,7 +275,7 @@ def test_run_folder_refuses_second_process(tmp_path, capsys):
 def test_broken_terminal_does_not_stop_run(tmp_path, monkeypatch, live):
     monkeypatch.setattr(threading, "excepthook", lambda args: pytest.fail(f"a thread ended with {args.exc_value!r}"))
     console = Console(file=Broken(), force_terminal=live)
-    assert tune(small(tmp_path, epochs=1, classes=4), console)["status"] == "complete"
+    assert tune(small(tmp_path, epochs=1, max_classes=4), console)["status"] == "complete"
     assert not console.quiet
 
 
@@ -291,7 +291,7 @@ def test_closed_terminal_does_not_stop_run(tmp_path, terminal):
         os.dup2(writer, 1)
         os.dup2(writer, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        arguments = ["--shots", "2", "--classes", "4", "--epochs", "1"]
+        arguments = ["--shots", "2", "--max-classes", "4", "--epochs", "1"]
         os._exit(main(["tune", *arguments, "--out", str(tmp_path / "run")]))
     os.close(writer)
     assert os.read(reader, 1)

@@ -12,7 +12,7 @@ from skipkernels.app.train.run import Run
 from tests.app.runs import files, results, rows, small, stopped
 
 ACCURACIES = {1: 50.0, 2: 70.0, 3: 70.0, 4: 60.0}  # by epoch; of equal ones the last is kept
-CHANGES = {"validation": 0.5, "epochs": 6, "patience": 2, "classes": 12, "shots": 1}
+CHANGES = {"validation": 0.5, "epochs": 6, "patience": 2, "max_classes": 12, "shots": 1}
 STEP = 8  # of the fourth epoch, of two steps each
 
 
