@@ -250,6 +250,9 @@ class TuneConfig(
     def _check(self) -> None:
         for name in self._unused():
             _refuse(name, f'{name}={getattr(self, name)} has no effect with method="{self.method}"; leave it out.')
+        for name in ("targets", "log"):
+            if getattr(self, name) == ():
+                _refuse(name, f"{name} must have an item; got none. Leave it out for the default.")
         assert self.epochs is not None
         if self.epochs < 1 and self.method_class().recipe(self.model, self.chosen_protocol, self._shots).epochs > 0:
             _refuse("epochs", f"epochs must be at least 1; got {self.epochs}.")

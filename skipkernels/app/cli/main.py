@@ -7,7 +7,6 @@ import difflib
 import errno
 import io
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterable
@@ -29,6 +28,7 @@ from .export import ExportCommand
 from .listings import DatasetsCommand, ModelsCommand
 from .memory import MemoryCommand
 from .options import REGISTRY, settings
+from .parse_errors import in_one_line
 from .predict import PredictCommand
 from .rank import RankCommand
 from .report import ReportCommand
@@ -54,7 +54,6 @@ COMMANDS: dict[str, Any] = {
     "datasets": DatasetsCommand,
     "doctor": DoctorCommand,
 }
-_INVALID_CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*?)\)")
 _LONGEST = 1000  # characters of an error message
 
 
@@ -125,40 +124,29 @@ def _parse(arguments: list[str], err: Terminal) -> Any:
                 return_unknown_args=True,
             )
     except SystemExit:
-        _raise_invalid_choice(box.getvalue())
-        err.file.write(box.getvalue())
-        raise
+        if not box.getvalue():  # --help, or a process that prints nothing
+            raise
+        raise _input_error(in_one_line(box.getvalue(), arguments)) from None
     if unknown:
         option = unknown[0].partition("=")[0]
         flags = [f"--{setting.replace('_', '-')}" for setting in settings(command)]
         raise _unknown(f"option {option!r} of {name}", option, flags, f"skipkernels {name} --help")
     if launched() > 1 and not isinstance(command, (TuneCommand, EvalCommand)):
-        from skipkernels.app.data import InputError
-
-        raise InputError(f"only tune and eval run in several processes; torchrun started {launched()}. Start one.")
+        raise _input_error(f"only tune and eval run in several processes; torchrun started {launched()}. Start one.")
     return command
-
-
-def _raise_invalid_choice(box: str) -> None:
-    """Raise an error of one line if the message of tyro, in a box, is about a value that is not among the choices."""
-    found = _INVALID_CHOICE.search(" ".join(box.replace("│", " ").split()))
-    if found is not None:
-        from skipkernels.app.data import InputError
-
-        given, flag, choices = found.groups()
-        names = [name for name in re.findall(r"'([^']*)'", choices) if name != "None"]
-        close = difflib.get_close_matches(given, names, 1)
-        meant = f" Did you mean {close[0]}?" if close else ""
-        raise InputError(f"{flag} must be {'one of ' if names[1:] else ''}{', '.join(names)}; got {given!r}.{meant}")
 
 
 def _unknown(what: str, given: str, names: Iterable[str], help_command: str) -> Exception:
     """Error of one line for a word that is not among the names."""
-    from skipkernels.app.data import InputError
-
     words = {name.lstrip("-"): name for name in names}  # two dashes in common would make all options alike
     close = [words[word] for word in difflib.get_close_matches(given.lstrip("-"), list(words), 1)]
-    return InputError(f"no {what}{f'; did you mean {close[0]}?' if close else '.'} See {help_command}.")
+    return _input_error(f"no {what}{f'; did you mean {close[0]}?' if close else '.'} See {help_command}.")
+
+
+def _input_error(message: str) -> Exception:
+    from skipkernels.app.data import InputError
+
+    return InputError(message)
 
 
 def _recorded(command: Any, out: Terminal, err: Terminal) -> int:

@@ -70,14 +70,6 @@ def test_tune_refuses_argument(arguments, message, tmp_path, capsys):
         (["tune", "--dta", "x"], "no option '--dta' of tune; did you mean --data? See skipkernels tune --help."),
         (["eval", "run", "--jsn=1"], "no option '--jsn' of eval; did you mean --json? See skipkernels eval --help."),
         (["tune", "--quiet"], "no option '--quiet' of tune. See skipkernels tune --help."),  # not --out
-        (
-            ["tune", "--class-weight", "balancd"],
-            "--class-weight must be balanced; got 'balancd'. Did you mean balanced?",
-        ),
-        (
-            ["export", "run", "--to", "x", "--out", "y"],
-            "--to must be one of open-clip, hugging-face, onnx; got 'x'.",
-        ),
         (["cache", "info", "run", "--qqq"], "no option '--qqq' of cache. See skipkernels cache --help."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
