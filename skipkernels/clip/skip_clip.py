@@ -47,11 +47,14 @@ class SkipCLIP(Losses, Inference):
             `SiglipModel`, in fp32, bf16, fp16 or fp64; docs/models.md.
         tokens: int64 [C, L], a prompt per class, or [C, T, L], T templates, over which embeddings are averaged.
         skip_layers: ω, frozen blocks per tower: a number, a fraction, or a pair (image, text) of these.
-        keep_ratio: Share (below 1) or number (above 1) of the classes that is always kept; 1 keeps all. docs/method.md.
-        max_keep: Largest number of classes that are always kept, unless a batch has more labels.
-        decay: λ; the other classes, the tail, are kept with a probability that falls with rank, slower for larger λ.
-        tail: "resample" draws the tail in each step, "fixed" once per run, as published.
-        max_tail: Upper bound on the expected length of the tail; changes the method. docs/many-classes.md.
+        keep_ratio: Most similar classes that each step compares its images with: a share of all if below 1, all classes
+            if 1, a number of classes if above 1. docs/method.md.
+        max_keep: Upper limit of the number of classes kept in every step, unless a batch has more labels.
+        decay: Decay of the probability that a less similar class, of the tail, is drawn in a step: larger values draw
+            more.
+        tail: How each step draws a few of the other classes, the tail. "resample": other ranks of the tail in every
+            step. "fixed": drawn once, as published.
+        max_tail: Upper limit of the expected number of classes of the tail; changes the method. docs/many-classes.md.
         generator: Generator of the draws; default: one with seed 0.
         lower_device: Device of parameters and buffers below the cut; default: that of the model.
         train_text: False trains the image tower only: constant class embeddings, all classes. docs/training-loop.md.
@@ -59,8 +62,9 @@ class SkipCLIP(Losses, Inference):
         label_smoothing: ε in [0, 1] of the loss, over the kept classes. docs/method.md.
         class_weight: [C] weights of the classes in the loss, as in `torch.nn.CrossEntropyLoss`; default: none.
         trainable: "upper" trains all parameters above the cut; "as_is" those that require gradients. docs/trainers.md.
-        chunk: Largest number of images or prompts in one forward pass below the cut.
-        memory: Saved for backward: "fast", about 10·W per token and block; "min", W; "auto". docs/training-loop.md.
+        chunk: Images or prompts that run through the frozen blocks at a time, to bound memory; no effect on results.
+        memory: Memory of a training step. "fast": each block saves what its backward pass needs. "min": it saves its
+            input alone and computes the rest again. "auto": fast if it fits in memory. docs/training-loop.md.
         attention: "sdpa", or "xformers" on a GPU. docs/training-loop.md.
         text_cache: Folder of the text features at the cut; default: in memory. docs/cache.md, Very many classes.
         process_group: Processes that train together as one; default: none. docs/many-processes.md.
