@@ -5,20 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from ..options import (
-    AttentionName,
-    CacheDtype,
-    ClassWeight,
-    LoggerName,
-    Memory,
-    Precision,
-    Preset,
-    Protocol,
-    Refresh,
-    SamplerKind,
-    Shots,
-    Tail,
-)
+from .. import options
 
 
 class TuneSettings(TypedDict, total=False):
@@ -31,18 +18,18 @@ class TuneSettings(TypedDict, total=False):
     root: str | Path | None
     download: bool
     template: list[str] | tuple[str, ...] | None
-    shots: Shots | None
+    shots: options.Shots | None
     fold: str | None
     unreadable: Literal["error", "skip"]
     max_classes: int | None
-    protocol: Protocol | None
+    protocol: options.Protocol | None
     targets: list[str] | tuple[str, ...] | None
     model: str
     pretrained: str | None
     trust: bool
     method: str
-    preset: Preset
-    tail: Tail | None
+    preset: options.Preset
+    tail: options.Tail | None
     skip_layers: int | float
     keep_ratio: float
     max_keep: int
@@ -51,8 +38,8 @@ class TuneSettings(TypedDict, total=False):
     train_text: bool
     epochs: int | None
     batch_size: int | None
-    sampler: SamplerKind | None
-    class_weight: ClassWeight | None
+    sampler: options.SamplerKind | None
+    class_weight: options.ClassWeight | None
     optimizer: str | None
     text_lr: float | None
     image_lr: float | None
@@ -63,14 +50,14 @@ class TuneSettings(TypedDict, total=False):
     weight_decay: float | None
     clip_grad_norm: float | None
     fused_optimizer: bool
-    precision: Precision
-    memory: Memory
-    attention: AttentionName
+    precision: options.Precision
+    memory: options.Memory
+    attention: options.AttentionName
     graph: bool
     cache: str | Path | None
-    cache_dtype: CacheDtype
+    cache_dtype: options.CacheDtype
     views: int
-    refresh: Refresh
+    refresh: options.Refresh
     device: str
     workers: int
     seed: int
@@ -80,4 +67,4 @@ class TuneSettings(TypedDict, total=False):
     resume: bool | str | Path
     delta: bool
     log_every: int
-    log: list[LoggerName] | tuple[LoggerName, ...] | None
+    log: list[options.LoggerName] | tuple[options.LoggerName, ...] | None

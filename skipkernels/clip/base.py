@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import safetensors.torch
 import torch
@@ -28,10 +28,16 @@ if TYPE_CHECKING:
     from ..parallel import ClassParallel
 
 Trainable = Literal["upper", "as_is"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 _FORMAT = "1"
 # Largest distance of prototypes of the same weights that other numbers of processes computed: as between SkipCLIP and
 # the model, see clip/verify.py; in half precision, prompts cropped to another length are rounded elsewhere.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+
+
+def uncompiled(function: Function) -> Function:
+    """Apply `torch.compiler.disable`, which has no types, to a function, and keep its types for editors."""
+    return torch.compiler.disable(function)
 
 
 class _Fields(NamedTuple):

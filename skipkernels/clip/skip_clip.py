@@ -20,7 +20,7 @@ from ..selection import ClassSelection, RankSampler
 from ..towers import ImageTower, Memory, TextTower, UnsupportedModel, build_towers, evaluating
 from ..towers.block import fuse_blocks
 from ..towers.changes import Containers
-from .base import Settings, SkipOutput, Trainable
+from .base import Settings, SkipOutput, Trainable, uncompiled
 from .image import ImageEncoder, refuse_export
 from .inference import Inference, check_embeddings
 from .losses import Losses, check_class_weight, check_label_smoothing, check_labels
@@ -165,7 +165,7 @@ class SkipCLIP(Losses, Inference):
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # a compiler would break the graph at each fused block
+    @uncompiled  # a compiler would break the graph at each fused block
     def forward(
         self,
         x: Tensor | None = None,
@@ -205,7 +205,10 @@ class SkipCLIP(Losses, Inference):
             return sharded_step(self, x, labels, images, return_logits)
         return self._compare(self._image_encoder.encode(x), labels, return_logits)
 
-    @torch.compiler.disable
+    if TYPE_CHECKING:
+        __call__ = forward  # that of a Module has no types
+
+    @uncompiled
     def loss(self, image: Tensor, labels: Tensor) -> Tensor:
         """Loss [] of image embeddings: `clip.loss(clip.encode_image(x), labels)` is `clip(x, labels).loss`.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -24,10 +24,24 @@ from ..data.images import from_pixels, read_ahead, read_image, to_rgb
 from ..train.calibration import class_probabilities
 from .loading import TEST, TunedRun, load_run
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Unreadable = Literal["raise", "skip"]
 Crops = Literal[1, 5, 10]
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 """A path, an image of Pillow, a uint8 array [H, W], [H, W, 3] (RGB) or [H, W, 4], or a uint8 tensor [3, H, W]."""
+
+
+class PredictSettings(TypedDict, total=False):
+    """Arguments of `Classifier.predict` besides the images."""
+
+    top: int
+    threshold: float | None
+    batch_size: int
+    workers: int | None
+    crops: Crops
+    unreadable: Unreadable
 
 
 @dataclass(frozen=True)
@@ -122,7 +136,7 @@ class Classifier:
         classes: Sequence[str] | None = None,
         templates: str | Sequence[str] | None = None,
         device: str | torch.device | None = None,
-        precision: Precision | str = "auto",
+        precision: Precision = "auto",
         trust: bool = False,
     ) -> Classifier:
         """Load the classifier of a run, or of a folder that `export` or `blend` wrote.
@@ -148,8 +162,8 @@ class Classifier:
         folder = restored(Path(run).expanduser())
         if not folder.is_dir():
             raise InputError(f"Classifier.load: run must be the folder of a run; {folder} is not a folder.", "run")
-        options: dict[str, Any] = {"device": device, "precision": precision, "trust": trust}
-        return cls(load_run(folder, classes=classes, templates=templates, **options))
+        found = load_run(folder, classes=classes, templates=templates, device=device, precision=precision, trust=trust)
+        return cls(found)
 
     @property
     def device(self) -> torch.device:
@@ -217,9 +231,9 @@ class Classifier:
             InputError: If an image can't be read, or an argument can't be used.
             FloatingPointError: If a logit is not finite.
         """
-        options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "unreadable": unreadable}
-        options["crops"] = crops
-        parts = list(self.predict_batches(images, top=top, threshold=threshold, **options))
+        options: PredictSettings = {"top": top, "threshold": threshold, "batch_size": batch_size, "workers": workers}
+        options |= {"crops": crops, "unreadable": unreadable}
+        parts = list(self.predict_batches(images, **options))
         skipped = {name: reason for part in parts for name, reason in part.unreadable.items()}
         empty = torch.empty(0, min(top, len(self.classes)))
         return Predictions(
@@ -362,8 +376,19 @@ def check_threshold(threshold: float | None) -> None:
         )
 
 
-def predict(run: str | Path, images: ImageInput | Iterable[ImageInput], *, top: int = 5, **options: Any) -> Predictions:
-    """Classify images with a run: `Classifier.load(run).predict(images, top=top)`; `options` are those of both."""
-    names = ("classes", "templates", "device", "precision", "trust")
-    load_options = {name: options.pop(name) for name in names if name in options}
-    return Classifier.load(run, **load_options).predict(images, top=top, **options)
+def predict(
+    run: str | Path,
+    images: ImageInput | Iterable[ImageInput],
+    *,
+    classes: Sequence[str] | None = None,
+    templates: str | Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+    precision: Precision = "auto",
+    trust: bool = False,
+    **options: Unpack[PredictSettings],
+) -> Predictions:
+    """Classify images with a run: `Classifier.load` with its arguments, and `predict` with the others."""
+    classifier = Classifier.load(
+        run, classes=classes, templates=templates, device=device, precision=precision, trust=trust
+    )
+    return classifier.predict(images, **options)

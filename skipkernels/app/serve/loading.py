@@ -50,7 +50,7 @@ def load_run(
     classes: Sequence[str] | None = None,
     templates: str | Sequence[str] | None = None,
     device: str | torch.device | None = None,
-    precision: Precision | str = "auto",
+    precision: Precision = "auto",
     trust: bool = False,
 ) -> TunedRun:
     """Load the model of a run; see `Classifier.load` for the arguments and errors."""
