@@ -150,7 +150,9 @@ class PredictCommand:
         from skipkernels.app.train.description import CALIBRATED, NOT_CALIBRATED
 
         if classifier.calibrated:
-            return CALIBRATED
+            crops = self.results.crops
+            single = f"the mean over {crops} views, at the temperature of single views of held-out images"
+            return CALIBRATED if crops == 1 else single
         changed = [f"--{name}" for name in ("classes", "template") if getattr(self.results, name) is not None]
         if changed:
             return f"not calibrated: {' and '.join(changed)} replace those of the run"

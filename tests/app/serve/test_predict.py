@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import io
 import itertools
 import json
@@ -12,6 +13,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -21,7 +23,9 @@ from PIL import Image
 
 import skipkernels as sk
 from skipkernels.app.cli.main import main
+from skipkernels.app.cli.predict import PredictCommand, PredictOptions
 from skipkernels.app.data import InputError, open_source
+from skipkernels.app.serve.classifier import PredictSettings
 from skipkernels.app.serve.output import NONE, SortedFolders, folder_names
 from skipkernels.app.train import tune
 from skipkernels.app.train.calibration import class_probabilities, find_thresholds, fit_none_logit
@@ -238,6 +242,22 @@ def test_command(run, photos, tmp_path, capsys):
     said = command(capsys, run.folder, part, "--classes", names, "--template", "a {}", "--top", 9)[2]
     assert "note: --top 9 shows all classes, which are 2\n" in said
     assert said.endswith("probabilities are not calibrated: --classes and --template replace those of the run\n")
+
+
+def test_typed_settings_are_the_arguments():
+    """`sk.predict` has those of `Classifier.load` and, by a `TypedDict`, those of `predict`."""
+    arguments = {part: inspect.signature(getattr(sk.Classifier, part)).parameters for part in ("load", "predict")}
+    both = inspect.signature(sk.predict).parameters
+    assert {*both} - {"images", "options"} == {*arguments["load"]}
+    assert all(both[name] == parameter for name, parameter in arguments["load"].items())
+    assert {*PredictSettings.__annotations__} == {*arguments["predict"]} - {"self", "images"}
+
+
+@pytest.mark.parametrize("crops", [1, 5])
+def test_command_says_what_is_calibrated(crops):
+    command = PredictCommand(Path("run"), (), results=PredictOptions(crops=crops))
+    views = "" if crops == 1 else "the mean over 5 views, at the temperature of single views of held-out images"
+    assert command._calibration(SimpleNamespace(calibrated=True)) == (views or "calibrated on held-out images")
 
 
 def test_thresholds_by_hand():

@@ -156,7 +156,8 @@ def test_time_budget_command(photos, tmp_path, in_process, capsys):
     assert chosen["name"] == metrics["method"] and chosen["accuracy"] == metrics["validation"]["tuned"]
     assert "candidates" not in metrics["command"] and "--time-budget 10m" in metrics["time_budget"]["command"]
     page = (out / "report.html").read_text()
-    assert "<h2>Search</h2>" in page and main(["report", str(out)]) == 0 and (out / "report.html").read_text() == page
+    assert "<h2>Search</h2>" in page and page.count("data-copy hidden") == page.count('<div class="command">') == 2
+    assert main(["report", str(out)]) == 0 and (out / "report.html").read_text() == page
     assert main(["eval", str(out)]) == 0
     capsys.readouterr()
     assert main(arguments) == 0, "a repeated command continues"
