@@ -165,7 +165,7 @@ def head_run(request, native_run, tmp_path_factory) -> Path:
         "method": request.param,
         "epochs": epochs,
         "model": f"local-dir:{native_run}",
-        "classes": 4,
+        "max_classes": 4,
         "out": folder,
     }
     with shortened():
@@ -213,6 +213,7 @@ def test_head_in_onnx(head_run, run, tmp_path):
         done = sk.export(head_run, "onnx", tmp_path / "out", int8=True, trust=True)
         session = onnxruntime.InferenceSession(done.folder / "model.onnx")
         found.append(torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0]))
+        check_files(done, picture)
         check_int8(done, head_run, picture)
     for logits in found:
         torch.testing.assert_close(logits.softmax(1)[0], probabilities_of(head_run, picture), atol=1e-5, rtol=0)
@@ -283,13 +284,17 @@ def test_overwrite_replaces_an_earlier_export_of_another_target(native_run, tmp_
     assert (done.folder / ".git" / "HEAD").read_text() == "main"
 
 
-@pytest.mark.parametrize("to", ["open-clip", "hugging-face", "onnx"])
+@pytest.mark.parametrize("to", ["open-clip", "hugging-face"])  # and ONNX in test_head_in_onnx
 def test_files_are_readable_and_named_by_the_card(to, native_run, tmp_path, monkeypatch):
-    pytest.importorskip({"hugging-face": "transformers", "onnx": "onnxscript"}.get(to, "open_clip"))
+    pytest.importorskip({"hugging-face": "transformers"}.get(to, "open_clip"))
     monkeypatch.setattr(model_card, "_SHOWN", 1)
     (tmp_path / "plain").touch()
-    done = sk.export(native_run, to, tmp_path / "out")
-    assert {(done.folder / name).stat().st_mode for name in done.files} == {(tmp_path / "plain").stat().st_mode}
+    check_files(sk.export(native_run, to, tmp_path / "out"), tmp_path / "plain")
+
+
+def check_files(done: Exported, ordinary: Path) -> None:
+    """Files have the permissions of an ordinary file, and those that the card names exist."""
+    assert {(done.folder / name).stat().st_mode for name in done.files} == {ordinary.stat().st_mode}
     card = (done.folder / "README.md").read_text()
     named = re.findall(r"\b[\w.]+\.(?:json|onnx|safetensors)\b", card)
     assert named and set(named) <= set(done.files) and "- Training images: 4 of `pictograms:food`, 2 per class" in card

@@ -136,7 +136,7 @@ def test_flipped_labels_are_suspects(tmp_path, capsys):
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{number}.png")
     data = f"imagefolder:{tmp_path / 'drawings'}"
-    changes = {"shots": "all", "max_classes": None, "epochs": 4, "validation": "none", "test": "none"}
+    changes = {"shots": "all", "max_classes": None, "epochs": 1, "validation": "none", "test": "none"}
     tune(dataclasses.replace(CONFIG, data=data, out=tmp_path / "run", **changes))
     out, sheet = tmp_path / "list.csv", tmp_path / "sheet.html"
     options = ["--by", "suspects", "--count", 10, "--out", out, "--sheet", sheet]
