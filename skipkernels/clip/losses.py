@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import functional
 from ..checks import check_device
-from .base import SkipCLIPBase, SkipOutput
+from .base import SkipCLIPBase, SkipOutput, uncompiled
 from .text import check_range, check_vocabulary
 
 PairLoss = Literal["softmax", "sigmoid"]
@@ -20,7 +20,7 @@ PairLoss = Literal["softmax", "sigmoid"]
 class Losses(SkipCLIPBase):
     """Base of `SkipCLIP`: its loss of pairs and its sigmoid loss of several labels."""
 
-    @torch.compiler.disable
+    @uncompiled
     def pair_loss(
         self,
         x: Tensor,
@@ -104,7 +104,7 @@ class Losses(SkipCLIPBase):
             return functional.contrastive_loss(image, text, scale)
         return functional.pairwise_sigmoid_loss(image, text, scale, bias)
 
-    @torch.compiler.disable
+    @uncompiled
     def sigmoid_loss(
         self, x: Tensor, labels: Tensor, *, max_labels: int, logit_bias: Tensor | float | None = None
     ) -> SkipOutput:
