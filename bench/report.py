@@ -273,12 +273,16 @@ def trainers(device: Device) -> str:
 
 
 def fused(device: Device) -> str:
-    """Saved bytes and time of training a whole model, relative to its own blocks."""
-    rows, lines = device.latest_rows("fuse"), []
+    """Saved bytes and time of training a whole model, relative to its own blocks; models ran on several CPUs."""
+    if not device.is_cpu:
+        return ""
+    rows, lines = of_all_devices(device.folder.parent, "fuse"), []
     for (model, batch, part), of in grouped(rows, "model B part").items():
         found = {row["implementation"]: (float(row["saved_mib"]), float(row["p50_ms"])) for row in of}
         saved, step = found[EAGER]
-        cells = [f"{found[name][0] / saved:.2f}, {found[name][1] / step:.2f}" for name in FUSED]
+        cells = [
+            f"{found[name][0] / saved:.2f}, {found[name][1] / step:.2f}" if name in found else "–" for name in FUSED
+        ]
         lines.append([f"{model}, batch {batch}, {PARTS[part]}", *cells])
     return table(["bytes, time", *FUSED.values()], lines) + origin("fuse", rows) if rows else ""
 
