@@ -1,4 +1,4 @@
-"""Small `CLIPModel` and `SiglipModel` of transformers with random weights in fp64, for tests."""
+"""Small models of transformers in the structure of CLIP and SigLIP with random weights in fp64, for tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from models import random_weights
 SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
 
 
-def hugging_face_clip(end: int = 2, activation: str = "quick_gelu", **attention) -> torch.nn.Module:
+def hugging_face_clip(
+    end: int = 2, activation: str = "quick_gelu", config: type = transformers.CLIPConfig, **attention
+) -> torch.nn.Module:
     text = {
         **SMALL,
         "hidden_size": 16,
@@ -19,13 +21,17 @@ def hugging_face_clip(end: int = 2, activation: str = "quick_gelu", **attention)
         "projection_dim": 12,
     }
     vision = {**SMALL, "image_size": 16, "patch_size": 8, "projection_dim": 12}
-    config = transformers.CLIPConfig(
+    chosen = config(
         text_config={**text, "hidden_act": activation},
         vision_config={**vision, "hidden_act": activation},
         projection_dim=12,
     )
     torch.manual_seed(0)
-    return random_weights(transformers.AutoModel.from_config(config, **attention))
+    return random_weights(transformers.AutoModel.from_config(chosen, **attention))
+
+
+def metaclip_2() -> torch.nn.Module:
+    return hugging_face_clip(end=59, config=transformers.MetaClip2Config)
 
 
 def siglip(**attention) -> torch.nn.Module:
@@ -34,3 +40,20 @@ def siglip(**attention) -> torch.nn.Module:
     torch.manual_seed(0)
     config = transformers.SiglipConfig(text_config=text, vision_config=vision)
     return random_weights(transformers.AutoModel.from_config(config, **attention))
+
+
+def siglip_2(**attention) -> torch.nn.Module:
+    """Model that takes patches; at 16 × 16 pixels its positions, a grid of 3 × 3, are interpolated."""
+    text = {**SMALL, "vocab_size": 60, "max_position_embeddings": 77, "projection_size": 24}
+    vision = {**SMALL, "num_patches": 9, "patch_size": 8}
+    torch.manual_seed(0)
+    config = transformers.Siglip2Config(text_config=text, vision_config=vision)
+    return random_weights(transformers.AutoModel.from_config(config, **attention))
+
+
+def patches_of(images: torch.Tensor, padding: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of `siglip_2` as its processor makes them of images, with patches of padding behind them."""
+    steps = {f"do_{step}": False for step in ("resize", "rescale", "normalize", "convert_rgb")}
+    count = (images.shape[2] // 8) * (images.shape[3] // 8) + padding
+    processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=count, **steps)
+    return dict(processor(list(images), return_tensors="pt"))

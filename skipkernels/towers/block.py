@@ -32,6 +32,8 @@ _GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global{name}") for name in HOOKS]
 FAMILIES = {
     "open_clip.transformer.ResidualAttentionBlock": "open_clip:OpenClipBlock",
     "clip.model.ResidualAttentionBlock": "openai:OpenAIBlock",
+    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2EncoderLayer": "hugging_face:HuggingFaceBlock",
+    "transformers.models.siglip2.modeling_siglip2.Siglip2EncoderLayer": "hugging_face:HuggingFaceBlock",
     "transformers.models.clip.modeling_clip.CLIPEncoderLayer": "hugging_face:HuggingFaceBlock",
     "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": "hugging_face:HuggingFaceBlock",
     "timm.models.vision_transformer.Block": "timm_blocks:TimmBlock",

@@ -22,7 +22,9 @@ _IMAGE_TOWERS = {
     "clip.model.VisionTransformer": "openai:OpenAIImageTower",
     "clip.model.ModifiedResNet": "convnets:ResNetTower",
     "transformers.models.clip.modeling_clip.CLIPModel": "hugging_face:HuggingFaceImageTower",
+    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2Model": "hugging_face:HuggingFaceImageTower",
     "transformers.models.siglip.modeling_siglip.SiglipModel": "hugging_face:HuggingFaceImageTower",
+    "transformers.models.siglip2.modeling_siglip2.Siglip2Model": "hugging_face:HuggingFaceImageTower",
 }
 _TEXT_TOWERS = {
     "open_clip.model.CLIP": "open_clip:OpenClipTextTower",
@@ -30,7 +32,9 @@ _TEXT_TOWERS = {
     "open_clip.hf_model.HFTextEncoder": "hf_text:encoder_tower",
     "clip.model.CLIP": "openai:OpenAITextTower",
     "transformers.models.clip.modeling_clip.CLIPModel": "hugging_face:HuggingFaceTextTower",
+    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2Model": "hugging_face:HuggingFaceTextTower",
     "transformers.models.siglip.modeling_siglip.SiglipModel": "hugging_face:HuggingFaceTextTower",
+    "transformers.models.siglip2.modeling_siglip2.Siglip2Model": "hugging_face:HuggingFaceTextTower",
 }
 # Type of the model → attributes of its image and text halves; None for the model itself.
 _HALVES = {
@@ -39,7 +43,9 @@ _HALVES = {
     "open_clip.coca_model.CoCa": ("visual", "text"),
     "clip.model.CLIP": ("visual", None),
     "transformers.models.clip.modeling_clip.CLIPModel": (None, None),
+    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2Model": (None, None),
     "transformers.models.siglip.modeling_siglip.SiglipModel": (None, None),
+    "transformers.models.siglip2.modeling_siglip2.Siglip2Model": (None, None),
 }
 
 # Package of a wrapper → what to do instead.

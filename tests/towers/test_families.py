@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 import transformers
-from hugging_face_models import SMALL, hugging_face_clip, siglip
+from hugging_face_models import SMALL, hugging_face_clip, metaclip_2, patches_of, siglip, siglip_2
 from models import (
     TEXT,
     VISION,
@@ -62,10 +62,23 @@ def encoder_tokens(padding: int = 1) -> torch.Tensor:
         lambda: hugging_face_clip(attn_implementation="eager").float(),  # its softmax is in fp32
         siglip,
         lambda: siglip(attn_implementation="eager").float(),
+        metaclip_2,
+        siglip_2,
         tiny_coca,
         lambda: tiny_coca(correct=True),
     ],
-    ids=["openai", "hf", "hf_eos", "hf_eager", "siglip", "siglip_eager", "coca", "coca_correct"],
+    ids=[
+        "openai",
+        "hf",
+        "hf_eos",
+        "hf_eager",
+        "siglip",
+        "siglip_eager",
+        "metaclip_2",
+        "siglip_2",
+        "coca",
+        "coca_correct",
+    ],
 )
 def test_step_equals_reference(make, skip):
     model = make()
@@ -76,6 +89,18 @@ def test_step_equals_reference(make, skip):
     assert clip.reductions["text.fused_block"].enabled and clip.reductions["image.fused_block"].enabled
     if not type(model).__name__.startswith("Siglip"):
         assert clip.reductions["text.text_crop"].enabled and clip.reductions["text.shared_prefix"].enabled
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 24), (16, 40)])
+def test_siglip_2_makes_patches_as_its_processor(size):
+    model = siglip_2()
+    images = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    clip = sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
+    with torch.no_grad():
+        expected = model.get_image_features(**patches_of(images, padding=3)).pooler_output
+        torch.testing.assert_close(clip.encode_image(images), expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, 24, 24\]"):
+        clip.encode_image(images[..., :-1])
 
 
 @pytest.mark.parametrize("make", [openai_clip, hugging_face_clip, siglip, tiny_coca, lambda: tiny_coca(correct=True)])
@@ -229,6 +254,14 @@ def test_end_of_text_is_read_from_model_not_config():
     tokens[tokens == 59] = 55  # not the largest id
     model.text_model.config.eos_token_id = 2
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    assert_matches_reference_step(clip, images, tokens, labels)
+
+
+def test_end_of_text_of_metaclip_2_is_never_the_largest_id():
+    model, tokens, (images, labels) = metaclip_2(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
+    model.text_model.eos_token_id, tokens[tokens == 59] = 2, 2
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    assert clip._text.pooled.min() > 0
     assert_matches_reference_step(clip, images, tokens, labels)
 
 

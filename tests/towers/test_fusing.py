@@ -11,13 +11,14 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from hugging_face_models import hugging_face_clip, siglip
+from hugging_face_models import hugging_face_clip, metaclip_2, patches_of, siglip, siglip_2
 from models import openai_clip, random_weights, tiny_batch, tiny_clip, tiny_tokens
 from processes import run_in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Siglip2Model
 
 import skipkernels as sk
 from skipkernels.testing import SLACK, relative_error, saved_bytes
@@ -39,6 +40,8 @@ MODELS = {
     "hf": hugging_face_clip,
     "hf_eager": lambda: hugging_face_clip(attn_implementation="eager"),
     "siglip": siglip,
+    "metaclip_2": metaclip_2,
+    "siglip_2": siglip_2,
     "timm": timm_vit,
 }
 # OpenAI's model is in fp32, in which its norms compute; the softmax of eager attention in transformers also is.
@@ -51,7 +54,10 @@ def pair_loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     if isinstance(model, timm.models.VisionTransformer):
         return model(images).square().sum()
     if hasattr(model, "get_image_features"):
-        out = model(input_ids=tokens, attention_mask=(tokens > 0).long(), pixel_values=images, return_dict=True)
+        inputs = {"pixel_values": images}
+        if isinstance(model, Siglip2Model):
+            inputs = patches_of(images, padding=1)
+        out = model(input_ids=tokens, attention_mask=(tokens > 0).long(), **inputs, return_dict=True)
         image, text = out.image_embeds, out.text_embeds
     else:
         image, text = (

@@ -1,20 +1,23 @@
-"""Hugging Face's `CLIPModel` and `SiglipModel`.
+"""Hugging Face's `CLIPModel`, `MetaClip2Model`, `SiglipModel` and `Siglip2Model`.
 
-CLIP: as OpenAI's model, but with separate projections of query, key and value. SigLIP: no class token, no norm in front
-of the blocks; images are pooled by attention of a learned probe, texts at their last token, without a mask, through a
-linear layer. Fused blocks ignore the model's `attn_implementation`.
+CLIP and MetaCLIP 2: as OpenAI's model, but with separate projections of query, key and value. SigLIP: no class token,
+no norm in front of the blocks; images are pooled by attention of a learned probe, texts at their last token, without a
+mask, through a linear layer. SigLIP 2 (NaFlex) takes patches, which are made here of images of one size, as its
+processor does, without padding. Fused blocks ignore the model's `attn_implementation`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel
 from transformers.activations import GELUActivation, QuickGELUActivation
 from transformers.models.clip import modeling_clip
+from transformers.models.metaclip_2 import modeling_metaclip_2
 from transformers.models.siglip import modeling_siglip
+from transformers.models.siglip2 import modeling_siglip2
 
 from ..base import ImageTower, UnsupportedModel
 from ..block import FusedBlock, Sequences, Submodules, submodules, weight_and_bias
@@ -26,14 +29,14 @@ _ACTIVATIONS = {GELUActivation: "gelu", QuickGELUActivation: "quick_gelu", _TANH
 
 
 class HuggingFaceBlock(FusedBlock):
-    """`CLIPEncoderLayer` and `SiglipEncoderLayer` of transformers."""
+    """`CLIPEncoderLayer`, `MetaClip2EncoderLayer`, `SiglipEncoderLayer` and `Siglip2EncoderLayer` of transformers."""
 
     linear_weights = (
         *(f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "out")), "mlp.fc1.weight", "mlp.fc2.weight"
     )  # fmt: skip
 
     def _submodules(self) -> Submodules:
-        return _SIGLIP_BLOCK if isinstance(self, modeling_siglip.SiglipEncoderLayer) else _CLIP_BLOCK
+        return _BLOCKS[self._own]
 
     def _why_settings(self) -> str | None:
         attention = self._modules["self_attn"]
@@ -86,8 +89,51 @@ def _submodules_of(attention: type, mlp: type) -> Submodules:
     return submodules(types)
 
 
-_CLIP_BLOCK = _submodules_of(modeling_clip.CLIPAttention, modeling_clip.CLIPMLP)
-_SIGLIP_BLOCK = _submodules_of(modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP)
+_BLOCKS: dict[type, Submodules] = {
+    getattr(module, f"{name}EncoderLayer"): _submodules_of(
+        getattr(module, f"{name}Attention"), getattr(module, f"{name}MLP")
+    )
+    for name, module in {
+        "CLIP": modeling_clip,
+        "MetaClip2": modeling_metaclip_2,
+        "Siglip": modeling_siglip,
+        "Siglip2": modeling_siglip2,
+    }.items()
+}
+
+
+def _is_clip(model: Any) -> bool:
+    """Return True for models in the structure of CLIP, False for those of SigLIP."""
+    return isinstance(model, (modeling_clip.CLIPModel, modeling_metaclip_2.MetaClip2Model))
+
+
+def _image_size(vision: Any) -> tuple[int, int]:
+    """Height and width of images; for SigLIP 2 those of a square with as many patches as there are positions."""
+    config = vision.config
+    if not isinstance(vision, modeling_siglip2.Siglip2VisionModel):
+        return config.image_size, config.image_size
+    side = math.isqrt(config.num_patches) * config.patch_size
+    return side, side
+
+
+def _patches(vision: Any, images: Tensor) -> dict[str, Tensor]:
+    """Arguments of the embeddings of a vision model for images [n, 3, height, width]."""
+    if not isinstance(vision, modeling_siglip2.Siglip2VisionModel):
+        return {"pixel_values": images}
+    size = vision.config.patch_size
+    patches = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [n, 3, rows, size, columns, size]
+    shape = torch.tensor([[patches.shape[2], patches.shape[4]]], device=images.device)
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [n, rows · columns, size² · 3]
+    return {"pixel_values": patches, "spatial_shapes": shape.expand(len(images), 2)}
+
+
+def _vision_inputs(vision: Any, images: Tensor) -> dict[str, Tensor]:
+    """Arguments of a vision model for images [n, 3, height, width]; no patch is padding."""
+    inputs = _patches(vision, images)
+    if "spatial_shapes" in inputs:
+        patches = inputs["pixel_values"]
+        inputs["pixel_attention_mask"] = torch.ones(patches.shape[:2], dtype=torch.int32, device=images.device)
+    return inputs
 
 
 def _tensor(output: Any) -> Tensor:
@@ -98,28 +144,29 @@ def _tensor(output: Any) -> Tensor:
 
 
 class _ImageEncoder(nn.Module):
-    """Image encoder of a CLIPModel or SiglipModel as a module."""
+    """Image encoder of a model as a module."""
 
     def __init__(self, model: Any):
         super().__init__()
         self.vision_model, self.projection = model.vision_model, getattr(model, "visual_projection", nn.Identity())
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projection(self.vision_model(pixel_values=images).pooler_output)
+        return self.projection(self.vision_model(**_vision_inputs(self.vision_model, images)).pooler_output)
 
 
 class HuggingFaceImageTower(ImageTower):
-    """Image tower of a `CLIPModel` or `SiglipModel`: `vision_model` and, for CLIP, the projection."""
+    """Image tower: `vision_model` and, for CLIP, the projection."""
 
     def __init__(self, model: Any):
         self.model: Any = model
         self.vision = self.model.vision_model
-        config = self.vision.config
         self.blocks = self.vision.encoder.layers
-        self.image_size = (config.image_size, config.image_size)
-        self._of_clip = isinstance(model, CLIPModel)
+        self.image_size = _image_size(self.vision)
+        self._of_clip = _is_clip(model)
         if not self._of_clip and not self.vision.use_head:
-            raise UnsupportedModel("SkipCLIP: this SiglipModel has no pooling head, and so no image embedding.")
+            raise UnsupportedModel(
+                f"SkipCLIP: this {type(model).__name__} has no pooling head, and so no image embedding."
+            )
         vision = self.vision
         self.embedding = (vision.embeddings, vision.pre_layrnorm) if self._of_clip else (vision.embeddings,)
         self.head = (vision.post_layernorm, self.model.visual_projection if self._of_clip else vision.head)
@@ -129,13 +176,13 @@ class HuggingFaceImageTower(ImageTower):
         return None if self._of_clip else "the tower pools over all tokens"
 
     def reference_forward(self, inputs: Tensor) -> Tensor:
-        return _tensor(self.model.get_image_features(pixel_values=inputs))
+        return _tensor(self.model.get_image_features(**_vision_inputs(self.vision, inputs)))
 
     def encoder(self) -> nn.Module:
         return _ImageEncoder(self.model)
 
     def embed(self, inputs: Tensor) -> Tensor:
-        hidden = self.vision.embeddings(inputs)
+        hidden = self.vision.embeddings(**_patches(self.vision, inputs))
         return self.vision.pre_layrnorm(hidden) if self._of_clip else hidden
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -148,13 +195,13 @@ class HuggingFaceImageTower(ImageTower):
 
 
 class HuggingFaceTextTower(TextTower):
-    """Text tower of a `CLIPModel` or `SiglipModel`: `text_model` and, for CLIP, the projection."""
+    """Text tower: `text_model` and, for CLIP, the projection."""
 
     def __init__(self, model: Any, tokens: Tensor):
         self.model: Any = model
         self.text = self.model.text_model
         self.blocks = self.text.encoder.layers
-        self._of_clip = isinstance(model, CLIPModel)
+        self._of_clip = _is_clip(model)
         self.embedding = (self.text.embeddings,)
         self.head = (self.text.final_layer_norm, model.text_projection if self._of_clip else self.text.head)
         self.read_prompts(tokens)
@@ -169,8 +216,9 @@ class HuggingFaceTextTower(TextTower):
 
     def _end_positions(self, tokens: Tensor) -> Tensor:
         end = self.text.eos_token_id  # read by its forward; the config may have changed
-        # Configs from before transformers 4.31 always have eos_token_id = 2; the end of text is the largest id.
-        return tokens.argmax(dim=-1) if end == 2 else (tokens == end).int().argmax(dim=-1)
+        # Configs of CLIP from before transformers 4.31 always have eos_token_id = 2; the end of text is the largest id.
+        largest = end == 2 and isinstance(self.model, modeling_clip.CLIPModel)
+        return tokens.argmax(dim=-1) if largest else (tokens == end).int().argmax(dim=-1)
 
     def reference_forward(self, inputs: Tensor) -> Tensor:
         return _tensor(self.model.get_text_features(input_ids=inputs))
