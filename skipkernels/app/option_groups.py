@@ -109,7 +109,8 @@ class ModelOptions:
 
     model: str = "pictogram-tiny"
     """Name of an open_clip model, such as ViT-B-16-quickgelu; or a model with its weights: hf-hub:ORG/NAME, or
-    local-dir:DIR, a folder of open_clip, such as a run folder, or of transformers (CLIP and SigLIP)."""
+    local-dir:DIR, a folder of open_clip, such as a run folder, or of transformers (CLIP, MetaCLIP 2, SigLIP, SigLIP 2).
+    """
     pretrained: str | None = None
     """Weights: a tag of open_clip, a file, or "random". pictogram-tiny has its own; other models need one."""
     trust: bool = option(False, results=False)

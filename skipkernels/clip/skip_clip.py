@@ -43,8 +43,8 @@ class SkipCLIP(Losses, Inference):
     docs/training-loop.md.
 
     Args:
-        model: open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, OpenAI `clip.model.CLIP`, Hugging Face `CLIPModel` or
-            `SiglipModel`, in fp32, bf16, fp16 or fp64; docs/models.md.
+        model: open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, OpenAI `clip.model.CLIP`, Hugging Face `CLIPModel`,
+            `MetaClip2Model`, `SiglipModel` or `Siglip2Model`, in fp32, bf16, fp16 or fp64; docs/models.md.
         tokens: int64 [C, L], a prompt per class, or [C, T, L], T templates, over which embeddings are averaged.
         skip_layers: ω, frozen blocks per tower: a number, a fraction, or a pair (image, text) of these.
         keep_ratio: Most similar classes that each step compares its images with: a share of all if below 1, all classes

@@ -1,7 +1,8 @@
-"""Loading of `CLIPModel` and `SiglipModel` of transformers, with image transform and tokenizer in open_clip's form."""
+"""Loading of models of transformers, with image transform and tokenizer in open_clip's form."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from ..untrusted import read_object
 from .errors import argument_error
 from .plain_config import SMALL_FILES, copy_tokenizer, link_weights
 
-_TYPES = ("clip", "siglip")
+_TYPES = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
 _MAX_BYTES = 1 << 20  # size of a config.json
 _TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
 _CONFIG = {"attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "image_size"}
 _CONFIG |= {"initializer_factor", "initializer_range", "intermediate_size", "layer_norm_eps", "logit_scale_init_value"}
-_CONFIG |= {"max_position_embeddings", "num_attention_heads", "num_channels", "num_hidden_layers", "pad_token_id"}
-_CONFIG |= {"patch_size", "projection_dim", "projection_size", "vision_use_head", "vocab_size"}
+_CONFIG |= {"max_position_embeddings", "num_attention_heads", "num_channels", "num_hidden_layers", "num_patches"}
+_CONFIG |= {"pad_token_id", "patch_size", "projection_dim", "projection_size", "vision_use_head", "vocab_size"}
 _RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -66,7 +67,7 @@ def load_hugging_face(
             values = read_object(source / "config.json", _MAX_BYTES)
             kind = values.get("model_type")
             if kind not in _TYPES:
-                raise argument_error("model", f"{name} must be a CLIPModel or SiglipModel; got {kind!r}.")
+                raise argument_error("model", f"{name} must be a {', '.join(_TYPES.values())}; got {kind!r}.")
             config = AutoConfig.for_model(kind, **_plain(values))
             config.save_pretrained(plain)
             copy_tokenizer(source, Path(plain))
@@ -112,7 +113,13 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def preprocess_settings(processor: Any) -> dict[str, Any]:
-    """Convert the settings of an image processor of transformers to those of open_clip's `PreprocessCfg`."""
+    """Convert the settings of an image processor of transformers to those of open_clip's `PreprocessCfg`.
+
+    That of SigLIP 2 keeps the shape of an image; here all are resized to a square with as many patches.
+    """
+    if patches := getattr(processor, "max_num_patches", None):
+        side = math.isqrt(patches) * processor.patch_size
+        return _settings(processor, (side, side), "squash")
     size = dict(processor.size.items() if hasattr(processor.size, "items") else vars(processor.size))
     size = {name: value for name, value in size.items() if value is not None}
     if getattr(processor, "do_center_crop", False):
@@ -125,6 +132,10 @@ def preprocess_settings(processor: Any) -> dict[str, Any]:
         sides, mode = (size.get("height"), size.get("width")), "squash"
         if None in sides:
             raise ValueError(f"its processor resizes to {size}, without a crop")
+    return _settings(processor, sides, mode)
+
+
+def _settings(processor: Any, sides: tuple[int, int], mode: str) -> dict[str, Any]:
     interpolation = _RESAMPLING.get(int(processor.resample))
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"its processor resizes with filter {processor.resample}")

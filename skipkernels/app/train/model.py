@@ -69,7 +69,7 @@ def load_model(
     Args:
         name: A model of `open_clip.list_models()` or of `MODELS`; or one with its weights: "hf-hub:ORG/NAME" of the
             Hugging Face hub, or "local-dir:DIR", a folder in the form of open_clip, such as a run folder, or a
-            `CLIPModel` or `SiglipModel` of transformers with its processor.
+            `CLIPModel`, `MetaClip2Model`, `SiglipModel` or `Siglip2Model` of transformers with its processor.
         pretrained: An open_clip tag, the path of a state dict (safetensors, or a file that `torch.load` reads with
             `weights_only=True`), "random", or None for the weights of a model in `MODELS`.
         device: Device of the model.

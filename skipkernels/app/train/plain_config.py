@@ -51,7 +51,7 @@ _TOKENIZER |= {"strip_accents", "tokenize_chinese_chars", "tokenizer_class", "tr
 _PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json")
 _PROCESSOR = {f"do_{step}" for step in ("center_crop", "convert_rgb", "normalize", "rescale", "resize")}
 _PROCESSOR |= {"crop_size", "image_mean", "image_std", "image_processor", "image_processor_type", "processor_class"}
-_PROCESSOR |= {"feature_extractor_type", "resample", "rescale_factor", "size"}
+_PROCESSOR |= {"feature_extractor_type", "max_num_patches", "patch_size", "resample", "rescale_factor", "size"}
 SMALL_FILES = (*_TOKENIZER_CONFIGS, *_TOKENIZER_FILES, *_PROCESSOR_CONFIGS, "config.json")
 
 

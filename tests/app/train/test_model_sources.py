@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import skipkernels as sk
 from skipkernels.app.data import InputError
 from skipkernels.app.train import evaluate_run, model, tune
 from skipkernels.app.train.hugging_face_model import preprocess_settings
 from skipkernels.app.train.plain_config import read_open_clip_config, save_tokenizer
 from tests.app.runs import small
-from tests.hugging_face_models import hugging_face_clip
+from tests.hugging_face_models import hugging_face_clip, metaclip_2, siglip_2
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -134,6 +135,15 @@ def converted(tmp_path_factory):
     """CLIPModel with its processor in a folder."""
     folder = tmp_path_factory.mktemp("transformers")
     clip = hugging_face_clip(end=1).float()
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_mean=[0.1] * 3, image_std=[0.5] * 3
+    )
+    save(folder, clip, processor)
+    return folder, clip, processor
+
+
+def save(folder, clip, processor):
+    """Save a model with its processor and a tokenizer of words; the end of text is 1."""
     clip.save_pretrained(folder)
     words = "<pad> <end> <start> a photo of character greek small capital letter the .".split()
     plain = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
@@ -142,11 +152,7 @@ def converted(tmp_path_factory):
         "<start> $A <end>", special_tokens=[("<start>", 2), ("<end>", 1)]
     )
     transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>").save_pretrained(folder)
-    processor = transformers.CLIPImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_mean=[0.1] * 3, image_std=[0.5] * 3
-    )
     processor.save_pretrained(folder)
-    return folder, clip, processor
 
 
 def test_transformers_folder(converted):
@@ -169,13 +175,34 @@ def test_tune_model_of_transformers(converted, tmp_path):
     assert evaluate_run(tmp_path / "run", trust=True) == metrics["tuned"]
 
 
+@pytest.mark.parametrize("make", [metaclip_2, siglip_2])
+def test_tune_other_models_of_transformers(make, converted, tmp_path):
+    clip = make().float()
+    clip.text_model.config.eos_token_id = 1
+    naflex = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=9)
+    save(tmp_path / "model", clip, naflex if make is siglip_2 else converted[2])
+    if make is siglip_2:  # transformers reads the tokenizer of this type of model as its own class
+        letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz."]
+        vocabulary = {letter: index for index, letter in enumerate(letters)}
+        transformers.Siglip2Tokenizer(vocab=vocabulary, padding_side="right").save_pretrained(tmp_path / "model")
+    changes = {"data": "pictograms:food", "classes": 4, "shots": 1, "epochs": 1, "model": f"local-dir:{tmp_path}/model"}
+    tune(small(tmp_path / "run", **changes))
+    sk.export(tmp_path / "run", "hugging-face", tmp_path / "exported", trust=True)
+    exported = transformers.AutoModel.from_pretrained(tmp_path / "exported")
+    assert type(exported) is type(clip)
+    moved = [name for name, x in exported.state_dict().items() if not x.equal(clip.state_dict()[name])]
+    assert any("layers.2" in name for name in moved) and not any("embeddings" in name for name in moved)
+    settings = json.loads((tmp_path / "exported" / "preprocessor_config.json").read_text())
+    assert settings.get("max_num_patches") == (9 if make is siglip_2 else None)
+
+
 def test_transformers_without_processor_or_of_another_type(converted, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((converted[0] / name).read_bytes())
     with pytest.raises(InputError, match="could not be loaded by transformers: .*Save the model and its processor"):
         model.load_model(f"local-dir:{tmp_path}", None, CPU)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(InputError, match="must be a CLIPModel or SiglipModel; got 'bert'"):
+    with pytest.raises(InputError, match="must be a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model; got 'bert'"):
         model.load_model(f"local-dir:{tmp_path}", None, CPU)
 
 
