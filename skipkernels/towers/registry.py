@@ -17,7 +17,7 @@ from .text import TextTower
 # demand: only models of a package need that package.
 _IMAGE_TOWERS = {
     "open_clip.transformer.VisionTransformer": "open_clip:OpenClipImageTower",
-    "open_clip.timm_model.TimmModel": "timm:timm_tower",
+    "open_clip.timm_model.TimmModel": "naflex:image_tower",
     "open_clip.modified_resnet.ModifiedResNet": "convnets:ResNetTower",
     "clip.model.VisionTransformer": "openai:OpenAIImageTower",
     "clip.model.ModifiedResNet": "convnets:ResNetTower",
@@ -29,6 +29,7 @@ _IMAGE_TOWERS = {
 _TEXT_TOWERS = {
     "open_clip.model.CLIP": "open_clip:OpenClipTextTower",
     "open_clip.transformer.TextTransformer": "coca:text_tower",
+    "open_clip.transformer.ModernTextTransformer": "modern_text:ModernTextTower",
     "open_clip.hf_model.HFTextEncoder": "hf_text:encoder_tower",
     "clip.model.CLIP": "openai:OpenAITextTower",
     "transformers.models.clip.modeling_clip.CLIPModel": "hugging_face:HuggingFaceTextTower",
@@ -46,6 +47,23 @@ _HALVES = {
     "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2Model": (None, None),
     "transformers.models.siglip.modeling_siglip.SiglipModel": (None, None),
     "transformers.models.siglip2.modeling_siglip2.Siglip2Model": (None, None),
+}
+
+# Type of the model → why it is not handled.
+_NO_PAIR = "the model has no image and text tower to contrast"
+_REFUSED = {
+    "open_clip.clap_model.CLAP": f"it contrasts audio with text; {_NO_PAIR}",
+    "open_clip.naflex_genlip_model.NaFlexGenLip": f"it generates captions; {_NO_PAIR}",
+    "open_clip.naflex_genlap_model.NaFlexGenLap": f"it generates captions of audio; {_NO_PAIR}",
+    "transformers.models.altclip.modeling_altclip.AltCLIPModel": (
+        "its text encoder is an XLM-RoBERTa of its own; in an HFTextEncoder of open_clip that is handled"
+    ),
+    "transformers.models.chinese_clip.modeling_chinese_clip.ChineseCLIPModel": (
+        "its text encoder is a BERT of its own; in an HFTextEncoder of open_clip that is handled"
+    ),
+    "transformers.models.clipseg.modeling_clipseg.CLIPSegModel": (
+        "it is a CLIPModel on images of any size for a decoder of segments; load its CLIP as a CLIPModel"
+    ),
 }
 
 # Package of a wrapper → what to do instead.
@@ -77,6 +95,8 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[Tex
             "SkipCLIP: parameters must be whole; got shards (fully_shard of FSDP2, or tensor parallelism). Create "
             "SkipCLIP first, then shard the blocks above the cut and the SkipCLIP: docs/many-processes.md."
         )
+    if name in _REFUSED:
+        raise UnsupportedModel(f"SkipCLIP: {name.rpartition('.')[2]} is not handled: {_REFUSED[name]}.")
     if name not in _HALVES:
         remedy = "A wrapper or a derived class may compute something else, so it is not treated as one of these."
         remedy = next((text for package, text in _WRAPPERS.items() if name.startswith(package)), remedy)

@@ -25,7 +25,7 @@ from torch import nn
 
 import skipkernels as sk
 from skipkernels import reference
-from skipkernels.towers import UnsupportedModel
+from skipkernels.towers import UnsupportedModel, attention
 
 CLASSES = 7
 
@@ -89,6 +89,26 @@ def test_step_equals_reference(make, skip):
     assert clip.reductions["text.fused_block"].enabled and clip.reductions["image.fused_block"].enabled
     if not type(model).__name__.startswith("Siglip"):
         assert clip.reductions["text.text_crop"].enabled and clip.reductions["text.shared_prefix"].enabled
+
+
+SIGLIP_TEXT = {"pool_type": "last", "no_causal_mask": True}
+
+
+@pytest.mark.parametrize(
+    "make", [siglip, siglip_2, lambda: tiny_clip(family=open_clip.CustomTextCLIP, text=SIGLIP_TEXT)]
+)
+def test_siglip_text_last_block_computes_one_query(make, monkeypatch):
+    calls, pooled = [], attention.pooled
+
+    def recorded(query, key_value, **options):
+        calls.append((len(query), len(key_value)))
+        return pooled(query, key_value, **options)
+
+    clip = sk.SkipCLIP(make(), tiny_tokens(CLASSES), skip_layers=1, keep_ratio=1.0)
+    assert clip.reductions["text.pooled_last_block"].enabled
+    monkeypatch.setattr(attention, "pooled", recorded)
+    clip.encode_classes(torch.arange(CLASSES))
+    assert calls == [(CLASSES, CLASSES * 77)]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 24), (16, 40)])

@@ -12,6 +12,14 @@ from skipkernels.towers import UnsupportedModel, deterministic_training, evaluat
 CLASSES = 7
 
 
+def set_attention_dropout(block: torch.nn.Module, rate: float) -> None:
+    """Set the rate of `nn.MultiheadAttention`, or of the `Attention` of open_clip 4."""
+    if hasattr(block.attn, "attn_drop"):
+        block.attn.attn_drop.p = rate
+    else:
+        block.attn.dropout = rate
+
+
 def test_patch_dropout_below_the_cut_is_off():
     model = tiny_clip(vision={"patch_dropout": 0.5, "image_size": 32}).train()
     images = torch.nn.functional.interpolate(tiny_batch(3, CLASSES)[0], 32)
@@ -25,7 +33,7 @@ def test_dropout_draws_above_cut_only(tower):
     model, tokens, (images, labels) = tiny_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     stack = (model.visual if tower == "image" else model).transformer
     for depth in (0, 2):
-        stack.resblocks[depth].attn.dropout = 0.5
+        set_attention_dropout(stack.resblocks[depth], 0.5)
     clip = sk.SkipCLIP(model.train(), tokens, skip_layers=1, keep_ratio=1.0)
     assert "dropout" in clip.reductions[f"{tower}.fused_block"].reason
     features = clip.encode_lower(images)
@@ -53,7 +61,7 @@ def test_predict_uses_evaluation_mode():
     """Predictions have no dropout in any mode, and neither have the stored class embeddings."""
     model, tokens, (images, _) = tiny_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     for stack in (model.visual.transformer, model.transformer):
-        stack.resblocks[2].attn.dropout = 0.5
+        set_attention_dropout(stack.resblocks[2], 0.5)
     clip = sk.SkipCLIP(model.train(), tokens, skip_layers=1)
     got = clip.predict(images)
     assert model.visual.training and model.transformer.resblocks[2].attn.training

@@ -1,8 +1,8 @@
 """open_clip's `HFTextEncoder`: a text encoder of Hugging Face's transformers, a pooler and a projection.
 
 RoBERTa, XLM-RoBERTa and BERT are post-norm. All blocks of mT5 add the learned relative position bias of the
-first block. NLLB is the encoder of M2M-100. A token sees every token that is not padding. Blocks run as the caller's
-modules, on prompts cropped to the longest one.
+first block. NLLB is the encoder of M2M-100. A token sees every token that is not padding, in most blocks of ModernBERT
+only those in a window around it. Blocks run as the caller's modules, on prompts cropped to the longest one.
 """
 
 from __future__ import annotations
@@ -114,6 +114,35 @@ class M2M100TextTower(EncoderTextTower):
         return self.encoder.layer_norm(hidden)
 
 
+class ModernBertTextTower(EncoderTextTower):
+    """Text tower with ModernBERT: rotary positions in the blocks, with a base for each type of attention."""
+
+    def __init__(self, model: Any, tokens: Tensor):
+        encoder = model.text.transformer
+        super().__init__(model, tokens, encoder.layers)
+        self.embedding = (encoder.embeddings, encoder.rotary_emb)
+        self.head = (encoder.final_norm, model.text.proj)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        return self.encoder.embeddings(input_ids=inputs)
+
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        if block.attention_type == "sliding_attention":
+            distance = (positions[:, None] - positions).abs()
+            outside = torch.zeros_like(distance, dtype=hidden.dtype)
+            # Finite: padding may have only padding in its window, and a row of -inf gives NaN.
+            outside.masked_fill_(distance > self.encoder.config.sliding_window, torch.finfo(hidden.dtype).min)
+            mask = outside if mask is None else mask + outside
+        rotary = self.encoder.rotary_emb(hidden, positions[None], block.attention_type)
+        return _first(
+            block(hidden, attention_mask=None if mask is None else mask.to(hidden), position_embeddings=rotary)
+        )
+
+    def finish_encoder(self, hidden: Tensor) -> Tensor:
+        return self.encoder.final_norm(hidden)
+
+
 _TOWERS: dict[str, type[Any]] = {
     "RobertaModel": RobertaTextTower,
     "XLMRobertaModel": RobertaTextTower,
@@ -121,6 +150,7 @@ _TOWERS: dict[str, type[Any]] = {
     "MT5Stack": MT5TextTower,
     "T5Stack": MT5TextTower,
     "M2M100Encoder": M2M100TextTower,
+    "ModernBertModel": ModernBertTextTower,
 }
 
 
