@@ -228,9 +228,10 @@ def known_models() -> dict[str, dict[str, Any]]:
         config = json.loads(packaged.config.read_text())
         found[name] = _described(config) | {"weights": ["packaged"]}
     for name in open_clip.list_models():
-        if name not in found:
+        config = open_clip.get_model_config(name)
+        if name not in found and "vision_cfg" in config and "genlip_cfg" not in config:  # neither audio nor captions
             tags = [tag for tag in open_clip.list_pretrained_tags_by_model(name) if _fits(name, tag)]
-            found[name] = _described(open_clip.get_model_config(name)) | {"weights": tags}
+            found[name] = _described(config) | {"weights": tags}
     return found
 
 
@@ -240,7 +241,7 @@ def _described(config: dict[str, Any]) -> dict[str, Any]:
     layers = image.get("layers")
     return {
         "image": f"timm {backbone}" if backbone else "ResNet" if isinstance(layers, (list, tuple)) else "ViT",
-        "text": text.get("hf_model_name") or "transformer",
+        "text": text.get("hf_model_name") or f"{text.get('text_arch', '')} transformer".strip(),
         "activation": "QuickGELU" if config.get("quick_gelu") else "GELU",
     }
 

@@ -32,7 +32,10 @@ _MODEL = ("embed_dim", "quick_gelu", "custom_text", "init_logit_scale", "init_lo
 _TOWERS = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
 _NESTED = {
     "act_kwargs": ("approximate",),
+    "hf_model_config": ("max_position_embeddings",),
     "norm_kwargs": ("eps",),
+    "timm_model_kwargs": ("attn_pool_mlp_ratio", "depth", "embed_dim", "mlp_ratio", "num_heads", "patch_size")
+    + ("pos_embed_grid_size", "swiglu_mlp"),
     "tokenizer_kwargs": ("clean", "strip_sep_token", "language", "reduction_mask"),
 }
 _CHECKED = ("timm_model_name", "hf_model_name")  # by `read_open_clip_config`

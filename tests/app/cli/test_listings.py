@@ -18,7 +18,8 @@ def listed(capsys, *arguments: str):
 
 def test_models(capsys):
     found = listed(capsys, "models")
-    assert set(found) == {"pictogram-tiny", *open_clip.list_models()}
+    others = {"pictogram-tiny", *open_clip.list_models()} ^ set(found)  # of open_clip 4: audio and captions
+    assert all(name.startswith(("CLAP", "naflexclap", "naflexgenl")) for name in others)
     assert "openai" in found["ViT-B-16-quickgelu"]["weights"] and "openai" not in found["ViT-B-16"]["weights"]
     assert found["ViT-B-16-SigLIP"]["image"] == "timm vit_base_patch16_siglip_224"
     assert found["RN50"]["image"] == "ResNet" and found["roberta-ViT-B-32"]["text"] == "roberta-base"

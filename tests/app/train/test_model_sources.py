@@ -97,6 +97,8 @@ def test_read_open_clip_config_keeps_known_fields(tmp_path):
     """All fields of open_clip's own models; of tokenizer_kwargs those that name no file and run no code."""
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
+        if "vision_cfg" not in config or "genlip_cfg" in config:  # of open_clip 4: audio and captions
+            continue
         (tmp_path / "config").write_text(json.dumps({"model_cfg": config}))
         assert read_open_clip_config(tmp_path / "config")["model_cfg"] == config, name
     config = CONFIG | {
