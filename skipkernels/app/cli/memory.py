@@ -70,9 +70,10 @@ class MemoryCommand:
         from skipkernels.app.train.memory import RESERVED, MemoryModel
         from skipkernels.selection import RankSampler
 
-        for name, least in (("classes", 1), ("batch_size", 1), ("images_in_memory", 0), ("name_tokens", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"memory: {name} must be at least {least}; got {getattr(self, name)}.", name)
+        limits = {"classes": (1, 10**7), "batch_size": (1, 10**6), "images_in_memory": (0, 10**10)}
+        for name, (least, most) in (limits | {"name_tokens": (1, 1000)}).items():
+            if not least <= getattr(self, name) <= most:
+                raise InputError(f"memory: {name} must be from {least} to {most:,}; got {getattr(self, name):,}.", name)
         budget = None if self.fit is None else _bytes(self.fit) - RESERVED
         modes: tuple[Saved, ...] = ("fast", "min") if self.memory == "auto" else (self.memory,)
         modes = ("fast",) if self.method == "full" else modes

@@ -144,6 +144,12 @@ class PredictCommand:
         if results.threshold is not None and classifier.none_logit is not None:
             calibration += f", with {NONE} as one more class"
         err.print(f"{len(rows):,} {noun} classified{counted}; probabilities are {calibration}", soft_wrap=True)
+        if rows and without_class == len(rows):
+            err.print(
+                f"note: every image is below the threshold {results.threshold:g}; report.html of the run has others, "
+                "and what they keep of its validation images",
+                soft_wrap=True,
+            )
         return 1 if unreadable else 0
 
     def _calibration(self, classifier: Classifier) -> str:

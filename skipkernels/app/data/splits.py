@@ -108,7 +108,10 @@ def fold_source(source: Source, fold: str, seed: int) -> Source:
             "fold",
         )
     if folds > len(images):
-        raise InputError(f"fold_source: {source.name} has {len(images)} images; {folds} folds need one each.", "fold")
+        raise InputError(
+            f"fold_source: {source.name} has {len(images)} images; {folds} folds need one each. Use fewer folds.",
+            "fold",
+        )
     own = fold_numbers(images.labels, images.names, folds, seed)
     test, train = (
         [index for index, other in enumerate(own) if (other == number) is wanted] for wanted in (True, False)

@@ -70,7 +70,7 @@ class Tried(NamedTuple):
         status: "complete"; "diverged"; or "too long", with the epochs that are complete kept in its folder.
         accuracy: Accuracy on the validation images in per cent; None unless complete.
         interval: 95 % interval of the accuracy (Wilson), or None.
-        seconds: Time of the run.
+        seconds: Time of the run, with the start of its process unless it was complete before.
     """
 
     name: str
@@ -253,9 +253,8 @@ class Search:
                 self._console.print(plain(f"{name}: {whole}"), soft_wrap=True)
                 return None if self._fewer_epochs() else f"{name}: {whole}, and none fits."
             self._noted.add(planned.config.method)
-        seconds = metrics["cost"]["seconds_total"]
-        took = seconds if done else time.perf_counter() - started  # with the start of the process
-        self._took.append((planned.config.method, took))
+        seconds = metrics["cost"]["seconds_total"] if done else time.perf_counter() - started  # with the process start
+        self._took.append((planned.config.method, seconds))
         held = metrics.get("validation") or {}
         accuracy = held.get("tuned")
         interval = None if accuracy is None else wilson(accuracy, held["images"])
@@ -264,7 +263,7 @@ class Search:
         said = (
             status if accuracy is None or interval is None else f"validation {accuracy:.1f} % ({range_text(interval)})"
         )
-        how = "complete before" if done else duration(took)
+        how = "complete before" if done else duration(seconds)
         self._console.print(plain(f"{name}: {said}, {how}"), soft_wrap=True)
         if accuracy is not None:
             self._runs[name] = planned, metrics
@@ -301,8 +300,10 @@ class Search:
         found = f"{best.name} has the best accuracy, {best.accuracy:.1f} % of {plural(images, 'validation image')}"
         others = [each for each in self.tried if each.method not in BASELINES and each.accuracy is not None]
         if best.method in BASELINES:
-            most = max((each.accuracy or 0.0 for each in others), default=None)
+            most = max((each.accuracy or 0.0 for each in others), default=0.0)
             rest = f"; {self._config.method} reached at most {number(most)} %" if others else ""
+            if others and most >= best.accuracy:
+                rest = f"; {self._config.method} reached the same, and the candidate that was tried first is kept"
             return [f"{found}{rest}."]
         near = [
             f"{each.name} ({each.accuracy:.1f} %)"

@@ -135,7 +135,7 @@ def test_command(capsys):
     ("arguments", "message"),
     [
         ("ViT-B-61", "--model: open_clip has no model 'ViT-B-61'; did you mean"),
-        (f"{MODEL} --classes 0", "--classes must be at least 1; got 0."),
+        (f"{MODEL} --classes 0", "--classes must be from 1 to 10,000,000; got 0."),
         (f"{MODEL} --skip-layers 7", "--skip-layers must be a whole number from 0 to"),
         (f"{MODEL} --name-tokens 80", "--name-tokens: must leave room for the prompt in the"),
         (f"{MODEL} --fit lots", "--fit must be a number of GB, such as 8GB; got 'lots'."),
