@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "", several=True, model=["ViT-B-32"], batch=[8], precision=["fp32"], rounds=7)
     names = ("eager", "checkpointing", "compile", "fuse-fast", "fuse-balanced", "fuse-min")
     options.add_argument("--implementations", nargs="+", choices=names, default=names, help="eager must be one of them")
+    options.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="image tower alone, or both on pairs")
     options.add_argument("--no-time", action="store_true", help="measure only the bytes, which no other load changes")
     args = options.parse_args(arguments)
     cases = [(model, B, precision) for model in args.model for B in args.batch for precision in args.precision]
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         inputs = random_inputs(model, B, B, args.device)
         inputs.model.train().requires_grad_(True)
         rows = []
-        for part in PARTS:
+        for part in args.part:
             rows += rows_of(args, implementations(inputs.model, args.implementations), inputs, part, precision)
         for row in rows:
             row |= {"model": model, "B": B, "precision": precision}
