@@ -187,7 +187,13 @@ def test_tune_other_models_of_transformers(make, converted, tmp_path):
         letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz."]
         vocabulary = {letter: index for index, letter in enumerate(letters)}
         transformers.Siglip2Tokenizer(vocab=vocabulary, padding_side="right").save_pretrained(tmp_path / "model")
-    changes = {"data": "pictograms:food", "max_classes": 4, "shots": 1, "epochs": 1, "model": f"local-dir:{tmp_path}/model"}
+    changes = {
+        "data": "pictograms:food",
+        "max_classes": 4,
+        "shots": 1,
+        "epochs": 1,
+        "model": f"local-dir:{tmp_path}/model",
+    }
     tune(small(tmp_path / "run", **changes))
     sk.export(tmp_path / "run", "hugging-face", tmp_path / "exported", trust=True)
     exported = transformers.AutoModel.from_pretrained(tmp_path / "exported")
