@@ -40,7 +40,7 @@ PREDICTIONS_CSV, CONFUSION_CSV = "predictions.csv", "confusion.csv"
 _STATE_0_2 = "state.pt"  # checkpoint of version 0.2, with the weights beside it
 _FILES: tuple[str, ...] = (METRICS, REPORT, PREDICTIONS, CARD, CLASSIFIER, MODEL, DELTA, OPEN_CLIP, EPOCHS, FEW_SHOT)
 _FILES += (PREDICTIONS_CSV, CONFUSION_CSV, _STATE_0_2, BEST, "metrics.csv", CONFIG)
-_BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT, CARD}  # a run writes these files before its first epoch is complete
+_BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT}  # a run writes these files before its first epoch is complete
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every version
 _MAX_METRICS_BYTES = 1 << 24
@@ -173,7 +173,7 @@ class RunFolder:
             )
         if config.resume:
             self._resume()
-        elif not config.overwrite and not _BEFORE_EPOCHS.issuperset(earlier):
+        elif earlier and not config.overwrite and not {CONFIG, OPEN_CLIP} <= set(earlier) <= _BEFORE_EPOCHS:
             raise argument_error(
                 "out",
                 f"{self.path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 from safetensors.torch import save, save_file
 
 from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.train.model import check_activation, load_model, load_weights
+from skipkernels.app.train.run_folder import RunFolder
 from skipkernels.digests import digest_bytes
 from tests.app.data.pictures import make_folders
 from tests.app.runs import fails
@@ -84,6 +87,18 @@ def test_tune_keeps_earlier_run(run, capsys):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert "contains an earlier run" in fails(["tune", "--out", folder, "--epochs", "1"], capsys)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_run_without_a_complete_epoch_is_replaced(run, tmp_path):
+    """Nothing is lost: such files are left if the loss of the first epoch is not finite."""
+    folder, _ = run
+    for name in ("config.yaml", "open_clip_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    config = TuneConfig.from_yaml(folder / "config.yaml", trust=True)
+    RunFolder(dataclasses.replace(config, out=tmp_path))
+    (tmp_path / "open_clip_config.json").unlink()
+    with pytest.raises(InputError, match="contains an earlier run"):
+        RunFolder(dataclasses.replace(config, out=tmp_path))
 
 
 @pytest.mark.parametrize(
