@@ -20,7 +20,7 @@ from .. import reference
 from . import registration
 from .launching import launch, tl, triton
 
-MATRICES = 5  # largest number of matrices of one call
+MATRICES = 5  # largest number of matrices of one launch
 BLOCK_ROWS = 128  # rows per iteration
 BLOCK_COLUMNS = 32  # columns per program: 128 bytes in fp32
 FOLDED_TILE, FOLDED_ROWS = (8, 128), 64  # of `folded_norm_gradients`: rows and columns per iteration, rows per program
@@ -97,6 +97,15 @@ def blocks_of_rows(R: int, BLOCK_R: int, least_rows: int, most_blocks: int) -> t
 
 def _launch(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     out = _fake(matrices, dtype)  # [W0 + W1 + …]
+    parts = [matrices[start : start + MATRICES] for start in range(0, len(matrices), MATRICES)]
+    sums = out.split([sum(x.shape[1] for x in part) for part in parts])
+    for part, part_sums in zip(parts, sums, strict=True):
+        _launch_once(part, part_sums)
+    return out
+
+
+def _launch_once(matrices: Sequence[Tensor], out: Tensor) -> None:
+    """Write the sums of at most MATRICES matrices."""
     arguments: dict[str, Any] = {}
     for i in range(MATRICES):
         x = matrices[i].contiguous() if i < len(matrices) else None
@@ -112,7 +121,6 @@ def _launch(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         BLOCK_R=BLOCK_ROWS,
         BLOCK_W=BLOCK_COLUMNS,
     )
-    return out
 
 
 def _fallback(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -47,7 +47,7 @@ from ..ops.add_layer_norm import Gradients, add_layer_norm, add_layer_norm_backw
 from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ..ops.registration import without_autocast
 from ..ops.rotary_embedding import rotary_embedding
-from ..ops.row_sums import MATRICES, MAX_ROWS, column_sums, folded_norm_gradients
+from ..ops.row_sums import MAX_ROWS, column_sums, folded_norm_gradients
 
 NORMS = ("norm_1", "norm_2", "query_norm", "key_norm", "attention_norm", "mlp_norm")
 ATTENTION_NORMS = tuple(name + suffix for name in NORMS[2:5] for suffix in ("", "_bias"))  # those within attention
@@ -525,9 +525,7 @@ class _Sums:
 
     def finish(self) -> None:
         if self.pending:
-            calls = [self.pending[i : i + MATRICES] for i in range(0, len(self.pending), MATRICES)]
-            sums = [column_sums(matrices, self.dtype) for matrices in calls]
-            totals = (torch.cat(sums) if len(sums) > 1 else sums[0]).split(self.widths)
+            totals = column_sums(self.pending, self.dtype).split(self.widths)
             self.gradients |= dict(zip(self.names, totals, strict=True))
 
 

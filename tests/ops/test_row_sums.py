@@ -25,11 +25,11 @@ def rows(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("count", [1, MATRICES])
+@pytest.mark.parametrize("count", [1, MATRICES, MATRICES + 2])
 def test_column_sums_equal_fp64(backend: Backend, count, dtype):
     """Matrices of two dtypes, one of them with strided rows."""
     backend.skip_unless_supported(dtype)
-    matrices = [rows(i, *SHAPES[i], device=backend.device, dtype=dtype) for i in range(count)]
+    matrices = [rows(i, *SHAPES[i % len(SHAPES)], device=backend.device, dtype=dtype) for i in range(count)]
     matrices[0] = rows(9, 5, 40, device=backend.device)[:, 3:20] if dtype != torch.float64 else matrices[0]
     found = column_sums(matrices, torch.float32)
     exact = torch.cat([x.double().sum(dim=0) for x in matrices])
