@@ -17,7 +17,7 @@ from .text import TextTower
 # demand: only models of a package need that package.
 _IMAGE_TOWERS = {
     "open_clip.transformer.VisionTransformer": "open_clip:OpenClipImageTower",
-    "open_clip.timm_model.TimmModel": "naflex:image_tower",
+    "open_clip.timm_model.TimmModel": "timm:timm_tower",
     "open_clip.modified_resnet.ModifiedResNet": "convnets:ResNetTower",
     "clip.model.VisionTransformer": "openai:OpenAIImageTower",
     "clip.model.ModifiedResNet": "convnets:ResNetTower",

@@ -15,6 +15,7 @@ from timm.layers import HybridEmbed
 from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.fastvit import FastVit
+from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
@@ -34,6 +35,7 @@ def timm_tower(model: Any) -> ImageTower:
         VisionTransformer: ViTaminTower if _is_vitamin(trunk) else TransformerTower,
         VisionTransformerRelPos: RelPosTower,
         Eva: EvaTower,
+        NaFlexVit: NaFlexTower,
         ConvNeXt: convnext_tower,
         FastVit: fastvit_tower,
         SwinTransformer: swin_tower,
@@ -83,6 +85,33 @@ class TransformerTower(ImageTower):
 
     def finish(self, hidden: Tensor) -> Tensor:
         return self.visual.head(self.trunk.forward_head(self.trunk.norm(hidden)))
+
+
+class NaFlexTower(TransformerTower):
+    """Image tower with a `NaFlexVit` as its trunk, on images of one size: an ordinary vision transformer.
+
+    Positions are interpolated to the size of the images; there is no padding, and so no mask.
+    """
+
+    def __init__(self, model: Any):
+        self.model, self.visual = model, model.visual
+        self.trunk = trunk = model.visual.trunk
+        if trunk.rope is not None:
+            raise UnsupportedModel(
+                "SkipCLIP: the NaFlexVit of the image tower has rotary positions; learned positions are handled."
+            )
+        self.blocks = trunk.blocks
+        self.image_size = tuple(model.visual.image_size)
+
+    @property
+    def embedding(self) -> tuple[Part, ...]:
+        return self.trunk.embeds, self.trunk.patch_drop, self.trunk.norm_pre
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        hidden, _ = self.trunk.embeds(inputs)
+        if self.trunk.patch_drop is not None:
+            hidden, _ = self.trunk.patch_drop(hidden)
+        return self.trunk.norm_pre(hidden)
 
 
 class ViTaminTower(TransformerTower):
