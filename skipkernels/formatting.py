@@ -1,4 +1,4 @@
-"""Formatting of messages and tables: unprintable characters, errors in one line, sizes in bytes, and CSV."""
+"""Formatting of messages and tables: unprintable characters, errors in one line, times, sizes in bytes, and CSV."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ import csv
 import io
 import re
 from collections.abc import Iterable
+from datetime import timedelta
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+
+def duration(seconds: float) -> str:
+    """Format a time in whole seconds.
+
+    >>> duration(83.4)
+    '0:01:23'
+    """
+    return str(timedelta(seconds=round(seconds)))
 
 
 def escaped(text: object) -> str:

@@ -268,10 +268,7 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *
         >>> print(f"{contrastive_loss(image, text, 10.0):.4f}")
         0.1865
     """
-    name = "contrastive_loss"
-    _check_features(name, image, "text", text)
-    check_shape(name, "text", text, ("image", image), B=image.shape[0], D=image.shape[1])
-    labels = torch.arange(image.shape[0], device=image.device)
+    labels = _pairs("contrastive_loss", image, text)
     image_to_text = class_sampled_ce(image, text, labels, logit_scale, reduction=reduction)
     return (image_to_text + class_sampled_ce(text, image, labels, logit_scale, reduction=reduction)) / 2
 
@@ -342,10 +339,7 @@ def pairwise_sigmoid_loss(
         >>> print(f"{pairwise_sigmoid_loss(image, text, 10.0, -10.0):.4f}")
         1.8631
     """
-    name = "pairwise_sigmoid_loss"
-    _check_features(name, image, "text", text)
-    check_shape(name, "text", text, ("image", image), B=image.shape[0], D=image.shape[1])
-    labels = torch.arange(image.shape[0], device=image.device)
+    labels = _pairs("pairwise_sigmoid_loss", image, text)
     return pairwise_sigmoid(image, text, labels, logit_scale, logit_bias) / image.shape[0]
 
 
@@ -827,6 +821,13 @@ def _check_norm(
         raise ValueError(f"{name}: eps must be finite and at least 0; got {eps}.")
     if out_dtype is not None and out_dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name}: out_dtype must be float32, bfloat16, float16 or float64; got {out_dtype}.")
+
+
+def _pairs(name: str, image: Tensor, text: Tensor) -> Tensor:
+    """Check pairs [B, D] of an image and a text, and return the text of each image, [B]."""
+    _check_features(name, image, "text", text)
+    check_shape(name, "text", text, ("image", image), B=image.shape[0], D=image.shape[1])
+    return torch.arange(image.shape[0], device=image.device)
 
 
 def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor, **rows: int | None) -> None:

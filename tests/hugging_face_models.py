@@ -34,21 +34,17 @@ def metaclip_2() -> torch.nn.Module:
     return hugging_face_clip(end=59, config=transformers.MetaClip2Config)
 
 
-def siglip(**attention) -> torch.nn.Module:
+def siglip(config=transformers.SiglipConfig, vision=None, **attention) -> torch.nn.Module:
     text = {**SMALL, "vocab_size": 60, "max_position_embeddings": 77, "projection_size": 24}
-    vision = {**SMALL, "image_size": 16, "patch_size": 8}
+    vision = {**SMALL, "patch_size": 8, **(vision or {"image_size": 16})}
     torch.manual_seed(0)
-    config = transformers.SiglipConfig(text_config=text, vision_config=vision)
-    return random_weights(transformers.AutoModel.from_config(config, **attention))
+    chosen = config(text_config=text, vision_config=vision)
+    return random_weights(transformers.AutoModel.from_config(chosen, **attention))
 
 
 def siglip_2(**attention) -> torch.nn.Module:
     """Model that takes patches; at 16 × 16 pixels its positions, a grid of 3 × 3, are interpolated."""
-    text = {**SMALL, "vocab_size": 60, "max_position_embeddings": 77, "projection_size": 24}
-    vision = {**SMALL, "num_patches": 9, "patch_size": 8}
-    torch.manual_seed(0)
-    config = transformers.Siglip2Config(text_config=text, vision_config=vision)
-    return random_weights(transformers.AutoModel.from_config(config, **attention))
+    return siglip(transformers.Siglip2Config, {"num_patches": 9}, **attention)
 
 
 def patches_of(images: torch.Tensor, padding: int = 0) -> dict[str, torch.Tensor]:

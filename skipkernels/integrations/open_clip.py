@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ..checks import warn_caller
 from ..clip import SkipCLIP
+from ..folders import replace_tensors
 
 
 class ClassModel(nn.Module):
@@ -303,8 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vars(program).update(replaced)
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if ours.save_weights and first:
-        weights = {name: value.contiguous() for name, value in made[0].model.state_dict().items()}
-        safetensors.torch.save_file(weights, ours.save_weights)
+        replace_tensors(Path(ours.save_weights), made[0].model.state_dict())
 
 
 def _number(text: str) -> int | float:

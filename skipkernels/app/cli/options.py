@@ -21,6 +21,7 @@ from skipkernels.app.option_groups import (
     SkipOptions,
     TrainingOptions,
 )
+from skipkernels.options import Precision
 
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
@@ -40,6 +41,24 @@ Trust = Annotated[
     ),
 ]
 """Type of the option --trust."""
+
+Top = Annotated[int, tyro.conf.arg(help="Number of classes for each image, best first.")]
+"""Type of the option --top."""
+
+Threshold = Annotated[
+    float | None,
+    tyro.conf.arg(
+        help='Smallest probability, from 0 to 1, of the best class: images below it get the label "none of these". '
+        "report.html of the run has thresholds with their accuracy."
+    ),
+]
+"""Type of the option --threshold."""
+
+Device = Annotated[str | None, tyro.conf.arg(help="cpu, cuda, cuda:1, …. By default cuda if there is one, else cpu.")]
+"""Type of the option --device of a command that applies a run."""
+
+InferencePrecision = Annotated[Precision, tyro.conf.arg(help="auto is bf16 on a GPU that has it, else fp32.")]
+"""Type of the option --precision of such a command."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,8 @@ import tyro
 
 from skipkernels._progress import progress
 from skipkernels.app.console import Terminal
-from skipkernels.options import Precision
 
-from .options import Run, Trust
+from .options import Device, InferencePrecision, Run, Threshold, Top, Trust
 
 if TYPE_CHECKING:
     from skipkernels.app.serve import Classifier, Predictions
@@ -26,11 +25,8 @@ if TYPE_CHECKING:
 class PredictOptions:
     """Classes and results."""
 
-    top: int = 5
-    """Number of classes for each image, best first."""
-    threshold: float | None = None
-    """Smallest probability, from 0 to 1, of the best class: images below it get the label "none of these". report.html
-    of the run has thresholds with their accuracy."""
+    top: Top = 5
+    threshold: Threshold = None
     classes: str | None = None
     """Other classes, recognised by their names alone: at least two names with commas between them, or a file with a
     name in each line, which may have commas. By default the trained classes."""
@@ -50,10 +46,8 @@ class PredictOptions:
 class PredictComputeOptions:
     """Device and speed."""
 
-    device: str | None = None
-    """cpu, cuda, cuda:1, …. By default cuda if there is one, else cpu."""
-    precision: Precision = "auto"
-    """auto is bf16 on a GPU that has it, else fp32."""
+    device: Device = None
+    precision: InferencePrecision = "auto"
     trust: Trust = False
     batch_size: int = 64
     """Images per forward pass."""

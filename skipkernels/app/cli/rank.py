@@ -11,9 +11,8 @@ import tyro
 
 from skipkernels._progress import progress
 from skipkernels.app.console import Terminal
-from skipkernels.options import Precision
 
-from .options import Run, Trust
+from .options import Device, InferencePrecision, Run, Trust
 from .predict import classify, find_paths, print_lines, print_skipped
 
 if TYPE_CHECKING:
@@ -66,10 +65,8 @@ class RankCommand:
     """Images, or folders of images, which are searched with their subfolders. Not with suspects, which are training
     images of the run."""
     results: RankOptions = RankOptions()
-    device: str | None = None
-    """cpu, cuda, cuda:1, …. By default cuda if there is one, else cpu."""
-    precision: Precision = "auto"
-    """auto is bf16 on a GPU that has it, else fp32."""
+    device: Device = None
+    precision: InferencePrecision = "auto"
     trust: Trust = False
 
     def execute(self, out: Terminal, err: Terminal) -> int:

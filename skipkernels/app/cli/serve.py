@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from skipkernels._progress import progress
 from skipkernels.app.console import Terminal
-from skipkernels.options import Precision
 
-from .options import Run, Trust
+from .options import Device, InferencePrecision, Run, Threshold, Top, Trust
 
 if TYPE_CHECKING:
     from skipkernels.app.serve import Classifier
@@ -27,11 +26,8 @@ _NEAREST = 4  # training images that are shown with each result
 class ServeOptions:
     """Results and limits."""
 
-    top: int = 5
-    """Number of classes for each image, best first."""
-    threshold: float | None = None
-    """Smallest probability, from 0 to 1, of the best class: images below it get the label "none of these". report.html
-    of the run has thresholds with their accuracy."""
+    top: Top = 5
+    threshold: Threshold = None
     nearest: int | None = None
     """Number of nearest training images for each image, with their thumbnails and names; 0 for none. They are read at
     the start. By default 4 for a server on this machine alone, else 0: every visitor of the page sees them."""
@@ -54,10 +50,8 @@ class ServeCommand:
     port: int = 8000
     """Port to listen at. 0 takes a free one."""
     serve: ServeOptions = ServeOptions()
-    device: str | None = None
-    """cpu, cuda, cuda:1, …. By default cuda if there is one, else cpu."""
-    precision: Precision = "auto"
-    """auto is bf16 on a GPU that has it, else fp32."""
+    device: Device = None
+    precision: InferencePrecision = "auto"
     trust: Trust = False
 
     def execute(self, out: Terminal, err: Terminal) -> int:

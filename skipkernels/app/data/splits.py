@@ -94,11 +94,8 @@ def fold_source(source: Source, fold: str, seed: int) -> Source:
 
     The images of all splits of `source` take part. A class needs two images, so that one trains when one is tested.
     """
-    (number, folds), parts = (
-        parse_fold(fold),
-        [source.splits[split] for split in get_args(Split) if split in source.splits],
-    )
-    images = joined(parts)
+    number, folds = parse_fold(fold)
+    images = joined([source.splits[split] for split in get_args(Split) if split in source.splits])
     counts = Counter(images.labels)
     single = [f"{name} ({counts[label]})" for label, name in enumerate(source.classes) if counts[label] < 2]
     if single:

@@ -15,6 +15,11 @@ from .base import FrozenModel, Recipe, StepOutput, Tokenizer
 from .coop import CoOp
 
 
+def adapted(image: Tensor, down: Tensor, up: Tensor, ratio: Tensor | float) -> Tensor:
+    """Adapted embeddings x' [B, D] of image embeddings x [B, D]; see `CLIPAdapter`."""
+    return ratio * F.relu(F.linear(F.relu(F.linear(image, down)), up)) + (1 - ratio) * image
+
+
 class CLIPAdapter(FrozenModel):
     """CLIP-Adapter (Gao et al. 2021) with its image adapter.
 
@@ -67,8 +72,7 @@ class CLIPAdapter(FrozenModel):
     def embed(self, inputs: Tensor) -> Tensor:
         """Adapted embeddings x' [B, D] of images or embeddings."""
         image = self.encode_frozen(inputs).to(self.down.weight.dtype)
-        adapted = F.relu(self.up(F.relu(self.down(image))))
-        return self.ratio * adapted + (1 - self.ratio) * image
+        return adapted(image, self.down.weight, self.up.weight, self.ratio)
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         """Compute the loss of a batch over all classes."""

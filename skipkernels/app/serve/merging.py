@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...lora import merge_lora
 from ..data import InputError
 from ..methods.base import TunedModel
-from ..methods.clip_adapter import CLIPAdapter
+from ..methods.clip_adapter import CLIPAdapter, adapted
 from ..methods.coop import CoOp
 from ..methods.linear_probe import LinearProbe
 from ..methods.lora import LoRA
@@ -42,8 +42,7 @@ class CosineHead(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the logits and the embeddings."""
         if self.adapted:
-            hidden = F.relu(F.linear(image, self.down))  # type: ignore[arg-type]
-            image = self.ratio * F.relu(F.linear(hidden, self.up)) + (1 - self.ratio) * image  # type: ignore
+            image = adapted(image, self.down, self.up, self.ratio)  # type: ignore[arg-type]
         embedding = F.normalize(image, dim=-1)
         return self.scale * embedding @ self.class_embeddings.T, embedding  # type: ignore[operator]
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from ...formatting import duration
 from ..config import TuneConfig
 from ..console import plain
 from ..data import InputError
@@ -31,7 +32,7 @@ from ..train.plain_config import OPEN_CLIP
 from ..train.run_folder import CONFIG, METRICS, REPORT, RunFolder, read_metrics
 from ..train.setup import build_task
 from .compare import MULTIPLIERS, rates_given, scaled_rates
-from .runs import OutOfTime, Planned, Variant, duration, execute, plan
+from .runs import OutOfTime, Planned, Variant, execute, plan
 
 CANDIDATES = "candidates"
 """Folder of the candidates in that of the run, with their reports; only the best keeps its weights."""

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from ...formatting import duration
 from ..config import TuneConfig
 from ..console import Terminal, plain
 from ..data import InputError
@@ -138,15 +138,6 @@ def run_variants(
         assert run.config.out is not None
         results.append(Result(run.name, run.config.seed, metrics, run.config.out.relative_to(folder).as_posix()))
     return results
-
-
-def duration(seconds: float) -> str:
-    """Format a time in whole seconds.
-
-    >>> duration(83.4)
-    '0:01:23'
-    """
-    return str(timedelta(seconds=round(seconds)))
 
 
 def _expected(seconds: Mapping[str, Sequence[float]], names: Sequence[str]) -> float | None:

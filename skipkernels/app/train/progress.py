@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ...formatting import duration
 from ...memory import PeakMemory
 from ..console import plain
 from ..report.plots import finite
@@ -95,7 +95,7 @@ class ProgressDisplay:
         if epoch < self._epochs:
             elapsed = self._bars.tasks[-1].elapsed or 0
             seconds = elapsed / (epoch - self._done) * (self._epochs - epoch)
-            parts.append(f"{timedelta(seconds=round(seconds))} left")
+            parts.append(f"{duration(seconds)} left")
         if self._memory is not None:
             parts.append(f"peak memory {self._memory.read() / 2**20:,.0f} MiB")
         self._line(f"epoch {epoch}/{self._epochs}", *parts)
