@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if __has_include(<dlfcn.h>)
+#include <dlfcn.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -194,10 +198,39 @@ struct Matrix {
   }
 };
 
-// out = a · b
+// Limits this thread to one OpenMP thread, until destroyed. oneDNN divides a product by omp_get_max_threads(), also where
+// it runs serially in a parallel region: with AMX the last bits of bf16 products depend on it. The function is looked up,
+// since nothing here links OpenMP; without OpenMP there is nothing to limit.
+class OneThread {
+ public:
+  // get_num_threads first: a thread's first call of it sets the number of OpenMP threads to PyTorch's.
+  OneThread() : before_(int(torch::stable::get_num_threads())) {
+    set(1);
+  }
+  ~OneThread() {
+    set(before_);
+  }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  static void set([[maybe_unused]] int threads) {
+#if __has_include(<dlfcn.h>)
+    using Function = void(int);
+    static Function* const omp_set_num_threads = reinterpret_cast<Function*>(dlsym(RTLD_DEFAULT, "omp_set_num_threads"));
+    if (omp_set_num_threads != nullptr)
+      omp_set_num_threads(threads);
+#endif
+  }
+
+  const int before_;
+};
+
+// out = a · b, on this thread: the bits do not depend on the number of threads.
 template <class A>
 void library_matmul(const Matrix<A>& out, const Matrix<A>& a, const Matrix<A>& b) {
   using torch::stable::detail::from;
+  const OneThread one_thread;
   allocated([&] { // PyTorch may allocate
     std::array<StableIValue, 3> stack{from(a.tensor()), from(b.tensor()), from(out.tensor())};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
@@ -205,8 +238,7 @@ void library_matmul(const Matrix<A>& out, const Matrix<A>& a, const Matrix<A>& b
   });
 }
 
-// True if PyTorch's product is faster than small_matmul. It is only called inside a parallel region, where it is
-// serial: the result of a product that is divided among threads may depend on their number.
+// True if PyTorch's product on one thread is faster than small_matmul.
 inline bool is_large(int64_t m, int64_t n, int64_t d) {
   return std::min({m, n, d}) >= 16 && double(m) * double(n) * double(d) >= 1 << 20;
 }

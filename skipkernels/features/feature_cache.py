@@ -78,7 +78,7 @@ class FeatureCache(Dataset):
         """Encode all images up to the cut and store the features in a folder; see docs/cache.md.
 
         A build may be killed at any time: with `resume`, missing and damaged shards are computed, and the result is
-        bitwise that of an uninterrupted build.
+        bitwise that of an uninterrupted build with the same number of threads.
 
         Args:
             path: Folder of the store; created if needed.
@@ -99,7 +99,7 @@ class FeatureCache(Dataset):
             shard_bytes: Approximate bytes of a shard. A kill loses at most one shard; a build holds one in memory.
             progress: False for no progress bar, or a function called with the number of images of each batch.
             process_group: Processes that all make this call with equal arguments and share the folder and the work; the
-                store is bitwise that of one process. Default None: this process alone.
+                store is bitwise that of one process with as many threads. Default None: this process alone.
 
         Raises:
             StoreError: If the folder has another store (the message says how it differs), another process builds in it,

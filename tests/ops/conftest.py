@@ -79,3 +79,18 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with interpreter() if chosen.name == "interpreter" else contextlib.nullcontext():
         yield chosen
     library._destroy()
+
+
+@pytest.fixture
+def products_depend_on_threads() -> Iterator[None]:
+    """Imitate a CPU with AMX: PyTorch's product depends on the number of threads, inside a parallel region too."""
+
+    def product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(torch.mm(a, b) * torch.get_num_threads())
+
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        library.impl("mm.out", product, "CPU", allow_override=True)
+    yield
+    library._destroy()

@@ -246,7 +246,8 @@ def shared_tests(operator: Operator) -> type:
 
         @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
         @pytest.mark.parametrize("large", operator.large, ids=operator.id_of)
-        def test_bits_do_not_depend_on_threads(self, large, dtype):
+        @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+        def test_bits_do_not_depend_on_threads(self, backend: Backend, large, dtype, products_depend_on_threads):
             case, found = operator.case(large, dtype=dtype), []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)

@@ -44,8 +44,9 @@ class TuneOutputOptions(OutputOptions):
     """Run folder."""
 
     resume: Annotated[bool | Path, _FLAG_OR_PATH, tyro.conf.arg(help_behavior_hint="")] = False
-    """Resume a run after its last complete epoch, bit-exactly. With RUN: the run in this folder, with its settings.
-    Without RUN: the run in --out, with the settings given here; if there is none, start it."""
+    """Resume a run after its last complete epoch, bit-exactly with the same number of threads. With RUN: the run in
+    this folder, with its settings. Without RUN: the run in --out, with the settings given here; if there is none,
+    start it."""
 
 
 @dataclasses.dataclass(frozen=True)
