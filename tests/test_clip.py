@@ -194,6 +194,17 @@ def test_forward_under_autocast():
     assert out.loss.item() == pytest.approx(full.loss.item(), abs=14 * 2**-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_features_give_the_result_of_images_under_autocast(dtype):
+    """Features may be in 16 bits, as those of open_clip are; the residual stream above the cut is in fp32 for both."""
+    images, labels = tiny_batch(4, 9, torch.float32)
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(9), skip_layers=1).eval()
+    with torch.autocast("cpu", dtype):
+        features = clip.encode_lower(images)
+        assert features.dtype == dtype and clip(features, labels).loss.equal(clip(images, labels).loss)
+        assert clip.encode_upper(features).equal(clip.encode_image(images))
+
+
 def test_construction_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(9), skip_layers=1)

@@ -44,14 +44,22 @@ class ImageEncoder:
     def encode(self, x: Tensor) -> Tensor:
         """Images or features at the cut to embeddings [B, D], not normalised."""
         if self.are_images(x):
-            return self.tower.upper(self.lower(x))
+            return self.upper(self.lower(x))
         self.watch_weights()
         if self.is_stale():
             raise RuntimeError(
                 "SkipCLIP: modules or weights below the cut have changed since features at the cut were first computed "
                 "or used, so these do not match the model. Compute them again, then call clip.refresh()."
             )
-        return self.tower.upper(x.to(self.features[1]))
+        return self.upper(x)
+
+    def upper(self, features: Tensor) -> Tensor:
+        """Features at the cut [B, N, W], in any dtype, to embeddings [B, D].
+
+        Under autocast the features may be in 16 bits. The residual stream above the cut is in the dtype of the model,
+        as that of the texts, so that features from a cache give the same result as images.
+        """
+        return self.tower.upper(features.to(self.features[1]))
 
     def are_images(self, x: Tensor) -> bool:
         """Return True for images, False for features at the cut; raise a ValueError for anything else."""

@@ -142,7 +142,7 @@ class Inference(SkipCLIPBase):
                 f"{found}. For images use encode_image."
             )
         self._check_unaltered()
-        return self._image.upper(features)
+        return self._image_encoder.upper(features)
 
     def encode_image(self, x: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], any norm."""

@@ -125,8 +125,8 @@ class MemoryModel:
         self._peaks: dict[tuple[int, int, Saved], tuple[int, int, int]] = {}  # results of `_step`
         self._evaluations: dict[int, int] = {}  # results of `_evaluation`
         with self._as_on_a_gpu(), torch.no_grad():
-            if self._cut:
-                self._feature = self._image.lower(self._images(1))[0]
+            self._feature = self._image.lower(self._images(1))[0]
+            self._image.features = self._feature.shape, self._image.tower.dtype
             if texts[0].skip:
                 self._text.compute()
             self._width = self._encode_texts(1).shape[1]
@@ -182,7 +182,7 @@ class MemoryModel:
         if self._method == "full":
             return self._model.encode_image(self._images(count), normalize=False)
         features = self._feature.new_empty(count, *self._feature.shape) if self._cut else None
-        return self._image.tower.upper(self._image.lower(self._images(count)) if features is None else features)
+        return self._image.upper(self._image.lower(self._images(count)) if features is None else features)
 
     def _encode_texts(self, count: int) -> Tensor:
         """Embeddings [count, D] of the texts of a step."""
