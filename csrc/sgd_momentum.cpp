@@ -305,6 +305,8 @@ void sgd_momentum_(
     p.begin = total;
     p.first = offsets ? (*offsets)[i] : total;
     p.numel = weight.numel();
+    if (p.first < 0 || p.first > std::numeric_limits<int64_t>::max() - p.numel)
+      refuse(NAME, ": offsets must be at least 0, and the index of each element an int64; got ", p.first, ".");
     p.weight = changed.numbers(weight, p.type, true, p.type);
     p.grad = changed.numbers(grad, p.grad_type, false, p.type);
     p.buffer = changed.numbers(buffer, p.buffer_type, true, p.type);

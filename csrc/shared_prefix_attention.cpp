@@ -272,7 +272,7 @@ struct Inputs {
       int64_t max_length)
       : packed(with_contiguous_heads(packed_)), H(heads), P(prefix_length), longest(max_length) {
     STD_TORCH_CHECK(
-        packed.dim() == 2 && packed.numel() > 0 && H > 0 && packed.size(1) % (3 * H) == 0, NAME,
+        packed.dim() == 2 && packed.numel() > 0 && H > 0 && H <= packed.size(1) && packed.size(1) % (3 * H) == 0, NAME,
         ": packed must be [R, 3W] with R and W at least 1, and heads must divide W.");
     const int64_t tokens = packed.size(0) - P;
     E = packed.size(1) / (3 * H);
@@ -289,10 +289,11 @@ struct Inputs {
         ": offsets must be int64 [K + 1].");
     offsets = integers(*offsets_);
     K = int64_t(offsets.size()) - 1;
-    if (offsets[0] != 0 || offsets[K] > tokens)
+    const auto [least, most] = std::minmax_element(offsets.begin(), offsets.end()); // so that no difference overflows
+    if (offsets[0] != 0 || *least < 0 || *most > tokens)
       refuse(
-          NAME, ": offsets must go from 0 to at most ", tokens, ", the rows behind the prefix; got ", offsets[0], " to ",
-          offsets[K], ".");
+          NAME, ": offsets must go from 0 to at most ", tokens, ", the rows behind the prefix; got ", *least, " to ",
+          *most, ".");
     longest = 1; // max_length may be larger; scratch is sized by the longest suffix
     for (int64_t k = 0; k < K; ++k) {
       const int64_t length = offsets[k + 1] - offsets[k];
