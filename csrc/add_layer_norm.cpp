@@ -70,7 +70,9 @@ SKIPKERNELS_INLINE void forward_rows_body(const Forward<T>& f, int64_t begin, in
       squares = squares + centred * centred;
     });
     const A variance = squares.sum() / A(W) + f.eps;
-    const A rstd = std::sqrt(variance) / variance; // NaN where the variance overflows, not 0
+    // As in PyTorch, but NaN, not 0, where the variance overflows.
+    const A rstd = variance < std::numeric_limits<A>::infinity() ? 1 / std::sqrt(variance)
+                                                                 : std::numeric_limits<A>::quiet_NaN();
     for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
       const Columns<T> unit = (load_columns(row + i, n) - mean) * rstd;
       Columns<T> scaled = unit * load_slots<T>(f.weight + i) + load_slots<T>(f.bias + i);

@@ -95,22 +95,21 @@ SKIPKERNELS_INLINE Gate<float> gate(float u) {
     const float e = exp2_bounded<ROUGH>(t < -127.0f ? -127.0f : t), tail = e * normal_tail<ROUGH>(a);
     return {u < 0 ? tail : 1 - tail, e * 0.398942280f};
   } else {
-    float t, scale; // g = σ(z), t = −z · log₂ e, scale = z'
-    bool is_zero;
+    float t, scale; // g = σ(z), t = −z · log₂ e − 1, scale = z'
     if constexpr (KIND != Kind::gelu_tanh) {
       scale = float(SIGMOID_FACTOR<KIND>);
-      t = u * (-scale * LOG2_E);
-      is_zero = t > 126.0f;
-      t = t < -127.0f ? -127.0f : is_zero ? 126.0f : t;
+      t = u * (-scale * LOG2_E) - 1;
     } else {
-      constexpr float FACTOR = float(TANH_FACTOR), CUBIC = float(TANH_CUBIC), BOUND = 10.031f; // there |t| is 127
+      constexpr float FACTOR = float(TANH_FACTOR), CUBIC = float(TANH_CUBIC), BOUND = 11; // beyond, g is 0 or 1
       const float inner = u < -BOUND ? -BOUND : u > BOUND ? BOUND : u, square = inner * inner;
-      t = inner * (-FACTOR * LOG2_E) * (1 + CUBIC * square);
-      is_zero = u < -BOUND;
+      t = inner * (-FACTOR * LOG2_E) * (1 + CUBIC * square) - 1;
       scale = FACTOR + 3 * FACTOR * CUBIC * square;
     }
-    const float e = exp2_bounded<ROUGH>(t), value = is_zero ? 0.0f : 1 / (1 + e);
-    return {value, scale * (value * (e * value))};
+    // Half of exp(−z), which itself overflows where g is still subnormal and u · g is a normal number.
+    const bool is_zero = t > 127.0f;
+    const float half = exp2_bounded<ROUGH>(t < -127.0f ? -127.0f : is_zero ? 127.0f : t);
+    const float value = is_zero ? 0.0f : 0.5f / (0.5f + half);
+    return {value, scale * (value * (2 * (half * value)))};
   }
 }
 

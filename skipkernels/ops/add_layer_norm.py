@@ -119,7 +119,8 @@ def _add_layer_norm_fwd_kernel(
         mean = tl.sum(hidden, axis=1) / W  # [BLOCK_R]
     centred = tl.where(mask_w[None, :], hidden - mean[:, None], 0.0)  # [BLOCK_R, BLOCK_W]
     variance = tl.sum(centred * centred, axis=1) / W + eps  # [BLOCK_R]
-    rstd = tl.sqrt(variance) / variance  # [BLOCK_R]; inf / inf = NaN if the variance overflows; tl.rsqrt gives 0
+    # As in PyTorch, but NaN, not 0, if the variance overflows.
+    rstd = tl.where(variance < float("inf"), 1 / tl.sqrt(variance), float("nan"))  # [BLOCK_R]
     # 3. normed = x̂ · weight + bias
     normed = centred * rstd[:, None]  # [BLOCK_R, BLOCK_W], x̂
     if weight_ptr is not None:
@@ -387,7 +388,7 @@ def _fallback(
     mean = hidden_wide.new_empty(0) if rms else hidden_wide.mean(dim=-1)  # [...]
     centred = hidden_wide if rms else hidden_wide - mean[..., None]  # [..., W]
     variance = centred.square().mean(dim=-1) + eps  # [...]
-    rstd = variance.sqrt() / variance  # [...]; NaN if the variance overflows; rsqrt gives 0
+    rstd = variance.rsqrt().masked_fill(variance.isinf(), torch.nan)  # [...]; rsqrt gives 0
     normed = _affine(centred * rstd[..., None], weight, bias)
     return x.new_empty(0) if residual is None else hidden, normed.to(dtype or x.dtype), mean, rstd
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from skipkernels.functional import add_layer_norm
+from skipkernels.functional import add_layer_norm, add_rms_norm
 from skipkernels.ops.add_layer_norm import Gradients, add_layer_norm_backward
 from skipkernels.ops.add_layer_norm import add_layer_norm as operator
 from skipkernels.testing import SLACK, relative_error
@@ -266,6 +266,20 @@ def test_a_variance_that_overflows_is_nan_in_its_row(backend: Backend, size, W):
     for name in "normed", "d_x":
         assert found[name].isnan().all(dim=1).tolist() == [False, True, False]
         assert found[name][[0, 2]].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in Triton's interpreter
+def test_a_variance_that_underflows_is_that_of_pytorch(backend: Backend):
+    """With eps=0; a row of zeros is NaN."""
+    x = torch.tensor([[3.0, 1, -2, 5], [1e-30, 2e-30, -1e-30, 3e-30], [0, 0, 0, 0]], device=backend.device)
+    weight, bias = torch.ones(4, device=backend.device), torch.zeros(4, device=backend.device)
+    pairs = [
+        (add_layer_norm(x, None, weight, bias, eps=0.0), F.layer_norm(x, (4,), eps=0.0)),
+        (add_rms_norm(x, None, weight, eps=0.0), F.rms_norm(x, (4,), eps=0.0)),
+    ]
+    for (_, normed), expected in pairs:
+        assert expected[1].isinf().all()
+        torch.testing.assert_close(normed, expected, equal_nan=True)
 
 
 def test_no_rows(backend: Backend):

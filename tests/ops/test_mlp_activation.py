@@ -134,6 +134,18 @@ def test_relative_precision_where_the_result_vanishes(kind):
     assert error < 87 * 2**-22, error  # 2⁻²² for each unit of the argument of exp, which is above −87
 
 
+@pytest.mark.parametrize(("kind", "factor"), [("swiglu", 1), ("quick_gelu", 1.702)])
+@pytest.mark.parametrize("backend", ["cpp", INTERPRETED], indirect=True)
+def test_a_subnormal_gate_is_not_zero(backend: Backend, kind, factor):
+    """exp(−u) is a number up to u = −88.72; the sigmoid is subnormal from −87.34, its product with u is not."""
+    u = torch.linspace(-88.7, -87, 18) / factor
+    x = torch.stack([u, torch.ones(18)], dim=1) if kind == "swiglu" else u[:, None]
+    expected = reference.mlp_activation(x, kind=kind)
+    assert (expected < 0).all()
+    # The step of subnormal numbers is 6e-7 of the smallest gate; the error of exp is 2⁻²⁴ for each unit of −u.
+    torch.testing.assert_close(mlp_activation(x, kind=kind), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("kind", ELEMENTWISE)
 @pytest.mark.parametrize("backend", ["cpp", INTERPRETED, GPU], indirect=True)
 def test_infinity_and_nan_follow_the_formula(backend: Backend, kind):
