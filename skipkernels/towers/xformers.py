@@ -23,7 +23,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -
         full = backend().full(*packed.view(1, 4, 3, 1, head_width).unbind(2))
         suffixes = backend().shared_prefix(packed, heads=1, prefix_length=2, max_length=2)
         (full.sum() + suffixes.sum()).backward()
-    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of any type: xformers without its attention has an AttributeError
         return textwrap.shorten(str(error), 300, placeholder=" ….")
     return None
 

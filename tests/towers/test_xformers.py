@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from models import tiny_batch, tiny_clip, tiny_tokens
@@ -82,8 +85,18 @@ def test_attention_unknown_name_raises():
 
 
 def test_xformers_not_installed(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers", None)
     assert "xformers" in towers_xformers.why_unavailable(torch.device("cpu"), torch.float32, 8)
+
+
+def test_xformers_without_attention(monkeypatch):
+    """Its package may be there without what its attention needs; then the name is missing."""
+    package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
+    package.ops = ops
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    reason = towers_xformers.why_unavailable(torch.device("cpu"), torch.float32, 8)
+    assert "no attribute 'memory_efficient_attention'" in reason
 
 
 @pytest.mark.gpu
