@@ -775,7 +775,9 @@ def sgd_momentum_(
             check_dtype(name, argument, x, FEATURE_DTYPES, f"Use {argument}.float().")
             check_device(name, argument, x, ("weight", weight_i))
     lr, momentum, weight_decay = (
-        _number_tensor(name, option, value, ("weight", first), FEATURE_DTYPES, torch.float64)
+        _number_tensor(
+            name, option, value, ("weight", first), FEATURE_DTYPES, reference.accumulation_dtype(first.device)
+        )
         for option, value in options.items()
     )
     if seed is not None:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import casts, functional
 from .checks import FEATURE_DTYPES, check_dtype
-from .reference import signed64
+from .reference import accumulation_dtype, signed64
 
 # Options that torch.optim.SGD reads from its groups, so that it loads a state dict of FusedSGD.
 _TORCH_OPTIONS = {
@@ -252,7 +252,7 @@ class FusedSGD(torch.optim.Optimizer):
         if isinstance(option, Tensor) or device.type == "cpu":
             return option
         key = group_index, name, device
-        copy, value = self._numbers.get(key) or (torch.empty((), dtype=torch.float64, device=device), None)
+        copy, value = self._numbers.get(key) or (torch.empty((), dtype=accumulation_dtype(device), device=device), None)
         if value != option:
             copy.fill_(option)
             self._numbers[key] = copy, option

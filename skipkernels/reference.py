@@ -38,6 +38,8 @@ __all__ = [
 UNIT_NORM_EPS = 1e-12
 """A row x is scaled to x / max(|x|, eps), as in `torch.nn.functional.normalize`. A zero row stays zero; its gradient is
 that of x / eps: the incoming gradient times 1e12, without projection."""
+WITHOUT_FP64 = frozenset({"mps"})
+"""Types of the devices that have no fp64."""
 
 
 def class_sampled_ce(
@@ -87,10 +89,10 @@ def class_sampled_lse(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of the logits of one process, and the logit of the label, see `functional.class_sampled_lse`.
 
-    The cosines are in fp32 (fp64 for fp64), all that follows in fp64.
+    The cosines are in fp32 (fp64 for fp64), all that follows in `accumulation_dtype`.
     """
-    cosine = class_sampled_logits(image, text, 1.0, class_ids).double()
-    logits = (logit_scale.reshape(()).double() if isinstance(logit_scale, Tensor) else logit_scale) * cosine
+    cosine = widened(class_sampled_logits(image, text, 1.0, class_ids))
+    logits = (widened(logit_scale.reshape(())) if isinstance(logit_scale, Tensor) else logit_scale) * cosine
     # Column 0 is for −1. Labels outside the sample get column K + 1, which does not exist.
     column = labels + 1
     if class_ids is not None:
@@ -224,7 +226,7 @@ def shared_prefix_attention_and_lse(
     offsets: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`shared_prefix_attention`, and the log-sum-exp of the scores, fp64 [R, H]; 0 behind the last suffix."""
+    """`shared_prefix_attention`, and the log-sum-exp of the scores, [R, H]; 0 behind the last suffix."""
     P, T = prefix_length, packed.shape[0] - prefix_length
     prefix, suffixes = packed.unflatten(1, (3, heads, -1)).split([P, T])  # [tokens, 3, H, E]
     if offsets is None:
@@ -352,6 +354,16 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums of terms that cancel: fp64, but fp32 on a device that has no fp64."""
+    return torch.float32 if device.type in WITHOUT_FP64 else torch.float64
+
+
+def widened(x: Tensor) -> Tensor:
+    """Convert to the `accumulation_dtype` of the device."""
+    return x.to(accumulation_dtype(x.device))
+
+
 def _unit_norm(x: Tensor) -> Tensor:
     return F.normalize(at_least_fp32(x), dim=-1, eps=UNIT_NORM_EPS)
 
@@ -367,7 +379,7 @@ def _attention(
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
     out = (scores.softmax(dim=-1) @ v).transpose(1, 2).to(query.dtype)
-    return out, scores.detach().double().logsumexp(dim=-1).transpose(1, 2)
+    return out, widened(scores.detach()).logsumexp(dim=-1).transpose(1, 2)
 
 
 def _round_at_random(x: Tensor, seed: Tensor | int, first: int) -> Tensor:

@@ -395,10 +395,12 @@ def renamed(settings: dict[Any, Any]) -> dict[str, Any]:
 
 
 def usable_device(device: str, function: str) -> str:
-    """Return the name of a device on which a tensor can be; "auto" is "cuda" if there is a GPU, else "cpu"."""
+    """Return the name of a device on which a tensor can be; "auto" is "cuda" or "mps" if there is one, else "cpu"."""
     import torch
 
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = device
+    if device == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:

@@ -227,7 +227,7 @@ class RunOptions:
     """Device and seed."""
 
     device: str = option("auto", results=False)
-    """cpu, cuda, cuda:1, …. auto: cuda if available."""
+    """cpu, cuda, cuda:1, mps, …. auto: cuda or mps if available."""
     workers: int = option(0, ge=0, results=False)
     """Processes that load images."""
     seed: int = option(0, ge=0, lt=2**31)

@@ -34,7 +34,7 @@ def of_model(clip: SkipCLIP) -> dict[str, str | int]:
 
 def probe(clip: SkipCLIP) -> list[float]:
     """Some features of one fixed image, to detect changes that leave the weights equal, such as another activation."""
-    return _probed(clip).double().tolist()
+    return _probed(clip).tolist()
 
 
 def _probed(clip: SkipCLIP) -> Tensor:

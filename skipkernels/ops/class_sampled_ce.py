@@ -559,7 +559,7 @@ def _fallback(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, 
     class_ids, class_weight, _, ignore_index, _ = options
     reduction = REDUCTIONS[options.reduction]
     loss = reference.class_sampled_ce(image, text, labels, logit_scale, *options[:4], reduction)
-    lse = reference.class_sampled_logits(image, text, logit_scale, class_ids).double().logsumexp(dim=1)
+    lse = reference.widened(reference.class_sampled_logits(image, text, logit_scale, class_ids)).logsumexp(dim=1)
     image_norm, text_norm = unit_rows.reference_norms(image, text, class_ids)
     denominator = loss.new_ones(())
     if reduction == "mean":
@@ -611,7 +611,7 @@ def _fake(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *res
     B, K = image.shape[0], options.classes(text)
     dtype = torch.promote_types(image.dtype, torch.float32)
     loss = image.new_empty((B,) if REDUCTIONS[options.reduction] == "none" else (), dtype=dtype)
-    lse = image.new_empty(B, dtype=torch.float64)
+    lse = image.new_empty(B, dtype=reference.accumulation_dtype(image.device))
     return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *_unwritten(loss, image, K, keep)
 
 
@@ -620,7 +620,7 @@ def _unwritten(loss: Tensor, image: Tensor, K: int, keep: Needs) -> tuple[Tensor
     return (
         loss.new_empty(B if keep.image else 0, D),
         loss.new_empty(K if keep.text else 0, D),
-        loss.new_empty(int(keep.logit_scale), dtype=torch.float64),
+        loss.new_empty(int(keep.logit_scale), dtype=reference.accumulation_dtype(loss.device)),
     )
 
 

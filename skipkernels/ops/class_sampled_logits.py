@@ -139,8 +139,8 @@ def _launch_backward(
 
 
 def _d_logit_scale(d_logits: Tensor, cosine: Tensor, logit_scale: Tensor) -> Tensor:
-    """Compute Σ d_z_bk · cosine_bk in fp64, since the terms cancel."""
-    total = (d_logits * cosine).sum(dtype=torch.float64)
+    """Compute Σ d_z_bk · cosine_bk in fp64 if the device has it, since the terms cancel."""
+    total = (d_logits * cosine).sum(dtype=reference.accumulation_dtype(cosine.device))
     return total.to(logit_scale.dtype).reshape(logit_scale.shape)
 
 

@@ -136,7 +136,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
     dtype = torch.promote_types(image.dtype, torch.float32)
-    lse, target = (image.new_empty(B, dtype=torch.float64) for _ in range(2))
+    lse, target = (image.new_empty(B, dtype=reference.accumulation_dtype(image.device)) for _ in range(2))
     return lse, target, image.new_empty(B, dtype=dtype), image.new_empty(K, dtype=dtype)
 
 

@@ -278,7 +278,7 @@ def _unwritten(loss: Tensor, image: Tensor, N: int, keep: tuple[bool, ...]) -> t
     return (
         loss.new_empty(B if keep_image else 0, D),
         loss.new_empty(N if keep_text else 0, D),
-        loss.new_empty(2 if keep_sums else 0, dtype=torch.float64),
+        loss.new_empty(2 if keep_sums else 0, dtype=reference.accumulation_dtype(loss.device)),
     )
 
 

@@ -284,7 +284,8 @@ def _fallback_backward(
 
 
 def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float64)
+    lse_dtype = reference.accumulation_dtype(query.device)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=lse_dtype)
 
 
 def _fake_backward(d_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:

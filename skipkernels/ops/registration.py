@@ -266,5 +266,5 @@ def autocast_features(operator: torch._ops.OpOverload, features: int) -> None:
         with torch.autocast(device_type, enabled=False):
             return operator(*cast, *args[features:])
 
-    for key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"):
+    for key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS"):
         _library.impl(operator._opname, cast_and_call, key)

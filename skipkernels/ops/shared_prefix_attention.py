@@ -565,7 +565,8 @@ def _fallback_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any
 
 def _fake(packed: Tensor, heads: int, *options: Any) -> tuple[Tensor, Tensor]:
     R, width = packed.shape
-    return packed.new_empty(R, width // 3), packed.new_empty((R, heads), dtype=torch.float64)
+    lse_dtype = reference.accumulation_dtype(packed.device)
+    return packed.new_empty(R, width // 3), packed.new_empty((R, heads), dtype=lse_dtype)
 
 
 def _fake_backward(d_out: Tensor, packed: Tensor, *rest: Any) -> Tensor:

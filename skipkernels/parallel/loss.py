@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
 from .. import functional
+from ..reference import widened
 from .class_parallel import OwnSelection
 from .gathers import gather_shares
 
@@ -125,8 +126,8 @@ def _empty_share(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 def _sum_over_processes(share: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum one number of each process, in fp64 and in the order of ranks; see `gather_shares`."""
-    return gather_shares(share.double(), group).sum()
+    """Sum one number of each process, widened, in the order of ranks; see `gather_shares`."""
+    return gather_shares(widened(share), group).sum()
 
 
 def _loss_dtype(image: Tensor) -> torch.dtype:
@@ -134,7 +135,7 @@ def _loss_dtype(image: Tensor) -> torch.dtype:
 
 
 def _weighted_logits(image: Tensor, text: Tensor, weight: Tensor, logit_scale: Tensor) -> Tensor:
-    """Σ_k w_k z_bk, [B] fp64: by linearity the logits of Σ_k w_k t_k/|t_k|, without the logits [B, K_r]."""
+    """Σ_k w_k z_bk, [B], widened: by linearity the logits of Σ_k w_k t_k/|t_k|, without the logits [B, K_r]."""
     with torch.autocast(image.device.type, enabled=False):
-        image, text = normalize(image.double(), dim=1), normalize(text.double(), dim=1)
-        return logit_scale * (image @ (weight.double() @ text))
+        image, text = normalize(widened(image), dim=1), normalize(widened(text), dim=1)
+        return logit_scale * (image @ (widened(weight) @ text))

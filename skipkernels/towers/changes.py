@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..digests import digests
+from ..reference import widened
 from .base import Part, Tower, UnsupportedModel
 from .block import HOOKS, FusedBlock, fuse_blocks, global_hooks
 from .text import TextTower
@@ -98,7 +98,7 @@ class Containers:
 
 
 def _equal_masks(mask: Tensor, seen: Tensor) -> bool:
-    return mask.detach().to(seen.device, torch.float64).equal(seen.double())
+    return widened(mask.detach().to(seen.device)).equal(widened(seen))
 
 
 class Settings:

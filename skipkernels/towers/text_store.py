@@ -14,6 +14,7 @@ from .._progress import Output, progress
 from ..digests import digest_tensors
 from ..folders import is_locked
 from ..formatting import escaped
+from ..reference import widened
 from ..store import (
     COMPUTED,
     DTYPES,
@@ -70,7 +71,7 @@ class TextStore:
     def _probe(self, selected: SelectedPrompts, hidden: Tensor) -> None:
         """Refuse a model that computes other rows from the same weights."""
         expected, stored = selected.pack(hidden), self.gather(selected.row_numbers)
-        distance = ((stored - expected).double().norm() / expected.double().norm().clamp(min=1e-30)).item()
+        distance = (widened(stored - expected).norm() / widened(expected).norm().clamp(min=1e-30)).item()
         if not distance <= _FEATURE_TOLERANCE[expected.dtype]:
             raise StoreError(
                 f"{self._folder}: holds a text_cache of another model: the weights are equal, but the features of the "

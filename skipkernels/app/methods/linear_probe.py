@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...options import Protocol
+from ...reference import widened
 from ..data import Task
 from .base import FrozenModel, Recipe, Tokenizer
 
@@ -63,8 +64,8 @@ class LinearProbe(FrozenModel):
         return Recipe(epochs=0, optimizer="lbfgs")
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
-        """Choose l2 and fit, in fp64, to embeddings [n, D] of all training images with labels [n]."""
-        image, labels = self.encode_frozen(inputs).double(), labels.to(self.weight.device)
+        """Choose l2 and fit, in fp64 if possible, to embeddings [n, D] of all training images with labels [n]."""
+        image, labels = widened(self.encode_frozen(inputs)), labels.to(self.weight.device)
         held_out = self._held_out(labels)
         if held_out.any():
             l2 = self._choose(image[~held_out], labels[~held_out], image[held_out], labels[held_out])
@@ -96,7 +97,7 @@ class LinearProbe(FrozenModel):
                 if exponent not in tried and _COARSE[0] <= exponent <= _COARSE[-1]:
                     weight, bias = logistic_regression(image, labels, len(self.bias), 10**exponent)
                     logits = held_out @ weight.T + bias
-                    accuracy = (logits.argmax(dim=1) == held_out_labels).double().mean()
+                    accuracy = widened(logits.argmax(dim=1) == held_out_labels).mean()
                     tried[exponent] = accuracy.item(), -F.cross_entropy(logits, held_out_labels).item()
             return max(tried, key=lambda exponent: tried[exponent])
 

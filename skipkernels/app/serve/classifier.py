@@ -150,7 +150,7 @@ class Classifier:
                 calibrated. Default: the trained classes.
             templates: Prompt templates, each with one {}. Default: those of the run; with other templates,
                 probabilities are not calibrated.
-            device: Device. Default: "cuda" if there is one, else "cpu".
+            device: Device. Default: "cuda" or "mps" if there is one, else "cpu".
             precision: "fp32", "bf16", "fp16" or "auto": bf16 on a GPU that has it, else fp32.
             trust: Load what the files in the folder name: models of the hub, models and weights in other folders.
                 Code in the folder never runs.

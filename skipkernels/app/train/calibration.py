@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...reference import widened
+
 WANTED = (("accuracy", 90.0), ("accuracy", 95.0), ("accuracy", 99.0), ("coverage", 95.0))
 """Accuracies, and shares of images that are kept, in per cent, for which thresholds are found."""
 _NONE_QUANTILE = 0.05  # of the energies of held-out images
@@ -45,7 +47,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """
     if logits.shape[1] == 1:
         return 1.0
-    wide, labels = logits.double(), labels.to(logits.device)
+    wide, labels = widened(logits), labels.to(logits.device)
     smoothing = 2 / (len(wide) + 2)
 
     def loss(log_temperature: float) -> float:
@@ -68,7 +70,7 @@ def fit_none_logit(logits: Tensor, temperature: float | None) -> float:
 
     At this energy, "none of these" is as probable as all classes together.
     """
-    return (logits.double() / (temperature or 1.0)).logsumexp(dim=1).quantile(_NONE_QUANTILE).item()
+    return (widened(logits) / (temperature or 1.0)).logsumexp(dim=1).quantile(_NONE_QUANTILE).item()
 
 
 def class_probabilities(logits: Tensor, temperature: float | None, none_logit: float | None) -> Tensor:
@@ -126,7 +128,7 @@ def find_thresholds(probabilities: Tensor, labels: Tensor) -> list[dict[str, Any
         kept = best >= threshold
         if kept.any():
             parts = {"coverage": kept, "accuracy": correct[kept]}
-            shares = {name: round(100 * part.double().mean().item(), 4) for name, part in parts.items()}
+            shares = {name: round(100 * widened(part).mean().item(), 4) for name, part in parts.items()}
             points.append({"threshold": threshold, **shares})
     rows = []
     for wanted, target in WANTED:

@@ -106,7 +106,7 @@ def _is_sin_cos_table(positions: Tensor, grid: tuple[int, int]) -> bool:
     """Return True for open_clip's fixed table, which it never trains; SkipCLIP changes `requires_grad`."""
     if grid[0] != grid[1] or positions.shape[1] % 4:
         return False
-    table = torch.from_numpy(get_2d_sincos_pos_embed(positions.shape[1], grid[0], cls_token=True)).float()
+    table = torch.from_numpy(get_2d_sincos_pos_embed(positions.shape[1], grid[0], cls_token=True).astype("float32"))
     return positions.detach().cpu().equal(table.to(positions.dtype))
 
 
