@@ -47,6 +47,7 @@ COMPILE_FLAGS = (
 )
 _PACKAGE = Path(__file__).parent
 _LOG, _FAILED = "build.log", "failed.log"  # of a build in the background, and of one that failed
+_WINDOWS = "the C++ kernels have not been compiled on Windows"
 _DETACHED = "from skipkernels import _build; _build.build_detached()"
 
 
@@ -70,6 +71,8 @@ def load() -> Extension:
     asked = os.environ.get("SKIPKERNELS_CPP", "")
     if asked == "0":
         return Extension(None, "SKIPKERNELS_CPP=0 turns them off")
+    if sys.platform == "win32":
+        return Extension(None, _WINDOWS)
     import torch
 
     for path in () if asked == "build" else _PACKAGE.glob(f"_C_{sources_digest()}.*"):
@@ -204,6 +207,8 @@ def _key(compiler: list[str]) -> str:
 
 def _compiler() -> list[str]:
     """Compiler command with flags; CXX may have arguments, as in `ccache g++`."""
+    if sys.platform == "win32":
+        raise BuildError(_WINDOWS)
     try:
         asked, further = (shlex.split(os.environ.get(name, "")) for name in ("CXX", "CXXFLAGS"))
     except ValueError as error:
@@ -251,7 +256,7 @@ def _run_ninja(compiler: list[str], library: Path, after_step: Callable[[], None
         *(f"build {name}: compile {path}" for name, path in zip(objects, paths, strict=True)),
         f"build {library.name}: link {' '.join(objects)}",
     ]
-    library.with_name("build.ninja").write_text("\n".join(lines) + "\n")
+    library.with_name("build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _run([sys.executable, "-m", "ninja", "-C", str(library.parent), library.name], after_step)
 
 

@@ -176,6 +176,14 @@ def restored(folder: Path) -> Path:
     return folder
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a hard link to a file, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
     if os.name == "posix":

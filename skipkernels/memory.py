@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the high-water mark of resident memory
 _STATUS = Path("/proc/self/status")  # Linux: VmHWM is that mark
 _PROC = Path("/proc")
 _GROUPS = Path("/sys/fs/cgroup")
+_VM_STAT = "/usr/bin/vm_stat"  # macOS
+_AVAILABLE = ("free", "speculative", "inactive")  # pages that macOS gives to a process without swapping
 
 
 def free_bytes(device: torch.device) -> float:
@@ -21,10 +29,13 @@ def free_bytes(device: torch.device) -> float:
 
     A GPU's includes memory that PyTorch has reserved but not allocated. On Linux, the CPU's is the minimum of the
     machine's available memory and of what is left of each cgroup v2 memory limit of the process, such as a container's.
+    On macOS it is the memory that is free or inactive, and that of MPS is the same.
     """
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
+    if sys.platform == "darwin":
+        return _free_on_macos()
     free = _fields(_PROC / "meminfo").get("MemAvailable:", math.inf) * 1024
     path = _read(_PROC / "self/cgroup").rpartition("0::/")[2].strip()  # cgroup v2 is the line "0::/path"
     for group in (_GROUPS / path, *(_GROUPS / path).parents):
@@ -38,6 +49,16 @@ def free_bytes(device: torch.device) -> float:
     return max(free, 0)
 
 
+def _free_on_macos() -> float:
+    """Return what `vm_stat` reports as free, speculative (read ahead) or inactive (not used lately), in bytes."""
+    try:
+        text = subprocess.run([_VM_STAT], capture_output=True, check=True, encoding="utf-8").stdout
+        page = int(re.findall(r"page size of (\d+) bytes", text)[0])
+        return page * sum(int(re.findall(rf"^Pages {name}: +(\d+)", text, re.M)[0]) for name in _AVAILABLE)
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return math.inf
+
+
 def _fields(path: Path) -> dict[str, int]:
     """Read the numbers of a file with a name and a number in each line; {} if it cannot be read."""
     return {name: int(number) for name, number, *_ in map(str.split, _read(path).splitlines())}
@@ -46,7 +67,7 @@ def _fields(path: Path) -> dict[str, int]:
 def _read(path: Path) -> str:
     """Return the text of a file, "" if it cannot be read."""
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except OSError:
         return ""
 
@@ -62,7 +83,8 @@ def out_of_memory(error: RuntimeError | MemoryError) -> bool:
 class PeakMemory:
     """Peak memory in bytes since `reset`: allocated GPU memory, or resident memory of the process for a CPU.
 
-    The latter can be reset on Linux only; elsewhere it is the peak since the process started.
+    The latter can be reset on Linux only; on macOS it is the peak since the process started. On Windows it is not
+    measured, and 0.
     """
 
     def __init__(self, device: torch.device):
@@ -75,14 +97,16 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif _CLEAR_REFS.exists():
             with contextlib.suppress(OSError):  # not permitted, as in some containers: `read` covers the whole process
-                _CLEAR_REFS.write_text("5")
+                _CLEAR_REFS.write_text("5", "utf-8")
 
     def read(self) -> int:
         """Return the peak in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if _STATUS.exists():
-            line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+            line = next(line for line in _read(_STATUS).splitlines() if line.startswith("VmHWM"))
             return int(line.split()[1]) * 1024
+        if resource is None:
+            return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
         return peak if sys.platform == "darwin" else peak * 1024

@@ -139,7 +139,7 @@ def allocated_bytes(function: Callable[[], Any]) -> int:
 def release_freed_memory() -> None:
     """Collect garbage, and let glibc return freed memory to the system."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no library None
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ CPU, MIB = torch.device("cpu"), 1 << 20
 @pytest.fixture
 def system(tmp_path, monkeypatch):
     """Return a writer of files of /proc and /sys/fs/cgroup by path, with 8 GiB available."""
+    monkeypatch.setattr(memory.sys, "platform", "linux")
     monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "_GROUPS", tmp_path / "cgroup")
 
@@ -34,6 +37,36 @@ def group(folder: str, limit: object, used: int, inactive: int = 0) -> dict[str,
 
 def test_free_bytes_without_limits(system):
     assert memory.free_bytes(CPU) == 8 << 30
+
+
+VM_STAT = """\
+Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               40000.
+Pages active:                            300000.
+Pages inactive:                          200000.
+Pages speculative:                        10000.
+Pages wired down:                        150000.
+Pages purgeable:                           5000.
+"Translation faults":                1234567890.
+File-backed pages:                       180000.
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(VM_STAT, 250000 * 16384), ("vm_stat: failed", float("inf"))], ids=["known", "unknown"]
+)
+def test_free_bytes_on_macos(tmp_path, monkeypatch, text, expected):
+    program = tmp_path / "vm_stat"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    monkeypatch.setattr(memory, "_VM_STAT", program)
+    assert memory.free_bytes(CPU) == memory.free_bytes(torch.device("mps")) == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="not read on Windows")
+def test_free_bytes_of_this_machine():
+    assert 0 < memory.free_bytes(CPU) < 1 << 50
 
 
 def test_free_bytes_unknown(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ _GROUPS = filter(dataclasses.is_dataclass, vars(option_groups).values())
 _SETTINGS = [field.name for group in _GROUPS for field in dataclasses.fields(group)]
 _ARGUMENTS = "|".join([*_SETTINGS, *_FLAGS, "sort_into"])
 _FUNCTION = r"^([^:]+: )?(?:[a-z_]\w*|[A-Z]\w*(?:\.\w+)?): "  # optionally after a prefix, such as the name of a variant
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 _ONLY_IN_PYTHON = ", or a tuple (image, text) of either"  # values of skip_layers
 
 
@@ -41,7 +42,7 @@ def termination_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in _ENDING}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # by nohup
             signal.signal(number, _terminate)

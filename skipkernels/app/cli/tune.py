@@ -222,7 +222,8 @@ def _cost_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
         table.add_row("epoch kept", f"{metrics['best_epoch']} of {metrics['epochs']}, {accuracy}")
     table.add_row("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}")
     peak, before = cost["peak_memory_mib"], cost["baseline_memory_mib"]
-    table.add_row("peak memory", f"{peak - before:.0f} MiB, beside {before:.0f} MiB of Python and its libraries")
+    if peak:
+        table.add_row("peak memory", f"{peak - before:.0f} MiB, beside {before:.0f} MiB of Python and its libraries")
     part = f" of {weights['mib_of_all']}" if config.delta else ""
     table.add_row("weights", f"{weights['file']}, {weights['mib']}{part} MiB")
     table.add_row("results", str(config.out))

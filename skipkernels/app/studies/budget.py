@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from ...folders import link_or_copy
 from ...formatting import duration
 from ..config import TuneConfig
 from ..console import plain
@@ -24,7 +25,6 @@ from ..data.tasks import VALIDATION_SHARE
 from ..report import run_report
 from ..report.intervals import range_text, wilson
 from ..report.rendering import number, plural
-from ..train.checkpoint import link_or_copy
 from ..train.command_line import command_line
 from ..train.description import Description
 from ..train.model_card import CARD, model_card

@@ -230,14 +230,8 @@ def _run(config: TuneConfig, *, notes: bool = True, deadline: float | None = Non
     if deadline is None:
         return tune(config, console)
     assert config.epochs is not None
-    watch = _Deadline(deadline, config.epochs)
-    before = signal.signal(signal.SIGALRM, watch.stop)
-    signal.setitimer(signal.ITIMER_REAL, max(deadline - time.time(), 1e-3))
-    try:
+    with _Deadline(deadline, config.epochs) as watch:
         return tune(config, console, loggers=[watch])
-    finally:
-        watch.close()
-        signal.signal(signal.SIGALRM, before)
 
 
 class _WithoutNotes(Terminal):
@@ -249,11 +243,26 @@ class _WithoutNotes(Terminal):
 
 
 class _Deadline:
-    """Logger that ends a run after an epoch, if the time left is too short for the others."""
+    """Logger that ends a run at a time, or after an epoch if the time left is too short for the others.
+
+    On Windows, which has no signal of a timer, it ends a run only after an epoch.
+    """
 
     def __init__(self, deadline: float, epochs: int):
         self._deadline, self._epochs = deadline, epochs
         self._seconds: float | None = None
+        self._timer = hasattr(signal, "setitimer")
+
+    def __enter__(self) -> _Deadline:
+        if self._timer:
+            self._before = signal.signal(signal.SIGALRM, self.stop)
+            signal.setitimer(signal.ITIMER_REAL, max(self._deadline - time.time(), 1e-3))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        if self._timer:
+            signal.signal(signal.SIGALRM, self._before)
 
     def stop(self, *_: Any) -> None:
         """Interrupt the run; also a handler of a signal."""
@@ -272,4 +281,5 @@ class _Deadline:
 
     def close(self) -> None:
         """Cancel the signal."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if self._timer:
+            signal.setitimer(signal.ITIMER_REAL, 0)

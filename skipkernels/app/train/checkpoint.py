@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 
 from ...digests import digest_file, digest_json
-from ...folders import replaced_folder, restored
+from ...folders import link_or_copy, replaced_folder, restored
 from ...formatting import first_line
 from ..data import InputError
 from ..untrusted import read_object
@@ -75,7 +75,7 @@ def save(
             files = {path.name: digest_file(path) for path in sorted(new.iterdir())}
             replace(described, weights_xxh3=files[file]).write(new)
             index = {"settings": settings, "rows": rows, "seconds": seconds, "files": files}
-            (new / INDEX).write_text(json.dumps({"format": FORMAT, "digest": digest_json(index)} | index))
+            (new / INDEX).write_text(json.dumps({"format": FORMAT, "digest": digest_json(index)} | index), "utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save gives no reason, but the error before it does.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -125,14 +125,6 @@ def remove(run: Path) -> None:
         shutil.rmtree(deleted, ignore_errors=True)
     for leftover in run.glob(f".{FOLDER}.skipkernels-*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make a hard link to a file, or a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _reason(error: Exception) -> str:

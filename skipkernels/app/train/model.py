@@ -179,7 +179,7 @@ def _rebuild(source: Path | str, folder: Path, *, weights: bool, trust: bool) ->
     download = partial(download_pretrained_from_hf, str(source))
     file = Path(source, OPEN_CLIP) if local else Path(download(filename=OPEN_CLIP))
     config = read_open_clip_config(file, trust=trust)
-    (folder / OPEN_CLIP).write_text(json.dumps(config))
+    (folder / OPEN_CLIP).write_text(json.dumps(config), encoding="utf-8")
     tower, tokenizer = (config["model_cfg"]["text_cfg"].get(f"hf_{part}_name") for part in ("model", "tokenizer"))
     if tower:
         from transformers import AutoConfig
@@ -225,7 +225,7 @@ def known_models() -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for name, packaged in MODELS.items():
-        config = json.loads(packaged.config.read_text())
+        config = json.loads(packaged.config.read_text("utf-8"))
         found[name] = _described(config) | {"weights": ["packaged"]}
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)

@@ -22,7 +22,7 @@ from open_clip.transform import PreprocessCfg
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from ...folders import replace_text
+from ...folders import link_or_copy, replace_text
 from ..untrusted import read_object, read_regular, refused_source
 from .errors import validated
 
@@ -150,7 +150,10 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def link_weights(source: Path, target: Path) -> None:
-    """Link a file of weights, or those of a folder, into another folder."""
+    """Link a file of weights, or those of a folder, into another folder; copy where links are not allowed."""
     for path in source.iterdir() if source.is_dir() else (source,):
         if path.name.endswith((".safetensors", ".bin", ".pth", ".safetensors.index.json", ".bin.index.json")):
-            (target / path.name).symlink_to(path.absolute())
+            try:
+                (target / path.name).symlink_to(path.absolute())
+            except OSError:  # Windows, without a privilege
+                link_or_copy(path.absolute(), target / path.name)

@@ -96,8 +96,8 @@ class ProgressDisplay:
             elapsed = self._bars.tasks[-1].elapsed or 0
             seconds = elapsed / (epoch - self._done) * (self._epochs - epoch)
             parts.append(f"{duration(seconds)} left")
-        if self._memory is not None:
-            parts.append(f"peak memory {self._memory.read() / 2**20:,.0f} MiB")
+        if self._memory is not None and (peak := self._memory.read()):
+            parts.append(f"peak memory {peak / 2**20:,.0f} MiB")
         self._line(f"epoch {epoch}/{self._epochs}", *parts)
 
     def _line(self, *parts: str) -> None:

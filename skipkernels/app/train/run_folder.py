@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from ...digests import digest_file
-from ...folders import LOCK, is_locked, locked, replace_text, replaced_folder, restored, sweep
+from ...folders import LOCK, is_locked, link_or_copy, locked, replace_text, replaced_folder, restored, sweep
 from ..config import TuneConfig, read_settings, renamed
 from ..data import InputError
 from ..data.files import format_names
@@ -274,7 +274,7 @@ class RunFolder:
         source = folder / BEST if (folder / BEST).exists() else folder / target.name
         try:
             target.unlink(missing_ok=True)
-            checkpoint.link_or_copy(source, target)
+            link_or_copy(source, target)
             dataclasses.replace(described, weights_xxh3=digest_file(target)).write(self.path)
         except OSError as error:
             raise argument_error("out", f"{target} can't be written: {error.strerror}.") from error

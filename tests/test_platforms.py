@@ -1,0 +1,132 @@
+"""Other machines, imitated: Windows, and devices without fp64 such as Apple's MPS."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from features.caches import images, skip_clip
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import skipkernels as sk
+from skipkernels import _build, reference
+from skipkernels.app.config import usable_device
+from skipkernels.ops import registration
+from tests.ops.small_calls import small_call
+from tests.processes import run_in_processes
+
+PACKAGE = Path(sk.__file__).parent
+ON_THE_CPU = ("selection.py", "fingerprint.py", "dataset_key.py")  # draw and compare numbers there for every device
+
+
+class WithoutFp64(TorchDispatchMode):
+    """Raise for a result in fp64, as MPS does, except in modules that compute on the CPU for every device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "skipkernels":
+            with self:  # its plain PyTorch, which a call of the operator would hide
+                results = registration.definitions[function._opname].fallback(*args, **kwargs or {})
+        else:
+            results = function(*args, **kwargs or {})
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(results)):
+            frame = sys._getframe()
+            while frame is not None and not frame.f_code.co_filename.startswith(str(PACKAGE)):
+                frame = frame.f_back
+            if frame is None or not frame.f_code.co_filename.endswith(ON_THE_CPU):
+                raise TypeError(f"{function} has a result in fp64, for {frame and frame.f_code}")
+        return results
+
+
+def train(folder: Path) -> float:
+    """Everything of a training: construction, cache, steps, updates and evaluation."""
+    clip = skip_clip()
+    cache = sk.FeatureCache.build(folder, clip, images(), progress=False)
+    optimizer = sk.FusedSGD(clip.parameters(), lr=0.01)
+    for features, labels in cache.loader(batch_size=4):
+        clip(features, labels).loss.backward()
+        optimizer.step()
+    clip.eval()
+    clip(features, labels)
+    return clip.predict(features).sum().item()
+
+
+def train_without_fp64(rank: int, folder: Path) -> float:
+    os.environ["SKIPKERNELS_CPP"] = "0"
+    reference.WITHOUT_FP64 = frozenset({"cpu"})
+    with WithoutFp64():
+        for name in sk.functional.__all__:
+            call = small_call(name)
+            inputs = [x.requires_grad_() for x in call.inputs]
+            if inputs:
+                call.total(*inputs).backward()
+            else:
+                call.function(*call.rest, **call.options)
+        return train(folder)
+
+
+def test_training_needs_no_fp64(tmp_path):
+    (total,) = run_in_processes(1, tmp_path, train_without_fp64, tmp_path / "cache")
+    assert math.isfinite(total)
+
+
+# Other packages know the system that they run on: they are imported before it looks like Windows.
+ON_WINDOWS = """
+import os, signal, sys
+from pathlib import Path
+import filelock, matplotlib.pyplot, open_clip, pytest, rich.console, torch, torchvision, tyro
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[name] = None
+for module, names in (
+    (os, "fork geteuid getuid nice"),
+    (signal, "ITIMER_REAL SIGALRM SIGHUP SIGKILL alarm setitimer"),
+):
+    for name in names.split():
+        vars(module).pop(name, None)
+sys.platform = "win32"
+from skipkernels.app.cli.main import main
+from tests.test_platforms import train
+folder = Path(sys.argv[1])
+train(folder / "cache")
+tune = ["tune", "--max-classes", "4", "--shots", "1", "--epochs", "1", "--out", str(folder / "run"), "--device", "cpu"]
+sys.exit(main(tune))
+"""
+
+
+def test_tune_and_step_on_windows(tmp_path):
+    command = [sys.executable, "-c", ON_WINDOWS, tmp_path]
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", cwd=PACKAGE.parent, env=os.environ | {"PYTHONPATH": "tests"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"), [(True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_auto_device(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch, "empty", lambda *args, device: None)  # which no device here can make
+    assert usable_device("auto", "tune") == expected
+
+
+@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA", "AutocastMPS", "AutocastXPU"])
+def test_autocast_is_registered(key):
+    """Under autocast, class_sampled_ce casts its features and not its scale on every device."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("skipkernels::class_sampled_ce", key)
+
+
+def test_no_compiler_is_asked_on_windows(monkeypatch):
+    monkeypatch.setattr(_build.sys, "platform", "win32")
+    monkeypatch.setenv("SKIPKERNELS_CPP", "build")
+    assert "Windows" in _build.load.__wrapped__().reason
+    with pytest.raises(_build.BuildError, match="Windows"):
+        _build.build()
