@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from skipkernels import _build
-from skipkernels.ops import registration
+from skipkernels.ops import launching, registration
 from tests.ops.interpreter import interpreter
 
 pytest.register_assert_rewrite("tests.ops.harness")
@@ -64,6 +64,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     chosen = BACKENDS[request.param]
     if chosen.name == "interpreter" and torch.cuda.is_available():
         pytest.skip("Triton launches on the GPU, where it is available")
+    if chosen.name == "interpreter" and not launching.installed:
+        pytest.skip("Triton is not installed")
     if chosen.name == "cpp" and _build.load().path is None:
         pytest.skip(f"no C++ kernels: {_build.load().reason}")
     if chosen.name in ("cpp", "gpu"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +25,8 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
 @pytest.fixture
 def nearly_no_memory() -> Iterator[Callable[[], None]]:
     """Bounds the address space to a little more than there is; until the end of the test."""
+    import resource  # not on Windows
+
     before = resource.getrlimit(resource.RLIMIT_AS)
 
     def bound() -> None:
