@@ -160,7 +160,7 @@ SKIPKERNELS_INLINE void attend_body(
   }
   for (const Tokens<T>& gradient : {result.d_key, result.d_value})
     for (int64_t i = length; gradient.data != nullptr && i < problem.N; ++i)
-      std::fill(gradient.at(b * problem.N + i, h0), gradient.at(b * problem.N + i, h1), T(0));
+      std::fill(gradient.at(b * problem.N + i, h0), gradient.at(b * problem.N + i, h1), T());
   for (int64_t h = h0; h < h1 && result.d_query.data != nullptr; ++h)
     store_rows(result.d_query, b, h, d_query + (h - h0) * width, width, problem.scale, 1, problem.E);
 }

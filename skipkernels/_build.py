@@ -36,9 +36,8 @@ COMPILE_FLAGS = (
     "-O3",
     "-g0",
     "-fvisibility=hidden",
-    # Vector loops from `#pragma omp simd` (no OpenMP run-time: threads are PyTorch's), with fused multiply-adds.
+    # Vector loops from `#pragma omp simd` (no OpenMP run-time: threads are PyTorch's).
     "-fopenmp-simd",
-    "-ffp-contract=fast",
     # Comparisons and square roots in a loop keep it from becoming a vector loop if they must set errno or trap.
     "-fno-math-errno",
     "-fno-trapping-math",
