@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,13 +84,6 @@ def check_alike(
         )
     check_one_dtype(function, argument, tensor, like, narrower=narrower)
     check_device(function, argument, tensor, like)
-
-
-def whole_number(label: Any) -> int | None:
-    """Return a label as an int, or None unless it is an integer, or an array or tensor [] of one."""
-    if getattr(label, "ndim", None) == 0:
-        label = label.item()
-    return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
 def warn_caller(message: str) -> None:

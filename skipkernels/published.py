@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
-
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from typing import TYPE_CHECKING, NamedTuple
 
 from .options import Protocol
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
 
 BATCH_SIZE, MOMENTUM, WEIGHT_DECAY = 4, 0.9, 5e-4  # of SGD, in batches of one class
 
@@ -96,6 +97,8 @@ def cosine_with_warmup(optimizer: Optimizer, *, epochs: int, warmup_epochs: int,
         1.707
         1.0
     """
+    from torch.optim.lr_scheduler import LambdaLR
+
     return LambdaLR(
         optimizer,
         [

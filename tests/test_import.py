@@ -22,7 +22,7 @@ PACKAGE = Path(skipkernels.__file__).parent
 # A module may import from its own layer and from those before it; see CONTRIBUTING.md. The application comes last: the
 # library does not import it.
 LAYERS = [
-    ("_build", "_lazy", "_progress", "casts", "formatting", "checks", "digests", "folders", "memory")
+    ("_build", "_lazy", "_progress", "casts", "formatting", "checks", "digests", "folders", "labels", "memory")
     + ("options", "published", "reference", "testing"),
     ("ops",),
     ("functional",),

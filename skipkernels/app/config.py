@@ -154,7 +154,7 @@ class TuneConfig(
             device=device,
             validation=validation,
             precision=half if self.precision == "auto" else self.precision,
-            out=self.out or Path("runs", re.sub(r"[^\w.+-]", "-", f"{self.data}-{self.method}")),
+            out=self.chosen_out,
             **{name: value for name, value in self._defaults(open_data).items() if getattr(self, name) is None},
         )
         config._check()
@@ -191,6 +191,11 @@ class TuneConfig(
         if self.shots is not None:
             return self.shots
         return "all" if self.data.partition(":")[0] == "pictograms" else _SHOTS
+
+    @property
+    def chosen_out(self) -> Path:
+        """Folder of the results. Default: in runs/, named after the data and the method."""
+        return self.out or Path("runs", re.sub(r"[^\w.+-]", "-", f"{self.data}-{self.method}"))
 
     @property
     def own_data(self) -> bool:

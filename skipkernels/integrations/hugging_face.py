@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import whole_number
 from ..clip import SkipCLIP, check_clip
+from ..labels import whole_number
 from ..optimizer import FusedSGD
 
 

@@ -31,8 +31,10 @@ class BlendCommand:
         """Blend, and print the accuracy by alpha. Returns 0."""
         from rich.table import Table
 
-        from skipkernels.app.serve.blending import VALIDATION, blend
-        from skipkernels.app.train.run_folder import blended_folder
+        from skipkernels.app.serve.output import check_blended
+
+        target = check_blended(self.run, self.out, overwrite=self.overwrite)
+        from skipkernels.app.serve.blending import VALIDATION, blend  # imports torch
 
         options: dict[str, Any] = {"overwrite": self.overwrite, "device": self.device, "trust": self.trust}
         metrics = blend(self.run, self.alpha, out=self.out, **options)
@@ -48,5 +50,5 @@ class BlendCommand:
         if self.alpha == "auto":
             validated = VALIDATION in curve["accuracy"]
             why = ", the best on the validation images" if validated else ", for want of validation images"
-        out.print(f"{self.out or blended_folder(self.run)}: alpha {curve['chosen']:g}{why}", soft_wrap=True)
+        out.print(f"{target}: alpha {curve['chosen']:g}{why}", soft_wrap=True)
         return 0

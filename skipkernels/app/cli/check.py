@@ -38,10 +38,11 @@ class CheckCommand:
         """Check the dataset. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data import InputError, open_source
         from skipkernels.app.data.check import Finding, facts, findings
-        from skipkernels.app.serve.output import check_file
         from skipkernels.folders import replace_text
 
         if self.out is not None:
+            from skipkernels.app.serve.output import check_file
+
             check_file(self.out, "check")
         try:
             source = open_source(self.data, self.root)

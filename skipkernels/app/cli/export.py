@@ -34,7 +34,10 @@ class ExportCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Export, and print the files. Returns 0."""
-        from skipkernels.app.serve import export
+        from skipkernels.app.serve.output import check_exported
+
+        check_exported(self.run.expanduser(), self.out.expanduser(), overwrite=self.overwrite)
+        from skipkernels.app.serve.exporting import export  # imports torch
 
         options = {name: getattr(self, name) for name in ("int8", "images", "overwrite", "trust")}
         done = export(self.run, self.to, self.out, **options)

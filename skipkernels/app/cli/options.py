@@ -107,9 +107,13 @@ def replaced(options: Any, values: dict[str, Any]) -> Any:
     return dataclasses.replace(options, **changes)
 
 
-def default_folder(name: str, config: TuneConfig) -> Path:
-    """Folder of a study if --out is not given."""
-    return Path("runs", name, f"{config.data}-{config.model}".replace(":", "-").replace("/", "-"))
+def study_folder(out: Path | None, name: str, config: TuneConfig) -> Path:
+    """Folder of a study: --out, or one named after the study, which is checked before the work is done."""
+    from skipkernels.app.train.run_folder import check_writable
+
+    folder = out or Path("runs", name, f"{config.data}-{config.model}".replace(":", "-").replace("/", "-"))
+    check_writable(folder)
+    return folder
 
 
 def after_interrupt(overwrite: bool) -> str:

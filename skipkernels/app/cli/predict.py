@@ -71,8 +71,6 @@ class PredictCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data.files import format_others
-        from skipkernels.app.serve import Classifier
-        from skipkernels.app.serve.classifier import check_counts, check_threshold
         from skipkernels.app.serve.output import (
             NONE,
             SortedFolders,
@@ -84,11 +82,13 @@ class PredictCommand:
         )
 
         results, compute = self.results, self.compute
+        if results.out is not None:
+            check_file(results.out, "predict")
+        from skipkernels.app.serve.classifier import Classifier, check_counts, check_threshold  # imports torch
+
         counts: dict[str, Any] = {"batch_size": compute.batch_size, "workers": compute.workers}
         check_counts(top=results.top, **counts)
         check_threshold(results.threshold)
-        if results.out is not None:
-            check_file(results.out, "predict")
         images, others = find_paths("predict", self.images)
         classifier = Classifier.load(
             self.run,

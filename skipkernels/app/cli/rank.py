@@ -73,17 +73,17 @@ class RankCommand:
         """Rank the images, and print or write the list. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data import InputError
         from skipkernels.app.data.files import format_others
-        from skipkernels.app.serve import Classifier
-        from skipkernels.app.serve.classifier import check_counts
         from skipkernels.app.serve.output import check_file, write_lines
         from skipkernels.folders import replace_text
         from skipkernels.formatting import csv_line
 
         results = self.results
-        check_counts(count=results.count)
         for name, path, suffix in (("out", results.out, ".csv"), ("sheet", results.sheet, ".html")):
             if path is not None:
                 check_file(path, "rank", name, [suffix])
+        from skipkernels.app.serve.classifier import Classifier, check_counts  # imports torch
+
+        check_counts(count=results.count)
         if results.by == "suspects" and self.images:
             raise InputError("rank: images must be left out with --by suspects, which ranks training images.", "images")
         paths, others = ([], None) if results.by == "suspects" else find_paths("rank", self.images)

@@ -19,17 +19,22 @@ class ReportCommand:
     run: Run
     """Folder of a run, or of a study."""
     out: Path | None = None
-    """File to write. By default report.html in the folder."""
+    """File to write, .html. By default report.html in the folder."""
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Write the page, and print its path. Returns 0."""
         from skipkernels.app.data import InputError
-        from skipkernels.app.report import run_report
-        from skipkernels.app.studies.study import study_page
+        from skipkernels.app.serve.output import check_file
         from skipkernels.app.train.run_folder import CONFIG, REPORT
         from skipkernels.folders import replace_text
 
-        page = run_report(self.run) if (self.run / CONFIG).is_file() else study_page(self.run)
+        if self.out is not None:
+            check_file(self.out, "report", suffixes=[".html"])
+        if (self.run / CONFIG).is_file():
+            from skipkernels.app.report import run_report as page_of
+        else:  # imports what a run needs
+            from skipkernels.app.studies.study import study_page as page_of
+        page = page_of(self.run)
         path = self.out or self.run / REPORT
         try:
             replace_text(path, page)

@@ -13,7 +13,7 @@ from skipkernels.app.option_groups import MethodOptions, OutputOptions, Protocol
 from skipkernels.options import Ablated, Protocol
 
 from .errors import on_interrupt
-from .options import Options, after_interrupt, default_folder, show_study, tune_config
+from .options import Options, after_interrupt, show_study, study_folder, tune_config
 
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
@@ -68,7 +68,6 @@ class ProtocolCommand(Options):
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Run the protocols. Returns 0."""
         from skipkernels.app.data import InputError
-        from skipkernels.app.studies.protocol import SHOTS, run_protocol
         from skipkernels.app.train.command_line import command_line
 
         config, shots = _run_config(self, self.study.seeds), self.study.numbers_of_shots
@@ -77,7 +76,9 @@ class ProtocolCommand(Options):
         if self.name not in ("few-shot", "all") and shots is not None:
             raise InputError(f"--numbers-of-shots has no effect with {self.name}; give --shots.")
         names: tuple[Protocol, ...] = get_args(Protocol) if self.name == "all" else (self.name,)
-        folder, overwrite = self.output.out or default_folder("protocols", config), self.output.overwrite
+        folder, overwrite = study_folder(self.output.out, "protocols", config), self.output.overwrite
+        from skipkernels.app.studies.protocol import SHOTS, run_protocol  # imports torch
+
         with on_interrupt(after_interrupt(overwrite)):
             for name in names:
                 seeds = range(self.study.seeds)
@@ -122,7 +123,6 @@ class CompareCommand(Options):
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Run the comparison. Returns 0."""
-        import skipkernels.app.studies.compare as studies
         from skipkernels.app.data import InputError
         from skipkernels.app.methods.registry import METHODS
         from skipkernels.app.train.command_line import command_line
@@ -133,7 +133,9 @@ class CompareCommand(Options):
             raise InputError("--methods: --ablate compares values of a setting, not methods; give one of the two.")
         if setting is None and values:
             raise InputError("--values needs a setting; add --ablate skip_layers, keep_ratio or decay.")
-        folder = self.output.out or default_folder("compare" if setting is None else f"ablate-{setting}", config)
+        folder = study_folder(self.output.out, "compare" if setting is None else f"ablate-{setting}", config)
+        import skipkernels.app.studies.compare as studies  # imports torch
+
         with on_interrupt(after_interrupt(overwrite)):
             if setting is None:
                 methods = self.study.methods or tuple(METHODS)

@@ -13,7 +13,7 @@ from skipkernels.app.console import Terminal
 from skipkernels.app.option_groups import OutputOptions, ProcessOptions, SeveralRunsOptions
 
 from .errors import on_interrupt
-from .options import Options, after_interrupt, default_folder, replaced, show_study, tune_config
+from .options import Options, after_interrupt, replaced, show_study, study_folder, tune_config
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,9 +71,8 @@ class TuneCommand(Options):
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
-        from skipkernels.app.train import tune
-        from skipkernels.app.train.processes import join
-        from skipkernels.app.train.run_folder import resumed
+        from skipkernels.app.train.processes import is_first, join
+        from skipkernels.app.train.run_folder import check_out, resumed
 
         if self.file.print_config:
             out.print(_as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
@@ -81,6 +80,10 @@ class TuneCommand(Options):
         if self.several.time_budget is not None or self.several.folds is not None:
             return self._several_runs(out, err)
         config = resumed(tune_config(self))  # resolved here too, since the tables below name its folder
+        if is_first():
+            check_out(config)
+        from skipkernels.app.train import tune  # imports torch
+
         processes = join(config.timeout)
         processes.set_device(config.device)
         with processes.one_first():
@@ -93,8 +96,6 @@ class TuneCommand(Options):
 
     def _several_runs(self, out: Terminal, err: Terminal) -> int:
         """Search within a time budget, or cross-validate."""
-        from skipkernels.app.studies.budget import Search, seconds_of
-        from skipkernels.app.studies.folds import cross_validate
         from skipkernels.app.train.command_line import command_line
         from skipkernels.app.train.processes import launched
 
@@ -106,16 +107,18 @@ class TuneCommand(Options):
             raise _refused(argument, f"runs in one process; torchrun started {launched()}. Start one.")
         if config.resume:
             raise _refused(argument, "continues an earlier command with the same folder anyway; leave --resume out.")
+        folder = study_folder(config.out, "search" if folds is None else f"{folds}-folds-{config.method}", config)
+        from skipkernels.app.studies.budget import Search, seconds_of  # these import torch
+        from skipkernels.app.studies.folds import cross_validate
+
         with on_interrupt(after_interrupt(config.overwrite)):
             if time_budget is None:
                 assert folds is not None
-                folder = config.out or default_folder(f"{folds}-folds-{config.method}", config)
                 settings = dataclasses.replace(config, out=None, overwrite=False)
                 study = cross_validate(settings, folds, folder, err, overwrite=config.overwrite)
                 show_study(study, folder, out, command)
                 return 0
-            config = dataclasses.replace(config, out=config.out or default_folder("search", config))
-            search = Search(config, seconds_of(time_budget), err, command)
+            search = Search(dataclasses.replace(config, out=folder), seconds_of(time_budget), err, command)
             config, metrics = search.run()
         out.print(_candidates_table(metrics["time_budget"]["candidates"]))
         out.print(" ".join(search.sentences), soft_wrap=True)

@@ -47,7 +47,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def find_images(root: Path, folders: Mapping[str, int]) -> tuple[list[tuple[str, int]], Counter[str]]:
-    """Find the images of folders in `root` and of their subfolders, by torchvision's `ImageFolder.make_dataset`.
+    """Find the images of folders in `root` and of their subfolders, as torchvision's `ImageFolder` does; links too.
 
     Args:
         root: Folder that contains the others.
@@ -57,8 +57,6 @@ def find_images(root: Path, folders: Mapping[str, int]) -> tuple[list[tuple[str,
         The path of each image relative to `root`, with "/", and its label, by label and path; and the number of other
         files by extension. Hidden files are left out.
     """
-    from torchvision.datasets import ImageFolder
-
     others: Counter[str] = Counter()
     top = os.path.join(root, "")
 
@@ -73,8 +71,11 @@ def find_images(root: Path, folders: Mapping[str, int]) -> tuple[list[tuple[str,
             others[extension or "no extension"] += 1
         return extension in IMAGE_EXTENSIONS
 
-    found = ImageFolder.make_dataset(top, dict(folders), is_valid_file=is_image, allow_empty=True)
-    images = [(relative(path), label) for path, label in found]
+    images = []
+    for folder, label in folders.items():
+        for parent, _, names in os.walk(os.path.join(top, folder), followlinks=True):
+            paths = (os.path.join(parent, name) for name in names)
+            images += [(relative(path), label) for path in paths if is_image(path)]
     return sorted(images, key=lambda image: (image[1], image[0])), others
 
 

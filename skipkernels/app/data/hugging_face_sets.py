@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from torch.utils.data import Dataset
-
 from ..hub import hub
 from .base import InputError, open_error
 from .files import absolute_path, format_names, read_text
@@ -42,7 +40,7 @@ _TAR_END = 1024  # zero bytes
 _SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 
 
-class RowDataset(Dataset):
+class RowDataset:
     """Images of a dataset of Hugging Face; item i is (image, label).
 
     Attributes:

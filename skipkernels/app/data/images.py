@@ -11,17 +11,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset
 
-from ...checks import whole_number
+from ...labels import whole_number
 from ..untrusted import open_regular
 from .base import InputError, SizedDataset
 from .files import absolute_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Transform = Callable[[Any], Any]
 ImagesT = TypeVar("ImagesT", bound="Images")
@@ -40,7 +41,7 @@ class TooLarge(InputError):
     """Error for an image with more pixels than a limit."""
 
 
-class Images(Dataset):
+class Images:
     """Map-style dataset of (image, label) with a name for each image, from which subsets can be taken.
 
     Attributes:
@@ -54,6 +55,10 @@ class Images(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Load an image and its label."""
+        raise NotImplementedError
 
     def subset(self: ImagesT, indices: Iterable[int]) -> ImagesT:
         """Return some of the images, in the order of `indices`."""
@@ -198,7 +203,7 @@ def from_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
     >>> image.mode, image.size
     ('RGBA', (5, 2))
     """
-    if isinstance(pixels, Tensor):
+    if not isinstance(pixels, np.ndarray):
         expected, is_image = "a tensor [3, H, W]", pixels.ndim == 3 and pixels.shape[0] == 3
     else:
         expected = "an array [H, W], [H, W, 3] (RGB) or [H, W, 4] (RGBA)"
@@ -207,7 +212,7 @@ def from_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
     if dtype != "uint8" or not is_image or 0 in pixels.shape:
         hint = " From 0 to 1? Multiply by 255, round, and convert to uint8." if is_image and "float" in dtype else ""
         raise InputError(f"{name}: pixels must be {expected} of uint8; got {dtype} {list(pixels.shape)}.{hint}")
-    values = pixels.permute(1, 2, 0).cpu().numpy() if isinstance(pixels, Tensor) else pixels
+    values = pixels if isinstance(pixels, np.ndarray) else pixels.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(values))
 
 
@@ -279,8 +284,10 @@ class DatasetImages(Images):
             image = from_pixels(image, name)
         if isinstance(image, Image.Image):
             image = to_rgb(image, name, self.transform)
-        elif self.transform is not None and not isinstance(image, Tensor):
-            image = self.transform(image)
+        elif self.transform is not None:
+            from torch import Tensor  # not at the head: `check` of files needs no torch
+
+            image = image if isinstance(image, Tensor) else self.transform(image)
         return image, self.labels[index]
 
 
@@ -341,7 +348,10 @@ def joined(parts: Sequence[Images]) -> Images:
     names = [name for part in parts for name in part.names]
     if len(set(names)) < len(names):
         names = [f"{number}/{name}" for number, part in enumerate(parts) for name in part.names]
-    return DatasetImages(ConcatDataset(parts), [label for part in parts for label in part.labels], names)
+    from torch.utils.data import ConcatDataset
+
+    both: Any = ConcatDataset(parts)  # type: ignore[arg-type]  # any sequence is accepted
+    return DatasetImages(both, [label for part in parts for label in part.labels], names)
 
 
 def _image_and_label(dataset: Any, index: int) -> tuple[Any, Any]:

@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 
 from PIL import Image
-from torch.utils.data import Dataset
 
 from ..data.base import open_error
 from ..data.images import DatasetImages, Images
@@ -41,7 +40,7 @@ def names_of(tasks: Collection[str]) -> list[str]:
     return [row["name"] for row in rows if row["task"] in tasks]
 
 
-class Drawings(Dataset):
+class Drawings:
     """Drawings of some classes in some sets: item i is (image, label), an RGB image of 64 by 64 pixels.
 
     Example:

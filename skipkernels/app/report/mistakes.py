@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from ..data import SizedDataset
 from ..data.tasks import TestSet
@@ -191,6 +190,8 @@ def thumbnail(image: Any) -> Image.Image:
     """
     if isinstance(image, Tensor):
         least, most = image.aminmax()
+        from torchvision.transforms.functional import to_pil_image
+
         return thumbnail(to_pil_image(((image - least) / (most - least).clamp(min=1e-12)).float().cpu()))
     small = image.convert("RGB")
     small.thumbnail((_MAX_SIDE, _MAX_SIDE))

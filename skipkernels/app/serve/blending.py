@@ -27,8 +27,9 @@ from ..train.evaluation import Evaluator
 from ..train.model_card import CARD, model_card
 from ..train.own_dataset import KIND, check_no_parts, own_data
 from ..train.predictions import TestPredictions
-from ..train.run_folder import CONFIG, REPORT, RunFolder, blended_folder, read_metrics, read_model
+from ..train.run_folder import CONFIG, REPORT, RunFolder, read_metrics, read_model
 from ..train.setup import RunSetup, build_run
+from .output import check_blended
 
 ALPHAS = tuple(n / 10 for n in range(11))
 """Weights of the tuned model in the curve."""
@@ -91,9 +92,7 @@ def blend(
     if alpha != "auto" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
         raise InputError(f'blend: alpha must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha")
     folder = restored(Path(run).expanduser())
-    target = Path(out).expanduser() if out is not None else blended_folder(folder)
-    if target.resolve() == folder.resolve():
-        raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")
+    target = check_blended(folder, None if out is None else Path(out), overwrite=overwrite)
     (_, file), metrics = read_model(folder), read_metrics(folder)
     given = () if dataset is None else ("data",)
     of_run = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=given)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,14 +18,14 @@ from ..config import TuneConfig
 from ..data import InputError
 from ..data.files import read_text
 from ..train import weights
-from ..train.checkpoint import FOLDER as CHECKPOINT
 from ..train.description import CLASSIFIER, Description, write_open_clip_config
 from ..train.environment import versions
 from ..train.model import OPEN_CLIP, RANDOM
 from ..train.model_card import CARD, model_card
-from ..train.run_folder import CONFIG, METRICS, has_run, read_metrics
+from ..train.run_folder import CONFIG, METRICS, read_metrics
 from . import to_hugging_face, to_int8, to_onnx
 from .merging import PlainModel, plain_model
+from .output import check_exported
 
 Target = Literal["open-clip", "hugging-face", "onnx"]
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"  # the name that open_clip looks for on the Hub
@@ -113,12 +112,7 @@ def export(
         name = "int8" if int8 else "images"
         raise InputError(f"export: {name} is for {'the target onnx' if int8 else 'int8'}; leave it out.", name)
     source, folder = restored(Path(run).expanduser()), Path(out).expanduser()
-    if os.path.lexists(folder) and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise InputError(f"export: out must be a new or an empty folder; got {folder}. Use `overwrite=True`.", "out")
-    if not source.is_dir():
-        raise InputError(f"export: run must be the folder of a run; {source} is not a folder.", "run")
-    if has_run(folder) or (folder / CHECKPOINT).exists() or folder.resolve() == source.resolve():
-        raise InputError(f"export: out must not be the folder of a run; got {folder}. Choose another.", "out")
+    check_exported(source, folder, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
         try:
             written = stack.enter_context(replaced_folder(folder, _OURS))

@@ -21,9 +21,8 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 
 from ...digests import digest_file, digest_json
@@ -33,7 +32,9 @@ from ..data import InputError
 from ..untrusted import read_object
 from .description import Description
 from .errors import argument_error
-from .weights import WeightsFile
+
+if TYPE_CHECKING:
+    from .weights import WeightsFile
 
 FOLDER, MODEL, DELTA = "checkpoint", "model.safetensors", "delta.safetensors"
 BEST, TRAINING, INDEX = "best.safetensors", "training.pt", "checkpoint.json"
@@ -65,6 +66,8 @@ def save(
     seconds: float,
 ) -> None:
     """Replace the checkpoint of a run; `described.weights` names the weights file."""
+    import torch
+
     folder, file = run / FOLDER, described.weights
     try:
         with replaced_folder(folder, ["*"]) as new:
@@ -89,6 +92,8 @@ def save(
 
 def load(run: Path) -> Checkpoint | None:
     """Read the checkpoint of a run, executing no code of it; None if there is none."""
+    import torch
+
     folder = restored(run / FOLDER)
     if not folder.is_dir():
         return None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...formatting import csv_line
 from ..data.tasks import TestSet
 from .predictions import TestPredictions, TopClasses
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_CONFUSED = 20  # pairs in metrics.json
 
@@ -36,6 +36,7 @@ class ClassMetrics(NamedTuple):
 def class_metrics(labels: Tensor, predicted: Tensor, classes: Sequence[str]) -> list[ClassMetrics]:
     """Return the metrics of each class with images, by label.
 
+    >>> import torch
     >>> for each in class_metrics(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), ["cat", "dog"]):
     ...     print(*each)
     cat 2 50.0 100.0 66.6667
@@ -89,9 +90,12 @@ def metrics_of_test(labels: Tensor, top: TopClasses, classes: Sequence[str]) -> 
 def confusions(labels: Tensor, predicted: Tensor) -> list[tuple[int, int, int]]:
     """Return label, prediction and number of images of each pair that occurs, in the order of both.
 
+    >>> import torch
     >>> confusions(torch.tensor([1, 0, 0]), torch.tensor([1, 1, 1]))
     [(0, 1, 2), (1, 1, 1)]
     """
+    import torch
+
     pairs, counts = torch.stack([labels, predicted], dim=1).unique(dim=0, return_counts=True)
     return [(*pair, count) for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)]
 

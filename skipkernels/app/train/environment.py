@@ -9,8 +9,6 @@ import os
 import platform
 from typing import Any
 
-import torch
-
 import skipkernels
 
 _PACKAGES = ("torch", "open_clip_torch", "torchvision", "triton", "numpy")
@@ -27,6 +25,8 @@ def versions() -> dict[str, str]:
 
 def environment(device: str, processes: int = 1) -> dict[str, Any]:
     """Return the date and time (UTC) as "finished", "versions", and the "machine"."""
+    import torch
+
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
     parts = [name or platform.machine(), f"{os.cpu_count()} CPU cores", f"{torch.get_num_threads()} threads"]
     parts += [f"{processes} processes"] if processes > 1 else []

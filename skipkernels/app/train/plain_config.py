@@ -15,10 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import open_clip
-from open_clip.coca_model import MultimodalCfg
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from open_clip.transform import PreprocessCfg
 from pydantic import Field
 from typing_extensions import TypedDict
 
@@ -29,7 +25,6 @@ from .errors import validated
 OPEN_CLIP = "open_clip_config.json"
 _MAX_BYTES = 1 << 28  # size of a file; the tokenizer.json of 256,000 tokens has 34 MB
 _MODEL = ("embed_dim", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale")
-_TOWERS = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
 _NESTED = {
     "act_kwargs": ("approximate",),
     "hf_model_config": ("max_position_embeddings",),
@@ -73,11 +68,16 @@ def read_open_clip_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
 
     With `trust`, models of the hub are accepted as towers.
     """
+    from open_clip.coca_model import MultimodalCfg
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+    from open_clip.transform import PreprocessCfg
+
+    towers = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
     values = read_object(path, _MAX_BYTES)
     model = _section(values, "model_cfg")
-    rebuilt = {name: _plain(name, value) for name, value in model.items() if name not in _TOWERS}
+    rebuilt = {name: _plain(name, value) for name, value in model.items() if name not in towers}
     unknown = [name for name in rebuilt if name not in _MODEL]
-    for name, kind in _TOWERS.items():
+    for name, kind in towers.items():
         if name in model:
             tower, known = _section(model, name), {field.name for field in dataclasses.fields(kind)}
             unknown += [f"{name}.{field}" for field in tower if field not in known]
@@ -119,6 +119,8 @@ def _plain(name: str, value: Any) -> Any:
 @cache
 def _text_towers() -> set[str | None]:
     """Text towers of transformers that open_clip's own configurations name."""
+    import open_clip
+
     configs = map(open_clip.get_model_config, open_clip.list_models())
     return {config["text_cfg"].get("hf_model_name") for config in configs}
 

@@ -6,14 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...folders import replace_tensors
 from ...formatting import first_line
 from ..data import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOP = 3
 """Classes per image that are kept."""
@@ -54,6 +54,8 @@ class TestPredictions:
 
 def save(path: Path, tests: Sequence[TestPredictions]) -> None:
     """Write predictions.safetensors, replacing an earlier one."""
+    import torch
+
     tensors: dict[str, Tensor] = {}
     for number, test in enumerate(tests):
         tensors[f"{number}.labels"] = test.labels.int()

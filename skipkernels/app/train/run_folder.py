@@ -107,6 +107,49 @@ def check_writable(folder: Path, argument: str = "out", function: str = "tune") 
         ) from error
 
 
+def check_out(config: TuneConfig, *, can_resume: bool = True) -> None:
+    """Check that a run can be written to its folder; see `check_run_folder`. Imports no torch."""
+    path = config.chosen_out
+    check_apart("out", path, config)
+    if config.cache is not None:
+        check_apart("cache", config.cache, config)
+    check_run_folder(path, resume=bool(config.resume), overwrite=config.overwrite, can_resume=can_resume)
+
+
+def check_run_folder(path: Path, *, resume: bool = False, overwrite: bool, can_resume: bool) -> None:
+    """Check that a folder can be written, and has no run unless it is to be resumed or overwritten.
+
+    `can_resume`: the command can continue a run, which an error names as a remedy.
+    """
+    check_writable(path)
+    _check_free(path)
+    earlier = [file.name for file in _files(path)]
+    if earlier and not has_run(path):
+        raise argument_error(
+            "out",
+            f"{path} contains files with names of run files, but no {CONFIG} of a run: {format_names(earlier)}; choose "
+            "another folder, or move them.",
+        )
+    started = {CONFIG, OPEN_CLIP} <= set(earlier) <= _BEFORE_EPOCHS
+    if earlier and not (resume or overwrite or started):
+        raise argument_error(
+            "out",
+            f"{path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
+            f"`overwrite=True`{' or `resume=True`' if can_resume else ''}.",
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files of a run in a folder, config.yaml last."""
+    names = (checkpoint.FOLDER, *_FILES)
+    return [path for path in (*folder.glob(_EVENTS), *(folder / name for name in names)) if path.exists()]
+
+
+def _check_free(folder: Path) -> None:
+    if is_locked(folder):
+        raise argument_error("out", f"{folder}: in use by another run. Wait for it, or choose another folder.")
+
+
 def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
     """Check that an output folder is outside the folders of images, where it would be read as a class."""
     written = folder.expanduser().resolve()
@@ -146,7 +189,7 @@ class RunFolder:
 
     Args:
         config: Settings of the run.
-        can_resume: The command can continue a run, which an error names as a remedy.
+        can_resume: See `check_run_folder`.
 
     Attributes:
         path: Path of the folder.
@@ -159,35 +202,9 @@ class RunFolder:
         self.path, self._config = config.out, config
         self.resumed: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
-        check_apart("out", self.path, config)
-        if config.cache is not None:
-            check_apart("cache", config.cache, config)
-        check_writable(self.path)
-        self._check_free()
-        earlier = [path.name for path in self._files()]
-        if earlier and not has_run(self.path):
-            raise argument_error(
-                "out",
-                f"{self.path} contains files with names of run files, but no {CONFIG} of a run: "
-                f"{format_names(earlier)}; choose another folder, or move them.",
-            )
+        check_out(config, can_resume=can_resume)
         if config.resume:
             self._resume()
-        elif earlier and not config.overwrite and not {CONFIG, OPEN_CLIP} <= set(earlier) <= _BEFORE_EPOCHS:
-            raise argument_error(
-                "out",
-                f"{self.path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
-                f"`overwrite=True`{' or `resume=True`' if can_resume else ''}.",
-            )
-
-    def _files(self) -> list[Path]:
-        """Files of a run in the folder, config.yaml last."""
-        names = (checkpoint.FOLDER, *_FILES)
-        return [path for path in (*self.path.glob(_EVENTS), *(self.path / name for name in names)) if path.exists()]
-
-    def _check_free(self) -> None:
-        if is_locked(self.path):
-            raise argument_error("out", f"{self.path}: in use by another run. Wait for it, or choose another folder.")
 
     def _resume(self) -> None:
         metrics = read_metrics(self.path) if (self.path / METRICS).exists() else None
@@ -226,7 +243,7 @@ class RunFolder:
                 (self.path / METRICS).unlink(missing_ok=True)
                 if self.resumed is None:
                     checkpoint.remove(self.path)
-                    for path in self._files():
+                    for path in _files(self.path):
                         path.unlink(missing_ok=True)
             except OSError as error:
                 raise argument_error("out", f"{self.path} can't be used: {error.strerror}.") from error
@@ -238,7 +255,7 @@ class RunFolder:
     @contextlib.contextmanager
     def replaced(self) -> Iterator[None]:
         """Write all files of a run in place of an earlier one; in the block, `path` is a new folder beside it."""
-        self._check_free()
+        _check_free(self.path)
         path = self.path
         with replaced_folder(path, (*_FILES, checkpoint.FOLDER, _EVENTS, LOCK)) as self.path:
             try:
