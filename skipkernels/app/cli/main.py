@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Annotated, Any, Union
 
 import tyro
@@ -27,7 +28,7 @@ from .eval import EvalCommand
 from .export import ExportCommand
 from .listings import DatasetsCommand, ModelsCommand
 from .memory import MemoryCommand
-from .options import REGISTRY, settings
+from .options import registry, settings
 from .parse_errors import in_one_line
 from .predict import PredictCommand
 from .rank import RankCommand
@@ -102,7 +103,7 @@ def _run(arguments: list[str], out: Terminal, err: Terminal) -> int:
 
 
 def _parse(arguments: list[str], err: Terminal) -> Any:
-    """Parse the arguments; exits the process for --help, and for missing or invalid values."""
+    """Parse the arguments; exits the process for --help and --help-all, and for missing or invalid values."""
     name = arguments[0] if arguments else "-"
     if not name.startswith("-") and name not in COMMANDS:
         raise _unknown(f"command {name!r}", name, COMMANDS, "skipkernels --help")
@@ -111,20 +112,24 @@ def _parse(arguments: list[str], err: Terminal) -> Any:
     others = [Annotated[COMMANDS[name], tyro.conf.subcommand(name)] for name in COMMANDS if name != "tune"]
     commands: Any = Union[tuple([tune, *others])]  # noqa: UP007
     box = io.StringIO()  # tyro's message
+    hidden: list[str] | None = [] if {"-h", "--help"} & set(arguments) and "--help-all" not in arguments else None
     try:
         with contextlib.redirect_stderr(box):
             command, unknown = tyro.cli(
                 commands,
                 prog="skipkernels",
                 description="Skip Tuning for CLIP. See also: skipkernels COMMAND --help, skipkernels --version.",
-                args=arguments,
+                args=["--help" if word == "--help-all" else word for word in arguments],
                 config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
-                registry=REGISTRY,
+                registry=registry(hidden),
                 console_outputs=is_first(),
                 return_unknown_args=True,
             )
     except SystemExit:
         if not box.getvalue():  # --help, or a process that prints nothing
+            if hidden and is_first():
+                words = takewhile(lambda word: not word.startswith("-"), arguments)
+                sys.stdout.write(f"More options: {' '.join(['skipkernels', *words])} --help-all\n")
             raise
         raise _input_error(in_one_line(box.getvalue(), arguments)) from None
     if unknown:

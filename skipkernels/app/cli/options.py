@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from skipkernels.app import option_groups
 from skipkernels.app.option_groups import (
     CacheOptions,
     ComputeOptions,
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from skipkernels.app.console import Terminal
     from skipkernels.app.studies.study import Study
 
-REGISTRY = tyro.constructors.ConstructorRegistry()
+BASIC = {"data", "model", "pretrained", "method", "shots", "epochs", "out", "resume"}
+"""Settings of a run that --help shows, besides the options of the command itself; --help-all shows all."""
 
 Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 """Type of the positional argument RUN, the folder of a run."""
@@ -131,7 +133,26 @@ def show_study(study: Study, folder: Path, out: Terminal, command: str) -> None:
     out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)
 
 
-@REGISTRY.struct_rule
+def registry(hidden: list[str] | None = None) -> tyro.constructors.ConstructorRegistry:
+    """Return the rules by which tyro reads options. With a list, hide settings that are not `BASIC`, and list them."""
+    rules = tyro.constructors.ConstructorRegistry()
+
+    @rules.struct_rule
+    def rule(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        spec = _plain_help(info)
+        if spec is None or hidden is None or all(one.__module__ != option_groups.__name__ for one in info.type.__mro__):
+            return spec
+        hidden.extend(field.name for field in spec.fields if field.name not in BASIC)
+        return dataclasses.replace(spec, fields=tuple(map(_basic_field, spec.fields)))
+
+    return rules
+
+
+def _basic_field(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
+    suppressed: Any = Annotated[field.type, tyro.conf.Suppress]
+    return field if field.name in BASIC else dataclasses.replace(field, type=suppressed)
+
+
 def _plain_help(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
     """Hide "(default: None)", because help texts state the default, and join the lines of help texts."""
     if _in_rule or not dataclasses.is_dataclass(info.type):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 import skipkernels
+from skipkernels.app.cli.main import COMMANDS, main
 
 # CPU seconds of the whole process. Measured 0.15 to 0.35 s; importing torch and open_clip takes 5 s. The bound leaves a
 # factor of three for slow machines and still fails if a heavy module is imported.
@@ -31,10 +33,9 @@ def measured(*arguments: str) -> tuple[str, float, set[str]]:
     return done.stdout, float(seconds), set(modules)
 
 
-@pytest.mark.parametrize("command", ["", "tune", "predict", "cache build"])
-def test_help_is_quick(command):
-    out, seconds, modules = measured(*command.split(), "--help")
-    assert out.startswith(f"usage: skipkernels {command}".rstrip())
+def test_help_is_quick():
+    out, seconds, modules = measured("tune", "--help")
+    assert out.startswith("usage: skipkernels tune")
     assert not {"torch", "open_clip", "matplotlib", "numpy"} & modules
     assert seconds < MOST_SECONDS
 
@@ -46,11 +47,28 @@ def test_version_is_quick():
 
 
 def test_help_is_grouped_and_shows_no_none(capsys):
-    from skipkernels.app.cli.main import main
-
     with pytest.raises(SystemExit) as ended:
-        main(["tune", "--help"])
+        main(["tune", "--help-all"])
     out = capsys.readouterr().out
     assert ended.value.code == 0
     assert all(f"{group} options" in out for group in ("data", "model", "skip", "training", "cache", "output"))
     assert "None" not in out and "--root PATH" in out and "--template [STR ...]" in out
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "cache build"])
+def test_help_fits_a_screen_or_two(capsys, monkeypatch, command):
+    """At most 75 lines; settings that are hidden are in --help-all, which the last line names."""
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            main([*command.split(), option])
+        shown[option] = capsys.readouterr().out
+    found = {option: set(re.findall("^.{2,3}(--[a-z][a-z-]*)", text, re.MULTILINE)) for option, text in shown.items()}
+    assert len(shown["--help"].splitlines()) <= 75
+    hint = f"More options: skipkernels {command} --help-all\n"
+    assert found["--help"] <= found["--help-all"] and "--help-all" not in shown["--help-all"]
+    assert (found["--help"] < found["--help-all"]) == shown["--help"].endswith(hint)
+    if command == "tune":
+        basic = {"--data", "--shots", "--model", "--pretrained", "--method", "--epochs", "--out", "--resume"}
+        assert found["--help"] == basic | {"--config", "--print-config"}
