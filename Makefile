@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 TESTS := .venv/.tests
+TORCH := "torch>=2.10" "torchvision>=0.25"
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+GPU := $(wildcard /dev/nvidiactl /dev/kfd /dev/dxg)# device files of NVIDIA, AMD and WSL
 
 .PHONY: help setup wheel tune test coverage sanitize race lint types docs format bench counts aot clean
 .DEFAULT_GOAL := help
@@ -12,7 +15,8 @@ help: ## List the targets.
 
 setup: $(TESTS) ## Make .venv with the package, its C++ kernels and what the tests need.
 
-# torch goes in before the package: a build in isolation would fetch a second one.
+# torch goes in before the package: a build in isolation would fetch a second one. On Linux that of PyPI needs gigabytes
+# of CUDA's libraries, so without a GPU PyTorch's index of CPU builds comes first; it has five seconds to answer.
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "skipkernels needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) -V). Use make PYTHON=python3.12"; exit 2; }
@@ -20,9 +24,10 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	  { echo "$(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja numpy
-	@test "$$(uname)" != Linux -o -e /dev/nvidiactl -o -e /dev/kfd -o -n "$$PIP_EXTRA_INDEX_URL" || \
-	  echo "no GPU found; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make … takes the smaller CPU build of PyTorch"
-	$(BIN)/python -m pip install --progress-bar=on "torch>=2.10" "torchvision>=0.25"
+	@if test "$$(uname)" = Linux -a -z "$(GPU)$$PIP_EXTRA_INDEX_URL"; then \
+	  echo "no GPU found: trying the CPU build of PyTorch from $(CPU_INDEX), then PyPI"; \
+	  $(BIN)/python -m pip install --progress-bar=on --no-deps --index-url $(CPU_INDEX) --timeout 5 --retries 0 $(TORCH) || true; fi
+	$(BIN)/python -m pip install --progress-bar=on $(TORCH)
 	@echo "compiling the C++ kernels, one to three minutes"
 	$(BIN)/python -m pip install --no-build-isolation --editable '.[cli]'
 	@touch $(READY)
