@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
 from ..towers import TextTower, deterministic_training, evaluating
 from ..towers.block import unfused
 from ..towers.text import representative_classes
@@ -16,11 +17,6 @@ from .image import ImageEncoder
 from .text import TextEncoder
 
 _HALF = (torch.float16, torch.bfloat16)
-# Largest distance between two unit-norm embeddings. Another order of operations changes about 1e-6 in fp32 over twelve
-# blocks; some fp64 models compute a softmax in fp32. A wrong activation in one block changes at least 2e-3.
-_EMBEDDING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-# Largest relative error of the gradient of norms and biases; in fp32, at most 5e-4 was measured over all of open_clip.
-_GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
 
 
 class _Pair(NamedTuple):
@@ -88,12 +84,13 @@ def _compare(modules: list[nn.Module], pair: _Pair, mode: str, parameters: list[
         with unfused(modules):
             expected, d_expected = _differentiated(pair, pair.reference, parameters)
         got, d_got = _differentiated(pair, pair.actual, parameters)
+    what = f"SkipCLIP: its embeddings of {pair.inputs} differ from the model's in {mode} mode"
     distance = (expected - got).norm(dim=-1).max().item()
-    _raise_if_above(pair, mode, "unit-norm distance", distance, _EMBEDDING_TOLERANCE[got.dtype])
+    raise_if_above(what, "unit-norm distance", distance, OUTPUT_TOLERANCE[got.dtype])
     if parameters:
         norm = d_expected.norm().clamp_min(torch.finfo(d_expected.dtype).tiny)
         error = ((d_got - d_expected).norm() / norm).item()
-        _raise_if_above(pair, mode, "relative error of the gradient", error, _GRADIENT_TOLERANCE[got.dtype])
+        raise_if_above(what, "relative error of the gradient", error, GRADIENT_TOLERANCE[got.dtype])
 
 
 def _differentiated(
@@ -118,15 +115,6 @@ def _differentiated(
     upstream = torch.randn(unit.shape, generator=torch.Generator().manual_seed(1)).to(unit)
     gradients = torch.autograd.grad((unit * upstream).sum(), parameters, materialize_grads=True)
     return unit.detach(), torch.cat([gradient.flatten() for gradient in gradients])
-
-
-def _raise_if_above(pair: _Pair, mode: str, measure: str, value: float, allowed: float) -> None:
-    if not value <= allowed:
-        raise RuntimeError(
-            f"SkipCLIP: its embeddings of {pair.inputs} differ from the model's in {mode} mode: {measure} {value:.2e}, "
-            f"allowed {allowed:.0e}. A part of the model (a hook, a changed forward, a mask or activation) is not what "
-            "its type implies, so tuning would be silently wrong."
-        )
 
 
 @contextmanager
