@@ -512,10 +512,9 @@ class _Sums:
         if self.partial and len(matrices[-1]) <= MAX_ROWS:
             return self._defer([name], matrices)
         # On a CPU a sum in another dtype would convert all rows first.
-        dtype, widths = matrices[0].dtype if matrices[0].is_cpu else self.dtype, [x.shape[1] for x in matrices]
-        self.gradients[name] = out = matrices[0].new_empty(sum(widths), dtype=dtype)
-        for x, part in zip(matrices, out.split(widths), strict=True):
-            torch.sum(x, 0, dtype=dtype, out=part)
+        dtype = matrices[0].dtype if matrices[0].is_cpu else self.dtype
+        sums = [x.sum(0, dtype=dtype) for x in matrices]  # `out=` has no batching rule
+        self.gradients[name] = torch.cat(sums) if len(sums) > 1 else sums[0]
 
     def _defer(self, names: list[str], matrices: Sequence[Tensor]) -> None:
         width = sum(x.shape[1] for x in matrices)
