@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import skipkernels as sk
 from skipkernels.digests import _device_digest, digests
 from skipkernels.towers import UnsupportedModel
-from skipkernels.towers.block import unfused
+from skipkernels.towers.block import _fused_class, submodules, unfused
 from skipkernels.towers.families import open_clip as open_clip_towers
 
 C = 7
@@ -491,8 +491,9 @@ def test_attention_of_open_clip_4_is_fused(monkeypatch):
         return self.attn(q_x, attn_mask=None if attn_mask is None else attn_mask.to(q_x.dtype))
 
     monkeypatch.setattr(open_clip_towers, "Attention", Attention)
-    monkeypatch.setitem(open_clip_towers._BLOCK_OF_OPEN_CLIP_4, "attn", ("", "attn", (Attention,)))
+    monkeypatch.setitem(open_clip_towers._BLOCK_OF_OPEN_CLIP_4, "attn", submodules({"attn": (Attention,)})["attn"])
     monkeypatch.setattr(Block, "attention", attention)
+    monkeypatch.setitem(_fused_class(Block, "fast")._methods, "attention", attention)
     for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
         old = block.attn
         block.attn = Attention(old.embed_dim, old.num_heads).double()

@@ -1,8 +1,8 @@
 """The caller's block as a fused block: `block.__class__` becomes a subclass of its own class with another `forward`.
 
 Parameters, their names, `state_dict`, `isinstance` and hooks stay. `forward` reads weights and settings from the
-block's children at each call. If a child is not what the fused path knows (an adapter, a quantised layer, a hook), the
-block runs its family's own forward.
+block's children at each call. If a child is not what the fused path knows (an adapter, a quantised layer, a hook, a
+method that was replaced on its class), the block runs its family's own forward.
 """
 
 from __future__ import annotations
@@ -40,13 +40,28 @@ FAMILIES = {
     "timm.models.eva.EvaBlock": "timm_blocks:TimmEvaBlock",
 }
 
-Submodules = Mapping[str, tuple[str, str, tuple[type, ...]]]
-"""Path of the parent, name and allowed types of each submodule of a block, by path; parents come first."""
+Submodules = Mapping[str, tuple[str, str, Mapping[type, Any]]]
+"""Path of the parent, name, and allowed types with their `forward`, of each submodule of a block, by path; parents come
+first."""
 
 
 def submodules(types: Mapping[str, tuple[type, ...]]) -> Submodules:
-    """Make a table of submodules from their allowed types by path."""
-    return {path: (path.rpartition(".")[0], path.rpartition(".")[2], allowed) for path, allowed in types.items()}
+    """Make a table of submodules from their allowed types by path; a family makes its tables once, at import."""
+    return {
+        path: (path.rpartition(".")[0], path.rpartition(".")[2], {kind: shipped(kind, "forward") for kind in allowed})
+        for path, allowed in types.items()
+    }
+
+
+def shipped(kind: type, method: str) -> Any:
+    """Return a method of a class, or None if it is not by the package that defines the class: it was replaced."""
+    function, home = getattr(kind, method), _definer(kind, method).__module__
+    module = getattr(function, "__globals__", {}).get("__name__", "")  # a wrapper may have any `__module__`
+    return function if module.partition(".")[0] == home.partition(".")[0] else None
+
+
+def _definer(kind: type, method: str) -> type:
+    return next(base for base in kind.__mro__ if method in vars(base))
 
 
 class Sequences(NamedTuple):
@@ -74,6 +89,7 @@ class FusedBlock:
 
     linear_weights: Sequence[str]  # paths of query, key, value, W_o, W_fc and W_p; packed ones three times
     _own: ClassVar[type]  # the caller's class
+    _methods: ClassVar[Mapping[str, Any]]  # its methods that this class replaces, as its package defines them
     _memory: ClassVar[FusedMemory]  # saved for backward of a call with sequences
     _modules: dict[str, Any]  # of nn.Module
 
@@ -93,6 +109,10 @@ class FusedBlock:
         """Return the arguments of the block's own forward as sequences, or None if only that forward takes them."""
         raise NotImplementedError
 
+    def _example(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...] | None:
+        """Return arguments of a small call, of tensors `draw(*shape)`; None if its own forward takes no fp32."""
+        return (draw(2, 3, width),)
+
     def _output(self, hidden: Tensor) -> Tensor:
         """Return hidden states [n, tokens, W] as the block's own forward does."""
         return hidden
@@ -104,18 +124,24 @@ class FusedBlock:
         block: Any = self
         if "attention" in vars(block):
             return "attention() of a block was replaced"
+        for name, method in self._methods.items():
+            if getattr(self._own, name) is not method:
+                return _why_replaced(self._own, name)
         modules: dict[str, Any] = {"": block}
         count, dtypes = len(block._modules), set()
         for path, (parent, name, types) in self._submodules().items():
             module = modules[path] = modules[parent]._modules.get(name)
             if module is None:
                 return f"the submodules of a block differ from those of a {block._own.__name__}"
-            attributes = module.__dict__
-            if type(module) not in types:
+            attributes, kind = module.__dict__, type(module)
+            if kind not in types:
+                kind = parametrize.type_before_parametrizations(module)
                 reason = _why_parametrized(module, path, types)
                 if reason is not None:
                     return reason
                 count -= 1  # of `parametrizations`
+            if kind.forward is not types[kind]:
+                return _why_replaced(kind, "forward")
             if (
                 attributes["_forward_hooks"]
                 or attributes["_forward_pre_hooks"]
@@ -129,7 +155,7 @@ class FusedBlock:
                 if x is None:
                     if name == "weight":
                         return "a norm of a block has no weight"
-                elif type(x) is not nn.Parameter and not hasattr(x, "placements"):  # FSDP2 shards whole ones
+                elif type(x) not in (nn.Parameter, Tensor) and not hasattr(x, "placements"):  # FSDP2 shards whole ones
                     return f"a weight of a block is a {type(x).__name__}"
                 elif name != "bias" and x.ndim == 2:
                     dtypes.add(x.dtype)
@@ -159,7 +185,7 @@ class FusedBlock:
         if not _is_transformed():
             reason = self.why_not_fused()
             given = self._sequences(*args, **kwargs) if reason is None else None
-            if given is not None:
+            if given is not None and not (given.mask is not None and given.mask.requires_grad):  # a learned mask
                 return self._run_sequences(given)
             if reason is not None:
                 warn_caller(
@@ -188,6 +214,12 @@ class FusedBlock:
         rows = self._run(Hidden(hidden.flatten(0, 1)), call)
         return self._output(rows.map(lambda x: x.view(hidden.shape)).sum())
 
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            "torch.jit.script: a fused block cannot be scripted. Call skipkernels.unfuse(model) first, or script a "
+            "copy: copy.deepcopy(model) has the model's own classes."
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles have the caller's class."""
         rebuild = copyreg._reconstructor  # type: ignore[attr-defined]
@@ -207,7 +239,11 @@ def global_hooks() -> list[Any]:
     return [hook for hooks in _GLOBAL_HOOKS if hooks for hook in _changing(hooks)]
 
 
-def _why_parametrized(module: nn.Module, path: str, types: tuple[type, ...]) -> str | None:
+def _why_replaced(kind: type, method: str) -> str:
+    return f"{method}() of the class {_definer(kind, method).__name__} was replaced"
+
+
+def _why_parametrized(module: nn.Module, path: str, types: Mapping[type, Any]) -> str | None:
     """Return why a module is not one of these types with low-rank updates, or None."""
     if parametrize.type_before_parametrizations(module) not in types:
         package = type(module).__module__.partition(".")[0]
@@ -217,18 +253,25 @@ def _why_parametrized(module: nn.Module, path: str, types: tuple[type, ...]) -> 
     return None if low_rank_updates(module) else f"a {type(module).__name__} of a block was altered"
 
 
-def parameter(module: Any, name: str) -> Any:
-    """Parameter or parametrized weight of a module, several times faster than `getattr` in the first case."""
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
-
-
 def weight_and_bias(layer: Any, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer, multiplied by the layer scale [W] that follows it, if there is one."""
-    weight, bias = parameter(layer, "weight"), layer._parameters.get("bias")
+    """Weight and bias of a layer, multiplied by the layer scale [W] that follows it, if there is one.
+
+    They are attributes, as the layer reads them: a bias may be a parameter, a buffer, or a view of a flat parameter.
+    """
+    weight, bias = layer.weight, getattr(layer, "bias", None)  # RMSNorm has none
     if scale is None:
         return weight, bias
     return scale[:, None] * weight, None if bias is None else scale * bias
+
+
+def joint_weight_and_bias(*layers: Any) -> tuple[Any, Any]:
+    """Weights and biases of layers side by side; zeros for a bias that one of them lacks."""
+    weights, biases = zip(*map(weight_and_bias, layers), strict=True)
+    if all(bias is None for bias in biases):
+        return weights, None
+    return weights, tuple(
+        w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)
+    )
 
 
 def layer_scale(module: Any) -> Tensor | None:
@@ -255,7 +298,19 @@ def _fused_class(own: Any, memory: FusedMemory) -> type:
     file, _, name = FAMILIES[f"{own.__module__}.{own.__qualname__}"].partition(":")
     family = getattr(importlib.import_module(f".families.{file}", __package__), name)
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (family, own), {**names, "_own": own, "_memory": memory})
+    methods = {name: shipped(own, name) for name in ("forward", "attention") if hasattr(own, name)}
+    return type(own.__name__, (family, own), {**names, "_own": own, "_memory": memory, "_methods": methods})
+
+
+@functools.cache
+def own_class(kind: Any) -> Any:
+    """The caller's class of a fused block, with what was made on top of the fused class, such as FSDP2's."""
+    if not issubclass(kind, FusedBlock):
+        return kind
+    if "_own" in vars(kind):
+        return kind._own
+    attributes = {name: x for name, x in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, tuple(map(own_class, kind.__bases__)), attributes)
 
 
 def fuse_blocks(modules: Iterable[nn.Module], memory: FusedMemory = "fast") -> list[Any]:
@@ -276,10 +331,10 @@ def fuse_blocks(modules: Iterable[nn.Module], memory: FusedMemory = "fast") -> l
 @contextmanager
 def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Give fused blocks among these modules the caller's class."""
-    before = [(module, type(module)) for module in modules if isinstance(module, FusedBlock)]
+    before: list[tuple[Any, Any]] = [(x, type(x)) for x in modules if isinstance(x, FusedBlock)]
     try:
-        for module, _ in before:
-            module.__class__ = module._own
+        for module, kind in before:
+            module.__class__ = own_class(kind)
         yield
     finally:
         for module, kind in before:

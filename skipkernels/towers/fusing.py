@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from torch import nn
 
 from ..checks import warn_caller
 from ..options import FusedMemory
 from .base import UnsupportedModel
-from .block import FAMILIES, FusedBlock, fuse_blocks
+from .block import FAMILIES, FusedBlock, fuse_blocks, own_class
+from .comparison import compare_with_own_forward
 
 Model = TypeVar("Model", bound=nn.Module)
+_PEFT_REMEDY = (
+    " A block with an adapter of PEFT runs its own forward. SkipCLIP's add_lora updates the weights of fused blocks, "
+    "and a merged model (merge_and_unload) can be fused."
+)
 
 
 def fuse(model: Model, *, memory: FusedMemory = "fast") -> Model:
     """Make the transformer blocks of a model fused blocks, in place: the same results from less memory for backward.
 
     Parameters, their names, `state_dict`, `isinstance` and hooks stay, and copies and pickles have the model's own
-    classes. A block that is altered later (an adapter, a hook on one of its modules) runs its own forward, with a
-    warning. Works under autocast, `DistributedDataParallel`, gradient accumulation and `torch.compile` of the model,
-    which breaks the graph at each block. Call it before `fully_shard`.
+    classes. A block that is altered later (an adapter, a hook on one of its modules, a method replaced on a class) runs
+    its own forward, with a warning. Works under autocast, `DistributedDataParallel`, gradient accumulation and
+    `torch.compile` of the model, which breaks the graph at each block. Call it before `fully_shard`.
+
+    One block of each kind is compared with its own forward, with random weights and a small random input.
 
     Args:
         model: A model with blocks of open_clip, OpenAI's clip, CLIP or SigLIP of transformers, or timm's
@@ -34,6 +41,7 @@ def fuse(model: Model, *, memory: FusedMemory = "fast") -> Model:
 
     Raises:
         UnsupportedModel: If no block can be fused.
+        RuntimeError: If output or gradients of a fused block differ from those of its own forward.
 
     Example:
         >>> import torch, skipkernels as sk
@@ -46,15 +54,21 @@ def fuse(model: Model, *, memory: FusedMemory = "fast") -> Model:
         raise TypeError(f"fuse: model must be an nn.Module; got {type(model).__name__}.")
     if memory not in get_args(FusedMemory):
         raise ValueError(f'fuse: memory must be "fast", "balanced" or "min"; got {memory!r}.')
+    if any(hasattr(module, "unshard") for module in model.modules()):  # of FSDP2
+        raise UnsupportedModel("fuse: the model is sharded. Call fuse first, then fully_shard.")
     unfuse(model)  # of another `memory`
     blocks = fuse_blocks(model.modules(), memory)
     reasons = [block.why_not_fused() for block in blocks]
-    for block, reason in zip(blocks, reasons, strict=True):
-        if reason is not None:
-            block.__class__ = block._own
+    unfuse(nn.ModuleList(block for block, reason in zip(blocks, reasons, strict=True) if reason is not None))
     found = "; ".join(dict.fromkeys(filter(None, reasons))) or f"the model has none of {', '.join(FAMILIES)}"
     if None not in reasons:
-        raise UnsupportedModel(f"fuse: no block of {type(model).__name__} can be fused: {found}.")
+        remedy = _PEFT_REMEDY if " of peft " in found else ""
+        raise UnsupportedModel(f"fuse: no block of {type(model).__name__} can be fused: {found}.{remedy}")
+    try:
+        compare_with_own_forward(block for block, reason in zip(blocks, reasons, strict=True) if reason is None)
+    except BaseException:
+        unfuse(model)
+        raise
     if any(reasons):
         warn_caller(f"fuse: {len(reasons) - reasons.count(None)} of {len(reasons)} blocks are not fused: {found}.")
     return model
@@ -64,5 +78,6 @@ def unfuse(model: Model) -> Model:
     """Give the blocks of a model their own classes again, in place, and return the model."""
     for module in model.modules():
         if isinstance(module, FusedBlock):
-            module.__class__ = module._own
+            kind: Any = type(module)
+            module.__class__ = own_class(kind)
     return model

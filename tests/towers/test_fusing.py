@@ -7,6 +7,7 @@ import io
 import pickle
 
 import open_clip
+import peft
 import pytest
 import timm
 import torch
@@ -16,7 +17,7 @@ from models import openai_clip, random_weights, tiny_batch, tiny_clip, tiny_toke
 from processes import run_in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Siglip2Model
 
@@ -199,6 +200,69 @@ def test_fuse_in_two_processes(tmp_path):
     for found in run_in_processes(2, tmp_path, in_processes):
         for gradients_of_way in found:
             assert_equal(gradients_of_way, expected)
+
+
+@pytest.fixture
+def process_group():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_unfuse_keeps_shards(process_group):
+    model, (images, _) = sk.fuse(timm_vit()), tiny_batch(3, 3)
+    expected = gradients(timm_vit(), images)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=process_group)
+    with pytest.raises(UnsupportedModel, match="fuse: the model is sharded. Call fuse first, then fully_shard"):
+        sk.fuse(model)
+    sk.unfuse(model)
+    assert not any(isinstance(module, FusedBlock) for module in model.modules())
+    for block in model.blocks:
+        assert isinstance(block, FSDPModule) and isinstance(block, timm.models.vision_transformer.Block)
+        block.unshard()
+    assert_equal(
+        {name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in gradients(model, images).items()}, expected
+    )
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("original", [True, False])
+def test_flat_parameters_of_fsdp1(original, process_group, recwarn):
+    """In the forward pass weights and biases are views of a flat parameter, and no parameters."""
+    found, (images, _) = [], tiny_batch(3, 3)
+    for prepare in (lambda model: model, sk.fuse):
+        model, cpu = prepare(timm_vit()), torch.device("cpu")
+        wrapped = FullyShardedDataParallel(model, use_orig_params=original, device_id=cpu)
+        loss = wrapped(images).square().sum()
+        loss.backward()
+        found.append({"loss": loss.detach()} | {name: p.grad for name, p in wrapped.named_parameters()})
+    assert_equal(found[1], found[0])
+    assert not [warning for warning in recwarn if "not fused" in str(warning.message)]
+
+
+def test_batched_gradients():
+    model, (images, _) = sk.fuse(timm_vit()), tiny_batch(2, 3)
+    out, inputs = model(images), list(model.parameters())
+    upstream = torch.randn(4, *out.shape, dtype=out.dtype)
+    found = torch.autograd.grad(out, inputs, upstream, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, inputs, row, retain_graph=True) for row in upstream]
+    for x, rows in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(x, torch.stack(rows), rtol=1e-10, atol=1e-12)
+
+
+def test_script_names_unfuse():
+    with pytest.raises(RuntimeError, match=r"a fused block cannot be scripted. Call skipkernels.unfuse\(model\)"):
+        torch.jit.script(sk.fuse(timm_vit()))
+
+
+def test_adapters_of_peft_in_every_block():
+    adapted = peft.get_peft_model(tiny_clip(), peft.LoraConfig(r=2, target_modules=["c_fc"]))
+    with pytest.raises(
+        UnsupportedModel, match="a Linear of peft for its mlp.c_fc. A block with an adapter .* add_lora"
+    ):
+        sk.fuse(adapted)
 
 
 def test_fuse_says_what_it_cannot_fuse():

@@ -136,7 +136,8 @@ def test_rotation_saves_nothing():
     rope = arguments(block)["rope"]
     saved = {}
     for given in (None, rope):
-        saved[given is None] = saved_bytes(lambda given=given: fused(make_block("perception"))(hidden, rope=given))
+        block = fused(make_block("perception"))
+        saved[given is None] = saved_bytes(lambda block=block, given=given: block(hidden, rope=given))
     assert saved[False] == saved[True]
 
 

@@ -3,24 +3,29 @@
 CLIP and MetaCLIP 2: as OpenAI's model, but with separate projections of query, key and value. SigLIP: no class token,
 no norm in front of the blocks; images are pooled by attention of a learned probe, texts at their last token, without a
 mask, through a linear layer. SigLIP 2 (NaFlex) takes patches, which are made here of images of one size, as its
-processor does, without padding. Fused blocks ignore the model's `attn_implementation`.
+processor does, without padding. Fused blocks compute what "sdpa", "eager" and "flash_attention_…" of transformers do;
+with a registered attention function they run their own forward.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, QuickGELUActivation
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.clip import modeling_clip
 from transformers.models.metaclip_2 import modeling_metaclip_2
 from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip2 import modeling_siglip2
 
 from ..base import ImageTower, UnsupportedModel
-from ..block import FusedBlock, Sequences, Submodules, submodules, weight_and_bias
+from ..block import FusedBlock, Sequences, Submodules, joint_weight_and_bias, submodules, weight_and_bias
 from ..fused_block import BlockWeights, FusableBlock
 from ..text import TextTower
 
@@ -40,19 +45,29 @@ class HuggingFaceBlock(FusedBlock):
 
     def _why_settings(self) -> str | None:
         attention = self._modules["self_attn"]
+        if self._attention_function() not in _ATTENTION_FUNCTIONS:
+            name = attention.config._attn_implementation
+            return f"the attention function {name!r} of transformers was registered or replaced"
         if attention.dropout > 0:
             return "a block's attention has dropout"
         if attention.is_causal or attention.scale != attention.head_dim**-0.5:
             return "a block's attention is causal or has an unusual scale"
         return None
 
+    def _attention_function(self) -> Any:
+        """The function of transformers that the attention module calls."""
+        attention = self._modules["self_attn"]
+        module = sys.modules[type(attention).__module__]
+        functions, eager = module.ALL_ATTENTION_FUNCTIONS, module.eager_attention_forward
+        return functions.get(attention.config._attn_implementation, eager)
+
     def _read(self) -> FusableBlock:
         parts = self._modules
         norm_1, norm_2, attention = parts["layer_norm1"], parts["layer_norm2"], parts["self_attn"]
         layers, mlp = attention._modules, parts["mlp"]._modules
-        qkv, qkv_bias = zip(*(weight_and_bias(layers[f"{name}_proj"]) for name in "qkv"), strict=True)
+        qkv = joint_weight_and_bias(*(layers[f"{name}_proj"] for name in "qkv"))
         weights = BlockWeights(
-            *weight_and_bias(norm_1), qkv, qkv_bias, *weight_and_bias(layers["out_proj"]),
+            *weight_and_bias(norm_1), *qkv, *weight_and_bias(layers["out_proj"]),
             *weight_and_bias(norm_2), *weight_and_bias(mlp["fc1"]), *weight_and_bias(mlp["fc2"]),
         )  # fmt: skip
         heads = attention.embed_dim // attention.head_dim  # its forward ignores `num_heads`
@@ -76,6 +91,10 @@ class HuggingFaceBlock(FusedBlock):
             attention_mask = hidden_states.new_zeros(attention_mask.shape).masked_fill(~attention_mask, -torch.inf)
         return Sequences(hidden_states, attention_mask)
 
+    def _example(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...] | None:
+        takes_fp32 = self._attention_function() is not flash_attention_forward
+        return (draw(2, 3, width), None) if takes_fp32 else None  # without a mask
+
 
 def _submodules_of(attention: type, mlp: type) -> Submodules:
     types = {
@@ -89,16 +108,22 @@ def _submodules_of(attention: type, mlp: type) -> Submodules:
     return submodules(types)
 
 
+_MODULES: dict[str, Any] = {
+    "CLIP": modeling_clip,
+    "MetaClip2": modeling_metaclip_2,
+    "Siglip": modeling_siglip,
+    "Siglip2": modeling_siglip2,
+}
 _BLOCKS: dict[type, Submodules] = {
     getattr(module, f"{name}EncoderLayer"): _submodules_of(
         getattr(module, f"{name}Attention"), getattr(module, f"{name}MLP")
     )
-    for name, module in {
-        "CLIP": modeling_clip,
-        "MetaClip2": modeling_metaclip_2,
-        "Siglip": modeling_siglip,
-        "Siglip2": modeling_siglip2,
-    }.items()
+    for name, module in _MODULES.items()
+}
+_ATTENTION_FUNCTIONS = {
+    sdpa_attention_forward,
+    flash_attention_forward,
+    *(module.eager_attention_forward for module in _MODULES.values()),
 }
 
 

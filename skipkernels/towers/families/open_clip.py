@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..base import ImageTower, Part, UnsupportedModel
-from ..block import FusedBlock, Sequences, Submodules, activation, layer_scale, parameter, submodules, weight_and_bias
+from ..block import FusedBlock, Sequences, Submodules, activation, layer_scale, submodules, weight_and_bias
 from ..fused_block import BlockWeights, FusableBlock
 from ..text import TextTower
 
@@ -60,6 +60,8 @@ class OpenClipBlock(FusedBlock):
 
     def _why_settings(self) -> str | None:
         attention = self._modules["attn"]
+        if tuple(self._modules["mlp"]._modules) != ("c_fc", "gelu", "c_proj"):
+            return "the layers of a block's MLP are in another order"
         if not getattr(attention, "_qkv_same_embed_dim", True):
             return "a block's attention has separate projections"
         if isinstance(attention, Attention):
@@ -79,7 +81,7 @@ class OpenClipBlock(FusedBlock):
         parts = self._modules
         norm_1, norm_2, attention, mlp = parts["ln_1"], parts["ln_2"], parts["attn"], parts["mlp"]._modules
         weights = BlockWeights(
-            *weight_and_bias(norm_1), parameter(attention, "in_proj_weight"), attention._parameters["in_proj_bias"],
+            *weight_and_bias(norm_1), attention.in_proj_weight, attention.in_proj_bias,
             *weight_and_bias(attention._modules["out_proj"], layer_scale(parts.get("ls_1"))),
             *weight_and_bias(norm_2), *weight_and_bias(mlp["c_fc"]),
             *weight_and_bias(mlp["c_proj"], layer_scale(parts.get("ls_2"))),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,11 +27,18 @@ class OpenAIBlock(OpenClipBlock):
     def _submodules(self) -> Submodules:
         return _submodules(sys.modules["clip.model"])  # already imported: it defines the model
 
+    def _why_settings(self) -> str | None:
+        learned = self.attn_mask is not None and self.attn_mask.requires_grad
+        return "a block's attention mask is learned" if learned else super()._why_settings()
+
     def _sequences(self, x: Tensor) -> Sequences | None:  # type: ignore[override]
         if x.ndim != 3:
             return None
         mask, tokens = self.attn_mask, len(x)
         return Sequences(x.transpose(0, 1), None if mask is None else mask[None, None, -tokens:, -tokens:].to(x.device))
+
+    def _example(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...]:
+        return (draw(3 if self.attn_mask is None else len(self.attn_mask), 2, width),)
 
     def _output(self, hidden: Tensor) -> Tensor:
         return hidden.transpose(0, 1)

@@ -7,17 +7,27 @@ own parameters.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, DropPath, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU
 from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from ..block import FusedBlock, Sequences, Submodules, activation, layer_scale, submodules, weight_and_bias
+from ..block import (
+    FusedBlock,
+    Sequences,
+    Submodules,
+    activation,
+    joint_weight_and_bias,
+    layer_scale,
+    submodules,
+    weight_and_bias,
+)
 from ..fused_block import NORMS, BlockWeights, FusableBlock, Rotary
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
@@ -25,7 +35,6 @@ _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)
 _OPTIONAL_NORM = (nn.Identity, *_NORM)
 
 
-@functools.cache
 def _submodules(attention: Any, mlp: Any, packed: bool) -> Submodules:
     """Submodules of a block with these types, and a packed projection of query, key and value or three."""
     types: dict[str, tuple[type, ...]] = {
@@ -48,6 +57,12 @@ def _submodules(attention: Any, mlp: Any, packed: bool) -> Submodules:
     return submodules(types)
 
 
+_SUBMODULES = {
+    key: _submodules(*key)
+    for key in itertools.product((Attention, EvaAttention, AttentionRope), (Mlp, GluMlp, SwiGLU), (True, False))
+}
+
+
 class TimmBlock(FusedBlock):
     """`Block` of timm's `VisionTransformer`."""
 
@@ -62,9 +77,9 @@ class TimmBlock(FusedBlock):
 
     def _submodules(self) -> Submodules:
         attention, mlp = self._modules.get("attn"), type(self._modules.get("mlp"))
-        kind = type(attention) if type(attention) in self._attentions else self._attentions[0]
+        kind: Any = type(attention) if type(attention) in self._attentions else self._attentions[0]
         packed = attention is not None and "qkv" in attention._modules
-        return _submodules(kind, mlp if mlp in (GluMlp, SwiGLU) else Mlp, packed)  # type: ignore[arg-type]
+        return _SUBMODULES[kind, mlp if mlp in (GluMlp, SwiGLU) else Mlp, packed]
 
     def _why_settings(self) -> str | None:
         parts = self._modules
@@ -80,6 +95,9 @@ class TimmBlock(FusedBlock):
             return "a block's attention is causal or has an unusual scale"
         if getattr(mlp, "gate_last", False):
             return "the gate of a block's MLP is behind its value"
+        query_norm, key_norm, *_ = self._optional_norms()
+        if isinstance(query_norm, nn.Identity) != isinstance(key_norm, nn.Identity):
+            return "a block has a norm for one of query and key"
         norms = [parts["norm1"], parts["norm2"], *self._optional_norms()]
         if len({isinstance(x, RmsNorm) for x in norms if not isinstance(x, nn.Identity)}) > 1:
             return "a block has LayerNorm and RMSNorm"
@@ -99,7 +117,9 @@ class TimmBlock(FusedBlock):
         norm_1, norm_2, attention = parts["norm1"], parts["norm2"], parts["attn"]
         layers, mlp = attention._modules, parts["mlp"]._modules
         scales, norms = self._scales(), self._optional_norms()
-        fc: tuple[Any, Any] = weight_and_bias(mlp["fc1"]) if "fc1" in mlp else _joint(mlp["fc1_g"], mlp["fc1_x"])
+        fc: tuple[Any, Any] = (
+            weight_and_bias(mlp["fc1"]) if "fc1" in mlp else joint_weight_and_bias(mlp["fc1_g"], mlp["fc1_x"])
+        )
         weights = BlockWeights(
             *weight_and_bias(norm_1), *_projections(attention), *weight_and_bias(layers["proj"], scales[0]),
             *weight_and_bias(norm_2), *fc, *weight_and_bias(mlp["fc2"], scales[1]),
@@ -132,6 +152,13 @@ class TimmEvaBlock(TimmBlock):
         rotary = rotary_of_tokens(rope, self._modules["attn"])
         return None if rotary is None else given._replace(rotary=rotary)
 
+    def _example(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...]:
+        attention: Any = self._modules["attn"]
+        angles, half = draw(3, attention.head_dim // 2), getattr(attention, "rotate_half", False)
+        angles = torch.cat([angles] * 2, dim=1) if half else angles.repeat_interleave(2, dim=1)
+        positions = torch.cat([angles.sin(), angles.cos()], dim=1)
+        return draw(2, attention.num_prefix_tokens + 3, width), positions
+
 
 def rotary_of_tokens(rope: Tensor, attention: Any) -> Rotary | None:
     """Rotary positions of all tokens from timm's, [tokens with a position, 2E]: the sine of each pair, twice, and the
@@ -158,19 +185,9 @@ def _weights_of_norms(norms: Sequence[nn.Module]) -> dict[str, Any]:
 
 def _projections(attention: Any) -> tuple[Any, Any]:
     """Weights and biases of query, key and value."""
-    layers, own = attention._modules, attention._parameters
+    layers = attention._modules
     if "qkv" not in layers:
-        return _joint(layers["q_proj"], layers["k_proj"], layers["v_proj"])
+        return joint_weight_and_bias(layers["q_proj"], layers["k_proj"], layers["v_proj"])
     weight, bias = weight_and_bias(layers["qkv"])
-    separate = own.get("q_bias") is not None  # of EvaAttention, where the layer has no bias
-    return weight, (own["q_bias"], attention.k_bias, own["v_bias"]) if separate else bias
-
-
-def _joint(*layers: Any) -> tuple[Any, Any]:
-    """Weights and biases of layers side by side; zeros for a bias that one of them lacks."""
-    weights, biases = zip(*map(weight_and_bias, layers), strict=True)
-    if all(bias is None for bias in biases):
-        return weights, None
-    return weights, tuple(
-        w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)
-    )
+    separate = getattr(attention, "q_bias", None) is not None  # of EvaAttention, where the layer has no bias
+    return weight, (attention.q_bias, attention.k_bias, attention.v_bias) if separate else bias

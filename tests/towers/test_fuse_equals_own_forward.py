@@ -1,0 +1,280 @@
+"""Blocks that were altered in a way that a fused block could miss: output and gradients are those of their own forward.
+
+All in fp64, but for OpenAI's block, with norms that compute in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import open_clip.transformer
+import pytest
+import torch
+import transformers
+from models import openai_models, tiny_clip
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from transformers.models.clip import modeling_clip
+
+import skipkernels as sk
+from skipkernels.towers import UnsupportedModel, comparison
+from skipkernels.towers.block import FusedBlock, unfused
+
+N, TOKENS, W, HEADS = 3, 5, 24, 3
+ResidualAttentionBlock = open_clip.transformer.ResidualAttentionBlock
+
+
+def hugging_face_block() -> nn.Module:
+    config = transformers.CLIPVisionConfig(hidden_size=W, intermediate_size=2 * W, num_attention_heads=HEADS)
+    config._attn_implementation = "sdpa"
+    return modeling_clip.CLIPEncoderLayer(config)
+
+
+MAKE: dict[str, Callable[[], nn.Module]] = {
+    "open_clip": lambda: ResidualAttentionBlock(W, HEADS, ls_init_value=0.3),
+    "openai": lambda: openai_models().ResidualAttentionBlock(W, HEADS, causal_mask()),
+    "hf": hugging_face_block,
+    "timm": lambda: Block(W, HEADS, qkv_bias=True, qk_norm=True, init_values=0.3),
+    "eva": lambda: EvaBlock(W, HEADS, init_values=0.3),
+}
+MASK = {"open_clip": "attn_mask", "hf": "attention_mask"}  # name of the argument
+
+
+def causal_mask() -> Tensor:
+    return torch.full((TOKENS, TOKENS), -torch.inf, dtype=torch.float64).triu(1)
+
+
+def make_block(family: str) -> nn.Module:
+    """A block with parameters of ordinary size, in a model."""
+    torch.manual_seed(0)
+    block = MAKE[family]()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 3 + (parameter.ndim == 1))
+    return nn.Sequential(block.float() if family == "openai" else block.double())
+
+
+def gradients(block: nn.Module, **arguments: Tensor) -> list[Tensor]:
+    """Output, and gradients of the input and of every tensor that trains."""
+    dtype = next(x for x in block.parameters() if x.ndim == 2).dtype
+    hidden = torch.randn(N, TOKENS, W, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    by_tokens = hasattr(block, "attn_mask")  # OpenAI's blocks take [tokens, n, W]
+    arguments = {"attention_mask": None, **arguments} if hasattr(block, "self_attn") else arguments
+    out = block(hidden.transpose(0, 1) if by_tokens else hidden, **arguments)
+    trained = [x for x in (hidden, *arguments.values(), *block.parameters(), *plain_tensors(block)) if is_trained(x)]
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    return [out, *torch.autograd.grad(out, trained, upstream)]
+
+
+def plain_tensors(block: nn.Module) -> list[Tensor]:
+    return [x for m in block.modules() for x in vars(m).values() if isinstance(x, Tensor)]
+
+
+def is_trained(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
+
+
+def assert_equals_own_forward(block: nn.Module, **arguments: Tensor) -> None:
+    with unfused(block.modules()):
+        expected = gradients(block, **arguments)
+    # The order of sums; of OpenAI's in fp32. A key's bias has a gradient of 0 up to that.
+    tolerance = 1e-5 if expected[0].dtype == torch.float32 else 1e-12
+    for found, own in zip(gradients(block, **arguments), expected, strict=True):
+        assert (found - own).norm() <= tolerance * max(own.norm(), 1.0)
+
+
+# ---- tensors that are no entry of `_parameters` ------------------------------------------------------------------
+
+
+def as_buffer(module: nn.Module, name: str) -> None:
+    x = module._parameters.pop(name)
+    module.register_buffer(name, x.detach().clone())
+
+
+def as_plain_tensor(module: nn.Module, name: str) -> None:
+    """Replace a parameter by a plain tensor, as FSDP1 with `use_orig_params=False` does."""
+    x = module._parameters.pop(name)
+    setattr(module, name, x.detach().clone().requires_grad_())
+
+
+BIASES = [
+    *(("open_clip", path) for path in ("ln_1.bias", "attn.in_proj_bias", "attn.out_proj.bias", "mlp.c_fc.bias")),
+    *(("openai", path) for path in ("ln_2.bias", "attn.in_proj_bias", "mlp.c_proj.bias")),
+    *(("hf", path) for path in ("layer_norm1.bias", "self_attn.q_proj.bias", "mlp.fc2.bias")),
+    *(("timm", path) for path in ("attn.qkv.bias", "attn.q_norm.bias", "mlp.fc1.bias", "ls1.gamma")),
+    *(("eva", path) for path in ("attn.q_bias", "attn.v_bias", "gamma_1", "norm2.weight")),
+]
+
+
+@pytest.mark.parametrize("change", [as_buffer, as_plain_tensor])
+@pytest.mark.parametrize(("family", "path"), BIASES)
+def test_tensor_that_is_no_parameter_counts(family, path, change):
+    (block,) = sk.fuse(make_block(family))
+    parent, _, name = path.rpartition(".")
+    change(block.get_submodule(parent), name)
+    assert block.why_not_fused() is None
+    assert_equals_own_forward(block)
+
+
+@pytest.mark.parametrize("name", ["q", "v"])
+def test_projection_without_bias_among_others(name):
+    (block,) = sk.fuse(make_block("hf"))
+    block.self_attn.get_submodule(f"{name}_proj").bias = None
+    assert_equals_own_forward(block)
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["open_clip", "hf", "openai"])
+def test_learned_mask_gets_its_gradient(family):
+    (block,) = sk.fuse(make_block(family))
+    mask = nn.Parameter(torch.randn(TOKENS, TOKENS, dtype=torch.float64))
+    if family == "openai":
+        block.attn_mask = nn.Parameter(mask.detach().float())
+        return assert_equals_own_forward(block)
+    arguments = {MASK[family]: mask if family == "open_clip" else mask[None, None].detach().requires_grad_()}
+    assert_equals_own_forward(block, **arguments)
+
+
+# ---- other code ------------------------------------------------------------------------------------------------------
+
+
+def halved(own: Callable) -> Callable:
+    """A function in the place of another."""
+
+    def function(*arguments, **options):
+        out = own(*arguments, **options)
+        return (0.5 * out[0], *out[1:]) if isinstance(out, tuple) else 0.5 * out
+
+    return function
+
+
+class Patch(NamedTuple):
+    family: str
+    kind: str  # path of the class, within the block; "" is the block's own
+    method: str = "forward"
+
+
+PATCHES = [
+    *(Patch("open_clip", path) for path in ("", "attn", "ln_1", "mlp", "mlp.c_fc", "mlp.gelu", "ls_2")),
+    Patch("open_clip", "", "attention"),
+    Patch("openai", "", "attention"),
+    *(Patch("openai", path) for path in ("", "attn", "ln_2", "mlp.gelu")),
+    *(Patch("hf", path) for path in ("", "self_attn", "layer_norm1", "mlp", "mlp.fc1", "mlp.activation_fn")),
+    *(Patch("timm", path) for path in ("", "attn", "attn.q_norm", "mlp", "mlp.act", "ls1")),
+    *(Patch("eva", path) for path in ("", "attn", "norm1", "mlp")),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: "-".join(filter(None, p)))
+def test_method_patched_on_a_class(patch, when, monkeypatch, recwarn):
+    model = make_block(patch.family)
+    block, kind = model[0], type(model[0].get_submodule(patch.kind))
+    if when == "after":
+        sk.fuse(model)
+    monkeypatch.setattr(kind, patch.method, halved(getattr(kind, patch.method)))
+    if when == "before":
+        with pytest.raises(UnsupportedModel, match=rf"{patch.method}\(\) of the class {kind.__name__} was replaced"):
+            sk.fuse(model)
+        return
+    assert_equals_own_forward(block)
+    assert f"{patch.method}() of the class {kind.__name__} was replaced" in block.why_not_fused()
+    monkeypatch.undo()
+    assert block.why_not_fused() is None
+
+
+def halved_attention(module, query, key, value, attention_mask, **options):
+    out = 0.5 * nn.functional.scaled_dot_product_attention(query, key, value, attention_mask)
+    return out.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", ["halved", "sdpa", "eager"])
+def test_registered_attention_function(name, monkeypatch):
+    """A function of another name, in the place of a shipped one, and in the place of the module's own."""
+    (block,) = sk.fuse(make_block("hf"))
+    block.self_attn.config._attn_implementation = "eager"
+    assert block.why_not_fused() is None
+    if name == "eager":
+        monkeypatch.setattr(modeling_clip, "eager_attention_forward", halved_attention)
+    else:
+        monkeypatch.setitem(modeling_clip.ALL_ATTENTION_FUNCTIONS._global_mapping, name, halved_attention)
+        block.self_attn.config._attn_implementation = name
+    assert_equals_own_forward(block)
+    assert f"attention function {name!r} of transformers" in block.why_not_fused()
+
+
+@pytest.mark.parametrize("kept", ["q_norm", "k_norm"])
+def test_norm_of_query_or_key_alone(kept):
+    (block,) = sk.fuse(make_block("timm"))
+    setattr(block.attn, "k_norm" if kept == "q_norm" else "q_norm", nn.Identity())
+    assert_equals_own_forward(block)
+    assert "one of query and key" in block.why_not_fused()
+
+
+def test_mlp_in_another_order():
+    (block,) = sk.fuse(make_block("open_clip"))
+    layers = dict(block.mlp.named_children())
+    layers["c_fc"] = nn.Linear(W, W).double()
+    layers["c_proj"] = nn.Linear(W, W).double()
+    block.mlp = nn.Sequential()
+    for name in ("gelu", "c_fc", "c_proj"):
+        block.mlp.add_module(name, layers[name])
+    assert_equals_own_forward(block)
+    assert "order" in block.why_not_fused()
+
+
+# ---- the comparison of `fuse` ----------------------------------------------------------------------------------------
+
+WRONG = {"output": lambda x: 1.001 * x, "gradient": lambda x: x + 0.01 * (x - x.detach())}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", MAKE)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_fuse_refuses_what_differs(wrong, family, dtype, monkeypatch):
+    model, own = make_block(family).to(dtype), FusedBlock._run
+    monkeypatch.setattr(FusedBlock, "_run", lambda *arguments: own(*arguments).map(WRONG[wrong]))
+    with pytest.raises(
+        RuntimeError, match=rf"fuse: a fused .* differs from its own forward: .* {wrong} .*, allowed [15]e-0"
+    ):
+        sk.fuse(model)
+    assert not isinstance(model[0], FusedBlock)
+
+
+def test_fuse_compares_each_kind_and_changes_nothing(monkeypatch):
+    """Under `no_grad`, inference mode or autocast, with hooks that would see the comparison."""
+    model, seen, compared = tiny_clip(torch.bfloat16), [], []
+    blocks = [*model.visual.transformer.resblocks, *model.transformer.resblocks]
+    blocks[1].ln_2.eps = 1e-4
+    for block in blocks:
+        block.register_forward_hook(lambda *arguments: seen.append("block"))
+        block.mlp.c_fc.weight.register_hook(seen.append)
+        block.mlp.c_fc.weight.grad = torch.ones_like(block.mlp.c_fc.weight)
+        block.mlp.c_proj.weight.requires_grad_(False)
+    before = {name: (id(x), x._version, x.requires_grad, x.grad) for name, x in model.named_parameters()}
+    buffers, modes, state = dict(model.named_buffers()), [m.training for m in model.modules()], torch.get_rng_state()
+    own = comparison._compare
+    monkeypatch.setattr(comparison, "_compare", lambda block: compared.append(block) or own(block))
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            sk.fuse(model)
+    assert compared == 3 * [blocks[0], blocks[1], blocks[3]]  # two towers, and another epsilon
+    assert not seen and torch.get_rng_state().equal(state) and [m.training for m in model.modules()] == modes
+    after = {name: (id(x), x._version, x.requires_grad, x.grad) for name, x in model.named_parameters()}
+    assert after == before and all(x is buffers[name] for name, x in model.named_buffers())
+
+
+def test_fuse_on_the_meta_device():
+    (block,) = sk.fuse(make_block("open_clip").to("meta"))
+    assert isinstance(block, FusedBlock)
+
+
+def test_flash_attention_is_not_compared():
+    """The own forward takes half precision on a GPU alone."""
+    model = make_block("hf")
+    model[0].self_attn.config._attn_implementation = "flash_attention_2"
+    assert isinstance(sk.fuse(model)[0], FusedBlock)
