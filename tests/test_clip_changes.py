@@ -112,6 +112,7 @@ REFUSED = {
     "reordered": lambda m: setattr(m.transformer, "resblocks", m.transformer.resblocks[::-1]),
     "tower_forward": lambda m: setattr(m.visual, "forward", lambda x: torch.ones(len(x), 12).double()),
     "encode_text": lambda m: setattr(m, "encode_text", lambda x, normalize=False: torch.ones(len(x), 12).double()),
+    "class": lambda m: setattr(m.visual, "__class__", type("Other", (type(m.visual),), {})),
     "hook_on_tower": lambda m: m.visual.register_full_backward_hook(lambda mod, d_in, d_out: (9 * d_in[0],)),
     "hook_on_blocks": lambda m: m.transformer.register_forward_hook(lambda mod, args, out: 2 * out),
 }
@@ -132,6 +133,37 @@ def test_altered_container_is_an_error(name, way):
         clip(features, labels)
     with pytest.raises(RuntimeError, match="was altered after SkipCLIP was made"):
         clip.predict(images)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        (open_clip.transformer.VisionTransformer, "forward"),
+        (open_clip.transformer.Transformer, "forward"),
+        (open_clip.CLIP, "encode_text"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_method_of_a_container_patched_on_its_class(kind, method, monkeypatch):
+    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1), tiny_batch(3, C)
+    own = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda *arguments, **options: 2 * own(*arguments, **options))
+    for use in (lambda: clip(images, labels), lambda: clip.predict(images)):
+        with pytest.raises(RuntimeError, match="was altered .* the class of a container, or a method of it, was repl"):
+            use()
+    monkeypatch.undo()
+    clip(images, labels)
+
+
+def test_features_after_method_patched_on_a_class(monkeypatch):
+    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, keep_ratio=1.0), tiny_batch(3, C)
+    features, own = clip.encode_lower(images), nn.GELU.forward
+    monkeypatch.setattr(nn.GELU, "forward", lambda self, x: 0.9 * own(self, x))
+    with pytest.raises(RuntimeError, match="modules or weights below the cut have changed"):
+        clip(features, labels)
+    with pytest.warns(UserWarning, match=r"forward\(\) of the class GELU was replaced"):
+        assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
+    assert "class GELU" in clip.reductions["text.fused_block"].reason
 
 
 def _both(alter):

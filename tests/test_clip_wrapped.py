@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
@@ -114,6 +114,19 @@ def test_fully_shard_matches_one_process(blocks, tmp_path):
 def test_wrapped_model_is_refused(wrap, remedy):
     with pytest.raises(UnsupportedModel, match=remedy):
         sk.SkipCLIP(wrap(tiny_clip()), tiny_tokens(CLASSES), skip_layers=1)
+
+
+def test_flat_parameters_of_fsdp1_are_refused():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        clip = small_clip()
+        frozen = [parameter for parameter in clip.parameters() if not parameter.requires_grad]
+        cpu = {"device_id": torch.device("cpu"), "ignored_states": frozen}
+        wrapped = FullyShardedDataParallel(clip, use_orig_params=False, **cpu)
+        with pytest.raises(RuntimeError, match="FSDP1 replaced its parameters by flat ones: pass use_orig_params=True"):
+            wrapped(*tiny_batch(4, CLASSES))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_data_parallel_is_refused():

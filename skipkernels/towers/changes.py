@@ -38,6 +38,7 @@ class Containers:
         self._model, self._towers = model, towers
         self._around = [x for x in model.modules() if id(x) not in called and (x is model or holds_a_part(x))]
         self._children = [dict(module._modules) for module in self._around]
+        self._methods = self._read_methods()
         self._seen_masks = self._masks()
         self._mask_values = [mask.detach().clone() for mask, _ in self._seen_masks]
 
@@ -46,12 +47,21 @@ class Containers:
         masks = [mask for tower in self._towers if isinstance(tower, TextTower) for mask in tower.masks()]
         return [(mask, mask._version) for mask in masks if mask is not None]
 
+    def _read_methods(self) -> list[tuple[Any, ...]]:
+        """Return the class of each container, and its methods that SkipCLIP replaces."""
+        return [
+            (type(module), *(getattr(type(module), name, None) for name in ("forward", *_ENCODERS)))
+            for module in self._around
+        ]
+
     def check(self) -> None:
         """Raise a RuntimeError if the modules were altered in a way that SkipCLIP does not follow.
 
         Fuses blocks that were put in the place of others.
         """
         what = self._override()
+        if self._methods != self._read_methods():
+            what = "the class of a container, or a method of it, was replaced"
         if self._children != [module._modules for module in self._around]:
             for tower in self._towers:
                 blocks = tower.model_blocks()
@@ -88,6 +98,8 @@ class Containers:
             what = next((f"a replaced {name}()" for name in methods if name in attributes), what)
             if hasattr(module, "unshard"):  # of FSDP2
                 what = "shards (fully_shard; shard the blocks above the cut, and the SkipCLIP)"
+            if attributes.get("_fsdp_use_orig_params") is False:
+                return "FSDP1 replaced its parameters by flat ones: pass use_orig_params=True, or use fully_shard"
             if what is not None:
                 name = next(n for n, x in self._model.named_modules() if x is module) or type(module).__name__
                 return (
@@ -138,7 +150,7 @@ class Frozen:
 
     def _read_state(self) -> list[Any]:
         return [
-            [module._own if isinstance(module, FusedBlock) else type(module) for module in self._modules],
+            [(kind, kind.forward) for kind in map(_own_type, self._modules)],
             [dict(module._modules) for module in self._modules if module._modules],
             [dict(hooks) for hooks in self._hooks if hooks],
             ["forward" in vars(module) or "attention" in vars(module) for module in self._modules],
@@ -193,6 +205,10 @@ class Frozen:
         """Return True if types, settings, hooks or submodules differ."""
         replaced = [part for part in self._parts() if isinstance(part, nn.Module)] != self._called
         return replaced or self._settings.changed() or self._read_state() != self._state
+
+
+def _own_type(module: nn.Module) -> Any:
+    return module._own if isinstance(module, FusedBlock) else type(module)
 
 
 def _copied(values: Any) -> Any:
