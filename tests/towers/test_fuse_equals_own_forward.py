@@ -5,6 +5,7 @@ All in fp64, but for OpenAI's block, with norms that compute in fp32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from transformers.models.clip import modeling_clip
 
 import skipkernels as sk
 from skipkernels.towers import UnsupportedModel, comparison
-from skipkernels.towers.block import FusedBlock, unfused
+from skipkernels.towers.block import FusedBlock, shipped, unfused
 
 N, TOKENS, W, HEADS = 3, 5, 24, 3
 ResidualAttentionBlock = open_clip.transformer.ResidualAttentionBlock
@@ -185,6 +186,12 @@ def test_method_patched_on_a_class(patch, when, monkeypatch, recwarn):
     assert f"{patch.method}() of the class {kind.__name__} was replaced" in block.why_not_fused()
     monkeypatch.undo()
     assert block.why_not_fused() is None
+
+
+def test_method_patched_before_the_family_is_imported(monkeypatch):
+    assert shipped(nn.GELU, "forward") is nn.GELU.forward
+    monkeypatch.setattr(nn.GELU, "forward", functools.wraps(nn.GELU.forward)(halved(nn.GELU.forward)))
+    assert shipped(nn.GELU, "forward") is None
 
 
 def halved_attention(module, query, key, value, attention_mask, **options):
