@@ -100,6 +100,9 @@ def _run(arguments: list[str], out: Terminal, err: Terminal) -> int:
         if is_first() or not by_torchrun:
             _print_error(err, kind, message)
         return code
+    finally:  # or the exit waits for threads that decode an image
+        if decoder := sys.modules.get("skipkernels.app.data.decoder"):
+            decoder.end_decoders()
 
 
 def _parse(arguments: list[str], err: Terminal) -> Any:

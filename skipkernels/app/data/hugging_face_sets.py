@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +26,9 @@ from urllib.parse import parse_qsl
 
 from ..hub import hub
 from .base import InputError, open_error
+from .decoder import decode
 from .files import absolute_path, format_names, read_text
-from .images import DatasetImages, decode_image, read_image
+from .images import DatasetImages, read_image
 from .source import Source, Split, normalize_class_names
 from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, is_number, labels_by_name, listed_source
 from .templates import Templates
@@ -62,7 +62,7 @@ class RowDataset:
         image, name = self._rows[index][self._column] or {}, self._names[index]
         if image.get("bytes") is None and image.get("path"):
             return read_image(image["path"]), self.labels[index]
-        return decode_image(io.BytesIO(image.get("bytes") or b""), name), self.labels[index]
+        return decode(image.get("bytes") or b"", name), self.labels[index]
 
 
 def open_hugging_face(spec: str, templates: Templates = None) -> Source:

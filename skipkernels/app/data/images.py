@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
-import struct
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ...labels import whole_number
-from ..untrusted import open_regular
 from .base import InputError, SizedDataset
+from .decoder import decode
+from .decoding import to_rgb
 from .files import absolute_path
 
 if TYPE_CHECKING:
@@ -26,19 +24,6 @@ if TYPE_CHECKING:
 
 Transform = Callable[[Any], Any]
 ImagesT = TypeVar("ImagesT", bound="Images")
-
-# Raised by Pillow's decoders for truncated or invalid files; RuntimeError by libavif.
-_UNREADABLE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
-_UNREADABLE += (ArithmeticError, AttributeError, RuntimeError, struct.error, zlib.error)
-_UNREADABLE += (Image.DecompressionBombError, MemoryError)
-# Under any extension: six .jpg files of Oxford-IIIT Pet are GIFs. Others are excluded: Pillow runs Ghostscript on EPS.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
-_TIFF = b"II*\0", b"MM\0*"  # first bytes, in either byte order
-_MAX_RATIO = 500  # of the sides: a transform that resizes a line of 8000 x 2 pixels to 224 makes 200 million of them
-
-
-class TooLarge(InputError):
-    """Error for an image with more pixels than a limit."""
 
 
 class Images:
@@ -121,78 +106,7 @@ def read_image(path: str | Path, transform: Transform | None = None) -> Any:
     Raises:
         InputError: If the file is missing, is not an image, is damaged, or has too many pixels.
     """
-    try:
-        file = open_regular(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. Was it removed, or is it a broken link?") from None
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror}). Replace or remove the file.") from error
-    with file:
-        return decode_image(file, path, transform)
-
-
-@functools.cache
-def _formats() -> list[str]:
-    """Return the `FORMATS` that are installed."""
-    Image.init()
-    try:
-        from pillow_heif import register_heif_opener
-
-        register_heif_opener()
-    except ImportError:
-        pass
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
-def decode_image(
-    file: BinaryIO, name: str | Path, transform: Transform | None = None, *, max_pixels: int | None = None
-) -> Any:
-    """Read an opened image file as `read_image` does; `name` is its name in error messages.
-
-    Of more than `max_pixels` nothing is decoded; by default the limit is Pillow's, 179 million.
-    """
-    try:
-        opened = Image.open(file, formats=_formats())
-    except UnidentifiedImageError as error:
-        file.seek(0)
-        if file.read(4) in _TIFF:
-            reason = "a TIFF of more than four bands, or of another kind that Pillow can't decode; save three in 8 bits"
-            raise _unreadable(name, reason) from error
-        heif = "" if "HEIF" in _formats() else "; HEIC needs: pip install 'skipkernels[heif]'"
-        raise _unreadable(name, f"not {', '.join(_formats())}{heif}") from error
-    except Image.DecompressionBombError:
-        most = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise TooLarge(f"{name}: must have at most {most:,} pixels. Make it smaller.") from None
-    except _UNREADABLE as error:
-        raise _unreadable(name, error) from error
-    with opened as image:
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise TooLarge(f"{name}: must have at most {max_pixels:,} pixels. Make it smaller.")
-        return to_rgb(image, name, transform)
-
-
-def to_rgb(image: Image.Image, name: str | Path, transform: Transform | None = None) -> Any:
-    """Convert an image to RGB as `read_image` does, and transform it; `name` is its name in error messages."""
-    width, height = image.size
-    if max(width, height) > _MAX_RATIO * min(width, height):
-        raise InputError(
-            f"{name}: a side must be at most {_MAX_RATIO} times the other; got {width:,} × {height:,}. Crop it."
-        )
-    if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):  # Pillow reads 16 bits of these as I
-        raise InputError(
-            f"{name}: has 32 bits per channel (mode {image.mode}), without a defined white. Convert it to 8 or 16 bits."
-        )
-    try:
-        image.load()  # PNG has its EXIF data behind the pixels
-        image = _upright(image)
-        if image.mode[0] == "I":
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if isinstance(image.info.get("transparency"), bytes):  # Pillow warns otherwise
-            image = image.convert("RGBA")
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-    except _UNREADABLE as error:
-        raise _unreadable(name, error) from error
+    image = decode(os.path.abspath(path), path)  # the decoder may be in another folder
     return image if transform is None else transform(image)
 
 
@@ -214,20 +128,6 @@ def from_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
         raise InputError(f"{name}: pixels must be {expected} of uint8; got {dtype} {list(pixels.shape)}.{hint}")
     values = pixels if isinstance(pixels, np.ndarray) else pixels.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(values))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Return an image rotated and mirrored by its EXIF orientation; the same image if it has none."""
-    try:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    except _UNREADABLE:  # invalid EXIF data
-        return image
-    return ImageOps.exif_transpose(image) if turned else image
-
-
-def _unreadable(name: str | Path, error: Exception | str) -> InputError:
-    why = error if isinstance(error, str) else f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-    return InputError(f"{name}: can't be read as an image ({why}). Replace or remove it.")
 
 
 class DatasetImages(Images):
@@ -283,8 +183,8 @@ class DatasetImages(Images):
         if isinstance(image, np.ndarray):
             image = from_pixels(image, name)
         if isinstance(image, Image.Image):
-            image = to_rgb(image, name, self.transform)
-        elif self.transform is not None:
+            image = to_rgb(image, name)
+        if self.transform is not None:
             from torch import Tensor  # not at the head: `check` of files needs no torch
 
             image = image if isinstance(image, Tensor) else self.transform(image)

@@ -19,8 +19,9 @@ from torchvision.transforms.v2 import functional as pictures
 from ...folders import restored
 from ...options import Precision
 from ..data import InputError
+from ..data.decoding import to_rgb
 from ..data.files import find_images
-from ..data.images import from_pixels, read_ahead, read_image, to_rgb
+from ..data.images import from_pixels, read_ahead, read_image
 from ..train.calibration import class_probabilities
 from .loading import TEST, TunedRun, load_run
 
@@ -291,7 +292,7 @@ class Classifier:
                 if isinstance(image, (np.ndarray, Tensor)):
                     image = from_pixels(image, f"image {number}")
                 if isinstance(image, Image.Image):
-                    return to_rgb(image, f"image {number}", transform)
+                    return transform(to_rgb(image, f"image {number}"))
                 got = type(image).__name__
                 raise InputError(
                     f"Classifier.predict: images must be paths, images of Pillow, or uint8 arrays; got {got}.", "images"

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
-from PIL import UnidentifiedImageError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -30,7 +29,8 @@ import skipkernels
 
 from ...formatting import decimal, escaped
 from ..data import InputError
-from ..data.images import TooLarge, decode_image
+from ..data.decoder import decode
+from ..data.decoding import TooLarge, UnknownFormat
 from ..report.rendering import render
 from .classifier import Classifier
 from .embedded_images import EmbeddedImages
@@ -197,8 +197,7 @@ class Service:
                 tensors.append(self._decoded(name, file, size))
                 statuses.append(200)
             except InputError as error:
-                unknown = isinstance(error.__cause__, UnidentifiedImageError)
-                statuses.append(413 if isinstance(error, TooLarge) else 415 if unknown else 400)
+                statuses.append({TooLarge: 413, UnknownFormat: 415}.get(type(error), 400))
                 items[-1]["error"] = str(error)
         if not tensors:
             return statuses[0], {"error": items[0]["error"], "images": items}
@@ -217,7 +216,7 @@ class Service:
         if size > self.limits.image_bytes:
             most = decimal(self.limits.image_bytes)
             raise TooLarge(f"{name}: must have at most {most}; got {decimal(size)}.")
-        return decode_image(file, name, self.classifier.transform, max_pixels=self.limits.pixels)
+        return self.classifier.transform(decode(file.read(), name, max_pixels=self.limits.pixels))
 
     def _neighbour(self, cosine: float, number: int) -> dict[str, Any]:
         training: Any = self.training

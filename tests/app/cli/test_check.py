@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,9 @@ from PIL import Image
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.data import InputError
+from skipkernels.app.data import InputError, decoder
 from skipkernels.app.train import tune
+from tests.app.data.pictures import slow_picture
 
 
 def photo(seed: int) -> Image.Image:
@@ -112,3 +116,14 @@ def test_tune_lists_classes_with_one_image_and_unreadable_images_at_once(tmp_pat
     (tmp_path / "data" / "cat" / "1.png").write_text("no image")
     with pytest.raises(InputError, match="classes dog, owl have 1 image.*these images can't be read: cat/1.png"):
         tune(TuneConfig(data=f"imagefolder:{tmp_path / 'data'}", out=tmp_path / "run", **SETTINGS))
+
+
+def test_check_is_interrupted_while_an_image_is_decoded(data, capsys):
+    """The decoder is ended: the threads that wait for it would delay the exit."""
+    (data / "train" / "cat" / "slow.ppm").write_bytes(slow_picture())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored, in a process in the background
+    interrupt = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    assert main(["check", f"imagefolder:{data}"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n") and not decoder._decoders
+    signal.signal(signal.SIGINT, before)

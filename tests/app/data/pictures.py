@@ -25,6 +25,11 @@ def draw_image(path: Path, label: int = 0) -> None:
     Image.new("RGB", (5, 4), (RED * label, 9, 9)).save(path)
 
 
+def slow_picture() -> bytes:
+    """Return a pixmap that Pillow decodes in a loop of Python, for several seconds."""
+    return b"P6\n2500 2500\n254\n" + bytes(3 * 2500 * 2500)
+
+
 def class_of(image: Image.Image) -> int:
     """Return the class of an image."""
     return round(image.getpixel((2, 2))[0] / RED)

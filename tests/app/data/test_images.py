@@ -19,7 +19,8 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from skipkernels.app.data import DatasetImages, InputError, LabelledImages
-from skipkernels.app.data.images import read_image, read_labels, to_rgb
+from skipkernels.app.data.decoding import open_image, to_rgb
+from skipkernels.app.data.images import read_image, read_labels
 
 
 def one(path: Path) -> Image.Image:
@@ -179,9 +180,8 @@ def test_read_image_invalid_files(tmp_path):
 def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript"))
     Image.new("RGB", (3, 2)).save(tmp_path / "a.eps")
-    (tmp_path / "a.eps").rename(tmp_path / "0.png")
-    with raises_input_error(tmp_path / "0.png", "can't be read as an image"):
-        one(tmp_path / "0.png")
+    with raises_input_error("0.png: can't be read as an image"), open(tmp_path / "a.eps", "rb") as file:
+        open_image(file, "0.png", 100)
 
 
 def test_read_image_decompression_bomb(tmp_path, monkeypatch):

@@ -1,0 +1,135 @@
+"""The process that decodes images: its limits, its end, and its use by threads and forked processes."""
+
+from __future__ import annotations
+
+import io
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from pictures import class_of, draw_image, raises_input_error, slow_picture
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from skipkernels.app.data import LabelledImages, decoder
+from skipkernels.app.data.decoder import decode
+from skipkernels.app.data.images import read_image
+
+
+def encoded(image: Image.Image, kind: str = "png", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG with its last scan repeated: each is a pass over all pixels, and takes 100 bytes."""
+    data = encoded(Image.new("L", (2000, 2000)), "jpeg", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * count + data[-2:]
+
+
+def tile(side: int, channels: int = 1) -> bytes:
+    """A TIFF of 64 x 64 pixels in one larger tile."""
+    writer = zlib.compressobj()
+    block = writer.compress(bytes(1 << 20)) + writer.flush(zlib.Z_FULL_FLUSH)  # the next block does not refer to it
+    again = writer.compress(bytes(1 << 20)) + writer.flush(zlib.Z_FULL_FLUSH)
+    data = block + again * (side * side * channels >> 20)
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1 if channels == 1 else 2, 277: channels}
+    tags |= {322: side, 323: side, 324: 8, 325: len(data)}
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + fields + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (scans(2000), "a JPEG of 2,006 scans; save it again, as PNG"),
+        (b"P3\n2000 2000\n255\n" + b"1 2 3 " * 4_000_000, "its pixels are decimal digits; save it as PNG"),
+        (tile(46_000), "must have at most"),
+    ],
+    ids=["scans", "digits", "tile"],
+)
+def test_header_is_refused(data, reason):
+    """Decoding these takes from 9 seconds to a minute, and the tile 2.3 GiB."""
+    start = time.monotonic()
+    with raises_input_error("a", reason):
+        decode(data, "a")
+    assert time.monotonic() - start < 5  # 0.1 s on an idle machine
+
+
+def test_limit_of_time():
+    with raises_input_error("a: can't be read as an image (decoding takes more than 0.2 s)"):
+        decode(slow_picture(), "a", seconds=0.2)
+    assert decode(encoded(Image.new("RGB", (3, 2), "red")), "b").getpixel((2, 1)) == (255, 0, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits all private memory on Linux alone")
+def test_limit_of_memory():
+    """432 MB for 64 x 64 pixels; the same tile for an image of its size is within the limit."""
+    with raises_input_error("a: can't be read as an image"):
+        decode(tile(12_000, 3), "a")
+    assert decode(tile(64, 3), "b").size == (64, 64)
+
+
+def test_crash_is_an_error_of_the_image(monkeypatch):
+    ask = decoder._Decoder.ask
+
+    def killed(self, request, data):
+        self.process.kill()
+        return ask(self, request, data)
+
+    monkeypatch.setattr(decoder._Decoder, "ask", killed)
+    with raises_input_error("a: can't be read as an image (its decoder ended with code -9)"):
+        decode(encoded(Image.new("L", (3, 2))), "a")
+
+
+def test_decoder_that_was_ended_is_replaced():
+    picture = encoded(Image.new("RGB", (3, 2), "red"))
+    decode(picture, "a")
+    for used in decoder._decoders:
+        used.process.kill()
+        used.process.wait()
+    assert decode(picture, "a").size == (3, 2)
+
+
+def test_relative_path_after_a_change_of_folder(tmp_path, monkeypatch):
+    draw_image(tmp_path / "inner" / "0.png", 3)
+    decode(encoded(Image.new("L", (3, 2))), "the decoder starts here")
+    monkeypatch.chdir(tmp_path)
+    assert class_of(read_image("inner/0.png")) == 3
+
+
+def test_threads_and_forked_processes_have_their_own(tmp_path):
+    for label in range(8):
+        draw_image(tmp_path / f"{label}.png", label)
+    images = LabelledImages(tmp_path, [f"{label}.png" for label in range(8)], range(8), class_of)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(images.__getitem__, range(8))) == [(label, label) for label in range(8)]
+    many = images.subset(list(range(8)) * 50)
+    for found, labels in DataLoader(many, batch_size=50, num_workers=2, multiprocessing_context="fork"):
+        assert found.equal(labels)
+    assert images[5] == (5, 5)
+
+
+def test_ends_with_its_parent():
+    """Also if the parent is killed; and torch, which takes seconds to import, is not imported."""
+    code = (
+        "import sys, time; from skipkernels.app.data import decoder; decoder._take(); print(sorted(sys.modules));"
+        "print(decoder._take().process.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert not {"torch", "numpy"} & set(eval(parent.stdout.readline()))
+        child = Path("/proc", parent.stdout.readline().strip())
+        assert child.exists()
+        parent.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while child.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
