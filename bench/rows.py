@@ -35,6 +35,7 @@ class Kind(NamedTuple):
 KINDS = {
     "step": Kind("bench.step", "model B C precision implementation", "p50_ms"),
     "infer": Kind("bench.infer", "model images B C skip_layers precision implementation", "p50_ms"),
+    "serve": Kind("bench.serve", "run image nearest images clients", "p50_ms"),
     "operators": Kind("pytest bench/operators", "op shape dtype implementation", "p50_ms"),
     "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms"),
     "pairs": Kind("bench.memory", "model B loss skip_layers precision memory pairs", "p50_ms"),

@@ -228,16 +228,20 @@ class Method(ABC):
 
         `inputs` is `encode_frozen` of B images.
         """
-        text = self.class_embeddings(test)
         with evaluating([self.model]):
             image = self.embed(inputs)
-        return cosine_logits(image, text, self.model.logit_scale)
+        return self.logits_of(test, image)
+
+    @torch.no_grad()
+    def logits_of(self, test: str, image: Tensor) -> Tensor | None:
+        """Return `logits` of images by their embeddings [B, D] from `embed`."""
+        return cosine_logits(image, self.class_embeddings(test), self.model.logit_scale)
 
     @torch.no_grad()
     def top_k(self, test: str, inputs: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         """Return the k largest probabilities softmax(`logits`) of each image, descending, and their classes, [B, k].
 
-        Computed in chunks of classes, without [B, C] in memory. A method with other `logits` overrides both.
+        Computed in chunks of classes, without [B, C] in memory. A method with other `logits_of` overrides both.
         Probabilities are NaN if a logit is NaN or +inf; k is at most C.
         """
         text = self.class_embeddings(test)

@@ -108,13 +108,12 @@ class LinearProbe(FrozenModel):
         return 10**around
 
     @torch.no_grad()
-    def logits(self, test: str, inputs: Tensor) -> Tensor | None:
+    def logits_of(self, test: str, image: Tensor) -> Tensor | None:
         """Logits W x + b [B, C] over the classes of a test; None if some are not trained."""
         self._test_tokens(test)
         rows = self._rows[test]
         if rows is None:
             return None
-        image = self.encode_frozen(inputs)
         with torch.autocast(image.device.type, enabled=False):
             return (image.to(self.weight.dtype) @ self.weight.T + self.bias)[:, rows]
 

@@ -171,26 +171,31 @@ class Classifier:
         """Device of the model."""
         return self._run.model.logit_scale.device  # type: ignore[return-value]
 
-    @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, C] before the temperature, of preprocessed images [B, 3, H, W]."""
+        return self._logits_of(self._embed(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit-norm image embeddings [B, D] in fp32 of preprocessed images [B, 3, H, W]."""
+        return F.normalize(self._embed(images).float(), dim=-1)
+
+    @torch.no_grad()
+    def _embed(self, images: Tensor) -> Tensor:
+        """Image embeddings [B, D] of any norm."""
+        with self._run.precision.autocast():
+            return self._run.method.embed(self._run.method.encode_frozen(images.to(self.device)))
+
+    def _logits_of(self, embeddings: Tensor) -> Tensor:
+        """Logits [B, C] before the temperature, by the result of `_embed`."""
         method = self._run.method
         with self._run.precision.autocast():
-            logits = method.logits(TEST, method.encode_frozen(images.to(self.device)))
+            logits = method.logits_of(TEST, embeddings)
         if logits is None:
             raise InputError(
                 f"Classifier.load: classes must be trained classes: the method {method.name} does not use texts.",
                 "classes",
             )
         return logits
-
-    @torch.no_grad()
-    def embed(self, images: Tensor) -> Tensor:
-        """Unit-norm image embeddings [B, D] in fp32 of preprocessed images [B, 3, H, W]."""
-        method = self._run.method
-        with self._run.precision.autocast():
-            embeddings = method.embed(method.encode_frozen(images.to(self.device)))
-        return F.normalize(embeddings.float(), dim=-1)
 
     @torch.no_grad()
     def class_embeddings(self) -> Tensor:
@@ -303,6 +308,15 @@ class Classifier:
                 batch = list(zip(names[start : start + batch_size], decoded, strict=False))
                 yield self._decoded(batch, top, threshold, unreadable)
 
+    def predict_and_embed(
+        self, images: Tensor, *, top: int = 5, threshold: float | None = None
+    ) -> tuple[Predictions, Tensor]:
+        """Return the results of `predict` and `embed` for preprocessed images [B, 3, H, W], in one forward pass."""
+        embeddings = self._embed(images)
+        names = list(map(str, range(len(images))))
+        found = self._ranked(names, self._logits_of(embeddings), top, threshold)
+        return found, F.normalize(embeddings.float(), dim=-1)
+
     def _views(self, crops: int, image: Image.Image) -> Tensor:
         """Views [crops, 3, H, W] of an RGB image."""
         height, width = self._input_size
@@ -345,10 +359,21 @@ class Classifier:
         threshold: float | None,
         unreadable: dict[str, str] | None = None,
     ) -> Predictions:
-        none_logit = None if threshold is None else self.none_logit
         views = inputs.flatten(0, -4)  # [B, V, 3, H, W] -> [B · V, 3, H, W]
-        scores = class_probabilities(self.logits(views), self.temperature, none_logit)
-        scores = scores.unflatten(0, (len(inputs), -1)).mean(dim=1)  # [B · V, C] -> [B, C]
+        return self._ranked(names, self.logits(views), top, threshold, unreadable)
+
+    def _ranked(
+        self,
+        names: list[str],
+        logits: Tensor,
+        top: int,
+        threshold: float | None,
+        unreadable: dict[str, str] | None = None,
+    ) -> Predictions:
+        """Most probable classes of B images by the logits [B · V, C] of their views."""
+        none_logit = None if threshold is None else self.none_logit
+        scores = class_probabilities(logits, self.temperature, none_logit)
+        scores = scores.unflatten(0, (len(names), -1)).mean(dim=1)  # [B · V, C] -> [B, C]
         probabilities, ids = (found.cpu() for found in scores.topk(min(top, len(self.classes)), dim=1))
         if not probabilities.isfinite().all():  # NaN if a logit is NaN or +∞
             name = next(name for name, row in zip(names, probabilities, strict=True) if not row.isfinite().all())
