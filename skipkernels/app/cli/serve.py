@@ -62,6 +62,7 @@ class ServeCommand:
             import python_multipart  # noqa: F401
             import uvicorn
 
+            from skipkernels.app.serve.connections import LimitedProtocol
             from skipkernels.app.serve.web import Limits, Page, Service, make_app
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] in ("skipkernels", "torch"):
@@ -99,8 +100,9 @@ class ServeCommand:
             out.output.flush()
             app = make_app(service, [*LOCAL, "[::1]"] if self._is_local else None)
             settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
-            config = uvicorn.Config(app, **settings, server_header=False, timeout_graceful_shutdown=5)
-            uvicorn.Server(config).run(sockets=[listener])  # raises the signal that ends it again
+            settings |= {"http": LimitedProtocol, "server_header": False, "timeout_graceful_shutdown": 2}
+            server = uvicorn.Server(uvicorn.Config(app, **settings))
+            server.run(sockets=[listener])  # raises the signal that ends it again
         return 0
 
     @property

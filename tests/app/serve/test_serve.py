@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
 import html
 import io
 import os
@@ -11,7 +13,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 import urllib.request
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,14 +23,17 @@ from PIL import Image
 
 import skipkernels as sk
 from skipkernels.app.cli.main import main
-from skipkernels.app.data import InputError
+from skipkernels.app.data import InputError, decoder
 from skipkernels.app.serve.embedded_images import embed_images, find_training_images
 from skipkernels.app.serve.output import NONE
+from tests.app.data.pictures import slow_picture
 from tests.app.runs import fails
 
 pytest.importorskip("starlette", reason="serve needs the extra web")
+import uvicorn  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
+from skipkernels.app.serve.connections import LimitedProtocol  # noqa: E402
 from skipkernels.app.serve.web import Limits, Page, Service, make_app  # noqa: E402
 
 LIMITS = Limits(image_bytes=50_000, pixels=10_000, images=3, rate=1000)
@@ -89,7 +96,8 @@ def test_nearest_training_images(web, training, classifier, run):
     )
     shown = web.get("/" + nearest[0]["thumbnail"])
     assert shown.headers["content-type"] == "image/png" and Image.open(io.BytesIO(shown.content)).size == image.size
-    assert web.get(f"/training/{len(names)}").json() == {"error": f"no training image {len(names)}."}
+    for number in (len(names), -1, "9" * 5000, "a"):
+        assert web.get(f"/training/{number}").json() == {"error": "no such training image."}
 
 
 def test_threshold(classifier, pictures):
@@ -148,7 +156,7 @@ def test_queue(classifier, monkeypatch):
     entered, release, running = threading.Event(), threading.Event(), []
     service = Service(classifier, Page("", "", ""), limits=Limits(pending=2))
 
-    def classify(self, uploads):
+    def classify(self, uploads, decoded):
         running.append(1)
         assert len(running) == 1
         entered.set()
@@ -172,6 +180,52 @@ def test_queue(classifier, monkeypatch):
         assert web.get("/health").json()["pending"] == 0
 
 
+def test_one_forward_pass(web, run, classifier, monkeypatch):
+    """Predictions and nearest training images need the same embeddings."""
+    method = classifier._run.method
+    passes, embed = [], method.embed
+    monkeypatch.setattr(method, "embed", lambda inputs: passes.append(len(inputs)) or embed(inputs))
+    assert web.post("/predict", content=BLACK).json()["images"][0]["nearest"] and passes == [1]
+
+
+def test_thumbnail_of_an_image(web):
+    """The page shows it where the browser does not know the format."""
+    pytest.importorskip("pillow_heif", reason="HEIC needs the extra heif")
+    file = io.BytesIO()
+    from_pillow = sys.modules["pillow_heif"].from_pillow
+    from_pillow(Image.new("RGB", (100, 80), "red")).save(file)
+    (found,) = web.post("/predict?thumbnail", content=file.getvalue()).json()["images"]
+    head, _, data = found["thumbnail"].partition(",")
+    assert head == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (100, 80)
+    assert "thumbnail" not in web.post("/predict", content=BLACK).json()["images"][0]
+
+
+def test_limit_of_the_time_to_decode(classifier):
+    limits = Limits(decoding=0.3)
+    files = [("x", ("slow", slow_picture())), ("x", ("black", BLACK))]
+    answer = client(classifier, limits).post("/predict", files=files)
+    slow, black = (each["error"] for each in answer.json()["images"])
+    assert answer.status_code == 400 and slow.startswith("slow: can't be read as an image (decoding takes more than 0.")
+    assert black == "black: images of a request must take at most 0.3 s to decode."
+    assert client(classifier, limits).post("/predict", content=BLACK).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/training/0", "/classes", "/health", "/predict"])
+def test_requests_of_pages_of_other_sites(web, path):
+    method = "POST" if path == "/predict" else "GET"
+    for mode in ("no-cors", "cors", *(["navigate"] if method == "POST" else [])):
+        answer = web.request(method, path, headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": mode})
+        assert (answer.status_code, list(answer.json())) == (403, ["error"])
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    for site in ("same-origin", "none"):  # the page itself, and an address that the user types
+        answer = web.request(method, path, headers={"Sec-Fetch-Site": site}, content=BLACK)
+        assert (answer.status_code, answer.headers["Cross-Origin-Resource-Policy"]) == (200, "same-origin")
+
+
+def test_link_of_another_site(web):
+    assert web.get("/", headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}).status_code == 200
+
+
 def test_slow_request_is_refused(classifier, monkeypatch):
     async def forever(self, request):
         await asyncio.sleep(60)
@@ -182,7 +236,7 @@ def test_slow_request_is_refused(classifier, monkeypatch):
 
 
 def test_a_bug_is_one_line(classifier, monkeypatch):
-    monkeypatch.setattr(sk.Classifier, "predict", lambda *_, **options: 1 / 0)
+    monkeypatch.setattr(sk.Classifier, "predict_and_embed", lambda *_, **options: 1 / 0)
     answer = client(classifier).post("/predict", content=BLACK)
     assert (answer.status_code, list(answer.json())) == (500, ["error"])
 
@@ -190,7 +244,7 @@ def test_a_bug_is_one_line(classifier, monkeypatch):
 def test_other_routes(web, run):
     assert web.get("/classes").json() == {"classes": run.classes, "calibrated": False, "threshold": None}
     assert web.get("/health").json() == {"status": "ok", "version": sk.__version__, "pending": 0}
-    for path in ("/model.safetensors", "/training/-1", "/training/../config.yaml", "/%2e%2e/config.yaml"):
+    for path in ("/model.safetensors", "/training/../config.yaml", "/%2e%2e/config.yaml"):
         assert (web.get(path).status_code, web.get(path).json()) == (404, {"error": "Not Found"})
     assert web.get("/predict").status_code == 405
     assert web.get("/health", headers={"Host": "example.com"}).status_code == 400  # DNS rebinding
@@ -262,8 +316,6 @@ def loaded(classifier, monkeypatch) -> None:
 
 
 def test_server_in_the_network_shows_no_training_images(run, loaded, capsys, monkeypatch):
-    import uvicorn
-
     def stopped(self, sockets):
         raise KeyboardInterrupt
 
@@ -278,18 +330,19 @@ def test_server_in_the_network_shows_no_training_images(run, loaded, capsys, mon
     assert "training images" in printed.err
 
 
-def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch):
+@pytest.mark.parametrize("picture", [BLACK, slow_picture()], ids=["answered", "while an image is decoded"])
+def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch, picture):
     """A request over the network to a real server, then SIGINT."""
-    import uvicorn
-
-    answers, original = [], uvicorn.Server.run
+    answers, original, seconds = [], uvicorn.Server.run, 30 if picture is BLACK else 1
 
     def used(self, sockets):
         def use() -> None:
             try:
                 url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/predict"
-                with urllib.request.urlopen(urllib.request.Request(url, BLACK), timeout=30) as answer:
+                with urllib.request.urlopen(urllib.request.Request(url, picture), timeout=seconds) as answer:
                     answers.append(answer.read())
+            except TimeoutError:
+                answers.append(None)
             finally:
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -303,5 +356,67 @@ def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch):
     monkeypatch.setattr(uvicorn.Server, "run", used)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored, in a process in the background
     code = main(["serve", str(run.folder), "--port", "0", "--nearest", "0", "--device", "cpu"])
-    assert code == 130 and b"predictions" in answers[0] and capsys.readouterr().err == "interrupted\n"
     signal.signal(signal.SIGINT, before)
+    error = capsys.readouterr().err
+    assert code == 130 and error.endswith("interrupted\n") and not decoder._decoders
+    if picture is BLACK:
+        assert b"predictions" in answers[0] and error == "interrupted\n"
+    else:
+        assert answers == [None]
+
+
+@contextlib.contextmanager
+def serving(app) -> Iterator[tuple[str, int]]:
+    """Serve at a free port in a thread; yield the address."""
+    config = uvicorn.Config(app, http=LimitedProtocol, log_level="critical", lifespan="off")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+WHOLE = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [[], [WHOLE[:-2]], [WHOLE, WHOLE[:-2]], [WHOLE + WHOLE[:-2]]],
+    ids=["nothing", "half", "half after a whole one", "half behind a whole one"],
+)
+def test_half_requests_are_closed(classifier, monkeypatch, sent):
+    """Also if a byte comes from time to time, which ends uvicorn's own limit."""
+    monkeypatch.setattr(LimitedProtocol, "seconds", 0.3)
+    with serving(make_app(Service(classifier, Page("", "", "")))) as address:
+        with socket.create_connection(address, timeout=30) as client:
+            for part in sent:
+                client.sendall(part)
+                if part.startswith(WHOLE):
+                    assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            client.settimeout(0.05)
+            deadline = time.monotonic() + 30
+            while True:
+                assert time.monotonic() < deadline
+                try:
+                    client.sendall(b"x" if sent else b"")
+                    if client.recv(1 << 16) == b"":
+                        break
+                except TimeoutError:
+                    continue
+                except ConnectionError:
+                    break
+
+
+def test_limit_of_connections(classifier, monkeypatch):
+    monkeypatch.setattr(LimitedProtocol, "most", 3)
+    with serving(make_app(Service(classifier, Page("", "", "")))) as address, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(4)]
+        with contextlib.suppress(ConnectionError):
+            assert clients[3].recv(1) == b""
+        for client in clients[:3]:
+            client.sendall(WHOLE)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")

@@ -16,11 +16,19 @@ function add(list) {
     const card = copy("card"), preview = card.querySelector("img");
     card.querySelector(".file").textContent = file.name;
     card.querySelector(".file").title = file.name;
-    preview.onerror = () => preview.removeAttribute("src"); // a format that the browser can't show
-    preview.onload = () => URL.revokeObjectURL(preview.src);
+    const visible = new Promise((resolve) => { // false for a format that the browser can't show
+      preview.onload = () => {
+        URL.revokeObjectURL(preview.src);
+        resolve(true);
+      };
+      preview.onerror = () => {
+        preview.removeAttribute("src");
+        resolve(false);
+      };
+    });
     if (file.size <= most) preview.src = URL.createObjectURL(file);
     cards.push(card);
-    queue.push([file, card]);
+    queue.push([file, card, visible]);
   }
   results.prepend(...cards);
   shown += cards.length;
@@ -31,10 +39,10 @@ async function run() {
   running = true;
   while (queue.length) {
     tell();
-    const [file, card] = queue.shift();
+    const [file, card, visible] = queue.shift();
     if (!card.isConnected) continue; // removed
     try {
-      show(card, await predict(file, card));
+      show(card, await predict(file, card, visible));
     } catch (error) {
       fail(card, error.message);
     }
@@ -50,15 +58,16 @@ function tell() {
   state.textContent = !shown ? "" : running ? `${done} of ${shown} done` : shown === 1 ? "1 image" : `${shown} images`;
 }
 
-async function predict(file, card) {
+async function predict(file, card, visible) {
   if (file.size > most) throw Error(`too large: ${megabytes(file.size)}; the most is ${megabytes(most)}.`);
   say(card, "classifying …");
+  const path = (await visible) ? "predict" : "predict?thumbnail";
   for (;;) {
     const body = new FormData();
     body.append("image", file);
     let response;
     try {
-      response = await fetch("predict", { method: "POST", body });
+      response = await fetch(path, { method: "POST", body });
     } catch {
       throw Error("the server does not answer. Was it stopped?");
     }
@@ -84,8 +93,9 @@ function fail(card, text) {
   card.classList.add("failed");
 }
 
-function show(card, { predictions, nearest }) {
+function show(card, { predictions, nearest, thumbnail }) {
   say(card, "");
+  if (thumbnail) card.querySelector("img").src = thumbnail;
   const none = predictions[0].probability === null;
   card.classList.add(none ? "none" : "done");
   card.querySelector("h2").textContent = predictions[0].label;
