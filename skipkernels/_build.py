@@ -47,6 +47,7 @@ COMPILE_FLAGS = (
 _PACKAGE = Path(__file__).parent
 _LOG, _FAILED = "build.log", "failed.log"  # of a build in the background, and of one that failed
 _WINDOWS = "the C++ kernels have not been compiled on Windows"
+_LIBRARIES, _PARTIAL = "_C_*.so", ".partial-"  # in the cache: libraries, and folders of unfinished builds
 _DETACHED = "from skipkernels import _build; _build.build_detached()"
 
 
@@ -96,26 +97,35 @@ def load() -> Extension:
 
 
 def build(*, wait: bool = True) -> Path:
-    """Return the path of the library in the user's cache; build it if absent.
+    """Return the path of the library in the user's cache; build it if it is absent or damaged.
 
     The compiler is that of the environment variable CXX, its further flags are those of CXXFLAGS. Raises an OSError if
     another process builds it and `wait` is False.
     """
     from ._progress import progress
-    from .folders import locked, replaced_file
+    from .folders import locked
 
-    compiler, library = _target()
-    folder = library.parent
-    if not library.exists():
-        with locked(folder, wait=wait):
-            if not library.exists():  # else another process built it meanwhile
-                for left in folder.glob("._C.so-*.partial"):  # of a build that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                sys.stderr.write(f"skipkernels: building the C++ kernels, once (one to three minutes), in {folder}\n")
-                steps = len(list(source_dir().glob("*.cpp"))) + 1
-                with replaced_file(library) as new, progress("building", steps) as advance:
-                    _run_ninja(compiler, new, lambda: advance(1))
-                (folder / _FAILED).unlink(missing_ok=True)
+    compiler, folder = _target()
+    if (library := _built(folder)) is not None:
+        return library
+    with locked(folder, wait=wait):
+        if (library := _built(folder)) is not None:  # another process built it meanwhile
+            return library
+        for left in folder.glob(f"{_PARTIAL}*"):  # of a build that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        for damaged in folder.glob(_LIBRARIES):
+            damaged.unlink()
+        sys.stderr.write(f"skipkernels: building the C++ kernels, once (one to three minutes), in {folder}\n")
+        steps = len(list(source_dir().glob("*.cpp"))) + 1
+        with (
+            tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder, ignore_cleanup_errors=True) as temporary,
+            progress("building", steps) as advance,
+        ):
+            new = Path(temporary, "_C.so")
+            _run_ninja(compiler, new, lambda: advance(1))
+            new.chmod(0o700)  # whatever the umask
+            library = new.replace(folder / _name_of(new))
+        (folder / _FAILED).unlink(missing_ok=True)
     return library
 
 
@@ -123,7 +133,7 @@ def build_detached() -> None:
     """Build the library as the process in the background: at low priority, unless another process builds it."""
     if hasattr(os, "nice"):
         os.nice(10)
-    folder = _target()[1].parent
+    _, folder = _target()
     try:
         build(wait=False)
     except (OSError, RuntimeError) as error:
@@ -137,10 +147,9 @@ def _find_or_start() -> Path | None:
     """Return the path of the library in the user's cache; if absent, start a process that builds it."""
     from .folders import is_locked
 
-    _, library = _target()
-    if library.exists():
+    _, folder = _target()
+    if (library := _built(folder)) is not None:
         return library
-    folder = library.parent
     if (folder / _FAILED).exists():
         raise BuildError(f"a build failed, as {folder / _FAILED} says; SKIPKERNELS_CPP=wait repeats it")
     _check_ninja()
@@ -163,14 +172,25 @@ def _find_or_start() -> Path | None:
 
 
 def _target() -> tuple[list[str], Path]:
-    """Return the compiler command, and the path of the library in a folder of the user's cache, which is made."""
+    """Return the compiler command, and the folder of the library in the user's cache, which is made."""
     compiler = _compiler()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "skipkernels" / _key(compiler)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder = folder.resolve()  # without links, so that its parents are those that are checked
-    _check_private(folder)
-    return compiler, folder / "_C.so"
+    return compiler, _private(folder)
+
+
+def _built(folder: Path) -> Path | None:
+    """Return the path of the library in a folder if it is there and whole: a truncated one would raise SIGBUS."""
+    for library in map(_private, folder.glob(_LIBRARIES)):
+        if library.name == _name_of(library):
+            return library
+    return None
+
+
+def _name_of(library: Path) -> str:
+    """Name of a library in the cache, which has a digest of its bytes."""
+    return f"_C_{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
 def build_into(library: Path) -> None:
@@ -224,17 +244,19 @@ def _check_ninja() -> None:
         raise BuildError("ninja is not installed (pip install ninja)")
 
 
-def _check_private(folder: Path) -> None:
-    """Raise if another user may write to a folder or replace it: this process would run the code of their library."""
-    for path in (folder, *folder.parents) if os.name == "posix" else ():
+def _private(target: Path) -> Path:
+    """Return the path of a folder or file; raise if another user may write to it or replace it, with code of theirs."""
+    target = target.resolve()  # without links, so that its parents are those that are checked
+    for path in (target, *target.parents) if os.name == "posix" else ():
         status = path.stat()
         others = 0o002 if status.st_gid == status.st_uid else 0o022  # with umask 002 a user's own group may write
-        sticky = path != folder and status.st_mode & stat.S_ISVTX  # as /tmp, where others rename only their own files
+        sticky = path != target and status.st_mode & stat.S_ISVTX  # as /tmp, where others rename only their own files
         if status.st_uid not in (0, os.geteuid()) or (status.st_mode & others and not sticky):
             raise BuildError(
                 f"{path} is not safe: another user (uid {status.st_uid}) owns it or may write to it (mode "
                 f"{stat.S_IMODE(status.st_mode):04o}). Let XDG_CACHE_HOME name a folder of your own"
             )
+    return target
 
 
 def _run_ninja(compiler: list[str], library: Path, after_step: Callable[[], None] = lambda: None) -> None:

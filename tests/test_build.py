@@ -110,22 +110,23 @@ def test_built_once_by_two_processes_at_once_after_a_kill_of_a_build(tmp_path, c
     killed.process.kill()
     killed.process.join()
     (folder,) = (tmp_path / "cache").glob("skipkernels/*")
-    assert list(folder.glob("._C.so-*.partial")) and not (folder / "_C.so").exists()
+    assert list(folder.glob(".partial-*")) and not list(folder.glob("*.so"))
     compiler.write_text(text)
     both = [finish(process) for process in [start(WITHOUT_PREBUILT + USE, tmp_path, n, **copies) for n in "ab"]]
     silent, building = sorted(err for _, err in both)
     assert silent == "" and building.count("skipkernels: building the C++ kernels, once") == 1
     for out, _ in both:
         assert out.split()[0] == LOSS and out.split()[-1] == "C++"
-    assert {path.name for path in folder.iterdir()} <= {"_C.so", ".lock"} and (folder / "_C.so").exists()
+    (library,) = folder.glob("*.so")
+    assert set(folder.iterdir()) <= {library, folder / ".lock"}
 
 
-def wait_for(path: Path) -> None:
+def wait_for_library(folder: Path) -> None:
     for _ in range(2400):  # another process imports torch first
-        if path.exists():
+        if list(folder.glob("*.so")):
             return
         time.sleep(0.05)
-    raise AssertionError(f"{path} was not made: {[each.name for each in path.parent.iterdir()]}")
+    raise AssertionError(f"no library was made: {[each.name for each in folder.iterdir()]}")
 
 
 def test_built_in_the_background_for_the_next_start(tmp_path, copies):
@@ -135,7 +136,7 @@ def test_built_in_the_background_for_the_next_start(tmp_path, copies):
     assert lines[0] == lines[1] and lines[0].split()[0] == LOSS and lines[0].split()[-1] == "reference"
     assert err.count("\n") == 1 and "this run uses PyTorch, the next one the kernels" in err
     (folder,) = (tmp_path / "cache").glob("skipkernels/*")
-    wait_for(folder / "_C.so")
+    wait_for_library(folder)
     out, err = finish(start(WITHOUT_PREBUILT + USE, tmp_path, "second", **options))
     assert out.split()[0] == LOSS and out.split()[-1] == "C++" and err == ""
 
@@ -205,21 +206,39 @@ def give_away(path: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("which", "change"), [("folder", "all write"), ("folder", "group writes"), ("parent", "of another")]
+    ("which", "change"),
+    [
+        ("library", "all write"),
+        ("library", "of another"),
+        ("folder", "all write"),
+        ("folder", "group writes"),
+        ("parent", "of another"),
+    ],
 )
-def test_folder_that_another_user_may_write_is_refused(pretended, monkeypatch, tmp_path, which, change):
+def test_path_that_another_user_may_write_is_refused(pretended, monkeypatch, tmp_path, which, change):
     """They could put a library of their own into it, or another folder in its place."""
-    folder = _build.build().parent if which == "folder" else tmp_path / "cache"
-    folder.mkdir(exist_ok=True)
+    library = _build.build()
+    path = {"library": library, "folder": library.parent, "parent": tmp_path / "cache"}[which]
     if change == "of another":
-        give_away(folder, monkeypatch)
+        give_away(path, monkeypatch)
     else:
-        os.chown(folder, -1, 12345) if os.geteuid() == 0 else None
-        folder.chmod(0o777 if change == "all write" else 0o775)
-    if change == "group writes" and folder.stat().st_gid == folder.stat().st_uid:
+        os.chown(path, -1, 12345) if os.geteuid() == 0 else None
+        path.chmod(0o777 if change == "all write" else 0o775)
+    if change == "group writes" and path.stat().st_gid == path.stat().st_uid:
         pytest.skip("no other group")
     monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"{path} was loaded"))
-    assert re.search(rf"{folder} is not safe: .*Let XDG_CACHE_HOME name", warning(monkeypatch))
+    # Without root everything is of another user, and the folder is named first.
+    named = path if change != "of another" or os.geteuid() == 0 else tmp_path
+    assert re.search(rf"{named}.* is not safe: .*Let XDG_CACHE_HOME name", warning(monkeypatch))
+
+
+def test_truncated_library_is_built_again(pretended):
+    """Loading it would end the process by SIGBUS."""
+    library = _build.build()
+    whole = library.read_bytes()
+    library.write_bytes(whole[:-1])
+    again = _build.build()
+    assert again.read_bytes() == whole and list(library.parent.glob("*.so")) == [again]
 
 
 def test_folder_in_a_sticky_one_is_used(pretended, tmp_path):
@@ -227,7 +246,7 @@ def test_folder_in_a_sticky_one_is_used(pretended, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o1777)
     library = _build.build()
-    assert library.is_file() and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (library, library.parent)] == [0o700, 0o700]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +287,7 @@ def test_background_build_that_fails_is_not_repeated(pretended, monkeypatch, cap
     monkeypatch.setattr(subprocess, "Popen", in_this_process)
     monkeypatch.setattr(os, "nice", lambda increment: None)
     assert _build._find_or_start() is None
-    folder = _build._target()[1].parent
+    folder = _build._target()[1]
     assert "broken header" in (folder / "failed.log").read_text()
     with monkeypatch.context() as patch:
         patch.setattr(_build, "_check_ninja", lambda: pytest.fail("a build was started"))
@@ -280,7 +299,7 @@ def test_background_build_that_fails_is_not_repeated(pretended, monkeypatch, cap
 
 def test_background_build_that_was_killed_is_repeated(pretended, monkeypatch, capfd):
     """But not while another process builds."""
-    folder, started = _build._target()[1].parent, []
+    folder, started = _build._target()[1], []
     (folder / "build.log").write_text("of a process that was killed")
     monkeypatch.setattr(_build, "_key", lambda compiler: folder.name)  # it starts a process
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: started.append(options))
