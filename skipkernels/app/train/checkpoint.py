@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
+from typing_extensions import TypedDict
 
 from ...digests import digest_file, digest_json
 from ...folders import link_or_copy, replaced_folder, restored
@@ -31,7 +32,8 @@ from ...formatting import first_line
 from ..data import InputError
 from ..untrusted import read_object
 from .description import Description
-from .errors import argument_error
+from .errors import argument_error, validated
+from .metrics_schema import Count, Number, Row, Text
 
 if TYPE_CHECKING:
     from .weights import WeightsFile
@@ -43,6 +45,24 @@ _MAX_BYTES = 1 << 28  # size of checkpoint.json: a thousand epochs with a hundre
 # Errors of torch.load for a damaged file.
 _LOAD_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
 _LOAD_ERRORS += (AttributeError, zipfile.BadZipFile, pickle.UnpicklingError)
+
+
+class _Row(Row):
+    """Row of an epoch, with what the metrics of a run need of each."""
+
+    loss: float
+    steps: Count
+    seconds: Number
+    kept_classes: Number
+
+
+class _Index(TypedDict):
+    """Contents of checkpoint.json, besides its format and digest."""
+
+    settings: dict[Text, Any]
+    rows: list[_Row]
+    seconds: Number
+    files: dict[Text, Text]
 
 
 class Checkpoint(NamedTuple):
@@ -104,6 +124,7 @@ def load(run: Path) -> Checkpoint | None:
             raise ValueError(f"{INDEX} has format {written}, and this version reads {FORMAT}")
         if digest != digest_json(values):
             raise ValueError(f"{INDEX} was changed after it was written")
+        validated(_Index, values, strict=True)
         file = DELTA if DELTA in values["files"] else MODEL
         for name in {file, TRAINING, *values["files"]}:
             if not (folder / name).is_file():  # a pipe or a device may never end

@@ -53,14 +53,24 @@ _PROCESSOR |= {"feature_extractor_type", "max_num_patches", "patch_size", "resam
 SMALL_FILES = (*_TOKENIZER_CONFIGS, *_TOKENIZER_FILES, *_PROCESSOR_CONFIGS, "config.json")
 
 
-_Channels = Annotated[list[float], Field(min_length=3, max_length=3)]  # of RGB
+_Size = Annotated[int, Field(ge=1, le=1 << 13)]  # pixels
+_Sizes = _Size | Annotated[list[_Size], Field(min_length=2, max_length=2)]
+_Mean = Annotated[float, Field(ge=-1e3, le=1e3)]  # of a channel with values from 0 to 1
+_Std = Annotated[float, Field(ge=1e-3, le=1e3)]
+
+
+class _Vision(TypedDict, total=False):
+    """Fields of vision_cfg that open_clip does not check."""
+
+    image_size: _Sizes
 
 
 class _Preprocess(TypedDict, total=False):
     """Fields of preprocess_cfg that open_clip does not check."""
 
-    mean: _Channels
-    std: _Channels
+    size: _Sizes | None
+    mean: Annotated[list[_Mean], Field(min_length=3, max_length=3)]
+    std: Annotated[list[_Std], Field(min_length=3, max_length=3)]
 
 
 def read_open_clip_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
@@ -89,8 +99,9 @@ def read_open_clip_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
         raise refused_source(path, "timm_model_name", image["timm_model_name"])
     if not trust and text.get("hf_model_name") and text["hf_model_name"] not in _text_towers():
         raise refused_source(path, "hf_model_name", text["hf_model_name"])
+    validated(_Vision, image, strict=True)
     preprocess = validated(dict[str, Any], values.get("preprocess_cfg") or {})
-    validated(_Preprocess, preprocess)
+    validated(_Preprocess, preprocess, strict=True)
     known = {field.name for field in dataclasses.fields(PreprocessCfg)}
     chosen = {name: _plain(name, value) for name, value in preprocess.items() if name in known}
     return {"model_cfg": rebuilt, "preprocess_cfg": chosen}

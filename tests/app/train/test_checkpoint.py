@@ -43,7 +43,8 @@ class Epoch:
 
 
 def save(folder: Path, epoch: int) -> None:
-    rows = [{"epoch": number, "validation": ACCURACIES[number]} for number in range(1, epoch + 1)]
+    row = {"loss": 1.0, "accuracy": {}, "steps": 1, "seconds": 1.0, "kept_classes": 2.0}
+    rows = [row | {"epoch": number, "validation": ACCURACIES[number]} for number in range(1, epoch + 1)]
     known = {"settings": {"seed": 0}, "rows": rows, "seconds": 1.0}
     checkpoint.save(folder, Epoch(epoch), CLASSIFIER, {"epoch": epoch}, **known)
 
@@ -177,7 +178,8 @@ def test_load_executes_no_code(tmp_path):
     save(tmp_path, 1)
     folder = tmp_path / "checkpoint"
     torch.save(Bomb(), folder / "training.pt")
-    values = {"files": {name: digest_file(folder / name) for name in FILES[:2]}}
+    values = {"settings": {}, "rows": [], "seconds": 1.0}
+    values["files"] = {name: digest_file(folder / name) for name in FILES[:2]}
     (folder / "checkpoint.json").write_text(json.dumps({"format": 3, "digest": digest_json(values)} | values))
     with pytest.raises(InputError, match=r"training\.pt holds more than tensors\. Restore"):
         checkpoint.load(tmp_path)

@@ -253,9 +253,20 @@ def test_preprocess_settings():
 
 
 @pytest.mark.parametrize(
-    ("preprocess", "message"), [({"mean": [0.5]}, "mean: List"), ({"std": "text"}, "std: Input"), ([1], "dict: Input")]
-)
+    ("preprocess", "message"),
+    [({"mean": [0.5]}, "mean: List"), ({"std": "text"}, "std: Input"), ([1], "dict: Input"),
+     ({"std": [0, 0, 0]}, "std.0: Input"), ({"mean": [1e308] * 3}, "mean.0: Input"), ({"size": 0}, "size")],
+    ids=str,
+)  # fmt: skip
 def test_read_open_clip_config_refuses_preprocessing(tmp_path, preprocess, message):
     (tmp_path / "config").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": preprocess}))
     with pytest.raises(ValueError, match=message):
+        read_open_clip_config(tmp_path / "config")
+
+
+@pytest.mark.parametrize("size", [0, [32, 0], 1 << 30, "32", True, None], ids=str)
+def test_read_open_clip_config_refuses_image_size(tmp_path, size):
+    model = CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"image_size": size}}
+    (tmp_path / "config").write_text(json.dumps({"model_cfg": model}))
+    with pytest.raises(ValueError, match="image_size"):
         read_open_clip_config(tmp_path / "config")

@@ -195,6 +195,22 @@ def test_resume_refuses_damaged_checkpoint(copy, capsys):
     assert main(["tune", "--overwrite", *map(str, arguments), "--epochs", "1", "--max-classes", "4"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"settings": [1]}, "settings: Input"), ({"settings": None}, "settings: Input"), ({"seconds": "x"}, "seconds: I"),
+     ({"rows": [{"epoch": 1}]}, "rows.0.accuracy: Field required"), ({"rows": {}}, "rows: Input"),
+     ({"files": ["model.safetensors"]}, "files: Input")],
+    ids=str,
+)  # fmt: skip
+def test_resume_refuses_foreign_index(copy, changes, reason):
+    index = copy / "checkpoint" / "checkpoint.json"
+    values = json.loads(index.read_text()) | changes
+    body = {name: value for name, value in values.items() if name not in ("format", "digest")}
+    index.write_text(json.dumps(values | {"digest": digest_json(body)}))
+    with pytest.raises(InputError, match=rf"checkpoint: damaged, or not a checkpoint: {reason}"):
+        RunFolder(small(copy, resume=True).resolved())
+
+
 def test_read_metrics_refuses_damaged_file(tmp_path):
     for text, reason in (("[]", "not a JSON object"), ("{}", "status: Field required"), ("[" * 10**5, "too deeply")):
         (tmp_path / "metrics.json").write_text(text)
