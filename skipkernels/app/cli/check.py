@@ -38,6 +38,7 @@ class CheckCommand:
         """Check the dataset. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data import InputError, open_source
         from skipkernels.app.data.check import Finding, facts, findings
+        from skipkernels.app.data.shots import class_sizes_note
         from skipkernels.folders import replace_text
 
         if self.out is not None:
@@ -62,6 +63,11 @@ class CheckCommand:
             counts = ", ".join(f"{name} {count}" for name, count in list(few.items())[:_SHOWN])
             rest = f" and {len(few) - _SHOWN} more" if len(few) > _SHOWN else ""
             out.print(f"classes with fewer than {_FEW} training images: {counts}{rest}", soft_wrap=True)
+        labels: dict[str, list[str]] = {}
+        for one in images:
+            labels.setdefault(one.split, []).append(one.label)
+        if (sizes := class_sizes_note(labels)) is not None:
+            out.print(sizes, soft_wrap=True)
         kinds = Counter(one.kind for one in found)
         for kind, count in kinds.items():
             out.print(f"{kind}: {count:,}", style="bold")

@@ -191,22 +191,15 @@ def _candidates_table(candidates: list[dict[str, Any]]) -> Table:
 def _accuracy_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
     from rich.table import Table
 
+    from skipkernels.app.train.class_metrics import VALIDATION, accuracy_rows
+
     table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots_text}")
     for column in ("zero-shot", "tuned", "change"):
         table.add_column(column, justify="right")
-    accuracies: dict[str, tuple[Any, ...]] = {}
-    for key, before in metrics["zero_shot"].items():
-        accuracies[key] = before, metrics["tuned"][key]
-        found = [(metrics.get(part) or {}).get(key) for part in ("zero_shot_by_class", "by_class")]
-        counts = {each["images"] for of_test in found if of_test for each in of_test["classes"]}
-        if len(counts) > 1:
-            accuracies[f"{key}, balanced"] = (*(of and of["balanced_accuracy"] for of in found),)
-    if config.test == "none":
-        held = metrics["validation"] or {"zero_shot": None, "tuned": None}
-        accuracies = {"validation": (held["zero_shot"], held["tuned"])}
-    for key, (before, after) in accuracies.items():
-        change = None if before is None or after is None else after - before
-        table.add_row(key, number(before, ".2f"), number(after, ".2f"), number(change, "+.2f"))
+    for row in accuracy_rows(metrics | {"validation": metrics.get("validation") or {}}):
+        if (row.test == VALIDATION) == (config.test == "none"):
+            change = None if row.before is None or row.after is None else row.after - row.before
+            table.add_row(row.label, number(row.before, ".2f"), number(row.after, ".2f"), number(change, "+.2f"))
     return table
 
 
@@ -222,6 +215,8 @@ def _cost_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
     if metrics["best_epoch"] is not None:
         validation = metrics["validation"]
         accuracy = f"{number(validation['tuned'], '.2f')} % of {validation['images']} validation images"
+        if "balanced" in validation:  # epochs are compared by it
+            accuracy += f", balanced {number(validation['balanced'], '.2f')} %"
         table.add_row("epoch kept", f"{metrics['best_epoch']} of {metrics['epochs']}, {accuracy}")
     table.add_row("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}")
     peak, before = cost["peak_memory_mib"], cost["baseline_memory_mib"]

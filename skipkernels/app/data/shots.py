@@ -7,7 +7,7 @@ import heapq
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...folders import replace_text
@@ -15,6 +15,8 @@ from ...options import Shots
 from .base import InputError
 from .files import format_names
 from .images import Images
+
+_UNEVEN = 3  # times as many images in the largest class as in the smallest, of which a note is made
 
 
 def hash_order(purpose: str, seed: int, name: str) -> tuple[bytes, str]:
@@ -103,6 +105,23 @@ def few_shot_note(labels: Sequence[int], classes: Sequence[str], shots: int) -> 
         f"{len(short)} of {len(classes)} classes have fewer than {shots} training images, all of which are used: "
         f"{format_names(short)}."
     )
+
+
+def class_sizes_note(images: Mapping[str, Sequence[str]]) -> str | None:
+    """Return a note on classes of different size, by the class of each image of a kind; None if they differ little.
+
+    A class with three times the images of another can make the accuracy high although that of most classes is low.
+
+    >>> class_sizes_note({"training": ["cat", "cat", "cat", "dog"], "test": ["cat", "dog"]})
+    'classes differ in size: of 4 training images cat has 3 and dog 1.'
+    """
+    parts = []
+    for kind, names in images.items():
+        sizes = Counter(names).most_common()
+        if sizes and sizes[0][1] >= _UNEVEN * sizes[-1][1]:
+            (largest, most), (smallest, least) = sizes[0], sizes[-1]
+            parts.append(f"of {len(names)} {kind} images {largest} has {most} and {smallest} {least}")
+    return f"classes differ in size: {', '.join(parts)}." if parts else None
 
 
 def save_few_shot(

@@ -17,7 +17,7 @@ from .base import InputError
 from .files import format_names
 from .images import DatasetImages, Images, unreadable
 from .registry import open_source
-from .shots import few_shot_note
+from .shots import class_sizes_note, few_shot_note
 from .source import Protocol, Source, Split
 from .splits import fold_source
 from .templates import Templates
@@ -214,7 +214,15 @@ def load_task(
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
     if shots != "all" and (note := few_shot_note(train.labels, trained.classes, shots)) is not None:
         notes.append(f"{source.name}: {note}")
-    notes += [f"{source.name}: {note}" for note in (joined_note, held_note) if note is not None]
+    sizes = class_sizes_note(
+        {
+            kind: [trained.classes[label] for label in images.labels]
+            for kind, images in (("training", train), ("test", tests[0].images))
+        }
+    )
+    if sizes is not None:
+        sizes += " Read the balanced accuracy; --class-weight balanced lets each class count the same."
+    notes += [f"{source.name}: {note}" for note in (sizes, joined_note, held_note) if note is not None]
     notes += [
         f"{source.name}: {test.name} has only the class {test.classes[0]}, so all of its images count as correct."
         for test in tests

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import TuneConfig
 from ..data import InputError
 from ..train import predictions
-from ..train.class_metrics import metrics_of_test
+from ..train.class_metrics import VALIDATION, accuracy_rows, largest_class, metrics_of_test
 from ..train.errors import validated
 from ..train.metrics_schema import Row
 from ..train.predictions import TestPredictions, TopClasses
@@ -92,21 +92,26 @@ def _headline(metrics: Mapping[str, Any], names: list[str], tests: Sequence[Test
         held = metrics.get("validation")
         if not held or not (finite(held["zero_shot"]) and finite(held["tuned"])):
             return "All images trained, none were kept for a test: there is no accuracy."
+        kind, before, after, more = _leading(metrics, VALIDATION, held["zero_shot"], held["tuned"])
         return (
             f"No images were kept for a test. On {plural(held['images'], 'validation image')}, which choose the epoch, "
-            f"the accuracy went {_from_to(held['zero_shot'], held['tuned'])}; expect less on other images."
+            f"the {kind} went {_from_to(before, after)}; expect less on other images{more}."
         )
     if not (finite(before) and finite(after)):
         return f"No accuracy after tuning; zero-shot {_percent(before)} on {first}."
     classes = plural(metrics["classes"][first], "trained class", "trained classes")
     subject = "Tuning and blending" if "alpha" in metrics else "Tuning"
+    kind, before, after, more = _leading(metrics, first, before, after)
     verb = "kept" if after == before else "raised" if after > before else "lowered"
-    text = f"{subject} {verb} the accuracy on the {classes} {_from_to(before, after)}"
+    text = f"{subject} {verb} the {kind} on the {classes} {_from_to(before, after)}"
     found = next((class_results(test) for test in tests if test.name == first and test.tuned is not None), None)
     if found is not None:
         changes = [result.tuned - result.zero_shot for result in found if result.tuned is not None]
         better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
         text += f": {plural(better, 'class', 'classes')} better, {worse:,} worse"
+        if more and (never := sum(result.tuned == 0 for result in found)):
+            text += f", {never:,} without a correct image"
+    text += more
     if len(others) == 1 and finite(zero_shot.get(others[0])) and finite(tuned.get(others[0])):
         before, after = zero_shot[others[0]], tuned[others[0]]
         verb = "stayed" if after == before else "rose" if after > before else "fell"
@@ -116,6 +121,17 @@ def _headline(metrics: Mapping[str, Any], names: list[str], tests: Sequence[Test
         text += f". On the {len(others)} targets the mean went from {_percent(zero_shot['targets'])} to "
         text += _percent(tuned["targets"])
     return f"{text}."
+
+
+def _leading(metrics: Mapping[str, Any], test: str, before: float, after: float) -> tuple[str, float, float, str]:
+    """Kind of accuracy that leads, with its values, and what follows on the plain one if classes differ in size."""
+    found = [(metrics.get(part) or {}).get(test) for part in ("zero_shot_by_class", "by_class")]
+    largest = largest_class(found[0])
+    if largest is None or not all(of and finite(of["balanced_accuracy"]) for of in found):
+        return "accuracy", before, after, ""
+    name, share = largest
+    more = f". The accuracy, which is {_percent(share)} if the answer is always {name}, went {_from_to(before, after)}"
+    return "balanced accuracy", *(of["balanced_accuracy"] for of in found if of), more
 
 
 def _percent(value: float | None) -> str:
@@ -132,6 +148,8 @@ def _kept_epoch(metrics: Mapping[str, Any]) -> str:
     if best is None or metrics["status"] != "complete" or "alpha" in metrics:  # a blend has the accuracy of the blend
         return ""
     accuracy = f" ({_percent(validation['tuned'])})" if finite(validation.get("tuned")) else ""
+    if finite(validation.get("balanced")):  # epochs are compared by it
+        accuracy = f" (balanced accuracy {_percent(validation['balanced'])})"
     images = plural(validation["images"], "validation image") if validation.get("images") else "validation images"
     return f"Epoch {best} of {metrics['epochs']} is kept, the best on {images}{accuracy}."
 
@@ -158,23 +176,19 @@ def _class_plot(test: TestPredictions) -> DotPlot:
 
 
 def _accuracy(metrics: Mapping[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """Rows of zero-shot and tuned accuracy, of each test and of the summaries of the protocol."""
-    zero_shot, tuned = metrics["zero_shot"], metrics["tuned"] or {}
-    found: list[dict[str, Any]] = []
-
-    def add(label: str, classes: int | None, before: float | None, after: float | None, summary: bool) -> None:
-        change = after - before if finite(before) and finite(after) else None
-        verdict = "" if not change else "better" if change > 0 else "worse"
-        row = {"name": label, "classes": classes, "before": before, "after": after, "change": change}
-        found.append(row | {"summary": summary, "verdict": verdict})
-
-    for name in [*names, *(name for name in zero_shot if name not in names)]:
-        label = name if name in names else _SUMMARIES.get(name, name)
-        label += ", trained on" if name == names[0] else ""
-        add(label, metrics["classes"].get(name), zero_shot.get(name), tuned.get(name), name not in names)
-    validation = metrics.get("validation")
-    if validation and finite(validation.get("zero_shot")):
-        add("validation", metrics["classes"][names[0]], validation["zero_shot"], validation.get("tuned"), False)
+    """Rows of the table of accuracies before and after tuning."""
+    found = []
+    for row in accuracy_rows(metrics):
+        if row.test == VALIDATION and not finite(row.before):
+            continue
+        change = row.after - row.before if finite(row.before) and finite(row.after) else None
+        label = _SUMMARIES.get(row.label, row.label) + (", trained on" if row.label == names[0] else "")
+        summary = row.test not in (*names, VALIDATION)
+        found.append(
+            {"name": label, "before": row.before, "after": row.after, "change": change, "summary": summary}
+            | {"classes": metrics["classes"].get(names[0] if row.test == VALIDATION else row.test)}
+            | {"verdict": "" if not change else "better" if change > 0 else "worse"}
+        )
     return found
 
 

@@ -21,7 +21,6 @@ from ..report.mistakes import predictions_with_thumbnails
 from ..train import weights
 from ..train.calibration import calibrate
 from ..train.checkpoint import MODEL
-from ..train.class_metrics import metrics_by_class
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluator
 from ..train.model_card import CARD, model_card
@@ -130,7 +129,7 @@ def blend(
     blended = evaluator.evaluate(setup.method)
     metrics |= {
         "tuned": blended.accuracies,
-        "by_class": metrics_by_class(setup.task.tests, evaluator.labels, blended.top),
+        "by_class": evaluator.by_class(blended),
         "blend": curve | {"chosen": chosen, "run": str(folder.resolve())},
         "alpha": chosen,
         "notes": [],

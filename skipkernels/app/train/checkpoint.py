@@ -162,12 +162,13 @@ def _reason(error: Exception) -> str:
 def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int | None:
     """Return the epoch with the highest validation accuracy, of equal ones the last; None without validation.
 
-    The last: with few validation images many epochs are equal, and those at the end of the schedule change least.
+    It is the balanced accuracy where a row has it. The last: with few validation images many epochs are equal, and
+    those at the end of the schedule change least.
 
     >>> best_epoch([{"epoch": epoch, "validation": accuracy} for epoch, accuracy in ((1, 90.0), (2, 90.0), (3, 85.0))])
     2
     """
-    measured = [(row["validation"], row["epoch"]) for row in rows if row.get("validation") is not None]
+    measured = [(accuracy, row["epoch"]) for row in rows if (accuracy := _validation(row)) is not None]
     return max(measured)[1] if measured else None
 
 
@@ -178,7 +179,12 @@ def has_stalled(rows: Sequence[Mapping[str, Any]], patience: int | None) -> bool
     >>> has_stalled(rows, 2), has_stalled(rows, 3), has_stalled(rows, None)
     (True, False, False)
     """
-    accuracies = [row["validation"] for row in rows if row.get("validation") is not None]
+    accuracies = [accuracy for row in rows if (accuracy := _validation(row)) is not None]
     if patience is None or not accuracies:
         return False
     return len(accuracies) - 1 - accuracies.index(max(accuracies)) >= patience
+
+
+def _validation(row: Mapping[str, Any]) -> float | None:
+    """Validation accuracy by which epochs are compared."""
+    return row.get("validation_balanced", row.get("validation"))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...formatting import csv_line
-from ..data.tasks import TestSet
 from .predictions import TestPredictions, TopClasses
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+VALIDATION = "validation"
+"""Name of the validation images beside the names of the tests."""
 MOST_CONFUSED = 20  # pairs in metrics.json
 
 
@@ -58,17 +59,6 @@ def class_metrics(labels: Tensor, predicted: Tensor, classes: Sequence[str]) -> 
     ]
 
 
-def metrics_by_class(
-    tests: Iterable[TestSet], labels: Mapping[str, Tensor], top: Mapping[str, TopClasses]
-) -> dict[str, Any]:
-    """Return "by_class" or "zero_shot_by_class" of metrics.json: the metrics of each test with predictions `top`."""
-    return {
-        test.name: metrics_of_test(labels[test.name], top[test.name], test.classes)
-        for test in tests
-        if test.name in top
-    }
-
-
 def metrics_of_test(labels: Tensor, top: TopClasses, classes: Sequence[str]) -> dict[str, Any]:
     """Return what metrics.json has of a test: means over the classes with images, the classes, and what is confused."""
     predicted = top.classes[:, 0]
@@ -85,6 +75,59 @@ def metrics_of_test(labels: Tensor, top: TopClasses, classes: Sequence[str]) -> 
             for label, other, images in wrong[:MOST_CONFUSED]
         ],
     }
+
+
+class AccuracyRow(NamedTuple):
+    """Row of a table of accuracies, in per cent.
+
+    Attributes:
+        test: Name of the test, or of a summary of the protocol.
+        label: Name of the row: that of the test, for its accuracy; or with ", balanced" for the mean over its classes,
+            and ", always CLASS" for the accuracy of always answering its largest class.
+        before: Accuracy before tuning.
+        after: Accuracy after it.
+    """
+
+    test: str
+    label: str
+    before: float | None
+    after: float | None
+
+
+def largest_class(of_test: Mapping[str, Any] | None) -> tuple[str, float] | None:
+    """Return the name of the largest class of a test, and its share of the images in per cent.
+
+    None if all classes have equally many images: then the accuracy is the balanced one.
+
+    >>> largest_class({"classes": [{"name": "cat", "images": 3}, {"name": "dog", "images": 1}]})
+    ('cat', 75.0)
+    """
+    sizes = {each["name"]: each["images"] for each in of_test["classes"]} if of_test else {}
+    if len(set(sizes.values())) < 2:
+        return None
+    name = max(sizes, key=lambda each: sizes[each])
+    return name, _percent(sizes[name], sum(sizes.values()))
+
+
+def accuracy_rows(metrics: Mapping[str, Any]) -> list[AccuracyRow]:
+    """Return the accuracies in metrics.json: of each test, of the summaries, and on the validation images.
+
+    If the classes of a test have different numbers of images, its balanced accuracy and that of always answering the
+    largest class come first: an accuracy near the latter says little.
+    """
+    before_of, after_of = (dict(metrics[part] or {}) for part in ("zero_shot", "tuned"))
+    if (held := metrics.get("validation")) is not None:
+        before_of[VALIDATION], after_of[VALIDATION] = held.get("zero_shot"), held.get("tuned")
+    by_class = [metrics.get(part) or {} for part in ("zero_shot_by_class", "by_class")]
+    found = []
+    for test, before in before_of.items():
+        of_test = [part.get(test) for part in by_class]
+        if (largest := largest_class(of_test[0])) is not None:
+            name, share = largest
+            found.append(AccuracyRow(test, f"{test}, balanced", *(of and of["balanced_accuracy"] for of in of_test)))
+            found.append(AccuracyRow(test, f"{test}, always {name}", share, share))
+        found.append(AccuracyRow(test, test, before, after_of.get(test)))
+    return found
 
 
 def confusions(labels: Tensor, predicted: Tensor) -> list[tuple[int, int, int]]:

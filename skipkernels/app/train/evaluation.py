@@ -23,6 +23,7 @@ from ..data.tasks import summarise
 from ..methods import Method
 from ..untrusted import check_source
 from . import weights
+from .class_metrics import VALIDATION, metrics_of_test
 from .model import LOCAL_DIR, load_weights
 from .own_dataset import check_no_parts, own_data
 from .plain_config import OPEN_CLIP
@@ -32,8 +33,6 @@ from .processes import join
 from .run_folder import CONFIG, read_model
 from .setup import BATCH, RunSetup, build_run
 
-VALIDATION = "validation"
-"""Name of the validation images beside the names of the tests."""
 Accuracies = dict[str, float | None]
 """Accuracy in per cent by test and by summary of the protocol; None where a method can't classify the images."""
 _AFTER_EPOCH = f"after this epoch, though its loss and weights are. {REMEDY}"
@@ -43,7 +42,7 @@ class Evaluation(NamedTuple):
     """Results of a method on all tests."""
 
     accuracies: Accuracies
-    top: dict[str, TopClasses]  # by test, without those that the method can't classify
+    top: dict[str, TopClasses]  # by test and `VALIDATION`, without those that the method can't classify
     validation: float | None  # accuracy in per cent on the validation images; None without any
 
 
@@ -72,9 +71,14 @@ class Evaluator:
                 raise FloatingPointError(f"tune: logits of the test {name!r} are not finite {when}")
             correct = top[name].classes[:, 0] == self.labels[name]
             accuracies[name] = round(100.0 * correct.float().mean().item(), 4)
-        top.pop(VALIDATION, None)
         validation = accuracies.pop(VALIDATION, None)
         return Evaluation(self._summarised(accuracies), top, validation)
+
+    def by_class(self, found: Evaluation) -> dict[str, dict[str, Any]]:
+        """Return the metrics by class of each test with predictions, and of the validation images."""
+        tests = {test.name: test.classes for test in self._setup.task.tests}
+        tests[VALIDATION] = self._setup.task.tests[0].classes
+        return {name: metrics_of_test(self.labels[name], top, tests[name]) for name, top in found.top.items()}
 
     def validation_logits(self, method: Method) -> tuple[Tensor, Tensor] | None:
         """Return logits [n, C] and labels [n] of the validation images; None if there are none."""

@@ -23,12 +23,27 @@ class Threshold(TypedDict):
     accuracy: Percent
 
 
+class ClassSize(TypedDict):
+    """Class of a test."""
+
+    name: Text
+    images: Count
+
+
+class ByClass(TypedDict):
+    """Metrics of a test by class."""
+
+    balanced_accuracy: Percent
+    classes: list[ClassSize]
+
+
 class Validation(TypedDict):
     """Accuracy on the validation images."""
 
     images: Count
     zero_shot: Percent
     tuned: Percent
+    balanced: NotRequired[Percent]
     thresholds: NotRequired[list[Threshold]]
 
 
@@ -115,6 +130,8 @@ class Metrics(TypedDict):
     parameters: Parameters
     checkpoint: Checkpoint
     cost: Cost
+    by_class: NotRequired[dict[Text, ByClass]]
+    zero_shot_by_class: NotRequired[dict[Text, ByClass]]
     validation: NotRequired[Validation | None]
     best_epoch: NotRequired[Count | None]
     images: NotRequired[Images]
@@ -136,4 +153,5 @@ class Row(TypedDict):
     loss: NotRequired[float | None]
     step_loss: NotRequired[list[float | None] | None]
     validation: NotRequired[Percent]
+    validation_balanced: NotRequired[Percent]
     stage_seconds: NotRequired[dict[Text, Number] | None]

@@ -30,7 +30,7 @@ from ..report.mistakes import predictions_with_thumbnails
 from . import checkpoint, notes
 from .calibration import calibrate
 from .checkpoint import DELTA, MODEL, Checkpoint, best_epoch, has_stalled
-from .class_metrics import metrics_by_class
+from .class_metrics import VALIDATION
 from .command_line import command_line
 from .description import describe, write_open_clip_config
 from .environment import environment
@@ -344,6 +344,8 @@ class Run:
                 evaluation = self.evaluator.evaluate(self.method)
                 row["stage_seconds"]["evaluation"] = time.perf_counter() - started
                 row["accuracy"], row["validation"] = evaluation.accuracies, evaluation.validation
+                if config.class_weight is not None and evaluation.validation is not None:
+                    row["validation_balanced"] = self.evaluator.by_class(evaluation)[VALIDATION]["balanced_accuracy"]
                 self._complete(row, evaluation, trainer)
                 self.display.epoch(row)
                 _log.info(
@@ -416,6 +418,8 @@ class Run:
             images = len(self.task.validation.images)
             validation = {"images": images, "zero_shot": self.zero_shot.validation, "tuned": tuned.validation}
             validation["thresholds"] = self.thresholds
+            if config.class_weight is not None:
+                validation["balanced"] = self.evaluator.by_class(tuned)[VALIDATION]["balanced_accuracy"]
         return {
             "command": self.command,
             "environment": environment(config.device, self.processes.size),
@@ -424,8 +428,8 @@ class Run:
             "classes": {test.name: len(test.classes) for test in self.task.tests},
             "zero_shot": self.zero_shot.accuracies,
             "tuned": tuned.accuracies,
-            "by_class": metrics_by_class(self.task.tests, self.evaluator.labels, tuned.top),
-            "zero_shot_by_class": metrics_by_class(self.task.tests, self.evaluator.labels, self.zero_shot.top),
+            "by_class": self.evaluator.by_class(tuned),
+            "zero_shot_by_class": self.evaluator.by_class(self.zero_shot),
             "validation": validation,
             "epochs": len(rows),
             "best_epoch": best_epoch(rows),

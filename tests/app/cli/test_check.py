@@ -18,6 +18,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError, decoder
 from skipkernels.app.train import tune
+from skipkernels.app.train.setup import build_task
 from tests.app.data.pictures import slow_picture
 
 
@@ -48,6 +49,15 @@ def test_check_without_findings(data, capsys, monkeypatch):
     heads = ("split", "images", "unreadable", "classes", "per class", "smallest", "median", "largest")
     assert all(head in out for head in heads) and out.count("120×90") == 6, "in a pipe, the table is not cut"
     assert "classes with fewer than 16 training images: cat 9, dog 9" in out
+
+
+def test_check_and_tune_name_classes_of_different_size(data, capsys):
+    for number in range(100, 118):
+        photo(number).save(data / "train" / "cat" / f"{number}.png")
+    note = "classes differ in size: of 36 train{} images cat has 27 and dog 9."
+    assert note.format("") in check(capsys, data)[1]
+    task = build_task(TuneConfig(data=f"imagefolder:{data}", protocol="few-shot", shots="all", validation="none"))
+    assert any(note.format("ing") in each for each in task.notes)
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])

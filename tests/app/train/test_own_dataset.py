@@ -13,8 +13,9 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.train import evaluate_run, tune
+from skipkernels.app.train.checkpoint import best_epoch
 from skipkernels.clip import SkipCLIP
-from tests.app.runs import fails, files
+from tests.app.runs import fails, files, rows
 
 COLOURS = ["black", "red", "white"]
 
@@ -52,6 +53,20 @@ def test_tune_dataset(run):
     assert metrics["validation"]["images"] == 6 and metrics["best_epoch"] in (1, 2)  # of seven images each
     assert {"report.html", "few_shot.json", "model.safetensors"} <= files(folder)
     assert evaluate_run(str(folder), dataset=Squares(30), classes=SETTINGS["classes"]) == metrics["tuned"]
+
+
+def test_epochs_of_weighted_classes_are_chosen_by_balanced_accuracy(tmp_path):
+    """Among twenty black validation images, one red and one white, each class counts as much as another."""
+    held = Squares(22)
+    held.labels = [0] * 20 + [1, 2]
+    options = SETTINGS | {"epochs": 3, "class_weight": "balanced"}
+    metrics = tune(dataset=Squares(21), validation=held, test=Squares(3), out=tmp_path, **options)
+    found = rows(tmp_path)
+    assert metrics["best_epoch"] == max((row["validation_balanced"], row["epoch"]) for row in found)[1]
+    recalls = [each["recall"] for each in metrics["by_class"]["validation"]["classes"]]
+    assert metrics["validation"]["balanced"] == pytest.approx(sum(recalls) / 3, abs=1e-3)
+    first, second = {"validation": 90.0, "validation_balanced": 40.0}, {"validation": 80.0, "validation_balanced": 60.0}
+    assert best_epoch([{"epoch": 1} | first, {"epoch": 2} | second]) == 2
 
 
 @pytest.mark.parametrize("changes", [{"class_weight": "balanced"}, {"sampler": "balanced"}], ids=str)
