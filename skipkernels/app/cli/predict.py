@@ -39,7 +39,8 @@ class PredictOptions:
     """File of the results, .csv or .json. By default they are printed as CSV. An interrupted command writes the images
     that are done."""
     sort_into: Path | None = None
-    """New folder into which each image is copied, in a folder named after its label."""
+    """Folder into which each image is copied, in a folder with the name of that of the training images of its class.
+    Images that are there are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ class PredictCommand:
             SortedFolders,
             check_file,
             check_none,
+            check_outside,
             csv_lines,
             labelled,
             write_rows,
@@ -90,6 +92,8 @@ class PredictCommand:
         check_counts(top=results.top, **counts)
         check_threshold(results.threshold)
         images, others = find_paths("predict", self.images)
+        if results.sort_into is not None:
+            check_outside(results.sort_into, self.images)
         classifier = Classifier.load(
             self.run,
             classes=None if results.classes is None else _names(results.classes),
@@ -101,11 +105,12 @@ class PredictCommand:
         count = len(classifier.classes)
         if results.top > max(count, PredictOptions.top):
             err.print(f"note: --top {results.top} shows all classes, which are {count}")
-        labels = list(classifier.classes)
-        if results.threshold is not None:
+        labels, names = list(classifier.classes), classifier.folders
+        threshold = results.threshold is not None
+        if threshold:
             check_none(labels)
-            labels.insert(0, NONE)
-        folders = None if results.sort_into is None else SortedFolders(results.sort_into, labels)
+            labels, names = [NONE, *labels], [NONE, *names]
+        folders = None if results.sort_into is None else SortedFolders(results.sort_into, labels, names)
         rows: list[Row] = []
         without_class = 0
 
@@ -126,9 +131,9 @@ class PredictCommand:
             raise
         finally:
             if results.out is not None:
-                write_rows(results.out, rows)
+                write_rows(results.out, rows, threshold=threshold)
             else:
-                print_lines(csv_lines(rows), out)
+                print_lines(csv_lines(rows, threshold=threshold), out)
         if others:
             err.print(format_others(others), soft_wrap=True)
         counted = f", {without_class:,} as {NONE}" if results.threshold is not None else ""

@@ -59,6 +59,7 @@ class Task:
             None.
         notes: Remarks for the user on how the data were read, and on what trains and validates.
         source_notes: Those of them on how the data were read.
+        folders: Names of the folders of the trained classes; None for data without them.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Task:
     validation: TestSet | None = None
     notes: tuple[str, ...] = ()
     source_notes: tuple[str, ...] = ()
+    folders: tuple[str, ...] | None = None
 
 
 def split_base_new(classes: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -229,7 +231,7 @@ def load_task(
         if len(test.classes) == 1
     ]
     shown, of_source = (tuple(dict.fromkeys(map(escaped, each))) for each in (notes, source_notes))
-    return Task(source.name, protocol, train, tuple(tests), held, shown, of_source)
+    return Task(source.name, protocol, train, tuple(tests), held, shown, of_source, trained.folders)
 
 
 def _with_unused(source: Source, validation: Validation, test: Test) -> tuple[Source, str | None]:

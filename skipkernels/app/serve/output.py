@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...digests import digest_file
 from ...folders import replaced_file, sweep
 from ...formatting import csv_line
 from ..data import InputError
@@ -68,19 +69,34 @@ def check_none(classes: Sequence[str]) -> None:
         )
 
 
+def check_outside(folder: Path, images: Iterable[Path]) -> None:
+    """Raise an InputError if images would be sorted into a folder in which they are searched, and found again."""
+    inside = next((path for path in images if path.is_dir() and folder.resolve().is_relative_to(path.resolve())), None)
+    if inside is not None:
+        raise InputError(
+            f"predict: sort_into must be outside {inside}, where images are searched; got {folder}.", "sort_into"
+        )
+
+
 def labelled(found: Predictions) -> Iterator[Row]:
     """Yield the rows of predictions; of an image without a class, `NONE` without a probability comes first."""
     for (name, labels), known in zip(found, found.known.tolist(), strict=True):
         yield name, labels if known else [(NONE, None), *labels[:-1]]
 
 
-def csv_lines(rows: Iterable[Row]) -> Iterator[str]:
-    """Format predictions as CSV: path, label, probability, label_2, probability_2, …."""
+def csv_lines(rows: Iterable[Row], *, threshold: bool = False) -> Iterator[str]:
+    """Format predictions as CSV: path, label, probability, label_2, probability_2, …; with a threshold also known."""
     rows = list(rows)
     numbers = ["", *(f"_{n + 2}" for n in range(len(rows[0][1]) - 1 if rows else 0))]
-    yield csv_line(["path", *(f"{name}{number}" for number in numbers for name in ("label", "probability"))])
+    columns = ["path", *(f"{name}{number}" for number in numbers for name in ("label", "probability"))]
+    yield csv_line([*columns, "known"] if threshold else columns)
     for name, found in rows:
-        yield csv_line([name, *(cell for label, p in found for cell in (label, "" if p is None else f"{p:.6g}"))])
+        cells = [name, *(cell for label, p in found for cell in (label, "" if p is None else f"{p:.6g}"))]
+        yield csv_line([*cells, json.dumps(_is_known(found))] if threshold else cells)
+
+
+def _is_known(found: Sequence[tuple[str, float | None]]) -> bool:
+    return found[0][1] is not None
 
 
 def json_predictions(found: Sequence[tuple[str, float | None]]) -> list[dict[str, Any]]:
@@ -88,13 +104,19 @@ def json_predictions(found: Sequence[tuple[str, float | None]]) -> list[dict[str
     return [{"label": label, "probability": None if p is None else float(f"{p:.6g}")} for label, p in found]
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write predictions as CSV, or as JSON: [{"path": …, "predictions": [{"label": …, "probability": …}, …]}, …]."""
+def write_rows(path: Path, rows: Iterable[Row], *, threshold: bool = False) -> None:
+    """Write predictions as CSV, or as JSON: [{"path": …, "predictions": [{"label": …, "probability": …}, …]}, …].
+
+    With a threshold, each row has "known": false for an image without a class.
+    """
     if path.suffix.lower() == ".json":
-        items = [json.dumps({"path": name, "predictions": json_predictions(found)}) for name, found in rows]
-        write_lines(path, ["[" + ",\n".join(items) + "]\n"])
+        items = [
+            {"path": name, "predictions": json_predictions(found)} | ({"known": _is_known(found)} if threshold else {})
+            for name, found in rows
+        ]
+        write_lines(path, ["[" + ",\n".join(map(json.dumps, items)) + "]\n"])
     else:
-        write_lines(path, csv_lines(rows))
+        write_lines(path, csv_lines(rows, threshold=threshold))
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -123,22 +145,30 @@ def folder_names(classes: Sequence[str]) -> list[str]:
 
 
 class SortedFolders:
-    """Folders named after labels, into which images are copied."""
+    """Folders of labels, into which images are copied. What is in them is kept.
 
-    def __init__(self, folder: Path, classes: Sequence[str]):
-        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-            raise InputError(f"predict: sort_into must be a new or an empty folder; got {folder}.", "sort_into")
+    Args:
+        folder: Folder of these folders, new or not.
+        labels: Labels of images.
+        names: Names of their folders; characters that a name can't have are replaced.
+    """
+
+    def __init__(self, folder: Path, labels: Sequence[str], names: Sequence[str]):
         check_writable(folder, "sort_into", "predict")
         self._folder = folder
-        self._names = dict(zip(classes, folder_names(classes), strict=True))
-        self._added = 0
+        self._names = dict(zip(labels, folder_names(names), strict=True))
 
     def add(self, path: str, label: str) -> None:
-        """Copy an image into the folder of its label; a file name that is taken gets a number."""
-        image = Path(path)
-        target = self._folder / self._names[label] / image.name
-        self._added += 1
-        while target.exists():
-            target = target.with_name(f"{target.stem}-{self._added}{image.suffix}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(image, target)
+        """Copy an image into the folder of its label, unless it is there.
+
+        If the name is that of another image, the digest of its bytes is added: no image is replaced, and one that is
+        sorted again gets no second copy.
+        """
+        image, folder = Path(path), self._folder / self._names[label]
+        target = folder / image.name
+        if target.exists() and not filecmp.cmp(image, target, shallow=False):
+            target = folder / f"{image.stem}-{digest_file(image)[:16]}{image.suffix}"
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with replaced_file(target) as new:
+                shutil.copyfile(image, new)

@@ -314,11 +314,13 @@ def test_command_with_a_threshold(run, photos, tmp_path, capsys):
     assert code == 0 and 0 < sum(below) < len(rows) and f"classified, {sum(below)} as {NONE};" in err
     for row, before, none in zip(rows, plain, below, strict=True):  # without validation images, the same probabilities
         best = {"label_2": before["label"], "probability_2": before["probability"]}
-        assert row == (before | {"label": NONE, "probability": ""} | best if none else before)
+        expected = before | {"label": NONE, "probability": ""} | best if none else before
+        assert row == expected | {"known": "false" if none else "true"}
     assert len(list((folder / NONE).iterdir())) == sum(below)
     assert command(capsys, run.folder, part, *options, "--out", table)[0] == 0
-    labels = [item["predictions"][0]["label"] for item in json.loads(table.read_text())]
-    assert labels == [row["label"] for row in rows]
+    found = json.loads(table.read_text())
+    assert [item["predictions"][0]["label"] for item in found] == [row["label"] for row in rows]
+    assert [item["known"] for item in found] == [not none for none in below]
     assert sk.predict(run.folder, part, threshold=threshold - 1e-5, device="cpu").known.tolist() == [
         not none for none in below
     ]
@@ -349,19 +351,34 @@ def test_folder_names_fit_a_file_system(tmp_path):
     assert len({path.name for path in tmp_path.iterdir()}) == 4 and names[0] == "狐" * 66
 
 
-def test_sorted_folders(tmp_path):
-    """Equal file names are numbered."""
-    names = ["a.png"] * 5 + ["a-3.png", "a.png"]
-    folders = SortedFolders(tmp_path / "sorted", ["cat", "dog"])
-    for number, name in enumerate(names):
-        path = tmp_path / str(number) / name
-        path.parent.mkdir()
-        path.write_bytes(b"%d" % number)
-        folders.add(str(path), "cat")
-    found = [path.read_bytes() for path in (tmp_path / "sorted" / "cat").iterdir()]
-    assert sorted(found) == [b"%d" % number for number in range(len(names))]
-    with pytest.raises(InputError, match="sort_into must be a new or an empty folder"):
-        SortedFolders(tmp_path / "sorted", ["cat"])
+def test_sorted_folders_keep_what_is_in_them(tmp_path):
+    """Each image is copied once, also by a later command; none replaces another of its name."""
+    (tmp_path / "sorted" / "cat_face").mkdir(parents=True)
+    (tmp_path / "sorted" / "cat_face" / "a.png").write_bytes(b"of the user")
+    names = ["a.png"] * 3 + ["b.png", "a.png"]
+    for _ in range(2):
+        folders = SortedFolders(tmp_path / "sorted", ["cat face", "dog"], ["cat_face", "dog"])
+        for number, name in enumerate(names):
+            path = tmp_path / str(number) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"%d" % number)
+            folders.add(str(path), "cat face")
+        found = {path.name: path.read_bytes() for path in (tmp_path / "sorted" / "cat_face").iterdir()}
+        assert sorted(found.values()) == [b"0", b"1", b"2", b"3", b"4", b"of the user"] and found["b.png"] == b"3"
+        assert [path.name for path in (tmp_path / "sorted").iterdir()] == ["cat_face"]
+
+
+def test_folders_of_a_run_are_those_of_its_images(tmp_path):
+    for number in range(24):
+        path = tmp_path / "photos" / ("sea_lion", "n02", "Owl")[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, number, number)).save(path)
+    (tmp_path / "photos" / "classes.json").write_text('{"sea_lion": "sea_lion", "n02": "tench", "Owl": "owl"}')
+    data, out = f"imagefolder:{tmp_path / 'photos'}", tmp_path / "run"
+    sk.tune(data=data, model="pictogram-tiny", method="zero-shot", validation="none", device="cpu", out=out)
+    classifier = sk.Classifier.load(out, device="cpu")
+    assert (classifier.classes, classifier.folders) == (["owl", "tench", "sea lion"], ["Owl", "n02", "sea_lion"])
+    assert sk.Classifier.load(out, classes=["a", "b"], device="cpu").folders == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -369,7 +386,7 @@ def test_sorted_folders(tmp_path):
     [
         (["{tmp}/nothing", "{photos}"], "RUN must be the folder of a run"),
         (["{run}", "{tmp}"], "IMAGES must be files or folders of images"),
-        (["{run}", "{photos}", "--sort-into", "{photos}"], "--sort-into must be a new or an empty folder"),
+        (["{run}", "{photos}", "--sort-into", "{photos}/sorted"], "where images are searched; got"),
         (["{run}", "{photos}", "--top", "0"], "--top must be a whole number"),
         (["{run}", "{photos}", "--threshold", "nan"], "--threshold must be a number from 0 to 1; got nan"),
         (["{run}", "{photos}", "--threshold", "-1"], "--threshold must be a number from 0 to 1; got -1.0"),
