@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import ssl
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from unittest import mock
 
 from .data.base import InputError
 
-_TIMEOUT = 10.0  # seconds
+_TIMEOUT = 5.0  # seconds to an answer
 _OFFLINE = ("huggingface_hub.constants", "datasets.config")  # modules with a flag HF_HUB_OFFLINE
 
 
@@ -48,12 +50,24 @@ def hub(what: str, argument: str, remedy: str = "Is the network available?") -> 
 
 
 def _unreachable(address: str) -> str | None:
-    """Return the reason why no connection to an address can be made, or None."""
+    """Return the reason why there is no answer from an address within `_TIMEOUT`, or None.
+
+    In a thread: the timeout of a connection is for each of the addresses of a name, and the look-up has none.
+    """
+    found: list[str | None] = []
+    request = threading.Thread(target=lambda: found.append(_fault(address)), daemon=True)
+    request.start()
+    request.join(_TIMEOUT)
+    return found[0] if found else f"no answer in {_TIMEOUT:g} s"
+
+
+def _fault(address: str) -> str | None:
+    """Return the reason why a request fails, or None."""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_TIMEOUT).close()
     except urllib.error.HTTPError:  # an answer
         return None
-    except OSError as error:
+    except (OSError, ValueError, HTTPException) as error:  # ValueError: no address
         reason = getattr(error, "reason", error)
         return None if isinstance(reason, ssl.SSLError) else str(reason)  # the hub may be given other certificates
     return None

@@ -14,6 +14,7 @@ from ..train import predictions
 from ..train.class_metrics import VALIDATION, accuracy_rows, largest_class, metrics_of_test
 from ..train.errors import validated
 from ..train.metrics_schema import Row
+from ..train.notes import demonstration_note
 from ..train.predictions import TestPredictions, TopClasses
 from ..train.run_folder import CONFIG, EPOCHS, read_metrics
 from ..untrusted import parse_object, read_regular
@@ -41,7 +42,7 @@ def report_html(
         date=str(environment.get("finished", ""))[:10],
         headline=_headline(metrics, names, tests),
         kept=_kept_epoch(metrics),
-        notes=metrics.get("notes", ()),
+        notes=[note for note in (demonstration_note(config.model), *metrics.get("notes", ())) if note is not None],
         plots=_top_plots(metrics, names, tests),
         accuracy=_accuracy(metrics, names),
         tests=[_test(test) for test in tests],

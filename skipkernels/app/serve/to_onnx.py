@@ -37,8 +37,8 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
     """Write model.onnx, and return no notes.
 
     Its input is pixel_values [batch, 3, H, W], preprocessed as the metadata say. Its outputs are logits [batch, C], of
-    which the softmax is the probabilities, and image_embedding [batch, D]. The metadata are "classes", "preprocessing"
-    and "temperature", in JSON.
+    which the softmax is the probabilities, and image_embedding [batch, D]. The metadata are "classes" and
+    "preprocessing", in JSON.
     """
     try:
         import onnx
@@ -69,8 +69,7 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
     described = plain.described
     values = {
         "classes": described.classes,
-        "preprocessing": described.preprocessing,
-        "temperature": described.temperature or 1.0,
+        "preprocessing": described.preprocessing | {"size": [height, width]},
     }
     for part in (program.model.graph, *program.model.functions.values()):
         for node in part.all_nodes():

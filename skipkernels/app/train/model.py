@@ -127,7 +127,16 @@ def load_model(
 
 def _weights_of_hub(name: str, tag: str) -> contextlib.AbstractContextManager[None]:
     """Use the hub, where most weights of open_clip are."""
-    return hub(f"the weights {tag} of {name}", "pretrained", "Or pass the path of a file of weights.")
+    return hub(f"the weights {tag} of {name}", "pretrained", _without_network(name, tag))
+
+
+def _without_network(name: str, tag: str) -> str:
+    """Remedy without a network: the packaged model, or the weights from another machine."""
+    known = open_clip.get_pretrained_cfg(name, tag)
+    place = f"https://huggingface.co/{known['hf_hub'].rstrip('/')}" if known.get("hf_hub") else known.get("url", "")
+    weights = f"get the weights from {place} on another machine, and pass" if place else "pass"
+    packaged = next(iter(MODELS))
+    return f'Use model="{packaged}", which needs no download, or {weights} the path of their file as `pretrained`.'
 
 
 def _load_whole(
@@ -314,7 +323,7 @@ def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
         return argument_error("model", f"{name} could not be created: {reason}.")
     return argument_error(
         "pretrained",
-        f"the weights {tag} of {name} could not be downloaded: {reason}. Or pass the path of a file of weights.",
+        f"the weights {tag} of {name} could not be downloaded: {reason}. {_without_network(name, tag)}",
     )
 
 

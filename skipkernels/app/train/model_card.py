@@ -10,7 +10,7 @@ from ..config import TuneConfig
 from ..methods.registry import MODELS
 from .command_line import command_line
 from .description import NOT_CALIBRATED, Description
-from .notes import weak_result
+from .notes import demonstration_note, weak_result
 
 CARD = "README.md"
 _SHOWN = 20  # classes named in the card
@@ -36,11 +36,13 @@ def model_card(
     matter += ["pipeline_tag: zero-shot-image-classification", "tags:", "- clip", "- skipkernels"]
     alpha = metrics.get("alpha")
     blended = "" if alpha is None else f", blended with its zero-shot weights at {alpha:g}"
-    code = _with_head(use, config.method) if head else _USE[use]
+    code = _with_head(use, config.method) if head else _use(use, described)
+    demonstration = demonstration_note(config.model)
     lines = [*matter, "---", "", f"# {config.model} tuned on {described.data}{blended}", ""]
     lines += [
         f"{base}, tuned on {len(described.classes):,} classes of `{described.data}` by `{config.method}` with "
         f"[skipkernels](https://github.com/skipkernels/skipkernels) {described.versions['skipkernels']}.",
+        *([] if demonstration is None else ["", f"**Demonstration:** {demonstration}"]),
         "",
         "## Accuracy",
         "",
@@ -73,7 +75,7 @@ def model_card(
         "## Limits",
         "",
         "- Every image is assigned to one of the classes, also an image of something else.",
-        f"- {_probabilities(described)}",
+        f"- {_probabilities(described, use)}",
         "- Accuracy on other images, such as other cameras or places, may be lower than above; classes that were not "
         "trained are recognised by their names, less well than trained ones.",
         *(["- " + _CONTENTS[described.holds]] if described.holds in _CONTENTS else []),
@@ -100,16 +102,36 @@ _TRANSFORMERS = """from transformers import CLIPModel, CLIPProcessor
 
 model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
 # classes.json has the names of the classes, their prompts, and the temperature by which logits are divided."""
-_ONNX = """import json, onnxruntime
+_ONNX = """import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("FOLDER/model.onnx")
 metadata = session.get_modelmeta().custom_metadata_map
 classes, preprocessing = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
-logits, embedding = session.run(None, {"pixel_values": images})  # float32 [B, 3, H, W]; softmax gives probabilities"""
+height, width = preprocessing["size"]
+resample = Image.Resampling[preprocessing["interpolation"].upper()]
+picture = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+{resize}
+images = np.asarray(picture, np.float32)[None] / 255
+images = ((images - preprocessing["mean"]) / preprocessing["std"]).transpose(0, 3, 1, 2).astype(np.float32)
+logits, embedding = session.run(None, {{"pixel_values": images}})  # [B, 3, H, W] -> [B, C], [B, D]
+probabilities = np.exp(logits - logits.max(1, keepdims=True))
+probabilities /= probabilities.sum(1, keepdims=True)  # in the order of classes"""
+_RESIZE = {
+    "squash": "picture = picture.resize((width, height), resample)",
+    "longest": 'picture = ImageOps.pad(picture, (width, height), resample, color=(preprocessing["fill_color"],) * 3)',
+    "shortest": """scale = max(width / picture.width, height / picture.height)  # the image covers the crop
+picture = picture.resize((int(picture.width * scale + 1e-6), int(picture.height * scale + 1e-6)), resample)
+left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+picture = picture.crop((left, top, left + width, top + height))""",
+}
 _CLASSES_IN = {"open-clip": "`classifier.json`", "skipkernels": "`classifier.json`"}
 _CLASSES_IN |= {"hugging-face": "`classes.json`", "onnx": "the metadata of `model.onnx`"}
 _USE = {"open-clip": f"{_CLASSIFIER}\n\n{_OPEN_CLIP}", "skipkernels": _CLASSIFIER}
-_USE |= {"hugging-face": _TRANSFORMERS, "onnx": _ONNX}
+_USE |= {"hugging-face": _TRANSFORMERS}
 
 _HEAD = """import json
 from pathlib import Path
@@ -139,6 +161,12 @@ _APPLY = {
 }
 
 
+def _use(use: str, described: Description) -> str:
+    """Code that loads a folder, and for ONNX prepares and classifies an image."""
+    resize = _RESIZE[described.preprocessing.get("resize_mode") or "shortest"]
+    return _ONNX.format(resize=resize) if use == "onnx" else _USE[use]
+
+
 def _with_head(use: str, method: str) -> str:
     """Code that classifies an image by the model and the head in a folder."""
     imports, load = (_OPEN_CLIP if use == "open-clip" else _TRANSFORMERS).split("\n\n")
@@ -153,11 +181,13 @@ _CONTENTS = {
 }
 
 
-def _probabilities(described: Description) -> str:
+def _probabilities(described: Description, use: str) -> str:
     if described.temperature is None:
         return f"Probabilities are {NOT_CALIBRATED}."
-    images = described.calibration_images
-    return f"Probabilities are calibrated by a temperature of {described.temperature:.3g} on {images} held-out images."
+    images = f"on {described.calibration_images} held-out images"
+    if use == "onnx":
+        return f"Probabilities are calibrated {images}: the logits are divided by the temperature already."
+    return f"Probabilities are calibrated by a temperature of {described.temperature:.3g} {images}."
 
 
 def _accuracy(config: TuneConfig, metrics: Mapping[str, Any]) -> list[str]:

@@ -7,21 +7,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import TuneConfig
+from ..methods.registry import MODELS
 
 
 def setting_notes(config: TuneConfig) -> tuple[str, ...]:
     """Return notes on settings: the packaged model on the user's own data, and `skip_layers` 1 or 1.0."""
     found: tuple[str, ...] = ()
-    if config.own_data and config.model == TuneConfig.model:
-        found += (
-            f"{config.model} is a small model for demonstrations, of icons of 32 × 32 pixels. For your own images "
-            "use a pretrained model: --model ViT-B-16-quickgelu --pretrained openai.",
-        )
+    if config.own_data and (demonstration := demonstration_note(config.model)) is not None:
+        found += (demonstration,)
     if config.method == "skip" and config.skip_layers == 1:
         one = "--skip-layers 1 skips one block of each tower; 1.0 would skip every block."
         every = "--skip-layers 1.0 skips every block of each tower; 1 would skip one block."
         found += (one if isinstance(config.skip_layers, int) else every,)
     return found
+
+
+def demonstration_note(model: str) -> str | None:
+    """Return a note that a packaged model is a demonstration; None for another model."""
+    if model not in MODELS:
+        return None
+    return (
+        f"{model} is a small model for demonstrations, of icons of 32 × 32 pixels. For your own images "
+        "use a pretrained model: --model ViT-B-16-quickgelu --pretrained openai."
+    )
 
 
 def weak_result(config: TuneConfig, metrics: Mapping[str, Any]) -> str | None:

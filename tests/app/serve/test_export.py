@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import open_clip
 import pytest
@@ -146,7 +146,7 @@ def test_onnx(run, tmp_path):
     assert b"site-packages" not in content and str(Path(sk.__file__).parents[1]).encode() not in content
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     metadata = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
-    assert metadata["classes"] == run.classes and metadata["temperature"] == 2.0
+    assert metadata["classes"] == run.classes and "temperature" not in metadata, "the logits are divided by it"
     assert metadata["preprocessing"]["size"] == [16, 16] and metadata["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
     for batch in (torch.randn(3, 3, 16, 16), torch.randn(1, 3, 16, 16)):
         logits, embedding = map(torch.from_numpy, session.run(None, {"pixel_values": batch.numpy()}))
@@ -182,6 +182,14 @@ def probabilities_of(folder: Path, picture: Path) -> torch.Tensor:
     return found.probabilities[0][found.ids[0].argsort()]
 
 
+def card_names(done: Exported, picture: Path) -> dict[str, Any]:
+    """Run the code of the model card on an image; returns its variables."""
+    code = (done.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(done.folder)).replace("photo.jpg", str(picture)), names)
+    return names
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("to", ["open-clip", "hugging-face"])
 def test_head_is_exported_beside_the_model(to, head_run, run, tmp_path):
@@ -192,16 +200,15 @@ def test_head_is_exported_beside_the_model(to, head_run, run, tmp_path):
     run.task.tests[0].images[0][0].resize((16, 16)).save(picture)
     done = sk.export(head_run, to, tmp_path / "out", trust=True)
     assert "head.safetensors" in done.files and "classifier.json" not in done.files
-    code = (done.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    names: dict = {}
-    exec(code.replace("FOLDER", str(done.folder)).replace("photo.jpg", str(picture)), names)
-    torch.testing.assert_close(names["probabilities"][0], probabilities_of(head_run, picture), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        card_names(done, picture)["probabilities"][0], probabilities_of(head_run, picture), atol=1e-5, rtol=0
+    )
 
 
 @torch.no_grad()
 def test_head_in_onnx(head_run, run, tmp_path):
     picture = tmp_path / "photo.png"
-    run.task.tests[0].images[0][0].save(picture)
+    run.task.tests[0].images[0][0].resize((40, 25)).save(picture)
     pixels = sk.Classifier.load(head_run, device="cpu", trust=True).transform(Image.open(picture))[None]
     plain = plain_model(head_run, trust=True)
     found = [to_onnx.ImageClassifier(plain)(pixels)[0]]
@@ -213,6 +220,7 @@ def test_head_in_onnx(head_run, run, tmp_path):
         done = sk.export(head_run, "onnx", tmp_path / "out", int8=True, trust=True)
         session = onnxruntime.InferenceSession(done.folder / "model.onnx")
         found.append(torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0]))
+        found.append(torch.from_numpy(card_names(done, picture)["logits"]))
         check_files(done, picture)
         check_int8(done, head_run, picture)
     for logits in found:
@@ -230,7 +238,7 @@ def check_int8(done: Exported, run: Path, picture: Path) -> None:
     products = [node.name for node in model.graph.node if node.op_type == "MatMulInteger"]
     assert len(products) == 9  # 4 for each block, and the projection
     assert not any(name.startswith(to_onnx.HEAD) for name in products)
-    assert {prop.key for prop in model.metadata_props} >= {"classes", "preprocessing", "temperature", "int8"}
+    assert {prop.key for prop in model.metadata_props} >= {"classes", "preprocessing", "int8"}
     again = to_int8.write(plain_model(run, trust=True), done.folder, run, picture, False)
     assert again.images == 1 and again.int8_accuracy is None and "of 1 given images" in str(again)
     with pytest.raises(InputError, match="int8 compares both files on images, and those of the run can't be read"):

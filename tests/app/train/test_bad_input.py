@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import threading
+import time
 from pathlib import Path
 
 import open_clip
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
+from skipkernels.app import hub
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
@@ -330,6 +333,21 @@ def test_download_without_network_fails_once(monkeypatch, tmp_path, capsys, argu
     assert not [wait for wait in waits if wait >= 1]
 
 
+def test_hub_waits_once_for_an_answer(monkeypatch):
+    """The timeout of urlopen is for each address of a name, after a look-up without any."""
+    answered = threading.Event()
+
+    def urlopen(request, timeout):
+        answered.wait(20)
+        raise OSError
+
+    monkeypatch.setattr(hub, "_TIMEOUT", 0.05)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", urlopen)
+    started = time.monotonic()
+    assert hub._unreachable("https://example.org") == "no answer in 0.05 s" and time.monotonic() - started < 10
+    answered.set()
+
+
 def test_load_model_names_failed_download(monkeypatch, tmp_path, capsys):
     def download(*args, **named):
         raise OSError("[Errno -2] Name or service not known\nMax retries exceeded")
@@ -339,5 +357,7 @@ def test_load_model_names_failed_download(monkeypatch, tmp_path, capsys):
     said = fails(["tune", *arguments], capsys)
     assert said.endswith(
         "--pretrained: the weights openai of ViT-B-32-quickgelu could not be downloaded: [Errno -2] Name or service "
-        "not known. Or pass the path of a file of weights."
+        "not known. Use --model pictogram-tiny, which needs no download, or get the weights from "
+        "https://huggingface.co/timm/vit_base_patch32_clip_224.openai on another machine, and pass the path of their "
+        "file as --pretrained."
     )

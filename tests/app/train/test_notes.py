@@ -69,7 +69,8 @@ def test_tune_below_zero_shot_warns(tmp_path, capsys):
     assert "below zero-shot" in note and "Lower --text-lr and --image-lr" in note
     assert f"warning: {note}" in " ".join(capsys.readouterr().err.split())
     for name in ("report.html", "README.md"):
-        assert "below zero-shot" in (tmp_path / name).read_text()
+        page = (tmp_path / name).read_text()
+        assert "below zero-shot" in page and "pictogram-tiny is a small model for demonstrations" in page
 
 
 @pytest.mark.parametrize(
