@@ -53,7 +53,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file by text in UTF-8, as `replaced_file` does."""
+    """Replace a file by text in UTF-8, as `replaced_file` does; delete what a kill left of an earlier replacement."""
+    sweep(path.parent, path.name)
     with replaced_file(path) as new:
         new.write_bytes(text.encode())
 

@@ -96,6 +96,13 @@ def test_sweep_deletes_what_kills_left(tmp_path):
     assert names(tmp_path) == {".mine.partial", "note.txt-x1y2z3_4.partial"}
 
 
+def test_replace_text_deletes_what_kills_left_of_the_file(tmp_path):
+    for name in (".note.txt-x1y2z3_4.partial", ".other.txt-x1y2z3_4.partial"):
+        (tmp_path / name).mkdir()
+    replace_text(tmp_path / "note.txt", "whole")
+    assert names(tmp_path) == {"note.txt", ".other.txt-x1y2z3_4.partial"}
+
+
 def test_lock_is_held_once(tmp_path):
     assert not is_locked(tmp_path) and names(tmp_path) == set(), "nothing is written"
     with locked(tmp_path):

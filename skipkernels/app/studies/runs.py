@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -215,8 +217,20 @@ def _complete(config: TuneConfig) -> dict[str, Any] | None:
 
 
 def _in_subprocess(work: Callable[[Any], Any], argument: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as process:
         return process.submit(work, argument).result()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it ends, also by a kill, which no code of it survives."""
+
+    def wait(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=wait, args=(parent,), daemon=True).start()
 
 
 def _check(configs: dict[str, TuneConfig]) -> None:

@@ -385,7 +385,10 @@ class Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def _finish(self) -> dict[str, Any]:
-        """Write the model and the metrics, then the report. An error in the report becomes a warning."""
+        """Write the model, the report and the metrics, which complete the run.
+
+        An error in the report becomes a warning.
+        """
         assert self.folder is not None and self.tuned is not None
         self.folder.publish(self.described)
         metrics = {"status": "complete", "notes": self.warnings} | self._metrics(self.tuned)
@@ -393,8 +396,6 @@ class Run:
         self.warnings += [note for note in (weak, notes.optimistic_validation(metrics)) if note is not None]
         use = "open-clip" if (self.folder.path / OPEN_CLIP).exists() else "skipkernels"
         self.folder.write(CARD, model_card(self.config, self.described, metrics, use=use))
-        self.folder.write_metrics(metrics)
-        checkpoint.remove(self.folder.path)
         try:
             before, after, labels = self.zero_shot.top, self.tuned.top, self.evaluator.labels
             tests = [
@@ -406,7 +407,8 @@ class Run:
             self.folder.write(REPORT, report_html(self.config, metrics, self.rows, tests))
         except Exception as error:  # any: the results are complete without the report
             self.warnings.append(f"{REPORT} was not written ({type(error).__name__}: {first_line(error)}).")
-            self.folder.write_metrics(metrics)
+        self.folder.write_metrics(metrics)
+        checkpoint.remove(self.folder.path)
         return metrics
 
     def _metrics(self, tuned: Evaluation) -> dict[str, Any]:

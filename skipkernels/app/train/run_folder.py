@@ -1,6 +1,6 @@
 """Run folder: its files, the order in which they are written, and its lock.
 
-metrics.json marks a complete run: it is deleted before anything else is changed, and written after the model files.
+metrics.json marks a complete run: it is deleted before anything else is changed, and written after all other files.
 Without it, the model of a run is that of its checkpoint. config.yaml marks the files as those of a run: it is written
 first and deleted last.
 """

@@ -18,6 +18,7 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import checkpoint, evaluate_run, trainer, tune
+from skipkernels.app.train import run as training_run
 from skipkernels.app.train.run_folder import RunFolder, read_metrics
 from skipkernels.digests import digest_json
 from tests.app.runs import fails, files, losses, results, rows, shortened, small, stopped
@@ -98,6 +99,17 @@ def test_resume_of_complete_run(run, capsys):
     assert tune(small(folder, resume=True), Console()) == metrics
     assert "the run is complete; there is nothing to resume" in capsys.readouterr().out
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_resume_writes_the_report_of_a_run_that_was_stopped_before_it(run, copy, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training_run, "report_html", stop)
+        tune(small(copy, resume=True))
+    tune(small(copy, resume=True))
+    assert files(copy) == files(run[0]) and results(copy) == results(run[0])
 
 
 def test_resume_by_folder_of_killed_run(run, copy):
