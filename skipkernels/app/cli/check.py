@@ -64,8 +64,8 @@ class CheckCommand:
             rest = f" and {len(few) - _SHOWN} more" if len(few) > _SHOWN else ""
             out.print(f"classes with fewer than {_FEW} training images: {counts}{rest}", soft_wrap=True)
         labels: dict[str, list[str]] = {}
-        for one in images:
-            labels.setdefault(one.split, []).append(one.label)
+        for image in images:
+            labels.setdefault(image.split, []).append(image.label)
         if (sizes := class_sizes_note(labels)) is not None:
             out.print(sizes, soft_wrap=True)
         kinds = Counter(one.kind for one in found)

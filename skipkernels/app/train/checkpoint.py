@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict  # pydantic needs these before Python 3.12
 
 from ...digests import digest_file, digest_json
 from ...folders import link_or_copy, replaced_folder, restored
@@ -33,7 +33,7 @@ from ..data import InputError
 from ..untrusted import read_object
 from .description import Description
 from .errors import argument_error, validated
-from .metrics_schema import Count, Number, Row, Text
+from .metrics_schema import Count, Number, Percent, Text
 
 if TYPE_CHECKING:
     from .weights import WeightsFile
@@ -47,13 +47,19 @@ _LOAD_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, Lo
 _LOAD_ERRORS += (AttributeError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
-class _Row(Row):
-    """Row of an epoch, with what the metrics of a run need of each."""
+class _Row(TypedDict):
+    """Row of an epoch: the values that are read again."""
 
-    loss: float
+    epoch: Count
+    loss: float  # may be NaN
     steps: Count
     seconds: Number
     kept_classes: Number
+    accuracy: dict[Text, Percent]
+    validation: NotRequired[Percent]
+    validation_balanced: NotRequired[Percent]
+    step_loss: NotRequired[list[float]]
+    stage_seconds: NotRequired[dict[Text, Number]]
 
 
 class _Index(TypedDict):

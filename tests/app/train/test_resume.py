@@ -210,7 +210,7 @@ def test_resume_refuses_damaged_checkpoint(copy, capsys):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [({"settings": [1]}, "settings: Input"), ({"settings": None}, "settings: Input"), ({"seconds": "x"}, "seconds: I"),
-     ({"rows": [{"epoch": 1}]}, "rows.0.accuracy: Field required"), ({"rows": {}}, "rows: Input"),
+     ({"rows": [{"epoch": 1}]}, "rows.0.loss: Field required"), ({"rows": {}}, "rows: Input"),
      ({"files": ["model.safetensors"]}, "files: Input")],
     ids=str,
 )  # fmt: skip
