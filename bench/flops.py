@@ -44,8 +44,6 @@ def formulas() -> dict[Any, Callable[..., int]]:
         ours.class_sampled_ce_backward: lambda _, image, *rest, **__: 4 * image.numel() * rest[5][0],
         ours.class_sampled_logits: lambda image, *_, out_shape, **__: 2 * image.numel() * out_shape[0][1],
         ours.class_sampled_logits_backward: lambda d_logits, image, *_, **__: 4 * image.numel() * d_logits[1],
-        ours.class_sampled_lse: lambda image, *_, out_shape, **__: 2 * image.numel() * out_shape[3][0],
-        ours.class_sampled_lse_backward: lambda image, *rest, **_: 4 * image.numel() * rest[5][0],
         ours.pairwise_sigmoid: lambda image, text, *_, **__: 2 * image.numel() * text[0],
         ours.pairwise_sigmoid_backward: lambda _, image, text, *__, **___: 4 * image.numel() * text[0],
         ours.class_scores: lambda image, prototypes, *_, **__: 2 * image.numel() * prototypes[0],

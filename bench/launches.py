@@ -94,19 +94,6 @@ def class_sampled_logits_backward(dtype: torch.dtype) -> Iterator[Call]:
         yield Call(shape, (d_logits, image, text, scale, *norms, class_ids, True, True, False))
 
 
-@calls
-def class_sampled_lse(dtype: torch.dtype) -> Iterator[Call]:
-    for shape, tensors, (class_ids, *_), _ in _class_sampled_ce(dtype):
-        yield Call(shape, (*tensors, class_ids))
-
-
-@calls
-def class_sampled_lse_backward(dtype: torch.dtype) -> Iterator[Call]:
-    for shape, tensors, (class_ids, *_), (B, K, _) in _class_sampled_ce(dtype):
-        lse, norms = on_meta(B, dtype=torch.float64), [on_meta(n, dtype=torch.float32) for n in (B, K)]
-        yield Call(shape, (*tensors, lse, *norms, lse, lse, class_ids, True, True, True))
-
-
 def _pairwise_sigmoid(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Tensor, ...], list[Tensor]]]:
     """Shape, the inputs, and the norms of the rows: a large batch, one process of many, and few images."""
     for B, N, D in ((4096, 4096, 512), (257, 65, 640), (32, 32, 512)):

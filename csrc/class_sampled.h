@@ -1,4 +1,4 @@
-// Shared by class_sampled_ce and class_sampled_lse: the softmax of images over a sample of the rows of a class bank.
+// The softmax of images over a sample of the rows of a class bank, for class_sampled_ce.
 //
 //   z_bk = s · ⟨x_b/|x_b|, t_k/|t_k|⟩,   lse_b = log Σ_k exp(z_bk),   p_bk = exp(z_bk − lse_b)
 //   d_z_bk = a_b p_bk − e_b w_k + [k = y] (r_b − a_b),   with the factors of an image in Upstream
@@ -45,18 +45,17 @@ struct Problem : Sample<T> {
   A total_weight; // Σ_k w_k
   double denominator = 1; // divisor of the summed loss: for the mean, Σ_b w_y of the images not ignored
 
-  // `ignore_index` is the label of images without a target, `meaning` its name in an error.
   Problem(
-      const char* name, const char* meaning, const Tensor& image, const Tensor& text, const Tensor& labels,
-      const Tensor& logit_scale, const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight,
-      double label_smoothing, int64_t ignore_index, int64_t reduction)
+      const char* name, const Tensor& image, const Tensor& text, const Tensor& labels, const Tensor& logit_scale,
+      const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight, double label_smoothing,
+      int64_t ignore_index, int64_t reduction)
       : Sample<T>(image, text, class_ids),
         target(integers(labels)),
         scale(A(numbers(logit_scale)[0])),
         smoothing(A(label_smoothing)) {
     if (!std::isfinite(scale))
       refuse(name, ": logit_scale must be finite; got ", scale, ".");
-    find_targets(name, meaning, ignore_index);
+    find_targets(name, ignore_index);
     if (class_weight || smoothing != 0) {
       const std::vector<double> given = class_weight ? numbers(*class_weight) : std::vector<double>(C, 1.0);
       weight.resize(K);
@@ -79,7 +78,7 @@ struct Problem : Sample<T> {
   }
 
  private:
-  void find_targets(const char* name, const char* meaning, int64_t ignore_index) {
+  void find_targets(const char* name, int64_t ignore_index) {
     const std::vector<int64_t> place = ids.empty() ? std::vector<int64_t>() : places_of(name, ids, C);
     for (int64_t b = 0; b < B; ++b) {
       const int64_t label = target[b];
@@ -89,7 +88,7 @@ struct Problem : Sample<T> {
       }
       if (label < 0 || label >= C)
         refuse(
-            name, ": labels must be rows of text, 0 to ", C - 1, ", or ", meaning, " (", ignore_index, "); got ", label,
+            name, ": labels must be rows of text, 0 to ", C - 1, ", or ignore_index (", ignore_index, "); got ", label,
             " for image ", b, ".");
       target[b] = ids.empty() ? label : place[label];
       if (target[b] < 0)
@@ -103,7 +102,7 @@ struct Problem : Sample<T> {
 // Outputs; null if not needed. d_image and d_text are gradients of the unit rows, without the factor scale.
 template <class A>
 struct Results {
-  double *loss, *lse, *target; // [B]; target: z_by, or 0 without a target
+  double *loss, *lse; // [B]
   A *image_norm, *text_norm;
   A *d_image, *d_text; // [B, D], [K, D]
   double* d_logit_scale;
@@ -134,6 +133,7 @@ void forward(
       const int64_t k_count = std::min(K_TILE, k1 - k);
       for (int64_t i = 0; i < k_count; ++i) {
         const A norm = load_unit_row(&tile.text[i * D], problem.text[k + i], D);
+        // Every panel and every block of images loads these rows: the first stores the norms, so each has one writer.
         if (p0 == 0 && b_index == 0)
           out.text_norm[k + i] = norm;
       }
@@ -141,7 +141,7 @@ void forward(
         const int64_t b_count = std::min(B_TILE, b1 - b);
         for (int64_t i = 0; i < b_count; ++i) {
           const A norm = load_unit_row(&tile.image[i * D], problem.image[p0 + b + i], D);
-          if (k == 0)
+          if (k == 0) // one writer, as above
             out.image_norm[p0 + b + i] = norm;
         }
         A* const product = cosines ? cosines + b * stride + k : tile.cosine.get();
@@ -151,7 +151,7 @@ void forward(
           const A* cosine = product + (i - b) * stride_product;
           online_softmax(&block_top[i], &block_sum[i], cosine, problem.scale, k_count);
           const int64_t y = problem.target[p0 + i] - k;
-          if (y >= 0 && y < k_count)
+          if (y >= 0 && y < k_count) // of one block only, since class ids are unique
             target_cosine[i] = cosine[y];
           if (smooth)
             block_weighted[i] += dot(cosine, &problem.weight[k], k_count);
@@ -172,10 +172,6 @@ void forward(
     const double lse = scale * best + std::log(exp_sum);
     const bool has_target = problem.target[p0 + b] >= 0;
     out.lse[p0 + b] = lse;
-    if (out.target)
-      out.target[p0 + b] = has_target ? scale * target_cosine[b] : 0;
-    if (!out.loss)
-      continue;
     double loss = 0;
     if (has_target) {
       // Not lse − z_y, which cancels where the loss is small.

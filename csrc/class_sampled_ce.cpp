@@ -40,8 +40,7 @@ Forward class_sampled_ce(
     using T = decltype(type);
     using A = accumulate_t<T>;
     const Problem<T> problem(
-        NAME, "ignore_index", image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index,
-        reduction);
+        NAME, image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index, reduction);
     const int64_t B = problem.B, K = problem.K, D = problem.D;
     const bool each = reduction == NONE;
     STD_TORCH_CHECK(
@@ -55,7 +54,7 @@ Forward class_sampled_ce(
     std::vector<double> losses(B);
     run<T>(
         problem, factors_of(problem, [&](int64_t) { return A(1 / problem.denominator); }),
-        {losses.data(), lse.mutable_data_ptr<double>(), nullptr, image_norm.mutable_data_ptr<A>(),
+        {losses.data(), lse.mutable_data_ptr<double>(), image_norm.mutable_data_ptr<A>(),
          text_norm.mutable_data_ptr<A>(), data_of<A>(d_image), data_of<A>(d_text),
          keep_logit_scale ? &d_scale : nullptr});
     if (keep_logit_scale)
@@ -98,15 +97,14 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
           (need_logit_scale && kept_logit_scale.numel() == 0));
     if (!kept) {
       const Problem<T> problem(
-          NAME, "ignore_index", image, text, labels, logit_scale, class_ids, class_weight, label_smoothing,
-          ignore_index, reduction);
+          NAME, image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index, reduction);
       unit_image = rows_if<A>(need_image, B, D), unit_text = rows_if<A>(need_text, K, D);
       unit_scale = 0;
       std::vector<double> losses(B), lses(B);
       std::vector<A> image_norms(B), text_norms(K);
       run<T>(
           problem, factors_of(problem, [&](int64_t b) { return A(each ? upstream[b] : 1 / problem.denominator); }),
-          {losses.data(), lses.data(), nullptr, image_norms.data(), text_norms.data(), data_of<A>(unit_image),
+          {losses.data(), lses.data(), image_norms.data(), text_norms.data(), data_of<A>(unit_image),
            data_of<A>(unit_text), need_logit_scale ? &unit_scale : nullptr});
     }
     const double factor = each ? 1 : upstream[0], scale = numbers(logit_scale)[0];
@@ -122,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
     if (need_text) {
       const Tensor rows = with_contiguous_rows(text);
       const std::vector<int64_t> ids = class_ids ? integers(*class_ids) : std::vector<int64_t>();
-      places_of(NAME, ids, C); // checks the range
+      places_of(NAME, ids, C); // refuses repeated ids, among others: two tasks would race for one row of d_text
       if (class_ids)
         std::memset(d_text.mutable_data_ptr(), 0, d_text.numel() * sizeof(T));
       store_gradient<T>(

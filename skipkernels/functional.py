@@ -24,8 +24,6 @@ from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
 from .ops.class_sampled_ce import REDUCTIONS
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
 from .ops.class_sampled_logits import class_sampled_logits as _class_sampled_logits
-from .ops.class_sampled_lse import check as _check_class_sampled_lse
-from .ops.class_sampled_lse import class_sampled_lse as _class_sampled_lse
 from .ops.class_scores import class_scores as _class_scores
 from .ops.gather_rows import gather_rows as _gather_rows
 from .ops.gather_rows import gather_rows_out as _gather_rows_out
@@ -42,7 +40,6 @@ __all__ = [
     "add_rms_norm",
     "class_sampled_ce",
     "class_sampled_logits",
-    "class_sampled_lse",
     "class_scores",
     "contrastive_loss",
     "mlp_activation",
@@ -163,58 +160,6 @@ def class_sampled_logits(
         _check_ids(name, "class_ids", class_ids, image, K=None)
     scale = _number_of_logits(name, "logit_scale", logit_scale, image)
     return registration.call(_class_sampled_logits, image, text, scale, class_ids)[0]
-
-
-def class_sampled_lse(
-    image: Tensor,
-    text: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    class_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the classes of one process, and the logit of the label, for each image.
-
-    The share of one process in a cross-entropy over classes that are divided among processes. With the logits z_bk of
-    `class_sampled_logits` over the sampled rows k of the bank of this process, and y_b the label:
-
-        lse_b = log Σ_k exp(z_bk),   target_b = z_by, or 0 if another process has the class of the label
-
-    The loss of image b is the `torch.logsumexp` of lse_b over the processes, minus the sum of target_b over them; from
-    the gradients of both, backward computes exact gradients without another message. The [B, K] logits are never in
-    memory all at once. Class weights and label smoothing are left to the caller; see `parallel.loss`.
-
-    Arguments are those of `class_sampled_ce`, with the images of all processes and the classes of this one; C and K may
-    be 0, and a label is −1 for a class of another process.
-
-    Returns:
-        lse and target, both [B], in fp64 for every dtype of the features: the loss is their difference, and fp32 rounds
-        logits by 4e-6 at a scale of 100. If K = 0, lse is −∞, target is 0, and the gradients are zero.
-
-    Source: Wu et al., Skip Tuning, arXiv 2412.11509, section 4.3 (class-wise skipping).
-
-    Example:
-        >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])           # [B=2, D=2]
-        >>> text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # [C=3, D=2]
-        >>> first = class_sampled_lse(image, text[:2], torch.tensor([0, -1]), 10.0)  # classes 0 and 1
-        >>> second = class_sampled_lse(image, text[2:], torch.tensor([-1, 0]), 10.0)  # class 2
-        >>> lse, target = (torch.stack(x) for x in zip(first, second, strict=True))  # [processes, B]
-        >>> loss = (lse.logsumexp(0) - target.sum(0)).mean()
-        >>> torch.allclose(loss.float(), class_sampled_ce(image, text, torch.tensor([0, 2]), 10.0))
-        True
-    """
-    name = "class_sampled_lse"
-    # None is any size ≥ 1; a process without classes has 0.
-    _check_features(name, image, "text", text, C=0 if text.shape[:1] == (0,) else None)
-    _check_ids(name, "labels", labels, image, B=image.shape[0])
-    if class_ids is not None:
-        _check_ids(name, "class_ids", class_ids, image, K=0 if class_ids.shape == (0,) else None)
-    scale = _number_of_logits(name, "logit_scale", logit_scale, image)
-    if (text if class_ids is None else class_ids).shape[0] == 0:  # the kernels need at least one class
-        if image.device.type == "cpu":
-            _check_class_sampled_lse(image, text, labels, scale, class_ids)
-        return reference.class_sampled_lse(image, text, labels, scale, class_ids)
-    return registration.call(_class_sampled_lse, image, text, labels, scale, class_ids)[:2]
 
 
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -847,7 +792,7 @@ def _check_like(name: str, argument: str, tensor: Tensor, like: tuple[str, Tenso
 
 def _check_ids(name: str, argument: str, ids: Tensor, image: Tensor, **size: int | None) -> None:
     check_dtype(name, argument, ids, [torch.int64], f"Use {argument}.long().")
-    # The message names `image` only if it determines the size: not for K=None or K=0.
+    # The message names `image` only if it determines the size: not for K=None.
     check_shape(name, argument, ids, ("image", image) if all(size.values()) else None, **size)
     check_device(name, argument, ids, ("image", image))
 

@@ -22,7 +22,6 @@ __all__ = [
     "add_rms_norm",
     "class_sampled_ce",
     "class_sampled_logits",
-    "class_sampled_lse",
     "class_scores",
     "contrastive_loss",
     "gather_rows",
@@ -78,30 +77,6 @@ def class_sampled_logits(
     if isinstance(logit_scale, Tensor):
         logit_scale = logit_scale.reshape(()).to(cosine.dtype)
     return logit_scale * cosine
-
-
-def class_sampled_lse(
-    image: Tensor,
-    text: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor | float,
-    class_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the logits of one process, and the logit of the label, see `functional.class_sampled_lse`.
-
-    The cosines are in fp32 (fp64 for fp64), all that follows in `accumulation_dtype`.
-    """
-    cosine = widened(class_sampled_logits(image, text, 1.0, class_ids))
-    logits = (widened(logit_scale.reshape(())) if isinstance(logit_scale, Tensor) else logit_scale) * cosine
-    # Column 0 is for −1. Labels outside the sample get column K + 1, which does not exist.
-    column = labels + 1
-    if class_ids is not None:
-        K = class_ids.shape[0]
-        columns = class_ids.new_full((text.shape[0],), K + 1)
-        columns = columns.scatter(0, class_ids, torch.arange(1, K + 1, device=text.device))
-        column = F.pad(columns, (1, 0)).index_select(0, column)
-    target = F.pad(logits, (1, 0)).gather(1, column[:, None]).squeeze(1)
-    return logits.logsumexp(dim=1), target
 
 
 @torch.no_grad()

@@ -45,7 +45,6 @@ def trained() -> dict:
 GOOD = {
     "class_sampled_ce": good,
     "class_sampled_logits": lambda: {k: v for k, v in good().items() if k not in ("labels", "class_weight")},
-    "class_sampled_lse": lambda: {k: v for k, v in good().items() if k != "class_weight"},
     "pairwise_sigmoid": lambda: (
         {k: good()[k] for k in ("image", "text", "labels", "logit_scale")} | {"logit_bias": -10.0}
     ),
@@ -101,13 +100,6 @@ BAD = {
     "class_sampled_logits": [
         ({"text": torch.randn(C, 7)}, ValueError, r"text must be \[C, D=16\]"),
         ({"class_ids": torch.ones(2)}, TypeError, r"class_ids must be int64"),
-    ],
-    "class_sampled_lse": [
-        ({"labels": ids(0, 3, 5, -2)}, ValueError, r"labels must be rows of text, .*process \(-1\); got -2"),
-        ({"labels": ids(0, 3, 5, 7)}, ValueError, r"labels must be among class_ids; got 7"),
-        ({"class_ids": ids()}, ValueError, r"labels must be among class_ids; got 0"),
-        ({"class_ids": torch.ones(0, 1).long()}, ValueError, r"class_ids must be \[K\] with K ≥ 1; got \[0, 1\]"),
-        ({"text": torch.randn(0, D), "class_ids": None}, ValueError, r"labels must be rows of text, .*; got 0"),
     ],
     "pairwise_sigmoid": [
         ({"text": torch.randn(C, 7)}, ValueError, r"text must be \[N, D=16\] with N ≥ 1 to match image \[4, 16\]; got"),

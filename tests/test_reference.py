@@ -38,18 +38,6 @@ def test_class_sampled_ce_matches_cross_entropy_of_gathered_logits(rng, reductio
     assert torch.allclose(ours, theirs, rtol=1e-14)
 
 
-@pytest.mark.parametrize("class_ids", [None, torch.tensor([7, 2, 4, 0])])
-def test_class_sampled_lse_is_that_of_the_logits(rng, class_ids):
-    image, text = torch.randn(3, 8, generator=rng, **torch_double), torch.randn(9, 8, generator=rng, **torch_double)
-    lse, target = reference.class_sampled_lse(image, text, torch.tensor([4, -1, 7]), 5.0, class_ids)
-    logits = reference.class_sampled_logits(image, text, 5.0, class_ids)
-    place = (4, 7) if class_ids is None else (2, 0)
-    assert torch.allclose(lse, logits.logsumexp(1), rtol=1e-14)
-    assert torch.allclose(
-        target, torch.stack([logits[0, place[0]], torch.tensor(0.0), logits[2, place[1]]]), rtol=1e-14
-    )
-
-
 def test_pairwise_sigmoid_is_the_sum_over_all_pairs(rng):
     image, text = (torch.randn(n, 8, generator=rng, **torch_double) for n in (3, 4))
     logits = reference.class_sampled_logits(image, text, 5.0) - 2.0
@@ -59,12 +47,11 @@ def test_pairwise_sigmoid_is_the_sum_over_all_pairs(rng):
     assert torch.allclose(ours, F.binary_cross_entropy_with_logits(logits, own, reduction="sum"), rtol=1e-14)
 
 
-@pytest.mark.parametrize("function", [reference.class_sampled_ce, reference.class_sampled_lse])
 @pytest.mark.parametrize("label", [3, -2, 9])
-def test_a_label_outside_the_sample_is_refused(function, label):
+def test_a_label_outside_the_sample_is_refused(label):
     image, text, labels = torch.ones(1, 2), torch.ones(9, 2), torch.tensor([label])
     with pytest.raises((IndexError, RuntimeError), match="out of"):
-        function(image, text, labels, 1.0, torch.tensor([0, 8]))
+        reference.class_sampled_ce(image, text, labels, 1.0, torch.tensor([0, 8]))
 
 
 def test_half_precision_is_computed_in_fp32(rng):

@@ -299,7 +299,6 @@ def _class_sampled_ce_fwd_combine_kernel(
 @triton.jit
 def _class_sampled_ce_bwd_logits_kernel(
     d_loss_ptr,
-    d_target_ptr,
     image_ptr,
     text_ptr,
     labels_ptr,
@@ -332,9 +331,8 @@ def _class_sampled_ce_bwd_logits_kernel(
 
     d_z_bk = up_b · ((1 − ε) · w_y · (p_bk − [k = y]) + ε/K · (W p_bk − w_k))
 
-    up_b is d_loss_b, or 1 without d_loss_ptr. With d_target_ptr, up_b is d_lse_b, and d_lse_b + d_target_b is added for
-    k = y. One program: a tile of BLOCK_B images and BLOCK_K classes; pointers of images point to the first one of a
-    panel.
+    up_b is d_loss_b, or 1 without d_loss_ptr. One program: a tile of BLOCK_B images and BLOCK_K classes; pointers of
+    images point to the first one of a panel.
     """
     # Order programs so that those that run at the same time share rows: GROUP tiles of images per tile of classes.
     tile_b, tile_k = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
@@ -369,8 +367,7 @@ def _class_sampled_ce_bwd_logits_kernel(
     counts = mask_b & (labels != ignore_index)
     upstream = counts.to(tl.float32)
     if d_loss_ptr is not None:
-        d_loss = tl.load(d_loss_ptr + offs_b.to(tl.int64) * stride_d_loss, mask=counts, other=0.0)  # [BLOCK_B]
-        upstream = d_loss.to(tl.float32)
+        upstream = tl.load(d_loss_ptr + offs_b.to(tl.int64) * stride_d_loss, mask=counts, other=0.0)  # [BLOCK_B]
     hit = (1 - label_smoothing) * upstream  # [BLOCK_B]
     weight = tl.full([BLOCK_K], 1.0, tl.float32)
     total_weight = 0.0 + K
@@ -391,10 +388,6 @@ def _class_sampled_ce_bwd_logits_kernel(
     hits = rows_k[None, :] == labels.to(tl.int32)[:, None]  # [BLOCK_B, BLOCK_K]
     miss = p - hits.to(tl.float32)  # p − 1 for the true class, in fp32
     d_logits = hit[:, None] * miss + spread[:, None] * (total_weight * p - weight[None, :])  # [BLOCK_B, BLOCK_K]
-    if d_target_ptr is not None:
-        # Added in fp64: the two nearly cancel if these classes have most of the probability.
-        d_target = tl.load(d_target_ptr + offs_b, mask=counts, other=0.0)  # [BLOCK_B]
-        d_logits += tl.where(hits, (d_loss + d_target).to(tl.float32)[:, None], 0.0)
     d_logits = tl.where(counts[:, None] & mask_k[None, :], d_logits, 0.0)
 
     # 5. Factors of the matrix products, and the tile's part of d_s
@@ -407,7 +400,7 @@ def _class_sampled_ce_bwd_logits_kernel(
         tl.store(d_scale_ptr + place, tl.sum(tl.sum(d_logits * cosine, axis=1), axis=0))
 
 
-def launch_splits(
+def _launch_splits(
     image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Launch `_class_sampled_ce_fwd_kernel`; return the norms of the rows, and the arguments of a combining kernel."""
@@ -441,7 +434,7 @@ def launch_splits(
 def _launch(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     options, keep = Options(*rest[:5]), Needs(*rest[5:])
     B, K, device, reduction = image.shape[0], options.classes(text), image.device, REDUCTIONS[options.reduction]
-    image_norm, text_norm, arguments = launch_splits(image, text, labels, logit_scale, options)
+    image_norm, text_norm, arguments = _launch_splits(image, text, labels, logit_scale, options)
     loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)  # [B] or []
     lse = torch.empty(B, dtype=torch.float64, device=device)
     denominator = torch.empty((), dtype=torch.float32, device=device)
@@ -462,23 +455,16 @@ def _launch(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *r
     return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, K, keep)
 
 
-def launch_gradients(
-    d_loss: Tensor | None,
-    d_target: Tensor | None,
-    saved: Saved,
-    options: Options,
-    needs: Needs,
-    *upstream: Tensor | None,
+def _launch_gradients(
+    d_loss: Tensor | None, saved: Saved, options: Options, needs: Needs, *upstream: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of image, text and logit_scale, times a factor and over a divisor (`upstream`).
 
-    d_loss is [B], or None for 1; with d_target [B] it is the gradient of lse.
+    d_loss is [B], or None for 1.
     """
     saved = saved.with_contiguous_rows()
     image, text, logit_scale = saved.image, saved.text, saved.logit_scale
-    # Made contiguous: one more stride argument would cost the kernel of `class_sampled_ce` registers.
-    d_target = None if d_target is None else d_target.contiguous()
-    sums = _launch_sums(d_loss, d_target, saved, options, needs)
+    sums = _launch_sums(d_loss, saved, options, needs)
     d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
     if needs.image:
         d_image = unit_rows.through_unit_norm(image, None, sums[0], logit_scale, *upstream)
@@ -490,9 +476,7 @@ def launch_gradients(
     return d_image, d_text, d_logit_scale
 
 
-def _launch_sums(
-    d_loss: Tensor | None, d_target: Tensor | None, saved: Saved, options: Options, needs: Needs
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_sums(d_loss: Tensor | None, saved: Saved, options: Options, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     """Compute fp32 Σ_k G_bk t_k [B, D], Σ_b G_bk x_b [K, D] (see unit_rows.py), and parts of d_logit_scale."""
     image, text = saved.image, saved.text
     B, K, device = image.shape[0], options.classes(text), image.device
@@ -513,7 +497,6 @@ def _launch_sums(
             **{**common, "labels_ptr": common["labels_ptr"][images]},
             **cosine_arguments(image[images], text, saved.image_norm[images], saved.text_norm),
             d_loss_ptr=None if d_loss is None else d_loss[images],
-            d_target_ptr=None if d_target is None else d_target[images],
             lse_ptr=saved.lse[images],
             factors_ptr=factors,
             d_scale_ptr=d_scale[number] if needs.logit_scale else None,
@@ -550,8 +533,8 @@ def _arguments(labels: Tensor, logit_scale: Tensor, options: Options) -> dict[st
 def _launch_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     saved, denominator, options, needs = _unpack(rest)
     if REDUCTIONS[options.reduction] == "none":
-        return launch_gradients(d_loss, None, saved, options, needs)
-    return launch_gradients(None, None, saved, options, needs, d_loss, denominator)
+        return _launch_gradients(d_loss, saved, options, needs)
+    return _launch_gradients(None, saved, options, needs, d_loss, denominator)
 
 
 def _fallback(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:

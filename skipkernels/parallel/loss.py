@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from .. import functional
 from ..reference import widened
@@ -29,18 +29,20 @@ def sharded_cross_entropy(
         lse_b = log Σ_r exp(lse_rb),   target_b = Σ_r target_rb,   smooth_b = Σ_r Σ_k w_k · z_bk over k of process r
 
     This is the loss of `functional.class_sampled_ce`. Sums over processes are in the order of ranks, so that the loss
-    is bitwise equal on all. Gradients are multiplied by the number of processes, as `gather_shares` explains.
+    is bitwise equal on all. Gradients are multiplied by the number of processes, as `gather_shares` explains. The
+    logits [B, K_r] of this process are in memory, in fp64: their differences nearly cancel.
 
     `image` is [B, D], images of all processes; `text` [K_r, D], selected classes of this process, or any one row if
     K_r = 0; `class_weight` [K], w of all selected classes.
     """
     # 1. Share of this process: log-sum-exp over its classes, and logit of the label or 0, [B] each
-    empty = selection.class_ids if len(selection.class_ids) == 0 else None  # selects no row of `text` if K_r = 0
-    shares = list(functional.class_sampled_lse(image, text, selection.labels, logit_scale, class_ids=empty))
+    logits = functional.class_sampled_logits(image, text, logit_scale).double()
+    logits = logits[:, : len(selection.class_ids)]  # [B, K_r]: no column of `text` if K_r = 0
+    target = pad(logits, (1, 0)).gather(1, selection.labels[:, None] + 1)  # column 0 is for the label −1
+    shares = [logits.logsumexp(1), target.squeeze(1)]
     if label_smoothing > 0:
         all_weights = image.new_ones(selection.kept) if class_weight is None else class_weight  # [K]
-        own_weights = all_weights[selection.positions]  # [K_r]
-        shares.append(_weighted_logits(image, text[: len(own_weights)], own_weights, logit_scale))
+        shares.append(logits @ all_weights[selection.positions].double())
     # 2. Shares of all processes, [processes, B] each, combined into the loss of each image, [B]
     lse, target, *smooth = gather_shares(torch.stack(shares), group).unbind(1)
     lse = lse.logsumexp(0)
@@ -132,10 +134,3 @@ def _sum_over_processes(share: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _loss_dtype(image: Tensor) -> torch.dtype:
     return torch.float64 if image.dtype == torch.float64 else torch.float32
-
-
-def _weighted_logits(image: Tensor, text: Tensor, weight: Tensor, logit_scale: Tensor) -> Tensor:
-    """Σ_k w_k z_bk, [B], widened: by linearity the logits of Σ_k w_k t_k/|t_k|, without the logits [B, K_r]."""
-    with torch.autocast(image.device.type, enabled=False):
-        image, text = normalize(widened(image), dim=1), normalize(widened(text), dim=1)
-        return logit_scale * (image @ (widened(weight) @ text))

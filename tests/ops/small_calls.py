@@ -57,7 +57,6 @@ def small_call(name: str) -> SmallCall:
         "contrastive_loss": ((randn(3, 4), randn(3, 4), scale), (), {}),
         "pairwise_sigmoid": ((randn(2, 4), randn(5, 4), scale, -scale), (torch.tensor([-1, 3]),), {}),
         "pairwise_sigmoid_loss": ((randn(3, 4), randn(3, 4), scale, -scale), (), {}),
-        "class_sampled_lse": ((randn(2, 4), randn(5, 4), scale), (torch.tensor([-1, 3]),), {"class_ids": ids}),
         "class_scores": ((), (randn(2, 4), randn(5, 4), torch.tensor([0, 3])), {}),
         "add_layer_norm": ((randn(3, 4), randn(3, 4), randn(4), randn(4)), (), {}),
         "add_rms_norm": ((randn(3, 4), randn(3, 4), randn(4)), (), {}),
@@ -77,6 +76,6 @@ def small_call(name: str) -> SmallCall:
         "sgd_momentum_": ((), (weight, [x.clone() for x in weight], [x.clone() for x in weight], 1e-9), {}),
     }
     functions = getattr(functional, name), getattr(reference, name, None)
-    if name in ("class_sampled_ce", "class_sampled_lse", "pairwise_sigmoid"):
+    if name in ("class_sampled_ce", "pairwise_sigmoid"):
         functions = tuple(map(_labels_last, functions))
     return SmallCall(*functions, *calls[name])
