@@ -44,8 +44,6 @@ def formulas() -> dict[Any, Callable[..., int]]:
         ours.class_sampled_ce_backward: lambda _, image, *rest, **__: 4 * image.numel() * rest[5][0],
         ours.class_sampled_logits: lambda image, *_, out_shape, **__: 2 * image.numel() * out_shape[0][1],
         ours.class_sampled_logits_backward: lambda d_logits, image, *_, **__: 4 * image.numel() * d_logits[1],
-        ours.pairwise_sigmoid: lambda image, text, *_, **__: 2 * image.numel() * text[0],
-        ours.pairwise_sigmoid_backward: lambda _, image, text, *__, **___: 4 * image.numel() * text[0],
         ours.class_scores: lambda image, prototypes, *_, **__: 2 * image.numel() * prototypes[0],
         ours.shared_prefix_attention: lambda *shapes, **_: 2 * _prompt_pairs(*shapes),
         ours.shared_prefix_attention_backward: lambda _, packed, __, *options, **___: (

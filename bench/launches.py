@@ -94,28 +94,6 @@ def class_sampled_logits_backward(dtype: torch.dtype) -> Iterator[Call]:
         yield Call(shape, (d_logits, image, text, scale, *norms, class_ids, True, True, False))
 
 
-def _pairwise_sigmoid(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Tensor, ...], list[Tensor]]]:
-    """Shape, the inputs, and the norms of the rows: a large batch, one process of many, and few images."""
-    for B, N, D in ((4096, 4096, 512), (257, 65, 640), (32, 32, 512)):
-        rows, numbers = (on_meta(n, D, dtype=dtype) for n in (B, N)), [on_meta(dtype=torch.float32)] * 2
-        yield f"B{B}-N{N}-D{D}", (*rows, ids(B), *numbers), [on_meta(n, dtype=torch.float32) for n in (B, N)]
-
-
-@calls
-def pairwise_sigmoid(dtype: torch.dtype) -> Iterator[Call]:
-    for shape, inputs, _ in _pairwise_sigmoid(dtype):
-        yield Call(shape, (*inputs, False, False, False))
-
-
-@calls
-def pairwise_sigmoid_backward(dtype: torch.dtype) -> Iterator[Call]:
-    """With all gradients; of the second call without those of scale and bias, as where they do not train."""
-    for number, (shape, inputs, norms) in enumerate(_pairwise_sigmoid(dtype)):
-        kept = *[on_meta(0, inputs[0].shape[1], dtype=torch.float32)] * 2, on_meta(0, dtype=torch.float64)
-        numbers = number != 1
-        yield Call(shape, (on_meta(dtype=torch.float32), *inputs, *norms, *kept, True, True, numbers, numbers))
-
-
 @calls
 def class_scores(dtype: torch.dtype) -> Iterator[Call]:
     for B, C, D in ((4, 1000, 512), (4, 21841, 512), (5, 1001, 100)):

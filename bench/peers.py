@@ -1,7 +1,7 @@
 """Peers: functions of other packages that do the same job, or the reason why they cannot run here. All are optional.
 
 The functions of one job have one signature. They are called as these versions are: cut-cross-entropy 25.1.1,
-inf-cl 1.2.1, liger-kernel 0.8.5, memeff 0.3.1, open_clip 3.3.0, siglip-kernel 0.1.2, xformers 0.0.35. Results are
+inf-cl 1.2.1, liger-kernel 0.8.5, memeff 0.3.1, xformers 0.0.35. Results are
 checked before timing, which shows if another version behaves differently.
 """
 
@@ -14,10 +14,8 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any, NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.loss import SigLipLoss
 from torch import Tensor
 
 INF_CL_BLOCK = 64  # images; its backward reads the gradients of a whole block, also beyond the end
@@ -74,29 +72,6 @@ def contrastive_losses(device: torch.device, dtype: torch.dtype, B: int) -> dict
         for name, peer in cross_entropies(device, dtype, B).items()
     }
     return found | {"memeff": _package(device, "memeff", "memeff", textbook)}
-
-
-def sigmoid_losses(device: torch.device) -> dict[str, Peer]:
-    """Peers for the mean pairwise sigmoid loss, from (image [B, D], text [B, D], scale [], bias [])."""
-
-    def normalized(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def of_unit_rows(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-            return loss(image, text, scale, bias).float()
-
-        return of_unit_rows
-
-    def from_logarithm(module: Any) -> Callable[..., Tensor]:
-        return normalized(lambda image, text, scale, bias: module.fused_siglip_loss(image, text, scale.log(), bias))
-
-    def of_open_clip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return SigLipLoss()(image, text, scale.to(image.dtype), bias.to(image.dtype))
-
-    return {
-        "open_clip": Peer(normalized(of_open_clip), f"open_clip_torch {open_clip.__version__}"),
-        "siglip-kernel": _package(device, "siglip-kernel", "siglip_kernel", from_logarithm),
-        "inf-cl": Peer(None, "has no sigmoid loss"),
-    }
 
 
 def layer_norms(device: torch.device) -> dict[str, Peer]:

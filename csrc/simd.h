@@ -122,23 +122,6 @@ SKIPKERNELS_INLINE double exp_nonpositive(double x) {
   return std::exp(x);
 }
 
-// log(1 + x) for x from 0 to 1, as 2 artanh(x/(2 + x)): small x keep their digits.
-SKIPKERNELS_INLINE float log1p_unit(float x) {
-  const float s = x / (2.0f + x), square = s * s; // s ≤ 1/3: the remainder after s¹³ is below 2⁻²⁵
-  float p = 1.0f / 13.0f;
-  p = p * square + 1.0f / 11.0f;
-  p = p * square + 1.0f / 9.0f;
-  p = p * square + 1.0f / 7.0f;
-  p = p * square + 1.0f / 5.0f;
-  p = p * square + 1.0f / 3.0f;
-  p = p * square + 1.0f;
-  return 2.0f * s * p;
-}
-
-SKIPKERNELS_INLINE double log1p_unit(double x) {
-  return std::log1p(x);
-}
-
 // Conversions on bits. F is float and U uint32_t, or both are vectors of them. No branches: they keep compilers from
 // vectorising the loop.
 template <class U>

@@ -168,22 +168,6 @@ softmax_gradient_body(A* cosine, const Softmax<A>& softmax, A factor, A spread, 
   return along;
 }
 
-template <bool STORE, class A>
-SKIPKERNELS_INLINE PairSums<A> sigmoid_pairs_body(A* d_logit, const A* cosine, A scale, A bias, int64_t n) {
-  A loss = 0, along = 0, total = 0;
-#pragma omp simd reduction(+ : loss, along, total)
-  for (int64_t k = 0; k < n; ++k) {
-    const A z = scale * cosine[k] + bias, e = exp_nonpositive(-std::abs(z));
-    const A sigmoid = (z >= 0 ? A(1) : e) / (1 + e);
-    loss += (z > 0 ? z : A(0)) + log1p_unit(e);
-    along += sigmoid * cosine[k];
-    total += sigmoid;
-    if constexpr (STORE)
-      d_logit[k] = sigmoid;
-  }
-  return {loss, along, total};
-}
-
 } // namespace
 
 #define DEFINE_FEATURE_LOOPS(T, A)                                                                             \
@@ -243,10 +227,6 @@ SKIPKERNELS_FOR_CONVERSIONS(DEFINE_CONVERSION)
   MULTIVERSION A softmax_gradient(                                                                              \
       A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n) {                   \
     return softmax_gradient_body<A>(cosine, softmax, factor, spread, weight, n);                                \
-  }                                                                                                             \
-  MULTIVERSION PairSums<A> sigmoid_pairs(A* d_logit, const A* cosine, A scale, A bias, int64_t n) {             \
-    return d_logit ? sigmoid_pairs_body<true>(d_logit, cosine, scale, bias, n)                                  \
-                   : sigmoid_pairs_body<false>(d_logit, cosine, scale, bias, n);                                \
   }
 
 DEFINE_LOOPS(float)

@@ -41,12 +41,6 @@ struct Softmax {
   A scale, top, log_sum;
 };
 
-// Sums over pairs of an image with texts that are not its own: log(1 + exp(z)), σ(z) · cosine, and σ(z), which is d_z.
-template <class A>
-struct PairSums {
-  A loss, along, d_logits;
-};
-
 #define SKIPKERNELS_DECLARE_LOOPS(A)                                                                         \
   /* Small matrix products (large ones: tensor.h). a and b are contiguous unless strides are given. */       \
   /* out[m, n] = a[m, d] · b[n, d]ᵀ */                                                                       \
@@ -67,9 +61,7 @@ struct PairSums {
   void online_softmax(A* top, A* sum, const A* cosine, A scale, int64_t n);                                  \
   /* cosine → d_logit = factor · p − spread · weight, in place; returns Σ d_logit · cosine. */               \
   /* If weight is null, there is no second term. */                                                          \
-  A softmax_gradient(A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n); \
-  /* cosine → d_logit = σ(z), z = scale · cosine + bias, unless d_logit is null; returns the sums. */         \
-  PairSums<A> sigmoid_pairs(A* d_logit, const A* cosine, A scale, A bias, int64_t n)
+  A softmax_gradient(A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n)
 
 SKIPKERNELS_DECLARE_LOOPS(float);
 SKIPKERNELS_DECLARE_LOOPS(double);

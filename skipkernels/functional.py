@@ -15,7 +15,9 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import reference
 from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_one_dtype, check_shape
@@ -29,7 +31,6 @@ from .ops.gather_rows import gather_rows as _gather_rows
 from .ops.gather_rows import gather_rows_out as _gather_rows_out
 from .ops.mlp_activation import KINDS
 from .ops.mlp_activation import mlp_activation as _mlp_activation
-from .ops.pairwise_sigmoid import pairwise_sigmoid as _pairwise_sigmoid
 from .ops.pooled_attention import pooled_attention as _pooled_attention
 from .ops.rotary_embedding import rotary_embedding as _rotary_embedding
 from .ops.sgd_momentum import sgd_momentum_ as _sgd_momentum_
@@ -51,6 +52,8 @@ __all__ = [
     "gather_rows",
     "sgd_momentum_",
 ]
+
+PAIRS_IN_MEMORY = 1 << 22  # logits of `pairwise_sigmoid`: 16 MiB in fp32
 
 
 def class_sampled_ce(
@@ -228,8 +231,8 @@ def pairwise_sigmoid(
         loss = −Σ_b Σ_n log σ(y_bn z_bn),   y_bn = +1 for n = labels_b, else −1
 
     The losses of blocks, as of several processes, add up to that of the batch; `pairwise_sigmoid_loss` is the mean over
-    the images of one batch. The [B, N] logits are never in memory all at once: at most 32 MiB or 16 images of them,
-    whichever is more. Gradients flow to `image`, `text`, `logit_scale` and `logit_bias`.
+    the images of one batch. Of more than 2²² pairs, the logits of a chunk of images at a time are in memory, and are
+    computed again in backward. Gradients flow to `image`, `text`, `logit_scale` and `logit_bias`.
 
     Args:
         image: [B, D] image embeddings of any norm, as in `class_sampled_ce`.
@@ -257,11 +260,28 @@ def pairwise_sigmoid(
     _check_ids(name, "labels", labels, image, B=image.shape[0])
     scale = _number_of_logits(name, "logit_scale", logit_scale, image)
     bias = _number_of_logits(name, "logit_bias", logit_bias, image)
-    in_forward = image.device.type == "cpu" and torch.is_grad_enabled()  # as in `class_sampled_ce`
-    keep = (
-        in_forward and x for x in (image.requires_grad, text.requires_grad, scale.requires_grad or bias.requires_grad)
-    )
-    return registration.call(_pairwise_sigmoid, image, text, labels, scale, bias, *keep)[0]
+    B, N = len(image), len(text)
+    if image.device.type == "cpu" and not ((labels >= -1) & (labels < N)).all():
+        raise ValueError(f"{name}: labels must be rows of text, 0 to {N - 1}, or no text (-1); got {labels.tolist()}.")
+    rows = max(1, PAIRS_IN_MEMORY // N)
+    if rows >= B:
+        return _sum_over_pairs(image, text, labels, scale, bias)
+    # At least fp32, so that gradients of the text are not rounded to 16 bits before they are summed over the chunks.
+    wide, total = reference.at_least_fp32(text), scale.new_zeros(())
+    for chunk, own in zip(image.split(rows), labels.split(rows), strict=True):
+        of_chunk = checkpoint(
+            _sum_over_pairs, chunk, wide, own, scale, bias, use_reentrant=False, preserve_rng_state=False
+        )
+        total = total + of_chunk
+    return total
+
+
+def _sum_over_pairs(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Compute `pairwise_sigmoid` from the logits [B, N] of all pairs."""
+    logits = class_sampled_logits(image, text.to(image.dtype), scale)
+    logits = logits + bias.reshape(()).to(logits.dtype)
+    own = labels[:, None] == torch.arange(len(text), device=text.device)
+    return -F.logsigmoid(torch.where(own, logits, -logits)).sum()
 
 
 def pairwise_sigmoid_loss(

@@ -26,9 +26,6 @@ def test_flops_of_ignores_dropped_classes():
         assert flops_of(lambda of=of: of(IDS)) == 2 * B * K * D
         assert flops_of(lambda of=of: of(IDS).backward()) == 6 * B * K * D
         assert flops_of(lambda of=of: of(None).backward()) == 6 * B * C * D
-    pairs = sk.functional.pairwise_sigmoid, IMAGE, TEXT, LABELS, 10.0, -10.0
-    assert flops_of(lambda: pairs[0](*pairs[1:])) == 2 * B * C * D
-    assert flops_of(lambda: pairs[0](*pairs[1:]).backward()) == 6 * B * C * D
     assert flops_of(lambda: sk.functional.class_scores(IMAGE, TEXT, LABELS)) == 2 * B * C * D
 
 

@@ -23,7 +23,6 @@ from bench import measure, peers
 from bench.operators import COMPILED, Case, Run, test_operators
 from bench.operators.gate import Gate
 from bench.rows import KINDS, MACHINE, Device
-from skipkernels import functional
 from skipkernels.ops import OPERATORS
 
 ROOT = Path(measure.__file__).parents[1]
@@ -291,13 +290,3 @@ def test_peers_have_reasons_why_they_cannot_run(monkeypatch):
     assert found["inf-cl"].note == "it reads past its buffers unless B is a multiple of 64"
     assert found["Liger"] == (None, "not installed: pip install liger-kernel")
     assert peers.contrastive_losses(CUDA, torch.bfloat16, 64)["memeff"].note == "not installed: pip install memeff"
-    of_sigmoid = peers.sigmoid_losses(CUDA)
-    assert of_sigmoid["siglip-kernel"].note == "not installed: pip install siglip-kernel"
-    assert of_sigmoid["inf-cl"].note == "has no sigmoid loss"
-
-
-def test_sigmoid_loss_of_open_clip_is_ours():
-    peer = peers.sigmoid_losses(CPU)["open_clip"]
-    assert peer.function is not None
-    inputs = torch.randn(5, 8), torch.randn(5, 8), torch.tensor(10.0), torch.tensor(-10.0)
-    torch.testing.assert_close(peer.function(*inputs), functional.pairwise_sigmoid_loss(*inputs))

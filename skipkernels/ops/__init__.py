@@ -18,7 +18,6 @@ __all__ = ["OPERATORS", "Backend", "backends"]
 OPERATORS = (
     "class_sampled_ce",
     "class_sampled_logits",
-    "pairwise_sigmoid",
     "class_scores",
     "add_layer_norm",
     "mlp_activation",
