@@ -53,7 +53,6 @@ ALLOWANCE = 1.25
 # Operators that are used by another one, or in the same place
 HELPERS = {
     "column_sums": "add_layer_norm",
-    "folded_norm_gradients": "add_layer_norm",
     "classes_at_ranks": "class_scores",
     "packed_layout": "gather_rows",
 }

@@ -159,14 +159,6 @@ def column_sums(dtype: torch.dtype) -> Iterator[Call]:
     yield Call("W768-pooled", ([*sums, packed[:4, :768], packed[:, 768:], norm_1], dtype))
 
 
-@calls
-def folded_norm_gradients(dtype: torch.dtype) -> Iterator[Call]:
-    """The first block above the cut of ViT-B/16, with gradients of a product in fp32 and in the dtype."""
-    for N, W, product in ((2304, 768, torch.float32), (1920, 640, dtype)):
-        vectors = [on_meta(n, dtype=torch.float32) for n in (N, W, W)]
-        yield Call(f"N{N}-W{W}", (on_meta(N, W, dtype=dtype), on_meta(N, W, dtype=product), *vectors))
-
-
 def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
     """Shape of the result, rows, bias and kind: an image tower with every kind, narrow rows, rows without a bias."""
     for kind, name in enumerate(KINDS):

@@ -1,11 +1,6 @@
 """Deterministic sums over rows: partial sums of blocks of rows, added in the order of the blocks.
 
 In a fused block on a GPU, `column_sums` completes the partial sums of several backward operators by one launch.
-
-`folded_norm_gradients`: gradients of a LayerNorm and the projection behind it, of which the input needs none. With
-y = (x̂ ∘ γ + β) Wᵀ + b and the product G = d_yᵀ x̂, [N, W],
-
-    d_W = G ∘ γ + d_b ⊗ β,   d_γ = Σ_n W_n ∘ G_n,   d_β = Σ_n d_b_n · W_n
 """
 
 from __future__ import annotations
@@ -23,7 +18,6 @@ from .launching import launch, tl, triton
 MATRICES = 5  # largest number of matrices of one launch
 BLOCK_ROWS = 128  # rows per iteration
 BLOCK_COLUMNS = 32  # columns per program: 128 bytes in fp32
-FOLDED_TILE, FOLDED_ROWS = (8, 128), 64  # of `folded_norm_gradients`: rows and columns per iteration, rows per program
 MAX_ROWS = 2048  # rows of a matrix other than partial sums: a program adds them all, in 16 iterations
 
 
@@ -135,108 +129,3 @@ column_sums = registration.define(
     "column_sums(Tensor[] matrices, ScalarType dtype) -> Tensor sums", fallback=_fallback, fake=_fake, launch=_launch
 )
 registration.not_differentiable(column_sums)
-
-
-# ---- gradients of a folded norm --------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _folded_norm_gradients_kernel(
-    weight_ptr,
-    unit_gradient_ptr,
-    d_bias_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    d_weight_ptr,
-    sums_ptr,
-    N,
-    W,
-    stride_weight_n,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """d_W = G ∘ γ + d_b ⊗ β, and partial sums of d_γ and d_β. One program: ROWS rows, BLOCK_W columns."""
-    block = tl.program_id(0)
-    offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    mask_w = offs_w < W
-    norm_weight = tl.load(norm_weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
-    norm_bias = tl.load(norm_bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
-    d_norm_weight = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
-    d_norm_bias = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
-    for start in range(0, ROWS, BLOCK_N):
-        offs_n = (block * ROWS + start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        mask = (offs_n < N)[:, None] & mask_w[None, :]
-        # 1. Rows of W and G, [BLOCK_N, BLOCK_W], and of d_b, [BLOCK_N]
-        weight = tl.load(weight_ptr + offs_n[:, None] * stride_weight_n + offs_w[None, :], mask=mask, other=0.0)
-        offs = offs_n[:, None] * W + offs_w[None, :]
-        unit_gradient = tl.load(unit_gradient_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        d_bias = tl.load(d_bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-        # 2. Terms of the sums, and the gradient of W
-        d_norm_weight += weight.to(tl.float32) * unit_gradient  # [BLOCK_N, BLOCK_W]
-        d_norm_bias += weight.to(tl.float32) * d_bias[:, None]  # [BLOCK_N, BLOCK_W]
-        d_weight = unit_gradient * norm_weight[None, :] + d_bias[:, None] * norm_bias[None, :]
-        tl.store(d_weight_ptr + offs, d_weight, mask=mask)  # [BLOCK_N, BLOCK_W]
-    # 3. Sums of this block of rows, side by side
-    row_ptr = sums_ptr + block * 2 * W + offs_w
-    tl.store(row_ptr, tl.sum(d_norm_weight, axis=0), mask=mask_w)  # [BLOCK_W]
-    tl.store(row_ptr + W, tl.sum(d_norm_bias, axis=0), mask=mask_w)  # [BLOCK_W]
-
-
-def _launch_folded(
-    weight: Tensor, unit_gradient: Tensor, d_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    (N, W), device = weight.shape, weight.device
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    d_weight, sums = _fake_folded(weight, unit_gradient, d_bias, norm_weight, norm_bias)
-    launch(
-        _folded_norm_gradients_kernel,
-        (len(sums), triton.cdiv(W, FOLDED_TILE[1])),
-        device=device,
-        num_warps=4,
-        weight_ptr=weight,
-        unit_gradient_ptr=unit_gradient.contiguous(),
-        d_bias_ptr=d_bias.contiguous(),
-        norm_weight_ptr=norm_weight.contiguous(),
-        norm_bias_ptr=norm_bias.contiguous(),
-        d_weight_ptr=d_weight,
-        sums_ptr=sums,
-        N=N,
-        W=W,
-        stride_weight_n=weight.stride(0),
-        ROWS=FOLDED_ROWS,
-        BLOCK_N=FOLDED_TILE[0],
-        BLOCK_W=FOLDED_TILE[1],
-    )
-    return d_weight, sums
-
-
-def _fallback_folded(
-    weight: Tensor, unit_gradient: Tensor, d_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    given = unit_gradient, d_bias, norm_weight, norm_bias
-    unit_gradient, d_bias, norm_weight, norm_bias = map(reference.at_least_fp32, given)
-    d_weight, sums = _fake_folded(weight, unit_gradient, d_bias, norm_weight, norm_bias)
-    torch.addcmul(d_bias[:, None] * norm_bias, unit_gradient, norm_weight, out=d_weight)
-    whole = torch.cat([(weight * unit_gradient).sum(dim=0), d_bias @ weight.to(d_bias.dtype)])  # [2W]
-    return d_weight, torch.cat([whole[None], torch.zeros_like(sums[1:])])
-
-
-def _fake_folded(
-    weight: Tensor, unit_gradient: Tensor, d_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    N, W = weight.shape
-    wide = torch.float64 if unit_gradient.dtype == torch.float64 else torch.float32
-    sizes = (N, W), (-(-N // FOLDED_ROWS), 2 * W)
-    d_weight, sums = (unit_gradient.new_empty(size, dtype=wide) for size in sizes)
-    return d_weight, sums
-
-
-folded_norm_gradients = registration.define(
-    "folded_norm_gradients(Tensor weight, Tensor unit_gradient, Tensor d_bias, Tensor norm_weight, Tensor norm_bias)"
-    " -> (Tensor d_weight, Tensor sums)",
-    fallback=_fallback_folded,
-    fake=_fake_folded,
-    launch=_launch_folded,
-)
-registration.not_differentiable(folded_norm_gradients)

@@ -47,7 +47,8 @@ from ..ops.add_layer_norm import Gradients, add_layer_norm, add_layer_norm_backw
 from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ..ops.registration import without_autocast
 from ..ops.rotary_embedding import rotary_embedding
-from ..ops.row_sums import MAX_ROWS, column_sums, folded_norm_gradients
+from ..ops.row_sums import MAX_ROWS, column_sums
+from ..reference import at_least_fp32
 
 NORMS = ("norm_1", "norm_2", "query_norm", "key_norm", "attention_norm", "mlp_norm")
 ATTENTION_NORMS = tuple(name + suffix for name in NORMS[2:5] for suffix in ("", "_bias"))  # those within attention
@@ -656,15 +657,17 @@ def _backward(
         return d_hidden, gradients
     if not needs_hidden:
         # The first block above the cut needs no gradient of its tokens. Since LN₁(hidden) = x̂ · γ + β, the gradients of
-        # γ and β follow from that of the projection's weights, which saves a product as large as the projection.
+        # γ and β follow from G = d_qkvᵀ x̂, which saves a product as large as the projection:
+        # d_W = G · γ + d_b ⊗ β,   d_γ = Σ_n W_n · G_n,   d_β = Σ_n d_b_n W_n
         sums.finish()
         unit = add_layer_norm(hidden, None, None, None, settings.eps[0], settings.dtype, settings.rms)[1]  # x̂, [R, W]
-        bias = torch.zeros_like(weights.norm_1) if weights.norm_1_bias is None else weights.norm_1_bias
-        gradients["in_proj"], norm_sums = folded_norm_gradients(
-            weights.in_proj, in_proj_gradient(unit), gradients["in_proj_bias"], weights.norm_1, bias
-        )
-        totals = column_sums([norm_sums], norm_sums.dtype)  # [2W]
-        gradients["norm_1"], gradients["norm_1_bias"] = totals.chunk(2)
+        unit_gradient = at_least_fp32(in_proj_gradient(unit))  # G, [3W, W]
+        gradients["norm_1"] = (weights.in_proj * unit_gradient).sum(0)
+        gradients["in_proj"] = unit_gradient * weights.norm_1
+        if weights.norm_1_bias is not None:
+            d_bias = at_least_fp32(gradients["in_proj_bias"])  # [3W]
+            gradients["norm_1_bias"] = d_bias @ weights.in_proj.to(d_bias.dtype)
+            gradients["in_proj"].addcmul_(d_bias[:, None], weights.norm_1_bias)
         return d_hidden, gradients
     # 6. Input projections: [R, 3W] @ [3W, W] -> [R, W]; queries are added at their rows
     if len(d_projected) > 1:
