@@ -120,7 +120,7 @@ def test_set_classes_equals_fresh_skipclip(classes, tail):
         assert p is same and p.equal(value) and p.requires_grad == requires_grad
     torch.testing.assert_close(optimizer.state_dict()["state"], momentum["state"], rtol=0, atol=0)
     assert clip._text.memory == "min"
-    with pytest.raises(ValueError, match="other prompts|this model and task"):
+    with pytest.raises(ValueError, match="other prompts"):
         clip.set_extra_state(old_state)
 
     model = copy.deepcopy(clip.model).requires_grad_(True)
@@ -202,7 +202,7 @@ def test_templates_follow_changes_and_copies():
     assert_step_equals_naive(twin, tokens, x, labels)
     state = twin.get_extra_state()
     clip.set_extra_state(state)
-    with pytest.raises(ValueError, match="of these in another order"):
+    with pytest.raises(ValueError, match="other prompts"):
         sk.SkipCLIP(tiny_clip(), tokens.flip(1), skip_layers=1).set_extra_state(state)
     clip.set_classes(tokens[:5, :2])
     assert_step_equals_naive(clip, tokens[:5, :2], x, labels % 5)

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
-from skipkernels.clip.base import Shard, pack_state
+from skipkernels.clip.state import Origin, pack_state
 
 C = 40
 
@@ -85,55 +85,28 @@ def test_load_state_dict_without_sampler_warns():
         clip.load_state_dict(old)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_average_of_state_dicts(dtype):
-    """A model soup has the logits of the averaged weights; sums of uint8 overflow. Sampler and prototypes stay."""
-    clips = [make_clip() for _ in range(3)]
-    for clip, number in zip(clips, range(3), strict=True):
-        step_of(clip, torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), seed=number)
-        drawn(clip, number)
-    states = [clip.state_dict() for clip in clips]
-    soup = {name: sum(state[name] for state in states) / 3 for name in states[0]}
-    if dtype == torch.uint8:
-        extra = torch.stack([state["_extra_state"].float() for state in states]).mean(0)
-        soup["_extra_state"] = extra.to(torch.uint8)
-    fresh, same = make_clip(seed=5), make_clip(seed=5)
-    with pytest.warns(UserWarning, match="average of several states, or damaged: the class sampler and the prototypes"):
-        fresh.load_state_dict(soup)
-    same.model.load_state_dict({name.removeprefix("model."): x for name, x in soup.items() if name != "_extra_state"})
-    images, _ = tiny_batch(3, C)
-    assert fresh.predict(images).equal(same.predict(images))
-    assert fresh.prototypes.equal(same.prototypes) and drawn(fresh) == drawn(same)
-
-
-def test_converted_state_dict_continues_the_draws():
-    """All tensors in half precision, as for a smaller checkpoint."""
-    clip, fresh = make_clip(), make_clip(seed=5)
-    drawn(clip)
-    fresh.load_state_dict({name: tensor.half() for name, tensor in clip.state_dict().items()})
-    assert fresh.prototypes.equal(clip.prototypes)
-    assert drawn(fresh) == drawn(clip)
-
-
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (torch.zeros(3, dtype=torch.int64), "must be the uint8 tensor"),
-        ({"generator": 1}, "must be the uint8 tensor"),
+        (torch.zeros(3, dtype=torch.float16), "must be the uint8 tensor .* got torch.float16. To average"),
+        ({"generator": 1}, "must be the uint8 tensor .* got dict"),
         (torch.zeros(9, dtype=torch.uint8), "is damaged"),
-        (lambda: sk.SkipCLIP(tiny_clip(), tiny_tokens(5), skip_layers=1).get_extra_state(), r"prototypes \[5, 12\]"),
+        (lambda: make_clip().get_extra_state().roll(1), "is damaged"),
         (
             lambda: sk.SkipCLIP(tiny_clip(), tiny_tokens(C).flip(0), skip_layers=1).get_extra_state(),
-            "of these in another order",
+            "is of other prompts; .* with the same prompts in this order",
         ),
-        (lambda: pack_state(torch.zeros(4, 12), "x", {}, Shard(1, 4, C)), r"is damaged: 4 prototypes of Shard\(rank=1"),
-        (lambda: pack_state(torch.zeros(C, 12), "x", {}, Shard(4, 4, C)), "is damaged"),
+        (lambda: pack_state(make_clip()._origin._replace(processes=4), torch.zeros(1), {}), "is of other processes; "),
+        (lambda: pack_state(Origin("", 7, 1), torch.zeros(1), {}), "is of other prompts and width; "),
     ],
-    ids=["integers", "dictionary", "damaged", "other_classes", "other_order", "other_share", "no_share"],
+    ids=["floats", "dictionary", "short", "damaged", "other_order", "other_processes", "other_model"],
 )
-def test_set_extra_state_mismatch(state, message):
+def test_set_extra_state_refuses_what_is_not_its_own(state, message):
+    clip = make_clip()
+    before = clip.get_extra_state()
     with pytest.raises(ValueError, match=message):
-        make_clip().set_extra_state(state() if callable(state) else state)
+        clip.set_extra_state(state() if callable(state) else state)
+    assert clip.get_extra_state().equal(before)
 
 
 # ---- interfaces of trainers ----------------------------------------------------------------------------------------
@@ -198,13 +171,6 @@ def test_repr_begins_with_the_task():
     trainable = sum(p.numel() for p in clip.trainable_parameters())
     expected = f"classes={C}, skip_layers=(1, 1), trainable={trainable:,}, dtype=torch.float64, device=cpu"
     assert repr(clip).splitlines()[:3] == ["SkipCLIP(", f"  {expected}", "  (model): CLIP("]
-
-
-def test_set_extra_state_without_digest_of_prompts():
-    clip, state = make_clip(), make_clip().get_extra_state()
-    tensors = safetensors.torch.load(state.numpy().tobytes())
-    del tensors["prompts"]
-    clip.set_extra_state(torch.frombuffer(bytearray(safetensors.torch.save(tensors)), dtype=torch.uint8))
 
 
 # ---- trainers around the step --------------------------------------------------------------------------------------

@@ -6,13 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 from ..checks import warn_caller
-from ..digests import digest_tensors
 from ..options import AttentionName
 from ..selection import ClassSelection, RankSampler, classes_at_ranks, ranked_selection
 from ..towers import ImageTower, Memory, Reduction, TextTower, evaluating
@@ -20,6 +18,7 @@ from ..towers.attention import SDPA, AttentionBackend
 from ..towers.block import FusedBlock
 from ..towers.changes import Containers
 from .image import ImageEncoder, check_images
+from .state import Origin, pack_state, unpack_state
 from .text import TextEncoder
 
 if TYPE_CHECKING:
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
 
 Trainable = Literal["upper", "as_is"]
 Function = TypeVar("Function", bound=Callable[..., Any])
-_FORMAT = "1"
-# Largest distance of prototypes of the same weights that other numbers of processes computed: as between SkipCLIP and
-# the model, see clip/verify.py; in half precision, prompts cropped to another length are rounded elsewhere.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
 def uncompiled(function: Function) -> Function:
@@ -419,32 +414,23 @@ class SkipCLIPBase(nn.Module):
     # ---- state --------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """Return the state of the sampler and the prototypes of this process as a uint8 tensor: a safetensors file."""
-        return pack_state(self.prototypes, self._prompts, self.sampler.state_dict(), self._shard)
+        """Return the state of the sampler and the prototypes as a uint8 tensor, see clip/state.py."""
+        return pack_state(self._origin, self.prototypes, self.sampler.state_dict())
 
     def set_extra_state(self, state: Any) -> None:
-        """Continue from the result of `get_extra_state`, of any process of any number of them.
-
-        An average of several such states, as in a model soup, has no effect but a warning.
+        """Continue from the result of `get_extra_state`, of any process of as many.
 
         Raises:
-            ValueError: If it is damaged, or of other prompts, another model, or other weights before tuning.
+            ValueError: If it is damaged, or of other prompts, another model or another number of processes.
         """
-        tensors = decoded_state(state)
-        if tensors is None:
-            warn_caller(
-                "SkipCLIP: the extra state is an average of several states, or damaged: the class sampler and the "
-                "prototypes keep their current state. The weights are loaded."
-            )
-            return
-        prototypes, sampler = unpack_state(tensors, self.prototypes, self._prompts, self._shard, self._text.dtype)
+        prototypes, sampler = unpack_state(state, self._origin)
         self.sampler.load_state_dict(sampler)
-        self.prototypes.copy_(prototypes)
+        if prototypes is not None:
+            self.prototypes.copy_(prototypes)
 
     @property
-    def _shard(self) -> Shard:
-        rank, size = (0, 1) if self._parallel is None else (self._parallel.rank, self._parallel.size)
-        return Shard(rank, size, self._num_classes)
+    def _origin(self) -> Origin:
+        return Origin(self._prompts, self.prototypes.shape[1], 1 if self._parallel is None else self._parallel.size)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
@@ -464,98 +450,3 @@ class SkipCLIPBase(nn.Module):
             "Use DistributedDataParallel, with a process for each GPU (torchrun, accelerate launch), or one GPU "
             "(CUDA_VISIBLE_DEVICES=0)."
         )
-
-
-# ---- extra state in a state dict: a uint8 tensor with the bytes of a safetensors file
-
-
-class Shard(NamedTuple):
-    """The classes c ≡ rank (mod size) of `num_classes`."""
-
-    rank: int
-    size: int
-    num_classes: int
-
-    @property
-    def class_ids(self) -> Tensor:
-        """The classes, int64, ascending."""
-        return torch.arange(self.rank, self.num_classes, self.size)
-
-
-def pack_state(prototypes: Tensor, prompts: str, sampler: dict[str, Tensor], shard: Shard) -> Tensor:
-    """Pack prototypes [n, D] of a shard, a digest of all prompts, and the state of the sampler into uint8 [bytes]."""
-    tensors = {
-        "prototypes": prototypes.cpu(),
-        "prompts": torch.frombuffer(bytearray(prompts, "ascii"), dtype=torch.uint8),
-    }
-    if shard.size > 1:
-        tensors["shard"] = torch.tensor(shard)
-    tensors |= sampler
-    tensors["digest"] = torch.frombuffer(bytearray(_digest(tensors), "ascii"), dtype=torch.uint8)
-    data = safetensors.torch.save(tensors, metadata={"format": _FORMAT})
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    return digest_tensors(sorted(tensors.items()))
-
-
-def decoded_state(state: Any) -> dict[str, Tensor] | None:
-    """Tensors of an extra state; None for an average of several states, which has the bytes of none.
-
-    Code that averages state dicts converts all tensors to floating point, and some of it back.
-    """
-    is_float = isinstance(state, Tensor) and state.is_floating_point()
-    if not isinstance(state, Tensor) or state.ndim != 1 or not (is_float or state.dtype == torch.uint8):
-        raise ValueError("SkipCLIP: the extra state must be the uint8 tensor of get_extra_state().")
-    data = state.round().to(torch.uint8) if is_float else state
-    try:
-        tensors = safetensors.torch.load(data.cpu().numpy().tobytes())
-    except (safetensors.SafetensorError, KeyError, TypeError) as error:
-        if is_float:
-            return None
-        raise ValueError(f"SkipCLIP: the extra state is damaged: {error}.") from error
-    digest = tensors.pop("digest", None)  # None in an earlier version
-    same = not is_float if digest is None else bytes(digest.tolist()) == _digest(tensors).encode()
-    return tensors if same else None
-
-
-def unpack_state(
-    tensors: dict[str, Tensor], prototypes: Tensor, prompts: str, shard: Shard, dtype: torch.dtype
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the prototypes [n, D] of a shard, and the state of the sampler.
-
-    A state of another shard replaces the prototypes of the classes that both shards have; the other rows stay.
-    """
-    try:
-        loaded, saved_prompts = tensors.pop("prototypes"), tensors.pop("prompts", None)
-        saved = Shard(*tensors.pop("shard", torch.tensor([0, 1, len(loaded)])).tolist())
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"SkipCLIP: the extra state is damaged: {error}.") from error
-    if not (0 <= saved.rank < saved.size and len(loaded) == len(saved.class_ids)):
-        raise ValueError(f"SkipCLIP: the extra state is damaged: {len(loaded)} prototypes of {saved}.")
-    here = [shard.num_classes, prototypes.shape[1]]
-    there = [saved.num_classes, *loaded.shape[1:]]
-    if there != here:
-        raise ValueError(
-            f"SkipCLIP: the extra state has prototypes {there}, and this model and task have {here}. Load it into a "
-            "SkipCLIP with the same prompts."
-        )
-    if saved_prompts is not None and bytes(saved_prompts.tolist()) != prompts.encode():
-        raise ValueError(
-            "SkipCLIP: the extra state has the prototypes of other prompts, or of these in another order. Load "
-            "it into a SkipCLIP with the same prompts, or load the weights alone into clip.model."
-        )
-    if saved == shard == Shard(0, 1, len(loaded)):
-        return loaded, tensors
-    class_ids = saved.class_ids[saved.class_ids % shard.size == shard.rank]
-    found = loaded[class_ids // saved.size].to(prototypes)
-    rows = (class_ids // shard.size).to(prototypes.device)
-    distance = (found - prototypes[rows]).norm(dim=1)
-    if saved.size > 1 and (distance > _TOLERANCE[dtype]).any():
-        raise ValueError(
-            "SkipCLIP: the extra state of one of several processes has prototypes of other weights than these, up to "
-            f"{distance.max().item():.1e} away. Such a state lacks the other classes: create SkipCLIP on the weights "
-            "from before tuning, then load the state."
-        )
-    return prototypes.index_copy(0, rows, found), tensors
