@@ -7,8 +7,7 @@ The published training is written out from the paper and shares no code with the
 blocks, dense logits, autograd (`tests/naive.py`), a mask over ranks that is drawn once, `torch.optim.SGD` with two
 learning rates, momentum and weight decay, and a cosine that is stepped once per epoch and starts after the warm-up.
 SkipCLIP trains with `tail="fixed"`, `FusedSGD` and the schedule of the tuner. Both see the same batches, each of a
-single class if it has enough images: a pictogram has two. With "bf16 momentum" both train in fp32, and SkipCLIP with
-`momentum_dtype=torch.bfloat16`.
+single class if it has enough images: a pictogram has two.
 
 Models, with random weights: vit-tiny on pictograms, and a narrower ViT on random images. Columns
 of bench/results/DEVICE/equivalence.csv, all over the whole training:
@@ -52,8 +51,7 @@ _KEEP_RATIO, _MAX_KEEP, _DECAY, _SEED = 0.5, 50, 0.3, 0
 _BATCH, _WARMUP_EPOCHS = 4, 1
 _SMALL_VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 4, "head_width": 16}
 _SMALL_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 4}
-_BF16_MOMENTUM = "bf16 momentum"
-_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, _BF16_MOMENTUM: torch.float32}
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 _SMALL_LOSS = 1e-3  # in fp32 that of a batch may be 0
 _COLUMNS = "steps K other_classes loss weights change logits predictions tests trained_loss".split()
 
@@ -232,8 +230,7 @@ def skip_clip_training(case: Case, inputs: Inputs, batches: Sequence[tuple[int, 
     clip = sk.SkipCLIP(model, inputs.tokens, skip_layers=case.skip, generator=generator, **settings)
     features = torch.cat([clip.encode_lower(images) for images in inputs.images.split(64)])
     groups = clip.parameter_groups(text_lr=case.rates[0], image_lr=case.rates[1])
-    options: dict[str, Any] = {"momentum_dtype": torch.bfloat16} if case.precision == _BF16_MOMENTUM else {}
-    optimizer = sk.FusedSGD(groups, lr=case.rates[0], momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY, **options)
+    optimizer = sk.FusedSGD(groups, lr=case.rates[0], momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
     schedule = cosine_with_warmup(optimizer, epochs=epochs, warmup_epochs=_WARMUP_EPOCHS, warmup_lr=_WARMUP_LR)
     losses, kept, current = [], [], 0
     for epoch, items in track(batches, "skipkernels", transient=True):

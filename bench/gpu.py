@@ -40,7 +40,6 @@ from .flops import flops_of
 from .inputs import Inputs, autocast, parser, random_inputs
 from .training import Published, Skip, Step, skip_step, with_update
 
-GRAPHS = {summary.GRAPHED: False, summary.OVERLAPPED: True}  # with the text side on a stream of its own
 _LISTED = 40  # kernels
 _CALLS = 10  # steps between two events, as in training: the host does not wait between them
 # Least number of times that a step with its update reads or writes its weights: read in forward and in backward, and
@@ -89,17 +88,16 @@ def step(args: argparse.Namespace) -> None:
         "published": with_update(published.step(args.precision)),
         summary.EAGER: with_update(ours),
     }
-    on_gpu, graphs = args.device.type == "cuda", []
-    for name, overlap in GRAPHS.items() if on_gpu else ():
-        steps[name], graph = graphed_step(args, overlap=overlap)
-        graphs.append(graph)
+    on_gpu = args.device.type == "cuda"
+    if on_gpu:
+        steps[summary.GRAPHED], graph = graphed_step(args)
     for run in steps.values():
         for _ in range(WARMUP + 1):  # the last captures a graph
             run()
     facts: dict[str, Any] = {"K": ours.K}
     if on_gpu:
         facts |= {
-            "captured": all(graph._captured for graph in graphs),
+            "captured": bool(graph._captured),
             "launches": launches_of(steps[summary.GRAPHED], args.device),
         }
         print(f"captured: {facts['captured']}; launches in a step: {facts['launches']}", flush=True)
@@ -144,33 +142,25 @@ _random_inputs = functools.cache(random_inputs)  # seconds for each model
 
 
 def graphed_step(
-    args: argparse.Namespace, blocks: int | None = None, **options: bool
+    args: argparse.Namespace, blocks: int | None = None
 ) -> tuple[Callable[[], sk.SkipOutput], GraphedStep]:
-    """Our step with its update, of `blocks` in each tower if given; on a GPU a replayed CUDA graph.
-
-    `options` are those of `graphed_step_of`.
-    """
+    """Our step with its update, of `blocks` in each tower if given; on a GPU a replayed CUDA graph."""
     model, tokens, images, labels = inputs_of(args)
     skip: Skip = args.skip_layers
     if blocks is not None:
         depths = [len(tower.transformer.resblocks) for tower in (model.visual, model)]
         skip = depths[0] - blocks, depths[1] - blocks
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, memory="fast")
-    return graphed_step_of(clip, clip.encode_lower(images), labels, args.precision, **options)
+    return graphed_step_of(clip, clip.encode_lower(images), labels, args.precision)
 
 
 def graphed_step_of(
-    clip: sk.SkipCLIP,
-    features: Tensor,
-    labels: Tensor,
-    precision: str,
-    overlap: bool = False,
-    keep_casts: bool = True,
+    clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str
 ) -> tuple[Callable[[], sk.SkipOutput], GraphedStep]:
     optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
     labels = labels.contiguous()
     with autocast(features.device, precision):
-        step = clip.graphed(optimizer, batch_size=len(labels), overlap=overlap, keep_casts=keep_casts)
+        step = clip.graphed(optimizer, batch_size=len(labels))
 
     def run() -> sk.SkipOutput:
         with autocast(features.device, precision):
@@ -185,18 +175,17 @@ def difference_of_replays(args: argparse.Namespace) -> float:
     It is infinite if the steps keep other classes.
     """
     classes, weights = [], []
-    for captures, overlap in ((False, False), *((True, overlap) for overlap in GRAPHS.values())):
-        run, step = graphed_step(args, overlap=overlap, keep_casts=captures)
+    for captures in (False, True):
+        run, step = graphed_step(args)
         if not captures:
             step._batch_size = -1  # no batch has this size, so nothing is captured
         classes.append([run().class_ids.tolist() for _ in range(WARMUP + 1 + _REPLAYS)])
         weights.append([weight.detach() for weight in step._clip.trainable_parameters()])
-    if any(kept != classes[0] for kept in classes):
+    if classes[0] != classes[1]:
         return float("inf")
     return max(
         0.0 if torch.equal(eager, other) else max(testing.relative_error(other, eager), sys.float_info.min)
-        for others in weights[1:]
-        for eager, other in zip(weights[0], others, strict=True)
+        for eager, other in zip(*weights, strict=True)
     )
 
 

@@ -3,9 +3,9 @@
     python -m bench.gpu_bounds       write bench/results/gpu_bounds.csv; about a minute
     python -m bench.gpu_bounds --no-save
 
-The step is that of `bench.gpu_model`, in bf16 and overlapped. A change is estimated as the same step in which the part
-that it changes takes no time: an upper bound of its gain. Some changes need products that are ours and not PyTorch's:
-`break_even` is the share of the speed of PyTorch's products at which ours would lose what the change saves.
+The step is that of `bench.gpu_model`, in bf16. A change is estimated as the same step in which the part that it changes
+takes no time: an upper bound of its gain. Some changes need products that are ours and not PyTorch's: `break_even` is
+the share of the speed of PyTorch's products at which ours would lose what the change saves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from . import gpu_model, measure, tables
-from .gpu_model import MODEL, OURS, SKIP_LAYERS, Launch, launches_of_ours, overlapped, skip_clip, steps_of
+from .gpu_model import MODEL, OURS, SKIP_LAYERS, Launch, overlapped, skip_clip, steps_of
 
 TABLE = measure.RESULTS / "gpu_bounds.csv"
 PRECISION, CLASSES = "bf16", 1000
@@ -53,7 +53,7 @@ class Change(NamedTuple):
 
 
 def changes(launches: Sequence[Launch], rows: int, real_rows: int) -> Iterator[Change]:
-    """Changes of an overlapped step.
+    """Changes of a step.
 
     `rows` are those of the texts in a graph, which suffice for any classes, and `real_rows` those of mean classes.
     """
@@ -123,14 +123,12 @@ def bounds(launches: Sequence[Launch], batch: int, found: Sequence[Change]) -> I
 
 def rows_of(batch: int) -> list[Row]:
     """The changes of the step with a batch."""
-    launches = steps_of(OURS, batch, CLASSES, PRECISION)[1]
+    launches = steps_of(OURS, batch, CLASSES, PRECISION)
     clip, *_ = skip_clip(MODEL, SKIP_LAYERS, batch, CLASSES)
     prompts, K = clip._text.prompts, clip.sampler.expected_keep(CLASSES, batch)
     prefix = prompts.prefix_length
     real_rows = prefix + round(K * (prompts.row_count - prefix) / CLASSES)
     found = list(changes(launches, prompts.capacity(K), real_rows))
-    half = launches_of_ours(batch, CLASSES, PRECISION, overlap=True, momentum_dtype=torch.bfloat16)
-    found.append(Change("momentum in bf16, an option (`FusedSGD(momentum_dtype=…)`)", half))
     return list(bounds(launches, batch, found))
 
 

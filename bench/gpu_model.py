@@ -14,10 +14,9 @@ multiprocessor determines its time: of the tiles in TILES and the ways to split 
 The L2 cache is left out: a step moves many times its size.
 
     floor    FLOPs at the rate of a large product, and bytes at the bandwidth of the memory, without START
-    graph    the launches one after the other in a CUDA graph, GAP between them
-    overlap  the same, backward and update of both sides on two streams (`graphed(overlap=True)`): as long as the longer
-             side, or as the work of both without START and GAP
-    eager    the longer of the launches on the device, and of the calls on the host
+    graph    the launches one after the other in a CUDA graph, GAP between them; of ours, backward and update of the two
+             sides are on two streams: as long as the longer side, or as the work of both without START and GAP
+    eager    the longer of the launches on the device, one after the other, and of the calls on the host
 
 The constants below describe an H100 SXM. They are assumptions: one run of bench/gpu.sh on a device can correct them.
 """
@@ -229,19 +228,14 @@ def skip_clip(model: str, skip_layers: int, batch: int, classes: int) -> tuple[s
     return clip, features.to("meta"), inputs.labels.to("meta")
 
 
-def launches_of_ours(
-    batch: int, classes: int, precision: str, overlap: bool = False, momentum_dtype: torch.dtype | None = None
-) -> list[Launch]:
-    """Launches of our step in a graph, with its update; with `overlap` that in backward, each with its side.
-
-    In bf16 the update writes the casts of the weights, as with `graphed(keep_casts=True)`.
-    """
+def launches_of_ours(batch: int, classes: int, precision: str) -> list[Launch]:
+    """Launches of our step in a graph, each with its side; the update is in backward, and in bf16 writes the casts."""
     clip, features, labels = skip_clip(MODEL, SKIP_LAYERS, batch, classes)
     groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
-    sgd = sk.FusedSGD(groups, momentum=0.9, in_backward=overlap, momentum_dtype=momentum_dtype)
+    sgd = sk.FusedSGD(groups, momentum=0.9)
     step = clip.graphed(sgd, batch_size=batch)
     with casts.used(Casts(clip.trainable_parameters()) if precision == "bf16" else None):
-        launches = recorded(lambda: step(features, labels), precision, clip if overlap else None)
+        launches = recorded(lambda: step(features, labels), precision, clip)
     sgd.close()
     return launches
 
@@ -264,7 +258,7 @@ def launches_of_published(batch: int, classes: int, precision: str) -> list[Laun
 
 
 def recorded(step: Callable[[], Any], precision: str, clip: sk.SkipCLIP | None = None) -> list[Launch]:
-    """Launches of the second call of a step; the first makes the state of its optimizer. `clip` is to be overlapped."""
+    """Launches of the second call of a step; the first makes the state of its optimizer. `clip` has two sides."""
     recording = Recording()
     with meta_as_gpu(), autocast(_CPU, precision), _sides(recording, clip) if clip else nullcontext():
         step()
@@ -318,8 +312,7 @@ class Row(NamedTuple):
     mbytes: int
     gflops: int
     floor_us: int
-    device_us: int
-    overlap_us: int
+    graph_us: int
     eager_us: int
     torch: str
 
@@ -333,25 +326,18 @@ class Row(NamedTuple):
 
 
 def overlapped(launches: Sequence[Launch]) -> float:
-    """Time of a step, of which the launches of the two sides run beside each other."""
+    """Time of a step, of which the launches of the two sides, if it has sides, run beside each other."""
     chain: dict[str, float] = defaultdict(float)
     work: dict[str, float] = defaultdict(float)
     for launch in launches:
         chain[launch.side] += launch.seconds + GAP
         work[launch.side] += launch.seconds - START
     alone = chain.pop("")
-    return alone + max(*chain.values(), sum(work[side] for side in chain))
+    return alone + max([*chain.values(), sum(work[side] for side in chain)])
 
 
-def row_of(
-    implementation: str,
-    batch: int,
-    classes: int,
-    precision: str,
-    launches: Sequence[Launch],
-    overlap: Sequence[Launch] = (),
-) -> Row:
-    """The line of a step, of its launches one after the other, and if it can be, of those that overlap."""
+def row_of(implementation: str, batch: int, classes: int, precision: str, launches: Sequence[Launch]) -> Row:
+    """The line of a step."""
     device = sum(launch.seconds + GAP for launch in launches)
     host = sum(HOST_TRITON if launch.triton else HOST_TORCH for launch in launches)
     return Row(
@@ -363,8 +349,7 @@ def row_of(
         round(sum(launch.nbytes for launch in launches) / 1e6),
         round(sum(launch.flops for launch in launches) / 1e9),
         round(1e6 * sum(launch.floor for launch in launches)),
-        round(1e6 * device),
-        round(1e6 * overlapped(overlap)) if overlap else 0,
+        round(1e6 * overlapped(launches)),
         round(1e6 * max(device, host)),
         ".".join(torch.__version__.split(".")[:2]),
     )
@@ -374,16 +359,12 @@ RECORDERS = {OURS: launches_of_ours, PUBLISHED: launches_of_published}
 
 
 @functools.lru_cache(maxsize=len(RECORDERS) * 2)
-def steps_of(implementation: str, batch: int, classes: int, precision: str) -> tuple[list[Launch], list[Launch]]:
-    """Launches of a step, and of ours as it overlaps; "tf32" is fp32 with PyTorch's products in TF32, not attention."""
+def steps_of(implementation: str, batch: int, classes: int, precision: str) -> list[Launch]:
+    """Launches of a step; "tf32" is fp32 with PyTorch's products in TF32, not attention."""
     if precision == "tf32":
-        whole, overlap = (
-            [launch._replace(dtype="tf32") if launch.shape else launch for launch in launches]
-            for launches in steps_of(implementation, batch, classes, "fp32")
-        )
-        return whole, overlap
-    overlap = launches_of_ours(batch, classes, precision, overlap=True) if implementation == OURS else []
-    return RECORDERS[implementation](batch, classes, precision), overlap
+        launches = steps_of(implementation, batch, classes, "fp32")
+        return [launch._replace(dtype="tf32") if launch.shape else launch for launch in launches]
+    return RECORDERS[implementation](batch, classes, precision)
 
 
 def cases() -> Iterator[tuple[int, int, str]]:
@@ -402,8 +383,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for case in dict.fromkeys(row.key[1:] for row in rows):
         ours, published = (next(row for row in rows if row.key == (name, *case)) for name in (OURS, PUBLISHED))
-        times = (ours.floor_us, ours.device_us, ours.overlap_us, ours.eager_us, published.eager_us)
-        ratios = (published.eager_us / x for x in (ours.device_us, ours.overlap_us))
+        times = (ours.floor_us, ours.graph_us, ours.eager_us, published.eager_us)
         B, C, precision = case
         lines.append(
             [
@@ -412,11 +392,11 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 precision,
                 str(ours.launches),
                 *(f"{x / 1000:.2f}" for x in times),
-                *(f"{x:.1f}" for x in ratios),
+                f"{published.eager_us / ours.graph_us:.1f}",
             ]
         )
-    header = ["B", "C", "precision", "launches", "floor, ms", "graph, ms", "overlap, ms", "eager, ms", "published, ms"]
-    return [*header, "over graph", "over overlap"], lines
+    header = ["B", "C", "precision", "launches", "floor, ms", "graph, ms", "eager, ms", "published, ms", "over graph"]
+    return header, lines
 
 
 def show_launches(launches: Sequence[Launch]) -> None:
@@ -447,8 +427,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for batch, classes, precision in cases():
         if batch in args.batch and classes in args.classes and precision in args.precision:
             for name in RECORDERS:
-                launches, overlap = steps_of(name, batch, classes, precision)
-                rows.append(row_of(name, batch, classes, precision, launches, overlap))
+                launches = steps_of(name, batch, classes, precision)
+                rows.append(row_of(name, batch, classes, precision, launches))
                 if args.launches and name == OURS:
                     show_launches(launches)
     tables.show(*cells(rows), TITLE)

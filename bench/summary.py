@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-EAGER, GRAPHED, OVERLAPPED = "skipkernels", "skipkernels, graphed", "skipkernels, overlapped"
+EAGER, GRAPHED = "skipkernels", "skipkernels, graphed"
 STAGES = {"bf16": "step", "fp32": "step_fp32"}
 # Of ViT-B/16 with B = 4 and C = 1,000; for launches the number of kernels in a step.
 GOAL_MS, GOAL_FASTER, GOAL_LAUNCHES = {"bf16": 1.6}, 3, {"bf16": 340, "fp32": 300}
@@ -129,9 +129,8 @@ def _time(precision: str, step: dict[str, Any]) -> str:
     if not (times := step.get("ms")):
         return ""
     goal = f" (goal: {GOAL_MS[precision]} ms)" if precision in GOAL_MS else ""
-    graphs = {"as a graph": GRAPHED, "with the text side beside it": OVERLAPPED}
-    graphed = [f"{times[name]} ms {how}" for how, name in graphs.items() if name in times] or ["no graph"]
-    return f"{', '.join(graphed)}{goal}, {times[EAGER]} ms eager, {times['published']} ms published"
+    graphed = f"{times[GRAPHED]} ms as a graph" if GRAPHED in times else "no graph"
+    return f"{graphed}{goal}, {times[EAGER]} ms eager, {times['published']} ms published"
 
 
 def _floor(precision: str, step: dict[str, Any]) -> str:

@@ -79,8 +79,6 @@ class FusedSGD(torch.optim.Optimizer):
             below half a unit in the last place survive on average. Only for groups of bf16 weights. The random bits
             differ for each weight, step and replay of a captured graph, and continue with the state dict.
         seed: Seed of stochastic rounding, ≥ 0.
-        momentum_dtype: Dtype of the momentum buffers; by default that of each weight. `torch.bfloat16` halves their
-            memory beside fp32 weights: the update adds in fp32, and rounds each buffer once a step.
 
     Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO), ACL 2024,
     arXiv 2306.09782, for updates inside backward.
@@ -104,7 +102,6 @@ class FusedSGD(torch.optim.Optimizer):
         in_backward: bool = True,
         stochastic_rounding: bool = False,
         seed: int = 0,
-        momentum_dtype: torch.dtype | None = None,
     ):
         self._in_backward = False  # add_param_group adds no hooks until all groups are checked
         self._updated: set[int] = set()  # indices of the weights updated in backward since step()
@@ -120,7 +117,7 @@ class FusedSGD(torch.optim.Optimizer):
             _refuse_several_processes()
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, **_TORCH_OPTIONS}
         options |= {"stochastic_rounding": stochastic_rounding, "seed": seed, "step_seed": None}
-        super().__init__(params, options | {"momentum_dtype": momentum_dtype})
+        super().__init__(params, options)
         if in_backward:
             self._in_backward = True
             for group_index in range(len(self.param_groups)):
@@ -259,15 +256,12 @@ class FusedSGD(torch.optim.Optimizer):
         return copy
 
     def _momentum_buffer(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
-        dtype = group["momentum_dtype"] or weight.dtype
         if group["momentum"] == 0:
-            return torch.zeros_like(weight, dtype=dtype)
+            return torch.zeros_like(weight)
         state = self.state[weight]
-        buffer = state.get("momentum_buffer")
+        buffer: Tensor | None = state.get("momentum_buffer")
         if buffer is None:
-            state["momentum_buffer"] = buffer = torch.zeros_like(weight, dtype=dtype)
-        elif buffer.dtype != dtype:  # load_state_dict gives it the dtype of the weight
-            state["momentum_buffer"] = buffer = buffer.to(dtype)
+            state["momentum_buffer"] = buffer = torch.zeros_like(weight)
         return buffer
 
     def state_dict(self) -> dict[str, Any]:
@@ -365,11 +359,6 @@ def _check(group: dict[str, Any]) -> None:
         on_device = option == "lr" and isinstance(value, Tensor)  # its value would be a host sync
         if not (on_device or 0 <= value < math.inf):
             raise ValueError(f"FusedSGD: {option} must be at least 0; got {value}.")
-    if group["momentum_dtype"] not in (None, *FEATURE_DTYPES):
-        raise ValueError(
-            f"FusedSGD: momentum_dtype must be a floating-point dtype; got {group['momentum_dtype']}. Use "
-            "torch.bfloat16, or None for that of the weights."
-        )
     for option in ("dampening", "nesterov", "maximize", "differentiable"):
         if group.get(option):
             raise ValueError(f"FusedSGD: {option} is not supported; got {group[option]}. Use torch.optim.SGD.")

@@ -512,7 +512,7 @@ def test_overlapped_sides_wait_for_each_other(fake_cuda, monkeypatch):
         now.pop()
 
     ours, theirs = Run("in_backward", by_graph=True), Run("in_backward", by_graph=False)
-    ours.step = ours.clip.graphed(ours.optimizer, batch_size=4, overlap=True)
+    ours.step = ours.clip.graphed(ours.optimizer, batch_size=4)
     encode, seen = ours.clip._encode_classes, []
 
     def watched(class_ids, dtype):
@@ -647,7 +647,6 @@ def test_graphed_follows_autocast(fake_cuda):
 def test_graph_with_kept_casts(fake_cuda, monkeypatch, kind):
     """A replay casts no weight that trains, and follows changed weights, evaluations and another graph."""
     ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
-    ours.step = ours.clip.graphed(ours.optimizer, batch_size=4, keep_casts=True)
     other = ours.clip.graphed(ours.optimizer, batch_size=4)
     (x, labels), cast, whole, replay = batches(ours.clip, 1)[0], [], torch._foreach_copy_, FakeGraph.replay
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, by: cast.append(by[0].requires_grad) or whole(to, by))
@@ -681,9 +680,8 @@ def test_graph_with_kept_casts(fake_cuda, monkeypatch, kind):
     train(2)
     assert casts_of_replays == [0] * 4 and fake_cuda() == 4
     train(graphed.WARMUP + 2, other)
-    assert min(casts_of_replays[4:]) > 0, "without keep_casts a graph casts"
     train(2)
-    assert casts_of_replays[6:] == [0, 0]
+    assert casts_of_replays[4:] == [0] * 4, "the weights that the other graph changed are copied before a replay"
 
 
 def test_replays_increase_the_versions_of_weights(fake_cuda, monkeypatch):
@@ -695,12 +693,6 @@ def test_replays_increase_the_versions_of_weights(fake_cuda, monkeypatch):
         run.step(x, labels)
     held = {id(p) for p in run.clip.trainable_parameters()}
     assert fake_cuda() == 1 and {id(p) for p in increased[-1]} == held
-
-
-def test_keep_casts_needs_the_fused_optimizer(fake_cuda):
-    clip = skip_clip()
-    with pytest.raises(ValueError, match="^graphed: keep_casts needs FusedSGD; got SGD. Leave it out"):
-        clip.graphed(torch.optim.SGD(clip.trainable_parameters(), fused=True), batch_size=4, keep_casts=True)
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
@@ -716,14 +708,13 @@ def sync_is_an_error():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"keep_casts": True}], ids=",".join)
+@pytest.mark.parametrize("cast", [False, True], ids=["whole", "autocast"])
 @pytest.mark.parametrize("kind", ["in_backward", "in_step", "stochastic"])
-def test_replays_equal_eager_steps(kind, options):
+def test_replays_equal_eager_steps(kind, cast):
     """Ten replays and ten eager steps: weights, draws, learning rates through a schedule, rounding, kept casts."""
     runs = Run(kind, by_graph=True), Run(kind, by_graph=False)
-    step = runs[0].clip.graphed(runs[0].optimizer, batch_size=4, **options)
-    runs[0].step = step
-    if "keep_casts" in options:
+    step = runs[0].step
+    if cast:
         for run in runs:
             run.step = torch.autocast("cuda", torch.bfloat16)(run.step)  # once for each step
     found = []

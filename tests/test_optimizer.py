@@ -79,35 +79,6 @@ def test_fused_sgd_equals_torch(dtype, options, in_backward):
     assert not torch.allclose(net.first, Net(dtype).first, atol=2 * TOLERANCE[dtype]), "they moved"
 
 
-@pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
-def test_momentum_in_bf16(in_backward):
-    """Only the buffers are rounded, once a step; a state dict keeps them."""
-    theirs, buffers = Net(torch.float32), [torch.zeros_like(p, dtype=torch.bfloat16) for p in Net().parameters()]
-    rates = {id(p): group.get("lr", HYPER["lr"]) for group in theirs.groups() for p in group["params"]}
-    for step in range(6):
-        theirs.zero_grad()
-        theirs.loss(step).backward()
-        with torch.no_grad():
-            for weight, buffer in zip(theirs.parameters(), buffers, strict=True):
-                if weight.grad is not None:
-                    wide = HYPER["momentum"] * buffer.float() + weight.grad + HYPER["weight_decay"] * weight
-                    weight -= rates[id(weight)] * wide
-                    buffer.copy_(wide)
-    net, options = Net(torch.float32), {**HYPER, "in_backward": in_backward, "momentum_dtype": torch.bfloat16}
-    optimizer = sk.FusedSGD(net.groups(), **options)
-    train(net, optimizer, range(3))
-    state = copy.deepcopy(optimizer.state_dict())
-    optimizer.close()
-    again = sk.FusedSGD(net.groups(), **options)
-    again.load_state_dict(state)
-    train(net, again, range(3, 6))
-    assert {x["momentum_buffer"].dtype for x in again.state.values()} == {torch.bfloat16}
-    assert_close(net, theirs)
-    exact = Net(torch.float32)
-    train(exact, torch.optim.SGD(exact.groups(), **HYPER), range(6))
-    assert not torch.allclose(exact.first, net.first, atol=2 * TOLERANCE[torch.float32]), "buffers were rounded"
-
-
 @pytest.mark.parametrize(("memory", "skip"), [("min", 0), ("fast", 1)])
 def test_fused_sgd_step_of_skipclip_with_layer_scale(skip, memory):
     """A layer scale is multiplied into weights that are updated before other nodes run."""
@@ -508,7 +479,6 @@ def test_stochastic_rounding_bits_differ_by_weight_step_and_seed(in_backward):
     [
         ({"lr": float("nan")}, ValueError, "lr must be at least 0; got nan"),
         ({"momentum": -0.1}, ValueError, "momentum must be at least 0; got -0.1"),
-        ({"momentum_dtype": torch.int8}, ValueError, "momentum_dtype must be a floating-point dtype; got torch.int8"),
         (
             {"stochastic_rounding": True},
             TypeError,

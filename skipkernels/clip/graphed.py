@@ -48,6 +48,10 @@ class GraphedStep:
 
         out = clip(x, labels); out.loss.backward(); optimizer.step(); optimizer.zero_grad()
 
+    A graph runs the text side on a stream of its own, so that its backward, and with `FusedSGD` its update, run beside
+    those of the image side. The update of `FusedSGD` also writes the 16-bit copies of weights that fused blocks use
+    under autocast. Neither has run on a device yet.
+
     A replay has the random numbers (except those of dropout) and learning rates of this loop, with `FusedSGD` also its
     momentum and weight decay, but one K for all steps, m + round(Σq); see `RankSampler.reserve` and
     docs/cuda-graphs.md. Its result is detached, in buffers that the next call overwrites. Schedulers, evaluation,
@@ -61,12 +65,6 @@ class GraphedStep:
         optimizer: Optimizer of its parameters: `FusedSGD`, `torch.optim.SGD(fused=True)`, or one that is constructed
             with `capturable=True`, such as `torch.optim.AdamW`.
         batch_size: Number of images of the batches to capture.
-        overlap: Run the text side on a stream of its own on a GPU, so that its backward, and with `FusedSGD` its
-            update, overlap those of the image side. The results are the same. It has not run on a device yet.
-        keep_casts: Let the update of `FusedSGD` write the 16-bit copies of weights that fused blocks use under
-            autocast, so that a replay does not cast them again. The results are the same, as long as the version of a
-            weight tells of all other changes: a change through `.data` or by a collective is not seen. It has not run
-            on a device yet.
 
     Raises:
         ValueError: If the optimizer has no parameter of SkipCLIP that trains, or the step cannot be captured.
@@ -82,14 +80,7 @@ class GraphedStep:
         torch.Size([])
     """
 
-    def __init__(
-        self,
-        clip: SkipCLIP,
-        optimizer: torch.optim.Optimizer,
-        batch_size: int,
-        overlap: bool = False,
-        keep_casts: bool = False,
-    ):
+    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"graphed: batch_size must be at least 1, a whole number; got {batch_size!r}.")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -97,10 +88,7 @@ class GraphedStep:
                 f"graphed: optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}. Create one from "
                 "clip.parameter_groups(…)."
             )
-        if keep_casts and not isinstance(optimizer, FusedSGD):
-            raise ValueError(f"graphed: keep_casts needs FusedSGD; got {type(optimizer).__name__}. Leave it out.")
-        self._clip, self._optimizer, self._batch_size, self._overlaps = clip, optimizer, batch_size, overlap
-        self._keeps_casts = keep_casts
+        self._clip, self._optimizer, self._batch_size = clip, optimizer, batch_size
         self._check_optimizer()
         self._captured: dict[Any, _Captured] = {}
         self._warm: dict[Any, int] = {}
@@ -186,7 +174,7 @@ class GraphedStep:
                 captured = self._try_capture(x, labels, self._casts.get(key))
             if captured is None:
                 self._warm[key] = self._warm.get(key, 0) + 1
-                if self._keeps_casts and len(x) == self._batch_size and not self._failed:
+                if isinstance(self._optimizer, FusedSGD) and len(x) == self._batch_size and not self._failed:
                     self._casts[key] = Casts(self._held_weights())  # also compiles the update that writes them
                 return self._on_stream(x, labels, self._casts.get(key))
             self._captured[key] = captured
@@ -206,9 +194,9 @@ class GraphedStep:
     # ---- eager steps -------------------------------------------------------------------------------------------
 
     def _forward(self, x: Tensor, labels: Tensor) -> SkipOutput:
-        encode = self._encode_on_text_stream if self._overlaps and self._captures() else None
         image = self._clip._image_encoder.encode(x)
-        return self._clip._step(image, labels, lambda *_: self._clip.sampler.take(), encode_classes=encode)
+        take = self._clip.sampler.take
+        return self._clip._step(image, labels, lambda *_: take(), encode_classes=self._encode_on_text_stream)
 
     def _encode_on_text_stream(self, class_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Encode classes [K] on the stream of the text side.

@@ -335,14 +335,12 @@ class SkipCLIP(Losses, Inference):
         finally:
             self._shares_classes, self._shared_classes = False, None
 
-    def graphed(
-        self, optimizer: torch.optim.Optimizer, *, batch_size: int, overlap: bool = False, keep_casts: bool = False
-    ) -> GraphedStep:
+    def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int) -> GraphedStep:
         """Return a function that runs a whole training step: on a GPU, a replay of a CUDA graph. See `GraphedStep`."""
         self._refuse_parallel("graphed", "Run the steps without graphed.")
         from .graphed import GraphedStep
 
-        return GraphedStep(self, optimizer, batch_size, overlap, keep_casts)
+        return GraphedStep(self, optimizer, batch_size)
 
     # ---- set-up, change of the model or of the classes ---------------------------------------------------------
 
