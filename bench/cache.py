@@ -1,8 +1,7 @@
 """Benchmarks of the feature cache. Each command appends its rows to bench/results/DEVICE/cache_COMMAND.csv.
 
     python -m bench.cache build --images 64 --rounds 3
-    python -m bench.cache read --images 800 --rounds 7
-    python -m bench.cache disk --memory 1024 --batch 32
+    python -m bench.cache read --mib 4096
     python -m bench.cache features --model ViT-B-16
     python -m bench.cache tuning --seeds 0 1 2
     python -m bench.cache epoch --classes 50 --shots 16 --precision fp32
@@ -10,22 +9,17 @@
 
 build       Time of `FeatureCache.build` against the published extraction of the same images. The published one runs
             every block of the image tower and keeps the hidden states at the cut in a list (in fp32, in memory). Ours
-            runs only the blocks below the cut, checks that values are finite, and writes a store that is flushed to
-            disk. Features are compared first (the store's in fp32).
-read        Time of an epoch in random order from a store in the page cache: `FeatureCache.loader`, which gathers from
-            the mapped files into reused buffers, the published way (a list of tensors, `torch.stack` and
-            `.to(torch.float32)`), and a plain copy of as many bytes. All return fp32 batches, except "bf16 as it is".
-            The batches of the first epoch are compared.
-disk        Time of an epoch in random order from a bf16 store four times as large as --memory in MiB, and `read` of the
-            same rows in the same order, one by one and by 16 threads, and sequential reading of the files, the most
-            that the disk delivers. Each runs in a new process with a cold page cache; its peak resident memory includes
-            mapped files. The limit of the memory is set from outside: `systemd-run --scope -p MemoryMax=1G`.
-features    Error of the store dtypes in the features, in the worst token, and in the loss over all classes, against
+            runs only the blocks below the cut, checks that values are finite, and writes a cache that is flushed to
+            disk. Features are compared first (in fp32).
+read        Time of an epoch in random order from a bf16 cache of --mib MiB, by `FeatureCache.loader`, and of sequential
+            reading of its file, the most that the disk delivers. Each runs in a new process with a cold page cache; its
+            peak resident memory includes mapped pages, so it must not grow with --mib.
+features    Error of the dtypes in the features, in the worst token, and in the loss over all classes, against
             fp32. (Trained weights have some features that are a hundred times larger than others; int8, with one scale
             per token, then loses more.)
-tuning      `make tune` from a store of each dtype: accuracy, and the largest difference of an epoch's loss, against the
-            run with an fp32 store.
-epoch       Share of an epoch that is spent waiting for features, the time of the loop in `next()`: a bf16 store with a
+tuning      `make tune` from a cache of each dtype: accuracy, and the largest difference of an epoch's loss, against the
+            run with an fp32 cache.
+epoch       Share of an epoch that is spent waiting for features, the time of the loop in `next()`: a bf16 cache with a
             cold page cache; class-pure batches of 4; forward, backward and `torch.optim.SGD`.
 texts       Many classes: text features in memory, into an empty folder, and from that folder, each in a new process
             that constructs SkipCLIP and runs some steps of batch 4. All must give the same losses.
@@ -39,10 +33,8 @@ import argparse
 import json
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,26 +48,19 @@ from torch.utils.data import DataLoader, TensorDataset
 import skipkernels as sk
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.train import tune
-from skipkernels.features import BatchSampler, FeatureCache
+from skipkernels.features import FeatureCache
+from skipkernels.features.table import DTYPES, FEATURES, Layout
+from skipkernels.features.writer import TableWriter
 from skipkernels.memory import PeakMemory
-from skipkernels.store import DTYPES, Layout, Writer, path_of, quantise
 from skipkernels.testing import relative_error
 
 from . import measure
 from .inputs import autocast, parser, random_inputs
 
 Rows = list[dict[str, Any]]
-Epoch = Callable[[], Iterable[Tensor]]
 
 SHAPE = (197, 768)  # shape of the features of an image in ViT-B/16
 _SLACK = {"fp32": 1e-5, "bf16": 2e-2}  # relative error of features: the same arithmetic in another order
-_STORES = {  # dtype of the store, of the batch
-    "fp32": ("fp32", torch.float32),
-    "bf16": ("bf16", torch.float32),
-    "int8": ("int8", torch.float32),
-    "bf16 as it is": ("bf16", torch.bfloat16),
-}
-_TIMES = 4  # store size over memory
 _BLOCK = 4 << 20
 
 
@@ -96,8 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             added.add_argument(name, default=default, **how)
 
     add(build, {"--images": 64, "--dtype": "bf16"}, batch=64, classes=2, rounds=3)
-    add(read, {"--images": 800, "--batches": [4, 16, 64, 256], "--rounds": 7})
-    add(disk, {"--memory": 1024, "--batch": 32, "--rounds": 3, "--folder": tempfile.gettempdir()})
+    add(read, {"--mib": 4096, "--batch": 32, "--rounds": 3, "--folder": tempfile.gettempdir()})
     add(features, {}, batch=32, classes=50)
     add(tuning, {"--seeds": [0, 1, 2]})
     add(epoch, {"--shots": 16, "--dtype": "bf16"}, batch=4, classes=50)
@@ -109,21 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure.save(args, rows, f"cache_{args.command}")
 
 
-def random_store(folder: Path, images: int, dtype: str) -> Layout:
-    """Write a complete store of random features."""
+def random_cache(folder: Path, images: int, dtype: str) -> Layout:
+    """Write a complete cache of random features."""
     generator = torch.Generator().manual_seed(0)
-    fingerprint: dict[str, str | int] = {"number of images": images, "number of views": 1}
-    rows = (128 << 20) // (SHAPE[0] * SHAPE[1] * DTYPES[dtype].itemsize)
-    layout = Layout(images, SHAPE, dtype, "fp32", rows, True, fingerprint, {})
-    with Writer(folder, layout) as writer:
-        for number in writer.missing:
-            numbers = torch.randn(len(layout.rows_of(number)), *SHAPE, generator=generator)
-            tensors = {"labels": torch.arange(layout.rows_of(number).start, layout.rows_of(number).stop) // 16}
-            if dtype == "int8":
-                tensors["rows"], tensors["token_scale"] = quantise(numbers)
-            else:
-                tensors["rows"] = numbers.to(DTYPES[dtype])
-            writer.write(number, tensors)
+    layout = Layout(images, SHAPE, dtype, "fp32", True, {"number of images": images})
+    with TableWriter(folder, layout) as writer:
+        for ids in torch.arange(images).split(64):
+            writer.write(int(ids[0]), torch.randn(len(ids), *SHAPE, generator=generator), ids // 16)
     return layout
 
 
@@ -179,79 +155,21 @@ def published(model: Any, dataset: TensorDataset, args: argparse.Namespace) -> l
 
 
 def read(args: argparse.Namespace) -> Rows:
-    rows = []
-    for case, (dtype, out) in _STORES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            layout = random_store(Path(folder), args.images, dtype)
-            cache = FeatureCache.open(folder)
-            kept = [cache.store.gather(torch.tensor([i]))[0] for i in range(args.images)]
-            if dtype != "int8":  # the published list has no int8
-                kept = [features.to(DTYPES[dtype]) for features in kept]
-            tokens, width = layout.stored_shape
-            moved = layout.row_bytes + tokens * width * out.itemsize  # for an image
-            for batch in args.batches:
-                epochs = epochs_of(cache, kept, batch, out)
-                refuse_if_other(epochs, args.images)
-                copy, copies = measure.copying(moved * batch), args.images // batch
-                epochs["memcpy"] = lambda copy=copy, copies=copies: (copy() for _ in range(copies))
-                passes = {name: lambda epoch=epoch: [None for _ in epoch()] for name, epoch in epochs.items()}
-                seconds = measure.time_alternately(passes, args.rounds, measure.CPU)
-                images = dict.fromkeys(seconds, args.images) | {"memcpy": copies * batch}  # without a smaller last one
-                rates = {n: images[n] * moved / measure.quantile(times, 0.5) / 1e9 for n, times in seconds.items()}
-                ratio = measure.median_ratio(seconds["list"], seconds["loader"])
-                ahead = measure.median_ratio(seconds["list"], seconds["loader, read ahead"])
-                of_copy = rates["loader"] / rates["memcpy"]
-                rows.append(
-                    {"store": case, "images": args.images, "N": SHAPE[0], "W": SHAPE[1], "B": batch}
-                    | {f"{name}_gb_s": round(rate, 2) for name, rate in rates.items()}
-                    | {"of_list": round(ratio, 2), "ahead_of_list": round(ahead, 2), "of_memcpy": round(of_copy, 3)}
-                )
-    return rows
-
-
-def epochs_of(cache: FeatureCache, kept: list[Tensor], batch: int, out: torch.dtype) -> dict[str, Epoch]:
-    """The implementations to time; each call is an epoch in the same order."""
-    order, *orders = (BatchSampler(cache.labels, batch, "random") for _ in range(3))
-    loaders = [cache.loader(sampler=orders[i], dtype=out, prefetch=prefetch) for i, prefetch in enumerate((0, 2))]
-    return {
-        "list": lambda: (torch.stack([kept[i] for i in numbers]).to(out) for numbers in order),
-        "loader": lambda: (features for features, _ in loaders[0]),
-        "loader, read ahead": lambda: (features for features, _ in loaders[1]),
-    }
-
-
-def refuse_if_other(epochs: dict[str, Epoch], images: int) -> None:
-    """Exit if the features of an implementation differ."""
-    seen = 0
-    for batches in zip(*(epoch() for epoch in epochs.values()), strict=True):
-        if not all(batch.equal(batches[0]) for batch in batches):
-            raise SystemExit(f"{', '.join(epochs)}: other features: no timing")
-        seen += len(batches[0])
-    if seen != images:
-        raise SystemExit(f"{seen} of {images} images came: no timing")
-
-
-# ---- disk ------------------------------------------------------------------------------------------------------------
-
-
-def disk(args: argparse.Namespace) -> Rows:
-    ways = {"loader": read_epoch, "rows, one by one": partial(read_rows, threads=1)}
-    ways |= {"rows, 16 threads": partial(read_rows, threads=16), "files": read_files}
+    ways: dict[str, Callable[[Path, int], None]] = {"loader": read_epoch, "file": read_file}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     peaks: dict[str, int] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        images = (_TIMES * args.memory << 20) // (SHAPE[0] * SHAPE[1] * 2)
-        total = images * random_store(Path(folder), images, "bf16").row_bytes
+        images = (args.mib << 20) // (SHAPE[0] * SHAPE[1] * 2)
+        total = images * random_cache(Path(folder), images, "bf16").row_bytes
         for _ in range(args.rounds):
             for way, function in ways.items():
                 drop(Path(folder))
                 took, peaks[way] = measure.in_new_process(timed, function, Path(folder), args.batch)
                 seconds[way].append(took)
     return [
-        {"way": way, "images": images, "store_mib": total >> 20, "memory_mib": args.memory, "B": args.batch}
+        {"way": way, "images": images, "cache_mib": total >> 20, "B": args.batch}
         | {"gb_s": round(total / measure.quantile(times, 0.5) / 1e9, 3), "peak_resident_mib": peaks[way] >> 20}
-        | {"of_threads": round(measure.median_ratio(seconds["rows, 16 threads"], times), 3)}
-        | {"of_files": round(measure.median_ratio(seconds["files"], times), 3)}
+        | {"of_file": round(measure.median_ratio(seconds["file"], times), 3)}
         for way, times in seconds.items()
     ]
 
@@ -279,33 +197,12 @@ def read_epoch(folder: Path, batch: int) -> None:
         total += features[:, 0, 0].sum()  # use the batch
 
 
-def read_rows(folder: Path, batch: int, threads: int) -> None:
-    """Read the same rows in the same order, one call each."""
-    cache = FeatureCache.open(folder)
-    layout = cache.store.layout
-    files = [os.open(path_of(folder, number), os.O_RDONLY) for number in range(layout.shards)]
-    own = threading.local()
-
-    def read(row: int) -> None:
-        if not hasattr(own, "buffer"):
-            own.buffer = bytearray(layout.row_bytes)
-        number, place = divmod(row, layout.shard_rows)
-        os.preadv(files[number], [own.buffer], place * layout.row_bytes)
-
-    with ThreadPoolExecutor(threads) as pool:
-        for numbers in BatchSampler(cache.labels, 16 * batch, "random"):
-            list(pool.map(read, numbers))
-    for file in files:
-        os.close(file)
-
-
-def read_files(folder: Path, batch: int) -> None:
-    """Read every file sequentially."""
+def read_file(folder: Path, batch: int) -> None:
+    """Read the file sequentially."""
     buffer = bytearray(_BLOCK)
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+    with (folder / FEATURES).open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 # ---- dtypes ----------------------------------------------------------------------------------------------------------
@@ -321,7 +218,7 @@ def features(args: argparse.Namespace) -> Rows:
         with tempfile.TemporaryDirectory() as folder:
             cache = FeatureCache.build(folder, clip, dataset, dtype=dtype, batch_size=args.batch, progress=False)
             (kept, _), *_ = cache.loader(args.batch, "sequential")
-            size = cache.store.bytes / len(cache)
+            size = cache.table.layout.row_bytes
         token = ((kept - truth).norm(dim=-1) / truth.norm(dim=-1)).max().item()
         with torch.no_grad():  # the same classes: all of them
             expected, got = (clip.predict(x.to(args.device)).double() for x in (truth, kept))
@@ -364,7 +261,7 @@ def epoch(args: argparse.Namespace) -> Rows:
     clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers)
     optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=1e-6, image_lr=1e-6), momentum=0.9)
     with tempfile.TemporaryDirectory() as name:
-        random_store(Path(name), args.classes * args.shots, args.dtype)
+        random_cache(Path(name), args.classes * args.shots, args.dtype)
         cache = FeatureCache.open(name)
         loader = cache.loader(args.batch, device=args.device)
         drop(Path(name))

@@ -389,8 +389,6 @@ COMPARED = {
     "step": ("faster", "a step, {model}, B{B}, C{C}, {precision}", "{implementation}"),
     "infer": ("faster", "classifying {images} images, {model}, C{C}, {precision}", "{implementation}"),
     "cache_build": ("faster", "building a cache, {model}, {precision}", "published"),
-    "cache_read": ("of_list", "reading {B} images, {store}", "a list of tensors"),
-    "cache_disk": ("of_threads", "reading a {store_mib} MiB store", "16 threads"),
 }
 
 

@@ -46,8 +46,7 @@ KINDS = {
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
     "scale_memory": Kind("bench.scale --measure", "C W B", "class_mib"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s"),
-    "cache_read": Kind("bench.cache read", "store N W B", "loader_gb_s"),
-    "cache_disk": Kind("bench.cache disk", "way store_mib memory_mib B", "gb_s"),
+    "cache_read": Kind("bench.cache read", "way cache_mib B", "gb_s"),
 }
 
 

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from skipkernels.boundary import LSkipBoundary
     from skipkernels.clip import SkipCLIP, SkipOutput
     from skipkernels.clip.graphed import GraphedStep
-    from skipkernels.features import FeatureCache
+    from skipkernels.features import CacheError, FeatureCache
     from skipkernels.lora import add_lora, merge_lora, save_lora
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
-    from skipkernels.store import StoreError
     from skipkernels.towers import UnsupportedModel
     from skipkernels.towers.fusing import fuse, unfuse
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "CacheError",
     "ClassSelection",
     "Classifier",
     "FeatureCache",
@@ -39,7 +39,6 @@ __all__ = [
     "LSkipBoundary",
     "SkipCLIP",
     "SkipOutput",
-    "StoreError",
     "TuneConfig",
     "UnsupportedModel",
     "__version__",
@@ -68,13 +67,12 @@ _find = lazy_names(
         "boundary": ("LSkipBoundary",),
         "clip": ("SkipCLIP", "SkipOutput"),
         "clip.graphed": ("GraphedStep",),
-        "features": ("FeatureCache",),
+        "features": ("CacheError", "FeatureCache"),
         "lora": ("add_lora", "merge_lora", "save_lora"),
         "ops": ("backends",),
         "optimizer": ("FusedSGD",),
         "selection": ("ClassSelection", "select_classes"),
         "app.serve": ("Classifier", "blend", "export", "predict"),
-        "store": ("StoreError",),
         "towers": ("UnsupportedModel",),
         "towers.fusing": ("fuse", "unfuse"),
         "app.config": ("TuneConfig",),

@@ -246,7 +246,7 @@ def test_templates_in_a_text_cache(tmp_path):
     for _ in ("created", "opened"):
         assert all(a.equal(b) for a, b in zip(step(tmp_path), expected, strict=True))
     assert {path.name for path in tmp_path.iterdir()} == {f"template_{number}" for number in range(3)}
-    with pytest.raises(sk.StoreError, match="differs in embedding|differs in lower blocks"):
+    with pytest.raises(sk.CacheError, match="differs in embedding|differs in lower blocks"):
         step(tmp_path, seed=1)
 
 

@@ -479,7 +479,7 @@ def test_run_python_finds_errors(text, error, message, reader):
 @pytest.mark.parametrize(
     ("check", "text", "message"),
     [
-        (check_commands, "```console\n$ skipkernels tune --views 4 --refresh epoch  # both\nbad\n```", "only one"),
+        (check_commands, "```console\n$ skipkernels tune --resume --overwrite  # both\nbad\n```", "only one"),
         (check_commands, "```\ncd x && make tuna\n```", "the Makefile has no tuna"),
         (check_commands, "`python -m bench.step` or `… --round 3 --no-such`", "--no-such: no such option"),
         (check_commands, "    pytest -m gpus", "no such marker"),

@@ -123,7 +123,7 @@ class TuneConfig(
         PosixPath('runs/photos')
     """
 
-    dataset_key: str | None = None
+    dataset_identity: str | None = None
     """Digest of a dataset that was passed to `tune`, which sets it."""
 
     @field_validator("root", "cache", "out", "resume", mode="before")
@@ -262,10 +262,7 @@ class TuneConfig(
         if self.epochs < 1 and self.method_class().recipe(self.model, self.chosen_protocol, self._shots).epochs > 0:
             _refuse("epochs", f"epochs must be at least 1; got {self.epochs}.")
         if self.epochs == 0 and self.augments:
-            name = "views" if self.views > 1 else "refresh"
-            _refuse(name, f"{name}={getattr(self, name)} has no effect without epochs, which {self.method} has not.")
-        if self.views > 1 and self.refresh == "epoch":
-            _refuse("refresh", "refresh=epoch makes a new crop in each epoch, and views repeats some; pass only one.")
+            _refuse("refresh", f"refresh={self.refresh} has no effect without epochs, which {self.method} has not.")
         if not isinstance(self.validation, str) and not 0 < self.validation < 1:
             _refuse("validation", f"validation must be a share between 0 and 1; got {self.validation}.")
         if self.fold is not None:
@@ -312,7 +309,7 @@ class TuneConfig(
     @property
     def augments(self) -> bool:
         """True if training images are random crops."""
-        return self.views > 1 or self.refresh == "epoch"
+        return self.refresh == "epoch"
 
     def identity(self) -> dict[str, Any]:
         """Settings that change the results, as plain values; a run can only be resumed with equal ones."""

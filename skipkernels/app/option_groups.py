@@ -215,8 +215,6 @@ class CacheOptions:
     """Folder that stores features at the cut, also for later runs. By default features are kept in memory."""
     cache_dtype: CacheDtype = "bf16"
     """Type of the stored features. int8 is lossy."""
-    views: int = option(1, ge=1)
-    """Random crops per training image, computed once and used in turn by epochs. 1: no random crop."""
     refresh: Refresh = "never"
     """epoch: a new random crop of each training image for each epoch, computed when it begins, in memory or in --cache.
     It depends on the epoch and the image alone: resumed runs, and runs with other --workers, see the same crops."""
@@ -240,7 +238,7 @@ class ProcessOptions:
 
     timeout: float = option(1800.0, gt=0, lt=MAX_TIMEOUT, results=False)
     """Seconds for which a process waits for the others before it fails. Longer than the slowest download, step,
-    evaluation, or writing of a checkpoint."""
+    evaluation, writing of a checkpoint, or building of a cache."""
 
 
 @dataclass(frozen=True)

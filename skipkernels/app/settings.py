@@ -56,7 +56,6 @@ class TuneSettings(TypedDict, total=False):
     graph: bool
     cache: str | Path | None
     cache_dtype: options.CacheDtype
-    views: int
     refresh: options.Refresh
     device: str
     workers: int

@@ -363,7 +363,7 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
     generator = clip.sampler.generator
     for applies, reason in (
         (clip._image.attention_backend is not SDPA, 'attention="xformers" has a host sync. Use "sdpa".'),
-        (clip._text_encoder.reads_store(), "text_cache, as large as here, is read on the host. Leave it out."),
+        (clip._text_encoder.reads_folder(), "text_cache, as large as here, is read on the host. Leave it out."),
         (hooked is not None, f"{hooked or 'the model'} has hooks, which would run at the capture only. Remove them."),
         (bool(global_hooks()), "global module hooks would run at the capture only. Remove them."),
         (generator is not None and generator.device.type != "cpu", "the generator must be on the CPU."),

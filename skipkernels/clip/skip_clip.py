@@ -77,7 +77,7 @@ class SkipCLIP(Losses, Inference):
     Raises:
         UnsupportedModel: If the model cannot be cut and called exactly; the message has the reason.
         RuntimeError: If embeddings or gradients differ from those that the model computes itself.
-        StoreError: If `text_cache` holds features of other prompts, other weights or another model.
+        CacheError: If `text_cache` holds features of other prompts, other weights or another model.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
 
@@ -146,7 +146,7 @@ class SkipCLIP(Losses, Inference):
                         folder /= f"process_{parallel.rank}_of_{parallel.size}"
                     if folder is not None:
                         self._text_encoder.use_folder(folder)
-                    prototypes = self._text_encoder.prototypes(folder)
+                    prototypes = self._text_encoder.prototypes()
                 if parallel is None:
                     self.register_buffer("prototypes", prototypes, persistent=False)  # `get_extra_state` holds them
                 else:
@@ -404,7 +404,7 @@ class SkipCLIP(Losses, Inference):
         encoder = self._text_encoder.of_other_prompts(build_towers(self.model, prompts)[1], device)
         with torch.autocast(device.type, enabled=False):
             with evaluating([self.model]):
-                prototypes = encoder.prototypes(None)
+                prototypes = encoder.prototypes()
             weight = check_class_weight(class_weight, prototypes, len(tokens))
             if encoder.tower.lower_device is None:  # verify runs the model itself, which must be on one device
                 verify(self.model, self._image_encoder, encoder, prompts)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +13,27 @@ from torch.nn.utils import parametrize
 
 from ..boundary import LSkipBoundary, refusing_lost_gradients
 from ..digests import digest_tensors
+from ..features.table import FeatureTable
 from ..towers import TextTower, evaluating
 from ..towers.changes import Frozen
-
-if TYPE_CHECKING:
-    from ..towers.text_store import TextStore
 
 _ROWS_ON_GPU = 256 << 20  # bytes of a folder that a GPU holds, so that no step waits: about 40,000 classes of ViT-B
 
 
 class PromptFeatures:
-    """Features at the cut of one prompt of each class, cached in memory or in a folder, and embeddings from them."""
+    """Features at the cut of one prompt of each class, in memory or in a folder, and embeddings from them."""
 
-    def __init__(self, tower: TextTower, chunk: int):
-        self.tower, self.chunk = tower, chunk
-        self.store: TextStore | None = None  # The folder, if one is used
-        self.rows: Tensor | None = None  # Features of all classes in memory, [R, W], or None before they are computed
+    def __init__(self, tower: TextTower, chunk: int, folder: Path | None = None):
+        self.tower, self.chunk, self.folder = tower, chunk, folder
+        self.table: FeatureTable | None = None  # Features of all classes [R, W], or None before they are computed
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"rows": None}
+        return vars(self) | {"table": None}
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Features of all classes in memory, [R, W]; None before they are computed, and in a folder."""
+        return None if self.table is None else self.table.features
 
     def lower(self, class_ids: Tensor | None = None) -> Tensor:
         """Hidden states [n, L, W] of classes (by default all) at the cut, without autocast."""
@@ -41,39 +44,48 @@ class PromptFeatures:
             return LSkipBoundary.apply(lower, lower_tokens, self.chunk).to(tokens.device)
 
     def compute(self) -> None:
-        """Compute the features of all classes and keep them in memory."""
-        prompts, rows, stop = self.tower.prompts, None, 0
+        """Compute the features of all classes, or open those in the folder."""
         with torch.inference_mode(False), torch.enable_grad():  # used beyond the caller's context
-            # Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much.
-            for class_ids in torch.arange(len(self.tower.tokens), device=self.tower.tokens.device).split(self.chunk):
+            if self.folder is not None:
+                from .text_cache import features_in_folder
+
+                self.table = features_in_folder(self.folder / "features", self)
+                return
+            features: Tensor | None = None
+            for first, rows, _ in self.chunks():
+                if features is None:
+                    features = rows.new_empty(self.tower.prompts.row_count, rows.shape[1])
+                features[first : first + len(rows)] = rows
+            assert features is not None
+            self.table = FeatureTable(features)
+
+    def chunks(self, missing: Any = None) -> Iterator[tuple[int, Tensor, int]]:
+        """Yield (first row, rows [n, W], number of classes) of each chunk of classes, or of those with `missing` rows.
+
+        Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much memory.
+        """
+        prompts, start, classes = self.tower.prompts, 0, 0
+        ends = (prompts.starts + prompts.lengths).tolist()  # [C], the row behind each suffix
+        for class_ids in torch.arange(len(self.tower.tokens), device=self.tower.tokens.device).split(self.chunk):
+            classes += len(class_ids)
+            end = ends[classes - 1]
+            if missing is None or missing[start:end].any():
                 packed = prompts.pack(self.lower(class_ids), class_ids)
-                if rows is None:
-                    rows = packed.new_empty(prompts.row_count, packed.shape[1])
-                else:
-                    packed = packed[prompts.prefix_length :]
-                rows[stop : stop + len(packed)] = packed
-                stop += len(packed)
-        self.rows = rows
+                yield start, packed[prompts.prefix_length if start else 0 :], len(class_ids)
+            start = end
 
     def read(self) -> None:
-        """Read the features of all classes from the folder and keep them in memory."""
-        assert self.store is not None
+        """Read the features of all classes from the folder into memory."""
+        assert self.table is not None
+        ids = torch.arange(len(self.table), device=self.tower.tokens.device)
         with torch.inference_mode(False), torch.no_grad():
-            self.rows = self.store.gather(torch.arange(self.tower.prompts.row_count, device=self.tower.tokens.device))
-
-    def use_folder(self, folder: Path) -> None:
-        """Cache the features in a folder."""
-        from ..towers.text_store import TextStore
-
-        self.store = TextStore(folder / "features", self.tower, self.lower, self.chunk)
+            self.table = FeatureTable(self.table.rows(ids))
 
     def encode(self, class_ids: Tensor, exact: bool = False) -> Tensor:
         """Encode class ids [K] to embeddings [K, D] by the cached features. For `exact` see `PackedPrompts.select`."""
         selected = self.tower.prompts.select(class_ids, exact=exact)
-        if self.rows is not None:
-            return self.tower.upper(self.rows.index_select(0, selected.row_numbers), selected)
-        assert self.store is not None
-        return self.tower.upper(self.store.gather(selected.row_numbers), selected)
+        assert self.table is not None
+        return self.tower.upper(self.table.rows(selected.row_numbers), selected)
 
     def encode_uncached(self, class_ids: Tensor, exact: bool = False) -> Tensor:
         """Encode class ids without the cached features."""
@@ -84,16 +96,9 @@ class PromptFeatures:
 
     def unit_embeddings(self, class_ids: Tensor) -> Tensor:
         """Unit-norm embeddings [n, D] of classes, at least fp32, without gradient, in chunks."""
-        cached = self.rows is not None or self.store is not None
-        encode = self.encode if cached else self.encode_uncached
+        encode = self.encode_uncached if self.table is None else self.encode
         with torch.no_grad():
             return unit_norm(torch.cat([encode(chunk) for chunk in class_ids.split(self.chunk)]))
-
-    def stored_embeddings(self, folder: Path) -> Tensor:
-        """Unit-norm embeddings [C, D] of all classes before tuning, stored in a folder."""
-        from ..towers.text_store import stored_prototypes
-
-        return stored_prototypes(folder / "prototypes", self.tower, self.unit_embeddings)
 
 
 class TextEncoder:
@@ -152,26 +157,16 @@ class TextEncoder:
             return _mean_of_units([PromptFeatures(tower, self.chunk).unit_embeddings(class_ids) for tower in towers])
 
     def _compute_features(self) -> None:
-        """Compute the cached features, or read them from their folder, unless they are up to date."""
-        changed = self.is_stale()
-        if self._has_stores():
-            if changed:
-                if self.weights.settings_changed():
-                    raise RuntimeError(
-                        "SkipCLIP: a module below the cut of the text tower has other hooks or settings than when the "
-                        "features of text_cache were computed. Undo that, or call clip.refresh() to compare with the "
-                        "model again."
-                    )
-                self._check_stores()
-            if not self.reads_store():
-                for template in self.templates:
-                    if template.rows is None:
-                        template.read()
-        elif changed or any(template.rows is None for template in self.templates):
-            self._embeddings = None
+        """Compute the cached features, or open them in their folder, unless they are up to date."""
+        if not self.is_stale() and all(template.table is not None for template in self.templates):
+            return
+        self._embeddings = None
+        for template in self.templates:
+            template.compute()
+        if self._has_folder() and not self.reads_folder():
             for template in self.templates:
-                template.compute()
-            self.accept_weights()
+                template.read()
+        self.accept_weights()
 
     @property
     def _class_ids(self) -> Tensor:
@@ -205,38 +200,33 @@ class TextEncoder:
         """Cache the features at the cut in a folder instead of in memory."""
         if self.tower.skip == 0:
             raise ValueError("SkipCLIP: text_cache keeps features at the cut, and with skip_layers=0 there is no cut.")
-        for template, own in zip(self.templates, self._folders(folder), strict=True):
-            template.use_folder(own)
-        self.accept_weights()
+        folder = folder.absolute()  # a later change of the working directory has no effect
+        for number, template in enumerate(self.templates):
+            template.folder = folder if len(self.templates) == 1 else folder / f"template_{number}"
 
-    def prototypes(self, folder: Path | None) -> Tensor:
-        """Unit-norm embeddings [C, D] of all classes before tuning; stored in `folder` if given."""
-        if folder is None:
+    def prototypes(self) -> Tensor:
+        """Unit-norm embeddings [C, D] of all classes before tuning; kept in the folder, if there is one."""
+        if not self._has_folder():
             return self.unit_embeddings(self._class_ids)
+        from .text_cache import prototypes_in_folder
+
         self._compute_features()
-        stored = zip(self.templates, self._folders(folder), strict=True)
-        return _mean_of_units([template.stored_embeddings(own) for template, own in stored])
+        return _mean_of_units(
+            [
+                prototypes_in_folder(template.folder / "prototypes", template.tower, template.unit_embeddings)
+                for template in self.templates
+                if template.folder is not None
+            ]
+        )
 
-    def _folders(self, folder: Path) -> list[Path]:
-        if len(self.templates) == 1:
-            return [folder]
-        return [folder / f"template_{number}" for number in range(len(self.templates))]
-
-    def reads_store(self) -> bool:
+    def reads_folder(self) -> bool:
         """Return True if each step reads the features of its classes from the folder, which on a GPU is a host sync."""
-        stores = [template.store for template in self.templates if template.store is not None]
-        nbytes, device = sum(store.nbytes for store in stores), self.tower.tokens.device
-        return bool(stores) and not _fits_in_memory(nbytes, device)
+        tables = [template.table for template in self.templates if template.table is not None]
+        nbytes = sum(len(table) * math.prod(table.shape) * table.dtype.itemsize for table in tables)
+        return self._has_folder() and not _fits_in_memory(nbytes, self.tower.tokens.device)
 
-    def _has_stores(self) -> bool:
-        return self.templates[0].store is not None
-
-    def _check_stores(self) -> None:
-        identity = self.tower.lower_identity()
-        for template in self.templates:
-            assert template.store is not None
-            template.store.check(identity)
-        self.accept_weights()
+    def _has_folder(self) -> bool:
+        return self.templates[0].folder is not None
 
     # ---- changes -----------------------------------------------------------------------------------------------
 
@@ -245,12 +235,10 @@ class TextEncoder:
         for template, tower in zip(self.templates, towers, strict=True):
             template.tower = tower
         self.drop_cached()
-        if self._has_stores():
-            self._check_stores()
 
     def of_other_prompts(self, towers: Sequence[TextTower], device: torch.device) -> TextEncoder:
         """Return an encoder of the prompts of other towers on the same model, with the settings of this one."""
-        if self._has_stores():
+        if self._has_folder():
             raise RuntimeError(
                 "SkipCLIP: set_classes cannot replace the classes of a text_cache. Create SkipCLIP again with another "
                 "text_cache."
@@ -265,7 +253,7 @@ class TextEncoder:
         """Drop the features and embeddings that are cached in memory."""
         self._embeddings = None
         for template in self.templates:
-            template.rows = None
+            template.table = None
 
     def apply(self, fn: Callable[[Tensor], Tensor], *, keep: bool = True) -> None:
         """Move or convert the tensors that belong to no module; features at the cut if `keep` and the dtype stays."""
@@ -274,7 +262,7 @@ class TextEncoder:
         for template, before in zip(self.templates, rows, strict=True):
             template.tower.apply(fn)
             if before is not None and (moved := fn(before)).dtype == before.dtype:
-                template.rows = moved
+                template.table = FeatureTable(moved)
 
     def trains_below(self) -> bool:
         """Return True if a weight that computed the cached features requires grad."""

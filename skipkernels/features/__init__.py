@@ -1,7 +1,33 @@
-"""Image features at the LSkip cut (see `boundary`): computed once, cached on disk or in memory, read in batches."""
+"""Image features at the LSkip cut (see `boundary`): computed once, kept on disk or in memory, read in batches."""
 
-from .feature_cache import FeatureCache, Progress
-from .loader import FeatureLoader
-from .samplers import BatchSampler, SharedBatchSampler
+from __future__ import annotations
 
-__all__ = ["BatchSampler", "FeatureCache", "FeatureLoader", "Progress", "SharedBatchSampler"]
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .cache import FeatureCache, Progress
+    from .loader import FeatureLoader
+    from .samplers import BatchSampler, SharedBatchSampler
+    from .table import CacheError, FeatureTable
+
+__all__ = [
+    "BatchSampler",
+    "CacheError",
+    "FeatureCache",
+    "FeatureLoader",
+    "FeatureTable",
+    "Progress",
+    "SharedBatchSampler",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "cache": ("FeatureCache", "Progress"),
+        "loader": ("FeatureLoader",),
+        "samplers": ("BatchSampler", "SharedBatchSampler"),
+        "table": ("CacheError", "FeatureTable"),
+    },
+)

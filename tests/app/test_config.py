@@ -58,7 +58,6 @@ memory: auto
 attention: sdpa
 cache: null
 cache_dtype: bf16
-views: 1
 refresh: never
 device: cpu
 workers: 0
@@ -84,7 +83,7 @@ def test_from_yaml_reads_version_0_2(tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"skip_layers": 2, "text_lr": 1e-3, "template": ("a {}.", "{}"), "root": Path("r"), "clip_grad_norm": 1.0},
-    {"cache": Path("cache"), "cache_dtype": "int8", "views": 2, "workers": 1},
+    {"cache": Path("cache"), "cache_dtype": "int8", "refresh": "epoch", "workers": 1},
 ])  # fmt: skip
 @pytest.mark.parametrize("form", ["yaml", "json"])
 def test_file_round_trip(tmp_path, changes, form):
@@ -169,8 +168,7 @@ def test_differs_from():
         ({"method": "zero-shot", "epochs": None, "text_lr": 1.0}, "text_lr=1.0 has no effect"),
         ({"method": "full", "skip_layers": 2}, 'skip_layers=2 has no effect with method="full"; leave it out'),
         ({"method": "coop", "image_lr": 1e-3}, 'image_lr=0.001 has no effect with method="coop"'),
-        ({"method": "linear-probe", "epochs": None, "views": 2}, "views=2 has no effect without epochs"),
-        ({"refresh": "epoch", "views": 2}, "pass only one"),
+        ({"method": "linear-probe", "epochs": None, "refresh": "epoch"}, "refresh=epoch has no effect without epochs"),
         ({"optimizer": "adamv"}, "no optimizer 'adamv'; did you mean"),
         ({"optimizer": "LBFGS"}, "evaluates the loss several times"),
         ({"optimizer": "AdamW", "precision": "bf16-sr"}, "Use bf16 with it"),
@@ -275,7 +273,7 @@ def test_schema_of_the_documentation_is_that_of_the_settings():
 def test_typed_settings_are_the_fields_of_the_configuration():
     """`tune` has two fields as parameters and sets a third; it also takes a path as text, and a list for a tuple."""
     taken = get_type_hints(TuneConfig)
-    for name in ("test", "validation", "dataset_key"):
+    for name in ("test", "validation", "dataset_identity"):
         del taken[name]
     found = get_type_hints(TuneSettings)
     assert found.keys() == taken.keys()

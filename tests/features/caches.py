@@ -44,7 +44,7 @@ class Drawn(Dataset):
 
 
 def build(path: Path, dataset: Any = None, clip: sk.SkipCLIP | None = None, **arguments: Any) -> sk.FeatureCache:
-    """Build an fp32 store with shards of four images, by default of the small model."""
+    """Build an fp32 cache in batches of four images, by default of the small model."""
     dataset = images() if dataset is None else dataset
-    arguments = {"dtype": "fp32", "batch_size": 4, "shard_bytes": 1, "progress": False} | arguments
+    arguments = {"dtype": "fp32", "batch_size": 4, "progress": False} | arguments
     return sk.FeatureCache.build(path, skip_clip() if clip is None else clip, dataset, **arguments)

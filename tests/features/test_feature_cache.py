@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import pickle
 import random
 from collections.abc import Callable
 from functools import partial
@@ -27,8 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import skipkernels as sk
 from skipkernels.app.data import LabelledImages
-from skipkernels.digests import digest_json
-from skipkernels.store import StoreError
+from skipkernels.features import CacheError
 from tests.processes import forkserver
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -87,8 +85,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # model, skip
 
 
 def rows(cache: sk.FeatureCache) -> torch.Tensor:
-    assert cache.store is not None
-    return cache.store.gather(torch.arange(cache.store.layout.rows))
+    return cache.table.rows(torch.arange(len(cache)))
 
 
 def by_hand(clip: sk.SkipCLIP, pixels: torch.Tensor, batch_size: int = 4) -> torch.Tensor:
@@ -144,9 +141,9 @@ def test_features_under_autocast(tmp_path):
     assert rows(cache).equal(right.to(cache.dtype)) and cache.dtype == right.dtype
     assert not by_hand(clip, dataset.tensors[0]).equal(right), "autocast rounds"
     assert not torch.is_autocast_enabled("cpu")
-    with pytest.raises(StoreError, match=r"differs in autocast \(bf16 there, none here\)"):
+    with pytest.raises(CacheError, match=r"differs in autocast \(bf16 there, none here\)"):
         build(tmp_path, dataset, clip, resume=True)
-    with pytest.raises(StoreError, match=r"differs in autocast \(bf16 there, none here\).* Open it under the same"):
+    with pytest.raises(CacheError, match=r"differs in autocast"):
         sk.FeatureCache.open(tmp_path, clip, dataset)
     with torch.autocast("cpu", torch.bfloat16):
         sk.FeatureCache.open(tmp_path, clip, dataset)
@@ -193,9 +190,7 @@ def test_getitem(tmp_path):
 
 def test_cache_can_be_pickled_after_reading(tmp_path):
     cache = build(tmp_path)
-    unread = len(pickle.dumps(cache))
     right = [cache[item] for item in range(len(cache))]
-    assert len(pickle.dumps(cache)) == unread, "without its maps"
     loader = DataLoader(cache, batch_size=8, num_workers=1, multiprocessing_context=forkserver())
     features, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     assert features.equal(torch.stack([one for one, _ in right])) and labels.tolist() == [label for _, label in right]
@@ -204,7 +199,7 @@ def test_cache_can_be_pickled_after_reading(tmp_path):
 def test_in_memory_equals_the_model(monkeypatch, tmp_path):
     clip, done = skip_clip(), []
     cache = sk.FeatureCache.in_memory(images(), clip.encode_lower, batch_size=4, progress=done.append)
-    assert sum(done) == len(cache) == 23 and cache.store is None and cache.verify() == []
+    assert sum(done) == len(cache) == 23 and cache.table.folder is None and cache.verify() == []
     right = by_hand(clip, images().tensors[0])
     assert torch.stack([features for features, _ in cache]).equal(right)
     assert cache[-1][0].equal(right[22]) and cache[-1][1] == 22 % CLASSES
@@ -220,39 +215,11 @@ def test_in_memory_equals_the_model(monkeypatch, tmp_path):
         sk.FeatureCache.in_memory(images())
 
 
-class Relabelled(Drawn):
-    """Images with random labels."""
-
-    def __getitem__(self, item):
-        return super().__getitem__(item)[0], random.randrange(100)
-
-
-def test_views_with_other_labels_are_refused(tmp_path):
-    message = r"view 1 has other labels than the first \(item \d+: \d+, not \d+\): .*order or labels"
-    with pytest.raises(StoreError, match=message):
-        build(tmp_path / "two", Relabelled(23), views=2)
-    with pytest.raises(StoreError, match=message):
-        build(tmp_path / "in one batch", Relabelled(5), views=2, batch_size=10)
-    build(tmp_path / "one", Relabelled(23))
-
-
-# ---- views ---------------------------------------------------------------------------------------------------------
-
-
-def test_views_are_random_and_reproducible(tmp_path):
-    cache = build(tmp_path / "one", Drawn(8), views=3)
-    views = rows(cache).view(3, 8, *cache.shape)
-    assert len(cache) == 8 and cache.views == 3 and cache.labels.equal(torch.arange(8) % CLASSES)
-    for one in range(3):
-        for other in range(one):
-            assert not (views[one] == views[other]).flatten(1).all(dim=1).any(), "every image was drawn again"
-    again = build(tmp_path / "two", Drawn(8), views=3, workers=2)
+def test_random_transforms_are_reproducible(tmp_path):
+    cache = build(tmp_path / "one", Drawn(8))
+    assert not rows(cache).equal(rows(build(tmp_path / "other", Drawn(8), seed=1)))
+    again = build(tmp_path / "two", Drawn(8), workers=2)
     assert rows(again).equal(rows(cache))
-    other_seed = build(tmp_path / "three", Drawn(8), views=3, seed=1)
-    assert not rows(other_seed).equal(rows(cache))
-    assert cache[2][0].equal(views[0, 2])
-    reopened = sk.FeatureCache.open(tmp_path / "one")
-    assert reopened.views == 3 and len(reopened) == 8
 
 
 def test_build_does_not_change_the_generators(tmp_path):
@@ -316,7 +283,7 @@ def hooked() -> nn.Module:
     ids=["patches", "block", "cut", "activation", "hook", "family"],
 )
 def test_open_refuses_another_model_below_the_cut(folder, make, skip, message):
-    with pytest.raises(StoreError, match=f"^{folder}: .*{message}"):
+    with pytest.raises(CacheError, match=f"^{folder}: .*{message}"):
         sk.FeatureCache.open(folder, skip_clip(make(), skip))
 
 
@@ -325,48 +292,40 @@ def test_open_allows_other_rounding_in_half_precision(tmp_path):
     dtype = torch.bfloat16
     clip = skip_clip(half(dtype))
     build(tmp_path, images(4), clip)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    probe = torch.tensor(manifest["layout"]["notes"]["probe"])
+    values = json.loads((tmp_path / "identity.json").read_text())
+    probe = torch.tensor(values["probe"])
     step = torch.finfo(dtype).eps
     for off, refused in ((2 * step, False), (0.2, True)):
-        values = manifest | {"layout": manifest["layout"] | {"notes": {"probe": (probe * (1 + off)).tolist()}}}
-        del values["xxh3"]
-        values["xxh3"] = digest_json(values)
-        (tmp_path / "manifest.json").write_text(json.dumps(values))
-        with pytest.raises(StoreError, match="computes other features") if refused else contextlib.nullcontext():
+        (tmp_path / "identity.json").write_text(json.dumps(values | {"probe": (probe * (1 + off)).tolist()}))
+        with pytest.raises(CacheError, match="computes other features") if refused else contextlib.nullcontext():
             sk.FeatureCache.open(tmp_path, clip)
 
 
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (images(seed=1), "item 0 of the dataset has another image"),
-        (images(22), r"holds a store that differs in number of images \(23 there, 22 here\)"),
+        (images(seed=1), "holds a cache that differs in images"),
+        (images(22), r"holds a cache that differs in number of images \(23 there, 22 here\)"),
     ],
     ids=["pixels", "count"],
 )
 def test_open_refuses_another_dataset(folder, dataset, message):
-    with pytest.raises(StoreError, match=f"^{folder}: {message}.*Build another cache"):
+    with pytest.raises(CacheError, match=f"^{folder}: {message}.*Choose another folder, or delete this one"):
         sk.FeatureCache.open(folder, dataset=dataset)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"views": 2}, r"number of views \(1 there, 2 here\)"),
         ({"seed": 1}, r"seed \(0 there, 1 here\)"),
         ({"batch_size": 5}, r"batch size \(4 there, 5 here\)"),
         ({"dtype": "bf16"}, r"dtype \(fp32 there, bf16 here\)"),
         ({"dataset": TensorDataset(images().tensors[0], torch.zeros(23, dtype=torch.int64))}, "labels"),
-        ({"shard_bytes": 10**6}, None),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_resume_refuses_other_arguments(folder, changes, message):
-    if message is None:
-        assert rows(build(folder, resume=True, **changes)).equal(by_hand(skip_clip(), images().tensors[0]))
-        return
-    with pytest.raises(StoreError, match=f"holds a store that differs in {message}"):
+    with pytest.raises(CacheError, match=f"holds a cache that differs in {message}"):
         build(folder, resume=True, **changes)
 
 
@@ -375,13 +334,12 @@ def test_resume_refuses_other_arguments(folder, changes, message):
     [
         ({"dtype": "fp8"}, "dtype must be one of fp32, fp16, bf16, int8; got 'fp8'"),
         ({"refresh": "always"}, "refresh must be"),
-        ({"views": 0}, "views must be at least 1, a whole number; got 0"),
-        ({"shard_bytes": 1e6}, r"shard_bytes must be at least 1, a whole number; got 1000000\.0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, a whole number; got 0"),
+        ({"workers": 1.0}, r"workers must be at least 0, a whole number; got 1\.0"),
         (
             {"resume": True, "overwrite": True},
-            "resume continues a store, and overwrite replaces it; pass only one",
+            "resume continues a cache, and overwrite replaces it; pass only one",
         ),
-        ({"views": 2, "refresh": "epoch"}, "views must be 1 and process_group None with refresh"),
         ({"dataset": []}, "dataset must be map-style, .* at least one image; got list"),
         ({"dataset": iter([])}, "dataset must be map-style"),
         ({"clip": skip_clip(skip=0)}, "with skip_layers=0 the image embedding trains"),
@@ -430,8 +388,8 @@ GOOD = pictures(1)[0]
     ids=["picture", "grey", "small", "huge", "bytes", "three", "error"],
 )  # fmt: skip
 def test_invalid_item_is_named(tmp_path, item, message, workers):
-    with pytest.raises(StoreError, match=f"^FeatureCache: .*{message}") as caught:
-        build(tmp_path, Broken(item), key="broken", workers=workers)
+    with pytest.raises(CacheError, match=f"^FeatureCache: .*{message}") as caught:
+        build(tmp_path, Broken(item), identity="broken", workers=workers)
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children()
 
@@ -440,22 +398,22 @@ def test_error_of_a_dataset_of_this_package_is_unchanged(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no image")
     files = LabelledImages(tmp_path, ["a.png", "b.png"], [0, 1], transform=lambda image: GOOD)
-    with pytest.raises(StoreError, match=rf"^{tmp_path}/b\.png: can.*t be read as an image .*Replace or remove it\.$"):
-        build(tmp_path / "store", files, key="files", workers=1)
+    with pytest.raises(CacheError, match=rf"^{tmp_path}/b\.png: can.*t be read as an image .*Replace or remove it\.$"):
+        build(tmp_path / "store", files, identity="files", workers=1)
 
 
 def test_images_of_another_size_are_refused(tmp_path):
     size, workers = 32, 2
     message = rf"images must be \[3, 16, 16\], the model's input size; got \[3, {size}, {size}\]"
-    with pytest.raises(StoreError, match=message) as kept:
+    with pytest.raises(CacheError, match=message) as kept:
         build(tmp_path, images(9, size), workers=workers)
     assert not multiprocessing.active_children() and kept.value, "a kept error keeps no processes"
 
 
 def test_features_that_are_nan_are_named(tmp_path):
     item = torch.full_like(GOOD, torch.nan), 1
-    with pytest.raises(StoreError, match=r"features of item 5 reach nan, out of the range of fp32\. Check the image"):
-        build(tmp_path, Broken(item), key="nan")
+    with pytest.raises(CacheError, match=r"features of item 5 reach nan, out of the range of fp32\. Check the image"):
+        build(tmp_path, Broken(item), identity="nan")
 
 
 def test_features_out_of_the_range_of_fp16_are_named(tmp_path):
@@ -463,7 +421,7 @@ def test_features_out_of_the_range_of_fp16_are_named(tmp_path):
     model.visual.ln_pre = nn.Identity()  # otherwise the scale of an image has no effect
     clip, item = skip_clip(model), (GOOD * 1e6, 1)
     with pytest.raises(
-        StoreError, match=r"features of item 5 reach .*e\+.*, out of the range of fp16\. Use dtype=.bf16"
+        CacheError, match=r"features of item 5 reach .*e\+.*, out of the range of fp16\. Use dtype=.bf16"
     ):
-        build(tmp_path, Broken(item), clip, key="large", dtype="fp16")
-    build(tmp_path, Broken(item), clip, key="large", dtype="bf16", overwrite=True)
+        build(tmp_path, Broken(item), clip, identity="large", dtype="fp16")
+    build(tmp_path, Broken(item), clip, identity="large", dtype="bf16", overwrite=True)

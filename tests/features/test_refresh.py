@@ -10,16 +10,20 @@ import torch
 from caches import Drawn, build, skip_clip
 
 import skipkernels as sk
-from skipkernels.store import StoreError
+from skipkernels.features import CacheError
+from skipkernels.features.image_batches import load_batches, split_batches
 
 COUNT, EPOCHS = 8, 4
 
 
 @pytest.fixture(scope="module")
-def views(tmp_path_factory):
+def views():
     """Expected features of epochs 0 to 3."""
-    cache = build(tmp_path_factory.mktemp("views") / "store", Drawn(COUNT), views=EPOCHS)
-    return cache.store.gather(torch.arange(EPOCHS * COUNT)).split(COUNT)
+    clip, found = skip_clip(), []
+    for number in range(EPOCHS):
+        batches = load_batches(Drawn(COUNT), split_batches(COUNT, 4), epoch=number)
+        found.append(torch.cat([clip.encode_lower(batch.images) for batch in batches]))
+    return found
 
 
 def refreshed(folder: Path, dataset=None, **arguments) -> sk.FeatureCache:
@@ -36,7 +40,7 @@ def test_each_epoch_has_its_own_view_and_one_is_stored(tmp_path, views, prefetch
     before = torch.get_rng_state(), random.getstate()
     for number in range(EPOCHS):
         assert epoch(loader).equal(views[number])
-        assert len(list(tmp_path.glob("*.safetensors"))) == 2
+        assert len(list(tmp_path.glob("*.npy"))) == 3
         sk.FeatureCache.open(tmp_path, verify=True)
     assert torch.get_rng_state().equal(before[0]) and random.getstate() == before[1], "those of training"
 
@@ -51,11 +55,6 @@ def test_in_memory(views, workers):
     loader.load_state_dict(loader.state_dict() | {"epoch": 2})
     torch.testing.assert_close(epoch(loader), views[2], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.cat(kept), views[0], atol=1e-5, rtol=1e-5)
-    every = sk.FeatureCache.in_memory(Drawn(COUNT), encode, batch_size=4, views=EPOCHS).loader(3, "sequential")
-    for number in range(2):
-        torch.testing.assert_close(epoch(every), views[number], atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="views must be 1"):
-        sk.FeatureCache.in_memory(Drawn(COUNT), views=2, refresh="epoch")
 
 
 class Failing(Drawn):
@@ -73,27 +72,27 @@ class Failing(Drawn):
 
 def test_failed_epoch_is_retried_and_resumed(tmp_path, views):
     file = tmp_path / "fails"
-    loader = refreshed(tmp_path / "cache", Failing(file), key="failing").loader(3, "sequential")
+    loader = refreshed(tmp_path / "cache", Failing(file), identity="failing").loader(3, "sequential")
     assert epoch(loader).equal(views[0])
     file.touch()
-    with pytest.raises(StoreError, match=r"item 5 of the dataset cannot be loaded: OSError\('the disk has gone'\)"):
+    with pytest.raises(CacheError, match=r"item 5 of the dataset cannot be loaded: OSError\('the disk has gone'\)"):
         epoch(loader)
     file.unlink()
     done = []
-    resumed = refreshed(tmp_path / "cache", Failing(file), key="failing", progress=done.append)
+    resumed = refreshed(tmp_path / "cache", Failing(file), identity="failing", progress=done.append)
     assert done == [4, 4], "the first four images of epoch 1 existed"
-    assert resumed.rows_of_epoch(1)[0].gather(torch.arange(COUNT)).equal(views[1])
+    assert resumed.table_of_epoch(1).rows(torch.arange(COUNT)).equal(views[1])
     assert epoch(loader).equal(views[1])
 
 
 def test_store_of_another_kind_is_refused_and_replaced_with_overwrite(tmp_path, views):
     build(tmp_path, Drawn(COUNT))
-    with pytest.raises(StoreError, match=r"differs in refresh \(nothing there, epoch here\).* `overwrite=True`"):
+    with pytest.raises(CacheError, match=r"differs in refresh \(never there, epoch here\)"):
         refreshed(tmp_path)
     assert epoch(refreshed(tmp_path, overwrite=True).loader(3, "sequential")).equal(views[0])
-    with pytest.raises(StoreError, match="differs in seed"):
+    with pytest.raises(CacheError, match="differs in seed"):
         refreshed(tmp_path, seed=1)
-    with pytest.raises(StoreError, match=r"differs in refresh \(epoch there, nothing here\)"):
+    with pytest.raises(CacheError, match=r"differs in refresh \(epoch there, never here\)"):
         build(tmp_path, Drawn(COUNT), resume=True)
 
 
@@ -108,7 +107,7 @@ def test_epoch_with_other_labels_is_refused(tmp_path):
     loader = refreshed(tmp_path, Relabelled(COUNT)).loader(3, "sequential")
     epoch(loader)
     for _ in range(2):
-        with pytest.raises(StoreError, match="epoch 1 has other labels than the first"):
+        with pytest.raises(CacheError, match="epoch 1 has other labels than the first"):
             epoch(loader)
 
 

@@ -23,7 +23,7 @@ from bench.flops import flops_of
 from bench.step_model import CLASS_PARALLEL, Model, messages
 from skipkernels.clip import SkipOutput
 from skipkernels.clip.sharded import refuse_batch_norms
-from skipkernels.store import Store
+from skipkernels.features.table import Layout
 from skipkernels.towers import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens, uncompared
 from tests.processes import run_in_processes
@@ -441,7 +441,7 @@ def test_text_cache_is_shared_out(results, folder):
         texts = folder / f"texts {size}"
         parts = sorted(path.name for path in texts.iterdir())
         assert parts == [f"process_{rank}_of_{size}" for rank in range(size)]
-        rows = [Store(texts / name / "prototypes").layout.rows for name in parts]
+        rows = [Layout.read(texts / name / "prototypes").rows for name in parts]
         assert rows == [len(range(rank, CLASSES, size)) for rank in range(size)]
 
 

@@ -20,7 +20,6 @@ from skipkernels.app.console import Terminal
 from skipkernels.app.train.processes import is_first, launched
 
 from .blend import BlendCommand
-from .cache import CacheCommand
 from .check import CheckCommand
 from .doctor import DoctorCommand
 from .errors import Terminated, failure, termination_as_interrupt, with_flags
@@ -48,7 +47,6 @@ COMMANDS: dict[str, Any] = {
     "report": ReportCommand,
     "protocol": ProtocolCommand,
     "compare": CompareCommand,
-    "cache": CacheCommand,
     "check": CheckCommand,
     "memory": MemoryCommand,
     "models": ModelsCommand,

@@ -45,12 +45,12 @@ class RowDataset:
 
     Attributes:
         labels: Label of each image.
-        fingerprint: Fingerprint of the dataset, for a feature cache.
+        identity: Identity of the images, for a feature cache.
     """
 
     def __init__(self, rows: Any, column: str, labels: list[int], names: Sequence[str]):
         self.labels, self._names, self._column = labels, names, column
-        self.fingerprint = f"{rows._fingerprint} {column}"
+        self.identity = f"{rows._fingerprint} {column}"
         # As bytes: the decoder of `datasets` takes any format, and ignores the orientation of photos.
         encoded = importlib.import_module("datasets").Image(decode=False)
         self._rows = rows.select_columns([column]).cast_column(column, encoded)

@@ -129,7 +129,7 @@ def _of_run(plain: PlainModel, source: Path, trust: bool) -> tuple[Callable[[int
     """Test images of a run with the trained classes, or its validation images, their labels, and what they are."""
     try:
         config = TuneConfig.from_yaml(source / CONFIG, trust=trust)
-        changes: dict[str, Any] = {"cache": None, "views": 1, "refresh": "never", "download": False, "device": "cpu"}
+        changes: dict[str, Any] = {"cache": None, "refresh": "never", "download": False, "device": "cpu"}
         task = build_task(replace(config, trust=trust, **changes).resolved(), plain.transform)
     except InputError as error:
         raise InputError(

@@ -165,7 +165,7 @@ def evaluate_run(
         "root": root or config.root,
         "protocol": protocol or config.protocol,
     }
-    changes |= {"cache": None, "views": 1, "refresh": "never", "validation": "none", "patience": None, "test": "split"}
+    changes |= {"cache": None, "refresh": "never", "validation": "none", "patience": None, "test": "split"}
     if test is not None or data not in (None, config.data):
         changes["fold"] = None
     if device is not None:  # xformers may not support this device

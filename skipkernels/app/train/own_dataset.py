@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...digests import digest_json
-from ...features.dataset_key import dataset_key
+from ...features.identity import dataset_identity
 from ..config import TuneConfig
 from ..data import InputError, SizedDataset, Source, from_datasets
 from ..data.splits import listed_source
@@ -25,7 +25,7 @@ def own_data(
     validation: SizedDataset | None = None,
     classes: Sequence[str] | None = None,
     name: str | None = None,
-    key: Any = None,
+    identity: Any = None,
 ) -> tuple[TuneConfig, Callable[[], Source]]:
     """Return the configuration for a dataset, and the function that opens it; arguments as for `tune`."""
     if config.data != TuneConfig.data and config.data.partition(":")[0] != KIND:
@@ -40,7 +40,7 @@ def own_data(
                 argument,
             )
     own_name = f"{KIND}:" + re.sub(r"[^\w.+-]", "-", name or type(dataset).__name__)
-    digest = digest_json([[argument, dataset_key(part, key)] for argument, part in given.items()])
+    digest = digest_json([[argument, dataset_identity(part, identity)] for argument, part in given.items()])
 
     @functools.cache
     def open_data() -> Source:
@@ -57,7 +57,7 @@ def own_data(
         source = from_datasets(own_name, train=dataset, test=validation, classes=classes, templates=config.template)
         return dataclasses.replace(source, notes=(note,))
 
-    return dataclasses.replace(config, data=own_name, dataset_key=digest), open_data
+    return dataclasses.replace(config, data=own_name, dataset_identity=digest), open_data
 
 
 def check_no_parts(function: str, *parts: object) -> None:

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from ...features import FeatureCache
+from ...features import CacheError, FeatureCache
 from ...formatting import escaped, first_line
 from ...memory import PeakMemory, out_of_memory
-from ...store import StoreError
 from ..config import TuneConfig
 from ..console import ignore_write_errors, plain
 from ..data import InputError, SizedDataset, Source, save_few_shot
@@ -66,7 +65,7 @@ def tune(
     validation: SizedDataset | str | float | None = None,
     classes: Sequence[str] | None = None,
     name: str | None = None,
-    key: object = None,
+    identity: object = None,
     loggers: Sequence[Logger] = (),
     **settings: Unpack[TuneSettings],
 ) -> dict[str, Any]:
@@ -89,7 +88,7 @@ def tune(
         validation: Validation images; or the setting `validation`, a text or a share.
         classes: Class names by label. Default: the `classes` of a dataset.
         name: Name of the dataset in the results. Default: its type.
-        key: Text or JSON value that identifies the datasets when a run is resumed. Default: a digest of their files and
+        identity: Text or JSON value that identifies the datasets when a run is resumed. Default: digests of files and
             labels; see `FeatureCache.build`.
         loggers: Loggers of the rows of the epochs, besides those of `config.log`. They are closed at the end.
         **settings: Fields of `TuneConfig`, which replace those of `config`.
@@ -134,7 +133,7 @@ def tune(
     config = replace(config or TuneConfig(), **changes)
     open_data = None
     if dataset is not None:
-        parts: Any = {"test": test, "validation": validation, "classes": classes, "name": name, "key": key}
+        parts: Any = {"test": test, "validation": validation, "classes": classes, "name": name, "identity": identity}
         config, open_data = own_data(config, dataset, **parts)
     else:
         check_no_parts("tune", test, validation, classes)
@@ -254,7 +253,7 @@ class Run:
                     self._begin(trainer)
                     self._train(trainer, train)
                     return self.processes.from_first(self._finish)
-        except StoreError as error:
+        except CacheError as error:
             if error.item is not None:
                 self._list_unreadable()
             raise

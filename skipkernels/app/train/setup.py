@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -13,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from ...features import FeatureCache, Progress
-from ...folders import locked
+from ...features.table import rounded
 from ...options import CacheDtype, Refresh
-from ...store import MANIFEST, erase, is_store, rounded
 from ..config import TuneConfig
 from ..data import InputError, Source
 from ..data.check import without_unreadable
@@ -43,8 +41,6 @@ class RunSetup:
     method: Method
     zero_shot: Method  # predicts before tuning: `method`, or a `ZeroShot`
     processes: Processes = ALONE
-    resume: bool = True
-    overwrite: bool = False
     rounded_to: CacheDtype | None = None
 
     @property
@@ -59,7 +55,7 @@ class RunSetup:
         tests = (len(test.images) for test in (*self.task.tests, *held_out))
         if not self._cached:
             tests = (len(self.processes.share(images)) for images in tests)
-        return len(self.task.train) * self.config.views + sum(tests)
+        return len(self.task.train) + sum(tests)
 
     @property
     def _cached(self) -> bool:
@@ -90,38 +86,27 @@ class RunSetup:
 
     def train_features(self, progress: Progress = False) -> FeatureCache:
         """Compute the features of the training images."""
-        config = self.config
-        return self._features("train", self.task.train, progress, views=config.views, refresh=config.refresh)
+        return self._features("train", self.task.train, progress, refresh=self.config.refresh)
 
-    def _features(
-        self, name: str, dataset: Any, progress: Progress, *, views: int = 1, refresh: Refresh = "never"
-    ) -> FeatureCache:
+    def _features(self, name: str, dataset: Any, progress: Progress, *, refresh: Refresh = "never") -> FeatureCache:
         """Features of a dataset, in memory or in the folder `name` of the cache."""
         config = self.config
+        options: dict[str, Any] = {"batch_size": BATCH, "workers": config.workers, "progress": progress}
         if config.cache is not None and self.method.cut is not None:
-            with self.precision.autocast():
-                return FeatureCache.build(
-                    config.cache / name,
-                    self.method.cut,
-                    dataset,
-                    dtype=config.cache_dtype,
-                    batch_size=BATCH,
-                    views=views,
-                    refresh=refresh,
-                    workers=config.workers,
-                    resume=self.resume,
-                    overwrite=self.overwrite,
-                    progress=progress,
-                    process_group=self.processes.group,
-                )
+            folder, found = config.cache / name, None
+            if self.processes.first:
+                options |= {"dtype": config.cache_dtype, "refresh": refresh, "resume": True}
+                with self.precision.autocast():
+                    found = FeatureCache.build(folder, self.method.cut, dataset, **options)
+            self.processes.sum([0])  # the others wait for the first
+            return found or FeatureCache.open(folder)
 
         def encode(images: Tensor) -> Tensor:
             with self.precision.autocast():
                 features = self.method.encode_frozen(images.to(self.device))
             return features if self.rounded_to is None else rounded(features, self.rounded_to)
 
-        options: dict[str, Any] = {"batch_size": BATCH, "workers": config.workers, "progress": progress}
-        return FeatureCache.in_memory(dataset, encode, views=views, refresh=refresh, **options)
+        return FeatureCache.in_memory(dataset, encode, refresh=refresh, **options)
 
 
 def build_run(
@@ -130,14 +115,12 @@ def build_run(
     open_data: Callable[[], Source] | None = None,
     load: Callable[[nn.Module], object] | None = None,
     processes: Processes = ALONE,
-    resume: bool = True,
-    overwrite: bool = False,
     rounded_to: CacheDtype | None = None,
 ) -> RunSetup:
     """Load the model and the task of a resolved configuration, and construct its method.
 
-    `load` loads all weights of the model, instead of `config.pretrained`; `resume` and `overwrite` are those of the
-    stores of the cache; features in memory are rounded to the dtype `rounded_to`, as in a cache.
+    `load` loads all weights of the model, instead of `config.pretrained`; features in memory are rounded to the dtype
+    `rounded_to`, as in a cache.
     """
     device = torch.device(config.device)
     with processes.one_first():
@@ -156,22 +139,12 @@ def build_run(
     crop = augmentation(model, config.preset) if config.augments else None
     with processes.one_first():
         task = build_task(config, transform, crop, open_data=open_data)
-    if config.cache is not None and overwrite:
-        _erase_text_stores(config.cache)
     method = build_method(config, model, tokenizer, task, processes)
     if config.cache is not None and method.cut is None:
         raise InputError("tune: cache needs frozen blocks below a cut; every layer trains here. Leave it out.", "cache")
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
     parts = model, tokenizer, precision, task, method, zero_shot
-    return RunSetup(config, *parts, processes, resume, overwrite, rounded_to)
-
-
-def _erase_text_stores(cache: Path) -> None:
-    """Delete the stores of text features, which `SkipCLIP` reads but never replaces."""
-    for manifest in sorted(cache.glob(f"texts-*/**/{MANIFEST}")):
-        if is_store(manifest.parent):
-            with locked(manifest.parent):
-                erase(manifest.parent)
+    return RunSetup(config, *parts, processes, rounded_to)
 
 
 def build_method(

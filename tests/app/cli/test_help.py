@@ -33,9 +33,10 @@ def measured(*arguments: str) -> tuple[str, float, set[str]]:
     return done.stdout, float(seconds), set(modules)
 
 
-def test_help_is_quick():
-    out, seconds, modules = measured("tune", "--help")
-    assert out.startswith("usage: skipkernels tune")
+@pytest.mark.parametrize("command", ["", "tune", "predict"])
+def test_help_is_quick(command):
+    out, seconds, modules = measured(*command.split(), "--help")
+    assert out.startswith(f"usage: skipkernels {command}".rstrip())
     assert not {"torch", "open_clip", "matplotlib", "numpy"} & modules
     assert seconds < MOST_SECONDS
 

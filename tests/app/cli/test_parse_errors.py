@@ -71,12 +71,10 @@ def test_invalid_value(name, flag, capsys):
         ),
         (["export", "run", "--to"], "--to must have a value; got none."),
         (["blend", "run", "--alpha", "x"], "--alpha must be a number or auto; got 'x'."),
-        (["cache", "bulid"], "cache must be followed by one of build, info, verify; got 'bulid'. Did you mean build?"),
         (
             ["protocol", "x"],
             "NAME must be one of all, few-shot, base-to-new, cross-dataset, domain-generalization; got 'x'.",
         ),
-        (["cache", "build"], "cache: PATH must be given."),
         (["predict", "run", "x", "--crops", "11"], "--crops must be one of 1, 5, 10; got '11'."),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

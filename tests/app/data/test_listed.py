@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from skipkernels.app.data import InputError, few_shot, load_task, open_source
 from skipkernels.app.data.check import unreadable_images
 from skipkernels.app.data.shots import hold_out
-from skipkernels.features.dataset_key import dataset_key
+from skipkernels.features.identity import dataset_identity
 from tests.app.data.pictures import RED, class_of, draw_image
 
 CLASSES = ["cat", "dog", "owl"]
@@ -176,11 +176,11 @@ def test_wds_shards(tmp_path, kind):
     assert [len(source.images(split)) for split in ("train", "val", "test")] == [12, 6, 6]
     train = source.few_shot(2, 0)
     assert all(class_of(image) == label for image, label in train)
-    before = dataset_key(train)
-    assert dataset_key(open_source(f"wds:{tmp_path}").few_shot(2, 0)) == before, "a folder, the same shards"
-    assert dataset_key(source.few_shot(2, 1)) != before
+    before = dataset_identity(train)
+    assert dataset_identity(open_source(f"wds:{tmp_path}").few_shot(2, 0)) == before, "a folder, the same shards"
+    assert dataset_identity(source.few_shot(2, 1)) != before
     os.utime(tmp_path / "009.tar", (1, 1))
-    assert dataset_key(open_source(f"wds:{tmp_path}").few_shot(2, 0))["images"] != before["images"]
+    assert dataset_identity(open_source(f"wds:{tmp_path}").few_shot(2, 0))["images"] != before["images"]
 
 
 def test_wds_splits_by_name(tmp_path):
@@ -267,8 +267,9 @@ def test_hf_folder(hub, tmp_path):
     assert test[2][0].mode == "RGB", "a grey image"
     train = source.few_shot(2, 0, transform=pil_to_tensor)
     assert torch.is_tensor(train[0][0])
-    assert dataset_key(train) == dataset_key(open_source(f"hf:{tmp_path / 'set'}").few_shot(2, 0, pil_to_tensor))
-    assert dataset_key(train) != dataset_key(source.few_shot(2, 1, transform=pil_to_tensor))
+    again = open_source(f"hf:{tmp_path / 'set'}").few_shot(2, 0, pil_to_tensor)
+    assert dataset_identity(train) == dataset_identity(again)
+    assert dataset_identity(train) != dataset_identity(source.few_shot(2, 1, transform=pil_to_tensor))
     assert "which column has the labels? Got other among image, label, row. Name it by ?label=NAME." in fails(
         f"hf:{tmp_path / 'set'}?label=other"
     )

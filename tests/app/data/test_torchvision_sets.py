@@ -11,7 +11,7 @@ from torchvision import datasets
 from skipkernels.app.data import LabelledImages, open_source
 from skipkernels.app.data.templates import COOP, PAPER
 from skipkernels.app.data.torchvision_sets import DATASETS
-from skipkernels.features.dataset_key import dataset_key
+from skipkernels.features.identity import dataset_identity
 
 # ---- files as torchvision downloads them -----------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ def test_open_torchvision(tmp_path, monkeypatch, name):
         ]
     few = source.subset_classes(range(len(names))).few_shot(1, seed=0)
     assert few.labels == list(range(len(names)))
-    assert dataset_key(few) != dataset_key(source.images("test")), "different for a feature cache"
+    assert dataset_identity(few) != dataset_identity(source.images("test")), "different for a feature cache"
 
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if DATASETS[name].coop])

@@ -76,7 +76,6 @@ def test_tune_refuses_argument(arguments, message, tmp_path, capsys):
         (["tune", "--dta", "x"], "no option '--dta' of tune; did you mean --data? See skipkernels tune --help."),
         (["eval", "run", "--jsn=1"], "no option '--jsn' of eval; did you mean --json? See skipkernels eval --help."),
         (["tune", "--quiet"], "no option '--quiet' of tune. See skipkernels tune --help."),  # not --out
-        (["cache", "info", "run", "--qqq"], "no option '--qqq' of cache. See skipkernels cache --help."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -127,7 +126,7 @@ def test_out_refuses_path(tmp_path, out, message, capsys):
 
 @pytest.mark.parametrize(
     ("command", "place"), [(["tune", "--out"], "photos/runs/a"), (["tune", "--out"], "link/a"),
-                           (["tune", "--cache"], "photos"), (["cache", "build"], "photos/features")],
+                           (["tune", "--cache"], "photos")],
 )  # fmt: skip
 def test_output_refuses_folder_of_images(tmp_path, monkeypatch, capsys, command, place):
     monkeypatch.chdir(tmp_path)

@@ -94,10 +94,10 @@ def test_resume_with_the_same_dataset(run):
     folder, metrics = run
     again = {"validation": 0.25, "name": "my squares", "out": folder, "resume": True, **SETTINGS}
     assert json.dumps(tune(dataset=Squares(30), **again)) == json.dumps(metrics)
-    with pytest.raises(InputError, match="dataset_key is '.*' in the run in"):
+    with pytest.raises(InputError, match="dataset_identity is '.*' in the run in"):
         tune(dataset=Squares(30, shift=1), **again)
-    with pytest.raises(InputError, match="dataset_key is '.*' in the run in"):
-        tune(dataset=Squares(30), key="version 2", **again)
+    with pytest.raises(InputError, match="dataset_identity is '.*' in the run in"):
+        tune(dataset=Squares(30), identity="version 2", **again)
 
 
 def test_class_weight_without_effect_is_refused():

@@ -14,21 +14,21 @@ from safetensors.torch import load_file
 from skipkernels.app.cli.main import main
 from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train.model import augmentation, load_model
-from skipkernels.features import builder
+from skipkernels.features import extraction
 from tests.app.runs import losses, rows, small, without_cost
 
 
 @contextlib.contextmanager
 def counted_images():
-    """Number of images in each call of the encoder of a store."""
-    calls, encode = [], builder.Encoder.__call__
+    """Number of images in each call of the encoder of a cache."""
+    calls, encode = [], extraction.Encoder.__call__
 
     def counted(encoder, images):
         calls.append(len(images))
         return encode(encoder, images)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder.Encoder, "__call__", counted)
+        patch.setattr(extraction.Encoder, "__call__", counted)
         yield calls
 
 
@@ -88,10 +88,10 @@ def test_cache_dtype_keeps_accuracy(run, tmp_path, dtype):
     assert evaluate_run(tmp_path / "run") == metrics["tuned"], "features are rounded like those of the cache"
 
 
-@pytest.mark.parametrize("changes", [{"views": 2}, {"refresh": "epoch"}], ids=["views", "refresh"])
-def test_cache_crops_training_images_only(run, cached, tmp_path, changes):
+def test_cache_crops_training_images_only(run, cached, tmp_path):
     _, plain = run
-    metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype="fp32", epochs=1, **changes))
+    changes = {"cache_dtype": "fp32", "epochs": 1, "refresh": "epoch"}
+    metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", **changes))
     assert metrics["status"] == "complete" and metrics["zero_shot"] == plain["zero_shot"]
     assert losses(tmp_path / "run")[0] != losses(cached[0] / "run")[0]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("skipkernels")]
@@ -117,13 +117,13 @@ def test_cache_refuses_mismatch(cached, tmp_path, capsys, changes, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_cache_rebuilds_damaged_shard(cached, tmp_path):
+def test_cache_computes_damaged_row_again(cached, tmp_path):
     folder, metrics = cached
     shutil.copytree(folder / "cache", tmp_path / "cache")
-    shard = tmp_path / "cache" / "train" / "00000.safetensors"
-    *whole, last = shard.read_bytes()
-    shard.write_bytes(bytes([*whole, last ^ 1]))
-    with pytest.warns(UserWarning, match="its contents have changed.* It is rebuilt"):
+    file = tmp_path / "cache" / "train" / "features.npy"
+    *whole, last = file.read_bytes()
+    file.write_bytes(bytes([*whole, last ^ 1]))
+    with pytest.warns(UserWarning, match="row 23 damaged.* It is computed again"):
         again = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype="fp32"))
     assert without_cost(again) == without_cost(metrics)
 

@@ -11,11 +11,10 @@ import torch
 from open_clip.transformer import QuickGELU
 
 import skipkernels as sk
-from skipkernels import store
 from skipkernels.clip.text import PromptFeatures
+from skipkernels.features import writer
+from skipkernels.features.writer import TableWriter
 from skipkernels.folders import locked
-from skipkernels.store import Writer
-from skipkernels.towers import text_store
 from tests.models import tiny_batch, tiny_clip, tiny_coca, tiny_tokens
 
 CLASSES = 9
@@ -49,9 +48,8 @@ def other_starts():
 
 @pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
 @pytest.mark.parametrize("tokens", [tiny_tokens(CLASSES), other_starts()], ids=["prefix", "alone"])
-@pytest.mark.parametrize(("skip", "shard_bytes"), [(1, 200), (3, 1 << 20)], ids=["1-small-shards", "3-one-shard"])
-def test_text_store_equals_memory(tmp_path, monkeypatch, skip, tokens, padded, shard_bytes):
-    monkeypatch.setattr(text_store, "_SHARD_BYTES", shard_bytes)
+@pytest.mark.parametrize("skip", [1, 3])
+def test_text_cache_equals_memory(tmp_path, monkeypatch, skip, tokens, padded):
     if padded:
         monkeypatch.setattr("skipkernels.towers.prompts.reads_row_counts", lambda device: False)
     theirs = step(make_clip(tokens=tokens, skip_layers=skip))
@@ -59,7 +57,7 @@ def test_text_store_equals_memory(tmp_path, monkeypatch, skip, tokens, padded, s
         assert same(step(make_clip(tmp_path, tokens=tokens, skip_layers=skip)), theirs)
 
 
-def test_text_store_with_class_token_behind_padding(tmp_path):
+def test_text_cache_with_class_token_behind_padding(tmp_path):
     """A prompt with padding in its middle: CoCa's class token then adds a row to every prompt."""
     tokens = tiny_tokens(CLASSES, context=76)
     tokens[2, 2] = 0
@@ -67,7 +65,7 @@ def test_text_store_with_class_token_behind_padding(tmp_path):
     assert same(step(make_clip(tmp_path, model=tiny_coca().float(), tokens=tokens)), theirs)
 
 
-def test_text_store_opened_runs_one_text_below_cut(tmp_path, monkeypatch):
+def test_text_cache_opened_runs_one_text_below_cut(tmp_path, monkeypatch):
     ran = []
     lower = PromptFeatures.lower
     monkeypatch.setattr(PromptFeatures, "lower", lambda self, ids: ran.append(len(ids)) or lower(self, ids))
@@ -78,67 +76,66 @@ def test_text_store_opened_runs_one_text_below_cut(tmp_path, monkeypatch):
     assert ran == [1], "one text, for the width of a row"
 
 
-def test_text_store_killed_build_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_store, "_SHARD_BYTES", 200)
-    theirs, write = step(make_clip()), Writer.write
+def test_text_cache_interrupted_build_resumes(tmp_path, monkeypatch):
+    theirs, write = step(make_clip()), TableWriter.write
 
-    def killed(self, number, tensors):
-        if number == 5:
+    def interrupted(self, first, rows):
+        if first > 0:
             raise KeyboardInterrupt
-        write(self, number, tensors)
+        write(self, first, rows)
 
-    monkeypatch.setattr(Writer, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TableWriter, "write", interrupted)
         make_clip(tmp_path)
-    again: list[int] = []
-    monkeypatch.setattr(Writer, "write", lambda self, n, t: again.append(n) or write(self, n, t))
-    clip = make_clip(tmp_path)
-    assert min(again[:1]) == 5 and same(step(clip), theirs)
+    ran, lower = [], PromptFeatures.lower
+    monkeypatch.setattr(PromptFeatures, "lower", lambda self, ids: ran.append(len(ids)) or lower(self, ids))
+    assert same(step(make_clip(tmp_path)), theirs)
+    assert ran == [1, 4, 1], "of nine classes in chunks of four, those of the first chunk were written"
 
 
-def test_text_store_damaged_shard_is_rebuilt(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_store, "_SHARD_BYTES", 200)
+def test_text_cache_damaged_row_is_computed_again(tmp_path):
     theirs = step(make_clip(tmp_path))
-    shards = sorted((tmp_path / "features").glob("*.safetensors"))
-    shards[len(shards) // 2].write_bytes(b"no shard")
-    with pytest.warns(UserWarning, match=rf"{shards[len(shards) // 2].name}: damaged"):
+    file = tmp_path / "features" / "features.npy"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"features: row \d+ damaged: .* It is computed again"):
         clip = make_clip(tmp_path)
     assert same(step(clip), theirs)
 
 
-def test_text_store_of_other_prompts_or_weights_raises(tmp_path):
+def test_text_cache_of_other_prompts_or_weights_raises(tmp_path):
     make_clip(tmp_path)
-    said = rf"differs in prompts\. Give another text_cache \(--cache\), or delete {tmp_path}; .* build --overwrite"
-    with pytest.raises(sk.StoreError, match=said):
+    said = rf"differs in prompts\. Give another text_cache \(--cache\), or delete {tmp_path}\."
+    with pytest.raises(sk.CacheError, match=said):
         make_clip(tmp_path, tokens=tiny_tokens(CLASSES, seed=1))
-    with pytest.raises(sk.StoreError, match=r"differs in (embedding|lower blocks)"):
+    with pytest.raises(sk.CacheError, match=r"differs in (embedding|lower blocks)"):
         make_clip(tmp_path, model=tiny_clip(torch.float32, seed=1))
-    with pytest.raises(sk.StoreError, match=r"differs in skipped blocks \(1 there, 2 here\)"):
+    with pytest.raises(sk.CacheError, match=r"differs in skipped blocks \(1 there, 2 here\)"):
         make_clip(tmp_path, skip_layers=2)
 
 
-def test_text_store_late_lower_weight_change_raises(tmp_path):
+def test_text_cache_late_lower_weight_change_raises(tmp_path):
     clip = make_clip(tmp_path)
     with torch.no_grad():
         clip.model.transformer.resblocks[0].ln_1.weight.mul_(1.1)
-    with pytest.raises(sk.StoreError, match=r"below the cut of the text tower have changed .* another text_cache"):
-        step(clip)
+    for _ in range(2):
+        with pytest.raises(sk.CacheError, match=r"differs in lower blocks\. Give another text_cache"):
+            step(clip)
 
 
-def test_text_store_late_lower_hook_raises(tmp_path):
+def test_text_cache_late_lower_hook(tmp_path):
+    """It is an error if it changes the features."""
     clip = make_clip(tmp_path)
-    step(clip)
-    clip.model.ln_final.register_forward_hook(lambda module, args, out: out)  # above the cut: the module is called
-    step(clip)
+    expected = step(clip)[0]
     note = clip.model.token_embedding.register_forward_hook(lambda module, args, out: None)
-    with pytest.raises(RuntimeError, match="has other hooks or settings than when the features of text_cache"):
-        step(clip)
-    clip.refresh()
     step(clip)
     note.remove()
-    clip.model.token_embedding.register_forward_hook(lambda module, args, out: 1.3 * out)
-    with pytest.raises(RuntimeError, match="embeddings of texts differ"):
-        clip.refresh()
+    handle = clip.model.token_embedding.register_forward_hook(lambda module, args, out: 1.3 * out)
+    with pytest.raises(sk.CacheError, match="holds a text_cache of another model"):
+        step(clip)
+    handle.remove()
+    assert step(clip)[0].shape == expected.shape
 
 
 def test_prototypes_follow_upper_weights(tmp_path):
@@ -151,14 +148,14 @@ def test_prototypes_follow_upper_weights(tmp_path):
     assert same(step(make_clip(tmp_path, model=tuned)), theirs)
 
 
-def test_text_store_unsupported_arguments_raise(tmp_path):
+def test_text_cache_unsupported_arguments_raise(tmp_path):
     with pytest.raises(ValueError, match="text_cache keeps features at the cut"):
         make_clip(tmp_path, skip_layers=0)
-    with pytest.raises(sk.StoreError, match=r"text_cache stores fp32, fp16, bf16; .*float64"):
+    with pytest.raises(sk.CacheError, match=r"text_cache stores fp32, fp16, bf16; .*float64"):
         make_clip(tmp_path, model=tiny_clip(torch.float64))
 
 
-# ---- stores that do not match ------------------------------------------------------------------------------------
+# ---- caches that do not match ------------------------------------------------------------------------------------
 
 
 def with_another_activation(blocks, dtype=torch.float32):
@@ -171,12 +168,12 @@ def with_another_activation(blocks, dtype=torch.float32):
 
 def test_prototypes_with_flipped_bit_are_recomputed(tmp_path):
     theirs = step(make_clip(tmp_path))
-    shard = tmp_path / "prototypes" / "00000.safetensors"
-    sound = shard.read_bytes()
-    shard.write_bytes(sound[:-100] + bytes([sound[-100] ^ 1]) + sound[-99:])
-    with pytest.warns(UserWarning, match=r"prototypes/00000.safetensors: damaged: .* The prototypes are recomputed"):
+    file = tmp_path / "prototypes" / "features.npy"
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-100] + bytes([sound[-100] ^ 1]) + sound[-99:])
+    with pytest.warns(UserWarning, match=r"prototypes: row \d+ damaged: .* The prototypes are computed again"):
         clip = make_clip(tmp_path)
-    assert same(step(clip), theirs) and shard.read_bytes() == sound
+    assert same(step(clip), theirs) and file.read_bytes() == sound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -188,21 +185,21 @@ def test_prototypes_follow_upper_activation(tmp_path, dtype):
         assert make_clip(tmp_path, model=with_another_activation(slice(1, None), dtype)).prototypes.equal(theirs)
 
 
-def test_text_store_other_lower_activation_raises(tmp_path):
+def test_text_cache_other_lower_activation_raises(tmp_path):
     make_clip(tmp_path)
-    said = rf"features: holds a text_cache of another model: .* Give another text_cache .*, or delete {tmp_path};"
-    with pytest.raises(sk.StoreError, match=said):
+    said = rf"features: holds a text_cache of another model: .* Give another text_cache .*, or delete {tmp_path}"
+    with pytest.raises(sk.CacheError, match=said):
         make_clip(tmp_path, model=with_another_activation(slice(None)))
 
 
-def test_text_store_complete_opens_without_lock(tmp_path, monkeypatch):
+def test_text_cache_complete_opens_without_lock(tmp_path, monkeypatch):
     """The disk may be read-only, and several processes may open the store at the same time."""
     theirs = step(make_clip(tmp_path))
-    monkeypatch.setattr(store, "locked", lambda *arguments, **options: pytest.fail("a lock was taken"))
+    monkeypatch.setattr(writer, "locked", lambda *arguments, **options: pytest.fail("a lock was taken"))
     assert same(step(make_clip(tmp_path)), theirs)
 
 
-def test_text_store_waits_for_other_process(tmp_path, capfd):
+def test_text_cache_waits_for_other_process(tmp_path, capfd):
     theirs, ours, errors = step(make_clip(tmp_path / "alone")), [], []
 
     def second():

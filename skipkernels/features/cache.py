@@ -1,0 +1,341 @@
+"""FeatureCache: features of a dataset's images at the LSkip cut, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..memory import free_bytes
+from ..options import Refresh, SamplerKind
+from .extraction import Encoder, Extraction
+from .identity import check_probe, dataset_identity, model_identity, probe
+from .image_batches import load_batches, split_batches
+from .loader import FeatureLoader
+from .samplers import BatchSampler
+from .table import DTYPES, CacheError, FeatureTable, Layout, MappedTable
+
+if TYPE_CHECKING:
+    from ..clip import SkipCLIP
+
+Progress = Callable[[int], None] | bool
+
+
+class FeatureCache(Dataset):
+    """Features of images at the cut, and their labels, on the disk or in memory.
+
+    Created by `build`, `open` or `in_memory`. A map-style dataset of (features, label); training reads it by `loader`.
+
+    Attributes:
+        labels: Label of every image, [n] int64.
+        table: The features, a `FeatureTable`; those of the current epoch, if each has its own.
+
+    Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4, which extracts features anew each epoch.
+
+    Example:
+        >>> import tempfile, skipkernels as sk
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, tokenizer = pictogram_tiny.load()
+        >>> clip = sk.SkipCLIP(model, tokenizer(["the digit 0.", "the digit 1."]), skip_layers=0.5)
+        >>> images = [(torch.rand(3, 32, 32), n % 2) for n in range(6)]
+        >>> cache = sk.FeatureCache.build(tempfile.mkdtemp(), clip, images, dtype="bf16", progress=False)
+        >>> for features, labels in cache.loader(batch_size=3, sampler="class_pure"):
+        ...     print(features.dtype, list(features.shape), labels.unique().numel(), clip(features, labels).loss.ndim)
+        torch.float32 [3, 17, 128] 1 0
+        torch.float32 [3, 17, 128] 1 0
+    """
+
+    def __init__(self, table: FeatureTable, labels: Tensor):
+        self.table, self.labels = table, labels
+        self._epoch = 0  # of the features, if each epoch has its own
+        self._renew: Callable[[int], tuple[FeatureTable, Tensor]] | None = None  # features and labels of an epoch
+
+    # ---- construction ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        path: str | Path,
+        clip: SkipCLIP,
+        dataset: Any,
+        *,
+        dtype: str = "bf16",
+        refresh: Refresh = "never",
+        batch_size: int = 64,
+        workers: int = 0,
+        seed: int = 0,
+        identity: Any = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        progress: Progress = True,
+    ) -> FeatureCache:
+        """Encode all images up to the cut and write the features to a folder; see docs/cache.md.
+
+        A build may be killed at any time: with `resume`, missing and damaged rows are computed, and the result is
+        bitwise that of an uninterrupted build.
+
+        Args:
+            path: Folder of the cache; created if needed.
+            clip: Model that computes the features; its weights above the cut are not used.
+            dataset: Map-style dataset of (image, label): tensors [3, height, width], preprocessed for the model, and
+                whole numbers.
+            dtype: Dtype in the folder: "fp32", "fp16", "bf16" (default), or "int8" with a scale for each token (lossy).
+            refresh: "epoch" computes the features again when an epoch begins, with new draws of a random transform, as
+                in the published method, in place of those of the epoch before. Default "never".
+            batch_size: Images per forward pass; default 64.
+            workers: Number of processes that load images; default 0: this process.
+            seed: Seed of random transforms; each image has its own seed in each epoch, derived from it.
+            identity: Text or JSON value that identifies the images and their transform; change it when they change.
+                Default: files, tensors, labels and transform of the dataset.
+            resume: Complete and repair the cache in the folder, if its identity is the same.
+            overwrite: Replace the cache in the folder.
+            progress: False for no progress bar, or a function called with the number of images of each batch.
+
+        Raises:
+            CacheError: If the folder has another cache (the message says how it differs), another process builds in it,
+                the disk is full, or an image or its features cannot be used. Finished rows stay.
+        """
+        folder = Path(path).absolute()  # a later change of the working directory has no effect
+        _check_options(dtype, refresh, batch_size=batch_size, seed=seed, workers=workers)
+        _check_inputs(clip, dataset)
+        if resume and overwrite:
+            raise ValueError("FeatureCache.build: resume continues a cache, and overwrite replaces it; pass only one.")
+        of_dataset = dataset_identity(dataset, identity)
+        extraction = Extraction(clip, dataset, of_dataset, dtype, refresh, batch_size, workers, seed, progress)
+        if refresh == "never":
+            table = extraction.write(folder, resume=resume, overwrite=overwrite)
+            return cls(table, table.labels())
+        # The folder has the features of the epoch of the last build, which may have been killed.
+        epoch = 0 if overwrite else _epoch_of(folder)
+        table = extraction.write(folder, epoch, resume=not overwrite, overwrite=overwrite)
+        extraction.progress = False  # from the second epoch on: training shows its own progress
+
+        def renew(epoch: int) -> tuple[FeatureTable, Tensor]:
+            table = extraction.write(folder, epoch, overwrite=True)
+            return table, table.labels()
+
+        cache = cls(table, table.labels())
+        cache._epoch, cache._renew = epoch, renew
+        return cache
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        clip: SkipCLIP | None = None,
+        dataset: Any = None,
+        *,
+        identity: Any = None,
+        verify: bool = False,
+    ) -> FeatureCache:
+        """Open a complete cache.
+
+        Args:
+            path: Folder of the cache.
+            clip: Model that will train on the features; an error if its features at the cut differ.
+            dataset: Dataset of the images; an error if it differs from that of the build, as far as docs/cache.md says.
+            identity: The `identity` that was passed to `build`.
+            verify: Compare every row with its checksum now; by default a row is compared when it is first read.
+
+        Raises:
+            CacheError: If there is no cache, or it is incomplete, damaged, or of another model or dataset.
+        """
+        table = MappedTable.open(Path(path), verify=verify)
+        if not table.layout.labelled:
+            raise CacheError(f"{table.folder}: does not hold features of images.")
+        if clip is not None:
+            table.check_identity(model_identity(clip) | {"autocast": Encoder(clip).precision})
+            check_probe(table.layout, probe(clip), table.folder)
+        if dataset is not None:
+            table.check_identity(dataset_identity(dataset, identity))
+        return cls(table, table.labels())
+
+    @classmethod
+    def in_memory(
+        cls,
+        dataset: Any,
+        encode: Callable[[Tensor], Tensor] = lambda images: images,
+        *,
+        batch_size: int = 64,
+        workers: int = 0,
+        refresh: Refresh = "never",
+        seed: int = 0,
+        progress: Progress = False,
+    ) -> FeatureCache:
+        """Keep the outputs of `encode` for all images in memory, on their device; by default the images themselves.
+
+        Args:
+            dataset: As for `build`.
+            encode: Function [n, 3, height, width] → [n, …], such as `SkipCLIP.encode_lower`.
+            batch_size: Images per call of `encode`.
+            workers: Number of processes that load images.
+            refresh: As for `build`.
+            seed: As for `build`.
+            progress: Function called with the number of images of each batch, in the first epoch.
+
+        Raises:
+            MemoryError: If the outputs would take more than half of the free memory.
+        """
+        count = len(dataset)
+        if count == 0:
+            raise ValueError("FeatureCache.in_memory: the dataset has no images.")
+        labels = torch.empty(count, dtype=torch.int64)
+        features: Tensor | None = None
+
+        def renew(epoch: int, advance: Progress = False) -> tuple[FeatureTable, Tensor]:
+            nonlocal features
+            batches = split_batches(count, batch_size)
+            for batch in load_batches(dataset, batches, seed=seed, epoch=epoch, workers=workers):
+                with torch.no_grad():
+                    output = encode(batch.images)
+                if features is None:
+                    features = _empty(output, count)
+                place = slice(batch.items[0], batch.items[-1] + 1)
+                features[place], labels[place] = output, batch.labels
+                if callable(advance):
+                    advance(len(batch.items))
+            assert features is not None
+            return FeatureTable(features), labels
+
+        table, _ = renew(0, progress)
+        cache = cls(table, labels.clone())
+        cache._renew = renew if refresh == "epoch" else None
+        return cache
+
+    # ---- use ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        """Return the features of an image, and its label."""
+        if not -len(self) <= item < len(self):
+            raise IndexError(f"FeatureCache: image {item} is outside 0…{len(self) - 1}.")
+        item %= len(self)
+        return self.table.rows(torch.tensor([item]))[0], int(self.labels[item])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the features of an image."""
+        return self.table.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the features as computed and returned."""
+        return self.table.dtype
+
+    def loader(
+        self,
+        batch_size: int = 4,
+        sampler: SamplerKind | Iterable[list[int]] = "class_pure",
+        *,
+        generator: torch.Generator | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        prefetch: int | None = None,
+    ) -> FeatureLoader:
+        """Return an iterable over batches (features [B, …], labels [B]); one iteration is an epoch.
+
+        Args:
+            batch_size: Images per batch.
+            sampler: "class_pure", "random" or "sequential", or lists of image numbers, such as a
+                `torch.utils.data.BatchSampler`. See `BatchSampler`.
+            generator: Generator of the order; default: a new one with seed 0.
+            rank: Index of this process in `world_size`; a process gets its part of every global batch. Lists of image
+                numbers are not divided.
+            world_size: Number of processes that train together.
+            dtype: Dtype of the features; default: the dtype in which they were computed.
+            device: Device of the batches; default: that of the features. Batches are copied to a GPU from pinned memory
+                on a separate stream.
+            prefetch: Number of batches read ahead; default: two from the disk, none from memory.
+
+        Returns:
+            FeatureLoader: Save its `state_dict` in checkpoints.
+        """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"FeatureCache.loader: dtype must be a torch.dtype, such as torch.bfloat16; got {dtype!r}.")
+        if isinstance(sampler, str):
+            sampler = BatchSampler(self.labels, batch_size, sampler, generator, rank=rank, world_size=world_size)
+        elif (rank, world_size) != (0, 1):
+            raise ValueError(
+                f"FeatureCache.loader: lists of image numbers are not divided; got rank={rank} and "
+                f"world_size={world_size}. Give each process its own lists, or name a sampler."
+            )
+        if prefetch is None:
+            prefetch = 0 if self.table.folder is None else 2
+        target = None if device is None else torch.device(device)
+        if target is not None and target.type == "cuda" and target.index is None:
+            target = torch.device("cuda", torch.cuda.current_device())  # the reading thread may have another
+        return FeatureLoader(self.table_of_epoch, self.labels, sampler, dtype=dtype, device=target, prefetch=prefetch)
+
+    def table_of_epoch(self, epoch: int) -> FeatureTable:
+        """Return the features of an epoch."""
+        if self._renew is not None and epoch != self._epoch:
+            self._epoch = -1  # none until all features are new
+            table, labels = self._renew(epoch)
+            if not labels.equal(self.labels):
+                raise CacheError(
+                    f"{table.folder or 'FeatureCache.in_memory'}: epoch {epoch} has other labels than the first: the "
+                    "dataset's labels change from one epoch to the next. Give a dataset with fixed labels."
+                )
+            self.table, self._epoch = table, epoch
+        return self.table
+
+    def verify(self) -> list[str]:
+        """Compare every row in the folder with its checksum; return a message that names damaged rows, if any."""
+        damaged = self.table.find_damage() if isinstance(self.table, MappedTable) else []
+        return [self.table.damage(damaged)] if damaged else []
+
+
+def _check_options(dtype: str, refresh: str, **numbers: Any) -> None:
+    for name, value, known in (("dtype", dtype, list(DTYPES)), ("refresh", refresh, get_args(Refresh))):
+        if value not in known:
+            raise ValueError(f"FeatureCache.build: {name} must be one of {', '.join(known)}; got {value!r}.")
+    for name, number in numbers.items():
+        least = 1 if name == "batch_size" else 0
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"FeatureCache.build: {name} must be at least {least}, a whole number; got {number!r}.")
+
+
+def _check_inputs(clip: Any, dataset: Any) -> None:
+    if not hasattr(clip, "lower_identity"):
+        raise TypeError(
+            f"FeatureCache.build: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the model: "
+            "SkipCLIP(model, tokens, skip_layers=…)."
+        )
+    if clip.skip_layers[0] == 0:
+        raise ValueError(
+            "FeatureCache.build: with skip_layers=0 the image embedding trains, so features cannot be cached. Skip "
+            "a block, or train from images."
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
+        raise ValueError(
+            "FeatureCache.build: dataset must be map-style, with `__len__` and `__getitem__`, and have at least "
+            f"one image; got {type(dataset).__name__}. Pass list(dataset) if it fits into memory."
+        )
+
+
+def _empty(output: Tensor, count: int) -> Tensor:
+    """Memory [count, …] for outputs [n, …]; a MemoryError if it takes more than half of the free memory."""
+    needed, free = output[0].nbytes * count, free_bytes(output.device)
+    if needed > free / 2:
+        raise MemoryError(
+            f"FeatureCache.in_memory: {count} items of {list(output.shape[1:])} {output.dtype} take "
+            f"{needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB of free memory. "
+            "Use FeatureCache.build (tune: `cache`), fewer shots or classes, or a smaller model."
+        )
+    return output.new_empty(count, *output.shape[1:])
+
+
+def _epoch_of(folder: Path) -> int:
+    """Epoch of the features in a folder; 0 without any."""
+    try:
+        return int(Layout.read(folder).identity.get("epoch", 0))
+    except (CacheError, ValueError):
+        return 0

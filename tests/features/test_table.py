@@ -1,0 +1,423 @@
+"""Tables: rows equal those written, kills and full disks lose nothing, damage is named and never read."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import pickle
+import shutil
+import signal
+import threading
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from skipkernels.features import writer as writer_module
+from skipkernels.features.table import COMPUTED, DTYPES, CacheError, FeatureTable, Layout, MappedTable, quantise
+from skipkernels.features.writer import TableWriter
+from skipkernels.folders import LOCK
+from skipkernels.memory import PeakMemory
+from tests.processes import forkserver
+
+BATCH = 4
+FILES = ("features.npy", "scales.npy", "labels.npy", "rows.npy", "identity.json")
+
+
+def layout_of(dtype: str = "int8", *, rows: int = 18, shape: tuple[int, ...] = (3, 5), **changes: Any) -> Layout:
+    """Layout with every file, by default: int8 has scales."""
+    values = {
+        "computed": "fp32",
+        "labelled": True,
+        "identity": {"weights": "these", "seed": 7},
+        "probe": [0.1, -2.5e-7],
+    }
+    return Layout(rows, shape, dtype, **values | changes)
+
+
+def features_of(layout: Layout) -> Tensor:
+    values = 5 * torch.randn(layout.rows, *layout.shape, generator=torch.Generator().manual_seed(0))
+    return values.to(COMPUTED[layout.computed])
+
+
+def labels_of(layout: Layout) -> Tensor:
+    return torch.arange(layout.rows) * 3 % 7
+
+
+def fill(folder: Path, layout: Layout | None = None, **options: Any) -> list[int]:
+    """Write a table, or its missing batches; return the first rows of the batches written. Flushes after each."""
+    layout, first_rows = layout or layout_of(), []
+    with TableWriter(folder, layout, **options) as writer:
+        for start in range(0, layout.rows, BATCH):
+            part = slice(start, start + BATCH)
+            if writer.missing[part].any():
+                writer.write(start, features_of(layout)[part], labels_of(layout)[part] if layout.labelled else None)
+                first_rows.append(start)
+    return first_rows
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
+
+
+def all_rows(table: FeatureTable) -> Tensor:
+    return table.rows(torch.arange(len(table)))
+
+
+@pytest.fixture(autouse=True)
+def _flush_each_batch(monkeypatch):
+    monkeypatch.setattr(writer_module, "_FLUSH_BYTES", 0)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A complete table."""
+    fill(tmp_path / "table")
+    return tmp_path / "table"
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 2, 3)], ids=["tokens", "map"])
+@pytest.mark.parametrize("computed", COMPUTED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_those_written_and_numpy_reads_them(tmp_path, dtype, computed, shape):
+    layout = layout_of(dtype, computed=computed, shape=shape)
+    fill(tmp_path, layout)
+    table, features = MappedTable.open(tmp_path), features_of(layout)
+    stored = torch.from_numpy(np.load(tmp_path / "features.npy"))
+    if dtype == "bf16":
+        stored = stored.view(torch.bfloat16)
+    if dtype == "int8":
+        steps, scales = quantise(features)
+        assert stored.equal(steps) and torch.from_numpy(np.load(tmp_path / "scales.npy")).equal(scales)
+        stored = stored * scales.view(18, shape[0], *[1] * (len(shape) - 1))
+        wrong = ((stored - features.float()).abs().flatten(2) / scales.unsqueeze(-1)).max()
+        assert wrong <= 0.5 + 1e-4  # half a step; the quotient is rounded in fp32
+    else:
+        assert stored.equal(features.to(DTYPES[dtype]))
+    ids = torch.tensor([17, 0, 3, 3])
+    assert table.rows(ids).equal(stored.to(COMPUTED[computed])[ids])
+    assert table.rows(ids[:0]).shape == (0, *shape)
+    assert (
+        table.labels().equal(labels_of(layout)) and (np.load(tmp_path / "labels.npy") == table.labels().numpy()).all()
+    )
+    assert (np.load(tmp_path / "rows.npy") != 0).all()
+    in_memory = FeatureTable(all_rows(table))
+    assert in_memory.rows(ids).equal(table.rows(ids)) and in_memory.shape == table.shape == shape
+    assert in_memory.dtype == table.dtype and len(in_memory) == len(table) == 18
+
+
+@pytest.mark.parametrize("wrong", [[0, 18], [-1, 3]], ids=str)
+def test_row_out_of_range(folder, wrong):
+    with pytest.raises(IndexError):
+        MappedTable.open(folder).rows(torch.tensor(wrong))
+
+
+def test_batch_is_no_view_of_the_file(folder):
+    table = MappedTable.open(folder)
+    table.rows(torch.tensor([1])).zero_()
+    assert all_rows(table).equal(all_rows(MappedTable.open(folder)))
+
+
+def test_pickled_table_maps_the_files_itself(folder):
+    table = MappedTable.open(folder)
+    unread, right = len(pickle.dumps(table)), all_rows(table)
+    copy = pickle.dumps(table)
+    assert len(copy) < unread + right.nbytes and all_rows(pickle.loads(copy)).equal(right)
+
+
+def test_reading_a_large_file_keeps_memory_small(tmp_path):
+    """At most a quarter of 192 MiB, read in random order, is resident."""
+    mib, layout = 1 << 20, layout_of("fp32", rows=192, shape=(1, 1 << 18), labelled=False)
+    with TableWriter(tmp_path, layout) as writer:
+        row = torch.ones(1, *layout.shape)
+        for start in range(layout.rows):
+            writer.write(start, row)
+    table, order = MappedTable.open(tmp_path), torch.randperm(192, generator=torch.Generator().manual_seed(0))
+    memory = PeakMemory(torch.device("cpu"))
+    before = memory.read()
+    for ids in order.split(4):
+        assert table.rows(ids).sum() == len(ids) << 18
+    assert memory.read() - before < 48 * mib
+
+
+@given(st.integers(0, 99), st.floats(-30, 30), st.sampled_from(sorted(COMPUTED)))
+def test_int8_error_is_at_most_half_a_step(seed, magnitude, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(4, 3, 17, generator=generator) * 10**magnitude
+    features = features.clamp(-6e4, 6e4).to(COMPUTED[dtype])
+    rows, scale = quantise(features)
+    features = features.double()
+    largest = features.abs().amax(dim=-1)
+    normal = largest > 127 * torch.finfo(torch.float32).tiny  # a step that is a normal number in fp32
+    off = (rows.double() * scale.double().unsqueeze(-1) - features).abs().amax(dim=-1)
+    # Added to the half step: the scale, the quotient and fp64 inputs are rounded to 24 bits, at most 127 steps from 0.
+    assert (off <= scale.double() * (0.5 + 127 * 2**-22))[normal].all()
+    assert (rows.abs().amax(dim=-1) == 127)[normal].all() and rows.min() >= -127
+
+
+# ---- kills and disks -------------------------------------------------------------------------------------------------
+
+
+def fill_until_killed(folder: Path, name: str, number: int, after: bool) -> None:
+    """Write a table, and kill this process before or after a call of a function of `os` or `writer`."""
+    writer_module._FLUSH_BYTES = 0
+    module = os if hasattr(os, name) else writer_module
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def killing(*arguments: Any) -> None:
+        last = next(calls) == number
+        if last and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        function(*arguments)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(module, name, killing)
+    fill(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "after", "finished"),
+    [
+        ("replace", 1, True, None),  # identity.json, and no other file
+        ("_write", 1, True, 0),  # features of the first batch
+        ("_write", 7, False, 4),  # labels of the second
+        ("_write", 8, False, 4),  # its checksums: the rows are on the disk
+        ("_write", 8, True, 8),  # not flushed: a kill of the process alone loses nothing
+        ("_write", 20, False, 16),  # checksums of the last
+    ],
+)
+def test_killed_build_resumes_to_the_same_bytes(folder, tmp_path, name, number, after, finished):
+    killed = tmp_path / "killed"
+    process = forkserver().Process(target=fill_until_killed, args=(killed, name, number, after))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    message = "rows.npy: missing" if finished is None else f"incomplete: {finished} of 18 rows exist. Build the rest"
+    with pytest.raises(CacheError, match=message):
+        MappedTable.open(killed)
+    assert fill(killed, resume=True) == list(range(finished or 0, 18, BATCH))
+    assert contents(killed) == contents(folder)
+
+
+@pytest.mark.parametrize("at", [4, 8, 12])
+def test_full_disk_keeps_finished_rows(folder, tmp_path, monkeypatch, at):
+    calls, write = itertools.count(1), writer_module._write
+
+    def full(*arguments: Any) -> None:
+        if next(calls) > at + 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(CacheError, match=r"No space left.*Finished rows stay\. Free"):
+        patch.setattr(writer_module, "_write", full)
+        fill(tmp_path / "full")
+    assert fill(tmp_path / "full", resume=True) == list(range(at, 18, BATCH))
+    assert contents(tmp_path / "full") == contents(folder)
+
+
+def test_disk_too_small_is_refused_before_the_build(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2**50, 0, 18 * layout_of().row_bytes - 1))
+    with pytest.raises(CacheError, match="630 bytes are needed, and 629 bytes are free. Free space"):
+        fill(tmp_path)
+
+
+def test_error_in_a_build_keeps_the_rows_before_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer_module, "_FLUSH_BYTES", 1 << 30)
+    with pytest.raises(KeyboardInterrupt), TableWriter(tmp_path / "stopped", layout_of()) as writer:
+        writer.write(0, features_of(writer.layout)[:BATCH], labels_of(writer.layout)[:BATCH])
+        raise KeyboardInterrupt
+    assert fill(tmp_path / "stopped", resume=True) == [4, 8, 12, 16]
+    assert contents(tmp_path / "stopped") == contents(folder)
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str, list[int]]] = {  # message, and batches to compute again
+    "feature": (lambda folder: flip(folder / "features.npy", 128 + 15 * 6 + 4), "row 6 damaged", [4]),
+    "scale": (lambda folder: flip(folder / "scales.npy", 128 + 12 * 6), "row 6 damaged", [4]),
+    "label": (lambda folder: flip(folder / "labels.npy", 128 + 8 * 6), "row 6 damaged", [4]),
+    "checksum": (lambda folder: flip(folder / "rows.npy", 128 + 8 * 6), "row 6 damaged", [4]),
+    "two rows": (
+        lambda folder: [flip(folder / "features.npy", 128 + 15 * i) for i in (6, 17)],
+        "row 6, 17 dam",
+        [4, 16],
+    ),
+    "header": (lambda folder: flip(folder / "features.npy", 20), r"features\.npy: damaged: another header", []),
+    "truncated": (
+        lambda folder: os.truncate(folder / "features.npy", 128 + 15 * 9),
+        "263 bytes instead of 398",
+        [8, 12, 16],
+    ),
+    "empty": (lambda folder: os.truncate(folder / "labels.npy", 0), "0 bytes instead of 272", [0, 4, 8, 12, 16]),
+    "longer": (lambda folder: os.truncate(folder / "rows.npy", 999), "999 bytes instead of 272", []),
+    "missing": (lambda folder: (folder / "scales.npy").unlink(), r"scales\.npy: missing", [0, 4, 8, 12, 16]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_never_read_and_computed_again(folder, damage):
+    sound, (do, message, batches) = contents(folder), DAMAGES[damage]
+    right = all_rows(MappedTable.open(folder))
+    do(folder)
+    with pytest.raises(CacheError, match=rf"^{folder}.*{message}.* Build it again with `resume=True`"):
+        all_rows(MappedTable.open(folder))
+    if message.startswith("row"):
+        table = MappedTable.open(folder)
+        assert table.rows(torch.arange(5)).equal(right[:5]), "the others can be read"
+        with pytest.raises(CacheError, match=message):
+            MappedTable.open(folder, verify=True)
+    with pytest.warns(UserWarning, match="It is computed again") if batches else contextlib.nullcontext():
+        assert fill(folder, resume=True) == batches
+    assert contents(folder) == sound
+
+
+def test_rows_of_another_place_or_table_are_damaged(folder, tmp_path):
+    other = layout_of(identity={"weights": "others", "seed": 7})
+    fill(tmp_path / "other", other)
+    for name in FILES[:4]:
+        data = bytearray((folder / name).read_bytes())
+        size = (len(data) - 128) // 18
+        rows = [data[128 + i * size : 128 + (i + 1) * size] for i in range(18)]
+        rows[4], rows[6] = rows[6], rows[4]
+        (folder / name).write_bytes(data[:128] + b"".join(rows))
+    assert MappedTable.open(folder).find_damage() == [4, 6]
+    for name in FILES[:4]:
+        shutil.copy(tmp_path / "other" / name, folder / name)
+    assert MappedTable.open(folder).find_damage() == list(range(18))
+
+
+def test_row_is_compared_once_in_a_process(folder):
+    table = MappedTable.open(folder)
+    first = table.rows(torch.tensor([6]))
+    flip(folder / "labels.npy", 128 + 8 * 6)
+    assert table.rows(torch.tensor([6])).equal(first)
+    with pytest.raises(CacheError, match="row 6 damaged"):
+        MappedTable.open(folder).rows(torch.tensor([6]))
+
+
+IDENTITIES: dict[str, Any] = {
+    "empty": b"",
+    "binary": bytes(range(256)),
+    "list": b"[]",
+    "no format": b"{}",
+    "other format": {"format": 2},
+    "no rows": {"rows": 0},
+    "text rows": {"rows": "18"},
+    "other dtype": {"dtype": "object"},
+    "no shape": {"shape": []},
+    "other names": {"more": 1},
+    "no identity": {"identity": 3},
+}
+
+
+@pytest.mark.parametrize("identity", IDENTITIES.values(), ids=IDENTITIES)
+def test_damaged_identity_is_refused_and_replaced_with_overwrite(folder, identity):
+    sound, path = contents(folder), folder / "identity.json"
+    path.write_bytes(
+        identity if isinstance(identity, bytes) else json.dumps(json.loads(path.read_text()) | identity).encode()
+    )
+    for call in (MappedTable.open, lambda folder: fill(folder, resume=True)):
+        with pytest.raises(CacheError, match=r"identity\.json: damaged \(.+\)\. Delete the folder"):
+            call(folder)
+    assert fill(folder, overwrite=True) == [0, 4, 8, 12, 16] and contents(folder) == sound
+
+
+def test_changed_identity_makes_all_rows_damaged(folder):
+    path = folder / "identity.json"
+    path.write_text(path.read_text().replace("these", "there"))
+    with pytest.raises(CacheError, match="row 0 damaged"):
+        MappedTable.open(folder).rows(torch.tensor([0]))
+
+
+# ---- other tables and other processes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"identity": {"weights": "others", "seed": 7}}, r"weights \(these there, others here\)"),
+        ({"identity": {"weights": "these"}}, r"seed \(7 there, nothing here\)"),
+        ({"shape": (15,)}, r"shape \(\(3, 5\) there, \(15,\) here\)"),
+        ({"dtype": "fp16"}, r"dtype \(int8 there, fp16 here\)"),
+        ({"rows": 17}, r"rows \(18 there, 17 here\)"),
+        ({"labelled": False}, r"labelled \(True there, False here\)"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_other_table_is_refused_and_kept(folder, tmp_path, changes, difference):
+    before, other = contents(folder), layout_of(**changes)
+    with pytest.raises(CacheError, match=f"holds a cache that differs in {difference}. Choose another folder, or"):
+        fill(folder, other, resume=True)
+    with pytest.raises(CacheError, match=r"holds a cache\. Open it, continue or repair it with `resume=True`"):
+        fill(folder)
+    assert contents(folder) == before
+    if changes == {"shape": (15,)}:  # a row of one number has no tokens to quantise
+        return
+    fill(folder, other, overwrite=True)
+    fill(tmp_path / "alone", other)
+    assert contents(folder) == contents(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "features.npy", "00000.safetensors"])
+def test_folder_with_other_files_is_refused_and_kept(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(CacheError, match=rf"holds other files \({name}\)\. Choose an empty folder"):
+            fill(tmp_path, **options)
+    assert contents(tmp_path) == {name: b"mine"} and not (tmp_path / LOCK).exists()
+    with pytest.raises(CacheError, match="is a file. Choose a folder"):
+        fill(tmp_path / name)
+
+
+def test_identity_of_another_program_is_kept(tmp_path):
+    (tmp_path / "identity.json").write_text('{"name": "an app"}')
+    with pytest.raises(CacheError, match=r"identity\.json: damaged"):
+        fill(tmp_path, overwrite=True)
+
+
+def test_complete_table_is_resumed_without_a_write(folder, monkeypatch):
+    """Its disk can be read-only, and it may have been copied without its lock."""
+    before = contents(folder)
+    (folder / LOCK).unlink()
+    for name in ("locked", "replace_text", "_write"):
+        monkeypatch.setattr(writer_module, name, lambda *arguments, **options: pytest.fail("the folder was written"))
+    assert fill(folder, resume=True) == [] and contents(folder) == before and not (folder / LOCK).exists()
+
+
+def test_second_writer_is_refused_or_waits(folder, tmp_path):
+    """One that waits then finds the table complete."""
+    written: list[Any] = []
+    second = threading.Thread(
+        target=lambda: written.append(fill(tmp_path / "new", resume=True, wait=True)), daemon=True
+    )
+    with TableWriter(tmp_path / "new", layout_of()) as writer:
+        with pytest.raises(CacheError, match="in use by another process. Wait for it, or choose another folder"):
+            fill(tmp_path / "new", resume=True)
+        second.start()
+        second.join(0.1)
+        assert second.is_alive()
+        writer.write(0, features_of(writer.layout), labels_of(writer.layout))
+    second.join(60)
+    assert written == [[]] and contents(tmp_path / "new") == contents(folder)
