@@ -31,7 +31,7 @@ class ConvertedRows {
       if constexpr (std::is_same_v<T, A>)
         row = data;
       else
-        convert_row(buffer, data, 1.0f, W_);
+        convert_row(buffer, data, W_);
     });
     return row;
   }
@@ -44,7 +44,7 @@ class ConvertedRows {
       using T = decltype(type);
       T* row = rows_.mutable_data_ptr<T>() + r * W_;
       if constexpr (!std::is_same_v<T, A>)
-        convert_row(row, buffer, 1.0f, W_);
+        convert_row(row, buffer, W_);
       else if (row != buffer)
         std::copy(buffer, buffer + W_, row);
     });

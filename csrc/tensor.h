@@ -50,8 +50,8 @@ Tensor allocated(const F& allocate) {
     throw std::runtime_error(std::string("skipkernels: can't allocate memory for a tensor (") + error.what() + ")");
   }
 }
-inline Tensor make_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type, bool pin_memory = false) {
-  return allocated([&] { return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, pin_memory); });
+inline Tensor make_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  return allocated([&] { return torch::stable::empty(sizes, type); });
 }
 inline Tensor make_empty_like(const Tensor& tensor) {
   return allocated([&] { return torch::stable::empty_like(tensor); });

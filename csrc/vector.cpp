@@ -59,11 +59,10 @@ SKIPKERNELS_INLINE void store_unit_row_gradient_body(T* d_x, const A* d_unit, A 
 }
 
 template <class Out, class In>
-SKIPKERNELS_INLINE void convert_row_body(Out* out, const In* x, float scale, int64_t n) {
-  using A = accumulate_t<In>;
+SKIPKERNELS_INLINE void convert_row_body(Out* out, const In* x, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i)
-    out[i] = narrow<Out>(accumulate_t<Out>(widen(x[i]) * A(scale)));
+    out[i] = narrow<Out>(accumulate_t<Out>(widen(x[i])));
 }
 
 // J rows of b against all rows of a: the rows of b, which may be many, are read once.
@@ -191,9 +190,9 @@ DEFINE_FEATURE_LOOPS(double, double)
 DEFINE_FEATURE_LOOPS(BFloat16, float)
 DEFINE_FEATURE_LOOPS(Half, float)
 
-#define DEFINE_CONVERSION(Out, In)                                              \
-  MULTIVERSION void convert_row(Out* out, const In* x, float scale, int64_t n) { \
-    convert_row_body(out, x, scale, n);                                          \
+#define DEFINE_CONVERSION(Out, In)                                \
+  MULTIVERSION void convert_row(Out* out, const In* x, int64_t n) { \
+    convert_row_body(out, x, n);                                    \
   }
 
 SKIPKERNELS_FOR_CONVERSIONS(DEFINE_CONVERSION)

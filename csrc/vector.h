@@ -24,12 +24,12 @@ SKIPKERNELS_DECLARE_FEATURE_LOOPS(BFloat16, float);
 SKIPKERNELS_DECLARE_FEATURE_LOOPS(Half, float);
 #undef SKIPKERNELS_DECLARE_FEATURE_LOOPS
 
-// out = x · scale, from any type to a different one; int8 as input only.
-#define SKIPKERNELS_FOR_CONVERSIONS(F)                                                             \
-  F(float, int8_t) F(float, BFloat16) F(float, Half) F(float, double) F(BFloat16, int8_t)          \
-  F(BFloat16, float) F(BFloat16, Half) F(BFloat16, double) F(Half, int8_t) F(Half, float)          \
-  F(Half, BFloat16) F(Half, double) F(double, int8_t) F(double, float) F(double, BFloat16) F(double, Half)
-#define SKIPKERNELS_DECLARE_CONVERSION(Out, In) void convert_row(Out* out, const In* x, float scale, int64_t n);
+// out = x, from any type to a different one.
+#define SKIPKERNELS_FOR_CONVERSIONS(F)                                                          \
+  F(float, BFloat16) F(float, Half) F(float, double) F(BFloat16, float) F(BFloat16, Half)       \
+  F(BFloat16, double) F(Half, float) F(Half, BFloat16) F(Half, double) F(double, float)         \
+  F(double, BFloat16) F(double, Half)
+#define SKIPKERNELS_DECLARE_CONVERSION(Out, In) void convert_row(Out* out, const In* x, int64_t n);
 SKIPKERNELS_FOR_CONVERSIONS(SKIPKERNELS_DECLARE_CONVERSION)
 #undef SKIPKERNELS_DECLARE_CONVERSION
 

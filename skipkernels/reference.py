@@ -24,7 +24,6 @@ __all__ = [
     "class_sampled_logits",
     "class_scores",
     "contrastive_loss",
-    "gather_rows",
     "mlp_activation",
     "pairwise_sigmoid",
     "pairwise_sigmoid_loss",
@@ -263,28 +262,6 @@ def pooled_attention_and_lse(
         visible = visible[:, None, None]
     out, lse = _attention(query[:, None], key, value, visible, scale)
     return out.squeeze(1), lse.squeeze(1)
-
-
-@torch.no_grad()
-def gather_rows(
-    rows: Tensor,
-    index: Tensor,
-    token_scale: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    pin_memory: bool = False,
-) -> Tensor:
-    """Gather rows of a feature store into a batch, dequantised, see `functional.gather_rows`."""
-    quantised = rows.dtype == torch.int8
-    if quantised != (token_scale is not None):
-        raise ValueError(
-            f"gather_rows: token_scale must be given for int8 rows and only for them; got rows of {rows.dtype} "
-            f"{'without' if quantised else 'with'} token_scale."
-        )
-    out = rows.index_select(0, index)
-    if token_scale is not None:
-        out = out * token_scale.index_select(0, index).unsqueeze(-1)
-    out = out.to(dtype or (torch.float32 if quantised else rows.dtype))
-    return out.pin_memory() if pin_memory else out
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ OPERATORS = (
     "rotary_embedding",
     "shared_prefix_attention",
     "pooled_attention",
-    "gather_rows",
     "sgd_momentum_",
 )
 
@@ -65,5 +64,5 @@ def _on_cuda(name: str) -> Backend:
     return Backend("Triton", reason, registration.definitions[name].fallback_cases)
 
 
-for _name in OPERATORS:
+for _name in (*OPERATORS, "packed_layout"):
     importlib.import_module(f"{__name__}.{_name.rstrip('_')}")

@@ -54,32 +54,29 @@ class Gradients(NamedTuple):
     sums: Tensor
 
 
-class Saved(NamedTuple):
-    """Tensors that backward reads besides the gradients; the bias only if it recomputes normed."""
+class Backward(NamedTuple):
+    """Arguments of `add_layer_norm_backward`, in the order of its schema."""
 
+    d_normed: Tensor  # [..., W]
+    d_hidden: Tensor | None  # [..., W]
     hidden: Tensor  # [..., W]
     mean: Tensor  # [...], for RMSNorm [0]
     rstd: Tensor  # [...]
     weight: Tensor  # [W]
-    bias: Tensor | None  # [W]
-
-
-class Needs(NamedTuple):
-    """Results that backward computes."""
-
-    x: bool
-    weight: bool
-    bias: bool
-    sums: bool  # Σ d_hidden and Σ d_x
+    bias: Tensor | None  # [W]; only if normed is computed again
+    need_x: bool
+    need_weight: bool
+    need_bias: bool
+    need_sums: bool  # Σ d_hidden and Σ d_x
     partial: bool  # partial sums in place of sums over all rows, on a GPU
     cast: torch.dtype | None  # second dtype of d_x
-    normed: bool = False
+    need_normed: bool = False
 
-
-def _unpack(rest: tuple[Any, ...]) -> tuple[Saved, Needs]:
-    """Group the arguments of backward that follow d_normed and d_hidden."""
-    saved, needs = Saved(*rest[:5]), Needs(*rest[5:])
-    return saved, needs._replace(normed=needs.normed or saved.bias is not None)
+    @classmethod
+    def of(cls, *arguments: Any) -> Backward:
+        """Name the arguments of a call."""
+        call = cls(*arguments)
+        return call._replace(need_normed=call.need_normed or call.bias is not None)
 
 
 @triton.jit
@@ -302,30 +299,29 @@ def _blocks(R: int, W: int) -> tuple[int, int]:
     return blocks_of_rows(R, _backward_tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
 
 
-def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gradients:
-    saved, needs = _unpack(rest)
-    hidden, mean, rstd, weight, bias = saved
-    if hidden.dtype == torch.float64:  # and d_normed is not: the registration falls back by the dtype of d_normed
-        return _fallback_backward(d_normed, d_hidden, *rest)
-    W, R, device = hidden.shape[-1], rstd.numel(), hidden.device
+def _launch_backward(*arguments: Any) -> Gradients:
+    call = Backward.of(*arguments)
+    if call.hidden.dtype == torch.float64:  # and d_normed is not: the registration falls back by the dtype of d_normed
+        return _fallback_backward(*arguments)
+    W, R, device = call.hidden.shape[-1], call.rstd.numel(), call.hidden.device
     P, rows = _blocks(R, W)
-    out = _outputs(d_normed, saved, needs)
-    SUMS = 4 if needs.sums else 2 if needs.weight or needs.bias or needs.partial else 0
-    sums = out.sums if needs.partial else torch.empty(P, SUMS * W, dtype=torch.float32, device=device)  # [P, SUMS · W]
+    out = _outputs(call)
+    SUMS = 4 if call.need_sums else 2 if call.need_weight or call.need_bias or call.partial else 0
+    sums = out.sums if call.partial else torch.empty(P, SUMS * W, dtype=torch.float32, device=device)  # [P, SUMS · W]
     launch(
         _add_layer_norm_bwd_rows_kernel,
         (P,),
         device=device,
-        d_normed_ptr=d_normed.contiguous(),
-        d_hidden_ptr=_contiguous(d_hidden),
-        hidden_ptr=hidden.contiguous(),
-        mean_ptr=mean.contiguous() if mean.numel() else None,
-        rstd_ptr=rstd.contiguous(),
-        weight_ptr=weight.contiguous(),
-        bias_ptr=_contiguous(bias),
-        d_x_ptr=out.d_x if needs.x else None,
-        d_x_cast_ptr=None if needs.cast is None else out.d_x_cast,
-        normed_ptr=out.normed if needs.normed else None,
+        d_normed_ptr=call.d_normed.contiguous(),
+        d_hidden_ptr=_contiguous(call.d_hidden),
+        hidden_ptr=call.hidden.contiguous(),
+        mean_ptr=call.mean.contiguous() if call.mean.numel() else None,
+        rstd_ptr=call.rstd.contiguous(),
+        weight_ptr=call.weight.contiguous(),
+        bias_ptr=_contiguous(call.bias),
+        d_x_ptr=out.d_x if call.need_x else None,
+        d_x_cast_ptr=None if call.cast is None else out.d_x_cast,
+        normed_ptr=out.normed if call.need_normed else None,
         sums_ptr=sums if SUMS else None,
         R=R,
         rows=rows,
@@ -333,17 +329,17 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
         SUMS=SUMS,
         **_backward_tile(W),
     )
-    if SUMS and not needs.partial:
+    if SUMS and not call.partial:
         launch(
             _add_layer_norm_bwd_sums_kernel,
             (triton.cdiv(W, BLOCK_COLUMNS), SUMS),
             device=device,
             num_warps=4,
             sums_ptr=sums,
-            d_weight_ptr=out.d_weight if needs.weight else None,
-            d_bias_ptr=out.d_bias if needs.bias else None,
-            d_hidden_sum_ptr=out.d_hidden_sum if needs.sums else None,
-            d_x_sum_ptr=out.d_x_sum if needs.sums else None,
+            d_weight_ptr=out.d_weight if call.need_weight else None,
+            d_bias_ptr=out.d_bias if call.need_bias else None,
+            d_hidden_sum_ptr=out.d_hidden_sum if call.need_sums else None,
+            d_x_sum_ptr=out.d_x_sum if call.need_sums else None,
             P=P,
             W=W,
             SUMS=SUMS,
@@ -353,24 +349,24 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
     return out
 
 
-def _outputs(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
+def _outputs(call: Backward) -> Gradients:
     """Allocate the results: [0] where not needed, since an operator cannot return None."""
-    hidden, _, rstd, weight, _ = saved
+    hidden, weight = call.hidden, call.weight
 
     def empty(like: Tensor, need: bool, dtype: torch.dtype | None = None) -> Tensor:
         return like.new_empty(like.shape if need else 0, dtype=dtype)
 
     W = hidden.shape[-1]
-    sums_shape = (_blocks(hidden.numel() // W, W)[0], (4 if needs.sums else 2) * W) if needs.partial else 0
+    sums_shape = (_blocks(hidden.numel() // W, W)[0], (4 if call.need_sums else 2) * W) if call.partial else 0
     return Gradients(
-        d_x=empty(hidden, needs.x),
-        d_weight=empty(weight, needs.weight and not needs.partial),
-        d_bias=empty(weight, needs.bias and not needs.partial),
-        d_x_cast=empty(hidden, needs.cast is not None, needs.cast),
-        normed=empty(hidden, needs.normed, d_normed.dtype),
-        d_hidden_sum=empty(weight, needs.sums and not needs.partial),
-        d_x_sum=empty(weight, needs.sums and not needs.partial),
-        sums=rstd.new_empty(sums_shape),
+        d_x=empty(hidden, call.need_x),
+        d_weight=empty(weight, call.need_weight and not call.partial),
+        d_bias=empty(weight, call.need_bias and not call.partial),
+        d_x_cast=empty(hidden, call.cast is not None, call.cast),
+        normed=empty(hidden, call.need_normed, call.d_normed.dtype),
+        d_hidden_sum=empty(weight, call.need_sums and not call.partial),
+        d_x_sum=empty(weight, call.need_sums and not call.partial),
+        sums=call.rstd.new_empty(sums_shape),
     )
 
 
@@ -398,10 +394,11 @@ def _affine(unit: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return scaled if bias is None else scaled + bias.to(unit.dtype)
 
 
-def _fallback_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gradients:
+def _fallback_backward(*arguments: Any) -> Gradients:
     # Not autograd of the reference: backward receives the statistics instead of eps.
-    (hidden, mean, rstd, weight, bias), needs = _unpack(rest)
-    dtype, cast = rstd.dtype, needs.cast
+    call = Backward.of(*arguments)
+    d_normed, d_hidden, hidden, mean, rstd, weight, bias, *_ = call
+    dtype, cast, needs = rstd.dtype, call.cast, (call.need_x, call.need_weight, call.need_bias)
     hidden_wide, d_normed_wide, rstd = hidden.to(dtype).contiguous(), d_normed.to(dtype).contiguous(), rstd[..., None]
 
     def unit() -> Tensor:
@@ -417,18 +414,18 @@ def _fallback_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) ->
             rstd,
             weight.to(dtype),
             torch.zeros_like(weight, dtype=dtype),
-            needs[:3],
+            needs,
         )
     else:  # RMSNorm; or no rows
         g = d_normed_wide * weight.to(dtype)
-        d_x = (g - unit() * (g * unit()).mean(dim=-1, keepdim=True)) * rstd if needs.x else None
-        terms = (d_normed_wide * unit(), needs.weight), (d_normed_wide, needs.bias)
+        d_x = (g - unit() * (g * unit()).mean(dim=-1, keepdim=True)) * rstd if call.need_x else None
+        terms = (d_normed_wide * unit(), call.need_weight), (d_normed_wide, call.need_bias)
         d_weight, d_bias = (x.flatten(0, -2).sum(dim=0) if need else None for x, need in terms)
     if d_x is not None and d_hidden is not None:
         d_x = d_x + d_hidden
 
     def column_sum(x: Tensor | None) -> Tensor | None:
-        return x.to(dtype).flatten(0, -2).sum(dim=0) if needs.sums and x is not None else None
+        return x.to(dtype).flatten(0, -2).sum(dim=0) if call.need_sums and x is not None else None
 
     def result(x: Tensor | None, like: torch.dtype) -> Tensor:
         return hidden.new_empty(0, dtype=like) if x is None else x.to(like)
@@ -438,7 +435,7 @@ def _fallback_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) ->
         d_weight=result(d_weight, weight.dtype),
         d_bias=result(d_bias, weight.dtype),
         d_x_cast=result(None if cast is None else d_x, cast or hidden.dtype),
-        normed=result(_affine(unit(), weight, bias) if needs.normed else None, d_normed.dtype),
+        normed=result(_affine(unit(), weight, bias) if call.need_normed else None, d_normed.dtype),
         d_hidden_sum=result(column_sum(d_hidden), weight.dtype),
         d_x_sum=result(column_sum(d_x), weight.dtype),
         sums=rstd.new_empty(0),
@@ -460,31 +457,11 @@ def _fake(
     return hidden, x.new_empty(x.shape, dtype=dtype or x.dtype), mean, rstd
 
 
-def _fake_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gradients:
-    saved, needs = _unpack(rest)
+def _fake_backward(*arguments: Any) -> Gradients:
+    call = Backward.of(*arguments)
     # The C++ kernel and the fallback ignore `partial`.
-    uses_triton = saved.hidden.device.type != "cpu" and saved.hidden.dtype != torch.float64
-    return _outputs(d_normed, saved, needs._replace(partial=needs.partial and uses_triton))
-
-
-add_layer_norm = registration.define(
-    "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType? dtype,"
-    " bool rms=False)"
-    " -> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
-    fallback=_fallback,
-    fake=_fake,
-    launch=_launch,
-)
-add_layer_norm_backward = registration.define(
-    "add_layer_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor mean, Tensor rstd, Tensor weight,"
-    " Tensor? bias, bool need_x, bool need_weight, bool need_bias, bool need_sums, bool partial, ScalarType? cast,"
-    " bool need_normed=False)"
-    " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_x_cast, Tensor normed, Tensor d_hidden_sum,"
-    " Tensor d_x_sum, Tensor sums)",
-    fallback=_fallback_backward,
-    fake=_fake_backward,
-    launch=_launch_backward,
-)
+    uses_triton = call.hidden.device.type != "cpu" and call.hidden.dtype != torch.float64
+    return _outputs(call._replace(partial=call.partial and uses_triton))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -504,12 +481,31 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: No
         return d_hidden, d_hidden if cast is None or d_hidden is None else d_hidden.to(cast)
     if weight is None:
         weight = mean.new_ones(hidden.shape[-1])
-    saved = Saved(hidden, mean, rstd, weight, bias=None)
-    needs = Needs(need_x or need_residual, need_weight, need_bias, sums=False, partial=False, cast=cast)
-    d_x, d_weight, d_bias, d_x_cast, *_ = add_layer_norm_backward(d_normed, d_hidden, *saved, *needs)
+    call = Backward(
+        d_normed, d_hidden, hidden, mean, rstd, weight, None, need_x or need_residual, need_weight, need_bias,
+        need_sums=False, partial=False, cast=cast,
+    )  # fmt: skip
+    d_x, d_weight, d_bias, d_x_cast, *_ = add_layer_norm_backward(*call)
     return d_x, d_x if cast is None else d_x_cast, d_weight, d_bias
 
 
-registration.differentiate(add_layer_norm, _backward, _save)
-registration.refuse_double_backward(add_layer_norm_backward, instead="skipkernels.reference")
-registration.autocast_features(add_layer_norm, features=2)
+add_layer_norm = registration.define(
+    "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType? dtype,"
+    " bool rms=False)"
+    " -> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
+    fallback=_fallback,
+    fake=_fake,
+    launch=_launch,
+    backward=registration.Gradient(_save, _backward),
+    cast=2,
+)
+add_layer_norm_backward = registration.define(
+    "add_layer_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor mean, Tensor rstd, Tensor weight,"
+    " Tensor? bias, bool need_x, bool need_weight, bool need_bias, bool need_sums, bool partial, ScalarType? cast,"
+    " bool need_normed=False)"
+    " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_x_cast, Tensor normed, Tensor d_hidden_sum,"
+    " Tensor d_x_sum, Tensor sums)",
+    fallback=_fallback_backward,
+    fake=_fake_backward,
+    launch=_launch_backward,
+)

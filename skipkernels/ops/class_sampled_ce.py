@@ -18,6 +18,7 @@ d_z_bk/(|x_b| |t_k|) at a time, which the BLAS library multiplies with the rows 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -35,51 +36,54 @@ GROUP = 8  # tiles of images that are computed for one tile of classes before th
 
 REDUCTIONS = ("mean", "sum", "none")  # an index in the schemas, since strings leak memory in the stable ABI
 
-# Schema of the fields of `Options`.
 _OPTIONS = "Tensor? class_ids, Tensor? class_weight, float label_smoothing, int ignore_index, int reduction"
 
 
-class Options(NamedTuple):
-    """Options of the forward and the backward operator."""
+class Forward(NamedTuple):
+    """Arguments of the operator, in the order of its schema."""
 
-    class_ids: Tensor | None
-    class_weight: Tensor | None
+    image: Tensor  # [B, D]
+    text: Tensor  # [C, D]
+    labels: Tensor  # [B]
+    logit_scale: Tensor
+    class_ids: Tensor | None  # [K]
+    class_weight: Tensor | None  # [C]
     label_smoothing: float
     ignore_index: int
     reduction: int
+    keep_image: bool
+    keep_text: bool
+    keep_logit_scale: bool
 
-    def classes(self, text: Tensor) -> int:
-        """Number of sampled rows."""
-        return (text if self.class_ids is None else self.class_ids).shape[0]
 
+class Backward(NamedTuple):
+    """Arguments of the backward operator, in the order of its schema."""
 
-class Saved(NamedTuple):
-    """Tensors that the kernels of backward read."""
-
-    image: Tensor
-    text: Tensor
-    labels: Tensor
+    d_loss: Tensor  # [] or [B]
+    image: Tensor  # [B, D]
+    text: Tensor  # [C, D]
+    labels: Tensor  # [B]
     logit_scale: Tensor
-    lse: Tensor
-    image_norm: Tensor
-    text_norm: Tensor
+    lse: Tensor  # [B]
+    image_norm: Tensor  # [B]
+    text_norm: Tensor  # [K]
+    denominator: Tensor
+    kept_image: Tensor  # of the C++ kernel
+    kept_text: Tensor
+    kept_logit_scale: Tensor
+    class_ids: Tensor | None  # [K]
+    class_weight: Tensor | None  # [C]
+    label_smoothing: float
+    ignore_index: int
+    reduction: int
+    need_image: bool
+    need_text: bool
+    need_logit_scale: bool
 
-    def with_contiguous_rows(self) -> Saved:
-        """Copy image and text if their rows are not contiguous."""
-        return self._replace(image=with_contiguous_rows(self.image), text=with_contiguous_rows(self.text))
 
-
-class Needs(NamedTuple):
-    """Gradients to compute or, in forward, to keep for backward."""
-
-    image: bool
-    text: bool
-    logit_scale: bool
-
-
-def _unpack(rest: tuple[Any, ...]) -> tuple[Saved, Tensor, Options, Needs]:
-    """Group the arguments of the backward operator after d_loss, leaving out `kept_…`."""
-    return Saved(*rest[:7]), rest[7], Options(*rest[11:16]), Needs(*rest[16:])
+def _kept(call: Forward | Backward) -> int:
+    """Return K, the number of sampled rows."""
+    return (call.text if call.class_ids is None else call.class_ids).shape[0]
 
 
 @triton.jit
@@ -400,41 +404,34 @@ def _class_sampled_ce_bwd_logits_kernel(
         tl.store(d_scale_ptr + place, tl.sum(tl.sum(d_logits * cosine, axis=1), axis=0))
 
 
-def _launch_splits(
-    image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, options: Options
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Launch `_class_sampled_ce_fwd_kernel`; return the norms of the rows, and the arguments of a combining kernel."""
-    image, text = with_contiguous_rows(image), with_contiguous_rows(text)
-    B, C, K, device = image.shape[0], text.shape[0], options.classes(text), image.device
-    common, smooth = _arguments(labels, logit_scale, options), options.label_smoothing != 0
-    total_weight = common.pop("total_weight_ptr")
-
+def _launch(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Forward(*arguments)
+    image, text = with_contiguous_rows(call.image), with_contiguous_rows(call.text)
+    B, C, K, device = image.shape[0], text.shape[0], _kept(call), image.device
+    reduction, smooth = REDUCTIONS[call.reduction], call.label_smoothing != 0
+    # 1. Softmax of each split of the classes
     blocks = blocks_for(B, image.dtype, device)
     b_blocks, tiles = triton.cdiv(B, blocks.BLOCK_B), triton.cdiv(K, blocks.BLOCK_K)
     split_tiles = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b_blocks)))
     splits = triton.cdiv(tiles, split_tiles)
 
+    common = _common(call)
+    total_weight = common.pop("total_weight_ptr")
     measure, image_norm, text_norm = unit_rows.norms_for(image, text, common["class_ids_ptr"])
     # [4 or 5, splits, B]: top, sum, target, found, and weighted with smoothing
     partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)
-    arguments = dict(common, partial_ptr=partial, stride_partial=splits * B, SMOOTH=smooth, B=B, K=K, C=C)
+    common |= dict(partial_ptr=partial, stride_partial=splits * B, SMOOTH=smooth, B=B, K=K, C=C)
     launch(
         _class_sampled_ce_fwd_kernel,
         (b_blocks, splits),
         device=device,
         **blocks._asdict(),
         **cosine_arguments(image, text, image_norm, text_norm),
-        **arguments,
+        **common,
         MEASURE=measure,
         SPLIT=split_tiles * blocks.BLOCK_K,
     )
-    return image_norm, text_norm, dict(arguments, total_weight_ptr=total_weight, splits=splits, BLOCK=BLOCK_COMBINE)
-
-
-def _launch(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    options, keep = Options(*rest[:5]), Needs(*rest[5:])
-    B, K, device, reduction = image.shape[0], options.classes(text), image.device, REDUCTIONS[options.reduction]
-    image_norm, text_norm, arguments = _launch_splits(image, text, labels, logit_scale, options)
+    # 2. Loss, from the splits
     loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)  # [B] or []
     lse = torch.empty(B, dtype=torch.float64, device=device)
     denominator = torch.empty((), dtype=torch.float32, device=device)
@@ -444,48 +441,47 @@ def _launch(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *r
         device=device,
         num_warps=4,
         debug=True,
-        **arguments,
+        **common,
+        total_weight_ptr=total_weight,
         loss_ptr=loss,
         lse_ptr=lse,
         denominator_ptr=denominator,
-        label_smoothing=options.label_smoothing,
-        ignore_index=options.ignore_index,
+        splits=splits,
+        label_smoothing=call.label_smoothing,
+        ignore_index=call.ignore_index,
         REDUCTION=reduction,
+        BLOCK=BLOCK_COMBINE,
     )
-    return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, K, keep)
+    return loss, lse, image_norm, text_norm, denominator, *_unwritten(call, loss)
 
 
-def _launch_gradients(
-    d_loss: Tensor | None, saved: Saved, options: Options, needs: Needs, *upstream: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of image, text and logit_scale, times a factor and over a divisor (`upstream`).
-
-    d_loss is [B], or None for 1.
-    """
-    saved = saved.with_contiguous_rows()
-    image, text, logit_scale = saved.image, saved.text, saved.logit_scale
-    sums = _launch_sums(d_loss, saved, options, needs)
-    d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
-    if needs.image:
-        d_image = unit_rows.through_unit_norm(image, None, sums[0], logit_scale, *upstream)
-    if needs.text:
-        ids = None if options.class_ids is None else options.class_ids.contiguous()
-        d_text = unit_rows.through_unit_norm(text, ids, sums[1], logit_scale, *upstream)
-    if needs.logit_scale:
-        d_logit_scale = unit_rows.total_of(sums[2], torch.empty_like(logit_scale), *upstream)
+def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Backward(*arguments)
+    call = call._replace(image=with_contiguous_rows(call.image), text=with_contiguous_rows(call.text))
+    # A single d_loss is a factor of the sums, over the divisor of the mean.
+    upstream = () if REDUCTIONS[call.reduction] == "none" else (call.d_loss, call.denominator)
+    image_sums, text_sums, scale_parts = _launch_sums(call)
+    d_image, d_text, d_logit_scale = (inputs.new_empty(0) for inputs in (call.image, call.text, call.logit_scale))
+    if call.need_image:
+        d_image = unit_rows.through_unit_norm(call.image, None, image_sums, call.logit_scale, *upstream)
+    if call.need_text:
+        ids = None if call.class_ids is None else call.class_ids.contiguous()
+        d_text = unit_rows.through_unit_norm(call.text, ids, text_sums, call.logit_scale, *upstream)
+    if call.need_logit_scale:
+        d_logit_scale = unit_rows.total_of(scale_parts, torch.empty_like(call.logit_scale), *upstream)
     return d_image, d_text, d_logit_scale
 
 
-def _launch_sums(d_loss: Tensor | None, saved: Saved, options: Options, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """Compute fp32 Σ_k G_bk t_k [B, D], Σ_b G_bk x_b [K, D] (see unit_rows.py), and parts of d_logit_scale."""
-    image, text = saved.image, saved.text
-    B, K, device = image.shape[0], options.classes(text), image.device
-    blocks = blocks_for(B, image.dtype, device)
+    B, K, device = call.image.shape[0], _kept(call), call.image.device
+    blocks = blocks_for(B, call.image.dtype, device)
     panels = Panels.of(B, K, blocks)
     # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
-    new = torch.zeros if needs.logit_scale else torch.empty
-    d_scale = new(panels.number if needs.logit_scale else 0, panels.tiles, dtype=torch.float32, device=device)
-    common = _arguments(saved.labels, saved.logit_scale, options)
+    new = torch.zeros if call.need_logit_scale else torch.empty
+    d_scale = new(panels.number if call.need_logit_scale else 0, panels.tiles, dtype=torch.float32, device=device)
+    common = _common(call)
+    d_loss = call.d_loss if REDUCTIONS[call.reduction] == "none" else None  # of each image
 
     def write(number: int, images: slice, factors: Tensor | None) -> None:
         count = images.stop - images.start
@@ -495,93 +491,86 @@ def _launch_sums(d_loss: Tensor | None, saved: Saved, options: Options, needs: N
             device=device,
             **blocks._asdict(),
             **{**common, "labels_ptr": common["labels_ptr"][images]},
-            **cosine_arguments(image[images], text, saved.image_norm[images], saved.text_norm),
+            **cosine_arguments(call.image[images], call.text, call.image_norm[images], call.text_norm),
             d_loss_ptr=None if d_loss is None else d_loss[images],
-            lse_ptr=saved.lse[images],
+            lse_ptr=call.lse[images],
             factors_ptr=factors,
-            d_scale_ptr=d_scale[number] if needs.logit_scale else None,
+            d_scale_ptr=d_scale[number] if call.need_logit_scale else None,
             B=count,
             K=K,
             stride_d_loss=0 if d_loss is None else d_loss.stride(0),
             stride_factors=K,
             GROUP=GROUP,
-            label_smoothing=options.label_smoothing,
-            ignore_index=options.ignore_index,
+            label_smoothing=call.label_smoothing,
+            ignore_index=call.ignore_index,
         )
 
     sampled = None
-    if needs.image:
-        sampled = text if options.class_ids is None else text.index_select(0, options.class_ids)
-    return *unit_rows.sums_by_panels(image, sampled, K, panels, needs, write), d_scale.flatten()
+    if call.need_image:
+        sampled = call.text if call.class_ids is None else call.text.index_select(0, call.class_ids)
+    needs = call.need_image, call.need_text
+    return *unit_rows.sums_by_panels(call.image, sampled, K, panels, needs, write), d_scale.flatten()
 
 
-def _arguments(labels: Tensor, logit_scale: Tensor, options: Options) -> dict[str, Any]:
-    class_ids, class_weight, total_weight = options.class_ids, options.class_weight, None
+def _common(call: Forward | Backward) -> dict[str, Any]:
+    """Arguments of the kernels of forward and backward."""
+    class_weight, total_weight = call.class_weight, None
     if class_weight is not None:
         class_weight = class_weight.float().contiguous()
-        if options.label_smoothing:
-            total_weight = (class_weight if class_ids is None else class_weight[class_ids]).sum()
+        if call.label_smoothing:
+            total_weight = (class_weight if call.class_ids is None else class_weight[call.class_ids]).sum()
     return dict(
-        labels_ptr=labels.contiguous(),
-        logit_scale_ptr=logit_scale,
-        class_ids_ptr=None if class_ids is None else class_ids.contiguous(),
+        labels_ptr=call.labels.contiguous(),
+        logit_scale_ptr=call.logit_scale,
+        class_ids_ptr=None if call.class_ids is None else call.class_ids.contiguous(),
         class_weight_ptr=class_weight,
         total_weight_ptr=total_weight,
     )
 
 
-def _launch_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    saved, denominator, options, needs = _unpack(rest)
-    if REDUCTIONS[options.reduction] == "none":
-        return _launch_gradients(d_loss, saved, options, needs)
-    return _launch_gradients(None, saved, options, needs, d_loss, denominator)
+def _reference(call: Forward | Backward, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Compute the loss in plain PyTorch, with the options of a call."""
+    options = call.class_ids, call.class_weight, call.label_smoothing, call.ignore_index, REDUCTIONS[call.reduction]
+    return reference.class_sampled_ce(image, text, call.labels, logit_scale, *options)
 
 
-def _fallback(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    options, keep = Options(*rest[:5]), Needs(*rest[5:])
-    class_ids, class_weight, _, ignore_index, _ = options
-    reduction = REDUCTIONS[options.reduction]
-    loss = reference.class_sampled_ce(image, text, labels, logit_scale, *options[:4], reduction)
-    lse = reference.widened(reference.class_sampled_logits(image, text, logit_scale, class_ids)).logsumexp(dim=1)
-    image_norm, text_norm = unit_rows.reference_norms(image, text, class_ids)
+def _fallback(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Forward(*arguments)
+    loss = _reference(call, call.image, call.text, call.logit_scale)
+    logits = reference.class_sampled_logits(call.image, call.text, call.logit_scale, call.class_ids)
+    lse = reference.widened(logits).logsumexp(dim=1)
+    image_norm, text_norm = unit_rows.reference_norms(call.image, call.text, call.class_ids)
     denominator = loss.new_ones(())
-    if reduction == "mean":
-        weight = image_norm.new_ones(text.shape[0]) if class_weight is None else class_weight.to(loss.dtype)
-        ignored = labels == ignore_index
-        denominator = weight[labels.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
-    return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, len(text_norm), keep)
+    if REDUCTIONS[call.reduction] == "mean":
+        weight = image_norm.new_ones(len(call.text)) if call.class_weight is None else call.class_weight.to(loss.dtype)
+        ignored = call.labels == call.ignore_index
+        denominator = weight[call.labels.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
+    return loss, lse, image_norm, text_norm, denominator, *_unwritten(call, loss)
 
 
-def _fallback_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    saved, _, options, needs = _unpack(rest)
-
-    def forward(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-        reduction = REDUCTIONS[options.reduction]
-        return reference.class_sampled_ce(image, text, saved.labels, logit_scale, *options[:4], reduction)
-
-    return registration.reference_gradients(forward, (saved.image, saved.text, saved.logit_scale), needs, d_loss)
+def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Backward(*arguments)
+    needs = call.need_image, call.need_text, call.need_logit_scale
+    inputs = call.image, call.text, call.logit_scale
+    return registration.reference_gradients(functools.partial(_reference, call), inputs, needs, call.d_loss)
 
 
-def _check(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> None:
-    options = Options(*rest[:5])
-    check_sample("class_sampled_ce", text, labels, logit_scale, options.class_ids, options.ignore_index, "ignore_index")
-
-
-def check_sample(
-    name: str, text: Tensor, labels: Tensor, logit_scale: Tensor, class_ids: Tensor | None, absent: int, meaning: str
-) -> None:
-    """Raise ValueError for values that the C++ kernels refuse; `absent` is the label of images without a row."""
-    C = text.shape[0]
-    if not logit_scale.isfinite().item():
-        raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale.item()}.")
-    if class_ids is not None:
-        unit_rows.check_class_ids(name, class_ids, C)
-    labels = labels[labels != absent]
+def _check(*arguments: Any) -> None:
+    """Raise ValueError for values that the C++ kernel refuses."""
+    call, name = Forward(*arguments), "class_sampled_ce"
+    C = call.text.shape[0]
+    if not call.logit_scale.isfinite().item():
+        raise ValueError(f"{name}: logit_scale must be finite; got {call.logit_scale.item()}.")
+    if call.class_ids is not None:
+        unit_rows.check_class_ids(name, call.class_ids, C)
+    labels = call.labels[call.labels != call.ignore_index]
     wrong = labels[(labels < 0) | (labels >= C)]
     if wrong.numel() > 0:
-        raise ValueError(f"{name}: labels must be rows of text, 0 to {C - 1}, or {meaning} ({absent}); got {wrong[0]}.")
-    if class_ids is not None:
-        missing = labels[~torch.isin(labels, class_ids)]
+        raise ValueError(
+            f"{name}: labels must be rows of text, 0 to {C - 1}, or ignore_index ({call.ignore_index}); got {wrong[0]}."
+        )
+    if call.class_ids is not None:
+        missing = labels[~torch.isin(labels, call.class_ids)]
         if missing.numel() > 0:
             raise ValueError(
                 f"{name}: labels must be among class_ids; got {missing[0]}. "
@@ -589,39 +578,32 @@ def check_sample(
             )
 
 
-def _fake(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    options, keep = Options(*rest[:5]), Needs(*rest[5:])
-    B, K = image.shape[0], options.classes(text)
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    loss = image.new_empty((B,) if REDUCTIONS[options.reduction] == "none" else (), dtype=dtype)
-    lse = image.new_empty(B, dtype=reference.accumulation_dtype(image.device))
-    return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *_unwritten(loss, image, K, keep)
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Forward(*arguments)
+    B, K = call.image.shape[0], _kept(call)
+    dtype = torch.promote_types(call.image.dtype, torch.float32)
+    loss = call.image.new_empty((B,) if REDUCTIONS[call.reduction] == "none" else (), dtype=dtype)
+    lse = call.image.new_empty(B, dtype=reference.accumulation_dtype(call.image.device))
+    return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *_unwritten(call, loss)
 
 
-def _unwritten(loss: Tensor, image: Tensor, K: int, keep: Needs) -> tuple[Tensor, Tensor, Tensor]:
-    B, D = image.shape
+def _unwritten(call: Forward, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate `kept_…`, in the dtype of the loss."""
+    B, D = call.image.shape
     return (
-        loss.new_empty(B if keep.image else 0, D),
-        loss.new_empty(K if keep.text else 0, D),
-        loss.new_empty(int(keep.logit_scale), dtype=reference.accumulation_dtype(loss.device)),
+        loss.new_empty(B if call.keep_image else 0, D),
+        loss.new_empty(_kept(call) if call.keep_text else 0, D),
+        loss.new_empty(int(call.keep_logit_scale), dtype=reference.accumulation_dtype(loss.device)),
     )
 
 
-def _fake_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    saved, _, _, needs = _unpack(rest)
-    return registration.gradients_like((saved.image, saved.text, saved.logit_scale), needs)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Backward(*arguments)
+    return registration.gradients_like(
+        (call.image, call.text, call.logit_scale), (call.need_image, call.need_text, call.need_logit_scale)
+    )
 
 
-class_sampled_ce = registration.define(
-    f"class_sampled_ce(Tensor image, Tensor text, Tensor labels, Tensor logit_scale, {_OPTIONS},"
-    " bool keep_image, bool keep_text, bool keep_logit_scale)"
-    " -> (Tensor loss, Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
-    " Tensor kept_image, Tensor kept_text, Tensor kept_logit_scale)",
-    fallback=_fallback,
-    launch=_launch,
-    check=_check,
-    fake=_fake,
-)
 class_sampled_ce_backward = registration.define(
     "class_sampled_ce_backward(Tensor d_loss, Tensor image, Tensor text, Tensor labels, Tensor logit_scale,"
     " Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
@@ -632,26 +614,15 @@ class_sampled_ce_backward = registration.define(
     launch=_launch_backward,
     fake=_fake_backward,
 )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, labels, logit_scale, class_ids, class_weight, *options = inputs
-    ctx.options = options[:3]
-    _, *statistics = output
-    ctx.mark_non_differentiable(*statistics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(image, text, labels, logit_scale, *statistics, class_ids, class_weight)
-
-
-def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if d_loss is None:
-        return ()
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    saved = ctx.saved_tensors
-    d_image, d_text, d_logit_scale = class_sampled_ce_backward(d_loss, *saved, *ctx.options, *needs)
-    return d_image, d_text, None, d_logit_scale
-
-
-registration.differentiate(class_sampled_ce, _backward, _save)
-registration.refuse_double_backward(class_sampled_ce_backward, instead="skipkernels.reference.class_sampled_ce")
-registration.autocast_features(class_sampled_ce, features=2)
+class_sampled_ce = registration.define(
+    f"class_sampled_ce(Tensor image, Tensor text, Tensor labels, Tensor logit_scale, {_OPTIONS},"
+    " bool keep_image, bool keep_text, bool keep_logit_scale)"
+    " -> (Tensor loss, Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
+    " Tensor kept_image, Tensor kept_text, Tensor kept_logit_scale)",
+    fallback=_fallback,
+    launch=_launch,
+    check=_check,
+    fake=_fake,
+    backward=class_sampled_ce_backward,
+    cast=2,
+)

@@ -8,8 +8,6 @@ of the scale, Σ d_z_bk · cosine_bk, recomputes the cosines.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -116,12 +114,13 @@ def _launch_backward(
     image_norm: Tensor,
     text_norm: Tensor,
     class_ids: Tensor | None,
-    *needs: bool,
+    need_image: bool,
+    need_text: bool,
+    need_logit_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
     class_ids = None if class_ids is None else class_ids.contiguous()
     d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
-    need_image, need_text, need_logit_scale = needs
     if need_image or need_text:
         image_divisor, text_divisor = (norm.clamp_min(reference.UNIT_NORM_EPS) for norm in (image_norm, text_norm))
         factors = (d_logits / image_divisor[:, None] / text_divisor).to(unit_rows.factors_dtype(image.dtype))  # [B, K]
@@ -165,16 +164,18 @@ def _fallback_backward(
     image_norm: Tensor,
     text_norm: Tensor,
     class_ids: Tensor | None,
-    *needs: bool,
+    need_image: bool,
+    need_text: bool,
+    need_logit_scale: bool,
 ) -> tuple[Tensor, ...]:
     d_image, d_text = registration.reference_gradients(
         lambda image, text: reference.class_sampled_logits(image, text, logit_scale, class_ids),
         (image, text),
-        needs[:2],
+        (need_image, need_text),
         d_logits,
     )
     d_logit_scale = logit_scale.new_empty(0)
-    if needs[2]:  # autograd of the reference sums in fp32
+    if need_logit_scale:  # autograd of the reference sums in fp32
         cosine = reference.class_sampled_logits(image, text, 1.0, class_ids)
         d_logit_scale = _d_logit_scale(d_logits, cosine, logit_scale)
     return d_image, d_text, d_logit_scale
@@ -188,19 +189,21 @@ def _fake(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | 
 
 
 def _fake_backward(
-    d_logits: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, *rest: Any
+    d_logits: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    image_norm: Tensor,
+    text_norm: Tensor,
+    class_ids: Tensor | None,
+    need_image: bool,
+    need_text: bool,
+    need_logit_scale: bool,
 ) -> tuple[Tensor, ...]:
-    return registration.gradients_like((image, text, logit_scale), rest[-3:])
+    needs = need_image, need_text, need_logit_scale
+    return registration.gradients_like((image, text, logit_scale), needs)
 
 
-class_sampled_logits = registration.define(
-    "class_sampled_logits(Tensor image, Tensor text, Tensor logit_scale, Tensor? class_ids)"
-    " -> (Tensor logits, Tensor image_norm, Tensor text_norm)",
-    fallback=_fallback,
-    fake=_fake,
-    launch=_launch,
-    check=_check,
-)
 class_sampled_logits_backward = registration.define(
     "class_sampled_logits_backward(Tensor d_logits, Tensor image, Tensor text, Tensor logit_scale,"
     " Tensor image_norm, Tensor text_norm, Tensor? class_ids, bool need_image, bool need_text, bool need_logit_scale)"
@@ -209,22 +212,13 @@ class_sampled_logits_backward = registration.define(
     fake=_fake_backward,
     launch=_launch_backward,
 )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, logit_scale, class_ids = inputs
-    _, *norms = output
-    ctx.mark_non_differentiable(*norms)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(image, text, logit_scale, *norms, class_ids)
-
-
-def _backward(ctx: Any, d_logits: Tensor | None, *_: None) -> tuple[Tensor, ...]:
-    if d_logits is None:
-        return ()
-    return class_sampled_logits_backward(d_logits, *ctx.saved_tensors, *ctx.needs_input_grad[:3])
-
-
-registration.differentiate(class_sampled_logits, _backward, _save)
-registration.refuse_double_backward(class_sampled_logits_backward, instead="skipkernels.reference.class_sampled_logits")
-registration.autocast_features(class_sampled_logits, features=2)
+class_sampled_logits = registration.define(
+    "class_sampled_logits(Tensor image, Tensor text, Tensor logit_scale, Tensor? class_ids)"
+    " -> (Tensor logits, Tensor image_norm, Tensor text_norm)",
+    fallback=_fallback,
+    fake=_fake,
+    launch=_launch,
+    check=_check,
+    backward=class_sampled_logits_backward,
+    cast=2,
+)

@@ -142,9 +142,8 @@ class_scores = registration.define(
     fake=_fake,
     launch=_launch,
     check=_check,
+    cast=2,
 )
-registration.not_differentiable(class_scores)
-registration.autocast_features(class_scores, features=2)
 
 
 # ---- classes at ranks ------------------------------------------------------------------------------------------------
@@ -267,4 +266,3 @@ classes_at_ranks = registration.define(
     launch=_launch_ranks,
     fallback_cases=f"fp64, and more than {MOST_RANKED:,} classes",
 )
-registration.not_differentiable(classes_at_ranks)

@@ -286,9 +286,6 @@ def _fake_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *ne
     )
 
 
-mlp_activation = registration.define(
-    "mlp_activation(Tensor x, Tensor? bias, int kind) -> Tensor out", fallback=_fallback, fake=_fake, launch=_launch
-)
 mlp_activation_backward = registration.define(
     "mlp_activation_backward(Tensor d_out, Tensor x, Tensor? bias, int kind, bool need_x, bool need_bias,"
     " bool need_out, bool partial) -> (Tensor d_x, Tensor d_bias, Tensor out, Tensor sums)",
@@ -296,18 +293,11 @@ mlp_activation_backward = registration.define(
     fake=_fake_backward,
     launch=_launch_backward,
 )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, ctx.kind = inputs
-    ctx.save_for_backward(x, bias)
-
-
-def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
-    need_x, need_bias, _ = ctx.needs_input_grad
-    return mlp_activation_backward(d_out, *ctx.saved_tensors, ctx.kind, need_x, need_bias, False, False)[:2]
-
-
-registration.differentiate(mlp_activation, _backward, _save)
-registration.refuse_double_backward(mlp_activation_backward, instead="skipkernels.reference.mlp_activation")
-registration.autocast_features(mlp_activation, features=1)
+mlp_activation = registration.define(
+    "mlp_activation(Tensor x, Tensor? bias, int kind) -> Tensor out",
+    fallback=_fallback,
+    fake=_fake,
+    launch=_launch,
+    backward=mlp_activation_backward,
+    cast=1,
+)

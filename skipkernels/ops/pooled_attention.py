@@ -203,9 +203,11 @@ def _launch_backward(
     lse: Tensor,
     lengths: Tensor | None,
     scale: float,
-    *needs: bool,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
 ) -> tuple[Tensor, ...]:
-    B, H, E = query.shape
+    (B, H, E), needs = query.shape, (need_query, need_key, need_value)
     if E > MAX_WIDTH:
         return _fallback_backward(d_out, query, key, value, out, lse, lengths, scale, *needs)
     d_query, d_key, d_value = registration.gradients_like((query, key, value), needs)
@@ -221,9 +223,9 @@ def _launch_backward(
         d_query_ptr=d_query,
         d_key_ptr=d_key,
         d_value_ptr=d_value,
-        NEED_QUERY=needs[0],
-        NEED_KEY=needs[1],
-        NEED_VALUE=needs[2],
+        NEED_QUERY=need_query,
+        NEED_KEY=need_key,
+        NEED_VALUE=need_value,
     )
     return d_query, d_key, d_value
 
@@ -276,31 +278,39 @@ def _fallback_backward(
     lse: Tensor,
     lengths: Tensor | None,
     scale: float,
-    *needs: bool,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
 ) -> tuple[Tensor, ...]:
     return registration.reference_gradients(
-        lambda q, k, v: reference.pooled_attention(q, k, v, lengths, scale), (query, key, value), needs, d_out
+        lambda q, k, v: reference.pooled_attention(q, k, v, lengths, scale),
+        (query, key, value),
+        (need_query, need_key, need_value),
+        d_out,
     )
 
 
-def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     lse_dtype = reference.accumulation_dtype(query.device)
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=lse_dtype)
 
 
-def _fake_backward(d_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return registration.gradients_like(rest[:3], rest[-3:])
+def _fake_backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+) -> tuple[Tensor, ...]:
+    return registration.gradients_like((query, key, value), (need_query, need_key, need_value))
 
 
-pooled_attention = registration.define(
-    "pooled_attention(Tensor query, Tensor key, Tensor value, Tensor? lengths, float scale)"
-    " -> (Tensor out, Tensor lse)",
-    fallback=_fallback,
-    fake=_fake,
-    launch=_launch,
-    check=_check,
-    fallback_cases=f"fp64, heads of more than {MAX_WIDTH}",
-)
 pooled_attention_backward = registration.define(
     "pooled_attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
     " Tensor? lengths, float scale, bool need_query, bool need_key, bool need_value)"
@@ -309,22 +319,14 @@ pooled_attention_backward = registration.define(
     fake=_fake_backward,
     launch=_launch_backward,
 )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, lengths, ctx.scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, out, lse, lengths)
-
-
-def _backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor, ...]:
-    if d_out is None:
-        return ()
-    return pooled_attention_backward(d_out, *ctx.saved_tensors, ctx.scale, *ctx.needs_input_grad[:3])
-
-
-registration.differentiate(pooled_attention, _backward, _save)
-registration.refuse_double_backward(pooled_attention_backward, instead="skipkernels.reference.pooled_attention")
-registration.autocast_features(pooled_attention, features=3)
+pooled_attention = registration.define(
+    "pooled_attention(Tensor query, Tensor key, Tensor value, Tensor? lengths, float scale)"
+    " -> (Tensor out, Tensor lse)",
+    fallback=_fallback,
+    fake=_fake,
+    launch=_launch,
+    check=_check,
+    fallback_cases=f"fp64, heads of more than {MAX_WIDTH}",
+    backward=pooled_attention_backward,
+    cast=3,
+)

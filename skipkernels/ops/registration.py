@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _build
@@ -36,6 +38,13 @@ def _accept(*args: Any) -> None:
     """Check nothing."""
 
 
+class Gradient(NamedTuple):
+    """Gradient of an operator: `save(ctx, inputs, output)`, and `backward(ctx, *d_outputs)` for its inputs."""
+
+    save: Callable[..., None]
+    backward: Callable[..., Any]
+
+
 def define(
     schema: str,
     *,
@@ -44,6 +53,8 @@ def define(
     launch: Callable[..., Any],
     check: Callable[..., None] = _accept,
     fallback_cases: str = "fp64",
+    backward: torch._ops.OpOverload | Gradient | None = None,
+    cast: int = 0,
 ) -> torch._ops.OpOverload:
     """Define an operator, to be called with positional arguments.
 
@@ -51,6 +62,10 @@ def define(
     `launch` computes them with Triton kernels, except for fp64 and the calls that `fallback_cases` describes. `check`
     raises ValueError for values of CPU tensors that the C++ kernel refuses. On a GPU it would be a host sync: the
     kernels have device-side assertions.
+
+    `backward` is the operator that computes the gradients, and its schema says what is saved: see `gradient_by_names`.
+    Without it the results are constants to autograd, and the gradient of an operator NAME_backward is an error. Under
+    autocast the first `cast` arguments are cast.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -76,7 +91,78 @@ def define(
         _library.impl(name, launch_or_fall_back, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     definitions[name] = Definition(check_and_fall_back, launch_or_fall_back, check, fallback_cases)
+    _register_autograd(operator, backward)
+    if cast:
+        _autocast(operator, cast)
+    if any(argument.alias_info and argument.alias_info.is_write for argument in operator._schema.arguments):
+        _increment_versions(operator)
     return operator
+
+
+def _register_autograd(operator: torch._ops.OpOverload, backward: torch._ops.OpOverload | Gradient | None) -> None:
+    if backward is None and operator._opname.endswith("_backward"):
+        backward = Gradient(lambda ctx, inputs, output: None, partial(_refuse_double_backward, operator._opname))
+    if backward is None:  # a constant to autograd, at no cost per call
+        _library.impl(operator._opname, torch.library.fallthrough_kernel, "Autograd")
+        return
+    differentiate(operator, backward if isinstance(backward, Gradient) else gradient_by_names(operator, backward))
+
+
+def _refuse_double_backward(name: str, *_: Any) -> NoReturn:
+    """Raise an error; without a gradient, that of a gradient would be a wrong zero."""
+    raise RuntimeError(
+        f"{name}: the gradient of a gradient is not implemented. Call backward without create_graph, or use "
+        "skipkernels.reference, which is plain PyTorch."
+    )
+
+
+def gradient_by_names(operator: torch._ops.OpOverload, backward: torch._ops.OpOverload) -> Gradient:
+    """Return the gradient of an operator by another one, from the names in the schemas of both.
+
+    An argument of `backward` is saved if it has the name of an argument or a result of the operator. `d_NAME` is the
+    gradient of the result NAME, the only one of the operator that has a gradient; `need_NAME` is true if the argument
+    NAME requires one; any other flag is false. A result `d_NAME` of `backward` is the gradient of the argument NAME.
+    """
+    arguments, results = ([x.name for x in xs] for xs in (operator._schema.arguments, operator._schema.returns))
+    place = {name: i for i, name in enumerate([*arguments, *results])}
+    upstream, saved, options, needs, flags = range(5)  # where backward finds an argument
+    plan: list[tuple[int, int]] = []  # for each argument of backward, where, and its index there
+    kept: dict[int, list[int]] = {saved: [], options: []}  # places of what is saved
+    differentiable = -1
+    for argument in backward._schema.arguments:
+        name, of = argument.name, argument.name.partition("_")[2]
+        if name in place:
+            where = saved if "Tensor" in str(argument.type) else options
+            plan.append((where, len(kept[where])))
+            kept[where].append(place[name])
+        elif name == f"d_{of}" and of in results:
+            differentiable = results.index(of)
+            plan.append((upstream, differentiable))
+        elif name == f"need_{of}" and of in arguments:
+            plan.append((needs, arguments.index(of)))
+        else:
+            assert str(argument.type) == "bool", f"{backward._opname}: {name} is no name in {operator._schema}"
+            plan.append((flags, 0))
+    names = [x.name.removeprefix("d_") for x in backward._schema.returns]
+    order = [names.index(name) if name in names else None for name in arguments]  # None: no gradient
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        values = (*inputs, *outputs)
+        ctx.mark_non_differentiable(*(x for i, x in enumerate(outputs) if i != differentiable))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(values[i] for i in kept[saved]))
+        ctx.options = [values[i] for i in kept[options]]
+
+    def backward_of(ctx: Any, *d_results: Tensor | None) -> Sequence[Tensor | None]:
+        if d_results[differentiable] is None:
+            return ()
+        sources = d_results, ctx.saved_tensors, ctx.options, ctx.needs_input_grad, (False,)
+        found = backward(*(sources[where][i] for where, i in plan))
+        found = found if isinstance(found, tuple) else (found,)
+        return [None if i is None else found[i] for i in order]
+
+    return Gradient(save, backward_of)
 
 
 def has_cpp(name: str) -> bool:
@@ -114,17 +200,16 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+def differentiate(operator: torch._ops.OpOverload, gradient: Gradient) -> None:
     """Register the gradient of an operator, as `torch.library.register_autograd` does for more schemas at more cost.
 
     A call of an operator that copies four numbers takes 37 µs instead of 56 µs with a gradient recorded, and 112 µs
     instead of 146 µs with its backward (torch 2.13, one core of an AMD EPYC, least of 15 runs).
 
-    `setup` takes (ctx, arguments, results) and saves what backward needs. `backward` takes (ctx, gradients of the
-    results) and returns gradients of the first arguments; those that are not needed are dropped. The operator must not
-    take lists of tensors that require grad.
+    Its `backward` returns gradients of the first arguments; those that are not needed are dropped. The operator must
+    not take lists of tensors that require grad.
     """
-    arity = len(operator._schema.arguments)
+    arity, (save, backward) = len(operator._schema.arguments), gradient
 
     def all_gradients(ctx: Any, *upstream: Any) -> list[Any]:
         # Called within autocast, the matrix products of Triton's path and of the fallback would be rounded to 16 bits.
@@ -143,7 +228,7 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
     if not available:
         name = f"{NAMESPACE}::{operator._opname}"
         register = torch.library.register_autograd
-        register(name, lambda *args: tuple(all_gradients(*args)), setup_context=setup, lib=_library)
+        register(name, lambda *args: tuple(all_gradients(*args)), setup_context=save, lib=_library)
         return
 
     class Differentiated(torch.autograd.Function):
@@ -152,7 +237,7 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
             *inputs, keyset = args
             with torch._C._AutoDispatchBelowAutograd():
                 output = operator.redispatch(keyset & below, *inputs)
-            setup(ctx, tuple(inputs), output)
+            save(ctx, tuple(inputs), output)
             return output
 
         @staticmethod
@@ -224,24 +309,7 @@ def reference_gradients(
     return tuple(gradients)
 
 
-def refuse_double_backward(operator: torch._ops.OpOverload, instead: str) -> None:
-    """Make the gradient of a backward operator an error; unregistered, it would be a wrong zero."""
-
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(
-            f"{operator._opname}: the gradient of a gradient is not implemented. Call backward without "
-            f"create_graph, or use {instead}, which is plain PyTorch."
-        )
-
-    differentiate(operator, backward, lambda ctx, inputs, output: None)
-
-
-def not_differentiable(operator: torch._ops.OpOverload) -> None:
-    """Make the results of an operator constants to autograd, at no cost per call."""
-    _library.impl(operator._opname, torch.library.fallthrough_kernel, "Autograd")
-
-
-def mutates(operator: torch._ops.OpOverload) -> None:
+def _increment_versions(operator: torch._ops.OpOverload) -> None:
     """Increment the versions of the arguments that an in-place operator writes."""
     arguments = operator._schema.arguments
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
@@ -256,7 +324,7 @@ def mutates(operator: torch._ops.OpOverload) -> None:
     _library.impl(operator._opname, increment_and_call, "ADInplaceOrView", with_keyset=True)
 
 
-def autocast_features(operator: torch._ops.OpOverload, features: int) -> None:
+def _autocast(operator: torch._ops.OpOverload, features: int) -> None:
     """Under autocast, cast the first `features` arguments except fp64; a logit scale of 100.3 would become 100.5."""
 
     def cast_and_call(*args: Any) -> Any:

@@ -115,14 +115,6 @@ def _fake(x: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool, in
     return x.new_empty(x.shape)
 
 
-rotary_embedding = registration.define(
-    "rotary_embedding(Tensor x, Tensor cos, Tensor sin, int heads, bool interleaved, bool inverse) -> Tensor out",
-    fallback=_fallback,
-    fake=_fake,
-    launch=_launch,
-)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, cos, sin, *ctx.options = inputs
     for name, x in (("cos", cos), ("sin", sin)):
@@ -138,5 +130,11 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
     return (rotary_embedding(d_out, *ctx.saved_tensors, heads, interleaved, not inverse),)
 
 
-registration.differentiate(rotary_embedding, _backward, _save)
-registration.autocast_features(rotary_embedding, features=1)
+rotary_embedding = registration.define(
+    "rotary_embedding(Tensor x, Tensor cos, Tensor sin, int heads, bool interleaved, bool inverse) -> Tensor out",
+    fallback=_fallback,
+    fake=_fake,
+    launch=_launch,
+    backward=registration.Gradient(_save, _backward),
+    cast=1,
+)

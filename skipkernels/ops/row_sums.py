@@ -128,4 +128,3 @@ def _fake(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 column_sums = registration.define(
     "column_sums(Tensor[] matrices, ScalarType dtype) -> Tensor sums", fallback=_fallback, fake=_fake, launch=_launch
 )
-registration.not_differentiable(column_sums)

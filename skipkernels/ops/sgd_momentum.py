@@ -296,7 +296,7 @@ def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "sgd_momentum_: a captured graph can only read tensors of an earlier call; got new addresses. Make "
-                    "the same call before the capture, or capture the training step with SkipCLIP.graphed."
+                    "the same call before the capture, or capture the training step with skipkernels.graphed."
                 )
             _write(table, on_host)
         while len(_tables) >= MAX_TABLES:
@@ -322,5 +322,3 @@ sgd_momentum_ = registration.define(
     fake=_fake,
     launch=_launch,
 )
-registration.not_differentiable(sgd_momentum_)
-registration.mutates(sgd_momentum_)

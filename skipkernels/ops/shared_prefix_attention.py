@@ -575,6 +575,12 @@ def _fake_backward(d_out: Tensor, packed: Tensor, *rest: Any) -> Tensor:
 
 _OPTIONS = "SymInt heads, SymInt prefix_length, Tensor? offsets, SymInt max_length, float scale"
 
+shared_prefix_attention_backward = registration.define(
+    f"shared_prefix_attention_backward(Tensor d_out, Tensor packed, Tensor lse, {_OPTIONS}) -> Tensor d_packed",
+    fallback=_fallback_backward,
+    fake=_fake_backward,
+    launch=_launch_backward,
+)
 shared_prefix_attention = registration.define(
     f"shared_prefix_attention(Tensor packed, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     fallback=_fallback,
@@ -582,32 +588,6 @@ shared_prefix_attention = registration.define(
     launch=_launch,
     check=_check,
     fallback_cases=f"fp64, heads wider than {MAX_E}",
+    backward=shared_prefix_attention_backward,
+    cast=1,
 )
-shared_prefix_attention_backward = registration.define(
-    f"shared_prefix_attention_backward(Tensor d_out, Tensor packed, Tensor lse, {_OPTIONS}) -> Tensor d_packed",
-    fallback=_fallback_backward,
-    fake=_fake_backward,
-    launch=_launch_backward,
-)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    packed, ctx.heads, ctx.prefix_length, offsets, ctx.max_length, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(packed, output[1], offsets)
-
-
-def _backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor, ...]:
-    if d_out is None:
-        return ()
-    packed, lse, offsets = ctx.saved_tensors
-    options = ctx.heads, ctx.prefix_length, offsets, ctx.max_length, ctx.scale
-    return (shared_prefix_attention_backward(d_out, packed, lse, *options),)
-
-
-registration.differentiate(shared_prefix_attention, _backward, _save)
-registration.refuse_double_backward(
-    shared_prefix_attention_backward, instead="skipkernels.reference.shared_prefix_attention"
-)
-registration.autocast_features(shared_prefix_attention, features=1)

@@ -72,7 +72,6 @@ def small_call(name: str) -> SmallCall:
             (),
             {"lengths": torch.tensor([3, 2])},
         ),
-        "gather_rows": ((), (randn(4, 2, 3), torch.tensor([0, 2])), {"out": randn(2, 2, 3)}),
         "sgd_momentum_": ((), (weight, [x.clone() for x in weight], [x.clone() for x in weight], 1e-9), {}),
     }
     functions = getattr(functional, name), getattr(reference, name, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skipkernels.ops.gather_rows import packed_layout
+from skipkernels.ops.packed_layout import packed_layout
 from tests.ops.conftest import GPU, INTERPRETED, Backend
 
 # There are no C++ kernels.
@@ -34,7 +34,7 @@ def test_more_classes_than_are_packed(backend: Backend, monkeypatch):
     class_ids, lengths = (x.to(backend.device) for x in (torch.tensor([0, 2, 5]), LENGTHS))
     arguments = class_ids, lengths.cumsum(0), lengths, 4, 300
     packed = packed_layout(*arguments)
-    monkeypatch.setattr("skipkernels.ops.gather_rows.MOST_PACKED", 2)
+    monkeypatch.setattr("skipkernels.ops.packed_layout.MOST_PACKED", 2)
     assert all(map(torch.equal, packed, packed_layout(*arguments)))
 
 

@@ -1,6 +1,8 @@
-"""Registration of gradients with and without the private names of torch._C, and direct calls of operators."""
+"""Registration of gradients: by the names in two schemas, and with and without the private names of torch._C."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -41,26 +43,66 @@ def test_integers_that_overflow_are_refused(backend: Backend, call, message):
         call()
 
 
+@pytest.fixture
+def library(monkeypatch) -> Iterator[None]:
+    """A library of its own for the operators of a test."""
+    with torch.library._scoped_library(registration.NAMESPACE, "FRAGMENT") as library:
+        monkeypatch.setattr(registration, "_library", library)
+        monkeypatch.setattr(registration, "definitions", dict(registration.definitions))
+        yield
+
+
+def define(schema: str, function, **options) -> torch._ops.OpOverload:
+    return registration.define(schema, fallback=function, fake=function, launch=function, **options)
+
+
 @pytest.mark.parametrize("hidden", [None, *registration.PRIVATE])
-def test_differentiate_works_without_private_names(hidden, monkeypatch):
-    name = f"twice_{hidden or 'with_all'}"
-    with torch.library._scoped_library(registration.NAMESPACE, "FRAGMENT") as library, monkeypatch.context() as patch:
-        patch.setattr(registration, "_library", library)
-        operator = registration.define(
-            f"{name}(Tensor x, Tensor factor, float unused) -> Tensor",
-            fallback=lambda x, factor, unused: 2 * x * factor,
-            fake=lambda x, factor, unused: torch.empty_like(x),
-            launch=lambda x, factor, unused: 2 * x * factor,
-        )
-        with patch.context() as hide:
-            if hidden is not None:
-                hide.delattr(torch._C, hidden)
-            registration.differentiate(
-                operator,
-                lambda ctx, d_out: (2 * d_out * ctx.saved_tensors[0], None),
-                lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
-            )
-        x, factor = torch.ones(3, requires_grad=True), torch.tensor([1.0, 2.0, 3.0])
-        operator(x, factor, 0.0).sum().backward()
-        assert torch.equal(x.grad, 2 * factor)
-        registration.definitions.pop(name)
+def test_differentiate_works_without_private_names(hidden, library, monkeypatch):
+    if hidden is not None:
+        monkeypatch.delattr(torch._C, hidden)
+    gradient = registration.Gradient(
+        lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+        lambda ctx, d_out: (2 * d_out * ctx.saved_tensors[0], None),
+    )
+    schema = f"twice_{hidden or 'with_all'}(Tensor x, Tensor factor, float unused) -> Tensor"
+    operator = define(schema, lambda x, factor, unused: 2 * x * factor, backward=gradient)
+    monkeypatch.undo()
+    x, factor = torch.ones(3, requires_grad=True), torch.tensor([1.0, 2.0, 3.0])
+    operator(x, factor, 0.0).sum().backward()
+    assert torch.equal(x.grad, 2 * factor)
+
+
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+def test_gradients_are_found_by_name(library, trained):
+    """Arguments in another order, options and results that are saved, and a flag that names nothing."""
+    calls = []
+
+    def backward(total, power, d_out, y, x, need_y, need_x, other):
+        calls.append((power, total, need_x, need_y, other))
+        return d_out * x**power, d_out * power * x ** (power - 1) * y
+
+    of_all = define(
+        "product_backward(Tensor total, int power, Tensor d_out, Tensor? y, Tensor x, bool need_y, bool need_x,"
+        " bool other) -> (Tensor d_y, Tensor d_x)",
+        backward,
+    )
+    operator = define(
+        "product(Tensor x, int power, Tensor? y) -> (Tensor total, Tensor out)",
+        lambda x, power, y: (x.sum(), x**power * y),
+        backward=of_all,
+    )
+    x, y = (torch.randn(3).requires_grad_(need) for need in trained)
+    total, out = operator(x, 3, y)
+    assert not total.requires_grad
+    leaves = [leaf for leaf in (x, y) if leaf.requires_grad]
+    for ours, right in zip(
+        torch.autograd.grad(out.sum(), leaves), torch.autograd.grad((x**3 * y).sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, right)
+    assert calls == [(3, total, *trained, False)]
+
+
+def test_an_unknown_name_is_refused(library):
+    of_all = define("half_backward(Tensor d_out, float scale) -> Tensor d_x", lambda d_out, scale: d_out)
+    with pytest.raises(AssertionError, match="half_backward: scale is no name in "):
+        define("half(Tensor x) -> Tensor out", lambda x: x / 2, backward=of_all)
