@@ -23,7 +23,7 @@ from ..digests import digest_tensors
 from ..options import Memory
 from . import attention
 from .block import FusedBlock, RowsCall, fuse_blocks
-from .fused_block import CAST_BYTES, SAVED_WIDTHS, Hidden, Rotary
+from .fused import Hidden, Rotary
 
 Part = nn.Module | nn.Parameter | None
 # Attributes in which modules of PyTorch, timm, open_clip and transformers hold their dropout rate.
@@ -67,18 +67,9 @@ class Tower(ABC):
     runs: int = 1  # Number of times that a step runs the blocks: once for each template of the prompts
     attention_backend: attention.AttentionBackend = attention.SDPA  # Attention of fused blocks. Set by SkipCLIP.
 
-    @property
-    @abstractmethod
-    def reductions(self) -> dict[str, Reduction]:
-        """The exact reductions of this tower by name, as they are now."""
-
     @abstractmethod
     def reference_forward(self, inputs: Tensor) -> Tensor:
         """Embeddings [n, D] computed by the caller's model, normalised or not."""
-
-    @abstractmethod
-    def embed(self, inputs: Tensor) -> Tensor:
-        """Map inputs to the hidden states in front of the first block."""
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Call one block as the caller's module."""
@@ -107,21 +98,19 @@ class Tower(ABC):
         ]
         return "; ".join(reasons) or None
 
-    def mask(self, inputs: Tensor) -> Tensor | None:
-        """Attention mask added to the logits, [1 or n, 1, tokens, tokens], or None."""
-        return None
-
     def rotary(self, device: torch.device) -> Rotary | None:
         """Rotary position embeddings of fused blocks, or None."""
         return None
 
-    def lower(self, inputs: Tensor) -> Tensor:
-        """Map inputs to the hidden states at the cut, in evaluation mode: no dropout, frozen batch norms."""
-        with evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)]):
-            hidden, mask = Hidden(self.embed(inputs)), self.mask(inputs)
-            rotary = self.rotary(hidden.stream.device)
-            for index in range(self.skip):
-                hidden = self._run_block(index, hidden, mask, rotary=rotary)
+    def _evaluating_lower(self) -> contextlib.AbstractContextManager[None]:
+        """Set evaluation mode below the cut: no dropout, frozen batch norms."""
+        return evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)])
+
+    def _run_lower(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
+        """Run the blocks below the cut over sequences."""
+        hidden, rotary = Hidden(embedded), self.rotary(embedded.device)
+        for index in range(self.skip):
+            hidden = self._run_block(index, hidden, mask, rotary=rotary)
         return hidden.sum()
 
     @property
@@ -237,6 +226,8 @@ class Tower(ABC):
             return False
         if self.memory != "auto" or not torch.is_grad_enabled():
             return self.memory == "min"
+        from .fused.forward import CAST_BYTES, SAVED_WIDTHS
+
         saved = hidden.numel() * hidden.element_size() * SAVED_WIDTHS
         if torch.is_autocast_enabled(hidden.device.type):
             saved += CAST_BYTES * hidden.shape[-1] ** 2
@@ -266,6 +257,7 @@ class ImageTower(Tower):
 
     @property
     def reductions(self) -> dict[str, Reduction]:
+        """The exact reductions of this tower by name, as they are now."""
         not_pooled = self.why_not_pooled or self.why_no_rows(len(self.blocks) - 1)
         return {
             "fused_block": Reduction.unless(self.why_not_fused()),
@@ -274,6 +266,15 @@ class ImageTower(Tower):
 
     def reference_forward(self, inputs: Tensor) -> Tensor:
         return self.model.encode_image(inputs)
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Map images [n, 3, height, width] to the hidden states in front of the first block."""
+
+    def lower(self, images: Tensor) -> Tensor:
+        """Map images [n, 3, height, width] to hidden states at the cut, in evaluation mode."""
+        with self._evaluating_lower():
+            return self._run_lower(self.embed(images), None)
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:

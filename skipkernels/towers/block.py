@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from ..checks import warn_caller
 from ..options import FusedMemory
 from . import attention
-from .fused_block import BlockSettings, FusableBlock, Hidden, Rotary, fused_block
+from .fused import BlockSettings, FusableBlock, Hidden, Rotary
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global{name}") for name in HOOKS]
@@ -196,16 +196,25 @@ class FusedBlock:
 
     def _run(self, hidden: Hidden, call: RowsCall) -> Hidden:
         """Run the block on rows [R, W]."""
-        weights, activation, eps, heads, rms = self._read()
-        dtype, device_type = weights.proj.dtype, hidden.stream.device.type
+        from .fused.node import fused_block  # importing the towers does not need it
+
+        read = self._read()
+        dtype, device_type = read.weights.proj.dtype, hidden.stream.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        attention_fn = partial(call.attention, heads=heads)
         settings = BlockSettings(
-            attention_fn, activation, eps, dtype, call.save_inputs_only, call.separate_queries, call.recompute_mlp,
-            heads, call.rotary, rms,
-        )  # fmt: skip
-        return fused_block(settings, hidden, weights, call.query_rows)
+            attention=partial(call.attention, heads=read.heads),
+            activation=read.activation,
+            eps=read.eps,
+            dtype=dtype,
+            save_inputs_only=call.save_inputs_only,
+            separate_queries=call.separate_queries,
+            recompute_mlp=call.recompute_mlp,
+            heads=read.heads,
+            rotary=call.rotary,
+            rms=read.rms,
+        )
+        return fused_block(settings, hidden, read.weights, call.query_rows)
 
     def _run_sequences(self, given: Sequences) -> Tensor:
         hidden, mask, causal, rotary = given

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..ops.registration import without_autocast
-from .fused_block import LowRankFactors
+from .fused import LowRankFactors
 
 
 class LowRankUpdate(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops.gather_rows import packed_layout
+from ..ops.packed_layout import packed_layout
 
 
 def shared_prefix_length(tokens: Tensor, pooled: Tensor, *, excludes_self: bool = False) -> int:
@@ -25,8 +25,8 @@ def reads_row_counts(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-class PackedPrompts:
-    """Prompts of all classes, int64 [C, L], and the layout of their hidden states as rows [R, W].
+class Prompts:
+    """One prompt of each class, int64 [C, L], and the layout of their hidden states as rows [R, W].
 
     With a shared prefix, the rows are those of the P = `prefix_length` tokens of the prefix, then those of each suffix
     up to its pooled token, at position `pooled` [C]. Without a shared prefix (P = 0), each class has the rows of its
@@ -37,10 +37,23 @@ class PackedPrompts:
         starts: int64 [C], the first of them.
         max_length: S, the largest of the lengths.
         row_count: R.
+        given_length: Number of tokens of the prompts before they were cropped.
+        not_cropped, not_shared: Why these reductions are not exact for the prompts, or None.
     """
 
-    def __init__(self, tokens: Tensor, pooled: Tensor, prefix_length: int, *, excludes_self: bool = False):
+    def __init__(
+        self,
+        tokens: Tensor,
+        pooled: Tensor,
+        prefix_length: int,
+        *,
+        excludes_self: bool = False,
+        given_length: int | None = None,
+        not_cropped: str | None = None,
+        not_shared: str | None = None,
+    ):
         self.tokens, self.pooled = tokens, pooled
+        self.given_length, self.not_cropped, self.not_shared = given_length, not_cropped, not_shared
         self.prefix_length, self.excludes_self = prefix_length, excludes_self
         # CoCa appends a token that has no token id.
         self.length = length = max(tokens.shape[1], int(pooled.max()) + 1)  # Number of tokens of a whole prompt
@@ -48,6 +61,7 @@ class PackedPrompts:
         self.starts = prefix_length + self.lengths.cumsum(0) - self.lengths  # [C]
         self.max_length, self.row_count = int(self.lengths.max()), prefix_length + int(self.lengths.sum())
         self.same_length = bool((self.lengths == self.max_length).all())  # True if all suffixes have S rows
+        # Bound of the rows of any K classes: those of the K longest suffixes.
         self._capacities = [prefix_length, *(prefix_length + self.lengths.sort(descending=True)[0].cumsum(0)).tolist()]
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -91,8 +105,8 @@ class SelectedPrompts:
         ends: int64 [K], row of the pooled token of each class; with a shared prefix.
     """
 
-    def __init__(self, prompts: PackedPrompts, class_ids: Tensor, exact: bool):
-        self._prompts, self.class_ids = prompts, class_ids
+    def __init__(self, prompts: Prompts, class_ids: Tensor, exact: bool):
+        self.prompts, self.class_ids = prompts, class_ids
         P, K = prompts.prefix_length, len(class_ids)
         if prompts.same_length:
             self.row_count = P + K * prompts.max_length
@@ -105,14 +119,24 @@ class SelectedPrompts:
         )
         self.offsets = None if prompts.same_length else offsets
 
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens [K, L] of these prompts."""
+        return self.prompts.tokens[self.class_ids]
+
+    @property
+    def pooled(self) -> Tensor:
+        """Positions [K] of their pooled tokens."""
+        return self.prompts.pooled[self.class_ids]
+
     def pack(self, hidden: Tensor) -> Tensor:
         """Pack hidden states [K, L, W] of these prompts into rows."""
-        P, (K, L, _) = self._prompts.prefix_length, hidden.shape
+        P, (K, L, _) = self.prompts.prefix_length, hidden.shape
         hidden = hidden.flatten(0, 1)  # [K · L, W]
         if not P:
             return hidden
         prompts = torch.arange(K, device=hidden.device)
-        lengths = self._prompts.lengths[self.class_ids]  # [K]
+        lengths = self.prompts.lengths[self.class_ids]  # [K]
         row_numbers, *_ = packed_layout(prompts, P + L * prompts, lengths, P, self.row_count)
         return hidden.index_select(0, row_numbers)  # [R, W]
 
@@ -121,11 +145,11 @@ class SelectedPrompts:
 
         Behind the pooled token the last row of the suffix is repeated; no token before attends to it.
         """
-        P, (K, W) = self._prompts.prefix_length, (len(self.class_ids), rows.shape[1])
+        P, (K, W) = self.prompts.prefix_length, (len(self.class_ids), rows.shape[1])
         if not P:
             return rows.view(K, -1, W)
-        suffix = torch.arange(self._prompts.length - P, device=rows.device)
-        first = self.ends - self._prompts.lengths[self.class_ids] + 1  # [K]
+        suffix = torch.arange(self.prompts.length - P, device=rows.device)
+        first = self.ends - self.prompts.lengths[self.class_ids] + 1  # [K]
         index = torch.minimum(first[:, None] + suffix, self.ends[:, None])  # [K, L - P]
         # The backward of `expand` adds the gradients of the prefix in a fixed order.
         prefix = rows[:P].expand(K, P, W)  # [K, P, W]

@@ -7,8 +7,7 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .base import ImageTower, UnsupportedModel
 from .text import TextTower
@@ -80,8 +79,8 @@ _WRAPPERS = {
 }
 
 
-def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[TextTower]]:
-    """Build the image tower of a model and a text tower for each template, with no blocks skipped.
+def build_towers(model: nn.Module) -> tuple[ImageTower, TextTower]:
+    """Build the image tower and the text tower of a model, with no blocks skipped.
 
     Raises:
         UnsupportedModel: If no adapter handles the model, with the reason.
@@ -101,15 +100,8 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[Tex
         remedy = "A wrapper or a derived class may compute something else, so it is not treated as one of these."
         remedy = next((text for package, text in _WRAPPERS.items() if name.startswith(package)), remedy)
         raise UnsupportedModel(f"SkipCLIP: model must be one of {', '.join(_HALVES)}; got {name}. {remedy}")
-    tokens = tokens.to(next(model.parameters()).device, torch.int64)
     visual, text = (model if half is None else getattr(model, half) for half in _HALVES[name])
-    image = _factory(visual, _IMAGE_TOWERS, "image")(model)
-    templates = tokens.unbind(1) if tokens.ndim == 3 else (tokens,)
-    first = _factory(text, _TEXT_TOWERS, "text")(model, templates[0])
-    texts = [first, *(first.with_prompts(prompts) for prompts in templates[1:])]
-    for tower in texts:
-        tower.runs = len(texts)
-    return image, texts
+    return _factory(visual, _IMAGE_TOWERS, "image")(model), _factory(text, _TEXT_TOWERS, "text")(model)
 
 
 def _type_name(module: nn.Module) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
-from collections.abc import Callable, Container
+from collections.abc import Container
 from functools import partial
 
 import torch
@@ -13,29 +12,21 @@ from torch import Tensor
 from . import attention
 from .base import Reduction, Tower, is_deterministic
 from .block import RowsCall, global_hooks
-from .fused_block import Hidden
-from .prompts import PackedPrompts, SelectedPrompts, shared_prefix_length
+from .fused import Hidden
+from .prompts import Prompts, SelectedPrompts, shared_prefix_length
 
 
 class TextTower(Tower):
-    """A tower over the prompts of the task's classes. The embedding of a prompt is computed from its pooled token.
+    """A tower over prompts. The embedding of a prompt is computed from its pooled token.
 
     Above the cut, tokens are rows: the prefix that all prompts share, once, then the suffix of each class.
     """
 
-    prompts: PackedPrompts  # Tokens of the prompts, cropped where that is exact, and the layout of their rows
-
     @abstractmethod
-    def read_prompts(self, tokens: Tensor) -> None:
-        """Set the prompts, int64 [C, L]: find the pooled tokens, and call `_set_prompts`."""
+    def read_prompts(self, tokens: Tensor) -> Prompts:
+        """Find the pooled token of each prompt, int64 [C, L], and the layout of their rows, by `_layout`."""
 
-    def with_prompts(self, tokens: Tensor) -> TextTower:
-        """Return a tower over other prompts, int64 [C, L], with the same modules, cut and settings."""
-        tower = copy.copy(self)
-        tower.read_prompts(tokens)
-        return tower
-
-    def _set_prompts(
+    def _layout(
         self,
         tokens: Tensor,
         pooled: Tensor,
@@ -44,22 +35,30 @@ class TextTower(Tower):
         not_cropped: str | None = None,
         visible_length: int | None = None,
         excludes_self: bool = False,
-    ) -> None:
-        """Set the prompts, and apply every reduction that is exact; the arguments `not_…` are reasons why one is not.
+    ) -> Prompts:
+        """Apply every reduction that is exact for these prompts; `not_…` are reasons why one is not.
 
         `visible_length` is the number of tokens that a pooled token can see; by default up to the last pooled token.
         """
+        given_length = tokens.shape[1]
         tokens = tokens if not_cropped else tokens[:, : visible_length or int(pooled.max()) + 1].contiguous()
         length = shared_prefix_length(tokens, pooled, excludes_self=excludes_self)
         not_shared = not_causal or (None if length else "the prompts begin with different tokens")
-        self.prompts = PackedPrompts(tokens, pooled, 0 if not_shared else length, excludes_self=excludes_self)
-        self._not_cropped, self._not_shared = not_cropped, not_shared
+        return Prompts(
+            tokens,
+            pooled,
+            0 if not_shared else length,
+            excludes_self=excludes_self,
+            given_length=given_length,
+            not_cropped=not_cropped,
+            not_shared=not_shared,
+        )
 
-    @property
-    def reductions(self) -> dict[str, Reduction]:
+    def reductions(self, prompts: Prompts) -> dict[str, Reduction]:
+        """The exact reductions of this tower over some prompts by name, as they are now."""
         reasons = {
-            "text_crop": self._not_cropped,
-            "shared_prefix": self._not_shared or self._why_not_shared(self._whole_blocks(0), len(self.blocks)),
+            "text_crop": prompts.not_cropped,
+            "shared_prefix": prompts.not_shared or self._why_not_shared(self._whole_blocks(0), len(self.blocks)),
             "fused_block": self.why_not_fused(),
             "pooled_last_block": self.why_no_rows(len(self.blocks) - 1),
         }
@@ -81,20 +80,6 @@ class TextTower(Tower):
                 return f"block {index} has backward hooks"
         return None
 
-    @property
-    def tokens(self) -> Tensor:
-        """Prompts of all classes, int64 [C, L]."""
-        return self.prompts.tokens
-
-    @property
-    def pooled(self) -> Tensor:
-        """Positions of the pooled tokens, int64 [C]."""
-        return self.prompts.pooled
-
-    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Move the tensors that are not in the model."""
-        self.prompts.apply(fn)
-
     def masks(self) -> list[Tensor | None]:
         """Masks of the model that determined the layout of the prompts."""
         return []
@@ -102,10 +87,19 @@ class TextTower(Tower):
     def reference_forward(self, inputs: Tensor) -> Tensor:
         return self.model.encode_text(inputs)
 
-    def mask(self, inputs: Tensor) -> Tensor | None:
-        """Causal mask; families may override it."""
-        length = inputs.shape[1]
-        return torch.full((1, 1, length, length), -torch.inf, device=inputs.device).triu(1)
+    @abstractmethod
+    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
+        """Map tokens [n, L], rows of some prompts, to the hidden states in front of the first block."""
+
+    def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
+        """Causal mask, added to the logits, [1 or n, 1, L, L]; families may override it."""
+        length = tokens.shape[1]
+        return torch.full((1, 1, length, length), -torch.inf, device=tokens.device).triu(1)
+
+    def lower(self, tokens: Tensor, prompts: Prompts) -> Tensor:
+        """Map tokens [n, L], rows of some prompts, to hidden states at the cut [n, L, W], in evaluation mode."""
+        with self._evaluating_lower():
+            return self._run_lower(self.embed(tokens, prompts), self.mask(tokens, prompts))
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
@@ -114,21 +108,21 @@ class TextTower(Tower):
     def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised."""
         whole = self._whole_blocks(self.skip)
-        if self.prompts.prefix_length and self._why_not_shared(whole, len(self.blocks) - self.skip) is None:
+        if selected.prompts.prefix_length and self._why_not_shared(whole, len(self.blocks) - self.skip) is None:
             return self.finish(self._run_suffixes(rows, selected, whole))
         return self.finish(self._run_whole_prompts(rows, selected))
 
     def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run every block over whole prompts; return hidden states [K, W] of the pooled tokens."""
         features = selected.unpack(rows)  # [K, L, W]
-        mask = self.mask(self.tokens[selected.class_ids])
+        mask = self.mask(selected.tokens, selected.prompts)
         depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
         pools = self.skip < depth and self.why_no_rows(depth - 1) is None
         hidden = Hidden(features)
         for index in range(self.skip, depth - pools):
             hidden = self._run_block(index, hidden, mask, save_inputs_only=save_inputs_only)
         n, length, _ = features.shape
-        prompts, positions = torch.arange(n, device=rows.device), self.pooled[selected.class_ids]  # [K] each
+        prompts, positions = torch.arange(n, device=rows.device), selected.pooled  # [K] each
         if not pools:
             return hidden.sum()[prompts, positions]
         if mask is not None:  # its row at each pooled token: [1 or K, 1, L, L] -> [K, L]
@@ -141,16 +135,16 @@ class TextTower(Tower):
 
         Blocks in `whole` run over whole prompts.
         """
-        depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(rows)
+        depth, save_inputs_only, prompts = len(self.blocks), self.saves_inputs_only(rows), selected.prompts
         if self.skip == depth:
             return rows[selected.ends]
         attention_fn = partial(
             attention.suffixes,
             backend=self.attention_backend,
-            prefix_length=self.prompts.prefix_length,
+            prefix_length=prompts.prefix_length,
             offsets=selected.offsets,
-            max_length=self.prompts.max_length,
-            excludes_self=selected.ends if self.prompts.excludes_self else None,
+            max_length=prompts.max_length,
+            excludes_self=selected.ends if prompts.excludes_self else None,
         )
         hidden = Hidden(rows)
         pools = depth - 1 not in whole
@@ -166,11 +160,11 @@ class TextTower(Tower):
 
     def _run_on_whole_prompts(self, index: int, hidden: Hidden, selected: SelectedPrompts) -> Hidden:
         """Run a block that is not fused over whole prompts, unpacked from rows and packed again."""
-        whole, mask = Hidden(selected.unpack(hidden.sum())), self.mask(self.tokens[selected.class_ids])
+        whole, mask = Hidden(selected.unpack(hidden.sum())), self.mask(selected.tokens, selected.prompts)
         return self._run_block(index, whole, mask, save_inputs_only=False).map(selected.pack)
 
 
-def representative_classes(text: TextTower) -> Tensor:
+def representative_classes(prompts: Prompts) -> Tensor:
     """Class ids [K] of the first and the last class, and of those with the shortest and the longest prompt."""
-    ends = text.pooled
+    ends = prompts.pooled
     return torch.unique(torch.stack([ends.new_zeros(()), ends.argmin(), ends.argmax(), ends.new_tensor(len(ends) - 1)]))

@@ -111,6 +111,13 @@ def test_fused_block_no_worse_than_own_forward_in_bf16(name):
         assert error <= max(3 * errors[0][key], 2**-8), key
 
 
+@pytest.mark.parametrize(("name", "widths"), {"no_biases": 10, "qk_norm": 13, "swiglu": 14}.items())
+def test_fused_block_saved_widths(name, widths):
+    """Multiples of W per token, as `SAVED_WIDTHS` says; the statistics of norms and attention are less than one."""
+    block, hidden = fused(make_block(name)), hidden_states()
+    assert saved_bytes(lambda: block(hidden)) // hidden.nbytes == widths
+
+
 @pytest.mark.parametrize("name", ["half_and_norm", "eva02", "no_biases"])
 def test_fused_block_computes_needed_gradients_only(name):
     everything = gradients(fused(make_block(name)), hidden_states())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base import Part
+from ..prompts import Prompts
 from .open_clip import OpenClipTextTower, padding_mask
 
 
@@ -24,53 +25,46 @@ class CoCaTextTower(OpenClipTextTower):
     def embedding(self) -> tuple[Part, ...]:
         return *super().embedding, self.text.cls_emb
 
-    def read_prompts(self, tokens: Tensor) -> None:
-        self._excludes_self = not self.text.correct_cls_mask
-        lengths, L = self._lengths(self.text.pad_id, tokens), tokens.shape[1]
-        self._position = L  # index of the class token's positional embedding
-        padding_last = (tokens != self.text.pad_id).equal(torch.arange(L, device=tokens.device) < lengths[:, None])
-        self._moved = padding_last and int(lengths.max()) + self._excludes_self <= L
-        super().read_prompts(tokens)
+    @property
+    def _excludes_self(self) -> bool:
+        return not self.text.correct_cls_mask
 
-    @staticmethod
-    def _lengths(pad_id: int, tokens: Tensor) -> Tensor:
+    def _lengths(self, tokens: Tensor) -> Tensor:
         """Number of tokens of each prompt [n] without padding."""
-        return (tokens != pad_id).sum(dim=1)
-
-    def _pooled_positions(self, tokens: Tensor) -> Tensor:
-        if not self._moved:
-            return tokens.new_full((len(tokens),), tokens.shape[1])
-        return self._lengths(self.text.pad_id, tokens) + self._excludes_self
+        return (tokens != self.text.pad_id).sum(dim=1)
 
     def _prompt_layout(self, tokens: Tensor) -> dict[str, Any]:
-        pooled = self._pooled_positions(tokens)
-        if self._moved:
+        lengths, L = self._lengths(tokens), tokens.shape[1]
+        padding_last = (tokens != self.text.pad_id).equal(torch.arange(L, device=tokens.device) < lengths[:, None])
+        if padding_last and int(lengths.max()) + self._excludes_self <= L:  # the class token can move
+            pooled = lengths + self._excludes_self
             return {"pooled": pooled, "visible_length": int(pooled.max()), "excludes_self": self._excludes_self}
         reason = "a prompt has padding in its middle (open_clip's padding is the token of '!'), or fills the context"
-        return {"pooled": pooled, "not_causal": reason, "not_cropped": reason}
+        return {"pooled": torch.full_like(lengths, L), "not_causal": reason, "not_cropped": reason}
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        prompts, token = super().embed(inputs), self.text.cls_emb + self.text.positional_embedding[self._position]
-        token = token.to(prompts.dtype).expand(len(prompts), 1, -1)
-        hidden = torch.cat([prompts, token], dim=1)
-        if not self._moved:
+    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
+        hidden = super().embed(tokens, prompts)
+        token = self.text.cls_emb + self.text.positional_embedding[prompts.given_length]
+        token = token.to(hidden.dtype).expand(len(hidden), 1, -1)
+        hidden = torch.cat([hidden, token], dim=1)
+        if prompts.not_cropped:
             return hidden
-        ends = self._pooled_positions(inputs)[:, None, None]
+        ends = (self._lengths(tokens) + self._excludes_self)[:, None, None]
         return hidden.scatter(1, ends.expand_as(token), token)
 
-    def mask(self, inputs: Tensor) -> Tensor | None:
-        if not self._moved:
-            return padding_mask(self.text, inputs)
-        length = inputs.shape[1] + 1
-        mask = self.text.attn_mask[None, None, :length, :length].to(inputs.device)
+    def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
+        if prompts.not_cropped:
+            return padding_mask(self.text, tokens)
+        length = tokens.shape[1] + 1
+        mask = self.text.attn_mask[None, None, :length, :length].to(tokens.device)
         if not self._excludes_self:
             return mask
-        ends = self._pooled_positions(inputs)
-        mask = mask.repeat(len(inputs), 1, 1, 1)
-        mask[torch.arange(len(inputs), device=mask.device), 0, ends, ends] = -torch.inf
+        ends = self._lengths(tokens) + 1
+        mask = mask.repeat(len(tokens), 1, 1, 1)
+        mask[torch.arange(len(tokens), device=mask.device), 0, ends, ends] = -torch.inf
         return mask
 
 
-def text_tower(model: Any, tokens: Tensor) -> OpenClipTextTower:
+def text_tower(model: Any) -> OpenClipTextTower:
     """Build the text tower with a `TextTransformer` as `text`, with or without a class token."""
-    return (OpenClipTextTower if model.text.cls_emb is None else CoCaTextTower)(model, tokens)
+    return (OpenClipTextTower if model.text.cls_emb is None else CoCaTextTower)(model)

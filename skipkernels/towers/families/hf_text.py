@@ -15,26 +15,25 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..base import UnsupportedModel
-from ..fused_block import Hidden
-from ..prompts import SelectedPrompts
+from ..fused import Hidden
+from ..prompts import Prompts, SelectedPrompts
 from ..text import TextTower
 
 
 class EncoderTextTower(TextTower):
     """Text tower with an `HFTextEncoder`; `pooled` is the last token of each prompt that is not padding."""
 
-    def __init__(self, model: Any, tokens: Tensor, layers: nn.ModuleList):
+    def __init__(self, model: Any, layers: nn.ModuleList):
         self.model, self.encoder = model, model.text.transformer
         self.blocks, self.padding = layers, model.text.config.pad_token_id
-        self.read_prompts(tokens)
 
-    def read_prompts(self, tokens: Tensor) -> None:
+    def read_prompts(self, tokens: Tensor) -> Prompts:
         last = (tokens != self.padding).long().cumsum(dim=1).argmax(dim=1)
-        self._set_prompts(tokens, last, not_causal="a token sees later ones")
+        return self._layout(tokens, last, not_causal="a token sees later ones")
 
-    def mask(self, inputs: Tensor) -> Tensor | None:
-        hidden = torch.zeros(inputs.shape, device=inputs.device).masked_fill(inputs == self.padding, -torch.inf)
-        return hidden[:, None, None].expand(-1, 1, inputs.shape[1], -1)
+    def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
+        hidden = torch.zeros(tokens.shape, device=tokens.device).masked_fill(tokens == self.padding, -torch.inf)
+        return hidden[:, None, None].expand(-1, 1, tokens.shape[1], -1)
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         return _first(block(hidden, None if mask is None else mask.to(hidden)))
@@ -44,8 +43,8 @@ class EncoderTextTower(TextTower):
         return hidden
 
     def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        tokens = self.tokens[selected.class_ids]
-        states, mask = Hidden(rows.unflatten(0, (len(tokens), -1))), self.mask(tokens)
+        tokens = selected.tokens
+        states, mask = Hidden(rows.unflatten(0, (len(tokens), -1))), self.mask(tokens, selected.prompts)
         for index in range(self.skip, len(self.blocks)):
             states = self._run_block(index, states, mask, save_inputs_only=False)
         hidden = self.finish_encoder(states.sum())
@@ -62,26 +61,26 @@ class EncoderTextTower(TextTower):
 class RobertaTextTower(EncoderTextTower):
     """Text tower with RoBERTa, XLM-RoBERTa or BERT."""
 
-    def __init__(self, model: Any, tokens: Tensor):
+    def __init__(self, model: Any):
         encoder = model.text.transformer
-        super().__init__(model, tokens, encoder.encoder.layer)
+        super().__init__(model, encoder.encoder.layer)
         self.embedding, self.head = (encoder.embeddings,), (encoder.pooler, model.text.proj)
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        return self.encoder.embeddings(input_ids=inputs)
+    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
+        return self.encoder.embeddings(input_ids=tokens)
 
 
 class MT5TextTower(EncoderTextTower):
     """Text tower with the encoder of mT5."""
 
-    def __init__(self, model: Any, tokens: Tensor):
+    def __init__(self, model: Any):
         encoder = model.text.transformer
-        super().__init__(model, tokens, encoder.block)
+        super().__init__(model, encoder.block)
         self.embedding = (encoder.embed_tokens, encoder.dropout)
         self.head = (encoder.final_layer_norm, model.text.proj)
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        return self.encoder.dropout(self.encoder.embed_tokens(inputs))
+    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
+        return self.encoder.dropout(self.encoder.embed_tokens(tokens))
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         length, first = hidden.shape[1], self.blocks[0].layer[0].SelfAttention
@@ -95,19 +94,19 @@ class MT5TextTower(EncoderTextTower):
 class M2M100TextTower(EncoderTextTower):
     """Text tower with the encoder of M2M-100, as in NLLB."""
 
-    def __init__(self, model: Any, tokens: Tensor):
+    def __init__(self, model: Any):
         encoder = model.text.transformer
         if encoder.layerdrop > 0:
             raise UnsupportedModel(
                 "SkipCLIP: the text encoder drops whole blocks in training; create it with encoder_layerdrop=0."
             )
-        super().__init__(model, tokens, encoder.layers)
+        super().__init__(model, encoder.layers)
         self.embedding = (encoder.embed_tokens, encoder.embed_positions)
         self.head = (encoder.layer_norm, model.text.proj)
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        words = self.encoder.embed_tokens(inputs)
-        hidden = words + self.encoder.embed_positions(inputs, words).to(words)
+    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
+        words = self.encoder.embed_tokens(tokens)
+        hidden = words + self.encoder.embed_positions(tokens, words).to(words)
         return F.dropout(hidden, self.encoder.dropout, training=self.encoder.training and self.skip == 0)
 
     def finish_encoder(self, hidden: Tensor) -> Tensor:
@@ -117,14 +116,14 @@ class M2M100TextTower(EncoderTextTower):
 class ModernBertTextTower(EncoderTextTower):
     """Text tower with ModernBERT: rotary positions in the blocks, with a base for each type of attention."""
 
-    def __init__(self, model: Any, tokens: Tensor):
+    def __init__(self, model: Any):
         encoder = model.text.transformer
-        super().__init__(model, tokens, encoder.layers)
+        super().__init__(model, encoder.layers)
         self.embedding = (encoder.embeddings, encoder.rotary_emb)
         self.head = (encoder.final_norm, model.text.proj)
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        return self.encoder.embeddings(input_ids=inputs)
+    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
+        return self.encoder.embeddings(input_ids=tokens)
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         positions = torch.arange(hidden.shape[1], device=hidden.device)
@@ -154,7 +153,7 @@ _TOWERS: dict[str, type[Any]] = {
 }
 
 
-def encoder_tower(model: Any, tokens: Tensor) -> EncoderTextTower:
+def encoder_tower(model: Any) -> EncoderTextTower:
     """Build the text tower with an `HFTextEncoder` as `text`."""
     text = model.text
     kind, attention = type(text.transformer), text.config._attn_implementation
@@ -167,7 +166,7 @@ def encoder_tower(model: Any, tokens: Tensor) -> EncoderTextTower:
             f"SkipCLIP: the text encoder's attention is {attention!r}, which takes no mask of tokens; use "
             'model.text.transformer.set_attn_implementation("sdpa").'
         )
-    return _TOWERS[kind.__name__](model, tokens)
+    return _TOWERS[kind.__name__](model)
 
 
 def _first(output: Any) -> Tensor:

@@ -26,7 +26,8 @@ from transformers.models.siglip2 import modeling_siglip2
 
 from ..base import ImageTower, UnsupportedModel
 from ..block import FusedBlock, Sequences, Submodules, joint_weight_and_bias, submodules, weight_and_bias
-from ..fused_block import BlockWeights, FusableBlock
+from ..fused import BlockWeights, FusableBlock
+from ..prompts import Prompts
 from ..text import TextTower
 
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions
@@ -206,8 +207,8 @@ class HuggingFaceImageTower(ImageTower):
     def encoder(self) -> nn.Module:
         return _ImageEncoder(self.model)
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        hidden = self.vision.embeddings(**_patches(self.vision, inputs))
+    def embed(self, images: Tensor) -> Tensor:
+        hidden = self.vision.embeddings(**_patches(self.vision, images))
         return self.vision.pre_layrnorm(hidden) if self._of_clip else hidden
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -222,22 +223,20 @@ class HuggingFaceImageTower(ImageTower):
 class HuggingFaceTextTower(TextTower):
     """Text tower: `text_model` and, for CLIP, the projection."""
 
-    def __init__(self, model: Any, tokens: Tensor):
+    def __init__(self, model: Any):
         self.model: Any = model
         self.text = self.model.text_model
         self.blocks = self.text.encoder.layers
         self._of_clip = _is_clip(model)
         self.embedding = (self.text.embeddings,)
         self.head = (self.text.final_layer_norm, model.text_projection if self._of_clip else self.text.head)
-        self.read_prompts(tokens)
 
-    def read_prompts(self, tokens: Tensor) -> None:
+    def read_prompts(self, tokens: Tensor) -> Prompts:
         if self._of_clip:
-            self._set_prompts(tokens, self._end_positions(tokens))
-        else:
-            last = tokens.new_full((len(tokens),), tokens.shape[1] - 1)
-            not_cropped = "every token sees every other"
-            self._set_prompts(tokens, last, not_causal="there is no mask", not_cropped=not_cropped)
+            return self._layout(tokens, self._end_positions(tokens))
+        last = tokens.new_full((len(tokens),), tokens.shape[1] - 1)
+        not_cropped = "every token sees every other"
+        return self._layout(tokens, last, not_causal="there is no mask", not_cropped=not_cropped)
 
     def _end_positions(self, tokens: Tensor) -> Tensor:
         end = self.text.eos_token_id  # read by its forward; the config may have changed
@@ -248,11 +247,11 @@ class HuggingFaceTextTower(TextTower):
     def reference_forward(self, inputs: Tensor) -> Tensor:
         return _tensor(self.model.get_text_features(input_ids=inputs))
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        return self.text.embeddings(input_ids=inputs)
+    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
+        return self.text.embeddings(input_ids=tokens)
 
-    def mask(self, inputs: Tensor) -> Tensor | None:
-        return super().mask(inputs) if self._of_clip else None
+    def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
+        return super().mask(tokens, prompts) if self._of_clip else None
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         return _tensor(block(hidden, attention_mask=None if mask is None else mask.to(hidden)))

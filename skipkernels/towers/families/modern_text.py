@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..base import Part, UnsupportedModel
-from ..fused_block import Hidden
-from ..prompts import SelectedPrompts
+from ..fused import Hidden
+from ..prompts import Prompts, SelectedPrompts
 from ..text import TextTower
 
 
@@ -24,7 +24,7 @@ class ModernTextTower(TextTower):
     Hidden states are [n, L, W], or with value residuals [n, L, 2W] behind the first block.
     """
 
-    def __init__(self, model: Any, tokens: Tensor):
+    def __init__(self, model: Any):
         self.model, self.text = model, model.text
         if self.text.num_reg:
             raise UnsupportedModel(
@@ -32,7 +32,6 @@ class ModernTextTower(TextTower):
                 "without them (reg_tokens=0) is handled."
             )
         self.blocks = self.text.blocks
-        self.read_prompts(tokens)
 
     @property
     def embedding(self) -> tuple[Part, ...]:
@@ -42,7 +41,7 @@ class ModernTextTower(TextTower):
     def head(self) -> tuple[Part, ...]:
         return self.text.ln_final, self.text.pool, self.text.text_projection
 
-    def read_prompts(self, tokens: Tensor) -> None:
+    def read_prompts(self, tokens: Tensor) -> Prompts:
         last = self._valid(tokens).long().cumsum(dim=1).argmax(dim=1)  # [C], the last token that is not padding
         ends, not_causal = last, None
         if self.text.pool.pool_type == "eos":
@@ -52,16 +51,17 @@ class ModernTextTower(TextTower):
             not_causal = "the tower pools over all tokens"
         if self.text.cfg.attention_mode != "causal":
             not_causal = "a token sees later ones"
-        self._set_prompts(tokens, ends, not_causal=not_causal, visible_length=int(torch.maximum(last, ends).max()) + 1)
+        visible = int(torch.maximum(last, ends).max()) + 1
+        return self._layout(tokens, ends, not_causal=not_causal, visible_length=visible)
 
     def _valid(self, tokens: Tensor) -> Tensor:
         return self.text._valid_mask(tokens)
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        return self.text.norm_pre(self.text.token_embedding(inputs).to(self.text.get_cast_dtype()))
+    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
+        return self.text.norm_pre(self.text.token_embedding(tokens).to(self.text.get_cast_dtype()))
 
-    def mask(self, inputs: Tensor) -> Tensor | None:
-        return self.text._attn_inputs(inputs, self.text.get_cast_dtype())[1]
+    def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
+        return self.text._attn_inputs(tokens, self.text.get_cast_dtype())[1]
 
     def call_block(self, block: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
         width, rope = self.text.width, self.text.rope
@@ -74,8 +74,8 @@ class ModernTextTower(TextTower):
         return out if values is None else torch.cat([out, values.transpose(1, 2).flatten(2)], dim=2)
 
     def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        tokens = self.tokens[selected.class_ids]
-        hidden, mask = Hidden(selected.unpack(rows)), self.mask(tokens)
+        tokens = selected.tokens
+        hidden, mask = Hidden(selected.unpack(rows)), self.mask(tokens, selected.prompts)
         for index in range(self.skip, len(self.blocks)):
             hidden = self._run_block(index, hidden, mask)
         normed = self.text.ln_final(hidden.sum()[..., : self.text.width])

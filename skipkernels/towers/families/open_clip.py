@@ -27,7 +27,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..base import ImageTower, Part, UnsupportedModel
 from ..block import FusedBlock, Sequences, Submodules, activation, layer_scale, submodules, weight_and_bias
-from ..fused_block import BlockWeights, FusableBlock
+from ..fused import BlockWeights, FusableBlock
+from ..prompts import Prompts
 from ..text import TextTower
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
@@ -142,8 +143,8 @@ class OpenClipImageTower(ImageTower):
         one_token = self.visual.attn_pool is None and self.visual.pool_type == "tok"
         return None if one_token else "the tower pools over all tokens"
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        return self.visual._embeds(inputs)
+    def embed(self, images: Tensor) -> Tensor:
+        return self.visual._embeds(images)
 
     def finish(self, hidden: Tensor) -> Tensor:
         pooled, _ = self.visual._pool(hidden)
@@ -153,11 +154,10 @@ class OpenClipImageTower(ImageTower):
 class OpenClipTextTower(TextTower):
     """Text tower of a `CLIP`, `CustomTextCLIP` or `CoCa`; `text`, which may be the model itself, holds its modules."""
 
-    def __init__(self, model: Any, tokens: Tensor):
+    def __init__(self, model: Any):
         self.model = model
         self.text: Any = model if isinstance(model, CLIP) else model.text
         self.blocks = self.text.transformer.resblocks
-        self.read_prompts(tokens)
 
     @property
     def embedding(self) -> tuple[Part, ...]:
@@ -167,20 +167,20 @@ class OpenClipTextTower(TextTower):
     def head(self) -> tuple[Part, ...]:
         return self.text.ln_final, self.text.text_projection
 
-    def read_prompts(self, tokens: Tensor) -> None:
+    def read_prompts(self, tokens: Tensor) -> Prompts:
         context = len(self.text.positional_embedding) - (getattr(self.text, "cls_emb", None) is not None)
         if tokens.shape[1] > context or (self.text is self.model and tokens.shape[1] != context):
             raise ValueError(
                 f"SkipCLIP: tokens must be [C, L={context}], as long as the model's context; got {list(tokens.shape)}. "
                 "Use the model's tokenizer: open_clip.get_tokenizer(NAME)."
             )
-        self._set_prompts(tokens, **self._prompt_layout(tokens))
+        return self._layout(tokens, **self._prompt_layout(tokens))
 
     def masks(self) -> list[Tensor | None]:
         return [self.text.attn_mask]
 
     def _prompt_layout(self, tokens: Tensor) -> dict[str, Any]:
-        """Arguments of `_set_prompts`: the pooled tokens, and the tokens that they can see."""
+        """Arguments of `_layout`: the pooled tokens, and the tokens that they can see."""
         pooled = self._pooled_positions(tokens)
         mask, length = self.text.attn_mask, int(pooled.max()) + 1
         if getattr(self.text, "use_pad_mask", False):
@@ -213,16 +213,16 @@ class OpenClipTextTower(TextTower):
             return tokens.new_full((len(tokens),), 0 if pool_type == "first" else tokens.shape[1] - 1)
         raise UnsupportedModel(f"SkipCLIP: text pooling {pool_type!r} is not handled; expected one token per prompt.")
 
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
         dtype = self.text.transformer.get_cast_dtype()
-        positions = self.text.positional_embedding[: inputs.shape[1]]
-        return self.text.token_embedding(inputs).to(dtype) + positions.to(dtype)
+        positions = self.text.positional_embedding[: tokens.shape[1]]
+        return self.text.token_embedding(tokens).to(dtype) + positions.to(dtype)
 
-    def mask(self, inputs: Tensor) -> Tensor | None:
+    def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
         if getattr(self.text, "use_pad_mask", False):
-            return padding_mask(self.text, inputs)
-        length, mask = inputs.shape[1], self.text.attn_mask
-        return None if mask is None else mask[None, None, :length, :length].to(inputs.device)
+            return padding_mask(self.text, tokens)
+        length, mask = tokens.shape[1], self.text.attn_mask
+        return None if mask is None else mask[None, None, :length, :length].to(tokens.device)
 
     def call_block(self, block: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:

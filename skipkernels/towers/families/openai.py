@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..base import ImageTower, Part
 from ..block import Sequences, Submodules, submodules
+from ..prompts import Prompts
 from ..text import TextTower
 from .open_clip import BLOCK_TYPES, OpenClipBlock, OpenClipTextTower
 
@@ -68,9 +69,9 @@ class OpenAIImageTower(ImageTower):
     def head(self) -> tuple[Part, ...]:
         return self.visual.ln_post, self.visual.proj
 
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
         visual = self.visual
-        patches = visual.conv1(inputs.to(self.dtype)).flatten(2).transpose(1, 2)
+        patches = visual.conv1(images.to(self.dtype)).flatten(2).transpose(1, 2)
         first = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         return visual.ln_pre(torch.cat([first, patches], dim=1) + visual.positional_embedding.to(patches.dtype))
 
@@ -84,31 +85,30 @@ class OpenAIImageTower(ImageTower):
 class OpenAITextTower(OpenClipTextTower):
     """Text tower of a `clip.model.CLIP`, which has its modules under the names of open_clip's `CLIP`."""
 
-    def __init__(self, model: Any, tokens: Tensor):
+    def __init__(self, model: Any):
         self.model = self.text = model
         self.blocks = model.transformer.resblocks
-        self.read_prompts(tokens)
+        length = len(model.positional_embedding)
+        triangle = torch.full((length, length), -torch.inf).triu(1)
+        causal = all(x is not None and x[:length, :length].float().cpu().equal(triangle) for x in self.masks())
+        self._not_causal = None if causal else "a block's mask is not the causal one"
 
     def masks(self) -> list[Tensor | None]:
         return [getattr(block, "attn_mask", None) for block in self.blocks]
 
-    def read_prompts(self, tokens: Tensor) -> None:
-        length = tokens.shape[1]
-        triangle = torch.full((length, length), -torch.inf).triu(1)
-        causal = all(x is not None and x[:length, :length].float().cpu().equal(triangle) for x in self.masks())
-        self._not_causal = None if causal else "a block's mask is not the causal one"
+    def read_prompts(self, tokens: Tensor) -> Prompts:
         pooled = tokens.argmax(dim=-1)
-        self._set_prompts(tokens, pooled, not_causal=self._not_causal, not_cropped=self._not_causal)
+        return self._layout(tokens, pooled, not_causal=self._not_causal, not_cropped=self._not_causal)
 
     def why_no_rows(self, index: int) -> str | None:
         return self._not_causal or super().why_no_rows(index)
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        positions = self.model.positional_embedding[: inputs.shape[1]]
-        return self.model.token_embedding(inputs).to(self.model.dtype) + positions.to(self.model.dtype)
+    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
+        positions = self.model.positional_embedding[: tokens.shape[1]]
+        return self.model.token_embedding(tokens).to(self.model.dtype) + positions.to(self.model.dtype)
 
-    def mask(self, inputs: Tensor) -> Tensor | None:
-        return TextTower.mask(self, inputs)
+    def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
+        return TextTower.mask(self, tokens, prompts)
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Call a block on prompts of the context length, for which it has a mask."""

@@ -28,7 +28,7 @@ from ..block import (
     submodules,
     weight_and_bias,
 )
-from ..fused_block import NORMS, BlockWeights, FusableBlock, Rotary
+from ..fused import NORMS, BlockWeights, FusableBlock, Rotary
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)
@@ -123,7 +123,8 @@ class TimmBlock(FusedBlock):
         weights = BlockWeights(
             *weight_and_bias(norm_1), *_projections(attention), *weight_and_bias(layers["proj"], scales[0]),
             *weight_and_bias(norm_2), *fc, *weight_and_bias(mlp["fc2"], scales[1]),
-        )._replace(**_weights_of_norms(norms))  # fmt: skip
+            **_weights_of_norms(norms),
+        )  # fmt: skip
         kind = "swiglu" if type(mlp["act"]) is nn.SiLU else activation(mlp["act"], _ACTIVATIONS)
         eps = tuple(getattr(norm, "eps", 0.0) for norm in (norm_1, norm_2, *norms))
         return FusableBlock(weights, kind, eps, attention.num_heads, isinstance(norm_1, RmsNorm))

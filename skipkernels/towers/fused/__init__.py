@@ -1,0 +1,30 @@
+"""A pre-norm transformer block as one autograd node that saves little for backward.
+
+    hidden = stream + branch of the previous block
+    mid = hidden + attention(LN₁(hidden)) · W_o + b_o
+    branch = act(LN₂(mid) · W_fc + b_fc) · W_p + b_p
+
+The result is the sum of mid and branch, returned as `Hidden`, so that the norm of the next block adds them.
+
+Options, as some families have them: a norm of each head of query and key (`query_norm`, `key_norm`), rotary position
+embeddings of query and key (`Rotary`), a norm of the result of attention and one of the activation (`attention_norm`,
+`mlp_norm`), SwiGLU, where W_fc has gate and value side by side, RMSNorm in place of LayerNorm, and no biases.
+
+    weights.py    weights and settings of a block, and the copies of weights that products read
+    forward.py    norm_1 → in_proj → attention → out_proj → norm_2 → mlp, and what each saves
+    backward.py   the same stages, from the last to the first
+    gradients.py  what a backward pass has to compute, and what it has computed
+    node.py       `fused_block`, the `torch.autograd.Function`; imported by the first block that runs
+"""
+
+from .weights import NORMS, BlockSettings, BlockWeights, FusableBlock, Hidden, LowRankFactors, Rotary
+
+__all__ = [
+    "NORMS",
+    "BlockSettings",
+    "BlockWeights",
+    "FusableBlock",
+    "Hidden",
+    "LowRankFactors",
+    "Rotary",
+]
