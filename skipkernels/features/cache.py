@@ -144,12 +144,13 @@ class FeatureCache(Dataset):
         Raises:
             CacheError: If there is no cache, or it is incomplete, damaged, or of another model or dataset.
         """
-        table = MappedTable.open(Path(path), verify=verify)
+        folder = Path(path).absolute()
+        table = MappedTable.open(folder, verify=verify)
         if not table.layout.labelled:
-            raise CacheError(f"{table.folder}: does not hold features of images.")
+            raise CacheError(f"{folder}: does not hold features of images.")
         if clip is not None:
             table.check_identity(model_identity(clip) | {"autocast": Encoder(clip).precision})
-            check_probe(table.layout, probe(clip), table.folder)
+            check_probe(table.layout, probe(clip), folder)
         if dataset is not None:
             table.check_identity(dataset_identity(dataset, identity))
         return cls(table, table.labels())
@@ -289,7 +290,9 @@ class FeatureCache(Dataset):
 
     def verify(self) -> list[str]:
         """Compare every row in the folder with its checksum; return a message that names damaged rows, if any."""
-        damaged = self.table.find_damage() if isinstance(self.table, MappedTable) else []
+        if not isinstance(self.table, MappedTable):
+            return []
+        damaged = self.table.find_damage()
         return [self.table.damage(damaged)] if damaged else []
 
 
@@ -304,7 +307,7 @@ def _check_options(dtype: str, refresh: str, **numbers: Any) -> None:
 
 
 def _check_inputs(clip: Any, dataset: Any) -> None:
-    if not hasattr(clip, "lower_identity"):
+    if not hasattr(clip, "encode_lower"):  # `clip` imports this package
         raise TypeError(
             f"FeatureCache.build: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the model: "
             "SkipCLIP(model, tokens, skip_layers=…)."

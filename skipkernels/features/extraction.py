@@ -33,7 +33,7 @@ class Encoder:
     def __init__(self, clip: SkipCLIP):
         self.device = clip.prototypes.device
         self.image_size = clip.image_size
-        self._lower = clip.lower_copy()
+        self._lower = clip._images.lower_copy()
         enabled = torch.is_autocast_enabled(self.device.type)
         self._autocast = torch.get_autocast_dtype(self.device.type) if enabled else None
 
@@ -84,7 +84,7 @@ class Extraction:
             | self.identity
             | {"refresh": self.refresh, "epoch": epoch, "seed": self.seed}
             | {"batch size": self.batch_size, "autocast": self.encode.precision},
-            probe=probed.double().tolist(),
+            probe=probed.tolist(),
         )
 
     def write(self, folder: Path, epoch: int = 0, *, resume: bool = False, overwrite: bool = False) -> MappedTable:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..checks import whole_number
+from ..labels import whole_number
 from .table import CacheError
 
 

@@ -316,13 +316,14 @@ class MappedTable(FeatureTable):
     def damage(self, rows: Sequence[int]) -> str:
         """Message that names damaged rows."""
         named = ", ".join(map(str, rows[:9])) + (", …" if len(rows) > 9 else "")
-        return f"{self.folder}: row {named} damaged: its bytes have changed. Build it again with `resume=True`."
+        return f"{self.folder}: row {named} damaged: bytes have changed. Build it again with `resume=True`."
 
     def _mismatches(self, rows: Sequence[int], parts: Sequence[Tensor]) -> list[int]:
         found = checksums(self.layout.seed, rows, parts)
         return [row for row, checksum in zip(rows, found, strict=True) if checksum != self.finished[row]]
 
     def _arrays(self) -> dict[str, Tensor]:
+        assert self.folder is not None
         maps = self._maps  # another thread may replace them
         if not maps:
             maps = self._maps = {

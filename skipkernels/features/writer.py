@@ -92,8 +92,8 @@ class TableWriter:
 
     def write(self, first: int, features: Tensor, labels: Tensor | None = None) -> None:
         """Write consecutive rows [n, *shape] in the dtype in which they were computed, and their labels [n] int64."""
-        parts = quantise(features) if self.layout.dtype == "int8" else (features.to(DTYPES[self.layout.dtype]),)
-        parts = [part.contiguous() for part in (*parts, labels) if part is not None]
+        stored = quantise(features) if self.layout.dtype == "int8" else (features.to(DTYPES[self.layout.dtype]),)
+        parts = [part.contiguous() for part in (*stored, labels) if part is not None]
         found = checksums(self.layout.seed, range(first, first + len(features)), parts)
         with disk_errors(self.folder):
             for name, part in zip(self.layout.arrays, parts, strict=True):
