@@ -42,7 +42,7 @@ from rich.console import Console
 from skipkernels.ops import OPERATORS, launching, registration
 
 from . import measure, tables
-from .launches import CALLS, DTYPES, DTYPES_OF
+from .launches import CALLS, DTYPES
 from .precompile import ARCHITECTURES, Kernel, compile_one, gpu_target, in_processes, kernels_of, launches_of
 
 TABLE = measure.RESULTS / "aot.csv"
@@ -54,7 +54,7 @@ ALLOWANCE = 1.25
 HELPERS = {
     "column_sums": "add_layer_norm",
     "classes_at_ranks": "class_scores",
-    "packed_layout": "gather_rows",
+    "packed_layout": "shared_prefix_attention",
 }
 IN_TABLE = ("sm_80", "sm_90", "sm_100", "gfx942")
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
@@ -113,7 +113,7 @@ class Result(NamedTuple):
 
 
 def family(op: str) -> str:
-    """The public operator that a name like class_sampled_ce_backward, gather_rows_out or column_sums belongs to."""
+    """The public operator that a name like class_sampled_ce_backward or column_sums belongs to."""
     if op in HELPERS:
         return HELPERS[op]
     return max((name for name in OPERATORS if op.startswith(name)), key=len)
@@ -123,7 +123,7 @@ def jobs_of(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], q
     """The kernels to compile; a kernel that several calls launch is compiled once for each dtype and target."""
     for target, op in itertools.product(targets, ops):
         architecture, most = ARCHITECTURES[target], 1 if quick or target not in IN_TABLE else None
-        for dtype, torch_dtype in DTYPES_OF.get(op, DTYPES).items():
+        for dtype, torch_dtype in DTYPES.items():
             seen = set()
             calls = itertools.islice(CALLS[op](torch_dtype), most) if dtype in dtypes else ()
             for call in calls:
@@ -331,7 +331,7 @@ def main() -> None:
     parser = measure.command(__doc__)
     parser.add_argument("--op", nargs="+", choices=OPERATORS, default=OPERATORS, help="forward and backward of these")
     parser.add_argument("--target", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--dtype", nargs="+", choices=[*DTYPES, "int8"], default=[*DTYPES, "int8"])
+    parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
     parser.add_argument("--quick", action="store_true", help="the first call of each operator only")
     parser.add_argument("--sweep", action="store_true", help="instead: integer arguments at 1 and beyond 2³¹")
     parser.add_argument("--processes", type=int, help="default: one per core")

@@ -17,7 +17,7 @@ For training steps of SkipCLIP, and `predict` from features after the weights ha
 Matrix products return zeros and are not computed, since the counts depend on shapes only. All scores are then equal and
 the first classes are kept. Processor, threads and the implementation of our operators change nothing.
 
-Calls, launches and waits of a step of SkipCLIP are those of `clip.graphed` on a GPU, update included: the step runs on
+Calls, launches and waits of a step of SkipCLIP are those of `graphed` on a GPU, update included: the step runs on
 the meta device. A call of a multi-tensor operator counts as one launch. FLOPs and bytes are those on a CPU, where
 suffixes are packed without spare rows.
 
@@ -40,7 +40,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import skipkernels as sk
 from skipkernels import casts, testing
-from skipkernels.app.train.meta_device import meta_as_gpu
 from skipkernels.casts import Casts
 from skipkernels.ops import OPERATORS, launching, registration
 from skipkernels.selection import RankSampler
@@ -49,6 +48,7 @@ from . import measure, precompile, tables
 from .flops import flops_of
 from .inputs import PRECISIONS, autocast, random_inputs
 from .launches import CALLS
+from .meta_device import meta_as_gpu
 from .stand_in import WithoutProducts, move_to_meta
 
 TABLE = measure.RESULTS / "counts.csv"
@@ -246,7 +246,7 @@ def _on_a_gpu(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: st
     move_to_meta(clip)
     features, labels = features.to("meta"), labels.to("meta")
     groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
-    step = clip.graphed(sk.FusedSGD(groups, momentum=0.9, in_backward=optimizer == IN_BACKWARD), batch_size=BATCH)
+    step = sk.graphed(clip, sk.FusedSGD(groups, momentum=0.9, in_backward=optimizer == IN_BACKWARD), batch_size=BATCH)
     kept = Casts(clip.trainable_parameters()) if optimizer == KEPT else None
 
     def run() -> None:

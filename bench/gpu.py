@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import skipkernels as sk
 from skipkernels import testing
-from skipkernels.clip.graphed import WARMUP, GraphedStep
+from skipkernels.graphs.graphed_step import WARMUP, GraphedStep
 from skipkernels.ops import OPERATORS, launching
 from tests.ops.small_calls import small_call
 
@@ -160,7 +160,7 @@ def graphed_step_of(
     optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
     labels = labels.contiguous()
     with autocast(features.device, precision):
-        step = clip.graphed(optimizer, batch_size=len(labels))
+        step = sk.graphed(clip, optimizer, batch_size=len(labels))
 
     def run() -> sk.SkipOutput:
         with autocast(features.device, precision):

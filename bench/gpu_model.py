@@ -40,7 +40,6 @@ from torch.utils.flop_counter import flop_registry
 
 import skipkernels as sk
 from skipkernels import casts, optimizer
-from skipkernels.app.train.meta_device import meta_as_gpu
 from skipkernels.casts import Casts
 from skipkernels.ops import registration
 from skipkernels.ops.sgd_momentum import tables_of_graph
@@ -50,6 +49,7 @@ from . import measure, precompile, tables
 from .counts import launches_a_kernel, without_tail
 from .flops import formulas
 from .inputs import autocast, random_inputs
+from .meta_device import meta_as_gpu
 from .published import PublishedStep
 from .stand_in import PRODUCTS, WithoutProducts, move_to_meta
 
@@ -233,7 +233,7 @@ def launches_of_ours(batch: int, classes: int, precision: str) -> list[Launch]:
     clip, features, labels = skip_clip(MODEL, SKIP_LAYERS, batch, classes)
     groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
     sgd = sk.FusedSGD(groups, momentum=0.9)
-    step = clip.graphed(sgd, batch_size=batch)
+    step = sk.graphed(clip, sgd, batch_size=batch)
     with casts.used(Casts(clip.trainable_parameters()) if precision == "bf16" else None):
         launches = recorded(lambda: step(features, labels), precision, clip)
     sgd.close()
@@ -288,10 +288,10 @@ def _sides(recording: Recording, clip: sk.SkipCLIP) -> Iterator[None]:
 
         return run
 
-    image = clip._image_encoder
+    image = clip._images
     with (
         mock.patch.object(image, "encode", marked("image", image.encode)),
-        mock.patch.object(clip, "_encode_classes", marked("text", clip._encode_classes)),
+        mock.patch.object(clip._texts, "encode", marked("text", clip._texts.encode)),
         mock.patch.object(optimizer.FusedSGD, "_flush_all", at_the_end),
         mock.patch.object(optimizer, "_stream_of", lambda weight: hash(recording.side)),
     ):

@@ -17,7 +17,6 @@ from skipkernels.ops.class_sampled_ce import REDUCTIONS
 from skipkernels.ops.mlp_activation import KINDS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPES_OF = dict.fromkeys(("gather_rows", "gather_rows_out"), DTYPES | {"int8": torch.int8})
 
 
 class Call(NamedTuple):
@@ -193,28 +192,6 @@ def rotary_embedding(dtype: torch.dtype) -> Iterator[Call]:
         x, angles = on_meta(n * T, 3 * H * E, dtype=dtype), on_meta(T, E // 2, dtype=torch.float32)
         form = "" if interleaved else "-halves-inverse"
         yield Call(f"N{n}-T{T}-H{H}-E{E}{form}", (x, angles, angles, 2 * H, interleaved, not interleaved))
-
-
-@calls
-def gather_rows(dtype: torch.dtype) -> Iterator[Call]:
-    """A batch of ViT-B/16 features, and a narrower batch of another dtype than the store."""
-    for R, N, W, B, to in ((800, 197, 768, 4, None), (9, 5, 67, 3, torch.float16)):
-        yield Call(f"R{R}-N{N}-W{W}-B{B}", (*_stored(R, N, W, B, dtype), to, False))
-
-
-@calls
-def gather_rows_out(dtype: torch.dtype) -> Iterator[Call]:
-    """Gathers into a bf16 batch buffer; the part of a batch of 32 that is in one of several stores."""
-    R, N, W, B = 800, 197, 768, 4
-    for M, out_index in ((B, None), (32, ids(B))):
-        out = on_meta(M, N, W, dtype=torch.bfloat16)
-        form = "" if out_index is None else f"-of-{M}"
-        yield Call(f"R{R}-N{N}-W{W}-B{B}{form}-to-bf16", (*_stored(R, N, W, B, dtype), out_index, out))
-
-
-def _stored(R: int, N: int, W: int, B: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    token_scale = on_meta(R, N, dtype=torch.float32) if dtype == torch.int8 else None
-    return on_meta(R, N, W, dtype=dtype), ids(B), token_scale
 
 
 @calls

@@ -235,13 +235,13 @@ def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
         clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
     with torch.no_grad():
         model.logit_scale.fill_(2.7)  # CLIP's initial value for every model
-    images, labels = torch.randn(2, 3, *clip._image.image_size), torch.tensor([1, 3])
+    images, labels = torch.randn(2, 3, *clip.image_size), torch.tensor([1, 3])
     out = clip(images, labels)
     out.loss.backward()
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with unfused(model.modules()):
-        outputs = clip._image.reference_forward(images), clip._text.reference_forward(tokens)
+        outputs = clip._images.tower.reference_forward(images), clip._texts.tower.reference_forward(tokens)
         image, text = (F.normalize(x, dim=-1) for x in outputs)
         loss = F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
         loss.backward()

@@ -49,8 +49,8 @@ def feature_sensitivity(
         images: Batches [B, 3, height, width].
         tokens: Prompts [C, L] int64. Padding after the end of a prompt does not count.
     """
-    (image, (text,)), (image_after, (text_after,)) = (build_towers(model, tokens) for model in (before, after))
-    seen = torch.arange(tokens.shape[1]) <= text.pooled[:, None]  # [C, L]
+    (image, text), (image_after, text_after) = map(build_towers, (before, after))
+    seen = torch.arange(tokens.shape[1]) <= text.read_prompts(tokens).pooled[:, None]  # [C, L]
     with evaluating([before, after]):
         pairs = [(_states(image, batch), _states(image_after, batch)) for batch in images]
         visual = [_relative_change(*map(torch.cat, zip(*block, strict=True))) for block in _by_block(pairs)]

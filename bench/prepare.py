@@ -31,7 +31,6 @@ from torch.utils._pytree import tree_map_only
 
 import skipkernels as sk
 from skipkernels import casts
-from skipkernels.app.train.meta_device import meta_as_gpu
 from skipkernels.casts import Casts
 from skipkernels.ops import OPERATORS, launching, registration
 from tests.ops.small_calls import small_call
@@ -39,6 +38,7 @@ from tests.ops.small_calls import small_call
 from .gpu import graphed_step_of
 from .inputs import PRECISIONS, positive, random_inputs
 from .measure import CPU, OURS
+from .meta_device import meta_as_gpu
 from .operators import cases_of
 from .precompile import ARCHITECTURES, Kernel, compile_one, in_processes, kernels_of, launches_of
 from .stand_in import WithoutProducts, move_to_meta
@@ -111,13 +111,10 @@ def measured_steps(
 
 
 def calls_of_operators(precision: str) -> list[Call]:
-    """The calls of the cases of bench/operators, and in fp32 those of `bench.gpu.smoke`.
-
-    `gather_rows` is left out: it compares addresses, which are all 0 here.
-    """
+    """The calls of the cases of bench/operators, and in fp32 those of `bench.gpu.smoke`."""
     meta = torch.device("meta")
     with Calls() as calls:
-        for op in [op for op in OPERATORS if op != "gather_rows"]:
+        for op in OPERATORS:
             for case in cases_of(op, precision, meta):
                 case.runs[OURS]()
             if precision == "fp32":

@@ -411,23 +411,12 @@ def losses(device: Device) -> str:
     return f"{text}:\n\n" + table(["", "faster", "our speed-up"], lines) + notes if lost else f"{text}.{notes}"
 
 
-def processes(device: Device) -> str:
-    """Memory of each of several processes on one host, and its ratio to that of one process."""
-    rows = device.latest_rows("scale_memory")
-    lines = [
-        [row["W"], f"{int(row['C']):,}", figure(number(row, "class_mib"), " MiB"), figure(number(row, "of_one"))]
-        for row in rows
-    ]
-    header = ["processes", "classes", "memory of each for classes", "over one process"]
-    return table(header, lines) + origin("scale_memory", rows) if rows else ""
-
-
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "README.md": {"headline": headline},
     "docs/benchmarks.md": {"step": steps, "sizes": sizes, "memory": memory, "infer": classifying, "claims": claims}
-    | {"paper": paper, "lose": losses, "processes": processes},
+    | {"paper": paper, "lose": losses},
     "docs/operators.md": {"operators": operators},
     "docs/gpu.md": {"gpu-model": estimates, "gpu-bounds": unbuilt, "tf32": errors_in_tf32},
     "docs/using-a-model.md": {"unknown": unknown_scores, "unknown-thresholds": unknown_thresholds},

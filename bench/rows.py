@@ -44,7 +44,6 @@ KINDS = {
     "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),
     "when_steps": Kind("bench.when --steps", "task method", "step_s"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
-    "scale_memory": Kind("bench.scale --measure", "C W B", "class_mib"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s"),
     "cache_read": Kind("bench.cache read", "way cache_mib B", "gb_s"),
 }

@@ -1,4 +1,4 @@
-"""A SkipCLIP on the meta device, which stands in for a GPU (app/train/meta_device.py); steps without products."""
+"""A SkipCLIP on the meta device, which stands in for a GPU (meta_device.py); steps without products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import skipkernels as sk
-from skipkernels.towers.changes import Containers
 
 _aten = torch.ops.aten
 PRODUCTS = {product.default for product in (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)}
@@ -17,7 +16,6 @@ PRODUCTS = {product.default for product in (_aten.mm, _aten.addmm, _aten.bmm, _a
 def move_to_meta(clip: sk.SkipCLIP) -> None:
     """Move a SkipCLIP, after a step: text features at the cut need values and are cached."""
     clip.to("meta")
-    clip._containers = Containers(clip.model, (clip._image, *clip._text_encoder.towers))  # no comparison of values
 
 
 class WithoutProducts(TorchDispatchMode):

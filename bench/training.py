@@ -15,6 +15,7 @@ from torch import Tensor
 import skipkernels as sk
 from skipkernels.app.data import Task, TestSet
 from skipkernels.app.methods.coop import CoOp
+from skipkernels.pairs import pair_loss
 from skipkernels.selection import RankSampler
 from skipkernels.testing import relative_error
 
@@ -153,7 +154,7 @@ def pair_step(inputs: Inputs, skip_layers: Skip, memory: str, precision: str, ki
 
     def loss() -> Tensor:
         with autocast(features.device, precision):
-            return clip.pair_loss(features, ids, loss=kind, logit_bias=bias, chunk=chunk)
+            return pair_loss(clip, features, ids, loss=kind, logit_bias=bias, chunk=chunk)
 
     return Step(f"{kind} loss of pairs", len(tokens), skip_layers, precision, clip.model, loss)
 

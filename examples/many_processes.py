@@ -29,7 +29,7 @@ def tune(device: torch.device, epochs: int = 3, max_classes: int = 100) -> tuple
     tokens = tokenizer(task.tests[0].prompts[0])
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    clip = sk.SkipCLIP(model.to(device), tokens, skip_layers=0.5, process_group=dist.group.WORLD)
+    clip = sk.parallel.ShardedSkipCLIP(model.to(device), tokens, skip_layers=0.5, process_group=dist.group.WORLD)
     step = DistributedDataParallel(clip, broadcast_buffers=False)
     optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=4e-3, image_lr=2e-3), momentum=0.9, weight_decay=5e-4)
     features = sk.FeatureCache.in_memory(task.train, lambda x: clip.encode_lower(x.to(device)))

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[sk.retrieval.Recall, s
             for features, labels in loader:
                 drawn = torch.randint(len(CAPTIONS), labels.shape, generator=generator)
                 ids = len(CAPTIONS) * labels + drawn
-                clip.pair_loss(features, ids, loss=args.loss, logit_bias=bias, chunk=args.chunk).backward()
+                sk.pairs.pair_loss(clip, features, ids, loss=args.loss, logit_bias=bias, chunk=args.chunk).backward()
                 optimizer.step()
                 optimizer.zero_grad()
     print(f"after {args.epochs} epochs")

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from ._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from skipkernels import functional, ops, parallel, reference, retrieval
+    from skipkernels import functional, ops, pairs, parallel, reference, retrieval
     from skipkernels.app.config import TuneConfig
     from skipkernels.app.serve import Classifier, blend, export, predict
     from skipkernels.app.train import tune
     from skipkernels.boundary import LSkipBoundary
     from skipkernels.clip import SkipCLIP, SkipOutput
-    from skipkernels.clip.graphed import GraphedStep
     from skipkernels.features import CacheError, FeatureCache
+    from skipkernels.graphs import GraphedStep, graphed
     from skipkernels.lora import add_lora, merge_lora, save_lora
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
@@ -48,8 +48,10 @@ __all__ = [
     "export",
     "functional",
     "fuse",
+    "graphed",
     "merge_lora",
     "ops",
+    "pairs",
     "parallel",
     "predict",
     "reference",
@@ -60,14 +62,14 @@ __all__ = [
     "unfuse",
 ]
 
-_SUBMODULES = ("functional", "ops", "parallel", "reference", "retrieval")
+_SUBMODULES = ("functional", "ops", "pairs", "parallel", "reference", "retrieval")
 _find = lazy_names(
     __name__,
     {
         "boundary": ("LSkipBoundary",),
         "clip": ("SkipCLIP", "SkipOutput"),
-        "clip.graphed": ("GraphedStep",),
         "features": ("CacheError", "FeatureCache"),
+        "graphs": ("GraphedStep", "graphed"),
         "lora": ("add_lora", "merge_lora", "save_lora"),
         "ops": ("backends",),
         "optimizer": ("FusedSGD",),

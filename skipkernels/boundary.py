@@ -15,27 +15,6 @@ from torch import Tensor
 DEFAULT_CHUNK = 256  # samples; each takes about 0.6 MB of hidden states and 2.4 MB in the MLP of a ViT-B/16
 
 
-def refusing_lost_gradients(lower: Callable[[Tensor], Tensor], tower: str, uncut: str) -> Callable[[Tensor], Tensor]:
-    """Return `lower`, with an error if its output requires grad: the boundary would drop that gradient.
-
-    Parameters below the cut are frozen, so nothing is recorded unless inputs or tensors beside the model require grad.
-    """
-    enabled = torch.is_grad_enabled()  # of the caller: within the boundary it is disabled
-
-    def run(inputs: Tensor) -> Tensor:
-        with torch.set_grad_enabled(enabled):
-            hidden = lower(inputs)
-        if hidden.requires_grad:
-            cause = "its inputs require" if inputs.requires_grad else "a tensor used by a module below it requires"
-            raise RuntimeError(
-                f"SkipCLIP: no gradient passes the cut of the {tower} tower, and {cause} grad. To train it, use "
-                f"skip_layers={uncut}; otherwise detach it, or set its requires_grad to False."
-            )
-        return hidden
-
-    return run
-
-
 class LSkipBoundary(torch.autograd.Function):
     """Run `lower` over `inputs` in chunks of at most `chunk` samples, without gradient.
 
@@ -49,10 +28,13 @@ class LSkipBoundary(torch.autograd.Function):
     Returns:
         [B, …]: the output of `lower`, with `requires_grad` False.
 
+    Raises:
+        RuntimeError: If a gradient would be lost: the input, or a tensor that `lower` uses, requires grad.
+
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 
     Example:
-        >>> layer = torch.nn.Linear(3, 2)
+        >>> layer = torch.nn.Linear(3, 2).requires_grad_(False)
         >>> hidden = LSkipBoundary.apply(layer, torch.ones(5, 3), 2)
         >>> hidden.shape, hidden.requires_grad
         (torch.Size([5, 2]), False)
@@ -61,15 +43,27 @@ class LSkipBoundary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lower: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int = DEFAULT_CHUNK) -> Tensor:
         """Run `lower`; see the class."""
-        with torch.no_grad():
-            if len(inputs) <= chunk:
-                output = lower(inputs)  # [B, …]
-            else:
-                first = lower(inputs[:chunk])  # [chunk, …]
-                output = first.new_empty(len(inputs), *first.shape[1:])  # [B, …]
-                output[:chunk] = first
-                for start in range(chunk, len(inputs), chunk):
-                    output[start : start + chunk] = lower(inputs[start : start + chunk])  # [≤ chunk, …]
+
+        def run(samples: Tensor) -> Tensor:  # [≤ chunk, …] -> [≤ chunk, …]
+            with torch.enable_grad():  # nothing is recorded: parameters below the cut are frozen
+                hidden = lower(samples.detach())
+            if hidden.requires_grad or ctx.needs_input_grad[1]:
+                cause = "its input requires" if ctx.needs_input_grad[1] else "a tensor used below it requires"
+                raise RuntimeError(
+                    f"LSkipBoundary: no gradient passes the cut, and {cause} grad. To train it, use skip_layers=0 for "
+                    "this tower, (0, …) for images or (…, 0) for texts; otherwise detach it, or set its requires_grad "
+                    "to False."
+                )
+            return hidden
+
+        if len(inputs) <= chunk:
+            output = run(inputs)  # [B, …]
+        else:
+            first = run(inputs[:chunk])  # [chunk, …]
+            output = first.new_empty(len(inputs), *first.shape[1:])  # [B, …]
+            output[:chunk] = first
+            for start in range(chunk, len(inputs), chunk):
+                output[start : start + chunk] = run(inputs[start : start + chunk])  # [≤ chunk, …]
         ctx.mark_non_differentiable(output)
         return output
 

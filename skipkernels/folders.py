@@ -148,6 +148,7 @@ def replaced_folder(folder: Path, ours: Collection[str]) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
             yield new
+            sweep(new)  # an error may have left a temporary folder
             for path in new.rglob("*"):
                 if path.is_file():
                     path.chmod(new.stat().st_mode & 0o666)  # of the umask: safetensors and tempfile have 0600

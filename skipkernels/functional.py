@@ -27,8 +27,6 @@ from .ops.class_sampled_ce import REDUCTIONS
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
 from .ops.class_sampled_logits import class_sampled_logits as _class_sampled_logits
 from .ops.class_scores import class_scores as _class_scores
-from .ops.gather_rows import gather_rows as _gather_rows
-from .ops.gather_rows import gather_rows_out as _gather_rows_out
 from .ops.mlp_activation import KINDS
 from .ops.mlp_activation import mlp_activation as _mlp_activation
 from .ops.pooled_attention import pooled_attention as _pooled_attention
@@ -49,7 +47,6 @@ __all__ = [
     "pairwise_sigmoid_loss",
     "pooled_attention",
     "shared_prefix_attention",
-    "gather_rows",
     "sgd_momentum_",
 ]
 
@@ -261,8 +258,8 @@ def pairwise_sigmoid(
     scale = _number_of_logits(name, "logit_scale", logit_scale, image)
     bias = _number_of_logits(name, "logit_bias", logit_bias, image)
     B, N = len(image), len(text)
-    if image.device.type == "cpu" and not ((labels >= -1) & (labels < N)).all():
-        raise ValueError(f"{name}: labels must be rows of text, 0 to {N - 1}, or no text (-1); got {labels.tolist()}.")
+    if image.device.type == "cpu" and (wrong := labels[(labels < -1) | (labels >= N)]).numel() > 0:
+        raise ValueError(f"{name}: labels must be rows of text, 0 to {N - 1}, or no text (-1); got {wrong[0]}.")
     rows = max(1, PAIRS_IN_MEMORY // N)
     if rows >= B:
         return _sum_over_pairs(image, text, labels, scale, bias)
@@ -572,93 +569,6 @@ def pooled_attention(
         check_shape(name, "lengths", lengths, ("query", query), B=B)
         check_device(name, "lengths", lengths, ("query", query))
     return registration.call(_pooled_attention, query, key, value, lengths, E**-0.5 if scale is None else scale)[0]
-
-
-def gather_rows(
-    rows: Tensor,
-    index: Tensor,
-    token_scale: Tensor | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
-    out_index: Tensor | None = None,
-) -> Tensor:
-    """Gather rows of a feature store into a batch, and dequantise them.
-
-        out_b = rows[index_b] · token_scale[index_b], or with out_index: out[out_index_b] = …
-
-    Every number is read once, also from a memory-mapped file, and written once. Not differentiable. For a batch from
-    several shards, call it once per shard: `out_index` are the rows of the batch that come from this shard.
-
-    Args:
-        rows: [R, N, W] features, one row per sample; in fp32, fp16, bf16, fp64 or int8.
-        index: int64 [B], indices of the rows to gather, in any order, with or without repeats.
-        token_scale: fp32 [R, N], scale of each token; required for int8 rows, and only allowed for them.
-        dtype: dtype of the result; default: that of `rows`, or fp32 for int8.
-        out: contiguous [B, N, W] tensor for the result, in any floating-point dtype; with `out_index` [M, N, W].
-        out_index: int64 [B], indices of the rows of `out` to write, without duplicates; others do not change. Only with
-            `out`; default: 0 to B − 1.
-
-    Returns:
-        [B, N, W] tensor, or `out`, to which nothing is written if an argument is invalid.
-
-    Example:
-        >>> rows = torch.tensor([[[1, 2]], [[3, 4]]], dtype=torch.int8)   # [R=2, N=1, W=2]
-        >>> scale = torch.tensor([[0.5], [2.0]])                          # [R=2, N=1]
-        >>> gather_rows(rows, torch.tensor([1, 1, 0]), scale).flatten(1)  # [B=3, N·W=2]
-        tensor([[6.0000, 8.0000],
-                [6.0000, 8.0000],
-                [0.5000, 1.0000]])
-        >>> batch = torch.zeros(3, 1, 2)                                  # [M=3, N=1, W=2]
-        >>> _ = gather_rows(rows, torch.tensor([1, 0]), scale, out=batch, out_index=torch.tensor([2, 0]))
-        >>> batch.flatten(1)
-        tensor([[0.5000, 1.0000],
-                [0.0000, 0.0000],
-                [6.0000, 8.0000]])
-    """
-    name = "gather_rows"
-    check_shape(name, "rows", rows, R=None, N=None, W=None)
-    check_dtype(name, "rows", rows, (*FEATURE_DTYPES, torch.int8), "Convert them first.")
-    if index.dim() != 1 or index.numel() > 0:  # an empty batch is valid
-        check_shape(name, "index", index, B=None)
-    check_dtype(name, "index", index, [torch.int64], "Use index.long().")
-    check_device(name, "index", index, ("rows", rows))
-    R, N, W = rows.shape
-    if (rows.dtype == torch.int8) != (token_scale is not None):
-        raise ValueError(
-            f"{name}: token_scale must be given for int8 rows and only for them; got rows of {rows.dtype} "
-            f"{'without' if token_scale is None else 'with'} token_scale."
-        )
-    if token_scale is not None:
-        check_shape(name, "token_scale", token_scale, ("rows", rows), R=R, N=N)
-        check_dtype(name, "token_scale", token_scale, [torch.float32], "Use token_scale.float().")
-        check_device(name, "token_scale", token_scale, ("rows", rows))
-    if dtype is not None and dtype not in FEATURE_DTYPES:
-        raise TypeError(f"{name}: dtype must be float32, bfloat16, float16 or float64; got {dtype}.")
-    if out is None:
-        if out_index is not None:
-            raise ValueError(f"{name}: out_index selects rows of out; got no out. Pass out too.")
-        return registration.call(_gather_rows, rows, index, token_scale, dtype, False)  # not pinned
-    if dtype is not None:
-        raise ValueError(f"{name}: dtype must be None with out, which has its own; got {dtype}.")
-    B = index.shape[0]
-    if out_index is not None:
-        check_shape(name, "out_index", out_index, ("index", index), B=B)
-        check_dtype(name, "out_index", out_index, [torch.int64], "Use out_index.long().")
-        check_device(name, "out_index", out_index, ("rows", rows))
-    fits = out.shape[1:] == (N, W) and (out.shape[0] == B if out_index is None else out.shape[0] >= 1)
-    if not fits or not out.is_contiguous():
-        wanted = f"[B={B}, N={N}, W={W}]" if out_index is None else f"[M, N={N}, W={W}] with M ≥ 1"
-        raise ValueError(
-            f"{name}: out must be contiguous {wanted}; got {list(out.shape)} with strides {list(out.stride())}."
-        )
-    check_dtype(name, "out", out, FEATURE_DTYPES, "Pass a floating-point tensor.")
-    check_device(name, "out", out, ("rows", rows))
-    # torch.compile traces with fake tensors, which have no addresses.
-    if not torch.compiler.is_compiling() and out.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
-        raise ValueError(f"{name}: out must not share memory with rows; got a tensor in the same storage.")
-    registration.call(_gather_rows_out, rows, index, token_scale, out_index, out)
-    return out
 
 
 def sgd_momentum_(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .clip import SkipCLIP, check_clip
+from .clip.cut import CutOptions
 from .digests import digest_file
 from .folders import replace_tensors, replaced_folder
 from .towers import UnsupportedModel
@@ -72,25 +74,25 @@ def add_lora(
     chosen = frozenset(TARGETS if targets == "all-linear" else [targets] if isinstance(targets, str) else targets)
     if not chosen or not chosen <= set(TARGETS):
         raise ValueError(f'add_lora: targets must be of {", ".join(TARGETS)}, or "all-linear"; got {targets!r}.')
-    clip._check_unaltered()
+    clip.check_model()
     if next(_updates(clip.model), None) is not None:
         raise ValueError("add_lora: the model has low-rank updates already. Merge them first: merge_lora(clip).")
     towers = _fusable_towers(clip)
 
     generator = generator or torch.Generator().manual_seed(0)
-    before = clip._settings, [name for name, parameter in clip.model.named_parameters() if parameter.requires_grad]
+    before = clip._cut.options, [name for name, parameter in clip.model.named_parameters() if parameter.requires_grad]
     clip.model.requires_grad_(False)
     try:
         for tower in towers:
             for block in list(tower.blocks)[tower.skip :]:
                 _update_block(block, block.linear_weights, chosen, rank, alpha, generator)
-        clip._settings = clip._settings._replace(trainable="as_is")
+        clip._cut.options = replace(clip._cut.options, trainable="as_is")
         clip.refresh()
     except BaseException:
         _remove(clip.model, merge=False)
         _set_trained(clip, *before)
         raise
-    clip._before_lora = before[0].trainable, before[1]
+    clip._cut.before_lora = before[0].trainable, before[1]
 
 
 def merge_lora(clip: SkipCLIP) -> None:
@@ -102,9 +104,9 @@ def merge_lora(clip: SkipCLIP) -> None:
     """
     _check_updated("merge_lora", clip)
     _remove(clip.model, merge=True)
-    trainable, names = clip._before_lora or ("as_is", [])
-    clip._before_lora = None
-    _set_trained(clip, clip._settings._replace(trainable=trainable), names)
+    trainable, names = clip._cut.before_lora or ("as_is", [])
+    clip._cut.before_lora = None
+    _set_trained(clip, replace(clip._cut.options, trainable=trainable), names)
     clip.refresh()
 
 
@@ -180,7 +182,7 @@ def _check_updated(function: str, clip: Any) -> None:
 
 def _fusable_towers(clip: SkipCLIP) -> list[Tower]:
     """Return both towers, or raise if no block is above the cut, or one that is not fused."""
-    towers: dict[str, Tower] = {"text": clip._text, "image": clip._image}
+    towers: dict[str, Tower] = {"text": clip._texts.tower, "image": clip._images.tower}
     if all(tower.skip == len(tower.blocks) for tower in towers.values()):
         raise ValueError("add_lora: no block is above the cut. Make a SkipCLIP with fewer skip_layers.")
     for name, tower in towers.items():
@@ -233,8 +235,8 @@ def _remove(model: nn.Module, *, merge: bool) -> None:
         module._parameters.update({name: others.pop(name)} | others)
 
 
-def _set_trained(clip: SkipCLIP, settings: Any, names: Sequence[str]) -> None:
-    """Restore the settings of a SkipCLIP, and train only the parameters of these names."""
-    clip._settings, trained = settings, set(names)
+def _set_trained(clip: SkipCLIP, options: CutOptions, names: Sequence[str]) -> None:
+    """Restore the options of a SkipCLIP, and train only the parameters of these names."""
+    clip._cut.options, trained = options, set(names)
     for name, parameter in clip.model.named_parameters():
         parameter.requires_grad_(name in trained)

@@ -16,7 +16,7 @@ import torch
 import skipkernels as sk
 from bench import aot, counts, inputs, measure, precompile, prepare, stand_in
 from bench.launches import CALLS, on_meta
-from skipkernels.app.train.meta_device import meta_as_gpu
+from bench.meta_device import meta_as_gpu
 from skipkernels.ops import registration
 from skipkernels.ops.launching import launch, tl, triton
 

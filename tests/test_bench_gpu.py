@@ -22,7 +22,7 @@ from torch.autograd import DeviceType
 
 from bench import gpu, inputs, measure, summary
 from skipkernels import testing
-from skipkernels.clip import graphed
+from skipkernels.graphs import graphed_step
 from tests.conftest import TELLING, place
 
 CUT = "--model vit-tiny --classes 20 --skip-layers 3 --device cpu --rounds 1 --no-save".split()
@@ -71,7 +71,7 @@ def test_limits_of_the_stages_are_nine_minutes():
 
 def test_profiler_sees_one_warm_step(monkeypatch):
     """The steps before it, and the construction, are not between the two calls."""
-    events, run = [], graphed.GraphedStep.__call__
+    events, run = [], graphed_step.GraphedStep.__call__
 
     @contextlib.contextmanager
     def profiled(device: torch.device) -> Iterator[None]:
@@ -83,7 +83,7 @@ def test_profiler_sees_one_warm_step(monkeypatch):
         events.append("step")
         return run(self, *batch)
 
-    monkeypatch.setattr(graphed.GraphedStep, "__call__", counted)
+    monkeypatch.setattr(graphed_step.GraphedStep, "__call__", counted)
     monkeypatch.setattr(gpu, "profiled", profiled)
     gpu.main(["one_step", *CUT])
     assert events == ["step", "step", "start", "step", "stop"]
@@ -111,7 +111,7 @@ def test_step_writes_its_facts_on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "seconds_of", lambda function, device, calls=1, before=None: 0.001 * calls)
     gpu.main(["step", *CUT, "--device", "cuda", "--out", str(tmp_path)])
     found = summary.read_facts(tmp_path)["step bf16"]
-    names = {summary.EAGER, summary.GRAPHED, summary.OVERLAPPED}
+    names = {summary.EAGER, summary.GRAPHED}
     assert found["ms"].keys() == names | {"published"} and found["faster"].keys() == names
     assert set(found["ms"].values()) == {10.0} and found["difference"] == 0
     assert (found["captured"], found["launches"]) == (False, {"kernels": 1, "copies": 2})

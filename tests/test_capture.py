@@ -1,4 +1,4 @@
-"""`SkipCLIP.graphed`: nothing in a step depends on the host, and replays of a captured step equal plain steps.
+"""`graphed`: nothing in a step depends on the host, and replays of a captured step equal plain steps.
 
 Without a GPU, the first is tested on the meta device: the code takes the paths of a GPU, and whatever needs a value on
 the host raises. The second is tested on the CPU with `FakeGraph`.
@@ -19,11 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
-from skipkernels.app.train.meta_device import meta_as_gpu
-from skipkernels.clip import graphed
-from skipkernels.clip import text as text_module
-from skipkernels.features.table import MappedTable
-from skipkernels.towers.changes import Containers
+from bench.meta_device import meta_as_gpu
+from skipkernels.clip.step import LossOptions, step
+from skipkernels.graphs import graphed_step as graphed
 
 CLASSES = 30
 
@@ -70,7 +68,7 @@ def batches(clip: sk.SkipCLIP, count: int, batch: int = 4) -> list[tuple[Tensor,
     """Batches (features at the cut, labels); without a cut, (images, labels)."""
     found = []
     for seed in range(count):
-        images, labels = tiny_batch(batch, CLASSES, clip._image.dtype, seed=seed)
+        images, labels = tiny_batch(batch, CLASSES, clip._images.tower.dtype, seed=seed)
         found.append((clip.encode_lower(images) if clip.skip_layers[0] else images, labels))
     return found
 
@@ -90,11 +88,8 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
     """Tensors that exist between steps and are read by the kernels of a step."""
     (table,) = clip.sampler._tables.values()
     found = dict(clip.model.named_parameters()) | dict(clip.model.named_buffers())
-    for number, text in enumerate(clip._text_encoder.templates):
-        found |= {f"{name} {number}": x for name, x in text.tower.prompts.tensors().items()}
-        if text.rows is not None:
-            found[f"rows {number}"] = text.rows
-    found |= {"prototypes": clip.prototypes, "ranks": table.row}
+    found |= {f"of texts {number}": x for number, x in enumerate(clip._texts.step_tensors())}
+    found |= {"ranks": table.row}
     for number, state in enumerate(optimizer.state.values()):
         found |= {f"{name} {number}": x for name, x in state.items() if isinstance(x, Tensor)}
     if isinstance(optimizer, sk.FusedSGD):
@@ -125,11 +120,10 @@ def test_nothing_from_the_host_enters_a_step(as_on_a_gpu, monkeypatch, options, 
         clip(x, labels)  # caches the text features at the cut, which needs values
     clip.to("meta")
     x, labels = x.to("meta"), labels.to("meta")
-    clip._containers = Containers(clip.model, (clip._image, *clip._text_encoder.towers))  # no comparison of values
     groups = groups_of(clip, stochastic=precision == "bf16-sr")
     optimizer = sk.FusedSGD(groups, momentum=0.9, weight_decay=0.01, in_backward=in_backward)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    step, launched, held = clip.graphed(optimizer, batch_size=4), [], []
+    step, launched, held = sk.graphed(clip, optimizer, batch_size=4), [], []
     for number in range(4):
         mode = contextlib.nullcontext() if number == 0 else DeviceOnly()
         if number == 2:  # a query of the free memory is a call of the driver
@@ -147,13 +141,12 @@ def test_nothing_from_the_host_enters_a_step(as_on_a_gpu, monkeypatch, options, 
 def test_no_host_value_enters_the_sigmoid_loss(as_on_a_gpu):
     clip, labels = skip_clip(keep_ratio=3), torch.zeros(4, CLASSES)
     x, _ = batches(clip, 1)[0]
-    kept = len(clip.sigmoid_loss(x, labels, max_labels=3).class_ids)  # caches the text features at the cut
+    kept = len(sk.pairs.sigmoid_loss(clip, x, labels, max_labels=3).class_ids)  # caches the text features at the cut
     clip.to("meta")
     x, labels = x.to("meta"), labels.to("meta")
-    clip._containers = Containers(clip.model, (clip._image, *clip._text_encoder.towers))  # no comparison of values
-    clip.sigmoid_loss(x, labels, max_labels=3)  # draws the ranks of many steps
+    sk.pairs.sigmoid_loss(clip, x, labels, max_labels=3)  # draws the ranks of many steps
     with DeviceOnly() as mode:
-        out = clip.sigmoid_loss(x, labels, max_labels=3)
+        out = sk.pairs.sigmoid_loss(clip, x, labels, max_labels=3)
         out.loss.backward()
     assert mode.count > 0 and abs(len(out.class_ids) - kept) <= 1, "Σq is rounded down or up"
 
@@ -162,26 +155,12 @@ def test_move_carries_tensors_of_no_module():
     clip = skip_clip(torch.float32)
     x, labels = batches(clip, 1)[0]
     clip(x, labels)
-    rows = clip._text_encoder.templates[0].rows
-    assert rows is not None
+    rows = clip._texts.features().features
     clip.to("meta")
-    prompts, head = clip._text.prompts.tensors().values(), clip._image.head
-    for tensor in (clip.prototypes, clip._text_encoder.templates[0].rows, *prompts, *head[1].parameters(), head[2]):
+    prompts, head = clip._texts.groups[0].tensors().values(), clip._images.tower.head
+    for tensor in (clip.prototypes, clip._texts.features().features, *prompts, *head[1].parameters(), head[2]):
         assert tensor.device.type == "meta"
-    assert clip._text_encoder.templates[0].rows.shape == rows.shape
-    assert not clip._image_encoder.weights.content_changed()
-
-
-def test_text_cache_is_read_once_on_a_gpu(monkeypatch, tmp_path):
-    expected, read = skip_clip(), []
-    monkeypatch.setattr(text_module, "_fits_in_memory", lambda nbytes, device: read.append(nbytes) or True)
-    clip = skip_clip(text_cache=tmp_path)
-    x, labels = batches(clip, 1)[0]
-    monkeypatch.setattr(MappedTable, "rows", lambda *_: 1 / 0)
-    assert clip(x, labels).loss.equal(expected(x, labels).loss)
-    assert read == [clip._text_encoder.templates[0].rows.nbytes]
-    clip.to("meta")
-    assert clip._text_encoder.templates[0].rows.device.type == "meta"
+    assert clip._texts.features().shape == rows.shape[1:] and not clip._images.is_stale()
 
 
 # ---- on the CPU: the plain loop, and the captured path with a fake graph --------------------------------------------
@@ -297,7 +276,7 @@ class Run:
         self.clip = skip_clip(torch.bfloat16 if kind == "stochastic" else torch.float32)
         self.optimizer = optimizer_of(kind, self.clip)
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
-        self.step = self.clip.graphed(self.optimizer, batch_size=4) if by_graph else self.plain
+        self.step = sk.graphed(self.clip, self.optimizer, batch_size=4) if by_graph else self.plain
 
     def plain(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:
         out = self.forward(x, labels)
@@ -311,8 +290,9 @@ class Run:
             return self.clip(x, labels)
         sampler = self.clip.sampler
         sampler.reserve(x.device, len(self.clip.prototypes), len(x))
-        image = self.clip._image_encoder.encode(x)
-        return self.clip._step(image, labels, lambda *_: sampler.take())
+        ranks, image = graphed._ReservedRanks(sampler), self.clip._images.encode(x)
+        options = LossOptions(self.clip.label_smoothing, self.clip.class_weight)
+        return step(image, labels, self.clip._texts, ranks, self.clip._scale, options)
 
     def train(self, some: list[tuple[Tensor, Tensor]]) -> list[Any]:
         """Losses and classes of the steps, and the weights after them."""
@@ -387,7 +367,7 @@ def test_graphed_follows_new_classes_and_label_smoothing(fake_cuda):
     some = batches(ours.clip, graphed.WARMUP + 1)
     for seed in range(2):
         assert ours.train(some) == theirs.train(some)
-        captured = weakref.ref(ours.clip._text_encoder)
+        captured = weakref.ref(ours.clip._texts)
         for run in (ours, theirs):
             run.clip.set_classes(tiny_tokens(CLASSES, seed=seed + 5))
             run.clip.set_classes(tiny_tokens(CLASSES + seed, seed=seed + 10), torch.linspace(0, 2, CLASSES + seed))
@@ -511,15 +491,15 @@ def test_overlapped_sides_wait_for_each_other(fake_cuda, monkeypatch):
         now.pop()
 
     ours, theirs = Run("in_backward", by_graph=True), Run("in_backward", by_graph=False)
-    ours.step = ours.clip.graphed(ours.optimizer, batch_size=4)
-    encode, seen = ours.clip._encode_classes, []
+    ours.step = sk.graphed(ours.clip, ours.optimizer, batch_size=4)
+    encode, seen = ours.clip._texts.encode, []
 
-    def watched(class_ids, dtype):
-        text = encode(class_ids, dtype)
+    def watched(class_ids):
+        text = encode(class_ids)
         seen.append((now[-1], class_ids, text))
         return text
 
-    monkeypatch.setattr(ours.clip, "_encode_classes", watched)
+    monkeypatch.setattr(ours.clip._texts, "encode", watched)
     some = batches(ours.clip, 1)
     assert ours.train(some) == theirs.train(some)
     ((stream, class_ids, text),) = seen
@@ -587,7 +567,7 @@ def test_graphed_needs_training_mode(path):
 def test_graphed_refuses_an_optimizer_of_other_parameters(path):
     run, other = Run("in_step", by_graph=True), skip_clip()
     with pytest.raises(ValueError, match="graphed: optimizer must hold parameters of this SkipCLIP that train"):
-        other.graphed(run.optimizer, batch_size=4)
+        sk.graphed(other, run.optimizer, batch_size=4)
     some = batches(run.clip, graphed.WARMUP + 2)
     for x, labels in some:
         run.step(x, labels)
@@ -602,7 +582,7 @@ def test_graphed_refuses_what_cannot_be_captured(fake_cuda, tmp_path):
 
     def refused(match: str, optimizer: torch.optim.Optimizer | None = None, clip: sk.SkipCLIP = clip) -> None:
         with pytest.raises(ValueError, match=f"^graphed: this step cannot be captured: .*{match}"):
-            clip.graphed(optimizer or sk.FusedSGD(clip.trainable_parameters()), batch_size=4)
+            sk.graphed(clip, optimizer or sk.FusedSGD(clip.trainable_parameters()), batch_size=4)
 
     refused("SGD reads its learning rate on the host", torch.optim.SGD(groups))
     refused("AdamW is not capturable. Construct it with capturable=True", torch.optim.AdamW(groups))
@@ -614,7 +594,7 @@ def test_graphed_refuses_what_cannot_be_captured(fake_cuda, tmp_path):
     stepped.register_step_post_hook(lambda *_: None)
     refused("FusedSGD has step hooks", stepped)
     with pytest.raises(ValueError, match="^graphed: batch_size must be at least 1, a whole number; got 0"):
-        clip.graphed(sk.FusedSGD(groups), batch_size=0)
+        sk.graphed(clip, sk.FusedSGD(groups), batch_size=0)
     (x, labels), run = batches(clip, 1)[0], Run("in_step", by_graph=True)
     with pytest.raises(RuntimeError, match="^graphed: fp16 autocast needs a GradScaler"):
         with torch.autocast("cpu", torch.float16):
@@ -646,7 +626,7 @@ def test_graphed_follows_autocast(fake_cuda):
 def test_graph_with_kept_casts(fake_cuda, monkeypatch, kind):
     """A replay casts no weight that trains, and follows changed weights, evaluations and another graph."""
     ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
-    other = ours.clip.graphed(ours.optimizer, batch_size=4)
+    other = sk.graphed(ours.clip, ours.optimizer, batch_size=4)
     (x, labels), cast, whole, replay = batches(ours.clip, 1)[0], [], torch._foreach_copy_, FakeGraph.replay
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, by: cast.append(by[0].requires_grad) or whole(to, by))
 
@@ -770,7 +750,7 @@ def test_replays_of_other_optimizers(kind):
             else torch.optim.AdamW(groups, capturable=True)
         )
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-        step = clip.graphed(optimizer, batch_size=4)
+        step = sk.graphed(clip, optimizer, batch_size=4)
         if not by_graph:
             step._batch_size = -1  # nothing is captured
         found = []

@@ -124,7 +124,7 @@ def test_forward_few_classes(classes, tail):
 def test_forward_return_logits():
     model, (images, labels) = tiny_clip(), tiny_batch(3, 9)
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
-    with pytest.raises(AttributeError, match=r"^SkipOutput.logits: .*return_logits=True.*clip.predict\(x\)"):
+    with pytest.raises(AttributeError, match=r"^SkipOutput.logits: .*return_logits=True.*clip.predict"):
         clip(images, labels).logits  # noqa: B018
     out = clip(images, labels, return_logits=True)
     loss = torch.nn.functional.cross_entropy(out.logits, out.targets)
@@ -156,7 +156,7 @@ def test_predict_equals_model_logits():
     own = model.get_logits(images, tokens)[0]
     torch.testing.assert_close(clip.predict(images), own.detach(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(clip.predict(clip.encode_lower(images)), own.detach(), rtol=1e-10, atol=1e-10)
-    cached = clip._text_encoder.class_embeddings
+    cached = clip._texts.all
     assert cached() is cached(), "computed once while the weights are the same"
     clip.class_embeddings().zero_()
     torch.testing.assert_close(clip.predict(images), own.detach(), rtol=1e-10, atol=1e-10)
@@ -173,11 +173,12 @@ def test_text_features_are_packed_by_chunks(shared):
     if not shared:
         tokens[1, 0] = 58
     clip = sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1, chunk=7)
-    template, prompts = clip._text_encoder.templates[0], clip._text.prompts
-    before, whole = template.rows, template.lower()
+    texts, prompts = clip._texts, clip._texts.groups[0]
+    before, whole = texts.features().features, texts.lower(prompts, torch.arange(600))
     assert before.equal(prompts.pack(whole)) and (prompts.prefix_length > 0) == shared
-    peak = allocated_bytes(template.compute)
-    assert template.rows.equal(before) and before.nbytes <= peak < before.nbytes + whole.nbytes / 2
+    texts.drop()
+    peak = allocated_bytes(texts.features)
+    assert texts.features().features.equal(before) and before.nbytes <= peak < before.nbytes + whole.nbytes / 2
 
 
 def test_forward_under_autocast():
@@ -283,11 +284,11 @@ def test_construction_bad_arguments(arguments, message):
     [
         (lambda clip, x, y: clip.encode_upper(x), ValueError, r"be .* \[B, 5, 24\]; got \[3, 3, 16, 16\]"),
         (
-            lambda clip, x, y: clip.sigmoid_loss(x, F.one_hot(y, 4), max_labels=1, logit_bias=torch.zeros(4)),
+            lambda clip, x, y: sk.pairs.sigmoid_loss(clip, x, F.one_hot(y, 4), max_labels=1, logit_bias=torch.zeros(4)),
             ValueError,
             r"logit_bias must be a number or a tensor of one element; got \[4\]",
         ),
-        (lambda clip, x, y: clip.graphed(None, batch_size=4), TypeError, "optimizer must be .*; got NoneType"),
+        (lambda clip, x, y: sk.graphed(clip, None, batch_size=4), TypeError, "optimizer must be .*; got NoneType"),
         (lambda clip, x, y: torch.export.export(clip, (x, y)), RuntimeError, r"Export .* clip.classifier\(\)"),
         (lambda clip, x, y: sk.FeatureCache.build("x", clip.model, [(x[0], 0)]), TypeError, "clip must be a SkipC"),
     ],
@@ -307,7 +308,7 @@ def test_wrong_use(call, error, message):
         (lambda x, y: (x[:0], y[:0]), ValueError, r"at least one image; got \[0, 3, 16, 16\]"),
         (lambda x, y: (x.repeat(1, 1, 2, 2), y), ValueError, r"must be \[B, 3, 16, 16\].*got \[3, 3, 32, 32\]"),
         (lambda x, y: (list(x), y), TypeError, "got list. Stack a list of images"),
-        (lambda x, y: (x[0], y), ValueError, r"x must be images \[B, 3, height, width\] .* got \[3, 16, 16\]"),
+        (lambda x, y: (x[0], y), ValueError, r"must be images \[B, 3, height, width\] .* got \[3, 16, 16\]"),
         (lambda x, y: (x, None), TypeError, r"got NoneType. Without labels use clip.predict"),
         (lambda x, y: (x, y[:2]), ValueError, r"int64 \[B=3\], or .*; got torch.int64 \[2\]"),
         (lambda x, y: (x, torch.eye(4).long()[y]), ValueError, r"int64 \[3, 4\]. .*one-hot.*labels.argmax\(dim=1\)"),
@@ -374,7 +375,7 @@ def test_parameter_groups_replaced_parameters():
 
 def test_skip_layers_fraction_and_pair():
     clip = sk.SkipCLIP(tiny_clip(text={"layers": 2}), tiny_tokens(4), skip_layers=(2, 0.5))
-    assert (clip._image.skip, clip._text.skip) == (2, 1)
+    assert (clip._images.tower.skip, clip._texts.tower.skip) == (2, 1)
 
 
 def test_saved_bytes_shrink_with_the_cut():

@@ -63,7 +63,7 @@ def test_another_skipclip_froze_the_first_block():
     second = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=2)
     second(images, labels)
     with pytest.raises(RuntimeError, match="the first block above the cut was frozen .* by another SkipCLIP"):
-        first(images, labels)
+        first.eval()
     first.refresh()
     first(images, labels)
 
@@ -129,10 +129,9 @@ def test_altered_container_is_an_error(name, way):
     clip(features, labels)
     REFUSED[name](model)
     clip = way(clip)
-    with pytest.raises(RuntimeError, match="was altered after SkipCLIP was made"):
-        clip(features, labels)
-    with pytest.raises(RuntimeError, match="was altered after SkipCLIP was made"):
-        clip.predict(images)
+    for _ in range(2):  # the mode stays, so the next switch compares again
+        with pytest.raises(RuntimeError, match="was altered after SkipCLIP was made"):
+            clip.eval()
 
 
 @pytest.mark.parametrize(
@@ -145,24 +144,25 @@ def test_altered_container_is_an_error(name, way):
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_method_of_a_container_patched_on_its_class(kind, method, monkeypatch):
-    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1), tiny_batch(3, C)
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1)
     own = getattr(kind, method)
     monkeypatch.setattr(kind, method, lambda *arguments, **options: 2 * own(*arguments, **options))
-    for use in (lambda: clip(images, labels), lambda: clip.predict(images)):
-        with pytest.raises(RuntimeError, match="was altered .* the class of a container, or a method of it, was repl"):
-            use()
+    with pytest.raises(RuntimeError, match="was altered .* the class of a container, or a method of it, was replaced"):
+        clip.eval()
     monkeypatch.undo()
-    clip(images, labels)
+    clip.eval()
 
 
 def test_features_after_method_patched_on_a_class(monkeypatch):
     clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, keep_ratio=1.0), tiny_batch(3, C)
     features, own = clip.encode_lower(images), nn.GELU.forward
     monkeypatch.setattr(nn.GELU, "forward", lambda self, x: 0.9 * own(self, x))
+    with pytest.warns(UserWarning, match=r"forward\(\) of the class GELU was replaced"):
+        clip.eval().predict(images)  # a mode switch compares
+    clip.train()
     with pytest.raises(RuntimeError, match="modules or weights below the cut have changed"):
         clip(features, labels)
-    with pytest.warns(UserWarning, match=r"forward\(\) of the class GELU was replaced"):
-        assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
     assert "class GELU" in clip.reductions["text.fused_block"].reason
 
 
@@ -216,7 +216,7 @@ def test_alteration_is_followed(name):
     assert before.allclose(expected) == (name in ("backward_hook", "weight_norm"))  # no effect on logits
     for parameter in model.parameters():  # `assign` and PEFT set it
         parameter.requires_grad_(False)
-    for part in (*clip._image.upper_parameters(), *clip._text.upper_parameters()):
+    for part in (*clip._images.tower.upper_parameters(), *clip._texts.tower.upper_parameters()):
         part.requires_grad_(True)
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
@@ -251,6 +251,7 @@ def test_changed_called_module_is_followed(name):
     clip(images, labels)
     before = clip.predict(images)
     CALLED[name](model)
+    clip.eval().train()  # a mode switch compares hooks and settings below the cut
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
     torch.testing.assert_close(clip.predict(images), model.get_logits(images, tiny_tokens(C))[0].detach())
     assert not clip.predict(images).allclose(before, rtol=1e-3)
@@ -299,8 +300,8 @@ def test_global_hook_is_followed(register, hook, skip):
     for name in ("image.fused_block", "image.pooled_last_block", "text.fused_block", "text.shared_prefix"):
         assert "global module hooks" in reductions[name].reason
     assert torch.allclose(logits, plain[0], atol=1e-9) == (hook is _clip_gradients), "it alters only gradients"
-    assert_matches_reference_step(clip, images, tokens, labels)
-    assert_matches_reference_step(before, images, tokens, labels)
+    for clip_of_hook in (clip, before):
+        assert_matches_reference_step(clip_of_hook.eval().train(), images, tokens, labels)
     assert torch.allclose(clip.eval().predict(images), plain[0], atol=1e-12) and dict(clip.reductions) == plain[1]
 
 
@@ -315,17 +316,13 @@ def test_global_hooks_of_torch_tools_keep_blocks_fused(recwarn):
 def test_training_below_the_cut_is_an_error():
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
-    features = clip.encode_lower(images)
 
     def groups() -> list:
         return clip.parameter_groups(text_lr=0.1, image_lr=0.1)
 
-    def step() -> sk.SkipOutput:
-        return clip(features, labels)
-
     for part in (model.visual.transformer, model.transformer, clip):
         part.requires_grad_(True)
-        for use in (clip.check_weights, clip.eval, groups, step):
+        for use in (clip.check_model, clip.eval, groups):
             with pytest.raises(RuntimeError, match="requires_grad was set on parameters below the cut"):
                 use()
             clip.training = True
@@ -347,9 +344,27 @@ def test_features_after_altered_lower_block(alter):
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
     features = clip.encode_lower(images)
     alter(model.visual.transformer.resblocks[0])
+    clip.eval().train()
     for use in (lambda: clip(features, labels), lambda: clip.predict(features), lambda: clip.encode_image(features)):
         with pytest.raises(RuntimeError, match="modules or weights below the cut have changed"):
             use()
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
+
+
+@pytest.mark.parametrize("path", ["", "mlp", "ln_1"])
+def test_next_step_notices_replaced_lower_modules(path):
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
+    features = clip.encode_lower(images)
+    clip(features, labels)
+    for blocks in (model.visual.transformer.resblocks, model.transformer.resblocks):
+        other = tiny_clip(seed=3).get_submodule(next(n for n, m in model.named_modules() if m is blocks))
+        part = other[0].get_submodule(path).requires_grad_(False)
+        blocks[0] = part if not path else blocks[0]
+        if path:
+            setattr(blocks[0], path, part)
+    with pytest.raises(RuntimeError, match="modules or weights below the cut have changed"):
+        clip(features, labels)
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
 

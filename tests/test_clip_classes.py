@@ -11,7 +11,7 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 from torch import Tensor, nn
 
 import skipkernels as sk
-from skipkernels.towers.fused_block import SAVED_WIDTHS
+from skipkernels.towers.fused.forward import SAVED_WIDTHS
 
 C = 13
 LOSS_TOLERANCE = {"rel": 1e-11}  # two orders of summation in fp64
@@ -119,7 +119,7 @@ def test_set_classes_equals_fresh_skipclip(classes, tail):
     for p, (same, value, requires_grad) in zip(clip.parameters(), before, strict=True):
         assert p is same and p.equal(value) and p.requires_grad == requires_grad
     torch.testing.assert_close(optimizer.state_dict()["state"], momentum["state"], rtol=0, atol=0)
-    assert clip._text.memory == "min"
+    assert clip._texts.tower.memory == "min"
     with pytest.raises(ValueError, match="other prompts"):
         clip.set_extra_state(old_state)
 
@@ -176,7 +176,7 @@ def test_templates_equal_naive_step(keep_ratio, skip):
     tokens, (x, labels) = three_templates(C), tiny_batch(4, C)
     model = tiny_clip()
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=keep_ratio)
-    assert [text.prompts.prefix_length for text in clip._text_encoder.towers] == [3, 2, 0]
+    assert [prompts.prefix_length for prompts in clip._texts.groups] == [3, 2, 0]
     assert clip.reductions["text.shared_prefix"].reason == "the prompts begin with different tokens"
     texts = nn.functional.normalize(torch.stack([model.encode_text(t, True) for t in tokens.unbind(1)]).mean(0), dim=-1)
     torch.testing.assert_close(clip.prototypes, texts.detach(), rtol=0, atol=1e-12)
@@ -207,9 +207,9 @@ def test_templates_follow_changes_and_copies():
     clip.set_classes(tokens[:5, :2])
     assert_step_equals_naive(clip, tokens[:5, :2], x, labels % 5)
     clip.set_classes(tokens[:, 1:2])
-    assert clip._tokens.equal(tokens[:, 1].int())
+    assert clip._cut.tokens.equal(tokens[:, 1].int())
     clip.to("meta")
-    held = [x for text in clip._text_encoder.towers for x in text.prompts.tensors().values()]
+    held = [x for prompts in clip._texts.groups for x in prompts.tensors().values()]
     assert {x.device.type for x in (*held, clip.prototypes)} == {"meta"}
 
 
@@ -225,7 +225,9 @@ def test_one_template_is_the_ordinary_step():
 
 def test_templates_share_the_free_memory(monkeypatch):
     """A step runs the text tower three times: `memory="auto"` counts what they save together."""
-    text = sk.SkipCLIP(tiny_clip(), three_templates(C), skip_layers=1)._text
+    clip = sk.SkipCLIP(tiny_clip(), three_templates(C), skip_layers=1)
+    clip(*tiny_batch(3, C))
+    text = clip._texts.tower
     rows = torch.zeros(20, 16, dtype=torch.float64)
     saved = rows.numel() * rows.element_size() * SAVED_WIDTHS * 2  # two blocks
     monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 2 * saved + 2)
@@ -245,7 +247,7 @@ def test_templates_in_a_text_cache(tmp_path):
     expected = step(None)
     for _ in ("created", "opened"):
         assert all(a.equal(b) for a, b in zip(step(tmp_path), expected, strict=True))
-    assert {path.name for path in tmp_path.iterdir()} == {f"template_{number}" for number in range(3)}
+    assert {path.name for path in tmp_path.iterdir()} == {"features", "prototypes"}
     with pytest.raises(sk.CacheError, match="differs in embedding|differs in lower blocks"):
         step(tmp_path, seed=1)
 
@@ -256,7 +258,7 @@ def test_templates_in_a_text_cache(tmp_path):
 def test_other_losses_refuse_options_of_the_cross_entropy(options):
     clip, (images, _) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, **options), tiny_batch(2, C)
     [name] = options
-    with pytest.raises(ValueError, match=f"SkipCLIP.pair_loss: {name} of SkipCLIP is an option of the cross-entropy"):
-        clip.pair_loss(images, torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=f"SkipCLIP.sigmoid_loss: {name} of SkipCLIP is an option"):
-        clip.sigmoid_loss(images, torch.zeros(2, C), max_labels=1)
+    with pytest.raises(ValueError, match=f"^pair_loss: {name} of SkipCLIP is an option of the cross-entropy"):
+        sk.pairs.pair_loss(clip, images, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=f"^sigmoid_loss: {name} of SkipCLIP is an option"):
+        sk.pairs.sigmoid_loss(clip, images, torch.zeros(2, C), max_labels=1)

@@ -11,7 +11,7 @@ import torch
 from open_clip.transformer import QuickGELU
 
 import skipkernels as sk
-from skipkernels.clip.text import PromptFeatures
+from skipkernels.clip.texts import ClassTexts
 from skipkernels.features import writer
 from skipkernels.features.writer import TableWriter
 from skipkernels.folders import locked
@@ -67,8 +67,10 @@ def test_text_cache_with_class_token_behind_padding(tmp_path):
 
 def test_text_cache_opened_runs_one_text_below_cut(tmp_path, monkeypatch):
     ran = []
-    lower = PromptFeatures.lower
-    monkeypatch.setattr(PromptFeatures, "lower", lambda self, ids: ran.append(len(ids)) or lower(self, ids))
+    lower = ClassTexts.lower
+    monkeypatch.setattr(
+        ClassTexts, "lower", lambda self, prompts, ids: ran.append(len(ids)) or lower(self, prompts, ids)
+    )
     make_clip(tmp_path)
     assert sum(ran) == CLASSES + 1
     ran.clear()
@@ -87,8 +89,10 @@ def test_text_cache_interrupted_build_resumes(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TableWriter, "write", interrupted)
         make_clip(tmp_path)
-    ran, lower = [], PromptFeatures.lower
-    monkeypatch.setattr(PromptFeatures, "lower", lambda self, ids: ran.append(len(ids)) or lower(self, ids))
+    ran, lower = [], ClassTexts.lower
+    monkeypatch.setattr(
+        ClassTexts, "lower", lambda self, prompts, ids: ran.append(len(ids)) or lower(self, prompts, ids)
+    )
     assert same(step(make_clip(tmp_path)), theirs)
     assert ran == [1, 4, 1], "of nine classes in chunks of four, those of the first chunk were written"
 

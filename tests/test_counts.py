@@ -7,13 +7,14 @@ import torch
 
 from bench import counts, inputs
 from skipkernels import SkipCLIP, functional
+from skipkernels.clip import step
 from skipkernels.ops import launching
 
 pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not installed")
 
 
 def test_check_finds_duplicated_work(monkeypatch):
-    scores, size = SkipCLIP._scores, counts.SIZES[0]
+    scores, size = step.class_scores, counts.SIZES[0]
     random = inputs.random_inputs(size.model, counts.BATCH, size.C, torch.device("cpu"))
     with counts.WithoutProducts():
         clip = SkipCLIP(random.model, random.tokens, skip_layers=size.skip_layers)
@@ -25,12 +26,12 @@ def test_check_finds_duplicated_work(monkeypatch):
             found |= counts._on_a_gpu(clip, features, random.labels, "fp32", counts.SGD)
         return ROW._replace(**found)
 
-    def twice(self, *arguments):
-        scores(self, *arguments)
-        return scores(self, *arguments)
+    def twice(*arguments):
+        scores(*arguments)
+        return scores(*arguments)
 
     before = row()
-    monkeypatch.setattr(SkipCLIP, "_scores", twice)
+    monkeypatch.setattr(step, "class_scores", twice)
     found = "\n".join(counts.compare([row()], [before]))
     for name in ("flops", "calls", "launches"):
         assert f"{ROW.name}: {name} " in found

@@ -44,7 +44,7 @@ def test_training_leaves_the_texts_and_their_embeddings():
     model = tiny_clip()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("visual.")}
     clip, (images, labels) = image_only(model), tiny_batch(B, C)
-    step = clip.graphed(torch.optim.SGD(clip.parameter_groups(text_lr=1.0, image_lr=1.0)), batch_size=B)
+    step = sk.graphed(clip, torch.optim.SGD(clip.parameter_groups(text_lr=1.0, image_lr=1.0)), batch_size=B)
     losses = [step(images, labels).loss.item() for _ in range(3)]
     assert losses[-1] < losses[0]
     assert all(model.get_parameter(name).equal(value) for name, value in before.items())
@@ -59,11 +59,11 @@ def test_training_leaves_the_texts_and_their_embeddings():
 def test_nothing_of_the_texts_is_kept_or_saved():
     images, labels = tiny_batch(B, C)
     whole, alone = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, keep_ratio=1.0), image_only(tiny_clip())
-    assert all(template.rows is None for template in alone._text_encoder.templates)
+    assert alone._texts._table is None
     assert saved_bytes(lambda: alone(images, labels).loss) < saved_bytes(lambda: whole(images, labels).loss)
     alone(images, labels)
     alone.set_classes(tiny_tokens(C + 3, seed=5))
-    assert all(template.rows is None for template in alone._text_encoder.templates)
+    assert alone._texts._table is None
 
 
 def test_classes_are_replaced_and_saved():
@@ -81,7 +81,7 @@ def test_labels_of_several_classes():
     clip, (images, _) = image_only(model), tiny_batch(B, C, torch.float64)
     labels = torch.zeros(B, C, dtype=torch.int64)
     labels[:, 2] = labels[0, 5] = 1
-    out = clip.sigmoid_loss(images, labels, max_labels=2)
+    out = sk.pairs.sigmoid_loss(clip, images, labels, max_labels=2)
     logits = model.logit_scale.exp() * F.normalize(model.encode_image(images), dim=-1) @ clip.prototypes.T
     expected = F.binary_cross_entropy_with_logits(logits, labels.double())
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-12)

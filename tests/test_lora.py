@@ -23,7 +23,8 @@ import skipkernels as sk
 from skipkernels.digests import digest_file
 from skipkernels.lora import TARGETS
 from skipkernels.testing import saved_bytes
-from skipkernels.towers import UnsupportedModel, fused_block
+from skipkernels.towers import UnsupportedModel
+from skipkernels.towers.fused import gradients
 from skipkernels.towers.low_rank import LowRankUpdate
 
 C = 7
@@ -130,7 +131,7 @@ def test_twenty_steps_equal_those_of_the_model():
     optimizers = [
         torch.optim.SGD([p for p in x.parameters() if p.requires_grad], 0.05, momentum=0.9) for x in (model, other)
     ]
-    step = clip.graphed(optimizers[0], batch_size=3)
+    step = sk.graphed(clip, optimizers[0], batch_size=3)
     losses = []
     for i in range(20):
         rows = slice(3 * (i % 2), 3 * (i % 2) + 3)
@@ -173,8 +174,8 @@ def test_weights_are_computed_once_a_pass(formed, autocast):
         return sorted(map(id, formed))
 
     assert calls(lambda: clip(images, labels).loss.backward()) == once
-    other = clip._tokens.long().roll(1, dims=0)
-    clip.set_classes(torch.stack([clip._tokens.long(), other], dim=1))  # two templates
+    other = clip._cut.tokens.long().roll(1, dims=0)
+    clip.set_classes(torch.stack([clip._cut.tokens.long(), other], dim=1))  # two templates
     assert calls(lambda: clip(images, labels).loss.backward()) == once
     clip.set_grad_checkpointing()
     assert calls(lambda: clip(images, labels).loss.backward()) == once
@@ -186,14 +187,14 @@ def test_weights_are_computed_once_a_pass(formed, autocast):
 def test_gradient_products_are_those_of_the_factors(monkeypatch):
     """No gradient of a whole weight [W, W] is computed."""
     shapes: list[torch.Size] = []
-    product = fused_block._product
+    product = gradients.product
 
     def spy(*arguments, **options):
         shapes.append((result := product(*arguments, **options)).shape)
         return result
 
     clip, (images, labels) = with_lora(tiny_clip(), "out"), tiny_batch(3, C)
-    monkeypatch.setattr(fused_block, "_product", spy)
+    monkeypatch.setattr(gradients, "product", spy)
     clip(images, labels).loss.backward()
     assert sorted(shapes) == sorted(2 * [(2, W) for W in (16, 24)] + 2 * [(W, 2) for W in (16, 24)])  # of A and B
 
@@ -252,9 +253,9 @@ def test_half_precision_weights_have_fp32_updates():
 def test_add_lora_changes_nothing_before_training():
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=(1, 2))
-    features, identity, logits = clip.encode_lower(images), clip.lower_identity("image"), clip.predict(images)
+    features, identity, logits = clip.encode_lower(images), clip._images.tower.lower_identity(), clip.predict(images)
     sk.add_lora(clip, 2, generator=torch.Generator().manual_seed(4))
-    assert clip.lower_identity("image") == identity
+    assert clip._images.tower.lower_identity() == identity
     assert clip.predict(features).equal(logits)
     text, image = (group["params"] for group in clip.parameter_groups(text_lr=0.0, image_lr=0.0))
     assert [tuple(p.shape) for p in text] == [(2, 2, 16), (2, 16, 2)]  # of q and v: A, then B

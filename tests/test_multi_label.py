@@ -39,7 +39,7 @@ def test_sigmoid_loss_equals_naive_step(skip, mode, bias):
     biases = [torch.tensor(-3.0, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     given = biases[0] if bias == "trained" else bias
     with torch.set_grad_enabled(mode != "no_grad"):
-        out = clip.sigmoid_loss(images, LABELS, max_labels=3, logit_bias=given)
+        out = sk.pairs.sigmoid_loss(clip, images, LABELS, max_labels=3, logit_bias=given)
     ids = out.class_ids
     assert (mode == "train") == (len(ids) < CLASSES) and out.targets.equal(LABELS[:, ids].bool())
 
@@ -72,7 +72,7 @@ def test_one_label_per_image_selects_the_classes_of_forward():
         clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=5)
         for _ in range(3):
             one_hot = F.one_hot(ids, 40)
-            out = clip.sigmoid_loss(images, one_hot, max_labels=1) if multi else clip(images, ids)
+            out = sk.pairs.sigmoid_loss(clip, images, one_hot, max_labels=1) if multi else clip(images, ids)
             kept.append(out.class_ids.tolist())
     assert kept[:3] == kept[3:]
 
@@ -83,7 +83,7 @@ def test_number_of_classes_does_not_depend_on_labels(tail):
     images, kept = tiny_batch(3, 40)[0], []
     for of_images in ([[], [], []], [range(7), range(7, 14), range(33, 40)], [[39], [39, 1], []]):
         labels = labels_of(*of_images, classes=40)
-        out = clip.sigmoid_loss(images, labels, max_labels=7)
+        out = sk.pairs.sigmoid_loss(clip, images, labels, max_labels=7)
         assert out.targets.sum() == labels.sum(), "every label is kept"
         kept.append(len(out.class_ids))
     rounding = tail == "resample"  # of Σq, down or up
@@ -93,9 +93,9 @@ def test_number_of_classes_does_not_depend_on_labels(tail):
 def test_sigmoid_loss_under_autocast_and_with_integer_labels():
     model, images = tiny_clip(torch.float32), tiny_batch(4, CLASSES, torch.float32)[0]
     clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1, keep_ratio=1, memory="min")
-    full = clip.sigmoid_loss(images, LABELS.bool(), max_labels=3)
+    full = sk.pairs.sigmoid_loss(clip, images, LABELS.bool(), max_labels=3)
     with torch.autocast("cpu", torch.bfloat16):
-        half = clip.sigmoid_loss(images, LABELS.long(), max_labels=3)
+        half = sk.pairs.sigmoid_loss(clip, images, LABELS.long(), max_labels=3)
     half.loss.backward()
     assert half.loss.dtype == half.logits.dtype == torch.float32
     # bf16 has 8 bits: the error of cosines is about 2^-8, and the temperature multiplies it by 14.
@@ -106,16 +106,16 @@ def test_sigmoid_loss_under_autocast_and_with_integer_labels():
     ("labels", "max_labels", "message"),
     [
         (LABELS.tolist(), 3, r"labels must be a tensor \[B=4, C=17\], .* got list"),
-        (torch.zeros(4).long(), 3, r"labels must be a tensor \[B=4, C=17\], .* call clip\(x, labels\)"),
+        (torch.zeros(4).long(), 3, r"labels must be a tensor \[B=4, C=17\], .* call clip\(pixel_values, labels\)"),
         (LABELS * 0.5, 3, "labels must be 0 or 1; got 0.0 to 0.5"),
         (LABELS, 2, "max_labels must be at least 3, the labels of an image; got 2"),
         (LABELS, 0, "max_labels must be a whole number, at least 1; got 0"),
-        (LABELS.to("meta"), 3, "labels must be on cpu, where x is; got meta"),
+        (LABELS.to("meta"), 3, "labels must be on cpu, where pixel_values is; got meta"),
     ],
 )
 def test_sigmoid_loss_refuses(labels, max_labels, message):
-    with pytest.raises(ValueError, match=f"^SkipCLIP.sigmoid_loss: {message}"):
-        _clip().sigmoid_loss(tiny_batch(4, CLASSES, torch.float32)[0], labels, max_labels=max_labels)
+    with pytest.raises(ValueError, match=f"^sigmoid_loss: {message}"):
+        sk.pairs.sigmoid_loss(_clip(), tiny_batch(4, CLASSES, torch.float32)[0], labels, max_labels=max_labels)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from open_clip.loss import SigLipLoss
 
 import skipkernels as sk
 from skipkernels import functional, reference
-from skipkernels.clip.chunked import check_chunk
+from skipkernels.pairs.chunked import check_chunk
 from skipkernels.testing import SLACK, allocated_bytes, relative_error, saved_bytes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -194,7 +194,7 @@ def test_pair_loss_equals_naive_step(skip, kind, loss, chunk):
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, train_logit_scale=True)
     ours, theirs = (torch.tensor([-1.5]).double().requires_grad_() if loss == "sigmoid" else None for _ in "ab")
     captions = ids if kind == "ids" else tokens[ids]
-    found = clip.pair_loss(images, captions, loss=loss, logit_bias=ours, chunk=chunk)
+    found = sk.pairs.pair_loss(clip, images, captions, loss=loss, logit_bias=ours, chunk=chunk)
     (2 * found).backward()
     skip = skip if isinstance(skip, tuple) else (skip, skip)
     expected = naive_pair_loss(plain, images, tokens[ids], skip, theirs)
@@ -212,11 +212,11 @@ def test_pair_loss_takes_new_captions_features_and_smaller_batches():
     model, (images, tokens, ids) = tiny_clip(), pair_batch()
     plain = copy.deepcopy(model)
     clip = sk.SkipCLIP(model, tiny_tokens(2, seed=3), skip_layers=1)
-    before = clip._text.prompts
+    before = clip._texts.groups[0]
     for count in (5, 1, 3):
-        loss = clip.pair_loss(clip.encode_lower(images[:count]), tokens[ids[:count]].int())
+        loss = sk.pairs.pair_loss(clip, clip.encode_lower(images[:count]), tokens[ids[:count]].int())
         torch.testing.assert_close(loss, naive_pair_loss(plain, images[:count], tokens[ids[:count]], (1, 1)))
-    assert clip._text.prompts is before, "the classes stay"
+    assert clip._texts.groups[0] is before, "the classes stay"
 
 
 @pytest.mark.parametrize("kind", ["ids", "tokens"])
@@ -226,17 +226,17 @@ def test_pair_loss_in_every_mode(kind, tmp_path):
     losses, bytes_of = {}, {}
     for memory in ("fast", "min"):
         clip = sk.SkipCLIP(model, tokens, skip_layers=1, memory=memory, text_cache=tmp_path)
-        bytes_of[memory] = saved_bytes(functools.partial(clip.pair_loss, images, captions))
-        losses[memory] = clip.pair_loss(images, captions)
+        bytes_of[memory] = saved_bytes(functools.partial(sk.pairs.pair_loss, clip, images, captions))
+        losses[memory] = sk.pairs.pair_loss(clip, images, captions)
     torch.testing.assert_close(losses["fast"], losses["min"])
     assert bytes_of["min"] < bytes_of["fast"]
     with torch.autocast("cpu", torch.bfloat16):
-        half = clip.pair_loss(images, captions)
+        half = sk.pairs.pair_loss(clip, images, captions)
     half.backward()
     # bf16 has 8 bits: the error of cosines is about 2^-8, and the temperature multiplies it by 14.
     assert half.dtype == torch.float32 and half.item() == pytest.approx(losses["fast"].item(), abs=14 * 2**-6)
     clip.eval()
-    torch.testing.assert_close(clip.pair_loss(images, captions), losses["fast"])
+    torch.testing.assert_close(sk.pairs.pair_loss(clip, images, captions), losses["fast"])
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_pair_loss_refuses(captions, message):
     images, tokens, _ = pair_batch(torch.float32)
     clip = _clip_of_13_captions()
     with pytest.raises(ValueError, match=message):
-        clip.pair_loss(images, captions)
+        sk.pairs.pair_loss(clip, images, captions)
 
 
 @functools.cache
@@ -273,8 +273,8 @@ def _clip_of_13_captions() -> sk.SkipCLIP:
 )
 def test_pair_loss_refuses_options(options, message):
     images, _, ids = pair_batch(torch.float32)
-    with pytest.raises(ValueError, match=f"^SkipCLIP.pair_loss: {message}"):
-        _clip_of_13_captions().pair_loss(images, ids, **options)
+    with pytest.raises(ValueError, match=f"^pair_loss: {message}"):
+        sk.pairs.pair_loss(_clip_of_13_captions(), images, ids, **options)
 
 
 # ---- chunks of a batch -------------------------------------------------------------------------------------------
@@ -287,11 +287,11 @@ def gradients_of(clip) -> dict[str, torch.Tensor]:
 def test_forward_of_chunks_saves_the_batch_and_gradients_of_embeddings(monkeypatch):
     clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(24), skip_layers=1, memory="fast")
     features, ids = clip.encode_lower(tiny_batch(24, 24, torch.float32)[0]), torch.arange(24)
-    whole, chunked = (saved_bytes(lambda c=c: clip.pair_loss(features, ids, chunk=c)) for c in (None, 4))
+    whole, chunked = (saved_bytes(lambda c=c: sk.pairs.pair_loss(clip, features, ids, chunk=c)) for c in (None, 4))
     assert chunked < whole / 4
-    rows, encode = [], clip._image_encoder.encode
-    monkeypatch.setattr(clip._image_encoder, "encode", lambda x: rows.append(len(x)) or encode(x))
-    loss = clip.pair_loss(features, ids, chunk=4)
+    rows, encode = [], clip._images.encode
+    monkeypatch.setattr(clip._images, "encode", lambda x: rows.append(len(x)) or encode(x))
+    loss = sk.pairs.pair_loss(clip, features, ids, chunk=4)
     kept = features.nbytes + ids.nbytes + 2 * 24 * clip.prototypes.shape[1] * 4
     assert sum(x.nbytes for x in loss.grad_fn.saved_tensors) == kept
     loss.backward()
@@ -304,7 +304,7 @@ def test_peak_of_chunks_does_not_grow_with_the_batch():
     features, ids = clip.encode_lower(tiny_batch(40, 40, torch.float32)[0]), torch.arange(40)
 
     def peak(count: int, chunk: int | None) -> int:
-        return allocated_bytes(lambda: clip.pair_loss(features[:count], ids[:count], chunk=chunk).backward())
+        return allocated_bytes(lambda: sk.pairs.pair_loss(clip, features[:count], ids[:count], chunk=chunk).backward())
 
     peak(4, None)  # gradients exist from here on
     small, whole, chunked = peak(4, None), peak(40, None), peak(40, 4)
@@ -316,11 +316,11 @@ def test_both_passes_have_the_same_autocast_and_random_numbers(monkeypatch):
     images, _, ids = pair_batch(torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
-            whole = clip.pair_loss(images, ids)
+            whole = sk.pairs.pair_loss(clip, images, ids)
         whole.backward()
         expected = gradients_of(clip)
         clip.zero_grad()
-        passes, encode = [], clip._image_encoder.encode
+        passes, encode = [], clip._images.encode
 
         def recorded(x, rate, encode=encode, passes=passes):
             embedding = F.dropout(encode(x), rate)
@@ -328,10 +328,10 @@ def test_both_passes_have_the_same_autocast_and_random_numbers(monkeypatch):
             return embedding
 
         for dropped in (0.0, 0.5):
-            monkeypatch.setattr(clip._image_encoder, "encode", functools.partial(recorded, rate=dropped))
+            monkeypatch.setattr(clip._images, "encode", functools.partial(recorded, rate=dropped))
             passes.clear()
             with torch.autocast("cpu", dtype):
-                loss = clip.pair_loss(images, ids, chunk=2)
+                loss = sk.pairs.pair_loss(clip, images, ids, chunk=2)
                 assert not dropped or clip(images, ids).loss.requires_grad, "no cast without a graph is left"
             torch.rand(3)
             state = torch.get_rng_state()
@@ -354,7 +354,7 @@ def test_hooks_of_parameters_are_called_once_and_a_second_backward_is_equal():
     trained = {name: p for name, p in clip.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: calls.update([name]))
-    loss = clip.pair_loss(images, ids, chunk=2)
+    loss = sk.pairs.pair_loss(clip, images, ids, chunk=2)
     loss.backward(retain_graph=True)
     once = gradients_of(clip)
     assert calls == dict.fromkeys(trained, 1) and once.keys() == trained.keys()
@@ -369,7 +369,7 @@ def test_updates_inside_backward_are_those_of_the_whole_batch():
         images, _, ids = pair_batch()
         optimizer = sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1))
         for _ in range(2):
-            clip.pair_loss(images, ids, chunk=chunk).backward()
+            sk.pairs.pair_loss(clip, images, ids, chunk=chunk).backward()
             optimizer.step()
         weights.append(clip.model.state_dict())
     for name, weight in weights[0].items():
@@ -379,31 +379,31 @@ def test_updates_inside_backward_are_those_of_the_whole_batch():
 def test_chunks_of_a_tower_that_does_not_train_and_without_gradients():
     clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(13), skip_layers=1, train_text=False)
     images, _, ids = pair_batch()
-    clip.pair_loss(images, ids).backward()
+    sk.pairs.pair_loss(clip, images, ids).backward()
     expected = gradients_of(clip)
     clip.zero_grad()
-    clip.pair_loss(images, ids, chunk=2).backward()
+    sk.pairs.pair_loss(clip, images, ids, chunk=2).backward()
     found = gradients_of(clip)
     assert found.keys() == expected.keys()
     assert all(relative_error(x, expected[name]) < 1e-10 for name, x in found.items())
     with torch.no_grad():
-        loss = clip.eval().pair_loss(images, ids, chunk=2)
+        loss = sk.pairs.pair_loss(clip.eval(), images, ids, chunk=2)
     assert not loss.requires_grad
 
 
 def test_chunks_refuse_changed_weights_and_what_they_would_change():
     clip, (images, _, ids) = sk.SkipCLIP(tiny_clip(), tiny_tokens(13), skip_layers=1), pair_batch()
     features = clip.encode_lower(images)
-    with pytest.raises(ValueError, match=r"pair_loss: with chunk, x gets no gradient; .*x.detach\(\)"):
-        clip.pair_loss(features.requires_grad_(), ids, chunk=2)
-    loss = clip.pair_loss(images, ids, chunk=2)
+    with pytest.raises(ValueError, match=r"pair_loss: with chunk, pixel_values get no gradient"):
+        sk.pairs.pair_loss(clip, features.requires_grad_(), ids, chunk=2)
+    loss = sk.pairs.pair_loss(clip, images, ids, chunk=2)
     with torch.no_grad():
         clip.model.ln_final.weight.mul_(2)
     with pytest.raises(RuntimeError, match="pair_loss: weights changed between the loss"):
         loss.backward()
     clip.model.visual.ln_post = torch.nn.Sequential(clip.model.visual.ln_post, torch.nn.BatchNorm1d(1))
     with pytest.raises(ValueError, match="chunk must be None, since batch norms above the cut are in training mode"):
-        check_chunk(2, images, [clip._image])
+        check_chunk(2, images, [clip._images.tower])
 
 
 # ---- recall ------------------------------------------------------------------------------------------------------

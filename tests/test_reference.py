@@ -152,18 +152,6 @@ def test_pooled_attention_is_one_row_of_sdpa(rng):
         assert torch.allclose(ours[b], alone[0], rtol=1e-13)
 
 
-def test_gather_rows_dequantises(rng):
-    rows = torch.randint(-127, 128, (5, 3, 4), generator=rng, dtype=torch.int8)
-    scale, index = torch.rand(5, 3, generator=rng), torch.tensor([4, 0, 4])
-    ours = reference.gather_rows(rows, index, scale, torch.bfloat16)
-    assert torch.equal(ours, (rows[index] * scale[index][..., None]).bfloat16())
-    assert torch.equal(reference.gather_rows(rows.half(), index), rows[index].half())
-    with pytest.raises(ValueError, match=r"^gather_rows: token_scale must be given for int8 rows .* without"):
-        reference.gather_rows(rows, index)
-    with pytest.raises(ValueError, match=r"^gather_rows: token_scale .* with token_scale"):
-        reference.gather_rows(rows.float(), index, scale)
-
-
 def test_sgd_momentum_matches_torch(rng):
     start, grads = torch.randn(7, generator=rng), torch.randn(3, 7, generator=rng)
     theirs = start.clone().requires_grad_()

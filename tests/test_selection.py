@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipkernels import selection
 from skipkernels.selection import (
     RankSampler,
     base_keep,
@@ -174,7 +173,7 @@ def draw_of_constant_size(sampler: RankSampler, classes: int, batch: int) -> tor
 @pytest.mark.parametrize("constant", [True, False])
 def test_table_draws_the_same_ranks(tail, steps, max_tail, constant, monkeypatch):
     """The table is of any length; batch, classes, options, seed and state change."""
-    monkeypatch.setattr(selection, "_TABLE_STEPS", steps)
+    monkeypatch.setattr("skipkernels.selection.rank_table._TABLE_STEPS", steps)
     ours, theirs = (RankSampler(tail=tail, max_tail=max_tail) for _ in range(2))
 
     def same_draws(classes: int, batch: int, count: int = 4) -> None:

@@ -21,8 +21,8 @@ C = 17
 IMAGES, LABELS = tiny_batch(4, C)
 
 
-def make_clip(dtype: torch.dtype = torch.float64, **options) -> sk.SkipCLIP:
-    return sk.SkipCLIP(tiny_clip(dtype), tiny_tokens(C), **{"skip_layers": 1, "keep_ratio": 3, "decay": 3.0, **options})
+def make_clip(dtype: torch.dtype = torch.float64, kind=sk.SkipCLIP, **options) -> sk.SkipCLIP:
+    return kind(tiny_clip(dtype), tiny_tokens(C), **{"skip_layers": 1, "keep_ratio": 3, "decay": 3.0, **options})
 
 
 def mixup(labels: Tensor, share: float = 0.7) -> Tensor:
@@ -173,13 +173,12 @@ def _clip() -> sk.SkipCLIP:
 
 def refused_in_processes(rank: int) -> list[str]:
     dist.init_process_group("gloo")
-    clip, errors = make_clip(process_group=dist.group.WORLD), []
+    clip, errors = make_clip(kind=sk.parallel.ShardedSkipCLIP, process_group=dist.group.WORLD), []
     for call in (
         lambda: clip.loss(clip.encode_image(IMAGES), LABELS),
         lambda: clip(IMAGES, mixup(LABELS)),
-        lambda: clip.same_classes().__enter__(),
     ):
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises((RuntimeError, ValueError)) as caught:
             call()
         errors.append(str(caught.value))
     other = tiny_tokens(5, seed=4)
@@ -189,12 +188,9 @@ def refused_in_processes(rank: int) -> list[str]:
 
 
 def test_several_processes_refuse(tmp_path):
-    names = ("loss in training mode", "a step with soft labels", "same_classes")
-    for errors in run_in_processes(2, tmp_path, refused_in_processes):
-        assert [
-            error.startswith(f"SkipCLIP: {name} is not supported with process_group.")
-            for name, error in zip(names, errors, strict=True)
-        ] == [True] * 3
+    for in_loss, soft in run_in_processes(2, tmp_path, refused_in_processes):
+        assert in_loss.startswith("ShardedSkipCLIP: loss in training mode is not supported")
+        assert soft.startswith("ShardedSkipCLIP: return_logits must be False and labels class ids [B]")
 
 
 # ---- soft labels -----------------------------------------------------------------------------------------------------
@@ -252,7 +248,7 @@ def test_soft_labels_refused(labels, message):
 
 def test_graphed_refuses_soft_labels():
     clip = make_clip()
-    step = clip.graphed(sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), batch_size=4)
+    step = sk.graphed(clip, sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), batch_size=4)
     with pytest.raises(ValueError, match=r"graphed: labels must be class ids, int64 \[B\]; got torch.float64"):
         step(IMAGES, mixup(LABELS))
     with pytest.raises(TypeError, match=r"labels must be an int64 tensor \[B\]; got list"):
@@ -277,7 +273,7 @@ def test_sam_with_the_same_classes_equals_naive():
             for name, gradient in d_model.items():
                 model.get_parameter(name).add_(0.05 * gradient)
 
-    with clip.same_classes():
+    with clip.sampler.same_classes():
         first = clip(IMAGES, LABELS)
         perturbed(clip.model, gradients(clip.model, first.loss))
         second = clip(IMAGES, LABELS)
@@ -302,7 +298,7 @@ def test_lbfgs_with_the_same_classes():
         out.loss.backward()
         return out.loss
 
-    with clip.same_classes():
+    with clip.sampler.same_classes():
         optimizer.step(closure)
     assert len(evaluations) > 2 and all(out.class_ids is evaluations[0].class_ids for out in evaluations)
     assert evaluations[-1].loss < 0.9 * evaluations[0].loss
@@ -313,9 +309,11 @@ def test_same_classes_for_every_kind_of_labels():
     clip = make_clip()
     many = F.one_hot(LABELS, C)
     for first in (LABELS, mixup(LABELS), many):
-        with clip.same_classes():
+        with clip.sampler.same_classes():
             steps = [
-                clip.sigmoid_loss(IMAGES[rows], y[rows], max_labels=1) if y is many else clip(IMAGES[rows], y[rows])
+                sk.pairs.sigmoid_loss(clip, IMAGES[rows], y[rows], max_labels=1)
+                if y is many
+                else clip(IMAGES[rows], y[rows])
                 for y, rows in [(first, slice(None)), (LABELS, slice(2)), (mixup(LABELS), slice(2)), (many, slice(2))]
             ]
         assert len(steps[0].class_ids) < C and all(out.class_ids is steps[0].class_ids for out in steps)
@@ -328,14 +326,14 @@ def test_checkpointed_step_within_same_classes():
     clip, plain = make_clip(), make_clip()
     right = gradients(plain, plain(IMAGES, LABELS).loss)
     features = clip.encode_lower(IMAGES)
-    with clip.same_classes():
+    with clip.sampler.same_classes():
         step = functools.partial(torch.utils.checkpoint.checkpoint, clip, features, LABELS, use_reentrant=False)
         assert_equal_gradients(gradients(clip, step().loss), right)
 
 
 def test_same_classes_ends_with_an_error():
     clip = make_clip()
-    with pytest.raises(ZeroDivisionError), clip.same_classes():
+    with pytest.raises(ZeroDivisionError), clip.sampler.same_classes():
         clip(IMAGES, LABELS)
         raise ZeroDivisionError
     assert not clip(IMAGES, LABELS).class_ids.equal(clip(IMAGES, LABELS).class_ids)
@@ -343,16 +341,16 @@ def test_same_classes_ends_with_an_error():
 
 def test_same_classes_refuses():
     clip = make_clip()
-    with clip.same_classes():
+    with clip.sampler.same_classes():
         kept = clip(IMAGES, LABELS).class_ids
         other = next(c for c in range(C) if c not in kept)
         message = rf"the classes that its first step kept, {len(kept)} of 17; got 1 others, such as {other}"
         for labels in (torch.full((4,), other), F.one_hot(torch.full((4,), other), C).double()):
             with pytest.raises(ValueError, match=message):
                 clip(IMAGES, labels)
-        with pytest.raises(RuntimeError, match="cannot be nested"), clip.same_classes():
+        with pytest.raises(RuntimeError, match="cannot be nested"), clip.sampler.same_classes():
             pass
-        step = clip.graphed(sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), batch_size=4)
+        step = sk.graphed(clip, sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), batch_size=4)
         with pytest.raises(RuntimeError, match="graphed: a step selects its own classes. Leave same_classes"):
             step(IMAGES, LABELS)
         assert clip(IMAGES, LABELS).class_ids is kept

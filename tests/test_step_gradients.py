@@ -1,4 +1,4 @@
-"""Gradients of a step by `clip.graphed`, which on a GPU is a replay of a CUDA graph."""
+"""Gradients of a step by `graphed`, which on a GPU is a replay of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 import skipkernels as sk
 from bench import inputs, measure, training
-from skipkernels.clip import graphed
+from skipkernels.graphs import graphed_step as graphed
 from skipkernels.testing import relative_error
 
 
@@ -25,7 +25,7 @@ def test_no_worse_than_the_published_step(model, classes, skip, precision):
     clip = sk.SkipCLIP(batch.model, batch.tokens, skip_layers=skip)
     # With a learning rate of 0 the weights stay, and the buffer is half of the last one, plus the gradient.
     optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=0.0, momentum=0.5)
-    step, features, labels = clip.graphed(optimizer, batch_size=4), clip.encode_lower(batch.images), batch.labels
+    step, features, labels = sk.graphed(clip, optimizer, batch_size=4), clip.encode_lower(batch.images), batch.labels
     trained = {name: p for name, p in batch.model.named_parameters() if p.requires_grad}
     before = {}
     for _ in range(graphed.WARMUP + 2):

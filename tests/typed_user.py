@@ -13,7 +13,7 @@ def tune(model: nn.Module, tokens: Tensor, dataset: Dataset[tuple[Tensor, int]])
     clip = sk.SkipCLIP(model, tokens, skip_layers=0.5, keep_ratio=100, tail="resample")
     cache = sk.FeatureCache.build("features", clip, dataset, dtype="bf16")
     optimizer = sk.FusedSGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)
-    step = clip.graphed(optimizer, batch_size=4)
+    step = sk.graphed(clip, optimizer, batch_size=4)
     losses = []
     for features, labels in cache.loader(batch_size=4, sampler="class_pure"):
         assert_type(step, sk.GraphedStep)

@@ -1,7 +1,8 @@
 """SkipCLIP: Skip Tuning of a CLIP that is already loaded."""
 
-from .base import SkipOutput, blocks_to_skip
+from .cut import blocks_to_skip
 from .skip_clip import SkipCLIP, check_clip
+from .step import SkipOutput
 
 __all__ = [
     "SkipCLIP",

@@ -1,4 +1,4 @@
-"""What a checkpoint of SkipCLIP holds beside the weights, as one uint8 tensor: the sampler and the prototypes.
+"""State of SkipCLIP in a checkpoint beside the weights, as one uint8 tensor: the sampler and the prototypes.
 
 The tensor is a safetensors file, since trainers save state dicts in that format, which takes tensors alone. A state of
 several processes has no prototypes: each process computes those of its classes when SkipCLIP is created.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Origin(NamedTuple):
-    """What a state belongs to; a SkipCLIP of another origin refuses it."""
+    """Prompts, model and processes of a state; a SkipCLIP of another origin refuses it."""
 
     prompts: str  # digest of the prompts of all classes
     width: int  # D

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,41 +13,41 @@ from torch import Tensor
 from .._progress import Output, progress
 from ..digests import digest_tensors
 from ..features.identity import PROBE_TOLERANCE, relative_distance
-from ..features.table import COMPUTED, DTYPES, IDENTITY, CacheError, FeatureTable, Layout, MappedTable
+from ..features.table import COMPUTED, DTYPES, IDENTITY, CacheError, Layout, MappedTable
 from ..features.writer import TableWriter
 from ..folders import is_locked
 from ..formatting import escaped
-from ..towers.text import TextTower, representative_classes
+from ..towers.text import representative_classes
 
 if TYPE_CHECKING:
-    from .text import PromptFeatures
+    from .texts import ClassTexts
 
 # Largest distance between stored and recomputed prototypes; beyond it they are recomputed. On one machine it is at most
 # 7e-7 in fp32, with smaller chunks; another activation in one block changes at least 2e-3.
 _PROTOTYPE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
-def features_in_folder(folder: Path, features: PromptFeatures) -> FeatureTable:
-    """Rows [R, W] of the prompts of all classes at the cut, in a table that is created, completed or opened.
+def features_in_folder(folder: Path, texts: ClassTexts) -> MappedTable:
+    """Rows [R, W] of all prompts at the cut, in a table that is created, completed or opened.
 
     If another process writes it, this one waits.
 
     Raises:
         CacheError: If the folder has the features of other prompts, or of another model below the cut.
     """
-    text = features.tower
-    first = torch.zeros(1, dtype=torch.int64, device=text.tokens.device)
-    selected = text.prompts.select(first, exact=True)
-    probe = selected.pack(features.lower(first))  # [n, W]
-    layout = _layout(len(text.tokens), text.prompts.row_count, probe, _identity(text))
+    prompts, first = texts.groups[0], torch.zeros(1, dtype=torch.int64, device=texts.device)
+    selected = prompts.select(first, exact=True)
+    probe = selected.pack(texts.lower(prompts, first))  # [n, W]
+    layout = _layout(texts.row_count, probe, _identity(texts))
     remedy = f"Give another text_cache (--cache), or delete {folder.parent}."
     if (folder / IDENTITY).exists() and (difference := Layout.read(folder).difference(layout)):
         raise CacheError(f"{folder}: holds a text_cache that differs in {difference}. {remedy}")
     with _writer(folder, layout, resume=True) as writer:
-        with progress(f"texts → {folder}", len(text.tokens), shown=bool(writer.missing.any())) as advance:
-            for start, rows, classes in features.chunks(writer.missing):
+        count = len(texts) * len(texts.groups)
+        with progress(f"texts → {folder}", count, shown=bool(writer.missing.any())) as advance:
+            for start, rows, number in texts.chunks(writer.missing):
                 writer.write(start, rows.cpu())
-                advance(classes)
+                advance(number)
     table = MappedTable.open(folder)
     distance = relative_distance(table.rows(selected.row_numbers), probe)
     if not distance <= PROBE_TOLERANCE[probe.dtype]:
@@ -59,20 +58,20 @@ def features_in_folder(folder: Path, features: PromptFeatures) -> FeatureTable:
     return table
 
 
-def prototypes_in_folder(folder: Path, text: TextTower, encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """Embeddings [C, D] of all classes from a table, computed by `encode` if it is damaged or of another model."""
-    device, parameters = text.tokens.device, list(text.upper_parameters())
+def prototypes_in_folder(folder: Path, texts: ClassTexts) -> Tensor:
+    """Embeddings [C, D] of all classes from a table, computed if it is missing, damaged or of another model."""
+    parameters = list(texts.tower.upper_parameters())
     weights = digest_tensors((str(number), p) for number, p in enumerate(parameters))
-    sample, all_classes = representative_classes(text), torch.arange(len(text.tokens), device=device)
-    found = encode(sample)  # [n, D]
-    layout = _layout(len(all_classes), len(all_classes), found, _identity(text) | {"upper weights": weights})
+    sample, all_classes = representative_classes(texts.groups[0]), torch.arange(len(texts), device=texts.device)
+    found = texts.unit_embeddings(sample)  # [n, D]
+    layout = _layout(len(texts), found, _identity(texts) | {"upper weights": weights})
     stored = _stored_rows(folder, layout)
     if stored is not None:
-        stored = stored.to(device)
+        stored = stored.to(texts.device)
         coarsest = max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
         if (found - stored[sample]).norm(dim=-1).max() <= _PROTOTYPE_TOLERANCE[coarsest]:
             return stored
-    prototypes = encode(all_classes)
+    prototypes = texts.unit_embeddings(all_classes)
     with _writer(folder, layout, resume=False) as writer:
         writer.write(0, prototypes.cpu())
     return prototypes
@@ -89,13 +88,15 @@ def _stored_rows(folder: Path, layout: Layout) -> Tensor | None:
     return None
 
 
-def _identity(text: TextTower) -> dict[str, str | int]:
+def _identity(texts: ClassTexts) -> dict[str, str | int]:
     """Return what the rows of texts depend on."""
-    prompts = digest_tensors([("tokens", text.tokens), ("pooled", text.pooled)])
-    return text.lower_identity() | {"prompts": prompts}
+    tensors = [(f"{name} {number}", x) for number, prompts in enumerate(texts.groups)
+               for name, x in (("tokens", prompts.tokens), ("pooled", prompts.pooled))]  # fmt: skip
+    counts = {"number of classes": len(texts), "templates": len(texts.groups)}
+    return texts.tower.lower_identity() | {"prompts": digest_tensors(tensors)} | counts
 
 
-def _layout(classes: int, rows: int, like: Tensor, identity: dict[str, str | int]) -> Layout:
+def _layout(rows: int, like: Tensor, identity: dict[str, str | int]) -> Layout:
     """Layout of rows like those of a tensor [n, W], in its dtype."""
     names = {dtype: name for name, dtype in COMPUTED.items() if name in DTYPES}
     if like.dtype not in names:
@@ -103,7 +104,7 @@ def _layout(classes: int, rows: int, like: Tensor, identity: dict[str, str | int
             f"SkipCLIP: text_cache stores {', '.join(names.values())}; this model computes in {like.dtype}."
         )
     name = names[like.dtype]
-    return Layout(rows, tuple(like.shape[1:]), name, name, False, identity | {"number of classes": classes})
+    return Layout(rows, tuple(like.shape[1:]), name, name, False, identity)
 
 
 def _writer(folder: Path, layout: Layout, *, resume: bool) -> TableWriter:

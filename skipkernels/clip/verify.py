@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
-from ..towers import TextTower, deterministic_training, evaluating
+from ..towers import deterministic_training, evaluating
 from ..towers.block import unfused
 from ..towers.text import representative_classes
-from .image import ImageEncoder
-from .text import TextEncoder
+from .images import ImageEncoder
+from .texts import ClassTexts
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -28,46 +28,42 @@ class _Pair(NamedTuple):
     parameters: list[nn.Parameter]
 
 
-def verify(model: nn.Module, image_encoder: ImageEncoder, text_encoder: TextEncoder, tokens: Tensor) -> None:
+def verify(model: nn.Module, images: ImageEncoder, texts: ClassTexts, tokens: Tensor) -> None:
     """Compare embeddings and gradients of a random image and a few classes with those of the model, in both modes.
 
-    The model runs with its own blocks. Sets `image_encoder.features`. `tokens` [C, L], or [C, T, L], are the prompts
-    before cropping.
+    The model runs with its own blocks. Sets `images.features`. `tokens` [C, L], or [C, T, L], are the prompts before
+    cropping.
     """
-    image_tower, device = image_encoder.tower, text_encoder.tower.tokens.device
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, *image_tower.image_size, generator=generator).to(device)
-    text_parameters = list(text_encoder.tower.upper_parameters())
+    image_tower, text_tower, device = images.tower, texts.tower, texts.device
+    image = torch.randn(1, 3, *image_tower.image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    text_parameters = list(text_tower.upper_parameters())
     # Cached features are rounded to half precision, unlike those of the model in this comparison.
-    half = any(torch.finfo(parameter.dtype).bits < 32 for parameter in text_parameters)
+    cached = all(torch.finfo(parameter.dtype).bits >= 32 for parameter in text_parameters)
 
-    def encode_image() -> Tensor:
-        return image_tower.upper(image_encoder.lower(image))
-
-    def texts_of(number: int, tower: TextTower) -> _Pair:
-        class_ids = representative_classes(tower)
+    def pair_of_group(number: int) -> _Pair:
+        class_ids = representative_classes(texts.groups[number])
         prompts = (tokens[:, number] if tokens.ndim == 3 else tokens)[class_ids.to(tokens.device)].to(device).long()
         return _Pair(
             "texts",
-            lambda: tower.reference_forward(prompts),
-            lambda: text_encoder.encoders(cached=not half)[number](class_ids),
+            lambda: text_tower.reference_forward(prompts),
+            lambda: texts.encode_group(number, class_ids, cached=cached),
             text_parameters,
         )
 
     pairs = [
-        *(texts_of(number, tower) for number, tower in enumerate(text_encoder.towers)),
+        *map(pair_of_group, range(len(texts.groups))),
         _Pair(
             "an image",
             lambda: image_tower.reference_forward(image.to(image_tower.dtype)),
-            encode_image,
+            lambda: image_tower.upper(images.lower(image)),
             list(image_tower.upper_parameters()),
         ),
     ]
     modules = list(model.modules())
     with evaluating([model]):
         with torch.no_grad():
-            features = image_encoder.lower(image)
-        image_encoder.features = features.shape[1:], features.dtype
+            features = images.lower(image)
+        images.features = features.shape[1:], features.dtype
         # In half precision, rounding would hide a wrong activation.
         with _in_float32(model):
             for pair in pairs:

@@ -104,7 +104,7 @@ def collate(items: Sequence[Tensor | tuple[Tensor, int] | dict[str, Any]]) -> di
     if None in class_ids:
         raise TypeError(
             "collate: labels must be class ids, one whole number for each image; got "
-            f"{labels[class_ids.index(None)]!r:.80}. For several labels per image, use clip.sigmoid_loss in your "
+            f"{labels[class_ids.index(None)]!r:.80}. For several labels per image, use pairs.sigmoid_loss in your "
             "own training loop."
         )
     return batch | {"labels": torch.tensor(class_ids)}

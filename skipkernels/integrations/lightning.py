@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..clip import SkipCLIP, SkipOutput, check_clip
 from ..optimizer import FusedSGD
+from ..pairs import pair_loss, sigmoid_loss
 
 try:
     from lightning.pytorch import LightningModule
@@ -146,8 +147,8 @@ class PairModule(SkipModule):
     """
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Loss [] of images and captions; see `SkipCLIP.pair_loss`."""
-        return self.clip.pair_loss(x, labels)
+        """Loss [] of images and captions; see `pairs.pair_loss`."""
+        return pair_loss(self.clip, x, labels)
 
     def metrics(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Loss among the pairs of a batch."""
@@ -162,7 +163,7 @@ class MultiLabelModule(SkipModule):
     Args:
         clip: The model to tune.
         max_labels: Largest number of labels of an image.
-        logit_bias: Bias of the logits, a number; default: that of the model. See `SkipCLIP.sigmoid_loss`.
+        logit_bias: Bias of the logits, a number; default: that of the model. See `pairs.sigmoid_loss`.
         arguments: As of `SkipModule`.
 
     Example:
@@ -180,9 +181,9 @@ class MultiLabelModule(SkipModule):
         self.save_hyperparameters({"max_labels": max_labels, "logit_bias": logit_bias})
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Loss [] of a batch, over the classes selected for it in training mode; see `SkipCLIP.sigmoid_loss`."""
+        """Loss [] of a batch, over the classes selected for it in training mode; see `pairs.sigmoid_loss`."""
         max_labels, logit_bias = self.hparams["max_labels"], self.hparams["logit_bias"]
-        return self.clip.sigmoid_loss(x, labels, max_labels=max_labels, logit_bias=logit_bias).loss
+        return sigmoid_loss(self.clip, x, labels, max_labels=max_labels, logit_bias=logit_bias).loss
 
     def metrics(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Loss over all classes."""

@@ -9,13 +9,18 @@ from .loss import (
     sharded_cross_entropy,
     sharded_pairwise_sigmoid_loss,
 )
+from .pairs import pair_loss, sigmoid_loss
+from .sharded_clip import ShardedSkipCLIP
 
 __all__ = [
     "ClassParallel",
+    "ShardedSkipCLIP",
     "all_reduce_gradients",
     "gather_rows",
+    "pair_loss",
+    "sharded_binary_cross_entropy",
     "sharded_contrastive_loss",
     "sharded_cross_entropy",
-    "sharded_binary_cross_entropy",
     "sharded_pairwise_sigmoid_loss",
+    "sigmoid_loss",
 ]

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..selection import ClassSelection
 from .gathers import all_gather, gather_rows
 
 _BACKENDS = ("gloo", "nccl")
@@ -41,14 +40,14 @@ class ClassParallel:
     def __init__(self, group: Any, num_classes: int, device: torch.device):
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(
-                "SkipCLIP: process_group must be a torch.distributed.ProcessGroup that contains this process, such as "
-                f"torch.distributed.group.WORLD after init_process_group; got {type(group).__name__}."
+                "ShardedSkipCLIP: process_group must be a torch.distributed.ProcessGroup that contains this process, "
+                f"such as torch.distributed.group.WORLD after init_process_group; got {type(group).__name__}."
             )
         backend = dict(part.split(":") for part in str(dist.get_backend_config(group)).split(",")).get(device.type)
         if backend not in _BACKENDS:
             raise ValueError(
-                f"SkipCLIP: process_group must have gloo or NCCL for tensors on {device.type}, where the model is; got "
-                f"{backend}. Move the model to its device first, or pass another group."
+                f"ShardedSkipCLIP: process_group must have gloo or NCCL for tensors on {device.type}, where the model "
+                f"is; got {backend}. Move the model to its device first, or pass another group."
             )
         self.group, self.num_classes = group, num_classes
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -58,7 +57,7 @@ class ClassParallel:
     def _check_number(self, num_classes: int) -> None:
         if num_classes < self.size:
             raise ValueError(
-                "SkipCLIP: process_group shares out the classes, so there must be at least as many classes as "
+                "ShardedSkipCLIP: process_group shares out the classes, so there must be at least as many classes as "
                 f"processes; got C={num_classes} and {self.size} processes. Use fewer processes."
             )
 
@@ -94,8 +93,8 @@ class ClassParallel:
             for (name, _), digest, expected in zip(digests, other, own.tolist(), strict=True):
                 if digest != expected:
                     raise ValueError(
-                        f"SkipCLIP: {name} must be equal on all processes of process_group; got different ones on "
-                        f"processes {self.rank} and {rank}. Pass the same on every process."
+                        f"ShardedSkipCLIP: {name} must be equal on all processes of process_group; got different ones "
+                        f"on processes {self.rank} and {rank}. Pass the same on every process."
                     )
 
     def gather_sizes(self, batch_size: int, call: str, device: torch.device, draws: bytes = b"") -> list[int]:
@@ -113,14 +112,14 @@ class ClassParallel:
         for rank, (_, other) in enumerate(messages):
             if other >> 32 != method:
                 raise RuntimeError(
-                    f"SkipCLIP: process {rank} of process_group does not call {call}, as process {self.rank} does. "
-                    "Call the same methods, with equal arguments, on all processes."
+                    f"ShardedSkipCLIP: process {rank} of process_group does not call {call}, as process {self.rank} "
+                    "does. Call the same methods, with equal arguments, on all processes."
                 )
             if other & _LOW != state:
                 raise RuntimeError(
-                    f"SkipCLIP: clip.sampler of process {rank} of process_group has another state or other options "
-                    f"than that of process {self.rank}, so they would select different classes. Load a checkpoint and "
-                    "set options on every process, and call SkipCLIP equally often on each."
+                    f"ShardedSkipCLIP: clip.sampler of process {rank} of process_group has another state or other "
+                    f"options than that of process {self.rank}, so they would select different classes. Load a "
+                    "checkpoint and set options on every process, and call SkipCLIP equally often on each."
                 )
         return [size for size, _ in messages]
 
@@ -142,7 +141,7 @@ class ClassParallel:
             self._whole = own, self.gather_classes(own)
         return self._whole[1]
 
-    def own_selection(self, selection: ClassSelection) -> OwnSelection:
+    def own_selection(self, selection: tuple[Tensor, Tensor]) -> OwnSelection:
         """Restrict a selection to the classes of this process; on a GPU their number needs a host sync."""
         class_ids, targets = selection  # [K], [B]
         owned = class_ids % self.size == self.rank  # [K]

@@ -13,7 +13,7 @@ _BUCKET_BYTES = 32 << 20  # largest message, except for a larger gradient
 
 @torch.no_grad()
 def all_reduce_gradients(clip: nn.Module) -> None:
-    """Average the gradients of a SkipCLIP over the processes of its `process_group`, in place; collective.
+    """Average the gradients of a ShardedSkipCLIP over the processes of its `process_group`, in place; collective.
 
     Call it on every process between `backward` and the optimizer's step, unless `DistributedDataParallel` does this.
     With gradient accumulation, call it once, after the last backward. Sums are in fp32, or fp64 for fp64 gradients. A
@@ -21,7 +21,7 @@ def all_reduce_gradients(clip: nn.Module) -> None:
     """
     group: dist.ProcessGroup | None = getattr(clip, "process_group", None)
     if group is None:
-        raise ValueError("all_reduce_gradients: clip must have a process_group; got None. Pass it to SkipCLIP.")
+        raise ValueError("all_reduce_gradients: clip must have a process_group. Make it a ShardedSkipCLIP.")
     gradients = []
     for parameter in clip.parameters():
         if parameter.requires_grad:

@@ -36,13 +36,13 @@ def sharded_cross_entropy(
     K_r = 0; `class_weight` [K], w of all selected classes.
     """
     # 1. Share of this process: log-sum-exp over its classes, and logit of the label or 0, [B] each
-    logits = functional.class_sampled_logits(image, text, logit_scale).double()
+    logits = widened(functional.class_sampled_logits(image, text, logit_scale))
     logits = logits[:, : len(selection.class_ids)]  # [B, K_r]: no column of `text` if K_r = 0
     target = pad(logits, (1, 0)).gather(1, selection.labels[:, None] + 1)  # column 0 is for the label −1
     shares = [logits.logsumexp(1), target.squeeze(1)]
     if label_smoothing > 0:
         all_weights = image.new_ones(selection.kept) if class_weight is None else class_weight  # [K]
-        shares.append(logits @ all_weights[selection.positions].double())
+        shares.append(logits @ widened(all_weights[selection.positions]))
     # 2. Shares of all processes, [processes, B] each, combined into the loss of each image, [B]
     lse, target, *smooth = gather_shares(torch.stack(shares), group).unbind(1)
     lse = lse.logsumexp(0)

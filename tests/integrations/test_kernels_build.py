@@ -111,7 +111,7 @@ def test_layer_norm_trains(build):
 def test_namespace_of_the_cpp_library():
     """A macro renames it; compiling it all takes a minute."""
     flags = ["-Dskipkernels=other", "-isystem", str(Path(torch.__file__).parent / "include")]
-    source = str(_build.source_dir() / "gather_rows.cpp")
+    source = str(_build.source_dir() / "rotary_embedding.cpp")
     command = [*_build._compiler(), *flags, "-E", source]
     code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert '"other","CPU"' in re.sub(r"^#.*|\s", "", code, flags=re.MULTILINE)

@@ -19,6 +19,7 @@ from bench.trainers import lightning as runner
 from bench.trainers.common import Problem, small_problem, trained
 from skipkernels.integrations import lightning
 from skipkernels.integrations.lightning import MultiLabelModule, PairModule, SkipModule
+from skipkernels.pairs import pair_loss, sigmoid_loss
 
 STEPS, SAVED = 6, 4  # of the only epoch
 
@@ -162,8 +163,8 @@ def test_pairs_and_several_labels(kind, short, tmp_path):
 
     def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if kind == "labels":
-            return plain.sigmoid_loss(x, y, max_labels=2, logit_bias=-10.0).loss
-        return plain.pair_loss(x, y)
+            return sigmoid_loss(plain, x, y, max_labels=2, logit_bias=-10.0).loss
+        return pair_loss(plain, x, y)
 
     optimizer = torch.optim.SGD(plain.parameter_groups(**rates))
     for x, y in DataLoader(dataset, 4):

@@ -66,11 +66,14 @@ def on_interrupt(message: str) -> Iterator[None]:
 def failure(error: Exception) -> tuple[int, str, str] | None:
     """Return exit code, kind and message of an expected error; None if it is a bug, to be shown with its traceback."""
     from skipkernels.app.data import InputError
-    from skipkernels.features import CacheError
+
+    if isinstance(error, (InputError, MemoryError)):
+        return 2, "error", with_flags(error) or "out of memory"
+    from skipkernels.features import CacheError  # these import torch, which a command with invalid input does without
     from skipkernels.memory import out_of_memory
 
-    if isinstance(error, (InputError, CacheError, MemoryError)):
-        return 2, "error", with_flags(error) or "out of memory"
+    if isinstance(error, CacheError):
+        return 2, "error", with_flags(error)
     if isinstance(error, RuntimeError) and out_of_memory(error):
         return 2, "error", f"out of memory ({first_line(error)})"
     worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)

@@ -26,7 +26,6 @@ from .errors import Terminated, failure, termination_as_interrupt, with_flags
 from .eval import EvalCommand
 from .export import ExportCommand
 from .listings import DatasetsCommand, ModelsCommand
-from .memory import MemoryCommand
 from .options import registry, settings
 from .parse_errors import in_one_line
 from .predict import PredictCommand
@@ -48,7 +47,6 @@ COMMANDS: dict[str, Any] = {
     "protocol": ProtocolCommand,
     "compare": CompareCommand,
     "check": CheckCommand,
-    "memory": MemoryCommand,
     "models": ModelsCommand,
     "datasets": DatasetsCommand,
     "doctor": DoctorCommand,

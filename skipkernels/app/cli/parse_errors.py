@@ -18,6 +18,7 @@ _VALUES = {  # message of a type → its name in the usage, if the message does 
     re.compile(r"could not convert string to float: '(?P<got>.*?)'"): "FLOAT",
     re.compile(r"Could not find valid parse for arguments: \['(?P<got>.*?)'"): "FLOAT",  # of a list INT|FLOAT
 }
+_ACTIONS = re.compile(r"Expected one of \{(.*?)\}")
 
 
 def in_one_line(box: str, arguments: list[str]) -> str:
@@ -61,6 +62,10 @@ def _message(rows: list[str], arguments: list[str]) -> str:
     if text.startswith("Missing from"):
         missing = [row.strip() for row in rows if re.match(r" {4}\S", row)]  # with help texts below, indented further
         return f"{command}: {', '.join(missing)} must be given."
+    if found := _ACTIONS.search(text):
+        given = " ".join(arguments[1:2])
+        expected, got = f"{command} must be followed by one of {found[1]}", repr(given) if given else "none"
+        return f"{expected}; got {got}.{_meant(given, found[1].split(', '))}"
     return text
 
 

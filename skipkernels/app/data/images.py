@@ -185,9 +185,8 @@ class DatasetImages(Images):
         if isinstance(image, Image.Image):
             image = to_rgb(image, name)
         if self.transform is not None:
-            from torch import Tensor  # not at the head: `check` of files needs no torch
-
-            image = image if isinstance(image, Tensor) else self.transform(image)
+            is_tensor = hasattr(image, "untyped_storage")  # without torch, which a check of files does not import
+            image = image if is_tensor else self.transform(image)
         return image, self.labels[index]
 
 

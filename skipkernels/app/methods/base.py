@@ -9,6 +9,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ...boundary import DEFAULT_CHUNK
 from ...clip import SkipCLIP
 from ...options import Protocol, SamplerKind
+from ...parallel import ShardedSkipCLIP
 from ...retrieval import top_k_probabilities
 from ...towers import evaluating
 from ..data import InputError, Task
@@ -318,9 +320,11 @@ class TunedModel(Method):
         generator: torch.Generator | None = None,
         text_cache: str | Path | None = None,
         class_weight: Tensor | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
         **settings: Any,
     ):
         super().__init__(model, tokenizer, task, generator=generator)
+        make = SkipCLIP if process_group is None else partial(ShardedSkipCLIP, process_group=process_group)
 
         def skip_clip(
             test: str, tokens: Tensor, own: torch.Generator | None = None, weight: Tensor | None = None
@@ -328,7 +332,7 @@ class TunedModel(Method):
             name = f"texts-{quote(test, safe=' ')}" + ("+templates" if tokens.ndim == 3 else "")  # quote escapes +
             folder = None if text_cache is None else Path(text_cache, name)
             try:
-                return SkipCLIP(model, tokens, generator=own, text_cache=folder, class_weight=weight, **settings)
+                return make(model, tokens, generator=own, text_cache=folder, class_weight=weight, **settings)
             except (ValueError, RuntimeError) as error:
                 raise InputError(str(error)) from error
 
@@ -342,9 +346,9 @@ class TunedModel(Method):
                 self._clips[test] = skip_clip(test, templates[0])
 
     def train(self, training: bool) -> None:
-        """Set the mode of the model, and check the weights below the cut; see `SkipCLIP.check_weights`."""
+        """Set the mode of the model, and check the weights below the cut; see `SkipCLIP.check_model`."""
         super().train(training)
-        self.clip.check_weights()
+        self.clip.check_model()
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.clip.encode_image(inputs)

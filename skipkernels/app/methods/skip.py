@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ... import published
 from ...clip import SkipCLIP
+from ...graphs import graphed
 from ...options import Protocol
 from ..data import Task
 from .base import Recipe, StepOutput, Tokenizer, TunedModel
@@ -39,7 +40,7 @@ class Skip(TunedModel):
     @classmethod
     def options(cls) -> set[str]:
         """Names of the options of the constructor: those of `SkipCLIP`."""
-        return super().options() | set(inspect.signature(SkipCLIP).parameters)
+        return super().options() | set(inspect.signature(SkipCLIP).parameters) | {"process_group"}
 
     @classmethod
     def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
@@ -65,11 +66,11 @@ class Skip(TunedModel):
     def graphed(
         self, optimizer: torch.optim.Optimizer, batch_size: int
     ) -> Callable[[Tensor, Tensor], StepOutput] | None:
-        """Return the step of `SkipCLIP.graphed`."""
-        graphed = self.clip.graphed(optimizer, batch_size=batch_size)
+        """Return the step of `graphs.graphed`."""
+        graphed_step = graphed(self.clip, optimizer, batch_size)
 
         def step(inputs: Tensor, labels: Tensor) -> StepOutput:
-            out = graphed(inputs, labels)
+            out = graphed_step(inputs, labels)
             return StepOutput(out.loss, len(out.class_ids))
 
         return step

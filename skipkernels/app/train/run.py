@@ -489,7 +489,7 @@ def _memory_errors() -> Iterator[None]:
         reason = str(error).partition("\n")[0] or "MemoryError"
         raise MemoryError(
             f'tune: out of memory ({reason}) Use memory="min", `fused_optimizer=True`, a smaller `batch_size`, a '
-            "larger `skip_layers`, or `cache=…`; `skipkernels memory MODEL` predicts what fits."
+            "larger `skip_layers`, or `cache=…`."
         ) from error
 
 

@@ -74,7 +74,7 @@ def test_resume_with_settings_is_bitwise_identical(tmp_path, monkeypatch, change
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
-def test_resume_continues_refreshed_cache(tmp_path):
+def test_resume_continues_views_of_cache(tmp_path):
     changes = {"refresh": "epoch", "max_classes": 12}
     tune(small(tmp_path / "whole", cache=tmp_path / "first", **changes))
     stopped(tmp_path / "cut", step=5, cache=tmp_path / "second", **changes)

@@ -175,7 +175,7 @@ def test_infinite_logits_of_pretrained_weights(tmp_path, capsys):
 
 def test_report_failure_is_note(run, tmp_path, monkeypatch):
     def fail(*_):
-        assert json.loads((tmp_path / "metrics.json").read_text())["status"] == "complete", "metrics are written first"
+        assert not (tmp_path / "metrics.json").exists(), "the metrics, which complete a run, are written last"
         raise MemoryError("too much")
 
     monkeypatch.setattr(run_module, "report_html", fail)
@@ -204,7 +204,6 @@ def test_out_of_memory_in_step(tmp_path, at_step, capsys):
     at_step(2, lambda *args: torch.empty(2**60))
     message = fails([*ARGUMENTS, "--out", tmp_path / "run"], capsys)
     assert "out of memory" in message and "--memory min" in message
-    assert "`skipkernels memory MODEL` predicts what fits" in message
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 

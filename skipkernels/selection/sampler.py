@@ -1,15 +1,15 @@
 """CSkip: selection of the classes of a step.
 
-Classes are ranked by their score for the batch. The first m are always kept. Rank m + j of the tail is kept with
-probability q_j, which falls exponentially from 1 to 0. The published policy draws each rank of the tail independently,
-once per run. The default policy draws in each step by systematic sampling, so that the number of drawn ranks is Σq
-rounded down or up; the step of a CUDA graph, which needs one K, draws round(Σq) ranks.
+The published policy draws each rank of the tail independently, once per run. The default policy draws in each step by
+systematic sampling, so that the number of drawn ranks is Σq rounded down or up; the step of a CUDA graph, which needs
+one K, draws round(Σq) ranks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
@@ -17,12 +17,10 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .ops.class_scores import classes_at_ranks as _at_ranks
-from .options import Tail
-
-_TAIL_SPAN = 5.0  # the published code spaces the tail evenly over [0, 5] and takes exp(−x / decay)
-_TABLE_STEPS = 1024  # steps drawn ahead on a GPU
-_TABLE_RANKS = 1 << 20  # in at most 8 MiB
+from ..ops.class_scores import classes_at_ranks as _at_ranks
+from ..options import Tail
+from .probabilities import base_keep, bounded, inclusion_probabilities, tail_probabilities
+from .rank_table import Intervals, RankTable
 
 
 class ClassSelection(NamedTuple):
@@ -30,172 +28,12 @@ class ClassSelection(NamedTuple):
 
     Attributes:
         class_ids: [K] int64, ascending.
-        targets: [B] int64, positions of the labels in `class_ids`: class_ids[targets] = labels.
+        targets: [B] int64, positions of the labels in `class_ids`: class_ids[targets] = labels. Of labels [B, C] their
+            columns [B, K].
     """
 
     class_ids: Tensor
     targets: Tensor
-
-
-def base_keep(num_classes: int, keep_ratio: float, max_keep: int) -> int:
-    """Return m, the number of top-ranked classes that are always kept.
-
-    m = min(⌈keep_ratio · C⌉, max_keep) for a ratio below 1, every class for 1, min(keep_ratio, C, max_keep) above.
-
-    >>> base_keep(37, 0.5, 50), base_keep(1000, 0.5, 50), base_keep(1000, 1.0, 50), base_keep(1000, 20, 50)
-    (19, 50, 1000, 20)
-    """
-    if keep_ratio == 1.0:
-        return num_classes
-    # Rounded first: 0.07 · 100 is 7.000000000000001, and ⌈·⌉ of that is 8.
-    wanted = keep_ratio * num_classes if keep_ratio < 1.0 else min(keep_ratio, num_classes)
-    return min(math.ceil(round(wanted, 9)), max_keep, num_classes)
-
-
-def tail_probabilities(tail: int, decay: float) -> Tensor:
-    """q [tail] in fp64: probability to keep each rank of the tail.
-
-    q_j = (e_j − e_last) / (e_0 − e_last), with e_j = exp(−x_j / decay) and x evenly spaced over [0, 5]. For
-    tail = 1, q = 1.
-
-    >>> [round(q, 6) for q in tail_probabilities(3, decay=0.3).tolist()]
-    [1.0, 0.00024, 0.0]
-    """
-    if tail == 1:
-        return torch.ones(1, dtype=torch.float64)
-    x = torch.linspace(0.0, _TAIL_SPAN, tail, dtype=torch.float64)  # [tail]
-    # The same quotient by expm1: the difference of the exponentials loses all digits for a large decay.
-    return torch.exp(-x / decay) * (torch.expm1((x - _TAIL_SPAN) / decay) / math.expm1(-_TAIL_SPAN / decay)).abs()
-
-
-def bounded(q: Tensor, max_tail: int | None) -> Tensor:
-    """q [tail], scaled so that Σq ≤ max_tail; unchanged for None or a smaller sum.
-
-        q_j · min(1, max_tail / Σq)
-
-    Not part of the published method: the probabilities keep their ratios and no longer begin at 1.
-
-    >>> bounded(torch.tensor([1.0, 0.75, 0.25], dtype=torch.float64), max_tail=1)
-    tensor([0.5000, 0.3750, 0.1250], dtype=torch.float64)
-    """
-    total = q.sum().item()
-    return q if max_tail is None or total <= max_tail else q * (max_tail / total)
-
-
-def inclusion_probabilities(q: Tensor) -> Tensor:
-    """π [tail] in fp64: q scaled so that its sum is an integer, with no entry above 1.
-
-    π_j = min(1, a · q_j) with a such that Σπ = round(Σq), so that Σ|π − q| ≤ 1/2, and all draws have the same size.
-
-    >>> inclusion_probabilities(torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64))
-    tensor([1.0000, 0.7143, 0.2857], dtype=torch.float64)
-    """
-    count = round(q.sum().item())
-    certain = 0  # q is descending, so the entries that reach 1 come first
-    while certain < count:
-        scale = (count - certain) / q[certain:].sum().item()
-        if scale * q[certain] <= 1:
-            return torch.cat([torch.ones(certain, dtype=q.dtype), scale * q[certain:]])  # [tail]
-        certain += 1
-    return torch.cat([torch.ones(certain, dtype=q.dtype), torch.zeros(len(q) - certain, dtype=q.dtype)])  # [tail]
-
-
-def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
-    """Positions [n] int64, ascending and distinct: index of the interval that contains each point.
-
-    Interval j is [Σ_{i<j} π_i, Σ_{i≤j} π_i). With points u, u + 1, … below Σ π, u uniform in [0, 1), position j is
-    drawn with probability π_j. Source: Madow, "On the Theory of Systematic Sampling, II", Annals of Mathematical
-    Statistics 20, 1949.
-
-    Args:
-        ends: [tail] fp64, Σ_{i≤j} π_i, with every π at most 1.
-        points: [n] fp64.
-
-    >>> systematic_sample(torch.tensor([1.0, 1.5, 1.75, 2.0]).double(), 0.6 + torch.arange(2).double())
-    tensor([0, 2])
-    """
-    # By rounding the last end may be below the last point.
-    return torch.searchsorted(ends, points, right=True).clamp_(max=len(ends) - 1)
-
-
-class _Intervals(NamedTuple):
-    """Intervals of the sampled ranks.
-
-    Attributes:
-        certain: int64 [m], the ranks before them.
-        ends: fp64 [C − m], ends of the intervals.
-        total: Sum of the lengths; a whole number if all draws have the same size.
-    """
-
-    certain: Tensor
-    ends: Tensor
-    total: float
-
-    @property
-    def most(self) -> int:
-        """Largest number of ranks of a draw."""
-        return math.ceil(self.total)
-
-    def count(self, start: float) -> int:
-        """Number of points start, start + 1, … below the total."""
-        # Bounded: total − start may be rounded to a whole number.
-        return max(math.floor(self.total), min(math.ceil(self.total - start), self.most))
-
-    def draw(self, starts: Tensor) -> Tensor:
-        """Draw positions in the tail, [..., most], for uniform numbers [...]; the first count(start) are the draw."""
-        return systematic_sample(self.ends, starts[..., None] + torch.arange(self.most, device=starts.device))
-
-
-class _RankTable:
-    """Kept ranks of the coming steps, on a device.
-
-    Attributes:
-        rows: int64 [steps, largest K]; one row if every step keeps the same ranks.
-        row: int64 [largest K], the ranks of the reserved step, at an address that a captured graph can read.
-        starts: The uniform number that each row is drawn with.
-        next: Index of the next row.
-    """
-
-    def __init__(self, device: torch.device, certain: Tensor, intervals: _Intervals | None):
-        self._certain, self._intervals = certain, intervals
-        kept = len(certain) + (0 if intervals is None else intervals.most)
-        steps = 1 if intervals is None else max(1, min(_TABLE_STEPS, _TABLE_RANKS // kept))
-        self.rows = torch.empty(steps, kept, dtype=torch.int64, device=device)
-        self.row = torch.empty(kept, dtype=torch.int64, device=device)
-        self.starts: list[float] = []
-        self.next = 0
-        if intervals is None:
-            self._upload(certain[None])
-
-    def fits(self, device: torch.device, certain: Tensor, intervals: _Intervals | None) -> bool:
-        """Return True if the rows are drawn from these ranks, for this device."""
-        if self.rows.device != device:
-            return False
-        mine = self._intervals
-        if mine is not None and mine is intervals:
-            return True
-        same = mine is intervals or (mine is not None and intervals is not None and mine.ends.equal(intervals.ends))
-        return same and self._certain.equal(certain)
-
-    def fill(self, start: Tensor, generator: torch.Generator) -> None:
-        """Draw every row: the first with `start`, the others with the next numbers of the generator, which stays."""
-        assert self._intervals is not None
-        ahead = torch.Generator().set_state(generator.get_state())
-        rest = torch.rand(len(self.rows) - 1, generator=ahead, dtype=torch.float64)  # [steps − 1]
-        starts = torch.cat([start[None], rest])  # [steps]
-        certain = self._certain.expand(len(starts), -1)  # [steps, m]
-        # [steps, largest K]
-        self._upload(torch.cat([certain, len(self._certain) + self._intervals.draw(starts)], dim=1))
-        self.starts, self.next = starts.tolist(), 0
-
-    def _upload(self, ranks: Tensor) -> None:
-        self.rows.copy_(ranks.pin_memory() if self.rows.device.type == "cuda" else ranks, non_blocking=True)
-
-    def current(self) -> Tensor:
-        """Return the ranks [K] of the last step that was reserved, a view."""
-        if self._intervals is None:
-            return self.rows[0]
-        return self.rows[self.next - 1, : len(self._certain) + self._intervals.count(self.starts[self.next - 1])]
 
 
 def _is(kind: Any, value: Any) -> bool:
@@ -247,8 +85,10 @@ class RankSampler:
         self._plan: tuple[Any, Tensor] | None = None  # q, and the values that it was computed from
         self._fixed: Tensor | None = None  # the uniform number of each rank of the tail
         # By `constant`: if all draws have the same size.
-        self._intervals: dict[bool, tuple[Tensor, torch.device, _Intervals]] = {}  # q, device, intervals
-        self._tables: dict[bool, _RankTable] = {}
+        self._intervals: dict[bool, tuple[Tensor, torch.device, Intervals]] = {}  # q, device, intervals
+        self._tables: dict[bool, RankTable] = {}
+        self._shares = False  # within `same_classes`
+        self._shared: Tensor | None = None  # [K], the classes of the first step there
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _RANGES and not _RANGES[name][0](value):
@@ -286,6 +126,84 @@ class RankSampler:
         keep, q = self.plan(num_classes, batch_size)
         return keep + round(q.sum().item())
 
+    def select(self, scores: Tensor, labels: Tensor, at_most: int | None = None) -> ClassSelection:
+        """Select the classes of a step: those at the drawn ranks of descending scores.
+
+        Args:
+            scores: [C]; +∞ for the classes of the labels, as of `functional.class_scores`.
+            labels: [B] int64, classes of the images; or [B, C], not 0 where an image has a class.
+            at_most: Bound of the number of different labels: B for [B]; of [B, C] they are counted by default, on a GPU
+                by a host sync.
+        """
+        if self._shared is not None:
+            return self._select_again(scores, labels)
+        count = len(labels) if at_most is None else at_most
+        if labels.ndim == 2 and at_most is None:
+            count = max(count, int((scores == math.inf).sum()))
+        self._refuse_recomputation(len(scores), count)
+        ranks = self.draw_on(scores.device, len(scores), count)  # [K]
+        if labels.ndim == 1:
+            selection = ranked_selection(scores, labels, ranks)
+        else:
+            class_ids = classes_at_ranks(scores, ranks)  # [K]
+            selection = ClassSelection(class_ids, labels.index_select(1, class_ids))
+        if self._shares:
+            self._shared = selection.class_ids
+        return selection
+
+    @property
+    def shares_classes(self) -> bool:
+        """True within `same_classes`."""
+        return self._shares
+
+    @contextmanager
+    def same_classes(self) -> Iterator[None]:
+        """Select the classes of the first training step for all steps of the context, with one draw.
+
+        The loss of a batch is then a function of the weights, as SAM, the closure of LBFGS and the two forward passes
+        of R-Drop need it. Labels of later steps must be among these classes: a ValueError on the CPU, and a device-side
+        assertion on a GPU. Graphed steps are refused.
+
+        Example:
+            >>> sampler, labels = RankSampler(), torch.tensor([3, 7])
+            >>> scores = torch.rand(100).index_fill(0, labels, torch.inf)
+            >>> with sampler.same_classes():
+            ...     first, second = sampler.select(scores, labels), sampler.select(scores, labels)
+            >>> first.class_ids.equal(second.class_ids)
+            True
+        """
+        if self._shares:
+            raise RuntimeError("RankSampler: same_classes() cannot be nested. Leave the outer context first.")
+        self._shares = True
+        try:
+            yield
+        finally:
+            self._shares, self._shared = False, None
+
+    def _select_again(self, scores: Tensor, labels: Tensor) -> ClassSelection:
+        """Select the classes of the first step within `same_classes`, which must have all labels."""
+        class_ids = self._shared
+        assert class_ids is not None
+        missing = (scores == math.inf).index_fill(0, class_ids, False)  # [C]
+        expected = "within same_classes() labels must be among the classes that its first step kept"
+        if missing.device.type != "cpu":
+            torch._assert_async(~missing.any(), f"RankSampler: {expected}.")
+        elif missing.any():
+            raise ValueError(
+                f"RankSampler: {expected}, {len(class_ids)} of {len(missing)}; got {missing.count_nonzero()} others, "
+                f"such as {int(missing.nonzero()[0])}. Enter same_classes() again for each batch."
+            )
+        targets = torch.searchsorted(class_ids, labels) if labels.ndim == 1 else labels.index_select(1, class_ids)
+        return ClassSelection(class_ids, targets)
+
+    def _refuse_recomputation(self, num_classes: int, labels: int) -> None:
+        """Raise a RuntimeError within a backward pass, where a step would draw other classes than the first time."""
+        if torch._C._current_graph_task_id() != -1 and self.plan(num_classes, labels)[0] < num_classes:
+            raise RuntimeError(
+                "SkipCLIP: the step was called again within a backward pass, as activation checkpointing does; it "
+                'would draw other classes than the first time. Use memory="min" instead.'
+            )
+
     def draw(self, num_classes: int, batch_size: int) -> Tensor:
         """Draw the kept ranks [K] of a step, int64, ascending, on the device of the generator.
 
@@ -314,12 +232,12 @@ class RankSampler:
         table = self._reserve(device, num_classes, batch_size, constant=True)
         table.row.copy_(table.current())
 
-    def _reserve(self, device: torch.device, num_classes: int, batch_size: int, *, constant: bool) -> _RankTable:
+    def _reserve(self, device: torch.device, num_classes: int, batch_size: int, *, constant: bool) -> RankTable:
         assert self.generator is not None
         certain, intervals = self._certain(num_classes, batch_size, constant)
         table = self._tables.get(constant)
         if table is None or not table.fits(device, certain, intervals):
-            table = self._tables[constant] = _RankTable(device, certain, intervals)
+            table = self._tables[constant] = RankTable(device, certain, intervals)
         if intervals is not None:
             start = self._uniform()
             # Another number than the row was drawn with: the generator was seeded, or continues from a checkpoint.
@@ -336,7 +254,7 @@ class RankSampler:
         assert self.generator is not None
         return torch.rand((), generator=self.generator, dtype=torch.float64, device=self.generator.device)
 
-    def _certain(self, num_classes: int, batch_size: int, constant: bool) -> tuple[Tensor, _Intervals | None]:
+    def _certain(self, num_classes: int, batch_size: int, constant: bool) -> tuple[Tensor, Intervals | None]:
         """Return the ranks that this step certainly keeps, and the intervals that the others are drawn from, if any.
 
         If `constant`, all draws have the same size.
@@ -355,7 +273,7 @@ class RankSampler:
             ends = (inclusion_probabilities(q) if constant else q).cumsum(0)  # [tail]
             # Rounded: a sum that is a whole number up to rounding has one size of draws.
             total = round(ends[-1].item(), 0 if constant else 9) if len(q) else 0.0
-            intervals = _Intervals(torch.arange(keep, device=device), ends.to(device), total)
+            intervals = Intervals(torch.arange(keep, device=device), ends.to(device), total)
             self._intervals[constant] = q, device, intervals
         return intervals.certain, intervals if intervals.total else None
 
@@ -397,7 +315,7 @@ class RankSampler:
         # process would open the shared memory of a tensor after this process has freed it.
         assert self.generator is not None
         generator = self.generator.device, self.generator.get_state().numpy().tobytes()
-        return vars(self) | {"generator": generator, "_tables": {}}
+        return vars(self) | {"generator": generator, "_tables": {}, "_shared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         device, data = state["generator"]

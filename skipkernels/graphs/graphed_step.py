@@ -8,22 +8,23 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import casts
 from ..casts import Casts
+from ..clip import SkipCLIP, SkipOutput, check_clip
+from ..clip.checks import check_labels
+from ..clip.step import LossOptions, step
+from ..clip.texts import ClassTexts
 from ..formatting import first_line
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import FusedSGD, world_size
+from ..selection import ClassSelection, RankSampler, ranked_selection
 from ..towers.attention import SDPA
 from ..towers.block import HOOKS, global_hooks
-from .base import SkipOutput
-
-if TYPE_CHECKING:
-    from .skip_clip import SkipCLIP
 
 WARMUP = 3  # steps before a capture, which compile kernels and create the state of the optimizer
 
@@ -38,6 +39,14 @@ class _Captured(NamedTuple):
     labels: Tensor
     out: SkipOutput
     frozen: _Frozen
+
+
+def graphed(clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int) -> GraphedStep:
+    """Return a function that runs a whole training step: on a GPU, a replay of a CUDA graph. See `GraphedStep`."""
+    check_clip("graphed", clip)
+    if type(clip) is not SkipCLIP:
+        raise RuntimeError(f"graphed: clip must be a SkipCLIP of one process; got {type(clip).__name__}.")
+    return GraphedStep(clip, optimizer, batch_size)
 
 
 class GraphedStep:
@@ -75,13 +84,13 @@ class GraphedStep:
         >>> model, _, tokenizer = pictogram_tiny.load()
         >>> clip = skipkernels.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> optimizer = skipkernels.FusedSGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)
-        >>> step = clip.graphed(optimizer, batch_size=4)
+        >>> step = skipkernels.graphed(clip, optimizer, batch_size=4)
         >>> step(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).loss.shape
         torch.Size([])
     """
 
     def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int):
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"graphed: batch_size must be at least 1, a whole number; got {batch_size!r}.")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -95,8 +104,8 @@ class GraphedStep:
         self._casts: dict[Any, Casts] = {}  # made by the last eager step
         self._rates: dict[int, tuple[Tensor, float]] = {}  # by group of PyTorch's optimizers: tensor, number in it
         self._one: Tensor | None = None  # gradient of the loss
-        self._stream: Any = None
-        self._text_stream: Any = None
+        # Streams of a step and of its text side, on a GPU
+        self._stream, self._text_stream = self._streams()
         self._pool: Any = None
         self._failed = False  # a capture raised an error
         if self._captures():
@@ -111,12 +120,15 @@ class GraphedStep:
         if not any(p.requires_grad and id(p) in held for p in self._clip.model.parameters()):
             raise ValueError(
                 "graphed: optimizer must hold parameters of this SkipCLIP that train; got none. Create it with "
-                "clip.parameter_groups(text_lr=…, image_lr=…), after add_lora or merge_lora, and pass it to "
-                "clip.graphed."
+                "clip.parameter_groups(text_lr=…, image_lr=…), after add_lora or merge_lora, and pass it to graphed."
             )
 
     def _captures(self) -> bool:
         return self._clip.prototypes.device.type == "cuda"
+
+    def _streams(self) -> tuple[Any, Any]:
+        device = self._clip.prototypes.device
+        return (torch.cuda.Stream(device), torch.cuda.Stream(device)) if self._captures() else (None, None)
 
     def reset(self) -> None:
         """Drop the captured graphs: the next calls run eagerly, then a step is captured again."""
@@ -135,17 +147,18 @@ class GraphedStep:
                 f"graphed: labels must be class ids, int64 [B]; got {labels.dtype} {list(labels.shape)}. The classes "
                 "of soft labels are counted on the host: run without graphed."
             )
-        if clip._shares_classes:
+        if clip.sampler.shares_classes:
             raise RuntimeError("graphed: a step selects its own classes. Leave same_classes(), or run without graphed.")
         if not self._captures():
             self._check_optimizer()
             return self._update(clip(x, labels))
         device = clip.prototypes.device
         x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        clip._check_step(x, labels)
+        clip._check_batch(x)
+        check_labels(labels, x, clip.num_classes)
         if x.requires_grad:
             raise ValueError("graphed: x must not require grad, which a replay would not compute. Run without graphed.")
-        if clip._image.lower_device is not None and clip._image_encoder.are_images(x):
+        if clip._images.tower.lower_device is not None and clip._images.are_images(x):
             raise RuntimeError(
                 "graphed: images cannot be captured with lower_device, which copies each batch to another device. Pass "
                 "features at the cut, or leave lower_device out."
@@ -194,27 +207,10 @@ class GraphedStep:
     # ---- eager steps -------------------------------------------------------------------------------------------
 
     def _forward(self, x: Tensor, labels: Tensor) -> SkipOutput:
-        image = self._clip._image_encoder.encode(x)
-        take = self._clip.sampler.take
-        return self._clip._step(image, labels, lambda *_: take(), encode_classes=self._encode_on_text_stream)
-
-    def _encode_on_text_stream(self, class_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Encode classes [K] on the stream of the text side.
-
-        Autograd runs each node of backward on the stream of its forward, and lets streams wait for each other's
-        gradients.
-        """
-        current = torch.cuda.current_stream(class_ids.device)
-        if self._text_stream is None:
-            self._text_stream = torch.cuda.Stream(class_ids.device)
-        self._text_stream.wait_stream(current)
-        with torch.cuda.stream(self._text_stream):
-            text = self._clip._encode_classes(class_ids, dtype)
-        current.wait_stream(self._text_stream)
-        # The allocator knows the stream on which memory was allocated, and not the other one that uses it.
-        class_ids.record_stream(self._text_stream)
-        text.record_stream(current)
-        return text
+        clip = self._clip
+        options = LossOptions(clip.label_smoothing, clip.class_weight)
+        texts, ranks = _TextsOnStream(clip._texts, self._text_stream), _ReservedRanks(clip.sampler)
+        return step(clip._images.encode(x), labels, texts, ranks, clip._scale, options)
 
     def _update(self, out: SkipOutput) -> SkipOutput:
         device_type = out.loss.device.type
@@ -232,8 +228,6 @@ class GraphedStep:
     def _on_stream(self, x: Tensor, labels: Tensor, kept: Casts | None) -> SkipOutput:
         """Run the step eagerly on the stream of the capture, with its casts; its ranks are reserved."""
         current = torch.cuda.current_stream(x.device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(x.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), self._options_on_device(), casts.used(kept):
             out = self._update(self._forward(x, labels))
@@ -315,6 +309,39 @@ class GraphedStep:
                 group["lr"] = lr
 
 
+class _ReservedRanks:
+    """Sampler of a step with reserved ranks, at the address that a graph reads."""
+
+    def __init__(self, sampler: RankSampler):
+        self._sampler = sampler
+
+    def select(self, scores: Tensor, labels: Tensor) -> ClassSelection:
+        """Select the classes [K] at the reserved ranks."""
+        return ranked_selection(scores, labels, self._sampler.take())
+
+
+class _TextsOnStream:
+    """Texts that are encoded on a stream of their own.
+
+    Autograd runs each node of backward on the stream of its forward, and lets streams wait for each other's gradients.
+    """
+
+    def __init__(self, texts: ClassTexts, stream: Any):
+        self._texts, self._stream, self.prototypes = texts, stream, texts.prototypes
+
+    def encode(self, class_ids: Tensor) -> Tensor:
+        """Class ids [K] to text embeddings [K, D]."""
+        current = torch.cuda.current_stream(class_ids.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            text = self._texts.encode(class_ids)
+        current.wait_stream(self._stream)
+        # The allocator knows the stream on which memory was allocated, and not the other one that uses it.
+        class_ids.record_stream(self._stream)
+        text.record_stream(current)
+        return text
+
+
 def _rate_on(device: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.float32, device=device)  # the dtype that SGD(fused=True) reads
 
@@ -362,8 +389,8 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
     hooked = next((name for name, x in clip.model.named_modules() if any(getattr(x, hook) for hook in HOOKS)), None)
     generator = clip.sampler.generator
     for applies, reason in (
-        (clip._image.attention_backend is not SDPA, 'attention="xformers" has a host sync. Use "sdpa".'),
-        (clip._text_encoder.reads_folder(), "text_cache, as large as here, is read on the host. Leave it out."),
+        (clip._images.tower.attention_backend is not SDPA, 'attention="xformers" has a host sync. Use "sdpa".'),
+        (clip._texts.reads_folder(), "text_cache, as large as here, is read on the host. Leave it out."),
         (hooked is not None, f"{hooked or 'the model'} has hooks, which would run at the capture only. Remove them."),
         (bool(global_hooks()), "global module hooks would run at the capture only. Remove them."),
         (generator is not None and generator.device.type != "cpu", "the generator must be on the CPU."),
@@ -399,7 +426,7 @@ class _Frozen:
         self._clip, self._optimizer = clip, optimizer
         self._modules = list(clip.model.modules())
         self._seen = self._state()
-        self._held = list(self._tensors()), clip._text_encoder  # so that addresses are not used again
+        self._held = list(self._tensors()), clip._texts  # so that addresses are not used again
 
     def is_unchanged(self) -> bool:
         """Return True if a replay is the step that would run now."""
@@ -413,10 +440,7 @@ class _Frozen:
             yield from module._buffers.values()
         for state in self._optimizer.state.values():
             yield from (x for x in state.values() if isinstance(x, Tensor))
-        for text in clip._text_encoder.templates:
-            yield text.rows
-            yield from text.tower.prompts.tensors().values()
-        yield from (clip.prototypes, clip.class_weight, table.row)
+        yield from (*clip._texts.step_tensors(), clip.class_weight, table.row)
 
     def _state(self) -> list[Any]:
         clip = self._clip
@@ -425,7 +449,7 @@ class _Frozen:
             [(id(m), m.training, *map(id, m._modules.values())) for m in self._modules],
             [hooks for m in self._modules for name in HOOKS if (hooks := getattr(m, name))],
             global_hooks(),
-            [id(clip._text_encoder), clip._image.memory, clip._text.memory, clip.label_smoothing],
+            [id(clip._texts), clip._images.tower.memory, clip._texts.tower.memory, clip.label_smoothing],
             [_constants(self._optimizer, group) for group in self._optimizer.param_groups],
         ]
 

@@ -33,11 +33,11 @@ class Part(NamedTuple):
 
 def check_chunk(chunk: Any, x: Tensor, towers: Iterable[Tower]) -> None:
     """Raise unless a batch can be encoded in chunks."""
-    name = "SkipCLIP.pair_loss"
+    name = "pair_loss"
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"{name}: chunk must be a whole number of pairs, at least 1, or None; got {chunk!r}.")
     if x.requires_grad:
-        raise ValueError(f"{name}: with chunk, x gets no gradient; got one that requires grad. Use x.detach().")
+        raise ValueError(f"{name}: with chunk, pixel_values get no gradient; got some that require grad. Detach them.")
     for tower in towers:
         if any(updates_statistics(part) for part in tower.upper_parts() if isinstance(part, nn.Module)):
             raise ValueError(
@@ -124,7 +124,7 @@ class _Chunked(torch.autograd.Function):
         batches, d_embeddings, d_numbers = saved[:count], saved[count : 2 * count], saved[2 * count :]
         if versions != [x._version for x in trained]:
             raise RuntimeError(
-                "SkipCLIP.pair_loss: weights changed between the loss with chunk and its backward, which encodes the "
+                "pair_loss: weights changed between the loss with chunk and its backward, which encodes the "
                 "batch again. Call backward before the optimizer's step."
             )
         sums: list[Tensor | None] = [None] * len(trained)

@@ -1,0 +1,214 @@
+"""Checks of the arguments of SkipCLIP. Values of a batch are checked on the CPU only: elsewhere that is a host sync."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import check_device
+
+Trainable = Literal["upper", "as_is"]
+
+# ---- construction ----------------------------------------------------------------------------------------------------
+
+
+def check_tokens(tokens: Any) -> None:
+    """Raise unless tokens are an integer tensor [C, L] or [C, T, L]."""
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.ndim not in (2, 3)
+        or tokens.numel() == 0
+        or tokens.dtype not in (torch.int64, torch.int32)
+    ):
+        found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(
+            f"SkipCLIP: tokens must be an int64 tensor [C, L], or [C, T, L] for T templates, with C, T and L ≥ 1; got "
+            f"{found}. Tokenise a prompt of each class with the model's own tokenizer (from transformers: input_ids)."
+        )
+
+
+def kept_tokens(tokens: Tensor) -> Tensor:
+    """Tokens [C, L], or [C, T, L] of several templates, as SkipCLIP keeps them: int32 on the CPU."""
+    return (tokens[:, 0] if tokens.ndim == 3 and tokens.shape[1] == 1 else tokens).to("cpu", torch.int32)
+
+
+def check_vocabulary(tokens: Tensor, vocabulary: int | None, argument: str = "SkipCLIP: tokens") -> None:
+    """Raise if a token id is outside the vocabulary of the model."""
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    if smallest < 0 or (vocabulary is not None and largest >= vocabulary):
+        raise ValueError(
+            f"{argument} must be ids in [0, {vocabulary}), the model's vocabulary; got {smallest} to {largest}. "
+            "Use the model's own tokenizer."
+        )
+
+
+def check_label_smoothing(label_smoothing: Any) -> float:
+    """Return the label smoothing as a float, or raise if it is not in [0, 1]."""
+    number = isinstance(label_smoothing, (int, float)) and not isinstance(label_smoothing, bool)
+    if not number or not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"SkipCLIP: label_smoothing must be a number in [0, 1]; got {label_smoothing!r}.")
+    return float(label_smoothing)
+
+
+def check_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) -> Tensor | None:
+    """Return a copy of the weights [C] in the dtype and on the device of the prototypes; None without weights."""
+    if class_weight is None:
+        return None
+    is_tensor = isinstance(class_weight, Tensor)
+    if not is_tensor or class_weight.shape != (num_classes,) or not class_weight.is_floating_point():
+        found = f"{class_weight.dtype} {list(class_weight.shape)}" if is_tensor else type(class_weight).__name__
+        raise ValueError(
+            f"SkipCLIP: class_weight must be a floating-point tensor [C={num_classes}], one per class; got {found}."
+        )
+    if class_weight.requires_grad:
+        raise ValueError("SkipCLIP: class_weight is a constant; got one that requires grad. Use class_weight.detach().")
+    bad = ~(class_weight.isfinite() & (class_weight >= 0))
+    if bad.any():
+        raise ValueError(
+            "SkipCLIP: class_weight must be finite and not negative; got "
+            f"{class_weight[bad][0].item()} for class {int(bad.nonzero()[0])}."
+        )
+    return class_weight.to(prototypes.device, prototypes.dtype, copy=True)
+
+
+def check_whole_number(argument: str, value: Any) -> None:
+    """Raise unless a value is a whole number, at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"SkipCLIP: {argument} must be a whole number, at least 1; got {value!r}.")
+
+
+def refuse_inference_mode(what: str) -> None:
+    """Raise a RuntimeError under `torch.inference_mode()`."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{what} under torch.inference_mode(): its tensors could not train.")
+
+
+# ---- a batch ---------------------------------------------------------------------------------------------------------
+
+
+def check_images(pixel_values: Any) -> None:
+    """Raise unless pixel_values can be images or features: floating point, not empty; on the CPU also finite."""
+    if not isinstance(pixel_values, Tensor):
+        raise TypeError(
+            f"SkipCLIP: pixel_values must be a tensor, images [B, 3, height, width] or features at the cut; got "
+            f"{type(pixel_values).__name__}. Stack a list of images with torch.stack."
+        )
+    if not pixel_values.is_floating_point():
+        raise TypeError(
+            "SkipCLIP: images must be floating-point, normalised by the model's image transform; got "
+            f"{pixel_values.dtype}. Apply the transform, or (images / 255 − mean) / std."
+        )
+    if pixel_values.ndim < 3 or len(pixel_values) == 0:
+        raise ValueError(
+            "SkipCLIP: pixel_values must be images [B, 3, height, width] or features at the cut [B, N, W], at least "
+            f"one image; got {list(pixel_values.shape)}."
+        )
+    if pixel_values.device.type == "cpu" and not pixel_values.isfinite().all():
+        bad = (~pixel_values.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(f"SkipCLIP: images and features must be finite; NaN or infinity in images {bad} of the batch.")
+
+
+def check_labels(labels: Any, batch: Tensor, classes: int) -> None:
+    """Raise unless labels are class ids, int64 [B], or probabilities [B, C], on the device of the batch."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"SkipCLIP: labels must be an int64 tensor [B]; got {type(labels).__name__}. Without labels use "
+            "clip.predict(pixel_values)."
+        )
+    soft = labels.is_floating_point() and labels.shape == (len(batch), classes)
+    if not soft and (labels.shape != (len(batch),) or labels.dtype != torch.int64):
+        raise ValueError(
+            f"SkipCLIP: labels must be class ids, int64 [B={len(batch)}], or probabilities of the classes, "
+            f"floating-point [B={len(batch)}, C={classes}]; got {labels.dtype} {list(labels.shape)}. For several labels"
+            " per image use pairs.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1)."
+        )
+    check_device("SkipCLIP", "labels", labels, ("pixel_values", batch))
+    if labels.device.type == "cpu":
+        check_values = _check_probabilities if soft else _check_label_range
+        check_values(labels, classes)
+
+
+def _check_label_range(labels: Tensor, classes: int) -> None:
+    remedy = "Leave images without a class out of the batch; ignore_index is not handled."
+    check_range("SkipCLIP", "labels", labels, classes, remedy)
+
+
+def _check_probabilities(labels: Tensor, classes: int) -> None:
+    sums = labels.detach().double().sum(dim=1)
+    # bf16 rounds each of two probabilities by up to 2^-9.
+    if not ((labels >= 0).all() and ((sums - 1).abs() < 0.01).all()):
+        raise ValueError(
+            f"SkipCLIP: labels [B, C={classes}] must be probabilities, not negative, that sum to 1 for each image; got "
+            f"sums from {sums.min():.3g} to {sums.max():.3g} and values from {labels.min():.3g}. For labels of 0 and 1 "
+            "use pairs.sigmoid_loss."
+        )
+
+
+def check_range(function: str, argument: str, ids: Tensor, classes: int, remedy: str) -> None:
+    """Raise if an id is outside [0, classes). A host sync on a GPU."""
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or high >= classes:
+        raise ValueError(f"{function}: {argument} must be in [0, C={classes}); got {low} to {high}. {remedy}")
+
+
+def check_class_ids(class_ids: Any, classes: int) -> None:
+    """Raise unless class ids are int64 [K], at least one, and in range."""
+    valid = isinstance(class_ids, Tensor) and class_ids.dtype in (torch.int64, torch.int32) and class_ids.ndim == 1
+    if not valid or len(class_ids) == 0:
+        found = f"{class_ids.dtype} {list(class_ids.shape)}" if isinstance(class_ids, Tensor) else repr(class_ids)
+        raise ValueError(f"SkipCLIP: class_ids must be int64 [K], at least one; got {found:.80}.")
+    if class_ids.device.type == "cpu":
+        check_range("SkipCLIP", "class_ids", class_ids, classes, "Encode other texts with the model itself.")
+
+
+def check_features(features: Any, shape: torch.Size) -> None:
+    """Raise unless features are [B, …], those of an image of the given shape."""
+    if not isinstance(features, Tensor) or features.shape[1:] != shape:
+        found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"SkipCLIP.encode_upper: features must be features at the cut, [B, {', '.join(map(str, shape))}]; got "
+            f"{found}. For images use encode_image."
+        )
+
+
+def check_image_embeddings(image: Any, width: int, dtype: torch.dtype | None) -> None:
+    """Raise unless image embeddings are [B, D=width], without autocast in the dtype of class embeddings, if given."""
+    remedy = "Compute them with clip.encode_image(images)."
+    _check_embeddings("SkipCLIP.loss: image", image, "image embeddings, floating-point [B", width, remedy)
+    if dtype not in (None, image.dtype) and not torch.is_autocast_enabled(image.device.type):
+        raise TypeError(
+            f"SkipCLIP.loss: image must be {dtype} like the class embeddings; got {image.dtype}. Call encode_image and "
+            "loss within the same autocast, or convert the embeddings."
+        )
+
+
+def check_class_embeddings(class_embeddings: Any, width: int) -> None:
+    """Raise unless class embeddings are [C', D=width] with unit norm."""
+    remedy = "Compute them with clip.class_embeddings(tokens), or pass tokens."
+    _check_embeddings("SkipCLIP.predict: class_embeddings", class_embeddings, "floating-point [C'", width, remedy)
+    norms = class_embeddings.detach().float().norm(dim=1)
+    # bf16 rounds each element by up to 2^-9.
+    if class_embeddings.device.type == "cpu" and not ((norms - 1).abs() < 0.01).all():
+        low, high = norms.aminmax()
+        raise ValueError(
+            f"SkipCLIP.predict: class_embeddings must have unit norm; got norms from {low:.3g} to {high:.3g}. {remedy}"
+        )
+
+
+def _check_embeddings(argument: str, embeddings: Any, expected: str, width: int, remedy: str) -> None:
+    """Raise unless an argument has embeddings [n, D=width]; `expected` begins their description."""
+    is_tensor = isinstance(embeddings, Tensor)
+    if not is_tensor or not embeddings.is_floating_point() or embeddings.shape[1:] != (width,):
+        found = f"{embeddings.dtype} {list(embeddings.shape)}" if is_tensor else type(embeddings).__name__
+        raise ValueError(f"{argument} must be {expected}, D={width}]; got {found}. {remedy}")
+
+
+def refuse_export() -> None:
+    """Raise a RuntimeError while `torch.export` or `torch.jit.trace` runs SkipCLIP."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise RuntimeError(
+            "SkipCLIP: a step can be neither exported nor traced. Export the plain module clip.classifier(), from "
+            "images to logits."
+        )

@@ -1,0 +1,115 @@
+"""The training step of Skip Tuning, as a function of its parts; and the comparison with all classes, in evaluation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import functional
+
+
+class Texts(Protocol):
+    """Texts of the classes, such as `ClassTexts`."""
+
+    @property
+    def prototypes(self) -> Tensor:
+        """Unit-norm embeddings [C, D] from before tuning."""
+
+    def encode(self, class_ids: Tensor) -> Tensor:
+        """Class ids [K] to embeddings [K, D], with gradient."""
+
+
+class Sampler(Protocol):
+    """Selection of the classes of a step, such as `RankSampler`."""
+
+    def select(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [C] and labels [B] to the kept classes [K] and the positions of the labels among them [B]."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Options of the cross-entropy."""
+
+    label_smoothing: float = 0.0
+    class_weight: Tensor | None = None  # [C]
+    return_logits: bool = False  # of the kept classes; the loss does not need them
+
+
+def step(
+    image: Tensor, labels: Tensor, texts: Texts, sampler: Sampler, scale: Tensor, options: LossOptions
+) -> SkipOutput:
+    """Select classes for image embeddings [B, D], embed these alone, and compute the loss; docs/method.md."""
+    scores = class_scores(image, texts.prototypes, labels)  # [C]: highest cosine with an image, +∞ for labels
+    class_ids, targets = sampler.select(scores, labels)  # [K], [B]
+    text = texts.encode(class_ids)  # [K, D], with gradient
+    return cross_entropy(image, text, class_ids, targets, scale, options)
+
+
+def compare_with_all(image: Tensor, labels: Tensor, text: Tensor, scale: Tensor, options: LossOptions) -> SkipOutput:
+    """Compare image embeddings [B, D] with all classes [C, D]."""
+    class_ids = torch.arange(len(text), device=image.device)
+    return cross_entropy(image, text, class_ids, labels, scale, replace(options, return_logits=True))
+
+
+@torch.no_grad()
+def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> Tensor:
+    """Highest cosine [C] of each class with an image, +∞ for the classes of labels [B] or [B, C], if any."""
+    with torch.autocast(image.device.type, enabled=False):  # which would cast all prototypes in each step
+        image = image.to(prototypes.dtype)
+        if labels is None or labels.ndim == 1:
+            return functional.class_scores(image, prototypes, labels)
+        return functional.class_scores(image, prototypes).masked_fill((labels != 0).any(dim=0), math.inf)
+
+
+def cross_entropy(
+    image: Tensor, text: Tensor, class_ids: Tensor, targets: Tensor, scale: Tensor, options: LossOptions
+) -> SkipOutput:
+    """Cross-entropy of images [B, D] over classes [K, D]; targets are positions [B] or probabilities [B, K]."""
+    text = text.to(image.dtype)  # constants, where texts do not train
+    weight = None if options.class_weight is None else options.class_weight.index_select(0, class_ids)
+    if targets.ndim == 2:
+        logits = functional.class_sampled_logits(image, text, scale)
+        loss = F.cross_entropy(logits, targets.to(logits.dtype), weight, label_smoothing=options.label_smoothing)
+        return SkipOutput(loss, logits, class_ids, targets)
+    loss = functional.class_sampled_ce(
+        image, text, targets, scale, class_weight=weight, label_smoothing=options.label_smoothing
+    )
+    kept_logits = functional.class_sampled_logits(image, text, scale) if options.return_logits else None
+    return SkipOutput(loss, kept_logits, class_ids, targets)
+
+
+class _Fields(NamedTuple):
+    loss: Tensor
+    kept_logits: Tensor | None
+    class_ids: Tensor
+    targets: Tensor
+
+
+class SkipOutput(_Fields):
+    """Result of a step: a named tuple.
+
+    Attributes:
+        loss: [], mean cross-entropy over the batch, weighted if SkipCLIP has class weights; of `sigmoid_loss`, the mean
+            over images and classes.
+        logits: [B, K]. In training they are computed with `return_logits`, for soft labels and by `sigmoid_loss` only;
+            else the item `kept_logits` of the tuple is None, and reading the attribute raises an AttributeError.
+        class_ids: [K] int64, ascending, the kept classes; in evaluation all classes, K = C.
+        targets: [B] int64, positions of the labels in `class_ids`; of soft labels and of `sigmoid_loss` [B, K], the
+            labels themselves.
+    """
+
+    __slots__ = ()
+
+    @property
+    def logits(self) -> Tensor:  # noqa: D102
+        if (logits := self.kept_logits) is None:
+            raise AttributeError(
+                "SkipOutput.logits: this training step did not compute logits. Call clip(pixel_values, labels, "
+                "return_logits=True) for those of the kept classes, or clip.predict(pixel_values) for all classes."
+            )
+        return logits

@@ -1,0 +1,96 @@
+"""Checks of the arguments of `pair_loss` and `sigmoid_loss`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..checks import check_device
+from ..clip import SkipCLIP, check_clip
+from ..clip.checks import check_range, check_vocabulary
+
+PairLoss = Literal["softmax", "sigmoid"]
+
+
+def pair_bias(clip: SkipCLIP, loss: str, logit_bias: Any) -> Tensor | float | None:
+    """Bias of the logits of the pairwise sigmoid loss; None for the softmax loss, which does not depend on one."""
+    if loss not in get_args(PairLoss):
+        raise ValueError(f"pair_loss: loss must be one of {', '.join(get_args(PairLoss))}; got {loss!r}.")
+    if loss == "sigmoid":
+        return bias_of("pair_loss", clip, logit_bias)
+    if logit_bias is not None:
+        raise ValueError('pair_loss: logit_bias is for loss="sigmoid"; a softmax does not depend on it.')
+    return None
+
+
+def bias_of(function: str, clip: SkipCLIP, logit_bias: Any) -> Tensor | float:
+    """Bias of the logits, by default that of the model."""
+    if logit_bias is None:
+        bias = getattr(clip.model, "logit_bias", None)
+        logit_bias = 0.0 if bias is None else bias
+    if isinstance(logit_bias, Tensor) and logit_bias.numel() == 1:
+        return logit_bias.reshape(())  # that of transformers has one dimension
+    if not isinstance(logit_bias, (int, float)):
+        found = list(logit_bias.shape) if isinstance(logit_bias, Tensor) else repr(logit_bias)
+        raise ValueError(f"{function}: logit_bias must be a number or a tensor of one element; got {found}.")
+    return logit_bias
+
+
+def check_texts(function: str, clip: SkipCLIP) -> None:
+    """Raise a TypeError unless clip has the texts of all its classes."""
+    if len(clip.prototypes) != clip.num_classes:
+        raise TypeError(
+            f"pairs.{function}: clip must have the texts of all {clip.num_classes} classes; got {type(clip).__name__} "
+            f"with {len(clip.prototypes)} of them. Call parallel.{function}."
+        )
+
+
+def refuse_loss_options(function: str, clip: SkipCLIP) -> None:
+    """Raise a TypeError unless clip is a SkipCLIP, a ValueError if an option of the cross-entropy is set."""
+    check_clip(function, clip)
+    options = {"label_smoothing": clip.label_smoothing > 0, "class_weight": clip.class_weight is not None}
+    for name, given in options.items():
+        if given:
+            raise ValueError(
+                f"{function}: {name} of SkipCLIP is an option of the cross-entropy of clip(pixel_values, labels), and "
+                "has no meaning for this loss. Make SkipCLIP without it."
+            )
+
+
+def check_many_labels(labels: Any, batch: Tensor, classes: int, max_labels: int) -> None:
+    """Raise unless labels are [B, C] of 0 and 1, with at most `max_labels` per image."""
+    name, shape = "sigmoid_loss", (len(batch), classes)
+    if not isinstance(max_labels, int) or max_labels < 1:
+        raise ValueError(f"{name}: max_labels must be a whole number, at least 1; got {max_labels!r}.")
+    if not isinstance(labels, Tensor) or labels.shape != shape or labels.is_complex():
+        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            f"{name}: labels must be a tensor [B={shape[0]}, C={classes}], 1 where an image has a class; got {found}. "
+            "For one class id per image call clip(pixel_values, labels)."
+        )
+    check_device(name, "labels", labels, ("pixel_values", batch))
+    if labels.device.type == "cpu":
+        if not ((labels == 0) | (labels == 1)).all():
+            raise ValueError(f"{name}: labels must be 0 or 1; got {labels.min().item()} to {labels.max().item()}.")
+        most = int(labels.count_nonzero(dim=1).max())
+        if most > max_labels:
+            raise ValueError(f"{name}: max_labels must be at least {most}, the labels of an image; got {max_labels}.")
+
+
+def check_captions(captions: Any, batch_size: int, classes: int, vocabulary: int | None) -> None:
+    """Raise unless captions are ids [B] or tokens [B, L]."""
+    is_tensor = isinstance(captions, Tensor)
+    valid = is_tensor and captions.dtype in (torch.int64, torch.int32) and captions.ndim in (1, 2)
+    if not valid or len(captions) != batch_size or captions.numel() == 0:
+        found = f"{captions.dtype} {list(captions.shape)}" if is_tensor else type(captions).__name__
+        raise ValueError(
+            f"pair_loss: captions must be int64, ids [B={batch_size}] or tokens [B={batch_size}, L], one "
+            f"caption for each image; got {found}. Tokenise texts with the model's own tokenizer."
+        )
+    if captions.device.type == "cpu" and captions.ndim == 2:
+        check_vocabulary(captions, vocabulary, "pair_loss: captions")
+    elif captions.device.type == "cpu":
+        remedy = "Ids are rows of the tokens of SkipCLIP. Pass tokens [B, L] for other captions."
+        check_range("pair_loss", "captions", captions, classes, remedy)

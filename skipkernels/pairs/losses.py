@@ -1,0 +1,155 @@
+"""Loss of pairs of images and captions, and sigmoid loss of images with several labels, as functions of a SkipCLIP."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import functional
+from ..clip import SkipCLIP, SkipOutput
+from ..clip.step import class_scores
+from .checks import PairLoss, bias_of, check_captions, check_many_labels, check_texts, pair_bias, refuse_loss_options
+from .chunked import Part, check_chunk, chunked_loss
+
+
+@torch.compiler.disable  # as SkipCLIP
+def pair_loss(
+    clip: SkipCLIP,
+    pixel_values: Tensor,
+    captions: Tensor,
+    *,
+    loss: PairLoss = "softmax",
+    logit_bias: Tensor | float | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Contrastive loss [] of pairs of an image and a caption.
+
+    No classes are selected; `label_smoothing` and `class_weight` are refused. A caption is a negative for every
+    image of the batch but its own, as in open_clip. See docs/pairs.md; on several processes `parallel.pair_loss`.
+
+    Args:
+        clip: SkipCLIP.
+        pixel_values: Images [B, 3, height, width], or features at the cut [B, N, W].
+        captions: [B] int64, the caption of each image as an index of the `tokens` that SkipCLIP was made with;
+            their features at the cut are cached. Or tokens [B, L] of any captions, which run below the cut in each
+            call, cropped to the longest. On a GPU both need a host sync, to read the number of tokens.
+        loss: "softmax", the symmetric cross-entropy of CLIP (`functional.contrastive_loss`), or "sigmoid", the
+            pairwise sigmoid loss of SigLIP (`functional.pairwise_sigmoid_loss`).
+        logit_bias: Bias of the logits of "sigmoid", as in `sigmoid_loss`.
+        chunk: Largest number of images or captions in a forward pass above the cut: the loss and the gradients of
+            the whole batch, with the activation memory of a chunk. Every chunk is encoded twice, the second time in
+            backward. Default: the whole batch at once.
+
+    Example:
+        >>> import skipkernels as sk
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, tokenizer = pictogram_tiny.load()
+        >>> captions = tokenizer([f"a small {n}" for n in range(10)])
+        >>> clip = sk.SkipCLIP(model, captions, skip_layers=0.5)
+        >>> images, ids = torch.rand(4, 3, 32, 32), torch.tensor([3, 0, 9, 1])
+        >>> loss = sk.pairs.pair_loss(clip, images, ids)
+        >>> torch.allclose(loss, sk.pairs.pair_loss(clip, images, captions[ids]), atol=1e-4)
+        True
+        >>> torch.allclose(loss, sk.pairs.pair_loss(clip, images, ids, chunk=3), atol=1e-4)
+        True
+    """
+    refuse_loss_options("pair_loss", clip)
+    check_texts("pair_loss", clip)
+    bias = pair_bias(clip, loss, logit_bias)
+    clip._check_batch(pixel_values)
+    check_captions(captions, len(pixel_values), clip.num_classes, clip._texts.tower.vocabulary)
+    captions = captions.to(pixel_values.device, torch.int64)
+    loss_of = functools.partial(_loss_of_pairs, clip, bias)
+    return encoded_loss(clip, pixel_values, captions, loss_of, bias, chunk)
+
+
+def encoded_loss(
+    clip: SkipCLIP,
+    pixel_values: Tensor,
+    captions: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    bias: Tensor | float | None,
+    chunk: int | None,
+) -> Tensor:
+    """Encode images, and captions by id or tokens, at most `chunk` at a time, and compute `loss_of` the embeddings."""
+    texts = clip._texts
+    encode_text = functools.partial(texts.encode, exact=True) if captions.ndim == 1 else texts.encode_prompts
+    if chunk is None:
+        return loss_of(clip._images.encode(pixel_values), encode_text(captions))
+    check_chunk(chunk, pixel_values, (clip._images.tower, texts.tower))
+    parts = Part(clip._images.encode, pixel_values), Part(encode_text, captions)
+    numbers = [clip.model.logit_scale, *([bias] if isinstance(bias, Tensor) else [])]
+    return chunked_loss(parts, loss_of, numbers, clip.parameters(), chunk)
+
+
+def _loss_of_pairs(clip: SkipCLIP, bias: Tensor | float | None, image: Tensor, text: Tensor) -> Tensor:
+    """Loss of embeddings [B, D] of images and their captions."""
+    scale = clip.model.logit_scale.exp()
+    if bias is None:
+        return functional.contrastive_loss(image, text, scale)
+    return functional.pairwise_sigmoid_loss(image, text, scale, bias)
+
+
+@torch.compiler.disable
+def sigmoid_loss(
+    clip: SkipCLIP,
+    pixel_values: Tensor,
+    labels: Tensor,
+    *,
+    max_labels: int,
+    logit_bias: Tensor | float | None = None,
+) -> SkipOutput:
+    """Binary cross-entropy of each image with each selected class, for any number of labels per image.
+
+        loss = −1/(B·K) · Σ_b Σ_k log σ(±(exp(logit_scale) · ⟨x̂_b, t̂_k⟩ + logit_bias)),  + for labels, else −
+
+    The classes of a step are selected as in `forward`, with all labels of the batch: m is at least
+    min(C, B · max_labels). In evaluation mode all classes are compared. The loss of SigLIP (Zhai et al., ICCV 2023,
+    arXiv 2303.15343; of pairs: `pair_loss`) is K times this one. `label_smoothing` and `class_weight` are
+    refused. On several processes: `parallel.sigmoid_loss`.
+
+    Args:
+        clip: SkipCLIP.
+        pixel_values: Images [B, 3, height, width], or features at the cut [B, N, W].
+        labels: [B, C] bool, integer or floating-point, 1 where an image has a class and 0 elsewhere. An image may
+            have no label.
+        max_labels: Largest number of labels of an image. On a GPU it is not compared with the labels, which would
+            be a host sync: labels beyond it may be left out of the loss.
+        logit_bias: Bias of the logits, a number or a tensor of one element that may train; default: that of the
+            model, a constant, or 0; see docs/pairs.md.
+
+    Returns:
+        SkipOutput: the loss, the logits [B, K] with the bias, the selected classes, and their labels, bool [B, K].
+
+    Example:
+        >>> import skipkernels as sk
+        >>> from skipkernels.app.demo import pictogram_tiny
+        >>> model, _, tokenizer = pictogram_tiny.load()
+        >>> tokens = tokenizer([f"the digit {n}." for n in range(10)])
+        >>> clip = sk.SkipCLIP(model, tokens, skip_layers=0.5, keep_ratio=0.2)
+        >>> labels = torch.zeros(2, 10)
+        >>> labels[0, [3, 7]] = labels[1, 3] = 1
+        >>> out = sk.pairs.sigmoid_loss(clip, torch.rand(2, 3, 32, 32), labels, max_labels=2, logit_bias=-10.0)
+        >>> out.loss.shape, out.class_ids[out.targets[0]].tolist(), out.class_ids[out.targets[1]].tolist()
+        (torch.Size([]), [3, 7], [3])
+    """
+    refuse_loss_options("sigmoid_loss", clip)
+    clip._check_batch(pixel_values)
+    check_many_labels(labels, pixel_values, clip.num_classes, max_labels)
+    bias = bias_of("sigmoid_loss", clip, logit_bias)
+    image, labels = clip._images.encode(pixel_values), labels != 0  # [B, D], [B, C]
+    if clip.training:
+        check_texts("sigmoid_loss", clip)
+        scores = class_scores(image, clip.prototypes, labels)  # [C]
+        class_ids, targets = clip.sampler.select(scores, labels, len(labels) * max_labels)  # [K], [B, K]
+        text = clip._texts.encode(class_ids)  # [K, D]
+    else:
+        class_ids, targets = torch.arange(clip.num_classes, device=image.device), labels
+        text = clip._embeddings_of_all()  # [C, D]
+    logits = functional.class_sampled_logits(image, text.to(image.dtype), clip.model.logit_scale.exp()) + bias
+    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+    return SkipOutput(loss, logits, class_ids, targets)

@@ -1,0 +1,104 @@
+"""`pair_loss` and `sigmoid_loss` of a `ShardedSkipCLIP`, over the images of all processes; collective."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import pairs
+from ..clip import SkipOutput
+from ..pairs.checks import bias_of, check_captions, check_many_labels, pair_bias, refuse_loss_options
+from ..pairs.losses import encoded_loss
+from .gathers import gather_rows
+from .loss import sharded_binary_cross_entropy, sharded_contrastive_loss, sharded_pairwise_sigmoid_loss
+from .sharded_clip import ShardedSkipCLIP, at_least_one, padded, sizes_of
+
+
+@torch.compiler.disable  # as SkipCLIP
+def pair_loss(
+    clip: ShardedSkipCLIP,
+    pixel_values: Tensor,
+    captions: Tensor,
+    *,
+    loss: pairs.PairLoss = "softmax",
+    logit_bias: Tensor | float | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Contrastive loss [] of the pairs of all processes; see `pairs.pair_loss`.
+
+    Captions of tokens are encoded by the process that has their images, those of ids by the process that owns the
+    classes.
+    """
+    _check_sharded("pair_loss", clip)
+    shards = clip._shards
+    padding = clip._cut.tokens.flatten(0, -2)[0] if isinstance(captions, Tensor) and captions.ndim > 1 else None
+    pixel_values, captions, count = padded(pixel_values, captions, padding)
+    refuse_loss_options("pair_loss", clip)
+    bias = pair_bias(clip, loss, logit_bias)
+    clip._check_batch(pixel_values)
+    check_captions(captions, len(pixel_values), clip.num_classes, clip._texts.tower.vocabulary)
+    captions = captions.to(pixel_values.device, torch.int64)
+    sizes, own = sizes_of(clip, count, f"pair_loss with loss={loss!r} and captions of {captions.ndim} dimensions")
+    if captions.ndim == 2:
+        pair_ids = torch.arange(count, device=captions.device) + own.start  # [n], pairs with a caption encoded here
+    else:
+        caption_ids = gather_rows(captions[:count], sizes, shards.group)  # [B]
+        pair_ids = (caption_ids % shards.size == shards.rank).nonzero().flatten()  # [n]
+        captions = at_least_one(caption_ids[pair_ids] // shards.size)
+
+    def loss_of(image: Tensor, text: Tensor) -> Tensor:
+        image, scale = gather_rows(image[:count], sizes, shards.group), clip.model.logit_scale.exp()  # [B, D]
+        if bias is None:
+            return sharded_contrastive_loss(image, text, pair_ids, scale, shards.group)
+        return sharded_pairwise_sigmoid_loss(image, text, pair_ids, scale, bias, shards.group)
+
+    return encoded_loss(clip, pixel_values, captions, loss_of, bias, chunk)
+
+
+@torch.compiler.disable
+def sigmoid_loss(
+    clip: ShardedSkipCLIP,
+    pixel_values: Tensor,
+    labels: Tensor,
+    *,
+    max_labels: int,
+    logit_bias: Tensor | float | None = None,
+) -> SkipOutput:
+    """Binary cross-entropy over the images of all processes, in training without logits; see `pairs.sigmoid_loss`."""
+    _check_sharded("sigmoid_loss", clip)
+    if not clip.training:
+        return pairs.sigmoid_loss(clip, pixel_values, labels, max_labels=max_labels, logit_bias=logit_bias)
+    shards = clip._shards
+    pixel_values, labels, images = padded(pixel_values, labels)
+    refuse_loss_options("sigmoid_loss", clip)
+    clip._check_batch(pixel_values)
+    check_many_labels(labels, pixel_values, clip.num_classes, max_labels)
+    bias = bias_of("sigmoid_loss", clip, logit_bias)
+    own_image, labels = clip._images.encode(pixel_values)[:images], labels[:images] != 0
+    # 1. The image embeddings of all processes, [B, D]
+    sizes, _ = sizes_of(clip, images, f"sigmoid_loss with max_labels={max_labels}", draws=True)
+    image = gather_rows(own_image, sizes, shards.group)
+    # 2. The same selection on every process: labels of any image score +∞
+    with torch.no_grad():
+        is_label = labels.any(dim=0).byte()  # [C]
+        dist.all_reduce(is_label, dist.ReduceOp.MAX, group=shards.group)
+        scores = clip.scores_of_all(image).masked_fill(is_label.bool(), math.inf)
+        class_ids, own_targets = clip.sampler.select(scores, labels, len(image) * max_labels)  # [K], [b, K]
+    # 3. Text embeddings of the selected classes that this process owns, [K_r, D], and the loss over all images
+    positions = (class_ids % shards.size == shards.rank).nonzero().flatten()
+    text = clip.encode_own(class_ids[positions] // shards.size, image.dtype)
+    targets = gather_rows(own_targets.byte(), sizes, shards.group)[:, positions]  # [B, K_r]
+    scale, elements = clip.model.logit_scale.exp(), len(image) * len(class_ids)
+    loss = sharded_binary_cross_entropy(image, text, targets, bias, scale, elements, shards.group)
+    return SkipOutput(loss, None, class_ids, own_targets)
+
+
+def _check_sharded(function: str, clip: object) -> None:
+    if not isinstance(clip, ShardedSkipCLIP):
+        raise TypeError(
+            f"parallel.{function}: clip must be a ShardedSkipCLIP; got {type(clip).__name__}. For a SkipCLIP call "
+            f"pairs.{function}."
+        )

@@ -1,0 +1,267 @@
+"""SkipCLIP on several processes: images shared out by batch, classes by c ≡ r (mod W).
+
+Calls that send messages are collective: every process must make them equally often, with an empty batch if it has no
+images. docs/many-processes.md lists the messages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..clip import SkipCLIP, SkipOutput
+from ..clip.checks import check_class_weight, check_labels, check_tokens, kept_tokens
+from ..clip.state import Origin
+from ..clip.step import class_scores
+from ..digests import digest_json, digest_tensors, digests
+from ..retrieval import check_k, largest, top_k_logits
+from ..towers import UnsupportedModel
+from .class_parallel import ClassParallel
+from .gathers import all_gather, gather_rows
+from .loss import sharded_cross_entropy
+
+
+class ShardedSkipCLIP(SkipCLIP):
+    """SkipCLIP with the step of one process that has the images of all.
+
+    Each process has its own part of every batch, and the texts of its own classes. A training step, and an evaluation
+    over all classes, are collective. Selected classes and loss are those of all images; `targets`, and the loss in
+    evaluation mode, are those of this process. Gradients are averaged by `DistributedDataParallel`, or by
+    `all_reduce_gradients`. A batch may be empty on some of the processes.
+
+    The other arguments are those of SkipCLIP, with all classes, and equal on all processes.
+
+    Args:
+        process_group: Processes that train together, with gloo or NCCL.
+
+    Attributes:
+        prototypes: Those of the own classes.
+
+    Source: docs/many-processes.md.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        *,
+        process_group: dist.ProcessGroup,
+        class_weight: Tensor | None = None,
+        text_cache: str | Path | None = None,
+        **options: Any,
+    ):
+        check_tokens(tokens)
+        shards = ClassParallel(process_group, len(tokens), next(model.parameters()).device)
+        if text_cache is not None:
+            text_cache = Path(text_cache) / f"process_{shards.rank}_of_{shards.size}"
+        super().__init__(model, tokens[shards.owned], text_cache=text_cache, **options)
+        self._shards, self._digest = shards, digest_tensors([("tokens", kept_tokens(tokens))])
+        self.class_weight = check_class_weight(class_weight, self.prototypes, len(tokens))
+        self._check_agreement(shards, self._digest, self.class_weight)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes of all processes."""
+        return self._shards.num_classes
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The processes that train together."""
+        return self._shards.group
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # as SkipCLIP
+    def forward(self, pixel_values: Tensor, labels: Tensor, *, return_logits: bool = False) -> SkipOutput:
+        """Run one step on the images of all processes; in evaluation mode on those of this one."""
+        if not self.training:
+            return super().forward(pixel_values, labels, return_logits=return_logits)
+        if return_logits or (isinstance(labels, Tensor) and labels.ndim == 2):
+            raise ValueError(
+                "ShardedSkipCLIP: labels must be class ids [B] and return_logits False, since no process has the "
+                "embeddings of all selected classes. Use clip.eval(), or SkipCLIP on one process."
+            )
+        pixel_values, labels, images = padded(pixel_values, labels)
+        self._check_batch(pixel_values)
+        check_labels(labels, pixel_values, self.num_classes)
+        own_image, shards = self._images.encode(pixel_values)[:images], self._shards
+        sizes, own = sizes_of(self, images, "clip", draws=True)
+        # 1. The labels and image embeddings of all processes
+        labels = gather_rows(labels[:images], sizes, shards.group)  # [B]
+        image = gather_rows(own_image, sizes, shards.group)  # [B, D]
+        # 2. The same selection on every process, from the scores [C], gathered from [C/W] on each
+        scores = self.scores_of_all(image).index_fill(0, labels, torch.inf)
+        selection = class_ids, targets = self.sampler.select(scores, labels)  # [K], [B]
+        # 3. Text embeddings of the selected classes that this process owns, [K_r, D], and the loss over all images
+        own_selection = shards.own_selection(selection)
+        loss = sharded_cross_entropy(
+            image,
+            self.encode_own(own_selection.class_ids, image.dtype),
+            own_selection,
+            self._scale,
+            shards.group,
+            class_weight=None if self.class_weight is None else self.class_weight[class_ids],
+            label_smoothing=self.label_smoothing,
+        )
+        return SkipOutput(loss, None, class_ids, targets[own])
+
+    def scores_of_all(self, image: Tensor) -> Tensor:
+        """Scores [C] of all classes for image embeddings [B, D]; collective."""
+        return self._shards.gather_classes(class_scores(image, self.prototypes, None))
+
+    def encode_own(self, class_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embeddings of own classes [K_r]; with none, of one that is not used, so that gradients are zero, not None."""
+        return self._texts.encode(at_least_one(class_ids)).to(dtype)
+
+    def _compare(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
+        if self.training:
+            raise RuntimeError("ShardedSkipCLIP: loss in training mode is not supported. Call clip(images, labels).")
+        return super()._compare(image, labels, return_logits)
+
+    def _embeddings_of_all(self) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "ShardedSkipCLIP: an evaluation with gradients is not supported. Call it under torch.no_grad()."
+            )
+        return self.class_embeddings()
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(
+        self, pixel_values: Tensor, *, tokens: Tensor | None = None, class_embeddings: Tensor | None = None
+    ) -> Tensor:
+        """Logits [b, C] of the images of this process over all classes, collective; or over other classes.
+
+        Each process sends every other process the logits [b, C/W] of that process's images for its own classes.
+        """
+        if tokens is not None or class_embeddings is not None:
+            return super().predict(pixel_values, tokens=tokens, class_embeddings=class_embeddings)
+        shards = self._shards
+        image, classes, sizes, _ = self._gathered_embeddings(pixel_values, "predict")
+        longest, width = max(sizes), max(shards.sizes)
+        sent = image.new_empty(shards.size, longest, width)
+        with torch.autocast(image.device.type, enabled=False):
+            for part, rows in zip(sent, image.split(sizes), strict=True):
+                part[: len(rows), : len(classes)] = rows @ classes.T
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=shards.group)
+        logits = image.new_empty(sizes[shards.rank], self.num_classes)
+        for rank, (part, owned) in enumerate(zip(received, shards.sizes, strict=True)):
+            logits[:, rank :: shards.size] = part[: len(logits), :owned]
+        return logits
+
+    @torch.no_grad()
+    def top_k(self, pixel_values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits [b, k] of the images of this process, and their classes; collective.
+
+        Each process sends the k best of its classes for the images of all processes: [B, k] logits and class ids.
+        """
+        check_k(k, self.num_classes)
+        shards = self._shards
+        image, classes, _, own = self._gathered_embeddings(pixel_values, f"top_k with k={k}")
+        width = min(k, max(shards.sizes))
+        with torch.autocast(image.device.type, enabled=False):
+            logits, positions = top_k_logits(image, classes, min(k, len(classes)))
+        class_ids = positions * shards.size + shards.rank
+        missing = width - logits.shape[1]  # padding, sorted behind every class
+        logits = nn.functional.pad(logits, (0, missing), value=-torch.inf)
+        class_ids = nn.functional.pad(class_ids, (0, missing), value=self.num_classes)
+        every, every_id = (torch.cat(tuple(all_gather(part, shards.group)), 1)[own] for part in (logits, class_ids))
+        every_id, order = every_id.sort(dim=1)  # so that a lower position is a lower class among equal logits
+        found, positions = largest(every.gather(1, order), k)
+        return found, every_id.gather(1, positions)
+
+    def class_embeddings(self, tokens: Tensor | None = None) -> Tensor:
+        """Unit-norm text embeddings [C, D] of all classes, collective after a change of the weights; or of others."""
+        if tokens is not None:
+            return super().class_embeddings(tokens)
+        return self._shards.class_embeddings(self._texts.all())
+
+    def encode_classes(self, class_ids: Tensor) -> Tensor:
+        """Not supported: a process has the texts of its own classes alone."""
+        raise RuntimeError("ShardedSkipCLIP: encode_classes is not supported. Read them from class_embeddings().")
+
+    def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
+        """Replace the classes of the task in place, on every process; see `SkipCLIP.set_classes`."""
+        check_tokens(tokens)
+        shards = self._shards.with_classes(len(tokens))
+        weight = check_class_weight(class_weight, self.prototypes, len(tokens))
+        digest = digest_tensors([("tokens", kept_tokens(tokens))])
+        self._check_agreement(shards, digest, weight)
+        super().set_classes(tokens[shards.owned])
+        self._shards, self._digest, self.class_weight = shards, digest, weight
+
+    def _origin(self) -> Origin:
+        return Origin(self._digest, self.prototypes.shape[1], self._shards.size)
+
+    def _gathered_embeddings(self, pixel_values: Any, call: str) -> tuple[Tensor, Tensor, list[int], slice]:
+        """Scaled image embeddings [B, D] of all processes, own class embeddings, image counts, slice of own images."""
+        pixel_values, _, images = padded(pixel_values, pixel_values)
+        own_image, classes = self._scaled_embeddings(pixel_values)
+        sizes, own = sizes_of(self, images, call)
+        return gather_rows(own_image[:images], sizes, self._shards.group), classes, sizes, own
+
+    def _check_agreement(self, shards: ClassParallel, digest: str, class_weight: Tensor | None) -> None:
+        """Raise a ValueError on every process unless all have the same inputs and weights."""
+        model = self.model
+        if shards.size > 1:
+            _refuse_batch_norms(self._images.tower)
+            _refuse_batch_norms(self._texts.tower)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        weights = [] if class_weight is None else [("class_weight", class_weight)]
+        tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
+        digest_of = {
+            "tokens": digest,
+            "skip_layers and the trained parameters": digest_json([self.skip_layers, trained]),
+            "options of the selection": digest_json(self.sampler.options()),
+            "generator": digest_tensors(sorted(self.sampler.state_dict().items())),
+            "label_smoothing and class_weight": digest_json([self.label_smoothing, digest_tensors(weights)]),
+            "weights": digest_json(digests(tensors)),
+        }
+        shards.check_equal(list(digest_of.items()), next(model.parameters()).device)
+
+
+def _refuse_batch_norms(tower: Any) -> None:
+    """Raise if a module above the cut is a batch norm other than `SyncBatchNorm`."""
+    for part in (*tower.blocks[tower.skip :], *tower.head):
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+                raise UnsupportedModel(
+                    "ShardedSkipCLIP: batch norms above the cut must use the images of all processes; got "
+                    f"{type(module).__name__}. Convert the model with "
+                    "torch.nn.SyncBatchNorm.convert_sync_batchnorm, on a GPU, or raise skip_layers."
+                )
+
+
+def padded(pixel_values: Any, labels: Any, row: Tensor | None = None) -> tuple[Any, Any, int]:
+    """Return images or features, labels and the number of images.
+
+    An empty batch is replaced by one image of zeros with label 0 or `row`, so that the gradients of a process without
+    images are zeros, not None; its number of images is 0. An invalid batch is left to the checks that follow.
+    """
+    x = pixel_values
+    if not (isinstance(x, Tensor) and isinstance(labels, Tensor) and x.numel() == labels.numel() == 0):
+        return x, labels, len(x) if isinstance(x, Tensor) and x.ndim else 0
+    one = labels.new_zeros(1, *labels.shape[1:]) if row is None else row[None].to(labels)
+    return x.new_zeros(1, *x.shape[1:]), one, 0
+
+
+def sizes_of(clip: ShardedSkipCLIP, images: int, call: str, *, draws: bool = False) -> tuple[list[int], slice]:
+    """Return the number of images of each process, and the slice of this process among all images; collective."""
+    shards, device = clip._shards, clip.prototypes.device
+    sizes = shards.gather_sizes(images, call, device, clip.sampler.fingerprint() if draws else b"")
+    if sum(sizes) == 0:
+        raise ValueError("ShardedSkipCLIP: a batch must have at least one image on one of the processes; got none.")
+    start = sum(sizes[: shards.rank])
+    return sizes, slice(start, start + images)
+
+
+def at_least_one(ids: Tensor) -> Tensor:
+    """Ids of a process; if it has none, one id that is not used, so that weights get gradients of zero, not None."""
+    return ids if len(ids) else ids.new_zeros(1)
