@@ -190,7 +190,7 @@ def refused_in_processes(rank: int) -> list[str]:
 def test_several_processes_refuse(tmp_path):
     for in_loss, soft in run_in_processes(2, tmp_path, refused_in_processes):
         assert in_loss.startswith("ShardedSkipCLIP: loss in training mode is not supported")
-        assert soft.startswith("ShardedSkipCLIP: return_logits must be False and labels class ids [B]")
+        assert soft.startswith("ShardedSkipCLIP: labels must be class ids [B] and return_logits False")
 
 
 # ---- soft labels -----------------------------------------------------------------------------------------------------
