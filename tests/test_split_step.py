@@ -128,6 +128,7 @@ def train_in_ddp(rank: int, size: int = 2) -> dict[str, Tensor]:
         clip.loss(model(IMAGES[rank::size]), LABELS[rank::size]).backward()
         optimizer.step()
         optimizer.zero_grad()
+    del model  # its Reducer, freed after the group, may wait for a thread that waits for the GIL
     if size > 1:
         dist.destroy_process_group()
     return clip.model.state_dict()
