@@ -28,7 +28,7 @@ class ImageEncoder:
         if self.are_images(pixel_values):
             return self.upper(self.lower(pixel_values))
         self.watch()
-        if self._watched is not None and self._watched.is_stale():
+        if self.is_stale():
             raise RuntimeError(
                 "SkipCLIP: modules or weights below the cut have changed since features at the cut were first computed "
                 "or used, so these do not match the model. Compute them again, then call clip.refresh()."

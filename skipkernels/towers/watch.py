@@ -34,27 +34,26 @@ class Watched:
 
     def _record(self) -> None:
         """Record identities of modules, and identities and versions of tensors."""
-        parts = self._parts()
+        self._recorded = parts = list(self._parts())
         self._modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
         self._held = [tensors for m in self._modules for tensors in (m._parameters, m._buffers) if tensors]
         self._children = [(m._modules, list(m._modules.values())) for m in self._modules if m._modules]
-        self._recorded = list(parts)
-        self._alone = [part for part in parts if isinstance(part, nn.Parameter)]
         self._tensors = list(self._current())
         self._versions = [x._version for x in self._tensors]
 
     def _current(self) -> Iterator[Tensor]:
         for tensors in self._held:
             yield from (x for x in tensors.values() if x is not None)
-        yield from self._alone
+        yield from (part for part in self._recorded if isinstance(part, nn.Parameter))
 
     def _moved(self) -> bool:
         """Return True if a module or tensor was replaced, or a tensor written, since the last comparison."""
-        parts, now = self._parts(), list(self._current())
+        parts = self._parts()
         if len(parts) != len(self._recorded) or any(x is not y for x, y in zip(parts, self._recorded, strict=True)):
             return True
         if any(list(children.values()) != recorded for children, recorded in self._children):
             return True
+        now = list(self._current())
         return len(now) != len(self._tensors) or any(
             x is not seen or x._version != version
             for x, seen, version in zip(now, self._tensors, self._versions, strict=True)

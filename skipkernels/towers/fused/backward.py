@@ -109,13 +109,12 @@ def in_proj_and_norm_1(call: BlockCall, hidden: Tensor, d_projected: Sequence[Te
         d_W = G · γ + d_b ⊗ β,   d_γ = Σ_n W_n · G_n,   d_β = Σ_n d_b_n W_n
     """
     needed, weights, settings, found = gradients.needed, call.weights, call.settings, gradients.weights
-    if needed.any_of(*NORM_1_AND_IN_PROJ):
-        gradients.add_column_sums("in_proj_bias", d_projected)  # d_b, [3W]
     if "in_proj" in needed.updates:
         normed, _ = forward.norm(call, "norm_1", hidden)
         gradients.add_factors("in_proj", *_pairs(call, d_projected, normed))
     if not needed.any_of(*NORM_1_AND_IN_PROJ):
         return
+    gradients.add_column_sums("in_proj_bias", d_projected)  # d_b, [3W]
     gradients.complete()  # d_b is read below
     unit = add_layer_norm(hidden, None, None, None, settings.eps[0], settings.dtype, settings.rms)[1]  # x̂, [R, W]
     unit_gradient = at_least_fp32(joint_product(_pairs(call, d_projected, unit), gradients.dtype))  # G, [3W, W]
