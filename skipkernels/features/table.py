@@ -148,6 +148,13 @@ class Layout:
         values = dataclasses.asdict(dataclasses.replace(self, probe=()))
         return int(digest_json(values)[:16], 16)
 
+    def check_equal(self, expected: Layout, folder: Path) -> None:
+        """Raise a CacheError that names a difference of this layout, that of a folder, from another."""
+        if difference := self.difference(expected):
+            raise CacheError(
+                f"{folder}: holds a cache that differs in {difference}. Choose another folder, or delete this one."
+            )
+
     def difference(self, other: Layout) -> str | None:
         """Return the first entry that differs, with both values unless they are digests."""
         fields = ("rows", "shape", "dtype", "computed", "labelled")
@@ -294,10 +301,8 @@ class MappedTable(FeatureTable):
     def check_identity(self, expected: Mapping[str, str | int]) -> None:
         """Raise a CacheError if an entry of the identity differs from `expected`."""
         identity = {**self.layout.identity, **expected}
-        if difference := self.layout.difference(dataclasses.replace(self.layout, identity=identity)):
-            raise CacheError(
-                f"{self.folder}: holds a cache that differs in {difference}. Choose another folder, or delete this one."
-            )
+        assert self.folder is not None
+        self.layout.check_equal(dataclasses.replace(self.layout, identity=identity), self.folder)
 
     def labels(self) -> Tensor:
         """Labels of all rows, [n] int64."""

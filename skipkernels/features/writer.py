@@ -143,10 +143,7 @@ class TableWriter:
                 "`overwrite=True`."
             )
         if self._resume:
-            if difference := found.difference(self.layout):
-                raise CacheError(
-                    f"{folder}: holds a cache that differs in {difference}. Choose another folder, or delete this one."
-                )
+            found.check_equal(self.layout, folder)
             self.layout = found
 
     def _prepare(self) -> None:
