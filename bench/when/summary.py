@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from scipy import stats
+
 from ..rows import Row
 from .runs import EVERY, VARIANTS
 from .tasks import SHIFTS
@@ -19,11 +21,18 @@ _BLENDS = [name for name in VARIANTS if name.startswith("skip") or name in ("ful
 SHOWN = [ZERO_SHOT, *METHODS, *(name + BLENDED for name in _BLENDS)]
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "clip-adapter": "CLIP-Adapter", "coop": "CoOp"}
 NAMES |= {"linear-probe": "linear probe"}
-# Compared variants in the table of differences.
-_PAIRS = [(_HALF, other) for other in (ZERO_SHOT, *METHODS) if other not in (_HALF, "linear-probe")]
-_PAIRS += [(name + BLENDED, name) for name in (_HALF, "full", "lora")] + [(_HALF + BLENDED, "full" + BLENDED)]
-# 97.5 % quantile of Student's t distribution, by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+# Lines of the table of differences: a variant, the one it is compared with, and columns.
+_COMPARED: list[tuple[str, str, tuple[str, ...]]] = [
+    (_HALF, "linear-probe", ("base",)),
+    (_HALF, "full", ("base", "new", "harmonic")),
+    (_HALF, ZERO_SHOT, ("new", "harmonic")),
+    ("full", ZERO_SHOT, ("new",)),
+    *((_HALF, other, ("harmonic",)) for other in METHODS if other not in (_HALF, "full", "linear-probe")),
+    *((name + BLENDED, name, ("harmonic",)) for name in (_HALF, "full", "lora")),
+    (_HALF + BLENDED, "full" + BLENDED, ("harmonic",)),
+]
+_CATEGORIES = ("animals", "food", "objects", "travel", "activities")
+_CLEAR = 0.05  # probability of a difference at least as large if there were none, after correction
 
 Table = tuple[list[str], list[list[str]]]
 """Header and lines of cells."""
@@ -44,8 +53,8 @@ class Interval(NamedTuple):
         """
         if not values:
             return None
-        degrees = len(values) - 1
-        half = _T[min(degrees, max(_T))] * statistics.stdev(values) / math.sqrt(len(values)) if degrees else None
+        n = len(values)
+        half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
         return cls(statistics.fmean(values), half)
 
     def text(self, sign: str = "") -> str:
@@ -68,10 +77,24 @@ def interval(rows: Sequence[Row], task: str, variant: str, column: str) -> Inter
     return Interval.of(list(values(rows, task, variant, column).values()))
 
 
-def difference(rows: Sequence[Row], task: str, variant: str, other: str, column: str = "harmonic") -> Interval | None:
-    """Mean of the difference of two variants with the same seed: the same classes and images."""
+def differences(rows: Sequence[Row], task: str, variant: str, other: str, column: str) -> dict[str, float]:
+    """Differences of two variants by seed: with the same classes and images."""
     of, against = (values(rows, task, name, column) for name in (variant, other))
-    return Interval.of([of[seed] - against[seed] for seed in of if seed in against])
+    return {seed: of[seed] - against[seed] for seed in of if seed in against}
+
+
+def corrected(samples: Sequence[Sequence[float]]) -> list[float]:
+    """Probabilities of Student's t test that the mean of each sample is 0, corrected for their number by Holm's method.
+
+    >>> [round(p, 3) for p in corrected([[1.0, 1.1, 0.9], [1.0, -1.0, 0.5]])]
+    [0.007, 0.808]
+    """
+    found = [float(stats.ttest_1samp(sample, 0.0).pvalue) for sample in samples]
+    result, least = [0.0] * len(found), 0.0
+    for rank, index in enumerate(sorted(range(len(found)), key=found.__getitem__)):
+        least = max(least, min(1.0, (len(found) - rank) * found[index]))
+        result[index] = least
+    return result
 
 
 def reported_tasks(rows: Sequence[Row]) -> list[str]:
@@ -102,12 +125,24 @@ def accuracy_table(rows: Sequence[Row], column: str) -> Table:
 
 
 def difference_table(rows: Sequence[Row]) -> Table:
-    """Differences of harmonic means between two variants, seed by seed."""
+    """Differences between two variants, seed by seed: of the mean of the five categories, and on each task.
+
+    Bold: the difference is not 0, corrected by Holm's method for the tasks of the line.
+    """
     tasks, lines = reported_tasks(rows), []
-    for variant, other in _PAIRS:
-        cells = [difference(rows, task, variant, other) for task in tasks]
-        lines.append([f"{named(variant)} − {named(other)}", *(cell.text("+") if cell else "" for cell in cells)])
-    return ["", *tasks], lines
+    for variant, other, columns in _COMPARED:
+        for column in columns:
+            by_task = {task: differences(rows, task, variant, other, column) for task in tasks}
+            samples = {task: list(found.values()) for task, found in by_task.items() if len(found) > 1}
+            clear = {task for task, p in zip(samples, corrected([*samples.values()]), strict=True) if p < _CLEAR}
+            categories = [by_task.get(name, {}) for name in _CATEGORIES]
+            seeds = set.intersection(*map(set, categories))
+            together = Interval.of([statistics.fmean(found[seed] for found in categories) for seed in sorted(seeds)])
+            cells = [cell.text("+") if (cell := Interval.of([*by_task[task].values()])) else "" for task in tasks]
+            cells = [f"**{cell}**" if task in clear else cell for task, cell in zip(tasks, cells, strict=True)]
+            name = f"{named(variant)} − {named(other)}, {column}"
+            lines.append([name, together.text("+") if together else "", *cells])
+    return ["", "five categories", *tasks], lines
 
 
 def settings_table(rows: Sequence[Row]) -> Table:
@@ -165,7 +200,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
     "harmonic": ("harmonic mean, %", "when", lambda study: accuracy_table(study.when, "harmonic")),
     "base": ("base, %", "when", lambda study: accuracy_table(study.when, "base")),
     "new": ("new, %", "when", lambda study: accuracy_table(study.when, "new")),
-    "differences": ("harmonic mean, differences", "when", lambda study: difference_table(study.when)),
+    "differences": ("differences", "when", lambda study: difference_table(study.when)),
     "settings": ("chosen settings", "when", lambda study: settings_table(study.when)),
     "cost": ("time of training", "when_cost", lambda study: cost_table(study.when_cost)),
     "steps": ("time and memory of a step", "when_steps", lambda study: steps_table(study.when_steps)),
