@@ -420,7 +420,8 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/operators.md": {"operators": operators},
     "docs/gpu.md": {"gpu-model": estimates, "gpu-bounds": unbuilt, "tf32": errors_in_tf32},
     "docs/using-a-model.md": {"unknown": unknown_scores, "unknown-thresholds": unknown_thresholds},
-    "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
+    "docs/when.md": {f"when-{name}": partial(when, name=name) for name in ("harmonic", "differences", "base", "new")},
+    "docs/when-details.md": {f"when-{name}": partial(when, name=name) for name in ("settings", "cost", "steps")},
     "docs/trainers.md": {"trainers": trainers, "fuse": fused},
 }
 

@@ -8,8 +8,8 @@
     python -m bench.when --steps --tasks all     time and memory of a step, on a quiet machine
     python -m bench.when --print                 the tables of the committed rows
 
-`bench.when.tasks` has the tasks; `docs/when.md` the predictions, made before the runs, and the results. The order of
-the work:
+`bench.when.tasks` has the tasks; `docs/when.md` the results, `docs/when-details.md` the predictions, made before the
+runs. The order of the work:
 
 1. Search: settings of each method (optimizer and learning rates, `bench.when.runs`) with three seeds, on a fifth of the
    names, which no reported run has. The best mean of base and new counts; ω is a half.
