@@ -1,7 +1,7 @@
 """Documentation: Python blocks run, commands parse, and the named files, tests and links exist.
 
 - `python` blocks of a page run in order, in one namespace and an empty folder. A `text` block directly after one is its
-  output.
+  output. A block that begins with `# pip install "NAME…"` is skipped without that package.
 - A `cpp` or `python` block with a path quotes lines of that file, in order.
 - Commands in plain, `console`, `sh` and indented blocks and in backticks are parsed by their program, which does not
   run. In backticks a leading "…" is the module of the previous command.
@@ -159,7 +159,8 @@ def reader(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
 
 def run_python(page: Page, names: dict[str, Any]) -> None:
     for block, behind in itertools.pairwise([*page.blocks, Block("", "", 0)]):
-        if block.kind != "python":
+        needed = re.match(r'# pip install "(\w+)', block.text)
+        if block.kind != "python" or (needed and importlib.util.find_spec(needed[1]) is None):
             continue
         printed = io.StringIO()
         code = compile("\n" * (block.line - 1) + block.text, page.path, "exec", dont_inherit=True)

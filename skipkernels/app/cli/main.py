@@ -29,7 +29,6 @@ from .listings import DatasetsCommand, ModelsCommand
 from .options import registry, settings
 from .parse_errors import in_one_line
 from .predict import PredictCommand
-from .rank import RankCommand
 from .report import ReportCommand
 from .serve import ServeCommand
 from .studies import CompareCommand, ProtocolCommand
@@ -39,7 +38,6 @@ COMMANDS: dict[str, Any] = {
     "tune": TuneCommand,
     "eval": EvalCommand,
     "predict": PredictCommand,
-    "rank": RankCommand,
     "serve": ServeCommand,
     "blend": BlendCommand,
     "export": ExportCommand,

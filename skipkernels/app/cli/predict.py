@@ -17,6 +17,8 @@ from skipkernels.app.console import Terminal
 from .options import Device, InferencePrecision, Run, Threshold, Top, Trust
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from skipkernels.app.serve import Classifier, Predictions
     from skipkernels.app.serve.output import Row
 
@@ -38,6 +40,8 @@ class PredictOptions:
     out: Path | None = None
     """File of the results, .csv or .json. By default they are printed as CSV. An interrupted command writes the images
     that are done."""
+    embeddings: Path | None = None
+    """File of the embeddings of the images, .npy: float32 [images, width] of unit norm, in the order of the results."""
     sort_into: Path | None = None
     """Folder into which each image is copied, in a folder with the name of that of the training images of its class.
     Images that are there are kept."""
@@ -72,84 +76,98 @@ class PredictCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data.files import format_others
-        from skipkernels.app.serve.output import (
-            NONE,
-            SortedFolders,
-            check_file,
-            check_none,
-            check_outside,
-            csv_lines,
-            labelled,
-            write_rows,
-        )
+        from skipkernels.app.serve.output import NONE, SortedFolders, check_file, check_none, check_outside, labelled
 
         results, compute = self.results, self.compute
         if results.out is not None:
             check_file(results.out, "predict")
-        from skipkernels.app.serve.classifier import Classifier, check_counts, check_threshold  # imports torch
+        if results.embeddings is not None:
+            check_file(results.embeddings, "predict", "embeddings", [".npy"])
+        from skipkernels.app.serve.classifier import check_counts, check_threshold  # imports torch
 
         counts: dict[str, Any] = {"batch_size": compute.batch_size, "workers": compute.workers}
         check_counts(top=results.top, **counts)
         check_threshold(results.threshold)
-        images, others = find_paths("predict", self.images)
+        images, others = _find_images(self.images)
         if results.sort_into is not None:
             check_outside(results.sort_into, self.images)
-        classifier = Classifier.load(
-            self.run,
-            classes=None if results.classes is None else _names(results.classes),
-            templates=results.template,
-            device=compute.device,
-            precision=compute.precision,
-            trust=compute.trust,
-        )
+        classifier = self._load()
         count = len(classifier.classes)
         if results.top > max(count, PredictOptions.top):
             err.print(f"note: --top {results.top} shows all classes, which are {count}")
         labels, names = list(classifier.classes), classifier.folders
-        threshold = results.threshold is not None
-        if threshold:
+        if results.threshold is not None:
             check_none(labels)
             labels, names = [NONE, *labels], [NONE, *names]
         folders = None if results.sort_into is None else SortedFolders(results.sort_into, labels, names)
         rows: list[Row] = []
-        without_class = 0
+        embeddings: list[Tensor] = []
 
         def use(part: Predictions) -> None:
-            nonlocal without_class
-            without_class += int((~part.known).sum())
             found = list(labelled(part))
             rows.extend(found)
+            embeddings.append(part.embeddings)
             if folders is not None:
                 for name, ranked in found:
                     folders.add(name, ranked[0][0])
 
         try:
             options: dict[str, Any] = {"top": results.top, "threshold": results.threshold, "crops": results.crops}
-            unreadable = classify(classifier, images, err, use, **options, **counts)
+            unreadable = _classify(classifier, images, err, use, **options, **counts)
         except BaseException:
             err.print(f"{len(rows):,} of {len(images):,} images are classified", soft_wrap=True)
             raise
         finally:
-            if results.out is not None:
-                write_rows(results.out, rows, threshold=threshold)
-            else:
-                print_lines(csv_lines(rows, threshold=threshold), out)
+            self._write(rows, embeddings, out)
         if others:
             err.print(format_others(others), soft_wrap=True)
-        counted = f", {without_class:,} as {NONE}" if results.threshold is not None else ""
+        self._print_summary(classifier, rows, unreadable, err)
+        return 1 if unreadable else 0
+
+    def _load(self) -> Classifier:
+        from skipkernels.app.serve.classifier import Classifier
+
+        return Classifier.load(
+            self.run,
+            classes=None if self.results.classes is None else _names(self.results.classes),
+            templates=self.results.template,
+            device=self.compute.device,
+            precision=self.compute.precision,
+            trust=self.compute.trust,
+        )
+
+    def _write(self, rows: list[Row], embeddings: list[Tensor], out: Terminal) -> None:
+        """Write or print the results."""
+        from skipkernels.app.serve.output import csv_lines, write_embeddings, write_rows
+
+        threshold = self.results.threshold is not None
+        if self.results.embeddings is not None:
+            write_embeddings(self.results.embeddings, embeddings)
+        if self.results.out is not None:
+            write_rows(self.results.out, rows, threshold=threshold)
+        elif out.is_terminal:  # literally, as in a file
+            out.print("".join(csv_lines(rows, threshold=threshold)), end="", soft_wrap=True)
+        else:
+            out.file.writelines(csv_lines(rows, threshold=threshold))
+
+    def _print_summary(self, classifier: Classifier, rows: list[Row], unreadable: int, err: Terminal) -> None:
+        from skipkernels.app.serve.output import NONE
+
+        threshold = self.results.threshold
+        without_class = sum(labels[0][0] == NONE for _, labels in rows) if threshold is not None else 0
+        counted = "" if threshold is None else f", {without_class:,} as {NONE}"
         counted += f", {unreadable:,} skipped" if unreadable else ""
         calibration = self._calibration(classifier)
-        noun = "image" if len(rows) == 1 else "images"
-        if results.threshold is not None and classifier.none_logit is not None:
+        if threshold is not None and classifier.none_logit is not None:
             calibration += f", with {NONE} as one more class"
+        noun = "image" if len(rows) == 1 else "images"
         err.print(f"{len(rows):,} {noun} classified{counted}; probabilities are {calibration}", soft_wrap=True)
         if rows and without_class == len(rows):
             err.print(
-                f"note: every image is below the threshold {results.threshold:g}; report.html of the run has others, "
+                f"note: every image is below the threshold {threshold:g}; report.html of the run has others, "
                 "and what they keep of its validation images",
                 soft_wrap=True,
             )
-        return 1 if unreadable else 0
 
     def _calibration(self, classifier: Classifier) -> str:
         from skipkernels.app.train.description import CALIBRATED, NOT_CALIBRATED
@@ -182,7 +200,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def find_paths(command: str, paths: Iterable[Path]) -> tuple[list[str], Counter[str]]:
+def _find_images(paths: Iterable[Path]) -> tuple[list[str], Counter[str]]:
     """Paths of the images that are named, or in the folders that are, and the number of other files by extension."""
     from skipkernels.app.data import InputError
     from skipkernels.app.data.files import find_images, format_others
@@ -194,19 +212,19 @@ def find_paths(command: str, paths: Iterable[Path]) -> tuple[list[str], Counter[
             inside, skipped = find_images(path, {"": 0})
             if not inside:
                 none = f"has none{f' ({format_others(skipped)})' if skipped else ''}"
-                raise InputError(f"{command}: images must be files or folders of images; {path} {none}.", "images")
+                raise InputError(f"predict: images must be files or folders of images; {path} {none}.", "images")
             found += [str(path / name) for name, _ in inside]
             others += skipped
         elif not os.path.lexists(path):
-            raise InputError(f"{command}: images must be files or folders of images; there is no {path}.", "images")
+            raise InputError(f"predict: images must be files or folders of images; there is no {path}.", "images")
         else:
             found.append(str(path))
     if not found:
-        raise InputError(f"{command}: images must be files or folders of images; got none.", "images")
+        raise InputError("predict: images must be files or folders of images; got none.", "images")
     return list(dict.fromkeys(found)), others
 
 
-def classify(
+def _classify(
     classifier: Classifier, images: list[str], err: Terminal, use: Callable[[Predictions], None], **options: Any
 ) -> int:
     """Classify images with a progress bar, and pass the predictions of each batch to `use`.
@@ -216,22 +234,9 @@ def classify(
     unreadable = 0
     with progress("images", len(images)) as advance:
         for part in classifier.predict_batches(images, **options, unreadable="skip"):
-            print_skipped(part.unreadable, err)
+            for name, reason in part.unreadable.items():
+                err.print(f"skipped {name}: {reason}", soft_wrap=True)
             unreadable += len(part.unreadable)
             use(part)
             advance(len(part) + len(part.unreadable))
     return unreadable
-
-
-def print_skipped(unreadable: dict[str, str], err: Terminal) -> None:
-    """Name files that can't be read, with the reasons."""
-    for name, reason in unreadable.items():
-        err.print(f"skipped {name}: {reason}", soft_wrap=True)
-
-
-def print_lines(lines: Iterable[str], out: Terminal) -> None:
-    """Print the lines of a table: literally in a terminal, as they are in a file."""
-    if out.is_terminal:
-        out.print("".join(lines), end="", soft_wrap=True)
-    else:
-        out.file.writelines(lines)

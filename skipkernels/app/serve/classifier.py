@@ -54,6 +54,7 @@ class Predictions:
         ids: Classes, int64 [N, k], as positions in `classes`.
         probabilities: Their probabilities, fp32 [N, k]. They sum to 1 over all classes, not over these k; with a
             threshold, over all classes and "none of these".
+        embeddings: Unit-norm embeddings of the images, fp32 [N, D]; of several views, their unit-norm mean.
         classes: Names of all classes.
         unreadable: Reason by path for files that were skipped.
         threshold: The smallest probability of the best class of an image that has a class; None for no threshold.
@@ -62,6 +63,7 @@ class Predictions:
     names: list[str]
     ids: Tensor
     probabilities: Tensor
+    embeddings: Tensor
     classes: list[str]
     unreadable: dict[str, str] = field(default_factory=dict)
     threshold: float | None = None
@@ -242,15 +244,14 @@ class Classifier:
         """
         options: PredictSettings = {"top": top, "threshold": threshold, "batch_size": batch_size, "workers": workers}
         options |= {"crops": crops, "unreadable": unreadable}
-        parts = list(self.predict_batches(images, **options))
-        skipped = {name: reason for part in parts for name, reason in part.unreadable.items()}
-        empty = torch.empty(0, min(top, len(self.classes)))
+        parts = list(self.predict_batches(images, **options)) or [self._nothing(top, threshold, {})]
         return Predictions(
             [name for part in parts for name in part.names],
-            torch.cat([part.ids for part in parts] or [empty.long()]),
-            torch.cat([part.probabilities for part in parts] or [empty]),
+            torch.cat([part.ids for part in parts]),
+            torch.cat([part.probabilities for part in parts]),
+            torch.cat([part.embeddings for part in parts]),
             self.classes,
-            skipped,
+            {name: reason for part in parts for name, reason in part.unreadable.items()},
             threshold,
         )
 
@@ -311,15 +312,6 @@ class Classifier:
                 batch = list(zip(names[start : start + batch_size], decoded, strict=False))
                 yield self._decoded(batch, top, threshold, unreadable)
 
-    def predict_and_embed(
-        self, images: Tensor, *, top: int = 5, threshold: float | None = None
-    ) -> tuple[Predictions, Tensor]:
-        """Return the results of `predict` and `embed` for preprocessed images [B, 3, H, W], in one forward pass."""
-        embeddings = self._embed(images)
-        names = list(map(str, range(len(images))))
-        found = self._ranked(names, self._logits_of(embeddings), top, threshold)
-        return found, F.normalize(embeddings.float(), dim=-1)
-
     def _views(self, crops: int, image: Image.Image) -> Tensor:
         """Views [crops, 3, H, W] of an RGB image."""
         height, width = self._input_size
@@ -349,10 +341,16 @@ class Classifier:
                 reasons[name] = str(image).removeprefix(f"{name}: ")
         read = [(name, image) for name, image in decoded if name not in reasons]
         if not read:
-            k = min(top, len(self.classes))
-            return Predictions([], torch.empty(0, k).long(), torch.empty(0, k), self.classes, reasons, threshold)
+            return self._nothing(top, threshold, reasons)
         inputs = torch.stack([image for _, image in read])
         return self._predictions([name for name, _ in read], inputs, top, threshold, reasons)
+
+    def _nothing(self, top: int, threshold: float | None, unreadable: dict[str, str]) -> Predictions:
+        """Predictions for no image."""
+        empty = torch.empty(0, min(top, len(self.classes)))
+        blank = self.transform(Image.new("RGB", (64, 64)))
+        embeddings = self.embed(blank[None])[:0].cpu()  # [0, D]
+        return Predictions([], empty.long(), empty, embeddings, self.classes, unreadable, threshold)
 
     def _predictions(
         self,
@@ -362,21 +360,12 @@ class Classifier:
         threshold: float | None,
         unreadable: dict[str, str] | None = None,
     ) -> Predictions:
-        views = inputs.flatten(0, -4)  # [B, V, 3, H, W] -> [B · V, 3, H, W]
-        return self._ranked(names, self.logits(views), top, threshold, unreadable)
-
-    def _ranked(
-        self,
-        names: list[str],
-        logits: Tensor,
-        top: int,
-        threshold: float | None,
-        unreadable: dict[str, str] | None = None,
-    ) -> Predictions:
-        """Most probable classes of B images by the logits [B · V, C] of their views."""
+        """Classify B images by their preprocessed views, [B, 3, H, W] or [B, V, 3, H, W]."""
+        views = self._embed(inputs.flatten(0, -4))  # [B · V, D]
         none_logit = None if threshold is None else self.none_logit
-        scores = class_probabilities(logits, self.temperature, none_logit)
-        scores = scores.unflatten(0, (len(names), -1)).mean(dim=1)  # [B · V, C] -> [B, C]
+        scores = class_probabilities(self._logits_of(views), self.temperature, none_logit)  # [B · V, C]
+        scores = scores.unflatten(0, (len(names), -1)).mean(dim=1)  # [B, C]
+        embeddings = F.normalize(views.float(), dim=1).unflatten(0, (len(names), -1)).mean(dim=1)  # [B, D]
         probabilities, ids = (found.cpu() for found in scores.topk(min(top, len(self.classes)), dim=1))
         if not probabilities.isfinite().all():  # NaN if a logit is NaN or +∞
             name = next(name for name, row in zip(names, probabilities, strict=True) if not row.isfinite().all())
@@ -384,7 +373,8 @@ class Classifier:
                 f'Classifier.predict: logits of image {name} are not finite. Use precision="fp32"; if they are not '
                 "finite in fp32 either, the image or the weights have values that are not finite."
             )
-        return Predictions(names, ids, probabilities, self.classes, unreadable or {}, threshold)
+        embeddings = F.normalize(embeddings, dim=1).cpu()
+        return Predictions(names, ids, probabilities, embeddings, self.classes, unreadable or {}, threshold)
 
 
 def check_counts(**counts: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Output of predictions: CSV, JSON, and folders of images by label; and checks of the paths of all output."""
+"""Output of predictions: tables, embeddings, and folders of images by label; and checks of the paths of all output."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ...digests import digest_file
 from ...folders import replaced_file, sweep
 from ...formatting import csv_line
@@ -19,6 +21,8 @@ from ..train.checkpoint import FOLDER as CHECKPOINT
 from ..train.run_folder import blended_folder, check_run_folder, check_writable, has_run
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .classifier import Predictions
 
 NONE = "none of these"
@@ -124,6 +128,13 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines, with the bytes of a file name that is not in UTF-8."""
     with replaced_file(path) as new, new.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.writelines(lines)
+
+
+def write_embeddings(path: Path, parts: Sequence[Tensor]) -> None:
+    """Write embeddings of images, batches [B, D] in fp32, as a .npy file [N, D]."""
+    rows = np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
+    with replaced_file(path) as new, new.open("wb") as file:
+        np.save(file, rows)
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:

@@ -240,13 +240,11 @@ class Service:
         if not tensors:
             kind: Any = type(decoded[0])
             return _STATUS.get(kind, 400), {"error": items[0]["error"], "images": items}
-        predictions, embeddings = self.classifier.predict_and_embed(
-            torch.stack(tensors), top=self.top, threshold=self.threshold
-        )
+        predictions = self.classifier.predict(torch.stack(tensors), top=self.top, threshold=self.threshold)
         for item, (_, found) in zip(read, labelled(predictions), strict=True):
             item["predictions"] = json_predictions(found)
         if self.training is not None:
-            near = self.training.nearest(embeddings, self.nearest)
+            near = self.training.nearest(predictions.embeddings, self.nearest)
             for item, cosines, numbers in zip(read, *(part.tolist() for part in near), strict=True):
                 item["nearest"] = [self._neighbour(*pair) for pair in zip(cosines, numbers, strict=True)]
         return 200, {"images": items}

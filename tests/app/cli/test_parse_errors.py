@@ -17,7 +17,6 @@ POSITIONAL = {
     "compare": [],
     "protocol": ["few-shot"],
     "predict": ["run", "images"],
-    "rank": ["run", "images"],
 }
 FOREIGN = {"typing", "Literal", "class", "INT", "FLOAT", "None", "│", "|"}  # words of Python and of tyro's boxes
 

@@ -22,7 +22,6 @@ CASES = {
     "check pictograms:food": 0,
     "check imagefolder:photos --out photos": 2,
     "predict run photos --out photos": 2,
-    "rank run photos --out photos": 2,
     "report run --out photos": 2,
     "export run --to onnx --out photos": 2,
     "blend run --out file": 2,

@@ -20,6 +20,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import normalize
 
 import skipkernels as sk
 from skipkernels.app.cli.main import main
@@ -92,6 +93,7 @@ def test_crops_average_probabilities(classifier, crops):
     for threshold in (None, 0.5):
         found = classifier.predict([pixels, pixels], top=99, crops=crops, threshold=threshold, batch_size=3)
         torch.testing.assert_close(found.probabilities[1], expected[found.ids[1]], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.embeddings[1], normalize(every.embeddings.mean(dim=0), dim=0))
 
 
 def test_probabilities_sum_to_one_and_use_the_temperature(run, images, classifier, tmp_path):
@@ -244,6 +246,19 @@ def test_command(run, photos, tmp_path, capsys):
     assert said.endswith("probabilities are not calibrated: --classes and --template replace those of the run\n")
 
 
+def test_embeddings_are_those_of_the_rows(run, photos, classifier, tmp_path, capsys):
+    """In the order of predictions.csv, which leaves out the damaged file."""
+    table, array = tmp_path / "found.csv", tmp_path / "found.npy"
+    assert command(capsys, run.folder, photos, "--batch-size", 5, "--out", table, "--embeddings", array)[0] == 1
+    rows, embeddings = list(csv.DictReader(table.open())), np.load(array)
+    assert embeddings.dtype == np.float32 and len(embeddings) == len(rows) == len(run.task.tests[0].images)
+    for index in (0, 7, len(rows) - 1):  # of the first, the second and the last batch
+        with Image.open(rows[index]["path"]) as image:
+            expected = classifier.embed(classifier.transform(image.convert("RGB"))[None])[0]
+        np.testing.assert_allclose(embeddings[index], expected, atol=1e-6)  # another size of the batch
+    assert classifier.predict([photos / "broken.jpg"], unreadable="skip").embeddings.shape == (0, *expected.shape)
+
+
 def test_typed_settings_are_the_arguments():
     """`sk.predict` has those of `Classifier.load` and, by a `TypedDict`, those of `predict`."""
     arguments = {part: inspect.signature(getattr(sk.Classifier, part)).parameters for part in ("load", "predict")}
@@ -337,10 +352,12 @@ def test_command_writes_what_is_done_after_an_error(run, photos, tmp_path, capsy
         return found(self, names, *others)
 
     monkeypatch.setattr(sk.Classifier, "_predictions", failing)
-    code, _, err = command(capsys, run.folder, photos, "--batch-size", 4, "--out", out, "--sort-into", folder)
+    files = ["--out", out, "--embeddings", tmp_path / "found.npy", "--sort-into", folder]
+    code, _, err = command(capsys, run.folder, photos, "--batch-size", 4, *files)
     done = [name for names in batches[:2] for name in names]
     assert code == 1 and f"{len(done)} of {len(run.task.tests[0].images) + 1} images are classified" in err
     assert [row["path"] for row in csv.DictReader(out.open())] == done
+    assert len(np.load(tmp_path / "found.npy")) == len(done)
     assert len(list(folder.glob("*/*"))) == len(done)
 
 
@@ -394,6 +411,7 @@ def test_folders_of_a_run_are_those_of_its_images(tmp_path):
         (["{run}", "{photos}", "{tmp}/none"], "IMAGES must be files or folders of images; there is no"),
         (["{run}", "{photos}", "--classes", "clases.txt"], "--classes must be at least two names"),
         (["{run}", "{photos}", "--out", "{tmp}/a.xlsx"], "--out must end in .csv or .json"),
+        (["{run}", "{photos}", "--embeddings", "{tmp}/a.csv"], "--embeddings must end in .npy; got"),
         (["{run}", "{photos}", "--out", "/proc/a.csv"], "--out: /proc can't be created"),
     ],
 )

@@ -236,7 +236,7 @@ def test_slow_request_is_refused(classifier, monkeypatch):
 
 
 def test_a_bug_is_one_line(classifier, monkeypatch):
-    monkeypatch.setattr(sk.Classifier, "predict_and_embed", lambda *_, **options: 1 / 0)
+    monkeypatch.setattr(sk.Classifier, "predict", lambda *_, **options: 1 / 0)
     answer = client(classifier).post("/predict", content=BLACK)
     assert (answer.status_code, list(answer.json())) == (500, ["error"])
 
