@@ -1,8 +1,8 @@
 """Calls of the operators that reach every Triton kernel and every entry of its block tables.
 
-`CALLS[name](dtype)` yields arguments for `registration.definitions[name].launch`. The first call of an operator is the
-typical one; the others reach the remaining kernels and block sizes. Tensors are on the meta device, so shapes can be
-those of real jobs.
+`CALLS[name](dtype)` yields arguments for `registration.definitions[name].with_triton`. The first call of an operator is
+the typical one; the others reach the remaining kernels and block sizes. Tensors are on the meta device, so shapes can
+be those of real jobs.
 """
 
 from __future__ import annotations

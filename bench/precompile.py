@@ -83,7 +83,7 @@ def recording(architecture: Architecture) -> Iterator[list[Launch]]:
 def launches_of(op: str, arguments: Sequence[Any], architecture: Architecture) -> list[Launch]:
     """The kernels that one call of an operator with meta tensors launches."""
     with recording(architecture) as launches:
-        registration.definitions[op].launch(*arguments)
+        registration.definitions[op].with_triton(*arguments)
     return launches
 
 

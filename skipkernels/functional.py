@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from . import reference
 from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_one_dtype, check_shape
-from .ops import registration
 from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
 from .ops.class_sampled_ce import REDUCTIONS
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
@@ -30,6 +29,7 @@ from .ops.class_scores import class_scores as _class_scores
 from .ops.mlp_activation import KINDS
 from .ops.mlp_activation import mlp_activation as _mlp_activation
 from .ops.pooled_attention import pooled_attention as _pooled_attention
+from .ops.registration import call_and_explain
 from .ops.rotary_embedding import rotary_embedding as _rotary_embedding
 from .ops.sgd_momentum import sgd_momentum_ as _sgd_momentum_
 from .ops.shared_prefix_attention import shared_prefix_attention as _shared_prefix_attention
@@ -116,7 +116,7 @@ def class_sampled_ce(
     scale = _number_of_logits(name, "logit_scale", logit_scale, image)
     # On the CPU, gradients cost less if forward computes them with the loss. Those of "none" depend on d_loss [B].
     in_forward = image.device.type == "cpu" and reduction != "none" and torch.is_grad_enabled()
-    return registration.call(
+    return call_and_explain(
         _class_sampled_ce,
         image,
         text,
@@ -159,7 +159,7 @@ def class_sampled_logits(
     if class_ids is not None:
         _check_ids(name, "class_ids", class_ids, image, K=None)
     scale = _number_of_logits(name, "logit_scale", logit_scale, image)
-    return registration.call(_class_sampled_logits, image, text, scale, class_ids)[0]
+    return call_and_explain(_class_sampled_logits, image, text, scale, class_ids)[0]
 
 
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -189,7 +189,7 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None
     _check_features(name, image, "prototypes", prototypes)
     if labels is not None:
         _check_ids(name, "labels", labels, image, B=image.shape[0])
-    return registration.call(_class_scores, image, prototypes, labels)
+    return call_and_explain(_class_scores, image, prototypes, labels)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, reduction: str = "mean") -> Tensor:
@@ -524,7 +524,7 @@ def shared_prefix_attention(
             "Pass offsets if the suffixes differ in length."
         )
     scale = (width // (3 * heads)) ** -0.5 if scale is None else scale
-    return registration.call(_shared_prefix_attention, packed, heads, prefix_length, offsets, max_length, scale)[0]
+    return call_and_explain(_shared_prefix_attention, packed, heads, prefix_length, offsets, max_length, scale)[0]
 
 
 def pooled_attention(
@@ -568,7 +568,7 @@ def pooled_attention(
         check_dtype(name, "lengths", lengths, [torch.int64], "Use lengths.long().")
         check_shape(name, "lengths", lengths, ("query", query), B=B)
         check_device(name, "lengths", lengths, ("query", query))
-    return registration.call(_pooled_attention, query, key, value, lengths, E**-0.5 if scale is None else scale)[0]
+    return call_and_explain(_pooled_attention, query, key, value, lengths, E**-0.5 if scale is None else scale)[0]
 
 
 def sgd_momentum_(

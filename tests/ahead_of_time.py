@@ -109,7 +109,7 @@ def measured_steps() -> None:
     stand_in.move_to_meta(clip)
     library = torch.library.Library(registration.NAMESPACE, "IMPL")
     for name, definition in registration.definitions.items():
-        library.impl(name, definition.launch, "Meta", allow_override=True)
+        library.impl(name, definition.with_triton, "Meta", allow_override=True)
     with precompile.recording(architecture) as launches, meta_as_gpu():
         features, labels = features.to("meta"), labels.to("meta")
         for make in prepare.measured_steps(clip, features, labels, sizes[3], precision):

@@ -146,7 +146,7 @@ def reader(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
     skipkernels.backends()  # registers the operators of the package
     library = torch.library.Library(registration.NAMESPACE, "FRAGMENT")
     monkeypatch.setattr(registration, "_library", library)
-    monkeypatch.setattr(registration, "definitions", dict(registration.definitions))
+    monkeypatch.setattr(registration, "_definitions", dict(registration.definitions))
     for create in (open_clip.create_model, open_clip.create_model_and_transforms):
         monkeypatch.setattr(open_clip, create.__name__, without_downloads(create))
     monkeypatch.chdir(tmp_path)

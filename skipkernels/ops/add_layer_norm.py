@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import registration
+from . import gradients, registration
 from .launching import launch, tl, triton
 from .row_sums import blocks_of_rows, sum_in_order_strided
 
@@ -496,8 +496,8 @@ add_layer_norm = registration.define(
     fallback=_fallback,
     fake=_fake,
     launch=_launch,
-    backward=registration.Gradient(_save, _backward),
-    cast=2,
+    backward=gradients.Gradient(_save, _backward),
+    autocast_arguments=2,
 )
 add_layer_norm_backward = registration.define(
     "add_layer_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor mean, Tensor rstd, Tensor weight,"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import registration, unit_rows
+from . import gradients, registration, unit_rows
 from .launching import launch, tl, triton
 from .unit_rows import Panels, blocks_for, cosine_arguments, cosine_tile, with_contiguous_rows
 
@@ -36,11 +36,9 @@ GROUP = 8  # tiles of images that are computed for one tile of classes before th
 
 REDUCTIONS = ("mean", "sum", "none")  # an index in the schemas, since strings leak memory in the stable ABI
 
-_OPTIONS = "Tensor? class_ids, Tensor? class_weight, float label_smoothing, int ignore_index, int reduction"
-
 
 class Forward(NamedTuple):
-    """Arguments of the operator, in the order of its schema."""
+    """Arguments of the operator; its schema is made from them."""
 
     image: Tensor  # [B, D]
     text: Tensor  # [C, D]
@@ -57,7 +55,7 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """Arguments of the backward operator, in the order of its schema."""
+    """Arguments of the backward operator; its schema is made from them."""
 
     d_loss: Tensor  # [] or [B]
     image: Tensor  # [B, D]
@@ -552,7 +550,7 @@ def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Backward(*arguments)
     needs = call.need_image, call.need_text, call.need_logit_scale
     inputs = call.image, call.text, call.logit_scale
-    return registration.reference_gradients(functools.partial(_reference, call), inputs, needs, call.d_loss)
+    return gradients.reference_gradients(functools.partial(_reference, call), inputs, needs, call.d_loss)
 
 
 def _check(*arguments: Any) -> None:
@@ -597,26 +595,14 @@ def _unwritten(call: Forward, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    call = Backward(*arguments)
-    return registration.gradients_like(
-        (call.image, call.text, call.logit_scale), (call.need_image, call.need_text, call.need_logit_scale)
-    )
-
-
 class_sampled_ce_backward = registration.define(
-    "class_sampled_ce_backward(Tensor d_loss, Tensor image, Tensor text, Tensor labels, Tensor logit_scale,"
-    " Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
-    f" Tensor kept_image, Tensor kept_text, Tensor kept_logit_scale, {_OPTIONS},"
-    " bool need_image, bool need_text, bool need_logit_scale)"
+    f"class_sampled_ce_backward({registration.arguments_of(Backward)})"
     " -> (Tensor d_image, Tensor d_text, Tensor d_logit_scale)",
     fallback=_fallback_backward,
     launch=_launch_backward,
-    fake=_fake_backward,
 )
 class_sampled_ce = registration.define(
-    f"class_sampled_ce(Tensor image, Tensor text, Tensor labels, Tensor logit_scale, {_OPTIONS},"
-    " bool keep_image, bool keep_text, bool keep_logit_scale)"
+    f"class_sampled_ce({registration.arguments_of(Forward)})"
     " -> (Tensor loss, Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
     " Tensor kept_image, Tensor kept_text, Tensor kept_logit_scale)",
     fallback=_fallback,
@@ -624,5 +610,5 @@ class_sampled_ce = registration.define(
     check=_check,
     fake=_fake,
     backward=class_sampled_ce_backward,
-    cast=2,
+    autocast_arguments=2,
 )

@@ -8,13 +8,30 @@ of the scale, Σ d_z_bk · cosine_bk, recomputes the cosines.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import reference
-from . import registration, unit_rows
+from . import gradients, registration, unit_rows
 from .launching import launch, tl, triton
 from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, with_contiguous_rows
+
+
+class Backward(NamedTuple):
+    """Arguments of the backward operator; its schema is made from them."""
+
+    d_logits: Tensor  # [B, K]
+    image: Tensor  # [B, D]
+    text: Tensor  # [C, D]
+    logit_scale: Tensor  # []
+    image_norm: Tensor  # [B]
+    text_norm: Tensor  # [K]
+    class_ids: Tensor | None  # [K]
+    need_image: bool
+    need_text: bool
+    need_logit_scale: bool
 
 
 @triton.jit
@@ -106,34 +123,25 @@ def _launch(
     return logits, image_norm, text_norm
 
 
-def _launch_backward(
-    d_logits: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    image_norm: Tensor,
-    text_norm: Tensor,
-    class_ids: Tensor | None,
-    need_image: bool,
-    need_text: bool,
-    need_logit_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    image, text = with_contiguous_rows(image), with_contiguous_rows(text)
-    class_ids = None if class_ids is None else class_ids.contiguous()
+def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Backward(*arguments)
+    image, text, logit_scale = with_contiguous_rows(call.image), with_contiguous_rows(call.text), call.logit_scale
+    class_ids = None if call.class_ids is None else call.class_ids.contiguous()
     d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
-    if need_image or need_text:
-        image_divisor, text_divisor = (norm.clamp_min(reference.UNIT_NORM_EPS) for norm in (image_norm, text_norm))
-        factors = (d_logits / image_divisor[:, None] / text_divisor).to(unit_rows.factors_dtype(image.dtype))  # [B, K]
-        if need_image:
+    if call.need_image or call.need_text:
+        image_norm, text_norm = (x.clamp_min(reference.UNIT_NORM_EPS) for x in (call.image_norm, call.text_norm))
+        factors = call.d_logits / image_norm[:, None] / text_norm  # [B, K]
+        factors = factors.to(unit_rows.factors_dtype(image.dtype))
+        if call.need_image:
             # [B, K] @ [K, D] -> [B, D]
             sums = contract(factors, text if class_ids is None else text.index_select(0, class_ids))
             d_image = unit_rows.through_unit_norm(image, None, sums, logit_scale)
-        if need_text:
+        if call.need_text:
             # [K, B] @ [B, D] -> [K, D]
             d_text = unit_rows.through_unit_norm(text, class_ids, contract(factors.T, image), logit_scale)
-    if need_logit_scale:
+    if call.need_logit_scale:
         cosine, *_ = _launch(image, text, torch.ones_like(logit_scale), class_ids)
-        d_logit_scale = _d_logit_scale(d_logits, cosine, logit_scale)
+        d_logit_scale = _d_logit_scale(call.d_logits, cosine, logit_scale)
     return d_image, d_text, d_logit_scale
 
 
@@ -156,28 +164,18 @@ def _fallback(
     return logits, image_norm, text_norm
 
 
-def _fallback_backward(
-    d_logits: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    image_norm: Tensor,
-    text_norm: Tensor,
-    class_ids: Tensor | None,
-    need_image: bool,
-    need_text: bool,
-    need_logit_scale: bool,
-) -> tuple[Tensor, ...]:
-    d_image, d_text = registration.reference_gradients(
-        lambda image, text: reference.class_sampled_logits(image, text, logit_scale, class_ids),
-        (image, text),
-        (need_image, need_text),
-        d_logits,
+def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Backward(*arguments)
+    d_image, d_text = gradients.reference_gradients(
+        lambda image, text: reference.class_sampled_logits(image, text, call.logit_scale, call.class_ids),
+        (call.image, call.text),
+        (call.need_image, call.need_text),
+        call.d_logits,
     )
-    d_logit_scale = logit_scale.new_empty(0)
-    if need_logit_scale:  # autograd of the reference sums in fp32
-        cosine = reference.class_sampled_logits(image, text, 1.0, class_ids)
-        d_logit_scale = _d_logit_scale(d_logits, cosine, logit_scale)
+    d_logit_scale = call.logit_scale.new_empty(0)
+    if call.need_logit_scale:  # autograd of the reference sums in fp32
+        cosine = reference.class_sampled_logits(call.image, call.text, 1.0, call.class_ids)
+        d_logit_scale = _d_logit_scale(call.d_logits, cosine, call.logit_scale)
     return d_image, d_text, d_logit_scale
 
 
@@ -188,28 +186,10 @@ def _fake(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | 
     return logits, logits.new_empty(B), logits.new_empty(K)
 
 
-def _fake_backward(
-    d_logits: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    image_norm: Tensor,
-    text_norm: Tensor,
-    class_ids: Tensor | None,
-    need_image: bool,
-    need_text: bool,
-    need_logit_scale: bool,
-) -> tuple[Tensor, ...]:
-    needs = need_image, need_text, need_logit_scale
-    return registration.gradients_like((image, text, logit_scale), needs)
-
-
 class_sampled_logits_backward = registration.define(
-    "class_sampled_logits_backward(Tensor d_logits, Tensor image, Tensor text, Tensor logit_scale,"
-    " Tensor image_norm, Tensor text_norm, Tensor? class_ids, bool need_image, bool need_text, bool need_logit_scale)"
+    f"class_sampled_logits_backward({registration.arguments_of(Backward)})"
     " -> (Tensor d_image, Tensor d_text, Tensor d_logit_scale)",
     fallback=_fallback_backward,
-    fake=_fake_backward,
     launch=_launch_backward,
 )
 class_sampled_logits = registration.define(
@@ -220,5 +200,5 @@ class_sampled_logits = registration.define(
     launch=_launch,
     check=_check,
     backward=class_sampled_logits_backward,
-    cast=2,
+    autocast_arguments=2,
 )

@@ -142,7 +142,7 @@ class_scores = registration.define(
     fake=_fake,
     launch=_launch,
     check=_check,
-    cast=2,
+    autocast_arguments=2,
 )
 
 

@@ -13,13 +13,14 @@ With one query, time is that of reading keys and values. On a GPU a program comp
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from . import registration
+from . import gradients, registration
 from .attention import in_one_layout, load_lse, load_rows, store_rows
 from .launching import launch, tl, triton
 
@@ -27,6 +28,32 @@ TILE = 4096  # numbers of keys or values per iteration: 64 keys of width 64
 TILE_BACKWARD = 2048  # backward has two loops; with 4096 numbers it spills registers
 MAX_WIDTH = 1024  # a tile has whole rows; wider heads use the fallback
 WARPS = 8
+
+
+class Backward(NamedTuple):
+    """Arguments of the backward operator; its schema is made from them."""
+
+    d_out: Tensor  # [B, H, E]
+    query: Tensor  # [B, H, E]
+    key: Tensor  # [B, N, H, E]
+    value: Tensor  # [B, N, H, E]
+    out: Tensor  # [B, H, E]
+    lse: Tensor  # [B, H]
+    lengths: Tensor | None  # [B]
+    scale: float
+    need_query: bool
+    need_key: bool
+    need_value: bool
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensors that have gradients."""
+        return self.query, self.key, self.value
+
+    @property
+    def needs(self) -> tuple[bool, bool, bool]:
+        """True where the gradient of an input is needed."""
+        return self.need_query, self.need_key, self.need_value
 
 
 @triton.jit
@@ -194,38 +221,27 @@ def _launch(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, s
     return out, lse
 
 
-def _launch_backward(
-    d_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Tensor | None,
-    scale: float,
-    need_query: bool,
-    need_key: bool,
-    need_value: bool,
-) -> tuple[Tensor, ...]:
-    (B, H, E), needs = query.shape, (need_query, need_key, need_value)
+def _launch_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Backward(*arguments)
+    B, H, E = call.query.shape
     if E > MAX_WIDTH:
-        return _fallback_backward(d_out, query, key, value, out, lse, lengths, scale, *needs)
-    d_query, d_key, d_value = registration.gradients_like((query, key, value), needs)
-    (d_out,) = in_one_layout(d_out)
+        return _fallback_backward(*call)
+    d_query, d_key, d_value = gradients.gradients_like(call.inputs, call.needs)
+    (d_out,) = in_one_layout(call.d_out)
     launch(
         _pooled_attention_bwd_kernel,
         (B, H),
-        **_arguments(query, key, value, lengths, scale, TILE_BACKWARD),
+        **_arguments(*call.inputs, call.lengths, call.scale, TILE_BACKWARD),
         d_out_ptr=d_out,
         stride_d_out_b=d_out.stride(0),
         stride_d_out_h=d_out.stride(1),
-        lse_ptr=lse,
+        lse_ptr=call.lse,
         d_query_ptr=d_query,
         d_key_ptr=d_key,
         d_value_ptr=d_value,
-        NEED_QUERY=need_query,
-        NEED_KEY=need_key,
-        NEED_VALUE=need_value,
+        NEED_QUERY=call.need_query,
+        NEED_KEY=call.need_key,
+        NEED_VALUE=call.need_value,
     )
     return d_query, d_key, d_value
 
@@ -269,25 +285,10 @@ def _fallback(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None,
     return out.contiguous(), lse.contiguous()
 
 
-def _fallback_backward(
-    d_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Tensor | None,
-    scale: float,
-    need_query: bool,
-    need_key: bool,
-    need_value: bool,
-) -> tuple[Tensor, ...]:
-    return registration.reference_gradients(
-        lambda q, k, v: reference.pooled_attention(q, k, v, lengths, scale),
-        (query, key, value),
-        (need_query, need_key, need_value),
-        d_out,
-    )
+def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Backward(*arguments)
+    function = functools.partial(reference.pooled_attention, lengths=call.lengths, scale=call.scale)
+    return gradients.reference_gradients(function, call.inputs, call.needs, call.d_out)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -295,28 +296,10 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, sca
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=lse_dtype)
 
 
-def _fake_backward(
-    d_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Tensor | None,
-    scale: float,
-    need_query: bool,
-    need_key: bool,
-    need_value: bool,
-) -> tuple[Tensor, ...]:
-    return registration.gradients_like((query, key, value), (need_query, need_key, need_value))
-
-
 pooled_attention_backward = registration.define(
-    "pooled_attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
-    " Tensor? lengths, float scale, bool need_query, bool need_key, bool need_value)"
+    f"pooled_attention_backward({registration.arguments_of(Backward)})"
     " -> (Tensor d_query, Tensor d_key, Tensor d_value)",
     fallback=_fallback_backward,
-    fake=_fake_backward,
     launch=_launch_backward,
 )
 pooled_attention = registration.define(
@@ -328,5 +311,5 @@ pooled_attention = registration.define(
     check=_check,
     fallback_cases=f"fp64, heads of more than {MAX_WIDTH}",
     backward=pooled_attention_backward,
-    cast=3,
+    autocast_arguments=3,
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import registration
+from . import gradients, registration
 from .launching import launch, tl, triton
 
 TILE = 2048  # numbers in a tile: 16 per thread
@@ -135,6 +135,6 @@ rotary_embedding = registration.define(
     fallback=_fallback,
     fake=_fake,
     launch=_launch,
-    backward=registration.Gradient(_save, _backward),
-    cast=1,
+    backward=gradients.Gradient(_save, _backward),
+    autocast_arguments=1,
 )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,6 +157,20 @@ def _sgd_momentum_kernel(
     # fmt: on
 
 
+class Call(NamedTuple):
+    """Arguments of the operator, in the order of its schema."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    momentum_buffers: list[Tensor]
+    lr: Tensor
+    momentum: Tensor
+    weight_decay: Tensor
+    seed: Tensor | None
+    offsets: Sequence[int] | None
+    casts: list[Tensor]
+
+
 class _Tensors(NamedTuple):
     """One tensor of the list, contiguous, with its copy, if any, and the offset of its random bits."""
 
@@ -167,17 +181,8 @@ class _Tensors(NamedTuple):
     first: int
 
 
-def _launch(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    lr: Tensor,
-    momentum: Tensor,
-    weight_decay: Tensor,
-    seed: Tensor | None,
-    offsets: Sequence[int] | None,
-    casts: list[Tensor],
-) -> None:
+def _launch(*arguments: Any) -> None:
+    call = Call(*arguments)
     alike: dict[tuple[torch.dtype, torch.dtype], list[_Tensors]] = {}
     copies: list[tuple[Tensor, Tensor]] = []
 
@@ -188,31 +193,31 @@ def _launch(
         return copy
 
     first = 0
-    for number, (weight, grad, momentum_buffer) in enumerate(zip(weights, grads, momentum_buffers, strict=True)):
-        first = first if offsets is None else offsets[number]
+    lists = zip(call.weights, call.grads, call.momentum_buffers, strict=True)
+    for number, (weight, grad, momentum_buffer) in enumerate(lists):
+        first = first if call.offsets is None else call.offsets[number]
         if weight.numel() > 0:
-            cast = casts[number] if casts and casts[number].numel() > 0 else None
+            cast = call.casts[number] if call.casts and call.casts[number].numel() > 0 else None
             tensors = _Tensors(contiguous(weight), grad.contiguous(), contiguous(momentum_buffer), cast, first)
             alike.setdefault((grad.dtype, momentum_buffer.dtype), []).append(tensors)
         first += weight.numel()
     for tensors_alike in alike.values():
-        _launch_alike(tensors_alike, lr, momentum, weight_decay, seed)
+        _launch_alike(tensors_alike, call)
     for tensor, copy in copies:
         tensor.copy_(copy)
 
 
-def _launch_alike(
-    tensors: list[_Tensors], lr: Tensor, momentum: Tensor, weight_decay: Tensor, seed: Tensor | None
-) -> None:
+def _launch_alike(tensors: list[_Tensors], call: Call) -> None:
+    """Update tensors of the same dtypes in one launch."""
     weight, grad, momentum_buffer, *_ = tensors[0]
     cast = next((x.cast for x in tensors if x.cast is not None), None)
-    device, lanes = weight.device, LANES if seed is None else LANES_RANDOM
+    device, lanes = weight.device, LANES if call.seed is None else LANES_RANDOM
     rows: list[int] = []
     programs: list[int] = []  # number of programs of each tensor
     begin = 0
     grad_addresses: list[int] = []
     for x in tensors:
-        first = 0 if seed is None else x.first
+        first = 0 if call.seed is None else x.first
         addresses = x.weight.data_ptr(), x.momentum_buffer.data_ptr(), 0 if x.cast is None else x.cast.data_ptr()
         grad_addresses.append(x.grad.data_ptr())
         numel = x.weight.numel()
@@ -229,15 +234,15 @@ def _launch_alike(
         tensors_ptr=_table(rows, device),  # [tensors · COLUMNS]
         grads_ptr=_table(grad_addresses, device),  # [tensors]
         programs_ptr=_table(programs, device, repeat=True),  # [programs]
-        lr_ptr=lr,
-        momentum_ptr=momentum,
-        weight_decay_ptr=weight_decay,
-        seed_ptr=seed,
+        lr_ptr=call.lr,
+        momentum_ptr=call.momentum,
+        weight_decay_ptr=call.weight_decay,
+        seed_ptr=call.seed,
         WEIGHT=_TRITON_DTYPES[weight.dtype],
         GRAD=_TRITON_DTYPES[grad.dtype],
         MOMENTUM_BUFFER=_TRITON_DTYPES[momentum_buffer.dtype],
         CAST=None if cast is None else _TRITON_DTYPES[cast.dtype],
-        STOCHASTIC=seed is not None,
+        STOCHASTIC=call.seed is not None,
         GROUPS=BLOCK // lanes,
         LANES=lanes,
         COLUMNS=COLUMNS,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import registration
+from . import gradients, registration
 from .attention import load_lse, load_rows, products, store_rows
 from .launching import dot_precision, launch, target, tl, triton
 
@@ -560,7 +560,7 @@ def _fallback(packed: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 def _fallback_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any) -> Tensor:
     function = functools.partial(reference.shared_prefix_attention, **Options(*options)._asdict())
-    return registration.reference_gradients(function, (packed,), (True,), d_out)[0]
+    return gradients.reference_gradients(function, (packed,), (True,), d_out)[0]
 
 
 def _fake(packed: Tensor, heads: int, *options: Any) -> tuple[Tensor, Tensor]:
@@ -569,16 +569,11 @@ def _fake(packed: Tensor, heads: int, *options: Any) -> tuple[Tensor, Tensor]:
     return packed.new_empty(R, width // 3), packed.new_empty((R, heads), dtype=lse_dtype)
 
 
-def _fake_backward(d_out: Tensor, packed: Tensor, *rest: Any) -> Tensor:
-    return packed.new_empty(packed.shape)
-
-
 _OPTIONS = "SymInt heads, SymInt prefix_length, Tensor? offsets, SymInt max_length, float scale"
 
 shared_prefix_attention_backward = registration.define(
     f"shared_prefix_attention_backward(Tensor d_out, Tensor packed, Tensor lse, {_OPTIONS}) -> Tensor d_packed",
     fallback=_fallback_backward,
-    fake=_fake_backward,
     launch=_launch_backward,
 )
 shared_prefix_attention = registration.define(
@@ -589,5 +584,5 @@ shared_prefix_attention = registration.define(
     check=_check,
     fallback_cases=f"fp64, heads wider than {MAX_E}",
     backward=shared_prefix_attention_backward,
-    cast=1,
+    autocast_arguments=1,
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..ops.registration import without_autocast
+from ..ops.autocast import without_autocast
 from .fused import LowRankFactors
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...ops.registration import without_autocast
+from ...ops.autocast import without_autocast
 from .backward import backward, recompute
 from .forward import Saved, forward
 from .gradients import Gradients, Needed, Sums, sums_together
