@@ -78,7 +78,7 @@ def calls_of_steps(model: str, batch: int, classes: int, skip_layers: int, preci
     with meta_as_gpu(), calls:
         for K in (whole, whole + 1):  # a step draws one of the two
             ranks = torch.arange(K, device="meta")
-            with mock.patch.object(clip.sampler, "draw_on", lambda *_, ranks=ranks: ranks):
+            with mock.patch.object(clip.sampler, "draw", lambda *_, ranks=ranks: ranks):
                 for make in measured_steps(clip, features, labels, skip_layers, precision):
                     run = make()
                     for _ in range(2):  # the first creates the state of the optimizer

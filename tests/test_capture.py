@@ -24,20 +24,26 @@ from skipkernels.clip.step import LossOptions, step
 from skipkernels.graphs import graphed_step as graphed
 
 CLASSES = 30
+COPIES = torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default
 
 
 class DeviceOnly(TorchDispatchMode):
-    """Refuse operators that mix host and device, or read a value of the device, and count those of the device."""
+    """Refuse operators that mix host and device, or read a value of the device, and count those of the device.
+
+    The ranks of a step are the one exception: `copies` counts copies of int64 from the host that do not wait.
+    """
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.count = self.copies = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = function(*args, **(kwargs or {}))
         devices |= {x.device.type for x in tree_leaves(out) if isinstance(x, Tensor)}
-        if "meta" in devices:
+        if devices == {"cpu", "meta"} and function in COPIES and out.dtype == torch.int64:
+            self.copies += True in (*args[2:], (kwargs or {}).get("non_blocking"))
+        elif "meta" in devices:
             assert devices == {"meta"}, f"{function} takes or returns a tensor of the host"
             assert torch.Tag.data_dependent_output not in function.tags, f"{function} is a host sync"
             # `index` has the tag because of masks, which raise an error on the meta device.
@@ -86,10 +92,9 @@ def groups_of(clip: sk.SkipCLIP, *, stochastic: bool = False) -> list[dict[str, 
 
 def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Tensors that exist between steps and are read by the kernels of a step."""
-    (table,) = clip.sampler._tables.values()
     found = dict(clip.model.named_parameters()) | dict(clip.model.named_buffers())
     found |= {f"of texts {number}": x for number, x in enumerate(clip._texts.step_tensors())}
-    found |= {"ranks": table.row}
+    found |= {"ranks": clip.sampler.reserved}
     for number, state in enumerate(optimizer.state.values()):
         found |= {f"{name} {number}": x for name, x in state.items() if isinstance(x, Tensor)}
     if isinstance(optimizer, sk.FusedSGD):
@@ -123,19 +128,18 @@ def test_nothing_from_the_host_enters_a_step(as_on_a_gpu, monkeypatch, options, 
     groups = groups_of(clip, stochastic=precision == "bf16-sr")
     optimizer = sk.FusedSGD(groups, momentum=0.9, weight_decay=0.01, in_backward=in_backward)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    step, launched, held = sk.graphed(clip, optimizer, batch_size=4), [], []
+    step, modes, held = sk.graphed(clip, optimizer, batch_size=4), [], []
     for number in range(4):
-        mode = contextlib.nullcontext() if number == 0 else DeviceOnly()
+        modes.append(DeviceOnly() if number else contextlib.nullcontext())
         if number == 2:  # a query of the free memory is a call of the driver
             monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 1 / 0)
-        with mode, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with modes[number], torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             step(x, labels)
         schedule.step()
         held.append(persistent_tensors(clip, optimizer))
-        launched.append(getattr(mode, "count", None))
     for name, tensor in held[0].items():
         assert all(other[name] is tensor for other in held[1:]), f"{name} is another tensor in each step"
-    assert launched[2] == launched[3] > 0
+    assert modes[2].count == modes[3].count > 0 and [mode.copies for mode in modes[1:]] == [1, 1, 1]
 
 
 def test_no_host_value_enters_the_sigmoid_loss(as_on_a_gpu):
@@ -144,11 +148,10 @@ def test_no_host_value_enters_the_sigmoid_loss(as_on_a_gpu):
     kept = len(sk.pairs.sigmoid_loss(clip, x, labels, max_labels=3).class_ids)  # caches the text features at the cut
     clip.to("meta")
     x, labels = x.to("meta"), labels.to("meta")
-    sk.pairs.sigmoid_loss(clip, x, labels, max_labels=3)  # draws the ranks of many steps
     with DeviceOnly() as mode:
         out = sk.pairs.sigmoid_loss(clip, x, labels, max_labels=3)
         out.loss.backward()
-    assert mode.count > 0 and abs(len(out.class_ids) - kept) <= 1, "Σq is rounded down or up"
+    assert mode.count > 0 and mode.copies == 1 and abs(len(out.class_ids) - kept) <= 1, "Σq is rounded down or up"
 
 
 def test_move_carries_tensors_of_no_module():
@@ -339,7 +342,7 @@ def test_graphed_equals_the_loop(path, kind):
 
 
 def test_graphed_follows_a_larger_batch(fake_cuda):
-    """A larger batch raises the number of kept classes for the rest of the run: the graph reads another table."""
+    """A larger batch raises the number of kept classes for the rest of the run: the graph reads them elsewhere."""
     ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
     some, large = batches(ours.clip, 4), batches(ours.clip, 1, batch=20)
     kept = []

@@ -15,7 +15,6 @@ from skipkernels.selection import (
     base_keep,
     inclusion_probabilities,
     select_classes,
-    select_ranks,
     systematic_sample,
     tail_probabilities,
 )
@@ -46,7 +45,7 @@ def test_expected_keep_of_the_published_setting(classes, kept):
     sampler = RankSampler()
     assert sampler.expected_keep(classes) == kept
     sampler.reserve(torch.device("cpu"), classes, 1)
-    assert len(sampler.take()) == kept
+    assert len(sampler.reserved) == kept
     assert abs(len(sampler.draw(classes, 1)) - kept) <= 1
 
 
@@ -69,7 +68,7 @@ def test_base_keep(classes, ratio, max_keep, m):
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=150, deadline=None)
-def test_select_ranks_keeps_labels_and_top(classes, batch, ratio, max_keep, decay, tail, seed):
+def test_select_keeps_labels_and_top(classes, batch, ratio, max_keep, decay, tail, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(classes, generator=generator)
     labels = torch.randint(classes, (batch,), generator=generator)
@@ -77,8 +76,7 @@ def test_select_ranks_keeps_labels_and_top(classes, batch, ratio, max_keep, deca
     sizes = set()
     for step_batch in (batch, max(1, batch // 2), batch):
         step_labels = labels[:step_batch]
-        ranks = sampler.draw(classes, step_batch)
-        ids, targets = select_ranks(scores, step_labels, ranks)
+        ids, targets = sampler.select(scores.scatter(0, step_labels, math.inf), step_labels)
         sizes.add(len(ids))
         assert ids.equal(ids.unique())  # ascending, no duplicates
         assert ids[targets].equal(step_labels)
@@ -169,19 +167,19 @@ def draw_of_constant_size(sampler: RankSampler, classes: int, batch: int) -> tor
 
 
 @pytest.mark.parametrize("tail", ["fixed", "resample"])
-@pytest.mark.parametrize(("steps", "max_tail"), [(1, None), (3, 5), (1024, None)])
-@pytest.mark.parametrize("constant", [True, False])
-def test_table_draws_the_same_ranks(tail, steps, max_tail, constant, monkeypatch):
-    """The table is of any length; batch, classes, options, seed and state change."""
-    monkeypatch.setattr("skipkernels.selection.rank_table._TABLE_STEPS", steps)
+@pytest.mark.parametrize("max_tail", [None, 5])
+def test_reserved_ranks_have_one_size_and_address(tail, max_tail):
+    """Batch, classes, options, seed and state change; each step advances the generator as `draw` does."""
     ours, theirs = (RankSampler(tail=tail, max_tail=max_tail) for _ in range(2))
 
     def same_draws(classes: int, batch: int, count: int = 4) -> None:
+        addresses = set()
         for _ in range(count):
-            ranks = ours._reserve(torch.device("cpu"), classes, batch, constant=constant).current()
-            draw = draw_of_constant_size if constant else RankSampler.draw
-            assert ranks.equal(draw(theirs, classes, batch))
+            ours.reserve(torch.device("cpu"), classes, batch)
+            addresses.add(ours.reserved.data_ptr())
+            assert ours.reserved.equal(draw_of_constant_size(theirs, classes, batch))
             assert ours.generator.get_state().equal(theirs.generator.get_state())
+        assert len(addresses) == 1
 
     for classes, batch in ((300, 4), (310, 60), (300, 2), (300, 80), (300, 4), (90, 4), (2, 1), (3, 3)):
         same_draws(classes, batch)
@@ -210,7 +208,6 @@ def test_option_set_after_a_draw_is_used(tail, name, value):
     """The next draws are those of a sampler made with the option."""
     changed = RankSampler(tail=tail)
     changed.reserve(torch.device("cpu"), 120, 4)
-    changed.take()
     changed.draw(120, 4)
     setattr(changed, name, value)
     made = RankSampler(**{"tail": tail, name: value})
@@ -219,7 +216,7 @@ def test_option_set_after_a_draw_is_used(tail, name, value):
     assert changed.draw(120, 4).equal(made.draw(120, 4))
     for sampler in (changed, made):
         sampler.reserve(torch.device("cpu"), 120, 4)
-    assert changed.take().equal(made.take())
+    assert changed.reserved.equal(made.reserved)
     assert changed.expected_keep(120, 4) == made.expected_keep(120, 4)
 
 
@@ -234,17 +231,9 @@ def test_option_is_checked_when_set(name, value):
     assert getattr(sampler, name) == before
 
 
-def test_load_state_dict_reads_masks_of_earlier_versions():
-    sampler = RankSampler(tail="fixed")
-    ranks, state = sampler.draw(300, 4), sampler.state_dict()
-    kept = torch.isin(torch.arange(50, 300), ranks)
-    resumed = RankSampler(tail="fixed", generator=torch.Generator().manual_seed(1))
-    resumed.load_state_dict(state | {"fixed": kept})
-    assert resumed.draw(300, 4).equal(ranks)
-
-
-def test_select_ranks_nan_last_labels_first():
-    ids, targets = select_ranks(torch.tensor([math.nan, 1.0, 2.0, math.nan]), torch.tensor([3]), torch.tensor([0, 1]))
+def test_select_classes_nan_last_labels_first():
+    scores, options = torch.tensor([math.nan, 1.0, 2.0, math.nan]), {"keep_ratio": 2, "max_tail": 0}
+    ids, targets = select_classes(scores, torch.tensor([3]), **options)
     assert ids.tolist() == [2, 3] and targets.tolist() == [1]
 
 

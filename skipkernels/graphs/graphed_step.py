@@ -20,9 +20,10 @@ from ..clip.checks import check_labels
 from ..clip.step import LossOptions, step
 from ..clip.texts import ClassTexts
 from ..formatting import first_line
+from ..ops.class_scores import classes_at_ranks
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import FusedSGD, world_size
-from ..selection import ClassSelection, RankSampler, ranked_selection
+from ..selection import ClassSelection, RankSampler
 from ..towers.attention import SDPA
 from ..towers.block import HOOKS, global_hooks
 
@@ -147,7 +148,7 @@ class GraphedStep:
                 f"graphed: labels must be class ids, int64 [B]; got {labels.dtype} {list(labels.shape)}. The classes "
                 "of soft labels are counted on the host: run without graphed."
             )
-        if clip.sampler.shares_classes:
+        if clip.sampler.shared is not None:
             raise RuntimeError("graphed: a step selects its own classes. Leave same_classes(), or run without graphed.")
         if not self._captures():
             self._check_optimizer()
@@ -317,7 +318,7 @@ class _ReservedRanks:
 
     def select(self, scores: Tensor, labels: Tensor) -> ClassSelection:
         """Select the classes [K] at the reserved ranks."""
-        return ranked_selection(scores, labels, self._sampler.take())
+        return ClassSelection(*classes_at_ranks(scores, self._sampler.reserved, labels))
 
 
 class _TextsOnStream:
@@ -434,13 +435,13 @@ class _Frozen:
 
     def _tensors(self) -> Iterator[Tensor | None]:
         """Yield the tensors that a step reads and that exist between steps."""
-        clip, table = self._clip, self._clip.sampler._tables[True]
+        clip = self._clip
         for module in self._modules:
             yield from module._parameters.values()
             yield from module._buffers.values()
         for state in self._optimizer.state.values():
             yield from (x for x in state.values() if isinstance(x, Tensor))
-        yield from (*clip._texts.step_tensors(), clip.class_weight, table.row)
+        yield from (*clip._texts.step_tensors(), clip.class_weight, clip.sampler.reserved)
 
     def _state(self) -> list[Any]:
         clip = self._clip

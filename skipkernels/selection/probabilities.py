@@ -7,6 +7,8 @@ probability q_j, which falls exponentially from 1 to 0.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -93,3 +95,47 @@ def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
     """
     # By rounding the last end may be below the last point.
     return torch.searchsorted(ends, points, right=True).clamp_(max=len(ends) - 1)
+
+
+class Intervals:
+    """Intervals of [0, Σπ), one for each rank of the tail, of which each draw takes those that contain its points.
+
+    Args:
+        probabilities: π [tail] in fp64, at most 1.
+        digits: Digits to which Σπ is rounded: a sum that is a whole number up to rounding has one size of draws.
+    """
+
+    def __init__(self, probabilities: Tensor, digits: int):
+        self._ends = probabilities.cumsum(0)  # [tail]
+        self.total: float = round(self._ends[-1].item(), digits) if len(probabilities) else 0.0
+
+    def draw(self, start: float) -> Tensor:
+        """Places in the tail [n] int64, n = ⌊Σπ⌋ or ⌈Σπ⌉, by a number in [0, 1)."""
+        # The number of points start, start + 1, … below the total; bounded, since total − start may be rounded up.
+        count = max(math.floor(self.total), min(math.ceil(self.total - start), math.ceil(self.total)))
+        return systematic_sample(self._ends, start + torch.arange(count, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class RankLaw:
+    """Law of the kept ranks of a step: those below `keep`, and rank keep + j of the tail with probability q[j]."""
+
+    num_classes: int
+    keep: int
+    decay: float
+    max_tail: int | None
+
+    @cached_property
+    def q(self) -> Tensor:
+        """Probabilities [C − keep] in fp64."""
+        return bounded(tail_probabilities(self.num_classes - self.keep, self.decay), self.max_tail)
+
+    @cached_property
+    def intervals(self) -> Intervals:
+        """Intervals of q: a draw has ⌊Σq⌋ or ⌈Σq⌉ ranks of the tail."""
+        return Intervals(self.q, digits=9)
+
+    @cached_property
+    def intervals_of_one_size(self) -> Intervals:
+        """Intervals of `inclusion_probabilities`: every draw has round(Σq) ranks of the tail."""
+        return Intervals(inclusion_probabilities(self.q), digits=0)

@@ -1,14 +1,14 @@
 """CSkip: selection of the classes of a step.
 
-The published policy draws each rank of the tail independently, once per run. The default policy draws in each step by
-systematic sampling, so that the number of drawn ranks is Σq rounded down or up; the step of a CUDA graph, which needs
-one K, draws round(Σq) ranks.
+    plan → draw ranks [K] of the descending scores → classes at these ranks (`ops.class_scores.classes_at_ranks`)
+
+Ranks are drawn on the CPU and copied to the device of the scores without a host sync.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -17,10 +17,9 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..ops.class_scores import classes_at_ranks as _at_ranks
+from ..ops.class_scores import classes_at_ranks
 from ..options import Tail
-from .probabilities import base_keep, bounded, inclusion_probabilities, tail_probabilities
-from .rank_table import Intervals, RankTable
+from .probabilities import Intervals, RankLaw, base_keep
 
 
 class ClassSelection(NamedTuple):
@@ -34,22 +33,6 @@ class ClassSelection(NamedTuple):
 
     class_ids: Tensor
     targets: Tensor
-
-
-def _is(kind: Any, value: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "keep_ratio": (
-        lambda x: _is(Real, x) and (0 < x <= 1 or (x > 1 and float(x).is_integer())),
-        "above 0 (a share up to 1, or a whole number of classes)",
-    ),
-    "max_keep": (lambda x: _is(Integral, x) and x >= 1, "at least 1, a whole number"),
-    "decay": (lambda x: _is(Real, x) and x > 0 and math.isfinite(x), "above 0 and finite"),
-    "tail": (lambda x: x in get_args(Tail), f"one of {', '.join(get_args(Tail))}"),
-    "max_tail": (lambda x: x is None or (_is(Integral, x) and x >= 0), "at least 0, or None"),
-}
 
 
 @dataclass
@@ -67,10 +50,14 @@ class RankSampler:
         tail: "resample" draws ⌊Σq⌋ or ⌈Σq⌉ ranks of the tail in each step by systematic sampling, from one uniform
             number: each rank has its probability q. In a CUDA graph it draws round(Σq), see `reserve`. "fixed" draws
             each rank of the tail once, independently, and keeps the result for the run, as published.
-        generator: Random generator; by default a new one with seed 0.
+        generator: Random generator; by default a new one with seed 0. One on a GPU costs a host sync in each draw.
         max_tail: Upper bound on Σq, the expected number of classes drawn from the tail; q is scaled down if Σq exceeds
             it (`bounded`). "resample" then draws at most `max_tail` classes, "fixed" `max_tail` on average. With None,
             the default, the tail grows with C as published, to 6 % of a million classes. A bound changes the method.
+
+    Attributes:
+        reserved: Ranks [K] of the step of a CUDA graph, see `reserve`; None before.
+        shared: Classes that steps share within `same_classes`; None elsewhere.
     """
 
     keep_ratio: float = 0.5
@@ -81,39 +68,27 @@ class RankSampler:
     max_tail: int | None = None
 
     def __post_init__(self) -> None:
-        self._min_keep = 1
-        self._plan: tuple[Any, Tensor] | None = None  # q, and the values that it was computed from
-        self._fixed: Tensor | None = None  # the uniform number of each rank of the tail
-        # By `constant`: if all draws have the same size.
-        self._intervals: dict[bool, tuple[Tensor, torch.device, Intervals]] = {}  # q, device, intervals
-        self._tables: dict[bool, RankTable] = {}
-        self._shares = False  # within `same_classes`
-        self._shared: Tensor | None = None  # [K], the classes of the first step there
+        self._largest_batch = 1  # of the steps so far
+        self._law: RankLaw | None = None  # kept for its tensors, until the options or the number of classes change
+        self._fixed: Tensor | None = None  # [tail], the uniform number of each rank, for `tail="fixed"`
+        self.reserved: Tensor | None = None
+        self.shared: SharedClasses | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _RANGES and not _RANGES[name][0](value):
-            raise ValueError(f"RankSampler: {name} must be {_RANGES[name][1]}; got {value!r}.")
         if name == "generator":
             value = torch.Generator().manual_seed(0) if value is None else value
-            if not isinstance(value, torch.Generator):
-                raise TypeError(
-                    f"RankSampler: generator must be a torch.Generator; got {value!r}. Use "
-                    "torch.Generator().manual_seed(0)."
-                )
+        _check_option(name, value)
         super().__setattr__(name, value)
+
+    # ---- number of classes -------------------------------------------------------------------------------------
 
     def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
         """Return m, raised so that every label of a batch fits, and the probabilities q of the tail.
 
-        m is computed for the largest batch so far, so a smaller last batch of an epoch keeps the same number of
-        classes.
+        A batch smaller than one that was drawn for before, such as the last of an epoch, keeps as many classes.
         """
-        min_keep = max(self._min_keep, batch_size)
-        keep = max(base_keep(num_classes, self.keep_ratio, self.max_keep), min(num_classes, min_keep))
-        key = num_classes, keep, self.decay, self.max_tail
-        if self._plan is None or self._plan[0] != key:
-            self._plan = key, bounded(tail_probabilities(num_classes - keep, self.decay), self.max_tail)
-        return keep, self._plan[1]
+        law = self._law_of(num_classes, batch_size)
+        return law.keep, law.q
 
     def expected_keep(self, num_classes: int, batch_size: int = 1) -> int:
         """Return m + round(Σq): K in a CUDA graph, elsewhere the rounded mean of K.
@@ -126,35 +101,42 @@ class RankSampler:
         keep, q = self.plan(num_classes, batch_size)
         return keep + round(q.sum().item())
 
-    def select(self, scores: Tensor, labels: Tensor, at_most: int | None = None) -> ClassSelection:
+    def _law_of(self, num_classes: int, max_labels: int) -> RankLaw:
+        m = base_keep(num_classes, self.keep_ratio, self.max_keep)
+        keep = max(m, min(num_classes, max(self._largest_batch, max_labels)))
+        law = RankLaw(num_classes, keep, self.decay, self.max_tail)
+        if self._law is None or self._law != law:
+            self._law = law
+        return self._law
+
+    # ---- classes of a step -------------------------------------------------------------------------------------
+
+    def select(self, scores: Tensor, labels: Tensor, max_labels: int | None = None) -> ClassSelection:
         """Select the classes of a step: those at the drawn ranks of descending scores.
 
         Args:
-            scores: [C]; +∞ for the classes of the labels, as of `functional.class_scores`.
+            scores: [C]; +∞ for the classes of the labels, as of `functional.class_scores`. NaN ranks last.
             labels: [B] int64, classes of the images; or [B, C], not 0 where an image has a class.
-            at_most: Bound of the number of different labels: B for [B]; of [B, C] they are counted by default, on a GPU
-                by a host sync.
+            max_labels: Bound of the number of different labels: B for [B]; of [B, C] they are counted by default, on a
+                GPU by a host sync.
         """
-        if self._shared is not None:
-            return self._select_again(scores, labels)
-        count = len(labels) if at_most is None else at_most
-        if labels.ndim == 2 and at_most is None:
-            count = max(count, int((scores == math.inf).sum()))
-        self._refuse_recomputation(len(scores), count)
-        ranks = self.draw_on(scores.device, len(scores), count)  # [K]
+        if self.shared is not None and self.shared.class_ids is not None:
+            return self.shared.select(scores, labels)
+        if max_labels is None:
+            max_labels = len(labels)
+            if labels.ndim == 2:
+                max_labels = max(max_labels, int((scores == math.inf).sum()))
+        self._refuse_recomputation(len(scores), max_labels)
+        ranks = self.draw(len(scores), max_labels)  # [K]
+        ranks = _pinned(ranks, scores.device).to(scores.device, non_blocking=True)
         if labels.ndim == 1:
-            selection = ranked_selection(scores, labels, ranks)
+            class_ids, targets = classes_at_ranks(scores, ranks, labels)  # [K], [B]
         else:
-            class_ids = classes_at_ranks(scores, ranks)  # [K]
-            selection = ClassSelection(class_ids, labels.index_select(1, class_ids))
-        if self._shares:
-            self._shared = selection.class_ids
-        return selection
-
-    @property
-    def shares_classes(self) -> bool:
-        """True within `same_classes`."""
-        return self._shares
+            class_ids, _ = classes_at_ranks(scores, ranks, None)  # [K]
+            targets = labels.index_select(1, class_ids)  # [B, K]
+        if self.shared is not None:
+            self.shared.class_ids = class_ids
+        return ClassSelection(class_ids, targets)
 
     @contextmanager
     def same_classes(self) -> Iterator[None]:
@@ -172,17 +154,117 @@ class RankSampler:
             >>> first.class_ids.equal(second.class_ids)
             True
         """
-        if self._shares:
+        if self.shared is not None:
             raise RuntimeError("RankSampler: same_classes() cannot be nested. Leave the outer context first.")
-        self._shares = True
+        self.shared = SharedClasses()
         try:
             yield
         finally:
-            self._shares, self._shared = False, None
+            self.shared = None
 
-    def _select_again(self, scores: Tensor, labels: Tensor) -> ClassSelection:
-        """Select the classes of the first step within `same_classes`, which must have all labels."""
-        class_ids = self._shared
+    def _refuse_recomputation(self, num_classes: int, max_labels: int) -> None:
+        """Raise a RuntimeError within a backward pass, where a step would draw other classes than the first time."""
+        if torch._C._current_graph_task_id() != -1 and self.plan(num_classes, max_labels)[0] < num_classes:
+            raise RuntimeError(
+                "RankSampler: the step was called again within a backward pass, as activation checkpointing does; it "
+                'would draw other classes than the first time. Use memory="min" instead.'
+            )
+
+    # ---- ranks -------------------------------------------------------------------------------------------------
+
+    def draw(self, num_classes: int, batch_size: int) -> Tensor:
+        """Draw the kept ranks [K] of a step, int64, ascending, on the CPU."""
+        self._largest_batch = max(self._largest_batch, batch_size)
+        law = self._law_of(num_classes, batch_size)
+        return self._draw(law, law.intervals)
+
+    def reserve(self, device: torch.device, num_classes: int, batch_size: int) -> None:
+        """Draw the kept ranks of a step, and copy them to `reserved`, where a CUDA graph reads them.
+
+        K is the same in every step: "resample" draws round(Σq) ranks of the tail, each with its entry of
+        `inclusion_probabilities` as probability. The address changes with K alone.
+        """
+        self._largest_batch = max(self._largest_batch, batch_size)
+        law = self._law_of(num_classes, batch_size)
+        ranks = self._draw(law, law.intervals_of_one_size)
+        if self.reserved is None or self.reserved.shape != ranks.shape or self.reserved.device != device:
+            self.reserved = torch.empty_like(ranks, device=device)
+        self.reserved.copy_(_pinned(ranks, device), non_blocking=True)
+
+    def _draw(self, law: RankLaw, intervals: Intervals) -> Tensor:
+        if self.tail == "fixed" and len(law.q):
+            if self._fixed is None or len(self._fixed) != len(law.q):
+                self._fixed = self._uniform(len(law.q))
+            tail = (self._fixed < law.q).nonzero().squeeze(1)  # [n], places in the tail
+        elif intervals.total:
+            tail = intervals.draw(self._uniform().item())  # [n]
+        else:
+            tail = torch.empty(0, dtype=torch.int64)
+        return torch.cat([torch.arange(law.keep), law.keep + tail])  # [K]
+
+    def _uniform(self, *shape: int) -> Tensor:
+        device = self._random.device
+        return torch.rand(shape, generator=self._random, dtype=torch.float64, device=device).cpu()
+
+    @property
+    def _random(self) -> torch.Generator:
+        assert self.generator is not None  # see `__setattr__`
+        return self.generator
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments by name, except the generator."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "generator"}
+
+    def fingerprint(self) -> bytes:
+        """Return everything that the next draw depends on as bytes."""
+        return repr((self.options(), self._largest_batch)).encode() + self._random.get_state().numpy().tobytes()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state of the draws, for `load_state_dict`, as CPU tensors."""
+        state = {"generator": self._random.get_state(), "largest_batch": torch.tensor(self._largest_batch)}
+        return state if self._fixed is None else state | {"fixed": self._fixed}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from the result of `state_dict`.
+
+        Raises:
+            ValueError: If it is not the state of a generator on this device.
+        """
+        try:
+            self._random.set_state(state["generator"])
+            self._largest_batch, self._fixed = int(state["largest_batch"]), state.get("fixed")
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"RankSampler: the state is not that of a generator on {self._random.device}: {error}."
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A generator cannot be pickled; its device and state can. The state is pickled as bytes, because a spawned
+        # process would open the shared memory of a tensor after this process has freed it.
+        generator = self._random.device, self._random.get_state().numpy().tobytes()
+        return vars(self) | {"generator": generator, "_law": None, "reserved": None, "shared": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        device, data = state["generator"]
+        generator = torch.Generator(device)
+        generator.set_state(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        vars(self).update(state | {"generator": generator})
+
+
+class SharedClasses:
+    """Classes of the first step within `RankSampler.same_classes`, for the other steps there.
+
+    Attributes:
+        class_ids: [K] int64, ascending; None before the first step.
+    """
+
+    class_ids: Tensor | None = None
+
+    def select(self, scores: Tensor, labels: Tensor) -> ClassSelection:
+        """Select the classes of the first step, among which all labels must be."""
+        class_ids = self.class_ids
         assert class_ids is not None
         missing = (scores == math.inf).index_fill(0, class_ids, False)  # [C]
         expected = "within same_classes() labels must be among the classes that its first step kept"
@@ -196,165 +278,35 @@ class RankSampler:
         targets = torch.searchsorted(class_ids, labels) if labels.ndim == 1 else labels.index_select(1, class_ids)
         return ClassSelection(class_ids, targets)
 
-    def _refuse_recomputation(self, num_classes: int, labels: int) -> None:
-        """Raise a RuntimeError within a backward pass, where a step would draw other classes than the first time."""
-        if torch._C._current_graph_task_id() != -1 and self.plan(num_classes, labels)[0] < num_classes:
-            raise RuntimeError(
-                "SkipCLIP: the step was called again within a backward pass, as activation checkpointing does; it "
-                'would draw other classes than the first time. Use memory="min" instead.'
-            )
 
-    def draw(self, num_classes: int, batch_size: int) -> Tensor:
-        """Draw the kept ranks [K] of a step, int64, ascending, on the device of the generator.
-
-        A generator on a GPU costs a host sync, to read K.
-        """
-        certain, intervals = self._certain(num_classes, batch_size, constant=False)
-        if intervals is None:
-            return certain
-        start = self._uniform()
-        return torch.cat([certain, len(certain) + intervals.draw(start)[: intervals.count(start.item())]])  # [K]
-
-    def draw_on(self, device: torch.device, num_classes: int, batch_size: int) -> Tensor:
-        """Draw as `draw` does, for a device: on a GPU from a table of the ranks of many steps."""
-        assert self.generator is not None
-        if device.type == "cpu" or self.generator.device.type != "cpu":
-            return self.draw(num_classes, batch_size)
-        return self._reserve(device, num_classes, batch_size, constant=False).current()
-
-    def reserve(self, device: torch.device, num_classes: int, batch_size: int) -> None:
-        """Draw the kept ranks of a step from a CPU generator, and copy them to where a CUDA graph reads them (`take`).
-
-        K is the same in every step: "resample" draws round(Σq) ranks of the tail, each with its entry of
-        `inclusion_probabilities` as probability. The ranks of many steps, drawn with a copy of the generator, are
-        copied to the device together; the generator itself advances by one number in each step, as in `draw`.
-        """
-        table = self._reserve(device, num_classes, batch_size, constant=True)
-        table.row.copy_(table.current())
-
-    def _reserve(self, device: torch.device, num_classes: int, batch_size: int, *, constant: bool) -> RankTable:
-        assert self.generator is not None
-        certain, intervals = self._certain(num_classes, batch_size, constant)
-        table = self._tables.get(constant)
-        if table is None or not table.fits(device, certain, intervals):
-            table = self._tables[constant] = RankTable(device, certain, intervals)
-        if intervals is not None:
-            start = self._uniform()
-            # Another number than the row was drawn with: the generator was seeded, or continues from a checkpoint.
-            if table.starts[table.next : table.next + 1] != [start.item()]:
-                table.fill(start, self.generator)
-            table.next += 1
-        return table
-
-    def take(self) -> Tensor:
-        """Return the reserved ranks [K], always at the same address."""
-        return self._tables[True].row
-
-    def _uniform(self) -> Tensor:
-        assert self.generator is not None
-        return torch.rand((), generator=self.generator, dtype=torch.float64, device=self.generator.device)
-
-    def _certain(self, num_classes: int, batch_size: int, constant: bool) -> tuple[Tensor, Intervals | None]:
-        """Return the ranks that this step certainly keeps, and the intervals that the others are drawn from, if any.
-
-        If `constant`, all draws have the same size.
-        """
-        assert self.generator is not None
-        keep, q = self.plan(num_classes, batch_size)
-        self._min_keep = max(self._min_keep, batch_size)
-        device = self.generator.device
-        if self.tail == "fixed" and len(q):
-            if self._fixed is None or len(self._fixed) != len(q):
-                self._fixed = torch.rand(q.shape, generator=self.generator, dtype=q.dtype, device=device)  # [tail]
-            kept = (self._fixed.to(device) < q.to(device)).nonzero().squeeze(1)  # [n], places in the tail
-            return torch.cat([torch.arange(keep, device=device), keep + kept]), None  # [K]
-        of, on, intervals = self._intervals.get(constant, (None, None, None))
-        if of is not q or on != device or intervals is None:
-            ends = (inclusion_probabilities(q) if constant else q).cumsum(0)  # [tail]
-            # Rounded: a sum that is a whole number up to rounding has one size of draws.
-            total = round(ends[-1].item(), 0 if constant else 9) if len(q) else 0.0
-            intervals = Intervals(torch.arange(keep, device=device), ends.to(device), total)
-            self._intervals[constant] = q, device, intervals
-        return intervals.certain, intervals if intervals.total else None
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments by name, except the generator."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "generator"}
-
-    def fingerprint(self) -> bytes:
-        """Return everything that the next draw depends on as bytes."""
-        assert self.generator is not None
-        return repr((self.options(), self._min_keep)).encode() + self.generator.get_state().numpy().tobytes()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the state of the draws, for `load_state_dict`, as CPU tensors."""
-        assert self.generator is not None
-        state = {"generator": self.generator.get_state(), "min_keep": torch.tensor(self._min_keep)}
-        return state if self._fixed is None else state | {"fixed": self._fixed.cpu()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from the result of `state_dict`.
-
-        Raises:
-            ValueError: If it is not the state of a generator on this device.
-        """
-        assert self.generator is not None
-        try:
-            self.generator.set_state(state["generator"])
-            self._min_keep, fixed = int(state["min_keep"]), state.get("fixed")
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"RankSampler: the state is not that of a generator on {self.generator.device}: {error}."
-            ) from error
-        if fixed is not None and fixed.dtype == torch.bool:  # a mask of an earlier version: 0 is below q, 1 is not
-            fixed = 1.0 - fixed.double()
-        self._fixed = None if fixed is None else fixed.to(self.generator.device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A generator cannot be pickled; its device and state can. The state is pickled as bytes, because a spawned
-        # process would open the shared memory of a tensor after this process has freed it.
-        assert self.generator is not None
-        generator = self.generator.device, self.generator.get_state().numpy().tobytes()
-        return vars(self) | {"generator": generator, "_tables": {}, "_shared": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        device, data = state["generator"]
-        generator = torch.Generator(device)
-        generator.set_state(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        vars(self).update(state | {"generator": generator})
+def _check_option(name: str, value: Any) -> None:
+    """Raise an error if the value of an option of RankSampler is out of its range."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if name == "keep_ratio":
+        valid = real and (0 < value <= 1 or (value > 1 and float(value).is_integer()))
+        expected = "above 0 (a share up to 1, or a whole number of classes)"
+    elif name == "max_keep":
+        valid, expected = whole and value >= 1, "at least 1, a whole number"
+    elif name == "decay":
+        valid, expected = real and value > 0 and math.isfinite(value), "above 0 and finite"
+    elif name == "tail":
+        valid, expected = value in get_args(Tail), f"one of {', '.join(get_args(Tail))}"
+    elif name == "max_tail":
+        valid, expected = value is None or (whole and value >= 0), "at least 0, or None"
+    elif name == "generator" and not isinstance(value, torch.Generator):
+        raise TypeError(
+            f"RankSampler: generator must be a torch.Generator; got {value!r}. Use torch.Generator().manual_seed(0)."
+        )
+    else:
+        return
+    if not valid:
+        raise ValueError(f"RankSampler: {name} must be {expected}; got {value!r}.")
 
 
-def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
-    """Return the classes at the given ranks, ordered by descending score with all labels first.
-
-    Args:
-        scores: [C], any floating dtype. NaN ranks last.
-        labels: [B] int64, classes of the images.
-        ranks: [K] int64, distinct; must contain all ranks below the number of distinct labels.
-
-    Returns:
-        ClassSelection: `class_ids` [K] ascending and `targets` [B], int64, with class_ids[targets] = labels.
-
-    Example:
-        >>> scores = torch.tensor([0.1, 0.9, 0.3, 0.8])
-        >>> select_ranks(scores, torch.tensor([2, 2]), torch.tensor([0, 1]))
-        ClassSelection(class_ids=tensor([1, 2]), targets=tensor([1, 1]))
-    """
-    return ranked_selection(scores.scatter(0, labels, math.inf), labels, ranks)
-
-
-def ranked_selection(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
-    """Return the result of `select_ranks` for scores [C] that are infinite for labels, as those of `class_scores`."""
-    return ClassSelection(*_at_ranks(scores, ranks.to(scores.device, non_blocking=True), labels))
-
-
-def classes_at_ranks(scores: Tensor, ranks: Tensor) -> Tensor:
-    """Class ids [K] int64, ascending, at the given ranks [K] of descending scores [C]. NaN ranks last.
-
-    >>> classes_at_ranks(torch.tensor([0.1, 0.9, 0.3, 0.8]), torch.tensor([0, 2]))
-    tensor([1, 2])
-    """
-    return _at_ranks(scores, ranks.to(scores.device, non_blocking=True), None)[0]
+def _pinned(ranks: Tensor, device: torch.device) -> Tensor:
+    """Move to memory from which a copy to the device does not wait."""
+    return ranks.pin_memory() if device.type == "cuda" else ranks
 
 
 def select_classes(scores: Tensor, labels: Tensor, **options: Any) -> ClassSelection:
@@ -387,4 +339,4 @@ def select_classes(scores: Tensor, labels: Tensor, **options: Any) -> ClassSelec
         raise ValueError(
             f"select_classes: labels must be in [0, C={len(scores)}); got {int(labels.min())} to {int(labels.max())}."
         )
-    return select_ranks(scores, labels, RankSampler(**options).draw(scores.numel(), labels.numel()))
+    return RankSampler(**options).select(scores.scatter(0, labels, math.inf), labels)
