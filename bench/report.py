@@ -422,7 +422,8 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/using-a-model.md": {"unknown": unknown_scores, "unknown-thresholds": unknown_thresholds},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in ("harmonic", "differences", "base", "new")},
     "docs/when-details.md": {f"when-{name}": partial(when, name=name) for name in ("settings", "cost", "steps")},
-    "docs/trainers.md": {"trainers": trainers, "fuse": fused},
+    "docs/trainers.md": {"trainers": trainers},
+    "docs/fused-blocks.md": {"fuse": fused},
 }
 
 

@@ -59,7 +59,7 @@ def assert_equal_gradients(got: dict[str, Tensor], right: dict[str, Tensor]) -> 
 
 
 class ImageModel(nn.Module):
-    """SkipCLIP as docs/trainers.md shows it to trainers that call `loss_fn(model(x), y)`."""
+    """SkipCLIP as docs/more-trainers.md shows it to trainers that call `loss_fn(model(x), y)`."""
 
     def __init__(self, clip: sk.SkipCLIP):
         super().__init__()
