@@ -1,4 +1,4 @@
-"""Adapters of PEFT above the cut of a Hugging Face model: the recipe of docs/more-trainers.md, against plain training."""
+"""Adapters of PEFT above the cut of a Hugging Face model, as in docs/more-trainers.md, against plain training."""
 
 from __future__ import annotations
 
