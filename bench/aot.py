@@ -23,15 +23,18 @@ So do the targets that are not IN_TABLE.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +46,7 @@ from skipkernels.ops import OPERATORS, launching, registration
 
 from . import measure, tables
 from .launches import CALLS, DTYPES
-from .precompile import ARCHITECTURES, Kernel, compile_one, gpu_target, in_processes, kernels_of, launches_of
+from .meta_device import ARCHITECTURES, Architecture, Launch, launches_of
 
 TABLE = measure.RESULTS / "aot.csv"
 # Registers and shared memory may grow by this much when another version of Triton compiles the same source: versions
@@ -63,6 +66,51 @@ _MATRIX_INSTRUCTIONS = {
     "ptx": re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b[\w.:]*"),
     "amdgcn": re.compile(r"\b(v_mfma)_\w+"),
 }
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+class Kernel(NamedTuple):
+    """The input of Triton's compiler."""
+
+    function: Any
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Equal for kernels that are compiled once."""
+        return (self.function.fn.__qualname__, *map(repr, self[1:]))
+
+
+def gpu_target(architecture: Architecture) -> Any:
+    """Triton's description of a target."""
+    GPUTarget = importlib.import_module("triton.backends.compiler").GPUTarget
+    return GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
+
+
+@functools.cache
+def _binder(kernel: Any, backend: Any) -> Callable[..., Any]:
+    """Triton's function that sorts the arguments of a kernel."""
+    create = importlib.import_module("triton.runtime.jit").create_function_from_signature
+    return create(kernel.signature, kernel.params, backend)
+
+
+def specialise(launch: Launch, backend: Any) -> Kernel:
+    """The input that `JITFunction.run` would pass to the compiler."""
+    kernel = launch.kernel
+    given = {**launch.arguments, **launch.options}
+    options, signature, constants, attributes = kernel._pack_args(backend, given, *_binder(kernel, backend)(**given))
+    return Kernel(kernel, signature, constants, attributes, dict(options.__dict__))
+
+
+def kernels_of(launches: Iterable[Launch], architecture: Architecture) -> list[Kernel]:
+    """The kernels of these launches, each once."""
+    backend = importlib.import_module("triton.compiler.compiler").make_backend(gpu_target(architecture))
+    return list({kernel.key: kernel for kernel in (specialise(launch, backend) for launch in launches)}.values())
 
 
 class Job(NamedTuple):
@@ -136,7 +184,9 @@ def jobs_of(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], q
 
 def compile_job(job: Job) -> Result:
     """Compile a kernel, or load it from Triton's cache, and read its machine code."""
-    compiled = compile_one(job.kernel, ARCHITECTURES[job.target])
+    function, signature, constants, attributes, options = job.kernel
+    source = launching.triton.compiler.ASTSource(function, signature, constants, attributes)
+    compiled = launching.triton.compile(source, target=gpu_target(ARCHITECTURES[job.target]), options=options)
     if "cubin" in compiled.asm:
         assembly, (registers, spilled) = "ptx", resources_of_cubin(compiled.asm["cubin"])
     else:
@@ -197,17 +247,23 @@ def kernels_in(module: Any) -> list[str]:
     return [name for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "fn")]
 
 
+_jobs: Sequence[Job] = ()  # of forked processes: kernels cannot be pickled
+
+
 def compile_all(jobs: Sequence[Job], console: Console, processes: int | None = None) -> tuple[list[Result], list[str]]:
     """The results in the order of the jobs, and the jobs that did not compile; one process per core."""
-    results, failures = [], []
-    with in_processes(lambda number: outcome_of(jobs[number]), len(jobs), processes) as outcomes:
+    global _jobs
+    _jobs, results, failures = jobs, [], []
+    with ProcessPoolExecutor(processes or os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        outcomes = pool.map(outcome_of, range(len(jobs)))
         for outcome in rich.progress.track(outcomes, "compiling", len(jobs), console=console, transient=True):
             (failures if isinstance(outcome, str) else results).append(outcome)
     return results, failures
 
 
-def outcome_of(job: Job) -> Result | str:
+def outcome_of(number: int) -> Result | str:
     """The result of a job, or the reason why it does not compile; the other kernels are compiled all the same."""
+    job = _jobs[number]
     try:
         return compile_job(job)
     except Exception as error:

@@ -44,12 +44,11 @@ from skipkernels.casts import Casts
 from skipkernels.ops import OPERATORS, launching, registration
 from skipkernels.selection import RankSampler
 
-from . import measure, precompile, tables
+from . import measure, tables
 from .flops import flops_of
 from .inputs import PRECISIONS, autocast, random_inputs
 from .launches import CALLS
-from .meta_device import meta_as_gpu
-from .stand_in import WithoutProducts, move_to_meta
+from .meta_device import ARCHITECTURES, WithoutProducts, meta_as_gpu, recording
 
 TABLE = measure.RESULTS / "counts.csv"
 LAUNCHES = measure.RESULTS / "launches.csv"
@@ -152,7 +151,7 @@ class _Calls(TorchDispatchMode):
 def launches_of(op: str, arguments: Sequence[Any]) -> int:
     """Kernels that one of our operators launches on a GPU: Triton kernels and PyTorch's within its launcher."""
     arguments = tree_map_only(Tensor, lambda x: x.to("meta"), tuple(arguments))
-    with precompile.recording(precompile.ARCHITECTURES["sm_80"]) as recorded, _Calls() as calls:
+    with recording(ARCHITECTURES["sm_80"]) as recorded, _Calls() as calls:
         registration.definitions[op].with_triton(*arguments)
     return calls.torch + len(recorded)
 
@@ -243,7 +242,7 @@ def _on_a_gpu(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: st
     """Calls, launches and waits of a step on a GPU, for which the meta device stands in."""
     clip = copy.deepcopy(clip)
     clip(features, labels)  # caches the text features at the cut, which needs values
-    move_to_meta(clip)
+    clip.to("meta")
     features, labels = features.to("meta"), labels.to("meta")
     groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
     step = sk.graphed(clip, sk.FusedSGD(groups, momentum=0.9, in_backward=optimizer == IN_BACKWARD), batch_size=BATCH)

@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
-# Check and time everything on a GPU, unattended, in at most nine minutes. Each stage has a time limit and its output in
+# Check and time everything on a GPU, unattended, in at most ten minutes. Each stage has a time limit and its output in
 # $OUT/STAGE.txt (default: gpu-results); a stage that fails or is cut off does not stop the others. docs/gpu.md says more.
 #
 #   bench/gpu.sh                       all stages
 #   bench/gpu.sh step ncu              some stages
-#   bench/gpu.sh --prepare [TARGET]    without a GPU, with the Python and Triton of the machine that has one: put into
-#                                      .gpu the packages that it may lack and the kernels of a step for TARGET (sm_90)
 #
 # STEP has options of the step, such as STEP="--model ViT-L-14 --classes 100". PYTHON is the Python to run.
 #
@@ -20,31 +18,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-gpu-results} STEP=${STEP:-}
-packages=$PWD/.gpu/packages-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') # not of another Python
-export PYTHONPATH=$PWD:$packages${PYTHONPATH:+:$PYTHONPATH}
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.gpu/triton}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export SKIPKERNELS_CPP=${SKIPKERNELS_CPP:-0} # no time to compile what runs on a CPU
-
-if [ "${1:-}" = --prepare ]; then
-  # What this Python lacks of some packages and of their dependencies; torch and Triton stay as they are.
-  fixed=$("$python" -c 'from importlib.metadata import distributions as found
-print(*(f"{x.name}=={x.version}" for x in found() if x.name in ("torch", "torchvision", "triton")))')
-  lacking() {
-    "$python" -m pip install --quiet --dry-run --report - $fixed "$@" | "$python" -c 'import json, sys
-print(*("{name}=={version}".format(**x["metadata"]) for x in json.load(sys.stdin)["install"]))'
-  }
-  put() { "$python" -m pip install --quiet --no-deps --upgrade --target "$packages" "$@"; }
-  missing=$(lacking open_clip_torch safetensors xxhash filelock tyro pydantic pyyaml rich jinja2 matplotlib \
-    hypothesis pytest pytest-benchmark pytest-xdist) || exit
-  [ -z "$missing" ] || put $missing || exit
-  # Peers: a benchmark leaves out one that is absent and says so.
-  for peer in liger-kernel cut-cross-entropy inf-cl memeff xformers; do
-    put "$peer" || echo "$peer cannot be installed here"
-  done
-  "$python" -m bench.prepare $STEP --target "${2:-sm_90}" || exit
-  du -sh "$packages" "$TRITON_CACHE_DIR"
-  exit
-fi
 
 processes=$(($(nproc) < 8 ? $(nproc) : 8))
 chosen=${*:-machine tests step step_fp32 operators profile memcheck racecheck ncu summary}
@@ -56,12 +31,12 @@ stage() { # NAME SECONDS COMMAND …
   echo "$1: exit status $?, $SECONDS s since the start" | tee -a "$out/log.txt"
 }
 
-# From a cold disk the first import of torch takes most of a minute.
+# From a cold disk the first import of torch takes most of a minute. A first run also compiles the kernels.
 stage machine 60 sh -c "nvidia-smi; $python -m bench.gpu machine --out '$out'"
-stage tests 130 "$python" -m pytest -q -m gpu -n "$processes" --maxschedchunk 1 -p bench.failures -p no:cacheprovider \
+stage tests 130 "$python" -m pytest -v -m gpu -n "$processes" --maxschedchunk 1 -p no:cacheprovider \
   --continue-on-collection-errors $(grep -rlE 'mark\.gpu|: Backend' tests --include='test_*.py') # others import more
-stage step 50 "$python" -m bench.gpu step $STEP --out "$out"
-stage step_fp32 40 "$python" -m bench.gpu step $STEP --precision fp32 --out "$out"
+stage step 90 "$python" -m bench.gpu step $STEP --out "$out"
+stage step_fp32 70 "$python" -m bench.gpu step $STEP --precision fp32 --out "$out"
 stage operators 130 "$python" -m pytest bench/operators -q -p no:cacheprovider --device=cuda --minutes=1.7 \
   --benchmark-json="$out/operators.json"
 stage profile 20 "$python" -m bench.gpu profile_step $STEP

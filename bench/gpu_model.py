@@ -45,13 +45,12 @@ from skipkernels.ops import registration
 from skipkernels.ops.sgd_momentum import tables_of_graph
 from skipkernels.selection import RankSampler
 
-from . import measure, precompile, tables
+from . import measure, tables
 from .counts import launches_a_kernel, without_tail
 from .flops import formulas
 from .inputs import autocast, random_inputs
-from .meta_device import meta_as_gpu
+from .meta_device import ARCHITECTURES, PRODUCTS, WithoutProducts, meta_as_gpu, recording
 from .published import PublishedStep
-from .stand_in import PRODUCTS, WithoutProducts, move_to_meta
 
 TABLE = measure.RESULTS / "gpu_model.csv"
 OURS, PUBLISHED = "skipkernels", "published"
@@ -192,7 +191,7 @@ class Recording(TorchDispatchMode):
         shapes = tree_map_only(Tensor, lambda x: x.shape, (args, out))
         flops = formula(*shapes[0], out_shape=shapes[1]) if formula else 0
         within = Recording()
-        with precompile.recording(precompile.ARCHITECTURES["sm_90"]) as launches, within:
+        with recording(ARCHITECTURES["sm_90"]) as launches, within:
             registration.definitions[operator._opname].with_triton(*args)
         tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
         dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
@@ -224,7 +223,7 @@ def skip_clip(model: str, skip_layers: int, batch: int, classes: int) -> tuple[s
         clip = sk.SkipCLIP(inputs.model, inputs.tokens, skip_layers=skip_layers, memory="fast", **sampling)
         features = clip.encode_lower(inputs.images)
         clip(features, inputs.labels)  # caches the text features at the cut, which needs values
-    move_to_meta(clip)
+    clip.to("meta")
     return clip, features.to("meta"), inputs.labels.to("meta")
 
 

@@ -22,7 +22,7 @@ from statistics import mean
 
 from skipkernels.ops import OPERATORS
 
-from . import gpu_bounds, gpu_model, infer, paper_cost, pictures, step, tables, tf32, unknown
+from . import gpu_model, infer, paper_cost, pictures, step, tables, unknown
 from .rows import KINDS, MACHINE, PRECISIONS, Device, Row, devices, grouped, number, of_all_devices, same_run
 from .when import summary
 
@@ -305,29 +305,6 @@ def estimates(device: Device) -> str:
     return table(header, lines) + f"\n\n<sub>{gpu_model.TITLE}; `python -m bench.gpu_model`</sub>"
 
 
-def unbuilt(device: Device) -> str:
-    """Estimated gains of changes of a step on a GPU."""
-    if not device.is_cpu:
-        return ""
-    header, lines = gpu_bounds.cells(tables.read(gpu_bounds.TABLE, gpu_bounds.Row))
-    return (
-        table(header, lines)
-        + f"\n\n<sub>{gpu_model.TITLE}; C = {gpu_bounds.CLASSES:,}; `python -m bench.gpu_bounds`</sub>"
-    )
-
-
-def errors_in_tf32(device: Device) -> str:
-    """Errors of a step in TF32, emulated, which depend on no device here."""
-    if not device.is_cpu:
-        return ""
-    rows = tables.read(tf32.TABLE, tf32.Row)
-    lines = [[row.precision, row.loss, row.gradients, f"{row.largest}, `{row.weight}`"] for row in rows]
-    caption = (
-        f"{tf32.MODEL}, B = {tf32.BATCH}, C = K = {tf32.CLASSES}, random weights; emulated; `python -m bench.tf32`"
-    )
-    return table(["", "loss", "all gradients", "largest of a weight"], lines) + f"\n\n<sub>{caption}</sub>"
-
-
 def unknown_scores(device: Device) -> str:
     """Scores that tell unknown images from known ones: means over tasks and seeds."""
     if not device.is_cpu:
@@ -418,7 +395,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/benchmarks.md": {"step": steps, "sizes": sizes, "memory": memory, "infer": classifying, "claims": claims}
     | {"paper": paper, "lose": losses},
     "docs/operators.md": {"operators": operators},
-    "docs/gpu.md": {"gpu-model": estimates, "gpu-bounds": unbuilt, "tf32": errors_in_tf32},
+    "docs/gpu.md": {"gpu-model": estimates},
     "docs/using-a-model.md": {"unknown": unknown_scores, "unknown-thresholds": unknown_thresholds},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in ("harmonic", "differences", "base", "new")},
     "docs/when-details.md": {f"when-{name}": partial(when, name=name) for name in ("settings", "cost", "steps")},

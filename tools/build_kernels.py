@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "skipkernels"
 TEMPLATES = Path(__file__).with_name("kernels")
 MODULES = ("checks.py", "functional.py", "reference.py")
-NOT_COPIED = ("precompile.py",)  # of ops: for the command line
 BACKENDS = ("cpu", "cuda", "rocm")
 VERSION = 1  # of the interface, counted by `kernels`
 
@@ -48,8 +47,7 @@ def sources() -> dict[str, str]:
     """Files of a build by name, but for the namespace."""
     files = {name: (PACKAGE / name).read_text() for name in MODULES}
     for path in sorted((PACKAGE / "ops").glob("*.py")):
-        if path.name not in NOT_COPIED:
-            files[f"ops/{path.name}"] = path.read_text()
+        files[f"ops/{path.name}"] = path.read_text()
     files |= {path.name: path.read_text() for path in sorted(TEMPLATES.glob("*.py"))}
     name = "ops/registration.py"
     own = '\nNAMESPACE = "skipkernels"\n'
