@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench.pictograms import more
 from bench.when import __main__ as command
 from bench.when import runs, summary, tasks
 from bench.when.rows import Rows, reported
 from bench.when.tasks import Shift
+from recipes.pictograms import more
 
 BY_NAME = {shift.name: shift for shift in tasks.SHIFTS}
 PACKAGED = [shift for shift in tasks.SHIFTS if shift.packaged]

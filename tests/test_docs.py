@@ -376,7 +376,8 @@ def options() -> set[str]:
 
     for command in cli.COMMANDS.values():
         add(command)
-    for file in (*ROOT.glob("bench/**/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("skipkernels/integrations/*.py")):
+    own = ("bench/**/*.py", "recipes/**/*.py", "examples/*.py", "skipkernels/integrations/*.py")
+    for file in itertools.chain.from_iterable(map(ROOT.glob, own)):
         found |= set(re.findall(r'"(--[a-z-]+)"', file.read_text()))
     return found
 

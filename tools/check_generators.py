@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("skipkernels", "bench", "examples", "tools")  # fixtures of pytest, in tests, are closed by it
+FOLDERS = ("skipkernels", "bench", "recipes", "examples", "tools")  # fixtures of pytest, in tests, are closed by it
 
 
 def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:

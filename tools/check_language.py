@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("skipkernels", "csrc", "bench", "examples", "tests", "docs")
+FOLDERS = ("skipkernels", "csrc", "bench", "recipes", "examples", "tests", "docs")
 FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "setup.py")
 SUFFIXES = (".py", ".cpp", ".h", ".cu", ".md")
 

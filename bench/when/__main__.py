@@ -3,7 +3,7 @@
     python -m bench.when                         search and report on all tasks, about an hour on two cores
     python -m bench.when --tasks animals --seeds 1
     python -m bench.when --without-words FILE    also the tasks of known and unknown words
-    python -m bench.when --drawings FILE         also the tasks of the file of bench.pictograms.more
+    python -m bench.when --drawings FILE         also the tasks of the file of recipes.pictograms.more
     python -m bench.when --cost --tasks all      accuracy over time, on a quiet machine
     python -m bench.when --steps --tasks all     time and memory of a step, on a quiet machine
     python -m bench.when --print                 the tables of the committed rows

@@ -1,7 +1,7 @@
 """Tasks of the study: names of pictograms, and the designers of the training and test images.
 
 A fifth of the names, drawn once, are for the search of learning rates, the others for the reported runs. A seed draws
-base and new classes from them. Drawings are those in the package, or in the file of `bench.pictograms.more`.
+base and new classes from them. Drawings are those in the package, or in the file of `recipes.pictograms.more`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from recipes.pictograms import more
+from recipes.pictograms.names import has_word, held_out_words
 from skipkernels.app.data import DatasetImages, Source, Task, load_task
 from skipkernels.app.demo.pictograms import TASKS, TEMPLATE, TEST, TRAIN, Drawings, names_of
-
-from ..pictograms import more
-from ..pictograms.names import has_word, held_out_words
 
 Phase = Literal["search", "report"]
 
@@ -32,7 +31,7 @@ class Shift:
         tasks: Tasks of pictograms with the names.
         train: Sets of the training images.
         words: "known" or "unknown": names without or with a word that is held out of pre-training.
-        packaged: The drawings are in the package; else the file of `bench.pictograms.more` has the task.
+        packaged: The drawings are in the package; else the file of `recipes.pictograms.more` has the task.
     """
 
     name: str

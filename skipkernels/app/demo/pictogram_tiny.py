@@ -1,8 +1,8 @@
 """`pictogram-tiny`: a small CLIP that is packaged with its weights and an open_clip model config.
 
 It was pre-trained on the icons of 150 sets and their names, without the sets of `pictograms`; the recipe is in
-`bench/pictograms`, the licences are in `LICENSES-pictograms`. Its image tower, `vit_pictogram`, is a vision transformer
-of timm, which importing this module registers.
+`recipes/pictograms`, the licences are in `LICENSES-pictograms`. Its image tower, `vit_pictogram`, is a vision
+transformer of timm, which importing this module registers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pre-train `pictogram-tiny` on icons and their names.
 
-    python -m bench.pictograms.pretrain --out runs/pictogram-tiny
-    python -m bench.pictograms.pretrain --out runs/pictogram-tiny --wide-steps 20000    change the length and continue
+    python -m recipes.pictograms.pretrain --out runs/pictogram-tiny
+    python -m recipes.pictograms.pretrain --out runs/pictogram-tiny --wide-steps 20000    change the length and continue
 
 Three phases. `names`: images are classified among the names that four families or more draw, by a table of word
 vectors in place of the text tower, which learns to reproduce the table. `pairs`: both towers contrastively, with the

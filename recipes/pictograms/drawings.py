@@ -1,6 +1,6 @@
 """Write the drawings that are packaged with `pictogram-tiny`, one zip file of small PNG files.
 
-    python -m bench.pictograms.drawings
+    python -m recipes.pictograms.drawings
 
 It has the concrete names that four sets of emoji share (`pool.concrete_names`), as three of the sets draw them. The
 licence of the fourth, OpenMoji, is share-alike. `classes.csv` has the task of each name, and `LICENSES` the author and

@@ -1,6 +1,6 @@
 """Count the icons in the table, and write docs/pictograms.md (its tables) and LICENSES-pictograms.
 
-python -m bench.pictograms.count
+python -m recipes.pictograms.count
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write the drawings and photographs of more tasks of `bench.when`, which are not packaged, to one file, more.npz.
 
-    python -m bench.pictograms.more
+    python -m recipes.pictograms.more
 
 flags         flags of the countries that CoreUI draws: training images are those of Twemoji and CoreUI, test images
               those of OpenMoji
@@ -11,7 +11,7 @@ photos        packaged names (`pool.concrete_names`), of which Tux Paint's stamp
 many classes  names that two families draw, one for training and another for the test. Pre-training has seen these
               families: for cost and class selection, not for zero-shot accuracy
 
-The table of icons must exist (`python -m bench.pictograms`). Tux Paint's stamps are downloaded with apt-get. They are
+The table of icons must exist (`python -m recipes.pictograms`). Tux Paint's stamps are downloaded with apt-get. They are
 under GPL 2, and only measured on. The file has, for the splits of each task, TASK/SPLIT/images, uint8 [N, 64, 64, 3] on
 white, and TASK/SPLIT/names and TASK/SPLIT/sets, both [N].
 """

@@ -1,4 +1,4 @@
-"""bench.pictograms: cleaned names, what is held out, more tasks, and a pre-training run that is interrupted."""
+"""recipes.pictograms: cleaned names, what is held out, more tasks, and a pre-training run that is interrupted."""
 
 import io
 import json
@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.pictograms import count, more, names, pool, pretrain, sets, table
-from bench.pictograms.table import Icon
+from recipes.pictograms import count, more, names, pool, pretrain, sets, table
+from recipes.pictograms.table import Icon
 from skipkernels.app.demo import pictogram_tiny
 
 
