@@ -287,10 +287,10 @@ def _sides(recording: Recording, clip: sk.SkipCLIP) -> Iterator[None]:
 
         return run
 
-    image = clip._images
+    image = clip.images
     with (
         mock.patch.object(image, "encode", marked("image", image.encode)),
-        mock.patch.object(clip._texts, "encode", marked("text", clip._texts.encode)),
+        mock.patch.object(clip.texts, "encode", marked("text", clip.texts.encode)),
         mock.patch.object(optimizer.FusedSGD, "_flush_all", at_the_end),
         mock.patch.object(optimizer, "_stream_of", lambda weight: hash(recording.side)),
     ):

@@ -101,11 +101,11 @@ def evaluations_of(inputs: Inputs, batch: int, skip_layers: int, precision: str)
 
     # Class embeddings are recomputed, as after a step.
     def nothing_kept() -> list[Tensor]:
-        clip._texts.drop()
+        clip.texts.drop()
         return [clip.predict(images) for images in batches]
 
     def features_kept() -> list[Tensor]:
-        clip._texts._all = None
+        clip.texts._kept = None
         return [clip.predict(features) for features in at_the_cut]
 
     return dict(zip(IMPLEMENTATIONS, (published, texts_once, nothing_kept, features_kept), strict=True))

@@ -241,7 +241,7 @@ def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with unfused(model.modules()):
-        outputs = clip._images.tower.reference_forward(images), clip._texts.tower.reference_forward(tokens)
+        outputs = clip.images.tower.reference_forward(images), clip.texts.tower.reference_forward(tokens)
         image, text = (F.normalize(x, dim=-1) for x in outputs)
         loss = F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
         loss.backward()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .clip import SkipCLIP, check_clip
-from .clip.cut import CutOptions
 from .digests import digest_file
 from .folders import replace_tensors, replaced_folder
 from .towers import UnsupportedModel
@@ -66,33 +64,23 @@ def add_lora(
         >>> merge_lora(clip)  # clip.model has its plain weights and keys again
     """
     check_clip("add_lora", clip)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"add_lora: rank must be an integer of at least 1; got {rank!r}.")
-    alpha = float(rank if alpha is None else alpha)
-    if not alpha > 0:
-        raise ValueError(f"add_lora: alpha must be above 0; got {alpha}.")
-    chosen = frozenset(TARGETS if targets == "all-linear" else [targets] if isinstance(targets, str) else targets)
-    if not chosen or not chosen <= set(TARGETS):
-        raise ValueError(f'add_lora: targets must be of {", ".join(TARGETS)}, or "all-linear"; got {targets!r}.')
+    chosen, alpha = _checked_arguments(rank, targets, alpha)
     clip.check_model()
     if next(_updates(clip.model), None) is not None:
         raise ValueError("add_lora: the model has low-rank updates already. Merge them first: merge_lora(clip).")
     towers = _fusable_towers(clip)
 
     generator = generator or torch.Generator().manual_seed(0)
-    before = clip._cut.options, [name for name, parameter in clip.model.named_parameters() if parameter.requires_grad]
-    clip.model.requires_grad_(False)
+    clip.cut.freeze_for_adapters()
     try:
         for tower in towers:
             for block in list(tower.blocks)[tower.skip :]:
                 _update_block(block, block.linear_weights, chosen, rank, alpha, generator)
-        clip._cut.options = replace(clip._cut.options, trainable="as_is")
         clip.refresh()
     except BaseException:
         _remove(clip.model, merge=False)
-        _set_trained(clip, *before)
+        clip.cut.train_without_adapters()
         raise
-    clip._cut.before_lora = before[0].trainable, before[1]
 
 
 def merge_lora(clip: SkipCLIP) -> None:
@@ -104,9 +92,7 @@ def merge_lora(clip: SkipCLIP) -> None:
     """
     _check_updated("merge_lora", clip)
     _remove(clip.model, merge=True)
-    trainable, names = clip._cut.before_lora or ("as_is", [])
-    clip._cut.before_lora = None
-    _set_trained(clip, replace(clip._cut.options, trainable=trainable), names)
+    clip.cut.train_without_adapters()
     clip.refresh()
 
 
@@ -174,6 +160,19 @@ def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
+def _checked_arguments(rank: Any, targets: str | Sequence[str], alpha: float | None) -> tuple[frozenset[str], float]:
+    """Return the targets and alpha of `add_lora`, or raise a ValueError."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"add_lora: rank must be an integer of at least 1; got {rank!r}.")
+    numerator = float(rank if alpha is None else alpha)
+    if not numerator > 0:
+        raise ValueError(f"add_lora: alpha must be above 0; got {numerator}.")
+    chosen = frozenset(TARGETS if targets == "all-linear" else [targets] if isinstance(targets, str) else targets)
+    if not chosen or not chosen <= set(TARGETS):
+        raise ValueError(f'add_lora: targets must be of {", ".join(TARGETS)}, or "all-linear"; got {targets!r}.')
+    return chosen, numerator
+
+
 def _check_updated(function: str, clip: Any) -> None:
     check_clip(function, clip)
     if next(_updates(clip.model), None) is None:
@@ -182,7 +181,7 @@ def _check_updated(function: str, clip: Any) -> None:
 
 def _fusable_towers(clip: SkipCLIP) -> list[Tower]:
     """Return both towers, or raise if no block is above the cut, or one that is not fused."""
-    towers: dict[str, Tower] = {"text": clip._texts.tower, "image": clip._images.tower}
+    towers: dict[str, Tower] = {"text": clip.texts.tower, "image": clip.images.tower}
     if all(tower.skip == len(tower.blocks) for tower in towers.values()):
         raise ValueError("add_lora: no block is above the cut. Make a SkipCLIP with fewer skip_layers.")
     for name, tower in towers.items():
@@ -233,10 +232,3 @@ def _remove(model: nn.Module, *, merge: bool) -> None:
         others = dict(module._parameters)  # in the order of an unaltered module: its weights are first
         module._parameters.clear()
         module._parameters.update({name: others.pop(name)} | others)
-
-
-def _set_trained(clip: SkipCLIP, options: CutOptions, names: Sequence[str]) -> None:
-    """Restore the options of a SkipCLIP, and train only the parameters of these names."""
-    clip._cut.options, trained = options, set(names)
-    for name, parameter in clip.model.named_parameters():
-        parameter.requires_grad_(name in trained)

@@ -23,7 +23,7 @@ def reference_gradients(
     clip.model.zero_grad()
     torch.manual_seed(0)
     with unfused(clip.model.modules()):
-        image, text = clip._images.tower.reference_forward(images), clip._texts.tower.reference_forward(tokens)
+        image, text = clip.images.tower.reference_forward(images), clip.texts.tower.reference_forward(tokens)
         image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
         loss = nn.functional.cross_entropy(clip.model.logit_scale.exp() * image @ text.T, labels)
         loss.backward()

@@ -74,7 +74,7 @@ def batches(clip: sk.SkipCLIP, count: int, batch: int = 4) -> list[tuple[Tensor,
     """Batches (features at the cut, labels); without a cut, (images, labels)."""
     found = []
     for seed in range(count):
-        images, labels = tiny_batch(batch, CLASSES, clip._images.tower.dtype, seed=seed)
+        images, labels = tiny_batch(batch, CLASSES, clip.images.tower.dtype, seed=seed)
         found.append((clip.encode_lower(images) if clip.skip_layers[0] else images, labels))
     return found
 
@@ -93,7 +93,7 @@ def groups_of(clip: sk.SkipCLIP, *, stochastic: bool = False) -> list[dict[str, 
 def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Tensors that exist between steps and are read by the kernels of a step."""
     found = dict(clip.model.named_parameters()) | dict(clip.model.named_buffers())
-    found |= {f"of texts {number}": x for number, x in enumerate(clip._texts.step_tensors())}
+    found |= {f"of texts {number}": x for number, x in enumerate(clip.texts.step_tensors())}
     found |= {"ranks": clip.sampler.reserved}
     for number, state in enumerate(optimizer.state.values()):
         found |= {f"{name} {number}": x for name, x in state.items() if isinstance(x, Tensor)}
@@ -158,12 +158,12 @@ def test_move_carries_tensors_of_no_module():
     clip = skip_clip(torch.float32)
     x, labels = batches(clip, 1)[0]
     clip(x, labels)
-    rows = clip._texts.features().features
+    rows = clip.texts.table().features
     clip.to("meta")
-    prompts, head = clip._texts.groups[0].tensors().values(), clip._images.tower.head
-    for tensor in (clip.prototypes, clip._texts.features().features, *prompts, *head[1].parameters(), head[2]):
+    prompts, head = clip.texts.templates[0].tensors().values(), clip.images.tower.head
+    for tensor in (clip.prototypes, clip.texts.table().features, *prompts, *head[1].parameters(), head[2]):
         assert tensor.device.type == "meta"
-    assert clip._texts.features().shape == rows.shape[1:] and not clip._images.is_stale()
+    assert clip.texts.table().shape == rows.shape[1:] and not clip.images.is_stale()
 
 
 # ---- on the CPU: the plain loop, and the captured path with a fake graph --------------------------------------------
@@ -293,9 +293,9 @@ class Run:
             return self.clip(x, labels)
         sampler = self.clip.sampler
         sampler.reserve(x.device, len(self.clip.prototypes), len(x))
-        ranks, image = graphed._ReservedRanks(sampler), self.clip._images.encode(x)
+        ranks, image = graphed._ReservedRanks(sampler), self.clip.images.encode(x)
         options = LossOptions(self.clip.label_smoothing, self.clip.class_weight)
-        return step(image, labels, self.clip._texts, ranks, self.clip._scale, options)
+        return step(image, labels, self.clip.texts, ranks, self.clip.scale, options)
 
     def train(self, some: list[tuple[Tensor, Tensor]]) -> list[Any]:
         """Losses and classes of the steps, and the weights after them."""
@@ -370,7 +370,7 @@ def test_graphed_follows_new_classes_and_label_smoothing(fake_cuda):
     some = batches(ours.clip, graphed.WARMUP + 1)
     for seed in range(2):
         assert ours.train(some) == theirs.train(some)
-        captured = weakref.ref(ours.clip._texts)
+        captured = weakref.ref(ours.clip.texts)
         for run in (ours, theirs):
             run.clip.set_classes(tiny_tokens(CLASSES, seed=seed + 5))
             run.clip.set_classes(tiny_tokens(CLASSES + seed, seed=seed + 10), torch.linspace(0, 2, CLASSES + seed))
@@ -495,14 +495,14 @@ def test_overlapped_sides_wait_for_each_other(fake_cuda, monkeypatch):
 
     ours, theirs = Run("in_backward", by_graph=True), Run("in_backward", by_graph=False)
     ours.step = sk.graphed(ours.clip, ours.optimizer, batch_size=4)
-    encode, seen = ours.clip._texts.encode, []
+    encode, seen = ours.clip.texts.encode, []
 
     def watched(class_ids):
         text = encode(class_ids)
         seen.append((now[-1], class_ids, text))
         return text
 
-    monkeypatch.setattr(ours.clip._texts, "encode", watched)
+    monkeypatch.setattr(ours.clip.texts, "encode", watched)
     some = batches(ours.clip, 1)
     assert ours.train(some) == theirs.train(some)
     ((stream, class_ids, text),) = seen

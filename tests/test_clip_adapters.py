@@ -39,7 +39,7 @@ def test_peft_blocks_run_beside_fused_ones(blocks, memory):
     for tower in ("image", "text"):
         assert clip.reductions[f"{tower}.fused_block"].reason.startswith(named)
         assert clip.reductions[f"{tower}.pooled_last_block"].enabled == (2 not in blocks)
-    assert clip.reductions["text.shared_prefix"].enabled and clip._texts.groups[0].prefix_length == 2
+    assert clip.reductions["text.shared_prefix"].enabled and clip.texts.templates[0].prefix_length == 2
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 8 * len(blocks) and all("lora_" in name for name in trained)
     assert_matches_reference_step(clip, x, tokens, labels)

@@ -216,7 +216,7 @@ def test_alteration_is_followed(name):
     assert before.allclose(expected) == (name in ("backward_hook", "weight_norm"))  # no effect on logits
     for parameter in model.parameters():  # `assign` and PEFT set it
         parameter.requires_grad_(False)
-    for part in (*clip._images.tower.upper_parameters(), *clip._texts.tower.upper_parameters()):
+    for part in (*clip.images.tower.upper_parameters(), *clip.texts.tower.upper_parameters()):
         part.requires_grad_(True)
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 

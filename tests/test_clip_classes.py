@@ -119,7 +119,7 @@ def test_set_classes_equals_fresh_skipclip(classes, tail):
     for p, (same, value, requires_grad) in zip(clip.parameters(), before, strict=True):
         assert p is same and p.equal(value) and p.requires_grad == requires_grad
     torch.testing.assert_close(optimizer.state_dict()["state"], momentum["state"], rtol=0, atol=0)
-    assert clip._texts.tower.memory == "min"
+    assert clip.texts.tower.memory == "min"
     with pytest.raises(ValueError, match="other prompts"):
         clip.set_extra_state(old_state)
 
@@ -176,7 +176,7 @@ def test_templates_equal_naive_step(keep_ratio, skip):
     tokens, (x, labels) = three_templates(C), tiny_batch(4, C)
     model = tiny_clip()
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=keep_ratio)
-    assert [prompts.prefix_length for prompts in clip._texts.groups] == [3, 2, 0]
+    assert [prompts.prefix_length for prompts in clip.texts.templates] == [3, 2, 0]
     assert clip.reductions["text.shared_prefix"].reason == "the prompts begin with different tokens"
     texts = nn.functional.normalize(torch.stack([model.encode_text(t, True) for t in tokens.unbind(1)]).mean(0), dim=-1)
     torch.testing.assert_close(clip.prototypes, texts.detach(), rtol=0, atol=1e-12)
@@ -207,9 +207,9 @@ def test_templates_follow_changes_and_copies():
     clip.set_classes(tokens[:5, :2])
     assert_step_equals_naive(clip, tokens[:5, :2], x, labels % 5)
     clip.set_classes(tokens[:, 1:2])
-    assert clip._cut.tokens.equal(tokens[:, 1].int())
+    assert clip.cut.tokens.equal(tokens[:, 1].int())
     clip.to("meta")
-    held = [x for prompts in clip._texts.groups for x in prompts.tensors().values()]
+    held = [x for prompts in clip.texts.templates for x in prompts.tensors().values()]
     assert {x.device.type for x in (*held, clip.prototypes)} == {"meta"}
 
 
@@ -227,7 +227,7 @@ def test_templates_share_the_free_memory(monkeypatch):
     """A step runs the text tower three times: `memory="auto"` counts what they save together."""
     clip = sk.SkipCLIP(tiny_clip(), three_templates(C), skip_layers=1)
     clip(*tiny_batch(3, C))
-    text = clip._texts.tower
+    text = clip.texts.tower
     rows = torch.zeros(20, 16, dtype=torch.float64)
     saved = rows.numel() * rows.element_size() * SAVED_WIDTHS * 2  # two blocks
     monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 2 * saved + 2)

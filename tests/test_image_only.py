@@ -59,11 +59,11 @@ def test_training_leaves_the_texts_and_their_embeddings():
 def test_nothing_of_the_texts_is_kept_or_saved():
     images, labels = tiny_batch(B, C)
     whole, alone = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, keep_ratio=1.0), image_only(tiny_clip())
-    assert alone._texts._table is None
+    assert alone.texts._table is None
     assert saved_bytes(lambda: alone(images, labels).loss) < saved_bytes(lambda: whole(images, labels).loss)
     alone(images, labels)
     alone.set_classes(tiny_tokens(C + 3, seed=5))
-    assert alone._texts._table is None
+    assert alone.texts._table is None
 
 
 def test_classes_are_replaced_and_saved():

@@ -174,8 +174,8 @@ def test_weights_are_computed_once_a_pass(formed, autocast):
         return sorted(map(id, formed))
 
     assert calls(lambda: clip(images, labels).loss.backward()) == once
-    other = clip._cut.tokens.long().roll(1, dims=0)
-    clip.set_classes(torch.stack([clip._cut.tokens.long(), other], dim=1))  # two templates
+    other = clip.cut.tokens.long().roll(1, dims=0)
+    clip.set_classes(torch.stack([clip.cut.tokens.long(), other], dim=1))  # two templates
     assert calls(lambda: clip(images, labels).loss.backward()) == once
     clip.set_grad_checkpointing()
     assert calls(lambda: clip(images, labels).loss.backward()) == once
@@ -253,9 +253,9 @@ def test_half_precision_weights_have_fp32_updates():
 def test_add_lora_changes_nothing_before_training():
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=(1, 2))
-    features, identity, logits = clip.encode_lower(images), clip._images.tower.lower_identity(), clip.predict(images)
+    features, identity, logits = clip.encode_lower(images), clip.images.tower.lower_identity(), clip.predict(images)
     sk.add_lora(clip, 2, generator=torch.Generator().manual_seed(4))
-    assert clip._images.tower.lower_identity() == identity
+    assert clip.images.tower.lower_identity() == identity
     assert clip.predict(features).equal(logits)
     text, image = (group["params"] for group in clip.parameter_groups(text_lr=0.0, image_lr=0.0))
     assert [tuple(p.shape) for p in text] == [(2, 2, 16), (2, 16, 2)]  # of q and v: A, then B

@@ -212,11 +212,11 @@ def test_pair_loss_takes_new_captions_features_and_smaller_batches():
     model, (images, tokens, ids) = tiny_clip(), pair_batch()
     plain = copy.deepcopy(model)
     clip = sk.SkipCLIP(model, tiny_tokens(2, seed=3), skip_layers=1)
-    before = clip._texts.groups[0]
+    before = clip.texts.templates[0]
     for count in (5, 1, 3):
         loss = sk.pairs.pair_loss(clip, clip.encode_lower(images[:count]), tokens[ids[:count]].int())
         torch.testing.assert_close(loss, naive_pair_loss(plain, images[:count], tokens[ids[:count]], (1, 1)))
-    assert clip._texts.groups[0] is before, "the classes stay"
+    assert clip.texts.templates[0] is before, "the classes stay"
 
 
 @pytest.mark.parametrize("kind", ["ids", "tokens"])
@@ -289,8 +289,8 @@ def test_forward_of_chunks_saves_the_batch_and_gradients_of_embeddings(monkeypat
     features, ids = clip.encode_lower(tiny_batch(24, 24, torch.float32)[0]), torch.arange(24)
     whole, chunked = (saved_bytes(lambda c=c: sk.pairs.pair_loss(clip, features, ids, chunk=c)) for c in (None, 4))
     assert chunked < whole / 4
-    rows, encode = [], clip._images.encode
-    monkeypatch.setattr(clip._images, "encode", lambda x: rows.append(len(x)) or encode(x))
+    rows, encode = [], clip.images.encode
+    monkeypatch.setattr(clip.images, "encode", lambda x: rows.append(len(x)) or encode(x))
     loss = sk.pairs.pair_loss(clip, features, ids, chunk=4)
     kept = features.nbytes + ids.nbytes + 2 * 24 * clip.prototypes.shape[1] * 4
     assert sum(x.nbytes for x in loss.grad_fn.saved_tensors) == kept
@@ -320,7 +320,7 @@ def test_both_passes_have_the_same_autocast_and_random_numbers(monkeypatch):
         whole.backward()
         expected = gradients_of(clip)
         clip.zero_grad()
-        passes, encode = [], clip._images.encode
+        passes, encode = [], clip.images.encode
 
         def recorded(x, rate, encode=encode, passes=passes):
             embedding = F.dropout(encode(x), rate)
@@ -328,7 +328,7 @@ def test_both_passes_have_the_same_autocast_and_random_numbers(monkeypatch):
             return embedding
 
         for dropped in (0.0, 0.5):
-            monkeypatch.setattr(clip._images, "encode", functools.partial(recorded, rate=dropped))
+            monkeypatch.setattr(clip.images, "encode", functools.partial(recorded, rate=dropped))
             passes.clear()
             with torch.autocast("cpu", dtype):
                 loss = sk.pairs.pair_loss(clip, images, ids, chunk=2)
@@ -403,7 +403,7 @@ def test_chunks_refuse_changed_weights_and_what_they_would_change():
         loss.backward()
     clip.model.visual.ln_post = torch.nn.Sequential(clip.model.visual.ln_post, torch.nn.BatchNorm1d(1))
     with pytest.raises(ValueError, match="chunk must be None, since batch norms above the cut are in training mode"):
-        check_chunk(2, images, [clip._images.tower])
+        check_chunk(2, images, [clip.images.tower])
 
 
 # ---- recall ------------------------------------------------------------------------------------------------------

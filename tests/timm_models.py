@@ -74,7 +74,7 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 def lower_modules(clip: sk.SkipCLIP) -> Iterator[nn.Module]:
     """Modules below the cut of the image tower."""
-    tower = clip._images.tower
+    tower = clip.images.tower
     if tower.skip:
         yield from (part for part in (*tower.embedding, *tower.blocks[: tower.skip]) if isinstance(part, nn.Module))
 
@@ -85,7 +85,7 @@ def cut(model: nn.Module, skip: int, **arguments: Any) -> sk.SkipCLIP:
 
 def assert_matches_reference(family: Family, skip: int) -> sk.SkipCLIP:
     clip = cut(family.make(), skip)
-    assert len(clip._images.tower.blocks) == family.depth
+    assert len(clip.images.tower.blocks) == family.depth
     assert_matches_reference_step(clip, family.images(), TOKENS, LABELS)
     return clip
 

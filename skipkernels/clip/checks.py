@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,37 +14,38 @@ Trainable = Literal["upper", "as_is"]
 # ---- construction ----------------------------------------------------------------------------------------------------
 
 
-def check_tokens(tokens: Any) -> None:
-    """Raise unless tokens are an integer tensor [C, L] or [C, T, L]."""
+def described(value: Any) -> str:
+    """Dtype and shape of a tensor, or the type of another value, for messages."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def as_tokens(tokens: Any) -> Tensor:
+    """Return tokens as SkipCLIP keeps them, int32 [C, L], or [C, T, L] of T ≥ 2 templates, on the CPU."""
     if (
         not isinstance(tokens, Tensor)
         or tokens.ndim not in (2, 3)
         or tokens.numel() == 0
         or tokens.dtype not in (torch.int64, torch.int32)
     ):
-        found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(
             f"SkipCLIP: tokens must be an int64 tensor [C, L], or [C, T, L] for T templates, with C, T and L ≥ 1; got "
-            f"{found}. Tokenise a prompt of each class with the model's own tokenizer (from transformers: input_ids)."
+            f"{described(tokens)}. Tokenise a prompt of each class with the model's own tokenizer (from transformers: "
+            "input_ids)."
         )
-
-
-def kept_tokens(tokens: Tensor) -> Tensor:
-    """Tokens [C, L], or [C, T, L] of several templates, as SkipCLIP keeps them: int32 on the CPU."""
     return (tokens[:, 0] if tokens.ndim == 3 and tokens.shape[1] == 1 else tokens).to("cpu", torch.int32)
 
 
-def check_vocabulary(tokens: Tensor, vocabulary: int | None, argument: str = "SkipCLIP: tokens") -> None:
+def check_vocabulary(function: str, argument: str, tokens: Tensor, vocabulary: int | None) -> None:
     """Raise if a token id is outside the vocabulary of the model."""
     smallest, largest = int(tokens.min()), int(tokens.max())
     if smallest < 0 or (vocabulary is not None and largest >= vocabulary):
         raise ValueError(
-            f"{argument} must be ids in [0, {vocabulary}), the model's vocabulary; got {smallest} to {largest}. "
-            "Use the model's own tokenizer."
+            f"{function}: {argument} must be ids in [0, {vocabulary}), the model's vocabulary; got {smallest} to "
+            f"{largest}. Use the model's own tokenizer."
         )
 
 
-def check_label_smoothing(label_smoothing: Any) -> float:
+def as_label_smoothing(label_smoothing: Any) -> float:
     """Return the label smoothing as a float, or raise if it is not in [0, 1]."""
     number = isinstance(label_smoothing, (int, float)) and not isinstance(label_smoothing, bool)
     if not number or not 0.0 <= label_smoothing <= 1.0:
@@ -52,15 +53,15 @@ def check_label_smoothing(label_smoothing: Any) -> float:
     return float(label_smoothing)
 
 
-def check_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) -> Tensor | None:
+def as_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) -> Tensor | None:
     """Return a copy of the weights [C] in the dtype and on the device of the prototypes; None without weights."""
     if class_weight is None:
         return None
-    is_tensor = isinstance(class_weight, Tensor)
-    if not is_tensor or class_weight.shape != (num_classes,) or not class_weight.is_floating_point():
-        found = f"{class_weight.dtype} {list(class_weight.shape)}" if is_tensor else type(class_weight).__name__
+    valid = isinstance(class_weight, Tensor) and class_weight.is_floating_point()
+    if not valid or class_weight.shape != (num_classes,):
         raise ValueError(
-            f"SkipCLIP: class_weight must be a floating-point tensor [C={num_classes}], one per class; got {found}."
+            f"SkipCLIP: class_weight must be a floating-point tensor [C={num_classes}], one per class; got "
+            f"{described(class_weight)}."
         )
     if class_weight.requires_grad:
         raise ValueError("SkipCLIP: class_weight is a constant; got one that requires grad. Use class_weight.detach().")
@@ -88,12 +89,12 @@ def refuse_inference_mode(what: str) -> None:
 # ---- a batch ---------------------------------------------------------------------------------------------------------
 
 
-def check_images(pixel_values: Any) -> None:
+def check_pixel_values(pixel_values: Any) -> None:
     """Raise unless pixel_values can be images or features: floating point, not empty; on the CPU also finite."""
     if not isinstance(pixel_values, Tensor):
         raise TypeError(
             f"SkipCLIP: pixel_values must be a tensor, images [B, 3, height, width] or features at the cut; got "
-            f"{type(pixel_values).__name__}. Stack a list of images with torch.stack."
+            f"{described(pixel_values)}. Stack a list of images with torch.stack."
         )
     if not pixel_values.is_floating_point():
         raise TypeError(
@@ -114,15 +115,15 @@ def check_labels(labels: Any, batch: Tensor, classes: int) -> None:
     """Raise unless labels are class ids, int64 [B], or probabilities [B, C], on the device of the batch."""
     if not isinstance(labels, Tensor):
         raise TypeError(
-            f"SkipCLIP: labels must be an int64 tensor [B]; got {type(labels).__name__}. Without labels use "
+            f"SkipCLIP: labels must be an int64 tensor [B]; got {described(labels)}. Without labels use "
             "clip.predict(pixel_values)."
         )
     soft = labels.is_floating_point() and labels.shape == (len(batch), classes)
     if not soft and (labels.shape != (len(batch),) or labels.dtype != torch.int64):
         raise ValueError(
             f"SkipCLIP: labels must be class ids, int64 [B={len(batch)}], or probabilities of the classes, "
-            f"floating-point [B={len(batch)}, C={classes}]; got {labels.dtype} {list(labels.shape)}. For several labels"
-            " per image use pairs.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1)."
+            f"floating-point [B={len(batch)}, C={classes}]; got {described(labels)}. For several labels per "
+            "image use pairs.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1)."
         )
     check_device("SkipCLIP", "labels", labels, ("pixel_values", batch))
     if labels.device.type == "cpu":
@@ -157,8 +158,7 @@ def check_class_ids(class_ids: Any, classes: int) -> None:
     """Raise unless class ids are int64 [K], at least one, and in range."""
     valid = isinstance(class_ids, Tensor) and class_ids.dtype in (torch.int64, torch.int32) and class_ids.ndim == 1
     if not valid or len(class_ids) == 0:
-        found = f"{class_ids.dtype} {list(class_ids.shape)}" if isinstance(class_ids, Tensor) else repr(class_ids)
-        raise ValueError(f"SkipCLIP: class_ids must be int64 [K], at least one; got {found:.80}.")
+        raise ValueError(f"SkipCLIP: class_ids must be int64 [K], at least one; got {described(class_ids)}.")
     if class_ids.device.type == "cpu":
         check_range("SkipCLIP", "class_ids", class_ids, classes, "Encode other texts with the model itself.")
 
@@ -166,17 +166,19 @@ def check_class_ids(class_ids: Any, classes: int) -> None:
 def check_features(features: Any, shape: torch.Size) -> None:
     """Raise unless features are [B, …], those of an image of the given shape."""
     if not isinstance(features, Tensor) or features.shape[1:] != shape:
-        found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(
             f"SkipCLIP.encode_upper: features must be features at the cut, [B, {', '.join(map(str, shape))}]; got "
-            f"{found}. For images use encode_image."
+            f"{described(features)}. For images use encode_image."
         )
 
 
 def check_image_embeddings(image: Any, width: int, dtype: torch.dtype | None) -> None:
     """Raise unless image embeddings are [B, D=width], without autocast in the dtype of class embeddings, if given."""
-    remedy = "Compute them with clip.encode_image(images)."
-    _check_embeddings("SkipCLIP.loss: image", image, "image embeddings, floating-point [B", width, remedy)
+    expected, remedy = (
+        f"image embeddings, floating-point [B, D={width}]",
+        "Compute them with clip.encode_image(images).",
+    )
+    _check_embeddings("SkipCLIP.loss", "image", image, width, expected, remedy)
     if dtype not in (None, image.dtype) and not torch.is_autocast_enabled(image.device.type):
         raise TypeError(
             f"SkipCLIP.loss: image must be {dtype} like the class embeddings; got {image.dtype}. Call encode_image and "
@@ -186,8 +188,11 @@ def check_image_embeddings(image: Any, width: int, dtype: torch.dtype | None) ->
 
 def check_class_embeddings(class_embeddings: Any, width: int) -> None:
     """Raise unless class embeddings are [C', D=width] with unit norm."""
-    remedy = "Compute them with clip.class_embeddings(tokens), or pass tokens."
-    _check_embeddings("SkipCLIP.predict: class_embeddings", class_embeddings, "floating-point [C'", width, remedy)
+    expected, remedy = (
+        f"floating-point [C', D={width}]",
+        "Compute them with clip.class_embeddings(tokens), or pass tokens.",
+    )
+    _check_embeddings("SkipCLIP.predict", "class_embeddings", class_embeddings, width, expected, remedy)
     norms = class_embeddings.detach().float().norm(dim=1)
     # bf16 rounds each element by up to 2^-9.
     if class_embeddings.device.type == "cpu" and not ((norms - 1).abs() < 0.01).all():
@@ -197,12 +202,10 @@ def check_class_embeddings(class_embeddings: Any, width: int) -> None:
         )
 
 
-def _check_embeddings(argument: str, embeddings: Any, expected: str, width: int, remedy: str) -> None:
-    """Raise unless an argument has embeddings [n, D=width]; `expected` begins their description."""
-    is_tensor = isinstance(embeddings, Tensor)
-    if not is_tensor or not embeddings.is_floating_point() or embeddings.shape[1:] != (width,):
-        found = f"{embeddings.dtype} {list(embeddings.shape)}" if is_tensor else type(embeddings).__name__
-        raise ValueError(f"{argument} must be {expected}, D={width}]; got {found}. {remedy}")
+def _check_embeddings(function: str, argument: str, embeddings: Any, width: int, expected: str, remedy: str) -> None:
+    valid = isinstance(embeddings, Tensor) and embeddings.is_floating_point()
+    if not valid or embeddings.shape[1:] != (width,):
+        raise ValueError(f"{function}: {argument} must be {expected}; got {described(embeddings)}. {remedy}")
 
 
 def refuse_export() -> None:
@@ -212,3 +215,12 @@ def refuse_export() -> None:
             "SkipCLIP: a step can be neither exported nor traced. Export the plain module clip.classifier(), from "
             "images to logits."
         )
+
+
+def refuse_data_parallel() -> NoReturn:
+    """Raise a RuntimeError."""
+    raise RuntimeError(
+        "SkipCLIP: torch.nn.DataParallel copies the module in each step, so draws and cached texts would be lost. "
+        "Use DistributedDataParallel, with a process for each GPU (torchrun, accelerate launch), or one GPU "
+        "(CUDA_VISIBLE_DEVICES=0)."
+    )

@@ -1,10 +1,10 @@
-"""A CLIP cut in two: its encoders, which parameters train, and whether the model is still what was read."""
+"""A CLIP cut in two: its encoders, and what they share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +17,7 @@ from ..towers import ImageTower, Memory, Reduction, TextTower, UnsupportedModel,
 from ..towers.attention import SDPA, AttentionBackend
 from ..towers.base import Tower
 from ..towers.block import FusedBlock, fuse_blocks
-from ..towers.watch import Containers
+from ..towers.watch import Containers, Watched
 from .checks import Trainable, check_vocabulary
 from .images import ImageEncoder
 from .texts import ClassTexts, FixedTexts
@@ -30,7 +30,7 @@ _ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with
 class CutOptions:
     """Arguments of SkipCLIP that concern the towers."""
 
-    skip_layers: Any  # as in SkipCLIP; `of` resolves it
+    skip_layers: Any  # as in SkipCLIP; `skip_of` resolves it
     memory: Memory
     attention: AttentionName
     trainable: Trainable
@@ -46,12 +46,12 @@ class CutOptions:
                 f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {self.skip_layers!r}."
             )
 
-    def of(self, tower: Tower) -> Any:
-        """Number or share of the blocks that a tower skips."""
-        is_text = isinstance(tower, TextTower)
-        if is_text and not self.train_text:
-            return 1.0
-        return self.skip_layers[is_text] if isinstance(self.skip_layers, tuple) else self.skip_layers
+    def skip_of(self, tower: Tower) -> int | float:
+        """Number or share of the blocks that a tower skips; every block of a text tower that does not train."""
+        image, text = self.skip_layers if isinstance(self.skip_layers, tuple) else (self.skip_layers, self.skip_layers)
+        if isinstance(tower, ImageTower):
+            return image
+        return text if self.train_text else 1.0
 
 
 class CutModel:
@@ -66,6 +66,9 @@ class CutModel:
         lower_device: Device of the modules below the cut, or None for that of the model.
     """
 
+    images: ImageEncoder
+    texts: ClassTexts
+
     def __init__(
         self,
         model: Any,
@@ -77,84 +80,83 @@ class CutModel:
         lower_device: torch.device | str | None = None,
     ):
         self.model, self.tokens, self.options = model, tokens, options
-        # Option `trainable`, and names of the parameters that trained, before `add_lora`; for `merge_lora`
-        self.before_lora: tuple[Trainable, list[str]] | None = None
+        self._chunk = chunk
+        self._folder = None if text_cache is None else Path(text_cache).absolute()  # of the working directory of now
+        self._lower_device = None if lower_device is None else torch.device(lower_device)
+        # Option `trainable`, and names of the parameters that train, without adapters; see `freeze_for_adapters`
+        self._without_adapters: tuple[Trainable, set[str]] | None = None
         with restored_after_error(model):
-            # 1. Cut the towers, fuse their blocks, and freeze what is below the cut
-            image, text = self._read()
-            # 2. Text features at the cut, and prototypes: embeddings of all classes before tuning
-            device = next(model.parameters()).device
-            self.images = ImageEncoder(image, chunk)
-            kind = ClassTexts if options.train_text else FixedTexts
-            self.texts = kind(text, tokens.to(device, torch.int64), chunk, text_cache)
-            with torch.autocast(device.type, enabled=False):
-                self.texts.compute_prototypes()
-                # 3. Comparison with the model itself
-                verify(model, self.images, self.texts, tokens)
+            self._build()
         # The text features of all classes are computed by now, so the lower text tower can move to another device.
-        self._move_lower(None if lower_device is None else torch.device(lower_device))
-
-    def _read(self) -> tuple[Any, Any]:
-        """Build the towers, cut them, and set which parameters train."""
-        image, text = build_towers(self.model)
-        check_vocabulary(self.tokens, text.vocabulary)
-        self._containers = Containers(self.model, image, text)
-        self._containers.refuse_overrides()
-        cut_towers(self.model, image, text, self.options)
-        return image, text
+        self._move_lower()
 
     def refresh(self) -> None:
         """Read the model again; prototypes stay."""
-        old, lower_device = self.texts, self.images.tower.lower_device
-        self.images.tower, text = self._read()
-        self.texts = type(old)(text, self.tokens.to(old.device, torch.int64), old.chunk, old.folder)
-        self.texts.prototypes = old.prototypes
-        with torch.autocast(old.device.type, enabled=False):
+        self._build(self.texts.prototypes)
+        self._move_lower()
+
+    def _build(self, prototypes: Tensor | None = None) -> None:
+        """Read the model, and compare it with its encoders; prototypes are computed unless given."""
+        image, text = build_towers(self.model)
+        # 1. Fuse the blocks, cut the towers, and freeze what is below the cut
+        self._containers = Containers(self.model, image, text)
+        self._containers.refuse_overrides()
+        cut_towers(image, text, self.options)
+        set_trainable(self.model, image, text, self.options)
+        with torch.autocast(self._device.type, enabled=False):
+            # 2. Text features at the cut, and prototypes: embeddings of all classes before tuning
+            self.images, self.texts = ImageEncoder(image, self._chunk), self._texts_of(text, self.tokens)
+            if prototypes is None:
+                self.texts.compute_prototypes()
+            else:
+                self.texts.prototypes = prototypes
+            # 3. Comparison with the model itself
             verify(self.model, self.images, self.texts, self.tokens)
-        self._move_lower(lower_device)
-        self.images.forget()
+        text.runs = len(self.texts.templates)
 
     def set_tokens(self, tokens: Tensor) -> None:
         """Replace the classes; their prototypes are computed with the current weights."""
-        if self.texts.folder is not None:
+        if self._folder is not None:
             raise RuntimeError(
                 "SkipCLIP: set_classes cannot replace the classes of a text_cache. Create SkipCLIP again with another "
                 "text_cache."
             )
-        texts = self.texts.with_prompts(tokens)
-        with torch.autocast(texts.device.type, enabled=False):
+        tower = self.texts.tower
+        texts = self._texts_of(tower, tokens)
+        with torch.autocast(self._device.type, enabled=False):
             texts.compute_prototypes()
-            if texts.tower.lower_device is None:  # verify runs the model itself, which must be on one device
+            if tower.lower_device is None:  # verify runs the model itself, which must be on one device
                 verify(self.model, self.images, texts, tokens)
-        self.tokens, self.texts = tokens, texts
-        self._move_lower(self.images.tower.lower_device)
+        self.tokens, self.texts, tower.runs = tokens, texts, len(texts.templates)
+        self._move_lower()
 
-    # ---- comparison with what was read -------------------------------------------------------------------------------
+    def _texts_of(self, tower: TextTower, tokens: Tensor) -> ClassTexts:
+        check_vocabulary("SkipCLIP", "tokens", tokens, tower.vocabulary)
+        kind = ClassTexts if self.options.train_text else FixedTexts
+        return kind(tower, tokens.to(self._device, torch.int64), self._chunk, self._folder)
 
-    def compare(self) -> None:
-        """Compare contents and settings below the cut, and hooks, methods, masks and order of what is around it."""
+    @property
+    def _device(self) -> torch.device:
+        """Device above the cut."""
+        device: torch.device = self.model.logit_scale.device
+        return device
+
+    def check_model(self) -> None:
+        """Compare the model with what was read; see `SkipCLIP.check_model`."""
         self._containers.compare()
-        self.images.compare()
-        self.texts.compare()
-        self.check_trained()
-
-    def check_trained(self) -> None:
-        """Raise a RuntimeError if parameters below the cut train, or the first block above it was frozen."""
-        refuse_training_below(self.images.tower, self.texts.tower, train_text=self.options.train_text)
-        if self.options.trainable == "upper":
-            refuse_frozen_above(self.images.tower, self.texts.tower)
+        self.images.check_contents()
+        self.texts.check_contents()
+        check_trained(self.images.tower, self.texts.tower, self.options)
 
     @property
     def reductions(self) -> dict[str, Reduction]:
         """Exact reductions of both towers by name, as they are now."""
-        first, *others = (self.texts.tower.reductions(prompts) for prompts in self.texts.groups)
-        of_texts = {  # those that are enabled for every template
-            name: next((each[name] for each in others if not each[name].enabled and found.enabled), found)
-            for name, found in first.items()
-        }
+        image, text = self.images.tower, self.texts.tower
+        of_templates = [text.reductions(prompts) for prompts in self.texts.templates]
+        # The state for the first template for which a reduction is disabled, or else for the first of all
+        of_texts = {name: min((each[name] for each in of_templates), key=_is_enabled) for name in of_templates[0]}
         states: dict[str, Reduction] = {}
-        image = self.images.tower
-        for prefix, tower, found in (("image", image, image.reductions), ("text", self.texts.tower, of_texts)):
+        for prefix, tower, found in (("image", image, image.reductions), ("text", text, of_texts)):
             states |= {f"{prefix}.{name}": reduction for name, reduction in found.items()}
             if tower.skip == len(tower.blocks):
                 reason = "every block is skipped: the last runs once, for every token"
@@ -164,52 +166,76 @@ class CutModel:
         states["text.features_kept"] = states["text.no_input_gradient"]
         return states
 
-    # ---- parameters, memory, devices ---------------------------------------------------------------------------------
+    # ---- parameters --------------------------------------------------------------------------------------------------
 
     def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the parameters of the text side and of the image side that train."""
-        self.check_trained()
+        check_trained(self.images.tower, self.texts.tower, self.options)
         text = list(self.texts.tower.upper_parameters()) if self.options.train_text else []
         image = list(self.images.tower.upper_parameters())
         if self.options.trainable == "as_is":
             text, image = ([p for p in side if p.requires_grad] for side in (text, image))
         return [*text, *([self.model.logit_scale] if self.model.logit_scale.requires_grad else [])], image
 
-    def set_memory(self, memory: Memory) -> None:
-        """Set what the blocks above the cut save for backward."""
-        self.images.tower.memory = self.texts.tower.memory = memory
+    def freeze_for_adapters(self) -> None:
+        """Freeze every parameter, so that only adapters train that are added before the next `refresh`."""
+        names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self._without_adapters = self.options.trainable, names
+        self.model.requires_grad_(False)
+        self.options = replace(self.options, trainable="as_is")
 
-    def _move_lower(self, lower_device: torch.device | None) -> None:
-        """Set the device of the modules below the cut, and move them there. Texts that do not train go to the CPU."""
-        texts = lower_device
+    def train_without_adapters(self) -> None:
+        """Train what trained before `freeze_for_adapters`, after adapters were removed; nothing without that call."""
+        trainable, names = self._without_adapters or ("as_is", set())
+        self._without_adapters = None
+        self.options = replace(self.options, trainable=trainable)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in names)
+
+    # ---- memory and devices ------------------------------------------------------------------------------------------
+
+    def save_memory(self, enable: bool) -> None:
+        """Save only the inputs of the blocks above the cut; else what `memory` is, or "auto" if that is "min"."""
+        usual: Memory = "auto" if self.options.memory == "min" else self.options.memory
+        self.images.tower.memory = self.texts.tower.memory = "min" if enable else usual
+
+    def _move_lower(self) -> None:
+        """Move the modules below the cut to their device. Texts that do not train go to the CPU."""
+        text_device = self._lower_device
         if not self.options.train_text:
             self.texts.drop()
-            texts = None if self.texts.device.type == "cpu" else torch.device("cpu")
-        for tower, device in ((self.images.tower, lower_device), (self.texts.tower, texts)):
+            text_device = None if self._device.type == "cpu" else torch.device("cpu")
+        for tower, device in ((self.images.tower, self._lower_device), (self.texts.tower, text_device)):
             tower.lower_device = device
             tower.move_lower()
 
-    def convert(self, convert_modules: Callable[[], object], fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow a move or conversion of the model by `convert_modules`, of every tensor by `fn`."""
-        stale = self.images.is_stale(), self.texts.is_stale()
-        convert_modules()
-        for encoder in (self.images, self.texts):
+    @contextmanager
+    def converted(self, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Follow a conversion or move of every module by `fn`, which the caller does within this context."""
+        encoders = self.images, self.texts
+        valid = [encoder for encoder in encoders if encoder.watched is not None and not encoder.is_stale()]
+        yield
+        for encoder in encoders:
             encoder.tower.move_lower()
-        self.images.moved(keep=not stale[0])
-        self.texts.apply(fn, keep=not stale[1])
+            encoder.convert(fn)
+        for encoder in valid:  # its features stay valid; the converted weights have other digests
+            encoder.watched = Watched(encoder.tower.lower_parts)
+
+
+def _is_enabled(reduction: Reduction) -> bool:
+    return reduction.enabled
 
 
 # ---- the cut of the towers -------------------------------------------------------------------------------------------
 
 
-def cut_towers(model: nn.Module, image: ImageTower, text: TextTower, options: CutOptions) -> None:
-    """Fuse the blocks, cut both towers, and set which parameters train."""
+def cut_towers(image: ImageTower, text: TextTower, options: CutOptions) -> None:
+    """Fuse the blocks of both towers in place, and cut the towers."""
     fuse_blocks([*image.blocks, *text.blocks])
     backend = SDPA if options.attention == "sdpa" else _xformers(image, text)
     for tower, name in ((image, "image"), (text, "text")):
-        tower.skip = blocks_to_skip(options.of(tower), len(tower.blocks), name)
+        tower.skip = blocks_to_skip(options.skip_of(tower), len(tower.blocks), name)
         tower.memory, tower.attention_backend = options.memory, backend
-    _set_trainable(model, image, text, options)
 
 
 def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
@@ -246,10 +272,26 @@ def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
     return xformers.backend()
 
 
-# ---- which parameters train ------------------------------------------------------------------------------------------
+@contextmanager
+def restored_after_error(model: nn.Module) -> Iterator[None]:
+    """Restore the classes of the blocks of a model, and `requires_grad` of its parameters, after an error."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []  # else `build_towers` raises
+    kinds = [(module, type(module)) for module in modules]
+    required_grad = [(p, p.requires_grad) for module in modules for p in module.parameters(recurse=False)]
+    try:
+        yield
+    except BaseException:
+        for parameter, requires_grad in required_grad:
+            parameter.requires_grad_(requires_grad)
+        for module, kind in kinds:
+            module.__class__ = kind  # of a block that was fused
+        raise
 
 
-def _set_trainable(model: nn.Module, image: ImageTower, text: TextTower, options: CutOptions) -> None:
+# ---- parameters that train -------------------------------------------------------------------------------------------
+
+
+def set_trainable(model: Any, image: ImageTower, text: TextTower, options: CutOptions) -> None:
     """Set `requires_grad` of every parameter of the model."""
     lower = {id(parameter) for tower in (image, text) for parameter in tower.lower_parameters()}
     trained = (image, text) if options.train_text else (image,)
@@ -275,7 +317,8 @@ def _set_trainable(model: nn.Module, image: ImageTower, text: TextTower, options
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in upper and (options.trainable == "upper" or parameter.requires_grad))
     model.logit_scale.requires_grad_(options.train_logit_scale)
-    if not any(p.requires_grad for p in upper.values()) and not options.train_logit_scale and upper:
+    trains = options.train_logit_scale or any(p.requires_grad for p in upper.values())
+    if upper and not trains:  # with nothing above the cut there is nothing to warn of
         warn_caller("SkipCLIP: nothing trains: every parameter above the cut is frozen.")
 
 
@@ -303,20 +346,16 @@ def _is_adapter(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] in _ADAPTERS or any("lora_" in name for name in module._parameters)
 
 
-def refuse_training_below(image: ImageTower, text: TextTower, *, train_text: bool) -> None:
-    """Raise a RuntimeError if a parameter below the cut requires grad."""
+def check_trained(image: ImageTower, text: TextTower, options: CutOptions) -> None:
+    """Raise a RuntimeError if parameters below the cut train, or the first block above it was frozen."""
     frozen = [*image.lower_parameters(), *text.lower_parameters()]
-    frozen += [] if train_text else text.upper_parameters()
+    frozen += [] if options.train_text else text.upper_parameters()
     if any(p.requires_grad for p in frozen):
         raise RuntimeError(
             "SkipCLIP: requires_grad was set on parameters below the cut, which get no gradient. Set it to False "
             "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."
         )
-
-
-def refuse_frozen_above(image: ImageTower, text: TextTower) -> None:
-    """Raise a RuntimeError if the first block above the cut was frozen, as by another SkipCLIP on the model."""
-    for tower in (image, text):
+    for tower in (image, text) if options.trainable == "upper" else ():
         first = tower.blocks[tower.skip : tower.skip + 1]
         if not all(any(p.requires_grad for p in block.parameters()) for block in first):
             raise RuntimeError(
@@ -324,19 +363,3 @@ def refuse_frozen_above(image: ImageTower, text: TextTower) -> None:
                 "SkipCLIP on the same model, with more skip_layers. Use the other one, or call clip.refresh(); to "
                 'freeze blocks above the cut, pass trainable="as_is".'
             )
-
-
-@contextmanager
-def restored_after_error(model: nn.Module) -> Iterator[None]:
-    """Restore the classes of the blocks of a model, and `requires_grad` of its parameters, after an error."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []  # else `build_towers` raises
-    kinds = [(module, type(module)) for module in modules]
-    required_grad = [(p, p.requires_grad) for module in modules for p in module.parameters(recurse=False)]
-    try:
-        yield
-    except BaseException:
-        for parameter, requires_grad in required_grad:
-            parameter.requires_grad_(requires_grad)
-        for module, kind in kinds:
-            module.__class__ = kind  # of a block that was fused
-        raise

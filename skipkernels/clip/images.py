@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..boundary import LSkipBoundary
-from ..towers import ImageTower
+from ..towers import ImageTower, evaluating
 from ..towers.watch import Watched
+from . import checks
+
+
+class FeatureSpec(NamedTuple):
+    """Features at the cut of one image."""
+
+    shape: torch.Size  # [N, W]
+    dtype: torch.dtype
 
 
 class ImageEncoder:
-    """The image tower: below the cut in chunks without gradient, above it with."""
+    """The image tower: below the cut in chunks without gradient, above it with.
 
-    features: tuple[torch.Size, torch.dtype]  # shape [N, W] of one image's features at the cut, and their dtype
+    Attributes:
+        feature_spec: Shape and dtype of the features at the cut, from those of an empty image.
+        watched: Modules and weights that computed features at the cut; None before any were computed or used.
+    """
 
     def __init__(self, tower: ImageTower, chunk: int):
         self.tower, self.chunk = tower, chunk
-        self._watched: Watched | None = None  # what computed features at the cut, once these were computed or used
+        self.watched: Watched | None = None
+        image = torch.zeros(1, 3, *tower.image_size, device=tower.model.logit_scale.device)
+        with evaluating([tower.model]), torch.no_grad():
+            features = self.lower(image)
+        self.feature_spec = FeatureSpec(features.shape[1:], features.dtype)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to embeddings [B, D], not normalised."""
-        if self.are_images(pixel_values):
+        if not self.are_features(pixel_values):
             return self.upper(self.lower(pixel_values))
         self.watch()
         if self.is_stale():
@@ -41,7 +56,7 @@ class ImageEncoder:
         Under autocast the features may be in 16 bits. The residual stream above the cut is in the dtype of the model,
         as that of the texts, so that features from a cache give the same result as images.
         """
-        return self.tower.upper(features.to(self.features[1]))
+        return self.tower.upper(features.to(self.feature_spec.dtype))
 
     def lower(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]."""
@@ -50,6 +65,7 @@ class ImageEncoder:
             if self.tower.skip == 0:
                 return self.tower.lower(x)
             x = x.to(self.tower.lower_device or x.device)
+            # The boundary refuses images that require grad, as it returns no gradient. Under no_grad none is asked for.
             x = x if torch.is_grad_enabled() else x.detach()
             return LSkipBoundary.apply(self.tower.lower, x, self.chunk).to(images.device)
         except RuntimeError as error:
@@ -61,14 +77,16 @@ class ImageEncoder:
                 f"{list(images.shape)}. Use the model's image transform."
             ) from error
 
-    def are_images(self, pixel_values: Tensor) -> bool:
-        """Return True for images, False for features at the cut; raise a ValueError for anything else."""
-        shape, _ = self.features
-        if pixel_values.shape[1:] == shape and self.tower.skip > 0:
-            return False
-        if pixel_values.ndim == 4 and pixel_values.shape[1] == 3:
-            return True
-        features = f" or features at the cut [B, {', '.join(map(str, shape))}]"
+    def are_features(self, pixel_values: Tensor) -> bool:
+        """Return True for features at the cut, False for images."""
+        return pixel_values.shape[1:] == self.feature_spec.shape and self.tower.skip > 0
+
+    def check(self, pixel_values: Any) -> None:
+        """Raise unless pixel_values are images or features at the cut."""
+        checks.check_pixel_values(pixel_values)
+        if self.are_features(pixel_values) or (pixel_values.ndim == 4 and pixel_values.shape[1] == 3):
+            return
+        features = f" or features at the cut [B, {', '.join(map(str, self.feature_spec.shape))}]"
         if self.tower.skip == 0:
             features = ", as nothing is skipped (skip_layers=0), so that features can't be cached"
         raise ValueError(
@@ -88,29 +106,22 @@ class ImageEncoder:
     # ---- changes of the modules below the cut ------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """Compare from now on what computes features at the cut, unless it is compared already."""
-        if self._watched is None:
-            self._watched = Watched(self.tower.lower_parts)
-
-    def forget(self) -> None:
-        """Take the modules as they are: features computed before are not compared any more."""
-        self._watched = None
-
-    def compare(self) -> None:
-        """Compare contents and settings below the cut; the next use of features raises an error if they differ."""
-        if self._watched is not None:
-            self._watched.compare()
+        """Record what computes features at the cut, at its first use."""
+        if self.watched is None:
+            self.watched = Watched(self.tower.lower_parts)
 
     def is_stale(self) -> bool:
         """Return True if features at the cut were computed with other modules or weights."""
-        return self._watched is not None and self._watched.is_stale()
+        return self.watched is not None and self.watched.is_stale()
 
-    def moved(self, *, keep: bool) -> None:
-        """Follow a conversion of the tower by SkipCLIP; features stay valid if `keep`."""
-        shape, _ = self.features
-        self.features = shape, self.tower.dtype
-        if keep and self._watched is not None:
-            self._watched = Watched(self.tower.lower_parts)  # digests of another dtype differ
+    def check_contents(self) -> None:
+        """Compare contents and settings below the cut; the next use of features raises an error if they differ."""
+        if self.watched is not None:
+            self.watched.compare()
+
+    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow a move or conversion of the tower by `fn`."""
+        self.feature_spec = self.feature_spec._replace(dtype=self.tower.dtype)
 
 
 def sharing_weights(part: Any, model: nn.Module) -> Any:

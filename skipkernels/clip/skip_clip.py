@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..boundary import DEFAULT_CHUNK
-from ..checks import warn_caller
 from ..digests import digest_tensors
 from ..options import AttentionName, Tail
 from ..selection import RankSampler
@@ -18,9 +17,9 @@ from ..towers import Memory, Reduction, evaluating
 from . import checks
 from .cut import CutModel, CutOptions
 from .images import ImageEncoder, sharing_weights
-from .state import Origin, pack_state, unpack_state
+from .state import Origin, accept_missing_state, pack_state, unpack_state
 from .step import LossOptions, SkipOutput, compare_with_all, step
-from .texts import ClassTexts
+from .texts import ClassTexts, in_same_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
@@ -42,8 +41,7 @@ class SkipCLIP(nn.Module):
         keep_ratio: Most similar classes that each step compares its images with: a share of all if below 1, all classes
             if 1, a number of classes if above 1. docs/method.md.
         max_keep: Upper limit of the number of classes kept in every step, unless a batch has more labels.
-        decay: Decay of the probability that a less similar class, of the tail, is drawn in a step: larger values draw
-            more.
+        decay: λ of the probability that a less similar class, of the tail, is drawn: larger values draw more.
         tail: How each step draws a few of the other classes, the tail. "resample": other ranks of the tail in every
             step. "fixed": drawn once, as published.
         max_tail: Upper limit of the expected number of classes of the tail; changes the method. docs/many-classes.md.
@@ -55,8 +53,8 @@ class SkipCLIP(nn.Module):
         class_weight: [C] weights of the classes in the loss, as in `torch.nn.CrossEntropyLoss`; default: none.
         trainable: "upper" trains all parameters above the cut; "as_is" those that require gradients. docs/trainers.md.
         chunk: Images or prompts that run through the frozen blocks at a time, to bound memory; no effect on results.
-        memory: Memory of a training step. "fast": each block saves what its backward pass needs. "min": it saves its
-            input alone and computes the rest again. "auto": fast if it fits in memory. docs/training-loop.md.
+        memory: Saved by a block for its backward pass. "fast": all that it needs. "min": its input alone, and the rest
+            is computed again. "auto": fast if it fits in memory. docs/training-loop.md.
         attention: "sdpa", or "xformers" on a GPU. docs/training-loop.md.
         text_cache: Folder of the text features at the cut; default: in memory. docs/cache.md, Very many classes.
 
@@ -64,6 +62,7 @@ class SkipCLIP(nn.Module):
         prototypes: [C, D] unit-norm text embeddings from before tuning, at least fp32.
         class_weight: [C] in the dtype of the prototypes, or None. Not part of `state_dict`.
         sampler: The `RankSampler`. Its state is part of `state_dict`.
+        cut, images, texts: The model cut in two, and its encoders: parts for the code of this package.
 
     Raises:
         UnsupportedModel: If the model cannot be cut and called exactly; the message has the reason.
@@ -108,17 +107,19 @@ class SkipCLIP(nn.Module):
         text_cache: str | Path | None = None,
     ):
         super().__init__()
-        checks.check_tokens(tokens)
+        tokens = checks.as_tokens(tokens)
         checks.check_whole_number("chunk", chunk)
         checks.refuse_inference_mode("SkipCLIP: cannot be created")
         options = CutOptions(skip_layers, memory, attention, trainable, train_text, train_logit_scale)
-        self.label_smoothing = checks.check_label_smoothing(label_smoothing)
-        self.sampler = RankSampler(keep_ratio if train_text else 1.0, max_keep, decay, tail, generator, max_tail)
-        self._cut = CutModel(
-            model, checks.kept_tokens(tokens), options, chunk=chunk, text_cache=text_cache, lower_device=lower_device
+        self.label_smoothing = checks.as_label_smoothing(label_smoothing)
+        share = keep_ratio if train_text else 1.0  # constant class embeddings cost nothing
+        self.sampler = RankSampler(
+            share, max_keep=max_keep, decay=decay, tail=tail, max_tail=max_tail, generator=generator
         )
-        self.model, self.config = model, getattr(model, "config", None)  # for the model card of transformers' trainer
-        weight = checks.check_class_weight(class_weight, self.prototypes, len(tokens))
+        self.cut = CutModel(model, tokens, options, chunk=chunk, text_cache=text_cache, lower_device=lower_device)
+        self.model = model
+        self.config = getattr(model, "config", None)  # for the model card of transformers' trainer
+        weight = checks.as_class_weight(class_weight, self.prototypes, len(tokens))
         self.register_buffer("class_weight", weight, persistent=False)
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -134,29 +135,26 @@ class SkipCLIP(nn.Module):
             labels: [B] int64, classes of the images. Or soft labels, [B, C] floating-point, rows of probabilities that
                 sum to 1, as of mixup and CutMix: see `loss`.
             return_logits: In training, also return the [B, K] logits; the loss does not need them.
-
-        Returns:
-            SkipOutput: the cross-entropy over the selected classes, and these classes.
         """
-        self._check_batch(pixel_values)
+        self.prepare(pixel_values)
         checks.check_labels(labels, pixel_values, self.num_classes)
-        return self._compare(self._images.encode(pixel_values), labels, return_logits)
+        return self._compare_with_classes(self.images.encode(pixel_values), labels, return_logits)
 
     if TYPE_CHECKING:
         __call__ = forward  # that of a Module has no types
 
-    def _compare(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
-        """Compare image embeddings [B, D] with the selected classes; in evaluation mode with all."""
-        options = LossOptions(self.label_smoothing, self.class_weight, return_logits)
-        if not self.training:
-            return compare_with_all(image, labels, self._embeddings_of_all(), self._scale, options)
-        return step(image, labels, self._texts, self.sampler, self._scale, options)
+    def prepare(self, pixel_values: Any) -> None:
+        """Check images or features, and follow them to their device."""
+        checks.refuse_export()
+        self.images.check(pixel_values)
+        self._follow_to(pixel_values.device)
 
-    def _embeddings_of_all(self) -> Tensor:
-        """Embeddings [C, D] of all classes: with gradient where it is enabled, else those that are kept."""
-        if torch.is_grad_enabled():
-            return self._texts.encode(torch.arange(len(self._texts), device=self._texts.device))
-        return self._texts.all()
+    def _follow_to(self, device: torch.device) -> None:
+        """Move the tensors of no module to the device of a batch, after the model alone was moved there."""
+        if self.prototypes.device != device and self.model.logit_scale.device == device:
+            self.class_weight = None if self.class_weight is None else self.class_weight.to(device)
+            self.texts.drop()
+            self.texts.convert(lambda x: x.to(device))
 
     @torch.compiler.disable
     def loss(self, image: Tensor, labels: Tensor) -> Tensor:
@@ -168,12 +166,25 @@ class SkipCLIP(nn.Module):
 
         `image` is [B, D], embeddings of any norm; `labels` int64 [B], or floating-point [B, C], rows that sum to 1.
         """
-        needs_grad = self.training or torch.is_grad_enabled()
-        dtype = self._texts.tower.dtype if needs_grad and self._cut.options.train_text else None
-        checks.check_image_embeddings(image, self.prototypes.shape[1], dtype)
-        self._follow(image.device)
+        encodes = self.cut.options.train_text and (self.training or torch.is_grad_enabled())
+        # Embeddings of this step are in the dtype of the tower; those that are kept are converted to that of the image.
+        checks.check_image_embeddings(image, self.prototypes.shape[1], self.texts.tower.dtype if encodes else None)
+        self._follow_to(image.device)
         checks.check_labels(labels, image, self.num_classes)
-        return self._compare(image, labels, return_logits=False).loss
+        return self._compare_with_classes(image, labels, return_logits=False).loss
+
+    # Overridden by ShardedSkipCLIP, as `_origin` is
+
+    def _compare_with_classes(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
+        """Compare image embeddings [B, D] with the selected classes; in evaluation mode with all."""
+        options = LossOptions(self.label_smoothing, self.class_weight, return_logits)
+        if not self.training:
+            return compare_with_all(image, labels, self.embeddings_of_all(), self.scale, options)
+        return step(image, labels, self.texts, self.sampler, self.scale, options)
+
+    def embeddings_of_all(self) -> Tensor:
+        """Embeddings [C, D] of all classes: with gradient where it is enabled, else those that are kept."""
+        return self.texts.encode(self.texts.class_ids) if torch.is_grad_enabled() else self.texts.embeddings()
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -196,9 +207,9 @@ class SkipCLIP(nn.Module):
         if class_embeddings is not None:
             checks.check_class_embeddings(class_embeddings, self.prototypes.shape[1])
             class_embeddings = class_embeddings.to(self.prototypes.dtype)
-        image, class_embeddings = self._scaled_embeddings(pixel_values, class_embeddings)
+        image, classes = self._scaled_image_and_classes(pixel_values, class_embeddings)
         with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
-            return image @ class_embeddings.T
+            return image @ classes.T
 
     @torch.no_grad()
     def top_k(self, pixel_values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -209,7 +220,7 @@ class SkipCLIP(nn.Module):
         """
         from ..retrieval import top_k_logits
 
-        image, classes = self._scaled_embeddings(pixel_values)
+        image, classes = self._scaled_image_and_classes(pixel_values)
         with torch.autocast(image.device.type, enabled=False):
             return top_k_logits(image, classes, k)
 
@@ -220,10 +231,11 @@ class SkipCLIP(nn.Module):
         constructor, return those of other classes [C', D], computed in each call; the task stays.
         """
         if tokens is None:
-            return self._texts.all().clone()  # the original is kept
-        checks.check_tokens(tokens)
-        checks.check_vocabulary(tokens, self._texts.tower.vocabulary)
-        return self._texts.of(tokens)
+            return self.texts.embeddings().clone()  # the original is kept
+        tokens = checks.as_tokens(tokens)
+        checks.check_vocabulary("SkipCLIP", "tokens", tokens, self.texts.tower.vocabulary)
+        texts = self.texts.others(tokens)
+        return texts.compute_embeddings(texts.class_ids)
 
     def classifier(self) -> nn.Module:
         """Return a plain module from images [B, 3, height, width] to logits [B, C], with the current class embeddings.
@@ -234,19 +246,19 @@ class SkipCLIP(nn.Module):
         from .classifier import ImageClassifier
 
         with torch.no_grad():
-            encoder = sharing_weights(self._images.tower.encoder(), self.model)
-            return ImageClassifier(encoder, self.class_embeddings(), self._scale).eval()
+            encoder = sharing_weights(self.images.tower.encoder(), self.model)
+            return ImageClassifier(encoder, self.class_embeddings(), self.scale).eval()
 
-    def _scaled_embeddings(self, pixel_values: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _scaled_image_and_classes(self, pixel_values: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Unit-norm image embeddings [B, D] times the scale, and unit-norm embeddings of classes, by default all."""
-        checks.check_images(pixel_values)
-        self._follow(pixel_values.device)
-        classes = self._texts.all() if classes is None else classes
+        self.images.check(pixel_values)
+        self._follow_to(pixel_values.device)
+        classes = self.texts.embeddings() if classes is None else classes
         with evaluating([self.model]):
-            image = self._images.encode(pixel_values)
+            image = self.images.encode(pixel_values)
         with torch.autocast(image.device.type, enabled=False):
             image = nn.functional.normalize(image.to(classes.dtype), dim=-1)
-            return self._scale.to(classes.dtype) * image, classes
+            return self.scale.to(classes.dtype) * image, classes
 
     # ---- towers ------------------------------------------------------------------------------------------------------
 
@@ -256,24 +268,24 @@ class SkipCLIP(nn.Module):
         Below the cut all modules run in evaluation mode, without dropout. Features do not record their cut: those of
         another `skip_layers` are often accepted, with wrong results. `FeatureCache.build` compares cut and weights.
         """
-        checks.check_images(images)
-        self._images.watch()
-        return self._images.lower(images)
+        checks.check_pixel_values(images)
+        self.images.watch()
+        return self.images.lower(images)
 
     def encode_upper(self, features: Tensor) -> Tensor:
         """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
-        checks.check_features(features, self._images.features[0])
-        return self._images.upper(features)
+        checks.check_features(features, self.images.feature_spec.shape)
+        return self.images.upper(features)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], any norm."""
-        checks.check_images(pixel_values)
-        return self._images.encode(pixel_values)
+        self.images.check(pixel_values)
+        return self.images.encode(pixel_values)
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Class ids [K], int64 in [0, C), to text embeddings [K, D], not normalised. Ids may repeat."""
-        checks.check_class_ids(class_ids, len(self._texts))
-        return self._texts.encode(class_ids, exact=True).to(self._texts.tower.dtype)
+        checks.check_class_ids(class_ids, len(self.texts))
+        return self.texts.encode(class_ids, exact=True).to(self.texts.tower.dtype)
 
     def refresh(self) -> None:
         """Read the model again, after a deliberate change to it or to its weights below the cut.
@@ -282,91 +294,73 @@ class SkipCLIP(nn.Module):
         constructor and sets `requires_grad` again; prototypes and sampler do not change. Create the optimizer again if
         it holds replaced parameters, and SkipCLIP again after an error.
         """
-        self._cut.refresh()
+        self.cut.refresh()
 
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
         """Replace the classes of the task in place; their number may change.
 
         Parameters, optimizer states and the generator stay. Copies, such as that of an `AveragedModel`, need their own
         call. The new `prototypes` are computed with the *current* weights: before the first step they are the zero-shot
-        embeddings that the published method selects with. After an error the previous classes stay in use. Arguments
-        are as in the constructor.
+        embeddings that the published method selects with. After an error the previous classes stay in use.
         """
-        checks.check_tokens(tokens)
-        checks.check_vocabulary(tokens, self._texts.tower.vocabulary)
+        tokens = checks.as_tokens(tokens)
         checks.refuse_inference_mode("SkipCLIP: set_classes cannot be called")
-        weight = checks.check_class_weight(class_weight, self.prototypes, len(tokens))
-        self._cut.set_tokens(checks.kept_tokens(tokens))
+        weight = checks.as_class_weight(class_weight, self.prototypes, len(tokens))
+        self.cut.set_tokens(tokens)
         self.class_weight = weight
 
     # ---- parameters --------------------------------------------------------------------------------------------------
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return every parameter that trains."""
-        return [p for group in self.parameter_groups(text_lr=0.0, image_lr=0.0) for p in group["params"]]
+        return [parameter for side in self.cut.trained() for parameter in side]
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return the parameter groups "text" and "image"; a `logit_scale` that trains is in "text"."""
-        text, image = self._cut.trained()
+        text, image = self.cut.trained()
         return [{"name": "text", "params": text, "lr": text_lr}, {"name": "image", "params": image, "lr": image_lr}]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Set `memory="min"`, or back to its value at construction ("auto" if that was "min"); open_clip's name."""
-        before = self._cut.options.memory
-        self._cut.set_memory("min" if enable else "auto" if before == "min" else before)
-
-    def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
-        """Set `memory="min"`: the name of transformers; its options are accepted without effect."""
-        self.set_grad_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Set `memory` back, under the name of transformers."""
-        self.set_grad_checkpointing(False)
-
-    # Names in transformers from version 6 on.
-    activation_checkpointing_enable = gradient_checkpointing_enable
-    activation_checkpointing_disable = gradient_checkpointing_disable
 
     @property
     def prototypes(self) -> Tensor:
         """Unit-norm text embeddings [C, D] from before tuning, at least fp32."""
-        return self._texts.prototypes
+        return self.texts.prototypes
 
     @property
     def num_classes(self) -> int:
         """C, the number of classes."""
-        return len(self._texts)
+        return len(self.texts)
 
     @property
     def skip_layers(self) -> tuple[int, int]:
         """Number of blocks skipped in the image tower and in the text tower."""
-        return self._images.tower.skip, self._texts.tower.skip
+        return self.images.tower.skip, self.texts.tower.skip
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images that the model takes."""
-        return self._images.tower.image_size
+        return self.images.tower.image_size
 
     @property
     def reductions(self) -> dict[str, Reduction]:
         """Exact reductions of time and memory by name: `enabled`, or the `reason` why not."""
-        return self._cut.reductions
+        return self.cut.reductions
 
     @property
-    def _images(self) -> ImageEncoder:
-        return self._cut.images
+    def images(self) -> ImageEncoder:  # noqa: D102
+        return self.cut.images
 
     @property
-    def _texts(self) -> ClassTexts:
-        return self._cut.texts
+    def texts(self) -> ClassTexts:  # noqa: D102
+        return self.cut.texts
 
     @property
-    def _scale(self) -> Tensor:
+    def scale(self) -> Tensor:
+        """Factor of the cosines [], exp(logit_scale)."""
         return self.model.logit_scale.exp()
 
     def extra_repr(self) -> str:  # noqa: D102
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        where = f"dtype={self._images.tower.dtype}, device={self.prototypes.device}"
+        where = f"dtype={self.images.tower.dtype}, device={self.prototypes.device}"
         return f"classes={self.num_classes}, skip_layers={self.skip_layers}, trainable={trainable:,}, {where}"
 
     # ---- modes, moves and state --------------------------------------------------------------------------------------
@@ -384,27 +378,14 @@ class SkipCLIP(nn.Module):
         weights below the cut. After a change below the cut, text features are computed again, and calls with image
         features computed before raise an error.
         """
-        self._cut.compare()
-
-    def _check_batch(self, pixel_values: Any) -> None:
-        """Check images or features, and move what belongs to no module to their device."""
-        checks.refuse_export()
-        checks.check_images(pixel_values)
-        self._images.are_images(pixel_values)
-        self._follow(pixel_values.device)
-
-    def _follow(self, device: torch.device) -> None:
-        """Move the tensors beside the model to the device of the images, after the model alone was moved."""
-        if self.prototypes.device != device and self.model.logit_scale.device == device:
-            self.class_weight = None if self.class_weight is None else self.class_weight.to(device)
-            self._texts.apply(lambda x: x.to(device), keep=False)
+        self.cut.check_model()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert or move everything; prototypes and class weights stay at least fp32."""
-        weight, convert_modules = self.class_weight, super()._apply
-        self._cut.convert(lambda: convert_modules(fn, recurse), fn)
-        if weight is not None and self.class_weight is not None and weight.dtype != self.class_weight.dtype:
-            self.class_weight = weight.to(self.class_weight.device)
+        weight = self.class_weight  # a buffer, which super() converts as any other
+        with self.cut.converted(fn):
+            super()._apply(fn, recurse)
+        self.class_weight = None if weight is None else in_same_dtype(fn, weight)
         return self
 
     def get_extra_state(self) -> Tensor:
@@ -420,32 +401,31 @@ class SkipCLIP(nn.Module):
 
     def _origin(self) -> Origin:
         """Origin of an extra state."""
-        return Origin(digest_tensors([("tokens", self._cut.tokens)]), self.prototypes.shape[1], processes=1)
+        return Origin(digest_tensors([("tokens", self.cut.tokens)]), self.prototypes.shape[1], processes=1)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        key = f"{prefix}_extra_state"
-        if key in missing:
-            missing.remove(key)
-            warn_caller(
-                "SkipCLIP: the state dict has no sampler and no prototypes, such as the model's own; both stay as they "
-                "are."
-            )
+        accept_missing_state(f"{prefix}_extra_state", missing)
 
     def _replicate_for_data_parallel(self) -> Self:
-        raise RuntimeError(
-            "SkipCLIP: torch.nn.DataParallel copies the module in each step, so draws and cached texts would be lost. "
-            "Use DistributedDataParallel, with a process for each GPU (torchrun, accelerate launch), or one GPU "
-            "(CUDA_VISIBLE_DEVICES=0)."
-        )
+        checks.refuse_data_parallel()
 
+    # ---- memory, under the names of open_clip and transformers -------------------------------------------------------
 
-def check_clip(function: str, clip: Any) -> None:
-    """Raise a TypeError unless clip is a SkipCLIP."""
-    if not isinstance(clip, SkipCLIP):
-        raise TypeError(
-            f"{function}: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the model: "
-            "SkipCLIP(model, tokens, skip_layers=…)."
-        )
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Set `memory="min"`, or back to its value at construction ("auto" if that was "min"); open_clip's name."""
+        self.cut.save_memory(enable)
+
+    def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
+        """Set `memory="min"`: the name of transformers; its options are accepted without effect."""
+        self.set_grad_checkpointing(True)
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # from version 6 on
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Set `memory` back, under the name of transformers."""
+        self.set_grad_checkpointing(False)
+
+    activation_checkpointing_disable = gradient_checkpointing_disable

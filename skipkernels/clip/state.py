@@ -13,6 +13,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..checks import warn_caller
+from .checks import described
+
 
 class Origin(NamedTuple):
     """Prompts, model and processes of a state; a SkipCLIP of another origin refuses it."""
@@ -33,10 +36,9 @@ def pack_state(origin: Origin, prototypes: Tensor, sampler: dict[str, Tensor]) -
 def unpack_state(state: Any, origin: Origin) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Return the prototypes, None of several processes, and the state of the sampler; raise for another origin."""
     if not isinstance(state, Tensor) or state.dtype != torch.uint8:
-        found = state.dtype if isinstance(state, Tensor) else type(state).__name__
         raise ValueError(
-            f"SkipCLIP: the extra state must be the uint8 tensor of get_extra_state(); got {found}. To average or "
-            "convert weights, take clip.model.state_dict()."
+            f"SkipCLIP: the extra state must be the uint8 tensor of get_extra_state(); got {described(state)}. To "
+            "average or convert weights, take clip.model.state_dict()."
         )
     try:
         tensors = safetensors.torch.load(state.cpu().numpy().tobytes())
@@ -51,3 +53,12 @@ def unpack_state(state: Any, origin: Origin) -> tuple[Tensor | None, dict[str, T
             "weights alone into clip.model."
         )
     return tensors.pop("prototypes", None), tensors
+
+
+def accept_missing_state(key: str, missing: list[str]) -> None:
+    """Warn instead of an error if a state dict has no extra state, such as the model's own."""
+    if key in missing:
+        missing.remove(key)
+        warn_caller(
+            "SkipCLIP: the state dict has no sampler and no prototypes, such as the model's own; both stay as they are."
+        )

@@ -35,21 +35,20 @@ def features_in_folder(folder: Path, texts: ClassTexts) -> MappedTable:
     Raises:
         CacheError: If the folder has the features of other prompts, or of another model below the cut.
     """
-    prompts, first = texts.groups[0], torch.zeros(1, dtype=torch.int64, device=texts.device)
-    selected = prompts.select(first, exact=True)
-    probe = selected.pack(texts.lower(prompts, first))  # [n, W]
+    first = texts.templates[0].select(torch.zeros(1, dtype=torch.int64, device=texts.device), exact=True)
+    probe = texts.lower_rows(first)  # [n, W]
     layout = _layout(texts.row_count, probe, _identity(texts))
     remedy = f"Give another text_cache (--cache), or delete {folder.parent}."
     if (folder / IDENTITY).exists() and (difference := Layout.read(folder).difference(layout)):
         raise CacheError(f"{folder}: holds a text_cache that differs in {difference}. {remedy}")
     with _writer(folder, layout, resume=True) as writer:
-        count = len(texts) * len(texts.groups)
+        count = len(texts) * len(texts.templates)
         with progress(f"texts → {folder}", count, shown=bool(writer.missing.any())) as advance:
             for start, rows, number in texts.chunks(writer.missing):
                 writer.write(start, rows.cpu())
                 advance(number)
     table = MappedTable.open(folder)
-    distance = relative_distance(table.rows(selected.row_numbers), probe)
+    distance = relative_distance(table.rows(first.row_numbers), probe)
     if not distance <= PROBE_TOLERANCE[probe.dtype]:
         raise CacheError(
             f"{folder}: holds a text_cache of another model: the weights are equal, but the features of the first "
@@ -62,8 +61,8 @@ def prototypes_in_folder(folder: Path, texts: ClassTexts) -> Tensor:
     """Embeddings [C, D] of all classes from a table, computed if it is missing, damaged or of another model."""
     parameters = list(texts.tower.upper_parameters())
     weights = digest_tensors((str(number), p) for number, p in enumerate(parameters))
-    sample, all_classes = representative_classes(texts.groups[0]), torch.arange(len(texts), device=texts.device)
-    found = texts.unit_embeddings(sample)  # [n, D]
+    sample = representative_classes(texts.templates[0])
+    found = texts.compute_embeddings(sample)  # [n, D]
     layout = _layout(len(texts), found, _identity(texts) | {"upper weights": weights})
     stored = _stored_rows(folder, layout)
     if stored is not None:
@@ -71,7 +70,7 @@ def prototypes_in_folder(folder: Path, texts: ClassTexts) -> Tensor:
         coarsest = max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
         if (found - stored[sample]).norm(dim=-1).max() <= _PROTOTYPE_TOLERANCE[coarsest]:
             return stored
-    prototypes = texts.unit_embeddings(all_classes)
+    prototypes = texts.compute_embeddings(texts.class_ids)
     with _writer(folder, layout, resume=False) as writer:
         writer.write(0, prototypes.cpu())
     return prototypes
@@ -90,9 +89,9 @@ def _stored_rows(folder: Path, layout: Layout) -> Tensor | None:
 
 def _identity(texts: ClassTexts) -> dict[str, str | int]:
     """Return what the rows of texts depend on."""
-    tensors = [(f"{name} {number}", x) for number, prompts in enumerate(texts.groups)
+    tensors = [(f"{name} {number}", x) for number, prompts in enumerate(texts.templates)
                for name, x in (("tokens", prompts.tokens), ("pooled", prompts.pooled))]  # fmt: skip
-    counts = {"number of classes": len(texts), "templates": len(texts.groups)}
+    counts = {"number of classes": len(texts), "templates": len(texts.templates)}
     return texts.tower.lower_identity() | {"prompts": digest_tensors(tensors)} | counts
 
 

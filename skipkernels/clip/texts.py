@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,27 @@ from torch.nn.utils import parametrize
 from ..boundary import LSkipBoundary
 from ..features.table import FeatureTable
 from ..towers import TextTower, evaluating
-from ..towers.prompts import Prompts
+from ..towers.prompts import SelectedPrompts
 from ..towers.watch import Watched
 
-_BYTES_ON_GPU = 256 << 20  # of a folder that a GPU holds in memory: about 40,000 classes of ViT-B
+# Largest features of a folder that are read into the memory of a GPU: those of about 40,000 classes of ViT-B.
+_BYTES_ON_GPU = 256 << 20
+
+
+class _Kept(NamedTuple):
+    """Embeddings of all classes, with what they were computed by."""
+
+    embeddings: Tensor  # [C, D]
+    autocast: torch.dtype | None
+    above: Watched  # modules and weights above the cut
 
 
 class ClassTexts:
     """Texts of C classes.
 
-    With T templates a class has T prompts. These are T groups of rows in one table, each with the prefix that its
-    prompts share. The embedding of a class is the unit-norm mean of the unit-norm embeddings of its prompts.
+    With T templates a class has T prompts. The prompts of a template are a group of rows in one table, with the prefix
+    that they share. The embedding of a class is the mean of the unit-norm embeddings of its prompts; `embeddings` and
+    `prototypes` normalise it, and of `encode` the loss does.
 
     Args:
         tower: Text tower, cut.
@@ -33,118 +44,118 @@ class ClassTexts:
         folder: Folder of the features and prototypes; by default they are in memory.
 
     Attributes:
+        templates: The prompts of each template.
         prototypes: [C, D] unit-norm embeddings from before tuning, at least fp32; set by `compute_prototypes`.
+        watched: Modules and weights that computed the features; None before.
     """
 
     prototypes: Tensor
 
-    def __init__(self, tower: TextTower, tokens: Tensor, chunk: int, folder: str | Path | None = None):
-        self.tower, self.chunk = tower, chunk
-        self.folder = None if folder is None else Path(folder).absolute()  # of the working directory of now
-        if self.folder is not None and tower.skip == 0:
+    def __init__(self, tower: TextTower, tokens: Tensor, chunk: int, folder: Path | None = None):
+        self.tower, self.chunk, self.folder = tower, chunk, folder
+        if folder is not None and tower.skip == 0:
             raise ValueError("SkipCLIP: text_cache keeps features at the cut, and with skip_layers=0 there is no cut.")
-        self.groups = _groups(tower, tokens)
-        # Features at the cut [R, W] of all prompts, one group after the other; None before they are computed
+        self.templates = [
+            tower.read_prompts(x.contiguous()) for x in (tokens.unbind(1) if tokens.ndim == 3 else [tokens])
+        ]
+        # Features at the cut [R, W] of all prompts, one template after the other; None before they are computed
         self._table: FeatureTable | None = None
-        self._watched: Watched | None = None  # what computed them
-        # First row of each group
-        self._starts = [0, *itertools.accumulate(prompts.row_count for prompts in self.groups[:-1])]
-        # Embeddings of all classes; the autocast dtype, and what is above the cut, that computed them
-        self._all: tuple[Tensor, torch.dtype | None, Watched] | None = None
+        self.watched: Watched | None = None
+        # First row of each template
+        self._starts = [0, *itertools.accumulate(prompts.row_count for prompts in self.templates[:-1])]
+        self._kept: _Kept | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_table": None, "_all": None}  # not shared with other processes or copies
+        return vars(self) | {"_table": None, "_kept": None}  # not shared with other processes or copies
 
     def __len__(self) -> int:
-        return len(self.groups[0].tokens)
+        return len(self.templates[0].tokens)
 
     @property
     def device(self) -> torch.device:
         """Device of the prompts and of the tower above the cut."""
-        return self.groups[0].tokens.device
+        return self.templates[0].tokens.device
+
+    @property
+    def class_ids(self) -> Tensor:
+        """Ids [C] of all classes."""
+        return torch.arange(len(self), device=self.device)
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
     def encode(self, class_ids: Tensor, *, exact: bool = False) -> Tensor:
-        """Class ids [K] to text embeddings [K, D], with gradient. For `exact` see `Prompts.select`."""
-        self.tower.runs = len(self.groups)  # for `memory="auto"`
-        with parametrize.cached():  # low-rank updates once, not for each group
-            embeddings = [self.encode_group(number, class_ids, exact=exact) for number in range(len(self.groups))]
+        """Class ids [K] to text embeddings [K, D], with gradient. With `exact` ids may repeat: a host sync on a GPU."""
+        with parametrize.cached():  # low-rank updates once, not for each template
+            embeddings = [self.encode_template(t, class_ids, exact=exact) for t in range(len(self.templates))]
         if len(embeddings) == 1:
             return embeddings[0]
         return torch.stack([unit_norm(x) for x in embeddings]).mean(0).to(embeddings[0].dtype)
 
-    def encode_group(self, number: int, class_ids: Tensor, *, exact: bool = False, cached: bool = True) -> Tensor:
+    def encode_template(self, template: int, class_ids: Tensor, *, exact: bool = False) -> Tensor:
         """Class ids [K] to the embeddings [K, D] of their prompts of one template, any norm."""
-        selected = self.groups[number].select(class_ids, exact=exact)
-        if cached and self.tower.skip > 0:
-            start = self._starts[number]
-            rows = self.features().rows(selected.row_numbers + start if start else selected.row_numbers)  # [R, W]
-        else:
-            rows = selected.pack(self.lower(self.groups[number], class_ids))
-        return self.tower.upper(rows, selected)
+        selected = self.templates[template].select(class_ids, exact=exact)
+        return self.tower.upper(self._rows(template, selected), selected)
 
-    def all(self) -> Tensor:
+    def embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""
         device = self.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        self.compare()
-        if self._all is not None:
-            embeddings, its_autocast, above = self._all
-            if autocast == its_autocast and above.keeps_track() and not above.compare():
-                return embeddings
-        with torch.inference_mode(False), evaluating([self.tower.model]):
-            embeddings = self.unit_embeddings(self._class_ids)
-        self._all = embeddings, autocast, Watched(self.tower.upper_parts)
+        self.check_contents()
+        kept = self._kept
+        if kept is not None and kept.autocast == autocast and kept.above.keeps_track() and not kept.above.compare():
+            return kept.embeddings
+        with torch.inference_mode(False):
+            embeddings = self.compute_embeddings(self.class_ids)
+        self._kept = _Kept(embeddings, autocast, Watched(self.tower.upper_parts))
         return embeddings
 
-    def of(self, tokens: Tensor) -> Tensor:
-        """Unit-norm embeddings [n, D] of other prompts [n, L] or [n, T, L] in evaluation mode; not kept."""
-        with evaluating([self.tower.model]):
-            texts = self.with_prompts(tokens)
-            return texts.unit_embeddings(texts._class_ids, cached=False)
-
-    def encode_prompts(self, tokens: Tensor) -> Tensor:
-        """Encode other prompts [n, L], with gradient, cropped to the longest; on a GPU with host syncs."""
-        texts = self.with_prompts(tokens)
-        return texts.encode_group(0, torch.arange(len(tokens), device=self.device), exact=True, cached=False)
+    def compute_embeddings(self, class_ids: Tensor) -> Tensor:
+        """Unit-norm embeddings [n, D] of classes in evaluation mode, at least fp32, without gradient, in chunks."""
+        with evaluating([self.tower.model]), torch.no_grad(), parametrize.cached():
+            of_templates = [
+                unit_norm(torch.cat([self.encode_template(t, ids) for ids in class_ids.split(self.chunk)]))
+                for t in range(len(self.templates))
+            ]
+        return of_templates[0] if len(of_templates) == 1 else unit_norm(torch.stack(of_templates).mean(0))
 
     def compute_prototypes(self) -> None:
         """Set `prototypes`, with the current weights, or from the folder."""
-        with evaluating([self.tower.model]):
-            if self.folder is None:
-                self.prototypes = self.unit_embeddings(self._class_ids)
-            else:
-                from .text_cache import prototypes_in_folder
+        if self.folder is None:
+            self.prototypes = self.compute_embeddings(self.class_ids)
+        else:
+            from .text_cache import prototypes_in_folder
 
-                self.prototypes = prototypes_in_folder(self.folder / "prototypes", self)
+            self.prototypes = prototypes_in_folder(self.folder / "prototypes", self)
 
-    def with_prompts(self, tokens: Tensor) -> ClassTexts:
-        """Return the texts of other classes, by the same tower."""
-        return type(self)(self.tower, tokens.to(self.device, torch.int64), self.chunk)
-
-    def unit_embeddings(self, class_ids: Tensor, *, cached: bool = True) -> Tensor:
-        """Unit-norm embeddings [n, D] of classes, at least fp32, without gradient, in chunks."""
-        with parametrize.cached(), torch.no_grad():  # low-rank updates once, not for each chunk
-            groups = [
-                torch.cat([self.encode_group(number, ids, cached=cached) for ids in class_ids.split(self.chunk)])
-                for number in range(len(self.groups))
-            ]
-        return _mean_of_units([unit_norm(x) for x in groups])
-
-    @property
-    def _class_ids(self) -> Tensor:
-        return torch.arange(len(self), device=self.device)
+    def others(self, tokens: Tensor) -> OtherTexts:
+        """Return the texts of other prompts [n, L] or [n, T, L], by the same tower."""
+        return OtherTexts(self.tower, tokens.to(self.device, torch.int64), self.chunk)
 
     # ---- features at the cut -----------------------------------------------------------------------------------------
 
-    def features(self) -> FeatureTable:
+    def _rows(self, template: int, selected: SelectedPrompts) -> Tensor:
+        """Rows [R, W] of prompts at the cut, from the table if there is a cut."""
+        if self.tower.skip == 0:
+            return self.lower_rows(selected)
+        start = self._starts[template]
+        return self.table().rows(selected.row_numbers + start if start else selected.row_numbers)
+
+    def lower_rows(self, selected: SelectedPrompts) -> Tensor:
+        """Compute the rows [R, W] of prompts at the cut."""
+        lower = partial(self.tower.lower, prompts=selected.prompts)
+        if self.tower.skip == 0:
+            return selected.pack(lower(selected.tokens))
+        with torch.autocast(self.device.type, enabled=False):
+            tokens = selected.tokens.to(self.tower.lower_device or self.device)
+            return selected.pack(LSkipBoundary.apply(lower, tokens, self.chunk).to(self.device))
+
+    def table(self) -> FeatureTable:
         """Features at the cut [R, W] of all prompts; computed again if weights below it changed."""
         if self._table is None or self.is_stale():
-            self._all = None
+            self._kept = None
             with torch.inference_mode(False), torch.enable_grad():  # used beyond the caller's context
-                self._table = self._compute_table() if self.folder is None else self._open_table()
-            self._watched = Watched(self.tower.lower_parts)
+                self._table = self._compute_table() if self.folder is None else self._open_table(self.folder)
+            self.watched = Watched(self.tower.lower_parts)
         return self._table
 
     def _compute_table(self) -> FeatureTable:
@@ -156,85 +167,71 @@ class ClassTexts:
         assert features is not None
         return FeatureTable(features)
 
-    def _open_table(self) -> FeatureTable:
-        """Open the features in the folder; a small table is read into the memory of a GPU, so that no step waits."""
+    def _open_table(self, folder: Path) -> FeatureTable:
+        """Open the features in a folder; a small table is read into the memory of a GPU, so that no step waits."""
         from .text_cache import features_in_folder
 
-        assert self.folder is not None
-        table = features_in_folder(self.folder / "features", self)
+        table = features_in_folder(folder / "features", self)
         if self.device.type == "cpu" or len(table) * table.layout.row_bytes > _BYTES_ON_GPU:
             return table
         return FeatureTable(table.rows(torch.arange(len(table), device=self.device)))
 
     def step_tensors(self) -> list[Tensor | None]:
         """Tensors that a step reads, besides those of the model; None in place of features in a folder."""
-        layouts = [x for prompts in self.groups for x in prompts.tensors().values()]
-        features = [self.features().features] if self.tower.skip > 0 else []
+        layouts = [x for prompts in self.templates for x in prompts.tensors().values()]
+        features = [self.table().features] if self.tower.skip > 0 else []
         return [self.prototypes, *layouts, *features]
 
     def reads_folder(self) -> bool:
         """Return True if each step reads the features of its classes from the folder, which on a GPU is a host sync."""
-        return self.folder is not None and self.features().folder is not None
+        return self.folder is not None and self.table().folder is not None
 
     @property
     def row_count(self) -> int:
         """R, the number of rows of all prompts."""
-        return sum(prompts.row_count for prompts in self.groups)
+        return sum(prompts.row_count for prompts in self.templates)
 
     def chunks(self, missing: Any = None) -> Iterator[tuple[int, Tensor, int]]:
         """Yield (first row, rows [n, W], number of prompts) of each chunk, or of those with `missing` rows, bool [R].
 
         Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much memory.
         """
-        for group_start, prompts in zip(self._starts, self.groups, strict=True):
-            first, ends = group_start, (group_start + prompts.starts + prompts.lengths).tolist()
-            for class_ids in self._class_ids.split(self.chunk):
+        for start, prompts in zip(self._starts, self.templates, strict=True):
+            first, ends = start, (start + prompts.starts + prompts.lengths).tolist()
+            for class_ids in self.class_ids.split(self.chunk):
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix
                 if missing is None or missing[first:end].any():
-                    packed = prompts.pack(self.lower(prompts, class_ids), class_ids)
-                    yield first, packed[0 if first == group_start else prompts.prefix_length :], len(class_ids)
+                    rows = self.lower_rows(prompts.select(class_ids, exact=True))
+                    # Each chunk begins with the shared prefix, which is stored once, with the first of them.
+                    yield first, rows if first == start else rows[prompts.prefix_length :], len(class_ids)
                 first = end
-
-    def lower(self, prompts: Prompts, class_ids: Tensor) -> Tensor:
-        """Hidden states [n, L, W] of prompts at the cut."""
-        tokens = prompts.tokens[class_ids]
-        if self.tower.skip == 0:
-            return self.tower.lower(tokens, prompts)
-
-        def lower(tokens: Tensor) -> Tensor:
-            return self.tower.lower(tokens, prompts)
-
-        with torch.autocast(self.device.type, enabled=False):
-            tokens = tokens.to(self.tower.lower_device or self.device)
-            return LSkipBoundary.apply(lower, tokens, self.chunk).to(self.device)
 
     # ---- changes -----------------------------------------------------------------------------------------------------
 
-    def compare(self) -> None:
-        """Compare contents and settings below the cut, and drop the features if they differ."""
-        if self._watched is not None and self._watched.compare():
-            self.drop()
-
     def is_stale(self) -> bool:
         """Return True if the features were computed with other weights."""
-        return self._watched is not None and self._watched.is_stale()
+        return self.watched is not None and self.watched.is_stale()
+
+    def check_contents(self) -> None:
+        """Compare contents and settings below the cut, and drop what is kept if they differ."""
+        if self.watched is not None and self.watched.compare():
+            self.drop()
 
     def drop(self) -> None:
         """Drop the features and embeddings that are kept."""
-        self._table = self._all = None
+        self._table = self._kept = None
 
-    def apply(self, fn: Callable[[Tensor], Tensor], *, keep: bool) -> None:
-        """Move or convert the tensors that belong to no module; features if `keep` and their dtype stays."""
-        features = self._table.features if keep and self._table is not None else None  # None of a folder
+    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move or convert the tensors that belong to no module by `fn`; features stay if their dtype does."""
+        table = self._table
         self.drop()
-        for prompts in self.groups:
+        for prompts in self.templates:
             prompts.apply(fn)
-        moved = fn(self.prototypes)  # stay at least fp32
-        self.prototypes = moved if moved.dtype == self.prototypes.dtype else self.prototypes.to(moved.device)
-        if features is not None and (moved := fn(features)).dtype == features.dtype:
-            self._table = FeatureTable(moved)
-        if keep and self._watched is not None:
-            self._watched = Watched(self.tower.lower_parts)  # digests of another dtype differ
+        self.prototypes = in_same_dtype(fn, self.prototypes)
+        if table is not None and table.features is not None:  # not in a folder
+            features = fn(table.features)
+            if features.dtype == table.features.dtype:
+                self._table = FeatureTable(features)
 
 
 class FixedTexts(ClassTexts):
@@ -243,24 +240,27 @@ class FixedTexts(ClassTexts):
     def encode(self, class_ids: Tensor, *, exact: bool = False) -> Tensor:  # noqa: D102
         return self.prototypes.index_select(0, class_ids)
 
-    def all(self) -> Tensor:  # noqa: D102
+    def embeddings(self) -> Tensor:  # noqa: D102
         return self.prototypes
 
     def step_tensors(self) -> list[Tensor | None]:  # noqa: D102
         return [self.prototypes]
 
 
-def _groups(tower: TextTower, tokens: Tensor) -> list[Prompts]:
-    """Prompts of each template, of tokens [C, L] or [C, T, L]."""
-    return [tower.read_prompts(x.contiguous()) for x in (tokens.unbind(1) if tokens.ndim == 3 else [tokens])]
+class OtherTexts(ClassTexts):
+    """Texts of prompts that are no classes of the task: their features are computed in each call, and not kept."""
 
-
-def _mean_of_units(embeddings: Sequence[Tensor]) -> Tensor:
-    """Unit-norm mean [n, D] of the unit-norm embeddings [n, D] of each group."""
-    return embeddings[0] if len(embeddings) == 1 else unit_norm(torch.stack(list(embeddings)).mean(0))
+    def _rows(self, template: int, selected: SelectedPrompts) -> Tensor:
+        return self.lower_rows(selected)
 
 
 def unit_norm(embeddings: Tensor) -> Tensor:
     """Unit-norm rows, at least fp32."""
     wide = torch.promote_types(embeddings.dtype, torch.float32)
     return nn.functional.normalize(embeddings.to(wide), dim=-1)
+
+
+def in_same_dtype(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a move or conversion to a tensor that keeps its dtype."""
+    moved = fn(x)
+    return moved if moved.dtype == x.dtype else x.to(moved.device)

@@ -33,7 +33,7 @@ class Encoder:
     def __init__(self, clip: SkipCLIP):
         self.device = clip.prototypes.device
         self.image_size = clip.image_size
-        self._lower = clip._images.lower_copy()
+        self._lower = clip.images.lower_copy()
         enabled = torch.is_autocast_enabled(self.device.type)
         self._autocast = torch.get_autocast_dtype(self.device.type) if enabled else None
 

@@ -40,7 +40,7 @@ PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2
 
 def model_identity(clip: SkipCLIP) -> dict[str, str | int]:
     """Return what image features depend on below the cut: weights, buffers and the cut."""
-    return {f"image {name}": value for name, value in clip._images.tower.lower_identity().items()}
+    return {f"image {name}": value for name, value in clip.images.tower.lower_identity().items()}
 
 
 def probe(clip: SkipCLIP) -> Tensor:
@@ -48,7 +48,7 @@ def probe(clip: SkipCLIP) -> Tensor:
     height, width = clip.image_size
     image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(clip.prototypes.device)
     with torch.autocast(image.device.type, enabled=False):
-        features = clip._images.lower_copy()(image).flatten()  # a copy: the model may be in use by training
+        features = clip.images.lower_copy()(image).flatten()  # a copy: the model may be in use by training
     return features.cpu()[torch.linspace(0, len(features) - 1, _PROBED).long()]
 
 

@@ -155,11 +155,11 @@ class GraphedStep:
             return self._update(clip(x, labels))
         device = clip.prototypes.device
         x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        clip._check_batch(x)
+        clip.prepare(x)
         check_labels(labels, x, clip.num_classes)
         if x.requires_grad:
             raise ValueError("graphed: x must not require grad, which a replay would not compute. Run without graphed.")
-        if clip._images.tower.lower_device is not None and clip._images.are_images(x):
+        if clip.images.tower.lower_device is not None and not clip.images.are_features(x):
             raise RuntimeError(
                 "graphed: images cannot be captured with lower_device, which copies each batch to another device. Pass "
                 "features at the cut, or leave lower_device out."
@@ -210,8 +210,8 @@ class GraphedStep:
     def _forward(self, x: Tensor, labels: Tensor) -> SkipOutput:
         clip = self._clip
         options = LossOptions(clip.label_smoothing, clip.class_weight)
-        texts, ranks = _TextsOnStream(clip._texts, self._text_stream), _ReservedRanks(clip.sampler)
-        return step(clip._images.encode(x), labels, texts, ranks, clip._scale, options)
+        texts, ranks = _TextsOnStream(clip.texts, self._text_stream), _ReservedRanks(clip.sampler)
+        return step(clip.images.encode(x), labels, texts, ranks, clip.scale, options)
 
     def _update(self, out: SkipOutput) -> SkipOutput:
         device_type = out.loss.device.type
@@ -390,8 +390,8 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
     hooked = next((name for name, x in clip.model.named_modules() if any(getattr(x, hook) for hook in HOOKS)), None)
     generator = clip.sampler.generator
     for applies, reason in (
-        (clip._images.tower.attention_backend is not SDPA, 'attention="xformers" has a host sync. Use "sdpa".'),
-        (clip._texts.reads_folder(), "text_cache, as large as here, is read on the host. Leave it out."),
+        (clip.images.tower.attention_backend is not SDPA, 'attention="xformers" has a host sync. Use "sdpa".'),
+        (clip.texts.reads_folder(), "text_cache, as large as here, is read on the host. Leave it out."),
         (hooked is not None, f"{hooked or 'the model'} has hooks, which would run at the capture only. Remove them."),
         (bool(global_hooks()), "global module hooks would run at the capture only. Remove them."),
         (generator is not None and generator.device.type != "cpu", "the generator must be on the CPU."),
@@ -427,7 +427,7 @@ class _Frozen:
         self._clip, self._optimizer = clip, optimizer
         self._modules = list(clip.model.modules())
         self._seen = self._state()
-        self._held = list(self._tensors()), clip._texts  # so that addresses are not used again
+        self._held = list(self._tensors()), clip.texts  # so that addresses are not used again
 
     def is_unchanged(self) -> bool:
         """Return True if a replay is the step that would run now."""
@@ -441,7 +441,7 @@ class _Frozen:
             yield from module._buffers.values()
         for state in self._optimizer.state.values():
             yield from (x for x in state.values() if isinstance(x, Tensor))
-        yield from (*clip._texts.step_tensors(), clip.class_weight, clip.sampler.reserved)
+        yield from (*clip.texts.step_tensors(), clip.class_weight, clip.sampler.reserved)
 
     def _state(self) -> list[Any]:
         clip = self._clip
@@ -450,7 +450,7 @@ class _Frozen:
             [(id(m), m.training, *map(id, m._modules.values())) for m in self._modules],
             [hooks for m in self._modules for name in HOOKS if (hooks := getattr(m, name))],
             global_hooks(),
-            [id(clip._texts), clip._images.tower.memory, clip._texts.tower.memory, clip.label_smoothing],
+            [id(clip.texts), clip.images.tower.memory, clip.texts.tower.memory, clip.label_smoothing],
             [_constants(self._optimizer, group) for group in self._optimizer.param_groups],
         ]
 

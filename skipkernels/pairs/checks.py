@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_device
 from ..clip import SkipCLIP, check_clip
-from ..clip.checks import check_range, check_vocabulary
+from ..clip.checks import check_range, check_vocabulary, described
 
 PairLoss = Literal["softmax", "sigmoid"]
 
@@ -65,10 +65,9 @@ def check_many_labels(labels: Any, batch: Tensor, classes: int, max_labels: int)
     if not isinstance(max_labels, int) or max_labels < 1:
         raise ValueError(f"{name}: max_labels must be a whole number, at least 1; got {max_labels!r}.")
     if not isinstance(labels, Tensor) or labels.shape != shape or labels.is_complex():
-        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
-            f"{name}: labels must be a tensor [B={shape[0]}, C={classes}], 1 where an image has a class; got {found}. "
-            "For one class id per image call clip(pixel_values, labels)."
+            f"{name}: labels must be a tensor [B={shape[0]}, C={classes}], 1 where an image has a class; got "
+            f"{described(labels)}. For one class id per image call clip(pixel_values, labels)."
         )
     check_device(name, "labels", labels, ("pixel_values", batch))
     if labels.device.type == "cpu":
@@ -81,16 +80,14 @@ def check_many_labels(labels: Any, batch: Tensor, classes: int, max_labels: int)
 
 def check_captions(captions: Any, batch_size: int, classes: int, vocabulary: int | None) -> None:
     """Raise unless captions are ids [B] or tokens [B, L]."""
-    is_tensor = isinstance(captions, Tensor)
-    valid = is_tensor and captions.dtype in (torch.int64, torch.int32) and captions.ndim in (1, 2)
+    valid = isinstance(captions, Tensor) and captions.dtype in (torch.int64, torch.int32) and captions.ndim in (1, 2)
     if not valid or len(captions) != batch_size or captions.numel() == 0:
-        found = f"{captions.dtype} {list(captions.shape)}" if is_tensor else type(captions).__name__
         raise ValueError(
             f"pair_loss: captions must be int64, ids [B={batch_size}] or tokens [B={batch_size}, L], one "
-            f"caption for each image; got {found}. Tokenise texts with the model's own tokenizer."
+            f"caption for each image; got {described(captions)}. Tokenise texts with the model's own tokenizer."
         )
     if captions.device.type == "cpu" and captions.ndim == 2:
-        check_vocabulary(captions, vocabulary, "pair_loss: captions")
+        check_vocabulary("pair_loss", "captions", captions, vocabulary)
     elif captions.device.type == "cpu":
         remedy = "Ids are rows of the tokens of SkipCLIP. Pass tokens [B, L] for other captions."
         check_range("pair_loss", "captions", captions, classes, remedy)

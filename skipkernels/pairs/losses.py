@@ -60,8 +60,8 @@ def pair_loss(
     refuse_loss_options("pair_loss", clip)
     check_texts("pair_loss", clip)
     bias = pair_bias(clip, loss, logit_bias)
-    clip._check_batch(pixel_values)
-    check_captions(captions, len(pixel_values), clip.num_classes, clip._texts.tower.vocabulary)
+    clip.prepare(pixel_values)
+    check_captions(captions, len(pixel_values), clip.num_classes, clip.texts.tower.vocabulary)
     captions = captions.to(pixel_values.device, torch.int64)
     loss_of = functools.partial(_loss_of_pairs, clip, bias)
     return encoded_loss(clip, pixel_values, captions, loss_of, bias, chunk)
@@ -76,22 +76,29 @@ def encoded_loss(
     chunk: int | None,
 ) -> Tensor:
     """Encode images, and captions by id or tokens, at most `chunk` at a time, and compute `loss_of` the embeddings."""
-    texts = clip._texts
-    encode_text = functools.partial(texts.encode, exact=True) if captions.ndim == 1 else texts.encode_prompts
+    if captions.ndim == 1:
+        encode_text = functools.partial(clip.texts.encode, exact=True)
+    else:
+        encode_text = functools.partial(_encode_tokens, clip)
     if chunk is None:
-        return loss_of(clip._images.encode(pixel_values), encode_text(captions))
-    check_chunk(chunk, pixel_values, (clip._images.tower, texts.tower))
-    parts = Part(clip._images.encode, pixel_values), Part(encode_text, captions)
+        return loss_of(clip.images.encode(pixel_values), encode_text(captions))
+    check_chunk(chunk, pixel_values, (clip.images.tower, clip.texts.tower))
+    parts = Part(clip.images.encode, pixel_values), Part(encode_text, captions)
     numbers = [clip.model.logit_scale, *([bias] if isinstance(bias, Tensor) else [])]
     return chunked_loss(parts, loss_of, numbers, clip.parameters(), chunk)
 
 
+def _encode_tokens(clip: SkipCLIP, tokens: Tensor) -> Tensor:
+    """Tokens [n, L], cropped to the longest, to embeddings [n, D], with gradient; on a GPU with host syncs."""
+    texts = clip.texts.others(tokens)
+    return texts.encode(texts.class_ids, exact=True)
+
+
 def _loss_of_pairs(clip: SkipCLIP, bias: Tensor | float | None, image: Tensor, text: Tensor) -> Tensor:
     """Loss of embeddings [B, D] of images and their captions."""
-    scale = clip.model.logit_scale.exp()
     if bias is None:
-        return functional.contrastive_loss(image, text, scale)
-    return functional.pairwise_sigmoid_loss(image, text, scale, bias)
+        return functional.contrastive_loss(image, text, clip.scale)
+    return functional.pairwise_sigmoid_loss(image, text, clip.scale, bias)
 
 
 @torch.compiler.disable
@@ -138,18 +145,18 @@ def sigmoid_loss(
         (torch.Size([]), [3, 7], [3])
     """
     refuse_loss_options("sigmoid_loss", clip)
-    clip._check_batch(pixel_values)
+    clip.prepare(pixel_values)
     check_many_labels(labels, pixel_values, clip.num_classes, max_labels)
     bias = bias_of("sigmoid_loss", clip, logit_bias)
-    image, labels = clip._images.encode(pixel_values), labels != 0  # [B, D], [B, C]
+    image, labels = clip.images.encode(pixel_values), labels != 0  # [B, D], [B, C]
     if clip.training:
         check_texts("sigmoid_loss", clip)
         scores = class_scores(image, clip.prototypes, labels)  # [C]
         class_ids, targets = clip.sampler.select(scores, labels, len(labels) * max_labels)  # [K], [B, K]
-        text = clip._texts.encode(class_ids)  # [K, D]
+        text = clip.texts.encode(class_ids)  # [K, D]
     else:
         class_ids, targets = torch.arange(clip.num_classes, device=image.device), labels
-        text = clip._embeddings_of_all()  # [C, D]
-    logits = functional.class_sampled_logits(image, text.to(image.dtype), clip.model.logit_scale.exp()) + bias
+        text = clip.embeddings_of_all()  # [C, D]
+    logits = functional.class_sampled_logits(image, text.to(image.dtype), clip.scale) + bias
     loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
     return SkipOutput(loss, logits, class_ids, targets)

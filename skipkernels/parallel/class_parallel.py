@@ -1,4 +1,4 @@
-"""Classes shared out among the processes of a group: process r of W owns the classes c ≡ r (mod W)."""
+"""Classes shared out among the processes of a group: process r of P owns the classes c ≡ r (mod P)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ClassParallel:
 
     Attributes:
         rank: r of this process in the group.
-        size: W, number of processes.
+        size: P, number of processes.
     """
 
     def __init__(self, group: Any, num_classes: int, device: torch.device):
@@ -84,6 +84,11 @@ class ClassParallel:
         """Number of classes that each process owns."""
         return [len(range(rank, self.num_classes, self.size)) for rank in range(self.size)]
 
+    def own_rows(self, sizes: Sequence[int]) -> slice:
+        """The rows of this process among those of all, `sizes` of them on each."""
+        start = sum(sizes[: self.rank])
+        return slice(start, start + sizes[self.rank])
+
     # ---- agreement of processes --------------------------------------------------------------------------------
 
     def check_equal(self, digests: Sequence[tuple[str, str]], device: torch.device) -> None:
@@ -126,9 +131,9 @@ class ClassParallel:
     # ---- classes -----------------------------------------------------------------------------------------------
 
     def gather_classes(self, own: Tensor) -> Tensor:
-        """Gather rows [C/W, …] of own classes to [C, …] in the order of classes, without autograd; collective."""
+        """Gather rows [C/P, …] of own classes to [C, …] in the order of classes, without autograd; collective."""
         with torch.no_grad():
-            by_rank = gather_rows(own, self.sizes, self.group)  # [C, …]: classes 0, W, 2W, …, then 1, W + 1, …
+            by_rank = gather_rows(own, self.sizes, self.group)  # [C, …]: classes 0, P, 2P, …, then 1, P + 1, …
         whole = torch.empty_like(by_rank)
         for rank, rows in enumerate(by_rank.split(self.sizes)):
             whole[rank :: self.size] = rows

@@ -14,7 +14,7 @@ from ..pairs.checks import bias_of, check_captions, check_many_labels, pair_bias
 from ..pairs.losses import encoded_loss
 from .gathers import gather_rows
 from .loss import sharded_binary_cross_entropy, sharded_contrastive_loss, sharded_pairwise_sigmoid_loss
-from .sharded_clip import ShardedSkipCLIP, at_least_one, padded, sizes_of
+from .sharded_clip import ShardedSkipCLIP, count_of, padded
 
 
 @torch.compiler.disable  # as SkipCLIP
@@ -33,24 +33,26 @@ def pair_loss(
     classes.
     """
     _check_sharded("pair_loss", clip)
-    shards = clip._shards
-    padding = clip._cut.tokens.flatten(0, -2)[0] if isinstance(captions, Tensor) and captions.ndim > 1 else None
-    pixel_values, captions, count = padded(pixel_values, captions, padding)
+    count, shards = count_of(pixel_values), clip.shards
+    if count == 0:
+        is_tokens = isinstance(captions, Tensor) and captions.ndim == 2
+        prompt = clip.cut.tokens.flatten(0, -2)[0] if is_tokens else None
+        pixel_values, captions = padded(pixel_values), padded(captions, prompt)
     refuse_loss_options("pair_loss", clip)
     bias = pair_bias(clip, loss, logit_bias)
-    clip._check_batch(pixel_values)
-    check_captions(captions, len(pixel_values), clip.num_classes, clip._texts.tower.vocabulary)
+    clip.prepare(pixel_values)
+    check_captions(captions, len(pixel_values), clip.num_classes, clip.texts.tower.vocabulary)
     captions = captions.to(pixel_values.device, torch.int64)
-    sizes, own = sizes_of(clip, count, f"pair_loss with loss={loss!r} and captions of {captions.ndim} dimensions")
-    if captions.ndim == 2:
-        pair_ids = torch.arange(count, device=captions.device) + own.start  # [n], pairs with a caption encoded here
+    sizes = clip.gather_sizes(count, f"pair_loss with loss={loss!r} and captions of {captions.ndim} dimensions")
+    if captions.ndim == 2:  # pairs with a caption encoded here, [n]
+        pair_ids = torch.arange(count, device=captions.device) + shards.own_rows(sizes).start
     else:
         caption_ids = gather_rows(captions[:count], sizes, shards.group)  # [B]
         pair_ids = (caption_ids % shards.size == shards.rank).nonzero().flatten()  # [n]
-        captions = at_least_one(caption_ids[pair_ids] // shards.size)
+        captions = padded(caption_ids[pair_ids] // shards.size)
 
     def loss_of(image: Tensor, text: Tensor) -> Tensor:
-        image, scale = gather_rows(image[:count], sizes, shards.group), clip.model.logit_scale.exp()  # [B, D]
+        image, scale = gather_rows(image[:count], sizes, shards.group), clip.scale  # [B, D]
         if bias is None:
             return sharded_contrastive_loss(image, text, pair_ids, scale, shards.group)
         return sharded_pairwise_sigmoid_loss(image, text, pair_ids, scale, bias, shards.group)
@@ -71,16 +73,17 @@ def sigmoid_loss(
     _check_sharded("sigmoid_loss", clip)
     if not clip.training:
         return pairs.sigmoid_loss(clip, pixel_values, labels, max_labels=max_labels, logit_bias=logit_bias)
-    shards = clip._shards
-    pixel_values, labels, images = padded(pixel_values, labels)
+    count, shards = count_of(pixel_values), clip.shards
+    if count == 0:
+        pixel_values, labels = padded(pixel_values), padded(labels)
     refuse_loss_options("sigmoid_loss", clip)
-    clip._check_batch(pixel_values)
+    clip.prepare(pixel_values)
     check_many_labels(labels, pixel_values, clip.num_classes, max_labels)
     bias = bias_of("sigmoid_loss", clip, logit_bias)
-    own_image, labels = clip._images.encode(pixel_values)[:images], labels[:images] != 0
+    image, labels = clip.images.encode(pixel_values)[:count], labels[:count] != 0  # [b, D], [b, C]
     # 1. The image embeddings of all processes, [B, D]
-    sizes, _ = sizes_of(clip, images, f"sigmoid_loss with max_labels={max_labels}", draws=True)
-    image = gather_rows(own_image, sizes, shards.group)
+    sizes = clip.gather_sizes(count, f"sigmoid_loss with max_labels={max_labels}", draws=True)
+    image = gather_rows(image, sizes, shards.group)
     # 2. The same selection on every process: labels of any image score +∞
     with torch.no_grad():
         is_label = labels.any(dim=0).byte()  # [C]
@@ -91,8 +94,8 @@ def sigmoid_loss(
     positions = (class_ids % shards.size == shards.rank).nonzero().flatten()
     text = clip.encode_own(class_ids[positions] // shards.size, image.dtype)
     targets = gather_rows(own_targets.byte(), sizes, shards.group)[:, positions]  # [B, K_r]
-    scale, elements = clip.model.logit_scale.exp(), len(image) * len(class_ids)
-    loss = sharded_binary_cross_entropy(image, text, targets, bias, scale, elements, shards.group)
+    elements = len(image) * len(class_ids)
+    loss = sharded_binary_cross_entropy(image, text, targets, bias, clip.scale, elements, shards.group)
     return SkipOutput(loss, None, class_ids, own_targets)
 
 

@@ -1,4 +1,4 @@
-"""SkipCLIP on several processes: images shared out by batch, classes by c ≡ r (mod W).
+"""SkipCLIP on several processes: images shared out by batch, classes by c ≡ r (mod P).
 
 Calls that send messages are collective: every process must make them equally often, with an empty batch if it has no
 images. docs/many-processes.md lists the messages.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..clip import SkipCLIP, SkipOutput
-from ..clip.checks import check_class_weight, check_labels, check_tokens, kept_tokens
+from ..clip.checks import as_class_weight, as_tokens, check_labels
 from ..clip.state import Origin
 from ..clip.step import class_scores
 from ..digests import digest_json, digest_tensors, digests
@@ -34,13 +34,16 @@ class ShardedSkipCLIP(SkipCLIP):
     evaluation mode, are those of this process. Gradients are averaged by `DistributedDataParallel`, or by
     `all_reduce_gradients`. A batch may be empty on some of the processes.
 
-    The other arguments are those of SkipCLIP, with all classes, and equal on all processes.
+    The other arguments are those of SkipCLIP, with all classes, and equal on all processes. Not every method of
+    SkipCLIP is supported: `encode_classes`, `loss` in training mode, soft labels and `return_logits` in training mode,
+    and an evaluation with gradients raise an error.
 
     Args:
         process_group: Processes that train together, with gloo or NCCL.
 
     Attributes:
-        prototypes: Those of the own classes.
+        prototypes, texts: Those of the classes of this process: row i is class r + i · P on process r of P.
+        shards: The `ClassParallel`, for the code of this package.
 
     Source: docs/many-processes.md.
     """
@@ -55,24 +58,25 @@ class ShardedSkipCLIP(SkipCLIP):
         text_cache: str | Path | None = None,
         **options: Any,
     ):
-        check_tokens(tokens)
+        tokens = as_tokens(tokens)
         shards = ClassParallel(process_group, len(tokens), next(model.parameters()).device)
         if text_cache is not None:
             text_cache = Path(text_cache) / f"process_{shards.rank}_of_{shards.size}"
         super().__init__(model, tokens[shards.owned], text_cache=text_cache, **options)
-        self._shards, self._digest = shards, digest_tensors([("tokens", kept_tokens(tokens))])
-        self.class_weight = check_class_weight(class_weight, self.prototypes, len(tokens))
+        self.shards, self._digest = shards, digest_tensors([("tokens", tokens)])
+        # Those of all classes, which SkipCLIP would refuse for the classes of this process.
+        self.class_weight = as_class_weight(class_weight, self.prototypes, len(tokens))
         self._check_agreement(shards, self._digest, self.class_weight)
 
     @property
     def num_classes(self) -> int:
         """C, the number of classes of all processes."""
-        return self._shards.num_classes
+        return self.shards.num_classes
 
     @property
     def process_group(self) -> dist.ProcessGroup:
         """The processes that train together."""
-        return self._shards.group
+        return self.shards.group
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -86,44 +90,55 @@ class ShardedSkipCLIP(SkipCLIP):
                 "ShardedSkipCLIP: labels must be class ids [B] and return_logits False, since no process has the "
                 "embeddings of all selected classes. Use clip.eval(), or SkipCLIP on one process."
             )
-        pixel_values, labels, images = padded(pixel_values, labels)
-        self._check_batch(pixel_values)
+        count, shards = count_of(pixel_values), self.shards
+        if count == 0:
+            pixel_values, labels = padded(pixel_values), padded(labels)
+        self.prepare(pixel_values)
         check_labels(labels, pixel_values, self.num_classes)
-        own_image, shards = self._images.encode(pixel_values)[:images], self._shards
-        sizes, own = sizes_of(self, images, "clip", draws=True)
+        image = self.images.encode(pixel_values)[:count]  # [b, D]
+        sizes = self.gather_sizes(count, "clip", draws=True)
         # 1. The labels and image embeddings of all processes
-        labels = gather_rows(labels[:images], sizes, shards.group)  # [B]
-        image = gather_rows(own_image, sizes, shards.group)  # [B, D]
-        # 2. The same selection on every process, from the scores [C], gathered from [C/W] on each
+        labels = gather_rows(labels[:count], sizes, shards.group)  # [B]
+        image = gather_rows(image, sizes, shards.group)  # [B, D]
+        # 2. The same selection on every process, from the scores [C], gathered from [C/P] on each
         scores = self.scores_of_all(image).index_fill(0, labels, torch.inf)
-        selection = class_ids, targets = self.sampler.select(scores, labels)  # [K], [B]
+        selection = self.sampler.select(scores, labels)
+        class_ids, targets = selection  # [K], [B]
         # 3. Text embeddings of the selected classes that this process owns, [K_r, D], and the loss over all images
         own_selection = shards.own_selection(selection)
         loss = sharded_cross_entropy(
             image,
             self.encode_own(own_selection.class_ids, image.dtype),
             own_selection,
-            self._scale,
+            self.scale,
             shards.group,
             class_weight=None if self.class_weight is None else self.class_weight[class_ids],
             label_smoothing=self.label_smoothing,
         )
-        return SkipOutput(loss, None, class_ids, targets[own])
+        return SkipOutput(loss, None, class_ids, targets[shards.own_rows(sizes)])
+
+    def gather_sizes(self, count: int, call: str, *, draws: bool = False) -> list[int]:
+        """Number of images of each process; `draws` if `call` selects classes; collective."""
+        state = self.sampler.fingerprint() if draws else b""
+        sizes = self.shards.gather_sizes(count, call, self.prototypes.device, state)
+        if sum(sizes) == 0:
+            raise ValueError("ShardedSkipCLIP: a batch must have at least one image on one of the processes; got none.")
+        return sizes
 
     def scores_of_all(self, image: Tensor) -> Tensor:
         """Scores [C] of all classes for image embeddings [B, D]; collective."""
-        return self._shards.gather_classes(class_scores(image, self.prototypes, None))
+        return self.shards.gather_classes(class_scores(image, self.prototypes, None))
 
     def encode_own(self, class_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Embeddings of own classes [K_r]; with none, of one that is not used, so that gradients are zero, not None."""
-        return self._texts.encode(at_least_one(class_ids)).to(dtype)
+        return self.texts.encode(padded(class_ids)).to(dtype)
 
-    def _compare(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
+    def _compare_with_classes(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
         if self.training:
             raise RuntimeError("ShardedSkipCLIP: loss in training mode is not supported. Call clip(images, labels).")
-        return super()._compare(image, labels, return_logits)
+        return super()._compare_with_classes(image, labels, return_logits)
 
-    def _embeddings_of_all(self) -> Tensor:
+    def embeddings_of_all(self) -> Tensor:  # noqa: D102
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "ShardedSkipCLIP: an evaluation with gradients is not supported. Call it under torch.no_grad()."
@@ -138,12 +153,12 @@ class ShardedSkipCLIP(SkipCLIP):
     ) -> Tensor:
         """Logits [b, C] of the images of this process over all classes, collective; or over other classes.
 
-        Each process sends every other process the logits [b, C/W] of that process's images for its own classes.
+        Each process sends every other process the logits [b, C/P] of that process's images for its own classes.
         """
         if tokens is not None or class_embeddings is not None:
             return super().predict(pixel_values, tokens=tokens, class_embeddings=class_embeddings)
-        shards = self._shards
-        image, classes, sizes, _ = self._gathered_embeddings(pixel_values, "predict")
+        shards = self.shards
+        image, classes, sizes = self._gathered_image_and_classes(pixel_values, "predict")
         longest, width = max(sizes), max(shards.sizes)
         sent = image.new_empty(shards.size, longest, width)
         with torch.autocast(image.device.type, enabled=False):
@@ -163,25 +178,26 @@ class ShardedSkipCLIP(SkipCLIP):
         Each process sends the k best of its classes for the images of all processes: [B, k] logits and class ids.
         """
         check_k(k, self.num_classes)
-        shards = self._shards
-        image, classes, _, own = self._gathered_embeddings(pixel_values, f"top_k with k={k}")
-        width = min(k, max(shards.sizes))
+        shards = self.shards
+        image, classes, sizes = self._gathered_image_and_classes(pixel_values, f"top_k with k={k}")
+        width, own_rows = min(k, max(shards.sizes)), shards.own_rows(sizes)
         with torch.autocast(image.device.type, enabled=False):
             logits, positions = top_k_logits(image, classes, min(k, len(classes)))
         class_ids = positions * shards.size + shards.rank
         missing = width - logits.shape[1]  # padding, sorted behind every class
         logits = nn.functional.pad(logits, (0, missing), value=-torch.inf)
         class_ids = nn.functional.pad(class_ids, (0, missing), value=self.num_classes)
-        every, every_id = (torch.cat(tuple(all_gather(part, shards.group)), 1)[own] for part in (logits, class_ids))
-        every_id, order = every_id.sort(dim=1)  # so that a lower position is a lower class among equal logits
-        found, positions = largest(every.gather(1, order), k)
-        return found, every_id.gather(1, positions)
+        logits = torch.cat(all_gather(logits, shards.group).unbind(), 1)[own_rows]  # [b, P · width]
+        class_ids = torch.cat(all_gather(class_ids, shards.group).unbind(), 1)[own_rows]
+        class_ids, order = class_ids.sort(dim=1)  # so that a lower position is a lower class among equal logits
+        found, positions = largest(logits.gather(1, order), k)
+        return found, class_ids.gather(1, positions)
 
     def class_embeddings(self, tokens: Tensor | None = None) -> Tensor:
         """Unit-norm text embeddings [C, D] of all classes, collective after a change of the weights; or of others."""
         if tokens is not None:
             return super().class_embeddings(tokens)
-        return self._shards.class_embeddings(self._texts.all())
+        return self.shards.class_embeddings(self.texts.embeddings())
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Not supported: a process has the texts of its own classes alone."""
@@ -189,30 +205,30 @@ class ShardedSkipCLIP(SkipCLIP):
 
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
         """Replace the classes of the task in place, on every process; see `SkipCLIP.set_classes`."""
-        check_tokens(tokens)
-        shards = self._shards.with_classes(len(tokens))
-        weight = check_class_weight(class_weight, self.prototypes, len(tokens))
-        digest = digest_tensors([("tokens", kept_tokens(tokens))])
+        tokens = as_tokens(tokens)
+        shards = self.shards.with_classes(len(tokens))
+        weight = as_class_weight(class_weight, self.prototypes, len(tokens))
+        digest = digest_tensors([("tokens", tokens)])
         self._check_agreement(shards, digest, weight)
         super().set_classes(tokens[shards.owned])
-        self._shards, self._digest, self.class_weight = shards, digest, weight
+        self.shards, self._digest, self.class_weight = shards, digest, weight
 
     def _origin(self) -> Origin:
-        return Origin(self._digest, self.prototypes.shape[1], self._shards.size)
+        return Origin(self._digest, self.prototypes.shape[1], self.shards.size)
 
-    def _gathered_embeddings(self, pixel_values: Any, call: str) -> tuple[Tensor, Tensor, list[int], slice]:
-        """Scaled image embeddings [B, D] of all processes, own class embeddings, image counts, slice of own images."""
-        pixel_values, _, images = padded(pixel_values, pixel_values)
-        own_image, classes = self._scaled_embeddings(pixel_values)
-        sizes, own = sizes_of(self, images, call)
-        return gather_rows(own_image[:images], sizes, self._shards.group), classes, sizes, own
+    def _gathered_image_and_classes(self, pixel_values: Any, call: str) -> tuple[Tensor, Tensor, list[int]]:
+        """Scaled image embeddings [B, D] of all processes, own class embeddings, and image counts; collective."""
+        count = count_of(pixel_values)
+        image, classes = self._scaled_image_and_classes(padded(pixel_values))
+        sizes = self.gather_sizes(count, call)
+        return gather_rows(image[:count], sizes, self.shards.group), classes, sizes
 
     def _check_agreement(self, shards: ClassParallel, digest: str, class_weight: Tensor | None) -> None:
         """Raise a ValueError on every process unless all have the same inputs and weights."""
         model = self.model
         if shards.size > 1:
-            _refuse_batch_norms(self._images.tower)
-            _refuse_batch_norms(self._texts.tower)
+            _refuse_batch_norms(self.images.tower)
+            _refuse_batch_norms(self.texts.tower)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         weights = [] if class_weight is None else [("class_weight", class_weight)]
         tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
@@ -239,29 +255,13 @@ def _refuse_batch_norms(tower: Any) -> None:
                 )
 
 
-def padded(pixel_values: Any, labels: Any, row: Tensor | None = None) -> tuple[Any, Any, int]:
-    """Return images or features, labels and the number of images.
-
-    An empty batch is replaced by one image of zeros with label 0 or `row`, so that the gradients of a process without
-    images are zeros, not None; its number of images is 0. An invalid batch is left to the checks that follow.
-    """
-    x = pixel_values
-    if not (isinstance(x, Tensor) and isinstance(labels, Tensor) and x.numel() == labels.numel() == 0):
-        return x, labels, len(x) if isinstance(x, Tensor) and x.ndim else 0
-    one = labels.new_zeros(1, *labels.shape[1:]) if row is None else row[None].to(labels)
-    return x.new_zeros(1, *x.shape[1:]), one, 0
+def count_of(batch: Any) -> int:
+    """Number of rows of a batch; 0 of what is no batch, which the checks refuse."""
+    return len(batch) if isinstance(batch, Tensor) and batch.ndim else 0
 
 
-def sizes_of(clip: ShardedSkipCLIP, images: int, call: str, *, draws: bool = False) -> tuple[list[int], slice]:
-    """Return the number of images of each process, and the slice of this process among all images; collective."""
-    shards, device = clip._shards, clip.prototypes.device
-    sizes = shards.gather_sizes(images, call, device, clip.sampler.fingerprint() if draws else b"")
-    if sum(sizes) == 0:
-        raise ValueError("ShardedSkipCLIP: a batch must have at least one image on one of the processes; got none.")
-    start = sum(sizes[: shards.rank])
-    return sizes, slice(start, start + images)
-
-
-def at_least_one(ids: Tensor) -> Tensor:
-    """Ids of a process; if it has none, one id that is not used, so that weights get gradients of zero, not None."""
-    return ids if len(ids) else ids.new_zeros(1)
+def padded(batch: Any, row: Tensor | None = None) -> Any:
+    """Return a batch; in place of an empty one `row`, by default zeros, so that gradients are zeros, not None."""
+    if count_of(batch) or not isinstance(batch, Tensor) or batch.ndim == 0:
+        return batch
+    return batch.new_zeros(1, *batch.shape[1:]) if row is None else row[None].to(batch)

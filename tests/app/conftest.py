@@ -8,7 +8,7 @@ from skipkernels.app.train import tune
 from tests.app.runs import published_optimizer, small
 from tests.models import uncompared, verify
 
-_compare = verify._compare
+_check = verify._check
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,7 +26,7 @@ def not_compared(published):
 @pytest.fixture
 def compared(monkeypatch):
     """Compare a new SkipCLIP with its model, as outside tests."""
-    monkeypatch.setattr(verify, "_compare", _compare)
+    monkeypatch.setattr(verify, "_check", _check)
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,7 @@ def train(
         images, drawn = tiny_batch((batches or [8] * STEPS)[step], CLASSES, seed=step)
         drawn = drawn if labels is None else torch.tensor(labels)
         for number in range(accumulate):
-            own = [part(part(x, number, accumulate), rank, size) for x in (images.to(clip._images.tower.dtype), drawn)]
+            own = [part(part(x, number, accumulate), rank, size) for x in (images.to(clip.images.tower.dtype), drawn)]
             waits = wrap and sharded and number + 1 < accumulate
             with forward.no_sync() if waits else contextlib.nullcontext():
                 out = output(forward, loss, *own, **of_pairs or {})
@@ -261,7 +261,7 @@ def evaluations(clip: sk.SkipCLIP, rank: int, size: int) -> list[Any]:
     for batch in (7, 3):
         own = part(tiny_batch(batch, CLASSES)[0], rank, size)
         found.append([clip.predict(own), *(clip.top_k(own, k) for k in (1, 5, CLASSES))])
-    assert len(clip._texts.all()) <= -(-CLASSES // size), "no [C, D]"
+    assert len(clip.texts.embeddings()) <= -(-CLASSES // size), "no [C, D]"
     return found
 
 
@@ -275,7 +275,7 @@ def integers() -> tuple[torch.Tensor, torch.Tensor]:
 def ties(clip: sk.SkipCLIP, rank: int, size: int) -> Any:
     image, text = integers()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clip, "_scaled_embeddings", lambda x: (part(image, rank, size), text[rank::size]))
+        patch.setattr(clip, "_scaled_image_and_classes", lambda x: (part(image, rank, size), text[rank::size]))
         return [clip.top_k(part(image, rank, size), k) for k in (1, 2, 7, CLASSES)]
 
 
@@ -296,9 +296,9 @@ def work_of_a_step(group: Any, own: tuple[torch.Tensor, torch.Tensor]) -> list[A
     found: list[Any] = []
     with recorded() as sent:
         flops = flops_of(lambda: found.append(clip(features, own[1])) or found[0].loss.backward())
-    class_ids, size = found[0].class_ids, clip._shards.size
-    class_ids = class_ids[class_ids % size == clip._shards.rank] // size
-    prompts = clip._texts.groups[0]
+    class_ids, size = found[0].class_ids, clip.shards.size
+    class_ids = class_ids[class_ids % size == clip.shards.rank] // size
+    prompts = clip.texts.templates[0]
     return [flops, sent, len(class_ids), int(prompts.lengths[class_ids].sum()), prompts.prefix_length]
 
 
@@ -562,9 +562,9 @@ def test_batch_norms_above_the_cut_are_refused():
     model = tiny_clip(vision={"layers": (1, 1, 1, 1), "width": 8, "image_size": 32, "head_width": 8})
     clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1)
     with pytest.raises(UnsupportedModel, match="batch norms above the cut must use the images of all processes"):
-        _refuse_batch_norms(clip._images.tower)
+        _refuse_batch_norms(clip.images.tower)
     clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=(1.0, 1))
-    _refuse_batch_norms(clip._images.tower)
+    _refuse_batch_norms(clip.images.tower)
 
 
 def test_logits_and_gradients_without_group_are_refused(group):

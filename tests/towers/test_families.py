@@ -134,7 +134,7 @@ def test_pair_loss_of_other_captions_equals_reference(make):
 
 
 def check_pair_loss(clip, images, captions):
-    encoded = clip._images.tower.reference_forward(images), clip._texts.tower.reference_forward(captions)
+    encoded = clip.images.tower.reference_forward(images), clip.texts.tower.reference_forward(captions)
     expected = reference.contrastive_loss(*encoded, clip.model.logit_scale.exp())
     torch.testing.assert_close(sk.pairs.pair_loss(clip, images, captions), expected, rtol=LOSS[images.dtype], atol=0)
 
@@ -177,7 +177,7 @@ def test_translation_encoder_step(tmp_path, kind, skip):
 def check_encoder(model, skip):
     tokens, (images, labels) = encoder_tokens(), tiny_batch(3, CLASSES)
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
-    assert clip._texts.groups[0].tokens.shape[1] == 7 < tokens.shape[1]
+    assert clip.texts.templates[0].tokens.shape[1] == 7 < tokens.shape[1]
     assert "runs its own forward" in clip.reductions["text.fused_block"].reason
     assert_matches_reference_step(clip, images, tokens, labels)
     check_pair_loss(clip, images, tokens[[4, 0, 1]])
@@ -228,7 +228,7 @@ def test_padding_mask_only():
     model.text.use_pad_mask = True  # no config has it
     images, labels = tiny_batch(3, CLASSES)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert clip.reductions["text.text_crop"].enabled and clip._texts.groups[0].tokens.shape[1] < 10
+    assert clip.reductions["text.text_crop"].enabled and clip.texts.templates[0].tokens.shape[1] < 10
     assert "later ones" in clip.reductions["text.shared_prefix"].reason
     assert_matches_reference_step(clip, images, tokens, labels)
 
@@ -281,7 +281,7 @@ def test_end_of_text_of_metaclip_2_is_never_the_largest_id():
     model, tokens, (images, labels) = metaclip_2(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     model.text_model.eos_token_id, tokens[tokens == 59] = 2, 2
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert clip._texts.groups[0].pooled.min() > 0
+    assert clip.texts.templates[0].pooled.min() > 0
     assert_matches_reference_step(clip, images, tokens, labels)
 
 

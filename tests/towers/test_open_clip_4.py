@@ -48,11 +48,11 @@ def modern(**options) -> torch.nn.Module:
 def test_modern_text_step(name, skip):
     model, tokens, (images, labels) = modern(**MODERN[name]), tiny_tokens(CLASSES, context=30), tiny_batch(3, CLASSES)
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
-    assert clip._texts.tower.tokens.shape[1] < 10 and clip.reductions["text.text_crop"].enabled
+    assert clip.texts.tower.tokens.shape[1] < 10 and clip.reductions["text.text_crop"].enabled
     assert "runs its own forward" in clip.reductions["text.fused_block"].reason
     assert_matches_reference_step(clip, images, tokens, labels)
-    rows = clip._texts.groups[0].row_count  # the prefix is stored once where a token sees no later ones
-    assert (rows < clip._texts.tower.tokens.numel()) == (name in ("eos", "gated", "sandwich", "values"))
+    rows = clip.texts.templates[0].row_count  # the prefix is stored once where a token sees no later ones
+    assert (rows < clip.texts.tower.tokens.numel()) == (name in ("eos", "gated", "sandwich", "values"))
 
 
 @needs_modern_text
@@ -65,7 +65,7 @@ def test_modern_text_unusual_prompts(name):
     tokens[2, 3] = 0
     tokens[3] = 0
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert clip._texts.tower.tokens.shape[1] == 15
+    assert clip.texts.tower.tokens.shape[1] == 15
     assert_matches_reference_step(clip, images, tokens, labels)
 
 
@@ -74,7 +74,7 @@ def test_modern_text_without_padding_id():
     """Without an id of padding all tokens are seen, and nothing is cropped."""
     model, tokens = modern(pad_id=None, **MODERN["map"]), tiny_tokens(CLASSES, context=30)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert clip._texts.tower.tokens.shape[1] == 30
+    assert clip.texts.tower.tokens.shape[1] == 30
     assert_matches_reference_step(clip, *tiny_batch(3, CLASSES)[:1], tokens, tiny_batch(3, CLASSES)[1])
 
 
@@ -103,7 +103,7 @@ def test_modern_bert_step(skip, tmp_path):
     tokens, (images, labels) = tiny_tokens(CLASSES, context=30), tiny_batch(3, CLASSES, torch.float32)
     tokens[1, 3:20] = torch.arange(6, 23)
     clip = sk.SkipCLIP(model.float(), tokens, skip_layers=(1, skip), keep_ratio=1.0)  # its rotations are in fp32
-    assert clip._texts.tower.tokens.shape[1] == 20
+    assert clip.texts.tower.tokens.shape[1] == 20
     assert_matches_reference_step(clip, images, tokens, labels)
 
 
