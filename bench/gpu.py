@@ -97,7 +97,7 @@ def step(args: argparse.Namespace) -> None:
     facts: dict[str, Any] = {"K": ours.K}
     if on_gpu:
         facts |= {
-            "captured": bool(graph._captured),
+            "captured": graph.is_captured,
             "launches": launches_of(steps[summary.GRAPHED], args.device),
         }
         print(f"captured: {facts['captured']}; launches in a step: {facts['launches']}", flush=True)

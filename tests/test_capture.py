@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 import skipkernels as sk
 from bench.meta_device import meta_as_gpu
 from skipkernels.clip.step import LossOptions, step
+from skipkernels.graphs import capturable
 from skipkernels.graphs import graphed_step as graphed
 
 CLASSES = 30
@@ -239,7 +240,7 @@ def fake_cuda(monkeypatch):
         return FakeGraph(step, out, pool), out
 
     monkeypatch.setattr(Run, "captures", True)
-    monkeypatch.setattr(graphed.GraphedStep, "_captures", lambda self: GRAPHED.append(self) or True)
+    monkeypatch.setattr(graphed.GraphedStep, "_on_gpu", lambda self: GRAPHED.append(self) or True)
     monkeypatch.setattr(graphed, "record", record)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
@@ -318,7 +319,7 @@ class Run:
 @pytest.fixture
 def without_capturable(monkeypatch):
     """Do not check that an optimizer is capturable: on a CPU Adam cannot be, and the fake graph does not need it."""
-    monkeypatch.setattr(graphed, "_why_optimizer_is_not_capturable", lambda optimizer: None)
+    monkeypatch.setattr(capturable, "_why_optimizer_is_not_capturable", lambda optimizer: None)
 
 
 @pytest.mark.parametrize(
@@ -602,7 +603,7 @@ def test_graphed_refuses_what_cannot_be_captured(fake_cuda, tmp_path):
     with pytest.raises(RuntimeError, match="^graphed: fp16 autocast needs a GradScaler"):
         with torch.autocast("cpu", torch.float16):
             run.step(x, labels)
-    with pytest.raises(ValueError, match="^graphed: x must not require grad"):
+    with pytest.raises(ValueError, match="^graphed: pixel_values must not require grad"):
         run.step(x.requires_grad_(), labels)
 
 
@@ -713,7 +714,7 @@ def test_replays_equal_eager_steps(kind, cast):
                 run.schedule.step()
         found.append([*(x.tolist() for x in outs), *run.train(short), *run.train(some[:2])])
     assert found[0] == found[1]
-    assert len(step._captured) == 1
+    assert step.is_captured
 
 
 @pytest.mark.gpu
@@ -735,7 +736,7 @@ def test_graph_is_captured_again():
         for run in (ours, theirs):
             change(run)
         assert ours.train(some) == theirs.train(some)
-        assert len(ours.step._captured) == 1
+        assert ours.step.is_captured
     assert ours.train(large) == theirs.train(large)
     assert ours.train(some) == theirs.train(some) and held[0].loss.equal(held[1].loss)
 

@@ -33,7 +33,7 @@ def test_no_worse_than_the_published_step(model, classes, skip, precision):
             before = {name: optimizer.state[p]["momentum_buffer"].double().clone() for name, p in trained.items()}
         with inputs.autocast(device, precision):
             class_ids = step(features, labels).class_ids
-    assert len(step._captured) == (device.type == "cuda")
+    assert step.is_captured == (device.type == "cuda")
     theirs, right = published.gradients(precision, class_ids), exact.gradients("fp32", class_ids)  # without autocast
     for name, p in trained.items():
         gradient = optimizer.state[p]["momentum_buffer"].double() - before[name] / 2

@@ -1,0 +1,125 @@
+"""A step before its capture in a CUDA graph: why it cannot be captured, and what the graph takes as constant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..clip import SkipCLIP
+from ..optimizer import FusedSGD, world_size
+from ..towers.attention import SDPA
+from ..towers.block import HOOKS, global_hooks
+
+
+def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str | None:
+    """Return why the step of a SkipCLIP and an optimizer cannot be captured in a CUDA graph, or None."""
+    hooked, generator = _first_hooked(clip.model), clip.sampler.generator
+    if hooked is not None:
+        return f"{hooked or 'the model'} has hooks, which would run at the capture only. Remove them."
+    if global_hooks():
+        return "global module hooks would run at the capture only. Remove them."
+    if clip.images.tower.attention_backend is not SDPA:
+        return 'attention="xformers" has a host sync. Use "sdpa".'
+    if clip.texts.reads_folder():
+        return "text_cache, as large as here, is read on the host. Leave it out."
+    if generator is not None and generator.device.type != "cpu":
+        return "the generator must be on the CPU."
+    if world_size() > 1:
+        return "gradients of several processes are averaged by hooks."
+    return _why_optimizer_is_not_capturable(optimizer)
+
+
+def _first_hooked(model: nn.Module) -> str | None:
+    """Name of the first module of a model that has hooks, or None."""
+    return next((name for name, module in model.named_modules() if any(getattr(module, x) for x in HOOKS)), None)
+
+
+def _why_optimizer_is_not_capturable(optimizer: torch.optim.Optimizer) -> str | None:
+    name = type(optimizer).__name__
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return f"{name} has step hooks, which would run at the capture only. Remove them."
+    if isinstance(optimizer, FusedSGD):
+        return None
+    if isinstance(optimizer, torch.optim.SGD):
+        fused = all(group["fused"] for group in optimizer.param_groups)
+        return None if fused else "SGD reads its learning rate on the host. Use FusedSGD, or SGD with fused=True."
+    if all(group.get("capturable") for group in optimizer.param_groups):
+        return None
+    return f"{name} is not capturable. Construct it with capturable=True if it has that option, or use FusedSGD."
+
+
+class _State(NamedTuple):
+    """What a graph takes as constant."""
+
+    tensors: list[tuple[int, int, bool] | None]  # identity, address and requires_grad
+    modules: list[tuple[int, ...]]  # identity, mode and children
+    hooked: bool  # False at a capture, see `why_not_capturable`
+    options: list[Any]
+    groups: list[list[Any]]  # options of the optimizer
+
+
+class Frozen:
+    """All that a graph takes as constant: modules, modes, hooks, tensors and their addresses, options."""
+
+    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
+        self._clip, self._optimizer = clip, optimizer
+        self._modules = list(clip.model.modules())
+        self._seen = self._state()
+        self._held = list(self._tensors()), clip.texts  # so that addresses are not used again
+
+    def is_unchanged(self) -> bool:
+        """Return True if a replay is the step that would run now."""
+        return self._state() == self._seen
+
+    def _tensors(self) -> Iterator[Tensor | None]:
+        """Yield the tensors that a step reads and that exist between steps."""
+        clip = self._clip
+        for module in self._modules:
+            yield from module._parameters.values()
+            yield from module._buffers.values()
+        for state in self._optimizer.state.values():
+            yield from (x for x in state.values() if isinstance(x, Tensor))
+        yield from (*clip.texts.step_tensors(), clip.class_weight, clip.sampler.reserved)
+
+    def _state(self) -> _State:
+        clip = self._clip
+        return _State(
+            [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors()],
+            [(id(m), m.training, *map(id, m._modules.values())) for m in self._modules],
+            _first_hooked(clip.model) is not None or bool(global_hooks()),
+            [id(clip.texts), clip.images.tower.memory, clip.texts.tower.memory, clip.label_smoothing],
+            [_constants(self._optimizer, group) for group in self._optimizer.param_groups],
+        )
+
+
+def _constants(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Any]:
+    """Options of a group that a graph takes as constants: numbers that it does not read on the device; ids of tensors.
+
+    Without momentum FusedSGD has no buffers.
+    """
+    not_constant = {"params", "lr", "initial_lr"}
+    if isinstance(optimizer, FusedSGD):
+        not_constant |= {"momentum", "weight_decay"}
+    options: list[Any] = [list(map(id, group["params"])), group.get("momentum") == 0]
+    for name, value in group.items():
+        if isinstance(value, Tensor):
+            options.append((name, id(value)))
+        elif name not in not_constant:
+            options.append((name, value))
+    return options
+
+
+def renew_accumulators(parameters: Iterable[Tensor]) -> None:
+    """Let autograd create new nodes for the gradients of parameters; their hooks stay.
+
+    A node accumulates on the stream on which it was created. The graph of a loss that is still held keeps its
+    nodes alive, so backward would accumulate on the stream of that step, which breaks a capture on another one. A
+    parameter has a new node after its data had another dtype.
+    """
+    for parameter in parameters:
+        data = parameter.data
+        parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+        parameter.data = data
