@@ -1,7 +1,6 @@
 """`class_sampled_ce`: cross-entropy of images against a sample of the rows of a class bank.
 
-    z_bk   = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
-    loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
+The formula, with z, lse, w and ε, is in `functional.class_sampled_ce`; s is its `logit_scale`.
 
 Saved for backward: the inputs; lse [B] in fp64, since rounding it to fp32 changes every probability by 4e-6 at a scale
 of 100; the norms of the rows, [B] and [K]; the divisor of the sum of the losses. Backward recomputes the logits in

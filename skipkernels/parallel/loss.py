@@ -25,10 +25,8 @@ def sharded_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy [] of the images of all processes over the selected classes of all; collective.
 
-        loss_b = (1 − ε) · w_y · (lse_b − target_b) + ε/K · (lse_b · Σ_k w_k − smooth_b),
-        lse_b = log Σ_r exp(lse_rb),   target_b = Σ_r target_rb,   smooth_b = Σ_r Σ_k w_k · z_bk over k of process r
-
-    This is the loss of `functional.class_sampled_ce`. Sums over processes are in the order of ranks, so that the loss
+    The loss of `functional.class_sampled_ce`, with its log-sum-exp, label logit z_by and sum of w_k · z_bk each combined
+    from those of the processes. Sums over processes are in the order of ranks, so that the loss
     is bitwise equal on all. Gradients are multiplied by the number of processes, as `gather_shares` explains. The
     logits [B, K_r] of this process are in memory, in fp64: their differences nearly cancel.
 
