@@ -266,9 +266,8 @@ class GraphedStep:
                 return steps.graph
             self.reset()
         self._check_optimizer()
-        if self._failed or len(labels) != self._batch_size or self._steps[key].eager < WARMUP:
-            return None
-        if why_not_capturable(self._clip, self._optimizer) is not None:
+        is_early = len(labels) != self._batch_size or self._steps[key].eager < WARMUP
+        if self._failed or is_early or why_not_capturable(self._clip, self._optimizer) is not None:
             return None
         steps.graph = self._try_capture(pixel_values, labels, steps.casts)
         return steps.graph
