@@ -22,12 +22,6 @@ class ExportCommand:
     with the embeddings of the classes."""
     out: Path
     """Folder to write; new or empty."""
-    int8: bool = False
-    """With onnx: also write model.int8.onnx, with the matrix products of the image tower in int8, and print the
-    accuracy of both on the test images of the run, or else on its validation images."""
-    images: Path | None = None
-    """Folder of images to compare int8 and fp32 on, instead of those of the run: by how often both give the same
-    class."""
     overwrite: bool = False
     """Write into a folder with files. An earlier export in it is replaced."""
     trust: Trust = False
@@ -39,11 +33,8 @@ class ExportCommand:
         check_exported(self.run.expanduser(), self.out.expanduser(), overwrite=self.overwrite)
         from skipkernels.app.serve.exporting import export  # imports torch
 
-        options = {name: getattr(self, name) for name in ("int8", "images", "overwrite", "trust")}
-        done = export(self.run, self.to, self.out, **options)
+        done = export(self.run, self.to, self.out, overwrite=self.overwrite, trust=self.trust)
         for note in done.notes:
             err.print(f"note: {note}", soft_wrap=True)
-        if done.comparison is not None:
-            out.print(str(done.comparison), soft_wrap=True)
         out.print(f"{done.folder}: {' '.join(done.files)}", soft_wrap=True)
         return 0

@@ -23,7 +23,7 @@ from ..train.environment import versions
 from ..train.model import OPEN_CLIP, RANDOM
 from ..train.model_card import CARD, model_card
 from ..train.run_folder import CONFIG, METRICS, read_metrics
-from . import to_hugging_face, to_int8, to_onnx
+from . import to_hugging_face, to_onnx
 from .merging import PlainModel, plain_model
 from .output import check_exported
 
@@ -40,7 +40,8 @@ _OURS = (
         HEAD,
         OPEN_CLIP,
         OPEN_CLIP_WEIGHTS,
-        *(f"{name}{end}" for name in (to_onnx.FILE, to_int8.FILE) for end in ("", ".data")),
+        to_onnx.FILE,
+        f"{to_onnx.FILE}.data",
     ),
     *("config.json", "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
     *("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json"),
@@ -55,7 +56,6 @@ class Exported(NamedTuple):
     folder: Path  # Folder of the files
     files: list[str]  # Their names
     notes: list[str]  # Differences from the tuned model
-    comparison: to_int8.Comparison | None = None  # of int8 with fp32
 
 
 def export(
@@ -63,8 +63,6 @@ def export(
     to: Target,
     out: str | Path,
     *,
-    int8: bool = False,
-    images: str | Path | None = None,
     overwrite: bool = False,
     trust: bool = False,
 ) -> Exported:
@@ -85,10 +83,6 @@ def export(
         run: Folder of a run, or one that `blend` wrote.
         to: "open-clip", "hugging-face" or "onnx".
         out: Folder to write; new or empty.
-        int8: Also write OUT/model.int8.onnx, with the matrix products of the image tower in int8, and compare the two:
-            by their accuracy on the test images of the run, or else on its validation images.
-        images: Folder of images for this comparison, instead of those of the run: without labels, by how often both
-            give the same class.
         overwrite: Write into a folder with files. An earlier export in it is replaced; other files are kept. The folder
             of a run is refused.
         trust: See `Classifier.load`.
@@ -108,9 +102,6 @@ def export(
     """
     if to not in get_args(Target):
         raise InputError(f"export: to must be one of {', '.join(get_args(Target))}; got {to!r}.", "to")
-    if (int8 or images is not None) and (to != "onnx" or not int8):
-        name = "int8" if int8 else "images"
-        raise InputError(f"export: {name} is for {'the target onnx' if int8 else 'int8'}; leave it out.", name)
     source, folder = restored(Path(run).expanduser()), Path(out).expanduser()
     check_exported(source, folder, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
@@ -129,13 +120,9 @@ def export(
             replace(described, weights_xxh3=digest_file(written / OPEN_CLIP_WEIGHTS)).write(written)
         elif to == "hugging-face":
             _write_classes(written, described)
-        comparison = None
-        if int8:
-            others = None if images is None else Path(images)
-            comparison = to_int8.write(plain, written, source, others, trust)
-        _write_card(source, written, described, to, head=(written / HEAD).exists(), int8=comparison)
+        _write_card(source, written, described, to, head=(written / HEAD).exists())
         files = sorted(path.name for path in written.iterdir())
-    return Exported(folder, files, notes, comparison)
+    return Exported(folder, files, notes)
 
 
 def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
@@ -217,12 +204,12 @@ def _shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return values | tests | {"command": bool(metrics.get("command"))}
 
 
-def _write_card(source: Path, folder: Path, described: Description, to: Target, **options: Any) -> None:
+def _write_card(source: Path, folder: Path, described: Description, to: Target, *, head: bool) -> None:
     """Write the model card of an exported run; copy that of an exported folder, which has no settings, if it fits."""
     if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
         if to == "open-clip" and (source / CARD).is_file():
             replace_text(folder / CARD, read_text(source / CARD))
         return
     config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)
-    card = model_card(config, described, _shared_metrics(read_metrics(source)), use=to, **options)
+    card = model_card(config, described, _shared_metrics(read_metrics(source)), use=to, head=head)
     replace_text(folder / CARD, card)

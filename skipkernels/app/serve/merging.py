@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +68,6 @@ class PlainModel(NamedTuple):
     prompts: tuple[list[str], ...]  # Prompts by template and class
     head: nn.Module  # Classifies the image embeddings of `model`: a `CosineHead` or a `LinearHead`
     learned_head: bool  # True if the head has weights that `model` does not have
-    transform: Callable[[Any], Tensor] | None = None  # Transform of an image
 
 
 def plain_model(folder: Path, *, trust: bool = False) -> PlainModel:
@@ -92,4 +90,4 @@ def plain_model(folder: Path, *, trust: bool = False) -> PlainModel:
     model = run.model.float().eval().requires_grad_(False)
     described = replace(run.described, preprocessing=preprocessing(model))  # of the model, not of the file
     learned = isinstance(method, (LinearProbe, CoOp, CLIPAdapter))
-    return PlainModel(described, model, run.tokenizer, run.prompts, head, learned, run.transform)
+    return PlainModel(described, model, run.tokenizer, run.prompts, head, learned)

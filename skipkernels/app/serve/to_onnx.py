@@ -16,7 +16,6 @@ from ..train.model import quiet
 from .merging import PlainModel
 
 FILE = "model.onnx"
-HEAD = "head_"  # prefix of the names of the head's nodes
 _EXTERNAL = 1 << 30  # bytes of weights above which they are in a second file: protobuf ends at 2 GiB
 
 
@@ -73,8 +72,6 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
     }
     for part in (program.model.graph, *program.model.functions.values()):
         for node in part.all_nodes():
-            if "serve.merging." in node.metadata_props.get("pkg.torch.onnx.class_hierarchy", ""):
-                node.name = f"{HEAD}{node.name}"
             node.metadata_props.clear()  # stack traces, with the paths of source files
     program.model.metadata_props.update({name: json.dumps(value) for name, value in values.items()})
     program.save(path, external_data=external)

@@ -23,13 +23,11 @@ def model_card(
     *,
     use: str = "open-clip",
     head: bool = False,
-    int8: object = None,
 ) -> str:
     """Return the text of a model card, from the description of the tuned model and the contents of metrics.json.
 
     `use` is what can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx". With
-    `head`, what the method trains is in head.safetensors, and not in the model. `int8` compares ONNX files in fp32 and
-    with int8 weights.
+    `head`, what the method trains is in head.safetensors, and not in the model.
     """
     base = f"`{config.model}`" + (f", weights `{config.pretrained}`" if config.pretrained else "")
     matter = ["---", f"library_name: {_LIBRARIES[use]}"]
@@ -53,7 +51,7 @@ def model_card(
         "```python",
         code.replace("import open_clip\n", f"import open_clip\n{_TOWER}") if config.model in MODELS else code,
     ]
-    lines += ["```", "", *([] if int8 is None else ["## int8", "", f"{int8}.", ""]), "## Data and model", ""]
+    lines += ["```", "", "## Data and model", ""]
     images, shots = metrics.get("images", {}).get("train"), ""
     trained = "all images" if images is None else images
     if isinstance(config.shots, int) and images is not None:

@@ -21,7 +21,7 @@ import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
-from skipkernels.app.serve import to_hugging_face, to_int8, to_onnx
+from skipkernels.app.serve import to_hugging_face, to_onnx
 from skipkernels.app.serve.exporting import Exported
 from skipkernels.app.serve.merging import CosineHead, PlainModel, plain_model
 from skipkernels.app.train import model_card, tune
@@ -217,38 +217,13 @@ def test_head_in_onnx(head_run, run, tmp_path):
             pytest.importorskip(package)
         import onnxruntime
 
-        done = sk.export(head_run, "onnx", tmp_path / "out", int8=True, trust=True)
+        done = sk.export(head_run, "onnx", tmp_path / "out", trust=True)
         session = onnxruntime.InferenceSession(done.folder / "model.onnx")
         found.append(torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0]))
         found.append(torch.from_numpy(card_names(done, picture)["logits"]))
         check_files(done, picture)
-        check_int8(done, head_run, picture)
     for logits in found:
         torch.testing.assert_close(logits.softmax(1)[0], probabilities_of(head_run, picture), atol=1e-5, rtol=0)
-
-
-def check_int8(done: Exported, run: Path, picture: Path) -> None:
-    import onnx
-
-    tuned = json.loads((run / "metrics.json").read_text())["tuned"]["base"]
-    compared = done.comparison
-    assert compared.fp32_accuracy == pytest.approx(tuned) and compared.source == "test images (base)"
-    assert f"{compared}." in (done.folder / "README.md").read_text()
-    model = onnx.load(done.folder / "model.int8.onnx")
-    products = [node.name for node in model.graph.node if node.op_type == "MatMulInteger"]
-    assert len(products) == 9  # 4 for each block, and the projection
-    assert not any(name.startswith(to_onnx.HEAD) for name in products)
-    assert {prop.key for prop in model.metadata_props} >= {"classes", "preprocessing", "int8"}
-    again = to_int8.write(plain_model(run, trust=True), done.folder, run, picture, False)
-    assert again.images == 1 and again.int8_accuracy is None and "of 1 given images" in str(again)
-    with pytest.raises(InputError, match="int8 compares both files on images, and those of the run can't be read"):
-        to_int8.write(plain_model(run, trust=True), done.folder, done.folder, None, False)
-
-
-@pytest.mark.parametrize("options", [{"int8": True}, {"images": "photos"}])
-def test_int8_is_for_onnx(options, run, tmp_path):
-    with pytest.raises(InputError, match="leave it out"):
-        sk.export(run.folder, "open-clip", tmp_path / "out", **options)
 
 
 def test_failed_export_leaves_no_files(run, tmp_path, monkeypatch):
