@@ -164,7 +164,7 @@ class TuneConfig(
         """Open the dataset."""
         from .data import open_source
 
-        return open_source(self.data, self.root, self.template, download=self.download)
+        return open_source(self.data, self.root, self.template)
 
     def _defaults(self, open_data: Callable[[], Source] | None) -> dict[str, Any]:
         """Values for the fields with the default None."""

@@ -49,12 +49,10 @@ class DataOptions:
     """Images and prompts."""
 
     data: str = "pictograms"
-    """Dataset: imagefolder:PATH, csv:PATH, wds:SHARDS, hf:PATH or hf:NAME, coop:NAME, torchvision:NAME,
-    pictograms, or pictograms:TASK such as pictograms:animals."""
+    """Dataset: imagefolder:PATH, csv:PATH, wds:SHARDS, hf:PATH or hf:NAME, coop:NAME, pictograms,
+    or pictograms:TASK such as pictograms:animals."""
     root: Path | None = option(None, results=False)
-    """Folder that contains the datasets of coop: and torchvision:, or the images of csv:."""
-    download: bool = option(False, results=False)
-    """Let torchvision download a missing dataset."""
+    """Folder that contains the datasets of coop:, or the images of csv:."""
     template: tuple[str, ...] | None = None
     """Prompts such as "a photo of a {}.", or paper or coop for the prompts of these papers. Training uses the first;
     for evaluation the embeddings of all are averaged. By default paper."""

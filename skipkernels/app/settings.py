@@ -16,7 +16,6 @@ class TuneSettings(TypedDict, total=False):
 
     data: str
     root: str | Path | None
-    download: bool
     template: list[str] | tuple[str, ...] | None
     shots: options.Shots | None
     fold: str | None

@@ -24,7 +24,6 @@ from tools.config_schema import FILE, schema
 OF_0_2 = """
 data: pictograms
 root: /data
-download: false
 template:
 - a {}.
 shots: 2
@@ -136,7 +135,7 @@ def test_with_method_resets_unused_settings(method):
     assert config.text_lr == (1.0 if method in ("skip", "full", "coop", "lora") else None)
 
 
-@pytest.mark.parametrize("data", ["coop:imagenet", "coop:sun397", "torchvision:food101"])
+@pytest.mark.parametrize("data", ["coop:imagenet", "coop:sun397", "coop:food101"])
 def test_resolved_large_dataset_epochs(data):
     assert TuneConfig(data=data, model="ViT-B-16", pretrained="random").resolved().epochs == 5
     assert TuneConfig(data=data, model="ViT-B-16", pretrained="random", epochs=7).resolved().epochs == 7
@@ -229,7 +228,7 @@ def test_from_yaml_refuses_damaged_file(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("data", "protocol"),
     [("imagefolder:photos", "few-shot"), ("pictograms", "base-to-new"), ("pictograms:food", "base-to-new"),
-     ("coop:dtd", "base-to-new"), ("torchvision:food101", "base-to-new")],
+     ("coop:dtd", "base-to-new")],
 )  # fmt: skip
 def test_resolved_protocol_by_data(data, protocol):
     config = dataclasses.replace(SMALL, data=data)

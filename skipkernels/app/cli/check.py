@@ -30,7 +30,7 @@ class CheckCommand:
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="(required)")]
     """Dataset, named as for tune, such as imagefolder:photos."""
     root: Path | None = None
-    """Folder that contains the datasets of coop: and torchvision:, or the images of csv:."""
+    """Folder that contains the datasets of coop:, or the images of csv:."""
     out: Path | None = None
     """File of all findings, .csv or .json. By default the first of each kind are printed."""
 

@@ -91,8 +91,8 @@ def with_flags(error: BaseException) -> str:
     >>> from skipkernels.app.data import InputError
     >>> with_flags(InputError("few_shot: shots must be at least 1; got 0.", "shots"))
     '--shots must be at least 1; got 0.'
-    >>> with_flags(InputError("open_source: coop:dtd: no folder data/dtd. Fetch it with `download=True`.", "root"))
-    '--root: coop:dtd: no folder data/dtd. Fetch it with --download.'
+    >>> with_flags(InputError("export: out must be a new or an empty folder; got a. Use `overwrite=True`.", "out"))
+    '--out must be a new or an empty folder; got a. Use --overwrite.'
     >>> with_flags(ValueError("SkipCLIP: text_cache keeps features at the cut; with skip_layers=0 there is no cut."))
     '--cache keeps features at the cut; with --skip-layers 0 there is no cut.'
     >>> with_flags(InputError("full: open_source: no dataset 'x'.", "data"))

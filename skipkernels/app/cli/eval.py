@@ -22,7 +22,7 @@ class EvalCommand:
     data: str | None = None
     """Dataset to test on, named as for tune. By default that of the run."""
     root: Path | None = None
-    """Folder that contains the datasets of coop: and torchvision:. By default that of the run."""
+    """Folder that contains the datasets of coop:, or the images of csv:. By default that of the run."""
     protocol: Protocol | None = None
     """Protocol, which selects the classes and images to test. By default that of the run."""
     max_classes: int | None = None

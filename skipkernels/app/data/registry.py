@@ -15,7 +15,7 @@ from .templates import Templates
 if TYPE_CHECKING:
     from .source import Source
 
-Opener = Callable[[str, "str | Path | None", Templates, bool], "Source"]
+Opener = Callable[[str, "str | Path | None", Templates], "Source"]
 
 
 class Kind(NamedTuple):
@@ -30,8 +30,8 @@ class Kind(NamedTuple):
 def _imported(module: str, function: str, *options: str) -> Opener:
     """Opener that imports a function on demand, and passes the name and some of the other arguments."""
 
-    def open_now(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
-        given = {"root": root, "templates": templates, "download": download}
+    def open_now(name: str, root: str | Path | None, templates: Templates) -> Source:
+        given = {"root": root, "templates": templates}
         opener = getattr(importlib.import_module(module, __package__), function)
         return opener(name, **{option: given[option] for option in options})
 
@@ -73,13 +73,6 @@ _KINDS = {
         "food101, fgvc_aircraft, sun397, dtd, eurosat, ucf101, imagenetv2, imagenet_sketch, imagenet_a, imagenet_r.",
         "--data coop:dtd --root datasets",
     ),
-    "torchvision": Kind(
-        _imported(".torchvision_sets", "open_torchvision", "root", "templates", "download"),
-        "torchvision:NAME such as torchvision:food101 (with `root`)",
-        "Datasets that torchvision can download: cifar10, cifar100, dtd, eurosat, fashionmnist, fgvcaircraft, "
-        "flowers102, food101, imagenette, mnist, oxfordiiitpet, stl10, sun397.",
-        "--data torchvision:food101 --root datasets --download",
-    ),
     "pictograms": Kind(
         _imported("..demo.pictograms", "open_pictograms", "templates"),
         "pictograms, pictograms:TASK such as pictograms:animals",
@@ -97,26 +90,22 @@ def source_kinds() -> dict[str, Kind]:
 def register_source(kind: str, opener: Opener, usage: str, about: str = "", example: str = "") -> None:
     """Register a kind of dataset, which `open_source` opens by the names "KIND" and "KIND:NAME".
 
-    `opener` is a function of (NAME, root, templates, download), with an empty NAME for "KIND". `usage` is the form of
+    `opener` is a function of (NAME, root, templates), with an empty NAME for "KIND". `usage` is the form of
     the names, for error messages; `about` and `example` are for `skipkernels datasets`.
     """
     _KINDS[kind] = Kind(opener, usage, about, example)
 
 
-def open_source(
-    data: str, root: str | Path | None = None, templates: Templates = None, *, download: bool = False
-) -> Source:
+def open_source(data: str, root: str | Path | None = None, templates: Templates = None) -> Source:
     """Open a dataset by name.
 
     Args:
         data: "imagefolder:PATH" (see `image_folder`); "csv:PATH", a table (see `csv_files`); "wds:SHARDS", tar files of
             webdataset, "hf:PATH" or "hf:NAME" (see `hugging_face_sets`); "coop:NAME", a dataset in CoOp's layout below
-            `root` (see `coop`); "torchvision:NAME", a dataset of torchvision in `root`; "pictograms" or
-            "pictograms:TASK[+TASK…]" (see `demo.pictograms`).
+            `root` (see `coop`); "pictograms" or "pictograms:TASK[+TASK…]" (see `demo.pictograms`).
         root: Folder of the datasets.
         templates: Prompt templates, the first for training; or "paper" or "coop", the sets of those papers. Default:
             "paper".
-        download: Let torchvision download a missing dataset.
 
     Raises:
         InputError: If there is no such dataset, or it can't be used.
@@ -130,7 +119,7 @@ def open_source(
     """
     kind, _, name = data.partition(":")
     if kind in _KINDS:
-        return _KINDS[kind].open(name, root, templates, download)
+        return _KINDS[kind].open(name, root, templates)
     if kind == "dataset":
         raise open_error(f"{name} was passed to tune in Python. Pass it again as `dataset=`.")
     if os.path.exists(data):  # Path.exists raises an error for a name that is too long

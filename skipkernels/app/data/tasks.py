@@ -117,7 +117,6 @@ def load_task(
     targets: Sequence[str | Source] | None = None,
     transform: Callable | None = None,
     train_transform: Callable | None = None,
-    download: bool = False,
 ) -> Task:
     """Make the task of a protocol.
 
@@ -141,12 +140,11 @@ def load_task(
             user's data without splits that neither validate nor test always train.
         fold: Fold of a cross-validation, such as "2/5": its images test, and all others train, whatever their split;
             see `splits.fold_source`. It needs few-shot, and has no val split.
-        root: Folder of the datasets, for coop: and torchvision:.
+        root: Folder of the datasets of coop:, or of the images of csv:.
         templates: Prompt templates; see `open_source`.
         targets: Datasets to test on, as `data`.
         transform: Applied to every image; default: none.
         train_transform: Applied to training images; default: `transform`.
-        download: Let torchvision download a missing dataset.
 
     Raises:
         InputError: If there is no such dataset, or it can't be used with the protocol.
@@ -176,7 +174,7 @@ def load_task(
     def opened(dataset: str | Source) -> Source:
         if isinstance(dataset, Source):
             return dataset
-        return open_source(dataset, root, templates, download=download)
+        return open_source(dataset, root, templates)
 
     source = opened(data)
     if len(source.classes) < 2:

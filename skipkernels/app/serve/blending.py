@@ -101,7 +101,7 @@ def blend(
             "which adds weights to it.",
             "run",
         )
-    config = replace(of_run, trust=trust, refresh="never", workers=0, download=False)
+    config = replace(of_run, trust=trust, refresh="never", workers=0)
     if config.cache is not None and not config.cache.is_dir():
         config = replace(config, cache=None)
     if device is not None:

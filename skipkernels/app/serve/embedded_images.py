@@ -60,7 +60,7 @@ def find_training_images(run: Path, *, trust: bool = False) -> tuple[Images, lis
     config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=("model", "pretrained"))
     if config.data.partition(":")[0] == KIND:
         raise InputError(f"{folder}: its training images were passed to `tune` in Python.")
-    task = build_task(replace(config, trust=trust, download=False, unreadable="error"))  # "skip" reads all images
+    task = build_task(replace(config, trust=trust, unreadable="error"))  # "skip" reads all images
     return task.train, list(task.tests[0].classes)
 
 

@@ -169,7 +169,7 @@ def _public(name: str) -> str:
     if kind in ("hf", "hf-hub"):
         public = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(\?.*)?", rest) and not Path(rest).exists()
     else:
-        public = not re.search(r"[/\\]", rest) and kind in ("coop", "torchvision", "pictograms", "dataset")
+        public = not re.search(r"[/\\]", rest) and kind in ("coop", "pictograms", "dataset")
     return name if public or not rest else kind
 
 

@@ -139,7 +139,7 @@ def evaluate_run(
         folder: Run folder of `tune`, which may be in progress.
         device: Device. Default: that of the run.
         data: Dataset of the test images. Default: that of the run.
-        root: Folder of the datasets, for coop: and torchvision:. Default: that of the run.
+        root: Folder of the datasets of coop:, or of the images of csv:. Default: that of the run.
         protocol: Protocol that selects test classes and images. Default: that of the run.
         dataset: Training images that were passed to `tune`, or others of the same classes.
         test: Test images; see `tune`.
@@ -171,7 +171,7 @@ def evaluate_run(
     if device is not None:  # xformers may not support this device
         changes |= {"device": device, "attention": "sdpa"}
     rounded_to = None if config.cache is None else config.cache_dtype
-    config = replace(config, trust=trust, max_classes=max_classes, workers=0, download=False, **changes)
+    config = replace(config, trust=trust, max_classes=max_classes, workers=0, **changes)
     open_data = None
     if dataset is not None:
         config, open_data = own_data(config, dataset, test=test, classes=classes)

@@ -189,6 +189,5 @@ def build_task(
         targets=config.targets,
         transform=transform,
         train_transform=train_transform,
-        download=config.download,
     )
     return without_unreadable(task) if config.unreadable == "skip" else task

@@ -7,7 +7,7 @@ import json
 import open_clip
 
 from skipkernels.app.cli.main import main
-from skipkernels.app.data import coop, torchvision_sets
+from skipkernels.app.data import coop
 from skipkernels.app.data.registry import source_kinds
 
 
@@ -32,8 +32,7 @@ def test_models(capsys):
 
 
 def test_datasets(capsys):
-    for name, names in (("coop", coop.DATASETS), ("torchvision", torchvision_sets.DATASETS)):
-        assert source_kinds()[name].about.rpartition(": ")[2] == ", ".join(names) + "."
+    assert source_kinds()["coop"].about.rpartition(": ")[2] == ", ".join(coop.DATASETS) + "."
     assert main(["datasets"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "    skipkernels tune --data csv:photos/table.csv" in out

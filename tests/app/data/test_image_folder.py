@@ -222,8 +222,6 @@ def test_open_source_invalid_path(path):
     if path:
         with raises_input_error("no folder", argument="root"):
             open_source("coop:dtd", path)
-        with raises_input_error("not usable in", argument="root"):
-            open_source("torchvision:dtd", path)
 
 
 # ---- invalid folders -------------------------------------------------------------------------------------------------

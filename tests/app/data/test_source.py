@@ -20,7 +20,7 @@ def test_open_source_unknown_dataset(spec):
         open_source(spec)
     if spec != "imagefolder":
         with raises_input_error(
-            f"no dataset {spec!r}", "pictograms:TASK", "imagefolder:PATH", "coop:dtd", "torchvision:food101"
+            f"no dataset {spec!r}", "pictograms:TASK", "imagefolder:PATH", "coop:dtd", "hf:food101"
         ):
             open_source(spec)
 

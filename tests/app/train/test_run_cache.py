@@ -71,7 +71,7 @@ def test_evaluate_run_writes_nothing_and_needs_no_cache(cached, tmp_path, encode
     config = (tmp_path / "run" / "config.yaml").read_text()
     assert f"cache: {folder / 'cache'}" in config
     config = config.replace(f"cache: {folder / 'cache'}", f"cache: {tmp_path / 'elsewhere'}")
-    config = config.replace("workers: 0", "workers: 64").replace("download: false", "download: true")
+    config = config.replace("workers: 0", "workers: 64")
     (tmp_path / "run" / "config.yaml").write_text(config)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert evaluate_run(tmp_path / "run") == metrics["tuned"]
