@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
+from skipkernels.app import heads
 from skipkernels.clip.state import Origin, pack_state
 
 C = 40
@@ -151,6 +152,14 @@ def test_classifier_exports():
     torch.testing.assert_close(classifier(images).detach(), clip.predict(images))
     exported = torch.export.export(classifier, (images,)).module()
     torch.testing.assert_close(exported(images), clip.predict(images), rtol=1e-4, atol=1e-4)
+
+
+def test_classifier_with_a_head_exports():
+    clip, (images, _) = make_clip(dtype=torch.float32), tiny_batch(3, C, torch.float32)
+    image = clip.encode_image(images).detach()
+    head = heads.gaussian_head(image, torch.tensor([0, 2, 2]), classes=3)
+    exported = torch.export.export(clip.classifier(head), (images,)).module()
+    torch.testing.assert_close(exported(images), head.logits(image), rtol=1e-4, atol=1e-4)
 
 
 def test_classifier_has_its_own_mode():

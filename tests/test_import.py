@@ -34,6 +34,7 @@ LAYERS = [
     ("lora",),
     ("integrations",),
     ("app.console", "app.data", "app.hub", "app.option_groups", "app.settings", "app.untrusted"),
+    ("app.heads",),
     ("app.methods",),
     ("app.config", "app.demo", "app.report", "app.train"),
     ("app.serve", "app.studies"),

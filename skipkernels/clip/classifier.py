@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor, nn
 
 
-class ImageClassifier(nn.Module):
-    """Images [B, 3, height, width] to logits [B, C], over fixed class embeddings.
+class AffineHead(Protocol):
+    """Classifier of unit-norm image embeddings, such as a `skipkernels.app.heads.Head`: weight [C, D] and bias [C]."""
 
-    logits = scale · cos(image, class)
+    @property
+    def weight(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def bias(self) -> Tensor: ...  # noqa: D102
+
+
+class ImageClassifier(nn.Module):
+    """Images [B, 3, height, width] to logits [B, C].
+
+        z_bc = ⟨weight_c, x_b/|x_b|⟩ + bias_c
 
     Args:
-        encoder: Module that returns embeddings [B, D] of images, or a tuple with the embeddings first.
-        class_embeddings: [C, D], unit norm.
-        scale: [], the exponential of `logit_scale`.
+        encoder: Module that returns embeddings x [B, D] of images, or a tuple with the embeddings first.
+        weight: [C, D].
+        bias: [C]. Default: zero.
     """
 
-    class_embeddings: Tensor
-    scale: Tensor
+    weight: Tensor
+    bias: Tensor
 
-    def __init__(self, encoder: nn.Module, class_embeddings: Tensor, scale: Tensor):
+    def __init__(self, encoder: nn.Module, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.encoder = encoder
-        self.register_buffer("class_embeddings", class_embeddings.detach().clone())
-        self.register_buffer("scale", scale.detach().clone().to(class_embeddings.dtype))
+        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("bias", weight.new_zeros(len(weight)) if bias is None else bias.detach().clone())
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, C]."""
         image = self.encoder(images)
         image = image[0] if isinstance(image, tuple) else image
-        image = nn.functional.normalize(image.to(self.class_embeddings.dtype), dim=-1)
-        return self.scale * image @ self.class_embeddings.T
+        return nn.functional.normalize(image.to(self.weight.dtype), dim=-1) @ self.weight.T + self.bias

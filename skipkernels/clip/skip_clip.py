@@ -24,6 +24,8 @@ from .texts import ClassTexts, in_same_dtype
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
 
+    from .classifier import AffineHead
+
 
 class SkipCLIP(nn.Module):
     """Tune a CLIP by Skip Tuning: train the blocks above `skip_layers` on the classes selected for each batch.
@@ -237,17 +239,20 @@ class SkipCLIP(nn.Module):
         texts = self.texts.others(tokens)
         return texts.compute_embeddings(texts.class_ids)
 
-    def classifier(self) -> nn.Module:
+    def classifier(self, head: AffineHead | None = None) -> nn.Module:
         """Return a plain module from images [B, 3, height, width] to logits [B, C], with the current class embeddings.
 
         It shares the weights of the image tower, runs in evaluation mode and contains no SkipCLIP, so `torch.export`
-        and ONNX accept it. Create it again after further training.
+        and ONNX accept it. Create it again after further training. `head` replaces the class embeddings: docs/heads.md.
         """
         from .classifier import ImageClassifier
 
         with torch.no_grad():
             encoder = sharing_weights(self.images.tower.encoder(), self.model)
-            return ImageClassifier(encoder, self.class_embeddings(), self.scale).eval()
+            if head is not None:
+                return ImageClassifier(encoder, head.weight, head.bias).eval()
+            text = self.class_embeddings()
+            return ImageClassifier(encoder, self.scale.to(text.dtype) * text).eval()
 
     def _scaled_image_and_classes(self, pixel_values: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Unit-norm image embeddings [B, D] times the scale, and unit-norm embeddings of classes, by default all."""

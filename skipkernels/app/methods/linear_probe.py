@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ...options import Protocol
 from ...reference import widened
 from ..data import Task
+from ..heads.logistic import logistic_regression
 from .base import FrozenModel, Recipe, Tokenizer
 
-_ITERATIONS = 1000
+_TOLERANCE = 1e-6  # norm of the gradient for each image
 _COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # decimal exponents of the penalties of the first sweep
 _FINEST = 1 / 8  # last step of the search, in decades
 _WITHOUT_SWEEP = 1 / 0.316  # from the example in CLIP's repository; used if no image can be held out
@@ -74,7 +75,7 @@ class LinearProbe(FrozenModel):
             self.notes.append(
                 f"{self.name}: no class has two training images, so none is held out to choose l2; it is {l2:.2f}."
             )
-        weight, bias = logistic_regression(image, labels, len(self.bias), l2)
+        weight, bias = _fit(image, labels, len(self.bias), l2)
         self.weight.copy_(weight)
         self.bias.copy_(bias)
         self.l2.fill_(l2)
@@ -95,7 +96,7 @@ class LinearProbe(FrozenModel):
         def best(exponents: tuple[float, ...]) -> float:
             for exponent in exponents:
                 if exponent not in tried and _COARSE[0] <= exponent <= _COARSE[-1]:
-                    weight, bias = logistic_regression(image, labels, len(self.bias), 10**exponent)
+                    weight, bias = _fit(image, labels, len(self.bias), 10**exponent)
                     logits = held_out @ weight.T + bias
                     accuracy = widened(logits.argmax(dim=1) == held_out_labels).mean()
                     tried[exponent] = accuracy.item(), -F.cross_entropy(logits, held_out_labels).item()
@@ -132,30 +133,7 @@ class LinearProbe(FrozenModel):
         return {"weight": self.weight, "bias": self.bias, "l2": self.l2}
 
 
-def logistic_regression(image: Tensor, labels: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:
-    """Fit weight [C, D] and bias [C] that minimise Σ cross-entropy + l2/2 · |weight|²; the bias has no penalty.
-
-    This is the problem of scikit-learn's LogisticRegression with C = 1/l2, for embeddings [n, D] and labels int64 [n].
-    In fp64 the minimum is more accurate than 1e-4, and autocast has no effect.
-    """
-    weight, bias = image.new_zeros(classes, image.shape[1]), image.new_zeros(classes)
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    # The objective is divided by n, so that the tolerances do not depend on n. A history of ten steps, as in scipy.
-    solver = torch.optim.LBFGS(
-        parameters,
-        max_iter=_ITERATIONS,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-12,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> Tensor:
-        solver.zero_grad()
-        loss = F.cross_entropy(image @ weight.T + bias, labels) + l2 / (2 * len(image)) * weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        solver.step(objective)
-    return weight.detach(), bias.detach()
+def _fit(image: Tensor, labels: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:
+    """Weight [C, D] and bias [C] of `LinearProbe`; the problem of scikit-learn's LogisticRegression with C = 1/l2."""
+    anchor = image.new_zeros(classes, image.shape[1])
+    return logistic_regression(image, labels, anchor, l2, bias=True, tolerance=_TOLERANCE * len(image))[:2]

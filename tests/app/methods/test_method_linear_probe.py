@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from method_tasks import BASE, made, stacked, tiny_model, tiny_task, trained
 
 from skipkernels.app.methods import linear_probe
-from skipkernels.app.methods.linear_probe import logistic_regression
+from skipkernels.app.methods.linear_probe import _fit
 
 IDENTITY = torch.eye(5, 12, dtype=torch.float64)
 
@@ -23,10 +23,10 @@ def points(n: int = 60, classes: int = 4, width: int = 6) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("l2", [1e-3, 1.0, 1e4])
-def test_logistic_regression_finds_minimum(l2):
+def test_linear_probe_finds_minimum(l2):
     """The problem is strictly convex in the weight: a zero gradient is the minimum."""
     image, labels = points()
-    weight, bias = (x.requires_grad_() for x in logistic_regression(image, labels, 4, l2))
+    weight, bias = (x.requires_grad_() for x in _fit(image, labels, 4, l2))
     z = image @ weight.T + bias
     loss = (z.exp().sum(dim=1).log() - z[torch.arange(60), labels]).sum() + l2 / 2 * (weight**2).sum()
     loss.backward()
@@ -35,11 +35,11 @@ def test_logistic_regression_finds_minimum(l2):
     assert bias.detach().abs().max() < 10 and weight.detach().abs().max() > 0
 
 
-def test_logistic_regression_bias_has_no_penalty():
+def test_linear_probe_bias_has_no_penalty():
     """With a weight near zero, the bias gives the class frequencies."""
     image, _ = points(n=10)
     labels = torch.tensor([0] * 7 + [1] * 3)
-    weight, bias = logistic_regression(image, labels, 2, 1e9)
+    weight, bias = _fit(image, labels, 2, 1e9)
     assert weight.abs().max() < 1e-6
     torch.testing.assert_close(bias.softmax(dim=0), torch.tensor([0.7, 0.3], dtype=torch.float64), rtol=0, atol=1e-5)
 
@@ -49,7 +49,7 @@ def test_linear_probe_fit_and_logits():
     embeddings = method.encode_frozen(stacked(method.task.train)[0])
     assert embeddings.shape == (20, 12)
     trained(method)
-    expected = logistic_regression(embeddings, stacked(method.task.train)[1], 5, method.l2.item())
+    expected = _fit(embeddings, stacked(method.task.train)[1], 5, method.l2.item())
     assert method.weight.equal(expected[0]) and method.bias.equal(expected[1])
     images = stacked(method.task.tests[0].images)[0]
     image = method.model.encode_image(images).detach()
@@ -67,7 +67,7 @@ def swept(monkeypatch, weight) -> list[float]:
         tried.append(round(math.log10(l2), 6))
         return weight(tried[-1]), torch.zeros(5, dtype=torch.float64)
 
-    monkeypatch.setattr(linear_probe, "logistic_regression", fit)
+    monkeypatch.setattr(linear_probe, "_fit", fit)
     method, labels = made("linear-probe"), torch.arange(5).repeat(4)
     method.fit(IDENTITY[labels], labels)
     return tried
@@ -94,7 +94,7 @@ def test_linear_probe_fits_in_fp64():
     images, labels = stacked(method.task.train)
     embeddings = method.encode_frozen(images.float())
     method.fit(embeddings, labels)
-    weight, _ = logistic_regression(embeddings.double(), labels, 5, 10 ** round(math.log10(method.l2.item()), 3))
+    weight, _ = _fit(embeddings.double(), labels, 5, 10 ** round(math.log10(method.l2.item()), 3))
     assert method.weight.dtype == torch.float32 and method.weight.equal(weight.float())
 
 

@@ -1,0 +1,109 @@
+"""Logistic regression that is drawn to the texts of the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...checks import check_shape, warn_caller
+from ...reference import at_least_fp32
+from .head import Head, check_labels, check_positive, unit_rows
+from .logistic import ITERATIONS, logistic_regression
+
+TOLERANCE = 1e-7
+"""Largest distance of Δ, in units of a text embedding, from the minimum."""
+CANDIDATES = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Penalties of `anchored_l2`."""
+WITHOUT_PAIRS = 0.1
+"""Penalty if no class has two images."""
+_RANKED = 1e-3  # as TOLERANCE, for losses that are only compared
+
+
+def anchored_probe(image: Tensor, labels: Tensor, text: Tensor, scale: float | Tensor, l2: float) -> Head:
+    """Fit a logistic regression with weights that start at, and are drawn to, the text embeddings of the classes.
+
+        min over Δ of  Σ_i −log softmax(s x_i (T + Δ)ᵀ)[label_i]  +  l2 · s²/2 · |Δ|²
+
+    x and T are normalized. Δ is zero for classes without images: they keep their text, as do new classes. The objective
+    is l2-strongly convex in sΔ, so that the norm of its gradient bounds the distance from the minimum: L-BFGS, in fp64,
+    ends where it proves |Δ − Δ*| ≤ `TOLERANCE`. If 1000 iterations do not suffice, a UserWarning has the bound.
+
+    Args:
+        image: x, [n, D], of any norm and floating dtype.
+        labels: Classes, [n].
+        text: T, [C, D].
+        scale: s, the exponential of `logit_scale`.
+        l2: Penalty, such as that of `anchored_l2`.
+
+    Source: the objective of CLAP (Silva-Rodríguez et al., "A Closer Look at the Few-Shot Adaptation of Large
+    Vision-Language Models", CVPR 2024, arXiv 2312.12730) with one penalty for all classes, solved to the minimum.
+    LP++ (Huang et al., CVPR 2024, arXiv 2404.02285) also adds the text embedding to the weight, with a learned factor
+    for each class and no penalty.
+    """
+    x, anchor, scale = _checked("anchored_probe", image, labels, text, scale)
+    check_positive("anchored_probe", l2=l2)
+    found = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale)
+    distance = found.gradient / (l2 * scale)
+    if not distance <= TOLERANCE:
+        warn_caller(
+            f"anchored_probe: after {ITERATIONS} iterations the distance from the minimum can be {distance:.1e}; "
+            f"expected at most {TOLERANCE:.0e}. Use a larger l2."
+        )
+    dtype = at_least_fp32(image[:0]).dtype
+    return Head(found.weight.to(dtype), found.bias.to(dtype), torch.tensor(scale, dtype=dtype, device=image.device))
+
+
+def anchored_l2(
+    image: Tensor,
+    labels: Tensor,
+    text: Tensor,
+    scale: float | Tensor,
+    candidates: Sequence[float] = CANDIDATES,
+) -> float:
+    """Choose the penalty of `anchored_probe` by two-fold cross-validation, on embeddings of the model before tuning.
+
+    The embeddings of a tuned model fit its training images, so that every penalty would appear perfect. The first half
+    of the images of each class, in the given order, is one fold: similar neighbours stay together. A class with one
+    image trains in both folds and is never held out: held out, it would have no training image, which favours the
+    texts. The best accuracy over both folds is chosen, of equal ones the lower loss. If no class has two images, the
+    result is `WITHOUT_PAIRS`.
+    """
+    x, anchor, scale = _checked("anchored_l2", image, labels, text, scale)
+    for l2 in candidates:
+        check_positive("anchored_l2", candidates=l2)
+    fold = _folds(labels)
+    if not (fold >= 0).any():
+        return WITHOUT_PAIRS
+    scores = dict.fromkeys(sorted(candidates, reverse=True), (0, 0.0))
+    for held_out in (fold == 0, fold == 1):
+        weight = anchor
+        for l2, (correct, log_likelihood) in scores.items():
+            fit = x[~held_out], labels[~held_out], anchor, l2
+            weight = logistic_regression(*fit, tolerance=_RANKED * l2 * scale, start=weight).weight
+            logits, target = x[held_out] @ weight.T, labels[held_out]
+            correct += int((logits.argmax(dim=1) == target).sum())
+            log_likelihood -= torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
+            scores[l2] = correct, log_likelihood
+    return max(scores, key=lambda l2: scores[l2])
+
+
+def _folds(labels: Tensor) -> Tensor:
+    """Fold 0 or 1 of each image [n]: halves of each class in the given order; −1 for the image of a class with one."""
+    order, counts = labels.argsort(stable=True), labels.bincount()
+    rank = torch.empty_like(labels)
+    rank[order] = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
+    return torch.where(counts[labels] == 1, -1, (2 * rank >= counts[labels]).long())
+
+
+def _checked(
+    function: str, image: Tensor, labels: Tensor, text: Tensor, scale: float | Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """Return unit-norm images [n, D], scaled unit-norm texts [C, D], and the scale."""
+    x, unit_text, scale = unit_rows(function, "image", image), unit_rows(function, "text", text), float(scale)
+    check_shape(function, "text", text, ("image", image), C=None, D=image.shape[1])
+    check_shape(function, "labels", labels, ("image", image), n=len(image))
+    check_labels(function, labels, len(text))
+    check_positive(function, scale=scale)
+    return x, scale * unit_text, scale

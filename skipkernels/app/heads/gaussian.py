@@ -1,0 +1,96 @@
+"""Linear discriminant analysis of embeddings, alone and together with the texts of the classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...checks import check_shape
+from ...reference import at_least_fp32, widened
+from .head import Head, check_labels, check_positive, unit_rows
+
+SHRINKAGE = 0.3
+"""Part of the covariance that is a multiple of the identity."""
+
+
+@torch.no_grad()
+def gaussian_head(image: Tensor, labels: Tensor, classes: int, shrinkage: float = SHRINKAGE) -> Head:
+    """Classify by Gaussians with a mean μ_c for each class and one covariance Σ, in closed form.
+
+        weight_c = Σ⁻¹ μ_c,   bias_c = −½ ⟨μ_c, weight_c⟩ + log(n_c/n)
+        Σ = (1 − shrinkage) S + shrinkage · tr(S)/D · I,   S = 1/n Σ_i (x_i − μ_label)(x_i − μ_label)ᵀ
+
+    x is normalized. If no class has two different images, S is zero and Σ is the identity: the class with the nearest
+    mean. A class without images has weight 0 and bias −inf. Equals scikit-learn's `LinearDiscriminantAnalysis` with
+    `solver="lsqr"`. The largest matrices are [n, D], [C, D] and [D, D].
+
+    Args:
+        image: x, [n, D], of any norm and floating dtype.
+        labels: Classes, [n].
+        classes: C.
+        shrinkage: Above 0, at most 1.
+
+    Source: GDA (Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", ICLR 2024, arXiv
+    2402.04087), which takes equal priors: see `balanced`.
+    """
+    function = "gaussian_head"
+    if not 0 < shrinkage <= 1:
+        raise ValueError(f"{function}: shrinkage must be above 0 and at most 1; got {shrinkage}.")
+    x = unit_rows(function, "image", image)
+    check_shape(function, "labels", labels, ("image", image), n=len(image))
+    check_labels(function, labels, classes)
+    counts = labels.bincount(minlength=classes).to(x)  # [C]
+    mean = x.new_zeros(classes, x.shape[1]).index_add_(0, labels, x) / counts.clamp(min=1)[:, None]
+    centred = x - mean[labels]
+    covariance = centred.T @ centred / len(x)  # [D, D]
+    variance = covariance.diagonal().mean()
+    if variance <= torch.finfo(x.dtype).eps ** 1.5:  # equal images differ from their mean by rounding
+        covariance, variance = torch.zeros_like(covariance), torch.ones_like(variance)
+        shrinkage = 1.0
+    covariance = (1 - shrinkage) * covariance
+    covariance.diagonal().add_(shrinkage * variance)
+    weight = torch.cholesky_solve(mean.T, torch.linalg.cholesky(covariance)).T
+    bias = -(mean * weight).sum(dim=1) / 2 + (counts / len(x)).log()
+    dtype = at_least_fp32(image[:0]).dtype
+    return Head(weight.to(dtype), bias.to(dtype))
+
+
+@torch.no_grad()
+def with_text(head: Head, image: Tensor, text: Tensor, scale: float | Tensor, alpha: float = 1.0) -> Head:
+    """Add a Gaussian head to the logits of the texts; classes without images have those of the texts alone.
+
+        z = scale · x Tᵀ + alpha · σ_text/σ_head · (head − mean of the head over the classes with images)
+
+    σ is the standard deviation over the classes with images, in the root mean square over the images. Both parts then
+    have equal weight at alpha = 1. Subtracting the mean changes no comparison of classes with images.
+
+    Args:
+        head: Result of `gaussian_head`.
+        image: Its images x, [n, D].
+        text: T, [C, D].
+        scale: The exponential of `logit_scale`.
+        alpha: Weight of the head, such as that of the best accuracy on validation images.
+    """
+    function = "with_text"
+    check_shape(function, "text", text, ("head.weight", head.weight), **dict(zip("CD", head.weight.shape, strict=True)))
+    check_shape(function, "image", image, ("head.weight", head.weight), n=None, D=head.weight.shape[1])
+    check_positive(function, scale=float(scale), alpha=alpha)
+    x, unit_text = unit_rows(function, "image", image), unit_rows(function, "text", text)
+    known = head.bias.isfinite()
+    of_text = Head.of_text(unit_text, scale)
+    augmented = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    moment = augmented.T @ augmented / len(x)  # [D + 1, D + 1]
+
+    def centred(part: Head) -> tuple[Tensor, Tensor]:
+        """Rows (weight, bias) [C', D + 1] of the classes with images, less their mean, and the σ of their logits."""
+        rows = widened(torch.cat([part.weight, part.bias[:, None]], dim=1)[known])
+        rows = rows - rows.mean(dim=0)
+        return rows, ((rows.T @ rows * moment).sum() / len(rows)).sqrt()
+
+    (_, text_spread), (rows, spread) = centred(of_text), centred(head)
+    if spread > 0:  # 0 with a single class
+        rows = alpha * text_spread / spread * rows
+    weight, bias = of_text.weight, of_text.bias
+    weight[known] += rows[:, :-1]
+    bias[known] += rows[:, -1]
+    return Head(weight.to(head.weight), bias.to(head.bias), head.bias.new_tensor(float(scale)))

@@ -1,0 +1,105 @@
+"""An affine classifier of embeddings, and the checks of what it is fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...checks import FEATURE_DTYPES, check_dtype, check_shape
+from ...reference import widened
+
+
+@dataclass(frozen=True)
+class Head:
+    """Affine classifier of unit-norm embeddings.
+
+        z_bc = ⟨weight_c, x_b/|x_b|⟩ + bias_c
+
+    Attributes:
+        weight: [C, D].
+        bias: [C]; −inf for a class that is never predicted.
+        scale: [], the factor of text embeddings that become rows of `weight`. None: the head uses no texts, so that it
+            has no logits for classes without images.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def of_text(cls, text: Tensor, scale: float | Tensor) -> Head:
+        """Return the zero-shot head of unit-norm class embeddings [C, D]: weight = scale · text, without bias."""
+        return cls(scale * text, text.new_zeros(len(text)), text.new_tensor(float(scale)))
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Logits [B, C] of embeddings [B, D] of any norm."""
+        with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+            return F.normalize(image.to(self.weight.dtype), dim=-1) @ self.weight.T + self.bias
+
+    def with_new_classes(self, text: Tensor) -> Head:
+        """Append classes with the unit-norm text embeddings [C', D]: their logits are the zero-shot ones."""
+        if self.scale is None:
+            raise ValueError("Head.with_new_classes: this head uses no texts. Use an anchored probe, or `with_text`.")
+        check_shape("Head.with_new_classes", "text", text, ("weight", self.weight), C=None, D=self.weight.shape[1])
+        new = Head.of_text(text.to(self.weight), self.scale)
+        return replace(self, weight=torch.cat([self.weight, new.weight]), bias=torch.cat([self.bias, new.bias]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors by name, as for safetensors."""
+        found = {"weight": self.weight, "bias": self.bias, "scale": self.scale}
+        return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Head:
+        """Make a head of what `tensors` returned."""
+        return cls(tensors["weight"], tensors["bias"], tensors.get("scale"))
+
+
+def balanced(head: Head, labels: Tensor) -> Head:
+    """Subtract from each bias the logarithm of the number n_c of training images, for classes with equal priors.
+
+        bias_c ← bias_c − log n_c + mean log n
+
+    over the classes with images; others keep their bias. With equal counts nothing changes.
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314, equation 9, τ = 1.
+    """
+    check_labels("balanced", labels, len(head.bias))
+    counts = torch.bincount(labels, minlength=len(head.bias)).to(head.bias)
+    known, bias = counts > 0, head.bias.clone()
+    log_counts = counts[known].log()
+    bias[known] -= log_counts - log_counts.mean()
+    return replace(head, bias=bias)
+
+
+def check_labels(function: str, labels: Tensor, classes: int) -> None:
+    """Raise unless labels are [n ≥ 1] class ids int64 below `classes`."""
+    check_shape(function, "labels", labels, n=None)
+    check_dtype(function, "labels", labels, [torch.int64], "Use labels.long().")
+    low, high = (int(extreme) for extreme in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(f"{function}: labels must be in [0, {classes - 1}], the classes; got {low} to {high}.")
+
+
+def unit_rows(function: str, argument: str, embeddings: Tensor) -> Tensor:
+    """Unit-norm rows of embeddings [n, D], in fp64 if the device has it; raise unless they are finite and not zero."""
+    check_dtype(function, argument, embeddings, FEATURE_DTYPES, f"Use {argument}.float().")
+    check_shape(function, argument, embeddings, n=None, D=None)
+    wide = widened(embeddings.detach()).contiguous()  # one order of summation for all layouts
+    norm = wide.norm(dim=1, keepdim=True)
+    bad = ~(norm.isfinite() & (norm > 0)).squeeze(1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{function}: {argument} must be finite with a norm above 0; row {row} is not. Leave it out.")
+    return wide / norm
+
+
+def check_positive(function: str, **values: float) -> None:
+    """Raise unless all values are positive and finite."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{function}: {name} must be positive and finite; got {value}.")
