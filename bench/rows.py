@@ -83,9 +83,9 @@ def devices(results: Path) -> list[Device]:
     return sorted((device for device in found if device.name), key=lambda device: device.is_cpu)
 
 
-def of_all_devices(results: Path, kind: str) -> list[Row]:
+def of_all_devices(devices: Iterable[Device], kind: str) -> list[Row]:
     """The rows of a kind that count, of all devices together: for results that do not depend on the device."""
-    return latest((row for device in devices(results) for row in device.all_rows(kind)), KINDS[kind])
+    return latest((row for device in devices for row in device.all_rows(kind)), KINDS[kind])
 
 
 def read(path: Path) -> list[Row]:

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench import report
+from bench.pages import readme
 from bench.rows import KINDS, MACHINE, Device, latest, same_run
 
 CPU, GPU = "CPU (avx2)", "GPU"
@@ -56,7 +57,7 @@ def root(tmp_path) -> Path:
     """A checkout with pages and without results."""
     (tmp_path / "bench" / "results").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
-    for name, blocks in report.BLOCKS.items():
+    for name, blocks in (report.BLOCKS | report.STUDIES).items():
         text = "".join(f"<!-- bench:{block} -->\n<!-- /bench:{block} -->\n" for block in blocks)
         (tmp_path / name).write_text(f"before\n{text}after\n")
     return tmp_path
@@ -97,9 +98,9 @@ def test_read_leaves_out_rows_of_one_round_and_of_another_pytorch(root):
 def test_growth_compares_rows_of_one_commit_and_machine(root):
     few, many = step("skipkernels", 10, 100.0), step("skipkernels", 21841, 140.0)
     case = {"model": "ViT-B-16", "B": "4", "precision": "fp32"}
-    assert report.growth(*report.few_and_many(save(root, "step", few, many), **case)) == (pytest.approx(1.4), 1.0)
+    assert readme.growth(*readme.few_and_many(save(root, "step", few, many), **case)) == (pytest.approx(1.4), 1.0)
     for other in ({"commit": "def"}, {"threads": "1"}, {"torch": "2.14"}, {"p50_ms": ""}):
-        assert report.few_and_many(save(root, "step", few, many | other), **case) is None
+        assert readme.few_and_many(save(root, "step", few, many | other), **case) is None
     assert same_run([few, many], many, C="10") == few and same_run([few, many], many, C="50") is None
 
 

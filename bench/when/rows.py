@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 
 from .. import measure
-from ..rows import of_all_devices
+from ..rows import devices, of_all_devices
 from .runs import CANDIDATES, KEPT, RECIPES, VARIANTS, Candidate, Run, execute
 from .tasks import Shift
 
@@ -31,7 +31,7 @@ class Rows:
 
     def __init__(self, *, save: bool = True, kind: str = "when", execute: Callable[[Run], list[Any]] = execute):
         self._save, self._kind, self._execute = save, kind, execute
-        self.runs = of_all_devices(measure.RESULTS, kind)
+        self.runs = of_all_devices(devices(measure.RESULTS), kind)
 
     def run(self, runs: Iterable[Run], workers: int, title: str) -> None:
         """Execute the runs that have no row, and append the rows of each when it ends."""

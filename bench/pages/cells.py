@@ -1,0 +1,81 @@
+"""Cells of the tables, the tables themselves in Markdown, and the line below each with its origin."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from ..rows import KINDS, MACHINE, Row, number
+
+SHOWN = {"model": "ViT-B-16", "B": "4"}  # the steps in tables and pictures
+
+
+def figure(value: float | None, unit: str = "") -> str:
+    """Three significant digits, or all digits before the point.
+
+    >>> figure(0.2714), figure(12.71, " ms"), figure(48188.4), figure(None, " ms")
+    ('0.271', '12.7 ms', '48,188', '')
+    """
+    if value is None:
+        return ""
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0}f}{unit}"
+
+
+def times(value: float | None) -> str:
+    """A ratio, in bold if it is below 1.
+
+    >>> times(2.444), times(38.21), times(0.63), times(0.9971), times(None)
+    ('2.44', '38.2', '**0.63**', '**0.997**', '')
+    """
+    if value is None:
+        return ""
+    if value < 1:
+        return f"**{value:.{3 if value >= 0.995 else 2}f}**"
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def timed(row: Row, divisor: float = 1, unit: str = "") -> str:
+    """Milliseconds and, in brackets, our speed-up; without a measurement, the reason."""
+    if not row["p50_ms"]:
+        about = re.search(r"about [\d.]+ s", row["note"])
+        reason = "not run" if row["note"].startswith("left out") else row["note"].split(":")[0]
+        return f"{reason}: {about[0]}" if about and reason == "not run" else reason
+    faster = times(number(row, "faster"))
+    return figure(float(row["p50_ms"]) / divisor, unit) + (f" ({faster})" if faster else "")
+
+
+def saving(row: Row, first: Row, column: str, divisor: float = 1, unit: str = "") -> str:
+    """A value and, in brackets, how much less it is than in the first row of the same run; without a value, the reason.
+
+    >>> run = dict.fromkeys(MACHINE, "")
+    >>> saving(run | {"s": "63"}, run | {"s": "100"}, "s"), saving(run | {"s": "126"}, run | {"s": "100"}, "s", 2, " s")
+    ('63.0 (37 % less)', '63.0 s (26 % more)')
+    """
+    value, other = number(row, column), number(first, column)
+    if value is None:
+        return row.get("note", "").partition(":")[0]
+    if row is first or other is None or any(row[name] != first[name] for name in MACHINE):
+        return figure(value / divisor, unit)
+    change = 100 * value / other - 100
+    return f"{figure(value / divisor, unit)} ({abs(change):.0f} % {'more' if change > 0 else 'less'})"
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table without its empty columns."""
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    kept = [i for i in range(len(header)) if i == 0 or any(line[i] for line in cells)]
+    return "\n".join(f"| {' | '.join(line[i] for i in kept)} |" for line in [header, ["---"] * len(header), *cells])
+
+
+def origin(kind: str, rows: Sequence[Row]) -> str:
+    """The line below a table: device, versions and commits of the measured rows, and commands, of one or more kinds."""
+    columns = [KINDS[each].measured for each in kind.split()]
+    measured = [row for row in rows if any(row.get(column) for column in columns)] or rows
+
+    def values(column: str) -> str:
+        return ", ".join(dict.fromkeys(row[column] for row in measured))
+
+    machine = f"{values('device')}, {values('threads')} threads; torch {values('torch')}"
+    commands = ", ".join(f"`python -m {KINDS[each].command}`" for each in kind.split())
+    return f"\n\n<sub>{machine}; commit {values('commit')}; {commands}</sub>"

@@ -1,0 +1,51 @@
+"""Tables of docs/operators.md and docs/trainers.md: operators and trainers against their peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from skipkernels.ops import OPERATORS
+
+from ..rows import Device, Row, grouped, number
+from ..step import OURS
+from .cells import SHOWN, figure, origin, table, times
+
+EAGER = "eager"
+TRAINERS = {"accelerate": "accelerate", "hugging_face": "Hugging Face Trainer"}
+TRAINERS |= {"lightning": "Lightning", "open_clip": "open_clip's trainer"}
+
+
+def operators(device: Device) -> str:
+    """Speed-up of each shape over eager and over the fastest other implementation."""
+    rows = [row for row in device.latest_rows("operators") if row["op"] in OPERATORS]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+
+    def fastest(of: Sequence[Row], dtype: str) -> str:
+        others = [row for row in of if row["dtype"] == dtype and row["faster"] and row["implementation"] != EAGER]
+        row = min(others, key=lambda other: float(other["faster"]), default=None)
+        return f"{times(number(row, 'faster'))}, {row['implementation']}" if row else ""
+
+    lines = []
+    for (op, shape), of in sorted(grouped(rows, "op shape").items(), key=lambda item: OPERATORS.index(item[0][0])):
+        eager = {row["dtype"]: times(number(row, "faster")) for row in of if row["implementation"] == EAGER}
+        goal = ", ".join(dict.fromkeys(row["wanted"] for row in of if row["wanted"]))
+        speed_ups = [eager.get(dtype, "") for dtype in dtypes]
+        lines.append([f"`{op}`", shape, *speed_ups, goal, *(fastest(of, dtype) for dtype in dtypes)])
+    header = ["", "shape", *(f"over eager, {d}" for d in dtypes), "goal"]
+    header += [f"over the fastest other, {d}" for d in dtypes]
+    return table(header, lines) + origin("operators", rows) if rows else ""
+
+
+# For each kind of rows: the column with our speed-up, what is compared, and against what.
+
+
+def trainers(device: Device) -> str:
+    rows = device.latest_rows("trainers", **SHOWN)
+    lines = []
+    for (trainer,), of in grouped(rows, "trainer").items():
+        pair = [row for name in ("naive", OURS) for row in of if row["implementation"] == name]
+        step, saved = ([float(row[column]) for row in pair] for column in ("p50_ms", "saved_mib"))
+        cells = [" → ".join(figure(x, unit) for x in values) for values, unit in ((step, " ms"), (saved, " MiB"))]
+        lines.append([TRAINERS[trainer], pair[-1]["lines"], cells[0], times(step[0] / step[1]), cells[1]])
+    header = ["trainer", "lines", "step, plain → ours", "speed-up", "saved for backward, plain → ours"]
+    return table(header, lines) + origin("trainers", rows) if rows else ""

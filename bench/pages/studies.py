@@ -1,0 +1,72 @@
+"""Tables of results that do not depend on the device: docs/when.md, using-a-model.md, fused-blocks.md, gpu.md.
+
+A builder takes all devices with rows, since a study may have run on several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from .. import gpu_model, tables, unknown
+from ..rows import Device, grouped, of_all_devices
+from ..when import summary
+from .cells import origin, table
+
+PARTS = {"image": "image tower", "pairs": "both towers on pairs"}
+FUSED = {"checkpointing": "gradient checkpointing", "compile": "torch.compile"}
+FUSED |= {f"fuse-{memory}": f"sk.fuse, {memory}" for memory in ("fast", "balanced", "min")}
+
+
+def fused(devices: Sequence[Device]) -> str:
+    """Saved bytes and time of training a whole model, relative to its own blocks; models ran on several CPUs."""
+    rows, lines = of_all_devices(devices, "fuse"), []
+    for (model, batch, part), of in grouped(rows, "model B part").items():
+        found = {row["implementation"]: (float(row["saved_mib"]), float(row["p50_ms"])) for row in of}
+        saved, step = found["eager"]
+        cells = [
+            f"{found[name][0] / saved:.2f}, {found[name][1] / step:.2f}" if name in found else "–" for name in FUSED
+        ]
+        lines.append([f"{model}, batch {batch}, {PARTS[part]}", *cells])
+    return table(["bytes, time", *FUSED.values()], lines) + origin("fuse", rows) if rows else ""
+
+
+def when(devices: Sequence[Device], name: str) -> str:
+    """A table of the study of when Skip Tuning wins, which ran on several CPUs."""
+    study = summary.Study(*(of_all_devices(devices, kind) for kind in summary.Study._fields))
+    _, kind, make = summary.TABLES[name]
+    rows = getattr(study, kind)
+    return table(*make(study)) + origin(kind, rows) if rows else ""
+
+
+def estimates(devices: Sequence[Device]) -> str:
+    """Estimated steps on a GPU, which depend on no device here."""
+    header, lines = gpu_model.cells(tables.read(gpu_model.TABLE, gpu_model.Row))
+    return table(header, lines) + f"\n\n<sub>{gpu_model.TITLE}; `python -m bench.gpu_model`</sub>"
+
+
+def unknown_scores(devices: Sequence[Device]) -> str:
+    """Scores that tell unknown images from known ones: means over tasks and seeds."""
+    of = tables.read(unknown.SCORES_TABLE, unknown.Score)
+    lines = []
+    for name in dict.fromkeys(row.score for row in of):
+        rows = {kind: [row for row in of if (row.score, row.unknown) == (name, kind)] for kind in unknown.UNKNOWN}
+        cells = [f"{mean(float(row.auroc) for row in found):.2f}" for found in rows.values()]
+        kept = [f"{mean(float(row.unknown_kept) for row in found):.0f} %" for found in rows.values()]
+        lines.append([name, *cells, *kept, f"{mean(float(row.right) for row in of if row.score == name):.2f}"])
+    header = ["score", *(f"AUROC, {kind}" for kind in unknown.UNKNOWN)]
+    header += [*(f"{kind} kept" for kind in unknown.UNKNOWN), "AUROC, right and wrong"]
+    return table(header, lines) + "\n\n<sub>pictogram-tiny, 5 tasks, 3 seeds; `python -m bench.unknown`</sub>"
+
+
+def unknown_thresholds(devices: Sequence[Device]) -> str:
+    """Images that thresholds keep: means over tasks and seeds."""
+    of = tables.read(unknown.THRESHOLDS_TABLE, unknown.Kept)
+    columns = ("threshold", "validation", "known", "accuracy", "new_classes", "other_tasks")
+    lines = []
+    for target in dict.fromkeys(row.target for row in of):
+        found = [row for row in of if row.target == target and row.threshold]
+        means = [mean(float(getattr(row, column)) for row in found) for column in columns]
+        lines.append([f"{target} %", f"{means[0]:.2f}", *(f"{value:.0f} %" for value in means[1:])])
+    header = ["accuracy wanted", "threshold", "validation images kept", "test images kept", "right of these"]
+    return table([*header, *(f"{kind} kept" for kind in unknown.UNKNOWN)], lines)
