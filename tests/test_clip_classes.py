@@ -231,9 +231,7 @@ def test_templates_share_the_free_memory(monkeypatch):
     rows = torch.zeros(20, 16, dtype=torch.float64)
     saved = rows.numel() * rows.element_size() * SAVED_WIDTHS * 2  # two blocks
     monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 2 * saved + 2)
-    assert text.saves_inputs_only(rows)
-    text.runs = 1
-    assert not text.saves_inputs_only(rows)
+    assert [text.block_memory(rows, runs) for runs in (3, 1)] == ["min", "fast"]
 
 
 def test_templates_in_a_text_cache(tmp_path):

@@ -19,7 +19,7 @@ from skipkernels.ops import launching
 from skipkernels.testing import relative_error, saved_bytes
 from skipkernels.towers.attention import SDPA, pooled, sequences
 from skipkernels.towers.families.open_clip import OpenClipBlock, OpenClipTextTower
-from skipkernels.towers.fused import BlockSettings, Hidden
+from skipkernels.towers.fused import Hidden, RowsCall
 from skipkernels.towers.fused.forward import SAVED_WIDTHS
 from skipkernels.towers.fused.node import fused_block
 
@@ -41,13 +41,15 @@ def gradients(out, block, hidden):
     return dict(zip(named, found, strict=True))
 
 
-def run_fused(block, hidden, save_inputs_only=False, query_rows=None, product_dtype=None):
-    read = OpenClipBlock._read(block)
-    all_rows = partial(sequences, backend=SDPA, n=N, heads=read.heads, mask=None)
-    attention = all_rows if query_rows is None else partial(pooled, heads=read.heads, mask=None)
-    dtype = product_dtype or hidden.dtype
-    settings = BlockSettings(attention, read.activation, read.eps, dtype, save_inputs_only, query_rows is not None)
-    return fused_block(settings, Hidden(hidden.flatten(0, 1)), read.weights, query_rows).sum()
+ATTENTION = partial(sequences, backend=SDPA, n=N, mask=None)
+
+
+def run_fused(block, hidden, memory="fast", query_rows=None, product_dtype=None):
+    rows = RowsCall(ATTENTION, memory)
+    if query_rows is not None:
+        rows = RowsCall(partial(pooled, mask=None), memory, query_rows, separate_queries=True)
+    reading = OpenClipBlock._read(block)
+    return fused_block(reading, Hidden(hidden.flatten(0, 1)), rows, product_dtype or hidden.dtype).sum()
 
 
 def hidden_states(dtype=torch.float64, requires_grad=True):
@@ -63,18 +65,18 @@ DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("save_inputs_only", [False, True], ids=["fast", "min"])
+@pytest.mark.parametrize("memory", ["fast", "min"])
 @pytest.mark.parametrize("constant", [False, True], ids=["inner", "first"])
 @pytest.mark.parametrize("pool", [False, True], ids=["all", "pooled"])
 @pytest.mark.parametrize("layer_scale", [None, 0.3], ids=["plain", "layer_scale"])
 @pytest.mark.parametrize(("dtype", "product_dtype"), DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_fused_block_equals_callers_module(dtype, product_dtype, layer_scale, pool, constant, save_inputs_only):
+def test_fused_block_equals_callers_module(dtype, product_dtype, layer_scale, pool, constant, memory):
     block, hidden = make_block(dtype, ls_init_value=layer_scale), hidden_states(dtype, not constant)
     exact, exact_hidden = copy.deepcopy(block).double(), hidden.detach().double().requires_grad_(not constant)
     rows = torch.arange(N) * TOKENS if pool else None
     expected = exact(exact_hidden).flatten(0, 1)
     expected = expected if rows is None else expected[rows]
-    out = run_fused(block, hidden, save_inputs_only, rows, product_dtype)
+    out = run_fused(block, hidden, memory, rows, product_dtype)
     tolerance = TOLERANCE[dtype if product_dtype == dtype else torch.bfloat16]
     assert out.dtype == dtype and relative_error(out, expected) < tolerance
     truth = gradients(expected, exact, exact_hidden)
@@ -88,17 +90,14 @@ def test_fused_block_separate_projections(product_dtype):
     """Separate projections of query, key and value, as in Hugging Face's models, give the bits of a joined one."""
     block, hidden = make_block(torch.float32), hidden_states(torch.float32)
     read = OpenClipBlock._read(block)
-    attention = partial(sequences, backend=SDPA, n=N, heads=read.heads, mask=None)
     parts = [x.detach().chunk(3) for x in (read.weights.in_proj, read.weights.in_proj_bias)]
     parts = [tuple(part.requires_grad_() for part in x) for x in parts]
     separate = replace(read.weights, in_proj=parts[0], in_proj_bias=parts[1])
-    for save_inputs_only in (False, True):
+    for memory in ("fast", "min"):
         found = []
         for each in (read.weights, separate):
-            options = BlockSettings(
-                attention, read.activation, read.eps, product_dtype or torch.float32, save_inputs_only
-            )
-            out = fused_block(options, Hidden(hidden.flatten(0, 1)), each).sum()
+            rows, reading = RowsCall(ATTENTION, memory), replace(read, weights=each)
+            out = fused_block(reading, Hidden(hidden.flatten(0, 1)), rows, product_dtype or torch.float32).sum()
             found.append(torch.autograd.grad(out.square().sum(), [hidden, *each.tensors()]))
         joined = [*found[1][:3], torch.cat(found[1][3:6]), torch.cat(found[1][6:9]), *found[1][9:]]
         assert all(a.equal(b) for a, b in zip(found[0], joined, strict=True))
@@ -141,13 +140,11 @@ def test_fused_block_launches(kind, product_dtype):
         [x for x in (stream, branch, *read.weights.tensors()) if x is not None and x.requires_grad],
     )
     rows = torch.empty(N, dtype=torch.int64, device="meta") if kind == "last" else None
-    options = BlockSettings(
-        lambda x: _NoLaunch.apply(x, N if rows is not None else len(x)), read.activation, read.eps, product_dtype
-    )
+    call = RowsCall(lambda x, heads: _NoLaunch.apply(x, N if rows is not None else len(x)), query_rows=rows)
     found = []
     for _ in range(2):  # the first call also tests what the device can do
         results = []
-        found = [counts.counts_of(lambda out=results: out.extend(fused_block(options, hidden, read.weights, rows)))]
+        found = [counts.counts_of(lambda out=results: out.extend(fused_block(read, hidden, call, product_dtype)))]
         upstream = [torch.empty_like(x) for x in results]
         found.append(counts.counts_of(lambda out=results, up=upstream: torch.autograd.grad(out, inputs, up)))
     assert tuple(count["launches"] for count in found) == LAUNCHES[kind, product_dtype]
@@ -181,10 +178,10 @@ def test_fused_block_gradient_of_zero_norm_weight():
         assert relative_error(gradient, expected[name]) < 1e-12, name
 
 
-@pytest.mark.parametrize("save_inputs_only", [False, True], ids=["fast", "min"])
-def test_fused_block_backward_twice(save_inputs_only):
+@pytest.mark.parametrize("memory", ["fast", "min"])
+def test_fused_block_backward_twice(memory):
     block, hidden = make_block(), hidden_states()
-    out = run_fused(block, hidden, save_inputs_only)
+    out = run_fused(block, hidden, memory)
     first = torch.autograd.grad(out.sum(), [hidden, *block.parameters()], retain_graph=True)
     second = torch.autograd.grad(out.sum(), [hidden, *block.parameters()])
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
@@ -195,7 +192,7 @@ def test_fused_block_saved_bytes():
     width = hidden.numel() * hidden.element_size()
     small = 2 * N * TOKENS * 8 * (2 + block.attn.num_heads)  # statistics of the norms, log-sum-exp
     assert saved_bytes(lambda: run_fused(block, hidden)) <= SAVED_WIDTHS * width + small
-    assert saved_bytes(lambda: run_fused(block, hidden, save_inputs_only=True)) == width
+    assert saved_bytes(lambda: run_fused(block, hidden, "min")) == width
 
 
 def test_fused_block_with_saved_tensor_hooks():
@@ -263,16 +260,16 @@ def test_prompts_with_rows_behind_equal_packed(monkeypatch):
     model, tokens = tiny_clip(), tiny_tokens(9)
     tower = OpenClipTextTower(model)
     prompts, ids = tower.read_prompts(tokens), torch.tensor([1, 4, 8])
-    rows = prompts.pack(tower.embed(tokens, prompts))
+    rows = prompts.select(torch.arange(9), exact=True).pack(tower.embed(tokens, prompts))
 
     def upper(class_ids):
         selected = prompts.select(class_ids)
         return tower.upper(rows[selected.row_numbers], selected)
 
     expected, exact = upper(ids), prompts.select(ids)
-    monkeypatch.setattr("skipkernels.towers.prompts.reads_row_counts", lambda device: False)
+    monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device: False)
     selected = prompts.select(ids)
-    longest = prompts.lengths.sort(descending=True).values[:3]
+    longest = prompts.suffix_lengths.sort(descending=True).values[:3]
     assert selected.row_count == prompts.prefix_length + int(longest.sum()) > exact.row_count
     torch.testing.assert_close(upper(ids), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(upper(torch.arange(9)), torch.cat([upper(i) for i in torch.arange(9).split(1)]))
@@ -290,7 +287,7 @@ def test_step_with_rows_behind_has_same_gradients(monkeypatch, skip):
     images, labels = tiny_batch(3, 9)
     found = []
     for reads in (True, False):
-        monkeypatch.setattr("skipkernels.towers.prompts.reads_row_counts", lambda device, reads=reads: reads)
+        monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device, reads=reads: reads)
         clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=skip, keep_ratio=0.4)
         clip(images, labels).loss.backward()
         found.append({name: p.grad for name, p in clip.named_parameters() if p.grad is not None})
@@ -304,7 +301,7 @@ def test_layout_of_prompts_has_static_shapes():
     prompts_of_task = OpenClipTextTower(tiny_clip()).read_prompts(tiny_tokens(9))
     prompts_of_task.apply(lambda x: x.to("meta"))
     selected = prompts_of_task.select(torch.tensor([1, 4, 8], device="meta"))
-    rows = prompts_of_task.capacity(3)
+    rows = prompts_of_task.most_rows[3]
     assert selected.row_numbers.shape == (rows,) and selected.offsets.shape == (4,)
     assert selected.pack(torch.zeros(3, 12, 8, device="meta")).shape == (rows, 8)
 

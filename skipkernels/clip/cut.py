@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..checks import warn_caller
 from ..options import AttentionName
-from ..towers import ImageTower, Memory, Reduction, TextTower, UnsupportedModel, build_towers
+from ..towers import Cut, ImageTower, Memory, Reduction, TextTower, UnsupportedModel, build_towers
 from ..towers.attention import SDPA, AttentionBackend
 from ..towers.base import Tower
-from ..towers.block import FusedBlock, fuse_blocks
+from ..towers.block import FusedBlock, fuse_blocks, read_block
 from ..towers.watch import Containers, Watched
 from .checks import Trainable, check_vocabulary
 from .images import ImageEncoder
@@ -112,7 +112,6 @@ class CutModel:
                 self.texts.prototypes = prototypes
             # 3. Comparison with the model itself
             verify(self.model, self.images, self.texts, self.tokens)
-        text.runs = len(self.texts.templates)
 
     def set_tokens(self, tokens: Tensor) -> None:
         """Replace the classes; their prototypes are computed with the current weights."""
@@ -127,7 +126,7 @@ class CutModel:
             texts.compute_prototypes()
             if tower.lower_device is None:  # verify runs the model itself, which must be on one device
                 verify(self.model, self.images, texts, tokens)
-        self.tokens, self.texts, tower.runs = tokens, texts, len(texts.templates)
+        self.tokens, self.texts = tokens, texts
         self._move_lower()
 
     def _texts_of(self, tower: TextTower, tokens: Tensor) -> ClassTexts:
@@ -197,7 +196,8 @@ class CutModel:
     def save_memory(self, enable: bool) -> None:
         """Save only the inputs of the blocks above the cut; else what `memory` is, or "auto" if that is "min"."""
         usual: Memory = "auto" if self.options.memory == "min" else self.options.memory
-        self.images.tower.memory = self.texts.tower.memory = "min" if enable else usual
+        for tower in (self.images.tower, self.texts.tower):
+            tower.cut = replace(tower.cut, memory="min" if enable else usual)
 
     def _move_lower(self) -> None:
         """Move the modules below the cut to their device. Texts that do not train go to the CPU."""
@@ -206,7 +206,7 @@ class CutModel:
             self.texts.drop()
             text_device = None if self._device.type == "cpu" else torch.device("cpu")
         for tower, device in ((self.images.tower, self._lower_device), (self.texts.tower, text_device)):
-            tower.lower_device = device
+            tower.cut = replace(tower.cut, lower_device=device)
             tower.move_lower()
 
     @contextmanager
@@ -234,8 +234,8 @@ def cut_towers(image: ImageTower, text: TextTower, options: CutOptions) -> None:
     fuse_blocks([*image.blocks, *text.blocks])
     backend = SDPA if options.attention == "sdpa" else _xformers(image, text)
     for tower, name in ((image, "image"), (text, "text")):
-        tower.skip = blocks_to_skip(options.skip_of(tower), len(tower.blocks), name)
-        tower.memory, tower.attention_backend = options.memory, backend
+        skip = blocks_to_skip(options.skip_of(tower), len(tower.blocks), name)
+        tower.cut = Cut(skip, options.memory, backend)
 
 
 def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
@@ -261,7 +261,7 @@ def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
     for tower in (image, text):
         block = tower.blocks[0]
         if isinstance(block, FusedBlock) and block.why_not_fused() is None:
-            read = block._read()
+            read = read_block(block)
             proj = read.weights.proj
             reason = xformers.why_unavailable(device, proj.dtype, proj.shape[0] // read.heads)
             if reason is not None:

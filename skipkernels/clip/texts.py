@@ -94,7 +94,7 @@ class ClassTexts:
     def encode_template(self, template: int, class_ids: Tensor, *, exact: bool = False) -> Tensor:
         """Class ids [K] to the embeddings [K, D] of their prompts of one template, any norm."""
         selected = self.templates[template].select(class_ids, exact=exact)
-        return self.tower.upper(self._rows(template, selected), selected)
+        return self.tower.upper(self._rows(template, selected), selected, runs=len(self.templates))
 
     def embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""
@@ -197,7 +197,7 @@ class ClassTexts:
         Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much memory.
         """
         for start, prompts in zip(self._starts, self.templates, strict=True):
-            first, ends = start, (start + prompts.starts + prompts.lengths).tolist()
+            first, ends = start, (start + prompts.starts + prompts.suffix_lengths).tolist()
             for class_ids in self.class_ids.split(self.chunk):
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix
                 if missing is None or missing[first:end].any():

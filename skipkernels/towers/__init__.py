@@ -1,10 +1,12 @@
 """Image and text towers of a CLIP model, cut below block `skip`; one file per model family in `families/`."""
 
-from .base import ImageTower, Memory, Reduction, UnsupportedModel, deterministic_training, evaluating
+from .base import Cut, ImageTower, Memory, Reduction, UnsupportedModel
+from .modes import deterministic_training, evaluating
 from .registry import build_towers
 from .text import TextTower
 
 __all__ = [
+    "Cut",
     "ImageTower",
     "Memory",
     "Reduction",

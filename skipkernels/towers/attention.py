@@ -62,7 +62,7 @@ def suffixes(
     offsets: Tensor | None,
     max_length: int,
     rows: Tensor | None = None,
-    excludes_self: Tensor | None = None,
+    rows_without_self: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a shared prefix over itself, and of class suffixes over the prefix and over themselves.
 
@@ -74,7 +74,7 @@ def suffixes(
         offsets: int64 [K + 1] into the rows behind the prefix, or None.
         max_length: Number of tokens of the longest suffix.
         rows: int64 [Q], rows to return, all behind the prefix; default: all rows.
-        excludes_self: int64 [K], rows that attend to the rows in front of them and not to themselves; none is the
+        rows_without_self: int64 [K], rows that attend to the rows in front of them and not to themselves; none is the
             first of its suffix. Must equal `rows`, if given.
 
     Returns:
@@ -95,6 +95,6 @@ def suffixes(
         return attend(torch.cat([shifted, key_value], dim=1)).index_select(0, rows - 1)
 
     if rows is not None:
-        return attend(packed).index_select(0, rows) if excludes_self is None else without_self(rows)
+        return attend(packed).index_select(0, rows) if rows_without_self is None else without_self(rows)
     out = attend(packed)
-    return out if excludes_self is None else out.index_copy(0, excludes_self, without_self(excludes_self))
+    return out if rows_without_self is None else out.index_copy(0, rows_without_self, without_self(rows_without_self))

@@ -10,24 +10,24 @@ import contextlib
 import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from .. import memory as device_memory
 from ..digests import digest_tensors
-from ..options import Memory
+from ..options import FusedMemory, Memory
 from . import attention
-from .block import FusedBlock, RowsCall, fuse_blocks
-from .fused import Hidden, Rotary
+from .block import FusedBlock, fuse_blocks
+from .fused import Hidden, Rotary, RowsCall
+from .modes import evaluating, updates_statistics
 
-Part = nn.Module | nn.Parameter | None
-# Attributes in which modules of PyTorch, timm, open_clip and transformers hold their dropout rate.
-_DROPOUT_RATES = ("p", "prob", "drop_prob", "dropout", "attention_dropout", "activation_dropout", "layerdrop")
+Part = nn.Module | nn.Parameter
 
 
 class Reduction(NamedTuple):
@@ -46,6 +46,23 @@ class UnsupportedModel(ValueError):
     """A model that no adapter handles exactly; the message names the part and the reason."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Position of the cut of a tower, and how its blocks run. SkipCLIP sets it."""
+
+    skip: int = 0  # Number of blocks below the cut
+    memory: Memory = "fast"  # Saved for backward by blocks above the cut
+    attention: attention.AttentionBackend = attention.SDPA  # Of fused blocks
+    lower_device: torch.device | None = None  # Device of the modules below the cut, if it differs from that above
+
+
+class PooledTokens(NamedTuple):
+    """Tokens of n sequences that a tower pools, one of each."""
+
+    rows: Tensor | slice  # int64 [n], among the rows [n · tokens] of the sequences, or a slice
+    mask: Tensor | None = None  # [n, tokens], added to their logits
+
+
 class Tower(ABC):
     """A stack of blocks between an embedding and a head, cut below block `skip`.
 
@@ -53,19 +70,29 @@ class Tower(ABC):
     by the blocks of a family.
     """
 
+    cut: Cut = Cut()
     model: Any
     blocks: Any  # The caller's blocks in order, a sequence of modules
-    # Modules and parameters in front of the first block, and behind the last one. Where they have parameters they are
-    # properties: `load_state_dict(assign=True)`, FSDP2 and moves to "meta" replace parameters.
+    # Modules and parameters in front of the first block, and behind the last one; None where a model lacks one. Those
+    # with parameters are properties: `load_state_dict(assign=True)`, FSDP2 and moves to "meta" replace parameters.
     embedding: Any
     head: Any
     constants: Sequence[nn.Parameter] = ()  # Parameters that the model never trains
-    skip: int = 0  # Number of blocks below the cut. Set by SkipCLIP.
-    # Device of the modules below the cut, if it differs from the device above the cut. Set by SkipCLIP.
-    lower_device: torch.device | None = None
-    memory: Memory = "fast"  # Saved for backward by an upper block. Set by SkipCLIP.
-    runs: int = 1  # Number of times that a step runs the blocks: once for each template of the prompts
-    attention_backend: attention.AttentionBackend = attention.SDPA  # Attention of fused blocks. Set by SkipCLIP.
+
+    @property
+    def skip(self) -> int:
+        """Number of blocks below the cut."""
+        return self.cut.skip
+
+    @property
+    def memory(self) -> Memory:
+        """Saved for backward by blocks above the cut."""
+        return self.cut.memory
+
+    @property
+    def lower_device(self) -> torch.device | None:
+        """Device of the modules below the cut, if it differs from that above."""
+        return self.cut.lower_device
 
     @abstractmethod
     def reference_forward(self, inputs: Tensor) -> Tensor:
@@ -82,7 +109,7 @@ class Tower(ABC):
             return block.why_no_rows()
         return f"a block is a {type(block).__name__}, which runs its own forward"
 
-    def why_not_fused(self) -> str | None:
+    def why_not_all_rows(self) -> str | None:
         """Return why not all blocks take rows, with the indices of those that don't, or None."""
         of_reason: dict[str, list[int]] = {}
         depth = len(self.blocks)
@@ -102,35 +129,27 @@ class Tower(ABC):
         """Rotary position embeddings of fused blocks, or None."""
         return None
 
-    def _evaluating_lower(self) -> contextlib.AbstractContextManager[None]:
-        """Set evaluation mode below the cut: no dropout, frozen batch norms."""
-        return evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)])
-
-    def _run_lower(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
-        """Run the blocks below the cut over sequences."""
-        hidden, rotary = Hidden(embedded), self.rotary(embedded.device)
-        for index in range(self.skip):
-            hidden = self._run_block(index, hidden, mask, rotary=rotary)
-        return hidden.sum()
+    # ---- parts -------------------------------------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of floating-point inputs."""
-        return next(parameter for parameter in _parameters(self.embedding) if parameter.ndim > 1).dtype
+        return next(parameter for parameter in _parameters(_present(self.embedding)) if parameter.ndim > 1).dtype
 
     @property
     def vocabulary(self) -> int | None:
         """Number of token ids of the embedding, or None for images."""
-        modules = (module for part in self.embedding if isinstance(part, nn.Module) for module in part.modules())
+        parts = (part for part in _present(self.embedding) if isinstance(part, nn.Module))
+        modules = (module for part in parts for module in part.modules())
         return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), None)
 
     def lower_parts(self) -> Sequence[Part]:
         """Modules and parameters below the cut; none at skip = 0, where the embedding trains too."""
-        return (*self.embedding, *self.blocks[: self.skip]) if self.skip > 0 else ()
+        return _present([*self.embedding, *self.blocks[: self.skip]]) if self.skip > 0 else ()
 
     def upper_parts(self) -> Sequence[Part]:
         """Modules and parameters above the cut."""
-        return (*(() if self.skip > 0 else self.embedding), *self.blocks[self.skip :], *self.head)
+        return _present([*(() if self.skip > 0 else self.embedding), *self.blocks[self.skip :], *self.head])
 
     def lower_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters below the cut."""
@@ -154,7 +173,7 @@ class Tower(ABC):
         return {
             "tower": type(self).__qualname__,
             "skipped blocks": self.skip,
-            "embedding": digest_tensors(_named_tensors(self.embedding)),
+            "embedding": digest_tensors(_named_tensors(_present(self.embedding))),
             "lower blocks": digest_tensors(_named_tensors(self.blocks[: self.skip])),
         }
 
@@ -163,7 +182,7 @@ class Tower(ABC):
         for part in self.lower_parts() if self.lower_device is not None else ():
             if isinstance(part, nn.Parameter):
                 part.data = part.data.to(self.lower_device)
-            elif part is not None:
+            else:
                 part.to(self.lower_device)
 
     def upper_parameters(self) -> Iterator[nn.Parameter]:
@@ -171,74 +190,81 @@ class Tower(ABC):
         constants = {id(parameter) for parameter in self.constants}
         yield from (parameter for parameter in _parameters(self.upper_parts()) if id(parameter) not in constants)
 
-    def _run_block(
-        self,
-        index: int,
-        hidden: Hidden,
-        mask: Tensor | None,
-        *,
-        save_inputs_only: bool = False,
-        rotary: Rotary | None = None,
-    ) -> Hidden:
-        """Run one block over sequences [n, tokens, W].
+    # ---- running -----------------------------------------------------------------------------------------------------
 
-        Above the cut, with `memory="min"`, a block that takes no rows is recomputed in backward.
+    def _evaluating_lower(self) -> contextlib.AbstractContextManager[None]:
+        """Set evaluation mode below the cut: no dropout, frozen batch norms."""
+        return evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)])
+
+    def _run_lower(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
+        """Run the blocks below the cut over sequences [n, tokens, W]."""
+        call = self._sequences_call(embedded, mask, "fast")
+        return self._run_sequences(range(self.skip), Hidden(embedded), mask, call).sum()
+
+    def _run_upper(self, features: Tensor, mask: Tensor | None, pooled: PooledTokens | None, runs: int = 1) -> Tensor:
+        """Run the blocks above the cut over sequences [n, tokens, W], the last one for pooled tokens alone, if given.
+
+        Returns [n, W], or without pooled tokens [n, tokens, W]. For `runs` see `block_memory`.
         """
+        depth = len(self.blocks)
+        call = self._sequences_call(features, mask, self.block_memory(features, runs))
+        last = depth if pooled is None else depth - 1
+        hidden = self._run_sequences(range(self.skip, last), Hidden(features), mask, call)
+        if pooled is None:
+            return hidden.sum()
+        attention_fn = partial(attention.pooled, mask=pooled.mask)
+        call = call._replace(attention=attention_fn, query_rows=pooled.rows, separate_queries=True)
+        return self.blocks[-1](hidden.map(lambda x: x.flatten(0, 1)), call).sum()
+
+    def _sequences_call(self, hidden: Tensor, mask: Tensor | None, memory: FusedMemory) -> RowsCall:
+        """Arguments of fused blocks over the rows of sequences [n, tokens, W]."""
+        attention_fn = partial(attention.sequences, backend=self.cut.attention, n=len(hidden), mask=mask)
+        return RowsCall(attention_fn, memory, rotary=self.rotary(hidden.device))
+
+    def _run_sequences(self, indices: Iterable[int], hidden: Hidden, mask: Tensor | None, call: RowsCall) -> Hidden:
+        """Run blocks over sequences [n, tokens, W]: fused ones over their rows by `call`, others as the model does."""
+        n, tokens = hidden.stream.shape[:2]
+        for index in indices:
+            if self.why_no_rows(index) is None:
+                rows = self.blocks[index](hidden.map(lambda x: x.flatten(0, 1)), call)
+                hidden = rows.map(lambda x: x.view(n, tokens, -1))
+            else:
+                hidden = Hidden(self._run_own_forward(index, hidden.sum(), mask))
+        return hidden
+
+    def _run_own_forward(self, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Run a block that takes no rows; above the cut, with `memory="min"`, it is recomputed in backward."""
         block = self.blocks[index]
-        if self.why_no_rows(index) is None:
-            n, tokens, _ = hidden.stream.shape
-            attention_fn = partial(attention.sequences, backend=self.attention_backend, n=n, mask=mask)
-            call = RowsCall(attention_fn, save_inputs_only, rotary=rotary)
-            rows = block(hidden.map(lambda x: x.flatten(0, 1)), call)
-            return rows.map(lambda x: x.view(n, tokens, -1))
         # A batch norm in training mode would update its statistics twice if it were recomputed.
         recomputes = index >= self.skip and self.memory == "min" and torch.is_grad_enabled()
         if recomputes and not updates_statistics(block):
-            return Hidden(checkpoint(self.call_block, block, hidden.sum(), mask, use_reentrant=False))
-        return Hidden(self.call_block(block, hidden.sum(), mask))
-
-    def _run_last_block(
-        self,
-        hidden: Hidden,
-        attention_fn: Callable[..., Tensor],
-        query_rows: Tensor | slice,
-        *,
-        save_inputs_only: bool,
-        rotary: Rotary | None = None,
-    ) -> Tensor:
-        """Run the last block over sequences, for the rows of the pooled tokens only, with separate queries."""
-        call = RowsCall(attention_fn, save_inputs_only, query_rows, separate_queries=True, rotary=rotary)
-        return self.blocks[-1](hidden.map(lambda x: x.flatten(0, 1)), call).sum()
-
-    @functools.cached_property
-    def _decisions(self) -> dict[tuple[int, torch.device], bool]:
-        """Answers of `saves_inputs_only` by bytes and device."""
-        return {}
+            return checkpoint(self.call_block, block, hidden, mask, use_reentrant=False)
+        return self.call_block(block, hidden, mask)
 
     @torch.compiler.disable  # queries the free memory
-    def saves_inputs_only(self, hidden: Tensor) -> bool:
-        """Return True if the fused blocks above the cut save only their inputs for backward.
+    def block_memory(self, hidden: Tensor, runs: int = 1) -> FusedMemory:
+        """Return what each fused block above the cut saves for backward, over hidden states [..., W].
 
-        With `memory="auto"`, they do if saving everything would take more than half of the memory that is free in the
-        first step with as many rows.
+        With `memory="auto"` it is "min" if saving everything would take more than half of the memory that is free in
+        the first step with as many rows. A step runs the blocks `runs` times before backward.
         """
-        if not any(isinstance(block, FusedBlock) for block in self.blocks):
-            return False
-        if self.memory != "auto" or not torch.is_grad_enabled():
-            return self.memory == "min"
-        from .fused.forward import CAST_BYTES, SAVED_WIDTHS
+        if self.memory != "auto":
+            return self.memory
+        if not torch.is_grad_enabled() or not any(isinstance(block, FusedBlock) for block in self.blocks):
+            return "fast"
+        from .fused.forward import saved_bytes  # importing the towers does not need the operators
 
-        saved = hidden.numel() * hidden.element_size() * SAVED_WIDTHS
-        if torch.is_autocast_enabled(hidden.device.type):
-            saved += CAST_BYTES * hidden.shape[-1] ** 2
-        saved *= (len(self.blocks) - self.skip) * self.runs
+        needed = saved_bytes(hidden) * (len(self.blocks) - self.skip) * runs
         # Asked once: reading the free memory takes 0.1 ms, and a captured graph must not ask the driver.
-        key = saved, hidden.device
-        if key not in self._decisions:
-            from ..memory import free_bytes
+        key = needed, hidden.device
+        if key not in self._fits:
+            self._fits[key] = needed <= device_memory.free_bytes(hidden.device) / 2
+        return "fast" if self._fits[key] else "min"
 
-            self._decisions[key] = saved > free_bytes(hidden.device) / 2
-        return self._decisions[key]
+    @functools.cached_property  # a family defines its own __init__
+    def _fits(self) -> dict[tuple[int, torch.device], bool]:
+        """Decisions of `block_memory` by bytes and device."""
+        return {}
 
 
 class ImageTower(Tower):
@@ -250,7 +276,6 @@ class ImageTower(Tower):
         """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""
         return self.model.visual
 
-    @property
     def why_not_pooled(self) -> str | None:
         """Return why the last block is needed for every token, or None if the head pools the first one."""
         return None
@@ -258,9 +283,9 @@ class ImageTower(Tower):
     @property
     def reductions(self) -> dict[str, Reduction]:
         """The exact reductions of this tower by name, as they are now."""
-        not_pooled = self.why_not_pooled or self.why_no_rows(len(self.blocks) - 1)
+        not_pooled = self.why_not_pooled() or self.why_no_rows(len(self.blocks) - 1)
         return {
-            "fused_block": Reduction.unless(self.why_not_fused()),
+            "fused_block": Reduction.unless(self.why_not_all_rows()),
             "pooled_last_block": Reduction.unless(not_pooled),
         }
 
@@ -282,25 +307,22 @@ class ImageTower(Tower):
 
     def upper(self, features: Tensor) -> Tensor:
         """Map hidden states at the cut to image embeddings [n, D], not normalised."""
-        depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
-        hidden, rotary = Hidden(features), self.rotary(features.device)
-        pools = self.skip < depth and self.why_not_pooled is None and self.why_no_rows(depth - 1) is None
-        for index in range(self.skip, depth - pools):
-            hidden = self._run_block(index, hidden, None, save_inputs_only=save_inputs_only, rotary=rotary)
+        pools = self.skip < len(self.blocks) and self.why_not_pooled() is None and self.why_no_rows(-1) is None
         if not pools:
-            return self.finish(hidden.sum())
-        n, tokens, _ = features.shape
-        first = slice(None, None, tokens)
-        last = partial(attention.pooled, mask=None)
-        pooled = self._run_last_block(hidden, last, first, save_inputs_only=save_inputs_only, rotary=rotary)
-        return self.finish(pooled[:, None])
+            return self.finish(self._run_upper(features, None, None))
+        first = slice(None, None, features.shape[1])  # first token of each sequence
+        return self.finish(self._run_upper(features, None, PooledTokens(first))[:, None])
+
+
+def _present(parts: Iterable[Part | None]) -> tuple[Part, ...]:
+    return tuple(part for part in parts if part is not None)
 
 
 def _parameters(parts: Iterable[Part]) -> Iterator[nn.Parameter]:
     for part in parts:
         if isinstance(part, nn.Parameter):
             yield part
-        elif part is not None:
+        else:
             yield from part.parameters()
 
 
@@ -308,54 +330,6 @@ def _named_tensors(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
     for number, part in enumerate(parts):
         if isinstance(part, nn.Parameter):
             yield f"{number}", part
-        elif part is not None:
+        else:
             for name, tensor in itertools.chain(part.named_parameters(), part.named_buffers()):
                 yield f"{number}.{name}", tensor
-
-
-# ---- training and evaluation mode
-
-
-@contextlib.contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Set evaluation mode for modules and their submodules."""
-    with _in_mode([module for part in modules for module in part.modules()], False):
-        yield
-
-
-@contextlib.contextmanager
-def deterministic_training(model: nn.Module) -> Iterator[None]:
-    """Set training mode, except for batch norms and modules that drop values at random."""
-    modules = list(model.modules())
-    dropping = set(filter(_drops, modules))
-    frozen = [m for m in modules if m in dropping or isinstance(m, _NormBase) or not dropping.isdisjoint(m.children())]
-    others = set(modules) - set(frozen)
-    with _in_mode(frozen, False), _in_mode(others, True):
-        yield
-
-
-def updates_statistics(module: nn.Module) -> bool:
-    """Return True if the module contains a batch norm in training mode."""
-    return any(isinstance(part, _NormBase) and part.training for part in module.modules())
-
-
-def is_deterministic(module: nn.Module) -> bool:
-    """Return True for a module without dropout and batch norms, which computes each sample alone."""
-    return not any(_drops(part) or isinstance(part, _NormBase) for part in module.modules())
-
-
-def _drops(module: nn.Module) -> bool:
-    rates = (getattr(module, name, None) for name in _DROPOUT_RATES)
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-@contextlib.contextmanager
-def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
-    changed = [module for module in modules if module.training != training]
-    for module in changed:
-        module.training = training
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.training = not training

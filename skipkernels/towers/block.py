@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,38 +22,35 @@ from torch.nn.utils import parametrize
 from ..checks import warn_caller
 from ..options import FusedMemory
 from . import attention
-from .fused import BlockSettings, FusableBlock, Hidden, Rotary
+from .families import BLOCKS, type_name
+from .fused import BlockReading, Hidden, Rotary, RowsCall
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global{name}") for name in HOOKS]
 
-# Type of a block → file in families/, and the class in it. A file is imported on demand.
-FAMILIES = {
-    "open_clip.transformer.ResidualAttentionBlock": "open_clip:OpenClipBlock",
-    "clip.model.ResidualAttentionBlock": "openai:OpenAIBlock",
-    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2EncoderLayer": "hugging_face:HuggingFaceBlock",
-    "transformers.models.siglip2.modeling_siglip2.Siglip2EncoderLayer": "hugging_face:HuggingFaceBlock",
-    "transformers.models.clip.modeling_clip.CLIPEncoderLayer": "hugging_face:HuggingFaceBlock",
-    "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": "hugging_face:HuggingFaceBlock",
-    "timm.models.vision_transformer.Block": "timm_blocks:TimmBlock",
-    "timm.models.eva.EvaBlock": "timm_blocks:TimmEvaBlock",
-}
 
-Submodules = Mapping[str, tuple[str, str, Mapping[type, Any]]]
-"""Path of the parent, name, and allowed types with their `forward`, of each submodule of a block, by path; parents come
-first."""
+class Child(NamedTuple):
+    """A submodule that a block must have."""
+
+    parent: str  # path of the module that has it
+    name: str
+    forwards: Mapping[type, Any]  # allowed types, each with the `forward` of its package
+
+
+Submodules = Mapping[str, Child]  # by path; parents come first
 
 
 def submodules(types: Mapping[str, tuple[type, ...]]) -> Submodules:
     """Make a table of submodules from their allowed types by path; a family makes its tables once, at import."""
-    return {
-        path: (path.rpartition(".")[0], path.rpartition(".")[2], {kind: shipped(kind, "forward") for kind in allowed})
-        for path, allowed in types.items()
-    }
+    found: dict[str, Child] = {}
+    for path, allowed in types.items():
+        parent, _, name = path.rpartition(".")
+        found[path] = Child(parent, name, {kind: original_method(kind, "forward") for kind in allowed})
+    return found
 
 
-def shipped(kind: type, method: str) -> Any:
-    """Return a method of a class, or None if it is not by the package that defines the class: it was replaced."""
+def original_method(kind: type, method: str) -> Any:
+    """Return a method of a class as its package defines it, or None if another package has replaced it."""
     function, home = getattr(kind, method), _definer(kind, method).__module__
     module = getattr(function, "__globals__", {}).get("__name__", "")  # a wrapper may have any `__module__`
     return function if module.partition(".")[0] == home.partition(".")[0] else None
@@ -73,25 +69,20 @@ class Sequences(NamedTuple):
     rotary: Rotary | None = None
 
 
-class RowsCall(NamedTuple):
-    """Second argument of a fused block that is called with rows, `block(hidden, call)`; the first is a `Hidden`."""
-
-    attention: Callable[..., Tensor]  # as in `BlockSettings`; it takes the number of heads as `heads`
-    save_inputs_only: bool = False
-    query_rows: Tensor | slice | None = None  # int64 [Q] or a slice, rows to return; default: all
-    separate_queries: bool = False
-    recompute_mlp: bool = False
-    rotary: Rotary | None = None  # of sequences of equal length, the query rows being the first of each
-
-
 class FusedBlock:
-    """Base of the classes of fused blocks, in front of the block's own class. A subclass knows one family of blocks."""
+    """Base of the classes of fused blocks. A subclass knows one family of blocks, by its methods `_submodules` to
+    `_output`.
+
+    A fused class comes before the caller's class in the order of bases: underscores keep its names apart from those of
+    the caller's attributes and methods.
+    """
 
     linear_weights: Sequence[str]  # paths of query, key, value, W_o, W_fc and W_p; packed ones three times
+    _modules: dict[str, Any]  # of nn.Module
+    # Set by `_fused_class`:
     _own: ClassVar[type]  # the caller's class
     _methods: ClassVar[Mapping[str, Any]]  # its methods that this class replaces, as its package defines them
     _memory: ClassVar[FusedMemory]  # saved for backward of a call with sequences
-    _modules: dict[str, Any]  # of nn.Module
 
     def _submodules(self) -> Submodules:
         """Return the submodules that this block must have."""
@@ -101,7 +92,7 @@ class FusedBlock:
         """Return why the settings of this block can't be fused, or None."""
         return None
 
-    def _read(self) -> FusableBlock:
+    def _read(self) -> BlockReading:
         """Read weights and settings from the children."""
         raise NotImplementedError
 
@@ -117,6 +108,48 @@ class FusedBlock:
         """Return hidden states [n, tokens, W] as the block's own forward does."""
         return hidden
 
+    # ---- running -----------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # reads Python objects that a compiler would guard on, and holds an autograd graph
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block on its ordinary input, or `block(hidden, call)` on rows.
+
+        Both are calls of the module: hooks on it run, such as those by which FSDP2 gathers its weights.
+        """
+        if args and isinstance(args[0], Hidden):
+            return self._run(*args)
+        if not _is_transformed():
+            reason = self.why_not_fused()
+            given = self._sequences(*args, **kwargs) if reason is None else None
+            if given is not None:
+                mask_is_learned = given.mask is not None and given.mask.requires_grad
+                if not mask_is_learned:  # the fused block has no gradient of a mask
+                    return self._run_sequences(given)
+            if reason is not None:
+                warn_caller(
+                    f"skipkernels: a block is not fused ({reason}). It runs its own forward: the result is the same, "
+                    "but takes more time and memory."
+                )
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def _run(self, hidden: Hidden, call: RowsCall) -> Hidden:
+        """Run the block on rows [R, W]."""
+        from .fused.node import fused_block  # importing the towers does not need it
+
+        reading = self._read()
+        dtype, device_type = reading.weights.proj.dtype, hidden.stream.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        return fused_block(reading, hidden, call, dtype)
+
+    def _run_sequences(self, given: Sequences) -> Tensor:
+        hidden, mask, causal, rotary = given
+        attention_fn = partial(attention.sequences, backend=attention.SDPA, n=len(hidden), mask=mask, causal=causal)
+        rows = self._run(Hidden(hidden.flatten(0, 1)), RowsCall(attention_fn, self._memory, rotary=rotary))
+        return self._output(rows.map(lambda x: x.view(hidden.shape)).sum())
+
+    # ---- checks, in each call ----------------------------------------------------------------------------------------
+
     def why_not_fused(self) -> str | None:
         """Return why this block runs its own forward now, or None."""
         if global_hooks():
@@ -128,41 +161,20 @@ class FusedBlock:
             if getattr(self._own, name) is not method:
                 return _why_replaced(self._own, name)
         modules: dict[str, Any] = {"": block}
-        count, dtypes = len(block._modules), set()
-        for path, (parent, name, types) in self._submodules().items():
-            module = modules[path] = modules[parent]._modules.get(name)
+        for path, child in self._submodules().items():
+            module = modules[child.parent]._modules.get(child.name)
             if module is None:
-                return f"the submodules of a block differ from those of a {block._own.__name__}"
-            attributes, kind = module.__dict__, type(module)
-            if kind not in types:
-                kind = parametrize.type_before_parametrizations(module)
-                reason = _why_parametrized(module, path, types)
-                if reason is not None:
-                    return reason
-                count -= 1  # of `parametrizations`
-            if kind.forward is not types[kind]:
-                return _why_replaced(kind, "forward")
-            if (
-                attributes["_forward_hooks"]
-                or attributes["_forward_pre_hooks"]
-                or attributes["_backward_hooks"]
-                or attributes["_backward_pre_hooks"]
-            ):
-                return "a module of a block has hooks"
-            if "forward" in attributes:
-                return f"forward() of a {type(module).__name__} of a block was replaced"
-            for name, x in attributes["_parameters"].items():
-                if x is None:
-                    if name == "weight":
-                        return "a norm of a block has no weight"
-                elif type(x) not in (nn.Parameter, Tensor) and not hasattr(x, "placements"):  # FSDP2 shards whole ones
-                    return f"a weight of a block is a {type(x).__name__}"
-                elif name != "bias" and x.ndim == 2:
-                    dtypes.add(x.dtype)
-            count += len(attributes["_modules"])
-        if count != len(modules) - 1:
-            return f"the submodules of a block differ from those of a {block._own.__name__}"
-        if len(dtypes) > 1:
+                return f"the submodules of a block differ from those of a {self._own.__name__}"
+            reason = _why_child(module, path, child)
+            if reason is not None:
+                return reason
+            modules[path] = module
+        if _has_other_children(modules.values()):
+            return f"the submodules of a block differ from those of a {self._own.__name__}"
+        matrices = (
+            x for m in modules.values() for name, x in m._parameters.items() if name != "bias" and x is not None
+        )
+        if len({x.dtype for x in matrices if x.ndim == 2}) > 1:
             return "the weights of a block have more than one dtype"
         return self._why_settings()
 
@@ -177,51 +189,7 @@ class FusedBlock:
             return "a block has gradient checkpointing of transformers"
         return self.why_not_fused()
 
-    @torch.compiler.disable  # reads Python objects that a compiler would guard on, and holds an autograd graph
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block on its ordinary input, or `block(hidden, call)` on rows."""
-        if args and isinstance(args[0], Hidden):
-            return self._run(*args)
-        if not _is_transformed():
-            reason = self.why_not_fused()
-            given = self._sequences(*args, **kwargs) if reason is None else None
-            if given is not None and not (given.mask is not None and given.mask.requires_grad):  # a learned mask
-                return self._run_sequences(given)
-            if reason is not None:
-                warn_caller(
-                    f"skipkernels: a block is not fused ({reason}). It runs its own forward: the result is the same, "
-                    "but takes more time and memory."
-                )
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def _run(self, hidden: Hidden, call: RowsCall) -> Hidden:
-        """Run the block on rows [R, W]."""
-        from .fused.node import fused_block  # importing the towers does not need it
-
-        read = self._read()
-        dtype, device_type = read.weights.proj.dtype, hidden.stream.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        settings = BlockSettings(
-            attention=partial(call.attention, heads=read.heads),
-            activation=read.activation,
-            eps=read.eps,
-            dtype=dtype,
-            save_inputs_only=call.save_inputs_only,
-            separate_queries=call.separate_queries,
-            recompute_mlp=call.recompute_mlp,
-            heads=read.heads,
-            rotary=call.rotary,
-            rms=read.rms,
-        )
-        return fused_block(settings, hidden, read.weights, call.query_rows)
-
-    def _run_sequences(self, given: Sequences) -> Tensor:
-        hidden, mask, causal, rotary = given
-        attention_fn = partial(attention.sequences, backend=attention.SDPA, n=len(hidden), mask=mask, causal=causal)
-        call = RowsCall(attention_fn, self._memory == "min", recompute_mlp=self._memory == "balanced", rotary=rotary)
-        rows = self._run(Hidden(hidden.flatten(0, 1)), call)
-        return self._output(rows.map(lambda x: x.view(hidden.shape)).sum())
+    # ---- copies ------------------------------------------------------------------------------------------------------
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(
@@ -230,9 +198,19 @@ class FusedBlock:
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles have the caller's class."""
+        """Copy and pickle as the caller's class: a fused class is made at run time, and cannot be imported."""
         rebuild = copyreg._reconstructor  # type: ignore[attr-defined]
         return rebuild, (self._own, object, None), *super().__reduce_ex__(2)[2:]
+
+
+def read_block(block: FusedBlock) -> BlockReading:
+    """Read weights and settings of a block."""
+    return block._read()
+
+
+def global_hooks() -> list[Any]:
+    """Hooks of all modules that may change values."""
+    return [hook for hooks in _GLOBAL_HOOKS if hooks for hook in _changing(hooks)]
 
 
 def _changing(hooks: Mapping[int, Any]) -> list[Any]:
@@ -243,18 +221,37 @@ def _changing(hooks: Mapping[int, Any]) -> list[Any]:
     return [hook for hook in hooks.values() if not str(getattr(hook, "__module__", "")).startswith("torch.")]
 
 
-def global_hooks() -> list[Any]:
-    """Hooks of all modules that may change values."""
-    return [hook for hooks in _GLOBAL_HOOKS if hooks for hook in _changing(hooks)]
+def _why_child(module: Any, path: str, child: Child) -> str | None:
+    """Return why a submodule is not what the fused block computes, or None."""
+    attributes, kind = module.__dict__, type(module)
+    if kind not in child.forwards:
+        kind = parametrize.type_before_parametrizations(module)
+        reason = _why_parametrized(module, kind, path, child)
+        if reason is not None:
+            return reason
+    if kind.forward is not child.forwards[kind]:
+        return _why_replaced(kind, "forward")
+    if (  # `HOOKS`, written out: this runs for each module of each block in each step
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+    ):
+        return "a module of a block has hooks"
+    if "forward" in attributes:
+        return f"forward() of a {type(module).__name__} of a block was replaced"
+    for name, x in attributes["_parameters"].items():
+        if x is None:
+            if name == "weight":
+                return "a norm of a block has no weight"
+        elif type(x) not in (nn.Parameter, Tensor) and not hasattr(x, "placements"):  # FSDP2 shards whole ones
+            return f"a weight of a block is a {type(x).__name__}"
+    return None
 
 
-def _why_replaced(kind: type, method: str) -> str:
-    return f"{method}() of the class {_definer(kind, method).__name__} was replaced"
-
-
-def _why_parametrized(module: nn.Module, path: str, types: Mapping[type, Any]) -> str | None:
-    """Return why a module is not one of these types with low-rank updates, or None."""
-    if parametrize.type_before_parametrizations(module) not in types:
+def _why_parametrized(module: nn.Module, kind: type, path: str, child: Child) -> str | None:
+    """Return why a module is not one of the allowed types with low-rank updates, or None."""
+    if kind not in child.forwards:
         package = type(module).__module__.partition(".")[0]
         return f"a block has a {type(module).__name__} of {package} for its {path}"
     from .low_rank import low_rank_updates  # few models have any
@@ -262,37 +259,16 @@ def _why_parametrized(module: nn.Module, path: str, types: Mapping[type, Any]) -
     return None if low_rank_updates(module) else f"a {type(module).__name__} of a block was altered"
 
 
-def weight_and_bias(layer: Any, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer, multiplied by the layer scale [W] that follows it, if there is one.
-
-    They are attributes, as the layer reads them: a bias may be a parameter, a buffer, or a view of a flat parameter.
-    """
-    weight, bias = layer.weight, getattr(layer, "bias", None)  # RMSNorm has none
-    if scale is None:
-        return weight, bias
-    return scale[:, None] * weight, None if bias is None else scale * bias
+def _why_replaced(kind: type, method: str) -> str:
+    return f"{method}() of the class {_definer(kind, method).__name__} was replaced"
 
 
-def joint_weight_and_bias(*layers: Any) -> tuple[Any, Any]:
-    """Weights and biases of layers side by side; zeros for a bias that one of them lacks."""
-    weights, biases = zip(*map(weight_and_bias, layers), strict=True)
-    if all(bias is None for bias in biases):
-        return weights, None
-    return weights, tuple(
-        w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)
+def _has_other_children(modules: Iterable[Any]) -> bool:
+    """Return True if one of these modules has a child that is none of them; low-rank updates are known."""
+    known = set(modules)
+    return any(
+        child not in known and name != "parametrizations" for module in known for name, child in module._modules.items()
     )
-
-
-def layer_scale(module: Any) -> Tensor | None:
-    """Factors [W] of a module that scales a branch; None for an identity."""
-    return None if module is None or isinstance(module, nn.Identity) else module.gamma
-
-
-def activation(module: nn.Module, names: Mapping[type, str]) -> str:
-    """Name of an activation in `functional.mlp_activation`; each package has a QuickGELU of its own."""
-    if getattr(module, "approximate", "none") == "tanh":
-        return "gelu_tanh"
-    return names.get(type(module)) or {"QuickGELU": "quick_gelu"}[type(module).__name__]
 
 
 def _is_transformed() -> bool:
@@ -301,14 +277,22 @@ def _is_transformed() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or in_functorch
 
 
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+
 @functools.cache
 def _fused_class(own: Any, memory: FusedMemory) -> type:
-    """Make the class of fused blocks in front of the caller's class `own`, with the same name."""
-    file, _, name = FAMILIES[f"{own.__module__}.{own.__qualname__}"].partition(":")
-    family = getattr(importlib.import_module(f".families.{file}", __package__), name)
+    """Make the class of fused blocks in front of the caller's class `own`, with the same name.
+
+    For the block of open_clip it is what this would define:
+
+        class ResidualAttentionBlock(OpenClipBlock, open_clip.transformer.ResidualAttentionBlock):
+            _own, _memory = open_clip.transformer.ResidualAttentionBlock, "fast"
+    """
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    methods = {name: shipped(own, name) for name in ("forward", "attention") if hasattr(own, name)}
-    return type(own.__name__, (family, own), {**names, "_own": own, "_memory": memory, "_methods": methods})
+    methods = {name: original_method(own, name) for name in ("forward", "attention") if hasattr(own, name)}
+    bases = BLOCKS[type_name(own)].load(), own
+    return type(own.__name__, bases, {**names, "_own": own, "_memory": memory, "_methods": methods})
 
 
 @functools.cache
@@ -330,7 +314,7 @@ def fuse_blocks(modules: Iterable[nn.Module], memory: FusedMemory = "fast") -> l
     blocks: list[Any] = []
     for module in modules:
         kind: Any = type(module)
-        if not isinstance(module, FusedBlock) and f"{kind.__module__}.{kind.__qualname__}" in FAMILIES:
+        if not isinstance(module, FusedBlock) and type_name(kind) in BLOCKS:
             module.__class__ = _fused_class(kind, memory)
         if isinstance(module, FusedBlock):
             blocks.append(module)

@@ -9,8 +9,9 @@ from torch import nn
 from ..checks import warn_caller
 from ..options import FusedMemory
 from .base import UnsupportedModel
-from .block import FAMILIES, FusedBlock, fuse_blocks, own_class
+from .block import FusedBlock, fuse_blocks, own_class
 from .comparison import compare_with_own_forward
+from .families import BLOCKS
 
 Model = TypeVar("Model", bound=nn.Module)
 _PEFT_REMEDY = (
@@ -60,7 +61,7 @@ def fuse(model: Model, *, memory: FusedMemory = "fast") -> Model:
     blocks = fuse_blocks(model.modules(), memory)
     reasons = [block.why_not_fused() for block in blocks]
     unfuse(nn.ModuleList(block for block, reason in zip(blocks, reasons, strict=True) if reason is not None))
-    found = "; ".join(dict.fromkeys(filter(None, reasons))) or f"the model has none of {', '.join(FAMILIES)}"
+    found = "; ".join(dict.fromkeys(filter(None, reasons))) or f"the model has none of {', '.join(BLOCKS)}"
     if None not in reasons:
         remedy = _PEFT_REMEDY if " of peft " in found else ""
         raise UnsupportedModel(f"fuse: no block of {type(model).__name__} can be fused: {found}.{remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,85 +11,84 @@ from torch import Tensor
 from ..ops.packed_layout import packed_layout
 
 
-def shared_prefix_length(tokens: Tensor, pooled: Tensor, *, excludes_self: bool = False) -> int:
-    """Length of the prefix that all prompts [C, L] share, in front of every pooled token [C].
+class Pooling(NamedTuple):
+    """Pooled tokens of prompts, and the reductions that are not exact for them."""
 
-    With `excludes_self` a pooled token does not attend to itself: its query is computed at the row before it, which
-    must then be in the suffix.
-    """
-    same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()  # [C, L] -> [L] -> []
-    return max(min(int(same), int(pooled.min()) - excludes_self), 0)
-
-
-def reads_row_counts(device: torch.device) -> bool:
-    """Return True if the number of packed rows of a step is read on the host: on a GPU that would be a host sync."""
-    return device.type == "cpu"
+    positions: Tensor  # int64 [C], of the pooled tokens
+    not_causal: str | None = None  # Reason why a token may see later ones, and the prefix is not shared
+    not_cropped: str | None = None  # Reason why the prompts are not cropped
+    visible_length: int | None = None  # Number of tokens that a pooled token can see; default: up to the last one
+    excludes_self: bool = False  # A pooled token attends to the tokens in front of it and not to itself
 
 
 class Prompts:
-    """One prompt of each class, int64 [C, L], and the layout of their hidden states as rows [R, W].
+    """One prompt of each class, and the layout of their hidden states as rows [R, W].
 
     With a shared prefix, the rows are those of the P = `prefix_length` tokens of the prefix, then those of each suffix
-    up to its pooled token, at position `pooled` [C]. Without a shared prefix (P = 0), each class has the rows of its
-    whole prompt. With `excludes_self` a pooled token attends to the tokens in front of it and not to itself.
+    up to its pooled token. Without a shared prefix (P = 0), each class has the rows of its whole prompt.
 
     Attributes:
-        lengths: int64 [C], rows of each suffix.
-        starts: int64 [C], the first of them.
-        max_length: S, the largest of the lengths.
-        row_count: R.
+        tokens: int64 [C, L], cropped to the tokens that a pooled token can see.
+        pooled: int64 [C], positions of the pooled tokens.
+        excludes_self: True if a pooled token attends to the tokens in front of it and not to itself.
         given_length: Number of tokens of the prompts before they were cropped.
+        prompt_length: Number of tokens of a whole prompt, L, or L + 1 with CoCa's class token, which has no token id.
+        prefix_length: P.
+        suffix_lengths: int64 [C], rows of each suffix.
+        starts: int64 [C], the first of them.
+        max_suffix_length: S, the largest of the lengths.
+        row_count: R.
         not_cropped, not_shared: Why these reductions are not exact for the prompts, or None.
     """
 
-    def __init__(
-        self,
-        tokens: Tensor,
-        pooled: Tensor,
-        prefix_length: int,
-        *,
-        excludes_self: bool = False,
-        given_length: int | None = None,
-        not_cropped: str | None = None,
-        not_shared: str | None = None,
-    ):
-        self.tokens, self.pooled = tokens, pooled
-        self.given_length, self.not_cropped, self.not_shared = given_length, not_cropped, not_shared
-        self.prefix_length, self.excludes_self = prefix_length, excludes_self
-        # CoCa appends a token that has no token id.
-        self.length = length = max(tokens.shape[1], int(pooled.max()) + 1)  # Number of tokens of a whole prompt
-        self.lengths = pooled + 1 - prefix_length if prefix_length else torch.full_like(pooled, length)  # [C]
-        self.starts = prefix_length + self.lengths.cumsum(0) - self.lengths  # [C]
-        self.max_length, self.row_count = int(self.lengths.max()), prefix_length + int(self.lengths.sum())
-        self.same_length = bool((self.lengths == self.max_length).all())  # True if all suffixes have S rows
-        # Bound of the rows of any K classes: those of the K longest suffixes.
-        self._capacities = [prefix_length, *(prefix_length + self.lengths.sort(descending=True)[0].cumsum(0)).tolist()]
+    def __init__(self, tokens: Tensor, pooling: Pooling):
+        pooled, self.excludes_self = pooling.positions, pooling.excludes_self
+        self.given_length, last = tokens.shape[1], int(pooled.max()) + 1
+        if not pooling.not_cropped:
+            tokens = tokens[:, : pooling.visible_length or last].contiguous()
+        self.tokens, self.pooled, self.prompt_length = tokens, pooled, max(tokens.shape[1], last)
+        P = 0 if pooling.not_causal else _shared_prefix_length(tokens, pooling)
+        self.not_cropped = pooling.not_cropped
+        self.not_shared = pooling.not_causal or (None if P else "the prompts begin with different tokens")
+        self.suffix_lengths = pooled + 1 - P if P else torch.full_like(pooled, self.prompt_length)  # [C]
+        self.starts = P + self.suffix_lengths.cumsum(0) - self.suffix_lengths  # [C]
+        self.prefix_length, self.row_count = P, P + int(self.suffix_lengths.sum())
+        self.max_suffix_length = int(self.suffix_lengths.max())
+        self.has_equal_suffixes = bool((self.suffix_lengths == self.max_suffix_length).all())
+        # Upper bounds of the rows of any K different classes, by K: those of the K longest suffixes.
+        longest = self.suffix_lengths.sort(descending=True)[0]  # [C]
+        self.most_rows = [P, *(P + longest.cumsum(0)).tolist()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name."""
+        return {name: getattr(self, name) for name in ("tokens", "pooled", "suffix_lengths", "starts")}
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, such as a move to a device, to every tensor."""
         for name, value in self.tensors().items():
             setattr(self, name, fn(value))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    def capacity(self, classes: int) -> int:
-        """Number of rows that suffices for any `classes` different classes."""
-        return self._capacities[classes]
-
-    def pack(self, hidden: Tensor, class_ids: Tensor | None = None) -> Tensor:
-        """Pack hidden states [K, L, W] of `class_ids` (default: all classes) into rows."""
-        if class_ids is None:
-            class_ids = torch.arange(len(self.tokens), device=self.tokens.device)
-        return self.select(class_ids, exact=True).pack(hidden)
-
     def select(self, class_ids: Tensor, *, exact: bool = False) -> SelectedPrompts:
         """Return the layout of the prompts of `class_ids` [K] in a step.
 
         With `exact` no row follows the last suffix, and ids may repeat; on a GPU this needs a host sync.
         """
-        return SelectedPrompts(self, class_ids, exact or self.same_length or reads_row_counts(class_ids.device))
+        return SelectedPrompts(self, class_ids, exact or counts_are_known(class_ids.device))
+
+
+def _shared_prefix_length(tokens: Tensor, pooling: Pooling) -> int:
+    """Length of the prefix that all prompts [C, L] share, in front of every pooled token.
+
+    If a pooled token does not attend to itself, its query is computed at the row before it, which must then be in the
+    suffix.
+    """
+    same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()  # [C, L] -> [L] -> []
+    return max(min(int(same), int(pooling.positions.min()) - pooling.excludes_self), 0)
+
+
+def counts_are_known(device: torch.device) -> bool:
+    """Return True if the number of rows of a step can be read on the host; on a GPU that would be a host sync."""
+    return device.type == "cpu"
 
 
 class SelectedPrompts:
@@ -102,22 +102,18 @@ class SelectedPrompts:
         row_count: R.
         row_numbers: int64 [R], indices of these rows among the rows of all classes.
         offsets: int64 [K + 1], start of each suffix, counted behind the prefix; None if all have the same length.
-        ends: int64 [K], row of the pooled token of each class; with a shared prefix.
+        last_rows: int64 [K], row of the last token of each class; with a shared prefix that is the pooled one.
     """
 
     def __init__(self, prompts: Prompts, class_ids: Tensor, exact: bool):
         self.prompts, self.class_ids = prompts, class_ids
-        P, K = prompts.prefix_length, len(class_ids)
-        if prompts.same_length:
-            self.row_count = P + K * prompts.max_length
-        elif exact:
-            self.row_count = P + int(prompts.lengths[class_ids].sum())
+        P, K, lengths = prompts.prefix_length, len(class_ids), prompts.suffix_lengths
+        if prompts.has_equal_suffixes:
+            self.row_count = P + K * prompts.max_suffix_length
         else:
-            self.row_count = prompts.capacity(K)
-        self.row_numbers, offsets, self.ends = packed_layout(
-            class_ids, prompts.starts, prompts.lengths, P, self.row_count
-        )
-        self.offsets = None if prompts.same_length else offsets
+            self.row_count = P + int(lengths[class_ids].sum()) if exact else prompts.most_rows[K]
+        self.row_numbers, offsets, self.last_rows = packed_layout(class_ids, prompts.starts, lengths, P, self.row_count)
+        self.offsets = None if prompts.has_equal_suffixes else offsets
 
     @property
     def tokens(self) -> Tensor:
@@ -135,9 +131,10 @@ class SelectedPrompts:
         hidden = hidden.flatten(0, 1)  # [K · L, W]
         if not P:
             return hidden
-        prompts = torch.arange(K, device=hidden.device)
-        lengths = self.prompts.lengths[self.class_ids]  # [K]
-        row_numbers, *_ = packed_layout(prompts, P + L * prompts, lengths, P, self.row_count)
+        # `row_numbers` are of packed rows; here suffix k begins at row P + k · L of whole prompts.
+        class_numbers = torch.arange(K, device=hidden.device)
+        lengths = self.prompts.suffix_lengths[self.class_ids]  # [K]
+        row_numbers, *_ = packed_layout(class_numbers, P + L * class_numbers, lengths, P, self.row_count)
         return hidden.index_select(0, row_numbers)  # [R, W]
 
     def unpack(self, rows: Tensor) -> Tensor:
@@ -148,9 +145,9 @@ class SelectedPrompts:
         P, (K, W) = self.prompts.prefix_length, (len(self.class_ids), rows.shape[1])
         if not P:
             return rows.view(K, -1, W)
-        suffix = torch.arange(self.prompts.length - P, device=rows.device)
-        first = self.ends - self.prompts.lengths[self.class_ids] + 1  # [K]
-        index = torch.minimum(first[:, None] + suffix, self.ends[:, None])  # [K, L - P]
+        positions = torch.arange(self.prompts.prompt_length - P, device=rows.device)  # in the suffix
+        first_rows = self.last_rows - self.prompts.suffix_lengths[self.class_ids] + 1  # [K]
+        index = torch.minimum(first_rows[:, None] + positions, self.last_rows[:, None])  # [K, L - P]
         # The backward of `expand` adds the gradients of the prefix in a fixed order.
         prefix = rows[:P].expand(K, P, W)  # [K, P, W]
         return torch.cat([prefix, rows.index_select(0, index.flatten()).view(K, -1, W)], dim=1)  # [K, L, W]

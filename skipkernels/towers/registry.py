@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,43 +9,8 @@ from typing import Any
 from torch import nn
 
 from .base import ImageTower, UnsupportedModel
+from .families import IMAGE_TOWERS, MODELS, TEXT_TOWERS, Entry, type_name
 from .text import TextTower
-
-# Type of the module → file in families/, and the class or function in it that makes the tower. A file is imported on
-# demand: only models of a package need that package.
-_IMAGE_TOWERS = {
-    "open_clip.transformer.VisionTransformer": "open_clip:OpenClipImageTower",
-    "open_clip.timm_model.TimmModel": "timm:timm_tower",
-    "open_clip.modified_resnet.ModifiedResNet": "convnets:ResNetTower",
-    "clip.model.VisionTransformer": "openai:OpenAIImageTower",
-    "clip.model.ModifiedResNet": "convnets:ResNetTower",
-    "transformers.models.clip.modeling_clip.CLIPModel": "hugging_face:HuggingFaceImageTower",
-    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2Model": "hugging_face:HuggingFaceImageTower",
-    "transformers.models.siglip.modeling_siglip.SiglipModel": "hugging_face:HuggingFaceImageTower",
-    "transformers.models.siglip2.modeling_siglip2.Siglip2Model": "hugging_face:HuggingFaceImageTower",
-}
-_TEXT_TOWERS = {
-    "open_clip.model.CLIP": "open_clip:OpenClipTextTower",
-    "open_clip.transformer.TextTransformer": "coca:text_tower",
-    "open_clip.transformer.ModernTextTransformer": "modern_text:ModernTextTower",
-    "open_clip.hf_model.HFTextEncoder": "hf_text:encoder_tower",
-    "clip.model.CLIP": "openai:OpenAITextTower",
-    "transformers.models.clip.modeling_clip.CLIPModel": "hugging_face:HuggingFaceTextTower",
-    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2Model": "hugging_face:HuggingFaceTextTower",
-    "transformers.models.siglip.modeling_siglip.SiglipModel": "hugging_face:HuggingFaceTextTower",
-    "transformers.models.siglip2.modeling_siglip2.Siglip2Model": "hugging_face:HuggingFaceTextTower",
-}
-# Type of the model → attributes of its image and text halves; None for the model itself.
-_HALVES = {
-    "open_clip.model.CLIP": ("visual", None),
-    "open_clip.model.CustomTextCLIP": ("visual", "text"),
-    "open_clip.coca_model.CoCa": ("visual", "text"),
-    "clip.model.CLIP": ("visual", None),
-    "transformers.models.clip.modeling_clip.CLIPModel": (None, None),
-    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2Model": (None, None),
-    "transformers.models.siglip.modeling_siglip.SiglipModel": (None, None),
-    "transformers.models.siglip2.modeling_siglip2.Siglip2Model": (None, None),
-}
 
 # Type of the model → why it is not handled.
 _NO_PAIR = "the model has no image and text tower to contrast"
@@ -88,7 +52,7 @@ def build_towers(model: nn.Module) -> tuple[ImageTower, TextTower]:
     if not isinstance(model, nn.Module):
         remedy = " Pass its first element." if isinstance(model, tuple) else ""
         raise TypeError(f"SkipCLIP: model must be a CLIP, an nn.Module; got {type(model).__name__}.{remedy}")
-    name = _type_name(model)
+    name = type_name(type(model))
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         raise UnsupportedModel(
             "SkipCLIP: parameters must be whole; got shards (fully_shard of FSDP2, or tensor parallelism). Create "
@@ -96,29 +60,25 @@ def build_towers(model: nn.Module) -> tuple[ImageTower, TextTower]:
         )
     if name in _REFUSED:
         raise UnsupportedModel(f"SkipCLIP: {name.rpartition('.')[2]} is not handled: {_REFUSED[name]}.")
-    if name not in _HALVES:
+    if name not in MODELS:
         remedy = "A wrapper or a derived class may compute something else, so it is not treated as one of these."
         remedy = next((text for package, text in _WRAPPERS.items() if name.startswith(package)), remedy)
-        raise UnsupportedModel(f"SkipCLIP: model must be one of {', '.join(_HALVES)}; got {name}. {remedy}")
-    visual, text = (model if half is None else getattr(model, half) for half in _HALVES[name])
-    return _factory(visual, _IMAGE_TOWERS, "image")(model), _factory(text, _TEXT_TOWERS, "text")(model)
+        raise UnsupportedModel(f"SkipCLIP: model must be one of {', '.join(MODELS)}; got {name}. {remedy}")
+    visual, text = (model if half is None else getattr(model, half) for half in MODELS[name])
+    return _factory(visual, IMAGE_TOWERS, "image")(model), _factory(text, TEXT_TOWERS, "text")(model)
 
 
-def _type_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _factory(half: nn.Module, towers: Mapping[str, str], tower: str) -> Callable[..., Any]:
+def _factory(half: nn.Module, towers: Mapping[str, Entry], tower: str) -> Callable[..., Any]:
     """Import the class or function that makes the tower of `half`."""
-    name = _type_name(half)
+    name = type_name(type(half))
     if name not in towers:
         raise UnsupportedModel(f"SkipCLIP: the {tower} tower must be one of {', '.join(towers)}; got {name}.")
-    file, _, factory = towers[name].partition(":")
-    if file in ("hugging_face", "hf_text"):  # arguments of blocks differ between major versions of transformers
-        version = importlib.metadata.version("transformers")
-        if int(version.split(".")[0]) < 5:
+    if (required := towers[name].family.requires) is not None:
+        package, lowest = required
+        version = importlib.metadata.version(package)
+        if int(version.split(".")[0]) < lowest:
             raise UnsupportedModel(
-                f"SkipCLIP: {name} needs transformers 5 or later; got {version}. Update it: "
+                f"SkipCLIP: {name} needs {package} {lowest} or later; got {version}. Update it: "
                 "pip install 'skipkernels[hugging-face]'."
             )
-    return getattr(importlib.import_module(f".families.{file}", __package__), factory)
+    return towers[name].load()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Container
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import attention
-from .base import Reduction, Tower, is_deterministic
-from .block import RowsCall, global_hooks
-from .fused import Hidden
-from .prompts import Prompts, SelectedPrompts, shared_prefix_length
+from .base import PooledTokens, Reduction, Tower
+from .block import global_hooks
+from .fused import Hidden, RowsCall
+from .modes import is_deterministic
+from .prompts import Pooling, Prompts, SelectedPrompts
 
 
 class TextTower(Tower):
@@ -23,56 +24,35 @@ class TextTower(Tower):
     """
 
     @abstractmethod
+    def pooling(self, tokens: Tensor) -> Pooling:
+        """Find the pooled token of each prompt [C, L], and which reductions are not exact for them."""
+
     def read_prompts(self, tokens: Tensor) -> Prompts:
-        """Find the pooled token of each prompt, int64 [C, L], and the layout of their rows, by `_layout`."""
-
-    def _layout(
-        self,
-        tokens: Tensor,
-        pooled: Tensor,
-        *,
-        not_causal: str | None = None,
-        not_cropped: str | None = None,
-        visible_length: int | None = None,
-        excludes_self: bool = False,
-    ) -> Prompts:
-        """Apply every reduction that is exact for these prompts; `not_…` are reasons why one is not.
-
-        `visible_length` is the number of tokens that a pooled token can see; by default up to the last pooled token.
-        """
-        given_length = tokens.shape[1]
-        tokens = tokens if not_cropped else tokens[:, : visible_length or int(pooled.max()) + 1].contiguous()
-        length = shared_prefix_length(tokens, pooled, excludes_self=excludes_self)
-        not_shared = not_causal or (None if length else "the prompts begin with different tokens")
-        return Prompts(
-            tokens,
-            pooled,
-            0 if not_shared else length,
-            excludes_self=excludes_self,
-            given_length=given_length,
-            not_cropped=not_cropped,
-            not_shared=not_shared,
-        )
+        """Lay out the rows of prompts [C, L], by every reduction that is exact for them."""
+        return Prompts(tokens, self.pooling(tokens))
 
     def reductions(self, prompts: Prompts) -> dict[str, Reduction]:
         """The exact reductions of this tower over some prompts by name, as they are now."""
+        depth = len(self.blocks)
         reasons = {
             "text_crop": prompts.not_cropped,
-            "shared_prefix": prompts.not_shared or self._why_not_shared(self._whole_blocks(0), len(self.blocks)),
-            "fused_block": self.why_not_fused(),
-            "pooled_last_block": self.why_no_rows(len(self.blocks) - 1),
+            "shared_prefix": prompts.not_shared or self._why_not_shared(self._unfused_blocks(0), depth),
+            "fused_block": self.why_not_all_rows(),
+            "pooled_last_block": self.why_no_rows(depth - 1),
         }
         return {name: Reduction.unless(reason) for name, reason in reasons.items()}
 
-    def _whole_blocks(self, start: int) -> dict[int, str]:
+    def _unfused_blocks(self, start: int) -> dict[int, str]:
         """Blocks from `start` on that take whole prompts only, with the reason."""
         return {i: why for i in range(start, len(self.blocks)) if (why := self.why_no_rows(i)) is not None}
 
-    def _why_not_shared(self, whole: dict[int, str], count: int) -> str | None:
-        """Return why `count` blocks don't run the shared prefix once, or None; `whole` are those with whole prompts."""
-        if len(whole) == count > 0 or (whole and global_hooks()):
-            return next(iter(whole.values()))
-        for index in whole:
+    def _why_not_shared(self, unfused: Mapping[int, str], count: int) -> str | None:
+        """Return why `count` blocks, of which some are unfused, don't run the shared prefix once, or None."""
+        if not unfused:
+            return None
+        if len(unfused) == count or global_hooks():  # no block runs it once; or hooks would see whole prompts and rows
+            return next(iter(unfused.values()))
+        for index in unfused:
             block = self.blocks[index]
             if not is_deterministic(block):
                 return f"block {index}, which is not fused, has dropout or a batch norm"
@@ -105,63 +85,58 @@ class TextTower(Tower):
     def finish(self, hidden: Tensor) -> Tensor:
         """Map hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
 
-    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised."""
-        whole = self._whole_blocks(self.skip)
-        if selected.prompts.prefix_length and self._why_not_shared(whole, len(self.blocks) - self.skip) is None:
-            return self.finish(self._run_suffixes(rows, selected, whole))
-        return self.finish(self._run_whole_prompts(rows, selected))
+    def upper(self, rows: Tensor, selected: SelectedPrompts, runs: int = 1) -> Tensor:
+        """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised.
 
-    def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+        A step does so `runs` times, once for each template of the prompts.
+        """
+        unfused = self._unfused_blocks(self.skip)
+        if selected.prompts.prefix_length and self._why_not_shared(unfused, len(self.blocks) - self.skip) is None:
+            return self.finish(self._run_suffixes(rows, selected, unfused, runs))
+        return self.finish(self._run_whole_prompts(rows, selected, unfused, runs))
+
+    def _run_whole_prompts(
+        self, rows: Tensor, selected: SelectedPrompts, unfused: Mapping[int, str], runs: int
+    ) -> Tensor:
         """Run every block over whole prompts; return hidden states [K, W] of the pooled tokens."""
         features = selected.unpack(rows)  # [K, L, W]
         mask = self.mask(selected.tokens, selected.prompts)
-        depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
-        pools = self.skip < depth and self.why_no_rows(depth - 1) is None
-        hidden = Hidden(features)
-        for index in range(self.skip, depth - pools):
-            hidden = self._run_block(index, hidden, mask, save_inputs_only=save_inputs_only)
-        n, length, _ = features.shape
-        prompts, positions = torch.arange(n, device=rows.device), selected.pooled  # [K] each
-        if not pools:
-            return hidden.sum()[prompts, positions]
-        if mask is not None:  # its row at each pooled token: [1 or K, 1, L, L] -> [K, L]
-            mask = mask.expand(n, 1, length, length)[prompts, 0, positions]
-        last, ends = partial(attention.pooled, mask=mask), prompts * length + positions
-        return self._run_last_block(hidden, last, ends, save_inputs_only=save_inputs_only)
+        (K, L, _), depth = features.shape, len(self.blocks)
+        class_numbers, positions = torch.arange(K, device=rows.device), selected.pooled  # [K] each
+        if self.skip == depth or depth - 1 in unfused:
+            return self._run_upper(features, mask, None, runs)[class_numbers, positions]
+        # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
+        pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
+        pooled = PooledTokens(class_numbers * L + positions, pooled_mask)
+        return self._run_upper(features, mask, pooled, runs)
 
-    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts, whole: Container[int]) -> Tensor:
-        """Run every block over the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens.
-
-        Blocks in `whole` run over whole prompts.
-        """
-        depth, save_inputs_only, prompts = len(self.blocks), self.saves_inputs_only(rows), selected.prompts
-        if self.skip == depth:
-            return rows[selected.ends]
+    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts, unfused: Mapping[int, str], runs: int) -> Tensor:
+        """Run every block over the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
+        prompts, last_rows, depth = selected.prompts, selected.last_rows, len(self.blocks)
         attention_fn = partial(
             attention.suffixes,
-            backend=self.attention_backend,
+            backend=self.cut.attention,
             prefix_length=prompts.prefix_length,
             offsets=selected.offsets,
-            max_length=prompts.max_length,
-            excludes_self=selected.ends if prompts.excludes_self else None,
+            max_length=prompts.max_suffix_length,
+            rows_without_self=last_rows if prompts.excludes_self else None,
         )
+        call = RowsCall(attention_fn, self.block_memory(rows, runs))
         hidden = Hidden(rows)
-        pools = depth - 1 not in whole
-        for index in range(self.skip, depth - pools):
-            if index not in whole:
-                hidden = self.blocks[index](hidden, RowsCall(attention_fn, save_inputs_only))
-            else:
-                hidden = self._run_on_whole_prompts(index, hidden, selected)
-        if not pools:
-            return hidden.sum()[selected.ends]
-        last = partial(attention_fn, rows=selected.ends)
-        return self.blocks[-1](hidden, RowsCall(last, save_inputs_only, selected.ends)).sum()
+        for index in range(self.skip, depth):
+            if index in unfused:
+                hidden = self._run_unfused_block(index, hidden, selected)
+            elif index < depth - 1:
+                hidden = self.blocks[index](hidden, call)
+            else:  # returns the pooled tokens; attention selects them among all rows, see `RowsCall`
+                call = call._replace(attention=partial(attention_fn, rows=last_rows), query_rows=last_rows)
+                return self.blocks[index](hidden, call).sum()
+        return hidden.sum()[last_rows]
 
-    def _run_on_whole_prompts(self, index: int, hidden: Hidden, selected: SelectedPrompts) -> Hidden:
-        """Run a block that is not fused over whole prompts, unpacked from rows and packed again."""
-        whole, mask = Hidden(selected.unpack(hidden.sum())), self.mask(selected.tokens, selected.prompts)
-        return self._run_block(index, whole, mask, save_inputs_only=False).map(selected.pack)
+    def _run_unfused_block(self, index: int, hidden: Hidden, selected: SelectedPrompts) -> Hidden:
+        """Run a block that takes no rows over whole prompts, unpacked from rows and packed again."""
+        mask = self.mask(selected.tokens, selected.prompts)
+        return Hidden(selected.pack(self._run_own_forward(index, selected.unpack(hidden.sum()), mask)))
 
 
 def representative_classes(prompts: Prompts) -> Tensor:

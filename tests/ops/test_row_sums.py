@@ -91,18 +91,19 @@ def test_fused_block_completes_its_sums_by_one_launch(backend: Backend, kind, mo
     )
     stream = rows(20, n * tokens, W, device=backend.device).requires_grad_(kind != "first")
     queries = torch.arange(0, n * tokens, tokens, device=backend.device) if kind == "pooled" else None
-    attention = partial(sequences, backend=SDPA, n=n, heads=heads, mask=None)
+    attention = partial(sequences, backend=SDPA, n=n, mask=None)
     if queries is not None:
         attention = partial(_selected, attention, queries)
-    options = fused.BlockSettings(attention, "gelu", (1e-5, 1e-5), torch.float32)
+    block = fused.BlockReading(weights, "gelu", (1e-5, 1e-5), heads)
+    call = fused.RowsCall(attention, query_rows=queries)
     inputs, found = [x for x in (stream, *weights.tensors()) if x.requires_grad], []
     for together in (False, True):
         monkeypatch.setattr(node, "sums_together", lambda device, together=together: together)
-        out = node.fused_block(options, fused.Hidden(stream), weights, queries).sum()
+        out = node.fused_block(block, fused.Hidden(stream), call, torch.float32).sum()
         found.append(torch.autograd.grad(out.square().mean(), inputs))
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * one.norm()
 
 
-def _selected(attention, queries, packed):
-    return attention(packed).index_select(0, queries)
+def _selected(attention, queries, packed, heads):
+    return attention(packed, heads=heads).index_select(0, queries)

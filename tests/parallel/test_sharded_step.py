@@ -299,7 +299,7 @@ def work_of_a_step(group: Any, own: tuple[torch.Tensor, torch.Tensor]) -> list[A
     class_ids, size = found[0].class_ids, clip.shards.size
     class_ids = class_ids[class_ids % size == clip.shards.rank] // size
     prompts = clip.texts.templates[0]
-    return [flops, sent, len(class_ids), int(prompts.lengths[class_ids].sum()), prompts.prefix_length]
+    return [flops, sent, len(class_ids), int(prompts.suffix_lengths[class_ids].sum()), prompts.prefix_length]
 
 
 def errors(rank: int, group: Any) -> dict[str, Any]:

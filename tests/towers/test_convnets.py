@@ -21,7 +21,7 @@ from torch import nn
 
 import skipkernels as sk
 from skipkernels.testing import saved_bytes
-from skipkernels.towers import UnsupportedModel
+from skipkernels.towers import Cut, UnsupportedModel
 from skipkernels.towers.families.convnets import ResNetTower
 
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 24), "num_classes": 12}
@@ -158,7 +158,7 @@ def test_altered_block_is_followed_and_altered_stage_raises(name):
 def test_openai_resnet(skip):
     visual = randomise(openai_models().ModifiedResNet((1, 2, 1, 1), 12, 8, 32, 8)).double().eval()
     tower = ResNetTower(SimpleNamespace(visual=visual, encode_image=visual))
-    tower.skip = skip
+    tower.cut = Cut(skip)
     assert len(tower.blocks) == 5 and tower.image_size == (32, 32)
     images = FAMILIES["resnet"].images().float()  # the tower casts them, as the forward of the model does
     features = tower.lower(images)

@@ -21,7 +21,7 @@ from transformers.models.clip import modeling_clip
 
 import skipkernels as sk
 from skipkernels.towers import UnsupportedModel, comparison
-from skipkernels.towers.block import FusedBlock, shipped, unfused
+from skipkernels.towers.block import FusedBlock, original_method, unfused
 
 N, TOKENS, W, HEADS = 3, 5, 24, 3
 ResidualAttentionBlock = open_clip.transformer.ResidualAttentionBlock
@@ -189,9 +189,9 @@ def test_method_patched_on_a_class(patch, when, monkeypatch, recwarn):
 
 
 def test_method_patched_before_the_family_is_imported(monkeypatch):
-    assert shipped(nn.GELU, "forward") is nn.GELU.forward
+    assert original_method(nn.GELU, "forward") is nn.GELU.forward
     monkeypatch.setattr(nn.GELU, "forward", functools.wraps(nn.GELU.forward)(halved(nn.GELU.forward)))
-    assert shipped(nn.GELU, "forward") is None
+    assert original_method(nn.GELU, "forward") is None
 
 
 def halved_attention(module, query, key, value, attention_mask, **options):
@@ -201,7 +201,7 @@ def halved_attention(module, query, key, value, attention_mask, **options):
 
 @pytest.mark.parametrize("name", ["halved", "sdpa", "eager"])
 def test_registered_attention_function(name, monkeypatch):
-    """A function of another name, in the place of a shipped one, and in the place of the module's own."""
+    """A function of another name, in the place of that of the package, and in the place of the module's own."""
     (block,) = sk.fuse(make_block("hf"))
     block.self_attn.config._attn_implementation = "eager"
     assert block.why_not_fused() is None

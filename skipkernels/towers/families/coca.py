@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base import Part
-from ..prompts import Prompts
+from ..prompts import Pooling, Prompts
 from .open_clip import OpenClipTextTower, padding_mask
 
 
@@ -33,14 +33,14 @@ class CoCaTextTower(OpenClipTextTower):
         """Number of tokens of each prompt [n] without padding."""
         return (tokens != self.text.pad_id).sum(dim=1)
 
-    def _prompt_layout(self, tokens: Tensor) -> dict[str, Any]:
+    def pooling(self, tokens: Tensor) -> Pooling:
         lengths, L = self._lengths(tokens), tokens.shape[1]
         padding_last = (tokens != self.text.pad_id).equal(torch.arange(L, device=tokens.device) < lengths[:, None])
         if padding_last and int(lengths.max()) + self._excludes_self <= L:  # the class token can move
             pooled = lengths + self._excludes_self
-            return {"pooled": pooled, "visible_length": int(pooled.max()), "excludes_self": self._excludes_self}
+            return Pooling(pooled, visible_length=int(pooled.max()), excludes_self=self._excludes_self)
         reason = "a prompt has padding in its middle (open_clip's padding is the token of '!'), or fills the context"
-        return {"pooled": torch.full_like(lengths, L), "not_causal": reason, "not_cropped": reason}
+        return Pooling(torch.full_like(lengths, L), not_causal=reason, not_cropped=reason)
 
     def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
         hidden = super().embed(tokens, prompts)
@@ -65,6 +65,6 @@ class CoCaTextTower(OpenClipTextTower):
         return mask
 
 
-def text_tower(model: Any) -> OpenClipTextTower:
+def text_transformer_tower(model: Any) -> OpenClipTextTower:
     """Build the text tower with a `TextTransformer` as `text`, with or without a class token."""
     return (OpenClipTextTower if model.text.cls_emb is None else CoCaTextTower)(model)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..base import UnsupportedModel
-from ..fused import Hidden
-from ..prompts import Prompts, SelectedPrompts
+from ..prompts import Pooling, Prompts, SelectedPrompts
 from ..text import TextTower
 
 
@@ -27,9 +26,9 @@ class EncoderTextTower(TextTower):
         self.model, self.encoder = model, model.text.transformer
         self.blocks, self.padding = layers, model.text.config.pad_token_id
 
-    def read_prompts(self, tokens: Tensor) -> Prompts:
+    def pooling(self, tokens: Tensor) -> Pooling:
         last = (tokens != self.padding).long().cumsum(dim=1).argmax(dim=1)
-        return self._layout(tokens, last, not_causal="a token sees later ones")
+        return Pooling(last, not_causal="a token sees later ones")
 
     def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
         hidden = torch.zeros(tokens.shape, device=tokens.device).masked_fill(tokens == self.padding, -torch.inf)
@@ -42,12 +41,12 @@ class EncoderTextTower(TextTower):
         """Apply the part of the encoder behind its last block."""
         return hidden
 
-    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+    def upper(self, rows: Tensor, selected: SelectedPrompts, runs: int = 1) -> Tensor:
         tokens = selected.tokens
-        states, mask = Hidden(rows.unflatten(0, (len(tokens), -1))), self.mask(tokens, selected.prompts)
+        hidden, mask = rows.unflatten(0, (len(tokens), -1)), self.mask(tokens, selected.prompts)
         for index in range(self.skip, len(self.blocks)):
-            states = self._run_block(index, states, mask, save_inputs_only=False)
-        hidden = self.finish_encoder(states.sum())
+            hidden = self._run_own_forward(index, hidden, mask)
+        hidden = self.finish_encoder(hidden)
         pooler = getattr(self.encoder, "pooler", None)
         output = BaseModelOutputWithPooling(
             last_hidden_state=hidden, pooler_output=None if pooler is None else pooler(hidden)

@@ -25,10 +25,11 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip2 import modeling_siglip2
 
 from ..base import ImageTower, UnsupportedModel
-from ..block import FusedBlock, Sequences, Submodules, joint_weight_and_bias, submodules, weight_and_bias
-from ..fused import BlockWeights, FusableBlock
-from ..prompts import Prompts
+from ..block import FusedBlock, Sequences, Submodules, submodules
+from ..fused import BlockReading, BlockWeights
+from ..prompts import Pooling, Prompts
 from ..text import TextTower
+from .reading import joint_weight_and_bias, weight_and_bias
 
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions
 _ACTIVATIONS = {GELUActivation: "gelu", QuickGELUActivation: "quick_gelu", _TANH: "gelu_tanh"}
@@ -62,7 +63,7 @@ class HuggingFaceBlock(FusedBlock):
         functions, eager = module.ALL_ATTENTION_FUNCTIONS, module.eager_attention_forward
         return functions.get(attention.config._attn_implementation, eager)
 
-    def _read(self) -> FusableBlock:
+    def _read(self) -> BlockReading:
         parts = self._modules
         norm_1, norm_2, attention = parts["layer_norm1"], parts["layer_norm2"], parts["self_attn"]
         layers, mlp = attention._modules, parts["mlp"]._modules
@@ -72,7 +73,7 @@ class HuggingFaceBlock(FusedBlock):
             *weight_and_bias(norm_2), *weight_and_bias(mlp["fc1"]), *weight_and_bias(mlp["fc2"]),
         )  # fmt: skip
         heads = attention.embed_dim // attention.head_dim  # its forward ignores `num_heads`
-        return FusableBlock(weights, _ACTIVATIONS[type(mlp["activation_fn"])], (norm_1.eps, norm_2.eps), heads)
+        return BlockReading(weights, _ACTIVATIONS[type(mlp["activation_fn"])], (norm_1.eps, norm_2.eps), heads)
 
     def _sequences(
         self,
@@ -197,7 +198,6 @@ class HuggingFaceImageTower(ImageTower):
         self.embedding = (vision.embeddings, vision.pre_layrnorm) if self._of_clip else (vision.embeddings,)
         self.head = (vision.post_layernorm, self.model.visual_projection if self._of_clip else vision.head)
 
-    @property
     def why_not_pooled(self) -> str | None:
         return None if self._of_clip else "the tower pools over all tokens"
 
@@ -231,12 +231,12 @@ class HuggingFaceTextTower(TextTower):
         self.embedding = (self.text.embeddings,)
         self.head = (self.text.final_layer_norm, model.text_projection if self._of_clip else self.text.head)
 
-    def read_prompts(self, tokens: Tensor) -> Prompts:
+    def pooling(self, tokens: Tensor) -> Pooling:
         if self._of_clip:
-            return self._layout(tokens, self._end_positions(tokens))
+            return Pooling(self._end_positions(tokens))
         last = tokens.new_full((len(tokens),), tokens.shape[1] - 1)
         not_cropped = "every token sees every other"
-        return self._layout(tokens, last, not_causal="there is no mask", not_cropped=not_cropped)
+        return Pooling(last, not_causal="there is no mask", not_cropped=not_cropped)
 
     def _end_positions(self, tokens: Tensor) -> Tensor:
         end = self.text.eos_token_id  # read by its forward; the config may have changed

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base import Part, UnsupportedModel
-from ..fused import Hidden
-from ..prompts import Prompts, SelectedPrompts
+from ..prompts import Pooling, Prompts, SelectedPrompts
 from ..text import TextTower
 
 
@@ -41,7 +40,7 @@ class ModernTextTower(TextTower):
     def head(self) -> tuple[Part, ...]:
         return self.text.ln_final, self.text.pool, self.text.text_projection
 
-    def read_prompts(self, tokens: Tensor) -> Prompts:
+    def pooling(self, tokens: Tensor) -> Pooling:
         last = self._valid(tokens).long().cumsum(dim=1).argmax(dim=1)  # [C], the last token that is not padding
         ends, not_causal = last, None
         if self.text.pool.pool_type == "eos":
@@ -52,7 +51,7 @@ class ModernTextTower(TextTower):
         if self.text.cfg.attention_mode != "causal":
             not_causal = "a token sees later ones"
         visible = int(torch.maximum(last, ends).max()) + 1
-        return self._layout(tokens, ends, not_causal=not_causal, visible_length=visible)
+        return Pooling(ends, not_causal=not_causal, visible_length=visible)
 
     def _valid(self, tokens: Tensor) -> Tensor:
         return self.text._valid_mask(tokens)
@@ -73,12 +72,12 @@ class ModernTextTower(TextTower):
         out, values = block(hidden, rope_embed=positions, key_bias=mask, is_causal=mask is None, v_first=values)
         return out if values is None else torch.cat([out, values.transpose(1, 2).flatten(2)], dim=2)
 
-    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+    def upper(self, rows: Tensor, selected: SelectedPrompts, runs: int = 1) -> Tensor:
         tokens = selected.tokens
-        hidden, mask = Hidden(selected.unpack(rows)), self.mask(tokens, selected.prompts)
+        hidden, mask = selected.unpack(rows), self.mask(tokens, selected.prompts)
         for index in range(self.skip, len(self.blocks)):
-            hidden = self._run_block(index, hidden, mask)
-        normed = self.text.ln_final(hidden.sum()[..., : self.text.width])
+            hidden = self._run_own_forward(index, hidden, mask)
+        normed = self.text.ln_final(hidden[..., : self.text.width])
         return self.finish(self.text.pool(normed, text=tokens, valid=self._valid(tokens), eos_id=self.text.eos_id))
 
     def finish(self, hidden: Tensor) -> Tensor:

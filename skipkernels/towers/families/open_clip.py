@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..base import ImageTower, Part, UnsupportedModel
-from ..block import FusedBlock, Sequences, Submodules, activation, layer_scale, submodules, weight_and_bias
-from ..fused import BlockWeights, FusableBlock
-from ..prompts import Prompts
+from ..block import FusedBlock, Sequences, Submodules, submodules
+from ..fused import BlockReading, BlockWeights
+from ..prompts import Pooling, Prompts
 from ..text import TextTower
+from .reading import activation, layer_scale, weight_and_bias
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 _NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)
@@ -78,7 +79,7 @@ class OpenClipBlock(FusedBlock):
             return "a block's attention has dropout or an extra key"
         return None
 
-    def _read(self) -> FusableBlock:
+    def _read(self) -> BlockReading:
         parts = self._modules
         norm_1, norm_2, attention, mlp = parts["ln_1"], parts["ln_2"], parts["attn"], parts["mlp"]._modules
         weights = BlockWeights(
@@ -88,7 +89,7 @@ class OpenClipBlock(FusedBlock):
             *weight_and_bias(mlp["c_proj"], layer_scale(parts.get("ls_2"))),
         )  # fmt: skip
         kind = activation(mlp["gelu"], _ACTIVATIONS)
-        return FusableBlock(weights, kind, (norm_1.eps, norm_2.eps), attention.num_heads)
+        return BlockReading(weights, kind, (norm_1.eps, norm_2.eps), attention.num_heads)
 
     def _sequences(
         self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
@@ -138,7 +139,6 @@ class OpenClipImageTower(ImageTower):
     def head(self) -> tuple[Part, ...]:
         return self.visual.attn_pool, self.visual.ln_post, self.visual.proj
 
-    @property
     def why_not_pooled(self) -> str | None:
         one_token = self.visual.attn_pool is None and self.visual.pool_type == "tok"
         return None if one_token else "the tower pools over all tokens"
@@ -174,32 +174,23 @@ class OpenClipTextTower(TextTower):
                 f"SkipCLIP: tokens must be [C, L={context}], as long as the model's context; got {list(tokens.shape)}. "
                 "Use the model's tokenizer: open_clip.get_tokenizer(NAME)."
             )
-        return self._layout(tokens, **self._prompt_layout(tokens))
+        return super().read_prompts(tokens)
 
     def masks(self) -> list[Tensor | None]:
         return [self.text.attn_mask]
 
-    def _prompt_layout(self, tokens: Tensor) -> dict[str, Any]:
-        """Arguments of `_layout`: the pooled tokens, and the tokens that they can see."""
+    def pooling(self, tokens: Tensor) -> Pooling:
         pooled = self._pooled_positions(tokens)
         mask, length = self.text.attn_mask, int(pooled.max()) + 1
         if getattr(self.text, "use_pad_mask", False):
             visible = int((tokens != self.text.pad_id).long().cumsum(dim=1).argmax(dim=1).max()) + 1
-            return {
-                "pooled": pooled,
-                "not_causal": "the mask hides only padding, so a token sees later ones",
-                "not_cropped": None if length <= visible else "a pooled token is padding",
-                "visible_length": visible,
-            }
+            not_causal = "the mask hides only padding, so a token sees later ones"
+            return Pooling(pooled, not_causal, None if length <= visible else "a pooled token is padding", visible)
         not_causal = "the attention mask is not the causal one"
         if mask is None or (mask[:length, length:] != -math.inf).any():
-            return {
-                "pooled": pooled,
-                "not_causal": not_causal,
-                "not_cropped": "the attention mask lets a token see later ones",
-            }
+            return Pooling(pooled, not_causal, not_cropped="the attention mask lets a token see later ones")
         triangle = torch.full_like(mask, -math.inf).triu(1)
-        return {"pooled": pooled, "not_causal": None if mask.equal(triangle) else not_causal}
+        return Pooling(pooled, None if mask.equal(triangle) else not_causal)
 
     def _pooled_positions(self, tokens: Tensor) -> Tensor:
         """Positions [C] that `text_global_pool` of open_clip selects."""

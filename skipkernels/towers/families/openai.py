@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..base import ImageTower, Part
 from ..block import Sequences, Submodules, submodules
-from ..prompts import Prompts
+from ..prompts import Pooling, Prompts
 from ..text import TextTower
 from .open_clip import BLOCK_TYPES, OpenClipBlock, OpenClipTextTower
 
@@ -96,9 +96,8 @@ class OpenAITextTower(OpenClipTextTower):
     def masks(self) -> list[Tensor | None]:
         return [getattr(block, "attn_mask", None) for block in self.blocks]
 
-    def read_prompts(self, tokens: Tensor) -> Prompts:
-        pooled = tokens.argmax(dim=-1)
-        return self._layout(tokens, pooled, not_causal=self._not_causal, not_cropped=self._not_causal)
+    def pooling(self, tokens: Tensor) -> Pooling:
+        return Pooling(tokens.argmax(dim=-1), not_causal=self._not_causal, not_cropped=self._not_causal)
 
     def why_no_rows(self, index: int) -> str | None:
         return self._not_causal or super().why_no_rows(index)

@@ -65,16 +65,15 @@ class TransformerTower(ImageTower):
         self.image_size = tuple(trunk.patch_embed.img_size)  # `visual.image_size` may differ (ViTamin-XL-384)
 
     @property
-    def embedding(self) -> tuple[Part, ...]:
+    def embedding(self) -> tuple[Part | None, ...]:
         names = ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "rope", "norm_pre")
         return tuple(getattr(self.trunk, name, None) for name in names)
 
     @property
-    def head(self) -> tuple[Part, ...]:
+    def head(self) -> tuple[Part | None, ...]:
         names = ("norm", "attn_pool", "fc_norm", "head_drop", "head")
         return (*(getattr(self.trunk, name, None) for name in names), self.visual.head)
 
-    @property
     def why_not_pooled(self) -> str | None:
         one_token = getattr(self.trunk, "attn_pool", None) is None and self.trunk.global_pool == "token"
         return None if one_token else "the tower pools over all tokens"
@@ -104,7 +103,7 @@ class NaFlexTower(TransformerTower):
         self.image_size = tuple(model.visual.image_size)
 
     @property
-    def embedding(self) -> tuple[Part, ...]:
+    def embedding(self) -> tuple[Part | None, ...]:
         return self.trunk.embeds, self.trunk.patch_drop, self.trunk.norm_pre
 
     def embed(self, inputs: Tensor) -> Tensor:
@@ -124,7 +123,7 @@ class ViTaminTower(TransformerTower):
         self.blocks = chain_stages([*stages, ([_Tokens(self.trunk)], self.trunk.blocks)])
 
     @property
-    def embedding(self) -> tuple[Part, ...]:
+    def embedding(self) -> tuple[Part | None, ...]:
         return (self.trunk.patch_embed.backbone.stem,)
 
     def why_no_rows(self, index: int) -> str | None:

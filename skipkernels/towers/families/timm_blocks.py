@@ -18,17 +18,9 @@ from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from ..block import (
-    FusedBlock,
-    Sequences,
-    Submodules,
-    activation,
-    joint_weight_and_bias,
-    layer_scale,
-    submodules,
-    weight_and_bias,
-)
-from ..fused import NORMS, BlockWeights, FusableBlock, Rotary
+from ..block import FusedBlock, Sequences, Submodules, submodules
+from ..fused import NORMS, BlockReading, BlockWeights, Rotary
+from .reading import activation, joint_weight_and_bias, layer_scale, weight_and_bias
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)
@@ -112,7 +104,7 @@ class TimmBlock(FusedBlock):
         """Layer scales of both branches."""
         return layer_scale(self._modules["ls1"]), layer_scale(self._modules["ls2"])
 
-    def _read(self) -> FusableBlock:
+    def _read(self) -> BlockReading:
         parts = self._modules
         norm_1, norm_2, attention = parts["norm1"], parts["norm2"], parts["attn"]
         layers, mlp = attention._modules, parts["mlp"]._modules
@@ -127,7 +119,7 @@ class TimmBlock(FusedBlock):
         )  # fmt: skip
         kind = "swiglu" if type(mlp["act"]) is nn.SiLU else activation(mlp["act"], _ACTIVATIONS)
         eps = tuple(getattr(norm, "eps", 0.0) for norm in (norm_1, norm_2, *norms))
-        return FusableBlock(weights, kind, eps, attention.num_heads, isinstance(norm_1, RmsNorm))
+        return BlockReading(weights, kind, eps, attention.num_heads, isinstance(norm_1, RmsNorm))
 
     def _sequences(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Sequences | None:
         if x.ndim != 3 or attn_mask is not None:  # towers of CLIP have no mask

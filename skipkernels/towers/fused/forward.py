@@ -4,7 +4,7 @@ Tokens are rows [R, W] of any number of sequences; only `attention` knows where 
 pooled tokens, in the last block), only `norm_1` and `in_proj` compute all R rows, and the other stages Q rows; with
 `separate_queries` `in_proj` computes only key and value of all rows.
 
-Saved for backward, in values per token, with M = 4·W:
+Saved for backward, in values per token, with M = 4·W, by the `memory` of a call:
 
     stage      tensor                                      values   fast   balanced   min
     norm_1     hidden, the sum of the inputs [R, W]           W      ×        ×        ×
@@ -16,7 +16,7 @@ Saved for backward, in values per token, with M = 4·W:
 
 and mean and rstd of both norms and the log-sum-exp of attention: 4 + H numbers. Backward recomputes the norms and the
 activation, which are memory-bound, but no matrix product; rotations are undone in backward, and nothing is saved for
-them. "balanced" (`recompute_mlp`) repeats the product of W_fc, and "min" (`save_inputs_only`) this forward pass.
+them. "balanced" repeats the product of W_fc, and "min" this forward pass.
 
 Under autocast the weights of products are cast once, by one launch, or in a captured step by their update
 (`casts.Casts`), and their copies are saved as well, 24·W² bytes; "min" casts them again. The norms write the dtype of
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,14 @@ from .weights import ATTENTION_NORMS, NORMS, BlockCall, Hidden
 # M = 4·W adds 4, which are not counted: "auto" leaves half of the free memory.
 SAVED_WIDTHS = 13
 CAST_BYTES = 24  # size of the copies of the weights in 16 bits, in multiples of W²: (3 + 1 + 4 + 4) · W² · 2 bytes
+
+
+def saved_bytes(hidden: Tensor) -> int:
+    """Bytes that a block over hidden states [..., W] saves for backward at most, with memory="fast"."""
+    saved = hidden.numel() * hidden.element_size() * SAVED_WIDTHS
+    if torch.is_autocast_enabled(hidden.device.type):
+        saved += CAST_BYTES * hidden.shape[-1] ** 2
+    return saved
 
 
 @dataclass
@@ -73,11 +82,16 @@ class Saved:
     inner: Tensor | None  # [Q, M], or [Q, 2M] for SwiGLU. None: the product is repeated
 
 
-def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Tensor, Saved | None]:
-    """Return mid and branch [Q, W], hidden [R, W], and what `backward` reads, if it is recorded.
+class Result(NamedTuple):
+    """Result of a forward pass."""
 
-    Each tensor is released once the next stage has read it.
-    """
+    out: Hidden  # mid and branch, [Q, W]
+    hidden: Tensor  # sum of the inputs, [R, W]
+    saved: Saved | None  # if recorded
+
+
+def forward(call: BlockCall, inputs: Hidden, record: bool) -> Result:
+    """Run the stages, and record what `backward` reads. Each tensor is released once the next stage has read it."""
     normed, saved_1 = norm_1(call, inputs)  # [R, W]
     projected = in_proj(call, normed)  # ([R, 3W],), or ([Q, W], [R, 2W])
     del normed
@@ -94,7 +108,7 @@ def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Tens
     saved = Saved(saved_1, projected, graph, saved_2, inner) if record else None
     del inner
     active = mlp_norm(call, active)
-    return Hidden(saved_2.x, mlp_out(call, active)), saved_1.x, saved
+    return Result(Hidden(saved_2.x, mlp_out(call, active)), saved_1.x, saved)
 
 
 def norm_1(call: BlockCall, inputs: Hidden) -> tuple[Tensor, SavedNorm]:
@@ -105,11 +119,11 @@ def norm_1(call: BlockCall, inputs: Hidden) -> tuple[Tensor, SavedNorm]:
 def in_proj(call: BlockCall, normed: Tensor) -> tuple[Tensor, ...]:
     """LN₁(hidden) · W_qkv + b_qkv: query, key and value ([R, 3W],), or ([Q, W], [R, 2W])."""
     weight, bias = call.weights.in_proj, call.weights.in_proj_bias
-    if call.query_rows is None or not call.settings.separate_queries:
+    if call.rows.query_rows is None or not call.rows.separate_queries:
         return (F.linear(normed, weight, bias),)  # [R, W] @ [W, 3W] -> [R, 3W]
     W = normed.shape[1]
     of_query, of_key_value = (None, None) if bias is None else (bias[:W], bias[W:])
-    query = F.linear(call.rows(normed), weight[:W], of_query)  # [Q, W] @ [W, W] -> [Q, W]
+    query = F.linear(call.queries(normed), weight[:W], of_query)  # [Q, W] @ [W, W] -> [Q, W]
     return query, F.linear(normed, weight[W:], of_key_value)  # [R, W] @ [W, 2W] -> [R, 2W]
 
 
@@ -126,12 +140,12 @@ def attention(call: BlockCall, projected: Sequence[Tensor], record: bool) -> tup
         name: x.detach().requires_grad_(record) for name in ATTENTION_NORMS if (x := getattr(weights, name)) is not None
     }
     if norms:
-        call = replace(call, weights=replace(weights, **norms))
+        call = call._replace(weights=replace(weights, **norms))
     with torch.set_grad_enabled(record):
         inputs: Sequence[Tensor] = leaves
         if weights.query_norm is not None:
             inputs = rotate(call, _norm_heads(call, leaves))
-        result = call.settings.attention(*inputs)
+        result = call.rows.attention(*inputs, heads=call.block.heads)
         if weights.attention_norm is not None:
             result, _ = norm(call, "attention_norm", result)
     return result, AttentionGraph(leaves, norms, result) if record else None
@@ -144,7 +158,7 @@ def out_proj(call: BlockCall, result: Tensor) -> Tensor:
 
 def norm_2(call: BlockCall, hidden: Tensor, branch: Tensor) -> tuple[Tensor, SavedNorm]:
     """mid = hidden + branch, and LN₂(mid), [Q, W]."""
-    return norm(call, "norm_2", call.rows(hidden), branch)
+    return norm(call, "norm_2", call.queries(hidden), branch)
 
 
 def mlp_in(call: BlockCall, normed: Tensor) -> Tensor:
@@ -154,7 +168,7 @@ def mlp_in(call: BlockCall, normed: Tensor) -> Tensor:
 
 def mlp_act(call: BlockCall, inner: Tensor) -> Tensor:
     """act(inner + b_fc), [Q, M]."""
-    return mlp_activation(inner, call.weights.fc_bias, KINDS.index(call.settings.activation))
+    return mlp_activation(inner, call.weights.fc_bias, KINDS.index(call.block.activation))
 
 
 def mlp_norm(call: BlockCall, active: Tensor) -> Tensor:
@@ -173,16 +187,14 @@ def mlp_out(call: BlockCall, active: Tensor) -> Tensor:
 def norm(call: BlockCall, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, SavedNorm]:
     """Norm `name` of x + residual, in the dtype of the products."""
     weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
-    settings = call.settings
-    total, normed, mean, rstd = add_layer_norm(
-        x, residual, weight, bias, settings.eps[NORMS.index(name)], settings.dtype, settings.rms
-    )
+    eps = call.block.eps[NORMS.index(name)]
+    total, normed, mean, rstd = add_layer_norm(x, residual, weight, bias, eps, call.dtype, call.block.rms)
     return normed, SavedNorm(x if residual is None else total, mean, rstd)
 
 
 def _norm_heads(call: BlockCall, projected: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Projections with each head of query and key normed."""
-    width, heads = call.weights.out_proj.shape[1], call.settings.heads
+    width, heads = call.weights.out_proj.shape[1], call.block.heads
     query, key, value = (part for x in projected for part in x.split(width, dim=1))  # [Q or R, W] each
     query, key = (
         norm(call, name, x.unflatten(1, (heads, -1)))[0].flatten(1)  # norms of [Q or R, H, E]
@@ -194,16 +206,15 @@ def _norm_heads(call: BlockCall, projected: Sequence[Tensor]) -> tuple[Tensor, .
 
 def rotate(call: BlockCall, projected: Sequence[Tensor], *, inverse: bool = False) -> tuple[Tensor, ...]:
     """Rotate the heads of query and key in projections; `inverse` maps gradients of the rotated ones to the others."""
-    settings = call.settings
-    if settings.rotary is None:
+    if call.rows.rotary is None:
         return tuple(projected)
-    cos, sin, interleaved = settings.rotary
+    (cos, sin, interleaved), heads = call.rows.rotary, call.block.heads
     wide = torch.promote_types(projected[0].dtype, torch.float32)
     cos, sin = cos.to(wide), sin.to(wide)
     if len(projected) == 1:  # query and key are the first 2H heads
-        return (rotary_embedding(projected[0], cos, sin, 2 * settings.heads, interleaved, inverse),)
+        return (rotary_embedding(projected[0], cos, sin, 2 * heads, interleaved, inverse),)
     query, key_value = projected  # a pooled query is the first token of its sequence
     return (
-        rotary_embedding(query, cos[:1], sin[:1], settings.heads, interleaved, inverse),
-        rotary_embedding(key_value, cos, sin, settings.heads, interleaved, inverse),
+        rotary_embedding(query, cos[:1], sin[:1], heads, interleaved, inverse),
+        rotary_embedding(key_value, cos, sin, heads, interleaved, inverse),
     )

@@ -1,128 +1,166 @@
-"""A fused block as an autograd node: `forward` and `backward` as a `torch.autograd.Function`.
+"""A fused block as an autograd node: a `torch.autograd.Function` around the stages of `forward.py` and `backward.py`.
 
-Autograd takes and saves flat lists of tensors. They are made from dataclasses, and these from them, in this file
-only: `_pack` replaces each tensor in a dataclass by its index in a list.
+Autograd takes and saves flat lists of tensors. They are made from records, and these from them, in this file only:
+`_pack` moves the tensors of a record to a list and leaves their indices in it, and `_unpack` puts tensors back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...ops.autocast import without_autocast
-from .backward import backward, recompute
-from .forward import Saved, forward
-from .gradients import Gradients, Needed, Sums, sums_together
-from .weights import PRODUCTS, BlockCall, BlockSettings, BlockWeights, Hidden, parts_of, prepare
+from . import backward as backward_stages
+from . import forward as forward_stages
+from .forward import Saved
+from .gradients import Gradients, Needed, PendingSums, sums_together
+from .weights import CAST_FIELDS, BlockCall, BlockReading, BlockWeights, Hidden, LowRankFactors, RowsCall, prepare
+
+Updates = Mapping[str, Sequence[LowRankFactors]]
 
 
 @torch.compiler.disable  # the node holds an autograd graph, which would cause graph breaks
-def fused_block(
-    settings: BlockSettings, hidden: Hidden, weights: BlockWeights, query_rows: Tensor | slice | None = None
-) -> Hidden:
-    """Run one block over rows [R, W], or those of `query_rows`: int64 [Q], without duplicates, or a slice.
+def fused_block(block: BlockReading, hidden: Hidden, rows: RowsCall, dtype: torch.dtype) -> Hidden:
+    """Run one block over rows [R, W], and return [Q, W].
 
-    `weights` are in the dtype of the stream; products run in `settings.dtype`, which is the dtype of the branches.
+    Weights are in the dtype of the stream; products run in `dtype`, which is the dtype of the branches.
     """
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*hidden, *weights.tensors())):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*hidden, *block.weights.tensors())):
         tensors: list[Tensor] = []
-        layout = _pack((weights, weights.low_rank_updates()), tensors)
-        # The gradient of an updated weight goes to its factors.
+        inputs = _Inputs(*_pack((block, block.weights.low_rank_updates()), tensors))
+        # The gradient of an updated weight goes to its factors; `low_rank` is set in `towers/low_rank.py`.
         tensors = [x.detach() if hasattr(x, "low_rank") else x for x in tensors]
-        return Hidden(*_FusedBlock.apply(settings, query_rows, layout, *hidden, *tensors))
+        return Hidden(*_BlockFunction.apply(inputs, rows, dtype, *hidden, *tensors))
     with without_autocast(hidden.stream.device):
-        call = BlockCall(settings, prepare(weights, settings.dtype), query_rows)
-        return forward(call, hidden, record=False)[0]
+        call = BlockCall(block, rows, prepare(block.weights, dtype), dtype)
+        return forward_stages.forward(call, hidden, record=False).out
 
 
-class _FusedBlock(torch.autograd.Function):
+class _Inputs(NamedTuple):
+    """Tensors that the node takes, as packed records: in the place of a tensor they have its index."""
+
+    block: Any  # `BlockReading`
+    updates: Any  # low-rank updates by field, `Updates`
+
+    def needed_fields(self, needs: Sequence[bool]) -> frozenset[str]:
+        """Fields of weights of which a part needs a gradient, given which tensors need one."""
+        return frozenset(name for name, indices in self.block.weights.parts() if any(needs[i] for i in indices))
+
+    def gradients(self, found: Gradients) -> dict[int, Tensor]:
+        """Gradients by the index of their tensor."""
+        by_index: dict[int, Tensor] = {}
+        for name, indices in self.block.weights.parts():
+            if name in found.needed.fields:
+                gradient = found.weights[name]
+                parts = gradient.chunk(len(indices)) if len(indices) > 1 else (gradient,)
+                by_index |= zip(indices, parts, strict=True)
+        for name, updates in self.updates.items():
+            for update in updates:
+                by_index[update.down], by_index[update.up] = found.factors[name, update.part]
+        return by_index
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Tensors that are saved for backward: weights, and what the stages saved, or else the input alone."""
+
+    block: BlockReading
+    updates: Updates
+    casts: dict[str, Tensor | None]  # casts of weights by field, if they were cast
+    query_rows: Tensor | slice | None
+    stages: Saved | None  # without the graph of attention
+    hidden: Tensor | None  # with memory="min"
+
+
+class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        settings: BlockSettings,
-        query_rows: Tensor | slice | None,
-        layout: Any,
+        inputs: _Inputs,
+        rows: RowsCall,
+        dtype: torch.dtype,
         stream: Tensor,
         branch: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        record = not settings.save_inputs_only
-        weights: BlockWeights = _unpack(layout[0], tensors)
+        block, updates = _unpack(inputs.block, tensors), _unpack(inputs.updates, tensors)
         with without_autocast(stream.device):
-            prepared = prepare(weights, settings.dtype)
-            out, hidden, saved = forward(BlockCall(settings, prepared, query_rows), Hidden(stream, branch), record)
-        ctx.attention = saved.attention if saved else None  # its graph cannot be saved as tensors
-        casts: dict[str, Tensor] = {}
-        if saved:
-            saved = replace(saved, attention=None, inner=None if settings.recompute_mlp else saved.inner)
-            if weights.proj.dtype != settings.dtype:
-                casts = {name: getattr(prepared, name) for name in PRODUCTS}
-                tensors = _without_computed(tensors, len(weights.tensors()))
-        kept = list(tensors)
-        ctx.settings, ctx.has_branch, ctx.inputs = settings, branch is not None, layout
-        ctx.kept = _pack((casts, query_rows, saved or hidden), kept)
-        ctx.save_for_backward(*kept)
+            call = BlockCall(block, rows, prepare(block.weights, dtype), dtype)
+            out, hidden, stages = forward_stages.forward(call, Hidden(stream, branch), record=rows.memory != "min")
+        ctx.attention, casts = None, {}
+        if stages is not None:
+            ctx.attention = stages.attention  # with its graph, which cannot be saved as tensors
+            stages = replace(stages, attention=None, inner=None if rows.memory == "balanced" else stages.inner)
+            if block.weights.proj.dtype != dtype:
+                casts = {name: getattr(call.weights, name) for name in CAST_FIELDS}
+                block = replace(block, weights=_without_computed(block.weights))
+        saved = _Saved(block, updates, casts, rows.query_rows, stages, hidden if stages is None else None)
+        to_save: list[Tensor] = []
+        ctx.saved = _pack(saved, to_save)
+        ctx.save_for_backward(*to_save)
+        ctx.inputs, ctx.rows, ctx.dtype = inputs, rows._replace(query_rows=None), dtype
+        ctx.dtypes, ctx.has_branch = [x.dtype for x in tensors], branch is not None
         return out.stream, out.branch
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_mid: Tensor, d_branch: Tensor) -> tuple[Tensor | None, ...]:
-        settings, tensors = ctx.settings, ctx.saved_tensors
-        weights, updates = _unpack(ctx.inputs, tensors)
-        casts, query_rows, saved = _unpack(ctx.kept, tensors)
+        # 1. Put the saved tensors into records again
+        saved: _Saved = _unpack(ctx.saved, ctx.saved_tensors)
+        weights, dtype = saved.block.weights, ctx.dtype
+        rows = ctx.rows._replace(query_rows=saved.query_rows)
         attention, ctx.attention = ctx.attention, None  # frees its graph; a second backward records another
-        *_, needs_stream, needs_branch = ctx.needs_input_grad[:5]
-        needs = ctx.needs_input_grad[5:]  # of weights and factors
-        fields = ctx.inputs[0].fields.items()
-        trained = frozenset(name for name, x in fields if any(needs[i] for i in parts_of(x) if i is not None))
-        gradients = _gradients(Needed(needs_stream or needs_branch, trained, updates), weights)
+        # 2. Find the gradients that are needed
+        _, _, _, needs_stream, needs_branch, *needs = ctx.needs_input_grad
+        needed = Needed(needs_stream or needs_branch, ctx.inputs.needed_fields(needs), saved.updates)
+        gradients = _gradients(needed, weights)
         with without_autocast(d_mid.device):
-            call = BlockCall(settings, prepare(weights, settings.dtype, casts), query_rows)
-            if isinstance(saved, Saved):
-                saved = recompute(call, replace(saved, attention=attention))
-            else:  # only the inputs
-                saved = forward(call, Hidden(saved), record=True)[2]
-            backward(call, saved, Hidden(d_mid, d_branch), gradients)
+            call = BlockCall(saved.block, rows, prepare(weights, dtype, saved.casts), dtype)
+            # 3. Compute what was not saved again
+            if saved.stages is None:
+                assert saved.hidden is not None
+                stages = forward_stages.forward(call, Hidden(saved.hidden), record=True).saved
+            else:
+                stages = backward_stages.recompute(call, replace(saved.stages, attention=attention))
+            assert stages is not None
+            # 4. Run the stages from the last to the first
+            d_hidden = backward_stages.backward(call, stages, Hidden(d_mid, d_branch), gradients)
             gradients.complete()
-        d_branch_in = gradients.branch if ctx.has_branch else None
-        return None, None, None, gradients.stream, d_branch_in, *_in_order(gradients, ctx.inputs, tensors, needs)
+        # 5. Return the gradients in the order of the inputs, each in the dtype of its input
+        d_stream, d_branch_in = d_hidden if d_hidden is not None else (None, None)
+        return None, None, None, d_stream, d_branch_in if ctx.has_branch else None, *_in_order(ctx, gradients, needs)
 
 
 def _gradients(needed: Needed, weights: BlockWeights) -> Gradients:
     """Gradients of these weights, none of which is computed yet."""
     dtype, device = weights.proj.dtype, weights.proj.device
     sums_dtype = max(dtype, weights.norm_1.dtype, key=lambda x: x.itemsize)  # norms may be fp32 beside fp16 matrices
-    return Gradients(needed, dtype, Sums(sums_dtype, sums_together(device)))
+    return Gradients(needed, dtype, PendingSums(sums_dtype, sums_together(device)))
 
 
-def _in_order(gradients: Gradients, layout: Any, tensors: Sequence[Tensor], needs: Sequence[bool]) -> Iterator[Any]:
-    """Yield the gradients of the tensors of weights and updates, each in the dtype of its tensor, or None."""
-    weights, updates = layout
-    found: dict[int, Tensor] = {}
-    for name in gradients.needed.weights:
-        indices, gradient = parts_of(weights.fields[name]), gradients.weights[name]
-        found |= zip(indices, gradient.chunk(len(indices)) if len(indices) > 1 else (gradient,), strict=True)
-    for name, packed in updates.items():
-        for update in packed:
-            factors = update.fields["down"], update.fields["up"]
-            found |= zip(factors, gradients.factors[name, update.fields["part"]], strict=True)
-    for i, need in enumerate(needs):
-        yield found[i].to(tensors[i].dtype) if need else None
+def _in_order(ctx: Any, gradients: Gradients, needs: Sequence[bool]) -> Iterator[Tensor | None]:
+    """Yield the gradient of each tensor, or None if it needs none."""
+    found = ctx.inputs.gradients(gradients)
+    for i, (need, dtype) in enumerate(zip(needs, ctx.dtypes, strict=True)):
+        yield found[i].to(dtype) if need else None
 
 
-def _without_computed(tensors: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
-    """Empty tensors for the computed matrices (updated, scaled) among the first `count`, the weights.
+def _without_computed(weights: BlockWeights) -> BlockWeights:
+    """Weights with empty tensors for those that were computed (updated, scaled) and then cast.
 
-    They would be saved beside their casts, although backward reads only the casts.
+    Backward reads their casts. Saving them as well would keep them in memory; a parameter is there in any case.
     """
-    return tuple(
-        x.new_empty(0) if i < count and x.ndim == 2 and not isinstance(x, nn.Parameter) else x
-        for i, x in enumerate(tensors)
-    )
+
+    def kept(x: Tensor) -> Tensor:
+        return x if isinstance(x, nn.Parameter) else x.new_empty(0)
+
+    fields = {name: tuple(map(kept, parts)) for name, parts in weights.parts() if name in CAST_FIELDS}
+    changes: dict[str, Any] = {name: parts if len(parts) > 1 else parts[0] for name, parts in fields.items()}
+    return replace(weights, **changes)
 
 
 # ---- flat lists ------------------------------------------------------------------------------------------------------
@@ -132,35 +170,27 @@ class _Index(int):
     """Index of a tensor in a flat list."""
 
 
-class _Packed(NamedTuple):
-    """A dataclass with indices in the place of tensors."""
-
-    kind: type
-    fields: dict[str, Any]
-
-
 def _pack(record: Any, tensors: list[Tensor]) -> Any:
-    """Append the tensors in a dataclass, tuple, list or dictionary to a list, and return it with their indices."""
+    """Append the tensors in a record to a list, and return the record with their indices in their place."""
     if isinstance(record, Tensor):
         tensors.append(record)
         return _Index(len(tensors) - 1)
+    return _rebuilt(record, lambda x: _pack(x, tensors))
+
+
+def _unpack(record: Any, tensors: Sequence[Tensor]) -> Any:
+    """Return a packed record with tensors in the place of their indices."""
+    if isinstance(record, _Index):
+        return tensors[record]
+    return _rebuilt(record, lambda x: _unpack(x, tensors))
+
+
+def _rebuilt(record: Any, function: Callable[[Any], Any]) -> Any:
+    """Return a dataclass, dictionary, tuple or list with a function of each of its elements; anything else as it is."""
     if isinstance(record, dict):
-        return {name: _pack(x, tensors) for name, x in record.items()}
+        return {name: function(x) for name, x in record.items()}
     if isinstance(record, (tuple, list)):
-        return tuple(_pack(x, tensors) for x in record)
-    if record is not None and is_dataclass(record):
-        return _Packed(type(record), _pack(vars(record), tensors))
+        return tuple(map(function, record))
+    if is_dataclass(record) and not isinstance(record, type):
+        return type(record)(**{name: function(x) for name, x in vars(record).items()})
     return record
-
-
-def _unpack(packed: Any, tensors: Sequence[Tensor]) -> Any:
-    """Put tensors in the place of their indices."""
-    if isinstance(packed, _Index):
-        return tensors[packed]
-    if isinstance(packed, dict):
-        return {name: _unpack(x, tensors) for name, x in packed.items()}
-    if isinstance(packed, _Packed):
-        return packed.kind(**_unpack(packed.fields, tensors))
-    if isinstance(packed, tuple):
-        return tuple(_unpack(x, tensors) for x in packed)
-    return packed

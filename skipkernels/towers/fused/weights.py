@@ -1,19 +1,24 @@
-"""Weights and settings of a fused block, and the copies of weights that its products read."""
+"""Records of a fused block: its weights, its settings and a call of it; and the casts of weights for products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-NORMS = ("norm_1", "norm_2", "query_norm", "key_norm", "attention_norm", "mlp_norm")
-ATTENTION_NORMS = tuple(name + suffix for name in NORMS[2:5] for suffix in ("", "_bias"))  # those within attention
+from ...options import FusedMemory
 
-PRODUCTS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
-"""Fields of `BlockWeights` that are in the dtype of the products. The operators upcast the others."""
+NORMS = ("norm_1", "norm_2", "query_norm", "key_norm", "attention_norm", "mlp_norm")
+# Norms within attention: autograd computes their gradients.
+ATTENTION_NORMS = tuple(f"{name}{suffix}" for name in ("query_norm", "key_norm", "attention_norm")
+                        for suffix in ("", "_bias"))  # fmt: skip
+# Fields of `BlockWeights` that products read, in the dtype of the products. The operators upcast the others.
+CAST_FIELDS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
+
+Weight = Tensor | tuple[Tensor, ...]  # A tuple has the parts of a weight, one below the other: see `prepare`
 
 
 class Hidden(NamedTuple):
@@ -35,17 +40,12 @@ class Hidden(NamedTuple):
         return Hidden(function(self.stream), None if self.branch is None else function(self.branch))
 
 
-class Rotary(NamedTuple):
-    """Rotary position embeddings of the tokens of a sequence, see `functional.rotary_embedding`."""
-
-    cos: Tensor  # [tokens, E/2]; 1 for a token without a position, such as the class token
-    sin: Tensor  # [tokens, E/2]
-    interleaved: bool
+# ---- the block -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LowRankFactors:
-    """Low-rank update s · B · A that is part of a weight; one with frozen W has a list of them as `low_rank`."""
+    """Low-rank update s · B · A that is part of a weight."""
 
     part: int  # Part of the rows of the weight; 0, or 1 and 2 for key and value in a packed projection
     scale: float
@@ -55,22 +55,21 @@ class LowRankFactors:
 
 @dataclass(eq=False)
 class BlockWeights:
-    """Parameters of a block in order of use. Layer scales are multiplied into W_o, b_o and W_p, b_p.
+    """Parameters of a block in order of use; None where it has none.
 
-    A field may be a tuple of the parts of a weight, which `prepare` concatenates in each pass. None: the block has
-    none.
+    Layer scales are multiplied into W_o, b_o and W_p, b_p.
     """
 
-    norm_1: Tensor  # [W], as other norms and biases of this width
+    norm_1: Tensor  # [W]
     norm_1_bias: Tensor | None
-    in_proj: Any  # [3W, W]: query, key, value
-    in_proj_bias: Any  # [3W]
+    in_proj: Weight  # [3W, W]: query, key, value
+    in_proj_bias: Weight | None
     out_proj: Tensor  # [W, W]
     out_proj_bias: Tensor | None
-    norm_2: Tensor
+    norm_2: Tensor  # [W]
     norm_2_bias: Tensor | None
-    fc: Any  # [M, W], or [2M, W] for SwiGLU: gate, value
-    fc_bias: Any
+    fc: Weight  # [M, W]; [2M, W] for SwiGLU
+    fc_bias: Weight | None
     proj: Tensor  # [W, M]
     proj_bias: Tensor | None
     query_norm: Tensor | None = None  # [E]
@@ -82,23 +81,41 @@ class BlockWeights:
     mlp_norm: Tensor | None = None  # [M]
     mlp_norm_bias: Tensor | None = None
 
+    def parts(self) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        """Yield each field that is not None, with the parts of its weight."""
+        for name, weight in vars(self).items():
+            if weight is not None:
+                yield name, weight if isinstance(weight, tuple) else (weight,)
+
     def tensors(self) -> list[Tensor]:
         """All tensors in order, parts one after the other."""
-        return [x for field in vars(self).values() for x in parts_of(field) if x is not None]
+        return [x for _, parts in self.parts() for x in parts]
 
     def low_rank_updates(self) -> dict[str, list[LowRankFactors]]:
-        """Low-rank updates by field; those of the parts of a field as parts of one weight."""
+        """Low-rank updates by field; those of the parts of a field as parts of one weight.
+
+        `towers/low_rank.py` attaches them as `low_rank` to the sum of a frozen weight and its update.
+        """
         found: dict[str, list[LowRankFactors]] = {}
-        for name, field in vars(self).items():
-            for offset, part in enumerate(parts_of(field)):
+        for name, parts in self.parts():
+            for offset, part in enumerate(parts):
                 for update in getattr(part, "low_rank", ()):
                     found.setdefault(name, []).append(replace(update, part=update.part + offset))
         return found
 
 
+class PreparedWeights(BlockWeights):
+    """Weights as the stages read them: each is one tensor, those of `CAST_FIELDS` in the dtype of the products."""
+
+    in_proj: Tensor
+    in_proj_bias: Tensor | None
+    fc: Tensor
+    fc_bias: Tensor | None
+
+
 @dataclass(frozen=True)
-class FusableBlock:
-    """Weights and settings of the caller's block."""
+class BlockReading:
+    """Weights and settings of the caller's block, as they are read from it in each call."""
 
     weights: BlockWeights
     activation: str  # Name of the activation in `functional.mlp_activation`
@@ -107,81 +124,97 @@ class FusableBlock:
     rms: bool = False  # The norms are RMSNorms
 
 
-@dataclass(frozen=True)
-class BlockSettings:
-    """Settings of one call of a fused block."""
+# ---- a call ----------------------------------------------------------------------------------------------------------
 
-    # packed query, key and value [R, 3W] → [R, W], heads and scale included; plain differentiable code. With
-    # `query_rows` it returns these rows, [Q, W].
-    attention: Callable[..., Tensor]
-    activation: str  # Name of the activation in `functional.mlp_activation`
-    eps: tuple[float, ...]  # Epsilons of the norms, in the order of `NORMS`
-    # Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
-    dtype: torch.dtype
-    save_inputs_only: bool = False  # Save only hidden for backward
-    # With `query_rows`, compute queries for these rows only; `attention` is then (query [Q, W], key_value [R, 2W]) →
-    # [Q, W]
+
+class Rotary(NamedTuple):
+    """Rotary position embeddings of the tokens of a sequence, see `functional.rotary_embedding`."""
+
+    cos: Tensor  # [tokens, E/2]; 1 for a token without a position, such as the class token
+    sin: Tensor  # [tokens, E/2]
+    interleaved: bool
+
+
+class BlockAttention(Protocol):
+    """Attention of a block, scale included, in plain differentiable code.
+
+    It knows which rows are a sequence and what they see. `projected` is the packed query, key and value [R, 3W] of each
+    row, or with `separate_queries` two tensors, query [Q, W] and key and value [R, 2W].
+    """
+
+    def __call__(self, *projected: Tensor, heads: int) -> Tensor:
+        """Return [R, W], or [Q, W] in a call with `query_rows`."""
+
+
+class RowsCall(NamedTuple):
+    """Second argument of a fused block that is called with rows, `block(hidden, call)`; the first is a `Hidden`.
+
+    The last block of a tower returns Q of its R rows, those of the pooled tokens. With `separate_queries` only their
+    queries are projected (one token of each image). Without it, all queries are, and `attention` returns Q rows: it
+    computes suffixes behind a shared prefix by one kernel, of which the pooled tokens are a selection.
+    """
+
+    attention: BlockAttention
+    memory: FusedMemory = "fast"  # What is saved for backward; table in `forward.py`
+    query_rows: Tensor | slice | None = None  # int64 [Q] without duplicates, or a slice; None: all rows, Q = R
     separate_queries: bool = False
-    recompute_mlp: bool = False  # Don't save the product of the MLP for backward
-    heads: int = 1  # H; for rotations and norms of heads
-    rotary: Rotary | None = None
-    rms: bool = False  # The norms are RMSNorms
+    rotary: Rotary | None = None  # Of sequences of equal length, the query rows being the first of each
 
 
-@dataclass(frozen=True)
-class BlockCall:
+class BlockCall(NamedTuple):
     """One call of a block, as its stages read it: R rows of tokens, of which Q are computed behind the projections."""
 
-    settings: BlockSettings
-    weights: BlockWeights  # prepared: each field is one tensor
-    query_rows: Tensor | slice | None  # int64 [Q] without duplicates, or a slice; None: all rows, Q = R
+    block: BlockReading
+    rows: RowsCall
+    weights: PreparedWeights  # Those of the block
+    # Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
+    dtype: torch.dtype
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Rows [Q, …] of a tensor [R, …]; a view for a slice."""
-        if self.query_rows is None:
+    def queries(self, x: Tensor) -> Tensor:
+        """Select the query rows [Q, …] of a tensor [R, …]; a view for a slice."""
+        rows = self.rows.query_rows
+        if rows is None:
             return x
-        return x[self.query_rows] if isinstance(self.query_rows, slice) else x.index_select(0, self.query_rows)
+        return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
-    def add_to_rows(self, x: Tensor, values: Tensor) -> Tensor:
-        """Add values [Q, …] to these rows of a tensor [R, …], in place."""
-        if isinstance(self.query_rows, Tensor):
-            return x.index_add_(0, self.query_rows, values)
-        self.rows(x).add_(values)
+    def add_to_queries(self, x: Tensor, values: Tensor) -> Tensor:
+        """Add values [Q, …] to the query rows of a tensor [R, …], in place."""
+        if isinstance(self.rows.query_rows, Tensor):
+            return x.index_add_(0, self.rows.query_rows, values)
+        self.queries(x).add_(values)
         return x
 
 
-def parts_of(weight: Any) -> tuple[Any, ...]:
-    """Parts of a field of `BlockWeights`."""
-    return weight if isinstance(weight, tuple) else (weight,)
+# ---- copies of weights -----------------------------------------------------------------------------------------------
 
 
-def prepare(weights: BlockWeights, dtype: torch.dtype, casts: dict[str, Tensor] | None = None) -> BlockWeights:
-    """Join weights in parts, and cast those of products to their dtype: all by one launch, or take these casts.
+def prepare(
+    weights: BlockWeights, dtype: torch.dtype, saved_casts: Mapping[str, Tensor | None] | None = None
+) -> PreparedWeights:
+    """Join weights in parts, and cast those of products to their dtype, all by one launch.
 
-    The casts that a captured step keeps are not made again.
+    Casts are not made again if forward has saved them for backward, or if a captured step keeps them.
     """
-    from ... import casts as kept_casts  # importing the towers does not need them
+    from ... import casts as casts_of_step  # importing the towers does not need them
 
+    fields: dict[str, Any] = dict(vars(weights))
     if isinstance(weights.fc_bias, tuple):
-        weights = replace(weights, fc_bias=torch.cat(weights.fc_bias))
-    if casts:
-        return replace(weights, **casts)
-    copies: dict[str, Tensor] = {}
+        fields["fc_bias"] = torch.cat(weights.fc_bias)
+    if saved_casts:
+        return PreparedWeights(**{**fields, **saved_casts})
     targets: list[Tensor] = []
     sources: list[Tensor] = []
-    for name in PRODUCTS:
-        weight = getattr(weights, name)
-        parts = parts_of(weight)
-        if weight is None or (len(parts) == 1 and weight.dtype == dtype):
+    for name, parts in weights.parts():
+        if name not in CAST_FIELDS or (len(parts) == 1 and parts[0].dtype == dtype):
             continue
-        kept = None if kept_casts.active is None else kept_casts.active.of_product(parts, dtype)
-        if kept is None:
+        cast = None if casts_of_step.active is None else casts_of_step.active.of_product(parts, dtype)
+        if cast is None:
             lengths = [len(part) for part in parts]
-            kept = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=dtype)
-            targets += kept.split(lengths)
+            cast = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=dtype)
+            targets += cast.split(lengths)
             sources += parts
-        copies[name] = kept
+        fields[name] = cast
     if sources:
         with torch.no_grad():
             torch._foreach_copy_(targets, sources)
-    return replace(weights, **copies) if copies else weights
+    return PreparedWeights(**fields)
