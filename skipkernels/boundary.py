@@ -1,7 +1,7 @@
-"""LSkip: the cut in each tower. Blocks below it are frozen, and their output is a constant.
+"""LSkip: each tower has a cut, and the blocks below it are frozen.
 
-Blocks below the cut run without autograd, a bounded number of samples at a time. Backward stops at the first block
-above the cut, which computes no gradient of its input.
+`LSkipBoundary` runs them, a bounded number of samples at a time. Their output is a constant: backward stops at the
+first block above the cut, which computes no gradient of its input.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ DEFAULT_CHUNK = 256  # samples; each takes about 0.6 MB of hidden states and 2.4
 class LSkipBoundary(torch.autograd.Function):
     """Run `lower` over `inputs` in chunks of at most `chunk` samples, without gradient.
 
-    Called as `LSkipBoundary.apply(lower, inputs, chunk)`. Saves nothing for backward.
+    Called as `LSkipBoundary.apply(lower, inputs, chunk)`. It is a Function although no gradient passes: by
+    `needs_input_grad` it learns that the caller expects one, and raises an error.
 
     Args:
         lower: Function of [n, …] to [n, …] that treats samples independently.
@@ -43,17 +44,16 @@ class LSkipBoundary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lower: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int = DEFAULT_CHUNK) -> Tensor:
         """Run `lower`; see the class."""
+        if ctx.needs_input_grad[1]:
+            raise _lost_gradient("its input")
 
         def run(samples: Tensor) -> Tensor:  # [≤ chunk, …] -> [≤ chunk, …]
-            with torch.enable_grad():  # nothing is recorded: parameters below the cut are frozen
+            # Frozen blocks record nothing, but with grad mode on, `hidden` requires grad if `lower` uses a tensor that
+            # does, such as a learned context.
+            with torch.enable_grad():
                 hidden = lower(samples.detach())
-            if hidden.requires_grad or ctx.needs_input_grad[1]:
-                cause = "its input requires" if ctx.needs_input_grad[1] else "a tensor used below it requires"
-                raise RuntimeError(
-                    f"LSkipBoundary: no gradient passes the cut, and {cause} grad. To train it, use skip_layers=0 for "
-                    "this tower, (0, …) for images or (…, 0) for texts; otherwise detach it, or set its requires_grad "
-                    "to False."
-                )
+            if hidden.requires_grad:
+                raise _lost_gradient("a tensor used below it")
             return hidden
 
         if len(inputs) <= chunk:
@@ -71,3 +71,10 @@ class LSkipBoundary(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None]:
         """Return no gradients."""
         return None, None, None
+
+
+def _lost_gradient(of: str) -> RuntimeError:
+    return RuntimeError(
+        f"LSkipBoundary: no gradient passes the cut, and {of} requires grad. To train it, use skip_layers=0 for this "
+        "tower, (0, …) for images or (…, 0) for texts; otherwise detach it, or set its requires_grad to False."
+    )
