@@ -58,8 +58,7 @@ class BatchSampler(Sampler[list[int]]):
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self._initial: Tensor | None = None  # state of the generator before it drew the order of the current epoch
-        self._yielded = 0  # batches of the current epoch
-        self._skip = 0  # batches that were yielded before a state was loaded
+        self._yielded = 0  # batches of the current epoch, also before a state was loaded
 
     def __len__(self) -> int:
         together = self.batch_size * self.world_size
@@ -69,32 +68,35 @@ class BatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Iterate over the batches of an epoch; after a state was loaded, over the rest of its epoch."""
-        self._initial, self._yielded, self._skip = self.generator.get_state(), self._skip, 0
+        if self._initial is not None:
+            self.abandon()
+        self._initial = self.generator.get_state()
         for batch in self._order()[self._yielded :]:
             self._yielded += 1
             part = batch if self.world_size == 1 else batch.tensor_split(self.world_size)[self.rank]
             yield part.tolist()
-        self.epoch, self._initial, self._yielded = self.epoch + 1, None, 0
+        self.epoch += 1
+        self.abandon()
 
     def abandon(self) -> None:
-        """Discard the current epoch: the next iteration begins a new one."""
+        """Forget the position in the current epoch: the next iteration begins a new one."""
         self._initial, self._yielded = None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings, epoch, number of batches yielded in it, and the state of the generator before it."""
         initial = self.generator.get_state() if self._initial is None else self._initial
-        return self._settings() | {"epoch": self.epoch, "batches": self._yielded or self._skip, "generator": initial}
+        return self._settings() | {"epoch": self.epoch, "batches": self._yielded, "generator": initial}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the result of `state_dict`."""
-        for name, here in self._settings().items():
-            if state.get(name) != here:
+        for name, value in self._settings().items():
+            if state.get(name) != value:
                 raise ValueError(
                     f"BatchSampler.load_state_dict: the state is of {name}={state.get(name)!r}, and this sampler has "
-                    f"{here!r}. Use the same settings, or start without the state."
+                    f"{value!r}. Use the same settings, or start without the state."
                 )
         self.generator.set_state(state["generator"])
-        self.epoch, self._skip, self._initial, self._yielded = state["epoch"], state["batches"], None, 0
+        self.epoch, self._initial, self._yielded = state["epoch"], None, state["batches"]
 
     def _settings(self) -> dict[str, Any]:
         settings = {"kind": self.kind, "batch_size": self.batch_size, "world_size": self.world_size}
