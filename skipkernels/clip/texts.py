@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..boundary import LSkipBoundary
-from ..features.table import FeatureTable
+from ..features.table import FeatureTable, MemoryTable
 from ..towers import TextTower, evaluating
 from ..towers.prompts import SelectedPrompts
 from ..towers.watch import Watched
@@ -165,7 +165,7 @@ class ClassTexts:
                 features = rows.new_empty(self.row_count, rows.shape[1])
             features[first : first + len(rows)] = rows
         assert features is not None
-        return FeatureTable(features)
+        return MemoryTable(features)
 
     def _open_table(self, folder: Path) -> FeatureTable:
         """Open the features in a folder; a small table is read into the memory of a GPU, so that no step waits."""
@@ -174,7 +174,7 @@ class ClassTexts:
         table = features_in_folder(folder / "features", self)
         if self.device.type == "cpu" or len(table) * table.layout.row_bytes > _BYTES_ON_GPU:
             return table
-        return FeatureTable(table.rows(torch.arange(len(table), device=self.device)))
+        return MemoryTable(table.rows(torch.arange(len(table))).to(self.device))
 
     def step_tensors(self) -> list[Tensor | None]:
         """Tensors that a step reads, besides those of the model; None in place of features in a folder."""
@@ -231,7 +231,7 @@ class ClassTexts:
         if table is not None and table.features is not None:  # not in a folder
             features = fn(table.features)
             if features.dtype == table.features.dtype:
-                self._table = FeatureTable(features)
+                self._table = MemoryTable(features)
 
 
 class FixedTexts(ClassTexts):

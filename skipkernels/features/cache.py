@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -10,19 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..memory import free_bytes
-from ..options import Refresh, SamplerKind
-from .extraction import Encoder, Extraction
+from ..options import CacheDtype, Refresh, SamplerKind
+from .extraction import Encoder, Extraction, MemoryExtraction, Progress, epoch_in
 from .identity import check_probe, dataset_identity, model_identity, probe
-from .image_batches import load_batches, split_batches
 from .loader import FeatureLoader
 from .samplers import BatchSampler
-from .table import DTYPES, CacheError, FeatureTable, Layout, MappedTable
+from .table import CacheError, FeatureTable, MappedTable
 
 if TYPE_CHECKING:
     from ..clip import SkipCLIP
 
-Progress = Callable[[int], None] | bool
+Refill = Callable[[int], tuple[FeatureTable, Tensor]]  # epoch to its features and labels, in place of another epoch's
 
 
 class FeatureCache(Dataset):
@@ -49,10 +48,10 @@ class FeatureCache(Dataset):
         torch.float32 [3, 17, 128] 1 0
     """
 
-    def __init__(self, table: FeatureTable, labels: Tensor):
+    def __init__(self, table: FeatureTable, labels: Tensor, *, epoch: int = 0, refill: Refill | None = None):
         self.table, self.labels = table, labels
-        self._epoch = 0  # of the features, if each epoch has its own
-        self._renew: Callable[[int], tuple[FeatureTable, Tensor]] | None = None  # features and labels of an epoch
+        self._epoch: int | None = epoch  # of the features, if each epoch has its own
+        self._refill = refill  # None if all epochs have the same
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -63,7 +62,7 @@ class FeatureCache(Dataset):
         clip: SkipCLIP,
         dataset: Any,
         *,
-        dtype: str = "bf16",
+        dtype: CacheDtype = "bf16",
         refresh: Refresh = "never",
         batch_size: int = 64,
         workers: int = 0,
@@ -100,27 +99,28 @@ class FeatureCache(Dataset):
                 the disk is full, or an image or its features cannot be used. Finished rows stay.
         """
         folder = Path(path).absolute()  # a later change of the working directory has no effect
-        _check_options(dtype, refresh, batch_size=batch_size, seed=seed, workers=workers)
+        _check_options({"dtype": dtype, "refresh": refresh, "batch_size": batch_size, "workers": workers, "seed": seed})
         _check_inputs(clip, dataset)
         if resume and overwrite:
             raise ValueError("FeatureCache.build: resume continues a cache, and overwrite replaces it; pass only one.")
-        of_dataset = dataset_identity(dataset, identity)
-        extraction = Extraction(clip, dataset, of_dataset, dtype, refresh, batch_size, workers, seed, progress)
+        extraction = Extraction(
+            clip=clip,
+            dataset=dataset,
+            dataset_identity=dataset_identity(dataset, identity),
+            dtype=dtype,
+            refresh=refresh,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+        )
         if refresh == "never":
-            table = extraction.write(folder, resume=resume, overwrite=overwrite)
+            table = extraction.write(folder, resume=resume, overwrite=overwrite, progress=progress)
             return cls(table, table.labels())
-        # The folder has the features of the epoch of the last build, which may have been killed.
-        epoch = 0 if overwrite else _epoch_of(folder)
-        table = extraction.write(folder, epoch, resume=not overwrite, overwrite=overwrite)
-        extraction.progress = False  # from the second epoch on: training shows its own progress
-
-        def renew(epoch: int) -> tuple[FeatureTable, Tensor]:
-            table = extraction.write(folder, epoch, overwrite=True)
-            return table, table.labels()
-
-        cache = cls(table, table.labels())
-        cache._epoch, cache._renew = epoch, renew
-        return cache
+        # The folder has the epoch at which the last run stopped, complete or not. It is resumed whatever `resume` is,
+        # since an epoch can always be computed again.
+        epoch = 0 if overwrite else epoch_in(folder)
+        table = extraction.write(folder, epoch, resume=not overwrite, overwrite=overwrite, progress=progress)
+        return cls(table, table.labels(), epoch=epoch, refill=functools.partial(extraction.refill, folder))
 
     @classmethod
     def open(
@@ -136,7 +136,8 @@ class FeatureCache(Dataset):
 
         Args:
             path: Folder of the cache.
-            clip: Model that will train on the features; an error if its features at the cut differ.
+            clip: Model that will train on the features; an error if its cut, or its features there, differ. Without it
+                the features are not compared with a model.
             dataset: Dataset of the images; an error if it differs from that of the build, as far as docs/cache.md says.
             identity: The `identity` that was passed to `build`.
             verify: Compare every row with its checksum now; by default a row is compared when it is first read.
@@ -181,33 +182,17 @@ class FeatureCache(Dataset):
         Raises:
             MemoryError: If the outputs would take more than half of the free memory.
         """
-        count = len(dataset)
-        if count == 0:
+        if len(dataset) == 0:
             raise ValueError("FeatureCache.in_memory: the dataset has no images.")
-        labels = torch.empty(count, dtype=torch.int64)
-        features: Tensor | None = None
-
-        def renew(epoch: int, advance: Progress = False) -> tuple[FeatureTable, Tensor]:
-            nonlocal features
-            batches = split_batches(count, batch_size)
-            for batch in load_batches(dataset, batches, seed=seed, epoch=epoch, workers=workers):
-                with torch.no_grad():
-                    output = encode(batch.images)
-                if features is None:
-                    features = _empty(output, count)
-                place = slice(batch.items[0], batch.items[-1] + 1)
-                features[place], labels[place] = output, batch.labels
-                if callable(advance):
-                    advance(len(batch.items))
-            assert features is not None
-            return FeatureTable(features), labels
-
-        table, _ = renew(0, progress)
-        cache = cls(table, labels.clone())
-        cache._renew = renew if refresh == "epoch" else None
-        return cache
+        extraction = MemoryExtraction(dataset, encode, batch_size=batch_size, workers=workers, seed=seed)
+        table, labels = extraction.refill(0, progress)
+        return cls(table, labels, refill=extraction.refill if refresh == "epoch" else None)
 
     # ---- use ---------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        place = self.table.folder or "in memory"
+        return f"FeatureCache({len(self)} images, {list(self.shape)} {self.dtype}, {place})"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -277,9 +262,9 @@ class FeatureCache(Dataset):
 
     def table_of_epoch(self, epoch: int) -> FeatureTable:
         """Return the features of an epoch."""
-        if self._renew is not None and epoch != self._epoch:
-            self._epoch = -1  # none until all features are new
-            table, labels = self._renew(epoch)
+        if self._refill is not None and epoch != self._epoch:
+            self._epoch = None  # after an error the rows are of different epochs
+            table, labels = self._refill(epoch)
             if not labels.equal(self.labels):
                 raise CacheError(
                     f"{table.folder or 'FeatureCache.in_memory'}: epoch {epoch} has other labels than the first: the "
@@ -293,21 +278,22 @@ class FeatureCache(Dataset):
         if not isinstance(self.table, MappedTable):
             return []
         damaged = self.table.find_damage()
-        return [self.table.damage(damaged)] if damaged else []
+        return [self.table.damage_message(damaged)] if damaged else []
 
 
-def _check_options(dtype: str, refresh: str, **numbers: Any) -> None:
-    for name, value, known in (("dtype", dtype, list(DTYPES)), ("refresh", refresh, get_args(Refresh))):
-        if value not in known:
-            raise ValueError(f"FeatureCache.build: {name} must be one of {', '.join(known)}; got {value!r}.")
-    for name, number in numbers.items():
-        least = 1 if name == "batch_size" else 0
-        if not isinstance(number, int) or number < least:
-            raise ValueError(f"FeatureCache.build: {name} must be at least {least}, a whole number; got {number!r}.")
+def _check_options(options: dict[str, Any]) -> None:
+    for name, known in (("dtype", get_args(CacheDtype)), ("refresh", get_args(Refresh))):
+        if options[name] not in known:
+            raise ValueError(f"FeatureCache.build: {name} must be one of {', '.join(known)}; got {options[name]!r}.")
+    for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0)):
+        if not isinstance(options[name], int) or options[name] < least:
+            raise ValueError(
+                f"FeatureCache.build: {name} must be at least {least}, a whole number; got {options[name]!r}."
+            )
 
 
 def _check_inputs(clip: Any, dataset: Any) -> None:
-    if not hasattr(clip, "encode_lower"):  # `clip` imports this package
+    if not hasattr(clip, "encode_lower"):  # isinstance would need an import in a circle
         raise TypeError(
             f"FeatureCache.build: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the model: "
             "SkipCLIP(model, tokens, skip_layers=…)."
@@ -322,23 +308,3 @@ def _check_inputs(clip: Any, dataset: Any) -> None:
             "FeatureCache.build: dataset must be map-style, with `__len__` and `__getitem__`, and have at least "
             f"one image; got {type(dataset).__name__}. Pass list(dataset) if it fits into memory."
         )
-
-
-def _empty(output: Tensor, count: int) -> Tensor:
-    """Memory [count, …] for outputs [n, …]; a MemoryError if it takes more than half of the free memory."""
-    needed, free = output[0].nbytes * count, free_bytes(output.device)
-    if needed > free / 2:
-        raise MemoryError(
-            f"FeatureCache.in_memory: {count} items of {list(output.shape[1:])} {output.dtype} take "
-            f"{needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB of free memory. "
-            "Use FeatureCache.build (tune: `cache`), fewer shots or classes, or a smaller model."
-        )
-    return output.new_empty(count, *output.shape[1:])
-
-
-def _epoch_of(folder: Path) -> int:
-    """Epoch of the features in a folder; 0 without any."""
-    try:
-        return int(Layout.read(folder).identity.get("epoch", 0))
-    except (CacheError, ValueError):
-        return 0

@@ -72,10 +72,10 @@ def relative_distance(found: Tensor, expected: Tensor) -> float:
 # ---- dataset ---------------------------------------------------------------------------------------------------------
 
 
-def dataset_identity(dataset: Any, identity: Any = None) -> dict[str, str | int]:
+def dataset_identity(dataset: Any, given: Any = None) -> dict[str, str | int]:
     """Return the entries of the identity of a cache that describe a dataset.
 
-    `identity` is text or a JSON value that identifies the dataset and its transform. Without it, digests of:
+    `given` is text or a JSON value that identifies the dataset and its transform. Without it, digests of:
 
     - images: path below the common folder, size and modification time of each file; without files, the indices of a
       subset; the contents of tensors in memory; and the text `identity` of a dataset that has one;
@@ -84,18 +84,18 @@ def dataset_identity(dataset: Any, identity: Any = None) -> dict[str, str | int]
 
     An entry is "not listed" if the dataset does not list it.
 
-    >>> dataset_identity([(torch.zeros(3, 2, 2), 1)], identity={"name": "zeros", "version": 2})
+    >>> dataset_identity([(torch.zeros(3, 2, 2), 1)], {"name": "zeros", "version": 2})
     {'number of images': 1, 'given identity': '{"name": "zeros", "version": 2}'}
     >>> list(dataset_identity([(torch.zeros(3, 2, 2), 1)]))
     ['number of images', 'given identity', 'images', 'labels', 'image transform']
     """
     count = {"number of images": len(dataset)}  # before the digests: this difference is reported first
-    if identity is not None:
+    if given is not None:
         try:
-            return count | {"given identity": json.dumps(identity, sort_keys=True, allow_nan=False)}
+            return count | {"given identity": json.dumps(given, sort_keys=True, allow_nan=False)}
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"FeatureCache: identity must be text or a JSON value; got {identity!a:.200} ({error})."
+                f"FeatureCache: identity must be text or a JSON value; got {given!a:.200} ({error})."
             ) from None
     found = _describe(dataset)
     files = None if found.images is None else _with_file_status(found.images)

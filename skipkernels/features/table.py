@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +28,16 @@ from torch import Tensor
 
 from ..digests import digest_json
 
+# Dtypes of rows in a folder, and of rows before they are stored and after they are read.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-"""Dtypes of the rows in a folder."""
 COMPUTED = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Dtypes of rows before they are stored and after they are read."""
-FEATURES, SCALES, LABELS = "features.npy", "scales.npy", "labels.npy"
-FINISHED, IDENTITY = "rows.npy", "identity.json"
-
-FORMAT = 3
-"""Version of the files."""
-_DIGEST = re.compile("[0-9a-f]{32}")
 _NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int8": np.int8}  # NumPy has no bf16
-HEADER = 128
-"""Bytes before the data of an array."""
+
+FEATURES, SCALES, LABELS = "features.npy", "scales.npy", "labels.npy"
+CHECKSUMS, IDENTITY = "rows.npy", "identity.json"
+FORMAT = 4  # version of the files
+HEADER = 128  # bytes before the data of an array
+_DIGEST = re.compile("[0-9a-f]{32}")
 _LEVELS = 127  # int8 without −128: the scale is the same on both sides
 # Bytes read before the files are mapped anew. Pages that were read count as resident memory of this process until then.
 _MAPPED_BYTES = 32 << 20
@@ -122,7 +120,7 @@ class Layout:
     rows: int
     shape: tuple[int, ...]  # Shape of a row: tokens and width, or a feature map
     dtype: str  # Dtype in the folder, a key of `DTYPES`; int8 has a scale for each token (first dimension of `shape`)
-    computed: str  # Dtype of rows before they are stored and after they are read, a key of `COMPUTED`
+    computed_dtype: str  # Dtype of rows before they are stored and after they are read, a key of `COMPUTED`
     labelled: bool  # True if each row has a label
     identity: Mapping[str, str | int]  # What the rows depend on, by name
     probe: Sequence[float] = ()  # Some features of a fixed input, see `identity.check_probe`; not compared here
@@ -149,26 +147,26 @@ class Layout:
         return int(digest_json(values)[:16], 16)
 
     def check_equal(self, expected: Layout, folder: Path) -> None:
-        """Raise a CacheError that names a difference of this layout, that of a folder, from another."""
+        """Raise a CacheError that names a difference of this layout, that of the folder, from another."""
         if difference := self.difference(expected):
             raise CacheError(
                 f"{folder}: holds a cache that differs in {difference}. Choose another folder, or delete this one."
             )
 
-    def difference(self, other: Layout) -> str | None:
+    def difference(self, expected: Layout) -> str | None:
         """Return the first entry that differs, with both values unless they are digests."""
-        fields = ("rows", "shape", "dtype", "computed", "labelled")
-        here, there = ({**x.identity, **{name: getattr(x, name) for name in fields}} for x in (self, other))
-        for name in here | there:
-            values = here.get(name, "nothing"), there.get(name, "nothing")
-            if values[0] != values[1]:
-                digests = all(_DIGEST.fullmatch(str(value)) for value in values)
-                return name if digests else f"{name} ({values[0]} there, {values[1]} here)"
+        fields = ("rows", "shape", "dtype", "computed_dtype", "labelled")
+        stored, wanted = ({**x.identity, **{name: getattr(x, name) for name in fields}} for x in (self, expected))
+        for name in stored | wanted:
+            there, here = stored.get(name, "nothing"), wanted.get(name, "nothing")
+            if there != here:
+                digests = _DIGEST.fullmatch(str(there)) and _DIGEST.fullmatch(str(here))
+                return name if digests else f"{name} ({there} there, {here} here)"
         return None
 
     @classmethod
     def read(cls, folder: Path) -> Layout:
-        """Read identity.json, which may be damaged, or written by a stranger."""
+        """Read identity.json, which may be damaged, or written by another program."""
         path = folder / IDENTITY
         if not path.is_file():
             raise CacheError(f"{folder}: no {IDENTITY}: not a cache. Build it first.")
@@ -177,7 +175,9 @@ class Layout:
             if (version := values.pop("format")) != FORMAT:
                 raise ValueError(f"format {version}, and this version reads {FORMAT}")
             layout = cls(**values | {"shape": tuple(values["shape"]), "identity": dict(values["identity"])})
-            if min(layout.rows, *layout.shape) < 1 or COMPUTED[layout.computed] is None or layout.row_bytes < 1:
+            if layout.computed_dtype not in COMPUTED:
+                raise ValueError(f"computed_dtype {layout.computed_dtype!r}")
+            if min(layout.rows, *layout.shape) < 1 or layout.row_bytes < 1:
                 raise ValueError("sizes below 1")
             return layout
         except OSError as error:
@@ -214,48 +214,61 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> Tensor:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-class FeatureTable:
-    """Rows of features in memory.
+class FeatureTable(ABC):
+    """Rows of features: in memory, or in a folder.
 
     Attributes:
         folder: Folder of the rows; None in memory.
         features: All rows [n, *shape] in memory; None in a folder.
-        shape, dtype, device: Those of a row that is read.
+        shape, dtype: Those of a row that is read.
     """
 
     folder: Path | None = None
+    features: Tensor | None = None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def rows(self, ids: Tensor) -> Tensor:
+        """Copy rows by number, int64 [B] on any device, to [B, *shape] on the device of the table."""
+
+
+class MemoryTable(FeatureTable):
+    """Rows of features in memory, on the device of `features` [n, *shape]."""
 
     def __init__(self, features: Tensor):
-        self.features: Tensor | None = features
-        self.shape, self.dtype, self.device = tuple(features.shape[1:]), features.dtype, features.device
+        self.features: Tensor = features
+        self.shape, self.dtype = tuple(features.shape[1:]), features.dtype
 
     def __len__(self) -> int:
-        return 0 if self.features is None else len(self.features)
+        return len(self.features)
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Copy rows by number, int64 [B], to [B, *shape]."""
-        assert self.features is not None
-        return self.features.index_select(0, ids.to(self.device))
+    def rows(self, ids: Tensor) -> Tensor:  # noqa: D102
+        return self.features.index_select(0, ids.to(self.features.device))
 
 
 class MappedTable(FeatureTable):
-    """Rows of features in a folder, mapped into memory. A row is compared with its checksum when it is first read.
+    """Rows of features in a folder, mapped into the memory of the CPU.
+
+    A row is compared with its checksum when it is first read.
 
     Attributes:
         layout: Contents of identity.json.
-        finished: Checksum of each row, [n] uint64; 0 if it is missing.
+        row_checksums: Checksum of each row, [n] uint64; 0 if it is missing.
     """
 
-    features = None
-
     def __init__(self, folder: Path, layout: Layout):
-        self.folder, self.layout = folder, layout
-        self.shape, self.dtype, self.device = layout.shape, COMPUTED[layout.computed], torch.device("cpu")
-        self.finished = map_array(folder / FINISHED, (layout.rows,), np.uint64).numpy().copy()
+        self.folder: Path = folder
+        self.layout = layout
+        self.shape, self.dtype = layout.shape, COMPUTED[layout.computed_dtype]
+        self.row_checksums = map_array(folder / CHECKSUMS, (layout.rows,), np.uint64).numpy().copy()
         self._verified = np.zeros(layout.rows, dtype=bool)
-        self._maps: dict[str, Tensor] = {}
+        self._maps: dict[str, Tensor] = {}  # by file name
         self._bytes_read = 0  # from these maps
-        self._arrays()
+        self._arrays()  # raises now if a file is missing or damaged
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> MappedTable:
@@ -266,13 +279,13 @@ class MappedTable(FeatureTable):
         """
         folder = folder.absolute()  # a later change of the working directory has no effect
         table = cls(folder, Layout.read(folder))
-        if missing := int((table.finished == 0).sum()):
+        if missing := int((table.row_checksums == 0).sum()):
             done = len(table) - missing
             raise CacheError(
                 f"{folder}: incomplete: {done} of {len(table)} rows exist. Build the rest with `resume=True`."
             )
         if verify and (damaged := table.find_damage()):
-            raise CacheError(table.damage(damaged))
+            raise CacheError(table.damage_message(damaged))
         return table
 
     def __len__(self) -> int:
@@ -282,26 +295,21 @@ class MappedTable(FeatureTable):
         return vars(self) | {"_maps": {}, "_bytes_read": 0}  # another process maps the files itself
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Copy rows by number, int64 [B], to [B, *shape], on the device of `ids`.
-
-        Raises:
-            CacheError: If a row is damaged.
-        """
+        """Copy rows, see `FeatureTable.rows`; a CacheError if one is damaged."""
         index = ids.cpu()
         parts = {name: array.index_select(0, index) for name, array in self._arrays().items()}
         if not self._verified[index].all():
             if damaged := self._mismatches(index.tolist(), list(parts.values())):
-                raise CacheError(self.damage(damaged))
+                raise CacheError(self.damage_message(damaged))
             self._verified[index] = True
-        self._count(len(index))
+        self._bound_memory(len(index))
         stored = parts[FEATURES].view(DTYPES[self.layout.dtype])
         features = dequantise(stored, parts[SCALES]) if SCALES in parts else stored
-        return features.to(ids.device, self.dtype)
+        return features.to(self.dtype)
 
     def check_identity(self, expected: Mapping[str, str | int]) -> None:
         """Raise a CacheError if an entry of the identity differs from `expected`."""
         identity = {**self.layout.identity, **expected}
-        assert self.folder is not None
         self.layout.check_equal(dataclasses.replace(self.layout, identity=identity), self.folder)
 
     def labels(self) -> Tensor:
@@ -313,22 +321,22 @@ class MappedTable(FeatureTable):
         found, step = [], max(_MAPPED_BYTES // self.layout.row_bytes, 1)
         for start in range(0, len(self), step):
             rows = range(start, min(start + step, len(self)))
-            if self.finished[rows.start : rows.stop].any():
+            if self.row_checksums[rows.start : rows.stop].any():
                 found += self._mismatches(rows, [array[rows.start : rows.stop] for array in self._arrays().values()])
-                self._count(len(rows))
-        return [row for row in found if self.finished[row]]
+                self._bound_memory(len(rows))
+        return [row for row in found if self.row_checksums[row]]
 
-    def damage(self, rows: Sequence[int]) -> str:
+    def damage_message(self, rows: Sequence[int]) -> str:
         """Message that names damaged rows."""
         named = ", ".join(map(str, rows[:9])) + (", …" if len(rows) > 9 else "")
         return f"{self.folder}: row {named} damaged: bytes have changed. Build it again with `resume=True`."
 
     def _mismatches(self, rows: Sequence[int], parts: Sequence[Tensor]) -> list[int]:
+        """Numbers of the rows with parts [n, …] that do not match their checksums."""
         found = checksums(self.layout.seed, rows, parts)
-        return [row for row, checksum in zip(rows, found, strict=True) if checksum != self.finished[row]]
+        return [row for row, checksum in zip(rows, found, strict=True) if checksum != self.row_checksums[row]]
 
     def _arrays(self) -> dict[str, Tensor]:
-        assert self.folder is not None
         maps = self._maps  # another thread may replace them
         if not maps:
             maps = self._maps = {
@@ -336,8 +344,8 @@ class MappedTable(FeatureTable):
             }
         return maps
 
-    def _count(self, rows: int) -> None:
-        """Count rows that were read, and close the maps when they hold much resident memory."""
-        self._bytes_read += rows * self.layout.row_bytes
+    def _bound_memory(self, rows_read: int) -> None:
+        """Close the maps after a number of reads, since pages that were read stay in resident memory."""
+        self._bytes_read += rows_read * self.layout.row_bytes
         if self._bytes_read > _MAPPED_BYTES:
             self._maps, self._bytes_read = {}, 0

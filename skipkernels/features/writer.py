@@ -19,9 +19,9 @@ from torch import Tensor
 from ..folders import LOCK, locked, replace_text, sweep, sync
 from ..formatting import decimal
 from .table import (
+    CHECKSUMS,
     DTYPES,
     FEATURES,
-    FINISHED,
     FORMAT,
     HEADER,
     IDENTITY,
@@ -81,7 +81,7 @@ class TableWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(self.folder, wait=self._wait))
             self._prepare()
-            for name in (*self.layout.arrays, FINISHED):
+            for name in (*self.layout.arrays, CHECKSUMS):
                 self._files[name] = held.enter_context((self.folder / name).open("r+b"))
             self._held = held.pop_all()
         return self
@@ -94,11 +94,11 @@ class TableWriter:
         """Write consecutive rows [n, *shape] in the dtype in which they were computed, and their labels [n] int64."""
         stored = quantise(features) if self.layout.dtype == "int8" else (features.to(DTYPES[self.layout.dtype]),)
         parts = [part.contiguous() for part in (*stored, labels) if part is not None]
-        found = checksums(self.layout.seed, range(first, first + len(features)), parts)
+        row_checksums = checksums(self.layout.seed, range(first, first + len(features)), parts)
         with disk_errors(self.folder):
             for name, part in zip(self.layout.arrays, parts, strict=True):
                 _write(self._files[name], first * part[0].nbytes, part.flatten().view(torch.uint8).numpy())
-        self._written.append((first, found))
+        self._written.append((first, row_checksums))
         self._bytes += len(features) * self.layout.row_bytes
         if self._bytes > _FLUSH_BYTES:
             self._flush()
@@ -110,9 +110,9 @@ class TableWriter:
         with disk_errors(self.folder):
             for name in self.layout.arrays:
                 os.fsync(self._files[name].fileno())
-            for first, found in self._written:
-                _write(self._files[FINISHED], 8 * first, np.array(found, np.uint64))
-            os.fsync(self._files[FINISHED].fileno())
+            for first, row_checksums in self._written:
+                _write(self._files[CHECKSUMS], 8 * first, np.array(row_checksums, np.uint64))
+            os.fsync(self._files[CHECKSUMS].fileno())
         self._written, self._bytes = [], 0
 
     def _is_complete(self) -> bool:
@@ -149,9 +149,9 @@ class TableWriter:
     def _prepare(self) -> None:
         """Give every file its header and size, and find the rows to write."""
         folder, layout = self.folder, self.layout
-        arrays = layout.arrays | {FINISHED: ((layout.rows,), np.uint64)}
+        arrays = layout.arrays | {CHECKSUMS: ((layout.rows,), np.uint64)}
         if not self._resume or not (folder / IDENTITY).exists():
-            for name in {FEATURES, SCALES, LABELS, FINISHED} - layout.arrays.keys():
+            for name in {FEATURES, SCALES, LABELS, CHECKSUMS} - layout.arrays.keys():
                 (folder / name).unlink(missing_ok=True)
             values = {"format": FORMAT, **dataclasses.asdict(layout)}
             # Before the files: from here on the folder can be resumed.
@@ -166,9 +166,9 @@ class TableWriter:
                     file.truncate(HEADER + math.prod(shape) * np.dtype(dtype).itemsize)
         sync(folder)
         table = MappedTable(folder, layout)
-        self.missing = table.finished == 0
+        self.missing = table.row_checksums == 0
         if damaged := table.find_damage():
-            warnings.warn(f"{table.damage(damaged)} It is computed again.", stacklevel=6)
+            warnings.warn(f"{table.damage_message(damaged)} It is computed again.", stacklevel=6)
             self.missing[damaged] = True
         needed, free = int(self.missing.sum()) * layout.row_bytes, shutil.disk_usage(folder).free
         if free < needed:

@@ -204,6 +204,7 @@ def test_in_memory_equals_the_model(monkeypatch, tmp_path):
     assert torch.stack([features for features, _ in cache]).equal(right)
     assert cache[-1][0].equal(right[22]) and cache[-1][1] == 22 % CLASSES
     assert cache.shape == right.shape[1:] and cache.dtype == torch.float32
+    assert repr(cache) == f"FeatureCache(23 images, {list(right.shape[1:])} torch.float32, in memory)"
     with pytest.raises(IndexError, match="image 23 is outside"):
         cache[23]
     assert torch.cat([features for features, _ in cache.loader(5, "sequential", dtype=torch.bfloat16)]).equal(

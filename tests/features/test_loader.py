@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import skipkernels as sk
 from skipkernels.features import BatchSampler
-from skipkernels.features.table import CacheError, FeatureTable
+from skipkernels.features.table import CacheError, MemoryTable
 
 COUNT = 23
 
@@ -36,7 +36,7 @@ def rows(cache):
 
 
 def in_memory(rows: torch.Tensor) -> sk.FeatureCache:
-    return sk.FeatureCache(FeatureTable(rows), torch.arange(len(rows)) % CLASSES)
+    return sk.FeatureCache(MemoryTable(rows), torch.arange(len(rows)) % CLASSES)
 
 
 def threads() -> list[str]:

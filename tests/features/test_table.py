@@ -24,7 +24,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skipkernels.features import writer as writer_module
-from skipkernels.features.table import COMPUTED, DTYPES, CacheError, FeatureTable, Layout, MappedTable, quantise
+from skipkernels.features.table import (
+    COMPUTED,
+    DTYPES,
+    CacheError,
+    FeatureTable,
+    Layout,
+    MappedTable,
+    MemoryTable,
+    quantise,
+)
 from skipkernels.features.writer import TableWriter
 from skipkernels.folders import LOCK
 from skipkernels.memory import PeakMemory
@@ -37,7 +46,7 @@ FILES = ("features.npy", "scales.npy", "labels.npy", "rows.npy", "identity.json"
 def layout_of(dtype: str = "int8", *, rows: int = 18, shape: tuple[int, ...] = (3, 5), **changes: Any) -> Layout:
     """Layout with every file, by default: int8 has scales."""
     values = {
-        "computed": "fp32",
+        "computed_dtype": "fp32",
         "labelled": True,
         "identity": {"weights": "these", "seed": 7},
         "probe": [0.1, -2.5e-7],
@@ -47,7 +56,7 @@ def layout_of(dtype: str = "int8", *, rows: int = 18, shape: tuple[int, ...] = (
 
 def features_of(layout: Layout) -> Tensor:
     values = 5 * torch.randn(layout.rows, *layout.shape, generator=torch.Generator().manual_seed(0))
-    return values.to(COMPUTED[layout.computed])
+    return values.to(COMPUTED[layout.computed_dtype])
 
 
 def labels_of(layout: Layout) -> Tensor:
@@ -93,7 +102,7 @@ def folder(tmp_path) -> Path:
 @pytest.mark.parametrize("computed", COMPUTED)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_those_written_and_numpy_reads_them(tmp_path, dtype, computed, shape):
-    layout = layout_of(dtype, computed=computed, shape=shape)
+    layout = layout_of(dtype, computed_dtype=computed, shape=shape)
     fill(tmp_path, layout)
     table, features = MappedTable.open(tmp_path), features_of(layout)
     stored = torch.from_numpy(np.load(tmp_path / "features.npy"))
@@ -114,7 +123,7 @@ def test_rows_are_those_written_and_numpy_reads_them(tmp_path, dtype, computed, 
         table.labels().equal(labels_of(layout)) and (np.load(tmp_path / "labels.npy") == table.labels().numpy()).all()
     )
     assert (np.load(tmp_path / "rows.npy") != 0).all()
-    in_memory = FeatureTable(all_rows(table))
+    in_memory = MemoryTable(all_rows(table))
     assert in_memory.rows(ids).equal(table.rows(ids)) and in_memory.shape == table.shape == shape
     assert in_memory.dtype == table.dtype and len(in_memory) == len(table) == 18
 
@@ -322,10 +331,11 @@ IDENTITIES: dict[str, Any] = {
     "binary": bytes(range(256)),
     "list": b"[]",
     "no format": b"{}",
-    "other format": {"format": 2},
+    "other format": {"format": 3},
     "no rows": {"rows": 0},
     "text rows": {"rows": "18"},
     "other dtype": {"dtype": "object"},
+    "other computed dtype": {"computed_dtype": "int8"},
     "no shape": {"shape": []},
     "other names": {"more": 1},
     "no identity": {"identity": 3},
