@@ -85,7 +85,8 @@ class RankSampler:
     def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
         """Return m, raised so that every label of a batch fits, and the probabilities q of the tail.
 
-        A batch smaller than one that was drawn for before, such as the last of an epoch, keeps as many classes.
+        `batch_size` bounds the number of different labels. A batch smaller than one that was drawn for before, such as
+        the last of an epoch, keeps as many classes.
         """
         law = self._law_of(num_classes, batch_size)
         return law.keep, law.q
