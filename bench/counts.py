@@ -119,8 +119,13 @@ def waits(operator: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 
 
-def launches_a_kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
-    """True unless a PyTorch operator makes a view or only allocates. One that launches several kernels counts once."""
+def launches_a_kernel(operator: torch._ops.OpOverload, args: Sequence[Any], out: Any) -> bool:
+    """True unless a PyTorch operator makes a view, only allocates, or copies from the host, as kept ranks are copied.
+
+    One that launches several kernels counts once.
+    """
+    if operator.overloadpacket in (_aten.copy_, _aten._to_copy):
+        return all(x.device == out.device for x in args if isinstance(x, Tensor))
     if operator is torch.ops.aten.contiguous.default:
         return not args[0].is_contiguous()
     return not operator.is_view and operator.overloadpacket.__name__ not in _ALLOCATIONS
@@ -143,7 +148,7 @@ class _Calls(TorchDispatchMode):
             # Not the tensors themselves: autograd copies a gradient that is held elsewhere.
             self.ours.append((operator._opname, tree_map_only(Tensor, Tensor.detach, args)))
         else:
-            self.torch += launches_a_kernel(operator, args)
+            self.torch += launches_a_kernel(operator, args, out)
             self.waits += waits(operator, args)
         return out
 

@@ -166,7 +166,7 @@ class Recording(TorchDispatchMode):
             found: list[Launch] = []
             if operator.namespace == registration.NAMESPACE:
                 found += self._ours(operator, args, out)
-            elif launches_a_kernel(operator, args):
+            elif launches_a_kernel(operator, args, out):
                 found.append(self._of_torch(operator, args, kwargs, out))
             self.launches += [launch._replace(side=self.side) for launch in found]
         return out
