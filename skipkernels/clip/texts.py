@@ -138,7 +138,8 @@ class ClassTexts:
         if self.tower.skip == 0:
             return self.lower_rows(selected)
         start = self._starts[template]
-        return self.table().rows(selected.row_numbers + start if start else selected.row_numbers)
+        numbers = selected.row_numbers + start if start else selected.row_numbers  # [R]
+        return self.table().rows(numbers).to(self.device)
 
     def lower_rows(self, selected: SelectedPrompts) -> Tensor:
         """Compute the rows [R, W] of prompts at the cut."""
