@@ -40,7 +40,7 @@ KINDS = {
     "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms"),
     "pairs": Kind("bench.memory", "model B loss skip_layers precision memory pairs", "p50_ms"),
     "fuse": Kind("bench.fuse", "model B precision part implementation", "p50_ms"),
-    "when": Kind("bench.when", "task method phase seed setting blended", "base"),
+    "when": Kind("bench.when", "task method phase seed setting blended head", "base"),
     "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),
     "when_steps": Kind("bench.when --steps", "task method", "step_s"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
@@ -116,7 +116,7 @@ def latest(rows: Iterable[Row], kind: Kind) -> list[Row]:
     """The row of each case that counts."""
     last: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        case = tuple(row[column] for column in kind.case.split())
+        case = tuple(row.get(column, "") for column in kind.case.split())
         skipped = row.get("note", "").startswith("left out")
         if not (skipped and case in last and last[case][kind.measured]):
             last[case] = row

@@ -1,5 +1,8 @@
 """bench.when: tasks, one short run, and its tables."""
 
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,8 @@ from bench.when import runs, summary, tasks
 from bench.when.rows import Rows, reported
 from bench.when.tasks import Shift
 from recipes.pictograms import more
+from skipkernels.app import heads
+from skipkernels.app.train.evaluation import Evaluator
 
 BY_NAME = {shift.name: shift for shift in tasks.SHIFTS}
 PACKAGED = [shift for shift in tasks.SHIFTS if shift.packaged]
@@ -118,7 +123,46 @@ def test_many_classes_leave_out_methods_that_take_hours():
 
 def test_linear_probe_is_fitted():
     (found,) = runs.execute(run_of("linear-probe", *runs.CANDIDATES["linear-probe"]))
-    assert found["new"] is None and found["base"] > found["zero_shot_base"]
+    assert found["new"] is found["joint"] is None and found["base"] > found["zero_shot_base"]
+
+
+def test_heads_are_fitted():
+    run = run_of("zero-shot", *runs.CANDIDATES["zero-shot"])
+    by_head = {row["head"]: row for row in runs.execute(run)}
+    plain = by_head.pop("")
+    assert all(plain[name] == plain[f"zero_shot_{name}"] for name in runs.ACCURACIES)
+    assert tuple(by_head) == runs.HEADS and by_head["anchored"]["l2"] in heads.CANDIDATES
+    for row in by_head.values():
+        assert row["base"] > plain["base"] and row["new"] == plain["new"], "new classes keep their texts"
+    setup = runs.setup_of(run)
+    theirs = Evaluator(setup, setup.test_features()).evaluate(setup.method).accuracies
+    assert runs.rounded(theirs).items() <= plain.items()
+
+
+def test_joint_accuracy_is_among_all_classes():
+    """In one embedding per class, half of the new classes are nearest to a base class."""
+    base = torch.eye(8)[:4]
+    new = torch.cat([torch.eye(8)[4:6], base[:2]])
+    method = SimpleNamespace(name="stub", train=lambda mode: None, embed=lambda x: x)
+    method.logits_of = lambda test, image: image @ {"base": base, "new": new - 1e-3}[test].T
+    tests = [SimpleNamespace(name=name, classes=list("abcd")) for name in ("base", "new")]
+    setup = SimpleNamespace(task=SimpleNamespace(tests=tests, protocol="base-to-new"))
+    caches = {
+        name: SimpleNamespace(loader=lambda *_, x=x: [(x[:3], torch.arange(3)), (x[3:], torch.tensor([3]))])
+        for name, x in (("base", base), ("new", new))
+    }
+    expected = {"base": 100.0, "new": 100.0, "harmonic": 100.0, "joint": 75.0}
+    assert runs.accuracies(setup, method, caches) == expected
+
+
+@pytest.mark.parametrize(("stored", "repeated"), [({}, True), ({"zero_shot_joint": "9.0"}, False)])
+def test_rows_without_a_joint_test_are_measured_again(monkeypatch, stored, repeated):
+    monkeypatch.setattr("bench.when.rows.ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    run, executed = run_of("zero-shot", *runs.CANDIDATES["zero-shot"]), []
+    found = rows([{**run.columns, **stored}])
+    found._execute = lambda run: executed.append(run) or []
+    found.run([run], 1, "report")
+    assert bool(executed) == repeated
 
 
 def row(method, seed, harmonic, blended=0, phase="report", setting="adamw 0.001 0.001", task="all"):
@@ -149,7 +193,7 @@ def test_reported_runs_have_every_omega():
     found = rows([row(m, 10, 1.0, phase="search", setting=c.name) for m, of in runs.CANDIDATES.items() for c in of])
     planned = list(reported(BY_NAME["all"], 0, found, runs.CANDIDATES))
     assert sorted(run.name for run in planned) == sorted(summary.METHODS)
-    assert [run.config().skip_layers for run in planned[:3]] == [0.25, 0.5, 0.75]
+    assert [run.config().skip_layers for run in planned[1:4]] == [0.25, 0.5, 0.75]
     configs = {run.name: run.config() for run in planned}
     assert configs["skip, K/C = 0.05"].keep_ratio == 0.05 and not configs["skip, image only"].train_text
     assert configs["skip, one class"].sampler == "class_pure" and configs["full"].method == "full"
@@ -159,10 +203,12 @@ def test_tables_show_means_and_paired_differences():
     means = {"skip, ω = ½": (50.0, 60.0, 70.0), "full": (49.0, 59.5, 68.5), "clip-adapter": (40.0, 40.0, 40.0)}
     found = [row(method, seed, value) for method, of in means.items() for seed, value in enumerate(of)]
     found += [row("skip, ω = ½", seed, 65.0, blended=1) for seed in range(3)]
+    found += [row("full", seed, 64.0, blended=1) | {"head": "gaussian"} for seed in range(3)]
     _, lines = summary.accuracy_table(found, "harmonic")
     cells = {line[0]: line[1] for line in lines}
     assert cells["Skip Tuning, ω = ½"] == "60.0 ± 24.8" and cells["zero-shot"] == "30.0 ± 0.0"
-    assert cells["Skip Tuning, ω = ½, blended"] == "**65.0 ± 0.0**" and cells["CoOp"] == ""
+    assert cells["Skip Tuning, ω = ½, blended"] == "**65.0 ± 0.0**" and "CoOp" not in cells
+    assert cells["full fine-tuning, blended + gaussian"] == "64.0 ± 0.0" and "full fine-tuning, blended" not in cells
     _, lines = summary.difference_table(found)
     assert ["Skip Tuning, ω = ½ − full fine-tuning, harmonic", "", "+1.0 ± 1.2"] in lines
     assert ["full fine-tuning", "adamw 0.001 0.001"] in summary.settings_table(found)[1]

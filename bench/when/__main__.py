@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_study(shifts, args)
     study = summary.Study(*(Rows(kind=kind).runs for kind in summary.Study._fields))
     for title, kind, table in summary.TABLES.values():
-        if getattr(study, kind):
-            tables.show(*table(study), title, width=190)
+        if getattr(study, kind) and (found := table(study))[1]:
+            tables.show(*found, title, width=190)
     return 0
 
 

@@ -34,8 +34,15 @@ class Rows:
         self.runs = of_all_devices(devices(measure.RESULTS), kind)
 
     def run(self, runs: Iterable[Run], workers: int, title: str) -> None:
-        """Execute the runs that have no row, and append the rows of each when it ends."""
-        done = {tuple(row[column] for column in RUN_COLUMNS) for row in self.runs}
+        """Execute the runs that have no row, and append the rows of each when it ends.
+
+        Reported rows from before the joint test do not count.
+        """
+        done = {
+            tuple(row[column] for column in RUN_COLUMNS)
+            for row in self.runs
+            if (self._kind, row["phase"]) != ("when", "report") or row.get("zero_shot_joint")
+        }
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
             left = [pool.submit(self._execute, run) for run in runs if tuple(run.columns.values()) not in done]

@@ -6,14 +6,17 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from skipkernels import FeatureCache
+from skipkernels.app import heads
 from skipkernels.app.config import TuneConfig
+from skipkernels.app.data.tasks import summarise
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.methods import Method
 from skipkernels.app.methods.base import FrozenModel, TunedModel
@@ -50,6 +53,7 @@ class Candidate(NamedTuple):
 # Candidates of each method: AdamW, or the published SGD, with rates below and above those for this model.
 _SGD = [Candidate("sgd", rate, rate / 2) for rate in (1e-3, 4e-3, 1.6e-2)]
 CANDIDATES: dict[str, list[Candidate]] = {
+    "zero-shot": [Candidate("fit", 0.0, 0.0)],
     "skip": [*_SGD, *(Candidate("adamw", rate, rate) for rate in (1e-4, 3e-4, 1e-3))],
     "skip, one class": _SGD,
     "skip, image only": [Candidate("sgd", 0.0, rate) for rate in (1e-3, 4e-3, 1.6e-2)],
@@ -79,6 +83,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
+    "zero-shot": Variant("zero-shot"),
     **{
         f"skip, ω = {name}": Variant("skip", (("skip_layers", w),))
         for name, w in (("¼", 0.25), ("½", 0.5), ("¾", 0.75))
@@ -95,7 +100,11 @@ RECIPES = {
 }
 EVERY = VARIANTS | KEPT | RECIPES
 MANY_EPOCHS = 2  # of "many classes"
-ACCURACIES = ("base", "new", "harmonic")
+# The accuracies of a run. "joint": on the test images of base and new classes, among all of them.
+ACCURACIES = ("base", "new", "harmonic", "joint")
+# Heads (`skipkernels.app.heads`), and the variants that are also tested with each, before and after a blend.
+HEADS = ("anchored", "gaussian")
+HEADED = ("zero-shot", "skip, ω = ½", "full")
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class Run:
         optimizer, text_lr, image_lr = self.candidate
         key, (method, _, part) = self.variant.method, self.variant.method.partition(", ")
         common: dict[str, Any] = {"method": method, "seed": self.seed, "device": "cpu", "precision": "fp32"}
-        if method == "linear-probe":
+        if method in ("linear-probe", "zero-shot"):
             return TuneConfig(**common).resolved()
         epochs, batch, sampler = SCHEDULES.get(key) or SCHEDULES[optimizer]
         epochs = min(epochs, MANY_EPOCHS) if self.shift.many else epochs
@@ -169,9 +178,9 @@ def setup_of(run: Run) -> RunSetup:
     return RunSetup(config, model, tokenizer, MixedPrecision("fp32", device), task, method, zero_shot)
 
 
-def epochs_of(setup: RunSetup) -> Iterator[tuple[int, float]]:
+def epochs_of(setup: RunSetup, train: FeatureCache) -> Iterator[tuple[int, float]]:
     """Train; after each epoch, yield the steps and the seconds of training so far."""
-    train, steps, seconds = setup.train_features(), 0, 0.0
+    steps, seconds = 0, 0.0
     started = time.perf_counter()
     if not setup.config.epochs:
         inputs, labels = zip(*train.loader(BATCH, "sequential"), strict=True)
@@ -187,41 +196,100 @@ def epochs_of(setup: RunSetup) -> Iterator[tuple[int, float]]:
 
 
 def execute(run: Run) -> list[dict[str, Any]]:
-    """Train and test. Returns the row of the run, and that of its blend if it has one.
+    """Train and test. Returns a row for the run, for its blend if it has one, and for each head of these.
 
     A blend has the mean of the weights before and after tuning, as WiSE-FT recommends without validation images of new
-    classes; of LoRA, half of the update.
+    classes; of LoRA, half of the update. Heads are fitted to the training images, with the penalty of the model before
+    tuning.
     """
     setup = setup_of(run)
-    evaluator = Evaluator(setup, setup.test_features())
-    zero_shot = evaluator.evaluate(setup.zero_shot).accuracies
-    before = {name: weight.clone() for name, weight in _blended_weights(setup.method)}
+    method, train, tests = setup.method, setup.train_features(), setup.test_features()
+    zero_shot = accuracies(setup, setup.zero_shot, tests)
+    l2 = heads.anchored_l2(*fit_arguments(setup.zero_shot, train)) if run.name in HEADED else None
+    before = {name: weight.clone() for name, weight in _blended_weights(method)}
     diverged = False
     try:
-        *_, (steps, seconds) = epochs_of(setup)
+        *_, (steps, seconds) = epochs_of(setup, train)
     except FloatingPointError:
         diverged, steps, seconds = True, 0, 0.0
     cost = {"steps": steps, "train_s": round(seconds, 2)}
-    of_zero_shot = {f"zero_shot_{name}": round(zero_shot[name], 2) for name in ACCURACIES}
+    of_zero_shot = rounded({f"zero_shot_{name}": zero_shot[name] for name in ACCURACIES})
 
-    def row(blended: bool) -> dict[str, Any]:
-        found = dict.fromkeys(ACCURACIES, 0.0) if diverged else evaluator.evaluate(setup.method).accuracies
-        return run.columns | {"blended": int(blended)} | rounded(found) | of_zero_shot | cost
+    def rows(blended: bool) -> Iterator[dict[str, Any]]:
+        found = {"": dict.fromkeys(ACCURACIES, 0.0) if diverged else accuracies(setup, method, tests)}
+        if l2 is not None and not diverged:
+            fitted = fit_heads(method, train, l2)
+            found |= {name: accuracies(setup, method, tests, head) for name, head in fitted.items()}
+        for head, accuracy in found.items():
+            columns = run.columns | {"blended": int(blended), "head": head, "l2": l2 if head == "anchored" else None}
+            yield columns | rounded(accuracy) | of_zero_shot | cost
 
-    rows = [row(blended=False)]
+    found = [*rows(blended=False)]
     if before and not diverged:
         with torch.no_grad():
-            for name, weight in _blended_weights(setup.method):
+            for name, weight in _blended_weights(method):
                 weight.lerp_(before[name], 1 - WITHOUT_VALIDATION)
-        rows.append(row(blended=True))
-    return rows
+        found += rows(blended=True)
+    return found
+
+
+@torch.no_grad()
+def embedded(method: Method, features: FeatureCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings [n, D] and labels [n] of images."""
+    method.train(False)
+    image, labels = zip(*((method.embed(x), of) for x, of in features.loader(BATCH, "sequential")), strict=True)
+    return torch.cat(image), torch.cat(labels)
+
+
+def fit_arguments(method: Method, train: FeatureCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Images, labels, texts and scale, as a head is fitted to them."""
+    text = method.class_embeddings(method.task.tests[0].name)
+    return *embedded(method, train), text, method.model.logit_scale.exp().item()
+
+
+def fit_heads(method: Method, train: FeatureCache, l2: float) -> dict[str, heads.Head]:
+    """Fit each of `HEADS`."""
+    image, labels, text, scale = fit_arguments(method, train)
+    gaussian = heads.gaussian_head(image, labels, len(text))
+    found = heads.anchored_probe(image, labels, text, scale, l2), heads.with_text(gaussian, image, text, scale)
+    return dict(zip(HEADS, found, strict=True))
+
+
+def accuracies(
+    setup: RunSetup, method: Method, tests: Mapping[str, FeatureCache], head: heads.Head | None = None
+) -> dict[str, float | None]:
+    """Compute `ACCURACIES`, in per cent; None where the method has no logits for new classes."""
+    base, new = setup.task.tests
+    whole = head and head.with_new_classes(method.class_embeddings(new.name))
+
+    def logits(image: torch.Tensor) -> torch.Tensor:
+        """Logits over the base and the new classes, or over the base classes alone."""
+        if whole is not None:
+            return whole.logits(image)
+        found = (method.logits_of(test.name, image) for test in (base, new))
+        return torch.cat([each for each in found if each is not None], dim=1)
+
+    def accuracy(found: torch.Tensor, labels: torch.Tensor) -> float:
+        if not found.isfinite().all():
+            raise FloatingPointError(f"{method.name}: logits are not finite")
+        return 100.0 * (found.argmax(dim=1) == labels).double().mean().item()
+
+    classes = len(base.classes)
+    (of_base, base_labels), (of_new, new_labels) = (
+        (logits(image), labels) for image, labels in (embedded(method, tests[test.name]) for test in (base, new))
+    )
+    if of_base.shape[1] == classes:
+        return dict.fromkeys(ACCURACIES) | {"base": accuracy(of_base, base_labels)}
+    split = {"base": accuracy(of_base[:, :classes], base_labels), "new": accuracy(of_new[:, classes:], new_labels)}
+    joint = accuracy(torch.cat([of_base, of_new]), torch.cat([base_labels, new_labels + classes]))
+    return dict(summarise(setup.task.protocol, split)) | {"joint": joint}
 
 
 def curve(run: Run) -> list[dict[str, Any]]:
     """Train, and test after each epoch. Returns a row for each; the seconds are of training only."""
     setup = setup_of(run)
     evaluator, rows = Evaluator(setup, setup.test_features()), []
-    for epoch, (steps, seconds) in enumerate(epochs_of(setup), start=1):
+    for epoch, (steps, seconds) in enumerate(epochs_of(setup, setup.train_features()), start=1):
         found = rounded(evaluator.evaluate(setup.method).accuracies)
         rows.append(run.columns | {"epoch": epoch} | found | {"steps": steps, "train_s": round(seconds, 2)})
     return rows

@@ -10,15 +10,16 @@ from typing import NamedTuple
 from scipy import stats
 
 from ..rows import Row
-from .runs import EVERY, VARIANTS
+from .runs import EVERY, HEADED, HEADS, VARIANTS
 from .tasks import SHIFTS
 
 REFERENCE_SECONDS = (10, 30, 100)
-ZERO_SHOT, BLENDED = "zero-shot", ", blended"
+ZERO_SHOT, BLENDED, WITH = "zero-shot", ", blended", " + "
 METHODS = list(EVERY)
 _HALF = "skip, ω = ½"
 _BLENDS = [name for name in VARIANTS if name.startswith("skip") or name in ("full", "lora")]
-SHOWN = [ZERO_SHOT, *METHODS, *(name + BLENDED for name in _BLENDS)]
+_PLAIN = [*METHODS, *(name + BLENDED for name in _BLENDS)]
+SHOWN = [*_PLAIN, *(name + WITH + head for head in HEADS for name in _PLAIN if name.removesuffix(BLENDED) in HEADED)]
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "clip-adapter": "CLIP-Adapter", "coop": "CoOp"}
 NAMES |= {"linear-probe": "linear probe"}
 # Lines of the table of differences: a variant, the one it is compared with, and columns.
@@ -27,7 +28,7 @@ _COMPARED: list[tuple[str, str, tuple[str, ...]]] = [
     (_HALF, "full", ("base", "new", "harmonic")),
     (_HALF, ZERO_SHOT, ("new", "harmonic")),
     ("full", ZERO_SHOT, ("new",)),
-    *((_HALF, other, ("harmonic",)) for other in METHODS if other not in (_HALF, "full", "linear-probe")),
+    *((_HALF, other, ("harmonic",)) for other in METHODS if other not in (_HALF, "full", "linear-probe", ZERO_SHOT)),
     *((name + BLENDED, name, ("harmonic",)) for name in (_HALF, "full", "lora")),
     (_HALF + BLENDED, "full" + BLENDED, ("harmonic",)),
 ]
@@ -64,12 +65,13 @@ class Interval(NamedTuple):
 
 def values(rows: Sequence[Row], task: str, variant: str, column: str) -> dict[str, float]:
     """A column of the reported runs of a variant by seed. The zero-shot model is that of any run."""
-    blended = variant.endswith(BLENDED)
-    method = variant.removesuffix(BLENDED)
+    weights, _, head = variant.partition(WITH)
+    method, blended = weights.removesuffix(BLENDED), weights.endswith(BLENDED)
     if variant == ZERO_SHOT:
         method, column = _HALF, f"zero_shot_{column}"
     wanted = {"task": task, "phase": "report", "method": method, "blended": str(int(blended))}
-    return {row["seed"]: float(row[column]) for row in rows if wanted.items() <= row.items() and row[column]}
+    found = (row for row in rows if wanted.items() <= row.items() and row.get("head", "") == head)
+    return {row["seed"]: float(row[column]) for row in found if row.get(column)}
 
 
 def interval(rows: Sequence[Row], task: str, variant: str, column: str) -> Interval | None:
@@ -105,15 +107,16 @@ def reported_tasks(rows: Sequence[Row]) -> list[str]:
 
 def named(variant: str) -> str:
     """The name of a variant in tables."""
-    method = variant.removesuffix(BLENDED)
+    method = variant.partition(WITH)[0].removesuffix(BLENDED)
     return NAMES.get(method, method.replace("skip", "Skip Tuning")) + variant[len(method) :]
 
 
 def accuracy_table(rows: Sequence[Row], column: str) -> Table:
-    """Accuracy in per cent of every variant on every task; the best in bold."""
+    """Accuracy in per cent of every variant with results on every task; the best in bold."""
     tasks = reported_tasks(rows)
     found = {(v, task): interval(rows, task, v, column) for v in SHOWN for task in tasks}
-    best = {task: max(f.mean for v in SHOWN if (f := found[v, task])) for task in tasks}
+    best = {task: max((f.mean for v in SHOWN if (f := found[v, task])), default=None) for task in tasks}
+    shown = [variant for variant in SHOWN if any(found[variant, task] for task in tasks)]
 
     def cell(variant: str, task: str) -> str:
         figure = found[variant, task]
@@ -121,7 +124,7 @@ def accuracy_table(rows: Sequence[Row], column: str) -> Table:
             return ""
         return f"**{figure.text()}**" if figure.mean == best[task] else figure.text()
 
-    return ["", *tasks], [[named(v), *(cell(v, task) for task in tasks)] for v in SHOWN]
+    return ["", *tasks], [[named(v), *(cell(v, task) for task in tasks)] for v in shown]
 
 
 def difference_table(rows: Sequence[Row]) -> Table:
@@ -200,6 +203,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
     "harmonic": ("harmonic mean, %", "when", lambda study: accuracy_table(study.when, "harmonic")),
     "base": ("base, %", "when", lambda study: accuracy_table(study.when, "base")),
     "new": ("new, %", "when", lambda study: accuracy_table(study.when, "new")),
+    "joint": ("joint, %", "when", lambda study: accuracy_table(study.when, "joint")),
     "differences": ("differences", "when", lambda study: difference_table(study.when)),
     "settings": ("chosen settings", "when", lambda study: settings_table(study.when)),
     "cost": ("time of training", "when_cost", lambda study: cost_table(study.when_cost)),
