@@ -45,7 +45,7 @@ from rich.console import Console
 from skipkernels.ops import OPERATORS, launching, registration
 
 from . import measure, tables
-from .launches import CALLS, DTYPES
+from .launches import CALLS, DTYPES, FAMILIES
 from .meta_device import ARCHITECTURES, Architecture, Launch, launches_of
 
 TABLE = measure.RESULTS / "aot.csv"
@@ -53,12 +53,6 @@ TABLE = measure.RESULTS / "aot.csv"
 # schedule loads and place layouts differently. Spills and the limits of the hardware are never allowed for.
 ALLOWANCE = 1.25
 # Targets of the table, with every call. For the others the first calls are compiled and checked against the limits.
-# Operators that are used by another one, or in the same place
-HELPERS = {
-    "column_sums": "add_layer_norm",
-    "classes_at_ranks": "class_scores",
-    "packed_layout": "shared_prefix_attention",
-}
 IN_TABLE = ("sm_80", "sm_90", "sm_100", "gfx942")
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 
@@ -158,13 +152,6 @@ class Result(NamedTuple):
     row: Row
     grid: tuple[int, ...]
     has_dot: bool
-
-
-def family(op: str) -> str:
-    """The public operator that a name like class_sampled_ce_backward or column_sums belongs to."""
-    if op in HELPERS:
-        return HELPERS[op]
-    return max((name for name in OPERATORS if op.startswith(name)), key=len)
 
 
 def jobs_of(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], quick: bool) -> Iterator[Job]:
@@ -343,12 +330,12 @@ def not_reached(jobs: Sequence[Job]) -> Iterator[str]:
     """Kernels and launchers that no call reaches."""
     for name in registration.definitions:
         if name not in CALLS:
-            yield f"{name} has Triton kernels but no calls in bench/launches.py"
+            yield f"{name} has Triton kernels but no calls in a record of bench/operators"
     reached = {job.kernel.function.fn.__name__ for job in jobs}
     kernels = {f"{module.__name__}.{name}": name for module in kernel_modules() for name in kernels_in(module)}
     for path, name in kernels.items():
         if name not in reached:
-            yield f"{path} is reached by no call in bench/launches.py"
+            yield f"{path} is reached by no call in a record of bench/operators"
 
 
 def read_table() -> list[Row]:
@@ -401,7 +388,7 @@ def main() -> None:
         parser.error("TRITON_INTERPRET is set: the kernels would be interpreted. Unset it.")
 
     forget_paths()
-    ops = [op for op in CALLS if family(op) in args.op]
+    ops = [op for op in CALLS if FAMILIES[op] in args.op]
     if args.sweep:
         count, problems = sweep(args.target[0], ops)
         report(console, count, problems)

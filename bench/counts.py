@@ -163,7 +163,7 @@ def launches_of(op: str, arguments: Sequence[Any]) -> int:
 
 def launches_by_operator() -> Iterator[dict[str, Any]]:
     """Kernels of one call of every operator, forward and backward."""
-    for op in [op for op in OPERATORS if op in CALLS]:
+    for op in OPERATORS:
         call = next(CALLS[op](torch.float32))
         launches = launches_of(op, call.arguments)
         if f"{op}_backward" in CALLS:

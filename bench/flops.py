@@ -1,7 +1,8 @@
 """Count the FLOPs of matrix products in a call, including our operators and attention.
 
-PyTorch's counter has no formulas for its own attention on the CPU and for our operators; they are here. Norms,
-activations, softmax and the optimizer are not counted: they are bound by memory.
+PyTorch's counter has no formulas for its own attention on the CPU, which are here, and for our operators, which are in
+their records (`bench.operators.record`). Norms, activations, softmax and the optimizer are not counted: they are bound
+by memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import skipkernels as sk
+
+from .operators.record import records
 
 Shape = torch.Size
 
@@ -40,17 +43,7 @@ def formulas() -> dict[Any, Callable[..., int]]:
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: 2 * _pairs(*shapes),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *shapes, **__: 5 * _pairs(*shapes),
         aten._native_multi_head_attention: _whole_attention,
-        ours.class_sampled_ce: lambda image, *_, out_shape, **__: 2 * image.numel() * out_shape[3][0],
-        ours.class_sampled_ce_backward: lambda _, image, *rest, **__: 4 * image.numel() * rest[5][0],
-        ours.class_sampled_logits: lambda image, *_, out_shape, **__: 2 * image.numel() * out_shape[0][1],
-        ours.class_sampled_logits_backward: lambda d_logits, image, *_, **__: 4 * image.numel() * d_logits[1],
-        ours.class_scores: lambda image, prototypes, *_, **__: 2 * image.numel() * prototypes[0],
-        ours.shared_prefix_attention: lambda *shapes, **_: 2 * _prompt_pairs(*shapes),
-        ours.shared_prefix_attention_backward: lambda _, packed, __, *options, **___: (
-            5 * _prompt_pairs(packed, *options)
-        ),
-        ours.pooled_attention: lambda query, key, *_, **__: 4 * key.numel(),
-        ours.pooled_attention_backward: lambda _, query, key, *__, **___: 10 * key.numel(),
+        **{getattr(ours, name): flops for record in records().values() for name, flops in record.flops.items()},
     }
 
 
@@ -67,10 +60,3 @@ def _whole_attention(query: Shape, key: Shape, value: Shape, W: int, heads: int,
     """FLOPs of `nn.MultiheadAttention` without gradients: three projections, attention, output projection."""
     B, Q, _ = query
     return 2 * B * Q * W * 4 * W + 4 * B * Q * key[1] * W
-
-
-def _prompt_pairs(packed: Shape, heads: int, P: int, offsets: Shape | None, max_length: int, *_: Any) -> int:
-    """FLOPs of a product: a token attends to half of its sequence, on average; one of a suffix also to the prefix."""
-    T = packed[0] - P
-    length = T / (offsets[0] - 1) if offsets is not None else max_length
-    return round(2 * (T * (P + (length + 1) / 2) + P * (P + 1) / 2) * (packed[1] // 3))

@@ -33,11 +33,11 @@ import skipkernels as sk
 from skipkernels import testing
 from skipkernels.graphs.graphed_step import WARMUP, GraphedStep
 from skipkernels.ops import OPERATORS, launching
-from tests.ops.small_calls import small_call
 
 from . import measure, peers, summary
 from .flops import flops_of
 from .inputs import Inputs, autocast, parser, random_inputs
+from .operators.record import small_call
 from .training import Published, Skip, Step, skip_step, with_update
 
 _LISTED = 40  # kernels
@@ -233,7 +233,7 @@ def profile_step(args: argparse.Namespace) -> None:
 def smoke(args: argparse.Namespace) -> None:
     for op in OPERATORS:
         call = small_call(op).on(args.device)
-        total = call.total(*(x.requires_grad_() for x in call.inputs))
+        total = call.total(*(x.requires_grad_() for x in call.inputs.values()))
         if call.inputs:
             total.backward()
         print(f"{op}: {total.item():.6f}", flush=True)

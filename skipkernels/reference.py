@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -304,6 +305,12 @@ def sgd_momentum_(
 def at_least_fp32(x: Tensor) -> Tensor:
     """Convert to the dtype of the arithmetic: fp64 for fp64, else fp32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Turn autocast off on a device that has it; the meta device has none."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from skipkernels.ops import OPERATORS
 from skipkernels.towers.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -28,10 +30,43 @@ def texts():
     return {file: ROOT.joinpath(file).read_text("utf-8") for file in files if file.endswith(suffixes)}
 
 
+def listed(texts, kind: str, name: str) -> tuple[str, ...]:
+    """Ends of the paths that a paragraph lists, with a file name in place of NAME."""
+    paragraph = re.search(rf"- \*\*{kind}\*\*:.*?(?=\n- |\n\n)", texts["CONTRIBUTING.md"], re.DOTALL)[0]
+    paths = [path.replace("NAME", name) for path in re.findall(r"`([\w./]+[./]\w*)`", paragraph)]
+    return (*paths, *(f"{folder}{file}.py" for folder in paths if folder[-1] == "/" for file in (name, f"test_{name}")))
+
+
 @pytest.mark.parametrize(("kind", "name", "words"), [pytest.param(*x, id=x[1]) for x in additions()])
 def test_files_of_an_addition_are_listed(texts, kind, name, words):
-    paragraph = re.search(rf"- \*\*{kind}\*\*:.*?(?=\n- |\n\n)", texts["CONTRIBUTING.md"], re.DOTALL)[0]
-    listed = [path.replace("NAME", name) for path in re.findall(r"`([\w./]+[./]\w*)`", paragraph)]
-    listed += [f"{folder}{file}.py" for folder in listed if folder[-1] == "/" for file in (name, f"test_{name}")]
     naming = [file for file, text in texts.items() if any(re.search(rf"\b{word}\b", text) for word in words)]
-    assert naming and not [file for file in naming if not file.endswith(tuple(listed))]
+    assert naming and not [file for file in naming if not file.endswith(listed(texts, kind, name))]
+
+
+def names_in(text: str) -> set[str]:
+    """Strings, functions and attributes of Python code, but for attributes of the public modules."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Constant(value=str(name)) | ast.FunctionDef(name=name):
+                found.add(name)
+            case ast.Attribute(value=ast.Name(id="functional" | "reference") | ast.Attribute(attr="functional")):
+                pass
+            case ast.Attribute(attr=name):
+                found.add(name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def tables(texts):
+    """Names in the files that could have a table of all operators: not in users of the operators, nor in tests."""
+    folders = re.compile(r"(skipkernels/ops|bench|tests|tools)/(.*/)?(?!test_)\w+\.py")
+    return {file: names_in(text) for file, text in texts.items() if folders.fullmatch(file)}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_only_listed_files_list_an_operator(texts, tables, name):
+    files = listed(texts, "An operator", name.rstrip("_"))
+    for path in files:
+        assert any(re.search(rf"\b{name}\b", text) for file, text in texts.items() if file.endswith(path)), path
+    assert not [file for file, names in tables.items() if name in names and not file.endswith(files)]

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
+from bench.operators.record import small_call
 from skipkernels import _build, reference
 from skipkernels.app.config import usable_device
 from skipkernels.ops import registration
-from tests.ops.small_calls import small_call
 from tests.processes import run_in_processes
 
 PACKAGE = Path(sk.__file__).parent
@@ -63,11 +63,10 @@ def train_without_fp64(rank: int, folder: Path) -> float:
     with WithoutFp64():
         for name in sk.functional.__all__:
             call = small_call(name)
-            inputs = [x.requires_grad_() for x in call.inputs]
+            inputs = [x.requires_grad_() for x in call.inputs.values()]
+            total = call.total(*inputs)
             if inputs:
-                call.total(*inputs).backward()
-            else:
-                call.function(*call.rest, **call.options)
+                total.backward()
         return train(folder)
 
 

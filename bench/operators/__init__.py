@@ -5,8 +5,7 @@ Inputs are drawn on the CPU, so that they are the same on every device.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,11 +44,6 @@ class Case(NamedTuple):
     """Goal of the speed-up over eager, such as "≥ 2.5", or ""."""
     copy: Callable[[], dict[str, Run]] | None = None
     """Returns the same runs with inputs of their own."""
-
-
-def cases_of(op: str, dtype: str, device: torch.device) -> Iterator[Case]:
-    """The cases of an operator, by the names of operator and dtype."""
-    return importlib.import_module(f"{__name__}.{op.rstrip('_')}").cases(DTYPES[dtype], device)
 
 
 def case(

@@ -12,6 +12,7 @@ from skipkernels import functional, reference
 
 from .. import peers
 from . import CPU, OURS, Case, Random, case
+from .record import Call, Record, on_meta
 
 # Rows and width: tokens of four images; suffixes of 26 and of 788 classes, five tokens each.
 SHAPES = ((4 * 197, 768), (4 * 197, 3072), (26 * 5, 512), (788 * 5, 512), (788 * 5, 2048))
@@ -46,3 +47,69 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             peers=peers.layer_norms(device),
             adapt=after_addition,
         )
+
+
+def layer_norm_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Shape, rows, weight: the image tower, then one width for each entry of the tile table; also fp32 weights."""
+    widths = ((788, 768, dtype), (690, 512, torch.float32), *((33, W, dtype) for W in (64, 2048, 4096)))
+    for T, W, weight_dtype in widths:
+        yield f"T{T}-W{W}", on_meta(T, W, dtype=dtype), on_meta(W, dtype=weight_dtype)
+
+
+def mixed_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Shape, fp32 residual stream, product in a 16-bit dtype, fp32 weight: both towers under autocast."""
+    for T, W in ((788, 768), (690, 512)) if dtype != torch.float32 else ():
+        x, low = (on_meta(T, W, dtype=each) for each in (torch.float32, dtype))
+        yield f"T{T}-W{W}-autocast", x, low, on_meta(W, dtype=torch.float32)
+
+
+def launches(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, x, weight in layer_norm_rows(dtype):
+        yield Call(shape, (x, x, weight, weight, 1e-5, None))
+    yield Call(f"{shape}-plain", (x, None, weight, weight, 1e-5, None))
+    yield Call(f"{shape}-unit", (x, None, None, None, 1e-5, None))
+    yield Call(f"{shape}-rms", (x, x, weight, None, 1e-6, None, True))
+    for shape, x, low, weight in mixed_rows(dtype):
+        yield Call(shape, (x, low, weight, weight, 1e-5, dtype))
+
+
+def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, x, weight in layer_norm_rows(dtype):
+        statistic = on_meta(x.shape[0], dtype=torch.float32)
+        saved = (x, statistic, statistic, weight)
+        yield Call(shape, (x, x, *saved, None, True, True, True, False, False, None))
+        yield Call(f"{shape}-block", (x, x, *saved, weight, True, True, True, True, True, None))
+    yield Call(f"{shape}-sums", (x, x, *saved, None, True, True, True, True, False, None))
+    yield Call(f"{shape}-frozen", (x, x, *saved, None, True, False, False, False, False, None))
+    yield Call(f"{shape}-first", (x, None, *saved, None, False, True, True, False, False, None))
+    no_mean = (x, on_meta(0, dtype=torch.float32), statistic, weight)
+    yield Call(f"{shape}-rms", (x, x, *no_mean, None, True, True, False, False, False, None))
+    yield Call(f"{shape}-rms-block", (x, x, *no_mean, None, True, True, False, True, True, None, True))
+    for shape, x, low, weight in mixed_rows(dtype):
+        statistic = on_meta(x.shape[0], dtype=torch.float32)
+        yield Call(shape, (low, x, x, statistic, statistic, weight, weight, True, True, True, True, True, dtype))
+
+
+def launches_of_sums(dtype: torch.dtype) -> Iterator[Call]:
+    """The partial sums of a block of ViT-B/16 and its packed gradients; those of its pooled block."""
+    sums = [on_meta(25, 3072, dtype=torch.float32), on_meta(99, 3072, dtype=torch.float32)]
+    norm_1, packed = on_meta(99, 1536, dtype=torch.float32), on_meta(788, 2304, dtype=dtype)
+    yield Call("W768", ([*sums, packed, norm_1], torch.float32))
+    yield Call("W768-pooled", ([*sums, packed[:4, :768], packed[:, 768:], norm_1], dtype))
+
+
+RECORD = Record(
+    cases=cases,
+    launches={
+        "add_layer_norm": launches,
+        "add_layer_norm_backward": launches_backward,
+        "column_sums": launches_of_sums,
+    },
+    small_calls={
+        "add_layer_norm": lambda randn: (
+            {"x": randn(3, 4), "residual": randn(3, 4), "weight": randn(4), "bias": randn(4)},
+            {},
+        ),
+        "add_rms_norm": lambda randn: ({"x": randn(3, 4), "residual": randn(3, 4), "weight": randn(4)}, {}),
+    },
+)

@@ -7,15 +7,18 @@ the operator.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from skipkernels import functional, reference
+from skipkernels.ops.class_sampled_ce import REDUCTIONS
 
 from .. import peers
 from . import CPU, OURS, Case, Random, case
+from .record import Call, Record, ids, on_meta
 
 # B, C, K, D. At K = C there are no class_ids.
 SHAPES = (
@@ -122,3 +125,64 @@ def of_pairs(B: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
 def not_compiled(work: int, device: torch.device) -> str:
     is_slow = device.type == "cpu" and work > COMPILED_WORK
     return "not timed here: its matrix products are eager's" if is_slow else ""
+
+
+# ---- record ----------------------------------------------------------------------------------------------------------
+
+# B, C, K, D, class weights and smoothing, reduction.
+LAUNCHED = (
+    (4, 100, 50, 512, False, "mean"),
+    (4096, 21841, 21841, 512, False, "mean"),
+    (33, 101, 51, 640, True, "none"),
+)
+
+
+def launch_arguments(
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Any, ...], tuple[int, int, int]]]:
+    """Shape, the four leading tensors of both schemas, the options after them, and B, K, D."""
+    for B, C, K, D, all_options, reduction in LAUNCHED:
+        tensors = on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B), on_meta(dtype=torch.float32)
+        weight = on_meta(C, dtype=torch.float32) if all_options else None
+        options = ids(K) if K < C else None, weight, 0.1 if all_options else 0.0, -100, REDUCTIONS.index(reduction)
+        yield f"B{B}-C{C}-K{K}-D{D}", tensors, options, (B, K, D)
+
+
+def launches(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, tensors, options, _ in launch_arguments(dtype):
+        yield Call(shape, (*tensors, *options, False, False, False))
+
+
+def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, tensors, options, (B, K, D) in launch_arguments(dtype):
+        each = (B,) if REDUCTIONS[options[-1]] == "none" else ()
+        wide, lse = (on_meta(*s, dtype=torch.float32) for s in (each, (B,), (K,), ())), on_meta(B, dtype=torch.float64)
+        d_loss, image_norm, text_norm, denominator = wide
+        kept = *[on_meta(0, D, dtype=torch.float32)] * 2, on_meta(0, dtype=torch.float64)
+        saved = lse, image_norm, text_norm, denominator, *kept
+        yield Call(shape, (d_loss, *tensors, *saved, *options, True, True, True))
+
+
+RECORD = Record(
+    cases=cases,
+    launches={"class_sampled_ce": launches, "class_sampled_ce_backward": launches_backward},
+    small_calls={
+        "class_sampled_ce": lambda randn: (
+            {"image": randn(2, 4), "text": randn(5, 4), "logit_scale": torch.tensor(5.0)},
+            {
+                "labels": torch.tensor([0, 3]),
+                "class_ids": torch.tensor([0, 2, 3]),
+                "class_weight": torch.ones(5),
+                "label_smoothing": 0.1,
+            },
+        ),
+        "contrastive_loss": lambda randn: (
+            {"image": randn(3, 4), "text": randn(3, 4), "logit_scale": torch.tensor(5.0)},
+            {},
+        ),
+    },
+    flops={
+        "class_sampled_ce": lambda image, *_, out_shape, **__: 2 * image.numel() * out_shape[3][0],
+        "class_sampled_ce_backward": lambda _, image, *rest, **__: 4 * image.numel() * rest[5][0],
+    },
+)

@@ -11,6 +11,8 @@ from torch import Tensor
 from skipkernels import functional, reference
 
 from . import CPU, OURS, Case, Random, case
+from .class_sampled_ce import launch_arguments
+from .record import Call, Record, on_meta
 
 # B, C, K, D. At K = C there are no class_ids.
 SHAPES = ((4, 100, 50, 512), (4, 1000, 107, 512), (32, 1000, 1000, 512), (256, 1000, 1000, 512), (4, 21841, 21841, 512))
@@ -36,3 +38,49 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             moved=dtype.itemsize * (3 * B + 2 * K + C) * D + 16 * K + 8 * B * K,
             flops=6 * B * K * D,
         )
+
+
+def launches(dtype: torch.dtype) -> Iterator[Call]:
+    """Calls at evaluation sizes first."""
+    for shape, (image, text, _, scale), (class_ids, *_), _ in reversed(list(launch_arguments(dtype))):
+        yield Call(shape, (image, text, scale, class_ids))
+
+
+def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, (image, text, _, scale), (class_ids, *_), (B, K, _) in reversed(list(launch_arguments(dtype))):
+        d_logits, *norms = (on_meta(*s, dtype=torch.float32) for s in ((B, K), (B,), (K,)))
+        yield Call(shape, (d_logits, image, text, scale, *norms, class_ids, True, True, False))
+
+
+RECORD = Record(
+    cases=cases,
+    launches={"class_sampled_logits": launches, "class_sampled_logits_backward": launches_backward},
+    small_calls={
+        "class_sampled_logits": lambda randn: (
+            {"image": randn(2, 4), "text": randn(5, 4), "logit_scale": torch.tensor(5.0)},
+            {"class_ids": torch.tensor([0, 2, 3])},
+        ),
+        "pairwise_sigmoid": lambda randn: (
+            {
+                "image": randn(2, 4),
+                "text": randn(5, 4),
+                "logit_scale": torch.tensor(5.0),
+                "logit_bias": torch.tensor(-5.0),
+            },
+            {"labels": torch.tensor([-1, 3])},
+        ),
+        "pairwise_sigmoid_loss": lambda randn: (
+            {
+                "image": randn(3, 4),
+                "text": randn(3, 4),
+                "logit_scale": torch.tensor(5.0),
+                "logit_bias": torch.tensor(-5.0),
+            },
+            {},
+        ),
+    },
+    flops={
+        "class_sampled_logits": lambda image, *_, out_shape, **__: 2 * image.numel() * out_shape[0][1],
+        "class_sampled_logits_backward": lambda d_logits, image, *_, **__: 4 * image.numel() * d_logits[1],
+    },
+)

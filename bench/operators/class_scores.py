@@ -11,6 +11,7 @@ from torch import Tensor
 from skipkernels import functional, reference
 
 from . import CPU, OURS, Case, Random, case
+from .record import Call, Record, ids, on_meta
 
 
 def eager(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
@@ -32,3 +33,27 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             flops=2 * B * C * D,
             target="≥ 1",
         )
+
+
+def launches(dtype: torch.dtype) -> Iterator[Call]:
+    for B, C, D in ((4, 1000, 512), (4, 21841, 512), (5, 1001, 100)):
+        yield Call(f"B{B}-C{C}-D{D}", (on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B)))
+
+
+def launches_of_ranks(dtype: torch.dtype) -> Iterator[Call]:
+    """A step, and an evaluation of no labels."""
+    for C, K, B in ((1000, 107, 4), (12_001, 700, 0)):
+        yield Call(f"C{C}-K{K}-B{B}", (on_meta(C, dtype=dtype), ids(K), ids(B) if B else None))
+
+
+RECORD = Record(
+    cases=cases,
+    launches={"class_scores": launches, "classes_at_ranks": launches_of_ranks},
+    small_calls={
+        "class_scores": lambda randn: (
+            {},
+            {"image": randn(2, 4), "prototypes": randn(5, 4), "labels": torch.tensor([0, 3])},
+        )
+    },
+    flops={"class_scores": lambda image, prototypes, *_, **__: 2 * image.numel() * prototypes[0]},
+)

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipkernels import functional, reference
+from skipkernels.ops.mlp_activation import KINDS
 
 from . import CPU, OURS, Case, Random, case
+from .record import Call, Record, on_meta
 
 SHAPES = ((4 * 197, 768), (4 * 197, 3072), (26 * 5, 2048), (788 * 5, 512), (788 * 5, 2048))
 TARGETS = {"quick_gelu": "≥ 2.5", "gelu": "≥ 1.3", "gelu_tanh": "≥ 1.3"}
@@ -50,3 +52,35 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             # Forward reads two and writes one, backward reads three and writes two; the bias twice, and its gradient.
             moved=(8 * T + 6) * W * dtype.itemsize,
         )
+
+
+def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
+    """Shape of the result, rows, bias and kind: an image tower with every kind, narrow rows, rows without a bias."""
+    for kind, name in enumerate(KINDS):
+        W = 3072 * (2 if name == "swiglu" else 1)
+        yield f"T788-W3072-{name}", on_meta(788, W, dtype=dtype), on_meta(W, dtype=dtype), kind
+    x = on_meta(788, 3072, dtype=dtype)
+    kind, narrow = KINDS.index("quick_gelu"), (on_meta(33, 64, dtype=dtype), on_meta(64, dtype=torch.float32))
+    yield "T33-W64-quick_gelu", *narrow, kind
+    yield "T788-W3072-quick_gelu-plain", x, None, kind
+
+
+def launches(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, *arguments in activation_rows(dtype):
+        yield Call(shape, tuple(arguments))
+
+
+def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, x, bias, kind in activation_rows(dtype):
+        d_out = x.chunk(2, dim=-1)[0].contiguous() if KINDS[kind] == "swiglu" else x
+        yield Call(shape, (d_out, x, bias, kind, True, bias is not None, False, False))
+        if KINDS[kind] == "swiglu":
+            yield Call(f"{shape}-block", (d_out, x, bias, kind, True, True, True, True))
+    yield Call(f"{shape}-block", (x, x, x[0], kind, True, True, True, True))
+
+
+RECORD = Record(
+    cases=cases,
+    launches={"mlp_activation": launches, "mlp_activation_backward": launches_backward},
+    small_calls={"mlp_activation": lambda randn: ({"x": randn(3, 4), "bias": randn(4)}, {"kind": "gelu"})},
+)

@@ -12,6 +12,7 @@ from skipkernels import functional, reference
 
 from .. import peers
 from . import CPU, OURS, Case, Random, case
+from .record import Call, Record, ids, on_meta
 
 SHAPES = ((4, 197, 12, 64), (32, 197, 12, 64), (4, 577, 16, 64), (26, 11, 8, 64), (1380, 11, 8, 64))  # B, N, H, E
 
@@ -36,3 +37,33 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             peers=peers.attentions(device),
             adapt=lambda of: lambda query, key, value: of(query[:, None], key, value, causal=False)[:, 0],
         )
+
+
+def launches(dtype: torch.dtype) -> Iterator[Call]:
+    for B, N, H, E in ((4, 197, 12, 64), (4, 577, 16, 80), (26, 11, 8, 32), (4, 50, 4, 256)):
+        query, key = on_meta(B, H, E, dtype=dtype), on_meta(B, N, H, E, dtype=dtype)
+        for lengths in (None, ids(B)):
+            form = "" if lengths is None else "-lengths"
+            yield Call(f"B{B}-N{N}-H{H}-E{E}{form}", (query, key, key, lengths, E**-0.5))
+
+
+def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, (query, key, value, lengths, scale) in launches(dtype):
+        lse = on_meta(*query.shape[:2], dtype=torch.float64)
+        yield Call(shape, (query, query, key, value, query, lse, lengths, scale, True, True, True))
+
+
+RECORD = Record(
+    cases=cases,
+    launches={"pooled_attention": launches, "pooled_attention_backward": launches_backward},
+    small_calls={
+        "pooled_attention": lambda randn: (
+            {"query": randn(2, 2, 4), "key": randn(2, 3, 2, 4), "value": randn(2, 3, 2, 4)},
+            {"lengths": torch.tensor([3, 2])},
+        )
+    },
+    flops={
+        "pooled_attention": lambda query, key, *_, **__: 4 * key.numel(),
+        "pooled_attention_backward": lambda _, query, key, *__, **___: 10 * key.numel(),
+    },
+)

@@ -10,6 +10,7 @@ from torch import Tensor
 from skipkernels import functional, reference
 
 from . import CPU, OURS, Case, Random, case
+from .record import Call, Record, on_meta
 
 # Images, tokens, heads and their width; pairs are neighbours.
 SHAPES = ((4, 197, 12, 64, True), (4, 577, 16, 64, True), (4, 577, 16, 64, False))
@@ -50,3 +51,20 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             heads=2 * H,
             interleaved=interleaved,
         )
+
+
+def launches(dtype: torch.dtype) -> Iterator[Call]:
+    """Query, key and value of PE-Core's L/14; heads that are no power of two; the gradient, with pairs of halves."""
+    for n, T, H, E, interleaved in ((4, 577, 16, 64, True), (3, 5, 6, 80, True), (4, 577, 16, 64, False)):
+        x, angles = on_meta(n * T, 3 * H * E, dtype=dtype), on_meta(T, E // 2, dtype=torch.float32)
+        form = "" if interleaved else "-halves-inverse"
+        yield Call(f"N{n}-T{T}-H{H}-E{E}{form}", (x, angles, angles, 2 * H, interleaved, not interleaved))
+
+
+RECORD = Record(
+    cases=cases,
+    launches={"rotary_embedding": launches},
+    small_calls={
+        "rotary_embedding": lambda randn: ({"x": randn(6, 12)}, {"cos": randn(3, 2), "sin": randn(3, 2), "heads": 2})
+    },
+)

@@ -20,6 +20,7 @@ from torch.optim.sgd import sgd
 from skipkernels import functional, reference
 
 from . import COMPILED, CPU, OURS, Case, Random, compiled
+from .record import Call, Record, ids, on_meta
 
 LR, MOMENTUM, WEIGHT_DECAY, SEED = 2e-5, 0.9, 5e-4, 1
 
@@ -104,3 +105,24 @@ def upper_half() -> list[tuple[int, ...]]:
         block = [(W,), (W,), (3 * W, W), (3 * W,), (W, W), (W,), (W,), (W,), (4 * W, W), (4 * W,), (W, 4 * W), (W,)]
         sizes += 6 * block + [(W,), (W,), (W, 512)]
     return sizes
+
+
+def launches(dtype: torch.dtype) -> Iterator[Call]:
+    """The two largest weights of a block and a bias, with both roundings; momentum buffers in fp32; copies in bf16."""
+    options = [on_meta(dtype=torch.float64) for _ in range(3)]
+    for buffer in (dtype, torch.float32):
+        for seed in (None, ids()) if dtype == torch.bfloat16 else (None,):
+            sizes = ((3072, 768), (768, 3072), (768,), (67,))
+            lists = [[on_meta(*size, dtype=x) for size in sizes] for x in (dtype, dtype, buffer)]
+            how = ("" if seed is None else "-random") + ("" if buffer == dtype else "-fp32-buffer")
+            casts = [on_meta(*size, dtype=torch.bfloat16) for size in (*sizes[:2], (0,), (0,))]  # not of the biases
+            for given in ([], casts) if dtype == torch.float32 else ([],):
+                yield Call(f"block{how}" + ("-casts" if given else ""), (*lists, *options, seed, None, given))
+
+
+def small_call(randn: Random) -> tuple[dict[str, Any], dict[str, Any]]:
+    weight, grad, momentum_buffer = ([randn(4, 3), randn(3)] for _ in range(3))
+    return {}, {"weight": weight, "grad": grad, "momentum_buffer": momentum_buffer, "lr": 1e-9}
+
+
+RECORD = Record(cases=cases, launches={"sgd_momentum_": launches}, small_calls={"sgd_momentum_": small_call})

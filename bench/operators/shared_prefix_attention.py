@@ -17,6 +17,7 @@ from skipkernels import functional, reference
 
 from .. import peers
 from . import CPU, OURS, Case, Random, case
+from .record import Call, Record, ids, on_meta
 
 S, P, H, E = 5, 6, 8, 64
 CLASSES = (26, 77, 500, 1380)
@@ -67,3 +68,54 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             prefix_length=P,
             max_length=S,
         )
+
+
+# K, S, P, H, E: prompts of classes, and suffixes and a prefix of several tiles with wide heads.
+LAUNCHED = ((1380, 5, 6, 8, 64), (50, 40, 70, 10, 128))
+
+
+def launches_of_layout(dtype: torch.dtype) -> Iterator[Call]:
+    """The prompts of a step on ImageNet; the dtype plays no part."""
+    yield Call("K107-P5-R891", (ids(107), ids(1000), ids(1000), 5, 891))
+
+
+def launches(dtype: torch.dtype) -> Iterator[Call]:
+    for K, S, P, H, E in LAUNCHED:
+        packed = on_meta(P + K * S, 3 * H * E, dtype=dtype)
+        for offsets in (None, ids(K + 1)):
+            form = "" if offsets is None else "-packed"
+            yield Call(f"K{K}-S{S}-P{P}-H{H}-E{E}{form}", (packed, H, P, offsets, S, E**-0.5))
+
+
+def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, (packed, H, *options) in launches(dtype):
+        R, width = packed.shape
+        d_out, lse = on_meta(R, width // 3, dtype=dtype), on_meta(R, H, dtype=torch.float64)
+        yield Call(shape, (d_out, packed, lse, H, *options))
+
+
+def flops(packed: torch.Size, heads: int, P: int, offsets: torch.Size | None, max_length: int, scale: float) -> int:
+    """FLOPs of a product: a token attends to half of its sequence, on average; one of a suffix also to the prefix."""
+    T = packed[0] - P
+    length = T / (offsets[0] - 1) if offsets is not None else max_length
+    return round(2 * (T * (P + (length + 1) / 2) + P * (P + 1) / 2) * (packed[1] // 3))
+
+
+RECORD = Record(
+    cases=cases,
+    launches={
+        "packed_layout": launches_of_layout,
+        "shared_prefix_attention": launches,
+        "shared_prefix_attention_backward": launches_backward,
+    },
+    small_calls={
+        "shared_prefix_attention": lambda randn: (
+            {"packed": randn(7, 24)},
+            {"heads": 2, "prefix_length": 2, "offsets": torch.tensor([0, 2, 5]), "max_length": 3},
+        )
+    },
+    flops={
+        "shared_prefix_attention": lambda *shapes, **_: 2 * flops(*shapes),
+        "shared_prefix_attention_backward": lambda _, packed, __, *options, **___: 5 * flops(packed, *options),
+    },
+)

@@ -30,8 +30,9 @@ import pytest
 import torch
 
 from bench import measure
-from bench.operators import COMPILED, DTYPES, OURS, Case, Run, cases_of
+from bench.operators import COMPILED, DTYPES, OURS, Case, Run
 from bench.operators.gate import Gate
+from bench.operators.record import cases_of
 from skipkernels import testing
 from skipkernels.ops import OPERATORS
 

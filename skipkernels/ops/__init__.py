@@ -1,31 +1,23 @@
-"""The operators, one file each. Importing this package registers all of them.
-
-`OPERATORS` are the public ones; the files have others that are parts of a step.
-"""
+"""The operators, one file each. Importing this package registers all of them."""
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import NamedTuple
 
 import torch
 
-from .. import _build
+from .. import _build, reference
 from . import launching, registration
 
 __all__ = ["OPERATORS", "Backend", "backends"]
 
-OPERATORS = (
-    "class_sampled_ce",
-    "class_sampled_logits",
-    "class_scores",
-    "add_layer_norm",
-    "mlp_activation",
-    "rotary_embedding",
-    "shared_prefix_attention",
-    "pooled_attention",
-    "sgd_momentum_",
-)
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
+
+OPERATORS = tuple(name for name in reference.__all__ if name in registration.definitions)
+"""The public operators, which have a reference. The others are parts of a step."""
 
 
 class Backend(NamedTuple):
@@ -62,7 +54,3 @@ def _on_cuda(name: str) -> Backend:
         return Backend("reference", "Triton is not installed")
     reason = "" if torch.cuda.is_available() else "there is no CUDA or ROCm device here"
     return Backend("Triton", reason, registration.definitions[name].fallback_cases)
-
-
-for _name in (*OPERATORS, "packed_layout"):
-    importlib.import_module(f"{__name__}.{_name.rstrip('_')}")

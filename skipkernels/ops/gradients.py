@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from .autocast import without_autocast
+from ..reference import without_autocast
 
 PRIVATE_NAMES = (
     "_AutoDispatchBelowAutograd",

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .. import _build
 from . import launching
-from .autocast import cast_first_arguments
 from .gradients import Gradient, differentiate, fake_by_names, gradient_by_names, refuse_double_backward
 
 NAMESPACE = "skipkernels"
@@ -107,7 +106,7 @@ def define(
     _definitions[name] = Definition(check_and_fall_back, launch_or_fall_back, check, fallback_cases)
     _register_autograd(operator, backward)
     if autocast_arguments:
-        cast_first_arguments(_library, operator, autocast_arguments)
+        _autocast(operator, autocast_arguments)
     if any(argument.alias_info and argument.alias_info.is_write for argument in operator._schema.arguments):
         _increment_versions(operator)
     return operator
@@ -121,6 +120,20 @@ def _register_autograd(operator: torch._ops.OpOverload, backward: torch._ops.OpO
         return
     gradient = backward if isinstance(backward, Gradient) else gradient_by_names(operator, backward)
     differentiate(_library, operator, gradient)
+
+
+def _autocast(operator: torch._ops.OpOverload, count: int) -> None:
+    """Under autocast, cast the first `count` arguments, except fp64; a logit scale of 100.3 would become 100.5."""
+
+    def cast_and_call(*args: Any) -> Any:
+        device_type = args[0].device.type
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in args[:count]]
+        with torch.autocast(device_type, enabled=False):
+            return operator(*cast, *args[count:])
+
+    for key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS"):
+        _library.impl(operator._opname, cast_and_call, key)
 
 
 def _increment_versions(operator: torch._ops.OpOverload) -> None:

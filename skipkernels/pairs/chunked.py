@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ..ops.autocast import without_autocast
+from ..reference import without_autocast
 from ..towers.base import Tower
 from ..towers.modes import updates_statistics
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..ops.autocast import without_autocast
+from ..reference import without_autocast
 from .fused import LowRankFactors
 
 

@@ -7,8 +7,8 @@ import ctypes
 import pytest
 import torch
 
+from bench.operators.record import small_call
 from skipkernels import functional
-from tests.ops.small_calls import small_call
 
 CALLS = 1200
 # Bytes by which caches of the allocator may change. A leak of 8 bytes per call is 9,600.
@@ -35,7 +35,7 @@ def bytes_in_use() -> int:
 def test_no_operator_leaks(name):
     torch.set_num_threads(1)
     call = small_call(name)
-    inputs = [x.requires_grad_() for x in call.inputs]
+    inputs = [x.requires_grad_() for x in call.inputs.values()]
 
     def run(times: int) -> None:
         for _ in range(times):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from skipkernels import functional
+from bench.operators.record import SmallCall, small_call
+from skipkernels import functional, reference
 from tests.ops.conftest import Backend
-from tests.ops.small_calls import SmallCall, small_call
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -27,17 +27,17 @@ def test_grad_is_that_of_backward(backend: Backend, call):
     if backend.device.type != "cpu":
         pytest.skip("the rules are those of the dispatcher, whatever the device")
     everyone = tuple(range(len(call.inputs)))
-    leaves = [x.clone().requires_grad_() for x in call.inputs]
+    leaves = [x.clone().requires_grad_() for x in call.inputs.values()]
     backward = torch.autograd.grad(call.total(*leaves), leaves)
-    exact = grad(lambda *inputs: call.total(*inputs, reference=True), everyone)(*call.inputs)
-    for ours, same, right in zip(grad(call.total, everyone)(*call.inputs), backward, exact, strict=True):
+    exact = grad(lambda *inputs: call.total(*inputs, module=reference), everyone)(*call.inputs.values())
+    for ours, same, right in zip(grad(call.total, everyone)(*call.inputs.values()), backward, exact, strict=True):
         assert torch.equal(ours, same)
         assert torch.allclose(ours, right, atol=1e-4, rtol=1e-4)
 
 
 def test_inputs_outside_the_transform_are_recorded(call):
     """Forward is recorded at each level: by torch.func for the first input, and by autograd for all."""
-    leaves = [x.clone().requires_grad_() for x in call.inputs]
+    leaves = [x.clone().requires_grad_() for x in call.inputs.values()]
     total, _ = torch.func.vjp(lambda x: call.total(x, *leaves[1:]), leaves[0])
     right = torch.autograd.grad(call.total(*leaves), leaves)
     for ours, same in zip(torch.autograd.grad(total, leaves), right, strict=True):
@@ -45,7 +45,7 @@ def test_inputs_outside_the_transform_are_recorded(call):
 
 
 def test_vmap_is_a_loop(call):
-    first, *rest = call.inputs
+    first, *rest = call.inputs.values()
     of_one = grad(lambda x: call.total(x, *rest))
     batch = torch.stack([first, 2 * first])
     assert torch.equal(vmap(of_one)(batch), torch.stack([of_one(x) for x in batch]))
@@ -54,7 +54,7 @@ def test_vmap_is_a_loop(call):
 def test_second_backward_gives_equal_gradients(backend: Backend, call):
     """The first one changes nothing that is saved."""
     call = call.on(backend.device)
-    leaves = [x.requires_grad_() for x in call.inputs]
+    leaves = [x.requires_grad_() for x in call.inputs.values()]
     total = call.total(*leaves)
     once, twice = (torch.autograd.grad(total, leaves, retain_graph=True) for _ in "ab")
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
@@ -62,7 +62,7 @@ def test_second_backward_gives_equal_gradients(backend: Backend, call):
 
 def test_backward_within_autocast_rounds_nothing(backend: Backend, call):
     call = call.on(backend.device)
-    leaves = [x.requires_grad_() for x in call.inputs]
+    leaves = [x.requires_grad_() for x in call.inputs.values()]
     total = call.total(*leaves)
     right = torch.autograd.grad(total, leaves, retain_graph=True)
     with torch.autocast(backend.device.type, torch.bfloat16):
@@ -73,7 +73,7 @@ def test_backward_within_autocast_rounds_nothing(backend: Backend, call):
 @pytest.mark.parametrize("call", ONCE, indirect=True)
 def test_double_backward_is_an_error(backend: Backend, call):
     call = call.on(backend.device)
-    leaves = [x.requires_grad_() for x in call.inputs]
+    leaves = [x.requires_grad_() for x in call.inputs.values()]
     (gradient,) = torch.autograd.grad(call.total(*leaves), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"_backward: the gradient of a gradient is not implemented"):
         gradient.sum().backward()
@@ -81,6 +81,6 @@ def test_double_backward_is_an_error(backend: Backend, call):
 
 @pytest.mark.parametrize("call", ONCE, indirect=True)
 def test_double_grad_is_an_error(call):
-    first, *rest = call.inputs
+    first, *rest = call.inputs.values()
     with pytest.raises(RuntimeError, match=r"_backward: the gradient of a gradient is not implemented"):
         grad(lambda x: grad(call.total)(x, *rest).sum())(first)

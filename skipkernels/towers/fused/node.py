@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...ops.autocast import without_autocast
+from ...reference import without_autocast
 from . import backward as backward_stages
 from . import forward as forward_stages
 from .forward import Saved
