@@ -25,13 +25,16 @@ from torch import Tensor
 
 from .. import reference
 from . import gradients, registration, unit_rows
-from .launching import launch, tl, triton
+from .launching import constexpr, launch, tl, triton
 from .unit_rows import Panels, blocks_for, cosine_arguments, cosine_tile, with_contiguous_rows
 
 # Number of programs that fills a large GPU twice. Equal on all GPUs, so that all split, and round, in the same way.
 PROGRAMS = 256
 BLOCK_COMBINE = 256  # images or classes per iteration of the combining program
 GROUP = 8  # tiles of images that are computed for one tile of classes before the next tile of classes
+
+# What a split stores for each image, planes of `partial`; the last only with smoothing
+TOP, EXP_SUM, TARGET, FOUND, WEIGHTED = map(constexpr, range(5))
 
 REDUCTIONS = ("mean", "sum", "none")  # an index in the schemas, since strings leak memory in the stable ABI
 
@@ -78,7 +81,26 @@ class Backward(NamedTuple):
     need_logit_scale: bool
 
 
-def _kept(call: Forward | Backward) -> int:
+class Pointers(NamedTuple):
+    """Tensors of a call as the kernels read them."""
+
+    labels: Tensor
+    class_ids: Tensor | None
+    class_weight: Tensor | None
+    total_weight: Tensor | None  # Σ_k w_k, with smoothing and class weights
+
+    @classmethod
+    def of(cls, call: Forward | Backward) -> Pointers:
+        """Make the tensors of a call contiguous, and sum its weights where needed."""
+        class_ids = None if call.class_ids is None else call.class_ids.contiguous()
+        class_weight = None if call.class_weight is None else call.class_weight.float().contiguous()
+        total_weight = None
+        if class_weight is not None and call.label_smoothing:
+            total_weight = (class_weight if class_ids is None else class_weight[class_ids]).sum()
+        return cls(call.labels.contiguous(), class_ids, class_weight, total_weight)
+
+
+def _sample_size(call: Forward | Backward) -> int:
     """Return K, the number of sampled rows."""
     return (call.text if call.class_ids is None else call.class_ids).shape[0]
 
@@ -98,7 +120,7 @@ def _class_sampled_ce_fwd_kernel(
     K,
     C,
     D,
-    SPLIT,
+    split_size,
     stride_image_b,
     stride_text_k,
     stride_partial,
@@ -121,14 +143,14 @@ def _class_sampled_ce_fwd_kernel(
     mask_b = offs_b < B
     labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0).to(tl.int32)  # [BLOCK_B]
     scale = tl.load(logit_scale_ptr).to(tl.float32)
-    sign = tl.where(scale < 0, -1.0, 1.0)
+    sign = tl.where(scale < 0, -1.0, 1.0)  # for a negative scale the largest logit has the smallest cosine
 
     top = tl.full([BLOCK_B], -2.0, tl.float32)  # below every cosine, and finite: 0 · inf is NaN
     exp_sum = tl.zeros([BLOCK_B], tl.float32)
     target = tl.zeros([BLOCK_B], tl.float32)
     found = tl.zeros([BLOCK_B], tl.float32)
     weighted = tl.zeros([BLOCK_B], tl.float32)
-    for start_k in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, K), BLOCK_K):
+    for start_k in range(split * split_size, tl.minimum((split + 1) * split_size, K), BLOCK_K):
         # 1. Cosines of a tile of classes
         offs_k = start_k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
@@ -169,9 +191,9 @@ def _class_sampled_ce_fwd_kernel(
         exp_sum = exp_sum * tl.exp(sign * scale * (top - higher)) + tl.sum(terms, axis=1)
         top = higher
         # 3. Cosine of the label, and the weighted sum
-        hit = tl.where(mask_k, rows_k, -1)[None, :] == labels[:, None]  # [BLOCK_B, BLOCK_K]
-        target += tl.sum(tl.where(hit, cosine, 0.0), axis=1)
-        found += tl.sum(hit.to(tl.float32), axis=1)
+        is_target = tl.where(mask_k, rows_k, -1)[None, :] == labels[:, None]  # [BLOCK_B, BLOCK_K]
+        target += tl.sum(tl.where(is_target, cosine, 0.0), axis=1)
+        found += tl.sum(is_target.to(tl.float32), axis=1)
         if SMOOTH:
             weight = mask_k.to(tl.float32)
             if class_weight_ptr is not None:
@@ -180,16 +202,16 @@ def _class_sampled_ce_fwd_kernel(
 
     # 4. Results, partial[:, split, offs_b]
     partial = partial_ptr + split * B + offs_b  # 32-bit offsets suffice: with many images there are few splits
-    tl.store(partial, top, mask=mask_b)  # [BLOCK_B]
-    tl.store(partial + stride_partial, exp_sum, mask=mask_b)  # [BLOCK_B]
-    tl.store(partial + 2 * stride_partial, target, mask=mask_b)  # [BLOCK_B]
-    tl.store(partial + 3 * stride_partial, found, mask=mask_b)  # [BLOCK_B]
+    tl.store(partial + stride_partial * TOP, top, mask=mask_b)  # [BLOCK_B]
+    tl.store(partial + stride_partial * EXP_SUM, exp_sum, mask=mask_b)  # [BLOCK_B]
+    tl.store(partial + stride_partial * TARGET, target, mask=mask_b)  # [BLOCK_B]
+    tl.store(partial + stride_partial * FOUND, found, mask=mask_b)  # [BLOCK_B]
     if SMOOTH:
-        tl.store(partial + 4 * stride_partial, weighted, mask=mask_b)  # [BLOCK_B]
+        tl.store(partial + stride_partial * WEIGHTED, weighted, mask=mask_b)  # [BLOCK_B]
 
 
 @triton.jit
-def combine_splits(
+def _combine_splits(
     partial_ptr, offs_b, mask_b, B, splits, stride_partial, magnitude, SMOOTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Combine what `_class_sampled_ce_fwd_kernel` stores for BLOCK images, in the order of the splits."""
@@ -197,7 +219,7 @@ def combine_splits(
     top = tl.full([BLOCK], -2.0, tl.float32)
     for split in range(0, splits):
         partial = partial_ptr + split * B + offs_b
-        top = tl.maximum(top, tl.load(partial, mask=mask_b, other=-2.0))  # [BLOCK]
+        top = tl.maximum(top, tl.load(partial + stride_partial * TOP, mask=mask_b, other=-2.0))  # [BLOCK]
     # 2. Sums, rescaled to this maximum
     exp_sum = tl.zeros([BLOCK], tl.float32)
     target = tl.zeros([BLOCK], tl.float32)
@@ -205,17 +227,18 @@ def combine_splits(
     weighted = tl.zeros([BLOCK], tl.float32)
     for split in range(0, splits):
         partial = partial_ptr + split * B + offs_b
-        factor = tl.exp(magnitude * (tl.load(partial, mask=mask_b, other=-2.0) - top))  # [BLOCK]
-        exp_sum += factor * tl.load(partial + stride_partial, mask=mask_b, other=1.0)  # [BLOCK]
-        target += tl.load(partial + 2 * stride_partial, mask=mask_b, other=0.0)  # [BLOCK]
-        found += tl.load(partial + 3 * stride_partial, mask=mask_b, other=0.0)  # [BLOCK]
+        own_top = tl.load(partial + stride_partial * TOP, mask=mask_b, other=-2.0)  # [BLOCK]
+        factor = tl.exp(magnitude * (own_top - top))  # [BLOCK]
+        exp_sum += factor * tl.load(partial + stride_partial * EXP_SUM, mask=mask_b, other=1.0)  # [BLOCK]
+        target += tl.load(partial + stride_partial * TARGET, mask=mask_b, other=0.0)  # [BLOCK]
+        found += tl.load(partial + stride_partial * FOUND, mask=mask_b, other=0.0)  # [BLOCK]
         if SMOOTH:
-            weighted += tl.load(partial + 4 * stride_partial, mask=mask_b, other=0.0)  # [BLOCK]
+            weighted += tl.load(partial + stride_partial * WEIGHTED, mask=mask_b, other=0.0)  # [BLOCK]
     return top, exp_sum, target, found, weighted
 
 
 @triton.jit
-def lse_of(magnitude, top, log_sum):
+def _lse(magnitude, top, log_sum):
     """Compute lse_b in fp64: fp32 rounds it by 4e-6 at a scale of 100."""
     return magnitude.to(tl.float64) * top.to(tl.float64) + log_sum.to(tl.float64)
 
@@ -243,8 +266,8 @@ def _class_sampled_ce_fwd_combine_kernel(
     BLOCK: tl.constexpr,
 ):
     """lse_b = |s| · top_b + log(sum_b) over all splits, loss_b, and their sum or mean. One program, images in order."""
-    scale = tl.load(logit_scale_ptr).to(tl.float32)
-    sign = tl.where(scale < 0, -1.0, 1.0)
+    scale = tl.load(logit_scale_ptr).to(tl.float32)  # []
+    sign = tl.where(scale < 0, -1.0, 1.0)  # of the cosines in `partial`
     magnitude = sign * scale
     # 1. Range of class_ids, and W = Σ_k w_k
     if class_ids_ptr is not None:
@@ -252,9 +275,9 @@ def _class_sampled_ce_fwd_combine_kernel(
             offs_k = start_k + tl.arange(0, BLOCK)
             ids = tl.load(class_ids_ptr + offs_k, mask=offs_k < K, other=0)  # [BLOCK]
             tl.device_assert((ids >= 0) & (ids < C), "class_sampled_ce: class_ids must be rows of text")
-    total_weight = 0.0 + K
+    total_weight = 0.0 + K  # a float, as the sum that may replace it
     if total_weight_ptr is not None:
-        total_weight = tl.load(total_weight_ptr)
+        total_weight = tl.load(total_weight_ptr)  # []
 
     # 2. lse and loss of BLOCK images at a time
     total = tl.zeros([BLOCK], tl.float64)
@@ -262,7 +285,7 @@ def _class_sampled_ce_fwd_combine_kernel(
     for start_b in range(0, B, BLOCK):
         offs_b = start_b + tl.arange(0, BLOCK)
         mask_b = offs_b < B
-        top, exp_sum, target, found, weighted = combine_splits(
+        top, exp_sum, target, found, weighted = _combine_splits(
             partial_ptr, offs_b, mask_b, B, splits, stride_partial, magnitude, SMOOTH, BLOCK
         )  # [BLOCK] each
         labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)  # [BLOCK]
@@ -272,7 +295,7 @@ def _class_sampled_ce_fwd_combine_kernel(
             "class_sampled_ce: labels must be rows of text and among class_ids, which have no duplicates",
         )
         log_sum = tl.log(exp_sum)
-        tl.store(lse_ptr + offs_b, lse_of(magnitude, top, log_sum), mask=mask_b)  # [BLOCK]
+        tl.store(lse_ptr + offs_b, _lse(magnitude, top, log_sum), mask=mask_b)  # [BLOCK]
         target_weight = counts.to(tl.float32)
         if class_weight_ptr is not None:
             target_weight = tl.load(class_weight_ptr + labels, mask=counts & (found == 1), other=0.0)  # [BLOCK]
@@ -330,10 +353,10 @@ def _class_sampled_ce_bwd_logits_kernel(
 ):
     """factor_bk = d_z_bk/(|x_b| |t_k|), and Σ d_z_bk · cosine_bk; each only if its pointer is not None.
 
-    d_z_bk = up_b · ((1 − ε) · w_y · (p_bk − [k = y]) + ε/K · (W p_bk − w_k))
+    d_z_bk = upstream_b · ((1 − ε) · w_y · (p_bk − [k = y]) + ε/K · (W p_bk − w_k))
 
-    up_b is d_loss_b, or 1 without d_loss_ptr. One program: a tile of BLOCK_B images and BLOCK_K classes; pointers of
-    images point to the first one of a panel.
+    upstream_b is d_loss_b, or 1 without d_loss_ptr. One program: a tile of BLOCK_B images and BLOCK_K classes; pointers
+    of images point to the first one of a panel.
     """
     # Order programs so that those that run at the same time share rows: GROUP tiles of images per tile of classes.
     tile_b, tile_k = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
@@ -363,20 +386,20 @@ def _class_sampled_ce_bwd_logits_kernel(
         PRECISION=PRECISION,
         MEASURE=False,
     )  # [BLOCK_B, BLOCK_K], [BLOCK_B], [BLOCK_K]
-    # 2. up_b · (1 − ε) · w_y and up_b · ε/K
+    # 2. upstream_b · (1 − ε) · w_y and upstream_b · ε/K
     labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)  # [BLOCK_B]
     counts = mask_b & (labels != ignore_index)
     upstream = counts.to(tl.float32)
     if d_loss_ptr is not None:
         upstream = tl.load(d_loss_ptr + offs_b.to(tl.int64) * stride_d_loss, mask=counts, other=0.0)  # [BLOCK_B]
-    hit = (1 - label_smoothing) * upstream  # [BLOCK_B]
+    target_factor = (1 - label_smoothing) * upstream  # [BLOCK_B]
     weight = tl.full([BLOCK_K], 1.0, tl.float32)
-    total_weight = 0.0 + K
+    total_weight = 0.0 + K  # a float, as the sum that may replace it
     if class_weight_ptr is not None:
-        hit *= tl.load(class_weight_ptr + labels, mask=counts, other=0.0)  # [BLOCK_B]
+        target_factor *= tl.load(class_weight_ptr + labels, mask=counts, other=0.0)  # [BLOCK_B]
         weight = tl.load(class_weight_ptr + rows_k)  # [BLOCK_K]
     if total_weight_ptr is not None:
-        total_weight = tl.load(total_weight_ptr)
+        total_weight = tl.load(total_weight_ptr)  # []
     spread = label_smoothing / K * upstream  # [BLOCK_B]
 
     # 3. Softmax from lse in fp64. The maximum that is subtracted need not be exact: lse/s is near enough.
@@ -386,9 +409,10 @@ def _class_sampled_ce_bwd_logits_kernel(
     log_sum = (lse - scale.to(tl.float64) * top.to(tl.float64)).to(tl.float32)
     p = tl.exp(scale * (cosine - top[:, None]) - log_sum[:, None])  # [BLOCK_B, BLOCK_K]
     # 4. d_z_bk
-    hits = rows_k[None, :] == labels.to(tl.int32)[:, None]  # [BLOCK_B, BLOCK_K]
-    miss = p - hits.to(tl.float32)  # p − 1 for the true class, in fp32
-    d_logits = hit[:, None] * miss + spread[:, None] * (total_weight * p - weight[None, :])  # [BLOCK_B, BLOCK_K]
+    is_target = rows_k[None, :] == labels.to(tl.int32)[:, None]  # [BLOCK_B, BLOCK_K]
+    miss = p - is_target.to(tl.float32)  # p − 1 for the true class, in fp32
+    # [BLOCK_B, BLOCK_K]
+    d_logits = target_factor[:, None] * miss + spread[:, None] * (total_weight * p - weight[None, :])
     d_logits = tl.where(counts[:, None] & mask_k[None, :], d_logits, 0.0)
 
     # 5. Factors of the matrix products, and the tile's part of d_s
@@ -404,7 +428,7 @@ def _class_sampled_ce_bwd_logits_kernel(
 def _launch(*arguments: Any) -> tuple[Tensor, ...]:
     call = Forward(*arguments)
     image, text = with_contiguous_rows(call.image), with_contiguous_rows(call.text)
-    B, C, K, device = image.shape[0], text.shape[0], _kept(call), image.device
+    B, C, K, device = image.shape[0], text.shape[0], _sample_size(call), image.device
     reduction, smooth = REDUCTIONS[call.reduction], call.label_smoothing != 0
     # 1. Softmax of each split of the classes
     blocks = blocks_for(B, image.dtype, device)
@@ -412,21 +436,27 @@ def _launch(*arguments: Any) -> tuple[Tensor, ...]:
     split_tiles = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b_blocks)))
     splits = triton.cdiv(tiles, split_tiles)
 
-    common = _common(call)
-    total_weight = common.pop("total_weight_ptr")
-    measure, image_norm, text_norm = unit_rows.norms_for(image, text, common["class_ids_ptr"])
-    # [4 or 5, splits, B]: top, sum, target, found, and weighted with smoothing
-    partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)
-    common |= dict(partial_ptr=partial, stride_partial=splits * B, SMOOTH=smooth, B=B, K=K, C=C)
+    pointers = Pointers.of(call)
+    measure, image_norm, text_norm = unit_rows.norms_for(image, text, pointers.class_ids)
+    partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)  # [planes, splits, B]
     launch(
         _class_sampled_ce_fwd_kernel,
         (b_blocks, splits),
         device=device,
         **blocks._asdict(),
         **cosine_arguments(image, text, image_norm, text_norm),
-        **common,
+        labels_ptr=pointers.labels,
+        logit_scale_ptr=call.logit_scale,
+        class_ids_ptr=pointers.class_ids,
+        class_weight_ptr=pointers.class_weight,
+        partial_ptr=partial,
+        B=B,
+        K=K,
+        C=C,
+        stride_partial=splits * B,
+        SMOOTH=smooth,
         MEASURE=measure,
-        SPLIT=split_tiles * blocks.BLOCK_K,
+        split_size=split_tiles * blocks.BLOCK_K,
     )
     # 2. Loss, from the splits
     loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)  # [B] or []
@@ -438,18 +468,27 @@ def _launch(*arguments: Any) -> tuple[Tensor, ...]:
         device=device,
         num_warps=4,
         debug=True,
-        **common,
-        total_weight_ptr=total_weight,
+        labels_ptr=pointers.labels,
+        logit_scale_ptr=call.logit_scale,
+        class_ids_ptr=pointers.class_ids,
+        class_weight_ptr=pointers.class_weight,
+        total_weight_ptr=pointers.total_weight,
+        partial_ptr=partial,
         loss_ptr=loss,
         lse_ptr=lse,
         denominator_ptr=denominator,
+        B=B,
+        K=K,
+        C=C,
         splits=splits,
+        stride_partial=splits * B,
         label_smoothing=call.label_smoothing,
         ignore_index=call.ignore_index,
+        SMOOTH=smooth,
         REDUCTION=reduction,
         BLOCK=BLOCK_COMBINE,
     )
-    return loss, lse, image_norm, text_norm, denominator, *_unwritten(call, loss)
+    return loss, lse, image_norm, text_norm, denominator, *_empty_kept(call, loss)
 
 
 def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -471,13 +510,13 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """Compute fp32 Σ_k G_bk t_k [B, D], Σ_b G_bk x_b [K, D] (see unit_rows.py), and parts of d_logit_scale."""
-    B, K, device = call.image.shape[0], _kept(call), call.image.device
+    B, K, device = call.image.shape[0], _sample_size(call), call.image.device
     blocks = blocks_for(B, call.image.dtype, device)
     panels = Panels.of(B, K, blocks)
     # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
     new = torch.zeros if call.need_logit_scale else torch.empty
     d_scale = new(panels.number if call.need_logit_scale else 0, panels.tiles, dtype=torch.float32, device=device)
-    common = _common(call)
+    pointers = Pointers.of(call)
     d_loss = call.d_loss if REDUCTIONS[call.reduction] == "none" else None  # of each image
 
     def write(number: int, images: slice, factors: Tensor | None) -> None:
@@ -487,9 +526,13 @@ def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
             (triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(count, blocks.BLOCK_B)),
             device=device,
             **blocks._asdict(),
-            **{**common, "labels_ptr": common["labels_ptr"][images]},
             **cosine_arguments(call.image[images], call.text, call.image_norm[images], call.text_norm),
             d_loss_ptr=None if d_loss is None else d_loss[images],
+            labels_ptr=pointers.labels[images],
+            logit_scale_ptr=call.logit_scale,
+            class_ids_ptr=pointers.class_ids,
+            class_weight_ptr=pointers.class_weight,
+            total_weight_ptr=pointers.total_weight,
             lse_ptr=call.lse[images],
             factors_ptr=factors,
             d_scale_ptr=d_scale[number] if call.need_logit_scale else None,
@@ -509,22 +552,6 @@ def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     return *unit_rows.sums_by_panels(call.image, sampled, K, panels, needs, write), d_scale.flatten()
 
 
-def _common(call: Forward | Backward) -> dict[str, Any]:
-    """Arguments of the kernels of forward and backward."""
-    class_weight, total_weight = call.class_weight, None
-    if class_weight is not None:
-        class_weight = class_weight.float().contiguous()
-        if call.label_smoothing:
-            total_weight = (class_weight if call.class_ids is None else class_weight[call.class_ids]).sum()
-    return dict(
-        labels_ptr=call.labels.contiguous(),
-        logit_scale_ptr=call.logit_scale,
-        class_ids_ptr=None if call.class_ids is None else call.class_ids.contiguous(),
-        class_weight_ptr=class_weight,
-        total_weight_ptr=total_weight,
-    )
-
-
 def _reference(call: Forward | Backward, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """Compute the loss in plain PyTorch, with the options of a call."""
     options = call.class_ids, call.class_weight, call.label_smoothing, call.ignore_index, REDUCTIONS[call.reduction]
@@ -542,7 +569,7 @@ def _fallback(*arguments: Any) -> tuple[Tensor, ...]:
         weight = image_norm.new_ones(len(call.text)) if call.class_weight is None else call.class_weight.to(loss.dtype)
         ignored = call.labels == call.ignore_index
         denominator = weight[call.labels.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
-    return loss, lse, image_norm, text_norm, denominator, *_unwritten(call, loss)
+    return loss, lse, image_norm, text_norm, denominator, *_empty_kept(call, loss)
 
 
 def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -577,19 +604,19 @@ def _check(*arguments: Any) -> None:
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     call = Forward(*arguments)
-    B, K = call.image.shape[0], _kept(call)
+    B, K = call.image.shape[0], _sample_size(call)
     dtype = torch.promote_types(call.image.dtype, torch.float32)
     loss = call.image.new_empty((B,) if REDUCTIONS[call.reduction] == "none" else (), dtype=dtype)
     lse = call.image.new_empty(B, dtype=reference.accumulation_dtype(call.image.device))
-    return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *_unwritten(call, loss)
+    return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *_empty_kept(call, loss)
 
 
-def _unwritten(call: Forward, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_kept(call: Forward, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate `kept_…`, in the dtype of the loss."""
     B, D = call.image.shape
     return (
         loss.new_empty(B if call.keep_image else 0, D),
-        loss.new_empty(_kept(call) if call.keep_text else 0, D),
+        loss.new_empty(_sample_size(call) if call.keep_text else 0, D),
         loss.new_empty(int(call.keep_logit_scale), dtype=reference.accumulation_dtype(loss.device)),
     )
 

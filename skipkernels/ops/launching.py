@@ -22,9 +22,10 @@ except ImportError:  # not a Linux machine
     triton = types.SimpleNamespace(jit=lambda function=None, **_: function or (lambda f: f))
     tl = None
 
-__all__ = ["Target", "dot_precision", "installed", "launch", "target", "tl", "triton"]
+__all__ = ["Target", "constexpr", "dot_precision", "installed", "launch", "target", "tl", "triton"]
 
 installed = tl is not None
+constexpr = tl.constexpr if installed else int  # a constant of a module that kernels read
 
 
 class Target(NamedTuple):
@@ -61,7 +62,7 @@ def launch(
     num_stages: int = 2,
     fp_fusion: bool = True,
     debug: bool = False,
-    **arguments: Tensor | int | float | bool | str | None,
+    **arguments: Tensor | int | float | bool | str | tuple[Any, ...] | None,
 ) -> None:
     """Launch a kernel with arguments by name, on the device of its tensors, unless the grid is empty.
 

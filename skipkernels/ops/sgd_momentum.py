@@ -35,36 +35,44 @@ _TRITON_DTYPES = {
 }
 
 
+class Variant(NamedTuple):
+    """Constants of a launch; the types are those of Triton."""
+
+    weight: Any
+    grad: Any
+    momentum_buffer: Any
+    cast: Any  # None: no weight has a copy
+    stochastic: bool
+    groups: int
+    lanes: int
+
+
 @triton.jit
-def _update(
-    weight,
-    grad,
-    momentum_buffer,
-    cast,
-    numel,
-    first,
-    block,
-    lr,
-    seed,
-    momentum,
-    weight_decay,
-    WEIGHT: tl.constexpr,
-    GRAD: tl.constexpr,
-    MOMENTUM_BUFFER: tl.constexpr,
-    CAST: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTORISED: tl.constexpr,
-):
-    """Update GROUPS groups of LANES elements of one tensor; the first four arguments are addresses."""
+def _rounded(weight, seed, first, group, lane, LANES: tl.constexpr):
+    """Round stochastically to bf16: add random bits below its last bit and truncate. weight: [GROUPS, LANES]."""
+    # SplitMix64: one hash of 64 bits per group, 16 bits per lane
+    x = seed.to(tl.uint64) + ((first // LANES + group).to(tl.uint64) + 1) * 0x9E3779B97F4A7C15  # [GROUPS]
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    x = x ^ (x >> 31)
+    random = ((x[:, None] >> (16 * lane[None, :]).to(tl.uint64)) & 0xFFFF).to(tl.uint32)  # [GROUPS, LANES]
+    bits = weight.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, (bits + random) & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _update(row, grad, factors, seed, VARIANT: tl.constexpr, VECTORISED: tl.constexpr):
+    """Update the elements of one tensor that a program has. `row` is that of the table, `grad` an address."""
     # 1. Elements of the groups
-    group = block * GROUPS + tl.arange(0, GROUPS)
-    lane = tl.arange(0, LANES)
-    offs = group[:, None] * LANES + lane[None, :]  # [GROUPS, LANES]
-    weight_ptr = weight.to(tl.pointer_type(WEIGHT))
-    grad_ptr = grad.to(tl.pointer_type(GRAD))
-    momentum_buffer_ptr = momentum_buffer.to(tl.pointer_type(MOMENTUM_BUFFER))
+    weight, momentum_buffer, cast, numel, first, first_program = row
+    lr, momentum, weight_decay = factors
+    group = (tl.program_id(0) - first_program) * VARIANT.groups + tl.arange(0, VARIANT.groups)
+    lane = tl.arange(0, VARIANT.lanes)
+    offs = group[:, None] * VARIANT.lanes + lane[None, :]  # [GROUPS, LANES]
+    weight_ptr = weight.to(tl.pointer_type(VARIANT.weight))
+    grad_ptr = grad.to(tl.pointer_type(VARIANT.grad))
+    momentum_buffer_ptr = momentum_buffer.to(tl.pointer_type(VARIANT.momentum_buffer))
     # Addresses and numel are multiples of 16, and `first` is one of LANES
     if VECTORISED:
         weight_ptr = tl.multiple_of(weight_ptr, 16)
@@ -72,9 +80,9 @@ def _update(
         momentum_buffer_ptr = tl.multiple_of(momentum_buffer_ptr, 16)
         mask = offs < numel // 16 * 16  # the product tells the compiler that groups are masked as a whole
     else:
-        if STOCHASTIC:
+        if VARIANT.stochastic:
             # Groups are those that share a hash: the first may begin before the tensor
-            offs -= first % LANES
+            offs -= first % VARIANT.lanes
         mask = (offs >= 0) & (offs < numel)
 
     # 2. Momentum and step
@@ -84,29 +92,18 @@ def _update(
 
     momentum_buffer = momentum * momentum_buffer + (grad + weight_decay * weight)  # [GROUPS, LANES]
     weight = weight - lr * momentum_buffer
-    # [GROUPS, LANES]
-    tl.store(momentum_buffer_ptr + offs, momentum_buffer.to(momentum_buffer_ptr.dtype.element_ty), mask=mask)
+    tl.store(momentum_buffer_ptr + offs, momentum_buffer.to(VARIANT.momentum_buffer), mask=mask)  # [GROUPS, LANES]
+    if VARIANT.stochastic:
+        weight = _rounded(weight, seed, first, group, lane, VARIANT.lanes)  # [GROUPS, LANES]
+    tl.store(weight_ptr + offs, weight.to(VARIANT.weight), mask=mask)  # [GROUPS, LANES]
 
-    # 3. Stochastic rounding: add random bits below the last bit of bf16 and truncate
-    if STOCHASTIC:
-        # SplitMix64: one hash of 64 bits per group, 16 bits per lane
-        x = seed.to(tl.uint64) + ((first // LANES + group).to(tl.uint64) + 1) * 0x9E3779B97F4A7C15  # [GROUPS]
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-        x = x ^ (x >> 31)
-        random = ((x[:, None] >> (16 * lane[None, :]).to(tl.uint64)) & 0xFFFF).to(tl.uint32)  # [GROUPS, LANES]
-        bits = weight.to(tl.uint32, bitcast=True)
-        finite = (bits & 0x7F800000) != 0x7F800000
-        weight = tl.where(finite, (bits + random) & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
-    tl.store(weight_ptr + offs, weight.to(weight_ptr.dtype.element_ty), mask=mask)  # [GROUPS, LANES]
-
-    # 4. Copy in 16 bits
-    if CAST is not None:
+    # 3. Copy in 16 bits
+    if VARIANT.cast is not None:
         if cast != 0:
-            cast_ptr = cast.to(tl.pointer_type(CAST))
+            cast_ptr = cast.to(tl.pointer_type(VARIANT.cast))
             if VECTORISED:
                 cast_ptr = tl.multiple_of(cast_ptr, 16)
-            tl.store(cast_ptr + offs, weight.to(CAST), mask=mask)  # [GROUPS, LANES]
+            tl.store(cast_ptr + offs, weight.to(VARIANT.cast), mask=mask)  # [GROUPS, LANES]
 
 
 @triton.jit
@@ -118,43 +115,31 @@ def _sgd_momentum_kernel(
     momentum_ptr,
     weight_decay_ptr,
     seed_ptr,
-    WEIGHT: tl.constexpr,
-    GRAD: tl.constexpr,
-    MOMENTUM_BUFFER: tl.constexpr,
-    CAST: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):
     """buffer ← momentum · buffer + grad + weight_decay · weight; weight ← weight − lr · buffer.
 
-    One program: GROUPS · LANES elements of one tensor. Tables: int64 [tensors, COLUMNS], addresses of the gradients
-    [tensors], and the tensor of each program.
+    One program: some elements of one tensor, groups · lanes. Tables: int64 [tensors, COLUMNS], addresses of the
+    gradients [tensors], and the tensor of each program.
     """
     tensor = tl.load(programs_ptr + tl.program_id(0))
     row_ptr = tensors_ptr + tensor * COLUMNS
-    weight = tl.load(row_ptr)
-    momentum_buffer = tl.load(row_ptr + 1)
+    weight, momentum_buffer = tl.load(row_ptr), tl.load(row_ptr + 1)  # addresses
     grad = tl.load(grads_ptr + tensor)
-    cast = tl.load(row_ptr + 2)
-    numel = tl.load(row_ptr + 3)
-    first = tl.load(row_ptr + 4)
-    block = tl.program_id(0) - tl.load(row_ptr + 5)
+    cast, numel, first = tl.load(row_ptr + 2), tl.load(row_ptr + 3), tl.load(row_ptr + 4)
+    row = weight, momentum_buffer, cast, numel, first, tl.load(row_ptr + 5)
     vectorised = tl.load(row_ptr + 6)
     lr = tl.load(lr_ptr).to(tl.float32)
     momentum = tl.load(momentum_ptr).to(tl.float32)
     weight_decay = tl.load(weight_decay_ptr).to(tl.float32)
-    seed = tl.load(seed_ptr) if STOCHASTIC else 0
+    factors = lr, momentum, weight_decay
+    seed = tl.load(seed_ptr) if VARIANT.stochastic else 0
     # Two calls, since VECTORISED is known to the compiler and the table is not.
-    # fmt: off
     if vectorised != 0:
-        _update(weight, grad, momentum_buffer, cast, numel, first, block, lr, seed, momentum, weight_decay,
-                WEIGHT, GRAD, MOMENTUM_BUFFER, CAST, STOCHASTIC, GROUPS, LANES, VECTORISED=True)
+        _update(row, grad, factors, seed, VARIANT, VECTORISED=True)
     else:
-        _update(weight, grad, momentum_buffer, cast, numel, first, block, lr, seed, momentum, weight_decay,
-                WEIGHT, GRAD, MOMENTUM_BUFFER, CAST, STOCHASTIC, GROUPS, LANES, VECTORISED=False)
-    # fmt: on
+        _update(row, grad, factors, seed, VARIANT, VECTORISED=False)
 
 
 class Call(NamedTuple):
@@ -238,14 +223,16 @@ def _launch_alike(tensors: list[_Tensors], call: Call) -> None:
         momentum_ptr=call.momentum,
         weight_decay_ptr=call.weight_decay,
         seed_ptr=call.seed,
-        WEIGHT=_TRITON_DTYPES[weight.dtype],
-        GRAD=_TRITON_DTYPES[grad.dtype],
-        MOMENTUM_BUFFER=_TRITON_DTYPES[momentum_buffer.dtype],
-        CAST=None if cast is None else _TRITON_DTYPES[cast.dtype],
-        STOCHASTIC=call.seed is not None,
-        GROUPS=BLOCK // lanes,
-        LANES=lanes,
         COLUMNS=COLUMNS,
+        VARIANT=Variant(
+            weight=_TRITON_DTYPES[weight.dtype],
+            grad=_TRITON_DTYPES[grad.dtype],
+            momentum_buffer=_TRITON_DTYPES[momentum_buffer.dtype],
+            cast=None if cast is None else _TRITON_DTYPES[cast.dtype],
+            stochastic=call.seed is not None,
+            groups=BLOCK // lanes,
+            lanes=lanes,
+        ),
     )
 
 
