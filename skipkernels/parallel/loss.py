@@ -26,8 +26,9 @@ def sharded_cross_entropy(
     """Mean cross-entropy [] of the images of all processes over the selected classes of all; collective.
 
     The loss of `functional.class_sampled_ce`: its log-sum-exp, the label's logit z_by and the sum of w_k · z_bk are
-    combined from those of the processes, in the order of ranks, so that the loss is bitwise equal on all. Gradients are multiplied by the number of processes, as `gather_shares` explains. The
-    logits [B, K_r] of this process are in memory, in fp64: their differences nearly cancel.
+    combined from those of the processes, in the order of ranks, so that the loss is bitwise equal on all. Gradients
+    are multiplied by the number of processes, as `gather_shares` explains. The logits [B, K_r] of this process are
+    in memory, in fp64: their differences nearly cancel.
 
     `image` is [B, D], images of all processes; `text` [K_r, D], selected classes of this process, or any one row if
     K_r = 0; `class_weight` [K], w of all selected classes.
