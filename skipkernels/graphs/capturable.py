@@ -52,7 +52,7 @@ def _why_optimizer_is_not_capturable(optimizer: torch.optim.Optimizer) -> str | 
 
 
 class _State(NamedTuple):
-    """What a graph takes as constant."""
+    """Values that a graph takes as constant."""
 
     tensors: list[tuple[int, int, bool] | None]  # identity, address and requires_grad
     modules: list[tuple[int, ...]]  # identity, mode and children
@@ -62,7 +62,7 @@ class _State(NamedTuple):
 
 
 class Frozen:
-    """All that a graph takes as constant: modules, modes, hooks, tensors and their addresses, options."""
+    """Comparison of what a graph takes as constant: modules, modes, hooks, tensors and their addresses, options."""
 
     def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
         self._clip, self._optimizer = clip, optimizer
