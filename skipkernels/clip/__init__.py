@@ -3,7 +3,7 @@
 from typing import Any
 
 from .checks import described
-from .cut import blocks_to_skip
+from .cut_towers import blocks_to_skip
 from .skip_clip import SkipCLIP
 from .step import SkipOutput
 

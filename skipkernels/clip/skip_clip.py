@@ -15,7 +15,8 @@ from ..options import AttentionName, Tail
 from ..selection import RankSampler
 from ..towers import Memory, Reduction, evaluating
 from . import checks
-from .cut import CutModel, CutOptions
+from .cut import CutModel
+from .cut_towers import CutOptions
 from .images import ImageEncoder, sharing_weights
 from .state import Origin, accept_missing_state, pack_state, unpack_state
 from .step import LossOptions, SkipOutput, compare_with_all, step
