@@ -33,7 +33,7 @@ LAYERS = [
     ("parallel",),
     ("lora",),
     ("integrations",),
-    ("app.console", "app.data", "app.hub", "app.option_groups", "app.settings", "app.untrusted"),
+    ("app.console", "app.data", "app.hub", "app.option_groups", "app.untrusted"),
     ("app.heads",),
     ("app.methods",),
     ("app.config", "app.demo", "app.report", "app.train"),

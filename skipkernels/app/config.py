@@ -7,7 +7,6 @@ import difflib
 import functools
 import math
 import re
-import reprlib
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -52,20 +51,9 @@ _RENAMED = {"classes": "max_classes"}  # settings of version 0.2
 _REMOVED_LOGGERS = ("csv", "mlflow")  # of version 0.2
 _SOURCES = ("model", "pretrained", "data", "targets")
 _MAX_BYTES = 2**20  # size of a config.yaml
-SCHEMA_ADDRESS = "https://raw.githubusercontent.com/skipkernels/skipkernels/main/docs/config.schema.json"
 
 # Types are not converted: `epochs: true` and `seed: "3"` are errors.
 _SCHEMA = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-# Types of pydantic's errors, in the words of the other messages.
-_EXPECTED = {
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "above {gt}",
-    "less_than": "below {lt}",
-    "tuple_type": "a list",
-    "is_instance_of": "a path",
-}
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxother = 2, 4, 4, 80, 80
 Config = TypeVar("Config")
 
 
@@ -91,13 +79,10 @@ def _input_error(error: ValidationError, names: list[str]) -> InputError:
     if errors[0]["type"] == "unexpected_keyword_argument":
         close = difflib.get_close_matches(setting, names, 1)
         hint = f"; did you mean {close[0]}?" if close else "."
-        return InputError(f"TuneConfig: unknown setting {_short.repr(setting)}{hint}")
-    expected = []
-    for one in errors:  # one for each type of a union
-        if one["loc"][0] == setting:
-            words = _EXPECTED.get(one["type"], one["msg"].removeprefix("Input should be "))
-            expected.append(words.format(**one.get("ctx", {})))
-    got = _short.repr(errors[0]["input"])
+        return InputError(f"TuneConfig: unknown setting {setting!r}{hint}")
+    # a message for each type of a union
+    expected = [one["msg"].removeprefix("Input should be ") for one in errors if one["loc"][0] == setting]
+    got = repr(errors[0]["input"])
     return InputError(f"TuneConfig: {setting} must be {' or '.join(dict.fromkeys(expected))}; got {got}.", setting)
 
 
@@ -275,6 +260,8 @@ class TuneConfig(
                     _refuse("fold", f"fold needs {name}={value}; got {name}={getattr(self, name)}.")
         if self.patience is not None and self.validation == "none":
             _refuse("patience", "patience needs validation images; add `validation=0.2`.")
+        if self.cache is not None and self.skip_layers == 0:
+            _refuse("cache", "cache keeps features at the cut, and with skip_layers=0 there is no cut; leave it out.")
         if self.resume and self.overwrite:
             _refuse("resume", "resume continues a run and `overwrite` replaces it; pass only one.")
         if self.class_weight is not None and self.sampler == "class_pure":
@@ -368,22 +355,14 @@ class TuneConfig(
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader that refuses repeated names, and whole numbers of thousands of digits, which no message can show."""
+    """Loader that refuses repeated names."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
-            raise ValueError(f"{_short.repr(repeated)} is given twice")
+            raise ValueError(f"{repeated!r} is given twice")
         return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        number = super().construct_yaml_int(node)
-        str(number)  # a ValueError
-        return number
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_settings(path: Path) -> Any:

@@ -1,27 +1,19 @@
-"""Errors and interruptions of a command: flags in place of Python arguments, messages, and exit codes."""
+"""Errors and interruptions of a command: messages and exit codes."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import re
 import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
+from itertools import zip_longest
 from typing import Any
 
-from skipkernels.app import option_groups
 from skipkernels.formatting import first_line
 
-_FLAGS = {"templates": "template", "text_cache": "cache"}  # Python argument → flag, where they differ
-_POSITIONAL = {"run": "RUN", "images": "IMAGES"}  # Python argument → its name in the usage
-_GROUPS = filter(dataclasses.is_dataclass, vars(option_groups).values())
-_SETTINGS = [field.name for group in _GROUPS for field in dataclasses.fields(group)]
-_ARGUMENTS = "|".join([*_SETTINGS, *_FLAGS, "sort_into"])
-_FUNCTION = r"^([^:]+: )?(?:[a-z_]\w*|[A-Z]\w*(?:\.\w+)?): "  # optionally after a prefix, such as the name of a variant
+_NAMES = {"run": "RUN", "images": "IMAGES", "templates": "--template"}  # Python argument → other name here
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
-_ONLY_IN_PYTHON = ", or a tuple (image, text) of either"  # values of skip_layers
 
 
 class Terminated(KeyboardInterrupt):
@@ -83,37 +75,27 @@ def failure(error: Exception) -> tuple[int, str, str] | None:
 
 
 def with_flags(error: BaseException) -> str:
-    """Return the message of an error with flags in place of Python arguments.
+    """Return the message of an error, with the flag of its argument in place of the function and the argument.
 
-    The invalid argument is `error.argument`, or else the first word after the function's name. Other arguments are
-    translated if they are in backquotes or have a value (`name=value`).
+    Also shows a flag for Python in backquotes that sets an argument to True.
 
     >>> from skipkernels.app.data import InputError
-    >>> with_flags(InputError("few_shot: shots must be at least 1; got 0.", "shots"))
-    '--shots must be at least 1; got 0.'
+    >>> with_flags(InputError("few_shot: batch_size must be at least 1; got 0.", "batch_size"))
+    '--batch-size must be at least 1; got 0.'
     >>> with_flags(InputError("export: out must be a new or an empty folder; got a. Use `overwrite=True`.", "out"))
     '--out must be a new or an empty folder; got a. Use --overwrite.'
-    >>> with_flags(ValueError("SkipCLIP: text_cache keeps features at the cut; with skip_layers=0 there is no cut."))
-    '--cache keeps features at the cut; with --skip-layers 0 there is no cut.'
-    >>> with_flags(InputError("full: open_source: no dataset 'x'.", "data"))
-    "full: --data: no dataset 'x'."
     >>> with_flags(InputError("config.yaml: seed must be an integer; got 'a'."))
     "config.yaml: seed must be an integer; got 'a'."
     """
-    message, argument = str(error).replace(_ONLY_IN_PYTHON, ""), getattr(error, "argument", None)
-    found = re.match(rf"{_FUNCTION}({argument or _ARGUMENTS})\b(?!=)", message)
-    if found:
-        message = f"{found[1] or ''}{_flag(found[2])}{message[found.end() :]}"
-    elif found := re.match(rf"{_FUNCTION}(?=({_ARGUMENTS})=)", message):  # the value is translated below
-        message = f"{found[1] or ''}{message[found.end() :]}"
-    elif argument is not None:
-        found = re.match(_FUNCTION, message)
-        prefix, rest = (found[1] or "", message[found.end() :]) if found else ("", message)
-        message = f"{prefix}{_flag(argument)}: {rest}"
-    message = re.sub(rf"`({_ARGUMENTS})(?:=True|=…)?`", lambda found: _flag(found[1]), message)
-    value = rf'(?<![\w/.-])`?({_ARGUMENTS})="?([\w.-]+)"?`?(?![\w/])'
-    return re.sub(value, lambda found: f"{_flag(found[1])} {found[2]}", message)
+    message, argument = str(error), getattr(error, "argument", None)
+    if argument is not None:
+        reason = message.partition(": ")[2]
+        end = reason.removeprefix(argument)
+        message = _flag(argument) + (f": {reason}" if end == reason else end)
+    parts = message.split("`")
+    code = [_flag(one.removesuffix("=True")) if one.endswith("=True") else f"`{one}`" for one in parts[1::2]]
+    return "".join(part for pair in zip_longest(parts[::2], code, fillvalue="") for part in pair)
 
 
 def _flag(argument: str) -> str:
-    return _POSITIONAL.get(argument) or "--" + _FLAGS.get(argument, argument).replace("_", "-")
+    return _NAMES.get(argument) or f"--{argument.replace('_', '-')}"

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
-import io
 import os
 import signal
 import sys
-from collections.abc import Iterable
-from itertools import takewhile
 from typing import Annotated, Any, Union
 
 import tyro
@@ -26,8 +22,7 @@ from .errors import Terminated, failure, termination_as_interrupt, with_flags
 from .eval import EvalCommand
 from .export import ExportCommand
 from .listings import DatasetsCommand, ModelsCommand
-from .options import registry, settings
-from .parse_errors import in_one_line
+from .options import registry
 from .predict import PredictCommand
 from .report import ReportCommand
 from .serve import ServeCommand
@@ -101,54 +96,33 @@ def _run(arguments: list[str], out: Terminal, err: Terminal) -> int:
 
 def _parse(arguments: list[str], err: Terminal) -> Any:
     """Parse the arguments; exits the process for --help and --help-all, and for missing or invalid values."""
-    name = arguments[0] if arguments else "-"
-    if not name.startswith("-") and name not in COMMANDS:
-        raise _unknown(f"command {name!r}", name, COMMANDS, "skipkernels --help")
-    # The settings of the file of --config are the defaults of the options, also in --help.
-    tune: Any = Annotated[TuneCommand, tyro.conf.subcommand("tune", default=command_with_file(arguments, err))]
-    others = [Annotated[COMMANDS[name], tyro.conf.subcommand(name)] for name in COMMANDS if name != "tune"]
-    commands: Any = Union[tuple([tune, *others])]  # noqa: UP007
-    box = io.StringIO()  # tyro's message
-    hidden: list[str] | None = [] if {"-h", "--help"} & set(arguments) and "--help-all" not in arguments else None
+    helped = [word for word in arguments if word in ("-h", "--help", "--help-all")]
+    hidden: list[str] | None = [] if helped and "--help-all" not in helped else None
+    kind: Any = COMMANDS.get(arguments[0]) if arguments else None
+    if kind is not None:
+        program, words = f"skipkernels {arguments[0]}", arguments[1:]
+    else:
+        program, words = "skipkernels", arguments
+        kind = Union[tuple(Annotated[COMMANDS[name], tyro.conf.subcommand(name)] for name in COMMANDS)]  # noqa: UP007
     try:
-        with contextlib.redirect_stderr(box):
-            command, unknown = tyro.cli(
-                commands,
-                prog="skipkernels",
-                description="Skip Tuning for CLIP. See also: skipkernels COMMAND --help, skipkernels --version.",
-                args=["--help" if word == "--help-all" else word for word in arguments],
-                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
-                registry=registry(hidden),
-                console_outputs=is_first(),
-                return_unknown_args=True,
-            )
+        command = tyro.cli(
+            kind,
+            prog=program,
+            default=command_with_file(words, err) if kind is TuneCommand else tyro.MISSING_NONPROP,
+            args=["--help" if word == "--help-all" else word for word in words],
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+            registry=registry(hidden),
+            console_outputs=is_first(),
+        )
     except SystemExit:
-        if not box.getvalue():  # --help, or a process that prints nothing
-            if hidden and is_first():
-                words = takewhile(lambda word: not word.startswith("-"), arguments)
-                sys.stdout.write(f"More options: {' '.join(['skipkernels', *words])} --help-all\n")
-            raise
-        raise _input_error(in_one_line(box.getvalue(), arguments)) from None
-    if unknown:
-        option = unknown[0].partition("=")[0]
-        flags = [f"--{setting.replace('_', '-')}" for setting in settings(command)]
-        raise _unknown(f"option {option!r} of {name}", option, flags, f"skipkernels {name} --help")
+        if hidden and is_first():
+            sys.stdout.write(f"More options: {program} --help-all\n")
+        raise
     if launched() > 1 and not isinstance(command, (TuneCommand, EvalCommand)):
-        raise _input_error(f"only tune and eval run in several processes; torchrun started {launched()}. Start one.")
+        from skipkernels.app.data import InputError
+
+        raise InputError(f"only tune and eval run in several processes; torchrun started {launched()}. Start one.")
     return command
-
-
-def _unknown(what: str, given: str, names: Iterable[str], help_command: str) -> Exception:
-    """Error of one line for a word that is not among the names."""
-    words = {name.lstrip("-"): name for name in names}  # two dashes in common would make all options alike
-    close = [words[word] for word in difflib.get_close_matches(given.lstrip("-"), list(words), 1)]
-    return _input_error(f"no {what}{f'; did you mean {close[0]}?' if close else '.'} See {help_command}.")
-
-
-def _input_error(message: str) -> Exception:
-    from skipkernels.app.data import InputError
-
-    return InputError(message)
 
 
 def _recorded(command: Any, out: Terminal, err: Terminal) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,47 +137,35 @@ def registry(hidden: list[str] | None = None) -> tyro.constructors.ConstructorRe
     rules = tyro.constructors.ConstructorRegistry()
 
     @rules.struct_rule
-    def rule(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
-        spec = _plain_help(info)
-        if spec is None or hidden is None or all(one.__module__ != option_groups.__name__ for one in info.type.__mro__):
-            return spec
-        hidden.extend(field.name for field in spec.fields if field.name not in BASIC)
-        return dataclasses.replace(spec, fields=tuple(map(_basic_field, spec.fields)))
+    def rule(info: tyro.constructors.StructTypeInfo) -> Any:
+        if _READ in info.markers or not dataclasses.is_dataclass(info.type):
+            return None
+        read = dataclasses.replace(info, markers=(*info.markers, _READ))
+        spec: Any = tyro.constructors.ConstructorRegistry.get_struct_spec(read)  # by tyro's own rule
+        fields = [_plain_field(field) for field in spec.fields]
+        if hidden is not None and any(one.__module__ == option_groups.__name__ for one in info.type.__mro__):
+            hidden.extend(field.name for field in fields if field.name not in BASIC)
+            suppressed: Any = tyro.conf.Suppress
+            fields = [
+                field if field.name in BASIC else dataclasses.replace(field, type=Annotated[field.type, suppressed])
+                for field in fields
+            ]
+        return dataclasses.replace(spec, fields=tuple(fields))
 
     return rules
 
 
-def _basic_field(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
-    suppressed: Any = Annotated[field.type, tyro.conf.Suppress]
-    return field if field.name in BASIC else dataclasses.replace(field, type=suppressed)
-
-
-def _plain_help(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
-    """Hide "(default: None)", because help texts state the default, and join the lines of help texts."""
-    if _in_rule or not dataclasses.is_dataclass(info.type):
-        return None
-    _in_rule.append(True)  # tyro's own rule is applied now
-    try:
-        spec = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
-    finally:
-        _in_rule.clear()
-    if not isinstance(spec, tyro.constructors.StructConstructorSpec):
-        return None
-    return dataclasses.replace(spec, fields=tuple(map(_plain_field, spec.fields)))
-
-
-_in_rule: list[bool] = []
+_READ = "read"
 
 
 def _plain_field(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
+    """Hide "(default: None)", because help texts state the default, and join the lines of help texts."""
+
     def helptext(text: Any = field.helptext) -> str | None:
         text = text() if callable(text) else text
         return text and " ".join(text.split())
 
-    annotated: Any = field.type
+    hint: Any = field.type
     if field.default is None or field.default == ():
-        tuples = [hint for hint in (annotated, *typing.get_args(annotated)) if typing.get_origin(hint) is tuple]
-        item = typing.get_args(tuples[0])[0] if tuples else None
-        metavar = f"[{getattr(item, '__name__', 'number').upper()} ...]" if tuples else None
-        annotated = Annotated[annotated, tyro.conf.arg(help_behavior_hint="", metavar=metavar)]
-    return dataclasses.replace(field, type=annotated, helptext=helptext)
+        hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
+    return dataclasses.replace(field, type=hint, helptext=helptext)

@@ -147,8 +147,6 @@ def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
 
     The file is not trusted: sources that it names need --trust, unless an option replaces them.
     """
-    if arguments[:1] != ["tune"]:
-        return TuneCommand()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?")
     file = parser.parse_known_args(arguments)[0].config
@@ -167,10 +165,7 @@ def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
 
 def _as_yaml(config: TuneConfig) -> str:
     """Return the settings of a run as a file for `--config`, with the defaults of its method filled in."""
-    from skipkernels.app.config import SCHEMA_ADDRESS
-
-    resolved = dataclasses.replace(config.resolved(), **{name: getattr(config, name) for name in _UNRESOLVED})
-    return f"# yaml-language-server: $schema={SCHEMA_ADDRESS}\n{resolved.to_yaml()}"
+    return dataclasses.replace(config.resolved(), **{name: getattr(config, name) for name in _UNRESOLVED}).to_yaml()
 
 
 def _candidates_table(candidates: list[dict[str, Any]]) -> Table:

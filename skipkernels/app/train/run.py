@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -47,11 +47,6 @@ from .trainer import Trainer
 from .weights import MODEL as WHOLE_MODEL
 from .weights import WeightsFile
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from ..settings import TuneSettings
-
 _log = logging.getLogger("skipkernels")
 _log.addHandler(logging.NullHandler())  # silent, unless the program that uses the library configures logging
 
@@ -67,7 +62,7 @@ def tune(
     name: str | None = None,
     identity: object = None,
     loggers: Sequence[Logger] = (),
-    **settings: Unpack[TuneSettings],
+    **settings: Any,
 ) -> dict[str, Any]:
     """Tune a model and write the results.
 

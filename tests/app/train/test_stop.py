@@ -165,7 +165,7 @@ def test_infinite_logits_of_pretrained_weights(tmp_path, capsys):
     arguments = [*ARGUMENTS, "--pretrained", tmp_path / "large.safetensors", "--out", tmp_path / "run"]
     assert "embeddings of texts are not finite" in fails(arguments, capsys)
     assert main([*map(str, arguments), "--method", "zero-shot"]) == 1
-    message = "logits of the test 'base' are not finite for the pretrained weights. Check --pretrained"
+    message = "logits of the test 'base' are not finite for the pretrained weights. Check `pretrained`"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -203,7 +203,7 @@ def test_check_opens_data_once(tmp_path, monkeypatch, changes):
 def test_out_of_memory_in_step(tmp_path, at_step, capsys):
     at_step(2, lambda *args: torch.empty(2**60))
     message = fails([*ARGUMENTS, "--out", tmp_path / "run"], capsys)
-    assert "out of memory" in message and "--memory min" in message
+    assert "out of memory" in message and 'memory="min"' in message
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
