@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
 import subprocess
 from pathlib import Path
@@ -20,21 +21,28 @@ def additions():
     for family in FAMILIES:
         if family.file != "open_clip":  # general code and tests use its classes as examples
             yield "A model family", family.file, {*family.image.values(), *family.text.values(), *family.block.values()}
+    yield "A method", "clip_adapter", {"clip[-_]adapter", "CLIPAdapter"}
+    yield "A data source", "hugging_face_sets", {"wds:", "open_shards"}
 
 
 @pytest.fixture(scope="module")
 def texts():
-    """Text of each file of the repository, by path."""
+    """Text of each file of the repository but this, by path."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     suffixes = (".py", ".md", ".cpp", ".h", ".toml", ".yml", ".sh")
-    return {file: ROOT.joinpath(file).read_text("utf-8") for file in files if file.endswith(suffixes)}
+    return {
+        file: ROOT.joinpath(file).read_text("utf-8")
+        for file in files
+        if file.endswith(suffixes) and file not in __file__
+    }
 
 
 def listed(texts, kind: str, name: str) -> tuple[str, ...]:
     """Ends of the paths that a paragraph lists, with a file name in place of NAME."""
     paragraph = re.search(rf"- \*\*{kind}\*\*:.*?(?=\n- |\n\n)", texts["CONTRIBUTING.md"], re.DOTALL)[0]
-    paths = [path.replace("NAME", name) for path in re.findall(r"`([\w./]+[./]\w*)`", paragraph)]
-    return (*paths, *(f"{folder}{file}.py" for folder in paths if folder[-1] == "/" for file in (name, f"test_{name}")))
+    paths = [path.replace("NAME", name) for path in re.findall(r"`([\w./*-]+[./][\w*]*)`", paragraph)]
+    paths += [f"{folder}{file}.py" for folder in paths if folder[-1] == "/" for file in (name, f"test_{name}")]
+    return (*paths, *(file for path in paths if "*" in path for file in fnmatch.filter(texts, f"*{path}")))
 
 
 @pytest.mark.parametrize(("kind", "name", "words"), [pytest.param(*x, id=x[1]) for x in additions()])

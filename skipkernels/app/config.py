@@ -20,7 +20,7 @@ from pydantic_core import to_jsonable_python
 from ..formatting import first_line
 from ..options import Precision, Protocol, Shots
 from .data.base import InputError
-from .data.registry import OWN
+from .data.registry import is_own
 from .methods.registry import METHODS
 from .option_groups import (
     CacheOptions,
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from .methods import Method, Recipe
 
 _SHOTS = 16
-# The published recipe of these methods trains a quarter of the epochs on these datasets.
-_SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 
 NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
 _REMOVED = ("keep_embeddings",)  # settings of version 0.2 that did not change results
@@ -155,7 +153,7 @@ class TuneConfig(
         """Values for the fields with the default None."""
         reference = self.preset == "reference"
         recipe = dataclasses.asdict(self._recipe(open_data))
-        if self.method in _SCHEDULED and self.data.rpartition(":")[2] in _LARGE:
+        if self.data.rpartition(":")[2] in self.method_class().published_quarter:
             recipe["epochs"] //= 4
         if (reference and self.method == "skip" and self._shots < 4) or self.class_weight is not None:
             recipe["sampler"] = "random"
@@ -185,7 +183,7 @@ class TuneConfig(
     @property
     def own_data(self) -> bool:
         """True if the dataset is the user's own, not a published or packaged one."""
-        return self.data.partition(":")[0] in OWN
+        return is_own(self.data)
 
     @property
     def shots_text(self) -> str:

@@ -25,12 +25,18 @@ from ..options import (
     Test,
     Validation,
 )
+from .methods.registry import METHOD_HELP
 
 MAX_TIMEOUT = 1e6  # seconds
 
 
 def option(
-    default: Any, *, methods: Literal["all", "constructor", "rates"] = "all", results: bool = True, **bounds: float
+    default: Any,
+    *,
+    methods: Literal["all", "constructor", "rates"] = "all",
+    results: bool = True,
+    help: str | None = None,
+    **bounds: float,
 ) -> Any:
     """Field of an option group.
 
@@ -39,9 +45,10 @@ def option(
         methods: Methods that use it: all, those with a constructor argument of this name, or those with this rate in
             their recipe.
         results: False if it changes the results by rounding at most, so that a resumed run may have another value.
+        help: Help text; by default the text below the field.
         bounds: Bounds of a number as for `pydantic.Field`: ge, gt, le, lt.
     """
-    return dataclasses.field(default=default, metadata={"methods": methods, "results": results, **bounds})
+    return dataclasses.field(default=default, metadata={"methods": methods, "results": results, "help": help, **bounds})
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,7 @@ class DataOptions:
     """Images and prompts."""
 
     data: str = "pictograms"
-    """Dataset: imagefolder:PATH, csv:PATH, wds:SHARDS, hf:PATH or hf:NAME, coop:NAME, pictograms,
-    or pictograms:TASK such as pictograms:animals."""
+    """Dataset, such as imagefolder:PATH, csv:PATH, or pictograms:animals. `skipkernels datasets` lists all kinds."""
     root: Path | None = option(None, results=False)
     """Folder that contains the datasets of coop:, or the images of csv:."""
     template: tuple[str, ...] | None = None
@@ -82,7 +88,7 @@ class ProtocolOptions:
     protocol: Protocol | None = None
     """few-shot: train and test on all classes. base-to-new: train on the first half of the classes, test on both
     halves. cross-dataset: also test on other datasets. domain-generalization: also test on other images of the same
-    classes. By default few-shot for own data (imagefolder:, csv:, wds:, hf:), else base-to-new."""
+    classes. By default few-shot for own data, such as imagefolder:, else base-to-new."""
     targets: tuple[str, ...] | None = None
     """Datasets to test on with cross-dataset and domain-generalization. By default those of the paper for
     coop:imagenet, and the other pictograms for pictograms."""
@@ -120,8 +126,7 @@ class ModelOptions:
 class MethodOptions:
     """Method of adaptation."""
 
-    method: str = "skip"
-    """skip: Skip Tuning. Baselines: zero-shot, full (full fine-tuning), linear-probe, coop, clip-adapter, lora."""
+    method: str = option("skip", help=f"One of {METHOD_HELP}.")
     preset: Preset = "default"
     """reference: settings of the published code, such as --tail fixed and the paper's schedule. --decay is 0.3 in each
     protocol, as in its configuration; the memory that the paper reports for ImageNet follows from 0.1."""

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, NoReturn
 
 from ..formatting import first_line
 from .data.base import InputError
+from .data.registry import is_remote
 
-_REMOTE_DATA = re.compile(r"^hf:|://")
 _ELSEWHERE = re.compile(r"^(hf-hub|hf|local-dir):|://|^[/\\~]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)")
 
 
@@ -90,8 +90,8 @@ def check_source(where: object, name: str, value: str, trust: bool) -> None:
     >>> check_source("config.yaml", "model", "ViT-B-32", trust=False)
     >>> check_source("config.yaml", "model", "hf-hub:org/name", trust=True)
     """
-    pattern = _REMOTE_DATA if name in ("data", "targets") else _ELSEWHERE
-    if not trust and pattern.search(value):
+    refused = is_remote(value) if name in ("data", "targets") else _ELSEWHERE.search(value)
+    if refused and not trust:
         raise refused_source(where, name, value)
 
 

@@ -19,12 +19,14 @@ Opener = Callable[[str, "str | Path | None", Templates], "Source"]
 
 
 class Kind(NamedTuple):
-    """Kind of dataset: its opener, the form of its names, a description, and options of an example."""
+    """Kind of dataset; see `register_source`."""
 
     open: Opener
     usage: str
     about: str = ""
     example: str = ""
+    own: bool = False
+    remote: bool = False
 
 
 def _imported(module: str, function: str, *options: str) -> Opener:
@@ -38,33 +40,35 @@ def _imported(module: str, function: str, *options: str) -> Opener:
     return open_now
 
 
-OWN = ("imagefolder", "csv", "wds", "hf", "dataset")
-"""Kinds of the user's own data: all classes are trained, and the best epoch is chosen on validation images."""
-
 _KINDS = {
     "imagefolder": Kind(
         _imported(".image_folder", "open_image_folder", "templates"),
         "imagefolder:PATH",
         "A folder for each class, or folders train/, val/ and test/ that have them.",
         "--data imagefolder:photos",
+        own=True,
     ),
     "csv": Kind(
         _imported(".csv_files", "open_csv", "root", "templates"),
         "csv:PATH",
         "A table with the columns path and label (or caption), and split if there is one.",
         "--data csv:photos/table.csv",
+        own=True,
     ),
     "wds": Kind(
         _imported(".hugging_face_sets", "open_shards", "templates"),
         "wds:SHARDS such as wds:shards/{000..012}.tar",
         "Tar files of webdataset: images with .cls, .json or .txt.",
         "--data 'wds:shards/{000..012}.tar'",
+        own=True,
     ),
     "hf": Kind(
         _imported(".hugging_face_sets", "open_hugging_face", "templates"),
         "hf:PATH or hf:NAME such as hf:food101",
         "A dataset of Hugging Face on the disk, or of the hub. Columns by name: ?image=…&label=….",
         "--data hf:food101",
+        own=True,
+        remote=True,
     ),
     "coop": Kind(
         _imported(".coop", "open_coop", "root", "templates"),
@@ -87,22 +91,52 @@ def source_kinds() -> dict[str, Kind]:
     return dict(_KINDS)
 
 
-def register_source(kind: str, opener: Opener, usage: str, about: str = "", example: str = "") -> None:
+def register_source(
+    kind: str,
+    opener: Opener,
+    usage: str,
+    about: str = "",
+    example: str = "",
+    *,
+    own: bool = False,
+    remote: bool = False,
+) -> None:
     """Register a kind of dataset, which `open_source` opens by the names "KIND" and "KIND:NAME".
 
-    `opener` is a function of (NAME, root, templates), with an empty NAME for "KIND". `usage` is the form of
-    the names, for error messages; `about` and `example` are for `skipkernels datasets`.
+    Args:
+        kind: Its name.
+        opener: Function of (NAME, root, templates), with an empty NAME for "KIND".
+        usage: Form of the names, for error messages.
+        about: Description for `skipkernels datasets`.
+        example: Options of an example for it.
+        own: The user's own data: all classes are trained, the best epoch is chosen on validation images, and exports
+            don't name them.
+        remote: The opener may download data that a name names, so that a file of an unknown author must not name it.
     """
-    _KINDS[kind] = Kind(opener, usage, about, example)
+    _KINDS[kind] = Kind(opener, usage, about, example, own, remote)
+
+
+def is_own(data: str) -> bool:
+    """Return True if a dataset is the user's own, not a published or packaged one."""
+    kind = data.partition(":")[0]
+    return kind == "dataset" or (kind in _KINDS and _KINDS[kind].own)
+
+
+def is_remote(data: str) -> bool:
+    """Return True if opening a dataset may download it.
+
+    >>> is_remote("hf:food101"), is_remote("imagefolder:/home/me/photos")
+    (True, False)
+    """
+    kind = data.partition(":")[0]
+    return "://" in data or (kind in _KINDS and _KINDS[kind].remote)
 
 
 def open_source(data: str, root: str | Path | None = None, templates: Templates = None) -> Source:
     """Open a dataset by name.
 
     Args:
-        data: "imagefolder:PATH" (see `image_folder`); "csv:PATH", a table (see `csv_files`); "wds:SHARDS", tar files of
-            webdataset, "hf:PATH" or "hf:NAME" (see `hugging_face_sets`); "coop:NAME", a dataset in CoOp's layout below
-            `root` (see `coop`); "pictograms" or "pictograms:TASK[+TASK…]" (see `demo.pictograms`).
+        data: "KIND" or "KIND:NAME", such as "imagefolder:photos"; `source_kinds` has the kinds.
         root: Folder of the datasets.
         templates: Prompt templates, the first for training; or "paper" or "coop", the sets of those papers. Default:
             "paper".

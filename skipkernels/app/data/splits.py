@@ -1,4 +1,4 @@
-"""Splits and classes of datasets that list images with labels: `imagefolder:`, `csv:`, `wds:`, `hf:`."""
+"""Splits and classes of datasets that list images with labels."""
 
 from __future__ import annotations
 

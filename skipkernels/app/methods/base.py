@@ -91,6 +91,23 @@ def check_open_clip(method: str, model: nn.Module) -> None:
         )
 
 
+COSINE_CODE = 'logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ head["class_embeddings"].T'
+
+
+class CosineHead(nn.Module):
+    """Image embeddings [B, D] of any norm → logits exp(logit_scale) · ⟨x̂_b, t̂_c⟩ [B, C], and x̂ [B, D]."""
+
+    def __init__(self, class_embeddings: Tensor, logit_scale: Tensor):
+        super().__init__()
+        self.register_buffer("class_embeddings", class_embeddings)
+        self.register_buffer("scale", logit_scale.detach().float().exp(), persistent=False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the logits and the embeddings."""
+        embedding = F.normalize(image, dim=-1)
+        return self.scale * embedding @ self.class_embeddings.T, embedding  # type: ignore[operator]
+
+
 class Method(ABC):
     """Method that adapts a CLIP, in place, to the classes of a task's first test.
 
@@ -99,6 +116,9 @@ class Method(ABC):
 
     Attributes:
         name: Name of the method in `METHODS`.
+        head_code: Python that computes `logits` from `image`, the embeddings of `model`, and `head`, the state dict of
+            `head()`, for the model card; empty if the model itself has all that training changes.
+        published_quarter: Datasets on which the published recipe trains a quarter of the epochs.
         cut: SkipCLIP that computes the features of a cache on disk, by its lower image tower; None: no such cache.
         notes: Notes for the user about the setup.
 
@@ -115,6 +135,8 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    head_code: ClassVar[str] = ""
+    published_quarter: ClassVar[tuple[str, ...]] = ()
     cut: SkipCLIP | None = None
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
@@ -251,6 +273,16 @@ class Method(ABC):
             image = self.embed(inputs)
         with torch.autocast(image.device.type, enabled=False):
             return top_k_probabilities(_scaled(image, text, self.model.logit_scale), text, min(k, len(text)))
+
+    def head(self) -> nn.Module:
+        """Return the module for exports: embeddings of the plain model → logits of the trained classes, embeddings.
+
+        A method with other `logits_of` overrides it.
+        """
+        return CosineHead(self.class_embeddings(self._train_test).float(), self.model.logit_scale)
+
+    def merge(self) -> None:  # noqa: B027
+        """Make the model a plain CLIP, with all that the method trained in it. By default it is one."""
 
     @abstractmethod
     def _tensors(self) -> dict[str, Tensor]:

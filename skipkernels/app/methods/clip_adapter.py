@@ -11,13 +11,26 @@ from torch import Tensor, nn
 
 from ...options import Protocol
 from ..data import InputError, Task
-from .base import FrozenModel, Recipe, StepOutput, Tokenizer
+from .base import COSINE_CODE, CosineHead, FrozenModel, Recipe, StepOutput, Tokenizer
 from .coop import CoOp
 
 
 def adapted(image: Tensor, down: Tensor, up: Tensor, ratio: Tensor | float) -> Tensor:
     """Adapted embeddings x' [B, D] of image embeddings x [B, D]; see `CLIPAdapter`."""
     return ratio * F.relu(F.linear(F.relu(F.linear(image, down)), up)) + (1 - ratio) * image
+
+
+class AdapterHead(CosineHead):
+    """`CosineHead` on adapted embeddings."""
+
+    def __init__(self, class_embeddings: Tensor, logit_scale: Tensor, down: Tensor, up: Tensor, ratio: float):
+        super().__init__(class_embeddings, logit_scale)
+        for name, tensor in {"down": down.detach(), "up": up.detach(), "ratio": torch.tensor(ratio)}.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the logits and the adapted embeddings."""
+        return super().forward(adapted(image, self.down, self.up, self.ratio))  # type: ignore[arg-type]
 
 
 class CLIPAdapter(FrozenModel):
@@ -34,6 +47,9 @@ class CLIPAdapter(FrozenModel):
     """
 
     name = "clip-adapter"
+    head_code = f"""hidden = F.relu(image @ head["down"].T)
+image = head["ratio"] * F.relu(hidden @ head["up"].T) + (1 - head["ratio"]) * image
+{COSINE_CODE}"""
 
     def __init__(
         self,
@@ -78,6 +94,10 @@ class CLIPAdapter(FrozenModel):
         """Compute the loss of a batch over all classes."""
         text = self.class_embeddings(self._train_test, templates=1)
         return self._cross_entropy_step(self.embed(inputs), text, labels)
+
+    def head(self) -> nn.Module:  # noqa: D102
+        text, scale = self.class_embeddings(self._train_test).float(), self.model.logit_scale
+        return AdapterHead(text, scale, self.down.weight, self.up.weight, self.ratio)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return the adapter, with `image_lr`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...options import Protocol
 from ..data import InputError, Task
-from .base import FrozenModel, Recipe, StepOutput, Tokenizer, at_least_fp32
+from .base import COSINE_CODE, FrozenModel, Recipe, StepOutput, Tokenizer, at_least_fp32
 
 
 class CoOp(FrozenModel):
@@ -37,6 +37,7 @@ class CoOp(FrozenModel):
     """
 
     name = "coop"
+    head_code = COSINE_CODE
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...options import Protocol
 from ..data import Task
 from .base import Recipe, StepOutput, Tokenizer, TunedModel, check_open_clip
-from .skip import Skip
+from .skip import PUBLISHED_QUARTER, Skip
 
 
 class Full(TunedModel):
@@ -26,6 +26,7 @@ class Full(TunedModel):
     """
 
     name = "full"
+    published_quarter = PUBLISHED_QUARTER
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
         check_open_clip(self.name, model)

@@ -21,6 +21,19 @@ _WITHOUT_SWEEP = 1 / 0.316  # from the example in CLIP's repository; used if no 
 _HELD_OUT = 4  # one image in four is held out
 
 
+class LinearHead(nn.Module):
+    """Image embeddings x [B, D] of any norm → logits W x + b [B, C], and unit-norm embeddings [B, D]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the logits and the embeddings."""
+        return F.linear(image, self.weight, self.bias), F.normalize(image, dim=-1)  # type: ignore[arg-type]
+
+
 class LinearProbe(FrozenModel):
     """A linear probe (Radford et al. 2021): multinomial logistic regression on frozen image embeddings.
 
@@ -44,6 +57,7 @@ class LinearProbe(FrozenModel):
     """
 
     name = "linear-probe"
+    head_code = 'logits = image @ head["weight"].T + head["bias"]'
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
         super().__init__(model, tokenizer, task, generator=generator)
@@ -79,6 +93,9 @@ class LinearProbe(FrozenModel):
         self.weight.copy_(weight)
         self.bias.copy_(bias)
         self.l2.fill_(l2)
+
+    def head(self) -> nn.Module:  # noqa: D102
+        return LinearHead(self.weight, self.bias)
 
     def _held_out(self, labels: Tensor) -> Tensor:
         """Mask [n] of the held-out images."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...clip import SkipCLIP
-from ...lora import add_lora
+from ...lora import add_lora, merge_lora
 from ...options import Protocol
 from ...towers.low_rank import low_rank_updates
 from ..data import InputError, Task
@@ -79,6 +79,10 @@ class LoRA(Method):
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.clip.encode_image(inputs)
+
+    def merge(self) -> None:
+        """Add the updates to the weights."""
+        merge_lora(self.clip)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return A and B of each tower, with its learning rate."""

@@ -41,19 +41,22 @@ class PackagedModel:
     recipes: Mapping[str, Mapping[str, Any]]  # By name of a method, the fields of its `Recipe` that differ
 
 
-_METHODS: dict[str, Any] = {
-    "skip": "skipkernels.app.methods.skip:Skip",
-    "zero-shot": "skipkernels.app.methods.zero_shot:ZeroShot",
-    "full": "skipkernels.app.methods.full:Full",
-    "linear-probe": "skipkernels.app.methods.linear_probe:LinearProbe",
-    "coop": "skipkernels.app.methods.coop:CoOp",
-    "clip-adapter": "skipkernels.app.methods.clip_adapter:CLIPAdapter",
-    "lora": "skipkernels.app.methods.lora:LoRA",
+_METHODS: dict[str, tuple[str, str]] = {  # class, and words for --help
+    "skip": ("skip:Skip", "Skip Tuning"),
+    "zero-shot": ("zero_shot:ZeroShot", "no training"),
+    "full": ("full:Full", "full fine-tuning"),
+    "linear-probe": ("linear_probe:LinearProbe", "a linear classifier of embeddings"),
+    "coop": ("coop:CoOp", "learned prompts"),
+    "clip-adapter": ("clip_adapter:CLIPAdapter", "a small network on embeddings"),
+    "lora": ("lora:LoRA", "low-rank updates of attention"),
 }
+METHOD_HELP = ", ".join(f"{name} ({words})" for name, (_, words) in _METHODS.items())
 _MODELS: dict[str, Any] = {
     "pictogram-tiny": "skipkernels.app.demo.pictogram_tiny:PACKAGED",
 }
-METHODS: Registry[type[Method]] = Registry(_METHODS)
+METHODS: Registry[type[Method]] = Registry(
+    {name: f"skipkernels.app.methods.{place}" for name, (place, _) in _METHODS.items()}  # type: ignore[misc]
+)
 MODELS: Registry[PackagedModel] = Registry(_MODELS)
 
 

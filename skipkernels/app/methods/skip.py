@@ -16,6 +16,8 @@ from ...options import Protocol
 from ..data import Task
 from .base import Recipe, StepOutput, Tokenizer, TunedModel
 
+PUBLISHED_QUARTER = ("imagenet", "sun397", "food101")
+
 
 class Skip(TunedModel):
     """Skip Tuning (Wu et al., CVPR 2025), with `SkipCLIP`, which has the other options.
@@ -30,6 +32,7 @@ class Skip(TunedModel):
     """
 
     name = "skip"
+    published_quarter = PUBLISHED_QUARTER
 
     def __init__(
         self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, skip_layers: int | float = 0.5, **options: Any

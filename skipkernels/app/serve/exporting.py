@@ -17,6 +17,9 @@ from ...folders import replace_text, replaced_folder, restored
 from ..config import TuneConfig
 from ..data import InputError
 from ..data.files import read_text
+from ..data.registry import is_own, source_kinds
+from ..methods import METHODS
+from ..methods.base import TunedModel
 from ..train import weights
 from ..train.description import CLASSIFIER, Description, write_open_clip_config
 from ..train.environment import versions
@@ -74,10 +77,10 @@ def export(
     - "onnx": OUT/model.onnx, an image classifier: image tower, class embeddings, temperature; the names of the classes
       and the preprocessing are in its metadata.
 
-    LoRA is merged into the weights. A CLIP has no place for what coop, clip-adapter and linear-probe train: ONNX has
-    it, and the other targets have the base model, with these weights in OUT/head.safetensors and the lines of code
-    that apply them in OUT/README.md. The folder also has a model card and the names of the classes, without local
-    paths.
+    LoRA is merged into the weights. A CLIP has no place for what a method with a `head_code` trains, such as
+    linear-probe: ONNX has it, and the other targets have the base model, with these weights in OUT/head.safetensors
+    and the lines of code that apply them in OUT/README.md. The folder also has a model card and the names of the
+    classes, without local paths.
 
     Args:
         run: Folder of a run, or one that `blend` wrote.
@@ -144,7 +147,7 @@ def _write_classes(folder: Path, described: Description) -> None:
 def _shared(plain: PlainModel) -> Description:
     """Description of an exported model. Each text that may be a path is left out or replaced."""
     described = plain.described
-    tuned = described.method in ("skip", "full")
+    tuned = issubclass(METHODS[described.method], TunedModel)
     tags = (RANDOM, *open_clip.list_pretrained_tags_by_model(described.model))
     return replace(
         described,
@@ -169,7 +172,7 @@ def _public(name: str) -> str:
     if kind in ("hf", "hf-hub"):
         public = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(\?.*)?", rest) and not Path(rest).exists()
     else:
-        public = not re.search(r"[/\\]", rest) and kind in ("coop", "pictograms", "dataset")
+        public = not re.search(r"[/\\]", rest) and (kind == "dataset" or (kind in source_kinds() and not is_own(name)))
     return name if public or not rest else kind
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...formatting import escaped
 from ..config import TuneConfig
-from ..methods.registry import MODELS
+from ..methods.registry import METHODS, MODELS
 from .command_line import command_line
 from .description import NOT_CALIBRATED, Description
 from .notes import demonstration_note, weak_result
@@ -149,14 +149,6 @@ _ENCODE = {
     "open-clip": "model.eval().encode_image(preprocess(picture).unsqueeze(0))",
     "hugging-face": 'model.visual_projection(model.vision_model(**processor(images=picture, return_tensors="pt"))[1])',
 }
-_COSINE = 'logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ head["class_embeddings"].T'
-_ADAPTER = """hidden = F.relu(image @ head["down"].T)
-image = head["ratio"] * F.relu(hidden @ head["up"].T) + (1 - head["ratio"]) * image"""
-_APPLY = {
-    "coop": _COSINE,
-    "clip-adapter": f"{_ADAPTER}\n{_COSINE}",
-    "linear-probe": 'logits = image @ head["weight"].T + head["bias"]',
-}
 
 
 def _use(use: str, described: Description) -> str:
@@ -168,7 +160,7 @@ def _use(use: str, described: Description) -> str:
 def _with_head(use: str, method: str) -> str:
     """Code that classifies an image by the model and the head in a folder."""
     imports, load = (_OPEN_CLIP if use == "open-clip" else _TRANSFORMERS).split("\n\n")
-    return _HEAD.format(imports=imports, load=load.split("\n")[0], encode=_ENCODE[use], apply=_APPLY[method])
+    return _HEAD.format(imports=imports, load=load.split("\n")[0], encode=_ENCODE[use], apply=METHODS[method].head_code)
 
 
 _CONTENTS = {

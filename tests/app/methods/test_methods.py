@@ -67,6 +67,27 @@ def test_logits_before_training(name, templates):
         assert same == (name not in ("coop", "clip-adapter"))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_head_of_the_plain_model_gives_the_logits(name):
+    """So does the code for the model card, if the model does not have all that training changes."""
+    method = made(name)
+    images, labels = stacked(method.task.train)
+    if name in STEPS:
+        trained(method)
+    else:
+        method.fit(method.encode_frozen(images), labels)
+    expected = method.logits("base", method.encode_frozen(images)).float()
+    head = method.head()
+    method.merge()
+    image = method.model.encode_image(images, normalize=False).detach().to(expected)
+    close = {"rtol": 0, "atol": 1e-4}  # class embeddings in fp32, logits up to 14
+    torch.testing.assert_close(head.float()(image)[0], expected, **close)
+    if method.head_code:
+        names = {"F": torch.nn.functional, "model": method.model.float(), "image": image, "head": head.state_dict()}
+        exec(method.head_code, names)
+        torch.testing.assert_close(names["logits"], expected, **close)
+
+
 @pytest.mark.parametrize("name", ["skip", "full"])
 def test_logits_after_training_match_model(name):
     """The checkpoint is a whole model that open_clip loads, with the same logits."""
