@@ -33,7 +33,7 @@ LAYERS = [
     ("parallel",),
     ("lora",),
     ("integrations",),
-    ("app.console", "app.data", "app.hub", "app.untrusted"),
+    ("app.console", "app.data", "app.untrusted"),
     ("app.heads",),
     ("app.methods",),
     ("app.config", "app.demo", "app.option_groups", "app.report", "app.train"),

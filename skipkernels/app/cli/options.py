@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 BASIC = {"data", "model", "pretrained", "method", "shots", "epochs", "out", "resume"}
 """Settings of a run that --help shows, besides the options of the command itself; --help-all shows all."""
 
+_READ = "read"  # marks a type for tyro's own rule
+
 Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 """Type of the positional argument RUN, the folder of a run."""
 
@@ -142,24 +144,15 @@ def registry(hidden: list[str] | None = None) -> tyro.constructors.ConstructorRe
             return None
         read = dataclasses.replace(info, markers=(*info.markers, _READ))
         spec: Any = tyro.constructors.ConstructorRegistry.get_struct_spec(read)  # by tyro's own rule
-        fields = [_plain_field(field) for field in spec.fields]
-        if hidden is not None and any(one.__module__ == option_groups.__name__ for one in info.type.__mro__):
-            hidden.extend(field.name for field in fields if field.name not in BASIC)
-            suppressed: Any = tyro.conf.Suppress
-            fields = [
-                field if field.name in BASIC else dataclasses.replace(field, type=Annotated[field.type, suppressed])
-                for field in fields
-            ]
-        return dataclasses.replace(spec, fields=tuple(fields))
+        of_run = any(one.__module__ == option_groups.__name__ for one in info.type.__mro__)
+        fields = tuple(_field(field, hidden if of_run else None) for field in spec.fields)
+        return dataclasses.replace(spec, fields=fields)
 
     return rules
 
 
-_READ = "read"
-
-
-def _plain_field(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
-    """Hide "(default: None)", because help texts state the default, and join the lines of help texts."""
+def _field(field: tyro.constructors.StructFieldSpec, hidden: list[str] | None) -> tyro.constructors.StructFieldSpec:
+    """Leave out "(default: None)", because help texts state the default, and join the lines of help texts."""
 
     def helptext(text: Any = field.helptext) -> str | None:
         text = text() if callable(text) else text
@@ -168,4 +161,7 @@ def _plain_field(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.
     hint: Any = field.type
     if field.default is None or field.default == ():
         hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
+    if hidden is not None and field.name not in BASIC:
+        hidden.append(field.name)
+        hint = Annotated[hint, tyro.conf.Suppress]
     return dataclasses.replace(field, type=hint, helptext=helptext)

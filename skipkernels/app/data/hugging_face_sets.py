@@ -15,7 +15,6 @@ cache, and takes the type of the images and of the classes from the first sample
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import re
@@ -24,8 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from ..hub import hub
-from .base import InputError, open_error
+from .base import open_error
 from .decoder import decode
 from .files import absolute_path, format_names, read_text
 from .images import DatasetImages, read_image
@@ -196,12 +194,8 @@ def _load(name: str, function: str, *arguments: Any, **options: Any) -> dict[str
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise open_error(f"{name} needs the package datasets: pip install 'skipkernels[datasets]'.") from error
-    remote = function == "load_dataset" and name.startswith("hf:")
     try:
-        with hub(name, "data") if remote else contextlib.nullcontext():
-            loaded = getattr(datasets, function)(*arguments, **options)
-    except InputError:
-        raise
+        loaded = getattr(datasets, function)(*arguments, **options)
     except Exception as error:  # any error of the network, the hub, or a format
         why = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:300]
         remedy = (

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ...formatting import first_line
 from ..data import InputError
-from ..train.plain_config import save_tokenizer
 from .merging import PlainModel
 
 _TOLERANCE = 1e-4  # largest distance between unit-norm embeddings before and after the conversion
@@ -34,7 +33,7 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
         ) from None
     if isinstance(plain.model, transformers.PreTrainedModel):  # the run's model came from such a folder
         plain.model.save_pretrained(folder)
-        save_tokenizer(plain.tokenizer, folder)
+        plain.tokenizer.save_pretrained(folder)
         return []
     converted = convert(plain, transformers)
     tokenizer = _tokenizer(plain, transformers)

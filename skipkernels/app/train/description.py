@@ -20,7 +20,7 @@ from ..data import InputError, Task
 from ..untrusted import read_object
 from .environment import versions
 from .errors import validated
-from .plain_config import OPEN_CLIP, save_tokenizer
+from .plain_config import OPEN_CLIP
 
 CLASSIFIER = "classifier.json"
 FORMAT = 1
@@ -159,6 +159,6 @@ def write_open_clip_config(folder: Path, model: Any, tokenizer: Any) -> bool:
     cleaned = preprocessing(model)
     config = {"model_cfg": model_cfg, "preprocess_cfg": {key: cleaned[key] for key in _PREPROCESSING if key in cleaned}}
     if model_cfg["text_cfg"].get("hf_tokenizer_name"):  # open_clip reads it from the folder
-        save_tokenizer(tokenizer, folder)
+        tokenizer.save_pretrained(folder)
     replace_text(folder / OPEN_CLIP, json.dumps(config, indent=2) + "\n")
     return True

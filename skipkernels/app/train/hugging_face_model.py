@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,10 @@ from torch import Tensor, nn
 
 from ..untrusted import read_object
 from .errors import argument_error
-from .plain_config import SMALL_FILES, copy_tokenizer, link_weights
 
 _TYPES = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
 _MAX_BYTES = 1 << 20  # size of a config.json
-_TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
-_CONFIG = {"attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "image_size"}
-_CONFIG |= {"initializer_factor", "initializer_range", "intermediate_size", "layer_norm_eps", "logit_scale_init_value"}
-_CONFIG |= {"max_position_embeddings", "num_attention_heads", "num_channels", "num_hidden_layers", "num_patches"}
-_CONFIG |= {"pad_token_id", "patch_size", "projection_dim", "projection_size", "vision_use_head", "vocab_size"}
+_SMALL_FILES = ("*.json", "*.txt", "*.model")
 _RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -49,9 +43,8 @@ class HuggingFaceTokenizer:
 def load_hugging_face(
     name: str, where: str | Path, *, architecture_only: bool, seed: int
 ) -> tuple[nn.Module, Callable, Callable]:
-    """Load a model with its image transform and tokenizer.
+    """Load a model with its image transform and tokenizer, without code or adapters that are in the folder.
 
-    transformers reads them from a folder with rebuilt configurations, without other files such as code or adapters.
     `where` is a folder of `save_pretrained`, with the processor beside the model, or the name of a repository.
     """
     try:
@@ -61,33 +54,34 @@ def load_hugging_face(
             "model", f"{name} needs transformers: pip install 'skipkernels[hugging-face]' ({error})."
         ) from error
     safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    with tempfile.TemporaryDirectory() as plain, torch.random.fork_rng(devices=[]):
+    plain = {"attn_implementation": "sdpa", "trust_remote_code": False}  # a configuration may name a kernel of the hub
+    with torch.random.fork_rng(devices=[]):
         try:
-            source = where if isinstance(where, Path) else _downloaded(where, weights=not architecture_only)
-            values = read_object(source / "config.json", _MAX_BYTES)
-            kind = values.get("model_type")
+            folder = where if isinstance(where, Path) else _downloaded(where, weights=not architecture_only)
+            kind = read_object(folder / "config.json", _MAX_BYTES).get("model_type")
             if kind not in _TYPES:
                 raise argument_error("model", f"{name} must be a {', '.join(_TYPES.values())}; got {kind!r}.")
-            config = AutoConfig.for_model(kind, **_plain(values))
-            config.save_pretrained(plain)
-            copy_tokenizer(source, Path(plain))
+            if (folder / "adapter_config.json").exists():
+                raise argument_error("model", f"{name} has an adapter of PEFT; save the model after merge_and_unload.")
             torch.manual_seed(seed)
+            config = AutoConfig.from_pretrained(folder, **safe)
             if architecture_only:
-                model = AutoModel.from_config(config, trust_remote_code=False)
+                model = AutoModel.from_config(config, **plain)
             else:
-                link_weights(source, Path(plain))
-                model = AutoModel.from_pretrained(plain, dtype=torch.float32, **safe)
-            processor = AutoImageProcessor.from_pretrained(plain, **safe)
+                model = AutoModel.from_pretrained(folder, dtype=torch.float32, **safe | plain)
+            processor = AutoImageProcessor.from_pretrained(folder, **safe)
             settings = preprocess_settings(processor)
-            tokenizer = AutoTokenizer.from_pretrained(plain, **safe)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
         except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, AttributeError) as error:
             if getattr(error, "argument", None):
                 raise
-            reason = " ".join(str(error).replace(plain, str(where)).split())[:250]
+            reason = " ".join(str(error).split())[:250]
+            remedy = "Save the model and its processor there with save_pretrained."
+            if not isinstance(where, Path):
+                remedy = "Is the name correct, and the network available?"
             raise argument_error(
                 "model",
-                f"{name} could not be loaded by transformers: {reason}. Save the model and its processor there with "
-                "save_pretrained.",
+                f"{name} could not be loaded by transformers: {reason}. {remedy}",
             ) from error
     model.preprocess_cfg = settings
     tokenize = HuggingFaceTokenizer(tokenizer, processor, config.text_config.max_position_embeddings)
@@ -99,17 +93,10 @@ def _downloaded(repository: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     kinds = ("*.safetensors", "*.safetensors.index.json") if weights else ()
-    folder = Path(snapshot_download(repository, allow_patterns=[*SMALL_FILES, *kinds]))
+    folder = Path(snapshot_download(repository, allow_patterns=[*_SMALL_FILES, *kinds]))
     if weights and not any(folder.glob("*.safetensors")):
         snapshot_download(repository, allow_patterns=["pytorch_model*.bin", "pytorch_model*.bin.index.json"])
     return folder
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a config.json that describe the architecture."""
-    found = {name: value for name, value in values.items() if name in _CONFIG and not isinstance(value, dict)}
-    towers = {name: value for name, value in values.items() if name in _TOWERS and isinstance(value, dict)}
-    return found | {name: _plain(tower) for name, tower in towers.items()}
 
 
 def preprocess_settings(processor: Any) -> dict[str, Any]:

@@ -7,9 +7,7 @@ import difflib
 import json
 import logging
 import pickle
-import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,10 @@ from ...formatting import first_line
 from ...options import Preset
 from ..data import InputError
 from ..data.files import absolute_path
-from ..hub import hub
 from ..methods.registry import MODELS, register_tower
 from .errors import argument_error
 from .hugging_face_model import load_hugging_face
-from .plain_config import OPEN_CLIP, copy_tokenizer, link_weights, read_open_clip_config, save_tokenizer
+from .plain_config import OPEN_CLIP, read_open_clip_config
 
 RANDOM = "random"
 LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
@@ -81,8 +78,7 @@ def load_model(
     if name.startswith((LOCAL_DIR, HUB)):
         if pretrained is not None:
             raise argument_error("pretrained", f"{name} has its own weights; leave it out.")
-        with hub(name, "model") if name.startswith(HUB) else contextlib.nullcontext():
-            return _load_whole(name, device, architecture_only=architecture_only, seed=seed, trust=trust)
+        return _load_whole(name, device, architecture_only=architecture_only, seed=seed, trust=trust)
     packaged = MODELS.get(name)
     known = open_clip.list_models()
     if name not in known and packaged is not None:
@@ -106,8 +102,7 @@ def load_model(
         )
     if file is not None and not architecture_only and not file.is_file():
         raise argument_error("pretrained", f"no file {file}.")
-    online = contextlib.nullcontext() if tag is None or architecture_only else _weights_of_hub(name, tag)
-    with online, quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             with contextlib.nullcontext() if pretrained == RANDOM else _WithoutRandomWeights():
@@ -123,11 +118,6 @@ def load_model(
             model.load_state_dict(packaged.state_dict())
     model.model_cfg = open_clip.get_model_config(name)
     return model.to(device).eval(), transform, _tokenizer(name, name, model.model_cfg)
-
-
-def _weights_of_hub(name: str, tag: str) -> contextlib.AbstractContextManager[None]:
-    """Use the hub, where most weights of open_clip are."""
-    return hub(f"the weights {tag} of {name}", "pretrained", _without_network(name, tag))
 
 
 def _without_network(name: str, tag: str) -> str:
@@ -158,51 +148,38 @@ def _load_whole(
         )
     if not converted:
         register_tower()
-        with tempfile.TemporaryDirectory() as plain, quiet(), torch.random.fork_rng(devices=[]):
+        source = f"{LOCAL_DIR}{folder}" if local else name
+        with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                config = _rebuild(folder if local else where, Path(plain), weights=not architecture_only, trust=trust)
+                file = folder / OPEN_CLIP if local else Path(download_pretrained_from_hf(where, filename=OPEN_CLIP))
+                config = read_open_clip_config(file, trust=trust)
+                _check_text_tower(config["text_cfg"])
                 with _WithoutRandomWeights():
                     model, _, transform = open_clip.create_model_and_transforms(
-                        f"{LOCAL_DIR}{plain}",
+                        source,
                         load_weights=not architecture_only,
                         require_pretrained=not architecture_only,
                         pretrained_text=False,  # the weights of a text tower alone, which would be downloaded
                     )
                 model.model_cfg = config
-                return model.to(device).eval(), transform, _tokenizer(name, f"{LOCAL_DIR}{plain}", config)
+                return model.to(device).eval(), transform, _tokenizer(name, source, config)
             except _LOAD_ERRORS as error:
                 if isinstance(error, InputError):
                     raise
                 converted = not local and OPEN_CLIP in str(error)
                 if not converted:
-                    reason = first_line(error).replace(plain, where)
-                    raise argument_error("model", f"{name} could not be loaded: {reason}") from error
+                    raise argument_error("model", f"{name} could not be loaded: {first_line(error)}") from error
     found = load_hugging_face(name, folder if local else where, architecture_only=architecture_only, seed=seed)
     return found[0].to(device).eval(), *found[1:]
 
 
-def _rebuild(source: Path | str, folder: Path, *, weights: bool, trust: bool) -> dict[str, Any]:
-    """Write the plain parts of a model, of a folder or a repository of the hub, for open_clip; return its model_cfg."""
-    local = isinstance(source, Path)
-    download = partial(download_pretrained_from_hf, str(source))
-    file = Path(source, OPEN_CLIP) if local else Path(download(filename=OPEN_CLIP))
-    config = read_open_clip_config(file, trust=trust)
-    (folder / OPEN_CLIP).write_text(json.dumps(config), encoding="utf-8")
-    tower, tokenizer = (config["model_cfg"]["text_cfg"].get(f"hf_{part}_name") for part in ("model", "tokenizer"))
-    if tower:
+def _check_text_tower(config: dict[str, Any]) -> None:
+    """Refuse a text tower of transformers with code, which open_clip would ask to run."""
+    if name := config.get("hf_model_name"):
         from transformers import AutoConfig
 
-        AutoConfig.from_pretrained(tower, trust_remote_code=False)  # an error for a model with code
-    if local:
-        copy_tokenizer(Path(source), folder)
-    elif tokenizer:
-        from transformers import AutoTokenizer
-
-        save_tokenizer(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False), folder)
-    if weights:
-        link_weights(Path(source) if local else Path(download()), folder)
-    return config["model_cfg"]
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def check_activation(name: str, tag: str) -> None:
@@ -276,8 +253,7 @@ def _tokenizer(name: str, source: str, config: dict[str, Any]) -> Callable:
     """Return the tokenizer of a model, from the name or the folder that open_clip takes."""
     options = {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
     try:
-        remote = options and not source.startswith(LOCAL_DIR)
-        with quiet(), hub(f"the tokenizer of {name}", "model") if remote else contextlib.nullcontext():
+        with quiet():
             return open_clip.get_tokenizer(source, **options)
     except (OSError, ImportError) as error:
         raise argument_error(

