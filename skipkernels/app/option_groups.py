@@ -95,13 +95,9 @@ class ProtocolOptions:
 
 
 @dataclass(frozen=True)
-class SeveralRunsOptions:
-    """Several runs with one command. Repeat it to continue; complete runs are kept."""
+class FoldsOptions:
+    """Cross-validation. Repeat the command to continue; complete runs are kept."""
 
-    time_budget: str | None = None
-    """Time such as 90s, 20m or 1h in which method, learning rates, --skip-layers and --keep-ratio are chosen on the
-    validation images; settings that are given stay. Zero-shot and a linear probe are tried first, and the best complete
-    run is kept."""
     folds: int | None = None
     """Cross-validation with this number of runs, such as 5: every image is a test image once, of a model that did not
     see it. Writes the predictions of all, and their accuracy with an interval."""

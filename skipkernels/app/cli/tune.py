@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from skipkernels.app.console import Terminal
-from skipkernels.app.option_groups import OutputOptions, ProcessOptions, SeveralRunsOptions
+from skipkernels.app.option_groups import FoldsOptions, OutputOptions, ProcessOptions
 
 from .errors import on_interrupt
 from .options import Options, after_interrupt, replaced, show_study, study_folder, tune_config
@@ -64,7 +64,7 @@ class FileOptions:
 class TuneCommand(Options):
     """Tune a CLIP model on a dataset, and test it, also on new classes or other datasets."""
 
-    several: SeveralRunsOptions = SeveralRunsOptions()
+    folds: FoldsOptions = FoldsOptions()
     processes: ProcessOptions = ProcessOptions()
     output: TuneOutputOptions = TuneOutputOptions()
     file: FileOptions = FileOptions()
@@ -77,8 +77,8 @@ class TuneCommand(Options):
         if self.file.print_config:
             out.print(_as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
             return 0
-        if self.several.time_budget is not None or self.several.folds is not None:
-            return self._several_runs(out, err)
+        if self.folds.folds is not None:
+            return self._cross_validate(self.folds.folds, out, err)
         config = resumed(tune_config(self))  # resolved here too, since the tables below name its folder
         if is_first():
             check_out(config)
@@ -94,35 +94,22 @@ class TuneCommand(Options):
         _show(config, metrics, out)
         return 0
 
-    def _several_runs(self, out: Terminal, err: Terminal) -> int:
-        """Search within a time budget, or cross-validate."""
+    def _cross_validate(self, folds: int, out: Terminal, err: Terminal) -> int:
         from skipkernels.app.train.command_line import command_line
         from skipkernels.app.train.processes import launched
 
-        time_budget, folds, config = self.several.time_budget, self.several.folds, tune_config(self)
-        argument, command = "folds" if time_budget is None else "time_budget", command_line("tune", self)
-        if time_budget is not None and folds is not None:
-            raise _refused("folds", "can't be searched within a time budget; leave --time-budget out.")
+        config = tune_config(self)
         if launched() > 1:
-            raise _refused(argument, f"runs in one process; torchrun started {launched()}. Start one.")
+            raise _refused("folds", f"runs in one process; torchrun started {launched()}. Start one.")
         if config.resume:
-            raise _refused(argument, "continues an earlier command with the same folder anyway; leave --resume out.")
-        folder = study_folder(config.out, "search" if folds is None else f"{folds}-folds-{config.method}", config)
-        from skipkernels.app.studies.budget import Search, seconds_of  # these import torch
-        from skipkernels.app.studies.folds import cross_validate
+            raise _refused("folds", "continues an earlier command with the same folder anyway; leave --resume out.")
+        folder = study_folder(config.out, f"{folds}-folds-{config.method}", config)
+        from skipkernels.app.studies.folds import cross_validate  # imports torch
 
         with on_interrupt(after_interrupt(config.overwrite)):
-            if time_budget is None:
-                assert folds is not None
-                settings = dataclasses.replace(config, out=None, overwrite=False)
-                study = cross_validate(settings, folds, folder, err, overwrite=config.overwrite)
-                show_study(study, folder, out, command)
-                return 0
-            search = Search(dataclasses.replace(config, out=folder), seconds_of(time_budget), err, command)
-            config, metrics = search.run()
-        out.print(_candidates_table(metrics["time_budget"]["candidates"]))
-        out.print(" ".join(search.sentences), soft_wrap=True)
-        _show(config, metrics, out)
+            settings = dataclasses.replace(config, out=None, overwrite=False)
+            study = cross_validate(settings, folds, folder, err, overwrite=config.overwrite)
+            show_study(study, folder, out, command_line("tune", self))
         return 0
 
 
@@ -166,21 +153,6 @@ def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
 def _as_yaml(config: TuneConfig) -> str:
     """Return the settings of a run as a file for `--config`, with the defaults of its method filled in."""
     return dataclasses.replace(config.resolved(), **{name: getattr(config, name) for name in _UNRESOLVED}).to_yaml()
-
-
-def _candidates_table(candidates: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    from skipkernels.app.report.intervals import range_text
-
-    table = Table("tried", "settings", title="accuracy on the validation images, with its 95 % interval (Wilson)")
-    for column in ("accuracy, %", "interval", "time, s"):
-        table.add_column(column, justify="right")
-    for row in candidates:
-        interval = row["status"] if row["interval"] is None else range_text(row["interval"])
-        cells = number(row["accuracy"], ".1f"), interval, f"{row['seconds']:.1f}"
-        table.add_row(row["name"], row["settings"], *cells, style="bold" if row["chosen"] else None)
-    return table
 
 
 def _accuracy_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:

@@ -48,7 +48,6 @@ def report_html(
         tests=[_test(test) for test in tests],
         more_plots=[_class_plot(test) for test in tests] if len(names) > _TOP_PLOTS else [],
         thresholds=_thresholds(metrics.get("validation") or {}),
-        search=metrics.get("time_budget"),
         curves=_curves(metrics, rows, coloured(names)),
         stages=_stages(rows),
         cost=_cost(config, metrics),

@@ -79,12 +79,12 @@ class Searched(NamedTuple):
     seconds: float
 
 
-def rates_given(config: TuneConfig) -> bool:
+def _rates_given(config: TuneConfig) -> bool:
     """Return True if a learning rate is set, so that none is searched."""
     return any(getattr(config, name) is not None for name in _RATES)
 
 
-def scaled_rates(config: TuneConfig, multiplier: float) -> dict[str, Any]:
+def _scaled_rates(config: TuneConfig, multiplier: float) -> dict[str, Any]:
     """Return the learning rates of a method's recipe times a factor; none for a method without steps."""
     resolved = config.resolved()
     known = {name: rate for name in _RATES if (rate := getattr(resolved, name)) is not None}
@@ -95,15 +95,15 @@ def _search(
     config: TuneConfig, configs: dict[str, TuneConfig], folder: Path, console: Console, overwrite: bool
 ) -> dict[str, Searched]:
     """Search the learning rates of each method that has some; see `compare`."""
-    if rates_given(config) or build_task(config.resolved()).validation is None:
-        why = "they are given" if rates_given(config) else "there are no validation images"
+    if _rates_given(config) or build_task(config.resolved()).validation is None:
+        why = "they are given" if _rates_given(config) else "there are no validation images"
         console.print(plain(f"note: learning rates are not searched, as {why}."))
         return {}
     tried = {
         f"{method} x{multiplier:g}": (method, multiplier, rates)
         for multiplier in MULTIPLIERS
         for method, of_method in configs.items()
-        if (rates := scaled_rates(of_method, multiplier))
+        if (rates := _scaled_rates(of_method, multiplier))
     }
     variants = [Variant(name, dataclasses.replace(configs[method], **of)) for name, (method, _, of) in tried.items()]
     results = run_variants(variants, [SEARCH_SEED], folder, console, overwrite=overwrite, keep_diverged=True)

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import threading
@@ -130,7 +129,7 @@ def run_variants(
             about = "" if left is None else f", about {duration(left)} left"
             console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {run.title}{about}"), soft_wrap=True)
             started = time.perf_counter()
-            metrics = execute(run, keep_diverged=keep_diverged, notes=run.config.method not in noted)
+            metrics = _execute(run, keep_diverged=keep_diverged, notes=run.config.method not in noted)
             noted.add(run.config.method)
             took = time.perf_counter() - started
             console.print(plain(f"{run.title}: {_outcome(metrics)}, {duration(took)}"), soft_wrap=True)
@@ -160,31 +159,11 @@ def _outcome(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:.1f} %" for name, value in known.items()) or "no accuracy"
 
 
-class OutOfTime(KeyboardInterrupt):
-    """Interruption of a run that would not be complete in time.
-
-    Attributes:
-        seconds_per_epoch: Seconds of an epoch with its evaluation; None before the first is complete.
-    """
-
-    seconds_per_epoch: float | None = None
-
-
-def execute(
-    run: Planned, *, keep_diverged: bool = False, notes: bool = True, deadline: float | None = None
-) -> dict[str, Any]:
-    """Run in a subprocess, and return the metrics.
-
-    Args:
-        run: The run.
-        keep_diverged: Return the status "diverged" and the time of a run with an infinite or NaN loss.
-        notes: Show the notes of the run.
-        deadline: Time, as of `time.time`, at which the run is interrupted, or after an epoch if the others would not be
-            complete by then; raises `OutOfTime`. Its complete epochs are kept.
-    """
+def _execute(run: Planned, *, keep_diverged: bool, notes: bool) -> dict[str, Any]:
+    """Run in a subprocess, and return the metrics; of a diverged run that is kept, its status and time."""
     started = time.perf_counter()
     try:
-        return _in_subprocess(partial(_run, notes=notes, deadline=deadline), run.config)
+        return _in_subprocess(partial(_run, notes=notes), run.config)
     except FloatingPointError:
         if not keep_diverged:
             raise
@@ -239,13 +218,8 @@ def _check(configs: dict[str, TuneConfig]) -> None:
             check(config)
 
 
-def _run(config: TuneConfig, *, notes: bool = True, deadline: float | None = None) -> dict[str, Any]:
-    console = Terminal(sys.stderr) if notes else _WithoutNotes(sys.stderr)
-    if deadline is None:
-        return tune(config, console)
-    assert config.epochs is not None
-    with _Deadline(deadline, config.epochs) as watch:
-        return tune(config, console, loggers=[watch])
+def _run(config: TuneConfig, *, notes: bool) -> dict[str, Any]:
+    return tune(config, Terminal(sys.stderr) if notes else _WithoutNotes(sys.stderr))
 
 
 class _WithoutNotes(Terminal):
@@ -254,46 +228,3 @@ class _WithoutNotes(Terminal):
     def print(self, *objects: Any, **options: Any) -> None:
         if not str(objects[0] if objects else "").startswith("note: "):
             super().print(*objects, **options)
-
-
-class _Deadline:
-    """Logger that ends a run at a time, or after an epoch if the time left is too short for the others.
-
-    On Windows, which has no signal of a timer, it ends a run only after an epoch.
-    """
-
-    def __init__(self, deadline: float, epochs: int):
-        self._deadline, self._epochs = deadline, epochs
-        self._seconds: float | None = None
-        self._timer = hasattr(signal, "setitimer")
-
-    def __enter__(self) -> _Deadline:
-        if self._timer:
-            self._before = signal.signal(signal.SIGALRM, self.stop)
-            signal.setitimer(signal.ITIMER_REAL, max(self._deadline - time.time(), 1e-3))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-        if self._timer:
-            signal.signal(signal.SIGALRM, self._before)
-
-    def stop(self, *_: Any) -> None:
-        """Interrupt the run; also a handler of a signal."""
-        error = OutOfTime()
-        error.seconds_per_epoch = self._seconds
-        raise error
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Interrupt the run, unless the other epochs will be complete in time."""
-        self._seconds = row["seconds"] + row["stage_seconds"]["evaluation"]
-        left = self._epochs - row["epoch"]
-        if not left:
-            self.close()  # the results are written in any case
-        elif time.time() + left * self._seconds > self._deadline:
-            self.stop()
-
-    def close(self) -> None:
-        """Cancel the signal."""
-        if self._timer:
-            signal.setitimer(signal.ITIMER_REAL, 0)

@@ -93,7 +93,6 @@ def test_cross_validate(tmp_path, in_process):
     [
         (["--folds", "1"], "--folds must be at least 2; got 1"),
         (["--folds", "3", "--fold", "1/3"], "--folds are all folds, and fold is one"),
-        (["--folds", "3", "--time-budget", "1m"], "leave --time-budget out"),
         (["--folds", "3", "--resume"], "leave --resume out"),
     ],
     ids=" ".join,
