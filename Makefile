@@ -54,12 +54,11 @@ test: $(TESTS) ## Run all tests and doctests.
 coverage: $(TESTS) ## The same, with coverage, which slows the kernels in Triton's interpreter.
 	$(BIN)/python -m pytest --cov
 
-# The library has a name of its own in the cache. It is built first: a compiler need not run under the sanitizers.
 sanitize: export CXXFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1
-sanitize: export SKIPKERNELS_CPP = build
+sanitize: export SKIPKERNELS_CPP = $(CURDIR)/build/sanitized.so
 sanitize: export CXX := $(CXX)
 sanitize: $(TESTS) ## Run the operators' tests on C++ kernels with AddressSanitizer and UBSan (g++).
-	$(BIN)/python -c 'from skipkernels import _build; _build.build()'
+	$(BIN)/skipkernels build --out $(SKIPKERNELS_CPP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/python -m pytest tests/ops -k "(cpp or not (interpreter or reference)) and not compile" -q --capture=sys

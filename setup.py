@@ -1,6 +1,6 @@
 """Builds the C++ kernels if torch and a C++ compiler are present; all other metadata is in pyproject.toml.
 
-Without them, or if the build fails, the result is a pure package that builds the same sources on first use.
+Without them, or if the build fails, the result is a pure package; `skipkernels build` builds the same sources later.
 """
 
 import re
@@ -40,17 +40,17 @@ class BuildPyWithSources(build_py):
 
 
 class BuildKernels(build_ext):
-    """Builds the library as on first use. A failure is a warning, and the package is pure."""
+    """Builds the library. A failure is a warning, and the package is pure."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            _build.build_into(Path(self.get_ext_fullpath(ext.name)))
+            _build.build(Path(self.get_ext_fullpath(ext.name)))
         except (ImportError, OSError, _build.BuildError) as error:  # no torch, or no compiler
             wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
             if wheel is not None:
                 wheel.root_is_pure = True
             # Optional: setuptools makes it a warning.
-            raise CompileError(f"{error}. The C++ kernels are not built; they will be built on first use.") from error
+            raise CompileError(f"{error}. No C++ kernels are built; `skipkernels build` builds them later.") from error
 
 
 def readme() -> str:

@@ -8,6 +8,7 @@ import os
 import sys
 
 import skipkernels
+from skipkernels import _build
 
 _CLI_PACKAGES = ("pydantic", "rich", "tyro", "yaml", "matplotlib", "jinja2")  # the extra `cli` in pyproject.toml
 
@@ -17,6 +18,8 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         sys.stdout.write(f"skipkernels {skipkernels.__version__}\n")
         return 0
+    if sys.argv[1:] == ["build"]:  # also without the extra `cli`
+        return _build.main()
     for descriptor in range(3):  # a file of the run must not get the descriptor of a closed stream
         try:
             os.fstat(descriptor)

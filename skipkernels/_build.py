@@ -1,8 +1,7 @@
 """Build the C++ kernels with ninja, and load them.
 
-`setup.py` builds them into the package if torch is there at build time. Where they are missing, the first use of an
-operator starts a process that builds them once, into the user's cache, also after the end of this process, which uses
-the PyTorch reference. Imports only the standard library at its head, for `setup.py`.
+`setup.py` builds them into the package if torch and a compiler are there; `skipkernels build` does so later. Without
+them PyTorch runs the operators. Imports only the standard library at its head, for `setup.py`.
 
 `torch.utils.cpp_extension.load` is not used: after a kill its lock file stays, and the next build waits forever. It
 also links libraries that one binary for every torch since 2.10 must not need.
@@ -10,17 +9,13 @@ also links libraries that one binary for every torch since 2.10 must not need.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import hashlib
 import importlib.util
 import os
-import platform
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -45,10 +40,7 @@ COMPILE_FLAGS = (
     "-Wno-psabi",
 )
 _PACKAGE = Path(__file__).parent
-_LOG, _FAILED = "build.log", "failed.log"  # of a build in the background, and of one that failed
 _WINDOWS = "the C++ kernels have not been compiled on Windows"
-_LIBRARIES, _PARTIAL = "_C_*.so", ".partial-"  # in the cache: libraries, and folders of unfinished builds
-_DETACHED = "from skipkernels import _build; _build.build_detached()"
 
 
 class Extension(NamedTuple):
@@ -66,7 +58,7 @@ class BuildError(RuntimeError):
 def load() -> Extension:
     """Load the C++ kernels; the first call decides for the whole process.
 
-    If they are not built, a process in the background builds them; with SKIPKERNELS_CPP=wait or build this one does.
+    SKIPKERNELS_CPP=0 turns them off; another value is the path of the library. By default it is in the package.
     """
     asked = os.environ.get("SKIPKERNELS_CPP", "")
     if asked == "0":
@@ -75,131 +67,60 @@ def load() -> Extension:
         return Extension(None, _WINDOWS)
     import torch
 
-    for path in () if asked == "build" else _PACKAGE.glob(f"_C_{sources_digest()}.*"):
-        with contextlib.suppress(OSError):  # built for another system
-            torch.ops.load_library(path)
-            return Extension(path)
+    library = Path(asked).absolute() if asked else library_path()
     try:
-        built = build() if asked in ("build", "wait") else _find_or_start()
-        if built is None:
-            return Extension(None, "being compiled in the background, for the next start")
-        torch.ops.load_library(built)
-        return Extension(built)
-    except (OSError, RuntimeError) as error:
+        if not library.is_file():
+            raise FileNotFoundError("not built")
+        torch.ops.load_library(library)
+        return Extension(library)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
         warnings.warn(
-            f"skipkernels: no C++ kernels: {error}. The PyTorch reference is used instead: the same numbers, slower. "
-            "Install a C++17 compiler (g++ or clang++, or name one in CXX) and start again; SKIPKERNELS_CPP=0 asks for "
-            "the reference and silences this.",
+            f"skipkernels: no C++ kernels ({reason}), so PyTorch runs the operators: the same numbers, slower. Build "
+            "them once with `skipkernels build`; SKIPKERNELS_CPP=0 silences this.",
             RuntimeWarning,
             stacklevel=2,
         )
-        return Extension(None, str(error))
+        return Extension(None, reason)
 
 
-def build(*, wait: bool = True) -> Path:
-    """Return the path of the library in the user's cache; build it if it is absent or damaged.
+def library_path() -> Path:
+    """Path of the library in the package; its name has the digest of `csrc/`."""
+    return _PACKAGE / f"_C_{sources_digest()}.abi3.so"
 
-    The compiler is that of the environment variable CXX, its further flags are those of CXXFLAGS. Raises an OSError if
-    another process builds it and `wait` is False.
-    """
+
+def main(out: Path | None = None) -> int:
+    """Build the library, by default that of the package unless it is there, and print its path, or why it failed."""
     from ._progress import progress
-    from .folders import locked
 
-    compiler, folder = _target()
-    if (library := _built(folder)) is not None:
-        return library
-    with locked(folder, wait=wait):
-        if (library := _built(folder)) is not None:  # another process built it meanwhile
-            return library
-        for left in folder.glob(f"{_PARTIAL}*"):  # of a build that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        for damaged in folder.glob(_LIBRARIES):
-            damaged.unlink()
-        sys.stderr.write(f"skipkernels: building the C++ kernels, once (one to three minutes), in {folder}\n")
-        steps = len(list(source_dir().glob("*.cpp"))) + 1
-        with (
-            tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder, ignore_cleanup_errors=True) as temporary,
-            progress("building", steps) as advance,
-        ):
-            new = Path(temporary, "_C.so")
-            _run_ninja(compiler, new, lambda: advance(1))
-            new.chmod(0o700)  # whatever the umask
-            library = new.replace(folder / _name_of(new))
-        (folder / _FAILED).unlink(missing_ok=True)
-    return library
-
-
-def build_detached() -> None:
-    """Build the library as the process in the background: at low priority, unless another process builds it."""
-    if hasattr(os, "nice"):
-        os.nice(10)
-    _, folder = _target()
+    library = library_path() if out is None else out.absolute()
     try:
-        build(wait=False)
-    except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) != errno.EBUSY:
-            sys.stderr.write(f"{error}\n")
-            sys.stderr.flush()
-            os.replace(folder / _LOG, folder / _FAILED)
+        if out is not None or not library.is_file():
+            sys.stderr.write("building the C++ kernels, one to three minutes\n")
+            with progress("building", len(list(source_dir().glob("*.cpp"))) + 1) as advance:
+                build(library, lambda: advance(1))
+    except (OSError, BuildError) as error:
+        sys.stderr.write(f"skipkernels build: {error}\n")
+        return 1
+    sys.stdout.write(f"{library}\n")
+    return 0
 
 
-def _find_or_start() -> Path | None:
-    """Return the path of the library in the user's cache; if absent, start a process that builds it."""
-    from .folders import is_locked
+def build(library: Path, after_step: Callable[[], None] = lambda: None) -> None:
+    """Build the library; call `after_step` after the compilation of each file and the link.
 
-    _, folder = _target()
-    if (library := _built(folder)) is not None:
-        return library
-    if (folder / _FAILED).exists():
-        raise BuildError(f"a build failed, as {folder / _FAILED} says; SKIPKERNELS_CPP=wait repeats it")
-    _check_ninja()
-    if not is_locked(folder):
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        with (folder / _LOG).open("wb") as log:
-            subprocess.Popen(
-                [sys.executable, "-c", _DETACHED],
-                env=os.environ | {"PYTHONPATH": paths},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C in the terminal does not reach it
-            )
-    sys.stderr.write(
-        "skipkernels: compiling the C++ kernels in the background (one to three minutes); this run uses PyTorch, "
-        "the next one the kernels\n"
-    )
-    return None
+    The compiler is that of the environment variable CXX, its further flags are those of CXXFLAGS.
 
-
-def _target() -> tuple[list[str], Path]:
-    """Return the compiler command, and the folder of the library in the user's cache, which is made."""
+    Raises:
+        BuildError: If there is no compiler, or it fails.
+        OSError: If the folder can't be written.
+    """
     compiler = _compiler()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "skipkernels" / _key(compiler)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return compiler, _private(folder)
-
-
-def _built(folder: Path) -> Path | None:
-    """Return the path of the library in a folder if it is there and whole: a truncated one would raise SIGBUS."""
-    for library in map(_private, folder.glob(_LIBRARIES)):
-        if library.name == _name_of(library):
-            return library
-    return None
-
-
-def _name_of(library: Path) -> str:
-    """Name of a library in the cache, which has a digest of its bytes."""
-    return f"_C_{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
-
-
-def build_into(library: Path) -> None:
-    """Build the library for a package, as `setup.py` does. Raises a BuildError if that is impossible."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        built = Path(temporary, "_C.so")
-        _run_ninja(_compiler(), built)
-        shutil.copyfile(built, library)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=library.parent) as folder:
+        built = Path(folder, "_C.so")
+        _run_ninja(compiler, built, after_step)
+        os.replace(built, library)  # never a part of a library, also if two processes build it
 
 
 def source_dir() -> Path:
@@ -208,20 +129,11 @@ def source_dir() -> Path:
 
 
 def sources_digest() -> str:
-    """Digest of `csrc/`, part of the name of a prebuilt library, so that one from other sources is not loaded."""
+    """Digest of `csrc/`, part of the name of the library, so that one from other sources is not loaded."""
     digest = hashlib.sha256()
     for path in sorted(source_dir().iterdir()):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def _key(compiler: list[str]) -> str:
-    """Digest of everything that the binary depends on."""
-    import torch
-
-    version = _run([*compiler, "--version"])
-    parts = (torch.__version__, platform.machine(), version, *compiler, sources_digest())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _compiler() -> list[str]:
@@ -239,31 +151,12 @@ def _compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found ({f'CXX={shlex.join(asked)}' if asked else 'tried c++, g++, clang++'})")
 
 
-def _check_ninja() -> None:
-    if importlib.util.find_spec("ninja") is None:
-        raise BuildError("ninja is not installed (pip install ninja)")
-
-
-def _private(target: Path) -> Path:
-    """Return the path of a folder or file; raise if another user may write to it or replace it, with code of theirs."""
-    target = target.resolve()  # without links, so that its parents are those that are checked
-    for path in (target, *target.parents) if os.name == "posix" else ():
-        status = path.stat()
-        others = 0o002 if status.st_gid == status.st_uid else 0o022  # with umask 002 a user's own group may write
-        sticky = path != target and status.st_mode & stat.S_ISVTX  # as /tmp, where others rename only their own files
-        if status.st_uid not in (0, os.geteuid()) or (status.st_mode & others and not sticky):
-            raise BuildError(
-                f"{path} is not safe: another user (uid {status.st_uid}) owns it or may write to it (mode "
-                f"{stat.S_IMODE(status.st_mode):04o}). Let XDG_CACHE_HOME name a folder of your own"
-            )
-    return target
-
-
-def _run_ninja(compiler: list[str], library: Path, after_step: Callable[[], None] = lambda: None) -> None:
+def _run_ninja(compiler: list[str], library: Path, after_step: Callable[[], None]) -> None:
     """Compile csrc/, all files in parallel, and link the library. The objects are put beside it."""
     import torch
 
-    _check_ninja()
+    if importlib.util.find_spec("ninja") is None:
+        raise BuildError("ninja is not installed (pip install ninja)")
     command = shlex.join(compiler).replace("$", "$$")
     torch_dir = shlex.quote(str(Path(torch.__file__).parent)).replace("$", "$$")
     sources = sorted(source_dir().glob("*.cpp"), key=lambda path: -path.stat().st_size)  # the slowest first
@@ -281,8 +174,8 @@ def _run_ninja(compiler: list[str], library: Path, after_step: Callable[[], None
     _run([sys.executable, "-m", "ninja", "-C", str(library.parent), library.name], after_step)
 
 
-def _run(command: list[str], after_step: Callable[[], None] = lambda: None) -> str:
-    """Run a command and return its output; call `after_step` after each line of ninja about a step that has ended."""
+def _run(command: list[str], after_step: Callable[[], None]) -> None:
+    """Run ninja; call `after_step` after each line about a step that has ended."""
     output: list[str] = []
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     with subprocess.Popen(command, **options) as process:  # type: ignore[call-overload]
@@ -293,4 +186,3 @@ def _run(command: list[str], after_step: Callable[[], None] = lambda: None) -> s
     if process.returncode != 0:
         last_lines = "".join(output[-20:]).strip()
         raise BuildError(f"`{shlex.join(command)}` failed with exit code {process.returncode}:\n{last_lines}\n")
-    return "".join(output)

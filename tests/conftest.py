@@ -12,8 +12,6 @@ import torch
 # Before the first use of cuBLAS, which needs it under torch.use_deterministic_algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-os.environ.setdefault("SKIPKERNELS_CPP", "wait")  # tests of C++ kernels need them in this process
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the import of Triton: its kernels then run on the CPU
 
@@ -21,6 +19,8 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+from skipkernels import _build
 
 # No deadline: cores may be busy. Derandomised: a failure is the same on every machine.
 # On a GPU an example may compile kernels, a second each, where sizes have another divisibility.
@@ -35,6 +35,14 @@ os.fsync = lambda descriptor: None
 for devices in (torch.cuda, torch.xpu, torch.mtia):
     if not devices.is_available():
         devices.manual_seed_all = lambda seed: None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Build the C++ kernels if `csrc/` has changed since the last build."""
+    needed = "SKIPKERNELS_CPP" not in os.environ and sys.platform != "win32" and not hasattr(config, "workerinput")
+    if needed and not _build.library_path().is_file() and _build.main() != 0:
+        pytest.exit("no C++ kernels; SKIPKERNELS_CPP=0 runs the tests without them", 1)
+
 
 THREADS = torch.get_num_threads()
 gc.disable()  # while tests are collected, which makes objects that stay

@@ -92,7 +92,7 @@ def write_build(folder: Path, backend: str, library: bool = False) -> Path:
 
 def _compile(library: Path, namespace: str) -> None:
     """Compile the C++ kernels. The macro renames their C++ namespace and that of their operators."""
-    code = f"from pathlib import Path; from skipkernels import _build; _build.build_into(Path({str(library)!r}))"
+    code = f"from pathlib import Path; from skipkernels import _build; _build.build(Path({str(library)!r}))"
     flags = os.environ.get("CXXFLAGS", "") + f" -Dskipkernels={namespace}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"CXXFLAGS": flags})
 

@@ -29,7 +29,7 @@ class Backend(NamedTuple):
 
 
 def backends() -> dict[str, dict[str, Backend]]:
-    """Return the implementation of each operator on each kind of device. Loads the C++ kernels, or builds them first.
+    """Return the implementation of each operator on each kind of device. Loads the C++ kernels.
 
     Returns:
         For each operator, for "cpu" and "cuda" (also ROCm): "C++", "Triton", or "reference", which is plain PyTorch;

@@ -16,6 +16,7 @@ from skipkernels.app.console import Terminal
 from skipkernels.app.train.processes import is_first, launched
 
 from .blend import BlendCommand
+from .build import BuildCommand
 from .check import CheckCommand
 from .doctor import DoctorCommand
 from .errors import Terminated, failure, termination_as_interrupt, with_flags
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Any] = {
     "models": ModelsCommand,
     "datasets": DatasetsCommand,
     "doctor": DoctorCommand,
+    "build": BuildCommand,
 }
 _LONGEST = 1000  # characters of an error message
 
