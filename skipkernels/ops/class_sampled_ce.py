@@ -429,7 +429,7 @@ def _launch(*arguments: Any) -> tuple[Tensor, ...]:
     call = Forward(*arguments)
     image, text = with_contiguous_rows(call.image), with_contiguous_rows(call.text)
     B, C, K, device = image.shape[0], text.shape[0], _sample_size(call), image.device
-    reduction, smooth = REDUCTIONS[call.reduction], call.label_smoothing != 0
+    smooth = call.label_smoothing != 0
     # 1. Softmax of each split of the classes
     blocks = blocks_for(B, image.dtype, device)
     b_blocks, tiles = triton.cdiv(B, blocks.BLOCK_B), triton.cdiv(K, blocks.BLOCK_K)
@@ -459,7 +459,14 @@ def _launch(*arguments: Any) -> tuple[Tensor, ...]:
         split_size=split_tiles * blocks.BLOCK_K,
     )
     # 2. Loss, from the splits
-    loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)  # [B] or []
+    loss, lse, denominator = _combine(call, pointers, partial)
+    return loss, lse, image_norm, text_norm, denominator, *_empty_kept(call, loss)
+
+
+def _combine(call: Forward, pointers: Pointers, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, [B] or [], lse [B] in fp64, and the divisor of the summed loss."""
+    (_, splits, B), device, reduction = partial.shape, partial.device, REDUCTIONS[call.reduction]
+    loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)
     lse = torch.empty(B, dtype=torch.float64, device=device)
     denominator = torch.empty((), dtype=torch.float32, device=device)
     launch(
@@ -478,17 +485,17 @@ def _launch(*arguments: Any) -> tuple[Tensor, ...]:
         lse_ptr=lse,
         denominator_ptr=denominator,
         B=B,
-        K=K,
-        C=C,
+        K=_sample_size(call),
+        C=call.text.shape[0],
         splits=splits,
         stride_partial=splits * B,
         label_smoothing=call.label_smoothing,
         ignore_index=call.ignore_index,
-        SMOOTH=smooth,
+        SMOOTH=call.label_smoothing != 0,
         REDUCTION=reduction,
         BLOCK=BLOCK_COMBINE,
     )
-    return loss, lse, image_norm, text_norm, denominator, *_empty_kept(call, loss)
+    return loss, lse, denominator
 
 
 def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
