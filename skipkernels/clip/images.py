@@ -117,7 +117,7 @@ class ImageEncoder:
     def check_contents(self) -> None:
         """Compare contents and settings below the cut; the next use of features raises an error if they differ."""
         if self.watched is not None:
-            self.watched.compare()
+            self.watched.has_changed()  # `is_stale` gives this answer until the next change
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a move or conversion of the tower by `fn`."""

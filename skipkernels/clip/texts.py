@@ -102,7 +102,12 @@ class ClassTexts:
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.check_contents()
         kept = self._kept
-        if kept is not None and kept.autocast == autocast and kept.above.keeps_track() and not kept.above.compare():
+        if (
+            kept is not None
+            and kept.autocast == autocast
+            and kept.above.is_comparable()
+            and not kept.above.has_changed()
+        ):
             return kept.embeddings
         with torch.inference_mode(False):
             embeddings = self.compute_embeddings(self.class_ids)
@@ -215,7 +220,7 @@ class ClassTexts:
 
     def check_contents(self) -> None:
         """Compare contents and settings below the cut, and drop what is kept if they differ."""
-        if self.watched is not None and self.watched.compare():
+        if self.watched is not None and self.watched.has_changed():
             self.drop()
 
     def drop(self) -> None:

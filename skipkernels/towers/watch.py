@@ -1,9 +1,4 @@
-"""Changes of a model that SkipCLIP wraps.
-
-`Watched` compares what computed kept features: in each step identities of modules and tensors, and versions of tensors;
-at a mode switch also contents of tensors and settings of modules. `Containers` are the modules around the blocks, which
-SkipCLIP does not call: hooks or methods on them would have no effect.
-"""
+"""Changes of a model that SkipCLIP wraps: of what computed kept values, and of the modules around its blocks."""
 
 from __future__ import annotations
 
@@ -16,15 +11,26 @@ from torch import Tensor, nn
 from ..digests import digests
 from ..reference import widened
 from .base import Part, Tower, UnsupportedModel
-from .block import HOOKS, FusedBlock, fuse_blocks, global_hooks
+from .block import HOOKS, FusedBlock, global_hooks
 from .text import TextTower
 
 _ENCODERS = ("encode_image", "encode_text", "get_image_features", "get_text_features")
 _NOT_SETTINGS = {*vars(nn.Module()), "in_features", "out_features", "normalized_shape", "elementwise_affine"}
 
 
+# ---- what computed kept values ---------------------------------------------------------------------------------------
+
+
 class Watched:
-    """Modules and tensors that computed something that is kept, such as features at the cut."""
+    """Modules and tensors that computed something that is kept.
+
+    `has_changed` compares contents and settings with those at construction. `is_stale`, in each step, looks only at
+    identities of modules and tensors and at versions of tensors: if they are those of the last comparison its answer
+    holds, else it compares again. Values that change back are valid again.
+
+    Args:
+        parts: Returns the modules and parameters, as they are now.
+    """
 
     def __init__(self, parts: Callable[[], Sequence[Part]]):
         self._parts = parts
@@ -46,7 +52,7 @@ class Watched:
             yield from (x for x in tensors.values() if x is not None)
         yield from (part for part in self._recorded if isinstance(part, nn.Parameter))
 
-    def _moved(self) -> bool:
+    def _touched(self) -> bool:
         """Return True if a module or tensor was replaced, or a tensor written, since the last comparison."""
         parts = self._parts()
         if len(parts) != len(self._recorded) or any(x is not y for x, y in zip(parts, self._recorded, strict=True)):
@@ -61,12 +67,13 @@ class Watched:
 
     def is_stale(self) -> bool:
         """Return True if the kept values were computed with other tensors, as far as versions show."""
-        return self.compare() if self._moved() else self._stale
+        return self.has_changed() if self._touched() else self._stale
 
-    def compare(self) -> bool:
-        """Compare contents and settings; return True if they differ from those at construction."""
+    def has_changed(self) -> bool:
+        """Return True if contents or settings differ from those at construction."""
         self._record()
-        pairs = list(zip(self._digest(), self._digests, strict=False))  # other numbers of tensors are other settings
+        # `strict=False`: the settings below have the number of tensors.
+        pairs = zip(self._digest(), self._digests, strict=False)
         values_differ = any(now != then for now, then in pairs if None not in (now, then))
         try:
             settings_differ = self._read_settings() != self._settings
@@ -75,11 +82,7 @@ class Watched:
         self._stale = values_differ or settings_differ
         return self._stale
 
-    def trains(self) -> bool:
-        """Return True if a tensor requires grad."""
-        return any(x.requires_grad for x in self._tensors)
-
-    def keeps_track(self) -> bool:
+    def is_comparable(self) -> bool:
         """Return False if contents and settings do not determine the result: with hooks, or shards of FSDP2."""
         hooked = any(getattr(module, name) for module in self._modules for name in HOOKS)
         return not (hooked or global_hooks() or self._is_sharded())
@@ -100,7 +103,7 @@ class Watched:
 
 def _settings_of(module: nn.Module) -> list[Any]:
     attributes = vars(module)
-    kind: Any = module._own if isinstance(module, FusedBlock) else type(module)
+    kind: Any = module._own if isinstance(module, FusedBlock) else type(module)  # also of FSDP2's class on top of it
     hooks = [dict(found) for name in HOOKS if (found := attributes[name])]
     replaced = [name for name in ("forward", "attention") if name in attributes]
     # Copied: PEFT changes its dictionaries of scales in place.
@@ -112,8 +115,14 @@ def _settings_of(module: nn.Module) -> list[Any]:
     return [kind, kind.forward, dict(module._modules), hooks, replaced, others]
 
 
+# ---- modules around the blocks ---------------------------------------------------------------------------------------
+
+
 class Containers:
-    """The model and the modules around its blocks, embeddings and heads, which SkipCLIP does not call."""
+    """The model and its modules that contain a block, an embedding or a head, which SkipCLIP does not call.
+
+    Hooks or methods on them would have no effect: they are refused, and so are changes of the order of the blocks.
+    """
 
     def __init__(self, model: nn.Module, image: Tower, text: TextTower):
         parts = [part for tower in (image, text) for part in (*tower.embedding, *tower.head, *tower.blocks)]
@@ -124,10 +133,10 @@ class Containers:
             inside = not called.isdisjoint(module.modules())
             return inside or any(id(parameter) in parameters for parameter in module.parameters(recurse=False))
 
-        self._model, self._towers, self._text = model, (image, text), text
+        self._model, self._image, self._text = model, image, text
         self._around = [x for x in model.modules() if x not in called and (x is model or holds_a_part(x))]
         self._methods = self._read_methods()
-        self._blocks = [tower.model_blocks() for tower in self._towers]
+        self._depths = [len(tower.model_blocks()) for tower in (image, text)]
         self._masks = [None if mask is None else mask.detach().clone() for mask in text.masks()]
 
     def _read_methods(self) -> list[tuple[Any, ...]]:
@@ -139,50 +148,53 @@ class Containers:
 
     def refuse_overrides(self) -> None:
         """Raise an UnsupportedModel for hooks and instance methods on containers: they would have no effect."""
-        if what := self._override():
-            raise UnsupportedModel(f"SkipCLIP: {what}")
+        if override := self._override():
+            raise UnsupportedModel(f"SkipCLIP: {override}")
 
-    def compare(self) -> None:
-        """Raise a RuntimeError if the modules were altered in a way that SkipCLIP does not follow.
-
-        Fuses blocks that were put in the place of others.
-        """
-        what = self._override()
-        if self._methods != self._read_methods():
-            what = "the class of a container, or a method of it, was replaced"
-        for tower, before in zip(self._towers, self._blocks, strict=True):
-            blocks = tower.model_blocks()
-            order = [x for x in self._model.modules() if x in set(blocks)]
-            if order != blocks or len(blocks) != len(before):
-                what = "its blocks changed"
-            fuse_blocks(tower.blocks)
-        masks = self._text.masks()
-        if len(masks) != len(self._masks) or not all(map(_equal_masks, masks, self._masks)):
-            what = "the attention mask changed (to NaN, if −inf in it was averaged: average with use_buffers=False)"
-        if what is not None:
+    def check_unchanged(self) -> None:
+        """Raise a RuntimeError if the modules were altered in a way that SkipCLIP does not follow."""
+        if change := self._change():
             raise RuntimeError(
-                f"SkipCLIP: the model was altered after SkipCLIP was made: {what.rstrip('.')}. Undo that, or call "
+                f"SkipCLIP: the model was altered after SkipCLIP was made: {change.rstrip('.')}. Undo that, or call "
                 "clip.refresh() to read the model again, and create the optimizer again if parameters were replaced."
             )
 
+    def _change(self) -> str | None:
+        masks = self._text.masks()
+        if len(masks) != len(self._masks) or not all(map(_equal_masks, masks, self._masks)):
+            return "the attention mask changed (to NaN, if −inf in it was averaged: average with use_buffers=False)"
+        for tower, depth in zip((self._image, self._text), self._depths, strict=True):
+            blocks = tower.model_blocks()
+            order = [x for x in self._model.modules() if x in set(blocks)]
+            if order != blocks or len(blocks) != depth:
+                return "its blocks changed"
+        if self._methods != self._read_methods():
+            return "the class of a container, or a method of it, was replaced"
+        return self._override()
+
     def _override(self) -> str | None:
-        """Return the hooks, instance methods or shards of a container, with a remedy, or None."""
+        """Return what a container has that would have no effect, with a remedy, or None."""
         for module in self._around:
-            attributes, what = vars(module), None
-            if module is not self._model and any(attributes[name] for name in HOOKS):
-                what = "hooks"
-            methods = _ENCODERS if module is self._model else ("forward", *_ENCODERS)
-            what = next((f"a replaced {name}()" for name in methods if name in attributes), what)
-            if hasattr(module, "unshard"):  # of FSDP2
-                what = "shards (fully_shard; shard the blocks above the cut, and the SkipCLIP)"
-            if attributes.get("_fsdp_use_orig_params") is False:
+            if vars(module).get("_fsdp_use_orig_params") is False:
                 return "FSDP1 replaced its parameters by flat ones: pass use_orig_params=True, or use fully_shard"
-            if what is not None:
+            if (what := self._override_of(module)) is not None:
                 name = next(n for n, x in self._model.named_modules() if x is module) or type(module).__name__
                 return (
                     f"{name} has {what}, and SkipCLIP does not call this module, so it would have no effect. Remove "
                     "it, or put it on a block, an embedding or a head, which SkipCLIP calls."
                 )
+        return None
+
+    def _override_of(self, module: nn.Module) -> str | None:
+        """Return the shards, instance method or hooks of a container, or None."""
+        attributes, is_model = vars(module), module is self._model
+        if hasattr(module, "unshard"):  # of FSDP2
+            return "shards (fully_shard; shard the blocks above the cut, and the SkipCLIP)"
+        for name in _ENCODERS if is_model else ("forward", *_ENCODERS):
+            if name in attributes:
+                return f"a replaced {name}()"
+        if not is_model and any(attributes[name] for name in HOOKS):
+            return "hooks"
         return None
 
 
