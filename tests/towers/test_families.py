@@ -245,7 +245,7 @@ def test_block_hook_is_followed(make, tower):
     images, labels = tiny_batch(3, CLASSES, model.logit_scale.dtype)
     tokens = tiny_tokens(CLASSES, context=76 if isinstance(model, open_clip.CoCa) else 77)
     plain = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    block = getattr(plain, f"_{tower}s").tower.blocks[2]
+    block = getattr(plain, f"{tower}s").tower.blocks[2]
     norm = next(module for module in block.modules() if isinstance(module, nn.LayerNorm))
     norm.register_forward_hook(lambda mod, args, out: out * 1.01)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
