@@ -64,7 +64,8 @@ def balanced(head: Head, labels: Tensor) -> Head:
 
         bias_c ← bias_c − log n_c + mean log n
 
-    over the classes with images; others keep their bias. With equal counts nothing changes.
+    over the classes with images; others keep their bias. With equal counts nothing changes. A Gaussian head is balanced
+    before `with_text`, which rescales its logits.
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314, equation 9, τ = 1.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 ITERATIONS = 1000
 """Largest number of iterations, in each of the two phases."""
-_CHECKED = 20  # iterations between two comparisons of the gradient with the tolerance
+_CHECKED = 10  # iterations between two comparisons of the gradient with the tolerance
 _LOGITS = 2**24  # logits in memory at a time
 # Gradient norm for each image below which steps have no line search: it compares values, and these are equal in fp64
 # while the gradient is still about 1e-8.
@@ -71,7 +71,7 @@ def logistic_regression(
             logits = x @ weight.T + shift  # [rows, classes with images]
             lse = torch.logaddexp(logits.logsumexp(dim=1), of_others)
             loss = loss + (lse - logits.gather(1, target[:, None]).squeeze(1)).sum()
-            residual = (logits - lse[:, None]).exp()
+            residual = (logits - lse[:, None]).exp_()
             residual[torch.arange(len(x), device=x.device), target] -= 1
             d_change += residual.T @ x
             d_shift += residual.sum(dim=0)
