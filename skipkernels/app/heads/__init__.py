@@ -1,4 +1,4 @@
-"""Classifiers on embeddings of images: closed form or convex, fitted in seconds, without a training step.
+"""Classifiers on embeddings of images: closed form or convex, fitted without a training step.
 
 Each is a `Head`, logits = weight · x/|x| + bias. They know nothing of models and files:
 
