@@ -4,7 +4,6 @@
     python -m bench.cache read --mib 4096
     python -m bench.cache features --model ViT-B-16
     python -m bench.cache tuning --seeds 0 1 2
-    python -m bench.cache epoch --classes 50 --shots 16 --precision fp32
     python -m bench.cache texts --classes 21841
 
 build       Time of `FeatureCache.build` against the published extraction of the same images. The published one runs
@@ -19,8 +18,6 @@ features    Error of the dtypes in the features, in the worst token, and in the 
             per token, then loses more.)
 tuning      `make tune` from a cache of each dtype: accuracy, and the largest difference of an epoch's loss, against the
             run with an fp32 cache.
-epoch       Share of an epoch that is spent waiting for features, the time of the loop in `next()`: a bf16 cache with a
-            cold page cache; class-pure batches of 4; forward, backward and `torch.optim.SGD`.
 texts       Many classes: text features in memory, into an empty folder, and from that folder, each in a new process
             that constructs SkipCLIP and runs some steps of batch 4. All must give the same losses.
 
@@ -41,7 +38,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -84,7 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add(read, {"--mib": 4096, "--batch": 32, "--rounds": 3, "--folder": tempfile.gettempdir()})
     add(features, {}, batch=32, classes=50)
     add(tuning, {"--seeds": [0, 1, 2]})
-    add(epoch, {"--shots": 16, "--dtype": "bf16"}, batch=4, classes=50)
     add(texts, {"--steps": 5}, batch=4, classes=21841)
     args = outer.parse_args(arguments)
     rows = args.run(args)
@@ -251,34 +246,6 @@ def tuning(args: argparse.Namespace) -> Rows:
             row[f"{key}_at_most"] = round(max(abs(ours[key] - exact[key]) for ours, exact in pairs), 2)
         rows.append(row | {"loss_at_most": f"{max(abs(a - b) / b for curve in curves for a, b in curve):.1e}"})
     return rows
-
-
-# ---- epoch -----------------------------------------------------------------------------------------------------------
-
-
-def epoch(args: argparse.Namespace) -> Rows:
-    model, tokens, _, _ = random_inputs(args.model, 1, args.classes, args.device)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers)
-    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=1e-6, image_lr=1e-6), momentum=0.9)
-    with tempfile.TemporaryDirectory() as name:
-        random_cache(Path(name), args.classes * args.shots, args.dtype)
-        cache = FeatureCache.open(name)
-        loader = cache.loader(args.batch, device=args.device)
-        drop(Path(name))
-        measure.synchronize(args.device)
-        started = time.perf_counter()
-        for batch, labels in track(loader, "an epoch", total=len(loader), transient=True):
-            with autocast(args.device, args.precision):
-                loss = clip(batch, labels).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        measure.synchronize(args.device)
-        seconds = time.perf_counter() - started
-    waited, steps = loader.seconds_waited, len(loader)
-    row = {"model": args.model, "images": len(cache), "B": args.batch, "C": args.classes, "dtype": args.dtype}
-    row |= {"skip_layers": args.skip_layers, "precision": args.precision, "steps": steps, "seconds": round(seconds, 2)}
-    return [row | {"seconds_waited": round(waited, 4), "share": round(waited / seconds, 5)}]
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Stages of bench/gpu.sh, besides the tests and the benchmarks of the operators.
 
     python -m bench.gpu machine         device and versions, and which peers can run
-    python -m bench.gpu step            time of a training step: published, ours, ours as a CUDA graph, with the update
+    python -m bench.gpu step            time of a step with its update: published, also compiled; ours, also as a graph
     python -m bench.gpu profile_step    the kernels of our step that take longest
     python -m bench.gpu one_step        our step, between the calls that start and stop Nsight Compute
     python -m bench.gpu smoke           a small call of every operator, for compute-sanitizer
@@ -85,7 +85,7 @@ def step(args: argparse.Namespace) -> None:
     ours = skip_step(inputs, args.skip_layers, "fast", args.precision, published)
     floor = floor_of(ours, args.device)
     steps: dict[str, Callable[[], Any]] = {
-        "published": with_update(published.step(args.precision)),
+        summary.PUBLISHED: with_update(published.step(args.precision)),
         summary.EAGER: with_update(ours),
     }
     on_gpu = args.device.type == "cuda"
@@ -94,7 +94,7 @@ def step(args: argparse.Namespace) -> None:
     for run in steps.values():
         for _ in range(WARMUP + 1):  # the last captures a graph
             run()
-    facts: dict[str, Any] = {"K": ours.K}
+    facts: dict[str, Any] = {"B": args.batch}
     if on_gpu:
         facts |= {
             "captured": graph.is_captured,
@@ -104,6 +104,8 @@ def step(args: argparse.Namespace) -> None:
         facts["difference"] = difference_of_replays(args)
         print(f"largest relative difference of a weight after replays, from eager steps: {facts['difference']:.1e}")
         _write(args, **{f"step {args.precision}": facts})
+        if args.precision == "bf16":  # the goal is one of bf16, and compilation takes half a minute
+            steps[summary.COMPILED] = with_update(published.compiled(args.precision))
     seconds = measure.time_alternately(steps, args.rounds, args.device, calls=_CALLS if on_gpu else 1)
     rows = []
     for name, times in seconds.items():
@@ -113,11 +115,9 @@ def step(args: argparse.Namespace) -> None:
         peak = testing.peak_bytes(steps[name], args.device, warm_up=False)
         rows.append(row | {"peak_mib": round(peak / 2**20)})
         print(f"{name:21} {measure.shown(rows[-1])}", flush=True)
-    ratios = {
-        name: measure.median_ratio(seconds["published"], times)
-        for name, times in seconds.items()
-        if name != "published"
-    }
+    best = seconds[summary.GRAPHED if on_gpu else summary.EAGER]
+    theirs = [name for name in (summary.PUBLISHED, summary.COMPILED) if name in seconds]
+    ratios = {name: measure.median_ratio(seconds[name], best) for name in theirs}
     times = {row["implementation"]: row["p50_ms"] for row in rows}
     facts |= {"ms": times, "floor_ms": rows[0]["floor_ms"], "faster": ratios}
     _write(args, **{f"step {args.precision}": facts})

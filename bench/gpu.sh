@@ -33,17 +33,17 @@ stage() { # NAME SECONDS COMMAND …
 
 # From a cold disk the first import of torch takes most of a minute. A first run also compiles the kernels.
 stage machine 60 sh -c "nvidia-smi; $python -m bench.gpu machine --out '$out'"
-stage tests 130 "$python" -m pytest -v -m gpu -n "$processes" --maxschedchunk 1 -p no:cacheprovider \
+stage tests 120 "$python" -m pytest -v -m gpu -n "$processes" --maxschedchunk 1 -p no:cacheprovider \
   --continue-on-collection-errors $(grep -rlE 'mark\.gpu|: Backend' tests --include='test_*.py') # others import more
-stage step 90 "$python" -m bench.gpu step $STEP --out "$out"
-stage step_fp32 70 "$python" -m bench.gpu step $STEP --precision fp32 --out "$out"
+stage step 120 "$python" -m bench.gpu step $STEP --out "$out"
+stage step_fp32 60 "$python" -m bench.gpu step $STEP --precision fp32 --out "$out"
 stage operators 130 "$python" -m pytest bench/operators -q -p no:cacheprovider --device=cuda --minutes=1.7 \
   --benchmark-json="$out/operators.json"
 stage profile 20 "$python" -m bench.gpu profile_step $STEP
 # The sanitizer sees allocations only if PyTorch does not keep freed memory.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-stage memcheck 30 compute-sanitizer --tool memcheck "$python" -m bench.gpu smoke
-stage racecheck 30 compute-sanitizer --tool racecheck "$python" -m bench.gpu smoke
+stage memcheck 25 compute-sanitizer --tool memcheck "$python" -m bench.gpu smoke
+stage racecheck 25 compute-sanitizer --tool racecheck "$python" -m bench.gpu smoke
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
 stage ncu 40 ncu --profile-from-start off --clock-control none --kernel-name 'regex:^_.*_kernel$' --launch-count 60 \
   "$python" -m bench.gpu one_step $STEP

@@ -1,8 +1,7 @@
 """Estimate the time of a training step on a GPU from the launches that it makes. Nothing is measured.
 
-    python -m bench.gpu_model                        all cases; write bench/results/gpu_model.csv
-    python -m bench.gpu_model --check                compare with the table; write nothing
-    python -m bench.gpu_model --launches --batch 4 --classes 1000 --precision bf16    each launch of our step
+    python -m bench.gpu_model              write bench/results/gpu_model.csv
+    python -m bench.gpu_model --no-save    print only
 
 The steps run on the meta device, and every launch is recorded with the bytes of its tensors, its FLOPs and the shape of
 its product. A launch takes
@@ -13,11 +12,13 @@ A Triton kernel with few warps does not reach the whole bandwidth. A product is 
 multiprocessor determines its time: of the tiles in TILES and the ways to split the inner dimension, the fastest counts.
 The L2 cache is left out: a step moves many times its size.
 
-    floor    FLOPs at the rate of a large product, and bytes at the bandwidth of the memory, without START
-    graph    the launches one after the other in a CUDA graph, GAP between them; of ours, backward and update of the two
-             sides are on two streams: as long as the longer side, or as the work of both without START and GAP
-    eager    the longer of the launches on the device, one after the other, and of the calls on the host
+    floor     FLOPs at the rate of a large product, and bytes at the bandwidth of the memory, without START
+    serial    the launches of a CUDA graph one after the other, GAP between them
+    packed    the same, but backward and update of the two towers, which are on two streams, fill each other's gaps:
+              as long as the longer side, or as the work of both without START and GAP
+    eager     the longer of the launches on the device, one after the other, and of the calls on the host
 
+A graph takes between `packed`, which no schedule beats, and `serial`, without any overlap. The published step is eager.
 The constants below describe an H100 SXM. They are assumptions: one run of bench/gpu.sh on a device can correct them.
 """
 
@@ -25,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import product
@@ -53,21 +53,19 @@ from .meta_device import ARCHITECTURES, PRODUCTS, WithoutProducts, meta_as_gpu, 
 from .published import PublishedStep
 
 TABLE = measure.RESULTS / "gpu_model.csv"
-OURS, PUBLISHED = "skipkernels", "published"
 MODEL, SKIP_LAYERS = "ViT-B-16", 6
 TITLE = "Estimated for an H100; nothing is measured"
-BATCHES, CLASSES, PRECISIONS = (4, 32), (100, 1000, 10_000), ("bf16", "fp32", "tf32")
+BATCHES, CLASSES, PRECISIONS = (4, 32), (100, 1000, 10_000), ("bf16", "fp32")
 _CPU = torch.device("cpu")
 
 # ---- assumptions about the GPU ---------------------------------------------------------------------------------------
 
 PROCESSORS = 132  # multiprocessors of an H100 SXM
-RATES: dict[torch.dtype | str, float] = {  # FLOP/s of products
+RATES = {  # FLOP/s of products
     torch.bfloat16: 750e12,
     torch.float16: 750e12,
     torch.float32: 55e12,
     torch.float64: 55e12,
-    "tf32": 375e12,
 }
 BANDWIDTH = 2.9e12  # bytes/s of the memory, read or written
 WARPS = 8  # for each multiprocessor, which need to be loading for the whole bandwidth
@@ -87,7 +85,7 @@ class Launch(NamedTuple):
         triton: It is a Triton kernel.
         nbytes: Bytes of its tensors.
         flops: Operations of its products.
-        dtype: Type of its products, or "tf32".
+        dtype: Type of its products.
         shape: Batch, rows, columns and inner dimension of a product; None of other launches.
         warps: Warps of all programs of a Triton kernel; None of other launches, which are assumed to fill the GPU.
         side: "image" or "text" in backward and update of the blocks of a tower.
@@ -97,7 +95,7 @@ class Launch(NamedTuple):
     triton: bool
     nbytes: int
     flops: int
-    dtype: torch.dtype | str
+    dtype: torch.dtype
     shape: tuple[int, int, int, int] | None
     warps: int | None = None
     side: str = ""
@@ -120,7 +118,7 @@ class Launch(NamedTuple):
         return max(self.nbytes / BANDWIDTH, self.flops / self.rate)
 
 
-def seconds_of_product(batch: int, rows: int, columns: int, inner: int, dtype: torch.dtype | str) -> float:
+def seconds_of_product(batch: int, rows: int, columns: int, inner: int, dtype: torch.dtype) -> float:
     """Time of a product on the multiprocessors, with the best of TILES and SPLITS.
 
     >>> 1e6 * seconds_of_product(1, 8192, 8192, 8192, torch.bfloat16)  # 1466 at full rate
@@ -301,144 +299,66 @@ def _sides(recording: Recording, clip: sk.SkipCLIP) -> Iterator[None]:
 
 
 class Row(NamedTuple):
-    """One line of the table; times in microseconds."""
+    """A case: our step and the published one; times in microseconds."""
 
-    implementation: str
     B: int
     C: int
     precision: str
     launches: int
-    mbytes: int
-    gflops: int
     floor_us: int
-    graph_us: int
+    packed_us: int
+    serial_us: int
     eager_us: int
+    published_us: int
     torch: str
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return self[:4]
 
-    @property
-    def name(self) -> str:
-        return f"{self.implementation} (B{self.B}-C{self.C}, {self.precision})"
+def serial(launches: Sequence[Launch]) -> float:
+    """Time of the launches one after the other in a graph."""
+    return sum(launch.seconds + GAP for launch in launches)
 
 
-def overlapped(launches: Sequence[Launch]) -> float:
-    """Time of a step, of which the launches of the two sides, if it has sides, run beside each other."""
-    chain: dict[str, float] = defaultdict(float)
-    work: dict[str, float] = defaultdict(float)
-    for launch in launches:
-        chain[launch.side] += launch.seconds + GAP
-        work[launch.side] += launch.seconds - START
-    alone = chain.pop("")
-    return alone + max([*chain.values(), sum(work[side] for side in chain)])
+def packed(launches: Sequence[Launch]) -> float:
+    """Time of a graph in which the launches of the two sides run beside each other, without a pause."""
+    side = {name: [launch for launch in launches if launch.side == name] for name in ("", "image", "text")}
+    both = [*side["image"], *side["text"]]
+    work = sum(launch.seconds - START for launch in both)
+    return serial(side[""]) + max(serial(side["image"]), serial(side["text"]), work)
 
 
-def row_of(implementation: str, batch: int, classes: int, precision: str, launches: Sequence[Launch]) -> Row:
-    """The line of a step."""
-    device = sum(launch.seconds + GAP for launch in launches)
+def eager(launches: Sequence[Launch]) -> float:
+    """Time of an eager step, on the device or on the host."""
     host = sum(HOST_TRITON if launch.triton else HOST_TORCH for launch in launches)
-    return Row(
-        implementation,
-        batch,
-        classes,
-        precision,
-        len(launches),
-        round(sum(launch.nbytes for launch in launches) / 1e6),
-        round(sum(launch.flops for launch in launches) / 1e9),
-        round(1e6 * sum(launch.floor for launch in launches)),
-        round(1e6 * overlapped(launches)),
-        round(1e6 * max(device, host)),
-        ".".join(torch.__version__.split(".")[:2]),
-    )
+    return max(serial(launches), host)
 
 
-RECORDERS = {OURS: launches_of_ours, PUBLISHED: launches_of_published}
-
-
-@functools.lru_cache(maxsize=len(RECORDERS) * 2)
-def steps_of(implementation: str, batch: int, classes: int, precision: str) -> list[Launch]:
-    """Launches of a step; "tf32" is fp32 with PyTorch's products in TF32, not attention."""
-    if precision == "tf32":
-        launches = steps_of(implementation, batch, classes, "fp32")
-        return [launch._replace(dtype="tf32") if launch.shape else launch for launch in launches]
-    return RECORDERS[implementation](batch, classes, precision)
-
-
-def cases() -> Iterator[tuple[int, int, str]]:
-    """Batch, classes and precision of the cases."""
-    return product(BATCHES, CLASSES, PRECISIONS)
-
-
-def worse_than(committed: Row, row: Row) -> Iterator[str]:
-    """Differences between an estimate and its committed row; another version of torch may launch other kernels."""
-    if committed.torch == row.torch and committed != row:
-        yield f"{row.name}: {committed[4:-1]} → {row[4:-1]}: run python -m bench.gpu_model"
+def row_of(batch: int, classes: int, precision: str) -> Row:
+    ours = launches_of_ours(batch, classes, precision)
+    published = launches_of_published(batch, classes, precision)
+    floor = sum(launch.floor for launch in ours)
+    seconds = floor, packed(ours), serial(ours), eager(ours), eager(published)
+    version = ".".join(torch.__version__.split(".")[:2])
+    return Row(batch, classes, precision, len(ours), *(round(1e6 * s) for s in seconds), version)
 
 
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the cases, ours beside the published step."""
+    """Header and lines of the cases."""
     lines = []
-    for case in dict.fromkeys(row.key[1:] for row in rows):
-        ours, published = (next(row for row in rows if row.key == (name, *case)) for name in (OURS, PUBLISHED))
-        times = (ours.floor_us, ours.graph_us, ours.eager_us, published.eager_us)
-        B, C, precision = case
-        lines.append(
-            [
-                str(B),
-                f"{C:,}",
-                precision,
-                str(ours.launches),
-                *(f"{x / 1000:.2f}" for x in times),
-                f"{published.eager_us / ours.graph_us:.1f}",
-            ]
-        )
-    header = ["B", "C", "precision", "launches", "floor, ms", "graph, ms", "eager, ms", "published, ms", "over graph"]
-    return header, lines
-
-
-def show_launches(launches: Sequence[Launch]) -> None:
-    """Print the launches by name, the longest first."""
-    count, moved = Counter[str](), Counter[str]()
-    seconds: dict[str, float] = defaultdict(float)
-    for launch in launches:
-        count[launch.name] += 1
-        seconds[launch.name] += launch.seconds + GAP
-        moved[launch.name] += launch.nbytes
-    lines = [
-        [name, count[name], f"{1e6 * s:.0f}", f"{moved[name] / 1e6:.0f}"]
-        for name, s in sorted(seconds.items(), key=lambda item: -item[1])
-    ]
-    tables.show(["", "launches", "µs", "MB"], lines)
+    for row in rows:
+        times = row.floor_us, row.packed_us, row.serial_us, row.eager_us, row.published_us
+        ratios = (f"{row.published_us / ours:.1f}" for ours in (row.serial_us, row.packed_us))
+        case = str(row.B), f"{row.C:,}", row.precision, str(row.launches)
+        lines.append([*case, *(f"{us / 1000:.2f}" for us in times), " to ".join(ratios)])
+    header = ["B", "C", "precision", "launches", *(f"{name}, ms" for name in "floor packed serial eager".split())]
+    return [*header, "published, ms", "published over graph"], lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = measure.command(__doc__)
-    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES, choices=BATCHES)
-    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES, choices=CLASSES)
-    parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
-    parser.add_argument("--launches", action="store_true", help="print the launches of our step by name")
-    parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
-    args = parser.parse_args(arguments)
+    args = measure.command(__doc__).parse_args(arguments)
     measure.keep_freed_memory()
-    rows = []
-    for batch, classes, precision in cases():
-        if batch in args.batch and classes in args.classes and precision in args.precision:
-            for name in RECORDERS:
-                launches = steps_of(name, batch, classes, precision)
-                rows.append(row_of(name, batch, classes, precision, launches))
-                if args.launches and name == OURS:
-                    show_launches(launches)
+    rows = [row_of(*case) for case in product(BATCHES, CLASSES, PRECISIONS)]
     tables.show(*cells(rows), TITLE)
-    if args.check:
-        keys = {row.key for row in rows}
-        table = [row for row in tables.read(TABLE, Row) if row.key in keys]
-        problems = list(tables.compare(rows, table, TABLE, "estimates", worse_than))
-        print("\n".join([*problems, f"{len(rows)} rows, {len(problems)} problems"]))
-        if problems:
-            raise SystemExit(1)
-    elif not args.no_save and len(rows) == len(RECORDERS) * len(list(cases())):
+    if not args.no_save:
         tables.write(TABLE, rows)
         print(f"wrote {TABLE}")
 

@@ -35,17 +35,14 @@ class Kind(NamedTuple):
 KINDS = {
     "step": Kind("bench.step", "model B C precision implementation", "p50_ms"),
     "infer": Kind("bench.infer", "model images B C skip_layers precision implementation", "p50_ms"),
-    "serve": Kind("bench.serve", "run image nearest images clients", "p50_ms"),
     "operators": Kind("pytest bench/operators", "op shape dtype implementation", "p50_ms"),
     "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms"),
-    "pairs": Kind("bench.memory", "model B loss skip_layers precision memory pairs", "p50_ms"),
     "fuse": Kind("bench.fuse", "model B precision part implementation", "p50_ms"),
     "when": Kind("bench.when", "task method phase seed setting blended head", "base"),
     "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),
     "when_steps": Kind("bench.when --steps", "task method", "step_s"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s"),
-    "cache_read": Kind("bench.cache read", "way cache_mib B", "gb_s"),
 }
 
 

@@ -130,7 +130,7 @@ def losses(device: Device) -> str:
         for kind, (column, what, against) in COMPARED.items()
         for row in device.latest_rows(kind)
         if row.get(column) and not row.get("implementation", "").startswith(OURS)
-        if row.get("extraction", "build") == "build" and row.get("way", "loader") == "loader"
+        if row.get("extraction", "build") == "build"
     ]
     lost = sorted(each for each in every if each[0] < 1)
     if not every:
