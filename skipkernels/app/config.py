@@ -35,7 +35,7 @@ from .option_groups import (
     SkipOptions,
     TrainingOptions,
 )
-from .untrusted import check_source, read_regular
+from .untrusted import check_source, read_bounded
 
 if TYPE_CHECKING:
     from .data import Source
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 _SHOTS = 16
 
 NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
-_REMOVED = ("keep_embeddings",)  # settings of version 0.2 that did not change results
-_RENAMED = {"classes": "max_classes"}  # settings of version 0.2
-_REMOVED_LOGGERS = ("csv", "mlflow")  # of version 0.2
 _SOURCES = ("model", "pretrained", "data", "targets")
 _MAX_BYTES = 2**20  # size of a config.yaml
 
@@ -332,17 +329,15 @@ class TuneConfig(
             raise InputError(f"{path}: no such file{hint}.") from None
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror}).") from None
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
+        except (ValueError, yaml.YAMLError) as error:
             raise InputError(f"{path}: not readable as YAML ({first_line(error)}).") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a mapping of settings; got {type(values).__name__}.")
         for name in NOT_IN_FILES:
             if name in values:
                 raise InputError(f"{path}: {name} is not taken from a file; remove it.")
-        if isinstance(values.get("log"), list):
-            values["log"] = [name for name in values["log"] if name not in _REMOVED_LOGGERS] or ["none"]
         try:
-            config = cls(**{name: value for name, value in renamed(values).items() if name not in _REMOVED})
+            config = cls(**{str(name): value for name, value in values.items()})
         except InputError as error:
             raise InputError(str(error).replace("TuneConfig", str(path), 1)) from None
         for name in (name for name in _SOURCES if name in values and name not in given):
@@ -364,13 +359,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_settings(path: Path) -> Any:
-    """Read a config.yaml; raises OSError, ValueError, RecursionError or yaml.YAMLError."""
-    return yaml.load(read_regular(path, _MAX_BYTES), _Loader)
-
-
-def renamed(settings: dict[Any, Any]) -> dict[str, Any]:
-    """Return the settings of a run of version 0.2 by their present names."""
-    return {_RENAMED.get(name, name): value for name, value in ((str(name), value) for name, value in settings.items())}
+    """Read a config.yaml; raises OSError, ValueError or yaml.YAMLError."""
+    return yaml.load(read_bounded(path, _MAX_BYTES), _Loader)
 
 
 def usable_device(device: str, function: str) -> str:

@@ -1,15 +1,13 @@
-"""Reading of files that others may have written: regular files, JSON of bounded size, sources that they may name."""
+"""Reading of files that others may have written: JSON of bounded size, and sources that they may name."""
 
 from __future__ import annotations
 
 import errno
 import json
 import math
-import os
 import re
-import stat
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from ..formatting import first_line
 from .data.base import InputError
@@ -18,24 +16,9 @@ from .data.registry import is_remote
 _ELSEWHERE = re.compile(r"^(hf-hub|hf|local-dir):|://|^[/\\~]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)")
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading. Pipes and devices are refused: reading them may never end."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def read_regular(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file of at most `max_bytes` bytes."""
-    with open_regular(path) as file:
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """Read a file of at most `max_bytes` bytes."""
+    with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"more than {max_bytes} bytes", str(path))
@@ -46,7 +29,7 @@ def parse_object(text: bytes | str, *, finite: bool = True) -> dict[str, Any]:
     """Parse a JSON object in UTF-8; with `finite`, refuse NaN and infinities.
 
     Raises:
-        ValueError: If it is not JSON, not an object, or nested too deeply; the message has one line.
+        ValueError: If it is not JSON or not an object; the message has one line.
 
     >>> parse_object('{"a": [1]}')
     {'a': [1]}
@@ -64,8 +47,6 @@ def parse_object(text: bytes | str, *, finite: bool = True) -> dict[str, Any]:
     strict: dict[str, Any] = {"parse_constant": refuse, "parse_float": number} if finite else {}
     try:
         value = json.loads(text, **strict)
-    except RecursionError:
-        raise ValueError("not JSON (nested too deeply)") from None
     except ValueError as error:
         raise ValueError(f"not JSON ({first_line(error)})") from None
     if not isinstance(value, dict):
@@ -74,12 +55,12 @@ def parse_object(text: bytes | str, *, finite: bool = True) -> dict[str, Any]:
 
 
 def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
-    """Read a JSON object with finite numbers from a regular file of at most `max_bytes` bytes; see `parse_object`.
+    """Read a JSON object with finite numbers from a file of at most `max_bytes` bytes; see `parse_object`.
 
     Raises:
-        OSError: If the file cannot be read, is not regular, or is larger.
+        OSError: If the file cannot be read or is larger.
     """
-    return parse_object(read_regular(path, max_bytes))
+    return parse_object(read_bounded(path, max_bytes))
 
 
 def check_source(where: object, name: str, value: str, trust: bool) -> None:

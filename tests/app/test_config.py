@@ -16,65 +16,6 @@ from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
 from tests.app.runs import SMALL, fails, small
 
-# config.yaml of a run of version 0.2.0
-OF_0_2 = """
-data: pictograms
-root: /data
-template:
-- a {}.
-shots: 2
-classes: 6
-protocol: base-to-new
-targets: null
-model: pictogram-tiny
-pretrained: null
-method: full
-preset: default
-tail: null
-keep_embeddings: false
-skip_layers: 0.5
-keep_ratio: 0.5
-max_keep: 50
-decay: 0.3
-epochs: 1
-batch_size: 4
-sampler: random
-optimizer: sgd
-text_lr: 0.0005
-image_lr: 0.0002
-warmup_epochs: 0
-warmup_lr: 0.0
-momentum: 0.9
-weight_decay: 0.0005
-clip_grad_norm: 1
-fused_optimizer: false
-precision: fp32
-memory: auto
-attention: sdpa
-cache: null
-cache_dtype: bf16
-refresh: never
-device: cpu
-workers: 0
-seed: 0
-out: runs/pictograms-full
-overwrite: false
-resume: false
-delta: false
-log_every: 50
-"""
-
-
-def test_from_yaml_reads_version_0_2(tmp_path):
-    (tmp_path / "config.yaml").write_text(OF_0_2)
-    read = TuneConfig.from_yaml(tmp_path / "config.yaml")
-    assert read.resolved() == read.resolved().resolved()
-    assert read == TuneConfig(
-        root="/data", template=["a {}."], shots=2, max_classes=6, protocol="base-to-new", method="full", epochs=1,
-        batch_size=4, sampler="random", optimizer="sgd", text_lr=5e-4, image_lr=2e-4, warmup_epochs=0, warmup_lr=0,
-        momentum=0.9, weight_decay=5e-4, clip_grad_norm=1, precision="fp32", device="cpu", out="runs/pictograms-full",
-    )  # fmt: skip
-
 
 @pytest.mark.parametrize("changes", [
     {"skip_layers": 2, "text_lr": 1e-3, "template": ("a {}.", "{}"), "root": Path("r"), "clip_grad_norm": 1.0},

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
-from ..untrusted import open_regular
 from .base import InputError
 
 # Those of torchvision, and later formats.
@@ -94,8 +92,7 @@ def check_inside(path: str, location: str) -> None:
 def read_text(path: Path) -> str:
     """Read a text file in UTF-8, with or without a byte-order mark."""
     try:
-        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
-            return file.read()
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}). Is it a file that you may read?") from error
     except UnicodeDecodeError as error:

@@ -89,7 +89,7 @@ class LoRA(Method):
         return self.clip.parameter_groups(text_lr=text_lr, image_lr=image_lr)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {  # the names of version 0.2
+        return {
             f"{path}.{name}": factor
             for path, module in self.model.named_modules()
             for update in low_rank_updates(module).values()

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
-from typing_extensions import NotRequired, TypedDict  # pydantic needs these before Python 3.12
 
 from ...digests import digest_file, digest_json
 from ...folders import link_or_copy, replaced_folder, restored
@@ -32,8 +31,7 @@ from ...formatting import first_line
 from ..data import InputError
 from ..untrusted import read_object
 from .description import Description
-from .errors import argument_error, validated
-from .metrics_schema import Count, Number, Percent, Text
+from .errors import argument_error
 
 if TYPE_CHECKING:
     from .weights import WeightsFile
@@ -45,30 +43,6 @@ _MAX_BYTES = 1 << 28  # size of checkpoint.json: a thousand epochs with a hundre
 # Errors of torch.load for a damaged file.
 _LOAD_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
 _LOAD_ERRORS += (AttributeError, zipfile.BadZipFile, pickle.UnpicklingError)
-
-
-class _Row(TypedDict):
-    """Row of an epoch: the values that are read again."""
-
-    epoch: Count
-    loss: float  # may be NaN
-    steps: Count
-    seconds: Number
-    kept_classes: Number
-    accuracy: dict[Text, Percent]
-    validation: NotRequired[Percent]
-    validation_balanced: NotRequired[Percent]
-    step_loss: NotRequired[list[float]]
-    stage_seconds: NotRequired[dict[Text, Number]]
-
-
-class _Index(TypedDict):
-    """Contents of checkpoint.json, besides its format and digest."""
-
-    settings: dict[Text, Any]
-    rows: list[_Row]
-    seconds: Number
-    files: dict[Text, Text]
 
 
 class Checkpoint(NamedTuple):
@@ -130,11 +104,10 @@ def load(run: Path) -> Checkpoint | None:
             raise ValueError(f"{INDEX} has format {written}, and this version reads {FORMAT}")
         if digest != digest_json(values):
             raise ValueError(f"{INDEX} was changed after it was written")
-        validated(_Index, values, strict=True)
         file = DELTA if DELTA in values["files"] else MODEL
         for name in {file, TRAINING, *values["files"]}:
-            if not (folder / name).is_file():  # a pipe or a device may never end
-                raise ValueError(f"{name} is missing, or not a regular file")
+            if not (folder / name).is_file():
+                raise ValueError(f"{name} is missing")
             if digest_file(folder / name) != values["files"].get(name):
                 raise ValueError(f"{name} does not match {INDEX}")
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)

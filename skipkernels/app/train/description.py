@@ -67,8 +67,8 @@ class Description:
     none_logit: float | None = None
     """Logit of "none of these" after the temperature; see `calibration.class_probabilities`."""
     calibration_images: int = 0
-    weights_xxh3: Text | None = None
-    """Digest of the weights file; None in files of earlier versions."""
+    weights_xxh3: Text = ""
+    """Digest of the weights file, known when that is written."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the packages that wrote the run."""

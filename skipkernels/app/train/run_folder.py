@@ -20,7 +20,7 @@ import yaml
 
 from ...digests import digest_file
 from ...folders import LOCK, is_locked, link_or_copy, locked, replace_text, replaced_folder, restored, sweep
-from ..config import TuneConfig, read_settings, renamed
+from ..config import TuneConfig, read_settings
 from ..data import InputError
 from ..data.files import format_names
 from ..untrusted import read_object
@@ -28,8 +28,7 @@ from . import checkpoint
 from .checkpoint import BEST, DELTA, MODEL
 from .class_metrics import confusion_lines, prediction_lines
 from .description import CLASSIFIER, Description
-from .errors import argument_error, validated
-from .metrics_schema import Metrics
+from .errors import argument_error
 from .model_card import CARD
 from .plain_config import OPEN_CLIP
 from .predictions import PREDICTIONS, TestPredictions, save
@@ -37,12 +36,11 @@ from .predictions import PREDICTIONS, TestPredictions, save
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
 PREDICTIONS_CSV, CONFUSION_CSV = "predictions.csv", "confusion.csv"
-_STATE_0_2 = "state.pt"  # checkpoint of version 0.2, with the weights beside it
 _FILES: tuple[str, ...] = (METRICS, REPORT, PREDICTIONS, CARD, CLASSIFIER, MODEL, DELTA, OPEN_CLIP, EPOCHS, FEW_SHOT)
-_FILES += (PREDICTIONS_CSV, CONFUSION_CSV, _STATE_0_2, BEST, "metrics.csv", CONFIG)
+_FILES += (PREDICTIONS_CSV, CONFUSION_CSV, BEST, CONFIG)
 _BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT}  # a run writes these files before its first epoch is complete
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
-_SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every version
+_SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every run
 _MAX_METRICS_BYTES = 1 << 24
 _MAX_READS = 100  # attempts to read the model of a run in progress
 
@@ -50,9 +48,7 @@ _MAX_READS = 100  # attempts to read the model of a run in progress
 def read_metrics(folder: Path) -> dict[str, Any]:
     """Read the metrics.json of a complete run."""
     try:
-        metrics = read_object(folder / METRICS, _MAX_METRICS_BYTES)
-        validated(Metrics, metrics, strict=True)
-        return metrics
+        return read_object(folder / METRICS, _MAX_METRICS_BYTES)
     except FileNotFoundError:
         raise InputError(
             f"{folder / METRICS}: no such file. A run has it when it is complete; continue one that was stopped with "
@@ -77,7 +73,7 @@ def read_model(run: Path) -> tuple[Description, Path]:
         described = Description.read(folder)
         path = folder / described.weights
         with contextlib.suppress(OSError):  # the run in progress has deleted it meanwhile
-            if path.is_file() and described.weights_xxh3 in (None, digest_file(path)):
+            if path.is_file() and described.weights_xxh3 == digest_file(path):
                 return described, path
         if not is_locked(run):
             break
@@ -176,10 +172,10 @@ def resumed(config: TuneConfig) -> TuneConfig:
 
 
 def has_run(folder: Path) -> bool:
-    """Return True if a folder has the config.yaml of a run, of any version."""
+    """Return True if a folder has the config.yaml of a run."""
     try:
         settings = read_settings(folder / CONFIG)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         return False
     return isinstance(settings, dict) and settings.keys() >= _SETTINGS
 
@@ -214,16 +210,9 @@ class RunFolder:
         elif (found := checkpoint.load(self.path)) is not None:
             self._check_settings(found.settings)
             self.resumed = found
-        elif metrics is not None or (self.path / _STATE_0_2).exists():
-            raise argument_error(
-                "resume",
-                f"the run in {self.path} was stopped by skipkernels 0.2, and this version can't continue it; continue "
-                "with 0.2, or tune again with `overwrite=True`.",
-            )
 
     def _check_settings(self, before: dict[str, Any]) -> None:
         """Check that the run to resume has the settings that change results."""
-        before = renamed(before)
         for name, value in self._config.identity().items():
             if before.get(name) != value:
                 raise argument_error(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import warnings
 from pathlib import Path
@@ -170,11 +169,9 @@ def test_read_image_invalid_files(tmp_path):
     path.unlink()
     with raises_input_error(path, "no such file. Was it removed, or is it a broken link?"):
         one(path)
-    for make in (lambda: path.mkdir(), lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")):
-        make()
-        with raises_input_error(path, "can't be read"):
-            one(path)
-        path.rmdir() if path.is_dir() else path.unlink()
+    path.mkdir()
+    with raises_input_error(path, "can't be read"):
+        one(path)
 
 
 def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):

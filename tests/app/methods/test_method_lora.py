@@ -15,7 +15,7 @@ from skipkernels.app.data import InputError
 
 
 def merged(method, plain, *, alpha: float = 1.0, rank: int = 2):
-    """Model with alpha/√rank · B A added to the packed weight of q, k and v, from the state as version 0.2 saves it."""
+    """Model with alpha/√rank · B A added to the packed weight of q, k and v."""
     state = method.state_dict()
     assert {key.rpartition(".")[0] for key in state} == {
         key.removesuffix(".in_proj_weight") for key in plain.state_dict() if key.endswith("attn.in_proj_weight")
@@ -61,7 +61,7 @@ def test_lora_published_size():
     assert down.abs().max() <= 1 / 4 and down.std().item() == pytest.approx(0.25 / 3**0.5, rel=0.2)
 
 
-def test_lora_initial_weights_and_order_are_those_of_version_0_2():
+def test_lora_initial_weights_and_order():
     """A is drawn for each text block, then for each image block; the optimizer of a checkpoint has A and B by block."""
     method = made("lora", generator=torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)

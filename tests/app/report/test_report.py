@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -549,27 +548,10 @@ def test_thumbnails_open_only_selected_images():
     assert len(data.opened) == len(set(data.opened)) == len(test.thumbnails) < 30
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("metrics.json", {"classes": {}}),
-        ("metrics.json", {"zero_shot": {"base": "text"}}),
-        ("metrics.json", {"steps": 10**400}),
-        ("metrics.json", {"cost": None}),
-        ("metrics.json", {"validation": {"images": -1}}),
-        ("metrics.json", {"validation": {"images": 9, "zero_shot": 1, "tuned": 2, "thresholds": [{"threshold": 0.5}]}}),
-        ("metrics.json", {"notes": 3}),
-        ("metrics.jsonl", {"epoch": -1}),
-        ("metrics.jsonl", {"accuracy": [1]}),
-        ("metrics.jsonl", {"step_loss": [10**400]}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "".join(value),
-)
-def test_report_of_damaged_metrics_is_one_line(run, tmp_path, capsys, name, change):
+@pytest.mark.parametrize("name", ["metrics.json", "metrics.jsonl"])
+def test_report_of_truncated_metrics_is_one_line(run, tmp_path, capsys, name):
     for file in ("config.yaml", "metrics.json", "metrics.jsonl"):
         shutil.copy(run[0] / file, tmp_path)
-    text = (tmp_path / name).read_text()
-    values = json.loads(text.splitlines()[0] if name.endswith("l") else text)
-    (tmp_path / name).write_text(json.dumps(values | change))
+    (tmp_path / name).write_text((tmp_path / name).read_text()[:-5])
     error = fails(["report", tmp_path], capsys)
-    assert f"{tmp_path / name}: damaged (" in error and next(iter(change)) in error and len(error) < 400
+    assert f"{tmp_path / name}: damaged (not JSON" in error and len(error) < 400

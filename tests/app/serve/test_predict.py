@@ -31,7 +31,6 @@ from skipkernels.app.serve.output import NONE, SortedFolders, folder_names
 from skipkernels.app.train import tune
 from skipkernels.app.train.calibration import class_probabilities, find_thresholds, fit_none_logit
 from skipkernels.app.train.setup import build_task
-from skipkernels.digests import digest_file
 from skipkernels.formatting import csv_line, csv_text
 from tests.app.serve.conftest import CONFIG
 from tests.processes import run_in_processes
@@ -196,15 +195,6 @@ def test_damaged_run(run, tmp_path, damage, message):
     damage(folder)
     with pytest.raises(InputError, match=message):
         sk.Classifier.load(folder)
-
-
-def test_run_of_an_earlier_version(run, tmp_path, images, classifier):
-    """Its classifier.json has no digest."""
-    folder = shutil.copytree(run.folder, tmp_path / "run")
-    values = json.loads((folder / "classifier.json").read_text())
-    assert values.pop("weights_xxh3") == digest_file(folder / "model.safetensors")
-    (folder / "classifier.json").write_text(json.dumps(values))
-    assert torch.equal(sk.Classifier.load(folder, device="cpu").logits(images), classifier.logits(images))
 
 
 def command(capsys, *arguments) -> tuple[int, str, str]:

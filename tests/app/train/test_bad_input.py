@@ -86,7 +86,7 @@ def test_run_without_a_complete_epoch_is_replaced(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("config.yaml", "seed: 3"), ("config.yaml", "a: ["), ("state.pt", ""), ("report.html", "<p>")]
+    ("name", "text"), [("config.yaml", "seed: 3"), ("config.yaml", "a: ["), ("report.html", "<p>")]
 )
 def test_out_keeps_files_of_no_run(tmp_path, name, text, capsys):
     (tmp_path / name).write_text(text)
@@ -237,11 +237,9 @@ def test_doctor(cuda, capsys, monkeypatch):
         ("shots: [" + "x, " * 10**4 + "]", "shots must be"),
         ("? " + "x" * 1000 + "\n: 1", "unknown setting"),
         ("seed: 1\nseed: 2", "config.yaml: not readable as YAML ('seed' is given twice)."),
-        ("shots: " + "9" * 10**4, "not readable as YAML"),
-        ("[" * 10**4, "not readable as YAML"),
         ("#" * 2**21, "more than 1048576 bytes"),
     ],
-    ids=["list", "name", "repeated", "decimal", "nested", "large"],
+    ids=["list", "name", "repeated", "large"],
 )
 def test_from_yaml_refuses_file_in_short_line(tmp_path, text, message, capsys):
     (tmp_path / "config.yaml").write_text(text)

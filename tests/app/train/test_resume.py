@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 
@@ -12,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-import skipkernels as sk
 from skipkernels.app.cli.main import main
-from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
-from skipkernels.app.train import checkpoint, evaluate_run, trainer, tune
+from skipkernels.app.train import checkpoint, trainer, tune
 from skipkernels.app.train import run as training_run
-from skipkernels.app.train.run_folder import RunFolder, read_metrics
-from skipkernels.digests import digest_json
+from skipkernels.app.train.run_folder import read_metrics
 from tests.app.runs import fails, files, losses, results, rows, shortened, small, stopped
 
 
@@ -42,17 +37,6 @@ def test_resume_refuses_foreign_training_state(copy, training):
         with pytest.raises(InputError, match=r"checkpoint: not the training state of this run: .*`overwrite=True`\.$"):
             tune(small(copy, resume=True))
     assert checkpoint.load(copy).rows == found.rows, "the checkpoint is kept"
-
-
-@pytest.mark.parametrize("name", ["metrics.json", "config.yaml"])
-def test_resume_refuses_pipe(run, tmp_path, name):
-    folder = shutil.copytree(run[0], tmp_path / "run")
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
-    with pytest.raises(InputError, match=r"not a regular file" if name == "metrics.json" else "no config.yaml of"):
-        RunFolder(small(folder, resume=True).resolved())
-    with pytest.raises(InputError, match="not a regular file"):
-        read_metrics(folder) if name == "metrics.json" else TuneConfig.from_yaml(folder / name)
 
 
 @pytest.mark.parametrize(
@@ -113,14 +97,8 @@ def test_resume_writes_the_report_of_a_run_that_was_stopped_before_it(run, copy,
 
 
 def test_resume_by_folder_of_killed_run(run, copy):
-    """Files as after a kill between the checkpoint and the row of metrics.jsonl, and a name of version 0.2."""
+    """Files as after a kill between the checkpoint and the row of metrics.jsonl."""
     (copy / "metrics.jsonl").write_text("")
-    index = copy / "checkpoint" / "checkpoint.json"
-    values = json.loads(index.read_text().replace("max_classes", "classes"))
-    assert values["settings"]["classes"] == 24
-    body = {name: value for name, value in values.items() if name not in ("format", "digest")}
-    index.write_text(json.dumps(values | {"digest": digest_json(body)}))
-    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("max_classes", "classes"))
     assert main(["tune", "--resume", str(copy), "--log-every", "7", "--memory", "min", "--workers", "1"]) == 0
     assert "log_every: 7" in (copy / "config.yaml").read_text(), "settings without effect on results may differ"
     assert results(copy) == results(run[0])
@@ -148,35 +126,6 @@ def interrupted(tmp_path_factory):
 def copy(interrupted, tmp_path):
     """Copy of an interrupted run."""
     return shutil.copytree(interrupted, tmp_path / "copy")
-
-
-def test_resume_refuses_run_of_version_0_2(run, copy):
-    """A run of 0.2 has state.pt beside its weights, and metrics.json if it was interrupted."""
-    for name in ("model.safetensors", "classifier.json"):
-        (copy / "checkpoint" / name).rename(copy / name)
-    shutil.rmtree(copy / "checkpoint")
-    (copy / "state.pt").touch()
-    (copy / "metrics.json").write_text((run[0] / "metrics.json").read_text().replace("complete", "interrupted"))
-    with pytest.raises(InputError, match=r"was stopped by skipkernels 0\.2, .*; continue with 0\.2, or tune again"):
-        tune(small(copy, resume=True))
-    assert evaluate_run(copy) == rows(copy)[0]["accuracy"], "its model can be used"
-    assert tune(small(copy, overwrite=True, epochs=1, max_classes=4))["epochs"] == 1
-
-
-def test_run_of_version_0_2_is_complete(run, tmp_path):
-    """Its metrics have the times of the parts of a forward, and classifier.json no digest in the first versions."""
-    folder = shutil.copytree(run[0], tmp_path / "run")
-    (folder / "state.pt").touch()
-    metrics = json.loads((folder / "metrics.json").read_text())
-    metrics["cost"]["forward_milliseconds"] = {"loss": 1.0}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    classifier = json.loads((folder / "classifier.json").read_text())
-    del classifier["weights_xxh3"]
-    (folder / "classifier.json").write_text(json.dumps(classifier))
-    (folder / "checkpoint").mkdir()  # as after a kill in the last moment
-    assert tune(small(folder, resume=True)) == metrics and not (folder / "checkpoint").exists()
-    assert evaluate_run(folder) == metrics["tuned"]
-    assert sk.Classifier.load(folder, device="cpu").classes == classifier["classes"]
 
 
 @pytest.mark.parametrize(
@@ -207,26 +156,10 @@ def test_resume_refuses_damaged_checkpoint(copy, capsys):
     assert main(["tune", "--overwrite", *map(str, arguments), "--epochs", "1", "--max-classes", "4"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [({"settings": [1]}, "settings: Input"), ({"settings": None}, "settings: Input"), ({"seconds": "x"}, "seconds: I"),
-     ({"rows": [{"epoch": 1}]}, "rows.0.loss: Field required"), ({"rows": {}}, "rows: Input"),
-     ({"files": ["model.safetensors"]}, "files: Input")],
-    ids=str,
-)  # fmt: skip
-def test_resume_refuses_foreign_index(copy, changes, reason):
-    index = copy / "checkpoint" / "checkpoint.json"
-    values = json.loads(index.read_text()) | changes
-    body = {name: value for name, value in values.items() if name not in ("format", "digest")}
-    index.write_text(json.dumps(values | {"digest": digest_json(body)}))
-    with pytest.raises(InputError, match=rf"checkpoint: damaged, or not a checkpoint: {reason}"):
-        RunFolder(small(copy, resume=True).resolved())
-
-
 def test_read_metrics_refuses_damaged_file(tmp_path):
-    for text, reason in (("[]", "not a JSON object"), ("{}", "status: Field required"), ("[" * 10**5, "too deeply")):
+    for text, reason in (("[]", "not a JSON object"), ('{"status": "com', "Unterminated")):
         (tmp_path / "metrics.json").write_text(text)
-        with pytest.raises(InputError, match=rf"metrics\.json: damaged \(.*{reason}\)*\. Restore it"):
+        with pytest.raises(InputError, match=rf"metrics\.json: damaged \(.*{reason}.*\)\. Restore it"):
             read_metrics(tmp_path)
 
 
