@@ -117,10 +117,11 @@ def build(library: Path, after_step: Callable[[], None] = lambda: None) -> None:
     """
     compiler = _compiler()
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=library.parent) as folder:
-        built = Path(folder, "_C.so")
+    with tempfile.TemporaryDirectory() as folder:
+        built, copy = Path(folder, "_C.so"), library.with_name(f"{library.name}.{os.getpid()}.new")
         _run_ninja(compiler, built, after_step)
-        os.replace(built, library)  # never a part of a library, also if two processes build it
+        shutil.copyfile(built, copy)
+        os.replace(copy, library)  # never a part of a library, also if two processes build it
 
 
 def source_dir() -> Path:
