@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..towers import Memory, Reduction, TextTower, build_towers
+from ..towers import Memory, Reduction, TextTower
 from ..towers.block import fuse_blocks
 from ..towers.watch import Containers, Watched
 from .checks import Trainable, check_vocabulary
@@ -63,7 +63,8 @@ class CutModel:
 
     def _build(self, prototypes: Tensor | None = None) -> None:
         """Read the model, and compare it with its encoders; prototypes are computed unless given."""
-        from .verify import verify  # which runs at a construction only
+        from ..towers import build_towers  # this and verification run at a construction only
+        from .verify import verify
 
         image, text = build_towers(self.model)
         # 1. Fuse the blocks, cut the towers, and freeze what is below the cut

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .. import _build, reference
+from .. import reference
 from . import launching, registration
+
+if TYPE_CHECKING:
+    from .. import _build
 
 __all__ = ["OPERATORS", "Backend", "backends"]
 
@@ -39,6 +42,8 @@ def backends() -> dict[str, dict[str, Backend]]:
         >>> sorted(backends()["class_scores"])
         ['cpu', 'cuda']
     """
+    from .. import _build
+
     extension = _build.load()
     return {name: {"cpu": _on_cpu(name, extension), "cuda": _on_cuda(name)} for name in OPERATORS}
 

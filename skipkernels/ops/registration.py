@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from .. import _build
 from . import launching
 from .gradients import Gradient, differentiate, fake_by_names, gradient_by_names, refuse_double_backward
 
@@ -91,6 +90,8 @@ def define(
     def load_or_fall_back(*args: Any) -> Any:
         # Once loaded, the C++ kernel has precedence: this is reached only with tensors that it has no kernel for.
         if _first(args).device.type == "cpu" and not has_cpp(name):
+            from .. import _build  # not needed before
+
             _build.load()
             if has_cpp(name):
                 return operator(*args)

@@ -1,9 +1,16 @@
 """Image and text towers of a CLIP model, cut below block `skip`; one file per model family in `families/`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 from .base import Cut, ImageTower, Memory, Reduction, UnsupportedModel
 from .modes import deterministic_training, evaluating
-from .registry import build_towers
 from .text import TextTower
+
+if TYPE_CHECKING:
+    from .registry import build_towers
 
 __all__ = [
     "Cut",
@@ -16,3 +23,5 @@ __all__ = [
     "deterministic_training",
     "evaluating",
 ]
+
+__getattr__ = lazy_names(__name__, {"registry": ("build_towers",)})

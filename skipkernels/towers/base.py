@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import memory as device_memory
 from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
 from . import attention
@@ -252,13 +251,14 @@ class Tower(ABC):
             return self.memory
         if not torch.is_grad_enabled() or not any(isinstance(block, FusedBlock) for block in self.blocks):
             return "fast"
-        from .fused.forward import saved_bytes  # importing the towers does not need the operators
+        from ..memory import free_bytes  # both are not needed to import the towers
+        from .fused.forward import saved_bytes
 
         needed = saved_bytes(hidden) * (len(self.blocks) - self.skip) * runs
         # Asked once: reading the free memory takes 0.1 ms, and a captured graph must not ask the driver.
         key = needed, hidden.device
         if key not in self._fits:
-            self._fits[key] = needed <= device_memory.free_bytes(hidden.device) / 2
+            self._fits[key] = needed <= free_bytes(hidden.device) / 2
         return "fast" if self._fits[key] else "min"
 
     @functools.cached_property  # a family defines its own __init__
