@@ -45,7 +45,7 @@ import skipkernels as sk
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.train import tune
 from skipkernels.features import FeatureCache
-from skipkernels.features.table import DTYPES, FEATURES, Layout
+from skipkernels.features.table import FEATURES, STORED_DTYPES, Layout
 from skipkernels.features.writer import TableWriter
 from skipkernels.memory import PeakMemory
 from skipkernels.testing import relative_error
@@ -209,7 +209,7 @@ def features(args: argparse.Namespace) -> Rows:
     dataset = TensorDataset(images.cpu(), labels.cpu())
     truth = clip.encode_lower(images).cpu()
     rows = []
-    for dtype in DTYPES:
+    for dtype in STORED_DTYPES:
         with tempfile.TemporaryDirectory() as folder:
             cache = FeatureCache.build(folder, clip, dataset, dtype=dtype, batch_size=args.batch, progress=False)
             (kept, _), *_ = cache.loader(args.batch, "sequential")
@@ -227,9 +227,9 @@ def features(args: argparse.Namespace) -> Rows:
 
 
 def tuning(args: argparse.Namespace) -> Rows:
-    found: dict[str, Rows] = {dtype: [] for dtype in DTYPES}
+    found: dict[str, Rows] = {dtype: [] for dtype in STORED_DTYPES}
     for seed in args.seeds:
-        for dtype in DTYPES:
+        for dtype in STORED_DTYPES:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder, "run")
                 config = TuneConfig(seed=seed, cache=Path(folder, "cache"), cache_dtype=dtype, out=out)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._progress import Output, progress
 from ..digests import digest_tensors
 from ..features.identity import PROBE_TOLERANCE, relative_distance
-from ..features.table import COMPUTED, DTYPES, IDENTITY, CacheError, Layout, MappedTable
+from ..features.table import COMPUTED_DTYPES, IDENTITY, STORED_DTYPES, CacheError, Layout, MappedTable
 from ..features.writer import TableWriter
 from ..folders import is_locked
 from ..formatting import escaped
@@ -97,7 +97,7 @@ def _identity(texts: ClassTexts) -> dict[str, str | int]:
 
 def _layout(rows: int, like: Tensor, identity: dict[str, str | int]) -> Layout:
     """Layout of rows like those of a tensor [n, W], in its dtype."""
-    names = {dtype: name for name, dtype in COMPUTED.items() if name in DTYPES}
+    names = {dtype: name for name, dtype in COMPUTED_DTYPES.items() if name in STORED_DTYPES}
     if like.dtype not in names:
         raise CacheError(
             f"SkipCLIP: text_cache stores {', '.join(names.values())}; this model computes in {like.dtype}."

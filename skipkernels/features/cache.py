@@ -99,7 +99,8 @@ class FeatureCache(Dataset):
                 the disk is full, or an image or its features cannot be used. Finished rows stay.
         """
         folder = Path(path).absolute()  # a later change of the working directory has no effect
-        _check_options({"dtype": dtype, "refresh": refresh, "batch_size": batch_size, "workers": workers, "seed": seed})
+        _check_choice("FeatureCache.build", "dtype", dtype, get_args(CacheDtype))
+        _check_options("FeatureCache.build", refresh=refresh, batch_size=batch_size, workers=workers, seed=seed)
         _check_inputs(clip, dataset)
         if resume and overwrite:
             raise ValueError("FeatureCache.build: resume continues a cache, and overwrite replaces it; pass only one.")
@@ -182,6 +183,7 @@ class FeatureCache(Dataset):
         Raises:
             MemoryError: If the outputs would take more than half of the free memory.
         """
+        _check_options("FeatureCache.in_memory", refresh=refresh, batch_size=batch_size, workers=workers, seed=seed)
         if len(dataset) == 0:
             raise ValueError("FeatureCache.in_memory: the dataset has no images.")
         extraction = MemoryExtraction(dataset, encode, batch_size=batch_size, workers=workers, seed=seed)
@@ -258,9 +260,9 @@ class FeatureCache(Dataset):
         target = None if device is None else torch.device(device)
         if target is not None and target.type == "cuda" and target.index is None:
             target = torch.device("cuda", torch.cuda.current_device())  # the reading thread may have another
-        return FeatureLoader(self.table_of_epoch, self.labels, sampler, dtype=dtype, device=target, prefetch=prefetch)
+        return FeatureLoader(self.load_epoch, self.labels, sampler, dtype=dtype, device=target, prefetch=prefetch)
 
-    def table_of_epoch(self, epoch: int) -> FeatureTable:
+    def load_epoch(self, epoch: int) -> FeatureTable:
         """Return the features of an epoch."""
         if self._refill is not None and epoch != self._epoch:
             self._epoch = None  # after an error the rows are of different epochs
@@ -273,23 +275,25 @@ class FeatureCache(Dataset):
             self.table, self._epoch = table, epoch
         return self.table
 
-    def verify(self) -> list[str]:
-        """Compare every row in the folder with its checksum; return a message that names damaged rows, if any."""
+    def verify(self) -> str | None:
+        """Compare every row in the folder with its checksum; return a message that names damaged rows, or None."""
         if not isinstance(self.table, MappedTable):
-            return []
+            return None
         damaged = self.table.find_damage()
-        return [self.table.damage_message(damaged)] if damaged else []
+        return self.table.damage_message(damaged) if damaged else None
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    for name, known in (("dtype", get_args(CacheDtype)), ("refresh", get_args(Refresh))):
-        if options[name] not in known:
-            raise ValueError(f"FeatureCache.build: {name} must be one of {', '.join(known)}; got {options[name]!r}.")
-    for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0)):
-        if not isinstance(options[name], int) or options[name] < least:
-            raise ValueError(
-                f"FeatureCache.build: {name} must be at least {least}, a whole number; got {options[name]!r}."
-            )
+def _check_options(function: str, *, refresh: Any, **numbers: Any) -> None:
+    _check_choice(function, "refresh", refresh, get_args(Refresh))
+    for name, number in numbers.items():
+        least = 1 if name == "batch_size" else 0
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"{function}: {name} must be at least {least}, a whole number; got {number!r}.")
+
+
+def _check_choice(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{function}: {argument} must be one of {', '.join(choices)}; got {value!r}.")
 
 
 def _check_inputs(clip: Any, dataset: Any) -> None:

@@ -16,14 +16,14 @@ from ..memory import free_bytes
 from ..options import CacheDtype, Refresh
 from .identity import check_probe, model_identity, probe
 from .image_batches import load_batches, split_batches
-from .table import COMPUTED, CacheError, Layout, MappedTable, MemoryTable
+from .table import COMPUTED_DTYPES, CacheError, Layout, MappedTable, MemoryTable
 from .writer import TableWriter
 
 if TYPE_CHECKING:
     from ..clip import SkipCLIP
 
 Progress = Callable[[int], None] | bool  # called with the number of images of each batch; True shows a bar
-_NAME_OF = {dtype: name for name, dtype in COMPUTED.items()}
+_NAME_OF = {dtype: name for name, dtype in COMPUTED_DTYPES.items()}
 
 
 class Encoder:

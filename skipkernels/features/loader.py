@@ -28,7 +28,7 @@ class FeatureLoader:
 
     def __init__(
         self,
-        table_of_epoch: Callable[[int], FeatureTable],
+        load_epoch: Callable[[int], FeatureTable],
         labels: Tensor,
         sampler: Iterable[list[int]],
         *,
@@ -38,7 +38,7 @@ class FeatureLoader:
     ):
         self.sampler, self.prefetch, self.dtype, self.device = sampler, prefetch, dtype, device
         self.seconds_waited = 0.0
-        self._table_of_epoch, self._labels = table_of_epoch, labels
+        self._load_epoch, self._labels = load_epoch, labels
         self._epoch = 0  # for samplers that do not count epochs
         self._initial: dict[str, Any] | None = None  # the sampler's state at the beginning of the current epoch
         self._yielded = 0  # batches of the current epoch
@@ -58,7 +58,7 @@ class FeatureLoader:
         if self._initial is not None and isinstance(self.sampler, BatchSampler):
             self.sampler.abandon()  # an epoch that was not finished
         self._initial, self._yielded = self._sampler_state(), 0
-        batches = self._to_device(self._read_all(self._table_of_epoch(self.epoch)))
+        batches = self._to_device(self._read_all(self._load_epoch(self.epoch)))
         if self.prefetch > 0:
             batches = _ahead(batches, self.prefetch)
         try:

@@ -16,7 +16,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from torch import Tensor
 from ..digests import digest_json
 
 # Dtypes of rows in a folder, and of rows before they are stored and after they are read.
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-COMPUTED = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STORED_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+COMPUTED_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int8": np.int8}  # NumPy has no bf16
 
 FEATURES, SCALES, LABELS = "features.npy", "scales.npy", "labels.npy"
@@ -89,20 +89,20 @@ def dequantise(steps: Tensor, scales: Tensor) -> Tensor:
 
 
 def rounded(features: Tensor, dtype: str) -> Tensor:
-    """Round features [n, N, …] as if stored in `dtype`, a key of `DTYPES`, and read again.
+    """Round features [n, N, …] as if stored in `dtype`, a key of `STORED_DTYPES`, and read again.
 
     >>> rounded(torch.tensor([[[0.5, -2.0]]]), "int8").tolist()
     [[[0.5039370059967041, -2.0]]]
     """
-    stored = dequantise(*quantise(features)) if dtype == "int8" else features.to(DTYPES[dtype])
+    stored = dequantise(*quantise(features)) if dtype == "int8" else features.to(STORED_DTYPES[dtype])
     return stored.to(features.dtype)
 
 
-def checksums(seed: int, rows: Sequence[int], parts: Sequence[Tensor]) -> list[int]:
+def checksums(seed: int, row_numbers: Sequence[int], parts: Sequence[Tensor]) -> list[int]:
     """Checksum of the bytes of each row in all parts [n, …]; depends on its number, and is never 0."""
     arrays = [part.contiguous().unsqueeze(-1).flatten(1).view(torch.uint8).numpy() for part in parts]  # [n, bytes]
     found = []
-    for place, row in enumerate(rows):
+    for place, row in enumerate(row_numbers):
         checksum = xxhash.xxh3_64(seed=(seed + row) % 2**64)
         for array in arrays:
             checksum.update(array[place])
@@ -117,10 +117,10 @@ def checksums(seed: int, rows: Sequence[int], parts: Sequence[Tensor]) -> list[i
 class Layout:
     """Sizes and dtypes of a table in a folder, and what its rows depend on: the contents of identity.json."""
 
-    rows: int
+    rows: int  # Number of rows, under its name in the file
     shape: tuple[int, ...]  # Shape of a row: tokens and width, or a feature map
-    dtype: str  # Dtype in the folder, a key of `DTYPES`; int8 has a scale for each token (first dimension of `shape`)
-    computed_dtype: str  # Dtype of rows before they are stored and after they are read, a key of `COMPUTED`
+    dtype: str  # Dtype in the folder, a key of `STORED_DTYPES`; int8 has a scale for each token, `shape[0]`
+    computed_dtype: str  # Dtype of rows before they are stored and after they are read, a key of `COMPUTED_DTYPES`
     labelled: bool  # True if each row has a label
     identity: Mapping[str, str | int]  # What the rows depend on, by name
     probe: Sequence[float] = ()  # Some features of a fixed input, see `identity.check_probe`; not compared here
@@ -175,7 +175,7 @@ class Layout:
             if (version := values.pop("format")) != FORMAT:
                 raise ValueError(f"format {version}, and this version reads {FORMAT}")
             layout = cls(**values | {"shape": tuple(values["shape"]), "identity": dict(values["identity"])})
-            if layout.computed_dtype not in COMPUTED:
+            if layout.computed_dtype not in COMPUTED_DTYPES:
                 raise ValueError(f"computed_dtype {layout.computed_dtype!r}")
             if min(layout.rows, *layout.shape) < 1 or layout.row_bytes < 1:
                 raise ValueError("sizes below 1")
@@ -197,10 +197,10 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> Tensor:
     try:
         with path.open("rb") as file:
             header, size = file.read(HEADER), os.fstat(file.fileno()).st_size
-            right = HEADER + math.prod(shape) * np.dtype(dtype).itemsize
-            if size != right:
+            expected_size = HEADER + math.prod(shape) * np.dtype(dtype).itemsize
+            if size != expected_size:
                 raise CacheError(
-                    f"{path}: damaged: {size} bytes instead of {right}. Build it again with `resume=True`."
+                    f"{path}: damaged: {size} bytes instead of {expected_size}. Build it again with `resume=True`."
                 )
             if header != header_of(shape, dtype):
                 raise CacheError(f"{path}: damaged: another header. Build it again with `resume=True`.")
@@ -232,8 +232,12 @@ class FeatureTable(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, row_numbers: Tensor) -> Tensor:
         """Copy rows by number, int64 [B] on any device, to [B, *shape] on the device of the table."""
+
+    def converted(self, fn: Callable[[Tensor], Tensor]) -> FeatureTable | None:
+        """Return the rows moved by `fn`; None if that changes their dtype, or if they are in a folder."""
+        return None
 
 
 class MemoryTable(FeatureTable):
@@ -246,8 +250,12 @@ class MemoryTable(FeatureTable):
     def __len__(self) -> int:
         return len(self.features)
 
-    def rows(self, ids: Tensor) -> Tensor:  # noqa: D102
-        return self.features.index_select(0, ids.to(self.features.device))
+    def rows(self, row_numbers: Tensor) -> Tensor:  # noqa: D102
+        return self.features.index_select(0, row_numbers.to(self.features.device))
+
+    def converted(self, fn: Callable[[Tensor], Tensor]) -> MemoryTable | None:  # noqa: D102
+        features = fn(self.features)
+        return MemoryTable(features) if features.dtype == self.dtype else None
 
 
 class MappedTable(FeatureTable):
@@ -263,7 +271,7 @@ class MappedTable(FeatureTable):
     def __init__(self, folder: Path, layout: Layout):
         self.folder: Path = folder
         self.layout = layout
-        self.shape, self.dtype = layout.shape, COMPUTED[layout.computed_dtype]
+        self.shape, self.dtype = layout.shape, COMPUTED_DTYPES[layout.computed_dtype]
         self.row_checksums = map_array(folder / CHECKSUMS, (layout.rows,), np.uint64).numpy().copy()
         self._verified = np.zeros(layout.rows, dtype=bool)
         self._maps: dict[str, Tensor] = {}  # by file name
@@ -294,16 +302,16 @@ class MappedTable(FeatureTable):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_maps": {}, "_bytes_read": 0}  # another process maps the files itself
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, row_numbers: Tensor) -> Tensor:
         """Copy rows, see `FeatureTable.rows`; a CacheError if one is damaged."""
-        index = ids.cpu()
+        index = row_numbers.cpu()
         parts = {name: array.index_select(0, index) for name, array in self._arrays().items()}
         if not self._verified[index].all():
             if damaged := self._mismatches(index.tolist(), list(parts.values())):
                 raise CacheError(self.damage_message(damaged))
             self._verified[index] = True
         self._bound_memory(len(index))
-        stored = parts[FEATURES].view(DTYPES[self.layout.dtype])
+        stored = parts[FEATURES].view(STORED_DTYPES[self.layout.dtype])
         features = dequantise(stored, parts[SCALES]) if SCALES in parts else stored
         return features.to(self.dtype)
 
@@ -320,21 +328,22 @@ class MappedTable(FeatureTable):
         """Read all finished rows; return the numbers of those that do not match their checksums."""
         found, step = [], max(_MAPPED_BYTES // self.layout.row_bytes, 1)
         for start in range(0, len(self), step):
-            rows = range(start, min(start + step, len(self)))
-            if self.row_checksums[rows.start : rows.stop].any():
-                found += self._mismatches(rows, [array[rows.start : rows.stop] for array in self._arrays().values()])
-                self._bound_memory(len(rows))
+            end = min(start + step, len(self))
+            if self.row_checksums[start:end].any():
+                parts = [array[start:end] for array in self._arrays().values()]
+                found += self._mismatches(range(start, end), parts)
+                self._bound_memory(end - start)
         return [row for row in found if self.row_checksums[row]]
 
-    def damage_message(self, rows: Sequence[int]) -> str:
+    def damage_message(self, row_numbers: Sequence[int]) -> str:
         """Message that names damaged rows."""
-        named = ", ".join(map(str, rows[:9])) + (", …" if len(rows) > 9 else "")
+        named = ", ".join(map(str, row_numbers[:9])) + (", …" if len(row_numbers) > 9 else "")
         return f"{self.folder}: row {named} damaged: bytes have changed. Build it again with `resume=True`."
 
-    def _mismatches(self, rows: Sequence[int], parts: Sequence[Tensor]) -> list[int]:
+    def _mismatches(self, row_numbers: Sequence[int], parts: Sequence[Tensor]) -> list[int]:
         """Numbers of the rows with parts [n, …] that do not match their checksums."""
-        found = checksums(self.layout.seed, rows, parts)
-        return [row for row, checksum in zip(rows, found, strict=True) if checksum != self.row_checksums[row]]
+        found = checksums(self.layout.seed, row_numbers, parts)
+        return [row for row, checksum in zip(row_numbers, found, strict=True) if checksum != self.row_checksums[row]]
 
     def _arrays(self) -> dict[str, Tensor]:
         maps = self._maps  # another thread may replace them
@@ -344,8 +353,8 @@ class MappedTable(FeatureTable):
             }
         return maps
 
-    def _bound_memory(self, rows_read: int) -> None:
+    def _bound_memory(self, row_count: int) -> None:
         """Close the maps after a number of reads, since pages that were read stay in resident memory."""
-        self._bytes_read += rows_read * self.layout.row_bytes
+        self._bytes_read += row_count * self.layout.row_bytes
         if self._bytes_read > _MAPPED_BYTES:
             self._maps, self._bytes_read = {}, 0

@@ -20,13 +20,13 @@ from ..folders import LOCK, locked, replace_text, sweep, sync
 from ..formatting import decimal
 from .table import (
     CHECKSUMS,
-    DTYPES,
     FEATURES,
     FORMAT,
     HEADER,
     IDENTITY,
     LABELS,
     SCALES,
+    STORED_DTYPES,
     CacheError,
     Layout,
     MappedTable,
@@ -92,7 +92,7 @@ class TableWriter:
 
     def write(self, first: int, features: Tensor, labels: Tensor | None = None) -> None:
         """Write consecutive rows [n, *shape] in the dtype in which they were computed, and their labels [n] int64."""
-        stored = quantise(features) if self.layout.dtype == "int8" else (features.to(DTYPES[self.layout.dtype]),)
+        stored = quantise(features) if self.layout.dtype == "int8" else (features.to(STORED_DTYPES[self.layout.dtype]),)
         parts = [part.contiguous() for part in (*stored, labels) if part is not None]
         row_checksums = checksums(self.layout.seed, range(first, first + len(features)), parts)
         with disk_errors(self.folder):

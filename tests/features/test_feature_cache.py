@@ -106,7 +106,7 @@ def test_features_equal_those_of_the_model(tmp_path, family):
     assert rows(cache).equal(expected)
     assert cache.labels.equal(dataset.tensors[1])
     reopened = sk.FeatureCache.open(tmp_path, clip, dataset, verify=True)
-    assert reopened.verify() == []
+    assert reopened.verify() is None
     for features, labels in reopened.loader(4, "sequential"):
         assert features.dtype == right.dtype and clip(features, labels).loss.isfinite()
         break
@@ -199,7 +199,7 @@ def test_cache_can_be_pickled_after_reading(tmp_path):
 def test_in_memory_equals_the_model(monkeypatch, tmp_path):
     clip, done = skip_clip(), []
     cache = sk.FeatureCache.in_memory(images(), clip.encode_lower, batch_size=4, progress=done.append)
-    assert sum(done) == len(cache) == 23 and cache.table.folder is None and cache.verify() == []
+    assert sum(done) == len(cache) == 23 and cache.table.folder is None and cache.verify() is None
     right = by_hand(clip, images().tensors[0])
     assert torch.stack([features for features, _ in cache]).equal(right)
     assert cache[-1][0].equal(right[22]) and cache[-1][1] == 22 % CLASSES
@@ -351,6 +351,12 @@ def test_invalid_argument_is_named(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=f"^FeatureCache.build: {message}"):
         build(tmp_path / "store", **arguments)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"refresh": "always"}, {"batch_size": 0}, {"seed": -1}], ids="".join)
+def test_in_memory_refuses(arguments):
+    with pytest.raises(ValueError, match=f"^FeatureCache.in_memory: {''.join(arguments)} must be"):
+        sk.FeatureCache.in_memory(images(), **arguments)
 
 
 # ---- invalid items ---------------------------------------------------------------------------------------------------

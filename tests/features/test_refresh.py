@@ -81,7 +81,7 @@ def test_failed_epoch_is_retried_and_resumed(tmp_path, views):
     done = []
     resumed = refreshed(tmp_path / "cache", Failing(file), identity="failing", progress=done.append)
     assert done == [4, 4], "the first four images of epoch 1 existed"
-    assert resumed.table_of_epoch(1).rows(torch.arange(COUNT)).equal(views[1])
+    assert resumed.load_epoch(1).rows(torch.arange(COUNT)).equal(views[1])
     assert epoch(loader).equal(views[1])
 
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from skipkernels.features import writer as writer_module
 from skipkernels.features.table import (
-    COMPUTED,
-    DTYPES,
+    COMPUTED_DTYPES,
+    STORED_DTYPES,
     CacheError,
     FeatureTable,
     Layout,
@@ -56,7 +56,7 @@ def layout_of(dtype: str = "int8", *, rows: int = 18, shape: tuple[int, ...] = (
 
 def features_of(layout: Layout) -> Tensor:
     values = 5 * torch.randn(layout.rows, *layout.shape, generator=torch.Generator().manual_seed(0))
-    return values.to(COMPUTED[layout.computed_dtype])
+    return values.to(COMPUTED_DTYPES[layout.computed_dtype])
 
 
 def labels_of(layout: Layout) -> Tensor:
@@ -99,8 +99,8 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 2, 3)], ids=["tokens", "map"])
-@pytest.mark.parametrize("computed", COMPUTED)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("computed", COMPUTED_DTYPES)
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_rows_are_those_written_and_numpy_reads_them(tmp_path, dtype, computed, shape):
     layout = layout_of(dtype, computed_dtype=computed, shape=shape)
     fill(tmp_path, layout)
@@ -115,9 +115,9 @@ def test_rows_are_those_written_and_numpy_reads_them(tmp_path, dtype, computed, 
         wrong = ((stored - features.float()).abs().flatten(2) / scales.unsqueeze(-1)).max()
         assert wrong <= 0.5 + 1e-4  # half a step; the quotient is rounded in fp32
     else:
-        assert stored.equal(features.to(DTYPES[dtype]))
+        assert stored.equal(features.to(STORED_DTYPES[dtype]))
     ids = torch.tensor([17, 0, 3, 3])
-    assert table.rows(ids).equal(stored.to(COMPUTED[computed])[ids])
+    assert table.rows(ids).equal(stored.to(COMPUTED_DTYPES[computed])[ids])
     assert table.rows(ids[:0]).shape == (0, *shape)
     assert (
         table.labels().equal(labels_of(layout)) and (np.load(tmp_path / "labels.npy") == table.labels().numpy()).all()
@@ -162,11 +162,11 @@ def test_reading_a_large_file_keeps_memory_small(tmp_path):
     assert memory.read() - before < 48 * mib
 
 
-@given(st.integers(0, 99), st.floats(-30, 30), st.sampled_from(sorted(COMPUTED)))
+@given(st.integers(0, 99), st.floats(-30, 30), st.sampled_from(sorted(COMPUTED_DTYPES)))
 def test_int8_error_is_at_most_half_a_step(seed, magnitude, dtype):
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(4, 3, 17, generator=generator) * 10**magnitude
-    features = features.clamp(-6e4, 6e4).to(COMPUTED[dtype])
+    features = features.clamp(-6e4, 6e4).to(COMPUTED_DTYPES[dtype])
     rows, scale = quantise(features)
     features = features.double()
     largest = features.abs().amax(dim=-1)
