@@ -507,7 +507,7 @@ def test_overlapped_sides_wait_for_each_other(fake_cuda, monkeypatch):
     some = batches(ours.clip, 1)
     assert ours.train(some) == theirs.train(some)
     ((stream, class_ids, text),) = seen
-    of_step, of_text = ours.step._stream, ours.step._text_stream
+    of_step, of_text = ours.step._gpu.stream, ours.step._gpu.text_stream
     assert stream is of_text and of_text.waited == [of_step] and of_step.waited == [current, of_text]
     assert any(x is class_ids and s is of_text for x, s in used) and any(x is text and s is of_step for x, s in used)
 

@@ -18,7 +18,7 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
     """Return why the step of a SkipCLIP and an optimizer cannot be captured in a CUDA graph, or None."""
     hooked, generator = _first_hooked(clip.model), clip.sampler.generator
     if hooked is not None:
-        return f"{hooked or 'the model'} has hooks, which would run at the capture only. Remove them."
+        return f"{hooked} has hooks, which would run at the capture only. Remove them."
     if global_hooks():
         return "global module hooks would run at the capture only. Remove them."
     if clip.images.tower.cut.attention is not SDPA:
@@ -33,8 +33,9 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
 
 
 def _first_hooked(model: nn.Module) -> str | None:
-    """Name of the first module of a model that has hooks, or None."""
-    return next((name for name, module in model.named_modules() if any(getattr(module, x) for x in HOOKS)), None)
+    """Name of the first module that has hooks, "the model" for the model itself; None without hooks."""
+    hooked = (name for name, module in model.named_modules() if any(getattr(module, x) for x in HOOKS))
+    return next((name or "the model" for name in hooked), None)
 
 
 def _why_optimizer_is_not_capturable(optimizer: torch.optim.Optimizer) -> str | None:
@@ -51,7 +52,7 @@ def _why_optimizer_is_not_capturable(optimizer: torch.optim.Optimizer) -> str | 
     return f"{name} is not capturable. Construct it with capturable=True if it has that option, or use FusedSGD."
 
 
-class _State(NamedTuple):
+class _Constants(NamedTuple):
     """Values that a graph takes as constant."""
 
     tensors: list[tuple[int, int, bool] | None]  # identity, address and requires_grad
@@ -61,18 +62,18 @@ class _State(NamedTuple):
     groups: list[list[Any]]  # options of the optimizer
 
 
-class Frozen:
+class CapturedState:
     """Comparison of what a graph takes as constant: modules, modes, hooks, tensors and their addresses, options."""
 
     def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
         self._clip, self._optimizer = clip, optimizer
         self._modules = list(clip.model.modules())
-        self._seen = self._state()
+        self._captured = self._read()
         self._held = list(self._tensors()), clip.texts  # so that addresses are not used again
 
     def is_unchanged(self) -> bool:
         """Return True if a replay is the step that would run now."""
-        return self._state() == self._seen
+        return self._read() == self._captured
 
     def _tensors(self) -> Iterator[Tensor | None]:
         """Yield the tensors that a step reads and that exist between steps."""
@@ -84,25 +85,23 @@ class Frozen:
             yield from (x for x in state.values() if isinstance(x, Tensor))
         yield from (*clip.texts.step_tensors(), clip.class_weight, clip.sampler.reserved)
 
-    def _state(self) -> _State:
+    def _read(self) -> _Constants:
         clip = self._clip
-        return _State(
+        return _Constants(
             [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors()],
             [(id(m), m.training, *map(id, m._modules.values())) for m in self._modules],
             _first_hooked(clip.model) is not None or bool(global_hooks()),
             [id(clip.texts), clip.images.tower.memory, clip.texts.tower.memory, clip.label_smoothing],
-            [_constants(self._optimizer, group) for group in self._optimizer.param_groups],
+            [_constant_options(self._optimizer, group) for group in self._optimizer.param_groups],
         )
 
 
-def _constants(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Any]:
-    """Options of a group that a graph takes as constants: numbers that it does not read on the device; ids of tensors.
-
-    Without momentum FusedSGD has no buffers.
-    """
+def _constant_options(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Any]:
+    """Options of a group that a graph takes as constant: numbers not read on the device, and ids of tensors."""
     not_constant = {"params", "lr", "initial_lr"}
     if isinstance(optimizer, FusedSGD):
         not_constant |= {"momentum", "weight_decay"}
+    # FusedSGD reads its momentum on the device, but without momentum it has no buffers: another graph.
     options: list[Any] = [list(map(id, group["params"])), group.get("momentum") == 0]
     for name, value in group.items():
         if isinstance(value, Tensor):
@@ -113,11 +112,11 @@ def _constants(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[
 
 
 def renew_accumulators(parameters: Iterable[Tensor]) -> None:
-    """Let autograd create new nodes for the gradients of parameters; their hooks stay.
+    """Let autograd create new nodes for the gradients of parameters, so that a capture can be on another stream.
 
-    A node accumulates on the stream on which it was created. The graph of a loss that is still held keeps its
-    nodes alive, so backward would accumulate on the stream of that step, which breaks a capture on another one. A
-    parameter has a new node after its data had another dtype.
+    A node accumulates on the stream on which it was created, and a loss that is still held keeps the nodes of its step
+    alive: backward would accumulate on the stream of that step, which breaks a capture on another one. A parameter has
+    a new node after its data had another dtype; its hooks stay.
     """
     for parameter in parameters:
         data = parameter.data

@@ -26,7 +26,7 @@ from ..ops.class_scores import classes_at_ranks
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import FusedSGD
 from ..selection import ClassSelection, RankSampler
-from .capturable import Frozen, renew_accumulators, why_not_capturable
+from .capturable import CapturedState, renew_accumulators, why_not_capturable
 
 WARMUP = 3  # steps before a capture, which compile kernels and create the state of the optimizer
 
@@ -47,16 +47,28 @@ class _Graph(NamedTuple):
     pixel_values: Tensor
     labels: Tensor
     out: SkipOutput
-    frozen: Frozen
+    constants: CapturedState
 
 
 @dataclass
-class _Steps:
-    """The steps of one key so far."""
+class _BatchState:
+    """Steps so far on batches of one key."""
 
-    eager: int = 0
-    casts: Casts | None = None  # of the last eager step, then of the graph
+    eager_steps: int = 0
+    # Each eager step makes casts of the weights anew, which also compiles the update that writes them. Those of the
+    # last one are completed at the capture: from then on the graph multiplies by their addresses, and its update
+    # writes them. A replay first casts weights again that changed since the last one. They live as long as the graph.
+    casts: Casts | None = None
     graph: _Graph | None = None
+
+
+@dataclass
+class _Gpu:
+    """Streams and memory of the steps on a GPU."""
+
+    stream: Any  # of a step
+    text_stream: Any  # of its text side
+    pool: Any = None  # of all graphs, from the first capture on
 
 
 class _Rate(NamedTuple):
@@ -124,12 +136,10 @@ class GraphedStep:
             )
         self._clip, self._optimizer, self._batch_size = clip, optimizer, batch_size
         self._check_optimizer()
-        self._steps: defaultdict[_Key, _Steps] = defaultdict(_Steps)
+        self._states: defaultdict[_Key, _BatchState] = defaultdict(_BatchState)
         self._rates: dict[int, _Rate] = {}  # by the index of a group of PyTorch's optimizers
         self._one: Tensor | None = None  # gradient of the loss
-        self._stream: Any = None  # of a step, from its first call on a GPU on
-        self._text_stream: Any = None  # of its text side
-        self._pool: Any = None
+        self._gpu: _Gpu | None = None  # before the first call on a GPU
         self._failed = False  # a capture raised an error
         if self._on_gpu():
             reason = why_not_capturable(clip, optimizer)
@@ -145,12 +155,13 @@ class GraphedStep:
     @property
     def is_captured(self) -> bool:
         """True if there is a graph."""
-        return any(steps.graph is not None for steps in self._steps.values())
+        return any(state.graph is not None for state in self._states.values())
 
     def reset(self) -> None:
         """Drop the captured graphs: the next calls run eagerly, then a step is captured again."""
-        self._steps.clear()
-        self._pool = None  # the allocator refuses to use the pool of graphs that are all destroyed
+        self._states.clear()
+        if self._gpu is not None:
+            self._gpu.pool = None  # the allocator refuses to use the pool of graphs that are all destroyed
 
     def __call__(self, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
         """Run one step on images [B, 3, height, width], or features at the cut [B, N, W], with labels int64 [B]."""
@@ -158,7 +169,7 @@ class GraphedStep:
         self._check_call(labels)
         if not self._on_gpu():
             self._check_optimizer()
-            return self._update(clip(pixel_values, labels))
+            return self._backward_and_update(clip(pixel_values, labels))
         device = clip.prototypes.device
         pixel_values, labels = pixel_values.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -166,10 +177,12 @@ class GraphedStep:
         clip.sampler.reserve(device, len(clip.prototypes), len(pixel_values))
         key = _Key(pixel_values.shape, pixel_values.dtype, autocast)
         with torch.cuda.device(device):
-            graph = self._graph_of(key, pixel_values, labels)
+            if self._gpu is None:
+                self._gpu = _Gpu(torch.cuda.Stream(device), torch.cuda.Stream(device))
+            graph = self._graph_of(self._gpu, key, pixel_values, labels)
             if graph is None:
-                return self._run_eagerly(key, pixel_values, labels)
-            return self._replay(graph, self._steps[key].casts, pixel_values, labels)
+                return self._run_eagerly(self._gpu, self._states[key], pixel_values, labels)
+            return self._replay(graph, self._states[key].casts, pixel_values, labels)
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -217,33 +230,29 @@ class GraphedStep:
 
     # ---- eager steps -------------------------------------------------------------------------------------------------
 
-    def _run_eagerly(self, key: _Key, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
+    def _run_eagerly(self, gpu: _Gpu, state: _BatchState, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
         """Run a step with reserved ranks on the stream of the capture, with the casts of the capture."""
-        steps = self._steps[key]
-        steps.eager += 1
+        state.eager_steps += 1
         if isinstance(self._optimizer, FusedSGD) and len(labels) == self._batch_size and not self._failed:
-            steps.casts = Casts(self._held_weights())  # also compiles the update that writes them
-        device = pixel_values.device
-        if self._stream is None:
-            self._stream, self._text_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        current = torch.cuda.current_stream(device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), self._options_on_device(), used(steps.casts):
-            out = self._update(self._forward(pixel_values, labels))
-        current.wait_stream(self._stream)
+            state.casts = Casts(self._held_weights())
+        current = torch.cuda.current_stream(pixel_values.device)
+        gpu.stream.wait_stream(current)
+        with torch.cuda.stream(gpu.stream), self._options_on_device(), used(state.casts):
+            out = self._backward_and_update(self._forward(gpu.text_stream, pixel_values, labels))
+        current.wait_stream(gpu.stream)
         # Otherwise the allocator could reuse the memory of the result while the caller's stream reads it.
         for tensor in out:
             if tensor is not None:  # logits
                 tensor.record_stream(current)
         return out
 
-    def _forward(self, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
+    def _forward(self, text_stream: Any, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
         clip = self._clip
         options = LossOptions(clip.label_smoothing, clip.class_weight)
-        texts, ranks = _TextsOnStream(clip.texts, self._text_stream), _ReservedRanks(clip.sampler)
+        texts, ranks = _TextsOnStream(clip.texts, text_stream), _ReservedRanks(clip.sampler)
         return step(clip.images.encode(pixel_values), labels, texts, ranks, clip.scale, options)
 
-    def _update(self, out: SkipOutput) -> SkipOutput:
+    def _backward_and_update(self, out: SkipOutput) -> SkipOutput:
         device_type = out.loss.device.type
         enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
         with torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext():
@@ -258,19 +267,21 @@ class GraphedStep:
 
     # ---- capture and replay ------------------------------------------------------------------------------------------
 
-    def _graph_of(self, key: _Key, pixel_values: Tensor, labels: Tensor) -> _Graph | None:
+    def _graph_of(self, gpu: _Gpu, key: _Key, pixel_values: Tensor, labels: Tensor) -> _Graph | None:
         """Return the graph of a key, captured now if it is time for one; None if the step must run eagerly."""
-        steps = self._steps[key]
-        if steps.graph is not None:
-            if steps.graph.frozen.is_unchanged():
-                return steps.graph
-            self.reset()
+        state = self._states[key]
+        if state.graph is not None and state.graph.constants.is_unchanged():
+            return state.graph
+        if state.graph is not None:
+            self.reset()  # which also drops `state`: the warm-up begins again
+            self._check_optimizer()
+            return None
         self._check_optimizer()
-        is_early = len(labels) != self._batch_size or self._steps[key].eager < WARMUP
+        is_early = len(labels) != self._batch_size or state.eager_steps < WARMUP
         if self._failed or is_early or why_not_capturable(self._clip, self._optimizer) is not None:
             return None
-        steps.graph = self._try_capture(pixel_values, labels, steps.casts)
-        return steps.graph
+        state.graph = self._try_capture(gpu, pixel_values, labels, state.casts)
+        return state.graph
 
     def _replay(self, captured: _Graph, casts: Casts | None, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
         # 1. Copy the batch and changed options to the addresses that the graph reads, and cast changed weights
@@ -286,13 +297,13 @@ class GraphedStep:
             casts.mark()
         return captured.out
 
-    def _try_capture(self, pixel_values: Tensor, labels: Tensor, casts: Casts | None) -> _Graph | None:
+    def _try_capture(self, gpu: _Gpu, pixel_values: Tensor, labels: Tensor, casts: Casts | None) -> _Graph | None:
         """Capture the step, with its casts; after an error warn, forget what it left on the host, and return None.
 
         A capture launches nothing, so weights, ranks and the state of the optimizer are those before it.
         """
         try:
-            return self._capture(pixel_values.clone(), labels.clone(), casts)
+            return self._capture(gpu, pixel_values.clone(), labels.clone(), casts)
         except RuntimeError as error:
             reason = first_line(error).rstrip(".")
             warnings.warn(f"graphed: the capture failed, so steps run one by one from here: {reason}.", stacklevel=4)
@@ -305,10 +316,10 @@ class GraphedStep:
             self._optimizer.zero_grad()
         return None
 
-    def _capture(self, pixel_values: Tensor, labels: Tensor, casts: Casts | None) -> _Graph:
+    def _capture(self, gpu: _Gpu, pixel_values: Tensor, labels: Tensor, casts: Casts | None) -> _Graph:
         """Capture the step of a batch in these tensors."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if gpu.pool is None:
+            gpu.pool = torch.cuda.graph_pool_handle()
         renew_accumulators(self._clip.trainable_parameters())
         if casts is not None:
             casts.complete = True
@@ -316,12 +327,12 @@ class GraphedStep:
         def run() -> SkipOutput:
             torch.clear_autocast_cache()  # casts of the warm-up would be constants of the graph
             with used(casts):
-                return self._update(self._forward(pixel_values, labels))
+                return self._backward_and_update(self._forward(gpu.text_stream, pixel_values, labels))
 
         with self._options_on_device(), tables_of_graph() as tables:
-            graph, out = record(run, self._stream, self._pool)
+            graph, out = record(run, gpu.stream, gpu.pool)
         tables.upload()
-        return _Graph(graph, tables, pixel_values, labels, out, Frozen(self._clip, self._optimizer))
+        return _Graph(graph, tables, pixel_values, labels, out, CapturedState(self._clip, self._optimizer))
 
     def _held_weights(self) -> list[Tensor]:
         """Weights that train and that the optimizer holds."""
@@ -358,7 +369,7 @@ class GraphedStep:
 
 
 class _ReservedRanks:
-    """Sampler of a step with reserved ranks, at the address that a graph reads."""
+    """A `Sampler` of `clip.step` that takes the reserved ranks, at the address that a graph reads."""
 
     def __init__(self, sampler: RankSampler):
         self._sampler = sampler
@@ -369,7 +380,7 @@ class _ReservedRanks:
 
 
 class _TextsOnStream:
-    """Texts that are encoded on a stream of their own.
+    """`Texts` of `clip.step` that are encoded on a stream of their own.
 
     Autograd runs each node of backward on the stream of its forward, and lets streams wait for each other's gradients.
     """

@@ -1,4 +1,4 @@
-"""Gathers of tensors from all processes of a group, with exact gradients."""
+"""Gathers of tensors from all processes of a group, with exact gradients; and batches without images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.sizes, ctx.group, ctx.dtype = sizes, group, rows.dtype
         longest = max(sizes)
-        gathered = all_gather(_padded(rows, longest), group)
+        gathered = all_gather(_with_zero_rows(rows, longest), group)
         return gathered.flatten(0, 1) if min(sizes) == longest else torch.cat(_parts(gathered, sizes))
 
     @staticmethod
@@ -32,7 +32,7 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, d_gathered: Tensor) -> tuple[Tensor, None, None]:
         longest, own = max(ctx.sizes), ctx.sizes[dist.get_rank(ctx.group)]
         wide = d_gathered.to(torch.promote_types(ctx.dtype, torch.float32))  # P roundings to bf16 would add up
-        parts = torch.stack([_padded(part, longest) for part in wide.split(ctx.sizes)])
+        parts = torch.stack([_with_zero_rows(part, longest) for part in wide.split(ctx.sizes)])
         return reduce_scatter(parts, ctx.group)[:own].to(ctx.dtype), None, None
 
 
@@ -75,7 +75,7 @@ def reduce_scatter(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-def _padded(rows: Tensor, length: int) -> Tensor:
+def _with_zero_rows(rows: Tensor, length: int) -> Tensor:
     if len(rows) == length:
         return rows
     return torch.cat([rows, rows.new_zeros(length - len(rows), *rows.shape[1:])])
@@ -83,3 +83,18 @@ def _padded(rows: Tensor, length: int) -> Tensor:
 
 def _parts(gathered: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return [part[:size] for part, size in zip(gathered, sizes, strict=True)]
+
+
+# ---- empty batches ---------------------------------------------------------------------------------------------------
+
+
+def count_of(batch: Any) -> int:
+    """Number of rows of a batch; 0 of what is no batch, which the checks refuse."""
+    return len(batch) if isinstance(batch, Tensor) and batch.ndim else 0
+
+
+def or_one_row(batch: Any, row: Tensor | None = None) -> Any:
+    """Return a batch; in place of an empty one `row`, by default zeros, so that gradients are zeros, not None."""
+    if count_of(batch) or not isinstance(batch, Tensor) or batch.ndim == 0:
+        return batch
+    return batch.new_zeros(1, *batch.shape[1:]) if row is None else row[None].to(batch)

@@ -12,9 +12,9 @@ from .. import pairs
 from ..clip import SkipOutput
 from ..pairs.checks import bias_of, check_captions, check_many_labels, pair_bias, refuse_loss_options
 from ..pairs.losses import encoded_loss
-from .gathers import gather_rows
+from .gathers import count_of, gather_rows, or_one_row
 from .loss import sharded_binary_cross_entropy, sharded_contrastive_loss, sharded_pairwise_sigmoid_loss
-from .sharded_clip import ShardedSkipCLIP, count_of, padded
+from .sharded_clip import ShardedSkipCLIP
 
 
 @torch.compiler.disable  # as SkipCLIP
@@ -37,7 +37,7 @@ def pair_loss(
     if count == 0:
         is_tokens = isinstance(captions, Tensor) and captions.ndim == 2
         prompt = clip.cut.tokens.flatten(0, -2)[0] if is_tokens else None
-        pixel_values, captions = padded(pixel_values), padded(captions, prompt)
+        pixel_values, captions = or_one_row(pixel_values), or_one_row(captions, prompt)
     refuse_loss_options("pair_loss", clip)
     bias = pair_bias(clip, loss, logit_bias)
     clip.prepare(pixel_values)
@@ -49,7 +49,7 @@ def pair_loss(
     else:
         caption_ids = gather_rows(captions[:count], sizes, shards.group)  # [B]
         pair_ids = (caption_ids % shards.size == shards.rank).nonzero().flatten()  # [n]
-        captions = padded(caption_ids[pair_ids] // shards.size)
+        captions = or_one_row(caption_ids[pair_ids] // shards.size)
 
     def loss_of(image: Tensor, text: Tensor) -> Tensor:
         image, scale = gather_rows(image[:count], sizes, shards.group), clip.scale  # [B, D]
@@ -75,7 +75,7 @@ def sigmoid_loss(
         return pairs.sigmoid_loss(clip, pixel_values, labels, max_labels=max_labels, logit_bias=logit_bias)
     count, shards = count_of(pixel_values), clip.shards
     if count == 0:
-        pixel_values, labels = padded(pixel_values), padded(labels)
+        pixel_values, labels = or_one_row(pixel_values), or_one_row(labels)
     refuse_loss_options("sigmoid_loss", clip)
     clip.prepare(pixel_values)
     check_many_labels(labels, pixel_values, clip.num_classes, max_labels)

@@ -22,7 +22,7 @@ from ..digests import digest_json, digest_tensors, digests
 from ..retrieval import check_k, largest, top_k_logits
 from ..towers import UnsupportedModel
 from .class_parallel import ClassParallel
-from .gathers import all_gather, gather_rows
+from .gathers import all_gather, count_of, gather_rows, or_one_row
 from .loss import sharded_cross_entropy
 
 
@@ -34,9 +34,12 @@ class ShardedSkipCLIP(SkipCLIP):
     evaluation mode, are those of this process. Gradients are averaged by `DistributedDataParallel`, or by
     `all_reduce_gradients`. A batch may be empty on some of the processes.
 
-    The other arguments are those of SkipCLIP, with all classes, and equal on all processes. Not every method of
-    SkipCLIP is supported: `encode_classes`, `loss` in training mode, soft labels and `return_logits` in training mode,
-    and an evaluation with gradients raise an error.
+    The other arguments are those of SkipCLIP, with all classes, and equal on all processes. These raise an error:
+
+        encode_classes                                  use class_embeddings()
+        loss in training mode                           call clip(images, labels)
+        soft labels or return_logits in training mode   call clip.eval(), or use SkipCLIP on one process
+        an evaluation with gradients                    call it under torch.no_grad()
 
     Args:
         process_group: Processes that train together, with gloo or NCCL.
@@ -92,7 +95,7 @@ class ShardedSkipCLIP(SkipCLIP):
             )
         count, shards = count_of(pixel_values), self.shards
         if count == 0:
-            pixel_values, labels = padded(pixel_values), padded(labels)
+            pixel_values, labels = or_one_row(pixel_values), or_one_row(labels)
         self.prepare(pixel_values)
         check_labels(labels, pixel_values, self.num_classes)
         image = self.images.encode(pixel_values)[:count]  # [b, D]
@@ -131,7 +134,7 @@ class ShardedSkipCLIP(SkipCLIP):
 
     def encode_own(self, class_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Embeddings of own classes [K_r]; with none, of one that is not used, so that gradients are zero, not None."""
-        return self.texts.encode(padded(class_ids)).to(dtype)
+        return self.texts.encode(or_one_row(class_ids)).to(dtype)
 
     def _compare_with_classes(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
         if self.training:
@@ -182,13 +185,16 @@ class ShardedSkipCLIP(SkipCLIP):
         image, classes, sizes = self._gathered_image_and_classes(pixel_values, f"top_k with k={k}")
         width, own_rows = min(k, max(shards.sizes)), shards.own_rows(sizes)
         with torch.autocast(image.device.type, enabled=False):
+            # 1. The k best own classes, for the images of all processes: [B, width], −∞ where this process has fewer
             logits, positions = top_k_logits(image, classes, min(k, len(classes)))
         class_ids = positions * shards.size + shards.rank
         missing = width - logits.shape[1]  # padding, sorted behind every class
         logits = nn.functional.pad(logits, (0, missing), value=-torch.inf)
         class_ids = nn.functional.pad(class_ids, (0, missing), value=self.num_classes)
-        logits = torch.cat(all_gather(logits, shards.group).unbind(), 1)[own_rows]  # [b, P · width]
+        # 2. The candidates of all processes, for the images of this one: [b, P · width]
+        logits = torch.cat(all_gather(logits, shards.group).unbind(), 1)[own_rows]
         class_ids = torch.cat(all_gather(class_ids, shards.group).unbind(), 1)[own_rows]
+        # 3. The k best of them: [b, k]
         class_ids, order = class_ids.sort(dim=1)  # so that a lower position is a lower class among equal logits
         found, positions = largest(logits.gather(1, order), k)
         return found, class_ids.gather(1, positions)
@@ -219,7 +225,7 @@ class ShardedSkipCLIP(SkipCLIP):
     def _gathered_image_and_classes(self, pixel_values: Any, call: str) -> tuple[Tensor, Tensor, list[int]]:
         """Scaled image embeddings [B, D] of all processes, own class embeddings, and image counts; collective."""
         count = count_of(pixel_values)
-        image, classes = self._scaled_image_and_classes(padded(pixel_values))
+        image, classes = self._scaled_image_and_classes(or_one_row(pixel_values))
         sizes = self.gather_sizes(count, call)
         return gather_rows(image[:count], sizes, self.shards.group), classes, sizes
 
@@ -253,15 +259,3 @@ def _refuse_batch_norms(tower: Any) -> None:
                     f"{type(module).__name__}. Convert the model with "
                     "torch.nn.SyncBatchNorm.convert_sync_batchnorm, on a GPU, or raise skip_layers."
                 )
-
-
-def count_of(batch: Any) -> int:
-    """Number of rows of a batch; 0 of what is no batch, which the checks refuse."""
-    return len(batch) if isinstance(batch, Tensor) and batch.ndim else 0
-
-
-def padded(batch: Any, row: Tensor | None = None) -> Any:
-    """Return a batch; in place of an empty one `row`, by default zeros, so that gradients are zeros, not None."""
-    if count_of(batch) or not isinstance(batch, Tensor) or batch.ndim == 0:
-        return batch
-    return batch.new_zeros(1, *batch.shape[1:]) if row is None else row[None].to(batch)

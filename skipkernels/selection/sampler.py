@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class RankSampler:
 
     Attributes:
         reserved: Ranks [K] of the step of a CUDA graph, see `reserve`; None before.
-        shared: Classes that steps share within `same_classes`; None elsewhere.
+        shared: Classes that steps share within `same_classes`; None outside. Graphed steps refuse it.
     """
 
     keep_ratio: float = 0.5
@@ -68,7 +68,7 @@ class RankSampler:
     max_tail: int | None = None
 
     def __post_init__(self) -> None:
-        self._largest_batch = 1  # of the steps so far
+        self._most_labels = 1  # largest `max_labels` of the steps so far
         self._law: RankLaw | None = None  # kept for its tensors, until the options or the number of classes change
         self._fixed: Tensor | None = None  # [tail], the uniform number of each rank, for `tail="fixed"`
         self.reserved: Tensor | None = None
@@ -82,16 +82,16 @@ class RankSampler:
 
     # ---- number of classes -------------------------------------------------------------------------------------
 
-    def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
-        """Return m, raised so that every label of a batch fits, and the probabilities q of the tail.
+    def plan(self, num_classes: int, max_labels: int) -> tuple[int, Tensor]:
+        """Return m, raised so that every label of a batch fits, and the probabilities q of the tail; draws nothing.
 
-        `batch_size` bounds the number of different labels. A batch smaller than one that was drawn for before, such as
-        the last of an epoch, keeps as many classes.
+        `max_labels` bounds the number of different labels: for one label per image, the batch size. A step with fewer
+        than an earlier one, as for the last batch of an epoch, keeps as many classes.
         """
-        law = self._law_of(num_classes, batch_size)
+        law = self._law_of(num_classes, max_labels)
         return law.keep, law.q
 
-    def expected_keep(self, num_classes: int, batch_size: int = 1) -> int:
+    def expected_keep(self, num_classes: int, max_labels: int = 1) -> int:
         """Return m + round(Σq): K in a CUDA graph, elsewhere the rounded mean of K.
 
         >>> [RankSampler().expected_keep(C) for C in (1000, 500, 199, 98, 51, 24, 19, 5)]
@@ -99,12 +99,12 @@ class RankSampler:
         >>> RankSampler().expected_keep(1_000_000), RankSampler(max_tail=1000).expected_keep(1_000_000)
         (60047, 1050)
         """
-        keep, q = self.plan(num_classes, batch_size)
-        return keep + round(q.sum().item())
+        law = self._law_of(num_classes, max_labels)
+        return law.keep + round(law.q.sum().item())
 
     def _law_of(self, num_classes: int, max_labels: int) -> RankLaw:
         m = base_keep(num_classes, self.keep_ratio, self.max_keep)
-        keep = max(m, min(num_classes, max(self._largest_batch, max_labels)))
+        keep = max(m, min(num_classes, max(self._most_labels, max_labels)))
         law = RankLaw(num_classes, keep, self.decay, self.max_tail)
         if self._law is None or self._law != law:
             self._law = law
@@ -121,8 +121,15 @@ class RankSampler:
             max_labels: Bound of the number of different labels: B for [B]; of [B, C] they are counted by default, on a
                 GPU by a host sync.
         """
-        if self.shared is not None and self.shared.class_ids is not None:
+        if self.shared is None:
+            return self._select(scores, labels, max_labels)
+        if self.shared.class_ids is not None:
             return self.shared.select(scores, labels)
+        selection = self._select(scores, labels, max_labels)
+        self.shared.class_ids = selection.class_ids  # for the later steps of the context
+        return selection
+
+    def _select(self, scores: Tensor, labels: Tensor, max_labels: int | None) -> ClassSelection:
         if max_labels is None:
             max_labels = len(labels)
             if labels.ndim == 2:
@@ -135,8 +142,6 @@ class RankSampler:
         else:
             class_ids, _ = classes_at_ranks(scores, ranks, None)  # [K]
             targets = labels.index_select(1, class_ids)  # [B, K]
-        if self.shared is not None:
-            self.shared.class_ids = class_ids
         return ClassSelection(class_ids, targets)
 
     @contextmanager
@@ -165,7 +170,7 @@ class RankSampler:
 
     def _refuse_recomputation(self, num_classes: int, max_labels: int) -> None:
         """Raise a RuntimeError within a backward pass, where a step would draw other classes than the first time."""
-        if torch._C._current_graph_task_id() != -1 and self.plan(num_classes, max_labels)[0] < num_classes:
+        if torch._C._current_graph_task_id() != -1 and self._law_of(num_classes, max_labels).keep < num_classes:
             raise RuntimeError(
                 "RankSampler: the step was called again within a backward pass, as activation checkpointing does; it "
                 'would draw other classes than the first time. Use memory="min" instead.'
@@ -173,20 +178,20 @@ class RankSampler:
 
     # ---- ranks -------------------------------------------------------------------------------------------------
 
-    def draw(self, num_classes: int, batch_size: int) -> Tensor:
+    def draw(self, num_classes: int, max_labels: int) -> Tensor:
         """Draw the kept ranks [K] of a step, int64, ascending, on the CPU."""
-        self._largest_batch = max(self._largest_batch, batch_size)
-        law = self._law_of(num_classes, batch_size)
+        self._most_labels = max(self._most_labels, max_labels)
+        law = self._law_of(num_classes, max_labels)
         return self._draw(law, law.intervals)
 
-    def reserve(self, device: torch.device, num_classes: int, batch_size: int) -> None:
+    def reserve(self, device: torch.device, num_classes: int, max_labels: int) -> None:
         """Draw the kept ranks of a step, and copy them to `reserved`, where a CUDA graph reads them.
 
         K is the same in every step: "resample" draws round(Σq) ranks of the tail, each with its entry of
         `inclusion_probabilities` as probability. The address changes with K alone.
         """
-        self._largest_batch = max(self._largest_batch, batch_size)
-        law = self._law_of(num_classes, batch_size)
+        self._most_labels = max(self._most_labels, max_labels)
+        law = self._law_of(num_classes, max_labels)
         ranks = self._draw(law, law.intervals_of_one_size)
         if self.reserved is None or self.reserved.shape != ranks.shape or self.reserved.device != device:
             self.reserved = torch.empty_like(ranks, device=device)
@@ -209,8 +214,7 @@ class RankSampler:
 
     @property
     def _random(self) -> torch.Generator:
-        assert self.generator is not None  # see `__setattr__`
-        return self.generator
+        return cast(torch.Generator, self.generator)  # `__setattr__` replaces None
 
     # ---- state -------------------------------------------------------------------------------------------------
 
@@ -220,11 +224,11 @@ class RankSampler:
 
     def fingerprint(self) -> bytes:
         """Return everything that the next draw depends on as bytes."""
-        return repr((self.options(), self._largest_batch)).encode() + self._random.get_state().numpy().tobytes()
+        return repr((self.options(), self._most_labels)).encode() + self._random.get_state().numpy().tobytes()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of the draws, for `load_state_dict`, as CPU tensors."""
-        state = {"generator": self._random.get_state(), "largest_batch": torch.tensor(self._largest_batch)}
+        state = {"generator": self._random.get_state(), "largest_batch": torch.tensor(self._most_labels)}
         return state if self._fixed is None else state | {"fixed": self._fixed}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -235,7 +239,7 @@ class RankSampler:
         """
         try:
             self._random.set_state(state["generator"])
-            self._largest_batch, self._fixed = int(state["largest_batch"]), state.get("fixed")
+            self._most_labels, self._fixed = int(state["largest_batch"]), state.get("fixed")
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"RankSampler: the state is not that of a generator on {self._random.device}: {error}."
