@@ -157,7 +157,7 @@ def launches_of(op: str, arguments: Sequence[Any]) -> int:
     """Kernels that one of our operators launches on a GPU: Triton kernels and PyTorch's within its launcher."""
     arguments = tree_map_only(Tensor, lambda x: x.to("meta"), tuple(arguments))
     with recording(ARCHITECTURES["sm_80"]) as recorded, _Calls() as calls:
-        registration.definitions[op].with_triton(*arguments)
+        registration.definitions[op].launch(*arguments)
     return calls.torch + len(recorded)
 
 

@@ -190,7 +190,7 @@ class Recording(TorchDispatchMode):
         flops = formula(*shapes[0], out_shape=shapes[1]) if formula else 0
         within = Recording()
         with recording(ARCHITECTURES["sm_90"]) as launches, within:
-            registration.definitions[operator._opname].with_triton(*args)
+            registration.definitions[operator._opname].launch(*args)
         tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
         dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
         for launch in launches:

@@ -127,5 +127,5 @@ def recording(architecture: Architecture) -> Iterator[list[Launch]]:
 def launches_of(op: str, arguments: Sequence[Any], architecture: Architecture) -> list[Launch]:
     """The kernels that one call of an operator with meta tensors launches."""
     with recording(architecture) as launches:
-        registration.definitions[op].with_triton(*arguments)
+        registration.definitions[op].launch(*arguments)
     return launches

@@ -32,7 +32,7 @@ class WithoutFp64(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "skipkernels":
             with self:  # its plain PyTorch, which a call of the operator would hide
-                results = registration.definitions[function._opname].with_pytorch(*args, **kwargs or {})
+                results = registration.definitions[function._opname].fallback(*args, **kwargs or {})
         else:
             results = function(*args, **kwargs or {})
         if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(results)):

@@ -22,7 +22,7 @@ from . import DTYPES, Case, Random
 
 
 class Call(NamedTuple):
-    """Arguments of an operator for `registration.definitions[name].with_triton`, on the meta device."""
+    """Arguments of an operator for `registration.definitions[name].launch`, on the meta device."""
 
     shape: str
     """Shape in the form of test ids: B4-C1000-D512."""

@@ -58,4 +58,4 @@ def _on_cuda(name: str) -> Backend:
     if not launching.installed:
         return Backend("reference", "Triton is not installed")
     reason = "" if torch.cuda.is_available() else "there is no CUDA or ROCm device here"
-    return Backend("Triton", reason, registration.definitions[name].fallback_cases)
+    return Backend("Triton", reason, registration.definitions[name].fallback_note)

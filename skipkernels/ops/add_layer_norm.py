@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import gradients, registration
+from . import autograd, registration
 from .launching import launch, tl, triton
 from .row_sums import blocks_of_rows, sum_in_order_strided
 
@@ -39,7 +39,7 @@ BLOCK_SUMS = 64  # rows of partial sums per iteration of the second kernel
 BLOCK_COLUMNS = 32  # columns per program of the second kernel: 128 bytes in fp32
 
 
-class Gradients(NamedTuple):
+class NormResults(NamedTuple):
     """Results of `add_layer_norm_backward`; empty if not needed."""
 
     d_x: Tensor  # [..., W], dtype of hidden
@@ -51,10 +51,10 @@ class Gradients(NamedTuple):
     d_x_sum: Tensor  # [W], dtype of the weight, Σ d_x over all rows
     # With `partial` on a GPU, fp32 [P, 2W] or [P, 4W]: partial sums of d_weight, d_bias, and with `need_sums` of
     # d_hidden_sum and d_x_sum, side by side. These four results are then empty.
-    sums: Tensor
+    partial_sums: Tensor
 
 
-class Backward(NamedTuple):
+class NormArguments(NamedTuple):
     """Arguments of `add_layer_norm_backward`, in the order of its schema."""
 
     d_normed: Tensor  # [..., W]
@@ -73,7 +73,7 @@ class Backward(NamedTuple):
     need_normed: bool = False
 
     @classmethod
-    def of(cls, *arguments: Any) -> Backward:
+    def of(cls, *arguments: Any) -> NormArguments:
         """Name the arguments of a call."""
         call = cls(*arguments)
         return call._replace(need_normed=call.need_normed or call.bias is not None)
@@ -299,15 +299,17 @@ def _blocks(R: int, W: int) -> tuple[int, int]:
     return blocks_of_rows(R, _backward_tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
 
 
-def _launch_backward(*arguments: Any) -> Gradients:
-    call = Backward.of(*arguments)
+def _launch_backward(*arguments: Any) -> NormResults:
+    call = NormArguments.of(*arguments)
     if call.hidden.dtype == torch.float64:  # and d_normed is not: the registration falls back by the dtype of d_normed
         return _fallback_backward(*arguments)
     W, R, device = call.hidden.shape[-1], call.rstd.numel(), call.hidden.device
     P, rows = _blocks(R, W)
     out = _outputs(call)
     SUMS = 4 if call.need_sums else 2 if call.need_weight or call.need_bias or call.partial else 0
-    sums = out.sums if call.partial else torch.empty(P, SUMS * W, dtype=torch.float32, device=device)  # [P, SUMS · W]
+    sums = out.partial_sums  # [P, SUMS · W]
+    if not call.partial:
+        sums = torch.empty(P, SUMS * W, dtype=torch.float32, device=device)
     launch(
         _add_layer_norm_bwd_rows_kernel,
         (P,),
@@ -349,7 +351,7 @@ def _launch_backward(*arguments: Any) -> Gradients:
     return out
 
 
-def _outputs(call: Backward) -> Gradients:
+def _outputs(call: NormArguments) -> NormResults:
     """Allocate the results: [0] where not needed, since an operator cannot return None."""
     hidden, weight = call.hidden, call.weight
 
@@ -358,7 +360,7 @@ def _outputs(call: Backward) -> Gradients:
 
     W = hidden.shape[-1]
     sums_shape = (_blocks(hidden.numel() // W, W)[0], (4 if call.need_sums else 2) * W) if call.partial else 0
-    return Gradients(
+    return NormResults(
         d_x=empty(hidden, call.need_x),
         d_weight=empty(weight, call.need_weight and not call.partial),
         d_bias=empty(weight, call.need_bias and not call.partial),
@@ -366,7 +368,7 @@ def _outputs(call: Backward) -> Gradients:
         normed=empty(hidden, call.need_normed, call.d_normed.dtype),
         d_hidden_sum=empty(weight, call.need_sums and not call.partial),
         d_x_sum=empty(weight, call.need_sums and not call.partial),
-        sums=call.rstd.new_empty(sums_shape),
+        partial_sums=call.rstd.new_empty(sums_shape),
     )
 
 
@@ -394,9 +396,9 @@ def _affine(unit: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return scaled if bias is None else scaled + bias.to(unit.dtype)
 
 
-def _fallback_backward(*arguments: Any) -> Gradients:
+def _fallback_backward(*arguments: Any) -> NormResults:
     # Not autograd of the reference: backward receives the statistics instead of eps.
-    call = Backward.of(*arguments)
+    call = NormArguments.of(*arguments)
     d_normed, d_hidden, hidden, mean, rstd, weight, bias, *_ = call
     dtype, cast, needs = rstd.dtype, call.cast, (call.need_x, call.need_weight, call.need_bias)
     hidden_wide, d_normed_wide, rstd = hidden.to(dtype).contiguous(), d_normed.to(dtype).contiguous(), rstd[..., None]
@@ -430,7 +432,7 @@ def _fallback_backward(*arguments: Any) -> Gradients:
     def result(x: Tensor | None, like: torch.dtype) -> Tensor:
         return hidden.new_empty(0, dtype=like) if x is None else x.to(like)
 
-    return Gradients(
+    return NormResults(
         d_x=result(d_x, hidden.dtype),
         d_weight=result(d_weight, weight.dtype),
         d_bias=result(d_bias, weight.dtype),
@@ -438,7 +440,7 @@ def _fallback_backward(*arguments: Any) -> Gradients:
         normed=result(_affine(unit(), weight, bias) if call.need_normed else None, d_normed.dtype),
         d_hidden_sum=result(column_sum(d_hidden), weight.dtype),
         d_x_sum=result(column_sum(d_x), weight.dtype),
-        sums=rstd.new_empty(0),
+        partial_sums=rstd.new_empty(0),
     )
 
 
@@ -457,8 +459,8 @@ def _fake(
     return hidden, x.new_empty(x.shape, dtype=dtype or x.dtype), mean, rstd
 
 
-def _fake_backward(*arguments: Any) -> Gradients:
-    call = Backward.of(*arguments)
+def _fake_backward(*arguments: Any) -> NormResults:
+    call = NormArguments.of(*arguments)
     # The C++ kernel and the fallback ignore `partial`.
     uses_triton = call.hidden.device.type != "cpu" and call.hidden.dtype != torch.float64
     return _outputs(call._replace(partial=call.partial and uses_triton))
@@ -481,7 +483,7 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: No
         return d_hidden, d_hidden if cast is None or d_hidden is None else d_hidden.to(cast)
     if weight is None:
         weight = mean.new_ones(hidden.shape[-1])
-    call = Backward(
+    call = NormArguments(
         d_normed, d_hidden, hidden, mean, rstd, weight, None, need_x or need_residual, need_weight, need_bias,
         need_sums=False, partial=False, cast=cast,
     )  # fmt: skip
@@ -496,7 +498,7 @@ add_layer_norm = registration.define(
     fallback=_fallback,
     fake=_fake,
     launch=_launch,
-    backward=gradients.Gradient(_save, _backward),
+    backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=2,
 )
 add_layer_norm_backward = registration.define(

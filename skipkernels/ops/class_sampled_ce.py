@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import gradients, registration, unit_rows
+from . import autograd, registration, unit_rows
 from .launching import constexpr, launch, tl, triton
 from .unit_rows import Panels, blocks_for, cosine_arguments, cosine_tile, with_contiguous_rows
 
@@ -51,6 +51,7 @@ class Forward(NamedTuple):
     label_smoothing: float
     ignore_index: int
     reduction: int
+    # Return `kept_…`, which only the C++ backward reads
     keep_image: bool
     keep_text: bool
     keep_logit_scale: bool
@@ -68,7 +69,8 @@ class Backward(NamedTuple):
     image_norm: Tensor  # [B]
     text_norm: Tensor  # [K]
     denominator: Tensor
-    kept_image: Tensor  # of the C++ kernel
+    # Gradients of the unit rows, which only the C++ backward reads
+    kept_image: Tensor
     kept_text: Tensor
     kept_logit_scale: Tensor
     class_ids: Tensor | None  # [K]
@@ -81,7 +83,7 @@ class Backward(NamedTuple):
     need_logit_scale: bool
 
 
-class Pointers(NamedTuple):
+class KernelInputs(NamedTuple):
     """Tensors of a call as the kernels read them."""
 
     labels: Tensor
@@ -90,7 +92,7 @@ class Pointers(NamedTuple):
     total_weight: Tensor | None  # Σ_k w_k, with smoothing and class weights
 
     @classmethod
-    def of(cls, call: Forward | Backward) -> Pointers:
+    def of(cls, call: Forward | Backward) -> KernelInputs:
         """Make the tensors of a call contiguous, and sum its weights where needed."""
         class_ids = None if call.class_ids is None else call.class_ids.contiguous()
         class_weight = None if call.class_weight is None else call.class_weight.float().contiguous()
@@ -152,6 +154,7 @@ def _class_sampled_ce_fwd_kernel(
     weighted = tl.zeros([BLOCK_B], tl.float32)
     for start_k in range(split * split_size, tl.minimum((split + 1) * split_size, K), BLOCK_K):
         # 1. Cosines of a tile of classes
+        # Class offs_k of the tile is at places_k of the sample and in row rows_k of text; the last tile may exceed K.
         offs_k = start_k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         places_k = tl.minimum(offs_k, K - 1)
@@ -289,23 +292,23 @@ def _class_sampled_ce_fwd_combine_kernel(
             partial_ptr, offs_b, mask_b, B, splits, stride_partial, magnitude, SMOOTH, BLOCK
         )  # [BLOCK] each
         labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)  # [BLOCK]
-        counts = mask_b & (labels != ignore_index)
+        is_counted = mask_b & (labels != ignore_index)
         tl.device_assert(
-            ((labels >= 0) & (labels < C) & (found == 1)) | ~counts,
+            ((labels >= 0) & (labels < C) & (found == 1)) | ~is_counted,
             "class_sampled_ce: labels must be rows of text and among class_ids, which have no duplicates",
         )
         log_sum = tl.log(exp_sum)
         tl.store(lse_ptr + offs_b, _lse(magnitude, top, log_sum), mask=mask_b)  # [BLOCK]
-        target_weight = counts.to(tl.float32)
+        target_weight = is_counted.to(tl.float32)
         if class_weight_ptr is not None:
-            target_weight = tl.load(class_weight_ptr + labels, mask=counts & (found == 1), other=0.0)  # [BLOCK]
+            target_weight = tl.load(class_weight_ptr + labels, mask=is_counted & (found == 1), other=0.0)  # [BLOCK]
         # Not lse − z_y, which loses all digits to cancellation if the loss is small.
         loss = target_weight * (magnitude * (top - target) + log_sum)  # [BLOCK]
         if SMOOTH:
             # Σ_k w_k (lse_b − z_bk)
             spread = total_weight * (magnitude * top + log_sum) - magnitude * weighted  # [BLOCK]
             loss = (1 - label_smoothing) * loss + label_smoothing / K * spread
-        loss = tl.where(counts, loss, 0.0)
+        loss = tl.where(is_counted, loss, 0.0)
         if REDUCTION == "none":
             tl.store(loss_ptr + offs_b, loss, mask=mask_b)  # [BLOCK]
         total += loss.to(tl.float64)
@@ -388,19 +391,19 @@ def _class_sampled_ce_bwd_logits_kernel(
     )  # [BLOCK_B, BLOCK_K], [BLOCK_B], [BLOCK_K]
     # 2. upstream_b · (1 − ε) · w_y and upstream_b · ε/K
     labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)  # [BLOCK_B]
-    counts = mask_b & (labels != ignore_index)
-    upstream = counts.to(tl.float32)
+    is_counted = mask_b & (labels != ignore_index)
+    upstream = is_counted.to(tl.float32)
     if d_loss_ptr is not None:
-        upstream = tl.load(d_loss_ptr + offs_b.to(tl.int64) * stride_d_loss, mask=counts, other=0.0)  # [BLOCK_B]
+        upstream = tl.load(d_loss_ptr + offs_b.to(tl.int64) * stride_d_loss, mask=is_counted, other=0.0)  # [BLOCK_B]
     target_factor = (1 - label_smoothing) * upstream  # [BLOCK_B]
     weight = tl.full([BLOCK_K], 1.0, tl.float32)
     total_weight = 0.0 + K  # a float, as the sum that may replace it
     if class_weight_ptr is not None:
-        target_factor *= tl.load(class_weight_ptr + labels, mask=counts, other=0.0)  # [BLOCK_B]
+        target_factor *= tl.load(class_weight_ptr + labels, mask=is_counted, other=0.0)  # [BLOCK_B]
         weight = tl.load(class_weight_ptr + rows_k)  # [BLOCK_K]
     if total_weight_ptr is not None:
         total_weight = tl.load(total_weight_ptr)  # []
-    spread = label_smoothing / K * upstream  # [BLOCK_B]
+    smoothing_factor = label_smoothing / K * upstream  # [BLOCK_B]
 
     # 3. Softmax from lse in fp64. The maximum that is subtracted need not be exact: lse/s is near enough.
     scale = tl.load(logit_scale_ptr).to(tl.float32)
@@ -412,8 +415,8 @@ def _class_sampled_ce_bwd_logits_kernel(
     is_target = rows_k[None, :] == labels.to(tl.int32)[:, None]  # [BLOCK_B, BLOCK_K]
     miss = p - is_target.to(tl.float32)  # p − 1 for the true class, in fp32
     # [BLOCK_B, BLOCK_K]
-    d_logits = target_factor[:, None] * miss + spread[:, None] * (total_weight * p - weight[None, :])
-    d_logits = tl.where(counts[:, None] & mask_k[None, :], d_logits, 0.0)
+    d_logits = target_factor[:, None] * miss + smoothing_factor[:, None] * (total_weight * p - weight[None, :])
+    d_logits = tl.where(is_counted[:, None] & mask_k[None, :], d_logits, 0.0)
 
     # 5. Factors of the matrix products, and the tile's part of d_s
     if factors_ptr is not None:
@@ -425,7 +428,7 @@ def _class_sampled_ce_bwd_logits_kernel(
         tl.store(d_scale_ptr + place, tl.sum(tl.sum(d_logits * cosine, axis=1), axis=0))
 
 
-def _launch(*arguments: Any) -> tuple[Tensor, ...]:
+def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Forward(*arguments)
     image, text = with_contiguous_rows(call.image), with_contiguous_rows(call.text)
     B, C, K, device = image.shape[0], text.shape[0], _sample_size(call), image.device
@@ -436,8 +439,8 @@ def _launch(*arguments: Any) -> tuple[Tensor, ...]:
     split_tiles = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b_blocks)))
     splits = triton.cdiv(tiles, split_tiles)
 
-    pointers = Pointers.of(call)
-    measure, image_norm, text_norm = unit_rows.norms_for(image, text, pointers.class_ids)
+    inputs = KernelInputs.of(call)
+    measure, image_norm, text_norm = unit_rows.norms_for(image, text, inputs.class_ids)
     partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)  # [planes, splits, B]
     launch(
         _class_sampled_ce_fwd_kernel,
@@ -445,10 +448,10 @@ def _launch(*arguments: Any) -> tuple[Tensor, ...]:
         device=device,
         **blocks._asdict(),
         **cosine_arguments(image, text, image_norm, text_norm),
-        labels_ptr=pointers.labels,
+        labels_ptr=inputs.labels,
         logit_scale_ptr=call.logit_scale,
-        class_ids_ptr=pointers.class_ids,
-        class_weight_ptr=pointers.class_weight,
+        class_ids_ptr=inputs.class_ids,
+        class_weight_ptr=inputs.class_weight,
         partial_ptr=partial,
         B=B,
         K=K,
@@ -459,11 +462,11 @@ def _launch(*arguments: Any) -> tuple[Tensor, ...]:
         split_size=split_tiles * blocks.BLOCK_K,
     )
     # 2. Loss, from the splits
-    loss, lse, denominator = _combine(call, pointers, partial)
+    loss, lse, denominator = _combine(call, inputs, partial)
     return loss, lse, image_norm, text_norm, denominator, *_empty_kept(call, loss)
 
 
-def _combine(call: Forward, pointers: Pointers, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _combine(call: Forward, inputs: KernelInputs, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, [B] or [], lse [B] in fp64, and the divisor of the summed loss."""
     (_, splits, B), device, reduction = partial.shape, partial.device, REDUCTIONS[call.reduction]
     loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)
@@ -475,11 +478,11 @@ def _combine(call: Forward, pointers: Pointers, partial: Tensor) -> tuple[Tensor
         device=device,
         num_warps=4,
         debug=True,
-        labels_ptr=pointers.labels,
+        labels_ptr=inputs.labels,
         logit_scale_ptr=call.logit_scale,
-        class_ids_ptr=pointers.class_ids,
-        class_weight_ptr=pointers.class_weight,
-        total_weight_ptr=pointers.total_weight,
+        class_ids_ptr=inputs.class_ids,
+        class_weight_ptr=inputs.class_weight,
+        total_weight_ptr=inputs.total_weight,
         partial_ptr=partial,
         loss_ptr=loss,
         lse_ptr=lse,
@@ -523,7 +526,7 @@ def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
     new = torch.zeros if call.need_logit_scale else torch.empty
     d_scale = new(panels.number if call.need_logit_scale else 0, panels.tiles, dtype=torch.float32, device=device)
-    pointers = Pointers.of(call)
+    inputs = KernelInputs.of(call)
     d_loss = call.d_loss if REDUCTIONS[call.reduction] == "none" else None  # of each image
 
     def write(number: int, images: slice, factors: Tensor | None) -> None:
@@ -535,11 +538,11 @@ def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
             **blocks._asdict(),
             **cosine_arguments(call.image[images], call.text, call.image_norm[images], call.text_norm),
             d_loss_ptr=None if d_loss is None else d_loss[images],
-            labels_ptr=pointers.labels[images],
+            labels_ptr=inputs.labels[images],
             logit_scale_ptr=call.logit_scale,
-            class_ids_ptr=pointers.class_ids,
-            class_weight_ptr=pointers.class_weight,
-            total_weight_ptr=pointers.total_weight,
+            class_ids_ptr=inputs.class_ids,
+            class_weight_ptr=inputs.class_weight,
+            total_weight_ptr=inputs.total_weight,
             lse_ptr=call.lse[images],
             factors_ptr=factors,
             d_scale_ptr=d_scale[number] if call.need_logit_scale else None,
@@ -583,7 +586,7 @@ def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Backward(*arguments)
     needs = call.need_image, call.need_text, call.need_logit_scale
     inputs = call.image, call.text, call.logit_scale
-    return gradients.reference_gradients(functools.partial(_reference, call), inputs, needs, call.d_loss)
+    return autograd.reference_gradients(functools.partial(_reference, call), inputs, needs, call.d_loss)
 
 
 def _check(*arguments: Any) -> None:
@@ -639,7 +642,7 @@ class_sampled_ce = registration.define(
     " -> (Tensor loss, Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
     " Tensor kept_image, Tensor kept_text, Tensor kept_logit_scale)",
     fallback=_fallback,
-    launch=_launch,
+    launch=_launch_forward,
     check=_check,
     fake=_fake,
     backward=class_sampled_ce_backward,

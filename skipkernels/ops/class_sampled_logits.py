@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import gradients, registration, unit_rows
+from . import autograd, registration, unit_rows
 from .launching import launch, tl, triton
 from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, with_contiguous_rows
 
@@ -166,7 +166,7 @@ def _fallback(
 
 def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Backward(*arguments)
-    d_image, d_text = gradients.reference_gradients(
+    d_image, d_text = autograd.reference_gradients(
         lambda image, text: reference.class_sampled_logits(image, text, call.logit_scale, call.class_ids),
         (call.image, call.text),
         (call.need_image, call.need_text),

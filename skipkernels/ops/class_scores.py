@@ -264,5 +264,5 @@ classes_at_ranks = registration.define(
     fallback=_fallback_ranks,
     fake=_fake_ranks,
     launch=_launch_ranks,
-    fallback_cases=f"fp64, and more than {MOST_RANKED:,} classes",
+    fallback_note=f"fp64, and more than {MOST_RANKED:,} classes",
 )

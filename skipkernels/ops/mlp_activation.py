@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import gradients, registration
+from . import autograd, registration
 from .launching import launch, tl, triton
 from .row_sums import blocks_of_rows, sum_in_order
 
@@ -257,7 +257,7 @@ def _outputs(d_out: Tensor, x: Tensor, bias: Tensor | None, need: Needs) -> tupl
         P, _ = blocks_of_rows(d_out.numel() // W, _tile(W, width)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
     inputs, needs = (x, x if bias is None else bias, d_out), (need.x, need.bias and not partial, need.out)
     sums = x.new_empty((P, width) if partial else 0, dtype=torch.float32)
-    return *gradients.gradients_like(inputs, needs), sums
+    return *autograd.gradients_like(inputs, needs), sums
 
 
 def _fallback(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
@@ -271,8 +271,8 @@ def _fallback_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int,
     x, need = x.contiguous(), Needs(*needs)
     out = forward(x, bias) if need.out else x.new_empty(0)
     if bias is None:
-        return *gradients.reference_gradients(forward, (x,), (need.x,), d_out), x.new_empty(0), out, x.new_empty(0)
-    return *gradients.reference_gradients(forward, (x, bias), (need.x, need.bias), d_out), out, x.new_empty(0)
+        return *autograd.reference_gradients(forward, (x,), (need.x,), d_out), x.new_empty(0), out, x.new_empty(0)
+    return *autograd.reference_gradients(forward, (x, bias), (need.x, need.bias), d_out), out, x.new_empty(0)
 
 
 def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:

@@ -113,5 +113,5 @@ packed_layout = registration.define(
     fallback=_fallback_layout,
     fake=_fake_layout,
     launch=_launch_layout,
-    fallback_cases=f"more than {MOST_PACKED:,} classes",
+    fallback_note=f"more than {MOST_PACKED:,} classes",
 )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import gradients, registration
+from . import autograd, registration
 from .attention import in_one_layout, load_lse, load_rows, store_rows
 from .launching import launch, tl, triton
 
@@ -226,7 +226,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, ...]:
     B, H, E = call.query.shape
     if E > MAX_WIDTH:
         return _fallback_backward(*call)
-    d_query, d_key, d_value = gradients.gradients_like(call.inputs, call.needs)
+    d_query, d_key, d_value = autograd.gradients_like(call.inputs, call.needs)
     (d_out,) = in_one_layout(call.d_out)
     launch(
         _pooled_attention_bwd_kernel,
@@ -288,7 +288,7 @@ def _fallback(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None,
 def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Backward(*arguments)
     function = functools.partial(reference.pooled_attention, lengths=call.lengths, scale=call.scale)
-    return gradients.reference_gradients(function, call.inputs, call.needs, call.d_out)
+    return autograd.reference_gradients(function, call.inputs, call.needs, call.d_out)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -309,7 +309,7 @@ pooled_attention = registration.define(
     fake=_fake,
     launch=_launch,
     check=_check,
-    fallback_cases=f"fp64, heads of more than {MAX_WIDTH}",
+    fallback_note=f"fp64, heads of more than {MAX_WIDTH}",
     backward=pooled_attention_backward,
     autocast_arguments=3,
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import launching
-from .gradients import Gradient, differentiate, fake_by_names, gradient_by_names, refuse_double_backward
+from .autograd import GradientRule, differentiate, fake_by_names, gradient_by_names, refuse_double_backward
 
 NAMESPACE = "skipkernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -23,12 +23,13 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 class Definition(NamedTuple):
     """Implementations of an operator besides the C++ kernel."""
 
-    with_pytorch: Callable[..., Any]
-    """The fallback, on the CPU after a check of the values."""
-    with_triton: Callable[..., Any]
+    fallback: Callable[..., Any]
+    """Plain PyTorch, on the CPU after a check of the values."""
+    launch: Callable[..., Any]
     """The Triton kernels; in fp64, the fallback."""
     check: Callable[..., None]
-    fallback_cases: str
+    fallback_note: str
+    """The calls for which `launch` uses the fallback."""
 
 
 _definitions: dict[str, Definition] = {}
@@ -63,15 +64,15 @@ def define(
     launch: Callable[..., Any],
     fake: Callable[..., Any] | None = None,
     check: Callable[..., None] = _accept,
-    fallback_cases: str = "fp64",
-    backward: torch._ops.OpOverload | Gradient | None = None,
+    fallback_note: str = "fp64",
+    backward: torch._ops.OpOverload | GradientRule | None = None,
     autocast_arguments: int = 0,
 ) -> torch._ops.OpOverload:
     """Define an operator, to be called with positional arguments.
 
     `fallback` computes the results in plain PyTorch on any device, without autograd; `fake` only allocates them, by
     default as `fake_by_names`. `launch` computes them with Triton kernels, except for fp64 and the calls that
-    `fallback_cases` describes. `check` raises ValueError for values of CPU tensors that the C++ kernel refuses. On a
+    `fallback_note` describes. `check` raises ValueError for values of CPU tensors that the C++ kernel refuses. On a
     GPU it would be a host sync: the kernels have device-side assertions.
 
     `backward` is the operator that computes the gradients, and its schema says what is saved: see `gradient_by_names`.
@@ -82,13 +83,13 @@ def define(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def check_and_fall_back(*args: Any) -> Any:
-        if _first(args).device.type == "cpu":
-            check(*args)
-        return fallback(*args)
+    # 1. CUDA and ROCm devices, if Triton is installed
+    def launch_or_fall_back(*args: Any) -> Any:
+        return (fallback if _first(args).dtype == torch.float64 else launch)(*args)
 
+    # 2. All other devices. On the CPU the C++ kernel has precedence, once it is loaded: this is then reached only with
+    # tensors that it has no kernel for.
     def load_or_fall_back(*args: Any) -> Any:
-        # Once loaded, the C++ kernel has precedence: this is reached only with tensors that it has no kernel for.
         if _first(args).device.type == "cpu" and not has_cpp(name):
             from .. import _build  # not needed before
 
@@ -97,14 +98,17 @@ def define(
                 return operator(*args)
         return check_and_fall_back(*args)
 
-    def launch_or_fall_back(*args: Any) -> Any:
-        return (fallback if _first(args).dtype == torch.float64 else launch)(*args)
+    # 3. Without a kernel
+    def check_and_fall_back(*args: Any) -> Any:
+        if _first(args).device.type == "cpu":
+            check(*args)
+        return fallback(*args)
 
     _library.impl(name, load_or_fall_back, "CompositeExplicitAutograd")
     if launching.installed:
         _library.impl(name, launch_or_fall_back, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake or fake_by_names(operator), lib=_library)
-    _definitions[name] = Definition(check_and_fall_back, launch_or_fall_back, check, fallback_cases)
+    _definitions[name] = Definition(check_and_fall_back, launch_or_fall_back, check, fallback_note)
     _register_autograd(operator, backward)
     if autocast_arguments:
         _autocast(operator, autocast_arguments)
@@ -113,14 +117,14 @@ def define(
     return operator
 
 
-def _register_autograd(operator: torch._ops.OpOverload, backward: torch._ops.OpOverload | Gradient | None) -> None:
+def _register_autograd(operator: torch._ops.OpOverload, backward: torch._ops.OpOverload | GradientRule | None) -> None:
     if backward is None and operator._opname.endswith("_backward"):
         backward = refuse_double_backward(operator._opname)
     if backward is None:  # a constant to autograd, at no cost per call
         _library.impl(operator._opname, torch.library.fallthrough_kernel, "Autograd")
         return
-    gradient = backward if isinstance(backward, Gradient) else gradient_by_names(operator, backward)
-    differentiate(_library, operator, gradient)
+    rule = backward if isinstance(backward, GradientRule) else gradient_by_names(operator, backward)
+    differentiate(_library, operator, rule)
 
 
 def _autocast(operator: torch._ops.OpOverload, count: int) -> None:

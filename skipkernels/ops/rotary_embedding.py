@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import gradients, registration
+from . import autograd, registration
 from .launching import launch, tl, triton
 
 TILE = 2048  # numbers in a tile: 16 per thread
@@ -135,6 +135,6 @@ rotary_embedding = registration.define(
     fallback=_fallback,
     fake=_fake,
     launch=_launch,
-    backward=gradients.Gradient(_save, _backward),
+    backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=1,
 )

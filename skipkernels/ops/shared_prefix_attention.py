@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import gradients, registration
+from . import autograd, registration
 from .attention import load_lse, load_rows, products, store_rows
 from .launching import dot_precision, launch, target, tl, triton
 
@@ -560,7 +560,7 @@ def _fallback(packed: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 def _fallback_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any) -> Tensor:
     function = functools.partial(reference.shared_prefix_attention, **Options(*options)._asdict())
-    return gradients.reference_gradients(function, (packed,), (True,), d_out)[0]
+    return autograd.reference_gradients(function, (packed,), (True,), d_out)[0]
 
 
 def _fake(packed: Tensor, heads: int, *options: Any) -> tuple[Tensor, Tensor]:
@@ -582,7 +582,7 @@ shared_prefix_attention = registration.define(
     fake=_fake,
     launch=_launch,
     check=_check,
-    fallback_cases=f"fp64, heads wider than {MAX_E}",
+    fallback_note=f"fp64, heads wider than {MAX_E}",
     backward=shared_prefix_attention_backward,
     autocast_arguments=1,
 )

@@ -76,7 +76,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         for name, definition in registration.definitions.items():
-            function = definition.with_pytorch if chosen.name == "reference" else definition.with_triton
+            function = definition.fallback if chosen.name == "reference" else definition.launch
             library.impl(name, function, "CPU", allow_override=True)
     with interpreter() if chosen.name == "interpreter" else contextlib.nullcontext():
         yield chosen

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from skipkernels.functional import add_layer_norm, add_rms_norm
-from skipkernels.ops.add_layer_norm import Gradients, add_layer_norm_backward
+from skipkernels.ops.add_layer_norm import NormResults, add_layer_norm_backward
 from skipkernels.ops.add_layer_norm import add_layer_norm as operator
 from skipkernels.testing import SLACK, relative_error
 from tests.ops.conftest import Backend
@@ -186,8 +186,8 @@ def test_backward_of_a_block(backend: Backend, rows, rms, dtypes):
     d_hidden, d_normed = OPERATOR.upstream(case, (hidden, normed))
     cast = None if stream == product else product
     saved = d_normed, d_hidden, hidden, mean, rstd, weight
-    found = Gradients(*add_layer_norm_backward(*saved, bias, True, True, True, True, False, cast, rms))
-    plain = Gradients(*add_layer_norm_backward(*saved, None, True, True, True, False, False, None))
+    found = NormResults(*add_layer_norm_backward(*saved, bias, True, True, True, True, False, cast, rms))
+    plain = NormResults(*add_layer_norm_backward(*saved, None, True, True, True, False, False, None))
     for name in ("d_x", "d_weight", "d_bias"):
         assert torch.equal(getattr(found, name), getattr(plain, name)), name
     assert (found.d_x.dtype, found.normed.dtype, found.d_x_sum.dtype) == (stream, product, torch.float32)

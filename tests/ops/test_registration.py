@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from skipkernels.ops import gradients, registration
-from skipkernels.ops.add_layer_norm import Backward, add_layer_norm_backward
+from skipkernels.ops import autograd, registration
+from skipkernels.ops.add_layer_norm import NormArguments, add_layer_norm_backward
 from skipkernels.ops.sgd_momentum import Call, sgd_momentum_
 from tests.ops.conftest import Backend
 
@@ -58,11 +58,11 @@ def define(schema: str, function, **options) -> torch._ops.OpOverload:
     return registration.define(schema, **(dict.fromkeys(("fallback", "fake", "launch"), function) | options))
 
 
-@pytest.mark.parametrize("hidden", [None, *gradients.PRIVATE_NAMES])
+@pytest.mark.parametrize("hidden", [None, *autograd.PRIVATE_NAMES])
 def test_differentiate_works_without_private_names(hidden, library, monkeypatch):
     if hidden is not None:
         monkeypatch.delattr(torch._C, hidden)
-    gradient = gradients.Gradient(
+    gradient = autograd.GradientRule(
         lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
         lambda ctx, d_out: (2 * d_out * ctx.saved_tensors[0], None),
     )
@@ -112,7 +112,7 @@ def test_an_unknown_name_is_refused(library):
 
 @pytest.mark.parametrize(
     ("operator", "call"),
-    [(sgd_momentum_, Call), (add_layer_norm_backward, Backward)],
+    [(sgd_momentum_, Call), (add_layer_norm_backward, NormArguments)],
     ids=["sgd_momentum_", "add_layer_norm_backward"],
 )
 def test_a_call_names_the_arguments_of_its_schema(operator, call):

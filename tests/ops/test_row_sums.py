@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from skipkernels.ops.add_layer_norm import Gradients, add_layer_norm, add_layer_norm_backward
+from skipkernels.ops.add_layer_norm import NormResults, add_layer_norm, add_layer_norm_backward
 from skipkernels.ops.mlp_activation import KINDS, mlp_activation_backward
 from skipkernels.ops.row_sums import MATRICES, column_sums
 from skipkernels.testing import SLACK
@@ -55,14 +55,14 @@ def test_partial_sums_of_a_norm(backend: Backend, need_sums, rms):
     weight, bias = (rows(i, 100, device=backend.device) for i in (3, 4))
     _, _, mean, rstd = add_layer_norm(hidden, None, weight, bias, 1e-5, None, rms)
     arguments = d_normed, d_hidden, hidden, mean, rstd, weight, bias, True, True, True, need_sums
-    whole, part = (Gradients(*add_layer_norm_backward(*arguments, each, None)) for each in (False, True))
+    whole, part = (NormResults(*add_layer_norm_backward(*arguments, each, None)) for each in (False, True))
     names = ["d_weight", "d_bias", *(["d_hidden_sum", "d_x_sum"] if need_sums else [])]
     totals = [getattr(part, name) for name in names]
     if backend.name in ("cpp", "reference"):  # complete them
-        assert part.sums.numel() == 0
+        assert part.partial_sums.numel() == 0
     else:
-        assert not any(x.numel() for x in totals) and len(part.sums) > 1
-        totals = column_sums([part.sums], torch.float32).split(100)
+        assert not any(x.numel() for x in totals) and len(part.partial_sums) > 1
+        totals = column_sums([part.partial_sums], torch.float32).split(100)
     for name, total in zip(names, totals, strict=True):
         torch.testing.assert_close(total, getattr(whole, name), rtol=0, atol=2e-5)  # fp32 sums of 70 numbers
     assert torch.equal(part.d_x, whole.d_x) and torch.equal(part.normed, whole.normed)

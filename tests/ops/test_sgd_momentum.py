@@ -157,7 +157,7 @@ def test_one_launch_for_a_list(monkeypatch):
     state = State(SIZES, torch.float32)
     for _ in range(2):
         numbers = map(torch.tensor, (0.1, 0.9, 0.0))
-        registration.definitions["sgd_momentum_"].with_triton(*state.lists, *numbers, None, None, [])
+        registration.definitions["sgd_momentum_"].launch(*state.lists, *numbers, None, None, [])
     first, second = launches
     for name in ("tensors_ptr", "grads_ptr", "programs_ptr"):
         assert first[name] is second[name]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from bench.operators.sgd_momentum import upper_half
 from skipkernels import reference
-from skipkernels.ops.add_layer_norm import Gradients, add_layer_norm, add_layer_norm_backward
+from skipkernels.ops.add_layer_norm import NormResults, add_layer_norm, add_layer_norm_backward
 from skipkernels.ops.mlp_activation import KINDS, mlp_activation_backward
 from skipkernels.ops.row_sums import column_sums
 from skipkernels.testing import SLACK, relative_error
@@ -105,10 +105,10 @@ def test_norm_of_a_fused_block(backend: Backend, shape, dtype):
     d_hidden, d_normed = norm.OPERATOR.upstream(case, (hidden, normed))
     cast = None if dtype == torch.float32 else dtype
     saved = d_normed, d_hidden, hidden, mean, rstd, weight, bias
-    found = Gradients(*add_layer_norm_backward(*saved, True, True, True, True, True, cast))
+    found = NormResults(*add_layer_norm_backward(*saved, True, True, True, True, True, cast))
     sums = [found.d_weight, found.d_bias, found.d_hidden_sum, found.d_x_sum]
-    if found.sums.numel():  # partial sums, which a block completes together with others
-        sums = [*column_sums([found.sums], torch.float32).split(shape[1])]
+    if found.partial_sums.numel():  # partial sums, which a block completes together with others
+        sums = [*column_sums([found.partial_sums], torch.float32).split(shape[1])]
 
     exact_hidden = x.double() + residual.double()
     leaves = [each.double().requires_grad_() for each in (exact_hidden, weight, bias)]

@@ -1,9 +1,10 @@
 """Backward pass of a fused block, in the stages of `forward`, from the last to the first.
 
-A stage takes the gradient of its result and returns that of its input; gradients of its vectors (biases, norms) it sets
-in `gradients`. `backward` sets those of matrices: each is a product with the input of its layer. Inputs that a norm or
-the activation has computed are not saved, but recomputed by the backward of that norm or activation, which returns them
-as well: the gradient of W_p follows `mlp_act`, that of W_fc `norm_2`, and that of W_qkv `norm_1`.
+Stage `d_NAME` takes the gradient of the result of NAME and returns that of its input; those of its vectors (biases,
+norms) it sets in `gradients`. `backward` sets those of matrices: each is a product with the input of its layer. Inputs
+that a norm or the activation has computed are not saved, but recomputed by the backward of that norm or activation,
+which returns them as well: the gradient of W_p follows `d_mlp_act`, that of W_fc `d_norm_2`, and that of W_qkv
+`d_norm_1`.
 
 Shapes are as in `forward`: Q rows behind the projections, R before them.
 """
@@ -17,9 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops.add_layer_norm import Backward as NormArguments
-from ...ops.add_layer_norm import Gradients as NormResults
-from ...ops.add_layer_norm import add_layer_norm, add_layer_norm_backward
+from ...ops.add_layer_norm import NormArguments, NormResults, add_layer_norm, add_layer_norm_backward
 from ...ops.mlp_activation import KINDS, mlp_activation_backward
 from ...ops.mlp_activation import Needs as ActivationNeeds
 from ...reference import at_least_fp32
@@ -30,8 +29,8 @@ from .weights import BlockCall, Hidden
 
 # The layer that reads a norm: the gradient of its weight reads the norm, too.
 LAYER_AFTER = {"norm_1": "in_proj", "norm_2": "fc"}
-# Biases that are added to the sum behind a norm and to its input: their gradients are sums of d_residual and d_x.
-BIASES_AROUND = {"norm_2": ("proj_bias", "out_proj_bias")}
+# Biases that are added to the sum behind a norm and to its input, with their gradients in `NormResults`.
+BIASES_AROUND = {"norm_2": {"proj_bias": "d_hidden_sum", "out_proj_bias": "d_x_sum"}}
 
 
 def recompute(call: BlockCall, saved: Saved) -> Saved:
@@ -50,16 +49,16 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     """
     needed = gradients.needed
     assert saved.inner is not None and saved.attention is not None and d_out.branch is not None
-    d_active = mlp_out(call, d_out.branch)  # [Q, M]
-    d_active, normed = mlp_norm(call, saved.inner, d_active, gradients)
-    d_inner, active = mlp_act(call, saved.inner, d_active, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
+    d_active = d_mlp_out(call, d_out.branch)  # [Q, M]
+    d_active, mlp_normed = d_mlp_norm(call, saved.inner, d_active, gradients)
+    d_inner, active = d_mlp_act(call, saved.inner, d_active, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
     del d_active
-    inputs = active if normed is None else normed  # of W_p
+    inputs = active if mlp_normed is None else mlp_normed  # of W_p
     if inputs is not None:
         gradients.set_product("proj", (d_out.branch, inputs))
-    del active, normed, inputs
-    d_normed = mlp_in(call, d_inner)  # [Q, W]
-    d_mid, d_branch, normed = norm_2(call, saved.norm_2, d_normed, d_out.stream, gradients)
+    del active, mlp_normed, inputs
+    d_normed = d_mlp_in(call, d_inner)  # [Q, W]
+    d_mid, d_branch, normed = d_norm_2(call, saved.norm_2, d_normed, d_out.stream, gradients)
     del d_normed
     if normed is not None:
         gradients.set_product("fc", (d_inner, normed))
@@ -67,23 +66,23 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     gradients.set_product("out_proj", (d_branch, saved.attention.result.detach()))
     if not needed.of_attention:
         return None
-    d_result = out_proj(call, d_branch)  # [Q, W]
+    d_result = d_out_proj(call, d_branch)  # [Q, W]
     del d_branch
-    d_projected = attention(saved.attention, d_result, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
+    d_projected = d_attention(saved.attention, d_result, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
     del d_result
-    d_projected = rotation(call, d_projected)
+    d_projected = d_rotation(call, d_projected)
     if not needed.hidden:
-        in_proj_and_norm_1(call, saved.norm_1.x, d_projected, gradients)
+        d_in_proj_and_norm_1(call, saved.norm_1.x, d_projected, gradients)
         return None
-    d_normed = in_proj(call, d_projected, gradients)  # [R, W]
-    d_stream, d_branch, normed = norm_1(call, saved.norm_1, d_normed, d_mid, gradients)
+    d_normed = d_in_proj(call, d_projected, gradients)  # [R, W]
+    d_stream, d_branch, normed = d_norm_1(call, saved.norm_1, d_normed, d_mid, gradients)
     del d_normed
     if normed is not None:
         gradients.set_product("in_proj", *_pairs(call, d_projected, normed))
     return Hidden(d_stream, d_branch)
 
 
-def norm_1(
+def d_norm_1(
     call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_mid: Tensor, gradients: Gradients
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of stream and branch [R, W], with that of the residual [Q, W]; return also LN₁(hidden), if needed."""
@@ -94,8 +93,8 @@ def norm_1(
     return d_stream, d_stream.to(call.dtype), found.normed
 
 
-def in_proj(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradients) -> Tensor:
-    """Gradient of LN₁(hidden), [R, W]; set that of b_qkv. That of W_qkv follows `norm_1`, which computes its input."""
+def d_in_proj(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradients) -> Tensor:
+    """Gradient of LN₁(hidden), [R, W]; set that of b_qkv. That of W_qkv follows `d_norm_1`, which computes LN₁."""
     weight = call.weights.in_proj
     if gradients.needed.any_of("in_proj_bias"):
         gradients.set_column_sums("in_proj_bias", d_projected)  # [3W]
@@ -111,7 +110,7 @@ def in_proj(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradients
     return call.add_to_queries(d_normed, d_query @ weight[:W])  # [Q, W] @ [W, W] -> [Q, W]
 
 
-def in_proj_and_norm_1(call: BlockCall, hidden: Tensor, d_projected: Sequence[Tensor], gradients: Gradients) -> None:
+def d_in_proj_and_norm_1(call: BlockCall, hidden: Tensor, d_projected: Sequence[Tensor], gradients: Gradients) -> None:
     """Set the gradients of W_qkv, b_qkv and LN₁ if none of hidden is needed, as in the first block above the cut.
 
     Since LN₁(hidden) = x̂ · γ + β, they follow from G = d_qkvᵀ x̂, which saves a product as large as the projection:
@@ -129,60 +128,60 @@ def in_proj_and_norm_1(call: BlockCall, hidden: Tensor, d_projected: Sequence[Te
     unit = add_layer_norm(hidden, None, None, None, block.eps[0], call.dtype, block.rms)[1]  # x̂, [R, W]
     unit_gradient = at_least_fp32(joint_product(_pairs(call, d_projected, unit), gradients.dtype))  # G, [3W, W]
     d_weight = unit_gradient * weights.norm_1  # [3W, W]
-    gradients.weights["norm_1"] = (weights.in_proj * unit_gradient).sum(0)  # [W]
+    gradients.set("norm_1", (weights.in_proj * unit_gradient).sum(0))  # [W]
     if weights.norm_1_bias is not None:
         d_bias = at_least_fp32(gradients.weights["in_proj_bias"])[:, None]  # [3W, 1]
-        gradients.weights["norm_1_bias"] = (weights.in_proj * d_bias).sum(0)  # [W]
+        gradients.set("norm_1_bias", (weights.in_proj * d_bias).sum(0))  # [W]
         d_weight.addcmul_(d_bias, weights.norm_1_bias)
-    gradients.weights["in_proj"] = d_weight
+    gradients.set("in_proj", d_weight)
 
 
-def rotation(call: BlockCall, d_projected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def d_rotation(call: BlockCall, d_projected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Gradient of query and key before their rotation, unless `attention` has rotated them."""
     return d_projected if call.weights.query_norm is not None else forward.rotate(call, d_projected, inverse=True)
 
 
-def attention(saved: AttentionGraph, d_result: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
+def d_attention(saved: AttentionGraph, d_result: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
     """Gradient of the projections, ([R, 3W],) or ([Q, W], [R, 2W]), and of the norms of attention, by autograd."""
     d_leaves = torch.autograd.grad(saved.result, (*saved.projected, *saved.norms.values()), d_result)
     count = len(saved.projected)
     for name, d_norm in zip(saved.norms, d_leaves[count:], strict=True):
-        gradients.weights[name] = d_norm
+        gradients.set(name, d_norm)
     return d_leaves[:count]
 
 
-def out_proj(call: BlockCall, d_branch: Tensor) -> Tensor:
+def d_out_proj(call: BlockCall, d_branch: Tensor) -> Tensor:
     """Gradient of the result of attention, [Q, W] @ [W, W] -> [Q, W]."""
     return d_branch @ call.weights.out_proj
 
 
-def norm_2(
+def d_norm_2(
     call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_stream: Tensor, gradients: Gradients
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of mid [Q, W], as those of its two terms; return also LN₂(mid), if needed."""
     return _norm(call, "norm_2", saved, d_normed, d_stream, gradients)
 
 
-def mlp_in(call: BlockCall, d_inner: Tensor) -> Tensor:
+def d_mlp_in(call: BlockCall, d_inner: Tensor) -> Tensor:
     """Gradient of LN₂(mid), [Q, M] @ [M, W] -> [Q, W]; 2M for SwiGLU."""
     return d_inner @ call.weights.fc
 
 
-def mlp_act(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
+def d_mlp_act(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
     """Gradient of the product, [Q, M] or [Q, 2M]; return also the activation [Q, M], if W_p reads it and needs it."""
     needs = ActivationNeeds(
         x=True,
         bias=gradients.needed.any_of("fc_bias"),
         out=gradients.needed.input_of("proj") and call.weights.mlp_norm is None,
-        partial=gradients.pending.enabled,
+        partial=gradients.pending.partial,
     )
     kind = KINDS.index(call.block.activation)
-    d_inner, d_bias, active, partial = mlp_activation_backward(d_active, inner, call.weights.fc_bias, kind, *needs)
-    gradients.set_vectors(_computed(partial), fc_bias=_computed(d_bias))
+    d_inner, d_bias, active, partial_sums = mlp_activation_backward(d_active, inner, call.weights.fc_bias, kind, *needs)
+    gradients.set_vectors(_computed(partial_sums), fc_bias=_computed(d_bias))
     return d_inner, active if needs.out else None
 
 
-def mlp_norm(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
+def d_mlp_norm(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
     """Gradient of the activation [Q, M], and its norm, which W_p reads; as given, and None, in a block without one."""
     if call.weights.mlp_norm is None:
         return d_active, None
@@ -190,7 +189,7 @@ def mlp_norm(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradie
     return _norm(call, "mlp_norm", saved, d_active, None, gradients).d_x, normed
 
 
-def mlp_out(call: BlockCall, d_branch: Tensor) -> Tensor:
+def d_mlp_out(call: BlockCall, d_branch: Tensor) -> Tensor:
     """Gradient of the activation or its norm, [Q, W] @ [W, M] -> [Q, M]."""
     return d_branch @ call.weights.proj
 
@@ -221,7 +220,7 @@ def _norm(
     """
     needed, dtype = gradients.needed, call.dtype
     weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
-    biases = BIASES_AROUND.get(name, ())
+    biases = BIASES_AROUND.get(name, {})
     need_normed = name in LAYER_AFTER and needed.input_of(LAYER_AFTER[name])
     casts = d_residual is not None and dtype != saved.x.dtype
     arguments = NormArguments(
@@ -236,15 +235,15 @@ def _norm(
         need_weight=needed.any_of(name),
         need_bias=needed.any_of(f"{name}_bias"),
         need_sums=needed.any_of(*biases),
-        partial=gradients.pending.enabled,
+        partial=gradients.pending.partial,
         cast=dtype if casts else None,
         need_normed=need_normed,
     )
     found = NormResults(*add_layer_norm_backward(*arguments))
     totals = {name: found.d_weight, f"{name}_bias": found.d_bias}
     if arguments.need_sums:
-        totals |= dict(zip(biases, (found.d_hidden_sum, found.d_x_sum), strict=True))
-    gradients.set_vectors(_computed(found.sums), **{field: _computed(total) for field, total in totals.items()})
+        totals |= {bias: getattr(found, result) for bias, result in biases.items()}
+    gradients.set_vectors(_computed(found.partial_sums), **{x: _computed(total) for x, total in totals.items()})
     return NormGradients(found.d_x, found.d_x_cast if casts else found.d_x, found.normed if need_normed else None)
 
 

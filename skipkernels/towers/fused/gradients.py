@@ -58,6 +58,10 @@ class Gradients:
     weights: dict[str, Tensor] = field(default_factory=dict)  # by the fields of `BlockWeights`
     factors: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)  # A and B by field and part
 
+    def set(self, name: str, gradient: Tensor) -> None:
+        """Set the gradient of a field of `BlockWeights`."""
+        self.weights[name] = gradient
+
     def set_product(self, name: str, *pairs: tuple[Tensor, Tensor]) -> None:
         """Set the gradient of a matrix, and of its factors, if they are needed.
 
@@ -65,7 +69,7 @@ class Gradients:
         Those of several pairs are one below the other.
         """
         if name in self.needed.fields:
-            self.weights[name] = joint_product(pairs, self.dtype)
+            self.set(name, joint_product(pairs, self.dtype))
         self.set_factors(name, *pairs)
 
     def set_factors(self, name: str, *pairs: tuple[Tensor, Tensor]) -> None:
@@ -86,22 +90,22 @@ class Gradients:
                 product(d_part.T, thin, up.dtype),  # [out, R] @ [R, rank] -> [out, rank]
             )
 
-    def set_vectors(self, partial: Tensor | None, **totals: Tensor | None) -> None:
+    def set_vectors(self, partial_sums: Tensor | None, **totals: Tensor | None) -> None:
         """Set gradients of vectors of equal width: their totals, or partial sums of all of them, side by side."""
-        if partial is not None:
-            self.pending.add(list(totals), [partial])
+        if partial_sums is not None:
+            self.pending.add(list(totals), [partial_sums])
         else:
             self.weights |= {name: total for name, total in totals.items() if total is not None}
 
     def set_column_sums(self, name: str, matrices: Sequence[Tensor]) -> None:
         """Set the gradient of a vector to the column sums of one or more matrices, side by side."""
-        if self.pending.enabled and len(matrices[-1]) <= MAX_ROWS:
+        if self.pending.partial and len(matrices[-1]) <= MAX_ROWS:
             self.pending.add([name], matrices)
             return
         # On a CPU a sum in another dtype would convert all rows first.
         dtype = matrices[0].dtype if matrices[0].is_cpu else self.pending.dtype
         sums = [x.sum(0, dtype=dtype) for x in matrices]  # `out=` has no batching rule
-        self.weights[name] = torch.cat(sums) if len(sums) > 1 else sums[0]
+        self.set(name, torch.cat(sums) if len(sums) > 1 else sums[0])
 
     def complete(self) -> None:
         """Compute the pending sums, by one launch."""
@@ -113,7 +117,7 @@ class PendingSums:
     """Gradients of vectors that are left as partial sums over rows, to be completed together."""
 
     dtype: torch.dtype
-    enabled: bool  # False: each operator completes its own sums
+    partial: bool  # Operators return partial sums; False: each completes its own
     names: list[str] = field(default_factory=list)  # fields of `BlockWeights`, in the order of the columns
     widths: list[int] = field(default_factory=list)
     matrices: list[Tensor] = field(default_factory=list)

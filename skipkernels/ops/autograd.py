@@ -23,7 +23,7 @@ PRIVATE_NAMES = (
 """Names in `torch._C` that `differentiate` uses. Without them `torch.library.register_autograd` is used."""
 
 
-class Gradient(NamedTuple):
+class GradientRule(NamedTuple):
     """Gradient of an operator: `save(ctx, inputs, output)`, and `backward(ctx, *d_outputs)` for its inputs.
 
     `backward` may leave out the last inputs; gradients that are not needed are dropped.
@@ -36,17 +36,21 @@ class Gradient(NamedTuple):
 # ---- by name -----------------------------------------------------------------------------------------------------
 
 
-def gradient_by_names(operator: torch._ops.OpOverload, backward: torch._ops.OpOverload) -> Gradient:
+def gradient_by_names(operator: torch._ops.OpOverload, backward: torch._ops.OpOverload) -> GradientRule:
     """Return the gradient of an operator by another one, `backward`, from the names in the schemas of both.
 
-    An argument of `backward` is an argument or a result of the operator, which is saved; or `d_NAME`, the gradient of
-    the result NAME, the only one that has a gradient; or `need_NAME`, true if the argument NAME requires a gradient; or
-    it has a default. A result `d_NAME` of `backward` is the gradient of the argument NAME. For example:
+    For example:
 
         unit(Tensor x, float eps) -> (Tensor out, Tensor norm)
         unit_backward(Tensor d_out, Tensor x, Tensor norm, float eps, bool need_x, bool partial=False) -> Tensor d_x
 
-    x, norm and eps are saved, and partial is False. The result norm is not differentiable, and eps has no gradient.
+        argument       meaning
+        d_out          gradient of the result out, the only differentiable one: norm has no d_norm
+        x, norm, eps   an argument or a result of unit, saved
+        need_x         True if the argument x requires a gradient
+        partial        any other name must have a default
+
+    The result d_x is the gradient of the argument x; eps has none.
     """
     arguments, results = _names(operator._schema.arguments), _names(operator._schema.returns)
     wanted = [x for x in backward._schema.arguments if not x.has_default_value()]
@@ -54,6 +58,7 @@ def gradient_by_names(operator: torch._ops.OpOverload, backward: torch._ops.OpOv
     given = {*arguments, *results, *(f"d_{name}" for name in gradients), *(f"need_{name}" for name in arguments)}
     for name in _names(wanted):
         assert name in given, f"{backward._opname}: {name} is no name in {operator._schema}"
+    assert len(gradients) == 1, f"{backward._opname}: one result must have a gradient d_NAME; got {gradients}"
     (differentiable,) = gradients
     kept = [x for x in wanted if x.name in arguments or x.name in results]
     tensors = [x.name for x in kept if "Tensor" in str(x.type)]
@@ -77,7 +82,7 @@ def gradient_by_names(operator: torch._ops.OpOverload, backward: torch._ops.OpOv
         named = dict(zip(_names(backward._schema.returns), found, strict=True))
         return [named.get(f"d_{name}") for name in arguments]
 
-    return Gradient(save, backward_of)
+    return GradientRule(save, backward_of)
 
 
 def fake_by_names(operator: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -107,7 +112,7 @@ def _as_tuple(output: Any) -> tuple[Any, ...]:
 # ---- autograd ----------------------------------------------------------------------------------------------------
 
 
-def differentiate(library: torch.library.Library, operator: torch._ops.OpOverload, gradient: Gradient) -> None:
+def differentiate(library: torch.library.Library, operator: torch._ops.OpOverload, rule: GradientRule) -> None:
     """Register the gradient of an operator, as `torch.library.register_autograd` does at a higher cost of each call.
 
     The operator must not take lists of tensors that require grad.
@@ -115,8 +120,8 @@ def differentiate(library: torch.library.Library, operator: torch._ops.OpOverloa
     if not all(hasattr(torch._C, name) for name in PRIVATE_NAMES):
         torch.library.register_autograd(
             operator._schema.name,
-            lambda ctx, *d_outputs: tuple(_needed_gradients(gradient, ctx, d_outputs)),
-            setup_context=gradient.save,
+            lambda ctx, *d_outputs: tuple(_needed_gradients(rule, ctx, d_outputs)),
+            setup_context=rule.save,
             lib=library,
         )
         return
@@ -127,8 +132,8 @@ def differentiate(library: torch.library.Library, operator: torch._ops.OpOverloa
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             if torch._C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():
-                    return _RecordedAtOneLevel.apply(*args, operator, gradient, keyset)  # type: ignore[attr-defined]
-            return _Recorded.apply(*args, operator, gradient, keyset)
+                    return _RecordedAtOneLevel.apply(*args, operator, rule, keyset)  # type: ignore[attr-defined]
+            return _Recorded.apply(*args, operator, rule, keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -136,27 +141,27 @@ def differentiate(library: torch.library.Library, operator: torch._ops.OpOverloa
 
 
 class _Recorded(torch.autograd.Function):
-    """A recorded call outside torch.func: the inputs, then operator, gradient and dispatch keys."""
+    """A recorded call outside torch.func: the inputs, then operator, rule and dispatch keys."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        *inputs, operator, gradient, keyset = args
+        *inputs, operator, rule, keyset = args
         with torch._C._AutoDispatchBelowAutograd():
             output = operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-        ctx.gradient, ctx.arity = gradient, len(inputs)
-        gradient.save(ctx, tuple(inputs), output)
+        ctx.rule, ctx.arity = rule, len(inputs)
+        rule.save(ctx, tuple(inputs), output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Any) -> Any:
-        ctx.needs_input_grad = ctx.needs_input_grad[: ctx.arity]
-        return *_needed_gradients(ctx.gradient, ctx, d_outputs), None, None, None
+        ctx.needs_input_grad = ctx.needs_input_grad[: ctx.arity]  # without operator, rule and keys: rules name inputs
+        return *_needed_gradients(ctx.rule, ctx, d_outputs), None, None, None
 
 
 class _RecordedAtOneLevel(torch.autograd.function._SingleLevelFunction):
     """A recorded call within torch.func, at the level that the dispatcher has chosen; outer levels record forward.
 
-    `Function.apply` would choose a level once more, and needs a `setup_context`.
+    `_Recorded.apply` would raise an error there: `Function.apply` needs a `setup_context`, to choose a level once more.
     """
 
     backward = _Recorded.backward
@@ -167,16 +172,16 @@ class _RecordedAtOneLevel(torch.autograd.function._SingleLevelFunction):
             return _Recorded.forward(ctx, *args)
 
 
-def _needed_gradients(gradient: Gradient, ctx: Any, d_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _needed_gradients(rule: GradientRule, ctx: Any, d_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Compute the gradients of all inputs; None where not needed."""
     # Called within autocast, the matrix products of Triton's path and of the fallback would be rounded to 16 bits.
     given = [x for x in d_outputs if x is not None] if torch._C._is_any_autocast_enabled() else []
     with without_autocast(given[0].device) if given else nullcontext():
-        found = gradient.backward(ctx, *d_outputs)
+        found = rule.backward(ctx, *d_outputs)
     return [x if need else None for x, need in itertools.zip_longest(found, ctx.needs_input_grad)]
 
 
-def refuse_double_backward(name: str) -> Gradient:
+def refuse_double_backward(name: str) -> GradientRule:
     """Return the gradient of an operator NAME_backward, an error; without it, the gradient would be a wrong zero."""
 
     def backward(*_: Any) -> NoReturn:
@@ -185,7 +190,7 @@ def refuse_double_backward(name: str) -> Gradient:
             "skipkernels.reference, which is plain PyTorch."
         )
 
-    return Gradient(lambda ctx, inputs, output: None, backward)
+    return GradientRule(lambda ctx, inputs, output: None, backward)
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
