@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -143,6 +147,56 @@ def names(parent: Path) -> set[str]:
     return {path.name for path in parent.iterdir()}
 
 
+class Killed(BaseException):
+    """Stands in for SIGKILL."""
+
+
+CALLS = ("replace", "rename", "link", "unlink", "rmdir", "mkdir", "fsync")  # functions of `os` that change a folder
+WRITERS = {"file": lambda folder: replace_text(folder / "model.json", "new"), "folder": write}
+STOPS = {"error": OSError(errno.EIO, "Input/output error"), "kill": Killed()}
+
+
+@contextlib.contextmanager
+def stopped_at(moment: int, stop: str = "error") -> Iterator[list[str]]:
+    """Raise an error in the call of the system with a number; a killed process makes no later call either."""
+    made: list[str] = []
+
+    def wrapped(name: str, call: Callable) -> Callable:
+        def wrapper(*arguments, **options):
+            made.append(name)
+            if len(made) == moment or (stop == "kill" and len(made) > moment):
+                raise STOPS[stop]
+            return call(*arguments, **options)
+
+        return wrapper
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CALLS:
+            patch.setattr(os, name, wrapped(name, getattr(os, name)))
+        yield made
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_stop_at_any_call_leaves_the_old_or_the_new(folder, tmp_path, writer, stop):
+    before, write = contents(folder), WRITERS[writer]
+    target = shutil.copytree(folder, tmp_path / "whole" / "folder", symlinks=True)
+    with stopped_at(0) as made:
+        write(target)
+    after, seen = contents(target), []
+    for moment in range(1, len(made) + 1):
+        target = shutil.copytree(folder, tmp_path / f"{moment}" / "folder", symlinks=True)
+        with contextlib.suppress(Killed, OSError), stopped_at(moment, stop):
+            write(target)
+        seen.append({name: text for name, text in contents(restored(target)).items() if not name.startswith(".")})
+        assert seen[-1] in (before, after), (moment, made)
+        with contextlib.suppress(OSError):  # without an exchange, a call may only delete what was left
+            write(target)
+        write(target)
+        assert contents(target) == after and names(target.parent) == {"folder"}, "nothing is left"
+    assert before in seen and after in seen
+
+
 def test_replaced_folder_keeps_other_files(folder):
     write(folder)
     assert contents(folder) == {"names.json": "new", "mine.txt": "old", "sub/mine.txt": "old"}
@@ -168,30 +222,6 @@ def test_error_in_the_block_keeps_the_old_folder(folder):
         (new / "half").write_text("half")
         1 / 0  # noqa: B018
     assert contents(folder) == before and names(folder.parent) == {"folder"}
-
-
-def test_error_of_the_second_rename_keeps_the_old_folder(folder, monkeypatch):
-    monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
-    before, rename = contents(folder), os.rename
-
-    def failing(source, target):
-        if str(source).endswith("new"):
-            raise OSError(5, "Input/output error")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="Input/output error"):
-        write(folder)
-    assert contents(folder) == before
-
-
-@pytest.mark.parametrize("by", [restored, write])
-def test_kill_between_two_renames_is_restored(folder, by):
-    before = contents(folder)
-    folder.rename(folder.with_name(".folder.skipkernels-old"))
-    folder.with_name(".folder.skipkernels-new").mkdir()
-    by(folder)
-    assert before.items() - {("model.json", "old")} <= contents(folder).items()
 
 
 def test_replaced_folder_in_use_is_refused(folder):

@@ -1,4 +1,4 @@
-"""Checkpoints: one epoch, whole, whenever a process is killed or the disk is full; damage is named when it is read."""
+"""Checkpoints: the last epoch and the best; damage is named when it is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from skipkernels import folders
 from skipkernels.app.data import InputError
 from skipkernels.app.train import checkpoint, weights
 from skipkernels.app.train.checkpoint import MODEL
@@ -26,10 +25,6 @@ CLASSIFIER = Description(
     "model", None, "skip", {}, "data", "few-shot", ["a"], ["{}"], None, weights=MODEL, holds="model", logit_scale=1.0
 )
 ACCURACIES = {1: 50.0, 2: 70.0, 3: 60.0}  # on the validation images; the second epoch is the best
-
-
-class Killed(BaseException):
-    """Stands in for SIGKILL."""
 
 
 class Epoch:
@@ -75,42 +70,6 @@ def test_save_replaces_epoch_and_keeps_best(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == files
     checkpoint.remove(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def until_killed(call, moment: int, calls):
-    """Call of the system until a number of calls is reached. A killed process makes no later call either."""
-
-    def until(*args, **how):
-        if next(calls) >= moment:
-            raise Killed
-        return call(*args, **how)
-
-    return until
-
-
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
-def test_kill_at_any_call_leaves_one_epoch(tmp_path, monkeypatch, exchange):
-    for moment in itertools.count(1):
-        folder, calls, done = tmp_path / f"{moment}", itertools.count(1), 0
-        folder.mkdir()
-        with monkeypatch.context() as patch:
-            for name in ("replace", "rename", "link", "unlink", "rmdir", "mkdir", "fsync"):
-                patch.setattr(os, name, until_killed(getattr(os, name), moment, calls))
-            if not exchange:
-                patch.setattr(folders, "_exchange", lambda *_: False)
-            try:
-                for done in (1, 2, 3):
-                    save(folder, done)
-                done = 4
-            except Killed:
-                pass
-        assert (found_epoch(folder) or 0) in (done - 1, done), "of the last epoch that was complete, or the next"
-        if done == 4:
-            assert moment >= 50
-            return
-        for epoch in range(found_epoch(folder) or 0, 3):
-            save(folder, epoch + 1)
-        assert found_epoch(folder) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import os
 import pty
@@ -14,6 +12,7 @@ import resource
 import signal
 import sys
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ from skipkernels.app.train.run_folder import RunFolder, read_metrics
 from skipkernels.app.train.setup import build_task
 from skipkernels.folders import locked
 from tests.app.runs import fails, files, rows, small, stopped
-from tests.app.train.test_checkpoint import CLASSIFIER, Epoch, Killed, until_killed
+from tests.app.train.test_checkpoint import CLASSIFIER, Epoch
 from tests.streams import Broken
 
 ARGUMENTS = ["tune", "--shots", "2", "--max-classes", "24"]
@@ -71,27 +70,21 @@ def test_interrupt_before_first_epoch(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_kill_during_overwrite_leaves_run(tmp_path, monkeypatch):
-    """The remaining files are accepted by resume and overwrite."""
-    for moment in itertools.count(1):
-        folder, calls = tmp_path / f"{moment}", itertools.count(1)
-        config = small(folder, overwrite=True).resolved()
-        checkpoint.save(folder, Epoch(1), CLASSIFIER, {}, settings=config.identity(), rows=[], seconds=1.0)
-        (folder / "config.yaml").write_text(config.to_yaml())
-        for name in ("events.out.tfevents.1", "metrics.json", "model.safetensors", "report.html", "metrics.jsonl"):
-            (folder / name).touch()
-        earlier = RunFolder(config)
-        with monkeypatch.context() as patch:
-            for name in ("replace", "rename", "rmdir", "unlink"):
-                patch.setattr(os, name, until_killed(getattr(os, name), moment, calls))
-            with contextlib.suppress(Killed), earlier.lock():
-                assert moment > 10 and files(folder) == {"config.yaml"}
-                return
-        assert not (folder / "metrics.json").exists() or moment == 1, "first, so that the run is not complete"
-        (folder / "metrics.json").unlink(missing_ok=True)
-        for how in ({"overwrite": False, "resume": True}, {"overwrite": True}):
-            with RunFolder(dataclasses.replace(config, **how)).lock():
-                assert "config.yaml" in files(folder)
+def test_stop_during_overwrite_leaves_a_run(tmp_path, monkeypatch):
+    """metrics.json, which marks a run as complete, goes first; resume and overwrite accept what is left."""
+    config = small(tmp_path, overwrite=True).resolved()
+    checkpoint.save(tmp_path, Epoch(1), CLASSIFIER, {}, settings=config.identity(), rows=[], seconds=1.0)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    for name in ("events.out.tfevents.1", "metrics.json", "model.safetensors", "report.html", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "remove", Mock(side_effect=KeyboardInterrupt))
+        RunFolder(config).lock().__enter__()
+    assert files(tmp_path) == {"config.yaml", "checkpoint", "model.safetensors", "report.html", "metrics.jsonl"}
+    for how in ({"overwrite": False, "resume": True}, {"overwrite": True}):
+        with RunFolder(dataclasses.replace(config, **how)).lock():
+            assert "config.yaml" in files(tmp_path)
+    assert files(tmp_path) == {"config.yaml"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -241,19 +234,15 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# The changed weights have three megabytes, and the state of AdamW six.
-@pytest.mark.parametrize(
-    ("size", "changes"),
-    [(20 << 20, {}), (5 << 20, {"optimizer": "AdamW", "delta": True})],
-    ids=["the weights", "the state"],
-)
-def test_full_disk_keeps_last_epoch(tmp_path, at_step, small_disk, size, changes):
+def test_full_disk_keeps_last_epoch(tmp_path, at_step, small_disk):
+    """The changed weights, of three megabytes, are written; the state of AdamW, of six, is not."""
+
     def fill(self, inputs, labels):
-        small_disk(size)
+        small_disk(5 << 20)
         return StepOutput(self.clip(inputs, labels).loss, 5)
 
-    at_step(5, fill)
-    changes |= {"max_classes": 12}  # two epochs of three steps
+    at_step(2, fill)
+    changes = {"optimizer": "AdamW", "delta": True, "max_classes": 4}  # two epochs of a step
     with pytest.raises(InputError, match="the checkpoint can't be written.* continue with `resume=True`"):
         tune(small(tmp_path, **changes))
     small_disk(resource.RLIM_INFINITY)
