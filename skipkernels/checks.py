@@ -82,6 +82,13 @@ def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, 
         )
 
 
+def check_range(function: str, argument: str, ids: Tensor, num_classes: int, remedy: str) -> None:
+    """Raise a ValueError if an id is outside [0, num_classes). A host sync on a GPU."""
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"{function}: {argument} must be in [0, C={num_classes}); got {low} to {high}. {remedy}")
+
+
 def check_alike(
     function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], *, narrower: bool = False
 ) -> None:

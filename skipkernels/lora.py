@@ -71,7 +71,7 @@ def add_lora(
     towers = _fusable_towers(clip)
 
     generator = generator or torch.Generator().manual_seed(0)
-    clip.cut.freeze_for_adapters()
+    clip.encoders.freeze_for_adapters()
     try:
         for tower in towers:
             for block in list(tower.blocks)[tower.skip :]:
@@ -79,7 +79,7 @@ def add_lora(
         clip.refresh()
     except BaseException:
         _remove(clip.model, merge=False)
-        clip.cut.train_without_adapters()
+        clip.encoders.train_without_adapters()
         raise
 
 
@@ -92,7 +92,7 @@ def merge_lora(clip: SkipCLIP) -> None:
     """
     _check_updated("merge_lora", clip)
     _remove(clip.model, merge=True)
-    clip.cut.train_without_adapters()
+    clip.encoders.train_without_adapters()
     clip.refresh()
 
 

@@ -156,7 +156,7 @@ def test_predict_equals_model_logits():
     own = model.get_logits(images, tokens)[0]
     torch.testing.assert_close(clip.predict(images), own.detach(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(clip.predict(clip.encode_lower(images)), own.detach(), rtol=1e-10, atol=1e-10)
-    cached = clip.texts.embeddings
+    cached = clip.texts.kept_embeddings
     assert cached() is cached(), "computed once while the weights are the same"
     clip.class_embeddings().zero_()
     torch.testing.assert_close(clip.predict(images), own.detach(), rtol=1e-10, atol=1e-10)
@@ -353,7 +353,7 @@ def test_forward_features_of_wrong_shape():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([[1, 2]], "tokens must be an int64 tensor .* got list"),
+        ([[1, 2]], "tokens must be an int64 or int32 tensor .* got list"),
         (tiny_tokens(4)[:, :0], "L ≥ 1"),
         (tiny_tokens(4, context=80), r"must be \[C, L=77\], as long as the model's context; got \[4, 80\]"),
     ],

@@ -207,7 +207,7 @@ def test_templates_follow_changes_and_copies():
     clip.set_classes(tokens[:5, :2])
     assert_step_equals_naive(clip, tokens[:5, :2], x, labels % 5)
     clip.set_classes(tokens[:, 1:2])
-    assert clip.cut.tokens.equal(tokens[:, 1].int())
+    assert clip.encoders.tokens.equal(tokens[:, 1].int())
     clip.to("meta")
     held = [x for prompts in clip.texts.templates for x in prompts.tensors().values()]
     assert {x.device.type for x in (*held, clip.prototypes)} == {"meta"}

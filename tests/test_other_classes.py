@@ -33,7 +33,7 @@ def test_predict_other_classes_leaves_the_task(templates, skip):
     clip(IMAGES, LABELS).loss.backward()
     optimizer.step()  # zero-shot embeddings would be wrong now
     tokens = torch.stack([tiny_tokens(23, seed=4 + t) for t in range(templates)], dim=1).squeeze(1)
-    own, state, table = clip.texts.embeddings(), clip.get_extra_state(), clip.texts._table
+    own, state, table = clip.texts.kept_embeddings(), clip.get_extra_state(), clip.texts._table
 
     classes = clip.class_embeddings(tokens)
     logits = clip.predict(IMAGES, class_embeddings=classes)
@@ -45,7 +45,7 @@ def test_predict_other_classes_leaves_the_task(templates, skip):
     torch.testing.assert_close(logits, right.detach(), rtol=1e-10, atol=1e-10)
 
     assert clip.training and all(module.training for module in clip.model.modules())
-    assert clip.texts.embeddings() is own and clip.get_extra_state().equal(state)
+    assert clip.texts.kept_embeddings() is own and clip.get_extra_state().equal(state)
     assert clip.texts._table is table and clip.predict(IMAGES).shape == (4, C)
     twin = copy.deepcopy(clip)
     twin.set_classes(tokens)

@@ -242,7 +242,7 @@ def test_pair_loss_in_every_mode(kind, tmp_path):
 @pytest.mark.parametrize(
     ("captions", "message"),
     [
-        (["a cat"] * 5, r"captions must be int64, ids \[B=5\] or tokens .* got list"),
+        (["a cat"] * 5, r"captions must be int64 or int32, ids \[B=5\] or tokens .* got list"),
         (torch.zeros(5, 2, 77, dtype=torch.int64), r"got torch.int64 \[5, 2, 77\]"),
         (torch.full((5,), 13), r"captions must be in \[0, C=13\); got 13 to 13"),
         (torch.full((5, 77), 60), r"captions must be ids in \[0, 60\)"),

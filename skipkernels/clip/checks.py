@@ -1,4 +1,7 @@
-"""Checks of the arguments of SkipCLIP. Values of a batch are checked on the CPU only: elsewhere that is a host sync."""
+"""Checks of the arguments of SkipCLIP. Values of a batch are checked on the CPU only: elsewhere that is a host sync.
+
+A check that other functions share takes the names of function and argument; others name SkipCLIP and their argument.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from ..checks import check_device
+from ..checks import check_device, check_range
 
 Trainable = Literal["upper", "as_is"]
 
@@ -28,9 +31,9 @@ def as_tokens(tokens: Any) -> Tensor:
         or tokens.dtype not in (torch.int64, torch.int32)
     ):
         raise ValueError(
-            f"SkipCLIP: tokens must be an int64 tensor [C, L], or [C, T, L] for T templates, with C, T and L ≥ 1; got "
-            f"{described(tokens)}. Tokenise a prompt of each class with the model's own tokenizer (from transformers: "
-            "input_ids)."
+            "SkipCLIP: tokens must be an int64 or int32 tensor [C, L], or [C, T, L] for T templates, with C, T and L ≥ "
+            f"1; got {described(tokens)}. Tokenise a prompt of each class with the model's own tokenizer (from "
+            "transformers: input_ids)."
         )
     return (tokens[:, 0] if tokens.ndim == 3 and tokens.shape[1] == 1 else tokens).to("cpu", torch.int32)
 
@@ -74,10 +77,10 @@ def as_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) -> 
     return class_weight.to(prototypes.device, prototypes.dtype, copy=True)
 
 
-def check_whole_number(argument: str, value: Any) -> None:
-    """Raise unless a value is a whole number, at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"SkipCLIP: {argument} must be a whole number, at least 1; got {value!r}.")
+def check_chunk(chunk: Any) -> None:
+    """Raise unless the chunk is a whole number, at least 1."""
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"SkipCLIP: chunk must be a whole number, at least 1; got {chunk!r}.")
 
 
 def refuse_inference_mode(what: str) -> None:
@@ -111,56 +114,49 @@ def check_pixel_values(pixel_values: Any) -> None:
         raise ValueError(f"SkipCLIP: images and features must be finite; NaN or infinity in images {bad} of the batch.")
 
 
-def check_labels(labels: Any, batch: Tensor, classes: int) -> None:
+def check_labels(labels: Any, batch: Tensor, num_classes: int) -> None:
     """Raise unless labels are class ids, int64 [B], or probabilities [B, C], on the device of the batch."""
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"SkipCLIP: labels must be an int64 tensor [B]; got {described(labels)}. Without labels use "
             "clip.predict(pixel_values)."
         )
-    soft = labels.is_floating_point() and labels.shape == (len(batch), classes)
+    soft = labels.is_floating_point() and labels.shape == (len(batch), num_classes)
     if not soft and (labels.shape != (len(batch),) or labels.dtype != torch.int64):
         raise ValueError(
             f"SkipCLIP: labels must be class ids, int64 [B={len(batch)}], or probabilities of the classes, "
-            f"floating-point [B={len(batch)}, C={classes}]; got {described(labels)}. For several labels per "
+            f"floating-point [B={len(batch)}, C={num_classes}]; got {described(labels)}. For several labels per "
             "image use pairs.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1)."
         )
     check_device("SkipCLIP", "labels", labels, ("pixel_values", batch))
     if labels.device.type == "cpu":
         check_values = _check_probabilities if soft else _check_label_range
-        check_values(labels, classes)
+        check_values(labels, num_classes)
 
 
-def _check_label_range(labels: Tensor, classes: int) -> None:
+def _check_label_range(labels: Tensor, num_classes: int) -> None:
     remedy = "Leave images without a class out of the batch; ignore_index is not handled."
-    check_range("SkipCLIP", "labels", labels, classes, remedy)
+    check_range("SkipCLIP", "labels", labels, num_classes, remedy)
 
 
-def _check_probabilities(labels: Tensor, classes: int) -> None:
+def _check_probabilities(labels: Tensor, num_classes: int) -> None:
     sums = labels.detach().double().sum(dim=1)
     # bf16 rounds each of two probabilities by up to 2^-9.
     if not ((labels >= 0).all() and ((sums - 1).abs() < 0.01).all()):
         raise ValueError(
-            f"SkipCLIP: labels [B, C={classes}] must be probabilities, not negative, that sum to 1 for each image; got "
-            f"sums from {sums.min():.3g} to {sums.max():.3g} and values from {labels.min():.3g}. For labels of 0 and 1 "
-            "use pairs.sigmoid_loss."
+            f"SkipCLIP: labels [B, C={num_classes}] must be probabilities, not negative, that sum to 1 for each image; "
+            f"got sums from {sums.min():.3g} to {sums.max():.3g} and values from {labels.min():.3g}. For labels of 0 "
+            "and 1 use pairs.sigmoid_loss."
         )
 
 
-def check_range(function: str, argument: str, ids: Tensor, classes: int, remedy: str) -> None:
-    """Raise if an id is outside [0, classes). A host sync on a GPU."""
-    low, high = (int(x) for x in torch.aminmax(ids))
-    if low < 0 or high >= classes:
-        raise ValueError(f"{function}: {argument} must be in [0, C={classes}); got {low} to {high}. {remedy}")
-
-
-def check_class_ids(class_ids: Any, classes: int) -> None:
-    """Raise unless class ids are int64 [K], at least one, and in range."""
+def check_class_ids(class_ids: Any, num_classes: int) -> None:
+    """Raise unless class ids are [K], at least one, and in range."""
     valid = isinstance(class_ids, Tensor) and class_ids.dtype in (torch.int64, torch.int32) and class_ids.ndim == 1
     if not valid or len(class_ids) == 0:
-        raise ValueError(f"SkipCLIP: class_ids must be int64 [K], at least one; got {described(class_ids)}.")
+        raise ValueError(f"SkipCLIP: class_ids must be int64 or int32 [K], at least one; got {described(class_ids)}.")
     if class_ids.device.type == "cpu":
-        check_range("SkipCLIP", "class_ids", class_ids, classes, "Encode other texts with the model itself.")
+        check_range("SkipCLIP", "class_ids", class_ids, num_classes, "Encode other texts with the model itself.")
 
 
 def check_features(features: Any, shape: torch.Size) -> None:
@@ -172,13 +168,11 @@ def check_features(features: Any, shape: torch.Size) -> None:
         )
 
 
-def check_image_embeddings(image: Any, width: int, dtype: torch.dtype | None) -> None:
-    """Raise unless image embeddings are [B, D=width], without autocast in the dtype of class embeddings, if given."""
-    expected, remedy = (
-        f"image embeddings, floating-point [B, D={width}]",
-        "Compute them with clip.encode_image(images).",
-    )
-    _check_embeddings("SkipCLIP.loss", "image", image, width, expected, remedy)
+def check_image_embeddings(image: Any, D: int, dtype: torch.dtype | None) -> None:
+    """Raise unless image embeddings are [B, D], without autocast in the dtype of class embeddings, if given."""
+    expected = f"image embeddings, floating-point [B, D={D}]"
+    remedy = "Compute them with clip.encode_image(images)."
+    _check_embeddings("SkipCLIP.loss: image", image, D, expected, remedy)
     if dtype not in (None, image.dtype) and not torch.is_autocast_enabled(image.device.type):
         raise TypeError(
             f"SkipCLIP.loss: image must be {dtype} like the class embeddings; got {image.dtype}. Call encode_image and "
@@ -186,13 +180,11 @@ def check_image_embeddings(image: Any, width: int, dtype: torch.dtype | None) ->
         )
 
 
-def check_class_embeddings(class_embeddings: Any, width: int) -> None:
-    """Raise unless class embeddings are [C', D=width] with unit norm."""
-    expected, remedy = (
-        f"floating-point [C', D={width}]",
-        "Compute them with clip.class_embeddings(tokens), or pass tokens.",
-    )
-    _check_embeddings("SkipCLIP.predict", "class_embeddings", class_embeddings, width, expected, remedy)
+def check_class_embeddings(class_embeddings: Any, D: int) -> None:
+    """Raise unless class embeddings are [C', D] with unit norm."""
+    expected = f"floating-point [C', D={D}]"
+    remedy = "Compute them with clip.class_embeddings(tokens), or pass tokens."
+    _check_embeddings("SkipCLIP.predict: class_embeddings", class_embeddings, D, expected, remedy)
     norms = class_embeddings.detach().float().norm(dim=1)
     # bf16 rounds each element by up to 2^-9.
     if class_embeddings.device.type == "cpu" and not ((norms - 1).abs() < 0.01).all():
@@ -202,18 +194,18 @@ def check_class_embeddings(class_embeddings: Any, width: int) -> None:
         )
 
 
-def _check_embeddings(function: str, argument: str, embeddings: Any, width: int, expected: str, remedy: str) -> None:
+def _check_embeddings(name: str, embeddings: Any, D: int, expected: str, remedy: str) -> None:
     valid = isinstance(embeddings, Tensor) and embeddings.is_floating_point()
-    if not valid or embeddings.shape[1:] != (width,):
-        raise ValueError(f"{function}: {argument} must be {expected}; got {described(embeddings)}. {remedy}")
+    if not valid or embeddings.shape[1:] != (D,):
+        raise ValueError(f"{name} must be {expected}; got {described(embeddings)}. {remedy}")
 
 
 def refuse_export() -> None:
     """Raise a RuntimeError while `torch.export` or `torch.jit.trace` runs SkipCLIP."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         raise RuntimeError(
-            "SkipCLIP: a step can be neither exported nor traced. Export the plain module clip.classifier(), from "
-            "images to logits."
+            "SkipCLIP: neither a step nor an evaluation can be exported or traced. Export the plain module "
+            "clip.classifier(), from images to logits."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -24,7 +24,7 @@ _ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with
 class CutOptions:
     """Arguments of SkipCLIP that concern the towers."""
 
-    skip_layers: Any  # as in SkipCLIP; `skip_of` resolves it
+    skip_layers: int | float | tuple[int | float, int | float]  # Of both towers, or (image, text); see `skip_of`
     memory: Memory
     attention: AttentionName
     trainable: Trainable
@@ -40,25 +40,24 @@ class CutOptions:
                 f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {self.skip_layers!r}."
             )
 
-    def skip_of(self, tower: Tower) -> int | float:
-        """Number or share of the blocks that a tower skips; every block of a text tower that does not train."""
+    def skip_of(self, tower: Tower) -> int:
+        """Number of blocks that a tower skips; all of a text tower that does not train."""
         image, text = self.skip_layers if isinstance(self.skip_layers, tuple) else (self.skip_layers, self.skip_layers)
         if isinstance(tower, ImageTower):
-            return image
-        return text if self.train_text else 1.0
+            return blocks_to_skip(image, len(tower.blocks), "image")
+        return blocks_to_skip(text, len(tower.blocks), "text") if self.train_text else len(tower.blocks)
 
 
 def cut_towers(image: ImageTower, text: TextTower, options: CutOptions) -> None:
     """Fuse the blocks of both towers in place, and cut the towers."""
     fuse_blocks([*image.blocks, *text.blocks])
     backend = SDPA if options.attention == "sdpa" else _xformers(image, text)
-    for tower, name in ((image, "image"), (text, "text")):
-        skip = blocks_to_skip(options.skip_of(tower), len(tower.blocks), name)
-        tower.cut = Cut(skip, options.memory, backend)
+    for tower in (image, text):
+        tower.cut = Cut(options.skip_of(tower), options.memory, backend)
 
 
 def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
-    """Number of skipped blocks among the `depth` blocks of a tower.
+    """Number of skipped blocks among the `depth` blocks of a tower: a float up to 1.0 is a share, so 1 is one block.
 
     >>> blocks_to_skip(0.5, 12, "image"), blocks_to_skip(5, 12, "text")
     (6, 5)
@@ -112,23 +111,11 @@ def set_trainable(model: Any, image: ImageTower, text: TextTower, options: CutOp
     lower = {id(parameter) for tower in (image, text) for parameter in tower.lower_parameters()}
     trained = (image, text) if options.train_text else (image,)
     upper = {id(parameter): parameter for tower in trained for parameter in tower.upper_parameters()}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for key in upper:
-        if key in lower:
-            raise UnsupportedModel(
-                f"SkipCLIP: parameter {names[key]} is used on both sides of the cut, so training it would change "
-                "cached features. Untie it, or use skip_layers=0."
-            )
+    _check_separate(model, lower, upper)
     if options.trainable == "upper":
         _check_all_may_train(model, list(upper.values()))
     else:
-        below = [p for p in model.parameters() if id(p) in lower and p.requires_grad]
-        if below and any(not p.requires_grad for p in model.parameters()):
-            warn_caller(
-                f"SkipCLIP: {len(below)} trainable parameters below the cut are frozen ({_numbers(below)}), "
-                f"{names[id(below[0])]} among them: features at the cut are constants. Put adapters above the cut, or "
-                "lower skip_layers."
-            )
+        _warn_of_trained_below(model, lower)
     # Other parameters are frozen too: a bias of all logits, which a softmax cancels, and the decoder of CoCa.
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in upper and (options.trainable == "upper" or parameter.requires_grad))
@@ -136,6 +123,27 @@ def set_trainable(model: Any, image: ImageTower, text: TextTower, options: CutOp
     trains = options.train_logit_scale or any(p.requires_grad for p in upper.values())
     if upper and not trains:  # with nothing above the cut there is nothing to warn of
         warn_caller("SkipCLIP: nothing trains: every parameter above the cut is frozen.")
+
+
+def _check_separate(model: nn.Module, lower: Container[int], upper: Container[int]) -> None:
+    """Refuse a parameter, by its id, on both sides of the cut."""
+    for name, parameter in model.named_parameters():
+        if id(parameter) in lower and id(parameter) in upper:
+            raise UnsupportedModel(
+                f"SkipCLIP: parameter {name} is used on both sides of the cut, so training it would change cached "
+                "features. Untie it, or use skip_layers=0."
+            )
+
+
+def _warn_of_trained_below(model: nn.Module, lower: Container[int]) -> None:
+    """Warn if parameters below the cut train, unless all of the model do."""
+    below = {name: p for name, p in model.named_parameters() if id(p) in lower and p.requires_grad}
+    if below and any(not p.requires_grad for p in model.parameters()):
+        warn_caller(
+            f"SkipCLIP: {len(below)} trainable parameters below the cut are frozen ({_size_text(below.values())}), "
+            f"{next(iter(below))} among them: features at the cut are constants. Put adapters above the cut, or lower "
+            "skip_layers."
+        )
 
 
 def _check_all_may_train(model: nn.Module, upper: list[nn.Parameter]) -> None:
@@ -150,11 +158,11 @@ def _check_all_may_train(model: nn.Module, upper: list[nn.Parameter]) -> None:
     if frozen:
         warn_caller(
             f'SkipCLIP: trainable="upper" sets requires_grad of {len(frozen)} parameters above the cut that were '
-            f'frozen ({_numbers(frozen)}). Pass trainable="as_is" to leave them frozen.'
+            f'frozen ({_size_text(frozen)}). Pass trainable="as_is" to leave them frozen.'
         )
 
 
-def _numbers(parameters: list[nn.Parameter]) -> str:
+def _size_text(parameters: Iterable[nn.Parameter]) -> str:
     return f"{sum(parameter.numel() for parameter in parameters):,} numbers"
 
 
@@ -164,9 +172,9 @@ def _is_adapter(module: nn.Module) -> bool:
 
 def check_trained(image: ImageTower, text: TextTower, options: CutOptions) -> None:
     """Raise a RuntimeError if parameters below the cut train, or the first block above it was frozen."""
-    frozen = [*image.lower_parameters(), *text.lower_parameters()]
-    frozen += [] if options.train_text else text.upper_parameters()
-    if any(p.requires_grad for p in frozen):
+    constants = [*image.lower_parameters(), *text.lower_parameters()]
+    constants += [] if options.train_text else text.upper_parameters()
+    if any(p.requires_grad for p in constants):
         raise RuntimeError(
             "SkipCLIP: requires_grad was set on parameters below the cut, which get no gradient. Set it to False "
             "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."

@@ -26,7 +26,7 @@ class ImageEncoder:
     """The image tower: below the cut in chunks without gradient, above it with.
 
     Attributes:
-        feature_spec: Shape and dtype of the features at the cut, from those of an empty image.
+        feature_spec: Shape and dtype of the features at the cut, from those of a black one.
         watched: Modules and weights that computed features at the cut; None before any were computed or used.
     """
 
@@ -61,6 +61,7 @@ class ImageEncoder:
     def lower(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]."""
         x = images.to(self.tower.dtype)
+        # Sizes are not checked before: a convolutional model takes others too.
         try:
             if self.tower.skip == 0:
                 return self.tower.lower(x)
@@ -120,7 +121,7 @@ class ImageEncoder:
             self.watched.has_changed()  # `is_stale` gives this answer until the next change
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow a move or conversion of the tower by `fn`."""
+        """Follow a conversion of the tower; `fn` is not used, since an image encoder has no tensors of its own."""
         self.feature_spec = self.feature_spec._replace(dtype=self.tower.dtype)
 
 

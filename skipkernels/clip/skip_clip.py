@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..boundary import DEFAULT_CHUNK
-from ..digests import digest_tensors
 from ..options import AttentionName, Tail
 from ..selection import RankSampler
 from ..towers import Memory, Reduction, evaluating
 from . import checks
-from .cut import CutModel
 from .cut_towers import CutOptions
+from .encoders import Encoders
 from .images import ImageEncoder, sharing_weights
-from .state import Origin, accept_missing_state, pack_state, unpack_state
+from .state import ModuleWithState
 from .step import LossOptions, SkipOutput, compare_with_all, step
 from .texts import ClassTexts, in_same_dtype
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from .classifier import AffineHead
 
 
-class SkipCLIP(nn.Module):
+class SkipCLIP(ModuleWithState):
     """Tune a CLIP by Skip Tuning: train the blocks above `skip_layers` on the classes selected for each batch.
 
     The model is tuned in place, and the keys of its `state_dict` do not change. The *cut* is after the first
@@ -49,23 +48,22 @@ class SkipCLIP(nn.Module):
             step. "fixed": drawn once, as published.
         max_tail: Upper limit of the expected number of classes of the tail; changes the method. docs/many-classes.md.
         generator: Generator of the draws; default: one with seed 0.
-        lower_device: Device of parameters and buffers below the cut; default: that of the model.
-        train_text: False trains the image tower only: constant class embeddings, all classes. docs/training-loop.md.
-        train_logit_scale: True also trains the temperature.
         label_smoothing: ε in [0, 1] of the loss, over the kept classes. docs/method.md.
         class_weight: [C] weights of the classes in the loss, as in `torch.nn.CrossEntropyLoss`; default: none.
+        train_text: False trains the image tower only: constant class embeddings, all classes. docs/training-loop.md.
+        train_logit_scale: True also trains the temperature.
         trainable: "upper" trains all parameters above the cut; "as_is" those that require gradients. docs/trainers.md.
-        chunk: Images or prompts that run through the frozen blocks at a time, to bound memory; no effect on results.
+        attention: "sdpa", or "xformers" on a GPU. docs/training-loop.md.
         memory: Saved by a block for its backward pass. "fast": all that it needs. "min": its input alone, and the rest
             is computed again. "auto": fast if it fits in memory. docs/training-loop.md.
-        attention: "sdpa", or "xformers" on a GPU. docs/training-loop.md.
+        chunk: Images or prompts that run through the frozen blocks at a time, to bound memory; no effect on results.
+        lower_device: Device of parameters and buffers below the cut; default: that of the model.
         text_cache: Folder of the text features at the cut; default: in memory. docs/cache.md, Very many classes.
 
     Attributes:
-        prototypes: [C, D] unit-norm text embeddings from before tuning, at least fp32.
         class_weight: [C] in the dtype of the prototypes, or None. Not part of `state_dict`.
         sampler: The `RankSampler`. Its state is part of `state_dict`.
-        cut, images, texts: The model cut in two, and its encoders: parts for the code of this package.
+        encoders, images, texts: Parts for the code of this package.
 
     Raises:
         UnsupportedModel: If the model cannot be cut and called exactly; the message has the reason.
@@ -92,26 +90,30 @@ class SkipCLIP(nn.Module):
         tokens: Tensor,
         *,
         skip_layers: int | float | tuple[int | float, int | float],
+        # Selection
         keep_ratio: float = 0.5,
         max_keep: int = 50,
         decay: float = 0.3,
         tail: Tail = "resample",
         max_tail: int | None = None,
         generator: torch.Generator | None = None,
-        lower_device: torch.device | str | None = None,
-        train_text: bool = True,
-        train_logit_scale: bool = False,
+        # Loss
         label_smoothing: float = 0.0,
         class_weight: Tensor | None = None,
+        # Towers
+        train_text: bool = True,
+        train_logit_scale: bool = False,
         trainable: checks.Trainable = "upper",
-        chunk: int = DEFAULT_CHUNK,
-        memory: Memory = "auto",
         attention: AttentionName = "sdpa",
+        # Memory
+        memory: Memory = "auto",
+        chunk: int = DEFAULT_CHUNK,
+        lower_device: torch.device | str | None = None,
         text_cache: str | Path | None = None,
     ):
         super().__init__()
         tokens = checks.as_tokens(tokens)
-        checks.check_whole_number("chunk", chunk)
+        checks.check_chunk(chunk)
         checks.refuse_inference_mode("SkipCLIP: cannot be created")
         options = CutOptions(skip_layers, memory, attention, trainable, train_text, train_logit_scale)
         self.label_smoothing = checks.as_label_smoothing(label_smoothing)
@@ -119,7 +121,7 @@ class SkipCLIP(nn.Module):
         self.sampler = RankSampler(
             share, max_keep=max_keep, decay=decay, tail=tail, max_tail=max_tail, generator=generator
         )
-        self.cut = CutModel(model, tokens, options, chunk=chunk, text_cache=text_cache, lower_device=lower_device)
+        self.encoders = Encoders(model, tokens, options, chunk=chunk, text_cache=text_cache, lower_device=lower_device)
         self.model = model
         self.config = getattr(model, "config", None)  # for the model card of transformers' trainer
         weight = checks.as_class_weight(class_weight, self.prototypes, len(tokens))
@@ -146,14 +148,8 @@ class SkipCLIP(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward  # that of a Module has no types
 
-    def prepare(self, pixel_values: Any) -> None:
-        """Check images or features, and follow them to their device."""
-        checks.refuse_export()
-        self.images.check(pixel_values)
-        self._follow_to(pixel_values.device)
-
     def _follow_to(self, device: torch.device) -> None:
-        """Move the tensors of no module to the device of a batch, after the model alone was moved there."""
+        """Move the class weights and the tensors of the texts too, after the model alone was moved to a device."""
         if self.prototypes.device != device and self.model.logit_scale.device == device:
             self.class_weight = None if self.class_weight is None else self.class_weight.to(device)
             self.texts.drop()
@@ -163,31 +159,24 @@ class SkipCLIP(nn.Module):
     def loss(self, image: Tensor, labels: Tensor) -> Tensor:
         """Loss [] of image embeddings: `clip.loss(clip.encode_image(images), y)` is `clip(images, y).loss`.
 
-        For trainers that call a model and then a loss function, within the same autocast. Of soft labels every class
-        with a probability above 0 in the batch is selected, as labels are: pass label smoothing to SkipCLIP. On a GPU
-        such a step has a host sync, to count these classes. See docs/training-loop.md.
-
-        `image` is [B, D], embeddings of any norm; `labels` int64 [B], or floating-point [B, C], rows that sum to 1.
+        For trainers that call a model and then a loss function, within the same autocast. `image` is [B, D], of any
+        norm; `labels` are those of `forward`. Of soft labels every class with a probability above 0 in the batch is
+        selected, as labels are: pass label smoothing to SkipCLIP. On a GPU such a step has a host sync, to count these
+        classes. See docs/training-loop.md.
         """
-        encodes = self.cut.options.train_text and (self.training or torch.is_grad_enabled())
+        encodes = self.encoders.options.train_text and (self.training or torch.is_grad_enabled())
         # Embeddings of this step are in the dtype of the tower; those that are kept are converted to that of the image.
         checks.check_image_embeddings(image, self.prototypes.shape[1], self.texts.tower.dtype if encodes else None)
         self._follow_to(image.device)
         checks.check_labels(labels, image, self.num_classes)
         return self._compare_with_classes(image, labels, return_logits=False).loss
 
-    # Overridden by ShardedSkipCLIP, as `_origin` is
-
     def _compare_with_classes(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
-        """Compare image embeddings [B, D] with the selected classes; in evaluation mode with all."""
+        """Compare embeddings [B, D] with selected classes, in evaluation mode with all; ShardedSkipCLIP overrides."""
         options = LossOptions(self.label_smoothing, self.class_weight, return_logits)
         if not self.training:
-            return compare_with_all(image, labels, self.embeddings_of_all(), self.scale, options)
+            return compare_with_all(image, labels, self.evaluation_embeddings(), self.scale, options)
         return step(image, labels, self.texts, self.sampler, self.scale, options)
-
-    def embeddings_of_all(self) -> Tensor:
-        """Embeddings [C, D] of all classes: with gradient where it is enabled, else those that are kept."""
-        return self.texts.encode(self.texts.class_ids) if torch.is_grad_enabled() else self.texts.embeddings()
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -234,7 +223,7 @@ class SkipCLIP(nn.Module):
         constructor, return those of other classes [C', D], computed in each call; the task stays.
         """
         if tokens is None:
-            return self.texts.embeddings().clone()  # the original is kept
+            return self.texts.kept_embeddings().clone()  # the original is kept
         tokens = checks.as_tokens(tokens)
         checks.check_vocabulary("SkipCLIP", "tokens", tokens, self.texts.tower.vocabulary)
         texts = self.texts.others(tokens)
@@ -257,9 +246,8 @@ class SkipCLIP(nn.Module):
 
     def _scaled_image_and_classes(self, pixel_values: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Unit-norm image embeddings [B, D] times the scale, and unit-norm embeddings of classes, by default all."""
-        self.images.check(pixel_values)
-        self._follow_to(pixel_values.device)
-        classes = self.texts.embeddings() if classes is None else classes
+        self.prepare(pixel_values)
+        classes = self.texts.kept_embeddings() if classes is None else classes
         with evaluating([self.model]):
             image = self.images.encode(pixel_values)
         with torch.autocast(image.device.type, enabled=False):
@@ -285,7 +273,7 @@ class SkipCLIP(nn.Module):
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], any norm."""
-        self.images.check(pixel_values)
+        self.images.check(pixel_values)  # without `prepare`, as no texts are needed
         return self.images.encode(pixel_values)
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
@@ -300,7 +288,7 @@ class SkipCLIP(nn.Module):
         constructor and sets `requires_grad` again; prototypes and sampler do not change. Create the optimizer again if
         it holds replaced parameters, and SkipCLIP again after an error.
         """
-        self.cut.refresh()
+        self.encoders.refresh()
 
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
         """Replace the classes of the task in place; their number may change.
@@ -312,18 +300,18 @@ class SkipCLIP(nn.Module):
         tokens = checks.as_tokens(tokens)
         checks.refuse_inference_mode("SkipCLIP: set_classes cannot be called")
         weight = checks.as_class_weight(class_weight, self.prototypes, len(tokens))
-        self.cut.set_tokens(tokens)
+        self.encoders.set_tokens(tokens)
         self.class_weight = weight
 
     # ---- parameters --------------------------------------------------------------------------------------------------
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return every parameter that trains."""
-        return [parameter for side in self.cut.trained() for parameter in side]
+        return [parameter for side in self.encoders.trained() for parameter in side]
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return the parameter groups "text" and "image"; a `logit_scale` that trains is in "text"."""
-        text, image = self.cut.trained()
+        text, image = self.encoders.trained()
         return [{"name": "text", "params": text, "lr": text_lr}, {"name": "image", "params": image, "lr": image_lr}]
 
     @property
@@ -349,27 +337,14 @@ class SkipCLIP(nn.Module):
     @property
     def reductions(self) -> dict[str, Reduction]:
         """Exact reductions of time and memory by name: `enabled`, or the `reason` why not."""
-        return self.cut.reductions
-
-    @property
-    def images(self) -> ImageEncoder:  # noqa: D102
-        return self.cut.images
-
-    @property
-    def texts(self) -> ClassTexts:  # noqa: D102
-        return self.cut.texts
-
-    @property
-    def scale(self) -> Tensor:
-        """Factor of the cosines [], exp(logit_scale)."""
-        return self.model.logit_scale.exp()
+        return self.encoders.reductions
 
     def extra_repr(self) -> str:  # noqa: D102
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         where = f"dtype={self.images.tower.dtype}, device={self.prototypes.device}"
         return f"classes={self.num_classes}, skip_layers={self.skip_layers}, trainable={trainable:,}, {where}"
 
-    # ---- modes, moves and state --------------------------------------------------------------------------------------
+    # ---- modes and moves ---------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; a switch compares the model with what it was, see `check_model`."""
@@ -384,36 +359,15 @@ class SkipCLIP(nn.Module):
         weights below the cut. After a change below the cut, text features are computed again, and calls with image
         features computed before raise an error.
         """
-        self.cut.check_model()
+        self.encoders.check_model()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert or move everything; prototypes and class weights stay at least fp32."""
         weight = self.class_weight  # a buffer, which super() converts as any other
-        with self.cut.converted(fn):
+        with self.encoders.converted(fn):
             super()._apply(fn, recurse)
         self.class_weight = None if weight is None else in_same_dtype(fn, weight)
         return self
-
-    def get_extra_state(self) -> Tensor:
-        """Return the state of the sampler and the prototypes as a uint8 tensor: a safetensors file."""
-        return pack_state(self._origin(), self.prototypes, self.sampler.state_dict())
-
-    def set_extra_state(self, state: Any) -> None:
-        """Continue from the result of `get_extra_state`; a ValueError for one of other prompts or processes."""
-        prototypes, sampler = unpack_state(state, self._origin())
-        self.sampler.load_state_dict(sampler)
-        if prototypes is not None:
-            self.prototypes.copy_(prototypes)
-
-    def _origin(self) -> Origin:
-        """Origin of an extra state."""
-        return Origin(digest_tensors([("tokens", self.cut.tokens)]), self.prototypes.shape[1], processes=1)
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        accept_missing_state(f"{prefix}_extra_state", missing)
 
     def _replicate_for_data_parallel(self) -> Self:
         checks.refuse_data_parallel()
@@ -422,16 +376,41 @@ class SkipCLIP(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Set `memory="min"`, or back to its value at construction ("auto" if that was "min"); open_clip's name."""
-        self.cut.save_memory(enable)
+        self.encoders.save_memory(enable)
 
     def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
         """Set `memory="min"`: the name of transformers; its options are accepted without effect."""
         self.set_grad_checkpointing(True)
 
-    activation_checkpointing_enable = gradient_checkpointing_enable  # from version 6 on
-
     def gradient_checkpointing_disable(self) -> None:
         """Set `memory` back, under the name of transformers."""
         self.set_grad_checkpointing(False)
 
+    # From version 6 on
+    activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
+
+    # ---- for the code of this package --------------------------------------------------------------------------------
+
+    @property
+    def images(self) -> ImageEncoder:  # noqa: D102
+        return self.encoders.images
+
+    @property
+    def texts(self) -> ClassTexts:  # noqa: D102
+        return self.encoders.texts
+
+    @property
+    def scale(self) -> Tensor:
+        """Factor of the cosines [], exp(logit_scale)."""
+        return self.model.logit_scale.exp()
+
+    def prepare(self, pixel_values: Any) -> None:
+        """Check images or features of a step or an evaluation, and follow them to their device."""
+        checks.refuse_export()
+        self.images.check(pixel_values)
+        self._follow_to(pixel_values.device)
+
+    def evaluation_embeddings(self) -> Tensor:
+        """Embeddings [C, D] of all classes: with gradient and any norm, else unit norm; ShardedSkipCLIP overrides."""
+        return self.texts.encode(self.texts.class_ids) if torch.is_grad_enabled() else self.texts.kept_embeddings()

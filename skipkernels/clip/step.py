@@ -28,7 +28,10 @@ class Sampler(Protocol):
     """Selection of the classes of a step, such as `RankSampler`."""
 
     def select(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [C] and labels [B] to the kept classes [K] and the positions of the labels among them [B]."""
+        """Scores [C] and labels [B] to the kept classes [K], and the positions of the labels among them [B].
+
+        Soft labels [B, C] to the kept classes [K], and the columns of these classes [B, K].
+        """
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,15 @@ class LossOptions:
 def step(
     image: Tensor, labels: Tensor, texts: Texts, sampler: Sampler, scale: Tensor, options: LossOptions
 ) -> SkipOutput:
-    """Select classes for image embeddings [B, D], embed these alone, and compute the loss; docs/method.md."""
+    """Select classes for image embeddings [B, D] and labels [B] or [B, C], embed these alone, and compute the loss."""
     scores = class_scores(image, texts.prototypes, labels)  # [C]: highest cosine with an image, +∞ for labels
-    class_ids, targets = sampler.select(scores, labels)  # [K], [B]
+    class_ids, targets = sampler.select(scores, labels)  # [K], [B]; of soft labels [B, C] their columns [B, K]
     text = texts.encode(class_ids)  # [K, D], with gradient
     return cross_entropy(image, text, class_ids, targets, scale, options)
 
 
 def compare_with_all(image: Tensor, labels: Tensor, text: Tensor, scale: Tensor, options: LossOptions) -> SkipOutput:
-    """Compare image embeddings [B, D] with all classes [C, D]."""
+    """Compare image embeddings [B, D], of labels [B] or [B, C], with all classes [C, D]."""
     class_ids = torch.arange(len(text), device=image.device)
     return cross_entropy(image, text, class_ids, labels, scale, replace(options, return_logits=True))
 

@@ -36,7 +36,7 @@ def features_in_folder(folder: Path, texts: ClassTexts) -> MappedTable:
         CacheError: If the folder has the features of other prompts, or of another model below the cut.
     """
     first = texts.templates[0].select(torch.zeros(1, dtype=torch.int64, device=texts.device), exact=True)
-    probe = texts.lower_rows(first)  # [n, W]
+    probe = texts.compute_features(first)  # [n, W]
     layout = _layout(texts.row_count, probe, _identity(texts))
     remedy = f"Give another text_cache (--cache), or delete {folder.parent}."
     if (folder / IDENTITY).exists() and (difference := Layout.read(folder).difference(layout)):
@@ -44,7 +44,7 @@ def features_in_folder(folder: Path, texts: ClassTexts) -> MappedTable:
     with _writer(folder, layout, resume=True) as writer:
         count = len(texts) * len(texts.templates)
         with progress(f"texts → {folder}", count, shown=bool(writer.missing.any())) as advance:
-            for start, rows, number in texts.chunks(writer.missing):
+            for start, rows, number in texts.compute_chunks(writer.missing):
                 writer.write(start, rows.cpu())
                 advance(number)
     table = MappedTable.open(folder)

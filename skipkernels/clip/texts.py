@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from ..features.table import FeatureTable, MemoryTable
 from ..towers import TextTower, evaluating
 from ..towers.prompts import SelectedPrompts
 from ..towers.watch import Watched
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Largest features of a folder that are read into the memory of a GPU: those of about 40,000 classes of ViT-B.
 _BYTES_ON_GPU = 256 << 20
@@ -29,13 +33,26 @@ class _Kept(NamedTuple):
     autocast: torch.dtype | None
     above: Watched  # modules and weights above the cut
 
+    def is_valid(self, autocast: torch.dtype | None) -> bool:
+        """Return True if an evaluation would compute the same embeddings, by contents and settings above the cut.
+
+        Contents, since a write through `.data` changes no version. A step compares versions alone, see
+        `ClassTexts.table`: it should not read all weights.
+        """
+        return self.autocast == autocast and self.above.is_comparable() and not self.above.has_changed()
+
 
 class ClassTexts:
     """Texts of C classes.
 
     With T templates a class has T prompts. The prompts of a template are a group of rows in one table, with the prefix
-    that they share. The embedding of a class is the mean of the unit-norm embeddings of its prompts; `embeddings` and
-    `prototypes` normalise it, and of `encode` the loss does.
+    that they share. The embedding of a class is the mean of the unit-norm embeddings of its prompts.
+
+        embeddings of               gradient   norm   kept
+        encode, encode_template     yes        any    no
+        compute_embeddings          no         1      no
+        kept_embeddings             no         1      until a change of weights, settings or autocast
+        prototypes                  no         1      always
 
     Args:
         tower: Text tower, cut.
@@ -84,7 +101,7 @@ class ClassTexts:
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
     def encode(self, class_ids: Tensor, *, exact: bool = False) -> Tensor:
-        """Class ids [K] to text embeddings [K, D], with gradient. With `exact` ids may repeat: a host sync on a GPU."""
+        """Class ids [K] to text embeddings [K, D], any norm; the loss normalises. Ids may repeat if `exact`: a sync."""
         with parametrize.cached():  # low-rank updates once, not for each template
             embeddings = [self.encode_template(t, class_ids, exact=exact) for t in range(len(self.templates))]
         if len(embeddings) == 1:
@@ -94,21 +111,15 @@ class ClassTexts:
     def encode_template(self, template: int, class_ids: Tensor, *, exact: bool = False) -> Tensor:
         """Class ids [K] to the embeddings [K, D] of their prompts of one template, any norm."""
         selected = self.templates[template].select(class_ids, exact=exact)
-        return self.tower.upper(self._rows(template, selected), selected, runs=len(self.templates))
+        return self.tower.upper(self._features_of(template, selected), selected, runs=len(self.templates))
 
-    def embeddings(self) -> Tensor:
+    def kept_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""
         device = self.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.check_contents()
-        kept = self._kept
-        if (
-            kept is not None
-            and kept.autocast == autocast
-            and kept.above.is_comparable()
-            and not kept.above.has_changed()
-        ):
-            return kept.embeddings
+        if self._kept is not None and self._kept.is_valid(autocast):
+            return self._kept.embeddings
         with torch.inference_mode(False):
             embeddings = self.compute_embeddings(self.class_ids)
         self._kept = _Kept(embeddings, autocast, Watched(self.tower.upper_parts))
@@ -138,16 +149,16 @@ class ClassTexts:
 
     # ---- features at the cut -----------------------------------------------------------------------------------------
 
-    def _rows(self, template: int, selected: SelectedPrompts) -> Tensor:
-        """Rows [R, W] of prompts at the cut, from the table if there is a cut."""
+    def _features_of(self, template: int, selected: SelectedPrompts) -> Tensor:
+        """Features [R, W] of prompts at the cut, from the table if there is a cut."""
         if self.tower.skip == 0:
-            return self.lower_rows(selected)
+            return self.compute_features(selected)
         start = self._starts[template]
-        numbers = selected.row_numbers + start if start else selected.row_numbers  # [R]
-        return self.table().rows(numbers).to(self.device)
+        row_numbers = selected.row_numbers + start if start else selected.row_numbers  # [R]
+        return self.table().rows(row_numbers).to(self.device)
 
-    def lower_rows(self, selected: SelectedPrompts) -> Tensor:
-        """Compute the rows [R, W] of prompts at the cut."""
+    def compute_features(self, selected: SelectedPrompts) -> Tensor:
+        """Compute the features [R, W] of prompts at the cut."""
         lower = partial(self.tower.lower, prompts=selected.prompts)
         if self.tower.skip == 0:
             return selected.pack(lower(selected.tokens))
@@ -166,7 +177,7 @@ class ClassTexts:
 
     def _compute_table(self) -> FeatureTable:
         features: Tensor | None = None
-        for first, rows, _ in self.chunks():
+        for first, rows, _ in self.compute_chunks():
             if features is None:
                 features = rows.new_empty(self.row_count, rows.shape[1])
             features[first : first + len(rows)] = rows
@@ -190,15 +201,15 @@ class ClassTexts:
 
     def reads_folder(self) -> bool:
         """Return True if each step reads the features of its classes from the folder, which on a GPU is a host sync."""
-        return self.folder is not None and self.table().folder is not None
+        return self.folder is not None and self.table().features is None
 
     @property
     def row_count(self) -> int:
         """R, the number of rows of all prompts."""
         return sum(prompts.row_count for prompts in self.templates)
 
-    def chunks(self, missing: Any = None) -> Iterator[tuple[int, Tensor, int]]:
-        """Yield (first row, rows [n, W], number of prompts) of each chunk, or of those with `missing` rows, bool [R].
+    def compute_chunks(self, missing: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, Tensor, int]]:
+        """Yield (first row, features [n, W], number of prompts) of each chunk, or of those with `missing` rows, [R].
 
         Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much memory.
         """
@@ -207,7 +218,7 @@ class ClassTexts:
             for class_ids in self.class_ids.split(self.chunk):
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix
                 if missing is None or missing[first:end].any():
-                    rows = self.lower_rows(prompts.select(class_ids, exact=True))
+                    rows = self.compute_features(prompts.select(class_ids, exact=True))
                     # Each chunk begins with the shared prefix, which is stored once, with the first of them.
                     yield first, rows if first == start else rows[prompts.prefix_length :], len(class_ids)
                 first = end
@@ -228,16 +239,13 @@ class ClassTexts:
         self._table = self._kept = None
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Move or convert the tensors that belong to no module by `fn`; features stay if their dtype does."""
+        """Move or convert the tensors that belong to no module by `fn`; features in memory stay if their dtype does."""
         table = self._table
         self.drop()
         for prompts in self.templates:
             prompts.apply(fn)
         self.prototypes = in_same_dtype(fn, self.prototypes)
-        if table is not None and table.features is not None:  # not in a folder
-            features = fn(table.features)
-            if features.dtype == table.features.dtype:
-                self._table = MemoryTable(features)
+        self._table = None if table is None else table.converted(fn)
 
 
 class FixedTexts(ClassTexts):
@@ -246,7 +254,7 @@ class FixedTexts(ClassTexts):
     def encode(self, class_ids: Tensor, *, exact: bool = False) -> Tensor:  # noqa: D102
         return self.prototypes.index_select(0, class_ids)
 
-    def embeddings(self) -> Tensor:  # noqa: D102
+    def kept_embeddings(self) -> Tensor:  # noqa: D102
         return self.prototypes
 
     def step_tensors(self) -> list[Tensor | None]:  # noqa: D102
@@ -256,8 +264,8 @@ class FixedTexts(ClassTexts):
 class OtherTexts(ClassTexts):
     """Texts of prompts that are no classes of the task: their features are computed in each call, and not kept."""
 
-    def _rows(self, template: int, selected: SelectedPrompts) -> Tensor:
-        return self.lower_rows(selected)
+    def _features_of(self, template: int, selected: SelectedPrompts) -> Tensor:
+        return self.compute_features(selected)
 
 
 def unit_norm(embeddings: Tensor) -> Tensor:

@@ -38,13 +38,13 @@ def verify(model: nn.Module, images: ImageEncoder, texts: ClassTexts, tokens: Te
     # In half precision, rounding would hide a wrong activation.
     with evaluating([model]), _in_float32(model):
         for comparison in comparisons:
-            _check(modules, comparison, "evaluation", [])
+            _check(modules, comparison, "evaluation", None)
     with deterministic_training(model), _in_float32(model):
         for comparison in comparisons:
             trained = [p for p in comparison.parameters if p.requires_grad]
             # Norms and biases are in every block, and their gradients depend on every layer behind them; those of
             # matrices would need as much memory as the weights.
-            _check(modules, comparison, "training", [p for p in trained if p.ndim <= 1] or trained)
+            _check(modules, comparison, "training", [p for p in trained if p.ndim <= 1] or trained or None)
 
 
 def _of_texts(texts: ClassTexts, tokens: Tensor, template: int) -> _Comparison:
@@ -55,13 +55,13 @@ def _of_texts(texts: ClassTexts, tokens: Tensor, template: int) -> _Comparison:
     rows = rows.to(texts.device, torch.int64)
     parameters = list(tower.upper_parameters())
     # Features of a model in half precision are kept in it: here they are computed again, since both sides are in fp32.
-    kept = all(torch.finfo(parameter.dtype).bits >= 32 for parameter in parameters)
+    table_is_fp32 = all(torch.finfo(parameter.dtype).bits >= 32 for parameter in parameters)
 
     def actual() -> Tensor:
-        if kept:
+        if table_is_fp32:
             return texts.encode_template(template, class_ids)
         selected = prompts.select(class_ids)
-        return tower.upper(texts.lower_rows(selected), selected)
+        return tower.upper(texts.compute_features(selected), selected)
 
     return _Comparison("texts", lambda: tower.reference_forward(rows), actual, parameters)
 
@@ -78,33 +78,33 @@ def _of_an_image(images: ImageEncoder) -> _Comparison:
     )
 
 
-def _check(modules: list[nn.Module], both: _Comparison, mode: str, parameters: list[nn.Parameter]) -> None:
-    """Raise if embeddings, or gradients of `parameters`, if any, differ by more than rounding, or are not finite."""
-    with torch.set_grad_enabled(bool(parameters)):
+def _check(modules: list[nn.Module], both: _Comparison, mode: str, parameters: list[nn.Parameter] | None) -> None:
+    """Raise if embeddings, or gradients of `parameters` unless None, differ by more than rounding or are not finite."""
+    with torch.set_grad_enabled(parameters is not None):
         with unfused(modules):
             expected, d_expected = _differentiated(both.inputs, both.reference, parameters)
         got, d_got = _differentiated(both.inputs, both.actual, parameters)
     what = f"SkipCLIP: its embeddings of {both.inputs} differ from the model's in {mode} mode"
     distance = (expected - got).norm(dim=-1).max().item()
     raise_if_above(what, "unit-norm distance", distance, OUTPUT_TOLERANCE[got.dtype])
-    if parameters:
+    if d_expected is not None and d_got is not None:
         norm = d_expected.norm().clamp_min(torch.finfo(d_expected.dtype).tiny)
         error = ((d_got - d_expected).norm() / norm).item()
         raise_if_above(what, "relative error of the gradient", error, GRADIENT_TOLERANCE[got.dtype])
 
 
 def _differentiated(
-    inputs: str, compute: Callable[[], Tensor], parameters: list[nn.Parameter]
-) -> tuple[Tensor, Tensor]:
-    """Unit-norm embeddings [n, D], at least fp32, and the gradient of a random projection, in one vector."""
+    inputs: str, compute: Callable[[], Tensor], parameters: list[nn.Parameter] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Unit-norm embeddings [n, D], at least fp32, and the gradient of a random projection, in one vector, or None."""
     unit = unit_norm(compute())
     if not unit.isfinite().all():
         raise RuntimeError(
             f"SkipCLIP: the model's embeddings of {inputs} are not finite. Its weights are damaged, or too large "
             "for its dtype. Load other weights."
         )
-    if not parameters:
-        return unit, unit.new_empty(0)
+    if parameters is None:
+        return unit, None
     if not unit.requires_grad:
         raise RuntimeError(
             f"SkipCLIP: no parameter that trains has an effect on the model's embeddings of {inputs}. "

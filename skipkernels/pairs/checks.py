@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_device
+from ..checks import check_device, check_range
 from ..clip import SkipCLIP, check_clip
-from ..clip.checks import check_range, check_vocabulary, described
+from ..clip.checks import check_vocabulary, described
 
 PairLoss = Literal["softmax", "sigmoid"]
 
@@ -59,14 +59,14 @@ def refuse_loss_options(function: str, clip: SkipCLIP) -> None:
             )
 
 
-def check_many_labels(labels: Any, batch: Tensor, classes: int, max_labels: int) -> None:
+def check_many_labels(labels: Any, batch: Tensor, num_classes: int, max_labels: int) -> None:
     """Raise unless labels are [B, C] of 0 and 1, with at most `max_labels` per image."""
-    name, shape = "sigmoid_loss", (len(batch), classes)
+    name, shape = "sigmoid_loss", (len(batch), num_classes)
     if not isinstance(max_labels, int) or max_labels < 1:
         raise ValueError(f"{name}: max_labels must be a whole number, at least 1; got {max_labels!r}.")
     if not isinstance(labels, Tensor) or labels.shape != shape or labels.is_complex():
         raise ValueError(
-            f"{name}: labels must be a tensor [B={shape[0]}, C={classes}], 1 where an image has a class; got "
+            f"{name}: labels must be a tensor [B={shape[0]}, C={num_classes}], 1 where an image has a class; got "
             f"{described(labels)}. For one class id per image call clip(pixel_values, labels)."
         )
     check_device(name, "labels", labels, ("pixel_values", batch))
@@ -78,16 +78,16 @@ def check_many_labels(labels: Any, batch: Tensor, classes: int, max_labels: int)
             raise ValueError(f"{name}: max_labels must be at least {most}, the labels of an image; got {max_labels}.")
 
 
-def check_captions(captions: Any, batch_size: int, classes: int, vocabulary: int | None) -> None:
+def check_captions(captions: Any, batch_size: int, num_classes: int, vocabulary: int | None) -> None:
     """Raise unless captions are ids [B] or tokens [B, L]."""
     valid = isinstance(captions, Tensor) and captions.dtype in (torch.int64, torch.int32) and captions.ndim in (1, 2)
     if not valid or len(captions) != batch_size or captions.numel() == 0:
         raise ValueError(
-            f"pair_loss: captions must be int64, ids [B={batch_size}] or tokens [B={batch_size}, L], one "
+            f"pair_loss: captions must be int64 or int32, ids [B={batch_size}] or tokens [B={batch_size}, L], one "
             f"caption for each image; got {described(captions)}. Tokenise texts with the model's own tokenizer."
         )
     if captions.device.type == "cpu" and captions.ndim == 2:
         check_vocabulary("pair_loss", "captions", captions, vocabulary)
     elif captions.device.type == "cpu":
         remedy = "Ids are rows of the tokens of SkipCLIP. Pass tokens [B, L] for other captions."
-        check_range("pair_loss", "captions", captions, classes, remedy)
+        check_range("pair_loss", "captions", captions, num_classes, remedy)

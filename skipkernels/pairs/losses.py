@@ -156,7 +156,7 @@ def sigmoid_loss(
         text = clip.texts.encode(class_ids)  # [K, D]
     else:
         class_ids, targets = torch.arange(clip.num_classes, device=image.device), labels
-        text = clip.embeddings_of_all()  # [C, D]
+        text = clip.evaluation_embeddings()  # [C, D]
     logits = functional.class_sampled_logits(image, text.to(image.dtype), clip.scale) + bias
     loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
     return SkipOutput(loss, logits, class_ids, targets)

@@ -36,7 +36,7 @@ def pair_loss(
     count, shards = count_of(pixel_values), clip.shards
     if count == 0:
         is_tokens = isinstance(captions, Tensor) and captions.ndim == 2
-        prompt = clip.cut.tokens.flatten(0, -2)[0] if is_tokens else None
+        prompt = clip.encoders.tokens.flatten(0, -2)[0] if is_tokens else None
         pixel_values, captions = or_one_row(pixel_values), or_one_row(captions, prompt)
     refuse_loss_options("pair_loss", clip)
     bias = pair_bias(clip, loss, logit_bias)

@@ -141,7 +141,7 @@ class ShardedSkipCLIP(SkipCLIP):
             raise RuntimeError("ShardedSkipCLIP: loss in training mode is not supported. Call clip(images, labels).")
         return super()._compare_with_classes(image, labels, return_logits)
 
-    def embeddings_of_all(self) -> Tensor:  # noqa: D102
+    def evaluation_embeddings(self) -> Tensor:  # noqa: D102
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "ShardedSkipCLIP: an evaluation with gradients is not supported. Call it under torch.no_grad()."
@@ -203,7 +203,7 @@ class ShardedSkipCLIP(SkipCLIP):
         """Unit-norm text embeddings [C, D] of all classes, collective after a change of the weights; or of others."""
         if tokens is not None:
             return super().class_embeddings(tokens)
-        return self.shards.class_embeddings(self.texts.embeddings())
+        return self.shards.class_embeddings(self.texts.kept_embeddings())
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Not supported: a process has the texts of its own classes alone."""

@@ -1,4 +1,4 @@
-"""A CLIP cut in two: its encoders, and what they share. The cut itself is in cut_towers.py."""
+"""Both encoders of a CLIP, and what they share. The cut of their towers is in cut_towers.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,15 @@ from .images import ImageEncoder
 from .texts import ClassTexts, FixedTexts
 
 
-class CutModel:
-    """The model with its two encoders, which the constructor compares with the model itself.
+class _Trained(NamedTuple):
+    """Parameters that train without adapters."""
+
+    trainable: Trainable  # Option of SkipCLIP
+    names: set[str]  # Names of parameters
+
+
+class Encoders:
+    """Both encoders of a model, which the constructor compares with the model itself.
 
     Args:
         model: A CLIP. Its blocks are fused in place.
@@ -49,8 +56,7 @@ class CutModel:
         self._chunk = chunk
         self._folder = None if text_cache is None else Path(text_cache).absolute()  # of the working directory of now
         self._lower_device = None if lower_device is None else torch.device(lower_device)
-        # Option `trainable`, and names of the parameters that train, without adapters; see `freeze_for_adapters`
-        self._without_adapters: tuple[Trainable, set[str]] | None = None
+        self._before_adapters: _Trained | None = None  # set by `freeze_for_adapters`
         with restored_after_error(model):
             self._build()
         # The text features of all classes are computed by now, so the lower text tower can move to another device.
@@ -63,8 +69,7 @@ class CutModel:
 
     def _build(self, prototypes: Tensor | None = None) -> None:
         """Read the model, and compare it with its encoders; prototypes are computed unless given."""
-        from ..towers import build_towers  # this and verification run at a construction only
-        from .verify import verify
+        from ..towers import build_towers  # needed at a construction only
 
         image, text = build_towers(self.model)
         # 1. Fuse the blocks, cut the towers, and freeze what is below the cut
@@ -80,7 +85,7 @@ class CutModel:
             else:
                 self.texts.prototypes = prototypes
             # 3. Comparison with the model itself
-            verify(self.model, self.images, self.texts, self.tokens)
+            self._verify(self.texts, self.tokens)
 
     def set_tokens(self, tokens: Tensor) -> None:
         """Replace the classes; their prototypes are computed with the current weights."""
@@ -89,16 +94,19 @@ class CutModel:
                 "SkipCLIP: set_classes cannot replace the classes of a text_cache. Create SkipCLIP again with another "
                 "text_cache."
             )
-        from .verify import verify
-
         tower = self.texts.tower
         texts = self._texts_of(tower, tokens)
         with torch.autocast(self._device.type, enabled=False):
             texts.compute_prototypes()
-            if tower.lower_device is None:  # verify runs the model itself, which must be on one device
-                verify(self.model, self.images, texts, tokens)
+            if tower.lower_device is None:  # else the model itself cannot run: it is on two devices
+                self._verify(texts, tokens)
         self.tokens, self.texts = tokens, texts
         self._move_lower()
+
+    def _verify(self, texts: ClassTexts, tokens: Tensor) -> None:
+        from .verify import verify  # needed at a construction and for new classes only
+
+        verify(self.model, self.images, texts, tokens)
 
     def _texts_of(self, tower: TextTower, tokens: Tensor) -> ClassTexts:
         check_vocabulary("SkipCLIP", "tokens", tokens, tower.vocabulary)
@@ -112,9 +120,9 @@ class CutModel:
         return device
 
     def check_model(self) -> None:
-        """Compare the model with what was read; see `SkipCLIP.check_model`."""
+        """Compare the model with what was read, and fuse blocks that replaced others; see `SkipCLIP.check_model`."""
         self._containers.check_unchanged()
-        fuse_blocks([*self.images.tower.blocks, *self.texts.tower.blocks])  # those that were put in the place of others
+        fuse_blocks([*self.images.tower.blocks, *self.texts.tower.blocks])
         self.images.check_contents()
         self.texts.check_contents()
         check_trained(self.images.tower, self.texts.tower, self.options)
@@ -125,7 +133,10 @@ class CutModel:
         image, text = self.images.tower, self.texts.tower
         of_templates = [text.reductions(prompts) for prompts in self.texts.templates]
         # The state for the first template for which a reduction is disabled, or else for the first of all
-        of_texts = {name: min((each[name] for each in of_templates), key=_is_enabled) for name in of_templates[0]}
+        of_texts = {
+            name: next((each[name] for each in of_templates if not each[name].enabled), reduction)
+            for name, reduction in of_templates[0].items()
+        }
         states: dict[str, Reduction] = {}
         for prefix, tower, found in (("image", image, image.reductions), ("text", text, of_texts)):
             states |= {f"{prefix}.{name}": reduction for name, reduction in found.items()}
@@ -151,17 +162,17 @@ class CutModel:
     def freeze_for_adapters(self) -> None:
         """Freeze every parameter, so that only adapters train that are added before the next `refresh`."""
         names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        self._without_adapters = self.options.trainable, names
+        self._before_adapters = _Trained(self.options.trainable, names)
         self.model.requires_grad_(False)
         self.options = replace(self.options, trainable="as_is")
 
     def train_without_adapters(self) -> None:
         """Train what trained before `freeze_for_adapters`, after adapters were removed; nothing without that call."""
-        trainable, names = self._without_adapters or ("as_is", set())
-        self._without_adapters = None
-        self.options = replace(self.options, trainable=trainable)
+        before = self._before_adapters or _Trained("as_is", set())  # another SkipCLIP on the model added the adapters
+        self._before_adapters = None
+        self.options = replace(self.options, trainable=before.trainable)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in names)
+            parameter.requires_grad_(name in before.names)
 
     # ---- memory and devices ------------------------------------------------------------------------------------------
 
@@ -192,7 +203,3 @@ class CutModel:
             encoder.convert(fn)
         for encoder in valid:  # its features stay valid; the converted weights have other digests
             encoder.watched = Watched(encoder.tower.lower_parts)
-
-
-def _is_enabled(reduction: Reduction) -> bool:
-    return reduction.enabled
