@@ -10,7 +10,7 @@ import unicodedata
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from pictures import class_of, draw_image, make_folders, raises_input_error, shuffle_listings
+from pictures import class_of, draw_image, make_folders, shuffle_listings
 
 from skipkernels.app.data import DatasetImages, load_task, open_source
 from skipkernels.app.data.splits import hash_splits
@@ -92,8 +92,6 @@ def test_open_image_folder_val_without_test(tmp_path):
     source = open_folder(make_folders(tmp_path, {"train/cat": 3, "train/dog": 2, "valid/cat": 1, "valid/dog": 1}))
     assert contents(source, "test") == {"cat": ["valid/cat/00.png"], "dog": ["valid/dog/00.png"]}
     assert "the val images are the test images" in source.notes[0]
-    with raises_input_error("no val images", "the val images are the test images", "Add test images"):
-        source.images("val")
 
 
 def test_open_image_folder_one_split(tmp_path):
@@ -102,10 +100,6 @@ def test_open_image_folder_one_split(tmp_path):
     assert contents(source, "val")["cat"][0].startswith("train/cat/")
     source = open_folder(make_folders(tmp_path / "b", {"test/cat": 2, "test/dog": 1}))
     assert len(source.images("test")) == 3
-    with raises_input_error("no train images: it has test images"):
-        source.images("train")
-    with raises_input_error("no val images", "too few"):
-        open_folder(make_folders(tmp_path / "c", {"cat": 2, "dog": 2})).images("val")
 
 
 def test_open_image_folder_class_named_train(tmp_path):
@@ -166,37 +160,6 @@ def test_class_names_from_file(tmp_path, file, text):
     assert contents(source, "test")["dog"][0].startswith("n02/")
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "words"),
-    [
-        ("classes.json", '{"n01": 1}', "['n01']: Input should be a valid string"),
-        ("classes.json", '{"n01": "a"}', "no name for folder n02, n03"),
-        ("classes.json", '{"n01": "a", "n02": "A", "n03": "b"}', "n01 and n02 have the same class name"),
-        ("classes.json", '{"n01": " ", "n02": "a", "n03": "b"}', "'n01' can't be named ''"),
-        ("classes.txt", "a\nb", "a name for each of 3 class folders, one in each line"),
-        ("classes.txt", "n01\ta\nn02\tb\nn03\tc", "without the folder"),
-    ],
-)
-def test_class_names_invalid_file(tmp_path, file, text, words):
-    make_folders(tmp_path, FOLDERS)
-    (tmp_path / file).write_text(text)
-    with raises_input_error(tmp_path, words):
-        open_folder(tmp_path)
-
-
-@pytest.mark.parametrize("twice", [("sea_lion", "sea lion"), ("Cat", "cat"), (COMPOSED, DECOMPOSED)])
-def test_class_names_duplicate(tmp_path, twice):
-    with raises_input_error("have the same class name", *twice, "Rename one"):
-        open_folder(make_folders(tmp_path, dict.fromkeys(twice, 2)))
-
-
-def test_class_names_folder_not_utf8(tmp_path):
-    make_folders(tmp_path, {"cat": 2, "dog": 2})
-    os.rename(os.fsencode(tmp_path / "dog"), os.fsencode(tmp_path) + b"/K\xfcche")
-    with raises_input_error("can't be named", r"K\udcfcche", "classes.json"):
-        open_folder(tmp_path)
-
-
 UNUSUAL = [b"a\nb", b"\x1b[31m", b"-rf", b"[b]", b"\xff\xfe", b"x" * 251, b"\xe2\x80\xae", b" ", b"%s{}", b"'\""]
 
 
@@ -213,33 +176,3 @@ def test_load_task_unusual_file_names(tmp_path):
     assert len(task.train) == 10 and all(note.isprintable() for note in task.notes)
     assert any(r"\x1b[2J[b] (5)" in note for note in task.notes)
     assert [task.train[i][0].mode for i in range(10)] == ["RGB"] * 10
-
-
-@pytest.mark.parametrize("path", ["", "~no-such-user/x", "/" + "a" * 300, "a" * 5000, "a\0b"])
-def test_open_source_invalid_path(path):
-    with raises_input_error("no folder", argument="data"):
-        open_folder(path)
-    if path:
-        with raises_input_error("no folder", argument="root"):
-            open_source("coop:dtd", path)
-
-
-# ---- invalid folders -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("counts", "words"),
-    [
-        ({}, ["has no folders in it", "of every class"]),
-        ({"cat": 2, "dog": 0}, ["no images in dog", "Add some"]),
-        ({"train/cat": 1, "train/dog": 1, "test/cat": 1}, ["test/ has no folder dog, which another split has"]),
-        ({"train/cat": 1, "other/cat": 1}, ["train and other are side by side", "Move"]),
-        ({"train": 1, "test": 1, "other": 1}, ["test, train and other are side by side"]),
-        ({"test/cat": 1, "testing/cat": 1}, ["two of test, testing have images of one split", "Merge"]),
-    ],
-)
-def test_open_image_folder_invalid_folders(tmp_path, counts, words):
-    for folder in counts:
-        (tmp_path / folder).mkdir(parents=True)
-    with raises_input_error(f"imagefolder:{tmp_path}", *words, argument="data"):
-        open_folder(make_folders(tmp_path, counts))

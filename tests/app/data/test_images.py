@@ -33,8 +33,6 @@ def pixel(path: Path) -> tuple[int, int, int]:
 def test_dataset_of_arrays():
     image, label = DatasetImages([(np.full((2, 3), 77, np.uint8), 4)])[0]
     assert image.mode == "RGB" and image.getpixel((2, 1)) == (77, 77, 77) and label == 4
-    with raises_input_error("image 0: pixels must be an array", "of uint8; got int64 [2, 3]"):
-        DatasetImages([(np.zeros((2, 3), np.int64), 0)])[0]
 
 
 # ---- valid files -----------------------------------------------------------------------------------------------------
@@ -309,12 +307,6 @@ def test_read_labels_from_items():
     assert read_labels(TensorDataset(torch.ones(2, 3), torch.tensor([4, 5]))) == [4, 5]
 
 
-@pytest.mark.parametrize("label", ["cat", 1.0, True, None, torch.tensor([1, 2])])
-def test_read_labels_invalid_label(label):
-    with raises_input_error("Loads", "item 1", "an integer", "Number the classes"):
-        read_labels(Loads([0, label]))
-
-
 class Rows(list):
     """Stand-in for a dataset of Hugging Face: items are dictionaries, and columns are read by name."""
 
@@ -329,18 +321,9 @@ def test_read_labels_of_dictionaries():
     for dataset in (rows, Rows(rows)):
         images = DatasetImages(dataset)
         assert images.labels == [1, 0] and images[1][0].mode == "RGB" and images[1][1] == 0
-    with raises_input_error("item 0 must be (image, label), or have the keys image and label", "the keys img, label"):
-        read_labels([{"img": 0, "label": 1}])
 
 
 def test_dataset_images_compares_labels_with_items():
     images = DatasetImages(Loads([0, 1, 2], labels=[0, 2, 2]))
     assert images[0] == ("image", 0) and images.subset_classes([2])[1] == ("image", 0)
-    with raises_input_error("Loads: item 1 has the label 1, and the labels of the dataset have 2"):
-        images.subset_classes([2])[0]
     assert DatasetImages(Loads([0, 1]), labels=[5, 6])[1] == ("image", 6), "labels of the caller replace those of items"
-
-
-def test_read_labels_count():
-    with raises_input_error("Loads", "2 items have 3 labels"):
-        read_labels(Loads([0, 1], labels=[0, 1, 1]))

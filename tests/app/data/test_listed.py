@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import sys
 import tarfile
 from pathlib import Path
@@ -96,31 +95,7 @@ def test_csv_of_captions_without_splits(images):
     assert open_source(f"csv:{elsewhere / 'table.csv'}", root=images).classes == source.classes
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("", "row 1 must name one column with the path of each image, such as path, filepath, file_path"),
-     ("path,name\nimages/cat0.png,cat\n", "one column with the label of each image, such as class_name, "),
-     ("path,label,label\n", "must name one column with the label"),
-     ("path,label\n", "has no images"),
-     ("path,label\nimages/none.png,cat\n", r"no file images/none\.png in"),
-     ("path,label\nimages/../../x.png,cat\n", r"row 2: images/\.\./\.\./x\.png is not in .*as `root`"),
-     ("path,label\n/etc/passwd,cat\n", "row 2: /etc/passwd is not in .*as `root`"),
-     ("path,label\nimages/cat0.png,cat, sitting\n", "row 2 has more columns than row 1"),
-     ("path,label\nimages/cat0.png, \n", "row 2 needs a path and a label"),
-     ("path,label\nimages/cat0.png\n", "row 2 needs a path and a label"),
-     ("path,label\nimages/cat0.png,cat\nimages/cat0.png,dog\n", "row 3: images/cat0.png is listed before with another"),
-     ("path,label,split\nimages/cat0.png,cat,dev\n", "split must be train, val or test; got 'dev'"),
-     ('path,label\n"images/cat0.png,cat\n', "not readable as CSV"),
-     ("path,label\nimages/cat0.png,Cat\nimages/dog0.png,cat\n", "have the same class name")],
-)  # fmt: skip
-def test_csv_refuses(images, text, message):
-    (images / "table.csv").write_text(text)
-    with pytest.raises(InputError, match=message):
-        open_source(f"csv:{images / 'table.csv'}")
-
-
 def test_csv_names_missing_table_and_unreadable_image(images):
-    assert "no file" in fails(f"csv:{images / 'none.csv'}") and "no file given" in fails("csv:")
     (images / "images" / "cat3.png").write_bytes(b"no image")
     data = table(images, "path,label", lambda name, n: (f"images/{name}{n}.png", f"{CLASSES.index(name)}"))
     source = open_source(data)
@@ -192,40 +167,13 @@ def test_wds_splits_by_name(tmp_path):
     write_tar(tmp_path / "train-0.tar", samples("txt"))
     source = open_source(f"wds:{tmp_path}/{{train,test}}-0.tar")
     assert [len(source.images(split)) for split in ("train", "test")] == [12, 3]
-    write_tar(tmp_path / "other.tar", samples("txt", 9))
-    assert "other.tar is not" in fails(f"wds:{tmp_path}/{{train-0,other}}.tar")
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [({"a.png": png(0)}, "which column has the labels. Got none among.*Give each sample one image and one class"),
-     ({"a.png": png(0), "a.txt": b"x", "b.png": png(0), "b.jpg": png(0), "b.txt": b"x"}, "can't be loaded"),
-     ({"a.png": png(0), "a.json": b"{"}, "can't be loaded"),
-     ({"a.png": png(0), "a.json": b'{"name": "x"}'}, "a .json has no field class_name"),
-     ({"a.png": png(0), "a.json": b'{"label": 1.5}'}, "must be text or a whole number; got 1.5 for .*/a.tar/a.png"),
-     ({"a.png": png(0), "a.txt": b" "}, "must be text or a whole number; got ''"),
-     ({f"{n}.{kind}": value for n in range(9) for kind, value in (("png", png(0)), ("txt", b"x")) if n < 7 or
-       kind == "png"}, "got None for .*/7.png")],
-)  # fmt: skip
-def test_wds_refuses_samples(tmp_path, files, message):
-    write_tar(tmp_path / "a.tar", files)
-    assert re.search(message, fails(f"wds:{tmp_path / 'a.tar'}"))
-
-
-def test_wds_refuses_shards(tmp_path):
+def test_wds_refuses_cut_shards_and_damaged_images(tmp_path):
     write_tar(tmp_path / "a.tar", samples("txt"))
     for length in (6000, 6144, 1024):  # in a file, and between two
         (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:length])
         assert "ends without the mark of the end of a tar file" in fails(f"wds:{tmp_path / 'cut.tar'}")
-    assert f"no file {tmp_path}/0.tar on this machine" in fails(f"wds:{tmp_path}/{{0..{10**12}}}.tar")
-    assert "download the shard" in fails("wds:https://host/{0..3}.tar")
-    (tmp_path / "empty").mkdir()
-    assert "no .tar files" in fails(f"wds:{tmp_path / 'empty'}")
-    write_tar(tmp_path / "cls.tar", samples("cls"))
-    (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    assert "has 2 names, and a sample has the class 2" in fails(f"wds:{tmp_path / 'cls.tar'}")
-    (tmp_path / "classes.txt").write_text("cat\n\nowl\n")
-    assert "can't be named ''" in fails(f"wds:{tmp_path / 'cls.tar'}")
     write_tar(tmp_path / "bad.tar", samples("txt") | {"part/cat0.png": b"no image"})
     source = open_source(f"wds:{tmp_path / 'bad.tar'}")
     with pytest.raises(InputError, match=r"bad\.tar/part/cat0\.png: can't be read as an image"):
@@ -303,8 +251,6 @@ def test_hf_refuses(hub, tmp_path, monkeypatch):
     two = rows(hub, 2).add_column("coarse", [0] * 6).cast_column("coarse", hub.ClassLabel(names=["animal"]))
     two.save_to_disk(tmp_path / "two")
     assert "Got label and coarse among image, label, coarse. Name it by ?label=NAME." in fails(f"hf:{tmp_path / 'two'}")
-    assert "must be a folder that save_to_disk wrote" in fails(f"hf:{tmp_path}")
-    assert "needs a folder or a name" in fails("hf:")
 
     def unreachable(*args, **named):
         assert (args, named) == (("someone/set", "small"), {"revision": None}), "no code of the dataset is trusted"

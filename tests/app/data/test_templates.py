@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from pictures import raises_input_error
 
 from skipkernels.app.data.coop import DATASETS
 from skipkernels.app.data.templates import COOP, PAPER, resolve_templates
@@ -42,17 +41,3 @@ def test_template_sets_differences():
 )
 def test_resolve_templates(dataset, templates, wanted):
     assert resolve_templates(dataset, templates, "the thing {}.") == wanted
-
-
-@pytest.mark.parametrize("wrong", ["none", "{} and {}", "{name}", "a {} {", ["a {}", "b"]])
-def test_resolve_templates_invalid_template(wrong):
-    got = wrong[-1] if isinstance(wrong, list) else wrong
-    with raises_input_error("paper or coop", PHOTO, repr(got), argument="templates"):
-        resolve_templates("dtd", wrong)
-
-
-def test_resolve_templates_set_with_others():
-    with raises_input_error("paper and coop are sets", "got 'a {}', 'coop'.", argument="templates"):
-        resolve_templates("dtd", ("a {}", "coop"))
-    with raises_input_error("must have an item", PHOTO, argument="templates"):
-        resolve_templates("dtd", [])

@@ -40,8 +40,3 @@ def test_other_tasks_are_the_targets_of_cross_dataset():
     assert targets == ["pictograms:objects", "pictograms:travel", "pictograms:activities"]
     with pytest.raises(InputError, match="cross-dataset of pictograms needs datasets to test on"):
         load_task("pictograms", protocol="cross-dataset", shots=1, max_classes=None, seed=0)
-
-
-def test_unknown_task_is_named():
-    with pytest.raises(InputError, match="no task 'plants' of pictograms; choose from animals, food"):
-        open_source("pictograms:plants")

@@ -1,0 +1,306 @@
+"""Refusals of data, each in one line: what is opened, the files that are there, and words of the error."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pictures import WNIDS, draw_image, make_coop, raises_input_error
+from PIL import Image
+from torch.utils.data import Dataset
+
+from skipkernels.app.data import DatasetImages, from_datasets, load_task, open_source
+from skipkernels.app.data.coop import DATASETS
+from skipkernels.app.data.files import check_inside
+from skipkernels.app.data.images import read_labels
+from skipkernels.app.data.templates import resolve_templates
+
+Tree = Mapping[str, Any]
+
+
+def build(root: Path, tree: Tree) -> None:
+    """Make what a tree of paths says: a number of images in a folder, text, bytes, a tar file of a mapping; or delete.
+
+    A name of CoOp's datasets makes that dataset.
+    """
+    for path, content in tree.items():
+        target = root / path
+        if path in DATASETS:
+            make_coop(root, path)
+        elif content is None:
+            shutil.rmtree(target)
+        elif isinstance(content, int):
+            target.mkdir(parents=True, exist_ok=True)
+            for number in range(content):
+                draw_image(target / f"{number}.png")
+        elif isinstance(content, Mapping):
+            with tarfile.open(target, "w") as archive:
+                for name, data in content.items():
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (5, 4)).save(file, "png")
+    return file.getvalue()
+
+
+def eurosat(*train: list) -> dict[str, Any]:
+    """Split file of CoOp with other training images."""
+    text = json.dumps({"train": train[0] if train and isinstance(train[0], str) else train, "val": [], "test": []})
+    return {"eurosat": 0, "eurosat/split_zhou_EuroSAT.json": text}
+
+
+def table(*lines: str) -> dict[str, Any]:
+    return {"images": 2, "table.csv": "".join(f"{line}\n" for line in lines)}
+
+
+THREE = {"n01": 2, "n02": 2, "n03": 2}
+PNG = png()
+TEXTS = {f"{name}{number}.{kind}": {"png": PNG, "txt": name.encode()}[kind]
+         for name in ("cat", "dog") for number in range(2) for kind in ("png", "txt")}  # fmt: skip
+CLASSES = {f"{label}.{kind}": {"png": PNG, "cls": b"%d" % label}[kind] for label in range(3) for kind in ("png", "cls")}
+UNLABELLED = {f"{number}.{kind}": {"png": PNG, "txt": b"x"}[kind]
+              for number in range(9) for kind in ("png", "txt") if number < 7 or kind == "png"}  # fmt: skip
+
+# What is opened, with {} for the folder; the files; the argument that the error names; its words.
+OPENED: list[tuple[str, Tree, Any, list[str]]] = [
+    ("imagenet", {}, "data", ["no dataset 'imagenet'", "pictograms:TASK", "imagefolder:PATH", "hf:food101"]),
+    ("", {}, "data", ["no dataset ''"]),
+    ("folder:/x", {}, "data", ["no dataset 'folder:/x'"]),
+    ("imagefolder", {}, "data", []),
+    ("imagefolder:", {}, "data", ["no folder"]),
+    ("imagefolder:~no-such-user/x", {}, "data", ["no folder"]),
+    ("imagefolder:" + "a" * 5000, {}, "data", ["no folder"]),
+    ("imagefolder:a\0b", {}, "data", ["no folder"]),
+    ("imagefolder:{}", {}, "data", ["has no folders in it", "of every class"]),
+    ("imagefolder:{}", {"cat": 2, "dog": 0}, "data", ["no images in dog", "Add some"]),
+    ("imagefolder:{}", {"train/cat": 1, "train/dog": 1, "test/cat": 1}, "data",
+     ["test/ has no folder dog, which another split has"]),
+    ("imagefolder:{}", {"train/cat": 1, "other/cat": 1}, "data", ["train and other are side by side", "Move"]),
+    ("imagefolder:{}", {"train": 1, "test": 1, "other": 1}, "data", ["test, train and other are side by side"]),
+    ("imagefolder:{}", {"test/cat": 1, "testing/cat": 1}, "data", ["two of test, testing have images of one split"]),
+    ("imagefolder:{}", {"sea_lion": 2, "sea lion": 2}, ..., ["have the same class name", "sea_lion", "Rename one"]),
+    ("imagefolder:{}", {"Cat": 2, "cat": 2}, ..., ["have the same class name"]),
+    ("imagefolder:{}", {"K\u00fcche": 2, "Ku\u0308che": 2}, ..., ["have the same class name"]),
+    ("imagefolder:{}", {"cat": 2, "K\udcfcche": 2}, ..., ["can't be named", r"K\udcfcche", "classes.json"]),
+    ("imagefolder:{}", THREE | {"classes.json": '{"n01": 1}'}, ..., ["['n01']: Input should be a valid string"]),
+    ("imagefolder:{}", THREE | {"classes.json": '{"n01": "a"}'}, ..., ["no name for folder n02, n03"]),
+    ("imagefolder:{}", THREE | {"classes.json": '{"n01": "a", "n02": "A", "n03": "b"}'}, ...,
+     ["n01 and n02 have the same class name"]),
+    ("imagefolder:{}", THREE | {"classes.json": '{"n01": " ", "n02": "a", "n03": "b"}'}, ..., ["can't be named ''"]),
+    ("imagefolder:{}", THREE | {"classes.txt": "a\nb"}, ..., ["a name for each of 3 class folders, one in each line"]),
+    ("imagefolder:{}", THREE | {"classes.txt": "n01\ta\nn02\tb\nn03\tc"}, ..., ["without the folder"]),
+    ("csv:", {}, "data", ["no file given"]),
+    ("csv:{}/none.csv", {}, "data", ["no file"]),
+    ("csv:{}/table.csv", {"table.csv": ""}, ..., ["row 1 must name one column with the path of each image, such as"]),
+    ("csv:{}/table.csv", table("path,name", "images/0.png,cat"), ..., ["one column with the label of each image"]),
+    ("csv:{}/table.csv", table("path,label,label"), ..., ["must name one column with the label"]),
+    ("csv:{}/table.csv", table("path,label"), ..., ["has no images"]),
+    ("csv:{}/table.csv", table("path,label", "images/none.png,cat"), ..., ["no file images/none.png in"]),
+    ("csv:{}/table.csv", table("path,label", "images/../../x.png,cat"), ...,
+     ["row 2: images/../../x.png is not in", "as `root`"]),
+    ("csv:{}/table.csv", table("path,label", "/etc/passwd,cat"), ..., ["row 2: /etc/passwd is not in", "as `root`"]),
+    ("csv:{}/table.csv", table("path,label", "images/0.png,cat, sitting"), ..., ["row 2 has more columns than row 1"]),
+    ("csv:{}/table.csv", table("path,label", "images/0.png, "), ..., ["row 2 needs a path and a label"]),
+    ("csv:{}/table.csv", table("path,label", "images/0.png"), ..., ["row 2 needs a path and a label"]),
+    ("csv:{}/table.csv", table("path,label", "images/0.png,cat", "images/0.png,dog"), ...,
+     ["row 3: images/0.png is listed before with another"]),
+    ("csv:{}/table.csv", table("path,label,split", "images/0.png,cat,dev"), ...,
+     ["split must be train, val or test; got 'dev'"]),
+    ("csv:{}/table.csv", table("path,label", '"images/0.png,cat'), ..., ["not readable as CSV"]),
+    ("csv:{}/table.csv", table("path,label", "images/0.png,Cat", "images/1.png,cat"), ..., ["the same class name"]),
+    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG}}, "data",
+     ["which column has the labels? Got none among", "Give each sample one image and one class"]),
+    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG, "a.txt": b"x", "b.png": PNG, "b.jpg": PNG, "b.txt": b"x"}}, "data",
+     ["can't be loaded"]),
+    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG, "a.json": b"{"}}, "data", ["can't be loaded"]),
+    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG, "a.json": b'{"name": "x"}'}}, "data",
+     ["a .json has no field class_name"]),
+    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG, "a.json": b'{"label": 1.5}'}}, "data",
+     ["must be text or a whole number; got 1.5 for", "/a.tar/a.png"]),
+    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG, "a.txt": b" "}}, "data", ["must be text or a whole number; got ''"]),
+    ("wds:{}/a.tar", {"a.tar": UNLABELLED}, "data", ["got None for", "/7.png"]),
+    ("wds:{}/{{0..1000000000000}}.tar", {}, "data", ["no file", "/0.tar on this machine"]),
+    ("wds:https://host/{{0..3}}.tar", {}, "data", ["download the shard"]),
+    ("wds:{}", {"empty": 0}, "data", ["no .tar files"]),
+    ("wds:{}/{{train-0,other}}.tar", {"train-0.tar": TEXTS, "other.tar": TEXTS}, "data", ["other.tar is not"]),
+    ("wds:{}/a.tar", {"a.tar": CLASSES, "classes.txt": "cat\ndog\n"}, "data",
+     ["has 2 names, and a sample has the class 2"]),
+    ("wds:{}/a.tar", {"a.tar": CLASSES, "classes.txt": "cat\n\nowl\n"}, "data", ["can't be named ''"]),
+    ("hf:", {}, "data", ["needs a folder or a name"]),
+    ("hf:{}", {}, "data", ["must be a folder that save_to_disk wrote"]),
+    ("coop:cub", {}, "data", ["'cub'", *DATASETS]),
+    ("coop:dtd", {}, "root", ["coop:dtd: no folder", "DATASETS.md"]),
+    ("coop:eurosat", eurosat("no list"), ..., ["['train']: Input should be a valid array"]),
+    ("coop:eurosat", eurosat(["a.jpg", 0]), ..., ["['train'][0][2]: Field required"]),
+    ("coop:eurosat", eurosat(["../../etc/passwd.jpg", 0, "one"]), ..., ["leads out of the folder"]),
+    ("coop:eurosat", eurosat(["a.jpg", 0, "one"], ["a.jpg", 0, "two"]), ..., ["label 0 is 'one' and 'two'"]),
+    ("coop:eurosat", eurosat(["a.jpg", 0, "one"], ["a.jpg", 2, "three"]), ...,
+     ["labels must be 0, 1, … without a gap; got [0, 2]"]),
+    ("coop:imagenet", {"imagenet": 0, "imagenet/classnames.txt": "n01440764 tench\n"}, ...,
+     ["has no name for n01443537, n01484850, n01491361"]),
+    ("coop:imagenet", {"imagenet": 0, "imagenet/classnames.txt": "n01440764 tench\n\nn01443537\n"}, ...,
+     ["classnames.txt: expected a WordNet id"]),
+    ("coop:imagenet", {"imagenet": 0, f"imagenet/images/val/{WNIDS[2]}": None}, "root",
+     [f"no images in {WNIDS[2]} of", "Is it unpacked completely?"]),
+    ("coop:imagenet", {"imagenet": 0, "imagenet/images/val": None, "imagenet/images/train": None}, ...,
+     ["no folders n… in"]),
+    ("coop:fgvc_aircraft", {"fgvc_aircraft": 0, "fgvc_aircraft/images_variant_val.txt": "0000001 707-320\n"}, ...,
+     ["'707-320' is not in variants.txt"]),
+    ("coop:fgvc_aircraft", {"fgvc_aircraft": 0, "fgvc_aircraft/images_variant_val.txt": "\n../../x apple_pie\n"}, ...,
+     ["leads out of the folder"]),
+]  # fmt: skip
+
+
+def words_of(rows: list[tuple]) -> list[str]:
+    """Ids of rows: the words of their errors."""
+    return [" ".join(row[-1])[:60] for row in rows]
+
+
+@pytest.mark.parametrize(("data", "tree", "argument", "words"), OPENED, ids=words_of(OPENED))
+def test_open_source_refuses(tmp_path, monkeypatch, data, tree, argument, words):
+    if data.startswith(("hf:", "wds:")):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    build(tmp_path, tree)
+    with raises_input_error(*words, argument=argument):
+        open_source(data.format(tmp_path), tmp_path if data.startswith("coop:") else None)
+
+
+# Images of a split that a source does not have, or too few of them for a choice.
+SPLITS: list[tuple[str, Tree, str, list[str]]] = [
+    ("imagefolder:{}", {"train/cat": 3, "train/dog": 2, "valid/cat": 1, "valid/dog": 1}, "val",
+     ["no val images", "the val images are the test images", "Add test images"]),
+    ("imagefolder:{}", {"test/cat": 2, "test/dog": 1}, "train", ["no train images: it has test images"]),
+    ("imagefolder:{}", {"cat": 2, "dog": 2}, "val", ["no val images", "too few"]),
+    ("coop:eurosat", eurosat(["a.jpg", 0, "one"]), "val", ["no val images: it has train images"]),
+    ("coop:imagenet", {"imagenet": 0}, "val", ["coop:imagenet has no val images", "Choose test"]),
+    ("coop:imagenet", {"imagenet": 0, "imagenet/images/val": None}, "test",
+     ["coop:imagenet has no test images: no folder", "images/val"]),
+    ("coop:imagenet_a", {"imagenet_a": 0}, "train", ["no train images", "variant of ImageNet", "coop:imagenet"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "tree", "split", "words"), SPLITS, ids=words_of(SPLITS))
+def test_source_has_no_images_of_a_split(tmp_path, data, tree, split, words):
+    build(tmp_path, tree)
+    source = open_source(data.format(tmp_path), tmp_path if data.startswith("coop:") else None)
+    with raises_input_error(*words):
+        source.images(split)
+
+
+SQUARES = [("image", 0), ("image", 1)]
+UNTRAINED = from_datasets("squares", test=SQUARES, classes=["black", "grey"])
+WHOLE = from_datasets("squares", train=SQUARES, test=SQUARES, classes=["black", "grey"])
+TWICE = replace(UNTRAINED, name="twice", classes=("cat", "Cat"))  # as in some of CoOp's datasets
+PETS, MORE = {"cat": 4, "dog": 4}, {"cat": 4, "dog": 4, "owl": 4, "yak": 4}
+ELSEWHERE = {f"more/{name}": count for name, count in MORE.items()} | {f"pets/{name}": 4 for name in PETS}
+IMAGENET_A = {"imagenet": 0, "imagenetv2": 0, "imagenet_sketch": 0, "imagenet_a": 0, "imagenet_r": 0}
+
+# Arguments of load_task beside four pictograms of base-to-new, with {} for the folder; files; argument; words.
+LOADED: list[tuple[dict[str, Any], Tree, str, list[str]]] = [
+    ({"shots": 0}, {}, "shots", ["shots must be", "every class needs a training image"]),
+    ({"max_classes": 1}, {}, "max_classes", ["max_classes must be at least 2", "got 1"]),
+    ({"protocol": "zero-shot"}, {}, "protocol", ["protocol must be one of base-to-new, cross-dataset", "'zero-shot'"]),
+    ({"targets": ["pictograms:food"]}, {}, "targets",
+     ["base-to-new has no targets", "cross-dataset or domain-generalization"]),
+    ({"protocol": "few-shot", "targets": ["x"]}, {}, "targets", ["few-shot has no targets"]),
+    ({"test": "none"}, {}, "test", ['test="none" needs protocol="few-shot"; base-to-new']),
+    ({"protocol": "cross-dataset", "targets": ["x"]}, {}, "targets", ["no dataset 'x'"]),
+    ({"protocol": "cross-dataset", "targets": ["coop:dtd"], "root": "none"}, {}, "root", ["coop:dtd: no folder"]),
+    ({"data": WHOLE, "protocol": "cross-dataset"}, {}, "targets", ["squares needs datasets to test on. Name some"]),
+    ({"data": UNTRAINED, "protocol": "few-shot", "max_classes": None}, {}, "data", ["Give from_datasets train= too"]),
+    ({"protocol": "cross-dataset", "targets": ["pictograms:food"] * 2}, {}, "targets", ["two of", "are the same"]),
+    ({"data": "pictograms:plants"}, {}, "data", ["no task 'plants' of pictograms; choose from animals, food"]),
+    ({"data": "imagefolder:{}", "protocol": "few-shot"}, {"cat": 4}, "data", ["fewer than two classes"]),
+    ({"data": from_datasets("empty", test=[], classes=[])}, {}, "data", ["empty has fewer than two classes"]),
+    ({"data": "imagefolder:{}/pets", "protocol": "domain-generalization", "targets": ["imagefolder:{}/more"]},
+     ELSEWHERE, "targets", ["has classes that", "does not have: owl, yak", "Leave them out"]),
+    ({"data": "imagefolder:{}/pets", "protocol": "domain-generalization", "targets": [TWICE]}, ELSEWHERE, "targets",
+     ["twice has two classes 'cat'", "Rename one"]),
+    ({"data": "coop:imagenet", "protocol": "domain-generalization", "root": "{}", "max_classes": 2}, IMAGENET_A,
+     "targets", ["coop:imagenet_a has none of the classes that are trained on", "`max_classes`"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "tree", "argument", "words"), LOADED, ids=words_of(LOADED))
+def test_load_task_refuses(tmp_path, arguments, tree, argument, words):
+    def filled(value: Any) -> Any:
+        return value.format(tmp_path) if isinstance(value, str) else value
+
+    build(tmp_path, tree)
+    given = {"data": "pictograms", "protocol": "base-to-new", "shots": 2, "max_classes": 4, "seed": 0} | arguments
+    for name, value in given.items():
+        given[name] = [filled(each) for each in value] if isinstance(value, list) else filled(value)
+    with raises_input_error(*words, argument=argument):
+        load_task(**given)
+
+
+class Labels(Dataset):
+    """Dataset of labels, with attributes."""
+
+    def __init__(self, own, **attributes):
+        self.own = own
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.own)
+
+    def __getitem__(self, item):
+        return None, self.own[item]
+
+
+def squares(**arguments: Any) -> Callable[[], object]:
+    return lambda: from_datasets("squares", **arguments)
+
+
+# Calls of functions; the argument that the error names; words.
+CALLS: list[tuple[Callable[[], object], Any, list[str]]] = [
+    (lambda: open_source("coop:dtd"), "root", ["coop:dtd needs the folder of all datasets, which contains dtd"]),
+    (squares(classes=["a"]), ..., ["must have a dataset", "train=, val= or test="]),
+    (squares(train=Labels([0])), ..., ["no class names", "classes=[…]"]),
+    (squares(train=Labels([0, 2]), classes=["a", "b"]), ..., ["from 0 to 1", "2 classes", "got 2 for item 1 of train"]),
+    (squares(test=Labels([0], classes=("sea_lion", "sea  lion"))), ..., ["no prompt can tell them apart"]),
+    (squares(test=Labels([0]), classes=2), ..., ["classes must be names by label, a list; got 2."]),
+    (squares(test=Labels([0]), classes=[0, 1]), ..., ["class names must be text; got [0, 1]"]),
+    (squares(test=Labels([0]), classes=["a", "_ "]), ..., ["the class of label 1 can't be named ''", "classes=[…]"]),
+    (squares(train=Labels([0], labels=["cat"]), classes=["cat"]), ..., ["Labels", "an integer"]),
+    *((lambda path=path: check_inside(path, "entry 3"), ..., ["entry 3", "leads out of the folder"])
+      for path in ("../a.png", "a/../../b.png", "/etc/passwd", "C:\\a.png", "a\\..\\..\\b.png")),
+    *((lambda wrong=wrong: resolve_templates("dtd", wrong), "templates", ["paper or coop", "a photo of a {}.", wrong])
+      for wrong in ("none", "{} and {}", "{name}", "a {} {")),
+    (lambda: resolve_templates("dtd", ["a {}", "b"]), "templates", ["paper or coop", "'b'"]),
+    (lambda: resolve_templates("dtd", ("a {}", "coop")), "templates",
+     ["paper and coop are sets", "got 'a {}', 'coop'."]),
+    (lambda: resolve_templates("dtd", []), "templates", ["must have an item", "a photo of a {}."]),
+    (lambda: DatasetImages([(np.zeros((2, 3), np.int64), 0)])[0], ...,
+     ["image 0: pixels must be an array", "of uint8; got int64 [2, 3]"]),
+    (lambda: read_labels([{"img": 0, "label": 1}]), ...,
+     ["item 0 must be (image, label), or have the keys image and label", "the keys img, label"]),
+    (lambda: read_labels(Labels([0, 1], labels=[0, 1, 1])), ..., ["Labels", "2 items have 3 labels"]),
+    *((lambda label=label: read_labels(Labels([0, label])), ..., ["Labels", "item 1", "an integer", "Number the"])
+      for label in ("cat", 1.0, True, None, torch.tensor([1, 2]))),
+    (lambda: DatasetImages(Labels([0, 1, 2], labels=[0, 2, 2])).subset_classes([2])[0], ...,
+     ["Labels: item 1 has the label 1, and the labels of the dataset have 2"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "argument", "words"), CALLS, ids=words_of(CALLS))
+def test_functions_refuse(call, argument, words):
+    with raises_input_error(*words, argument=argument):
+        call()
