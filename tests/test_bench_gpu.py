@@ -7,10 +7,7 @@ import contextlib
 import functools
 import json
 import os
-import signal
 import subprocess
-import sys
-import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,39 +141,6 @@ def test_launches_are_kernels_and_copies(monkeypatch):
     assert gpu.launches_of(lambda: None, measure.CPU) == {"kernels": 2, "copies": 1}
 
 
-FAILING = """
-import time, pytest
-
-@pytest.mark.parametrize("number", range(4))
-def test_number(number):
-    assert number != 1
-    time.sleep(60 * (number == 3))
-"""
-
-
-def test_failed_tests_are_named_when_the_tests_are_cut_off(tmp_path):
-    (tmp_path / "test_failing.py").write_text(FAILING)
-    output = tmp_path / "tests.txt"
-    command = [sys.executable, "-m", "pytest", "-v", "-n", "2", "--maxschedchunk", "1"]
-    command += ["-c", os.devnull, "--rootdir", str(tmp_path)]
-    # A process of pytest-xdist, as this one may be, reports nothing itself.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    options = {"cwd": tmp_path, "env": environment, "start_new_session": True}
-    with output.open("w") as file:
-        run = subprocess.Popen(command, stdout=file, stderr=file, **options)
-    try:
-        for _ in range(600):
-            if "FAILED" in output.read_text():
-                break
-            time.sleep(0.1)
-        assert run.poll() is None, "the last test sleeps"
-    finally:
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-    (tmp_path / "log.txt").write_text("tests: exit status 137, 12 s since the start\n")
-    assert "tests: cut off, 1 failed: test_failing.py::test_number[1] (goal: 0)" in summary.lines_of(tmp_path)
-
-
 # ---- the summary -----------------------------------------------------------------------------------------------------
 
 STEP = {
@@ -246,6 +210,16 @@ def test_summary_of_results(tmp_path):
 def test_summary_of_replays_that_are_not_equal(tmp_path, step, text):
     summary.write_facts(tmp_path, {"step bf16": STEP | step})
     assert summarised(tmp_path)["replays and eager steps"] == f"bf16 {text}; fp32 not run"
+
+
+def test_failed_tests_are_named_when_the_tests_are_cut_off(tmp_path):
+    """Lines of pytest-xdist with -v, which come at once; the summary of pytest does not."""
+    lines = (
+        "test_a.py::test_n[0] \n[gw1] [ 25%] PASSED test_a.py::test_n[0] \n[gw0] [ 50%] FAILED test_a.py::test_n[1] \n"
+    )
+    (tmp_path / "tests.txt").write_text(lines)
+    (tmp_path / "log.txt").write_text("tests: exit status 137, 12 s since the start\n")
+    assert summarised(tmp_path)["tests"] == "cut off, 1 failed: test_a.py::test_n[1] (goal: 0)"
 
 
 def test_summary_of_stages_without_a_result(tmp_path):

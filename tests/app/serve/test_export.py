@@ -130,34 +130,6 @@ def test_hugging_face_refuses(changes, what):
         to_hugging_face.convert(plain(**changes), transformers)
 
 
-@torch.no_grad()
-def test_onnx(run, tmp_path):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    narrow = plain(quick_gelu=True, vision={"layers": 1})  # each layer takes a second to export
-    described = dataclasses.replace(
-        Description.read(run.folder),
-        temperature=2.0,
-        preprocessing=narrow.model.visual.preprocess_cfg | {"size": [16, 16]},
-    )
-    text = torch.nn.functional.normalize(torch.randn(len(run.classes), 16), dim=1)
-    narrow = narrow._replace(described=described, head=CosineHead(text, narrow.model.logit_scale))
-    to_onnx.write(narrow, tmp_path)
-    content = (tmp_path / "model.onnx").read_bytes()
-    assert b"site-packages" not in content and str(Path(sk.__file__).parents[1]).encode() not in content
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    metadata = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
-    assert metadata["classes"] == run.classes and "temperature" not in metadata, "the logits are divided by it"
-    assert metadata["preprocessing"]["size"] == [16, 16] and metadata["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
-    for batch in (torch.randn(3, 3, 16, 16), torch.randn(1, 3, 16, 16)):
-        logits, embedding = map(torch.from_numpy, session.run(None, {"pixel_values": batch.numpy()}))
-        expected = narrow.model.encode_image(batch, normalize=True)
-        scale = narrow.model.logit_scale.exp() / 2
-        torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(logits, scale * expected @ text.T, atol=ATOL, rtol=0)
-
-
 @pytest.fixture(scope="module", params=[name for name, method in METHODS.items() if method.head_code])
 def head_run(request, native_run, tmp_path_factory) -> Path:
     """A run, with a temperature, of a method that trains weights for which a CLIP has no place."""
@@ -208,7 +180,8 @@ def test_head_is_exported_beside_the_model(to, head_run, run, tmp_path):
 
 
 @torch.no_grad()
-def test_head_in_onnx(head_run, run, tmp_path):
+def test_onnx(head_run, run, tmp_path):
+    """Logits divided by the temperature, of any number of images; the classes and the preprocessing beside them."""
     picture = tmp_path / "photo.png"
     run.task.tests[0].images[0][0].resize((40, 25)).save(picture)
     pixels = sk.Classifier.load(head_run, device="cpu", trust=True).transform(Image.open(picture))[None]
@@ -221,6 +194,15 @@ def test_head_in_onnx(head_run, run, tmp_path):
 
         done = sk.export(head_run, "onnx", tmp_path / "out", trust=True)
         session = onnxruntime.InferenceSession(done.folder / "model.onnx")
+        metadata = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+        assert len(metadata["classes"]) == 2 and "temperature" not in metadata, "the logits are divided by it"
+        assert metadata["preprocessing"]["size"] == [16, 16] and metadata["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+        content = (done.folder / "model.onnx").read_bytes()
+        assert b"site-packages" not in content and str(Path(sk.__file__).parents[1]).encode() not in content
+        batch = torch.cat([pixels, -pixels, pixels])
+        logits, embedding = map(torch.from_numpy, session.run(None, {"pixel_values": batch.numpy()}))
+        torch.testing.assert_close(embedding, plain.model.encode_image(batch, normalize=True), atol=1e-5, rtol=0)
+        found.append(logits[2:])
         found.append(torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0]))
         found.append(torch.from_numpy(card_names(done, picture)["logits"]))
         check_files(done, picture)
@@ -269,7 +251,7 @@ def test_overwrite_replaces_an_earlier_export_of_another_target(native_run, tmp_
     assert (done.folder / ".git" / "HEAD").read_text() == "main"
 
 
-@pytest.mark.parametrize("to", ["open-clip", "hugging-face"])  # and ONNX in test_head_in_onnx
+@pytest.mark.parametrize("to", ["open-clip", "hugging-face"])  # and ONNX in test_onnx
 def test_files_are_readable_and_named_by_the_card(to, native_run, tmp_path, monkeypatch):
     pytest.importorskip({"hugging-face": "transformers"}.get(to, "open_clip"))
     monkeypatch.setattr(model_card, "_SHOWN", 1)
