@@ -45,11 +45,11 @@ ATTENTION = partial(sequences, backend=SDPA, n=N, mask=None)
 
 
 def run_fused(block, hidden, memory="fast", query_rows=None, product_dtype=None):
-    rows = RowsCall(ATTENTION, memory)
+    how = RowsCall(ATTENTION, memory)
     if query_rows is not None:
-        rows = RowsCall(partial(pooled, mask=None), memory, query_rows, separate_queries=True)
+        how = RowsCall(partial(pooled, mask=None), memory, query_rows, separate_queries=True)
     reading = OpenClipBlock._read(block)
-    return fused_block(reading, Hidden(hidden.flatten(0, 1)), rows, product_dtype or hidden.dtype).sum()
+    return fused_block(reading, Hidden(hidden.flatten(0, 1)), how, product_dtype or hidden.dtype).sum()
 
 
 def hidden_states(dtype=torch.float64, requires_grad=True):
@@ -96,8 +96,8 @@ def test_fused_block_separate_projections(product_dtype):
     for memory in ("fast", "min"):
         found = []
         for each in (read.weights, separate):
-            rows, reading = RowsCall(ATTENTION, memory), replace(read, weights=each)
-            out = fused_block(reading, Hidden(hidden.flatten(0, 1)), rows, product_dtype or torch.float32).sum()
+            how, reading = RowsCall(ATTENTION, memory), replace(read, weights=each)
+            out = fused_block(reading, Hidden(hidden.flatten(0, 1)), how, product_dtype or torch.float32).sum()
             found.append(torch.autograd.grad(out.square().sum(), [hidden, *each.tensors()]))
         joined = [*found[1][:3], torch.cat(found[1][3:6]), torch.cat(found[1][6:9]), *found[1][9:]]
         assert all(a.equal(b) for a, b in zip(found[0], joined, strict=True))
@@ -140,11 +140,11 @@ def test_fused_block_launches(kind, product_dtype):
         [x for x in (stream, branch, *read.weights.tensors()) if x is not None and x.requires_grad],
     )
     rows = torch.empty(N, dtype=torch.int64, device="meta") if kind == "last" else None
-    call = RowsCall(lambda x, heads: _NoLaunch.apply(x, N if rows is not None else len(x)), query_rows=rows)
+    how = RowsCall(lambda x, heads: _NoLaunch.apply(x, N if rows is not None else len(x)), query_rows=rows)
     found = []
     for _ in range(2):  # the first call also tests what the device can do
         results = []
-        found = [counts.counts_of(lambda out=results: out.extend(fused_block(read, hidden, call, product_dtype)))]
+        found = [counts.counts_of(lambda out=results: out.extend(fused_block(read, hidden, how, product_dtype)))]
         upstream = [torch.empty_like(x) for x in results]
         found.append(counts.counts_of(lambda out=results, up=upstream: torch.autograd.grad(out, inputs, up)))
     assert tuple(count["launches"] for count in found) == LAUNCHES[kind, product_dtype]
@@ -260,7 +260,7 @@ def test_prompts_with_rows_behind_equal_packed(monkeypatch):
     model, tokens = tiny_clip(), tiny_tokens(9)
     tower = OpenClipTextTower(model)
     prompts, ids = tower.read_prompts(tokens), torch.tensor([1, 4, 8])
-    rows = prompts.select(torch.arange(9), exact=True).pack(tower.embed(tokens, prompts))
+    rows = prompts.select(torch.arange(9), count_rows=True).pack(tower.embed(tokens, prompts))
 
     def upper(class_ids):
         selected = prompts.select(class_ids)

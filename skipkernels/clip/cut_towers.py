@@ -14,7 +14,7 @@ from ..options import AttentionName
 from ..towers import Cut, ImageTower, Memory, TextTower, UnsupportedModel
 from ..towers.attention import SDPA, AttentionBackend
 from ..towers.base import Tower
-from ..towers.block import FusedBlock, fuse_blocks, read_block
+from ..towers.block import FusedBlock, fuse_blocks
 from .checks import Trainable
 
 _ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with weights beside the model's own
@@ -79,7 +79,7 @@ def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
     for tower in (image, text):
         block = tower.blocks[0]
         if isinstance(block, FusedBlock) and block.why_not_fused() is None:
-            read = read_block(block)
+            read = block._read()
             proj = read.weights.proj
             reason = xformers.why_unavailable(device, proj.dtype, proj.shape[0] // read.heads)
             if reason is not None:

@@ -118,7 +118,7 @@ class ImageEncoder:
     def check_contents(self) -> None:
         """Compare contents and settings below the cut; the next use of features raises an error if they differ."""
         if self.watched is not None:
-            self.watched.has_changed()  # `is_stale` gives this answer until the next change
+            self.watched.compare()  # `is_stale` returns the result until the next change
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a conversion of the tower; `fn` is not used, since an image encoder has no tensors of its own."""

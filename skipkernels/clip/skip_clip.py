@@ -279,7 +279,7 @@ class SkipCLIP(ModuleWithState):
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Class ids [K], int64 in [0, C), to text embeddings [K, D], not normalised. Ids may repeat."""
         checks.check_class_ids(class_ids, len(self.texts))
-        return self.texts.encode(class_ids, exact=True).to(self.texts.tower.dtype)
+        return self.texts.encode(class_ids, count_rows=True).to(self.texts.tower.dtype)
 
     def refresh(self) -> None:
         """Read the model again, after a deliberate change to it or to its weights below the cut.

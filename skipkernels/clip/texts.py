@@ -39,7 +39,7 @@ class _Kept(NamedTuple):
         Contents, since a write through `.data` changes no version. A step compares versions alone, see
         `ClassTexts.table`: it should not read all weights.
         """
-        return self.autocast == autocast and self.above.is_comparable() and not self.above.has_changed()
+        return self.autocast == autocast and self.above.is_comparable() and not self.above.compare()
 
 
 class ClassTexts:
@@ -72,9 +72,8 @@ class ClassTexts:
         self.tower, self.chunk, self.folder = tower, chunk, folder
         if folder is not None and tower.skip == 0:
             raise ValueError("SkipCLIP: text_cache keeps features at the cut, and with skip_layers=0 there is no cut.")
-        self.templates = [
-            tower.read_prompts(x.contiguous()) for x in (tokens.unbind(1) if tokens.ndim == 3 else [tokens])
-        ]
+        of_templates = tokens.unbind(1) if tokens.ndim == 3 else [tokens]
+        self.templates = [tower.read_prompts(x.contiguous(), len(of_templates)) for x in of_templates]
         # Features at the cut [R, W] of all prompts, one template after the other; None before they are computed
         self._table: FeatureTable | None = None
         self.watched: Watched | None = None
@@ -100,18 +99,18 @@ class ClassTexts:
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
-    def encode(self, class_ids: Tensor, *, exact: bool = False) -> Tensor:
-        """Class ids [K] to text embeddings [K, D], any norm; the loss normalises. Ids may repeat if `exact`: a sync."""
+    def encode(self, class_ids: Tensor, *, count_rows: bool = False) -> Tensor:
+        """Class ids [K] to text embeddings [K, D], any norm; for `count_rows` see `Prompts.select`."""
         with parametrize.cached():  # low-rank updates once, not for each template
-            embeddings = [self.encode_template(t, class_ids, exact=exact) for t in range(len(self.templates))]
+            embeddings = [self.encode_template(t, class_ids, count_rows=count_rows) for t in range(len(self.templates))]
         if len(embeddings) == 1:
             return embeddings[0]
         return torch.stack([unit_norm(x) for x in embeddings]).mean(0).to(embeddings[0].dtype)
 
-    def encode_template(self, template: int, class_ids: Tensor, *, exact: bool = False) -> Tensor:
+    def encode_template(self, template: int, class_ids: Tensor, *, count_rows: bool = False) -> Tensor:
         """Class ids [K] to the embeddings [K, D] of their prompts of one template, any norm."""
-        selected = self.templates[template].select(class_ids, exact=exact)
-        return self.tower.upper(self._features_of(template, selected), selected, runs=len(self.templates))
+        selected = self.templates[template].select(class_ids, count_rows=count_rows)
+        return self.tower.upper(self._features_of(template, selected), selected)
 
     def kept_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""
@@ -218,7 +217,7 @@ class ClassTexts:
             for class_ids in self.class_ids.split(self.chunk):
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix
                 if missing is None or missing[first:end].any():
-                    rows = self.compute_features(prompts.select(class_ids, exact=True))
+                    rows = self.compute_features(prompts.select(class_ids, count_rows=True))
                     # Each chunk begins with the shared prefix, which is stored once, with the first of them.
                     yield first, rows if first == start else rows[prompts.prefix_length :], len(class_ids)
                 first = end
@@ -231,7 +230,7 @@ class ClassTexts:
 
     def check_contents(self) -> None:
         """Compare contents and settings below the cut, and drop what is kept if they differ."""
-        if self.watched is not None and self.watched.has_changed():
+        if self.watched is not None and self.watched.compare():
             self.drop()
 
     def drop(self) -> None:
@@ -251,7 +250,7 @@ class ClassTexts:
 class FixedTexts(ClassTexts):
     """Texts that do not train: the embeddings of the classes are the prototypes."""
 
-    def encode(self, class_ids: Tensor, *, exact: bool = False) -> Tensor:  # noqa: D102
+    def encode(self, class_ids: Tensor, *, count_rows: bool = False) -> Tensor:  # noqa: D102
         return self.prototypes.index_select(0, class_ids)
 
     def kept_embeddings(self) -> Tensor:  # noqa: D102

@@ -35,7 +35,7 @@ SDPA = AttentionBackend(_sdpa, functional.shared_prefix_attention)
 def sequences(
     packed: Tensor, *, backend: AttentionBackend, n: int, heads: int, mask: Tensor | None, causal: bool = False
 ) -> Tensor:
-    """Attention within n sequences of equal length. A mask is as in `Sequences`; PyTorch adds it."""
+    """Attention within n sequences of equal length. A mask is as in `BlockInput`; PyTorch adds it."""
     query, key, value = packed.view(n, -1, 3, heads, packed.shape[1] // (3 * heads)).unbind(2)
     if mask is None and not causal:
         return backend.full(query, key, value).flatten(2).flatten(0, 1)
@@ -61,7 +61,7 @@ def suffixes(
     prefix_length: int,
     offsets: Tensor | None,
     max_length: int,
-    rows: Tensor | None = None,
+    query_rows: Tensor | None = None,
     rows_without_self: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a shared prefix over itself, and of class suffixes over the prefix and over themselves.
@@ -73,9 +73,9 @@ def suffixes(
         prefix_length: P ≥ 1.
         offsets: int64 [K + 1] into the rows behind the prefix, or None.
         max_length: Number of tokens of the longest suffix.
-        rows: int64 [Q], rows to return, all behind the prefix; default: all rows.
+        query_rows: int64 [Q], rows to return, all behind the prefix; default: all rows.
         rows_without_self: int64 [K], rows that attend to the rows in front of them and not to themselves; none is the
-            first of its suffix. Must equal `rows`, if given.
+            first of its suffix. Must equal `query_rows`, if given.
 
     Returns:
         [R, W] or [Q, W].
@@ -94,7 +94,7 @@ def suffixes(
         shifted = query.index_copy(0, rows - 1, query.index_select(0, rows))  # [R, W]
         return attend(torch.cat([shifted, key_value], dim=1)).index_select(0, rows - 1)
 
-    if rows is not None:
-        return attend(packed).index_select(0, rows) if rows_without_self is None else without_self(rows)
+    if query_rows is not None:
+        return attend(packed).index_select(0, query_rows) if rows_without_self is None else without_self(query_rows)
     out = attend(packed)
     return out if rows_without_self is None else out.index_copy(0, rows_without_self, without_self(rows_without_self))

@@ -51,14 +51,14 @@ class Cut:
 
     skip: int = 0  # Number of blocks below the cut
     memory: Memory = "fast"  # Saved for backward by blocks above the cut
-    attention: attention.AttentionBackend = attention.SDPA  # Of fused blocks
+    backend: attention.AttentionBackend = attention.SDPA  # Attention of fused blocks
     lower_device: torch.device | None = None  # Device of the modules below the cut, if it differs from that above
 
 
 class PooledTokens(NamedTuple):
     """Tokens of n sequences that a tower pools, one of each."""
 
-    rows: Tensor | slice  # int64 [n], among the rows [n · tokens] of the sequences, or a slice
+    query_rows: Tensor | slice  # int64 [n], among the rows [n · tokens] of the sequences, or a slice
     mask: Tensor | None = None  # [n, tokens], added to their logits
 
 
@@ -87,6 +87,11 @@ class Tower(ABC):
     def memory(self) -> Memory:
         """Saved for backward by blocks above the cut."""
         return self.cut.memory
+
+    @property
+    def backend(self) -> attention.AttentionBackend:
+        """Attention of fused blocks."""
+        return self.cut.backend
 
     @property
     def lower_device(self) -> torch.device | None:
@@ -197,36 +202,34 @@ class Tower(ABC):
 
     def _run_lower(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """Run the blocks below the cut over sequences [n, tokens, W]."""
-        call = self._sequences_call(embedded, mask, "fast")
-        return self._run_sequences(range(self.skip), Hidden(embedded), mask, call).sum()
+        how = self._rows_call(embedded, mask, "fast")
+        return self._run_blocks(range(self.skip), Hidden(embedded), mask, how).sum()
 
-    def _run_upper(self, features: Tensor, mask: Tensor | None, pooled: PooledTokens | None, runs: int = 1) -> Tensor:
-        """Run the blocks above the cut over sequences [n, tokens, W], the last one for pooled tokens alone, if given.
+    def _run_upper(self, features: Tensor, mask: Tensor | None, runs: int = 1) -> Tensor:
+        """Run the blocks above the cut over sequences [n, tokens, W]. For `runs` see `block_memory`."""
+        how = self._rows_call(features, mask, self.block_memory(features, runs))
+        return self._run_blocks(range(self.skip, len(self.blocks)), Hidden(features), mask, how).sum()
 
-        Returns [n, W], or without pooled tokens [n, tokens, W]. For `runs` see `block_memory`.
-        """
-        depth = len(self.blocks)
-        call = self._sequences_call(features, mask, self.block_memory(features, runs))
-        last = depth if pooled is None else depth - 1
-        hidden = self._run_sequences(range(self.skip, last), Hidden(features), mask, call)
-        if pooled is None:
-            return hidden.sum()
-        attention_fn = partial(attention.pooled, mask=pooled.mask)
-        call = call._replace(attention=attention_fn, query_rows=pooled.rows, separate_queries=True)
-        return self.blocks[-1](hidden.map(lambda x: x.flatten(0, 1)), call).sum()
+    def _run_upper_pooled(self, features: Tensor, mask: Tensor | None, pooled: PooledTokens, runs: int = 1) -> Tensor:
+        """Run them for the pooled tokens: the last block computes these alone, [n, W]."""
+        how, last = self._rows_call(features, mask, self.block_memory(features, runs)), len(self.blocks) - 1
+        hidden = self._run_blocks(range(self.skip, last), Hidden(features), mask, how)
+        attend = partial(attention.pooled, mask=pooled.mask)
+        how = how._replace(attend=attend, query_rows=pooled.query_rows, separate_queries=True)
+        return self.blocks[last](hidden.map(lambda x: x.flatten(0, 1)), how).sum()
 
-    def _sequences_call(self, hidden: Tensor, mask: Tensor | None, memory: FusedMemory) -> RowsCall:
-        """Arguments of fused blocks over the rows of sequences [n, tokens, W]."""
-        attention_fn = partial(attention.sequences, backend=self.cut.attention, n=len(hidden), mask=mask)
-        return RowsCall(attention_fn, memory, rotary=self.rotary(hidden.device))
+    def _rows_call(self, hidden: Tensor, mask: Tensor | None, memory: FusedMemory) -> RowsCall:
+        """Return how fused blocks run over the rows of sequences [n, tokens, W]."""
+        attend = partial(attention.sequences, backend=self.backend, n=len(hidden), mask=mask)
+        return RowsCall(attend, memory, rotary=self.rotary(hidden.device))
 
-    def _run_sequences(self, indices: Iterable[int], hidden: Hidden, mask: Tensor | None, call: RowsCall) -> Hidden:
-        """Run blocks over sequences [n, tokens, W]: fused ones over their rows by `call`, others as the model does."""
+    def _run_blocks(self, indices: Iterable[int], hidden: Hidden, mask: Tensor | None, how: RowsCall) -> Hidden:
+        """Run blocks over sequences [n, tokens, W]: fused ones over their rows, others as the model does."""
         n, tokens = hidden.stream.shape[:2]
         for index in indices:
             if self.why_no_rows(index) is None:
-                rows = self.blocks[index](hidden.map(lambda x: x.flatten(0, 1)), call)
-                hidden = rows.map(lambda x: x.view(n, tokens, -1))
+                out = self.blocks[index](hidden.map(lambda x: x.flatten(0, 1)), how)
+                hidden = out.map(lambda x: x.view(n, tokens, -1))
             else:
                 hidden = Hidden(self._run_own_forward(index, hidden.sum(), mask))
         return hidden
@@ -307,11 +310,11 @@ class ImageTower(Tower):
 
     def upper(self, features: Tensor) -> Tensor:
         """Map hidden states at the cut to image embeddings [n, D], not normalised."""
-        pools = self.skip < len(self.blocks) and self.why_not_pooled() is None and self.why_no_rows(-1) is None
-        if not pools:
-            return self.finish(self._run_upper(features, None, None))
+        last = len(self.blocks) - 1
+        if self.skip > last or self.why_not_pooled() is not None or self.why_no_rows(last) is not None:
+            return self.finish(self._run_upper(features, None))
         first = slice(None, None, features.shape[1])  # first token of each sequence
-        return self.finish(self._run_upper(features, None, PooledTokens(first))[:, None])
+        return self.finish(self._run_upper_pooled(features, None, PooledTokens(first))[:, None])
 
 
 def _present(parts: Iterable[Part | None]) -> tuple[Part, ...]:

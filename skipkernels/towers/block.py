@@ -60,7 +60,7 @@ def _definer(kind: type, method: str) -> type:
     return next(base for base in kind.__mro__ if method in vars(base))
 
 
-class Sequences(NamedTuple):
+class BlockInput(NamedTuple):
     """Ordinary input of a block: sequences of equal length."""
 
     hidden: Tensor  # [n, tokens, W]
@@ -74,7 +74,7 @@ class FusedBlock:
     `_output`.
 
     A fused class comes before the caller's class in the order of bases: underscores keep its names apart from those of
-    the caller's attributes and methods.
+    the caller's attributes and methods, and other files of the package read them.
     """
 
     linear_weights: Sequence[str]  # paths of query, key, value, W_o, W_fc and W_p; packed ones three times
@@ -82,7 +82,7 @@ class FusedBlock:
     # Set by `_fused_class`:
     _own: ClassVar[type]  # the caller's class
     _methods: ClassVar[Mapping[str, Any]]  # its methods that this class replaces, as its package defines them
-    _memory: ClassVar[FusedMemory]  # saved for backward of a call with sequences
+    _memory: ClassVar[FusedMemory]  # saved for backward of a call with its ordinary input
 
     def _submodules(self) -> Submodules:
         """Return the submodules that this block must have."""
@@ -96,8 +96,8 @@ class FusedBlock:
         """Read weights and settings from the children."""
         raise NotImplementedError
 
-    def _sequences(self, *args: Any, **kwargs: Any) -> Sequences | None:
-        """Return the arguments of the block's own forward as sequences, or None if only that forward takes them."""
+    def _parse_input(self, *args: Any, **kwargs: Any) -> BlockInput | None:
+        """Name the arguments of the block's own forward, or return None if only that forward takes them."""
         raise NotImplementedError
 
     def _example(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...] | None:
@@ -112,27 +112,28 @@ class FusedBlock:
 
     @torch.compiler.disable  # reads Python objects that a compiler would guard on, and holds an autograd graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block on its ordinary input, or `block(hidden, call)` on rows.
+        """Run the block on its ordinary input, or `block(hidden, how)` on rows.
 
         Both are calls of the module: hooks on it run, such as those by which FSDP2 gathers its weights.
         """
         if args and isinstance(args[0], Hidden):
             return self._run(*args)
-        if not _is_transformed():
-            reason = self.why_not_fused()
-            given = self._sequences(*args, **kwargs) if reason is None else None
-            if given is not None:
-                mask_is_learned = given.mask is not None and given.mask.requires_grad
-                if not mask_is_learned:  # the fused block has no gradient of a mask
-                    return self._run_sequences(given)
-            if reason is not None:
-                warn_caller(
-                    f"skipkernels: a block is not fused ({reason}). It runs its own forward: the result is the same, "
-                    "but takes more time and memory."
-                )
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        run_own_forward: Callable[..., Any] = super().forward  # type: ignore[misc]
+        if _is_transformed():
+            return run_own_forward(*args, **kwargs)
+        reason = self.why_not_fused()
+        if reason is not None:
+            warn_caller(
+                f"skipkernels: a block is not fused ({reason}). It runs its own forward: the result is the same, "
+                "but takes more time and memory."
+            )
+            return run_own_forward(*args, **kwargs)
+        given = self._parse_input(*args, **kwargs)
+        if given is None or (given.mask is not None and given.mask.requires_grad):  # a mask gets no gradient if fused
+            return run_own_forward(*args, **kwargs)
+        return self._run_ordinary(given)
 
-    def _run(self, hidden: Hidden, call: RowsCall) -> Hidden:
+    def _run(self, hidden: Hidden, how: RowsCall) -> Hidden:
         """Run the block on rows [R, W]."""
         from .fused.node import fused_block  # importing the towers does not need it
 
@@ -140,13 +141,13 @@ class FusedBlock:
         dtype, device_type = reading.weights.proj.dtype, hidden.stream.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        return fused_block(reading, hidden, call, dtype)
+        return fused_block(reading, hidden, how, dtype)
 
-    def _run_sequences(self, given: Sequences) -> Tensor:
+    def _run_ordinary(self, given: BlockInput) -> Tensor:
         hidden, mask, causal, rotary = given
-        attention_fn = partial(attention.sequences, backend=attention.SDPA, n=len(hidden), mask=mask, causal=causal)
-        rows = self._run(Hidden(hidden.flatten(0, 1)), RowsCall(attention_fn, self._memory, rotary=rotary))
-        return self._output(rows.map(lambda x: x.view(hidden.shape)).sum())
+        attend = partial(attention.sequences, backend=attention.SDPA, n=len(hidden), mask=mask, causal=causal)
+        out = self._run(Hidden(hidden.flatten(0, 1)), RowsCall(attend, self._memory, rotary=rotary))
+        return self._output(out.map(lambda x: x.view(hidden.shape)).sum())
 
     # ---- checks, in each call ----------------------------------------------------------------------------------------
 
@@ -179,7 +180,10 @@ class FusedBlock:
         return self._why_settings()
 
     def why_no_rows(self) -> str | None:
-        """Return why this block has to be called with its ordinary input, or None if it takes rows."""
+        """Return why this block has to be called with its ordinary input, or None if it takes rows.
+
+        A block that takes rows is fused. One with hooks of its own is fused without rows: they expect ordinary input.
+        """
         block: Any = self
         if "forward" in vars(block):
             return "forward() of a block was replaced"
@@ -201,11 +205,6 @@ class FusedBlock:
         """Copy and pickle as the caller's class: a fused class is made at run time, and cannot be imported."""
         rebuild = copyreg._reconstructor  # type: ignore[attr-defined]
         return rebuild, (self._own, object, None), *super().__reduce_ex__(2)[2:]
-
-
-def read_block(block: FusedBlock) -> BlockReading:
-    """Read weights and settings of a block."""
-    return block._read()
 
 
 def global_hooks() -> list[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
-from .block import FusedBlock, read_block, unfused
+from .block import FusedBlock, unfused
 
 _NEGLIGIBLE = 0.01  # of the largest gradient: that of a key's bias is 0 up to rounding
 
@@ -54,7 +54,7 @@ def _compare(block: Any) -> None:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device="cpu").to(like)
 
-        arguments = block._example(draw, len(read_block(block).weights.out_proj))
+        arguments = block._example(draw, len(block._read().weights.out_proj))
         if arguments is None:
             return
         trained["the input"] = arguments[0].requires_grad_()

@@ -25,11 +25,12 @@ class Prompts:
     """One prompt of each class, and the layout of their hidden states as rows [R, W].
 
     With a shared prefix, the rows are those of the P = `prefix_length` tokens of the prefix, then those of each suffix
-    up to its pooled token. Without a shared prefix (P = 0), each class has the rows of its whole prompt.
+    up to its pooled token. Without a shared prefix, P = 0, and a suffix is the whole prompt.
 
     Attributes:
         tokens: int64 [C, L], cropped to the tokens that a pooled token can see.
         pooled: int64 [C], positions of the pooled tokens.
+        templates: Number of templates of a class: a step runs the blocks above the cut once for each.
         excludes_self: True if a pooled token attends to the tokens in front of it and not to itself.
         given_length: Number of tokens of the prompts before they were cropped.
         prompt_length: Number of tokens of a whole prompt, L, or L + 1 with CoCa's class token, which has no token id.
@@ -37,16 +38,18 @@ class Prompts:
         suffix_lengths: int64 [C], rows of each suffix.
         starts: int64 [C], the first of them.
         max_suffix_length: S, the largest of the lengths.
+        has_equal_suffixes: True if all lengths are S: the rows of K classes are then counted without the device.
         row_count: R.
+        most_rows: Upper bounds of the rows of any K different classes, by K: those of the K longest suffixes.
         not_cropped, not_shared: Why these reductions are not exact for the prompts, or None.
     """
 
-    def __init__(self, tokens: Tensor, pooling: Pooling):
-        pooled, self.excludes_self = pooling.positions, pooling.excludes_self
-        self.given_length, last = tokens.shape[1], int(pooled.max()) + 1
+    def __init__(self, tokens: Tensor, pooling: Pooling, templates: int = 1):
+        pooled, self.excludes_self, self.templates = pooling.positions, pooling.excludes_self, templates
+        self.given_length, needed_length = tokens.shape[1], int(pooled.max()) + 1
         if not pooling.not_cropped:
-            tokens = tokens[:, : pooling.visible_length or last].contiguous()
-        self.tokens, self.pooled, self.prompt_length = tokens, pooled, max(tokens.shape[1], last)
+            tokens = tokens[:, : pooling.visible_length or needed_length].contiguous()
+        self.tokens, self.pooled, self.prompt_length = tokens, pooled, max(tokens.shape[1], needed_length)
         P = 0 if pooling.not_causal else _shared_prefix_length(tokens, pooling)
         self.not_cropped = pooling.not_cropped
         self.not_shared = pooling.not_causal or (None if P else "the prompts begin with different tokens")
@@ -55,7 +58,6 @@ class Prompts:
         self.prefix_length, self.row_count = P, P + int(self.suffix_lengths.sum())
         self.max_suffix_length = int(self.suffix_lengths.max())
         self.has_equal_suffixes = bool((self.suffix_lengths == self.max_suffix_length).all())
-        # Upper bounds of the rows of any K different classes, by K: those of the K longest suffixes.
         longest = self.suffix_lengths.sort(descending=True)[0]  # [C]
         self.most_rows = [P, *(P + longest.cumsum(0)).tolist()]
 
@@ -68,12 +70,12 @@ class Prompts:
         for name, value in self.tensors().items():
             setattr(self, name, fn(value))
 
-    def select(self, class_ids: Tensor, *, exact: bool = False) -> SelectedPrompts:
+    def select(self, class_ids: Tensor, *, count_rows: bool = False) -> SelectedPrompts:
         """Return the layout of the prompts of `class_ids` [K] in a step.
 
-        With `exact` no row follows the last suffix, and ids may repeat; on a GPU this needs a host sync.
+        With `count_rows` no row follows the last suffix, and ids may repeat; on a GPU this needs a host sync.
         """
-        return SelectedPrompts(self, class_ids, exact or counts_are_known(class_ids.device))
+        return SelectedPrompts(self, class_ids, count_rows or counts_are_known(class_ids.device))
 
 
 def _shared_prefix_length(tokens: Tensor, pooling: Pooling) -> int:
@@ -105,13 +107,13 @@ class SelectedPrompts:
         last_rows: int64 [K], row of the last token of each class; with a shared prefix that is the pooled one.
     """
 
-    def __init__(self, prompts: Prompts, class_ids: Tensor, exact: bool):
+    def __init__(self, prompts: Prompts, class_ids: Tensor, count_rows: bool):
         self.prompts, self.class_ids = prompts, class_ids
         P, K, lengths = prompts.prefix_length, len(class_ids), prompts.suffix_lengths
         if prompts.has_equal_suffixes:
             self.row_count = P + K * prompts.max_suffix_length
         else:
-            self.row_count = P + int(lengths[class_ids].sum()) if exact else prompts.most_rows[K]
+            self.row_count = P + int(lengths[class_ids].sum()) if count_rows else prompts.most_rows[K]
         self.row_numbers, offsets, self.last_rows = packed_layout(class_ids, prompts.starts, lengths, P, self.row_count)
         self.offsets = None if prompts.has_equal_suffixes else offsets
 

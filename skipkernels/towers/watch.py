@@ -15,7 +15,10 @@ from .block import HOOKS, FusedBlock, global_hooks
 from .text import TextTower
 
 _ENCODERS = ("encode_image", "encode_text", "get_image_features", "get_text_features")
-_NOT_SETTINGS = {*vars(nn.Module()), "in_features", "out_features", "normalized_shape", "elementwise_affine"}
+_NOT_SETTINGS = {
+    *vars(nn.Module()),  # parameters, buffers, hooks and children, which are compared apart, and the training mode
+    *("in_features", "out_features", "normalized_shape", "elementwise_affine"),  # follow from the shapes of parameters
+}
 
 
 # ---- what computed kept values ---------------------------------------------------------------------------------------
@@ -24,9 +27,9 @@ _NOT_SETTINGS = {*vars(nn.Module()), "in_features", "out_features", "normalized_
 class Watched:
     """Modules and tensors that computed something that is kept.
 
-    `has_changed` compares contents and settings with those at construction. `is_stale`, in each step, looks only at
-    identities of modules and tensors and at versions of tensors: if they are those of the last comparison its answer
-    holds, else it compares again. Values that change back are valid again.
+    `compare` compares contents and settings with those at construction, and remembers the result. `is_stale`, in each
+    step, looks only at identities of modules and tensors and at versions of tensors: if they are those of the last
+    comparison its result holds, else it compares again. Values that change back are valid again.
 
     Args:
         parts: Returns the modules and parameters, as they are now.
@@ -41,6 +44,8 @@ class Watched:
     def _record(self) -> None:
         """Record identities of modules, and identities and versions of tensors."""
         self._recorded = parts = list(self._parts())
+        # All modules within the parts; the dictionaries that hold their tensors; their children, each dictionary with
+        # what it held; all tensors, in the order of these dictionaries; and the versions of these.
         self._modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
         self._held = [tensors for m in self._modules for tensors in (m._parameters, m._buffers) if tensors]
         self._children = [(m._modules, list(m._modules.values())) for m in self._modules if m._modules]
@@ -67,14 +72,15 @@ class Watched:
 
     def is_stale(self) -> bool:
         """Return True if the kept values were computed with other tensors, as far as versions show."""
-        return self.has_changed() if self._touched() else self._stale
+        return self.compare() if self._touched() else self._stale
 
-    def has_changed(self) -> bool:
-        """Return True if contents or settings differ from those at construction."""
+    def compare(self) -> bool:
+        """Return True if contents or settings differ from those at construction, and remember it for `is_stale`."""
         self._record()
-        # `strict=False`: the settings below have the number of tensors.
-        pairs = zip(self._digest(), self._digests, strict=False)
-        values_differ = any(now != then for now, then in pairs if None not in (now, then))
+        digests_now = self._digest()
+        values_differ = len(digests_now) != len(self._digests) or any(
+            now != then for now, then in zip(digests_now, self._digests, strict=True) if None not in (now, then)
+        )
         try:
             settings_differ = self._read_settings() != self._settings
         except (RuntimeError, ValueError):  # arrays or tensors within an attribute have no truth value
@@ -97,8 +103,8 @@ class Watched:
         return list(digests(x.detach() for x in self._tensors))
 
     def _read_settings(self) -> list[Any]:
-        """Types, children, hooks, replaced methods and other attributes of the modules, and the number of tensors."""
-        return [len(self._tensors), global_hooks(), *map(_settings_of, self._modules)]
+        """Types, children, hooks, replaced methods and other attributes of the modules."""
+        return [global_hooks(), *map(_settings_of, self._modules)]
 
 
 def _settings_of(module: nn.Module) -> list[Any]:

@@ -95,11 +95,11 @@ def test_fused_block_completes_its_sums_by_one_launch(backend: Backend, kind, mo
     if queries is not None:
         attention = partial(_selected, attention, queries)
     block = fused.BlockReading(weights, "gelu", (1e-5, 1e-5), heads)
-    call = fused.RowsCall(attention, query_rows=queries)
+    how = fused.RowsCall(attention, query_rows=queries)
     inputs, found = [x for x in (stream, *weights.tensors()) if x.requires_grad], []
     for together in (False, True):
         monkeypatch.setattr(node, "sums_together", lambda device, together=together: together)
-        out = node.fused_block(block, fused.Hidden(stream), call, torch.float32).sum()
+        out = node.fused_block(block, fused.Hidden(stream), how, torch.float32).sum()
         found.append(torch.autograd.grad(out.square().mean(), inputs))
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * one.norm()

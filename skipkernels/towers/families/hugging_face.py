@@ -25,7 +25,7 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip2 import modeling_siglip2
 
 from ..base import ImageTower, UnsupportedModel
-from ..block import FusedBlock, Sequences, Submodules, submodules
+from ..block import BlockInput, FusedBlock, Submodules, submodules
 from ..fused import BlockReading, BlockWeights
 from ..prompts import Pooling, Prompts
 from ..text import TextTower
@@ -75,23 +75,23 @@ class HuggingFaceBlock(FusedBlock):
         heads = attention.embed_dim // attention.head_dim  # its forward ignores `num_heads`
         return BlockReading(weights, _ACTIVATIONS[type(mlp["activation_fn"])], (norm_1.eps, norm_2.eps), heads)
 
-    def _sequences(
+    def _parse_input(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
-    ) -> Sequences | None:
+    ) -> BlockInput | None:
         if any(value is not None and value is not False for value in kwargs.values()):
             return None  # such as output_attentions
         if attention_mask is None:
             ignores = self._modules["self_attn"].config._attn_implementation == "eager"  # which knows the mask alone
-            return Sequences(hidden_states, None, bool(is_causal) and not ignores)
+            return BlockInput(hidden_states, None, bool(is_causal) and not ignores)
         if attention_mask.ndim != 4:  # of flash attention and flex attention
             return None
         if attention_mask.dtype == torch.bool:  # True where a token is seen
             attention_mask = hidden_states.new_zeros(attention_mask.shape).masked_fill(~attention_mask, -torch.inf)
-        return Sequences(hidden_states, attention_mask)
+        return BlockInput(hidden_states, attention_mask)
 
     def _example(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...] | None:
         takes_fp32 = self._attention_function() is not flash_attention_forward

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..base import ImageTower, Part, UnsupportedModel
-from ..block import FusedBlock, Sequences, Submodules, submodules
+from ..block import BlockInput, FusedBlock, Submodules, submodules
 from ..fused import BlockReading, BlockWeights
 from ..prompts import Pooling, Prompts
 from ..text import TextTower
@@ -91,9 +91,9 @@ class OpenClipBlock(FusedBlock):
         kind = activation(mlp["gelu"], _ACTIVATIONS)
         return BlockReading(weights, kind, (norm_1.eps, norm_2.eps), attention.num_heads)
 
-    def _sequences(
+    def _parse_input(
         self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
-    ) -> Sequences | None:
+    ) -> BlockInput | None:
         if (
             k_x is not None
             or v_x is not None
@@ -102,8 +102,8 @@ class OpenClipBlock(FusedBlock):
         ):
             return None
         if attn_mask is not None and attn_mask.ndim == 3:  # [n · H, tokens, tokens]
-            return Sequences(q_x, attn_mask.unflatten(0, (len(q_x), -1)))
-        return Sequences(q_x, None if attn_mask is None else attn_mask[None, None])
+            return BlockInput(q_x, attn_mask.unflatten(0, (len(q_x), -1)))
+        return BlockInput(q_x, None if attn_mask is None else attn_mask[None, None])
 
 
 def _is_sin_cos_table(positions: Tensor, grid: tuple[int, int]) -> bool:
@@ -167,14 +167,14 @@ class OpenClipTextTower(TextTower):
     def head(self) -> tuple[Part, ...]:
         return self.text.ln_final, self.text.text_projection
 
-    def read_prompts(self, tokens: Tensor) -> Prompts:
+    def read_prompts(self, tokens: Tensor, templates: int = 1) -> Prompts:
         context = len(self.text.positional_embedding) - (getattr(self.text, "cls_emb", None) is not None)
         if tokens.shape[1] > context or (self.text is self.model and tokens.shape[1] != context):
             raise ValueError(
                 f"SkipCLIP: tokens must be [C, L={context}], as long as the model's context; got {list(tokens.shape)}. "
                 "Use the model's tokenizer: open_clip.get_tokenizer(NAME)."
             )
-        return super().read_prompts(tokens)
+        return super().read_prompts(tokens, templates)
 
     def masks(self) -> list[Tensor | None]:
         return [self.text.attn_mask]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import ImageTower, Part
-from ..block import Sequences, Submodules, submodules
+from ..block import BlockInput, Submodules, submodules
 from ..prompts import Pooling, Prompts
 from ..text import TextTower
 from .open_clip import BLOCK_TYPES, OpenClipBlock, OpenClipTextTower
@@ -32,11 +32,12 @@ class OpenAIBlock(OpenClipBlock):
         learned = self.attn_mask is not None and self.attn_mask.requires_grad
         return "a block's attention mask is learned" if learned else super()._why_settings()
 
-    def _sequences(self, x: Tensor) -> Sequences | None:  # type: ignore[override]
+    def _parse_input(self, x: Tensor) -> BlockInput | None:  # type: ignore[override]
         if x.ndim != 3:
             return None
-        mask, tokens = self.attn_mask, len(x)
-        return Sequences(x.transpose(0, 1), None if mask is None else mask[None, None, -tokens:, -tokens:].to(x.device))
+        tokens, mask = len(x), self.attn_mask
+        mask = None if mask is None else mask[None, None, -tokens:, -tokens:].to(x.device)
+        return BlockInput(x.transpose(0, 1), mask)
 
     def _example(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...]:
         return (draw(3 if self.attn_mask is None else len(self.attn_mask), 2, width),)

@@ -18,7 +18,7 @@ from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from ..block import FusedBlock, Sequences, Submodules, submodules
+from ..block import BlockInput, FusedBlock, Submodules, submodules
 from ..fused import NORMS, BlockReading, BlockWeights, Rotary
 from .reading import activation, joint_weight_and_bias, layer_scale, weight_and_bias
 
@@ -121,10 +121,10 @@ class TimmBlock(FusedBlock):
         eps = tuple(getattr(norm, "eps", 0.0) for norm in (norm_1, norm_2, *norms))
         return BlockReading(weights, kind, eps, attention.num_heads, isinstance(norm_1, RmsNorm))
 
-    def _sequences(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Sequences | None:
+    def _parse_input(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> BlockInput | None:
         if x.ndim != 3 or attn_mask is not None:  # towers of CLIP have no mask
             return None
-        return Sequences(x, None, is_causal)
+        return BlockInput(x, None, is_causal)
 
 
 class TimmEvaBlock(TimmBlock):
@@ -136,10 +136,10 @@ class TimmEvaBlock(TimmBlock):
         block: Any = self
         return block.gamma_1, block.gamma_2
 
-    def _sequences(  # type: ignore[override]
+    def _parse_input(  # type: ignore[override]
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Sequences | None:
-        given = super()._sequences(x, attn_mask, is_causal)
+    ) -> BlockInput | None:
+        given = super()._parse_input(x, attn_mask, is_causal)
         if given is None or rope is None:
             return given
         rotary = rotary_of_tokens(rope, self._modules["attn"])

@@ -38,8 +38,8 @@ def recompute(call: BlockCall, saved: Saved) -> Saved:
     inner = saved.inner
     if inner is None:
         inner = forward.mlp_in(call, forward.norm(call, "norm_2", saved.norm_2.x)[0])
-    graph = saved.attention or forward.attention(call, saved.projected, record=True)[1]
-    return replace(saved, inner=inner, attention=graph)
+    graph = saved.attention_graph or forward.attention(call, saved.projected, record=True)[1]
+    return replace(saved, inner=inner, attention_graph=graph)
 
 
 def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients) -> Hidden | None:
@@ -48,7 +48,7 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     Set those of the weights that are needed in `gradients`. Each tensor is released once the next stage has read it.
     """
     needed = gradients.needed
-    assert saved.inner is not None and saved.attention is not None and d_out.branch is not None
+    assert saved.inner is not None and saved.attention_graph is not None and d_out.branch is not None
     d_active = d_mlp_out(call, d_out.branch)  # [Q, M]
     d_active, mlp_normed = d_mlp_norm(call, saved.inner, d_active, gradients)
     d_inner, active = d_mlp_act(call, saved.inner, d_active, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
@@ -63,12 +63,12 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     if normed is not None:
         gradients.set_product("fc", (d_inner, normed))
     del d_inner, normed
-    gradients.set_product("out_proj", (d_branch, saved.attention.result.detach()))
+    gradients.set_product("out_proj", (d_branch, saved.attention_graph.result.detach()))
     if not needed.of_attention:
         return None
     d_result = d_out_proj(call, d_branch)  # [Q, W]
     del d_branch
-    d_projected = d_attention(saved.attention, d_result, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
+    d_projected = d_attention(saved.attention_graph, d_result, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
     del d_result
     d_projected = d_rotation(call, d_projected)
     if not needed.hidden:
@@ -86,7 +86,7 @@ def d_norm_1(
     call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_mid: Tensor, gradients: Gradients
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of stream and branch [R, W], with that of the residual [Q, W]; return also LN₁(hidden), if needed."""
-    if call.rows.query_rows is None:
+    if call.how.query_rows is None:
         return _norm(call, "norm_1", saved, d_normed, d_mid, gradients)
     found = _norm(call, "norm_1", saved, d_normed, None, gradients)
     d_stream = call.add_to_queries(found.d_x, d_mid)
@@ -102,7 +102,7 @@ def d_in_proj(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradien
         return d_projected[0] @ weight  # [R, 3W] @ [3W, W] -> [R, W]
     (d_query, d_key_value), W = d_projected, weight.shape[1]
     d_normed = d_key_value @ weight[W:]  # [R, 2W] @ [2W, W] -> [R, W]
-    if isinstance(call.rows.query_rows, slice):
+    if isinstance(call.how.query_rows, slice):
         # The query rows are a view of d_normed: one product that adds to it in place, d_normed[rows] += d_query W_q.
         d_rows = call.queries(d_normed)
         torch.addmm(d_rows, d_query, weight[:W], out=d_rows)  # [Q, W] + [Q, W] @ [W, W]

@@ -77,7 +77,7 @@ class Saved:
 
     norm_1: SavedNorm  # hidden [R, W]
     projected: tuple[Tensor, ...]  # ([R, 3W],), or query [Q, W] and key_value [R, 2W]
-    attention: AttentionGraph | None  # None: attention is repeated
+    attention_graph: AttentionGraph | None  # None: attention is repeated
     norm_2: SavedNorm  # mid [Q, W]
     inner: Tensor | None  # [Q, M], or [Q, 2M] for SwiGLU. None: the product is repeated
 
@@ -119,7 +119,7 @@ def norm_1(call: BlockCall, inputs: Hidden) -> tuple[Tensor, SavedNorm]:
 def in_proj(call: BlockCall, normed: Tensor) -> tuple[Tensor, ...]:
     """LN₁(hidden) · W_qkv + b_qkv: query, key and value ([R, 3W],), or ([Q, W], [R, 2W])."""
     weight, bias = call.weights.in_proj, call.weights.in_proj_bias
-    if call.rows.query_rows is None or not call.rows.separate_queries:
+    if call.how.query_rows is None or not call.how.separate_queries:
         return (F.linear(normed, weight, bias),)  # [R, W] @ [W, 3W] -> [R, 3W]
     W = normed.shape[1]
     of_query, of_key_value = (None, None) if bias is None else (bias[:W], bias[W:])
@@ -145,7 +145,7 @@ def attention(call: BlockCall, projected: Sequence[Tensor], record: bool) -> tup
         inputs: Sequence[Tensor] = leaves
         if weights.query_norm is not None:
             inputs = rotate(call, _norm_heads(call, leaves))
-        result = call.rows.attention(*inputs, heads=call.block.heads)
+        result = call.how.attend(*inputs, heads=call.block.heads)
         if weights.attention_norm is not None:
             result, _ = norm(call, "attention_norm", result)
     return result, AttentionGraph(leaves, norms, result) if record else None
@@ -206,9 +206,9 @@ def _norm_heads(call: BlockCall, projected: Sequence[Tensor]) -> tuple[Tensor, .
 
 def rotate(call: BlockCall, projected: Sequence[Tensor], *, inverse: bool = False) -> tuple[Tensor, ...]:
     """Rotate the heads of query and key in projections; `inverse` maps gradients of the rotated ones to the others."""
-    if call.rows.rotary is None:
+    if call.how.rotary is None:
         return tuple(projected)
-    (cos, sin, interleaved), heads = call.rows.rotary, call.block.heads
+    (cos, sin, interleaved), heads = call.how.rotary, call.block.heads
     wide = torch.promote_types(projected[0].dtype, torch.float32)
     cos, sin = cos.to(wide), sin.to(wide)
     if len(projected) == 1:  # query and key are the first 2H heads

@@ -15,7 +15,8 @@ NORMS = ("norm_1", "norm_2", "query_norm", "key_norm", "attention_norm", "mlp_no
 # Norms within attention: autograd computes their gradients.
 ATTENTION_NORMS = tuple(f"{name}{suffix}" for name in ("query_norm", "key_norm", "attention_norm")
                         for suffix in ("", "_bias"))  # fmt: skip
-# Fields of `BlockWeights` that products read, in the dtype of the products. The operators upcast the others.
+# Fields of `BlockWeights` that products read, in the dtype of the products. The operators upcast the others: fc_bias is
+# added by that of the activation.
 CAST_FIELDS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
 
 Weight = Tensor | tuple[Tensor, ...]  # A tuple has the parts of a weight, one below the other: see `prepare`
@@ -105,7 +106,10 @@ class BlockWeights:
 
 
 class PreparedWeights(BlockWeights):
-    """Weights as the stages read them: each is one tensor, those of `CAST_FIELDS` in the dtype of the products."""
+    """Weights as the stages read them: each is one tensor, those of `CAST_FIELDS` in the dtype of the products.
+
+    The fields are those of `BlockWeights`; those below can't be tuples.
+    """
 
     in_proj: Tensor
     in_proj_bias: Tensor | None
@@ -147,14 +151,17 @@ class BlockAttention(Protocol):
 
 
 class RowsCall(NamedTuple):
-    """Second argument of a fused block that is called with rows, `block(hidden, call)`; the first is a `Hidden`.
+    """Second argument of a fused block that is called with rows, `block(hidden, how)`; the first is a `Hidden`.
 
-    The last block of a tower returns Q of its R rows, those of the pooled tokens. With `separate_queries` only their
-    queries are projected (one token of each image). Without it, all queries are, and `attention` returns Q rows: it
-    computes suffixes behind a shared prefix by one kernel, of which the pooled tokens are a selection.
+    The last block of a tower returns Q of its R rows, those of the pooled tokens:
+
+        query_rows   separate_queries   queries projected   `attend` returns
+        None         False              of all R rows       R rows
+        given        True               of Q rows           Q rows: one token of each sequence
+        given        False              of all R rows       Q rows, a selection: suffixes are attended to by one kernel
     """
 
-    attention: BlockAttention
+    attend: BlockAttention
     memory: FusedMemory = "fast"  # What is saved for backward; table in `forward.py`
     query_rows: Tensor | slice | None = None  # int64 [Q] without duplicates, or a slice; None: all rows, Q = R
     separate_queries: bool = False
@@ -165,22 +172,22 @@ class BlockCall(NamedTuple):
     """One call of a block, as its stages read it: R rows of tokens, of which Q are computed behind the projections."""
 
     block: BlockReading
-    rows: RowsCall
+    how: RowsCall
     weights: PreparedWeights  # Those of the block
     # Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
     dtype: torch.dtype
 
     def queries(self, x: Tensor) -> Tensor:
         """Select the query rows [Q, …] of a tensor [R, …]; a view for a slice."""
-        rows = self.rows.query_rows
-        if rows is None:
+        query_rows = self.how.query_rows
+        if query_rows is None:
             return x
-        return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+        return x[query_rows] if isinstance(query_rows, slice) else x.index_select(0, query_rows)
 
     def add_to_queries(self, x: Tensor, values: Tensor) -> Tensor:
         """Add values [Q, …] to the query rows of a tensor [R, …], in place."""
-        if isinstance(self.rows.query_rows, Tensor):
-            return x.index_add_(0, self.rows.query_rows, values)
+        if isinstance(self.how.query_rows, Tensor):
+            return x.index_add_(0, self.how.query_rows, values)
         self.queries(x).add_(values)
         return x
 
@@ -207,6 +214,7 @@ def prepare(
     for name, parts in weights.parts():
         if name not in CAST_FIELDS or (len(parts) == 1 and parts[0].dtype == dtype):
             continue
+        # `active` is set only during a graphed step.
         cast = None if casts_of_step.active is None else casts_of_step.active.of_product(parts, dtype)
         if cast is None:
             lengths = [len(part) for part in parts]
