@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_PRELOADED = ["pytest", "open_clip", "skipkernels.app.train.run"]
+_PRELOADED = ["pytest", "open_clip", "skipkernels.app.train.tuning"]
 
 
 def forkserver() -> Any:

@@ -21,6 +21,11 @@ def plain(text: object, style: str = "") -> Text:
     return Text(escaped(text), style)
 
 
+def print_plain(console: Console, text: str) -> None:
+    """Print a line like `plain`, without wrapping it."""
+    console.print(plain(text), soft_wrap=True)
+
+
 class Terminal(Console):
     """Rich console on an `Output` that shows every string like `plain`, but keeps line breaks.
 

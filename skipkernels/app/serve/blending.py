@@ -16,17 +16,14 @@ from ...folders import restored
 from ..config import TuneConfig
 from ..data import InputError, SizedDataset
 from ..methods.base import TunedModel
-from ..report import report_html
-from ..report.mistakes import predictions_with_thumbnails
 from ..train import weights
 from ..train.calibration import calibrate
 from ..train.checkpoint import MODEL
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluator
-from ..train.model_card import CARD, model_card
-from ..train.own_dataset import KIND, check_no_parts, own_data
+from ..train.own_dataset import KIND, OwnData
 from ..train.predictions import TestPredictions
-from ..train.run_folder import CONFIG, REPORT, RunFolder, read_metrics, read_model
+from ..train.run_folder import CONFIG, RunFolder, read_metrics, read_model
 from ..train.setup import RunSetup, build_run
 from .output import check_blended
 
@@ -93,40 +90,30 @@ def blend(
     folder = restored(Path(run).expanduser())
     target = check_blended(folder, None if out is None else Path(out), overwrite=overwrite)
     (_, file), metrics = read_model(folder), read_metrics(folder)
-    given = () if dataset is None else ("data",)
-    of_run = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=given)
-    if not issubclass(of_run.method_class(), TunedModel):
-        raise InputError(
-            f"blend: run must be of a method that tunes the weights of the model, skip or full; got {of_run.method}, "
-            "which adds weights to it.",
-            "run",
-        )
-    config = replace(of_run, trust=trust, refresh="never", workers=0)
-    if config.cache is not None and not config.cache.is_dir():
-        config = replace(config, cache=None)
-    if device is not None:
-        config = replace(config, device=device, attention="sdpa")
-    open_data = None
-    if dataset is not None:
-        name = config.data.partition(":")[2]
-        config, open_data = own_data(config, dataset, test=test, validation=validation, classes=classes, name=name)
-    elif config.data.partition(":")[0] == KIND:
-        raise InputError(
-            f"blend: dataset must be given in Python, with test and validation, for a run on {config.data}."
-        )
-    else:
-        check_no_parts("blend", test, validation, classes)
-    written = replace(of_run, cache=config.cache, device=config.device, attention=config.attention)
-    written = replace(written, out=target, overwrite=overwrite, resume=False, delta=False).resolved(open_data)
-    new_folder = RunFolder(written, can_resume=False)  # refuses a folder that can't be written
+    of_run = _config_of_run(folder, trust=trust, own=dataset is not None)
+    changes: dict[str, Any] = {} if device is None else {"device": device, "attention": "sdpa"}
+    if of_run.cache is not None and not of_run.cache.is_dir():
+        changes["cache"] = None
+    own = OwnData(dataset, test, validation, classes, name=of_run.data.partition(":")[2])
+    config, open_data = own.applied(replace(of_run, trust=trust, refresh="never", workers=0, **changes), "blend")
+    written = replace(of_run, **changes, out=target, overwrite=overwrite, resume=False, delta=False)
+    new_folder = RunFolder(written.resolved(open_data), can_resume=False)  # refuses a folder that can't be written
+
     setup = build_run(config.resolved(open_data), open_data=open_data)
     evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
-    zero_shot = evaluator.evaluate(setup.method).top
+    zero_shot = evaluator.evaluate(setup.method)
     weighted = Interpolation(setup, file)
     curve = _curve(evaluator, setup, weighted)
     chosen = choose(curve["accuracy"].get(VALIDATION)) if alpha == "auto" else float(alpha)
     weighted.set(chosen)
     blended = evaluator.evaluate(setup.method)
+    described = describe(new_folder.config, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
+    held = evaluator.validation_logits(setup.method)
+    if held is not None:
+        fitted, thresholds = calibrate(*held)
+        metrics["validation"] = metrics["validation"] | {"tuned": blended.validation, "thresholds": thresholds}
+        described = replace(described, **fitted)
+
     metrics |= {
         "tuned": blended.accuracies,
         "by_class": evaluator.by_class(blended),
@@ -136,19 +123,24 @@ def blend(
     }
     if metrics.get("command"):
         metrics["command"] += f"\nskipkernels blend {shlex.quote(str(folder))} --alpha {chosen:g}"
-    tests = [
-        predictions_with_thumbnails(test, evaluator.labels[test.name], zero_shot[test.name], blended.top[test.name])
-        for test in setup.task.tests
-        if len(test.images)
-    ]
-    described = describe(written, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
-    held = evaluator.validation_logits(setup.method)
-    if held is not None:
-        fitted, thresholds = calibrate(*held)
-        metrics["validation"] = metrics["validation"] | {"tuned": blended.validation, "thresholds": thresholds}
-        described = replace(described, **fitted)
-    _write(new_folder, written, setup, described, metrics, tests)
+    _write(new_folder, setup, described, metrics, evaluator.predictions(zero_shot, blended))
     return metrics
+
+
+def _config_of_run(folder: Path, *, trust: bool, own: bool) -> TuneConfig:
+    """Return the configuration of a run that can be blended; `own`: a dataset is given in Python."""
+    config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=["data"] if own else ())
+    if not issubclass(config.method_class(), TunedModel):
+        raise InputError(
+            f"blend: run must be of a method that tunes the weights of the model, skip or full; got {config.method}, "
+            "which adds weights to it.",
+            "run",
+        )
+    if not own and config.data.partition(":")[0] == KIND:
+        raise InputError(
+            f"blend: dataset must be given in Python, with test and validation, for a run on {config.data}."
+        )
+    return config
 
 
 def choose(validation: list[float] | None) -> float:
@@ -201,7 +193,6 @@ def _curve(evaluator: Evaluator, setup: RunSetup, weighted: Interpolation) -> di
 
 def _write(
     folder: RunFolder,
-    config: TuneConfig,
     setup: RunSetup,
     described: Description,
     metrics: dict[str, Any],
@@ -214,8 +205,7 @@ def _write(
         metrics["checkpoint"] = {"file": MODEL, "mib": mib, "mib_of_all": mib}
         described = replace(described, weights_xxh3=digest_file(file))
         described.write(folder.path)
-        use = "open-clip" if write_open_clip_config(folder.path, setup.model, setup.tokenizer) else "skipkernels"
-        folder.write(CARD, model_card(config, described, metrics, use=use))
-        folder.write_predictions(tests)
-        folder.write(REPORT, report_html(config, metrics, [], tests))
+        write_open_clip_config(folder.path, setup.model, setup.tokenizer)
+        folder.write_card(described, metrics)
+        folder.write_report(metrics, tests, [])
         folder.write_metrics(metrics)

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from ...formatting import duration
 from ..config import TuneConfig
-from ..console import Terminal, plain
+from ..console import Terminal, plain, print_plain
 from ..data import InputError
 from ..train import check, tune
 from ..train.run_folder import CONFIG, METRICS, read_metrics
@@ -117,9 +117,7 @@ def run_variants(
         _in_subprocess(_check, unchecked)
     waiting = [run for run in planned if run.metrics is None]
     if len(waiting) < len(planned):
-        console.print(
-            plain(f"{len(planned) - len(waiting)} of {len(planned)} runs are complete in {folder}"), soft_wrap=True
-        )
+        print_plain(console, f"{len(planned) - len(waiting)} of {len(planned)} runs are complete in {folder}")
     results, noted = [], set[str]()
     seconds: dict[str, list[float]] = {}  # of the runs of each variant
     for number, run in enumerate(planned, 1):
@@ -132,7 +130,7 @@ def run_variants(
             metrics = _execute(run, keep_diverged=keep_diverged, notes=run.config.method not in noted)
             noted.add(run.config.method)
             took = time.perf_counter() - started
-            console.print(plain(f"{run.title}: {_outcome(metrics)}, {duration(took)}"), soft_wrap=True)
+            print_plain(console, f"{run.title}: {_outcome(metrics)}, {duration(took)}")
         else:
             took = metrics["cost"]["seconds_total"]
         seconds.setdefault(run.name, []).append(took)

@@ -8,11 +8,11 @@ from ..._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .evaluation import evaluate_run
-    from .run import check, tune
+    from .tuning import check, tune
 
 __all__ = ["check", "evaluate_run", "tune"]
 
 __getattr__ = lazy_names(
     __name__,
-    {"evaluation": ("evaluate_run",), "run": ("check", "tune")},
+    {"evaluation": ("evaluate_run",), "tuning": ("check", "tune")},
 )

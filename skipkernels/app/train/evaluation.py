@@ -14,22 +14,22 @@ from torch import Tensor
 
 from ...features import FeatureCache
 from ...folders import restored
-from ...options import Protocol
 from ..config import TuneConfig
-from ..console import plain
-from ..data import InputError, SizedDataset
+from ..console import print_plain
+from ..data import InputError, SizedDataset, Source
 from ..data.files import format_names
 from ..data.tasks import summarise
 from ..methods import Method
+from ..report.mistakes import predictions_with_thumbnails
 from ..untrusted import check_source
 from . import weights
 from .class_metrics import VALIDATION, metrics_of_test
 from .model import LOCAL_DIR, load_weights
-from .own_dataset import check_no_parts, own_data
+from .own_dataset import OwnData
 from .plain_config import OPEN_CLIP
 from .precision import REMEDY
-from .predictions import TOP, TopClasses
-from .processes import join
+from .predictions import TOP, TestPredictions, TopClasses
+from .processes import Processes, join
 from .run_folder import CONFIG, read_model
 from .setup import BATCH, RunSetup, build_run
 
@@ -87,6 +87,14 @@ class Evaluator:
         found = self._predicted(method, VALIDATION, method.logits)
         return None if found is None else (found[0], self.labels[VALIDATION])
 
+    def predictions(self, before: Evaluation, after: Evaluation) -> list[TestPredictions]:
+        """Collect the predictions for each test, for the files of a run."""
+        tests = [test for test in self._setup.task.tests if test.name in before.top]  # has images
+        return [
+            predictions_with_thumbnails(test, self.labels[test.name], before.top[test.name], after.top.get(test.name))
+            for test in tests
+        ]
+
     @torch.no_grad()
     def _predicted(self, method: Method, name: str, predict: Callable[..., Any]) -> list[Tensor] | None:
         """Tensors [n, …] that `predict` returns for all images, in evaluation mode; None if it can't classify them."""
@@ -120,16 +128,12 @@ class Evaluator:
 def evaluate_run(
     folder: str | Path,
     *,
-    device: str | None = None,
-    data: str | None = None,
-    root: Path | None = None,
-    protocol: Protocol | None = None,
     dataset: SizedDataset | None = None,
     test: SizedDataset | None = None,
     classes: Sequence[str] | None = None,
-    max_classes: int | None = None,
     trust: bool = False,
     console: Console | None = None,
+    **settings: Any,
 ) -> Accuracies:
     """Compute the accuracy of the model of a run. Writes nothing, and does not read the feature cache.
 
@@ -137,65 +141,67 @@ def evaluate_run(
 
     Args:
         folder: Run folder of `tune`, which may be in progress.
-        device: Device. Default: that of the run.
-        data: Dataset of the test images. Default: that of the run.
-        root: Folder of the datasets of coop:, or of the images of csv:. Default: that of the run.
-        protocol: Protocol that selects test classes and images. Default: that of the run.
         dataset: Training images that were passed to `tune`, or others of the same classes.
         test: Test images; see `tune`.
         classes: Class names by label; see `tune`.
-        max_classes: Largest number of classes. Default: all of other `data`, and the setting of the run for its own.
         trust: Load what config.yaml names: models and datasets of the hub, models and weights in other folders.
         console: Console for notes, and the number of images and the classes of each test. Default: none.
+        **settings: Fields of `TuneConfig` that replace those of the run: `device`, `data`, `root`, `protocol` or
+            `max_classes`. None: that of the run; of other data, all classes.
 
     Raises:
         InputError: If the folder is not a run folder, its model is damaged, the run has no test images, or it is not
             trusted and names such a source.
         FloatingPointError: If a logit is not finite.
     """
-    folder = restored(Path(folder))
-    given = ("model", "pretrained", *(["data"] if data or dataset is not None else []))  # the model is checked below
-    config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=given)
-    if config.test == "none" and data is None and test is None:
-        raise InputError(f"evaluate_run: data must be given: all images of {config.data} trained or validated.", "data")
-    if max_classes is None and data in (None, config.data):  # of other data, all classes
-        max_classes = config.max_classes
-    changes: dict[str, Any] = {
-        "data": data or config.data,
-        "root": root or config.root,
-        "protocol": protocol or config.protocol,
-    }
-    changes |= {"cache": None, "refresh": "never", "validation": "none", "patience": None, "test": "split"}
-    if test is not None or data not in (None, config.data):
-        changes["fold"] = None
-    if device is not None:  # xformers may not support this device
-        changes |= {"device": device, "attention": "sdpa"}
-    rounded_to = None if config.cache is None else config.cache_dtype
-    config = replace(config, trust=trust, max_classes=max_classes, workers=0, **changes)
-    open_data = None
-    if dataset is not None:
-        config, open_data = own_data(config, dataset, test=test, classes=classes)
-    else:
-        check_no_parts("evaluate_run", test, classes)
-    processes = join()
+    folder, processes = restored(Path(folder)), join()
+    console = console if console is not None and processes.first else Console(quiet=True)
+    given = {name: value for name, value in settings.items() if value is not None}
+    own = OwnData(dataset, test, classes=classes)
+    config, open_data = own.applied(_config_of_run(folder, own, given, trust), "evaluate_run")
     processes.set_device(config.device)
+    setup = _tuned_setup(folder, config, open_data, processes)
+    for note in setup.task.source_notes:
+        print_plain(console, f"note: {note}")
+    for each in setup.task.tests:
+        names = f"{len(each.classes)} classes: {format_names(each.classes)}"
+        print_plain(console, f"{each.name}: {len(each.images)} images of {names}")
+    return Evaluator(setup, setup.test_features()).evaluate(setup.method).accuracies
+
+
+def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: bool) -> TuneConfig:
+    """Return the configuration of a run with other settings, for its test images alone."""
+    replaced = ("model", "pretrained", *(["data"] if "data" in given or own.dataset is not None else []))
+    config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=replaced)  # the model is checked later
+    if config.test == "none" and "data" not in given and own.test is None:
+        raise InputError(f"evaluate_run: data must be given: all images of {config.data} trained or validated.", "data")
+    changes: dict[str, Any] = {"trust": trust, "workers": 0, "test": "split"}
+    changes |= {"refresh": "never", "validation": "none", "patience": None}
+    other = given.get("data", config.data) != config.data
+    if other:
+        changes["max_classes"] = None
+    if other or own.test is not None:
+        changes["fold"] = None
+    if "device" in given:  # xformers may not support this device
+        changes["attention"] = "sdpa"
+    return replace(config, **changes | given)
+
+
+def _tuned_setup(
+    folder: Path, config: TuneConfig, open_data: Callable[[], Source] | None, processes: Processes
+) -> RunSetup:
+    """Load the model of a run, its test images and its method with the tuned weights."""
     described, file = read_model(folder)
     whole = described.holds == weights.MODEL
     if whole and (folder / OPEN_CLIP).is_file():  # the folder has the whole model
         config = replace(config, model=f"{LOCAL_DIR}{folder.absolute()}", pretrained=None)
     else:
         for name in ("model", "pretrained"):
-            check_source(folder / CONFIG, name, getattr(config, name) or "", trust)
+            check_source(folder / CONFIG, name, getattr(config, name) or "", config.trust)
+    rounded_to = None if config.cache is None else config.cache_dtype
+    config = replace(config, cache=None).resolved(open_data)
     load = (lambda model: load_weights(model, file)) if whole else None
-    setup = build_run(
-        config.resolved(open_data), open_data=open_data, load=load, processes=processes, rounded_to=rounded_to
-    )
+    setup = build_run(config, open_data=open_data, load=load, processes=processes, rounded_to=rounded_to)
     if not whole:
         weights.WeightsFile(setup.method, setup.model, delta=False).load(file)
-    shown = console if console is not None and processes.first else Console(quiet=True)
-    for note in setup.task.source_notes:
-        shown.print(plain(f"note: {note}"), soft_wrap=True)
-    for each in setup.task.tests:
-        names = f"{len(each.classes)} classes: {format_names(each.classes)}"
-        shown.print(plain(f"{each.name}: {len(each.images)} images of {names}"), soft_wrap=True)
-    return Evaluator(setup, setup.test_features()).evaluate(setup.method).accuracies
+    return setup

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...digests import digest_json
@@ -17,54 +17,53 @@ from ..data.splits import listed_source
 KIND = "dataset"
 
 
-def own_data(
-    config: TuneConfig,
-    dataset: SizedDataset,
-    *,
-    test: SizedDataset | None = None,
-    validation: SizedDataset | None = None,
-    classes: Sequence[str] | None = None,
-    name: str | None = None,
-    identity: Any = None,
-) -> tuple[TuneConfig, Callable[[], Source]]:
-    """Return the configuration for a dataset, and the function that opens it; arguments as for `tune`."""
-    if config.data != TuneConfig.data and config.data.partition(":")[0] != KIND:
-        raise InputError(f"tune: data is {config.data!r}, and dataset is given too; leave one of them out.", "data")
-    parts = {"dataset": dataset, "test": test, "validation": validation}
-    given = {argument: part for argument, part in parts.items() if part is not None}
-    for argument, part in given.items():
-        if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) or isinstance(part, Mapping):
-            raise InputError(
-                f"tune: {argument} must be a map-style dataset, with len(dataset) and dataset[i] → (image, label); got "
-                f"{type(part).__name__}.",
-                argument,
-            )
-    own_name = f"{KIND}:" + re.sub(r"[^\w.+-]", "-", name or type(dataset).__name__)
-    digest = digest_json([[argument, dataset_identity(part, identity)] for argument, part in given.items()])
+@dataclass(frozen=True)
+class OwnData:
+    """Datasets that were passed in Python; fields as the arguments of `tune`."""
 
-    @functools.cache
-    def open_data() -> Source:
-        named = from_datasets(
-            own_name, train=dataset, val=validation, test=test, classes=classes, templates=config.template
-        )
-        if test is not None or (config.test == "none" and validation is not None):
+    dataset: SizedDataset | None
+    test: SizedDataset | None = None
+    validation: SizedDataset | None = None
+    classes: Sequence[str] | None = None
+    name: str | None = None
+    identity: Any = None
+
+    def applied(self, config: TuneConfig, function: str) -> tuple[TuneConfig, Callable[[], Source] | None]:
+        """Return the configuration for the dataset, and the function that opens it; None without a dataset."""
+        if self.dataset is None:
+            if any(part is not None for part in (self.test, self.validation, self.classes)):
+                raise InputError(
+                    f"{function}: test and validation images, and class names as classes, need the training images as "
+                    "dataset. For a number of classes pass max_classes.",
+                    "dataset",
+                )
+            return config, None
+        if config.data != TuneConfig.data and config.data.partition(":")[0] != KIND:
+            raise InputError(f"tune: data is {config.data!r}, and dataset is given too; leave one of them out.", "data")
+        parts = {"dataset": self.dataset, "test": self.test, "validation": self.validation}
+        given = {argument: part for argument, part in parts.items() if part is not None}
+        for argument, part in given.items():
+            if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) or isinstance(part, Mapping):
+                raise InputError(
+                    f"tune: {argument} must be a map-style dataset, with len(dataset) and dataset[i] → (image, label); "
+                    f"got {type(part).__name__}.",
+                    argument,
+                )
+        name = f"{KIND}:" + re.sub(r"[^\w.+-]", "-", self.name or type(self.dataset).__name__)
+        digest = digest_json([[argument, dataset_identity(part, self.identity)] for argument, part in given.items()])
+        config = replace(config, data=name, dataset_identity=digest)
+        return config, functools.cache(lambda: self._opened(config))
+
+    def _opened(self, config: TuneConfig) -> Source:
+        """Open the data with their splits: without test images, those of `validation` or a part of all test."""
+        name, templates = config.data, config.template
+        options: dict[str, Any] = {"classes": self.classes, "templates": templates}
+        named = from_datasets(name, train=self.dataset, val=self.validation, test=self.test, **options)
+        if self.test is not None or (config.test == "none" and self.validation is not None):
             return named
-        if validation is None:
-            images: Any = named.images("train")
+        if self.validation is None:
             how, remedy = "no test dataset", "give test=…"
-            return listed_source(own_name, images, named.classes, None, config.template, how=how, remedy=remedy)
-        note = f"{own_name}: no test dataset, so the validation images are the test images."
-        source = from_datasets(own_name, train=dataset, test=validation, classes=classes, templates=config.template)
-        return dataclasses.replace(source, notes=(note,))
-
-    return dataclasses.replace(config, data=own_name, dataset_identity=digest), open_data
-
-
-def check_no_parts(function: str, *parts: object) -> None:
-    """Refuse test images, validation images and class names without a dataset."""
-    if any(part is not None for part in parts):
-        raise InputError(
-            f"{function}: test and validation images, and class names as classes, need the training images as dataset. "
-            "For a number of classes pass max_classes.",
-            "dataset",
-        )
+            images: Any = named.images("train")
+            return listed_source(name, images, named.classes, None, templates, how=how, remedy=remedy)
+        note = f"{name}: no test dataset, so the validation images are the test images."
+        return replace(from_datasets(name, train=self.dataset, test=self.validation, **options), notes=(note,))

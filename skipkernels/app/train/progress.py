@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ...formatting import duration
 from ...memory import PeakMemory
-from ..console import plain
+from ..console import print_plain
 from ..report.plots import finite
 
 _REFRESHES = 2  # per second, of the bars; each delays the training thread by 3 ms
@@ -103,7 +103,7 @@ class ProgressDisplay:
         self._line(f"epoch {epoch}/{self._epochs}", *parts)
 
     def _line(self, *parts: str) -> None:
-        self._console.print(plain("  ".join(parts)), soft_wrap=True)
+        print_plain(self._console, "  ".join(parts))
 
     def _accuracies(self, accuracy: Mapping[str, float | None]) -> list[str]:
         """Accuracies with their change; of more than four, the first and the last, which is a mean of the others."""

@@ -29,7 +29,7 @@ from .checkpoint import BEST, DELTA, MODEL
 from .class_metrics import confusion_lines, prediction_lines
 from .description import CLASSIFIER, Description
 from .errors import argument_error
-from .model_card import CARD
+from .model_card import CARD, model_card
 from .plain_config import OPEN_CLIP
 from .predictions import PREDICTIONS, TestPredictions, save
 
@@ -188,6 +188,7 @@ class RunFolder:
         can_resume: See `check_run_folder`.
 
     Attributes:
+        config: The settings.
         path: Path of the folder.
         resumed: Checkpoint from which the run continues, or None.
         finished: Metrics of the run to resume if it is complete, or None.
@@ -195,7 +196,7 @@ class RunFolder:
 
     def __init__(self, config: TuneConfig, *, can_resume: bool = True):
         assert config.out is not None
-        self.path, self._config = config.out, config
+        self.path, self.config = config.out, config
         self.resumed: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
         check_out(config, can_resume=can_resume)
@@ -213,7 +214,7 @@ class RunFolder:
 
     def _check_settings(self, before: dict[str, Any]) -> None:
         """Check that the run to resume has the settings that change results."""
-        for name, value in self._config.identity().items():
+        for name, value in self.config.identity().items():
             if before.get(name) != value:
                 raise argument_error(
                     "resume",
@@ -236,7 +237,7 @@ class RunFolder:
                         path.unlink(missing_ok=True)
             except OSError as error:
                 raise argument_error("out", f"{self.path} can't be used: {error.strerror}.") from error
-            self.write(CONFIG, self._config.to_yaml())
+            self.write(CONFIG, self.config.to_yaml())
             if self.resumed is not None:
                 self.write_rows(self.resumed.rows)
             yield
@@ -248,7 +249,7 @@ class RunFolder:
         path = self.path
         with replaced_folder(path, (*_FILES, checkpoint.FOLDER, _EVENTS, LOCK)) as self.path:
             try:
-                self.write(CONFIG, self._config.to_yaml())
+                self.write(CONFIG, self.config.to_yaml())
                 yield
             finally:
                 self.path = path
@@ -264,11 +265,21 @@ class RunFolder:
         """Write metrics.jsonl."""
         self.write(EPOCHS, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def write_predictions(self, tests: Sequence[TestPredictions]) -> None:
-        """Write the predictions for the test images, also as CSV, and their confusions."""
+    def write_card(self, described: Description, metrics: dict[str, Any]) -> None:
+        """Write the model card."""
+        use = "open-clip" if (self.path / OPEN_CLIP).exists() else "skipkernels"
+        self.write(CARD, model_card(self.config, described, metrics, use=use))
+
+    def write_report(
+        self, metrics: dict[str, Any], tests: Sequence[TestPredictions], rows: list[dict[str, Any]]
+    ) -> None:
+        """Write the predictions for the tests, also as CSV, their confusions, and the report with some of them."""
+        from ..report import report_html
+
         save(self.path / PREDICTIONS, tests)
         self.write(PREDICTIONS_CSV, "".join(prediction_lines(tests)))
         self.write(CONFUSION_CSV, "".join(confusion_lines(tests)))
+        self.write(REPORT, report_html(self.config, metrics, rows, tests))
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json, which completes the run."""

@@ -22,8 +22,9 @@ from skipkernels.app.data.tasks import TestSet
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train.processes import Processes, join
-from skipkernels.app.train.run import Run, _check_processes
+from skipkernels.app.train.run import Run
 from skipkernels.app.train.setup import RunSetup
+from skipkernels.app.train.tuning import _check_processes
 from tests.app.runs import files, losses, rows, shortened, small
 from tests.processes import run_in_processes
 

@@ -1,0 +1,192 @@
+"""`tune`: configuration, data, model and method, training, run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ...memory import out_of_memory
+from ..config import TuneConfig
+from ..console import ignore_write_errors, print_plain
+from ..data import SizedDataset, Source
+from ..methods.skip import Skip
+from . import checkpoint
+from .command_line import command_line
+from .errors import argument_error
+from .loggers import Logger
+from .own_dataset import OwnData
+from .processes import ALONE, Processes, join
+from .run import Run
+from .run_folder import RunFolder, resumed
+
+
+def tune(
+    config: TuneConfig | None = None,
+    console: Console | None = None,
+    *,
+    dataset: SizedDataset | None = None,
+    test: SizedDataset | str | None = None,
+    validation: SizedDataset | str | float | None = None,
+    classes: Sequence[str] | None = None,
+    name: str | None = None,
+    identity: object = None,
+    loggers: Sequence[Logger] = (),
+    **settings: Any,
+) -> dict[str, Any]:
+    """Tune a model and write the results.
+
+    Checks the configuration before writing anything. Each epoch replaces the checkpoint, so an interrupted run can be
+    resumed from its last complete epoch.
+
+    In processes that torchrun started, each takes its part of every batch, and the result is that of one process, to
+    rounding. The first process writes the files and shows the progress.
+
+    Args:
+        config: Configuration of the run, equal in all processes. Default: `TuneConfig()`.
+        console: Console for progress. Default: none; notes, epochs and warnings also go to the Python logger
+            "skipkernels".
+        dataset: Training images, instead of the setting `data`: a map-style dataset of (image, label), as
+            `data.from_datasets` describes it. Images are Pillow's, or tensors that are preprocessed for the model.
+        test: Test images. Default: those of `validation`, or else 30 % of the images of each class of `dataset`. Or the
+            setting `test`, "none".
+        validation: Validation images; or the setting `validation`, a text or a share.
+        classes: Class names by label. Default: the `classes` of a dataset.
+        name: Name of the dataset in the results. Default: its type.
+        identity: Text or JSON value that identifies the datasets when a run is resumed. Default: digests of files and
+            labels; see `FeatureCache.build`.
+        loggers: Loggers of the rows of the epochs, besides those of `config.log`. They are closed at the end.
+        **settings: Fields of `TuneConfig`, which replace those of `config`.
+
+    Returns:
+        Contents of metrics.json: zero-shot and tuned accuracy, kept classes, steps, and cost in seconds and memory.
+
+    Raises:
+        InputError: If a setting can't be used, or the disk is full.
+        MemoryError: If the device or the host is out of memory.
+        FloatingPointError: If the loss is not finite. The last good checkpoint is kept.
+        KeyboardInterrupt: On Ctrl-C; the message says how many epochs are complete.
+
+    Example:
+        >>> import tempfile, torch, skipkernels as sk
+        >>> from PIL import Image
+        >>> from skipkernels.app.train import evaluate_run
+        >>> class Squares(torch.utils.data.Dataset):
+        ...     classes = ["black square", "white square"]
+        ...
+        ...     def __init__(self, count):
+        ...         self.labels = [index % 2 for index in range(count)]
+        ...
+        ...     def __len__(self):
+        ...         return len(self.labels)
+        ...
+        ...     def __getitem__(self, index):
+        ...         label = self.labels[index]
+        ...         return Image.new("RGB", (32, 32), ("black", "white")[label]), label
+        >>> folder = tempfile.mkdtemp()
+        >>> metrics = sk.tune(dataset=Squares(16), test=Squares(8), model="pictogram-tiny", epochs=2, out=folder)
+        >>> metrics["classes"], metrics["best_epoch"] in (1, 2)
+        ({'all': 2}, True)
+        >>> evaluate_run(folder, dataset=Squares(16), test=Squares(8)) == metrics["tuned"]
+        True
+    """
+    # Configuration.
+    if isinstance(test, str):
+        settings["test"], test = test, None
+    if isinstance(validation, (str, int, float)):
+        settings["validation"], validation = validation, None
+    own = OwnData(dataset, test, validation, classes, name, identity)
+    config, open_data = own.applied(replace(config or TuneConfig(), **settings), "tune")
+    processes = join(config.timeout)
+    console = console if console is not None and processes.first else Console(quiet=True)
+    config = resumed(config)
+    command = command_line("tune", config, processes=processes.size) if dataset is None else ""
+    config, open_data = _resolved(config, open_data, processes)
+    # Run folder. It is not written before its lock is held.
+    folder = RunFolder(config) if processes.first else None
+    finished = processes.from_first(lambda: folder and _finished(folder, console))
+    if finished is not None:
+        return finished
+    with ignore_write_errors(console), _memory_errors(), _seeded(config):
+        # Data, model and method; then the features of all images, and training.
+        run = Run(config, open_data, processes, folder, console=console, command=command, loggers=loggers)
+        with run.reported(), run.display:
+            run.compute_features()
+            trainer = run.trainer()
+            with contextlib.nullcontext() if folder is None else folder.lock():
+                run.begin(trainer)
+                run.train(trainer)
+                return processes.from_first(run.finish)
+
+
+def check(config: TuneConfig) -> None:
+    """Raise the errors that `tune` would raise before training, without training."""
+    config, open_data = _resolved(resumed(config), None, ALONE)
+    with _memory_errors(), _seeded(config):
+        Run(config, open_data, ALONE, RunFolder(config))
+
+
+def _resolved(
+    config: TuneConfig, open_data: Callable[[], Source] | None, processes: Processes
+) -> tuple[TuneConfig, Callable[[], Source]]:
+    """Return the configuration with all defaults, and the function that opens its data once."""
+    processes.set_device(config.device)
+    opened = functools.cache(open_data or config.open_data)
+    with processes.one_first():
+        config = config.resolved(opened)
+    _check_processes(config, processes)
+    return config, opened
+
+
+def _check_processes(config: TuneConfig, processes: Processes) -> None:
+    """Raise an InputError for a setting that is not supported in several processes."""
+    if processes.size == 1:
+        return
+    if config.method_class() is not Skip:
+        raise argument_error(
+            "method", f"only skip trains in several processes; got {config.method} in {processes.size}. Start one."
+        )
+    for name, used in {"fused_optimizer": config.fused_optimizer, "refresh": config.refresh == "epoch"}.items():
+        if used:
+            raise argument_error(
+                name, f"{getattr(config, name)} is not supported in several processes; leave it out, or start one."
+            )
+
+
+def _finished(folder: RunFolder, console: Console) -> dict[str, Any] | None:
+    """Return the metrics of the run to resume if it is complete. Prints that there is nothing to resume."""
+    if folder.finished is not None:
+        checkpoint.remove(folder.path)  # a kill may have left it
+        print_plain(console, f"{folder.path}: the run is complete; there is nothing to resume.")
+    elif folder.config.resume and folder.resumed is None:
+        print_plain(console, f"note: there is no epoch to resume in {folder.path}; the run starts from the beginning.")
+    return folder.finished
+
+
+@contextlib.contextmanager
+def _seeded(config: TuneConfig) -> Iterator[None]:
+    """Seed PyTorch's global generators, and restore their state at the end."""
+    device = torch.device(config.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        yield
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Convert out-of-memory errors of PyTorch and Python to a MemoryError of one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or "MemoryError"
+        raise MemoryError(
+            f'tune: out of memory ({reason}) Use memory="min", `fused_optimizer=True`, a smaller `batch_size`, a '
+            "larger `skip_layers`, or `cache=…`."
+        ) from error
