@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
-from skipkernels.app.data import load_task
+from skipkernels.app.data import TaskOptions, load_task
 from skipkernels.app.demo import pictogram_tiny
 
 BATCH = 8  # images of all processes
@@ -23,9 +23,8 @@ BATCH = 8  # images of all processes
 def tune(device: torch.device, epochs: int = 3, max_classes: int = 100) -> tuple[float, float]:
     """Return the loss of the last step and the accuracy after it."""
     model, preprocess, tokenizer = pictogram_tiny.load()
-    task = load_task(
-        "pictograms:food", protocol="few-shot", shots=2, max_classes=max_classes, seed=0, transform=preprocess
-    )
+    options = TaskOptions(protocol="few-shot", shots=2, max_classes=max_classes)
+    task = load_task("pictograms:food", options, transform=preprocess)
     tokens = tokenizer(task.tests[0].prompts[0])
 
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -13,7 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 
 import skipkernels as sk
-from skipkernels.app.data import Images, load_task
+from skipkernels.app.data import Images, TaskOptions, load_task
 from skipkernels.app.demo import pictogram_tiny
 
 
@@ -21,9 +21,8 @@ def tune(epochs: int = 3, max_classes: int = 100) -> tuple[float, float]:
     """Return the accuracy before and after."""
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     model, preprocess, tokenizer = pictogram_tiny.load()
-    task = load_task(
-        "pictograms:food", protocol="few-shot", shots=2, max_classes=max_classes, seed=0, transform=preprocess
-    )
+    options = TaskOptions(protocol="few-shot", shots=2, max_classes=max_classes)
+    task = load_task("pictograms:food", options, transform=preprocess)
     tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model.to(accelerator.device), tokens, skip_layers=0.5)

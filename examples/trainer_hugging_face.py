@@ -11,7 +11,7 @@ import argparse
 from transformers import Trainer, TrainingArguments
 
 import skipkernels as sk
-from skipkernels.app.data import load_task
+from skipkernels.app.data import TaskOptions, load_task
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.integrations.hugging_face import trainer_arguments
 
@@ -19,9 +19,8 @@ from skipkernels.integrations.hugging_face import trainer_arguments
 def tune(output: str, epochs: int = 3, max_classes: int = 100) -> tuple[float, float]:
     """Return the accuracy before and after."""
     model, preprocess, tokenizer = pictogram_tiny.load()
-    task = load_task(
-        "pictograms:food", protocol="few-shot", shots=2, max_classes=max_classes, seed=0, transform=preprocess
-    )
+    options = TaskOptions(protocol="few-shot", shots=2, max_classes=max_classes)
+    task = load_task("pictograms:food", options, transform=preprocess)
     tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 import skipkernels as sk
-from skipkernels.app.data import load_task
+from skipkernels.app.data import TaskOptions, load_task
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.integrations.lightning import SkipModule
 
@@ -21,9 +21,8 @@ from skipkernels.integrations.lightning import SkipModule
 def tune(output: str, epochs: int = 3, max_classes: int = 100) -> tuple[float, float]:
     """Return the accuracy before and after."""
     model, preprocess, tokenizer = pictogram_tiny.load()
-    task = load_task(
-        "pictograms:food", protocol="few-shot", shots=2, max_classes=max_classes, seed=0, transform=preprocess
-    )
+    options = TaskOptions(protocol="few-shot", shots=2, max_classes=max_classes)
+    task = load_task("pictograms:food", options, transform=preprocess)
     tokens = tokenizer(task.tests[0].prompts[0])
     train, tests = DataLoader(task.train, batch_size=8, shuffle=True), DataLoader(task.tests[0].images, batch_size=100)
 

@@ -17,7 +17,7 @@ from open_clip_train.train import train_one_epoch
 from torch.utils.data import DataLoader
 
 import skipkernels as sk
-from skipkernels.app.data import load_task
+from skipkernels.app.data import TaskOptions, load_task
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_schedule
 
@@ -25,9 +25,8 @@ from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_sch
 def tune(output: str, epochs: int = 3, max_classes: int = 100) -> tuple[float, float]:
     """Return the accuracy before and after."""
     model, preprocess, tokenizer = pictogram_tiny.load()
-    task = load_task(
-        "pictograms:food", protocol="few-shot", shots=2, max_classes=max_classes, seed=0, transform=preprocess
-    )
+    options = TaskOptions(protocol="few-shot", shots=2, max_classes=max_classes)
+    task = load_task("pictograms:food", options, transform=preprocess)
     tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from recipes.pictograms import more
 from recipes.pictograms.names import has_word, held_out_words
-from skipkernels.app.data import DatasetImages, Source, Task, load_task
+from skipkernels.app.data import DatasetImages, Source, Task, TaskOptions, load_task
 from skipkernels.app.demo.pictograms import TASKS, TEMPLATE, TEST, TRAIN, Drawings, names_of
 
 Phase = Literal["search", "report"]
@@ -76,4 +76,4 @@ def load(shift: Shift, phase: Phase, seed: int, transform: Callable[..., Any], d
     else:
         train, test = (DatasetImages(more.read(drawings, shift.name, split, classes)) for split in ("train", "test"))
     source = Source(shift.name, tuple(classes), (TEMPLATE,), splits={"train": train, "test": test})
-    return load_task(source, protocol="base-to-new", shots="all", max_classes=None, seed=seed, transform=transform)
+    return load_task(source, TaskOptions(protocol="base-to-new", shots="all", seed=seed), transform=transform)

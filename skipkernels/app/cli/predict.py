@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,8 +19,8 @@ from .options import Device, InferencePrecision, Run, Threshold, Top, Trust
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from skipkernels.app.serve import Classifier, Predictions
-    from skipkernels.app.serve.output import Row
+    from skipkernels.app.serve import Classifier
+    from skipkernels.app.serve.output import Row, SortedFolders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,44 +76,31 @@ class PredictCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data.files import format_others
-        from skipkernels.app.serve.output import NONE, SortedFolders, check_file, check_none, check_outside, labelled
+        from skipkernels.app.serve.output import labelled
 
-        results, compute = self.results, self.compute
-        if results.out is not None:
-            check_file(results.out, "predict")
-        if results.embeddings is not None:
-            check_file(results.embeddings, "predict", "embeddings", [".npy"])
-        from skipkernels.app.serve.classifier import check_counts, check_threshold  # imports torch
-
-        counts: dict[str, Any] = {"batch_size": compute.batch_size, "workers": compute.workers}
-        check_counts(top=results.top, **counts)
-        check_threshold(results.threshold)
+        self._check()
         images, others = _find_images(self.images)
-        if results.sort_into is not None:
-            check_outside(results.sort_into, self.images)
         classifier = self._load()
         count = len(classifier.classes)
-        if results.top > max(count, PredictOptions.top):
-            err.print(f"note: --top {results.top} shows all classes, which are {count}")
-        labels, names = list(classifier.classes), classifier.folders
-        if results.threshold is not None:
-            check_none(labels)
-            labels, names = [NONE, *labels], [NONE, *names]
-        folders = None if results.sort_into is None else SortedFolders(results.sort_into, labels, names)
+        if self.results.top > max(count, PredictOptions.top):
+            err.print(f"note: --top {self.results.top} shows all classes, which are {count}")
+        folders = self._sorted_folders(classifier)
         rows: list[Row] = []
         embeddings: list[Tensor] = []
-
-        def use(part: Predictions) -> None:
-            found = list(labelled(part))
-            rows.extend(found)
-            embeddings.append(part.embeddings)
-            if folders is not None:
-                for name, ranked in found:
-                    folders.add(name, ranked[0][0])
-
+        unreadable = 0
         try:
-            options: dict[str, Any] = {"top": results.top, "threshold": results.threshold, "crops": results.crops}
-            unreadable = _classify(classifier, images, err, use, **options, **counts)
+            with progress("images", len(images)) as advance:
+                for part in classifier.predict_batches(images, unreadable="skip", **self._options()):
+                    for name, reason in part.unreadable.items():
+                        err.print(f"skipped {name}: {reason}", soft_wrap=True)
+                    unreadable += len(part.unreadable)
+                    found = list(labelled(part))
+                    rows.extend(found)
+                    embeddings.append(part.embeddings)
+                    if folders is not None:
+                        for name, ranked in found:
+                            folders.add(name, ranked[0][0])
+                    advance(len(part) + len(part.unreadable))
         except BaseException:
             err.print(f"{len(rows):,} of {len(images):,} images are classified", soft_wrap=True)
             raise
@@ -123,6 +110,22 @@ class PredictCommand:
             err.print(format_others(others), soft_wrap=True)
         self._print_summary(classifier, rows, unreadable, err)
         return 1 if unreadable else 0
+
+    def _check(self) -> None:
+        """Raise an InputError for an option that can't be used, before the work is done."""
+        from skipkernels.app.serve.output import check_file, check_outside
+
+        results, compute = self.results, self.compute
+        if results.out is not None:
+            check_file(results.out, "predict")
+        if results.embeddings is not None:
+            check_file(results.embeddings, "predict", "embeddings", [".npy"])
+        if results.sort_into is not None:
+            check_outside(results.sort_into, self.images)
+        from skipkernels.app.serve.classifier import check_counts, check_threshold  # imports torch
+
+        check_counts(top=results.top, batch_size=compute.batch_size, workers=compute.workers)
+        check_threshold(results.threshold)
 
     def _load(self) -> Classifier:
         from skipkernels.app.serve.classifier import Classifier
@@ -135,6 +138,22 @@ class PredictCommand:
             precision=self.compute.precision,
             trust=self.compute.trust,
         )
+
+    def _sorted_folders(self, classifier: Classifier) -> SortedFolders | None:
+        """Folders of the labels, with that of images without a class if there is a threshold."""
+        from skipkernels.app.serve.output import NONE, SortedFolders, check_none
+
+        labels, names = list(classifier.classes), list(classifier.folders)
+        if self.results.threshold is not None:
+            check_none(labels)
+            labels, names = [NONE, *labels], [NONE, *names]
+        return None if self.results.sort_into is None else SortedFolders(self.results.sort_into, labels, names)
+
+    def _options(self) -> dict[str, Any]:
+        """Options of `Classifier.predict_batches`."""
+        names = "top", "threshold", "crops"
+        options = {name: getattr(self.results, name) for name in names}
+        return options | {"batch_size": self.compute.batch_size, "workers": self.compute.workers}
 
     def _write(self, rows: list[Row], embeddings: list[Tensor], out: Terminal) -> None:
         """Write or print the results."""
@@ -222,21 +241,3 @@ def _find_images(paths: Iterable[Path]) -> tuple[list[str], Counter[str]]:
     if not found:
         raise InputError("predict: images must be files or folders of images; got none.", "images")
     return list(dict.fromkeys(found)), others
-
-
-def _classify(
-    classifier: Classifier, images: list[str], err: Terminal, use: Callable[[Predictions], None], **options: Any
-) -> int:
-    """Classify images with a progress bar, and pass the predictions of each batch to `use`.
-
-    Names the files that can't be read, and returns their number.
-    """
-    unreadable = 0
-    with progress("images", len(images)) as advance:
-        for part in classifier.predict_batches(images, **options, unreadable="skip"):
-            for name, reason in part.unreadable.items():
-                err.print(f"skipped {name}: {reason}", soft_wrap=True)
-            unreadable += len(part.unreadable)
-            use(part)
-            advance(len(part) + len(part.unreadable))
-    return unreadable

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .registry import open_source, register_source
     from .shots import few_shot, few_shot_note, save_few_shot
     from .source import Protocol, Source, Split, from_datasets
-    from .tasks import Task, TestSet, load_task, split_base_new, summarise
+    from .tasks import Task, TaskOptions, TestSet, load_task, split_base_new, summarise
 
 __all__ = [
     "DatasetImages",
@@ -24,6 +24,7 @@ __all__ = [
     "Source",
     "Split",
     "Task",
+    "TaskOptions",
     "TestSet",
     "few_shot",
     "few_shot_note",
@@ -44,6 +45,6 @@ __getattr__ = lazy_names(
         "registry": ("open_source", "register_source"),
         "shots": ("few_shot", "few_shot_note", "save_few_shot"),
         "source": ("Protocol", "Source", "Split", "from_datasets"),
-        "tasks": ("Task", "TestSet", "load_task", "split_base_new", "summarise"),
+        "tasks": ("Task", "TaskOptions", "TestSet", "load_task", "split_base_new", "summarise"),
     },
 )

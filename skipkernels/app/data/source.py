@@ -157,10 +157,10 @@ def from_datasets(
 
     Example:
         >>> from PIL import Image
-        >>> from skipkernels.app.data import load_task
+        >>> from skipkernels.app.data import TaskOptions, load_task
         >>> items = [(Image.new("RGB", (32, 32), ("black", "white")[n % 2]), n % 2) for n in range(32)]
         >>> squares = from_datasets("squares", train=items, test=items[:10], classes=["black_square", "white_square"])
-        >>> task = load_task(squares, protocol="few-shot", shots=4, max_classes=None, seed=0)
+        >>> task = load_task(squares, TaskOptions(protocol="few-shot", shots=4))
         >>> len(task.train), task.tests[0].prompts[0]
         (8, ['a photo of a black square.', 'a photo of a white square.'])
     """

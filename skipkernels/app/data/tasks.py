@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -72,6 +72,76 @@ class Task:
     folders: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Options of `load_task`.
+
+    Attributes:
+        protocol: The protocol.
+        shots: Training images of each class; "all" for all.
+        max_classes: Largest number of classes of each dataset, base and new together, evenly spaced; None for all.
+        seed: Seed of the choice of training and validation images.
+        validation: Validation images. "split": the val split of the dataset. A share such as 0.2: that share of the
+            images of each class in the train split is held out, if possible of those that `shots` leaves. "auto": the
+            split if there is one, else 0.2. "none": none.
+        test: Test images. "split": the test split. "none": none; all images that don't validate train. Images of the
+            user's data without splits that neither validate nor test always train.
+        fold: Fold of a cross-validation, such as "2/5": its images test, and all others train, whatever their split;
+            see `splits.fold_source`. It needs few-shot, and has no val split.
+        root: Folder of the datasets of coop:, or of the images of csv:.
+        templates: Prompt templates; see `open_source`.
+        targets: Datasets to test on, as `data`.
+    """
+
+    protocol: Protocol
+    shots: Shots
+    max_classes: int | None = None
+    seed: int = 0
+    validation: Validation = "none"
+    test: Test = "split"
+    fold: str | None = None
+    root: str | Path | None = None
+    templates: Templates = None
+    targets: Sequence[str | Source] | None = None
+
+    @property
+    def with_targets(self) -> bool:
+        """True if the protocol tests on other datasets."""
+        return self.protocol in _WITH_TARGETS
+
+    def check(self) -> None:
+        """Raise an InputError if a value can't be used."""
+        if self.protocol not in get_args(Protocol):
+            choices = f"{', '.join(get_args(Protocol))}; got {self.protocol!r}"
+            raise InputError(f"load_task: protocol must be one of {choices}.", "protocol")
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise InputError(
+                f"load_task: validation must be a share between 0 and 1; got {self.validation}.", "validation"
+            )
+        if self.max_classes is not None and self.max_classes < 2:
+            raise InputError(f"load_task: max_classes must be at least 2; got {self.max_classes}.", "max_classes")
+        if self.test == "none" and self.protocol != "few-shot":
+            raise InputError(
+                f'load_task: test="none" needs protocol="few-shot"; {self.protocol} is a comparison of tests.', "test"
+            )
+        if self.targets and not self.with_targets:
+            choices = " or ".join(_WITH_TARGETS)
+            raise InputError(
+                f"load_task: {self.protocol} has no targets. Leave them out, or choose {choices}.", "targets"
+            )
+
+    def opened(self, data: str | Source) -> Source:
+        """Return the source of a dataset."""
+        return data if isinstance(data, Source) else open_source(data, self.root, self.templates)
+
+    def sampled(self, source: Source) -> Source:
+        """Return a source with at most `max_classes` classes, evenly spaced."""
+        count = len(source.classes)
+        if self.max_classes is None or self.max_classes >= count:
+            return source
+        return source.subset_classes([position * count // self.max_classes for position in range(self.max_classes)])
+
+
 def split_base_new(classes: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Split classes into base and new by CoOp's rule: the first half, rounded up, is base.
 
@@ -104,17 +174,8 @@ def summarise(protocol: Protocol, accuracies: Mapping[str, float]) -> dict[str, 
 
 def load_task(
     data: str | Source,
+    options: TaskOptions,
     *,
-    protocol: Protocol,
-    shots: Shots,
-    max_classes: int | None,
-    seed: int,
-    validation: Validation = "none",
-    test: Test = "split",
-    fold: str | None = None,
-    root: str | Path | None = None,
-    templates: Templates = None,
-    targets: Sequence[str | Source] | None = None,
     transform: Callable | None = None,
     train_transform: Callable | None = None,
 ) -> Task:
@@ -129,20 +190,7 @@ def load_task(
 
     Args:
         data: The dataset, as `open_source` takes it, or a source, such as one of `from_datasets`.
-        protocol: The protocol.
-        shots: Training images of each class; "all" for all.
-        max_classes: Largest number of classes of each dataset, base and new together, evenly spaced; None for all.
-        seed: Seed of the choice of training and validation images.
-        validation: Validation images. "split": the val split of the dataset. A share such as 0.2: that share of the
-            images of each class in the train split is held out, if possible of those that `shots` leaves. "auto": the
-            split if there is one, else 0.2. "none": none.
-        test: Test images. "split": the test split. "none": none; all images that don't validate train. Images of the
-            user's data without splits that neither validate nor test always train.
-        fold: Fold of a cross-validation, such as "2/5": its images test, and all others train, whatever their split;
-            see `splits.fold_source`. It needs few-shot, and has no val split.
-        root: Folder of the datasets of coop:, or of the images of csv:.
-        templates: Prompt templates; see `open_source`.
-        targets: Datasets to test on, as `data`.
+        options: Protocol, and choice of images and classes.
         transform: Applied to every image; default: none.
         train_transform: Applied to training images; default: `transform`.
 
@@ -150,90 +198,68 @@ def load_task(
         InputError: If there is no such dataset, or it can't be used with the protocol.
 
     Example:
-        >>> task = load_task("pictograms:food", protocol="base-to-new", shots=4, max_classes=20, seed=1)
+        >>> options = TaskOptions(protocol="base-to-new", shots=4, max_classes=20, seed=1)
+        >>> task = load_task("pictograms:food", options)
         >>> [(test.name, len(test.classes)) for test in task.tests], len(task.train), task.tests[1].prompts[0][0]
         ([('base', 10), ('new', 10)], 20, 'an icon of a hamburger')
     """
-    if protocol not in get_args(Protocol):
-        raise InputError(
-            f"load_task: protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}.", "protocol"
-        )
-    if isinstance(validation, float) and not 0 < validation < 1:
-        raise InputError(f"load_task: validation must be a share between 0 and 1; got {validation}.", "validation")
-    if max_classes is not None and max_classes < 2:
-        raise InputError(f"load_task: max_classes must be at least 2; got {max_classes}.", "max_classes")
-    if test == "none" and protocol != "few-shot":
-        raise InputError(
-            f'load_task: test="none" needs protocol="few-shot"; {protocol} is a comparison of tests.', "test"
-        )
-    if targets and protocol not in _WITH_TARGETS:
-        raise InputError(
-            f"load_task: {protocol} has no targets. Leave them out, or choose {' or '.join(_WITH_TARGETS)}.", "targets"
-        )
-
-    def opened(dataset: str | Source) -> Source:
-        if isinstance(dataset, Source):
-            return dataset
-        return open_source(dataset, root, templates)
-
-    source = opened(data)
+    options.check()
+    source = options.opened(data)
     if len(source.classes) < 2:
         raise InputError(f"load_task: {source.name} has fewer than two classes. Add some.", "data")
-    chosen = _subsample_classes(source, max_classes)
-    if fold is not None:
-        if protocol != "few-shot" or test == "none":
+    chosen = options.sampled(source)
+    if options.fold is not None:
+        if options.protocol != "few-shot" or options.test == "none":
             raise InputError('load_task: fold needs protocol="few-shot" and test="split".', "fold")
-        chosen = fold_source(chosen, fold, seed)
-    if protocol == "base-to-new":
-        base, new = split_base_new(range(len(chosen.classes)))
-        parts = {"base": chosen.subset_classes(base), "new": chosen.subset_classes(new)}
-    elif protocol == "few-shot":
-        parts = {"all": chosen}
-    else:
-        parts = {"source": chosen}
-    tests = [_test_set(name, part, transform, test) for name, part in parts.items()]
-    trained, joined_note = _with_unused(next(iter(parts.values())), validation, test)
-    count = max(Counter(trained.images("train").labels).values(), default=1) if shots == "all" else shots
-    train, held, held_note = _train_and_validation(
-        trained, validation, count, seed, transform, train_transform or transform
-    )
-
-    if protocol in _WITH_TARGETS:
-        wanted = targets or source.default_targets(protocol)
+        chosen = fold_source(chosen, options.fold, options.seed)
+    parts = _parts(chosen, options.protocol)
+    tests = [_test_set(name, part, transform, options.test) for name, part in parts.items()]
+    trained, joined_note = _with_unused(next(iter(parts.values())), options.validation, options.test)
+    train, held, held_note = _train_and_validation(trained, options, transform, train_transform or transform)
+    if options.with_targets:
         try:
-            others = _target_datasets(map(opened, wanted), source, chosen, protocol, max_classes)
-            tests += [_test_set(name, part, transform, test) for name, part in others.items()]
+            others = _target_datasets(source, chosen, options)
+            tests += [_test_set(name, part, transform, options.test) for name, part in others.items()]
         except InputError as error:
             error.argument = "targets" if error.argument == "data" else error.argument
             raise
         parts |= others
-    read = parts.values() if fold is not None else (source, *parts.values())
+
+    read = parts.values() if options.fold is not None else (source, *parts.values())
     source_notes = [note for part in read for note in part.notes]
     notes = list(source_notes)
     if len(chosen.classes) < len(source.classes):
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
-    if shots != "all" and (note := few_shot_note(train.labels, trained.classes, shots)) is not None:
-        notes.append(f"{source.name}: {note}")
-    sizes = class_sizes_note(
-        {
-            kind: [trained.classes[label] for label in images.labels]
-            for kind, images in (("training", train), ("test", tests[0].images))
-        }
-    )
-    if sizes is not None:
-        sizes += " Read the balanced accuracy; --class-weight balanced lets each class count the same."
-    notes += [f"{source.name}: {note}" for note in (sizes, joined_note, held_note) if note is not None]
+    few = None if options.shots == "all" else few_shot_note(train.labels, trained.classes, options.shots)
+    sizes = _sizes_note(trained.classes, train, tests[0].images)
+    notes += [f"{source.name}: {note}" for note in (few, sizes, joined_note, held_note) if note is not None]
     notes += [
         f"{source.name}: {test.name} has only the class {test.classes[0]}, so all of its images count as correct."
         for test in tests
         if len(test.classes) == 1
     ]
     shown, of_source = (tuple(dict.fromkeys(map(escaped, each))) for each in (notes, source_notes))
-    return Task(source.name, protocol, train, tuple(tests), held, shown, of_source, trained.folders)
+    return Task(source.name, options.protocol, train, tuple(tests), held, shown, of_source, trained.folders)
+
+
+def _parts(source: Source, protocol: Protocol) -> dict[str, Source]:
+    """Return the tests on the dataset itself by name; the first trains."""
+    if protocol != "base-to-new":
+        return {"all" if protocol == "few-shot" else "source": source}
+    base, new = split_base_new(range(len(source.classes)))
+    return {"base": source.subset_classes(base), "new": source.subset_classes(new)}
+
+
+def _sizes_note(classes: Sequence[str], train: Images, test: Images) -> str | None:
+    kinds = {"training": train, "test": test}
+    found = class_sizes_note({kind: [classes[label] for label in images.labels] for kind, images in kinds.items()})
+    if found is None:
+        return None
+    return f"{found} Read the balanced accuracy; --class-weight balanced lets each class count the same."
 
 
 def _with_unused(source: Source, validation: Validation, test: Test) -> tuple[Source, str | None]:
-    """Let images that neither validate nor test train; see `load_task`. Returns the source, and a note on them."""
+    """Let images that neither validate nor test train; see `TaskOptions`. Returns the source, and a note on them."""
     of_split = validation == "split" or (validation == "auto" and source.has_split("val"))
     used = {"val": of_split, "test": test == "split"}
     unused: list[Split] = [split for split in ("val", "test") if not used[split] and source.has_split(split)]
@@ -244,14 +270,12 @@ def _with_unused(source: Source, validation: Validation, test: Test) -> tuple[So
 
 
 def _train_and_validation(
-    source: Source,
-    validation: Validation,
-    shots: int,
-    seed: int,
-    transform: Callable | None,
-    train_transform: Callable | None,
+    source: Source, options: TaskOptions, transform: Callable | None, train_transform: Callable | None
 ) -> tuple[Images, TestSet | None, str | None]:
-    """Return training images, validation images, and a note on the latter; see `load_task`."""
+    """Return training images, validation images, and a note on the latter; see `TaskOptions`."""
+    validation, seed = options.validation, options.seed
+    largest = max(Counter(source.images("train").labels).values(), default=1)
+    shots = largest if options.shots == "all" else options.shots
     held: Images
     if validation == "none":
         return source.few_shot(shots, seed, train_transform), None, None
@@ -267,14 +291,6 @@ def _train_and_validation(
             return train, None, "no validation: no class has a second training image."
         note = f"validation on {len(held)} images of its train split, which don't train."
     return train, TestSet("validation", list(source.classes), source.prompts, held), note
-
-
-def _subsample_classes(source: Source, max_classes: int | None) -> Source:
-    """Return a source with at most `max_classes` classes, evenly spaced."""
-    count = len(source.classes)
-    if max_classes is None or max_classes >= count:
-        return source
-    return source.subset_classes([position * count // max_classes for position in range(max_classes)])
 
 
 def _test_set(name: str, source: Source, transform: Callable | None, test: Test) -> TestSet:
@@ -297,15 +313,13 @@ def _test_set(name: str, source: Source, transform: Callable | None, test: Test)
 # ---- targets ---------------------------------------------------------------------------------------------------------
 
 
-def _target_datasets(
-    targets: Iterable[Source], source: Source, trained: Source, protocol: Protocol, max_classes: int | None
-) -> dict[str, Source]:
+def _target_datasets(source: Source, trained: Source, options: TaskOptions) -> dict[str, Source]:
     """Return the target datasets by name, with at most `max_classes` classes each; `trained` has some of source's."""
-    found = list(targets)
+    found = [options.opened(target) for target in options.targets or source.default_targets(options.protocol)]
     names = _short_names([target.name for target in found])
-    if protocol == "domain-generalization":
+    if options.protocol == "domain-generalization":
         found = [_common_classes(target, source, trained) for target in found]
-    return dict(zip(names, (_subsample_classes(target, max_classes) for target in found), strict=True))
+    return dict(zip(names, map(options.sampled, found), strict=True))
 
 
 def _short_names(datasets: Sequence[str]) -> list[str]:

@@ -123,11 +123,11 @@ class Method(ABC):
         notes: Notes for the user about the setup.
 
     Example:
-        >>> from skipkernels.app.data import load_task
+        >>> from skipkernels.app.data import TaskOptions, load_task
         >>> from skipkernels.app.demo import pictogram_tiny
         >>> from skipkernels.app.methods import METHODS
         >>> model, _, tokenizer = pictogram_tiny.load()
-        >>> task = load_task("pictograms:food", protocol="base-to-new", shots=1, max_classes=6, seed=0)
+        >>> task = load_task("pictograms:food", TaskOptions(protocol="base-to-new", shots=1, max_classes=6))
         >>> method, images = METHODS["lora"](model, tokenizer, task), torch.rand(2, 3, 32, 32)
         >>> loss, classes = method.step(method.encode_frozen(images), torch.tensor([0, 2]))
         >>> classes, method.logits("new", method.encode_frozen(images)).shape

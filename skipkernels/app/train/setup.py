@@ -17,7 +17,7 @@ from ...options import CacheDtype, Refresh
 from ..config import TuneConfig
 from ..data import InputError, Source
 from ..data.check import without_unreadable
-from ..data.tasks import Task, TestSet, load_task
+from ..data.tasks import Task, TaskOptions, TestSet, load_task
 from ..methods import Method
 from ..methods.base import FrozenModel
 from ..methods.zero_shot import ZeroShot
@@ -175,19 +175,13 @@ def build_task(
     open_data: Callable[[], Source] | None = None,
 ) -> Task:
     """Load the task of a run; by default training images have the transform of the others."""
-    task = load_task(
-        (open_data or config.open_data)(),
+    names = ("max_classes", "seed", "validation", "test", "fold", "root", "targets")
+    options = TaskOptions(
         protocol=config.chosen_protocol,
         shots=config.chosen_shots,
-        max_classes=config.max_classes,
-        seed=config.seed,
-        validation=config.validation,
-        test=config.test,
-        fold=config.fold,
-        root=config.root,
         templates=config.template,
-        targets=config.targets,
-        transform=transform,
-        train_transform=train_transform,
+        **{name: getattr(config, name) for name in names},
     )
+    source = (open_data or config.open_data)()
+    task = load_task(source, options, transform=transform, train_transform=train_transform)
     return without_unreadable(task) if config.unreadable == "skip" else task

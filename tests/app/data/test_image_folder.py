@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 from pictures import class_of, draw_image, make_folders, shuffle_listings
 
-from skipkernels.app.data import DatasetImages, load_task, open_source
+from skipkernels.app.data import DatasetImages, TaskOptions, load_task, open_source
 from skipkernels.app.data.splits import hash_splits
 
 
@@ -170,9 +170,7 @@ def test_load_task_unusual_file_names(tmp_path):
         os.mkdir(os.fsencode(tmp_path) + b"/" + folder)
         for name in UNUSUAL:
             os.link(tmp_path / "one.png", os.fsencode(tmp_path) + b"/" + folder + b"/" + name + b".png")
-    task = load_task(
-        f"imagefolder:{tmp_path}", protocol="few-shot", shots=9, max_classes=None, seed=0, validation="auto"
-    )
+    task = load_task(f"imagefolder:{tmp_path}", TaskOptions(protocol="few-shot", shots=9, validation="auto"))
     assert len(task.train) == 10 and all(note.isprintable() for note in task.notes)
     assert any(r"\x1b[2J[b] (5)" in note for note in task.notes)
     assert [task.train[i][0].mode for i in range(10)] == ["RGB"] * 10

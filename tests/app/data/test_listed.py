@@ -15,7 +15,7 @@ import torch
 from PIL import EpsImagePlugin, ExifTags, Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from skipkernels.app.data import InputError, few_shot, load_task, open_source
+from skipkernels.app.data import InputError, TaskOptions, few_shot, load_task, open_source
 from skipkernels.app.data.check import unreadable_images
 from skipkernels.app.data.shots import hold_out
 from skipkernels.features.identity import dataset_identity
@@ -24,8 +24,9 @@ from tests.app.data.pictures import RED, class_of, draw_image
 CLASSES = ["cat", "dog", "owl"]
 
 
-def task_of(data, **how):
-    return load_task(data, **{"protocol": "few-shot", "shots": 2, "max_classes": None, "seed": 0, **how})
+def task_of(data, transform=None, train_transform=None, **how):
+    options = TaskOptions(**{"protocol": "few-shot", "shots": 2, **how})
+    return load_task(data, options, transform=transform, train_transform=train_transform)
 
 
 def fails(data, argument: str | None = "data", **how) -> str:

@@ -18,7 +18,7 @@ from pictures import WNIDS, draw_image, make_coop, raises_input_error
 from PIL import Image
 from torch.utils.data import Dataset
 
-from skipkernels.app.data import DatasetImages, from_datasets, load_task, open_source
+from skipkernels.app.data import DatasetImages, TaskOptions, from_datasets, load_task, open_source
 from skipkernels.app.data.coop import DATASETS
 from skipkernels.app.data.files import check_inside
 from skipkernels.app.data.images import read_labels
@@ -244,11 +244,11 @@ def test_load_task_refuses(tmp_path, arguments, tree, argument, words):
         return value.format(tmp_path) if isinstance(value, str) else value
 
     build(tmp_path, tree)
-    given = {"data": "pictograms", "protocol": "base-to-new", "shots": 2, "max_classes": 4, "seed": 0} | arguments
+    given = {"data": "pictograms", "protocol": "base-to-new", "shots": 2, "max_classes": 4} | arguments
     for name, value in given.items():
         given[name] = [filled(each) for each in value] if isinstance(value, list) else filled(value)
     with raises_input_error(*words, argument=argument):
-        load_task(**given)
+        load_task(given.pop("data"), TaskOptions(**given))
 
 
 class Labels(Dataset):

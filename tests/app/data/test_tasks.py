@@ -11,11 +11,11 @@ import pytest
 from pictures import IMAGENET_NAMES, JSON_SETS, NAMES, class_of, draw_image, make_coop, make_folders, raises_input_error
 from PIL import Image
 
-from skipkernels.app.data import from_datasets, load_task, summarise
+from skipkernels.app.data import TaskOptions, from_datasets, load_task, summarise
 
 
 def load(data, protocol="base-to-new", **how):
-    return load_task(data, **{"protocol": protocol, "shots": 2, "max_classes": None, "seed": 0, **how})
+    return load_task(data, TaskOptions(**{"protocol": protocol, "shots": 2, **how}))
 
 
 def sizes(task):

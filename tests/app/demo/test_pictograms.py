@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from skipkernels.app.data import InputError, load_task, open_source
+from skipkernels.app.data import InputError, TaskOptions, load_task, open_source
 from skipkernels.app.demo import pictograms
 
 
@@ -23,7 +23,7 @@ def test_archive_has_a_drawing_of_each_name_by_each_designer():
 
 
 def test_base_to_new_tests_on_another_designer():
-    task = load_task("pictograms:animals", protocol="base-to-new", shots=2, max_classes=None, seed=0)
+    task = load_task("pictograms:animals", TaskOptions(protocol="base-to-new", shots=2))
     base, new = task.tests
     assert len(base.classes) + len(new.classes) == 156 and not set(base.classes) & set(new.classes)
     assert len(task.train) == 2 * len(base.classes) and len(base.images) == len(base.classes)
@@ -39,4 +39,4 @@ def test_other_tasks_are_the_targets_of_cross_dataset():
     targets = open_source("pictograms:food+animals").default_targets("cross-dataset")
     assert targets == ["pictograms:objects", "pictograms:travel", "pictograms:activities"]
     with pytest.raises(InputError, match="cross-dataset of pictograms needs datasets to test on"):
-        load_task("pictograms", protocol="cross-dataset", shots=1, max_classes=None, seed=0)
+        load_task("pictograms", TaskOptions(protocol="cross-dataset", shots=1))
