@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.demo import pictogram_tiny
-from skipkernels.app.methods import Method
-from skipkernels.app.methods.skip import Skip
+from skipkernels.app.methods import METHODS
 from skipkernels.app.report import plots
 from skipkernels.app.train import tune
 from skipkernels.digests import digest_tensors
@@ -57,8 +56,9 @@ def small(out: Path, **changes: Any) -> TuneConfig:
     return dataclasses.replace(SMALL, out=out, **changes)
 
 
-def stopped(folder: Path, method: type[Method] = Skip, step: int = 9, **changes: Any) -> None:
+def stopped(folder: Path, step: int = 9, **changes: Any) -> None:
     """Start a run that is interrupted in a step, by default the third of the second epoch."""
+    method = METHODS[changes.get("method", "skip")]
     calls, original = iter(range(1, 1000)), method.step
 
     def interrupted(self, *args):

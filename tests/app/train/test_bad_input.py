@@ -35,27 +35,18 @@ def damaged(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "imagenet"], "no dataset"),
-        (["--data", "pictograms:plants"], "no task 'plants' of pictograms"),
-        (["--shots", "0"], "every class needs a training image"),
         (["--max-classes", "1"], "--max-classes must be at least 2"),
-        (["--template", "no place"], "templates with one {} each"),
-        (["--targets", "pictograms:food"], "base-to-new has no targets"),
         (["--model", "ViT-B-61"], "did you mean"),
         (["--model", "ViT-B-16"], "ViT-B-16 needs weights"),
         (["--model", "ViT-B-16", "--pretrained", "nonsense"], "no tag 'nonsense'"),
         (["--pretrained", "nowhere/model.safetensors"], "no file nowhere/model.safetensors"),
-        (["--attention", "xformers"], 'error SkipCLIP: attention="xformers" cannot be used here'),
         (["--skip-layers", "7"], "error SkipCLIP: skip_layers must be a whole number from 0 to 4"),
-        (["--keep-ratio", "1.5"], "a share up to 1, or a whole number of classes); got 1.5"),
-        (["--max-tail", "-1"], "error --max-tail must be greater than or equal to 0"),
         (["--method", "full", "--cache", "c"], "--cache needs frozen blocks below a cut; every layer trains here"),
         (
             ["--skip-layers", "0", "--cache", "c"],
             "--cache keeps features at the cut, and with skip_layers=0 there is no cut",
         ),
         (["--optimizer", "Muon"], "Muon can't be used here"),
-        (["--template", "paper", "x {}"], "paper and coop are sets, which can't be combined with other templates"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

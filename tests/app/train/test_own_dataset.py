@@ -81,12 +81,12 @@ def test_rare_classes_weigh_as_much(changes, tmp_path, monkeypatch):
         return forward(clip, x, y, **options)
 
     monkeypatch.setattr(SkipCLIP, "forward", recorded)
-    tune(dataset=squares, validation="none", test=Squares(3), out=tmp_path, **SETTINGS | {"epochs": 10} | changes)
+    tune(dataset=squares, validation="none", test=Squares(3), out=tmp_path, **SETTINGS | {"epochs": 4} | changes)
     counts = torch.tensor(trained).bincount()
     if "sampler" in changes:
-        assert (counts - 70).abs().max() < 4 * (210 * 2 / 9) ** 0.5, "four standard deviations of 210 draws"
+        assert (counts - 28).abs().max() < 4 * (84 * 2 / 9) ** 0.5, "four standard deviations of 84 draws"
     else:
-        assert counts.tolist() == [120, 60, 30]
+        assert counts.tolist() == [48, 24, 12]
         assert made[0].class_weight.tolist() == pytest.approx([21 / 36, 21 / 18, 21 / 9])
 
 
@@ -162,7 +162,6 @@ def test_eval_of_other_data_has_all_its_classes(tmp_path, capsys):
         ([], "all: 2 images of 2 classes: black, red"),
         (["--data", other], "all: 7 images of 7 classes: a, b, c, d, e and 2 more"),
         (["--data", other, "--max-classes", "3"], "all: 3 images of 3 classes: a, c, e"),
-        (["--max-classes", "3"], "all: 3 images of 3 classes: black, red, white"),
     ]:
         assert main(["eval", out, *arguments]) == 0
         error = capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -13,22 +14,51 @@ from rich.console import Console
 from skipkernels.app import report
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
-from skipkernels.app.methods.skip import Skip
+from skipkernels.app.methods import METHODS
 from skipkernels.app.train import checkpoint, trainer, tune
 from skipkernels.app.train.run_folder import read_metrics
-from tests.app.runs import fails, files, losses, results, rows, shortened, small, stopped
+from tests.app.runs import fails, files, results, shortened, small, stopped
+
+ADAMW = {"optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5}
+# Settings of a run of two epochs of two steps, and the steps in which it is interrupted: each after a resume.
+RUNS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "before the first epoch and after it": ({"method": "skip"}, [1, 4]),
+    "fused bf16-sr": ({"method": "skip", "decay": 2.0, "precision": "bf16-sr", "fused_optimizer": True}, [4]),
+    "AdamW delta": ({"method": "skip", "sampler": "random", "delta": True} | ADAMW, [4]),
+    "crops": ({"method": "skip", "refresh": "epoch"}, [4]),
+    "full": ({"method": "full"}, [4]),
+    "coop": ({"method": "coop", "batch_size": 4}, [4]),
+    "clip-adapter": ({"method": "clip-adapter", "batch_size": 4}, [4]),
+    "lora": ({"method": "lora", "batch_size": 4}, [4]),
+}
 
 
-def test_resume_is_bitwise_identical(run, tmp_path):
-    stopped(tmp_path, step=3)  # before the first epoch is complete
-    stopped(tmp_path, resume=True)
-    assert len(rows(tmp_path)) == 1
-    tune(small(tmp_path, resume=True))
-    assert results(tmp_path) == results(run[0])
-    assert files(tmp_path) == files(run[0])
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_gives_equal_bits(tmp_path, monkeypatch, name):
+    """Dropout in each step draws from the global generator. The crops of the resumed run are made in a process."""
+    changes, interruptions = RUNS[name]
+    method = METHODS[changes["method"]]
+    real = method.step
+    monkeypatch.setattr(method, "step", lambda self, images, labels: real(self, F.dropout(images, 0.2), labels))
+    changes = {"max_classes": 8} | changes
+    tune(small(tmp_path / "whole", **changes))
+    torch.manual_seed(2)  # another state of the caller's generator
+    for number, step in enumerate(interruptions):
+        stopped(tmp_path / "cut", step=step, resume=number > 0, **changes)
+    tune(small(tmp_path / "cut", resume=True, **changes | ({"workers": 1} if name == "crops" else {})))
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("training", [{}, {"optimizer": 3}, [1]], ids=str)
+def test_resume_continues_crops_of_a_cache(tmp_path):
+    changes = {"refresh": "epoch", "max_classes": 8}
+    tune(small(tmp_path / "whole", **changes))
+    stopped(tmp_path / "cut", step=4, cache=tmp_path / "cache", cache_dtype="fp32", **changes)
+    tune(small(tmp_path / "cut", cache=tmp_path / "cache", cache_dtype="fp32", resume=True, **changes))
+    assert results(tmp_path / "cut")[1:] == results(tmp_path / "whole")[1:]
+
+
+@pytest.mark.parametrize("training", [{}, [1]], ids=str)
 def test_resume_refuses_foreign_training_state(copy, training):
     found = checkpoint.load(copy)
     foreign = found._replace(training=training)
@@ -37,44 +67,6 @@ def test_resume_refuses_foreign_training_state(copy, training):
         with pytest.raises(InputError, match=r"checkpoint: not the training state of this run: .*`overwrite=True`\.$"):
             tune(small(copy, resume=True))
     assert checkpoint.load(copy).rows == found.rows, "the checkpoint is kept"
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"decay": 2.0, "precision": "bf16-sr", "fused_optimizer": True},
-     {"optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5,
-      "sampler": "random", "delta": True}],
-    ids=["fused bf16-sr", "AdamW delta"],
-)  # fmt: skip
-def test_resume_with_settings_is_bitwise_identical(tmp_path, monkeypatch, changes):
-    """Dropout in each step draws from the global generator."""
-    real = Skip.step
-    monkeypatch.setattr(Skip, "step", lambda self, images, labels: real(self, F.dropout(images, 0.2), labels))
-    changes |= {"max_classes": 12}  # two epochs of three steps
-    tune(small(tmp_path / "whole", **changes))
-    torch.manual_seed(2)  # another state of the caller's generator
-    stopped(tmp_path / "cut", step=5, **changes)
-    tune(small(tmp_path / "cut", resume=True, **changes))
-    assert results(tmp_path / "cut") == results(tmp_path / "whole")
-
-
-def test_resume_continues_views_of_cache(tmp_path):
-    changes = {"refresh": "epoch", "max_classes": 12}
-    tune(small(tmp_path / "whole", cache=tmp_path / "first", **changes))
-    stopped(tmp_path / "cut", step=5, cache=tmp_path / "second", **changes)
-    tune(small(tmp_path / "cut", cache=tmp_path / "second", resume=True, **changes))
-    assert results(tmp_path / "cut")[1:] == results(tmp_path / "whole")[1:]
-
-
-def test_resume_continues_crops_in_memory(tmp_path):
-    """New crops in each epoch without a cache, of which a resumed run in other processes sees the same."""
-    changes = {"refresh": "epoch", "max_classes": 12}
-    tune(small(tmp_path / "whole", **changes))
-    tune(small(tmp_path / "plain", max_classes=12))
-    stopped(tmp_path / "cut", step=5, **changes)
-    tune(small(tmp_path / "cut", workers=1, resume=True, **changes))
-    assert results(tmp_path / "cut")[1:] == results(tmp_path / "whole")[1:]
-    assert not set(losses(tmp_path / "whole")) & set(losses(tmp_path / "plain"))
 
 
 def test_resume_of_complete_run(run, capsys):

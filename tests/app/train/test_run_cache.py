@@ -78,10 +78,9 @@ def test_evaluate_run_writes_nothing_and_needs_no_cache(cached, tmp_path, encode
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before and not encoded
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_cache_dtype_keeps_accuracy(run, tmp_path, dtype):
+def test_cache_dtype_keeps_accuracy(run, tmp_path):
     expected = rows(run[0])[0]["accuracy"]
-    metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype=dtype, epochs=1))
+    metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype="int8", epochs=1))
     # One of 24 images is 4.2 %.
     assert metrics["tuned"]["base"] == pytest.approx(expected["base"], abs=6)
     assert metrics["tuned"]["new"] == pytest.approx(expected["new"], abs=6)
@@ -101,11 +100,10 @@ def test_cache_crops_training_images_only(run, cached, tmp_path):
     ("changes", "message"),
     [
         (["--pretrained", "random"], "another|differs in"),
-        (["--skip-layers", "1"], "another|differs in"),
         (["--cache-dtype", "bf16"], r"differs in dtype \(fp32 there, bf16 here\)"),
         (["--shots", "1"], "differs in"),
     ],
-    ids=["weights", "cut", "dtype", "images"],
+    ids=["weights", "dtype", "images"],
 )
 def test_cache_refuses_mismatch(cached, tmp_path, capsys, changes, message):
     folder, _ = cached
