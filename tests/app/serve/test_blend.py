@@ -77,20 +77,6 @@ def test_report(run, blended):
     assert main(["report", str(blended)]) == 0 and (blended / "report.html").read_text() == page
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"alpha": 1.5}, "alpha must be from 0 to 1"),
-        ({"alpha": "best"}, 'or "auto"'),
-        ({"out": "run"}, "must not be the folder of the run"),
-    ],
-)
-def test_bad_arguments(run, arguments, message):
-    arguments = {name: run.folder if name == "out" else value for name, value in arguments.items()}
-    with pytest.raises(InputError, match=message):
-        sk.blend(run.folder, **arguments)
-
-
 @shortened()
 def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, capsys):
     images = run.task.train

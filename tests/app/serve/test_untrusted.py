@@ -148,15 +148,6 @@ def test_config_file_accepts_named_source_and_no_trust(hostile, tmp_path, capsys
     assert "trust is not taken from a file" in capsys.readouterr().err
 
 
-def test_classifier_refuses_other_settings_of_method(hostile, tmp_path):
-    """A method has more arguments than the settings of a run, such as a folder that it writes."""
-    change_json(
-        hostile.folder / "classifier.json", lambda values: values["settings"].update(text_cache=str(tmp_path / "x"))
-    )
-    with pytest.raises(InputError, match=r"settings.text_cache.*skip_layers"):
-        sk.Classifier.load(hostile.folder)
-
-
 def test_eval_does_not_need_trust_for_model_in_folder(run, hostile):
     hostile.set(model="hf-hub:org/name")
     shutil.copy(run.folder / "open_clip_config.json", hostile.folder)

@@ -1,0 +1,143 @@
+"""Refusals of a tuned model in use: the call, and the text of the error; the command, and the text of its line."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import skipkernels as sk
+from skipkernels.app.data import InputError
+from skipkernels.app.serve.embedded_images import find_training_images
+from tests.app.runs import fails
+
+
+class Given(NamedTuple):
+    """Folders of a run, of photos, and an empty one; preprocessed images."""
+
+    run: Path
+    photos: Path
+    empty: Path
+    images: torch.Tensor
+
+    @property
+    def copy(self) -> Path:
+        """Copy of the run, to be changed."""
+        return shutil.copytree(self.run, self.empty.parent / "copy")
+
+    def load(self, **options: Any) -> sk.Classifier:
+        return sk.Classifier.load(self.run, **{"device": "cpu"} | options)
+
+    def predict(self, images: Any = None, **options: Any) -> object:
+        return self.load().predict(self.images if images is None else images, **options)
+
+
+@pytest.fixture
+def given(run, photos, images, tmp_path) -> Given:
+    (tmp_path / "empty").mkdir()
+    return Given(run.folder, photos, tmp_path / "empty", images)
+
+
+def with_data(folder: Path, data: str) -> Path:
+    """Change the data that the configuration of a run names."""
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("data: pictograms:food", f"data: {data}"))
+    return folder
+
+
+def written(folder: Path, name: str, content: str) -> Path:
+    (folder / name).write_text(content)
+    return folder
+
+
+def without(folder: Path, name: str) -> Path:
+    (folder / name).unlink()
+    return folder
+
+
+def damaged_settings(folder: Path) -> Path:
+    """A method has more arguments than the settings of a run, such as a folder that it writes."""
+    values = json.loads((folder / "classifier.json").read_text())
+    values["settings"]["text_cache"] = "x"
+    return written(folder, "classifier.json", json.dumps(values))
+
+
+CALLS: list[tuple[Callable[[Given], object], str]] = [
+    (lambda on: on.load(classes="cat"), "classes must be a list of names"),
+    (lambda on: on.load(classes=["b", "a", "a"]), "'a' 2 times"),
+    (lambda on: on.load(device="gpu"), "device 'gpu' can't be used"),
+    (lambda on: on.load(precision="bf16-sr"), "precision must be one of auto, fp32"),
+    (lambda on: on.predict(top=0), "top must be a whole number of at least 1"),
+    *((lambda on, bad=bad: on.predict(threshold=bad), "threshold must be a number from 0 to 1; got")
+      for bad in (-1, 2, math.nan, "0.8")),
+    (lambda on: on.predict(torch.zeros(3, 32, 32)), r"\[N, 3, H, W\]"),
+    (lambda on: on.predict([Image.new("F", (32, 32))]), "image 0: has 32 bits per channel"),
+    (lambda on: on.predict(np.zeros((8, 8, 3), np.float32)), r"got float32 \[8, 8, 3\]. From 0 to 1\? Multiply by 255"),
+    (lambda on: on.predict(np.zeros((3, 8, 8), np.uint8)), r"image 0: pixels must be an array \[H, W\], \[H, W, 3\]"),
+    (lambda on: on.predict([torch.zeros(8, 8, 3).byte()]), r"a tensor \[3, H, W\] of uint8; got uint8 \[8, 8, 3\]"),
+    (lambda on: on.predict(np.zeros((0, 8, 3), np.uint8)), r"got uint8 \[0, 8, 3\]"),
+    (lambda on: on.predict(crops=5), "crops=5 needs images that are not preprocessed"),
+    (lambda on: on.predict([], crops=3), "crops must be 1, 5 or 10; got 3"),
+    (lambda on: on.predict([3]), "must be paths, images of Pillow, or uint8 arrays; got int"),
+    (lambda on: on.predict(["missing.png"]), "missing.png: no such file"),
+    (lambda on: sk.Classifier.load(written(on.copy, "classifier.json", "{")), "damaged: not JSON"),
+    (lambda on: sk.Classifier.load(without(on.copy, "classifier.json")), "no such file"),
+    (lambda on: sk.Classifier.load(written(on.copy, "model.safetensors", "x")),
+     "model.safetensors: missing or damaged"),
+    (lambda on: sk.Classifier.load(damaged_settings(on.copy)), "settings.text_cache.*skip_layers"),
+    (lambda on: sk.blend(on.run, alpha=1.5), "alpha must be from 0 to 1"),
+    (lambda on: sk.blend(on.run, alpha="best"), 'or "auto"'),
+    (lambda on: sk.blend(on.run, out=on.run), "must not be the folder of the run"),
+    (lambda on: sk.export(on.run, "open-clip", on.run, overwrite=True), "out must not be the folder of a run"),
+    (lambda on: sk.export(on.run, "open-clip", on.copy, overwrite=True), "out must not be the folder of a run"),
+    (lambda on: sk.export(on.run, "open-clip", on.photos), "out must be a new or an empty folder"),
+    (lambda on: find_training_images(with_data(on.copy, "imagefolder:/nothing")), "/nothing"),
+    (lambda on: find_training_images(with_data(on.copy, "dataset:mine")), "passed to `tune` in Python"),
+    (lambda on: find_training_images(with_data(on.copy, "hf:org/name")), "must not be remote"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "text"), CALLS, ids=[text for _, text in CALLS])
+def test_call_is_refused(given, call, text):
+    with pytest.raises(InputError, match=text):
+        call(given)
+
+
+# With {run}, {photos} and {empty} for the folders.
+COMMANDS = {
+    "predict {empty}/none {photos}": "RUN must be the folder of a run",
+    "predict {run} {empty}": "IMAGES must be files or folders of images",
+    "predict {run} {photos} {empty}/none": "IMAGES must be files or folders of images; there is no",
+    "predict {run} {photos} --sort-into {photos}/sorted": "where images are searched; got",
+    "predict {run} {photos} --top 0": "--top must be a whole number",
+    "predict {run} {photos} --threshold nan": "--threshold must be a number from 0 to 1; got nan",
+    "predict {run} {photos} --threshold 0.5 --classes cat,None\xa0of\xa0these": "is also a class of the run",
+    "predict {run} {photos} --classes clases.txt": "--classes must be at least two names",
+    "predict {run} {photos} --out {empty}/a.xlsx": "--out must end in .csv or .json",
+    "predict {run} {photos} --embeddings {empty}/a.csv": "--embeddings must end in .npy; got",
+    "predict {run} {photos} --out /proc/a.csv": "--out: /proc can't be created",
+    "serve {run} --port 70000": "--port must be from 0 to 65535; got 70000",
+    "serve {run} --port 0 --top 0": "--top must be a whole number",
+    "serve {run} --port 0 --rate 0": "--rate must be a whole number",
+    "serve {run} --port 0 --max-mb 0": "--max-mb must be more than 0",
+    "serve {run} --port 0 --threshold 2": "--threshold must be a number from 0 to 1",
+    "serve {run} --port 0 --nearest -1": "--nearest must be at least 0",
+    "serve {run} --port 0 --host 192.0.2.1": "--host: can't listen at 192.0.2.1",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_refused(given, capsys, command):
+    if command.startswith("serve"):
+        pytest.importorskip("uvicorn", reason="serve needs the extra web")
+    words = [word.format(**given._asdict()).replace("\xa0", " ") for word in command.split(" ")]
+    assert COMMANDS[command] in fails([*words, "--device", "cpu"], capsys)
+    assert not list(given.empty.iterdir())
