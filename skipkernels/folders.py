@@ -1,15 +1,17 @@
-"""Replacement of a file or a whole folder at once, and the lock of a folder."""
+"""Replacement of a file or a whole folder at once, and the lock of a folder.
+
+What is new has a temporary folder beside its place, is flushed to the disk, and is renamed. A crash or an error at any
+moment leaves the old or the new, whole.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fnmatch
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -23,15 +25,16 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 """Name of the lock file in a folder."""
 _PARTIAL = re.compile(r"\.(.+)-[a-z0-9_]{8}\.partial")
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+_OLD = ".old"  # in a temporary folder: the folder that is replaced, between two renames
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Yield an empty file in a temporary folder beside `path`, which takes the place of `path` at the end of the block.
 
-    A crash or an error at any moment leaves the old file or the new one, whole. A kill also leaves the temporary
-    folder, `.NAME-….partial`.
+    A kill also leaves the temporary folder, `.NAME-….partial`.
 
     Example:
         >>> folder = Path(tempfile.mkdtemp())
@@ -40,9 +43,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
         >>> [file.name for file in folder.iterdir()]
         ['note.txt']
     """
-    name: dict[str, Any] = {"prefix": f".{path.name}-", "suffix": ".partial", "dir": path.parent}
-    with tempfile.TemporaryDirectory(**name, ignore_cleanup_errors=True) as temporary:
-        new = Path(temporary, path.name)
+    with _temporary(path) as temporary:
+        new = temporary / path.name
         new.touch()
         mode = new.stat().st_mode  # follows the umask, unlike the file that safetensors puts in its place
         yield new
@@ -71,25 +73,101 @@ def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[st
             raise OSError(errno.EIO, str(error), str(path)) from error
 
 
-def partial_of(name: str) -> str | None:
-    """Return the final name of a temporary folder of `replaced_file`; None for another name.
+def replace_copy(path: Path, source: Path) -> None:
+    """Replace a file by a copy of another, as `replaced_file` does."""
+    with replaced_file(path) as new:
+        shutil.copyfile(source, new)
 
-    >>> partial_of(".note.txt-x1y2z3_4.partial"), partial_of(".mine.partial")
-    ('note.txt', None)
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path, ours: Collection[str]) -> Iterator[Path]:
+    """Yield a new folder, which takes the place of `folder` at the end of the block.
+
+    The next call deletes what a crash left. A crash between the two renames leaves no folder, until `restored`.
+
+    Args:
+        folder: Folder to replace, which need not exist. A link to a folder is followed.
+        ours: Patterns of the names of the files to replace. Others are kept, as copies.
+
+    Raises:
+        OSError: If the folder can't be written or replaced, or another process is replacing it.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp(), "folder")
+        >>> for name in ("a.txt", "b.txt"):
+        ...     with replaced_folder(folder, ["*.txt"]) as new:
+        ...         _ = (new / name).write_text("whole")
+        >>> [path.name for path in folder.iterdir()]
+        ['b.txt']
     """
-    found = _PARTIAL.fullmatch(name)
-    return None if found is None else found[1]
+    folder = folder.resolve()
+    if os.path.ismount(folder) or folder == Path.cwd():
+        raise OSError(errno.EBUSY, "is a mount point or the current folder; name a folder in it", str(folder))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file", str(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _cleared(folder), _temporary(folder) as temporary:
+        new = temporary / folder.name
+        new.mkdir()
+        mode = new.stat().st_mode & 0o666  # follows the umask, unlike that of a file of safetensors
+        yield new
+        sweep(new)  # an error may have left a temporary folder
+        for path in new.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
+        if folder.exists():
+            _keep_others(folder, new, ours)
+        for path in (*new.rglob("*"), new):
+            if path.is_file() or path.is_dir():  # or a link to nothing
+                sync(path)
+        try:
+            if folder.exists():
+                os.rename(folder, temporary / _OLD)
+            os.rename(new, folder)
+        finally:
+            _restore(folder)
+    sync(folder.parent)
+
+
+def restored(folder: Path) -> Path:
+    """Return a folder, after its restoration if a crash came between the two renames of `replaced_folder`."""
+    path = folder.resolve()
+    if not path.exists() and any((temporary / _OLD).exists() for temporary in _temporaries(path.parent, path.name)):
+        with _cleared(path):
+            pass
+    return folder
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder after a rename, so that a kill leaves no part of it; and what a kill left of a replacement."""
+    with _cleared(folder), _temporary(folder) as temporary:
+        if folder.exists():
+            os.rename(folder, temporary / folder.name)
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Delete the temporary folders of `replaced_file` that kills left in a folder, of which the lock is held.
+    """Delete the temporary folders that kills left in a folder, of which the lock is held.
 
     With a name only those of one file are deleted, in a folder without a lock.
     """
-    for path in folder.iterdir():
-        of = partial_of(path.name)
-        if of is not None and name in (None, of) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+    for temporary in _temporaries(folder, name):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---- locks -----------------------------------------------------------------------------------------------------------
 
 
 def locked(folder: Path, *, wait: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -113,106 +191,6 @@ def is_locked(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: Path, ours: Collection[str]) -> Iterator[Path]:
-    """Yield a new folder beside `folder`, which takes the place of `folder` at the end of the block.
-
-    A crash or an error at any moment leaves the old folder or the new one, whole. The next call deletes what a crash
-    left. Between the two renames of a system that can't exchange folders, a crash leaves none, until `restored`.
-
-    Args:
-        folder: Folder to replace, which need not exist. A link to a folder is followed.
-        ours: Patterns of the names of the files to replace. Others are kept, as hard links.
-
-    Raises:
-        OSError: If the folder can't be written or replaced, or another process is replacing it.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp(), "folder")
-        >>> for name in ("a.txt", "b.txt"):
-        ...     with replaced_folder(folder, ["*.txt"]) as new:
-        ...         _ = (new / name).write_text("whole")
-        >>> [path.name for path in folder.iterdir()]
-        ['b.txt']
-    """
-    folder = folder.resolve()
-    if os.path.ismount(folder) or folder == Path.cwd():
-        raise OSError(errno.EBUSY, "is a mount point or the current folder; name a folder in it", str(folder))
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "is a file", str(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = _beside(folder, "new"), _beside(folder, "old")
-    with _locked(folder):
-        _restore(folder, old)
-        try:
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            yield new
-            sweep(new)  # an error may have left a temporary folder
-            for path in new.rglob("*"):
-                if path.is_file():
-                    path.chmod(new.stat().st_mode & 0o666)  # of the umask: safetensors and tempfile have 0600
-                sync(path)
-            if folder.exists():
-                shutil.copymode(folder, new)
-                _keep_others(folder, new, ours)
-            sync(new)
-            if not folder.exists():
-                os.rename(new, folder)
-            elif not _exchange(new, folder):
-                os.rename(folder, old)
-                os.rename(new, folder)
-            sync(folder.parent)
-        finally:
-            _restore(folder, old)
-            for leftover in (new, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-
-
-def restored(folder: Path) -> Path:
-    """Return a folder, after its restoration if a crash came between the two renames of `replaced_folder`."""
-    old = _beside(folder.resolve(), "old")
-    if old.exists() and not folder.exists():
-        with _locked(folder.resolve()):
-            _restore(folder.resolve(), old)
-    return folder
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make a hard link to a file, or a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _beside(folder: Path, role: str) -> Path:
-    return folder.with_name(f".{folder.name}.skipkernels-{role}")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of the replacement of a folder, and delete its file."""
-    file = _beside(folder, "lock")
-    with _holding(file, folder, "another process is replacing it"):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # a system that deletes no open file
-                file.unlink()  # filelock takes no lock on a file that was deleted meanwhile
-
-
-@contextlib.contextmanager
 def _holding(file: Path, folder: Path, fault: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock file; if another process holds it and `wait` is False, raise an OSError of the folder."""
     lock = FileLock(file, timeout=-1 if wait else 0, thread_local=False)  # another thread may release it
@@ -226,31 +204,48 @@ def _holding(file: Path, folder: Path, fault: str, *, wait: bool = False) -> Ite
         lock.release()
 
 
-def _restore(folder: Path, old: Path) -> None:
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)
+# ---- temporary folders -----------------------------------------------------------------------------------------------
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two folders in one system call; False if the system or the file system can't."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    arguments = _AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE
-    return rename is not None and rename(*arguments) == 0
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside a file or folder, and delete it."""
+    name: dict[str, Any] = {"prefix": f".{path.name}-", "suffix": ".partial", "dir": path.parent}
+    with tempfile.TemporaryDirectory(**name, ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)
+
+
+def _temporaries(folder: Path, name: str | None) -> list[Path]:
+    """Temporary folders in a folder; with a name only those of this file or folder."""
+    found = [(path, _PARTIAL.fullmatch(path.name)) for path in folder.iterdir()] if folder.is_dir() else []
+    return [path for path, of in found if of and name in (None, of[1]) and path.is_dir() and not path.is_symlink()]
+
+
+@contextlib.contextmanager
+def _cleared(folder: Path) -> Iterator[None]:
+    """Hold the lock of the replacement of a folder; restore and delete what a kill left of an earlier one."""
+    file = folder.with_name(f".{folder.name}.skipkernels-lock")
+    with _holding(file, folder, "another process is replacing it"):
+        try:
+            _restore(folder)
+            sweep(folder.parent, folder.name)
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a system that deletes no open file
+                file.unlink()  # filelock takes no lock on a file that was deleted meanwhile
+
+
+def _restore(folder: Path) -> None:
+    for temporary in [] if folder.exists() else _temporaries(folder.parent, folder.name):
+        if (temporary / _OLD).exists():
+            os.rename(temporary / _OLD, folder)
 
 
 def _keep_others(folder: Path, new: Path, ours: Collection[str]) -> None:
-    """Link the files of a folder that match none of the patterns into the new one, unless they are in it."""
+    """Copy what matches none of the patterns into the new folder, unless it is there; and the mode of the folder."""
 
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target, follow_symlinks=False)
-        except OSError:  # a file system without hard links
-            shutil.copy2(source, target, follow_symlinks=False)
+    def left_out(path: str, names: list[str]) -> list[str]:
+        top = names if Path(path) == folder else []
+        return [name for name in top if os.path.lexists(new / name) or any(fnmatch.fnmatchcase(name, p) for p in ours)]
 
-    for path in folder.iterdir():
-        if os.path.lexists(new / path.name) or any(fnmatch.fnmatchcase(path.name, pattern) for pattern in ours):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, new / path.name, symlinks=True, copy_function=link)
-        else:
-            link(str(path), str(new / path.name))
+    shutil.copytree(folder, new, symlinks=True, ignore=left_out, dirs_exist_ok=True)

@@ -6,7 +6,6 @@ import filecmp
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...digests import digest_file
-from ...folders import replaced_file, sweep
+from ...folders import replace_copy, replaced_file, sweep
 from ...formatting import csv_line
 from ..data import InputError
 from ..train.checkpoint import FOLDER as CHECKPOINT
@@ -182,5 +181,4 @@ class SortedFolders:
             target = folder / f"{image.stem}-{digest_file(image)[:16]}{image.suffix}"
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            with replaced_file(target) as new:
-                shutil.copyfile(image, new)
+            replace_copy(target, image)

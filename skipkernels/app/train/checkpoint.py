@@ -7,14 +7,13 @@
         training.pt          state of the optimizer, schedule, loader and random generators
         checkpoint.json      settings, rows of the complete epochs, and digests of the other files
 
-The folder is written under a temporary name and renamed once, so a process that is killed at any moment leaves the
-checkpoint of an earlier or of the new epoch, whole.
+The folder is replaced by `replaced_folder`, so a process that is killed at any moment leaves the checkpoint of an
+earlier or of the new epoch, whole.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import zipfile
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError
 
 from ...digests import digest_file, digest_json
-from ...folders import link_or_copy, replaced_folder, restored
+from ...folders import replaced_folder, restored
 from ...formatting import first_line
 from ..data import InputError
 from ..untrusted import read_object
@@ -73,7 +72,7 @@ def save(
         with replaced_folder(folder, ["*"]) as new:
             weights.save(new / file)
             if rows and best_epoch(rows) not in (None, rows[-1]["epoch"]):  # an earlier epoch is the best
-                link_or_copy(folder / BEST if (folder / BEST).exists() else folder / file, new / BEST)
+                shutil.copyfile(folder / BEST if (folder / BEST).exists() else folder / file, new / BEST)
             torch.save(training, new / TRAINING)
             files = {path.name: digest_file(path) for path in sorted(new.iterdir())}
             replace(described, weights_xxh3=files[file]).write(new)
@@ -119,17 +118,6 @@ def load(run: Path) -> Checkpoint | None:
             "another folder, or in this one with `overwrite=True`."
         ) from error
     return Checkpoint(folder / file, values["settings"], values["rows"], values["seconds"], training)
-
-
-def remove(run: Path) -> None:
-    """Delete the checkpoint of a run, after a rename, so that a kill leaves no part of it under its name."""
-    deleted = run / f".{FOLDER}.deleted"
-    shutil.rmtree(deleted, ignore_errors=True)
-    if (run / FOLDER).exists():
-        os.rename(run / FOLDER, deleted)
-        shutil.rmtree(deleted, ignore_errors=True)
-    for leftover in run.glob(f".{FOLDER}.skipkernels-*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _reason(error: Exception) -> str:

@@ -29,7 +29,7 @@ def model_card(
     `use` is what can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx". With
     `head`, what the method trains is in head.safetensors, and not in the model.
     """
-    base = f"`{config.model}`" + (f", weights `{config.pretrained}`" if config.pretrained else "")
+    base = _base(config)
     matter = ["---", f"library_name: {_LIBRARIES[use]}"]
     matter += ["pipeline_tag: zero-shot-image-classification", "tags:", "- clip", "- skipkernels"]
     alpha = metrics.get("alpha")
@@ -52,23 +52,10 @@ def model_card(
         code.replace("import open_clip\n", f"import open_clip\n{_TOWER}") if config.model in MODELS else code,
     ]
     lines += ["```", "", "## Data and model", ""]
-    images, shots = metrics.get("images", {}).get("train"), ""
-    trained = "all images" if images is None else images
-    if isinstance(config.shots, int) and images is not None:
-        whole = images == config.shots * len(described.classes)
-        shots = f", {config.shots} per class" if whole else f", fewer than {config.shots} of some classes"
-    classes = escaped(", ".join(described.classes[:_SHOWN]))
-    more = len(described.classes) - _SHOWN
-    classes_in = "`classes.json`" if head else _CLASSES_IN[use]
-    templates = described.templates or []
     again = command_line("tune", config, processes=metrics.get("processes", 1), left_out=("out", "device"))
     again += "" if alpha is None else f"\nskipkernels blend RUN --alpha {alpha:g}"
     lines += [
-        f"- Training images: {trained} of `{described.data}`{shots}, protocol `{config.protocol}`, seed {config.seed}.",
-        f"- Classes: {classes}{f' and {more:,} more, all in {classes_in}' if more > 0 else ''}.",
-        f"- Prompts: {', '.join(f'`{template}`' for template in templates) or 'one text for each class'}.",
-        f"- Base model: {base}. The tuned weights are a work derived from its weights; see the licence of those"
-        + (" (LICENSES-pictograms of skipkernels)." if config.model in MODELS else "."),
+        *_data_and_model(config, described, metrics, "`classes.json`" if head else _CLASSES_IN[use]),
         "",
         "## Limits",
         "",
@@ -84,6 +71,30 @@ def model_card(
         "Versions: " + ", ".join(f"{name} {version}" for name, version in described.versions.items()) + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _base(config: TuneConfig) -> str:
+    return f"`{config.model}`" + (f", weights `{config.pretrained}`" if config.pretrained else "")
+
+
+def _data_and_model(
+    config: TuneConfig, described: Description, metrics: Mapping[str, Any], classes_in: str
+) -> list[str]:
+    images, shots = metrics.get("images", {}).get("train"), ""
+    trained = "all images" if images is None else images
+    if isinstance(config.shots, int) and images is not None:
+        whole = images == config.shots * len(described.classes)
+        shots = f", {config.shots} per class" if whole else f", fewer than {config.shots} of some classes"
+    classes = escaped(", ".join(described.classes[:_SHOWN]))
+    more = len(described.classes) - _SHOWN
+    templates = described.templates or []
+    return [
+        f"- Training images: {trained} of `{described.data}`{shots}, protocol `{config.protocol}`, seed {config.seed}.",
+        f"- Classes: {classes}{f' and {more:,} more, all in {classes_in}' if more > 0 else ''}.",
+        f"- Prompts: {', '.join(f'`{template}`' for template in templates) or 'one text for each class'}.",
+        f"- Base model: {_base(config)}. The tuned weights are a work derived from its weights; see the licence of "
+        + ("those (LICENSES-pictograms of skipkernels)." if config.model in MODELS else "those."),
+    ]
 
 
 _LIBRARIES = {"open-clip": "open_clip", "skipkernels": "skipkernels", "hugging-face": "transformers", "onnx": "onnx"}

@@ -254,7 +254,7 @@ class Run:
         except Exception as error:  # any: the results are complete without the report
             self.warnings.append(f"{REPORT} was not written ({type(error).__name__}: {first_line(error)}).")
         self.folder.write_metrics(metrics)
-        checkpoint.remove(self.folder.path)
+        self.folder.delete_checkpoint()
         return metrics
 
     def _metrics(self, tuned: Evaluation) -> dict[str, Any]:

@@ -19,7 +19,17 @@ from typing import Any
 import yaml
 
 from ...digests import digest_file
-from ...folders import LOCK, is_locked, link_or_copy, locked, replace_text, replaced_folder, restored, sweep
+from ...folders import (
+    LOCK,
+    delete_folder,
+    is_locked,
+    locked,
+    replace_copy,
+    replace_text,
+    replaced_folder,
+    restored,
+    sweep,
+)
 from ..config import TuneConfig, read_settings
 from ..data import InputError
 from ..data.files import format_names
@@ -232,7 +242,7 @@ class RunFolder:
                 sweep(self.path)
                 (self.path / METRICS).unlink(missing_ok=True)
                 if self.resumed is None:
-                    checkpoint.remove(self.path)
+                    self.delete_checkpoint()
                     for path in _files(self.path):
                         path.unlink(missing_ok=True)
             except OSError as error:
@@ -285,13 +295,16 @@ class RunFolder:
         """Write metrics.json, which completes the run."""
         self.write(METRICS, json.dumps(metrics, indent=2) + "\n")
 
+    def delete_checkpoint(self) -> None:
+        """Delete the checkpoint of a run that is complete or starts again."""
+        delete_folder(self.path / checkpoint.FOLDER)
+
     def publish(self, described: Description) -> None:
         """Put the best weights of the checkpoint, and their description, into the run folder."""
         folder, target = self.path / checkpoint.FOLDER, self.path / described.weights
         source = folder / BEST if (folder / BEST).exists() else folder / target.name
         try:
-            target.unlink(missing_ok=True)
-            link_or_copy(source, target)
+            replace_copy(target, source)
             dataclasses.replace(described, weights_xxh3=digest_file(target)).write(self.path)
         except OSError as error:
             raise argument_error("out", f"{target} can't be written: {error.strerror}.") from error

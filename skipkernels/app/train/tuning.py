@@ -16,7 +16,6 @@ from ..config import TuneConfig
 from ..console import ignore_write_errors, print_plain
 from ..data import SizedDataset, Source
 from ..methods.skip import Skip
-from . import checkpoint
 from .command_line import command_line
 from .errors import argument_error
 from .loggers import Logger
@@ -161,7 +160,7 @@ def _check_processes(config: TuneConfig, processes: Processes) -> None:
 def _finished(folder: RunFolder, console: Console) -> dict[str, Any] | None:
     """Return the metrics of the run to resume if it is complete. Prints that there is nothing to resume."""
     if folder.finished is not None:
-        checkpoint.remove(folder.path)  # a kill may have left it
+        folder.delete_checkpoint()  # a kill may have left it
         print_plain(console, f"{folder.path}: the run is complete; there is nothing to resume.")
     elif folder.config.resume and folder.resumed is None:
         print_plain(console, f"note: there is no epoch to resume in {folder.path}; the run starts from the beginning.")

@@ -19,7 +19,7 @@ from skipkernels.app.train.description import Description
 from skipkernels.app.train.run_folder import read_model
 from skipkernels.app.train.weights import read_metadata, save_weights
 from skipkernels.digests import digest_file, digest_json
-from skipkernels.folders import locked
+from skipkernels.folders import delete_folder, locked
 
 CLASSIFIER = Description(
     "model", None, "skip", {}, "data", "few-shot", ["a"], ["{}"], None, weights=MODEL, holds="model", logit_scale=1.0
@@ -68,7 +68,7 @@ def test_save_replaces_epoch_and_keeps_best(tmp_path):
         assert found_epoch(tmp_path) == epoch
     files = {"model.safetensors", "best.safetensors", "classifier.json", "training.pt", "checkpoint.json"}
     assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == files
-    checkpoint.remove(tmp_path)
+    delete_folder(tmp_path / "checkpoint")
     assert not list(tmp_path.iterdir())
 
 
