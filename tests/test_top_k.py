@@ -51,7 +51,7 @@ def test_top_k_memory_does_not_grow_with_classes(monkeypatch):
     clip, (images, _) = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1), tiny_batch(64, C)
     features, classes = clip.encode_lower(images.float()), 200_000
     embeddings = torch.nn.functional.normalize(torch.randn(classes, 12), dim=1)
-    monkeypatch.setattr(clip.texts, "embeddings", lambda: embeddings)
+    monkeypatch.setattr(clip.texts, "kept_embeddings", lambda: embeddings)
     logits_bytes = 4 * len(images) * classes
     assert testing.allocated_bytes(lambda: clip.predict(features)) >= logits_bytes
     # A chunk of 2²² logits of four bytes; the rest are activations and candidates.
