@@ -73,7 +73,7 @@ def class_sampled_logits(
 ) -> Tensor:
     """Scaled cosines of images and a sample of the rows of a class bank, see `functional.class_sampled_logits`."""
     rows = text if class_ids is None else text.index_select(0, class_ids)
-    cosine = _unit_norm(image) @ _unit_norm(rows).T
+    cosine = unit_norm(image) @ unit_norm(rows).T
     if isinstance(logit_scale, Tensor):
         logit_scale = logit_scale.reshape(()).to(cosine.dtype)
     return logit_scale * cosine
@@ -82,7 +82,7 @@ def class_sampled_logits(
 @torch.no_grad()
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None) -> Tensor:
     """Score of every class for a batch, see `functional.class_scores`."""
-    scores = (_unit_norm(image) @ at_least_fp32(prototypes).T).amax(dim=0)
+    scores = (unit_norm(image) @ at_least_fp32(prototypes).T).amax(dim=0)
     if labels is not None:
         scores[labels] = math.inf
     return scores
@@ -323,7 +323,8 @@ def widened(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.device))
 
 
-def _unit_norm(x: Tensor) -> Tensor:
+def unit_norm(x: Tensor) -> Tensor:
+    """Unit-norm rows, in at least fp32."""
     return F.normalize(at_least_fp32(x), dim=-1, eps=UNIT_NORM_EPS)
 
 

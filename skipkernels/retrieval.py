@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import FEATURE_DTYPES, check_device, check_dtype, check_shape
-from .reference import at_least_fp32
+from .reference import unit_norm
 
 _SCORES = 1 << 22  # scores in memory at once: 16 MiB in fp32, or 64 images of 65,536 classes
 
@@ -70,7 +69,7 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
     if min(ks, default=1) < 1:
         raise ValueError(f"{name}: ks must be at least 1; got {list(ks)}.")
     with torch.autocast(image.device.type, enabled=False):
-        image, text = (F.normalize(at_least_fp32(x), dim=-1) for x in (image, text))
+        image, text = (unit_norm(x) for x in (image, text))
         dtype = torch.promote_types(image.dtype, text.dtype)
         image, text = image.to(dtype), text.to(dtype)
         ids = torch.arange(len(image), device=image.device)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ..boundary import LSkipBoundary
 from ..features.table import FeatureTable, MemoryTable
+from ..reference import unit_norm
 from ..towers import TextTower, evaluating
 from ..towers.prompts import SelectedPrompts
 from ..towers.watch import Watched
@@ -265,12 +266,6 @@ class OtherTexts(ClassTexts):
 
     def _features_of(self, template: int, selected: SelectedPrompts) -> Tensor:
         return self.compute_features(selected)
-
-
-def unit_norm(embeddings: Tensor) -> Tensor:
-    """Unit-norm rows, at least fp32."""
-    wide = torch.promote_types(embeddings.dtype, torch.float32)
-    return nn.functional.normalize(embeddings.to(wide), dim=-1)
 
 
 def in_same_dtype(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

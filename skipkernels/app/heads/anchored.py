@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...checks import check_shape, warn_caller
-from ...reference import at_least_fp32
 from .head import Head, check_labels, check_positive, unit_rows
 from .logistic import ITERATIONS, logistic_regression
 
@@ -51,7 +50,7 @@ def anchored_probe(image: Tensor, labels: Tensor, text: Tensor, scale: float | T
             f"anchored_probe: after {ITERATIONS} iterations the distance from the minimum can be {distance:.1e}; "
             f"expected at most {TOLERANCE:.0e}. Use a larger l2."
         )
-    dtype = at_least_fp32(image[:0]).dtype
+    dtype = torch.promote_types(image.dtype, torch.float32)
     return Head(found.weight.to(dtype), found.bias.to(dtype), torch.tensor(scale, dtype=dtype, device=image.device))
 
 

@@ -24,6 +24,7 @@ from ...boundary import DEFAULT_CHUNK
 from ...clip import SkipCLIP
 from ...options import Protocol, SamplerKind
 from ...parallel import ShardedSkipCLIP
+from ...reference import unit_norm
 from ...retrieval import top_k_probabilities
 from ...towers import evaluating
 from ..data import InputError, Task
@@ -59,11 +60,6 @@ class StepOutput(NamedTuple):
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     """Return fp32, or `dtype` if it is wider: the dtype of logits, and of weights that a method adds to a model."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def unit_norm(embeddings: Tensor) -> Tensor:
-    """Normalize embeddings [n, D], in at least fp32."""
-    return F.normalize(embeddings.to(at_least_fp32(embeddings.dtype)), dim=-1)
 
 
 def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:

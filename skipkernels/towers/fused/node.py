@@ -116,7 +116,7 @@ class _BlockFunction(torch.autograd.Function):
         gradients = _gradients(needed, weights)
         with without_autocast(d_mid.device):
             call = BlockCall(saved.block, how, prepare(weights, dtype, saved.casts), dtype)
-            # 3. Compute what was not saved again
+            # 3. Recompute what was not saved
             if saved.recorded is None:
                 assert saved.hidden is not None
                 recorded = forward_stages.forward(call, Hidden(saved.hidden), record=True).saved
