@@ -37,13 +37,13 @@ class EvalCommand:
         """Evaluate, and print the accuracy. Returns 0."""
         from rich.table import Table
 
-        from skipkernels.app.train import evaluate_run
+        from skipkernels.app.train.evaluation import REPLACEABLE, evaluate_run
         from skipkernels.app.train.processes import is_first
         from skipkernels.app.train.run_folder import METRICS
         from skipkernels.folders import is_locked
 
-        options = ("device", "data", "root", "protocol", "max_classes", "trust")
-        accuracies = evaluate_run(self.run, **{name: getattr(self, name) for name in options}, console=err)
+        settings = {name: getattr(self, name) for name in REPLACEABLE}
+        accuracies = evaluate_run(self.run, **settings, trust=self.trust, console=err)
         if not is_first():
             return 0
         if is_locked(self.run):

@@ -35,6 +35,8 @@ from .setup import BATCH, RunSetup, build_run
 
 Accuracies = dict[str, float | None]
 """Accuracy in per cent by test and by summary of the protocol; None where a method can't classify the images."""
+REPLACEABLE = ("device", "data", "root", "protocol", "max_classes")
+"""Settings of a run that `evaluate_run` can replace."""
 _AFTER_EPOCH = f"after this epoch, though its loss and weights are. {REMEDY}"
 
 
@@ -146,14 +148,16 @@ def evaluate_run(
         classes: Class names by label; see `tune`.
         trust: Load what config.yaml names: models and datasets of the hub, models and weights in other folders.
         console: Console for notes, and the number of images and the classes of each test. Default: none.
-        **settings: Fields of `TuneConfig` that replace those of the run: `device`, `data`, `root`, `protocol` or
-            `max_classes`. None: that of the run; of other data, all classes.
+        **settings: Fields of `TuneConfig` that replace those of the run: those in `REPLACEABLE`. None: that of the run;
+            of other data, all classes.
 
     Raises:
         InputError: If the folder is not a run folder, its model is damaged, the run has no test images, or it is not
             trusted and names such a source.
         FloatingPointError: If a logit is not finite.
     """
+    if unknown := settings.keys() - set(REPLACEABLE):
+        raise TypeError(f"evaluate_run: settings must be among {', '.join(REPLACEABLE)}; got {min(unknown)}.")
     folder, processes = restored(Path(folder)), join()
     console = console if console is not None and processes.first else Console(quiet=True)
     given = {name: value for name, value in settings.items() if value is not None}

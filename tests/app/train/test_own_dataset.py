@@ -55,6 +55,11 @@ def test_tune_dataset(run):
     assert evaluate_run(str(folder), dataset=Squares(30), classes=SETTINGS["classes"]) == metrics["tuned"]
 
 
+def test_evaluate_run_refuses_a_setting_without_effect(tmp_path):
+    with pytest.raises(TypeError, match="^evaluate_run: settings must be among device, .*; got epochs.$"):
+        evaluate_run(tmp_path, device="cpu", epochs=3)
+
+
 def test_epochs_of_weighted_classes_are_chosen_by_balanced_accuracy(tmp_path):
     """Among twenty black validation images, one red and one white, each class counts as much as another."""
     held = Squares(22)
