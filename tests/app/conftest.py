@@ -11,9 +11,15 @@ from tests.models import uncompared, verify
 _check = verify._check
 
 
-@pytest.fixture(scope="session", autouse=True)
-def published():
-    with published_optimizer():
+@pytest.fixture(scope="session")
+def as_published():
+    """The context in which the runs of a session are trained."""
+    return published_optimizer
+
+
+@pytest.fixture(scope="module", autouse=True)  # tests elsewhere run with the optimizer of users
+def published(as_published):
+    with as_published():
         yield
 
 
@@ -30,7 +36,8 @@ def compared(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory, published):
+def run(tmp_path_factory, as_published):
     """Run folder, which no test changes, and metrics."""
     folder = tmp_path_factory.mktemp("run")
-    return folder, tune(small(folder))
+    with as_published():
+        return folder, tune(small(folder))

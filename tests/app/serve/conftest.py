@@ -41,15 +41,16 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory) -> Run:
+def run(tmp_path_factory, as_published) -> Run:
     """A run of Skip Tuning; no test changes its folder."""
     folder = tmp_path_factory.mktemp("serve") / "run"
-    metrics = tune(dataclasses.replace(CONFIG, out=folder, cache=folder.parent / "cache"))
-    return Run(folder, metrics, build_task(CONFIG.resolved()))
+    with as_published():
+        metrics = tune(dataclasses.replace(CONFIG, out=folder, cache=folder.parent / "cache"))
+        return Run(folder, metrics, build_task(CONFIG.resolved()))
 
 
 @pytest.fixture(scope="session")
-def native_run(tmp_path_factory) -> Path:
+def native_run(tmp_path_factory, as_published) -> Path:
     """Run of a small CLIP of open_clip's own blocks with random weights, which CLIPModel of transformers can hold."""
     folder = tmp_path_factory.mktemp("native")
     clip = open_clip.CLIP(**NATIVE)
@@ -57,7 +58,8 @@ def native_run(tmp_path_factory) -> Path:
     config = {"model_cfg": NATIVE, "preprocess_cfg": clip.visual.preprocess_cfg}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
-    tune(dataclasses.replace(CONFIG, model=f"local-dir:{folder}", max_classes=4, out=folder / "run"))
+    with as_published():
+        tune(dataclasses.replace(CONFIG, model=f"local-dir:{folder}", max_classes=4, out=folder / "run"))
     return folder / "run"
 
 
