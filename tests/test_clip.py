@@ -232,37 +232,6 @@ def test_global_random_state_is_unchanged():
 # ---- variants of models ------------------------------------------------------------------------------------------
 
 
-def test_reductions_text_not_causal():
-    model, tokens, (images, _) = tiny_clip(), tiny_tokens(9), tiny_batch(3, 9)
-    model.attn_mask = torch.zeros_like(model.attn_mask)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1)
-    assert "see later" in clip.reductions["text.text_crop"].reason
-    torch.testing.assert_close(clip.predict(images), model.get_logits(images, tokens)[0].detach())
-
-
-@pytest.mark.parametrize(
-    ("vision", "text"),
-    [
-        ({"pool_type": "avg"}, {"pool_type": "last", "no_causal_mask": True}),
-        ({"no_ln_pre": True}, {"pool_type": "first"}),
-        ({"final_ln_after_pool": True}, {"pool_type": "eos", "eos_id": 59}),
-        ({"ls_init_value": 0.3}, {"ls_init_value": 0.2}),
-        ({"attentional_pool": True, "attn_pooler_heads": 4}, {"proj_bias": True, "proj_type": "linear"}),
-        ({"qk_norm": True}, {"scale_heads": True}),
-    ],
-    ids=["avg-last", "no_ln_pre-first", "final_ln-eos", "layer_scale", "attn_pool-linear", "custom_block"],
-)
-def test_open_clip_tower_variants(vision, text):
-    model, tokens, (images, labels) = tiny_clip(vision=vision, text=text), tiny_tokens(9), tiny_batch(3, 9)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    torch.testing.assert_close(clip.predict(images), model.get_logits(images, tokens)[0].detach())
-    out = clip(images, labels)
-    expected = torch.nn.functional.cross_entropy(model.get_logits(images, tokens)[0], labels)
-    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    out.loss.backward()
-    assert all(parameter.grad is not None for parameter in clip.trainable_parameters())
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import skipkernels as sk
 from skipkernels.digests import _device_digest, digests
-from skipkernels.towers import UnsupportedModel
 from skipkernels.towers.block import _fused_class, submodules, unfused
 from skipkernels.towers.families import open_clip as open_clip_towers
 
@@ -68,11 +67,6 @@ def test_another_skipclip_froze_the_first_block():
     first(images, labels)
 
 
-def test_trainable_upper_refuses_adapters():
-    with pytest.raises(UnsupportedModel, match=r'is an adapter.*Pass trainable="as_is"'):
-        sk.SkipCLIP(with_adapters(1), tiny_tokens(C), skip_layers=1)
-
-
 @pytest.mark.parametrize("kept", ["ln_", "bias"])
 def test_trainable_as_is_norms_or_biases(kept, recwarn):
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
@@ -88,15 +82,6 @@ def test_trainable_as_is_norms_or_biases(kept, recwarn):
 def test_trainable_as_is_warns_of_adapters_below_the_cut():
     with pytest.warns(UserWarning, match="4 trainable parameters below the cut are frozen"):
         sk.SkipCLIP(with_adapters(0), tiny_tokens(C), skip_layers=1, trainable="as_is")
-
-
-def test_peft_model_error_has_a_remedy():
-    class PeftModel(nn.Module):
-        pass
-
-    PeftModel.__module__ = "peft.peft_model"
-    with pytest.raises(UnsupportedModel, match=r'inject_adapter_in_model, and pass that with trainable="as_is"'):
-        sk.SkipCLIP(PeftModel(), tiny_tokens(C), skip_layers=1)
 
 
 # ---- alterations -----------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
 from skipkernels.features import FeatureCache
-from skipkernels.towers import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.processes import run_in_processes
 
@@ -104,16 +103,6 @@ def test_fully_shard_matches_one_process(blocks, tmp_path):
         optimizer.zero_grad()
     assert distance(first, second) == 0.0
     assert distance(first, clip.model.state_dict()) < 1e-9 < 1e-4 < distance(first, tiny_clip().state_dict())
-
-
-@pytest.mark.parametrize(
-    ("wrap", "remedy"),
-    [(torch.nn.DataParallel, r"Pass the model itself \(.module\)"), (torch.compile, r"\(._orig_mod\)")],
-    ids=["DataParallel", "compile"],
-)
-def test_wrapped_model_is_refused(wrap, remedy):
-    with pytest.raises(UnsupportedModel, match=remedy):
-        sk.SkipCLIP(wrap(tiny_clip()), tiny_tokens(CLASSES), skip_layers=1)
 
 
 def test_flat_parameters_of_fsdp1_are_refused():

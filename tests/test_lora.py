@@ -14,9 +14,7 @@ from hugging_face_models import hugging_face_clip, siglip
 from models import openai_clip, tiny_batch, tiny_clip, tiny_tokens
 from naive import step_loss
 from reference_step import assert_matches_reference_step
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
-from timm_models import timm_clip
+from timm_models import EVA02, eva, vit
 from torch import nn
 
 import skipkernels as sk
@@ -90,25 +88,11 @@ def test_step_equals_naive_step_with_written_out_weights(targets, skip, memory):
         assert error <= 1e-9 * factor.grad.norm() + 1e-10 * largest, name
 
 
-def timm_model() -> nn.Module:
-    trunk = VisionTransformer(
-        img_size=16, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=12, init_values=0.1
-    )
-    return timm_clip(trunk)
-
-
-def eva02_model() -> nn.Module:
-    """SwiGLU in two layers, three projections, rotary positions."""
-    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 12}
-    options = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "use_rot_pos_emb": True}
-    return timm_clip(Eva(**shape, **options, global_pool="token"))
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "layer scale": lambda: tiny_clip(vision={"ls_init_value": 0.5}, text={"ls_init_value": 0.5}),
     "openai": openai_clip,
-    "timm": timm_model,
-    "eva02": eva02_model,
+    "timm": lambda: vit(init_values=0.1),
+    "eva02": lambda: eva(**EVA02),  # SwiGLU in two layers, three projections, rotary positions
     "hugging face": hugging_face_clip,
     "siglip": siglip,
 }

@@ -1,56 +1,48 @@
-"""Small open_clip models with an image tower of timm or a ResNet, and properties that hold at every cut."""
+"""Small open_clip models around image towers of timm, random in every parameter and statistic, in fp64."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from functools import partial
 
 import open_clip
-import pytest
 import torch
-from models import tiny_clip, tiny_tokens, uncompared
+from models import tiny_clip
 from open_clip.timm_model import TimmModel
-from reference_step import assert_matches_reference_step
-from torch import Tensor, nn
+from timm.layers import HybridEmbed, LayerNorm
+from timm.models.convnext import ConvNeXt
+from timm.models.eva import Eva
+from timm.models.fastvit import FastVit, RepConditionalPosEnc
+from timm.models.naflexvit import NaFlexVit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import skipkernels as sk
-
-TOKENS = tiny_tokens(7)
-LABELS = torch.tensor([1, 5, 2])
-
-
-class Family(NamedTuple):
-    """Factory of a model, side of its images, and number of blocks of its image tower."""
-
-    make: Callable[[], nn.Module]
-    size: int
-    depth: int
-
-    def images(self) -> Tensor:
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(3, 3, self.size, self.size, generator=generator, dtype=torch.float64)
+SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 12}
+CLIP = {"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5)}
+SIGLIP = {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"}
+ROTARY = {"use_rot_pos_emb": True, "global_pool": "token"}
+EVA02 = {**ROTARY, "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True}
+PE = {**ROTARY, "attn_type": "rope", "global_pool": "map", "attn_pool_num_heads": 4, "use_pre_transformer_norm": True}
+GRID = {"ref_feat_shape": (4, 4), "rope_grid_offset": 1.0, "rope_grid_indexing": "xy"}
+FASTVIT = {
+    "layers": (1, 1, 2, 1),
+    "embed_dims": (8, 8, 16, 32),
+    "token_mixers": ("repmixer", "repmixer", "repmixer", "attention"),
+    "pos_embs": (None, None, None, partial(RepConditionalPosEnc, spatial_shape=(7, 7))),
+    "se_downsamples": (False, False, True, True),
+}
 
 
-def each_cut(families: Mapping[str, Family], lowest: int = 0, variants: Collection[str] = ()) -> Any:
-    """Parametrise over every family and every cut, from `lowest` blocks skipped to all of them.
-
-    `variants` of other families have the same blocks, with another head or other weights: one cut is enough.
-    """
-    cases = [
-        pytest.param(family, skip, id=f"{name}-skip{skip}")
-        for name, family in families.items()
-        for skip in ([2] if name in variants else range(lowest, family.depth + 1))
-    ]
-    return pytest.mark.parametrize(("family", "skip"), cases)
-
-
-def timm_clip(trunk: nn.Module, size: int = 16, head: nn.Module | None = None) -> nn.Module:
-    """Open_clip model in fp64 around a trunk with 12 outputs, or with any outputs that `head` maps to 12."""
+def timm_clip(trunk: nn.Module, size: int = 16, projection: bool = False) -> nn.Module:
+    """Open_clip model around a trunk with 12 outputs, or 24 and a projection (timm_proj="linear" of its configs)."""
+    head = nn.Sequential(nn.Dropout(0.0), nn.Linear(24, 12, bias=False)) if projection else nn.Sequential()
     visual = TimmModel.__new__(TimmModel)  # its constructor takes a name, not sizes
     nn.Module.__init__(visual)
-    visual.trunk, visual.head, visual.image_size = trunk, head or nn.Sequential(), (size, size)
+    visual.trunk, visual.head, visual.image_size = trunk, head, (size, size)
     model = tiny_clip(family=open_clip.CustomTextCLIP)
     model.visual = randomise(visual)
     return model.double().eval()
@@ -72,79 +64,71 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]
 
 
-def lower_modules(clip: sk.SkipCLIP) -> Iterator[nn.Module]:
-    """Modules below the cut of the image tower."""
-    tower = clip.images.tower
-    if tower.skip:
-        yield from (part for part in (*tower.embedding, *tower.blocks[: tower.skip]) if isinstance(part, nn.Module))
+# ---- transformers ----------------------------------------------------------------------------------------------------
 
 
-def cut(model: nn.Module, skip: int, **arguments: Any) -> sk.SkipCLIP:
-    return sk.SkipCLIP(model, TOKENS, skip_layers=(skip, 1), keep_ratio=1.0, **arguments)
+def vit(**rest) -> nn.Module:
+    return timm_clip(VisionTransformer(**{**SHAPE, **rest}))
 
 
-def assert_matches_reference(family: Family, skip: int) -> sk.SkipCLIP:
-    clip = cut(family.make(), skip)
-    assert len(clip.images.tower.blocks) == family.depth
-    assert_matches_reference_step(clip, family.images(), TOKENS, LABELS)
-    return clip
+def vit_siglip() -> nn.Module:
+    return timm_clip(VisionTransformer(**{**SHAPE, **SIGLIP, "num_classes": 0}), projection=True)
 
 
-@uncompared()
-def assert_features_are_constant(family: Family, skip: int) -> None:
-    """Features at the cut give the same step as images, twice, and neither is written to."""
-    images = family.images()
-    clip = cut(family.make(), skip, chunk=2)
-    expected = clip(images, LABELS).loss
-    assert images.equal(family.images())
-    features = clip.encode_lower(images)
-    kept = features.clone()
-    for _ in range(2):
-        loss = clip(features, LABELS).loss
-        loss.backward()
-        assert loss.equal(expected) and features.equal(kept)
+def mobile_clip() -> nn.Module:
+    stem = ConvStem(depth=2, channels=(8, 24), stride=(4, 2), kernel_size=(4, 2), padding=0, act_layer=nn.GELU)
+    return vit(patch_size=1, no_embed_class=True, embed_layer=partial(HybridEmbed, backbone=stem, proj=False))
 
 
-def assert_model_is_unchanged(family: Family, skip: int) -> None:
-    """The modules, modes and state dict of the caller's model are unchanged."""
-    model = family.make()
-    model.visual.train()
-    modes = {name: module.training for name, module in model.named_modules()}
-    before = copy.deepcopy(model.state_dict())
-    clip = cut(model, skip)
-    if skip:  # otherwise the embedding trains and updates its statistics
-        clip.encode_lower(family.images())
-    assert {name: module.training for name, module in model.named_modules()} == modes
-    after = model.state_dict()
-    assert list(after) == list(before) and all(after[name].equal(value) for name, value in before.items())
+def eva(**rest) -> nn.Module:
+    return timm_clip(Eva(**{**SHAPE, "global_pool": "token", **rest}))
 
 
-@uncompared()
-def assert_batch_norms_update_above_cut_only(family: Family, skip: int) -> None:
-    """In training mode batch norms above the cut use and count the batch, those below do neither."""
-    model = family.make().train()
-    clip, images = cut(model, skip), family.images()
-    frozen = {norm for part in lower_modules(clip) for norm in batch_norms(part)}
-    before = {norm: (norm.running_mean.clone(), norm.num_batches_tracked.clone()) for norm in batch_norms(model)}
-    loss = clip(images, LABELS).loss
-    for norm, (mean, batches) in before.items():
-        same = norm.running_mean.equal(mean) and norm.num_batches_tracked.equal(batches)
-        assert same == (norm in frozen)
-    for part in lower_modules(clip):
-        part.eval()
-    assert_matches_reference_step(clip, images, TOKENS, LABELS)
-    torch.testing.assert_close(clip(images, LABELS).loss, loss, rtol=1e-11, atol=0)
+def relative(**rest) -> nn.Module:
+    return timm_clip(VisionTransformerRelPos(**{**SHAPE, **rest}))
 
 
-def assert_draws_as_the_model(family: Family, skip: int) -> None:
-    """In training mode dropout above the cut draws as in the caller's model."""
-    model = family.make().train()
-    clip, images = cut(model, skip), family.images()
-    for part in lower_modules(clip):
-        part.eval()
-    embeddings = []
-    for encode in (model.encode_image, clip.encode_image):
-        torch.manual_seed(3)
-        embeddings.append(encode(images))
-    torch.testing.assert_close(*embeddings, rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(clip.encode_image(images), embeddings[1]), "no dropout was applied"
+def naflex(**options) -> nn.Module:
+    torch.manual_seed(0)
+    size = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 12}
+    return timm_clip(NaFlexVit(**{**size, "pos_embed_grid_size": (2, 2), "global_pool": "avg", **options}))
+
+
+# ---- towers in stages, on images of 32 × 32 pixels -------------------------------------------------------------------
+
+
+def convnext(projection: bool = False, **rest) -> nn.Module:
+    shape = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 24), "num_classes": 0 if projection else 12}
+    return timm_clip(ConvNeXt(**{**shape, **rest}), 32, projection)
+
+
+def fastvit(**rest) -> nn.Module:
+    return timm_clip(FastVit(**FASTVIT, num_classes=12, **rest), 32)
+
+
+def fused_fastvit() -> nn.Module:
+    """Deployed form: every branch and batch norm merged into one convolution."""
+    model = fastvit(stem_use_scale_branch=False, lkc_use_act=True)
+    for module in model.visual.modules():
+        if hasattr(module, "reparameterize"):
+            module.reparameterize()
+    return model
+
+
+def swin(**rest) -> nn.Module:
+    shape = {"img_size": 32, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
+    return timm_clip(SwinTransformer(**{**shape, "num_classes": 12, **rest}), 32)
+
+
+def vitamin(**rest) -> nn.Module:
+    """Two convolutional stages of one and two blocks, and a transformer of two blocks."""
+    backbone = MbConvStages(VitCfg(embed_dim=(8, 16, 24), depths=(1, 2, 1), stem_width=8))
+    stem = {"patch_size": 1, "depth": 2, "embed_layer": partial(HybridEmbed, backbone=backbone, proj=False)}
+    blocks = {"mlp_layer": GeGluMlp, "mlp_ratio": 2.0, "class_token": False, "global_pool": "avg"}
+    return timm_clip(VisionTransformer(**{**SHAPE, "img_size": 32, **stem, **blocks, **rest}), 32)
+
+
+def resnet() -> nn.Module:
+    """Open_clip's own ResNet."""
+    vision = {"layers": [1, 2, 1, 1], "width": 8, "image_size": 32, "patch_size": None}
+    return randomise(tiny_clip(vision=vision)).double().eval()

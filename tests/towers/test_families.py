@@ -1,94 +1,126 @@
-"""Transformers of every family: the step equals the reference at every cut."""
+"""Properties of one family: altered blocks, unusual prompts, masks, positions and dtypes."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import open_clip
 import pytest
 import torch
-import transformers
-from hugging_face_models import SMALL, hugging_face_clip, metaclip_2, patches_of, siglip, siglip_2
-from models import (
-    TEXT,
-    VISION,
-    openai_clip,
-    openai_models,
-    random_weights,
-    tiny_batch,
-    tiny_clip,
-    tiny_coca,
-    tiny_tokens,
-)
-from reference_step import LOSS, assert_matches_reference_step
-from torch import nn
+from families import CLASSES, FAMILIES, FUSED, LABELS, TOKENS, Family, like_another
+from hugging_face_models import patches_of, siglip, siglip_2
+from models import TEXT, VISION, openai_clip, openai_models, tiny_batch, tiny_clip, tiny_tokens
+from reference_step import assert_matches_reference_step
+from timm.layers import RmsNorm
+from timm_models import ROTARY, eva, vit
+from torch import Tensor, nn
 
 import skipkernels as sk
-from skipkernels import reference
-from skipkernels.towers import UnsupportedModel, attention
+from skipkernels.towers import attention
 
-CLASSES = 7
-
-
-def with_encoder(tmp_path: Path, config: transformers.PretrainedConfig, pooler: str, projection: str = "linear"):
-    config.save_pretrained(tmp_path)
-    text = {
-        "hf_model_name": str(tmp_path),
-        "hf_model_pretrained": False,
-        "hf_pooler_type": pooler,
-        "hf_proj_type": projection,
-    }
-    torch.manual_seed(0)
-    return random_weights(open_clip.CustomTextCLIP(12, VISION, text))
+OPEN_CLIP = Family(tiny_clip)
+VIT = like_another(vit)
 
 
-def encoder_tokens(padding: int = 1) -> torch.Tensor:
-    tokens = torch.full((CLASSES, 20), padding)
-    for i, row in enumerate(tokens):
-        row[: 4 + i % 4] = torch.tensor([0, 5, *range(10 + i, 11 + i + i % 4), 2])
-    return tokens
+# ---- altered models, and unusual prompts of a model ------------------------------------------------------------------
 
 
-# ---- one step per family ---------------------------------------------------------------------------------------
+def put(owner: nn.Module, name: str, value: Any) -> None:
+    setattr(owner, name, value.double() if isinstance(value, nn.Module) else value)
 
 
-@pytest.mark.parametrize("skip", [0, 1, 3, (2, 1)], ids=lambda skip: f"skip{skip}")
-@pytest.mark.parametrize(
-    "make",
-    [
-        openai_clip,
-        hugging_face_clip,
-        lambda: hugging_face_clip(end=59, activation="gelu"),
-        lambda: hugging_face_clip(attn_implementation="eager").float(),  # its softmax is in fp32
-        siglip,
-        lambda: siglip(attn_implementation="eager").float(),
-        metaclip_2,
-        siglip_2,
-        tiny_coca,
-        lambda: tiny_coca(correct=True),
-    ],
-    ids=[
-        "openai",
-        "hf",
-        "hf_eos",
-        "hf_eager",
-        "siglip",
-        "siglip_eager",
-        "metaclip_2",
-        "siglip_2",
-        "coca",
-        "coca_correct",
-    ],
-)
-def test_step_equals_reference(make, skip):
-    model = make()
-    images, labels = tiny_batch(3, CLASSES, model.logit_scale.dtype)
-    tokens = tiny_tokens(CLASSES, context=76 if isinstance(model, open_clip.CoCa) else 77)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
-    assert_matches_reference_step(clip, images, tokens, labels)
-    assert clip.reductions["text.fused_block"].enabled and clip.reductions["image.fused_block"].enabled
-    if not type(model).__name__.startswith("Siglip"):
-        assert clip.reductions["text.text_crop"].enabled and clip.reductions["text.shared_prefix"].enabled
+def scaled(module: nn.Module, arguments: tuple, out: Tensor) -> Tensor:
+    return out * 1.01
+
+
+def silu(*mlps: str, name: str) -> Callable[[nn.Module, Tensor], object]:
+    return lambda model, tokens: [setattr(model.get_submodule(mlp), name, nn.SiLU()) for mlp in mlps]
+
+
+def end_is(token: int) -> Callable[[nn.Module, Tensor], object]:
+    """Another end of text than 59, which the text model says, and not its config."""
+
+    def alter(model: nn.Module, tokens: Tensor) -> None:
+        model.text_model.eos_token_id = token
+        tokens[tokens == 59] = token
+
+    return alter
+
+
+def unusual_scale(model: nn.Module, tokens: Tensor) -> None:
+    for blocks, number in ((model.vision_model.encoder.layers, 1), (model.text_model.encoder.layers, 2)):
+        blocks[number].self_attn.scale = 0.1
+
+
+def open_masks(model: nn.Module, tokens: Tensor) -> None:
+    for block in model.transformer.resblocks:
+        block.attn_mask = torch.zeros(77, 77)
+
+
+def padding_inside(model: nn.Module, tokens: Tensor) -> None:
+    tokens[2, 2] = 0  # "!" of open_clip's vocabulary
+
+
+def full_prompt(model: nn.Module, tokens: Tensor) -> None:
+    tokens[2, 2:] = torch.arange(74) % 50 + 1
+
+
+IN_OPENAI = silu("transformer.resblocks.2.mlp", "visual.transformer.resblocks.1.mlp", name="gelu")
+IN_HUGGING_FACE = silu("text_model.encoder.layers.2.mlp", "vision_model.encoder.layers.1.mlp", name="activation_fn")
+BOTH_FUSED = FUSED, "text.fused_block"
+LAYOUT = PREFIX, CROP = "text.shared_prefix", "text.text_crop"
+BIDIRECTIONAL = {"no_causal_mask": True, "pool_type": "argmax"}
+PAD_MASK = Family(lambda: tiny_clip(family=open_clip.CustomTextCLIP, text=BIDIRECTIONAL))
+
+# Family, what is done to its model and its prompts, and reductions that are then off, with words of the reason.
+Row = tuple[Family, Callable[[nn.Module, Tensor], object], dict[str, str]]
+ALTERED: dict[str, Row] = {
+    "openai silu": (FAMILIES["openai"], IN_OPENAI, dict.fromkeys(BOTH_FUSED, "SiLU")),
+    "hf silu": (FAMILIES["hf"], IN_HUGGING_FACE, dict.fromkeys(BOTH_FUSED, "SiLU")),
+    "siglip silu": (FAMILIES["siglip"], IN_HUGGING_FACE, dict.fromkeys(BOTH_FUSED, "SiLU")),
+    "hf scale": (FAMILIES["hf"], unusual_scale, dict.fromkeys(BOTH_FUSED, "causal or has an unusual scale")),
+    "hf end": (FAMILIES["hf"], end_is(55), {}),
+    "metaclip_2 end": (FAMILIES["metaclip_2"], end_is(2), {}),  # other models take 2 as: the largest id
+    "openai mask": (FAMILIES["openai"], open_masks, dict.fromkeys((*LAYOUT, "text.fused_block"), "not the causal one")),
+    "open_clip mask": (OPEN_CLIP, lambda model, tokens: model.attn_mask.zero_(),
+                       {CROP: "see later", PREFIX: "not the causal one"}),
+    # no config has this option
+    "padding mask": (PAD_MASK, lambda model, tokens: put(model.text, "use_pad_mask", True), {PREFIX: "later ones"}),
+    "coca padding": (FAMILIES["coca"], padding_inside, dict.fromkeys(LAYOUT, "padding in its middle")),
+    "coca_correct padding": (FAMILIES["coca_correct"], padding_inside, dict.fromkeys(LAYOUT, "padding in its middle")),
+    "coca full": (FAMILIES["coca"], full_prompt, dict.fromkeys(LAYOUT, "fills the context")),
+    "coca_correct full": (FAMILIES["coca_correct"], full_prompt, {}),
+}  # fmt: skip
+BLOCKS = {
+    "hook": lambda block: block.register_forward_hook(lambda module, arguments, out: out * 1.01),
+    "backward_hook": lambda block: block.mlp.fc1.register_full_backward_hook(lambda mod, d_in, d_out: None),
+    "silu": lambda block: put(block.mlp, "act", nn.SiLU()),
+    "scale": lambda block: put(block, "ls1", nn.Linear(24, 24)),
+    "norm": lambda block: put(block.attn, "norm", RmsNorm(24)),
+    "gate": lambda block: put(block.attn, "gate", nn.Linear(24, 24)),
+    "forward": lambda block: put(block.norm1, "forward", lambda x: x),
+    "attention": lambda block: put(block.attn, "forward", lambda x, **rest: 2 * x),
+    "weight": lambda block: put(block.norm1, "weight", None),
+    "weight_norm": lambda block: torch.nn.utils.parametrizations.weight_norm(block.mlp.fc1),
+}
+for name, change in BLOCKS.items():
+    for number, place in ((0, "below"), (2, "above")):
+        ALTERED[f"timm {name} {place}"] = (
+            VIT, lambda model, tokens, change=change, i=number: change(model.visual.trunk.blocks[i]), {FUSED: ""}
+        )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:skipkernels. a block is not fused")
+@pytest.mark.parametrize(("family", "alter", "off"), ALTERED.values(), ids=ALTERED)
+def test_step_of_altered_model(family, alter, off):
+    model, tokens = family.make(), family.tokens.clone()
+    alter(model, tokens)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    for name in {*BOTH_FUSED, *LAYOUT} - family.without.keys():
+        assert clip.reductions[name].enabled == (name not in off), name
+        assert off.get(name, "") in clip.reductions[name].reason
+    assert_matches_reference_step(clip, family.images(model.logit_scale.dtype), tokens, LABELS)
 
 
 SIGLIP_TEXT = {"pool_type": "last", "no_causal_mask": True}
@@ -123,93 +155,6 @@ def test_siglip_2_makes_patches_as_its_processor(size):
         clip.encode_image(images[..., :-1])
 
 
-@pytest.mark.parametrize("make", [openai_clip, hugging_face_clip, siglip, tiny_coca, lambda: tiny_coca(correct=True)])
-def test_pair_loss_of_other_captions_equals_reference(make):
-    model = make()
-    images, captions = tiny_batch(3, CLASSES, model.logit_scale.dtype)[0], tiny_tokens(5)[2:]
-    captions[:, 1] = torch.tensor([7, 8, 9])  # they share only the start of text
-    if isinstance(model, open_clip.CoCa):
-        captions = captions[:, :76]
-    check_pair_loss(sk.SkipCLIP(model, captions[:1].repeat(2, 1), skip_layers=1), images, captions)
-
-
-def check_pair_loss(clip, images, captions):
-    encoded = clip.images.tower.reference_forward(images), clip.texts.tower.reference_forward(captions)
-    expected = reference.contrastive_loss(*encoded, clip.model.logit_scale.exp())
-    torch.testing.assert_close(sk.pairs.pair_loss(clip, images, captions), expected, rtol=LOSS[images.dtype], atol=0)
-
-
-@pytest.mark.parametrize(
-    ("config", "pooler", "projection"),
-    [
-        (transformers.RobertaConfig, "mean_pooler", "mlp"),
-        (transformers.XLMRobertaConfig, "mean_pooler", "linear"),
-        (transformers.XLMRobertaConfig, "cls_pooler", "linear"),
-        (transformers.BertConfig, "cls_last_hidden_state_pooler", "linear"),
-    ],
-    ids=["roberta", "xlm_roberta", "xlm_roberta_cls", "bert"],
-)
-@pytest.mark.parametrize("skip", [0, 2, (1, 3)], ids=lambda skip: f"skip{skip}")
-def test_hf_text_encoder_step(tmp_path, config, pooler, projection, skip):
-    chosen = config(**SMALL, vocab_size=60, max_position_embeddings=30, pad_token_id=1, type_vocab_size=1)
-    model = with_encoder(tmp_path, chosen, pooler, projection).eval()
-    check_encoder(model, skip)
-
-
-@pytest.mark.parametrize("skip", [0, 2, (1, 3)], ids=lambda skip: f"skip{skip}")
-@pytest.mark.parametrize("kind", ["mt5", "nllb"])
-def test_translation_encoder_step(tmp_path, kind, skip):
-    if kind == "mt5":
-        config = transformers.MT5Config(
-            d_model=24, d_kv=8, d_ff=48, num_layers=3, num_heads=3, vocab_size=60, pad_token_id=1
-        )
-        model = with_encoder(tmp_path, config, "mean_pooler")
-    else:
-        config = transformers.M2M100Config(
-            d_model=24, encoder_layers=3, decoder_layers=1, encoder_attention_heads=3, decoder_attention_heads=3,
-            encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=60, max_position_embeddings=30, pad_token_id=1,
-            encoder_layerdrop=0.0,
-        )  # fmt: skip
-        model = with_encoder(tmp_path, config, "cls_pooler")
-    check_encoder(model.eval(), skip)
-
-
-def check_encoder(model, skip):
-    tokens, (images, labels) = encoder_tokens(), tiny_batch(3, CLASSES)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
-    assert clip.texts.templates[0].tokens.shape[1] == 7 < tokens.shape[1]
-    assert "runs its own forward" in clip.reductions["text.fused_block"].reason
-    assert_matches_reference_step(clip, images, tokens, labels)
-    check_pair_loss(clip, images, tokens[[4, 0, 1]])
-
-
-def test_encoder_with_layerdrop_raises(tmp_path):
-    config = transformers.M2M100Config(
-        d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=3, decoder_attention_heads=3,
-        vocab_size=60, pad_token_id=1, encoder_layerdrop=0.1,
-    )  # fmt: skip
-    model = with_encoder(tmp_path, config, "cls_pooler")
-    with pytest.raises(UnsupportedModel, match="encoder_layerdrop"):
-        sk.SkipCLIP(model, encoder_tokens(), skip_layers=1)
-
-
-# ---- unusual masks and positions -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("correct", [False, True])
-@pytest.mark.parametrize("kind", ["padding_inside", "full"])
-def test_coca_unusual_padding(kind, correct):
-    model, tokens, (images, labels) = tiny_coca(correct), tiny_tokens(CLASSES, context=76), tiny_batch(3, CLASSES)
-    if kind == "full":
-        tokens[2, 2:] = torch.arange(74) % 50 + 1
-    else:
-        tokens[2, 2] = 0  # "!" of open_clip's vocabulary
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    full_and_correct = kind == "full" and correct
-    assert (clip.reductions["text.shared_prefix"].enabled) == full_and_correct
-    assert_matches_reference_step(clip, images, tokens, labels)
-
-
 @pytest.mark.parametrize("skip", [0, 1])
 def test_sin_cos_positions_never_train(skip):
     model, tokens, (images, labels) = tiny_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
@@ -219,100 +164,6 @@ def test_sin_cos_positions_never_train(skip):
         clip = sk.SkipCLIP(model, tokens, skip_layers=1)
         clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
     assert not model.visual.positional_embedding.requires_grad
-    assert_matches_reference_step(clip, images, tokens, labels)
-
-
-def test_padding_mask_only():
-    text = {"no_causal_mask": True, "pool_type": "argmax"}
-    model, tokens = tiny_clip(family=open_clip.CustomTextCLIP, text=text), tiny_tokens(CLASSES)
-    model.text.use_pad_mask = True  # no config has it
-    images, labels = tiny_batch(3, CLASSES)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert clip.reductions["text.text_crop"].enabled and clip.texts.templates[0].tokens.shape[1] < 10
-    assert "later ones" in clip.reductions["text.shared_prefix"].reason
-    assert_matches_reference_step(clip, images, tokens, labels)
-
-
-# ---- altered models --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "make", [openai_clip, hugging_face_clip, siglip, tiny_coca], ids=["openai", "hf", "siglip", "coca"]
-)
-@pytest.mark.parametrize("tower", ["image", "text"])
-def test_block_hook_is_followed(make, tower):
-    model = make()
-    images, labels = tiny_batch(3, CLASSES, model.logit_scale.dtype)
-    tokens = tiny_tokens(CLASSES, context=76 if isinstance(model, open_clip.CoCa) else 77)
-    plain = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    block = getattr(plain, f"{tower}s").tower.blocks[2]
-    norm = next(module for module in block.modules() if isinstance(module, nn.LayerNorm))
-    norm.register_forward_hook(lambda mod, args, out: out * 1.01)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert "hooks" in clip.reductions[f"{tower}.fused_block"].reason
-    assert_matches_reference_step(clip, images, tokens, labels)
-
-
-@pytest.mark.parametrize("make", [openai_clip, hugging_face_clip, siglip], ids=["openai", "hf", "siglip"])
-def test_replaced_activation_is_followed(make):
-    model, name = make(), "activation_fn"
-    mlps = ("text_model.encoder.layers.2.mlp", "vision_model.encoder.layers.1.mlp")
-    if make is openai_clip:
-        mlps, name = ("transformer.resblocks.2.mlp", "visual.transformer.resblocks.1.mlp"), "gelu"
-    for mlp in mlps:
-        setattr(model.get_submodule(mlp), name, nn.SiLU())
-    tokens, (images, labels) = tiny_tokens(CLASSES), tiny_batch(3, CLASSES, model.logit_scale.dtype)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert (
-        "SiLU" in clip.reductions["text.fused_block"].reason and "SiLU" in clip.reductions["image.fused_block"].reason
-    )
-    assert_matches_reference_step(clip, images, tokens, labels)
-
-
-def test_end_of_text_is_read_from_model_not_config():
-    model, tokens, (images, labels) = hugging_face_clip(end=55), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
-    tokens[tokens == 59] = 55  # not the largest id
-    model.text_model.config.eos_token_id = 2
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert_matches_reference_step(clip, images, tokens, labels)
-
-
-def test_end_of_text_of_metaclip_2_is_never_the_largest_id():
-    model, tokens, (images, labels) = metaclip_2(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
-    model.text_model.eos_token_id, tokens[tokens == 59] = 2, 2
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert clip.texts.templates[0].pooled.min() > 0
-    assert_matches_reference_step(clip, images, tokens, labels)
-
-
-def test_attention_with_unusual_scale_is_not_fused():
-    model, tokens, (images, labels) = hugging_face_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
-    model.vision_model.encoder.layers[1].self_attn.scale = 0.1
-    model.text_model.encoder.layers[2].self_attn.scale = 0.1
-    with pytest.warns(UserWarning, match="a block's attention is causal or has an unusual scale"):
-        clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert_matches_reference_step(clip, images, tokens, labels)
-
-
-@pytest.mark.parametrize(
-    ("make", "part"),
-    [(openai_clip, "transformer"), (hugging_face_clip, "text_model.encoder"), (siglip, "vision_model")],
-)
-def test_altered_tower_raises(make, part):
-    model = make()
-    tower = model.get_submodule(part)
-    tower.forward = tower.forward
-    with pytest.raises(UnsupportedModel, match=r"has a replaced forward\(\), and SkipCLIP does not call this module"):
-        sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1)
-
-
-def test_openai_replaced_mask_is_followed():
-    model, tokens, (images, labels) = openai_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES, torch.float32)
-    for block in model.transformer.resblocks:
-        block.attn_mask = torch.zeros(77, 77)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert "not the causal one" in clip.reductions["text.shared_prefix"].reason
-    assert not clip.reductions["text.text_crop"].enabled
     assert_matches_reference_step(clip, images, tokens, labels)
 
 
@@ -348,27 +199,29 @@ def test_open_clip_half_precision_norms_in_fp32(dtype):
     torch.testing.assert_close(clip.predict(images), clip.predict(clip.encode_lower(images)))
 
 
-def test_old_transformers_raises(monkeypatch):
-    model = siglip()
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
-    with pytest.raises(UnsupportedModel, match="SiglipModel needs transformers 5 or later; got 4.57.6"):
-        sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
+def test_drop_path_reason_has_remedy():
+    reason = VIT.cut(1, vit(drop_path_rate=0.1)).reductions["image.fused_block"].reason
+    assert "drop path" in reason and "set their rates to 0" in reason
+    model = vit(drop_path_rate=0.1)
+    for module in model.visual.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    assert VIT.cut(1, model).reductions["image.fused_block"].enabled
 
 
-def test_parameter_on_both_sides_of_cut_raises():
-    model = tiny_clip()
-    blocks = model.visual.transformer.resblocks
-    blocks[2].mlp.c_fc.weight = blocks[0].mlp.c_fc.weight
-    with pytest.raises(UnsupportedModel, match=r"resblocks.0.mlp.c_fc.weight is used on both sides of the cut"):
-        sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
-    sk.SkipCLIP(model, tiny_tokens(4), skip_layers=0)
+def test_images_of_another_size():
+    model = vit(patch_size=4, dynamic_img_size=True)
+    clip = VIT.cut(1, model)
+    assert_matches_reference_step(clip, torch.randn(3, 3, 24, 8, dtype=torch.float64), TOKENS, LABELS)
+    resized = vit()
+    resized.visual.set_input_size(24)
+    assert_matches_reference_step(VIT.cut(1, resized), torch.randn(3, 3, 24, 24, dtype=torch.float64), TOKENS, LABELS)
 
 
-def test_unsupported_models_raise():
-    with pytest.raises(UnsupportedModel, match=r"parallel attentional pooler leaves an axis"):
-        sk.SkipCLIP(tiny_coca(attentional_pool="parallel"), tiny_tokens(4), skip_layers=1)
-    with pytest.raises(UnsupportedModel, match=r"must be one of open_clip.model.CLIP, .*; got torch.nn"):
-        sk.SkipCLIP(nn.Linear(2, 2), tiny_tokens(4), skip_layers=1)
-    bert = transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=60))
-    with pytest.raises(UnsupportedModel, match="got transformers.models.bert.modeling_bert.BertModel"):
-        sk.SkipCLIP(bert, tiny_tokens(4), skip_layers=1)
+def test_learned_rotary_positions_are_below_cut():
+    model = eva(**ROTARY, rope_type="mixed")
+    for skip in (0, 1, 3):
+        VIT.cut((skip, 1), model)(VIT.images(), LABELS).loss.backward()
+        freqs = model.visual.trunk.rope.freqs
+        assert freqs.requires_grad == (freqs.grad is not None) == (skip == 0)
+        model.zero_grad()

@@ -1,4 +1,4 @@
-"""Towers of open_clip 4: modern text transformers, ModernBERT, NaFlexVit, and models that are refused."""
+"""Text towers of open_clip 4: modern text transformers, ModernBERT."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import open_clip
 import pytest
 import torch
 import transformers
+from families import CLASSES, with_encoder
 from models import TEXT, VISION, random_weights, tiny_batch, tiny_tokens
 from open_clip.hf_configs import arch_dict
 from reference_step import assert_matches_reference_step
-from timm.models.naflexvit import NaFlexVit
-from timm_models import Family, assert_features_are_constant, assert_matches_reference, each_cut, timm_clip
 
 import skipkernels as sk
 from skipkernels.towers import UnsupportedModel
-from skipkernels.towers.registry import _REFUSED
 
-CLASSES = 7
 needs_modern_text = pytest.mark.skipif(
     not hasattr(open_clip.transformer, "ModernTextTransformer"), reason="open_clip 3 has no modern text tower"
 )
@@ -75,7 +72,8 @@ def test_modern_text_without_padding_id():
     model, tokens = modern(pad_id=None, **MODERN["map"]), tiny_tokens(CLASSES, context=30)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
     assert clip.texts.tower.tokens.shape[1] == 30
-    assert_matches_reference_step(clip, *tiny_batch(3, CLASSES)[:1], tokens, tiny_batch(3, CLASSES)[1])
+    images, labels = tiny_batch(3, CLASSES)
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
 @needs_modern_text
@@ -87,81 +85,20 @@ def test_register_tokens_are_refused():
 # ---- ModernBERT ------------------------------------------------------------------------------------------------
 
 
+def modern_bert() -> torch.nn.Module:
+    """Windows of two tokens on both sides; in fp32, as its rotations are."""
+    ids = {"pad_token_id": 0, "cls_token_id": 57, "sep_token_id": 59, "bos_token_id": 57, "eos_token_id": 59}
+    sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 4, "num_attention_heads": 3}
+    windows = {"local_attention": 4, "global_attn_every_n_layers": 3, "max_position_embeddings": 30, "vocab_size": 60}
+    return with_encoder(transformers.ModernBertConfig(**sizes, **windows, **ids), "cls_pooler").float()
+
+
 @pytest.mark.skipif("modernbert" not in arch_dict, reason="open_clip 3 has no ModernBERT")
 @pytest.mark.parametrize("skip", [0, 1, 3, 4], ids=lambda skip: f"skip{skip}")
-def test_modern_bert_step(skip, tmp_path):
-    """Windows of two tokens on both sides: the padding of the shorter prompts has only padding in its window."""
-    config = transformers.ModernBertConfig(
-        hidden_size=24, intermediate_size=36, num_hidden_layers=4, num_attention_heads=3, vocab_size=60,
-        max_position_embeddings=30, local_attention=4, global_attn_every_n_layers=3, pad_token_id=0, cls_token_id=57,
-        sep_token_id=59, bos_token_id=57, eos_token_id=59,
-    )  # fmt: skip
-    config.save_pretrained(tmp_path)
-    text = {"hf_model_name": str(tmp_path), "hf_model_pretrained": False, "hf_proj_type": "linear"}
-    torch.manual_seed(0)
-    model = random_weights(open_clip.CustomTextCLIP(12, VISION, {**text, "hf_pooler_type": "cls_pooler"})).eval()
+def test_modern_bert_step(skip):
+    """The padding of the shorter prompts has only padding in its window."""
     tokens, (images, labels) = tiny_tokens(CLASSES, context=30), tiny_batch(3, CLASSES, torch.float32)
     tokens[1, 3:20] = torch.arange(6, 23)
-    clip = sk.SkipCLIP(model.float(), tokens, skip_layers=(1, skip), keep_ratio=1.0)  # its rotations are in fp32
+    clip = sk.SkipCLIP(modern_bert(), tokens, skip_layers=(1, skip), keep_ratio=1.0)
     assert clip.texts.tower.tokens.shape[1] == 20
     assert_matches_reference_step(clip, images, tokens, labels)
-
-
-# ---- NaFlexVit -------------------------------------------------------------------------------------------------
-
-
-def naflex(**options) -> torch.nn.Module:
-    torch.manual_seed(0)
-    size = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 12}
-    size |= {"pos_embed_grid_size": (2, 2), "global_pool": "avg"}
-    return timm_clip(NaFlexVit(**{**size, **options}))
-
-
-NAFLEX = {
-    "avg": Family(naflex, 16, 3),
-    "map": Family(lambda: naflex(global_pool="map", swiglu_mlp=True, reg_tokens=1), 16, 3),
-    "interpolated": Family(lambda: naflex(pos_embed_grid_size=(3, 3), pos_embed="factorized"), 16, 3),
-    "token": Family(lambda: naflex(class_token=True, global_pool="token", reg_tokens=1, pre_norm=True), 16, 3),
-}
-
-
-@each_cut(NAFLEX, variants=("interpolated",))
-def test_naflex_step(family, skip):
-    clip = assert_matches_reference(family, skip)
-    assert clip.reductions["image.fused_block"].enabled
-    token = family.make().visual.trunk.global_pool == "token"
-    assert clip.reductions["image.pooled_last_block"].enabled == (token and skip < 3)
-
-
-@each_cut(NAFLEX, lowest=1, variants=NAFLEX)
-def test_naflex_features_are_constant(family, skip):
-    assert_features_are_constant(family, skip)
-
-
-def test_naflex_patch_dropout_draws_as_the_model():
-    model, images = naflex(patch_drop_rate=0.5).train(), tiny_batch(3, CLASSES)[0]
-    clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=(0, 1))
-    embeddings = []
-    for encode in (model.encode_image, clip.encode_image):
-        torch.manual_seed(3)
-        embeddings.append(encode(images))
-    torch.testing.assert_close(*embeddings, rtol=1e-9, atol=1e-9)
-    clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1)
-    assert clip.encode_lower(images).shape[1] == 4
-
-
-def test_naflex_with_rotary_positions_is_refused():
-    with pytest.raises(UnsupportedModel, match="rotary positions"):
-        sk.SkipCLIP(naflex(rope_type="axial"), tiny_tokens(CLASSES), skip_layers=1)
-
-
-# ---- refused ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", _REFUSED)
-def test_models_without_two_known_towers_are_refused(path):
-    module, _, kind = path.rpartition(".")
-    model = torch.nn.Module()
-    model.__class__ = type(kind, (torch.nn.Module,), {"__module__": module})
-    with pytest.raises(UnsupportedModel, match=f"{kind} is not handled: it"):
-        sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)

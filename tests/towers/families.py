@@ -1,0 +1,206 @@
+"""Every family of models, as rows of test_step.py: how to make a small one, where to cut it, and what is reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+import transformers
+from hugging_face_models import SMALL, hugging_face_clip, metaclip_2, siglip, siglip_2
+from models import VISION, openai_clip, random_weights, tiny_clip, tiny_coca, tiny_tokens
+from timm.models.vision_transformer import ParallelScalingBlock
+from timm_models import (
+    CLIP,
+    EVA02,
+    GRID,
+    PE,
+    ROTARY,
+    convnext,
+    eva,
+    fastvit,
+    fused_fastvit,
+    mobile_clip,
+    naflex,
+    relative,
+    resnet,
+    swin,
+    vit,
+    vit_siglip,
+    vitamin,
+)
+from torch import Tensor, nn
+
+import skipkernels as sk
+
+CLASSES = 7
+TOKENS = tiny_tokens(CLASSES)
+LABELS = torch.tensor([1, 5, 2])
+
+
+class Family(NamedTuple):
+    """A model with its images and prompts, and what SkipCLIP makes of it."""
+
+    make: Callable[[], nn.Module]
+    without: Mapping[str, str] = {}  # reductions that it does not have, and words of the reason; it has all others
+    cuts: tuple[Any, ...] = (0, 1, 3, (2, 1))  # values of skip_layers
+    size: int = 16  # height and width of the images
+    depth: int = 3  # blocks of the image tower
+    tokens: Tensor = TOKENS
+
+    def images(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(3, 3, self.size, self.size, generator=generator, dtype=torch.float64).to(dtype)
+
+    def cut(self, skip: Any, model: nn.Module | None = None, **options: Any) -> sk.SkipCLIP:
+        """SkipCLIP of this model, or of another one, which keeps all classes."""
+        model = self.make() if model is None else model
+        return sk.SkipCLIP(model, self.tokens, skip_layers=skip, keep_ratio=1.0, **options)
+
+
+def with_encoder(config: transformers.PretrainedConfig, pooler: str, projection: str = "linear") -> nn.Module:
+    """Open_clip model with a text encoder of transformers."""
+    text = {"hf_model_pretrained": False, "hf_pooler_type": pooler, "hf_proj_type": projection}
+    torch.manual_seed(0)
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return random_weights(open_clip.CustomTextCLIP(12, VISION, {**text, "hf_model_name": folder})).eval()
+
+
+def bert(config: type[transformers.PretrainedConfig], pooler: str, projection: str = "linear") -> nn.Module:
+    chosen = config(**SMALL, vocab_size=60, max_position_embeddings=30, pad_token_id=1, type_vocab_size=1)
+    return with_encoder(chosen, pooler, projection)
+
+
+def mt5() -> nn.Module:
+    sizes = {"d_model": 24, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 3}
+    return with_encoder(transformers.MT5Config(**sizes, vocab_size=60, pad_token_id=1), "mean_pooler")
+
+
+def nllb(layerdrop: float = 0.0) -> nn.Module:
+    encoder = {"encoder_layers": 3, "encoder_ffn_dim": 48, "encoder_attention_heads": 3, "encoder_layerdrop": layerdrop}
+    decoder = {"decoder_layers": 1, "decoder_ffn_dim": 48, "decoder_attention_heads": 3}
+    sizes = {"d_model": 24, "vocab_size": 60, "max_position_embeddings": 30, "pad_token_id": 1}
+    return with_encoder(transformers.M2M100Config(**sizes, **encoder, **decoder), "cls_pooler")
+
+
+def encoder_tokens(padding: int = 1) -> Tensor:
+    """Prompts [CLASSES, 20] of four to seven tokens."""
+    tokens = torch.full((CLASSES, 20), padding)
+    for i, row in enumerate(tokens):
+        row[: 4 + i % 4] = torch.tensor([0, 5, *range(10 + i, 11 + i + i % 4), 2])
+    return tokens
+
+
+# ---- reductions that families do not have ----------------------------------------------------------------------------
+
+FUSED, POOLED = "image.fused_block", "image.pooled_last_block"
+POOLS = {POOLED: "the tower pools over all tokens"}
+STAGES = {FUSED: "blocks in stages run their own forward", POOLED: "blocks in stages run their own forward"}
+NOT_CAUSAL = {"text.text_crop": "lets a token see later ones", "text.shared_prefix": "is not the causal one"}
+NO_PREFIX = {"text.shared_prefix": "the prompts begin with different tokens"}
+NO_MASK = {"text.text_crop": "every token sees every other", "text.shared_prefix": "there is no mask"}
+
+
+def unfused(why: str) -> dict[str, str]:
+    return {FUSED: why, POOLED: why}
+
+
+def unfused_text(why: str, shared_prefix: str | None = None) -> dict[str, str]:
+    return {"text.fused_block": why, "text.pooled_last_block": why, "text.shared_prefix": shared_prefix or why}
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def variant(vision: dict[str, Any], text: dict[str, Any], without: Mapping[str, str] = {}) -> Family:
+    """Open_clip's own towers with options."""
+    return Family(lambda: tiny_clip(vision=vision, text=text), without, (1,))
+
+
+def encoder(make: Callable[[], nn.Module], kind: str) -> Family:
+    without = unfused_text(f"{kind}, which runs its own forward", "a token sees later ones")
+    return Family(make, without, (0, 2, (1, 3)), tokens=encoder_tokens())
+
+
+def image_tower(make: Callable[[], nn.Module], without: Mapping[str, str] = {}, *, size=16, depth=3) -> Family:
+    """An image tower at every cut, beside open_clip's text tower at one."""
+    return Family(make, without, tuple((skip, 1) for skip in range(depth + 1)), size, depth)
+
+
+def like_another(make: Callable[[], nn.Module], without: Mapping[str, str] = {}, *, size=16, depth=3) -> Family:
+    """An image tower with the blocks of another row."""
+    return Family(make, without, ((2, 1),), size, depth)
+
+
+OWN = "CustomResidualAttentionBlock, which runs its own forward"
+SIGLIP = POOLS | NO_MASK
+COCA_TOKENS = tiny_tokens(CLASSES, context=76)
+FIRST_DIFFERS = torch.cat([torch.arange(50, 57)[:, None], TOKENS[:, 1:]], dim=1)
+ATTENTIONAL = {"attentional_pool": True, "attn_pooler_heads": 4}
+TOKEN = {"class_token": True, "global_pool": "token"}
+
+WHOLE = {
+    "openai": Family(openai_clip),
+    "hf": Family(hugging_face_clip),
+    "hf_eos": Family(lambda: hugging_face_clip(end=59, activation="gelu")),
+    "hf_eager": Family(lambda: hugging_face_clip(attn_implementation="eager").float()),  # its softmax is in fp32
+    "siglip": Family(siglip, SIGLIP),
+    "siglip_eager": Family(lambda: siglip(attn_implementation="eager").float(), SIGLIP),
+    "metaclip_2": Family(metaclip_2),
+    "siglip_2": Family(siglip_2, SIGLIP),
+    "coca": Family(tiny_coca, POOLS, tokens=COCA_TOKENS),
+    "coca_correct": Family(lambda: tiny_coca(correct=True), POOLS, tokens=COCA_TOKENS),
+    "avg-last": variant({"pool_type": "avg"}, {"pool_type": "last", "no_causal_mask": True}, POOLS | NOT_CAUSAL),
+    "no_ln_pre-first": variant({"no_ln_pre": True}, {"pool_type": "first"}, NO_PREFIX)._replace(tokens=FIRST_DIFFERS),
+    "final_ln-eos": variant({"final_ln_after_pool": True}, {"pool_type": "eos", "eos_id": 59}),
+    "layer_scale": variant({"ls_init_value": 0.3}, {"ls_init_value": 0.2}),
+    "attn_pool-linear": variant(ATTENTIONAL, {"proj_bias": True, "proj_type": "linear"}, POOLS),
+    "custom_block": variant({"qk_norm": True}, {"scale_heads": True}, unfused(OWN) | unfused_text(OWN)),
+}
+ENCODERS = {
+    "roberta": encoder(lambda: bert(transformers.RobertaConfig, "mean_pooler", "mlp"), "RobertaLayer"),
+    "xlm_roberta": encoder(lambda: bert(transformers.XLMRobertaConfig, "mean_pooler"), "XLMRobertaLayer"),
+    "xlm_roberta_cls": encoder(lambda: bert(transformers.XLMRobertaConfig, "cls_pooler"), "XLMRobertaLayer"),
+    "bert": encoder(lambda: bert(transformers.BertConfig, "cls_last_hidden_state_pooler"), "BertLayer"),
+    "mt5": encoder(mt5, "MT5Block"),
+    "nllb": encoder(nllb, "M2M100EncoderLayer"),
+}
+TIMM = {
+    "clip": image_tower(partial(vit, **CLIP)),
+    "vit_layer_scale": like_another(partial(vit, init_values=0.1, act_layer="quick_gelu", reg_tokens=2)),
+    "vit_siglip": image_tower(vit_siglip, POOLS),
+    "mean": like_another(partial(vit, global_pool="avg", class_token=False), POOLS),
+    "mobile_clip": image_tower(mobile_clip),
+    "qk_norm": like_another(partial(vit, qk_norm=True)),
+    "parallel": like_another(partial(vit, block_fn=ParallelScalingBlock), unfused("ParallelScalingBlock")),
+    "diff": like_another(partial(vit, attn_layer="diff"), unfused("DiffAttention of timm for its attn")),
+    "eva": image_tower(eva),
+    "eva02": image_tower(partial(eva, **EVA02)),
+    "perception_encoder": image_tower(partial(eva, **PE, **GRID), POOLS),
+    "rope_dinov3": like_another(partial(eva, **ROTARY, attn_type="rope", rope_type="dinov3")),
+    "mrope": like_another(partial(eva, **ROTARY, attn_type="rope", rope_type="mrope", rope_mrope_section=(2, 1, 1))),
+    "eva_post_norm": like_another(partial(eva, use_post_norm=True), unfused("EvaBlockPostNorm")),
+    "rope_mixed": like_another(partial(eva, **ROTARY, rope_type="mixed"), unfused("rotary positions of its own")),
+    "relpos": image_tower(partial(relative, global_pool="avg"), unfused("RelPosBlock") | POOLS),
+    "relpos_bias": like_another(partial(relative, **TOKEN, rel_pos_type="bias"), unfused("RelPosBlock")),
+    "naflex": image_tower(naflex, POOLS),
+    "naflex_map": image_tower(lambda: naflex(global_pool="map", swiglu_mlp=True, reg_tokens=1), POOLS),
+    "naflex_interpolated": like_another(lambda: naflex(pos_embed_grid_size=(3, 3), pos_embed="factorized"), POOLS),
+    "naflex_token": image_tower(lambda: naflex(**TOKEN, reg_tokens=1, pre_norm=True)),
+}
+STAGED = {
+    "convnext": image_tower(convnext, STAGES, size=32, depth=5),
+    "convnext_projected": like_another(lambda: convnext(projection=True), STAGES, size=32, depth=5),
+    "convnext_without_stage": like_another(lambda: convnext(depths=(1, 0, 2, 1)), STAGES, size=32, depth=4),
+    "fastvit": image_tower(fastvit, STAGES, size=32, depth=5),
+    "fused_fastvit": like_another(fused_fastvit, STAGES, size=32, depth=5),
+    "swin": image_tower(swin, STAGES, size=32, depth=4),
+    "vitamin": image_tower(vitamin, STAGES | POOLS, size=32, depth=5),
+    "vitamin_token": like_another(partial(vitamin, **TOKEN, reg_tokens=1), STAGES, size=32, depth=5),
+    "resnet": image_tower(resnet, STAGES, size=32, depth=5),
+}
+FAMILIES = WHOLE | ENCODERS | TIMM | STAGED
