@@ -35,7 +35,7 @@ from rich.progress import track
 from torch import nn
 
 import skipkernels as sk
-from skipkernels.towers import UnsupportedModel
+from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import unfused
 from tests.models import openai_models, uncompared
 

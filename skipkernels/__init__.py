@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
-    from skipkernels.towers import UnsupportedModel
+    from skipkernels.towers.base import UnsupportedModel
     from skipkernels.towers.fusing import fuse, unfuse
 
 __version__ = "0.2.0"
@@ -75,7 +75,7 @@ _find = lazy_names(
         "optimizer": ("FusedSGD",),
         "selection": ("ClassSelection", "select_classes"),
         "app.serve": ("Classifier", "blend", "export", "predict"),
-        "towers": ("UnsupportedModel",),
+        "towers.base": ("UnsupportedModel",),
         "towers.fusing": ("fuse", "unfuse"),
         "app.config": ("TuneConfig",),
         "app.train": ("tune",),

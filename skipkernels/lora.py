@@ -14,8 +14,7 @@ from torch.nn.utils import parametrize
 from .clip import SkipCLIP, check_clip
 from .digests import digest_file
 from .folders import replace_tensors, replaced_folder
-from .towers import UnsupportedModel
-from .towers.base import Tower
+from .towers.base import Tower, UnsupportedModel
 from .towers.low_rank import LowRankUpdate, low_rank_updates
 
 TARGETS = ("q", "k", "v", "out", "fc", "proj")

@@ -21,7 +21,7 @@ import skipkernels as sk
 from skipkernels.digests import digest_file
 from skipkernels.lora import TARGETS
 from skipkernels.testing import saved_bytes
-from skipkernels.towers import UnsupportedModel
+from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.fused import gradients
 from skipkernels.towers.low_rank import LowRankUpdate
 

@@ -19,9 +19,9 @@ from skipkernels.ops import launching
 from skipkernels.testing import relative_error, saved_bytes
 from skipkernels.towers.attention import SDPA, pooled, sequences
 from skipkernels.towers.families.open_clip import OpenClipBlock, OpenClipTextTower
-from skipkernels.towers.fused import Hidden, RowsCall
 from skipkernels.towers.fused.forward import SAVED_WIDTHS
 from skipkernels.towers.fused.node import fused_block
+from skipkernels.towers.fused.records import Hidden, RowsCall
 
 N, TOKENS, W = 3, 5, 24
 

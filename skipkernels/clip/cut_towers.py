@@ -10,11 +10,11 @@ from typing import Any, get_args
 from torch import nn
 
 from ..checks import warn_caller
-from ..options import AttentionName
-from ..towers import Cut, ImageTower, Memory, TextTower, UnsupportedModel
+from ..options import AttentionName, Memory
 from ..towers.attention import SDPA, AttentionBackend
-from ..towers.base import Tower
+from ..towers.base import Cut, ImageTower, Tower, UnsupportedModel
 from ..towers.block import FusedBlock, fuse_blocks
+from ..towers.text import TextTower
 from .checks import Trainable
 
 _ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with weights beside the model's own

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..towers import Memory, Reduction, TextTower
+from ..options import Memory
+from ..towers.base import Reduction
 from ..towers.block import fuse_blocks
+from ..towers.text import TextTower
 from ..towers.watch import Containers, Watched
 from .checks import Trainable, check_vocabulary
 from .cut_towers import CutOptions, check_trained, cut_towers, restored_after_error, set_trainable
@@ -69,7 +71,7 @@ class Encoders:
 
     def _build(self, prototypes: Tensor | None = None) -> None:
         """Read the model, and compare it with its encoders; prototypes are computed unless given."""
-        from ..towers import build_towers  # needed at a construction only
+        from ..towers.registry import build_towers  # needed at a construction only
 
         image, text = build_towers(self.model)
         # 1. Fuse the blocks, cut the towers, and freeze what is below the cut

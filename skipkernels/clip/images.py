@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..boundary import LSkipBoundary
-from ..towers import ImageTower, evaluating
+from ..towers.base import ImageTower
+from ..towers.modes import evaluating
 from ..towers.watch import Watched
 from . import checks
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..boundary import DEFAULT_CHUNK
-from ..options import AttentionName, Tail
+from ..options import AttentionName, Memory, Tail
 from ..selection import RankSampler
-from ..towers import Memory, Reduction, evaluating
+from ..towers.base import Reduction
+from ..towers.modes import evaluating
 from . import checks
 from .cut_towers import CutOptions
 from .encoders import Encoders

@@ -15,8 +15,9 @@ from torch.nn.utils import parametrize
 from ..boundary import LSkipBoundary
 from ..features.table import FeatureTable, MemoryTable
 from ..reference import unit_norm
-from ..towers import TextTower, evaluating
+from ..towers.modes import evaluating
 from ..towers.prompts import SelectedPrompts
+from ..towers.text import TextTower
 from ..towers.watch import Watched
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from ..clip.state import Origin
 from ..clip.step import class_scores
 from ..digests import digest_json, digest_tensors, digests
 from ..retrieval import check_k, largest, top_k_logits
-from ..towers import UnsupportedModel
+from ..towers.base import UnsupportedModel
 from .class_parallel import ClassParallel
 from .gathers import all_gather, count_of, gather_rows, or_one_row
 from .loss import sharded_cross_entropy

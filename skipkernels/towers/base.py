@@ -23,7 +23,7 @@ from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
 from . import attention
 from .block import FusedBlock, fuse_blocks
-from .fused import Hidden, Rotary, RowsCall
+from .fused.records import Hidden, Rotary, RowsCall
 from .modes import evaluating, updates_statistics
 
 Part = nn.Module | nn.Parameter

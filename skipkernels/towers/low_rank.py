@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..reference import without_autocast
-from .fused import LowRankFactors
+from .fused.records import LowRankFactors
 
 
 class LowRankUpdate(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import attention
 from .base import PooledTokens, Reduction, Tower
 from .block import global_hooks
-from .fused import Hidden, RowsCall
+from .fused.records import Hidden, RowsCall
 from .modes import is_deterministic
 from .prompts import Pooling, Prompts, SelectedPrompts
 

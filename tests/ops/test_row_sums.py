@@ -11,9 +11,9 @@ from skipkernels.ops.add_layer_norm import NormResults, add_layer_norm, add_laye
 from skipkernels.ops.mlp_activation import KINDS, mlp_activation_backward
 from skipkernels.ops.row_sums import MATRICES, column_sums
 from skipkernels.testing import SLACK
-from skipkernels.towers import fused
 from skipkernels.towers.attention import SDPA, sequences
 from skipkernels.towers.fused import node
+from skipkernels.towers.fused.records import BlockReading, BlockWeights, Hidden, RowsCall
 from tests.ops.conftest import Backend
 
 SHAPES = [(1, 1), (129, 33), (3, 64), (130, 7), (788, 70)]
@@ -86,20 +86,18 @@ def test_fused_block_completes_its_sums_by_one_launch(backend: Backend, kind, mo
     """Gradients equal those with sums that each operator completes."""
     W, n, tokens, heads = 32, 3, 5, 4
     sizes = ((W,), (W,), (3 * W, W), (3 * W,), (W, W), (W,), (W,), (W,), (4 * W, W), (4 * W,), (W, 4 * W), (W,))
-    weights = fused.BlockWeights(
-        *(rows(i, *size, device=backend.device).requires_grad_() for i, size in enumerate(sizes))
-    )
+    weights = BlockWeights(*(rows(i, *size, device=backend.device).requires_grad_() for i, size in enumerate(sizes)))
     stream = rows(20, n * tokens, W, device=backend.device).requires_grad_(kind != "first")
     queries = torch.arange(0, n * tokens, tokens, device=backend.device) if kind == "pooled" else None
     attention = partial(sequences, backend=SDPA, n=n, mask=None)
     if queries is not None:
         attention = partial(_selected, attention, queries)
-    block = fused.BlockReading(weights, "gelu", (1e-5, 1e-5), heads)
-    how = fused.RowsCall(attention, query_rows=queries)
+    block = BlockReading(weights, "gelu", (1e-5, 1e-5), heads)
+    how = RowsCall(attention, query_rows=queries)
     inputs, found = [x for x in (stream, *weights.tensors()) if x.requires_grad], []
     for together in (False, True):
         monkeypatch.setattr(node, "sums_together", lambda device, together=together: together)
-        out = node.fused_block(block, fused.Hidden(stream), how, torch.float32).sum()
+        out = node.fused_block(block, Hidden(stream), how, torch.float32).sum()
         found.append(torch.autograd.grad(out.square().mean(), inputs))
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * one.norm()

@@ -22,7 +22,7 @@ from bench.flops import flops_of
 from skipkernels.clip import SkipOutput
 from skipkernels.features.table import Layout
 from skipkernels.parallel.sharded_clip import _refuse_batch_norms
-from skipkernels.towers import UnsupportedModel
+from skipkernels.towers.base import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens, uncompared
 from tests.processes import run_in_processes
 

@@ -10,7 +10,7 @@ from families import FAMILIES, LABELS
 from models import openai_models
 from timm_models import batch_norms, randomise, resnet, swin
 
-from skipkernels.towers import Cut
+from skipkernels.towers.base import Cut
 from skipkernels.towers.families.convnets import ResNetTower
 
 RESNET = FAMILIES["resnet"]

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers.models.clip import modeling_clip
 
 import skipkernels as sk
-from skipkernels.towers import UnsupportedModel, comparison
+from skipkernels.towers import comparison
+from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import FusedBlock, original_method, unfused
 
 N, TOKENS, W, HEADS = 3, 5, 24, 3

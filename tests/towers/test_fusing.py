@@ -22,7 +22,7 @@ from transformers import Siglip2Model
 
 import skipkernels as sk
 from skipkernels.testing import SLACK, relative_error, saved_bytes
-from skipkernels.towers import UnsupportedModel
+from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import FusedBlock
 
 

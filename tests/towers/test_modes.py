@@ -8,7 +8,7 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 from timm_models import naflex
 
 import skipkernels as sk
-from skipkernels.towers import deterministic_training, evaluating
+from skipkernels.towers.modes import deterministic_training, evaluating
 
 CLASSES = 7
 

@@ -12,7 +12,7 @@ from open_clip.hf_configs import arch_dict
 from reference_step import assert_matches_reference_step
 
 import skipkernels as sk
-from skipkernels.towers import UnsupportedModel
+from skipkernels.towers.base import UnsupportedModel
 
 needs_modern_text = pytest.mark.skipif(
     not hasattr(open_clip.transformer, "ModernTextTransformer"), reason="open_clip 3 has no modern text tower"

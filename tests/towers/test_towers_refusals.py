@@ -17,7 +17,7 @@ from timm_models import ROTARY, convnext, eva, fastvit, naflex, relative, resnet
 from torch import nn
 
 import skipkernels as sk
-from skipkernels.towers import UnsupportedModel
+from skipkernels.towers.base import UnsupportedModel
 
 
 def altered(make: Callable[[], nn.Module], path: str, alter: Callable[[nn.Module], object]) -> nn.Module:

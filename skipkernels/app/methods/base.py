@@ -26,7 +26,7 @@ from ...options import Protocol, SamplerKind
 from ...parallel import ShardedSkipCLIP
 from ...reference import unit_norm
 from ...retrieval import top_k_probabilities
-from ...towers import evaluating
+from ...towers.modes import evaluating
 from ..data import InputError, Task
 from .registry import MODELS
 

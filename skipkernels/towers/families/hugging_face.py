@@ -25,11 +25,10 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip2 import modeling_siglip2
 
 from ..base import ImageTower, UnsupportedModel
-from ..block import BlockInput, FusedBlock, Submodules, submodules
-from ..fused import BlockReading, BlockWeights
+from ..block import BlockInput, FusedBlock, Submodules, joint_weight_and_bias, submodules, weight_and_bias
+from ..fused.records import BlockReading, BlockWeights
 from ..prompts import Pooling, Prompts
 from ..text import TextTower
-from .reading import joint_weight_and_bias, weight_and_bias
 
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions
 _ACTIVATIONS = {GELUActivation: "gelu", QuickGELUActivation: "quick_gelu", _TANH: "gelu_tanh"}

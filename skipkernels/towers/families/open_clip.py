@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..base import ImageTower, Part, UnsupportedModel
-from ..block import BlockInput, FusedBlock, Submodules, submodules
-from ..fused import BlockReading, BlockWeights
+from ..block import BlockInput, FusedBlock, Submodules, activation, layer_scale, submodules, weight_and_bias
+from ..fused.records import BlockReading, BlockWeights
 from ..prompts import Pooling, Prompts
 from ..text import TextTower
-from .reading import activation, layer_scale, weight_and_bias
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 _NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)

@@ -18,9 +18,17 @@ from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from ..block import BlockInput, FusedBlock, Submodules, submodules
-from ..fused import NORMS, BlockReading, BlockWeights, Rotary
-from .reading import activation, joint_weight_and_bias, layer_scale, weight_and_bias
+from ..block import (
+    BlockInput,
+    FusedBlock,
+    Submodules,
+    activation,
+    joint_weight_and_bias,
+    layer_scale,
+    submodules,
+    weight_and_bias,
+)
+from ..fused.records import NORMS, BlockReading, BlockWeights, Rotary
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)

@@ -10,21 +10,9 @@ Options, as some families have them: a norm of each head of query and key (`quer
 embeddings of query and key (`Rotary`), a norm of the result of attention and one of the activation (`attention_norm`,
 `mlp_norm`), SwiGLU, where W_fc has gate and value side by side, RMSNorm in place of LayerNorm, and no biases.
 
-    weights.py    weights and settings of a block, a call of it, and the copies of weights that products read
+    records.py    weights and settings of a block, a call of it, and the copies of weights that products read
     forward.py    norm_1 → in_proj → attention → out_proj → norm_2 → mlp, and what each saves
     backward.py   the same stages, from the last to the first
     gradients.py  what a backward pass has to compute, and what it has computed
     node.py       `fused_block`, the `torch.autograd.Function`; imported by the first block that runs
 """
-
-from .weights import NORMS, BlockReading, BlockWeights, Hidden, LowRankFactors, Rotary, RowsCall
-
-__all__ = [
-    "NORMS",
-    "BlockReading",
-    "BlockWeights",
-    "Hidden",
-    "LowRankFactors",
-    "Rotary",
-    "RowsCall",
-]

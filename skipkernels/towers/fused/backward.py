@@ -25,7 +25,7 @@ from ...reference import at_least_fp32
 from . import forward
 from .forward import AttentionGraph, Saved, SavedNorm
 from .gradients import NORM_1_AND_IN_PROJ, Gradients, joint_product
-from .weights import BlockCall, Hidden
+from .records import BlockCall, Hidden
 
 # The layer that reads a norm: the gradient of its weight reads the norm, too.
 LAYER_AFTER = {"norm_1": "in_proj", "norm_2": "fc"}

@@ -36,7 +36,7 @@ from torch import Tensor
 from ...ops.add_layer_norm import add_layer_norm
 from ...ops.mlp_activation import KINDS, mlp_activation
 from ...ops.rotary_embedding import rotary_embedding
-from .weights import ATTENTION_NORMS, NORMS, BlockCall, Hidden
+from .records import ATTENTION_NORMS, NORMS, BlockCall, Hidden
 
 # Values saved per token by which `memory="auto"` decides, in multiples of W: the 10 of the table, and 3 for norms of
 # heads: attention reads a copy of query, key and value, normed, and saves it beside those of `in_proj`. SwiGLU with

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...ops import launching
 from ...ops.row_sums import MAX_ROWS, column_sums
-from .weights import ATTENTION_NORMS, LowRankFactors
+from .records import ATTENTION_NORMS, LowRankFactors
 
 NORM_1_AND_IN_PROJ = ("norm_1", "norm_1_bias", "in_proj", "in_proj_bias")
 

@@ -19,7 +19,7 @@ from . import backward as backward_stages
 from . import forward as forward_stages
 from .forward import Saved
 from .gradients import Gradients, Needed, PendingSums, sums_together
-from .weights import CAST_FIELDS, BlockCall, BlockReading, BlockWeights, Hidden, LowRankFactors, RowsCall, prepare
+from .records import CAST_FIELDS, BlockCall, BlockReading, BlockWeights, Hidden, LowRankFactors, RowsCall, prepare
 
 Updates = Mapping[str, Sequence[LowRankFactors]]
 
