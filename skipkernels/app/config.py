@@ -26,6 +26,7 @@ from .option_groups import (
     CacheOptions,
     ComputeOptions,
     DataOptions,
+    HeadOptions,
     MethodOptions,
     ModelOptions,
     OutputOptions,
@@ -91,6 +92,7 @@ class TuneConfig(
     ComputeOptions,
     TrainingOptions,
     SkipOptions,
+    HeadOptions,
     MethodOptions,
     ModelOptions,
     ProtocolOptions,
@@ -225,6 +227,10 @@ class TuneConfig(
             name, methods = field.name, field.metadata.get("methods", "all")
             if methods == "constructor" and name not in options:
                 return False
+            if name in ("head", "prior"):
+                return method.takes_head
+            if name == "blend":
+                return method.can_blend
             if published.epochs == 0:
                 return name not in training or (name in recipe and getattr(self, name) == recipe[name])
             return methods != "rates" or recipe[name] is not None
@@ -239,10 +245,14 @@ class TuneConfig(
             if getattr(self, name) == ():
                 _refuse(name, f"{name} must have an item; got none. Leave it out for the default.")
         assert self.epochs is not None
-        if self.epochs < 1 and self.method_class().recipe(self.model, self.chosen_protocol, self._shots).epochs > 0:
-            _refuse("epochs", f"epochs must be at least 1; got {self.epochs}.")
+        if self.epochs < (0 if self.head != "none" else 1) and self.has_steps:
+            _refuse("epochs", f"epochs must be at least 1, or 0 with a head; got {self.epochs}.")
         if self.epochs == 0 and self.augments:
-            _refuse("refresh", f"refresh={self.refresh} has no effect without epochs, which {self.method} has not.")
+            _refuse("refresh", "refresh=epoch has no effect without epochs; leave it out.")
+        if self.epochs == 0 and self.blend != 1:
+            _refuse("blend", f"blend={self.blend:g} has no effect without epochs; leave it out.")
+        if self.head == "none" and self.prior != "images":
+            _refuse("prior", f"prior={self.prior} is that of a head; add head=anchored, or leave it out.")
         if not isinstance(self.validation, str) and not 0 < self.validation < 1:
             _refuse("validation", f"validation must be a share between 0 and 1; got {self.validation}.")
         if self.fold is not None:
@@ -287,6 +297,11 @@ class TuneConfig(
             for reason, conflict in conflicts.items():
                 if conflict:
                     _refuse("fused_optimizer", f"fused_optimizer updates weights inside backward, and {reason}.")
+
+    @property
+    def has_steps(self) -> bool:
+        """True if the method trains in steps, not by `fit`."""
+        return self.method_class().recipe(self.model, self.chosen_protocol, self._shots).epochs > 0
 
     @property
     def augments(self) -> bool:

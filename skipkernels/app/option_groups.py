@@ -13,10 +13,12 @@ from ..options import (
     AttentionName,
     CacheDtype,
     ClassWeight,
+    HeadName,
     LoggerName,
     Memory,
     Precision,
     Preset,
+    Prior,
     Protocol,
     Refresh,
     SamplerKind,
@@ -132,6 +134,22 @@ class MethodOptions:
 
 
 @dataclass(frozen=True)
+class HeadOptions:
+    """Classifier of the embeddings, fitted to the training images after training."""
+
+    head: HeadName = "none"
+    """none: the texts of the classes. anchored: a logistic regression that starts at the texts and is drawn to them.
+    gaussian: a Gaussian for each class, added to the texts. probe: a logistic regression without texts, for trained
+    classes alone. With --epochs 0, of the embeddings of the pretrained model."""
+    prior: Prior = "images"
+    """Frequencies of the classes that a head expects. images: those of the training images. balanced: equal ones, which
+    raises the accuracy on rare classes."""
+    blend: float = option(1.0, gt=0, le=1)
+    """Weight of the tuned model in the mean of the weights before and after training. The mean replaces them before a
+    head is fitted. 1: the tuned weights."""
+
+
+@dataclass(frozen=True)
 class SkipOptions:
     """Settings of Skip Tuning."""
 
@@ -157,7 +175,7 @@ class TrainingOptions:
     """Schedule and optimizer. By default those of the method."""
 
     epochs: int | None = None
-    """Passes over the training images. For skip 20; for pictogram-tiny 8."""
+    """Passes over the training images. For skip 20; for pictogram-tiny 8. 0: only fit a --head."""
     batch_size: int | None = option(None, ge=1)
     """Images per step. For skip 4; for pictogram-tiny 16."""
     sampler: SamplerKind | None = None

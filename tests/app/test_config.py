@@ -105,6 +105,13 @@ def test_differs_from():
         ({"method": "full", "skip_layers": 2}, 'skip_layers=2 has no effect with method="full"; leave it out'),
         ({"method": "coop", "image_lr": 1e-3}, 'image_lr=0.001 has no effect with method="coop"'),
         ({"method": "linear-probe", "epochs": None, "refresh": "epoch"}, "refresh=epoch has no effect without epochs"),
+        (
+            {"method": "linear-probe", "epochs": None, "head": "probe"},
+            "head=probe has no effect with method",
+        ),
+        ({"prior": "balanced"}, "prior=balanced is that of a head; add head=anchored"),
+        ({"method": "lora", "blend": 0.5}, "blend=0.5 has no effect with method"),
+        ({"epochs": 0, "head": "anchored", "blend": 0.5}, "blend=0.5 has no effect without epochs"),
         ({"optimizer": "adamv"}, "no optimizer 'adamv'; did you mean"),
         ({"optimizer": "LBFGS"}, "evaluates the loss several times"),
         ({"optimizer": "AdamW", "precision": "bf16-sr"}, "Use bf16 with it"),

@@ -13,6 +13,7 @@ from skipkernels.app.option_groups import (
     CacheOptions,
     ComputeOptions,
     DataOptions,
+    HeadOptions,
     MethodOptions,
     ModelOptions,
     OutputOptions,
@@ -72,6 +73,7 @@ class Options:
     protocol: ProtocolOptions = ProtocolOptions()
     model: ModelOptions = ModelOptions()
     method: MethodOptions = MethodOptions()
+    head: HeadOptions = HeadOptions()
     skip: SkipOptions = SkipOptions()
     training: TrainingOptions = TrainingOptions()
     compute: ComputeOptions = ComputeOptions()

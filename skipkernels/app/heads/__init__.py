@@ -10,17 +10,25 @@ Each is a `Head`, logits = weight · x/|x| + bias. They know nothing of models a
     [0, 0, 1, 1]
 """
 
-from .anchored import CANDIDATES, anchored_l2, anchored_probe
+from .anchored import CANDIDATES, anchored_l2, anchored_probe, halves, linear_probe, probe_l2
+from .fitting import NAMES, Examples, choose_l2, fit_head
 from .gaussian import SHRINKAGE, gaussian_head, with_text
 from .head import Head, balanced
 
 __all__ = [
     "CANDIDATES",
+    "NAMES",
     "SHRINKAGE",
+    "Examples",
     "Head",
     "anchored_l2",
     "anchored_probe",
     "balanced",
+    "choose_l2",
+    "fit_head",
     "gaussian_head",
+    "halves",
+    "linear_probe",
+    "probe_l2",
     "with_text",
 ]

@@ -1,4 +1,4 @@
-"""Logistic regression that is drawn to the texts of the classes."""
+"""Logistic regression that is drawn to the texts of the classes, or to zero."""
 
 from __future__ import annotations
 
@@ -66,34 +66,87 @@ def anchored_l2(
     The embeddings of a tuned model fit its training images, so that every penalty would appear perfect. The first half
     of the images of each class, in the given order, is one fold: similar neighbours stay together. A class with one
     image trains in both folds and is never held out: held out, it would have no training image, which favours the
-    texts. The best accuracy over both folds is chosen, of equal ones the lower loss. If no class has two images, the
-    result is `WITHOUT_PAIRS`.
+    texts. Candidates are tried from the largest to the smallest, until two in a row are below the best. The best
+    accuracy over both folds is chosen, of equal ones the lower loss. If no class has two images, the result is
+    `WITHOUT_PAIRS`.
     """
     x, anchor, scale = _checked("anchored_l2", image, labels, text, scale)
+    return _best_l2(x, labels, anchor, scale, candidates)
+
+
+def linear_probe(image: Tensor, labels: Tensor, classes: int, scale: float | Tensor, l2: float) -> Head:
+    """Fit a logistic regression that uses no texts: `anchored_probe` with T = 0, and a bias without penalty.
+
+    Args:
+        image: x, [n, D], of any norm and floating dtype.
+        labels: Classes, [n].
+        classes: C.
+        scale: The exponential of `logit_scale`. It only sets the unit of `TOLERANCE`.
+        l2: Penalty, such as that of `probe_l2`.
+
+    Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, appendix A.3; here on normalized embeddings.
+    """
+    x, anchor, scale = _checked_without_text("linear_probe", image, labels, classes, scale)
+    check_positive("linear_probe", l2=l2)
+    found = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale, bias=True)
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    bias = found.bias.masked_fill(labels.bincount(minlength=classes) == 0, -torch.inf)
+    return Head(found.weight.to(dtype), bias.to(dtype))
+
+
+def probe_l2(
+    image: Tensor, labels: Tensor, classes: int, scale: float | Tensor, candidates: Sequence[float] = CANDIDATES
+) -> float:
+    """Choose the penalty of `linear_probe` as `anchored_l2` does that of `anchored_probe`."""
+    x, anchor, scale = _checked_without_text("probe_l2", image, labels, classes, scale)
+    return _best_l2(x, labels, anchor, scale, candidates, bias=True)
+
+
+def _best_l2(
+    x: Tensor, labels: Tensor, anchor: Tensor, scale: float, candidates: Sequence[float], *, bias: bool = False
+) -> float:
+    """Choose a penalty; see `anchored_l2`."""
     for l2 in candidates:
         check_positive("anchored_l2", candidates=l2)
-    fold = _folds(labels)
+    fold = halves(labels)
     if not (fold >= 0).any():
         return WITHOUT_PAIRS
-    scores = dict.fromkeys(sorted(candidates, reverse=True), (0, 0.0))
-    for held_out in (fold == 0, fold == 1):
-        weight = anchor
-        for l2, (correct, log_likelihood) in scores.items():
+    tried: dict[float, tuple[int, float]] = {}
+    weights = [anchor, anchor]
+    for l2 in sorted(candidates, reverse=True):
+        correct, log_likelihood = 0, 0.0
+        for number in (0, 1):
+            held_out = fold == number
             fit = x[~held_out], labels[~held_out], anchor, l2
-            weight = logistic_regression(*fit, tolerance=_RANKED * l2 * scale, start=weight).weight
-            logits, target = x[held_out] @ weight.T, labels[held_out]
+            found = logistic_regression(*fit, tolerance=_RANKED * l2 * scale, bias=bias, start=weights[number])
+            weights[number] = found.weight
+            logits, target = x[held_out] @ found.weight.T + found.bias, labels[held_out]
             correct += int((logits.argmax(dim=1) == target).sum())
             log_likelihood -= torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
-            scores[l2] = correct, log_likelihood
-    return max(scores, key=lambda l2: scores[l2])
+        tried[l2] = correct, log_likelihood
+        best = max(tried, key=lambda penalty: tried[penalty])
+        if list(tried).index(best) < len(tried) - 2:
+            break
+    return best
 
 
-def _folds(labels: Tensor) -> Tensor:
-    """Fold 0 or 1 of each image [n]: halves of each class in the given order; −1 for the image of a class with one."""
+def halves(labels: Tensor) -> Tensor:
+    """Half 0 or 1 of the images of each class, in the given order, [n]; −1 for the image of a class with one."""
     order, counts = labels.argsort(stable=True), labels.bincount()
     rank = torch.empty_like(labels)
     rank[order] = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
     return torch.where(counts[labels] == 1, -1, (2 * rank >= counts[labels]).long())
+
+
+def _checked_without_text(
+    function: str, image: Tensor, labels: Tensor, classes: int, scale: float | Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """Return unit-norm images [n, D], weights of zero [C, D], and the scale."""
+    x, scale = unit_rows(function, "image", image), float(scale)
+    check_shape(function, "labels", labels, ("image", image), n=len(image))
+    check_labels(function, labels, classes)
+    check_positive(function, scale=scale)
+    return x, x.new_zeros(classes, x.shape[1]), scale
 
 
 def _checked(

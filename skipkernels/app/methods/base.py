@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from ...reference import unit_norm
 from ...retrieval import top_k_probabilities
 from ...towers.modes import evaluating
 from ..data import InputError, Task
+from ..heads import Head
+from .export_heads import AFFINE_CODE, AffineHead, CosineHead
 from .registry import MODELS
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -87,23 +89,6 @@ def check_open_clip(method: str, model: nn.Module) -> None:
         )
 
 
-COSINE_CODE = 'logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ head["class_embeddings"].T'
-
-
-class CosineHead(nn.Module):
-    """Image embeddings [B, D] of any norm → logits exp(logit_scale) · ⟨x̂_b, t̂_c⟩ [B, C], and x̂ [B, D]."""
-
-    def __init__(self, class_embeddings: Tensor, logit_scale: Tensor):
-        super().__init__()
-        self.register_buffer("class_embeddings", class_embeddings)
-        self.register_buffer("scale", logit_scale.detach().float().exp(), persistent=False)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the logits and the embeddings."""
-        embedding = F.normalize(image, dim=-1)
-        return self.scale * embedding @ self.class_embeddings.T, embedding  # type: ignore[operator]
-
-
 class Method(ABC):
     """Method that adapts a CLIP, in place, to the classes of a task's first test.
 
@@ -114,8 +99,11 @@ class Method(ABC):
         name: Name of the method in `METHODS`.
         head_code: Python that computes `logits` from `image`, the embeddings of `model`, and `head`, the state dict of
             `head()`, for the model card; empty if the model itself has all that training changes.
+        takes_head: A head can classify its embeddings; False for a method that is a head itself.
+        can_blend: It trains weights of the model itself, so that they can be blended with those before.
         published_quarter: Datasets on which the published recipe trains a quarter of the epochs.
         cut: SkipCLIP that computes the features of a cache on disk, by its lower image tower; None: no such cache.
+        fitted: Head that classifies instead of the texts, set by `use_head`; None: the texts.
         notes: Notes for the user about the setup.
 
     Example:
@@ -132,8 +120,11 @@ class Method(ABC):
 
     name: ClassVar[str]
     head_code: ClassVar[str] = ""
+    takes_head: ClassVar[bool] = True
+    can_blend: ClassVar[bool] = False
     published_quarter: ClassVar[tuple[str, ...]] = ()
     cut: SkipCLIP | None = None
+    fitted: Head | None = None
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
         self.model: Any = model
@@ -144,6 +135,8 @@ class Method(ABC):
         device = next(model.parameters()).device
         self._tokens = {test.name: [tokenizer(texts).to(device) for texts in test.prompts] for test in task.tests}
         self._embeddings: dict[tuple[str, int | None], tuple[Any, Tensor]] = {}  # with the version of their weights
+        self._rows_of_head: dict[str, int] = {}  # by class name
+        self._heads: dict[str, Head] = {}  # by test
 
     @classmethod
     def options(cls) -> set[str]:
@@ -206,6 +199,29 @@ class Method(ABC):
         """Image embeddings [B, D] of any norm, from `inputs` of `encode_frozen`."""
         return self.model.encode_image(inputs, normalize=False)
 
+    def use_head(self, head: Head | None, classes: Sequence[str]) -> None:
+        """Classify by a head of embeddings over `classes`, instead of their texts; None: by the texts again.
+
+        Classes of a test that are not among `classes` are classified by their texts, if the head uses texts.
+        """
+        self.fitted, self._rows_of_head = head, {name: row for row, name in enumerate(classes)}
+        self._heads.clear()
+
+    def _head_of(self, test: str) -> Head | None:
+        """Return the rows of `fitted` for the classes of a test; None if it has no logits for some of them."""
+        assert self.fitted is not None
+        if test not in self._heads:
+            self._test_tokens(test)  # raises for an unknown test
+            names = next(each.classes for each in self.task.tests if each.name == test)
+            whole, rows = self.fitted, self._rows_of_head
+            if not rows.keys() >= set(names):
+                if whole.scale is None:
+                    return None
+                whole = whole.with_new_classes(self.class_embeddings(test))
+            chosen = [rows.get(name, len(rows) + place) for place, name in enumerate(names)]
+            self._heads[test] = replace(whole, weight=whole.weight[chosen], bias=whole.bias[chosen])
+        return self._heads[test]
+
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """Text embeddings [n, D] of any norm, from tokens [n, L]."""
         return self.model.encode_text(tokens, normalize=False)
@@ -255,6 +271,9 @@ class Method(ABC):
     @torch.no_grad()
     def logits_of(self, test: str, image: Tensor) -> Tensor | None:
         """Return `logits` of images by their embeddings [B, D] from `embed`."""
+        if self.fitted is not None:
+            head = self._head_of(test)
+            return None if head is None else head.logits(image)
         return cosine_logits(image, self.class_embeddings(test), self.model.logit_scale)
 
     @torch.no_grad()
@@ -264,11 +283,29 @@ class Method(ABC):
         Computed in chunks of classes, without [B, C] in memory. A method with other `logits_of` overrides both.
         Probabilities are NaN if a logit is NaN or +inf; k is at most C.
         """
+        if self.fitted is not None:
+            return self._top_of_logits(test, inputs, k)
         text = self.class_embeddings(test)
         with evaluating([self.model]):
             image = self.embed(inputs)
         with torch.autocast(image.device.type, enabled=False):
             return top_k_probabilities(_scaled(image, text, self.model.logit_scale), text, min(k, len(text)))
+
+    def _top_of_logits(self, test: str, inputs: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+        """Return `top_k` with all logits in memory."""
+        logits = self.logits(test, inputs)
+        if logits is None:
+            return None
+        probabilities, class_ids = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        return probabilities[:, :k], class_ids[:, :k]
+
+    def export_head(self) -> tuple[nn.Module, str]:
+        """Return `head`, or the one set by `use_head`, and the code that does the same, as a `head_code`."""
+        if self.fitted is None:
+            return self.head(), self.head_code
+        head = self._head_of(self._train_test)
+        assert head is not None
+        return AffineHead(head.weight.float(), head.bias.float()), AFFINE_CODE
 
     def head(self) -> nn.Module:
         """Return the module for exports: embeddings of the plain model → logits of the trained classes, embeddings.
@@ -338,6 +375,8 @@ class TunedModel(Method):
     A SkipCLIP with `settings` trains on the first template. With several templates, another one for each test averages
     over them.
     """
+
+    can_blend = True
 
     def __init__(
         self,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ...options import Protocol
 from ..data import InputError, Task
-from .base import COSINE_CODE, CosineHead, FrozenModel, Recipe, StepOutput, Tokenizer
+from .base import FrozenModel, Recipe, StepOutput, Tokenizer
 from .coop import CoOp
+from .export_heads import COSINE_CODE, CosineHead
 
 
 def adapted(image: Tensor, down: Tensor, up: Tensor, ratio: Tensor | float) -> Tensor:

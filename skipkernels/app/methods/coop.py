@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ...options import Protocol
 from ..data import InputError, Task
-from .base import COSINE_CODE, FrozenModel, Recipe, StepOutput, Tokenizer, at_least_fp32
+from .base import FrozenModel, Recipe, StepOutput, Tokenizer, at_least_fp32
+from .export_heads import COSINE_CODE
 
 
 class CoOp(FrozenModel):

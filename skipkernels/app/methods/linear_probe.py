@@ -57,6 +57,7 @@ class LinearProbe(FrozenModel):
     """
 
     name = "linear-probe"
+    takes_head = False
     head_code = 'logits = image @ head["weight"].T + head["bias"]'
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
@@ -136,11 +137,7 @@ class LinearProbe(FrozenModel):
             return (image.to(self.weight.dtype) @ self.weight.T + self.bias)[:, rows]
 
     def top_k(self, test: str, inputs: Tensor, k: int) -> tuple[Tensor, Tensor] | None:  # noqa: D102
-        logits = self.logits(test, inputs)
-        if logits is None:
-            return None
-        probabilities, class_ids = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
-        return probabilities[:, :k], class_ids[:, :k]
+        return self._top_of_logits(test, inputs, k)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return no groups."""

@@ -8,19 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from ...digests import digest_file
 from ...folders import restored
 from ..config import TuneConfig
 from ..data import InputError, SizedDataset
-from ..methods.base import TunedModel
+from ..heads import fit_head
 from ..train import weights
 from ..train.calibration import calibrate
 from ..train.checkpoint import MODEL
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluator
+from ..train.fitted_head import examples, save_head
+from ..train.interpolation import Interpolation
 from ..train.own_dataset import KIND, OwnData
 from ..train.predictions import TestPredictions
 from ..train.run_folder import CONFIG, RunFolder, read_metrics, read_model
@@ -52,7 +51,8 @@ def blend(
         θ = (1 − alpha) · θ_zero-shot + alpha · θ_tuned
 
     Tuning raises the accuracy on the trained classes and may lower that on others; a blend keeps most of both. The
-    accuracy on all tests of the run is measured for alpha = 0, 0.1, …, 1. `Classifier.load`, `export` and
+    accuracy on all tests of the run is measured for alpha = 0, 0.1, …, 1, without the head of the run, if it has one,
+    which is fitted again to the blended model. `Classifier.load`, `export` and
     `skipkernels eval` read the new folder.
 
     Args:
@@ -102,10 +102,17 @@ def blend(
     setup = build_run(config.resolved(open_data), open_data=open_data)
     evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
     zero_shot = evaluator.evaluate(setup.method)
-    weighted = Interpolation(setup, file)
+    features = None if config.head == "none" else setup.train_features()
+    weighted = Interpolation(setup.method.state_dict())
+    weights.WeightsFile(setup.method, setup.model, delta=False).load(file)
+    weighted.end()
     curve = _curve(evaluator, setup, weighted)
     chosen = choose(curve["accuracy"].get(VALIDATION)) if alpha == "auto" else float(alpha)
     weighted.set(chosen)
+    if features is not None:
+        found = examples(setup, setup.method, features)
+        head = fit_head(config.head, found, metrics["l2"], equal_priors=config.prior == "balanced")
+        setup.method.use_head(head, setup.task.tests[0].classes)
     blended = evaluator.evaluate(setup.method)
     described = describe(new_folder.config, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
     held = evaluator.validation_logits(setup.method)
@@ -130,7 +137,7 @@ def blend(
 def _config_of_run(folder: Path, *, trust: bool, own: bool) -> TuneConfig:
     """Return the configuration of a run that can be blended; `own`: a dataset is given in Python."""
     config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=["data"] if own else ())
-    if not issubclass(config.method_class(), TunedModel):
+    if not config.method_class().can_blend:
         raise InputError(
             f"blend: run must be of a method that tunes the weights of the model, skip or full; got {config.method}, "
             "which adds weights to it.",
@@ -150,33 +157,6 @@ def choose(validation: list[float] | None) -> float:
     (0.1, 0.5)
     """
     return ALPHAS[validation.index(max(validation))] if validation else WITHOUT_VALIDATION
-
-
-class Interpolation:
-    """Weights between those of a run before tuning and those in its weights file, set in its model."""
-
-    def __init__(self, setup: RunSetup, tuned: Path):
-        self._state = setup.method.state_dict()
-        before = {name: tensor.clone() for name, tensor in self._state.items()}
-        weights.WeightsFile(setup.method, setup.model, delta=False).load(tuned)
-        self._ends = {
-            name: (first, self._state[name].clone())
-            for name, first in before.items()
-            if not torch.equal(first, self._state[name])
-        }
-
-    @torch.no_grad()
-    def set(self, alpha: float) -> None:
-        """Set the weights; alpha 0 are exactly those before tuning, and 1 those after it."""
-        for name, (before, after) in self._ends.items():
-            self._state[name].copy_(_between(before, after, alpha))
-
-
-def _between(before: Tensor, after: Tensor, alpha: float) -> Tensor:
-    if alpha in (0, 1) or not before.is_floating_point():
-        return after if alpha == 1 else before
-    wide = torch.promote_types(before.dtype, torch.float32)
-    return torch.lerp(before.to(wide), after.to(wide), alpha)
 
 
 def _curve(evaluator: Evaluator, setup: RunSetup, weighted: Interpolation) -> dict[str, Any]:
@@ -203,6 +183,7 @@ def _write(
         weights.save_weights(file, setup.method.state_dict(), holds=weights.MODEL)
         mib = round(file.stat().st_size / 2**20, 1)
         metrics["checkpoint"] = {"file": MODEL, "mib": mib, "mib_of_all": mib}
+        described = save_head(folder.path, setup.method.fitted, described)
         described = replace(described, weights_xxh3=digest_file(file))
         described.write(folder.path)
         write_open_clip_config(folder.path, setup.model, setup.tokenizer)

@@ -21,6 +21,7 @@ from ..data.registry import is_own, source_kinds
 from ..methods import METHODS
 from ..methods.base import TunedModel
 from ..train import weights
+from ..train.checkpoint import HEAD
 from ..train.description import CLASSIFIER, Description, write_open_clip_config
 from ..train.environment import versions
 from ..train.model import OPEN_CLIP, RANDOM
@@ -33,7 +34,6 @@ from .output import check_exported
 Target = Literal["open-clip", "hugging-face", "onnx"]
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"  # the name that open_clip looks for on the Hub
 CLASSES = "classes.json"
-HEAD = "head.safetensors"
 # Names of the files of every target, and of transformers' tokenizers: what an earlier export may have left.
 _OURS = (
     *(
@@ -77,9 +77,9 @@ def export(
     - "onnx": OUT/model.onnx, an image classifier: image tower, class embeddings, temperature; the names of the classes
       and the preprocessing are in its metadata.
 
-    LoRA is merged into the weights. A CLIP has no place for what a method with a `head_code` trains, such as
-    linear-probe: ONNX has it, and the other targets have the base model, with these weights in OUT/head.safetensors
-    and the lines of code that apply them in OUT/README.md. The folder also has a model card and the names of the
+    LoRA is merged into the weights. A CLIP has no place for the head of a run (`tune --head`), or for what methods such
+    as linear-probe train: ONNX has it, and the other targets have these weights in OUT/head.safetensors, and the lines
+    of code that apply them in OUT/README.md. The folder also has a model card and the names of the
     classes, without local paths.
 
     Args:
@@ -116,14 +116,16 @@ def export(
         write: Callable[[PlainModel, Path], list[str]] = _WRITERS[to]
         described = _shared(plain)
         notes = write(plain, written)
-        if plain.learned_head and to != "onnx":
-            weights.save_weights(written / HEAD, plain.head.state_dict(), holds="head")
+        if plain.head_code and to != "onnx":
+            tensors = plain.head.state_dict() if plain.fitted is None else plain.fitted.tensors()
+            weights.save_weights(written / HEAD, tensors, holds="head")
+            described = replace(described, head_xxh3=digest_file(written / HEAD))
             _write_classes(written, described)
-        elif to == "open-clip":
-            replace(described, weights_xxh3=digest_file(written / OPEN_CLIP_WEIGHTS)).write(written)
         elif to == "hugging-face":
             _write_classes(written, described)
-        _write_card(source, written, described, to, head=(written / HEAD).exists())
+        if to == "open-clip" and (plain.fitted is not None or not plain.head_code):
+            replace(described, weights_xxh3=digest_file(written / OPEN_CLIP_WEIGHTS)).write(written)
+        _write_card(source, written, described, to, plain.head_code if (written / HEAD).exists() else "")
         files = sorted(path.name for path in written.iterdir())
     return Exported(folder, files, notes)
 
@@ -207,12 +209,12 @@ def _shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return values | tests | {"command": bool(metrics.get("command"))}
 
 
-def _write_card(source: Path, folder: Path, described: Description, to: Target, *, head: bool) -> None:
+def _write_card(source: Path, folder: Path, described: Description, to: Target, head_code: str) -> None:
     """Write the model card of an exported run; copy that of an exported folder, which has no settings, if it fits."""
     if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
         if to == "open-clip" and (source / CARD).is_file():
             replace_text(folder / CARD, read_text(source / CARD))
         return
     config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)
-    card = model_card(config, described, _shared_metrics(read_metrics(source)), use=to, head=head)
+    card = model_card(config, described, _shared_metrics(read_metrics(source)), use=to, head_code=head_code)
     replace_text(folder / CARD, card)

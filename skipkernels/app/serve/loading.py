@@ -19,6 +19,7 @@ from ..methods import METHODS, Method
 from ..methods.base import FrozenModel
 from ..train import weights
 from ..train.description import CLASSIFIER, Description
+from ..train.fitted_head import load_head
 from ..train.model import LOCAL_DIR, load_model, load_weights
 from ..train.plain_config import OPEN_CLIP
 from ..train.precision import MixedPrecision
@@ -74,6 +75,7 @@ def load_run(
     method = _method(described, model, tokenizer, names, prompts, file)
     if not whole:
         weights.WeightsFile(method, model, delta=False).load(file)
+    method.use_head(load_head(file.parent, described), described.classes)
     method.train(False)
     own_names, own_prompts = _classes(described, None, None)
     same = set(zip(names, *prompts, strict=True)) == set(zip(own_names, *own_prompts, strict=True))

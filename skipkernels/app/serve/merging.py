@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..heads import Head
 from ..train.description import Description, preprocessing
 from .loading import load_run
 
@@ -20,15 +21,15 @@ class PlainModel(NamedTuple):
     tokenizer: Any
     prompts: tuple[list[str], ...]  # Prompts by template and class
     head: nn.Module  # Classifies the image embeddings of `model`; see `Method.head`
-    learned_head: bool  # True if the head has weights that `model` does not have
+    head_code: str  # Does the same; empty if `model` has all of the weights of the head
+    fitted: Head | None  # Of the run, if it has one
 
 
 def plain_model(folder: Path, *, trust: bool = False) -> PlainModel:
     """Load a run as a plain model; see `Classifier.load` for `trust`. LoRA is merged into the weights."""
     run = load_run(folder, device="cpu", precision="fp32", trust=trust)
-    head = run.method.head()
+    head, code = run.method.export_head()
     run.method.merge()
     model = run.model.float().eval().requires_grad_(False)
     described = replace(run.described, preprocessing=preprocessing(model))  # of the model, not of the file
-    learned = bool(run.method.head_code)
-    return PlainModel(described, model, run.tokenizer, run.prompts, head, learned)
+    return PlainModel(described, model, run.tokenizer, run.prompts, head, code, run.method.fitted)

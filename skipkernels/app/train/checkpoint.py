@@ -35,7 +35,7 @@ from .errors import argument_error
 if TYPE_CHECKING:
     from .weights import WeightsFile
 
-FOLDER, MODEL, DELTA = "checkpoint", "model.safetensors", "delta.safetensors"
+FOLDER, MODEL, DELTA, HEAD = "checkpoint", "model.safetensors", "delta.safetensors", "head.safetensors"
 BEST, TRAINING, INDEX = "best.safetensors", "training.pt", "checkpoint.json"
 FORMAT = 3
 _MAX_BYTES = 1 << 28  # size of checkpoint.json: a thousand epochs with a hundred tests each

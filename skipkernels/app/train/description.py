@@ -69,6 +69,8 @@ class Description:
     calibration_images: int = 0
     weights_xxh3: Text = ""
     """Digest of the weights file, known when that is written."""
+    head_xxh3: Text | None = None
+    """Digest of head.safetensors, which classifies the embeddings; None: the texts of the classes do."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the packages that wrote the run."""

@@ -24,6 +24,7 @@ from ..report.mistakes import predictions_with_thumbnails
 from ..untrusted import check_source
 from . import weights
 from .class_metrics import VALIDATION, metrics_of_test
+from .fitted_head import load_head
 from .model import LOCAL_DIR, load_weights
 from .own_dataset import OwnData
 from .plain_config import OPEN_CLIP
@@ -208,4 +209,5 @@ def _tuned_setup(
     setup = build_run(config, open_data=open_data, load=load, processes=processes, rounded_to=rounded_to)
     if not whole:
         weights.WeightsFile(setup.method, setup.model, delta=False).load(file)
+    setup.method.use_head(load_head(file.parent, described), described.classes)
     return setup

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...formatting import escaped
 from ..config import TuneConfig
-from ..methods.registry import METHODS, MODELS
+from ..methods.registry import MODELS
 from .command_line import command_line
 from .description import NOT_CALIBRATED, Description
 from .notes import demonstration_note, weak_result
@@ -22,19 +22,19 @@ def model_card(
     metrics: Mapping[str, Any],
     *,
     use: str = "open-clip",
-    head: bool = False,
+    head_code: str = "",
 ) -> str:
     """Return the text of a model card, from the description of the tuned model and the contents of metrics.json.
 
-    `use` is what can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx". With
-    `head`, what the method trains is in head.safetensors, and not in the model.
+    `use` is what can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx".
+    `head_code` applies head.safetensors, for another library, if the model does not have all that classifies.
     """
     base = _base(config)
     matter = ["---", f"library_name: {_LIBRARIES[use]}"]
     matter += ["pipeline_tag: zero-shot-image-classification", "tags:", "- clip", "- skipkernels"]
     alpha = metrics.get("alpha")
     blended = "" if alpha is None else f", blended with its zero-shot weights at {alpha:g}"
-    code = _with_head(use, config.method) if head else _use(use, described)
+    code = _with_head(use, head_code) if head_code else _use(use, described)
     demonstration = demonstration_note(config.model)
     lines = [*matter, "---", "", f"# {config.model} tuned on {described.data}{blended}", ""]
     lines += [
@@ -55,7 +55,7 @@ def model_card(
     again = command_line("tune", config, processes=metrics.get("processes", 1), left_out=("out", "device"))
     again += "" if alpha is None else f"\nskipkernels blend RUN --alpha {alpha:g}"
     lines += [
-        *_data_and_model(config, described, metrics, "`classes.json`" if head else _CLASSES_IN[use]),
+        *_data_and_model(config, described, metrics, "`classes.json`" if head_code else _CLASSES_IN[use]),
         "",
         "## Limits",
         "",
@@ -168,10 +168,10 @@ def _use(use: str, described: Description) -> str:
     return _ONNX.format(resize=resize) if use == "onnx" else _USE[use]
 
 
-def _with_head(use: str, method: str) -> str:
+def _with_head(use: str, head_code: str) -> str:
     """Code that classifies an image by the model and the head in a folder."""
     imports, load = (_OPEN_CLIP if use == "open-clip" else _TRANSFORMERS).split("\n\n")
-    return _HEAD.format(imports=imports, load=load.split("\n")[0], encode=_ENCODE[use], apply=METHODS[method].head_code)
+    return _HEAD.format(imports=imports, load=load.split("\n")[0], encode=_ENCODE[use], apply=head_code)
 
 
 _CONTENTS = {

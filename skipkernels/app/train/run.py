@@ -22,14 +22,17 @@ from ..console import print_plain
 from ..data import InputError, Source, save_few_shot
 from ..data.check import unreadable_images
 from ..data.files import format_names
+from ..heads import choose_l2, fit_head
 from . import checkpoint, notes
 from .calibration import calibrate
-from .checkpoint import DELTA, MODEL, Checkpoint, best_epoch, has_stalled
+from .checkpoint import DELTA, HEAD, MODEL, Checkpoint, best_epoch, has_stalled
 from .class_metrics import VALIDATION
 from .description import describe, write_open_clip_config
 from .environment import environment
 from .errors import argument_error
 from .evaluation import Evaluation, Evaluator
+from .fitted_head import examples, save_head
+from .interpolation import Interpolation
 from .loggers import Logger, open_loggers
 from .processes import Processes
 from .progress import ProgressDisplay
@@ -78,6 +81,7 @@ class Run:
         self.display = ProgressDisplay(self.console, title=title, memory=self.memory)
         self.rows = [] if self.resumed is None else list(self.resumed.rows)  # of the complete epochs
         self.tuned: Evaluation | None = None  # after the last complete epoch, in the end of the best
+        self.l2 = 0.0  # penalty of the head, if it has one
         self.thresholds: list[dict[str, Any]] = []  # by accuracy on the validation images
         self.warnings: list[str] = []
         self.seconds_before = 0.0 if self.resumed is None else self.resumed.seconds  # of earlier processes
@@ -111,6 +115,10 @@ class Run:
         self.zero_shot = self.evaluator.evaluate(
             self.setup.zero_shot, 'for the pretrained weights. Check `pretrained`, or use precision="fp32".'
         )
+        if self.config.head != "none":  # now: a resumed run then loads tuned weights
+            self.l2 = choose_l2(self.config.head, examples(self.setup, self.method, self.features))
+        if self.config.blend != 1:
+            self.between = Interpolation(self.setup.trained)
 
     def trainer(self) -> Trainer | None:
         """Return the trainer; None for a method without epochs."""
@@ -174,6 +182,7 @@ class Run:
                 self.tuned = self.evaluator.evaluate(self.method)
         elif self.resumed is None:
             self._fit()
+        self._complete_model()
         self._calibrate()
 
     def _epochs(self, trainer: Trainer) -> None:
@@ -214,7 +223,8 @@ class Run:
         inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         started = time.perf_counter()
         with self.setup.precision.autocast():
-            self.method.fit(inputs, labels)
+            if not self.config.has_steps:
+                self.method.fit(inputs, labels)
         self.seconds_fit = time.perf_counter() - started
         self._complete(None, self.evaluator.evaluate(self.method), None)
 
@@ -227,6 +237,19 @@ class Run:
             checkpoint.save(self.folder.path, self.weights, self.described, state, **known)
             self.folder.write_rows(rows)
         self.rows, self.tuned = rows, evaluation
+
+    def _complete_model(self) -> None:
+        """Blend the weights with those before training, and fit the head."""
+        config = self.config
+        if config.blend != 1:
+            self.between.end()
+            self.between.set(config.blend)
+        if config.head != "none":
+            found = examples(self.setup, self.method, self.features)
+            head = fit_head(config.head, found, self.l2, equal_priors=config.prior == "balanced")
+            self.method.use_head(head, self.task.tests[0].classes)
+        if config.blend != 1 or config.head != "none":
+            self.tuned = self.evaluator.evaluate(self.method)
 
     def _calibrate(self) -> None:
         """Fit probabilities and find thresholds on the validation images, with the final weights."""
@@ -244,7 +267,10 @@ class Run:
         An error in the report becomes a warning.
         """
         assert self.folder is not None and self.tuned is not None
-        self.folder.publish(self.described)
+        save = None if self.config.blend == 1 else self.weights.save
+        with self.folder.writing(HEAD):
+            self.described = save_head(self.folder.path, self.method.fitted, self.described)
+        self.folder.publish(self.described, save)
         metrics = {"status": "complete", "notes": self.warnings} | self._metrics(self.tuned)
         weak = notes.weak_result(self.config, metrics)
         self.warnings += [note for note in (weak, notes.optimistic_validation(metrics)) if note is not None]
@@ -272,6 +298,8 @@ class Run:
             "command": self.command,
             "environment": environment(config.device, self.processes.size),
             "method": config.method,
+            "head": config.head,
+            "l2": self.l2,
             "protocol": config.protocol,
             "classes": {test.name: len(test.classes) for test in self.task.tests},
             "zero_shot": self.zero_shot.accuracies,

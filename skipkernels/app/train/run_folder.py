@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from ..data import InputError
 from ..data.files import format_names
 from ..untrusted import read_object
 from . import checkpoint
-from .checkpoint import BEST, DELTA, MODEL
+from .checkpoint import BEST, DELTA, HEAD, MODEL
 from .class_metrics import confusion_lines, prediction_lines
 from .description import CLASSIFIER, Description
 from .errors import argument_error
@@ -46,8 +46,20 @@ from .predictions import PREDICTIONS, TestPredictions, save
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
 PREDICTIONS_CSV, CONFUSION_CSV = "predictions.csv", "confusion.csv"
-_FILES: tuple[str, ...] = (METRICS, REPORT, PREDICTIONS, CARD, CLASSIFIER, MODEL, DELTA, OPEN_CLIP, EPOCHS, FEW_SHOT)
-_FILES += (PREDICTIONS_CSV, CONFUSION_CSV, BEST, CONFIG)
+_FILES: tuple[str, ...] = (
+    METRICS,
+    REPORT,
+    PREDICTIONS,
+    CARD,
+    CLASSIFIER,
+    HEAD,
+    MODEL,
+    DELTA,
+    OPEN_CLIP,
+    EPOCHS,
+    FEW_SHOT,
+)
+_FILES += (HEAD, PREDICTIONS_CSV, CONFUSION_CSV, BEST, CONFIG)
 _BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT}  # a run writes these files before its first epoch is complete
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every run
@@ -266,8 +278,14 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replace a text file."""
-        try:
+        with self.writing(name):
             replace_text(self.path / name, text)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Convert an OSError to the error for a file that can't be written."""
+        try:
+            yield
         except OSError as error:
             raise argument_error("out", f"{self.path / name} can't be written: {error.strerror}.") from error
 
@@ -299,12 +317,16 @@ class RunFolder:
         """Delete the checkpoint of a run that is complete or starts again."""
         delete_folder(self.path / checkpoint.FOLDER)
 
-    def publish(self, described: Description) -> None:
-        """Put the best weights of the checkpoint, and their description, into the run folder."""
+    def publish(self, described: Description, save: Callable[[Path], None] | None) -> None:
+        """Put the weights and their description into the run folder.
+
+        The weights are those of the best epoch of the checkpoint; or those that `save` writes to a path.
+        """
         folder, target = self.path / checkpoint.FOLDER, self.path / described.weights
         source = folder / BEST if (folder / BEST).exists() else folder / target.name
-        try:
-            replace_copy(target, source)
+        with self.writing(target.name):
+            if save is None:
+                replace_copy(target, source)
+            else:
+                save(target)
             dataclasses.replace(described, weights_xxh3=digest_file(target)).write(self.path)
-        except OSError as error:
-            raise argument_error("out", f"{target} can't be written: {error.strerror}.") from error

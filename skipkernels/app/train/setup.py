@@ -49,6 +49,12 @@ class RunSetup:
         return torch.device(self.config.device)
 
     @property
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that training changes, by number."""
+        groups = self.method.parameter_groups(text_lr=0.0, image_lr=0.0)
+        return {str(n): weight for n, weight in enumerate(w for group in groups for w in group["params"])}
+
+    @property
     def images(self) -> int:
         """Number of images in `test_features`, `validation_features` and `train_features` together."""
         held_out = () if self.task.validation is None else (self.task.validation,)

@@ -150,7 +150,8 @@ def _check_processes(config: TuneConfig, processes: Processes) -> None:
         raise argument_error(
             "method", f"only skip trains in several processes; got {config.method} in {processes.size}. Start one."
         )
-    for name, used in {"fused_optimizer": config.fused_optimizer, "refresh": config.refresh == "epoch"}.items():
+    unsupported = {"fused_optimizer": config.fused_optimizer, "refresh": config.refresh == "epoch"}
+    for name, used in (unsupported | {"head": config.head != "none", "blend": config.blend != 1}).items():
         if used:
             raise argument_error(
                 name, f"{getattr(config, name)} is not supported in several processes; leave it out, or start one."

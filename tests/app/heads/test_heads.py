@@ -105,7 +105,7 @@ def test_anchored_probe_warns_before_the_minimum(monkeypatch):
     ids=["pairs", "three, two and one", "one each"],
 )
 def test_folds_are_halves_of_each_class(labels, folds):
-    assert anchored._folds(torch.tensor(labels)).tolist() == folds
+    assert anchored.halves(torch.tensor(labels)).tolist() == folds
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -113,7 +113,7 @@ def test_anchored_l2_is_that_of_the_best_fold_accuracy(seed):
     """The fits of the folds have looser tolerances and start from each other; the choice is that of exact ones."""
     image, labels, text = data([4, 2, 1, 5, 0, 2], 6, seed)
     candidates, scores = (0.001, 0.1, 10.0), {}
-    fold = anchored._folds(labels)
+    fold = anchored.halves(labels)
     for l2 in candidates:
         correct, loss = 0, 0.0
         for held_out in (fold == 0, fold == 1):

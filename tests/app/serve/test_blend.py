@@ -14,9 +14,9 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
-from skipkernels.app.serve.blending import _between
 from skipkernels.app.train import evaluate_run, predictions
 from skipkernels.app.train.calibration import fit_none_logit, fit_temperature
+from skipkernels.app.train.interpolation import Interpolation
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.setup import build_run
 from tests.app.runs import shortened
@@ -51,7 +51,13 @@ def test_weights_and_curve(run, blended):
 
 def test_ends_are_exact():
     before, after = torch.tensor([1e8, 1.0]), torch.tensor([-0.1, 0.3])
-    assert _between(before, after, 0) is before and _between(before, after, 1) is after
+    weight = before.clone()
+    between = Interpolation({"weight": weight})
+    weight.copy_(after)
+    between.end()
+    for alpha, expected in ((0.0, before), (1.0, after), (0.5, (before + after) / 2)):
+        between.set(alpha)
+        assert weight.equal(expected)
 
 
 def test_blend_is_a_run(run, blended, images):

@@ -22,7 +22,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
-from skipkernels.app.methods.base import CosineHead
+from skipkernels.app.methods.export_heads import CosineHead
 from skipkernels.app.serve import to_hugging_face, to_onnx
 from skipkernels.app.serve.exporting import Exported
 from skipkernels.app.serve.merging import PlainModel, plain_model
@@ -96,7 +96,7 @@ def plain(tokenizer=None, **changes) -> PlainModel:
     open_clip.set_model_preprocess_cfg(model, PREPROCESS)
     own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
     return PlainModel(
-        None, model, own, (["a cat", "two dogs"],), CosineHead(torch.zeros(2, 16), model.logit_scale), False
+        None, model, own, (["a cat", "two dogs"],), CosineHead(torch.zeros(2, 16), model.logit_scale), "", None
     )
 
 
@@ -130,14 +130,16 @@ def test_hugging_face_refuses(changes, what):
         to_hugging_face.convert(plain(**changes), transformers)
 
 
-@pytest.fixture(scope="module", params=[name for name, method in METHODS.items() if method.head_code])
+HEADED = {name: {"method": name} for name, method in METHODS.items() if method.head_code}
+HEADED |= {"skip, gaussian": {"method": "skip", "head": "gaussian"}, "lora, probe": {"method": "lora", "head": "probe"}}
+
+
+@pytest.fixture(scope="module", params=HEADED)
 def head_run(request, native_run, tmp_path_factory) -> Path:
-    """A run, with a temperature, of a method that trains weights for which a CLIP has no place."""
+    """A run, with a temperature, with weights for which a CLIP has no place."""
     folder = tmp_path_factory.mktemp("head") / "run"
-    epochs = None if request.param == "linear-probe" else 1
-    changes = {
-        "method": request.param,
-        "epochs": epochs,
+    changes = HEADED[request.param] | {
+        "epochs": None if request.param == "linear-probe" else 1,
         "model": f"local-dir:{native_run}",
         "max_classes": 4,
         "out": folder,
@@ -173,7 +175,12 @@ def test_head_is_exported_beside_the_model(to, head_run, run, tmp_path):
     picture = tmp_path / "photo.png"
     run.task.tests[0].images[0][0].resize((16, 16)).save(picture)
     done = sk.export(head_run, to, tmp_path / "out", trust=True)
-    assert "head.safetensors" in done.files and "classifier.json" not in done.files
+    assert "head.safetensors" in done.files
+    headed = json.loads((head_run / "classifier.json").read_text())["head_xxh3"] is not None
+    assert ("classifier.json" in done.files) == (to == "open-clip" and headed)
+    if "classifier.json" in done.files:
+        own, exported = (probabilities_of(folder, picture) for folder in (head_run, done.folder))
+        torch.testing.assert_close(exported, own, atol=1e-5, rtol=0)
     torch.testing.assert_close(
         card_names(done, picture)["probabilities"][0], probabilities_of(head_run, picture), atol=1e-5, rtol=0
     )

@@ -25,6 +25,7 @@ RUNS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "before the first epoch and after it": ({"method": "skip"}, [1, 4]),
     "fused bf16-sr": ({"method": "skip", "decay": 2.0, "precision": "bf16-sr", "fused_optimizer": True}, [4]),
     "AdamW delta": ({"method": "skip", "sampler": "random", "delta": True} | ADAMW, [4]),
+    "head of a blend": ({"method": "skip", "head": "anchored", "blend": 0.5}, [4]),
     "crops": ({"method": "skip", "refresh": "epoch"}, [4]),
 }
 # Other methods that train in steps.

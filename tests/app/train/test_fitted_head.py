@@ -1,0 +1,119 @@
+"""Heads of runs: the files, the classifier, evaluation, blends and new classes agree with the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import skipkernels as sk
+from skipkernels.app import heads
+from skipkernels.app.data import InputError
+from skipkernels.app.train import evaluate_run, tune
+from skipkernels.app.train.setup import build_task
+from tests.app.runs import shortened, small
+
+# Settings of a run with each head: tuned, blended, of a method that adds weights, and of the pretrained model.
+RUNS = {
+    "anchored": {"head": "anchored", "epochs": 1, "prior": "balanced"},
+    "gaussian": {"head": "gaussian", "epochs": 1, "blend": 0.5},
+    "probe": {"head": "probe", "epochs": 1, "method": "lora"},
+    "frozen": {"head": "anchored", "epochs": 0},
+}
+
+
+class HeadRun(NamedTuple):
+    folder: Path
+    metrics: dict
+    settings: dict
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request, tmp_path_factory) -> HeadRun:
+    folder = tmp_path_factory.mktemp("head") / "run"
+    with shortened():
+        return HeadRun(folder, tune(small(folder, **RUNS[request.param])), RUNS[request.param])
+
+
+def test_a_run_with_a_head_is_read_as_it_was_tested(run):
+    """`skipkernels eval`, and the probabilities of the classifier."""
+    assert evaluate_run(run.folder) == run.metrics["tuned"]
+    base = build_task(small(run.folder).resolved()).tests[0]
+    found = sk.Classifier.load(run.folder, device="cpu").predict([image for image, _ in base.images], top=1)
+    correct = (found.ids[:, 0] == torch.tensor(base.images.labels)).float().mean().item()
+    assert 100 * correct == pytest.approx(run.metrics["tuned"]["base"], abs=1e-3)
+
+
+def test_the_head_is_that_of_the_saved_weights(run):
+    """Fitted again to embeddings of the classifier that the folder has, with the penalty in metrics.json."""
+    settings = run.settings
+    classifier = sk.Classifier.load(run.folder, device="cpu")
+    images = build_task(small(run.folder).resolved()).train
+    embedded = classifier.predict([image for image, _ in images], top=1).embeddings
+    scale = classifier._run.model.logit_scale.exp().item()
+    found = heads.Examples(embedded, torch.tensor(images.labels), classifier.class_embeddings(), scale)
+    expected = heads.fit_head(
+        settings["head"], found, run.metrics["l2"], equal_priors=settings.get("prior") == "balanced"
+    )
+    saved = load_file(run.folder / "head.safetensors")
+    assert saved.keys() == expected.tensors().keys()
+    for name, tensor in expected.tensors().items():  # embeddings in other batches differ by rounding
+        torch.testing.assert_close(saved[name], tensor, atol=2e-3, rtol=1e-3)
+
+
+def test_new_classes_have_the_logits_of_their_texts(run):
+    """Trained classes keep their head, in any order; a probe refuses new ones."""
+    folder, trained = run.folder, sk.Classifier.load(run.folder, device="cpu")
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    names = [trained.classes[1], "a violin", trained.classes[0]]
+    mixed = sk.Classifier.load(folder, classes=names, device="cpu")
+    if run.settings["head"] == "probe":
+        with pytest.raises(InputError, match="classes must be trained classes: .* does not use texts"):
+            mixed.logits(images)
+        return
+    logits = mixed.logits(images)
+    torch.testing.assert_close(logits[:, [2, 0]], trained.logits(images)[:, :2], atol=1e-5, rtol=1e-5)
+    scale = trained._run.model.logit_scale.exp()
+    of_text = scale * mixed.embed(images) @ mixed.class_embeddings()[1]
+    torch.testing.assert_close(logits[:, 1], of_text.detach(), atol=1e-4, rtol=1e-5)
+
+
+def test_blend_fits_the_head_again(run, tmp_path):
+    if run.settings.get("method") == "lora":
+        pytest.skip("lora has no blend")
+    with shortened():
+        blended = sk.blend(run.folder, 0.0, out=tmp_path / "blend")
+    assert evaluate_run(tmp_path / "blend") == blended["tuned"]
+    if run.settings["epochs"] == 0:  # alpha 0 is the frozen model
+        assert blended["tuned"] == run.metrics["tuned"]
+        assert (tmp_path / "blend" / "head.safetensors").read_bytes() == (run.folder / "head.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["other", "missing"])
+def test_a_damaged_head_is_refused(run, tmp_path, damage):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for file in run.folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "head.safetensors").unlink()
+    if damage == "other":
+        (copy / "head.safetensors").write_bytes(b"0" * 100)
+    with pytest.raises(InputError, match=r"head.safetensors: missing or damaged \(.*Copy the whole folder"):
+        sk.Classifier.load(copy, device="cpu")
+
+
+def test_balanced_prior_raises_rare_classes(tmp_path):
+    """Nine images of one class and one of another, both between their texts."""
+    labels = torch.tensor([0] * 9 + [1])
+    image = torch.nn.functional.normalize(torch.eye(2, dtype=torch.float64)[labels] + 0.8, dim=1)
+    found = heads.Examples(image, labels, torch.eye(2, dtype=torch.float64), 5.0)
+    for name in ("anchored", "gaussian", "probe"):
+        plain, balanced = (heads.fit_head(name, found, 0.1, equal_priors=equal) for equal in (False, True))
+        gain = [
+            (head.logits(image) @ torch.tensor([-1.0, 1.0], dtype=torch.float64)).mean() for head in (plain, balanced)
+        ]
+        assert gain[1] > gain[0]
+    assert heads.fit_head("none", found, 0.0) is None
