@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-_ROWS = 30  # most rows with a name each; of more, the first and the last third have one
-_NAMED = 10  # rows with a name at each end
-_THIN = 180  # most rows without a name
-_THIN_PIXELS = 300  # height of all rows without a name
+_EACH = 15  # most rows with the best and with the worst changes
 _LOWS = (90, 80, 50, 20, 0)  # where the axis may begin
 
 
@@ -39,16 +36,9 @@ class DotPlot:
     """Rows in the order of the plot."""
 
     title: str
-    first: list[DotRow]  # Rows with a name
-    thin: list[DotRow]  # Rows without a name, between the others; empty if all have a name
-    last: list[DotRow]  # Rows with a name, below the thin ones
-    skipped: int  # Number of rows between that are not drawn
+    rows: list[DotRow]
+    left_out: int  # Number of rows in the middle that are not drawn
     low: int  # Start of the axis, which ends at 100
-
-    @property
-    def thin_height(self) -> str:
-        """Height of a row without a name, in CSS."""
-        return f"{min(7, max(2, _THIN_PIXELS // max(len(self.thin), 1)))}px"
 
     @property
     def ticks(self) -> list[float]:
@@ -60,30 +50,28 @@ class DotPlot:
         return f"{max(0.0, 100 * (value - self.low) / (100 - self.low)):.2f}"
 
 
-def with_one_axis(plots: Sequence[DotPlot]) -> list[DotPlot]:
-    """Return plots with the same axis, to compare them."""
-    low = min((plot.low for plot in plots), default=0)
-    return [replace(plot, low=low) for plot in plots]
-
-
-def dot_plot(title: str, rows: Iterable[DotRow], *, by_change: bool = True) -> DotPlot:
-    """Lay out a plot. With `by_change`, rows are sorted by their change, the largest first.
-
-    >>> plot = dot_plot("classes", [DotRow("a", 50.0, 40.0), DotRow("b", 60.0, 70.0)])
-    >>> [row.name for row in plot.first], plot.low
-    (['b', 'a'], 20)
-    >>> plot = dot_plot("classes", [DotRow(str(c), 50.0, 50.0 + c % 40) for c in range(500)])
-    >>> len(plot.first), len(plot.thin), len(plot.last), plot.skipped
-    (10, 180, 10, 300)
-    """
+def dot_plot(title: str, rows: Iterable[DotRow]) -> DotPlot:
+    """Lay out a plot with a row per test."""
     rows = [replace(row, name=row.name or "(empty)") for row in rows]
-    if by_change:
-        rows.sort(key=lambda row: (-(row.change or 0.0), -(row.before if row.after is None else row.after), row.name))
     least = min([value for row in rows for value in (row.before, row.after) if value is not None], default=0.0)
-    low = next(low for low in _LOWS if low <= max(least, 0.0))
-    if len(rows) <= _ROWS:
-        return DotPlot(title, rows, [], [], 0, low)
-    middle = rows[_NAMED:-_NAMED]
-    count = min(len(middle), _THIN)
-    thin = [middle[place * len(middle) // count] for place in range(count)]
-    return DotPlot(title, rows[:_NAMED], thin, rows[-_NAMED:], len(middle) - count, low)
+    return DotPlot(title, rows, 0, next(low for low in _LOWS if low <= max(least, 0.0)))
+
+
+def plot_of_changes(title: str, rows: Iterable[DotRow]) -> DotPlot:
+    """Lay out a plot of classes by their change, the largest first; of many, the best and the worst.
+
+    >>> plot = plot_of_changes("classes", [DotRow("a", 50.0, 40.0), DotRow("b", 60.0, 70.0)])
+    >>> [row.name for row in plot.rows], plot.low
+    (['b', 'a'], 20)
+    >>> plot = plot_of_changes("classes", [DotRow(str(c), 50.0, 50.0 + c % 40) for c in range(500)])
+    >>> len(plot.rows), plot.left_out, plot.rows[0].after, plot.rows[-1].after
+    (30, 470, 89.0, 50.0)
+    """
+
+    def order(row: DotRow) -> tuple[float, float, str]:
+        return -(row.change or 0.0), -(row.before if row.after is None else row.after), row.name
+
+    rows = sorted(rows, key=order)
+    left_out = max(len(rows) - 2 * _EACH, 0)
+    shown = rows[:_EACH] + rows[-_EACH:] if left_out else rows
+    return replace(dot_plot(title, shown), left_out=left_out)

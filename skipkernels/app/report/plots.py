@@ -9,7 +9,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+from .intervals import half_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +22,7 @@ COLOURS += ("#c2529f", "#7f8c1f", "#a8703f", "#5b83a6", "#e0563a", "#5f9148")
 LOSS, GREY = "#7a5ccc", "#808080"
 
 _MAX_DOTS = 40  # on a line
+_INSTANT = 1e-3  # a point that takes less than this share of the longest time trains nothing
 _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves a key out, for equal bytes
 
 
@@ -80,8 +83,7 @@ def accuracy_svg(
         if validation:
             axes.plot([x for x, _ in validation], [y for _, y in validation], color=GREY, linestyle="--", linewidth=1.4)
         if best_epoch is not None:
-            axes.axvline(best_epoch, color=GREY, linewidth=1)
-            axes.annotate("kept", (best_epoch, 0), (3, 3), ("data", "axes fraction"), "offset points", color=GREY)
+            _mark(axes, "kept", best_epoch, before=best_epoch > len(rows) / 2)
         within_per_cent(axes)
 
     return figure_svg("accuracy", "test accuracy over the epochs, in per cent", draw) if rows else ""
@@ -99,16 +101,101 @@ def blend_svg(blend: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         for name, points in curves.items():
             _line(axes, points, colours.get(name, GREY))
         if finite(blend.get("chosen")):
-            axes.axvline(blend["chosen"], color=GREY, linewidth=1)
-            axes.annotate(
-                "chosen", (blend["chosen"], 0), (3, 3), ("data", "axes fraction"), "offset points", color=GREY
-            )
+            _mark(axes, "chosen", blend["chosen"], before=blend["chosen"] > 0.5)
         within_per_cent(axes)
         axes.set_xlabel("α: 0 zero-shot, 1 tuned")
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
 
     label = "accuracy over the blend of zero-shot and tuned weights, in per cent"
     return panels_svg("blend", label, [draw], size=(5.2, 3)) if curves else ""
+
+
+class TimedAccuracy(NamedTuple):
+    """Time in seconds, accuracy in per cent, and half of its interval."""
+
+    seconds: float
+    accuracy: float
+    half: float
+
+
+def pareto(points: Mapping[str, TimedAccuracy]) -> list[str]:
+    """Return the names of the points on the Pareto front, by time: no other is as good in both.
+
+    >>> of = TimedAccuracy
+    >>> pareto({"slow": of(9.0, 80.0, 0.0), "fast": of(1.0, 60.0, 0.0), "bad": of(5.0, 50.0, 0.0)})
+    ['fast', 'slow']
+    """
+    found: list[str] = []
+    for name in sorted(points, key=lambda name: (points[name].seconds, -points[name].accuracy)):
+        if not found or points[name].accuracy > points[found[-1]].accuracy:
+            found.append(name)
+    return found
+
+
+def pareto_svg(name: str, points: Mapping[str, TimedAccuracy], colours: Mapping[str, str]) -> str:
+    """Plot accuracy over time, with the line of the points that no other beats; `name` is that of the accuracy."""
+    longest = max(point.seconds for point in points.values())
+    instant = {label: point for label, point in points.items() if point.seconds < _INSTANT * longest}
+    timed = {label: point for label, point in points.items() if label not in instant}
+    line = [timed[label][:2] for label in pareto(timed)]
+    line.append((longest, line[-1][1]))
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import LogLocator
+
+        axes.step([x for x, _ in line], [y for _, y in line], where="post", color=GREY, linewidth=1)
+        for label, (_, accuracy, _) in instant.items():
+            axes.axhline(accuracy, color=colours[label], linestyle=":", linewidth=1.2)
+            _annotate(axes, label, (0, accuracy), ("axes fraction", "data"))
+        for label, (seconds, accuracy, half) in timed.items():
+            axes.errorbar([seconds], [accuracy], yerr=[half], color=colours[label], marker="o", capsize=3)
+            _annotate(axes, label, (seconds, accuracy), "data")
+        low = min(point.accuracy - point.half for point in points.values())
+        high = max(point.accuracy + point.half for point in points.values())
+        margin = max(0.3 * (high - low), 2.5)
+        axes.set_ylim(max(0.0, low - margin), high + margin)
+        within_per_cent(axes)
+        axes.set_xscale("log")
+        axes.margins(x=0.2)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axes.minorticks_off()
+        axes.set_xlabel("tuning, s (logarithmic)")
+        axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
+
+    label = f"{name} accuracy over the time of tuning, with the line of the best at each time"
+    return panels_svg(f"pareto-{name}", label, [draw], size=(5.2, 3.4))
+
+
+def _annotate(axes: Axes, text: str, point: tuple[float, float], coordinates: Any) -> None:
+    axes.annotate(text, point, (6, 5), coordinates, "offset points", color=GREY, fontsize=8, parse_math=False)
+
+
+def shots_svg(before: Mapping[int, Any], after: Mapping[int, Any], runs: int) -> str:
+    """Plot the accuracy over the training images per class, from mean and deviation over `runs`, or None."""
+
+    def draw(axes: Axes) -> None:
+        tuned = {shots: of for shots, of in after.items() if of}
+        halves = [half_interval(deviation, runs) for _, deviation in tuned.values()]
+        means = [mean for mean, _ in tuned.values()]
+        axes.errorbar(list(tuned), means, yerr=halves, color=COLOURS[0], marker="o", capsize=3, label="tuned")
+        for mean in {of[0] for of in before.values() if of}:
+            axes.axhline(mean, color=GREY, linestyle=":", linewidth=1, label="zero-shot")
+        within_per_cent(axes)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(after), list(map(str, after)))
+        axes.minorticks_off()
+        axes.set_xlabel("training images per class")
+        axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
+
+    return panels_svg("shots", "accuracy over the training images per class", [draw], size=(5.2, 3.4))
+
+
+def _mark(axes: Axes, text: str, x: float, *, before: bool) -> None:
+    """Mark a value of x by a line, with text before it or after it."""
+    axes.axvline(x, color=GREY, linewidth=1)
+    place, side = ((-3, 3), "right") if before else ((3, 3), "left")
+    axes.annotate(text, (x, 0), place, ("data", "axes fraction"), "offset points", color=GREY, ha=side)
 
 
 def within_per_cent(axes: Axes) -> None:

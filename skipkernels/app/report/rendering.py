@@ -5,14 +5,12 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...formatting import decimal
-from .intervals import range_text
 from .plots import finite
 
 MISSING = "–"
@@ -20,8 +18,13 @@ _SHORT = 22  # characters of a shortened name
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a page. Every value is escaped, except SVG from `svg`; lone surrogates of file names become "?"."""
+    """Return a page. Every value is escaped, except the SVG of plots; lone surrogates of file names become "?"."""
     return _environment().get_template(template).render(values).encode(errors="replace").decode()
+
+
+def part(name: str, *values: Any) -> Markup:
+    """Return a part of a page, by a macro of parts.html.j2. Values are escaped as by `render`."""
+    return getattr(_environment().get_template("parts.html.j2").module, name)(*values)
 
 
 @functools.cache
@@ -38,11 +41,11 @@ def _environment() -> Environment:
     environment.filters |= {
         "decimal": decimal,
         "number": number,
-        "range": range_text,
         "image": image_source,
         "plural": plural,
         "share": share,
         "short": short,
+        "svg": Markup,  # of a plot: matplotlib has escaped its texts
     }
     return environment
 
@@ -89,11 +92,6 @@ def image_source(data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def svg(text: str) -> Markup:
-    """Mark the SVG of a plot as safe: matplotlib has escaped its texts."""
-    return Markup(text)
-
-
 def plural(count: int, noun: str, nouns: str = "") -> str:
     """Return a number with its noun.
 
@@ -101,8 +99,3 @@ def plural(count: int, noun: str, nouns: str = "") -> str:
     ('1 class', '1,200 images')
     """
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
-
-
-def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of a table of names and texts; missing values are left out."""
-    return [(name, str(value)) for name, value in values.items() if value not in (None, "", MISSING)]

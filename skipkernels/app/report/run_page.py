@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from ..config import TuneConfig
 from ..data import InputError
 from ..train import predictions
@@ -15,42 +17,41 @@ from ..train.notes import demonstration_note
 from ..train.predictions import TestPredictions, TopClasses
 from ..train.run_folder import CONFIG, EPOCHS, read_metrics
 from ..untrusted import parse_object, read_bounded
-from .dot_plot import DotPlot, DotRow, dot_plot, with_one_axis
+from . import page
+from .dot_plot import DotRow, dot_plot, plot_of_changes
+from .intervals import range_text, wilson
 from .mistakes import changed, class_results, confused_pairs, confusion_matrix, count_changed
+from .page import Cell, Section, Table, row
 from .plots import accuracy_svg, blend_svg, coloured, finite, loss_svg
-from .rendering import MISSING, facts, number, plural, render, svg
+from .rendering import number, part, plural
+from .words import name_of_method, name_of_test, title_of
 
-_SUMMARIES = {"harmonic": "harmonic mean", "targets": "mean of the targets"}
 _LARGEST = 1 << 28  # bytes of metrics.jsonl
 _FEW = 100  # validation images, of which one is more than 1 %
-_TABLE_ROWS = 2000  # most classes in a table
-_TOP_PLOTS = 2  # most tests with a plot of their classes at the top; of more tests, a row each is shown there
 
 
 def report_html(
     config: TuneConfig, metrics: Mapping[str, Any], rows: list[dict[str, Any]], tests: Sequence[TestPredictions]
 ) -> str:
     """Return the page, from metrics.json, metrics.jsonl and the predictions; missing metrics are left out or a dash."""
-    names = list(metrics["classes"])
     environment = metrics.get("environment") or {}
-    return render(
-        "run.html.j2",
-        title=_title(config, metrics),
-        date=str(environment.get("finished", ""))[:10],
-        headline=_headline(metrics, names, tests),
-        kept=_kept_epoch(metrics),
-        notes=[note for note in (demonstration_note(config.model), *metrics.get("notes", ())) if note is not None],
-        plots=_top_plots(metrics, names, tests),
-        accuracy=_accuracy(metrics, names),
-        tests=[_test(test) for test in tests],
-        more_plots=[_class_plot(test) for test in tests] if len(names) > _TOP_PLOTS else [],
-        thresholds=_thresholds(metrics.get("validation") or {}),
-        curves=_curves(metrics, rows, coloured(names)),
-        stages=_stages(rows),
-        cost=_cost(config, metrics),
-        command=metrics.get("command", ""),
-        environment=_environment(config, metrics),
-        settings=config.to_yaml(),
+    fixed = "Test images that only the tuned model classifies correctly, with its three most probable classes."
+    broken = "Test images that only the zero-shot model classified correctly."
+    return page.page_html(
+        _title(config, metrics),
+        str(environment.get("finished", "")),
+        _headline(metrics),
+        [*_notes(config, metrics), *_results(metrics), *_candidates(metrics)],
+        [
+            Section("fixed", "Fixed by tuning", _galleries(tests, 0, fixed, "better")),
+            Section("broken", "Broken by tuning", _galleries(tests, 1, broken, "worse")),
+            Section("classes", "Classes", page.groups({name_of_test(test.name): _classes(test) for test in tests})),
+            Section("confusions", "Confusions", _confusions(tests)),
+            Section("thresholds", "Thresholds", _thresholds(metrics.get("validation") or {})),
+            Section("training", "Training", _curves(metrics, rows)),
+            page.reproduction(metrics.get("command", ""), _data(config, metrics), environment, config.to_yaml()),
+            Section("cost", "Cost", [*_cost(config, metrics), *_stages(rows)]),
+        ],
     )
 
 
@@ -60,10 +61,10 @@ def run_report(folder: Path) -> str:
     config, metrics = TuneConfig.from_yaml(folder / CONFIG, trust=True), read_metrics(folder)
     path = folder / predictions.PREDICTIONS
     tests = predictions.load(path) if path.exists() else []
-    return report_html(config, metrics, _rows(folder / EPOCHS), tests)
+    return report_html(config, metrics, _epochs(folder / EPOCHS), tests)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _epochs(path: Path) -> list[dict[str, Any]]:
     try:
         return [parse_object(line, finite=False) for line in read_bounded(path, _LARGEST).splitlines()]
     except FileNotFoundError:  # a method without epochs
@@ -72,17 +73,20 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: damaged ({error}).") from error
 
 
+# ---- the first screen --------------------------------------------------------------------------------------------
+
+
 def _title(config: TuneConfig, metrics: Mapping[str, Any]) -> str:
-    state = "" if metrics["status"] == "complete" else f" – {metrics['status']} after "
-    state += plural(metrics["epochs"], "epoch") if state else ""
-    blended = f", blended at {metrics['alpha']:g}" if "alpha" in metrics else ""
-    return f"{config.model} on {config.data}, {config.method}, {config.shots_text}{blended}{state}"
+    blended = [f"blended at {metrics['alpha']:g}"] if "alpha" in metrics else []
+    title = title_of(config, _chosen(metrics) or name_of_method(config.method), *blended)
+    if metrics["status"] == "complete":
+        return title
+    return f"{title} · {metrics['status']} after {plural(metrics['epochs'], 'epoch')}"
 
 
-def _headline(metrics: Mapping[str, Any], names: list[str], tests: Sequence[TestPredictions]) -> str:
+def _headline(metrics: Mapping[str, Any]) -> str:
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"] or {}
-    first, *others = names
-    before, after = zero_shot.get(first), tuned.get(first)
+    first, *others = metrics["classes"]
     if not metrics.get("images", {}).get("tests", {}).get(first, 1):
         held = metrics.get("validation")
         if not held or not (finite(held["zero_shot"]) and finite(held["tuned"])):
@@ -92,29 +96,21 @@ def _headline(metrics: Mapping[str, Any], names: list[str], tests: Sequence[Test
             f"No images were kept for a test. On {plural(held['images'], 'validation image')}, which choose the epoch, "
             f"the {kind} went {_from_to(before, after)}; expect less on other images{more}."
         )
-    if not (finite(before) and finite(after)):
-        return f"No accuracy after tuning; zero-shot {_percent(before)} on {first}."
-    classes = plural(metrics["classes"][first], "trained class", "trained classes")
-    subject = "Tuning and blending" if "alpha" in metrics else "Tuning"
-    kind, before, after, more = _leading(metrics, first, before, after)
+    classes = _counted(metrics, first)
+    if not (finite(zero_shot.get(first)) and finite(tuned.get(first))):
+        return f"No accuracy after tuning; zero-shot {_percent(zero_shot.get(first))} on the {classes}."
+    subject = _chosen(metrics) or ("Tuning and blending" if "alpha" in metrics else "Tuning")
+    kind, before, after, more = _leading(metrics, first, zero_shot[first], tuned[first])
     verb = "kept" if after == before else "raised" if after > before else "lowered"
-    text = f"{subject} {verb} the {kind} on the {classes} {_from_to(before, after)}"
-    found = next((class_results(test) for test in tests if test.name == first and test.tuned is not None), None)
-    if found is not None:
-        changes = [result.tuned - result.zero_shot for result in found if result.tuned is not None]
-        better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-        text += f": {plural(better, 'class', 'classes')} better, {worse:,} worse"
-        if more and (never := sum(result.tuned == 0 for result in found)):
-            text += f", {never:,} without a correct image"
-    text += more
+    interval = "" if more else _interval(metrics, first, after, "95 % interval ")
+    text = f"{subject} {verb} the {kind} on the {classes} {_from_to(before, after)}{interval}{more}"
     if len(others) == 1 and finite(zero_shot.get(others[0])) and finite(tuned.get(others[0])):
         before, after = zero_shot[others[0]], tuned[others[0]]
         verb = "stayed" if after == before else "rose" if after > before else "fell"
-        classes = plural(metrics["classes"][others[0]], f"{others[0]} class", f"{others[0]} classes")
-        text += f". On the {classes} it {verb} {_from_to(before, after)}"
+        text += f". On the {_counted(metrics, others[0])} it {verb} {_from_to(before, after)}"
+        text += _interval(metrics, others[0], after)
     elif finite(zero_shot.get("targets")) and finite(tuned.get("targets")):
-        text += f". On the {len(others)} targets the mean went from {_percent(zero_shot['targets'])} to "
-        text += _percent(tuned["targets"])
+        text += f". On the {len(others)} targets the mean went {_from_to(zero_shot['targets'], tuned['targets'])}"
     return f"{text}."
 
 
@@ -126,6 +122,7 @@ def _leading(metrics: Mapping[str, Any], test: str, before: float, after: float)
         return "accuracy", before, after, ""
     name, share = largest
     more = f". The accuracy, which is {_percent(share)} if the answer is always {name}, went {_from_to(before, after)}"
+    more += _interval(metrics, test, after, "95 % interval ")
     return "balanced accuracy", *(of["balanced_accuracy"] for of in found if of), more
 
 
@@ -137,110 +134,111 @@ def _from_to(before: float, after: float) -> str:
     return f"at {_percent(after)}" if after == before else f"from {_percent(before)} to {_percent(after)}"
 
 
-def _kept_epoch(metrics: Mapping[str, Any]) -> str:
-    """Sentence on the epoch that is kept, or "". A run that was stopped keeps the weights of its last epoch."""
+def _images(metrics: Mapping[str, Any], test: str) -> int | None:
+    """Number of images of a test, or of validation."""
+    if test == VALIDATION:
+        return (metrics.get("validation") or {}).get("images")
+    return ((metrics.get("images") or {}).get("tests") or {}).get(test)
+
+
+def _interval(metrics: Mapping[str, Any], test: str, accuracy: float, name: str = "") -> str:
+    images = _images(metrics, test)
+    return f" ({name}{range_text(wilson(accuracy, images))})" if images else ""
+
+
+def _counted(metrics: Mapping[str, Any], test: str) -> str:
+    """Name of a test with the number of its classes, or of a summary."""
+    count = metrics["classes"].get(test)
+    if count is None:
+        return name_of_test(test)
+    kind = "trained " if test == next(iter(metrics["classes"])) else "new " if test == "new" else ""
+    classes = plural(count, f"{kind}class", f"{kind}classes")
+    return classes if test in ("base", "new", "all") else f"{classes} of {test}"
+
+
+def _notes(config: TuneConfig, metrics: Mapping[str, Any]) -> list[Markup]:
+    """The epoch that is kept, and notes. A run that was stopped keeps the weights of its last epoch."""
+    found: list[Markup] = []
     best, validation = metrics.get("best_epoch"), metrics.get("validation") or {}
-    if best is None or metrics["status"] != "complete" or "alpha" in metrics:  # a blend has the accuracy of the blend
-        return ""
-    accuracy = f" ({_percent(validation['tuned'])})" if finite(validation.get("tuned")) else ""
-    if finite(validation.get("balanced")):  # epochs are compared by it
-        accuracy = f" (balanced accuracy {_percent(validation['balanced'])})"
-    images = plural(validation["images"], "validation image") if validation.get("images") else "validation images"
-    return f"Epoch {best} of {metrics['epochs']} is kept, the best on {images}{accuracy}."
+    if best is not None and metrics["status"] == "complete" and "alpha" not in metrics:
+        accuracy = f" ({_percent(validation['tuned'])})" if finite(validation.get("tuned")) else ""
+        if finite(validation.get("balanced")):  # epochs are compared by it
+            accuracy = f" (balanced accuracy {_percent(validation['balanced'])})"
+        images = plural(validation["images"], "validation image") if validation.get("images") else "validation images"
+        found.append(part("text", f"Epoch {best} of {metrics['epochs']} is kept, the best on {images}{accuracy}."))
+    if (demonstration := demonstration_note(config.model)) is not None:
+        found.append(part("text", demonstration, "warning" if config.own_data else "quiet"))
+    return found + [part("text", note, "warning") for note in metrics.get("notes", ())]
 
 
-def _top_plots(metrics: Mapping[str, Any], names: list[str], tests: Sequence[TestPredictions]) -> list[DotPlot]:
-    # Of a single image per class, accuracies are 0 and 100 %.
-    if len(names) <= _TOP_PLOTS and any(found.images > 1 for test in tests for found in class_results(test)):
-        return with_one_axis([_class_plot(test) for test in tests])
-    rows = [
-        DotRow(name, before, after if finite(after) else None, plural(metrics["classes"][name], "class", "classes"))
-        for name in names
-        if finite(before := metrics["zero_shot"].get(name))
-        for after in ((metrics["tuned"] or {}).get(name),)
-    ]
-    return [dot_plot("accuracy of each test", rows, by_change=False)]
-
-
-def _class_plot(test: TestPredictions) -> DotPlot:
-    rows = [
-        DotRow(test.classes[found.label], found.zero_shot, found.tuned, plural(found.images, "image"))
-        for found in class_results(test)
-    ]
-    return dot_plot(f"{test.name}: {plural(len(rows), 'class', 'classes')}", rows)
-
-
-def _accuracy(metrics: Mapping[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """Rows of the table of accuracies before and after tuning."""
-    found = []
-    for row in accuracy_rows(metrics):
-        if row.test == VALIDATION and not finite(row.before):
+def _results(metrics: Mapping[str, Any]) -> list[Markup]:
+    """Plot and table of the accuracies before and after tuning."""
+    dots, rows = [], []
+    for each in accuracy_rows(metrics):
+        if each.test == VALIDATION and (each.label != VALIDATION or not finite(each.before)):
             continue
-        change = row.after - row.before if finite(row.before) and finite(row.after) else None
-        label = _SUMMARIES.get(row.label, row.label) + (", trained on" if row.label == names[0] else "")
-        summary = row.test not in (*names, VALIDATION)
-        found.append(
-            {"name": label, "before": row.before, "after": row.after, "change": change, "summary": summary}
-            | {"classes": metrics["classes"].get(names[0] if row.test == VALIDATION else row.test)}
-            | {"verdict": "" if not change else "better" if change > 0 else "worse"}
-        )
-    return found
-
-
-def _test(test: TestPredictions) -> dict[str, Any]:
-    """Galleries, table of classes and confusions of a test."""
-    fixed, broken = changed(test)
-    results = class_results(test)
-    last = metrics_of_test(test.labels, test.last, test.classes)
-    shown = sorted(
-        zip(results, last["classes"], strict=True), key=lambda pair: -abs((pair[0].tuned or 0.0) - pair[0].zero_shot)
+        name = _counted(metrics, each.test)
+        images = _images(metrics, each.test) if each.label == each.test else None  # not balanced, nor always one class
+        before, after = page.accuracy_cell(each.before, images), page.accuracy_cell(each.after, images)
+        change = each.after - each.before if finite(each.before) and finite(each.after) else None
+        summary = "summary" if each.test not in (*metrics["classes"], VALIDATION) else ""
+        label = name + each.label.removeprefix(each.test)
+        count = "" if images is None else f"{images:,}"
+        rows.append(row(label, count, before, after, page.change_cell(change), style=summary))
+        if images and finite(each.before) and each.test != VALIDATION:
+            limits = [wilson(value, images) if finite(value) else None for value in (each.before, each.after)]
+            tuned = each.after if finite(each.after) else None
+            dots.append(DotRow(name, each.before, tuned, plural(images, "image"), *limits))
+    plot = [part("dots", dot_plot("accuracy of each test, %", dots))] if len(dots) > 1 else []
+    table = Table("accuracy, %", ["images", "zero-shot", "tuned", "change"], rows)
+    text = (
+        "In brackets and as lines: 95 % intervals over the images (Wilson). Both models have the same images, so a "
+        "change may be certain although intervals overlap."
     )
-    labels, counts = confusion_matrix(test)
-    totals = test.labels.bincount(minlength=len(test.classes)).tolist()
-    return {
-        "name": test.name,
-        "fixed": [_card(test, index) for index in fixed],
-        "broken": [_card(test, index) for index in broken],
-        "shown": dict(zip(("fixed", "broken"), map(_shown, (fixed, broken), count_changed(test)), strict=True)),
-        "classes": [
-            {
-                "name": test.classes[found.label],
-                "images": found.images,
-                "before": found.zero_shot,
-                "after": found.tuned,
-                "change": None if found.tuned is None else found.tuned - found.zero_shot,
-                "precision": own["precision"],
-                "f1": own["f1"],
-                "predicted": None if found.predicted is None else test.classes[found.predicted],
-                "errors": found.errors,
-            }
-            for found, own in sorted(shown[:_TABLE_ROWS], key=lambda pair: pair[0].label)
-        ],
-        "all_classes": len(results),
-        "balanced": last["balanced_accuracy"],
-        "macro_f1": last["macro_f1"],
-        "matrix": [
-            (test.classes[label], totals[label], [(count, count / max(totals[label], 1)) for count in row])
-            for label, row in zip(labels, counts, strict=True)
-        ],
-        "columns": [test.classes[label] for label in labels],
-        "pairs": [
-            {
-                "label": test.classes[pair.label],
-                "predicted": test.classes[pair.predicted],
-                "count": pair.count,
-                "total": pair.total,
-                "image": test.thumbnails.get(pair.index),
-                "other": None if pair.predicted_index is None else test.thumbnails.get(pair.predicted_index),
-            }
-            for pair in confused_pairs(test)
-        ],
-    }
+    return [*plot, table.html, part("text", text)]
 
 
-def _shown(indices: list[int], count: int) -> str:
-    """Number of images in a gallery, with the number of all if they are more."""
-    return f"{len(indices):,} of {count:,}, one per class" if len(indices) < count else plural(count, "image")
+def _chosen(metrics: Mapping[str, Any]) -> str | None:
+    """Name of the candidate that was chosen, for the beginning of a sentence."""
+    chosen = next((each["name"] for each in metrics.get("candidates") or () if each["chosen"]), None)
+    return chosen and chosen[:1].upper() + chosen[1:]
+
+
+def _candidates(metrics: Mapping[str, Any]) -> list[Markup]:
+    """Table of the candidates of a run that chose its method, and why it chose."""
+    found = metrics.get("candidates")
+    if not found:
+        return []
+    balanced = any(number(each["balanced_accuracy"]) != number(each["accuracy"]) for each in found)
+    rows = []
+    for each in found:
+        cells = [page.accuracy_cell(each["accuracy"], each["images"])]
+        cells += [Cell(number(each["balanced_accuracy"]))] if balanced else []
+        cells += [Cell(number(each["seconds"], ",.1f")), Cell("yes" if each["new_names"] else "no")]
+        name, style = (f"✓ {each['name']}", "summary") if each["chosen"] else (each["name"], "")
+        rows.append(row(name, *cells, style=style))
+    columns = ["accuracy, %", *(["balanced accuracy, %"] if balanced else []), "seconds", "takes new names"]
+    parts = [Table("candidates", columns, rows).html]
+    if (chosen := _chosen(metrics)) is not None:
+        because = f": {metrics['chosen_because']}" if metrics.get("chosen_because") else ""
+        again = "" if found[0]["chosen"] else " Then it was trained again, on all images."  # the first is zero-shot
+        parts.append(part("text", f"{chosen} was chosen{because}.{again}", ""))
+    return parts
+
+
+# ---- sections ----------------------------------------------------------------------------------------------------
+
+
+def _galleries(tests: Sequence[TestPredictions], which: int, explained: str, style: str) -> list[Markup]:
+    """Gallery of each test, of the images that tuning fixed (`which` 0) or broke (1)."""
+    found: dict[str, list[Markup]] = {}
+    for test in tests:
+        indices, count = changed(test)[which], count_changed(test)[which]
+        shown = f"{len(indices):,} of {count:,} images" if len(indices) < count else plural(count, "image")
+        if indices:
+            gallery = part("gallery", [_card(test, index) for index in indices], style)
+            found[f"{name_of_test(test.name)}: {shown}"] = [gallery]
+    return [part("text", explained), *page.groups(found)] if found else []
 
 
 def _card(test: TestPredictions, index: int) -> dict[str, Any]:
@@ -263,64 +261,130 @@ def _card(test: TestPredictions, index: int) -> dict[str, Any]:
     }
 
 
-def _thresholds(validation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Table of thresholds on the validation images, with a sentence for the first that leaves images out."""
-    rows, count = validation.get("thresholds"), validation.get("images")
-    if not rows or not count:
-        return None
-    text = "These thresholds keep all validation images."
-    row = next((row for row in rows if finite(row["threshold"]) and row["coverage"] < 100), None)
-    if row is not None:
-        kept, right = (number(row[name], ".0f", "\N{NO-BREAK SPACE}%") for name in ("coverage", "accuracy"))
-        text = f"At {row['threshold']:.2f}, {kept} of the validation images are kept, of which {right} are right."
-    few = f"; they are few, one is {_percent(100 / count)}" if count < _FEW else ""
-    return {"rows": rows, "text": f"{text} Measured on {plural(count, 'validation image')}{few}."}
-
-
-def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Plots of loss, accuracy, and the blend."""
-    blend = metrics.get("blend")
-    legend = list(colours.items())
-    of_blend = coloured(blend["accuracy"]) if blend else {}
-    dashed = " (dashed: validation, dotted: zero-shot)" if any(finite(row.get("validation")) for row in rows) else ""
-    curves: tuple[tuple[str, str, list[tuple[str, str]]], ...] = (
-        ("training loss; thin: means of consecutive steps", loss_svg(rows), []),
-        (
-            f"test accuracy, %{dashed or ' (dotted: zero-shot)'}",
-            accuracy_svg(rows, metrics["zero_shot"], colours, metrics.get("best_epoch")),
-            legend,
-        ),
-        (
-            "accuracy of weights between zero-shot and tuned, %",
-            blend_svg(blend, of_blend) if blend else "",
-            list(of_blend.items()),
-        ),
+def _classes(test: TestPredictions) -> list[Markup]:
+    """Plot and table of the classes of a test."""
+    results = class_results(test)
+    last = metrics_of_test(test.labels, test.last, test.classes)
+    rows, dots = [], []
+    for found, own in zip(results, last["classes"], strict=True):
+        name = test.classes[found.label]
+        dot = DotRow(name, found.zero_shot, found.tuned, plural(found.images, "image"))
+        taken = "" if found.predicted is None else f"{test.classes[found.predicted]} ({found.errors})"
+        cells: list[str | Cell] = [
+            f"{found.images:,}",
+            number(found.zero_shot),
+            number(found.tuned),
+            page.change_cell(dot.change),
+        ]
+        cells += [number(own["precision"]), number(own["f1"]), Cell(taken, style="left", order=found.errors)]
+        rows.append(row(name, *cells))
+        dots.append(dot)
+    text = (
+        f"Mean over the classes: accuracy {_percent(last['balanced_accuracy'])}, F1 {_percent(last['macro_f1'])}. "
+        "Precision and F1 are those of the last model; predictions.csv has every image, confusion.csv every pair of "
+        "classes."
     )
-    return [{"title": title, "svg": svg(found), "legend": below} for title, found, below in curves if found]
+    columns = ["images", "zero-shot, %", "tuned, %", "change", "precision, %", "F1, %", "most often taken for"]
+    # Of a single image per class, accuracies are 0 and 100 %.
+    several = any(found.images > 1 for found in results)
+    plot = [part("dots", plot_of_changes("accuracy of each class, %", dots))] if several else []
+    return [*plot, part("text", text), Table("class", columns, rows, searched=True).html]
 
 
-def _stages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Time by stage of all epochs, and its share."""
-    seconds: Counter[str] = Counter()
-    for row in rows:
-        seconds.update(row.get("stage_seconds") or {})
-    colours = coloured(seconds)
+def _confusions(tests: Sequence[TestPredictions]) -> list[Markup]:
+    """Matrix of confusions of each test, and the most frequent ones with images."""
+    parts: dict[str, list[Markup]] = {}
+    for test in tests:
+        labels, counts = confusion_matrix(test)
+        totals = test.labels.bincount(minlength=len(test.classes)).tolist()
+        rows = [
+            (test.classes[label], totals[label], [(count, count / max(totals[label], 1)) for count in of])
+            for label, of in zip(labels, counts, strict=True)
+        ]
+        pairs = [
+            {
+                "label": test.classes[pair.label],
+                "predicted": test.classes[pair.predicted],
+                "count": pair.count,
+                "total": pair.total,
+                "image": test.thumbnails.get(pair.index),
+                "other": None if pair.predicted_index is None else test.thumbnails.get(pair.predicted_index),
+            }
+            for pair in confused_pairs(test)
+        ]
+        if pairs:
+            some = f"The {len(labels)} classes with the most errors: i" if len(labels) < len(test.classes) else "I"
+            text = f"{some}mages of a class (row) by predicted class (column)."
+            matrix = part("matrix", [test.classes[label] for label in labels], rows)
+            parts[name_of_test(test.name)] = [part("text", text), matrix, part("pairs", pairs)]
+    return page.groups(parts)
+
+
+def _thresholds(validation: Mapping[str, Any]) -> list[Markup]:
+    """Table of thresholds on the validation images, with a sentence for the first that leaves images out."""
+    found, count = validation.get("thresholds"), validation.get("images")
+    if not found or not count:
+        return []
+    text = "These thresholds keep all validation images."
+    first = next((each for each in found if finite(each["threshold"]) and each["coverage"] < 100), None)
+    if first is not None:
+        kept, right = (number(first[name], ".0f", "\N{NO-BREAK SPACE}%") for name in ("coverage", "accuracy"))
+        text = f"At {first['threshold']:.2f}, {kept} of the validation images are kept, of which {right} are right."
+    few = f"; they are few, one is {_percent(100 / count)}" if count < _FEW else ""
+    rows = [
+        row(
+            f"{number(each['target'], '.0f')} % {'right' if each['wanted'] == 'accuracy' else 'kept'}",
+            number(each["threshold"], ".2f"),
+            number(each["coverage"]),
+            number(each["accuracy"]),
+        )
+        for each in found
+    ]
+    use = "With skipkernels predict --threshold, an image with a smaller probability gets the label “none of these”."
     return [
-        {
-            "name": name,
-            "time": f"{part:,.2f} s",
-            "share": f"{100 * part / seconds.total():.1f}",
-            "colour": colours[name],
-        }
-        for name, part in seconds.items()
-        if seconds.total()
+        part("text", f"{text} Measured on {plural(count, 'validation image')}{few}.", ""),
+        part("text", use),
+        Table("wanted", ["threshold", "kept, %", "right, %"], rows).html,
     ]
 
 
-def _cost(config: TuneConfig, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[Markup]:
+    """Plots of loss, accuracy, and the blend."""
+    blend = metrics.get("blend")
+    colours, of_blend = coloured(metrics["classes"]), coloured(blend["accuracy"]) if blend else {}
+    dashed = "dashed: validation, " if any(finite(each.get("validation")) for each in rows) else ""
+    accuracy = accuracy_svg(rows, metrics["zero_shot"], colours, metrics.get("best_epoch"))
+
+    def legend(names: Mapping[str, str]) -> dict[str, str]:
+        return {name_of_test(name): colour for name, colour in names.items()}
+
+    found = [
+        ("training loss; thin: means of consecutive steps", loss_svg(rows), {}),
+        (f"test accuracy, % ({dashed}dotted: zero-shot)", accuracy, legend(colours)),
+        (
+            "accuracy of weights between zero-shot and tuned, %",
+            blend_svg(blend, of_blend) if blend else "",
+            legend(of_blend),
+        ),
+    ]
+    found = [(title, svg, names) for title, svg, names in found if svg]
+    return [part("figures", found)] if found else []
+
+
+def _stages(rows: list[dict[str, Any]]) -> list[Markup]:
+    """Time by stage of all epochs, and its share."""
+    seconds: Counter[str] = Counter()
+    for each in rows:
+        seconds.update(each.get("stage_seconds") or {})
+    total = seconds.total()
+    stages = [row(name, f"{part:,.2f}", f"{100 * part / total:.1f}") for name, part in seconds.items() if total]
+    return [Table("all epochs", ["seconds", "share, %"], stages).html] if stages else []
+
+
+def _cost(config: TuneConfig, metrics: Mapping[str, Any]) -> list[Markup]:
     cost, parameters, kept = metrics["cost"], metrics["parameters"], metrics["kept_classes"]
     trained_on, spec = next(iter(metrics["classes"].values())), ",.1f" if kept and kept % 1 else ",.0f"
-    return facts(
+    return page.facts(
         {
             "run": number(cost["seconds_total"], ",.1f", " s"),
             "epoch": number(cost["seconds_per_epoch"], ",.2f", " s"),
@@ -335,19 +399,12 @@ def _cost(config: TuneConfig, metrics: Mapping[str, Any]) -> list[tuple[str, str
     )
 
 
-def _environment(config: TuneConfig, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of the box that says how to reproduce the run: data, seed, versions and machine."""
+def _data(config: TuneConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Data and seed, for the section that says how to reproduce the run."""
     images = metrics.get("images") or {}
-    counts = [f"{plural(images['train'], 'training image')}"] if "train" in images else []
-    counts += [f"{count:,} of {name}" for name, count in (images.get("tests") or {}).items()]
-    environment = metrics.get("environment") or {}
-    versions = environment.get("versions") or {}
-    return facts(
-        {
-            "data": "; ".join([config.data, metrics.get("protocol") or MISSING, ", ".join(counts)]).strip("; "),
-            "seed": config.seed,
-            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-            "machine": environment.get("machine"),
-            "date": environment.get("finished"),
-        }
-    )
+    counts = [plural(images["train"], "training image")] if "train" in images else []
+    counts += [
+        f"{plural(count, 'image')} of {name_of_test(name)}" for name, count in (images.get("tests") or {}).items()
+    ]
+    known = [config.data, metrics.get("protocol") or "", ", ".join(counts)]
+    return {"data": "; ".join(filter(None, known)), "seed": config.seed}

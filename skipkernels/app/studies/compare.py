@@ -16,6 +16,7 @@ from ..console import plain
 from ..data import InputError
 from ..methods import METHODS
 from ..report.study_page import primary
+from ..report.words import title_of
 from ..train.setup import build_task
 from .comparison import compare_best
 from .runs import Result, Variant, run_variants
@@ -67,7 +68,7 @@ def compare(
             result.metrics["search"] = None if found is None else found._asdict()
         columns += [Column(_SEARCH, name, ("search", name)) for name in ("multiplier", "accuracy", "seconds")]
     more = {"comparison": compare_best(results, folder, primary(results[0].metrics["tuned"]))}
-    return Study("compare", f"{config.model} on {config.data}, {config.shots_text}", results, columns, more=more)
+    return Study("compare", title_of(config), results, columns, more=more)
 
 
 class Searched(NamedTuple):
@@ -142,7 +143,7 @@ def ablate(
         change: dict[str, Any] = {setting: value}
         variants.append(Variant(f"{setting} {value:g}", dataclasses.replace(config, **change)))
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
-    title = f"{config.model} on {config.data}, {config.shots_text}"
+    title = title_of(config)
     more = {"comparison": compare_best(results, folder, primary(results[0].metrics["tuned"]))}
     return Study(f"ablate-{setting}", title, results, _columns(results), more=more)
 

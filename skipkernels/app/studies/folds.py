@@ -18,6 +18,7 @@ from ...formatting import csv_line, csv_text
 from ..config import TuneConfig
 from ..data import InputError
 from ..report.intervals import wilson
+from ..report.words import name_of_method, title_of
 from ..train import predictions
 from ..train.class_metrics import confusion_lines, metrics_of_test
 from ..train.predictions import TestPredictions, TopClasses
@@ -63,7 +64,7 @@ def cross_validate(config: TuneConfig, folds: int, folder: Path, console: Consol
         Column(ACCURACY, "zero-shot", ("zero_shot", _TEST)),
         Column(ACCURACY, "tuned", ("tuned", _TEST)),
     ]
-    title = f"{config.model} on {config.data}, {config.method}, {folds} folds, {config.shots_text}"
+    title = title_of(config, name_of_method(config.method), f"{folds} folds")
     return Study("folds", title, results, columns, "folds", more={"pooled": pooled})
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..config import TuneConfig
 from ..data import Protocol
+from ..report.words import name_of_method
 from .comparison import compare_best
 from .runs import Result, Variant, run_variants
 from .study import ACCURACY, Column, Study
@@ -37,7 +38,7 @@ def run_protocol(
     else:
         variants = [Variant(f"{config.shots_text}", config)]
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
-    title = f"{protocol}: {config.model} on {config.data}, {config.method}"
+    title = f"{config.model} on {config.data} · {name_of_method(config.method)} · {protocol}"
     if protocol != "few-shot":
         return Study(protocol, title, results, _columns(results), "tests")
     more = {"comparison": compare_best(results, folder, next(iter(results[0].metrics["tuned"])))}

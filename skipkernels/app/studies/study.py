@@ -78,13 +78,13 @@ class Study:
         """Tables of the page, for the terminal: without long ones."""
         found = []
         for content in page.tables(self.as_dict()):
-            if len(content["rows"]) > _MOST_ROWS:
+            if len(content.rows) > _MOST_ROWS:
                 continue
-            table = Table(content["corner"], title=self.title, title_justify="left")
-            for column in content["columns"]:
+            table = Table(content.corner, title=self.title, title_justify="left")
+            for column in content.columns:
                 table.add_column(column, justify="right")
-            for name, cells in content["rows"]:
-                table.add_row(name, *cells)
+            for row in content.rows:
+                table.add_row(row.name, *map(str, row.cells))
             found.append(table)
         return found
 

@@ -52,16 +52,16 @@ def test_best_is_certain(study):
     found = study({"good": [[1] * 18 + [0] * 2] * 2, "bad": [[1] * 8 + [0] * 12] * 2}).as_dict()
     other = found["comparison"]["others"]["bad"]
     assert other["worse"] and other["p"] < 0.01 and other["difference"] == pytest.approx(50)
-    assert headline(found) == "Best is good with 90.0 % accuracy (2 seeds, 20 test images)."
+    assert headline(found) == "The best accuracy is that of good, 90.0 % (2 seeds, 20 test images)."
     (table,) = tables(found)
-    assert dict(table["rows"])["good"] == ["90.0 (69.9–97.2)"]
+    assert {row.name: [str(cell) for cell in row.cells] for row in table.rows}["good"] == ["90.0 (69.9–97.2)"]
     assert "permutation test" in explained(found) and "too few for an interval over seeds" in explained(found)
 
 
 def test_best_is_within_noise(study):
     found = study({"a": [[1] * 18 + [0] * 2], "b": [[1] * 17 + [0] * 3], "c": [[0] * 20]}).as_dict()
     assert [of["worse"] for of in found["comparison"]["others"].values()] == [False, True]
-    assert headline(found).startswith("Highest is a with 90.0 %")
+    assert headline(found).startswith("The highest accuracy is that of a, 90.0 %")
     assert headline(found).endswith("but these images and seeds don't tell it apart from b.")
 
 

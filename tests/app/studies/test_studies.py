@@ -138,7 +138,11 @@ def test_run_protocol_cross_dataset(ran, tmp_path):
     assert [config.protocol for config in ran] == ["cross-dataset"]
     (table,) = study.tables()
     assert [column.header for column in table.columns] == ["accuracy, %", "zero-shot", "tuned"]
-    assert [list(column.cells) for column in table.columns] == [["base", "new"], ["5.0", "–"], ["10.0", "–"]]
+    assert [list(column.cells) for column in table.columns] == [
+        ["trained classes", "new classes"],
+        ["5.0", "–"],
+        ["10.0", "–"],
+    ]
 
 
 def test_ablate(ran, tmp_path):
@@ -223,7 +227,7 @@ def test_run_ends_with_its_command(monkeypatch):
 def test_compare_command(tmp_path, capsys, in_process):
     arguments = "compare --methods zero-shot linear-probe --seeds 1 --shots 2 --max-classes 6 --device cpu".split()
     assert main([*arguments, "--out", str(tmp_path)]) == 0
-    assert "linear-probe" in capsys.readouterr().out
+    assert "linear probe" in capsys.readouterr().out
     found = json.loads((tmp_path / "compare.json").read_text())
     assert found["summary"]["linear-probe"]["accuracy, %"]["new"] is None
     zero_shot = found["summary"]["zero-shot"]["accuracy, %"]["new"]

@@ -1,0 +1,108 @@
+"""Page of results: a sentence, the parts of the first screen, and sections of further parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from .intervals import range_text, wilson
+from .plots import finite
+from .rendering import MISSING, number, part, render
+
+_OPEN = 2  # groups of a section that are open at first
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Cell of a table."""
+
+    text: str
+    note: str = ""  # in brackets
+    style: str = ""  # CSS class
+    order: float | None = None  # value by which the column is sorted, if it is not the text
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.note})" if self.note else self.text
+
+
+@dataclass(frozen=True)
+class Row:
+    """Row of a table."""
+
+    name: str
+    cells: Sequence[Cell]
+    style: str = ""  # CSS class
+
+
+@dataclass(frozen=True)
+class Table:
+    """Table with a name in front of each row; `searched` gives it a search and buttons that sort it."""
+
+    corner: str  # above the names
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    searched: bool = False
+
+    @property
+    def html(self) -> Markup:
+        """Part of a page."""
+        return part("table", self)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Section with its address on the page; one without parts is left out."""
+
+    name: str
+    title: str
+    parts: Sequence[Markup]
+
+
+def page_html(title: str, date: str, headline: str, first: Sequence[Markup], sections: Sequence[Section]) -> str:
+    """Return the page; `first` are the parts of its first screen."""
+    shown = [section for section in sections if section.parts]
+    return render("page.html.j2", title=title, date=date[:10], headline=headline, first=first, sections=shown)
+
+
+def row(name: str, *cells: str | Cell, style: str = "") -> Row:
+    """Row from texts and cells."""
+    return Row(name, [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells], style)
+
+
+def accuracy_cell(accuracy: float | None, images: int | None) -> Cell:
+    """Cell with an accuracy, and its interval if the number of images is known.
+
+    >>> print(accuracy_cell(50.0, 100), accuracy_cell(50.0, None), accuracy_cell(None, 100))
+    50.0 (40.4–59.6) 50.0 –
+    """
+    return Cell(number(accuracy), range_text(wilson(accuracy, images)) if images and finite(accuracy) else "")
+
+
+def change_cell(change: float | None) -> Cell:
+    """Cell with a change of an accuracy, in the colour of its sign."""
+    style = "" if not change else "better" if change > 0 else "worse"
+    return Cell(number(change, "+.1f"), style=style, order=change)
+
+
+def groups(parts: Mapping[str, Sequence[Markup]]) -> list[Markup]:
+    """Groups of parts by their summaries, which open and close them; the first are open."""
+    return [part("group", summary, of, place < _OPEN) for place, (summary, of) in enumerate(parts.items())]
+
+
+def facts(values: Mapping[str, Any]) -> list[Markup]:
+    """Table of names and texts; missing values are left out."""
+    known = {name: str(value) for name, value in values.items() if value not in (None, "", MISSING)}
+    return [Table("", [], [row(name, Cell(value, style="left")) for name, value in known.items()]).html]
+
+
+def reproduction(command: str, values: Mapping[str, Any], environment: Mapping[str, Any], settings: str) -> Section:
+    """Section with the command, and the versions and machine of `environment`."""
+    versions = ", ".join(f"{name} {version}" for name, version in (environment.get("versions") or {}).items())
+    known = {"versions": versions, "machine": environment.get("machine"), "date": environment.get("finished")}
+    parts = [part("code", command, True)] if command else []
+    parts += facts({**values, **known})
+    parts += [part("group", "All settings", [part("code", settings)], False)] if settings else []
+    return Section("reproduce", "Reproduce", parts)
