@@ -41,7 +41,7 @@ from torch.utils.flop_counter import flop_registry
 import skipkernels as sk
 from skipkernels import casts, optimizer
 from skipkernels.casts import Casts
-from skipkernels.ops import registration
+from skipkernels.ops import launching, registration
 from skipkernels.ops.sgd_momentum import tables_of_graph
 from skipkernels.selection import RankSampler
 
@@ -290,7 +290,7 @@ def _sides(recording: Recording, clip: sk.SkipCLIP) -> Iterator[None]:
         mock.patch.object(image, "encode", marked("image", image.encode)),
         mock.patch.object(clip.texts, "encode", marked("text", clip.texts.encode)),
         mock.patch.object(optimizer.FusedSGD, "_flush_all", at_the_end),
-        mock.patch.object(optimizer, "_stream_of", lambda weight: hash(recording.side)),
+        mock.patch.object(launching, "current_stream", lambda device: hash(recording.side)),
     ):
         yield
 

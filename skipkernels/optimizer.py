@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import casts, functional
 from .checks import FEATURE_DTYPES, check_dtype
+from .ops import launching
 from .reference import accumulation_dtype, signed64
 
 # Options that torch.optim.SGD reads from its groups, so that it loads a state dict of FusedSGD.
@@ -153,20 +154,21 @@ class FusedSGD(torch.optim.Optimizer):
         if index in self._updated:
             _refuse_use("a second backward")
         self._updated.add(index)
-        if not _gathers(weight):
+        if not launching.runs_beside_host(weight.device):
             self._consume(group_index, [(index, weight)])
             return
         if not self._waiting:
             # At the end of backward, when the stream of its caller has waited for all others
             torch.autograd.Variable._execution_engine.queue_callback(self._flush_all)
-        stream = _stream_of(weight)
+        # Gathered: on a GPU a launch takes longer than most updates
+        stream = launching.current_stream(weight.device)
         waiting = self._waiting.setdefault(stream, [])
         waiting.append((group_index, index, weight))
         if sum(weight.nbytes for *_, weight in waiting) >= _GATHERED_BYTES:
             self._flush(stream)
 
     def _flush_all(self) -> None:
-        """Update all weights that wait."""
+        """Update all weights that wait, at the end of backward, on the stream of its caller."""
         for stream in list(self._waiting):
             self._flush(stream)
 
@@ -217,9 +219,15 @@ class FusedSGD(torch.optim.Optimizer):
         return loss
 
     def copy_options(self) -> None:
-        """Copy changed learning rates, momenta and weight decays to the device, before a replay of a captured graph."""
-        for group_index, name, device in self._numbers:
-            self._option(group_index, name, device)
+        """Copy changed learning rates, momenta and weight decays to the device, before a step on several streams.
+
+        The streams then find these tensors, and the seed, written before the step: no other order would be certain.
+        """
+        for group_index, group in enumerate(self.param_groups):
+            for device in {weight.device for weight in group["params"]}:
+                for name in ("lr", "momentum", "weight_decay"):
+                    self._option(group_index, name, device)
+                _step_seed(group, device)
 
     def _update(self, group_index: int, indexed: list[tuple[int, Any]]) -> None:
         """Update weights of a group, given with their index in the optimizer, by one call for each dtype and device."""
@@ -246,7 +254,7 @@ class FusedSGD(torch.optim.Optimizer):
     def _option(self, group_index: int, name: str, device: torch.device) -> Tensor | float:
         """Option of a group: on a GPU a tensor at a fixed address, which captured graphs read at each replay."""
         option = self.param_groups[group_index][name]
-        if isinstance(option, Tensor) or device.type == "cpu":
+        if isinstance(option, Tensor) or not launching.runs_beside_host(device):
             return option
         key = group_index, name, device
         copy, value = self._numbers.get(key) or (torch.empty((), dtype=accumulation_dtype(device), device=device), None)
@@ -321,16 +329,6 @@ def _refuse_second_optimizer() -> NoReturn:
         "FusedSGD: the gradient of a weight was consumed before this optimizer could use it: another one updates it in "
         "backward too. Call close() on that one."
     )
-
-
-def _gathers(weight: Tensor) -> bool:
-    """Return True if updates in backward are gathered: on a GPU, where a launch takes longer than most updates."""
-    return weight.device.type != "cpu"
-
-
-def _stream_of(weight: Tensor) -> int:
-    """Return the id of the stream on which the gradient of a weight was computed; for use in its hook."""
-    return torch.cuda.current_stream(weight.device).stream_id if weight.is_cuda else 0
 
 
 def _step_seed(group: dict[str, Any], device: torch.device) -> Tensor | None:

@@ -87,7 +87,7 @@ def test_profiler_sees_one_warm_step(monkeypatch):
 
 
 def test_telling_tests_come_first_on_a_gpu():
-    ids = ["a.py::test_x", "ops/test_b.py::TestB::test_no_worse_than_eager[gpu]", "test_capture.py::test_x"]
+    ids = ["a.py::test_x", "ops/test_b.py::TestB::test_no_worse_than_eager[gpu]", "test_replays_on_a_gpu.py::test_x"]
     items = [*map(Named, ids), Named("ops/test_step_shapes.py::test_no_worse_than_eager[gpu]")]
     assert sorted(items, key=lambda item: place(item, True)) == items[::-1]
     files = {path.name for path in TESTS.rglob("test_*.py")}

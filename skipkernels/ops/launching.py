@@ -22,7 +22,18 @@ except ImportError:  # not a Linux machine
     triton = types.SimpleNamespace(jit=lambda function=None, **_: function or (lambda f: f))
     tl = None
 
-__all__ = ["Target", "constexpr", "dot_precision", "installed", "launch", "target", "tl", "triton"]
+__all__ = [
+    "Target",
+    "constexpr",
+    "current_stream",
+    "dot_precision",
+    "installed",
+    "launch",
+    "runs_beside_host",
+    "target",
+    "tl",
+    "triton",
+]
 
 installed = tl is not None
 constexpr = tl.constexpr if installed else int  # a constant of a module that kernels read
@@ -46,6 +57,16 @@ def _target_of_gpu(index: int) -> Target:
     if torch.version.hip:
         return Target("hip", properties.gcnArchName.partition(":")[0])
     return Target("cuda", properties.major * 10 + properties.minor)
+
+
+def runs_beside_host(device: torch.device) -> bool:
+    """Return True if the kernels of a device run after the call that launches them: not those of a CPU."""
+    return device.type != "cpu"
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the id of the stream on which a device runs the next kernel; in a hook, that of the gradient."""
+    return torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
 
 
 def dot_precision(dtype: torch.dtype, device: torch.device) -> str:

@@ -17,11 +17,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import reference
-from . import registration
+from . import launching, registration
 from .launching import launch, tl, triton
 
 BLOCK = 2048  # elements per program
@@ -236,7 +237,9 @@ def _launch_alike(tensors: list[_Tensors], call: Call) -> None:
     )
 
 
-_tables: dict[tuple[torch.device, bool, tuple[int, ...]], Tensor] = {}
+# By device, stream, `repeat` and numbers. A table is written, read and freed on one stream, so that no stream reads it
+# too early, or while another one writes to its memory.
+_tables: dict[tuple[torch.device, int, bool, tuple[int, ...]], Tensor] = {}
 
 
 class GraphTables:
@@ -273,24 +276,23 @@ def tables_of_graph() -> Iterator[GraphTables]:
 
 def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False) -> Tensor:
     """Return int64 numbers on a device, kept between calls; with `repeat`, index i numbers[i] times. No host sync."""
-    key = device, repeat, tuple(numbers)
+    key = device, launching.current_stream(device), repeat, tuple(numbers)
     table = _tables.get(key)
     if table is None:
-        table = torch.tensor(numbers, dtype=torch.int64)
-        if repeat:
-            table = torch.arange(len(table)).repeat_interleave(table)
-        if device.type != "cpu":
-            on_host, table = table, torch.empty_like(table, device=device)
+        on_host = np.array(numbers, dtype=np.int64)
+        table = torch.from_numpy(np.repeat(np.arange(len(on_host)), on_host) if repeat else on_host)
+        if launching.runs_beside_host(device):
+            numbers_on_host, table = table, torch.empty_like(table, device=device)
             if _of_graph is not None:
                 _of_graph._held.append(table)
-                _of_graph._missing.append((table, on_host))
+                _of_graph._missing.append((table, numbers_on_host))
                 return table
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "sgd_momentum_: a captured graph can only read tensors of an earlier call; got new addresses. Make "
                     "the same call before the capture, or capture the training step with skipkernels.graphed."
                 )
-            _write(table, on_host)
+            _write(table, numbers_on_host)
         while len(_tables) >= MAX_TABLES:
             del _tables[next(iter(_tables))]
         _tables[key] = table

@@ -184,6 +184,7 @@ def test_tables_of_a_graph_are_written_after_the_capture(monkeypatch):
 
 def test_a_capture_without_its_tables_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(launching, "current_stream", lambda device: 0)
     monkeypatch.setattr(torch, "empty_like", lambda table, device: table)
     with pytest.raises(
         RuntimeError, match=r"^sgd_momentum_: a captured graph can only read tensors of an earlier call"

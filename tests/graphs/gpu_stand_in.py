@@ -1,0 +1,462 @@
+"""A stand-in for a GPU: streams, the autograd of streams, the freeing of memory, and CUDA graphs, on the CPU.
+
+    with stand_in() as gpu:         the CPU takes the paths of a GPU
+        step(images, labels)
+    gpu.captures, gpu.replays       numbers of them
+
+An operator runs at once, whatever its stream, so results are those of the CPU. What a GPU would do differently is
+checked:
+
+- *Streams.* Each has a vector clock, which `wait_stream` merges. By the clocks, an operator that uses memory must come
+  after the write of it, and a write after the reads. Memory is freed when its last tensor dies, and given to a
+  later allocation of the stream that allocated it, which must come after the uses by all other streams.
+- *Graphs.* A capture records operators with the addresses and numbers that they have then; a replay runs these. It
+  launches nothing: what it wrote is restored. Memory that is allocated in a capture belongs to the graph. A replay
+  begins with undefined values where no tensor of the host is left, and reads other memory only while it is in use.
+- *The update* reads its tables, as the Triton kernel does; an address in them must be that of memory in use.
+
+What a GPU would not report is a `Fault`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from skipkernels.graphs import graphed_step
+from skipkernels.ops import launching, registration, sgd_momentum
+from skipkernels.towers import prompts
+
+_UPDATE = torch.ops.skipkernels.sgd_momentum_.default
+_ALLOCATES = ("empty", "new_empty")  # begin of the names of operators that read and write nothing
+_DTYPES = {kind: dtype for dtype, kind in sgd_momentum._TRITON_DTYPES.items()}
+_UNDEFINED = 0xFF  # each byte: NaN, or -1, which is no address
+
+
+class Fault(AssertionError):
+    """A race or a use of freed memory, if this were a GPU."""
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A stream; `clock` has the number of operators of each stream that its next one comes after."""
+
+    ids = itertools.count()
+
+    def __init__(self, *_: Any):
+        self.stream_id = next(Stream.ids)
+        self.clock: dict[int, int] = {}
+        self.freed: list[Use] = []  # last uses of memory that was freed since the last allocation
+
+    def wait_stream(self, other: Stream) -> None:
+        self.merge(other.clock)
+
+    def merge(self, clock: dict[int, int]) -> None:
+        for stream, time in clock.items():
+            self.clock[stream] = max(time, self.clock.get(stream, 0))
+
+    def operator(self) -> Use:
+        self.clock[self.stream_id] = self.clock.get(self.stream_id, 0) + 1
+        return Use(self.stream_id, self.clock[self.stream_id], dict(self.clock))
+
+    def comes_after(self, use: Use) -> bool:
+        return self.clock.get(use.stream, 0) >= use.time
+
+    def allocate(self) -> None:
+        for use in self.freed:
+            if not self.comes_after(use):
+                raise Fault(f"stream {self.stream_id} allocates memory that stream {use.stream} still uses")
+        self.freed.clear()
+
+
+class Use(NamedTuple):
+    """An operator on a stream: its time there, and the clock after it."""
+
+    stream: int
+    time: int
+    clock: dict[int, int]
+
+
+class Memory:
+    """A storage: the stream that allocated it, and its uses."""
+
+    def __init__(self, storage: torch.UntypedStorage, stream: Stream | None, free: Callable[[Memory], None]):
+        self.address, self.nbytes = storage.data_ptr(), storage.nbytes()
+        self.stream = stream  # on which it was allocated, None if that was not seen
+        self.write: Use | None = None
+        self.reads: dict[int, Use] = {}  # the last ones since the write, by stream
+        self.used: dict[int, Use] = {}  # the last ones, by stream
+        self.recorded: set[int] = set()  # streams of `record_stream`, which the allocator waits for
+        self.weak = weakref.ref(storage, lambda _: free(self))
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------------
+
+
+class Pool:
+    """Memory pool of graphs, which the caching allocator counts: after the last one it cannot be used."""
+
+    def __init__(self) -> None:
+        self.graphs, self.is_gone = 0, False
+
+    def release(self) -> None:
+        self.graphs -= 1
+        self.is_gone = self.graphs == 0
+
+
+@dataclass(frozen=True)
+class At:  # a NamedTuple would be a container to tree_map
+    """A tensor by its address."""
+
+    storage: StorageWeakRef
+    address: int
+    layout: tuple[Any, ...]  # dtype, offset, size and strides
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> At:
+        storage = tensor.untyped_storage()
+        layout = tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()
+        return cls(StorageWeakRef(storage), storage.data_ptr(), layout)
+
+    def tensor(self) -> Tensor:
+        dtype, offset, size, strides = self.layout
+        if 0 in size:
+            return torch.empty_strided(size, strides, dtype=dtype)
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None or storage.data_ptr() != self.address:
+            raise Fault(f"a replay uses memory that was freed after the capture: of {self.layout}")
+        return torch.empty(0, dtype=dtype).set_(storage, offset, size, strides)
+
+
+class Call(NamedTuple):
+    """A call in a graph: its arguments, those that it writes, and its results in memory of their own."""
+
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    written: list[At]
+    results: list[At]
+
+
+class Graph:
+    """A captured function."""
+
+    def __init__(self, gpu: Gpu, pool: Pool):
+        if pool.is_gone:
+            raise Fault("INTERNAL ASSERT FAILED: use_count > 0")
+        pool.graphs += 1
+        weakref.finalize(self, pool.release)
+        self._gpu = gpu
+        self._calls: list[Call] = []
+        self._own: dict[int, torch.UntypedStorage] = {}  # by address
+        self._before: dict[int, tuple[At, Tensor]] = {}  # bytes of memory that the capture wrote, by address
+
+    def own(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._own[storage.data_ptr()] = storage
+
+    def add(self, *call: Any) -> None:
+        """Record a `Call`, given with tensors."""
+        self._calls.append(Call(*tree_map_only(Tensor, At.of, call)))
+
+    def save(self, tensor: Tensor) -> None:
+        """Save the bytes of memory that is written."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._own and storage.data_ptr() not in self._before:
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self._before[storage.data_ptr()] = At.of(whole), whole.clone()
+
+    def end(self) -> None:
+        """End the capture: nothing was launched."""
+        for at, before in self._before.values():
+            at.tensor().copy_(before)
+        self._before.clear()
+        for storage in self._own.values():
+            storage.fill_(_UNDEFINED)
+
+    def replay(self) -> None:
+        self._gpu.replays += 1
+        with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for storage in self._own.values():
+                if torch._C._storage_Use_Count(storage._cdata) == 1:  # that of `_own`
+                    storage.fill_(_UNDEFINED)
+            for call in self._calls:
+                args, kwargs = tree_map_only(At, At.tensor, (call.args, call.kwargs))
+                new = _new_of(call.function(*args, **kwargs), args, kwargs)
+                for at, tensor in zip(call.results, new, strict=True):
+                    at.tensor().copy_(tensor)
+            given = {at.address: at for call in self._calls for at in _leaves(At, call.args, call.kwargs)}
+            outside = [at.tensor() for address, at in given.items() if address not in self._own]
+        written = {at.address for call in self._calls for at in call.written}
+        self._gpu.use(*_partition(outside, lambda x: x.untyped_storage().data_ptr() not in written))
+
+
+def _leaves(kind: Any, *tree: Any) -> list[Any]:
+    """Objects of a kind in nested lists, tuples and dictionaries; tree_leaves takes most of a test."""
+    found: list[Any] = []
+    for x in tree:
+        if isinstance(x, kind):
+            found.append(x)
+        elif isinstance(x, list | tuple | dict):
+            found += _leaves(kind, *(x.values() if isinstance(x, dict) else x))
+    return found
+
+
+def _partition(tensors: list[Tensor], condition: Callable[[Tensor], bool]) -> tuple[list[Tensor], list[Tensor]]:
+    return [x for x in tensors if condition(x)], [x for x in tensors if not condition(x)]
+
+
+def _new_of(out: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Tensors of a result in memory of none of the arguments, except for empty ones."""
+    given = {x.untyped_storage().data_ptr() for x in _leaves(Tensor, args, kwargs)} | {0}
+    return [x for x in _leaves(Tensor, out) if x.untyped_storage().data_ptr() not in given]
+
+
+def _written(function: torch._ops.OpOverload, args: Any, kwargs: Any) -> list[Tensor]:
+    """Tensors among the arguments that an operator writes."""
+    arguments = function._schema.arguments
+    values = [args[i] if i < len(args) else kwargs.get(x.name) for i, x in enumerate(arguments)]
+    written = [value for x, value in zip(arguments, values, strict=True) if x.alias_info and x.alias_info.is_write]
+    return _leaves(Tensor, written)
+
+
+# ---- the device ------------------------------------------------------------------------------------------------------
+
+
+class Gpu(TorchDispatchMode):
+    """Runs operators, checks their streams, and records them during a capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.captures = self.replays = 0
+        self._streams = [Stream()]  # contexts of `torch.cuda.stream`; the last one is current
+        self._begins: list[tuple[int, Stream]] = [(0, self._streams[0])]  # sequence numbers of autograd and streams
+        self._of_node: Stream | None = None  # of the node of backward that runs
+        self._memory: dict[int, Memory] = {}  # by address
+        self._graph: Graph | None = None  # of the capture
+        self._updated: list[Tensor] = []  # by the last update
+
+    # ---- streams
+
+    def current_stream(self, *_: Any) -> Stream:
+        return self._of_node or self._streams[-1]
+
+    @contextlib.contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        """Replace `torch.cuda.stream`."""
+        self._streams.append(stream)
+        self._begins.append((torch.autograd._get_sequence_nr(), stream))
+        try:
+            yield
+        finally:
+            self._streams.pop()
+            self._begins.append((torch.autograd._get_sequence_nr(), self._streams[-1]))
+
+    # ---- memory
+
+    def _memory_of(self, tensor: Tensor, allocated_on: Stream | None = None) -> Memory:
+        storage = tensor.untyped_storage()
+        found = self._memory.get(storage.data_ptr())
+        if found is None or found.weak() is None:
+            found = self._memory[storage.data_ptr()] = Memory(storage, allocated_on, self._free)
+        return found
+
+    def _free(self, memory: Memory) -> None:
+        if self._memory.get(memory.address) is memory:
+            del self._memory[memory.address]
+        if memory.stream is not None:
+            memory.stream.freed += [use for stream, use in memory.used.items() if stream not in memory.recorded]
+
+    def use(self, reads: list[Tensor], writes: list[Tensor]) -> None:
+        """Check one operator on the current stream, which reads and writes these tensors."""
+        reads, writes = ([x for x in tensors if x.numel() > 0] for tensors in (reads, writes))
+        stream = self.current_stream()
+        for tensor in (*reads, *writes):
+            memory = self._memory_of(tensor)
+            if memory.write is not None and not stream.comes_after(memory.write):
+                raise Fault(f"stream {stream.stream_id} uses memory before stream {memory.write.stream} has written it")
+        for memory in map(self._memory_of, writes):
+            for read in memory.reads.values():
+                if not stream.comes_after(read):
+                    raise Fault(f"stream {stream.stream_id} writes memory before stream {read.stream} has read it")
+        operator = stream.operator()
+        for memory in map(self._memory_of, reads):
+            memory.reads[operator.stream] = memory.used[operator.stream] = operator
+        for memory in map(self._memory_of, writes):
+            memory.reads.clear()
+            memory.write = memory.used[operator.stream] = operator
+
+    # ---- operators
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is _UPDATE:
+            self._updated = [*args[0], *args[2], *args[8]]
+            self.use(args[1], self._updated)
+            with self:  # its tables, and copies of what is not contiguous
+                registration.definitions["sgd_momentum_"].launch(*args)
+            return None
+        written = _written(function, args, kwargs)
+        if self._graph is not None:
+            if _leaves(torch.Generator, args, kwargs):
+                raise Fault(f"a graph would draw the same random numbers in each replay: {function}")
+            for tensor in written:
+                self._graph.save(tensor)
+        out = function(*args, **kwargs)
+        new = _new_of(out, args, kwargs)
+        for tensor in new:
+            self.current_stream().allocate()
+            self._memory_of(tensor, self.current_stream())
+            if self._graph is not None:
+                self._graph.own(tensor)
+        if function._opname.startswith(_ALLOCATES) or not (written or new):  # no launch: an allocation or a view
+            return out
+        reads = [x for x in _leaves(Tensor, args, kwargs) if all(x is not other for other in written)]
+        self.use(reads, [*written, *new])
+        if self._graph is not None:
+            self._graph.add(function, args, kwargs, written, new)
+        return out
+
+    def launch(self, kernel: Any, grid: Any, options: Any, arguments: dict[str, Any]) -> None:
+        """Replace `launching._run`, for the update."""
+        assert kernel is sgd_momentum._sgd_momentum_kernel
+        self.use(_leaves(Tensor, arguments), [])
+        if self._graph is None:
+            with _disable_current_modes():
+                self._update(**arguments)
+        else:
+            self._graph.add(self._update, (), arguments | {"used": self._updated}, self._updated, [])
+
+    def _update(self, **arguments: Any) -> None:
+        """The update of the tensors at the addresses in its tables."""
+        variant, grads = arguments["VARIANT"], arguments["grads_ptr"].tolist()
+        rows = arguments["tensors_ptr"].view(-1, sgd_momentum.COLUMNS).tolist()
+        programs, lists, offsets = [], [[], [], [], []], []
+        starts = sorted(self._memory)
+        for number, (row, grad) in enumerate(zip(rows, grads, strict=True)):
+            weight, buffer, cast, numel, offset, first, _ = row
+            kinds = variant.weight, variant.grad, variant.momentum_buffer, variant.cast
+            for tensors, address, kind in zip(lists, (weight, grad, buffer, cast), kinds, strict=True):
+                if kind is not None:
+                    tensors.append(self._at(starts, address, numel, _DTYPES[kind]))
+            offsets.append(offset)
+            programs += [number] * -(-(offset % variant.lanes + numel) // sgd_momentum.BLOCK)
+            if first != programs.index(number):
+                raise Fault("the update reads a table without its numbers")
+        if arguments["programs_ptr"].tolist() != programs:
+            raise Fault("the update reads a table without its numbers")
+        numbers = (arguments[f"{name}_ptr"] for name in ("lr", "momentum", "weight_decay", "seed"))
+        _UPDATE(*lists[:3], *numbers, offsets, lists[3])
+
+    def _at(self, starts: list[int], address: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """The tensor at an address of the table; an empty one for 0."""
+        if address == 0:
+            return torch.empty(0, dtype=dtype)
+        start = starts[max(bisect.bisect_right(starts, address) - 1, 0)]
+        storage = self._memory[start].weak()
+        if storage is None or not 0 <= address - start <= storage.nbytes() - numel * dtype.itemsize:
+            raise Fault("the update reads a table with an address of no tensor")
+        return torch.empty(0, dtype=dtype).set_(storage, (address - start) // dtype.itemsize, (numel,))
+
+    # ---- autograd
+
+    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+        """Replace `Tensor.backward`: a node runs on the stream of its forward, after those of its gradients.
+
+        At the end, before the callbacks, the stream of the caller waits for all others.
+        """
+        caller, streams, nodes = self.current_stream(), [], [loss.grad_fn]
+        seen = set(nodes)
+
+        def at_the_end() -> None:
+            self._of_node = None
+            for stream in streams:
+                caller.wait_stream(stream)
+
+        def begin(node: Any, gradients: tuple[Tensor | None, ...]) -> None:
+            if not streams:
+                torch.autograd.Variable._execution_engine.queue_callback(at_the_end)
+            memories = [self._memory_of(x) for x in gradients if x is not None]
+            if not hasattr(node, "variable"):  # else its stream is that of its gradient
+                self._of_node = self._stream_at(node._sequence_nr())
+            streams.append(self._of_node)
+            for memory in memories:
+                memory.recorded.add(self._of_node.stream_id)  # the engine calls `record_stream`
+                self._of_node.merge({} if memory.write is None else memory.write.clock)
+
+        while nodes:
+            node = nodes.pop()
+            node.register_prehook(functools.partial(begin, node))
+            new = {other for other, _ in node.next_functions if other is not None} - seen
+            seen |= new
+            nodes += new
+        try:
+            _backward(loss, gradient)
+        finally:
+            self._of_node = None
+
+    def _stream_at(self, number: int) -> Stream:
+        """The stream on which the node of autograd with this number was created."""
+        return self._begins[bisect.bisect_right(self._begins, number, key=lambda begin: begin[0]) - 1][1]
+
+    # ---- captures
+
+    def record(self, run: Callable[[], Any], stream: Stream, pool: Pool) -> tuple[Graph, Any]:
+        """Replace `graphs.capture.record`."""
+        self.captures += 1
+        graph = self._graph = Graph(self, pool)
+        try:
+            stream.wait_stream(self.current_stream())  # torch.cuda.graph synchronises the device
+            with self.stream(stream):
+                out = run()
+            return graph, out
+        finally:
+            self._graph = None
+            with _disable_current_modes():
+                graph.end()
+            self.current_stream().wait_stream(stream)
+
+
+_backward = Tensor.backward
+
+
+@contextlib.contextmanager
+def stand_in() -> Iterator[Gpu]:
+    """Let the CPU take the paths of a GPU."""
+    Stream.ids = itertools.count()
+    gpu = Gpu()
+    cuda = {
+        "Stream": Stream,
+        "current_stream": gpu.current_stream,
+        "stream": gpu.stream,
+        "device": lambda device: contextlib.nullcontext(),
+        "graph_pool_handle": Pool,
+    }
+    with (
+        mock.patch.multiple(torch.cuda, **cuda),
+        mock.patch.object(Tensor, "backward", lambda loss, gradient=None: gpu.backward(loss, gradient)),
+        mock.patch.object(launching, "runs_beside_host", lambda device: True),
+        mock.patch.object(launching, "current_stream", lambda device: gpu.current_stream().stream_id),
+        mock.patch.object(launching, "_run", gpu.launch),
+        mock.patch.object(prompts, "counts_are_known", lambda device: False),
+        mock.patch.object(sgd_momentum, "_tables", {}),
+        mock.patch.object(graphed_step.GraphedStep, "_on_gpu", lambda step: True),
+        mock.patch.object(graphed_step, "record", gpu.record),
+        gpu,
+    ):
+        yield gpu

@@ -1,0 +1,408 @@
+"""`graphed` as on a GPU, with the stand-in of `gpu_stand_in.py`: replays of a captured step equal plain steps."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from gpu_stand_in import stand_in
+from graph_runs import CLASSES, Run, batches, skip_clip
+from models import tiny_tokens
+from torch import Tensor, nn
+
+import skipkernels as sk
+from skipkernels.graphs import capture
+from skipkernels.graphs import graphed_step as graphed
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(Run, "captures", True)
+    with stand_in() as gpu:
+        yield gpu
+
+
+@pytest.fixture(params=["cpu", "captured"])
+def path(request) -> str:
+    """The plain loop of the CPU, and the captured path with the stand-in."""
+    if request.param == "captured":
+        request.getfixturevalue("gpu")
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("cpu", "in_backward"), ("captured", "in_backward"), ("captured", "in_step"), ("captured", "stochastic")],
+    indirect=["path"],
+)
+def test_graphed_equals_the_loop(path, kind, request):
+    """Weights, draws, learning rates and rounding have the same bits, with evaluation and a short batch in between."""
+    ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
+    some, short = batches(ours.clip, 8), batches(ours.clip, 1, batch=3)
+    for part in (some, short, some[:3]):
+        assert ours.train(part) == theirs.train(part)
+        for run in (ours, theirs):
+            run.clip.eval()
+        assert ours.clip.predict(some[0][0]).equal(theirs.clip.predict(some[0][0]))
+        for run in (ours, theirs):
+            run.clip.train()
+    replays = 8 - graphed.WARMUP + 3  # not of the short batch
+    assert path == "cpu" or request.getfixturevalue("gpu").replays == replays
+
+
+@pytest.mark.parametrize("images", [False, True], ids=["features", "images"])
+def test_warm_up_capture_and_replays_read_the_same_tensors(gpu, monkeypatch, images):
+    """Whatever the caller passes: other strides or alignments would need other kernels, loaded during the capture."""
+    ours, theirs, seen = Run("in_step", by_graph=True), Run("in_step", by_graph=False), set()
+    encode, classes_at_ranks = ours.clip.images.encode, graphed.classes_at_ranks
+
+    def at_ranks(scores: Tensor, ranks: Tensor, labels: Tensor) -> Any:
+        seen.add(("labels", labels.data_ptr(), labels.stride()))
+        return classes_at_ranks(scores, ranks, labels)
+
+    def encoded(x: Tensor) -> Tensor:
+        seen.add(("images", x.data_ptr(), x.stride()))
+        return encode(x)
+
+    some = [(x[::2], labels[:1].expand(4)) for x, labels in batches(ours.clip, 3, batch=8, images=images)]
+    some += batches(ours.clip, 3, images=images)
+    expected = theirs.train(some)
+    monkeypatch.setattr(graphed, "classes_at_ranks", at_ranks)
+    monkeypatch.setattr(ours.clip.images, "encode", encoded)
+    assert ours.train(some) == expected
+    assert len(seen) == 2 and gpu.captures == 1 and gpu.replays == 6 - graphed.WARMUP
+
+
+def test_graphed_follows_a_larger_batch(gpu):
+    """A larger batch raises the number of kept classes for the rest of the run: the graph reads them elsewhere."""
+    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
+    some, large = batches(ours.clip, 4), batches(ours.clip, 1, batch=20)
+    kept = []
+    for part in (some, large, some):
+        assert ours.train(part) == theirs.train(part)
+        kept.append(ours.clip.sampler.expected_keep(CLASSES, 4))
+    assert kept[0] < kept[1] == kept[2] and gpu.replays == 2
+
+
+def test_graphed_follows_changed_options(gpu):
+    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
+    some, kept = batches(ours.clip, graphed.WARMUP + 2), []
+    for options in ({}, {"decay": 3.0}, {"max_tail": 2}, {"tail": "fixed"}, {"keep_ratio": 0.2}):
+        for run in (ours, theirs):
+            for name, value in options.items():
+                setattr(run.clip.sampler, name, value)
+        found = ours.train(some)
+        assert found == theirs.train(some)
+        kept.append(len(found[1]))
+    assert kept[0] < kept[2] < kept[1] and gpu.replays == 5 * 2
+
+
+def test_graphed_follows_new_classes_and_label_smoothing(gpu):
+    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
+    some = batches(ours.clip, graphed.WARMUP + 1)
+    for seed in range(2):
+        assert ours.train(some) == theirs.train(some)
+        captured = weakref.ref(ours.clip.texts)
+        for run in (ours, theirs):
+            run.clip.set_classes(tiny_tokens(CLASSES, seed=seed + 5))
+            run.clip.set_classes(tiny_tokens(CLASSES + seed, seed=seed + 10), torch.linspace(0, 2, CLASSES + seed))
+        assert captured() is not None, "else its addresses could be used again, and the graph would not be dropped"
+    assert ours.train(some) == theirs.train(some)
+    for run in (ours, theirs):
+        run.clip.label_smoothing = 0.2
+    assert ours.train(some) == theirs.train(some)
+    assert gpu.replays == 4
+
+
+@pytest.mark.parametrize(("path", "kind"), [("cpu", "in_backward"), ("captured", "stochastic")], indirect=["path"])
+def test_graphed_resumes_within_an_epoch(path, kind):
+    whole, cut = Run(kind, by_graph=True), Run(kind, by_graph=True)
+    some = batches(whole.clip, 7)
+    whole.train(some[:5])
+    state = whole.state()
+    rest = whole.train(some[5:])
+    cut.train(some[2:7])  # other steps, with captured graphs
+    cut.load(state)
+    assert cut.train(some[5:]) == rest
+    whole.load(state)
+    assert whole.train(some[5:]) == rest
+
+
+def test_graphed_takes_new_rates_of_other_optimizers(gpu):
+    ours, theirs = Run("torch", by_graph=True), Run("torch", by_graph=False)
+    some = batches(ours.clip, 6)
+    a, b = ours.train(some)[:12], theirs.train(some)[:12]
+    assert gpu.replays == 3 and a[1::2] == b[1::2]
+    assert a[::2] == pytest.approx(b[::2], rel=1e-5)  # the rate is a tensor in fp32
+    assert [type(group["lr"]) for group in ours.optimizer.param_groups] == [float, float]
+
+
+def _freeze(run: Run) -> None:
+    run.clip.model.ln_final.weight.requires_grad_(False)
+
+
+def _without_momentum(run: Run) -> None:
+    for group in run.optimizer.param_groups:
+        group["momentum"] = 0.0
+
+
+def _load(run: Run) -> None:
+    run.load(run.state())
+
+
+def _replace_parameter(run: Run) -> None:
+    run.clip.model.ln_final.weight = nn.Parameter(run.clip.model.ln_final.weight.detach().clone())
+
+
+def _checkpoint(run: Run) -> None:
+    run.clip.set_grad_checkpointing()
+
+
+@pytest.mark.parametrize("change", [_freeze, _without_momentum, _replace_parameter, _checkpoint, _load])
+def test_graphed_captures_again_after_a_change(gpu, change):
+    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
+    some = batches(ours.clip, 5)
+    assert ours.train(some) == theirs.train(some)
+    for run in (ours, theirs):
+        change(run)
+    assert ours.train(some) == theirs.train(some)
+    assert gpu.replays == 2 + 2, "three more steps one by one, before the next capture"
+    assert gpu.captures == 2
+
+
+def test_graphed_captures_once_with_a_cycled_momentum(gpu):
+    """OneCycleLR changes rate and momentum in each step, and here the weight decay changes, too."""
+    runs = Run("in_backward", by_graph=True), Run("in_backward", by_graph=False)
+    some, found = batches(runs[0].clip, 12), []
+    for run in runs:
+        run.schedule = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, [0.02] * len(run.optimizer.param_groups), 24)
+        found.append(run.train(some))
+        for group in run.optimizer.param_groups:
+            group["weight_decay"] = 0.5
+        found[-1] += run.train(some)
+    assert found[0] == found[1]
+    assert (gpu.captures, gpu.replays) == (1, 24 - graphed.WARMUP)
+
+
+def test_a_held_loss_keeps_no_node_of_an_earlier_step(gpu):
+    """A node that a loss keeps alive accumulates on the stream of its step, which would break the capture."""
+    run = Run("in_step", by_graph=True)
+    x, labels = batches(run.clip, 1)[0]
+    held = run.clip(x, labels)
+
+    def node(parameter):
+        return parameter.view_as(parameter).grad_fn.next_functions[0][0]
+
+    weights = run.clip.trainable_parameters()
+    for weight in weights:
+        node(weight).metadata["of"] = "the held loss"
+    at_capture, record = [], graphed.record
+
+    def watched(*arguments):
+        at_capture.extend(node(weight).metadata.get("of") for weight in weights)
+        return record(*arguments)
+
+    addresses, hooks = [weight.data_ptr() for weight in weights], []
+    handle = weights[0].register_hook(hooks.append)
+    with mock.patch.object(graphed, "record", watched):
+        run.train([(x, labels)] * (graphed.WARMUP + 2))
+    # A replay runs no hook.
+    assert at_capture == [None] * len(weights) and gpu.replays == 2 and len(hooks) == graphed.WARMUP + 1
+    assert [weight.data_ptr() for weight in weights] == addresses
+    handle.remove()
+    assert held.loss.requires_grad, "it was alive"
+
+
+@pytest.mark.parametrize("kind", ["in_backward", "in_step"])
+def test_steps_run_eagerly_after_a_failed_capture(gpu, kind):
+    """Also when it fails within backward: weights, draws and the optimizer are those of the loop."""
+    ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
+
+    def stop(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might …")
+
+    def fails(*arguments):
+        handle = ours.clip.model.visual.ln_post.weight.register_hook(stop)
+        try:
+            gpu.record(*arguments)
+        except RuntimeError as error:
+            raise RuntimeError("the capture was invalidated") from error  # by its end
+        finally:
+            handle.remove()
+
+    some = batches(ours.clip, 8)
+    warned = pytest.warns(
+        UserWarning, match=r"^graphed: the capture failed, .*: operation not permitted .* capturing\.$"
+    )
+    with warned, mock.patch.object(graphed, "record", fails):
+        found = ours.train(some)
+    assert found == theirs.train(some)
+    assert (gpu.captures, gpu.replays) == (1, 0)
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_failed_capture_is_ended_in_the_allocator(monkeypatch, is_over):
+    """Before torch 2.12 its end leaves the allocator in the capture."""
+    ended = []
+
+    @contextlib.contextmanager
+    def invalidated(graph: Any, **_: Any) -> Any:
+        try:
+            yield
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    def end(*pool: Any) -> None:
+        ended.append(pool)
+        if is_over:
+            raise RuntimeError("not currently recording to mempool_id")
+
+    cuda = {"CUDAGraph": object, "graph": invalidated, "current_stream": lambda: None, "current_device": lambda: 1}
+    for name, value in (cuda | {"stream": contextlib.nullcontext}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    with pytest.raises(RuntimeError, match="^the capture was invalidated"):
+        capture.record(lambda: None, "a stream", "a pool")
+    assert ended == [(1, "a pool")] and gc.isenabled()
+
+
+@pytest.mark.filterwarnings("ignore:skipkernels. a block is not fused")
+@pytest.mark.parametrize(("name", "of_all_modules"), [("ln_post", True), ("transformer.resblocks.2.ln_1", False)])
+def test_graphed_runs_hooks_of_called_modules(gpu, name, of_all_modules):
+    """Hooks of blocks and heads, which SkipCLIP calls, run in each step and not only at the capture."""
+    run, calls = Run("in_step", by_graph=True), []
+    some = batches(run.clip, 5)
+    run.train(some)
+    head = run.clip.model.visual.get_submodule(name)
+    register = nn.modules.module.register_module_forward_hook if of_all_modules else head.register_forward_hook
+    handle = register(lambda module, *_: calls.append(1) if module is head else None)
+    run.train(some)
+    assert len(calls) == 5
+    handle.remove()
+    run.train(some)
+    assert len(calls) == 5
+
+
+def test_graphed_needs_training_mode(path):
+    run = Run("in_step", by_graph=True)
+    some = batches(run.clip, 5)
+    run.train(some)
+    run.clip.eval()
+    with pytest.raises(RuntimeError, match=r"^graphed: a step needs clip.train\(\)"):
+        run.step(*some[0])
+
+
+def test_graphed_refuses_an_optimizer_of_other_parameters(path):
+    run, other = Run("in_step", by_graph=True), skip_clip()
+    with pytest.raises(ValueError, match="graphed: optimizer must hold parameters of this SkipCLIP that train"):
+        sk.graphed(other, run.optimizer, batch_size=4)
+    some = batches(run.clip, graphed.WARMUP + 2)
+    for x, labels in some:
+        run.step(x, labels)
+    sk.add_lora(run.clip, 2)
+    with pytest.raises(ValueError, match="after add_lora or merge_lora"):
+        run.step(*some[0])
+
+
+def test_graphed_refuses_what_cannot_be_captured(gpu, tmp_path):
+    clip = skip_clip()
+    groups = clip.parameter_groups(text_lr=0.1, image_lr=0.1)
+
+    def refused(match: str, optimizer: torch.optim.Optimizer | None = None, clip: sk.SkipCLIP = clip) -> None:
+        with pytest.raises(ValueError, match=f"^graphed: this step cannot be captured: .*{match}"):
+            sk.graphed(clip, optimizer or sk.FusedSGD(clip.trainable_parameters()), batch_size=4)
+
+    refused("SGD reads its learning rate on the host", torch.optim.SGD(groups))
+    refused("AdamW is not capturable. Construct it with capturable=True", torch.optim.AdamW(groups))
+    refused("text_cache, as large as here", clip=skip_clip(text_cache=tmp_path))
+    hooked = skip_clip()
+    hooked.model.visual.ln_post.register_forward_hook(lambda *_: None)
+    refused("visual.ln_post has hooks", clip=hooked)
+    stepped = sk.FusedSGD(groups)
+    stepped.register_step_post_hook(lambda *_: None)
+    refused("FusedSGD has step hooks", stepped)
+    with mock.patch.object(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync"):
+        refused("the allocator cudaMallocAsync")
+    with pytest.raises(ValueError, match="^graphed: batch_size must be at least 1, a whole number; got 0"):
+        sk.graphed(clip, sk.FusedSGD(groups), batch_size=0)
+    (x, labels), run = batches(clip, 1)[0], Run("in_step", by_graph=True)
+    with pytest.raises(RuntimeError, match="^graphed: fp16 autocast needs a GradScaler"):
+        with torch.autocast("cpu", torch.float16):
+            run.step(x, labels)
+    with pytest.raises(ValueError, match="^graphed: pixel_values must not require grad"):
+        run.step(x.requires_grad_(), labels)
+
+
+def test_graphed_follows_autocast(gpu):
+    """One graph for each setting; casts of one step are not used in another."""
+    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
+    some = batches(ours.clip, 6)
+    for enabled in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            a = ours.train(some)
+        b = []
+        for x, labels in some:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out = theirs.forward(x, labels)
+            out.loss.backward()
+            theirs.optimizer.step()
+            theirs.optimizer.zero_grad()
+            theirs.schedule.step()
+            b += [out.loss.item(), out.class_ids.tolist()]
+        assert a == [*b, *(p.detach().tolist() for p in theirs.clip.parameters())]
+
+
+@pytest.mark.parametrize("kind", ["in_backward", "in_step"])
+def test_graph_with_kept_casts(gpu, monkeypatch, kind):
+    """A replay casts no weight that trains, and follows changed weights, evaluations and another graph."""
+    ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
+    other = sk.graphed(ours.clip, ours.optimizer, batch_size=4)
+    (x, labels), cast, whole, record = batches(ours.clip, 1)[0], [], torch._foreach_copy_, gpu.record
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, by: cast.append(by[0].requires_grad) or whole(to, by))
+
+    def counted(*arguments):
+        cast.clear()
+        found = record(*arguments)
+        casts_of_captures.append(sum(cast))
+        return found
+
+    def train(count: int, step: Any = None) -> None:
+        for _ in range(count):
+            losses = []
+            for one in (step or ours.step, theirs.step):
+                with torch.autocast("cpu", torch.bfloat16), mock.patch.object(graphed, "record", counted):
+                    losses.append(one(x, labels).loss.item())
+            assert losses[0] == losses[1]
+        assert all(map(torch.equal, ours.clip.parameters(), theirs.clip.parameters()))
+
+    casts_of_captures: list[int] = []
+    train(graphed.WARMUP + 2)
+    for run in (ours, theirs):
+        with torch.no_grad():
+            run.clip.model.visual.transformer.resblocks[-1].mlp.c_fc.weight.mul_(1.5)
+            run.clip.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours.clip.predict(x).equal(theirs.clip.predict(x))
+    for run in (ours, theirs):
+        run.clip.train()
+    train(2)
+    assert casts_of_captures == [0] and gpu.replays == 4
+    train(graphed.WARMUP + 2, other)
+    train(2)  # the weights that the other graph changed are copied before a replay
+    assert casts_of_captures == [0, 0] and gpu.replays == 8
+
+
+def test_replays_increase_the_versions_of_weights(gpu, monkeypatch):
+    """By which the casts of another graph, and autograd, detect the update."""
+    run, increased = Run("in_step", by_graph=True), []
+    (x, labels) = batches(run.clip, 1)[0]
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", lambda weights: increased.append(list(weights)))
+    for _ in range(graphed.WARMUP + 1):
+        run.step(x, labels)
+    held = {id(p) for p in run.clip.trainable_parameters()}
+    assert gpu.replays == 1 and {id(p) for p in increased[-1]} == held
