@@ -71,13 +71,26 @@ def class_ranking(model: torch.nn.Module, images: Tensor, labels: Tensor, protot
     return sorted(scores, key=lambda c: (-scores[c], c))
 
 
+def class_embeddings(model: torch.nn.Module, tokens: Tensor, skip: int, quick: bool) -> Tensor:
+    """Unit-norm embeddings [K, D] of classes of one prompt, [K, L], or means over T templates, [K, T, L]."""
+    templates = tokens[:, None] if tokens.ndim == 2 else tokens
+    texts = [embed_texts(model, templates[:, t], skip, quick) for t in range(templates.shape[1])]
+    text = sum(text / text.norm(dim=1, keepdim=True) for text in texts)
+    return text / text.norm(dim=1, keepdim=True)
+
+
+def cosine_logits(
+    model: torch.nn.Module, images: Tensor, tokens: Tensor, skip: tuple[int, int], quick: bool = False
+) -> Tensor:
+    """Scaled cosines [B, K] of images with classes."""
+    image = embed_images(model, images, skip[0], quick)
+    image = image / image.norm(dim=1, keepdim=True)
+    return model.logit_scale.exp() * image @ class_embeddings(model, tokens, skip[1], quick).T
+
+
 def step_loss(
     model: torch.nn.Module, images: Tensor, tokens: Tensor, labels: Tensor, skip: tuple[int, int], quick: bool
 ) -> Tensor:
     """Mean cross-entropy over the classes of `tokens`; `labels` are rows of it."""
-    image = embed_images(model, images, skip[0], quick)
-    text = embed_texts(model, tokens, skip[1], quick)
-    image = image / image.norm(dim=1, keepdim=True)
-    text = text / text.norm(dim=1, keepdim=True)
-    logits = model.logit_scale.exp() * image @ text.T
+    logits = cosine_logits(model, images, tokens, skip, quick)
     return -(logits.log_softmax(dim=1)[torch.arange(len(labels)), labels]).mean()

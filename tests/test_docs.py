@@ -487,7 +487,7 @@ def test_run_python_finds_errors(text, error, message, reader):
         (check_commands, "    pytest -m gpus", "no such marker"),
         (check_options, "With `--shots 3 --no-such`.", "--no-such: no program"),
         (check_quotations, "```cpp csrc/rows.h\n#pragma once\nnamespace skip {\n```", "no line 'namespace skip {'"),
-        (check_named, "`tests/test_clip.py::test_predict_…`, `…::test_nothing`", "no tests/test_clip.py::test_nothing"),
+        (check_named, "`tests/test_lora.py::test_step_…`, `…::test_nothing`", "no tests/test_lora.py::test_nothing"),
         (check_links, "# A `b`, c\n[a](#a-b-c) [b](#c)", "#c: no heading"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",

@@ -1,4 +1,4 @@
-"""Every family of models, as rows of test_step.py: how to make a small one, where to cut it, and what is reduced."""
+"""Every family of models: how to make a small one, where to cut it, what is reduced; rows of test_each_family.py."""
 
 from __future__ import annotations
 

@@ -7,12 +7,16 @@ import pytest
 import torch
 import transformers
 from families import CLASSES, with_encoder
-from models import TEXT, VISION, random_weights, tiny_batch, tiny_tokens
+from models import TEXT, VISION, random_weights, tiny_batch, tiny_clip, tiny_tokens
 from open_clip.hf_configs import arch_dict
+from open_clip.transformer import ResidualAttentionBlock as Block
 from reference_step import assert_matches_reference_step
+from torch import nn
 
 import skipkernels as sk
 from skipkernels.towers.base import UnsupportedModel
+from skipkernels.towers.block import _fused_class, submodules
+from skipkernels.towers.families import open_clip as open_clip_towers
 
 needs_modern_text = pytest.mark.skipif(
     not hasattr(open_clip.transformer, "ModernTextTransformer"), reason="open_clip 3 has no modern text tower"
@@ -102,3 +106,36 @@ def test_modern_bert_step(skip):
     clip = sk.SkipCLIP(modern_bert(), tokens, skip_layers=(1, skip), keep_ratio=1.0)
     assert clip.texts.tower.tokens.shape[1] == 20
     assert_matches_reference_step(clip, images, tokens, labels)
+
+
+# ---- attention of its blocks -----------------------------------------------------------------------------------------
+
+
+def test_attention_of_open_clip_4_is_fused(monkeypatch):
+    """Blocks of open_clip 4 call its own Attention with sequences first; older ones call PyTorch's."""
+    model, (images, labels) = tiny_clip(), tiny_batch(3, CLASSES)
+
+    class Attention(open_clip_towers.Attention):
+        def forward(self, x, k_x=None, v_x=None, attn_mask=None):
+            q, k, v = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, -1)).unbind(-2)
+            q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=self.scale)
+            return self.out_drop(self.out_proj(out.transpose(1, 2).flatten(2)))
+
+    def attention(self, q_x, k_x=None, v_x=None, attn_mask=None):
+        return self.attn(q_x, attn_mask=None if attn_mask is None else attn_mask.to(q_x.dtype))
+
+    monkeypatch.setattr(open_clip_towers, "Attention", Attention)
+    monkeypatch.setitem(open_clip_towers._BLOCK_OF_OPEN_CLIP_4, "attn", submodules({"attn": (Attention,)})["attn"])
+    monkeypatch.setattr(Block, "attention", attention)
+    monkeypatch.setitem(_fused_class(Block, "fast")._methods, "attention", attention)
+    for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
+        old = block.attn
+        block.attn = Attention(old.embed_dim, old.num_heads).double()
+        block.attn.load_state_dict(old.state_dict())
+    clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1, keep_ratio=1.0)
+    assert all(reduction.enabled for reduction in clip.reductions.values())
+    assert_matches_reference_step(clip, images, tiny_tokens(CLASSES), labels)
+    model.visual.transformer.resblocks[2].attn.scale = 1.0
+    with pytest.warns(UserWarning, match="a block's attention is scaled"):
+        assert_matches_reference_step(clip, images, tiny_tokens(CLASSES), labels)

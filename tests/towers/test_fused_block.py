@@ -1,4 +1,4 @@
-"""Fused blocks against the caller's modules, and every layout of prompts against the naive step."""
+"""The fused block against the caller's module: output, gradients, launches and saved bytes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import copy
 from dataclasses import replace
 from functools import partial
 
-import naive
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from models import tiny_batch, tiny_clip, tiny_tokens
+from models import tiny_clip
 
-import skipkernels as sk
 from bench import counts
 from skipkernels.ops import launching
 from skipkernels.testing import relative_error, saved_bytes
 from skipkernels.towers.attention import SDPA, pooled, sequences
-from skipkernels.towers.families.open_clip import OpenClipBlock, OpenClipTextTower
+from skipkernels.towers.families.open_clip import OpenClipBlock
 from skipkernels.towers.fused.forward import SAVED_WIDTHS
 from skipkernels.towers.fused.node import fused_block
 from skipkernels.towers.fused.records import Hidden, RowsCall
@@ -203,135 +199,3 @@ def test_fused_block_with_saved_tensor_hooks():
         out = run_fused(block, hidden)
     for name, gradient in gradients(out, block, hidden).items():
         assert gradient.equal(expected[name]), name
-
-
-# ---- prompts ---------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def prompts(draw):
-    """Tokens [C, 77]: a shared prefix of 0 to 4, names of 1 to 30, or the same prompt for all."""
-    C, prefix = draw(st.integers(1, 7)), draw(st.integers(0, 4))
-    same_length, identical = draw(st.booleans()), draw(st.booleans())
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    tokens = torch.zeros(C, 77, dtype=torch.int64)
-    length = 0
-    for i, row in enumerate(tokens):
-        if i == 0 or not (same_length or identical):
-            length = draw(st.integers(1, 30))
-        row[:prefix] = torch.arange(50, 50 + prefix)
-        row[prefix : prefix + length] = torch.randint(1, 50, (length,), generator=generator)
-        row[prefix + length] = 59
-        if identical:
-            row[:] = tokens[0]
-    return tokens
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    tokens=prompts(),
-    batch=st.integers(1, 5),
-    skip=st.sampled_from([0, 1, 2, 3, (0, 2), (2, 0)]),
-    keep=st.sampled_from([1, 0.5, 1.0]),
-    memory=st.sampled_from(["fast", "min"]),
-    quick=st.booleans(),
-)
-def test_step_equals_naive_step_for_any_prompts(tokens, batch, skip, keep, memory, quick):
-    """Loss and every gradient in fp64, for any shared prefix and any lengths."""
-    model = tiny_clip(quick_gelu=quick)
-    reference = copy.deepcopy(model).requires_grad_(True)
-    images, labels = tiny_batch(batch, len(tokens))
-    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=keep, memory=memory)
-    out = clip(images, labels)
-    out.loss.backward()
-    pair = skip if isinstance(skip, tuple) else (skip, skip)
-    loss = naive.step_loss(reference, images, tokens[out.class_ids], out.targets, pair, quick)
-    loss.backward()
-    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-11, abs=1e-12)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            expected = reference.get_parameter(name).grad
-            bound = 1e-9 * expected.norm() + 1e-12
-            assert (parameter.grad - expected).norm() <= bound, name
-
-
-def test_prompts_with_rows_behind_equal_packed(monkeypatch):
-    """On a GPU the number of rows suffices for any K classes: counting those of these K would need a host sync."""
-    model, tokens = tiny_clip(), tiny_tokens(9)
-    tower = OpenClipTextTower(model)
-    prompts, ids = tower.read_prompts(tokens), torch.tensor([1, 4, 8])
-    rows = prompts.select(torch.arange(9), count_rows=True).pack(tower.embed(tokens, prompts))
-
-    def upper(class_ids):
-        selected = prompts.select(class_ids)
-        return tower.upper(rows[selected.row_numbers], selected)
-
-    expected, exact = upper(ids), prompts.select(ids)
-    monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device: False)
-    selected = prompts.select(ids)
-    longest = prompts.suffix_lengths.sort(descending=True).values[:3]
-    assert selected.row_count == prompts.prefix_length + int(longest.sum()) > exact.row_count
-    torch.testing.assert_close(upper(ids), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(upper(torch.arange(9)), torch.cat([upper(i) for i in torch.arange(9).split(1)]))
-    part = selected.pack(tower.embed(tokens[ids], prompts))
-    assert torch.equal(part[: exact.row_count], exact.pack(tower.embed(tokens[ids], prompts)))
-    torch.testing.assert_close(tower.upper(part, selected), expected, rtol=1e-12, atol=1e-12)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1)
-    repeated = clip.encode_classes(torch.full((20,), 4))
-    torch.testing.assert_close(repeated, clip.encode_classes(torch.tensor([4])).expand(20, -1), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("skip", [0, 1])
-def test_step_with_rows_behind_has_same_gradients(monkeypatch, skip):
-    """Rows behind the last suffix repeat others; they have no gradient, also where the embedding trains (skip = 0)."""
-    images, labels = tiny_batch(3, 9)
-    found = []
-    for reads in (True, False):
-        monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device, reads=reads: reads)
-        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=skip, keep_ratio=0.4)
-        clip(images, labels).loss.backward()
-        found.append({name: p.grad for name, p in clip.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-13)
-
-
-def test_layout_of_prompts_has_static_shapes():
-    """On the meta device, a shape that depends on data is an error."""
-    prompts_of_task = OpenClipTextTower(tiny_clip()).read_prompts(tiny_tokens(9))
-    prompts_of_task.apply(lambda x: x.to("meta"))
-    selected = prompts_of_task.select(torch.tensor([1, 4, 8], device="meta"))
-    rows = prompts_of_task.most_rows[3]
-    assert selected.row_numbers.shape == (rows,) and selected.offsets.shape == (4,)
-    assert selected.pack(torch.zeros(3, 12, 8, device="meta")).shape == (rows, 8)
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------
-
-
-def test_memory_modes_same_step_and_saved_bytes(monkeypatch):
-    images, labels = tiny_batch(4, 9)
-    losses, saved = {}, {}
-    for memory in ("fast", "min", "auto"):
-        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1, memory=memory)
-        features = clip.encode_lower(images)
-        saved[memory] = saved_bytes(lambda clip=clip, features=features: clip(features, labels))
-        losses[memory] = clip(features, labels).loss
-    assert losses["fast"] == losses["min"] == losses["auto"]
-    assert saved["auto"] == saved["fast"] > 3 * saved["min"]
-    monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 1000)
-    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1, memory="auto")  # which decides once
-    assert saved_bytes(lambda: clip(features, labels)) == saved["min"]
-
-
-def test_step_compiled_has_same_gradients():
-    images, labels = tiny_batch(3, 9)
-    gradients = []
-    for compiled in (False, True):
-        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1)
-        step = torch.compile(clip, backend="aot_eager") if compiled else clip
-        step(clip.encode_lower(images), labels).loss.backward()
-        gradients.append({name: p.grad for name, p in clip.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-11, atol=1e-12)

@@ -152,13 +152,6 @@ def test_prototypes_follow_upper_weights(tmp_path):
     assert same(step(make_clip(tmp_path, model=tuned)), theirs)
 
 
-def test_text_cache_unsupported_arguments_raise(tmp_path):
-    with pytest.raises(ValueError, match="text_cache keeps features at the cut"):
-        make_clip(tmp_path, skip_layers=0)
-    with pytest.raises(sk.CacheError, match=r"text_cache stores fp32, fp16, bf16; .*float64"):
-        make_clip(tmp_path, model=tiny_clip(torch.float64))
-
-
 # ---- caches that do not match ------------------------------------------------------------------------------------
 
 
@@ -223,3 +216,8 @@ def test_text_cache_waits_for_other_process(tmp_path, capfd):
             shutil.copy(file, tmp_path / "shared" / "features")
     thread.join(60)
     assert not errors and same(step(ours[0]), theirs)
+
+
+def test_set_classes_of_a_text_cache_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="set_classes cannot replace the classes of a text_cache"):
+        make_clip(tmp_path).set_classes(tiny_tokens(5))

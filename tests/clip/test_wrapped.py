@@ -119,12 +119,6 @@ def test_flat_parameters_of_fsdp1_are_refused():
         dist.destroy_process_group()
 
 
-def test_data_parallel_is_refused():
-    """DataParallel copies the module with this method for every GPU; without one it calls the module itself."""
-    with pytest.raises(RuntimeError, match="Use DistributedDataParallel, with a process for each GPU"):
-        small_clip()._replicate_for_data_parallel()
-
-
 # ---- compiled ----------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,33 @@
+"""The plain module from images to logits: its mode, and its export."""
+
+from __future__ import annotations
+
+import torch
+from clips import IMAGES, make_clip
+
+from skipkernels.app import heads
+
+
+def test_classifier_exports():
+    clip, images = make_clip(torch.float32), IMAGES[:3].float()
+    classifier = clip.classifier()
+    torch.testing.assert_close(classifier(images).detach(), clip.predict(images))
+    exported = torch.export.export(classifier, (images,)).module()
+    torch.testing.assert_close(exported(images), clip.predict(images), rtol=1e-4, atol=1e-4)
+
+
+def test_classifier_with_a_head_exports():
+    clip, images = make_clip(torch.float32), IMAGES[:3].float()
+    image = clip.encode_image(images).detach()
+    head = heads.gaussian_head(image, torch.tensor([0, 2, 2]), classes=3)
+    exported = torch.export.export(clip.classifier(head), (images,)).module()
+    torch.testing.assert_close(exported(images), head.logits(image), rtol=1e-4, atol=1e-4)
+
+
+def test_classifier_has_its_own_mode():
+    clip = make_clip()
+    classifier = clip.classifier()
+    assert all(module.training for module in clip.modules())
+    clip.train()
+    assert not any(module.training for module in classifier.modules())
+    assert classifier.encoder.conv1.weight is clip.model.visual.conv1.weight

@@ -1,0 +1,103 @@
+"""Parameters that train: of a frozen model, of adapters, of another SkipCLIP; models after an error."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from models import tiny_batch, tiny_clip, tiny_tokens
+from reference_step import assert_matches_reference_step
+from torch import nn
+
+import skipkernels as sk
+from skipkernels.towers.families import open_clip as open_clip_towers
+
+C = 7
+
+
+def _with_lora(module: nn.Module, name: str) -> None:
+    """Insert PEFT's LoRA with random factors."""
+    config = peft.LoraConfig(r=2, target_modules=[name])
+    peft.inject_adapter_in_model(config, module)
+    for key, parameter in module.named_parameters():
+        if "lora_" in key:
+            parameter.data = 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
+
+
+def with_adapters(block: int) -> nn.Module:
+    """Return a frozen model with trainable LoRA of PEFT in the MLP of one block of each tower."""
+    model = tiny_clip().requires_grad_(False)
+    for stack in (model.visual.transformer, model.transformer):
+        _with_lora(stack.resblocks[block], "c_proj")
+    return model
+
+
+def test_trainable_upper_warns_of_unfreezing():
+    model = tiny_clip().requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"sets requires_grad of 54 parameters above the cut that were frozen \("):
+        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    assert model.text_projection.requires_grad
+
+
+def test_trainable_upper_ordinary_model_without_warning(recwarn):
+    model = tiny_clip()
+    sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    sk.SkipCLIP(model, tiny_tokens(C), skip_layers=2)
+    assert not recwarn.list
+
+
+def test_another_skipclip_froze_the_first_block():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    first = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    second = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=2)
+    second(images, labels)
+    with pytest.raises(RuntimeError, match="the first block above the cut was frozen .* by another SkipCLIP"):
+        first.eval()
+    first.refresh()
+    first(images, labels)
+
+
+@pytest.mark.parametrize("kept", ["ln_", "bias"])
+def test_trainable_as_is_norms_or_biases(kept, recwarn):
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(kept in name and "resblocks.0" not in name)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, trainable="as_is")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(kept in name for name in trained) and "visual.proj" not in trained
+    assert clip.reductions["image.fused_block"].enabled and clip.reductions["text.shared_prefix"].enabled
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
+
+
+def test_trainable_as_is_warns_of_adapters_below_the_cut():
+    with pytest.warns(UserWarning, match="4 trainable parameters below the cut are frozen"):
+        sk.SkipCLIP(with_adapters(0), tiny_tokens(C), skip_layers=1, trainable="as_is")
+
+
+def test_training_below_the_cut_is_an_error():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+
+    def groups() -> list:
+        return clip.parameter_groups(text_lr=0.1, image_lr=0.1)
+
+    for part in (model.visual.transformer, model.transformer, clip):
+        part.requires_grad_(True)
+        for use in (clip.check_model, clip.eval, groups):
+            with pytest.raises(RuntimeError, match="requires_grad was set on parameters below the cut"):
+                use()
+            clip.training = True
+        clip.refresh()
+        clip(images, labels)
+
+
+def test_failed_construction_restores_requires_grad(monkeypatch):
+    model = tiny_clip()
+    model.ln_final.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    monkeypatch.setattr(
+        open_clip_towers.OpenClipImageTower, "reference_forward", lambda self, x: torch.ones(len(x), 12).double()
+    )
+    with pytest.warns(UserWarning, match="sets requires_grad of 2 parameters"), pytest.raises(RuntimeError):
+        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}

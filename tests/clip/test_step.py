@@ -1,0 +1,358 @@
+"""The step, and the comparison with all classes: equal to the naive step of `naive.py`; its labels and its output."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from typing import Any, NamedTuple
+
+import naive
+import pytest
+import torch
+import torch.nn.functional as F
+from clips import IMAGES, LABELS, C, class_weights, drawn, gradients, make_clip, mixup, three_templates
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny_batch, tiny_clip, tiny_tokens
+from naive_step import assert_step_equals_naive, plain_copy
+from reference_step import assert_equal_gradients
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+import skipkernels as sk
+from skipkernels.selection import RankSampler
+from skipkernels.testing import saved_bytes
+
+
+class Case(NamedTuple):
+    """Options of SkipCLIP, and of its model and batch."""
+
+    options: dict[str, Any]
+    tokens: Tensor = tiny_tokens(C)
+    labels: Tensor = LABELS
+    training: bool = True
+    dtype: torch.dtype = torch.float64
+    quick: bool = False
+
+
+SMOOTH = {"label_smoothing": 0.2, "class_weight": class_weights()}
+CASES = {
+    f"{str(dtype)[6:]}-skip{skip}-{tail}": Case({"skip_layers": skip, "tail": tail}, dtype=dtype, quick=tail == "fixed")
+    for dtype in (torch.float64, torch.float32)
+    for skip in (0, 1, 2, 3, (1, 2), (3, 0))
+    for tail in ("resample", "fixed")
+}
+CASES |= {
+    f"templates-skip{skip}-keep{keep}": Case({"skip_layers": skip, "keep_ratio": keep}, tokens=three_templates())
+    for skip in (0, 1, 3)
+    for keep in (0.4, 1.0)
+}
+CASES |= {
+    f"{'-'.join(['soft', *options])}-{'train' if training else 'eval'}": Case(
+        {"train_logit_scale": True, **options}, labels=mixup(LABELS), training=training
+    )
+    for options in ({}, {"label_smoothing": 0.2}, {"class_weight": class_weights()})
+    for training in (True, False)
+}
+CASES |= {
+    "smoothing-weights": Case(SMOOTH),
+    "smoothing-weights-all": Case({"keep_ratio": 1.0, **SMOOTH}),
+    "smoothing-weights-eval": Case(SMOOTH, training=False),
+    "logit_scale": Case({"train_logit_scale": True}),
+    "constant_texts": Case({"train_text": False, "label_smoothing": 0.1}),
+    "min": Case({"memory": "min", "keep_ratio": 1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_step_equals_naive(case):
+    """Kept classes by the naive ranking and the same draws; loss and gradients by all tokens of these classes."""
+    images = IMAGES.to(case.dtype)
+    options = {"skip_layers": 1, "keep_ratio": 0.4, **case.options}
+    model = tiny_clip(case.dtype, quick_gelu=case.quick)
+    plain = plain_copy(model)
+    generator = torch.Generator().manual_seed(7)
+    clip = sk.SkipCLIP(model, case.tokens, generator=generator, **options).train(case.training)
+    loss = {name: options[name] for name in ("label_smoothing", "class_weight") if name in options}
+    train_text = options.get("train_text", True)
+    out = assert_step_equals_naive(
+        clip, case.tokens, images, case.labels, quick=case.quick, train_text=train_text, **loss
+    )
+    if not case.training or not train_text:
+        assert out.class_ids.tolist() == list(range(C)) and out.targets.equal(case.labels)
+        return
+    with torch.no_grad():
+        prototypes = naive.class_embeddings(plain, case.tokens, 0, case.quick)
+    hard = case.labels.ndim == 1
+    labelled = case.labels if hard else case.labels.any(dim=0).nonzero().flatten()
+    ranking = naive.class_ranking(plain, images, labelled, prototypes, case.quick)
+    drawn = RankSampler(options["keep_ratio"], tail=options.get("tail", "resample"), generator=generator.manual_seed(7))
+    kept = sorted(ranking[rank] for rank in drawn.draw(C, len(labelled) if not hard else len(images)).tolist())
+    assert out.class_ids.tolist() == kept and set(labelled.tolist()) <= set(kept)
+    expected = torch.tensor([kept.index(label) for label in case.labels.tolist()]) if hard else case.labels[:, kept]
+    assert out.targets.equal(expected)
+
+
+@st.composite
+def prompts(draw):
+    """Tokens [C, 77]: a shared prefix of 0 to 4, names of 1 to 30, or the same prompt for all."""
+    C, prefix = draw(st.integers(1, 7)), draw(st.integers(0, 4))
+    same_length, identical = draw(st.booleans()), draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    tokens = torch.zeros(C, 77, dtype=torch.int64)
+    length = 0
+    for i, row in enumerate(tokens):
+        if i == 0 or not (same_length or identical):
+            length = draw(st.integers(1, 30))
+        row[:prefix] = torch.arange(50, 50 + prefix)
+        row[prefix : prefix + length] = torch.randint(1, 50, (length,), generator=generator)
+        row[prefix + length] = 59
+        if identical:
+            row[:] = tokens[0]
+    return tokens
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    tokens=prompts(),
+    batch=st.integers(1, 5),
+    skip=st.sampled_from([0, 1, 2, 3, (0, 2), (2, 0)]),
+    keep=st.sampled_from([1, 0.5, 1.0]),
+    memory=st.sampled_from(["fast", "min"]),
+    quick=st.booleans(),
+)
+def test_step_equals_naive_for_any_prompts(tokens, batch, skip, keep, memory, quick):
+    """Loss and every gradient in fp64, for any shared prefix and any lengths."""
+    clip = sk.SkipCLIP(tiny_clip(quick_gelu=quick), tokens, skip_layers=skip, keep_ratio=keep, memory=memory)
+    assert_step_equals_naive(clip, tokens, *tiny_batch(batch, len(tokens)), quick=quick)
+
+
+# ---- labels and output -----------------------------------------------------------------------------------------------
+
+
+def test_forward_keeps_every_label_of_a_large_batch():
+    model, tokens = tiny_clip(), tiny_tokens(20)
+    images, labels = tiny_batch(16, 20)[0], torch.arange(16)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=3, max_keep=3)
+    out = clip(images, labels)
+    assert out.class_ids[out.targets].equal(labels)
+    smaller = clip(images[:5], labels[:5])
+    assert len(smaller.class_ids) == len(out.class_ids), "K must not change within a run"
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 5])
+@pytest.mark.parametrize("tail", ["resample", "fixed"])
+def test_forward_few_classes(classes, tail):
+    images, labels = tiny_batch(1, classes)
+    out = sk.SkipCLIP(tiny_clip(), tiny_tokens(classes), skip_layers=1, tail=tail)(images, labels)
+    assert out.loss.isfinite()
+
+
+def test_one_hot_labels_are_class_ids():
+    one, other = make_clip(), make_clip()
+    for _ in range(3):
+        ids, soft = one(IMAGES, LABELS), other(IMAGES, F.one_hot(LABELS, C).double())
+        assert ids.class_ids.equal(soft.class_ids)
+        torch.testing.assert_close(ids.loss, soft.loss, rtol=1e-12, atol=0)
+
+
+def test_soft_labels_with_more_classes_than_images_are_all_kept():
+    labels = torch.zeros(4, C).double()
+    labels[0, :11], labels[1:, 16] = 1 / 11, 1.0
+    out = make_clip()(IMAGES, labels)
+    assert out.targets.sum().item() == pytest.approx(4) and len(out.class_ids) < C
+
+
+def test_forward_return_logits():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, 9)
+    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
+    with pytest.raises(AttributeError, match=r"^SkipOutput.logits: .*return_logits=True.*clip.predict"):
+        clip(images, labels).logits  # noqa: B018
+    out = clip(images, labels, return_logits=True)
+    loss = torch.nn.functional.cross_entropy(out.logits, out.targets)
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_output_without_logits_is_an_ordinary_named_tuple():
+    """`DistributedDataParallel`, accelerate and `Trainer` take it apart and rebuild it."""
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1)
+    out = clip(*tiny_batch(3, 9))
+    loss, logits, class_ids, targets = out
+    assert logits is None and out[1:] == (None, class_ids, targets) and out[0] is loss
+    leaves, spec = tree_flatten(out)
+    for rebuilt in (
+        tree_unflatten(leaves, spec),
+        tree_map(lambda x: x, out),
+        type(out)(*list(out)),
+        copy.copy(out),
+        out._replace(loss=loss),
+        pickle.loads(pickle.dumps(out._replace(loss=loss.detach()))),
+    ):
+        assert type(rebuilt) is sk.SkipOutput and rebuilt.loss.equal(loss) and not hasattr(rebuilt, "logits")
+    assert list(out._asdict()) == ["loss", "kept_logits", "class_ids", "targets"]
+
+
+def test_forward_under_autocast():
+    model, (images, labels) = tiny_clip(torch.float32), tiny_batch(4, 9, torch.float32)
+    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = clip(images, labels)
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert clip.predict(images).dtype == torch.float32
+    full = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels)
+    # bf16 has 8 bits: the error of cosines is about 2^-8, and the temperature multiplies it by 14.
+    assert out.loss.item() == pytest.approx(full.loss.item(), abs=14 * 2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_features_give_the_result_of_images_under_autocast(dtype):
+    """Features may be in 16 bits, as those of open_clip are; the residual stream above the cut is in fp32 for both."""
+    images, labels = tiny_batch(4, 9, torch.float32)
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(9), skip_layers=1).eval()
+    with torch.autocast("cpu", dtype):
+        features = clip.encode_lower(images)
+        assert features.dtype == dtype and clip(features, labels).loss.equal(clip(images, labels).loss)
+        assert clip.encode_upper(features).equal(clip.encode_image(images))
+
+
+def test_global_random_state_is_unchanged():
+    model, tokens, (images, labels) = tiny_clip(), tiny_tokens(30), tiny_batch(2, 30)
+    before = torch.get_rng_state()
+    sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=3)(images, labels)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_saved_bytes_shrink_with_the_cut():
+    images, labels = tiny_batch(4, 9)
+    saved = []
+    for skip in (0, 1, 2, 3):
+        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=skip)
+        saved.append(saved_bytes(lambda clip=clip: clip(images, labels)))
+    assert saved == sorted(saved, reverse=True) and saved[3] < saved[0] / 5
+
+
+def test_memory_modes_same_step_and_saved_bytes(monkeypatch):
+    images, labels = tiny_batch(4, 9)
+    losses, saved = {}, {}
+    for memory in ("fast", "min", "auto"):
+        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1, memory=memory)
+        features = clip.encode_lower(images)
+        saved[memory] = saved_bytes(lambda clip=clip, features=features: clip(features, labels))
+        losses[memory] = clip(features, labels).loss
+    assert losses["fast"] == losses["min"] == losses["auto"]
+    assert saved["auto"] == saved["fast"] > 3 * saved["min"]
+    monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 1000)
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1, memory="auto")  # which decides once
+    assert saved_bytes(lambda: clip(features, labels)) == saved["min"]
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_evaluation_compares_every_class_without_draw(gradients):
+    clip, other, (images, labels) = make_clip(), make_clip(), tiny_batch(20, C)  # a larger batch than in training
+    first = drawn(clip)
+    clip.eval()
+    with torch.set_grad_enabled(gradients):
+        out = clip(images, labels)
+    expected = torch.nn.functional.cross_entropy(clip.predict(images), labels)
+    assert out.logits.shape == (20, C) and out.class_ids.tolist() == list(range(C)) and out.targets.equal(labels)
+    torch.testing.assert_close(out.logits.detach(), clip.predict(images), rtol=1e-10, atol=1e-10)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    clip.train()
+    assert first + drawn(clip) == drawn(other, 6)
+
+
+# ---- the same classes ------------------------------------------------------------------------------------------------
+
+
+def draws_of(clip: sk.SkipCLIP) -> Tensor:
+    return clip.sampler.generator.get_state()
+
+
+def test_sam_with_the_same_classes_equals_naive():
+    clip, once = make_clip(), make_clip()
+    before = draws_of(clip)
+    once(IMAGES, LABELS)
+    with clip.sampler.same_classes():
+        first = clip(IMAGES, LABELS)
+        with torch.no_grad():
+            for name, gradient in gradients(clip.model, first.loss).items():
+                clip.model.get_parameter(name).add_(0.05 * gradient)
+        second = assert_step_equals_naive(clip, tiny_tokens(C), IMAGES, LABELS)
+    assert second.class_ids is first.class_ids and second.targets.equal(first.targets)
+    assert draws_of(clip).equal(draws_of(once)) and not draws_of(clip).equal(before)
+    assert not clip(IMAGES, LABELS).class_ids.equal(first.class_ids), "drawn again"
+
+
+def test_lbfgs_with_the_same_classes():
+    clip, evaluations = make_clip(), []
+    optimizer = torch.optim.LBFGS(clip.trainable_parameters(), max_iter=4, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        evaluations.append(out := clip(IMAGES, LABELS))
+        out.loss.backward()
+        return out.loss
+
+    with clip.sampler.same_classes():
+        optimizer.step(closure)
+    assert len(evaluations) > 2 and all(out.class_ids is evaluations[0].class_ids for out in evaluations)
+    assert evaluations[-1].loss < 0.9 * evaluations[0].loss
+
+
+def test_same_classes_for_every_kind_of_labels():
+    """Class ids, soft labels and several labels, on subsets of the labels of the first step."""
+    clip = make_clip()
+    many = F.one_hot(LABELS, C)
+    for first in (LABELS, mixup(LABELS), many):
+        with clip.sampler.same_classes():
+            steps = [
+                sk.pairs.sigmoid_loss(clip, IMAGES[rows], y[rows], max_labels=1)
+                if y is many
+                else clip(IMAGES[rows], y[rows])
+                for y, rows in [(first, slice(None)), (LABELS, slice(2)), (mixup(LABELS), slice(2)), (many, slice(2))]
+            ]
+        assert len(steps[0].class_ids) < C and all(out.class_ids is steps[0].class_ids for out in steps)
+        assert steps[1].class_ids[steps[1].targets].equal(LABELS[:2])
+        assert steps[3].targets.sum() == 2
+
+
+def test_checkpointed_step_within_same_classes():
+    """The second forward of activation checkpointing, which elsewhere would draw other classes."""
+    clip, plain = make_clip(), make_clip()
+    right = gradients(plain, plain(IMAGES, LABELS).loss)
+    features = clip.encode_lower(IMAGES)
+    with clip.sampler.same_classes():
+        step = functools.partial(torch.utils.checkpoint.checkpoint, clip, features, LABELS, use_reentrant=False)
+        step().loss.backward()
+    assert_equal_gradients(clip, right)
+
+
+def test_same_classes_ends_with_an_error():
+    clip = make_clip()
+    with pytest.raises(ZeroDivisionError), clip.sampler.same_classes():
+        clip(IMAGES, LABELS)
+        raise ZeroDivisionError
+    assert not clip(IMAGES, LABELS).class_ids.equal(clip(IMAGES, LABELS).class_ids)
+
+
+def test_same_classes_refuses():
+    clip = make_clip()
+    with clip.sampler.same_classes():
+        kept = clip(IMAGES, LABELS).class_ids
+        other = next(c for c in range(C) if c not in kept)
+        message = rf"the classes that its first step kept, {len(kept)} of 17; got 1 others, such as {other}"
+        for labels in (torch.full((4,), other), F.one_hot(torch.full((4,), other), C).double()):
+            with pytest.raises(ValueError, match=message):
+                clip(IMAGES, labels)
+        with pytest.raises(RuntimeError, match="cannot be nested"), clip.sampler.same_classes():
+            pass
+        step = sk.graphed(clip, sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), batch_size=4)
+        with pytest.raises(RuntimeError, match="graphed: a step selects its own classes. Leave same_classes"):
+            step(IMAGES, LABELS)
+        assert clip(IMAGES, LABELS).class_ids is kept

@@ -1,0 +1,274 @@
+"""Texts of the classes: packed features, replacement, other classes, several templates, constant texts."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from clips import IMAGES, LABELS, C, class_weights, make_clip, three_templates
+from models import tiny_batch, tiny_clip, tiny_tokens
+from naive_step import assert_step_equals_naive
+
+import skipkernels as sk
+from skipkernels.testing import allocated_bytes, saved_bytes
+from skipkernels.towers.fused.forward import SAVED_WIDTHS
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_text_features_are_packed_by_chunks(shared):
+    """Hidden states [C, L, W] of whole prompts are never in memory."""
+    tokens = tiny_tokens(600)
+    if not shared:
+        tokens[1, 0] = 58
+    clip = sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1, chunk=7)
+    texts, prompts = clip.texts, clip.texts.templates[0]
+    before, whole = texts.table().features, texts.tower.lower(prompts.tokens, prompts)
+    assert (prompts.prefix_length > 0) == shared
+    assert before.equal(prompts.select(torch.arange(600), count_rows=True).pack(whole))
+    texts.drop()
+    peak = allocated_bytes(texts.table)
+    assert texts.table().features.equal(before) and before.nbytes <= peak < before.nbytes + whole.nbytes / 2
+
+
+# ---- replacement -----------------------------------------------------------------------------------------------------
+
+
+def tuned(**options) -> tuple[sk.SkipCLIP, torch.optim.Optimizer]:
+    """SkipCLIP after one step that changes the weights, and its optimizer."""
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), **{"skip_layers": 1, "keep_ratio": 0.4, **options})
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1), momentum=0.9)
+    clip(*tiny_batch(3, C)).loss.backward()
+    optimizer.step()
+    return clip, optimizer
+
+
+@pytest.mark.parametrize(("classes", "tail"), [(C, "fixed"), (30, "resample")])
+def test_set_classes_equals_fresh_skipclip(classes, tail):
+    clip, optimizer = tuned(class_weight=class_weights(), tail=tail)
+    clip.model.ln_final.bias.requires_grad_(False)
+    clip.gradient_checkpointing_enable()
+    before = [(p, p.detach().clone(), p.requires_grad) for p in clip.parameters()]
+    momentum = copy.deepcopy(optimizer.state_dict())
+    tokens, old_state = tiny_tokens(classes, seed=4), clip.get_extra_state()
+
+    clip.set_classes(tokens, class_weights(classes))
+    for p, (same, value, requires_grad) in zip(clip.parameters(), before, strict=True):
+        assert p is same and p.equal(value) and p.requires_grad == requires_grad
+    torch.testing.assert_close(optimizer.state_dict()["state"], momentum["state"], rtol=0, atol=0)
+    assert clip.texts.tower.memory == "min"
+    with pytest.raises(ValueError, match="other prompts"):
+        clip.set_extra_state(old_state)
+
+    model = copy.deepcopy(clip.model).requires_grad_(True)
+    fresh = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=0.4, tail=tail)
+    assert fresh.prototypes.equal(clip.prototypes) and clip.class_weight.equal(class_weights(classes).double())
+    x, labels = tiny_batch(3, classes)
+    assert fresh.predict(x).equal(clip.predict(x))
+    fresh.sampler = copy.deepcopy(clip.sampler)
+    for _ in range(3):
+        assert fresh(x, labels).class_ids.equal(clip(x, labels).class_ids)
+    assert_step_equals_naive(clip, tokens, x, labels, class_weight=class_weights(classes))
+    clip.set_classes(tokens)
+    assert clip.class_weight is None
+
+
+# ---- other classes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3])
+@pytest.mark.parametrize("templates", [1, 2])
+def test_predict_other_classes_leaves_the_task(templates, skip):
+    clip = make_clip(skip_layers=skip)
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1))
+    clip(IMAGES, LABELS).loss.backward()
+    optimizer.step()  # zero-shot embeddings would be wrong now
+    tokens = torch.stack([tiny_tokens(23, seed=4 + t) for t in range(templates)], dim=1).squeeze(1)
+    own, state, table = clip.texts.kept_embeddings(), clip.get_extra_state(), clip.texts.table() if skip else None
+
+    classes = clip.class_embeddings(tokens)
+    logits = clip.predict(IMAGES, class_embeddings=classes)
+    assert logits.equal(clip.predict(IMAGES, tokens=tokens)) and not classes.requires_grad
+    texts = tokens[:, None] if tokens.ndim == 2 else tokens
+    text = F.normalize(sum(clip.model.encode_text(x, normalize=True) for x in texts.unbind(1)), dim=1)
+    torch.testing.assert_close(classes, text.detach(), rtol=0, atol=1e-12)
+    right = clip.model.logit_scale.exp() * clip.model.encode_image(IMAGES, normalize=True) @ text.T
+    torch.testing.assert_close(logits, right.detach(), rtol=1e-10, atol=1e-10)
+
+    assert clip.training and all(module.training for module in clip.model.modules())
+    assert clip.texts.kept_embeddings() is own and clip.get_extra_state().equal(state)
+    assert (not skip or clip.texts.table() is table) and clip.predict(IMAGES).shape == (4, C)
+    twin = copy.deepcopy(clip)
+    twin.set_classes(tokens)
+    assert twin.class_embeddings().equal(classes)
+
+
+def test_other_classes_with_text_cache_and_constant_texts(tmp_path):
+    tokens = tiny_tokens(5, seed=4)
+    right = make_clip(torch.float32).class_embeddings(tokens)
+    for options in ({"text_cache": tmp_path}, {"train_text": False}, {"lower_device": "cpu"}):
+        torch.testing.assert_close(make_clip(torch.float32, **options).class_embeddings(tokens), right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_classes_of_another_dtype(dtype):
+    """The logits are computed in fp32, on rounded embeddings."""
+    clip = make_clip(torch.float32)
+    classes = clip.class_embeddings(tiny_tokens(5, seed=4)).to(dtype)
+    assert clip.predict(IMAGES.float(), class_embeddings=classes).equal(
+        clip.predict(IMAGES.float(), class_embeddings=classes.float())
+    )
+
+
+# ---- templates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3])
+def test_templates_are_averaged(skip):
+    """Prototypes, predictions, evaluations and the plain module; the step is in test_step.py."""
+    tokens, model = three_templates(), tiny_clip()
+    clip = sk.SkipCLIP(model, tokens, skip_layers=skip)
+    assert [prompts.prefix_length for prompts in clip.texts.templates] == [3, 2, 0]
+    assert clip.reductions["text.shared_prefix"].reason == "the prompts begin with different tokens"
+    texts = F.normalize(torch.stack([model.encode_text(t, True) for t in tokens.unbind(1)]).mean(0), dim=-1)
+    torch.testing.assert_close(clip.prototypes, texts.detach(), rtol=0, atol=1e-12)
+    expected = model.logit_scale.exp() * F.normalize(model.encode_image(IMAGES), dim=-1) @ texts.T
+    for logits in (clip.predict(IMAGES), clip.eval()(IMAGES, LABELS).logits, clip.classifier()(IMAGES)):
+        torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_templates_follow_changes_and_copies():
+    tokens, (x, labels) = three_templates(C), tiny_batch(4, C)
+    clip = sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1, keep_ratio=1.0)
+    twin = pickle.loads(pickle.dumps(clip))
+    assert twin(x, labels).loss.equal(clip(x, labels).loss)
+    with torch.no_grad():
+        for part in (clip, twin):
+            part.model.transformer.resblocks[0].mlp.c_fc.weight.mul_(1.1)
+    assert_step_equals_naive(clip, tokens, x, labels)
+    twin.refresh()
+    twin.gradient_checkpointing_enable()
+    assert_step_equals_naive(twin, tokens, x, labels)
+    state = twin.get_extra_state()
+    clip.set_extra_state(state)
+    with pytest.raises(ValueError, match="other prompts"):
+        sk.SkipCLIP(tiny_clip(), tokens.flip(1), skip_layers=1).set_extra_state(state)
+    clip.set_classes(tokens[:5, :2])
+    assert_step_equals_naive(clip, tokens[:5, :2], x, labels % 5)
+    clip.set_classes(tokens[:, 1:2])
+    assert clip.encoders.tokens.equal(tokens[:, 1].int())
+    clip.to("meta")
+    held = [x for prompts in clip.texts.templates for x in prompts.tensors().values()]
+    assert {x.device.type for x in (*held, clip.prototypes)} == {"meta"}
+
+
+def test_one_template_is_the_ordinary_step():
+    tokens, batch = tiny_tokens(C), tiny_batch(4, C)
+    clips = [sk.SkipCLIP(tiny_clip(), x, skip_layers=1) for x in (tokens, tokens[:, None])]
+    for clip in clips:
+        clip(*batch).loss.backward()
+    for ours, theirs in zip(*(clip.parameters() for clip in clips), strict=True):
+        assert (ours.grad is None and theirs.grad is None) or ours.grad.equal(theirs.grad)
+    assert clips[0].get_extra_state().equal(clips[1].get_extra_state())
+
+
+def test_templates_share_the_free_memory(monkeypatch):
+    """A step runs the text tower three times: `memory="auto"` counts what they save together."""
+    clip = sk.SkipCLIP(tiny_clip(), three_templates(C), skip_layers=1)
+    clip(*tiny_batch(3, C))
+    text = clip.texts.tower
+    rows = torch.zeros(20, 16, dtype=torch.float64)
+    saved = rows.numel() * rows.element_size() * SAVED_WIDTHS * 2  # two blocks
+    monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 2 * saved + 2)
+    assert [text.block_memory(rows, runs) for runs in (3, 1)] == ["min", "fast"]
+
+
+def test_templates_in_a_text_cache(tmp_path):
+    def step(folder, seed=0):
+        torch.manual_seed(0)
+        clip = sk.SkipCLIP(tiny_clip(torch.float32, seed=seed), three_templates(C), skip_layers=1, text_cache=folder)
+        out = clip(*tiny_batch(4, C, torch.float32))
+        out.loss.backward()
+        return [out.loss, clip.prototypes, clip.predict(tiny_batch(4, C, torch.float32)[0])]
+
+    expected = step(None)
+    for _ in ("created", "opened"):
+        assert all(a.equal(b) for a, b in zip(step(tmp_path), expected, strict=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"features", "prototypes"}
+    with pytest.raises(sk.CacheError, match="differs in embedding|differs in lower blocks"):
+        step(tmp_path, seed=1)
+
+
+def test_class_weight_is_a_copy_that_moves():
+    given = class_weights()
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1, class_weight=given)
+    given.zero_()
+    assert clip.bfloat16().class_weight.equal(class_weights()) and "class_weight" not in clip.state_dict()
+    assert copy.deepcopy(clip).class_weight.equal(class_weights())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert clip(*tiny_batch(3, C, torch.bfloat16)).loss.isfinite()
+    assert clip.to("meta").class_weight.device.type == "meta"
+
+
+# ---- constant texts --------------------------------------------------------------------------------------------------
+
+
+def image_only(model: torch.nn.Module, **options) -> sk.SkipCLIP:
+    return sk.SkipCLIP(model, tiny_tokens(C), **{"skip_layers": 1, "train_text": False} | options)
+
+
+def test_training_leaves_the_texts_and_their_embeddings():
+    model = tiny_clip()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("visual.")}
+    clip = image_only(model)
+    step = sk.graphed(clip, torch.optim.SGD(clip.parameter_groups(text_lr=1.0, image_lr=1.0)), batch_size=len(IMAGES))
+    losses = [step(IMAGES, LABELS).loss.item() for _ in range(3)]
+    assert losses[-1] < losses[0]
+    assert all(model.get_parameter(name).equal(value) for name, value in before.items())
+    clip.eval()
+    assert clip.class_embeddings().equal(clip.prototypes)
+    with torch.no_grad():
+        expected = model.logit_scale.exp() * F.normalize(model.encode_image(IMAGES), dim=-1) @ clip.prototypes.T
+    torch.testing.assert_close(clip.predict(IMAGES), expected)
+    torch.testing.assert_close(clip(IMAGES, LABELS).logits, expected)
+
+
+def test_a_step_reads_and_saves_nothing_of_the_texts(monkeypatch):
+    whole, alone = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, keep_ratio=1.0), image_only(tiny_clip())
+    assert saved_bytes(lambda: alone(IMAGES, LABELS).loss) < saved_bytes(lambda: whole(IMAGES, LABELS).loss)
+    alone.set_classes(tiny_tokens(C + 3, seed=5))
+    monkeypatch.setattr(type(alone.texts), "table", lambda texts: pytest.fail("features of the texts were read"))
+    alone(IMAGES, LABELS).loss.backward()
+    alone.predict(IMAGES)
+
+
+def test_classes_are_replaced_and_saved():
+    clip = image_only(tiny_clip())
+    other = sk.SkipCLIP(copy.deepcopy(clip.model), tiny_tokens(C + 3, seed=5), skip_layers=1, train_text=False)
+    clip.set_classes(tiny_tokens(C + 3, seed=5))
+    torch.testing.assert_close(clip(IMAGES, LABELS).loss, other(IMAGES, LABELS).loss)
+    fresh = sk.SkipCLIP(tiny_clip(seed=3), tiny_tokens(C + 3, seed=5), skip_layers=1, train_text=False)
+    fresh.load_state_dict(clip.state_dict())
+    assert fresh(IMAGES, LABELS).loss.equal(clip(IMAGES, LABELS).loss)
+
+
+def test_labels_of_several_classes():
+    model = tiny_clip(torch.float64)
+    clip = image_only(model)
+    labels = torch.zeros(len(IMAGES), C, dtype=torch.int64)
+    labels[:, 2] = labels[0, 5] = 1
+    out = sk.pairs.sigmoid_loss(clip, IMAGES, labels, max_labels=2)
+    logits = model.logit_scale.exp() * F.normalize(model.encode_image(IMAGES), dim=-1) @ clip.prototypes.T
+    expected = F.binary_cross_entropy_with_logits(logits, labels.double())
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_text_parameters_that_require_gradients_are_refused():
+    clip = image_only(tiny_clip())
+    clip.model.text_projection.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="requires_grad was set on parameters below the cut"):
+        clip.eval()
+    clip.refresh()
+    assert not clip.model.text_projection.requires_grad and clip.train()(IMAGES, LABELS).loss.isfinite()

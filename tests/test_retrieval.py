@@ -1,0 +1,91 @@
+"""Recall at k against sorted lists, and the top k over chunks of classes against a stable sort."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import skipkernels as sk
+from skipkernels import retrieval
+
+
+def brute_force_recall(image, text, image_of_text, ks):
+    """Ranks by sorting every list, with right candidates after wrong ones of the same score."""
+    scores = (F.normalize(image, dim=1) @ F.normalize(text, dim=1).T).tolist()
+    owner = image_of_text.tolist()
+
+    def found(row, right, k):
+        order = sorted(range(len(row)), key=lambda j: (-row[j], right[j]))
+        return any(right[j] for j in order[:k])
+
+    images = sorted(set(owner))
+    by_image = {k: sum(found(scores[i], [o == i for o in owner], k) for i in images) / len(images) for k in ks}
+    columns = list(zip(*scores, strict=True))
+    by_text = {
+        k: sum(found(columns[j], [i == o for i in range(len(image))], k) for j, o in enumerate(owner)) / len(owner)
+        for k in ks
+    }
+    return by_image, by_text
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_recall_equals_brute_force(rows, monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    image_of_text = torch.randint(0, 20, (50,), generator=rng)  # a few images without a caption
+    # Unit vectors of one entry ±1 have exact cosines with many ties.
+    axes, signs = torch.randint(0, 6, (70,), generator=rng), torch.randint(0, 2, (70, 1), generator=rng) * 2.0 - 1
+    exact = signs * F.one_hot(axes, 6)
+    monkeypatch.setattr(sk.retrieval, "_SCORES", rows * 20)
+    for image, text in (exact.split([20, 50]), torch.randn(70, 6, generator=rng).split([20, 50])):
+        ours = sk.retrieval.recall(image, text, image_of_text, ks=(1, 3, 10))
+        assert tuple(ours) == brute_force_recall(image, text, image_of_text, (1, 3, 10))
+
+
+def test_recall_of_useless_embeddings_is_zero():
+    owner = torch.arange(20) % 10
+    for value in (1.0, torch.nan):
+        found = sk.retrieval.recall(torch.full((10, 4), value), torch.full((20, 4), value), owner, ks=(1, 9))
+        assert found == ({1: 0.0, 9: 0.0}, {1: 0.0, 9: 0.0})
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"text": torch.ones(6, 5)}, ValueError, r"text must be \[m, D=4\]"),
+        ({"image": [[1.0] * 4] * 3}, TypeError, "image must be a tensor; got list"),
+        ({"text": torch.ones(6, 4).long()}, TypeError, "text must be float32"),
+        ({"image_of_text": torch.arange(6)}, ValueError, "image_of_text must be rows of image, 0 to 2; got 0 to 5"),
+        ({"image_of_text": torch.zeros(3).long()}, ValueError, r"image_of_text must be \[m=6\]"),
+        ({"ks": (0, 1)}, ValueError, r"ks must be at least 1; got \[0, 1\]"),
+    ],
+)
+def test_recall_refuses(bad, error, message):
+    arguments = {"image": torch.ones(3, 4), "text": torch.ones(6, 4), "image_of_text": torch.arange(6) // 2}
+    with pytest.raises(error, match=f"^recall: {message}"):
+        sk.retrieval.recall(**{**arguments, **bad})
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
+@pytest.mark.parametrize("k", [1, 2, 5, 39, 40])
+def test_top_k_logits_equal_ones_by_class(k, chunk, monkeypatch):
+    """Products of small integers are exact, and most are equal."""
+    monkeypatch.setattr(retrieval, "_SCORES", 6 * chunk)
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (6, 40))
+    values, class_ids = (image @ text.T).sort(dim=1, descending=True, stable=True)
+    expected, class_ids = values[:, :k], class_ids[:, :k]
+    assert (expected[:, 1:] == expected[:, :-1]).any() or k == 1
+    got = retrieval.top_k_logits(image, text, k)
+    assert got[0].equal(expected) and got[1].equal(class_ids)
+    assert got[0].equal((image @ text.T).topk(k).values)
+
+
+def test_top_k_shows_logits_that_are_not_finite(monkeypatch):
+    monkeypatch.setattr(retrieval, "_SCORES", 4)
+    text = torch.ones(13, 3)
+    for class_id in (0, 7, 12):
+        spoiled = text.clone()
+        spoiled[class_id] = torch.nan
+        for k in (1, 3):
+            assert retrieval.top_k_logits(torch.ones(2, 3), spoiled, k)[0][:, 0].isnan().all()
