@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,24 +80,14 @@ def _most_frequent_errors(test: TestPredictions) -> dict[int, tuple[int, int]]:
     return most
 
 
-def changed(test: TestPredictions, *, limit: int = GALLERY) -> tuple[list[int], list[int]]:
-    """Indices of images that only the tuned, or only the untuned model classifies right; one per class, spread."""
-    fixed, broken = _changed(test)
-    return _one_per_class(test.labels, fixed, limit), _one_per_class(test.labels, broken, limit)
-
-
-def count_changed(test: TestPredictions) -> tuple[int, int]:
-    """Return the number of images that tuning fixed, and of those that it broke."""
-    fixed, broken = _changed(test)
-    return int(fixed.sum()), int(broken.sum())
-
-
-def _changed(test: TestPredictions) -> tuple[Tensor, Tensor]:
+def changed(test: TestPredictions) -> tuple[Tensor, Tensor]:
+    """Return masks [n] of the images that only the tuned, and that only the untuned model classifies correctly."""
     before, after = (top.classes[:, 0] == test.labels for top in (test.zero_shot, test.last))
     return ~before & after, before & ~after
 
 
-def _one_per_class(labels: Tensor, chosen: Tensor, limit: int) -> list[int]:
+def one_per_class(labels: Tensor, chosen: Tensor, limit: int = GALLERY) -> list[int]:
+    """Indices of at most `limit` of the chosen images, of different classes, evenly spaced."""
     first_of = {int(labels[index]): index for index in reversed(chosen.nonzero().flatten().tolist())}
     found = [first_of[label] for label in sorted(first_of)]
     count = min(limit, len(found))
@@ -129,32 +118,17 @@ def confusion_matrix(test: TestPredictions, *, limit: int = WORST) -> tuple[list
     """Count the predictions of the classes with the most errors, or of all if there are at most `limit` classes.
 
     Returns labels [n], and counts [n, n + 1]: images of a class (row) predicted as each of these classes, or as any
-    other (last column). Classes that are confused with each other are neighbours. Both are empty without errors.
+    other (last column). Both are empty without errors.
     """
     labels = _by_errors(test)[:limit]
     if labels and len(test.classes) <= limit:
-        labels += [label for label in range(len(test.classes)) if label not in labels]
-    labels = _neighbours(labels, test)
+        labels = list(range(len(test.classes)))
     place = torch.full((len(test.classes),), len(labels))
     place[labels] = torch.arange(len(labels))
     rows, columns = place[test.labels], place[test.last.classes[:, 0]]
     chosen, width = rows < len(labels), len(labels) + 1
     counts = (rows * width + columns)[chosen].bincount(minlength=len(labels) * width)
     return labels, counts.view(len(labels), width).tolist()
-
-
-def _neighbours(labels: list[int], test: TestPredictions) -> list[int]:
-    """Order labels so that each follows the one that it is confused with most, of those that are left."""
-    confused: Counter[frozenset[int]] = Counter()
-    for pair, indices in _errors(test).items():
-        confused[frozenset(pair)] += len(indices)
-    left = list(labels)
-    found: list[int] = []
-    while left:
-        last = found[-1:]
-        found.append(max(left, key=lambda label: confused[frozenset([*last, label])]))  # the first of equal ones
-        left.remove(found[-1])
-    return found
 
 
 def predictions_with_thumbnails(
@@ -168,9 +142,9 @@ def predictions_with_thumbnails(
 
 def add_thumbnails(test: TestPredictions, images: SizedDataset) -> None:
     """Read the images that the report shows, and add them to the predictions of their test."""
-    fixed, broken = changed(test)
     pairs = confused_pairs(test)
-    shown = [*fixed, *broken, *(pair.index for pair in pairs)]
+    shown = [index for chosen in changed(test) for index in one_per_class(test.labels, chosen)]
+    shown += [pair.index for pair in pairs]
     shown += [pair.predicted_index for pair in pairs if pair.predicted_index is not None]
     test.thumbnails = {index: encoded(images[index][0]) for index in dict.fromkeys(shown)}
 

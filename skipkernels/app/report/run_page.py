@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ..untrusted import parse_object, read_bounded
 from . import page
 from .dot_plot import DotRow, dot_plot, plot_of_changes
 from .intervals import range_text, wilson
-from .mistakes import changed, class_results, confused_pairs, confusion_matrix, count_changed
+from .mistakes import changed, class_results, confused_pairs, confusion_matrix, one_per_class
 from .page import Cell, Section, Table, row
 from .plots import accuracy_svg, blend_svg, coloured, finite, loss_svg
 from .rendering import number, part, plural
@@ -50,7 +49,7 @@ def report_html(
             Section("thresholds", "Thresholds", _thresholds(metrics.get("validation") or {})),
             Section("training", "Training", _curves(metrics, rows)),
             page.reproduction(metrics.get("command", ""), _data(config, metrics), environment, config.to_yaml()),
-            Section("cost", "Cost", [*_cost(config, metrics), *_stages(rows)]),
+            Section("cost", "Cost", _cost(config, metrics)),
         ],
     )
 
@@ -218,7 +217,7 @@ def _candidates(metrics: Mapping[str, Any]) -> list[Markup]:
         name, style = (f"✓ {each['name']}", "summary") if each["chosen"] else (each["name"], "")
         rows.append(row(name, *cells, style=style))
     columns = ["accuracy, %", *(["balanced accuracy, %"] if balanced else []), "seconds", "takes new names"]
-    parts = [Table("candidates", columns, rows).html]
+    parts = [Table(f"candidates, on {plural(found[0]['images'], 'held-out image')}", columns, rows).html]
     if (chosen := _chosen(metrics)) is not None:
         because = f": {metrics['chosen_because']}" if metrics.get("chosen_because") else ""
         again = "" if found[0]["chosen"] else " Then it was trained again, on all images."  # the first is zero-shot
@@ -233,7 +232,8 @@ def _galleries(tests: Sequence[TestPredictions], which: int, explained: str, sty
     """Gallery of each test, of the images that tuning fixed (`which` 0) or broke (1)."""
     found: dict[str, list[Markup]] = {}
     for test in tests:
-        indices, count = changed(test)[which], count_changed(test)[which]
+        chosen = changed(test)[which]
+        indices, count = one_per_class(test.labels, chosen), int(chosen.sum())
         shown = f"{len(indices):,} of {count:,} images" if len(indices) < count else plural(count, "image")
         if indices:
             gallery = part("gallery", [_card(test, index) for index in indices], style)
@@ -369,16 +369,6 @@ def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[Mark
     ]
     found = [(title, svg, names) for title, svg, names in found if svg]
     return [part("figures", found)] if found else []
-
-
-def _stages(rows: list[dict[str, Any]]) -> list[Markup]:
-    """Time by stage of all epochs, and its share."""
-    seconds: Counter[str] = Counter()
-    for each in rows:
-        seconds.update(each.get("stage_seconds") or {})
-    total = seconds.total()
-    stages = [row(name, f"{part:,.2f}", f"{100 * part / total:.1f}") for name, part in seconds.items() if total]
-    return [Table("all epochs", ["seconds", "share, %"], stages).html] if stages else []
 
 
 def _cost(config: TuneConfig, metrics: Mapping[str, Any]) -> list[Markup]:

@@ -72,7 +72,8 @@ def headline(study: Mapping[str, Any]) -> str:
     if best is None:
         return study["title"]
     comparison = study.get("comparison") or {}
-    equal = [_variant(study, name) for name, of in comparison.get("others", {}).items() if not of["worse"]]
+    others = comparison.get("others", {})
+    equal = [_variant(study, name) for name, of in others.items() if not of["worse"]]
     certain = comparison.get("best") == best and not equal
     name = _deciding(study)
     sentence = f"The {'best' if certain else 'highest'} {_measure(name)} is that of {_variant(study, best)}, "
@@ -83,7 +84,8 @@ def headline(study: Mapping[str, Any]) -> str:
     counts = [plural(seeds, "seed"), *([plural(images, "test image")] if images else [])]
     sentence += f" ({', '.join(counts)})"
     if equal:
-        listed = " and ".join([*([", ".join(equal[:-1])] if len(equal) > 1 else []), equal[-1]])
+        listed = " and ".join(filter(None, (", ".join(equal[:-1]), equal[-1])))
+        listed = "any other" if len(equal) == len(others) > 1 else listed
         sentence += f", but these images and seeds don't tell it apart from {listed}"
     return f"{sentence}."
 

@@ -63,6 +63,8 @@ def test_best_is_within_noise(study):
     assert [of["worse"] for of in found["comparison"]["others"].values()] == [False, True]
     assert headline(found).startswith("The highest accuracy is that of a, 90.0 %")
     assert headline(found).endswith("but these images and seeds don't tell it apart from b.")
+    found["comparison"]["others"]["c"]["worse"] = False
+    assert headline(found).endswith("don't tell it apart from any other.")
 
 
 def test_best_must_be_ahead_in_every_seed(study):
