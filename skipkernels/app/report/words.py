@@ -6,14 +6,7 @@ from ...options import Shots
 from ..config import TuneConfig
 from .rendering import plural
 
-_METHODS = {  # others are words already
-    "skip": "Skip Tuning",
-    "full": "full fine-tuning",
-    "linear-probe": "linear probe",
-    "coop": "CoOp",
-    "clip-adapter": "CLIP-Adapter",
-    "lora": "LoRA",
-}
+_METHODS = {"skip": "Skip Tuning", "full": "full fine-tuning"}  # options of others are their names
 _TESTS = {
     "base": "trained classes",
     "new": "new classes",
@@ -27,8 +20,8 @@ _TESTS = {
 def name_of_method(method: str) -> str:
     """Return the name of a method, or the text itself.
 
-    >>> name_of_method("skip"), name_of_method("zero-shot")
-    ('Skip Tuning', 'zero-shot')
+    >>> name_of_method("skip"), name_of_method("linear-probe")
+    ('Skip Tuning', 'linear-probe')
     """
     return _METHODS.get(method, method)
 
