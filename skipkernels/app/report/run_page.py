@@ -90,19 +90,18 @@ def _headline(metrics: Mapping[str, Any]) -> str:
         held = metrics.get("validation")
         if not held or not (finite(held["zero_shot"]) and finite(held["tuned"])):
             return "All images trained, none were kept for a test: there is no accuracy."
-        kind, before, after, more = _leading(metrics, VALIDATION, held["zero_shot"], held["tuned"])
+        kind, before, after, rest = _leading(metrics, VALIDATION, held["zero_shot"], held["tuned"])
         return (
             f"No images were kept for a test. On {plural(held['images'], 'validation image')}, which choose the epoch, "
-            f"the {kind} went {_from_to(before, after)}; expect less on other images{more}."
+            f"the {kind} went {_from_to(before, after)}{rest}; expect less on other images."
         )
     classes = _counted(metrics, first)
     if not (finite(zero_shot.get(first)) and finite(tuned.get(first))):
         return f"No accuracy after tuning; zero-shot {_percent(zero_shot.get(first))} on the {classes}."
     subject = _chosen(metrics) or ("Tuning and blending" if "alpha" in metrics else "Tuning")
-    kind, before, after, more = _leading(metrics, first, zero_shot[first], tuned[first])
+    kind, before, after, rest = _leading(metrics, first, zero_shot[first], tuned[first])
     verb = "kept" if after == before else "raised" if after > before else "lowered"
-    interval = "" if more else _interval(metrics, first, after, "95 % interval ")
-    text = f"{subject} {verb} the {kind} on the {classes} {_from_to(before, after)}{interval}{more}"
+    text = f"{subject} {verb} the {kind} on the {classes} {_from_to(before, after)}{rest}"
     if len(others) == 1 and finite(zero_shot.get(others[0])) and finite(tuned.get(others[0])):
         before, after = zero_shot[others[0]], tuned[others[0]]
         verb = "stayed" if after == before else "rose" if after > before else "fell"
@@ -114,15 +113,18 @@ def _headline(metrics: Mapping[str, Any]) -> str:
 
 
 def _leading(metrics: Mapping[str, Any], test: str, before: float, after: float) -> tuple[str, float, float, str]:
-    """Kind of accuracy that leads, with its values, and what follows on the plain one if classes differ in size."""
+    """Kind of accuracy that leads, with its values and the rest of the sentence: the interval of the accuracy.
+
+    If classes differ in size, the balanced accuracy leads, and the rest has the accuracy.
+    """
+    interval = _interval(metrics, test, after, "95 % interval ")
     found = [(metrics.get(part) or {}).get(test) for part in ("zero_shot_by_class", "by_class")]
     largest = largest_class(found[0])
     if largest is None or not all(of and finite(of["balanced_accuracy"]) for of in found):
-        return "accuracy", before, after, ""
+        return "accuracy", before, after, interval
     name, share = largest
-    more = f". The accuracy, which is {_percent(share)} if the answer is always {name}, went {_from_to(before, after)}"
-    more += _interval(metrics, test, after, "95 % interval ")
-    return "balanced accuracy", *(of["balanced_accuracy"] for of in found if of), more
+    rest = f". The accuracy, which is {_percent(share)} if the answer is always {name}, went {_from_to(before, after)}"
+    return "balanced accuracy", *(of["balanced_accuracy"] for of in found if of), rest + interval
 
 
 def _percent(value: float | None) -> str:

@@ -185,6 +185,18 @@ def test_report_title_has_the_number_of_training_images(data, shots):
     assert f"pictogram-tiny on {data} · Skip Tuning · {shots} of each class · " in text
 
 
+def test_report_without_test_images_has_the_accuracy_and_interval_of_validation():
+    held = {"images": 40, "zero_shot": 50.0, "tuned": 62.5}
+    none = {"zero_shot": {"all": None}, "tuned": {"all": None}, "classes": {"all": 20}, "images": {"tests": {"all": 0}}}
+    shown = Page(page(none | {"validation": held}, rows=[], tests=[]))
+    percent = "\N{NO-BREAK SPACE}%"
+    went = (
+        f"the accuracy went from 50.0{percent} to 62.5{percent} (95 % interval 47.0–75.8); expect less on other images."
+    )
+    assert f"On 40 validation images, which choose the epoch, {went}" in shown.text
+    assert ["validation images", "40", "50.0 (35.2–64.8)", "62.5 (47.0–75.8)", "+12.5"] in shown.rows
+
+
 def candidate(name: str, accuracy: float, balanced: float, new_names: bool = True, chosen: bool = False) -> dict:
     found = {"name": name, "accuracy": accuracy, "balanced_accuracy": balanced, "images": 40, "seconds": 3.125}
     return found | {"new_names": new_names, "chosen": chosen}
