@@ -193,8 +193,8 @@ def _results(metrics: Mapping[str, Any]) -> list[Markup]:
     plot = [part("dots", dot_plot("accuracy of each test, %", dots))] if len(dots) > 1 else []
     table = Table("accuracy, %", ["images", "zero-shot", "tuned", "change"], rows)
     text = (
-        "In brackets and as lines: 95 % intervals over the images (Wilson). Both models have the same images, so a "
-        "change may be certain although intervals overlap."
+        f"In brackets{' and as lines' if plot else ''}: 95 % intervals over the images (Wilson). Both models have the "
+        "same images, so a change may be certain although intervals overlap."
     )
     return [*plot, table.html, part("text", text)]
 
