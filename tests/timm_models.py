@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from functools import partial
 
 import open_clip
@@ -64,13 +66,26 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]
 
 
+def seeded(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Make the same model in each call."""
+
+    @functools.wraps(make)
+    def function(*arguments, **options) -> nn.Module:
+        torch.manual_seed(0)
+        return make(*arguments, **options)
+
+    return function
+
+
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
+@seeded
 def vit(**rest) -> nn.Module:
     return timm_clip(VisionTransformer(**{**SHAPE, **rest}))
 
 
+@seeded
 def vit_siglip() -> nn.Module:
     return timm_clip(VisionTransformer(**{**SHAPE, **SIGLIP, "num_classes": 0}), projection=True)
 
@@ -80,16 +95,18 @@ def mobile_clip() -> nn.Module:
     return vit(patch_size=1, no_embed_class=True, embed_layer=partial(HybridEmbed, backbone=stem, proj=False))
 
 
+@seeded
 def eva(**rest) -> nn.Module:
     return timm_clip(Eva(**{**SHAPE, "global_pool": "token", **rest}))
 
 
+@seeded
 def relative(**rest) -> nn.Module:
     return timm_clip(VisionTransformerRelPos(**{**SHAPE, **rest}))
 
 
+@seeded
 def naflex(**options) -> nn.Module:
-    torch.manual_seed(0)
     size = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 12}
     return timm_clip(NaFlexVit(**{**size, "pos_embed_grid_size": (2, 2), "global_pool": "avg", **options}))
 
@@ -97,11 +114,13 @@ def naflex(**options) -> nn.Module:
 # ---- towers in stages, on images of 32 × 32 pixels -------------------------------------------------------------------
 
 
+@seeded
 def convnext(projection: bool = False, **rest) -> nn.Module:
     shape = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 24), "num_classes": 0 if projection else 12}
     return timm_clip(ConvNeXt(**{**shape, **rest}), 32, projection)
 
 
+@seeded
 def fastvit(**rest) -> nn.Module:
     return timm_clip(FastVit(**FASTVIT, num_classes=12, **rest), 32)
 
@@ -115,11 +134,13 @@ def fused_fastvit() -> nn.Module:
     return model
 
 
+@seeded
 def swin(**rest) -> nn.Module:
     shape = {"img_size": 32, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
     return timm_clip(SwinTransformer(**{**shape, "num_classes": 12, **rest}), 32)
 
 
+@seeded
 def vitamin(**rest) -> nn.Module:
     """Two convolutional stages of one and two blocks, and a transformer of two blocks."""
     backbone = MbConvStages(VitCfg(embed_dim=(8, 16, 24), depths=(1, 2, 1), stem_width=8))

@@ -84,13 +84,6 @@ def test_lists_of_numbers_as_sampler(cache, rows):
     assert len(list(loader)) == 3 and loader.epoch == 2
 
 
-def test_lists_of_numbers_have_no_state_and_are_not_divided(cache):
-    with pytest.raises(TypeError, match=r"^FeatureLoader\.state_dict: this sampler has no state_dict"):
-        cache.loader(sampler=[[0, 1], [2, 3]]).state_dict()
-    with pytest.raises(ValueError, match="^FeatureCache.loader: lists of image numbers are not divided; got rank=0"):
-        cache.loader(sampler=[[0, 1], [2, 3]], rank=0, world_size=2)
-
-
 @pytest.mark.parametrize("wrong", [COUNT, -1])
 @pytest.mark.parametrize("where", ["disk", "memory"])
 def test_image_number_out_of_range(cache, rows, where, wrong):
