@@ -40,7 +40,7 @@ $(TESTS): $(READY)
 wheel: $(READY) ## Build a wheel in dist/, with the C++ kernels if there is a compiler.
 	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
-tune: $(READY) ## Tune the embedded model on the embedded data; prints a table, writes runs/pictograms-skip.
+tune: $(READY) ## Tune the embedded model on the embedded data; prints a table, writes runs/pictograms-auto.
 	$(BIN)/skipkernels tune --overwrite
 
 # Two processes of one thread each, since most tests are one thread of Python. Tests of threads set their number.

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from skipkernels.app.serve.blending import WITHOUT_VALIDATION
 from skipkernels.app.train.evaluation import Evaluator
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.precision import MixedPrecision
+from skipkernels.app.train.processes import ALONE
+from skipkernels.app.train.run import Run as TuneRun
 from skipkernels.app.train.setup import BATCH, RunSetup, build_method
 from skipkernels.app.train.trainer import Trainer
 from skipkernels.memory import PeakMemory
@@ -62,6 +65,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
     "clip-adapter": [Candidate("sgd", rate, rate) for rate in (2e-3, 2e-2, 0.1, 0.3)],
     "coop": [Candidate("sgd", rate, rate) for rate in (2e-3, 2e-2, 0.1, 0.3)],
     "linear-probe": [Candidate("fit", 0.0, 0.0)],
+    "auto": [Candidate("adamw", 3e-4, 3e-4)],  # the default of `skipkernels tune`, which chooses
 }
 # Epochs, images per batch and sampler. "One class": the batches of the published recipe, here of the two images of a
 # class. The steps of CLIP-Adapter are short, so it has more.
@@ -144,6 +148,10 @@ class Run:
         common: dict[str, Any] = {"method": method, "seed": self.seed, "device": "cpu", "precision": "fp32"}
         if method in ("linear-probe", "zero-shot"):
             return TuneConfig(**common).resolved()
+        if method == "auto":
+            epochs = MANY_EPOCHS if self.shift.many else None
+            settings = {"pretrained": str(self.weights), "protocol": "base-to-new", "shots": "all", "epochs": epochs}
+            return TuneConfig(**common | settings).resolved()
         epochs, batch, sampler = SCHEDULES.get(key) or SCHEDULES[optimizer]
         epochs = min(epochs, MANY_EPOCHS) if self.shift.many else epochs
         common |= {"epochs": epochs, "batch_size": batch, "sampler": sampler, "optimizer": optimizer}
@@ -202,6 +210,8 @@ def execute(run: Run) -> list[dict[str, Any]]:
     classes; of LoRA, half of the update. Heads are fitted to the training images, with the penalty of the model before
     tuning.
     """
+    if run.name == "auto":
+        return chosen(run)
     setup = setup_of(run)
     method, train, tests = setup.method, setup.train_features(), setup.test_features()
     zero_shot = accuracies(setup, setup.zero_shot, tests)
@@ -231,6 +241,26 @@ def execute(run: Run) -> list[dict[str, Any]]:
                 weight.lerp_(before[name], 1 - WITHOUT_VALIDATION)
         found += rows(blended=True)
     return found
+
+
+def chosen(run: Run) -> list[dict[str, Any]]:
+    """Train and test as `skipkernels tune` does by default. Returns a row, with the name of the chosen candidate."""
+    open_data = partial(tasks.source, run.shift, run.phase, run.seed, run.drawings)
+    torch.manual_seed(run.seed)
+    tuning = TuneRun(run.config(), open_data, ALONE, None)
+    tuning.compute_features()
+    setup, tests = tuning.setup, tuning.setup.test_features()
+    zero_shot = accuracies(setup, setup.zero_shot, tests)
+    started = time.perf_counter()
+    tuning.choose()
+    trainer = tuning.trainer()
+    with tuning.display:
+        tuning.train(trainer)
+    assert tuning.choice is not None
+    found = accuracies(setup, tuning.method, tests, tuning.method.fitted)
+    cost = {"steps": sum(row["steps"] for row in tuning.rows), "train_s": round(time.perf_counter() - started, 2)}
+    columns = run.columns | {"blended": 0, "head": "", "l2": tuning.l2, "chosen": tuning.choice.name}
+    return [columns | rounded(found) | rounded({f"zero_shot_{name}": zero_shot[name] for name in ACCURACIES}) | cost]
 
 
 @torch.no_grad()

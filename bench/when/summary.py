@@ -21,7 +21,7 @@ _BLENDS = [name for name in VARIANTS if name.startswith("skip") or name in ("ful
 _PLAIN = [*METHODS, *(name + BLENDED for name in _BLENDS)]
 SHOWN = [*_PLAIN, *(name + WITH + head for head in HEADS for name in _PLAIN if name.removesuffix(BLENDED) in HEADED)]
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "clip-adapter": "CLIP-Adapter", "coop": "CoOp"}
-NAMES |= {"linear-probe": "linear probe"}
+NAMES |= {"linear-probe": "linear probe", "auto": "the default"}
 # Lines of the table of differences: a variant, the one it is compared with, and columns.
 _COMPARED: list[tuple[str, str, tuple[str, ...]]] = [
     (_HALF, "linear-probe", ("base",)),

@@ -69,11 +69,16 @@ def names(shift: Shift, phase: Phase, drawings: Path | None = None) -> list[str]
 
 def load(shift: Shift, phase: Phase, seed: int, transform: Callable[..., Any], drawings: Path | None = None) -> Task:
     """Make the base-to-new task of a seed; `drawings` as in `names`."""
+    options = TaskOptions(protocol="base-to-new", shots="all", seed=seed)
+    return load_task(source(shift, phase, seed, drawings), options, transform=transform)
+
+
+def source(shift: Shift, phase: Phase, seed: int, drawings: Path | None = None) -> Source:
+    """Images of the classes of a seed, in its order: the first half of the classes is base."""
     classes = names(shift, phase, drawings)
     random.Random(seed).shuffle(classes)
     if drawings is None:
         train, test = (DatasetImages(Drawings(classes, sets)) for sets in (shift.train, TEST))
     else:
         train, test = (DatasetImages(more.read(drawings, shift.name, split, classes)) for split in ("train", "test"))
-    source = Source(shift.name, tuple(classes), (TEMPLATE,), splits={"train": train, "test": test})
-    return load_task(source, TaskOptions(protocol="base-to-new", shots="all", seed=seed), transform=transform)
+    return Source(shift.name, tuple(classes), (TEMPLATE,), splits={"train": train, "test": test})

@@ -21,7 +21,7 @@ from ..formatting import first_line
 from ..options import Precision, Protocol, Shots
 from .data.base import InputError
 from .data.registry import is_own
-from .methods.registry import METHODS
+from .methods.registry import AUTO, METHODS
 from .option_groups import (
     CacheOptions,
     ComputeOptions,
@@ -107,6 +107,8 @@ class TuneConfig(
 
     dataset_identity: str | None = None
     """Digest of a dataset that was passed to `tune`, which sets it."""
+    retrained: bool = False
+    """True if `tune` chose the settings among candidates: the images that were held out for it train, too."""
 
     @field_validator("root", "cache", "out", "resume", mode="before")
     @classmethod
@@ -127,6 +129,8 @@ class TuneConfig(
         """
         import torch
 
+        if self.method == AUTO and not self._can_choose:
+            return dataclasses.replace(self, method="skip").resolved(open_data)
         self.method_class()
         device = usable_device(self.device, "TuneConfig")
         half: Precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
@@ -156,6 +160,7 @@ class TuneConfig(
             recipe["epochs"] //= 4
         if (reference and self.method == "skip" and self._shots < 4) or self.class_weight is not None:
             recipe["sampler"] = "random"
+        recipe["head"] = "auto" if self.method == AUTO else "none"
         recipe["protocol"] = self.chosen_protocol
         recipe["shots"] = self.chosen_shots
         if "tail" in self.method_class().options():
@@ -185,6 +190,16 @@ class TuneConfig(
         return is_own(self.data)
 
     @property
+    def _can_choose(self) -> bool:
+        """True for data on which `auto` chooses; elsewhere it is the published method."""
+        return self.preset == "default" and (self.own_data or self.data.partition(":")[0] == "pictograms")
+
+    @property
+    def chooses(self) -> bool:
+        """True if a run begins with a choice between candidates."""
+        return self.method == AUTO or self.head == "auto"
+
+    @property
     def shots_text(self) -> str:
         """Number of training images per class, for titles: "16 shots"."""
         shots = self.chosen_shots
@@ -206,10 +221,11 @@ class TuneConfig(
 
     def method_class(self) -> type[Method]:
         """Return the class of the method."""
-        if self.method not in METHODS:
-            choices = f"{', '.join(METHODS)}; got {self.method!r}."
+        method = "skip" if self.method == AUTO else self.method
+        if method not in METHODS:
+            choices = f"{', '.join([AUTO, *METHODS])}; got {self.method!r}."
             raise InputError(f"TuneConfig: method must be one of {choices}", "method")
-        return METHODS[self.method]
+        return METHODS[method]
 
     def with_method(self, method: str) -> TuneConfig:
         """Return the configuration for another method, with the default for settings that it does not use."""
@@ -228,7 +244,7 @@ class TuneConfig(
             if methods == "constructor" and name not in options:
                 return False
             if name in ("head", "prior"):
-                return method.takes_head
+                return method.takes_head or getattr(self, name) == "none"
             if name == "blend":
                 return method.can_blend
             if published.epochs == 0:
@@ -245,10 +261,12 @@ class TuneConfig(
             if getattr(self, name) == ():
                 _refuse(name, f"{name} must have an item; got none. Leave it out for the default.")
         assert self.epochs is not None
-        if self.epochs < (0 if self.head != "none" else 1) and self.has_steps:
+        if self.epochs < (0 if self.head != "none" or self.retrained else 1) and self.has_steps:
             _refuse("epochs", f"epochs must be at least 1, or 0 with a head; got {self.epochs}.")
         if self.epochs == 0 and self.augments:
             _refuse("refresh", "refresh=epoch has no effect without epochs; leave it out.")
+        if self.augments and self.chooses:
+            _refuse("refresh", "refresh=epoch needs a chosen method and head; add method=skip, or leave it out.")
         if self.epochs == 0 and self.blend != 1:
             _refuse("blend", f"blend={self.blend:g} has no effect without epochs; leave it out.")
         if self.head == "none" and self.prior != "images":

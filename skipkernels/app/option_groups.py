@@ -13,7 +13,7 @@ from ..options import (
     AttentionName,
     CacheDtype,
     ClassWeight,
-    HeadName,
+    HeadChoice,
     LoggerName,
     Memory,
     Precision,
@@ -27,7 +27,7 @@ from ..options import (
     Test,
     Validation,
 )
-from .methods.registry import METHOD_HELP
+from .methods.registry import AUTO, METHOD_HELP
 
 MAX_TIMEOUT = 1e6  # seconds
 
@@ -124,7 +124,11 @@ class ModelOptions:
 class MethodOptions:
     """Method of adaptation."""
 
-    method: str = option("skip", help=f"One of {METHOD_HELP}.")
+    method: str = option(
+        AUTO,
+        help=f"One of {METHOD_HELP}; or auto, the default: for own data and pictograms the best on held-out images of "
+        "heads on the pretrained model, and Skip Tuning with three learning rates, blended and with heads; else skip.",
+    )
     preset: Preset = "default"
     """reference: settings of the published code, such as --tail fixed and the paper's schedule. --decay is 0.3 in each
     protocol, as in its configuration; the memory that the paper reports for ImageNet follows from 0.1."""
@@ -137,10 +141,11 @@ class MethodOptions:
 class HeadOptions:
     """Classifier of the embeddings, fitted to the training images after training."""
 
-    head: HeadName = "none"
+    head: HeadChoice | None = None
     """none: the texts of the classes. anchored: a logistic regression that starts at the texts and is drawn to them.
     gaussian: a Gaussian for each class, added to the texts. probe: a logistic regression without texts, for trained
-    classes alone. With --epochs 0, of the embeddings of the pretrained model."""
+    classes alone. auto: the best of these on held-out images. With --epochs 0, of the embeddings of the pretrained
+    model. By default auto for --method auto, else none."""
     prior: Prior = "images"
     """Frequencies of the classes that a head expects. images: those of the training images. balanced: equal ones, which
     raises the accuracy on rare classes."""

@@ -16,7 +16,7 @@ from .extraction import Encoder, Extraction, MemoryExtraction, Progress, epoch_i
 from .identity import check_probe, dataset_identity, model_identity, probe
 from .loader import FeatureLoader
 from .samplers import BatchSampler
-from .table import CacheError, FeatureTable, MappedTable
+from .table import CacheError, FeatureTable, MappedTable, SelectedRows
 
 if TYPE_CHECKING:
     from ..clip import SkipCLIP
@@ -215,6 +215,10 @@ class FeatureCache(Dataset):
     def dtype(self) -> torch.dtype:
         """Dtype of the features as computed and returned."""
         return self.table.dtype
+
+    def subset(self, images: Tensor) -> FeatureCache:
+        """Return the features of some images, by number, int64 [m], without a copy; those of the current epoch."""
+        return FeatureCache(SelectedRows(self.table, images), self.labels[images])
 
     def loader(
         self,

@@ -258,6 +258,20 @@ class MemoryTable(FeatureTable):
         return MemoryTable(features) if features.dtype == self.dtype else None
 
 
+class SelectedRows(FeatureTable):
+    """Some rows of another table, by number, int64 [m]; not copied."""
+
+    def __init__(self, table: FeatureTable, row_numbers: Tensor):
+        self._table, self._row_numbers = table, row_numbers.cpu()
+        self.folder, self.shape, self.dtype = table.folder, table.shape, table.dtype
+
+    def __len__(self) -> int:
+        return len(self._row_numbers)
+
+    def rows(self, row_numbers: Tensor) -> Tensor:  # noqa: D102
+        return self._table.rows(self._row_numbers[row_numbers.cpu()])
+
+
 class MappedTable(FeatureTable):
     """Rows of features in a folder, mapped into the memory of the CPU.
 

@@ -18,13 +18,12 @@ from safetensors.torch import load_file
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.demo import pictogram_tiny
-from skipkernels.app.methods import METHODS
 from skipkernels.app.report import plots
 from skipkernels.app.train import tune
 from skipkernels.digests import digest_tensors
 from tests.models import uncompared
 
-SMALL = TuneConfig(shots=2, max_classes=24, epochs=2, device="cpu")  # two epochs of six steps
+SMALL = TuneConfig(method="skip", shots=2, max_classes=24, epochs=2, device="cpu")  # two epochs of six steps
 _get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
 
@@ -58,7 +57,7 @@ def small(out: Path, **changes: Any) -> TuneConfig:
 
 def stopped(folder: Path, step: int = 9, **changes: Any) -> None:
     """Start a run that is interrupted in a step, by default the third of the second epoch."""
-    method = METHODS[changes.get("method", "skip")]
+    method = small(folder, **changes).method_class()
     calls, original = iter(range(1, 1000)), method.step
 
     def interrupted(self, *args):
@@ -93,7 +92,9 @@ def results(folder: Path) -> list[Any]:
 
 
 def without_cost(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metrics.items() if name not in ("cost", "command", "environment")}
+    tried = [{name: row[name] for name in row if name != "seconds"} for row in metrics.get("candidates") or []]
+    left = {name: value for name, value in metrics.items() if name not in ("cost", "command", "environment")}
+    return left | {"candidates": tried}
 
 
 def files(folder: Path) -> set[str]:

@@ -98,7 +98,7 @@ def test_differs_from():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "skipp"}, "method must be one of skip, zero-shot, full, .*lora; got 'skipp'"),
+        ({"method": "skipp"}, "method must be one of auto, skip, zero-shot, full, .*lora; got 'skipp'"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"method": "zero-shot", "epochs": 3}, 'epochs=3 has no effect with method="zero-shot"'),
         ({"method": "zero-shot", "epochs": None, "text_lr": 1.0}, "text_lr=1.0 has no effect"),

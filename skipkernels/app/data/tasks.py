@@ -15,7 +15,7 @@ from ...formatting import escaped
 from ...options import Shots, Test, Validation
 from .base import InputError
 from .files import format_names
-from .images import DatasetImages, Images, unreadable
+from .images import DatasetImages, Images, joined, unreadable
 from .registry import open_source
 from .shots import class_sizes_note, few_shot_note
 from .source import Protocol, Source, Split
@@ -70,6 +70,14 @@ class Task:
     notes: tuple[str, ...] = ()
     source_notes: tuple[str, ...] = ()
     folders: tuple[str, ...] | None = None
+    held_out: int = 0
+
+    def retrained(self) -> Task:
+        """Return the task with its validation images as the last `held_out` training images."""
+        if self.validation is None:
+            return self
+        held = self.validation.images
+        return replace(self, train=joined([self.train, held]), validation=None, held_out=len(held))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,8 +66,8 @@ def anchored_l2(
     The embeddings of a tuned model fit its training images, so that every penalty would appear perfect. The first half
     of the images of each class, in the given order, is one fold: similar neighbours stay together. A class with one
     image trains in both folds and is never held out: held out, it would have no training image, which favours the
-    texts. Candidates are tried from the largest to the smallest, until two in a row are below the best. The best
-    accuracy over both folds is chosen, of equal ones the lower loss. If no class has two images, the result is
+    texts. Candidates are tried from the largest to the smallest, until two in a row have a higher loss than one before.
+    The best accuracy over both folds is chosen, of equal ones the lower loss. If no class has two images, the result is
     `WITHOUT_PAIRS`.
     """
     x, anchor, scale = _checked("anchored_l2", image, labels, text, scale)
@@ -124,10 +124,10 @@ def _best_l2(
             correct += int((logits.argmax(dim=1) == target).sum())
             log_likelihood -= torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
         tried[l2] = correct, log_likelihood
-        best = max(tried, key=lambda penalty: tried[penalty])
-        if list(tried).index(best) < len(tried) - 2:
+        losses = [-log_likelihood for _, log_likelihood in tried.values()]
+        if min(losses[-2:]) > min(losses):
             break
-    return best
+    return max(tried, key=lambda penalty: tried[penalty])
 
 
 def halves(labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...options import HeadName
+from ...options import HeadChoice, HeadName
 from .anchored import anchored_l2, anchored_probe, linear_probe, probe_l2
 from .gaussian import gaussian_head, with_text
 from .head import Head, balanced
@@ -24,7 +24,7 @@ class Examples(NamedTuple):
     scale: float  # exponential of `logit_scale`
 
 
-def choose_l2(name: HeadName, frozen: Examples) -> float:
+def choose_l2(name: HeadChoice | None, frozen: Examples) -> float:
     """Choose the penalty of a head, on embeddings of the model before tuning; 0 for a head without one."""
     image, labels, text, scale = frozen
     if name == "anchored":
@@ -32,7 +32,7 @@ def choose_l2(name: HeadName, frozen: Examples) -> float:
     return probe_l2(image, labels, len(text), scale) if name == "probe" else 0.0
 
 
-def fit_head(name: HeadName, examples: Examples, l2: float, *, equal_priors: bool = False) -> Head | None:
+def fit_head(name: HeadChoice | None, examples: Examples, l2: float, *, equal_priors: bool = False) -> Head | None:
     """Fit a head by its name; None for "none". `equal_priors`: as `balanced`."""
     image, labels, text, scale = examples
     if name == "none":

@@ -50,6 +50,8 @@ _METHODS: dict[str, tuple[str, str]] = {  # class, and words for --help
     "clip-adapter": ("clip_adapter:CLIPAdapter", "a small network on embeddings"),
     "lora": ("lora:LoRA", "low-rank updates of attention"),
 }
+AUTO = "auto"
+"""Name of the choice between candidates, which is no method: see `train.candidates`."""
 METHOD_HELP = ", ".join(f"{name} ({words})" for name, (_, words) in _METHODS.items())
 _MODELS: dict[str, Any] = {
     "pictogram-tiny": "skipkernels.app.demo.pictogram_tiny:PACKAGED",

@@ -57,7 +57,7 @@ def compare(
         got = f"no method {unknown[0]!r}" if unknown else f"got {' '.join(methods) or 'none'}"
         raise InputError(f"compare: methods must be distinct names of {', '.join(METHODS)}; {got}.", "methods")
     configs = {method: config.with_method(method) for method in methods}
-    searched = _search(config, configs, folder / "search", console, overwrite) if config.own_data else {}
+    searched = _search(configs, folder / "search", console, overwrite) if config.own_data else {}
     configs |= {method: dataclasses.replace(configs[method], **found.rates) for method, found in searched.items()}
     variants = [Variant(method, configs[method]) for method in methods]
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
@@ -92,10 +92,9 @@ def _scaled_rates(config: TuneConfig, multiplier: float) -> dict[str, Any]:
     return {name: rate * multiplier for name, rate in known.items()} if resolved.epochs else {}
 
 
-def _search(
-    config: TuneConfig, configs: dict[str, TuneConfig], folder: Path, console: Console, overwrite: bool
-) -> dict[str, Searched]:
+def _search(configs: dict[str, TuneConfig], folder: Path, console: Console, overwrite: bool) -> dict[str, Searched]:
     """Search the learning rates of each method that has some; see `compare`."""
+    config = next(iter(configs.values()))
     if _rates_given(config) or build_task(config.resolved()).validation is None:
         why = "they are given" if _rates_given(config) else "there are no validation images"
         console.print(plain(f"note: learning rates are not searched, as {why}."))

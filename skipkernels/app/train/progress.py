@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,7 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ...formatting import duration
 from ...memory import PeakMemory
 from ..console import print_plain
+from ..heads import NAMES
 from ..report.plots import finite
+
+if TYPE_CHECKING:
+    from .candidates import Trial
 
 _REFRESHES = 2  # per second, of the bars; each delays the training thread by 3 ms
 _SMOOTHING = 0.8  # weight of previous losses in the displayed loss
@@ -56,6 +61,18 @@ class ProgressDisplay:
     def features(self, total: int) -> Callable[[float], None]:
         """Add a bar for the features of `total` images; return a function that advances it by a number of images."""
         return partial(self._bars.advance, self._bars.add_task("features", total=total, loss=""))
+
+    def candidates(self, steps: int) -> Callable[[], None]:
+        """Add a bar for the training steps of candidates; return a function that advances it by one."""
+        return partial(self._bars.advance, self._bars.add_task("candidates", total=steps, loss=""))
+
+    def trials(self, trials: Sequence[Trial], left: float) -> None:
+        """Show the accuracies of candidates that share a training, and the seconds left for the others."""
+        for _, (first, *others) in itertools.groupby(trials, key=lambda trial: trial.candidate.blend):
+            heads = [f"{NAMES[trial.candidate.head]} {trial.accuracy:.1f} %" for trial in others]
+            self._line(f"{first.candidate.name} {first.accuracy:.1f} %", *heads)
+        if left:
+            self._line(f"candidates: {duration(left)} left")
 
     def begin(
         self,

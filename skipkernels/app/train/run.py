@@ -25,9 +25,10 @@ from ..data.files import format_names
 from ..heads import choose_l2, fit_head
 from . import checkpoint, notes
 from .calibration import calibrate
+from .candidates import Choice, Search
 from .checkpoint import DELTA, HEAD, MODEL, Checkpoint, best_epoch, has_stalled
 from .class_metrics import VALIDATION
-from .description import describe, write_open_clip_config
+from .description import Description, describe, write_open_clip_config
 from .environment import environment
 from .errors import argument_error
 from .evaluation import Evaluation, Evaluator
@@ -36,7 +37,7 @@ from .interpolation import Interpolation
 from .loggers import Logger, open_loggers
 from .processes import Processes
 from .progress import ProgressDisplay
-from .run_folder import FEW_SHOT, REPORT, RunFolder
+from .run_folder import CANDIDATES, FEW_SHOT, REPORT, RunFolder
 from .setup import BATCH, build_run
 from .trainer import Trainer
 from .weights import MODEL as WHOLE_MODEL
@@ -71,8 +72,7 @@ class Run:
         if config.patience is not None and self.task.validation is None:
             raise argument_error("patience", "there are no validation images to stop by; add some, or leave it out.")
         self.weights = WeightsFile(self.method, self.setup.model, delta=config.delta)
-        file = DELTA if config.delta else MODEL
-        self.described = describe(config, self.setup.model, self.task, weights=file, holds=self.weights.holds)
+        self.described = self._describe()
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             print_plain(self.console, f"note: {note}")
             _log.info(escaped(note))
@@ -81,11 +81,18 @@ class Run:
         self.display = ProgressDisplay(self.console, title=title, memory=self.memory)
         self.rows = [] if self.resumed is None else list(self.resumed.rows)  # of the complete epochs
         self.tuned: Evaluation | None = None  # after the last complete epoch, in the end of the best
+        self.choice: Choice | None = None
+        if config.retrained:
+            self.choice = processes.from_first(lambda: None if folder is None else Choice.read(folder.path))
         self.l2 = 0.0  # penalty of the head, if it has one
         self.thresholds: list[dict[str, Any]] = []  # by accuracy on the validation images
         self.warnings: list[str] = []
         self.seconds_before = 0.0 if self.resumed is None else self.resumed.seconds  # of earlier processes
         self.seconds_fit = 0.0
+
+    def _describe(self) -> Description:
+        file = DELTA if self.config.delta else MODEL
+        return describe(self.config, self.setup.model, self.task, weights=file, holds=self.weights.holds)
 
     @contextlib.contextmanager
     def reported(self) -> Iterator[None]:
@@ -115,10 +122,41 @@ class Run:
         self.zero_shot = self.evaluator.evaluate(
             self.setup.zero_shot, 'for the pretrained weights. Check `pretrained`, or use precision="fp32".'
         )
-        if self.config.head != "none":  # now: a resumed run then loads tuned weights
-            self.l2 = choose_l2(self.config.head, examples(self.setup, self.method, self.features))
+
+    def choose(self) -> None:
+        """Choose the settings among candidates, if the configuration leaves them open, and the penalty of the head."""
+        if self.config.chooses:
+            self._adopt(self._choice())
+        head = self.config.head
+        if head != "none":  # before training, and before a resumed run loads tuned weights
+            self.l2 = choose_l2(head, examples(self.setup, self.method, self.features))
         if self.config.blend != 1:
             self.between = Interpolation(self.setup.trained)
+
+    def _choice(self) -> Choice:
+        """Try candidates until all are done, or Ctrl-C."""
+        search = Search(self.setup, self.features)
+        search.advance = self.display.candidates(search.steps)
+        stopped, started = False, time.perf_counter()
+        try:
+            for number, trials in enumerate(search.run() if search.masks else ()):
+                done = time.perf_counter() - started
+                self.display.trials(trials, done / number * (len(search.factors) - number) if number else 0.0)
+        except KeyboardInterrupt as error:
+            if type(error) is not KeyboardInterrupt or not search.trials:  # not Ctrl-C, but the end of the job
+                raise
+            stopped = True
+        choice = search.choice(stopped)
+        print_plain(self.console, f"chosen: {choice.name} ({choice.because}). It now gets all training images.")
+        return choice
+
+    def _adopt(self, choice: Choice) -> None:
+        """Continue with the settings of a choice."""
+        self.choice, self.config = choice, replace(self.config, **choice.settings)
+        self.setup = replace(self.setup, config=self.config)
+        self.described = self._describe()
+        if self.folder is not None:
+            self.folder.config = self.config
 
     def trainer(self) -> Trainer | None:
         """Return the trainer; None for a method without epochs."""
@@ -149,6 +187,8 @@ class Run:
                 write_open_clip_config(self.folder.path, self.setup.model, self.setup.tokenizer)
             config, path = self.config, self.folder.path / FEW_SHOT
             known: dict[str, Any] = {"data": config.data, "shots": config.shots, "seed": config.seed}
+            if self.choice is not None:
+                self.folder.write(CANDIDATES, self.choice.to_json())
             save_few_shot(path, self.task.train, classes=self.task.tests[0].classes, **known)
         if self.resumed is None:
             return
@@ -253,6 +293,9 @@ class Run:
 
     def _calibrate(self) -> None:
         """Fit probabilities and find thresholds on the validation images, with the final weights."""
+        if self.choice is not None:
+            self.described = replace(self.described, **self.choice.calibration)
+            return
         found = self.evaluator.validation_logits(self.method)
         if found is not None:
             fitted, self.thresholds = calibrate(*found)
@@ -285,7 +328,7 @@ class Run:
 
     def _metrics(self, tuned: Evaluation) -> dict[str, Any]:
         """Contents of metrics.json."""
-        rows, config = self.rows, self.config
+        rows, config, choice = self.rows, self.config, self.choice
         seconds, steps = [row["seconds"] for row in rows], sum(row["steps"] for row in rows)
         validation: dict[str, Any] | None = None
         if self.task.validation is not None:
@@ -294,6 +337,11 @@ class Run:
             validation["thresholds"] = self.thresholds
             if config.class_weight is not None:
                 validation["balanced"] = self.evaluator.by_class(tuned)[VALIDATION]["balanced_accuracy"]
+        by_class = [self.evaluator.by_class(found) for found in (self.zero_shot, tuned)]
+        if choice is not None:
+            validation = choice.validation
+            for of_tests, of_held_out in zip(by_class, choice.by_class, strict=False):  # none if nothing was held out
+                of_tests[VALIDATION] = of_held_out
         return {
             "command": self.command,
             "environment": environment(config.device, self.processes.size),
@@ -304,8 +352,10 @@ class Run:
             "classes": {test.name: len(test.classes) for test in self.task.tests},
             "zero_shot": self.zero_shot.accuracies,
             "tuned": tuned.accuracies,
-            "by_class": self.evaluator.by_class(tuned),
-            "zero_shot_by_class": self.evaluator.by_class(self.zero_shot),
+            "by_class": by_class[1],
+            "zero_shot_by_class": by_class[0],
+            "candidates": None if choice is None else choice.candidates,
+            "chosen_because": None if choice is None else choice.because,
             "validation": validation,
             "epochs": len(rows),
             "best_epoch": best_epoch(rows),

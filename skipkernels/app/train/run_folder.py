@@ -44,7 +44,7 @@ from .plain_config import OPEN_CLIP
 from .predictions import PREDICTIONS, TestPredictions, save
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
-FEW_SHOT = "few_shot.json"
+FEW_SHOT, CANDIDATES = "few_shot.json", "candidates.json"
 PREDICTIONS_CSV, CONFUSION_CSV = "predictions.csv", "confusion.csv"
 _FILES: tuple[str, ...] = (
     METRICS,
@@ -59,7 +59,7 @@ _FILES: tuple[str, ...] = (
     EPOCHS,
     FEW_SHOT,
 )
-_FILES += (HEAD, PREDICTIONS_CSV, CONFUSION_CSV, BEST, CONFIG)
+_FILES += (HEAD, CANDIDATES, PREDICTIONS_CSV, CONFUSION_CSV, BEST, CONFIG)
 _BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT}  # a run writes these files before its first epoch is complete
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every run
@@ -191,6 +191,18 @@ def resumed(config: TuneConfig) -> TuneConfig:
     given |= {"out": config.resume, "resume": True, "overwrite": config.overwrite}
     found = TuneConfig.from_yaml(config.resume / CONFIG, trust=config.trust, given=given)
     return dataclasses.replace(found, **given)
+
+
+def chosen_before(config: TuneConfig) -> TuneConfig:
+    """Return the settings that an earlier run in the folder has chosen for the same configuration, to resume it."""
+    if not (config.chooses and config.resume and config.out):
+        return config
+    try:
+        choice = read_object(config.out / CANDIDATES, _MAX_METRICS_BYTES)
+        same = choice["asked"] == config.identity()
+        return dataclasses.replace(config, **choice["settings"]) if same else config
+    except (OSError, ValueError, LookupError, TypeError):
+        return config  # the choice is made again
 
 
 def has_run(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -182,12 +182,16 @@ def build_task(
 ) -> Task:
     """Load the task of a run; by default training images have the transform of the others."""
     names = ("max_classes", "seed", "validation", "test", "fold", "root", "targets")
+    source = (open_data or config.open_data)()
+    choice = config.chooses or config.retrained
+    if choice and config.validation == "auto" and not source.has_split("val"):  # any part of all images is held out
+        config = replace(config, validation="none")
     options = TaskOptions(
         protocol=config.chosen_protocol,
         shots=config.chosen_shots,
         templates=config.template,
         **{name: getattr(config, name) for name in names},
     )
-    source = (open_data or config.open_data)()
     task = load_task(source, options, transform=transform, train_transform=train_transform)
-    return without_unreadable(task) if config.unreadable == "skip" else task
+    task = without_unreadable(task) if config.unreadable == "skip" else task
+    return task.retrained() if choice else task

@@ -15,6 +15,7 @@ from ...memory import out_of_memory
 from ..config import TuneConfig
 from ..console import ignore_write_errors, print_plain
 from ..data import SizedDataset, Source
+from ..methods.registry import AUTO
 from ..methods.skip import Skip
 from .command_line import command_line
 from .errors import argument_error
@@ -22,7 +23,7 @@ from .loggers import Logger
 from .own_dataset import OwnData
 from .processes import ALONE, Processes, join
 from .run import Run
-from .run_folder import RunFolder, resumed
+from .run_folder import RunFolder, chosen_before, resumed
 
 
 def tune(
@@ -106,6 +107,7 @@ def tune(
     config = resumed(config)
     command = command_line("tune", config, processes=processes.size) if dataset is None else ""
     config, open_data = _resolved(config, open_data, processes)
+    config = chosen_before(config)
     # Run folder. It is not written before its lock is held.
     folder = RunFolder(config) if processes.first else None
     finished = processes.from_first(lambda: folder and _finished(folder, console))
@@ -116,6 +118,7 @@ def tune(
         run = Run(config, open_data, processes, folder, console=console, command=command, loggers=loggers)
         with run.reported(), run.display:
             run.compute_features()
+            run.choose()
             trainer = run.trainer()
             with contextlib.nullcontext() if folder is None else folder.lock():
                 run.begin(trainer)
@@ -135,6 +138,8 @@ def _resolved(
 ) -> tuple[TuneConfig, Callable[[], Source]]:
     """Return the configuration with all defaults, and the function that opens its data once."""
     processes.set_device(config.device)
+    if processes.size > 1 and config.method == AUTO:
+        config = replace(config, method="skip")
     opened = functools.cache(open_data or config.open_data)
     with processes.one_first():
         config = config.resolved(opened)

@@ -99,7 +99,7 @@ def predicted(name="base", label="alpha") -> TestPredictions:
 def page(changes=None, rows=None, config=None, tests=None, label="alpha") -> str:
     rows = [row(1), row(2)] if rows is None else rows
     tests = [predicted("base", label), predicted("new", label)] if tests is None else tests
-    return report_html(config or TuneConfig(), metrics(**(changes or {})), rows, tests)
+    return report_html(config or TuneConfig(method="skip"), metrics(**(changes or {})), rows, tests)
 
 
 class Page(HTMLParser):
@@ -181,7 +181,7 @@ def test_report_contents():
 
 @pytest.mark.parametrize(("data", "shots"), [("pictograms", "16 images"), ("imagefolder:photos", "at most 16 images")])
 def test_report_title_has_the_number_of_training_images(data, shots):
-    text = Page(page(config=TuneConfig(data=data, shots=16))).text
+    text = Page(page(config=TuneConfig(data=data, method="skip", shots=16))).text
     assert f"pictogram-tiny on {data} · Skip Tuning · {shots} of each class · " in text
 
 
@@ -292,7 +292,7 @@ def test_report_escapes_names():
     given = {"notes": [NASTY], "command": NASTY, "environment": {"machine": NASTY, "versions": {NASTY: NASTY}}}
     blend = {"alphas": [0.0, 1.0], "accuracy": {NASTY: [1.0, 2.0]}, "chosen": 1.0}
     tests = [predicted(NASTY, NASTY)]
-    text = page(accuracy | given | {"blend": blend}, [row(1, **parts)], TuneConfig(data=NASTY), tests)
+    text = page(accuracy | given | {"blend": blend}, [row(1, **parts)], TuneConfig(data=NASTY, method="skip"), tests)
     found = Page(text)
     assert len(found.named("script")) == 1 and NASTY not in text
     assert {a["alt"] for a in found.named("img")} == {NASTY, "beta"}
@@ -420,7 +420,10 @@ def test_report_command_repeats_the_page(run, tmp_path, capsys):
     assert main(["report", str(folder), "--out", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text() == expected
     found = Page(expected)
-    assert len(found.named("img")) > 4 and "skipkernels tune --shots 2 --max-classes 24 --epochs 2" in found.text
+    assert (
+        len(found.named("img")) > 4
+        and "skipkernels tune --shots 2 --max-classes 24 --method skip --epochs 2" in found.text
+    )
     (tmp_path / "run").mkdir()
     for name in ("config.yaml", "metrics.json"):
         shutil.copy(folder / name, tmp_path / "run")

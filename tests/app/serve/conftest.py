@@ -17,7 +17,9 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
 
-CONFIG = TuneConfig(data="pictograms:food", shots=2, max_classes=40, epochs=1, device="cpu", cache_dtype="fp32")
+CONFIG = TuneConfig(
+    data="pictograms:food", method="skip", shots=2, max_classes=40, epochs=1, device="cpu", cache_dtype="fp32"
+)
 
 
 NATIVE = {

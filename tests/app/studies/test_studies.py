@@ -24,7 +24,7 @@ from skipkernels.app.studies.study import Column, Study
 from tests.processes import forkserver
 
 QUIET = Console(quiet=True)
-TINY = TuneConfig(shots=2, max_classes=6, epochs=1, device="cpu")
+TINY = TuneConfig(method="skip", shots=2, max_classes=6, epochs=1, device="cpu")
 
 
 def two(**changes) -> list[Variant]:

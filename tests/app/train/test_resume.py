@@ -132,7 +132,7 @@ def copy(interrupted, tmp_path):
 def test_resume_refuses_other_settings(copy, changes, message, capsys):
     arguments = {"shots": 2, "max_classes": 24, "epochs": 2, "out": copy, **changes}
     flags = [[f"--{k.replace('_', '-')}", *([] if v is True else [v])] for k, v in arguments.items()]
-    said = fails(["tune", "--resume", *(part for flag in flags for part in flag)], capsys)
+    said = fails(["tune", "--method", "skip", "--resume", *(part for flag in flags for part in flag)], capsys)
     assert re.search(message, said), said
 
 
@@ -157,5 +157,8 @@ def test_read_metrics_refuses_damaged_file(tmp_path):
 
 def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "digest_tensors", lambda named: "others")
-    message = fails(["tune", "--resume", "--shots", 2, "--max-classes", 24, "--epochs", 2, "--out", copy], capsys)
+    message = fails(
+        ["tune", "--method", "skip", "--resume", "--shots", 2, "--max-classes", 24, "--epochs", 2, "--out", copy],
+        capsys,
+    )
     assert "the training images differ" in message

@@ -80,7 +80,7 @@ def test_tune_without_graph(tmp_path, monkeypatch, changes, note):
 
 def test_tune_beats_zero_shot_on_drawings_of_another_designer(tmp_path):
     rates = {"text_lr": 3e-4, "image_lr": 3e-4, "optimizer": "adamw", "batch_size": 16}
-    metrics = tune(TuneConfig(data="pictograms:objects", **rates, epochs=3, device="cpu", out=tmp_path))
+    metrics = tune(TuneConfig(data="pictograms:objects", method="skip", **rates, epochs=3, device="cpu", out=tmp_path))
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
     assert zero_shot["base"] > 20, "25 times chance over 131 classes"
     assert tuned["base"] > zero_shot["base"] + 8
@@ -172,7 +172,7 @@ def test_tune_full_changes_all_weights(tmp_path):
 
 def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
     folder, metrics = run
-    arguments = "tune --shots 2 --max-classes 24 --epochs 2 --delta --out".split()
+    arguments = "tune --method skip --shots 2 --max-classes 24 --epochs 2 --delta --out".split()
     assert main([*arguments, str(tmp_path / "run")]) == 0
     assert re.search(r"delta.safetensors, \d\.\d of 33\.6 MiB", capsys.readouterr().out)
     whole, delta = load_file(folder / "model.safetensors"), load_file(tmp_path / "run" / "delta.safetensors")

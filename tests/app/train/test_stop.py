@@ -34,7 +34,7 @@ from tests.app.runs import fails, files, rows, small, stopped
 from tests.app.train.test_checkpoint import CLASSIFIER, Epoch
 from tests.streams import Broken
 
-ARGUMENTS = ["tune", "--shots", "2", "--max-classes", "24"]
+ARGUMENTS = ["tune", "--method", "skip", "--shots", "2", "--max-classes", "24"]
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_signal_is_interrupt(tmp_path, at_step, number, capsys):
     before = signal.signal(number, signal.SIG_DFL)
     at_step(2, lambda *args: signal.raise_signal(number))
     try:
-        arguments = ["--shots", "2", "--max-classes", "4", "--epochs", "2"]  # a step per epoch
+        arguments = ["--method", "skip", "--shots", "2", "--max-classes", "4", "--epochs", "2"]  # a step per epoch
         assert main(["tune", *arguments, "--out", str(tmp_path / "run")]) == 128 + number
         assert signal.getsignal(number) is signal.SIG_DFL
     finally:
@@ -145,7 +145,7 @@ def test_nan_weights_are_not_saved(tmp_path, at_step):
 def test_infinite_logits_diverge(tmp_path, capsys):
     """Weights of 1e28 are finite, and so is the last loss, but the logits are not."""
     rates = ["--epochs", "2", "--warmup-epochs", "1", "--warmup-lr", "1e-4", "--text-lr", "1e30", "--image-lr", "1e30"]
-    steps = ["--shots", "1", "--max-classes", "6", "--batch-size", "3"]
+    steps = ["--method", "skip", "--shots", "1", "--max-classes", "6", "--batch-size", "3"]
     assert main(["tune", *steps, *rates, "--out", str(tmp_path)]) == 1
     assert "logits of the test 'base' are not finite after this epoch" in capsys.readouterr().err
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"] and len(rows(tmp_path)) == 1

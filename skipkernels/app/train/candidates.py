@@ -1,0 +1,353 @@
+"""Choice between candidates (`method="auto"`, `head="auto"`) by their accuracy on held-out training images.
+
+    frozen:     the texts, and each head, on the pretrained embeddings
+    trained:    Skip Tuning with each of `FACTORS` of its learning rates, alone and with each head
+    blended:    the mean of these weights and the pretrained ones, alone and with each head that uses the texts
+
+All of them share the features at the cut, which are computed once. The chosen one is then trained on all images,
+held-out ones included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...features import FeatureCache
+from ...options import HeadName
+from ..config import TuneConfig
+from ..heads import NAMES, Examples, choose_l2, fit_head, halves
+from ..methods.base import cosine_logits
+from ..methods.registry import AUTO
+from ..untrusted import read_object
+from .calibration import calibrate
+from .class_metrics import metrics_of_test
+from .command_line import command_line
+from .fitted_head import examples
+from .interpolation import Interpolation
+from .predictions import TOP, TopClasses
+from .run_folder import CANDIDATES
+from .setup import RunSetup
+from .trainer import Trainer
+
+FACTORS = (1.0, 3.0, 10.0)
+"""Factors of the default learning rates."""
+BLENDS = (1.0, 0.5)
+"""Weights of the tuned model; 1/2 is what Wortsman et al. (WiSE-FT) recommend where nothing is known about new data."""
+FEW = 400  # training images, below which all of them are held out, half by half
+SHARE, LEAST, MOST = 0.2, 200, 2000  # held-out images otherwise: a fifth of all, and at least and at most so many
+_MAX_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A classifier to compare.
+
+    Attributes:
+        method: Name of the method.
+        factor: Factor of its learning rates; None: it is not trained.
+        blend: Weight of the trained model in a mean with the pretrained one.
+        head: Head on its embeddings.
+    """
+
+    method: str
+    factor: float | None
+    blend: float = 1.0
+    head: HeadName = "none"
+
+    @property
+    def name(self) -> str:
+        """Name in tables.
+
+        >>> Candidate("skip", 3.0, 0.5, "anchored").name, Candidate("skip", None).name
+        ('Skip Tuning ×3, blended + anchored probe', 'zero-shot')
+        """
+        if self.factor is None:
+            words = "zero-shot" if self.head == "none" else "frozen"
+        else:
+            words = "Skip Tuning" if self.method == "skip" else self.method
+            words += f" ×{self.factor:g}" if self.factor != 1 else ""
+            words += ", blended" if self.blend != 1 else ""
+        return words if self.head == "none" else f"{words} + {NAMES[self.head]}"
+
+    @property
+    def new_names(self) -> bool:
+        """True if it classifies classes without training images, by their texts."""
+        return self.head != "probe"
+
+    def settings(self, config: TuneConfig) -> dict[str, Any]:
+        """Fields of the configuration that trains it on all images, in place of those of `config`."""
+        found: dict[str, Any] = {"method": self.method, "head": self.head, "retrained": True}
+        if self.factor is None:
+            return found | {"epochs": 0}
+        rates = {name: getattr(config, name) for name in ("text_lr", "image_lr")}
+        found |= {name: float(f"{self.factor * rate:.6g}") for name, rate in rates.items() if rate is not None}
+        return found | {"blend": self.blend}
+
+
+@dataclass
+class Trial:
+    """Results of a candidate on held-out images; the logits of those that can't be chosen are not kept."""
+
+    candidate: Candidate
+    seconds: float = 0.0
+    logits: list[Tensor] = field(default_factory=list)  # [n, C] of each split
+    accuracy: float = 0.0
+    balanced_accuracy: float = 0.0
+    loss: float = math.inf
+
+    def score(self, labels: Tensor) -> None:
+        """Compute accuracy, balanced accuracy (both in per cent) and loss of all logits."""
+        logits = torch.cat(self.logits)
+        correct = (logits.argmax(dim=1) == labels).double()
+        counts = labels.bincount(minlength=logits.shape[1])
+        by_class = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, labels, correct) / counts.clamp(min=1)
+        self.accuracy = 100 * correct.mean().item()
+        self.balanced_accuracy = 100 * by_class[counts > 0].mean().item()
+        self.loss = F.cross_entropy(logits.double(), labels).item()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate, and how it came about: the contents of candidates.json."""
+
+    asked: dict[str, Any]  # `TuneConfig.identity` of the configuration that asked for a choice
+    command: str  # that does it again
+    settings: dict[str, Any]  # fields of the configuration, which replace those
+    candidates: list[dict[str, Any]]  # for metrics.json
+    because: str
+    calibration: dict[str, Any]  # fields of a `Description`
+    validation: dict[str, Any] | None  # for metrics.json
+    by_class: list[dict[str, Any]]  # on the held-out images: zero-shot, chosen
+
+    @property
+    def name(self) -> str:
+        """Name of the chosen candidate."""
+        return next((row["name"] for row in self.candidates if row["chosen"]), "frozen + anchored probe")
+
+    @classmethod
+    def read(cls, folder: Path) -> Choice | None:
+        """Read the choice of a run folder; None if it has none."""
+        path = folder / CANDIDATES
+        return cls(**read_object(path, _MAX_BYTES)) if path.is_file() else None
+
+    def to_json(self) -> str:
+        """Contents of the file."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def held_out_masks(labels: Tensor, given: int) -> list[Tensor]:
+    """Return a mask [n] of held-out images for each split.
+
+    The last `given` images, if they are a val split. Else the two halves of few images, or a fifth of many, of each
+    class with two images and more; empty if there is none.
+
+    >>> [mask.tolist() for mask in held_out_masks(torch.tensor([0, 0, 1, 1, 2]), 0)]
+    [[True, False, True, False, False], [False, True, False, True, False]]
+    """
+    count = len(labels)
+    if given:
+        return [torch.arange(count) >= count - given]
+    half = halves(labels)
+    if not (half >= 0).any():
+        return []
+    if count < FEW:
+        return [half == 0, half == 1]
+    share = min(max(SHARE, LEAST / count), MOST / count)
+    order, counts = labels.argsort(stable=True), labels.bincount()
+    rank = torch.empty_like(labels)
+    rank[order] = torch.arange(count) - (counts.cumsum(0) - counts)[labels[order]]
+    held = (counts * share).ceil().clamp(max=counts - 1)
+    return [rank >= (counts - held)[labels]]
+
+
+class Search:
+    """Trials of all candidates of a configuration, on a model with its pretrained weights, which it has again after.
+
+    Args:
+        setup: Setup of the run.
+        features: Features of all training images.
+
+    Attributes:
+        advance: Called after each training step.
+        masks: Mask [n] of the held-out images of each split.
+        trials: Trials so far, the first of the texts on pretrained embeddings.
+    """
+
+    def __init__(self, setup: RunSetup, features: FeatureCache):
+        self.setup, self.config, self.features = setup, setup.config, features
+        self.advance: Callable[[], None] = lambda: None
+        self.masks = held_out_masks(features.labels, setup.task.held_out)
+        self.labels = torch.cat([features.labels[mask] for mask in self.masks] or [features.labels[:0]])
+        self.trials: list[Trial] = []
+        self._frozen = examples(setup, setup.method, features)
+        self._l2: dict[tuple[int, HeadName], float] = {}  # by split
+
+    @property
+    def method(self) -> str:
+        """Name of the method that is trained."""
+        return "skip" if self.config.method == AUTO else self.config.method
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Factors of the learning rates; none for a method or a run without steps."""
+        if not self.config.epochs:
+            return ()
+        return FACTORS if self.config.method == AUTO else (1.0,)
+
+    @property
+    def steps(self) -> int:
+        """Number of training steps of all candidates together."""
+        size, epochs = self.config.batch_size or 1, self.config.epochs or 0
+        per_epoch = [math.ceil(int((~mask).sum()) / size) for mask in self.masks]
+        return len(self.factors) * epochs * sum(per_epoch)
+
+    def run(self) -> Iterator[list[Trial]]:
+        """Yield the trials of frozen embeddings, then those of each training, blended and not; none if it diverged."""
+        given = self.config.head
+        heads: list[HeadName] = list(get_args(HeadName)) if given in ("auto", None) else [given]  # type: ignore[list-item]
+        frozen: list[HeadName] = heads if self._chooses_frozen else []
+        yield self._tried([Candidate(self.method, None, head=head) for head in dict.fromkeys(["none", *frozen])])
+        blends = BLENDS if (self.config.method, self.config.blend) == (AUTO, 1.0) else (self.config.blend,)
+        for factor in self.factors:
+            candidates = [
+                Candidate(self.method, factor, blend, head)
+                for blend in blends
+                for head in heads
+                if not (blend != 1 and head == "probe")
+            ]
+            yield self._tried(candidates)
+
+    @property
+    def _chooses_frozen(self) -> bool:
+        """True if frozen embeddings can be chosen."""
+        return self.config.method == AUTO or not self.factors
+
+    def _tried(self, candidates: list[Candidate]) -> list[Trial]:
+        """Try candidates with the same training on each split."""
+        trials = [Trial(candidate) for candidate in candidates]
+        for number, mask in enumerate(self.masks):
+            between = Interpolation(self.setup.trained)
+            started = time.perf_counter()
+            try:
+                if candidates[0].factor is not None:
+                    self._train(candidates[0].factor, ~mask)
+                between.end()
+                trained = time.perf_counter() - started
+                for blend in dict.fromkeys(candidate.blend for candidate in candidates):
+                    between.set(blend)
+                    started = time.perf_counter()
+                    found = examples(self.setup, self.setup.method, self.features)
+                    embedded = time.perf_counter() - started
+                    for trial in (each for each in trials if each.candidate.blend == blend):
+                        started = time.perf_counter()
+                        trial.logits.append(self._logits(trial.candidate.head, found, number))
+                        trial.seconds += trained + embedded + time.perf_counter() - started
+            except FloatingPointError:
+                return []
+            finally:
+                between.end()
+                between.set(0)
+        for trial in trials:
+            trial.score(self.labels)
+        self.trials += trials
+        if len(self.masks) == 1:  # then they can be many
+            for trial in self.trials:
+                if trial is not self.best() and trial.candidate.name != "zero-shot":
+                    trial.logits = []
+        return trials
+
+    def _train(self, factor: float, images: Tensor) -> None:
+        config = replace(self.config, **Candidate(self.method, factor).settings(self.config))
+        method, classes = self.setup.method, self.setup.task.tests[0].classes
+        sampler = method.clip.sampler if hasattr(method, "clip") else None
+        before = None if sampler is None else sampler.state_dict()
+        part = self.features.subset(images.nonzero().squeeze(1))
+        trainer = Trainer(config, method, self.setup.precision, part, classes)
+        for _ in range(config.epochs or 0):
+            trainer.epoch(self.advance, lambda loss: None)
+        if sampler is not None and before is not None:
+            sampler.load_state_dict(before)
+
+    @torch.no_grad()
+    def _logits(self, name: HeadName, found: Examples, split: int) -> Tensor:
+        """Fit a head to the images of a split that are not held out; return the logits [n, C] of the others."""
+        held = self.masks[split].to(found.image.device)
+        image = found.image[held]
+        if name == "none":
+            return cosine_logits(image, found.text, self.setup.method.model.logit_scale).float().cpu()
+        if (split, name) not in self._l2:
+            self._l2[split, name] = choose_l2(name, _part(self._frozen, ~held))
+        balanced = self.config.prior == "balanced"
+        head = fit_head(name, _part(found, ~held), self._l2[split, name], equal_priors=balanced)
+        assert head is not None
+        return head.logits(image).float().cpu()
+
+    @property
+    def _tests_new(self) -> bool:
+        """True if the protocol tests classes that are not trained."""
+        return len(self.setup.task.tests) > 1
+
+    def best(self) -> Trial:
+        """Best trial by accuracy, of equal ones the lower loss; of those that classify all tests of the protocol."""
+        known = [
+            trial
+            for trial in self.trials
+            if (trial.candidate.new_names or not self._tests_new)
+            and (trial.candidate.factor is not None or self._chooses_frozen)
+        ]
+        balanced = self.config.class_weight is not None or self.config.prior == "balanced"
+        return max(known, key=lambda t: (t.balanced_accuracy if balanced else t.accuracy, -t.loss))
+
+    def choice(self, stopped: bool) -> Choice:
+        """Return the choice among the trials so far; `stopped` before all of them."""
+        config = self.config
+        command = command_line("tune", config, left_out=("out", "device"))
+        asked: dict[str, Any] = {"asked": config.identity(), "command": command}
+        if not self.masks:
+            settings = Candidate(self.method, None, head="anchored").settings(config)
+            because = "no class has two training images, so that none can be held out"
+            empty: dict[str, Any] = {"candidates": [], "calibration": {}, "validation": None, "by_class": []}
+            return Choice(**asked, **empty, settings=settings, because=because)
+        best, images, first = self.best(), len(self.labels), self.trials[0]
+        rows = [
+            {"name": trial.candidate.name, "accuracy": round(trial.accuracy, 4)}
+            | {"balanced_accuracy": round(trial.balanced_accuracy, 4)}
+            | {"images": images, "seconds": round(trial.seconds, 4), "new_names": trial.candidate.new_names}
+            | {"chosen": trial is best}
+            for trial in self.trials
+        ]
+        because = f"highest accuracy on {images} held-out images"
+        because += ", of the candidates that can take new names" if self._tests_new else ""
+        because += ", of those before Ctrl-C" if stopped else ""
+        fields, thresholds = calibrate(torch.cat(best.logits), self.labels)
+        validation = {"images": images, "zero_shot": round(first.accuracy, 4), "tuned": round(best.accuracy, 4)}
+        classes = self.setup.task.tests[0].classes
+        by_class = [metrics_of_test(self.labels, _top(torch.cat(trial.logits)), classes) for trial in (first, best)]
+        return Choice(
+            **asked,
+            settings=best.candidate.settings(config),
+            candidates=rows,
+            because=because,
+            calibration=fields,
+            validation=validation | {"thresholds": thresholds},
+            by_class=by_class,
+        )
+
+
+def _part(found: Examples, images: Tensor) -> Examples:
+    return found._replace(image=found.image[images], labels=found.labels[images])
+
+
+def _top(logits: Tensor) -> TopClasses:
+    probabilities, classes = logits.softmax(dim=1).topk(min(TOP, logits.shape[1]), dim=1)
+    return TopClasses(classes, probabilities)

@@ -1,0 +1,222 @@
+"""The choice between candidates: what is compared, chosen, trained again on all images, and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import skipkernels as sk
+from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.data import InputError
+from skipkernels.app.methods.skip import Skip
+from skipkernels.app.train import candidates, evaluate_run, tune
+from skipkernels.app.train.candidates import FACTORS, Candidate, Search, held_out_masks
+from skipkernels.app.train.setup import build_run
+from tests.app.runs import files, results, shortened, small, stopped
+
+AUTO = {"method": "auto", "epochs": 1, "max_classes": 12, "protocol": "few-shot"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("auto") / "run"
+    with shortened():
+        return folder, tune(small(folder, **AUTO))
+
+
+def search_of(**changes) -> Search:
+    setup = build_run(small(None, **AUTO | changes).resolved())
+    return Search(setup, setup.train_features())
+
+
+def test_the_best_candidate_is_chosen(run):
+    folder, metrics = run
+    rows = metrics["candidates"]
+    assert [row["name"] for row in rows[:5]] == [
+        "zero-shot",
+        "frozen + anchored probe",
+        "frozen + Gaussian head",
+        "frozen + linear probe",
+        "Skip Tuning",
+    ]
+    assert len(rows) == 4 + 7 * len(FACTORS) and {row["images"] for row in rows} == {24}
+    (chosen,) = [row for row in rows if row["chosen"]]
+    assert chosen["accuracy"] == max(row["accuracy"] for row in rows)
+    assert metrics["chosen_because"] == "highest accuracy on 24 held-out images"
+    assert metrics["validation"]["tuned"] == pytest.approx(chosen["accuracy"], abs=1e-4)
+    assert metrics["images"]["train"] == 24, "the held-out images train in the end"
+    assert evaluate_run(folder) == metrics["tuned"]
+    assert sk.Classifier.load(folder, device="cpu").calibrated
+
+
+def test_the_chosen_run_is_that_of_its_settings(run, tmp_path):
+    """Equal bits of the weights and the head, trained with the settings of config.yaml alone."""
+    folder, metrics = run
+    chosen = json.loads((folder / "candidates.json").read_text())["settings"]
+    with shortened():
+        tune(small(tmp_path / "again", **AUTO | {name: chosen[name] for name in chosen if name != "retrained"}))
+    for name in ("model.safetensors", "head.safetensors"):
+        if (folder / name).exists():
+            first, again = load_file(folder / name), load_file(tmp_path / "again" / name)
+            assert first.keys() == again.keys() and all(first[key].equal(again[key]) for key in first)
+
+
+def test_trials_do_not_depend_on_each_other():
+    """The last training, alone on a new model, has the accuracies and losses that it has after the others."""
+    search = search_of()
+    before = {name: tensor.clone() for name, tensor in search.setup.model.state_dict().items()}
+    *_, last = search.run()
+    for name, tensor in search.setup.model.state_dict().items():
+        assert tensor.equal(before[name]), name
+    alone = search_of()
+    found = alone._tried([trial.candidate for trial in last])
+    assert [(trial.accuracy, trial.loss) for trial in found] == [(trial.accuracy, trial.loss) for trial in last]
+
+
+@pytest.mark.parametrize(
+    ("counts", "given", "held_out"),
+    [
+        ([2] * 200, 0, [200]),  # a half of each, so that there are 200
+        ([10] * 100, 0, [200]),
+        ([1000] * 20, 0, [2000]),  # the most
+        ([1] * 300 + [3] * 100, 0, [100]),  # a class with one image is not held out
+        ([4] * 5, 0, [10, 10]),  # few
+        ([1] * 50, 0, []),
+        ([1] * 8, 3, [3]),
+    ],
+)
+def test_held_out_masks(counts, given, held_out):
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    masks = held_out_masks(labels, given)
+    assert [int(mask.sum()) for mask in masks] == held_out
+    for mask in masks:
+        assert given or labels[~mask].unique().numel() == len(counts), "each class keeps a training image"
+
+
+def test_a_resumed_run_does_not_choose_again(run, tmp_path, monkeypatch):
+    """Killed in the last training. The search of the second start would raise."""
+    changes = AUTO | {"head": "anchored", "epochs": 2, "batch_size": 4}
+    with shortened():
+        monkeypatch.setattr(candidates, "BLENDS", (1.0,))
+        monkeypatch.setattr(candidates.Search, "_chooses_frozen", False)
+        tune(small(tmp_path / "whole", **changes))
+        steps = len(FACTORS) * 2 * 2 * 3  # of the search: trainings, splits, epochs, steps of an epoch
+        stopped(tmp_path / "cut", step=steps + 9, **changes)
+        monkeypatch.setattr(candidates.Search, "run", None)
+        tune(small(tmp_path / "cut", resume=True, **changes))
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    with pytest.raises(InputError, match="resume: "), shortened():
+        tune(small(tmp_path / "cut", resume=True, **changes | {"seed": 1}))
+
+
+def test_ctrl_c_keeps_the_best_so_far(tmp_path, monkeypatch):
+    real, calls = Skip.step, iter(range(100))
+
+    def interrupted(self, *arguments):
+        if next(calls) == 8:  # in the second training
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Skip, "step", interrupted)
+    console = Console(record=True, width=400)
+    with shortened():
+        metrics = tune(small(tmp_path / "run", **AUTO), console)
+    assert metrics["status"] == "complete" and len(metrics["candidates"]) == 11
+    assert metrics["chosen_because"].endswith("of those before Ctrl-C")
+    assert "chosen: " in console.export_text()
+
+
+def test_sigterm_ends_the_comparison(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Skip, "step", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    arguments = ["--shots", "2", "--max-classes", "4", "--out", str(tmp_path / "run")]
+    assert main(["tune", *arguments]) == 128 + signal.SIGTERM
+    assert "no epoch is complete" in capsys.readouterr().err and not (tmp_path / "run" / "candidates.json").exists()
+
+
+def test_a_training_that_diverges_is_left_out(monkeypatch):
+    monkeypatch.setattr(candidates, "FACTORS", (1.0, 1e30))
+    search = search_of(head="none")
+    assert [[trial.candidate.name for trial in trials] for trials in search.run()] == [
+        ["zero-shot"],
+        ["Skip Tuning", "Skip Tuning, blended"],
+        [],
+    ]
+    assert search.choice(stopped=False).settings["method"] == "skip"
+
+
+def test_a_probe_is_not_chosen_where_new_classes_are_tested(monkeypatch):
+    def score(self, labels):
+        self.accuracy = 100.0 * (self.candidate.head == "probe")
+
+    monkeypatch.setattr(candidates.Trial, "score", score)
+    for protocol, chosen in (("few-shot", "probe"), ("base-to-new", "none")):
+        search = search_of(protocol=protocol, epochs=0)
+        list(search.run())
+        choice = search.choice(stopped=False)
+        assert choice.settings["head"] == chosen
+        assert ("can take new names" in choice.because) == (protocol == "base-to-new")
+
+
+def test_a_val_split_chooses_and_then_trains(tmp_path):
+    """The training images of few-shot, and those of the val split."""
+    images = [(torch.rand(3, 32, 32), n % 3) for n in range(12)]
+    with shortened():
+        metrics = tune(
+            small(tmp_path / "run", **{"method": "auto", "epochs": 0, "max_classes": None}),
+            dataset=images[:6],
+            validation=images[6:9],
+            test=images[9:],
+            classes=["a", "b", "c"],
+        )
+    assert metrics["candidates"][0]["images"] == 3 and metrics["images"]["train"] == 9
+
+
+def test_without_two_images_of_a_class_nothing_is_compared(tmp_path):
+    with shortened():
+        metrics = tune(small(tmp_path / "run", **AUTO | {"shots": 1}))
+    assert metrics["candidates"] == [] and metrics["head"] == "anchored" and metrics["steps"] == 0
+    assert metrics["chosen_because"].startswith("no class has two training images")
+
+
+def test_the_head_of_a_given_method_is_chosen(tmp_path):
+    with shortened():
+        metrics = tune(small(tmp_path / "run", **AUTO | {"method": "lora", "head": "auto"}))
+    names = [row["name"] for row in metrics["candidates"]]
+    assert names == ["zero-shot", "lora", "lora + anchored probe", "lora + Gaussian head", "lora + linear probe"]
+    assert metrics["method"] == "lora" and not metrics["candidates"][0]["chosen"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "head"),
+    [
+        ({}, "auto", "auto"),
+        ({"data": "imagefolder:photos"}, "auto", "auto"),
+        ({"data": "coop:oxford_pets"}, "skip", "none"),
+        ({"preset": "reference"}, "skip", "none"),
+        ({"method": "skip"}, "skip", "none"),
+        ({"method": "skip", "head": "auto"}, "skip", "auto"),
+        ({"method": "lora"}, "lora", "none"),
+    ],
+)
+def test_auto_is_the_default_of_own_data_and_pictograms(settings, method, head):
+    config = TuneConfig(epochs=1, device="cpu", **settings).resolved()
+    assert (config.method, config.head) == (method, head)
+    assert config.resolved() == config
+
+
+def test_auto_refuses_crops():
+    with pytest.raises(InputError, match="refresh=epoch needs a chosen method and head; add method=skip"):
+        dataclasses.replace(TuneConfig(), refresh="epoch").resolved()
+
+
+def test_names_of_candidates_differ():
+    found = [Candidate("skip", f, b, h) for f in (None, 1.0, 3.0) for b in (1.0, 0.5) for h in ("none", "probe")]
+    assert len({each.name for each in found if each.factor or each.blend == 1}) == 10
