@@ -40,10 +40,10 @@ def test_boundary_value_and_no_gradient():
     assert head.weight.grad is not None
 
 
-@pytest.mark.parametrize("trains", ["inputs", "lower"])
-def test_boundary_refuses_to_lose_a_gradient(trains):
+@pytest.mark.parametrize(("trains", "named"), [("inputs", "its input"), ("lower", "a tensor used below it")])
+def test_boundary_refuses_to_lose_a_gradient(trains, named):
     lower, inputs = Lower().requires_grad_(trains == "lower"), torch.randn(5, 8, requires_grad=trains == "inputs")
-    with pytest.raises(RuntimeError, match="no gradient passes the cut"):
+    with pytest.raises(RuntimeError, match=f"no gradient passes the cut, and {named} requires grad"):
         LSkipBoundary.apply(lower, inputs, 2)
 
 
@@ -52,6 +52,8 @@ def test_boundary_runs_one_chunk_at_a_time(batch):
     lower = Lower()
     hidden = LSkipBoundary.apply(lower, torch.randn(batch, 8), 3)
     assert hidden.shape == (batch, 8) and lower.largest_batch <= 3
+    LSkipBoundary.apply(lower, torch.randn(300, 8))
+    assert lower.largest_batch == 256
 
 
 def test_boundary_saves_nothing_for_backward():

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import skipkernels as sk
+from skipkernels import functional
+from skipkernels.clip.step import class_scores
 from skipkernels.selection import RankSampler
 from skipkernels.testing import saved_bytes
 
@@ -165,13 +167,19 @@ def test_soft_labels_with_more_classes_than_images_are_all_kept():
 
 
 def test_forward_return_logits():
-    model, (images, labels) = tiny_clip(), tiny_batch(3, 9)
-    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
+    """Another loss of them trains the same parameters, the logit scale too."""
+    clip = make_clip(train_logit_scale=True)
     with pytest.raises(AttributeError, match=r"^SkipOutput.logits: .*return_logits=True.*clip.predict"):
-        clip(images, labels).logits  # noqa: B018
-    out = clip(images, labels, return_logits=True)
-    loss = torch.nn.functional.cross_entropy(out.logits, out.targets)
-    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+        clip(IMAGES, LABELS).logits  # noqa: B018
+    for out in (clip(IMAGES, LABELS, return_logits=True), clip(IMAGES, mixup(LABELS))):  # soft labels have logits
+        loss = F.cross_entropy(out.logits, out.targets)
+        assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+        loss.backward(retain_graph=True)
+        expected = {name: p.grad.clone() for name, p in clip.model.named_parameters() if p.grad is not None}
+        clip.zero_grad()
+        out.loss.backward()
+        assert_equal_gradients(clip.model, expected)
+        clip.zero_grad()
 
 
 def test_output_without_logits_is_an_ordinary_named_tuple():
@@ -205,6 +213,14 @@ def test_forward_under_autocast():
     full = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels)
     # bf16 has 8 bits: the error of cosines is about 2^-8, and the temperature multiplies it by 14.
     assert out.loss.item() == pytest.approx(full.loss.item(), abs=14 * 2**-6)
+
+
+def test_scores_under_autocast_are_those_of_fp32():
+    """Rounded scores would keep other classes, and casting all prototypes takes time."""
+    image, prototypes = IMAGES.flatten(1)[:, :12].bfloat16(), make_clip(torch.float32).prototypes
+    expected = functional.class_scores(image.float(), prototypes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert class_scores(image, prototypes, None).equal(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -7,7 +7,7 @@ import copy
 import io
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import skipkernels as sk
 from bench.flops import flops_of
 from skipkernels.clip import SkipOutput
 from skipkernels.features.table import Layout
-from skipkernels.parallel.sharded_clip import _refuse_batch_norms
+from skipkernels.parallel.class_parallel import ClassParallel
 from skipkernels.towers.base import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens, uncompared
 from tests.processes import run_in_processes
@@ -528,51 +528,48 @@ def group() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
+BATCH = tiny_batch(2, CLASSES)
+REFUSED: list[tuple[Callable[[Any], object], type[Exception], str]] = [
+    (lambda group: small_clip("gloo"), TypeError, "process_group must be a torch.distributed.ProcessGroup .* got str"),
+    (lambda group: sk.graphed(clip := small_clip(group), torch.optim.SGD(clip.parameters()), 2), RuntimeError,
+     "graphed: clip must be"),
+    (lambda group: small_clip(group).encode_classes(BATCH[1]), RuntimeError, "encode_classes is not supported"),
+    (lambda group: small_clip(group).eval()(*BATCH), RuntimeError, "an evaluation with gradients is not supported"),
+    (lambda group: small_clip(group)(*BATCH, return_logits=True), ValueError,
+     "labels must be class ids .B. and return_logits False"),
+    (lambda group: sk.parallel.all_reduce_gradients(small_clip()), ValueError,
+     "all_reduce_gradients: clip must have a process_group"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "words"), REFUSED, ids=[words for *_, words in REFUSED])
+def test_call_is_refused(group, call, error, words):
+    with pytest.raises(error, match=words):
+        call(group)
+
+
 @pytest.mark.parametrize(
-    ("name", "call"),
+    ("function", "value", "words"),
     [
-        ("graphed: clip must be", lambda clip, x, y: sk.graphed(clip, torch.optim.SGD(clip.parameters()), 2)),
-        ("encode_classes is not supported", lambda clip, x, labels: clip.encode_classes(labels)),
-        ("an evaluation with gradients is not supported", lambda clip, x, labels: clip.eval()(x, labels)),
+        ("get_backend_config", "cuda:nccl", "must have gloo or NCCL for tensors on cpu, .* got None. Move the model"),
+        ("get_backend_config", "cpu:mpi", "must have gloo or NCCL for tensors on cpu, .* got mpi"),
+        ("get_world_size", CLASSES + 1, "at least as many classes as processes; got C=18 and 19 processes"),
     ],
 )
-def test_method_is_refused(group, name, call):
-    with pytest.raises(RuntimeError, match=name):
-        call(small_clip(group), *tiny_batch(2, CLASSES))
-
-
-def test_construction_is_refused(group, monkeypatch):
-    with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup .* got str"):
-        small_clip("gloo")
-    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
-    with pytest.raises(ValueError, match="must have gloo or NCCL for tensors on cpu, .* got None. Move the model"):
-        small_clip(group)
-    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:mpi")
-    with pytest.raises(ValueError, match="must have gloo or NCCL for tensors on cpu, .* got mpi"):
+def test_group_is_refused(group, monkeypatch, function, value, words):
+    monkeypatch.setattr(dist, function, lambda group: value)
+    with pytest.raises(ValueError, match=words):
         small_clip(group)
 
 
-def test_fewer_classes_than_processes_are_refused(group, monkeypatch):
-    monkeypatch.setattr(dist, "get_world_size", lambda group: CLASSES + 1)
-    with pytest.raises(ValueError, match="at least as many classes as processes; got C=18 and 19 processes"):
-        small_clip(group)
-
-
-def test_batch_norms_above_the_cut_are_refused():
+def test_batch_norms_above_the_cut_are_refused(group, monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     model = tiny_clip(vision={"layers": (1, 1, 1, 1), "width": 8, "image_size": 32, "head_width": 8})
-    clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1)
     with pytest.raises(UnsupportedModel, match="batch norms above the cut must use the images of all processes"):
-        _refuse_batch_norms(clip.images.tower)
-    clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=(1.0, 1))
-    _refuse_batch_norms(clip.images.tower)
-
-
-def test_logits_and_gradients_without_group_are_refused(group):
-    clip, batch = small_clip(group), tiny_batch(2, CLASSES)
-    with pytest.raises(ValueError, match="labels must be class ids .B. and return_logits False"):
-        clip(*batch, return_logits=True)
-    with pytest.raises(ValueError, match="all_reduce_gradients: clip must have a process_group"):
-        sk.parallel.all_reduce_gradients(small_clip())
+        sk.parallel.ShardedSkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1, process_group=group)
+    monkeypatch.setattr(ClassParallel, "check_equal", lambda *arguments: 1 / 0)  # what follows that check
+    with pytest.raises(ZeroDivisionError):
+        sk.parallel.ShardedSkipCLIP(model, tiny_tokens(CLASSES), skip_layers=(1.0, 1), process_group=group)
 
 
 def test_move_keeps_dtype_of_prototypes(group):

@@ -9,82 +9,19 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import open_clip.transformer
 import pytest
 import torch
-import transformers
-from models import openai_models, tiny_clip
-from timm.models.eva import EvaBlock
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from blocks import FAMILIES, TOKENS, W, assert_equals_own_forward, make_block
+from models import tiny_clip
+from torch import nn
 from transformers.models.clip import modeling_clip
 
 import skipkernels as sk
 from skipkernels.towers import comparison
 from skipkernels.towers.base import UnsupportedModel
-from skipkernels.towers.block import FusedBlock, original_method, unfused
+from skipkernels.towers.block import FusedBlock, original_method
 
-N, TOKENS, W, HEADS = 3, 5, 24, 3
-ResidualAttentionBlock = open_clip.transformer.ResidualAttentionBlock
-
-
-def hugging_face_block() -> nn.Module:
-    config = transformers.CLIPVisionConfig(hidden_size=W, intermediate_size=2 * W, num_attention_heads=HEADS)
-    config._attn_implementation = "sdpa"
-    return modeling_clip.CLIPEncoderLayer(config)
-
-
-MAKE: dict[str, Callable[[], nn.Module]] = {
-    "open_clip": lambda: ResidualAttentionBlock(W, HEADS, ls_init_value=0.3),
-    "openai": lambda: openai_models().ResidualAttentionBlock(W, HEADS, causal_mask()),
-    "hf": hugging_face_block,
-    "timm": lambda: Block(W, HEADS, qkv_bias=True, qk_norm=True, init_values=0.3),
-    "eva": lambda: EvaBlock(W, HEADS, init_values=0.3),
-}
 MASK = {"open_clip": "attn_mask", "hf": "attention_mask"}  # name of the argument
-
-
-def causal_mask() -> Tensor:
-    return torch.full((TOKENS, TOKENS), -torch.inf, dtype=torch.float64).triu(1)
-
-
-def make_block(family: str) -> nn.Module:
-    """A block with parameters of ordinary size, in a model."""
-    torch.manual_seed(0)
-    block = MAKE[family]()
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.copy_(torch.randn_like(parameter) / 3 + (parameter.ndim == 1))
-    return nn.Sequential(block.float() if family == "openai" else block.double())
-
-
-def gradients(block: nn.Module, **arguments: Tensor) -> list[Tensor]:
-    """Output, and gradients of the input and of every tensor that trains."""
-    dtype = next(x for x in block.parameters() if x.ndim == 2).dtype
-    hidden = torch.randn(N, TOKENS, W, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
-    by_tokens = hasattr(block, "attn_mask")  # OpenAI's blocks take [tokens, n, W]
-    arguments = {"attention_mask": None, **arguments} if hasattr(block, "self_attn") else arguments
-    out = block(hidden.transpose(0, 1) if by_tokens else hidden, **arguments)
-    trained = [x for x in (hidden, *arguments.values(), *block.parameters(), *plain_tensors(block)) if is_trained(x)]
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    return [out, *torch.autograd.grad(out, trained, upstream)]
-
-
-def plain_tensors(block: nn.Module) -> list[Tensor]:
-    return [x for m in block.modules() for x in vars(m).values() if isinstance(x, Tensor)]
-
-
-def is_trained(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad
-
-
-def assert_equals_own_forward(block: nn.Module, **arguments: Tensor) -> None:
-    with unfused(block.modules()):
-        expected = gradients(block, **arguments)
-    # The order of sums; of OpenAI's in fp32. A key's bias has a gradient of 0 up to that.
-    tolerance = 1e-5 if expected[0].dtype == torch.float32 else 1e-12
-    for found, own in zip(gradients(block, **arguments), expected, strict=True):
-        assert (found - own).norm() <= tolerance * max(own.norm(), 1.0)
 
 
 # ---- tensors that are no entry of `_parameters` ------------------------------------------------------------------
@@ -241,7 +178,7 @@ WRONG = {"output": lambda x: 1.001 * x, "gradient": lambda x: x + 0.01 * (x - x.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", MAKE)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_fuse_refuses_what_differs(wrong, family, dtype, monkeypatch):
     model, own = make_block(family).to(dtype), FusedBlock._run

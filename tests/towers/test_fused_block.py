@@ -174,15 +174,6 @@ def test_fused_block_gradient_of_zero_norm_weight():
         assert relative_error(gradient, expected[name]) < 1e-12, name
 
 
-@pytest.mark.parametrize("memory", ["fast", "min"])
-def test_fused_block_backward_twice(memory):
-    block, hidden = make_block(), hidden_states()
-    out = run_fused(block, hidden, memory)
-    first = torch.autograd.grad(out.sum(), [hidden, *block.parameters()], retain_graph=True)
-    second = torch.autograd.grad(out.sum(), [hidden, *block.parameters()])
-    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
-
-
 def test_fused_block_saved_bytes():
     block, hidden = make_block(), hidden_states()
     width = hidden.numel() * hidden.element_size()

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from method_tasks import BASE, made, stacked, tiny_model, tiny_task, trained
 
+from skipkernels.app.heads.logistic import logistic_regression
 from skipkernels.app.methods import linear_probe
-from skipkernels.app.methods.linear_probe import _fit
 
 IDENTITY = torch.eye(5, 12, dtype=torch.float64)
 
@@ -22,11 +22,17 @@ def points(n: int = 60, classes: int = 4, width: int = 6) -> tuple[torch.Tensor,
     return centers[labels] + torch.randn(n, width, generator=generator, dtype=torch.float64), labels
 
 
+def fit(image: torch.Tensor, labels: torch.Tensor, classes: int, l2: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the usual regression."""
+    anchor = image.new_zeros(classes, image.shape[1])
+    return logistic_regression(image, labels, anchor, l2, bias=True, tolerance=1e-6 * len(image))[:2]
+
+
 @pytest.mark.parametrize("l2", [1e-3, 1.0, 1e4])
 def test_linear_probe_finds_minimum(l2):
     """The problem is strictly convex in the weight: a zero gradient is the minimum."""
     image, labels = points()
-    weight, bias = (x.requires_grad_() for x in _fit(image, labels, 4, l2))
+    weight, bias = (x.requires_grad_() for x in fit(image, labels, 4, l2))
     z = image @ weight.T + bias
     loss = (z.exp().sum(dim=1).log() - z[torch.arange(60), labels]).sum() + l2 / 2 * (weight**2).sum()
     loss.backward()
@@ -39,7 +45,7 @@ def test_linear_probe_bias_has_no_penalty():
     """With a weight near zero, the bias gives the class frequencies."""
     image, _ = points(n=10)
     labels = torch.tensor([0] * 7 + [1] * 3)
-    weight, bias = _fit(image, labels, 2, 1e9)
+    weight, bias = fit(image, labels, 2, 1e9)
     assert weight.abs().max() < 1e-6
     torch.testing.assert_close(bias.softmax(dim=0), torch.tensor([0.7, 0.3], dtype=torch.float64), rtol=0, atol=1e-5)
 
@@ -49,7 +55,7 @@ def test_linear_probe_fit_and_logits():
     embeddings = method.encode_frozen(stacked(method.task.train)[0])
     assert embeddings.shape == (20, 12)
     trained(method)
-    expected = _fit(embeddings, stacked(method.task.train)[1], 5, method.l2.item())
+    expected = fit(embeddings, stacked(method.task.train)[1], 5, method.l2.item())
     assert method.weight.equal(expected[0]) and method.bias.equal(expected[1])
     images = stacked(method.task.tests[0].images)[0]
     image = method.model.encode_image(images).detach()
@@ -63,11 +69,11 @@ def swept(monkeypatch, weight) -> list[float]:
     """Decimal exponents of the penalties that are tried, and the chosen one, if a fit gives weight(exponent)."""
     tried = []
 
-    def fit(image, labels, classes, l2):
+    def regression(image, labels, anchor, l2, **options):
         tried.append(round(math.log10(l2), 6))
-        return weight(tried[-1]), torch.zeros(5, dtype=torch.float64)
+        return weight(tried[-1]), torch.zeros(5, dtype=torch.float64), None
 
-    monkeypatch.setattr(linear_probe, "_fit", fit)
+    monkeypatch.setattr(linear_probe, "logistic_regression", regression)
     method, labels = made("linear-probe"), torch.arange(5).repeat(4)
     method.fit(IDENTITY[labels], labels)
     return tried
@@ -94,7 +100,7 @@ def test_linear_probe_fits_in_fp64():
     images, labels = stacked(method.task.train)
     embeddings = method.encode_frozen(images.float())
     method.fit(embeddings, labels)
-    weight, _ = _fit(embeddings.double(), labels, 5, 10 ** round(math.log10(method.l2.item()), 3))
+    weight, _ = fit(embeddings.double(), labels, 5, 10 ** round(math.log10(method.l2.item()), 3))
     assert method.weight.dtype == torch.float32 and method.weight.equal(weight.float())
 
 
