@@ -18,6 +18,7 @@ from skipkernels.selection import (
     systematic_sample,
     tail_probabilities,
 )
+from skipkernels.selection.probabilities import Intervals
 
 
 def published_probabilities(tail: int, decay: float) -> list[float]:
@@ -102,6 +103,19 @@ def test_max_tail_scales_probabilities(tail, max_tail):
     assert sizes <= {50 + math.floor(total), 50 + math.ceil(total - 1e-9)} if tail == "resample" else len(sizes) == 1
     if max_tail > 57:
         assert q.equal(RankSampler().plan(1000, 4)[1])
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "start", "places"),
+    [
+        ([1.0, 0.5, 0.5], 0.0, [0, 1]),  # a point at the end of an interval is in the next one
+        ([0.1] * 10, 1 - 2**-53, [9]),  # the sum is 1 up to rounding, and the last end is not above the point
+        ([1.0, 1.0], 1 - 2**-53, [0, 1]),  # 2 - start is rounded to 1
+    ],
+)
+def test_draw_at_the_end_of_an_interval(probabilities, start, places):
+    intervals = Intervals(torch.tensor(probabilities, dtype=torch.float64), digits=9)
+    assert intervals.draw(start).tolist() == places
 
 
 @pytest.mark.parametrize("max_tail", [None, 3])
