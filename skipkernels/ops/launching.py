@@ -29,6 +29,7 @@ __all__ = [
     "dot_precision",
     "installed",
     "launch",
+    "products_widen",
     "runs_beside_host",
     "target",
     "tl",
@@ -72,6 +73,16 @@ def current_stream(device: torch.device) -> int:
 def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
     """`input_precision` of a `tl.dot` with fp32 accuracy: three products in tf32 on NVIDIA, fp32 on AMD."""
     return "tf32x3" if dtype == torch.float32 and target(device).backend == "cuda" else "ieee"
+
+
+@functools.cache  # tried once in a process
+def products_widen(device_type: str) -> bool:
+    """Return True if a device can write a product of 16-bit matrices in fp32; known by trying."""
+    try:
+        one = torch.ones(8, 8, dtype=torch.bfloat16, device=device_type)
+        return torch.mm(one, one, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError):
+        return False
 
 
 def launch(

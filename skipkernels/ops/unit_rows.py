@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .launching import dot_precision, launch, target, tl, triton
+from .launching import dot_precision, launch, products_widen, target, tl, triton
 
 PANEL = 1 << 24  # largest number of factors in memory: 32 MiB in bf16
 BLOCK_SUM = 1024
@@ -260,8 +260,7 @@ def factors_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def contract(factors: Tensor, rows: Tensor) -> Tensor:
     """Compute factors · rows in fp32, [m, n] @ [n, D] -> [m, D]."""
-    # On the CPU (interpreter, simulator) `mm` has no out_dtype.
-    if factors.dtype == torch.float32 or factors.device.type == "cpu":
+    if factors.dtype == torch.float32 or not products_widen(factors.device.type):
         return factors.float() @ rows.float()
     return torch.mm(factors, rows, out_dtype=torch.float32)
 

@@ -9,7 +9,6 @@ are thin products, in place of one as large as the layer.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...ops import launching
+from ...ops.launching import products_widen
 from ...ops.row_sums import MAX_ROWS, column_sums
 from .records import ATTENTION_NORMS, LowRankFactors
 
@@ -147,20 +147,10 @@ def sums_together(device: torch.device) -> bool:
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-@functools.cache  # tried once in a process
-def _products_widen(device_type: str) -> bool:
-    """Return True if a device can write a product of 16-bit matrices in fp32; known by trying."""
-    try:
-        one = torch.ones(8, 8, dtype=torch.bfloat16, device=device_type)
-        return torch.mm(one, one, out_dtype=torch.float32).dtype == torch.float32
-    except (RuntimeError, TypeError):
-        return False
-
-
 def _product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Return `dtype` if the device can write a product of tensors like `x` in it by one launch, else that of `x`."""
     is_16_bit = x.dtype in (torch.bfloat16, torch.float16)
-    return dtype if is_16_bit and dtype == torch.float32 and _products_widen(x.device.type) else x.dtype
+    return dtype if is_16_bit and dtype == torch.float32 and products_widen(x.device.type) else x.dtype
 
 
 def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
