@@ -1,15 +1,18 @@
 """Stages of bench/gpu.sh, besides the tests and the benchmarks of the operators.
 
-    python -m bench.gpu machine         device and versions, and which peers can run
+    python -m bench.gpu machine         device, versions and speed, and which peers can run
     python -m bench.gpu step            time of a step with its update: published, also compiled; ours, also as a graph
+    python -m bench.gpu full            time of training a whole CLIP: its own blocks, also compiled, and `sk.fuse`
     python -m bench.gpu profile_step    the kernels of our step that take longest
     python -m bench.gpu one_step        our step, between the calls that start and stop Nsight Compute
     python -m bench.gpu smoke           a small call of every operator, for compute-sanitizer
 
 `step` checks the gradients of ours against the published step first; on a GPU it also counts the launches and compares
-the bits of replays with those of eager steps. Its rows are appended to bench/results/DEVICE/gpu_step.csv. With --out,
-what `python -m bench.summary` reads is written into FOLDER/facts.json. On a machine without a GPU all run on the CPU,
-`step` without the graph.
+bits: of eager steps with each other, then of replays with eager steps. With --all-shapes it takes six shapes, the most
+important first: all of them without torch.compile, then with it. Each result is written when it is there; what has not
+begun after --seconds is left out. Rows are appended to bench/results/DEVICE/gpu_step.csv; with --out, what
+`python -m bench.summary` reads is written into FOLDER/facts.json. On a machine without a GPU all run on the CPU, `step`
+without the graph and torch.compile.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
+import math
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,11 +41,11 @@ from skipkernels import testing
 from skipkernels.graphs.graphed_step import WARMUP, GraphedStep
 from skipkernels.ops import OPERATORS, launching
 
-from . import measure, peers, summary
+from . import fuse, measure, peers, summary
 from .flops import flops_of
 from .inputs import Inputs, autocast, parser, random_inputs
 from .operators.record import small_call
-from .training import Published, Skip, Step, skip_step, with_update
+from .training import COMPILER_MODES, Published, Skip, Step, skip_step, with_update
 
 _LISTED = 40  # kernels
 _CALLS = 10  # steps between two events, as in training: the host does not wait between them
@@ -47,18 +54,23 @@ _CALLS = 10  # steps between two events, as in training: the host does not wait 
 _PASSES = 3 + 5
 _REPLAYS = 4  # that are compared with eager steps
 _PROFILED = 2  # blocks of each tower in the step for Nsight Compute
+_SHAPES = ((4, 1000), (32, 1000), (4, 100), (32, 100), (4, 10000), (32, 10000))  # images and classes
+# An H100 with eight cores has the limits of bench/gpu.sh; a slower machine up to four times these.
+_BYTES_PER_SECOND, _CORES, _MOST_SCALE = 2.5e12, 8, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, batch=4, classes=1000, rounds=20, precision="bf16")
     options.add_argument("stage", choices=[function.__name__ for function in STAGES])
     options.add_argument("--out", type=Path, metavar="FOLDER", help="write facts.json there")
+    options.add_argument("--all-shapes", action="store_true", help="B = 4 and 32, C = 100, 1,000 and 10,000")
+    options.add_argument("--seconds", type=float, default=math.inf, help="begin no other shape after this time")
     args = options.parse_args(arguments)
     {function.__name__: function for function in STAGES}[args.stage](args)
 
 
 def machine(args: argparse.Namespace) -> None:
-    """Print device and versions, then the peers, then all packages."""
+    """Print device and versions, then the peers, then all packages; write by how much limits of time are scaled."""
     found = measure.machine(args.device)
     found["triton"] = launching.triton.__version__ if launching.installed else "not installed"
     for name, value in found.items():
@@ -69,7 +81,15 @@ def machine(args: argparse.Namespace) -> None:
         if peer.function is None:
             absent.append(name)
     _write(args, machine=found, absent_peers=absent)
+    if args.out is not None:
+        scale = scale_of(measure.bandwidth(args.device), len(os.sched_getaffinity(0)))
+        (args.out / "scale").write_text(f"{round(100 * scale)}\n")
     print(*sorted(f"{each.name}=={each.version}" for each in metadata.distributions()), sep="\n")
+
+
+def scale_of(bandwidth: float, cores: int) -> float:
+    """The factor of all limits of time, from bytes per second of a copy and the cores that compile."""
+    return min(max(1.0, _BYTES_PER_SECOND / bandwidth, _CORES / cores), _MOST_SCALE)
 
 
 def all_peers(device: torch.device) -> dict[str, peers.Peer]:
@@ -79,33 +99,50 @@ def all_peers(device: torch.device) -> dict[str, peers.Peer]:
 
 
 def step(args: argparse.Namespace) -> None:
-    """Time steps with their updates, in turn."""
-    inputs = inputs_of(args)
+    """Time steps with their updates, in turn; first of all shapes without torch.compile."""
+    shapes, begin = _SHAPES if args.all_shapes else ((args.batch, args.classes),), time.monotonic()
+    # The goal is one of bf16, and compilation takes half a minute.
+    for compiles in (False, True) if args.device.type == "cuda" and args.precision == "bf16" else (False,):
+        for B, C in shapes:
+            shape = argparse.Namespace(**vars(args) | {"batch": B, "classes": C})
+            if time.monotonic() - begin > args.seconds:
+                _add(shape, **{"compiled" if compiles else "step": "no time left"})
+                continue
+            try:
+                step_of_shape(shape, compiles, compares=not compiles and (B, C) == shapes[0])
+            except torch.OutOfMemoryError:
+                _add(shape, **{"compiled" if compiles else "step": "out of memory"})
+            gc.collect()
+
+
+def step_of_shape(args: argparse.Namespace, compiles: bool, compares: bool) -> None:
+    """Time the steps of a shape: the published one, eager or by torch.compile, and ours, eager and as a graph."""
+    inputs, on_gpu = inputs_of(args), args.device.type == "cuda"
     published = Published(inputs, args.skip_layers)
-    ours = skip_step(inputs, args.skip_layers, "fast", args.precision, published)
+    ours = skip_step(inputs, args.skip_layers, "fast", args.precision, None if compiles else published)
     floor = floor_of(ours, args.device)
-    steps: dict[str, Callable[[], Any]] = {
-        summary.PUBLISHED: with_update(published.step(args.precision)),
-        summary.EAGER: with_update(ours),
-    }
-    on_gpu = args.device.type == "cuda"
+    steps: dict[str, Callable[[], Any]] = {summary.EAGER: with_update(ours)}
+    if compiles:
+        for mode in COMPILER_MODES:
+            steps[summary.COMPILED[mode]] = with_update(published.compiled(args.precision, mode))
+    else:
+        steps[summary.PUBLISHED] = with_update(published.step(args.precision))
     if on_gpu:
         steps[summary.GRAPHED], graph = graphed_step(args)
     for run in steps.values():
         for _ in range(WARMUP + 1):  # the last captures a graph
             run()
-    facts: dict[str, Any] = {"B": args.batch}
+    _add(args, B=args.batch, C=args.classes, K=ours.K, floor_ms=round(1000 * floor, 3))
     if on_gpu:
-        facts |= {
-            "captured": graph.is_captured,
-            "launches": launches_of(steps[summary.GRAPHED], args.device),
-        }
-        print(f"captured: {facts['captured']}; launches in a step: {facts['launches']}", flush=True)
-        facts["difference"] = difference_of_replays(args)
-        print(f"largest relative difference of a weight after replays, from eager steps: {facts['difference']:.1e}")
-        _write(args, **{f"step {args.precision}": facts})
-        if args.precision == "bf16":  # the goal is one of bf16, and compilation takes half a minute
-            steps[summary.COMPILED] = with_update(published.compiled(args.precision))
+        launches = launches_of(steps[summary.GRAPHED], args.device)
+        _add(args, captured=graph.is_captured, launches=launches)
+        print(f"captured: {graph.is_captured}; launches in a step: {launches}", flush=True)
+        if not graph.is_captured:  # its steps are eager
+            del steps[summary.GRAPHED]
+    if on_gpu and compares:
+        eager, replayed = differences(args)
+        _add(args, eager_difference=eager, difference=replayed)
+        print(f"largest relative difference of a weight: eager steps {eager:.1e}, replays {replayed:.1e}")
     seconds = measure.time_alternately(steps, args.rounds, args.device, calls=_CALLS if on_gpu else 1)
     rows = []
     for name, times in seconds.items():
@@ -115,13 +152,24 @@ def step(args: argparse.Namespace) -> None:
         peak = testing.peak_bytes(steps[name], args.device, warm_up=False)
         rows.append(row | {"peak_mib": round(peak / 2**20)})
         print(f"{name:21} {measure.shown(rows[-1])}", flush=True)
-    best = seconds[summary.GRAPHED if on_gpu else summary.EAGER]
-    theirs = [name for name in (summary.PUBLISHED, summary.COMPILED) if name in seconds]
-    ratios = {name: measure.median_ratio(seconds[name], best) for name in theirs}
-    times = {row["implementation"]: row["p50_ms"] for row in rows}
-    facts |= {"ms": times, "floor_ms": rows[0]["floor_ms"], "faster": ratios}
-    _write(args, **{f"step {args.precision}": facts})
+    best = seconds[summary.GRAPHED if summary.GRAPHED in seconds else summary.EAGER]
+    theirs = {name: times for name, times in seconds.items() if name not in (summary.EAGER, summary.GRAPHED)}
+    _add(
+        args,
+        ms={row["implementation"]: row["p50_ms"] for row in rows},
+        faster={name: measure.median_ratio(times, best) for name, times in theirs.items()},
+    )
     measure.save(args, rows, "gpu_step")
+
+
+def full(args: argparse.Namespace) -> None:
+    """Time training of a whole CLIP on pairs: with its own blocks, the same compiled, and by `sk.fuse`."""
+    inputs = _random_inputs(args.model, args.batch, args.batch, args.device)
+    inputs.model.train().requires_grad_(True)
+    models = fuse.implementations(inputs.model, ("eager", "compile", "fuse-fast"))
+    options = argparse.Namespace(**vars(args) | {"no_time": False})
+    rows = fuse.rows_of(options, models, inputs, "pairs", args.precision)
+    _write(args, full={"B": args.batch, "ms": {row["implementation"]: row["p50_ms"] for row in rows}})
 
 
 def floor_of(step: Step, device: torch.device) -> float:
@@ -169,23 +217,34 @@ def graphed_step_of(
     return run, step
 
 
-def difference_of_replays(args: argparse.Namespace) -> float:
-    """Largest relative difference of a weight between replays and as many eager steps: 0.0 if all bits are equal.
+def differences(args: argparse.Namespace) -> tuple[float, float]:
+    """Largest relative difference of a weight after eager steps, from as many others, and after replays.
 
-    It is infinite if the steps keep other classes.
+    It is 0.0 if all bits are equal, and infinite if the steps keep other classes. PyTorch's attention may add gradients
+    in another order in each run: then replays cannot have the bits of eager steps either.
     """
-    classes, weights = [], []
-    for captures in (False, True):
-        run, step = graphed_step(args)
-        if not captures:
-            step._batch_size = -1  # no batch has this size, so nothing is captured
-        classes.append([run().class_ids.tolist() for _ in range(WARMUP + 1 + _REPLAYS)])
-        weights.append([weight.detach() for weight in step._clip.trainable_parameters()])
-    if classes[0] != classes[1]:
-        return float("inf")
+    first, second, replayed = (weights_after_steps(args, captures) for captures in (False, False, True))
+    return difference(first, second), difference(first, replayed)
+
+
+Trained = tuple[list[list[int]], list[Tensor]]
+"""Classes of the steps, and the weights after them."""
+
+
+def weights_after_steps(args: argparse.Namespace, captures: bool) -> Trained:
+    run, step = graphed_step(args)
+    if not captures:
+        step._batch_size = -1  # no batch has this size, so nothing is captured
+    classes = [run().class_ids.tolist() for _ in range(WARMUP + 1 + _REPLAYS)]
+    return classes, [weight.detach() for weight in step._clip.trainable_parameters()]
+
+
+def difference(one: Trained, other: Trained) -> float:
+    if one[0] != other[0]:
+        return math.inf
     return max(
-        0.0 if torch.equal(eager, other) else max(testing.relative_error(other, eager), sys.float_info.min)
-        for eager, other in zip(*weights, strict=True)
+        0.0 if torch.equal(x, y) else max(testing.relative_error(y, x), sys.float_info.min)
+        for x, y in zip(one[1], other[1], strict=True)
     )
 
 
@@ -246,7 +305,18 @@ def _write(args: argparse.Namespace, **facts: Any) -> None:
         summary.write_facts(args.out, facts)
 
 
-STAGES = (machine, step, profile_step, one_step, smoke)
+def _add(args: argparse.Namespace, **facts: Any) -> None:
+    """Add facts to those of the step of a shape; dictionaries are joined."""
+    if args.out is None:
+        return
+    name = summary.name_of_step(args.precision, args.batch, args.classes)
+    found = summary.read_facts(args.out).get(name, {})
+    for key, value in facts.items():
+        found[key] = found.get(key, {}) | value if isinstance(value, dict) else value
+    _write(args, **{name: found})
+
+
+STAGES = (machine, step, full, profile_step, one_step, smoke)
 
 if __name__ == "__main__":
     main()

@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
-# Check and time everything on a GPU, unattended, in at most ten minutes. Each stage has a time limit and its output in
-# $OUT/STAGE.txt (default: gpu-results); a stage that fails or is cut off does not stop the others. docs/gpu.md says more.
+# Check and time everything on a GPU, unattended: in at most ten minutes on an H100, on a slower machine in up to forty.
+# Each stage has a time limit, and its output is in $OUT/STAGE.txt (default: gpu-results) as it comes; a stage that fails
+# or is cut off does not stop the others. All results are in $OUT/results.json at the end. docs/gpu.md says more.
 #
 #   bench/gpu.sh                       all stages
 #   bench/gpu.sh step ncu              some stages
 #
-# STEP has options of the step, such as STEP="--model ViT-L-14 --classes 100". PYTHON is the Python to run.
+# STEP has options of the step in place of --all-shapes, such as STEP="--model ViT-L-14 --classes 100". PYTHON is the
+# Python to run.
 #
-#   machine     versions, devices, and which peers can run
+#   machine     versions, devices, which peers can run, and by how much the limits are scaled
 #   tests       pytest -m gpu, in parallel: operators against fp64, no host sync, replays equal eager steps
-#   step, step_fp32        a step of ViT-B/16: gradients against the published step; launches; time, also as a CUDA graph
-#   operators   every operator as CUDA graphs, against eager, peers and torch.compile; operators.json
+#   step, step_fp32        steps of ViT-B/16: gradients against the published step; launches; bits; time, also as a CUDA
+#               graph, and in bf16 of the published step by torch.compile
+#   full        training of a whole CLIP: its own blocks, also compiled, and sk.fuse
+#   operators   every operator as CUDA graphs, against eager, peers and torch.compile
 #   profile     the kernels of a step that take longest
 #   memcheck, racecheck    compute-sanitizer on a small call of every operator
 #   ncu         Nsight Compute on the Triton kernels of a step
-#   summary     ten lines with the goals beside the results
+#   summary     a line for each with the goals beside the results, and results.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-gpu-results} STEP=${STEP:-}
@@ -22,29 +26,33 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export SKIPKERNELS_CPP=${SKIPKERNELS_CPP:-0} # no time to compile what runs on a CPU
 
 processes=$(($(nproc) < 8 ? $(nproc) : 8))
-chosen=${*:-machine tests step step_fp32 operators profile memcheck racecheck ncu summary}
+chosen=${*:-machine tests step step_fp32 full operators profile memcheck racecheck ncu summary}
 mkdir -p "$out"
-[ $# -gt 0 ] || rm -f "$out/facts.json" "$out/operators.json" # of an earlier run
+[ $# -gt 0 ] || rm -f "$out"/{facts.json,operators.jsonl,scale} # of an earlier run
+scaled() { # SECONDS
+  echo $(($1 * $(cat "$out/scale" 2>/dev/null || echo 100) / 100))
+}
 stage() { # NAME SECONDS COMMAND …
   [[ " $chosen " == *" $1 "* ]] || return 0
-  timeout --signal=INT --kill-after=5 "$2" "${@:3}" >"$out/$1.txt" 2>&1
+  timeout --signal=INT --kill-after=5 "$(scaled "$2")" "${@:3}" >"$out/$1.txt" 2>&1
   echo "$1: exit status $?, $SECONDS s since the start" | tee -a "$out/log.txt"
 }
 
 # From a cold disk the first import of torch takes most of a minute. A first run also compiles the kernels.
-stage machine 60 sh -c "nvidia-smi; $python -m bench.gpu machine --out '$out'"
-stage tests 120 "$python" -m pytest -v -m gpu -n "$processes" --maxschedchunk 1 -p no:cacheprovider \
+stage machine 90 sh -c "nvidia-smi; $python -m bench.gpu machine --out '$out'"
+stage tests 100 "$python" -m pytest -v -m gpu -n "$processes" --maxschedchunk 1 -p no:cacheprovider \
   --continue-on-collection-errors $(grep -rlE 'mark\.gpu|: Backend' tests --include='test_*.py') # others import more
-stage step 120 "$python" -m bench.gpu step $STEP --out "$out"
-stage step_fp32 60 "$python" -m bench.gpu step $STEP --precision fp32 --out "$out"
-stage operators 130 "$python" -m pytest bench/operators -q -p no:cacheprovider --device=cuda --minutes=1.7 \
-  --benchmark-json="$out/operators.json"
+stage step 150 "$python" -m bench.gpu step --precision bf16 ${STEP:---all-shapes} --seconds "$(scaled 116)" --out "$out"
+stage step_fp32 35 "$python" -m bench.gpu step --precision fp32 $STEP --out "$out"
+stage full 45 "$python" -m bench.gpu full --batch 32 --rounds 10 --out "$out"
+stage operators 75 "$python" -m pytest bench/operators -q -p no:cacheprovider --device=cuda --minutes="$(scaled 10)e-1" \
+  --rows="$out/operators.jsonl"
 stage profile 20 "$python" -m bench.gpu profile_step $STEP
 # The sanitizer sees allocations only if PyTorch does not keep freed memory.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 stage memcheck 25 compute-sanitizer --tool memcheck "$python" -m bench.gpu smoke
 stage racecheck 25 compute-sanitizer --tool racecheck "$python" -m bench.gpu smoke
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
-stage ncu 40 ncu --profile-from-start off --clock-control none --kernel-name 'regex:^_.*_kernel$' --launch-count 60 \
+stage ncu 35 ncu --profile-from-start off --clock-control none --kernel-name 'regex:^_.*_kernel$' --launch-count 60 \
   "$python" -m bench.gpu one_step $STEP
 [[ " $chosen " == *" summary "* ]] && "$python" -m bench.summary "$out" | tee "$out/summary.txt"

@@ -92,6 +92,7 @@ class Architecture(NamedTuple):
 
 # From NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities", and AMD's CDNA3 and CDNA4 ISA guides.
 ARCHITECTURES = {
+    "sm_75": Architecture("cuda", 75, 32, 64 * _KIB),
     "sm_80": Architecture("cuda", 80, 32, 163 * _KIB),
     "sm_86": Architecture("cuda", 86, 32, 99 * _KIB),
     "sm_89": Architecture("cuda", 89, 32, 99 * _KIB),

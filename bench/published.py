@@ -6,6 +6,8 @@ cached for images and for texts, and the same sampler selects the classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -28,12 +30,24 @@ def freeze(model: open_clip.CLIP, image_skip: int, text_skip: int) -> None:
 
 
 @torch.no_grad()
-def choose_classes(image: Tensor, prototypes: Tensor, labels: Tensor, sampler: RankSampler) -> Tensor:
+def choose_classes(image: Tensor, prototypes: Tensor, labels: Tensor, sampler: Any) -> Tensor:
     """The classes of a step from unit-norm image embeddings [B, D], [K] in ascending order."""
     scores = (image @ prototypes.T).amax(dim=0)
     scores[labels] = torch.inf
     order = scores.argsort(descending=True, stable=True)
     return order[sampler.draw(len(scores), len(labels))].sort().values
+
+
+class ConstantSize:
+    """A sampler that keeps as many classes in each step, as in a CUDA graph: compiled code is then for one K."""
+
+    def __init__(self, sampler: RankSampler, device: torch.device):
+        self._sampler, self._device = sampler, device
+
+    def draw(self, num_classes: int, max_labels: int) -> Tensor:
+        """Kept ranks [K]."""
+        self._sampler.reserve(self._device, num_classes, max_labels)
+        return self._sampler.reserved.clone()
 
 
 class PublishedStep:
@@ -42,7 +56,7 @@ class PublishedStep:
     The classes are sampled unless they are given, to compare two precisions on the same classes.
     """
 
-    def __init__(self, model: open_clip.CLIP, tokens: Tensor, skip: int | tuple[int, int], sampler: RankSampler):
+    def __init__(self, model: open_clip.CLIP, tokens: Tensor, skip: int | tuple[int, int], sampler: Any):
         self.model, self.tokens, self.sampler = model, tokens, sampler
         self.image_skip, self.text_skip = (skip, skip) if isinstance(skip, int) else skip
         freeze(model, self.image_skip, self.text_skip)

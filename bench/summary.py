@@ -1,9 +1,10 @@
-"""Print the results of bench/gpu.sh in ten lines, with the goals beside them.
+"""Print the results of bench/gpu.sh with the goals beside them, and write all of them into FOLDER/results.json.
 
     python -m bench.summary [FOLDER]     the folder of bench/gpu.sh, by default gpu-results
 
-A stage without a result is "not run" or "cut off", or its output says why. The module imports neither torch nor the
-package, so that it also works where they cannot be imported.
+A stage without a result is "not run" or "cut off", or its output says why. Goals of speed are those of an H100, and
+printed for one alone. The module imports neither torch nor the package, so that it also works where they cannot be
+imported.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 EAGER, GRAPHED = "skipkernels", "skipkernels, graphed"
-PUBLISHED, COMPILED = "published", "published, compiled"
+PUBLISHED = "published"
+COMPILED = {"default": "published, compiled", "reduce-overhead": "published, compiled with CUDA graphs"}  # by mode
 STAGES = {"bf16": "step", "fp32": "step_fp32"}
-GOALS = {4: 3, 32: 2}  # times as fast as the compiled published step, by batch
+GOALS = {4: 3, 32: 2}  # on an H100, times as fast as the compiled published step, by batch
 NOT_RUN = "not run"
 _NAMED = 3  # failures
 _FAILED = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] )?(?:FAILED|ERROR) (\S+)", re.MULTILINE)
@@ -28,23 +29,33 @@ _SANITIZERS = ("memcheck", "racecheck")
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu-results")
-    print(*lines_of(folder), sep="\n")
+    lines = list(lines_of(folder))
+    print(*lines, sep="\n")
+    if folder.exists():
+        found = {"facts": read_facts(folder), "operators": _rows(folder), "summary": lines}
+        (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def lines_of(folder: Path) -> Iterator[str]:
-    """The ten lines."""
+    """The lines, one of them for each shape of a step."""
     facts = read_facts(folder)
-    each = partial(_each, folder, facts)
     yield f"machine: {_machine(facts) or _without_result(folder, 'machine')}"
     yield f"tests: {_tests(folder)}"
     yield f"gradients: {_gradients(folder)}"
-    yield f"replays and eager steps: {each(_bits)}"
-    yield f"launches: {each(_launches)}"
-    yield f"step: {each(_time)}"
-    yield f"against the floor: {each(_floor)}"
-    yield f"against the published step: {each(_faster)}"
+    for precision, stage in STAGES.items():
+        steps = {name: step for name, step in facts.items() if name.startswith(f"step {precision} ")}
+        if not steps:
+            yield f"step {precision}: {_without_result(folder, stage)}"
+        for name, step in steps.items():
+            yield f"{name}: {'; '.join(_step(step, facts)) or _without_result(folder, stage)}"
+    yield f"full training: {_full(facts) or _without_result(folder, 'full')}"
     yield f"operators: {_operators(folder)}"
     yield f"sanitizer and profiler: {_tools(folder)}"
+
+
+def name_of_step(precision: str, B: int, C: int) -> str:
+    """Name of the facts of a step."""
+    return f"step {precision} B{B} C{C}"
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -75,15 +86,6 @@ def _without_result(folder: Path, stage: str) -> str:
     return "cut off" if _was_cut_off(folder, stage) else f"no result, see {stage}.txt"
 
 
-def _each(folder: Path, facts: dict[str, Any], text_of: Callable[[str, dict[str, Any]], str]) -> str:
-    """The text of each precision."""
-    texts = []
-    for precision, stage in STAGES.items():
-        text = text_of(precision, facts.get(f"step {precision}", {})) or _without_result(folder, stage)
-        texts.append(f"{precision} {text}")
-    return "; ".join(texts)
-
-
 def _machine(facts: dict[str, Any]) -> str:
     if not (found := facts.get("machine")):
         return ""
@@ -109,52 +111,60 @@ def _gradients(folder: Path) -> str:
     return "; ".join(found) or NOT_RUN
 
 
-def _bits(precision: str, step: dict[str, Any]) -> str:
-    if "difference" not in step:
+def _step(step: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
+    """Parts of the line of a step."""
+    if "step" in step:
+        yield step["step"]
+    if times := step.get("ms"):
+        names = {GRAPHED: "as a graph", EAGER: "eager"} | {name: name for name in (PUBLISHED, *COMPILED.values())}
+        yield ", ".join(f"{times[name]} ms {text}" for name, text in names.items() if name in times)
+        fastest = min(times[name] for name in (EAGER, GRAPHED) if name in times)
+        yield f"{fastest / step['floor_ms']:.2f} times the floor of {step['floor_ms']} ms"
+    if not step.get("captured", True):
+        yield "no graph was captured"
+    elif launches := step.get("launches"):
+        yield f"{launches['kernels']} kernels and {launches['copies']} copies or fills"
+    if step.get("captured") and "difference" in step:
+        yield _bits(step["eager_difference"], step["difference"])
+    if faster := step.get("faster"):
+        texts = [f"{ratio:.2f} times as fast as {name}" for name, ratio in faster.items()]
+        compiled = set(COMPILED.values()) & set(faster)
+        is_h100 = "H100" in facts.get("machine", {}).get("device", "")
+        goal = f" (goal: at least {GOALS[step['B']]}, compiled)" if compiled and is_h100 and step["B"] in GOALS else ""
+        yield ", ".join(texts) + goal
+    if "compiled" in step:
+        yield f"compiled: {step['compiled']}"
+
+
+def _bits(eager: float, replayed: float) -> str:
+    """Difference of replays from eager steps, and of these from each other, below which it cannot be."""
+    if eager:
+        return f"eager steps differ from each other by {eager:.1e}, replays from them by {replayed:.1e}"
+    if replayed == float("inf"):
+        return "replays keep other classes (goal: equal bits)"
+    return f"replays differ by {replayed:.1e} (goal: equal bits)" if replayed else "replays equal in all bits"
+
+
+def _full(facts: dict[str, Any]) -> str:
+    if not (found := facts.get("full")):
         return ""
-    if not step["captured"]:
-        return "no graph was captured"
-    if (off := step["difference"]) == float("inf"):
-        return "keep other classes (goal: equal bits)"
-    return "equal in all bits" if off == 0 else f"differ: a weight by {off:.1e} of its norm (goal: equal bits)"
+    times = ", ".join(f"{time} ms {name}" for name, time in found["ms"].items())
+    return f"{found['B']} pairs: {times}"
 
 
-def _launches(precision: str, step: dict[str, Any]) -> str:
-    if not (launches := step.get("launches")):
-        return ""
-    return f"{launches['kernels']} kernels and {launches['copies']} copies or fills"
-
-
-def _time(precision: str, step: dict[str, Any]) -> str:
-    if not (times := step.get("ms")):
-        return ""
-    graphed = f"{times[GRAPHED]} ms as a graph" if GRAPHED in times else "no graph"
-    theirs = [f"{times[name]} ms {name}" for name in (PUBLISHED, COMPILED) if name in times]
-    return ", ".join([graphed, f"{times[EAGER]} ms eager", *theirs])
-
-
-def _floor(precision: str, step: dict[str, Any]) -> str:
-    if not (times := step.get("ms")):
-        return ""
-    fastest = min(times[name] for name in (EAGER, GRAPHED) if name in times)
-    return f"{fastest / step['floor_ms']:.2f} times {step['floor_ms']} ms"
-
-
-def _faster(precision: str, step: dict[str, Any]) -> str:
-    if not (faster := step.get("faster")):
-        return ""
-    texts = [f"{ratio:.2f} times as fast as {name}" for name, ratio in faster.items()]
-    goal = f" (goal: at least {GOALS[step['B']]})" if COMPILED in faster and step["B"] in GOALS else ""
-    return ", ".join(texts) + goal
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the benchmarks of operators; the last one may be cut off."""
+    path = folder / "operators.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _operators(folder: Path) -> str:
-    path = folder / "operators.json"
-    if not path.exists() or not (text := path.read_text()):
+    if not (rows := _rows(folder)):
         return _without_result(folder, "operators")
     times: dict[str, dict[str, float]] = {}
-    for row in json.loads(text)["benchmarks"]:
-        times.setdefault(row["group"], {})[row["params"]["implementation"]] = row["stats"]["median"]
+    for row in rows:
+        times.setdefault(row["group"], {})[row["implementation"]] = row["p50_ms"]
     compared = {group: of for group, of in times.items() if EAGER in of and len(of) > 1}
     slower = [group for group, of in compared.items() if of[EAGER] > min(of.values())]
     listed = f": {', '.join(slower[:_NAMED])}{', …' if len(slower) > _NAMED else ''}" if slower else ""

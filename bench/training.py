@@ -20,7 +20,7 @@ from skipkernels.selection import RankSampler
 from skipkernels.testing import relative_error
 
 from .inputs import Inputs, autocast, class_names
-from .published import PublishedStep
+from .published import ConstantSize, PublishedStep
 
 # Relative error of a gradient against the published step in fp32. Ours may exceed that of the published step in the
 # same precision by this: another order of summation through six blocks in fp32; in bf16 other rounding to 8 bits.
@@ -29,6 +29,7 @@ SLACK = {"fp32": 1e-3, "bf16": 0.05}
 # logits: the same operations except a logit bias, which softmax ignores, and unit norms; another order if compiled.
 _LOSS = {"fp32": 1e-4, "bf16": 0.05}
 _CONTEXT = "a photo of a"
+COMPILER_MODES = ("default", "reduce-overhead")  # of torch.compile; the second captures CUDA graphs
 
 Skip = int | tuple[int, int]
 """Blocks skipped in each tower, or in image and text."""
@@ -89,9 +90,10 @@ class Published:
         loss = loss or (lambda: self.loss(precision))
         return Step("published", len(self.chosen), self._skip_layers, precision, self._model, loss)
 
-    def compiled(self, precision: str) -> Step:
-        """The step under torch.compile, already compiled and compared."""
-        function = torch.compile(self._step.__call__)
+    def compiled(self, precision: str, mode: str = "default") -> Step:
+        """The step under torch.compile, already compiled and compared; it keeps as many classes in each step."""
+        function = torch.compile(self._step.__call__, mode=mode)
+        self._step.sampler = ConstantSize(RankSampler(), self._features.device)
 
         def loss(class_ids: Tensor | None = None) -> Tensor:
             with autocast(self._features.device, precision):

@@ -15,7 +15,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the import of Triton: its kernels then run on the CPU
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
@@ -42,6 +42,22 @@ def pytest_configure(config: pytest.Config) -> None:
     needed = "SKIPKERNELS_CPP" not in os.environ and sys.platform != "win32" and not hasattr(config, "workerinput")
     if needed and not _build.library_path().is_file() and _build.main() != 0:
         pytest.exit("no C++ kernels; SKIPKERNELS_CPP=0 runs the tests without them", 1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """End a worker after a test that met an error of the GPU such as an illegal access: all later ones would fail.
+
+    pytest-xdist names the test, and starts another worker.
+    """
+    report = yield
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os.write(2, report.longreprtext.encode())
+            os._exit(1)
+    return report
 
 
 THREADS = torch.get_num_threads()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
+import itertools
 import json
 import os
+import re
 import subprocess
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch.autograd import DeviceType
 from bench import gpu, inputs, measure, summary, training
 from skipkernels import testing
 from skipkernels.graphs import graphed_step
+from tests import conftest
 from tests.conftest import TELLING, place
 
 CUT = "--model vit-tiny --classes 20 --skip-layers 3 --device cpu --rounds 1 --no-save".split()
@@ -44,26 +47,39 @@ def limits(monkeypatch) -> None:
         ("profile_step", "skipkernels::"),
         ("one_step", "loss: "),
         ("smoke", "class_scores: "),
+        ("full", "fuse-fast"),
     ],
 )
-def test_stages_run_on_the_cpu(stage, printed, capsys):
+def test_stages_run_on_the_cpu(stage, printed, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     gpu.main([stage, *CUT])
     assert printed in capsys.readouterr().out
 
 
 def test_script_runs_each_stage_with_its_limit(tmp_path):
     """With `echo` in place of Python; one that cannot run does not stop the others."""
+    (tmp_path / "scale").write_text("250\n")
     environment = os.environ | {"PYTHON": "echo", "OUT": str(tmp_path)}
     done = subprocess.run([SCRIPT, "step", "racecheck", "ncu"], capture_output=True, text=True, env=environment)
     assert [line.partition(",")[0] for line in done.stdout.splitlines()] == [
         "step: exit status 0", "racecheck: exit status 127", "ncu: exit status 127"
     ]  # fmt: skip
-    assert (tmp_path / "step.txt").read_text() == f"-m bench.gpu step --out {tmp_path}\n"
+    command = f"-m bench.gpu step --precision bf16 --all-shapes --seconds {2.5 * 116:.0f} --out {tmp_path}\n"
+    assert (tmp_path / "step.txt").read_text() == command
 
 
 def test_limits_of_the_stages_are_ten_minutes():
     lines = [line.split() for line in SCRIPT.read_text().splitlines() if line.startswith("stage ")]
-    assert len(lines) == 9 and sum(int(line[2]) for line in lines) <= 600
+    assert len(lines) == 10 and sum(int(line[2]) for line in lines) <= 600
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "cores", "scale"),
+    [(3e12, 16, 1.0), (1.25e12, 16, 2.0), (3e12, 4, 2.0), (2.4e11, 2, 4.0)],
+    ids=["H100", "half as fast", "few cores", "T4"],
+)
+def test_limits_scale_with_the_machine(bandwidth, cores, scale):
+    assert gpu.scale_of(bandwidth, cores) == scale
 
 
 def test_profiler_sees_one_warm_step(monkeypatch):
@@ -86,6 +102,22 @@ def test_profiler_sees_one_warm_step(monkeypatch):
     assert events == ["step", "step", "start", "step", "stop"]
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_worker_ends_when_the_gpu_is_lost(monkeypatch, is_lost):
+    """After an illegal access every later test of the process would fail; pytest-xdist starts another one."""
+    ended = []
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: (_ for _ in ()).throw(RuntimeError) if is_lost else None)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(os, "write", lambda *text: None)
+    hook = conftest.pytest_runtest_makereport()
+    next(hook)
+    with pytest.raises(StopIteration):
+        hook.send(types.SimpleNamespace(failed=True, longreprtext="illegal memory access"))
+    assert ended == [1] * is_lost
+
+
 def test_telling_tests_come_first_on_a_gpu():
     ids = ["a.py::test_x", "ops/test_b.py::TestB::test_no_worse_than_eager[gpu]", "test_replays_on_a_gpu.py::test_x"]
     items = [*map(Named, ids), Named("ops/test_step_shapes.py::test_no_worse_than_eager[gpu]")]
@@ -98,21 +130,49 @@ class Named(NamedTuple):
     nodeid: str
 
 
-def test_step_writes_its_facts_on_a_gpu(monkeypatch, tmp_path):
+@pytest.fixture
+def as_on_a_gpu(monkeypatch) -> None:
     """The CPU in place of a GPU: every path but the capture and the counting of launches."""
-    on_cpu = functools.partial(inputs.random_inputs, "vit-tiny", 4, 20, measure.CPU)
     machine = measure.machine(measure.CPU)
-    monkeypatch.setattr(gpu, "_random_inputs", lambda *_: on_cpu())
+    monkeypatch.setattr(gpu, "_random_inputs", lambda *case: inputs.random_inputs(*case[:3], measure.CPU))
     monkeypatch.setattr(gpu, "launches_of", lambda run, device: {"kernels": 1, "copies": 2})
     monkeypatch.setattr(measure, "machine", lambda device: machine)
-    monkeypatch.setattr(training.Published, "compiled", training.Published.step)
+    monkeypatch.setattr(training.Published, "compiled", lambda published, precision, mode: published.step(precision))
     monkeypatch.setattr(measure, "seconds_of", lambda function, device, calls=1, before=None: 0.001 * calls)
-    gpu.main(["step", *CUT, "--device", "cuda", "--out", str(tmp_path)])
-    found = summary.read_facts(tmp_path)["step bf16"]
-    theirs = {summary.PUBLISHED, summary.COMPILED}
-    assert found["ms"].keys() == {summary.EAGER, summary.GRAPHED} | theirs and found["faster"].keys() == theirs
-    assert set(found["ms"].values()) == {10.0} and found["difference"] == 0
-    assert (found["captured"], found["launches"]) == (False, {"kernels": 1, "copies": 2})
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_step_writes_its_facts_on_a_gpu(as_on_a_gpu, monkeypatch, tmp_path, captured):
+    """An eager fallback is not called a graph."""
+    monkeypatch.setattr(graphed_step.GraphedStep, "is_captured", captured)
+    gpu.main(["step", *CUT, "--precision", "bf16", "--batch", "2", "--device", "cuda", "--out", str(tmp_path)])
+    found = summary.read_facts(tmp_path)["step bf16 B2 C20"]
+    theirs = {summary.PUBLISHED, *summary.COMPILED.values()}
+    ours = {summary.EAGER, summary.GRAPHED} if captured else {summary.EAGER}
+    assert found["ms"].keys() == ours | theirs and found["faster"].keys() == theirs
+    assert set(found["ms"].values()) == {10.0} and found["difference"] == found["eager_difference"] == 0
+    assert (found["captured"], found["launches"]) == (captured, {"kernels": 1, "copies": 2})
+
+
+def test_all_shapes_within_the_time(as_on_a_gpu, monkeypatch, tmp_path):
+    """All of them without torch.compile, then with it; one without memory does not stop the others."""
+    began = []
+
+    def step_of_shape(args, compiles, compares):
+        began.append((args.batch, args.classes, compiles, compares))
+        if args.classes == 10000:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu, "step_of_shape", step_of_shape)
+    times = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    gpu.main([*"step --precision bf16 --all-shapes --device cuda --seconds 8 --out".split(), str(tmp_path)])
+    assert [(B, C) for B, C, *_ in began] == [*gpu._SHAPES, *gpu._SHAPES[:2]]
+    assert [compiles for *_, compiles, _ in began] == [False] * 6 + [True] * 2
+    assert [compares for *_, compares in began] == [True] + [False] * 7
+    facts = summary.read_facts(tmp_path)
+    assert facts["step bf16 B4 C10000"] == {"step": "out of memory", "compiled": "no time left"}
+    assert facts["step bf16 B4 C100"] == {"compiled": "no time left"} and "step bf16 B4 C1000" not in facts
 
 
 def test_replays_are_compared_in_bits(monkeypatch):
@@ -125,12 +185,13 @@ def test_replays_are_compared_in_bits(monkeypatch):
     def another(*arguments, **options):
         run, step = made_as(*arguments, **options)
         made.append(step._clip.model.visual.proj)
-        if len(made) == 1:
-            made[0].data[0, 0] += 1e-7
+        if len(made) == 3:
+            made[2].data[0, 0] += 1e-7
         return run, step
 
     monkeypatch.setattr(gpu, "graphed_step", another)
-    assert 0 < gpu.difference_of_replays(args) < 1e-5
+    eager, replayed = gpu.differences(args)
+    assert eager == 0 < replayed < 1e-5
 
 
 def test_launches_are_kernels_and_copies(monkeypatch):
@@ -145,6 +206,7 @@ def test_launches_are_kernels_and_copies(monkeypatch):
 
 STEP = {
     "captured": True,
+    "eager_difference": 0.0,
     "difference": 0.0,
     "launches": {"kernels": 357, "copies": 33},
     "B": 4,
@@ -152,64 +214,78 @@ STEP = {
     "floor_ms": 1.5,
     "faster": {"published": 3.6, "published, compiled": 2.0},
 }
-MACHINE = {"device": "A GPU", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}
+MACHINE = {"device": "NVIDIA H100 PCIe", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}
 
 
 def summarised(folder: Path) -> dict[str, str]:
-    lines = list(summary.lines_of(folder))
-    assert len(lines) == 10
-    return dict(line.split(": ", 1) for line in lines)
+    return dict(line.split(": ", 1) for line in summary.lines_of(folder))
 
 
 def test_summary_without_results(tmp_path):
-    for name, text in summarised(tmp_path / "nothing").items():
+    found = summarised(tmp_path / "nothing")
+    assert len(found) == 8
+    for name, text in found.items():
         assert "not run" in text, name
 
 
-def test_summary_of_results(tmp_path):
+def test_summary_of_results(tmp_path, monkeypatch, capsys):
     facts = {"machine": MACHINE, "absent_peers": ["xformers"]}
-    summary.write_facts(tmp_path, facts)
-    fp32 = {name: {k: v for k, v in STEP[name].items() if k != summary.COMPILED} for name in ("ms", "faster")}
-    summary.write_facts(tmp_path, {"step bf16": STEP, "step fp32": STEP | fp32 | {"difference": 1e-7}})
+    summary.write_facts(tmp_path, facts | {"step bf16 B4 C1000": STEP})
+    without = {name: {k: v for k, v in STEP[name].items() if k != "published, compiled"} for name in ("ms", "faster")}
+    late = STEP | without | {"compiled": "no time left"}
+    summary.write_facts(tmp_path, {"step bf16 B32 C1000": late, "step fp32 B4 C1000": {"step": "out of memory"}})
+    summary.write_facts(tmp_path, {"full": {"B": 8, "ms": {"eager": 3.0, "fuse-fast": 2.0}}})
     (tmp_path / "tests.txt").write_text("FAILED a.py::b[1]\nE\nFAILED a.py::b[1] - E\n1 failed, 812 passed in 99.00s\n")
     (tmp_path / "step.txt").write_text("worst gradient in bf16, of x: off by 1e-3\nthe steps disagree: no timing\n")
     rows = [
-        {"group": group, "params": {"implementation": name}, "stats": {"median": median}}
+        {"group": group, "implementation": name, "p50_ms": median}
         for group, name, median in [
             ("one", "skipkernels", 1), ("one", "eager", 2), ("two", "skipkernels", 2), ("two", "Liger", 1),
             ("three", "eager", 1),
         ]
     ]  # fmt: skip
-    (tmp_path / "operators.json").write_text(json.dumps({"benchmarks": rows}))
+    cut_off = '{"group": "four"'
+    (tmp_path / "operators.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + cut_off)
     (tmp_path / "memcheck.txt").write_text("========= ERROR SUMMARY: 0 errors\n")
     (tmp_path / "ncu.txt").write_text('==PROF== Profiling "_a_kernel": 0%\n==PROF== Profiling "_b_kernel": 0%\n')
-    assert summarised(tmp_path) == {
-        "machine": "A GPU, torch 2.11.0, Triton 3.6.0, commit abc1234; peers that cannot run: xformers",
+    floor = "1.67 times the floor of 1.5 ms; 357 kernels and 33 copies or fills; replays equal in all bits"
+    expected = {
+        "machine": "NVIDIA H100 PCIe, torch 2.11.0, Triton 3.6.0, commit abc1234; peers that cannot run: xformers",
         "tests": "812 passed, 1 failed: a.py::b[1] (goal: 0)",
         "gradients": "bf16, of x: off by 1e-3; the steps disagree: no timing",
-        "replays and eager steps": "bf16 equal in all bits; "
-        "fp32 differ: a weight by 1.0e-07 of its norm (goal: equal bits)",
-        "launches": "bf16 357 kernels and 33 copies or fills; fp32 357 kernels and 33 copies or fills",
-        "step": "bf16 2.5 ms as a graph, 6.0 ms eager, 9.0 ms published, 5.0 ms published, compiled; "
-        "fp32 2.5 ms as a graph, 6.0 ms eager, 9.0 ms published",
-        "against the floor": "bf16 1.67 times 1.5 ms; fp32 1.67 times 1.5 ms",
-        "against the published step": "bf16 3.60 times as fast as published, 2.00 times as fast as published, compiled "
-        "(goal: at least 3); fp32 3.60 times as fast as published",
+        "step bf16 B4 C1000": "2.5 ms as a graph, 6.0 ms eager, 9.0 ms published, 5.0 ms published, compiled; "
+        f"{floor}; 3.60 times as fast as published, 2.00 times as fast as published, compiled "
+        "(goal: at least 3, compiled)",
+        "step bf16 B32 C1000": "2.5 ms as a graph, 6.0 ms eager, 9.0 ms published; "
+        f"{floor}; 3.60 times as fast as published; compiled: no time left",
+        "step fp32 B4 C1000": "out of memory",
+        "full training": "8 pairs: 3.0 ms eager, 2.0 ms fuse-fast",
         "operators": "2 cases compared, another implementation is faster in 1: two (goal: 0)",
         "sanitizer and profiler": "memcheck 0 errors; racecheck not run; ncu 2 kernels profiled",
     }
+    assert summarised(tmp_path) == expected
+    monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
+    summary.main()
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["operators"] == rows and written["facts"]["machine"] == MACHINE
+    assert written["summary"] == capsys.readouterr().out.splitlines() == [f"{k}: {v}" for k, v in expected.items()]
 
 
 @pytest.mark.parametrize(
-    ("step", "text"),
+    ("step", "device", "text"),
     [
-        ({"captured": False}, "no graph was captured"),
-        ({"difference": float("inf")}, "keep other classes (goal: equal bits)"),
+        ({"captured": False}, "", "no graph was captured"),
+        ({"difference": float("inf")}, "", "replays keep other classes (goal: equal bits)"),
+        ({"difference": 1e-7}, "", "replays differ by 1.0e-07 (goal: equal bits)"),
+        ({"eager_difference": 2e-7, "difference": 1e-7}, "", "eager steps differ from each other by 2.0e-07, replays"),
+        ({"B": 32}, "NVIDIA H100 80GB HBM3", "published, compiled (goal: at least 2, compiled)"),
+        ({}, "NVIDIA A100", "2.00 times as fast as published, compiled$"),
     ],
+    ids=lambda value: str(value) if isinstance(value, str) else "",
 )
-def test_summary_of_replays_that_are_not_equal(tmp_path, step, text):
-    summary.write_facts(tmp_path, {"step bf16": STEP | step})
-    assert summarised(tmp_path)["replays and eager steps"] == f"bf16 {text}; fp32 not run"
+def test_summary_of_a_step(tmp_path, step, device, text):
+    summary.write_facts(tmp_path, {"machine": MACHINE | {"device": device}, "step bf16 B4 C1000": STEP | step})
+    assert re.search(re.escape(text).replace(r"\$", "$"), summarised(tmp_path)["step bf16 B4 C1000"])
 
 
 def test_failed_tests_are_named_when_the_tests_are_cut_off(tmp_path):
@@ -229,7 +305,8 @@ def test_summary_of_stages_without_a_result(tmp_path):
         "step: exit status 1, 9 s\nstep: exit status 124, 60 s\nmemcheck: exit status 127\n"
     )
     found = summarised(tmp_path)
-    assert found["step"] == "bf16 cut off; fp32 not run" and found["operators"] == "no result, see operators.txt"
+    assert found["step bf16"] == "cut off" and found["step fp32"] == "not run"
+    assert found["operators"] == "no result, see operators.txt"
     assert found["sanitizer and profiler"] == "memcheck no result, see memcheck.txt; racecheck not run; ncu not run"
 
 
@@ -239,4 +316,5 @@ def test_summary_reads_the_facts_of_stages(tmp_path, capsys):
         assert printed in capsys.readouterr().out
     found = summarised(tmp_path)
     assert found["machine"].startswith(measure.machine(measure.CPU)["device"]) and "Liger" in found["machine"]
-    assert "ms eager" in found["step"] and found["launches"] == "bf16 not run; fp32 not run"
+    assert "ms eager" in found["step bf16 B4 C20"] and found["step fp32"] == "not run"
+    assert (tmp_path / "scale").read_text() == f"{round(100 * gpu.scale_of(1e10, len(os.sched_getaffinity(0))))}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", type=torch.device, default=measure.default_device(), help="default: a GPU, if any")
     parser.addoption("--shapes", type=int, help="only this many shapes of each operator")
     parser.addoption("--minutes", type=float, default=math.inf, help="skip what has not begun after this time")
+    parser.addoption("--rows", type=Path, help="append a line of JSON to this file after each time")
     parser.addoption("--no-save", action="store_true", help="write no file, also with --benchmark-autosave")
 
 
