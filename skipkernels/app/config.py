@@ -200,12 +200,6 @@ class TuneConfig(
         return self.method == AUTO or self.head == "auto"
 
     @property
-    def shots_text(self) -> str:
-        """Number of training images per class, for titles: "16 shots"."""
-        shots = self.chosen_shots
-        return "all images" if shots == "all" else f"{shots} shot{'' if shots == 1 else 's'}"
-
-    @property
     def _shots(self) -> int:
         """Number of shots, for recipes that depend on it."""
         return self.shots if isinstance(self.shots, int) else _SHOTS

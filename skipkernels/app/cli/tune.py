@@ -122,6 +122,8 @@ def _refused(argument: str, message: str) -> Exception:
 def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
     """Print the tables of a run, and the names of its files."""
     assert config.out is not None
+    if metrics["candidates"]:
+        out.print(_candidate_table(metrics))
     out.print(_accuracy_table(config, metrics))
     out.print(_cost_table(config, metrics))
     names = ["report.html", "README.md", "metrics.json", "metrics.jsonl", metrics["checkpoint"]["file"]]
@@ -158,15 +160,35 @@ def _as_yaml(config: TuneConfig) -> str:
 def _accuracy_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
     from rich.table import Table
 
+    from skipkernels.app.report.words import name_of_method, title_of
     from skipkernels.app.train.class_metrics import VALIDATION, accuracy_rows
 
-    table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots_text}")
+    table = Table("accuracy, %", title=title_of(config, name_of_method(metrics["method"])))
     for column in ("zero-shot", "tuned", "change"):
         table.add_column(column, justify="right")
     for row in accuracy_rows(metrics | {"validation": metrics.get("validation") or {}}):
         if (row.test == VALIDATION) == (config.test == "none"):
             change = None if row.before is None or row.after is None else row.after - row.before
             table.add_row(row.label, number(row.before, ".2f"), number(row.after, ".2f"), number(change, "+.2f"))
+    return table
+
+
+def _candidate_table(metrics: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    from skipkernels.app.report.intervals import wilson
+
+    found = metrics["candidates"]
+    balanced = any(number(each["balanced_accuracy"], ".1f") != number(each["accuracy"], ".1f") for each in found)
+    table = Table("candidate", title=f"{len(found)} candidates; chosen: {metrics['chosen_because']}")
+    for column in ("accuracy, %", "95 % interval", *(["balanced, %"] if balanced else []), "seconds", "new names"):
+        table.add_column(column, justify="right")
+    for each in found:
+        low, high = wilson(each["accuracy"], each["images"])
+        cells = [number(each["accuracy"], ".1f"), f"{low:.1f} to {high:.1f}"]
+        cells += [number(each["balanced_accuracy"], ".1f")] if balanced else []
+        cells += [number(each["seconds"], ".1f"), "yes" if each["new_names"] else "no"]
+        table.add_row(("✓ " if each["chosen"] else "") + each["name"], *cells, style="bold" if each["chosen"] else None)
     return table
 
 

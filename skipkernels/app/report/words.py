@@ -6,7 +6,8 @@ from ...options import Shots
 from ..config import TuneConfig
 from .rendering import plural
 
-_METHODS = {"skip": "Skip Tuning", "full": "full fine-tuning"}  # options of others are their names
+# Options of others are their names.
+_METHODS = {"skip": "Skip Tuning", "full": "full fine-tuning", "auto": "a choice of candidates"}
 _TESTS = {
     "base": "trained classes",
     "new": "new classes",

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..config import TuneConfig
 from ..data import Protocol
-from ..report.words import name_of_method
+from ..report.words import name_of_method, shots_text
 from .comparison import compare_best
 from .runs import Result, Variant, run_variants
 from .study import ACCURACY, Column, Study
@@ -36,7 +36,7 @@ def run_protocol(
             for count in shots
         ]
     else:
-        variants = [Variant(f"{config.shots_text}", config)]
+        variants = [Variant(shots_text(config.chosen_shots), config)]
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
     title = f"{config.model} on {config.data} · {name_of_method(config.method)} · {protocol}"
     if protocol != "few-shot":

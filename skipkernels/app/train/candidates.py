@@ -1,11 +1,15 @@
 """Choice between candidates (`method="auto"`, `head="auto"`) by their accuracy on held-out training images.
 
     frozen:     the texts, and each head, on the pretrained embeddings
-    trained:    Skip Tuning with each of `FACTORS` of its learning rates, alone and with each head
-    blended:    the mean of these weights and the pretrained ones, alone and with each head that uses the texts
+    trained:    Skip Tuning with each of `FACTORS` of its learning rates, with the texts and each head
+    blended:    the mean of these weights and the pretrained ones, with the texts and each head that uses them
 
 All of them share the features at the cut, which are computed once. The chosen one is then trained on all images,
 held-out ones included.
+
+Where new classes are tested, held-out images of trained classes do not show what a candidate costs them. So only those
+that cost little are compared: pretrained and blended weights, with the texts or an anchored probe. A Gaussian head
+raises logits of trained classes alone, and a linear probe has none for others.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ FACTORS = (1.0, 3.0, 10.0)
 BLENDS = (1.0, 0.5)
 """Weights of the tuned model; 1/2 is what Wortsman et al. (WiSE-FT) recommend where nothing is known about new data."""
 FEW = 400  # training images, below which all of them are held out, half by half
-SHARE, LEAST, MOST = 0.2, 200, 2000  # held-out images otherwise: a fifth of all, and at least and at most so many
+SHARE, LEAST, MOST = 0.2, 200, 2000  # held-out images otherwise: a fifth of all, and the smallest and largest number
 _MAX_BYTES = 1 << 26
 
 
@@ -213,19 +217,25 @@ class Search:
 
     def run(self) -> Iterator[list[Trial]]:
         """Yield the trials of frozen embeddings, then those of each training, blended and not; none if it diverged."""
-        given = self.config.head
-        heads: list[HeadName] = list(get_args(HeadName)) if given in ("auto", None) else [given]  # type: ignore[list-item]
-        frozen: list[HeadName] = heads if self._chooses_frozen else []
+        frozen = self._heads if self._chooses_frozen else []
         yield self._tried([Candidate(self.method, None, head=head) for head in dict.fromkeys(["none", *frozen])])
-        blends = BLENDS if (self.config.method, self.config.blend) == (AUTO, 1.0) else (self.config.blend,)
         for factor in self.factors:
-            candidates = [
-                Candidate(self.method, factor, blend, head)
-                for blend in blends
-                for head in heads
-                if not (blend != 1 and head == "probe")
-            ]
-            yield self._tried(candidates)
+            candidates = [Candidate(self.method, factor, blend, head) for blend in self._blends for head in self._heads]
+            yield self._tried([each for each in candidates if each.blend == 1 or each.head != "probe"])
+
+    @property
+    def _heads(self) -> list[HeadName]:
+        """Heads to compare."""
+        if self.config.head not in ("auto", None):
+            return [self.config.head]  # type: ignore[list-item]
+        return ["none", "anchored"] if self._tests_new else list(get_args(HeadName))
+
+    @property
+    def _blends(self) -> tuple[float, ...]:
+        """Blends to compare."""
+        if self.config.method != AUTO or self.config.blend != 1:
+            return (self.config.blend,)
+        return BLENDS[1:] if self._tests_new else BLENDS
 
     @property
     def _chooses_frozen(self) -> bool:
@@ -298,13 +308,8 @@ class Search:
         return len(self.setup.task.tests) > 1
 
     def best(self) -> Trial:
-        """Best trial by accuracy, of equal ones the lower loss; of those that classify all tests of the protocol."""
-        known = [
-            trial
-            for trial in self.trials
-            if (trial.candidate.new_names or not self._tests_new)
-            and (trial.candidate.factor is not None or self._chooses_frozen)
-        ]
+        """Best trial by accuracy, of equal ones the lower loss."""
+        known = [trial for trial in self.trials if trial.candidate.factor is not None or self._chooses_frozen]
         balanced = self.config.class_weight is not None or self.config.prior == "balanced"
         return max(known, key=lambda t: (t.balanced_accuracy if balanced else t.accuracy, -t.loss))
 
@@ -327,7 +332,6 @@ class Search:
             for trial in self.trials
         ]
         because = f"highest accuracy on {images} held-out images"
-        because += ", of the candidates that can take new names" if self._tests_new else ""
         because += ", of those before Ctrl-C" if stopped else ""
         fields, thresholds = calibrate(torch.cat(best.logits), self.labels)
         validation = {"images": images, "zero_shot": round(first.accuracy, 4), "tuned": round(best.accuracy, 4)}

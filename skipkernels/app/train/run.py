@@ -23,6 +23,7 @@ from ..data import InputError, Source, save_few_shot
 from ..data.check import unreadable_images
 from ..data.files import format_names
 from ..heads import choose_l2, fit_head
+from ..report.words import name_of_method, title_of
 from . import checkpoint, notes
 from .calibration import calibrate
 from .candidates import Choice, Search
@@ -76,8 +77,8 @@ class Run:
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             print_plain(self.console, f"note: {note}")
             _log.info(escaped(note))
-        title = f"{config.model} on {config.data}, {config.method}, {config.shots_text}"
-        title += f", {processes.size} processes" if processes.size > 1 else ""
+        between = [name_of_method(config.method), *([f"{processes.size} processes"] if processes.size > 1 else [])]
+        title = title_of(config, *between)
         self.display = ProgressDisplay(self.console, title=title, memory=self.memory)
         self.rows = [] if self.resumed is None else list(self.resumed.rows)  # of the complete epochs
         self.tuned: Evaluation | None = None  # after the last complete epoch, in the end of the best
