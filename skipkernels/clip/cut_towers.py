@@ -30,6 +30,7 @@ class CutOptions:
     trainable: Trainable
     train_text: bool
     train_logit_scale: bool
+    chunk: int  # Images or prompts that run below the cut at a time
 
     def __post_init__(self) -> None:
         for name, allowed in (("memory", Memory), ("attention", AttentionName), ("trainable", Trainable)):
@@ -53,7 +54,7 @@ def cut_towers(image: ImageTower, text: TextTower, options: CutOptions) -> None:
     fuse_blocks([*image.blocks, *text.blocks])
     backend = SDPA if options.attention == "sdpa" else _xformers(image, text)
     for tower in (image, text):
-        tower.cut = Cut(options.skip_of(tower), options.memory, backend)
+        tower.cut = Cut(options.skip_of(tower), options.memory, backend, options.chunk)
 
 
 def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
@@ -81,7 +82,7 @@ def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
         if isinstance(block, FusedBlock) and block.why_not_fused() is None:
             read = block._read()
             proj = read.weights.proj
-            reason = xformers.why_unavailable(device, proj.dtype, proj.shape[0] // read.heads)
+            reason = xformers.why_unavailable(device, proj.dtype, proj.shape[0] // read.settings.heads)
             if reason is not None:
                 raise ValueError(
                     f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU '

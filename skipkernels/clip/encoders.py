@@ -36,7 +36,6 @@ class Encoders:
         model: A CLIP. Its blocks are fused in place.
         tokens: [C, L] or [C, T, L], as kept by SkipCLIP.
         options: Number of blocks below the cut, and others of the towers.
-        chunk: Images or prompts that run below the cut at a time.
         text_cache: Folder of the text features, or None.
         lower_device: Device of the modules below the cut, or None for that of the model.
     """
@@ -50,12 +49,10 @@ class Encoders:
         tokens: Tensor,
         options: CutOptions,
         *,
-        chunk: int,
         text_cache: str | Path | None = None,
         lower_device: torch.device | str | None = None,
     ):
         self.model, self.tokens, self.options = model, tokens, options
-        self._chunk = chunk
         self._folder = None if text_cache is None else Path(text_cache).absolute()  # of the working directory of now
         self._lower_device = None if lower_device is None else torch.device(lower_device)
         self._before_adapters: _Trained | None = None  # set by `freeze_for_adapters`
@@ -81,7 +78,7 @@ class Encoders:
         set_trainable(self.model, image, text, self.options)
         with torch.autocast(self._device.type, enabled=False):
             # 2. Text features at the cut, and prototypes: embeddings of all classes before tuning
-            self.images, self.texts = ImageEncoder(image, self._chunk), self._texts_of(text, self.tokens)
+            self.images, self.texts = ImageEncoder(image), self._texts_of(text, self.tokens)
             if prototypes is None:
                 self.texts.compute_prototypes()
             else:
@@ -100,7 +97,7 @@ class Encoders:
         texts = self._texts_of(tower, tokens)
         with torch.autocast(self._device.type, enabled=False):
             texts.compute_prototypes()
-            if tower.lower_device is None:  # else the model itself cannot run: it is on two devices
+            if tower.cut.lower_device is None:  # else the model itself cannot run: it is on two devices
                 self._verify(texts, tokens)
         self.tokens, self.texts = tokens, texts
         self._move_lower()
@@ -113,7 +110,7 @@ class Encoders:
     def _texts_of(self, tower: TextTower, tokens: Tensor) -> ClassTexts:
         check_vocabulary("SkipCLIP", "tokens", tokens, tower.vocabulary)
         kind = ClassTexts if self.options.train_text else FixedTexts
-        return kind(tower, tokens.to(self._device, torch.int64), self._chunk, self._folder)
+        return kind(tower, tokens.to(self._device, torch.int64), self._folder)
 
     @property
     def _device(self) -> torch.device:
@@ -202,6 +199,6 @@ class Encoders:
         yield
         for encoder in encoders:
             encoder.tower.move_lower()
-            encoder.convert(fn)
+        self.texts.convert(fn)
         for encoder in valid:  # its features stay valid; the converted weights have other digests
             encoder.watched = Watched(encoder.tower.lower_parts)

@@ -4,72 +4,50 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..boundary import LSkipBoundary
 from ..towers.base import ImageTower
 from ..towers.modes import evaluating
 from ..towers.watch import Watched
 from . import checks
 
 
-class FeatureSpec(NamedTuple):
-    """Features at the cut of one image."""
-
-    shape: torch.Size  # [N, W]
-    dtype: torch.dtype
-
-
 class ImageEncoder:
     """The image tower: below the cut in chunks without gradient, above it with.
 
     Attributes:
-        feature_spec: Shape and dtype of the features at the cut, from those of a black one.
+        feature_shape: [N, W], shape of the features at the cut of one image.
         watched: Modules and weights that computed features at the cut; None before any were computed or used.
     """
 
-    def __init__(self, tower: ImageTower, chunk: int):
-        self.tower, self.chunk = tower, chunk
+    def __init__(self, tower: ImageTower):
+        self.tower = tower
         self.watched: Watched | None = None
         image = torch.zeros(1, 3, *tower.image_size, device=tower.model.logit_scale.device)
         with evaluating([tower.model]), torch.no_grad():
             features = self.lower(image)
-        self.feature_spec = FeatureSpec(features.shape[1:], features.dtype)
+            assert features.dtype == tower.dtype, (features.dtype, tower.dtype)
+            self.feature_shape = features.shape[1:]
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to embeddings [B, D], not normalised."""
         if not self.are_features(pixel_values):
-            return self.upper(self.lower(pixel_values))
+            return self.tower.upper(self.lower(pixel_values))
         self.watch()
         if self.is_stale():
             raise RuntimeError(
                 "SkipCLIP: modules or weights below the cut have changed since features at the cut were first computed "
                 "or used, so these do not match the model. Compute them again, then call clip.refresh()."
             )
-        return self.upper(pixel_values)
-
-    def upper(self, features: Tensor) -> Tensor:
-        """Features at the cut [B, N, W], in any dtype, to embeddings [B, D].
-
-        Under autocast the features may be in 16 bits. The residual stream above the cut is in the dtype of the model,
-        as that of the texts, so that features from a cache give the same result as images.
-        """
-        return self.tower.upper(features.to(self.feature_spec.dtype))
+        return self.tower.upper(pixel_values)
 
     def lower(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]."""
-        x = images.to(self.tower.dtype)
-        # Sizes are not checked before: a convolutional model takes others too.
-        try:
-            if self.tower.skip == 0:
-                return self.tower.lower(x)
-            x = x.to(self.tower.lower_device or x.device)
-            # The boundary refuses images that require grad, as it returns no gradient. Under no_grad none is asked for.
-            x = x if torch.is_grad_enabled() else x.detach()
-            return LSkipBoundary.apply(self.tower.lower, x, self.chunk).to(images.device)
+        try:  # Sizes are not checked before: a convolutional model takes others too.
+            return self.tower.lower(images)
         except RuntimeError as error:
             height, width = self.tower.image_size
             if tuple(images.shape[1:]) == (3, height, width):
@@ -81,14 +59,14 @@ class ImageEncoder:
 
     def are_features(self, pixel_values: Tensor) -> bool:
         """Return True for features at the cut, False for images."""
-        return pixel_values.shape[1:] == self.feature_spec.shape and self.tower.skip > 0
+        return pixel_values.shape[1:] == self.feature_shape and self.tower.skip > 0
 
     def check(self, pixel_values: Any) -> None:
         """Raise unless pixel_values are images or features at the cut."""
         checks.check_pixel_values(pixel_values)
         if self.are_features(pixel_values) or (pixel_values.ndim == 4 and pixel_values.shape[1] == 3):
             return
-        features = f" or features at the cut [B, {', '.join(map(str, self.feature_spec.shape))}]"
+        features = f" or features at the cut [B, {', '.join(map(str, self.feature_shape))}]"
         if self.tower.skip == 0:
             features = ", as nothing is skipped (skip_layers=0), so that features can't be cached"
         raise ValueError(
@@ -120,10 +98,6 @@ class ImageEncoder:
         """Compare contents and settings below the cut; the next use of features raises an error if they differ."""
         if self.watched is not None:
             self.watched.compare()  # `is_stale` returns the result until the next change
-
-    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow a conversion of the tower; `fn` is not used, since an image encoder has no tensors of its own."""
-        self.feature_spec = self.feature_spec._replace(dtype=self.tower.dtype)
 
 
 def sharing_weights(part: Any, model: nn.Module) -> Any:

@@ -116,13 +116,13 @@ class SkipCLIP(ModuleWithState):
         tokens = checks.as_tokens(tokens)
         checks.check_chunk(chunk)
         checks.refuse_inference_mode("SkipCLIP: cannot be created")
-        options = CutOptions(skip_layers, memory, attention, trainable, train_text, train_logit_scale)
+        options = CutOptions(skip_layers, memory, attention, trainable, train_text, train_logit_scale, chunk)
         self.label_smoothing = checks.as_label_smoothing(label_smoothing)
         share = keep_ratio if train_text else 1.0  # constant class embeddings cost nothing
         self.sampler = RankSampler(
             share, max_keep=max_keep, decay=decay, tail=tail, max_tail=max_tail, generator=generator
         )
-        self.encoders = Encoders(model, tokens, options, chunk=chunk, text_cache=text_cache, lower_device=lower_device)
+        self.encoders = Encoders(model, tokens, options, text_cache=text_cache, lower_device=lower_device)
         self.model = model
         self.config = getattr(model, "config", None)  # for the model card of transformers' trainer
         weight = checks.as_class_weight(class_weight, self.prototypes, len(tokens))
@@ -142,7 +142,7 @@ class SkipCLIP(ModuleWithState):
                 sum to 1, as of mixup and CutMix: see `loss`.
             return_logits: In training, also return the [B, K] logits; the loss does not need them.
         """
-        self.prepare(pixel_values)
+        self.check_and_follow(pixel_values)
         checks.check_labels(labels, pixel_values, self.num_classes)
         return self._compare_with_classes(self.images.encode(pixel_values), labels, return_logits)
 
@@ -165,9 +165,9 @@ class SkipCLIP(ModuleWithState):
         selected, as labels are: pass label smoothing to SkipCLIP. On a GPU such a step has a host sync, to count these
         classes. See docs/training-loop.md.
         """
-        encodes = self.encoders.options.train_text and (self.training or torch.is_grad_enabled())
-        # Embeddings of this step are in the dtype of the tower; those that are kept are converted to that of the image.
-        checks.check_image_embeddings(image, self.prototypes.shape[1], self.texts.tower.dtype if encodes else None)
+        # Texts that are embedded now are in the dtype of their tower; kept ones are converted to that of the image.
+        embeds_texts = self.encoders.options.train_text and (self.training or torch.is_grad_enabled())
+        checks.check_image_embeddings(image, self.prototypes.shape[1], self.texts.tower.dtype if embeds_texts else None)
         self._follow_to(image.device)
         checks.check_labels(labels, image, self.num_classes)
         return self._compare_with_classes(image, labels, return_logits=False).loss
@@ -247,7 +247,7 @@ class SkipCLIP(ModuleWithState):
 
     def _scaled_image_and_classes(self, pixel_values: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Unit-norm image embeddings [B, D] times the scale, and unit-norm embeddings of classes, by default all."""
-        self.prepare(pixel_values)
+        self.check_and_follow(pixel_values)
         classes = self.texts.kept_embeddings() if classes is None else classes
         with evaluating([self.model]):
             image = self.images.encode(pixel_values)
@@ -269,12 +269,12 @@ class SkipCLIP(ModuleWithState):
 
     def encode_upper(self, features: Tensor) -> Tensor:
         """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
-        checks.check_features(features, self.images.feature_spec.shape)
-        return self.images.upper(features)
+        checks.check_features(features, self.images.feature_shape)
+        return self.images.tower.upper(features)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], any norm."""
-        self.images.check(pixel_values)  # without `prepare`, as no texts are needed
+        self.images.check(pixel_values)  # without `check_and_follow`, as no texts are needed
         return self.images.encode(pixel_values)
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
@@ -406,8 +406,8 @@ class SkipCLIP(ModuleWithState):
         """Factor of the cosines [], exp(logit_scale)."""
         return self.model.logit_scale.exp()
 
-    def prepare(self, pixel_values: Any) -> None:
-        """Check images or features of a step or an evaluation, and follow them to their device."""
+    def check_and_follow(self, pixel_values: Any) -> None:
+        """Check images or features of a step or an evaluation, and follow them to their device; see `_follow_to`."""
         checks.refuse_export()
         self.images.check(pixel_values)
         self._follow_to(pixel_values.device)

@@ -86,15 +86,8 @@ def cross_entropy(
     return SkipOutput(loss, kept_logits, class_ids, targets)
 
 
-class _Fields(NamedTuple):
-    loss: Tensor
-    kept_logits: Tensor | None
-    class_ids: Tensor
-    targets: Tensor
-
-
-class SkipOutput(_Fields):
-    """Result of a step: a named tuple.
+class SkipOutput(NamedTuple):
+    """Result of a step.
 
     Attributes:
         loss: [], mean cross-entropy over the batch, weighted if SkipCLIP has class weights; of `sigmoid_loss`, the mean
@@ -106,7 +99,10 @@ class SkipOutput(_Fields):
             labels themselves.
     """
 
-    __slots__ = ()
+    loss: Tensor
+    kept_logits: Tensor | None
+    class_ids: Tensor
+    targets: Tensor
 
     @property
     def logits(self) -> Tensor:  # noqa: D102

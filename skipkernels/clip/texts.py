@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from ..boundary import LSkipBoundary
 from ..features.table import FeatureTable, MemoryTable
 from ..reference import unit_norm
 from ..towers.modes import evaluating
-from ..towers.prompts import SelectedPrompts
-from ..towers.text import TextTower
+from ..towers.text import SelectedPrompts, TextTower
 from ..towers.watch import Watched
 
 if TYPE_CHECKING:
@@ -59,7 +57,6 @@ class ClassTexts:
     Args:
         tower: Text tower, cut.
         tokens: [C, L] or [C, T, L], on the device of the tower.
-        chunk: Prompts that run below the cut at a time.
         folder: Folder of the features and prototypes; by default they are in memory.
 
     Attributes:
@@ -70,8 +67,8 @@ class ClassTexts:
 
     prototypes: Tensor
 
-    def __init__(self, tower: TextTower, tokens: Tensor, chunk: int, folder: Path | None = None):
-        self.tower, self.chunk, self.folder = tower, chunk, folder
+    def __init__(self, tower: TextTower, tokens: Tensor, folder: Path | None = None):
+        self.tower, self.folder = tower, folder
         if folder is not None and tower.skip == 0:
             raise ValueError("SkipCLIP: text_cache keeps features at the cut, and with skip_layers=0 there is no cut.")
         of_templates = tokens.unbind(1) if tokens.ndim == 3 else [tokens]
@@ -130,7 +127,7 @@ class ClassTexts:
         """Unit-norm embeddings [n, D] of classes in evaluation mode, at least fp32, without gradient, in chunks."""
         with evaluating([self.tower.model]), torch.no_grad(), parametrize.cached():
             of_templates = [
-                unit_norm(torch.cat([self.encode_template(t, ids) for ids in class_ids.split(self.chunk)]))
+                unit_norm(torch.cat([self.encode_template(t, ids) for ids in class_ids.split(self.tower.cut.chunk)]))
                 for t in range(len(self.templates))
             ]
         return of_templates[0] if len(of_templates) == 1 else unit_norm(torch.stack(of_templates).mean(0))
@@ -146,7 +143,7 @@ class ClassTexts:
 
     def others(self, tokens: Tensor) -> OtherTexts:
         """Return the texts of other prompts [n, L] or [n, T, L], by the same tower."""
-        return OtherTexts(self.tower, tokens.to(self.device, torch.int64), self.chunk)
+        return OtherTexts(self.tower, tokens.to(self.device, torch.int64))
 
     # ---- features at the cut -----------------------------------------------------------------------------------------
 
@@ -160,12 +157,10 @@ class ClassTexts:
 
     def compute_features(self, selected: SelectedPrompts) -> Tensor:
         """Compute the features [R, W] of prompts at the cut."""
-        lower = partial(self.tower.lower, prompts=selected.prompts)
-        if self.tower.skip == 0:
-            return selected.pack(lower(selected.tokens))
-        with torch.autocast(self.device.type, enabled=False):
-            tokens = selected.tokens.to(self.tower.lower_device or self.device)
-            return selected.pack(LSkipBoundary.apply(lower, tokens, self.chunk).to(self.device))
+        # Kept features are those of a step without autocast.
+        autocast = torch.autocast(self.device.type, enabled=False) if self.tower.skip > 0 else nullcontext()
+        with autocast:
+            return selected.pack(self.tower.lower(selected.tokens, selected.prompts))
 
     def table(self) -> FeatureTable:
         """Features at the cut [R, W] of all prompts; computed again if weights below it changed."""
@@ -216,7 +211,7 @@ class ClassTexts:
         """
         for start, prompts in zip(self._starts, self.templates, strict=True):
             first, ends = start, (start + prompts.starts + prompts.suffix_lengths).tolist()
-            for class_ids in self.class_ids.split(self.chunk):
+            for class_ids in self.class_ids.split(self.tower.cut.chunk):
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix
                 if missing is None or missing[first:end].any():
                     rows = self.compute_features(prompts.select(class_ids, count_rows=True))

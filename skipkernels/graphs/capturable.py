@@ -21,7 +21,7 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
         return f"{hooked} has hooks, which would run at the capture only. Remove them."
     if global_hooks():
         return "global module hooks would run at the capture only. Remove them."
-    if clip.images.tower.backend is not SDPA:
+    if clip.images.tower.cut.backend is not SDPA:
         return 'attention="xformers" has a host sync. Use "sdpa".'
     if clip.texts.reads_folder():
         return "text_cache, as large as here, is read on the host. Leave it out."
@@ -93,7 +93,7 @@ class CapturedState:
             [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors()],
             [(id(m), m.training, *map(id, m._modules.values())) for m in self._modules],
             _first_hooked(clip.model) is not None or bool(global_hooks()),
-            [id(clip.texts), clip.images.tower.memory, clip.texts.tower.memory, clip.label_smoothing],
+            [id(clip.texts), clip.images.tower.cut.memory, clip.texts.tower.cut.memory, clip.label_smoothing],
             [_constant_options(self._optimizer, group) for group in self._optimizer.param_groups],
         )
 

@@ -220,13 +220,13 @@ class GraphedStep:
     def _check_batch(self, pixel_values: Tensor, labels: Tensor, autocast: torch.dtype | None) -> None:
         """Raise unless a batch on a GPU can be captured."""
         clip = self._clip
-        clip.prepare(pixel_values)
+        clip.check_and_follow(pixel_values)
         check_labels(labels, pixel_values, clip.num_classes)
         if pixel_values.requires_grad:
             raise ValueError(
                 "graphed: pixel_values must not require grad, which a replay would not compute. Run without graphed."
             )
-        if clip.images.tower.lower_device is not None and not clip.images.are_features(pixel_values):
+        if clip.images.tower.cut.lower_device is not None and not clip.images.are_features(pixel_values):
             raise RuntimeError(
                 "graphed: images cannot be captured with lower_device, which copies each batch to another device. Pass "
                 "features at the cut, or leave lower_device out."

@@ -39,6 +39,11 @@ BLOCK_SUMS = 64  # rows of partial sums per iteration of the second kernel
 BLOCK_COLUMNS = 32  # columns per program of the second kernel: 128 bytes in fp32
 
 
+# Results of backward that are sums over rows, in the order in which the kernel writes their partial sums side by side;
+# the last two with `need_sums` only.
+SUM_COLUMNS = ("d_weight", "d_bias", "d_hidden_sum", "d_x_sum")
+
+
 class NormResults(NamedTuple):
     """Results of `add_layer_norm_backward`; empty if not needed."""
 
@@ -49,8 +54,7 @@ class NormResults(NamedTuple):
     normed: Tensor  # [..., W], dtype of d_normed
     d_hidden_sum: Tensor  # [W], dtype of the weight, Σ d_hidden over all rows
     d_x_sum: Tensor  # [W], dtype of the weight, Σ d_x over all rows
-    # With `partial` on a GPU, fp32 [P, 2W] or [P, 4W]: partial sums of d_weight, d_bias, and with `need_sums` of
-    # d_hidden_sum and d_x_sum, side by side. These four results are then empty.
+    # With `partial` on a GPU, fp32 [P, 2W] or [P, 4W]: partial sums of the results `SUM_COLUMNS`, which are then empty
     partial_sums: Tensor
 
 
@@ -76,6 +80,7 @@ class NormArguments(NamedTuple):
     def of(cls, *arguments: Any) -> NormArguments:
         """Name the arguments of a call."""
         call = cls(*arguments)
+        # Without `need_normed`, the last and optional one, a bias says that normed is needed.
         return call._replace(need_normed=call.need_normed or call.bias is not None)
 
 

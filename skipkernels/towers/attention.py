@@ -1,12 +1,22 @@
 """Attention over rows of tokens: full sequences, one pooled query per sequence, or suffixes behind a prefix.
 
-Rows are packed projections: query, key and value of a token side by side, [R, 3W], W = H · E.
+Rows are packed projections: query, key and value of a token side by side, [R, 3W], W = H · E. The classes are what a
+fused block calls: plain differentiable code, scale included. They know which rows are a sequence and what these see.
+
+In the last block of a tower they return Q of the R rows, `query_rows`: int64 [Q] without duplicates, or a slice; None
+means all. With `separate_queries` the block projects queries of these rows only:
+
+    class       query_rows               separate_queries   takes             returns
+    Sequences   None                     False              [R, 3W]           [R, W]
+    Pooled      one of each sequence     True               [Q, W], [R, 2W]   [Q, W]
+    Suffixes    None, or the last rows   False              [R, 3W]           [R, W] or [Q, W]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,69 +42,90 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None,
 SDPA = AttentionBackend(_sdpa, functional.shared_prefix_attention)
 
 
-def sequences(
-    packed: Tensor, *, backend: AttentionBackend, n: int, heads: int, mask: Tensor | None, causal: bool = False
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Sequences:
     """Attention within n sequences of equal length. A mask is as in `BlockInput`; PyTorch adds it."""
-    query, key, value = packed.view(n, -1, 3, heads, packed.shape[1] // (3 * heads)).unbind(2)
-    if mask is None and not causal:
-        return backend.full(query, key, value).flatten(2).flatten(0, 1)
-    mask = None if mask is None else mask.to(query.dtype)
-    return _sdpa(query, key, value, mask, causal).flatten(2).flatten(0, 1)
+
+    n: int
+    mask: Tensor | None = None
+    causal: bool = False
+    backend: AttentionBackend = SDPA
+    query_rows: ClassVar[None] = None
+    separate_queries: ClassVar[bool] = False
+
+    def __call__(self, packed: Tensor, *, heads: int) -> Tensor:
+        """Map packed projections [R, 3W] to [R, W]."""
+        query, key, value = packed.view(self.n, -1, 3, heads, packed.shape[1] // (3 * heads)).unbind(2)
+        if self.mask is None and not self.causal:
+            return self.backend.full(query, key, value).flatten(2).flatten(0, 1)
+        mask = None if self.mask is None else self.mask.to(query.dtype)
+        return _sdpa(query, key, value, mask, self.causal).flatten(2).flatten(0, 1)
 
 
-def pooled(query: Tensor, key_value: Tensor, *, heads: int, mask: Tensor | None) -> Tensor:
-    """One query per sequence, [n, W], over its keys and values [R, 2W]; `mask` [n, tokens] is added to the logits."""
-    n, width = query.shape
-    query = query.view(n, heads, width // heads)
-    key, value = key_value.view(n, -1, 2, heads, width // heads).unbind(2)
-    if mask is None:
-        return functional.pooled_attention(query, key, value).flatten(1)
-    return _sdpa(query[:, None], key, value, mask=mask[:, None, None].to(query.dtype)).flatten(1)
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """Attention of one query per sequence over the keys and values of the sequence.
 
-
-def suffixes(
-    packed: Tensor,
-    *,
-    backend: AttentionBackend,
-    heads: int,
-    prefix_length: int,
-    offsets: Tensor | None,
-    max_length: int,
-    query_rows: Tensor | None = None,
-    rows_without_self: Tensor | None = None,
-) -> Tensor:
-    """Causal attention of a shared prefix over itself, and of class suffixes over the prefix and over themselves.
-
-    Args:
-        packed: [R, 3W], the prefix, then the suffixes, packed by `offsets` or padded to `max_length` tokens.
-        backend: Attention functions.
-        heads: H.
-        prefix_length: P ≥ 1.
-        offsets: int64 [K + 1] into the rows behind the prefix, or None.
-        max_length: Number of tokens of the longest suffix.
-        query_rows: int64 [Q], rows to return, all behind the prefix; default: all rows.
-        rows_without_self: int64 [K], rows that attend to the rows in front of them and not to themselves; none is the
-            first of its suffix. Must equal `query_rows`, if given.
-
-    Returns:
-        [R, W] or [Q, W].
+    The same for every backend: PyTorch computes it with a mask, and `pooled_attention` without.
     """
 
-    def attend(packed: Tensor) -> Tensor:
-        return backend.shared_prefix(
-            packed, heads=heads, prefix_length=prefix_length, max_length=max_length, offsets=offsets
+    query_rows: Tensor | slice  # int64 [n], the pooled tokens among the rows [n · tokens] of the sequences, or a slice
+    mask: Tensor | None = None  # [n, tokens], added to their logits
+    separate_queries: ClassVar[bool] = True
+
+    def __call__(self, query: Tensor, key_value: Tensor, *, heads: int) -> Tensor:
+        """Map queries [n, W], and keys and values [R, 2W], to [n, W]."""
+        n, width = query.shape
+        query = query.view(n, heads, width // heads)
+        key, value = key_value.view(n, -1, 2, heads, width // heads).unbind(2)
+        if self.mask is None:
+            return functional.pooled_attention(query, key, value).flatten(1)
+        return _sdpa(query[:, None], key, value, mask=self.mask[:, None, None].to(query.dtype)).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Suffixes:
+    """Causal attention of a shared prefix over itself, and of class suffixes over the prefix and over themselves.
+
+    The rows are those of the prefix, then those of the suffixes, packed by `offsets` or padded to `max_length` tokens.
+    """
+
+    backend: AttentionBackend
+    prefix_length: int  # P ≥ 1
+    offsets: Tensor | None  # int64 [K + 1] into the rows behind the prefix
+    max_length: int  # Number of tokens of the longest suffix
+    last_rows: Tensor  # int64 [K], the last row of each suffix
+    excludes_self: bool = False  # The last rows attend to the rows in front of them, and not to themselves
+    only_last: bool = False  # Only the last rows are returned
+    separate_queries: ClassVar[bool] = False
+
+    @property
+    def query_rows(self) -> Tensor | None:
+        """The rows that are returned; None for all."""
+        return self.last_rows if self.only_last else None
+
+    def __call__(self, packed: Tensor, *, heads: int) -> Tensor:
+        """Map packed projections [R, 3W] to [R, W], or [K, W] for the last rows."""
+        if not self.excludes_self:
+            out = self._attend(packed, heads)
+            return out.index_select(0, self.last_rows) if self.only_last else out
+        last = self._attend_without_self(packed, heads)
+        return last if self.only_last else self._attend(packed, heads).index_copy(0, self.last_rows, last)
+
+    def _attend(self, packed: Tensor, heads: int) -> Tensor:
+        return self.backend.shared_prefix(
+            packed, heads=heads, prefix_length=self.prefix_length, max_length=self.max_length, offsets=self.offsets
         )
 
-    def without_self(rows: Tensor) -> Tensor:
-        """Attention [K, W] of rows over those in front of them: the query is computed at the row in front of it."""
-        width = packed.shape[1] // 3
-        query, key_value = packed.split([width, 2 * width], dim=1)  # [R, W], [R, 2W]
-        # The query of row r takes the place of that of row r − 1, which attends to itself and not to row r.
-        shifted = query.index_copy(0, rows - 1, query.index_select(0, rows))  # [R, W]
-        return attend(torch.cat([shifted, key_value], dim=1)).index_select(0, rows - 1)
+    def _attend_without_self(self, packed: Tensor, heads: int) -> Tensor:
+        """Attention [K, W] of the last rows over those in front of them; none is the first of its suffix.
 
-    if query_rows is not None:
-        return attend(packed).index_select(0, query_rows) if rows_without_self is None else without_self(query_rows)
-    out = attend(packed)
-    return out if rows_without_self is None else out.index_copy(0, rows_without_self, without_self(rows_without_self))
+        The query of row r takes the place of that of row r − 1, which attends to itself and not to row r.
+        """
+        width, rows = packed.shape[1] // 3, self.last_rows
+        query, key_value = packed.split([width, 2 * width], dim=1)  # [R, W], [R, 2W]
+        shifted = query.index_copy(0, rows - 1, query.index_select(0, rows))  # [R, W]
+        return self._attend(torch.cat([shifted, key_value], dim=1), heads).index_select(0, rows - 1)
+
+
+BlockAttention = Sequences | Pooled | Suffixes

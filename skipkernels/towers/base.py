@@ -6,22 +6,21 @@ fused block (`block.py`) with rows, any other as the model calls it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..boundary import DEFAULT_CHUNK, LSkipBoundary
 from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
-from . import attention
+from .attention import SDPA, AttentionBackend, BlockAttention, Pooled, Sequences
 from .block import FusedBlock, fuse_blocks
 from .fused.records import Hidden, Rotary, RowsCall
 from .modes import evaluating, updates_statistics
@@ -51,15 +50,19 @@ class Cut:
 
     skip: int = 0  # Number of blocks below the cut
     memory: Memory = "fast"  # Saved for backward by blocks above the cut
-    backend: attention.AttentionBackend = attention.SDPA  # Attention of fused blocks
+    backend: AttentionBackend = SDPA  # Attention of fused blocks
+    chunk: int = DEFAULT_CHUNK  # Images or prompts that run below the cut at a time
     lower_device: torch.device | None = None  # Device of the modules below the cut, if it differs from that above
 
 
-class PooledTokens(NamedTuple):
-    """Tokens of n sequences that a tower pools, one of each."""
+class Layout(NamedTuple):
+    """Rows of tokens [R, W], which fused blocks take, as sequences [n, tokens, W], which other blocks take."""
 
-    query_rows: Tensor | slice  # int64 [n], among the rows [n · tokens] of the sequences, or a slice
-    mask: Tensor | None = None  # [n, tokens], added to their logits
+    attention: BlockAttention  # Of fused blocks, over the rows
+    pooled: BlockAttention | None  # Of the last block, if it is fused and computes the pooled tokens alone
+    mask: Tensor | None  # Of other blocks, added to the logits
+    pack: Callable[[Tensor], Tensor]  # Sequences to rows
+    unpack: Callable[[Tensor], Tensor]  # Rows to sequences
 
 
 class Tower(ABC):
@@ -83,21 +86,6 @@ class Tower(ABC):
         """Number of blocks below the cut."""
         return self.cut.skip
 
-    @property
-    def memory(self) -> Memory:
-        """Saved for backward by blocks above the cut."""
-        return self.cut.memory
-
-    @property
-    def backend(self) -> attention.AttentionBackend:
-        """Attention of fused blocks."""
-        return self.cut.backend
-
-    @property
-    def lower_device(self) -> torch.device | None:
-        """Device of the modules below the cut, if it differs from that above."""
-        return self.cut.lower_device
-
     @abstractmethod
     def reference_forward(self, inputs: Tensor) -> Tensor:
         """Embeddings [n, D] computed by the caller's model, normalised or not."""
@@ -113,14 +101,16 @@ class Tower(ABC):
             return block.why_no_rows()
         return f"a block is a {type(block).__name__}, which runs its own forward"
 
+    def blocks_without_rows(self, blocks: Iterable[int]) -> dict[int, str]:
+        """Those of these blocks that are called as the model calls them, with the reason."""
+        return {index: reason for index in blocks if (reason := self.why_no_rows(index)) is not None}
+
     def why_not_all_rows(self) -> str | None:
         """Return why not all blocks take rows, with the indices of those that don't, or None."""
         of_reason: dict[str, list[int]] = {}
         depth = len(self.blocks)
-        for index in range(depth):
-            reason = self.why_no_rows(index)
-            if reason is not None:
-                of_reason.setdefault(reason, []).append(index)
+        for index, reason in self.blocks_without_rows(range(depth)).items():
+            of_reason.setdefault(reason, []).append(index)
         reasons = [
             reason
             if len(indices) == depth
@@ -183,11 +173,11 @@ class Tower(ABC):
 
     def move_lower(self) -> None:
         """Move the parameters and buffers below the cut to `lower_device`, if there is one."""
-        for part in self.lower_parts() if self.lower_device is not None else ():
+        for part in self.lower_parts() if self.cut.lower_device is not None else ():
             if isinstance(part, nn.Parameter):
-                part.data = part.data.to(self.lower_device)
+                part.data = part.data.to(self.cut.lower_device)
             else:
-                part.to(self.lower_device)
+                part.to(self.cut.lower_device)
 
     def upper_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters above the cut."""
@@ -196,49 +186,64 @@ class Tower(ABC):
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
-    def _evaluating_lower(self) -> contextlib.AbstractContextManager[None]:
-        """Set evaluation mode below the cut: no dropout, frozen batch norms."""
-        return evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)])
+    def _run_lower(self, lower: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Run `lower`, the embedding and the blocks below the cut, over images or tokens; see `LSkipBoundary`.
 
-    def _run_lower(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
-        """Run the blocks below the cut over sequences [n, tokens, W]."""
-        how = self._rows_call(embedded, mask, "fast")
-        return self._run_blocks(range(self.skip), Hidden(embedded), mask, how).sum()
+        Evaluation mode: no dropout, frozen batch norms. With skip = 0 the embedding trains, and runs as any other part.
+        """
+        if self.skip == 0:
+            return lower(inputs)
+        # The boundary refuses inputs that require grad, as it returns no gradient. Under no_grad none is asked for.
+        constant = inputs if torch.is_grad_enabled() else inputs.detach()
+        constant = constant.to(self.cut.lower_device or inputs.device)
+        with evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)]):
+            return LSkipBoundary.apply(lower, constant, self.cut.chunk).to(inputs.device)
 
-    def _run_upper(self, features: Tensor, mask: Tensor | None, runs: int = 1) -> Tensor:
-        """Run the blocks above the cut over sequences [n, tokens, W]. For `runs` see `block_memory`."""
-        how = self._rows_call(features, mask, self.block_memory(features, runs))
-        return self._run_blocks(range(self.skip, len(self.blocks)), Hidden(features), mask, how).sum()
+    def _run_sequences(
+        self,
+        hidden: Tensor,
+        blocks: range,
+        mask: Tensor | None = None,
+        *,
+        memory: FusedMemory = "fast",
+        pooled: BlockAttention | None = None,
+    ) -> Tensor:
+        """Run blocks over sequences [n, tokens, W]; with `pooled` and a fused last block return [n, 1, W]."""
+        n, without_rows = len(hidden), self.blocks_without_rows(blocks)
+        if len(without_rows) == len(blocks):  # hidden states may have another shape
+            for index in blocks:
+                hidden = self._run_own_forward(index, hidden, mask)
+            return hidden
+        layout = Layout(
+            attention=Sequences(n, mask, backend=self.cut.backend),
+            pooled=pooled,
+            mask=mask,
+            pack=lambda sequences: sequences.flatten(0, 1),
+            unpack=lambda rows: rows.unflatten(0, (n, -1)),
+        )
+        return layout.unpack(self._run_rows(layout.pack(hidden), blocks, layout, memory, without_rows))
 
-    def _run_upper_pooled(self, features: Tensor, mask: Tensor | None, pooled: PooledTokens, runs: int = 1) -> Tensor:
-        """Run them for the pooled tokens: the last block computes these alone, [n, W]."""
-        how, last = self._rows_call(features, mask, self.block_memory(features, runs)), len(self.blocks) - 1
-        hidden = self._run_blocks(range(self.skip, last), Hidden(features), mask, how)
-        attend = partial(attention.pooled, mask=pooled.mask)
-        how = how._replace(attend=attend, query_rows=pooled.query_rows, separate_queries=True)
-        return self.blocks[last](hidden.map(lambda x: x.flatten(0, 1)), how).sum()
-
-    def _rows_call(self, hidden: Tensor, mask: Tensor | None, memory: FusedMemory) -> RowsCall:
-        """Return how fused blocks run over the rows of sequences [n, tokens, W]."""
-        attend = partial(attention.sequences, backend=self.backend, n=len(hidden), mask=mask)
-        return RowsCall(attend, memory, rotary=self.rotary(hidden.device))
-
-    def _run_blocks(self, indices: Iterable[int], hidden: Hidden, mask: Tensor | None, how: RowsCall) -> Hidden:
-        """Run blocks over sequences [n, tokens, W]: fused ones over their rows, others as the model does."""
-        n, tokens = hidden.stream.shape[:2]
-        for index in indices:
-            if self.why_no_rows(index) is None:
-                out = self.blocks[index](hidden.map(lambda x: x.flatten(0, 1)), how)
-                hidden = out.map(lambda x: x.view(n, tokens, -1))
+    def _run_rows(
+        self, rows: Tensor, blocks: range, layout: Layout, memory: FusedMemory, without_rows: Mapping[int, str]
+    ) -> Tensor:
+        """Run blocks over rows [R, W], those `without_rows` over the sequences that the rows are."""
+        how = RowsCall(layout.attention, memory, self.rotary(rows.device))
+        hidden = Hidden(rows)
+        for index in blocks:
+            if index in without_rows:
+                out = self._run_own_forward(index, layout.unpack(hidden.sum()), layout.mask)
+                hidden = Hidden(layout.pack(out))
+            elif index == blocks[-1] and layout.pooled is not None:
+                hidden = self.blocks[index](hidden, how._replace(attention=layout.pooled))
             else:
-                hidden = Hidden(self._run_own_forward(index, hidden.sum(), mask))
-        return hidden
+                hidden = self.blocks[index](hidden, how)
+        return hidden.sum()
 
     def _run_own_forward(self, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Run a block that takes no rows; above the cut, with `memory="min"`, it is recomputed in backward."""
         block = self.blocks[index]
         # A batch norm in training mode would update its statistics twice if it were recomputed.
-        recomputes = index >= self.skip and self.memory == "min" and torch.is_grad_enabled()
+        recomputes = index >= self.skip and self.cut.memory == "min" and torch.is_grad_enabled()
         if recomputes and not updates_statistics(block):
             return checkpoint(self.call_block, block, hidden, mask, use_reentrant=False)
         return self.call_block(block, hidden, mask)
@@ -250,12 +255,12 @@ class Tower(ABC):
         With `memory="auto"` it is "min" if saving everything would take more than half of the memory that is free in
         the first step with as many rows. A step runs the blocks `runs` times before backward.
         """
-        if self.memory != "auto":
-            return self.memory
+        if self.cut.memory != "auto":
+            return self.cut.memory
         if not torch.is_grad_enabled() or not any(isinstance(block, FusedBlock) for block in self.blocks):
             return "fast"
         from ..memory import free_bytes  # both are not needed to import the towers
-        from .fused.forward import saved_bytes
+        from .fused.stages import saved_bytes
 
         needed = saved_bytes(hidden) * (len(self.blocks) - self.skip) * runs
         # Asked once: reading the free memory takes 0.1 ms, and a captured graph must not ask the driver.
@@ -300,21 +305,29 @@ class ImageTower(Tower):
         """Map images [n, 3, height, width] to the hidden states in front of the first block."""
 
     def lower(self, images: Tensor) -> Tensor:
-        """Map images [n, 3, height, width] to hidden states at the cut, in evaluation mode."""
-        with self._evaluating_lower():
-            return self._run_lower(self.embed(images), None)
+        """Map images [n, 3, height, width], in any dtype, to hidden states at the cut; with a cut constants."""
+
+        def lower(images: Tensor) -> Tensor:
+            return self._run_sequences(self.embed(images), range(self.skip))
+
+        return self._run_lower(lower, images.to(self.dtype))
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
         """Map hidden states behind the last block, of all tokens or only the pooled one, to embeddings [n, D]."""
 
     def upper(self, features: Tensor) -> Tensor:
-        """Map hidden states at the cut to image embeddings [n, D], not normalised."""
-        last = len(self.blocks) - 1
-        if self.skip > last or self.why_not_pooled() is not None or self.why_no_rows(last) is not None:
-            return self.finish(self._run_upper(features, None))
-        first = slice(None, None, features.shape[1])  # first token of each sequence
-        return self.finish(self._run_upper_pooled(features, None, PooledTokens(first))[:, None])
+        """Map hidden states at the cut, in any dtype, to image embeddings [n, D], not normalised.
+
+        Under autocast the features may be in 16 bits. The residual stream above the cut is in the dtype of the model,
+        as that of the texts, so that features from a cache give the same result as images.
+        """
+        features, pooled = features.to(self.dtype), None
+        if self.why_not_pooled() is None:
+            pooled = Pooled(slice(None, None, features.shape[1]))  # first token of each sequence
+        memory = self.block_memory(features)
+        hidden = self._run_sequences(features, range(self.skip, len(self.blocks)), memory=memory, pooled=pooled)
+        return self.finish(hidden)
 
 
 def _present(parts: Iterable[Part | None]) -> tuple[Part, ...]:

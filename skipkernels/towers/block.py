@@ -11,7 +11,6 @@ import copyreg
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from ..checks import warn_caller
 from ..options import FusedMemory
-from . import attention
+from .attention import Sequences
 from .families import BLOCKS, type_name
 from .fused.records import BlockReading, Hidden, Rotary, RowsCall
 
@@ -145,8 +144,8 @@ class FusedBlock:
 
     def _run_ordinary(self, given: BlockInput) -> Tensor:
         hidden, mask, causal, rotary = given
-        attend = partial(attention.sequences, backend=attention.SDPA, n=len(hidden), mask=mask, causal=causal)
-        out = self._run(Hidden(hidden.flatten(0, 1)), RowsCall(attend, self._memory, rotary=rotary))
+        how = RowsCall(Sequences(len(hidden), mask, causal), self._memory, rotary)
+        out = self._run(Hidden(hidden.flatten(0, 1)), how)
         return self._output(out.map(lambda x: x.view(hidden.shape)).sum())
 
     # ---- checks, in each call ----------------------------------------------------------------------------------------

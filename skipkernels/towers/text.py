@@ -1,20 +1,169 @@
-"""Text towers: map prompts, or their rows at the cut, to text embeddings."""
+"""Text towers: prompts packed into rows, and their way from tokens, or from rows at the cut, to text embeddings."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import attention
-from .base import PooledTokens, Reduction, Tower
+from ..ops.packed_layout import packed_layout
+from .attention import Pooled, Suffixes
+from .base import Layout, Reduction, Tower
 from .block import global_hooks
-from .fused.records import Hidden, RowsCall
 from .modes import is_deterministic
-from .prompts import Pooling, Prompts, SelectedPrompts
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+class Pooling(NamedTuple):
+    """Pooled tokens of prompts, and the reductions that are not exact for them."""
+
+    positions: Tensor  # int64 [C], of the pooled tokens
+    not_causal: str | None = None  # Reason why a token may see later ones, and the prefix is not shared
+    not_cropped: str | None = None  # Reason why the prompts are not cropped
+    visible_length: int | None = None  # Number of tokens that a pooled token can see; default: up to the last one
+    excludes_self: bool = False  # A pooled token attends to the tokens in front of it and not to itself
+
+
+class Prompts:
+    """One prompt of each class, and the layout of their hidden states as rows [R, W].
+
+    With a shared prefix, the rows are those of the P = `prefix_length` tokens of the prefix, then those of each suffix
+    up to its pooled token. Without a shared prefix, P = 0, and a suffix is the whole prompt.
+
+    Attributes:
+        tokens: int64 [C, L], cropped to the tokens that a pooled token can see.
+        pooled: int64 [C], positions of the pooled tokens.
+        templates: Number of templates of a class: a step runs the blocks above the cut once for each.
+        excludes_self: True if a pooled token attends to the tokens in front of it and not to itself.
+        given_length: Number of tokens of the prompts before they were cropped.
+        prompt_length: Number of tokens of a whole prompt, L, or L + 1 with CoCa's class token, which has no token id.
+        prefix_length: P.
+        suffix_lengths: int64 [C], rows of each suffix.
+        starts: int64 [C], the first of them.
+        max_suffix_length: S, the largest of the lengths.
+        has_equal_suffixes: True if all lengths are S: the rows of K classes are then counted without the device.
+        row_count: R.
+        most_rows: Upper bounds of the rows of any K different classes, by K: those of the K longest suffixes.
+        not_cropped, not_shared: Why these reductions are not exact for the prompts, or None.
+    """
+
+    def __init__(self, tokens: Tensor, pooling: Pooling, templates: int = 1):
+        pooled, self.excludes_self, self.templates = pooling.positions, pooling.excludes_self, templates
+        self.given_length, needed_length = tokens.shape[1], int(pooled.max()) + 1
+        if not pooling.not_cropped:
+            tokens = tokens[:, : pooling.visible_length or needed_length].contiguous()
+        self.tokens, self.pooled, self.prompt_length = tokens, pooled, max(tokens.shape[1], needed_length)
+        P = 0 if pooling.not_causal else _shared_prefix_length(tokens, pooling)
+        self.not_cropped = pooling.not_cropped
+        self.not_shared = pooling.not_causal or (None if P else "the prompts begin with different tokens")
+        self.suffix_lengths = pooled + 1 - P if P else torch.full_like(pooled, self.prompt_length)  # [C]
+        self.starts = P + self.suffix_lengths.cumsum(0) - self.suffix_lengths  # [C]
+        self.prefix_length, self.row_count = P, P + int(self.suffix_lengths.sum())
+        self.max_suffix_length = int(self.suffix_lengths.max())
+        self.has_equal_suffixes = bool((self.suffix_lengths == self.max_suffix_length).all())
+        longest = self.suffix_lengths.sort(descending=True)[0]  # [C]
+        self.most_rows = [P, *(P + longest.cumsum(0)).tolist()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name."""
+        return {name: getattr(self, name) for name in ("tokens", "pooled", "suffix_lengths", "starts")}
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn`, such as a move to a device, to every tensor."""
+        for name, value in self.tensors().items():
+            setattr(self, name, fn(value))
+
+    def select(self, class_ids: Tensor, *, count_rows: bool = False) -> SelectedPrompts:
+        """Return the layout of the prompts of `class_ids` [K] in a step.
+
+        With `count_rows` no row follows the last suffix, and ids may repeat; on a GPU this needs a host sync.
+        """
+        return SelectedPrompts(self, class_ids, count_rows or counts_are_known(class_ids.device))
+
+
+def _shared_prefix_length(tokens: Tensor, pooling: Pooling) -> int:
+    """Length of the prefix that all prompts [C, L] share, in front of every pooled token.
+
+    If a pooled token does not attend to itself, its query is computed at the row before it, which must then be in the
+    suffix.
+    """
+    same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()  # [C, L] -> [L] -> []
+    return max(min(int(same), int(pooling.positions.min()) - pooling.excludes_self), 0)
+
+
+def counts_are_known(device: torch.device) -> bool:
+    """Return True if the number of rows of a step can be read on the host; on a GPU that would be a host sync."""
+    return device.type == "cpu"
+
+
+class SelectedPrompts:
+    """Layout of the prompts of K classes in a step: the shared prefix, then their suffixes, one after the other.
+
+    Rows may follow the last suffix: on a GPU the number of rows is one that suffices for any K classes, since counting
+    the rows of these K would need a host sync. The additional rows repeat other rows; attention neither reads them nor
+    gives them a gradient.
+
+    Attributes:
+        row_count: R.
+        row_numbers: int64 [R], indices of these rows among the rows of all classes.
+        offsets: int64 [K + 1], start of each suffix, counted behind the prefix; None if all have the same length.
+        last_rows: int64 [K], row of the last token of each class; with a shared prefix that is the pooled one.
+    """
+
+    def __init__(self, prompts: Prompts, class_ids: Tensor, count_rows: bool):
+        self.prompts, self.class_ids = prompts, class_ids
+        P, K, lengths = prompts.prefix_length, len(class_ids), prompts.suffix_lengths
+        if prompts.has_equal_suffixes:
+            self.row_count = P + K * prompts.max_suffix_length
+        else:
+            self.row_count = P + int(lengths[class_ids].sum()) if count_rows else prompts.most_rows[K]
+        self.row_numbers, offsets, self.last_rows = packed_layout(class_ids, prompts.starts, lengths, P, self.row_count)
+        self.offsets = None if prompts.has_equal_suffixes else offsets
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens [K, L] of these prompts."""
+        return self.prompts.tokens[self.class_ids]
+
+    @property
+    def pooled(self) -> Tensor:
+        """Positions [K] of their pooled tokens."""
+        return self.prompts.pooled[self.class_ids]
+
+    def pack(self, hidden: Tensor) -> Tensor:
+        """Pack hidden states [K, L, W] of these prompts into rows."""
+        P, (K, L, _) = self.prompts.prefix_length, hidden.shape
+        hidden = hidden.flatten(0, 1)  # [K · L, W]
+        if not P:
+            return hidden
+        # `row_numbers` are of packed rows; here suffix k begins at row P + k · L of whole prompts.
+        class_numbers = torch.arange(K, device=hidden.device)
+        lengths = self.prompts.suffix_lengths[self.class_ids]  # [K]
+        row_numbers, *_ = packed_layout(class_numbers, P + L * class_numbers, lengths, P, self.row_count)
+        return hidden.index_select(0, row_numbers)  # [R, W]
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Unpack rows [R, W] into whole prompts [K, L, W].
+
+        Behind the pooled token the last row of the suffix is repeated; no token before attends to it.
+        """
+        P, (K, W) = self.prompts.prefix_length, (len(self.class_ids), rows.shape[1])
+        if not P:
+            return rows.view(K, -1, W)
+        positions = torch.arange(self.prompts.prompt_length - P, device=rows.device)  # in the suffix
+        first_rows = self.last_rows - self.prompts.suffix_lengths[self.class_ids] + 1  # [K]
+        index = torch.minimum(first_rows[:, None] + positions, self.last_rows[:, None])  # [K, L - P]
+        # The backward of `expand` adds the gradients of the prefix in a fixed order.
+        prefix = rows[:P].expand(K, P, W)  # [K, P, W]
+        return torch.cat([prefix, rows.index_select(0, index.flatten()).view(K, -1, W)], dim=1)  # [K, L, W]
+
+
+# ---- the tower -------------------------------------------------------------------------------------------------------
 
 
 class TextTower(Tower):
@@ -33,25 +182,21 @@ class TextTower(Tower):
 
     def reductions(self, prompts: Prompts) -> dict[str, Reduction]:
         """The exact reductions of this tower over some prompts by name, as they are now."""
-        depth = len(self.blocks)
+        blocks = range(len(self.blocks))
         reasons = {
             "text_crop": prompts.not_cropped,
-            "shared_prefix": prompts.not_shared or self._why_not_shared(self._blocks_without_rows(0), depth),
+            "shared_prefix": prompts.not_shared or self._why_not_shared(blocks, self.blocks_without_rows(blocks)),
             "fused_block": self.why_not_all_rows(),
-            "pooled_last_block": self.why_no_rows(depth - 1),
+            "pooled_last_block": self.why_no_rows(blocks[-1]),
         }
         return {name: Reduction.unless(reason) for name, reason in reasons.items()}
 
-    def _blocks_without_rows(self, start: int) -> dict[int, str]:
-        """Blocks from `start` on that take whole prompts only, with the reason."""
-        return {i: why for i in range(start, len(self.blocks)) if (why := self.why_no_rows(i)) is not None}
-
-    def _why_not_shared(self, without_rows: Mapping[int, str], count: int) -> str | None:
-        """Return why `count` blocks, of which some take no rows, don't run the shared prefix once, or None."""
+    def _why_not_shared(self, blocks: range, without_rows: Mapping[int, str]) -> str | None:
+        """Return why blocks, of which some take no rows, don't run the shared prefix once, or None."""
         if not without_rows:
             return None
         reason = next(iter(without_rows.values()))
-        if len(without_rows) == count:  # no block would run it once
+        if len(without_rows) == len(blocks):  # no block would run it once
             return reason
         if global_hooks():  # they would see whole prompts in some blocks, and rows in others
             return reason
@@ -80,9 +225,12 @@ class TextTower(Tower):
         return torch.full((1, 1, length, length), -torch.inf, device=tokens.device).triu(1)
 
     def lower(self, tokens: Tensor, prompts: Prompts) -> Tensor:
-        """Map tokens [n, L] of some of these prompts to hidden states at the cut [n, L, W], in evaluation mode."""
-        with self._evaluating_lower():
-            return self._run_lower(self.embed(tokens, prompts), self.mask(tokens, prompts))
+        """Map tokens [n, L] of some of these prompts to hidden states at the cut [n, L, W]; with a cut constants."""
+
+        def lower(tokens: Tensor) -> Tensor:
+            return self._run_sequences(self.embed(tokens, prompts), range(self.skip), self.mask(tokens, prompts))
+
+        return self._run_lower(lower, tokens)
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
@@ -90,50 +238,49 @@ class TextTower(Tower):
 
     def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised."""
-        without_rows = self._blocks_without_rows(self.skip)
-        if selected.prompts.prefix_length and self._why_not_shared(without_rows, len(self.blocks) - self.skip) is None:
-            return self.finish(self._run_suffixes(rows, selected, without_rows))
-        return self.finish(self._run_whole_prompts(rows, selected, without_rows))
+        blocks = range(self.skip, len(self.blocks))
+        without_rows = self.blocks_without_rows(blocks)
+        if selected.prompts.prefix_length and self._why_not_shared(blocks, without_rows) is None:
+            return self.finish(self._run_suffixes(rows, selected, blocks, without_rows))
+        return self.finish(self._run_whole_prompts(selected.unpack(rows), selected, blocks, without_rows))
 
-    def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts, without_rows: Mapping[int, str]) -> Tensor:
-        """Run every block over whole prompts; return hidden states [K, W] of the pooled tokens."""
-        features = selected.unpack(rows)  # [K, L, W]
-        mask, runs = self.mask(selected.tokens, selected.prompts), selected.prompts.templates
-        (K, L, _), depth = features.shape, len(self.blocks)
-        class_numbers, positions = torch.arange(K, device=rows.device), selected.pooled  # [K] each
-        if self.skip == depth or depth - 1 in without_rows:
-            return self._run_upper(features, mask, runs)[class_numbers, positions]
-        # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
-        pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
-        return self._run_upper_pooled(features, mask, PooledTokens(class_numbers * L + positions, pooled_mask), runs)
-
-    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts, without_rows: Mapping[int, str]) -> Tensor:
-        """Run every block over the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
-        prompts, last_rows, depth = selected.prompts, selected.last_rows, len(self.blocks)
-        attend = partial(
-            attention.suffixes,
-            backend=self.backend,
-            prefix_length=prompts.prefix_length,
-            offsets=selected.offsets,
-            max_length=prompts.max_suffix_length,
-            rows_without_self=last_rows if prompts.excludes_self else None,
+    def _run_suffixes(
+        self, rows: Tensor, selected: SelectedPrompts, blocks: range, without_rows: Mapping[int, str]
+    ) -> Tensor:
+        """Run blocks over the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
+        prompts = selected.prompts
+        attention = Suffixes(
+            self.cut.backend,
+            prompts.prefix_length,
+            selected.offsets,
+            prompts.max_suffix_length,
+            selected.last_rows,
+            prompts.excludes_self,
         )
-        how = RowsCall(attend, self.block_memory(rows, prompts.templates))
-        hidden = Hidden(rows)
-        for index in range(self.skip, depth):
-            if index in without_rows:
-                hidden = self._run_whole(index, hidden, selected)
-            elif index < depth - 1:
-                hidden = self.blocks[index](hidden, how)
-            else:  # returns the pooled tokens, a selection: one kernel computes all suffixes behind the prefix
-                how = how._replace(attend=partial(attend, query_rows=last_rows), query_rows=last_rows)
-                return self.blocks[index](hidden, how).sum()
-        return hidden.sum()[last_rows]
+        layout = Layout(
+            attention=attention,
+            pooled=replace(attention, only_last=True),
+            mask=self.mask(selected.tokens, prompts) if without_rows else None,
+            pack=selected.pack,
+            unpack=selected.unpack,
+        )
+        hidden = self._run_rows(rows, blocks, layout, self.block_memory(rows, prompts.templates), without_rows)
+        is_pooled = blocks and blocks[-1] not in without_rows
+        return hidden if is_pooled else hidden[selected.last_rows]
 
-    def _run_whole(self, index: int, hidden: Hidden, selected: SelectedPrompts) -> Hidden:
-        """Run a block that takes no rows over whole prompts, unpacked from rows and packed again."""
-        mask = self.mask(selected.tokens, selected.prompts)
-        return Hidden(selected.pack(self._run_own_forward(index, selected.unpack(hidden.sum()), mask)))
+    def _run_whole_prompts(
+        self, features: Tensor, selected: SelectedPrompts, blocks: range, without_rows: Mapping[int, str]
+    ) -> Tensor:
+        """Run blocks over whole prompts [K, L, W]; return hidden states [K, W] of the pooled tokens."""
+        mask, (K, L, _) = self.mask(selected.tokens, selected.prompts), features.shape
+        class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each
+        memory, pooled = self.block_memory(features, selected.prompts.templates), None
+        if blocks and blocks[-1] not in without_rows:
+            # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
+            pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
+            pooled = Pooled(class_numbers * L + positions, pooled_mask)
+        hidden = self._run_sequences(features, blocks, mask, memory=memory, pooled=pooled)
+        return hidden[class_numbers, positions] if pooled is None else hidden[:, 0]
 
 
 def representative_classes(prompts: Prompts) -> Tensor:

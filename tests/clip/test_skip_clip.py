@@ -351,9 +351,9 @@ def test_forward_batch_by_name():
 def test_gradient_checkpointing_is_memory_min(name):
     clip = make_clip()
     getattr(clip, name)()
-    assert clip.images.tower.memory == clip.texts.tower.memory == "min"
+    assert clip.images.tower.cut.memory == clip.texts.tower.cut.memory == "min"
     clip.gradient_checkpointing_disable()
-    assert clip.images.tower.memory == "auto"
+    assert clip.images.tower.cut.memory == "auto"
 
 
 def test_repr_begins_with_the_task():

@@ -14,7 +14,7 @@ from naive_step import assert_step_equals_naive
 
 import skipkernels as sk
 from skipkernels.testing import allocated_bytes, saved_bytes
-from skipkernels.towers.fused.forward import SAVED_WIDTHS
+from skipkernels.towers.fused.stages import SAVED_WIDTHS
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -58,7 +58,7 @@ def test_set_classes_equals_fresh_skipclip(classes, tail):
     for p, (same, value, requires_grad) in zip(clip.parameters(), before, strict=True):
         assert p is same and p.equal(value) and p.requires_grad == requires_grad
     torch.testing.assert_close(optimizer.state_dict()["state"], momentum["state"], rtol=0, atol=0)
-    assert clip.texts.tower.memory == "min"
+    assert clip.texts.tower.cut.memory == "min"
     with pytest.raises(ValueError, match="other prompts"):
         clip.set_extra_state(old_state)
 

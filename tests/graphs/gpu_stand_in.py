@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_map_only
 
 from skipkernels.graphs import graphed_step
 from skipkernels.ops import launching, registration, sgd_momentum
-from skipkernels.towers import prompts
+from skipkernels.towers import text
 
 _UPDATE = torch.ops.skipkernels.sgd_momentum_.default
 _ALLOCATES = ("empty", "new_empty")  # begin of the names of operators that read and write nothing
@@ -453,7 +453,7 @@ def stand_in() -> Iterator[Gpu]:
         mock.patch.object(launching, "runs_beside_host", lambda device: True),
         mock.patch.object(launching, "current_stream", lambda device: gpu.current_stream().stream_id),
         mock.patch.object(launching, "_run", gpu.launch),
-        mock.patch.object(prompts, "counts_are_known", lambda device: False),
+        mock.patch.object(text, "counts_are_known", lambda device: False),
         mock.patch.object(sgd_momentum, "_tables", {}),
         mock.patch.object(graphed_step.GraphedStep, "_on_gpu", lambda step: True),
         mock.patch.object(graphed_step, "record", gpu.record),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ from skipkernels.ops.add_layer_norm import NormResults, add_layer_norm, add_laye
 from skipkernels.ops.mlp_activation import KINDS, mlp_activation_backward
 from skipkernels.ops.row_sums import MATRICES, column_sums
 from skipkernels.testing import SLACK
-from skipkernels.towers.attention import SDPA, sequences
+from skipkernels.towers.attention import Sequences
 from skipkernels.towers.fused import node
-from skipkernels.towers.fused.records import BlockReading, BlockWeights, Hidden, RowsCall
+from skipkernels.towers.fused.records import BlockReading, BlockSettings, BlockWeights, Hidden, RowsCall
 from tests.ops.conftest import Backend
 
 SHAPES = [(1, 1), (129, 33), (3, 64), (130, 7), (788, 70)]
@@ -89,12 +89,9 @@ def test_fused_block_completes_its_sums_by_one_launch(backend: Backend, kind, mo
     weights = BlockWeights(*(rows(i, *size, device=backend.device).requires_grad_() for i, size in enumerate(sizes)))
     stream = rows(20, n * tokens, W, device=backend.device).requires_grad_(kind != "first")
     queries = torch.arange(0, n * tokens, tokens, device=backend.device) if kind == "pooled" else None
-    attention = partial(sequences, backend=SDPA, n=n, mask=None)
-    if queries is not None:
-        attention = partial(_selected, attention, queries)
-    block = BlockReading(weights, "gelu", (1e-5, 1e-5), heads)
-    how = RowsCall(attention, query_rows=queries)
-    inputs, found = [x for x in (stream, *weights.tensors()) if x.requires_grad], []
+    attention = Sequences(n) if queries is None else Selected(Sequences(n), queries)
+    block, how = BlockReading(weights, BlockSettings("gelu", (1e-5, 1e-5), heads)), RowsCall(attention)
+    inputs, found = [x for x in (stream, *weights.named_tensors().values()) if x.requires_grad], []
     for together in (False, True):
         monkeypatch.setattr(node, "sums_together", lambda device, together=together: together)
         out = node.fused_block(block, Hidden(stream), how, torch.float32).sum()
@@ -103,5 +100,13 @@ def test_fused_block_completes_its_sums_by_one_launch(backend: Backend, kind, mo
         assert (one - other).norm() <= 1e-5 * one.norm()
 
 
-def _selected(attention, queries, packed, heads):
-    return attention(packed, heads=heads).index_select(0, queries)
+@dataclass
+class Selected:
+    """Attention of which only the query rows are returned, as of suffixes."""
+
+    attention: Sequences
+    query_rows: torch.Tensor
+    separate_queries = False
+
+    def __call__(self, packed, heads):
+        return self.attention(packed, heads=heads).index_select(0, self.query_rows)

@@ -68,7 +68,7 @@ def test_peft_dropout_runs_whole_prompts():
 @pytest.mark.parametrize("make", [tiny_clip, tiny_coca], ids=["clip", "coca"])
 def test_hooked_text_block_keeps_the_shared_prefix(make, block, padded, monkeypatch):
     if padded:  # as on a GPU: rows follow the last suffix
-        monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device: False)
+        monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device: False)
     model = make()
     text = model if make is tiny_clip else model.text
     text.transformer.resblocks[block].register_forward_hook(lambda module, args, out: out * 1.01)

@@ -130,15 +130,15 @@ SIGLIP_TEXT = {"pool_type": "last", "no_causal_mask": True}
     "make", [siglip, siglip_2, lambda: tiny_clip(family=open_clip.CustomTextCLIP, text=SIGLIP_TEXT)]
 )
 def test_siglip_text_last_block_computes_one_query(make, monkeypatch):
-    calls, pooled = [], attention.pooled
+    calls, pooled = [], attention.Pooled.__call__
 
-    def recorded(query, key_value, **options):
+    def recorded(self, query, key_value, **options):
         calls.append((len(query), len(key_value)))
-        return pooled(query, key_value, **options)
+        return pooled(self, query, key_value, **options)
 
     clip = sk.SkipCLIP(make(), tiny_tokens(CLASSES), skip_layers=1, keep_ratio=1.0)
     assert clip.reductions["text.pooled_last_block"].enabled
-    monkeypatch.setattr(attention, "pooled", recorded)
+    monkeypatch.setattr(attention.Pooled, "__call__", recorded)
     clip.encode_classes(torch.arange(CLASSES))
     assert calls == [(CLASSES, CLASSES * 77)]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ from models import tiny_clip
 from bench import counts
 from skipkernels.ops import launching
 from skipkernels.testing import relative_error, saved_bytes
-from skipkernels.towers.attention import SDPA, pooled, sequences
+from skipkernels.towers.attention import Pooled, Sequences
 from skipkernels.towers.families.open_clip import OpenClipBlock
-from skipkernels.towers.fused.forward import SAVED_WIDTHS
 from skipkernels.towers.fused.node import fused_block
 from skipkernels.towers.fused.records import Hidden, RowsCall
+from skipkernels.towers.fused.stages import SAVED_WIDTHS
 
 N, TOKENS, W = 3, 5, 24
 
@@ -37,13 +36,11 @@ def gradients(out, block, hidden):
     return dict(zip(named, found, strict=True))
 
 
-ATTENTION = partial(sequences, backend=SDPA, n=N, mask=None)
+ATTENTION = Sequences(N)
 
 
 def run_fused(block, hidden, memory="fast", query_rows=None, product_dtype=None):
-    how = RowsCall(ATTENTION, memory)
-    if query_rows is not None:
-        how = RowsCall(partial(pooled, mask=None), memory, query_rows, separate_queries=True)
+    how = RowsCall(ATTENTION if query_rows is None else Pooled(query_rows), memory)
     reading = OpenClipBlock._read(block)
     return fused_block(reading, Hidden(hidden.flatten(0, 1)), how, product_dtype or hidden.dtype).sum()
 
@@ -94,14 +91,23 @@ def test_fused_block_separate_projections(product_dtype):
         for each in (read.weights, separate):
             how, reading = RowsCall(ATTENTION, memory), replace(read, weights=each)
             out = fused_block(reading, Hidden(hidden.flatten(0, 1)), how, product_dtype or torch.float32).sum()
-            found.append(torch.autograd.grad(out.square().sum(), [hidden, *each.tensors()]))
+            found.append(torch.autograd.grad(out.square().sum(), [hidden, *each.named_tensors().values()]))
         joined = [*found[1][:3], torch.cat(found[1][3:6]), torch.cat(found[1][6:9]), *found[1][9:]]
         assert all(a.equal(b) for a, b in zip(found[0], joined, strict=True))
 
 
-class _NoLaunch(torch.autograd.Function):
-    """Attention that launches nothing."""
+@dataclass
+class NoLaunch:
+    """Attention that launches nothing, and returns the query rows."""
 
+    query_rows: torch.Tensor | None
+    separate_queries = False
+
+    def __call__(self, packed, heads):
+        return _NoLaunch.apply(packed, N if self.query_rows is not None else len(packed))
+
+
+class _NoLaunch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, packed, rows):
         ctx.shape = packed.shape
@@ -133,10 +139,10 @@ def test_fused_block_launches(kind, product_dtype):
     branch = None if kind == "first" else stream.detach().to(product_dtype).requires_grad_()
     hidden, inputs = (
         Hidden(stream, branch),
-        [x for x in (stream, branch, *read.weights.tensors()) if x is not None and x.requires_grad],
+        [x for x in (stream, branch, *read.weights.named_tensors().values()) if x is not None and x.requires_grad],
     )
     rows = torch.empty(N, dtype=torch.int64, device="meta") if kind == "last" else None
-    how = RowsCall(lambda x, heads: _NoLaunch.apply(x, N if rows is not None else len(x)), query_rows=rows)
+    how = RowsCall(NoLaunch(rows))
     found = []
     for _ in range(2):  # the first call also tests what the device can do
         results = []

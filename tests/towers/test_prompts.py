@@ -22,7 +22,7 @@ def test_prompts_with_rows_behind_equal_packed(monkeypatch):
         return tower.upper(rows[selected.row_numbers], selected)
 
     expected, exact = upper(ids), prompts.select(ids)
-    monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device: False)
+    monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device: False)
     selected = prompts.select(ids)
     longest = prompts.suffix_lengths.sort(descending=True).values[:3]
     assert selected.row_count == prompts.prefix_length + int(longest.sum()) > exact.row_count
@@ -42,7 +42,7 @@ def test_step_with_rows_behind_has_same_gradients(monkeypatch, skip):
     images, labels = tiny_batch(3, 9)
     found = []
     for reads in (True, False):
-        monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device, reads=reads: reads)
+        monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device, reads=reads: reads)
         clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=skip, keep_ratio=0.4)
         clip(images, labels).loss.backward()
         found.append({name: p.grad for name, p in clip.named_parameters() if p.grad is not None})

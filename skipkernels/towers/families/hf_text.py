@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..base import UnsupportedModel
-from ..prompts import Pooling, Prompts, SelectedPrompts
-from ..text import TextTower
+from ..text import Pooling, Prompts, SelectedPrompts, TextTower
 
 
 class EncoderTextTower(TextTower):
@@ -41,12 +40,10 @@ class EncoderTextTower(TextTower):
         """Apply the part of the encoder behind its last block."""
         return hidden
 
-    def upper(self, rows: Tensor, selected: SelectedPrompts, runs: int = 1) -> Tensor:
+    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         tokens = selected.tokens
         hidden, mask = rows.unflatten(0, (len(tokens), -1)), self.mask(tokens, selected.prompts)
-        for index in range(self.skip, len(self.blocks)):
-            hidden = self._run_own_forward(index, hidden, mask)
-        hidden = self.finish_encoder(hidden)
+        hidden = self.finish_encoder(self._run_sequences(hidden, range(self.skip, len(self.blocks)), mask))
         pooler = getattr(self.encoder, "pooler", None)
         output = BaseModelOutputWithPooling(
             last_hidden_state=hidden, pooler_output=None if pooler is None else pooler(hidden)

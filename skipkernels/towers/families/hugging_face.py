@@ -26,9 +26,8 @@ from transformers.models.siglip2 import modeling_siglip2
 
 from ..base import ImageTower, UnsupportedModel
 from ..block import BlockInput, FusedBlock, Submodules, joint_weight_and_bias, submodules, weight_and_bias
-from ..fused.records import BlockReading, BlockWeights
-from ..prompts import Pooling, Prompts
-from ..text import TextTower
+from ..fused.records import BlockReading, BlockSettings, BlockWeights
+from ..text import Pooling, Prompts, TextTower
 
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions
 _ACTIVATIONS = {GELUActivation: "gelu", QuickGELUActivation: "quick_gelu", _TANH: "gelu_tanh"}
@@ -72,7 +71,8 @@ class HuggingFaceBlock(FusedBlock):
             *weight_and_bias(norm_2), *weight_and_bias(mlp["fc1"]), *weight_and_bias(mlp["fc2"]),
         )  # fmt: skip
         heads = attention.embed_dim // attention.head_dim  # its forward ignores `num_heads`
-        return BlockReading(weights, _ACTIVATIONS[type(mlp["activation_fn"])], (norm_1.eps, norm_2.eps), heads)
+        kind = _ACTIVATIONS[type(mlp["activation_fn"])]
+        return BlockReading(weights, BlockSettings(kind, (norm_1.eps, norm_2.eps), heads))
 
     def _parse_input(
         self,

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base import Part, UnsupportedModel
-from ..prompts import Pooling, Prompts, SelectedPrompts
-from ..text import TextTower
+from ..text import Pooling, Prompts, SelectedPrompts, TextTower
 
 
 class ModernTextTower(TextTower):
@@ -72,11 +71,10 @@ class ModernTextTower(TextTower):
         out, values = block(hidden, rope_embed=positions, key_bias=mask, is_causal=mask is None, v_first=values)
         return out if values is None else torch.cat([out, values.transpose(1, 2).flatten(2)], dim=2)
 
-    def upper(self, rows: Tensor, selected: SelectedPrompts, runs: int = 1) -> Tensor:
+    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         tokens = selected.tokens
-        hidden, mask = selected.unpack(rows), self.mask(tokens, selected.prompts)
-        for index in range(self.skip, len(self.blocks)):
-            hidden = self._run_own_forward(index, hidden, mask)
+        mask = self.mask(tokens, selected.prompts)
+        hidden = self._run_sequences(selected.unpack(rows), range(self.skip, len(self.blocks)), mask)
         normed = self.text.ln_final(hidden[..., : self.text.width])
         return self.finish(self.text.pool(normed, text=tokens, valid=self._valid(tokens), eos_id=self.text.eos_id))
 

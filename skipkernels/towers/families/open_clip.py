@@ -27,9 +27,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..base import ImageTower, Part, UnsupportedModel
 from ..block import BlockInput, FusedBlock, Submodules, activation, layer_scale, submodules, weight_and_bias
-from ..fused.records import BlockReading, BlockWeights
-from ..prompts import Pooling, Prompts
-from ..text import TextTower
+from ..fused.records import BlockReading, BlockSettings, BlockWeights
+from ..text import Pooling, Prompts, TextTower
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 _NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)
@@ -88,7 +87,7 @@ class OpenClipBlock(FusedBlock):
             *weight_and_bias(mlp["c_proj"], layer_scale(parts.get("ls_2"))),
         )  # fmt: skip
         kind = activation(mlp["gelu"], _ACTIVATIONS)
-        return BlockReading(weights, kind, (norm_1.eps, norm_2.eps), attention.num_heads)
+        return BlockReading(weights, BlockSettings(kind, (norm_1.eps, norm_2.eps), attention.num_heads))
 
     def _parse_input(
         self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None

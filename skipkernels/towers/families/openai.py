@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ..base import ImageTower, Part
 from ..block import BlockInput, Submodules, submodules
-from ..prompts import Pooling, Prompts
-from ..text import TextTower
+from ..text import Pooling, Prompts, TextTower
 from .open_clip import BLOCK_TYPES, OpenClipBlock, OpenClipTextTower
 
 

@@ -28,7 +28,7 @@ from ..block import (
     submodules,
     weight_and_bias,
 )
-from ..fused.records import NORMS, BlockReading, BlockWeights, Rotary
+from ..fused.records import NORMS, BlockReading, BlockSettings, BlockWeights, Rotary
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)
@@ -127,7 +127,7 @@ class TimmBlock(FusedBlock):
         )  # fmt: skip
         kind = "swiglu" if type(mlp["act"]) is nn.SiLU else activation(mlp["act"], _ACTIVATIONS)
         eps = tuple(getattr(norm, "eps", 0.0) for norm in (norm_1, norm_2, *norms))
-        return BlockReading(weights, kind, eps, attention.num_heads, isinstance(norm_1, RmsNorm))
+        return BlockReading(weights, BlockSettings(kind, eps, attention.num_heads, isinstance(norm_1, RmsNorm)))
 
     def _parse_input(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> BlockInput | None:
         if x.ndim != 3 or attn_mask is not None:  # towers of CLIP have no mask

@@ -10,9 +10,8 @@ Options, as some families have them: a norm of each head of query and key (`quer
 embeddings of query and key (`Rotary`), a norm of the result of attention and one of the activation (`attention_norm`,
 `mlp_norm`), SwiGLU, where W_fc has gate and value side by side, RMSNorm in place of LayerNorm, and no biases.
 
-    records.py    weights and settings of a block, a call of it, and the copies of weights that products read
-    forward.py    norm_1 → in_proj → attention → out_proj → norm_2 → mlp, and what each saves
-    backward.py   the same stages, from the last to the first
-    gradients.py  what a backward pass has to compute, and what it has computed
+    records.py    hidden states, weights and settings of a block, and a call of it
     node.py       `fused_block`, the `torch.autograd.Function`; imported by the first block that runs
+    stages.py     norm_1 → in_proj → attention → out_proj → norm_2 → mlp, each with its backward, and what each saves
+    products.py   products of matrices, written in the dtype of the gradients where the device can
 """

@@ -1,27 +1,30 @@
-"""A fused block as an autograd node: a `torch.autograd.Function` around the stages of `forward.py` and `backward.py`.
+"""A fused block as an autograd node: a `torch.autograd.Function` around `forward` and `backward` of `stages.py`.
 
-Autograd takes and saves flat lists of tensors. They are made from records, and these from them, in this file only:
-`_pack` moves the tensors of a record to a list and leaves their indices in it, and `_unpack` puts tensors back.
-Names of packed records begin with `packed_`: in their fields of type Tensor is an index.
+Autograd takes, saves and returns lists of tensors. Those of weights are in the order of their names, (field of
+`BlockWeights`, part); A and B of a low-rank update of a part follow, as ("FIELD.A", part) and ("FIELD.B", part).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ... import casts as casts_of_step
 from ...reference import without_autocast
-from . import backward as backward_stages
-from . import forward as forward_stages
-from .forward import Saved
-from .gradients import Gradients, Needed, PendingSums, sums_together
-from .records import CAST_FIELDS, BlockCall, BlockReading, BlockWeights, Hidden, LowRankFactors, RowsCall, prepare
+from . import stages
+from .records import BlockReading, BlockWeights, Hidden, LowRankFactors, PreparedWeights, RowsCall, TensorName
+from .stages import BlockCall, Gradients, Saved, sums_together
 
-Updates = Mapping[str, Sequence[LowRankFactors]]
+# Fields of `BlockWeights` that products read, in the dtype of the products. The operators upcast the others: fc_bias is
+# added by that of the activation.
+CAST_FIELDS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
+
+Updates = Mapping[str, Sequence[LowRankFactors]]  # by field
 
 
 @torch.compiler.disable  # the node holds an autograd graph, which would cause graph breaks
@@ -30,184 +33,140 @@ def fused_block(block: BlockReading, hidden: Hidden, how: RowsCall, dtype: torch
 
     Weights are in the dtype of the stream; products run in `dtype`, which is the dtype of the branches.
     """
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*hidden, *block.weights.tensors())):
-        tensors: list[Tensor] = []
-        inputs = _Inputs(*_pack((block, block.weights.low_rank_updates()), tensors))
+    tensors = block.weights.named_tensors()
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*hidden, *tensors.values())):
+        updates = block.weights.low_rank_updates()
         # The gradient of an updated weight goes to its factors; `low_rank` is set in `towers/low_rank.py`.
-        tensors = [x.detach() if hasattr(x, "low_rank") else x for x in tensors]
-        return Hidden(*_BlockFunction.apply(inputs, how, dtype, *hidden, *tensors))
+        tensors = {name: x.detach() if hasattr(x, "low_rank") else x for name, x in tensors.items()}
+        block = replace(block, weights=BlockWeights.from_named_tensors(tensors))
+        tensors |= _factors(updates)
+        return Hidden(*_BlockFunction.apply(block, updates, how, dtype, *hidden, *tensors.values()))
     with without_autocast(hidden.stream.device):
-        call = BlockCall(block, how, prepare(block.weights, dtype), dtype)
-        return forward_stages.forward(call, hidden, record=False).out
-
-
-class _Inputs(NamedTuple):
-    """Tensors that the node takes, as packed records."""
-
-    packed_block: Any  # `BlockReading`
-    packed_updates: Any  # low-rank updates by field, `Updates`
-
-    def needed_fields(self, needs: Sequence[bool]) -> frozenset[str]:
-        """Fields of weights of which a part needs a gradient, given which tensors need one."""
-        return frozenset(name for name, indices in self.packed_block.weights.parts() if any(needs[i] for i in indices))
-
-    def gradients(self, found: Gradients) -> dict[int, Tensor]:
-        """Gradients by the index of their tensor."""
-        by_index: dict[int, Tensor] = {}
-        for name, indices in self.packed_block.weights.parts():
-            if name in found.needed.fields:
-                gradient = found.weights[name]
-                parts = gradient.chunk(len(indices)) if len(indices) > 1 else (gradient,)
-                by_index |= zip(indices, parts, strict=True)
-        for name, updates in self.packed_updates.items():
-            for update in updates:
-                by_index[update.down], by_index[update.up] = found.factors[name, update.part]
-        return by_index
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """Tensors that are saved for backward: weights, and what the stages saved, or else the input alone."""
-
-    block: BlockReading
-    updates: Updates
-    casts: dict[str, Tensor | None]  # casts of weights by field, if they were cast
-    query_rows: Tensor | slice | None
-    recorded: Saved | None  # without the graph of attention
-    hidden: Tensor | None  # with memory="min"
+        call = BlockCall(block.settings, how, prepare(block.weights, dtype), dtype)
+        return stages.forward(call, hidden, record=False)[0]
 
 
 class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        inputs: _Inputs,
+        block: BlockReading,
+        updates: Updates,
         how: RowsCall,
         dtype: torch.dtype,
         stream: Tensor,
         branch: Tensor | None,
-        *tensors: Tensor,
+        *tensors: Tensor,  # those of the weights of the block, then those of the updates
     ) -> tuple[Tensor, Tensor | None]:
-        block, updates = _unpack(inputs.packed_block, tensors), _unpack(inputs.packed_updates, tensors)
+        weights, record = block.weights, how.memory != "min"
         with without_autocast(stream.device):
-            call = BlockCall(block, how, prepare(block.weights, dtype), dtype)
-            out, hidden, recorded = forward_stages.forward(call, Hidden(stream, branch), record=how.memory != "min")
-        # The graph cannot be saved as tensors.
-        ctx.attention_graph = None if recorded is None else recorded.attention_graph
-        to_save: list[Tensor] = []
-        ctx.packed_saved = _pack(_to_save(call, updates, recorded, hidden), to_save)
-        ctx.save_for_backward(*to_save)
-        # query_rows may be a tensor: it is among the saved ones, and backward puts it back.
-        ctx.inputs, ctx.how, ctx.dtype = inputs, how._replace(query_rows=None), dtype
-        ctx.dtypes, ctx.has_branch = [x.dtype for x in tensors], branch is not None
+            call = BlockCall(block.settings, how, prepare(weights, dtype), dtype)
+            out, hidden, saved = stages.forward(call, Hidden(stream, branch), record)
+        ctx.settings, ctx.how, ctx.dtype, ctx.has_branch = block.settings, how, dtype, branch is not None
+        ctx.input_dtypes = {name: x.dtype for name, x in (weights.named_tensors() | _factors(updates)).items()}
+        ctx.scales = {field: [(x.part, x.scale) for x in of_field] for field, of_field in updates.items()}
+        if record and weights.proj.dtype != dtype:  # backward reads the casts, and need not cast again
+            weights = replace(weights, **{name: getattr(call.weights, name) for name in CAST_FIELDS})
+        if saved is not None and how.memory == "balanced":
+            saved = replace(saved, inner=None)
+        # The graph of attention is no tensor. Backward frees it; a second backward records another.
+        ctx.attention_graph = None if saved is None else saved.attention_graph
+        named = weights.named_tensors() | _factors(updates)
+        ctx.saved_names = list(named)
+        ctx.save_for_backward(*named.values(), *([hidden] if saved is None else saved.tensors()))
         return out.stream, out.branch
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_mid: Tensor, d_branch: Tensor) -> tuple[Tensor | None, ...]:
         # 1. Put the saved tensors into records again
-        saved: _Saved = _unpack(ctx.packed_saved, ctx.saved_tensors)
-        weights, dtype = saved.block.weights, ctx.dtype
-        how = ctx.how._replace(query_rows=saved.query_rows)
-        graph, ctx.attention_graph = ctx.attention_graph, None  # frees it; a second backward records another
+        tensors, count = ctx.saved_tensors, len(ctx.saved_names)
+        named, of_stages = dict(zip(ctx.saved_names, tensors[:count], strict=True)), tensors[count:]
+        weights, updates = BlockWeights.from_named_tensors(named), _updates(named, ctx.scales)
+        graph, ctx.attention_graph = ctx.attention_graph, None
         # 2. Find the gradients that are needed
-        _, _, _, needs_stream, needs_branch, *needs = ctx.needs_input_grad
-        needed = Needed(needs_stream or needs_branch, ctx.inputs.needed_fields(needs), saved.updates)
-        gradients = _gradients(needed, weights)
+        _, _, _, _, needs_stream, needs_branch, *needs = ctx.needs_input_grad
+        inputs = dict(zip(ctx.input_dtypes, needs, strict=True))
+        gradients = Gradients(
+            needs_hidden=needs_stream or needs_branch,
+            needed=frozenset(field for (field, _), need in inputs.items() if need),
+            updates=updates,
+            dtype=ctx.input_dtypes["proj", 0],
+            # Norms may be fp32 beside fp16 matrices.
+            sums_dtype=max(ctx.input_dtypes["proj", 0], ctx.input_dtypes["norm_1", 0], key=lambda x: x.itemsize),
+            partial=sums_together(d_mid.device),
+        )
         with without_autocast(d_mid.device):
-            call = BlockCall(saved.block, how, prepare(weights, dtype, saved.casts), dtype)
+            call = BlockCall(ctx.settings, ctx.how, prepare(weights, ctx.dtype), ctx.dtype)
             # 3. Recompute what was not saved
-            if saved.recorded is None:
-                assert saved.hidden is not None
-                recorded = forward_stages.forward(call, Hidden(saved.hidden), record=True).saved
+            if ctx.how.memory == "min":
+                _, _, saved = stages.forward(call, Hidden(*of_stages), record=True)
+                assert saved is not None
             else:
-                recorded = backward_stages.recompute(call, replace(saved.recorded, attention_graph=graph))
-            assert recorded is not None
+                saved = stages.recompute(call, Saved.of_tensors(of_stages, graph))
             # 4. Run the stages from the last to the first
-            d_hidden = backward_stages.backward(call, recorded, Hidden(d_mid, d_branch), gradients)
+            d_hidden = stages.backward(call, saved, Hidden(d_mid, d_branch), gradients)
             gradients.complete()
         # 5. Return the gradients in the order of the inputs, each in the dtype of its input
         d_stream, d_branch_in = d_hidden if d_hidden is not None else (None, None)
-        return None, None, None, d_stream, d_branch_in if ctx.has_branch else None, *_in_order(ctx, gradients, needs)
+        found = _named_gradients(gradients, Counter(field for field, _ in inputs))
+        d_tensors = (found[name].to(ctx.input_dtypes[name]) if need else None for name, need in inputs.items())
+        return None, None, None, None, d_stream, d_branch_in if ctx.has_branch else None, *d_tensors
 
 
-def _to_save(call: BlockCall, updates: Updates, recorded: Saved | None, hidden: Tensor) -> _Saved:
-    """Select what `memory` saves; the table is in `forward.py`."""
-    block, query_rows = call.block, call.how.query_rows
-    if recorded is None:  # "min"
-        return _Saved(block, updates, {}, query_rows, None, hidden)
-    # "balanced": without inner; "fast": everything
-    inner = None if call.how.memory == "balanced" else recorded.inner
-    recorded, casts = replace(recorded, attention_graph=None, inner=inner), {}
-    if block.weights.proj.dtype != call.dtype:
-        casts = {name: getattr(call.weights, name) for name in CAST_FIELDS}
-        block = replace(block, weights=_without_computed(block.weights))
-    return _Saved(block, updates, casts, query_rows, recorded, None)
+# ---- names of tensors ------------------------------------------------------------------------------------------------
 
 
-def _gradients(needed: Needed, weights: BlockWeights) -> Gradients:
-    """Gradients of these weights, none of which is computed yet."""
-    dtype, device = weights.proj.dtype, weights.proj.device
-    sums_dtype = max(dtype, weights.norm_1.dtype, key=lambda x: x.itemsize)  # norms may be fp32 beside fp16 matrices
-    return Gradients(needed, dtype, PendingSums(sums_dtype, sums_together(device)))
+def _factors(updates: Updates) -> dict[TensorName, Tensor]:
+    """Factors of low-rank updates by name."""
+    found: dict[TensorName, Tensor] = {}
+    for field, of_field in updates.items():
+        for update in of_field:
+            found |= {(f"{field}.A", update.part): update.down, (f"{field}.B", update.part): update.up}
+    return found
 
 
-def _in_order(ctx: Any, gradients: Gradients, needs: Sequence[bool]) -> Iterator[Tensor | None]:
-    """Yield the gradient of each tensor, or None if it needs none."""
-    found = ctx.inputs.gradients(gradients)
-    for i, (need, dtype) in enumerate(zip(needs, ctx.dtypes, strict=True)):
-        yield found[i].to(dtype) if need else None
+def _updates(named: Mapping[TensorName, Tensor], scales: Mapping[str, Sequence[tuple[int, float]]]) -> Updates:
+    """Low-rank updates with these scales, by field: (part, scale)."""
+    return {
+        field: [LowRankFactors(p, scale, named[f"{field}.A", p], named[f"{field}.B", p]) for p, scale in of_field]
+        for field, of_field in scales.items()
+    }
 
 
-def _without_computed(weights: BlockWeights) -> BlockWeights:
-    """Weights with empty tensors for those that were computed (updated, scaled) and then cast.
+def _named_gradients(found: Gradients, parts: Mapping[str, int]) -> dict[TensorName, Tensor]:
+    """Gradients by the name of their tensor, given the number of parts of each field."""
+    named = dict(found.factors)
+    for field, gradient in found.weights.items():
+        of_parts = gradient.chunk(parts[field]) if parts[field] > 1 else (gradient,)
+        named |= {(field, part): x for part, x in enumerate(of_parts)}
+    return named
 
-    Backward reads their casts. Saving them as well would keep them in memory; a parameter is there in any case.
+
+# ---- copies of weights -----------------------------------------------------------------------------------------------
+
+
+def prepare(weights: BlockWeights, dtype: torch.dtype) -> PreparedWeights:
+    """Join weights in parts, and cast those of products to their dtype, all by one launch.
+
+    In a captured step its update has made the casts (`casts.active`, None in other steps).
     """
-
-    def kept(x: Tensor) -> Tensor:
-        return x if isinstance(x, nn.Parameter) else x.new_empty(0)
-
-    fields = {name: tuple(map(kept, parts)) for name, parts in weights.parts() if name in CAST_FIELDS}
-    changes: dict[str, Any] = {name: parts if len(parts) > 1 else parts[0] for name, parts in fields.items()}
-    return replace(weights, **changes)
-
-
-# ---- flat lists ------------------------------------------------------------------------------------------------------
-
-
-class _Index(int):
-    """Index of a tensor in a flat list."""
-
-
-def _pack(record: Any, tensors: list[Tensor]) -> Any:
-    """Append the tensors in a record to a list, and return the record with their indices in their place.
-
-    tensors = [a]; _pack({"x": b, "eps": 1e-5}, tensors) returns {"x": _Index(1), "eps": 1e-5}, and tensors is [a, b].
-    _unpack({"x": _Index(1), "eps": 1e-5}, tensors) returns {"x": b, "eps": 1e-5}.
-    """
-    if isinstance(record, Tensor):
-        tensors.append(record)
-        return _Index(len(tensors) - 1)
-    return _rebuilt(record, lambda x: _pack(x, tensors))
-
-
-def _unpack(record: Any, tensors: Sequence[Tensor]) -> Any:
-    """Return a packed record with tensors in the place of their indices."""
-    if isinstance(record, _Index):
-        return tensors[record]
-    return _rebuilt(record, lambda x: _unpack(x, tensors))
-
-
-def _rebuilt(record: Any, function: Callable[[Any], Any]) -> Any:
-    """Return a dataclass, dictionary, tuple or list with a function of each of its elements; anything else as it is.
-
-    Lists and NamedTuples become tuples.
-    """
-    if isinstance(record, dict):
-        return {name: function(x) for name, x in record.items()}
-    if isinstance(record, (tuple, list)):
-        return tuple(map(function, record))
-    if is_dataclass(record) and not isinstance(record, type):
-        return type(record)(**{name: function(x) for name, x in vars(record).items()})
-    return record
+    fields: dict[str, Any] = dict(vars(weights))
+    if isinstance(weights.fc_bias, tuple):
+        fields["fc_bias"] = torch.cat(weights.fc_bias)
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for name, parts in weights.parts():
+        if name not in CAST_FIELDS or (len(parts) == 1 and parts[0].dtype == dtype):
+            continue
+        cast = None if casts_of_step.active is None else casts_of_step.active.of_product(parts, dtype)
+        if cast is None:
+            lengths = [len(part) for part in parts]
+            cast = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=dtype)
+            targets += cast.split(lengths)
+            sources += parts
+        fields[name] = cast
+    if sources:
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources)
+    return PreparedWeights(**fields)

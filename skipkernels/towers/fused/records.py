@@ -1,25 +1,20 @@
-"""Records of a fused block: its weights, its settings and a call of it; and the casts of weights for products."""
+"""Records that a fused block takes and returns: hidden states, its weights and settings, and how it is called."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...options import FusedMemory
+from ..attention import BlockAttention
 
 NORMS = ("norm_1", "norm_2", "query_norm", "key_norm", "attention_norm", "mlp_norm")
-# Norms within attention: autograd computes their gradients.
-ATTENTION_NORMS = tuple(f"{name}{suffix}" for name in ("query_norm", "key_norm", "attention_norm")
-                        for suffix in ("", "_bias"))  # fmt: skip
-# Fields of `BlockWeights` that products read, in the dtype of the products. The operators upcast the others: fc_bias is
-# added by that of the activation.
-CAST_FIELDS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
 
-Weight = Tensor | tuple[Tensor, ...]  # A tuple has the parts of a weight, one below the other: see `prepare`
+Weight = Tensor | tuple[Tensor, ...]  # A tuple has the parts of a weight, one below the other
+TensorName = tuple[str, int]  # Field of `BlockWeights`, and number of the part
 
 
 class Hidden(NamedTuple):
@@ -86,11 +81,20 @@ class BlockWeights:
         """Yield each field that is not None, with the parts of its weight."""
         for name, weight in vars(self).items():
             if weight is not None:
-                yield name, weight if isinstance(weight, tuple) else (weight,)
+                yield name, _parts(weight)
 
-    def tensors(self) -> list[Tensor]:
+    def named_tensors(self) -> dict[TensorName, Tensor]:
         """All tensors in order, parts one after the other."""
-        return [x for _, parts in self.parts() for x in parts]
+        return {(name, part): x for name, parts in self.parts() for part, x in enumerate(parts)}
+
+    @classmethod
+    def from_named_tensors(cls, tensors: Mapping[TensorName, Tensor]) -> BlockWeights:
+        """Return the weights with these tensors, and None where there are none; names of other tensors are left out."""
+        found: dict[str, Any] = {field.name: None for field in fields(cls)}
+        for (name, part), x in tensors.items():
+            if name in found:
+                found[name] = x if part == 0 else (*_parts(found[name]), x)
+        return cls(**found)
 
     def low_rank_updates(self) -> dict[str, list[LowRankFactors]]:
         """Low-rank updates by field; those of the parts of a field as parts of one weight.
@@ -105,8 +109,12 @@ class BlockWeights:
         return found
 
 
+def _parts(weight: Weight) -> tuple[Tensor, ...]:
+    return weight if isinstance(weight, tuple) else (weight,)
+
+
 class PreparedWeights(BlockWeights):
-    """Weights as the stages read them: each is one tensor, those of `CAST_FIELDS` in the dtype of the products.
+    """Weights as the stages read them: each is one tensor, those of products in the dtype of the products.
 
     The fields are those of `BlockWeights`; those below can't be tuples.
     """
@@ -117,15 +125,21 @@ class PreparedWeights(BlockWeights):
     fc_bias: Tensor | None
 
 
+class BlockSettings(NamedTuple):
+    """Settings of a block."""
+
+    activation: str  # Name of the activation in `functional.mlp_activation`
+    eps: tuple[float, ...]  # Epsilons of the norms, in the order of `NORMS`
+    heads: int  # H
+    rms: bool = False  # The norms are RMSNorms
+
+
 @dataclass(frozen=True)
 class BlockReading:
     """Weights and settings of the caller's block, as they are read from it in each call."""
 
     weights: BlockWeights
-    activation: str  # Name of the activation in `functional.mlp_activation`
-    eps: tuple[float, ...]  # Epsilons of the norms, in the order of `NORMS`
-    heads: int  # H
-    rms: bool = False  # The norms are RMSNorms
+    settings: BlockSettings
 
 
 # ---- a call ----------------------------------------------------------------------------------------------------------
@@ -139,90 +153,9 @@ class Rotary(NamedTuple):
     interleaved: bool
 
 
-class BlockAttention(Protocol):
-    """Attention of a block, scale included, in plain differentiable code.
-
-    It knows which rows are a sequence and what they see. `projected` is the packed query, key and value [R, 3W] of each
-    row, or with `separate_queries` two tensors, query [Q, W] and key and value [R, 2W].
-    """
-
-    def __call__(self, *projected: Tensor, heads: int) -> Tensor:
-        """Return [R, W], or [Q, W] in a call with `query_rows`."""
-
-
 class RowsCall(NamedTuple):
-    """Second argument of a fused block that is called with rows, `block(hidden, how)`; the first is a `Hidden`.
+    """Second argument of a fused block that is called with rows, `block(hidden, how)`; the first is a `Hidden`."""
 
-    The last block of a tower returns Q of its R rows, those of the pooled tokens:
-
-        query_rows   separate_queries   queries projected   `attend` returns
-        None         False              of all R rows       R rows
-        given        True               of Q rows           Q rows: one token of each sequence
-        given        False              of all R rows       Q rows, a selection: suffixes are attended to by one kernel
-    """
-
-    attend: BlockAttention
-    memory: FusedMemory = "fast"  # What is saved for backward; table in `forward.py`
-    query_rows: Tensor | slice | None = None  # int64 [Q] without duplicates, or a slice; None: all rows, Q = R
-    separate_queries: bool = False
+    attention: BlockAttention
+    memory: FusedMemory = "fast"  # What is saved for backward; table in `stages.py`
     rotary: Rotary | None = None  # Of sequences of equal length, the query rows being the first of each
-
-
-class BlockCall(NamedTuple):
-    """One call of a block, as its stages read it: R rows of tokens, of which Q are computed behind the projections."""
-
-    block: BlockReading
-    how: RowsCall
-    weights: PreparedWeights  # Those of the block
-    # Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
-    dtype: torch.dtype
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Select the query rows [Q, …] of a tensor [R, …]; a view for a slice."""
-        query_rows = self.how.query_rows
-        if query_rows is None:
-            return x
-        return x[query_rows] if isinstance(query_rows, slice) else x.index_select(0, query_rows)
-
-    def add_to_queries(self, x: Tensor, values: Tensor) -> Tensor:
-        """Add values [Q, …] to the query rows of a tensor [R, …], in place."""
-        if isinstance(self.how.query_rows, Tensor):
-            return x.index_add_(0, self.how.query_rows, values)
-        self.queries(x).add_(values)
-        return x
-
-
-# ---- copies of weights -----------------------------------------------------------------------------------------------
-
-
-def prepare(
-    weights: BlockWeights, dtype: torch.dtype, saved_casts: Mapping[str, Tensor | None] | None = None
-) -> PreparedWeights:
-    """Join weights in parts, and cast those of products to their dtype, all by one launch.
-
-    Casts are not made again if forward has saved them for backward, or if a captured step keeps them.
-    """
-    from ... import casts as casts_of_step  # importing the towers does not need them
-
-    fields: dict[str, Any] = dict(vars(weights))
-    if isinstance(weights.fc_bias, tuple):
-        fields["fc_bias"] = torch.cat(weights.fc_bias)
-    if saved_casts:
-        return PreparedWeights(**{**fields, **saved_casts})
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
-    for name, parts in weights.parts():
-        if name not in CAST_FIELDS or (len(parts) == 1 and parts[0].dtype == dtype):
-            continue
-        # `active` is set only during a graphed step.
-        cast = None if casts_of_step.active is None else casts_of_step.active.of_product(parts, dtype)
-        if cast is None:
-            lengths = [len(part) for part in parts]
-            cast = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=dtype)
-            targets += cast.split(lengths)
-            sources += parts
-        fields[name] = cast
-    if sources:
-        with torch.no_grad():
-            torch._foreach_copy_(targets, sources)
-    return PreparedWeights(**fields)

@@ -123,7 +123,7 @@ def test_step_does_not_synchronize(tmp_path, monkeypatch, changes):
 
     monkeypatch.setattr(Trainer, "_step", watched)
     monkeypatch.setattr(RankSampler, "draw", drawn)
-    monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device: False)  # as on a GPU
+    monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device: False)  # as on a GPU
     for check in ("check_pixel_values", "_check_label_range"):  # read values on the CPU only
         monkeypatch.setattr(f"skipkernels.clip.checks.{check}", lambda *_: None)
     tune(small(tmp_path, epochs=1, max_classes=8, **changes))

@@ -1,0 +1,601 @@
+"""The stages of a fused block, each with its backward: norm_1 → in_proj → attention → out_proj → norm_2 → mlp.
+
+Tokens are rows [R, W] of any number of sequences; only `attention` knows where a sequence ends. If it returns only Q
+query rows (the pooled tokens, in the last block), then only `norm_1` and `in_proj` compute all R rows, and the other
+stages Q rows; with separate queries `in_proj` computes only key and value of all rows.
+
+Saved for backward, in values per token, with M = 4·W, by the `memory` of a call:
+
+    stage      tensor                                      values   fast   balanced   min
+    norm_1     hidden, the sum of the inputs [R, W]           W      ×        ×        ×
+    in_proj    query, key, value [R, 3W]                     3·W     ×        ×
+    attention  its result [Q, W]                              W      ×        ×
+    norm_2     mid, the sum before the norm [Q, W]            W      ×        ×
+    mlp        inner, the product before its bias [Q, M]     4·W     ×
+                                                            10·W    10·W     6·W       W
+
+and mean and rstd of both norms and the log-sum-exp of attention: 4 + H numbers. Backward recomputes the norms and the
+activation, which are memory-bound, but no matrix product; rotations are undone in backward, and nothing is saved for
+them. "balanced", an option of `sk.fuse` alone, repeats the product of W_fc, and "min" this forward pass.
+
+Under autocast the weights of products are cast once, by one launch, or in a captured step by their update
+(`casts.Casts`), and their copies are saved as well, 24·W² bytes; "min" casts them again. The norms write the dtype of
+the products, and the residual stream keeps its own.
+
+`d_NAME` takes the gradient of the result of stage NAME and returns that of its input. It sets those of its vectors
+(biases, norms) in `Gradients`; `backward` sets those of matrices: each is a product with the input of its layer. Inputs
+that a norm or the activation has computed are not saved, but recomputed by the backward of that norm or activation,
+which returns them as well: the gradient of W_p follows `d_mlp_act`, that of W_fc `d_norm_2`, and that of W_qkv
+`d_norm_1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ops import launching
+from ...ops.add_layer_norm import SUM_COLUMNS, NormArguments, NormResults, add_layer_norm, add_layer_norm_backward
+from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
+from ...ops.mlp_activation import Needs as ActivationNeeds
+from ...ops.rotary_embedding import rotary_embedding
+from ...ops.row_sums import MAX_ROWS, column_sums
+from ...reference import at_least_fp32
+from .products import joint_product, product
+from .records import NORMS, BlockSettings, Hidden, LowRankFactors, PreparedWeights, RowsCall, TensorName
+
+# Values saved per token by which `memory="auto"` decides, in multiples of W: the 10 of the table, and 3 for norms of
+# heads: attention reads a copy of query, key and value, normed, and saves it beside those of `in_proj`. SwiGLU with
+# M = 4·W adds 4, which are not counted: "auto" leaves half of the free memory.
+SAVED_WIDTHS = 13
+CAST_BYTES = 24  # size of the copies of the weights in 16 bits, in multiples of W²: (3 + 1 + 4 + 4) · W² · 2 bytes
+
+# Norms within attention: autograd computes their gradients.
+ATTENTION_NORMS = tuple(f"{name}{suffix}" for name in ("query_norm", "key_norm", "attention_norm")
+                        for suffix in ("", "_bias"))  # fmt: skip
+NORM_1_AND_IN_PROJ = ("norm_1", "norm_1_bias", "in_proj", "in_proj_bias")
+
+
+def saved_bytes(hidden: Tensor) -> int:
+    """Bytes that a block over hidden states [..., W] saves for backward at most, with memory="fast"."""
+    saved = hidden.numel() * hidden.element_size() * SAVED_WIDTHS
+    if torch.is_autocast_enabled(hidden.device.type):
+        saved += CAST_BYTES * hidden.shape[-1] ** 2
+    return saved
+
+
+# ---- what the stages read --------------------------------------------------------------------------------------------
+
+
+class BlockCall(NamedTuple):
+    """One call of a block: R rows of tokens, of which Q are computed behind the projections."""
+
+    settings: BlockSettings
+    how: RowsCall
+    weights: PreparedWeights
+    # Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
+    dtype: torch.dtype
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Select the query rows [Q, …] of a tensor [R, …]; a view for a slice."""
+        query_rows = self.how.attention.query_rows
+        if query_rows is None:
+            return x
+        return x[query_rows] if isinstance(query_rows, slice) else x.index_select(0, query_rows)
+
+    def add_to_queries(self, x: Tensor, values: Tensor) -> Tensor:
+        """Add values [Q, …] to the query rows of a tensor [R, …], in place."""
+        query_rows = self.how.attention.query_rows
+        if isinstance(query_rows, Tensor):
+            return x.index_add_(0, query_rows, values)
+        self.queries(x).add_(values)
+        return x
+
+
+class SavedNorm(NamedTuple):
+    """Input of a norm and the statistics of its rows."""
+
+    x: Tensor  # [rows, W], the sum if the norm adds a residual
+    mean: Tensor  # [rows]; [0] for RMSNorm
+    rstd: Tensor  # [rows]
+
+
+@dataclass
+class AttentionGraph:
+    """Result of attention with its autograd graph, back to the projections and to the weights of its norms."""
+
+    projected: tuple[Tensor, ...]  # leaves of the graph: ([R, 3W],), or query [Q, W] and key_value [R, 2W]
+    norms: dict[str, Tensor]  # leaves of the graph, by their fields of `BlockWeights`
+    result: Tensor  # [Q, W]
+
+
+@dataclass
+class Saved:
+    """Tensors that backward reads besides the weights."""
+
+    norm_1: SavedNorm  # hidden [R, W]
+    norm_2: SavedNorm  # mid [Q, W]
+    inner: Tensor | None  # [Q, M], or [Q, 2M] for SwiGLU. None: the product is repeated
+    projected: tuple[Tensor, ...]  # leaves of the graph of attention
+    attention_graph: AttentionGraph | None  # None: attention is repeated
+
+    def tensors(self) -> list[Tensor | None]:
+        """All tensors, without the graph of attention."""
+        return [*self.norm_1, *self.norm_2, self.inner, *self.projected]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], graph: AttentionGraph | None) -> Saved:
+        """Return what has these tensors, in the order of `tensors()`."""
+        return cls(SavedNorm(*tensors[:3]), SavedNorm(*tensors[3:6]), tensors[6], tuple(tensors[7:]), graph)
+
+
+# ---- gradients of weights --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Gradients:
+    """Gradients of weights: those that a backward pass has to compute, and those that it has computed, sometimes more.
+
+    Those of matrices are in `dtype` or in that of the products, those of vectors in any dtype. With `partial` operators
+    leave gradients of vectors as partial sums over rows, which `complete` adds, all by one launch.
+    """
+
+    needs_hidden: bool  # gradients of stream and branch
+    needed: frozenset[str]  # names of fields of `BlockWeights`
+    updates: Mapping[str, Sequence[LowRankFactors]]  # low-rank updates by field, of which A and B have gradients
+    dtype: torch.dtype
+    sums_dtype: torch.dtype  # of the sums that `complete` adds
+    partial: bool
+    weights: dict[str, Tensor] = field(default_factory=dict)  # by the fields of `BlockWeights`
+    factors: dict[TensorName, Tensor] = field(default_factory=dict)  # of low-rank updates, by ("FIELD.A", part)
+    pending_widths: dict[str, int] = field(default_factory=dict)  # by field, in the order of the columns
+    pending_matrices: list[Tensor] = field(default_factory=list)  # [rows, columns], side by side
+
+    def needs(self, *names: str) -> bool:
+        """Return True if the gradient of one of these fields is needed."""
+        return not self.needed.isdisjoint(names)
+
+    def needs_input_of(self, name: str) -> bool:
+        """Return True if the input of this layer is read: for the gradient of its weight, or of the factors of one."""
+        return name in self.needed or name in self.updates
+
+    @property
+    def needs_attention(self) -> bool:
+        """True if a gradient depends on that of attention."""
+        return self.needs_hidden or self.needs_input_of("in_proj") or self.needs(*NORM_1_AND_IN_PROJ, *ATTENTION_NORMS)
+
+    def set(self, name: str, gradient: Tensor) -> None:
+        """Set the gradient of a field of `BlockWeights`."""
+        self.weights[name] = gradient
+
+    def set_product(self, name: str, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Set the gradient of a matrix, and of its factors, if they are needed.
+
+        A pair has d_out [R, out], the gradient of results of a layer, and their inputs [R, in]: d_W = d_outᵀ · inputs.
+        Those of several pairs are one below the other.
+        """
+        if name in self.needed:
+            self.set(name, joint_product(pairs, self.dtype))
+        self.set_factors(name, *pairs)
+
+    def set_factors(self, name: str, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Set the gradients of A and B of the low-rank updates of a matrix, if there are any.
+
+        A weight W + s · B · A with frozen W gets no gradient itself. With y = x (W + s · B · A)ᵀ,
+
+            d_A = s · (d_y B)ᵀ x,   d_B = s · d_yᵀ (x Aᵀ)
+
+        are thin products, in place of one as large as the layer.
+        """
+        for update in self.updates.get(name, ()):
+            scale, down, up = update.scale, update.down, update.up
+            # First row of the part in the weight, then in the pair that has it: of the pairs (query), (key, value), key
+            # begins at row W of the weight, which is row 0 of the second pair.
+            row, pair = update.part * len(up), 0
+            while row >= (height := pairs[pair][0].shape[1]):
+                row, pair = row - height, pair + 1
+            d_out, inputs = pairs[pair]
+            d_part = d_out[:, row : row + len(up)]  # [R, out]
+            d_thin = d_part @ (scale * up).to(d_part.dtype)  # [R, out] @ [out, rank] -> [R, rank]
+            thin = inputs @ (scale * down).to(inputs.dtype).T  # [R, in] @ [in, rank] -> [R, rank]
+            self.factors[f"{name}.A", update.part] = product(d_thin.T, inputs, down.dtype)  # [rank, in]
+            self.factors[f"{name}.B", update.part] = product(d_part.T, thin, up.dtype)  # [out, rank]
+
+    def set_sums(self, sums: Mapping[str, Tensor], partial_sums: Tensor) -> None:
+        """Set gradients of vectors of equal width that an operator has summed; empty ones were not asked for.
+
+        Or `partial_sums` of them, if not empty: rows with those of all vectors side by side, in the order of `sums`.
+        """
+        if partial_sums.numel() > 0:
+            self._add_pending(list(sums), [partial_sums])
+        else:
+            self.weights |= {name: total for name, total in sums.items() if total.numel() > 0}
+
+    def set_column_sums(self, name: str, matrices: Sequence[Tensor]) -> None:
+        """Set the gradient of a vector to the column sums of one or more matrices, side by side."""
+        if self.partial and len(matrices[-1]) <= MAX_ROWS:
+            self._add_pending([name], matrices)
+            return
+        # On a CPU a sum in another dtype would convert all rows first.
+        dtype = matrices[0].dtype if matrices[0].is_cpu else self.sums_dtype
+        sums = [x.sum(0, dtype=dtype) for x in matrices]  # `out=` has no batching rule
+        self.set(name, torch.cat(sums) if len(sums) > 1 else sums[0])
+
+    def _add_pending(self, names: Sequence[str], matrices: Sequence[Tensor]) -> None:
+        width = sum(x.shape[1] for x in matrices) // len(names)
+        self.pending_widths |= dict.fromkeys(names, width)
+        self.pending_matrices += matrices
+
+    def complete(self) -> None:
+        """Add the pending sums, by one launch."""
+        if self.pending_widths:
+            totals = column_sums(self.pending_matrices, self.sums_dtype).split(list(self.pending_widths.values()))
+            self.weights |= zip(self.pending_widths, totals, strict=True)
+            self.pending_widths, self.pending_matrices = {}, []
+
+
+def sums_together(device: torch.device) -> bool:
+    """Return True if the sums of all operators are completed by one launch; on a CPU each completes its own."""
+    return device.type != "cpu" and launching.installed
+
+
+# ---- both directions -------------------------------------------------------------------------------------------------
+
+
+def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Tensor, Saved | None]:
+    """Run the stages. Return mid and branch [Q, W], the sum of the inputs [R, W], and if recorded what backward reads.
+
+    Each tensor is released once the next stage has read it.
+    """
+    normed, saved_1 = norm_1(call, inputs)  # [R, W]
+    projected = in_proj(call, normed)  # ([R, 3W],), or ([Q, W], [R, 2W])
+    del normed
+    projected = rotation(call, projected)
+    result, graph = attention(call, projected, record)  # [Q, W]
+    projected = graph.projected if graph else ()  # the leaves, from which backward can repeat the graph
+    branch = out_proj(call, result)  # [Q, W]
+    del result
+    normed, saved_2 = norm_2(call, saved_1.x, branch)  # [Q, W]
+    del branch
+    inner = mlp_in(call, normed)  # [Q, M], or [Q, 2M] for SwiGLU
+    del normed
+    active = mlp_act(call, inner)  # [Q, M]
+    saved = Saved(saved_1, saved_2, inner, projected, graph) if record else None
+    del inner
+    active = mlp_norm(call, active)
+    return Hidden(saved_2.x, mlp_out(call, active)), saved_1.x, saved
+
+
+def recompute(call: BlockCall, saved: Saved) -> Saved:
+    """Repeat what was not saved: the product of the MLP; attention, in a second backward pass."""
+    inner = saved.inner
+    if inner is None:
+        inner = mlp_in(call, norm(call, "norm_2", saved.norm_2.x)[0])
+    graph = saved.attention_graph or attention(call, saved.projected, record=True)[1]
+    return replace(saved, inner=inner, attention_graph=graph)
+
+
+def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients) -> Hidden | None:
+    """Return the gradients of the inputs [R, W], given those of mid and branch [Q, W]; None if they are not needed.
+
+    Set those of the weights that are needed in `gradients`. Each tensor is released once the next stage has read it.
+    """
+    assert saved.inner is not None and saved.attention_graph is not None and d_out.branch is not None
+    d_active = d_mlp_out(call, d_out.branch)  # [Q, M]
+    d_active, mlp_normed = d_mlp_norm(call, saved.inner, d_active, gradients)
+    d_inner, active = d_mlp_act(call, saved.inner, d_active, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
+    del d_active
+    inputs = active if mlp_normed is None else mlp_normed  # of W_p
+    if inputs is not None:
+        gradients.set_product("proj", (d_out.branch, inputs))
+    del active, mlp_normed, inputs
+    d_normed = d_mlp_in(call, d_inner)  # [Q, W]
+    d_mid, d_branch, normed = d_norm_2(call, saved.norm_2, d_normed, d_out.stream, gradients)
+    del d_normed
+    if normed is not None:
+        gradients.set_product("fc", (d_inner, normed))
+    del d_inner, normed
+    gradients.set_product("out_proj", (d_branch, saved.attention_graph.result.detach()))
+    if not gradients.needs_attention:
+        return None
+    d_result = d_out_proj(call, d_branch)  # [Q, W]
+    del d_branch
+    d_projected = d_attention(saved.attention_graph, d_result, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
+    del d_result
+    d_projected = d_rotation(call, d_projected)
+    if not gradients.needs_hidden:
+        d_in_proj_and_norm_1(call, saved.norm_1.x, d_projected, gradients)
+        return None
+    d_normed = d_in_proj(call, d_projected, gradients)  # [R, W]
+    d_stream, d_branch, normed = d_norm_1(call, saved.norm_1, d_normed, d_mid, gradients)
+    del d_normed
+    if normed is not None:
+        gradients.set_product("in_proj", *_pairs(call, d_projected, normed))
+    return Hidden(d_stream, d_branch)
+
+
+# ---- norm_1 and in_proj ----------------------------------------------------------------------------------------------
+
+
+def norm_1(call: BlockCall, inputs: Hidden) -> tuple[Tensor, SavedNorm]:
+    """hidden = stream + branch, and LN₁(hidden), [R, W]."""
+    return norm(call, "norm_1", inputs.stream, inputs.branch)
+
+
+def d_norm_1(
+    call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_mid: Tensor, gradients: Gradients
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of stream and branch [R, W], with that of the residual [Q, W]; return also LN₁(hidden), if needed."""
+    need_normed = gradients.needs_input_of("in_proj")
+    if call.how.attention.query_rows is None:
+        return d_norm(call, "norm_1", saved, d_normed, d_mid, gradients, need_normed)
+    d_hidden, _, normed = d_norm(call, "norm_1", saved, d_normed, None, gradients, need_normed)
+    d_stream = call.add_to_queries(d_hidden, d_mid)
+    return d_stream, d_stream.to(call.dtype), normed
+
+
+def in_proj(call: BlockCall, normed: Tensor) -> tuple[Tensor, ...]:
+    """LN₁(hidden) · W_qkv + b_qkv: query, key and value ([R, 3W],), or ([Q, W], [R, 2W])."""
+    weight, bias = call.weights.in_proj, call.weights.in_proj_bias
+    if not call.how.attention.separate_queries:
+        return (F.linear(normed, weight, bias),)  # [R, W] @ [W, 3W] -> [R, 3W]
+    W = normed.shape[1]
+    of_query, of_key_value = (None, None) if bias is None else (bias[:W], bias[W:])
+    query = F.linear(call.queries(normed), weight[:W], of_query)  # [Q, W] @ [W, W] -> [Q, W]
+    return query, F.linear(normed, weight[W:], of_key_value)  # [R, W] @ [W, 2W] -> [R, 2W]
+
+
+def d_in_proj(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradients) -> Tensor:
+    """Gradient of LN₁(hidden), [R, W]; set that of b_qkv. That of W_qkv follows `d_norm_1`, which computes LN₁."""
+    weight = call.weights.in_proj
+    if gradients.needs("in_proj_bias"):
+        gradients.set_column_sums("in_proj_bias", d_projected)  # [3W]
+    if len(d_projected) == 1:
+        return d_projected[0] @ weight  # [R, 3W] @ [3W, W] -> [R, W]
+    (d_query, d_key_value), W = d_projected, weight.shape[1]
+    d_normed = d_key_value @ weight[W:]  # [R, 2W] @ [2W, W] -> [R, W]
+    if isinstance(call.how.attention.query_rows, slice):
+        # The query rows are a view of d_normed: one product that adds to it in place, d_normed[rows] += d_query W_q.
+        d_rows = call.queries(d_normed)
+        torch.addmm(d_rows, d_query, weight[:W], out=d_rows)  # [Q, W] + [Q, W] @ [W, W]
+        return d_normed
+    return call.add_to_queries(d_normed, d_query @ weight[:W])  # [Q, W] @ [W, W] -> [Q, W]
+
+
+def d_in_proj_and_norm_1(call: BlockCall, hidden: Tensor, d_projected: Sequence[Tensor], gradients: Gradients) -> None:
+    """Set the gradients of W_qkv, b_qkv and LN₁ if none of hidden is needed, as in the first block above the cut.
+
+    Since LN₁(hidden) = x̂ · γ + β, they follow from G = d_qkvᵀ x̂, which saves a product as large as the projection:
+
+        d_W = G · γ + d_b ⊗ β,   d_γ = Σ_n W_n · G_n,   d_β = Σ_n d_b_n W_n,   n the rows of W = W_qkv, [3W, W]
+    """
+    weights, settings = call.weights, call.settings
+    if "in_proj" in gradients.updates:
+        normed, _ = norm(call, "norm_1", hidden)
+        gradients.set_factors("in_proj", *_pairs(call, d_projected, normed))
+    if not gradients.needs(*NORM_1_AND_IN_PROJ):
+        return
+    gradients.set_column_sums("in_proj_bias", d_projected)  # d_b, [3W]
+    gradients.complete()  # d_b is read below
+    unit = add_layer_norm(hidden, None, None, None, settings.eps[0], call.dtype, settings.rms)[1]  # x̂, [R, W]
+    unit_gradient = at_least_fp32(joint_product(_pairs(call, d_projected, unit), gradients.dtype))  # G, [3W, W]
+    d_weight = unit_gradient * weights.norm_1  # [3W, W]
+    gradients.set("norm_1", (weights.in_proj * unit_gradient).sum(0))  # [W]
+    if weights.norm_1_bias is not None:
+        d_bias = at_least_fp32(gradients.weights["in_proj_bias"])[:, None]  # [3W, 1]
+        gradients.set("norm_1_bias", (weights.in_proj * d_bias).sum(0))  # [W]
+        d_weight.addcmul_(d_bias, weights.norm_1_bias)
+    gradients.set("in_proj", d_weight)
+
+
+def _pairs(call: BlockCall, d_projected: Sequence[Tensor], inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    """Gradients of projections, each with the rows [R, W] or [Q, W] that it was computed from."""
+    if len(d_projected) == 1:
+        return [(d_projected[0], inputs)]
+    d_query, d_key_value = d_projected
+    return [(d_query, call.queries(inputs)), (d_key_value, inputs)]
+
+
+# ---- attention and out_proj ------------------------------------------------------------------------------------------
+
+
+def rotation(call: BlockCall, projected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Rotate query and key, unless their norms come first: then `attention` does."""
+    return projected if call.weights.query_norm is not None else rotate(call, projected)
+
+
+def d_rotation(call: BlockCall, d_projected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradient of query and key before their rotation, unless `attention` has rotated them."""
+    return d_projected if call.weights.query_norm is not None else rotate(call, d_projected, inverse=True)
+
+
+def attention(call: BlockCall, projected: Sequence[Tensor], record: bool) -> tuple[Tensor, AttentionGraph | None]:
+    """Attention and its norms, [Q, W], with a graph of their own if recorded."""
+    weights = call.weights
+    leaves = tuple(x.detach().requires_grad_(record) for x in projected)
+    norms = {
+        name: x.detach().requires_grad_(record) for name in ATTENTION_NORMS if (x := getattr(weights, name)) is not None
+    }
+    if norms:
+        call = call._replace(weights=replace(weights, **norms))
+    with torch.set_grad_enabled(record):
+        inputs: Sequence[Tensor] = leaves
+        if weights.query_norm is not None:
+            inputs = rotate(call, _norm_heads(call, leaves))
+        result = call.how.attention(*inputs, heads=call.settings.heads)
+        if weights.attention_norm is not None:
+            result, _ = norm(call, "attention_norm", result)
+    return result, AttentionGraph(leaves, norms, result) if record else None
+
+
+def d_attention(saved: AttentionGraph, d_result: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
+    """Gradient of the projections, ([R, 3W],) or ([Q, W], [R, 2W]), and of the norms of attention, by autograd."""
+    d_leaves = torch.autograd.grad(saved.result, (*saved.projected, *saved.norms.values()), d_result)
+    count = len(saved.projected)
+    for name, gradient in zip(saved.norms, d_leaves[count:], strict=True):
+        gradients.set(name, gradient)
+    return d_leaves[:count]
+
+
+def out_proj(call: BlockCall, result: Tensor) -> Tensor:
+    """attention · W_o + b_o, [Q, W] @ [W, W] -> [Q, W]."""
+    return F.linear(result.detach(), call.weights.out_proj, call.weights.out_proj_bias)
+
+
+def d_out_proj(call: BlockCall, d_branch: Tensor) -> Tensor:
+    """Gradient of the result of attention, [Q, W] @ [W, W] -> [Q, W]."""
+    return d_branch @ call.weights.out_proj
+
+
+# ---- norm_2 and mlp --------------------------------------------------------------------------------------------------
+
+
+def norm_2(call: BlockCall, hidden: Tensor, branch: Tensor) -> tuple[Tensor, SavedNorm]:
+    """mid = hidden + branch, and LN₂(mid), [Q, W]."""
+    return norm(call, "norm_2", call.queries(hidden), branch)
+
+
+def d_norm_2(
+    call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_stream: Tensor, gradients: Gradients
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of mid [Q, W], as those of its two terms; return also LN₂(mid), if needed."""
+    need_normed = gradients.needs_input_of("fc")
+    return d_norm(call, "norm_2", saved, d_normed, d_stream, gradients, need_normed)
+
+
+def mlp_in(call: BlockCall, normed: Tensor) -> Tensor:
+    """LN₂(mid) · W_fc, [Q, W] @ [W, M] -> [Q, M], or [Q, 2M] for SwiGLU."""
+    return normed @ call.weights.fc.T
+
+
+def d_mlp_in(call: BlockCall, d_inner: Tensor) -> Tensor:
+    """Gradient of LN₂(mid), [Q, M] @ [M, W] -> [Q, W]; 2M for SwiGLU."""
+    return d_inner @ call.weights.fc
+
+
+def mlp_act(call: BlockCall, inner: Tensor) -> Tensor:
+    """act(inner + b_fc), [Q, M]."""
+    return mlp_activation(inner, call.weights.fc_bias, KINDS.index(call.settings.activation))
+
+
+def d_mlp_act(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the product, [Q, M] or [Q, 2M]; return also the activation [Q, M], if W_p reads it and needs it."""
+    needs = ActivationNeeds(
+        x=True,
+        bias=gradients.needs("fc_bias"),
+        out=gradients.needs_input_of("proj") and call.weights.mlp_norm is None,
+        partial=gradients.partial,
+    )
+    kind = KINDS.index(call.settings.activation)
+    d_inner, d_bias, active, partial_sums = mlp_activation_backward(d_active, inner, call.weights.fc_bias, kind, *needs)
+    gradients.set_sums({"fc_bias": d_bias}, partial_sums)
+    return d_inner, active if needs.out else None
+
+
+def mlp_norm(call: BlockCall, active: Tensor) -> Tensor:
+    """Norm of the activation [Q, M], if the block has one."""
+    return active if call.weights.mlp_norm is None else norm(call, "mlp_norm", active)[0]
+
+
+def d_mlp_norm(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the activation [Q, M], and its norm, which W_p reads; as given, and None, in a block without one."""
+    if call.weights.mlp_norm is None:
+        return d_active, None
+    normed, saved = norm(call, "mlp_norm", mlp_act(call, inner))
+    return d_norm(call, "mlp_norm", saved, d_active, None, gradients)[0], normed
+
+
+def mlp_out(call: BlockCall, active: Tensor) -> Tensor:
+    """active · W_p + b_p, [Q, M] @ [M, W] -> [Q, W]."""
+    return F.linear(active, call.weights.proj, call.weights.proj_bias)
+
+
+def d_mlp_out(call: BlockCall, d_branch: Tensor) -> Tensor:
+    """Gradient of the activation or its norm, [Q, W] @ [W, M] -> [Q, M]."""
+    return d_branch @ call.weights.proj
+
+
+# ---- parts of stages -------------------------------------------------------------------------------------------------
+
+
+def norm(call: BlockCall, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, SavedNorm]:
+    """Norm `name` of x + residual, in the dtype of the products."""
+    weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
+    eps = call.settings.eps[NORMS.index(name)]
+    total, normed, mean, rstd = add_layer_norm(x, residual, weight, bias, eps, call.dtype, call.settings.rms)
+    return normed, SavedNorm(x if residual is None else total, mean, rstd)
+
+
+def d_norm(
+    call: BlockCall,
+    name: str,
+    saved: SavedNorm,
+    d_normed: Tensor,
+    d_residual: Tensor | None,
+    gradients: Gradients,
+    need_normed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradient of the input of a norm, d_x = d_residual + …; set those of its weights, and of the biases around it.
+
+    A sum of stream and branch was the input if there is a residual: d_x is then the gradient of both, and is returned
+    twice, for the branch in the dtype of the products. Return also the norm, if `need_normed`.
+    """
+    weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
+    need_sums = name == "norm_2" and gradients.needs("proj_bias", "out_proj_bias")
+    casts = d_residual is not None and call.dtype != saved.x.dtype
+    arguments = NormArguments(
+        d_normed,
+        d_residual,
+        saved.x,
+        saved.mean,
+        saved.rstd,
+        weight,
+        bias if need_normed else None,
+        need_x=True,
+        need_weight=gradients.needs(name),
+        need_bias=gradients.needs(f"{name}_bias"),
+        need_sums=need_sums,
+        partial=gradients.partial,
+        cast=call.dtype if casts else None,
+        need_normed=need_normed,
+    )
+    found = NormResults(*add_layer_norm_backward(*arguments))
+    fields = {"d_weight": name, "d_bias": f"{name}_bias"}
+    if need_sums:  # b_p is added to the sum behind norm_2, and b_o to its input
+        fields |= {"d_hidden_sum": "proj_bias", "d_x_sum": "out_proj_bias"}
+    sums = {fields[column]: getattr(found, column) for column in SUM_COLUMNS if column in fields}
+    gradients.set_sums(sums, found.partial_sums)
+    return found.d_x, found.d_x_cast if casts else found.d_x, found.normed if need_normed else None
+
+
+def _norm_heads(call: BlockCall, projected: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Projections with each head of query and key normed."""
+    width, heads = call.weights.out_proj.shape[1], call.settings.heads
+    query, key, value = (part for x in projected for part in x.split(width, dim=1))  # [Q or R, W] each
+    query, key = (
+        norm(call, name, x.unflatten(1, (heads, -1)))[0].flatten(1)  # norms of [Q or R, H, E]
+        for name, x in (("query_norm", query), ("key_norm", key))
+    )
+    parts = ((query, key, value),) if len(projected) == 1 else ((query,), (key, value))
+    return tuple(torch.cat(x, dim=1) if len(x) > 1 else x[0] for x in parts)
+
+
+def rotate(call: BlockCall, projected: Sequence[Tensor], *, inverse: bool = False) -> tuple[Tensor, ...]:
+    """Rotate the heads of query and key in projections; `inverse` maps gradients of the rotated ones to the others."""
+    if call.how.rotary is None:
+        return tuple(projected)
+    (cos, sin, interleaved), heads = call.how.rotary, call.settings.heads
+    wide = torch.promote_types(projected[0].dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)
+    if len(projected) == 1:  # query and key are the first 2H heads
+        return (rotary_embedding(projected[0], cos, sin, 2 * heads, interleaved, inverse),)
+    query, key_value = projected  # a pooled query is the first token of its sequence
+    return (
+        rotary_embedding(query, cos[:1], sin[:1], heads, interleaved, inverse),
+        rotary_embedding(key_value, cos, sin, heads, interleaved, inverse),
+    )
