@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..boundary import DEFAULT_CHUNK
+from ..checks import warn_caller
+from ..digests import digest_tensors
 from ..options import AttentionName, Memory, Tail
 from ..selection import RankSampler
 from ..towers.base import Reduction
@@ -18,7 +20,7 @@ from . import checks
 from .cut_towers import CutOptions
 from .encoders import Encoders
 from .images import ImageEncoder, sharing_weights
-from .state import ModuleWithState
+from .state import Origin, pack_state, unpack_state
 from .step import LossOptions, SkipOutput, compare_with_all, step
 from .texts import ClassTexts, in_same_dtype
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from .classifier import AffineHead
 
 
-class SkipCLIP(ModuleWithState):
+class SkipCLIP(nn.Module):
     """Tune a CLIP by Skip Tuning: train the blocks above `skip_layers` on the classes selected for each batch.
 
     The model is tuned in place, and the keys of its `state_dict` do not change. The *cut* is after the first
@@ -128,6 +130,21 @@ class SkipCLIP(ModuleWithState):
         weight = checks.as_class_weight(class_weight, self.prototypes, len(tokens))
         self.register_buffer("class_weight", weight, persistent=False)
 
+    # ---- parts, for the code of this package ------------------------------------------------------------------------
+
+    @property
+    def images(self) -> ImageEncoder:  # noqa: D102
+        return self.encoders.images
+
+    @property
+    def texts(self) -> ClassTexts:  # noqa: D102
+        return self.encoders.texts
+
+    @property
+    def scale(self) -> Tensor:
+        """Factor of the cosines [], exp(logit_scale)."""
+        return self.model.logit_scale.exp()
+
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable  # a compiler would break the graph at each fused block
@@ -148,6 +165,12 @@ class SkipCLIP(ModuleWithState):
 
     if TYPE_CHECKING:
         __call__ = forward  # that of a Module has no types
+
+    def check_and_follow(self, pixel_values: Any) -> None:
+        """Check images or features of a step or an evaluation, and follow them to their device; see `_follow_to`."""
+        checks.refuse_export()
+        self.images.check(pixel_values)
+        self._follow_to(pixel_values.device)
 
     def _follow_to(self, device: torch.device) -> None:
         """Move the class weights and the tensors of the texts too, after the model alone was moved to a device."""
@@ -178,6 +201,10 @@ class SkipCLIP(ModuleWithState):
         if not self.training:
             return compare_with_all(image, labels, self.evaluation_embeddings(), self.scale, options)
         return step(image, labels, self.texts, self.sampler, self.scale, options)
+
+    def evaluation_embeddings(self) -> Tensor:
+        """Embeddings [C, D] of all classes: with gradient and any norm, else unit norm; ShardedSkipCLIP overrides."""
+        return self.texts.encode(self.texts.class_ids) if torch.is_grad_enabled() else self.texts.kept_embeddings()
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -373,6 +400,35 @@ class SkipCLIP(ModuleWithState):
     def _replicate_for_data_parallel(self) -> Self:
         checks.refuse_data_parallel()
 
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """Return the state of the sampler and the prototypes as a uint8 tensor: a safetensors file."""
+        return pack_state(self._origin(), self.prototypes, self.sampler.state_dict())
+
+    def set_extra_state(self, state: Any) -> None:
+        """Continue from the result of `get_extra_state`; a ValueError for one of other prompts or processes."""
+        prototypes, sampler = unpack_state(state, self._origin())
+        self.sampler.load_state_dict(sampler)
+        if prototypes is not None:
+            self.prototypes.copy_(prototypes)
+
+    def _origin(self) -> Origin:
+        """Origin of an extra state; overridden by ShardedSkipCLIP."""
+        return Origin(digest_tensors([("tokens", self.encoders.tokens)]), self.prototypes.shape[1], processes=1)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        """Warn instead of an error if a state dict has no extra state, such as the model's own."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if (key := f"{prefix}_extra_state") in missing:
+            missing.remove(key)
+            warn_caller(
+                "SkipCLIP: the state dict has no sampler and no prototypes, such as the model's own; both stay as they "
+                "are."
+            )
+
     # ---- memory, under the names of open_clip and transformers -------------------------------------------------------
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -390,28 +446,3 @@ class SkipCLIP(ModuleWithState):
     # From version 6 on
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
-
-    # ---- for the code of this package --------------------------------------------------------------------------------
-
-    @property
-    def images(self) -> ImageEncoder:  # noqa: D102
-        return self.encoders.images
-
-    @property
-    def texts(self) -> ClassTexts:  # noqa: D102
-        return self.encoders.texts
-
-    @property
-    def scale(self) -> Tensor:
-        """Factor of the cosines [], exp(logit_scale)."""
-        return self.model.logit_scale.exp()
-
-    def check_and_follow(self, pixel_values: Any) -> None:
-        """Check images or features of a step or an evaluation, and follow them to their device; see `_follow_to`."""
-        checks.refuse_export()
-        self.images.check(pixel_values)
-        self._follow_to(pixel_values.device)
-
-    def evaluation_embeddings(self) -> Tensor:
-        """Embeddings [C, D] of all classes: with gradient and any norm, else unit norm; ShardedSkipCLIP overrides."""
-        return self.texts.encode(self.texts.class_ids) if torch.is_grad_enabled() else self.texts.kept_embeddings()

@@ -7,19 +7,13 @@ several processes has no prototypes: each process computes those of its classes 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checks import warn_caller
-from ..digests import digest_tensors
 from .checks import described
-
-if TYPE_CHECKING:
-    from ..selection import RankSampler
-    from .encoders import Encoders
 
 
 class Origin(NamedTuple):
@@ -58,38 +52,3 @@ def unpack_state(state: Any, origin: Origin) -> tuple[Tensor | None, dict[str, T
             "weights alone into clip.model."
         )
     return tensors.pop("prototypes", None), tensors
-
-
-class ModuleWithState(nn.Module):
-    """Base of SkipCLIP: the state of its sampler and its prototypes are in its `state_dict`."""
-
-    encoders: Encoders
-    sampler: RankSampler
-
-    def _origin(self) -> Origin:
-        """Origin of an extra state; overridden by ShardedSkipCLIP."""
-        prompts = digest_tensors([("tokens", self.encoders.tokens)])
-        return Origin(prompts, self.encoders.texts.prototypes.shape[1], processes=1)
-
-    def get_extra_state(self) -> Tensor:
-        """Return the state of the sampler and the prototypes as a uint8 tensor: a safetensors file."""
-        return pack_state(self._origin(), self.encoders.texts.prototypes, self.sampler.state_dict())
-
-    def set_extra_state(self, state: Any) -> None:
-        """Continue from the result of `get_extra_state`; a ValueError for one of other prompts or processes."""
-        prototypes, sampler = unpack_state(state, self._origin())
-        self.sampler.load_state_dict(sampler)
-        if prototypes is not None:
-            self.encoders.texts.prototypes.copy_(prototypes)
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
-    ) -> None:
-        """Warn instead of an error if a state dict has no extra state, such as the model's own."""
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if (key := f"{prefix}_extra_state") in missing:
-            missing.remove(key)
-            warn_caller(
-                "SkipCLIP: the state dict has no sampler and no prototypes, such as the model's own; both stay as they "
-                "are."
-            )

@@ -22,7 +22,7 @@ from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
 from .attention import SDPA, AttentionBackend, BlockAttention, Pooled, Sequences
 from .block import FusedBlock, fuse_blocks
-from .fused.records import Hidden, Rotary, RowsCall
+from .fused.records import Hidden, Rotary, RowsOptions
 from .modes import evaluating, updates_statistics
 
 Part = nn.Module | nn.Parameter
@@ -227,16 +227,16 @@ class Tower(ABC):
         self, rows: Tensor, blocks: range, layout: Layout, memory: FusedMemory, without_rows: Mapping[int, str]
     ) -> Tensor:
         """Run blocks over rows [R, W], those `without_rows` over the sequences that the rows are."""
-        how = RowsCall(layout.attention, memory, self.rotary(rows.device))
+        options = RowsOptions(layout.attention, memory, self.rotary(rows.device))
         hidden = Hidden(rows)
         for index in blocks:
             if index in without_rows:
                 out = self._run_own_forward(index, layout.unpack(hidden.sum()), layout.mask)
                 hidden = Hidden(layout.pack(out))
             elif index == blocks[-1] and layout.pooled is not None:
-                hidden = self.blocks[index](hidden, how._replace(attention=layout.pooled))
+                hidden = self.blocks[index](hidden, options._replace(attention=layout.pooled))
             else:
-                hidden = self.blocks[index](hidden, how)
+                hidden = self.blocks[index](hidden, options)
         return hidden.sum()
 
     def _run_own_forward(self, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from ..checks import warn_caller
 from ..options import FusedMemory
 from .attention import Sequences
 from .families import BLOCKS, type_name
-from .fused.records import BlockReading, Hidden, Rotary, RowsCall
+from .fused.records import BlockReading, Hidden, Rotary, RowsOptions
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global{name}") for name in HOOKS]
@@ -111,42 +111,47 @@ class FusedBlock:
 
     @torch.compiler.disable  # reads Python objects that a compiler would guard on, and holds an autograd graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block on its ordinary input, or `block(hidden, how)` on rows.
+        """Run the block on its ordinary input, or `block(hidden, options)` on rows.
 
         Both are calls of the module: hooks on it run, such as those by which FSDP2 gathers its weights.
         """
         if args and isinstance(args[0], Hidden):
-            return self._run(*args)
-        run_own_forward: Callable[..., Any] = super().forward  # type: ignore[misc]
+            return self._run_rows(*args)
+        given = self._fusable_input(*args, **kwargs)
+        if given is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        hidden, mask, causal, rotary = given
+        options = RowsOptions(Sequences(len(hidden), mask, causal), self._memory, rotary)
+        out = self._run_rows(Hidden(hidden.flatten(0, 1)), options)
+        return self._output(out.map(lambda x: x.view(hidden.shape)).sum())
+
+    def _fusable_input(self, *args: Any, **kwargs: Any) -> BlockInput | None:
+        """Name the arguments of a call, or return None if the block runs its own forward."""
         if _is_transformed():
-            return run_own_forward(*args, **kwargs)
+            return None
         reason = self.why_not_fused()
         if reason is not None:
             warn_caller(
                 f"skipkernels: a block is not fused ({reason}). It runs its own forward: the result is the same, "
                 "but takes more time and memory."
             )
-            return run_own_forward(*args, **kwargs)
+            return None
         given = self._parse_input(*args, **kwargs)
-        if given is None or (given.mask is not None and given.mask.requires_grad):  # a mask gets no gradient if fused
-            return run_own_forward(*args, **kwargs)
-        return self._run_ordinary(given)
+        if (
+            given is not None and given.mask is not None and given.mask.requires_grad
+        ):  # a mask gets no gradient if fused
+            return None
+        return given
 
-    def _run(self, hidden: Hidden, how: RowsCall) -> Hidden:
+    def _run_rows(self, hidden: Hidden, options: RowsOptions) -> Hidden:
         """Run the block on rows [R, W]."""
-        from .fused.node import fused_block  # importing the towers does not need it
+        from .fused.node import fused_block  # not at the head: an import of skipkernels.clip loads few modules
 
         reading = self._read()
         dtype, device_type = reading.weights.proj.dtype, hidden.stream.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        return fused_block(reading, hidden, how, dtype)
-
-    def _run_ordinary(self, given: BlockInput) -> Tensor:
-        hidden, mask, causal, rotary = given
-        how = RowsCall(Sequences(len(hidden), mask, causal), self._memory, rotary)
-        out = self._run(Hidden(hidden.flatten(0, 1)), how)
-        return self._output(out.map(lambda x: x.view(hidden.shape)).sum())
+        return fused_block(reading, hidden, options, dtype)
 
     # ---- checks, in each call ----------------------------------------------------------------------------------------
 
@@ -209,25 +214,25 @@ class FusedBlock:
 # ---- reading of weights and settings, for families ------------------------------------------------------------------
 
 
-def weight_and_bias(layer: Any, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer, multiplied by the layer scale [W] that follows it, if there is one.
+def weights_of(name: str, layer: Any, scale: Tensor | None = None) -> dict[str, Any]:
+    """Weight and bias of a layer, as the fields `name` and `name_bias` of `BlockWeights`.
 
-    They are attributes, as the layer reads them: a bias may be a parameter, a buffer, or a view of a flat parameter.
+    They are multiplied by the layer scale [W] that follows the layer, if there is one. They are attributes, as the
+    layer reads them: a bias may be a parameter, a buffer, or a view of a flat parameter.
     """
     weight, bias = layer.weight, getattr(layer, "bias", None)  # RMSNorm has none
-    if scale is None:
-        return weight, bias
-    return scale[:, None] * weight, None if bias is None else scale * bias
+    if scale is not None:
+        weight, bias = scale[:, None] * weight, None if bias is None else scale * bias
+    return {name: weight, f"{name}_bias": bias}
 
 
-def joint_weight_and_bias(*layers: Any) -> tuple[Any, Any]:
-    """Weights and biases of layers side by side; zeros for a bias that one of them lacks."""
-    weights, biases = zip(*map(weight_and_bias, layers), strict=True)
+def joint_weights_of(name: str, *layers: Any) -> dict[str, Any]:
+    """Weights and biases of layers side by side, as these fields; zeros for a bias that one of them lacks."""
+    weights, biases = tuple(layer.weight for layer in layers), [getattr(layer, "bias", None) for layer in layers]
     if all(bias is None for bias in biases):
-        return weights, None
-    return weights, tuple(
-        w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)
-    )
+        return {name: weights, f"{name}_bias": None}
+    filled = (w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True))
+    return {name: weights, f"{name}_bias": tuple(filled)}
 
 
 def layer_scale(module: Any) -> Tensor | None:

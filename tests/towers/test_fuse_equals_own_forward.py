@@ -20,6 +20,7 @@ import skipkernels as sk
 from skipkernels.towers import comparison
 from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import FusedBlock, original_method
+from skipkernels.towers.fused import node
 
 MASK = {"open_clip": "attn_mask", "hf": "attention_mask"}  # name of the argument
 
@@ -181,8 +182,8 @@ WRONG = {"output": lambda x: 1.001 * x, "gradient": lambda x: x + 0.01 * (x - x.
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_fuse_refuses_what_differs(wrong, family, dtype, monkeypatch):
-    model, own = make_block(family).to(dtype), FusedBlock._run
-    monkeypatch.setattr(FusedBlock, "_run", lambda *arguments: own(*arguments).map(WRONG[wrong]))
+    model, fused_block = make_block(family).to(dtype), node.fused_block
+    monkeypatch.setattr(node, "fused_block", lambda *arguments: fused_block(*arguments).map(WRONG[wrong]))
     with pytest.raises(
         RuntimeError, match=rf"fuse: a fused .* differs from its own forward: .* {wrong} .*, allowed [15]e-0"
     ):

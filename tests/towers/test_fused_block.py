@@ -15,7 +15,7 @@ from skipkernels.testing import relative_error, saved_bytes
 from skipkernels.towers.attention import Pooled, Sequences
 from skipkernels.towers.families.open_clip import OpenClipBlock
 from skipkernels.towers.fused.node import fused_block
-from skipkernels.towers.fused.records import Hidden, RowsCall
+from skipkernels.towers.fused.records import Hidden, RowsOptions
 from skipkernels.towers.fused.stages import SAVED_WIDTHS
 
 N, TOKENS, W = 3, 5, 24
@@ -40,9 +40,9 @@ ATTENTION = Sequences(N)
 
 
 def run_fused(block, hidden, memory="fast", query_rows=None, product_dtype=None):
-    how = RowsCall(ATTENTION if query_rows is None else Pooled(query_rows), memory)
+    options = RowsOptions(ATTENTION if query_rows is None else Pooled(query_rows), memory)
     reading = OpenClipBlock._read(block)
-    return fused_block(reading, Hidden(hidden.flatten(0, 1)), how, product_dtype or hidden.dtype).sum()
+    return fused_block(reading, Hidden(hidden.flatten(0, 1)), options, product_dtype or hidden.dtype).sum()
 
 
 def hidden_states(dtype=torch.float64, requires_grad=True):
@@ -89,8 +89,8 @@ def test_fused_block_separate_projections(product_dtype):
     for memory in ("fast", "min"):
         found = []
         for each in (read.weights, separate):
-            how, reading = RowsCall(ATTENTION, memory), replace(read, weights=each)
-            out = fused_block(reading, Hidden(hidden.flatten(0, 1)), how, product_dtype or torch.float32).sum()
+            options, reading = RowsOptions(ATTENTION, memory), replace(read, weights=each)
+            out = fused_block(reading, Hidden(hidden.flatten(0, 1)), options, product_dtype or torch.float32).sum()
             found.append(torch.autograd.grad(out.square().sum(), [hidden, *each.named_tensors().values()]))
         joined = [*found[1][:3], torch.cat(found[1][3:6]), torch.cat(found[1][6:9]), *found[1][9:]]
         assert all(a.equal(b) for a, b in zip(found[0], joined, strict=True))
@@ -142,11 +142,11 @@ def test_fused_block_launches(kind, product_dtype):
         [x for x in (stream, branch, *read.weights.named_tensors().values()) if x is not None and x.requires_grad],
     )
     rows = torch.empty(N, dtype=torch.int64, device="meta") if kind == "last" else None
-    how = RowsCall(NoLaunch(rows))
+    options = RowsOptions(NoLaunch(rows))
     found = []
     for _ in range(2):  # the first call also tests what the device can do
         results = []
-        found = [counts.counts_of(lambda out=results: out.extend(fused_block(read, hidden, how, product_dtype)))]
+        found = [counts.counts_of(lambda out=results: out.extend(fused_block(read, hidden, options, product_dtype)))]
         upstream = [torch.empty_like(x) for x in results]
         found.append(counts.counts_of(lambda out=results, up=upstream: torch.autograd.grad(out, inputs, up)))
     assert tuple(count["launches"] for count in found) == LAUNCHES[kind, product_dtype]

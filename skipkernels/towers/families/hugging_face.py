@@ -25,7 +25,7 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip2 import modeling_siglip2
 
 from ..base import ImageTower, UnsupportedModel
-from ..block import BlockInput, FusedBlock, Submodules, joint_weight_and_bias, submodules, weight_and_bias
+from ..block import BlockInput, FusedBlock, Submodules, joint_weights_of, submodules, weights_of
 from ..fused.records import BlockReading, BlockSettings, BlockWeights
 from ..text import Pooling, Prompts, TextTower
 
@@ -65,11 +65,14 @@ class HuggingFaceBlock(FusedBlock):
         parts = self._modules
         norm_1, norm_2, attention = parts["layer_norm1"], parts["layer_norm2"], parts["self_attn"]
         layers, mlp = attention._modules, parts["mlp"]._modules
-        qkv = joint_weight_and_bias(*(layers[f"{name}_proj"] for name in "qkv"))
         weights = BlockWeights(
-            *weight_and_bias(norm_1), *qkv, *weight_and_bias(layers["out_proj"]),
-            *weight_and_bias(norm_2), *weight_and_bias(mlp["fc1"]), *weight_and_bias(mlp["fc2"]),
-        )  # fmt: skip
+            **weights_of("norm_1", norm_1),
+            **joint_weights_of("in_proj", layers["q_proj"], layers["k_proj"], layers["v_proj"]),
+            **weights_of("out_proj", layers["out_proj"]),
+            **weights_of("norm_2", norm_2),
+            **weights_of("fc", mlp["fc1"]),
+            **weights_of("proj", mlp["fc2"]),
+        )
         heads = attention.embed_dim // attention.head_dim  # its forward ignores `num_heads`
         kind = _ACTIVATIONS[type(mlp["activation_fn"])]
         return BlockReading(weights, BlockSettings(kind, (norm_1.eps, norm_2.eps), heads))

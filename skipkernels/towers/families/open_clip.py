@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..base import ImageTower, Part, UnsupportedModel
-from ..block import BlockInput, FusedBlock, Submodules, activation, layer_scale, submodules, weight_and_bias
+from ..block import BlockInput, FusedBlock, Submodules, activation, layer_scale, submodules, weights_of
 from ..fused.records import BlockReading, BlockSettings, BlockWeights
 from ..text import Pooling, Prompts, TextTower
 
@@ -81,11 +81,14 @@ class OpenClipBlock(FusedBlock):
         parts = self._modules
         norm_1, norm_2, attention, mlp = parts["ln_1"], parts["ln_2"], parts["attn"], parts["mlp"]._modules
         weights = BlockWeights(
-            *weight_and_bias(norm_1), attention.in_proj_weight, attention.in_proj_bias,
-            *weight_and_bias(attention._modules["out_proj"], layer_scale(parts.get("ls_1"))),
-            *weight_and_bias(norm_2), *weight_and_bias(mlp["c_fc"]),
-            *weight_and_bias(mlp["c_proj"], layer_scale(parts.get("ls_2"))),
-        )  # fmt: skip
+            **weights_of("norm_1", norm_1),
+            in_proj=attention.in_proj_weight,
+            in_proj_bias=attention.in_proj_bias,
+            **weights_of("out_proj", attention._modules["out_proj"], layer_scale(parts.get("ls_1"))),
+            **weights_of("norm_2", norm_2),
+            **weights_of("fc", mlp["c_fc"]),
+            **weights_of("proj", mlp["c_proj"], layer_scale(parts.get("ls_2"))),
+        )
         kind = activation(mlp["gelu"], _ACTIVATIONS)
         return BlockReading(weights, BlockSettings(kind, (norm_1.eps, norm_2.eps), attention.num_heads))
 

@@ -23,10 +23,10 @@ from ..block import (
     FusedBlock,
     Submodules,
     activation,
-    joint_weight_and_bias,
+    joint_weights_of,
     layer_scale,
     submodules,
-    weight_and_bias,
+    weights_of,
 )
 from ..fused.records import NORMS, BlockReading, BlockSettings, BlockWeights, Rotary
 
@@ -117,14 +117,16 @@ class TimmBlock(FusedBlock):
         norm_1, norm_2, attention = parts["norm1"], parts["norm2"], parts["attn"]
         layers, mlp = attention._modules, parts["mlp"]._modules
         scales, norms = self._scales(), self._optional_norms()
-        fc: tuple[Any, Any] = (
-            weight_and_bias(mlp["fc1"]) if "fc1" in mlp else joint_weight_and_bias(mlp["fc1_g"], mlp["fc1_x"])
-        )
+        fc = weights_of("fc", mlp["fc1"]) if "fc1" in mlp else joint_weights_of("fc", mlp["fc1_g"], mlp["fc1_x"])
         weights = BlockWeights(
-            *weight_and_bias(norm_1), *_projections(attention), *weight_and_bias(layers["proj"], scales[0]),
-            *weight_and_bias(norm_2), *fc, *weight_and_bias(mlp["fc2"], scales[1]),
+            **weights_of("norm_1", norm_1),
+            **_projections(attention),
+            **weights_of("out_proj", layers["proj"], scales[0]),
+            **weights_of("norm_2", norm_2),
+            **fc,
+            **weights_of("proj", mlp["fc2"], scales[1]),
             **_weights_of_norms(norms),
-        )  # fmt: skip
+        )
         kind = "swiglu" if type(mlp["act"]) is nn.SiLU else activation(mlp["act"], _ACTIVATIONS)
         eps = tuple(getattr(norm, "eps", 0.0) for norm in (norm_1, norm_2, *norms))
         return BlockReading(weights, BlockSettings(kind, eps, attention.num_heads, isinstance(norm_1, RmsNorm)))
@@ -180,15 +182,16 @@ def _weights_of_norms(norms: Sequence[nn.Module]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, norm in zip(NORMS[2:], norms, strict=True):
         if not isinstance(norm, nn.Identity):
-            found[name], found[f"{name}_bias"] = weight_and_bias(norm)
+            found |= weights_of(name, norm)
     return found
 
 
-def _projections(attention: Any) -> tuple[Any, Any]:
-    """Weights and biases of query, key and value."""
+def _projections(attention: Any) -> dict[str, Any]:
+    """Weights and biases of query, key and value, by their names in `BlockWeights`."""
     layers = attention._modules
     if "qkv" not in layers:
-        return joint_weight_and_bias(layers["q_proj"], layers["k_proj"], layers["v_proj"])
-    weight, bias = weight_and_bias(layers["qkv"])
-    separate = getattr(attention, "q_bias", None) is not None  # of EvaAttention, where the layer has no bias
-    return weight, (attention.q_bias, attention.k_bias, attention.v_bias) if separate else bias
+        return joint_weights_of("in_proj", layers["q_proj"], layers["k_proj"], layers["v_proj"])
+    found = weights_of("in_proj", layers["qkv"])
+    if getattr(attention, "q_bias", None) is not None:  # of EvaAttention, where the layer has no bias
+        found["in_proj_bias"] = attention.q_bias, attention.k_bias, attention.v_bias
+    return found

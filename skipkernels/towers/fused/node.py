@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import casts as casts_of_step
 from ...reference import without_autocast
 from . import stages
-from .records import BlockReading, BlockWeights, Hidden, LowRankFactors, PreparedWeights, RowsCall, TensorName
+from .records import BlockReading, BlockWeights, Hidden, LowRankFactors, PreparedWeights, RowsOptions, TensorName
 from .stages import BlockCall, Gradients, Saved, sums_together
 
 # Fields of `BlockWeights` that products read, in the dtype of the products. The operators upcast the others: fc_bias is
@@ -28,7 +28,7 @@ Updates = Mapping[str, Sequence[LowRankFactors]]  # by field
 
 
 @torch.compiler.disable  # the node holds an autograd graph, which would cause graph breaks
-def fused_block(block: BlockReading, hidden: Hidden, how: RowsCall, dtype: torch.dtype) -> Hidden:
+def fused_block(block: BlockReading, hidden: Hidden, options: RowsOptions, dtype: torch.dtype) -> Hidden:
     """Run one block over rows [R, W], and return [Q, W].
 
     Weights are in the dtype of the stream; products run in `dtype`, which is the dtype of the branches.
@@ -40,9 +40,9 @@ def fused_block(block: BlockReading, hidden: Hidden, how: RowsCall, dtype: torch
         tensors = {name: x.detach() if hasattr(x, "low_rank") else x for name, x in tensors.items()}
         block = replace(block, weights=BlockWeights.from_named_tensors(tensors))
         tensors |= _factors(updates)
-        return Hidden(*_BlockFunction.apply(block, updates, how, dtype, *hidden, *tensors.values()))
+        return Hidden(*_BlockFunction.apply(block, updates, options, dtype, *hidden, *tensors.values()))
     with without_autocast(hidden.stream.device):
-        call = BlockCall(block.settings, how, prepare(block.weights, dtype), dtype)
+        call = BlockCall(block.settings, options, prepare(block.weights, dtype), dtype)
         return stages.forward(call, hidden, record=False)[0]
 
 
@@ -52,22 +52,22 @@ class _BlockFunction(torch.autograd.Function):
         ctx: Any,
         block: BlockReading,
         updates: Updates,
-        how: RowsCall,
+        options: RowsOptions,
         dtype: torch.dtype,
         stream: Tensor,
         branch: Tensor | None,
         *tensors: Tensor,  # those of the weights of the block, then those of the updates
     ) -> tuple[Tensor, Tensor | None]:
-        weights, record = block.weights, how.memory != "min"
+        weights, record = block.weights, options.memory != "min"
         with without_autocast(stream.device):
-            call = BlockCall(block.settings, how, prepare(weights, dtype), dtype)
+            call = BlockCall(block.settings, options, prepare(weights, dtype), dtype)
             out, hidden, saved = stages.forward(call, Hidden(stream, branch), record)
-        ctx.settings, ctx.how, ctx.dtype, ctx.has_branch = block.settings, how, dtype, branch is not None
+        ctx.settings, ctx.options, ctx.dtype, ctx.has_branch = block.settings, options, dtype, branch is not None
         ctx.input_dtypes = {name: x.dtype for name, x in (weights.named_tensors() | _factors(updates)).items()}
         ctx.scales = {field: [(x.part, x.scale) for x in of_field] for field, of_field in updates.items()}
         if record and weights.proj.dtype != dtype:  # backward reads the casts, and need not cast again
             weights = replace(weights, **{name: getattr(call.weights, name) for name in CAST_FIELDS})
-        if saved is not None and how.memory == "balanced":
+        if saved is not None and options.memory == "balanced":
             saved = replace(saved, inner=None)
         # The graph of attention is no tensor. Backward frees it; a second backward records another.
         ctx.attention_graph = None if saved is None else saved.attention_graph
@@ -85,11 +85,11 @@ class _BlockFunction(torch.autograd.Function):
         weights, updates = BlockWeights.from_named_tensors(named), _updates(named, ctx.scales)
         graph, ctx.attention_graph = ctx.attention_graph, None
         # 2. Find the gradients that are needed
-        _, _, _, _, needs_stream, needs_branch, *needs = ctx.needs_input_grad
-        inputs = dict(zip(ctx.input_dtypes, needs, strict=True))
+        _, _, _, _, needs_stream, needs_branch, *needs_tensors = ctx.needs_input_grad
+        needs = dict(zip(ctx.input_dtypes, needs_tensors, strict=True))
         gradients = Gradients(
             needs_hidden=needs_stream or needs_branch,
-            needed=frozenset(field for (field, _), need in inputs.items() if need),
+            needed=frozenset(field for (field, _), need in needs.items() if need),
             updates=updates,
             dtype=ctx.input_dtypes["proj", 0],
             # Norms may be fp32 beside fp16 matrices.
@@ -97,9 +97,9 @@ class _BlockFunction(torch.autograd.Function):
             partial=sums_together(d_mid.device),
         )
         with without_autocast(d_mid.device):
-            call = BlockCall(ctx.settings, ctx.how, prepare(weights, ctx.dtype), ctx.dtype)
+            call = BlockCall(ctx.settings, ctx.options, prepare(weights, ctx.dtype), ctx.dtype)
             # 3. Recompute what was not saved
-            if ctx.how.memory == "min":
+            if ctx.options.memory == "min":
                 _, _, saved = stages.forward(call, Hidden(*of_stages), record=True)
                 assert saved is not None
             else:
@@ -109,8 +109,8 @@ class _BlockFunction(torch.autograd.Function):
             gradients.complete()
         # 5. Return the gradients in the order of the inputs, each in the dtype of its input
         d_stream, d_branch_in = d_hidden if d_hidden is not None else (None, None)
-        found = _named_gradients(gradients, Counter(field for field, _ in inputs))
-        d_tensors = (found[name].to(ctx.input_dtypes[name]) if need else None for name, need in inputs.items())
+        found = _named_gradients(gradients, Counter(field for field, _ in needs))
+        d_tensors = (found[name].to(ctx.input_dtypes[name]) if need else None for name, need in needs.items())
         return None, None, None, None, d_stream, d_branch_in if ctx.has_branch else None, *d_tensors
 
 

@@ -153,8 +153,8 @@ class Rotary(NamedTuple):
     interleaved: bool
 
 
-class RowsCall(NamedTuple):
-    """Second argument of a fused block that is called with rows, `block(hidden, how)`; the first is a `Hidden`."""
+class RowsOptions(NamedTuple):
+    """Second argument of a fused block that is called with rows, `block(hidden, options)`; the first is a `Hidden`."""
 
     attention: BlockAttention
     memory: FusedMemory = "fast"  # What is saved for backward; table in `stages.py`

@@ -47,7 +47,7 @@ from ...ops.rotary_embedding import rotary_embedding
 from ...ops.row_sums import MAX_ROWS, column_sums
 from ...reference import at_least_fp32
 from .products import joint_product, product
-from .records import NORMS, BlockSettings, Hidden, LowRankFactors, PreparedWeights, RowsCall, TensorName
+from .records import NORMS, BlockSettings, Hidden, LowRankFactors, PreparedWeights, RowsOptions, TensorName
 
 # Values saved per token by which `memory="auto"` decides, in multiples of W: the 10 of the table, and 3 for norms of
 # heads: attention reads a copy of query, key and value, normed, and saves it beside those of `in_proj`. SwiGLU with
@@ -76,21 +76,21 @@ class BlockCall(NamedTuple):
     """One call of a block: R rows of tokens, of which Q are computed behind the projections."""
 
     settings: BlockSettings
-    how: RowsCall
+    options: RowsOptions
     weights: PreparedWeights
     # Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
     dtype: torch.dtype
 
     def queries(self, x: Tensor) -> Tensor:
         """Select the query rows [Q, …] of a tensor [R, …]; a view for a slice."""
-        query_rows = self.how.attention.query_rows
+        query_rows = self.options.attention.query_rows
         if query_rows is None:
             return x
         return x[query_rows] if isinstance(query_rows, slice) else x.index_select(0, query_rows)
 
     def add_to_queries(self, x: Tensor, values: Tensor) -> Tensor:
         """Add values [Q, …] to the query rows of a tensor [R, …], in place."""
-        query_rows = self.how.attention.query_rows
+        query_rows = self.options.attention.query_rows
         if isinstance(query_rows, Tensor):
             return x.index_add_(0, query_rows, values)
         self.queries(x).add_(values)
@@ -332,7 +332,7 @@ def d_norm_1(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of stream and branch [R, W], with that of the residual [Q, W]; return also LN₁(hidden), if needed."""
     need_normed = gradients.needs_input_of("in_proj")
-    if call.how.attention.query_rows is None:
+    if call.options.attention.query_rows is None:
         return d_norm(call, "norm_1", saved, d_normed, d_mid, gradients, need_normed)
     d_hidden, _, normed = d_norm(call, "norm_1", saved, d_normed, None, gradients, need_normed)
     d_stream = call.add_to_queries(d_hidden, d_mid)
@@ -342,7 +342,7 @@ def d_norm_1(
 def in_proj(call: BlockCall, normed: Tensor) -> tuple[Tensor, ...]:
     """LN₁(hidden) · W_qkv + b_qkv: query, key and value ([R, 3W],), or ([Q, W], [R, 2W])."""
     weight, bias = call.weights.in_proj, call.weights.in_proj_bias
-    if not call.how.attention.separate_queries:
+    if not call.options.attention.separate_queries:
         return (F.linear(normed, weight, bias),)  # [R, W] @ [W, 3W] -> [R, 3W]
     W = normed.shape[1]
     of_query, of_key_value = (None, None) if bias is None else (bias[:W], bias[W:])
@@ -359,7 +359,7 @@ def d_in_proj(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradien
         return d_projected[0] @ weight  # [R, 3W] @ [3W, W] -> [R, W]
     (d_query, d_key_value), W = d_projected, weight.shape[1]
     d_normed = d_key_value @ weight[W:]  # [R, 2W] @ [2W, W] -> [R, W]
-    if isinstance(call.how.attention.query_rows, slice):
+    if isinstance(call.options.attention.query_rows, slice):
         # The query rows are a view of d_normed: one product that adds to it in place, d_normed[rows] += d_query W_q.
         d_rows = call.queries(d_normed)
         torch.addmm(d_rows, d_query, weight[:W], out=d_rows)  # [Q, W] + [Q, W] @ [W, W]
@@ -421,13 +421,13 @@ def attention(call: BlockCall, projected: Sequence[Tensor], record: bool) -> tup
     norms = {
         name: x.detach().requires_grad_(record) for name in ATTENTION_NORMS if (x := getattr(weights, name)) is not None
     }
-    if norms:
+    if norms:  # those that `norm` reads are leaves
         call = call._replace(weights=replace(weights, **norms))
     with torch.set_grad_enabled(record):
         inputs: Sequence[Tensor] = leaves
         if weights.query_norm is not None:
             inputs = rotate(call, _norm_heads(call, leaves))
-        result = call.how.attention(*inputs, heads=call.settings.heads)
+        result = call.options.attention(*inputs, heads=call.settings.heads)
         if weights.attention_norm is not None:
             result, _ = norm(call, "attention_norm", result)
     return result, AttentionGraph(leaves, norms, result) if record else None
@@ -587,9 +587,9 @@ def _norm_heads(call: BlockCall, projected: Sequence[Tensor]) -> tuple[Tensor, .
 
 def rotate(call: BlockCall, projected: Sequence[Tensor], *, inverse: bool = False) -> tuple[Tensor, ...]:
     """Rotate the heads of query and key in projections; `inverse` maps gradients of the rotated ones to the others."""
-    if call.how.rotary is None:
+    if call.options.rotary is None:
         return tuple(projected)
-    (cos, sin, interleaved), heads = call.how.rotary, call.settings.heads
+    (cos, sin, interleaved), heads = call.options.rotary, call.settings.heads
     wide = torch.promote_types(projected[0].dtype, torch.float32)
     cos, sin = cos.to(wide), sin.to(wide)
     if len(projected) == 1:  # query and key are the first 2H heads
