@@ -33,6 +33,7 @@ from skipkernels.features.table import (
     MappedTable,
     MemoryTable,
     quantise,
+    rounded,
 )
 from skipkernels.features.writer import TableWriter
 from skipkernels.folders import LOCK
@@ -119,6 +120,7 @@ def test_rows_are_those_written_and_numpy_reads_them(tmp_path, dtype, computed, 
     ids = torch.tensor([17, 0, 3, 3])
     assert table.rows(ids).equal(stored.to(COMPUTED_DTYPES[computed])[ids])
     assert table.rows(ids[:0]).shape == (0, *shape)
+    assert rounded(features, dtype).equal(all_rows(table)), "also in its dtype"
     assert (
         table.labels().equal(labels_of(layout)) and (np.load(tmp_path / "labels.npy") == table.labels().numpy()).all()
     )
@@ -354,6 +356,12 @@ def test_damaged_identity_is_refused_and_replaced_with_overwrite(folder, identit
     assert fill(folder, overwrite=True) == [0, 4, 8, 12, 16] and contents(folder) == sound
 
 
+def test_rows_of_another_probe_are_the_same(folder):
+    """Another device rounds the features of the fixed input differently."""
+    other = layout_of(probe=[0.2])
+    assert fill(folder, other, resume=True) == [] and other.seed == MappedTable.open(folder).layout.seed
+
+
 def test_changed_identity_makes_all_rows_damaged(folder):
     path = folder / "identity.json"
     path.write_text(path.read_text().replace("these", "there"))
@@ -369,6 +377,7 @@ def test_changed_identity_makes_all_rows_damaged(folder):
     [
         ({"identity": {"weights": "others", "seed": 7}}, r"weights \(these there, others here\)"),
         ({"identity": {"weights": "these"}}, r"seed \(7 there, nothing here\)"),
+        ({"identity": {"weights": "these", "seed": 7, "crop": 2}}, r"crop \(nothing there, 2 here\)"),
         ({"shape": (15,)}, r"shape \(\(3, 5\) there, \(15,\) here\)"),
         ({"dtype": "fp16"}, r"dtype \(int8 there, fp16 here\)"),
         ({"rows": 17}, r"rows \(18 there, 17 here\)"),

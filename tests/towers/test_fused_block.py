@@ -12,7 +12,7 @@ from models import tiny_clip
 from bench import counts
 from skipkernels.ops import launching
 from skipkernels.testing import relative_error, saved_bytes
-from skipkernels.towers.attention import Pooled, Sequences
+from skipkernels.towers.attention import SDPA, Pooled, Sequences
 from skipkernels.towers.families.open_clip import OpenClipBlock
 from skipkernels.towers.fused.node import fused_block
 from skipkernels.towers.fused.records import Hidden, RowsOptions
@@ -168,6 +168,33 @@ def test_fused_block_computes_needed_gradients_only(frozen, pool, constant):
         assert (parameter.grad is None) == name.startswith(frozen), name
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, everything[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("memory", "frozen", "expected"),
+    [
+        ("fast", (), ["forward", "backward"]),
+        ("min", (), ["forward", "forward", "backward"]),
+        ("fast", ("ln_1", "attn.in_proj"), ["forward"]),  # of a constant: nothing below attention needs a gradient
+    ],
+)
+def test_fused_block_runs_attention_no_more_than_needed(memory, frozen, expected):
+    calls = []
+
+    def full(*projections):
+        calls.append("forward")
+        out = SDPA.full(*projections)
+        if out.requires_grad:
+            out.register_hook(lambda d_out: calls.append("backward"))
+        return out
+
+    block, hidden = make_block(), hidden_states(requires_grad=not frozen)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen or "none"))
+    options = RowsOptions(Sequences(N, backend=SDPA._replace(full=full)), memory)
+    reading = OpenClipBlock._read(block)
+    fused_block(reading, Hidden(hidden.flatten(0, 1)), options, hidden.dtype).sum().square().mean().backward()
+    assert calls == expected
 
 
 def test_fused_block_gradient_of_zero_norm_weight():
