@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,20 +18,29 @@ REFERENCE_SECONDS = (10, 30, 100)
 ZERO_SHOT, BLENDED, WITH = "zero-shot", ", blended", " + "
 METHODS = list(EVERY)
 _HALF = "skip, ω = ½"
+DEFAULT = "auto"
+_FROZEN = f"{ZERO_SHOT}{WITH}anchored"
 _BLENDS = [name for name in VARIANTS if name.startswith("skip") or name in ("full", "lora")]
 _PLAIN = [*METHODS, *(name + BLENDED for name in _BLENDS)]
 SHOWN = [*_PLAIN, *(name + WITH + head for head in HEADS for name in _PLAIN if name.removesuffix(BLENDED) in HEADED)]
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "clip-adapter": "CLIP-Adapter", "coop": "CoOp"}
 NAMES |= {"linear-probe": "linear probe", "auto": "the default"}
+_COMPARED_ALREADY = (_HALF, "full", "linear-probe", DEFAULT, ZERO_SHOT)
 # Lines of the table of differences: a variant, the one it is compared with, and columns.
 _COMPARED: list[tuple[str, str, tuple[str, ...]]] = [
     (_HALF, "linear-probe", ("base",)),
     (_HALF, "full", ("base", "new", "harmonic")),
     (_HALF, ZERO_SHOT, ("new", "harmonic")),
     ("full", ZERO_SHOT, ("new",)),
-    *((_HALF, other, ("harmonic",)) for other in METHODS if other not in (_HALF, "full", "linear-probe", ZERO_SHOT)),
+    *(
+        (_HALF, other, ("harmonic",))
+        for other in METHODS
+        if other not in (_HALF, "full", "linear-probe", DEFAULT, ZERO_SHOT)
+    ),
     *((name + BLENDED, name, ("harmonic",)) for name in (_HALF, "full", "lora")),
     (_HALF + BLENDED, "full" + BLENDED, ("harmonic",)),
+    *((DEFAULT, other, ("base", "new", "harmonic", "joint")) for other in (ZERO_SHOT, _HALF, _FROZEN)),
+    (DEFAULT, "linear-probe", ("base",)),
 ]
 _CATEGORIES = ("animals", "food", "objects", "travel", "activities")
 _CLEAR = 0.05  # probability of a difference at least as large if there were none, after correction
@@ -148,6 +158,37 @@ def difference_table(rows: Sequence[Row]) -> Table:
     return ["", "five categories", *tasks], lines
 
 
+def default_table(rows: Sequence[Row]) -> Table:
+    """Variants clearly above the default of `skipkernels tune`, by task, and how many were compared with it.
+
+    Differences are seed by seed, and corrected by Holm's method for the variants of a cell.
+    """
+
+    def cell(task: str, column: str) -> str:
+        found = {v: [*differences(rows, task, v, DEFAULT, column).values()] for v in SHOWN if v != DEFAULT}
+        samples = {variant: sample for variant, sample in found.items() if len(sample) > 1}
+        probabilities = corrected([*samples.values()])
+        above = [
+            f"{named(variant)} {Interval.of(sample).text('+')}"  # type: ignore[union-attr]
+            for (variant, sample), p in zip(samples.items(), probabilities, strict=True)
+            if p < _CLEAR and statistics.fmean(sample) > 0
+        ]
+        return f"{', '.join(above) or 'none'} of {len(samples)}" if samples else ""
+
+    columns = ("base", "harmonic", "joint")
+    tasks = [task for task in reported_tasks(rows) if values(rows, task, DEFAULT, "base")]
+    return ["", *columns], [[task, *(cell(task, column) for column in columns)] for task in tasks]
+
+
+def choices_table(rows: Sequence[Row]) -> Table:
+    """Candidates that the default chose, and in how many runs of a task."""
+    found = [row for row in rows if row["method"] == DEFAULT and row["phase"] == "report"]
+    names = sorted({row["chosen"] for row in found})
+    tasks = [task for task in reported_tasks(rows) if any(row["task"] == task for row in found)]
+    counts = Counter((row["task"], row["chosen"]) for row in found)
+    return ["", *tasks], [[name, *(str(counts[task, name] or "") for task in tasks)] for name in names]
+
+
 def settings_table(rows: Sequence[Row]) -> Table:
     """The chosen setting of each method: optimizer, learning rate of the text and of the image side."""
     chosen = {row["method"]: row["setting"] for row in rows if row["phase"] == "report"}
@@ -205,6 +246,8 @@ TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
     "new": ("new, %", "when", lambda study: accuracy_table(study.when, "new")),
     "joint": ("joint, %", "when", lambda study: accuracy_table(study.when, "joint")),
     "differences": ("differences", "when", lambda study: difference_table(study.when)),
+    "default": ("clearly above the default", "when", lambda study: default_table(study.when)),
+    "choices": ("what the default chose", "when", lambda study: choices_table(study.when)),
     "settings": ("chosen settings", "when", lambda study: settings_table(study.when)),
     "cost": ("time of training", "when_cost", lambda study: cost_table(study.when_cost)),
     "steps": ("time and memory of a step", "when_steps", lambda study: steps_table(study.when_steps)),

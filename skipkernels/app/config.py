@@ -107,8 +107,6 @@ class TuneConfig(
 
     dataset_identity: str | None = None
     """Digest of a dataset that was passed to `tune`, which sets it."""
-    retrained: bool = False
-    """True if `tune` chose the settings among candidates: the images that were held out for it train, too."""
 
     @field_validator("root", "cache", "out", "resume", mode="before")
     @classmethod
@@ -255,7 +253,7 @@ class TuneConfig(
             if getattr(self, name) == ():
                 _refuse(name, f"{name} must have an item; got none. Leave it out for the default.")
         assert self.epochs is not None
-        if self.epochs < (0 if self.head != "none" or self.retrained else 1) and self.has_steps:
+        if self.epochs < (0 if self.head != "none" or self.train_on_validation else 1) and self.has_steps:
             _refuse("epochs", f"epochs must be at least 1, or 0 with a head; got {self.epochs}.")
         if self.epochs == 0 and self.augments:
             _refuse("refresh", "refresh=epoch has no effect without epochs; leave it out.")

@@ -71,6 +71,9 @@ class DataOptions:
     such as 0.2: that share of the training images of each class is held out, if possible of images that don't train.
     none: the last epoch is kept. auto: for own data split if there is one, else 0.2; none for other data. Own data
     without splits: images that neither validate nor test train."""
+    train_on_validation: bool = False
+    """Also train on the validation images, which then choose nothing. The config.yaml of a run with --method auto has
+    it: held-out images train in the end."""
     test: Test = "split"
     """Test images. split: the test split, which is 30 % of each class of own data without splits. none: all images that
     don't validate train, and accuracies are those on the validation images, if there are any."""

@@ -72,7 +72,7 @@ class Task:
     folders: tuple[str, ...] | None = None
     held_out: int = 0
 
-    def retrained(self) -> Task:
+    def trained_on_validation(self) -> Task:
         """Return the task with its validation images as the last `held_out` training images."""
         if self.validation is None:
             return self

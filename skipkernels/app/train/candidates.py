@@ -90,7 +90,7 @@ class Candidate:
 
     def settings(self, config: TuneConfig) -> dict[str, Any]:
         """Fields of the configuration that trains it on all images, in place of those of `config`."""
-        found: dict[str, Any] = {"method": self.method, "head": self.head, "retrained": True}
+        found: dict[str, Any] = {"method": self.method, "head": self.head, "train_on_validation": True}
         if self.factor is None:
             return found | {"epochs": 0}
         rates = {name: getattr(config, name) for name in ("text_lr", "image_lr")}

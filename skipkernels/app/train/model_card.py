@@ -35,10 +35,11 @@ def model_card(
     alpha = metrics.get("alpha")
     blended = "" if alpha is None else f", blended with its zero-shot weights at {alpha:g}"
     code = _with_head(use, head_code) if head_code else _use(use, described)
+    head = "" if config.head in (None, "none") else f", with the head `{config.head}`,"
     demonstration = demonstration_note(config.model)
     lines = [*matter, "---", "", f"# {config.model} tuned on {described.data}{blended}", ""]
     lines += [
-        f"{base}, tuned on {len(described.classes):,} classes of `{described.data}` by `{config.method}` with "
+        f"{base}, tuned on {len(described.classes):,} classes of `{described.data}` by `{config.method}`{head} with "
         f"[skipkernels](https://github.com/skipkernels/skipkernels) {described.versions['skipkernels']}.",
         *([] if demonstration is None else ["", f"**Demonstration:** {demonstration}"]),
         "",

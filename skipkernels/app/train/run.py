@@ -83,7 +83,7 @@ class Run:
         self.rows = [] if self.resumed is None else list(self.resumed.rows)  # of the complete epochs
         self.tuned: Evaluation | None = None  # after the last complete epoch, in the end of the best
         self.choice: Choice | None = None
-        if config.retrained:
+        if config.train_on_validation:
             self.choice = processes.from_first(lambda: None if folder is None else Choice.read(folder.path))
         self.l2 = 0.0  # penalty of the head, if it has one
         self.thresholds: list[dict[str, Any]] = []  # by accuracy on the validation images

@@ -183,7 +183,7 @@ def build_task(
     """Load the task of a run; by default training images have the transform of the others."""
     names = ("max_classes", "seed", "validation", "test", "fold", "root", "targets")
     source = (open_data or config.open_data)()
-    choice = config.chooses or config.retrained
+    choice = config.chooses or config.train_on_validation
     if choice and config.validation == "auto" and not source.has_split("val"):  # any part of all images is held out
         config = replace(config, validation="none")
     options = TaskOptions(
@@ -194,4 +194,4 @@ def build_task(
     )
     task = load_task(source, options, transform=transform, train_transform=train_transform)
     task = without_unreadable(task) if config.unreadable == "skip" else task
-    return task.retrained() if choice else task
+    return task.trained_on_validation() if choice else task
