@@ -144,12 +144,11 @@ class At:  # a NamedTuple would be a container to tree_map
 
 
 class Call(NamedTuple):
-    """A call in a graph: its arguments, those that it writes, and its results in memory of their own."""
+    """A call in a graph: its arguments, and its results in memory of their own."""
 
     function: Callable[..., Any]
     args: Any
     kwargs: Any
-    written: list[At]
     results: list[At]
 
 
@@ -202,8 +201,7 @@ class Graph:
                     at.tensor().copy_(tensor)
             given = {at.address: at for call in self._calls for at in _leaves(At, call.args, call.kwargs)}
             outside = [at.tensor() for address, at in given.items() if address not in self._own]
-        written = {at.address for call in self._calls for at in call.written}
-        self._gpu.use(*_partition(outside, lambda x: x.untyped_storage().data_ptr() not in written))
+        self._gpu.use([], outside)  # one launch, which may write any of them
 
 
 def _leaves(kind: Any, *tree: Any) -> list[Any]:
@@ -215,10 +213,6 @@ def _leaves(kind: Any, *tree: Any) -> list[Any]:
         elif isinstance(x, list | tuple | dict):
             found += _leaves(kind, *(x.values() if isinstance(x, dict) else x))
     return found
-
-
-def _partition(tensors: list[Tensor], condition: Callable[[Tensor], bool]) -> tuple[list[Tensor], list[Tensor]]:
-    return [x for x in tensors if condition(x)], [x for x in tensors if not condition(x)]
 
 
 def _new_of(out: Any, args: Any, kwargs: Any) -> list[Tensor]:
@@ -251,8 +245,6 @@ class Gpu(TorchDispatchMode):
         self._graph: Graph | None = None  # of the capture
         self._updated: list[Tensor] = []  # by the last update
 
-    # ---- streams
-
     def current_stream(self, *_: Any) -> Stream:
         return self._of_node or self._streams[-1]
 
@@ -266,8 +258,6 @@ class Gpu(TorchDispatchMode):
         finally:
             self._streams.pop()
             self._begins.append((torch.autograd._get_sequence_nr(), self._streams[-1]))
-
-    # ---- memory
 
     def _memory_of(self, tensor: Tensor, allocated_on: Stream | None = None) -> Memory:
         storage = tensor.untyped_storage()
@@ -301,8 +291,6 @@ class Gpu(TorchDispatchMode):
             memory.reads.clear()
             memory.write = memory.used[operator.stream] = operator
 
-    # ---- operators
-
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is _UPDATE:
@@ -329,7 +317,7 @@ class Gpu(TorchDispatchMode):
         reads = [x for x in _leaves(Tensor, args, kwargs) if all(x is not other for other in written)]
         self.use(reads, [*written, *new])
         if self._graph is not None:
-            self._graph.add(function, args, kwargs, written, new)
+            self._graph.add(function, args, kwargs, new)
         return out
 
     def launch(self, kernel: Any, grid: Any, options: Any, arguments: dict[str, Any]) -> None:
@@ -340,7 +328,7 @@ class Gpu(TorchDispatchMode):
             with _disable_current_modes():
                 self._update(**arguments)
         else:
-            self._graph.add(self._update, (), arguments | {"used": self._updated}, self._updated, [])
+            self._graph.add(self._update, (), arguments | {"used": self._updated}, [])
 
     def _update(self, **arguments: Any) -> None:
         """The update of the tensors at the addresses in its tables."""
@@ -413,8 +401,6 @@ class Gpu(TorchDispatchMode):
     def _stream_at(self, number: int) -> Stream:
         """The stream on which the node of autograd with this number was created."""
         return self._begins[bisect.bisect_right(self._begins, number, key=lambda begin: begin[0]) - 1][1]
-
-    # ---- captures
 
     def record(self, run: Callable[[], Any], stream: Stream, pool: Pool) -> tuple[Graph, Any]:
         """Replace `graphs.capture.record`."""
