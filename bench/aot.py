@@ -5,6 +5,7 @@
     python -m bench.aot --op class_scores               compile an operator and replace its rows
     python -m bench.aot --op class_scores --no-save     print only; also --target sm_90 gfx942, --dtype bf16, --quick
     python -m bench.aot --sweep --target sm_90          compile with each integer argument at 1 and beyond 2³¹
+    python -m bench.aot --widths --target sm_90         compile for every supported width of rows and heads
 
 The launchers run, forward and backward, on the calls of `bench.launches`, with a recorder in place of the launch and
 `launching.target` set to each GPU in turn; Triton's binder gives the specialisation of each launch. So the compiled
@@ -18,7 +19,8 @@ needs more registers or shared memory than in the table, or uses another matrix 
 another version of Triton, registers and shared memory may grow by ALLOWANCE.
 
 `--quick` takes only the first call of every operator: not all entries of the block tables, nor kernels for large sizes.
-So do the targets that are not IN_TABLE.
+So do the targets that are not IN_TABLE. Triton has no matrix instructions for sm_75: there kernels only have to compile
+and to fit into shared memory.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from rich.console import Console
 from skipkernels.ops import OPERATORS, launching, registration
 
 from . import measure, tables
-from .launches import CALLS, DTYPES, FAMILIES
+from .launches import CALLS, DTYPES, FAMILIES, WIDTHS
 from .meta_device import ARCHITECTURES, Architecture, Launch, launches_of
 
 TABLE = measure.RESULTS / "aot.csv"
@@ -154,13 +156,17 @@ class Result(NamedTuple):
     has_dot: bool
 
 
-def jobs_of(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], quick: bool) -> Iterator[Job]:
+def jobs_of(
+    ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], quick: bool, widths: bool = False
+) -> Iterator[Job]:
     """The kernels to compile; a kernel that several calls launch is compiled once for each dtype and target."""
-    for target, op in itertools.product(targets, ops):
-        architecture, most = ARCHITECTURES[target], 1 if quick or target not in IN_TABLE else None
+    calls_of = WIDTHS if widths else CALLS
+    for target, op in itertools.product(targets, [op for op in ops if op in calls_of]):
+        architecture = ARCHITECTURES[target]
+        most = 1 if quick or not (widths or target in IN_TABLE) else None
         for dtype, torch_dtype in DTYPES.items():
             seen = set()
-            calls = itertools.islice(CALLS[op](torch_dtype), most) if dtype in dtypes else ()
+            calls = itertools.islice(calls_of[op](torch_dtype), most) if dtype in dtypes else ()
             for call in calls:
                 for number, launch in enumerate(launches_of(op, call.arguments, architecture)):
                     (kernel,) = kernels_of([launch], architecture)
@@ -300,13 +306,13 @@ def front_end(kernel: Kernel, target: str) -> None:
 def problems_of(result: Result) -> Iterator[str]:
     """Problems of a kernel that do not depend on the table."""
     row, limits = result.row, ARCHITECTURES[result.row.target]
-    if row.spilled_bytes:
+    if row.spilled_bytes and limits.has_matrix_units:
         yield f"{row.name} spills {row.spilled_bytes} bytes"
     if row.shared_bytes > limits.block_shared:
         yield f"{row.name} wants {row.shared_bytes} bytes of shared memory; a block may have {limits.block_shared}"
     if any(size > most for size, most in zip(result.grid, LARGEST_GRID, strict=False)):
         yield f"{row.name} is launched with a grid of {result.grid}; the largest is {LARGEST_GRID}"
-    if result.has_dot and not row.matrix_instruction:
+    if result.has_dot and limits.has_matrix_units and not row.matrix_instruction:
         yield f"{row.name} has a tl.dot but uses no matrix instruction"
 
 
@@ -377,6 +383,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
     parser.add_argument("--quick", action="store_true", help="the first call of each operator only")
     parser.add_argument("--sweep", action="store_true", help="instead: integer arguments at 1 and beyond 2³¹")
+    parser.add_argument("--widths", action="store_true", help="instead: every supported width; writes nothing")
     parser.add_argument("--processes", type=int, help="default: one per core")
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     args = parser.parse_args()
@@ -393,11 +400,11 @@ def main() -> None:
         count, problems = sweep(args.target[0], ops)
         report(console, count, problems)
         return
-    jobs = list(jobs_of(ops, args.target, args.dtype, args.quick))
+    jobs = list(jobs_of(ops, args.target, args.dtype, args.quick, args.widths))
     results, problems = compile_all(jobs, console, args.processes)
     rows = [result.row for result in results]
     problems += [problem for result in results for problem in problems_of(result)]
-    whole = not args.quick and set(args.dtype) >= set(DTYPES)  # of the chosen operators
+    whole = not (args.quick or args.widths) and set(args.dtype) >= set(DTYPES)  # of the chosen operators
     if whole and set(args.op) == set(OPERATORS):
         problems += not_reached(jobs)
     if args.check:

@@ -8,5 +8,6 @@ from .operators.record import records
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CALLS = {name: calls for record in records().values() for name, calls in record.launches.items()}
+WIDTHS = {name: calls for record in records().values() for name, calls in record.widths.items()}
 FAMILIES = {name: op for op, record in records().items() for name in record.launches}
 """The public operator that a registered one is a part of: its backward, or a helper in the same file."""

@@ -82,17 +82,21 @@ _KIB = 1024
 
 
 class Architecture(NamedTuple):
-    """Target: Triton's backend and name, threads per warp, and the largest shared memory (LDS) of a block in bytes."""
+    """Target: Triton's backend and name, threads per warp, and the largest shared memory (LDS) of a block in bytes.
+
+    `has_matrix_units` is False where Triton does not use them.
+    """
 
     backend: str
     arch: int | str
     warp_size: int
     block_shared: int
+    has_matrix_units: bool = True
 
 
 # From NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities", and AMD's CDNA3 and CDNA4 ISA guides.
 ARCHITECTURES = {
-    "sm_75": Architecture("cuda", 75, 32, 64 * _KIB),
+    "sm_75": Architecture("cuda", 75, 32, 64 * _KIB, has_matrix_units=False),
     "sm_80": Architecture("cuda", 80, 32, 163 * _KIB),
     "sm_86": Architecture("cuda", 86, 32, 99 * _KIB),
     "sm_89": Architecture("cuda", 89, 32, 99 * _KIB),

@@ -83,6 +83,7 @@ ROW = aot.Row(
         ({"shared_bytes": 64 * 1024 + 1}, "wants 65537 bytes of shared memory; a block may have 65536"),
         ({"spilled_bytes": 4}, "spills 4 bytes"),
         ({"matrix_instruction": ""}, "no matrix instruction"),
+        ({"matrix_instruction": "", "spilled_bytes": 4, "target": "sm_75"}, None),  # Triton has none there
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

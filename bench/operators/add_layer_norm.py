@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipkernels import functional, reference
+from skipkernels.ops.add_layer_norm import MAX_WIDTH
 
 from .. import peers
 from . import CPU, OURS, Case, Random, case
@@ -90,6 +91,21 @@ def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
         yield Call(shape, (low, x, x, statistic, statistic, weight, weight, True, True, True, True, True, dtype))
 
 
+def launches_of_widths(dtype: torch.dtype) -> Iterator[Call]:
+    """Rows of every size of tile, full and not, up to the widest with a kernel."""
+    for W in (64, 96, 192, 384, 512, 640, 768, 1024, 1152, 1664, 2048, 2560, 3072, 3584, MAX_WIDTH):
+        x, weight = on_meta(33, W, dtype=dtype), on_meta(W, dtype=dtype)
+        yield Call(f"W{W}", (x, x, weight, weight, 1e-5, None))
+
+
+def launches_of_widths_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, (x, _, weight, *_) in launches_of_widths(dtype):
+        statistic = on_meta(x.shape[0], dtype=torch.float32)
+        saved = (x, statistic, statistic, weight)
+        yield Call(shape, (x, x, *saved, None, True, True, True, False, False, None))
+        yield Call(f"{shape}-block", (x, x, *saved, weight, True, True, True, True, True, None))
+
+
 def launches_of_sums(dtype: torch.dtype) -> Iterator[Call]:
     """The partial sums of a block of ViT-B/16 and its packed gradients; those of its pooled block."""
     sums = [on_meta(25, 3072, dtype=torch.float32), on_meta(99, 3072, dtype=torch.float32)]
@@ -105,6 +121,7 @@ RECORD = Record(
         "add_layer_norm_backward": launches_backward,
         "column_sums": launches_of_sums,
     },
+    widths={"add_layer_norm": launches_of_widths, "add_layer_norm_backward": launches_of_widths_backward},
     small_calls={
         "add_layer_norm": lambda randn: (
             {"x": randn(3, 4), "residual": randn(3, 4), "weight": randn(4), "bias": randn(4)},

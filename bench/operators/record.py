@@ -38,6 +38,8 @@ class Record(NamedTuple):
     The first call is the typical one. Shapes can be those of real jobs."""
     small_calls: dict[str, Callable[[Random], tuple[dict[str, Tensor], dict[str, Any]]]]
     """Differentiable arguments, and the others, of a small call with all tensors, by the name of a public function."""
+    widths: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {}
+    """Calls of these at all widths that have a Triton kernel, where the width of a row or head is that of a tile."""
     flops: dict[str, Callable[..., int]] = {}
     """FLOPs of matrix products of the registered operators, by name, from the shapes of their arguments."""
 

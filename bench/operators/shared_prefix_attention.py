@@ -7,13 +7,15 @@ with its own masks; the prefix keys are expanded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from skipkernels import functional, reference
+from skipkernels.ops.shared_prefix_attention import MAX_E
 
 from .. import peers
 from . import CPU, OURS, Case, Random, case
@@ -80,15 +82,25 @@ def launches_of_layout(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def launches(dtype: torch.dtype) -> Iterator[Call]:
-    for K, S, P, H, E in LAUNCHED:
+    yield from launches_of(LAUNCHED, dtype)
+
+
+def launches_of_widths(dtype: torch.dtype) -> Iterator[Call]:
+    """Suffixes within a tile and longer ones, with heads of every width that has a kernel, in steps of 8."""
+    widths = range(8, MAX_E + 1, 8)
+    yield from launches_of([(50, S, P, 8, E) for E in widths for S, P in ((5, 6), (40, 70))], dtype)
+
+
+def launches_of(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> Iterator[Call]:
+    for K, S, P, H, E in shapes:
         packed = on_meta(P + K * S, 3 * H * E, dtype=dtype)
         for offsets in (None, ids(K + 1)):
             form = "" if offsets is None else "-packed"
             yield Call(f"K{K}-S{S}-P{P}-H{H}-E{E}{form}", (packed, H, P, offsets, S, E**-0.5))
 
 
-def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
-    for shape, (packed, H, *options) in launches(dtype):
+def launches_backward(dtype: torch.dtype, calls: Callable[..., Iterator[Call]] = launches) -> Iterator[Call]:
+    for shape, (packed, H, *options) in calls(dtype):
         R, width = packed.shape
         d_out, lse = on_meta(R, width // 3, dtype=dtype), on_meta(R, H, dtype=torch.float64)
         yield Call(shape, (d_out, packed, lse, H, *options))
@@ -107,6 +119,10 @@ RECORD = Record(
         "packed_layout": launches_of_layout,
         "shared_prefix_attention": launches,
         "shared_prefix_attention_backward": launches_backward,
+    },
+    widths={
+        "shared_prefix_attention": launches_of_widths,
+        "shared_prefix_attention_backward": functools.partial(launches_backward, calls=launches_of_widths),
     },
     small_calls={
         "shared_prefix_attention": lambda randn: (

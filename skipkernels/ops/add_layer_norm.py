@@ -33,6 +33,7 @@ from .row_sums import blocks_of_rows, sum_in_order_strided
 # Numbers in a tile: as many rows as fit, at least one. A program of backward walks over 8 rows or more, and with larger
 # tiles it waits for memory fewer times, and more warps load at once.
 TILE, BACKWARD_TILE = 1024, 4096
+MAX_WIDTH = 4096  # a tile has whole rows, and backward of wider ones spills registers: they use the fallback
 ROWS_PER_SUM = 8  # minimum rows per program of backward: it writes up to four rows of partial sums
 MAX_SUMS = 512  # maximum programs of backward: enough to fill a GPU, and few partial sums for the second kernel
 BLOCK_SUMS = 64  # rows of partial sums per iteration of the second kernel
@@ -273,6 +274,8 @@ def _launch(
     rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     W = x.shape[-1]
+    if W > MAX_WIDTH:
+        return _fallback(x, residual, weight, bias, eps, dtype, rms)
     hidden, normed, mean, rstd = _fake(x, residual, weight, bias, eps, dtype, rms)
     R, tile = rstd.numel(), _tile(W)
     launch(
@@ -306,7 +309,7 @@ def _blocks(R: int, W: int) -> tuple[int, int]:
 
 def _launch_backward(*arguments: Any) -> NormResults:
     call = NormArguments.of(*arguments)
-    if call.hidden.dtype == torch.float64:  # and d_normed is not: the registration falls back by the dtype of d_normed
+    if not _has_kernel(call.hidden):  # the registration falls back by the dtype of d_normed, which may be another
         return _fallback_backward(*arguments)
     W, R, device = call.hidden.shape[-1], call.rstd.numel(), call.hidden.device
     P, rows = _blocks(R, W)
@@ -467,8 +470,13 @@ def _fake(
 def _fake_backward(*arguments: Any) -> NormResults:
     call = NormArguments.of(*arguments)
     # The C++ kernel and the fallback ignore `partial`.
-    uses_triton = call.hidden.device.type != "cpu" and call.hidden.dtype != torch.float64
+    uses_triton = call.hidden.device.type != "cpu" and _has_kernel(call.hidden)
     return _outputs(call._replace(partial=call.partial and uses_triton))
+
+
+def _has_kernel(hidden: Tensor) -> bool:
+    """Return True if the rows have a Triton kernel."""
+    return hidden.dtype != torch.float64 and hidden.shape[-1] <= MAX_WIDTH
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -503,6 +511,7 @@ add_layer_norm = registration.define(
     fallback=_fallback,
     fake=_fake,
     launch=_launch,
+    fallback_note=f"fp64, rows wider than {MAX_WIDTH}",
     backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=2,
 )

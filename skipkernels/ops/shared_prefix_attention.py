@@ -33,7 +33,8 @@ from . import autograd, registration
 from .attention import load_lse, load_rows, products, store_rows
 from .launching import dot_precision, launch, target, tl, triton
 
-BLOCK_T = 32  # rows of a tile
+# Rows of a tile; fewer of heads between 64 and 128, of which 32 rows and their masks spill registers in fp32.
+TILE_ROWS, TILE_ROWS_MASKED = 32, 16
 BLOCK_P = 16  # keys in front of a tile per iteration; the prefix of a prompt has 5 to 8 tokens
 MAX_E = 128  # widest head: a tile holds whole heads
 BYTES_CHUNK = 128  # part of a head's width per product of queries and keys: bounds the registers of a program
@@ -466,7 +467,7 @@ def _launch_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any) 
     if tiling is None:
         return _fallback_backward(d_out, packed, lse, *options)
     tiles, H, arguments = tiling
-    R, P, W = packed.shape[0], arguments["P"], packed.shape[1] // 3
+    R, P, W, BLOCK_T = packed.shape[0], arguments["P"], packed.shape[1] // 3, arguments["BLOCK_T"]
     long = max(P, arguments["max_length"]) > BLOCK_T
     d_out = d_out if d_out.stride(1) == 1 else d_out.contiguous()
     d_packed = packed.new_empty(packed.shape)  # [R, 3W]
@@ -511,6 +512,7 @@ def _tiling(packed: Tensor, options: Options) -> tuple[int, int, dict[str, Any]]
     block_e, chunk_e = max(triton.next_power_of_2(E), 16), BYTES_CHUNK // packed.element_size()
     wide = block_e > chunk_e
     max_length = min(max_length, R)
+    BLOCK_T = TILE_ROWS_MASKED if 64 < E < block_e else TILE_ROWS
     K = (R - P) // max_length if offsets is None else offsets.shape[0] - 1
     tiles = triton.cdiv(K, max(BLOCK_T // max_length, 1)) * triton.cdiv(max_length, BLOCK_T)
     arguments = dict(

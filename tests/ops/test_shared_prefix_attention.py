@@ -94,6 +94,7 @@ OPERATOR = Operator(
         (3, 30, 33, 1, 48),  # a prefix of one row more than a tile
         (2, 69, 70, 1, 32),  # three tiles each
         (2, 13, 3, 1, 128),
+        (3, 17, 5, 1, 72),  # suffixes of one row more than a tile of wide heads
         (4, 13, 3, 1, 130),  # wider than a tile
     ],
     small=(5, 3, 4, 2, 16),
