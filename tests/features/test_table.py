@@ -139,7 +139,24 @@ def test_row_out_of_range(folder, wrong):
 def test_batch_is_no_view_of_the_file(folder):
     table = MappedTable.open(folder)
     table.rows(torch.tensor([1])).zero_()
-    assert all_rows(table).equal(all_rows(MappedTable.open(folder)))
+    table.labels().zero_()
+    sound = MappedTable.open(folder)
+    assert all_rows(table).equal(all_rows(sound)) and table.labels().equal(sound.labels())
+
+
+def test_change_of_the_working_directory_has_no_effect(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    table = MappedTable.open(Path(folder.name))
+    monkeypatch.chdir("/")
+    copied = pickle.loads(pickle.dumps(table))  # maps the files itself
+    assert all_rows(copied).equal(all_rows(table))
+
+
+def test_conversion_of_a_table_in_memory():
+    features = features_of(layout_of())
+    table = MemoryTable(features)
+    assert table.converted(lambda x: x.bfloat16()) is None
+    assert table.converted(lambda x: x.clone()).features.equal(features)
 
 
 def test_pickled_table_maps_the_files_itself(folder):
@@ -326,6 +343,11 @@ def test_row_is_compared_once_in_a_process(folder):
     assert table.rows(torch.tensor([6])).equal(first)
     with pytest.raises(CacheError, match="row 6 damaged"):
         MappedTable.open(folder).rows(torch.tensor([6]))
+    table = MappedTable.open(folder)
+    table.rows(torch.tensor([5]))
+    with pytest.raises(CacheError, match="row 6 damaged"):
+        table.rows(torch.tensor([5, 6]))
+    assert "row 0, 1, 2, 3, 4, 5, 6, 7, 8, … damaged" in table.damage_message(range(12))
 
 
 IDENTITIES: dict[str, Any] = {
