@@ -15,8 +15,9 @@ from ..options import Memory
 from ..towers.base import Reduction
 from ..towers.block import fuse_blocks
 from ..towers.text import TextTower
-from ..towers.watch import Containers, Watched
+from ..towers.watch import Watched
 from .checks import Trainable, check_vocabulary
+from .containers import Containers
 from .cut_towers import CutOptions, check_trained, cut_towers, restored_after_error, set_trainable
 from .images import ImageEncoder
 from .texts import ClassTexts, FixedTexts

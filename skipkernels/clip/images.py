@@ -29,7 +29,6 @@ class ImageEncoder:
         image = torch.zeros(1, 3, *tower.image_size, device=tower.model.logit_scale.device)
         with evaluating([tower.model]), torch.no_grad():
             features = self.lower(image)
-            assert features.dtype == tower.dtype, (features.dtype, tower.dtype)
             self.feature_shape = features.shape[1:]
 
     def encode(self, pixel_values: Tensor) -> Tensor:

@@ -520,7 +520,7 @@ add_layer_norm_backward = registration.define(
     " Tensor? bias, bool need_x, bool need_weight, bool need_bias, bool need_sums, bool partial, ScalarType? cast,"
     " bool need_normed=False)"
     " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_x_cast, Tensor normed, Tensor d_hidden_sum,"
-    " Tensor d_x_sum, Tensor sums)",
+    " Tensor d_x_sum, Tensor partial_sums)",
     fallback=_fallback_backward,
     fake=_fake_backward,
     launch=_launch_backward,

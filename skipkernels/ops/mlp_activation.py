@@ -288,7 +288,7 @@ def _fake_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *ne
 
 mlp_activation_backward = registration.define(
     "mlp_activation_backward(Tensor d_out, Tensor x, Tensor? bias, int kind, bool need_x, bool need_bias,"
-    " bool need_out=False, bool partial=False) -> (Tensor d_x, Tensor d_bias, Tensor out, Tensor sums)",
+    " bool need_out=False, bool partial=False) -> (Tensor d_x, Tensor d_bias, Tensor out, Tensor partial_sums)",
     fallback=_fallback_backward,
     fake=_fake_backward,
     launch=_launch_backward,

@@ -123,67 +123,6 @@ class Tower(ABC):
         """Rotary position embeddings of fused blocks, or None."""
         return None
 
-    # ---- parts -------------------------------------------------------------------------------------------------------
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of floating-point inputs."""
-        return next(parameter for parameter in _parameters(_present(self.embedding)) if parameter.ndim > 1).dtype
-
-    @property
-    def vocabulary(self) -> int | None:
-        """Number of token ids of the embedding, or None for images."""
-        parts = (part for part in _present(self.embedding) if isinstance(part, nn.Module))
-        modules = (module for part in parts for module in part.modules())
-        return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), None)
-
-    def lower_parts(self) -> Sequence[Part]:
-        """Modules and parameters below the cut; none at skip = 0, where the embedding trains too."""
-        return _present([*self.embedding, *self.blocks[: self.skip]]) if self.skip > 0 else ()
-
-    def upper_parts(self) -> Sequence[Part]:
-        """Modules and parameters above the cut."""
-        return _present([*(() if self.skip > 0 else self.embedding), *self.blocks[self.skip :], *self.head])
-
-    def lower_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters below the cut."""
-        return _parameters(self.lower_parts())
-
-    def model_blocks(self) -> list[nn.Module]:
-        """The caller's modules that are blocks: a block may be an `nn.Sequential` that the tower made of several."""
-        known = set(self.model.modules())
-
-        def of_model(block: nn.Module) -> list[nn.Module]:
-            return [block] if block in known else [x for child in block.children() for x in of_model(child)]
-
-        return [module for block in self.blocks for module in of_model(block)]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        fuse_blocks(self.blocks)  # copies and pickles of fused blocks have the caller's class
-
-    def lower_identity(self) -> dict[str, str | int]:
-        """Everything that features at the cut depend on, by name: digests of parameters and buffers, and the cut."""
-        return {
-            "tower": type(self).__qualname__,
-            "skipped blocks": self.skip,
-            "embedding": digest_tensors(_named_tensors(_present(self.embedding))),
-            "lower blocks": digest_tensors(_named_tensors(self.blocks[: self.skip])),
-        }
-
-    def move_lower(self) -> None:
-        """Move the parameters and buffers below the cut to `lower_device`, if there is one."""
-        for part in self.lower_parts() if self.cut.lower_device is not None else ():
-            if isinstance(part, nn.Parameter):
-                part.data = part.data.to(self.cut.lower_device)
-            else:
-                part.to(self.cut.lower_device)
-
-    def upper_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters above the cut."""
-        constants = {id(parameter) for parameter in self.constants}
-        yield from (parameter for parameter in _parameters(self.upper_parts()) if id(parameter) not in constants)
-
     # ---- running -----------------------------------------------------------------------------------------------------
 
     def _run_lower(self, lower: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -274,31 +213,72 @@ class Tower(ABC):
         """Decisions of `block_memory` by bytes and device."""
         return {}
 
+    # ---- parts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of floating-point inputs."""
+        return next(parameter for parameter in _parameters(_present(self.embedding)) if parameter.ndim > 1).dtype
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of token ids of the embedding, or None for images."""
+        parts = (part for part in _present(self.embedding) if isinstance(part, nn.Module))
+        modules = (module for part in parts for module in part.modules())
+        return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), None)
+
+    def lower_parts(self) -> Sequence[Part]:
+        """Modules and parameters below the cut; none at skip = 0, where the embedding trains too."""
+        return _present([*self.embedding, *self.blocks[: self.skip]]) if self.skip > 0 else ()
+
+    def upper_parts(self) -> Sequence[Part]:
+        """Modules and parameters above the cut."""
+        return _present([*(() if self.skip > 0 else self.embedding), *self.blocks[self.skip :], *self.head])
+
+    def lower_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters below the cut."""
+        return _parameters(self.lower_parts())
+
+    def model_blocks(self) -> list[nn.Module]:
+        """The caller's modules that are blocks: a block may be an `nn.Sequential` that the tower made of several."""
+        known = set(self.model.modules())
+
+        def of_model(block: nn.Module) -> list[nn.Module]:
+            return [block] if block in known else [x for child in block.children() for x in of_model(child)]
+
+        return [module for block in self.blocks for module in of_model(block)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        fuse_blocks(self.blocks)  # copies and pickles of fused blocks have the caller's class
+
+    def lower_identity(self) -> dict[str, str | int]:
+        """Everything that features at the cut depend on, by name: digests of parameters and buffers, and the cut."""
+        return {
+            "tower": type(self).__qualname__,
+            "skipped blocks": self.skip,
+            "embedding": digest_tensors(_named_tensors(_present(self.embedding))),
+            "lower blocks": digest_tensors(_named_tensors(self.blocks[: self.skip])),
+        }
+
+    def move_lower(self) -> None:
+        """Move the parameters and buffers below the cut to `lower_device`, if there is one."""
+        for part in self.lower_parts() if self.cut.lower_device is not None else ():
+            if isinstance(part, nn.Parameter):
+                part.data = part.data.to(self.cut.lower_device)
+            else:
+                part.to(self.cut.lower_device)
+
+    def upper_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters above the cut."""
+        constants = {id(parameter) for parameter in self.constants}
+        yield from (parameter for parameter in _parameters(self.upper_parts()) if id(parameter) not in constants)
+
 
 class ImageTower(Tower):
     """A tower over images [n, 3, height, width]."""
 
     image_size: tuple[int, int]  # Height and width
-
-    def encoder(self) -> nn.Module:
-        """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""
-        return self.model.visual
-
-    def why_not_pooled(self) -> str | None:
-        """Return why the last block is needed for every token, or None if the head pools the first one."""
-        return None
-
-    @property
-    def reductions(self) -> dict[str, Reduction]:
-        """The exact reductions of this tower by name, as they are now."""
-        not_pooled = self.why_not_pooled() or self.why_no_rows(len(self.blocks) - 1)
-        return {
-            "fused_block": Reduction.unless(self.why_not_all_rows()),
-            "pooled_last_block": Reduction.unless(not_pooled),
-        }
-
-    def reference_forward(self, inputs: Tensor) -> Tensor:
-        return self.model.encode_image(inputs)
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
@@ -328,6 +308,26 @@ class ImageTower(Tower):
         memory = self.block_memory(features)
         hidden = self._run_sequences(features, range(self.skip, len(self.blocks)), memory=memory, pooled=pooled)
         return self.finish(hidden)
+
+    def encoder(self) -> nn.Module:
+        """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""
+        return self.model.visual
+
+    def why_not_pooled(self) -> str | None:
+        """Return why the last block is needed for every token, or None if the head pools the first one."""
+        return None
+
+    @property
+    def reductions(self) -> dict[str, Reduction]:
+        """The exact reductions of this tower by name, as they are now."""
+        not_pooled = self.why_not_pooled() or self.why_no_rows(len(self.blocks) - 1)
+        return {
+            "fused_block": Reduction.unless(self.why_not_all_rows()),
+            "pooled_last_block": Reduction.unless(not_pooled),
+        }
+
+    def reference_forward(self, inputs: Tensor) -> Tensor:
+        return self.model.encode_image(inputs)
 
 
 def _present(parts: Iterable[Part | None]) -> tuple[Part, ...]:
