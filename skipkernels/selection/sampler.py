@@ -134,7 +134,6 @@ class RankSampler:
             max_labels = len(labels)
             if labels.ndim == 2:
                 max_labels = max(max_labels, int((scores == math.inf).sum()))
-        self._refuse_recomputation(len(scores), max_labels)
         ranks = self.draw(len(scores), max_labels)  # [K]
         ranks = _pinned(ranks, scores.device).to(scores.device, non_blocking=True)
         if labels.ndim == 1:
@@ -168,20 +167,17 @@ class RankSampler:
         finally:
             self.shared = None
 
-    def _refuse_recomputation(self, num_classes: int, max_labels: int) -> None:
-        """Raise a RuntimeError within a backward pass, where a step would draw other classes than the first time."""
-        if torch._C._current_graph_task_id() != -1 and self._law_of(num_classes, max_labels).keep < num_classes:
-            raise RuntimeError(
-                "RankSampler: the step was called again within a backward pass, as activation checkpointing does; it "
-                'would draw other classes than the first time. Use memory="min" instead.'
-            )
-
     # ---- ranks -------------------------------------------------------------------------------------------------
 
     def draw(self, num_classes: int, max_labels: int) -> Tensor:
         """Draw the kept ranks [K] of a step, int64, ascending, on the CPU."""
-        self._most_labels = max(self._most_labels, max_labels)
         law = self._law_of(num_classes, max_labels)
+        if torch._C._current_graph_task_id() != -1 and law.keep < num_classes:
+            raise RuntimeError(
+                "RankSampler: the step was called again within a backward pass, as activation checkpointing does; it "
+                'would draw other classes than the first time. Use memory="min" instead.'
+            )
+        self._most_labels = max(self._most_labels, max_labels)
         return self._draw(law, law.intervals)
 
     def reserve(self, device: torch.device, num_classes: int, max_labels: int) -> None:
