@@ -2,7 +2,7 @@
 
     frozen:     the texts, and each head, on the pretrained embeddings
     trained:    Skip Tuning with each of `FACTORS` of its learning rates, with the texts and each head
-    blended:    the mean of these weights and the pretrained ones, with the texts and each head that uses them
+    blended:    the mean of these weights and the pretrained ones, with the texts and each head
 
 All of them share the features at the cut, which are computed once. The chosen one is then trained on all images,
 held-out ones included.
@@ -35,9 +35,9 @@ from ..methods.registry import AUTO
 from ..untrusted import read_object
 from .calibration import calibrate
 from .class_metrics import metrics_of_test
-from .command_line import command_line
 from .fitted_head import examples
 from .interpolation import Interpolation
+from .precision import REMEDY
 from .predictions import TOP, TopClasses
 from .run_folder import CANDIDATES
 from .setup import RunSetup
@@ -125,7 +125,6 @@ class Choice:
     """The chosen candidate, and how it came about: the contents of candidates.json."""
 
     asked: dict[str, Any]  # `TuneConfig.identity` of the configuration that asked for a choice
-    command: str  # that does it again
     settings: dict[str, Any]  # fields of the configuration, which replace those
     candidates: list[dict[str, Any]]  # for metrics.json
     because: str
@@ -220,8 +219,9 @@ class Search:
         frozen = self._heads if self._chooses_frozen else []
         yield self._tried([Candidate(self.method, None, head=head) for head in dict.fromkeys(["none", *frozen])])
         for factor in self.factors:
-            candidates = [Candidate(self.method, factor, blend, head) for blend in self._blends for head in self._heads]
-            yield self._tried([each for each in candidates if each.blend == 1 or each.head != "probe"])
+            yield self._tried(
+                [Candidate(self.method, factor, blend, head) for blend in self._blends for head in self._heads]
+            )
 
     @property
     def _heads(self) -> list[HeadName]:
@@ -257,6 +257,8 @@ class Search:
                     between.set(blend)
                     started = time.perf_counter()
                     found = examples(self.setup, self.setup.method, self.features)
+                    if not (found.image.isfinite().all() and found.text.isfinite().all()):
+                        raise FloatingPointError
                     embedded = time.perf_counter() - started
                     for trial in (each for each in trials if each.candidate.blend == blend):
                         started = time.perf_counter()
@@ -271,8 +273,9 @@ class Search:
             trial.score(self.labels)
         self.trials += trials
         if len(self.masks) == 1:  # then they can be many
+            best = self.best() if self.allowed else None
             for trial in self.trials:
-                if trial is not self.best() and trial.candidate.name != "zero-shot":
+                if trial is not best and trial.candidate.name != "zero-shot":
                     trial.logits = []
         return trials
 
@@ -283,10 +286,12 @@ class Search:
         before = None if sampler is None else sampler.state_dict()
         part = self.features.subset(images.nonzero().squeeze(1))
         trainer = Trainer(config, method, self.setup.precision, part, classes)
-        for _ in range(config.epochs or 0):
-            trainer.epoch(self.advance, lambda loss: None)
-        if sampler is not None and before is not None:
-            sampler.load_state_dict(before)
+        try:
+            for _ in range(config.epochs or 0):
+                trainer.epoch(self.advance, lambda loss: None)
+        finally:
+            if sampler is not None and before is not None:
+                sampler.load_state_dict(before)
 
     @torch.no_grad()
     def _logits(self, name: HeadName, found: Examples, split: int) -> Tensor:
@@ -307,22 +312,27 @@ class Search:
         """True if the protocol tests classes that are not trained."""
         return len(self.setup.task.tests) > 1
 
+    @property
+    def allowed(self) -> list[Trial]:
+        """Trials so far that can be chosen: the first is only a comparison, if the method is given."""
+        return [trial for trial in self.trials if trial.candidate.factor is not None or self._chooses_frozen]
+
     def best(self) -> Trial:
         """Best trial by accuracy, of equal ones the lower loss."""
-        known = [trial for trial in self.trials if trial.candidate.factor is not None or self._chooses_frozen]
+        if not self.allowed:
+            raise FloatingPointError(f"tune: the training of every candidate diverged. {REMEDY}")
         balanced = self.config.class_weight is not None or self.config.prior == "balanced"
-        return max(known, key=lambda t: (t.balanced_accuracy if balanced else t.accuracy, -t.loss))
+        return max(self.allowed, key=lambda t: (t.balanced_accuracy if balanced else t.accuracy, -t.loss))
 
     def choice(self, stopped: bool) -> Choice:
         """Return the choice among the trials so far; `stopped` before all of them."""
         config = self.config
-        command = command_line("tune", config, left_out=("out", "device"))
-        asked: dict[str, Any] = {"asked": config.identity(), "command": command}
+        asked = config.identity()
         if not self.masks:
             settings = Candidate(self.method, None, head="anchored").settings(config)
             because = "no class has two training images, so that none can be held out"
             empty: dict[str, Any] = {"candidates": [], "calibration": {}, "validation": None, "by_class": []}
-            return Choice(**asked, **empty, settings=settings, because=because)
+            return Choice(asked, settings=settings, because=because, **empty)
         best, images, first = self.best(), len(self.labels), self.trials[0]
         rows = [
             {"name": trial.candidate.name, "accuracy": round(trial.accuracy, 4)}
@@ -338,7 +348,7 @@ class Search:
         classes = self.setup.task.tests[0].classes
         by_class = [metrics_of_test(self.labels, _top(torch.cat(trial.logits)), classes) for trial in (first, best)]
         return Choice(
-            **asked,
+            asked,
             settings=best.candidate.settings(config),
             candidates=rows,
             because=because,

@@ -144,7 +144,7 @@ class Run:
                 done = time.perf_counter() - started
                 self.display.trials(trials, done / number * (len(search.factors) - number) if number else 0.0)
         except KeyboardInterrupt as error:
-            if type(error) is not KeyboardInterrupt or not search.trials:  # not Ctrl-C, but the end of the job
+            if type(error) is not KeyboardInterrupt or not search.allowed:  # not Ctrl-C, but the end of the job
                 raise
             stopped = True
         choice = search.choice(stopped)

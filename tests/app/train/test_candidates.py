@@ -45,7 +45,7 @@ def test_the_best_candidate_is_chosen(run):
         "frozen + linear probe",
         "Skip Tuning",
     ]
-    assert len(rows) == 4 + 7 * len(FACTORS) and {row["images"] for row in rows} == {24}
+    assert len(rows) == 4 + 8 * len(FACTORS) and {row["images"] for row in rows} == {24}
     (chosen,) = [row for row in rows if row["chosen"]]
     assert chosen["accuracy"] == max(row["accuracy"] for row in rows)
     assert metrics["chosen_because"] == "highest accuracy on 24 held-out images"
@@ -127,7 +127,7 @@ def test_ctrl_c_keeps_the_best_so_far(tmp_path, monkeypatch):
     console = Console(record=True, width=400)
     with shortened():
         metrics = tune(small(tmp_path / "run", **AUTO), console)
-    assert metrics["status"] == "complete" and len(metrics["candidates"]) == 11
+    assert metrics["status"] == "complete" and len(metrics["candidates"]) == 12
     assert metrics["chosen_because"].endswith("of those before Ctrl-C")
     assert "chosen: " in console.export_text()
 
@@ -148,6 +148,10 @@ def test_a_training_that_diverges_is_left_out(monkeypatch):
         [],
     ]
     assert search.choice(stopped=False).settings["method"] == "skip"
+    search = search_of(method="lora", head="auto", image_lr=1e30, text_lr=1e30)
+    list(search.run())
+    with pytest.raises(FloatingPointError, match="the training of every candidate diverged"):
+        search.choice(stopped=False)
 
 
 def test_candidates_keep_new_classes_where_these_are_tested():
