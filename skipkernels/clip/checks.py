@@ -128,7 +128,7 @@ def check_labels(labels: Any, batch: Tensor, num_classes: int) -> None:
             f"floating-point [B={len(batch)}, C={num_classes}]; got {described(labels)}. For several labels per "
             "image use pairs.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1)."
         )
-    check_device("SkipCLIP", "labels", labels, ("pixel_values", batch))
+    check_device("SkipCLIP", "labels", labels, ("images", batch))
     if labels.device.type == "cpu":
         check_values = _check_probabilities if soft else _check_label_range
         check_values(labels, num_classes)

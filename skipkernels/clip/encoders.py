@@ -64,6 +64,8 @@ class Encoders:
 
     def refresh(self) -> None:
         """Read the model again; prototypes stay."""
+        for encoder in (self.images, self.texts):
+            encoder.tower.move_lower(self._device)  # the model itself, with which its encoders are compared, runs there
         self._build(self.texts.prototypes)
         self._move_lower()
 

@@ -49,7 +49,11 @@ class ImageEncoder:
             return self.tower.lower(images)
         except RuntimeError as error:
             height, width = self.tower.image_size
-            if tuple(images.shape[1:]) == (3, height, width):
+            if (
+                tuple(images.shape[1:]) == (3, height, width)
+                or images.requires_grad
+                or isinstance(error, torch.OutOfMemoryError)
+            ):
                 raise
             raise ValueError(
                 f"SkipCLIP: images must be [B, 3, {height}, {width}], the size that the model takes; got "

@@ -81,7 +81,11 @@ def products_widen(device_type: str) -> bool:
     try:
         one = torch.ones(8, 8, dtype=torch.bfloat16, device=device_type)
         return torch.mm(one, one, out_dtype=torch.float32).dtype == torch.float32
-    except (RuntimeError, TypeError):
+    except TypeError:
+        return False
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):  # says nothing about products
+            raise
         return False
 
 

@@ -13,11 +13,11 @@ The kernel reads the addresses and sizes of the tensors from tables on the devic
 
 from __future__ import annotations
 
+import array
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -279,8 +279,8 @@ def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False
     key = device, launching.current_stream(device), repeat, tuple(numbers)
     table = _tables.get(key)
     if table is None:
-        on_host = np.array(numbers, dtype=np.int64)
-        table = torch.from_numpy(np.repeat(np.arange(len(on_host)), on_host) if repeat else on_host)
+        entries = [index for index, times in enumerate(numbers) for _ in range(times)] if repeat else numbers
+        table = torch.frombuffer(array.array("q", entries), dtype=torch.int64)  # an empty buffer is refused
         if launching.runs_beside_host(device):
             numbers_on_host, table = table, torch.empty_like(table, device=device)
             if _of_graph is not None:

@@ -261,13 +261,13 @@ class Tower(ABC):
             "lower blocks": digest_tensors(_named_tensors(self.blocks[: self.skip])),
         }
 
-    def move_lower(self) -> None:
-        """Move the parameters and buffers below the cut to `lower_device`, if there is one."""
+    def move_lower(self, device: torch.device | None = None) -> None:
+        """Move the parameters and buffers below the cut to `lower_device`, if there is one, or from it to `device`."""
         for part in self.lower_parts() if self.cut.lower_device is not None else ():
             if isinstance(part, nn.Parameter):
-                part.data = part.data.to(self.cut.lower_device)
+                part.data = part.data.to(device or self.cut.lower_device)
             else:
-                part.to(self.cut.lower_device)
+                part.to(device or self.cut.lower_device)
 
     def upper_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters above the cut."""

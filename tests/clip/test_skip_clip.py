@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
 from skipkernels import retrieval, testing
+from skipkernels.towers.base import Tower
 from tests.processes import run_in_processes
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -83,6 +84,27 @@ def test_lower_device():
     expected = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels).loss
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, lower_device="cpu")
     assert clip(images, labels).loss.equal(expected)
+
+
+def test_refresh_brings_the_lower_parts_to_the_device_of_the_model(monkeypatch):
+    """The comparison with the model itself then runs on one device."""
+    clip, moves = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1, lower_device="cpu"), []
+    move, read = Tower.move_lower, clip.encoders._build
+    monkeypatch.setattr(Tower, "move_lower", lambda self, device=None: moves.append(device) or move(self, device))
+    monkeypatch.setattr(clip.encoders, "_build", lambda *arguments: moves.append("read") or read(*arguments))
+    clip.refresh()
+    assert moves == [torch.device("cpu")] * 2 + ["read"] + [None] * 2
+
+
+def test_out_of_memory_is_not_an_error_of_the_size_of_images(monkeypatch):
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1)
+
+    def lower(images):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(clip.images.tower, "lower", lower)
+    with pytest.raises(torch.OutOfMemoryError):
+        clip.predict(torch.zeros(2, 3, 64, 64))
 
 
 def test_state_dict_loads_into_open_clip(tmp_path):

@@ -36,11 +36,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from skipkernels import functional
 from skipkernels.graphs import graphed_step
 from skipkernels.ops import launching, registration, sgd_momentum
 from skipkernels.towers import text
 
-_UPDATE = torch.ops.skipkernels.sgd_momentum_.default
+_UPDATE_NAME = functional.sgd_momentum_.__name__
+_UPDATE = getattr(torch.ops.skipkernels, _UPDATE_NAME).default
 _ALLOCATES = ("empty", "new_empty")  # begin of the names of operators that read and write nothing
 _DTYPES = {kind: dtype for dtype, kind in sgd_momentum._TRITON_DTYPES.items()}
 _UNDEFINED = 0xFF  # each byte: NaN, or -1, which is no address
@@ -297,7 +299,7 @@ class Gpu(TorchDispatchMode):
             self._updated = [*args[0], *args[2], *args[8]]
             self.use(args[1], self._updated)
             with self:  # its tables, and copies of what is not contiguous
-                registration.definitions["sgd_momentum_"].launch(*args)
+                registration.definitions[_UPDATE_NAME].launch(*args)
             return None
         written = _written(function, args, kwargs)
         if self._graph is not None:
