@@ -55,4 +55,6 @@ stage racecheck 25 compute-sanitizer --tool racecheck "$python" -m bench.gpu smo
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
 stage ncu 35 ncu --profile-from-start off --clock-control none --kernel-name 'regex:^_.*_kernel$' --launch-count 60 \
   "$python" -m bench.gpu one_step $STEP
-[[ " $chosen " == *" summary "* ]] && "$python" -m bench.summary "$out" | tee "$out/summary.txt"
+if [[ " $chosen " == *" summary "* ]]; then
+  "$python" -m bench.summary "$out" | tee "$out/summary.txt"
+fi

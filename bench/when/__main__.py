@@ -91,7 +91,7 @@ def run_study(shifts: Sequence[Shift], args: argparse.Namespace) -> None:
     kind, execute = ("when_cost", curve) if args.cost else ("when_steps", first_steps)
     measured = Rows(save=not args.no_save, kind=kind, execute=execute)
     for run in report:
-        if run.config().epochs:  # a linear probe has no steps
+        if run.config().epochs and run.name != "auto":  # a linear probe has no steps, the default several trainings
             measured.run([run], 1, f"{run.shift.name}, {run.name}")  # in a process of its own, for its memory
 
 

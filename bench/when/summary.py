@@ -32,11 +32,7 @@ _COMPARED: list[tuple[str, str, tuple[str, ...]]] = [
     (_HALF, "full", ("base", "new", "harmonic")),
     (_HALF, ZERO_SHOT, ("new", "harmonic")),
     ("full", ZERO_SHOT, ("new",)),
-    *(
-        (_HALF, other, ("harmonic",))
-        for other in METHODS
-        if other not in (_HALF, "full", "linear-probe", DEFAULT, ZERO_SHOT)
-    ),
+    *((_HALF, other, ("harmonic",)) for other in METHODS if other not in _COMPARED_ALREADY),
     *((name + BLENDED, name, ("harmonic",)) for name in (_HALF, "full", "lora")),
     (_HALF + BLENDED, "full" + BLENDED, ("harmonic",)),
     *((DEFAULT, other, ("base", "new", "harmonic", "joint")) for other in (ZERO_SHOT, _HALF, _FROZEN)),
@@ -101,7 +97,7 @@ def corrected(samples: Sequence[Sequence[float]]) -> list[float]:
     >>> [round(p, 3) for p in corrected([[1.0, 1.1, 0.9], [1.0, -1.0, 0.5]])]
     [0.007, 0.808]
     """
-    found = [float(stats.ttest_1samp(sample, 0.0).pvalue) for sample in samples]
+    found = [float(stats.ttest_1samp(sample, 0.0).pvalue) if any(sample) else 1.0 for sample in samples]
     result, least = [0.0] * len(found), 0.0
     for rank, index in enumerate(sorted(range(len(found)), key=found.__getitem__)):
         least = max(least, min(1.0, (len(found) - rank) * found[index]))

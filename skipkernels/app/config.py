@@ -259,6 +259,8 @@ class TuneConfig(
             _refuse("refresh", "refresh=epoch has no effect without epochs; leave it out.")
         if self.augments and self.chooses:
             _refuse("refresh", "refresh=epoch needs a chosen method and head; add method=skip, or leave it out.")
+        if self.patience is not None and self.chooses:
+            _refuse("patience", "patience needs a chosen method and head; add method=skip, or leave it out.")
         if self.epochs == 0 and self.blend != 1:
             _refuse("blend", f"blend={self.blend:g} has no effect without epochs; leave it out.")
         if self.head == "none" and self.prior != "images":

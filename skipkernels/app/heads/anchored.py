@@ -71,7 +71,7 @@ def anchored_l2(
     `WITHOUT_PAIRS`.
     """
     x, anchor, scale = _checked("anchored_l2", image, labels, text, scale)
-    return _best_l2(x, labels, anchor, scale, candidates)
+    return _best_l2("anchored_l2", x, labels, anchor, scale, candidates)
 
 
 def linear_probe(image: Tensor, labels: Tensor, classes: int, scale: float | Tensor, l2: float) -> Head:
@@ -99,15 +99,24 @@ def probe_l2(
 ) -> float:
     """Choose the penalty of `linear_probe` as `anchored_l2` does that of `anchored_probe`."""
     x, anchor, scale = _checked_without_text("probe_l2", image, labels, classes, scale)
-    return _best_l2(x, labels, anchor, scale, candidates, bias=True)
+    return _best_l2("probe_l2", x, labels, anchor, scale, candidates, bias=True)
 
 
 def _best_l2(
-    x: Tensor, labels: Tensor, anchor: Tensor, scale: float, candidates: Sequence[float], *, bias: bool = False
+    function: str,
+    x: Tensor,
+    labels: Tensor,
+    anchor: Tensor,
+    scale: float,
+    candidates: Sequence[float],
+    *,
+    bias: bool = False,
 ) -> float:
     """Choose a penalty; see `anchored_l2`."""
+    if not candidates:
+        raise ValueError(f"{function}: candidates must have a penalty; got none.")
     for l2 in candidates:
-        check_positive("anchored_l2", candidates=l2)
+        check_positive(function, candidates=l2)
     fold = halves(labels)
     if not (fold >= 0).any():
         return WITHOUT_PAIRS

@@ -41,7 +41,9 @@ def fit_head(name: HeadChoice | None, examples: Examples, l2: float, *, equal_pr
         head = anchored_probe(image, labels, text, scale, l2)
     elif name == "probe":
         head = linear_probe(image, labels, len(text), scale, l2)
-    else:
+    elif name == "gaussian":
         head = gaussian_head(image, labels, len(text))
+    else:
+        raise ValueError(f"fit_head: name must be none, anchored, gaussian or probe; got {name!r}.")
     head = balanced(head, labels) if equal_priors else head
     return with_text(head, image, text, scale) if name == "gaussian" else head

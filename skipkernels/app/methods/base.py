@@ -99,7 +99,7 @@ class Method(ABC):
         name: Name of the method in `METHODS`.
         head_code: Python that computes `logits` from `image`, the embeddings of `model`, and `head`, the state dict of
             `head()`, for the model card; empty if the model itself has all that training changes.
-        takes_head: A head can classify its embeddings; False for a method that is a head itself.
+        takes_head: A head can classify its embeddings; False for a method that is a head itself, or adapts them.
         can_blend: It trains weights of the model itself, so that they can be blended with those before.
         published_quarter: Datasets on which the published recipe trains a quarter of the epochs.
         cut: SkipCLIP that computes the features of a cache on disk, by its lower image tower; None: no such cache.

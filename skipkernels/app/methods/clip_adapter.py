@@ -48,6 +48,7 @@ class CLIPAdapter(FrozenModel):
     """
 
     name = "clip-adapter"
+    takes_head = False  # the exports of heads classify the embeddings of the model, without the adapter
     head_code = f"""hidden = F.relu(image @ head["down"].T)
 image = head["ratio"] * F.relu(hidden @ head["up"].T) + (1 - head["ratio"]) * image
 {COSINE_CODE}"""

@@ -91,8 +91,9 @@ def _headline(metrics: Mapping[str, Any]) -> str:
         if not held or not (finite(held["zero_shot"]) and finite(held["tuned"])):
             return "All images trained, none were kept for a test: there is no accuracy."
         kind, before, after, rest = _leading(metrics, VALIDATION, held["zero_shot"], held["tuned"])
+        what = "the candidate" if metrics.get("candidates") else "the epoch"
         return (
-            f"No images were kept for a test. On {plural(held['images'], 'validation image')}, which choose the epoch, "
+            f"No images were kept for a test. On {plural(held['images'], 'validation image')}, which choose {what}, "
             f"the {kind} went {_from_to(before, after)}{rest}; expect less on other images."
         )
     classes = _counted(metrics, first)

@@ -25,7 +25,7 @@ from ..config import TuneConfig
 from ..console import Terminal, plain, print_plain
 from ..data import InputError
 from ..train import check, tune
-from ..train.run_folder import CONFIG, METRICS, read_metrics
+from ..train.run_folder import CONFIG, METRICS, chosen_before, read_metrics
 
 RUNS = "runs"
 
@@ -182,7 +182,7 @@ def _complete(config: TuneConfig) -> dict[str, Any] | None:
     if not (config.out / METRICS).exists():
         return None
     # trust: sources are compared, not opened
-    differing = config.differs_from(TuneConfig.from_yaml(config.out / CONFIG, trust=True))
+    differing = chosen_before(config).differs_from(TuneConfig.from_yaml(config.out / CONFIG, trust=True))
     if differing:
         raise InputError(
             f"run_variants: {config.out} holds a run with another {' and '.join(differing)}. Choose another folder, or "

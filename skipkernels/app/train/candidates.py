@@ -27,8 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...features import FeatureCache
+from ...formatting import first_line
 from ...options import HeadName
 from ..config import TuneConfig
+from ..data import InputError
 from ..heads import NAMES, Examples, choose_l2, fit_head, halves
 from ..methods.base import cosine_logits
 from ..methods.registry import AUTO
@@ -91,8 +93,10 @@ class Candidate:
     def settings(self, config: TuneConfig) -> dict[str, Any]:
         """Fields of the configuration that trains it on all images, in place of those of `config`."""
         found: dict[str, Any] = {"method": self.method, "head": self.head, "train_on_validation": True}
+        if self.head == "none":
+            found["prior"] = "images"  # the other is that of a head
         if self.factor is None:
-            return found | {"epochs": 0}
+            return found | {"epochs": 0, "blend": 1.0}
         rates = {name: getattr(config, name) for name in ("text_lr", "image_lr")}
         found |= {name: float(f"{self.factor * rate:.6g}") for name, rate in rates.items() if rate is not None}
         return found | {"blend": self.blend}
@@ -138,10 +142,16 @@ class Choice:
         return next((row["name"] for row in self.candidates if row["chosen"]), "frozen + anchored probe")
 
     @classmethod
-    def read(cls, folder: Path) -> Choice | None:
-        """Read the choice of a run folder; None if it has none."""
+    def read(cls, folder: Path, config: TuneConfig) -> Choice | None:
+        """Read the choice of a run folder; None if it has none, or one of another configuration than `config`."""
         path = folder / CANDIDATES
-        return cls(**read_object(path, _MAX_BYTES)) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            found = cls(**read_object(path, _MAX_BYTES))
+            return found if found.asked | found.settings == config.identity() else None
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: damaged ({first_line(error)}). Tune again with `overwrite=True`.") from error
 
     def to_json(self) -> str:
         """Contents of the file."""
@@ -170,6 +180,8 @@ def held_out_masks(labels: Tensor, given: int) -> list[Tensor]:
     rank = torch.empty_like(labels)
     rank[order] = torch.arange(count) - (counts.cumsum(0) - counts)[labels[order]]
     held = (counts * share).ceil().clamp(max=counts - 1)
+    if held.sum() > MOST:  # an image of each class is too many: of some classes
+        held[torch.arange(len(held)) % math.ceil(held.sum().item() / MOST) > 0] = 0
     return [rank >= (counts - held)[labels]]
 
 
@@ -283,13 +295,14 @@ class Search:
         config = replace(self.config, **Candidate(self.method, factor).settings(self.config))
         method, classes = self.setup.method, self.setup.task.tests[0].classes
         sampler = method.clip.sampler if hasattr(method, "clip") else None
-        before = None if sampler is None else sampler.state_dict()
+        before, scaler = None if sampler is None else sampler.state_dict(), self.setup.precision.state_dict()
         part = self.features.subset(images.nonzero().squeeze(1))
         trainer = Trainer(config, method, self.setup.precision, part, classes)
         try:
             for _ in range(config.epochs or 0):
                 trainer.epoch(self.advance, lambda loss: None)
         finally:
+            self.setup.precision.load_state_dict(scaler)
             if sampler is not None and before is not None:
                 sampler.load_state_dict(before)
 
@@ -314,15 +327,20 @@ class Search:
 
     @property
     def allowed(self) -> list[Trial]:
-        """Trials so far that can be chosen: the first is only a comparison, if the method is given."""
-        return [trial for trial in self.trials if trial.candidate.factor is not None or self._chooses_frozen]
+        """Trials so far that can be chosen: the first is only a comparison, if the method or the head is given."""
+        trials = (trial for trial in self.trials if trial.candidate.head in self._heads)
+        return [trial for trial in trials if trial.candidate.factor is not None or self._chooses_frozen]
 
     def best(self) -> Trial:
         """Best trial by accuracy, of equal ones the lower loss."""
         if not self.allowed:
             raise FloatingPointError(f"tune: the training of every candidate diverged. {REMEDY}")
-        balanced = self.config.class_weight is not None or self.config.prior == "balanced"
-        return max(self.allowed, key=lambda t: (t.balanced_accuracy if balanced else t.accuracy, -t.loss))
+        return max(self.allowed, key=lambda t: (t.balanced_accuracy if self._balanced else t.accuracy, -t.loss))
+
+    @property
+    def _balanced(self) -> bool:
+        """True if candidates are compared by their balanced accuracy."""
+        return self.config.class_weight is not None or self.config.prior == "balanced"
 
     def choice(self, stopped: bool) -> Choice:
         """Return the choice among the trials so far; `stopped` before all of them."""
@@ -341,7 +359,7 @@ class Search:
             | {"chosen": trial is best}
             for trial in self.trials
         ]
-        because = f"highest accuracy on {images} held-out images"
+        because = f"highest {'balanced ' if self._balanced else ''}accuracy on {images} held-out images"
         because += ", of those before Ctrl-C" if stopped else ""
         fields, thresholds = calibrate(torch.cat(best.logits), self.labels)
         validation = {"images": images, "zero_shot": round(first.accuracy, 4), "tuned": round(best.accuracy, 4)}

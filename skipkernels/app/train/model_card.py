@@ -202,7 +202,8 @@ def _accuracy(config: TuneConfig, metrics: Mapping[str, Any]) -> list[str]:
         rows.append(f"| {name} | {metrics['classes'].get(name, '')} | {' | '.join(cells)} |")
     if config.test == "none":
         held = metrics.get("validation") or {}
-        images = f"{held['images']} validation images, which choose the epoch" if held else "there is none"
+        chosen = "candidate" if metrics.get("candidates") else "epoch"
+        images = f"{held['images']} validation images, which choose the {chosen}" if held else "there is none"
         cells = (f"{held[when]:.2f} %" if held.get(when) is not None else "–" for when in ("zero_shot", "tuned"))
         count = next(iter(metrics["classes"].values()))
         rows = [*rows[:2], f"| no test; {images} | {count} | {' | '.join(cells)} |"]

@@ -83,8 +83,8 @@ class Run:
         self.rows = [] if self.resumed is None else list(self.resumed.rows)  # of the complete epochs
         self.tuned: Evaluation | None = None  # after the last complete epoch, in the end of the best
         self.choice: Choice | None = None
-        if config.train_on_validation:
-            self.choice = processes.from_first(lambda: None if folder is None else Choice.read(folder.path))
+        if config.train_on_validation and config.resume:
+            self.choice = processes.from_first(lambda: None if folder is None else Choice.read(folder.path, config))
         self.l2 = 0.0  # penalty of the head, if it has one
         self.thresholds: list[dict[str, Any]] = []  # by accuracy on the validation images
         self.warnings: list[str] = []
@@ -106,7 +106,8 @@ class Run:
             raise
         except KeyboardInterrupt as error:
             done = f"{len(self.rows)} of {self.config.epochs} epochs are" if self.rows else "no epoch is"
-            how = f"; continue it with skipkernels tune --resume {self.config.out}" if self.rows else ""
+            started = self.rows or self.choice is not None
+            how = f"; continue it with skipkernels tune --resume {self.config.out}" if started else ""
             error.args = (f"{done} complete in {self.config.out}{how}",)
             raise
         finally:
@@ -153,7 +154,7 @@ class Run:
 
     def _adopt(self, choice: Choice) -> None:
         """Continue with the settings of a choice."""
-        self.choice, self.config = choice, replace(self.config, **choice.settings)
+        self.choice, self.config = choice, replace(self.config, **choice.settings).resolved()
         self.setup = replace(self.setup, config=self.config)
         self.described = self._describe()
         if self.folder is not None:

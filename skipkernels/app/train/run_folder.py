@@ -60,7 +60,7 @@ _FILES: tuple[str, ...] = (
     FEW_SHOT,
 )
 _FILES += (HEAD, CANDIDATES, PREDICTIONS_CSV, CONFUSION_CSV, BEST, CONFIG)
-_BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT}  # a run writes these files before its first epoch is complete
+_BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT, CANDIDATES}  # files of a run before its first epoch is complete
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every run
 _MAX_METRICS_BYTES = 1 << 24
@@ -194,8 +194,8 @@ def resumed(config: TuneConfig) -> TuneConfig:
 
 
 def chosen_before(config: TuneConfig) -> TuneConfig:
-    """Return the settings that an earlier run in the folder has chosen for the same configuration, to resume it."""
-    if not (config.chooses and config.resume and config.out):
+    """Return the settings that an earlier run in the folder has chosen for the same configuration; else `config`."""
+    if not (config.chooses and config.out):
         return config
     try:
         choice = read_object(config.out / CANDIDATES, _MAX_METRICS_BYTES)

@@ -107,7 +107,7 @@ def tune(
     config = resumed(config)
     command = command_line("tune", config, processes=processes.size) if dataset is None else ""
     config, open_data = _resolved(config, open_data, processes)
-    config = chosen_before(config)
+    config = chosen_before(config) if config.resume else config
     # Run folder. It is not written before its lock is held.
     folder = RunFolder(config) if processes.first else None
     finished = processes.from_first(lambda: folder and _finished(folder, console))
@@ -129,6 +129,7 @@ def tune(
 def check(config: TuneConfig) -> None:
     """Raise the errors that `tune` would raise before training, without training."""
     config, open_data = _resolved(resumed(config), None, ALONE)
+    config = chosen_before(config) if config.resume else config
     with _memory_errors(), _seeded(config):
         Run(config, open_data, ALONE, RunFolder(config))
 

@@ -101,3 +101,13 @@ def test_folds_command_bad_options(options, message, tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     assert main(["tune", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split()) and not list(tmp_path.iterdir())
+
+
+def test_folds_of_the_default_are_continued(tmp_path, capsys):
+    """Complete runs, each of which chose settings of its own, are kept; the others are resumed."""
+    arguments = ["tune", "--folds", "2", "--data", "pictograms:food", "--max-classes", "4", "--epochs", "0"]
+    arguments += ["--device", "cpu", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in written} == written

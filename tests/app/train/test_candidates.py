@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import signal
 
 import pytest
@@ -84,6 +85,7 @@ def test_trials_do_not_depend_on_each_other():
         ([2] * 200, 0, [200]),  # a half of each, so that there are 200
         ([10] * 100, 0, [200]),
         ([1000] * 20, 0, [2000]),  # the most
+        ([10] * 5000, 0, [1667]),  # of every third class
         ([1] * 300 + [3] * 100, 0, [100]),  # a class with one image is not held out
         ([4] * 5, 0, [10, 10]),  # few
         ([1] * 50, 0, []),
@@ -113,6 +115,56 @@ def test_a_resumed_run_does_not_choose_again(run, tmp_path, monkeypatch):
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     with pytest.raises(InputError, match="resume: "), shortened():
         tune(small(tmp_path / "cut", resume=True, **changes | {"seed": 1}))
+
+
+def winning(monkeypatch, chosen):
+    """Let the candidates for which `chosen` returns True win."""
+
+    def score(self, labels):
+        self.accuracy = self.balanced_accuracy = 100.0 * chosen(self.candidate)
+
+    monkeypatch.setattr(candidates.Trial, "score", score)
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen", "settings"),
+    [
+        ({"prior": "balanced"}, lambda c: c.head == "none" and c.factor == 1, {"head": "none", "prior": "images"}),
+        ({"blend": 0.5, "head": "anchored"}, lambda c: c.factor is None, {"epochs": 0, "blend": 1.0}),
+        ({"head": "anchored"}, lambda c: c.head == "none", {"head": "anchored"}),
+    ],
+    ids=["prior", "blend", "head"],
+)
+def test_a_choice_is_a_valid_configuration(tmp_path, monkeypatch, changes, chosen, settings):
+    """It is read again, and keeps a head that is given."""
+    winning(monkeypatch, chosen)
+    with shortened():
+        metrics = tune(small(tmp_path / "run", **AUTO | changes))
+    config = TuneConfig.from_yaml(tmp_path / "run" / "config.yaml")
+    assert {name: getattr(config, name) for name in settings} == settings
+    assert evaluate_run(tmp_path / "run") == metrics["tuned"]
+
+
+def test_a_choice_of_another_run_is_not_taken_over(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    config = dataclasses.replace(TuneConfig.from_yaml(copy / "config.yaml"), seed=1, out=copy, overwrite=True)
+    with shortened():
+        metrics = tune(config)
+    assert metrics["candidates"] is None and not (copy / "candidates.json").exists()
+    (copy / "candidates.json").write_text("[]")
+    with pytest.raises(InputError, match="candidates.json: damaged"):
+        candidates.Choice.read(copy, config)
+
+
+def test_a_run_that_was_stopped_before_its_first_epoch_starts_again(tmp_path):
+    changes = AUTO | {"head": "none"}
+    with shortened():
+        stopped(
+            tmp_path / "run", step=20, **changes
+        )  # in the last training: three before have three steps on each half
+        assert (tmp_path / "run" / "candidates.json").exists()
+        assert tune(small(tmp_path / "run", **changes))["status"] == "complete"
 
 
 def test_ctrl_c_keeps_the_best_so_far(tmp_path, monkeypatch):
@@ -162,10 +214,7 @@ def test_candidates_keep_new_classes_where_these_are_tested():
 
 
 def test_a_probe_is_chosen_if_it_is_the_best(monkeypatch):
-    def score(self, labels):
-        self.accuracy = 100.0 * (self.candidate.head == "probe")
-
-    monkeypatch.setattr(candidates.Trial, "score", score)
+    winning(monkeypatch, lambda candidate: candidate.head == "probe")
     search = search_of(epochs=0)
     list(search.run())
     assert search.choice(stopped=False).settings["head"] == "probe"
@@ -218,9 +267,10 @@ def test_auto_is_the_default_of_own_data_and_pictograms(settings, method, head):
     assert config.resolved() == config
 
 
-def test_auto_refuses_crops():
-    with pytest.raises(InputError, match="refresh=epoch needs a chosen method and head; add method=skip"):
-        dataclasses.replace(TuneConfig(), refresh="epoch").resolved()
+@pytest.mark.parametrize(("name", "value"), [("refresh", "epoch"), ("patience", 2)])
+def test_auto_refuses_settings_of_one_training(name, value):
+    with pytest.raises(InputError, match=f"{name}.* needs a chosen method and head; add method=skip"):
+        dataclasses.replace(TuneConfig(), validation=0.2, **{name: value}).resolved()
 
 
 def test_names_of_candidates_differ():
