@@ -39,13 +39,16 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/trainers.md": {"trainers": operators.trainers},
 }
 NOTHING = "Not measured yet."
-_IN_WHEN, _IN_DETAILS = ("harmonic", "differences", "base", "new"), ("settings", "cost", "steps")
+_WHEN = {"": ("default", "choices", "differences"), "-tables": ("harmonic", "joint", "base", "new")}
+_WHEN |= {"-details": ("settings", "cost", "steps")}
 # Tables of results that do not depend on the device, by page and name.
 STUDIES: dict[str, dict[str, Callable[[Sequence[Device]], str]]] = {
     "docs/gpu.md": {"gpu-model": studies.estimates},
     "docs/using-a-model.md": {"unknown": studies.unknown_scores, "unknown-thresholds": studies.unknown_thresholds},
-    "docs/when.md": {f"when-{name}": partial(studies.when, name=name) for name in _IN_WHEN},
-    "docs/when-details.md": {f"when-{name}": partial(studies.when, name=name) for name in _IN_DETAILS},
+    **{
+        f"docs/when{page}.md": {f"when-{name}": partial(studies.when, name=name) for name in names}
+        for page, names in _WHEN.items()
+    },
     "docs/fused-blocks.md": {"fuse": studies.fused},
 }
 

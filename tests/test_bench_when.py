@@ -199,13 +199,25 @@ def test_reported_runs_have_every_omega():
     assert configs["skip, one class"].sampler == "class_pure" and configs["full"].method == "full"
 
 
+def test_what_is_clearly_above_the_default():
+    """A variant that is always equal to it, as where it was chosen, takes nothing from the others."""
+    values = {"auto": (50.0, 60.0, 70.0), "full": (53.0, 63.1, 72.9), "skip, ω = ½": (50.0, 60.0, 70.0)}
+    found = [
+        row(method, seed, value) | {"chosen": "x"} for method, of in values.items() for seed, value in enumerate(of)
+    ]
+    assert summary.corrected([[0.0, 0.0, 0.0], [1.0, 1.1, 0.9]])[1] < 0.05
+    _, lines = summary.default_table(found)
+    assert [line[2] for line in lines] == ["full fine-tuning +3.0 ± 0.2 of 3"]  # zero-shot is the third
+    assert summary.choices_table(found)[1] == [["x", "3"]]
+
+
 def test_tables_show_means_and_paired_differences():
     means = {"skip, ω = ½": (50.0, 60.0, 70.0), "full": (49.0, 59.5, 68.5), "clip-adapter": (40.0, 40.0, 40.0)}
     found = [row(method, seed, value) for method, of in means.items() for seed, value in enumerate(of)]
     found += [row("skip, ω = ½", seed, 65.0, blended=1) for seed in range(3)]
     found += [row("full", seed, 64.0, blended=1) | {"head": "gaussian"} for seed in range(3)]
     _, lines = summary.accuracy_table(found, "harmonic")
-    cells = {line[0]: line[1] for line in lines}
+    cells = {line[0]: line[2] for line in lines}
     assert cells["Skip Tuning, ω = ½"] == "60.0 ± 24.8" and cells["zero-shot"] == "30.0 ± 0.0"
     assert cells["Skip Tuning, ω = ½, blended"] == "**65.0 ± 0.0**" and "CoOp" not in cells
     assert cells["full fine-tuning, blended + gaussian"] == "64.0 ± 0.0" and "full fine-tuning, blended" not in cells
