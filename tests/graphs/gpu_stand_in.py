@@ -434,6 +434,7 @@ def stand_in() -> Iterator[Gpu]:
         "stream": gpu.stream,
         "device": lambda device: contextlib.nullcontext(),
         "graph_pool_handle": Pool,
+        "get_allocator_backend": lambda: "native",  # a build without CUDA has none
     }
     with (
         mock.patch.multiple(torch.cuda, **cuda),

@@ -97,8 +97,8 @@ def export(
         >>> import logging, tempfile; logging.disable()
         >>> import open_clip, skipkernels as sk
         >>> out = Path(tempfile.mkdtemp())
-        >>> config = sk.TuneConfig(data="pictograms:food", max_classes=4, epochs=1, device="cpu", out=out / "run")
-        >>> _ = sk.tune(config)
+        >>> config = sk.TuneConfig(data="pictograms:food", method="skip", max_classes=4, epochs=1, out=out / "run")
+        >>> _ = sk.tune(config, device="cpu")
         >>> sorted(sk.export(out / "run", "open-clip", out / "exported").files)[:2]
         ['README.md', 'classifier.json']
         >>> model = open_clip.create_model(f"local-dir:{out / 'exported'}")

@@ -65,7 +65,7 @@ def test_resume_is_bitwise_identical(whole, tmp_path):
 
 def test_patience_without_validation():
     with pytest.raises(InputError, match="patience needs validation images; add `validation=0.2`") as caught:
-        TuneConfig(patience=3).resolved()
+        TuneConfig(method="skip", patience=3).resolved()
     assert caught.value.argument == "patience"
     with pytest.raises(InputError, match="validation must be a share between 0 and 1; got 1.5"):
         TuneConfig(validation=1.5).resolved()
