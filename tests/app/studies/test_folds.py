@@ -103,7 +103,7 @@ def test_folds_command_bad_options(options, message, tmp_path, capsys, monkeypat
     assert message in " ".join(capsys.readouterr().err.split()) and not list(tmp_path.iterdir())
 
 
-def test_folds_of_the_default_are_continued(tmp_path, capsys):
+def test_folds_of_the_default_are_continued(tmp_path, capsys, in_process):
     """Complete runs, each of which chose settings of its own, are kept; the others are resumed."""
     arguments = ["tune", "--folds", "2", "--data", "pictograms:food", "--max-classes", "4", "--epochs", "0"]
     arguments += ["--device", "cpu", "--out", str(tmp_path)]
