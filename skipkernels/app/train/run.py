@@ -106,7 +106,7 @@ class Run:
             raise
         except KeyboardInterrupt as error:
             done = f"{len(self.rows)} of {self.config.epochs} epochs are" if self.rows else "no epoch is"
-            started = self.rows or self.choice is not None
+            started = self.rows or (self.config.out is not None and (self.config.out / CANDIDATES).exists())
             how = f"; continue it with skipkernels tune --resume {self.config.out}" if started else ""
             error.args = (f"{done} complete in {self.config.out}{how}",)
             raise

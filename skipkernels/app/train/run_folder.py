@@ -52,7 +52,6 @@ _FILES: tuple[str, ...] = (
     PREDICTIONS,
     CARD,
     CLASSIFIER,
-    HEAD,
     MODEL,
     DELTA,
     OPEN_CLIP,
