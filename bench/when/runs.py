@@ -32,6 +32,7 @@ from skipkernels.app.train.run import Run as TuneRun
 from skipkernels.app.train.setup import BATCH, RunSetup, build_method
 from skipkernels.app.train.trainer import Trainer
 from skipkernels.memory import PeakMemory
+from skipkernels.options import HeadName
 
 from . import tasks
 from .tasks import Phase, Shift
@@ -107,7 +108,7 @@ MANY_EPOCHS = 2  # of "many classes"
 # The accuracies of a run. "joint": on the test images of base and new classes, among all of them.
 ACCURACIES = ("base", "new", "harmonic", "joint")
 # Heads (`skipkernels.app.heads`), and the variants that are also tested with each, before and after a blend.
-HEADS = ("anchored", "gaussian")
+HEADS: tuple[HeadName, ...] = ("anchored", "gaussian")
 HEADED = ("zero-shot", "skip, ω = ½", "full")
 
 
@@ -277,12 +278,10 @@ def fit_arguments(method: Method, train: FeatureCache) -> tuple[torch.Tensor, to
     return *embedded(method, train), text, method.model.logit_scale.exp().item()
 
 
-def fit_heads(method: Method, train: FeatureCache, l2: float) -> dict[str, heads.Head]:
+def fit_heads(method: Method, train: FeatureCache, l2: float) -> dict[str, heads.Head | None]:
     """Fit each of `HEADS`."""
-    image, labels, text, scale = fit_arguments(method, train)
-    gaussian = heads.gaussian_head(image, labels, len(text))
-    found = heads.anchored_probe(image, labels, text, scale, l2), heads.with_text(gaussian, image, text, scale)
-    return dict(zip(HEADS, found, strict=True))
+    found = heads.Examples(*fit_arguments(method, train))
+    return {name: heads.fit_head(name, found, l2) for name in HEADS}
 
 
 def accuracies(

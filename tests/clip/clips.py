@@ -53,3 +53,14 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys() and all(one[name].equal(value) for name, value in other.items())
+
+
+def insert_lora(module: nn.Module, name: str) -> None:
+    """Insert PEFT's LoRA with random factors."""
+    import peft  # slow
+
+    config = peft.LoraConfig(r=2, target_modules=[name])
+    peft.inject_adapter_in_model(config, module)
+    for key, parameter in module.named_parameters():
+        if "lora_" in key:
+            parameter.data = 0.1 * torch.randn(parameter.shape, dtype=torch.float64)

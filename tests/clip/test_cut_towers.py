@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
+from clips import insert_lora
 from models import tiny_batch, tiny_clip, tiny_tokens
 from reference_step import assert_matches_reference_step
 from torch import nn
@@ -15,20 +15,11 @@ from skipkernels.towers.families import open_clip as open_clip_towers
 C = 7
 
 
-def _with_lora(module: nn.Module, name: str) -> None:
-    """Insert PEFT's LoRA with random factors."""
-    config = peft.LoraConfig(r=2, target_modules=[name])
-    peft.inject_adapter_in_model(config, module)
-    for key, parameter in module.named_parameters():
-        if "lora_" in key:
-            parameter.data = 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
-
-
 def with_adapters(block: int) -> nn.Module:
     """Return a frozen model with trainable LoRA of PEFT in the MLP of one block of each tower."""
     model = tiny_clip().requires_grad_(False)
     for stack in (model.visual.transformer, model.transformer):
-        _with_lora(stack.resblocks[block], "c_proj")
+        insert_lora(stack.resblocks[block], "c_proj")
     return model
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 
 import open_clip
-import peft
 import pytest
 import torch
-from clips import make_clip
+from clips import insert_lora, make_clip
 from models import tiny_batch, tiny_clip, tiny_tokens
 from open_clip.transformer import ResidualAttentionBlock as Block
 from reference_step import assert_matches_reference_step
@@ -20,15 +19,6 @@ import skipkernels as sk
 from skipkernels.towers.block import unfused
 
 C = 7
-
-
-def _with_lora(module: nn.Module, name: str) -> None:
-    """Insert PEFT's LoRA with random factors."""
-    config = peft.LoraConfig(r=2, target_modules=[name])
-    peft.inject_adapter_in_model(config, module)
-    for key, parameter in module.named_parameters():
-        if "lora_" in key:
-            parameter.data = 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
 
 
 def _in_place(model: nn.Module) -> None:
@@ -109,7 +99,7 @@ FOLLOWED = {
     "eps": _both(lambda b: setattr(b.ln_2, "eps", 0.1)),
     "activation": _both(lambda b: setattr(b.mlp, "gelu", open_clip.transformer.QuickGELU())),
     "unknown_activation": _both(lambda b: setattr(b.mlp, "gelu", nn.SiLU())),
-    "peft": _both(lambda b: _with_lora(b, "c_proj")),
+    "peft": _both(lambda b: insert_lora(b, "c_proj")),
     "weight_norm": _both(lambda b: torch.nn.utils.parametrizations.weight_norm(b.mlp.c_fc)),
     "hook": _both(lambda b: b.register_forward_hook(_scale)),
     "pre_hook": _both(lambda b: b.register_forward_pre_hook(lambda mod, args: (1.1 * args[0], *args[1:]))),

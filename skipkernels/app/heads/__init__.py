@@ -10,7 +10,7 @@ Each is a `Head`, logits = weight · x/|x| + bias. They know nothing of models a
     [0, 0, 1, 1]
 """
 
-from .anchored import CANDIDATES, anchored_l2, anchored_probe, halves, linear_probe, probe_l2
+from .anchored import CANDIDATES, anchored_l2, anchored_probe, halves, linear_probe, probe_l2, ranks
 from .fitting import NAMES, Examples, choose_l2, fit_head
 from .gaussian import SHRINKAGE, gaussian_head, with_text
 from .head import Head, balanced
@@ -30,5 +30,6 @@ __all__ = [
     "halves",
     "linear_probe",
     "probe_l2",
+    "ranks",
     "with_text",
 ]

@@ -141,10 +141,20 @@ def _best_l2(
 
 def halves(labels: Tensor) -> Tensor:
     """Half 0 or 1 of the images of each class, in the given order, [n]; −1 for the image of a class with one."""
+    counts = labels.bincount()
+    return torch.where(counts[labels] == 1, -1, (2 * ranks(labels) >= counts[labels]).long())
+
+
+def ranks(labels: Tensor) -> Tensor:
+    """Number of earlier images of the same class, of each image, [n].
+
+    >>> ranks(torch.tensor([1, 0, 1, 1])).tolist()
+    [0, 0, 1, 2]
+    """
     order, counts = labels.argsort(stable=True), labels.bincount()
-    rank = torch.empty_like(labels)
-    rank[order] = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
-    return torch.where(counts[labels] == 1, -1, (2 * rank >= counts[labels]).long())
+    found = torch.empty_like(labels)
+    found[order] = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
+    return found
 
 
 def _checked_without_text(

@@ -12,13 +12,12 @@ from ...digests import digest_file
 from ...folders import restored
 from ..config import TuneConfig
 from ..data import InputError, SizedDataset
-from ..heads import fit_head
 from ..train import weights
 from ..train.calibration import calibrate
 from ..train.checkpoint import MODEL
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluator
-from ..train.fitted_head import examples, save_head
+from ..train.fitted_head import save_head, use_fitted_head
 from ..train.interpolation import Interpolation
 from ..train.own_dataset import KIND, OwnData
 from ..train.predictions import TestPredictions
@@ -110,9 +109,7 @@ def blend(
     chosen = choose(curve["accuracy"].get(VALIDATION)) if alpha == "auto" else float(alpha)
     weighted.set(chosen)
     if features is not None:
-        found = examples(setup, setup.method, features)
-        head = fit_head(config.head, found, metrics["l2"], equal_priors=config.prior == "balanced")
-        setup.method.use_head(head, setup.task.tests[0].classes)
+        use_fitted_head(setup, features, metrics["l2"])
     blended = evaluator.evaluate(setup.method)
     described = describe(new_folder.config, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
     held = evaluator.validation_logits(setup.method)

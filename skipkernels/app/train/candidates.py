@@ -31,7 +31,7 @@ from ...formatting import first_line
 from ...options import HeadName
 from ..config import TuneConfig
 from ..data import InputError
-from ..heads import NAMES, Examples, choose_l2, fit_head, halves
+from ..heads import NAMES, Examples, choose_l2, fit_head, halves, ranks
 from ..methods.base import cosine_logits
 from ..methods.registry import AUTO
 from ..untrusted import read_object
@@ -176,13 +176,11 @@ def held_out_masks(labels: Tensor, given: int) -> list[Tensor]:
     if count < FEW:
         return [half == 0, half == 1]
     share = min(max(SHARE, LEAST / count), MOST / count)
-    order, counts = labels.argsort(stable=True), labels.bincount()
-    rank = torch.empty_like(labels)
-    rank[order] = torch.arange(count) - (counts.cumsum(0) - counts)[labels[order]]
+    counts = labels.bincount()
     held = (counts * share).ceil().clamp(max=counts - 1)
     if held.sum() > MOST:  # an image of each class is too many: of some classes
         held[torch.arange(len(held)) % math.ceil(held.sum().item() / MOST) > 0] = 0
-    return [rank >= (counts - held)[labels]]
+    return [ranks(labels) >= (counts - held)[labels]]
 
 
 class Search:
@@ -194,6 +192,7 @@ class Search:
 
     Attributes:
         advance: Called after each training step.
+        frozen: All training images on the pretrained model.
         masks: Mask [n] of the held-out images of each split.
         trials: Trials so far, the first of the texts on pretrained embeddings.
     """
@@ -204,7 +203,8 @@ class Search:
         self.masks = held_out_masks(features.labels, setup.task.held_out)
         self.labels = torch.cat([features.labels[mask] for mask in self.masks] or [features.labels[:0]])
         self.trials: list[Trial] = []
-        self._frozen = examples(setup, setup.method, features)
+        self.frozen = examples(setup, features)
+        self._between = Interpolation(setup.trained)
         self._l2: dict[tuple[int, HeadName], float] = {}  # by split
 
     @property
@@ -258,17 +258,16 @@ class Search:
         """Try candidates with the same training on each split."""
         trials = [Trial(candidate) for candidate in candidates]
         for number, mask in enumerate(self.masks):
-            between = Interpolation(self.setup.trained)
             started = time.perf_counter()
             try:
                 if candidates[0].factor is not None:
                     self._train(candidates[0].factor, ~mask)
-                between.end()
+                self._between.end()
                 trained = time.perf_counter() - started
                 for blend in dict.fromkeys(candidate.blend for candidate in candidates):
-                    between.set(blend)
+                    self._between.set(blend)
                     started = time.perf_counter()
-                    found = examples(self.setup, self.setup.method, self.features)
+                    found = self.frozen if candidates[0].factor is None else examples(self.setup, self.features)
                     if not (found.image.isfinite().all() and found.text.isfinite().all()):
                         raise FloatingPointError
                     embedded = time.perf_counter() - started
@@ -279,8 +278,8 @@ class Search:
             except FloatingPointError:
                 return []
             finally:
-                between.end()
-                between.set(0)
+                self._between.end()
+                self._between.set(0)
         for trial in trials:
             trial.score(self.labels)
         self.trials += trials
@@ -314,7 +313,7 @@ class Search:
         if name == "none":
             return cosine_logits(image, found.text, self.setup.method.model.logit_scale).float().cpu()
         if (split, name) not in self._l2:
-            self._l2[split, name] = choose_l2(name, _part(self._frozen, ~held))
+            self._l2[split, name] = choose_l2(name, _part(self.frozen, ~held))
         balanced = self.config.prior == "balanced"
         head = fit_head(name, _part(found, ~held), self._l2[split, name], equal_priors=balanced)
         assert head is not None

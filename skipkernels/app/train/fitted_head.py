@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from ...digests import digest_file
 from ...features import FeatureCache
 from ..data import InputError
-from ..heads import Examples, Head
-from ..methods import Method
+from ..heads import Examples, Head, fit_head
 from .checkpoint import HEAD
 from .description import Description
 from .setup import BATCH, RunSetup
@@ -21,8 +20,9 @@ from .weights import save_weights
 
 
 @torch.no_grad()
-def examples(setup: RunSetup, method: Method, features: FeatureCache) -> Examples:
+def examples(setup: RunSetup, features: FeatureCache) -> Examples:
     """Embed training images, by their features, and the texts of their classes, with the weights as they are."""
+    method = setup.method
     method.train(False)
     with setup.precision.autocast():
         batches = features.loader(BATCH, "sequential", device=setup.device)
@@ -30,6 +30,13 @@ def examples(setup: RunSetup, method: Method, features: FeatureCache) -> Example
         text = method.class_embeddings(setup.task.tests[0].name)
     labels = features.labels.to(image.device)
     return Examples(image, labels, text, method.model.logit_scale.exp().item())
+
+
+def use_fitted_head(setup: RunSetup, features: FeatureCache, l2: float) -> None:
+    """Fit the head of the configuration to all training images, and classify the trained classes by it."""
+    config = setup.config
+    head = fit_head(config.head, examples(setup, features), l2, equal_priors=config.prior == "balanced")
+    setup.method.use_head(head, setup.task.tests[0].classes)
 
 
 def save_head(folder: Path, head: Head | None, described: Description) -> Description:

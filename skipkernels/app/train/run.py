@@ -22,7 +22,7 @@ from ..console import print_plain
 from ..data import InputError, Source, save_few_shot
 from ..data.check import unreadable_images
 from ..data.files import format_names
-from ..heads import choose_l2, fit_head
+from ..heads import Examples, choose_l2
 from ..report.words import name_of_method, title_of
 from . import checkpoint, notes
 from .calibration import calibrate
@@ -33,7 +33,7 @@ from .description import Description, describe, write_open_clip_config
 from .environment import environment
 from .errors import argument_error
 from .evaluation import Evaluation, Evaluator
-from .fitted_head import examples, save_head
+from .fitted_head import examples, save_head, use_fitted_head
 from .interpolation import Interpolation
 from .loggers import Logger, open_loggers
 from .processes import Processes
@@ -127,17 +127,19 @@ class Run:
 
     def choose(self) -> None:
         """Choose the settings among candidates, if the configuration leaves them open, and the penalty of the head."""
+        frozen: Examples | None = None
         if self.config.chooses:
-            self._adopt(self._choice())
+            search = Search(self.setup, self.features)
+            self._adopt(self._choice(search))
+            frozen = search.frozen
         head = self.config.head
         if head != "none":  # before training, and before a resumed run loads tuned weights
-            self.l2 = choose_l2(head, examples(self.setup, self.method, self.features))
+            self.l2 = choose_l2(head, frozen or examples(self.setup, self.features))
         if self.config.blend != 1:
             self.between = Interpolation(self.setup.trained)
 
-    def _choice(self) -> Choice:
+    def _choice(self, search: Search) -> Choice:
         """Try candidates until all are done, or Ctrl-C."""
-        search = Search(self.setup, self.features)
         search.advance = self.display.candidates(search.steps)
         stopped, started = False, time.perf_counter()
         try:
@@ -287,9 +289,7 @@ class Run:
             self.between.end()
             self.between.set(config.blend)
         if config.head != "none":
-            found = examples(self.setup, self.method, self.features)
-            head = fit_head(config.head, found, self.l2, equal_priors=config.prior == "balanced")
-            self.method.use_head(head, self.task.tests[0].classes)
+            use_fitted_head(self.setup, self.features, self.l2)
         if config.blend != 1 or config.head != "none":
             self.tuned = self.evaluator.evaluate(self.method)
 
