@@ -25,7 +25,8 @@ from ..config import TuneConfig
 from ..console import Terminal, plain, print_plain
 from ..data import InputError
 from ..train import check, tune
-from ..train.run_folder import CONFIG, METRICS, chosen_before, read_metrics
+from ..train.choice import chosen_before
+from ..train.run_folder import CONFIG, METRICS, read_metrics
 
 RUNS = "runs"
 

@@ -14,12 +14,10 @@ raises logits of trained classes alone, and a linear probe has none for others.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -27,21 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...features import FeatureCache
-from ...formatting import first_line
 from ...options import HeadName
 from ..config import TuneConfig
-from ..data import InputError
 from ..heads import NAMES, Examples, choose_l2, fit_head, halves, ranks
 from ..methods.base import cosine_logits
 from ..methods.registry import AUTO
-from ..untrusted import read_object
 from .calibration import calibrate
+from .choice import Choice
 from .class_metrics import metrics_of_test
 from .fitted_head import examples
 from .interpolation import Interpolation
 from .precision import REMEDY
 from .predictions import TOP, TopClasses
-from .run_folder import CANDIDATES
 from .setup import RunSetup
 from .trainer import Trainer
 
@@ -51,7 +46,6 @@ BLENDS = (1.0, 0.5)
 """Weights of the tuned model; 1/2 is what Wortsman et al. (WiSE-FT) recommend where nothing is known about new data."""
 FEW = 400  # training images, below which all of them are held out, half by half
 SHARE, LEAST, MOST = 0.2, 200, 2000  # held-out images otherwise: a fifth of all, and the smallest and largest number
-_MAX_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -122,40 +116,6 @@ class Trial:
         self.accuracy = 100 * correct.mean().item()
         self.balanced_accuracy = 100 * by_class[counts > 0].mean().item()
         self.loss = F.cross_entropy(logits.double(), labels).item()
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The chosen candidate, and how it came about: the contents of candidates.json."""
-
-    asked: dict[str, Any]  # `TuneConfig.identity` of the configuration that asked for a choice
-    settings: dict[str, Any]  # fields of the configuration, which replace those
-    candidates: list[dict[str, Any]]  # for metrics.json
-    because: str
-    calibration: dict[str, Any]  # fields of a `Description`
-    validation: dict[str, Any] | None  # for metrics.json
-    by_class: list[dict[str, Any]]  # on the held-out images: zero-shot, chosen
-
-    @property
-    def name(self) -> str:
-        """Name of the chosen candidate."""
-        return next((row["name"] for row in self.candidates if row["chosen"]), "frozen + anchored probe")
-
-    @classmethod
-    def read(cls, folder: Path, config: TuneConfig) -> Choice | None:
-        """Read the choice of a run folder; None if it has none, or one of another configuration than `config`."""
-        path = folder / CANDIDATES
-        if not path.is_file():
-            return None
-        try:
-            found = cls(**read_object(path, _MAX_BYTES))
-            return found if found.asked | found.settings == config.identity() else None
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({first_line(error)}). Tune again with `overwrite=True`.") from error
-
-    def to_json(self) -> str:
-        """Contents of the file."""
-        return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def held_out_masks(labels: Tensor, given: int) -> list[Tensor]:

@@ -26,8 +26,9 @@ from ..heads import Examples, choose_l2
 from ..report.words import name_of_method, title_of
 from . import checkpoint, notes
 from .calibration import calibrate
-from .candidates import Choice, Search
+from .candidates import Search
 from .checkpoint import DELTA, HEAD, MODEL, Checkpoint, best_epoch, has_stalled
+from .choice import Choice
 from .class_metrics import VALIDATION
 from .description import Description, describe, write_open_clip_config
 from .environment import environment
@@ -84,7 +85,8 @@ class Run:
         self.tuned: Evaluation | None = None  # after the last complete epoch, in the end of the best
         self.choice: Choice | None = None
         if config.train_on_validation and config.resume:
-            self.choice = processes.from_first(lambda: None if folder is None else Choice.read(folder.path, config))
+            found = processes.from_first(lambda: None if folder is None else Choice.read(folder.path))
+            self.choice = found if found is not None and found.made(config) else None
         self.l2 = 0.0  # penalty of the head, if it has one
         self.thresholds: list[dict[str, Any]] = []  # by accuracy on the validation images
         self.warnings: list[str] = []

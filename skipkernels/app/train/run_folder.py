@@ -192,18 +192,6 @@ def resumed(config: TuneConfig) -> TuneConfig:
     return dataclasses.replace(found, **given)
 
 
-def chosen_before(config: TuneConfig) -> TuneConfig:
-    """Return the settings that an earlier run in the folder has chosen for the same configuration; else `config`."""
-    if not (config.chooses and config.out):
-        return config
-    try:
-        choice = read_object(config.out / CANDIDATES, _MAX_METRICS_BYTES)
-        same = choice["asked"] == config.identity()
-        return dataclasses.replace(config, **choice["settings"]) if same else config
-    except (OSError, ValueError, LookupError, TypeError):
-        return config  # the choice is made again
-
-
 def has_run(folder: Path) -> bool:
     """Return True if a folder has the config.yaml of a run."""
     try:

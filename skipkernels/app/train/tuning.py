@@ -17,13 +17,14 @@ from ..console import ignore_write_errors, print_plain
 from ..data import SizedDataset, Source
 from ..methods.registry import AUTO
 from ..methods.skip import Skip
+from .choice import chosen_before
 from .command_line import command_line
 from .errors import argument_error
 from .loggers import Logger
 from .own_dataset import OwnData
 from .processes import ALONE, Processes, join
 from .run import Run
-from .run_folder import RunFolder, chosen_before, resumed
+from .run_folder import RunFolder, resumed
 
 
 def tune(

@@ -154,7 +154,7 @@ def test_a_choice_of_another_run_is_not_taken_over(run, tmp_path):
     assert metrics["candidates"] is None and not (copy / "candidates.json").exists()
     (copy / "candidates.json").write_text("[]")
     with pytest.raises(InputError, match="candidates.json: damaged"):
-        candidates.Choice.read(copy, config)
+        candidates.Choice.read(copy)
 
 
 def test_a_run_that_was_stopped_before_its_first_epoch_starts_again(tmp_path):

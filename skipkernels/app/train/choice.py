@@ -1,0 +1,65 @@
+"""The choice of a run between candidates, candidates.json. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...formatting import first_line
+from ..config import TuneConfig
+from ..data import InputError
+from ..untrusted import read_object
+from .run_folder import CANDIDATES
+
+_MAX_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate, and how it came about: the contents of candidates.json."""
+
+    asked: dict[str, Any]  # `TuneConfig.identity` of the configuration that asked for a choice
+    settings: dict[str, Any]  # fields of the configuration, which replace those
+    candidates: list[dict[str, Any]]  # for metrics.json
+    because: str
+    calibration: dict[str, Any]  # fields of a `Description`
+    validation: dict[str, Any] | None  # for metrics.json
+    by_class: list[dict[str, Any]]  # on the held-out images: zero-shot, chosen
+
+    @property
+    def name(self) -> str:
+        """Name of the chosen candidate."""
+        return next((row["name"] for row in self.candidates if row["chosen"]), "frozen + anchored probe")
+
+    @classmethod
+    def read(cls, folder: Path) -> Choice | None:
+        """Read the choice of a run folder; None if it has none."""
+        path = folder / CANDIDATES
+        if not path.is_file():
+            return None
+        try:
+            return cls(**read_object(path, _MAX_BYTES))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: damaged ({first_line(error)}). Tune again with `overwrite=True`.") from error
+
+    def made(self, config: TuneConfig) -> bool:
+        """Return True if the settings of a configuration are those of this choice."""
+        return self.asked | self.settings == config.identity()
+
+    def to_json(self) -> str:
+        """Contents of the file."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def chosen_before(config: TuneConfig) -> TuneConfig:
+    """Return the settings that an earlier run in the folder has chosen for the same configuration; else `config`."""
+    if not (config.chooses and config.out):
+        return config
+    try:
+        choice = Choice.read(config.out)
+        same = choice is not None and choice.asked == config.identity()
+        return replace(config, **choice.settings) if choice and same else config
+    except (InputError, TypeError):
+        return config  # the choice is made again
