@@ -248,7 +248,7 @@ class TuneConfig(
 
     def _check(self) -> None:
         for name in self._unused():
-            _refuse(name, f'{name}={getattr(self, name)} has no effect with method="{self.method}"; leave it out.')
+            _refuse(name, f"{name}={getattr(self, name)} has no effect with `method={self.method}`; leave it out.")
         for name in ("targets", "log"):
             if getattr(self, name) == ():
                 _refuse(name, f"{name} must have an item; got none. Leave it out for the default.")
@@ -258,13 +258,13 @@ class TuneConfig(
         if self.epochs == 0 and self.augments:
             _refuse("refresh", "refresh=epoch has no effect without epochs; leave it out.")
         if self.augments and self.chooses:
-            _refuse("refresh", "refresh=epoch needs a chosen method and head; add method=skip, or leave it out.")
+            _refuse("refresh", "refresh=epoch needs a chosen method and head; add `method=skip`, or leave it out.")
         if self.patience is not None and self.chooses:
-            _refuse("patience", "patience needs a chosen method and head; add method=skip, or leave it out.")
+            _refuse("patience", "patience needs a chosen method and head; add `method=skip`, or leave it out.")
         if self.epochs == 0 and self.blend != 1:
             _refuse("blend", f"blend={self.blend:g} has no effect without epochs; leave it out.")
         if self.head == "none" and self.prior != "images":
-            _refuse("prior", f"prior={self.prior} is that of a head; add head=anchored, or leave it out.")
+            _refuse("prior", f"prior={self.prior} is that of a head; add `head=anchored`, or leave it out.")
         if not isinstance(self.validation, str) and not 0 < self.validation < 1:
             _refuse("validation", f"validation must be a share between 0 and 1; got {self.validation}.")
         if self.fold is not None:
@@ -274,17 +274,17 @@ class TuneConfig(
             fixed = {"protocol": "few-shot", "test": "split"}
             for name, value in fixed.items():
                 if getattr(self, name) != value:
-                    _refuse("fold", f"fold needs {name}={value}; got {name}={getattr(self, name)}.")
+                    _refuse("fold", f"fold needs `{name}={value}`; got {getattr(self, name)}.")
         if self.patience is not None and self.validation == "none":
             _refuse("patience", "patience needs validation images; add `validation=0.2`.")
         if self.cache is not None and self.skip_layers == 0:
-            _refuse("cache", "cache keeps features at the cut, and with skip_layers=0 there is no cut; leave it out.")
+            _refuse("cache", "cache keeps features at the cut, and with `skip_layers=0` there is no cut; leave it out.")
         if self.resume and self.overwrite:
             _refuse("resume", "resume continues a run and `overwrite` replaces it; pass only one.")
         if self.class_weight is not None and self.sampler == "class_pure":
-            _refuse("class_weight", "class_weight has no effect in batches of one class; use sampler=random.")
+            _refuse("class_weight", "class_weight has no effect in batches of one class; use `sampler=random`.")
         if self.class_weight is not None and self.sampler == "balanced":
-            _refuse("class_weight", "class_weight and sampler=balanced would balance twice; leave one of them out.")
+            _refuse("class_weight", "class_weight and `sampler=balanced` would balance twice; leave one of them out.")
         self._check_optimizer()
         if self.log is not None:
             from .train import loggers
@@ -299,12 +299,12 @@ class TuneConfig(
         optimizers.find(self.optimizer)
         fused = self.optimizer == optimizers.FUSED
         if self.precision == "bf16-sr" and not fused:
-            _refuse("precision", f'precision="bf16-sr" needs optimizer="sgd"; got {self.optimizer}. Use bf16 with it.')
+            _refuse("precision", f"precision=bf16-sr needs `optimizer=sgd`; got {self.optimizer}. Use bf16 with it.")
         if self.fused_optimizer:
             conflicts = {
-                f'optimizer="{self.optimizer}" does not; use sgd': not fused,
+                f"`optimizer={self.optimizer}` does not; use sgd": not fused,
                 "`clip_grad_norm` needs all gradients; leave one of them out": self.clip_grad_norm is not None,
-                'precision="fp16" needs gradients to scale; use bf16': self.precision == "fp16",
+                "`precision=fp16` needs gradients to scale; use bf16": self.precision == "fp16",
             }
             for reason, conflict in conflicts.items():
                 if conflict:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
-from itertools import zip_longest
 from typing import Any
 
+from skipkernels.app import option_groups
 from skipkernels.formatting import first_line
 
 _NAMES = {"run": "RUN", "images": "IMAGES", "templates": "--template"}  # Python argument → other name here
+_IN_BACKQUOTES = re.compile(r"`([a-z_]+)(?:=([^`]+))?`")
+_SETTINGS = {
+    field.name
+    for group in vars(option_groups).values()
+    if dataclasses.is_dataclass(group)
+    for field in dataclasses.fields(group)
+}
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 
 
@@ -77,24 +86,29 @@ def failure(error: Exception) -> tuple[int, str, str] | None:
 def with_flags(error: BaseException) -> str:
     """Return the message of an error, with the flag of its argument in place of the function and the argument.
 
-    Also shows a flag for Python in backquotes that sets an argument to True.
+    Settings in backquotes, `name` or `name=value`, become flags, too.
 
     >>> from skipkernels.app.data import InputError
     >>> with_flags(InputError("few_shot: batch_size must be at least 1; got 0.", "batch_size"))
     '--batch-size must be at least 1; got 0.'
     >>> with_flags(InputError("export: out must be a new or an empty folder; got a. Use `overwrite=True`.", "out"))
     '--out must be a new or an empty folder; got a. Use --overwrite.'
-    >>> with_flags(InputError("config.yaml: seed must be an integer; got 'a'."))
-    "config.yaml: seed must be an integer; got 'a'."
+    >>> with_flags(InputError("Lower `text_lr`, or use `precision=fp32`; `skipkernels doctor` prints devices."))
+    'Lower --text-lr, or use --precision fp32; `skipkernels doctor` prints devices.'
     """
     message, argument = str(error), getattr(error, "argument", None)
     if argument is not None:
         reason = message.partition(": ")[2]
         end = reason.removeprefix(argument)
         message = _flag(argument) + (f": {reason}" if end == reason else end)
-    parts = message.split("`")
-    code = [_flag(one.removesuffix("=True")) if one.endswith("=True") else f"`{one}`" for one in parts[1::2]]
-    return "".join(part for pair in zip_longest(parts[::2], code, fillvalue="") for part in pair)
+    return _IN_BACKQUOTES.sub(_setting, message)
+
+
+def _setting(found: re.Match[str]) -> str:
+    name, value = found.groups()
+    if name not in _SETTINGS:
+        return found[0]
+    return _flag(name) if value in (None, "True") else f"{_flag(name)} {value}"
 
 
 def _flag(argument: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from skipkernels.app.console import Terminal
 from skipkernels.options import Protocol
 
-from .options import Run, Trust
+from .options import Run, Trust, note_unfinished
 from .tune import number
 
 
@@ -39,18 +39,12 @@ class EvalCommand:
 
         from skipkernels.app.train.evaluation import REPLACEABLE, evaluate_run
         from skipkernels.app.train.processes import is_first
-        from skipkernels.app.train.run_folder import METRICS
-        from skipkernels.folders import is_locked
 
         settings = {name: getattr(self, name) for name in REPLACEABLE}
         accuracies = evaluate_run(self.run, **settings, trust=self.trust, console=err)
         if not is_first():
             return 0
-        if is_locked(self.run):
-            err.print("note: a run is in progress in this folder")
-        elif not (self.run / METRICS).exists():
-            resume = f"skipkernels tune --resume {self.run}"
-            err.print(f"note: the run was stopped before its end; continue it with {resume}", soft_wrap=True)
+        note_unfinished(self.run, err)
         if self.json:
             out.print(json.dumps(accuracies), soft_wrap=True)
             return 0

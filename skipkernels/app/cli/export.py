@@ -8,7 +8,7 @@ from typing import Literal
 
 from skipkernels.app.console import Terminal
 
-from .options import Run, Trust
+from .options import Run, Trust, note_unfinished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class ExportCommand:
         from skipkernels.app.serve.exporting import export  # imports torch
 
         done = export(self.run, self.to, self.out, overwrite=self.overwrite, trust=self.trust)
+        note_unfinished(self.run, err)
         for note in done.notes:
             err.print(f"note: {note}", soft_wrap=True)
         out.print(f"{done.folder}: {' '.join(done.files)}", soft_wrap=True)

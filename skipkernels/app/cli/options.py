@@ -112,6 +112,14 @@ def replaced(options: Any, values: dict[str, Any]) -> Any:
     return dataclasses.replace(options, **changes)
 
 
+def note_unfinished(run: Path, err: Terminal) -> None:
+    """Print a note on the model of a run that is not complete."""
+    from skipkernels.app.train.run_folder import unfinished
+
+    if (note := unfinished(run.expanduser())) is not None:
+        err.print(f"note: {note}", soft_wrap=True)
+
+
 def study_folder(out: Path | None, name: str, config: TuneConfig) -> Path:
     """Folder of a study: --out, or one named after the study, which is checked before the work is done."""
     from skipkernels.app.train.run_folder import check_writable

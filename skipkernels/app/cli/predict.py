@@ -14,7 +14,7 @@ import tyro
 from skipkernels._progress import progress
 from skipkernels.app.console import Terminal
 
-from .options import Device, InferencePrecision, Run, Threshold, Top, Trust
+from .options import Device, InferencePrecision, Run, Threshold, Top, Trust, note_unfinished
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +81,7 @@ class PredictCommand:
         self._check()
         images, others = _find_images(self.images)
         classifier = self._load()
+        note_unfinished(self.run, err)
         count = len(classifier.classes)
         if self.results.top > max(count, PredictOptions.top):
             err.print(f"note: --top {self.results.top} shows all classes, which are {count}")

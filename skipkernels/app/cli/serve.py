@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from skipkernels._progress import progress
 from skipkernels.app.console import Terminal
 
-from .options import Device, InferencePrecision, Run, Threshold, Top, Trust
+from .options import Device, InferencePrecision, Run, Threshold, Top, Trust, note_unfinished
 
 if TYPE_CHECKING:
     from skipkernels.app.serve import Classifier
@@ -80,6 +80,7 @@ class ServeCommand:
             raise InputError(f"serve: max_mb must be more than 0; got {options.max_mb:g}.", "max_mb")
         with self._listening() as listener:  # first: a port that is taken is known before the model is loaded
             classifier = Classifier.load(self.run, device=self.device, precision=self.precision, trust=self.trust)
+            note_unfinished(self.run, err)
             if options.threshold is not None:
                 check_none(classifier.classes)
             training, nearest = self._training(classifier, err)

@@ -103,7 +103,7 @@ class CompareStudyOptions:
     """
 
     methods: tuple[str, ...] | None = None
-    """Methods to compare, such as skip full coop. By default all methods of tune --method."""
+    """Methods to compare, such as auto skip full coop. By default all methods of tune --method but auto."""
     ablate: Ablated | None = None
     """Compare values of this setting of Skip Tuning, instead of methods."""
     values: tuple[int | float, ...] = ()

@@ -71,8 +71,8 @@ class TuneCommand(Options):
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
-        from skipkernels.app.train.processes import is_first, join
-        from skipkernels.app.train.run_folder import check_out, resumed
+        from skipkernels.app.train.processes import join
+        from skipkernels.app.train.run_folder import resumed
 
         if self.file.print_config:
             out.print(_as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
@@ -80,8 +80,6 @@ class TuneCommand(Options):
         if self.folds.folds is not None:
             return self._cross_validate(self.folds.folds, out, err)
         config = resumed(tune_config(self))  # resolved here too, since the tables below name its folder
-        if is_first():
-            check_out(config)
         from skipkernels.app.train import tune  # imports torch
 
         processes = join(config.timeout)

@@ -47,7 +47,7 @@ def hash_splits(
         have = f"class {single[0]} has" if len(single) == 1 else f"classes {format_names(single)} have"
         missing["test"] = (
             f"{have} 1 image, and train and test need one each. Add some, {remedy}, or train on all images with "
-            'test="none".'
+            "`test=none`."
         )
     chosen: dict[Split, list[int]] = {"train": [], "val": [], "test": []}
     for indices in of_class.values():
@@ -123,7 +123,7 @@ def fold_source(source: Source, fold: str, seed: int) -> Source:
     return replace(
         source,
         splits={"train": images.subset(train), "test": images.subset(test)},
-        missing={"val": f"the images are split into {folds} folds. Use a share such as validation=0.2."},
+        missing={"val": f"the images are split into {folds} folds. Use a share such as `validation=0.2`."},
         notes=tuple(notes),
         hashed=True,
     )

@@ -130,7 +130,7 @@ class TaskOptions:
             raise InputError(f"load_task: max_classes must be at least 2; got {self.max_classes}.", "max_classes")
         if self.test == "none" and self.protocol != "few-shot":
             raise InputError(
-                f'load_task: test="none" needs protocol="few-shot"; {self.protocol} is a comparison of tests.', "test"
+                f"load_task: test=none needs `protocol=few-shot`; {self.protocol} is a comparison of tests.", "test"
             )
         if self.targets and not self.with_targets:
             choices = " or ".join(_WITH_TARGETS)
@@ -218,7 +218,7 @@ def load_task(
     chosen = options.sampled(source)
     if options.fold is not None:
         if options.protocol != "few-shot" or options.test == "none":
-            raise InputError('load_task: fold needs protocol="few-shot" and test="split".', "fold")
+            raise InputError("load_task: fold needs `protocol=few-shot` and `test=split`.", "fold")
         chosen = fold_source(chosen, options.fold, options.seed)
     parts = _parts(chosen, options.protocol)
     tests = [_test_set(name, part, transform, options.test) for name, part in parts.items()]
@@ -291,7 +291,7 @@ def _train_and_validation(
         train, held = source.few_shot(shots, seed, train_transform), source.images("val", transform)
         note = f"validation on the {len(held)} images of its val split."
         if not len(held):
-            raise InputError(f'{source.name} has no val images. Use validation="auto", or add some.', "validation")
+            raise InputError(f"{source.name} has no val images. Use `validation=auto`, or add some.", "validation")
     else:
         share = VALIDATION_SHARE if isinstance(validation, str) else validation
         train, held = source.hold_out(shots, seed, share, transform, train_transform)

@@ -88,7 +88,7 @@ def blend(
         raise InputError(f'blend: alpha must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha")
     folder = restored(Path(run).expanduser())
     target = check_blended(folder, None if out is None else Path(out), overwrite=overwrite)
-    (_, file), metrics = read_model(folder), read_metrics(folder)
+    metrics, (_, file) = read_metrics(folder), read_model(folder)
     of_run = _config_of_run(folder, trust=trust, own=dataset is not None)
     changes: dict[str, Any] = {} if device is None else {"device": device, "attention": "sdpa"}
     if of_run.cache is not None and not of_run.cache.is_dir():

@@ -370,7 +370,7 @@ class Classifier:
         if not probabilities.isfinite().all():  # NaN if a logit is NaN or +∞
             name = next(name for name, row in zip(names, probabilities, strict=True) if not row.isfinite().all())
             raise FloatingPointError(
-                f'Classifier.predict: logits of image {name} are not finite. Use precision="fp32"; if they are not '
+                f"Classifier.predict: logits of image {name} are not finite. Use `precision=fp32`; if they are not "
                 "finite in fp32 either, the image or the weights have values that are not finite."
             )
         embeddings = F.normalize(embeddings, dim=1).cpu()

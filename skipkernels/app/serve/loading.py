@@ -99,8 +99,8 @@ def _classes(
     if isinstance(classes, str) or (classes is not None and not all(isinstance(name, str) for name in classes)):
         raise InputError(f"Classifier.load: classes must be a list of names; got {classes!r}.", "classes")
     names = described.classes if classes is None else list(classes)
-    if not names:
-        raise InputError("Classifier.load: classes must have a name; got none.", "classes")
+    if classes is not None and len(names) < 2:  # of one class every image is certain
+        raise InputError(f"Classifier.load: classes must be at least two names; got {names}.", "classes")
     name, count = Counter(names).most_common(1)[0]
     if classes is not None and count > 1:
         raise InputError(f"Classifier.load: classes must differ; got {name!r} {count} times. Name it once.", "classes")

@@ -15,6 +15,7 @@ from ..config import TuneConfig
 from ..console import plain
 from ..data import InputError
 from ..methods import METHODS
+from ..methods.registry import AUTO
 from ..report.study_page import primary
 from ..report.words import title_of
 from ..train.setup import build_task
@@ -45,26 +46,28 @@ def compare(
     *,
     overwrite: bool = False,
 ) -> Study:
-    """Run several methods, keys of `METHODS`, with the same training images and tests.
+    """Run several methods, keys of `METHODS` or "auto", with the same training images and tests.
 
     Recipes are chosen for published benchmarks and for pictograms. On the user's own data the learning rates of every
     method are searched by the same rule: all of `MULTIPLIERS`, with another seed; the best accuracy on the validation
     images is kept. There is no search without validation images, or if a rate is given. Settings of `config` that are
     None follow each method's recipe; others are ignored for methods that they do not apply to.
     """
-    unknown = [method for method in methods if method not in METHODS]
+    known = [*METHODS, AUTO]
+    unknown = [method for method in methods if method not in known]
     if unknown or not methods or len(set(methods)) < len(methods):
         got = f"no method {unknown[0]!r}" if unknown else f"got {' '.join(methods) or 'none'}"
-        raise InputError(f"compare: methods must be distinct names of {', '.join(METHODS)}; {got}.", "methods")
+        raise InputError(f"compare: methods must be distinct names of {', '.join(known)}; {got}.", "methods")
     configs = {method: config.with_method(method) for method in methods}
-    searched = _search(configs, folder / "search", console, overwrite) if config.own_data else {}
+    fixed = {method: of for method, of in configs.items() if method != AUTO}  # which tries several rates itself
+    searched = _search(fixed, folder / "search", console, overwrite) if config.own_data and fixed else {}
     configs |= {method: dataclasses.replace(configs[method], **found.rates) for method, found in searched.items()}
     variants = [Variant(method, configs[method]) for method in methods]
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
     columns = _columns(results)
     if searched:
         for result in results:
-            found = searched.get(result.metrics["method"])
+            found = searched.get(result.variant)
             result.metrics["search"] = None if found is None else found._asdict()
         columns += [Column(_SEARCH, name, ("search", name)) for name in ("multiplier", "accuracy", "seconds")]
     more = {"comparison": compare_best(results, folder, primary(results[0].metrics["tuned"]))}

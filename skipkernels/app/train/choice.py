@@ -27,6 +27,7 @@ class Choice:
     calibration: dict[str, Any]  # fields of a `Description`
     validation: dict[str, Any] | None  # for metrics.json
     by_class: list[dict[str, Any]]  # on the held-out images: zero-shot, chosen
+    seconds: float = 0.0  # of all trials
 
     @property
     def name(self) -> str:

@@ -126,7 +126,7 @@ def _without_network(name: str, tag: str) -> str:
     place = f"https://huggingface.co/{known['hf_hub'].rstrip('/')}" if known.get("hf_hub") else known.get("url", "")
     weights = f"get the weights from {place} on another machine, and pass" if place else "pass"
     packaged = next(iter(MODELS))
-    return f'Use model="{packaged}", which needs no download, or {weights} the path of their file as `pretrained`.'
+    return f"Use `model={packaged}`, which needs no download, or {weights} the path of their file as `pretrained`."
 
 
 def _load_whole(

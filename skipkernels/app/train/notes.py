@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import TuneConfig
@@ -20,6 +20,18 @@ def setting_notes(config: TuneConfig) -> tuple[str, ...]:
         every = "--skip-layers 1.0 skips every block of each tower; 1 would skip one block."
         found += (one if isinstance(config.skip_layers, int) else every,)
     return found
+
+
+def compared(config: TuneConfig, held_out: int, factors: Sequence[float]) -> str:
+    """Return a line on the images on which candidates are compared, and on the learning rates of the trained ones.
+
+    >>> compared(TuneConfig(text_lr=0.0001, image_lr=0.0002), 0, (1.0, 3.0))
+    'candidates: on held-out training images, which train in the end; text_lr 0.0001 and image_lr 0.0002, times 1, 3'
+    """
+    images = f"the {held_out} validation images" if held_out else "held-out training images"
+    rates = [f"{name} {rate:g}" for name in ("text_lr", "image_lr") if (rate := getattr(config, name)) is not None]
+    trained = f"; {' and '.join(rates)}, times {', '.join(f'{factor:g}' for factor in factors)}" if factors else ""
+    return f"candidates: on {images}, which train in the end{trained}"
 
 
 def demonstration_note(model: str) -> str | None:

@@ -62,7 +62,7 @@ class OwnData:
         if self.test is not None or (config.test == "none" and self.validation is not None):
             return named
         if self.validation is None:
-            how, remedy = "no test dataset", "give test=…"
+            how, remedy = "no test dataset", "give `test=…`"
             images: Any = named.images("train")
             return listed_source(name, images, named.classes, None, templates, how=how, remedy=remedy)
         note = f"{name}: no test dataset, so the validation images are the test images."

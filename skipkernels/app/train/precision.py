@@ -14,7 +14,7 @@ from ...options import Precision
 _AUTOCAST = {"bf16": torch.bfloat16, "bf16-sr": torch.bfloat16, "fp16": torch.float16}
 _FP32 = ("logit_scale", "logit_bias")  # bf16 rounds a logit scale of 100 to 98.9
 REMEDY = (
-    'Lower `text_lr` and `image_lr`, or use precision="fp32". The checkpoint of the last good epoch, if any, is kept.'
+    "Lower `text_lr` and `image_lr`, or use `precision=fp32`. The checkpoint of the last good epoch, if any, is kept."
 )
 # PyTorch's default of 65,536 times CLIP's logit scale of 100 overflows: the first steps would be skipped until it has
 # been halved enough, to 8,192 on pictogram-tiny.

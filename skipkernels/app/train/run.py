@@ -124,7 +124,7 @@ class Run:
         self.features = self.setup.train_features(advance)
         self.evaluator = Evaluator(self.setup, test, held)
         self.zero_shot = self.evaluator.evaluate(
-            self.setup.zero_shot, 'for the pretrained weights. Check `pretrained`, or use precision="fp32".'
+            self.setup.zero_shot, "for the pretrained weights. Check `pretrained`, or use `precision=fp32`."
         )
 
     def choose(self) -> None:
@@ -132,6 +132,8 @@ class Run:
         frozen: Examples | None = None
         if self.config.chooses:
             search = Search(self.setup, self.features)
+            if search.masks:
+                print_plain(self.console, notes.compared(self.config, self.task.held_out, search.factors))
             self._adopt(self._choice(search))
             frozen = search.frozen
         head = self.config.head
@@ -152,7 +154,7 @@ class Run:
             if type(error) is not KeyboardInterrupt or not search.allowed:  # not Ctrl-C, but the end of the job
                 raise
             stopped = True
-        choice = search.choice(stopped)
+        choice = replace(search.choice(stopped), seconds=time.perf_counter() - started)
         print_plain(self.console, f"chosen: {choice.name} ({choice.because}). It now gets all training images.")
         return choice
 
@@ -183,7 +185,7 @@ class Run:
         if found:
             raise InputError(
                 f"{len(found)} of the images can't be read: {format_names(list(found))}. Replace or remove them, or "
-                'leave them out with unreadable="skip".'
+                "leave them out with `unreadable=skip`."
             )
 
     def begin(self, trainer: Trainer | None) -> None:
@@ -234,6 +236,9 @@ class Run:
     def _epochs(self, trainer: Trainer) -> None:
         config = self.config
         assert config.epochs
+        later = ["blend"] * (config.blend != 1) + ["head"] * (config.head != "none")
+        if later:
+            print_plain(self.console, f"epochs are those of the trained model, before its {' and its '.join(later)}")
         self.display.begin(
             epochs=config.epochs,
             steps_per_epoch=trainer.steps,
@@ -376,7 +381,7 @@ class Run:
             "cost": {
                 "device": config.device,
                 "seconds_total": self._seconds(),
-                "seconds_tuning": sum(seconds) + self.seconds_fit,
+                "seconds_tuning": (0.0 if choice is None else choice.seconds) + sum(seconds) + self.seconds_fit,
                 "baseline_memory_mib": _mib(self.baseline_memory),
                 "peak_memory_mib": _mib(self.memory.read()),
                 "seconds_per_epoch": sorted(seconds)[len(seconds) // 2] if rows else None,

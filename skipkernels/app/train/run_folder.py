@@ -104,6 +104,16 @@ def read_model(run: Path) -> tuple[Description, Path]:
     )
 
 
+def unfinished(run: Path) -> str | None:
+    """Return a note on the model of a run before its end; None for a complete run, or another folder."""
+    if (run / METRICS).exists() or not restored(run / checkpoint.FOLDER).is_dir():
+        return None
+    model = "its model is that of the last epoch, without the head, the blend and the calibration of the end"
+    if is_locked(run):
+        return f"a run is in progress in {run}; {model}."
+    return f"the run in {run} was stopped; {model}. Continue it with skipkernels tune --resume {run}"
+
+
 def blended_folder(run: Path) -> Path:
     """Return the default folder of a blended run, beside that of the run."""
     return run.with_name(f"{run.resolve().name}-blend")
@@ -125,7 +135,7 @@ def check_writable(folder: Path, argument: str = "out", function: str = "tune") 
 
 
 def check_out(config: TuneConfig, *, can_resume: bool = True) -> None:
-    """Check that a run can be written to its folder; see `check_run_folder`. Imports no torch."""
+    """Check that a run can be written to its folder; see `check_run_folder`."""
     path = config.chosen_out
     check_apart("out", path, config)
     if config.cache is not None:
@@ -184,7 +194,7 @@ def resumed(config: TuneConfig) -> TuneConfig:
     if isinstance(config.resume, bool):
         return config
     if config.out is not None:
-        raise InputError("tune: resume=RUN continues in RUN; leave out `out`.", "resume")
+        raise InputError("tune: `resume=RUN` continues in RUN; leave out `out`.", "resume")
     names = [field.name for field in dataclasses.fields(TuneConfig)]
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(TuneConfig, name)}
     given |= {"out": config.resume, "resume": True, "overwrite": config.overwrite}

@@ -145,7 +145,9 @@ def _resolved(
     opened = functools.cache(open_data or config.open_data)
     with processes.one_first():
         config = config.resolved(opened)
-    _check_processes(config, processes)
+        _check_processes(config, processes)
+        if not config.resume:  # errors of the data come before those of the run folder
+            opened()
     return config, opened
 
 
@@ -194,6 +196,6 @@ def _memory_errors() -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0] or "MemoryError"
         raise MemoryError(
-            f'tune: out of memory ({reason}) Use memory="min", `fused_optimizer=True`, a smaller `batch_size`, a '
+            f"tune: out of memory ({reason}) Use `memory=min`, `fused_optimizer=True`, a smaller `batch_size`, a "
             "larger `skip_layers`, or `cache=…`."
         ) from error

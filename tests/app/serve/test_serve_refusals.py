@@ -73,6 +73,7 @@ def damaged_settings(folder: Path) -> Path:
 CALLS: list[tuple[Callable[[Given], object], str]] = [
     (lambda on: on.load(classes="cat"), "classes must be a list of names"),
     (lambda on: on.load(classes=["b", "a", "a"]), "'a' 2 times"),
+    (lambda on: on.load(classes=["a"]), r"classes must be at least two names; got \['a'\]"),
     (lambda on: on.load(device="gpu"), "device 'gpu' can't be used"),
     (lambda on: on.load(precision="bf16-sr"), "precision must be one of auto, fp32"),
     (lambda on: on.predict(top=0), "top must be a whole number of at least 1"),

@@ -93,12 +93,12 @@ def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, 
         return metrics | {"method": config.method} if metrics else metrics
 
     monkeypatch.setattr(runs, "_in_subprocess", measured)
-    study = compare(own, ["skip", "full", "lora", "zero-shot"], range(1), tmp_path / "out", QUIET)
+    study = compare(own, ["auto", "skip", "full", "lora", "zero-shot"], range(1), tmp_path / "out", QUIET)
     tried = [config for config in ran if config.seed == SEARCH_SEED]
     assert len(tried) == 3 * len(MULTIPLIERS) and {config.method for config in tried} == {"skip", "full", "lora"}
     chosen = {result.variant: result.metrics["search"] for result in study.results}
     assert {name: found and found["multiplier"] for name, found in chosen.items()} == {
-        "skip": 1.0, "full": 3.0, "lora": 0.3, "zero-shot": None
+        "auto": None, "skip": 1.0, "full": 3.0, "lora": 0.3, "zero-shot": None
     }  # fmt: skip
     reported = next(config for config in ran if config.method == "full" and config.seed == 0)
     assert (reported.text_lr, reported.image_lr) == (3 * recipe.text_lr, 3 * recipe.image_lr)
@@ -197,7 +197,7 @@ def test_settings_are_checked_in_a_new_process(monkeypatch):
     """It returns an error of a setting. A process of the tests' server has imported PyTorch."""
     context = forkserver()
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda method: context)
-    with pytest.raises(InputError, match='a: .*epochs=1 has no effect with method="linear-probe"'):
+    with pytest.raises(InputError, match="a: .*epochs=1 has no effect with `method=linear-probe`"):
         runs._in_subprocess(runs._check, {"a": dataclasses.replace(TINY, method="linear-probe")})
 
 

@@ -44,7 +44,7 @@ def damaged(run, tmp_path):
         (["--method", "full", "--cache", "c"], "--cache needs frozen blocks below a cut; every layer trains here"),
         (
             ["--skip-layers", "0", "--cache", "c"],
-            "--cache keeps features at the cut, and with skip_layers=0 there is no cut",
+            "--cache keeps features at the cut, and with --skip-layers 0 there is no cut",
         ),
         (["--optimizer", "Muon"], "Muon can't be used here"),
     ],
@@ -58,8 +58,11 @@ def test_tune_refuses_argument(arguments, message, tmp_path, capsys):
 
 
 def test_tune_keeps_earlier_run(run, capsys):
+    """Other errors of settings and data come first."""
     folder, _ = run
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for argument, value in {"--epochs": -1, "--data": "imagefolder:none", "--optimizer": "x"}.items():
+        assert f"error {argument}" in fails(["tune", "--out", folder, argument, value], capsys)
     assert "contains an earlier run" in fails(["tune", "--out", folder, "--epochs", "1"], capsys)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -145,7 +148,7 @@ def test_eval_refuses_changes_to_other_weights(run, tmp_path, capsys):
     assert main(["tune", *arguments]) == 0
     config = (out / "config.yaml").read_text().replace("pretrained: null", "pretrained: random")
     (out / "config.yaml").write_text(config)
-    assert "contains changes to other pretrained weights; give the same `pretrained`" in fails(["eval", out], capsys)
+    assert "contains changes to other pretrained weights; give the same --pretrained" in fails(["eval", out], capsys)
 
 
 def test_pretrained_executes_no_pickle(tmp_path, capsys):
@@ -309,7 +312,7 @@ def test_load_model_names_failed_download(monkeypatch, tmp_path, capsys):
     said = fails(["tune", *arguments], capsys)
     assert said.endswith(
         "--pretrained: the weights openai of ViT-B-32-quickgelu could not be downloaded: [Errno -2] Name or service "
-        'not known. Use model="pictogram-tiny", which needs no download, or get the weights from '
+        "not known. Use --model pictogram-tiny, which needs no download, or get the weights from "
         "https://huggingface.co/timm/vit_base_patch32_clip_224.openai on another machine, and pass the path of their "
-        "file as `pretrained`."
+        "file as --pretrained."
     )

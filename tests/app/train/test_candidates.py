@@ -181,7 +181,8 @@ def test_ctrl_c_keeps_the_best_so_far(tmp_path, monkeypatch):
         metrics = tune(small(tmp_path / "run", **AUTO), console)
     assert metrics["status"] == "complete" and len(metrics["candidates"]) == 12
     assert metrics["chosen_because"].endswith("of those before Ctrl-C")
-    assert "chosen: " in console.export_text()
+    said = console.export_text()
+    assert "candidates: on held-out training images" in said and "times 1, 3, 10" in said and "chosen: " in said
 
 
 def test_sigterm_ends_the_comparison(tmp_path, monkeypatch, capsys):
@@ -269,7 +270,7 @@ def test_auto_is_the_default_of_own_data_and_pictograms(settings, method, head):
 
 @pytest.mark.parametrize(("name", "value"), [("refresh", "epoch"), ("patience", 2)])
 def test_auto_refuses_settings_of_one_training(name, value):
-    with pytest.raises(InputError, match=f"{name}.* needs a chosen method and head; add method=skip"):
+    with pytest.raises(InputError, match=f"{name}.* needs a chosen method and head; add `method=skip`"):
         dataclasses.replace(TuneConfig(), validation=0.2, **{name: value}).resolved()
 
 

@@ -98,7 +98,7 @@ def test_resume_by_folder_of_killed_run(run, copy):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--shots", 3], "shots is 2 in the run in"), (["--out", "elsewhere"], "continues in RUN; leave out `out`"),
+    [(["--shots", 3], "shots is 2 in the run in"), (["--out", "elsewhere"], "continues in RUN; leave out --out"),
      (["--overwrite"], "pass only one")],
 )  # fmt: skip
 def test_resume_by_folder_refuses_settings(copy, arguments, message, capsys):

@@ -56,9 +56,11 @@ def test_interrupt_keeps_last_epoch(tmp_path, capsys):
     stopped(tmp_path)
     assert files(tmp_path) == {"config.yaml", "few_shot.json", "metrics.jsonl", "checkpoint", "open_clip_config.json"}
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"] and len(rows(tmp_path)) == 1
-    assert main(["eval", str(tmp_path)]) == 0
-    note = f"note: the run was stopped before its end; continue it with skipkernels tune --resume {tmp_path}"
-    assert note in capsys.readouterr().err
+    (tmp_path / "image.png").write_bytes(b"")
+    for command, code in ((["eval", tmp_path], 0), (["predict", tmp_path, tmp_path / "image.png"], 1)):
+        assert main(list(map(str, command))) == code
+        note = "without the head, the blend and the calibration of the end. Continue it with skipkernels tune --resume"
+        assert f"{note} {tmp_path}" in capsys.readouterr().err
 
 
 def test_interrupt_before_first_epoch(tmp_path):
@@ -158,7 +160,7 @@ def test_infinite_logits_of_pretrained_weights(tmp_path, capsys):
     arguments = [*ARGUMENTS, "--pretrained", tmp_path / "large.safetensors", "--out", tmp_path / "run"]
     assert "embeddings of texts are not finite" in fails(arguments, capsys)
     assert main([*map(str, arguments), "--method", "zero-shot"]) == 1
-    message = "logits of the test 'base' are not finite for the pretrained weights. Check `pretrained`"
+    message = "logits of the test 'base' are not finite for the pretrained weights. Check --pretrained"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -196,7 +198,7 @@ def test_check_opens_data_once(tmp_path, monkeypatch, changes):
 def test_out_of_memory_in_step(tmp_path, at_step, capsys):
     at_step(2, lambda *args: torch.empty(2**60))
     message = fails([*ARGUMENTS, "--out", tmp_path / "run"], capsys)
-    assert "out of memory" in message and 'memory="min"' in message
+    assert "out of memory" in message and "--memory min" in message
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
@@ -211,7 +213,7 @@ def test_out_of_memory_in_step(tmp_path, at_step, capsys):
     ids=repr,
 )
 def test_memory_errors_translates(error):
-    with pytest.raises(MemoryError, match=r'^tune: out of memory \([^\n]+\) Use memory="min"'), _memory_errors():
+    with pytest.raises(MemoryError, match=r"^tune: out of memory \([^\n]+\) Use `memory=min`"), _memory_errors():
         raise error
 
 
