@@ -18,7 +18,6 @@ import torch
 import skipkernels
 from skipkernels import _build
 from skipkernels.ops import registration
-from tests import test_functional
 from tests.processes import run_in_processes
 
 
@@ -51,17 +50,6 @@ def test_library_of_a_process(tmp_path, library):
         assert "Build them once with `skipkernels build`" in message
     else:
         assert not warned
-
-
-def refuse_without_kernels(rank: int) -> None:
-    os.environ["SKIPKERNELS_CPP"] = "0"
-    for name in ("class_sampled_ce", "class_scores"):
-        for bad in test_functional.BAD[name]:
-            test_functional.test_refuses(name, *bad)
-
-
-def test_reference_refuses_the_same(tmp_path):
-    run_in_processes(1, tmp_path, refuse_without_kernels)
 
 
 # A compiler that makes files with nothing but its arguments in them, so that a build is cheap.

@@ -58,6 +58,11 @@ GPU = pytest.param("gpu", marks=pytest.mark.gpu)
 INTERPRETED = "simulator" if "simulator" in BACKENDS else "interpreter"
 
 
+def on_gpu(*shape: int) -> Any:
+    """A shape that takes too long, and finds nothing more, without a GPU."""
+    return pytest.param(shape, marks=pytest.mark.gpu)
+
+
 @pytest.fixture(params=[GPU if name == "gpu" else name for name in BACKENDS])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Run the test with each implementation."""

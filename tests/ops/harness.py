@@ -75,6 +75,8 @@ class Operator:
     large: Sequence[tuple[Any, ...]]  # shapes that several threads share
     features: tuple[str, ...]  # inputs that autocast casts
     variants: Sequence[dict[str, Any]] = ({},)  # options of `make` that select other code
+    wide: Sequence[dict[str, Any]] = ()  # options of `make` with vectors in fp32 beside features of 16 bits
+    empty: tuple[Any, ...] | None = None  # a shape without rows, where it is allowed
     results: tuple[str, ...] = ("out",)
     result_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
     upstream: Callable[[Case, Sequence[Tensor]], list[Tensor]] = eighths
@@ -204,18 +206,33 @@ def equal(ours: Results, theirs: Results) -> bool:
 
 def shared_tests(operator: Operator) -> type:
     """The class of the tests of an operator on every backend."""
-    each_variant = pytest.mark.parametrize(
-        "variant", operator.variants, ids=lambda options: ",".join(options) or "plain"
-    )
+    each_variant = pytest.mark.parametrize("variant", operator.variants, ids=_id_of_options)
 
     class SharedTests:
         @pytest.mark.parametrize(("backend", "shape", "dtype"), list(_runs(operator)), indirect=["backend"])
         def test_no_worse_than_eager(self, backend: Backend, shape, dtype):
             operator.check_no_worse_than_eager(operator.case(shape, backend.device, dtype=dtype))
 
-        @each_variant
+        @pytest.mark.parametrize("variant", [*operator.variants, *operator.wide], ids=_id_of_options)
         def test_variants_no_worse_than_eager(self, backend: Backend, variant):
-            operator.check_no_worse_than_eager(operator.case(operator.small, backend.device, **variant))
+            for shape, dtype in itertools.product((operator.small, operator.shapes[3]), backend.dtypes):
+                operator.check_no_worse_than_eager(operator.case(shape, backend.device, dtype=dtype, **variant))
+
+        @each_variant
+        def test_reference_equals_eager_in_fp64(self, variant):
+            for shape in (operator.small, *operator.shapes[2:4]):
+                case = operator.case(shape, dtype=torch.float64, **variant)
+                theirs = operator.run(operator.eager, case)
+                for name, x in operator.truth(case).items():
+                    torch.testing.assert_close(x, theirs[name], rtol=1e-10, atol=1e-12)
+
+        def test_no_rows(self, backend: Backend):
+            """Gradients of weights are zero."""
+            if operator.empty is None:
+                pytest.skip("refused")
+            case = operator.case(operator.empty, backend.device)
+            theirs = operator.run(operator.eager, case)
+            assert all(x.shape == theirs[name].shape and not x.any() for name, x in operator.kernel(case).items())
 
         @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
         @given(data=st.data())
@@ -229,10 +246,11 @@ def shared_tests(operator: Operator) -> type:
         def test_few_options_and_shapes(self, backend: Backend, data):
             operator.check_drawn(operator.draw(data, backend))
 
+        @each_variant
         @pytest.mark.parametrize("layout", LAYOUTS)
-        def test_any_strides(self, backend: Backend, layout):
+        def test_any_strides(self, backend: Backend, layout, variant):
             """Results are those of contiguous copies, and contiguous."""
-            case = operator.case(operator.small, backend.device)
+            case = operator.case(operator.small, backend.device, **variant)
             inputs = {name: laid_out(x.detach(), layout) for name, x in case.inputs.items()}
             integers = {name: laid_out(x, layout) for name, x in case.options.items() if _is_vector(x)}
             strided = case.with_inputs(**inputs)._replace(options=case.options | integers)
@@ -381,6 +399,10 @@ def _runs(operator: Operator) -> Iterator[Any]:
                 continue
             label, marks = f"{name}-{operator.id_of(shape)}-{str(dtype)[6:]}", [pytest.mark.gpu] * (name == "gpu")
             yield pytest.param(name, shape, dtype, marks=marks, id=label)
+
+
+def _id_of_options(options: dict[str, Any]) -> str:
+    return ",".join(f"{name}={value}" for name, value in options.items()) or "plain"
 
 
 def _is_vector(x: Any) -> bool:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipkernels.functional import class_sampled_ce
 from skipkernels.testing import COSINE, SLACK, peak_bytes, relative_error
 from tests.ops.conftest import GPU, INTERPRETED, Backend
 from tests.ops.harness import Case, Operator, Results, log_probability_slack, shared_tests, shortest
+from tests.ops.test_class_sampled_logits import OPERATOR as LOGITS
 
 
 def make(B, C, K, D, *, dtype, scale=100.0, noise=2.0, ignored=0.0, seed=0, weighted=False, **options) -> Case:
@@ -118,6 +118,7 @@ OPERATOR = Operator(
     variants=[
         {"reduction": "sum"},
         {"reduction": "none", "label_smoothing": 0.1, "weighted": True},
+        {"weighted": True, "ignored": 0.3, "ignore_index": -1, "label_smoothing": 0.2},
     ],
     results=("loss",),
     result_dtype=lambda dtype: torch.promote_types(dtype, torch.float32),
@@ -158,15 +159,16 @@ def test_large_scale_neither_overflows_nor_underflows(backend: Backend, scale, i
     assert all(x.isfinite().all() for x in found.values())
 
 
-def test_zero_rows_match_the_reference(backend: Backend):
+@pytest.mark.parametrize("operator", [OPERATOR, LOGITS], ids=lambda operator: operator.name)
+def test_zero_rows_match_the_reference(backend: Backend, operator):
     """x/max(|x|, 1e-12): a zero row has cosine 0 and passes its gradient on, times 1e12."""
-    case = OPERATOR.case((4, 9, None, 16), backend.device)
+    case = operator.case((4, 9, None, 16), backend.device)
     image, text, _ = case.inputs.values()
     image.data[1] = 0
     text.data[[2, 5]] = 0
     text.data[3] *= 1e-20  # shorter than eps, but not zero
-    found = OPERATOR.kernel(case)
-    assert all(relative_error(found[name], right) < 1e-4 for name, right in OPERATOR.truth(case).items())
+    found = operator.kernel(case)
+    assert all(relative_error(found[name], right) < 1e-4 for name, right in operator.truth(case).items())
 
 
 @pytest.mark.parametrize("zero", ["image", "text", None])
@@ -225,16 +227,6 @@ def test_panels_and_splits_agree(backend: Backend, panel, monkeypatch, poisoned_
     monkeypatch.setattr("skipkernels.ops.class_sampled_ce.PROGRAMS", 1)
     found = OPERATOR.kernel(case)
     assert all(relative_error(found[name], right) <= 1e-4 for name, right in whole.items())
-
-
-@pytest.mark.parametrize("backend", ["interpreter"], indirect=True)
-@pytest.mark.parametrize("bad", [{"labels": 7}, {"labels": 9}, {"class_ids": 9}, {"class_ids": 0}])
-def test_bad_ids_fail_a_device_assertion(backend: Backend, bad):
-    """A label outside the sample or the bank, an id outside the bank, and a repeated id of a label."""
-    arguments = {"labels": [0, 3, 5, 8], "class_ids": [8, 0, 3, 5]}
-    arguments = {k: torch.tensor([*v[:-1], bad[k]] if k in bad else v) for k, v in arguments.items()}
-    with pytest.raises(Exception, match="class_sampled_ce: (labels|class_ids) must be rows of text"):
-        class_sampled_ce(torch.randn(4, 16), torch.randn(9, 16), logit_scale=10.0, **arguments)
 
 
 @pytest.mark.gpu

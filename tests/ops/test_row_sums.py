@@ -1,4 +1,4 @@
-"""column_sums, and the backward operators that leave their sums over rows to it."""
+"""column_sums, and a fused block, which completes the partial sums of its operators by it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from skipkernels.ops.add_layer_norm import NormResults, add_layer_norm, add_layer_norm_backward
-from skipkernels.ops.mlp_activation import KINDS, mlp_activation_backward
 from skipkernels.ops.row_sums import MATRICES, column_sums
 from skipkernels.testing import SLACK
 from skipkernels.towers.attention import Sequences
@@ -46,39 +44,6 @@ def test_column_sums_are_rounded_once(backend: Backend):
 def test_column_sums_opcheck(backend: Backend):
     matrices = [rows(i, 5, 8, device=backend.device) for i in range(3)]
     backend.opcheck(column_sums, (matrices, torch.float16))
-
-
-@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
-@pytest.mark.parametrize("need_sums", [False, True])
-def test_partial_sums_of_a_norm(backend: Backend, need_sums, rms):
-    hidden, d_hidden, d_normed = (rows(i, 70, 100, device=backend.device) for i in range(3))
-    weight, bias = (rows(i, 100, device=backend.device) for i in (3, 4))
-    _, _, mean, rstd = add_layer_norm(hidden, None, weight, bias, 1e-5, None, rms)
-    arguments = d_normed, d_hidden, hidden, mean, rstd, weight, bias, True, True, True, need_sums
-    whole, part = (NormResults(*add_layer_norm_backward(*arguments, each, None)) for each in (False, True))
-    names = ["d_weight", "d_bias", *(["d_hidden_sum", "d_x_sum"] if need_sums else [])]
-    totals = [getattr(part, name) for name in names]
-    if backend.name in ("cpp", "reference"):  # complete them
-        assert part.partial_sums.numel() == 0
-    else:
-        assert not any(x.numel() for x in totals) and len(part.partial_sums) > 1
-        totals = column_sums([part.partial_sums], torch.float32).split(100)
-    for name, total in zip(names, totals, strict=True):
-        torch.testing.assert_close(total, getattr(whole, name), rtol=0, atol=2e-5)  # fp32 sums of 70 numbers
-    assert torch.equal(part.d_x, whole.d_x) and torch.equal(part.normed, whole.normed)
-
-
-@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
-def test_partial_sums_of_an_activation(backend: Backend, kind):
-    x, bias, W = rows(0, 70, 300), rows(2, 300), 150 if kind == "swiglu" else 300
-    tensors = (each.to(backend.device) for each in (rows(1, 70, W), x, bias))
-    arguments = *tensors, KINDS.index(kind), True, True, True
-    whole, part = (mlp_activation_backward(*arguments, each) for each in (False, True))
-    if backend.name in ("cpp", "reference"):
-        assert part[3].numel() == 0 and torch.equal(part[1], whole[1])
-    else:
-        assert part[1].numel() == 0 and len(part[3]) > 1
-        torch.testing.assert_close(column_sums([part[3]], torch.float32), whole[1], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["inner", "first", "pooled"])

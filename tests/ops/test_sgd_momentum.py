@@ -66,6 +66,7 @@ def name(dtype: torch.dtype) -> str:
 
 @pytest.mark.parametrize("dtypes", TRIPLES, ids=lambda triple: "-".join(map(name, triple)))
 def test_is_the_reference(backend, dtypes):
+    """Random bits too: the sizes include tensors that do not begin with a new group of four elements."""
     if backend.name == "interpreter" and not set(dtypes) <= set(backend.dtypes):
         pytest.skip("the interpreter does not round as bf16 does, and fp64 runs in the reference")
     ours = State(SIZES, *dtypes, device=backend.device)
@@ -74,21 +75,10 @@ def test_is_the_reference(backend, dtypes):
         number = number.to(backend.device) if isinstance(number, Tensor) else number
         options = dict.fromkeys(HYPER, number)
         assert ours.step(**options) == theirs.step(reference.sgd_momentum_, **options)
-
-
-@pytest.mark.parametrize(
-    "dtypes", [triple for triple in TRIPLES if triple[0] == torch.bfloat16], ids=lambda t: "-".join(map(name, t))
-)
-def test_random_bits_are_those_of_the_reference(backend, dtypes):
-    """The sizes include tensors that do not begin with a new group of four elements."""
-    if backend.name == "interpreter":
-        pytest.skip("the interpreter does not round as bf16 does")
-    ours = State(SIZES, *dtypes, device=backend.device)
-    theirs = ours.clone()
-    for seed in (0, -1, 2**64 - 1, torch.tensor(1 << 62, device=backend.device)):
-        assert ours.step(seed=seed) == theirs.step(reference.sgd_momentum_, seed=seed)
-    nearest = ours.clone()
-    assert ours.step(seed=1) != nearest.step()
+    if dtypes[0] == torch.bfloat16:
+        for seed in (0, -1, 2**64 - 1, torch.tensor(1 << 62, device=backend.device)):
+            assert ours.step(seed=seed) == theirs.step(reference.sgd_momentum_, seed=seed)
+        assert theirs.step(seed=1) != ours.step()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=name)
@@ -105,21 +95,6 @@ def test_casts_are_copies_of_the_new_weights(backend, grad, dtype):
     assert ours.step(casts=casts) == theirs.step()
     for weight, cast in zip(ours.lists[0], casts, strict=True):
         assert cast is None or cast.equal(weight.to(dtype))
-
-
-def test_casts_must_fit():
-    weight, buffer = torch.ones(2, 3), torch.zeros(2, 3)
-    for casts, message in (
-        ([], "casts must have a tensor or None for each of 1 weights; got 0"),
-        ([torch.ones(2, 3)], "casts must be bfloat16 or float16"),
-        ([torch.ones(3, 2).bfloat16()], "casts must be contiguous copies, in one dtype, of contiguous fp32 weights"),
-        ([torch.ones(3, 2).bfloat16().T], "casts must be contiguous copies, in one dtype, of contiguous fp32 weights"),
-    ):
-        with pytest.raises((ValueError, TypeError), match=message):
-            sgd_momentum_(weight, weight, buffer, 0.1, casts=casts)
-    half = weight.bfloat16()
-    with pytest.raises(ValueError, match="of contiguous fp32 weights"):
-        sgd_momentum_(half, half, buffer, 0.1, casts=[half.clone()])
 
 
 @given(
@@ -192,8 +167,8 @@ def test_a_capture_without_its_tables_is_an_error(monkeypatch):
         sgd_momentum_module._table([1, 2], torch.device("cuda", 0))
 
 
-def test_one_tensor_needs_no_list(backend):
-    ours = State([(5, 7)], torch.float32, device=backend.device)
+def test_one_tensor_needs_no_list():
+    ours = State([(5, 7)], torch.float32)
     theirs = ours.clone()
     sgd_momentum_(*(tensors[0] for tensors in ours.lists), **HYPER)
     assert ours == theirs.step()
@@ -209,9 +184,7 @@ def test_bits_do_not_depend_on_threads(dtype, seed):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(
-            State([(70001,), (5,), (64, 1031), (3,)], dtype).step(seed=None if dtype != torch.bfloat16 else seed)
-        )
+        results.append(State([(70001,), (5,), (64, 1031), (3,)], dtype).step(seed=seed))
     assert results[0] == results[1] and results[0] == results[2]
 
 

@@ -149,31 +149,6 @@ def test_prefix_is_causal_attention(backend: Backend):
         assert torch.allclose(x, alone[name], rtol=1e-5, atol=1e-5), name
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.3, 4.0])
-def test_any_scale(backend: Backend, scale):
-    OPERATOR.check_no_worse_than_eager(OPERATOR.case((6, 5, 3, 2, 16), backend.device, scale=scale))
-
-
-@pytest.mark.parametrize("deviation", [10, 300])
-def test_no_worse_than_eager_at_any_deviation_of_scores(backend: Backend, deviation):
-    """Queries and keys are multiples of 1/8, so that scores are exact; errors are those of softmax and its gradient."""
-    case = OPERATOR.case((30, 5, 6, 2, 16), backend.device)
-    query, key, _ = case.inputs["packed"].data.chunk(3, dim=1)
-    for part, factor in (query, deviation), (key, 1):
-        part.mul_(8 * factor).round_().div_(8)
-    for dtype in {torch.float32, torch.bfloat16} & set(backend.dtypes):
-        OPERATOR.check_no_worse_than_eager(case.to(dtype))
-
-
-def test_large_products_neither_overflow_nor_underflow(backend: Backend):
-    case = OPERATOR.case((5, 4, 3, 2, 16), backend.device)
-    case.inputs["packed"].data[:, :32].mul_(1000)
-    found = OPERATOR.kernel(case)
-    for name, right in OPERATOR.truth(case).items():
-        # Products of 10⁴ have errors of 10⁻³; gradients vanish if one key has all the weight.
-        assert (found[name] - right).abs().max() < 1e-3 * max(1.0, right.abs().max().item()), name
-
-
 @pytest.mark.parametrize("backend", ["cpp", "reference"], indirect=True)  # a tile of a GPU has several classes
 def test_nan_stays_in_its_class(backend: Backend):
     case = OPERATOR.case((9, 5, 6, 2, 16), backend.device)
@@ -183,39 +158,6 @@ def test_nan_stays_in_its_class(backend: Backend):
     found = OPERATOR.kernel(case)
     assert found["out"][own].isnan().all() and torch.equal(found["out"][~own], clean[~own])
     assert found["d_packed"][6:][~own[6:]].isfinite().all()
-
-
-GOOD = {"packed": torch.randn(8, 24), "heads": 2, "prefix_length": 2, "max_length": 3}
-OFFSETS = {"offsets": torch.tensor([0, 1, 5]), "max_length": 5}
-BAD = [
-    ({"packed": torch.randn(8, 2, 12)}, ValueError, r"packed must be \[R, 3W\] with R, 3W ≥ 1; got \[8, 2, 12\]"),
-    ({"heads": 3}, ValueError, r"heads must divide W, with packed \[R, 3W\]; got 3 and \[8, 24\]"),
-    ({"prefix_length": 8}, ValueError, r"prefix_length must be 0 to 7, .* got 8"),
-    ({"max_length": 0}, ValueError, r"max_length must be at least 1; got 0"),
-    ({"max_length": 4}, ValueError, r"max_length must divide the 6 rows behind the prefix; got 4. Pass offsets"),
-    ({"offsets": torch.tensor([6])}, ValueError, r"offsets must be \[K \+ 1\] with K ≥ 1; got \[1\]"),
-    (
-        OFFSETS | {"offsets": torch.tensor([0, 5, 7])},
-        ValueError,
-        r"offsets must go from 0 to at most 6.*; got 0 to 7",
-    ),
-    (OFFSETS | {"offsets": torch.tensor([1, 6])}, ValueError, r"offsets must go from 0 to at most 6.*; got 1 to 6"),
-    (
-        OFFSETS | {"offsets": torch.tensor([0, 6])},
-        ValueError,
-        r"offsets must rise by 0 to max_length \(5\); .* 6 t",
-    ),
-    (OFFSETS | {"offsets": torch.tensor([0, 4, 3])}, ValueError, r"offsets must rise by 0 to .*; got .* -1 tokens"),
-]
-
-
-@pytest.mark.parametrize(("bad", "error", "message"), BAD, ids=lambda x: x if isinstance(x, str) else "")
-@pytest.mark.parametrize("backend", ["cpp", "reference"], indirect=True)
-def test_refuses(backend: Backend, bad, error, message):
-    shared_prefix_attention(**GOOD)
-    shared_prefix_attention(**GOOD | OFFSETS)
-    with pytest.raises(error, match=rf"^shared_prefix_attention: {message}"):
-        shared_prefix_attention(**GOOD | bad)
 
 
 @pytest.mark.gpu
