@@ -22,7 +22,7 @@ from skipkernels.digests import digest_file
 from skipkernels.lora import TARGETS
 from skipkernels.testing import saved_bytes
 from skipkernels.towers.base import UnsupportedModel
-from skipkernels.towers.fused import stages
+from skipkernels.towers.fused import gradients
 from skipkernels.towers.low_rank import LowRankUpdate
 
 C = 7
@@ -171,14 +171,14 @@ def test_weights_are_computed_once_a_pass(formed, autocast):
 def test_gradient_products_are_those_of_the_factors(monkeypatch):
     """No gradient of a whole weight [W, W] is computed."""
     shapes: list[torch.Size] = []
-    product = stages.product
+    product = gradients.product
 
     def spy(*arguments, **options):
         shapes.append((result := product(*arguments, **options)).shape)
         return result
 
     clip, (images, labels) = with_lora(tiny_clip(), "out"), tiny_batch(3, C)
-    monkeypatch.setattr(stages, "product", spy)
+    monkeypatch.setattr(gradients, "product", spy)
     clip(images, labels).loss.backward()
     assert sorted(shapes) == sorted(2 * [(2, W) for W in (16, 24)] + 2 * [(W, 2) for W in (16, 24)])  # of A and B
 

@@ -10,8 +10,8 @@ Options, as some families have them: a norm of each head of query and key (`quer
 embeddings of query and key (`Rotary`), a norm of the result of attention and one of the activation (`attention_norm`,
 `mlp_norm`), SwiGLU, where W_fc has gate and value side by side, RMSNorm in place of LayerNorm, and no biases.
 
-    records.py    hidden states, weights and settings of a block, and a call of it
+    records.py    hidden states, weights and settings of a block, a call of it, and what that saves
     node.py       `fused_block`, the `torch.autograd.Function`; imported by the first block that runs
     stages.py     norm_1 → in_proj → attention → out_proj → norm_2 → mlp, each with its backward, and what each saves
-    products.py   products of matrices, written in the dtype of the gradients where the device can
+    gradients.py  gradients of the weights, as products and as sums over rows
 """

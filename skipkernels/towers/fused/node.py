@@ -17,8 +17,18 @@ from torch import Tensor
 from ... import casts as casts_of_step
 from ...reference import without_autocast
 from . import stages
-from .records import BlockReading, BlockWeights, Hidden, LowRankFactors, PreparedWeights, RowsOptions, TensorName
-from .stages import BlockCall, Gradients, Saved, sums_together
+from .gradients import Gradients, sums_together
+from .records import (
+    BlockCall,
+    BlockReading,
+    BlockWeights,
+    Hidden,
+    LowRankFactors,
+    PreparedWeights,
+    RowsOptions,
+    Saved,
+    TensorName,
+)
 
 # Fields of `BlockWeights` that products read, in the dtype of the products. The operators upcast the others: fc_bias is
 # added by that of the activation.

@@ -1,11 +1,12 @@
-"""Records that a fused block takes and returns: hidden states, its weights and settings, and how it is called."""
+"""Records of a fused block: hidden states, its weights and settings, a call of it, and what that saves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ...options import FusedMemory
@@ -159,3 +160,68 @@ class RowsOptions(NamedTuple):
     attention: BlockAttention
     memory: FusedMemory = "fast"  # What is saved for backward; table in `stages.py`
     rotary: Rotary | None = None  # Of sequences of equal length, the query rows being the first of each
+
+
+class BlockCall(NamedTuple):
+    """One call of a block: R rows of tokens, of which Q are computed behind the projections."""
+
+    settings: BlockSettings
+    options: RowsOptions
+    weights: PreparedWeights
+    # Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
+    dtype: torch.dtype
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Select the query rows [Q, …] of a tensor [R, …]; a view for a slice."""
+        query_rows = self.options.attention.query_rows
+        if query_rows is None:
+            return x
+        return x[query_rows] if isinstance(query_rows, slice) else x.index_select(0, query_rows)
+
+    def add_to_queries(self, x: Tensor, values: Tensor) -> Tensor:
+        """Add values [Q, …] to the query rows of a tensor [R, …], in place."""
+        query_rows = self.options.attention.query_rows
+        if isinstance(query_rows, Tensor):
+            return x.index_add_(0, query_rows, values)
+        self.queries(x).add_(values)
+        return x
+
+
+# ---- what backward reads besides the weights ------------------------------------------------------------------------
+
+
+class SavedNorm(NamedTuple):
+    """Input of a norm and the statistics of its rows."""
+
+    x: Tensor  # [rows, W], the sum if the norm adds a residual
+    mean: Tensor  # [rows]; [0] for RMSNorm
+    rstd: Tensor  # [rows]
+
+
+@dataclass
+class AttentionGraph:
+    """Result of attention with its autograd graph, back to the projections and to the weights of its norms."""
+
+    projected: tuple[Tensor, ...]  # leaves of the graph: ([R, 3W],), or query [Q, W] and key_value [R, 2W]
+    norms: dict[str, Tensor]  # leaves of the graph, by their fields of `BlockWeights`
+    result: Tensor  # [Q, W]
+
+
+@dataclass
+class Saved:
+    """Tensors that backward reads besides the weights."""
+
+    norm_1: SavedNorm  # hidden [R, W]
+    norm_2: SavedNorm  # mid [Q, W]
+    inner: Tensor | None  # [Q, M], or [Q, 2M] for SwiGLU. None: the product is repeated
+    projected: tuple[Tensor, ...]  # leaves of the graph of attention
+    attention_graph: AttentionGraph | None  # None: attention is repeated
+
+    def tensors(self) -> list[Tensor | None]:
+        """All tensors, without the graph of attention."""
+        return [*self.norm_1, *self.norm_2, self.inner, *self.projected]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], graph: AttentionGraph | None) -> Saved:
+        """Return what has these tensors, in the order of `tensors()`."""
+        return cls(SavedNorm(*tensors[:3]), SavedNorm(*tensors[3:6]), tensors[6], tuple(tensors[7:]), graph)

@@ -31,34 +31,26 @@ which returns them as well: the gradient of W_p follows `d_mlp_act`, that of W_f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops import launching
 from ...ops.add_layer_norm import SUM_COLUMNS, NormArguments, NormResults, add_layer_norm, add_layer_norm_backward
 from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ...ops.mlp_activation import Needs as ActivationNeeds
 from ...ops.rotary_embedding import rotary_embedding
-from ...ops.row_sums import MAX_ROWS, column_sums
 from ...reference import at_least_fp32
-from .products import joint_product, product
-from .records import NORMS, BlockSettings, Hidden, LowRankFactors, PreparedWeights, RowsOptions, TensorName
+from .gradients import ATTENTION_NORMS, NORM_1_AND_IN_PROJ, Gradients, joint_product
+from .records import NORMS, AttentionGraph, BlockCall, Hidden, Saved, SavedNorm
 
 # Values saved per token by which `memory="auto"` decides, in multiples of W: the 10 of the table, and 3 for norms of
 # heads: attention reads a copy of query, key and value, normed, and saves it beside those of `in_proj`. SwiGLU with
 # M = 4·W adds 4, which are not counted: "auto" leaves half of the free memory.
 SAVED_WIDTHS = 13
 CAST_BYTES = 24  # size of the copies of the weights in 16 bits, in multiples of W²: (3 + 1 + 4 + 4) · W² · 2 bytes
-
-# Norms within attention: autograd computes their gradients.
-ATTENTION_NORMS = tuple(f"{name}{suffix}" for name in ("query_norm", "key_norm", "attention_norm")
-                        for suffix in ("", "_bias"))  # fmt: skip
-NORM_1_AND_IN_PROJ = ("norm_1", "norm_1_bias", "in_proj", "in_proj_bias")
 
 
 def saved_bytes(hidden: Tensor) -> int:
@@ -67,181 +59,6 @@ def saved_bytes(hidden: Tensor) -> int:
     if torch.is_autocast_enabled(hidden.device.type):
         saved += CAST_BYTES * hidden.shape[-1] ** 2
     return saved
-
-
-# ---- what the stages read --------------------------------------------------------------------------------------------
-
-
-class BlockCall(NamedTuple):
-    """One call of a block: R rows of tokens, of which Q are computed behind the projections."""
-
-    settings: BlockSettings
-    options: RowsOptions
-    weights: PreparedWeights
-    # Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
-    dtype: torch.dtype
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Select the query rows [Q, …] of a tensor [R, …]; a view for a slice."""
-        query_rows = self.options.attention.query_rows
-        if query_rows is None:
-            return x
-        return x[query_rows] if isinstance(query_rows, slice) else x.index_select(0, query_rows)
-
-    def add_to_queries(self, x: Tensor, values: Tensor) -> Tensor:
-        """Add values [Q, …] to the query rows of a tensor [R, …], in place."""
-        query_rows = self.options.attention.query_rows
-        if isinstance(query_rows, Tensor):
-            return x.index_add_(0, query_rows, values)
-        self.queries(x).add_(values)
-        return x
-
-
-class SavedNorm(NamedTuple):
-    """Input of a norm and the statistics of its rows."""
-
-    x: Tensor  # [rows, W], the sum if the norm adds a residual
-    mean: Tensor  # [rows]; [0] for RMSNorm
-    rstd: Tensor  # [rows]
-
-
-@dataclass
-class AttentionGraph:
-    """Result of attention with its autograd graph, back to the projections and to the weights of its norms."""
-
-    projected: tuple[Tensor, ...]  # leaves of the graph: ([R, 3W],), or query [Q, W] and key_value [R, 2W]
-    norms: dict[str, Tensor]  # leaves of the graph, by their fields of `BlockWeights`
-    result: Tensor  # [Q, W]
-
-
-@dataclass
-class Saved:
-    """Tensors that backward reads besides the weights."""
-
-    norm_1: SavedNorm  # hidden [R, W]
-    norm_2: SavedNorm  # mid [Q, W]
-    inner: Tensor | None  # [Q, M], or [Q, 2M] for SwiGLU. None: the product is repeated
-    projected: tuple[Tensor, ...]  # leaves of the graph of attention
-    attention_graph: AttentionGraph | None  # None: attention is repeated
-
-    def tensors(self) -> list[Tensor | None]:
-        """All tensors, without the graph of attention."""
-        return [*self.norm_1, *self.norm_2, self.inner, *self.projected]
-
-    @classmethod
-    def of_tensors(cls, tensors: Sequence[Tensor], graph: AttentionGraph | None) -> Saved:
-        """Return what has these tensors, in the order of `tensors()`."""
-        return cls(SavedNorm(*tensors[:3]), SavedNorm(*tensors[3:6]), tensors[6], tuple(tensors[7:]), graph)
-
-
-# ---- gradients of weights --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Gradients:
-    """Gradients of weights: those that a backward pass has to compute, and those that it has computed, sometimes more.
-
-    Those of matrices are in `dtype` or in that of the products, those of vectors in any dtype. With `partial` operators
-    leave gradients of vectors as partial sums over rows, which `complete` adds, all by one launch.
-    """
-
-    needs_hidden: bool  # gradients of stream and branch
-    needed: frozenset[str]  # names of fields of `BlockWeights`
-    updates: Mapping[str, Sequence[LowRankFactors]]  # low-rank updates by field, of which A and B have gradients
-    dtype: torch.dtype
-    sums_dtype: torch.dtype  # of the sums that `complete` adds
-    partial: bool
-    weights: dict[str, Tensor] = field(default_factory=dict)  # by the fields of `BlockWeights`
-    factors: dict[TensorName, Tensor] = field(default_factory=dict)  # of low-rank updates, by ("FIELD.A", part)
-    pending_widths: dict[str, int] = field(default_factory=dict)  # by field, in the order of the columns
-    pending_matrices: list[Tensor] = field(default_factory=list)  # [rows, columns], side by side
-
-    def needs(self, *names: str) -> bool:
-        """Return True if the gradient of one of these fields is needed."""
-        return not self.needed.isdisjoint(names)
-
-    def needs_input_of(self, name: str) -> bool:
-        """Return True if the input of this layer is read: for the gradient of its weight, or of the factors of one."""
-        return name in self.needed or name in self.updates
-
-    @property
-    def needs_attention(self) -> bool:
-        """True if a gradient depends on that of attention."""
-        return self.needs_hidden or self.needs_input_of("in_proj") or self.needs(*NORM_1_AND_IN_PROJ, *ATTENTION_NORMS)
-
-    def set(self, name: str, gradient: Tensor) -> None:
-        """Set the gradient of a field of `BlockWeights`."""
-        self.weights[name] = gradient
-
-    def set_product(self, name: str, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Set the gradient of a matrix, and of its factors, if they are needed.
-
-        A pair has d_out [R, out], the gradient of results of a layer, and their inputs [R, in]: d_W = d_outᵀ · inputs.
-        Those of several pairs are one below the other.
-        """
-        if name in self.needed:
-            self.set(name, joint_product(pairs, self.dtype))
-        self.set_factors(name, *pairs)
-
-    def set_factors(self, name: str, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Set the gradients of A and B of the low-rank updates of a matrix, if there are any.
-
-        A weight W + s · B · A with frozen W gets no gradient itself. With y = x (W + s · B · A)ᵀ,
-
-            d_A = s · (d_y B)ᵀ x,   d_B = s · d_yᵀ (x Aᵀ)
-
-        are thin products, in place of one as large as the layer.
-        """
-        for update in self.updates.get(name, ()):
-            scale, down, up = update.scale, update.down, update.up
-            # First row of the part in the weight, then in the pair that has it: of the pairs (query), (key, value), key
-            # begins at row W of the weight, which is row 0 of the second pair.
-            row, pair = update.part * len(up), 0
-            while row >= (height := pairs[pair][0].shape[1]):
-                row, pair = row - height, pair + 1
-            d_out, inputs = pairs[pair]
-            d_part = d_out[:, row : row + len(up)]  # [R, out]
-            d_thin = d_part @ (scale * up).to(d_part.dtype)  # [R, out] @ [out, rank] -> [R, rank]
-            thin = inputs @ (scale * down).to(inputs.dtype).T  # [R, in] @ [in, rank] -> [R, rank]
-            self.factors[f"{name}.A", update.part] = product(d_thin.T, inputs, down.dtype)  # [rank, in]
-            self.factors[f"{name}.B", update.part] = product(d_part.T, thin, up.dtype)  # [out, rank]
-
-    def set_sums(self, sums: Mapping[str, Tensor], partial_sums: Tensor) -> None:
-        """Set gradients of vectors of equal width that an operator has summed; empty ones were not asked for.
-
-        Or `partial_sums` of them, if not empty: rows with those of all vectors side by side, in the order of `sums`.
-        """
-        if partial_sums.numel() > 0:
-            self._add_pending(list(sums), [partial_sums])
-        else:
-            self.weights |= {name: total for name, total in sums.items() if total.numel() > 0}
-
-    def set_column_sums(self, name: str, matrices: Sequence[Tensor]) -> None:
-        """Set the gradient of a vector to the column sums of one or more matrices, side by side."""
-        if self.partial and len(matrices[-1]) <= MAX_ROWS:
-            self._add_pending([name], matrices)
-            return
-        # On a CPU a sum in another dtype would convert all rows first.
-        dtype = matrices[0].dtype if matrices[0].is_cpu else self.sums_dtype
-        sums = [x.sum(0, dtype=dtype) for x in matrices]  # `out=` has no batching rule
-        self.set(name, torch.cat(sums) if len(sums) > 1 else sums[0])
-
-    def _add_pending(self, names: Sequence[str], matrices: Sequence[Tensor]) -> None:
-        width = sum(x.shape[1] for x in matrices) // len(names)
-        self.pending_widths |= dict.fromkeys(names, width)
-        self.pending_matrices += matrices
-
-    def complete(self) -> None:
-        """Add the pending sums, by one launch."""
-        if self.pending_widths:
-            totals = column_sums(self.pending_matrices, self.sums_dtype).split(list(self.pending_widths.values()))
-            self.weights |= zip(self.pending_widths, totals, strict=True)
-            self.pending_widths, self.pending_matrices = {}, []
-
-
-def sums_together(device: torch.device) -> bool:
-    """Return True if the sums of all operators are completed by one launch; on a CPU each completes its own."""
-    return device.type != "cpu" and launching.installed
 
 
 # ---- both directions -------------------------------------------------------------------------------------------------
@@ -463,9 +280,14 @@ def norm_2(call: BlockCall, hidden: Tensor, branch: Tensor) -> tuple[Tensor, Sav
 def d_norm_2(
     call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_stream: Tensor, gradients: Gradients
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of mid [Q, W], as those of its two terms; return also LN₂(mid), if needed."""
+    """Gradients of mid [Q, W], as those of its two terms; return also LN₂(mid), if needed.
+
+    Set those of b_p and b_o too. They are the column sums of d_stream, the gradient of the result of the block, to which
+    b_p is added, and of the gradient of mid, to which b_o is added; the operator of the norm has both matrices.
+    """
     need_normed = gradients.needs_input_of("fc")
-    return d_norm(call, "norm_2", saved, d_normed, d_stream, gradients, need_normed)
+    biases = ("proj_bias", "out_proj_bias")
+    return d_norm(call, "norm_2", saved, d_normed, d_stream, gradients, need_normed, biases)
 
 
 def mlp_in(call: BlockCall, normed: Tensor) -> Tensor:
@@ -539,14 +361,16 @@ def d_norm(
     d_residual: Tensor | None,
     gradients: Gradients,
     need_normed: bool = False,
+    biases: tuple[str, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradient of the input of a norm, d_x = d_residual + …; set those of its weights, and of the biases around it.
+    """Gradient of the input of a norm, d_x = d_residual + …; set those of its weights.
 
     A sum of stream and branch was the input if there is a residual: d_x is then the gradient of both, and is returned
-    twice, for the branch in the dtype of the products. Return also the norm, if `need_normed`.
+    twice, for the branch in the dtype of the products. Return also the norm, if `need_normed`. The gradients of
+    the fields `biases` are the column sums of d_residual and of d_x.
     """
     weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
-    need_sums = name == "norm_2" and gradients.needs("proj_bias", "out_proj_bias")
+    need_sums = gradients.needs(*biases)
     casts = d_residual is not None and call.dtype != saved.x.dtype
     arguments = NormArguments(
         d_normed,
@@ -566,8 +390,8 @@ def d_norm(
     )
     found = NormResults(*add_layer_norm_backward(*arguments))
     fields = {"d_weight": name, "d_bias": f"{name}_bias"}
-    if need_sums:  # b_p is added to the sum behind norm_2, and b_o to its input
-        fields |= {"d_hidden_sum": "proj_bias", "d_x_sum": "out_proj_bias"}
+    if need_sums:
+        fields |= zip(("d_hidden_sum", "d_x_sum"), biases, strict=True)
     sums = {fields[column]: getattr(found, column) for column in SUM_COLUMNS if column in fields}
     gradients.set_sums(sums, found.partial_sums)
     return found.d_x, found.d_x_cast if casts else found.d_x, found.normed if need_normed else None
