@@ -49,23 +49,6 @@ def test_recall_of_useless_embeddings_is_zero():
         assert found == ({1: 0.0, 9: 0.0}, {1: 0.0, 9: 0.0})
 
 
-@pytest.mark.parametrize(
-    ("bad", "error", "message"),
-    [
-        ({"text": torch.ones(6, 5)}, ValueError, r"text must be \[m, D=4\]"),
-        ({"image": [[1.0] * 4] * 3}, TypeError, "image must be a tensor; got list"),
-        ({"text": torch.ones(6, 4).long()}, TypeError, "text must be float32"),
-        ({"image_of_text": torch.arange(6)}, ValueError, "image_of_text must be rows of image, 0 to 2; got 0 to 5"),
-        ({"image_of_text": torch.zeros(3).long()}, ValueError, r"image_of_text must be \[m=6\]"),
-        ({"ks": (0, 1)}, ValueError, r"ks must be at least 1; got \[0, 1\]"),
-    ],
-)
-def test_recall_refuses(bad, error, message):
-    arguments = {"image": torch.ones(3, 4), "text": torch.ones(6, 4), "image_of_text": torch.arange(6) // 2}
-    with pytest.raises(error, match=f"^recall: {message}"):
-        sk.retrieval.recall(**{**arguments, **bad})
-
-
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
 @pytest.mark.parametrize("k", [1, 2, 5, 39, 40])
 def test_top_k_logits_equal_ones_by_class(k, chunk, monkeypatch):

@@ -102,12 +102,6 @@ def test_accuracy(top_k, by_batch, trained, short, tmp_path):
         assert trainer.predict(dataset).predictions.tolist() == ranked[:, :3].tolist()
 
 
-def test_top_k_of_too_few_classes(trained, short, tmp_path):
-    args = hugging_face.trainer_arguments(runner.arguments(short, tmp_path), **short.rates(), top_k=13)
-    with pytest.raises(ValueError, match="top_k must be a number of classes, from 1 to 12; got 13"):
-        Trainer(trained[0].model, **args).predict(short.dataset)
-
-
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_predict_without_labels(top_k, trained, short, tmp_path):
     """Batches of five and of one image."""
@@ -122,8 +116,6 @@ def test_predict_without_labels(top_k, trained, short, tmp_path):
             assert found.predictions.tolist() == logits.topk(3).indices.tolist()
         else:
             torch.testing.assert_close(torch.from_numpy(found.predictions), logits, rtol=1e-4, atol=1e-4)
-    with pytest.raises(TypeError, match="Predictor: clip must be a SkipCLIP"):
-        hugging_face.Predictor(short.model)
 
 
 def test_push_to_hub(trained, short, tmp_path, monkeypatch):
@@ -201,42 +193,9 @@ def test_features_of_a_cache(trained, short, tmp_path):
     assert losses(trainer) == pytest.approx(losses(trained[0]), rel=1e-4)
 
 
-def test_features_where_images_are_expected(short, tmp_path):
-    """With nothing skipped there are no features at the cut."""
-    features = make(short).encode_lower(short.images)
-    short = short._replace(images=features, skip_layers=0)
-    with pytest.raises(ValueError, match=r"features can't be cached; got \[2, 65"):
-        trainer_of(make(short), short, tmp_path).train()
-
-
-@pytest.mark.parametrize(
-    ("item", "error", "message"),
-    [
-        (([1.0], 1), TypeError, "images must be tensors, as the model's image transform returns; got list"),
-        (
-            {"image": torch.zeros(1)},
-            ValueError,
-            "keys pixel_values and, except for prediction, labels; got image",
-        ),
-        ((torch.zeros(1), [1, 2]), TypeError, "labels must be class ids, one whole number for each image"),
-    ],
-    ids=["list", "keys", "labels"],
-)
-def test_collate_refuses(item, error, message):
-    with pytest.raises(error, match=f"^collate: .*{message}"):
-        hugging_face.collate([item])
-
-
 @pytest.mark.parametrize("label", [3, np.int32(3), torch.tensor(3), np.array(3)], ids=repr)
 def test_collate_whole_numbers(label):
     assert hugging_face.collate([(torch.zeros(1), label)])["labels"].tolist() == [3]
-
-
-def test_arguments_of_another_model(short, tmp_path):
-    with pytest.raises(TypeError, match="trainer_arguments: clip must be a SkipCLIP; got Linear"):
-        Trainer(torch.nn.Linear(1, 1), **runner.plug(short, tmp_path)).create_optimizer()
-    with pytest.raises(TypeError, match="args must be transformers.TrainingArguments; got SkipCLIP"):
-        hugging_face.trainer_arguments(make(short), text_lr=1, image_lr=1)
 
 
 def test_optimizer_is_of_the_parameters_that_train(short, tmp_path):

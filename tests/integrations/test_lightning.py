@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import skipkernels as sk
 from bench.trainers import lightning as runner
 from bench.trainers.common import Problem, small_problem, trained
-from skipkernels.integrations import lightning
 from skipkernels.integrations.lightning import MultiLabelModule, PairModule, SkipModule
 from skipkernels.pairs import pair_loss, sigmoid_loss
 
@@ -56,15 +53,6 @@ def test_validation_logs_accuracy_of_all_classes(short, tmp_path):
     assert logged["val_accuracy"] == pytest.approx(expected)
     loss = torch.nn.functional.cross_entropy(logits, short.labels).item()
     assert logged["val_loss"] == pytest.approx(loss, rel=1e-4)
-
-
-def test_bad_use(short):
-    with pytest.raises(TypeError, match="SkipModule: clip must be a SkipCLIP; got Linear"):
-        lightning.SkipModule(torch.nn.Linear(1, 1), text_lr=1, image_lr=1)
-    module = runner.plug(short.implementations()["skipkernels"](), short)
-    for batch, found in (({"image": 1, "label": 2}, "dict of 2"), ((1, 2, 3), "tuple of 3")):
-        with pytest.raises(TypeError, match=f"batch must be a pair .*; got {found}"):
-            module.training_step(batch, 0)
 
 
 def test_predict_of_images_with_labels(short, tmp_path):
@@ -195,10 +183,3 @@ def test_fabric_is_the_loop(short, tmp_path):
     fabric.load(tmp_path / "fabric.ckpt", {"clip": fabric.setup_module(loaded)})
     for each in (clip, loaded):
         assert all(state.equal(plain.state_dict()[name]) for name, state in each.state_dict().items())
-
-
-def test_missing_extra(monkeypatch):
-    monkeypatch.delitem(sys.modules, "skipkernels.integrations.lightning")
-    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
-    with pytest.raises(ImportError, match="needs Lightning .*pip install 'skipkernels\\[lightning\\]'"):
-        importlib.import_module("skipkernels.integrations.lightning")
