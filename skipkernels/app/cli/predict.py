@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from skipkernels.app.serve import Classifier
-    from skipkernels.app.serve.output import Row, SortedFolders
+    from skipkernels.app.serve.output import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,6 @@ class PredictOptions:
     that are done."""
     embeddings: Path | None = None
     """File of the embeddings of the images, .npy: float32 [images, width] of unit norm, in the order of the results."""
-    sort_into: Path | None = None
-    """Folder into which each image is copied, in a folder with the name of that of the training images of its class.
-    Images that are there are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +73,7 @@ class PredictCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data.files import format_others
-        from skipkernels.app.serve.output import labelled
+        from skipkernels.app.serve.output import check_none, labelled
 
         self._check()
         images, others = _find_images(self.images)
@@ -85,7 +82,8 @@ class PredictCommand:
         count = len(classifier.classes)
         if self.results.top > max(count, PredictOptions.top):
             err.print(f"note: --top {self.results.top} shows all classes, which are {count}")
-        folders = self._sorted_folders(classifier)
+        if self.results.threshold is not None:
+            check_none(classifier.classes)
         rows: list[Row] = []
         embeddings: list[Tensor] = []
         unreadable = 0
@@ -95,12 +93,8 @@ class PredictCommand:
                     for name, reason in part.unreadable.items():
                         err.print(f"skipped {name}: {reason}", soft_wrap=True)
                     unreadable += len(part.unreadable)
-                    found = list(labelled(part))
-                    rows.extend(found)
+                    rows.extend(labelled(part))
                     embeddings.append(part.embeddings)
-                    if folders is not None:
-                        for name, ranked in found:
-                            folders.add(name, ranked[0][0])
                     advance(len(part) + len(part.unreadable))
         except BaseException:
             err.print(f"{len(rows):,} of {len(images):,} images are classified", soft_wrap=True)
@@ -114,15 +108,13 @@ class PredictCommand:
 
     def _check(self) -> None:
         """Raise an InputError for an option that can't be used, before the work is done."""
-        from skipkernels.app.serve.output import check_file, check_outside
+        from skipkernels.app.serve.output import check_file
 
         results, compute = self.results, self.compute
         if results.out is not None:
             check_file(results.out, "predict")
         if results.embeddings is not None:
             check_file(results.embeddings, "predict", "embeddings", [".npy"])
-        if results.sort_into is not None:
-            check_outside(results.sort_into, self.images)
         from skipkernels.app.serve.classifier import check_counts, check_threshold  # imports torch
 
         check_counts(top=results.top, batch_size=compute.batch_size, workers=compute.workers)
@@ -139,16 +131,6 @@ class PredictCommand:
             precision=self.compute.precision,
             trust=self.compute.trust,
         )
-
-    def _sorted_folders(self, classifier: Classifier) -> SortedFolders | None:
-        """Folders of the labels, with that of images without a class if there is a threshold."""
-        from skipkernels.app.serve.output import NONE, SortedFolders, check_none
-
-        labels, names = list(classifier.classes), list(classifier.folders)
-        if self.results.threshold is not None:
-            check_none(labels)
-            labels, names = [NONE, *labels], [NONE, *names]
-        return None if self.results.sort_into is None else SortedFolders(self.results.sort_into, labels, names)
 
     def _options(self) -> dict[str, Any]:
         """Options of `Classifier.predict_batches`."""

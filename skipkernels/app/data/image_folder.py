@@ -18,7 +18,6 @@ each line, in the order of the sorted folders.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from .base import InputError, open_error
@@ -44,7 +43,7 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> Source:
     if empty:
         skipped = f" ({format_others(others)})" if others else ""
         raise open_error(f"{name}: no images in {format_names(empty)}{skipped}. Add some, or remove the empty folders.")
-    source = listed_source(
+    return listed_source(
         name,
         LabelledImages(root, [path for path, _ in found], [label for _, label in found]),
         classes,
@@ -54,7 +53,6 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> Source:
         how="no test/",
         remedy="make train/ and test/",
     )
-    return replace(source, folders=tuple(folders))
 
 
 def _split_folders(name: str, root: Path) -> dict[str, Split]:

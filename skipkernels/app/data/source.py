@@ -29,7 +29,6 @@ class Source:
         splits: Images of each split.
         missing: For missing splits, the reason and the remedy.
         class_ids: Keys that identify the same class in other datasets. Default: the names in lower case.
-        folders: Names of the folders of the classes; None for data without them.
         targets: Default targets of a protocol, as `open_source` takes them.
         notes: Remarks for the user on how the dataset was read.
         hashed: The user's data have no splits of their own, and were split by a hash.
@@ -41,7 +40,6 @@ class Source:
     splits: Mapping[Split, Images] = field(default_factory=dict, repr=False, kw_only=True)
     missing: Mapping[Split, str] = field(default_factory=dict, repr=False, kw_only=True)
     class_ids: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
-    folders: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
     targets: Mapping[Protocol, Sequence[str]] = field(default_factory=dict, repr=False, kw_only=True)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     hashed: bool = field(default=False, kw_only=True)
@@ -118,7 +116,6 @@ class Source:
             classes=tuple(self.classes[label] for label in labels),
             splits={split: images.subset_classes(labels) for split, images in self.splits.items()},
             class_ids=None if self.class_ids is None else tuple(self.class_ids[label] for label in labels),
-            folders=None if self.folders is None else tuple(self.folders[label] for label in labels),
         )
 
 

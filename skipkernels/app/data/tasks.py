@@ -59,7 +59,7 @@ class Task:
             None.
         notes: Remarks for the user on how the data were read, and on what trains and validates.
         source_notes: Those of them on how the data were read.
-        folders: Names of the folders of the trained classes; None for data without them.
+        held_out: Number of images at the end of `train` that validated; see `trained_on_validation`.
     """
 
     name: str
@@ -69,7 +69,6 @@ class Task:
     validation: TestSet | None = None
     notes: tuple[str, ...] = ()
     source_notes: tuple[str, ...] = ()
-    folders: tuple[str, ...] | None = None
     held_out: int = 0
 
     def trained_on_validation(self) -> Task:
@@ -247,7 +246,7 @@ def load_task(
         if len(test.classes) == 1
     ]
     shown, of_source = (tuple(dict.fromkeys(map(escaped, each))) for each in (notes, source_notes))
-    return Task(source.name, options.protocol, train, tuple(tests), held, shown, of_source, trained.folders)
+    return Task(source.name, options.protocol, train, tuple(tests), held, shown, of_source)
 
 
 def _parts(source: Source, protocol: Protocol) -> dict[str, Source]:

@@ -102,7 +102,6 @@ class Classifier:
 
     Attributes:
         classes: Names of the classes.
-        folders: Names of the folders of their training images; or the names of the classes.
         temperature: Divisor of the logits.
         calibrated: True if the temperature was fitted on held-out images, with the same classes and prompts.
         none_logit: Logit of "none of these" after the temperature, which is used with a threshold; None without
@@ -126,8 +125,6 @@ class Classifier:
     def __init__(self, run: TunedRun):
         self._run = run
         self.classes = run.classes
-        trained = run.described.folders if run.classes == run.described.classes else None
-        self.folders = trained or run.classes
         self.transform = run.transform
         temperature = run.described.temperature if run.has_own_prompts else None
         self.calibrated = temperature is not None

@@ -1,19 +1,16 @@
-"""Output of predictions: tables, embeddings, and folders of images by label; and checks of the paths of all output."""
+"""Output of predictions, tables and embeddings; and checks of the paths of all output."""
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...digests import digest_file
-from ...folders import replace_copy, replaced_file, sweep
+from ...folders import replaced_file, sweep
 from ...formatting import csv_line
 from ..data import InputError
 from ..train.checkpoint import FOLDER as CHECKPOINT
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
 
 NONE = "none of these"
 """Label of an image that has none of the classes."""
-_MAX_NAME = 200  # bytes of the name of a folder, before numbers
 
 Row = tuple[str, Sequence[tuple[str, float | None]]]
 """Name of an image, and its labels with their probabilities, best first."""
@@ -70,15 +66,6 @@ def check_none(classes: Sequence[str]) -> None:
             f"predict: threshold labels images {NONE!r}, which is also a class of the run. Use Classifier.predict in "
             "Python, where `known` of the result marks such images.",
             "threshold",
-        )
-
-
-def check_outside(folder: Path, images: Iterable[Path]) -> None:
-    """Raise an InputError if images would be sorted into a folder in which they are searched, and found again."""
-    inside = next((path for path in images if path.is_dir() and folder.resolve().is_relative_to(path.resolve())), None)
-    if inside is not None:
-        raise InputError(
-            f"predict: sort_into must be outside {inside}, where images are searched; got {folder}.", "sort_into"
         )
 
 
@@ -134,51 +121,3 @@ def write_embeddings(path: Path, parts: Sequence[Tensor]) -> None:
     rows = np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
     with replaced_file(path) as new, new.open("wb") as file:
         np.save(file, rows)
-
-
-def folder_names(classes: Sequence[str]) -> list[str]:
-    r"""Return a folder name for each class: names without separators, distinct also where case is ignored.
-
-    >>> folder_names(["a/b", "A_b", "..", "cat"])
-    ['a_b', 'A_b (2)', '_', 'cat']
-    """
-    names: list[str] = []
-    used: set[str] = set()
-    for number, name in enumerate(classes, 1):
-        text = name.encode(errors="replace")[:_MAX_NAME].decode(errors="ignore")  # a folder name has at most 255 bytes
-        base = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", text).strip(". ") or "_"
-        chosen = base
-        while chosen.casefold() in used:
-            chosen += f" ({number})"
-        used.add(chosen.casefold())
-        names.append(chosen)
-    return names
-
-
-class SortedFolders:
-    """Folders of labels, into which images are copied. What is in them is kept.
-
-    Args:
-        folder: Folder of these folders, new or not.
-        labels: Labels of images.
-        names: Names of their folders; characters that a name can't have are replaced.
-    """
-
-    def __init__(self, folder: Path, labels: Sequence[str], names: Sequence[str]):
-        check_writable(folder, "sort_into", "predict")
-        self._folder = folder
-        self._names = dict(zip(labels, folder_names(names), strict=True))
-
-    def add(self, path: str, label: str) -> None:
-        """Copy an image into the folder of its label, unless it is there.
-
-        If the name is that of another image, the digest of its bytes is added: no image is replaced, and one that is
-        sorted again gets no second copy.
-        """
-        image, folder = Path(path), self._folder / self._names[label]
-        target = folder / image.name
-        if target.exists() and not filecmp.cmp(image, target, shallow=False):
-            target = folder / f"{image.stem}-{digest_file(image)[:16]}{image.suffix}"
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_copy(target, image)

@@ -51,8 +51,6 @@ class Description:
     protocol: Text
     classes: Annotated[list[Text], Field(min_length=1)]
     """Names of the trained classes, by label."""
-    folders: list[Text] | None = field(default=None, kw_only=True)
-    """Names of the folders of their training images; None for data without folders of classes."""
     templates: Annotated[list[Text], Field(min_length=1)] | None
     prompts: Annotated[list[list[Text]], Field(min_length=1)] | None
     """Prompt templates; or, if the prompts are not made of templates, the prompts by template and class."""
@@ -96,8 +94,8 @@ class Description:
             read = validated(cls, values)
             if read.templates is None and read.prompts is None:
                 raise ValueError("templates and prompts are missing")
-            if any(len(texts) != len(read.classes) for texts in (read.folders or read.classes, *(read.prompts or ()))):
-                raise ValueError("prompts and folders must be one text for each class")
+            if any(len(texts) != len(read.classes) for texts in read.prompts or ()):
+                raise ValueError("prompts must be one text for each class")
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror}).") from error
         except ValueError as error:
@@ -122,7 +120,6 @@ def describe(config: TuneConfig, model: Any, task: Task, *, weights: str, holds:
         data=task.name,
         protocol=task.protocol,
         classes=list(test.classes),
-        folders=None if task.folders is None else list(task.folders),
         templates=templates,
         prompts=None if templates is not None else [list(prompts) for prompts in test.prompts],
         weights=weights,

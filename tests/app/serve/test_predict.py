@@ -26,7 +26,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.cli.predict import PredictCommand, PredictOptions
 from skipkernels.app.data import open_source
 from skipkernels.app.serve.classifier import PredictSettings
-from skipkernels.app.serve.output import NONE, SortedFolders, folder_names
+from skipkernels.app.serve.output import NONE
 from skipkernels.app.train import tune
 from skipkernels.app.train.calibration import class_probabilities, find_thresholds, fit_none_logit
 from skipkernels.app.train.setup import build_task
@@ -162,8 +162,7 @@ def command(capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_command(run, photos, tmp_path, capsys):
-    folder = tmp_path / "sorted"
-    code, out, err = command(capsys, run.folder, photos, "--top", 2, "--sort-into", folder)
+    code, out, err = command(capsys, run.folder, photos, "--top", 2)
     assert "--top" not in err
     rows = list(csv.DictReader(io.StringIO(out)))
     assert code == 1 and "skipped" in err and "broken.jpg" in err  # the damaged file is named
@@ -171,9 +170,6 @@ def test_command(run, photos, tmp_path, capsys):
     assert list(rows[0]) == ["path", "label", "probability", "label_2", "probability_2"]
     assert all(float(row["probability"]) >= float(row["probability_2"]) for row in rows)
     assert len(rows) == len(run.task.tests[0].images)
-    assert {(path.parent.name, path.name) for path in folder.glob("*/*")} == {
-        (row["label"], Path(row["path"]).name) for row in rows
-    }
 
     json_file = tmp_path / "found.json"
     part = photos / "part1"
@@ -267,11 +263,11 @@ def test_thresholds_keep_the_share_of_validation_images_that_is_reported(tmp_pat
 
 
 def test_command_with_a_threshold(run, photos, tmp_path, capsys):
-    part, folder, table = photos / "part1", tmp_path / "sorted", tmp_path / "found.json"
+    part, table = photos / "part1", tmp_path / "found.json"
     plain = list(csv.DictReader(io.StringIO(command(capsys, run.folder, part, "--top", 2)[1])))
     threshold = sorted(float(row["probability"]) for row in plain)[len(plain) // 2]
     options = ["--top", 2, "--threshold", threshold - 1e-5]
-    code, out, err = command(capsys, run.folder, part, *options, "--sort-into", folder)
+    code, out, err = command(capsys, run.folder, part, *options)
     rows = list(csv.DictReader(io.StringIO(out)))
     below = [float(row["probability"]) < threshold - 1e-5 for row in plain]
     assert code == 0 and 0 < sum(below) < len(rows) and f"classified, {sum(below)} as {NONE};" in err
@@ -279,7 +275,6 @@ def test_command_with_a_threshold(run, photos, tmp_path, capsys):
         best = {"label_2": before["label"], "probability_2": before["probability"]}
         expected = before | {"label": NONE, "probability": ""} | best if none else before
         assert row == expected | {"known": "false" if none else "true"}
-    assert len(list((folder / NONE).iterdir())) == sum(below)
     assert command(capsys, run.folder, part, *options, "--out", table)[0] == 0
     found = json.loads(table.read_text())
     assert [item["predictions"][0]["label"] for item in found] == [row["label"] for row in rows]
@@ -290,7 +285,7 @@ def test_command_with_a_threshold(run, photos, tmp_path, capsys):
 
 
 def test_command_writes_what_is_done_after_an_error(run, photos, tmp_path, capsys, monkeypatch):
-    out, folder = tmp_path / "found.csv", tmp_path / "sorted"
+    out = tmp_path / "found.csv"
     found, batches = sk.Classifier._predictions, []
 
     def failing(self, names, *others):
@@ -300,50 +295,12 @@ def test_command_writes_what_is_done_after_an_error(run, photos, tmp_path, capsy
         return found(self, names, *others)
 
     monkeypatch.setattr(sk.Classifier, "_predictions", failing)
-    files = ["--out", out, "--embeddings", tmp_path / "found.npy", "--sort-into", folder]
+    files = ["--out", out, "--embeddings", tmp_path / "found.npy"]
     code, _, err = command(capsys, run.folder, photos, "--batch-size", 4, *files)
     done = [name for names in batches[:2] for name in names]
     assert code == 1 and f"{len(done)} of {len(run.task.tests[0].images) + 1} images are classified" in err
     assert [row["path"] for row in csv.DictReader(out.open())] == done
     assert len(np.load(tmp_path / "found.npy")) == len(done)
-    assert len(list(folder.glob("*/*"))) == len(done)
-
-
-def test_folder_names_fit_a_file_system(tmp_path):
-    names = folder_names(["狐" * 120, "狐" * 121, "\ud800", "a" * 300])
-    for name in names:
-        (tmp_path / name).mkdir()
-    assert len({path.name for path in tmp_path.iterdir()}) == 4 and names[0] == "狐" * 66
-
-
-def test_sorted_folders_keep_what_is_in_them(tmp_path):
-    """Each image is copied once, also by a later command; none replaces another of its name."""
-    (tmp_path / "sorted" / "cat_face").mkdir(parents=True)
-    (tmp_path / "sorted" / "cat_face" / "a.png").write_bytes(b"of the user")
-    names = ["a.png"] * 3 + ["b.png", "a.png"]
-    for _ in range(2):
-        folders = SortedFolders(tmp_path / "sorted", ["cat face", "dog"], ["cat_face", "dog"])
-        for number, name in enumerate(names):
-            path = tmp_path / str(number) / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"%d" % number)
-            folders.add(str(path), "cat face")
-        found = {path.name: path.read_bytes() for path in (tmp_path / "sorted" / "cat_face").iterdir()}
-        assert sorted(found.values()) == [b"0", b"1", b"2", b"3", b"4", b"of the user"] and found["b.png"] == b"3"
-        assert [path.name for path in (tmp_path / "sorted").iterdir()] == ["cat_face"]
-
-
-def test_folders_of_a_run_are_those_of_its_images(tmp_path):
-    for number in range(24):
-        path = tmp_path / "photos" / ("sea_lion", "n02", "Owl")[number % 3] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (number, number, number)).save(path)
-    (tmp_path / "photos" / "classes.json").write_text('{"sea_lion": "sea_lion", "n02": "tench", "Owl": "owl"}')
-    data, out = f"imagefolder:{tmp_path / 'photos'}", tmp_path / "run"
-    sk.tune(data=data, model="pictogram-tiny", method="zero-shot", validation="none", device="cpu", out=out)
-    classifier = sk.Classifier.load(out, device="cpu")
-    assert (classifier.classes, classifier.folders) == (["owl", "tench", "sea lion"], ["Owl", "n02", "sea_lion"])
-    assert sk.Classifier.load(out, classes=["a", "b"], device="cpu").folders == ["a", "b"]
 
 
 def test_hostile_class_names(tmp_path, capsys, caplog):

@@ -117,7 +117,6 @@ COMMANDS = {
     "predict {empty}/none {photos}": "RUN must be the folder of a run",
     "predict {run} {empty}": "IMAGES must be files or folders of images",
     "predict {run} {photos} {empty}/none": "IMAGES must be files or folders of images; there is no",
-    "predict {run} {photos} --sort-into {photos}/sorted": "where images are searched; got",
     "predict {run} {photos} --top 0": "--top must be a whole number",
     "predict {run} {photos} --threshold nan": "--threshold must be a number from 0 to 1; got nan",
     "predict {run} {photos} --threshold 0.5 --classes cat,None\xa0of\xa0these": "is also a class of the run",
