@@ -30,6 +30,6 @@ def own_loss(model: nn.Sequential, image: Tensor, text: Tensor) -> Tensor:
 
 
 def classify(run: str, photos: list[str]) -> dict[str, float]:
-    found = sk.Classifier.load(run, device="cpu").predict(photos, top=3, crops=5)
+    found = sk.Classifier.load(run, device="cpu").predict(photos, top=3, threshold=0.5)
     assert_type(found.probabilities, Tensor)
     return {f"{name}: {labels[0][0]}": labels[0][1] for name, labels in found}

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -34,9 +34,6 @@ class PredictOptions:
     name in each line, which may have commas. By default the trained classes."""
     template: tuple[str, ...] | None = None
     """Prompts of the classes, such as "a photo of a {}.". By default the prompts of the run."""
-    crops: Literal[1, 5, 10] = 1
-    """Views of each image, of which the probabilities are averaged. 5: the corners and the centre. 10: also their
-    mirror images. Each view takes as long as an image."""
     out: Path | None = None
     """File of the results, .csv or .json. By default they are printed as CSV. An interrupted command writes the images
     that are done."""
@@ -134,9 +131,9 @@ class PredictCommand:
 
     def _options(self) -> dict[str, Any]:
         """Options of `Classifier.predict_batches`."""
-        names = "top", "threshold", "crops"
-        options = {name: getattr(self.results, name) for name in names}
-        return options | {"batch_size": self.compute.batch_size, "workers": self.compute.workers}
+        results, compute = self.results, self.compute
+        options = {"top": results.top, "threshold": results.threshold}
+        return options | {"batch_size": compute.batch_size, "workers": compute.workers}
 
     def _write(self, rows: list[Row], embeddings: list[Tensor], out: Terminal) -> None:
         """Write or print the results."""
@@ -175,9 +172,7 @@ class PredictCommand:
         from skipkernels.app.train.description import CALIBRATED, NOT_CALIBRATED
 
         if classifier.calibrated:
-            crops = self.results.crops
-            single = f"the mean over {crops} views, at the temperature of single views of held-out images"
-            return CALIBRATED if crops == 1 else single
+            return CALIBRATED
         changed = [f"--{name}" for name in ("classes", "template") if getattr(self.results, name) is not None]
         if changed:
             return f"not calibrated: {' and '.join(changed)} replace those of the run"

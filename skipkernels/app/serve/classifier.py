@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as pictures
 
 from ...folders import restored
 from ...options import Precision
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Unreadable = Literal["raise", "skip"]
-Crops = Literal[1, 5, 10]
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 """A path, an image of Pillow, a uint8 array [H, W], [H, W, 3] (RGB) or [H, W, 4], or a uint8 tensor [3, H, W]."""
 
@@ -41,7 +38,6 @@ class PredictSettings(TypedDict, total=False):
     threshold: float | None
     batch_size: int
     workers: int | None
-    crops: Crops
     unreadable: Unreadable
 
 
@@ -54,7 +50,7 @@ class Predictions:
         ids: Classes, int64 [N, k], as positions in `classes`.
         probabilities: Their probabilities, fp32 [N, k]. They sum to 1 over all classes, not over these k; with a
             threshold, over all classes and "none of these".
-        embeddings: Unit-norm embeddings of the images, fp32 [N, D]; of several views, their unit-norm mean.
+        embeddings: Unit-norm embeddings of the images, fp32 [N, D].
         classes: Names of all classes.
         unreadable: Reason by path for files that were skipped.
         threshold: The smallest probability of the best class of an image that has a class; None for no threshold.
@@ -213,7 +209,6 @@ class Classifier:
         threshold: float | None = None,
         batch_size: int = 64,
         workers: int | None = None,
-        crops: Crops = 1,
         unreadable: Unreadable = "raise",
     ) -> Predictions:
         """Classify images.
@@ -227,9 +222,6 @@ class Classifier:
                 result is False for the others. report.html has thresholds and their accuracy on validation images.
             batch_size: Images per forward pass.
             workers: Threads that decode images. Default: one for each core, at most 8.
-            crops: Views of each image, of which the probabilities are averaged. 1: that of `transform`. 5: the corners
-                and the centre of the image, resized to 8/7 of the model's size. 10: these and their mirror images.
-                The temperature is that of one view.
             unreadable: "skip" leaves out files that can't be read and lists them in the result; "raise" raises.
 
         Returns:
@@ -240,7 +232,7 @@ class Classifier:
             FloatingPointError: If a logit is not finite.
         """
         options: PredictSettings = {"top": top, "threshold": threshold, "batch_size": batch_size, "workers": workers}
-        options |= {"crops": crops, "unreadable": unreadable}
+        options["unreadable"] = unreadable
         parts = list(self.predict_batches(images, **options)) or [self._nothing(top, threshold, {})]
         return Predictions(
             [name for part in parts for name in part.names],
@@ -260,13 +252,10 @@ class Classifier:
         threshold: float | None = None,
         batch_size: int = 64,
         workers: int | None = None,
-        crops: Crops = 1,
         unreadable: Unreadable = "raise",
     ) -> Iterator[Predictions]:
         """Classify images batch by batch, with the arguments and errors of `predict`."""
         check_counts(top=top, batch_size=batch_size, workers=workers)
-        if crops not in get_args(Crops):
-            raise InputError(f"Classifier.predict: crops must be 1, 5 or 10; got {crops!r}.", "crops")
         check_threshold(threshold)
         if isinstance(images, (str, os.PathLike)):
             path = Path(images).expanduser()
@@ -278,8 +267,6 @@ class Classifier:
                     f"uint8; got {images.dtype} {list(images.shape)}.",
                     "images",
                 )
-            if crops > 1:
-                raise InputError(f"Classifier.predict: crops={crops} needs images that are not preprocessed.", "crops")
             for start in range(0, len(images), batch_size):
                 part = images[start : start + batch_size]
                 yield self._predictions(list(map(str, range(start, start + len(part)))), part, top, threshold)
@@ -288,17 +275,14 @@ class Classifier:
             listed: list[Any] = [images] if pixels or not isinstance(images, Iterable) else list(images)
             names = [str(each if isinstance(each, (str, os.PathLike)) else n) for n, each in enumerate(listed)]
 
-            transform = self.transform if crops == 1 else partial(self._views, crops)
-            batch_size = max(1, batch_size // crops)
-
             def load(number: int) -> Any:
                 image = listed[number]
                 if isinstance(image, (str, os.PathLike)):
-                    return read_image(Path(image), transform)
+                    return read_image(Path(image), self.transform)
                 if isinstance(image, (np.ndarray, Tensor)):
                     image = from_pixels(image, f"image {number}")
                 if isinstance(image, Image.Image):
-                    return transform(to_rgb(image, f"image {number}"))
+                    return self.transform(to_rgb(image, f"image {number}"))
                 got = type(image).__name__
                 raise InputError(
                     f"Classifier.predict: images must be paths, images of Pillow, or uint8 arrays; got {got}.", "images"
@@ -309,27 +293,10 @@ class Classifier:
                 batch = list(zip(names[start : start + batch_size], decoded, strict=False))
                 yield self._decoded(batch, top, threshold, unreadable)
 
-    def _views(self, crops: int, image: Image.Image) -> Tensor:
-        """Views [crops, 3, H, W] of an RGB image."""
-        height, width = self._input_size
-        preprocessing = self._run.described.preprocessing
-        size = [round(8 / 7 * height), round(8 / 7 * width)]
-        if height == width and preprocessing.get("resize_mode", "shortest") != "squash":
-            size = size[:1]  # of the shorter side
-        bilinear = preprocessing.get("interpolation") == "bilinear"
-        mode = pictures.InterpolationMode.BILINEAR if bilinear else pictures.InterpolationMode.BICUBIC
-        enlarged = pictures.resize(image, size, mode)
-        parts = (pictures.five_crop if crops == 5 else pictures.ten_crop)(enlarged, [height, width])
-        return torch.stack([self.transform(part) for part in parts])
-
-    @cached_property
-    def _input_size(self) -> tuple[int, ...]:
-        return tuple(self.transform(Image.new("RGB", (64, 64))).shape[-2:])
-
     def _decoded(
         self, decoded: list[tuple[str, Any]], top: int, threshold: float | None, unreadable: Unreadable
     ) -> Predictions:
-        """Classify named tensors [3, H, W] or [V, 3, H, W]; one that can't be read has an error in its place."""
+        """Classify named tensors [3, H, W]; one that can't be read has an error in its place."""
         reasons: dict[str, str] = {}
         for name, image in decoded:
             if isinstance(image, Exception):
@@ -357,12 +324,10 @@ class Classifier:
         threshold: float | None,
         unreadable: dict[str, str] | None = None,
     ) -> Predictions:
-        """Classify B images by their preprocessed views, [B, 3, H, W] or [B, V, 3, H, W]."""
-        views = self._embed(inputs.flatten(0, -4))  # [B · V, D]
+        """Classify preprocessed images [B, 3, H, W]."""
+        embeddings = self._embed(inputs)  # [B, D]
         none_logit = None if threshold is None else self.none_logit
-        scores = class_probabilities(self._logits_of(views), self.temperature, none_logit)  # [B · V, C]
-        scores = scores.unflatten(0, (len(names), -1)).mean(dim=1)  # [B, C]
-        embeddings = F.normalize(views.float(), dim=1).unflatten(0, (len(names), -1)).mean(dim=1)  # [B, D]
+        scores = class_probabilities(self._logits_of(embeddings), self.temperature, none_logit)  # [B, C]
         probabilities, ids = (found.cpu() for found in scores.topk(min(top, len(self.classes)), dim=1))
         if not probabilities.isfinite().all():  # NaN if a logit is NaN or +∞
             name = next(name for name, row in zip(names, probabilities, strict=True) if not row.isfinite().all())
@@ -370,7 +335,7 @@ class Classifier:
                 f"Classifier.predict: logits of image {name} are not finite. Use `precision=fp32`; if they are not "
                 "finite in fp32 either, the image or the weights have values that are not finite."
             )
-        embeddings = F.normalize(embeddings, dim=1).cpu()
+        embeddings = F.normalize(embeddings.float(), dim=1).cpu()
         return Predictions(names, ids, probabilities, embeddings, self.classes, unreadable or {}, threshold)
 
 

@@ -25,7 +25,6 @@ from skipkernels.app.cli.main import main
         ("tune --shots x", ["--shots INT|{all}", "'x'"]),
         ("blend run --alpha x", ["--alpha", "FLOAT", "auto", "'x'"]),
         ("tune --class-weight balancd", ["'balancd'", "'--class-weight'", "'balanced'"]),
-        ("predict run x --crops 11", ["'11'", "'--crops'", "('1', '5', '10')"]),
         ("tune --shots", ["Missing value", "'--shots'"]),
         ("export", ["Missing", "RUN", "--to {open-clip,hugging-face,onnx}", "--out PATH"]),
     ],

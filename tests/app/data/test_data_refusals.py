@@ -220,7 +220,7 @@ LOADED: list[tuple[dict[str, Any], Tree, str, list[str]]] = [
     ({"targets": ["pictograms:food"]}, {}, "targets",
      ["base-to-new has no targets", "cross-dataset or domain-generalization"]),
     ({"protocol": "few-shot", "targets": ["x"]}, {}, "targets", ["few-shot has no targets"]),
-    ({"test": "none"}, {}, "test", ['test="none" needs protocol="few-shot"; base-to-new']),
+    ({"test": "none"}, {}, "test", ["test=none needs `protocol=few-shot`; base-to-new"]),
     ({"protocol": "cross-dataset", "targets": ["x"]}, {}, "targets", ["no dataset 'x'"]),
     ({"protocol": "cross-dataset", "targets": ["coop:dtd"], "root": "none"}, {}, "root", ["coop:dtd: no folder"]),
     ({"data": WHOLE, "protocol": "cross-dataset"}, {}, "targets", ["squares needs datasets to test on. Name some"]),

@@ -93,7 +93,7 @@ def test_load_task_one_image_per_class(unsplit, shots):
     data, how = f"imagefolder:{unsplit}/single", {"shots": shots, "validation": "auto"}
     task = load(data, "few-shot", test="none", **how)
     assert (len(task.train), task.validation, len(task.tests[0].images)) == (5, None, 0)
-    with raises_input_error("no test images: classes a, b, c, d, e have 1 image", 'with test="none"'):
+    with raises_input_error("no test images: classes a, b, c, d, e have 1 image", "with `test=none`"):
         load(data, "few-shot", **how)
 
 

@@ -12,18 +12,15 @@ import logging
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
-from torch.nn.functional import normalize
 
 import skipkernels as sk
 from skipkernels.app.cli.main import main
-from skipkernels.app.cli.predict import PredictCommand, PredictOptions
 from skipkernels.app.data import open_source
 from skipkernels.app.serve.classifier import PredictSettings
 from skipkernels.app.serve.output import NONE
@@ -76,22 +73,6 @@ def test_inputs_of_each_kind_agree(photos, classifier):
     assert classifier.predict(paths).names == list(map(str, paths))
     assert torch.equal(classifier.predict(pictures[0], top=3).ids, expected.ids[:1])
     assert len(classifier.predict([])) == 0
-
-
-@pytest.mark.parametrize("crops", [5, 10])
-def test_crops_average_probabilities(classifier, crops):
-    """An image of the enlarged size, 37 by 37, is not interpolated: its views are cut out by hand."""
-    pixels = np.random.default_rng(0).integers(0, 256, (37, 37, 3), dtype=np.uint8)
-    views = [pixels[:32, :32], pixels[:32, 5:], pixels[5:, :32], pixels[5:, 5:], pixels[2:34, 2:34]]
-    if crops == 10:
-        mirrored = pixels[:, ::-1]
-        views += [mirrored[:32, :32], mirrored[:32, 5:], mirrored[5:, :32], mirrored[5:, 5:], mirrored[2:34, 2:34]]
-    every = classifier.predict(views, top=99)
-    expected = torch.zeros(crops, len(classifier.classes)).scatter(1, every.ids, every.probabilities).mean(0)
-    for threshold in (None, 0.5):
-        found = classifier.predict([pixels, pixels], top=99, crops=crops, threshold=threshold, batch_size=3)
-        torch.testing.assert_close(found.probabilities[1], expected[found.ids[1]], atol=1e-5, rtol=0)
-        torch.testing.assert_close(found.embeddings[1], normalize(every.embeddings.mean(dim=0), dim=0))
 
 
 def test_probabilities_sum_to_one_and_use_the_temperature(run, images, classifier, tmp_path):
@@ -210,13 +191,6 @@ def test_typed_settings_are_the_arguments():
     assert {*both} - {"images", "options"} == {*arguments["load"]}
     assert all(both[name] == parameter for name, parameter in arguments["load"].items())
     assert {*PredictSettings.__annotations__} == {*arguments["predict"]} - {"self", "images"}
-
-
-@pytest.mark.parametrize("crops", [1, 5])
-def test_command_says_what_is_calibrated(crops):
-    command = PredictCommand(Path("run"), (), results=PredictOptions(crops=crops))
-    views = "" if crops == 1 else "the mean over 5 views, at the temperature of single views of held-out images"
-    assert command._calibration(SimpleNamespace(calibrated=True)) == (views or "calibrated on held-out images")
 
 
 def test_thresholds_by_hand():

@@ -85,8 +85,6 @@ CALLS: list[tuple[Callable[[Given], object], str]] = [
     (lambda on: on.predict(np.zeros((3, 8, 8), np.uint8)), r"image 0: pixels must be an array \[H, W\], \[H, W, 3\]"),
     (lambda on: on.predict([torch.zeros(8, 8, 3).byte()]), r"a tensor \[3, H, W\] of uint8; got uint8 \[8, 8, 3\]"),
     (lambda on: on.predict(np.zeros((0, 8, 3), np.uint8)), r"got uint8 \[0, 8, 3\]"),
-    (lambda on: on.predict(crops=5), "crops=5 needs images that are not preprocessed"),
-    (lambda on: on.predict([], crops=3), "crops must be 1, 5 or 10; got 3"),
     (lambda on: on.predict([3]), "must be paths, images of Pillow, or uint8 arrays; got int"),
     (lambda on: on.predict(["missing.png"]), "missing.png: no such file"),
     (lambda on: sk.Classifier.load(written(on.copy, "classifier.json", "{")), "damaged: not JSON"),

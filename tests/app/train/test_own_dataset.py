@@ -107,11 +107,11 @@ def test_resume_with_the_same_dataset(run):
 
 
 def test_class_weight_without_effect_is_refused():
-    with pytest.raises(InputError, match="class_weight has no effect in batches of one class; use sampler=random"):
+    with pytest.raises(InputError, match="class_weight has no effect in batches of one class; use `sampler=random`"):
         TuneConfig(class_weight="balanced", sampler="class_pure").resolved()
-    with pytest.raises(InputError, match="class_weight and sampler=balanced would balance twice; leave one of them"):
+    with pytest.raises(InputError, match="class_weight and `sampler=balanced` would balance twice; leave one of them"):
         TuneConfig(class_weight="balanced", sampler="balanced").resolved()
-    with pytest.raises(InputError, match='class_weight=balanced has no effect with method="full"'):
+    with pytest.raises(InputError, match="class_weight=balanced has no effect with `method=full`"):
         TuneConfig(class_weight="balanced", method="full").resolved()
 
 
