@@ -1,14 +1,10 @@
-"""Time and memory of a SkipCLIP training step with its update, in two variants that give the same weights.
+"""Time and memory of a SkipCLIP training step with its update, by torch.optim.SGD and by FusedSGD inside backward.
 
     python -m bench.memory --model ViT-B-16 --batch 4 --classes 50 --memory min
-    python -m bench.memory --model ViT-B-16 --batch 256 --pairs softmax --chunk 32
 
-The variants are the update by torch.optim.SGD and by FusedSGD inside backward; with --pairs, a loss of pairs of the
-whole batch and of its chunks, with torch.optim.SGD.
-
-Checks first that two steps in either variant give the same weights. Then measures, for each: the bytes saved for
+Checks first that two steps with either optimizer give the same weights. Then measures, for each: the bytes saved for
 backward, the peak bytes of gradients, the rise of memory during a step (in a process of its own: resident memory, on a
-GPU max_memory_allocated), and the time, in turn. Appends to bench/results/DEVICE/memory.csv, with --pairs to pairs.csv.
+GPU max_memory_allocated), and the time, in turn. Appends to bench/results/DEVICE/memory.csv.
 """
 
 from __future__ import annotations
@@ -24,35 +20,23 @@ from skipkernels import testing
 from skipkernels.testing import relative_error
 
 from . import measure
-from .inputs import parser, positive, random_inputs
-from .training import pair_step, skip_step
+from .inputs import parser, random_inputs
+from .training import skip_step
 
-_OPTIMIZERS = {"torch.optim.SGD": torch.optim.SGD, "FusedSGD": sk.FusedSGD}
-# Difference of the weights relative to their change in two steps: the variants round in different places, which changes
+OPTIMIZERS = {"torch.optim.SGD": torch.optim.SGD, "FusedSGD": sk.FusedSGD}
+# Difference of the weights relative to their change in two steps: the updates round in different places, which changes
 # the second gradient; in bf16 a weight may round to another multiple of 2⁻⁸.
 _SLACK = {"fp32": 1e-4, "bf16": 1e-2}
 
 
-def variants_of(args: argparse.Namespace) -> list[str]:
-    """Names of the two variants."""
-    return ["whole batch", f"chunks of {args.chunk}"] if args.pairs else list(_OPTIMIZERS)
-
-
 class Training:
-    """A training step with new weights, the same on each call except for the variant."""
+    """A training step with new weights, the same on each call except for the optimizer."""
 
-    def __init__(self, args: argparse.Namespace, variant: str):
-        how = args.skip_layers, args.memory, args.precision
-        if args.pairs:
-            inputs = random_inputs(args.model, args.batch, args.batch, args.device)
-            chunk = None if variant == "whole batch" else args.chunk
-            self.step = pair_step(inputs, *how, args.pairs, chunk)
-        else:
-            inputs = random_inputs(args.model, args.batch, args.classes, args.device)
-            self.step = skip_step(inputs, *how)
+    def __init__(self, args: argparse.Namespace, optimizer: str):
+        inputs = random_inputs(args.model, args.batch, args.classes, args.device)
+        self.step = skip_step(inputs, args.skip_layers, args.memory, args.precision)
         self.weights = [weight for weight in self.step.model.parameters() if weight.requires_grad]
-        optimizer = _OPTIMIZERS.get(variant, torch.optim.SGD)
-        self.optimizer = optimizer(self.weights, lr=1e-2, momentum=0.9, weight_decay=5e-4)
+        self.optimizer = OPTIMIZERS[optimizer](self.weights, lr=1e-2, momentum=0.9, weight_decay=5e-4)
 
     def __call__(self) -> None:
         self.step.loss().backward()
@@ -70,10 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, batch=4, classes=50, rounds=7)
     memory = "saved for backward: outputs (fast) or inputs of blocks (min)"
     options.add_argument("--memory", choices=("fast", "min"), default="fast", help=memory)
-    options.add_argument("--pairs", choices=("softmax", "sigmoid"), help="measure a loss of pairs instead of classes")
-    options.add_argument("--chunk", type=positive, default=32, help="pairs encoded at a time, with --pairs")
     args = options.parse_args(arguments)
-    trainings = {name: Training(args, name) for name in variants_of(args)}
+    trainings = {name: Training(args, name) for name in OPTIMIZERS}
     refuse_other_weights(*trainings.values(), args.precision)
     sizes = {}
     for name, each in trainings.items():
@@ -85,28 +67,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = measure.time_alternately(trainings, args.rounds, args.device)
     rows = []
     for name, each in trainings.items():
-        row = {"pairs" if args.pairs else "optimizer": name, "model": args.model, "B": args.batch}
-        row |= {"loss": args.pairs} if args.pairs else {"C": args.classes, "K": each.step.K}
+        row = {"optimizer": name, "model": args.model, "B": args.batch, "C": args.classes, "K": each.step.K}
         row |= {"skip_layers": args.skip_layers, "precision": args.precision, "memory": args.memory}
         rows.append(row | measure.milliseconds(seconds[name]) | sizes[name])
         print(f"{name:15} {measure.shown(rows[-1])}, gradients of {rows[-1]['gradients_mib']} MiB at once")
-    measure.save(args, rows, "pairs" if args.pairs else "memory")
+    measure.save(args, rows, "memory")
 
 
 def refuse_other_weights(theirs: Training, ours: Training, precision: str) -> None:
-    """Run two steps of each variant, the second with momentum; exit if the resulting weights differ."""
+    """Run two steps with each optimizer, the second with momentum; exit if the resulting weights differ."""
     start = theirs.flat()
     for each in (theirs, ours, theirs, ours):
         each()
     off = relative_error(ours.flat() - start, theirs.flat() - start)
     print(f"after two steps in {precision} the weights differ by {off:.1e} of how far they moved")
     if not off <= _SLACK[precision]:
-        raise SystemExit("the two variants leave other weights: no measurement")
+        raise SystemExit("the two optimizers leave other weights: no measurement")
 
 
-def peak_bytes(args: argparse.Namespace, variant: str) -> int:
+def peak_bytes(args: argparse.Namespace, optimizer: str) -> int:
     """Bytes above the memory between steps, which holds weights and momentum."""
-    return testing.peak_bytes(Training(args, variant), args.device)
+    return testing.peak_bytes(Training(args, optimizer), args.device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Write the tables of README.md and docs/, and their pictures, from stored rows.
+"""Write the tables of README.md and docs/, and the picture of README.md, from stored rows.
 
-    python -m bench.report            write the pages that are out of date, and the pictures
+    python -m bench.report            write the pages that are out of date, and the picture
     python -m bench.report --check    write nothing; exit 1 and name the pages that are out of date
 
 A pair of comments, `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, marks the place of each table. Shown are the first
@@ -16,13 +16,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from . import pictures
-from .pages import benchmarks, operators, readme, studies
+from .pages import bars, benchmarks, operators, readme, studies
 from .pages.cells import SHOWN
 from .rows import Device, devices
 
 ROOT = Path(__file__).parents[1]
-PICTURES = {"step_bars": pictures.step_bars, "step_over_classes": pictures.step_over_classes}
 # Tables of one device, by page and name.
 BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "README.md": {"headline": readme.headline},
@@ -32,7 +30,6 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
         "memory": benchmarks.memory,
         "infer": benchmarks.classifying,
         "claims": benchmarks.claims,
-        "paper": benchmarks.paper,
         "lose": benchmarks.losses,
     },
     "docs/operators.md": {"operators": operators.operators},
@@ -44,7 +41,7 @@ _WHEN |= {"-details": ("settings", "cost", "steps")}
 # Tables of results that do not depend on the device, by page and name.
 STUDIES: dict[str, dict[str, Callable[[Sequence[Device]], str]]] = {
     "docs/gpu.md": {"gpu-model": studies.estimates},
-    "docs/using-a-model.md": {"unknown": studies.unknown_scores, "unknown-thresholds": studies.unknown_thresholds},
+    "docs/using-a-model.md": {"unknown": studies.unknown_images},
     **{
         f"docs/when{page}.md": {f"when-{name}": partial(studies.when, name=name) for name in names}
         for page, names in _WHEN.items()
@@ -71,12 +68,12 @@ def files(root: Path) -> dict[Path, str]:
 
 
 def drawn(root: Path) -> dict[Path, str]:
-    """The pictures of the first device."""
-    found = {}
-    for device in devices(root / "bench" / "results")[:1]:
-        rows = device.latest_rows("step", **SHOWN)
-        found = {device.folder / f"{name}.svg": draw(rows) for name, draw in PICTURES.items()}
-    return {path: svg for path, svg in found.items() if svg}
+    """The picture of the first device."""
+    svgs = {
+        device.folder / "step_bars.svg": bars.step_bars(device.latest_rows("step", **SHOWN))
+        for device in devices(root / "bench" / "results")[:1]
+    }
+    return {path: svg for path, svg in svgs.items() if svg}
 
 
 def filled(page: str, name: str, block: str) -> str:

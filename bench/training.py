@@ -15,7 +15,6 @@ from torch import Tensor
 import skipkernels as sk
 from skipkernels.app.data import Task, TestSet
 from skipkernels.app.methods.coop import CoOp
-from skipkernels.pairs import pair_loss
 from skipkernels.selection import RankSampler
 from skipkernels.testing import relative_error
 
@@ -145,20 +144,6 @@ def step_of(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, skip_layers: Sk
             return clip(features, labels).loss
 
     return Step("skipkernels", K, skip_layers, precision, clip.model, loss)
-
-
-def pair_step(inputs: Inputs, skip_layers: Skip, memory: str, precision: str, kind: str, chunk: int | None) -> Step:
-    """The step of a loss of pairs from features at the cut: one caption of the inputs for each image."""
-    model, tokens, images, _ = inputs
-    clip = sk.SkipCLIP(model, tokens, skip_layers=skip_layers, memory=memory)
-    features, ids = clip.encode_lower(images), torch.arange(len(images), device=images.device)
-    bias = -10.0 if kind == "sigmoid" else None
-
-    def loss() -> Tensor:
-        with autocast(features.device, precision):
-            return pair_loss(clip, features, ids, loss=kind, logit_bias=bias, chunk=chunk)
-
-    return Step(f"{kind} loss of pairs", len(tokens), skip_layers, precision, clip.model, loss)
 
 
 def _gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from .. import infer, paper_cost, step
-from ..rows import PRECISIONS, Device, Row, grouped, number
+from .. import infer, step
+from ..rows import PRECISIONS, Device, grouped, number
 from .cells import SHOWN, figure, origin, saving, table, timed, times
 
 OURS = step.OURS
@@ -97,21 +97,6 @@ def claims(device: Device) -> str:
         used += [row for row in by_case.values() if row in measured]
     header = ["", "", *(f"C = {int(C):,}" for C in CLAIMED)]
     return table(header, [line for line in lines if any(line[2:])]) + origin("step infer", used) if used else ""
-
-
-def paper(device: Device) -> str:
-    """The paper's memory column, the same by formula, and the peaks that were measured at about as many classes."""
-    rows = [row for row in device.all_rows("step") if SHOWN.items() <= row.items() and row.get("training_mib")]
-    used: dict[tuple[str, ...], Row] = {(r["C"], r["implementation"]): r for r in rows if r["precision"] == "bf16"}
-    lines = []
-    for cost in paper_cost.costs():
-        C = CLAIMED["classes" in cost.protocol] if cost.method == "Skip Tuning, λ = 0.3" else ""  # as measured
-        peaks = [number(used.get((C, name), {}), "training_mib") for name in (step.PUBLISHED, OURS)]
-        published, formula = (f"{value:,.0f}" for value in (cost.published, cost.megabytes))
-        lines.append([cost.method, cost.protocol, published, formula, *(figure(peak, " MiB") for peak in peaks)])
-    header = ["", "protocol", "published", "by formula", "measured peak, published step", "measured peak, ours"]
-    shown = [row for (C, name), row in used.items() if C in CLAIMED and name in (step.PUBLISHED, OURS)]
-    return table(header, lines) + origin("step", shown) if shown else ""
 
 
 # For each kind of rows: the column with our speed-up, what is compared, and against what.

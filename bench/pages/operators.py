@@ -36,9 +36,6 @@ def operators(device: Device) -> str:
     return table(header, lines) + origin("operators", rows) if rows else ""
 
 
-# For each kind of rows: the column with our speed-up, what is compared, and against what.
-
-
 def trainers(device: Device) -> str:
     rows = device.latest_rows("trainers", **SHOWN)
     lines = []

@@ -231,9 +231,8 @@ def panels_svg(
     panels: Sequence[Callable[[Axes], None]],
     *,
     size: tuple[float, float],
-    columns: int | None = None,
 ) -> str:
-    """Return plots, each drawn on axes, as SVG of `size` in inches: side by side, or in full rows of `columns`."""
+    """Return plots, each drawn on axes, side by side as SVG of `size` in inches."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -242,9 +241,7 @@ def panels_svg(
         warnings.filterwarnings("ignore", r"Glyph \d+")  # the page has other fonts
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
-        columns = columns or len(panels)
-        places = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flat
-        for draw, axes in zip(panels, places, strict=True):
+        for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
             draw(axes)
             axes.tick_params(colors=GREY)
             axes.set_axisbelow(True)
