@@ -100,7 +100,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("options", "error", "words"), OPTIONS, ids=[words for *_, words in OPTIONS])
 def test_option_of_fused_sgd_is_refused(options, error, words):
-    """Of all weights, of a group, and of a group that is added; no hook is left, although its frames are alive."""
+    """In the constructor, in a group, and in a later group. No hook is left, although its frames are alive."""
     good = weight()
     for call in (
         lambda: sk.FusedSGD([weight()], **options),

@@ -13,7 +13,7 @@ checked:
 - *Graphs.* A capture records operators with the addresses and numbers that they have then; a replay runs these. It
   launches nothing: what it wrote is restored. Memory that is allocated in a capture belongs to the graph. A replay
   begins with undefined values where no tensor of the host is left, and reads other memory only while it is in use.
-- *The update* reads its tables, as the Triton kernel does; an address in them must be that of memory in use.
+- *The update* reads its tables, as the Triton kernel does: they must have the addresses of its tensors by then.
 
 What a GPU would not report is a `Fault`.
 """
@@ -25,7 +25,7 @@ import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -44,7 +44,6 @@ from skipkernels.towers import text
 _UPDATE_NAME = functional.sgd_momentum_.__name__
 _UPDATE = getattr(torch.ops.skipkernels, _UPDATE_NAME).default
 _ALLOCATES = ("empty", "new_empty")  # begin of the names of operators that read and write nothing
-_DTYPES = {kind: dtype for dtype, kind in sgd_momentum._TRITON_DTYPES.items()}
 _UNDEFINED = 0xFF  # each byte: NaN, or -1, which is no address
 
 
@@ -245,7 +244,6 @@ class Gpu(TorchDispatchMode):
         self._of_node: Stream | None = None  # of the node of backward that runs
         self._memory: dict[int, Memory] = {}  # by address
         self._graph: Graph | None = None  # of the capture
-        self._updated: list[Tensor] = []  # by the last update
 
     def current_stream(self, *_: Any) -> Stream:
         return self._of_node or self._streams[-1]
@@ -296,11 +294,11 @@ class Gpu(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is _UPDATE:
-            self._updated = [*args[0], *args[2], *args[8]]
-            self.use(args[1], self._updated)
             with self:  # its tables, and copies of what is not contiguous
                 registration.definitions[_UPDATE_NAME].launch(*args)
-            return None
+            return self._launch(
+                _UPDATE, args, reads=_leaves(Tensor, *args[1], *args[3:7]), writes=_written(function, args, {})
+            )
         written = _written(function, args, kwargs)
         if self._graph is not None:
             if _leaves(torch.Generator, args, kwargs):
@@ -322,46 +320,20 @@ class Gpu(TorchDispatchMode):
             self._graph.add(function, args, kwargs, new)
         return out
 
-    def launch(self, kernel: Any, grid: Any, options: Any, arguments: dict[str, Any]) -> None:
-        """Replace `launching._run`, for the update."""
-        assert kernel is sgd_momentum._sgd_momentum_kernel
-        self.use(_leaves(Tensor, arguments), [])
-        if self._graph is None:
-            with _disable_current_modes():
-                self._update(**arguments)
-        else:
-            self._graph.add(self._update, (), arguments | {"used": self._updated}, [])
+    def _launch(self, function: Callable[..., Any], args: Any, *, reads: list[Tensor], writes: list[Tensor]) -> None:
+        """Run a function that returns nothing, or record it."""
+        self.use(reads, writes)
+        if self._graph is not None:
+            return self._graph.add(function, args, {}, [])
+        with _disable_current_modes():
+            function(*args)
 
-    def _update(self, **arguments: Any) -> None:
-        """The update of the tensors at the addresses in its tables."""
-        variant, grads = arguments["VARIANT"], arguments["grads_ptr"].tolist()
-        rows = arguments["tensors_ptr"].view(-1, sgd_momentum.COLUMNS).tolist()
-        programs, lists, offsets = [], [[], [], [], []], []
-        starts = sorted(self._memory)
-        for number, (row, grad) in enumerate(zip(rows, grads, strict=True)):
-            weight, buffer, cast, numel, offset, first, _ = row
-            kinds = variant.weight, variant.grad, variant.momentum_buffer, variant.cast
-            for tensors, address, kind in zip(lists, (weight, grad, buffer, cast), kinds, strict=True):
-                if kind is not None:
-                    tensors.append(self._at(starts, address, numel, _DTYPES[kind]))
-            offsets.append(offset)
-            programs += [number] * -(-(offset % variant.lanes + numel) // sgd_momentum.BLOCK)
-            if first != programs.index(number):
-                raise Fault("the update reads a table without its numbers")
-        if arguments["programs_ptr"].tolist() != programs:
-            raise Fault("the update reads a table without its numbers")
-        numbers = (arguments[f"{name}_ptr"] for name in ("lr", "momentum", "weight_decay", "seed"))
-        _UPDATE(*lists[:3], *numbers, offsets, lists[3])
-
-    def _at(self, starts: list[int], address: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """The tensor at an address of the table; an empty one for 0."""
-        if address == 0:
-            return torch.empty(0, dtype=dtype)
-        start = starts[max(bisect.bisect_right(starts, address) - 1, 0)]
-        storage = self._memory[start].weak()
-        if storage is None or not 0 <= address - start <= storage.nbytes() - numel * dtype.itemsize:
-            raise Fault("the update reads a table with an address of no tensor")
-        return torch.empty(0, dtype=dtype).set_(storage, (address - start) // dtype.itemsize, (numel,))
+    def table(self, numbers: Sequence[int], device: torch.device, *, repeat: bool = False) -> Tensor:
+        """Replace `sgd_momentum._table`: the update reads it."""
+        table = _table(numbers, device, repeat=repeat)
+        entries = [index for index, times in enumerate(numbers) for _ in range(times)] if repeat else [*numbers]
+        self._launch(_check_table, (table, entries), reads=[table], writes=[])
+        return table
 
     # ---- autograd
 
@@ -420,7 +392,12 @@ class Gpu(TorchDispatchMode):
             self.current_stream().wait_stream(stream)
 
 
-_backward = Tensor.backward
+def _check_table(table: Tensor, entries: list[int]) -> None:
+    if table.tolist() != entries:
+        raise Fault("the update reads a table without its numbers")
+
+
+_backward, _table = Tensor.backward, sgd_momentum._table
 
 
 @contextlib.contextmanager
@@ -441,8 +418,9 @@ def stand_in() -> Iterator[Gpu]:
         mock.patch.object(Tensor, "backward", lambda loss, gradient=None: gpu.backward(loss, gradient)),
         mock.patch.object(launching, "runs_beside_host", lambda device: True),
         mock.patch.object(launching, "current_stream", lambda device: gpu.current_stream().stream_id),
-        mock.patch.object(launching, "_run", gpu.launch),
+        mock.patch.object(launching, "_run", lambda *kernel: None),  # of the update
         mock.patch.object(text, "counts_are_known", lambda device: False),
+        mock.patch.object(sgd_momentum, "_table", gpu.table),
         mock.patch.object(sgd_momentum, "_tables", {}),
         mock.patch.object(graphed_step.GraphedStep, "_on_gpu", lambda step: True),
         mock.patch.object(graphed_step, "record", gpu.record),
