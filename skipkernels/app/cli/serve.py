@@ -7,19 +7,14 @@ import dataclasses
 import errno
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from skipkernels._progress import progress
 from skipkernels.app.console import Terminal
 
 from .options import Device, InferencePrecision, Run, Threshold, Top, Trust, note_unfinished
 
-if TYPE_CHECKING:
-    from skipkernels.app.serve import Classifier
-    from skipkernels.app.serve.embedded_images import EmbeddedImages
-
 LOCAL = ("127.0.0.1", "localhost", "::1")
-_NEAREST = 4  # training images that are shown with each result
+_CONNECTIONS = 100  # open ones; a request of one more is answered by status 503
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +23,10 @@ class ServeOptions:
 
     top: Top = 5
     threshold: Threshold = None
-    nearest: int | None = None
-    """Number of nearest training images for each image, with their thumbnails and names; 0 for none. They are read at
-    the start. By default 4 for a server on this machine alone, else 0: every visitor of the page sees them."""
     max_mb: float = 20.0
     """Largest image file, in megabytes."""
     max_images: int = 16
     """Largest number of images in a request. The page sends one in a request."""
-    rate: int = 120
-    """Largest number of requests of a client in a minute."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +52,6 @@ class ServeCommand:
             import python_multipart  # noqa: F401
             import uvicorn
 
-            from skipkernels.app.serve.connections import LimitedProtocol
             from skipkernels.app.serve.web import Limits, Page, Service, make_app
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] in ("skipkernels", "torch"):
@@ -74,7 +63,7 @@ class ServeCommand:
         from skipkernels.app.train.description import CALIBRATED, NOT_CALIBRATED
 
         options = self.serve
-        check_counts(top=options.top, max_images=options.max_images, rate=options.rate)
+        check_counts(top=options.top, max_images=options.max_images)
         check_threshold(options.threshold)
         if not 0 < options.max_mb < 10_000:
             raise InputError(f"serve: max_mb must be more than 0; got {options.max_mb:g}.", "max_mb")
@@ -83,15 +72,12 @@ class ServeCommand:
             note_unfinished(self.run, err)
             if options.threshold is not None:
                 check_none(classifier.classes)
-            training, nearest = self._training(classifier, err)
             service = Service(
                 classifier,
-                Page(self.run.resolve().name, CALIBRATED if classifier.calibrated else NOT_CALIBRATED, nearest),
+                Page(self.run.resolve().name, CALIBRATED if classifier.calibrated else NOT_CALIBRATED),
                 top=options.top,
                 threshold=options.threshold,
-                training=training,
-                nearest=_NEAREST if options.nearest is None else options.nearest,
-                limits=Limits(image_bytes=int(options.max_mb * 1e6), images=options.max_images, rate=options.rate),
+                limits=Limits(image_bytes=int(options.max_mb * 1e6), images=options.max_images),
             )
             host, port = listener.getsockname()[:2]
             if not self._is_local:
@@ -101,7 +87,7 @@ class ServeCommand:
             out.output.flush()
             app = make_app(service, [*LOCAL, "[::1]"] if self._is_local else None)
             settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
-            settings |= {"http": LimitedProtocol, "server_header": False, "timeout_graceful_shutdown": 2}
+            settings |= {"limit_concurrency": _CONNECTIONS, "server_header": False, "timeout_graceful_shutdown": 2}
             server = uvicorn.Server(uvicorn.Config(app, **settings))
             server.run(sockets=[listener])  # raises the signal that ends it again
         return 0
@@ -126,26 +112,3 @@ class ServeCommand:
             raise InputError(
                 f"serve: {at}: can't listen at {self.host}, port {self.port} ({reason}). Choose another {at}.", at
             ) from None
-
-    def _training(self, classifier: Classifier, err: Terminal) -> tuple[EmbeddedImages | None, str]:
-        """Read the training images for the nearest ones; return them, if there are any, and a sentence for the page."""
-        from skipkernels.app.data import InputError
-        from skipkernels.app.serve.embedded_images import embed_images, find_training_images
-
-        count = self.serve.nearest
-        if count == 0 or (count is None and not self._is_local):
-            return None, "Nearest training images are turned off."
-        if count is not None and count < 0:
-            raise InputError(f"serve: nearest must be at least 0; got {count}.", "nearest")
-        try:
-            images, classes = find_training_images(self.run, trust=self.trust)
-            with progress("training images", len(images)) as advance:
-                training = embed_images(classifier, images, classes, advance)
-        except InputError as error:
-            err.print(f"note: no nearest training images: {error}", soft_wrap=True)
-            return None, "Nearest training images can't be shown: the data of the run can't be read here."
-        skipped = f" {len(training.unreadable)} more can't be read." if training.unreadable else ""
-        return training, (
-            f"The nearest of {len(training):,} training images are those with the largest cosine between "
-            f"embeddings by the tuned model.{skipped}"
-        )

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 import skipkernels as sk
-from skipkernels.app.serve.embedded_images import embed_images, find_training_images
 from skipkernels.app.serve.output import NONE
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
@@ -34,9 +33,8 @@ pytestmark = pytest.mark.skipif(not (CHROME and DRIVER), reason="no chromium, or
 def address(run) -> str:
     """A server with a threshold that some images reach."""
     classifier = sk.Classifier.load(run.folder, device="cpu")
-    training = embed_images(classifier, *find_training_images(run.folder), lambda count: None)
-    page, limits = Page("photos", "not calibrated", "None."), Limits(image_bytes=30_000, pixels=10_000)
-    service = Service(classifier, page, training=training, nearest=3, threshold=0.2, limits=limits)
+    page, limits = Page("photos", "not calibrated"), Limits(image_bytes=30_000, pixels=10_000)
+    service = Service(classifier, page, threshold=0.2, limits=limits)
     server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning", lifespan="off"))
     listener = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -94,9 +92,6 @@ def test_page(address, browser, files, run, width):
     for reason, said in zip(reasons, texts(browser, ".failed .said"), strict=True):
         assert said.startswith(reason)
     assert len(texts(browser, ".bars li")) >= 4 and good.find_element(By.TAG_NAME, "h2").text in {*run.classes, NONE}
-    shown = "return [...document.querySelectorAll('.nearest li img')].map(image => image.naturalWidth)"
-    WebDriverWait(browser, 10, 0.02).until(lambda _: all(browser.execute_script(shown)))
-    assert len(browser.execute_script(shown)) == 3
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     errors = [entry["message"] for entry in browser.get_log("browser") if entry["source"] != "network"]
     assert errors == []  # none of the policy either

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import html
 import io
 import os
@@ -14,16 +12,14 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 from PIL import Image
 
 import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import decoder
-from skipkernels.app.serve.embedded_images import embed_images, find_training_images
 from skipkernels.app.serve.output import NONE
 from tests.app.data.pictures import slow_picture
 from tests.app.runs import fails
@@ -32,10 +28,9 @@ pytest.importorskip("starlette", reason="serve needs the extra web")
 import uvicorn  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
-from skipkernels.app.serve.connections import LimitedProtocol  # noqa: E402
 from skipkernels.app.serve.web import Limits, Page, Service, make_app  # noqa: E402
 
-LIMITS = Limits(image_bytes=50_000, pixels=10_000, images=3, rate=1000)
+LIMITS = Limits(image_bytes=50_000, pixels=10_000, images=3)
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +38,14 @@ def classifier(run) -> sk.Classifier:
     return sk.Classifier.load(run.folder, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def training(run, classifier):
-    return embed_images(classifier, *find_training_images(run.folder), lambda count: None)
-
-
 def client(classifier, limits: Limits = LIMITS, **options) -> TestClient:
-    service = Service(classifier, Page("photos", "calibrated", "None."), limits=limits, **options)
+    service = Service(classifier, Page("photos", "calibrated"), limits=limits, **options)
     return TestClient(make_app(service, ["127.0.0.1"]), base_url="http://127.0.0.1", raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
-def web(classifier, training) -> TestClient:
-    return client(classifier, training=training, nearest=3)
+def web(classifier) -> TestClient:
+    return client(classifier)
 
 
 def png(image: Image.Image) -> bytes:
@@ -81,28 +71,9 @@ def test_form_and_bytes_give_the_predictions_of_the_classifier(web, classifier, 
     assert raw["name"] == "image" and raw["predictions"][0]["label"] == expected.labels[0][0]
 
 
-def test_nearest_training_images(web, training, classifier, run):
-    """The nearest to a training image is itself, and its thumbnail is served."""
-    names = list(run.task.train.names)
-    assert training.names == names and training.labels.tolist() == list(run.task.train.labels)
-    image = run.task.train[5][0]
-    nearest = web.post("/predict", content=png(image)).json()["images"][0]["nearest"]
-    assert len(nearest) == 3 and nearest[0]["name"] == names[5] and nearest[0]["cosine"] == pytest.approx(1, abs=1e-3)
-    assert nearest[0]["label"] == run.classes[run.task.train.labels[5]]
-    expected = classifier.embed(classifier.transform(image)[None]) @ training.embeddings.T
-    assert [each["cosine"] for each in nearest] == pytest.approx(
-        expected.sort(descending=True).values[0, :3].tolist(), abs=1e-3
-    )
-    shown = web.get("/" + nearest[0]["thumbnail"])
-    assert shown.headers["content-type"] == "image/png" and Image.open(io.BytesIO(shown.content)).size == image.size
-    for number in (len(names), -1, "9" * 5000, "a"):
-        assert web.get(f"/training/{number}").json() == {"error": "no such training image."}
-
-
 def test_threshold(classifier, pictures):
     found = client(classifier, threshold=1.0, top=2).post("/predict", content=png(pictures[0])).json()["images"][0]
     assert found["predictions"][0] == {"label": NONE, "probability": None} and len(found["predictions"]) == 2
-    assert "nearest" not in found
 
 
 def test_one_bad_image_does_not_stop_the_others(web, pictures):
@@ -137,54 +108,22 @@ def test_refused_requests(web, request_options, status, message):
     answer = web.post("/predict", **request_options)
     assert answer.status_code == status and answer.json()["error"].startswith(message), answer.text
     assert "\n" not in answer.json()["error"]
-    assert web.get("/health").json()["pending"] == 0
 
 
-def test_rate(classifier):
-    limited = client(classifier, Limits(rate=2))
-    answers = [limited.post("/predict", content=BLACK) for _ in range(3)]
-    if answers[2].status_code == 200:  # a new minute of the clock
-        answers = [limited.post("/predict", content=BLACK) for _ in range(3)]
-    assert answers[-1].status_code == 429 and 1 <= int(answers[-1].headers["Retry-After"]) <= 60
-    assert answers[-1].json()["error"].startswith("more than 2 requests in a minute; try again in ")
-    assert limited.get("/health").status_code == 200
+def test_one_request_at_a_time_is_classified(classifier, monkeypatch):
+    running, most = [], []
 
-
-def test_queue(classifier, monkeypatch):
-    """With two requests pending a third is refused; images are classified for one request at a time."""
-    entered, release, running = threading.Event(), threading.Event(), []
-    service = Service(classifier, Page("", "", ""), limits=Limits(pending=2))
-
-    def classify(self, uploads, decoded):
+    def answer(self, uploads, **options):
         running.append(1)
-        assert len(running) == 1
-        entered.set()
-        assert release.wait(30)
+        most.append(len(running))
+        time.sleep(0.02)
         running.pop()
         return 200, {}
 
-    monkeypatch.setattr(Service, "_classify", classify)
-    with TestClient(make_app(service)) as web:
-        threads = [threading.Thread(target=web.post, args=("/predict",), kwargs={"content": b"x"}) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        assert entered.wait(30)
-        while web.get("/health").json()["pending"] < 2:
-            pass
-        answer = web.post("/predict", content=b"x")
-        release.set()
-        for thread in threads:
-            thread.join()
-        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-        assert web.get("/health").json()["pending"] == 0
-
-
-def test_one_forward_pass(web, run, classifier, monkeypatch):
-    """Predictions and nearest training images need the same embeddings."""
-    method = classifier._run.method
-    passes, embed = [], method.embed
-    monkeypatch.setattr(method, "embed", lambda inputs: passes.append(len(inputs)) or embed(inputs))
-    assert web.post("/predict", content=BLACK).json()["images"][0]["nearest"] and passes == [1]
+    monkeypatch.setattr(Service, "_answer", answer)
+    with client(classifier) as web, ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: web.post("/predict", content=b"x"), range(3)))
+    assert most == [1, 1, 1]
 
 
 def test_thumbnail_of_an_image(web):
@@ -209,7 +148,7 @@ def test_limit_of_the_time_to_decode(classifier):
     assert client(classifier, limits).post("/predict", content=BLACK).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/training/0", "/classes", "/health", "/predict"])
+@pytest.mark.parametrize("path", ["/classes", "/health", "/predict"])
 def test_requests_of_pages_of_other_sites(web, path):
     method = "POST" if path == "/predict" else "GET"
     for mode in ("no-cors", "cors", *(["navigate"] if method == "POST" else [])):
@@ -225,15 +164,6 @@ def test_link_of_another_site(web):
     assert web.get("/", headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}).status_code == 200
 
 
-def test_slow_request_is_refused(classifier, monkeypatch):
-    async def forever(self, request):
-        await asyncio.sleep(60)
-
-    monkeypatch.setattr(Service, "_uploads", forever)
-    answer = client(classifier, Limits(seconds=0.01)).post("/predict", content=b"x")
-    assert (answer.status_code, answer.json()["error"]) == (408, "the request took more than 0.01 s to send.")
-
-
 def test_a_bug_is_one_line(classifier, monkeypatch):
     monkeypatch.setattr(sk.Classifier, "predict", lambda *_, **options: 1 / 0)
     answer = client(classifier).post("/predict", content=BLACK)
@@ -242,8 +172,8 @@ def test_a_bug_is_one_line(classifier, monkeypatch):
 
 def test_other_routes(web, run):
     assert web.get("/classes").json() == {"classes": run.classes, "calibrated": False, "threshold": None}
-    assert web.get("/health").json() == {"status": "ok", "version": sk.__version__, "pending": 0}
-    for path in ("/model.safetensors", "/training/../config.yaml", "/%2e%2e/config.yaml"):
+    assert web.get("/health").json() == {"status": "ok", "version": sk.__version__}
+    for path in ("/model.safetensors", "/classes/../config.yaml", "/%2e%2e/config.yaml"):
         assert (web.get(path).status_code, web.get(path).json()) == (404, {"error": "Not Found"})
     assert web.get("/predict").status_code == 405
     assert web.get("/health", headers={"Host": "example.com"}).status_code == 400  # DNS rebinding
@@ -255,15 +185,6 @@ def test_page(web, run):
     assert all(f"<li>{name}</li>" in page for name in run.classes)
     hostile = sk.Classifier.load(run.folder, device="cpu", classes=["<script>", "b"])
     assert "<li>&lt;script&gt;</li>" in client(hostile).get("/").text
-
-
-def test_unreadable_training_images_are_left_out(classifier, run):
-    images, classes = find_training_images(run.folder)
-    images.dataset = [*images.dataset]
-    images.dataset[images.indices[1]] = (Image.new("F", (8, 8)), images.labels[1])
-    found = embed_images(classifier, images, classes, lambda count: None)
-    assert list(found.unreadable) == [images.names[1]] and found.names == [images.names[0], *images.names[2:]]
-    assert torch.equal(found.labels, torch.tensor([images.labels[0], *images.labels[2:]]))
 
 
 def test_port_in_use(run, capsys):
@@ -285,19 +206,19 @@ def loaded(classifier, monkeypatch) -> None:
     monkeypatch.setattr(sk.Classifier, "load", lambda *_, **options: classifier)
 
 
-def test_server_in_the_network_shows_no_training_images(run, loaded, capsys, monkeypatch):
+def test_server_in_the_network_says_so(run, loaded, capsys, monkeypatch):
     def stopped(self, sockets):
+        assert self.config.limit_concurrency == 100
         raise KeyboardInterrupt
 
     monkeypatch.setattr(uvicorn.Server, "run", stopped)
     options = ["serve", str(run.folder), "--device", "cpu", "--port", "0"]
     assert main([*options, "--host", "0.0.0.0"]) == 130
     printed = capsys.readouterr()
-    assert "note: everyone in the network of this machine" in printed.err and "training images" not in printed.err
+    assert "note: everyone in the network of this machine" in printed.err
     assert main(options) == 130
     printed = capsys.readouterr()
     assert "everyone" not in printed.err and "is served at http://127.0.0.1:" in printed.out
-    assert "training images" in printed.err
 
 
 @pytest.mark.parametrize("picture", [BLACK, slow_picture()], ids=["answered", "while an image is decoded"])
@@ -325,7 +246,7 @@ def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch, picture):
 
     monkeypatch.setattr(uvicorn.Server, "run", used)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored, in a process in the background
-    code = main(["serve", str(run.folder), "--port", "0", "--nearest", "0", "--device", "cpu"])
+    code = main(["serve", str(run.folder), "--port", "0", "--device", "cpu"])
     signal.signal(signal.SIGINT, before)
     error = capsys.readouterr().err
     assert code == 130 and error.endswith("interrupted\n") and not decoder._decoders
@@ -333,60 +254,3 @@ def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch, picture):
         assert b"predictions" in answers[0] and error == "interrupted\n"
     else:
         assert answers == [None]
-
-
-@contextlib.contextmanager
-def serving(app) -> Iterator[tuple[str, int]]:
-    """Serve at a free port in a thread; yield the address."""
-    config = uvicorn.Config(app, http=LimitedProtocol, log_level="critical", lifespan="off")
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield listener.getsockname()
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-WHOLE = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [[], [WHOLE[:-2]], [WHOLE, WHOLE[:-2]], [WHOLE + WHOLE[:-2]]],
-    ids=["nothing", "half", "half after a whole one", "half behind a whole one"],
-)
-def test_half_requests_are_closed(classifier, monkeypatch, sent):
-    """Also if a byte comes from time to time, which ends uvicorn's own limit."""
-    monkeypatch.setattr(LimitedProtocol, "seconds", 0.3)
-    with serving(make_app(Service(classifier, Page("", "", "")))) as address:
-        with socket.create_connection(address, timeout=30) as client:
-            for part in sent:
-                client.sendall(part)
-                if part.startswith(WHOLE):
-                    assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
-            client.settimeout(0.05)
-            deadline = time.monotonic() + 30
-            while True:
-                assert time.monotonic() < deadline
-                try:
-                    client.sendall(b"x" if sent else b"")
-                    if client.recv(1 << 16) == b"":
-                        break
-                except TimeoutError:
-                    continue
-                except ConnectionError:
-                    break
-
-
-def test_limit_of_connections(classifier, monkeypatch):
-    monkeypatch.setattr(LimitedProtocol, "most", 3)
-    with serving(make_app(Service(classifier, Page("", "", "")))) as address, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(4)]
-        with contextlib.suppress(ConnectionError):
-            assert clients[3].recv(1) == b""
-        for client in clients[:3]:
-            client.sendall(WHOLE)
-            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")

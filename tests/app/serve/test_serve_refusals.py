@@ -16,7 +16,6 @@ from PIL import Image
 
 import skipkernels as sk
 from skipkernels.app.data import InputError
-from skipkernels.app.serve.embedded_images import find_training_images
 from tests.app.runs import fails
 
 
@@ -44,13 +43,6 @@ class Given(NamedTuple):
 def given(run, photos, images, tmp_path) -> Given:
     (tmp_path / "empty").mkdir()
     return Given(run.folder, photos, tmp_path / "empty", images)
-
-
-def with_data(folder: Path, data: str) -> Path:
-    """Change the data that the configuration of a run names."""
-    config = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(config.replace("data: pictograms:food", f"data: {data}"))
-    return folder
 
 
 def written(folder: Path, name: str, content: str) -> Path:
@@ -98,9 +90,6 @@ CALLS: list[tuple[Callable[[Given], object], str]] = [
     (lambda on: sk.export(on.run, "open-clip", on.run, overwrite=True), "out must not be the folder of a run"),
     (lambda on: sk.export(on.run, "open-clip", on.copy, overwrite=True), "out must not be the folder of a run"),
     (lambda on: sk.export(on.run, "open-clip", on.photos), "out must be a new or an empty folder"),
-    (lambda on: find_training_images(with_data(on.copy, "imagefolder:/nothing")), "/nothing"),
-    (lambda on: find_training_images(with_data(on.copy, "dataset:mine")), "passed to `tune` in Python"),
-    (lambda on: find_training_images(with_data(on.copy, "hf:org/name")), "must not be remote"),
 ]  # fmt: skip
 
 
@@ -124,10 +113,8 @@ COMMANDS = {
     "predict {run} {photos} --out /proc/a.csv": "--out: /proc can't be created",
     "serve {run} --port 70000": "--port must be from 0 to 65535; got 70000",
     "serve {run} --port 0 --top 0": "--top must be a whole number",
-    "serve {run} --port 0 --rate 0": "--rate must be a whole number",
     "serve {run} --port 0 --max-mb 0": "--max-mb must be more than 0",
     "serve {run} --port 0 --threshold 2": "--threshold must be a number from 0 to 1",
-    "serve {run} --port 0 --nearest -1": "--nearest must be at least 0",
     "serve {run} --port 0 --host 192.0.2.1": "--host: can't listen at 192.0.2.1",
 }
 

@@ -8,7 +8,6 @@ let running = false, shown = 0, done = 0;
 const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
 const percent = (p) => (p < 0.01 ? "<1 %" : p > 0.99 && p < 1 ? ">99 %" : `${Math.round(100 * p)} %`);
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
-const seconds = (count) => new Promise((resolve) => setTimeout(resolve, 1000 * count));
 
 function add(list) {
   const cards = [];
@@ -62,25 +61,17 @@ async function predict(file, card, visible) {
   if (file.size > most) throw Error(`too large: ${megabytes(file.size)}; the most is ${megabytes(most)}.`);
   say(card, "classifying …");
   const path = (await visible) ? "predict" : "predict?thumbnail";
-  for (;;) {
-    const body = new FormData();
-    body.append("image", file);
-    let response;
-    try {
-      response = await fetch(path, { method: "POST", body });
-    } catch {
-      throw Error("the server does not answer. Was it stopped?");
-    }
-    const wait = Number(response.headers.get("Retry-After"));
-    const found = await response.json().catch(() => ({ error: `the server answered ${response.status}` }));
-    if (wait && card.isConnected) {
-      say(card, `waiting: ${found.error}`);
-      await seconds(wait);
-      continue;
-    }
-    if (!response.ok) throw Error(found.error);
-    return found.images[0];
+  const body = new FormData();
+  body.append("image", file);
+  let response;
+  try {
+    response = await fetch(path, { method: "POST", body });
+  } catch {
+    throw Error("the server does not answer. Was it stopped?");
   }
+  const found = await response.json().catch(() => ({ error: `the server answered ${response.status}` }));
+  if (!response.ok) throw Error(found.error);
+  return found.images[0];
 }
 
 function say(card, text) {
@@ -93,7 +84,7 @@ function fail(card, text) {
   card.classList.add("failed");
 }
 
-function show(card, { predictions, nearest, thumbnail }) {
+function show(card, { predictions, thumbnail }) {
   say(card, "");
   if (thumbnail) card.querySelector("img").src = thumbnail;
   const none = predictions[0].probability === null;
@@ -108,14 +99,6 @@ function show(card, { predictions, nearest, thumbnail }) {
     card.querySelector(".bars").append(row);
   }
   card.querySelector(".bars li")?.classList.add("best");
-  for (const { label, name, thumbnail } of nearest ?? []) {
-    const item = copy("neighbour"), image = item.querySelector("img");
-    image.src = thumbnail;
-    image.title = name;
-    item.querySelector("span").textContent = label;
-    card.querySelector(".nearest ul").append(item);
-    card.querySelector(".nearest").hidden = false;
-  }
 }
 
 files.disabled = false;
