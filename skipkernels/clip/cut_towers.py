@@ -80,9 +80,9 @@ def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
     for tower in (image, text):
         block = tower.blocks[0]
         if isinstance(block, FusedBlock) and block.why_not_fused() is None:
-            read = block._read()
-            proj = read.weights.proj
-            reason = xformers.why_unavailable(device, proj.dtype, proj.shape[0] // read.settings.heads)
+            weights, settings = block._read()
+            width = len(weights.out_proj)
+            reason = xformers.why_unavailable(device, weights.out_proj.dtype, width // settings.heads)
             if reason is not None:
                 raise ValueError(
                     f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU '

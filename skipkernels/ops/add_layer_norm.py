@@ -40,11 +40,6 @@ BLOCK_SUMS = 64  # rows of partial sums per iteration of the second kernel
 BLOCK_COLUMNS = 32  # columns per program of the second kernel: 128 bytes in fp32
 
 
-# Results of backward that are sums over rows, in the order in which the kernel writes their partial sums side by side;
-# the last two with `need_sums` only.
-SUM_COLUMNS = ("d_weight", "d_bias", "d_hidden_sum", "d_x_sum")
-
-
 class NormResults(NamedTuple):
     """Results of `add_layer_norm_backward`; empty if not needed."""
 
@@ -55,7 +50,8 @@ class NormResults(NamedTuple):
     normed: Tensor  # [..., W], dtype of d_normed
     d_hidden_sum: Tensor  # [W], dtype of the weight, Σ d_hidden over all rows
     d_x_sum: Tensor  # [W], dtype of the weight, Σ d_x over all rows
-    # With `partial` on a GPU, fp32 [P, 2W] or [P, 4W]: partial sums of the results `SUM_COLUMNS`, which are then empty
+    # With `partial` on a GPU, fp32 [P, 2W] or [P, 4W]: partial sums of d_weight and d_bias, with `need_sums` also of
+    # d_hidden_sum and d_x_sum, side by side in this order. These are then empty.
     partial_sums: Tensor
 
 

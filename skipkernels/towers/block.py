@@ -22,7 +22,7 @@ from ..checks import warn_caller
 from ..options import FusedMemory
 from .attention import Sequences
 from .families import BLOCKS, type_name
-from .fused.records import BlockReading, Hidden, Rotary, RowsOptions
+from .fused.records import BlockSettings, BlockWeights, Hidden, Rotary, RowsOptions
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global{name}") for name in HOOKS]
@@ -91,7 +91,7 @@ class FusedBlock:
         """Return why the settings of this block can't be fused, or None."""
         return None
 
-    def _read(self) -> BlockReading:
+    def _read(self) -> tuple[BlockWeights, BlockSettings]:
         """Read weights and settings from the children."""
         raise NotImplementedError
 
@@ -116,14 +116,14 @@ class FusedBlock:
         Both are calls of the module: hooks on it run, such as those by which FSDP2 gathers its weights.
         """
         if args and isinstance(args[0], Hidden):
-            return self._run_rows(*args)
+            return self._run_fused(*args)
         given = self._fusable_input(*args, **kwargs)
         if given is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         hidden, mask, causal, rotary = given
         options = RowsOptions(Sequences(len(hidden), mask, causal), self._memory, rotary)
-        out = self._run_rows(Hidden(hidden.flatten(0, 1)), options)
-        return self._output(out.map(lambda x: x.view(hidden.shape)).sum())
+        out = self._run_fused(Hidden(hidden.flatten(0, 1)), options)
+        return self._output(out.sum().view(hidden.shape))
 
     def _fusable_input(self, *args: Any, **kwargs: Any) -> BlockInput | None:
         """Name the arguments of a call, or return None if the block runs its own forward."""
@@ -143,15 +143,15 @@ class FusedBlock:
             return None
         return given
 
-    def _run_rows(self, hidden: Hidden, options: RowsOptions) -> Hidden:
+    def _run_fused(self, hidden: Hidden, options: RowsOptions) -> Hidden:
         """Run the block on rows [R, W]."""
         from .fused.node import fused_block  # not at the head: an import of skipkernels.clip loads few modules
 
-        reading = self._read()
-        dtype, device_type = reading.weights.proj.dtype, hidden.stream.device.type
+        weights, settings = self._read()
+        dtype, device_type = weights.mlp_out.dtype, hidden.stream.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        return fused_block(reading, hidden, options, dtype)
+        return fused_block(weights, settings, hidden, options, dtype)
 
     # ---- checks, in each call ----------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from skipkernels.ops.row_sums import MATRICES, column_sums
 from skipkernels.testing import SLACK
 from skipkernels.towers.attention import Sequences
 from skipkernels.towers.fused import node
-from skipkernels.towers.fused.records import BlockReading, BlockSettings, BlockWeights, Hidden, RowsOptions
+from skipkernels.towers.fused.records import BlockSettings, BlockWeights, Hidden, RowsOptions
 from tests.ops.conftest import Backend
 
 SHAPES = [(1, 1), (129, 33), (3, 64), (130, 7), (788, 70)]
@@ -55,11 +55,11 @@ def test_fused_block_completes_its_sums_by_one_launch(backend: Backend, kind, mo
     stream = rows(20, n * tokens, W, device=backend.device).requires_grad_(kind != "first")
     queries = torch.arange(0, n * tokens, tokens, device=backend.device) if kind == "pooled" else None
     attention = Sequences(n) if queries is None else Selected(Sequences(n), queries)
-    block, options = BlockReading(weights, BlockSettings("gelu", (1e-5, 1e-5), heads)), RowsOptions(attention)
+    settings, options = BlockSettings("gelu", (1e-5, 1e-5), heads), RowsOptions(attention)
     inputs, found = [x for x in (stream, *weights.named_tensors().values()) if x.requires_grad], []
     for together in (False, True):
         monkeypatch.setattr(node, "sums_together", lambda device, together=together: together)
-        out = node.fused_block(block, Hidden(stream), options, torch.float32).sum()
+        out = node.fused_block(weights, settings, Hidden(stream), options, torch.float32).sum()
         found.append(torch.autograd.grad(out.square().mean(), inputs))
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * one.norm()

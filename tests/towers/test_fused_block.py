@@ -41,8 +41,8 @@ ATTENTION = Sequences(N)
 
 def run_fused(block, hidden, memory="fast", query_rows=None, product_dtype=None):
     options = RowsOptions(ATTENTION if query_rows is None else Pooled(query_rows), memory)
-    reading = OpenClipBlock._read(block)
-    return fused_block(reading, Hidden(hidden.flatten(0, 1)), options, product_dtype or hidden.dtype).sum()
+    weights, settings = OpenClipBlock._read(block)
+    return fused_block(weights, settings, Hidden(hidden.flatten(0, 1)), options, product_dtype or hidden.dtype).sum()
 
 
 def hidden_states(dtype=torch.float64, requires_grad=True):
@@ -82,15 +82,16 @@ def test_fused_block_equals_callers_module(dtype, product_dtype, layer_scale, po
 def test_fused_block_separate_projections(product_dtype):
     """Separate projections of query, key and value, as in Hugging Face's models, give the bits of a joined one."""
     block, hidden = make_block(torch.float32), hidden_states(torch.float32)
-    read = OpenClipBlock._read(block)
-    parts = [x.detach().chunk(3) for x in (read.weights.in_proj, read.weights.in_proj_bias)]
+    joint, settings = OpenClipBlock._read(block)
+    parts = [x.detach().chunk(3) for x in (joint.in_proj, joint.in_proj_bias)]
     parts = [tuple(part.requires_grad_() for part in x) for x in parts]
-    separate = replace(read.weights, in_proj=parts[0], in_proj_bias=parts[1])
+    separate = replace(joint, in_proj=parts[0], in_proj_bias=parts[1])
     for memory in ("fast", "min"):
         found = []
-        for each in (read.weights, separate):
-            options, reading = RowsOptions(ATTENTION, memory), replace(read, weights=each)
-            out = fused_block(reading, Hidden(hidden.flatten(0, 1)), options, product_dtype or torch.float32).sum()
+        for each in (joint, separate):
+            options = RowsOptions(ATTENTION, memory)
+            rows = Hidden(hidden.flatten(0, 1))
+            out = fused_block(each, settings, rows, options, product_dtype or torch.float32).sum()
             found.append(torch.autograd.grad(out.square().sum(), [hidden, *each.named_tensors().values()]))
         joined = [*found[1][:3], torch.cat(found[1][3:6]), torch.cat(found[1][6:9]), *found[1][9:]]
         assert all(a.equal(b) for a, b in zip(found[0], joined, strict=True))
@@ -134,19 +135,23 @@ LAUNCHES = {
 @pytest.mark.parametrize(("kind", "product_dtype"), LAUNCHES, ids=lambda x: str(x).removeprefix("torch."))
 def test_fused_block_launches(kind, product_dtype):
     block = make_block(torch.float32).to("meta")
-    read = OpenClipBlock._read(block)
+    weights, settings = OpenClipBlock._read(block)
     stream = torch.empty(N * TOKENS, W, device="meta", requires_grad=kind != "first")
     branch = None if kind == "first" else stream.detach().to(product_dtype).requires_grad_()
     hidden, inputs = (
         Hidden(stream, branch),
-        [x for x in (stream, branch, *read.weights.named_tensors().values()) if x is not None and x.requires_grad],
+        [x for x in (stream, branch, *weights.named_tensors().values()) if x is not None and x.requires_grad],
     )
     rows = torch.empty(N, dtype=torch.int64, device="meta") if kind == "last" else None
     options = RowsOptions(NoLaunch(rows))
     found = []
     for _ in range(2):  # the first call also tests what the device can do
         results = []
-        found = [counts.counts_of(lambda out=results: out.extend(fused_block(read, hidden, options, product_dtype)))]
+        found = [
+            counts.counts_of(
+                lambda out=results: out.extend(fused_block(weights, settings, hidden, options, product_dtype))
+            )
+        ]
         upstream = [torch.empty_like(x) for x in results]
         found.append(counts.counts_of(lambda out=results, up=upstream: torch.autograd.grad(out, inputs, up)))
     assert tuple(count["launches"] for count in found) == LAUNCHES[kind, product_dtype]
@@ -192,8 +197,8 @@ def test_fused_block_runs_attention_no_more_than_needed(memory, frozen, expected
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen or "none"))
     options = RowsOptions(Sequences(N, backend=SDPA._replace(full=full)), memory)
-    reading = OpenClipBlock._read(block)
-    fused_block(reading, Hidden(hidden.flatten(0, 1)), options, hidden.dtype).sum().square().mean().backward()
+    weights, settings = OpenClipBlock._read(block)
+    fused_block(weights, settings, Hidden(hidden.flatten(0, 1)), options, hidden.dtype).sum().square().mean().backward()
     assert calls == expected
 
 

@@ -26,7 +26,7 @@ from transformers.models.siglip2 import modeling_siglip2
 
 from ..base import ImageTower, UnsupportedModel
 from ..block import BlockInput, FusedBlock, Submodules, joint_weights_of, submodules, weights_of
-from ..fused.records import BlockReading, BlockSettings, BlockWeights
+from ..fused.records import BlockSettings, BlockWeights
 from ..text import Pooling, Prompts, TextTower
 
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions
@@ -61,7 +61,7 @@ class HuggingFaceBlock(FusedBlock):
         functions, eager = module.ALL_ATTENTION_FUNCTIONS, module.eager_attention_forward
         return functions.get(attention.config._attn_implementation, eager)
 
-    def _read(self) -> BlockReading:
+    def _read(self) -> tuple[BlockWeights, BlockSettings]:
         parts = self._modules
         norm_1, norm_2, attention = parts["layer_norm1"], parts["layer_norm2"], parts["self_attn"]
         layers, mlp = attention._modules, parts["mlp"]._modules
@@ -70,12 +70,12 @@ class HuggingFaceBlock(FusedBlock):
             **joint_weights_of("in_proj", layers["q_proj"], layers["k_proj"], layers["v_proj"]),
             **weights_of("out_proj", layers["out_proj"]),
             **weights_of("norm_2", norm_2),
-            **weights_of("fc", mlp["fc1"]),
-            **weights_of("proj", mlp["fc2"]),
+            **weights_of("mlp_in", mlp["fc1"]),
+            **weights_of("mlp_out", mlp["fc2"]),
         )
         heads = attention.embed_dim // attention.head_dim  # its forward ignores `num_heads`
         kind = _ACTIVATIONS[type(mlp["activation_fn"])]
-        return BlockReading(weights, BlockSettings(kind, (norm_1.eps, norm_2.eps), heads))
+        return weights, BlockSettings(kind, (norm_1.eps, norm_2.eps), heads)
 
     def _parse_input(
         self,

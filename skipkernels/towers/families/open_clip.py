@@ -27,7 +27,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..base import ImageTower, Part, UnsupportedModel
 from ..block import BlockInput, FusedBlock, Submodules, activation, layer_scale, submodules, weights_of
-from ..fused.records import BlockReading, BlockSettings, BlockWeights
+from ..fused.records import BlockSettings, BlockWeights
 from ..text import Pooling, Prompts, TextTower
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
@@ -77,7 +77,7 @@ class OpenClipBlock(FusedBlock):
             return "a block's attention has dropout or an extra key"
         return None
 
-    def _read(self) -> BlockReading:
+    def _read(self) -> tuple[BlockWeights, BlockSettings]:
         parts = self._modules
         norm_1, norm_2, attention, mlp = parts["ln_1"], parts["ln_2"], parts["attn"], parts["mlp"]._modules
         weights = BlockWeights(
@@ -86,11 +86,11 @@ class OpenClipBlock(FusedBlock):
             in_proj_bias=attention.in_proj_bias,
             **weights_of("out_proj", attention._modules["out_proj"], layer_scale(parts.get("ls_1"))),
             **weights_of("norm_2", norm_2),
-            **weights_of("fc", mlp["c_fc"]),
-            **weights_of("proj", mlp["c_proj"], layer_scale(parts.get("ls_2"))),
+            **weights_of("mlp_in", mlp["c_fc"]),
+            **weights_of("mlp_out", mlp["c_proj"], layer_scale(parts.get("ls_2"))),
         )
         kind = activation(mlp["gelu"], _ACTIVATIONS)
-        return BlockReading(weights, BlockSettings(kind, (norm_1.eps, norm_2.eps), attention.num_heads))
+        return weights, BlockSettings(kind, (norm_1.eps, norm_2.eps), attention.num_heads)
 
     def _parse_input(
         self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None

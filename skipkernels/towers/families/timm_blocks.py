@@ -28,7 +28,7 @@ from ..block import (
     submodules,
     weights_of,
 )
-from ..fused.records import NORMS, BlockReading, BlockSettings, BlockWeights, Rotary
+from ..fused.records import NORMS, BlockSettings, BlockWeights, Rotary
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)
@@ -112,24 +112,27 @@ class TimmBlock(FusedBlock):
         """Layer scales of both branches."""
         return layer_scale(self._modules["ls1"]), layer_scale(self._modules["ls2"])
 
-    def _read(self) -> BlockReading:
+    def _read(self) -> tuple[BlockWeights, BlockSettings]:
         parts = self._modules
         norm_1, norm_2, attention = parts["norm1"], parts["norm2"], parts["attn"]
         layers, mlp = attention._modules, parts["mlp"]._modules
         scales, norms = self._scales(), self._optional_norms()
-        fc = weights_of("fc", mlp["fc1"]) if "fc1" in mlp else joint_weights_of("fc", mlp["fc1_g"], mlp["fc1_x"])
+        if "fc1_g" in mlp:  # SwiGLU
+            mlp_in = joint_weights_of("mlp_in", mlp["fc1_g"], mlp["fc1_x"])
+        else:
+            mlp_in = weights_of("mlp_in", mlp["fc1"])
         weights = BlockWeights(
             **weights_of("norm_1", norm_1),
             **_projections(attention),
             **weights_of("out_proj", layers["proj"], scales[0]),
             **weights_of("norm_2", norm_2),
-            **fc,
-            **weights_of("proj", mlp["fc2"], scales[1]),
+            **mlp_in,
+            **weights_of("mlp_out", mlp["fc2"], scales[1]),
             **_weights_of_norms(norms),
         )
         kind = "swiglu" if type(mlp["act"]) is nn.SiLU else activation(mlp["act"], _ACTIVATIONS)
         eps = tuple(getattr(norm, "eps", 0.0) for norm in (norm_1, norm_2, *norms))
-        return BlockReading(weights, BlockSettings(kind, eps, attention.num_heads, isinstance(norm_1, RmsNorm)))
+        return weights, BlockSettings(kind, eps, attention.num_heads, isinstance(norm_1, RmsNorm))
 
     def _parse_input(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> BlockInput | None:
         if x.ndim != 3 or attn_mask is not None:  # towers of CLIP have no mask

@@ -20,7 +20,7 @@ from . import stages
 from .gradients import Gradients, sums_together
 from .records import (
     BlockCall,
-    BlockReading,
+    BlockSettings,
     BlockWeights,
     Hidden,
     LowRankFactors,
@@ -30,29 +30,35 @@ from .records import (
     TensorName,
 )
 
-# Fields of `BlockWeights` that products read, in the dtype of the products. The operators upcast the others: fc_bias is
-# added by that of the activation.
-CAST_FIELDS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
+# Fields of `BlockWeights` that products read, in the dtype of the products. The operators upcast the others: that of
+# the activation adds mlp_in_bias.
+CAST_FIELDS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "mlp_in", "mlp_out", "mlp_out_bias")
 
-Updates = Mapping[str, Sequence[LowRankFactors]]  # by field
+# Arguments of `_BlockFunction` in front of its tensors
+CONSTANTS = 5
 
 
 @torch.compiler.disable  # the node holds an autograd graph, which would cause graph breaks
-def fused_block(block: BlockReading, hidden: Hidden, options: RowsOptions, dtype: torch.dtype) -> Hidden:
+def fused_block(
+    weights: BlockWeights, settings: BlockSettings, hidden: Hidden, options: RowsOptions, dtype: torch.dtype
+) -> Hidden:
     """Run one block over rows [R, W], and return [Q, W].
 
     Weights are in the dtype of the stream; products run in `dtype`, which is the dtype of the branches.
     """
-    tensors = block.weights.named_tensors()
+    tensors = weights.named_tensors()
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*hidden, *tensors.values())):
-        updates = block.weights.low_rank_updates()
         # The gradient of an updated weight goes to its factors; `low_rank` is set in `towers/low_rank.py`.
+        updates = weights.low_rank_updates()
         tensors = {name: x.detach() if hasattr(x, "low_rank") else x for name, x in tensors.items()}
-        block = replace(block, weights=BlockWeights.from_named_tensors(tensors))
-        tensors |= _factors(updates)
-        return Hidden(*_BlockFunction.apply(block, updates, options, dtype, *hidden, *tensors.values()))
+        for field, of_field in updates.items():
+            for update in of_field:
+                tensors |= {(f"{field}.A", update.part): update.down, (f"{field}.B", update.part): update.up}
+        scales = {field: [(x.part, x.scale) for x in of_field] for field, of_field in updates.items()}
+        out = _BlockFunction.apply(settings, options, dtype, list(tensors), scales, *hidden, *tensors.values())
+        return Hidden(*out)
     with without_autocast(hidden.stream.device):
-        call = BlockCall(block.settings, options, prepare(block.weights, dtype), dtype)
+        call = BlockCall(settings, options, prepare(weights, dtype), dtype)
         return stages.forward(call, hidden, record=False)[0]
 
 
@@ -60,30 +66,31 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        block: BlockReading,
-        updates: Updates,
+        settings: BlockSettings,
         options: RowsOptions,
         dtype: torch.dtype,
+        names: Sequence[TensorName],
+        scales: Mapping[str, Sequence[tuple[int, float]]],  # of low-rank updates by field: (part, scale)
         stream: Tensor,
         branch: Tensor | None,
-        *tensors: Tensor,  # those of the weights of the block, then those of the updates
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        weights, record = block.weights, options.memory != "min"
+        named, record = dict(zip(names, tensors, strict=True)), options.memory != "min"
+        weights = BlockWeights.from_named_tensors(named)
         with without_autocast(stream.device):
-            call = BlockCall(block.settings, options, prepare(weights, dtype), dtype)
-            out, hidden, saved = stages.forward(call, Hidden(stream, branch), record)
-        ctx.settings, ctx.options, ctx.dtype, ctx.has_branch = block.settings, options, dtype, branch is not None
-        ctx.input_dtypes = {name: x.dtype for name, x in (weights.named_tensors() | _factors(updates)).items()}
-        ctx.scales = {field: [(x.part, x.scale) for x in of_field] for field, of_field in updates.items()}
-        if record and weights.proj.dtype != dtype:  # backward reads the casts, and need not cast again
-            weights = replace(weights, **{name: getattr(call.weights, name) for name in CAST_FIELDS})
+            call = BlockCall(settings, options, prepare(weights, dtype), dtype)
+            out, total, saved = stages.forward(call, Hidden(stream, branch), record)
+        ctx.settings, ctx.options, ctx.dtype, ctx.has_branch = settings, options, dtype, branch is not None
+        ctx.input_dtypes, ctx.scales = {name: x.dtype for name, x in named.items()}, scales
+        if record and weights.mlp_out.dtype != dtype:  # backward reads the casts, and need not cast again
+            casts = replace(weights, **{name: getattr(call.weights, name) for name in CAST_FIELDS})
+            named = casts.named_tensors() | {name: x for name, x in named.items() if name[0].endswith((".A", ".B"))}
         if saved is not None and options.memory == "balanced":
             saved = replace(saved, inner=None)
         # The graph of attention is no tensor. Backward frees it; a second backward records another.
         ctx.attention_graph = None if saved is None else saved.attention_graph
-        named = weights.named_tensors() | _factors(updates)
         ctx.saved_names = list(named)
-        ctx.save_for_backward(*named.values(), *([hidden] if saved is None else saved.tensors()))
+        ctx.save_for_backward(*named.values(), *([total] if saved is None else saved.tensors()))
         return out.stream, out.branch
 
     @staticmethod
@@ -92,25 +99,30 @@ class _BlockFunction(torch.autograd.Function):
         # 1. Put the saved tensors into records again
         tensors, count = ctx.saved_tensors, len(ctx.saved_names)
         named, of_stages = dict(zip(ctx.saved_names, tensors[:count], strict=True)), tensors[count:]
-        weights, updates = BlockWeights.from_named_tensors(named), _updates(named, ctx.scales)
+        weights = BlockWeights.from_named_tensors(named)
+        updates = {
+            field: [LowRankFactors(p, scale, named[f"{field}.A", p], named[f"{field}.B", p]) for p, scale in of_field]
+            for field, of_field in ctx.scales.items()
+        }
         graph, ctx.attention_graph = ctx.attention_graph, None
         # 2. Find the gradients that are needed
-        _, _, _, _, needs_stream, needs_branch, *needs_tensors = ctx.needs_input_grad
+        needs_stream, needs_branch, *needs_tensors = ctx.needs_input_grad[CONSTANTS:]
         needs = dict(zip(ctx.input_dtypes, needs_tensors, strict=True))
         gradients = Gradients(
             needs_hidden=needs_stream or needs_branch,
             needed=frozenset(field for (field, _), need in needs.items() if need),
             updates=updates,
-            dtype=ctx.input_dtypes["proj", 0],
+            dtype=ctx.input_dtypes["mlp_out", 0],
             # Norms may be fp32 beside fp16 matrices.
-            sums_dtype=max(ctx.input_dtypes["proj", 0], ctx.input_dtypes["norm_1", 0], key=lambda x: x.itemsize),
+            sums_dtype=max(ctx.input_dtypes["mlp_out", 0], ctx.input_dtypes["norm_1", 0], key=lambda x: x.itemsize),
             partial=sums_together(d_mid.device),
         )
         with without_autocast(d_mid.device):
             call = BlockCall(ctx.settings, ctx.options, prepare(weights, ctx.dtype), ctx.dtype)
             # 3. Recompute what was not saved
             if ctx.options.memory == "min":
-                _, _, saved = stages.forward(call, Hidden(*of_stages), record=True)
+                (total,) = of_stages
+                _, _, saved = stages.forward(call, Hidden(total), record=True)
                 assert saved is not None
             else:
                 saved = stages.recompute(call, Saved.of_tensors(of_stages, graph))
@@ -121,27 +133,7 @@ class _BlockFunction(torch.autograd.Function):
         d_stream, d_branch_in = d_hidden if d_hidden is not None else (None, None)
         found = _named_gradients(gradients, Counter(field for field, _ in needs))
         d_tensors = (found[name].to(ctx.input_dtypes[name]) if need else None for name, need in needs.items())
-        return None, None, None, None, d_stream, d_branch_in if ctx.has_branch else None, *d_tensors
-
-
-# ---- names of tensors ------------------------------------------------------------------------------------------------
-
-
-def _factors(updates: Updates) -> dict[TensorName, Tensor]:
-    """Factors of low-rank updates by name."""
-    found: dict[TensorName, Tensor] = {}
-    for field, of_field in updates.items():
-        for update in of_field:
-            found |= {(f"{field}.A", update.part): update.down, (f"{field}.B", update.part): update.up}
-    return found
-
-
-def _updates(named: Mapping[TensorName, Tensor], scales: Mapping[str, Sequence[tuple[int, float]]]) -> Updates:
-    """Low-rank updates with these scales, by field: (part, scale)."""
-    return {
-        field: [LowRankFactors(p, scale, named[f"{field}.A", p], named[f"{field}.B", p]) for p, scale in of_field]
-        for field, of_field in scales.items()
-    }
+        return *[None] * CONSTANTS, d_stream, d_branch_in if ctx.has_branch else None, *d_tensors
 
 
 def _named_gradients(found: Gradients, parts: Mapping[str, int]) -> dict[TensorName, Tensor]:
@@ -162,8 +154,8 @@ def prepare(weights: BlockWeights, dtype: torch.dtype) -> PreparedWeights:
     In a captured step its update has made the casts (`casts.active`, None in other steps).
     """
     fields: dict[str, Any] = dict(vars(weights))
-    if isinstance(weights.fc_bias, tuple):
-        fields["fc_bias"] = torch.cat(weights.fc_bias)
+    if isinstance(weights.mlp_in_bias, tuple):
+        fields["mlp_in_bias"] = torch.cat(weights.mlp_in_bias)
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for name, parts in weights.parts():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -31,10 +31,6 @@ class Hidden(NamedTuple):
     def sum(self) -> Tensor:
         """Compute the sum in the dtype of the stream."""
         return self.stream if self.branch is None else (self.stream + self.branch).to(self.stream.dtype)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Hidden:
-        """Apply a view or a selection of rows to both terms."""
-        return Hidden(function(self.stream), None if self.branch is None else function(self.branch))
 
 
 # ---- the block -------------------------------------------------------------------------------------------------------
@@ -65,10 +61,10 @@ class BlockWeights:
     out_proj_bias: Tensor | None
     norm_2: Tensor  # [W]
     norm_2_bias: Tensor | None
-    fc: Weight  # [M, W]; [2M, W] for SwiGLU
-    fc_bias: Weight | None
-    proj: Tensor  # [W, M]
-    proj_bias: Tensor | None
+    mlp_in: Weight  # [M, W]; [2M, W] for SwiGLU
+    mlp_in_bias: Weight | None
+    mlp_out: Tensor  # [W, M]
+    mlp_out_bias: Tensor | None
     query_norm: Tensor | None = None  # [E]
     query_norm_bias: Tensor | None = None
     key_norm: Tensor | None = None  # [E]
@@ -122,8 +118,8 @@ class PreparedWeights(BlockWeights):
 
     in_proj: Tensor
     in_proj_bias: Tensor | None
-    fc: Tensor
-    fc_bias: Tensor | None
+    mlp_in: Tensor
+    mlp_in_bias: Tensor | None
 
 
 class BlockSettings(NamedTuple):
@@ -133,14 +129,6 @@ class BlockSettings(NamedTuple):
     eps: tuple[float, ...]  # Epsilons of the norms, in the order of `NORMS`
     heads: int  # H
     rms: bool = False  # The norms are RMSNorms
-
-
-@dataclass(frozen=True)
-class BlockReading:
-    """Weights and settings of the caller's block, as they are read from it in each call."""
-
-    weights: BlockWeights
-    settings: BlockSettings
 
 
 # ---- a call ----------------------------------------------------------------------------------------------------------

@@ -22,11 +22,11 @@ Under autocast the weights of products are cast once, by one launch, or in a cap
 (`casts.Casts`), and their copies are saved as well, 24·W² bytes; "min" casts them again. The norms write the dtype of
 the products, and the residual stream keeps its own.
 
-`d_NAME` takes the gradient of the result of stage NAME and returns that of its input. It sets those of its vectors
+`d_NAME` takes the gradient of the result of NAME and returns that of its input. It sets those of its vectors
 (biases, norms) in `Gradients`; `backward` sets those of matrices: each is a product with the input of its layer. Inputs
 that a norm or the activation has computed are not saved, but recomputed by the backward of that norm or activation,
-which returns them as well: the gradient of W_p follows `d_mlp_act`, that of W_fc `d_norm_2`, and that of W_qkv
-`d_norm_1`.
+which returns them as well: the gradient of W_p follows `d_mlp_act`, and those of W_fc and W_qkv that of the norm in
+front of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.add_layer_norm import SUM_COLUMNS, NormArguments, NormResults, add_layer_norm, add_layer_norm_backward
+from ...ops.add_layer_norm import NormArguments, NormResults, add_layer_norm, add_layer_norm_backward
 from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ...ops.mlp_activation import Needs as ActivationNeeds
 from ...ops.rotary_embedding import rotary_embedding
@@ -69,30 +69,34 @@ def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Tens
 
     Each tensor is released once the next stage has read it.
     """
-    normed, saved_1 = norm_1(call, inputs)  # [R, W]
+    weights = call.weights
+    normed, saved_1 = norm(call, "norm_1", inputs.stream, inputs.branch)  # of hidden = stream + branch, [R, W]
     projected = in_proj(call, normed)  # ([R, 3W],), or ([Q, W], [R, 2W])
     del normed
-    projected = rotation(call, projected)
-    result, graph = attention(call, projected, record)  # [Q, W]
-    projected = graph.projected if graph else ()  # the leaves, from which backward can repeat the graph
-    branch = out_proj(call, result)  # [Q, W]
-    del result
-    normed, saved_2 = norm_2(call, saved_1.x, branch)  # [Q, W]
+    if weights.query_norm is None:  # else `attention` rotates, behind the norms of the heads
+        projected = rotate(call, projected)
+    attended, graph = attention(call, projected, record)  # [Q, W]
+    del projected  # the leaves of the graph are the same memory
+    branch = F.linear(attended.detach(), weights.out_proj, weights.out_proj_bias)  # [Q, W] @ [W, W] -> [Q, W]
+    del attended
+    normed, saved_2 = norm(call, "norm_2", call.queries(saved_1.x), branch)  # of mid = hidden + branch, [Q, W]
     del branch
-    inner = mlp_in(call, normed)  # [Q, M], or [Q, 2M] for SwiGLU
+    inner = normed @ weights.mlp_in.T  # [Q, W] @ [W, M] -> [Q, M], or [Q, 2M] for SwiGLU; the activation adds b_fc
     del normed
     active = mlp_act(call, inner)  # [Q, M]
-    saved = Saved(saved_1, saved_2, inner, projected, graph) if record else None
+    saved = Saved(saved_1, saved_2, inner, graph.projected, graph) if graph is not None else None
     del inner
-    active = mlp_norm(call, active)
-    return Hidden(saved_2.x, mlp_out(call, active)), saved_1.x, saved
+    if weights.mlp_norm is not None:
+        active, _ = norm(call, "mlp_norm", active)
+    branch = F.linear(active, weights.mlp_out, weights.mlp_out_bias)  # [Q, M] @ [M, W] -> [Q, W]
+    return Hidden(saved_2.x, branch), saved_1.x, saved
 
 
 def recompute(call: BlockCall, saved: Saved) -> Saved:
     """Repeat what was not saved: the product of the MLP; attention, in a second backward pass."""
     inner = saved.inner
     if inner is None:
-        inner = mlp_in(call, norm(call, "norm_2", saved.norm_2.x)[0])
+        inner = norm(call, "norm_2", saved.norm_2.x)[0] @ call.weights.mlp_in.T
     graph = saved.attention_graph or attention(call, saved.projected, record=True)[1]
     return replace(saved, inner=inner, attention_graph=graph)
 
@@ -102,29 +106,38 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
 
     Set those of the weights that are needed in `gradients`. Each tensor is released once the next stage has read it.
     """
-    assert saved.inner is not None and saved.attention_graph is not None and d_out.branch is not None
-    d_active = d_mlp_out(call, d_out.branch)  # [Q, M]
+    weights, graph = call.weights, saved.attention_graph
+    assert saved.inner is not None and graph is not None and d_out.branch is not None
+    # mlp: branch = act(LN₂(mid) · W_fc + b_fc) · W_p + b_p
+    d_active = d_out.branch @ weights.mlp_out  # [Q, W] @ [W, M] -> [Q, M]
     d_active, mlp_normed = d_mlp_norm(call, saved.inner, d_active, gradients)
     d_inner, active = d_mlp_act(call, saved.inner, d_active, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
     del d_active
     inputs = active if mlp_normed is None else mlp_normed  # of W_p
     if inputs is not None:
-        gradients.set_product("proj", (d_out.branch, inputs))
+        gradients.set_product("mlp_out", (d_out.branch, inputs))
     del active, mlp_normed, inputs
-    d_normed = d_mlp_in(call, d_inner)  # [Q, W]
-    d_mid, d_branch, normed = d_norm_2(call, saved.norm_2, d_normed, d_out.stream, gradients)
+    d_normed = d_inner @ weights.mlp_in  # [Q, M] @ [M, W] -> [Q, W]; 2M for SwiGLU
+    # norm_2: mid = hidden + attended · W_o + b_o. b_p is added to its result, and b_o within it.
+    biases = ("mlp_out_bias", "out_proj_bias")
+    d_mid, d_attention_branch, normed = d_norm(
+        call, "norm_2", saved.norm_2, d_normed, d_out.stream, gradients, gradients.needs_input_of("mlp_in"), biases
+    )
     del d_normed
     if normed is not None:
-        gradients.set_product("fc", (d_inner, normed))
+        gradients.set_product("mlp_in", (d_inner, normed))
     del d_inner, normed
-    gradients.set_product("out_proj", (d_branch, saved.attention_graph.result.detach()))
+    # out_proj and attention
+    gradients.set_product("out_proj", (d_attention_branch, graph.result.detach()))
     if not gradients.needs_attention:
         return None
-    d_result = d_out_proj(call, d_branch)  # [Q, W]
-    del d_branch
-    d_projected = d_attention(saved.attention_graph, d_result, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
-    del d_result
-    d_projected = d_rotation(call, d_projected)
+    d_attended = d_attention_branch @ weights.out_proj  # [Q, W] @ [W, W] -> [Q, W]
+    del d_attention_branch
+    d_projected = d_attention(graph, d_attended, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
+    del d_attended
+    if weights.query_norm is None:
+        d_projected = rotate(call, d_projected, inverse=True)
+    # in_proj and norm_1: hidden = stream + branch
     if not gradients.needs_hidden:
         d_in_proj_and_norm_1(call, saved.norm_1.x, d_projected, gradients)
         return None
@@ -137,11 +150,6 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
 
 
 # ---- norm_1 and in_proj ----------------------------------------------------------------------------------------------
-
-
-def norm_1(call: BlockCall, inputs: Hidden) -> tuple[Tensor, SavedNorm]:
-    """hidden = stream + branch, and LN₁(hidden), [R, W]."""
-    return norm(call, "norm_1", inputs.stream, inputs.branch)
 
 
 def d_norm_1(
@@ -218,17 +226,7 @@ def _pairs(call: BlockCall, d_projected: Sequence[Tensor], inputs: Tensor) -> Se
     return [(d_query, call.queries(inputs)), (d_key_value, inputs)]
 
 
-# ---- attention and out_proj ------------------------------------------------------------------------------------------
-
-
-def rotation(call: BlockCall, projected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Rotate query and key, unless their norms come first: then `attention` does."""
-    return projected if call.weights.query_norm is not None else rotate(call, projected)
-
-
-def d_rotation(call: BlockCall, d_projected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradient of query and key before their rotation, unless `attention` has rotated them."""
-    return d_projected if call.weights.query_norm is not None else rotate(call, d_projected, inverse=True)
+# ---- attention ------------------------------------------------------------------------------------------------------
 
 
 def attention(call: BlockCall, projected: Sequence[Tensor], record: bool) -> tuple[Tensor, AttentionGraph | None]:
@@ -250,78 +248,35 @@ def attention(call: BlockCall, projected: Sequence[Tensor], record: bool) -> tup
     return result, AttentionGraph(leaves, norms, result) if record else None
 
 
-def d_attention(saved: AttentionGraph, d_result: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
+def d_attention(saved: AttentionGraph, d_attended: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
     """Gradient of the projections, ([R, 3W],) or ([Q, W], [R, 2W]), and of the norms of attention, by autograd."""
-    d_leaves = torch.autograd.grad(saved.result, (*saved.projected, *saved.norms.values()), d_result)
+    d_leaves = torch.autograd.grad(saved.result, (*saved.projected, *saved.norms.values()), d_attended)
     count = len(saved.projected)
     for name, gradient in zip(saved.norms, d_leaves[count:], strict=True):
         gradients.set(name, gradient)
     return d_leaves[:count]
 
 
-def out_proj(call: BlockCall, result: Tensor) -> Tensor:
-    """attention · W_o + b_o, [Q, W] @ [W, W] -> [Q, W]."""
-    return F.linear(result.detach(), call.weights.out_proj, call.weights.out_proj_bias)
-
-
-def d_out_proj(call: BlockCall, d_branch: Tensor) -> Tensor:
-    """Gradient of the result of attention, [Q, W] @ [W, W] -> [Q, W]."""
-    return d_branch @ call.weights.out_proj
-
-
-# ---- norm_2 and mlp --------------------------------------------------------------------------------------------------
-
-
-def norm_2(call: BlockCall, hidden: Tensor, branch: Tensor) -> tuple[Tensor, SavedNorm]:
-    """mid = hidden + branch, and LN₂(mid), [Q, W]."""
-    return norm(call, "norm_2", call.queries(hidden), branch)
-
-
-def d_norm_2(
-    call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_stream: Tensor, gradients: Gradients
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of mid [Q, W], as those of its two terms; return also LN₂(mid), if needed.
-
-    Set those of b_p and b_o too. They are the column sums of d_stream, the gradient of the result of the block, to which
-    b_p is added, and of the gradient of mid, to which b_o is added; the operator of the norm has both matrices.
-    """
-    need_normed = gradients.needs_input_of("fc")
-    biases = ("proj_bias", "out_proj_bias")
-    return d_norm(call, "norm_2", saved, d_normed, d_stream, gradients, need_normed, biases)
-
-
-def mlp_in(call: BlockCall, normed: Tensor) -> Tensor:
-    """LN₂(mid) · W_fc, [Q, W] @ [W, M] -> [Q, M], or [Q, 2M] for SwiGLU."""
-    return normed @ call.weights.fc.T
-
-
-def d_mlp_in(call: BlockCall, d_inner: Tensor) -> Tensor:
-    """Gradient of LN₂(mid), [Q, M] @ [M, W] -> [Q, W]; 2M for SwiGLU."""
-    return d_inner @ call.weights.fc
+# ---- mlp ------------------------------------------------------------------------------------------------------------
 
 
 def mlp_act(call: BlockCall, inner: Tensor) -> Tensor:
     """act(inner + b_fc), [Q, M]."""
-    return mlp_activation(inner, call.weights.fc_bias, KINDS.index(call.settings.activation))
+    return mlp_activation(inner, call.weights.mlp_in_bias, KINDS.index(call.settings.activation))
 
 
 def d_mlp_act(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
     """Gradient of the product, [Q, M] or [Q, 2M]; return also the activation [Q, M], if W_p reads it and needs it."""
     needs = ActivationNeeds(
         x=True,
-        bias=gradients.needs("fc_bias"),
-        out=gradients.needs_input_of("proj") and call.weights.mlp_norm is None,
+        bias=gradients.needs("mlp_in_bias"),
+        out=gradients.needs_input_of("mlp_out") and call.weights.mlp_norm is None,
         partial=gradients.partial,
     )
-    kind = KINDS.index(call.settings.activation)
-    d_inner, d_bias, active, partial_sums = mlp_activation_backward(d_active, inner, call.weights.fc_bias, kind, *needs)
-    gradients.set_sums({"fc_bias": d_bias}, partial_sums)
+    bias, kind = call.weights.mlp_in_bias, KINDS.index(call.settings.activation)
+    d_inner, d_bias, active, partial_sums = mlp_activation_backward(d_active, inner, bias, kind, *needs)
+    gradients.set_sums({"mlp_in_bias": d_bias}, partial_sums)
     return d_inner, active if needs.out else None
-
-
-def mlp_norm(call: BlockCall, active: Tensor) -> Tensor:
-    """Norm of the activation [Q, M], if the block has one."""
-    return active if call.weights.mlp_norm is None else norm(call, "mlp_norm", active)[0]
 
 
 def d_mlp_norm(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
@@ -330,16 +285,6 @@ def d_mlp_norm(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Grad
         return d_active, None
     normed, saved = norm(call, "mlp_norm", mlp_act(call, inner))
     return d_norm(call, "mlp_norm", saved, d_active, None, gradients)[0], normed
-
-
-def mlp_out(call: BlockCall, active: Tensor) -> Tensor:
-    """active · W_p + b_p, [Q, M] @ [M, W] -> [Q, W]."""
-    return F.linear(active, call.weights.proj, call.weights.proj_bias)
-
-
-def d_mlp_out(call: BlockCall, d_branch: Tensor) -> Tensor:
-    """Gradient of the activation or its norm, [Q, W] @ [W, M] -> [Q, M]."""
-    return d_branch @ call.weights.proj
 
 
 # ---- parts of stages -------------------------------------------------------------------------------------------------
@@ -389,10 +334,9 @@ def d_norm(
         need_normed=need_normed,
     )
     found = NormResults(*add_layer_norm_backward(*arguments))
-    fields = {"d_weight": name, "d_bias": f"{name}_bias"}
+    sums = {name: found.d_weight, f"{name}_bias": found.d_bias}  # in the order of the columns of `partial_sums`
     if need_sums:
-        fields |= zip(("d_hidden_sum", "d_x_sum"), biases, strict=True)
-    sums = {fields[column]: getattr(found, column) for column in SUM_COLUMNS if column in fields}
+        sums |= zip(biases, (found.d_hidden_sum, found.d_x_sum), strict=True)
     gradients.set_sums(sums, found.partial_sums)
     return found.d_x, found.d_x_cast if casts else found.d_x, found.normed if need_normed else None
 
