@@ -277,8 +277,6 @@ class OutputOptions:
     resume: bool | Path = option(False, results=False)
     """Resume after the last complete epoch of the run in the folder, bit-exactly with the same number of threads; start
     if there is none. A path: resume the run in that folder, with its settings."""
-    delta: bool = False
-    """Save only the weights that tuning changed, in delta.safetensors."""
     log_every: int = option(50, ge=1, results=False)
     """Steps between displays and checks of the loss."""
     log: tuple[LoggerName, ...] | None = option(None, results=False)

@@ -209,8 +209,7 @@ def _cost_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
     peak, before = cost["peak_memory_mib"], cost["baseline_memory_mib"]
     if peak:
         table.add_row("peak memory", f"{peak - before:.0f} MiB, beside {before:.0f} MiB of Python and its libraries")
-    part = f" of {weights['mib_of_all']}" if config.delta else ""
-    table.add_row("weights", f"{weights['file']}, {weights['mib']}{part} MiB")
+    table.add_row("weights", f"{weights['file']}, {weights['mib']} MiB")
     table.add_row("results", str(config.out))
     return table
 

@@ -95,7 +95,7 @@ def blend(
         changes["cache"] = None
     own = OwnData(dataset, test, validation, classes, name=of_run.data.partition(":")[2])
     config, open_data = own.applied(replace(of_run, trust=trust, refresh="never", workers=0, **changes), "blend")
-    written = replace(of_run, **changes, out=target, overwrite=overwrite, resume=False, delta=False)
+    written = replace(of_run, **changes, out=target, overwrite=overwrite, resume=False)
     new_folder = RunFolder(written.resolved(open_data), can_resume=False)  # refuses a folder that can't be written
 
     setup = build_run(config.resolved(open_data), open_data=open_data)
@@ -103,7 +103,7 @@ def blend(
     zero_shot = evaluator.evaluate(setup.method)
     features = None if config.head == "none" else setup.train_features()
     weighted = Interpolation(setup.method.state_dict())
-    weights.WeightsFile(setup.method, setup.model, delta=False).load(file)
+    weights.load_into(setup.method, file)
     weighted.end()
     curve = _curve(evaluator, setup, weighted)
     chosen = choose(curve["accuracy"].get(VALIDATION)) if alpha == "auto" else float(alpha)
@@ -177,9 +177,8 @@ def _write(
 ) -> None:
     with folder.replaced():
         file = folder.path / MODEL
-        weights.save_weights(file, setup.method.state_dict(), holds=weights.MODEL)
-        mib = round(file.stat().st_size / 2**20, 1)
-        metrics["checkpoint"] = {"file": MODEL, "mib": mib, "mib_of_all": mib}
+        weights.save_weights(file, setup.method.state_dict())
+        metrics["checkpoint"] = {"file": MODEL, "mib": round(file.stat().st_size / 2**20, 1)}
         described = save_head(folder.path, setup.method.fitted, described)
         described = replace(described, weights_xxh3=digest_file(file))
         described.write(folder.path)

@@ -118,7 +118,7 @@ def export(
         notes = write(plain, written)
         if plain.head_code and to != "onnx":
             tensors = plain.head.state_dict() if plain.fitted is None else plain.fitted.tensors()
-            weights.save_weights(written / HEAD, tensors, holds="head")
+            weights.save_weights(written / HEAD, tensors)
             described = replace(described, head_xxh3=digest_file(written / HEAD))
             _write_classes(written, described)
         elif to == "hugging-face":
@@ -133,7 +133,7 @@ def export(
 def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
     if not write_open_clip_config(folder, plain.model, plain.tokenizer):
         raise InputError(f"export: run must have a model of open_clip; got {type(plain.model).__name__}.", "run")
-    weights.save_weights(folder / OPEN_CLIP_WEIGHTS, plain.model.state_dict(), holds=weights.MODEL)
+    weights.save_weights(folder / OPEN_CLIP_WEIGHTS, plain.model.state_dict())
     return []
 
 

@@ -68,13 +68,10 @@ def load_run(
     model, transform, tokenizer = load_model(name, pretrained, chosen, architecture_only=whole, trust=trust)
     if whole:
         load_weights(model, file)
-    if described.holds == weights.CHANGES and weights.has_bf16(file):  # changes to weights that bf16-sr rounded first
-        MixedPrecision("bf16-sr", chosen).prepare(model)
-        model.float()
     names, prompts = _classes(described, classes, templates)
     method = _method(described, model, tokenizer, names, prompts, file)
     if not whole:
-        weights.WeightsFile(method, model, delta=False).load(file)
+        weights.load_into(method, file)
     method.use_head(load_head(file.parent, described), described.classes)
     method.train(False)
     own_names, own_prompts = _classes(described, None, None)

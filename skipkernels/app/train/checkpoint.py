@@ -1,7 +1,7 @@
 """Checkpoint of a run: the weights and the training state of an epoch, in a folder that is replaced as a whole.
 
     RUN/checkpoint/
-        model.safetensors    weights after the last epoch; delta.safetensors if only changed weights are kept
+        model.safetensors    weights after the last epoch
         best.safetensors     weights of the best epoch on the validation images, unless that is the last
         classifier.json      description of the model; see `Description`
         training.pt          state of the optimizer, schedule, loader and random generators
@@ -33,9 +33,9 @@ from .description import Description
 from .errors import argument_error
 
 if TYPE_CHECKING:
-    from .weights import WeightsFile
+    from torch import Tensor
 
-FOLDER, MODEL, DELTA, HEAD = "checkpoint", "model.safetensors", "delta.safetensors", "head.safetensors"
+FOLDER, MODEL, HEAD = "checkpoint", "model.safetensors", "head.safetensors"
 BEST, TRAINING, INDEX = "best.safetensors", "training.pt", "checkpoint.json"
 FORMAT = 3
 _MAX_BYTES = 1 << 28  # size of checkpoint.json: a thousand epochs with a hundred tests each
@@ -56,7 +56,7 @@ class Checkpoint(NamedTuple):
 
 def save(
     run: Path,
-    weights: WeightsFile,
+    weights: Mapping[str, Tensor],
     described: Description,
     training: dict[str, Any] | None,
     *,
@@ -64,18 +64,20 @@ def save(
     rows: list[dict[str, Any]],
     seconds: float,
 ) -> None:
-    """Replace the checkpoint of a run; `described.weights` names the weights file."""
+    """Replace the checkpoint of a run, with `weights` and their description."""
     import torch
 
-    folder, file = run / FOLDER, described.weights
+    from .weights import save_weights
+
+    folder = run / FOLDER
     try:
         with replaced_folder(folder, ["*"]) as new:
-            weights.save(new / file)
+            save_weights(new / MODEL, weights)
             if rows and best_epoch(rows) not in (None, rows[-1]["epoch"]):  # an earlier epoch is the best
-                shutil.copyfile(folder / BEST if (folder / BEST).exists() else folder / file, new / BEST)
+                shutil.copyfile(folder / BEST if (folder / BEST).exists() else folder / MODEL, new / BEST)
             torch.save(training, new / TRAINING)
             files = {path.name: digest_file(path) for path in sorted(new.iterdir())}
-            replace(described, weights_xxh3=files[file]).write(new)
+            replace(described, weights_xxh3=files[MODEL]).write(new)
             index = {"settings": settings, "rows": rows, "seconds": seconds, "files": files}
             (new / INDEX).write_text(json.dumps({"format": FORMAT, "digest": digest_json(index)} | index), "utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -103,8 +105,7 @@ def load(run: Path) -> Checkpoint | None:
             raise ValueError(f"{INDEX} has format {written}, and this version reads {FORMAT}")
         if digest != digest_json(values):
             raise ValueError(f"{INDEX} was changed after it was written")
-        file = DELTA if DELTA in values["files"] else MODEL
-        for name in {file, TRAINING, *values["files"]}:
+        for name in {MODEL, TRAINING, *values["files"]}:
             if not (folder / name).is_file():
                 raise ValueError(f"{name} is missing")
             if digest_file(folder / name) != values["files"].get(name):
@@ -117,7 +118,7 @@ def load(run: Path) -> Checkpoint | None:
             f"{folder}: damaged, or not a checkpoint: {reason}. Restore the folder from a copy, or tune again in "
             "another folder, or in this one with `overwrite=True`."
         ) from error
-    return Checkpoint(folder / file, values["settings"], values["rows"], values["seconds"], training)
+    return Checkpoint(folder / MODEL, values["settings"], values["rows"], values["seconds"], training)
 
 
 def _reason(error: Exception) -> str:

@@ -24,8 +24,8 @@ def command_line(
 
     Example:
         >>> from skipkernels.app.config import TuneConfig
-        >>> command_line("tune", TuneConfig(data="imagefolder:my photos", delta=True, template=("a {}.", "the {}.")))
-        "skipkernels tune --data 'imagefolder:my photos' --template 'a {}.' 'the {}.' --delta"
+        >>> command_line("tune", TuneConfig(data="imagefolder:my photos", graph=False, template=("a {}.", "the {}.")))
+        "skipkernels tune --data 'imagefolder:my photos' --template 'a {}.' 'the {}.' --no-graph"
     """
     words = [f"torchrun --nproc-per-node {processes} -m skipkernels" if processes > 1 else "skipkernels", command]
     found = {name: value for name, value in _changed(options) if name not in left_out}

@@ -208,6 +208,6 @@ def _tuned_setup(
     load = (lambda model: load_weights(model, file)) if whole else None
     setup = build_run(config, open_data=open_data, load=load, processes=processes, rounded_to=rounded_to)
     if not whole:
-        weights.WeightsFile(setup.method, setup.model, delta=False).load(file)
+        weights.load_into(setup.method, file)
     setup.method.use_head(load_head(file.parent, described), described.classes)
     return setup

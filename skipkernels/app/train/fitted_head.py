@@ -43,7 +43,7 @@ def save_head(folder: Path, head: Head | None, described: Description) -> Descri
     """Write a head, if there is one; return the description that names it."""
     if head is None:
         return replace(described, head_xxh3=None)
-    save_weights(folder / HEAD, head.tensors(), holds="head")
+    save_weights(folder / HEAD, head.tensors())
     return replace(described, head_xxh3=digest_file(folder / HEAD))
 
 

@@ -176,8 +176,6 @@ def _with_head(use: str, head_code: str) -> str:
 
 
 _CONTENTS = {
-    "changes": "The folder holds the weights that tuning changed. The others are those of the base model, which is "
-    "loaded by its name.",
     "method": "The folder holds the weights that the method adds. The model is the base model, which is loaded by its "
     "name.",
 }

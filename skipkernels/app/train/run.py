@@ -24,10 +24,10 @@ from ..data.check import unreadable_images
 from ..data.files import format_names
 from ..heads import Examples, choose_l2
 from ..report.words import name_of_method, title_of
-from . import checkpoint, notes
+from . import checkpoint, notes, weights
 from .calibration import calibrate
 from .candidates import Search
-from .checkpoint import DELTA, HEAD, MODEL, Checkpoint, best_epoch, has_stalled
+from .checkpoint import HEAD, MODEL, Checkpoint, best_epoch, has_stalled
 from .choice import Choice
 from .class_metrics import VALIDATION
 from .description import Description, describe, write_open_clip_config
@@ -42,8 +42,6 @@ from .progress import ProgressDisplay
 from .run_folder import CANDIDATES, FEW_SHOT, REPORT, RunFolder
 from .setup import BATCH, build_run
 from .trainer import Trainer
-from .weights import MODEL as WHOLE_MODEL
-from .weights import WeightsFile
 
 _log = logging.getLogger("skipkernels")
 _log.addHandler(logging.NullHandler())  # silent, unless the program that uses the library configures logging
@@ -73,7 +71,7 @@ class Run:
         self.method, self.task = self.setup.method, self.setup.task
         if config.patience is not None and self.task.validation is None:
             raise argument_error("patience", "there are no validation images to stop by; add some, or leave it out.")
-        self.weights = WeightsFile(self.method, self.setup.model, delta=config.delta)
+        self.holds = weights.contents(self.method, self.setup.model)
         self.described = self._describe()
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             print_plain(self.console, f"note: {note}")
@@ -94,8 +92,7 @@ class Run:
         self.seconds_fit = 0.0
 
     def _describe(self) -> Description:
-        file = DELTA if self.config.delta else MODEL
-        return describe(self.config, self.setup.model, self.task, weights=file, holds=self.weights.holds)
+        return describe(self.config, self.setup.model, self.task, weights=MODEL, holds=self.holds)
 
     @contextlib.contextmanager
     def reported(self) -> Iterator[None]:
@@ -191,7 +188,7 @@ class Run:
     def begin(self, trainer: Trainer | None) -> None:
         """Write the files that training does not change, and load the checkpoint to resume, if there is one."""
         if self.folder is not None:
-            if self.weights.holds == WHOLE_MODEL:
+            if self.holds == weights.MODEL:
                 write_open_clip_config(self.folder.path, self.setup.model, self.setup.tokenizer)
             config, path = self.config, self.folder.path / FEW_SHOT
             known: dict[str, Any] = {"data": config.data, "shots": config.shots, "seed": config.seed}
@@ -216,7 +213,7 @@ class Run:
     def _load(self, file: Path) -> None:
         """Load weights on the first process, and send them to the others."""
         if self.processes.first:
-            self.weights.load(file)
+            weights.load_into(self.method, file)
         self.processes.broadcast(self.method.state_dict().values())
 
     def train(self, trainer: Trainer | None) -> None:
@@ -285,7 +282,7 @@ class Run:
         if self.folder is not None:
             state = None if trainer is None else trainer.state_dict()
             known: dict[str, Any] = {"settings": self.config.identity(), "rows": rows, "seconds": self._seconds()}
-            checkpoint.save(self.folder.path, self.weights, self.described, state, **known)
+            checkpoint.save(self.folder.path, self.method.state_dict(), self.described, state, **known)
             self.folder.write_rows(rows)
         self.rows, self.tuned = rows, evaluation
 
@@ -319,7 +316,7 @@ class Run:
         An error in the report becomes a warning.
         """
         assert self.folder is not None and self.tuned is not None
-        save = None if self.config.blend == 1 else self.weights.save
+        save = None if self.config.blend == 1 else lambda path: weights.save_weights(path, self.method.state_dict())
         with self.folder.writing(HEAD):
             self.described = save_head(self.folder.path, self.method.fitted, self.described)
         self.folder.publish(self.described, save)
@@ -397,10 +394,9 @@ class Run:
         return {name: sum(w.numel() for w in by_id.values()) for name, by_id in (("trained", trained), ("all", every))}
 
     def _weights_size(self) -> dict[str, Any]:
-        """Name and size of the weights file, and the size that all weights would have."""
+        """Name and size of the weights file."""
         file = Path(self.config.out or "", self.described.weights)
-        whole = sum(weight.nbytes for weight in self.method.state_dict().values())
-        return {"file": file.name, "mib": _mib(file.stat().st_size), "mib_of_all": _mib(whole)}
+        return {"file": file.name, "mib": _mib(file.stat().st_size)}
 
 
 def _mib(count: float) -> float:

@@ -35,7 +35,7 @@ from ..data import InputError
 from ..data.files import format_names
 from ..untrusted import read_object
 from . import checkpoint
-from .checkpoint import BEST, DELTA, HEAD, MODEL
+from .checkpoint import BEST, HEAD, MODEL
 from .class_metrics import confusion_lines, prediction_lines
 from .description import CLASSIFIER, Description
 from .errors import argument_error
@@ -53,7 +53,6 @@ _FILES: tuple[str, ...] = (
     CARD,
     CLASSIFIER,
     MODEL,
-    DELTA,
     OPEN_CLIP,
     EPOCHS,
     FEW_SHOT,

@@ -92,7 +92,7 @@ def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, 
             folder.mkdir(parents=True, exist_ok=True)
             image.rotate(4 * copy).save(folder / f"{number}-{copy}.png")
     options = ["--data", f"imagefolder:{tmp_path / 'data'}", "--shots", "2", "--epochs", "1", "--device", "cpu"]
-    arguments = ["tune", "--method", "skip", *options, "--out", str(tmp_path / "run"), "--delta"]
+    arguments = ["tune", "--method", "skip", *options, "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
     assert main(["blend", str(tmp_path / "run")]) == 0
     assert ", the best on the validation images" in capsys.readouterr().out

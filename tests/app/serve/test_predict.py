@@ -121,14 +121,6 @@ def test_open_clip_loads_the_run(run, images, classifier):
     assert torch.equal(transform(picture), classifier.transform(picture))
 
 
-def test_delta_in_bf16_sr(images, tmp_path):
-    config = dataclasses.replace(CONFIG, max_classes=4, shots=1, precision="bf16-sr")
-    for delta in (True, False):
-        tune(dataclasses.replace(config, delta=delta, out=tmp_path / str(delta)))
-    changes, whole = (sk.Classifier.load(tmp_path / str(delta), device="cpu") for delta in (True, False))
-    torch.testing.assert_close(changes.logits(images), whole.logits(images))
-
-
 def test_infinite_pixel_is_an_error(images, classifier):
     images = images.clone()
     images[2, 0, 0, 0] = torch.inf

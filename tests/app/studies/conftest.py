@@ -30,7 +30,7 @@ def ran(monkeypatch):
             "steps": 2,
             "kept_classes": 3,
             "parameters": {"trained": 7, "all": 9},
-            "checkpoint": {"file": "model.safetensors", "mib": 1.0, "mib_of_all": 1.0},
+            "checkpoint": {"file": "model.safetensors", "mib": 1.0},
             "cost": {
                 "device": "cpu",
                 "seconds_total": value,

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
 
 from skipkernels.app.data import InputError
-from skipkernels.app.train import checkpoint, weights
+from skipkernels.app.train import checkpoint
 from skipkernels.app.train.checkpoint import MODEL
 from skipkernels.app.train.description import Description
 from skipkernels.app.train.run_folder import read_model
-from skipkernels.app.train.weights import read_metadata, save_weights
+from skipkernels.app.train.weights import save_weights
 from skipkernels.digests import digest_file, digest_json
 from skipkernels.folders import delete_folder, locked
 
@@ -27,21 +26,15 @@ CLASSIFIER = Description(
 ACCURACIES = {1: 50.0, 2: 70.0, 3: 60.0}  # on the validation images; the second epoch is the best
 
 
-class Epoch:
-    """Stands in for `WeightsFile`: weights that are all equal to the number of an epoch."""
-
-    def __init__(self, epoch: int):
-        self.epoch = epoch
-
-    def save(self, path: Path) -> None:
-        save_weights(path, {"weight": torch.full((1000,), float(self.epoch))}, holds="model")
+def weights_of(epoch: int) -> dict[str, torch.Tensor]:
+    return {"weight": torch.full((1000,), float(epoch))}
 
 
 def save(folder: Path, epoch: int) -> None:
     row = {"loss": 1.0, "accuracy": {}, "steps": 1, "seconds": 1.0, "kept_classes": 2.0}
     rows = [row | {"epoch": number, "validation": ACCURACIES[number]} for number in range(1, epoch + 1)]
     known = {"settings": {"seed": 0}, "rows": rows, "seconds": 1.0}
-    checkpoint.save(folder, Epoch(epoch), CLASSIFIER, {"epoch": epoch}, **known)
+    checkpoint.save(folder, weights_of(epoch), CLASSIFIER, {"epoch": epoch}, **known)
 
 
 def value(path: Path) -> float:
@@ -70,34 +63,6 @@ def test_save_replaces_epoch_and_keeps_best(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == files
     delete_folder(tmp_path / "checkpoint")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("method", "delta", "holds"),
-    [(nn.Linear, False, "model"), (nn.Sequential, False, "method"), (nn.Linear, True, "changes")],
-    ids=["model", "method", "changes"],
-)
-def test_weights_file_is_deterministic(tmp_path, method, delta, holds):
-    """safetensors writes several metadata keys in random order."""
-    model = nn.Linear(2, 2)
-    tuned = model if method is nn.Linear else nn.Sequential(model)
-    kept = weights.WeightsFile(tuned, model, delta=delta)
-    model.bias.data.add_(1)
-    written = set()
-    for number in range(20):
-        kept.save(tmp_path / f"{number}")
-        written.add((tmp_path / f"{number}").read_bytes())
-    assert len(written) == 1 and read_metadata(tmp_path / "0")["holds"] == holds
-    assert len(load_file(tmp_path / "0")) == (1 if delta else 2)
-
-
-def test_read_metadata_of_other_files(tmp_path):
-    save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"format": "pt", "holds": "changes"})
-    assert read_metadata(tmp_path / "a.safetensors") == {}
-    for notes in ("no notes", "[]", '{"holds": 1}'):
-        save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"skipkernels": notes})
-        with pytest.raises(InputError, match=r"a\.safetensors: not usable as weights"):
-            read_metadata(tmp_path / "a.safetensors")
 
 
 # ---- damage ------------------------------------------------------------------------------------------------------
@@ -161,7 +126,7 @@ def test_read_model_while_run_replaces_checkpoint(tmp_path, monkeypatch):
 
 def test_read_model_refuses_other_weights(tmp_path):
     save(tmp_path, 1)
-    Epoch(2).save(tmp_path / "other")
+    save_weights(tmp_path / "other", weights_of(2))
     os.replace(tmp_path / "other", tmp_path / "checkpoint" / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.safetensors: missing or damaged: it does not match"):
         read_model(tmp_path)

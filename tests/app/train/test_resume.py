@@ -24,7 +24,7 @@ ADAMW = {"optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs
 RUNS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "before the first epoch and after it": ({"method": "skip"}, [1, 4]),
     "fused bf16-sr": ({"method": "skip", "decay": 2.0, "precision": "bf16-sr", "fused_optimizer": True}, [4]),
-    "AdamW delta": ({"method": "skip", "sampler": "random", "delta": True} | ADAMW, [4]),
+    "AdamW": ({"method": "skip", "sampler": "random"} | ADAMW, [4]),
     "head of a blend": ({"method": "skip", "head": "anchored", "blend": 0.5}, [4]),
     "crops": ({"method": "skip", "refresh": "epoch"}, [4]),
 }
@@ -126,7 +126,6 @@ def copy(interrupted, tmp_path):
         ({"shots": 3}, "shots is 2 in the run in .*, and 3 here"),
         ({"epochs": 5}, "epochs is 2 in the run in .*, and 5 here"),
         ({"method": "full"}, "method is 'skip' in"),
-        ({"delta": True}, "delta is False in"),
     ],
 )
 def test_resume_refuses_other_settings(copy, changes, message, capsys):

@@ -19,7 +19,6 @@ from skipkernels.app.methods import METHODS
 from skipkernels.app.train import evaluate_run, optimizers, trainer, tune
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.setup import build_task
-from skipkernels.folders import locked
 from skipkernels.optimizer import FusedSGD
 from tests.app.runs import files, losses, results, rows, small, without_cost
 
@@ -95,15 +94,6 @@ def test_eval_reproduces_accuracy(run, capsys):
     assert json.loads(capsys.readouterr().out) == metrics["tuned"]
 
 
-def test_eval_notes_run_in_progress(run, capsys):
-    folder, metrics = run
-    with locked(folder):
-        assert main(["eval", str(folder), "--json"]) == 0
-    shown = capsys.readouterr()
-    assert json.loads(shown.out) == metrics["tuned"]
-    assert "note: a run is in progress in this folder" in shown.err
-
-
 def test_eval_on_other_data(run, capsys):
     folder, _ = run
     arguments = ["eval", str(folder), "--data", "pictograms:food", "--protocol", "few-shot", "--json"]
@@ -170,19 +160,6 @@ def test_tune_full_changes_all_weights(tmp_path):
     assert {name for name in before if before[name].equal(after[name])} <= {"logit_scale"}
 
 
-def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
-    folder, metrics = run
-    arguments = "tune --method skip --shots 2 --max-classes 24 --epochs 2 --delta --out".split()
-    assert main([*arguments, str(tmp_path / "run")]) == 0
-    assert re.search(r"delta.safetensors, \d\.\d of 33\.6 MiB", capsys.readouterr().out)
-    whole, delta = load_file(folder / "model.safetensors"), load_file(tmp_path / "run" / "delta.safetensors")
-    before = first_weights()
-    assert set(delta) == {name for name in before if not before[name].equal(whole[name])}
-    assert all(delta[name].equal(whole[name]) for name in delta)
-    assert files(tmp_path / "run") == FILES - {"model.safetensors", "open_clip_config.json"} | {"delta.safetensors"}
-    assert evaluate_run(tmp_path / "run") == metrics["tuned"]
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"skip_layers": 0, "max_classes": 2}, {"skip_layers": 1.0, "max_classes": 3, "protocol": "few-shot"},
@@ -198,12 +175,10 @@ def test_tune_options(tmp_path, changes):
     assert evaluate_run(tmp_path) == metrics["tuned"]
 
 
-@pytest.mark.parametrize(
-    ("method", "delta"), [("zero-shot", False), ("linear-probe", True), ("coop", False), ("lora", True)]
-)
-def test_tune_methods(run, tmp_path, method, delta):
+@pytest.mark.parametrize("method", ["zero-shot", "linear-probe", "coop", "lora"])
+def test_tune_methods(run, tmp_path, method):
     trains = METHODS[method].recipe("pictogram-tiny", "base-to-new", 4).epochs > 0
-    metrics = tune(small(tmp_path, method=method, epochs=1 if trains else None, delta=delta))
+    metrics = tune(small(tmp_path, method=method, epochs=1 if trains else None))
     assert metrics["zero_shot"] == run[1]["zero_shot"], "the pretrained model"
     assert evaluate_run(tmp_path) == metrics["tuned"]
     assert metrics["tuned"]["base"] is not None

@@ -24,6 +24,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
 from skipkernels.app.demo import pictogram_tiny, pictograms
 from skipkernels.app.methods.base import StepOutput
+from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import check, checkpoint, evaluate_run, tune
 from skipkernels.app.train.run_folder import RunFolder, read_metrics
@@ -31,7 +32,7 @@ from skipkernels.app.train.setup import build_task
 from skipkernels.app.train.tuning import _memory_errors
 from skipkernels.folders import locked
 from tests.app.runs import fails, files, rows, small, stopped
-from tests.app.train.test_checkpoint import CLASSIFIER, Epoch
+from tests.app.train.test_checkpoint import CLASSIFIER, weights_of
 from tests.streams import Broken
 
 ARGUMENTS = ["tune", "--method", "skip", "--shots", "2", "--max-classes", "24"]
@@ -41,13 +42,13 @@ ARGUMENTS = ["tune", "--method", "skip", "--shots", "2", "--max-classes", "24"]
 def at_step(monkeypatch):
     """Replace a step, counted from 1, by a function."""
 
-    def let(number: int, happen) -> None:
-        step, calls = Skip.step, iter(range(1, 1000))
+    def let(number: int, happen, method=Skip) -> None:
+        step, calls = method.step, iter(range(1, 1000))
 
         def other(self, inputs, labels):
             return happen(self, inputs, labels) if next(calls) == number else step(self, inputs, labels)
 
-        monkeypatch.setattr(Skip, "step", other)
+        monkeypatch.setattr(method, "step", other)
 
     return let
 
@@ -61,6 +62,9 @@ def test_interrupt_keeps_last_epoch(tmp_path, capsys):
         assert main(list(map(str, command))) == code
         note = "without the head, the blend and the calibration of the end. Continue it with skipkernels tune --resume"
         assert f"{note} {tmp_path}" in capsys.readouterr().err
+    with locked(tmp_path):
+        assert main(["eval", str(tmp_path)]) == 0
+    assert f"note: a run is in progress in {tmp_path}; its model is that of the last epoch" in capsys.readouterr().err
 
 
 def test_interrupt_before_first_epoch(tmp_path):
@@ -75,7 +79,7 @@ def test_interrupt_before_first_epoch(tmp_path):
 def test_stop_during_overwrite_leaves_a_run(tmp_path, monkeypatch):
     """metrics.json, which marks a run as complete, goes first; resume and overwrite accept what is left."""
     config = small(tmp_path, overwrite=True).resolved()
-    checkpoint.save(tmp_path, Epoch(1), CLASSIFIER, {}, settings=config.identity(), rows=[], seconds=1.0)
+    checkpoint.save(tmp_path, weights_of(1), CLASSIFIER, {}, settings=config.identity(), rows=[], seconds=1.0)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     for name in ("events.out.tfevents.1", "metrics.json", "model.safetensors", "report.html", "metrics.jsonl"):
         (tmp_path / name).touch()
@@ -237,14 +241,14 @@ def small_disk():
 
 
 def test_full_disk_keeps_last_epoch(tmp_path, at_step, small_disk):
-    """The changed weights, of three megabytes, are written; the state of AdamW, of six, is not."""
+    """The weights of LoRA are written; the state of AdamW, twice as large, is not."""
 
     def fill(self, inputs, labels):
-        small_disk(5 << 20)
+        small_disk(3 * sum(tensor.nbytes for tensor in self.state_dict().values()) // 2)
         return StepOutput(self.clip(inputs, labels).loss, 5)
 
-    at_step(2, fill)
-    changes = {"optimizer": "AdamW", "delta": True, "max_classes": 4}  # two epochs of a step
+    at_step(2, fill, LoRA)
+    changes = {"method": "lora", "max_classes": 4}  # two epochs of a step
     with pytest.raises(InputError, match="the checkpoint can't be written.* continue with `resume=True`"):
         tune(small(tmp_path, **changes))
     small_disk(resource.RLIM_INFINITY)
