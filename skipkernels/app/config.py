@@ -281,6 +281,10 @@ class TuneConfig(
             _refuse("cache", "cache keeps features at the cut, and with `skip_layers=0` there is no cut; leave it out.")
         if self.resume and self.overwrite:
             _refuse("resume", "resume continues a run and `overwrite` replaces it; pass only one.")
+        if isinstance(self.class_weight, (int, float)) and not 0 < self.class_weight <= 1:
+            _refuse(
+                "class_weight", f"class_weight must be balanced, or above 0 and at most 1; got {self.class_weight}."
+            )
         if self.class_weight is not None and self.sampler == "class_pure":
             _refuse("class_weight", "class_weight has no effect in batches of one class; use `sampler=random`.")
         if self.class_weight is not None and self.sampler == "balanced":

@@ -129,8 +129,8 @@ class MethodOptions:
 
     method: str = option(
         AUTO,
-        help=f"One of {METHOD_HELP}; or auto, the default: for own data and pictograms the best on held-out images of "
-        "heads on the pretrained model, and Skip Tuning with three learning rates, blended and with heads; else skip.",
+        help=f"One of {METHOD_HELP}; or auto, the default: for own data and pictograms a choice by held-out images "
+        "of heads on the pretrained model and Skip Tuning with three learning rates; else skip.",
     )
     preset: Preset = "default"
     """reference: settings of the published code, such as --tail fixed and the paper's schedule. --decay is 0.3 in each
@@ -145,16 +145,14 @@ class HeadOptions:
     """Classifier of the embeddings, fitted to the training images after training."""
 
     head: HeadChoice | None = None
-    """none: the texts of the classes. anchored: a logistic regression that starts at the texts and is drawn to them.
-    gaussian: a Gaussian for each class, added to the texts. probe: a logistic regression without texts, for trained
-    classes alone. auto: the best of these on held-out images. With --epochs 0, of the embeddings of the pretrained
-    model. By default auto for --method auto, else none."""
+    """none: the texts of the classes. anchored: a logistic regression that is drawn to the texts. gaussian: a Gaussian
+    for each class, and the texts. probe: a logistic regression without texts, for trained classes alone. auto: one of
+    these, by held-out images. By default auto for --method auto, else none."""
     prior: Prior = "images"
     """Frequencies of the classes that a head expects. images: those of the training images. balanced: equal ones, which
     raises the accuracy on rare classes."""
     blend: float = option(1.0, gt=0, le=1)
-    """Weight of the tuned model in the mean of the weights before and after training. The mean replaces them before a
-    head is fitted. 1: the tuned weights."""
+    """Weight of the tuned model in the mean of the weights before and after training, before a head is fitted."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +188,9 @@ class TrainingOptions:
     """class_pure: batches of a single class if it has enough images. random: mixed batches. balanced: images drawn with
     replacement, each class equally often. sequential: in order."""
     class_weight: ClassWeight | None = option(None, methods="constructor")
-    """balanced: images of rare classes weigh more in the loss, all classes the same in total. By default every image
-    weighs the same. Batches are then random."""
+    """Images of rare classes weigh more in the loss: by n to the power of minus this number, for n training images of
+    their class. balanced is 1, all classes the same in total; 0.5 is halfway. By default every image weighs the same.
+    Batches are then random."""
     optimizer: str | None = None
     """sgd: fused SGD with momentum. torch-sgd, or a class of torch.optim such as AdamW. By default sgd for
     skip; adamw for pictogram-tiny."""

@@ -16,6 +16,35 @@ VALIDATION = "validation"
 MOST_CONFUSED = 20  # pairs in metrics.json
 
 
+def class_weights(labels: Tensor, classes: int, exponent: float = 1.0) -> Tensor:
+    """Weights [C] of an image of each class: n_c^−exponent for n_c images, divided by their mean over all images.
+
+    With exponent 1 all classes weigh the same.
+
+    >>> import torch
+    >>> labels = torch.tensor([0, 0, 0, 0, 1])
+    >>> class_weights(labels, 2).tolist(), class_weights(labels, 2, exponent=0.5).tolist()
+    ([0.625, 2.5], [0.8333333333333334, 1.6666666666666667])
+    """
+    counts = labels.bincount(minlength=classes).double()
+    weights = counts.clamp(min=1) ** -exponent
+    return weights * (len(labels) / (weights @ counts))
+
+
+def image_scores(labels: Tensor, predicted: Tensor, *, balanced: bool) -> Tensor:
+    """Scores [n] of images, 0 for a wrong prediction; their mean is the accuracy in per cent, or the balanced one.
+
+    The balanced accuracy is the mean over the classes with images.
+
+    >>> import torch
+    >>> labels, predicted = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
+    >>> [image_scores(labels, predicted, balanced=balanced).mean().item() for balanced in (False, True)]
+    [75.0, 83.33333333333333]
+    """
+    scores = 100.0 * (labels == predicted).double()
+    return scores * class_weights(labels, 0)[labels] if balanced else scores
+
+
 class ClassMetrics(NamedTuple):
     """Metrics of a class, in per cent.
 
@@ -67,7 +96,7 @@ def metrics_of_test(labels: Tensor, top: TopClasses, classes: Sequence[str]) -> 
         (pair for pair in confusions(labels, predicted) if pair[0] != pair[1]), key=lambda pair: (-pair[2], pair)
     )
     return {
-        "balanced_accuracy": round(sum(each.recall for each in found) / len(found), 4),
+        "balanced_accuracy": round(image_scores(labels, predicted, balanced=True).mean().item(), 4),
         "macro_f1": round(sum(each.f1 for each in found) / len(found), 4),
         "classes": [each._asdict() for each in found],
         "most_confused": [

@@ -21,6 +21,7 @@ from ..data.tasks import Task, TaskOptions, TestSet, load_task
 from ..methods import Method
 from ..methods.base import FrozenModel
 from ..methods.zero_shot import ZeroShot
+from .class_metrics import class_weights
 from .model import augmentation, load_model
 from .precision import MixedPrecision
 from .processes import ALONE, Processes
@@ -162,15 +163,12 @@ def build_method(
     settings = {name: getattr(config, name) for name in names}
     settings |= {"process_group": processes.group, "generator": torch.Generator().manual_seed(config.seed)}
     settings["text_cache"] = config.cache
-    settings["class_weight"] = None if config.class_weight is None else balanced_weights(task)
+    if config.class_weight is not None:
+        exponent = 1.0 if config.class_weight == "balanced" else config.class_weight
+        labels, classes = torch.tensor(task.train.labels), len(task.tests[0].classes)
+        settings["class_weight"] = class_weights(labels, classes, exponent).float()
     options = method.options()
     return method(model, tokenizer, task, **{name: settings[name] for name in settings if name in options})
-
-
-def balanced_weights(task: Task) -> torch.Tensor:
-    """Weights [C] of the trained classes: n / (C · n_c) for n images, n_c of the class, so that their sum is n."""
-    counts = torch.tensor(task.train.labels).bincount(minlength=len(task.tests[0].classes))
-    return len(task.train) / (len(counts) * counts.clamp_min(1).float())
 
 
 def build_task(

@@ -75,8 +75,16 @@ def test_epochs_of_weighted_classes_are_chosen_by_balanced_accuracy(tmp_path):
     assert best_epoch([{"epoch": 1} | first, {"epoch": 2} | second]) == 2
 
 
-@pytest.mark.parametrize("changes", [{"class_weight": "balanced"}, {"sampler": "balanced"}], ids=str)
-def test_rare_classes_weigh_as_much(changes, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "weights"),
+    [
+        ({"class_weight": "balanced"}, [21 / 36, 21 / 18, 21 / 9]),
+        ({"class_weight": 0.5}, [21 / (18 + 6 * 2**0.5) * each for each in (1, 2**0.5, 2)]),
+        ({"sampler": "balanced"}, None),
+    ],
+    ids=str,
+)
+def test_rare_classes_weigh_more(changes, weights, tmp_path, monkeypatch):
     """Twelve black squares, six red, three white."""
     squares, made, trained, forward = Squares(21), [], [], SkipCLIP.forward
     squares.labels = [0] * 12 + [1] * 6 + [2] * 3
@@ -89,11 +97,11 @@ def test_rare_classes_weigh_as_much(changes, tmp_path, monkeypatch):
     monkeypatch.setattr(SkipCLIP, "forward", recorded)
     tune(dataset=squares, validation="none", test=Squares(3), out=tmp_path, **SETTINGS | {"epochs": 4} | changes)
     counts = torch.tensor(trained).bincount()
-    if "sampler" in changes:
+    if weights is None:
         assert (counts - 28).abs().max() < 4 * (84 * 2 / 9) ** 0.5, "four standard deviations of 84 draws"
     else:
         assert counts.tolist() == [48, 24, 12]
-        assert made[0].class_weight.tolist() == pytest.approx([21 / 36, 21 / 18, 21 / 9])
+        assert made[0].class_weight.tolist() == pytest.approx(weights)
 
 
 def test_resume_with_the_same_dataset(run):
@@ -106,13 +114,19 @@ def test_resume_with_the_same_dataset(run):
         tune(dataset=Squares(30), identity="version 2", **again)
 
 
-def test_class_weight_without_effect_is_refused():
-    with pytest.raises(InputError, match="class_weight has no effect in batches of one class; use `sampler=random`"):
-        TuneConfig(class_weight="balanced", sampler="class_pure").resolved()
-    with pytest.raises(InputError, match="class_weight and `sampler=balanced` would balance twice; leave one of them"):
-        TuneConfig(class_weight="balanced", sampler="balanced").resolved()
-    with pytest.raises(InputError, match="class_weight=balanced has no effect with `method=full`"):
-        TuneConfig(class_weight="balanced", method="full").resolved()
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "class_pure"}, "class_weight has no effect in batches of one class; use `sampler=random`"),
+        ({"sampler": "balanced"}, "class_weight and `sampler=balanced` would balance twice; leave one of them"),
+        ({"method": "full"}, "class_weight=balanced has no effect with `method=full`"),
+        ({"class_weight": 1.5}, "class_weight must be balanced, or above 0 and at most 1; got 1.5"),
+        ({"class_weight": 0}, "class_weight must be balanced, or above 0 and at most 1; got 0"),
+    ],
+)
+def test_class_weight_without_effect_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        TuneConfig(**{"class_weight": "balanced"} | settings).resolved()
 
 
 def test_eval_of_dataset(run, capsys):
