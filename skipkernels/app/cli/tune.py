@@ -158,10 +158,10 @@ def _as_yaml(config: TuneConfig) -> str:
 def _accuracy_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    from skipkernels.app.report.words import name_of_method, title_of
+    from skipkernels.app.report.words import title_of
     from skipkernels.app.train.class_metrics import VALIDATION, accuracy_rows
 
-    table = Table("accuracy, %", title=title_of(config, name_of_method(metrics["method"])))
+    table = Table("accuracy, %", title=title_of(config, metrics["classifier"]))
     for column in ("zero-shot", "tuned", "change"):
         table.add_column(column, justify="right")
     for row in accuracy_rows(metrics | {"validation": metrics.get("validation") or {}}):
@@ -178,7 +178,9 @@ def _candidate_table(metrics: dict[str, Any]) -> Table:
 
     found = metrics["candidates"]
     balanced = any(number(each["balanced_accuracy"], ".1f") != number(each["accuracy"], ".1f") for each in found)
-    table = Table("candidate", title=f"{len(found)} candidates; chosen: {metrics['chosen_because']}")
+    table = Table(
+        "candidate", title=f"{len(found)} candidates; chosen: {metrics['classifier']} ({metrics['chosen_because']})"
+    )
     for column in ("accuracy, %", "95 % interval", *(["balanced, %"] if balanced else []), "seconds", "new names"):
         table.add_column(column, justify="right")
     for each in found:

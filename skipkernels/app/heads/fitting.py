@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ...options import HeadChoice, HeadName
+from ...options import HeadChoice
 from .anchored import anchored_l2, anchored_probe, linear_probe, probe_l2
 from .gaussian import gaussian_head, with_text
 from .head import Head, balanced
-
-NAMES: dict[HeadName, str] = {"anchored": "anchored probe", "gaussian": "Gaussian head", "probe": "linear probe"}
-"""Heads, and what they are called in tables."""
 
 
 class Examples(NamedTuple):
@@ -38,7 +36,9 @@ def fit_head(name: HeadChoice | None, examples: Examples, l2: float, *, equal_pr
     if name == "none":
         return None
     if name == "anchored":
-        head = anchored_probe(image, labels, text, scale, l2)
+        with warnings.catch_warnings():  # that its distance from the minimum may be above 1e-7: it cannot be smaller
+            warnings.filterwarnings("ignore", "anchored_probe: ", UserWarning)
+            head = anchored_probe(image, labels, text, scale, l2)
     elif name == "probe":
         head = linear_probe(image, labels, len(text), scale, l2)
     elif name == "gaussian":

@@ -6,6 +6,13 @@ from ...options import Shots
 from ..config import TuneConfig
 from .rendering import plural
 
+HEADS = {
+    "anchored": "anchored probe",
+    "gaussian": "Gaussian head",
+    "probe": "linear probe",
+    "auto": "a choice of heads",
+}
+"""Names of heads."""
 # Options of others are their names.
 _METHODS = {"skip": "Skip Tuning", "full": "full fine-tuning", "auto": "a choice of candidates"}
 _TESTS = {
@@ -25,6 +32,30 @@ def name_of_method(method: str) -> str:
     ('Skip Tuning', 'linear-probe')
     """
     return _METHODS.get(method, method)
+
+
+def name_of_classifier(
+    method: str, head: str | None, *, trained: bool = True, factor: float = 1.0, blend: float = 1.0
+) -> str:
+    """Return the name of a method with a factor of its learning rates, a blend and a head.
+
+    >>> name_of_classifier("skip", "anchored", factor=3.0, blend=0.5), name_of_classifier("skip", "none", trained=False)
+    ('Skip Tuning ×3, blended + anchored probe', 'zero-shot')
+    """
+    name = name_of_method(method)
+    if not trained:
+        name = "zero-shot" if head == "none" else "frozen"
+    name += f" ×{factor:g}" if factor != 1 else ""
+    name += ", blended" if blend != 1 else ""
+    return name if head in ("none", None) else f"{name} + {HEADS[head]}"
+
+
+def name_of_run(config: TuneConfig) -> str:
+    """Return the name of what classifies in a run of a resolved configuration."""
+    if config.method == "auto":
+        return name_of_method(config.method)
+    trained = bool(config.epochs) or not config.has_steps
+    return name_of_classifier(config.method, config.head, trained=trained, blend=config.blend)
 
 
 def name_of_test(test: str) -> str:

@@ -8,15 +8,15 @@ All of them share the features at the cut, which are computed once. The chosen o
 held-out ones included.
 
 Where new classes are tested, held-out images of trained classes do not show what a candidate costs them. So only those
-that cost little are compared: pretrained and blended weights, with the texts or an anchored probe. A Gaussian head
-raises logits of trained classes alone, and a linear probe has none for others.
+that cost little are compared: an anchored probe on pretrained and on blended weights, and the latter are chosen only if
+they are clearly better. A Gaussian head raises logits of trained classes alone, and a linear probe has none for others.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -27,12 +27,13 @@ from torch import Tensor
 from ...features import FeatureCache
 from ...options import HeadName
 from ..config import TuneConfig
-from ..heads import NAMES, Examples, choose_l2, fit_head, halves, ranks
+from ..heads import Examples, choose_l2, fit_head, halves, ranks
 from ..methods.base import cosine_logits
 from ..methods.registry import AUTO
+from ..report.words import name_of_classifier
 from .calibration import calibrate
 from .choice import Choice
-from .class_metrics import metrics_of_test
+from .class_metrics import image_scores, metrics_of_test
 from .fitted_head import examples
 from .interpolation import Interpolation
 from .precision import REMEDY
@@ -45,6 +46,7 @@ FACTORS = (1.0, 3.0, 10.0)
 BLENDS = (1.0, 0.5)
 """Weights of the tuned model; 1/2 is what Wortsman et al. (WiSE-FT) recommend where nothing is known about new data."""
 FEW = 400  # training images, below which all of them are held out, half by half
+CLEAR = 2.0  # standard errors of a difference on the same images, above which it is clear
 SHARE, LEAST, MOST = 0.2, 200, 2000  # held-out images otherwise: a fifth of all, and the smallest and largest number
 
 
@@ -66,18 +68,9 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Name in tables.
-
-        >>> Candidate("skip", 3.0, 0.5, "anchored").name, Candidate("skip", None).name
-        ('Skip Tuning ×3, blended + anchored probe', 'zero-shot')
-        """
-        if self.factor is None:
-            words = "zero-shot" if self.head == "none" else "frozen"
-        else:
-            words = "Skip Tuning" if self.method == "skip" else self.method
-            words += f" ×{self.factor:g}" if self.factor != 1 else ""
-            words += ", blended" if self.blend != 1 else ""
-        return words if self.head == "none" else f"{words} + {NAMES[self.head]}"
+        """Name in tables."""
+        trained, factor = self.factor is not None, self.factor or 1.0
+        return name_of_classifier(self.method, self.head, trained=trained, factor=factor, blend=self.blend)
 
     @property
     def new_names(self) -> bool:
@@ -105,17 +98,22 @@ class Trial:
     logits: list[Tensor] = field(default_factory=list)  # [n, C] of each split
     accuracy: float = 0.0
     balanced_accuracy: float = 0.0
+    scores: Tensor = field(default_factory=lambda: torch.zeros(0))  # [n], with the mean of one of these
     loss: float = math.inf
 
-    def score(self, labels: Tensor) -> None:
-        """Compute accuracy, balanced accuracy (both in per cent) and loss of all logits."""
+    def score(self, labels: Tensor, balanced: bool) -> None:
+        """Compute the accuracies in per cent, the scores of one of them, and the loss of all logits."""
         logits = torch.cat(self.logits)
-        correct = (logits.argmax(dim=1) == labels).double()
-        counts = labels.bincount(minlength=logits.shape[1])
-        by_class = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, labels, correct) / counts.clamp(min=1)
-        self.accuracy = 100 * correct.mean().item()
-        self.balanced_accuracy = 100 * by_class[counts > 0].mean().item()
+        plain, of_classes = (image_scores(labels, logits.argmax(dim=1), balanced=each) for each in (False, True))
+        self.accuracy, self.balanced_accuracy = plain.mean().item(), of_classes.mean().item()
+        self.scores = of_classes if balanced else plain
         self.loss = F.cross_entropy(logits.double(), labels).item()
+
+    def gain(self, other: Trial) -> tuple[float, float]:
+        """Difference to another trial on the same images, and `CLEAR` standard errors of it, in points."""
+        difference = self.scores - other.scores
+        error = difference.std(correction=0).item() / math.sqrt(len(difference))
+        return difference.mean().item(), CLEAR * error
 
 
 def held_out_masks(labels: Tensor, given: int) -> list[Tensor]:
@@ -200,7 +198,7 @@ class Search:
         """Heads to compare."""
         if self.config.head not in ("auto", None):
             return [self.config.head]  # type: ignore[list-item]
-        return ["none", "anchored"] if self._tests_new else list(get_args(HeadName))
+        return ["anchored"] if self._tests_new else list(get_args(HeadName))
 
     @property
     def _blends(self) -> tuple[float, ...]:
@@ -241,10 +239,10 @@ class Search:
                 self._between.end()
                 self._between.set(0)
         for trial in trials:
-            trial.score(self.labels)
+            trial.score(self.labels, self._balanced)
         self.trials += trials
         if len(self.masks) == 1:  # then they can be many
-            best = self.best() if self.allowed else None
+            best = self._best()[0] if self.allowed else None
             for trial in self.trials:
                 if trial is not best and trial.candidate.name != "zero-shot":
                     trial.logits = []
@@ -290,11 +288,31 @@ class Search:
         trials = (trial for trial in self.trials if trial.candidate.head in self._heads)
         return [trial for trial in trials if trial.candidate.factor is not None or self._chooses_frozen]
 
-    def best(self) -> Trial:
-        """Best trial by accuracy, of equal ones the lower loss."""
+    def _best(self) -> tuple[Trial, str]:
+        """Return the trial to choose, and why: that with the highest accuracy, of equal ones the lower loss.
+
+        Where new classes are tested, training lowers the accuracy on these, which held-out images do not show. There
+        trained weights are chosen only if they are clearly better than pretrained ones.
+        """
         if not self.allowed:
             raise FloatingPointError(f"tune: the training of every candidate diverged. {REMEDY}")
-        return max(self.allowed, key=lambda t: (t.balanced_accuracy if self._balanced else t.accuracy, -t.loss))
+
+        def highest(trials: Iterable[Trial]) -> Trial:
+            return max(trials, key=lambda trial: (round(trial.scores.mean().item(), 6), -trial.loss))
+
+        top = highest(self.allowed)
+        by = f"{'balanced ' if self._balanced else ''}accuracy on {len(self.labels)} held-out images"
+        frozen = [trial for trial in self.allowed if trial.candidate.factor is None]
+        if not (self._tests_new and frozen) or top in frozen:
+            return top, f"highest {by}"
+        simple = highest(frozen)
+        clear = [trial for trial in self.allowed if trial.gain(simple)[0] > trial.gain(simple)[1]]
+        best = highest(clear or frozen)
+        gain, error = (best if clear else top).gain(simple)
+        points = f"{gain:+.1f} ± {error:.1f} points of {by}"
+        if clear:
+            return best, f"clearly above {simple.candidate.name}, {points}"
+        return best, f"{top.candidate.name} is not clearly above it, {points}"
 
     @property
     def _balanced(self) -> bool:
@@ -310,7 +328,7 @@ class Search:
             because = "no class has two training images, so that none can be held out"
             empty: dict[str, Any] = {"candidates": [], "calibration": {}, "validation": None, "by_class": []}
             return Choice(asked, settings=settings, because=because, **empty)
-        best, images, first = self.best(), len(self.labels), self.trials[0]
+        (best, because), images, first = self._best(), len(self.labels), self.trials[0]
         rows = [
             {"name": trial.candidate.name, "accuracy": round(trial.accuracy, 4)}
             | {"balanced_accuracy": round(trial.balanced_accuracy, 4)}
@@ -318,7 +336,6 @@ class Search:
             | {"chosen": trial is best}
             for trial in self.trials
         ]
-        because = f"highest {'balanced ' if self._balanced else ''}accuracy on {images} held-out images"
         because += ", of those before Ctrl-C" if stopped else ""
         fields, thresholds = calibrate(torch.cat(best.logits), self.labels)
         validation = {"images": images, "zero_shot": round(first.accuracy, 4), "tuned": round(best.accuracy, 4)}

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ...formatting import duration
 from ...memory import PeakMemory
 from ..console import print_plain
-from ..heads import NAMES
 from ..report.plots import finite
+from ..report.words import HEADS
 
 if TYPE_CHECKING:
     from .candidates import Trial
@@ -69,7 +69,7 @@ class ProgressDisplay:
     def trials(self, trials: Sequence[Trial], left: float) -> None:
         """Show the accuracies of candidates that share a training, and the seconds left for the others."""
         for _, (first, *others) in itertools.groupby(trials, key=lambda trial: trial.candidate.blend):
-            heads = [f"{NAMES[trial.candidate.head]} {trial.accuracy:.1f} %" for trial in others]
+            heads = [f"{HEADS[trial.candidate.head]} {trial.accuracy:.1f} %" for trial in others]
             self._line(f"{first.candidate.name} {first.accuracy:.1f} %", *heads)
         if left:
             self._line(f"candidates: {duration(left)} left")

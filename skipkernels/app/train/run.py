@@ -23,7 +23,7 @@ from ..data import InputError, Source, save_few_shot
 from ..data.check import unreadable_images
 from ..data.files import format_names
 from ..heads import Examples, choose_l2
-from ..report.words import name_of_method, title_of
+from ..report.words import name_of_run, title_of
 from . import checkpoint, notes, weights
 from .calibration import calibrate
 from .candidates import Search
@@ -76,7 +76,7 @@ class Run:
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             print_plain(self.console, f"note: {note}")
             _log.info(escaped(note))
-        between = [name_of_method(config.method), *([f"{processes.size} processes"] if processes.size > 1 else [])]
+        between = [name_of_run(config), *([f"{processes.size} processes"] if processes.size > 1 else [])]
         title = title_of(config, *between)
         self.display = ProgressDisplay(self.console, title=title, memory=self.memory)
         self.rows = [] if self.resumed is None else list(self.resumed.rows)  # of the complete epochs
@@ -85,6 +85,9 @@ class Run:
         if config.train_on_validation and config.resume:
             found = processes.from_first(lambda: None if folder is None else Choice.read(folder.path))
             self.choice = found if found is not None and found.made(config) else None
+            if self.choice is None:
+                note = f"no {CANDIDATES} of these settings: the results have no candidates, and no temperature of them"
+                print_plain(self.console, f"note: {note}.")
         self.l2 = 0.0  # penalty of the head, if it has one
         self.thresholds: list[dict[str, Any]] = []  # by accuracy on the validation images
         self.warnings: list[str] = []
@@ -353,6 +356,7 @@ class Run:
             "environment": environment(config.device, self.processes.size),
             "method": config.method,
             "head": config.head,
+            "classifier": name_of_run(config) if choice is None else choice.name,
             "l2": self.l2,
             "protocol": config.protocol,
             "classes": {test.name: len(test.classes) for test in self.task.tests},

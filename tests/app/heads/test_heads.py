@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -97,6 +98,9 @@ def test_anchored_probe_warns_before_the_minimum(monkeypatch):
     monkeypatch.setattr(logistic, "ITERATIONS", 20)
     with pytest.warns(UserWarning, match="anchored_probe: .* distance from the minimum can be .* Use a larger l2"):
         heads.anchored_probe(*data([20] * 9, 30), SCALE, 3e-4)
+    with warnings.catch_warnings():  # not of a command: a user of it does not choose the penalty
+        warnings.simplefilter("error")
+        heads.fit_head("anchored", heads.Examples(*data([20] * 9, 30), SCALE), 3e-4)
 
 
 @pytest.mark.parametrize(

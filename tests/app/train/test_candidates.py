@@ -120,8 +120,9 @@ def test_a_resumed_run_does_not_choose_again(run, tmp_path, monkeypatch):
 def winning(monkeypatch, chosen):
     """Let the candidates for which `chosen` returns True win."""
 
-    def score(self, labels):
+    def score(self, labels, balanced):
         self.accuracy = self.balanced_accuracy = 100.0 * chosen(self.candidate)
+        self.scores = torch.full([len(labels)], self.accuracy)
 
     monkeypatch.setattr(candidates.Trial, "score", score)
 
@@ -152,9 +153,10 @@ def test_a_choice_of_another_run_is_not_taken_over(run, tmp_path):
     with shortened():
         metrics = tune(config)
     assert metrics["candidates"] is None and not (copy / "candidates.json").exists()
-    (copy / "candidates.json").write_text("[]")
-    with pytest.raises(InputError, match="candidates.json: damaged"):
-        candidates.Choice.read(copy)
+    for damaged, reason in (("[]", "not a JSON object"), ("{}", "asked: Field required")):
+        (copy / "candidates.json").write_text(damaged)
+        with pytest.raises(InputError, match=rf"candidates.json: damaged \({reason}\)"):
+            candidates.Choice.read(copy)
 
 
 def test_a_run_that_was_stopped_before_its_first_epoch_starts_again(tmp_path):
@@ -163,8 +165,12 @@ def test_a_run_that_was_stopped_before_its_first_epoch_starts_again(tmp_path):
         stopped(
             tmp_path / "run", step=20, **changes
         )  # in the last training: three before have three steps on each half
-        assert (tmp_path / "run" / "candidates.json").exists()
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        (tmp_path / "copy" / "candidates.json").unlink()
         assert tune(small(tmp_path / "run", **changes))["status"] == "complete"
+        console = Console(record=True, width=400)
+        assert tune(TuneConfig(resume=tmp_path / "copy"), console)["candidates"] is None
+        assert "note: no candidates.json of these settings" in console.export_text()
 
 
 def test_ctrl_c_keeps_the_best_so_far(tmp_path, monkeypatch):
@@ -210,8 +216,42 @@ def test_a_training_that_diverges_is_left_out(monkeypatch):
 def test_candidates_keep_new_classes_where_these_are_tested():
     search = search_of(protocol="base-to-new")
     found = [trial.candidate for trials in search.run() for trial in trials]
-    assert {each.head for each in found} == {"none", "anchored"}
-    assert {each.blend for each in found if each.factor is not None} == {0.5} and len(found) == 2 + 2 * len(FACTORS)
+    assert found[0].name == "zero-shot" and {each.head for each in found[1:]} == {"anchored"}
+    assert {each.blend for each in found if each.factor is not None} == {0.5} and len(found) == 2 + len(FACTORS)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "rights", "chosen", "because"),
+    [
+        (
+            "base-to-new",
+            [12, 15, 13],
+            None,
+            "Skip Tuning, blended + anchored probe is not clearly above it, +12.5 ± 13.5 points of accuracy on 24 ",
+        ),
+        (
+            "base-to-new",
+            [12, 18, 17],
+            1.0,
+            "clearly above frozen + anchored probe, +25.0 ± 17.7 points of accuracy on 24 held-out images",
+        ),
+        ("base-to-new", [12, 11, 12], None, "highest accuracy on 24 held-out images"),
+        ("few-shot", [12, 15, 13], 1.0, "highest accuracy on 24 held-out images"),
+    ],
+    ids=["not clear", "clear", "below", "no new classes"],
+)
+def test_trained_weights_are_chosen_if_clearly_better_where_new_classes_are_tested(protocol, rights, chosen, because):
+    """The first `rights` of 24 held-out images are right. A share p more of them has an error of 2·√(p(1 − p)/24)."""
+    search = search_of(protocol=protocol, head="anchored")
+    search.labels = torch.zeros(24, dtype=torch.int64)
+    for factor, right in zip((None, 1.0, 3.0), rights, strict=True):
+        logits = torch.eye(2)[(torch.arange(24) >= right).long()]
+        trial = candidates.Trial(Candidate("skip", factor, 1.0 if factor is None else 0.5, "anchored"), logits=[logits])
+        trial.score(search.labels, balanced=False)
+        search.trials.append(trial)
+    best, why = search._best()
+    assert best.candidate.factor == chosen
+    assert why.startswith(because)
 
 
 def test_a_probe_is_chosen_if_it_is_the_best(monkeypatch):
