@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from skipkernels.app.console import Terminal
     from skipkernels.app.studies.study import Study
 
-BASIC = {"data", "model", "pretrained", "method", "shots", "epochs", "out", "resume"}
+BASIC = {"data", "model", "pretrained", "method", "head", "blend", "shots", "epochs", "out", "resume"}
 """Settings of a run that --help shows, besides the options of the command itself; --help-all shows all."""
 
 _READ = "read"  # marks a type for tyro's own rule
@@ -157,6 +158,16 @@ def registry(hidden: list[str] | None = None) -> tyro.constructors.ConstructorRe
         of_run = any(one.__module__ == option_groups.__name__ for one in info.type.__mro__)
         fields = tuple(_field(field, hidden if of_run else None) for field in spec.fields)
         return dataclasses.replace(spec, fields=fields)
+
+    @rules.primitive_rule
+    def choices_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        """Leave None, the default of an option, out of its choices."""
+        options = [each for each in get_args(info.type) if each is not NoneType]
+        if len(options) != 1 or get_origin(options[0]) is not Literal:
+            return None
+        of_literal = tyro.constructors.PrimitiveTypeInfo.make(options[0], info.markers)
+        spec: Any = tyro.constructors.ConstructorRegistry.get_primitive_spec(of_literal)
+        return dataclasses.replace(spec, is_instance=lambda value: value is None or spec.is_instance(value))
 
     return rules
 

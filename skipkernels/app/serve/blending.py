@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from ..train import weights
 from ..train.calibration import calibrate
 from ..train.checkpoint import MODEL
 from ..train.description import Description, describe, write_open_clip_config
-from ..train.evaluation import Evaluator
+from ..train.evaluation import Evaluation, Evaluator
 from ..train.fitted_head import save_head, use_fitted_head
 from ..train.interpolation import Interpolation
 from ..train.own_dataset import KIND, OwnData
@@ -50,14 +50,14 @@ def blend(
         θ = (1 − alpha) · θ_zero-shot + alpha · θ_tuned
 
     Tuning raises the accuracy on the trained classes and may lower that on others; a blend keeps most of both. The
-    accuracy on all tests of the run is measured for alpha = 0, 0.1, …, 1, without the head of the run, if it has one,
-    which is fitted again to the blended model. `Classifier.load`, `export` and
-    `skipkernels eval` read the new folder.
+    accuracy on all tests of the run is measured for alpha = 0, 0.1, …, 1. The head of the run, if it has one, is fitted
+    again to each blend. `Classifier.load`, `export` and `skipkernels eval` read the new folder.
 
     Args:
         run: Folder of a run that tunes the weights of the model itself, such as by skip or full.
         alpha: Weight of the tuned model, from 0 to 1. "auto": the best in the curve on the validation images, of equal
-            ones the smallest; 0.5 for a run without validation images: the tests are not used to choose.
+            ones the smallest; 0.5 for a run without them, such as one that trained on all images after a choice between
+            candidates: the tests are not used to choose.
         out: New run folder. Default: the folder of the run with "-blend" after its name.
         overwrite: Replace an earlier run in that folder.
         device: Device. Default: that of the run.
@@ -105,15 +105,21 @@ def blend(
     weighted = Interpolation(setup.method.state_dict())
     weights.load_into(setup.method, file)
     weighted.end()
-    curve = _curve(evaluator, setup, weighted)
+
+    def blended_at(alpha: float) -> Evaluation:
+        weighted.set(alpha)
+        if features is not None:
+            use_fitted_head(setup, features, metrics["l2"])
+        return evaluator.evaluate(setup.method)
+
+    curve = _curve(blended_at)
     chosen = choose(curve["accuracy"].get(VALIDATION)) if alpha == "auto" else float(alpha)
-    weighted.set(chosen)
-    if features is not None:
-        use_fitted_head(setup, features, metrics["l2"])
-    blended = evaluator.evaluate(setup.method)
+    blended = blended_at(chosen)
     described = describe(new_folder.config, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
     held = evaluator.validation_logits(setup.method)
-    if held is not None:
+    if held is None:  # that of the run is of another model
+        metrics["validation"] = None
+    else:
         fitted, thresholds = calibrate(*held)
         metrics["validation"] = metrics["validation"] | {"tuned": blended.validation, "thresholds": thresholds}
         described = replace(described, **fitted)
@@ -156,12 +162,11 @@ def choose(validation: list[float] | None) -> float:
     return ALPHAS[validation.index(max(validation))] if validation else WITHOUT_VALIDATION
 
 
-def _curve(evaluator: Evaluator, setup: RunSetup, weighted: Interpolation) -> dict[str, Any]:
+def _curve(blended_at: Callable[[float], Evaluation]) -> dict[str, Any]:
     """Accuracy in per cent by test for each of `ALPHAS`."""
     accuracy: dict[str, list[float]] = {}
     for alpha in ALPHAS:
-        weighted.set(alpha)
-        found = evaluator.evaluate(setup.method)
+        found = blended_at(alpha)
         for name, value in (found.accuracies | {VALIDATION: found.validation}).items():
             if value is not None:  # None without images
                 accuracy.setdefault(name, []).append(value)

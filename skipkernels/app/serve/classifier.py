@@ -190,8 +190,7 @@ class Classifier:
             logits = method.logits_of(TEST, embeddings)
         if logits is None:
             raise InputError(
-                f"Classifier.load: classes must be trained classes: the method {method.name} does not use texts.",
-                "classes",
+                "Classifier.load: classes must be trained classes: a linear probe does not use texts.", "classes"
             )
         return logits
 

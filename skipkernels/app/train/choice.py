@@ -11,6 +11,7 @@ from ...formatting import first_line
 from ..config import TuneConfig
 from ..data import InputError
 from ..untrusted import read_object
+from .errors import validated
 from .run_folder import CANDIDATES
 
 _MAX_BYTES = 1 << 26
@@ -41,8 +42,8 @@ class Choice:
         if not path.is_file():
             return None
         try:
-            return cls(**read_object(path, _MAX_BYTES))
-        except (OSError, ValueError, TypeError) as error:
+            return validated(cls, read_object(path, _MAX_BYTES))
+        except (OSError, ValueError) as error:
             raise InputError(f"{path}: damaged ({first_line(error)}). Tune again with `overwrite=True`.") from error
 
     def made(self, config: TuneConfig) -> bool:

@@ -36,6 +36,7 @@ def model_card(
     blended = "" if alpha is None else f", blended with its zero-shot weights at {alpha:g}"
     code = _with_head(use, head_code) if head_code else _use(use, described)
     head = "" if config.head in (None, "none") else f", with the head `{config.head}`,"
+    probe = config.head == "probe" or config.method == "linear-probe"
     demonstration = demonstration_note(config.model)
     lines = [*matter, "---", "", f"# {config.model} tuned on {described.data}{blended}", ""]
     lines += [
@@ -63,7 +64,7 @@ def model_card(
         "- Every image is assigned to one of the classes, also an image of something else.",
         f"- {_probabilities(described, use)}",
         "- Accuracy on other images, such as other cameras or places, may be lower than above; classes that were not "
-        "trained are recognised by their names, less well than trained ones.",
+        f"trained are {'not recognised' if probe else 'recognised by their names, less well than trained ones'}.",
         *(["- " + _CONTENTS[described.holds]] if described.holds in _CONTENTS else []),
         "",
         "## Reproduce",

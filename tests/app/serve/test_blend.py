@@ -79,6 +79,7 @@ def test_report(run, blended):
     assert "Tuning and blending " in page and " the accuracy on the 20 trained classes " in page
     assert " · blended at 0.25" in page and "accuracy over the blend of zero-shot and tuned weights" in page
     assert f"skipkernels blend {run.folder} --alpha 0.25" in page
+    assert metrics["validation"] is None, "all images trained"
     assert "\nskipkernels blend RUN --alpha 0.25\n```" in (blended / "README.md").read_text()
     assert main(["report", str(blended)]) == 0 and (blended / "report.html").read_text() == page
 

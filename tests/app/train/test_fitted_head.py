@@ -71,9 +71,11 @@ def test_new_classes_have_the_logits_of_their_texts(run):
     names = [trained.classes[1], "a violin", trained.classes[0]]
     mixed = sk.Classifier.load(folder, classes=names, device="cpu")
     if run.settings["head"] == "probe":
-        with pytest.raises(InputError, match="classes must be trained classes: .* does not use texts"):
+        with pytest.raises(InputError, match="classes must be trained classes: a linear probe does not use texts"):
             mixed.logits(images)
+        assert "classes that were not trained are not recognised." in (folder / "README.md").read_text()
         return
+    assert "classes that were not trained are recognised by their names" in (folder / "README.md").read_text()
     logits = mixed.logits(images)
     torch.testing.assert_close(logits[:, [2, 0]], trained.logits(images)[:, :2], atol=1e-5, rtol=1e-5)
     scale = trained._run.model.logit_scale.exp()
@@ -87,6 +89,8 @@ def test_blend_fits_the_head_again(run, tmp_path):
     with shortened():
         blended = sk.blend(run.folder, 0.0, out=tmp_path / "blend")
     assert evaluate_run(tmp_path / "blend") == blended["tuned"]
+    for test, curve in blended["blend"]["accuracy"].items():  # each with the head that is fitted to its weights
+        assert (curve[0], curve[-1]) == (blended["tuned"][test], run.metrics["tuned"][test])
     if run.settings["epochs"] == 0:  # alpha 0 is the frozen model
         assert blended["tuned"] == run.metrics["tuned"]
         assert (tmp_path / "blend" / "head.safetensors").read_bytes() == (run.folder / "head.safetensors").read_bytes()
