@@ -23,7 +23,7 @@ from .mistakes import changed, class_results, confused_pairs, confusion_matrix, 
 from .page import Cell, Section, Table, row
 from .plots import accuracy_svg, blend_svg, coloured, finite, loss_svg
 from .rendering import number, part, plural
-from .words import name_of_test, title_of
+from .words import name_of_run, name_of_test, title_of
 
 _LARGEST = 1 << 28  # bytes of metrics.jsonl
 _FEW = 100  # validation images, of which one is more than 1 %
@@ -77,7 +77,7 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
 
 def _title(config: TuneConfig, metrics: Mapping[str, Any]) -> str:
     blended = [f"blended at {metrics['alpha']:g}"] if "alpha" in metrics else []
-    title = title_of(config, _chosen(metrics) or metrics["classifier"], *blended)
+    title = title_of(config, _chosen(metrics) or name_of_run(config), *blended)
     if metrics["status"] == "complete":
         return title
     return f"{title} · {metrics['status']} after {plural(metrics['epochs'], 'epoch')}"
