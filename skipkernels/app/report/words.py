@@ -54,7 +54,7 @@ def name_of_run(config: TuneConfig) -> str:
     """Return the name of what classifies in a run of a resolved configuration."""
     if config.method == "auto":
         return name_of_method(config.method)
-    trained = bool(config.epochs) or not config.has_steps
+    trained = config.epochs != 0 or not config.has_steps
     return name_of_classifier(config.method, config.head, trained=trained, blend=config.blend)
 
 
