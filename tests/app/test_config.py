@@ -109,6 +109,15 @@ def test_differs_from():
             {"method": "linear-probe", "epochs": None, "head": "probe"},
             "head=probe has no effect with `method",
         ),
+        ({"class_weight": "balanced", "sampler": "class_pure"},
+         "class_weight has no effect in batches of one class; use `sampler=random`"),
+        ({"class_weight": "balanced", "sampler": "balanced"},
+         "class_weight and `sampler=balanced` would balance twice; leave one of them"),
+        ({"class_weight": "balanced", "method": "full"}, "class_weight=balanced has no effect with `method=full`"),
+        ({"class_weight": 1.5}, "class_weight must be balanced, or above 0 and at most 1; got 1.5"),
+        ({"class_weight": 0}, "class_weight must be balanced, or above 0 and at most 1; got 0"),
+        ({"patience": 3}, "patience needs validation images; add `validation=0.2`"),
+        ({"validation": 1.5}, "validation must be a share between 0 and 1; got 1.5"),
         ({"prior": "balanced"}, "prior=balanced is that of a head; add `head=anchored`"),
         ({"method": "lora", "blend": 0.5}, "blend=0.5 has no effect with `method"),
         ({"epochs": 0, "head": "anchored", "blend": 0.5}, "blend=0.5 has no effect without epochs"),
@@ -122,7 +131,7 @@ def test_differs_from():
         ({"device": "cuda:99"}, "can't be used"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
-)
+)  # fmt: skip
 def test_resolved_refuses_settings(changes, message):
     with pytest.raises(InputError, match=message) as error:
         dataclasses.replace(SMALL, **changes).resolved()
@@ -153,16 +162,23 @@ def test_wrong_setting_is_one_line(tmp_path, text, message, capsys):
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [(None, "no such file"), ("model: [", "not readable as YAML"), ("just text", "expected a mapping"),
-     ("trust: true", "trust is not taken from a file")],
-)  # fmt: skip
-def test_from_yaml_refuses_damaged_file(tmp_path, text, message):
+DAMAGED = {
+    None: "no such file",
+    "model: [": "not readable as YAML",
+    "just text": "expected a mapping",
+    "trust: true": "trust is not taken from a file",
+    "seed: 1\nseed: 2": "not readable as YAML ('seed' is given twice).",
+    "#" * 2**21: "more than 1048576 bytes",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=DAMAGED.values())
+def test_from_yaml_refuses_damaged_file(tmp_path, text):
+    file = tmp_path / "mine.yaml"
     if text is not None:
-        (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(InputError, match=f"mine.yaml: {message}"):
-        TuneConfig.from_yaml(tmp_path / "mine.yaml")
+        file.write_text(text)
+    with pytest.raises(InputError, match=f"mine.yaml: .*{re.escape(DAMAGED[text])}"):
+        TuneConfig.from_yaml(file)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from skipkernels.app.report.mistakes import (
 )
 from skipkernels.app.report.plots import TimedAccuracy, pareto
 from skipkernels.app.train import predictions
+from skipkernels.app.train.class_metrics import metrics_of_test
 from skipkernels.app.train.predictions import TestPredictions, TopClasses
 from tests.app.runs import fails
 
@@ -179,58 +180,115 @@ def test_report_contents():
     assert ids == ["fixed", "broken", "classes", "confusions", "training", "reproduce", "cost"], "cost is last"
 
 
-@pytest.mark.parametrize(("data", "shots"), [("pictograms", "16 images"), ("imagefolder:photos", "at most 16 images")])
-def test_report_title_has_the_number_of_training_images(data, shots):
-    text = Page(page(config=TuneConfig(data=data, method="skip", shots=16))).text
-    assert f"pictogram-tiny on {data} · Skip Tuning · {shots} of each class · " in text
-
-
-def test_report_without_test_images_has_the_accuracy_and_interval_of_validation():
-    held = {"images": 40, "zero_shot": 50.0, "tuned": 62.5}
-    none = {"zero_shot": {"all": None}, "tuned": {"all": None}, "classes": {"all": 20}, "images": {"tests": {"all": 0}}}
-    shown = Page(page(none | {"validation": held}, rows=[], tests=[]))
-    percent = "\N{NO-BREAK SPACE}%"
-    went = (
-        f"the accuracy went from 50.0{percent} to 62.5{percent} (95 % interval 47.0–75.8); expect less on other images."
-    )
-    assert f"On 40 validation images, which choose the epoch, {went}" in shown.text
-    assert ["validation images", "40", "50.0 (35.2–64.8)", "62.5 (47.0–75.8)", "+12.5"] in shown.rows
-
-
 def candidate(name: str, accuracy: float, balanced: float, new_names: bool = True, chosen: bool = False) -> dict:
     found = {"name": name, "accuracy": accuracy, "balanced_accuracy": balanced, "images": 40, "seconds": 3.125}
     return found | {"new_names": new_names, "chosen": chosen}
 
 
-def test_report_shows_the_candidates_and_why_one_was_chosen():
-    """The balanced accuracy has a column only where it differs; without candidates there is no table."""
-    found = [candidate("zero-shot", 50.0, 50.0), candidate("probe ×3", 62.5, 60.0, new_names=False, chosen=True)]
-    because = "highest accuracy on 40 held-out images"
-    shown = Page(page({"candidates": found, "chosen_because": because}))
-    columns = ["accuracy, %", "balanced accuracy, %", "seconds", "takes new names"]
-    assert ["candidates, on 40 held-out images", *columns] in shown.rows
-    assert ["zero-shot", "50.0 (35.2–64.8)", "50.0", "3.1", "yes"] in shown.rows
-    assert ["✓ probe ×3", "62.5 (47.0–75.8)", "60.0", "3.1", "no"] in shown.rows
-    assert f"Probe ×3 was chosen: {because}. Then it was trained again, on all images." in shown.text
-    assert " · Probe ×3 · " in shown.text and "Probe ×3 raised the accuracy on" in shown.text
-    equal = Page(page({"candidates": [candidate("zero-shot", 50.0, 50.0, chosen=True)]}))
-    assert ["✓ zero-shot", "50.0 (35.2–64.8)", "3.1", "yes"] in equal.rows
-    assert "Zero-shot was chosen." in equal.text and "trained again" not in equal.text
-    for without in ({}, {"candidates": None, "chosen_because": None}, {"candidates": []}):
-        assert "candidates" not in Page(page(without)).text
+def always_cat(cats: int, dogs: int) -> dict:
+    """Metrics of a model that always answers "cat"."""
+    labels, top = torch.tensor([0] * cats + [1] * dogs), TopClasses(torch.zeros(8, 1).long(), torch.ones(8, 1))
+    by_class = {"all": metrics_of_test(labels, top, ["cat", "dog"])}
+    accuracy = {"zero_shot": {"all": 0.0}, "tuned": {"all": 100.0 * cats / 8}, "classes": {"all": 2}}
+    return accuracy | {"by_class": by_class, "zero_shot_by_class": by_class, "images": {"tests": {"all": 8}}}
 
 
-def test_report_thresholds():
-    unreached = {"wanted": "accuracy", "target": 99.0, "threshold": None, "coverage": None, "accuracy": None}
-    row = {"wanted": "coverage", "target": 95.0, "threshold": 0.72, "coverage": 81.25, "accuracy": 95.0}
-    found = Page(page({"validation": {"images": 80, "zero_shot": 60.0, "tuned": 80.0, "thresholds": [row, unreached]}}))
-    percent = "\N{NO-BREAK SPACE}%"
-    assert f"At 0.72, 81{percent} of the validation images are kept, of which 95{percent} are right." in found.text
-    assert f"Measured on 80 validation images; they are few, one is 1.2{percent}." in found.text
-    assert ["95 % kept", "0.72", "81.2", "95.0"] in found.rows and ["99 % right", "–", "–", "–"] in found.rows
-    none = {"validation": {"images": 200, "zero_shot": 60.0, "tuned": 80.0, "thresholds": [row | {"coverage": 100.0}]}}
-    assert "These thresholds keep all validation images. Measured on 200 validation images." in Page(page(none)).text
-    assert "Thresholds" not in Page(page({"validation": {"images": 80, "zero_shot": 60.0, "tuned": 80.0}})).text
+HELD = {"images": 40, "zero_shot": 50.0, "tuned": 62.5}
+NO_TEST = {"zero_shot": {"all": None}, "tuned": {"all": None}, "classes": {"all": 20}, "images": {"tests": {"all": 0}}}
+STOPPED = {"epochs": 1, "best_epoch": 1, "validation": {"images": 8, "zero_shot": 50.0, "tuned": 60.0}}
+UNTRAINED = {"tuned": None, "epochs": 0, "status": "diverged", "kept_classes": None}
+KEPT = {"wanted": "coverage", "target": 95.0, "threshold": 0.72, "coverage": 81.25, "accuracy": 95.0}
+UNREACHED = {"wanted": "accuracy", "target": 99.0, "threshold": None, "coverage": None, "accuracy": None}
+# Metrics that a page without epochs and predictions shows; texts and rows of it; texts that it has not.
+SHOWN: dict[str, tuple[dict, list[str | list[str]], list[str]]] = {
+    "no test images": (
+        NO_TEST | {"validation": HELD},
+        ["No images were kept for a test. On 40 validation images, which choose the epoch, the accuracy went from 50.0 "
+         "% to 62.5 % (95 % interval 47.0–75.8); expect less on other images.",
+         ["validation images", "40", "50.0 (35.2–64.8)", "62.5 (47.0–75.8)", "+12.5"]],
+        [],
+    ),
+    "candidates of two accuracies": (
+        {"candidates": [candidate("zero-shot", 50.0, 50.0), candidate("probe ×3", 62.5, 60.0, False, True)],
+         "chosen_because": "highest accuracy on 40 held-out images"},
+        [["candidates, on 40 held-out images", "accuracy, %", "balanced accuracy, %", "seconds", "takes new names"],
+         ["zero-shot", "50.0 (35.2–64.8)", "50.0", "3.1", "yes"],
+         ["✓ probe ×3", "62.5 (47.0–75.8)", "60.0", "3.1", "no"],
+         "Probe ×3 was chosen: highest accuracy on 40 held-out images. Then it was trained again, on all images.",
+         " · Probe ×3 · ", "Probe ×3 raised the accuracy on"],
+        [],
+    ),
+    "candidates of one accuracy": (
+        {"candidates": [candidate("zero-shot", 50.0, 50.0, chosen=True)]},
+        [["✓ zero-shot", "50.0 (35.2–64.8)", "3.1", "yes"], "Zero-shot was chosen."],
+        ["trained again"],
+    ),
+    "no candidates": ({"candidates": [], "chosen_because": None}, [], ["candidates", "Thresholds"]),
+    "thresholds": (
+        {"validation": {"images": 80, "zero_shot": 60.0, "tuned": 80.0, "thresholds": [KEPT, UNREACHED]}},
+        ["At 0.72, 81 % of the validation images are kept, of which 95 % are right.",
+         "Measured on 80 validation images; they are few, one is 1.2 %.",
+         ["95 % kept", "0.72", "81.2", "95.0"], ["99 % right", "–", "–", "–"]],
+        [],
+    ),
+    "thresholds that keep all": (
+        {"validation": HELD | {"images": 200, "thresholds": [KEPT | {"coverage": 100.0}]}},
+        ["These thresholds keep all validation images. Measured on 200 validation images."],
+        [],
+    ),
+    "interrupted": (STOPPED | {"status": "interrupted"}, [" · interrupted after 1 epoch"], ["is kept"]),
+    "diverged": (STOPPED | {"status": "diverged"}, [" · diverged after 1 epoch"], ["is kept"]),
+    "before the first epoch": (UNTRAINED, [["20 trained classes", "24", "57.5 (38.1–74.9)", "–", "–"]], []),
+    "before it, of an unknown number": (
+        UNTRAINED | {"command": "", "environment": {}, "images": {}},
+        [["20 trained classes", "", "57.5", "–", "–"]],
+        [],
+    ),
+    "classes of one size": (
+        always_cat(4, 4),
+        ["Tuning raised the accuracy on the 2 trained classes from 0.0 % to 50.0 % (95 % interval 21.5–78.5).",
+         ["2 trained classes", "8", "0.0 (0.0–32.4)", "50.0 (21.5–78.5)", "+50.0"]],
+        ["balanced"],
+    ),
+    "classes of different size": (
+        always_cat(6, 2),
+        ["Tuning kept the balanced accuracy on the 2 trained classes at 50.0 %. The accuracy, which is 75.0 % if the "
+         "answer is always cat, went from 0.0 % to 75.0 %",
+         ["2 trained classes, balanced", "", "50.0", "50.0", "+0.0"],
+         ["2 trained classes, always cat", "", "75.0", "75.0", "+0.0"],
+         ["2 trained classes", "8", "0.0 (0.0–32.4)", "75.0 (40.9–92.9)", "+75.0"]],
+        [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_report_shows(name):
+    changes, there, absent = SHOWN[name]
+    text = page(changes, rows=[], tests=[])
+    complete(text)
+    found = Page(text)
+    shown = found.text.replace("\N{NO-BREAK SPACE}", " ")
+    for part in there:
+        assert part in (shown if isinstance(part, str) else found.rows), part
+    assert not [words for words in absent if words in shown.partition("All settings")[0]]
+
+
+@pytest.mark.parametrize(("images", "rows"), [((6, 2), ["all, balanced", "all, always cat", "all"]), ((4, 4), ["all"])])
+def test_command_prints_the_rows_of_the_report(images, rows, tmp_path, capsys, monkeypatch):
+    checkpoint = {"file": "model.safetensors", "mib": 1.0, "mib_of_all": 1.0}
+    found = metrics(**always_cat(*images), candidates=None, steps=0, best_epoch=None, checkpoint=checkpoint)
+    monkeypatch.setattr("skipkernels.app.train.tune", lambda config, console: found)
+    assert main(["tune", "--method", "skip", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    accuracies = [cells[0] for cells in printed if len(cells) == 4]
+    assert accuracies == rows
+
+
+@pytest.mark.parametrize(("data", "shots"), [("pictograms", "16 images"), ("imagefolder:photos", "at most 16 images")])
+def test_report_title_has_the_number_of_training_images(data, shots):
+    text = Page(page(config=TuneConfig(data=data, method="skip", shots=16))).text
+    assert f"pictogram-tiny on {data} · Skip Tuning · {shots} of each class · " in text
 
 
 def test_report_galleries_show_top_classes_and_shape():
@@ -355,13 +413,6 @@ def test_colours_have_contrast():
     assert "color-scheme: light dark" in page()
 
 
-@pytest.mark.parametrize("status", ["interrupted", "diverged"])
-def test_report_status(status):
-    validation = {"images": 8, "zero_shot": 50.0, "tuned": 60.0}
-    text = Page(page({"status": status, "epochs": 1, "best_epoch": 1, "validation": validation})).text
-    assert f" · {status} after 1 epoch" in text and "is kept" not in text
-
-
 def complete(text: str) -> None:
     """Check that no nan or None is shown."""
     shown = Page(text).text.partition("All settings")[0] + "".join(svgs(text))
@@ -389,15 +440,6 @@ def test_report_method_without_epochs():
     perfect = TestPredictions("base", ["a", "b"], torch.tensor([0, 1]), top(0, 1), top(0, 1))
     text = page(tests=[perfect])
     assert not Page(text).named("img") and 'id="confusions"' not in text and 'id="fixed"' not in text
-
-
-def test_report_before_first_epoch():
-    changes = {"tuned": None, "epochs": 0, "status": "diverged", "kept_classes": None}
-    without = {"command": "", "environment": {}, "images": {}}
-    for missing, images, accuracy in (({}, "24", "57.5 (38.1–74.9)"), (without, "", "57.5")):
-        text = page(changes | missing, rows=[], tests=[])
-        assert ["20 trained classes", images, accuracy, "–", "–"] in Page(text).rows
-        complete(text)
 
 
 def test_report_incomplete_rows():

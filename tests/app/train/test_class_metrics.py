@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections import Counter
 
 import pytest
 import torch
 
-from skipkernels.app.cli.tune import _accuracy_table
-from skipkernels.app.config import TuneConfig
-from skipkernels.app.report import run_page
 from skipkernels.app.train.class_metrics import MOST_CONFUSED, class_metrics, confusions, metrics_of_test
 from skipkernels.app.train.predictions import TopClasses
 from skipkernels.formatting import csv_text
@@ -66,28 +62,3 @@ def test_csv_files_of_a_run_agree_with_its_metrics(run):
         for each in found["classes"]:
             assert each["recall"] == pytest.approx(100 * right.get(each["name"], 0) / each["images"], abs=1e-3)
     assert json.loads((folder / "metrics.json").read_text())["by_class"] == metrics["by_class"]
-
-
-@pytest.mark.parametrize(("images", "rows"), [((6, 2), ["all, balanced", "all, always cat", "all"]), ((4, 4), ["all"])])
-def test_tables_of_a_run_begin_with_the_balanced_accuracy_of_unequal_classes(images, rows):
-    """The model always answers "cat": its balanced accuracy is 50 %, its accuracy the share of the cats."""
-    labels = torch.tensor([0] * images[0] + [1] * images[1])
-    top = TopClasses(torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1))
-    accuracy = {"all": 100.0 * images[0] / 8}
-    by_class = {"all": metrics_of_test(labels, top, ["cat", "dog"])}
-    metrics = {"zero_shot": {"all": 0.0}, "tuned": accuracy, "by_class": by_class, "zero_shot_by_class": by_class}
-    metrics["method"] = "skip"
-    table = _accuracy_table(TuneConfig(), metrics)
-    assert list(table.columns[0].cells) == rows
-    assert list(table.columns[2].cells) == (["50.00", "75.00", "75.00"] if len(rows) > 1 else ["50.00"])
-    metrics |= {"classes": {"all": 2}}
-    shown = re.findall(r"<td>([\d.]+)</td><td[^>]* data-value", "".join(run_page._results(metrics)))
-    assert [f"{float(accuracy):.2f}" for accuracy in shown] == list(table.columns[2].cells)
-    headline = run_page._headline(metrics).replace("\N{NO-BREAK SPACE}", " ")
-    uneven = (
-        "Tuning kept the balanced accuracy on the 2 trained classes at 50.0 %. The accuracy, which is 75.0 % if the "
-    )
-    uneven += "answer is always cat, went from 0.0 % to 75.0 %."
-    assert headline == (
-        uneven if len(rows) > 1 else "Tuning raised the accuracy on the 2 trained classes from 0.0 % to 50.0 %."
-    )

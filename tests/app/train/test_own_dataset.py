@@ -114,21 +114,6 @@ def test_resume_with_the_same_dataset(run):
         tune(dataset=Squares(30), identity="version 2", **again)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sampler": "class_pure"}, "class_weight has no effect in batches of one class; use `sampler=random`"),
-        ({"sampler": "balanced"}, "class_weight and `sampler=balanced` would balance twice; leave one of them"),
-        ({"method": "full"}, "class_weight=balanced has no effect with `method=full`"),
-        ({"class_weight": 1.5}, "class_weight must be balanced, or above 0 and at most 1; got 1.5"),
-        ({"class_weight": 0}, "class_weight must be balanced, or above 0 and at most 1; got 0"),
-    ],
-)
-def test_class_weight_without_effect_is_refused(settings, message):
-    with pytest.raises(InputError, match=message):
-        TuneConfig(**{"class_weight": "balanced"} | settings).resolved()
-
-
 def test_eval_of_dataset(run, capsys):
     assert "was passed to tune in Python. Pass it again as" in fails(["eval", run[0]], capsys)
 

@@ -26,10 +26,9 @@ from skipkernels.app.demo import pictogram_tiny, pictograms
 from skipkernels.app.methods.base import StepOutput
 from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.methods.skip import Skip
-from skipkernels.app.train import check, checkpoint, evaluate_run, tune
+from skipkernels.app.train import check, checkpoint, evaluate_run, tune, tuning
 from skipkernels.app.train.run_folder import RunFolder, read_metrics
 from skipkernels.app.train.setup import build_task
-from skipkernels.app.train.tuning import _memory_errors
 from skipkernels.folders import locked
 from tests.app.runs import fails, files, rows, small, stopped
 from tests.app.train.test_checkpoint import CLASSIFIER, weights_of
@@ -207,25 +206,24 @@ def test_out_of_memory_in_step(tmp_path, at_step, capsys):
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "is_memory"),
     [
-        MemoryError(),
-        RuntimeError("std::bad_alloc"),
-        RuntimeError("skipkernels: can't allocate memory for a tensor (…)\nand where"),
-        torch.OutOfMemoryError("HIP out of memory"),
+        (MemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("skipkernels: can't allocate memory for a tensor (…)\nand where"), True),
+        (torch.OutOfMemoryError("HIP out of memory"), True),
+        (RuntimeError(), False),
+        (RuntimeError("no"), False),
+        (MemoryError("gather: too large"), False),
     ],
     ids=repr,
 )
-def test_memory_errors_translates(error):
-    with pytest.raises(MemoryError, match=r"^tune: out of memory \([^\n]+\) Use `memory=min`"), _memory_errors():
-        raise error
-
-
-@pytest.mark.parametrize("error", [RuntimeError(), RuntimeError("no"), MemoryError("gather: too large")], ids=repr)
-def test_memory_errors_passes_other_errors(error):
-    with pytest.raises(type(error)) as caught, _memory_errors():
-        raise error
-    assert caught.value is error
+def test_error_of_memory_is_translated(error, is_memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "Run", Mock(side_effect=error))
+    with pytest.raises(type(error) if not is_memory else MemoryError) as caught:
+        check(small(tmp_path))
+    translated = re.match(r"tune: out of memory \([^\n]+\) Use `memory=min`", str(caught.value))
+    assert bool(translated) == is_memory and (is_memory or caught.value is error)
 
 
 @pytest.fixture

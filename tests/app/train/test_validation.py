@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
-from skipkernels.app.config import TuneConfig
-from skipkernels.app.data import InputError
 from skipkernels.app.train import checkpoint, evaluate_run, tune
 from skipkernels.app.train.run import Run
 from tests.app.runs import files, results, rows, small, stopped
@@ -61,11 +59,3 @@ def test_resume_is_bitwise_identical(whole, tmp_path):
     tune(small(tmp_path, resume=True, **CHANGES))
     assert results(tmp_path) == results(whole[0])
     assert files(tmp_path) == files(whole[0])
-
-
-def test_patience_without_validation():
-    with pytest.raises(InputError, match="patience needs validation images; add `validation=0.2`") as caught:
-        TuneConfig(method="skip", patience=3).resolved()
-    assert caught.value.argument == "patience"
-    with pytest.raises(InputError, match="validation must be a share between 0 and 1; got 1.5"):
-        TuneConfig(validation=1.5).resolved()

@@ -1,16 +1,13 @@
-"""Errors about arguments, models, checkpoints and folders: one line, exit code 2, nothing written."""
+"""Refusals of `tune` and `eval`: of options, weights, folders and files; one line, exit code 2, nothing written."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save, save_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
@@ -18,43 +15,39 @@ from skipkernels.app.data import InputError
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.train.model import check_activation, load_model, load_weights
 from skipkernels.app.train.run_folder import RunFolder
-from skipkernels.digests import digest_bytes
 from tests.app.data.pictures import make_folders
 from tests.app.runs import fails
 
+# ---- options ---------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def damaged(run, tmp_path):
-    """Copy of the files of a run that eval reads, to be damaged."""
-    folder, _ = run
-    for name in ("config.yaml", "classifier.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    return tmp_path
+OPTIONS: list[tuple[list[str], str]] = [
+    (["--max-classes", "1"], "--max-classes must be at least 2"),
+    (["--model", "ViT-B-61"], "did you mean"),
+    (["--model", "ViT-B-16"], "ViT-B-16 needs weights"),
+    (["--model", "ViT-B-16", "--pretrained", "nonsense"], "no tag 'nonsense'"),
+    (["--model", "ViT-B-16", "--pretrained", "openai"],
+     "--model: openai was trained with QuickGELU, and ViT-B-16 has GELU; use ViT-B-16-quickgelu."),
+    (["--model", "ViT-B-32-quickgelu", "--pretrained", "laion2b_s34b_b79k"],
+     "--model: laion2b_s34b_b79k was trained with GELU, and ViT-B-32-quickgelu has QuickGELU; use ViT-B-32."),
+    (["--pretrained", "nowhere/model.safetensors"], "no file nowhere/model.safetensors"),
+    (["--skip-layers", "7"], "error SkipCLIP: skip_layers must be a whole number from 0 to 4"),
+    (["--method", "full", "--cache", "c"], "--cache needs frozen blocks below a cut; every layer trains here"),
+    (["--skip-layers", "0", "--cache", "c"],
+     "--cache keeps features at the cut, and with --skip-layers 0 there is no cut"),
+    (["--optimizer", "Muon"], "Muon can't be used here"),
+    (["--data", "x" * 10**5], "error --data"),
+    (["--data", "coop:imagenet", "--root", "a\n\x1b[2Jb\u202e"], "error --root"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--max-classes", "1"], "--max-classes must be at least 2"),
-        (["--model", "ViT-B-61"], "did you mean"),
-        (["--model", "ViT-B-16"], "ViT-B-16 needs weights"),
-        (["--model", "ViT-B-16", "--pretrained", "nonsense"], "no tag 'nonsense'"),
-        (["--pretrained", "nowhere/model.safetensors"], "no file nowhere/model.safetensors"),
-        (["--skip-layers", "7"], "error SkipCLIP: skip_layers must be a whole number from 0 to 4"),
-        (["--method", "full", "--cache", "c"], "--cache needs frozen blocks below a cut; every layer trains here"),
-        (
-            ["--skip-layers", "0", "--cache", "c"],
-            "--cache keeps features at the cut, and with --skip-layers 0 there is no cut",
-        ),
-        (["--optimizer", "Muon"], "Muon can't be used here"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_tune_refuses_argument(arguments, message, tmp_path, capsys):
-    assert message in fails(
-        ["tune", "--shots", "2", "--max-classes", "12", "--out", tmp_path / "run", *arguments], capsys
-    )
+@pytest.mark.parametrize(("arguments", "words"), OPTIONS, ids=[words for _, words in OPTIONS])
+def test_tune_refuses_option(arguments, words, tmp_path, capsys):
+    said = fails(["tune", "--shots", "2", "--max-classes", "12", "--out", tmp_path / "run", *arguments], capsys)
+    assert words in said and len(said) < 1200 and said.isprintable()
     assert not (tmp_path / "run").exists(), "nothing is written"
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
 
 
 def test_tune_keeps_earlier_run(run, capsys):
@@ -124,41 +117,47 @@ def test_overwrite_replaces_run_of_other_version(run, tmp_path):
     assert "max_keep" in (tmp_path / "config.yaml").read_text()
 
 
-def write_weights(folder: Path, content: bytes) -> None:
-    """Replace the weights, and their digest."""
-    (folder / "model.safetensors").write_bytes(content)
-    path = folder / "classifier.json"
-    changed = json.loads(path.read_text()) | {"weights_xxh3": digest_bytes(content)}
-    path.write_text(json.dumps(changed))
+# ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_eval_refuses_damaged_weights(damaged, tmp_path, capsys):
-    content = (damaged / "model.safetensors").read_bytes()[:5000]
-    (damaged / "model.safetensors").write_bytes(content)
-    assert "missing or damaged: it does not match classifier.json" in fails(["eval", damaged], capsys)
-    for written in (content, save({"weight": torch.zeros(2)})):
-        write_weights(damaged, written)
-        assert "not usable as weights" in fails(["eval", damaged], capsys)
+def test_eval_refuses_damaged_weights(run, tmp_path, capsys):
+    for name in ("config.yaml", "classifier.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((run[0] / name).read_bytes()[:5000])
+    assert "missing or damaged: it does not match classifier.json" in fails(["eval", tmp_path], capsys)
     assert "no such file" in fails(["eval", tmp_path / "nothing"], capsys)
 
 
-def test_pretrained_executes_no_pickle(tmp_path, capsys):
-    class Bomb:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "boom"), "w"))
-
-    torch.save({"state_dict": Bomb()}, tmp_path / "model.pt")
-    assert "not usable as weights" in fails(
-        ["tune", "--pretrained", tmp_path / "model.pt", "--out", tmp_path / "r"], capsys
-    )
-    assert not (tmp_path / "boom").exists()
+class Bomb:
+    def __reduce__(self):
+        return (open, ("boom", "w"))
 
 
-@pytest.mark.parametrize("content", [[1], {"state_dict": {}}], ids=["list", "empty"])
-def test_load_weights_refuses_file_without_weights(tmp_path, content):
-    torch.save(content, tmp_path / "model.pt")
-    with pytest.raises(InputError, match="not usable as weights"):
+def changed_weights(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in (pictogram_tiny.state_dict() | changes).items() if value is not None}
+
+
+OTHER = "not usable as weights of this model: they are those of another "
+WEIGHTS: list[tuple[object, str]] = [
+    ([1], "not usable as weights"),
+    ({"state_dict": {}}, "not usable as weights"),
+    ({"weight": torch.zeros(2)}, "not usable as weights"),
+    ({"state_dict": Bomb()}, "not usable as weights"),
+    (changed_weights(positional_embedding=torch.zeros(32, 80)), f"{OTHER}(text pos_embed width changed!"),
+    (changed_weights(**{"ln_final.weight": torch.zeros(80)}), f"{OTHER}(size mismatch for ln_final.weight"),
+    (changed_weights(text_projection=None), f'{OTHER}(Missing key(s) in state_dict: "text_projection"'),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), WEIGHTS, ids=["list", "empty", "other", "code", "width", "size", "missing"]
+)
+def test_load_weights_refuses(content, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "model.pt")
+    with pytest.raises(InputError, match=re.escape(words)) as caught:
         load_weights(pictogram_tiny.load()[0], tmp_path / "model.pt")
+    assert "\n" not in str(caught.value) and (OTHER not in words or "Pass the `model` of" in str(caught.value))
+    assert not (tmp_path / "boom").exists()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of torch.jit
@@ -167,24 +166,6 @@ def test_load_weights_refuses_torchscript_without_advice_to_run_it(tmp_path):
     with pytest.raises(InputError, match="it is a TorchScript archive, which holds code") as error:
         load_weights(pictogram_tiny.load()[0], tmp_path / "ViT-L-14.pt")
     assert "weights_only" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"positional_embedding": torch.zeros(32, 80)}, "text pos_embed width changed!"),
-        ({"ln_final.weight": torch.zeros(80)}, "size mismatch for ln_final.weight"),
-        ({"text_projection": None}, 'Missing key(s) in state_dict: "text_projection"'),
-    ],
-    ids=["width", "size", "missing"],
-)
-def test_load_weights_refuses_those_of_other_model(tmp_path, change, reason):
-    weights = {name: value for name, value in (pictogram_tiny.state_dict() | change).items() if value is not None}
-    save_file(weights, tmp_path / "model.safetensors")
-    message = f"not usable as weights of this model: they are those of another ({reason}"
-    with pytest.raises(InputError, match=f"{re.escape(message)}.*Pass the `model` of the weights") as caught:
-        load_weights(pictogram_tiny.load()[0], tmp_path / "model.safetensors")
-    assert "\n" not in str(caught.value)
 
 
 def test_load_model_names_missing_tokenizer(monkeypatch, tmp_path, capsys):
@@ -214,52 +195,6 @@ def test_doctor(cuda, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "torch" in out and "class_sampled_ce" in out and "no device" in out
     assert ("torch is built for CUDA 13.0" in out) == (cuda is not None)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("shots: [" + "x, " * 10**4 + "]", "shots must be"),
-        ("? " + "x" * 1000 + "\n: 1", "unknown setting"),
-        ("seed: 1\nseed: 2", "config.yaml: not readable as YAML ('seed' is given twice)."),
-        ("#" * 2**21, "more than 1048576 bytes"),
-    ],
-    ids=["list", "name", "repeated", "large"],
-)
-def test_from_yaml_refuses_file_in_short_line(tmp_path, text, message, capsys):
-    (tmp_path / "config.yaml").write_text(text)
-    said = fails(["eval", tmp_path], capsys)
-    assert message in said and len(said) < 1200 + len(str(tmp_path)) and said.isprintable()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["--data", "x" * 10**5], ["--data", "coop:imagenet", "--root", "a\n\x1b[2Jb\u202e"]],
-    ids=["long", "control"],
-)
-def test_error_message_is_one_short_line(tmp_path, arguments, capsys):
-    said = fails(["tune", *arguments, "--out", tmp_path / "run"], capsys)
-    assert len(said) < 1200 and said.isprintable() and arguments[-2] in said
-
-
-@pytest.fixture
-def no_model_is_created(monkeypatch):
-    def create(*args, **named):
-        raise AssertionError("a model is created, and its weights are downloaded")
-
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
-
-
-@pytest.mark.parametrize(
-    ("model", "tag", "right", "trained", "made"),
-    [
-        ("ViT-B-16", "openai", "ViT-B-16-quickgelu", "QuickGELU", "GELU"),
-        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "ViT-B-32", "GELU", "QuickGELU"),
-    ],
-)
-def test_load_model_refuses_other_activation(no_model_is_created, tmp_path, capsys, model, tag, right, trained, made):
-    said = fails(["tune", "--model", model, "--pretrained", tag, "--out", tmp_path / "run"], capsys)
-    assert f"--model: {tag} was trained with {trained}, and {model} has {made}; use {right}." in said
 
 
 def test_check_activation_accepts_one_model_per_tag():
@@ -292,18 +227,3 @@ def test_download_without_network(monkeypatch, tmp_path, capsys, arguments):
         pytest.importorskip("datasets")
     said = fails(["tune", *arguments, "--out", tmp_path / "run"], capsys)
     assert said.startswith(f"error {arguments[0]}: ") and ("network available?" in said or "on another machine" in said)
-
-
-def test_load_model_names_failed_download(monkeypatch, tmp_path, capsys):
-    def download(*args, **named):
-        raise OSError("[Errno -2] Name or service not known\nMax retries exceeded")
-
-    monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
-    arguments = ["--model", "ViT-B-32-quickgelu", "--pretrained", "openai", "--out", tmp_path / "run"]
-    said = fails(["tune", *arguments], capsys)
-    assert said.endswith(
-        "--pretrained: the weights openai of ViT-B-32-quickgelu could not be downloaded: [Errno -2] Name or service "
-        "not known. Use --model pictogram-tiny, which needs no download, or get the weights from "
-        "https://huggingface.co/timm/vit_base_patch32_clip_224.openai on another machine, and pass the path of their "
-        "file as --pretrained."
-    )
