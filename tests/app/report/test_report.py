@@ -277,7 +277,8 @@ def test_report_shows(name):
 @pytest.mark.parametrize(("images", "rows"), [((6, 2), ["all, balanced", "all, always cat", "all"]), ((4, 4), ["all"])])
 def test_command_prints_the_rows_of_the_report(images, rows, tmp_path, capsys, monkeypatch):
     checkpoint = {"file": "model.safetensors", "mib": 1.0, "mib_of_all": 1.0}
-    found = metrics(**always_cat(*images), candidates=None, steps=0, best_epoch=None, checkpoint=checkpoint)
+    known = {"classifier": "Skip Tuning", "candidates": None, "steps": 0, "best_epoch": None, "checkpoint": checkpoint}
+    found = metrics(**always_cat(*images) | known)
     monkeypatch.setattr("skipkernels.app.train.tune", lambda config, console: found)
     assert main(["tune", "--method", "skip", "--device", "cpu", "--out", str(tmp_path)]) == 0
     printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
