@@ -10,9 +10,8 @@
 `step` checks the gradients of ours against the published step first; on a GPU it also counts the launches and compares
 bits: of eager steps with each other, then of replays with eager steps. With --all-shapes it takes six shapes, the most
 important first: all of them without torch.compile, then with it. Each result is written when it is there; what has not
-begun after --seconds is left out. Rows are appended to bench/results/DEVICE/gpu_step.csv; with --out, what
-`python -m bench.summary` reads is written into FOLDER/facts.json. On a machine without a GPU all run on the CPU, `step`
-without the graph and torch.compile.
+begun after --seconds is left out. With --out, what `python -m bench.summary` reads is written into FOLDER/facts.json.
+On a machine without a GPU all run on the CPU, `step` without the graph and torch.compile.
 """
 
 from __future__ import annotations
@@ -144,22 +143,18 @@ def step_of_shape(args: argparse.Namespace, compiles: bool, compares: bool) -> N
         _add(args, eager_difference=eager, difference=replayed)
         print(f"largest relative difference of a weight: eager steps {eager:.1e}, replays {replayed:.1e}")
     seconds = measure.time_alternately(steps, args.rounds, args.device, calls=_CALLS if on_gpu else 1)
-    rows = []
-    for name, times in seconds.items():
-        row = {"implementation": name, "model": args.model, "B": args.batch, "C": args.classes, "K": ours.K}
-        row |= {"skip_layers": args.skip_layers, "precision": args.precision} | measure.milliseconds(times, 3)
-        row |= {"floor_ms": round(1000 * floor, 3), "above_floor": round(measure.quantile(times, 0.5) / floor, 3)}
-        peak = testing.peak_bytes(steps[name], args.device, warm_up=False)
-        rows.append(row | {"peak_mib": round(peak / 2**20)})
-        print(f"{name:21} {measure.shown(rows[-1])}", flush=True)
+    columns = {name: measure.milliseconds(times, 3) for name, times in seconds.items()}
+    for name, row in columns.items():
+        row["peak_mib"] = round(testing.peak_bytes(steps[name], args.device, warm_up=False) / 2**20)
+        print(f"{name:21} {measure.shown(row)}", flush=True)
     best = seconds[summary.GRAPHED if summary.GRAPHED in seconds else summary.EAGER]
     theirs = {name: times for name, times in seconds.items() if name not in (summary.EAGER, summary.GRAPHED)}
     _add(
         args,
-        ms={row["implementation"]: row["p50_ms"] for row in rows},
+        ms={name: row["p50_ms"] for name, row in columns.items()},
+        peak_mib={name: row["peak_mib"] for name, row in columns.items()},
         faster={name: measure.median_ratio(times, best) for name, times in theirs.items()},
     )
-    measure.save(args, rows, "gpu_step")
 
 
 def full(args: argparse.Namespace) -> None:
@@ -175,9 +170,9 @@ def full(args: argparse.Namespace) -> None:
 def floor_of(step: Step, device: torch.device) -> float:
     """Least seconds of a step with its update: products at the rate of a large one, then its weights by copies."""
     trained = sum(weight.nbytes for weight in step.model.parameters() if weight.requires_grad)
-    products = flops_of(step) / measure.matrix_rate(device, measure.DTYPES[step.precision])
+    flops = flops_of(step)
     step.model.zero_grad()
-    return products + _PASSES * trained / measure.bandwidth(device)
+    return measure.floor(flops, measure.DTYPES[step.precision], _PASSES * trained, device)
 
 
 def inputs_of(args: argparse.Namespace) -> Inputs:

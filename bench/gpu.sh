@@ -6,8 +6,10 @@
 #   bench/gpu.sh                       all stages
 #   bench/gpu.sh step ncu              some stages
 #
-# STEP has options of the step in place of --all-shapes, such as STEP="--model ViT-L-14 --classes 100". PYTHON is the
-# Python to run.
+# STEP has options of the steps in place of --all-shapes, such as STEP="--model ViT-L-14 --classes 100". PYTHON is the
+# Python to run. Without a GPU all stages but ncu and compute-sanitizer run on the CPU; a small model does it in minutes:
+#
+#   STEP="--model vit-tiny --skip-layers 3 --classes 20 --rounds 1" bench/gpu.sh
 #
 #   machine     versions, devices, which peers can run, and by how much the limits are scaled
 #   tests       pytest -m gpu, in parallel: operators against fp64, no host sync, replays equal eager steps
@@ -26,7 +28,11 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export SKIPKERNELS_CPP=${SKIPKERNELS_CPP:-0} # no time to compile what runs on a CPU
 
 processes=$(($(nproc) < 8 ? $(nproc) : 8))
-chosen=${*:-machine tests step step_fp32 full operators profile memcheck racecheck ncu summary}
+stages="machine tests step step_fp32 full operators profile memcheck racecheck ncu summary"
+chosen=${*:-$stages}
+for name in $chosen; do
+  [[ " $stages " == *" $name "* ]] || { echo "bench/gpu.sh: no stage $name; expected some of: $stages" >&2; exit 2; }
+done
 mkdir -p "$out"
 [ $# -gt 0 ] || rm -f "$out"/{facts.json,operators.jsonl,scale} # of an earlier run
 scaled() { # SECONDS
@@ -44,8 +50,8 @@ stage tests 100 "$python" -m pytest -v -m gpu -n "$processes" --maxschedchunk 1 
   --continue-on-collection-errors $(grep -rlE 'mark\.gpu|: Backend' tests --include='test_*.py') # others import more
 stage step 150 "$python" -m bench.gpu step --precision bf16 ${STEP:---all-shapes} --seconds "$(scaled 116)" --out "$out"
 stage step_fp32 35 "$python" -m bench.gpu step --precision fp32 $STEP --out "$out"
-stage full 45 "$python" -m bench.gpu full --batch 32 --rounds 10 --out "$out"
-stage operators 75 "$python" -m pytest bench/operators -q -p no:cacheprovider --device=cuda --minutes="$(scaled 10)e-1" \
+stage full 45 "$python" -m bench.gpu full --batch 32 --rounds 10 $STEP --out "$out"
+stage operators 75 "$python" -m pytest bench/operators -q -p no:cacheprovider --minutes="$(scaled 10)e-1" \
   --rows="$out/operators.jsonl"
 stage profile 20 "$python" -m bench.gpu profile_step $STEP
 # The sanitizer sees allocations only if PyTorch does not keep freed memory.

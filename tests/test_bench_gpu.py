@@ -14,6 +14,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -56,16 +57,40 @@ def test_stages_run_on_the_cpu(stage, printed, capsys, monkeypatch):
     assert printed in capsys.readouterr().out
 
 
-def test_script_runs_each_stage_with_its_limit(tmp_path):
-    """With `echo` in place of Python; one that cannot run does not stop the others."""
+def script(folder: Path, *stages: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the script with `echo` in place of Python."""
+    environment = os.environ | {"PYTHON": "echo", "OUT": str(folder)} | environment
+    return subprocess.run([SCRIPT, *stages], capture_output=True, text=True, env=environment)
+
+
+def test_script_runs_every_stage(tmp_path, monkeypatch):
+    """One that cannot run does not stop the others; bench.gpu knows the options of each."""
+    called = {stage.__name__: Mock(__name__=stage.__name__) for stage in gpu.STAGES}
+    monkeypatch.setattr(gpu, "STAGES", called.values())
+    *stages, summarised = script(tmp_path, STEP=" ".join(CUT)).stdout.splitlines()
+    assert summarised == f"-m bench.summary {tmp_path}"
+    statuses = dict(re.match(r"(\w+): exit status (\d+), \d+ s since", stage).groups() for stage in stages)
+    assert list(statuses) == "machine tests step step_fp32 full operators profile memcheck racecheck ncu".split()
+    for stage in ("machine", "step", "step_fp32", "full", "profile"):
+        assert statuses[stage] == "0"
+        *_, command = (tmp_path / f"{stage}.txt").read_text().splitlines()
+        gpu.main(command.removeprefix("-m bench.gpu ").split())
+    assert [call.args[0].precision for call in called["step"].call_args_list] == ["bf16", "fp32"]
+    assert {name for name, stage in called.items() if not stage.called} == {"one_step", "smoke"}  # of other programs
+
+
+def test_script_scales_the_limits(tmp_path):
     (tmp_path / "scale").write_text("250\n")
-    environment = os.environ | {"PYTHON": "echo", "OUT": str(tmp_path)}
-    done = subprocess.run([SCRIPT, "step", "racecheck", "ncu"], capture_output=True, text=True, env=environment)
-    assert [line.partition(",")[0] for line in done.stdout.splitlines()] == [
-        "step: exit status 0", "racecheck: exit status 127", "ncu: exit status 127"
-    ]  # fmt: skip
+    assert script(tmp_path, "step").stdout.startswith("step: exit status 0")
     command = f"-m bench.gpu step --precision bf16 --all-shapes --seconds {2.5 * 116:.0f} --out {tmp_path}\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"scale", "log.txt", "step.txt"}
     assert (tmp_path / "step.txt").read_text() == command
+
+
+def test_script_refuses_an_unknown_stage(tmp_path):
+    done = script(tmp_path / "out", "machine", "steps")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "no stage steps; expected some of: machine tests step step_fp32 full " in done.stderr
 
 
 def test_limits_of_the_stages_are_ten_minutes():
