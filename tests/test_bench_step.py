@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -17,11 +19,13 @@ from bench.flops import flops_of
 from bench.published import PublishedStep
 from bench.rows import KINDS, MACHINE
 from skipkernels import testing
+from skipkernels.features import FeatureCache
 from skipkernels.features.table import STORED_DTYPES
 
 SMALL = "--model vit-tiny --classes 20 --device cpu --rounds 1".split()
 CUT = [*SMALL, "--skip-layers", "3"]
 INFER = [*CUT, "--images", "4", "--batch", "2"]
+FEW = "--precision fp32 --implementation skipkernels published".split()
 
 
 @pytest.fixture(autouse=True)
@@ -117,52 +121,70 @@ def test_prompts_have_the_lengths_of_imagenet():
     assert len(set(inputs.class_names(30_000))) == 30_000
 
 
-# ---- wrong steps get no time ---------------------------------------------------------------------------------------
+# ---- wrong results get no time -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def random() -> inputs.Inputs:
-    return inputs.random_inputs("vit-tiny", 4, 20, measure.CPU)
+def scaled(factor: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Multiply the first result of a function, which is a loss."""
+
+    def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            loss, *others = out = right(*arguments)
+            return getattr(out, "_make", tuple)((factor * loss, *others))
+
+        return call
+
+    return wrong
 
 
-def checked_step(random: inputs.Inputs, precision: str = "fp32") -> training.Step:
-    return training.skip_step(random, 3, "fast", precision, training.Published(random, 3))
+def scaled_full_step(factor: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return lambda right: lambda *of: lambda *batch: factor * right(*of)(*batch)
 
 
-def test_skip_step_refuses_different_gradients(monkeypatch, random):
-    right = PublishedStep.__call__
-
-    def wrong(self, features, labels, class_ids=None):
-        loss, class_ids = right(self, features, labels, class_ids)
-        return 1.1 * loss, class_ids
-
-    monkeypatch.setattr(PublishedStep, "__call__", wrong)
-    with pytest.raises(SystemExit, match="do not agree: no timing"):
-        checked_step(random, "bf16")
+def skip_step(random: inputs.Inputs) -> training.Step:
+    return training.skip_step(random, 3, "fast", "fp32", training.Published(random, 3))
 
 
-def test_step_with_other_classes_is_not_timed(monkeypatch, capsys):
-    right = published.choose_classes
-    monkeypatch.setattr(published, "choose_classes", lambda *arguments: torch.arange(len(right(*arguments))))
-    with pytest.raises(SystemExit, match="choose other classes: no timing"):
-        step.main([*CUT, "--no-save", "--precision", "fp32"])
-    assert " ms " not in capsys.readouterr().out
+def full_step(random: inputs.Inputs) -> training.Step:
+    return training.full_fine_tuning(random, "fp32")
 
 
-@pytest.mark.parametrize("factor", [0.999, math.nan])
-def test_full_fine_tuning_refuses_another_loss(monkeypatch, random, factor):
-    right = training.full_step
-    monkeypatch.setattr(training, "full_step", lambda *of: lambda *batch: factor * right(*of)(*batch))
-    with pytest.raises(SystemExit, match="full fine-tuning has another loss: no timing"):
-        training.full_fine_tuning(random, "fp32")
+def prompts(random: inputs.Inputs) -> training.Step:
+    return training.prompt_tuning(random, "fp32", open_clip.get_tokenizer("vit-tiny"))
 
 
-def test_prompt_tuning_refuses_another_loss(monkeypatch, random):
-    right = training.CoOp.step
-    other = lambda self, *batch: right(self, *batch)._replace(loss=right(self, *batch).loss * 1.01)  # noqa: E731
-    monkeypatch.setattr(training.CoOp, "step", other)
-    with pytest.raises(SystemExit, match="prompt tuning has another loss: no timing"):
-        training.prompt_tuning(random, "fp32", open_clip.get_tokenizer("vit-tiny"))
+# A function, a wrong one from the right one, what refuses it, and the message.
+WRONG = {
+    "gradients": (PublishedStep, "__call__", scaled(1.1), skip_step, "two steps do not agree"),
+    "loss": (training, "full_step", scaled_full_step(0.999), full_step, "full fine-tuning has another loss"),
+    "nan": (training, "full_step", scaled_full_step(math.nan), full_step, "full fine-tuning has another loss"),
+    "prompts": (training.CoOp, "step", scaled(1.01), prompts, "prompt tuning has another loss"),
+    "classes": (
+        published, "choose_classes", lambda right: lambda *of: torch.arange(len(right(*of))),
+        lambda _: step.main([*CUT, *FEW]), "two steps choose other classes",
+    ),
+    "logits": (
+        sk.SkipCLIP, "predict", lambda right: lambda self, x: right(self, x).roll(1, dims=1),
+        lambda _: infer.main(INFER), "logits of skipkernels.* are not the published ones",
+    ),
+    "weights": (
+        torch.optim.SGD, "__init__", lambda right: partialmethod(right, nesterov=True),
+        lambda _: memory.main(CUT), "the two optimizers leave other weights",
+    ),
+    "features": (
+        FeatureCache, "__getitem__", lambda right: lambda self, item: right(self, 0),
+        lambda _: cache.main(["build", *CUT, "--batch", "2"]), "other features",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("owner", "name", "wrong", "measures", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_results_are_not_timed(monkeypatch, results, capsys, owner, name, wrong, measures, message):
+    random = inputs.random_inputs("vit-tiny", 4, 20, measure.CPU)
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+    with pytest.raises(SystemExit, match=f"{message}.*: no (timing|measurement)"):
+        measures(random)
+    assert " ms " not in capsys.readouterr().out and not list(results.iterdir())
 
 
 # ---- bench.infer, bench.memory and bench.cache ----------------------------------------------------------------------
@@ -175,14 +197,6 @@ def test_infer_writes_a_row_per_implementation(results):
     for implementation, row in found.items():
         assert float(row["images_s"]) == pytest.approx(4000 / float(row["p50_ms"]), rel=0.01)
         assert (row["faster"] == "") == (implementation == "skipkernels") and float(row["above_floor"]) > 0
-
-
-def test_infer_refuses_wrong_logits(monkeypatch, capsys):
-    right = sk.SkipCLIP.predict
-    monkeypatch.setattr(sk.SkipCLIP, "predict", lambda self, x: right(self, x).roll(1, dims=1))
-    with pytest.raises(SystemExit, match="are not the published ones: no timing"):
-        infer.main([*INFER, "--precision", "bf16"])
-    assert " ms " not in capsys.readouterr().out
 
 
 def test_infer_recomputes_text_features():
@@ -209,13 +223,6 @@ def test_memory_writes_a_row_per_optimizer(results, monkeypatch):
     assert (theirs["optimizer"], ours["optimizer"]) == ("torch.optim.SGD", "FusedSGD")
     assert theirs["saved_mib"] == ours["saved_mib"] and theirs["K"] == ours["K"] == "11"
     assert float(ours["gradients_mib"]) < float(theirs["gradients_mib"]) / 2 and float(ours["p50_ms"]) > 0
-
-
-def test_memory_refuses_different_weights(monkeypatch, results):
-    monkeypatch.setitem(memory.OPTIMIZERS, "torch.optim.SGD", partial(torch.optim.SGD, nesterov=True))
-    with pytest.raises(SystemExit, match="the two optimizers leave other weights: no measurement"):
-        memory.main([*CUT, "--precision", "bf16"])
-    assert not list(results.iterdir())
 
 
 @pytest.mark.parametrize(
