@@ -344,14 +344,6 @@ def not_reached(jobs: Sequence[Job]) -> Iterator[str]:
             yield f"{path} is reached by no call in a record of bench/operators"
 
 
-def read_table() -> list[Row]:
-    return tables.read(TABLE, Row)
-
-
-def write_table(rows: Sequence[Row]) -> None:
-    tables.write(TABLE, rows)
-
-
 def print_rows(rows: Sequence[Row]) -> None:
     """Print a line for each kernel and target, with ranges over dtypes and shapes."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
@@ -408,7 +400,8 @@ def main() -> None:
     if whole and set(args.op) == set(OPERATORS):
         problems += not_reached(jobs)
     if args.check:
-        table = [row for row in read_table() if row.op in ops and row.target in args.target and row.dtype in args.dtype]
+        table = [row for row in tables.read(TABLE, Row) if row.op in ops and row.target in args.target]
+        table = [row for row in table if row.dtype in args.dtype]
         if args.quick:
             shapes = {(job.op, job.dtype, job.shape) for job in jobs}
             table = [row for row in table if (row.op, row.dtype, row.shape) in shapes]
@@ -417,10 +410,10 @@ def main() -> None:
         print_rows(rows)
     report(console, len(rows), problems)
     if whole and not (args.check or args.no_save) and set(args.target) == set(ARCHITECTURES):
-        others = [row for row in read_table() if row.op not in ops]
+        others = [row for row in tables.read(TABLE, Row) if row.op not in ops]
         new = [row for row in rows if row.target in IN_TABLE]
         places = {op: place for place, op in enumerate(CALLS)}
-        write_table(sorted([*others, *new], key=lambda row: (IN_TABLE.index(row.target), places[row.op])))
+        tables.write(TABLE, sorted([*others, *new], key=lambda row: (IN_TABLE.index(row.target), places[row.op])))
         console.print(f"wrote {TABLE}")
 
 

@@ -22,14 +22,12 @@ the meta device. A call of a multi-tensor operator counts as one launch. FLOPs a
 suffixes are packed without spare rows.
 
 `--check` fails if a count is larger than in the table, or smaller, so that an improvement is recorded. If another minor
-version of torch made the table, it fails only if a count is larger by more than ALLOWANCE. The launches of each
-operator are compared with bench/results/launches.csv.
+version of torch made the table, it fails only if a count is larger by more than ALLOWANCE.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -41,17 +39,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import skipkernels as sk
 from skipkernels import casts, testing
 from skipkernels.casts import Casts
-from skipkernels.ops import OPERATORS, launching, registration
+from skipkernels.ops import launching, registration
 from skipkernels.selection import RankSampler
 
 from . import measure, tables
 from .flops import flops_of
 from .inputs import PRECISIONS, autocast, random_inputs
-from .launches import CALLS
 from .meta_device import ARCHITECTURES, WithoutProducts, meta_as_gpu, recording
 
 TABLE = measure.RESULTS / "counts.csv"
-LAUNCHES = measure.RESULTS / "launches.csv"
 ALLOWANCE = 1.05  # for another version of torch, which may split an operator into others
 COUNTS = ("flops", "saved_bytes", "gradient_bytes", "calls", "launches", "triton", "waits")
 STEP, PREDICT = "SkipCLIP, step", "SkipCLIP, predict"
@@ -161,16 +157,6 @@ def launches_of(op: str, arguments: Sequence[Any]) -> int:
     return calls.torch + len(recorded)
 
 
-def launches_by_operator() -> Iterator[dict[str, Any]]:
-    """Kernels of one call of every operator, forward and backward."""
-    for op in OPERATORS:
-        call = next(CALLS[op](torch.float32))
-        launches = launches_of(op, call.arguments)
-        if f"{op}_backward" in CALLS:
-            launches += launches_of(f"{op}_backward", next(CALLS[f"{op}_backward"](torch.float32)).arguments)
-        yield {"op": op, "shape": call.shape, "launches": launches}
-
-
 def counts_of(function: Callable[[], Any], *, gpu: bool = False) -> dict[str, int]:
     """FLOPs, calls, launches and waits of one call; with `gpu`, of its work on the meta device."""
     calls = _Calls(gpu=gpu)
@@ -278,46 +264,20 @@ def _predict(clip: sk.SkipCLIP, features: Tensor, precision: str) -> dict[str, i
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def differences(name: str, before: int, now: int, exact: bool = True) -> Iterator[str]:
-    """Yield the difference between a count and the committed one."""
-    if now > (before if exact else ALLOWANCE * before):
-        yield f"{name} {before:,} → {now:,}"
-    elif exact and now < before:
-        yield f"{name} {before:,} → {now:,}, better than in the table: run python -m bench.counts"
-
-
 def worse_than(committed: Row, row: Row) -> Iterator[str]:
     """Yield each count that differs from the committed row."""
+    exact = committed.torch == row.torch
     for name in COUNTS:
-        pair, exact = (getattr(committed, name), getattr(row, name)), committed.torch == row.torch
-        for difference in differences(name, *pair, exact):
-            yield f"{row.name}: {difference}"
+        before, now = getattr(committed, name), getattr(row, name)
+        if now > (before if exact else ALLOWANCE * before):
+            yield f"{row.name}: {name} {before:,} → {now:,}"
+        elif exact and now < before:
+            yield f"{row.name}: {name} {before:,} → {now:,}, better than in the table: run python -m bench.counts"
 
 
 def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
     """Differences between counts and `table`, the part of the committed table that was selected."""
     return tables.compare(rows, table, TABLE, "counts", worse_than)
-
-
-def compare_launches() -> Iterator[str]:
-    """Yield each operator with another number of launches than in launches.csv."""
-    with LAUNCHES.open(newline="") as file:
-        committed = {(row["op"], row["shape"]): row["launches"] for row in csv.DictReader(file)}
-    for row in launches_by_operator():
-        key = row["op"], row["shape"]
-        if key not in committed:
-            yield f"{row['op']} ({row['shape']}) is missing from {LAUNCHES.name}"
-        else:
-            for difference in differences("launches", int(committed[key]), row["launches"]):
-                yield f"{row['op']} ({row['shape']}): {difference}"
-
-
-def read_table() -> list[Row]:
-    return tables.read(TABLE, Row)
-
-
-def write_table(rows: Sequence[Row]) -> None:
-    tables.write(TABLE, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -340,12 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         columns = ("what", "model", "C", "K", "precision", "memory", "optimizer", *COUNTS)
         tables.show(columns, [[getattr(row, name) for name in columns] for row in rows])
         if not (args.no_save or args.model or args.classes):
-            write_table(rows)
-            tables.write_dicts(LAUNCHES, launches_by_operator())
-            print(f"wrote {TABLE} and {LAUNCHES.name}")
+            tables.write(TABLE, rows)
+            print(f"wrote {TABLE}")
         return
-    table = [row for row in read_table() if selected(row)]
-    problems = [*compare(rows, table), *compare_launches()]
+    problems = list(compare(rows, [row for row in tables.read(TABLE, Row) if selected(row)]))
     for problem in problems:
         print(problem)
     print(f"{len(rows)} rows, {len(problems)} problems")

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
-import torch.nn.functional as F
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from skipkernels.app.data import InputError
 from skipkernels.app.train.model import RANDOM, load_model
@@ -18,7 +16,6 @@ from skipkernels.app.train.model import RANDOM, load_model
 from . import measure
 
 PRECISIONS = ("fp32", "bf16")
-META_CLIP_2 = "MetaCLIP-2-B-16"
 open_clip.add_model_config(Path(__file__).with_name("vit-tiny.json"))  # for quick runs
 
 
@@ -57,26 +54,9 @@ def parser(description: str, *, several: bool = False, **defaults: Any) -> argpa
     return parser
 
 
-class MetaClip2(nn.Module):
-    """MetaCLIP 2 ViT-B/16 of transformers, which open_clip has in larger sizes only, called as a model of open_clip."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        vision = {"patch_size": 16, "projection_dim": 512}
-        self.clip = transformers.MetaClip2Model(transformers.MetaClip2Config(vision_config=vision))
-
-    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """Embeddings [B, D] of unit norm."""
-        return F.normalize(self.clip.get_image_features(images).pooler_output, dim=1)
-
-
 def random_inputs(model: str, images: int, classes: int, device: torch.device) -> Inputs:
     """Random inputs, the same on each call. Where the tokenizer would be downloaded, random tokens of full length."""
     text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
-    if model == META_CLIP_2:
-        images_of = torch.randn(images, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
-        empty = torch.empty(0, dtype=torch.int64)
-        return Inputs(MetaClip2().to(device), empty, images_of, empty)
     if "hf_tokenizer_name" in text:
         clip = open_clip.create_model(model, device=device)
         torch.manual_seed(0)

@@ -101,20 +101,21 @@ def compare(
     flops: Mapping[tuple[str, str], float],
     moved: Mapping[tuple[str, str], int],
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """Columns of each implementation and precision, all of which have run before: times, our speed-up, and the floor.
-
-    The floor is the time of `flops` at the rate of a large product, and of `moved` bytes at the rate of a copy.
-    """
+    """Columns of each implementation and precision, all of which have run before: times, our speed-up and the floor."""
     seconds, columns = time_alternately(functions, rounds, device, warm_up=False), {}
     for (name, precision), times in seconds.items():
         row: dict[str, Any] = milliseconds(times) | {"rounds": rounds}
         if name != OURS and (OURS, precision) in seconds:
             row["faster"] = round(median_ratio(times, seconds[OURS, precision]), 3)
-        floor = flops[name, precision] / matrix_rate(device, DTYPES[precision])
-        floor += moved[name, precision] / bandwidth(device)
-        row |= {"floor_ms": round(1000 * floor, 3), "above_floor": round(quantile(times, 0.5) / floor, 3)}
+        least = floor(flops[name, precision], DTYPES[precision], moved[name, precision], device)
+        row |= {"floor_ms": round(1000 * least, 3), "above_floor": round(quantile(times, 0.5) / least, 3)}
         columns[name, precision] = row
     return columns
+
+
+def floor(flops: float, dtype: torch.dtype, moved: float, device: torch.device) -> float:
+    """Seconds of operations at the rate of a large product, and of `moved` bytes at the rate of a copy."""
+    return flops / matrix_rate(device, dtype) + moved / bandwidth(device)
 
 
 @functools.cache

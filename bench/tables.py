@@ -27,15 +27,6 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | Non
     console.print(table)
 
 
-def write_dicts(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows with equal columns."""
-    first, *rest = rows
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(first), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([first, *rest])
-
-
 def read(path: Path, kind: type[R]) -> list[R]:
     """Read the rows of a table; none if there is no file."""
     if not path.exists():

@@ -10,7 +10,7 @@ def test_launches_are_those_that_are_counted():
     """The update is in backward, and in bf16 it writes the casts, which is counted of an update in `step`."""
     counted = {
         (row.precision, row.optimizer): row.launches
-        for row in counts.read_table()
+        for row in tables.read(counts.TABLE, counts.Row)
         if (row.model, row.B, row.C, row.memory) == (gpu_model.MODEL, 4, 1000, "fast")
     }
     casts = counted["bf16", counts.SGD] - counted["bf16", counts.KEPT]

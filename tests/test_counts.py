@@ -107,16 +107,3 @@ ROW = counts.Row(
 def test_compare_finds_larger_counts(changes, problem):
     found = list(counts.compare([ROW._replace(**changes)], [ROW]))
     assert (problem is None and not found) or problem in found[0]
-
-
-@pytest.mark.parametrize(
-    ("ours", "problem"), [(3, None), (2, "launches 2 → 3"), (4, "launches 4 → 3, better"), (None, "is missing from")]
-)
-def test_compare_launches_of_an_operator(monkeypatch, tmp_path, ours, problem):
-    counted = {"op": "add_layer_norm", "shape": "T788-W768", "launches": 3}
-    monkeypatch.setattr(counts, "launches_by_operator", lambda: iter([counted]))
-    monkeypatch.setattr(counts, "LAUNCHES", tmp_path / "launches.csv")
-    lines = ["op,shape,launches"] + ([] if ours is None else [f"add_layer_norm,T788-W768,{ours}"])
-    counts.LAUNCHES.write_text("\n".join(lines))
-    found = list(counts.compare_launches())
-    assert (problem is None and not found) or problem in found[0]
