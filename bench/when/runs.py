@@ -249,14 +249,15 @@ def chosen(run: Run) -> list[dict[str, Any]]:
     open_data = partial(tasks.source, run.shift, run.phase, run.seed, run.drawings)
     torch.manual_seed(run.seed)
     tuning = TuneRun(run.config(), open_data, ALONE, None)
-    tuning.compute_features()
+    tuning.embed()
     setup, tests = tuning.setup, tuning.setup.test_features()
     zero_shot = accuracies(setup, setup.zero_shot, tests)
     started = time.perf_counter()
     tuning.choose()
-    trainer = tuning.trainer()
+    tuning.prepare()
     with tuning.display:
-        tuning.train(trainer)
+        tuning.train()
+    tuning.complete()
     assert tuning.choice is not None
     found = accuracies(setup, tuning.method, tests, tuning.method.fitted)
     cost = {"steps": sum(row["steps"] for row in tuning.rows), "train_s": round(time.perf_counter() - started, 2)}

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ...digests import digest_file
 from ...folders import restored
 from ..config import TuneConfig
 from ..data import InputError, SizedDataset
@@ -17,10 +16,11 @@ from ..train.calibration import calibrate
 from ..train.checkpoint import MODEL
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluation, Evaluator
-from ..train.fitted_head import save_head, use_fitted_head
+from ..train.fitted_head import use_fitted_head
 from ..train.interpolation import Interpolation
 from ..train.own_dataset import KIND, OwnData
 from ..train.predictions import TestPredictions
+from ..train.results import weights_size
 from ..train.run_folder import CONFIG, RunFolder, read_metrics, read_model
 from ..train.setup import RunSetup, build_run
 from .output import check_blended
@@ -181,12 +181,8 @@ def _write(
     tests: list[TestPredictions],
 ) -> None:
     with folder.replaced():
-        file = folder.path / MODEL
-        weights.save_weights(file, setup.method.state_dict())
-        metrics["checkpoint"] = {"file": MODEL, "mib": round(file.stat().st_size / 2**20, 1)}
-        described = save_head(folder.path, setup.method.fitted, described)
-        described = replace(described, weights_xxh3=digest_file(file))
-        described.write(folder.path)
+        described = folder.write_model(described, setup.method.state_dict(), setup.method.fitted)
+        metrics["checkpoint"] = weights_size(setup.method.state_dict())
         write_open_clip_config(folder.path, setup.model, setup.tokenizer)
         folder.write_card(described, metrics)
         folder.write_report(metrics, tests, [])

@@ -51,14 +51,14 @@ class Checkpoint(NamedTuple):
     settings: dict[str, Any]  # `TuneConfig.identity`
     rows: list[dict[str, Any]]  # of metrics.jsonl
     seconds: float  # since the start of the run
-    training: dict[str, Any] | None  # state of the trainer; None for a method without epochs
+    training: dict[str, Any]  # state of the trainer
 
 
 def save(
     run: Path,
     weights: Mapping[str, Tensor],
     described: Description,
-    training: dict[str, Any] | None,
+    training: dict[str, Any],
     *,
     settings: dict[str, Any],
     rows: list[dict[str, Any]],

@@ -12,9 +12,9 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -24,7 +24,6 @@ from ...folders import (
     delete_folder,
     is_locked,
     locked,
-    replace_copy,
     replace_text,
     replaced_folder,
     restored,
@@ -42,6 +41,11 @@ from .errors import argument_error
 from .model_card import CARD, model_card
 from .plain_config import OPEN_CLIP
 from .predictions import PREDICTIONS, TestPredictions, save
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..heads import Head
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT, CANDIDATES = "few_shot.json", "candidates.json"
@@ -325,16 +329,14 @@ class RunFolder:
         """Delete the checkpoint of a run that is complete or starts again."""
         delete_folder(self.path / checkpoint.FOLDER)
 
-    def publish(self, described: Description, save: Callable[[Path], None] | None) -> None:
-        """Put the weights and their description into the run folder.
+    def write_model(self, described: Description, weights: Mapping[str, Tensor], head: Head | None) -> Description:
+        """Write the weights, the head, if there is one, and their description, which is returned."""
+        from .fitted_head import save_head
+        from .weights import save_weights
 
-        The weights are those of the best epoch of the checkpoint; or those that `save` writes to a path.
-        """
-        folder, target = self.path / checkpoint.FOLDER, self.path / described.weights
-        source = folder / BEST if (folder / BEST).exists() else folder / target.name
-        with self.writing(target.name):
-            if save is None:
-                replace_copy(target, source)
-            else:
-                save(target)
-            dataclasses.replace(described, weights_xxh3=digest_file(target)).write(self.path)
+        path = self.path / MODEL
+        with self.writing(MODEL):
+            save_weights(path, weights)
+            described = save_head(self.path, head, dataclasses.replace(described, weights_xxh3=digest_file(path)))
+            described.write(self.path)
+        return described

@@ -115,16 +115,8 @@ def tune(
     if finished is not None:
         return finished
     with ignore_write_errors(console), _memory_errors(), _seeded(config):
-        # Data, model and method; then the features of all images, and training.
-        run = Run(config, open_data, processes, folder, console=console, command=command, loggers=loggers)
-        with run.reported(), run.display:
-            run.compute_features()
-            run.choose()
-            trainer = run.trainer()
-            with contextlib.nullcontext() if folder is None else folder.lock():
-                run.begin(trainer)
-                run.train(trainer)
-                return processes.from_first(run.finish)
+        # Data, model and method; then the steps of the run.
+        return Run(config, open_data, processes, folder, console=console, command=command, loggers=loggers).execute()
 
 
 def check(config: TuneConfig) -> None:

@@ -40,12 +40,12 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def let_accuracy_fall(patch: pytest.MonkeyPatch) -> None:
     """Validation accuracies that fall, so that the first epoch is the best."""
-    complete = Run._complete
+    end = Run._end_epoch
 
-    def completed(self, row, *others):
-        complete(self, row | {"validation": row["validation"] and -row["epoch"]}, *others)
+    def ended(self, row, evaluation):
+        end(self, row | {"validation": row["validation"] and -row["epoch"]}, evaluation)
 
-    patch.setattr(Run, "_complete", completed)
+    patch.setattr(Run, "_end_epoch", ended)
 
 
 def config_of(name: str, folder: Path, **changes: Any) -> TuneConfig:

@@ -15,7 +15,7 @@ from skipkernels.app import report
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
-from skipkernels.app.train import checkpoint, trainer, tune
+from skipkernels.app.train import trainer, tune
 from skipkernels.app.train.run_folder import read_metrics
 from tests.app.runs import fails, files, results, shortened, small, stopped
 
@@ -56,17 +56,6 @@ def test_resume_continues_crops_of_a_cache(tmp_path):
     stopped(tmp_path / "cut", step=4, cache=tmp_path / "cache", cache_dtype="fp32", **changes)
     tune(small(tmp_path / "cut", cache=tmp_path / "cache", cache_dtype="fp32", resume=True, **changes))
     assert results(tmp_path / "cut")[1:] == results(tmp_path / "whole")[1:]
-
-
-@pytest.mark.parametrize("training", [{}, [1]], ids=str)
-def test_resume_refuses_foreign_training_state(copy, training):
-    found = checkpoint.load(copy)
-    foreign = found._replace(training=training)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "load", lambda run: foreign)
-        with pytest.raises(InputError, match=r"checkpoint: not the training state of this run: .*`overwrite=True`\.$"):
-            tune(small(copy, resume=True))
-    assert checkpoint.load(copy).rows == found.rows, "the checkpoint is kept"
 
 
 def test_resume_of_complete_run(run, capsys):

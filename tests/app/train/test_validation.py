@@ -17,13 +17,13 @@ STEP = 8  # of the fourth epoch, of two steps each
 @pytest.fixture(scope="module", autouse=True)
 def accuracies():
     """Validation accuracies of the rows."""
-    complete = Run._complete
+    end = Run._end_epoch
 
-    def completed(self, row, *others):
-        complete(self, row | {"validation": ACCURACIES[row["epoch"]]}, *others)
+    def ended(self, row, evaluation):
+        end(self, row | {"validation": ACCURACIES[row["epoch"]]}, evaluation)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_complete", completed)
+        patch.setattr(Run, "_end_epoch", ended)
         yield
 
 
