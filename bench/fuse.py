@@ -71,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = ("eager", "checkpointing", "compile", "fuse-fast", "fuse-balanced", "fuse-min")
     options.add_argument("--implementations", nargs="+", choices=names, default=names, help="eager must be one of them")
     options.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="image tower alone, or both on pairs")
-    options.add_argument("--no-time", action="store_true", help="measure only the bytes, which no other load changes")
     args = options.parse_args(arguments)
     cases = [(model, B, precision) for model in args.model for B in args.batch for precision in args.precision]
     for model, B, precision in cases:
@@ -100,12 +99,12 @@ def rows_of(
     saved = {name: saved_bytes(loss) for name, loss in losses.items()}
     rows = [{"implementation": name, "part": part, "saved_mib": round(size / 2**20, 1)} for name, size in saved.items()]
     steps = {name: partial(gradients_of, model, losses[name]) for name, model in models.items()}
-    seconds = {} if args.no_time else measure.time_alternately(steps, args.rounds, args.device)
+    seconds = measure.time_alternately(steps, args.rounds, args.device)
     for row in rows:
         name = row["implementation"]
-        row |= measure.milliseconds(seconds[name]) if seconds else {}
-        time = f", {measure.median_ratio(seconds[name], seconds['eager']):.2f} of its time" if seconds else ""
-        print(f"{part:6} {name:14} {row['saved_mib']:8} MiB, {saved[name] / saved['eager']:.2f} of eager's{time}")
+        row |= measure.milliseconds(seconds[name])
+        size, time = saved[name] / saved["eager"], measure.median_ratio(seconds[name], seconds["eager"])
+        print(f"{part:6} {name:14} {row['saved_mib']:8} MiB, {size:.2f} of the bytes, {time:.2f} of the time of eager")
     return rows
 
 

@@ -162,8 +162,7 @@ def full(args: argparse.Namespace) -> None:
     inputs = _random_inputs(args.model, args.batch, args.batch, args.device)
     inputs.model.train().requires_grad_(True)
     models = fuse.implementations(inputs.model, ("eager", "compile", "fuse-fast"))
-    options = argparse.Namespace(**vars(args) | {"no_time": False})
-    rows = fuse.rows_of(options, models, inputs, "pairs", args.precision)
+    rows = fuse.rows_of(args, models, inputs, "pairs", args.precision)
     _write(args, full={"B": args.batch, "ms": {row["implementation"]: row["p50_ms"] for row in rows}})
 
 

@@ -1,8 +1,8 @@
 """Peers: functions of other packages that do the same job, or the reason why they cannot run here. All are optional.
 
 The functions of one job have one signature. They are called as these versions are: cut-cross-entropy 25.1.1,
-inf-cl 1.2.1, liger-kernel 0.8.5, memeff 0.3.1, xformers 0.0.35. Results are
-checked before timing, which shows if another version behaves differently.
+inf-cl 1.2.1, liger-kernel 0.8.5, memeff 0.3.1, xformers 0.0.35. Results are checked before timing, which shows if
+another version behaves differently.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ class Peer(NamedTuple):
 
     function: Callable[..., Tensor] | None
     note: str = ""
+
+
+def adapted(peers: dict[str, Peer], adapt: Callable[[Any], Callable[..., Any]]) -> dict[str, Peer]:
+    """The peers with functions that `adapt` returns for theirs."""
+    return {name: peer._replace(function=peer.function and adapt(peer.function)) for name, peer in peers.items()}
 
 
 def cross_entropies(device: torch.device, dtype: torch.dtype, B: int) -> dict[str, Peer]:
@@ -67,11 +72,9 @@ def contrastive_losses(device: torch.device, dtype: torch.dtype, B: int) -> dict
             image, text
         )
 
-    found = {
-        name: peer if peer.function is None else Peer(both_directions(peer.function), peer.note)
-        for name, peer in cross_entropies(device, dtype, B).items()
+    return adapted(cross_entropies(device, dtype, B), both_directions) | {
+        "memeff": _package(device, "memeff", "memeff", textbook)
     }
-    return found | {"memeff": _package(device, "memeff", "memeff", textbook)}
 
 
 def layer_norms(device: torch.device) -> dict[str, Peer]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import measure, peers
-from bench.operators import COMPILED, Case, Run, test_operators
+from bench.operators import COMPILED, Case, Run, Work, test_operators
 from bench.operators.gate import Gate
 from bench.rows import KINDS, MACHINE, Device
 from skipkernels.ops import OPERATORS
@@ -53,11 +53,9 @@ def doubling(factor: float = 2.0, flops: int = 0) -> Case:
             COMPILED: run(lambda x: x * 2.0),
         },
         truth=lambda: [x.detach().double() * 2, 2 * d_y.double()],
-        moved=64 << 20,
-        flops=flops,
+        work=Work(64 << 20, flops, "≥ 1"),
         absent={"absent peer": "needs a GPU"},
         versions={"peer": "peer 1.2"},
-        target="≥ 1",
     )
 
 
@@ -130,7 +128,7 @@ def test_replays_take_turns_with_inputs_of_their_own(monkeypatch):
             number = next(numbers)
             return {"skipkernels": lambda: number, "eager": lambda: -number, "peer": lambda: "fails"}
 
-        return Case("N1", copy(), lambda: [], moved, copy=copy)
+        return Case("N1", copy(), lambda: [], Work(moved), copy=copy)
 
     def seconds_of(function, device, calls=1, before=None):
         if before is None:
@@ -270,7 +268,7 @@ def test_command_saves_rows(tmp_path):
 def test_cases_of_every_operator_are_correct(name):
     """In bf16; those in fp32 are checked with their copies."""
     case = case_of(name, torch.bfloat16)
-    assert {"skipkernels", "eager"} <= set(case.runs) and case.moved > 0
+    assert {"skipkernels", "eager"} <= set(case.runs) and case.work.moved > 0
     assert COMPILED in {*case.runs, *case.absent}
     assert Gate(case, torch.bfloat16, CPU).error_of("skipkernels") == ""
 

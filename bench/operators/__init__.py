@@ -20,6 +20,17 @@ OURS, COMPILED = "skipkernels", "compiled reference"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Work(NamedTuple):
+    """Work of a case, forward and backward."""
+
+    moved: int
+    """Least bytes to read and write."""
+    flops: int = 0
+    """Least FLOPs of matrix products."""
+    target: str = ""
+    """Goal of the speed-up over eager, such as "≥ 2.5", or ""."""
+
+
 class Case(NamedTuple):
     """One shape and dtype of an operator, with its implementations and the correct result."""
 
@@ -30,37 +41,59 @@ class Case(NamedTuple):
     as a user would write it), and peers. Each returns results and gradients in the same order."""
     truth: Run
     """Results and gradients of the reference in fp64."""
-    moved: int
-    """Least bytes to read and write, forward and backward."""
-    flops: int = 0
-    """Least FLOPs of matrix products, forward and backward."""
+    work: Work
     absent: dict[str, str] = {}
     """Implementations that cannot run here, with the reason."""
     versions: dict[str, str] = {}
     """Package version of each peer."""
     prepare: Callable[[], object] = lambda: None
     """Called before each run that is checked; restores the inputs of an in-place operator."""
-    target: str = ""
-    """Goal of the speed-up over eager, such as "≥ 2.5", or ""."""
     copy: Callable[[], dict[str, Run]] | None = None
     """Returns the same runs with inputs of their own."""
+
+
+class Arguments(NamedTuple):
+    """Arguments of a function, and the gradients of its results."""
+
+    inputs: Sequence[Any]
+    """Positional; all floating-point tensors but the last `constants` get gradients."""
+    d_outputs: Sequence[Tensor] = ()
+    """None for the forward pass alone."""
+    options: dict[str, Any] = {}
+    """Keyword arguments."""
+    constants: int = 0
+
+    def converted(self, convert: Callable[[Tensor], Tensor]) -> Arguments:
+        """The same with new tensors, of which those that get gradients are leaves."""
+        differentiated = len(self.inputs) - self.constants if self.d_outputs else 0
+        inputs = [
+            convert(x.detach()).requires_grad_(place < differentiated and x.is_floating_point())
+            if isinstance(x, Tensor)
+            else x
+            for place, x in enumerate(self.inputs)
+        ]
+        return self._replace(inputs=inputs, d_outputs=[convert(x) for x in self.d_outputs])
+
+    def run(self, function: Callable[..., Any]) -> Run:
+        """A run that returns the results of a function, and the gradients of its inputs."""
+        leaves = [x for x in self.inputs if isinstance(x, Tensor) and x.requires_grad]
+
+        def run() -> list[Tensor]:
+            outputs = function(*self.inputs, **self.options)
+            outputs = [outputs] if isinstance(outputs, Tensor) else [*outputs]
+            return [*outputs, *torch.autograd.grad(outputs, leaves, self.d_outputs)] if self.d_outputs else outputs
+
+        return run
 
 
 def case(
     shape: str,
     functions: dict[str, Callable[..., Any]],
     reference: Callable[..., Any],
-    inputs: Sequence[Any],
-    d_outputs: Sequence[Tensor] = (),
-    *,
-    moved: int,
-    flops: int = 0,
-    target: str = "",
+    arguments: Arguments,
+    work: Work,
     peers: dict[str, Peer] | None = None,
-    adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
     not_compiled: str = "",
-    constants: int = 0,
-    **options: Any,
 ) -> Case:
     """The case of a pure operator.
 
@@ -68,63 +101,37 @@ def case(
         shape: Shape in the form of test ids.
         functions: Implementations with the signature of the reference.
         reference: The correct result in fp64; also timed under torch.compile.
-        inputs: Positional arguments; all floating-point tensors but the constants get gradients.
-        d_outputs: Gradients of the results; none for the forward pass alone.
-        moved: Least bytes to read and write.
-        flops: Least FLOPs of matrix products.
-        target: Goal of the speed-up over eager.
-        peers: Functions of other packages, with one common signature.
-        adapt: Turns a peer's function into one with the signature of the reference.
+        arguments: Of all of them.
+        work: Of all of them.
+        peers: Functions of other packages with the signature of the reference.
         not_compiled: Reason to leave out the compiled reference.
-        constants: Number of inputs at the end that get no gradients.
-        options: Keyword arguments.
     """
     peers = peers or {}
     usable = {name: peer for name, peer in peers.items() if peer.function is not None}
-    functions = functions | {name: adapt(peer.function) for name, peer in usable.items() if peer.function is not None}
-    if not not_compiled:
+    functions = functions | {name: peer.function for name, peer in usable.items()}
+    absent = {name: peer.note for name, peer in peers.items() if name not in usable}
+    if not_compiled:
+        absent = {COMPILED: not_compiled} | absent
+    else:
         functions = functions | {COMPILED: compiled(reference)}
-    absent = {COMPILED: not_compiled} if not_compiled else {}
-    absent |= {name: peer.note for name, peer in peers.items() if name not in usable}
-    differentiated = len(inputs) - constants if d_outputs else 0
-    inputs = [x.detach().requires_grad_(place < differentiated) if _is_real(x) else x for place, x in enumerate(inputs)]
 
-    def truth() -> list[Tensor]:
-        wide = [x.detach().double().requires_grad_(x.requires_grad) if _is_real(x) else x for x in inputs]
-        return _run_of(reference, wide, options, [x.double() for x in d_outputs])()
+    def runs(arguments: Arguments) -> dict[str, Run]:
+        return {name: arguments.run(function) for name, function in functions.items()}
 
-    def runs_on(inputs: Sequence[Any], d_outputs: Sequence[Tensor]) -> dict[str, Run]:
-        return {name: _run_of(function, inputs, options, d_outputs) for name, function in functions.items()}
-
-    def copy() -> dict[str, Run]:
-        return runs_on([_copy(x) if isinstance(x, Tensor) else x for x in inputs], [_copy(x) for x in d_outputs])
-
-    versions = {name: peer.note for name, peer in usable.items()}
-    return Case(shape, runs_on(inputs, d_outputs), truth, moved, flops, absent, versions, target=target, copy=copy)
+    return Case(
+        shape=shape,
+        runs=runs(arguments.converted(lambda x: x)),
+        truth=lambda: arguments.converted(lambda x: x.double() if x.is_floating_point() else x).run(reference)(),
+        work=work,
+        absent=absent,
+        versions={name: peer.note for name, peer in usable.items()},
+        copy=lambda: runs(arguments.converted(_copy)),
+    )
 
 
 def _copy(x: Tensor) -> Tensor:
     """A copy with the same strides."""
-    out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    return out.copy_(x.detach()).requires_grad_(x.requires_grad)
-
-
-def _is_real(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
-def _run_of(
-    function: Callable[..., Any], inputs: Sequence[Any], options: dict[str, Any], d_outputs: Sequence[Tensor]
-) -> Run:
-    """A run that returns the results of a function, and the gradients of its inputs."""
-    leaves = [x for x in inputs if _is_real(x) and x.requires_grad]
-
-    def run() -> list[Tensor]:
-        outputs = function(*inputs, **options)
-        outputs = [outputs] if isinstance(outputs, Tensor) else [*outputs]
-        return [*outputs, *torch.autograd.grad(outputs, leaves, d_outputs)] if d_outputs else outputs
-
-    return run
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

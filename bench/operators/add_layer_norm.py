@@ -12,7 +12,7 @@ from skipkernels import functional, reference
 from skipkernels.ops.add_layer_norm import MAX_WIDTH
 
 from .. import peers
-from . import CPU, OURS, Case, Random, case
+from . import CPU, OURS, Arguments, Case, Random, Work, case
 from .record import Call, Record, on_meta
 
 # Rows and width: tokens of four images; suffixes of 26 and of 788 classes, five tokens each.
@@ -40,13 +40,10 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             f"T{T}-W{W}",
             {OURS: functional.add_layer_norm, "eager": eager},
             reference.add_layer_norm,
-            [random(T, W), random(T, W), random(W), random(W)],
-            [random(T, W), random(T, W)],
+            Arguments([random(T, W), random(T, W), random(W), random(W)], [random(T, W), random(T, W)]),
             # Forward reads two and writes two, backward reads three and writes one; weight, bias and their gradients.
-            moved=(8 * T + 5) * W * dtype.itemsize,
-            target="≥ 1.5" if dtype == torch.float32 else "≥ 2.5",
-            peers=peers.layer_norms(device),
-            adapt=after_addition,
+            Work((8 * T + 5) * W * dtype.itemsize, target="≥ 1.5" if dtype == torch.float32 else "≥ 2.5"),
+            peers.adapted(peers.layer_norms(device), after_addition),
         )
 
 

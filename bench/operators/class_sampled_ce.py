@@ -17,7 +17,7 @@ from skipkernels import functional, reference
 from skipkernels.ops.class_sampled_ce import REDUCTIONS
 
 from .. import peers
-from . import CPU, OURS, Case, Random, case
+from . import CPU, OURS, Arguments, Case, Random, Work, case
 from .record import Call, Record, ids, on_meta
 
 # B, C, K, D. At K = C there are no class_ids.
@@ -75,17 +75,20 @@ def of_classes(B: int, C: int, K: int, D: int, dtype: torch.dtype, device: torch
         f"B{B}-C{C}-K{K}-D{D}",
         {OURS: functional.class_sampled_ce, "eager": eager},
         reference.class_sampled_ce,
-        [image.to(dtype), bank.to(dtype), labels, torch.tensor(SCALE, device=device)],
-        [torch.ones((), device=device)],
-        class_ids=class_ids,
+        Arguments(
+            [image.to(dtype), bank.to(dtype), labels, torch.tensor(SCALE, device=device)],
+            [torch.ones((), device=device)],
+            {"class_ids": class_ids},
+        ),
         # Forward and backward read the rows and backward writes their gradients, that of the text for the whole bank;
         # also labels, class ids and row statistics.
-        moved=dtype.itemsize * (3 * B + 2 * K + C) * D + 16 * (B + K) + 24 * B + 8 * K,
-        flops=3 * 2 * B * K * D,
-        target=TARGETS.get((B, K), ""),
-        peers=peers.cross_entropies(device, dtype, B),
-        adapt=of_peer,
-        not_compiled=not_compiled(B * K * D, device),
+        Work(
+            dtype.itemsize * (3 * B + 2 * K + C) * D + 16 * (B + K) + 24 * B + 8 * K,
+            flops=3 * 2 * B * K * D,
+            target=TARGETS.get((B, K), ""),
+        ),
+        peers.adapted(peers.cross_entropies(device, dtype, B), of_peer),
+        not_compiled(B * K * D, device),
     )
 
 
@@ -111,14 +114,14 @@ def of_pairs(B: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
         f"B{B}-D{D}-pairs",
         {OURS: both_directions(functional.class_sampled_ce), "eager": eager},
         both_directions(reference.class_sampled_ce),
-        [image.to(dtype), bank.to(dtype)],
-        [torch.ones((), device=device)],
+        Arguments([image.to(dtype), bank.to(dtype)], [torch.ones((), device=device)]),
         # Forward and backward read both and backward writes their gradients; both directions have the same logits.
-        moved=dtype.itemsize * 6 * B * D,
-        flops=3 * 2 * B * B * D,
-        peers=peers.contrastive_losses(device, dtype, B),
-        adapt=lambda loss: lambda image, text: loss(image, text, SCALE).float(),
-        not_compiled=not_compiled(B * B * D, device),
+        Work(dtype.itemsize * 6 * B * D, flops=3 * 2 * B * B * D),
+        peers.adapted(
+            peers.contrastive_losses(device, dtype, B),
+            lambda loss: lambda image, text: loss(image, text, SCALE).float(),
+        ),
+        not_compiled(B * B * D, device),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import CPU, OURS, Case, Random, case
+from . import CPU, OURS, Arguments, Case, Random, Work, case
 from .class_sampled_ce import launch_arguments
 from .record import Call, Record, on_meta
 
@@ -30,13 +30,14 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             f"B{B}-C{C}-K{K}-D{D}",
             {OURS: functional.class_sampled_logits, "eager": eager},
             reference.class_sampled_logits,
-            class_ids=random.sample(C, K),
-            inputs=[random(B, D), random(C, D), torch.tensor(100.0, device=device)],
-            d_outputs=[random(B, K, dtype=torch.float32)],
+            Arguments(
+                options={"class_ids": random.sample(C, K)},
+                inputs=[random(B, D), random(C, D), torch.tensor(100.0, device=device)],
+                d_outputs=[random(B, K, dtype=torch.float32)],
+            ),
             # Forward and backward read the rows and backward writes their gradients, that of the text for the whole
             # bank; also class ids, row norms, and the logits and their gradient.
-            moved=dtype.itemsize * (3 * B + 2 * K + C) * D + 16 * K + 8 * B * K,
-            flops=6 * B * K * D,
+            Work(dtype.itemsize * (3 * B + 2 * K + C) * D + 16 * K + 8 * B * K, flops=6 * B * K * D),
         )
 
 

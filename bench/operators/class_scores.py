@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import CPU, OURS, Case, Random, case
+from . import CPU, OURS, Arguments, Case, Random, Work, case
 from .record import Call, Record, ids, on_meta
 
 
@@ -28,10 +28,8 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             f"B{B}-C{C}-D{D}",
             {OURS: functional.class_scores, "eager": eager},
             reference.class_scores,
-            [image, prototypes, random.integers(C, B)],
-            moved=(B + C) * D * dtype.itemsize + 8 * B + 4 * C,
-            flops=2 * B * C * D,
-            target="≥ 1",
+            Arguments([image, prototypes, random.integers(C, B)]),
+            Work((B + C) * D * dtype.itemsize + 8 * B + 4 * C, flops=2 * B * C * D, target="≥ 1"),
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from skipkernels import functional, reference
 from skipkernels.ops.mlp_activation import KINDS
 
-from . import CPU, OURS, Case, Random, case
+from . import CPU, OURS, Arguments, Case, Random, Work, case
 from .record import Call, Record, on_meta
 
 SHAPES = ((4 * 197, 768), (4 * 197, 3072), (26 * 5, 2048), (788 * 5, 512), (788 * 5, 2048))
@@ -36,21 +36,18 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             f"T{T}-W{W}-{kind}",
             {OURS: functional.mlp_activation, "eager": eager},
             reference.mlp_activation,
-            [random(T, W), random(W), kind],
-            [random(T, W)],
+            Arguments([random(T, W), random(W), kind], [random(T, W)]),
             # Forward reads one and writes one, backward reads two and writes one; the bias twice, and its gradient.
-            moved=(5 * T + 3) * W * dtype.itemsize,
-            target=TARGETS[kind],
+            Work((5 * T + 3) * W * dtype.itemsize, target=TARGETS[kind]),
         )
     for T, W in GATED:
         yield case(
             f"T{T}-W{W}-swiglu",
             {OURS: functional.mlp_activation, "eager": eager},
             reference.mlp_activation,
-            [random(T, 2 * W), random(2 * W), "swiglu"],
-            [random(T, W)],
+            Arguments([random(T, 2 * W), random(2 * W), "swiglu"], [random(T, W)]),
             # Forward reads two and writes one, backward reads three and writes two; the bias twice, and its gradient.
-            moved=(8 * T + 6) * W * dtype.itemsize,
+            Work((8 * T + 6) * W * dtype.itemsize),
         )
 
 

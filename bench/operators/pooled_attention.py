@@ -11,7 +11,7 @@ from torch import Tensor
 from skipkernels import functional, reference
 
 from .. import peers
-from . import CPU, OURS, Case, Random, case
+from . import CPU, OURS, Arguments, Case, Random, Work, case
 from .record import Call, Record, ids, on_meta
 
 SHAPES = ((4, 197, 12, 64), (32, 197, 12, 64), (4, 577, 16, 64), (26, 11, 8, 64), (1380, 11, 8, 64))  # B, N, H, E
@@ -28,14 +28,14 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             f"B{B}-N{N}-H{H}-E{E}",
             {OURS: functional.pooled_attention, "eager": eager},
             reference.pooled_attention,
-            [random(B, H, E), *random(B, N, 2, H, E).unbind(2)],  # as in a tower: two views of one projection
-            [random(B, H, E)],
+            # As in a tower, key and value are two views of one projection.
+            Arguments([random(B, H, E), *random(B, N, 2, H, E).unbind(2)], [random(B, H, E)]),
             # Keys and values are read twice and their gradients written; query and result have one row each.
-            moved=(6 * B * N + 6 * B) * H * E * dtype.itemsize,
-            flops=12 * B * N * H * E,
-            target="≥ 1",
-            peers=peers.attentions(device),
-            adapt=lambda of: lambda query, key, value: of(query[:, None], key, value, causal=False)[:, 0],
+            Work((6 * B * N + 6 * B) * H * E * dtype.itemsize, flops=12 * B * N * H * E, target="≥ 1"),
+            peers.adapted(
+                peers.attentions(device),
+                lambda of: lambda query, key, value: of(query[:, None], key, value, causal=False)[:, 0],
+            ),
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import CPU, OURS, Case, Random, case
+from . import CPU, OURS, Arguments, Case, Random, Work, case
 from .record import Call, Record, on_meta
 
 # Images, tokens, heads and their width; pairs are neighbours.
@@ -43,13 +43,14 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             f"N{N}-T{T}-H{H}-E{E}" + ("" if interleaved else "-halves"),
             {OURS: ours, "eager": eager},
             reference.rotary_embedding,
-            [random(N * T, 3 * H * E), angles.cos(), angles.sin()],
-            [random(N * T, 3 * H * E)],
+            Arguments(
+                [random(N * T, 3 * H * E), angles.cos(), angles.sin()],
+                [random(N * T, 3 * H * E)],
+                {"heads": 2 * H, "interleaved": interleaved},
+                constants=2,
+            ),
             # Forward and backward read one and write one, and the cosines and sines.
-            moved=4 * N * T * 3 * H * E * dtype.itemsize + 4 * angles.nbytes,
-            constants=2,
-            heads=2 * H,
-            interleaved=interleaved,
+            Work(4 * N * T * 3 * H * E * dtype.itemsize + 4 * angles.nbytes),
         )
 
 

@@ -19,7 +19,7 @@ from torch.optim.sgd import sgd
 
 from skipkernels import functional, reference
 
-from . import COMPILED, CPU, OURS, Case, Random, compiled
+from . import COMPILED, CPU, OURS, Case, Random, Work, compiled
 from .record import Call, Record, ids, on_meta
 
 LR, MOMENTUM, WEIGHT_DECAY, SEED = 2e-5, 0.9, 5e-4, 1
@@ -61,10 +61,11 @@ def case(shape: str, sizes: list[tuple[int, ...]], dtype: torch.dtype, device: t
         runs={**checked},
         copy=lambda: {**steps()},
         truth=truth,
-        moved=5 * sum(map(math.prod, sizes)) * dtype.itemsize,
+        work=Work(
+            5 * sum(map(math.prod, sizes)) * dtype.itemsize, target="≥ 1.7" if dtype == torch.bfloat16 else "≥ 1"
+        ),
         absent=absent,
         prepare=restart,
-        target="≥ 1.7" if dtype == torch.bfloat16 else "≥ 1",
     )
 
 

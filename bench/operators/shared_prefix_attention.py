@@ -18,7 +18,7 @@ from skipkernels import functional, reference
 from skipkernels.ops.shared_prefix_attention import MAX_E
 
 from .. import peers
-from . import CPU, OURS, Case, Random, case
+from . import CPU, OURS, Arguments, Case, Random, Work, case
 from .record import Call, Record, ids, on_meta
 
 S, P, H, E = 5, 6, 8, 64
@@ -58,17 +58,14 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             f"K{K}-S{S}-P{P}-H{H}-E{E}",
             functions,
             reference.shared_prefix_attention,
-            [random(R, 3 * H * E)],
-            [random(R, H * E)],
-            # Forward reads three widths of a row and writes one, backward reads four and writes three.
-            moved=11 * R * H * E * dtype.itemsize,
-            flops=2 * 7 * (K * S * (P + (S + 1) // 2) + P * (P + 1) // 2) * H * E,
-            target="≥ 3",
-            peers=peers.attentions(device),
-            adapt=over_prompts,
-            heads=H,
-            prefix_length=P,
-            max_length=S,
+            Arguments([random(R, 3 * H * E)], [random(R, H * E)], {"heads": H, "prefix_length": P, "max_length": S}),
+            Work(
+                # Forward reads three widths of a row and writes one, backward reads four and writes three.
+                11 * R * H * E * dtype.itemsize,
+                flops=2 * 7 * (K * S * (P + (S + 1) // 2) + P * (P + 1) // 2) * H * E,
+                target="≥ 3",
+            ),
+            peers.adapted(peers.attentions(device), over_prompts),
         )
 
 

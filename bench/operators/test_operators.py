@@ -93,7 +93,7 @@ def replayed(op: str, dtype: str, shape: str, device: torch.device, compiled: bo
 def in_turn(case: Case, names: Sequence[str], device: torch.device) -> Times:
     """Seconds of a call of each implementation in each round, or the reason why it cannot be captured."""
     cache = torch.empty(2 * l2_bytes(device), dtype=torch.uint8, device=device)
-    inputs = min(CALLS, -(-len(cache) // case.moved))
+    inputs = min(CALLS, -(-len(cache) // case.work.moved))
     copies = [case.copy() for _ in range(inputs - 1)] if case.copy else []
     runs = {name: [case.runs[name], *(copy[name] for copy in copies)] for name in names}
     for of_name in runs.values():
@@ -173,14 +173,14 @@ def columns(
 ) -> dict[str, Any]:
     """The columns of a row that pytest-benchmark does not have."""
     median = measure.quantile(seconds, 0.5)
-    least = case.moved / measure.bandwidth(device)
-    if case.flops:
-        least = max(least, case.flops / measure.matrix_rate(device, dtype))
+    least = case.work.moved / measure.bandwidth(device)
+    if case.work.flops:
+        least = max(least, case.work.flops / measure.matrix_rate(device, dtype))
     return measure.milliseconds(seconds, 4) | {
-        "wanted": case.target if implementation == "eager" else "",
+        "wanted": case.work.target if implementation == "eager" else "",
         "peak_mib": round(peak / 2**20, 1),
-        "gbytes_s": round(case.moved / median / 1e9, 3),
-        "gflops_s": round(case.flops / median / 1e9, 2) if case.flops else "",
+        "gbytes_s": round(case.work.moved / median / 1e9, 3),
+        "gflops_s": round(case.work.flops / median / 1e9, 2) if case.work.flops else "",
         "of_ceiling": round(least / median, 4),
         "note": case.versions.get(implementation, ""),
     }
