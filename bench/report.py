@@ -42,6 +42,7 @@ _WHEN |= {"-details": ("settings", "cost", "steps")}
 STUDIES: dict[str, dict[str, Callable[[Sequence[Device]], str]]] = {
     "docs/gpu.md": {"gpu-model": studies.estimates},
     "docs/using-a-model.md": {"unknown": studies.unknown_images},
+    "docs/heads.md": {"when-tail": partial(studies.when, name="tail")},
     **{
         f"docs/when{page}.md": {f"when-{name}": partial(studies.when, name=name) for name in names}
         for page, names in _WHEN.items()

@@ -41,6 +41,7 @@ KINDS = {
     "when": Kind("bench.when", "task method phase seed setting blended head", "base"),
     "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),
     "when_steps": Kind("bench.when --steps", "task method", "step_s"),
+    "when_tail": Kind("bench.when --tail", "method seed", "accuracy"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s"),
 }

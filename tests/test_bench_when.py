@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.when import __main__ as command
-from bench.when import runs, summary, tasks
+from bench.when import runs, summary, tail, tasks
 from bench.when.rows import Rows, reported
 from bench.when.tasks import Shift
 from recipes.pictograms import more
@@ -163,6 +163,20 @@ def test_rows_without_a_joint_test_are_measured_again(monkeypatch, stored, repea
     found._execute = lambda run: executed.append(run) or []
     found.run([run], 1, "report")
     assert bool(executed) == repeated
+
+
+def test_tail_has_a_large_class_and_small_ones():
+    names = tail.names_by_class()
+    assert len(set(sum(names.values(), []))) == sum(map(len, names.values())), "a drawing has one class"
+    labels = [label for _, label in tail.images(tail.TRAIN, seed=0)]
+    assert [labels.count(label) for label in range(15)] == [200] + 14 * [5]
+    (found,) = tail.execute(tail.TailRun("zero-shot", 0))
+    assert found["rare"] < 100 and 15 * found["balanced"] == pytest.approx(
+        14 * found["rare"] + found["large"], abs=0.01
+    )
+    stored = [{name: str(value) for name, value in (found | {"seed": seed}).items()} for seed in (0, 1)]
+    (line,) = summary.tail_table(stored)[1]
+    assert line[:2] == ["zero-shot", f"{found['accuracy']:.1f} ± 0.0"] and line[-1] == ""
 
 
 def row(method, seed, harmonic, blended=0, phase="report", setting="adamw 0.001 0.001", task="all"):

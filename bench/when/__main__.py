@@ -6,6 +6,7 @@
     python -m bench.when --drawings FILE         also the tasks of the file of recipes.pictograms.more
     python -m bench.when --cost --tasks all      accuracy over time, on a quiet machine
     python -m bench.when --steps --tasks all     time and memory of a step, on a quiet machine
+    python -m bench.when --tail                  a class of 200 images and fourteen of 5
     python -m bench.when --print                 the tables of the committed rows
 
 `bench.when.tasks` has the tasks; `docs/when.md` the results, `docs/when-details.md` the predictions, made before the
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import measure, tables
-from . import summary
+from . import summary, tail
 from .rows import Rows, reported
 from .runs import CANDIDATES, curve, first_steps, searched
 from .tasks import SHIFTS, Shift
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured = parser.add_mutually_exclusive_group()
     measured.add_argument("--cost", action="store_true", help="measure accuracy over time with the chosen settings")
     measured.add_argument("--steps", action="store_true", help="measure time and memory of a step")
+    measured.add_argument("--tail", action="store_true", help="run the default and class weights on a long tail")
     parser.add_argument("--print", action="store_true", help="print the tables of the rows that there are")
     args = parser.parse_args(arguments)
     args.device = measure.CPU
@@ -65,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         and (shift.words == "all" or args.without_words)
         and (shift.packaged or args.drawings)
     ]
-    if not args.print:
+    if args.tail:
+        runs = [tail.TailRun(variant, seed) for seed in range(args.seeds) for variant in tail.VARIANTS]
+        Rows(save=not args.no_save, kind="when_tail", execute=tail.execute).run(runs, args.workers, "long tail")
+    elif not args.print:
         run_study(shifts, args)
     study = summary.Study(*(Rows(kind=kind).runs for kind in summary.Study._fields))
     for title, kind, table in summary.TABLES.values():

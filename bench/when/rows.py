@@ -14,6 +14,7 @@ from rich.progress import track
 from .. import measure
 from ..rows import devices, of_all_devices
 from .runs import CANDIDATES, KEPT, RECIPES, VARIANTS, Candidate, Run, execute
+from .tail import TailRun
 from .tasks import Shift
 
 RUN_COLUMNS = ("task", "method", "phase", "seed", "setting")
@@ -29,11 +30,11 @@ class Rows:
         execute: Function of a run that returns its rows.
     """
 
-    def __init__(self, *, save: bool = True, kind: str = "when", execute: Callable[[Run], list[Any]] = execute):
+    def __init__(self, *, save: bool = True, kind: str = "when", execute: Callable[[Any], list[Any]] = execute):
         self._save, self._kind, self._execute = save, kind, execute
         self.runs = of_all_devices(devices(measure.RESULTS), kind)
 
-    def run(self, runs: Iterable[Run], workers: int, title: str) -> None:
+    def run(self, runs: Iterable[Run | TailRun], workers: int, title: str) -> None:
         """Execute the runs that have no row, and append the rows of each when it ends.
 
         Reported rows from before the joint test do not count.

@@ -12,6 +12,7 @@ from scipy import stats
 
 from ..rows import Row
 from .runs import EVERY, HEADED, HEADS, VARIANTS
+from .tail import VARIANTS as VARIANTS_OF_TAIL
 from .tasks import SHIFTS
 
 REFERENCE_SECONDS = (10, 30, 100)
@@ -238,12 +239,27 @@ def steps_table(steps: Sequence[Row]) -> Table:
     return header, lines
 
 
+def tail_table(rows: Sequence[Row]) -> Table:
+    """Accuracies in per cent on the long tail, and how often the default chose which candidate."""
+    lines = []
+    for variant in VARIANTS_OF_TAIL:
+        of = [row for row in rows if row["method"] == variant]
+        cells = [
+            Interval.of([float(row[column]) for row in of]) for column in ("accuracy", "balanced", "large", "rare")
+        ]
+        chosen = Counter(row["chosen"] for row in of if row["chosen"] != variant.partition(",")[0])
+        names = ", ".join(f"{name} ({count})" for name, count in sorted(chosen.items()))
+        lines += [[variant, *(cell.text() if cell else "" for cell in cells), names]] if of else []
+    return ["", "accuracy", "balanced accuracy", "of the large class", "of the fourteen", "chosen (runs)"], lines
+
+
 class Study(NamedTuple):
     """Rows of the study, by kind."""
 
     when: Sequence[Row]
     when_cost: Sequence[Row]
     when_steps: Sequence[Row]
+    when_tail: Sequence[Row]
 
 
 TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
@@ -257,5 +273,6 @@ TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
     "settings": ("chosen settings", "when", lambda study: settings_table(study.when)),
     "cost": ("time of training", "when_cost", lambda study: cost_table(study.when_cost)),
     "steps": ("time and memory of a step", "when_steps", lambda study: steps_table(study.when_steps)),
+    "tail": ("accuracy on a long tail, %", "when_tail", lambda study: tail_table(study.when_tail)),
 }
 """The tables by name: title, kind of the rows, and function of the rows."""
