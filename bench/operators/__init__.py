@@ -101,8 +101,8 @@ def case(
         shape: Shape in the form of test ids.
         functions: Implementations with the signature of the reference.
         reference: The correct result in fp64; also timed under torch.compile.
-        arguments: Of all of them.
-        work: Of all of them.
+        arguments: Arguments of every implementation.
+        work: Work of a call with its backward.
         peers: Functions of other packages with the signature of the reference.
         not_compiled: Reason to leave out the compiled reference.
     """
