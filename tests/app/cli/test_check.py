@@ -95,7 +95,7 @@ def test_check_refuses_other_files(data, tmp_path, capsys):
     assert "--out must end in .csv or .json" in capsys.readouterr().err
 
 
-SETTINGS = {"epochs": 1, "device": "cpu", "shots": "all"}
+SETTINGS = {"method": "zero-shot", "device": "cpu", "shots": "all"}
 
 
 def test_tune_lists_all_unreadable_images(data, tmp_path):

@@ -10,7 +10,6 @@ from method_tasks import (
     BASE,
     CONTEXT,
     END,
-    NEW,
     START,
     answers,
     made,
@@ -89,8 +88,6 @@ def test_coop_reduces_vectors_to_fit():
         "coop: 6 context vectors in place of 16: with 'grey alder tree' the prompt would have 22 tokens, and the model "
         "takes 12."
     ]
-    last = method._tokens["new"][0][NEW.index("grey alder tree")]
-    assert last[-1] == END and (last == END).sum() == 1, "the longest prompt fills the context"
     assert len(made("coop", vectors=6).context) == 6 and not made("coop", vectors=6).notes
     short = tiny_task(new=["fig"])
     assert len(made("coop", task=short).context) == 7, "names of all tests count"

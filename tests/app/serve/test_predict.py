@@ -277,7 +277,7 @@ def test_hostile_class_names(tmp_path, capsys, caplog):
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (255 * name, 90 * number, 0)).save(folder / f"{number}.png")
     caplog.set_level(logging.INFO, "skipkernels")
-    options = ["--shots", "2", "--epochs", "1", "--device", "cpu", "--validation", "none", "--out", tmp_path / "run"]
+    options = ["--method", "zero-shot", "--shots", "2", "--device", "cpu", "--out", tmp_path / "run"]
     assert main(["tune", "--data", f"imagefolder:{tmp_path / 'photos'}", *map(str, options)]) == 0
     images = str(tmp_path / "photos" / "test")
     assert main(["predict", str(tmp_path / "run"), images, "--out", str(tmp_path / "table.csv")]) == 0

@@ -174,7 +174,7 @@ def test_eval_of_other_data_has_all_its_classes(tmp_path, capsys):
     data = f"imagefolder:{squares_folder(tmp_path / 'photos', COLOURS, 4)}"
     other = f"imagefolder:{squares_folder(tmp_path / 'other', 'abcdefg', 3)}"
     out = str(tmp_path / "run")
-    assert main(["tune", "--data", data, "--max-classes", "2", "--epochs", "1", "--device", "cpu", "--out", out]) == 0
+    assert main(["tune", "--method", "zero-shot", "--data", data, "--max-classes", "2", "--out", out]) == 0
     capsys.readouterr()
     for arguments, shown in [
         ([], "all: 2 images of 2 classes: black, red"),
@@ -191,7 +191,7 @@ def test_tune_hugging_face_dataset(tmp_path):
     labels = [number % 2 for number in range(12)]
     rows = {"image": [Image.new("L", (40, 32), 200 * label) for label in labels], "label": labels}
     features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=["black", "white"])})
-    metrics = tune(dataset=hub.Dataset.from_dict(rows, features=features), epochs=1, device="cpu", out=tmp_path)
+    metrics = tune(dataset=hub.Dataset.from_dict(rows, features=features), method="zero-shot", out=tmp_path)
     assert metrics["classes"] == {"all": 2} and metrics["status"] == "complete"
 
 

@@ -9,22 +9,19 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
-from skipkernels.app.data.tasks import TestSet
 from skipkernels.app.methods.skip import Skip
-from skipkernels.app.train import evaluate_run, tune
+from skipkernels.app.train import evaluate_run, tune, tuning
 from skipkernels.app.train.processes import Processes, join
 from skipkernels.app.train.run import Run
-from skipkernels.app.train.setup import RunSetup
-from skipkernels.app.train.tuning import _check_processes
 from tests.app.runs import files, losses, rows, shortened, small
 from tests.processes import run_in_processes
 
@@ -36,6 +33,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "ragged": {"batch_size": 11, "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "sampler": "random"}
     | {"validation": 0.5, "cache": Path("cache"), "cache_dtype": "fp32"},
 }
+
+
+IMAGES = [(Image.new("RGB", (32, 32), (120 * number, 9, 9)), number % 2) for number in range(4)]
 
 
 def let_accuracy_fall(patch: pytest.MonkeyPatch) -> None:
@@ -62,9 +62,12 @@ def two(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: json.dumps(tune(config_of(name, folder))) for name in RUNS}
     found["finished"] = json.dumps(tune(config_of("plain", folder, resume=True)))
     found["evaluated"] = json.dumps(evaluate_run(folder / "plain"))
-    with pytest.raises(InputError) as differing:
-        tune(small(folder / "seed", seed=rank))
-    return found | {"differing": str(differing.value)}
+    one_test_image = {"dataset": IMAGES, "test": IMAGES[:1], "classes": ["a", "b"], "max_classes": None}
+    for settings in ({"seed": rank}, one_test_image):
+        with pytest.raises(InputError) as refused:
+            tune(small(folder / "refused"), **settings)
+        found |= {f"refused {next(iter(settings))}": str(refused.value)}
+    return found
 
 
 @shortened()
@@ -114,7 +117,8 @@ def test_runs_in_two_processes(run, tmp_path_factory, monkeypatch):
     for each in processes:
         assert each["finished"] == each["plain"], "a complete run is not resumed"
         assert json.loads(each["evaluated"]) == json.loads(each["plain"])["tuned"]
-        assert "generator must be equal on all processes" in each["differing"], "raised on both"
+        assert "generator must be equal on all processes" in each["refused seed"], "raised on both"
+        assert "the test 'all' must have an image for each process; got 1 and 2" in each["refused dataset"]
     assert list((folder / "cache").glob("texts-base/**/features/features.npy")), "the text features are stored too"
 
 
@@ -153,13 +157,14 @@ def test_error_of_a_process_is_left_to_torchrun(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "zero-shot"}, "only skip trains in several processes; got zero-shot in 2"),
+        ({"method": "zero-shot", "epochs": None}, "only skip trains in several processes; got zero-shot in 2"),
         ({"fused_optimizer": True}, "fused_optimizer: True is not supported in several processes"),
     ],
 )
-def test_setting_for_one_process_is_refused_in_two(tmp_path, settings, message):
+def test_setting_for_one_process_is_refused_in_two(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr(tuning, "join", lambda timeout: Processes(0, 2))
     with pytest.raises(InputError, match=message):
-        _check_processes(small(tmp_path, **settings), Processes(0, 2))
+        tune(small(tmp_path, **settings))
 
 
 @pytest.mark.parametrize("count", [1, 4, 7])
@@ -167,9 +172,3 @@ def test_shares_are_consecutive(count):
     shares = [Processes(rank, 4).share(count) for rank in range(4)]
     assert [item for share in shares for item in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_test_with_fewer_images_than_processes():
-    setup: Any = SimpleNamespace(processes=Processes(0, 3), _cached=False)
-    with pytest.raises(InputError, match=r"the test 'new' must have an image for each process; got 2 and 3"):
-        RunSetup._shared(setup, "test-new", TestSet("new", ["a"], (["an a"],), [0, 1]), False)
