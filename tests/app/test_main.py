@@ -12,16 +12,11 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 
 @pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "1000"}], ids=str)
-def test_passive_wait_keeps_user_settings(monkeypatch, own):
+def test_passive_wait_before_import_of_torch_keeps_user_settings(monkeypatch, own):
+    at_import: dict[str, str] = {}
     monkeypatch.setattr(entry.os, "environ", dict(own))
-    entry._set_passive_wait()
-    found = {name: os.environ[name] for name in WAITING if name in os.environ}
-    assert found == (own or {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"})
-
-
-def test_passive_wait_before_import_of_torch(monkeypatch):
-    order = []
     monkeypatch.setattr(entry.sys, "argv", ["skipkernels"])
-    monkeypatch.setattr(entry, "_set_passive_wait", lambda: order.append("waiting"))
-    monkeypatch.setattr("skipkernels.app.cli.main.main", lambda: order.append("main") or 0)
-    assert entry.main() == 0 and order == ["waiting", "main"]
+    monkeypatch.setattr("skipkernels.app.cli.main.main", lambda: at_import.update(os.environ) or 0)
+    assert entry.main() == 0
+    found = {name: at_import[name] for name in WAITING if name in at_import}
+    assert found == (own or {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"})

@@ -16,10 +16,10 @@ from PIL import Image
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.data import InputError, decoder
+from skipkernels.app.data import InputError
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
-from tests.app.data.pictures import slow_picture
+from tests.app.data.pictures import decoders, slow_picture
 
 
 def photo(seed: int) -> Image.Image:
@@ -135,5 +135,5 @@ def test_check_is_interrupted_while_an_image_is_decoded(data, capsys):
     interrupt = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
     interrupt.start()
     assert main(["check", f"imagefolder:{data}"]) == 130
-    assert capsys.readouterr().err.endswith("interrupted\n") and not decoder._decoders
+    assert capsys.readouterr().err.endswith("interrupted\n") and not decoders()
     signal.signal(signal.SIGINT, before)

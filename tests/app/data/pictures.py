@@ -6,7 +6,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,18 @@ def draw_image(path: Path, label: int = 0) -> None:
     """Draw an image of a class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (5, 4), (RED * label, 9, 9)).save(path)
+
+
+def decoders(parent: int | None = None) -> list[int]:
+    """Return the processes that decode images for a process, by default for this one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent_of_it = path.read_text().rpartition(")")[2].split()[:2]
+            command = path.with_name("cmdline").read_bytes()
+            if int(parent_of_it) == (parent or os.getpid()) and state != "Z" and b".decoder import answer" in command:
+                found.append(int(path.parent.name))
+    return found
 
 
 def slow_picture() -> bytes:

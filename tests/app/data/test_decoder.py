@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from pictures import class_of, draw_image, raises_input_error, slow_picture
+from pictures import class_of, decoders, draw_image, raises_input_error, slow_picture
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from skipkernels.app.data import LabelledImages, decoder
+from skipkernels.app.data import LabelledImages
 from skipkernels.app.data.decoder import decode
 from skipkernels.app.data.images import read_image
 
@@ -26,6 +28,9 @@ def encoded(image: Image.Image, kind: str = "png", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+PICTURE = encoded(Image.new("RGB", (3, 2), "red"))
 
 
 def scans(count: int) -> bytes:
@@ -67,7 +72,7 @@ def test_header_is_refused(data, reason):
 def test_limit_of_time():
     with raises_input_error("a: can't be read as an image (decoding takes more than 0.2 s)"):
         decode(slow_picture(), "a", seconds=0.2)
-    assert decode(encoded(Image.new("RGB", (3, 2), "red")), "b").getpixel((2, 1)) == (255, 0, 0)
+    assert decode(PICTURE, "b").getpixel((2, 1)) == (255, 0, 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits all private memory on Linux alone")
@@ -78,30 +83,30 @@ def test_limit_of_memory():
     assert decode(tile(64, 3), "b").size == (64, 64)
 
 
-def test_crash_is_an_error_of_the_image(monkeypatch):
-    ask = decoder._Decoder.ask
+def kill_decoders() -> None:
+    for process in decoders():
+        os.kill(process, signal.SIGKILL)
 
-    def killed(self, request, data):
-        self.process.kill()
-        return ask(self, request, data)
 
-    monkeypatch.setattr(decoder._Decoder, "ask", killed)
+def test_crash_is_an_error_of_the_image():
+    decode(PICTURE, "the decoder starts here")
+    threading.Timer(0.2, kill_decoders).start()
     with raises_input_error("a: can't be read as an image (its decoder ended with code -9)"):
-        decode(encoded(Image.new("L", (3, 2))), "a")
+        decode(slow_picture(), "a")
+    assert decode(PICTURE, "a").size == (3, 2)
 
 
 def test_decoder_that_was_ended_is_replaced():
-    picture = encoded(Image.new("RGB", (3, 2), "red"))
-    decode(picture, "a")
-    for used in decoder._decoders:
-        used.process.kill()
-        used.process.wait()
-    assert decode(picture, "a").size == (3, 2)
+    decode(PICTURE, "a")
+    kill_decoders()
+    while decoders():
+        time.sleep(0.01)
+    assert decode(PICTURE, "a").size == (3, 2)
 
 
 def test_relative_path_after_a_change_of_folder(tmp_path, monkeypatch):
     draw_image(tmp_path / "inner" / "0.png", 3)
-    decode(encoded(Image.new("L", (3, 2))), "the decoder starts here")
+    decode(PICTURE, "the decoder starts here")
     monkeypatch.chdir(tmp_path)
     assert class_of(read_image("inner/0.png")) == 3
 
@@ -120,14 +125,12 @@ def test_threads_and_forked_processes_have_their_own(tmp_path):
 
 def test_ends_with_its_parent():
     """Also if the parent is killed; and torch, which takes seconds to import, is not imported."""
-    code = (
-        "import sys, time; from skipkernels.app.data import decoder; decoder._take(); print(sorted(sys.modules));"
-        "print(decoder._take().process.pid, flush=True); time.sleep(60)"
-    )
+    code = f"import sys, time; from skipkernels.app.data import decoder; decoder.decode({PICTURE!r}, 'a');"
+    code += "print(sorted(sys.modules), flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert not {"torch", "numpy"} & set(eval(parent.stdout.readline()))
-        child = Path("/proc", parent.stdout.readline().strip())
-        assert child.exists()
+        (process,) = decoders(parent.pid)
+        child = Path(f"/proc/{process}")
         parent.send_signal(signal.SIGKILL)
         deadline = time.monotonic() + 30
         while child.exists():

@@ -19,9 +19,8 @@ from PIL import Image
 
 import skipkernels as sk
 from skipkernels.app.cli.main import main
-from skipkernels.app.data import decoder
 from skipkernels.app.serve.output import NONE
-from tests.app.data.pictures import slow_picture
+from tests.app.data.pictures import decoders, slow_picture
 from tests.app.runs import fails
 
 pytest.importorskip("starlette", reason="serve needs the extra web")
@@ -249,7 +248,7 @@ def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch, picture):
     code = main(["serve", str(run.folder), "--port", "0", "--device", "cpu"])
     signal.signal(signal.SIGINT, before)
     error = capsys.readouterr().err
-    assert code == 130 and error.endswith("interrupted\n") and not decoder._decoders
+    assert code == 130 and error.endswith("interrupted\n") and not decoders()
     if picture is BLACK:
         assert b"predictions" in answers[0] and error == "interrupted\n"
     else:
