@@ -20,8 +20,9 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.data.tasks import summarise
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.methods import Method
-from skipkernels.app.methods.base import FrozenModel, TunedModel
+from skipkernels.app.methods.frozen import FrozenModel
 from skipkernels.app.methods.lora import LoRA
+from skipkernels.app.methods.tuned import TunedModel
 from skipkernels.app.methods.zero_shot import ZeroShot
 from skipkernels.app.serve.blending import WITHOUT_VALIDATION
 from skipkernels.app.train.evaluation import Evaluator

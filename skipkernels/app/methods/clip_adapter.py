@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ...options import Protocol
 from ..data import InputError, Task
-from .base import FrozenModel, Recipe, StepOutput, Tokenizer
+from .base import Recipe, StepOutput, Tokenizer
 from .coop import CoOp
 from .export_heads import COSINE_CODE, CosineHead
+from .frozen import FrozenModel
 
 
 def adapted(image: Tensor, down: Tensor, up: Tensor, ratio: Tensor | float) -> Tensor:

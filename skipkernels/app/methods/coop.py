@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ...options import Protocol
 from ..data import InputError, Task
-from .base import FrozenModel, Recipe, StepOutput, Tokenizer, at_least_fp32
+from .base import Recipe, StepOutput, Tokenizer
+from .cosine import at_least_fp32
 from .export_heads import COSINE_CODE
+from .frozen import FrozenModel
 
 
 class CoOp(FrozenModel):
@@ -111,6 +113,10 @@ class CoOp(FrozenModel):
             warmup_lr=1e-5,
             sampler="random",
         )
+
+    def train(self, training: bool) -> None:
+        """Forget the embeddings of classes, which depend on the context."""
+        self._embeddings.clear()
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """Text embeddings [n, D] of any norm, of prompts with the context.

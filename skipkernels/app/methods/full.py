@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ...options import Protocol
 from ..data import Task
-from .base import Recipe, StepOutput, Tokenizer, TunedModel, check_open_clip
+from .base import Recipe, StepOutput, Tokenizer, check_open_clip
 from .skip import PUBLISHED_QUARTER, Skip
+from .tuned import TunedModel
 
 
 class Full(TunedModel):

@@ -12,7 +12,8 @@ from ...options import Protocol
 from ...reference import widened
 from ..data import Task
 from ..heads.logistic import logistic_regression
-from .base import FrozenModel, Recipe, Tokenizer
+from .base import Recipe, Tokenizer
+from .frozen import FrozenModel
 
 _TOLERANCE = 1e-6  # norm of the gradient for each image
 _COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # decimal exponents of the penalties of the first sweep
@@ -57,7 +58,7 @@ class LinearProbe(FrozenModel):
     """
 
     name = "linear-probe"
-    takes_head = False
+    uses_texts = takes_head = False
     head_code = 'logits = image @ head["weight"].T + head["bias"]'
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
@@ -135,9 +136,6 @@ class LinearProbe(FrozenModel):
             return None
         with torch.autocast(image.device.type, enabled=False):
             return (image.to(self.weight.dtype) @ self.weight.T + self.bias)[:, rows]
-
-    def top_k(self, test: str, inputs: Tensor, k: int) -> tuple[Tensor, Tensor] | None:  # noqa: D102
-        return self._top_of_logits(test, inputs, k)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return no groups."""

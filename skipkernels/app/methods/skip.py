@@ -14,7 +14,8 @@ from ...clip import SkipCLIP
 from ...graphs import graphed
 from ...options import Protocol
 from ..data import Task
-from .base import Recipe, StepOutput, Tokenizer, TunedModel
+from .base import Recipe, StepOutput, Tokenizer
+from .tuned import TunedModel
 
 PUBLISHED_QUARTER = ("imagenet", "sun397", "food101")
 

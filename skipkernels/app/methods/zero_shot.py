@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ...options import Protocol
-from .base import FrozenModel, Recipe
+from .base import Recipe
+from .frozen import FrozenModel
 
 
 class ZeroShot(FrozenModel):

@@ -19,7 +19,7 @@ from ..data import InputError
 from ..data.files import read_text
 from ..data.registry import is_own, source_kinds
 from ..methods import METHODS
-from ..methods.base import TunedModel
+from ..methods.tuned import TunedModel
 from ..train import weights
 from ..train.checkpoint import HEAD
 from ..train.description import CLASSIFIER, Description, write_open_clip_config

@@ -16,7 +16,7 @@ from ..data import InputError, Task
 from ..data.tasks import TestSet
 from ..data.templates import PHOTO, format_prompt, resolve_templates
 from ..methods import METHODS, Method
-from ..methods.base import FrozenModel
+from ..methods.frozen import FrozenModel
 from ..train import weights
 from ..train.description import CLASSIFIER, Description
 from ..train.fitted_head import load_head

@@ -19,7 +19,7 @@ from ..data import InputError, Source
 from ..data.check import without_unreadable
 from ..data.tasks import Task, TaskOptions, TestSet, load_task
 from ..methods import Method
-from ..methods.base import FrozenModel
+from ..methods.frozen import FrozenModel
 from ..methods.zero_shot import ZeroShot
 from .class_metrics import class_weights
 from .model import augmentation, load_model

@@ -21,7 +21,7 @@ from ...published import cosine_with_warmup
 from ..config import TuneConfig
 from ..data.files import format_names
 from ..methods import Method, StepOutput
-from ..methods.base import TunedModel
+from ..methods.tuned import TunedModel
 from . import optimizers
 from .errors import argument_error
 from .precision import REMEDY, MixedPrecision

@@ -1,0 +1,40 @@
+"""Methods that train nothing in the model itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...towers.modes import evaluating
+from ..data import Task
+from .base import Method, Tokenizer, check_open_clip
+from .cosine import at_least_fp32
+
+
+class FrozenModel(Method):
+    """Method that freezes the weights of the model, in evaluation mode. The image tower runs once per image."""
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
+        check_open_clip(self.name, model)
+        super().__init__(model, tokenizer, task, generator=generator)
+        model.eval()
+
+    @torch.no_grad()
+    def encode_frozen(self, images: Tensor) -> Tensor:
+        """Embeddings [B, D] of images [B, 3, H, W] by the pretrained model; embeddings are returned as they are."""
+        if images.ndim == 2:
+            return images
+        with evaluating([self.model]):
+            return self.model.encode_image(images, normalize=False)
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self.encode_frozen(inputs)
+
+    def train(self, training: bool) -> None:
+        """Do nothing: the model stays in evaluation mode."""
+
+    def _empty_embedding(self) -> Tensor:
+        """Uninitialised tensor [D], on the device of the embeddings, in the dtype of the logits."""
+        with torch.no_grad():
+            first = self.model.encode_text(self._test_tokens(self._train_test)[0][:1], normalize=False)
+        return torch.empty_like(first[0], dtype=at_least_fp32(first.dtype))
