@@ -43,6 +43,6 @@ def trainers(device: Device) -> str:
         pair = [row for name in ("naive", OURS) for row in of if row["implementation"] == name]
         step, saved = ([float(row[column]) for row in pair] for column in ("p50_ms", "saved_mib"))
         cells = [" → ".join(figure(x, unit) for x in values) for values, unit in ((step, " ms"), (saved, " MiB"))]
-        lines.append([TRAINERS[trainer], pair[-1]["lines"], cells[0], times(step[0] / step[1]), cells[1]])
-    header = ["trainer", "lines", "step, plain → ours", "speed-up", "saved for backward, plain → ours"]
+        lines.append([TRAINERS[trainer], cells[0], times(step[0] / step[1]), cells[1]])
+    header = ["trainer", "step, plain → ours", "speed-up", "saved for backward, plain → ours"]
     return table(header, lines) + origin("trainers", rows) if rows else ""

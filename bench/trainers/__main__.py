@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"weights by {off.weights:.1e} of how far they moved")
             if not off.is_small:
                 sys.exit("the two implementations do not agree: no measurement")
-        rows = [row(name, module.LINES, problem, which, each, off) for which, each in records.items()]
+        rows = [row(name, problem, which, each, off) for which, each in records.items()]
         for each in rows:
             print(f"{each['implementation']:12}{measure.shown(each)}  {each['saved_mib']:8.1f} MiB saved")
         naive, ours = rows
@@ -48,11 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure.save(args, rows, "trainers")
 
 
-def row(trainer: str, lines: int, problem: Problem, which: str, record: Record, off: Difference) -> dict[str, Any]:
+def row(trainer: str, problem: Problem, which: str, record: Record, off: Difference) -> dict[str, Any]:
     """The row of a run."""
     return {
         "trainer": trainer,
-        "lines": lines,
         "implementation": which,
         "model": problem.name,
         "B": problem.batch_size,

@@ -10,8 +10,6 @@ from torch.utils.data import DataLoader
 
 from .common import Problem
 
-LINES = 3
-
 
 def train(module: Any, problem: Problem, folder: Path) -> None:
     accelerator = accelerator_on_cpu()

@@ -1,8 +1,7 @@
 """Shared by the trainers: a problem, a plain module with SkipCLIP's signature, and the record of a run.
 
-A module of this folder has `LINES`, the number of lines that put SkipCLIP into the trainer, and
-`train(module, problem, folder)`, which trains for `problem.steps` steps in a single process, in fp32, with
-`problem.optimizer` and without evaluation. It must call the module, so that the hooks of `Recorder` run.
+A module of this folder has `train(module, problem, folder)`, which trains for `problem.steps` steps in one process, in
+fp32, with `problem.optimizer` and without evaluation. It must call the module, so that the hooks of `Recorder` run.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ from skipkernels.integrations import hugging_face
 
 from .common import Problem
 
-LINES = 3
-
 
 def train(module: Any, problem: Problem, folder: Path) -> None:
     Trainer(module, train_dataset=problem.dataset, **plug(problem, folder)).train()

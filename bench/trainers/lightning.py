@@ -13,8 +13,6 @@ from skipkernels.integrations.lightning import SkipModule
 
 from .common import Problem
 
-LINES = 3
-
 
 def train(module: Any, problem: Problem, folder: Path) -> None:
     trainer(folder).fit(plug(module, problem), DataLoader(problem.dataset, problem.batch_size))

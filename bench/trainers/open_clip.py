@@ -17,8 +17,6 @@ from skipkernels.integrations.open_clip import ClassLoss, ClassModel
 
 from .common import NaiveCLIP, Problem
 
-LINES = 3
-
 
 def train(module: Any, problem: Problem, folder: Path) -> None:
     model, loss = plug(module)
