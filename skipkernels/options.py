@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-Ablated = Literal["skip_layers", "keep_ratio", "decay"]
 Tail = Literal["resample", "fixed"]
 Memory = Literal["auto", "fast", "min"]
 FusedMemory = Literal["fast", "balanced", "min"]

@@ -22,7 +22,7 @@ def additions():
         if family.file != "open_clip":  # general code and tests use its classes as examples
             yield "A model family", family.file, {*family.image.values(), *family.text.values(), *family.block.values()}
     yield "A method", "clip_adapter", {"clip[-_]adapter", "CLIPAdapter"}
-    yield "A data source", "hugging_face_sets", {"wds:", "open_shards"}
+    yield "A data source", "hugging_face_sets", {"open_hugging_face"}
 
 
 @pytest.fixture(scope="module")

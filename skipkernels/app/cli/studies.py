@@ -10,7 +10,7 @@ import tyro
 
 from skipkernels.app.console import Terminal
 from skipkernels.app.option_groups import MethodOptions, OutputOptions, ProtocolOptions, RunOptions
-from skipkernels.options import Ablated, Protocol
+from skipkernels.options import Protocol
 
 from .errors import on_interrupt
 from .options import Options, after_interrupt, show_study, study_folder, tune_config
@@ -104,17 +104,13 @@ class CompareStudyOptions:
 
     methods: tuple[str, ...] | None = None
     """Methods to compare, such as auto skip full coop. By default all methods of tune --method but auto."""
-    ablate: Ablated | None = None
-    """Compare values of this setting of Skip Tuning, instead of methods."""
-    values: tuple[int | float, ...] = ()
-    """Values of the setting of --ablate. By default five values from small to large."""
     seeds: int = 3
-    """Number of runs of each method or value, with seeds 0, 1, …"""
+    """Number of runs of each method, with seeds 0, 1, …"""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareCommand(Options):
-    """Compare methods, or values of a setting of Skip Tuning, by accuracy, time and memory on this machine."""
+    """Compare methods by accuracy, time and memory on this machine."""
 
     study: CompareStudyOptions = CompareStudyOptions()
     method: VariantOptions = VariantOptions()
@@ -123,25 +119,16 @@ class CompareCommand(Options):
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Run the comparison. Returns 0."""
-        from skipkernels.app.data import InputError
         from skipkernels.app.methods.registry import METHODS
         from skipkernels.app.train.command_line import command_line
 
         config, overwrite = _run_config(self, self.study.seeds), self.output.overwrite
-        seeds, setting, values = range(self.study.seeds), self.study.ablate, self.study.values
-        if setting is not None and self.study.methods is not None:
-            raise InputError("--methods: --ablate compares values of a setting, not methods; give one of the two.")
-        if setting is None and values:
-            raise InputError("--values needs a setting; add --ablate skip_layers, keep_ratio or decay.")
-        folder = study_folder(self.output.out, "compare" if setting is None else f"ablate-{setting}", config)
-        import skipkernels.app.studies.compare as studies  # imports torch
+        methods, seeds = self.study.methods or tuple(METHODS), range(self.study.seeds)
+        folder = study_folder(self.output.out, "compare", config)
+        from skipkernels.app.studies.compare import compare  # imports torch
 
         with on_interrupt(after_interrupt(overwrite)):
-            if setting is None:
-                methods = self.study.methods or tuple(METHODS)
-                study = studies.compare(config, methods, seeds, folder, err, overwrite=overwrite)
-            else:
-                study = studies.ablate(config, setting, values, seeds, folder, err, overwrite=overwrite)
+            study = compare(config, methods, seeds, folder, err, overwrite=overwrite)
             show_study(study, folder, out, command_line("compare", self))
         return 0
 

@@ -55,13 +55,6 @@ _KINDS = {
         "--data csv:photos/table.csv",
         own=True,
     ),
-    "wds": Kind(
-        _imported(".hugging_face_sets", "open_shards", "templates"),
-        "wds:SHARDS such as wds:shards/{000..012}.tar",
-        "Tar files of webdataset: images with .cls, .json or .txt.",
-        "--data 'wds:shards/{000..012}.tar'",
-        own=True,
-    ),
     "hf": Kind(
         _imported(".hugging_face_sets", "open_hugging_face", "templates"),
         "hf:PATH or hf:NAME such as hf:food101",

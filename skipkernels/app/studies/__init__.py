@@ -1,1 +1,1 @@
-"""Studies of many runs: the paper's protocols over seeds, method comparisons, and ablations of Skip Tuning."""
+"""Studies of many runs: the paper's protocols over seeds, and comparisons of methods."""

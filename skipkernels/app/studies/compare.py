@@ -1,4 +1,4 @@
-"""Compare methods, or values of a setting of Skip Tuning, by accuracy, time and memory."""
+"""Compare methods by accuracy, time and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from ...options import Ablated
 from ..config import TuneConfig
 from ..console import plain
 from ..data import InputError
@@ -22,12 +21,6 @@ from ..train.setup import build_task
 from .comparison import compare_best
 from .runs import Result, Variant, run_variants
 from .study import ACCURACY, COST, Column, Study
-
-VALUES: dict[Ablated, tuple[int | float, ...]] = {
-    "skip_layers": (0, 0.25, 0.5, 0.75, 1.0),
-    "keep_ratio": (0.05, 0.1, 0.25, 0.5, 1.0),
-    "decay": (0.05, 0.1, 0.3, 0.6, 1.0),
-}
 
 MULTIPLIERS = (1.0, 0.3, 3.0, 0.1, 10.0)
 """Factors of the learning rates of each method that are searched on the user's data; of equal ones the first is chosen.
@@ -124,30 +117,6 @@ def _search(configs: dict[str, TuneConfig], folder: Path, console: Console, over
         chosen += f" (its recipe x{best.multiplier:g}), {best.accuracy:.1f} % on validation images"
         console.print(plain(f"{method}: {chosen}, found in {best.seconds:.0f} s"))
     return found
-
-
-def ablate(
-    config: TuneConfig,
-    setting: Ablated,
-    values: Sequence[int | float],
-    seeds: Sequence[int],
-    folder: Path,
-    console: Console,
-    *,
-    overwrite: bool = False,
-) -> Study:
-    """Run Skip Tuning with several values of a setting, a field of `TuneConfig`; if empty, those of `VALUES`."""
-    values = values or VALUES[setting]
-    if len(set(values)) < len(values):
-        raise InputError(f"ablate: values must be different; got {' '.join(map(str, values))}.", "values")
-    variants = []
-    for value in values:
-        change: dict[str, Any] = {setting: value}
-        variants.append(Variant(f"{setting} {value:g}", dataclasses.replace(config, **change)))
-    results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
-    title = title_of(config)
-    more = {"comparison": compare_best(results, folder, primary(results[0].metrics["tuned"]))}
-    return Study(f"ablate-{setting}", title, results, _columns(results), more=more)
 
 
 def _columns(results: Sequence[Result]) -> list[Column]:

@@ -124,24 +124,6 @@ OPENED: list[tuple[str, Tree, Any, list[str]]] = [
      ["split must be train, val or test; got 'dev'"]),
     ("csv:{}/table.csv", table("path,label", '"images/0.png,cat'), ..., ["not readable as CSV"]),
     ("csv:{}/table.csv", table("path,label", "images/0.png,Cat", "images/1.png,cat"), ..., ["the same class name"]),
-    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG}}, "data",
-     ["which column has the labels? Got none among", "Give each sample one image and one class"]),
-    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG, "a.txt": b"x", "b.png": PNG, "b.jpg": PNG, "b.txt": b"x"}}, "data",
-     ["can't be loaded"]),
-    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG, "a.json": b"{"}}, "data", ["can't be loaded"]),
-    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG, "a.json": b'{"name": "x"}'}}, "data",
-     ["a .json has no field class_name"]),
-    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG, "a.json": b'{"label": 1.5}'}}, "data",
-     ["must be text or a whole number; got 1.5 for", "/a.tar/a.png"]),
-    ("wds:{}/a.tar", {"a.tar": {"a.png": PNG, "a.txt": b" "}}, "data", ["must be text or a whole number; got ''"]),
-    ("wds:{}/a.tar", {"a.tar": UNLABELLED}, "data", ["got None for", "/7.png"]),
-    ("wds:{}/{{0..1000000000000}}.tar", {}, "data", ["no file", "/0.tar on this machine"]),
-    ("wds:https://host/{{0..3}}.tar", {}, "data", ["download the shard"]),
-    ("wds:{}", {"empty": 0}, "data", ["no .tar files"]),
-    ("wds:{}/{{train-0,other}}.tar", {"train-0.tar": TEXTS, "other.tar": TEXTS}, "data", ["other.tar is not"]),
-    ("wds:{}/a.tar", {"a.tar": CLASSES, "classes.txt": "cat\ndog\n"}, "data",
-     ["has 2 names, and a sample has the class 2"]),
-    ("wds:{}/a.tar", {"a.tar": CLASSES, "classes.txt": "cat\n\nowl\n"}, "data", ["can't be named ''"]),
     ("hf:", {}, "data", ["needs a folder or a name"]),
     ("hf:{}", {}, "data", ["must be a folder that save_to_disk wrote"]),
     ("coop:cub", {}, "data", ["'cub'", *DATASETS]),
@@ -174,7 +156,7 @@ def words_of(rows: list[tuple]) -> list[str]:
 
 @pytest.mark.parametrize(("data", "tree", "argument", "words"), OPENED, ids=words_of(OPENED))
 def test_open_source_refuses(tmp_path, monkeypatch, data, tree, argument, words):
-    if data.startswith(("hf:", "wds:")):
+    if data.startswith("hf:"):
         datasets = pytest.importorskip("datasets")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     build(tmp_path, tree)

@@ -1,12 +1,10 @@
-"""Own data that list images with labels: csv:, wds: and hf:, and validation images."""
+"""Own data that list images with labels: csv: and hf:, and validation images."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -106,80 +104,10 @@ def test_csv_names_missing_table_and_unreadable_image(images):
             list(source.images(split))
 
 
-# ---- wds ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(autouse=True)
 def hub_cache(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def png(label: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (5, 4), (RED * label, 9, 9)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-
-
-def samples(kind: str, start: int = 0, count: int = 4) -> dict[str, bytes]:
-    """Samples of each class; the class is after the image for the first of them."""
-    found = {}
-    for label, name in enumerate(CLASSES):
-        for number in range(start, start + count):
-            key = f"part/{name}{number}"
-            text = {"cls": f"{label}", "txt": f"{name}\n", "json": json.dumps({"id": 7, "Label": name})}[kind]
-            found |= {f"{key}.png": png(label), f"{key}.{kind}": text.encode()}
-    return found
-
-
-@pytest.mark.parametrize("kind", ["cls", "txt", "json"])
-def test_wds_shards(tmp_path, kind):
-    for number in range(9, 11):
-        write_tar(tmp_path / f"{number:03d}.tar", samples(kind, 4 * number))
-    if kind == "cls":
-        (tmp_path / "classes.txt").write_text("cat\ndog\nowl\n")
-    source = open_source(f"wds:{tmp_path}/{{009..010}}.tar")
-    assert source.classes == tuple(CLASSES)
-    assert [len(source.images(split)) for split in ("train", "val", "test")] == [12, 6, 6]
-    train = source.few_shot(2, 0)
-    assert all(class_of(image) == label for image, label in train)
-    before = dataset_identity(train)
-    assert dataset_identity(open_source(f"wds:{tmp_path}").few_shot(2, 0)) == before, "a folder, the same shards"
-    assert dataset_identity(source.few_shot(2, 1)) != before
-    os.utime(tmp_path / "009.tar", (1, 1))
-    assert dataset_identity(open_source(f"wds:{tmp_path}").few_shot(2, 0))["images"] != before["images"]
-
-
-def test_wds_splits_by_name(tmp_path):
-    write_tar(tmp_path / "train" / "0.tar", samples("txt"))
-    write_tar(tmp_path / "val" / "0.tar", samples("txt"))
-    source = open_source(f"wds:{tmp_path}")
-    assert len(source.images("test")) == 12 and "so the val images are the test images" in source.notes[0]
-    write_tar(tmp_path / "test-0.tar", samples("txt", count=1))
-    write_tar(tmp_path / "train-0.tar", samples("txt"))
-    source = open_source(f"wds:{tmp_path}/{{train,test}}-0.tar")
-    assert [len(source.images(split)) for split in ("train", "test")] == [12, 3]
-
-
-def test_wds_refuses_cut_shards_and_damaged_images(tmp_path):
-    write_tar(tmp_path / "a.tar", samples("txt"))
-    for length in (6000, 6144, 1024):  # in a file, and between two
-        (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:length])
-        assert "ends without the mark of the end of a tar file" in fails(f"wds:{tmp_path / 'cut.tar'}")
-    write_tar(tmp_path / "bad.tar", samples("txt") | {"part/cat0.png": b"no image"})
-    source = open_source(f"wds:{tmp_path / 'bad.tar'}")
-    with pytest.raises(InputError, match=r"bad\.tar/part/cat0\.png: can't be read as an image"):
-        for split in ("train", "val", "test"):
-            list(source.images(split))
 
 
 # ---- hf ----------------------------------------------------------------------------------------------------------
@@ -253,6 +181,9 @@ def test_hf_refuses(hub, tmp_path, monkeypatch):
     two.save_to_disk(tmp_path / "two")
     assert "Got label and coarse among image, label, coarse. Name it by ?label=NAME." in fails(f"hf:{tmp_path / 'two'}")
 
+    two.remove_columns("label").add_column("label", [1.5] * 6).save_to_disk(tmp_path / "floats")
+    assert "label must be text or a whole number; got 1.5 for train/0" in fails(f"hf:{tmp_path / 'floats'}?label=label")
+
     def unreachable(*args, **named):
         assert (args, named) == (("someone/set", "small"), {"revision": None}), "no code of the dataset is trusted"
         raise ConnectionError("no\nroute")
@@ -263,26 +194,16 @@ def test_hf_refuses(hub, tmp_path, monkeypatch):
     assert "pip install 'skipkernels[datasets]'" in fails("hf:someone/set")
 
 
-@pytest.mark.parametrize("kind", ["wds", "hf"])
-def test_listed_photos_upright_and_all_unreadable_named(tmp_path, kind):
+def test_hf_photos_upright_and_all_unreadable_named(hub, tmp_path):
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (5, 4)).save(buffer, "jpeg", exif=exif)
     contents = [buffer.getvalue(), b"no image", buffer.getvalue()[:200], buffer.getvalue()] * 2
     labels = [0] * 4 + [1] * 4
-    if kind == "wds":
-        data = f"wds:{tmp_path / 'a.tar'}"
-        files = {}
-        for n, (content, label) in enumerate(zip(contents, labels, strict=True)):
-            files |= {f"{n}.jpg": content, f"{n}.txt": CLASSES[label].encode()}
-        write_tar(tmp_path / "a.tar", files)
-    else:
-        hub = pytest.importorskip("datasets")
-        data = f"hf:{tmp_path / 'set'}"
-        features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=CLASSES[:2])})
-        images = [{"bytes": content, "path": None} for content in contents]
-        hub.Dataset.from_dict({"image": images, "label": labels}, features=features).save_to_disk(tmp_path / "set")
-    task = task_of(data, shots="all", validation="auto")
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=CLASSES[:2])})
+    images = [{"bytes": content, "path": None} for content in contents]
+    hub.Dataset.from_dict({"image": images, "label": labels}, features=features).save_to_disk(tmp_path / "set")
+    task = task_of(f"hf:{tmp_path / 'set'}", shots="all", validation="auto")
     parts = (task.train, task.validation.images, task.tests[0].images)
     reasons = unreadable_images(task)
     assert len(reasons) == 4 and all(len(reason.splitlines()) == 1 for reason in reasons.values())

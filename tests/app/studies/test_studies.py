@@ -17,7 +17,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.studies import runs
-from skipkernels.app.studies.compare import MULTIPLIERS, SEARCH_SEED, ablate, compare
+from skipkernels.app.studies.compare import MULTIPLIERS, SEARCH_SEED, compare
 from skipkernels.app.studies.protocol import run_protocol
 from skipkernels.app.studies.runs import Variant, mean_and_deviation, run_variants
 from skipkernels.app.studies.study import Column, Study
@@ -145,12 +145,6 @@ def test_run_protocol_cross_dataset(ran, tmp_path):
     ]
 
 
-def test_ablate(ran, tmp_path):
-    study = ablate(TINY, "skip_layers", (0, 0.5), range(1), tmp_path, QUIET)
-    assert [config.skip_layers for config in ran] == [0, 0.5]
-    assert study.name == "ablate-skip_layers" and list(study.summary()) == ["skip_layers 0", "skip_layers 0.5"]
-
-
 def test_study_write_unwritable_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("skipkernels.app.studies.study.page.study_html", lambda study: "")
     (tmp_path / "file").write_text("")
@@ -164,16 +158,7 @@ def test_study_write_unwritable_folder(tmp_path, monkeypatch):
     [
         (["compare", "--methods", "skip", "skip"], "--methods must be distinct names of skip, zero-shot, full"),
         (["compare", "--seeds", "0"], "--seeds must be a number of runs from 1 to 1000"),
-        (["compare", "--values", "1"], "--values needs a setting; add --ablate"),
-        (
-            ["compare", "--ablate", "decay", "--methods", "skip"],
-            "--methods: --ablate compares values of a setting, not methods",
-        ),
-        (["compare", "--ablate", "decay", "--values", "1", "1"], "--values must be different; got 1 1"),
-        (
-            ["compare", "--ablate", "skip_layers", "--values", "0", "9"],
-            "skip_layers 9: SkipCLIP: skip_layers must be",
-        ),
+        (["compare", "--methods", "zero-shot", "skip", "--skip-layers", "9"], "skip: SkipCLIP: skip_layers must be"),
         (["protocol", "few-shot", "--shots", "4"], "--shots 4 has no effect with few-shot; give --numbers-of-shots"),
         (["protocol", "base-to-new", "--numbers-of-shots", "4"], "no effect with base-to-new; give --shots"),
     ],
