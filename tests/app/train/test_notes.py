@@ -18,30 +18,25 @@ def warning(before, after, config=SMALL, classes=10, images=120) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "expected"),
+    ("before", "after", "changes", "expected"),
     [
-        (40.0, 60.0, None),
-        (40.0, 40.0, None),
-        (40.0, 39.0, "39.00 %, below zero-shot (40.00 %). Lower --text-lr and --image-lr"),
-        (40.0, 9.0, "9.00 %, below zero-shot (40.00 %). Lower"),
+        (40.0, 60.0, {}, None),
+        (40.0, 40.0, {}, None),
+        (40.0, 39.0, {}, "39.00 %, below zero-shot (40.00 %). Lower --text-lr and --image-lr"),
+        (40.0, 20.0, {"config": SMALL.with_method("coop")}, "Lower --text-lr, or"),
         # Chance is 10 %, and two standard errors of 120 images are 5.48 points.
-        (9.0, 15.4, "15.40 %, not above chance (10.00 % of 120 images, within two standard errors). Raise --text-lr"),
-        (9.0, 15.5, None),
+        (9.0, 15.4, {}, "15.40 %, not above chance (10.00 % of 120 images, within two standard errors). Raise --text"),
+        (9.0, 15.5, {}, None),
+        (100.0, 100.0, {"classes": 2, "images": 1}, None),  # all correct
+        (None, None, {}, None),
+        (5.0, None, {}, None),
+        (5.0, 1.0, {"images": 0}, None),
+        (5.0, 5.0, {"config": SMALL.with_method("zero-shot")}, None),
     ],
 )
-def test_weak_result(before, after, expected):
-    found = warning(before, after)
+def test_weak_result(before, after, changes, expected):
+    found = warning(before, after, **changes)
     assert found is None if expected is None else expected in found and "\n" not in found
-
-
-def test_weak_result_without_warning():
-    assert warning(100.0, 100.0, classes=2, images=1) is None, "all correct"
-    assert warning(None, None) is None and warning(5.0, None) is None and warning(5.0, 1.0, images=0) is None
-    assert warning(5.0, 5.0, SMALL.with_method("zero-shot")) is None
-
-
-def test_weak_result_names_rates_of_method():
-    assert "Lower --text-lr, or" in warning(40.0, 20.0, SMALL.with_method("coop"))
 
 
 @pytest.mark.parametrize(

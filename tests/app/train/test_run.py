@@ -6,19 +6,15 @@ import io
 import json
 import re
 
-import open_clip
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.methods import METHODS
 from skipkernels.app.train import evaluate_run, optimizers, trainer, tune
 from skipkernels.app.train.model import load_model
-from skipkernels.app.train.setup import build_task
 from skipkernels.optimizer import FusedSGD
 from tests.app.runs import files, losses, results, rows, small, without_cost
 
@@ -101,20 +97,6 @@ def test_eval_on_other_data(run, capsys):
     assert list(json.loads(capsys.readouterr().out)) == ["all"]
 
 
-def test_open_clip_loads_checkpoint(run):
-    folder, metrics = run
-    model, _, preprocess = open_clip.create_model_and_transforms("pictogram-tiny")
-    open_clip.load_checkpoint(model, str(folder / "model.safetensors"))
-    base = build_task(small(folder), preprocess).tests[0]
-    images, labels = zip(*base.images, strict=True)
-    tokens = open_clip.get_tokenizer("pictogram-tiny")(base.prompts[0])
-    with torch.no_grad():
-        answers = model.eval().get_logits(torch.stack(images), tokens)[0].argmax(dim=1)
-    assert 100 * (answers == torch.tensor(labels)).double().mean().item() == pytest.approx(
-        metrics["tuned"]["base"], abs=1e-4
-    )
-
-
 def test_tune_is_deterministic(run, tmp_path):
     folder, metrics = run
     torch.manual_seed(7)  # the caller's generator has no effect
@@ -152,14 +134,6 @@ def test_tune_changes_weights_above_cut_only(run):
     assert "logit_scale" not in moved
 
 
-def test_tune_full_changes_all_weights(tmp_path):
-    metrics = tune(small(tmp_path, method="full", epochs=1, max_classes=6))
-    assert metrics["kept_classes"] == 3
-    assert evaluate_run(tmp_path) == metrics["tuned"]
-    before, after = first_weights(), load_file(tmp_path / "model.safetensors")
-    assert {name for name in before if before[name].equal(after[name])} <= {"logit_scale"}
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"skip_layers": 0, "max_classes": 2}, {"skip_layers": 1.0, "max_classes": 3, "protocol": "few-shot"},
@@ -175,19 +149,16 @@ def test_tune_options(tmp_path, changes):
     assert evaluate_run(tmp_path) == metrics["tuned"]
 
 
-@pytest.mark.parametrize("method", ["zero-shot", "linear-probe", "coop", "lora"])
-def test_tune_methods(run, tmp_path, method):
-    trains = METHODS[method].recipe("pictogram-tiny", "base-to-new", 4).epochs > 0
-    metrics = tune(small(tmp_path, method=method, epochs=1 if trains else None))
+@pytest.mark.parametrize("method", ["zero-shot", "linear-probe"])
+def test_tune_methods_without_steps(run, tmp_path, method):
+    metrics = tune(small(tmp_path, method=method, epochs=None))
     assert metrics["zero_shot"] == run[1]["zero_shot"], "the pretrained model"
-    assert evaluate_run(tmp_path) == metrics["tuned"]
-    assert metrics["tuned"]["base"] is not None
+    assert evaluate_run(tmp_path) == metrics["tuned"] and (metrics["epochs"], metrics["steps"]) == (0, 0)
     if method == "linear-probe":
         assert metrics["tuned"]["new"] is metrics["tuned"]["harmonic"] is None, "a linear probe uses no texts"
         assert metrics["tuned"]["base"] > 50
-    if method == "zero-shot":
+    else:
         assert metrics["tuned"] == metrics["zero_shot"] and metrics["parameters"]["trained"] == 0
-    assert metrics["epochs"] == (1 if trains else 0) and (metrics["steps"] > 0) == trains
     assert files(tmp_path) >= {"report.html", "metrics.json"}
 
 
@@ -197,18 +168,3 @@ def test_load_model_random_weights_follow_seed():
         for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-def test_tune_image_folder_trains_all_classes_of_few_shot_json(tmp_path):
-    for name, grey in (("black", 0), ("grey", 128), ("white", 255)):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(6):
-            Image.new("L", (32, 32), grey).save(tmp_path / "images" / name / f"{number}.png")
-    run, data = tmp_path / "run", f"imagefolder:{tmp_path / 'images'}"
-    metrics = tune(small(run, data=data, shots=2, max_classes=None, epochs=1, seed=3))
-    assert metrics["protocol"] == "few-shot" and metrics["classes"] == {"all": 3}
-    written = json.loads((run / "few_shot.json").read_text())
-    assert (written["shots"], written["seed"], written["data"]) == (2, 3, data)
-    trained = [(path.split("/")[0], label, name) for path, label, name in written["train"]]
-    assert trained == 2 * [("black", 0, "black")] + 2 * [("grey", 1, "grey")] + 2 * [("white", 2, "white")]
-    assert all((tmp_path / "images" / path).is_file() for path, _, _ in written["train"])
