@@ -34,18 +34,16 @@ def name_of_method(method: str) -> str:
     return _METHODS.get(method, method)
 
 
-def name_of_classifier(
-    method: str, head: str | None, *, trained: bool = True, factor: float = 1.0, blend: float = 1.0
-) -> str:
-    """Return the name of a method with a factor of its learning rates, a blend and a head.
+def name_of_classifier(method: str, head: str | None, *, factor: float | None = 1.0, blend: float = 1.0) -> str:
+    """Return the name of a method with a factor of its learning rates, None without training, a blend and a head.
 
-    >>> name_of_classifier("skip", "anchored", factor=3.0, blend=0.5), name_of_classifier("skip", "none", trained=False)
+    >>> name_of_classifier("skip", "anchored", factor=3.0, blend=0.5), name_of_classifier("skip", "none", factor=None)
     ('Skip Tuning ×3, blended + anchored probe', 'zero-shot')
     """
-    name = name_of_method(method)
-    if not trained:
+    if factor is None:
         name = "zero-shot" if head == "none" else "frozen"
-    name += f" ×{factor:g}" if factor != 1 else ""
+    else:
+        name = name_of_method(method) + (f" ×{factor:g}" if factor != 1 else "")
     name += ", blended" if blend != 1 else ""
     return name if head in ("none", None) else f"{name} + {HEADS[head]}"
 
@@ -54,8 +52,8 @@ def name_of_run(config: TuneConfig) -> str:
     """Return the name of what classifies in a run of a resolved configuration."""
     if config.method == "auto":
         return name_of_method(config.method)
-    trained = config.epochs != 0 or not config.has_steps
-    return name_of_classifier(config.method, config.head, trained=trained, blend=config.blend)
+    factor = None if config.epochs == 0 and config.has_steps else 1.0
+    return name_of_classifier(config.method, config.head, factor=factor, blend=config.blend)
 
 
 def name_of_test(test: str) -> str:

@@ -69,8 +69,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """Name in tables."""
-        trained, factor = self.factor is not None, self.factor or 1.0
-        return name_of_classifier(self.method, self.head, trained=trained, factor=factor, blend=self.blend)
+        return name_of_classifier(self.method, self.head, factor=self.factor, blend=self.blend)
 
     @property
     def new_names(self) -> bool:

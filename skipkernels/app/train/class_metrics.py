@@ -23,8 +23,8 @@ def class_weights(labels: Tensor, classes: int, exponent: float = 1.0) -> Tensor
 
     >>> import torch
     >>> labels = torch.tensor([0, 0, 0, 0, 1])
-    >>> class_weights(labels, 2).tolist(), class_weights(labels, 2, exponent=0.5).tolist()
-    ([0.625, 2.5], [0.8333333333333334, 1.6666666666666667])
+    >>> class_weights(labels, 2).float(), class_weights(labels, 2, exponent=0.5).float()
+    (tensor([0.6250, 2.5000]), tensor([0.8333, 1.6667]))
     """
     counts = labels.bincount(minlength=classes).double()
     weights = counts.clamp(min=1) ** -exponent
