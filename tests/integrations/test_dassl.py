@@ -18,8 +18,11 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from bench.trainers.common import WEIGHT_TOLERANCE, NaiveCLIP, Problem, small_problem, trained
+from skipkernels.app.demo import pictogram_tiny
 from skipkernels.testing import relative_error
 from tests.integrations import dassl_stand_in as runner
+
+pictogram_tiny.register()  # so that open_clip knows its tokenizer
 
 NAMES = [f"class_{n}" for n in range(12)]  # of the stand-in
 DASSL = "https://github.com/KaiyangZhou/Dassl.pytorch", "c61a1b570ac6333bd50fb5ae06aea59002fb20bb"
@@ -178,7 +181,7 @@ def test_options(dassl, problem, tmp_path):
     dassl.extend_cfg(cfg)
     assert vars(cfg.TRAINER.SKIPKERNELS) == dassl.DEFAULTS
     del trainer.cfg.TRAINER.SKIPKERNELS  # the defaults hold
-    assert dassl._option(trainer.cfg, "SKIP_LAYERS") == 6
+    assert trainer.prompts(NAMES)[1] == "a photo of a class 1."
 
 
 @pytest.mark.parametrize(
