@@ -10,7 +10,6 @@ from skipkernels.app.console import Terminal
 from skipkernels.options import Protocol
 
 from .options import Run, Trust, note_unfinished
-from .tune import number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +36,7 @@ class EvalCommand:
         """Evaluate, and print the accuracy. Returns 0."""
         from rich.table import Table
 
+        from skipkernels.app.report.rendering import number
         from skipkernels.app.train.evaluation import REPLACEABLE, evaluate_run
         from skipkernels.app.train.processes import is_first
 

@@ -16,8 +16,6 @@ from .errors import on_interrupt
 from .options import Options, after_interrupt, replaced, show_study, study_folder, tune_config
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from skipkernels.app.config import TuneConfig
 
 _NOT_FROM_FILE = ("out", "overwrite", "resume", "trust")  # settings that are not taken from the file of --config
@@ -119,14 +117,21 @@ def _refused(argument: str, message: str) -> Exception:
 
 def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
     """Print the tables of a run, and the names of its files."""
+    from skipkernels.app.report import run_page
+    from skipkernels.app.report.words import title_of
+
     assert config.out is not None
     if metrics["candidates"]:
-        out.print(_candidate_table(metrics))
-    out.print(_accuracy_table(config, metrics))
-    out.print(_cost_table(config, metrics))
+        out.print(run_page.candidate_table(metrics).in_terminal())
+    out.print(run_page.accuracy_table(metrics).in_terminal(title_of(config, metrics["classifier"])))
+    for text in (run_page.choice(metrics), run_page.kept_epoch(metrics)):
+        if text is not None:
+            out.print(text, soft_wrap=True)
+    out.print(run_page.cost_table(config, metrics).in_terminal())
     names = ["report.html", "README.md", "metrics.json", "metrics.jsonl", metrics["checkpoint"]["file"]]
     names += ["config.yaml", "classifier.json", "open_clip_config.json"]
-    out.print("  " + "  ".join(name for name in names if (config.out / name).exists()), soft_wrap=True)
+    found = "  ".join(name for name in names if (config.out / name).exists())
+    out.print(f"{config.out}:  {found}", soft_wrap=True)
 
 
 def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
@@ -153,69 +158,3 @@ def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
 def _as_yaml(config: TuneConfig) -> str:
     """Return the settings of a run as a file for `--config`, with the defaults of its method filled in."""
     return dataclasses.replace(config.resolved(), **{name: getattr(config, name) for name in _UNRESOLVED}).to_yaml()
-
-
-def _accuracy_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    from skipkernels.app.report.words import title_of
-    from skipkernels.app.train.class_metrics import VALIDATION, accuracy_rows
-
-    table = Table("accuracy, %", title=title_of(config, metrics["classifier"]))
-    for column in ("zero-shot", "tuned", "change"):
-        table.add_column(column, justify="right")
-    for row in accuracy_rows(metrics | {"validation": metrics.get("validation") or {}}):
-        if (row.test == VALIDATION) == (config.test == "none"):
-            change = None if row.before is None or row.after is None else row.after - row.before
-            table.add_row(row.label, number(row.before, ".2f"), number(row.after, ".2f"), number(change, "+.2f"))
-    return table
-
-
-def _candidate_table(metrics: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    from skipkernels.app.report.intervals import wilson
-
-    found = metrics["candidates"]
-    balanced = any(number(each["balanced_accuracy"], ".1f") != number(each["accuracy"], ".1f") for each in found)
-    table = Table(
-        "candidate", title=f"{len(found)} candidates; chosen: {metrics['classifier']} ({metrics['chosen_because']})"
-    )
-    for column in ("accuracy, %", "95 % interval", *(["balanced, %"] if balanced else []), "seconds", "new names"):
-        table.add_column(column, justify="right")
-    for each in found:
-        low, high = wilson(each["accuracy"], each["images"])
-        cells = [number(each["accuracy"], ".1f"), f"{low:.1f} to {high:.1f}"]
-        cells += [number(each["balanced_accuracy"], ".1f")] if balanced else []
-        cells += [number(each["seconds"], ".1f"), "yes" if each["new_names"] else "no"]
-        table.add_row(("✓ " if each["chosen"] else "") + each["name"], *cells, style="bold" if each["chosen"] else None)
-    return table
-
-
-def _cost_table(config: TuneConfig, metrics: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    cost, weights, classes = metrics["cost"], metrics["checkpoint"], next(iter(metrics["classes"].values()))
-    table = Table(show_header=False)
-    if metrics["steps"]:
-        pace = f"{cost['seconds_per_epoch']:.2f} s, {cost['milliseconds_per_step']:.1f} ms per step"
-        table.add_row("time per epoch", pace)
-        table.add_row("kept classes", f"{metrics['kept_classes']:.1f} of {classes} per step")
-    if metrics["best_epoch"] is not None:
-        validation = metrics["validation"]
-        accuracy = f"{number(validation['tuned'], '.2f')} % of {validation['images']} validation images"
-        if "balanced" in validation:  # epochs are compared by it
-            accuracy += f", balanced {number(validation['balanced'], '.2f')} %"
-        table.add_row("epoch kept", f"{metrics['best_epoch']} of {metrics['epochs']}, {accuracy}")
-    table.add_row("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}")
-    peak, before = cost["peak_memory_mib"], cost["baseline_memory_mib"]
-    if peak:
-        table.add_row("peak memory", f"{peak - before:.0f} MiB, beside {before:.0f} MiB of Python and its libraries")
-    table.add_row("weights", f"{weights['file']}, {weights['mib']} MiB")
-    table.add_row("results", str(config.out))
-    return table
-
-
-def number(value: float | None, spec: str) -> str:
-    """Format a number that may be missing."""
-    return "–" if value is None else f"{value:{spec}}"

@@ -51,6 +51,17 @@ class Table:
         """Part of a page."""
         return part("table", self)
 
+    def in_terminal(self, title: str | None = None) -> Any:
+        """Table of rich."""
+        from rich.table import Table as RichTable
+
+        table = RichTable(self.corner, title=title, title_justify="left", show_header=bool(self.columns))
+        for column in self.columns or [""]:
+            table.add_column(column, justify="right" if self.columns else "left")
+        for row in self.rows:
+            table.add_row(row.name, *map(str, row.cells), style="bold" if row.style == "summary" else None)
+        return table
+
 
 @dataclass(frozen=True)
 class Section:
@@ -92,17 +103,17 @@ def groups(parts: Mapping[str, Sequence[Markup]]) -> list[Markup]:
     return [part("group", summary, of, place < _OPEN) for place, (summary, of) in enumerate(parts.items())]
 
 
-def facts(values: Mapping[str, Any]) -> list[Markup]:
+def facts(values: Mapping[str, Any]) -> Table:
     """Table of names and texts; missing values are left out."""
     known = {name: str(value) for name, value in values.items() if value not in (None, "", MISSING)}
-    return [Table("", [], [row(name, Cell(value, style="left")) for name, value in known.items()]).html]
+    return Table("", [], [row(name, Cell(value, style="left")) for name, value in known.items()])
 
 
 def reproduction(command: str, values: Mapping[str, Any], environment: Mapping[str, Any], settings: str) -> Section:
     """Section with the command, and the versions and machine of `environment`."""
-    versions = ", ".join(f"{name} {version}" for name, version in (environment.get("versions") or {}).items())
-    known = {"versions": versions, "machine": environment.get("machine"), "date": environment.get("finished")}
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    known = {"versions": versions, "machine": environment["machine"], "date": environment["finished"]}
     parts = [part("code", command, True)] if command else []
-    parts += facts({**values, **known})
+    parts.append(facts({**values, **known}).html)
     parts += [part("group", "All settings", [part("code", settings)], False)] if settings else []
     return Section("reproduce", "Reproduce", parts)

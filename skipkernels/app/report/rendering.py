@@ -68,6 +68,15 @@ def number(value: float | None, spec: str = ".1f", unit: str = "") -> str:
     return f"{value:{spec}}{unit}".replace("-", "−") if finite(value) else MISSING
 
 
+def percent(value: float | None) -> str:
+    """Format a percentage.
+
+    >>> percent(57.25).replace("\N{NO-BREAK SPACE}", " ")
+    '57.2 %'
+    """
+    return number(value, ".1f", "\N{NO-BREAK SPACE}%")
+
+
 def short(name: str) -> str:
     """Shorten a long name in the middle: names of classes often begin alike.
 

@@ -76,17 +76,8 @@ class Study:
 
     def tables(self) -> list[Table]:
         """Tables of the page, for the terminal: without long ones."""
-        found = []
-        for content in page.tables(self.as_dict()):
-            if len(content.rows) > _MOST_ROWS:
-                continue
-            table = Table(content.corner, title=self.title, title_justify="left")
-            for column in content.columns:
-                table.add_column(column, justify="right")
-            for row in content.rows:
-                table.add_row(row.name, *map(str, row.cells))
-            found.append(table)
-        return found
+        tables = page.tables(self.as_dict())
+        return [table.in_terminal(self.title) for table in tables if len(table.rows) <= _MOST_ROWS]
 
     @property
     def sentences(self) -> list[str]:

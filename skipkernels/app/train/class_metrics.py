@@ -144,10 +144,10 @@ def accuracy_rows(metrics: Mapping[str, Any]) -> list[AccuracyRow]:
     If the classes of a test have different numbers of images, its balanced accuracy and that of always answering the
     largest class come first: an accuracy near the latter says little.
     """
-    before_of, after_of = (dict(metrics[part] or {}) for part in ("zero_shot", "tuned"))
-    if (held := metrics.get("validation")) is not None:
-        before_of[VALIDATION], after_of[VALIDATION] = held.get("zero_shot"), held.get("tuned")
-    by_class = [metrics.get(part) or {} for part in ("zero_shot_by_class", "by_class")]
+    before_of, after_of = (dict(metrics[part]) for part in ("zero_shot", "tuned"))
+    if (held := metrics["validation"]) is not None:
+        before_of[VALIDATION], after_of[VALIDATION] = held["zero_shot"], held["tuned"]
+    by_class = [metrics[part] for part in ("zero_shot_by_class", "by_class")]
     found = []
     for test, before in before_of.items():
         of_test = [part.get(test) for part in by_class]

@@ -1,0 +1,110 @@
+"""Parts of the page of a run that show the predictions for its tests: images, classes and confusions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from ..train.class_metrics import metrics_of_test
+from ..train.predictions import TestPredictions, TopClasses
+from . import page
+from .dot_plot import DotRow, plot_of_changes
+from .mistakes import changed, class_results, confused_pairs, confusion_matrix, one_per_class
+from .page import Cell, Table, row
+from .plots import finite
+from .rendering import number, part, percent, plural
+from .words import name_of_test
+
+
+def galleries(tests: Sequence[TestPredictions], which: int, explained: str, style: str) -> list[Markup]:
+    """Gallery of each test, of the images that tuning fixed (`which` 0) or broke (1)."""
+    found: dict[str, list[Markup]] = {}
+    for test in tests:
+        chosen = changed(test)[which]
+        indices, count = one_per_class(test.labels, chosen), int(chosen.sum())
+        shown = f"{len(indices):,} of {count:,} images" if len(indices) < count else plural(count, "image")
+        if indices:
+            gallery = part("gallery", [_card(test, index) for index in indices], style)
+            found[f"{name_of_test(test.name)}: {shown}"] = [gallery]
+    return [part("text", explained), *page.groups(found)] if found else []
+
+
+def _card(test: TestPredictions, index: int) -> dict[str, Any]:
+    """Image with the classes that were predicted before and after tuning, and their probabilities."""
+    label = int(test.labels[index])
+
+    def listed(top: TopClasses | None) -> list[dict[str, Any]]:
+        if top is None:
+            return []
+        pairs = zip(top.classes[index].tolist(), top.probabilities[index].tolist(), strict=True)
+        return [
+            {"name": test.classes[found], "probability": value if finite(value) else None, "correct": found == label}
+            for found, value in pairs
+        ]
+
+    return {
+        "label": test.classes[label],
+        "image": test.thumbnails.get(index),
+        "predictions": [("zero-shot", listed(test.zero_shot)), ("tuned", listed(test.tuned))],
+    }
+
+
+def classes(test: TestPredictions) -> list[Markup]:
+    """Plot and table of the classes of a test."""
+    results = class_results(test)
+    last = metrics_of_test(test.labels, test.last, test.classes)
+    rows, dots = [], []
+    for found, own in zip(results, last["classes"], strict=True):
+        name = test.classes[found.label]
+        dot = DotRow(name, found.zero_shot, found.tuned, plural(found.images, "image"))
+        taken = "" if found.predicted is None else f"{test.classes[found.predicted]} ({found.errors})"
+        cells: list[str | Cell] = [
+            f"{found.images:,}",
+            number(found.zero_shot),
+            number(found.tuned),
+            page.change_cell(dot.change),
+        ]
+        cells += [number(own["precision"]), number(own["f1"]), Cell(taken, style="left", order=found.errors)]
+        rows.append(row(name, *cells))
+        dots.append(dot)
+    text = (
+        f"Mean over the classes: accuracy {percent(last['balanced_accuracy'])}, F1 {percent(last['macro_f1'])}. "
+        "Precision and F1 are those of the last model; predictions.csv has every image, confusion.csv every pair of "
+        "classes."
+    )
+    columns = ["images", "zero-shot, %", "tuned, %", "change", "precision, %", "F1, %", "most often taken for"]
+    # Of a single image per class, accuracies are 0 and 100 %.
+    several = any(found.images > 1 for found in results)
+    plot = [part("dots", plot_of_changes("accuracy of each class, %", dots))] if several else []
+    return [*plot, part("text", text), Table("class", columns, rows, searched=True).html]
+
+
+def confusions(tests: Sequence[TestPredictions]) -> list[Markup]:
+    """Matrix of confusions of each test, and the most frequent ones with images."""
+    parts: dict[str, list[Markup]] = {}
+    for test in tests:
+        labels, counts = confusion_matrix(test)
+        totals = test.labels.bincount(minlength=len(test.classes)).tolist()
+        rows = [
+            (test.classes[label], totals[label], [(count, count / max(totals[label], 1)) for count in of])
+            for label, of in zip(labels, counts, strict=True)
+        ]
+        pairs = [
+            {
+                "label": test.classes[pair.label],
+                "predicted": test.classes[pair.predicted],
+                "count": pair.count,
+                "total": pair.total,
+                "image": test.thumbnails.get(pair.index),
+                "other": None if pair.predicted_index is None else test.thumbnails.get(pair.predicted_index),
+            }
+            for pair in confused_pairs(test)
+        ]
+        if pairs:
+            some = f"The {len(labels)} classes with the most errors: i" if len(labels) < len(test.classes) else "I"
+            text = f"{some}mages of a class (row) by predicted class (column)."
+            matrix = part("matrix", [test.classes[label] for label in labels], rows)
+            parts[name_of_test(test.name)] = [part("text", text), matrix, part("pairs", pairs)]
+    return page.groups(parts)
