@@ -181,7 +181,7 @@ def test_options(dassl, problem, tmp_path):
     dassl.extend_cfg(cfg)
     assert vars(cfg.TRAINER.SKIPKERNELS) == dassl.DEFAULTS
     del trainer.cfg.TRAINER.SKIPKERNELS  # the defaults hold
-    assert trainer.prompts(NAMES)[1] == "a photo of a class 1."
+    assert trainer.prompts(NAMES)[1] == "itap of a class 1."
 
 
 @pytest.mark.parametrize(
