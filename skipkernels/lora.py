@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def add_lora(
     towers = _fusable_towers(clip)
 
     generator = generator or torch.Generator().manual_seed(0)
-    clip.encoders.freeze_for_adapters()
+    _freeze(clip)
     try:
         for tower in towers:
             for block in list(tower.blocks)[tower.skip :]:
@@ -78,7 +79,7 @@ def add_lora(
         clip.refresh()
     except BaseException:
         _remove(clip.model, merge=False)
-        clip.encoders.train_without_adapters()
+        _train_as_before(clip)
         raise
 
 
@@ -91,8 +92,26 @@ def merge_lora(clip: SkipCLIP) -> None:
     """
     _check_updated("merge_lora", clip)
     _remove(clip.model, merge=True)
-    clip.encoders.train_without_adapters()
+    _train_as_before(clip)
     clip.refresh()
+
+
+def _freeze(clip: SkipCLIP) -> None:
+    """Freeze every parameter, so that only the updates train that are added before the next `refresh`."""
+    encoders = clip.encoders
+    names = {name for name, parameter in clip.model.named_parameters() if parameter.requires_grad}
+    encoders.before_adapters = encoders.options.trainable, names
+    clip.model.requires_grad_(False)
+    encoders.options = replace(encoders.options, trainable="as_is")
+
+
+def _train_as_before(clip: SkipCLIP) -> None:
+    """Train what trained before `_freeze`; nothing if another SkipCLIP on the model added the updates."""
+    encoders = clip.encoders
+    trainable, names = encoders.before_adapters or ("as_is", set())
+    encoders.before_adapters, encoders.options = None, replace(encoders.options, trainable=trainable)
+    for name, parameter in clip.model.named_parameters():
+        parameter.requires_grad_(name in names)
 
 
 def save_lora(clip: SkipCLIP, folder: str | Path) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 Tail = Literal["resample", "fixed"]
 Memory = Literal["auto", "fast", "min"]
 FusedMemory = Literal["fast", "balanced", "min"]
+Trainable = Literal["upper", "as_is"]
 AttentionName = Literal["sdpa", "xformers"]
 SamplerKind = Literal["class_pure", "random", "balanced", "sequential"]
 ClassWeight = Literal["balanced"] | float

@@ -168,6 +168,13 @@ def test_fixed_draws_once_resample_each_step():
     assert len({tuple(resample.draw(500, 4).tolist()) for _ in range(5)}) == 5
 
 
+def test_fixed_keeps_its_draws_in_a_larger_batch():
+    """A batch of 80 keeps the first 80 ranks, and of those behind them at least the ranks drawn before."""
+    sampler = RankSampler(tail="fixed")
+    before, after = (set(sampler.draw(500, batch).tolist()) for batch in (4, 80))
+    assert set(range(80)) < after and {rank for rank in before if rank >= 80} < after
+
+
 def draw_of_constant_size(sampler: RankSampler, classes: int, batch: int) -> torch.Tensor:
     """The next ranks, with round(Σq) of the tail."""
     state = torch.Generator().set_state(sampler.generator.get_state())

@@ -5,14 +5,12 @@ A check that other functions share takes the names of function and argument; oth
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..checks import check_device, check_range
-
-Trainable = Literal["upper", "as_is"]
 
 # ---- construction ----------------------------------------------------------------------------------------------------
 

@@ -10,18 +10,17 @@ from typing import Any, get_args
 from torch import nn
 
 from ..checks import warn_caller
-from ..options import AttentionName, Memory
+from ..options import AttentionName, Memory, Trainable
 from ..towers.attention import SDPA, AttentionBackend
 from ..towers.base import Cut, ImageTower, Tower, UnsupportedModel
 from ..towers.block import FusedBlock, fuse_blocks
 from ..towers.text import TextTower
-from .checks import Trainable
 
 _ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with weights beside the model's own
 
 
 @dataclass(frozen=True)
-class CutOptions:
+class TowerOptions:
     """Arguments of SkipCLIP that concern the towers."""
 
     skip_layers: int | float | tuple[int | float, int | float]  # Of both towers, or (image, text); see `skip_of`
@@ -49,7 +48,7 @@ class CutOptions:
         return blocks_to_skip(text, len(tower.blocks), "text") if self.train_text else len(tower.blocks)
 
 
-def cut_towers(image: ImageTower, text: TextTower, options: CutOptions) -> None:
+def cut_towers(image: ImageTower, text: TextTower, options: TowerOptions) -> None:
     """Fuse the blocks of both towers in place, and cut the towers."""
     fuse_blocks([*image.blocks, *text.blocks])
     backend = SDPA if options.attention == "sdpa" else _xformers(image, text)
@@ -107,7 +106,7 @@ def restored_after_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def set_trainable(model: Any, image: ImageTower, text: TextTower, options: CutOptions) -> None:
+def set_trainable(model: Any, image: ImageTower, text: TextTower, options: TowerOptions) -> None:
     """Set `requires_grad` of every parameter of the model."""
     lower = {id(parameter) for tower in (image, text) for parameter in tower.lower_parameters()}
     trained = (image, text) if options.train_text else (image,)
@@ -171,7 +170,7 @@ def _is_adapter(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] in _ADAPTERS or any("lora_" in name for name in module._parameters)
 
 
-def check_trained(image: ImageTower, text: TextTower, options: CutOptions) -> None:
+def check_trained(image: ImageTower, text: TextTower, options: TowerOptions) -> None:
     """Raise a RuntimeError if parameters below the cut train, or the first block above it was frozen."""
     constants = [*image.lower_parameters(), *text.lower_parameters()]
     constants += [] if options.train_text else text.upper_parameters()

@@ -6,28 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..options import Memory
+from ..options import Memory, Trainable
 from ..towers.base import Reduction
 from ..towers.block import fuse_blocks
 from ..towers.text import TextTower
 from ..towers.watch import Watched
-from .checks import Trainable, check_vocabulary
+from .checks import check_vocabulary
 from .containers import Containers
-from .cut_towers import CutOptions, check_trained, cut_towers, restored_after_error, set_trainable
+from .cut_towers import TowerOptions, check_trained, cut_towers, restored_after_error, set_trainable
 from .images import ImageEncoder
 from .texts import ClassTexts, FixedTexts
-
-
-class _Trained(NamedTuple):
-    """Parameters that train without adapters."""
-
-    trainable: Trainable  # Option of SkipCLIP
-    names: set[str]  # Names of parameters
 
 
 class Encoders:
@@ -48,7 +41,7 @@ class Encoders:
         self,
         model: Any,
         tokens: Tensor,
-        options: CutOptions,
+        options: TowerOptions,
         *,
         text_cache: str | Path | None = None,
         lower_device: torch.device | str | None = None,
@@ -56,7 +49,8 @@ class Encoders:
         self.model, self.tokens, self.options = model, tokens, options
         self._folder = None if text_cache is None else Path(text_cache).absolute()  # of the working directory of now
         self._lower_device = None if lower_device is None else torch.device(lower_device)
-        self._before_adapters: _Trained | None = None  # set by `freeze_for_adapters`
+        # `trainable` and the names of what trained before `add_lora`, which sets it
+        self.before_adapters: tuple[Trainable, set[str]] | None = None
         with restored_after_error(model):
             self._build()
         # The text features of all classes are computed by now, so the lower text tower can move to another device.
@@ -71,7 +65,8 @@ class Encoders:
 
     def _build(self, prototypes: Tensor | None = None) -> None:
         """Read the model, and compare it with its encoders; prototypes are computed unless given."""
-        from ..towers.registry import build_towers  # needed at a construction only
+        from ..towers.registry import build_towers  # both are needed at a construction only
+        from .verify import verify
 
         image, text = build_towers(self.model)
         # 1. Fuse the blocks, cut the towers, and freeze what is below the cut
@@ -87,7 +82,7 @@ class Encoders:
             else:
                 self.texts.prototypes = prototypes
             # 3. Comparison with the model itself
-            self._verify(self.texts, self.tokens)
+            verify(self.model, self.images, self.texts, self.tokens)
 
     def set_tokens(self, tokens: Tensor) -> None:
         """Replace the classes; their prototypes are computed with the current weights."""
@@ -96,19 +91,16 @@ class Encoders:
                 "SkipCLIP: set_classes cannot replace the classes of a text_cache. Create SkipCLIP again with another "
                 "text_cache."
             )
+        from .verify import verify
+
         tower = self.texts.tower
         texts = self._texts_of(tower, tokens)
         with torch.autocast(self._device.type, enabled=False):
             texts.compute_prototypes()
             if tower.cut.lower_device is None:  # else the model itself cannot run: it is on two devices
-                self._verify(texts, tokens)
+                verify(self.model, self.images, texts, tokens)
         self.tokens, self.texts = tokens, texts
         self._move_lower()
-
-    def _verify(self, texts: ClassTexts, tokens: Tensor) -> None:
-        from .verify import verify  # needed at a construction and for new classes only
-
-        verify(self.model, self.images, texts, tokens)
 
     def _texts_of(self, tower: TextTower, tokens: Tensor) -> ClassTexts:
         check_vocabulary("SkipCLIP", "tokens", tokens, tower.vocabulary)
@@ -160,21 +152,6 @@ class Encoders:
         if self.options.trainable == "as_is":
             text, image = ([p for p in side if p.requires_grad] for side in (text, image))
         return [*text, *([self.model.logit_scale] if self.model.logit_scale.requires_grad else [])], image
-
-    def freeze_for_adapters(self) -> None:
-        """Freeze every parameter, so that only adapters train that are added before the next `refresh`."""
-        names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        self._before_adapters = _Trained(self.options.trainable, names)
-        self.model.requires_grad_(False)
-        self.options = replace(self.options, trainable="as_is")
-
-    def train_without_adapters(self) -> None:
-        """Train what trained before `freeze_for_adapters`, after adapters were removed; nothing without that call."""
-        before = self._before_adapters or _Trained("as_is", set())  # another SkipCLIP on the model added the adapters
-        self._before_adapters = None
-        self.options = replace(self.options, trainable=before.trainable)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in before.names)
 
     # ---- memory and devices ------------------------------------------------------------------------------------------
 

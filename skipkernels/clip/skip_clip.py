@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..boundary import DEFAULT_CHUNK
 from ..checks import warn_caller
 from ..digests import digest_tensors
-from ..options import AttentionName, Memory, Tail
+from ..options import AttentionName, Memory, Tail, Trainable
 from ..selection import RankSampler
 from ..towers.base import Reduction
 from ..towers.modes import evaluating
 from . import checks
-from .cut_towers import CutOptions
+from .cut_towers import TowerOptions
 from .encoders import Encoders
 from .images import ImageEncoder, sharing_weights
 from .state import Origin, pack_state, unpack_state
@@ -106,7 +106,7 @@ class SkipCLIP(nn.Module):
         # Towers
         train_text: bool = True,
         train_logit_scale: bool = False,
-        trainable: checks.Trainable = "upper",
+        trainable: Trainable = "upper",
         attention: AttentionName = "sdpa",
         # Memory
         memory: Memory = "auto",
@@ -118,7 +118,7 @@ class SkipCLIP(nn.Module):
         tokens = checks.as_tokens(tokens)
         checks.check_chunk(chunk)
         checks.refuse_inference_mode("SkipCLIP: cannot be created")
-        options = CutOptions(skip_layers, memory, attention, trainable, train_text, train_logit_scale, chunk)
+        options = TowerOptions(skip_layers, memory, attention, trainable, train_text, train_logit_scale, chunk)
         self.label_smoothing = checks.as_label_smoothing(label_smoothing)
         share = keep_ratio if train_text else 1.0  # constant class embeddings cost nothing
         self.sampler = RankSampler(
@@ -307,7 +307,7 @@ class SkipCLIP(nn.Module):
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Class ids [K], int64 in [0, C), to text embeddings [K, D], not normalised. Ids may repeat."""
         checks.check_class_ids(class_ids, len(self.texts))
-        return self.texts.encode(class_ids, count_rows=True).to(self.texts.tower.dtype)
+        return self.texts.encode(class_ids, exact_rows=True).to(self.texts.tower.dtype)
 
     def refresh(self) -> None:
         """Read the model again, after a deliberate change to it or to its weights below the cut.

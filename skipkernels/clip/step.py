@@ -13,36 +13,6 @@ from torch import Tensor
 from .. import functional
 
 
-class Texts(Protocol):
-    """Texts of the classes, such as `ClassTexts`."""
-
-    @property
-    def prototypes(self) -> Tensor:
-        """Unit-norm embeddings [C, D] from before tuning."""
-
-    def encode(self, class_ids: Tensor) -> Tensor:
-        """Class ids [K] to embeddings [K, D], with gradient."""
-
-
-class Sampler(Protocol):
-    """Selection of the classes of a step, such as `RankSampler`."""
-
-    def select(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [C] and labels [B] to the kept classes [K], and the positions of the labels among them [B].
-
-        Soft labels [B, C] to the kept classes [K], and the columns of these classes [B, K].
-        """
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """Options of the cross-entropy."""
-
-    label_smoothing: float = 0.0
-    class_weight: Tensor | None = None  # [C]
-    return_logits: bool = False  # of the kept classes; the loss does not need them
-
-
 def step(
     image: Tensor, labels: Tensor, texts: Texts, sampler: Sampler, scale: Tensor, options: LossOptions
 ) -> SkipOutput:
@@ -112,3 +82,36 @@ class SkipOutput(NamedTuple):
                 "return_logits=True) for those of the kept classes, or clip.predict(pixel_values) for all classes."
             )
         return logits
+
+
+# ---- what a step takes -----------------------------------------------------------------------------------------------
+
+
+class Texts(Protocol):
+    """Texts of the classes, such as `ClassTexts`."""
+
+    @property
+    def prototypes(self) -> Tensor:
+        """Unit-norm embeddings [C, D] from before tuning."""
+
+    def encode(self, class_ids: Tensor) -> Tensor:
+        """Class ids [K] to embeddings [K, D], with gradient."""
+
+
+class Sampler(Protocol):
+    """Selection of the classes of a step, such as `RankSampler`."""
+
+    def select(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [C] and labels [B] to the kept classes [K], and the positions of the labels among them [B].
+
+        Soft labels [B, C] to the kept classes [K], and the columns of these classes [B, K].
+        """
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Options of the cross-entropy."""
+
+    label_smoothing: float = 0.0
+    class_weight: Tensor | None = None  # [C]
+    return_logits: bool = False  # of the kept classes; the loss does not need them

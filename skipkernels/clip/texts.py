@@ -58,6 +58,7 @@ class ClassTexts:
         tower: Text tower, cut.
         tokens: [C, L] or [C, T, L], on the device of the tower.
         folder: Folder of the features and prototypes; by default they are in memory.
+        keeps_features: False computes features in each call, for prompts that are used once.
 
     Attributes:
         templates: The prompts of each template.
@@ -67,12 +68,12 @@ class ClassTexts:
 
     prototypes: Tensor
 
-    def __init__(self, tower: TextTower, tokens: Tensor, folder: Path | None = None):
-        self.tower, self.folder = tower, folder
+    def __init__(self, tower: TextTower, tokens: Tensor, folder: Path | None = None, *, keeps_features: bool = True):
+        self.tower, self.folder, self.keeps_features = tower, folder, keeps_features
         if folder is not None and tower.skip == 0:
             raise ValueError("SkipCLIP: text_cache keeps features at the cut, and with skip_layers=0 there is no cut.")
         of_templates = tokens.unbind(1) if tokens.ndim == 3 else [tokens]
-        self.templates = [tower.read_prompts(x.contiguous(), len(of_templates)) for x in of_templates]
+        self.templates = [tower.read_prompts(x.contiguous()) for x in of_templates]
         # Features at the cut [R, W] of all prompts, one template after the other; None before they are computed
         self._table: FeatureTable | None = None
         self.watched: Watched | None = None
@@ -98,18 +99,18 @@ class ClassTexts:
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
-    def encode(self, class_ids: Tensor, *, count_rows: bool = False) -> Tensor:
-        """Class ids [K] to text embeddings [K, D], any norm; for `count_rows` see `Prompts.select`."""
+    def encode(self, class_ids: Tensor, *, exact_rows: bool = False) -> Tensor:
+        """Class ids [K] to text embeddings [K, D], any norm; for `exact_rows` see `Prompts.select`."""
         with parametrize.cached():  # low-rank updates once, not for each template
-            embeddings = [self.encode_template(t, class_ids, count_rows=count_rows) for t in range(len(self.templates))]
+            embeddings = [self.encode_template(t, class_ids, exact_rows=exact_rows) for t in range(len(self.templates))]
         if len(embeddings) == 1:
             return embeddings[0]
         return torch.stack([unit_norm(x) for x in embeddings]).mean(0).to(embeddings[0].dtype)
 
-    def encode_template(self, template: int, class_ids: Tensor, *, count_rows: bool = False) -> Tensor:
+    def encode_template(self, template: int, class_ids: Tensor, *, exact_rows: bool = False) -> Tensor:
         """Class ids [K] to the embeddings [K, D] of their prompts of one template, any norm."""
-        selected = self.templates[template].select(class_ids, count_rows=count_rows)
-        return self.tower.upper(self._features_of(template, selected), selected)
+        selected = self.templates[template].select(class_ids, exact_rows=exact_rows)
+        return self.tower.upper(self._features_of(template, selected), selected, len(self.templates))
 
     def kept_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""
@@ -141,15 +142,15 @@ class ClassTexts:
 
             self.prototypes = prototypes_in_folder(self.folder / "prototypes", self)
 
-    def others(self, tokens: Tensor) -> OtherTexts:
-        """Return the texts of other prompts [n, L] or [n, T, L], by the same tower."""
-        return OtherTexts(self.tower, tokens.to(self.device, torch.int64))
+    def others(self, tokens: Tensor) -> ClassTexts:
+        """Return the texts of other prompts [n, L] or [n, T, L], by the same tower; their features are not kept."""
+        return ClassTexts(self.tower, tokens.to(self.device, torch.int64), keeps_features=False)
 
     # ---- features at the cut -----------------------------------------------------------------------------------------
 
     def _features_of(self, template: int, selected: SelectedPrompts) -> Tensor:
-        """Features [R, W] of prompts at the cut, from the table if there is a cut."""
-        if self.tower.skip == 0:
+        """Features [R, W] of prompts at the cut, from the table if they are kept."""
+        if self.tower.skip == 0 or not self.keeps_features:
             return self.compute_features(selected)
         start = self._starts[template]
         row_numbers = selected.row_numbers + start if start else selected.row_numbers  # [R]
@@ -214,7 +215,7 @@ class ClassTexts:
             for class_ids in self.class_ids.split(self.tower.cut.chunk):
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix
                 if missing is None or missing[first:end].any():
-                    rows = self.compute_features(prompts.select(class_ids, count_rows=True))
+                    rows = self.compute_features(prompts.select(class_ids, exact_rows=True))
                     # Each chunk begins with the shared prefix, which is stored once, with the first of them.
                     yield first, rows if first == start else rows[prompts.prefix_length :], len(class_ids)
                 first = end
@@ -247,7 +248,7 @@ class ClassTexts:
 class FixedTexts(ClassTexts):
     """Texts that do not train: the embeddings of the classes are the prototypes."""
 
-    def encode(self, class_ids: Tensor, *, count_rows: bool = False) -> Tensor:  # noqa: D102
+    def encode(self, class_ids: Tensor, *, exact_rows: bool = False) -> Tensor:  # noqa: D102
         return self.prototypes.index_select(0, class_ids)
 
     def kept_embeddings(self) -> Tensor:  # noqa: D102
@@ -255,13 +256,6 @@ class FixedTexts(ClassTexts):
 
     def step_tensors(self) -> list[Tensor | None]:  # noqa: D102
         return [self.prototypes]
-
-
-class OtherTexts(ClassTexts):
-    """Texts of prompts that are no classes of the task: their features are computed in each call, and not kept."""
-
-    def _features_of(self, template: int, selected: SelectedPrompts) -> Tensor:
-        return self.compute_features(selected)
 
 
 def in_same_dtype(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class RankSampler:
 
     Attributes:
         reserved: Ranks [K] of the step of a CUDA graph, see `reserve`; None before.
-        shared: Classes that steps share within `same_classes`; None outside. Graphed steps refuse it.
+        shared: Classes [K] of the first step within `same_classes`, or empty before it; None outside.
     """
 
     keep_ratio: float = 0.5
@@ -70,9 +70,9 @@ class RankSampler:
     def __post_init__(self) -> None:
         self._most_labels = 1  # largest `max_labels` of the steps so far
         self._law: RankLaw | None = None  # kept for its tensors, until the options or the number of classes change
-        self._fixed: Tensor | None = None  # [tail], the uniform number of each rank, for `tail="fixed"`
+        self._fixed: Tensor | None = None  # uniform numbers of the last ranks, for `tail="fixed"`
         self.reserved: Tensor | None = None
-        self.shared: SharedClasses | None = None
+        self.shared: list[Tensor] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "generator":
@@ -121,15 +121,8 @@ class RankSampler:
             max_labels: Bound of the number of different labels: B for [B]; of [B, C] they are counted by default, on a
                 GPU by a host sync.
         """
-        if self.shared is None:
-            return self._select(scores, labels, max_labels)
-        if self.shared.class_ids is not None:
-            return self.shared.select(scores, labels)
-        selection = self._select(scores, labels, max_labels)
-        self.shared.class_ids = selection.class_ids  # for the later steps of the context
-        return selection
-
-    def _select(self, scores: Tensor, labels: Tensor, max_labels: int | None) -> ClassSelection:
+        if self.shared:
+            return _select_again(self.shared[0], scores, labels)
         if max_labels is None:
             max_labels = len(labels)
             if labels.ndim == 2:
@@ -141,6 +134,8 @@ class RankSampler:
         else:
             class_ids, _ = classes_at_ranks(scores, ranks, None)  # [K]
             targets = labels.index_select(1, class_ids)  # [B, K]
+        if self.shared is not None:
+            self.shared.append(class_ids)
         return ClassSelection(class_ids, targets)
 
     @contextmanager
@@ -161,7 +156,7 @@ class RankSampler:
         """
         if self.shared is not None:
             raise RuntimeError("RankSampler: same_classes() cannot be nested. Leave the outer context first.")
-        self.shared = SharedClasses()
+        self.shared = []
         try:
             yield
         finally:
@@ -195,9 +190,10 @@ class RankSampler:
 
     def _draw(self, law: RankLaw, intervals: Intervals) -> Tensor:
         if self.tail == "fixed" and len(law.q):
-            if self._fixed is None or len(self._fixed) != len(law.q):
+            if self._fixed is None or len(self._fixed) < len(law.q):
                 self._fixed = self._uniform(len(law.q))
-            tail = (self._fixed < law.q).nonzero().squeeze(1)  # [n], places in the tail
+            # A larger batch keeps more of the first ranks, and the tail loses these.
+            tail = (self._fixed[-len(law.q) :] < law.q).nonzero().squeeze(1)  # [n], places in the tail
         elif intervals.total:
             tail = intervals.draw(self._uniform().item())  # [n]
         else:
@@ -254,30 +250,19 @@ class RankSampler:
         vars(self).update(state | {"generator": generator})
 
 
-class SharedClasses:
-    """Classes of the first step within `RankSampler.same_classes`, for the other steps there.
-
-    Attributes:
-        class_ids: [K] int64, ascending; None before the first step.
-    """
-
-    class_ids: Tensor | None = None
-
-    def select(self, scores: Tensor, labels: Tensor) -> ClassSelection:
-        """Select the classes of the first step, among which all labels must be."""
-        class_ids = self.class_ids
-        assert class_ids is not None
-        missing = (scores == math.inf).index_fill(0, class_ids, False)  # [C]
-        expected = "within same_classes() labels must be among the classes that its first step kept"
-        if missing.device.type != "cpu":
-            torch._assert_async(~missing.any(), f"RankSampler: {expected}.")
-        elif missing.any():
-            raise ValueError(
-                f"RankSampler: {expected}, {len(class_ids)} of {len(missing)}; got {missing.count_nonzero()} others, "
-                f"such as {int(missing.nonzero()[0])}. Enter same_classes() again for each batch."
-            )
-        targets = torch.searchsorted(class_ids, labels) if labels.ndim == 1 else labels.index_select(1, class_ids)
-        return ClassSelection(class_ids, targets)
+def _select_again(class_ids: Tensor, scores: Tensor, labels: Tensor) -> ClassSelection:
+    """Select the classes [K] of an earlier step, among which all labels must be."""
+    missing = (scores == math.inf).index_fill(0, class_ids, False)  # [C]
+    expected = "within same_classes() labels must be among the classes that its first step kept"
+    if missing.device.type != "cpu":
+        torch._assert_async(~missing.any(), f"RankSampler: {expected}.")
+    elif missing.any():
+        raise ValueError(
+            f"RankSampler: {expected}, {len(class_ids)} of {len(missing)}; got {missing.count_nonzero()} others, "
+            f"such as {int(missing.nonzero()[0])}. Enter same_classes() again for each batch."
+        )
+    targets = torch.searchsorted(class_ids, labels) if labels.ndim == 1 else labels.index_select(1, class_ids)
+    return ClassSelection(class_ids, targets)
 
 
 def _check_option(name: str, value: Any) -> None:

@@ -55,16 +55,6 @@ class Cut:
     lower_device: torch.device | None = None  # Device of the modules below the cut, if it differs from that above
 
 
-class Layout(NamedTuple):
-    """Rows of tokens [R, W], which fused blocks take, as sequences [n, tokens, W], which other blocks take."""
-
-    attention: BlockAttention  # Of fused blocks, over the rows
-    pooled: BlockAttention | None  # Of the last block, if it is fused and computes the pooled tokens alone
-    mask: Tensor | None  # Of other blocks, added to the logits
-    pack: Callable[[Tensor], Tensor]  # Sequences to rows
-    unpack: Callable[[Tensor], Tensor]  # Rows to sequences
-
-
 class Tower(ABC):
     """A stack of blocks between an embedding and a head, cut below block `skip`.
 
@@ -94,49 +84,24 @@ class Tower(ABC):
         """Call one block as the caller's module."""
         return block(hidden)
 
-    def why_no_rows(self, index: int) -> str | None:
-        """Return why block `index` is called as the model calls it, or None if it takes rows."""
-        block = self.blocks[index]
-        if isinstance(block, FusedBlock):
-            return block.why_no_rows()
-        return f"a block is a {type(block).__name__}, which runs its own forward"
-
-    def blocks_without_rows(self, blocks: Iterable[int]) -> dict[int, str]:
-        """Those of these blocks that are called as the model calls them, with the reason."""
-        return {index: reason for index in blocks if (reason := self.why_no_rows(index)) is not None}
-
-    def why_not_all_rows(self) -> str | None:
-        """Return why not all blocks take rows, with the indices of those that don't, or None."""
-        of_reason: dict[str, list[int]] = {}
-        depth = len(self.blocks)
-        for index, reason in self.blocks_without_rows(range(depth)).items():
-            of_reason.setdefault(reason, []).append(index)
-        reasons = [
-            reason
-            if len(indices) == depth
-            else f"{len(indices)} of {depth} blocks ({', '.join(map(str, indices))}): {reason}"
-            for reason, indices in of_reason.items()
-        ]
-        return "; ".join(reasons) or None
-
     def rotary(self, device: torch.device) -> Rotary | None:
         """Rotary position embeddings of fused blocks, or None."""
         return None
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
-    def _run_lower(self, lower: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """Run `lower`, the embedding and the blocks below the cut, over images or tokens; see `LSkipBoundary`.
+    def _run_lower(self, run: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Run the embedding and the blocks below the cut, `run`, over images or tokens; see `LSkipBoundary`.
 
         Evaluation mode: no dropout, frozen batch norms. With skip = 0 the embedding trains, and runs as any other part.
         """
         if self.skip == 0:
-            return lower(inputs)
+            return run(inputs)
         # The boundary refuses inputs that require grad, as it returns no gradient. Under no_grad none is asked for.
         constant = inputs if torch.is_grad_enabled() else inputs.detach()
         constant = constant.to(self.cut.lower_device or inputs.device)
         with evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)]):
-            return LSkipBoundary.apply(lower, constant, self.cut.chunk).to(inputs.device)
+            return LSkipBoundary.apply(run, constant, self.cut.chunk).to(inputs.device)
 
     def _run_sequences(
         self,
@@ -153,27 +118,38 @@ class Tower(ABC):
             for index in blocks:
                 hidden = self._run_own_forward(index, hidden, mask)
             return hidden
-        layout = Layout(
-            attention=Sequences(n, mask, backend=self.cut.backend),
-            pooled=pooled,
-            mask=mask,
-            pack=lambda sequences: sequences.flatten(0, 1),
-            unpack=lambda rows: rows.unflatten(0, (n, -1)),
-        )
-        return layout.unpack(self._run_rows(layout.pack(hidden), blocks, layout, memory, without_rows))
+
+        def run_own(index: int, rows: Tensor) -> Tensor:
+            return self._run_own_forward(index, rows.unflatten(0, (n, -1)), mask).flatten(0, 1)
+
+        attention = Sequences(n, mask, backend=self.cut.backend)
+        options = RowsOptions(attention, memory, self.rotary(hidden.device))
+        own = dict.fromkeys(without_rows, run_own)
+        return self._run_rows(hidden.flatten(0, 1), blocks, options, own, pooled).unflatten(0, (n, -1))
 
     def _run_rows(
-        self, rows: Tensor, blocks: range, layout: Layout, memory: FusedMemory, without_rows: Mapping[int, str]
+        self,
+        rows: Tensor,
+        blocks: range,
+        options: RowsOptions,
+        own: Mapping[int, Callable[[int, Tensor], Tensor]],
+        pooled: BlockAttention | None,
     ) -> Tensor:
-        """Run blocks over rows [R, W], those `without_rows` over the sequences that the rows are."""
-        options = RowsOptions(layout.attention, memory, self.rotary(rows.device))
+        """Run blocks over rows [R, W].
+
+        Args:
+            rows: [R, W].
+            blocks: Indices of the blocks.
+            options: Attention of fused blocks, and what they save.
+            own: Function of the index and the rows for each block that runs its own forward.
+            pooled: Attention of the last block, if it is fused and computes the pooled tokens alone.
+        """
         hidden = Hidden(rows)
         for index in blocks:
-            if index in without_rows:
-                out = self._run_own_forward(index, layout.unpack(hidden.sum()), layout.mask)
-                hidden = Hidden(layout.pack(out))
-            elif index == blocks[-1] and layout.pooled is not None:
-                hidden = self.blocks[index](hidden, options._replace(attention=layout.pooled))
+            if index in own:
+                hidden = Hidden(own[index](index, hidden.sum()))
+            elif index == blocks[-1] and pooled is not None:
+                hidden = self.blocks[index](hidden, options._replace(attention=pooled))
             else:
                 hidden = self.blocks[index](hidden, options)
         return hidden.sum()
@@ -212,6 +188,33 @@ class Tower(ABC):
     def _fits(self) -> dict[tuple[int, torch.device], bool]:
         """Decisions of `block_memory` by bytes and device."""
         return {}
+
+    # ---- blocks that take rows ---------------------------------------------------------------------------------------
+
+    def why_no_rows(self, index: int) -> str | None:
+        """Return why block `index` is called as the model calls it, or None if it takes rows."""
+        block = self.blocks[index]
+        if isinstance(block, FusedBlock):
+            return block.why_no_rows()
+        return f"a block is a {type(block).__name__}, which runs its own forward"
+
+    def blocks_without_rows(self, blocks: Iterable[int]) -> dict[int, str]:
+        """Those of these blocks that are called as the model calls them, with the reason."""
+        return {index: reason for index in blocks if (reason := self.why_no_rows(index)) is not None}
+
+    def why_not_all_rows(self) -> str | None:
+        """Return why not all blocks take rows, with the indices of those that don't, or None."""
+        of_reason: dict[str, list[int]] = {}
+        depth = len(self.blocks)
+        for index, reason in self.blocks_without_rows(range(depth)).items():
+            of_reason.setdefault(reason, []).append(index)
+        reasons = [
+            reason
+            if len(indices) == depth
+            else f"{len(indices)} of {depth} blocks ({', '.join(map(str, indices))}): {reason}"
+            for reason, indices in of_reason.items()
+        ]
+        return "; ".join(reasons) or None
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
@@ -287,10 +290,10 @@ class ImageTower(Tower):
     def lower(self, images: Tensor) -> Tensor:
         """Map images [n, 3, height, width], in any dtype, to hidden states at the cut; with a cut constants."""
 
-        def lower(images: Tensor) -> Tensor:
+        def run(images: Tensor) -> Tensor:
             return self._run_sequences(self.embed(images), range(self.skip))
 
-        return self._run_lower(lower, images.to(self.dtype))
+        return self._run_lower(run, images.to(self.dtype))
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
@@ -302,9 +305,9 @@ class ImageTower(Tower):
         Under autocast the features may be in 16 bits. The residual stream above the cut is in the dtype of the model,
         as that of the texts, so that features from a cache give the same result as images.
         """
-        features, pooled = features.to(self.dtype), None
-        if self.why_not_pooled() is None:
-            pooled = Pooled(slice(None, None, features.shape[1]))  # first token of each sequence
+        features = features.to(self.dtype)
+        first_tokens = Pooled(slice(None, None, features.shape[1]))  # of the sequences, among their rows
+        pooled = first_tokens if self.why_not_pooled() is None else None
         memory = self.block_memory(features)
         hidden = self._run_sequences(features, range(self.skip, len(self.blocks)), memory=memory, pooled=pooled)
         return self.finish(hidden)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..ops.packed_layout import packed_layout
 from .attention import Pooled, Suffixes
-from .base import Layout, Reduction, Tower
+from .base import Reduction, Tower
 from .block import global_hooks
+from .fused.records import RowsOptions
 from .modes import is_deterministic
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -38,7 +39,6 @@ class Prompts:
     Attributes:
         tokens: int64 [C, L], cropped to the tokens that a pooled token can see.
         pooled: int64 [C], positions of the pooled tokens.
-        templates: Number of templates of a class: a step runs the blocks above the cut once for each.
         excludes_self: True if a pooled token attends to the tokens in front of it and not to itself.
         given_length: Number of tokens of the prompts before they were cropped.
         prompt_length: Number of tokens of a whole prompt, L, or L + 1 with CoCa's class token, which has no token id.
@@ -52,8 +52,8 @@ class Prompts:
         not_cropped, not_shared: Why these reductions are not exact for the prompts, or None.
     """
 
-    def __init__(self, tokens: Tensor, pooling: Pooling, templates: int = 1):
-        pooled, self.excludes_self, self.templates = pooling.positions, pooling.excludes_self, templates
+    def __init__(self, tokens: Tensor, pooling: Pooling):
+        pooled, self.excludes_self = pooling.positions, pooling.excludes_self
         self.given_length, needed_length = tokens.shape[1], int(pooled.max()) + 1
         if not pooling.not_cropped:
             tokens = tokens[:, : pooling.visible_length or needed_length].contiguous()
@@ -78,12 +78,12 @@ class Prompts:
         for name, value in self.tensors().items():
             setattr(self, name, fn(value))
 
-    def select(self, class_ids: Tensor, *, count_rows: bool = False) -> SelectedPrompts:
+    def select(self, class_ids: Tensor, *, exact_rows: bool = False) -> SelectedPrompts:
         """Return the layout of the prompts of `class_ids` [K] in a step.
 
-        With `count_rows` no row follows the last suffix, and ids may repeat; on a GPU this needs a host sync.
+        With `exact_rows` no row follows the last suffix, and ids may repeat; on a GPU they are counted by a host sync.
         """
-        return SelectedPrompts(self, class_ids, count_rows or counts_are_known(class_ids.device))
+        return SelectedPrompts(self, class_ids, exact_rows or counts_are_known(class_ids.device))
 
 
 def _shared_prefix_length(tokens: Tensor, pooling: Pooling) -> int:
@@ -115,13 +115,13 @@ class SelectedPrompts:
         last_rows: int64 [K], row of the last token of each class; with a shared prefix that is the pooled one.
     """
 
-    def __init__(self, prompts: Prompts, class_ids: Tensor, count_rows: bool):
+    def __init__(self, prompts: Prompts, class_ids: Tensor, exact_rows: bool):
         self.prompts, self.class_ids = prompts, class_ids
         P, K, lengths = prompts.prefix_length, len(class_ids), prompts.suffix_lengths
         if prompts.has_equal_suffixes:
             self.row_count = P + K * prompts.max_suffix_length
         else:
-            self.row_count = P + int(lengths[class_ids].sum()) if count_rows else prompts.most_rows[K]
+            self.row_count = P + int(lengths[class_ids].sum()) if exact_rows else prompts.most_rows[K]
         self.row_numbers, offsets, self.last_rows = packed_layout(class_ids, prompts.starts, lengths, P, self.row_count)
         self.offsets = None if prompts.has_equal_suffixes else offsets
 
@@ -176,9 +176,9 @@ class TextTower(Tower):
     def pooling(self, tokens: Tensor) -> Pooling:
         """Find the pooled token of each prompt [C, L], and which reductions are not exact for them."""
 
-    def read_prompts(self, tokens: Tensor, templates: int = 1) -> Prompts:
-        """Lay out the rows of prompts [C, L] of one of some templates, by every reduction that is exact for them."""
-        return Prompts(tokens, self.pooling(tokens), templates)
+    def read_prompts(self, tokens: Tensor) -> Prompts:
+        """Lay out the rows of prompts [C, L], by every reduction that is exact for them."""
+        return Prompts(tokens, self.pooling(tokens))
 
     def reductions(self, prompts: Prompts) -> dict[str, Reduction]:
         """The exact reductions of this tower over some prompts by name, as they are now."""
@@ -227,28 +227,37 @@ class TextTower(Tower):
     def lower(self, tokens: Tensor, prompts: Prompts) -> Tensor:
         """Map tokens [n, L] of some of these prompts to hidden states at the cut [n, L, W]; with a cut constants."""
 
-        def lower(tokens: Tensor) -> Tensor:
+        def run(tokens: Tensor) -> Tensor:
             return self._run_sequences(self.embed(tokens, prompts), range(self.skip), self.mask(tokens, prompts))
 
-        return self._run_lower(lower, tokens)
+        return self._run_lower(run, tokens)
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
         """Map hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
 
-    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised."""
+    def upper(self, rows: Tensor, selected: SelectedPrompts, runs: int = 1) -> Tensor:
+        """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised.
+
+        A step calls it `runs` times before backward, once for each template; see `block_memory`.
+        """
         blocks = range(self.skip, len(self.blocks))
-        without_rows = self.blocks_without_rows(blocks)
-        if selected.prompts.prefix_length and self._why_not_shared(blocks, without_rows) is None:
-            return self.finish(self._run_suffixes(rows, selected, blocks, without_rows))
-        return self.finish(self._run_whole_prompts(selected.unpack(rows), selected, blocks, without_rows))
+        if selected.prompts.prefix_length:
+            without_rows = self.blocks_without_rows(blocks)
+            if self._why_not_shared(blocks, without_rows) is None:
+                return self.finish(self._run_suffixes(rows, selected, blocks, without_rows, runs))
+        return self.finish(self._run_whole_prompts(selected.unpack(rows), selected, blocks, runs))
 
     def _run_suffixes(
-        self, rows: Tensor, selected: SelectedPrompts, blocks: range, without_rows: Mapping[int, str]
+        self, rows: Tensor, selected: SelectedPrompts, blocks: range, without_rows: Mapping[int, str], runs: int
     ) -> Tensor:
         """Run blocks over the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
         prompts = selected.prompts
+        mask = self.mask(selected.tokens, prompts) if without_rows else None
+
+        def run_own(index: int, rows: Tensor) -> Tensor:
+            return selected.pack(self._run_own_forward(index, selected.unpack(rows), mask))
+
         attention = Suffixes(
             self.cut.backend,
             prompts.prefix_length,
@@ -257,25 +266,18 @@ class TextTower(Tower):
             selected.last_rows,
             prompts.excludes_self,
         )
-        layout = Layout(
-            attention=attention,
-            pooled=replace(attention, only_last=True),
-            mask=self.mask(selected.tokens, prompts) if without_rows else None,
-            pack=selected.pack,
-            unpack=selected.unpack,
-        )
-        hidden = self._run_rows(rows, blocks, layout, self.block_memory(rows, prompts.templates), without_rows)
+        options = RowsOptions(attention, self.block_memory(rows, runs), self.rotary(rows.device))
+        pooled, own = replace(attention, only_last=True), dict.fromkeys(without_rows, run_own)
+        hidden = self._run_rows(rows, blocks, options, own, pooled)
         is_pooled = blocks and blocks[-1] not in without_rows
         return hidden if is_pooled else hidden[selected.last_rows]
 
-    def _run_whole_prompts(
-        self, features: Tensor, selected: SelectedPrompts, blocks: range, without_rows: Mapping[int, str]
-    ) -> Tensor:
+    def _run_whole_prompts(self, features: Tensor, selected: SelectedPrompts, blocks: range, runs: int) -> Tensor:
         """Run blocks over whole prompts [K, L, W]; return hidden states [K, W] of the pooled tokens."""
         mask, (K, L, _) = self.mask(selected.tokens, selected.prompts), features.shape
         class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each
-        memory, pooled = self.block_memory(features, selected.prompts.templates), None
-        if blocks and blocks[-1] not in without_rows:
+        memory, pooled = self.block_memory(features, runs), None
+        if blocks and self.why_no_rows(blocks[-1]) is None:
             # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
             pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
             pooled = Pooled(class_numbers * L + positions, pooled_mask)

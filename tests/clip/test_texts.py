@@ -27,7 +27,7 @@ def test_text_features_are_packed_by_chunks(shared):
     texts, prompts = clip.texts, clip.texts.templates[0]
     before, whole = texts.table().features, texts.tower.lower(prompts.tokens, prompts)
     assert (prompts.prefix_length > 0) == shared
-    assert before.equal(prompts.select(torch.arange(600), count_rows=True).pack(whole))
+    assert before.equal(prompts.select(torch.arange(600), exact_rows=True).pack(whole))
     texts.drop()
     peak = allocated_bytes(texts.table)
     assert texts.table().features.equal(before) and before.nbytes <= peak < before.nbytes + whole.nbytes / 2

@@ -15,7 +15,7 @@ def test_prompts_with_rows_behind_equal_packed(monkeypatch):
     model, tokens = tiny_clip(), tiny_tokens(9)
     tower = OpenClipTextTower(model)
     prompts, ids = tower.read_prompts(tokens), torch.tensor([1, 4, 8])
-    rows = prompts.select(torch.arange(9), count_rows=True).pack(tower.embed(tokens, prompts))
+    rows = prompts.select(torch.arange(9), exact_rows=True).pack(tower.embed(tokens, prompts))
 
     def upper(class_ids):
         selected = prompts.select(class_ids)

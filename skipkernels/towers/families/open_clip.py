@@ -168,14 +168,14 @@ class OpenClipTextTower(TextTower):
     def head(self) -> tuple[Part, ...]:
         return self.text.ln_final, self.text.text_projection
 
-    def read_prompts(self, tokens: Tensor, templates: int = 1) -> Prompts:
+    def read_prompts(self, tokens: Tensor) -> Prompts:
         context = len(self.text.positional_embedding) - (getattr(self.text, "cls_emb", None) is not None)
         if tokens.shape[1] > context or (self.text is self.model and tokens.shape[1] != context):
             raise ValueError(
                 f"SkipCLIP: tokens must be [C, L={context}], as long as the model's context; got {list(tokens.shape)}. "
                 "Use the model's tokenizer: open_clip.get_tokenizer(NAME)."
             )
-        return super().read_prompts(tokens, templates)
+        return super().read_prompts(tokens)
 
     def masks(self) -> list[Tensor | None]:
         return [self.text.attn_mask]
