@@ -47,8 +47,8 @@ from rich.console import Console
 from skipkernels.ops import OPERATORS, launching, registration
 
 from . import measure, tables
-from .launches import CALLS, DTYPES, FAMILIES, WIDTHS
-from .meta_device import ARCHITECTURES, Architecture, Launch, launches_of
+from .launches import ARCHITECTURES, CALLS, FAMILIES, WIDTHS, Architecture, Launch, launches_of
+from .operators import DTYPES
 
 TABLE = measure.RESULTS / "aot.csv"
 # Registers and shared memory may grow by this much when another version of Triton compiles the same source: versions

@@ -45,7 +45,8 @@ from skipkernels.selection import RankSampler
 from . import measure, tables
 from .flops import flops_of
 from .inputs import PRECISIONS, autocast, random_inputs
-from .meta_device import ARCHITECTURES, WithoutProducts, meta_as_gpu, recording
+from .launches import ARCHITECTURES, recording
+from .meta_device import WithoutProducts, meta_as_gpu
 
 TABLE = measure.RESULTS / "counts.csv"
 ALLOWANCE = 1.05  # for another version of torch, which may split an operator into others

@@ -10,7 +10,7 @@
 `step` checks the gradients of ours against the published step first; on a GPU it also counts the launches and compares
 bits: of eager steps with each other, then of replays with eager steps. With --all-shapes it takes six shapes, the most
 important first: all of them without torch.compile, then with it. Each result is written when it is there; what has not
-begun after --seconds is left out. With --out, what `python -m bench.summary` reads is written into FOLDER/facts.json.
+begun after --seconds is left out. With --out, FOLDER/facts.json gets what `python -m bench.gpu_summary` reads.
 On a machine without a GPU all run on the CPU, `step` without the graph and torch.compile.
 """
 
@@ -40,8 +40,9 @@ from skipkernels import testing
 from skipkernels.graphs.graphed_step import WARMUP, GraphedStep
 from skipkernels.ops import OPERATORS, launching
 
-from . import fuse, measure, peers, summary
+from . import fuse, measure, peers
 from .flops import flops_of
+from .gpu_summary import COMPILED, EAGER, GRAPHED, PUBLISHED, name_of_step, read_facts, write_facts
 from .inputs import Inputs, autocast, parser, random_inputs
 from .operators.record import small_call
 from .training import COMPILER_MODES, Published, Skip, Step, skip_step, with_update
@@ -120,24 +121,24 @@ def step_of_shape(args: argparse.Namespace, compiles: bool, compares: bool) -> N
     published = Published(inputs, args.skip_layers)
     ours = skip_step(inputs, args.skip_layers, "fast", args.precision, None if compiles else published)
     floor = floor_of(ours, args.device)
-    steps: dict[str, Callable[[], Any]] = {summary.EAGER: with_update(ours)}
+    steps: dict[str, Callable[[], Any]] = {EAGER: with_update(ours)}
     if compiles:
         for mode in COMPILER_MODES:
-            steps[summary.COMPILED[mode]] = with_update(published.compiled(args.precision, mode))
+            steps[COMPILED[mode]] = with_update(published.compiled(args.precision, mode))
     else:
-        steps[summary.PUBLISHED] = with_update(published.step(args.precision))
+        steps[PUBLISHED] = with_update(published.step(args.precision))
     if on_gpu:
-        steps[summary.GRAPHED], graph = graphed_step(args)
+        steps[GRAPHED], graph = graphed_step(args)
     for run in steps.values():
         for _ in range(WARMUP + 1):  # the last captures a graph
             run()
     _add(args, B=args.batch, C=args.classes, K=ours.K, floor_ms=round(1000 * floor, 3))
     if on_gpu:
-        launches = launches_of(steps[summary.GRAPHED], args.device)
+        launches = launches_of(steps[GRAPHED], args.device)
         _add(args, captured=graph.is_captured, launches=launches)
         print(f"captured: {graph.is_captured}; launches in a step: {launches}", flush=True)
         if not graph.is_captured:  # its steps are eager
-            del steps[summary.GRAPHED]
+            del steps[GRAPHED]
     if on_gpu and compares:
         eager, replayed = differences(args)
         _add(args, eager_difference=eager, difference=replayed)
@@ -147,8 +148,8 @@ def step_of_shape(args: argparse.Namespace, compiles: bool, compares: bool) -> N
     for name, row in columns.items():
         row["peak_mib"] = round(testing.peak_bytes(steps[name], args.device, warm_up=False) / 2**20)
         print(f"{name:21} {measure.shown(row)}", flush=True)
-    best = seconds[summary.GRAPHED if summary.GRAPHED in seconds else summary.EAGER]
-    theirs = {name: times for name, times in seconds.items() if name not in (summary.EAGER, summary.GRAPHED)}
+    best = seconds[GRAPHED if GRAPHED in seconds else EAGER]
+    theirs = {name: times for name, times in seconds.items() if name not in (EAGER, GRAPHED)}
     _add(
         args,
         ms={name: row["p50_ms"] for name, row in columns.items()},
@@ -296,15 +297,15 @@ def _write(args: argparse.Namespace, **facts: Any) -> None:
     """Add facts to those of other stages."""
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        summary.write_facts(args.out, facts)
+        write_facts(args.out, facts)
 
 
 def _add(args: argparse.Namespace, **facts: Any) -> None:
     """Add facts to those of the step of a shape; dictionaries are joined."""
     if args.out is None:
         return
-    name = summary.name_of_step(args.precision, args.batch, args.classes)
-    found = summary.read_facts(args.out).get(name, {})
+    name = name_of_step(args.precision, args.batch, args.classes)
+    found = read_facts(args.out).get(name, {})
     for key, value in facts.items():
         found[key] = found.get(key, {}) | value if isinstance(value, dict) else value
     _write(args, **{name: found})

@@ -62,5 +62,5 @@ unset PYTORCH_NO_CUDA_MEMORY_CACHING
 stage ncu 35 ncu --profile-from-start off --clock-control none --kernel-name 'regex:^_.*_kernel$' --launch-count 60 \
   "$python" -m bench.gpu one_step $STEP
 if [[ " $chosen " == *" summary "* ]]; then
-  "$python" -m bench.summary "$out" | tee "$out/summary.txt"
+  "$python" -m bench.gpu_summary "$out" | tee "$out/summary.txt"
 fi

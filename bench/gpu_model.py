@@ -49,7 +49,8 @@ from . import measure, tables
 from .counts import launches_a_kernel, without_tail
 from .flops import formulas
 from .inputs import autocast, random_inputs
-from .meta_device import ARCHITECTURES, PRODUCTS, WithoutProducts, meta_as_gpu, recording
+from .launches import ARCHITECTURES, recording
+from .meta_device import PRODUCTS, WithoutProducts, meta_as_gpu
 from .published import PublishedStep
 
 TABLE = measure.RESULTS / "gpu_model.csv"

@@ -1,16 +1,15 @@
 """The meta device in place of a GPU: the code takes the paths of a GPU, and whatever needs a host value raises.
 
-with meta_as_gpu(): ...             run a step as on a GPU
-with recording(...) as launches:    record the launches of Triton kernels, as they would be made on a GPU
-with WithoutProducts(): ...         prepare a step on the CPU, where products take most of the time
+with meta_as_gpu(): ...      run a step as on a GPU
+with WithoutProducts(): ...  prepare a step on the CPU, where products take most of the time
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -18,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from skipkernels.ops import launching, registration
 
 _aten = torch.ops.aten
 PRODUCTS = {product.default for product in (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)}
@@ -74,63 +71,3 @@ class WithoutProducts(TorchDispatchMode):
             left, right = args[-2:]
             return left.new_zeros(*left.shape[:-1], right.shape[-1])
         return operator(*args, **kwargs or {})
-
-
-# ---- launches of Triton kernels --------------------------------------------------------------------------------------
-
-_KIB = 1024
-
-
-class Architecture(NamedTuple):
-    """Target: Triton's backend and name, threads per warp, and the largest shared memory (LDS) of a block in bytes.
-
-    `has_matrix_units` is False where Triton does not use them.
-    """
-
-    backend: str
-    arch: int | str
-    warp_size: int
-    block_shared: int
-    has_matrix_units: bool = True
-
-
-# From NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities", and AMD's CDNA3 and CDNA4 ISA guides.
-ARCHITECTURES = {
-    "sm_75": Architecture("cuda", 75, 32, 64 * _KIB, has_matrix_units=False),
-    "sm_80": Architecture("cuda", 80, 32, 163 * _KIB),
-    "sm_86": Architecture("cuda", 86, 32, 99 * _KIB),
-    "sm_89": Architecture("cuda", 89, 32, 99 * _KIB),
-    "sm_90": Architecture("cuda", 90, 32, 227 * _KIB),
-    "sm_100": Architecture("cuda", 100, 32, 227 * _KIB),
-    "sm_120": Architecture("cuda", 120, 32, 99 * _KIB),
-    "gfx942": Architecture("hip", "gfx942", 64, 64 * _KIB),
-    "gfx950": Architecture("hip", "gfx950", 64, 160 * _KIB),
-}
-
-
-class Launch(NamedTuple):
-    """The arguments of one call of `launching.launch`."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    options: dict[str, Any]
-    arguments: dict[str, Any]
-
-
-@contextlib.contextmanager
-def recording(architecture: Architecture) -> Iterator[list[Launch]]:
-    """Record launches on the meta device in a list, as they would be made for this architecture."""
-    launches: list[Launch] = []
-    target = launching.Target(architecture.backend, architecture.arch)
-    with (
-        mock.patch.object(launching, "_run", lambda *launch: launches.append(Launch(*launch))),
-        mock.patch.object(launching, "_target_of_gpu", lambda index: target),
-    ):
-        yield launches
-
-
-def launches_of(op: str, arguments: Sequence[Any], architecture: Architecture) -> list[Launch]:
-    """The kernels that one call of an operator with meta tensors launches."""
-    with recording(architecture) as launches:
-        registration.definitions[op].launch(*arguments)
-    return launches

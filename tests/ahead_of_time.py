@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from bench import aot, counts
-from bench.launches import CALLS
-from bench.meta_device import ARCHITECTURES, Architecture, launches_of, recording
+from bench.launches import ARCHITECTURES, CALLS, Architecture, launches_of, recording
 from bench.operators.record import on_meta
 from skipkernels.ops.launching import launch, tl, triton
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import gpu, inputs, measure, summary, training
+from bench import gpu, gpu_summary, inputs, measure, training
 from skipkernels import testing
 from skipkernels.graphs import graphed_step
 from tests import conftest
@@ -68,7 +68,7 @@ def test_script_runs_every_stage(tmp_path, monkeypatch):
     called = {stage.__name__: Mock(__name__=stage.__name__) for stage in gpu.STAGES}
     monkeypatch.setattr(gpu, "STAGES", called.values())
     *stages, summarised = script(tmp_path, STEP=" ".join(CUT)).stdout.splitlines()
-    assert summarised == f"-m bench.summary {tmp_path}"
+    assert summarised == f"-m bench.gpu_summary {tmp_path}"
     statuses = dict(re.match(r"(\w+): exit status (\d+), \d+ s since", stage).groups() for stage in stages)
     assert list(statuses) == "machine tests step step_fp32 full operators profile memcheck racecheck ncu".split()
     for stage in ("machine", "step", "step_fp32", "full", "profile"):
@@ -171,9 +171,9 @@ def test_step_writes_its_facts_on_a_gpu(as_on_a_gpu, monkeypatch, tmp_path, capt
     """An eager fallback is not called a graph."""
     monkeypatch.setattr(graphed_step.GraphedStep, "is_captured", captured)
     gpu.main(["step", *CUT, "--precision", "bf16", "--batch", "2", "--device", "cuda", "--out", str(tmp_path)])
-    found = summary.read_facts(tmp_path)["step bf16 B2 C20"]
-    theirs = {summary.PUBLISHED, *summary.COMPILED.values()}
-    ours = {summary.EAGER, summary.GRAPHED} if captured else {summary.EAGER}
+    found = gpu_summary.read_facts(tmp_path)["step bf16 B2 C20"]
+    theirs = {gpu_summary.PUBLISHED, *gpu_summary.COMPILED.values()}
+    ours = {gpu_summary.EAGER, gpu_summary.GRAPHED} if captured else {gpu_summary.EAGER}
     assert found["ms"].keys() == ours | theirs and found["faster"].keys() == theirs
     assert set(found["ms"].values()) == {10.0} and found["difference"] == found["eager_difference"] == 0
     assert (found["captured"], found["launches"]) == (captured, {"kernels": 1, "copies": 2})
@@ -195,7 +195,7 @@ def test_all_shapes_within_the_time(as_on_a_gpu, monkeypatch, tmp_path):
     assert [(B, C) for B, C, *_ in began] == [*gpu._SHAPES, *gpu._SHAPES[:2]]
     assert [compiles for *_, compiles, _ in began] == [False] * 6 + [True] * 2
     assert [compares for *_, compares in began] == [True] + [False] * 7
-    facts = summary.read_facts(tmp_path)
+    facts = gpu_summary.read_facts(tmp_path)
     assert facts["step bf16 B4 C10000"] == {"step": "out of memory", "compiled": "no time left"}
     assert facts["step bf16 B4 C100"] == {"compiled": "no time left"} and "step bf16 B4 C1000" not in facts
 
@@ -243,7 +243,7 @@ MACHINE = {"device": "NVIDIA H100 PCIe", "torch": "2.11.0", "triton": "3.6.0", "
 
 
 def summarised(folder: Path) -> dict[str, str]:
-    return dict(line.split(": ", 1) for line in summary.lines_of(folder))
+    return dict(line.split(": ", 1) for line in gpu_summary.lines_of(folder))
 
 
 def test_summary_without_results(tmp_path):
@@ -255,11 +255,11 @@ def test_summary_without_results(tmp_path):
 
 def test_summary_of_results(tmp_path, monkeypatch, capsys):
     facts = {"machine": MACHINE, "absent_peers": ["xformers"]}
-    summary.write_facts(tmp_path, facts | {"step bf16 B4 C1000": STEP})
+    gpu_summary.write_facts(tmp_path, facts | {"step bf16 B4 C1000": STEP})
     without = {name: {k: v for k, v in STEP[name].items() if k != "published, compiled"} for name in ("ms", "faster")}
     late = STEP | without | {"compiled": "no time left"}
-    summary.write_facts(tmp_path, {"step bf16 B32 C1000": late, "step fp32 B4 C1000": {"step": "out of memory"}})
-    summary.write_facts(tmp_path, {"full": {"B": 8, "ms": {"eager": 3.0, "fuse-fast": 2.0}}})
+    gpu_summary.write_facts(tmp_path, {"step bf16 B32 C1000": late, "step fp32 B4 C1000": {"step": "out of memory"}})
+    gpu_summary.write_facts(tmp_path, {"full": {"B": 8, "ms": {"eager": 3.0, "fuse-fast": 2.0}}})
     (tmp_path / "tests.txt").write_text("FAILED a.py::b[1]\nE\nFAILED a.py::b[1] - E\n1 failed, 812 passed in 99.00s\n")
     (tmp_path / "step.txt").write_text("worst gradient in bf16, of x: off by 1e-3\nthe steps disagree: no timing\n")
     rows = [
@@ -290,7 +290,7 @@ def test_summary_of_results(tmp_path, monkeypatch, capsys):
     }
     assert summarised(tmp_path) == expected
     monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
-    summary.main()
+    gpu_summary.main()
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["operators"] == rows and written["facts"]["machine"] == MACHINE
     assert written["summary"] == capsys.readouterr().out.splitlines() == [f"{k}: {v}" for k, v in expected.items()]
@@ -309,7 +309,7 @@ def test_summary_of_results(tmp_path, monkeypatch, capsys):
     ids=lambda value: str(value) if isinstance(value, str) else "",
 )
 def test_summary_of_a_step(tmp_path, step, device, text):
-    summary.write_facts(tmp_path, {"machine": MACHINE | {"device": device}, "step bf16 B4 C1000": STEP | step})
+    gpu_summary.write_facts(tmp_path, {"machine": MACHINE | {"device": device}, "step bf16 B4 C1000": STEP | step})
     assert re.search(re.escape(text).replace(r"\$", "$"), summarised(tmp_path)["step bf16 B4 C1000"])
 
 

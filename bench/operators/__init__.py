@@ -17,7 +17,7 @@ Run = Callable[[], list[Tensor]]
 
 CPU = torch.device("cpu")
 OURS, COMPILED = "skipkernels", "compiled reference"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Work(NamedTuple):

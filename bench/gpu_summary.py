@@ -1,6 +1,6 @@
 """Print the results of bench/gpu.sh with the goals beside them, and write all of them into FOLDER/results.json.
 
-    python -m bench.summary [FOLDER]     the folder of bench/gpu.sh, by default gpu-results
+    python -m bench.gpu_summary [FOLDER]     the folder of bench/gpu.sh, by default gpu-results
 
 A stage without a result is "not run" or "cut off", or its output says why. Goals of speed are those of an H100, and
 printed for one alone. The module imports neither torch nor the package, so that it also works where they cannot be
