@@ -216,7 +216,7 @@ def prompt_tuning(inputs: Inputs, precision: str, tokenizer: Callable[[list[str]
     """
     model, tokens, images, labels = inputs
     names = class_names(len(tokens))
-    test = TestSet("all", names, ([f"{_CONTEXT} {name}." for name in names],), _NoImages())
+    test = TestSet("all", names, (f"{_CONTEXT} {{}}.",), _NoImages())
     coop = CoOp(copy.deepcopy(model), tokenizer, Task("random", "few-shot", _NoImages(), (test,)), vectors=4)
     with torch.no_grad():
         words = tokenizer([_CONTEXT])[0, 1:5].to(images.device)

@@ -53,11 +53,10 @@ class DatasetsCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Print the kinds. Returns 0."""
-        from skipkernels.app.data.registry import source_kinds
+        from skipkernels.app.data.registry import KINDS
 
-        for kind in source_kinds().values():
+        for kind in KINDS.values():
             out.print(kind.usage.replace("`root`", "--root"), style="bold", soft_wrap=True)
-            example = f"skipkernels tune {kind.example}" if kind.example else ""
-            for line in filter(None, (kind.about, example)):
+            for line in (kind.about, f"skipkernels tune {kind.example}"):
                 out.print(f"    {line}", soft_wrap=True)
         return 0

@@ -9,7 +9,7 @@ from ..._lazy import lazy_names
 if TYPE_CHECKING:
     from .base import InputError, SizedDataset
     from .images import DatasetImages, Images, LabelledImages
-    from .registry import open_source, register_source
+    from .registry import open_source
     from .shots import few_shot, few_shot_note, save_few_shot
     from .source import Protocol, Source, Split, from_datasets
     from .tasks import Task, TaskOptions, TestSet, load_task, split_base_new, summarise
@@ -31,7 +31,6 @@ __all__ = [
     "from_datasets",
     "load_task",
     "open_source",
-    "register_source",
     "save_few_shot",
     "split_base_new",
     "summarise",
@@ -42,7 +41,7 @@ __getattr__ = lazy_names(
     {
         "base": ("InputError", "SizedDataset"),
         "images": ("DatasetImages", "Images", "LabelledImages"),
-        "registry": ("open_source", "register_source"),
+        "registry": ("open_source",),
         "shots": ("few_shot", "few_shot_note", "save_few_shot"),
         "source": ("Protocol", "Source", "Split", "from_datasets"),
         "tasks": ("Task", "TaskOptions", "TestSet", "load_task", "split_base_new", "summarise"),

@@ -21,8 +21,6 @@ _UNREADABLE += (Image.DecompressionBombError, MemoryError)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
 _TIFF = b"II*\0", b"MM\0*"  # first bytes, in either byte order
 _TILE_SIZE = 322, 323  # tags of a TIFF: width and height of a tile
-_SCAN = b"\xff\xda"  # start of a scan of a JPEG, which may change every pixel
-_MAX_SCANS = 100  # encoders write at most about 15
 _MAX_RATIO = 500  # of the sides: a transform that resizes a line of 8000 x 2 pixels to 224 makes 200 million of them
 
 
@@ -41,15 +39,7 @@ def open_image(file: BinaryIO, name: str | Path, max_pixels: int) -> Image.Image
         tile = [int(getattr(image, "tag_v2", {}).get(tag, 0)) for tag in _TILE_SIZE]
         if max(math.prod(image.size), math.prod(tile)) > max_pixels:
             raise Image.DecompressionBombError
-        if image.tile and image.tile[0][0] == "ppm_plain":  # a loop of Python over the digits
-            raise unreadable(name, "its pixels are decimal digits; save it as PNG")
-        if image.format in ("JPEG", "MPO"):
-            file.seek(0)
-            if (scans := file.read().count(_SCAN)) > _MAX_SCANS:
-                raise unreadable(name, f"a JPEG of {scans:,} scans; save it again, as PNG")
         return image
-    except InputError:
-        raise
     except Image.DecompressionBombError:
         raise TooLarge(f"{name}: must have at most {max_pixels:,} pixels. Make it smaller.") from None
     except UnidentifiedImageError as error:

@@ -19,14 +19,14 @@ Opener = Callable[[str, "str | Path | None", Templates], "Source"]
 
 
 class Kind(NamedTuple):
-    """Kind of dataset; see `register_source`."""
+    """Kind of dataset, which `open_source` opens by the names "KIND" and "KIND:NAME"."""
 
-    open: Opener
-    usage: str
-    about: str = ""
-    example: str = ""
-    own: bool = False
-    remote: bool = False
+    open: Opener  # Function of (NAME, root, templates), with an empty NAME for "KIND"
+    usage: str  # Form of the names
+    about: str
+    example: str  # Options
+    own: bool = False  # The user's own data: all classes are trained, and exports don't name them
+    remote: bool = False  # It may download what a name names, so that a file of an unknown author must not name it
 
 
 def _imported(module: str, function: str, *options: str) -> Opener:
@@ -40,7 +40,7 @@ def _imported(module: str, function: str, *options: str) -> Opener:
     return open_now
 
 
-_KINDS = {
+KINDS = {
     "imagefolder": Kind(
         _imported(".image_folder", "open_image_folder", "templates"),
         "imagefolder:PATH",
@@ -79,40 +79,10 @@ _KINDS = {
 }
 
 
-def source_kinds() -> dict[str, Kind]:
-    """Return the registered kinds of datasets."""
-    return dict(_KINDS)
-
-
-def register_source(
-    kind: str,
-    opener: Opener,
-    usage: str,
-    about: str = "",
-    example: str = "",
-    *,
-    own: bool = False,
-    remote: bool = False,
-) -> None:
-    """Register a kind of dataset, which `open_source` opens by the names "KIND" and "KIND:NAME".
-
-    Args:
-        kind: Its name.
-        opener: Function of (NAME, root, templates), with an empty NAME for "KIND".
-        usage: Form of the names, for error messages.
-        about: Description for `skipkernels datasets`.
-        example: Options of an example for it.
-        own: The user's own data: all classes are trained, the best epoch is chosen on validation images, and exports
-            don't name them.
-        remote: The opener may download data that a name names, so that a file of an unknown author must not name it.
-    """
-    _KINDS[kind] = Kind(opener, usage, about, example, own, remote)
-
-
 def is_own(data: str) -> bool:
     """Return True if a dataset is the user's own, not a published or packaged one."""
     kind = data.partition(":")[0]
-    return kind == "dataset" or (kind in _KINDS and _KINDS[kind].own)
+    return kind == "dataset" or (kind in KINDS and KINDS[kind].own)
 
 
 def is_remote(data: str) -> bool:
@@ -122,14 +92,14 @@ def is_remote(data: str) -> bool:
     (True, False)
     """
     kind = data.partition(":")[0]
-    return "://" in data or (kind in _KINDS and _KINDS[kind].remote)
+    return "://" in data or (kind in KINDS and KINDS[kind].remote)
 
 
 def open_source(data: str, root: str | Path | None = None, templates: Templates = None) -> Source:
     """Open a dataset by name.
 
     Args:
-        data: "KIND" or "KIND:NAME", such as "imagefolder:photos"; `source_kinds` has the kinds.
+        data: "KIND" or "KIND:NAME", such as "imagefolder:photos"; `KINDS` has the kinds.
         root: Folder of the datasets.
         templates: Prompt templates, the first for training; or "paper" or "coop", the sets of those papers. Default:
             "paper".
@@ -145,14 +115,14 @@ def open_source(data: str, root: str | Path | None = None, templates: Templates 
         [1, 1, 0, 0]
     """
     kind, _, name = data.partition(":")
-    if kind in _KINDS:
-        return _KINDS[kind].open(name, root, templates)
+    if kind in KINDS:
+        return KINDS[kind].open(name, root, templates)
     if kind == "dataset":
         raise open_error(f"{name} was passed to tune in Python. Pass it again as `dataset=`.")
     if os.path.exists(data):  # Path.exists raises an error for a name that is too long
         form = "imagefolder" if os.path.isdir(data) else "csv"
         raise open_error(f"no dataset {data!r}; did you mean {form}:{data}?")
-    close = difflib.get_close_matches(kind, _KINDS, 1)
+    close = difflib.get_close_matches(kind, KINDS, 1)
     meant = f"did you mean {':'.join([close[0], *filter(None, [name])])}? Or " if close else ""
-    usages = ", ".join(kind.usage for kind in _KINDS.values())
+    usages = ", ".join(kind.usage for kind in KINDS.values())
     raise open_error(f"no dataset {data!r}; {meant}choose {usages}.")

@@ -12,7 +12,7 @@ from .base import InputError, SizedDataset
 from .files import format_names
 from .images import DatasetImages, Images, Transform, joined
 from .shots import few_shot, hold_out
-from .templates import Templates, format_prompt, resolve_templates
+from .templates import Templates, prompts, resolve_templates
 
 Split = Literal["train", "val", "test"]
 SourceT = TypeVar("SourceT", bound="Source")
@@ -47,7 +47,7 @@ class Source:
     @property
     def prompts(self) -> tuple[list[str], ...]:
         """Prompts of all classes, in a list for each template."""
-        return tuple([format_prompt(template, name) for name in self.classes] for template in self.templates)
+        return prompts(self.templates, self.classes)
 
     @property
     def class_keys(self) -> tuple[str, ...]:

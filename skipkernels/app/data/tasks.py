@@ -20,7 +20,7 @@ from .registry import open_source
 from .shots import class_sizes_note, few_shot_note
 from .source import Protocol, Source, Split
 from .splits import fold_source
-from .templates import Templates
+from .templates import Templates, prompts
 
 _WITH_TARGETS = ("cross-dataset", "domain-generalization")
 VALIDATION_SHARE = 0.2
@@ -34,7 +34,7 @@ class TestSet:
     Attributes:
         name: "base", "new", "source", "all", or the name of the target dataset.
         classes: Names by label.
-        prompts: For each template, a list with the prompt of each class. Training uses the first template.
+        templates: Prompt templates. Training uses the first.
         images: Items are (image, label).
     """
 
@@ -42,8 +42,13 @@ class TestSet:
 
     name: str
     classes: list[str]
-    prompts: tuple[list[str], ...]
+    templates: tuple[str, ...]
     images: Images
+
+    @property
+    def prompts(self) -> tuple[list[str], ...]:
+        """Prompts of all classes, in a list for each template."""
+        return prompts(self.templates, self.classes)
 
 
 @dataclass(frozen=True)
@@ -297,7 +302,7 @@ def _train_and_validation(
         if not len(held):
             return train, None, "no validation: no class has a second training image."
         note = f"validation on {len(held)} images of its train split, which don't train."
-    return train, TestSet("validation", list(source.classes), source.prompts, held), note
+    return train, TestSet("validation", list(source.classes), source.templates, held), note
 
 
 def _test_set(name: str, source: Source, transform: Callable | None, test: Test) -> TestSet:
@@ -314,7 +319,7 @@ def _test_set(name: str, source: Source, transform: Callable | None, test: Test)
             raise InputError(f"{error}{also}", error.argument) from error
         if not len(images):
             raise InputError(f"{source.name} has no test images of {format_names(source.classes)}. Add some.", "data")
-    return TestSet(name, list(source.classes), source.prompts, images)
+    return TestSet(name, list(source.classes), source.templates, images)
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ TEMPLATE_SETS = {"paper": PAPER, "coop": COOP}
 Templates = str | Sequence[str] | None  # see `resolve_templates`
 
 
-def format_prompt(template: str, name: str) -> str:
-    """Replace {} in a template by the name of a class.
+def prompts(templates: Sequence[str], classes: Sequence[str]) -> tuple[list[str], ...]:
+    """Return for each template a list with the prompt of each class, its name in place of {}.
 
-    >>> format_prompt("a photo of a {}.", "apple pie")
-    'a photo of a apple pie.'
+    >>> prompts(["a photo of a {}.", "{}"], ["apple pie"])
+    (['a photo of a apple pie.'], ['apple pie'])
     """
-    return template.replace("{}", name)
+    return tuple([template.replace("{}", name) for name in classes] for template in templates)
 
 
 def resolve_templates(dataset: str | None, templates: Templates = None, default: str = PHOTO) -> tuple[str, ...]:

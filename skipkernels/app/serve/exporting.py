@@ -17,7 +17,7 @@ from ...folders import replace_text, replaced_folder, restored
 from ..config import TuneConfig
 from ..data import InputError
 from ..data.files import read_text
-from ..data.registry import is_own, source_kinds
+from ..data.registry import KINDS, is_own
 from ..methods import METHODS
 from ..methods.tuned import TunedModel
 from ..train import weights
@@ -142,7 +142,7 @@ _WRITERS = {"open-clip": _write_open_clip, "hugging-face": to_hugging_face.write
 
 def _write_classes(folder: Path, described: Description) -> None:
     """Write the classes, for use with a library that has no place for them."""
-    values = {name: getattr(described, name) for name in ("classes", "templates", "prompts", "temperature")}
+    values = {name: getattr(described, name) for name in ("classes", "templates", "temperature")}
     replace_text(folder / CLASSES, json.dumps(values, indent=2) + "\n")
 
 
@@ -174,7 +174,7 @@ def _public(name: str) -> str:
     if kind in ("hf", "hf-hub"):
         public = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(\?.*)?", rest) and not Path(rest).exists()
     else:
-        public = not re.search(r"[/\\]", rest) and (kind == "dataset" or (kind in source_kinds() and not is_own(name)))
+        public = not re.search(r"[/\\]", rest) and (kind == "dataset" or (kind in KINDS and not is_own(name)))
     return name if public or not rest else kind
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from ...options import Precision
 from ..config import usable_device
 from ..data import InputError, Task
 from ..data.tasks import TestSet
-from ..data.templates import PHOTO, format_prompt, resolve_templates
+from ..data.templates import resolve_templates
 from ..methods import METHODS, Method
 from ..methods.frozen import FrozenModel
 from ..train import weights
@@ -41,7 +42,7 @@ class TunedRun(NamedTuple):
     transform: Callable[[Any], torch.Tensor]  # Transform of an image
     tokenizer: Any
     prompts: tuple[list[str], ...]  # Prompts by template and class
-    has_own_prompts: bool  # True if the classes and their prompts are those of the run, in any order
+    has_own_prompts: bool  # True if the classes, in any order, and the templates are those of the run
     precision: MixedPrecision
 
 
@@ -68,15 +69,14 @@ def load_run(
     model, transform, tokenizer = load_model(name, pretrained, chosen, architecture_only=whole, trust=trust)
     if whole:
         load_weights(model, file)
-    names, prompts = _classes(described, classes, templates)
-    method = _method(described, model, tokenizer, names, prompts, file)
+    test = TestSet(TEST, _classes(described, classes), _templates(described, templates), ())  # type: ignore[arg-type]
+    method = _method(described, model, tokenizer, test, file)
     if not whole:
         weights.load_into(method, file)
     method.use_head(load_head(file.parent, described), described.classes)
     method.train(False)
-    own_names, own_prompts = _classes(described, None, None)
-    same = set(zip(names, *prompts, strict=True)) == set(zip(own_names, *own_prompts, strict=True))
-    return TunedRun(described, names, model, method, transform, tokenizer, prompts, same, mixed)
+    same = set(test.classes) == set(described.classes) and list(test.templates) == described.templates
+    return TunedRun(described, test.classes, model, method, transform, tokenizer, test.prompts, same, mixed)
 
 
 def _resolved(precision: Precision | str, device: torch.device) -> Any:
@@ -89,44 +89,35 @@ def _resolved(precision: Precision | str, device: torch.device) -> Any:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def _classes(
-    described: Description, classes: Sequence[str] | None, templates: str | Sequence[str] | None
-) -> tuple[list[str], tuple[list[str], ...]]:
-    """Names of the classes to predict, and their prompts by template."""
-    if isinstance(classes, str) or (classes is not None and not all(isinstance(name, str) for name in classes)):
+def _classes(described: Description, classes: Sequence[str] | None) -> list[str]:
+    """Names of the classes to predict."""
+    if classes is None:
+        return described.classes
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
         raise InputError(f"Classifier.load: classes must be a list of names; got {classes!r}.", "classes")
-    names = described.classes if classes is None else list(classes)
-    if classes is not None and len(names) < 2:  # of one class every image is certain
-        raise InputError(f"Classifier.load: classes must be at least two names; got {names}.", "classes")
-    name, count = Counter(names).most_common(1)[0]
-    if classes is not None and count > 1:
+    if len(classes) < 2:  # of one class every image is certain
+        raise InputError(f"Classifier.load: classes must be at least two names; got {classes}.", "classes")
+    name, count = Counter(classes).most_common(1)[0]
+    if count > 1:
         raise InputError(f"Classifier.load: classes must differ; got {name!r} {count} times. Name it once.", "classes")
-    if templates is None and classes is None and described.prompts is not None:
-        return names, tuple(described.prompts)
-    own = described.templates or [PHOTO]
-    chosen = own if templates is None else resolve_templates(None, templates)
-    return names, tuple([format_prompt(template, name) for name in names] for template in chosen)
+    return list(classes)
 
 
-def _method(
-    described: Description,
-    model: nn.Module,
-    tokenizer: Any,
-    classes: list[str],
-    prompts: tuple[list[str], ...],
-    file: Path,
-) -> Method:
+def _templates(described: Description, templates: str | Sequence[str] | None) -> tuple[str, ...]:
+    return tuple(described.templates) if templates is None else resolve_templates(None, templates)
+
+
+def _method(described: Description, model: nn.Module, tokenizer: Any, test: TestSet, file: Path) -> Method:
     """Construct the method of a run; its weights are not loaded."""
     if described.method not in METHODS:
         raise InputError(
             f"Classifier.load: the run's method {described.method!r} is not registered. Import its module."
         )
     kind = METHODS[described.method]
-    tests = [TestSet(TEST, classes, prompts, ())]  # type: ignore[arg-type]
+    tests = [test]
     settings: dict[str, Any] = {str(name): value for name, value in described.settings.items()}
     if issubclass(kind, FrozenModel):  # the shapes of its weights may depend on the trained classes
-        trained = _classes(described, None, None)
-        tests.insert(0, TestSet("trained", *trained, ()))  # type: ignore[arg-type]
+        tests.insert(0, replace(test, name="trained", classes=described.classes))
     if described.method == "coop":
         settings["vectors"] = _length(file, "context")
     task = Task(described.data, described.protocol, (), tuple(tests))  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,9 +50,8 @@ class Description:
     protocol: Text
     classes: Annotated[list[Text], Field(min_length=1)]
     """Names of the trained classes, by label."""
-    templates: Annotated[list[Text], Field(min_length=1)] | None
-    prompts: Annotated[list[list[Text]], Field(min_length=1)] | None
-    """Prompt templates; or, if the prompts are not made of templates, the prompts by template and class."""
+    templates: Annotated[list[Text], Field(min_length=1)]
+    """Prompt templates."""
     weights: Annotated[Text, AfterValidator(_name_of_file)]
     """Name of the weights file."""
     holds: Text
@@ -91,16 +89,11 @@ class Description:
             values = read_object(path, _MAX_BYTES)
             if values.pop("format", None) != FORMAT:
                 raise ValueError("written by a later version; upgrade skipkernels")
-            read = validated(cls, values)
-            if read.templates is None and read.prompts is None:
-                raise ValueError("templates and prompts are missing")
-            if any(len(texts) != len(read.classes) for texts in read.prompts or ()):
-                raise ValueError("prompts must be one text for each class")
+            return validated(cls, values)
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror}).") from error
         except ValueError as error:
             raise InputError(f"{path}: damaged: {error}. Restore it from a copy, or tune again.") from error
-        return read
 
     def write(self, folder: Path) -> None:
         """Write the classifier.json of a folder."""
@@ -111,7 +104,6 @@ class Description:
 def describe(config: TuneConfig, model: Any, task: Task, *, weights: str, holds: str) -> Description:
     """Describe a run, of which the first test has the trained classes."""
     test = task.tests[0]
-    templates = find_templates(test.classes, test.prompts)
     return Description(
         model=config.model,
         pretrained=config.pretrained,
@@ -120,29 +112,13 @@ def describe(config: TuneConfig, model: Any, task: Task, *, weights: str, holds:
         data=task.name,
         protocol=task.protocol,
         classes=list(test.classes),
-        templates=templates,
-        prompts=None if templates is not None else [list(prompts) for prompts in test.prompts],
+        templates=list(test.templates),
         weights=weights,
         holds=holds,
         logit_scale=round(model.logit_scale.detach().float().exp().item(), 6),
         preprocessing=preprocessing(model),
         versions=versions(),
     )
-
-
-def find_templates(classes: Sequence[str], prompts: Sequence[Sequence[str]]) -> list[str] | None:
-    """Find the templates that make the prompts of all classes; None if there are none.
-
-    >>> find_templates(["cat", "a"], [["a cat.", "a a."], ["cat", "a"]])
-    ['a {}.', '{}']
-    >>> find_templates(["cat", "dog"], [["a cat.", "the dog."]]) is None
-    True
-    """
-    example = max(range(len(classes)), key=lambda label: len(classes[label]))  # a short name may be in the template
-    templates = [of_classes[example].replace(classes[example], "{}") for of_classes in prompts]
-    expected = [[template.replace("{}", name) for name in classes] for template in templates]
-    known = all(template.count("{}") == 1 for template in templates)
-    return templates if known and expected == [list(of_classes) for of_classes in prompts] else None
 
 
 def preprocessing(model: Any) -> dict[str, Any]:

@@ -89,11 +89,10 @@ def _data_and_model(
         shots = f", {config.shots} per class" if whole else f", fewer than {config.shots} of some classes"
     classes = escaped(", ".join(described.classes[:_SHOWN]))
     more = len(described.classes) - _SHOWN
-    templates = described.templates or []
     return [
         f"- Training images: {trained} of `{described.data}`{shots}, protocol `{config.protocol}`, seed {config.seed}.",
         f"- Classes: {classes}{f' and {more:,} more, all in {classes_in}' if more > 0 else ''}.",
-        f"- Prompts: {', '.join(f'`{template}`' for template in templates) or 'one text for each class'}.",
+        f"- Prompts: {', '.join(f'`{template}`' for template in described.templates)}.",
         f"- Base model: {_base(config)}. The tuned weights are a work derived from its weights; see the licence of "
         + ("those (LICENSES-pictograms of skipkernels)." if config.model in MODELS else "those."),
     ]
@@ -112,7 +111,7 @@ _TOWER = "import skipkernels.app.demo.vit_pictogram  # registers the image tower
 _TRANSFORMERS = """from transformers import CLIPModel, CLIPProcessor
 
 model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
-# classes.json has the names of the classes, their prompts, and the temperature by which logits are divided."""
+# classes.json has the names of the classes, their prompt templates, and the temperature by which logits are divided."""
 _ONNX = """import json
 
 import numpy as np

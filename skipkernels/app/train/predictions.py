@@ -90,27 +90,16 @@ def load(path: Path) -> list[TestPredictions]:
 
 
 def _test(number: int, entry: dict, tensors: dict[str, Tensor]) -> TestPredictions:
-    name, classes = str(entry["name"]), [str(name) for name in entry["classes"]]
-    labels = tensors[f"{number}.labels"].long()
+    def top(when: str) -> TopClasses:
+        part = f"{number}.{when}"
+        return TopClasses(tensors[f"{part}.classes"].long(), tensors[f"{part}.probabilities"].float())
 
-    def top(when: str) -> TopClasses | None:
-        if f"{number}.{when}.classes" not in tensors:
-            return None
-        found = TopClasses(
-            tensors[f"{number}.{when}.classes"].long(), tensors[f"{number}.{when}.probabilities"].float()
-        )
-        if found.classes.shape != found.probabilities.shape or found.classes.shape[:1] != labels.shape:
-            raise ValueError("sizes differ")
-        return found
-
-    zero_shot, tuned = top("zero_shot"), top("tuned")
-    if zero_shot is None:
-        raise ValueError("no predictions")
-    for ids in (labels, zero_shot.classes, *(() if tuned is None else (tuned.classes,))):
-        if not len(ids) or ids.min() < 0 or ids.max() >= len(classes):
-            raise ValueError("a class out of range")
+    tuned = top("tuned") if f"{number}.tuned.classes" in tensors else None
     prefix = f"{number}.thumbnails."
     thumbnails = {
         int(key[len(prefix) :]): bytes(tensor.numpy()) for key, tensor in tensors.items() if key.startswith(prefix)
     }
-    return TestPredictions(name, classes, labels, zero_shot, tuned, thumbnails=thumbnails)
+    labels = tensors[f"{number}.labels"].long()
+    return TestPredictions(
+        str(entry["name"]), list(entry["classes"]), labels, top("zero_shot"), tuned, thumbnails=thumbnails
+    )

@@ -8,7 +8,7 @@ import open_clip
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import coop
-from skipkernels.app.data.registry import source_kinds
+from skipkernels.app.data.registry import KINDS
 
 
 def listed(capsys, *arguments: str):
@@ -32,7 +32,7 @@ def test_models(capsys):
 
 
 def test_datasets(capsys):
-    assert source_kinds()["coop"].about.rpartition(": ")[2] == ", ".join(coop.DATASETS) + "."
+    assert KINDS["coop"].about.rpartition(": ")[2] == ", ".join(coop.DATASETS) + "."
     assert main(["datasets"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "    skipkernels tune --data csv:photos/table.csv" in out

@@ -33,13 +33,6 @@ def encoded(image: Image.Image, kind: str = "png", **options) -> bytes:
 PICTURE = encoded(Image.new("RGB", (3, 2), "red"))
 
 
-def scans(count: int) -> bytes:
-    """A progressive JPEG with its last scan repeated: each is a pass over all pixels, and takes 100 bytes."""
-    data = encoded(Image.new("L", (2000, 2000)), "jpeg", progressive=True)
-    last = data.rindex(b"\xff\xda")
-    return data[:-2] + data[last:-2] * count + data[-2:]
-
-
 def tile(side: int, channels: int = 1) -> bytes:
     """A TIFF of 64 x 64 pixels in one larger tile."""
     writer = zlib.compressobj()
@@ -52,20 +45,11 @@ def tile(side: int, channels: int = 1) -> bytes:
     return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + fields + bytes(4)
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (scans(2000), "a JPEG of 2,006 scans; save it again, as PNG"),
-        (b"P3\n2000 2000\n255\n" + b"1 2 3 " * 4_000_000, "its pixels are decimal digits; save it as PNG"),
-        (tile(46_000), "must have at most"),
-    ],
-    ids=["scans", "digits", "tile"],
-)
-def test_header_is_refused(data, reason):
-    """Decoding these takes from 9 seconds to a minute, and the tile 2.3 GiB."""
+def test_header_is_refused():
+    """Decoding this takes 2.3 GiB."""
     start = time.monotonic()
-    with raises_input_error("a", reason):
-        decode(data, "a")
+    with raises_input_error("a", "must have at most"):
+        decode(tile(46_000), "a")
     assert time.monotonic() - start < 5  # 0.1 s on an idle machine
 
 

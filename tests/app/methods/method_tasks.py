@@ -54,8 +54,7 @@ def stacked(data: Any) -> tuple[Tensor, Tensor]:
 
 def tiny_task(templates: int = 2, *, new: list[str] = NEW, shots: int = 4, base: list[str] = BASE) -> Task:
     def test(name: str, classes: list[str]) -> TestSet:
-        prompts = tuple([template.format(c) for c in classes] for template in TEMPLATES[:templates])
-        return TestSet(name, classes, prompts, examples(len(classes), 2, seed=2))
+        return TestSet(name, classes, TEMPLATES[:templates], examples(len(classes), 2, seed=2))
 
     return Task("trees", "base-to-new", examples(len(base), shots, seed=3), (test("base", base), test("new", new)))
 
