@@ -520,7 +520,7 @@ def _tiling(packed: Tensor, options: Options) -> tuple[int, int, dict[str, Any]]
         num_warps=WARPS_WIDE if wide and target(packed.device).backend == "cuda" else WARPS,
         num_stages=1,
         packed_ptr=packed,
-        offsets_ptr=offsets,
+        offsets_ptr=None if offsets is None else offsets.contiguous(),
         K=K,
         P=P,
         H=H,
