@@ -75,7 +75,8 @@ def test_tune_without_graph(tmp_path, monkeypatch, changes, note):
 
 def test_tune_beats_zero_shot_on_drawings_of_another_designer(tmp_path):
     rates = {"text_lr": 3e-4, "image_lr": 3e-4, "optimizer": "adamw", "batch_size": 16}
-    metrics = tune(TuneConfig(data="pictograms:objects", method="skip", **rates, epochs=3, device="cpu", out=tmp_path))
+    data = {"data": "pictograms:objects", "max_classes": 100, "shots": 8}
+    metrics = tune(TuneConfig(**data, method="skip", **rates, epochs=3, device="cpu", out=tmp_path))
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
     assert zero_shot["base"] > 20, "25 times chance over 131 classes"
     assert tuned["base"] > zero_shot["base"] + 8
