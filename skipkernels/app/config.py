@@ -36,7 +36,7 @@ from .option_groups import (
     SkipOptions,
     TrainingOptions,
 )
-from .untrusted import check_source, read_bounded
+from .untrusted import check_source
 
 if TYPE_CHECKING:
     from .data import Source
@@ -46,7 +46,6 @@ _SHOTS = 16
 
 NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
 _SOURCES = ("model", "pretrained", "data", "targets")
-_MAX_BYTES = 2**20  # size of a config.yaml
 
 # Types are not converted: `epochs: true` and `seed: "3"` are errors.
 _SCHEMA = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -391,7 +390,7 @@ class _Loader(yaml.SafeLoader):
 
 def read_settings(path: Path) -> Any:
     """Read a config.yaml; raises OSError, ValueError or yaml.YAMLError."""
-    return yaml.load(read_bounded(path, _MAX_BYTES), _Loader)
+    return yaml.load(path.read_bytes(), _Loader)
 
 
 def usable_device(device: str, function: str) -> str:

@@ -24,7 +24,6 @@ ACCURACY, COST = "accuracy, %", "cost"  # groups of columns
 Layout = Literal["variants", "tests", "shots", "folds"]
 
 _MOST_ROWS = 60  # of a table in the terminal
-_MAX_BYTES = 1 << 28  # bytes of the JSON file
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def study_page(folder: Path) -> str:
     """Return the page of the study in a folder, from its JSON file."""
     try:
         for path in sorted(folder.glob("*.json")):
-            found = read_object(path, _MAX_BYTES)
+            found = read_object(path)
             if found.get("study") == path.stem and "summary" in found:
                 return page.study_html(found)
     # Raised by reading, or by rendering of other contents than expected

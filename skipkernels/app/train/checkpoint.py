@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 FOLDER, MODEL, HEAD = "checkpoint", "model.safetensors", "head.safetensors"
 BEST, TRAINING, INDEX = "best.safetensors", "training.pt", "checkpoint.json"
 FORMAT = 3
-_MAX_BYTES = 1 << 28  # size of checkpoint.json: a thousand epochs with a hundred tests each
 # Errors of torch.load for a damaged file.
 _LOAD_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
 _LOAD_ERRORS += (AttributeError, zipfile.BadZipFile, pickle.UnpicklingError)
@@ -99,7 +98,7 @@ def load(run: Path) -> Checkpoint | None:
     if not folder.is_dir():
         return None
     try:
-        values = read_object(folder / INDEX, _MAX_BYTES)
+        values = read_object(folder / INDEX)
         written, digest = values.pop("format", None), values.pop("digest", None)
         if written != FORMAT:
             raise ValueError(f"{INDEX} has format {written}, and this version reads {FORMAT}")

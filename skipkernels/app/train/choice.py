@@ -14,8 +14,6 @@ from ..untrusted import read_object
 from .errors import validated
 from .run_folder import CANDIDATES
 
-_MAX_BYTES = 1 << 26
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -42,7 +40,7 @@ class Choice:
         if not path.is_file():
             return None
         try:
-            return validated(cls, read_object(path, _MAX_BYTES))
+            return validated(cls, read_object(path))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: damaged ({first_line(error)}). Tune again with `overwrite=True`.") from error
 

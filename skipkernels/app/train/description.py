@@ -25,7 +25,6 @@ CLASSIFIER = "classifier.json"
 FORMAT = 1
 CALIBRATED = "calibrated on held-out images"
 NOT_CALIBRATED = "not calibrated: no temperature was fitted on held-out images"
-_MAX_BYTES = 1 << 28  # size of classifier.json: a million classes with a few prompts each
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # the part that open_clip reads with a model config
 Text = InstanceOf[str]  # pydantic's own str refuses names of folders that are not UTF-8
 
@@ -86,7 +85,7 @@ class Description:
                 "first epoch of a run in progress, or continue a run that was stopped with `resume=True`."
             )
         try:
-            values = read_object(path, _MAX_BYTES)
+            values = read_object(path)
             if values.pop("format", None) != FORMAT:
                 raise ValueError("written by a later version; upgrade skipkernels")
             return validated(cls, values)

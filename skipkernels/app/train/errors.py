@@ -18,8 +18,8 @@ def argument_error(argument: str, message: str) -> InputError:
     return InputError(f"tune: {argument}: {message}", argument)
 
 
-def validated(kind: type[Parsed], values: Any, *, strict: bool = False) -> Parsed:
-    """Convert the values of a file to a class by pydantic; with `strict`, refuse other types instead.
+def validated(kind: type[Parsed], values: Any) -> Parsed:
+    """Convert the values of a file to a class by pydantic.
 
     Example:
         >>> from dataclasses import dataclass
@@ -33,7 +33,7 @@ def validated(kind: type[Parsed], values: Any, *, strict: bool = False) -> Parse
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(kind).validate_python(values, strict=strict)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or kind.__name__

@@ -16,7 +16,6 @@ from ..untrusted import read_object
 from .errors import argument_error
 
 _TYPES = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
-_MAX_BYTES = 1 << 20  # size of a config.json
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
@@ -58,7 +57,7 @@ def load_hugging_face(
     with torch.random.fork_rng(devices=[]):
         try:
             folder = where if isinstance(where, Path) else _downloaded(where, weights=not architecture_only)
-            kind = read_object(folder / "config.json", _MAX_BYTES).get("model_type")
+            kind = read_object(folder / "config.json").get("model_type")
             if kind not in _TYPES:
                 raise argument_error("model", f"{name} must be a {', '.join(_TYPES.values())}; got {kind!r}.")
             if (folder / "adapter_config.json").exists():

@@ -15,7 +15,6 @@ from typing import Any
 from ..untrusted import read_object, refused_source
 
 OPEN_CLIP = "open_clip_config.json"
-_MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[\w.+-]*")
 _REPOSITORY = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
 
@@ -27,7 +26,7 @@ def read_open_clip_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
         OSError, ValueError: If it is not such a file.
         InputError: If a text in it is not a plain name, or is an argument that may name a file.
     """
-    model = read_object(path, _MAX_BYTES).get("model_cfg")
+    model = read_object(path).get("model_cfg")
     if not isinstance(model, dict) or not all(isinstance(model.get(part), dict) for part in ("vision_cfg", "text_cfg")):
         raise ValueError("model_cfg must be a mapping with vision_cfg and text_cfg")
     for place, text in () if trust else _texts(model):

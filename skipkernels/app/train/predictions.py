@@ -19,7 +19,6 @@ TOP = 3
 """Classes per image that are kept."""
 PREDICTIONS = "predictions.safetensors"
 _FORMAT = "1"
-_LARGEST = 1 << 31  # bytes of a file
 
 
 class TopClasses(NamedTuple):
@@ -77,8 +76,6 @@ def load(path: Path) -> list[TestPredictions]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; run the command again that made the run, with `overwrite=True`.")
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError("too large")
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:

@@ -65,14 +65,13 @@ _FILES += (HEAD, CANDIDATES, PREDICTIONS_CSV, CONFUSION_CSV, BEST, CONFIG)
 _BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT, CANDIDATES}  # files of a run before its first epoch is complete
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every run
-_MAX_METRICS_BYTES = 1 << 24
 _MAX_READS = 100  # attempts to read the model of a run in progress
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
     """Read the metrics.json of a complete run."""
     try:
-        return read_object(folder / METRICS, _MAX_METRICS_BYTES)
+        return read_object(folder / METRICS)
     except FileNotFoundError:
         raise InputError(
             f"{folder / METRICS}: no such file. A run has it when it is complete; continue one that was stopped with "

@@ -672,4 +672,4 @@ def test_report_of_truncated_metrics_is_one_line(run, tmp_path, capsys, name):
         shutil.copy(run[0] / file, tmp_path)
     (tmp_path / name).write_text((tmp_path / name).read_text()[:-5])
     error = fails(["report", tmp_path], capsys)
-    assert f"{tmp_path / name}: damaged (not JSON" in error and len(error) < 400
+    assert f"{tmp_path / name}: damaged (" in error and len(error) < 400
