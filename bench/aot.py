@@ -46,11 +46,12 @@ from rich.console import Console
 
 from skipkernels.ops import OPERATORS, launching, registration
 
-from . import measure, tables
+from . import tables
 from .launches import ARCHITECTURES, CALLS, FAMILIES, WIDTHS, Architecture, Launch, launches_of
 from .operators import DTYPES
+from .rows import RESULTS, command
 
-TABLE = measure.RESULTS / "aot.csv"
+TABLE = RESULTS / "aot.csv"
 # Registers and shared memory may grow by this much when another version of Triton compiles the same source: versions
 # schedule loads and place layouts differently. Spills and the limits of the hardware are never allowed for.
 ALLOWANCE = 1.25
@@ -369,7 +370,7 @@ def report(console: Console, count: int, problems: Sequence[str]) -> None:
 
 
 def main() -> None:
-    parser = measure.command(__doc__)
+    parser = command(__doc__)
     parser.add_argument("--op", nargs="+", choices=OPERATORS, default=OPERATORS, help="forward and backward of these")
     parser.add_argument("--target", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])

@@ -39,6 +39,7 @@ from skipkernels.testing import relative_error
 
 from . import measure
 from .inputs import autocast, parser, random_inputs
+from .rows import save
 
 Rows = list[dict[str, Any]]
 
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = args.run(args)
     for row in rows:
         print(", ".join(f"{name} {value}" for name, value in row.items()))
-    measure.save(args, rows, f"cache_{args.command}")
+    save(args, rows, f"cache_{args.command}")
 
 
 # ---- build -----------------------------------------------------------------------------------------------------------

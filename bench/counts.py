@@ -47,8 +47,9 @@ from .flops import flops_of
 from .inputs import PRECISIONS, autocast, random_inputs
 from .launches import ARCHITECTURES, recording
 from .meta_device import WithoutProducts, meta_as_gpu
+from .rows import RESULTS, command
 
-TABLE = measure.RESULTS / "counts.csv"
+TABLE = RESULTS / "counts.csv"
 ALLOWANCE = 1.05  # for another version of torch, which may split an operator into others
 COUNTS = ("flops", "saved_bytes", "gradient_bytes", "calls", "launches", "triton", "waits")
 STEP, PREDICT = "SkipCLIP, step", "SkipCLIP, predict"
@@ -282,7 +283,7 @@ def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = measure.command(__doc__)
+    parser = command(__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     parser.add_argument("--model", nargs="+", choices=dict.fromkeys(size.model for size in SIZES), help="only these")
     classes = dict.fromkeys(size.C for size in SIZES)

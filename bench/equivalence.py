@@ -45,6 +45,7 @@ from tests import naive
 from . import measure
 from .inputs import class_names, positive
 from .published import freeze
+from .rows import command, save
 
 _MOMENTUM, _WEIGHT_DECAY, _WARMUP_LR = 0.9, 5e-4, 1e-6
 _KEEP_RATIO, _MAX_KEEP, _DECAY, _SEED = 0.5, 50, 0.3, 0
@@ -86,7 +87,7 @@ _CASES = [
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = measure.command(__doc__)
+    parser = command(__doc__)
     parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--precision", nargs="+", choices=list(_DTYPES), default=list(_DTYPES))
     args = parser.parse_args(arguments)
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row = {"model": model, "skip_layers": "/".join(map(str, skip)), "text_lr": rates[0], "image_lr": rates[1]}
         rows.append(row | {"precision": precision} | compare(case, inputs[model], args.steps))
         print(shown(rows[-1]), flush=True)
-    measure.save(args, rows, "equivalence")
+    save(args, rows, "equivalence")
 
 
 def shown(row: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from skipkernels.testing import relative_error, saved_bytes
 
 from . import measure
 from .inputs import Inputs, autocast, parser, random_inputs
+from .rows import save
 
 PARTS = ("image", "pairs")
 # Difference of all gradients from those of the model's own blocks, relative to their norm: two orders of summation.
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += rows_of(args, implementations(inputs.model, args.implementations), inputs, part, precision)
         for row in rows:
             row |= {"model": model, "B": B, "precision": precision}
-        measure.save(args, rows, "fuse")
+        save(args, rows, "fuse")
 
 
 def rows_of(

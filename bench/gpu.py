@@ -45,6 +45,7 @@ from .flops import flops_of
 from .gpu_summary import COMPILED, EAGER, GRAPHED, PUBLISHED, name_of_step, read_facts, write_facts
 from .inputs import Inputs, autocast, parser, random_inputs
 from .operators.record import small_call
+from .rows import machine_columns
 from .training import COMPILER_MODES, Published, Skip, Step, skip_step, with_update
 
 _LISTED = 40  # kernels
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def machine(args: argparse.Namespace) -> None:
     """Print device and versions, then the peers, then all packages; write by how much limits of time are scaled."""
-    found = measure.machine(args.device)
+    found = machine_columns(args.device)
     found["triton"] = launching.triton.__version__ if launching.installed else "not installed"
     for name, value in found.items():
         print(f"{name}: {value}")

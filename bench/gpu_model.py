@@ -52,8 +52,9 @@ from .inputs import autocast, random_inputs
 from .launches import ARCHITECTURES, recording
 from .meta_device import PRODUCTS, WithoutProducts, meta_as_gpu
 from .published import PublishedStep
+from .rows import RESULTS, command
 
-TABLE = measure.RESULTS / "gpu_model.csv"
+TABLE = RESULTS / "gpu_model.csv"
 MODEL, SKIP_LAYERS = "ViT-B-16", 6
 TITLE = "Estimated for an H100; nothing is measured"
 BATCHES, CLASSES, PRECISIONS = (4, 32), (100, 1000, 10_000), ("bf16", "fp32")
@@ -355,7 +356,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = measure.command(__doc__).parse_args(arguments)
+    args = command(__doc__).parse_args(arguments)
     measure.keep_freed_memory()
     rows = [row_of(*case) for case in product(BATCHES, CLASSES, PRECISIONS)]
     tables.show(*cells(rows), TITLE)

@@ -31,6 +31,7 @@ from . import measure
 from .flops import flops_of
 from .inputs import Inputs, autocast, parser, random_inputs
 from .measure import OURS
+from .rows import save
 
 # Relative error of the logits against the published evaluation in fp32. It may exceed that of the published evaluation
 # in the same precision by this. ViT-S-32-alt: 2e-6 in fp32; in bf16 2.5e-2, published 3e-2.
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row |= {"images_s": round(1000 * args.images / times["p50_ms"], 2)}
             rows.append(row | {"gflop": round(flops[name, precision] / 1e9, 3), "note": ""})
             print(f"{name:20} {precision}  C = {classes:5}  {measure.shown(rows[-1])}")
-        measure.save(args, rows, "infer")
+        save(args, rows, "infer")
 
 
 def runs_of(inputs: Inputs, batch: int, skip_layers: int, precision: str) -> dict[str, Callable[[], Tensor]]:

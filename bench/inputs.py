@@ -14,6 +14,7 @@ from skipkernels.app.data import InputError
 from skipkernels.app.train.model import RANDOM, load_model
 
 from . import measure
+from .rows import command
 
 PRECISIONS = ("fp32", "bf16")
 open_clip.add_model_config(Path(__file__).with_name("vit-tiny.json"))  # for quick runs
@@ -41,7 +42,7 @@ class Inputs(NamedTuple):
 
 def parser(description: str, *, several: bool = False, **defaults: Any) -> argparse.ArgumentParser:
     """A parser with the common options; with `several`, the options of cases take lists."""
-    parser = measure.command(description)
+    parser = command(description)
     count: Any = {"nargs": "+"} if several else {}
     parser.add_argument("--model", default="ViT-B-16", help="one of open_clip's; its weights are random", **count)
     parser.add_argument("--batch", type=positive, help="images in a batch", **count)

@@ -1,38 +1,24 @@
-"""The harness of the benchmarks: options, times in turn, limits of the machine, and rows of result files."""
+"""Times in turn, and the limits of the machine."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import csv
 import ctypes
 import functools
 import multiprocessing
-import platform
 import random
-import re
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-RESULTS = Path(__file__).with_name("results")
 CPU = torch.device("cpu")
 OURS = "skipkernels"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _COPIED = 1 << 28  # bytes: larger than any cache
 Key = TypeVar("Key")
-
-
-def command(description: str | None) -> argparse.ArgumentParser:
-    """A parser of a command that appends or writes rows."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-save", action="store_true", help="print only")
-    return parser
 
 
 def default_device() -> torch.device:
@@ -184,63 +170,3 @@ def shown(row: dict[str, Any]) -> str:
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
     """Median ratio of times measured in the same rounds."""
     return quantile([above / below for above, below in zip(numerators, denominators, strict=True)], 0.5)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Columns of every row: commit, device, threads and versions."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")  # except results
-    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {
-        "commit": commit or "unknown",
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def cpu_name() -> str:
-    """Vendor, family and widest vector instructions of the CPU; the model name in a virtual machine says less."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = fields.get("flags", "").split()
-    extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{fields.get('model name', platform.processor() or platform.machine())} ({' '.join(extras)})"
-
-
-def slug(device: str) -> str:
-    """A device name as a folder name.
-
-    >>> slug("AMD EPYC (avx2 avx512_bf16)")
-    'amd-epyc-avx2-avx512_bf16'
-    """
-    return re.sub(r"[^a-z0-9_]+", "-", device.lower()).strip("-")
-
-
-def save(args: argparse.Namespace, rows: list[dict[str, Any]], table: str) -> None:
-    """Append rows, with the columns of the machine, unless --no-save was given."""
-    if rows and not args.no_save:
-        print(f"appended to {append_rows([machine(args.device) | row for row in rows], table)}")
-
-
-def append_rows(rows: list[dict[str, Any]], name: str) -> Path:
-    """Append rows to bench/results/DEVICE/NAME.csv. Columns that the file lacks are added to it."""
-    path = RESULTS / slug(rows[0]["device"]) / f"{name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            before = list(csv.DictReader(file))
-    columns = list(dict.fromkeys(column for row in (*before[:1], *rows) for column in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*before, *rows])
-    return path

@@ -21,6 +21,7 @@ from skipkernels.testing import relative_error
 
 from . import measure
 from .inputs import parser, random_inputs
+from .rows import save
 from .training import skip_step
 
 OPTIMIZERS = {"torch.optim.SGD": torch.optim.SGD, "FusedSGD": sk.FusedSGD}
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row |= {"skip_layers": args.skip_layers, "precision": args.precision, "memory": args.memory}
         rows.append(row | measure.milliseconds(seconds[name]) | sizes[name])
         print(f"{name:15} {measure.shown(rows[-1])}, gradients of {rows[-1]['gradients_mib']} MiB at once")
-    measure.save(args, rows, "memory")
+    save(args, rows, "memory")
 
 
 def refuse_other_weights(theirs: Training, ours: Training, precision: str) -> None:

@@ -39,7 +39,7 @@ from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import unfused
 from tests.models import openai_models, uncompared
 
-from . import measure
+from .rows import command, machine_columns
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "models.md"
@@ -88,7 +88,7 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    parser = measure.command(__doc__)
+    parser = command(__doc__)
     parser.add_argument("--model", nargs="+", default=[], metavar="NAME", help="by default all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append rows, of configs that it does not have yet")
     parser.add_argument(
@@ -278,7 +278,7 @@ def encoder_prompts(padding: int) -> torch.Tensor:
 
 def markdown(rows: list[Row], versions: list[str]) -> str:
     """The text of docs/models.md, for these versions of open_clip."""
-    machine = measure.machine(torch.device("cpu"))
+    machine = machine_columns(torch.device("cpu"))
     counts = []
     for version in versions:
         of_version = [row for row in rows if version in row.versions]

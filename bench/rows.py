@@ -1,4 +1,4 @@
-"""Stored benchmark rows: bench/results/DEVICE/KIND.csv, and which row of a case counts.
+"""Rows of results, bench/results/DEVICE/KIND.csv: how they are stored, and which row of a case counts.
 
 Of several rows of one case the last counts, except that a row that was skipped for lack of time does not replace a
 measurement. In files that count rounds, rows of one round, or of another PyTorch than the last row's, do not count.
@@ -8,15 +8,22 @@ file.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
+import platform
+import re
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 Row = dict[str, str]
 """One line of a CSV file: text by column, "" where there is no value."""
 
+RESULTS = Path(__file__).with_name("results")
 MACHINE = ("commit", "device", "threads", "python", "torch")
 PRECISIONS = ("fp32", "bf16")
 
@@ -47,6 +54,79 @@ KINDS = {
 }
 
 
+# ---- storing ---------------------------------------------------------------------------------------------------------
+
+
+def command(description: str | None) -> argparse.ArgumentParser:
+    """A parser of a command that appends or writes rows."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    return parser
+
+
+def machine_columns(device: torch.device) -> dict[str, Any]:
+    """Columns of every row: commit, device, threads and versions."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")  # except results
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "commit": commit or "unknown",
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """Vendor, family and widest vector instructions of the CPU; the model name in a virtual machine says less."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = fields.get("flags", "").split()
+    extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{fields.get('model name', platform.processor() or platform.machine())} ({' '.join(extras)})"
+
+
+def slug(device: str) -> str:
+    """A device name as a folder name.
+
+    >>> slug("AMD EPYC (avx2 avx512_bf16)")
+    'amd-epyc-avx2-avx512_bf16'
+    """
+    return re.sub(r"[^a-z0-9_]+", "-", device.lower()).strip("-")
+
+
+def save(args: argparse.Namespace, rows: list[dict[str, Any]], table: str) -> None:
+    """Append rows, with the columns of the machine, unless --no-save was given."""
+    if rows and not args.no_save:
+        print(f"appended to {append_rows([machine_columns(args.device) | row for row in rows], table)}")
+
+
+def append_rows(rows: list[dict[str, Any]], name: str) -> Path:
+    """Append rows to bench/results/DEVICE/NAME.csv. Columns that the file lacks are added to it."""
+    path = RESULTS / slug(rows[0]["device"]) / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            before = list(csv.DictReader(file))
+    columns = list(dict.fromkeys(column for row in (*before[:1], *rows) for column in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*before, *rows])
+    return path
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
 class Device:
     """All rows that were measured on one device.
 
@@ -63,7 +143,7 @@ class Device:
 
     @property
     def is_cpu(self) -> bool:
-        """True for a CPU: its name ends with its vector instructions (`measure.cpu_name`)."""
+        """True for a CPU: its name ends with its vector instructions (`cpu_name`)."""
         return self.name.endswith(")")
 
     def all_rows(self, kind: str) -> list[Row]:

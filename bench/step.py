@@ -42,6 +42,7 @@ from . import measure
 from .flops import flops_of
 from .inputs import PRECISIONS, parser, random_inputs
 from .measure import OURS
+from .rows import save
 from .training import Published, Step, full_fine_tuning, prompt_tuning, skip_step, with_update
 
 CLASSES = (10, 50, 100, 500, 1000, 5000, 21841)
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = rows_of(args, model, batch, classes, keys, probes)
             for row in rows:
                 print(f"{row['implementation']:24} {row['precision']}  C = {classes:5}  {measure.shown(row)}")
-            measure.save(args, rows, f"step_skip_{args.skip_layers}" if args.skip_layers else "step")
+            save(args, rows, f"step_skip_{args.skip_layers}" if args.skip_layers else "step")
 
 
 def kept(classes: int, batch: int, name: str) -> int:

@@ -20,9 +20,10 @@ import skipkernels as sk
 from skipkernels.app.demo.pictograms import TASKS, TEST, Drawings, names_of
 from skipkernels.app.train.calibration import class_probabilities
 
-from . import measure, tables
+from . import tables
+from .rows import RESULTS, command
 
-TABLE = measure.RESULTS / "unknown.csv"
+TABLE = RESULTS / "unknown.csv"
 SEEDS = (0, 1, 2)
 
 
@@ -69,7 +70,7 @@ def rows_of(task: str, seed: int, folder: Path) -> Iterator[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = measure.command(__doc__).parse_args(arguments)
+    args = command(__doc__).parse_args(arguments)
     rows: list[Row] = []
     for task in TASKS:
         for seed in SEEDS:

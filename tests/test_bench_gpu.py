@@ -21,6 +21,7 @@ import torch
 from torch.autograd import DeviceType
 
 from bench import gpu, gpu_summary, inputs, measure, training
+from bench.rows import machine_columns
 from skipkernels import testing
 from skipkernels.graphs import graphed_step
 from tests import conftest
@@ -158,10 +159,8 @@ class Named(NamedTuple):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> None:
     """The CPU in place of a GPU: every path but the capture and the counting of launches."""
-    machine = measure.machine(measure.CPU)
     monkeypatch.setattr(gpu, "_random_inputs", lambda *case: inputs.random_inputs(*case[:3], measure.CPU))
     monkeypatch.setattr(gpu, "launches_of", lambda run, device: {"kernels": 1, "copies": 2})
-    monkeypatch.setattr(measure, "machine", lambda device: machine)
     monkeypatch.setattr(training.Published, "compiled", lambda published, precision, mode: published.step(precision))
     monkeypatch.setattr(measure, "seconds_of", lambda function, device, calls=1, before=None: 0.001 * calls)
 
@@ -340,6 +339,6 @@ def test_summary_reads_the_facts_of_stages(tmp_path, capsys):
         gpu.main([stage, *CUT, "--out", str(tmp_path)])
         assert printed in capsys.readouterr().out
     found = summarised(tmp_path)
-    assert found["machine"].startswith(measure.machine(measure.CPU)["device"]) and "Liger" in found["machine"]
+    assert found["machine"].startswith(machine_columns(measure.CPU)["device"]) and "Liger" in found["machine"]
     assert "ms eager" in found["step bf16 B4 C20"] and found["step fp32"] == "not run"
     assert (tmp_path / "scale").read_text() == f"{round(100 * gpu.scale_of(1e10, len(os.sched_getaffinity(0))))}\n"

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from bench import measure, peers
 from bench.operators import COMPILED, Case, Run, Work, test_operators
 from bench.operators.gate import Gate
-from bench.rows import KINDS, MACHINE, Device
+from bench.rows import KINDS, MACHINE, Device, machine_columns
 from skipkernels.ops import OPERATORS
 
 ROOT = Path(measure.__file__).parents[1]
@@ -227,11 +227,9 @@ from tests.test_bench_operators import doubling
 cases = {("class_scores", "fp32"): doubling()}
 test_operators.cases_of = lambda op, dtype, device: iter([cases[op, dtype]] if (op, dtype) in cases else [])
 measure.bandwidth = lambda device: 1e9
-measure.synchronize = lambda device: None
 testing.peak_bytes = lambda run, device: 0
-machine = measure.machine
-measure.machine = lambda device: machine(measure.CPU)
-sys.exit(pytest.main(["bench/operators", "-p", "no:cacheprovider", "-rxs", "--benchmark-max-time=0", *sys.argv[1:]]))
+options = ["--device=cpu", "-p", "no:cacheprovider", "-rxs", "--benchmark-max-time=0", *sys.argv[1:]]
+sys.exit(pytest.main(["bench/operators", *options]))
 """
 
 
@@ -254,7 +252,7 @@ def test_command_saves_rows(tmp_path):
     ours, eager, peer = rows["skipkernels"], rows["eager"], rows["peer"]
     kind = KINDS["operators"]
     assert {*MACHINE, *kind.case.split(), kind.measured} <= ours.keys() == eager.keys()
-    assert device.name == measure.machine(CPU)["device"]
+    assert device.name == machine_columns(CPU)["device"]
     assert float(ours["p20_ms"]) <= float(ours["p50_ms"]) <= float(ours["p80_ms"])
     assert float(peer["faster"]) == pytest.approx(float(peer["p50_ms"]) / float(ours["p50_ms"]), abs=1e-3)
     assert (ours["faster"], ours["wanted"], eager["wanted"], peer["note"]) == ("", "", "≥ 1", "peer 1.2")

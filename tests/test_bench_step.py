@@ -17,7 +17,7 @@ import skipkernels as sk
 from bench import cache, infer, inputs, measure, memory, published, step, test_steps, training
 from bench.flops import flops_of
 from bench.published import PublishedStep
-from bench.rows import KINDS, MACHINE
+from bench.rows import KINDS, MACHINE, append_rows
 from skipkernels import testing
 from skipkernels.features import FeatureCache
 from skipkernels.features.table import STORED_DTYPES
@@ -31,7 +31,7 @@ FEW = "--precision fp32 --implementation skipkernels published".split()
 @pytest.fixture(autouse=True)
 def results(monkeypatch, tmp_path) -> Path:
     """Folder for rows; fixed limits of the machine, and no slow measurement of memory."""
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr("bench.rows.RESULTS", tmp_path)
     monkeypatch.setattr(testing, "peak_bytes", lambda function, device, **_: 0)
     monkeypatch.setattr(measure, "matrix_rate", lambda device, dtype: 1e11)
     monkeypatch.setattr(measure, "bandwidth", lambda device: 1e10)
@@ -87,9 +87,9 @@ def test_step_that_does_not_fit_is_skipped(monkeypatch, table):
 
 def test_append_rows_adds_columns_and_keeps_rows():
     row = {"device": "A CPU", "implementation": "first", "p50_ms": 1.0}
-    measure.append_rows([row], "step")
-    measure.append_rows([{"device": "A CPU", "implementation": "≥ second"}], "step")
-    path = measure.append_rows([row | {"implementation": "third", "note": "new"}], "step")
+    append_rows([row], "step")
+    append_rows([{"device": "A CPU", "implementation": "≥ second"}], "step")
+    path = append_rows([row | {"implementation": "third", "note": "new"}], "step")
     rows = list(csv.DictReader(path.open(encoding="utf-8")))
     assert [(each["implementation"], each["note"]) for each in rows] == [
         ("first", ""),

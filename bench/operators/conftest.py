@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import measure
+from bench.rows import RESULTS, machine_columns, slug
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     measure.keep_freed_memory()
     config.option.deadline = time.monotonic() + 60 * config.option.minutes
     if config.option.benchmark_storage == "file://./.benchmarks":  # its default
-        folder = measure.RESULTS / measure.slug(measure.machine(config.option.device)["device"]) / "operators"
+        folder = RESULTS / slug(machine_columns(config.option.device)["device"]) / "operators"
         config.option.benchmark_storage = f"file://{folder}"
     if config.option.no_save:
         config.option.benchmark_autosave = False
@@ -35,8 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """The columns of every row, in place of the host name and the like."""
     # Without the commit: a comparison of two commits would warn that the machine is another.
-    return {name: value for name, value in measure.machine(config.option.device).items() if name != "commit"}
+    return {name: value for name, value in machine_columns(config.option.device).items() if name != "commit"}
 
 
 def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any]:
-    return {"commit": measure.machine(config.option.device)["commit"]}
+    return {"commit": machine_columns(config.option.device)["commit"]}

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import measure, trainers
+from ..rows import command, save
 from .common import Difference, Problem, Record, compare, full_problem, small_problem
 
 TRAINERS = tuple(
@@ -26,7 +27,7 @@ TRAINERS = tuple(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = measure.command(__doc__)
+    parser = command(__doc__)
     parser.add_argument("--trainer", nargs="+", choices=TRAINERS, default=TRAINERS, metavar="NAME", help="default: all")
     parser.add_argument("--quick", action="store_true", help="vit-tiny, without a measurement of ViT-B/16")
     args = parser.parse_args(arguments)
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         naive, ours = rows
         ratios = ours["p50_ms"] / naive["p50_ms"], ours["saved_mib"] / naive["saved_mib"]
         print(f"{ratios[0]:.2f} of the time, {ratios[1]:.2f} of the saved bytes")
-        measure.save(args, rows, "trainers")
+        save(args, rows, "trainers")
 
 
 def row(trainer: str, problem: Problem, which: str, record: Record, off: Difference) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import measure, tables
+from ..rows import command
 from . import summary, tail
 from .rows import Rows, reported
 from .runs import CANDIDATES, curve, first_steps, searched
@@ -41,7 +42,7 @@ from .tasks import SHIFTS, Shift
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what has no row yet, and print the tables."""
-    parser = measure.command(__doc__)
+    parser = command(__doc__)
     names = [shift.name for shift in SHIFTS]
     parser.add_argument("--tasks", nargs="+", default=names, choices=names, metavar="TASK")
     parser.add_argument("--methods", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES), metavar="METHOD")

@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 
 from .. import measure
-from ..rows import devices, of_all_devices
+from ..rows import RESULTS, append_rows, devices, machine_columns, of_all_devices
 from .runs import CANDIDATES, KEPT, RECIPES, VARIANTS, Candidate, Run, execute
 from .tail import TailRun
 from .tasks import Shift
@@ -32,7 +32,7 @@ class Rows:
 
     def __init__(self, *, save: bool = True, kind: str = "when", execute: Callable[[Any], list[Any]] = execute):
         self._save, self._kind, self._execute = save, kind, execute
-        self.runs = of_all_devices(devices(measure.RESULTS), kind)
+        self.runs = of_all_devices(devices(RESULTS), kind)
 
     def run(self, runs: Iterable[Run | TailRun], workers: int, title: str) -> None:
         """Execute the runs that have no row, and append the rows of each when it ends.
@@ -52,9 +52,9 @@ class Rows:
 
     def add(self, found: list[dict[str, Any]]) -> None:
         """Append the rows of a run."""
-        rows = [measure.machine(measure.CPU) | row for row in found]
+        rows = [machine_columns(measure.CPU) | row for row in found]
         if self._save:
-            measure.append_rows(rows, self._kind)
+            append_rows(rows, self._kind)
         self.runs += [{column: str(value) for column, value in row.items()} for row in rows]
 
     def best(self, method: str) -> Candidate:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from bench import measure
 from bench.trainers import __main__ as command
 from bench.trainers import lightning, open_clip
 from bench.trainers.common import NaiveCLIP, small_problem, trained
@@ -28,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("name", TRAINERS)
 def test_losses_and_weights_of_the_plain_module(name, monkeypatch):
     rows = []
-    monkeypatch.setattr(measure, "save", lambda args, new, table: rows.extend(new))
+    monkeypatch.setattr(command, "save", lambda args, new, table: rows.extend(new))
     command.main(["--trainer", name, "--quick"])
     naive, ours = rows
     assert float(ours["loss_difference"]) <= 1e-4 and float(ours["weight_difference"]) <= 1e-3
