@@ -1,10 +1,9 @@
-"""report.html: valid, self-contained, deterministic, with dashes for missing values; its selections; in a browser."""
+"""report.html: valid, self-contained, deterministic, with dashes for missing values; in a browser."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import re
 import shutil
 import subprocess
@@ -14,25 +13,13 @@ from xml.etree import ElementTree
 import matplotlib.figure
 import pytest
 import torch
-from PIL import Image, ImageChops
+from PIL import Image
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
-from skipkernels.app.report import plots, report_html, run_report, study_html
-from skipkernels.app.report.mistakes import (
-    ClassResult,
-    ConfusedPair,
-    add_thumbnails,
-    changed,
-    class_results,
-    confused_pairs,
-    confusion_matrix,
-    encoded,
-    one_per_class,
-    thumbnail,
-)
-from skipkernels.app.report.plots import TimedAccuracy, pareto
+from skipkernels.app.report import plots, report_html, run_report
+from skipkernels.app.report.mistakes import encoded
 from skipkernels.app.train import predictions
 from skipkernels.app.train.class_metrics import metrics_of_test
 from skipkernels.app.train.predictions import TestPredictions, TopClasses
@@ -40,11 +27,6 @@ from tests.app.runs import fails
 
 VOID = {"meta", "br", "img", "input"}
 NASTY = """</b></script><script>alert("1")</script> & 'quotes' {braces} {{ 7 * 7 }} {0} %s $x$ é 字 <!-- ]]>"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_runs():
-    """Plots are drawn here."""
 
 
 ENVIRONMENT = {"finished": "2026-11-26T10:00:00+00:00", "versions": {"torch": "2.13.0"}, "machine": "x86_64"}
@@ -95,6 +77,11 @@ def top(*classes: int, share: float = 0.5) -> TopClasses:
     first = torch.tensor(classes)
     both = torch.stack([first, first + 1], dim=1)
     return TopClasses(both, torch.tensor([share, 1 - share]).expand(len(first), 2).contiguous())
+
+
+def of(labels, before, after, classes=None) -> TestPredictions:
+    names = [str(label) for label in range((max([*labels, *before, *after]) + 1) if classes is None else classes)]
+    return TestPredictions("all", names, torch.tensor(labels), top(*before), None if after is None else top(*after))
 
 
 def predicted(name="base", label="alpha") -> TestPredictions:
@@ -515,63 +502,6 @@ def test_predictions_round_trip_and_damage(tmp_path):
             predictions.load(path)
 
 
-# ---- studies -----------------------------------------------------------------------------------------------------
-
-
-def study(**changes) -> dict:
-    def method(accuracy, seconds):
-        return {
-            "accuracy, %": {"base": accuracy, "new": None},
-            "cost": {"tuning, s": seconds, "peak, MiB": [100.0, 0.0]},
-        }
-
-    summary = {"skip": method([80.0, 1.0], [9.0, 1.0]), NASTY: method([60.0, None], [1.0, 0.1])}
-    return {
-        "title": f"pictogram-tiny {NASTY}",
-        "seeds": [0, 1, 2],
-        "summary": summary | {"bad": method([50.0, 0.5], [5.0, 0.1])},
-        "command": "skipkernels compare",
-        **ENVIRONMENT,
-    } | changes
-
-
-@pytest.mark.parametrize(("values", "limits"), [((60.0, 100.0), (58.0, 100.0)), ((0.0, 40.0), (0.0, 42.0))])
-def test_axis_of_accuracies_is_within_per_cent(values, limits):
-    axes = matplotlib.figure.Figure().subplots()
-    axes.plot((0, 1), values)
-    plots.within_per_cent(axes)
-    assert axes.get_ylim() == pytest.approx(limits)
-    assert not any(line.get_clip_on() for line in axes.lines)
-
-
-def test_study_page_of_methods():
-    text = study_html(study())
-    found = Page(text)
-    assert (
-        "The highest accuracy on trained classes is that of Skip Tuning, 80.0 ± 2.5 %, after 9 s of tuning (3 seeds)."
-        in found.text
-    )
-    assert ["Skip Tuning", "80.0 ± 2.5", "–"] in found.rows and ["bad", "5.0", "100"] in found.rows
-    assert len(found.named("script")) == 1 and NASTY not in text
-    assert [svg.get("aria-label") for svg in map(ElementTree.fromstring, svgs(text))][0].startswith(
-        "base accuracy over"
-    )
-    points = {"a": (1.0, 5.0), "b": (1.0, 6.0), "c": (2.0, 6.0)}
-    assert pareto({name: TimedAccuracy(*point, half=0.0) for name, point in points.items()}) == ["b"]
-
-
-def test_study_page_of_tests_and_shots():
-    tests = {"zero-shot": {"base": [50.0, 0.0], "new": [40.0, None]}, "tuned": {"base": [70.0, 2.0], "new": None}}
-    found = Page(study_html(study(layout="tests", summary={"4 shots": tests})))
-    assert "Tuning takes the accuracy on trained classes from 50.0 % to 70.0 ± 5.0 %." in found.text
-    assert ["trained classes", "50.0", "70.0 ± 5.0"] in found.rows and ["new classes", "40.0", "–"] in found.rows
-    assert [a["class"] for a in found.named("i") if "interval" in a["class"]] == ["interval after"]
-    shots = {"1 shot": {"accuracy, %": {"zero-shot": [50.0, 0.0], "tuned": [60.0, 1.0]}}}
-    text = study_html(study(layout="shots", summary=shots))
-    assert "The highest accuracy is that of 1 image of each class, 60.0 ± 2.5 % (3 seeds)." in Page(text).text
-    assert ElementTree.fromstring(svgs(text)[0]).get("aria-label") == "accuracy over the training images per class"
-
-
 # ---- in a browser ------------------------------------------------------------------------------------------------
 
 
@@ -596,74 +526,6 @@ def test_report_in_a_browser(tmp_path):
     )
     assert [(name[:4], bool(hidden)) for hidden, name in rows] == [("&lt;", True), ("beta", False)]
     assert "1 of 2</output>" in shown and "<button" in shown.partition("<thead>")[2]
-
-
-def test_encoded_image_is_lossless_if_small_and_reduced_if_large():
-    for mode in ("1", "L", "P", "RGBA", "CMYK", "LA", "RGB"):
-        small, photo = (Image.open(io.BytesIO(encoded(image(size, mode)))) for size in ((32, 24), (300, 400)))
-        assert small.format == "PNG" and photo.format == "JPEG" and photo.size == (96, 128)
-        assert small.mode == photo.mode == "RGB"
-    assert not ImageChops.difference(small, image((32, 24))).getbbox()
-    levels = torch.tensor([-2.0, 0.0, 2.0]).expand(3, 1, 3)
-    assert list(thumbnail(levels).convert("L").tobytes()) == [0, 127, 255], "of a tensor"
-
-
-class Counted:
-    """Dataset that records which images were opened."""
-
-    def __init__(self, labels):
-        self.labels, self.opened = labels, []
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        self.opened.append(index)
-        return Image.new("L", (4, 4), index % 256), int(self.labels[index])
-
-
-def of(labels, before, after, classes=None) -> TestPredictions:
-    names = [str(label) for label in range((max([*labels, *before, *after]) + 1) if classes is None else classes)]
-    return TestPredictions("all", names, torch.tensor(labels), top(*before), None if after is None else top(*after))
-
-
-def test_changed_one_per_class():
-    test = of([0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 2, 2])
-    fixed, broken = (one_per_class(test.labels, chosen) for chosen in changed(test))
-    assert (fixed, broken) == ([1, 5], [3]) and [int(chosen.sum()) for chosen in changed(test)] == [3, 2]
-    labels = list(range(100))
-    many = of(labels, [label + 1 for label in labels], labels)
-    assert one_per_class(many.labels, changed(many)[0], limit=4) == [0, 25, 50, 75]
-    many.tuned = None
-    assert not any(chosen.any() for chosen in changed(many))
-
-
-def test_confusions_by_number_of_errors():
-    #         a a a  b b b b  c c c  d
-    labels = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3]
-    test = of(labels, labels, [2, 0, 2, 2, 0, 3, 1, 0, 2, 0, 4])
-    expected = [
-        ConfusedPair(1, 0, index=4, predicted_index=0, count=1, total=4),  # three errors, one per other class
-        ConfusedPair(0, 2, index=0, predicted_index=7, count=2, total=3),  # two errors, like 2
-        ConfusedPair(2, 0, index=7, predicted_index=0, count=2, total=3),
-        ConfusedPair(3, 4, index=10, predicted_index=None, count=1, total=1),
-    ]
-    assert confused_pairs(test) == expected and confused_pairs(test, limit=2) == expected[:2]
-    assert confusion_matrix(test, limit=2) == ([1, 0], [[1, 1, 2], [0, 1, 2]])
-    assert confusion_matrix(test)[0] == [0, 1, 2, 3, 4], "all of few classes"
-    assert confusion_matrix(test)[1][3:] == [[0, 0, 0, 0, 1, 0], [0] * 6]
-    assert class_results(test)[1] == ClassResult(1, 4, 100.0, 25.0, predicted=0, errors=1)
-    assert [result.label for result in class_results(test)] == [0, 1, 2, 3], "4 has no images"
-    right = of(labels, labels, labels)
-    assert confused_pairs(right) == [] and confusion_matrix(right) == ([], [])
-
-
-def test_thumbnails_open_only_selected_images():
-    labels = [label for label in range(50) for _ in range(4)]
-    test = of(labels, labels, [(label + 1) % 50 for label in labels])
-    data = Counted(test.labels)
-    add_thumbnails(test, data)
-    assert len(data.opened) == len(set(data.opened)) == len(test.thumbnails) < 30
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "metrics.jsonl"])

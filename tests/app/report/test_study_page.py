@@ -1,0 +1,66 @@
+"""Page of a study: its sentence, tables and plots."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import matplotlib.figure
+import pytest
+
+from skipkernels.app.report import plots, study_html
+from skipkernels.app.report.plots import TimedAccuracy, pareto
+from tests.app.report.test_report import ENVIRONMENT, NASTY, Page, svgs
+
+
+def study(**changes) -> dict:
+    def method(accuracy, seconds):
+        return {
+            "accuracy, %": {"base": accuracy, "new": None},
+            "cost": {"tuning, s": seconds, "peak, MiB": [100.0, 0.0]},
+        }
+
+    summary = {"skip": method([80.0, 1.0], [9.0, 1.0]), NASTY: method([60.0, None], [1.0, 0.1])}
+    return {
+        "title": f"pictogram-tiny {NASTY}",
+        "seeds": [0, 1, 2],
+        "summary": summary | {"bad": method([50.0, 0.5], [5.0, 0.1])},
+        "command": "skipkernels compare",
+        **ENVIRONMENT,
+    } | changes
+
+
+@pytest.mark.parametrize(("values", "limits"), [((60.0, 100.0), (58.0, 100.0)), ((0.0, 40.0), (0.0, 42.0))])
+def test_axis_of_accuracies_is_within_per_cent(values, limits):
+    axes = matplotlib.figure.Figure().subplots()
+    axes.plot((0, 1), values)
+    plots.within_per_cent(axes)
+    assert axes.get_ylim() == pytest.approx(limits)
+    assert not any(line.get_clip_on() for line in axes.lines)
+
+
+def test_study_page_of_methods():
+    text = study_html(study())
+    found = Page(text)
+    assert (
+        "The highest accuracy on trained classes is that of Skip Tuning, 80.0 ± 2.5 %, after 9 s of tuning (3 seeds)."
+        in found.text
+    )
+    assert ["Skip Tuning", "80.0 ± 2.5", "–"] in found.rows and ["bad", "5.0", "100"] in found.rows
+    assert len(found.named("script")) == 1 and NASTY not in text
+    assert [svg.get("aria-label") for svg in map(ElementTree.fromstring, svgs(text))][0].startswith(
+        "base accuracy over"
+    )
+    points = {"a": (1.0, 5.0), "b": (1.0, 6.0), "c": (2.0, 6.0)}
+    assert pareto({name: TimedAccuracy(*point, half=0.0) for name, point in points.items()}) == ["b"]
+
+
+def test_study_page_of_tests_and_shots():
+    tests = {"zero-shot": {"base": [50.0, 0.0], "new": [40.0, None]}, "tuned": {"base": [70.0, 2.0], "new": None}}
+    found = Page(study_html(study(layout="tests", summary={"4 shots": tests})))
+    assert "Tuning takes the accuracy on trained classes from 50.0 % to 70.0 ± 5.0 %." in found.text
+    assert ["trained classes", "50.0", "70.0 ± 5.0"] in found.rows and ["new classes", "40.0", "–"] in found.rows
+    assert [a["class"] for a in found.named("i") if "interval" in a["class"]] == ["interval after"]
+    shots = {"1 shot": {"accuracy, %": {"zero-shot": [50.0, 0.0], "tuned": [60.0, 1.0]}}}
+    text = study_html(study(layout="shots", summary=shots))
+    assert "The highest accuracy is that of 1 image of each class, 60.0 ± 2.5 % (3 seeds)." in Page(text).text
+    assert ElementTree.fromstring(svgs(text)[0]).get("aria-label") == "accuracy over the training images per class"
