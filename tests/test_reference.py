@@ -78,12 +78,18 @@ def test_stochastic_rounding_keeps_updates_that_rounding_to_nearest_loses():
         reference.sgd_momentum_(torch.ones(2), torch.ones(2), torch.zeros(2), 0.1, seed=0)
 
 
-def test_the_random_bits_are_splitmix64():
-    """The first numbers that the published generator gives for seed 1234567, 16 bits for each element."""
+@pytest.mark.parametrize(("short", "rounded"), [(0, 0x3F810000), (1, 0x3F800000)], ids=["up", "down"])
+@pytest.mark.parametrize("first", [0, 3])
+def test_the_random_bits_are_splitmix64(short, rounded, first):
+    """The first numbers that the published generator gives for seed 1234567, 16 bits for each element.
+
+    The bits are added to the lower half of an fp32 number, of which the upper half is kept: numbers that reach the next
+    upper half with them, and numbers that are one short of it.
+    """
     known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-    sixteenths = [(number >> 16 * lane) & 0xFFFF for number in known for lane in range(4)]
-    expected = [(0x3F800000 + bits) & 0xFFFF0000 for bits in sixteenths]  # 1.0
-    rounded = reference._round_at_random(torch.ones(20), seed=1234567, first=0)
-    assert rounded.view(torch.int32).tolist() == expected
-    later = reference._round_at_random(torch.ones(17), seed=torch.tensor([1234567]), first=3)
-    assert later.view(torch.int32).tolist() == expected[3:]
+    bits = [(number >> 16 * lane) & 0xFFFF for number in known for lane in range(4)][first:]
+    assert min(bits) > 0
+    exact = torch.tensor([0x3F810000 - each - short for each in bits], dtype=torch.int32).view(torch.float32)
+    weight, buffer = torch.zeros(len(bits), dtype=torch.bfloat16), torch.zeros(len(bits))
+    reference.sgd_momentum_(weight, -exact, buffer, lr=1.0, momentum=0.0, seed=1234567, offsets=[first])
+    assert set(weight.float().view(torch.int32).tolist()) == {rounded}

@@ -11,7 +11,7 @@ from models import tiny_tokens
 
 import skipkernels as sk
 from skipkernels.graphs import graphed_step as graphed
-from tests.graphs.test_capture import _load, _without_momentum
+from tests.graphs.test_capture import CHANGES
 
 pytestmark = pytest.mark.gpu
 
@@ -72,7 +72,7 @@ def test_graph_is_captured_again():
     def smooth(run: Run) -> None:
         run.clip.label_smoothing = 0.2
 
-    for change in (lambda run: None, _load, new_classes, smooth, _without_momentum):
+    for change in (lambda run: None, CHANGES["state loaded"], new_classes, smooth, CHANGES["without momentum"]):
         for run in (ours, theirs):
             change(run)
         assert ours.train(some) == theirs.train(some)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from skipkernels import app
-from skipkernels.app.cli.errors import _SETTINGS
 from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,8 @@ def _messages(file: Path) -> Iterator[str]:
 
 def test_settings_in_messages_become_flags():
     """A message sets a setting in backquotes, `name=value`, or begins with it; the command line prints its flag."""
-    bare = re.compile(rf"(?<![`\w.-])({'|'.join(_SETTINGS)})=(?=[\"\w])")
+    settings = "|".join(field.name for field in dataclasses.fields(TuneConfig))
+    bare = re.compile(rf"(?<![`\w.-])({settings})=(?=[\"\w])")
     found = [text for file in Path(app.__file__).parent.rglob("*.py") for text in _messages(file)]
     wrong = [text for text in found if (at := bare.search(text)) and not re.fullmatch(r"(\w+: )?", text[: at.start()])]
     assert wrong == [] and sum("`overwrite=True`" in text for text in found) > 5
