@@ -195,18 +195,17 @@ def _shared_settings(config: TuneConfig, described: Description) -> TuneConfig:
 
 
 def _shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    def by_test(values: dict[str, Any] | None) -> dict[str, Any]:
+    """Metrics with names of tests without paths."""
+
+    def by_test(values: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for name, value in (values or {}).items():
+        for name, value in values.items():
             public = _public(name)
             found[public if public not in found else f"{public} ({len(found)})"] = value
         return found
 
-    values = {name: metrics[name] for name in ("alpha", "status", "epochs", "processes") if name in metrics}
-    tests: dict[str, Any] = {name: by_test(metrics[name]) for name in ("zero_shot", "tuned", "classes")}
-    images = metrics.get("images", {})
-    tests["images"] = images | {"tests": by_test(images.get("tests"))}
-    return values | tests | {"command": bool(metrics.get("command"))}
+    tests = {name: by_test(metrics[name]) for name in ("zero_shot", "tuned", "classes")}
+    return metrics | tests | {"images": metrics["images"] | {"tests": by_test(metrics["images"]["tests"])}}
 
 
 def _write_card(source: Path, folder: Path, described: Description, to: Target, head_code: str) -> None:

@@ -50,8 +50,8 @@ def weak_result(config: TuneConfig, metrics: Mapping[str, Any]) -> str | None:
     For n test images of C classes, chance is 1 / C, and its standard error √(chance · (1 − chance) / n).
     """
     test, count = next(iter(metrics["classes"].items()))
-    images = metrics.get("images", {}).get("tests", {}).get(test)
-    before, after = metrics["zero_shot"].get(test), (metrics["tuned"] or {}).get(test)
+    images = metrics["images"]["tests"].get(test)
+    before, after = metrics["zero_shot"][test], metrics["tuned"][test]
     if not config.epochs or not images or before is None or after is None:
         return None
     chance = 1 / count
@@ -76,7 +76,7 @@ def optimistic_validation(metrics: Mapping[str, Any]) -> str | None:
     """
     test = next(iter(metrics["classes"]))
     images = metrics["images"]["tests"].get(test)
-    held, after = metrics["validation"] or {}, (metrics["tuned"] or {}).get(test)
+    held, after = metrics["validation"] or {}, metrics["tuned"][test]
     if not images or after is None or held.get("tuned") is None:
         return None
     shares = (after, images), (held["tuned"], held["images"])
