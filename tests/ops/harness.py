@@ -226,13 +226,14 @@ def shared_tests(operator: Operator) -> type:
                 for name, x in operator.truth(case).items():
                     torch.testing.assert_close(x, theirs[name], rtol=1e-10, atol=1e-12)
 
-        def test_no_rows(self, backend: Backend):
-            """Gradients of weights are zero."""
-            if operator.empty is None:
-                pytest.skip("refused")
-            case = operator.case(operator.empty, backend.device)
-            theirs = operator.run(operator.eager, case)
-            assert all(x.shape == theirs[name].shape and not x.any() for name, x in operator.kernel(case).items())
+        if operator.empty is not None:
+
+            def test_no_rows(self, backend: Backend):
+                """Gradients of weights are zero."""
+                case = operator.case(operator.empty, backend.device)
+                theirs = operator.run(operator.eager, case)
+                for name, x in operator.kernel(case).items():
+                    assert x.shape == theirs[name].shape and not x.any()
 
         @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
         @given(data=st.data())

@@ -218,6 +218,6 @@ def test_backward_of_a_block(backend: Backend, shape, kind):
                 assert (found[3].numel() == 0) == completed and (found[1].numel() > 0) == completed
                 if completed:
                     assert torch.equal(found[1], d_bias)
-                else:  # fp32 sums of numbers near 1
-                    sums = column_sums([found[3]], torch.float32)
-                    torch.testing.assert_close(sums.to(d_bias.dtype), d_bias, rtol=SLACK[dtype], atol=2e-6 * shape[0])
+                else:  # fp32 sums of numbers near 1, then rounded: a step of the dtype
+                    sums = column_sums([found[3]], torch.float32).to(d_bias.dtype)
+                    torch.testing.assert_close(sums, d_bias, rtol=4 * SLACK[dtype], atol=2e-6 * shape[0])
