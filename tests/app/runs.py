@@ -82,7 +82,7 @@ def losses(folder: Path) -> list[float]:
 def results(folder: Path) -> list[Any]:
     """Results of a run except times: metrics, rows, and digests of the weights."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    timed = ("seconds", "seconds_waiting_for_features", "stage_seconds")
+    timed = ("seconds", "seconds_waiting_for_features")
     file = folder / metrics["checkpoint"]["file"]
     return [
         without_cost(metrics),

@@ -27,12 +27,12 @@ class Logger(Protocol):
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the finite numbers of a row of metrics.jsonl by name.
 
-    >>> scalars({"epoch": 1, "loss": 0.5, "accuracy": {"base": 60.0, "new": None}, "stage_seconds": {"step": 2.0}})
-    {'loss': 0.5, 'accuracy/base': 60.0, 'seconds/step': 2.0}
+    >>> scalars({"epoch": 1, "loss": 0.5, "accuracy": {"base": 60.0, "new": None}})
+    {'loss': 0.5, 'accuracy/base': 60.0}
     """
     found = {name: row.get(name) for name in ("loss", "kept_classes", "seconds", "validation")}
-    for group, values in (("lr", "lr"), ("accuracy", "accuracy"), ("seconds", "stage_seconds")):
-        found |= {f"{group}/{name}": value for name, value in (row.get(values) or {}).items()}
+    for group in ("lr", "accuracy"):
+        found |= {f"{group}/{name}": value for name, value in (row.get(group) or {}).items()}
     return {name: value for name, value in found.items() if finite(value)}
 
 

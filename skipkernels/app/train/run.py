@@ -263,9 +263,7 @@ class Run:
         with self._opened_loggers() as loggers:
             while trainer.epochs < config.epochs and not has_stalled(self.rows, config.patience):
                 row = trainer.epoch(self.display.step, self.display.loss)
-                started = time.perf_counter()
                 evaluation = self.evaluator.evaluate(self.method)
-                row["stage_seconds"]["evaluation"] = time.perf_counter() - started
                 row["accuracy"], row["validation"] = evaluation.accuracies, evaluation.validation
                 if config.class_weight is not None and evaluation.validation is not None:
                     row["validation_balanced"] = self.evaluator.by_class(evaluation)[VALIDATION]["balanced_accuracy"]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -75,7 +73,6 @@ class Trainer:
         self.steps = len(self._loader)
         self.weights = [weight for group in groups for weight in group["params"]]
         self._class_sampler = method.clip.sampler if isinstance(method, TunedModel) else None
-        self._timer = StageTimer(self._device)
         self.not_graphed: str | None = None
         graph = config.graph and processes.size == 1 and _captures(self._device)
         self._graphed = self._graphed_step(config.batch_size) if graph else None
@@ -117,7 +114,6 @@ class Trainer:
         self._check_weights()
         losses.images = self._processes.sum(losses.images)
         self._schedule.step()
-        waited = self._loader.seconds_waited - waited
         return {
             "epoch": self.epochs,
             "loss": losses.mean,
@@ -126,23 +122,20 @@ class Trainer:
             "steps": self.steps,
             "kept_classes": kept / self.steps,
             "seconds": time.perf_counter() - started,
-            "seconds_waiting_for_features": waited,
-            "stage_seconds": {"data": waited} | self._timer.read(),
+            "seconds_waiting_for_features": self._loader.seconds_waited - waited,
         }
 
     def _step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         if self._graphed is not None:
-            with self._timer("step"), self._precision.autocast():
+            with self._precision.autocast():
                 return self._graphed(inputs, labels)
-        with self._timer("forward"), self._precision.autocast():
+        with self._precision.autocast():
             out = self._method.step(inputs, labels)
-        with self._timer("backward"):
-            self._precision.backward(out.loss)
-            if self._processes.size > 1 and isinstance(self._method, TunedModel):
-                all_reduce_gradients(self._method.clip)
-        with self._timer("update"):
-            self._precision.update(self._optimizer, self._config.clip_grad_norm)
-            self._optimizer.zero_grad()
+        self._precision.backward(out.loss)
+        if self._processes.size > 1 and isinstance(self._method, TunedModel):
+            all_reduce_gradients(self._method.clip)
+        self._precision.update(self._optimizer, self._config.clip_grad_norm)
+        self._optimizer.zero_grad()
         return out
 
     def _read(self, losses: EpochLosses, order: dict[str, Any]) -> float:
@@ -253,41 +246,3 @@ class EpochLosses:
         losses, count = self._on_host, min(points, len(self._on_host))
         bounds = [place * len(losses) // count for place in range(count + 1)] if count else []
         return [sum(losses[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
-
-
-class StageTimer:
-    """Timer of stages, in seconds. On a GPU it uses events of the stream; only `read` has a host sync."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, Any, Any]] = []
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time the body of a `with` statement as part of a stage."""
-        started = self._mark()
-        yield
-        ended = self._mark()
-        if self._device.type == "cuda":
-            self._events.append((stage, started, ended))
-        else:
-            self._seconds[stage] += ended - started
-
-    def read(self) -> dict[str, float]:
-        """Return the seconds by stage since the last read. On a GPU this is a host sync."""
-        if self._events:
-            torch.cuda.synchronize(self._device)
-        for stage, started, ended in self._events:
-            self._seconds[stage] += started.elapsed_time(ended) / 1000
-        found = dict(self._seconds)
-        self._seconds.clear()
-        self._events.clear()
-        return found
-
-    def _mark(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event

@@ -21,7 +21,6 @@ ROW = {
     "lr": {"text": 2e-3},
     "kept_classes": 11.0,
     "accuracy": {"base": 60.0, "new": None},
-    "stage_seconds": {"step": 2.0},
 }
 
 
