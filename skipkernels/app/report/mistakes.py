@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,24 +12,12 @@ from torch import Tensor
 
 from ..data import SizedDataset
 from ..data.tasks import TestSet
-from ..train.class_metrics import class_metrics
 from ..train.predictions import TestPredictions, TopClasses
 
 GALLERY, PAIRS, WORST = 8, 6, 30
 """Largest number of images in a gallery, of pairs of confused classes, and of classes in the matrix of confusions."""
 _MAX_SIDE = 128  # longer side of a thumbnail, in pixels
 _PIXEL_ART = 64  # images up to this size are stored without loss
-
-
-class ClassResult(NamedTuple):
-    """Result of a class: accuracies in per cent, None if unknown, and its most frequent wrong prediction."""
-
-    label: int
-    images: int
-    zero_shot: float
-    tuned: float | None
-    predicted: int | None  # The other class that is predicted most often after tuning, or None
-    errors: int  # Number of images predicted as this class
 
 
 @dataclass(frozen=True)
@@ -44,24 +32,6 @@ class ConfusedPair:
     total: int  # Number of test images of the class
 
 
-def class_results(test: TestPredictions) -> list[ClassResult]:
-    """Return the result of each class that has test images, by label.
-
-    >>> def top(*ids): return TopClasses(torch.tensor(ids)[:, None], torch.ones(len(ids), 1))
-    >>> labels = torch.tensor([0, 0, 1])
-    >>> class_results(TestPredictions("base", ["a", "b"], labels, top(1, 1, 1), top(0, 1, 1)))[0]
-    ClassResult(label=0, images=2, zero_shot=0.0, tuned=50.0, predicted=1, errors=1)
-    """
-    before, last = (class_metrics(test.labels, top.classes[:, 0], test.classes) for top in (test.zero_shot, test.last))
-    most = _most_frequent_errors(test)
-    return [
-        ClassResult(
-            label, of.images, was.recall, None if test.tuned is None else of.recall, *most.get(label, (None, 0))
-        )
-        for label, was, of in zip(test.labels.unique().tolist(), before, last, strict=True)
-    ]
-
-
 def _errors(test: TestPredictions) -> dict[tuple[int, int], list[int]]:
     """Indices of the wrongly predicted images, by label and prediction."""
     predicted = test.last.classes[:, 0]
@@ -71,7 +41,7 @@ def _errors(test: TestPredictions) -> dict[tuple[int, int], list[int]]:
     return found
 
 
-def _most_frequent_errors(test: TestPredictions) -> dict[int, tuple[int, int]]:
+def most_frequent_errors(test: TestPredictions) -> dict[int, tuple[int, int]]:
     """Most frequent wrong prediction and its number of images, by label; the lower class of equally frequent ones."""
     most: dict[int, tuple[int, int]] = {}
     for (label, predicted), indices in sorted(_errors(test).items()):
@@ -96,7 +66,7 @@ def one_per_class(labels: Tensor, chosen: Tensor, limit: int = GALLERY) -> list[
 
 def confused_pairs(test: TestPredictions, *, limit: int = PAIRS) -> list[ConfusedPair]:
     """Select the classes with the most errors, each with its most frequent wrong prediction, in ties by label."""
-    errors, most = _errors(test), _most_frequent_errors(test)
+    errors, most = _errors(test), most_frequent_errors(test)
     totals = test.labels.bincount(minlength=len(test.classes)).tolist()
     found = []
     for label in _by_errors(test)[:limit]:

@@ -7,11 +7,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..train.class_metrics import metrics_of_test
+from ..train.class_metrics import class_metrics, metrics_of_test
 from ..train.predictions import TestPredictions, TopClasses
 from . import page
 from .dot_plot import DotRow, plot_of_changes
-from .mistakes import changed, class_results, confused_pairs, confusion_matrix, one_per_class
+from .mistakes import changed, confused_pairs, confusion_matrix, most_frequent_errors, one_per_class
 from .page import Cell, Table, row
 from .plots import finite
 from .rendering import number, part, percent, plural
@@ -53,21 +53,17 @@ def _card(test: TestPredictions, index: int) -> dict[str, Any]:
 
 def classes(test: TestPredictions) -> list[Markup]:
     """Plot and table of the classes of a test."""
-    results = class_results(test)
-    last = metrics_of_test(test.labels, test.last, test.classes)
+    last, most = metrics_of_test(test.labels, test.last, test.classes), most_frequent_errors(test)
+    before = class_metrics(test.labels, test.zero_shot.classes[:, 0], test.classes)
     rows, dots = [], []
-    for found, own in zip(results, last["classes"], strict=True):
-        name = test.classes[found.label]
-        dot = DotRow(name, found.zero_shot, found.tuned, plural(found.images, "image"))
-        taken = "" if found.predicted is None else f"{test.classes[found.predicted]} ({found.errors})"
-        cells: list[str | Cell] = [
-            f"{found.images:,}",
-            number(found.zero_shot),
-            number(found.tuned),
-            page.change_cell(dot.change),
-        ]
-        cells += [number(own["precision"]), number(own["f1"]), Cell(taken, style="left", order=found.errors)]
-        rows.append(row(name, *cells))
+    for label, was, now in zip(test.labels.unique().tolist(), before, last["classes"], strict=True):
+        tuned = None if test.tuned is None else now["recall"]
+        dot = DotRow(was.name, was.recall, tuned, plural(was.images, "image"))
+        other, errors = most.get(label, (None, 0))
+        taken = "" if other is None else f"{test.classes[other]} ({errors})"
+        cells: list[str | Cell] = [f"{was.images:,}", *map(number, (was.recall, tuned)), page.change_cell(dot.change)]
+        cells += [number(now["precision"]), number(now["f1"]), Cell(taken, style="left", order=errors)]
+        rows.append(row(was.name, *cells))
         dots.append(dot)
     text = (
         f"Mean over the classes: accuracy {percent(last['balanced_accuracy'])}, F1 {percent(last['macro_f1'])}. "
@@ -76,7 +72,7 @@ def classes(test: TestPredictions) -> list[Markup]:
     )
     columns = ["images", "zero-shot, %", "tuned, %", "change", "precision, %", "F1, %", "most often taken for"]
     # Of a single image per class, accuracies are 0 and 100 %.
-    several = any(found.images > 1 for found in results)
+    several = any(each.images > 1 for each in before)
     plot = [part("dots", plot_of_changes("accuracy of each class, %", dots))] if several else []
     return [*plot, part("text", text), Table("class", columns, rows, searched=True).html]
 

@@ -103,14 +103,14 @@ class Run:
     def execute(self) -> dict[str, Any]:
         """Execute all steps; return the contents of metrics.json."""
         with self._errors_completed(), self.display:
-            self.embed()
-            self.choose()
-            self.prepare()
+            self.embed()  # features of all images, and the accuracy of the pretrained weights
+            self.choose()  # method, learning rates and head, where the configuration leaves them open
+            self.prepare()  # the trainer
             with contextlib.nullcontext() if self.folder is None else self.folder.lock():  # nothing is written before
-                self.begin()
-                self.train()
-                self.complete()
-                return self.processes.from_first(self.write)
+                self.begin()  # files that training does not change, and the checkpoint to resume
+                self.train()  # by epochs or in closed form
+                self.complete()  # blend, head, calibration
+                return self.processes.from_first(self.write)  # model, report, metrics
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 

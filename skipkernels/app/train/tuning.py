@@ -137,8 +137,9 @@ def _resolved(
     opened = functools.cache(open_data or config.open_data)
     with processes.one_first():
         config = config.resolved(opened)
-        _check_processes(config, processes)
-        if not config.resume:  # errors of the data come before those of the run folder
+    _check_processes(config, processes)
+    if not config.resume:  # errors of the data come before those of the run folder
+        with processes.one_first():
             opened()
     return config, opened
 
