@@ -32,7 +32,7 @@ def compare_with_all(image: Tensor, labels: Tensor, text: Tensor, scale: Tensor,
 @torch.no_grad()
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> Tensor:
     """Highest cosine [C] of each class with an image, +∞ for the classes of labels [B] or [B, C], if any."""
-    with torch.autocast(image.device.type, enabled=False):  # which would cast all prototypes in each step
+    with torch.autocast(image.device.type, enabled=False):  # autocast would cast all prototypes in each step
         image = image.to(prototypes.dtype)
         if labels is None or labels.ndim == 1:
             return functional.class_scores(image, prototypes, labels)

@@ -1,12 +1,13 @@
 """CSkip: selection of the classes of a step.
 
-    plan → draw ranks [K] of the descending scores → classes at these ranks (`ops.class_scores.classes_at_ranks`)
+    law → ranks [K] of the descending scores → classes at these ranks (`ops.class_scores.classes_at_ranks`)
 
 Ranks are drawn on the CPU and copied to the device of the scores without a host sync.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from ..ops.class_scores import classes_at_ranks
 from ..options import Tail
-from .probabilities import Intervals, RankLaw, base_keep
+from .probabilities import RankLaw, base_keep
+
+_law = functools.lru_cache(maxsize=8)(RankLaw)  # for their tensors
 
 
 class ClassSelection(NamedTuple):
@@ -69,7 +72,6 @@ class RankSampler:
 
     def __post_init__(self) -> None:
         self._most_labels = 1  # largest `max_labels` of the steps so far
-        self._law: RankLaw | None = None  # kept for its tensors, until the options or the number of classes change
         self._fixed: Tensor | None = None  # uniform numbers of the last ranks, for `tail="fixed"`
         self.reserved: Tensor | None = None
         self.shared: list[Tensor] | None = None
@@ -105,10 +107,7 @@ class RankSampler:
     def _law_of(self, num_classes: int, max_labels: int) -> RankLaw:
         m = base_keep(num_classes, self.keep_ratio, self.max_keep)
         keep = max(m, min(num_classes, max(self._most_labels, max_labels)))
-        law = RankLaw(num_classes, keep, self.decay, self.max_tail)
-        if self._law is None or self._law != law:
-            self._law = law
-        return self._law
+        return _law(num_classes, keep, self.decay, self.max_tail)
 
     # ---- classes of a step -------------------------------------------------------------------------------------
 
@@ -173,7 +172,7 @@ class RankSampler:
                 'would draw other classes than the first time. Use memory="min" instead.'
             )
         self._most_labels = max(self._most_labels, max_labels)
-        return self._draw(law, law.intervals)
+        return self._draw(law)
 
     def reserve(self, device: torch.device, num_classes: int, max_labels: int) -> None:
         """Draw the kept ranks of a step, and copy them to `reserved`, where a CUDA graph reads them.
@@ -183,12 +182,13 @@ class RankSampler:
         """
         self._most_labels = max(self._most_labels, max_labels)
         law = self._law_of(num_classes, max_labels)
-        ranks = self._draw(law, law.intervals_of_one_size)
+        ranks = self._draw(law, one_size=True)
         if self.reserved is None or self.reserved.shape != ranks.shape or self.reserved.device != device:
             self.reserved = torch.empty_like(ranks, device=device)
         self.reserved.copy_(_pinned(ranks, device), non_blocking=True)
 
-    def _draw(self, law: RankLaw, intervals: Intervals) -> Tensor:
+    def _draw(self, law: RankLaw, *, one_size: bool = False) -> Tensor:
+        intervals = law.intervals_of_one_size if one_size else law.intervals
         if self.tail == "fixed" and len(law.q):
             if self._fixed is None or len(self._fixed) < len(law.q):
                 self._fixed = self._uniform(len(law.q))
@@ -241,7 +241,7 @@ class RankSampler:
         # A generator cannot be pickled; its device and state can. The state is pickled as bytes, because a spawned
         # process would open the shared memory of a tensor after this process has freed it.
         generator = self._random.device, self._random.get_state().numpy().tobytes()
-        return vars(self) | {"generator": generator, "_law": None, "reserved": None, "shared": None}
+        return vars(self) | {"generator": generator, "reserved": None, "shared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         device, data = state["generator"]

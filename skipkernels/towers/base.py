@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,6 +76,11 @@ class Tower(ABC):
         """Number of blocks below the cut."""
         return self.cut.skip
 
+    @property
+    def upper_blocks(self) -> range:
+        """Indices of the blocks above the cut."""
+        return range(self.skip, len(self.blocks))
+
     @abstractmethod
     def reference_forward(self, inputs: Tensor) -> Tensor:
         """Embeddings [n, D] computed by the caller's model, normalised or not."""
@@ -124,30 +129,26 @@ class Tower(ABC):
 
         attention = Sequences(n, mask, backend=self.cut.backend)
         options = RowsOptions(attention, memory, self.rotary(hidden.device))
-        own = dict.fromkeys(without_rows, run_own)
-        return self._run_rows(hidden.flatten(0, 1), blocks, options, own, pooled).unflatten(0, (n, -1))
+        rows = self._run_rows(hidden.flatten(0, 1), blocks, options, pooled, without_rows, run_own)
+        return rows.unflatten(0, (n, -1))
 
     def _run_rows(
         self,
         rows: Tensor,
         blocks: range,
         options: RowsOptions,
-        own: Mapping[int, Callable[[int, Tensor], Tensor]],
         pooled: BlockAttention | None,
+        without_rows: Container[int],
+        run_own: Callable[[int, Tensor], Tensor],
     ) -> Tensor:
-        """Run blocks over rows [R, W].
+        """Run blocks over rows [R, W], those `without_rows` by `run_own(index, rows)`.
 
-        Args:
-            rows: [R, W].
-            blocks: Indices of the blocks.
-            options: Attention of fused blocks, and what they save.
-            own: Function of the index and the rows for each block that runs its own forward.
-            pooled: Attention of the last block, if it is fused and computes the pooled tokens alone.
+        `pooled` is the attention of the last block, if it is fused and computes the pooled tokens alone.
         """
         hidden = Hidden(rows)
         for index in blocks:
-            if index in own:
-                hidden = Hidden(own[index](index, hidden.sum()))
+            if index in without_rows:
+                hidden = Hidden(run_own(index, hidden.sum()))
             elif index == blocks[-1] and pooled is not None:
                 hidden = self.blocks[index](hidden, options._replace(attention=pooled))
             else:
@@ -309,7 +310,7 @@ class ImageTower(Tower):
         first_tokens = Pooled(slice(None, None, features.shape[1]))  # of the sequences, among their rows
         pooled = first_tokens if self.why_not_pooled() is None else None
         memory = self.block_memory(features)
-        hidden = self._run_sequences(features, range(self.skip, len(self.blocks)), memory=memory, pooled=pooled)
+        hidden = self._run_sequences(features, self.upper_blocks, memory=memory, pooled=pooled)
         return self.finish(hidden)
 
     def encoder(self) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.packed_layout import packed_layout
+from ..options import FusedMemory
 from .attention import Pooled, Suffixes
 from .base import Reduction, Tower
 from .block import global_hooks
@@ -241,18 +242,19 @@ class TextTower(Tower):
 
         A step calls it `runs` times before backward, once for each template; see `block_memory`.
         """
-        blocks = range(self.skip, len(self.blocks))
         if selected.prompts.prefix_length:
-            without_rows = self.blocks_without_rows(blocks)
-            if self._why_not_shared(blocks, without_rows) is None:
-                return self.finish(self._run_suffixes(rows, selected, blocks, without_rows, runs))
-        return self.finish(self._run_whole_prompts(selected.unpack(rows), selected, blocks, runs))
+            without_rows = self.blocks_without_rows(self.upper_blocks)
+            if self._why_not_shared(self.upper_blocks, without_rows) is None:
+                memory = self.block_memory(rows, runs)
+                return self.finish(self._run_suffixes(rows, selected, without_rows, memory))
+        features = selected.unpack(rows)
+        return self.finish(self._run_whole_prompts(features, selected, self.block_memory(features, runs)))
 
     def _run_suffixes(
-        self, rows: Tensor, selected: SelectedPrompts, blocks: range, without_rows: Mapping[int, str], runs: int
+        self, rows: Tensor, selected: SelectedPrompts, without_rows: Mapping[int, str], memory: FusedMemory
     ) -> Tensor:
-        """Run blocks over the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
-        prompts = selected.prompts
+        """Run the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
+        prompts, blocks = selected.prompts, self.upper_blocks
         mask = self.mask(selected.tokens, prompts) if without_rows else None
 
         def run_own(index: int, rows: Tensor) -> Tensor:
@@ -266,17 +268,16 @@ class TextTower(Tower):
             selected.last_rows,
             prompts.excludes_self,
         )
-        options = RowsOptions(attention, self.block_memory(rows, runs), self.rotary(rows.device))
-        pooled, own = replace(attention, only_last=True), dict.fromkeys(without_rows, run_own)
-        hidden = self._run_rows(rows, blocks, options, own, pooled)
+        options = RowsOptions(attention, memory, self.rotary(rows.device))
+        hidden = self._run_rows(rows, blocks, options, replace(attention, only_last=True), without_rows, run_own)
         is_pooled = blocks and blocks[-1] not in without_rows
         return hidden if is_pooled else hidden[selected.last_rows]
 
-    def _run_whole_prompts(self, features: Tensor, selected: SelectedPrompts, blocks: range, runs: int) -> Tensor:
-        """Run blocks over whole prompts [K, L, W]; return hidden states [K, W] of the pooled tokens."""
-        mask, (K, L, _) = self.mask(selected.tokens, selected.prompts), features.shape
+    def _run_whole_prompts(self, features: Tensor, selected: SelectedPrompts, memory: FusedMemory) -> Tensor:
+        """Run whole prompts [K, L, W]; return hidden states [K, W] of the pooled tokens."""
+        mask, (K, L, _), blocks = self.mask(selected.tokens, selected.prompts), features.shape, self.upper_blocks
         class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each
-        memory, pooled = self.block_memory(features, runs), None
+        pooled = None
         if blocks and self.why_no_rows(blocks[-1]) is None:
             # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
             pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]

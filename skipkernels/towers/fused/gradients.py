@@ -13,8 +13,10 @@ from ...ops.row_sums import MAX_ROWS, column_sums
 from .records import LowRankFactors, TensorName
 
 # Norms within attention: autograd computes their gradients.
-ATTENTION_NORMS = tuple(f"{name}{suffix}" for name in ("query_norm", "key_norm", "attention_norm")
-                        for suffix in ("", "_bias"))  # fmt: skip
+ATTENTION_NORMS = (
+    *("query_norm", "query_norm_bias", "key_norm", "key_norm_bias"),
+    *("attention_norm", "attention_norm_bias"),
+)
 NORM_1_AND_IN_PROJ = ("norm_1", "norm_1_bias", "in_proj", "in_proj_bias")
 
 

@@ -26,7 +26,6 @@ from .records import (
     LowRankFactors,
     PreparedWeights,
     RowsOptions,
-    Saved,
     TensorName,
 )
 
@@ -79,18 +78,15 @@ class _BlockFunction(torch.autograd.Function):
         weights = BlockWeights.from_named_tensors(named)
         with without_autocast(stream.device):
             call = BlockCall(settings, options, prepare(weights, dtype), dtype)
-            out, total, saved = stages.forward(call, Hidden(stream, branch), record)
+            out, saved = stages.forward(call, Hidden(stream, branch), record)
         ctx.settings, ctx.options, ctx.dtype, ctx.has_branch = settings, options, dtype, branch is not None
         ctx.input_dtypes, ctx.scales = {name: x.dtype for name, x in named.items()}, scales
         if record and weights.mlp_out.dtype != dtype:  # backward reads the casts, and need not cast again
             casts = replace(weights, **{name: getattr(call.weights, name) for name in CAST_FIELDS})
             named = casts.named_tensors() | {name: x for name, x in named.items() if name[0].endswith((".A", ".B"))}
-        if saved is not None and options.memory == "balanced":
-            saved = replace(saved, inner=None)
         # The graph of attention is no tensor. Backward frees it; a second backward records another.
-        ctx.attention_graph = None if saved is None else saved.attention_graph
-        ctx.saved_names = list(named)
-        ctx.save_for_backward(*named.values(), *([total] if saved is None else saved.tensors()))
+        ctx.attention_graph, ctx.saved_names = saved.attention_graph, list(named)
+        ctx.save_for_backward(*named.values(), *stages.to_save(call, saved))
         return out.stream, out.branch
 
     @staticmethod
@@ -119,13 +115,8 @@ class _BlockFunction(torch.autograd.Function):
         )
         with without_autocast(d_mid.device):
             call = BlockCall(ctx.settings, ctx.options, prepare(weights, ctx.dtype), ctx.dtype)
-            # 3. Recompute what was not saved
-            if ctx.options.memory == "min":
-                (total,) = of_stages
-                _, _, saved = stages.forward(call, Hidden(total), record=True)
-                assert saved is not None
-            else:
-                saved = stages.recompute(call, Saved.of_tensors(of_stages, graph))
+            # 3. Repeat what was not saved
+            saved = stages.restore(call, of_stages, graph)
             # 4. Run the stages from the last to the first
             d_hidden = stages.backward(call, saved, Hidden(d_mid, d_branch), gradients)
             gradients.complete()

@@ -174,6 +174,14 @@ class BlockCall(NamedTuple):
         self.queries(x).add_(values)
         return x
 
+    def add_product_to_queries(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Add left · right [Q, …] to the query rows of a tensor [R, …], in place; to a slice by the product itself."""
+        if not isinstance(self.options.attention.query_rows, slice):
+            return self.add_to_queries(x, left @ right)
+        rows = self.queries(x)
+        torch.addmm(rows, left, right, out=rows)
+        return x
+
 
 # ---- what backward reads besides the weights ------------------------------------------------------------------------
 
@@ -201,9 +209,9 @@ class Saved:
 
     norm_1: SavedNorm  # hidden [R, W]
     norm_2: SavedNorm  # mid [Q, W]
-    inner: Tensor | None  # [Q, M], or [Q, 2M] for SwiGLU. None: the product is repeated
-    projected: tuple[Tensor, ...]  # leaves of the graph of attention
-    attention_graph: AttentionGraph | None  # None: attention is repeated
+    inner: Tensor | None = None  # [Q, M], or [Q, 2M] for SwiGLU. None: the product is repeated
+    projected: tuple[Tensor, ...] = ()  # leaves of the graph of attention
+    attention_graph: AttentionGraph | None = None  # None: attention is repeated
 
     def tensors(self) -> list[Tensor | None]:
         """All tensors, without the graph of attention."""

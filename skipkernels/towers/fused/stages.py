@@ -22,7 +22,8 @@ Under autocast the weights of products are cast once, by one launch, or in a cap
 (`casts.Casts`), and their copies are saved as well, 24·W² bytes; "min" casts them again. The norms write the dtype of
 the products, and the residual stream keeps its own.
 
-`d_NAME` takes the gradient of the result of NAME and returns that of its input. It sets those of its vectors
+Products and norms without a function of their own are written out in `forward` and `backward`. `d_NAME` takes the
+gradient of the result of NAME and returns that of its input. It sets those of its vectors
 (biases, norms) in `Gradients`; `backward` sets those of matrices: each is a product with the input of its layer. Inputs
 that a norm or the activation has computed are not saved, but recomputed by the backward of that norm or activation,
 which returns them as well: the gradient of W_p follows `d_mlp_act`, and those of W_fc and W_qkv that of the norm in
@@ -64,8 +65,8 @@ def saved_bytes(hidden: Tensor) -> int:
 # ---- both directions -------------------------------------------------------------------------------------------------
 
 
-def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Tensor, Saved | None]:
-    """Run the stages. Return mid and branch [Q, W], the sum of the inputs [R, W], and if recorded what backward reads.
+def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Saved]:
+    """Run the stages. Return mid and branch [Q, W], and what backward reads; only inputs of norms unless `record`.
 
     Each tensor is released once the next stage has read it.
     """
@@ -84,20 +85,34 @@ def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Tens
     inner = normed @ weights.mlp_in.T  # [Q, W] @ [W, M] -> [Q, M], or [Q, 2M] for SwiGLU; the activation adds b_fc
     del normed
     active = mlp_act(call, inner)  # [Q, M]
-    saved = Saved(saved_1, saved_2, inner, graph.projected, graph) if graph is not None else None
+    saved = Saved(saved_1, saved_2, inner, graph.projected, graph) if graph else Saved(saved_1, saved_2)
     del inner
     if weights.mlp_norm is not None:
         active, _ = norm(call, "mlp_norm", active)
     branch = F.linear(active, weights.mlp_out, weights.mlp_out_bias)  # [Q, M] @ [M, W] -> [Q, W]
-    return Hidden(saved_2.x, branch), saved_1.x, saved
+    return Hidden(saved_2.x, branch), saved
 
 
-def recompute(call: BlockCall, saved: Saved) -> Saved:
-    """Repeat what was not saved: the product of the MLP; attention, in a second backward pass."""
+def to_save(call: BlockCall, saved: Saved) -> list[Tensor | None]:
+    """Tensors that are kept until backward, by the table at the head of this file; for `restore`."""
+    if call.options.memory == "min":
+        return [saved.norm_1.x]
+    return (replace(saved, inner=None) if call.options.memory == "balanced" else saved).tensors()
+
+
+def restore(call: BlockCall, tensors: Sequence[Tensor], graph: AttentionGraph | None) -> Saved:
+    """Put the tensors of `to_save` into a record, and repeat what was not saved.
+
+    The graph of attention is None in a second backward pass, which repeats attention as well.
+    """
+    if call.options.memory == "min":
+        (hidden,) = tensors
+        return forward(call, Hidden(hidden), record=True)[1]
+    saved = Saved.of_tensors(tensors, graph)
     inner = saved.inner
     if inner is None:
         inner = norm(call, "norm_2", saved.norm_2.x)[0] @ call.weights.mlp_in.T
-    graph = saved.attention_graph or attention(call, saved.projected, record=True)[1]
+    graph = graph or attention(call, saved.projected, record=True)[1]
     return replace(saved, inner=inner, attention_graph=graph)
 
 
@@ -108,15 +123,7 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     """
     weights, graph = call.weights, saved.attention_graph
     assert saved.inner is not None and graph is not None and d_out.branch is not None
-    # mlp: branch = act(LN₂(mid) · W_fc + b_fc) · W_p + b_p
-    d_active = d_out.branch @ weights.mlp_out  # [Q, W] @ [W, M] -> [Q, M]
-    d_active, mlp_normed = d_mlp_norm(call, saved.inner, d_active, gradients)
-    d_inner, active = d_mlp_act(call, saved.inner, d_active, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
-    del d_active
-    inputs = active if mlp_normed is None else mlp_normed  # of W_p
-    if inputs is not None:
-        gradients.set_product("mlp_out", (d_out.branch, inputs))
-    del active, mlp_normed, inputs
+    d_inner = d_mlp(call, saved.inner, d_out.branch, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
     d_normed = d_inner @ weights.mlp_in  # [Q, M] @ [M, W] -> [Q, W]; 2M for SwiGLU
     # norm_2: mid = hidden + attended · W_o + b_o. b_p is added to its result, and b_o within it.
     biases = ("mlp_out_bias", "out_proj_bias")
@@ -184,12 +191,7 @@ def d_in_proj(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradien
         return d_projected[0] @ weight  # [R, 3W] @ [3W, W] -> [R, W]
     (d_query, d_key_value), W = d_projected, weight.shape[1]
     d_normed = d_key_value @ weight[W:]  # [R, 2W] @ [2W, W] -> [R, W]
-    if isinstance(call.options.attention.query_rows, slice):
-        # The query rows are a view of d_normed: one product that adds to it in place, d_normed[rows] += d_query W_q.
-        d_rows = call.queries(d_normed)
-        torch.addmm(d_rows, d_query, weight[:W], out=d_rows)  # [Q, W] + [Q, W] @ [W, W]
-        return d_normed
-    return call.add_to_queries(d_normed, d_query @ weight[:W])  # [Q, W] @ [W, W] -> [Q, W]
+    return call.add_product_to_queries(d_normed, d_query, weight[:W])  # [Q, W] @ [W, W] -> [Q, W]
 
 
 def d_in_proj_and_norm_1(call: BlockCall, hidden: Tensor, d_projected: Sequence[Tensor], gradients: Gradients) -> None:
@@ -277,6 +279,18 @@ def d_mlp_act(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradi
     d_inner, d_bias, active, partial_sums = mlp_activation_backward(d_active, inner, bias, kind, *needs)
     gradients.set_sums({"mlp_in_bias": d_bias}, partial_sums)
     return d_inner, active if needs.out else None
+
+
+def d_mlp(call: BlockCall, inner: Tensor, d_branch: Tensor, gradients: Gradients) -> Tensor:
+    """Gradient of the product of W_fc, [Q, M] or [Q, 2M]; set those of b_fc, W_p and the norm of the activation."""
+    d_active = d_branch @ call.weights.mlp_out  # [Q, W] @ [W, M] -> [Q, M]
+    d_active, normed = d_mlp_norm(call, inner, d_active, gradients)
+    d_inner, active = d_mlp_act(call, inner, d_active, gradients)
+    del d_active
+    inputs = active if normed is None else normed  # of W_p
+    if inputs is not None:
+        gradients.set_product("mlp_out", (d_branch, inputs))
+    return d_inner
 
 
 def d_mlp_norm(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
