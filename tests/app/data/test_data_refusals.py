@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from pictures import WNIDS, draw_image, make_coop, raises_input_error
-from PIL import Image
 from torch.utils.data import Dataset
 
 from skipkernels.app.data import DatasetImages, TaskOptions, from_datasets, load_task, open_source
@@ -28,7 +25,7 @@ Tree = Mapping[str, Any]
 
 
 def build(root: Path, tree: Tree) -> None:
-    """Make what a tree of paths says: a number of images in a folder, text, bytes, a tar file of a mapping; or delete.
+    """Make what a tree of paths says: a number of images in a folder, text or bytes; or delete.
 
     A name of CoOp's datasets makes that dataset.
     """
@@ -42,21 +39,9 @@ def build(root: Path, tree: Tree) -> None:
             target.mkdir(parents=True, exist_ok=True)
             for number in range(content):
                 draw_image(target / f"{number}.png")
-        elif isinstance(content, Mapping):
-            with tarfile.open(target, "w") as archive:
-                for name, data in content.items():
-                    entry = tarfile.TarInfo(name)
-                    entry.size = len(data)
-                    archive.addfile(entry, io.BytesIO(data))
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def png() -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (5, 4)).save(file, "png")
-    return file.getvalue()
 
 
 def eurosat(*train: list) -> dict[str, Any]:
@@ -70,13 +55,6 @@ def table(*lines: str) -> dict[str, Any]:
 
 
 THREE = {"n01": 2, "n02": 2, "n03": 2}
-PNG = png()
-TEXTS = {f"{name}{number}.{kind}": {"png": PNG, "txt": name.encode()}[kind]
-         for name in ("cat", "dog") for number in range(2) for kind in ("png", "txt")}  # fmt: skip
-CLASSES = {f"{label}.{kind}": {"png": PNG, "cls": b"%d" % label}[kind] for label in range(3) for kind in ("png", "cls")}
-UNLABELLED = {f"{number}.{kind}": {"png": PNG, "txt": b"x"}[kind]
-              for number in range(9) for kind in ("png", "txt") if number < 7 or kind == "png"}  # fmt: skip
-
 # What is opened, with {} for the folder; the files; the argument that the error names; its words.
 OPENED: list[tuple[str, Tree, Any, list[str]]] = [
     ("imagenet", {}, "data", ["no dataset 'imagenet'", "pictograms:TASK", "imagefolder:PATH", "hf:food101"]),

@@ -7,8 +7,6 @@ import pytest
 from skipkernels.app.data.coop import DATASETS
 from skipkernels.app.data.templates import COOP, PAPER, resolve_templates
 
-PHOTO = "a photo of a {}."
-
 
 def test_template_sets_cover_all_datasets():
     assert PAPER.keys() == COOP.keys() == DATASETS.keys()
