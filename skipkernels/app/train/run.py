@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ...features import CacheError
+from ...features import CacheError, FeatureCache
 from ...formatting import escaped, first_line
 from ...memory import PeakMemory
 from ..config import TuneConfig
@@ -81,6 +81,10 @@ class Run:
         self.seconds_before = 0.0 if resumed is None else resumed.seconds  # of earlier processes
 
         # Results of the steps.
+        self.features: FeatureCache  # of the training images
+        self.evaluator: Evaluator
+        self.zero_shot: Evaluation
+        self.between: Interpolation  # for a blend
         self.choice: Choice | None = None
         self.l2 = 0.0  # penalty of the head, if it has one
         self.trainer: Trainer | None = None  # of a method that trains by steps
