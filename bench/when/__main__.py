@@ -9,7 +9,7 @@
     python -m bench.when --tail                  a class of 200 images and fourteen of 5
     python -m bench.when --print                 the tables of the committed rows
 
-`bench.when.tasks` has the tasks; `docs/when.md` the results, `docs/when-details.md` the predictions, made before the
+`bench.when.tasks` has the tasks; `docs/when.md` the results, `docs/when-predictions.md` the predictions, made before the
 runs. The order of the work:
 
 1. Search: settings of each method (optimizer and learning rates, `bench.when.runs`) with three seeds, on a fifth of the
