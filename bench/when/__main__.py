@@ -9,8 +9,8 @@
     python -m bench.when --tail                  a class of 200 images and fourteen of 5
     python -m bench.when --print                 the tables of the committed rows
 
-`bench.when.tasks` has the tasks; `docs/when.md` the results, `docs/when-predictions.md` the predictions, made before the
-runs. The order of the work:
+`bench.when.tasks` has the tasks; `docs/when.md` the results, `docs/when-predictions.md` the predictions, made before
+the runs. The order of the work:
 
 1. Search: settings of each method (optimizer and learning rates, `bench.when.runs`) with three seeds, on a fifth of the
    names, which no reported run has. The best mean of base and new counts; ω is a half.
