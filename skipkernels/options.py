@@ -22,4 +22,4 @@ Preset = Literal["default", "reference"]
 Shots = int | Literal["all"]
 Validation = Literal["auto", "none", "split"] | float
 Test = Literal["split", "none"]
-LoggerName = Literal["tensorboard", "wandb", "none"]
+LoggerName = Literal["tensorboard", "none"]

@@ -113,7 +113,7 @@ class TuneConfig(
         """Accept a string as a path."""
         return Path(value) if isinstance(value, str) else value
 
-    @field_validator("template", "targets", "log", mode="before")
+    @field_validator("template", "targets", mode="before")
     @classmethod
     def _tuple(cls, value: Any) -> Any:
         """Accept a list as a tuple."""
@@ -248,9 +248,8 @@ class TuneConfig(
     def _check(self) -> None:
         for name in self._unused():
             _refuse(name, f"{name}={getattr(self, name)} has no effect with `method={self.method}`; leave it out.")
-        for name in ("targets", "log"):
-            if getattr(self, name) == ():
-                _refuse(name, f"{name} must have an item; got none. Leave it out for the default.")
+        if self.targets == ():
+            _refuse("targets", "targets must have an item; got none. Leave it out for the default.")
         assert self.epochs is not None
         if self.epochs < (0 if self.head != "none" or self.train_on_validation else 1) and self.has_steps:
             _refuse("epochs", f"epochs must be at least 1, or 0 with a head; got {self.epochs}.")
@@ -290,9 +289,9 @@ class TuneConfig(
             _refuse("class_weight", "class_weight and `sampler=balanced` would balance twice; leave one of them out.")
         self._check_optimizer()
         if self.log is not None:
-            from .train import loggers
+            from .train.loggers import writes_events
 
-            loggers.chosen(self.log)
+            writes_events(self.log)
 
     def _check_optimizer(self) -> None:
         if self.epochs == 0 or self.optimizer is None:

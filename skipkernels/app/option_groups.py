@@ -278,5 +278,5 @@ class OutputOptions:
     if there is none. A path: resume the run in that folder, with its settings."""
     log_every: int = option(50, ge=1, results=False)
     """Steps between displays and checks of the loss."""
-    log: tuple[LoggerName, ...] | None = option(None, results=False)
-    """Loggers of each epoch: tensorboard, wandb, or none. By default tensorboard if it is installed."""
+    log: LoggerName | None = option(None, results=False)
+    """tensorboard: write its events after each epoch. none: do not. By default tensorboard if it is installed."""

@@ -1,17 +1,15 @@
-"""Loggers of the scalars of a run: TensorBoard and Weights & Biases."""
+"""Loggers of the scalars of a run: TensorBoard, and those of a caller."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from ...options import LoggerName
 from ..report.plots import finite
 from .errors import argument_error
-
-_PROJECT = "skipkernels"  # of Weights & Biases
 
 
 class Logger(Protocol):
@@ -36,21 +34,12 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if finite(value)}
 
 
-def chosen(log: Sequence[LoggerName] | None) -> list[str]:
-    """Return the names of the packages in the setting `log`; None: TensorBoard if it is installed."""
-    if log is None:
-        return ["tensorboard"] if importlib.util.find_spec("tensorboard") is not None else []
-    names: list[str] = [name for name in dict.fromkeys(log) if name != "none"]
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise argument_error("log", f"{name} is not installed: pip install {name}.")
-    return names
-
-
-def open_loggers(log: Sequence[LoggerName] | None, settings: dict[str, Any], folder: Path) -> Iterator[Logger]:
-    """Open the loggers of the setting `log`, one by one; `settings` are those of the run."""
-    for name in chosen(log):
-        yield TensorBoardLogger(folder) if name == "tensorboard" else WandbLogger(settings, folder)
+def writes_events(log: LoggerName | None) -> bool:
+    """Return True if a run with the setting `log` writes events of TensorBoard; None: if it is installed."""
+    installed = importlib.util.find_spec("tensorboard") is not None
+    if log == "tensorboard" and not installed:
+        raise argument_error("log", "tensorboard is not installed: pip install tensorboard.")
+    return installed and log != "none"
 
 
 class TensorBoardLogger:
@@ -70,20 +59,3 @@ class TensorBoardLogger:
     def close(self) -> None:
         """Close the file."""
         self._writer.close()
-
-
-class WandbLogger:
-    """Logger for Weights & Biases, in the project "skipkernels". A resumed run is another one there."""
-
-    def __init__(self, settings: dict[str, Any], folder: Path):
-        import wandb
-
-        self._run = wandb.init(project=_PROJECT, name=folder.name, dir=str(folder), config=settings)
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Log the scalars of an epoch."""
-        self._run.log(scalars(row), step=row["epoch"])
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()

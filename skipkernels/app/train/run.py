@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from .errors import argument_error
 from .evaluation import Evaluation, Evaluator
 from .fitted_head import examples, use_fitted_head
 from .interpolation import Interpolation
-from .loggers import Logger, open_loggers
+from .loggers import Logger, TensorBoardLogger, writes_events
 from .processes import Processes
 from .progress import ProgressDisplay
 from .results import metrics_of
@@ -290,13 +289,13 @@ class Run:
     @contextlib.contextmanager
     def _opened_loggers(self) -> Iterator[list[Logger]]:
         """Yield the loggers of the process that writes; close all, also if one fails to open or to close."""
+        loggers = [] if self.folder is None else list(self.loggers)
         with contextlib.ExitStack() as closing:
-            loggers: list[Logger] = []
-            if self.folder is not None:
-                opened = open_loggers(self.config.log, self.config.identity(), self.folder.path)
-                for logger in chain(self.loggers, opened):
-                    closing.callback(logger.close)
-                    loggers.append(logger)
+            for logger in loggers:
+                closing.callback(logger.close)
+            if self.folder is not None and writes_events(self.config.log):
+                loggers.append(TensorBoardLogger(self.folder.path))
+                closing.callback(loggers[-1].close)
             yield loggers
 
     def _load(self, file: Path) -> None:

@@ -39,10 +39,9 @@ def test_error_names_option_and_values(arguments, words, capsys, monkeypatch):
     assert ended.value.code == 2 and all(word in error for word in words), error
 
 
-@pytest.mark.parametrize("flag", ["--targets", "--log"])
-def test_list_without_items(flag, tmp_path, capsys):
-    assert main(["tune", "--out", str(tmp_path / "run"), flag]) == 2
-    assert f"{flag} must have an item; got none." in capsys.readouterr().err
+def test_list_without_items(tmp_path, capsys):
+    assert main(["tune", "--out", str(tmp_path / "run"), "--targets"]) == 2
+    assert "--targets must have an item; got none." in capsys.readouterr().err
 
 
 def _messages(file: Path) -> Iterator[str]:

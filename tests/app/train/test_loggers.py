@@ -1,18 +1,15 @@
-"""Loggers: TensorBoard, a stand-in of W&B, and loggers of the caller."""
+"""Loggers: TensorBoard, and loggers of the caller."""
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
-import sys
-import types
 
 import pytest
 
 import skipkernels
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
-from skipkernels.app.train.loggers import TensorBoardLogger, open_loggers, scalars
+from skipkernels.app.train.loggers import TensorBoardLogger, scalars
 from tests.app.runs import small
 
 ROW = {
@@ -41,34 +38,10 @@ def test_tensorboard_has_each_epoch_before_it_is_closed(tmp_path):
     logger.close()
 
 
-class Recorded(types.ModuleType):
-    """Stands in for wandb; records the calls."""
-
-    def __init__(self, name):
-        super().__init__(name)
-        self.calls = []
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *values, **named: self.calls.append((name, values, named)) or self
-
-
-def test_wandb_calls(monkeypatch, tmp_path):
-    wandb = Recorded("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    (logger,) = open_loggers(("wandb", "none"), TuneConfig(shots=16).identity(), tmp_path)
-    logger.write(ROW)
-    logger.close()
-    assert [name for name, _, _ in wandb.calls] == ["init", "log", "finish"]
-    assert wandb.calls[0][2]["config"]["shots"] == 16 and wandb.calls[1][2] == {"step": 3}
-
-
 def test_missing_logger_is_refused_before_the_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="wandb is not installed: pip install wandb"):
-        TuneConfig(log=("wandb",), device="cpu").resolved()
+    with pytest.raises(InputError, match="tensorboard is not installed: pip install tensorboard"):
+        TuneConfig(log="tensorboard", device="cpu").resolved()
 
 
 def test_tune_writes_to_loggers(tmp_path, caplog):
@@ -84,6 +57,6 @@ def test_tune_writes_to_loggers(tmp_path, caplog):
 
     mine = Mine()
     with caplog.at_level("INFO", "skipkernels"):
-        skipkernels.tune(small(tmp_path, log=("none",), epochs=1, max_classes=4, shots=1), loggers=[mine])
+        skipkernels.tune(small(tmp_path, log="none", epochs=1, max_classes=4, shots=1), loggers=[mine])
     assert mine.epochs == [1, "closed"] and "epoch 1/1: loss" in caplog.text
     assert not list(tmp_path.glob("events*"))
