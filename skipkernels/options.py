@@ -18,6 +18,7 @@ Refresh = Literal["never", "epoch"]
 CacheDtype = Literal["fp32", "fp16", "bf16", "int8"]
 Protocol = Literal["base-to-new", "cross-dataset", "domain-generalization", "few-shot"]
 Precision = Literal["auto", "fp32", "bf16", "bf16-sr", "fp16"]
+InferencePrecision = Literal["auto", "fp32", "bf16", "fp16"]
 Preset = Literal["default", "reference"]
 Shots = int | Literal["all"]
 Validation = Literal["auto", "none", "split"] | float

@@ -14,7 +14,7 @@ import tyro
 from skipkernels._progress import progress
 from skipkernels.app.console import Terminal
 
-from .options import Device, InferencePrecision, Run, Threshold, Top, Trust, note_unfinished
+from .options import Device, PrecisionOption, Run, Threshold, Top, Trust, note_unfinished
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class PredictComputeOptions:
     """Device and speed."""
 
     device: Device = None
-    precision: InferencePrecision = "auto"
+    precision: PrecisionOption = "auto"
     trust: Trust = False
     batch_size: int = 64
     """Images per forward pass."""

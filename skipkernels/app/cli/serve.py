@@ -11,7 +11,7 @@ from typing import Any
 
 from skipkernels.app.console import Terminal
 
-from .options import Device, InferencePrecision, Run, Threshold, Top, Trust, note_unfinished
+from .options import Device, PrecisionOption, Run, Threshold, Top, Trust, note_unfinished
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 _CONNECTIONS = 100  # open ones; a request of one more is answered by status 503
@@ -41,7 +41,7 @@ class ServeCommand:
     """Port to listen at. 0 takes a free one."""
     serve: ServeOptions = ServeOptions()
     device: Device = None
-    precision: InferencePrecision = "auto"
+    precision: PrecisionOption = "auto"
     trust: Trust = False
 
     def execute(self, out: Terminal, err: Terminal) -> int:

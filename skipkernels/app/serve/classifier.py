@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...folders import restored
-from ...options import Precision
+from ...options import InferencePrecision
 from ..data import InputError
 from ..data.decoding import to_rgb
 from ..data.files import find_images
@@ -135,7 +135,7 @@ class Classifier:
         classes: Sequence[str] | None = None,
         templates: str | Sequence[str] | None = None,
         device: str | torch.device | None = None,
-        precision: Precision = "auto",
+        precision: InferencePrecision = "auto",
         trust: bool = False,
     ) -> Classifier:
         """Load the classifier of a run, or of a folder that `export` or `blend` wrote.
@@ -363,7 +363,7 @@ def predict(
     classes: Sequence[str] | None = None,
     templates: str | Sequence[str] | None = None,
     device: str | torch.device | None = None,
-    precision: Precision = "auto",
+    precision: InferencePrecision = "auto",
     trust: bool = False,
     **options: Unpack[PredictSettings],
 ) -> Predictions:

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
 
-from ...options import Precision
+from ...options import InferencePrecision
 from ..config import usable_device
 from ..data import InputError, Task
 from ..data.tasks import TestSet
@@ -29,7 +29,6 @@ from ..untrusted import check_source
 
 TEST = "classes"
 """Name of the test that has the classes to predict, for `Method.logits`."""
-_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class TunedRun(NamedTuple):
@@ -52,7 +51,7 @@ def load_run(
     classes: Sequence[str] | None = None,
     templates: str | Sequence[str] | None = None,
     device: str | torch.device | None = None,
-    precision: Precision = "auto",
+    precision: InferencePrecision = "auto",
     trust: bool = False,
 ) -> TunedRun:
     """Load the model of a run; see `Classifier.load` for the arguments and errors."""
@@ -79,10 +78,11 @@ def load_run(
     return TunedRun(described, test.classes, model, method, transform, tokenizer, test.prompts, same, mixed)
 
 
-def _resolved(precision: Precision | str, device: torch.device) -> Any:
-    if precision not in _PRECISIONS:
+def _resolved(precision: InferencePrecision | str, device: torch.device) -> Any:
+    choices = get_args(InferencePrecision)
+    if precision not in choices:
         raise InputError(
-            f"Classifier.load: precision must be one of {', '.join(_PRECISIONS)}; got {precision!r}.", "precision"
+            f"Classifier.load: precision must be one of {', '.join(choices)}; got {precision!r}.", "precision"
         )
     if precision != "auto":
         return precision
