@@ -44,10 +44,10 @@ from skipkernels.selection import RankSampler
 
 from . import measure, tables
 from .flops import flops_of
-from .inputs import PRECISIONS, autocast, random_inputs
+from .inputs import autocast, random_inputs
 from .launches import ARCHITECTURES, recording
 from .meta_device import WithoutProducts, meta_as_gpu
-from .rows import RESULTS, command
+from .rows import PRECISIONS, RESULTS, command
 
 TABLE = RESULTS / "counts.csv"
 ALLOWANCE = 1.05  # for another version of torch, which may split an operator into others

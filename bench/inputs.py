@@ -14,9 +14,8 @@ from skipkernels.app.data import InputError
 from skipkernels.app.train.model import RANDOM, load_model
 
 from . import measure
-from .rows import command
+from .rows import PRECISIONS, command
 
-PRECISIONS = ("fp32", "bf16")
 open_clip.add_model_config(Path(__file__).with_name("vit-tiny.json"))  # for quick runs
 
 
@@ -49,7 +48,7 @@ def parser(description: str, *, several: bool = False, **defaults: Any) -> argpa
     parser.add_argument("--classes", type=positive, help="of the task", **count)
     parser.add_argument("--skip-layers", type=positive, default=6, help="blocks of each tower below the cut")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="bf16 is that of autocast", **count)
-    parser.add_argument("--rounds", type=positive, help="at most; everyone runs in each")
+    parser.add_argument("--rounds", type=positive, help="every implementation runs in each")
     parser.add_argument("--device", type=torch.device, default=measure.default_device())
     parser.set_defaults(**defaults)
     return parser

@@ -40,9 +40,9 @@ from skipkernels.selection import RankSampler
 
 from . import measure
 from .flops import flops_of
-from .inputs import PRECISIONS, parser, random_inputs
+from .inputs import parser, random_inputs
 from .measure import OURS
-from .rows import save
+from .rows import PRECISIONS, save
 from .training import Published, Step, full_fine_tuning, prompt_tuning, skip_step, with_update
 
 CLASSES = (10, 50, 100, 500, 1000, 5000, 21841)

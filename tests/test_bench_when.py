@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.when import __main__ as command
-from bench.when import runs, summary, tail, tasks
+from bench.when import accuracy, plan, runs, summary, tail, tasks
 from bench.when.rows import Rows, reported
 from bench.when.tasks import Shift
 from recipes.pictograms import more
@@ -74,12 +74,12 @@ def test_drawings_enable_tasks(monkeypatch, drawings):
 
 
 def run_of(name, candidate, shift=SMALL):
-    return runs.Run(shift, name, runs.EVERY[name], candidate, "report", 0)
+    return plan.Run(shift, name, plan.EVERY[name], candidate, "report", 0)
 
 
 def test_run_trains_and_blends(monkeypatch):
-    monkeypatch.setitem(runs.SCHEDULES, "adamw", (1, 64, "random"))
-    run = run_of("lora", runs.Candidate("adamw", 1e-2, 1e-2))
+    monkeypatch.setitem(plan.SCHEDULES, "adamw", (1, 64, "random"))
+    run = run_of("lora", plan.Candidate("adamw", 1e-2, 1e-2))
     kept = {}
     original = runs._blended_weights
 
@@ -101,42 +101,42 @@ def test_run_trains_and_blends(monkeypatch):
 
 
 def test_curve_has_a_row_for_each_epoch(monkeypatch):
-    monkeypatch.setitem(runs.SCHEDULES, "adamw", (2, 64, "random"))
-    found = runs.curve(run_of("skip, image only", runs.Candidate("adamw", 0.0, 1e-3)))
+    monkeypatch.setitem(plan.SCHEDULES, "adamw", (2, 64, "random"))
+    found = runs.curve(run_of("skip, image only", plan.Candidate("adamw", 0.0, 1e-3)))
     assert [row["epoch"] for row in found] == [1, 2] and found[0]["train_s"] < found[1]["train_s"]
 
 
 def test_first_steps_end_early(monkeypatch):
-    monkeypatch.setitem(runs.SCHEDULES, "adamw", (2, 4, "random"))
-    (found,) = runs.first_steps(run_of("skip, label smoothing", runs.Candidate("adamw", 1e-3, 1e-3)))
+    monkeypatch.setitem(plan.SCHEDULES, "adamw", (2, 4, "random"))
+    (found,) = runs.first_steps(run_of("skip, label smoothing", plan.Candidate("adamw", 1e-3, 1e-3)))
     classes = (len(tasks.names(SMALL, "report")) + 1) // 2
     assert (found["classes"], found["batch_size"]) == (classes, 4) and found["step_s"] > 0 and found["train_mib"] > 0
 
 
 def test_many_classes_leave_out_methods_that_take_hours():
-    found = rows([row(m, 10, 1.0, phase="search", setting=c.name) for m, of in runs.CANDIDATES.items() for c in of])
-    shift, methods = BY_NAME["many classes"], runs.CANDIDATES
+    found = rows([row(m, 10, 1.0, phase="search", setting=c.name) for m, of in plan.CANDIDATES.items() for c in of])
+    shift, methods = BY_NAME["many classes"], plan.CANDIDATES
     trained, measured = ({run.name for run in reported(shift, 0, found, methods, trains=t)} for t in (True, False))
     assert measured - trained == {"full", "lora", "coop"} and "skip, K/C = 1" in trained
-    assert {run.config().epochs for run in reported(shift, 0, found, ["skip"])} == {runs.MANY_EPOCHS}
+    assert {run.config().epochs for run in reported(shift, 0, found, ["skip"])} == {plan.MANY_EPOCHS}
 
 
 def test_linear_probe_is_fitted():
-    (found,) = runs.execute(run_of("linear-probe", *runs.CANDIDATES["linear-probe"]))
+    (found,) = runs.execute(run_of("linear-probe", *plan.CANDIDATES["linear-probe"]))
     assert found["new"] is found["joint"] is None and found["base"] > found["zero_shot_base"]
 
 
 def test_heads_are_fitted():
-    run = run_of("zero-shot", *runs.CANDIDATES["zero-shot"])
+    run = run_of("zero-shot", *plan.CANDIDATES["zero-shot"])
     by_head = {row["head"]: row for row in runs.execute(run)}
     plain = by_head.pop("")
-    assert all(plain[name] == plain[f"zero_shot_{name}"] for name in runs.ACCURACIES)
-    assert tuple(by_head) == runs.HEADS and by_head["anchored"]["l2"] in heads.CANDIDATES
+    assert all(plain[name] == plain[f"zero_shot_{name}"] for name in accuracy.ACCURACIES)
+    assert tuple(by_head) == plan.HEADS and by_head["anchored"]["l2"] in heads.CANDIDATES
     for row in by_head.values():
         assert row["base"] > plain["base"] and row["new"] == plain["new"], "new classes keep their texts"
     setup = runs.setup_of(run)
     theirs = Evaluator(setup, setup.test_features()).evaluate(setup.method).accuracies
-    assert runs.rounded(theirs).items() <= plain.items()
+    assert accuracy.rounded(theirs).items() <= plain.items()
 
 
 def test_joint_accuracy_is_among_all_classes():
@@ -152,13 +152,13 @@ def test_joint_accuracy_is_among_all_classes():
         for name, x in (("base", base), ("new", new))
     }
     expected = {"base": 100.0, "new": 100.0, "harmonic": 100.0, "joint": 75.0}
-    assert runs.accuracies(setup, method, caches) == expected
+    assert accuracy.accuracies(setup, method, caches) == expected
 
 
 @pytest.mark.parametrize(("stored", "repeated"), [({}, True), ({"zero_shot_joint": "9.0"}, False)])
 def test_rows_without_a_joint_test_are_measured_again(monkeypatch, stored, repeated):
     monkeypatch.setattr("bench.when.rows.ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
-    run, executed = run_of("zero-shot", *runs.CANDIDATES["zero-shot"]), []
+    run, executed = run_of("zero-shot", *plan.CANDIDATES["zero-shot"]), []
     found = rows([{**run.columns, **stored}])
     found._execute = lambda run: executed.append(run) or []
     found.run([run], 1, "report")
@@ -193,19 +193,19 @@ def rows(found):
 
 
 def test_best_setting_is_that_of_the_search():
-    names = [candidate.name for candidate in runs.CANDIDATES["full"]]
+    names = [candidate.name for candidate in plan.CANDIDATES["full"]]
     found = [
         row("full", seed, 10.0 * n + seed, phase="search", setting=name)
         for n, name in enumerate(names)
-        for seed in runs.SEARCH_SEEDS
+        for seed in plan.SEARCH_SEEDS
     ]
     found += [row("full", 10, 999.0, blended=1, phase="search", setting=names[0]), row("full", 0, 999.0)]
     assert rows(found).best("full").name == names[-1]
 
 
 def test_reported_runs_have_every_omega():
-    found = rows([row(m, 10, 1.0, phase="search", setting=c.name) for m, of in runs.CANDIDATES.items() for c in of])
-    planned = list(reported(BY_NAME["all"], 0, found, runs.CANDIDATES))
+    found = rows([row(m, 10, 1.0, phase="search", setting=c.name) for m, of in plan.CANDIDATES.items() for c in of])
+    planned = list(reported(BY_NAME["all"], 0, found, plan.CANDIDATES))
     assert sorted(run.name for run in planned) == sorted(summary.METHODS)
     assert [run.config().skip_layers for run in planned[1:4]] == [0.25, 0.5, 0.75]
     configs = {run.name: run.config() for run in planned}

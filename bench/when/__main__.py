@@ -9,11 +9,11 @@
     python -m bench.when --tail                  a class of 200 images and fourteen of 5
     python -m bench.when --print                 the tables of the committed rows
 
-`bench.when.tasks` has the tasks; `docs/when.md` the results, `docs/when-predictions.md` the predictions, made before
-the runs. The order of the work:
+`bench.when.tasks` has the tasks and `bench.when.plan` the methods; `docs/when.md` has the results, and
+`docs/when-predictions.md` the predictions, made before the runs. The order of the work:
 
-1. Search: settings of each method (optimizer and learning rates, `bench.when.runs`) with three seeds, on a fifth of the
-   names, which no reported run has. The best mean of base and new counts; ω is a half.
+1. Search: settings of each method (optimizer and learning rates) with three seeds, on a fifth of the names, which no
+   reported run has. The best mean of base and new counts; ω is a half.
 2. Report: each method with its setting on each task, and Skip Tuning with ω of a quarter, a half and three quarters,
    with each seed. Blends have the mean of the weights before and after tuning (WiSE-FT).
 
@@ -35,8 +35,9 @@ from typing import Any
 from .. import measure, tables
 from ..rows import command
 from . import summary, tail
+from .plan import CANDIDATES, searched
 from .rows import Rows, reported
-from .runs import CANDIDATES, curve, first_steps, searched
+from .runs import curve, first_steps
 from .tasks import SHIFTS, Shift
 
 

@@ -13,7 +13,8 @@ from rich.progress import track
 
 from .. import measure
 from ..rows import RESULTS, append_rows, devices, machine_columns, of_all_devices
-from .runs import CANDIDATES, KEPT, RECIPES, VARIANTS, Candidate, Run, execute
+from .plan import CANDIDATES, KEPT, RECIPES, VARIANTS, Candidate, Run
+from .runs import execute
 from .tail import TailRun
 from .tasks import Shift
 

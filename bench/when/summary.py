@@ -11,7 +11,7 @@ from typing import NamedTuple
 from scipy import stats
 
 from ..rows import Row
-from .runs import EVERY, HEADED, HEADS, VARIANTS
+from .plan import EVERY, HEADED, HEADS, VARIANTS
 from .tail import VARIANTS as VARIANTS_OF_TAIL
 from .tasks import SHIFTS
 
