@@ -1,14 +1,12 @@
-"""Check SkipCLIP on every supported model and write docs/models.md.
+"""Check SkipCLIP on every supported model and write the tables of docs/models.md.
 
-    PYTHONPATH=open_clip/src python -m bench.models --json development.json
-    python -m bench.models --merge development.json
+    python -m bench.models
     python -m bench.models --no-save --model ViT-B-32 coca_base
 
 Builds every config of `open_clip.list_models()`, and OpenAI's and Hugging Face's own models, with random weights and
 few blocks and otherwise unchanged, skips the first block, and compares the loss of a batch over all classes and the
 gradient of every weight above the cut with those of the model's own forward. Models without an image and a text tower
-are refused by their class, and not built. The first command writes the rows of open_clip's development version, from a
-checkout of the commit that CI installs (`.ci/open_clip_development.txt`), for the page that the second one writes.
+are refused by their class, and not built.
 """
 
 from __future__ import annotations
@@ -16,9 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import logging
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,11 +35,10 @@ from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import unfused
 from tests.models import openai_models, uncompared
 
-from .rows import command, machine_columns
+from .pages.cells import filled, table
+from .rows import command
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "models.md"
-DEVELOPMENT = ROOT / ".ci" / "open_clip_development.txt"
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BLOCKS = 3
 LOSS, GRADIENT = 1e-5, 2e-3  # largest errors, of fp32 as in the tests of the towers
 NAME_LENGTHS = (1, 2, 3, 1)  # tokens of each class's name
@@ -84,43 +79,24 @@ class Row(NamedTuple):
     off: str = ""
     loss_error: float = 0.0
     gradient_error: float = 0.0
-    versions: Sequence[str] = ()  # of open_clip
 
 
 def main() -> None:
     parser = command(__doc__)
     parser.add_argument("--model", nargs="+", default=[], metavar="NAME", help="by default all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append rows, of configs that it does not have yet")
-    parser.add_argument(
-        "--merge",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="rows of --json, as of another version",
-    )
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # open_clip warns about random weights
     configs = open_clip.list_models()
     if unknown := set(args.model) - {*configs, *OTHERS}:
         parser.error(f"--model must be a config of open_clip or one of {', '.join(OTHERS)}; got {min(unknown)}.")
-    known = {row.name for row in read_rows(args.json)} if args.json else set()
-    names = [name for name in args.model or [*configs, *([] if args.json else OTHERS)] if name not in known]
-    rows = []
     gc.freeze()  # modules are not searched after each model
-    for name in track(names, description=f"models of open_clip {open_clip.__version__}"):
-        rows.append(row_of(name))
-        if args.json:
-            with args.json.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-    rows += [row for file in args.merge for row in read_rows(file)]
-    page = markdown(merged(rows), list(dict.fromkeys(version for row in rows for version in row.versions)))
-    print(page)
+    rows = [row_of(name) for name in track(args.model or [*sorted(configs, key=str.casefold), *OTHERS])]
+    print(tables_of(rows))
     wrong = [row.name for row in rows if row.loss_error > LOSS or row.gradient_error > GRADIENT]
     if wrong:
         parser.exit(1, f"larger errors than {LOSS} of the loss or {GRADIENT} of a gradient: {', '.join(wrong)}\n")
-    if not (args.no_save or args.json):
-        PAGE.write_text(page)
+    if not (args.no_save or args.model):
+        PAGE.write_text(filled(PAGE.read_text(), "models", tables_of(rows)))
 
 
 def row_of(name: str) -> Row:
@@ -128,29 +104,11 @@ def row_of(name: str) -> Row:
     torch.manual_seed(0)
     try:
         model, tokens = OTHERS[name]() if name in OTHERS else of_open_clip(name)
-        row = compare(name, model.eval(), tokens)
+        return compare(name, model.eval(), tokens)
     except UnsupportedModel as error:
-        row = Row(name, str(error).removeprefix("SkipCLIP: "))
+        return Row(name, str(error).removeprefix("SkipCLIP: "))
     finally:
         gc.collect()
-    return row._replace(versions=() if name in OTHERS else (open_clip.__version__,))
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows that `--json` wrote; none if there is no file."""
-    return [Row(*json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def merged(rows: list[Row]) -> list[Row]:
-    """Rows in the order of their names; those of two versions as one if they differ in the errors alone."""
-    found: dict[tuple[str, str, str], Row] = {}
-    for row in rows:
-        same = found.get(row[:3], row)
-        errors = max(same.loss_error, row.loss_error), max(same.gradient_error, row.gradient_error)
-        found[row[:3]] = Row(*row[:3], *errors, list(dict.fromkeys([*same.versions, *row.versions])))
-    names = sorted({row.name for row in rows} - OTHERS.keys(), key=str.casefold)
-    order = {name: number for number, name in enumerate([*names, *OTHERS])}
-    return sorted(found.values(), key=lambda row: order[row.name])
 
 
 def of_open_clip(name: str) -> tuple[Any, torch.Tensor]:
@@ -276,49 +234,20 @@ def encoder_prompts(padding: int) -> torch.Tensor:
     return torch.where(tokens == 0, padding, tokens)
 
 
-def markdown(rows: list[Row], versions: list[str]) -> str:
-    """The text of docs/models.md, for these versions of open_clip."""
-    machine = machine_columns(torch.device("cpu"))
-    counts = []
-    for version in versions:
-        of_version = [row for row in rows if version in row.versions]
-        counts.append(f"{sum(not row.refused for row in of_version)} of the {len(of_version)} configs of {version}")
-    names = f"open_clip {versions[0]}"
-    if len(versions) > 1:
-        commit = re.search(r"@([0-9a-f]{40})", DEVELOPMENT.read_text())
-        assert commit is not None
-        names += f" and its development version {versions[1]}, commit {commit[1]}"
-    lines = [
-        "# Models",
-        "",
-        f"Written by `python -m bench.models` ({names}; timm {timm.__version__}, transformers "
-        f"{transformers.__version__}, PyTorch {machine['torch']}). Of open_clip, SkipCLIP handles "
-        f"{' and '.join(counts)}, and refuses the others at construction, with the reason. Models have random weights, "
-        f"three transformer blocks per tower or one or two per stage of other towers, and {VOCABULARY:,} tokens; all "
-        "else is as configured. fp32, evaluation mode, one block skipped, all classes kept. Errors are relative to the "
-        "model's own forward, of two versions of open_clip the larger ones; the gradient error is the largest of any "
-        "weight, relative to the norm of its gradient or to a ten-thousandth of the largest norm. In fp64, on small "
-        "models of every family, errors are below 1e-9 (`tests/towers`), except "
-        "of models that compute a part in fp32.",
-        "",
-        "- Images have one size. A NaFlexVit interpolates its positions to the size of the config; a `Siglip2Model` "
-        "gets square images of as many patches as it has positions, or of another size that its patches divide.",
-        "- Models with code of their own (`trust_remote_code`), such as jina-clip and nomic-embed-vision, are not "
-        "handled.",
-        "",
-        "| model | open_clip | disabled reductions | error of the loss | error of a gradient |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row.name} | {', '.join(row.versions) or '–'} | {row.off or 'none'} | {row.loss_error:.0e} | "
-        f"{row.gradient_error:.0e} |"
+def tables_of(rows: Sequence[Row]) -> str:
+    """The tables of docs/models.md, and versions below them."""
+    handled = [
+        [row.name, row.off or "none", f"{row.loss_error:.0e}", f"{row.gradient_error:.0e}"]
         for row in rows
         if not row.refused
     ]
-    refused = [f"| {row.name} | {', '.join(row.versions) or '–'} | {row.refused} |" for row in rows if row.refused]
-    if refused:
-        lines += ["", "| refused | open_clip | reason |", "|---|---|---|", *refused]
-    return "\n".join([*lines, ""])
+    refused = [[row.name, row.refused] for row in rows if row.refused]
+    tables = [table(["model", "disabled reductions", "error of the loss", "error of a gradient"], handled)]
+    tables += [table(["refused", "reason"], refused)] if refused else []
+    configs = [not row.refused for row in rows if row.name not in OTHERS]
+    versions = f"open_clip {open_clip.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
+    of = f"{sum(configs)} of {len(configs)} configs of open_clip are handled; {versions}; torch {torch.__version__}"
+    return "\n\n".join([*tables, f"<sub>{of}; `python -m bench.models`</sub>"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from .pages import bars, benchmarks, operators, readme, studies
-from .pages.cells import SHOWN
+from .pages.cells import SHOWN, filled
 from .rows import Device, devices
 
 ROOT = Path(__file__).parents[1]
@@ -75,19 +75,6 @@ def drawn(root: Path) -> dict[Path, str]:
         for device in devices(root / "bench" / "results")[:1]
     }
     return {path: svg for path, svg in svgs.items() if svg}
-
-
-def filled(page: str, name: str, block: str) -> str:
-    """A page with one block replaced.
-
-    Raises:
-        ValueError: If the page does not have exactly one place for the block.
-    """
-    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"bench.report: a page must have {begin} and {end} once; got {page.count(begin)}.")
-    before, _, rest = page.partition(begin)
-    return f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

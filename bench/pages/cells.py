@@ -1,4 +1,4 @@
-"""Cells of the tables, the tables themselves in Markdown, and the line below each with its origin."""
+"""Cells of the tables, the tables themselves in Markdown, their origin, and their place in a page."""
 
 from __future__ import annotations
 
@@ -79,3 +79,16 @@ def origin(kind: str, rows: Sequence[Row]) -> str:
     machine = f"{values('device')}, {values('threads')} threads; torch {values('torch')}"
     commands = ", ".join(f"`python -m {KINDS[each].command}`" for each in kind.split())
     return f"\n\n<sub>{machine}; commit {values('commit')}; {commands}</sub>"
+
+
+def filled(page: str, name: str, block: str) -> str:
+    """A page with one block replaced.
+
+    Raises:
+        ValueError: If the page does not have exactly one place for the block.
+    """
+    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"filled: a page must have {begin} and {end} once; got {page.count(begin)}.")
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
