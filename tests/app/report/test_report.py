@@ -272,6 +272,7 @@ def test_command_prints_the_tables_of_the_report(tmp_path, capsys, monkeypatch):
     candidates = {"candidates": [candidate("probe", 62.5, 60.0, chosen=True)], "chosen_because": "of its accuracy"}
     found = metrics(**always_cat(6, 2) | candidates | {"best_epoch": 2, "validation": HELD})
     monkeypatch.setattr("skipkernels.app.train.tune", lambda config, console: found)
+    monkeypatch.setenv("COLUMNS", "120")
     assert main(["tune", "--method", "skip", "--device", "cpu", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for text in (
