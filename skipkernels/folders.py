@@ -73,12 +73,6 @@ def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[st
             raise OSError(errno.EIO, str(error), str(path)) from error
 
 
-def replace_copy(path: Path, source: Path) -> None:
-    """Replace a file by a copy of another, as `replaced_file` does."""
-    with replaced_file(path) as new:
-        shutil.copyfile(source, new)
-
-
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
