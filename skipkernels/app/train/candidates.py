@@ -305,7 +305,8 @@ class Search:
         if not (self._tests_new and frozen) or top in frozen:
             return top, f"highest {by}"
         simple = highest(frozen)
-        clear = [trial for trial in self.allowed if trial.gain(simple)[0] > trial.gain(simple)[1]]
+        gains = [(trial, *trial.gain(simple)) for trial in self.allowed]
+        clear = [trial for trial, gain, error in gains if gain > error]
         best = highest(clear or frozen)
         gain, error = (best if clear else top).gain(simple)
         points = f"{gain:+.1f} ± {error:.1f} points of {by}"
