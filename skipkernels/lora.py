@@ -203,8 +203,7 @@ def _fusable_towers(clip: SkipCLIP) -> list[Tower]:
     if all(tower.skip == len(tower.blocks) for tower in towers.values()):
         raise ValueError("add_lora: no block is above the cut. Make a SkipCLIP with fewer skip_layers.")
     for name, tower in towers.items():
-        reasons = [tower.why_no_rows(index) for index in range(tower.skip, len(tower.blocks))]
-        if reason := next(filter(None, reasons), None):
+        if reason := tower.why_no_rows(tower.upper_blocks):
             raise UnsupportedModel(
                 f"add_lora: blocks above the cut of the {name} tower must be fused ({reason}). Skip all blocks of this "
                 'tower by skip_layers, or insert adapters of PEFT and pass trainable="as_is".'

@@ -1,7 +1,7 @@
 """Towers: an embedding, a list of blocks and a head, cut below block `skip`.
 
-A model family defines the embedding, the blocks and the head; this file runs the blocks. All are called as modules: a
-fused block (`block.py`) with rows, any other as the model calls it.
+A model family defines the embedding, the blocks and the head; this file runs the blocks. All are called as modules:
+with rows if all of them are fused (`block.py`), else as the model calls them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,46 +117,27 @@ class Tower(ABC):
         memory: FusedMemory = "fast",
         pooled: BlockAttention | None = None,
     ) -> Tensor:
-        """Run blocks over sequences [n, tokens, W]; with `pooled` and a fused last block return [n, 1, W]."""
-        n, without_rows = len(hidden), self.blocks_without_rows(blocks)
-        if len(without_rows) == len(blocks):  # hidden states may have another shape
+        """Run blocks over sequences [n, tokens, W]; with `pooled`, if they take rows, return [n, 1, W]."""
+        if self.why_no_rows(blocks) is not None:  # hidden states may have another shape
             for index in blocks:
                 hidden = self._run_own_forward(index, hidden, mask)
             return hidden
-
-        def run_own(index: int, rows: Tensor) -> Tensor:
-            return self._run_own_forward(index, rows.unflatten(0, (n, -1)), mask).flatten(0, 1)
-
-        attention = Sequences(n, mask, backend=self.cut.backend)
-        options = RowsOptions(attention, memory, self.rotary(hidden.device))
-        rows = self._run_rows(hidden.flatten(0, 1), blocks, options, pooled, without_rows, run_own)
+        n = len(hidden)
+        options = RowsOptions(Sequences(n, mask, backend=self.cut.backend), memory, self.rotary(hidden.device))
+        rows = self._run_rows(hidden.flatten(0, 1), blocks, options, pooled)
         return rows.unflatten(0, (n, -1))
 
-    def _run_rows(
-        self,
-        rows: Tensor,
-        blocks: range,
-        options: RowsOptions,
-        pooled: BlockAttention | None,
-        without_rows: Container[int],
-        run_own: Callable[[int, Tensor], Tensor],
-    ) -> Tensor:
-        """Run blocks over rows [R, W], those `without_rows` by `run_own(index, rows)`.
-
-        `pooled` is the attention of the last block, if it is fused and computes the pooled tokens alone.
-        """
+    def _run_rows(self, rows: Tensor, blocks: range, options: RowsOptions, pooled: BlockAttention | None) -> Tensor:
+        """Run blocks over rows [R, W]; `pooled` is the attention of the last one if only pooled tokens are needed."""
         hidden = Hidden(rows)
         for index in blocks:
-            if index in without_rows:
-                hidden = Hidden(run_own(index, hidden.sum()))
-            elif index == blocks[-1] and pooled is not None:
-                hidden = self.blocks[index](hidden, options._replace(attention=pooled))
-            else:
-                hidden = self.blocks[index](hidden, options)
+            if index == blocks[-1] and pooled is not None:
+                options = options._replace(attention=pooled)
+            hidden = self.blocks[index](hidden, options)
         return hidden.sum()
 
     def _run_own_forward(self, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Run a block that takes no rows; above the cut, with `memory="min"`, it is recomputed in backward."""
+        """Run a block as the model calls it; above the cut, with `memory="min"`, it is recomputed in backward."""
         block = self.blocks[index]
         # A batch norm in training mode would update its statistics twice if it were recomputed.
         recomputes = index >= self.skip and self.cut.memory == "min" and torch.is_grad_enabled()
@@ -192,23 +173,24 @@ class Tower(ABC):
 
     # ---- blocks that take rows ---------------------------------------------------------------------------------------
 
-    def why_no_rows(self, index: int) -> str | None:
-        """Return why block `index` is called as the model calls it, or None if it takes rows."""
+    def why_block_takes_no_rows(self, index: int) -> str | None:
+        """Return why block `index` has to be called as the model calls it, or None."""
         block = self.blocks[index]
         if isinstance(block, FusedBlock):
             return block.why_no_rows()
         return f"a block is a {type(block).__name__}, which runs its own forward"
 
-    def blocks_without_rows(self, blocks: Iterable[int]) -> dict[int, str]:
-        """Those of these blocks that are called as the model calls them, with the reason."""
-        return {index: reason for index in blocks if (reason := self.why_no_rows(index)) is not None}
+    def why_no_rows(self, blocks: range) -> str | None:
+        """Return why these blocks run over sequences, or None; one that takes no rows is enough."""
+        return next(filter(None, map(self.why_block_takes_no_rows, blocks)), None)
 
-    def why_not_all_rows(self) -> str | None:
-        """Return why not all blocks take rows, with the indices of those that don't, or None."""
+    def why_not_all_fused(self) -> str | None:
+        """Return why not all blocks are fused, with the indices of those that aren't, or None."""
         of_reason: dict[str, list[int]] = {}
         depth = len(self.blocks)
-        for index, reason in self.blocks_without_rows(range(depth)).items():
-            of_reason.setdefault(reason, []).append(index)
+        for index in range(depth):
+            if reason := self.why_block_takes_no_rows(index):
+                of_reason.setdefault(reason, []).append(index)
         reasons = [
             reason
             if len(indices) == depth
@@ -324,9 +306,9 @@ class ImageTower(Tower):
     @property
     def reductions(self) -> dict[str, Reduction]:
         """The exact reductions of this tower by name, as they are now."""
-        not_pooled = self.why_not_pooled() or self.why_no_rows(len(self.blocks) - 1)
+        not_pooled = self.why_not_pooled() or self.why_no_rows(self.upper_blocks)
         return {
-            "fused_block": Reduction.unless(self.why_not_all_rows()),
+            "fused_block": Reduction.unless(self.why_not_all_fused()),
             "pooled_last_block": Reduction.unless(not_pooled),
         }
 

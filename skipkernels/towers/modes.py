@@ -1,4 +1,4 @@
-"""Training and evaluation mode of modules, and which modules are random in training mode."""
+"""Training and evaluation mode of modules."""
 
 from __future__ import annotations
 
@@ -34,11 +34,6 @@ def deterministic_training(model: nn.Module) -> Iterator[None]:
 def updates_statistics(module: nn.Module) -> bool:
     """Return True if the module contains a batch norm in training mode."""
     return any(isinstance(part, _NormBase) and part.training for part in module.modules())
-
-
-def is_deterministic(module: nn.Module) -> bool:
-    """Return True for a module without dropout and batch norms, which computes each sample alone."""
-    return not any(_drops(part) or isinstance(part, _NormBase) for part in module.modules())
 
 
 def _drops(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,9 +14,7 @@ from ..ops.packed_layout import packed_layout
 from ..options import FusedMemory
 from .attention import Pooled, Suffixes
 from .base import Reduction, Tower
-from .block import global_hooks
 from .fused.records import RowsOptions
-from .modes import is_deterministic
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
@@ -183,31 +181,14 @@ class TextTower(Tower):
 
     def reductions(self, prompts: Prompts) -> dict[str, Reduction]:
         """The exact reductions of this tower over some prompts by name, as they are now."""
-        blocks = range(len(self.blocks))
+        no_rows = self.why_no_rows(self.upper_blocks)
         reasons = {
             "text_crop": prompts.not_cropped,
-            "shared_prefix": prompts.not_shared or self._why_not_shared(blocks, self.blocks_without_rows(blocks)),
-            "fused_block": self.why_not_all_rows(),
-            "pooled_last_block": self.why_no_rows(blocks[-1]),
+            "shared_prefix": prompts.not_shared or no_rows,
+            "fused_block": self.why_not_all_fused(),
+            "pooled_last_block": no_rows,
         }
         return {name: Reduction.unless(reason) for name, reason in reasons.items()}
-
-    def _why_not_shared(self, blocks: range, without_rows: Mapping[int, str]) -> str | None:
-        """Return why blocks, of which some take no rows, don't run the shared prefix once, or None."""
-        if not without_rows:
-            return None
-        reason = next(iter(without_rows.values()))
-        if len(without_rows) == len(blocks):  # no block would run it once
-            return reason
-        if global_hooks():  # they would see whole prompts in some blocks, and rows in others
-            return reason
-        for index in without_rows:
-            block = self.blocks[index]
-            if not is_deterministic(block):
-                return f"block {index}, which is not fused, has dropout or a batch norm"
-            if any(module._backward_hooks or module._backward_pre_hooks for module in block.modules()):
-                return f"block {index} has backward hooks"
-        return None
 
     def masks(self) -> list[Tensor | None]:
         """Masks of the model that determined the layout of the prompts."""
@@ -242,24 +223,14 @@ class TextTower(Tower):
 
         A step calls it `runs` times before backward, once for each template; see `block_memory`.
         """
-        if selected.prompts.prefix_length:
-            without_rows = self.blocks_without_rows(self.upper_blocks)
-            if self._why_not_shared(self.upper_blocks, without_rows) is None:
-                memory = self.block_memory(rows, runs)
-                return self.finish(self._run_suffixes(rows, selected, without_rows, memory))
+        if selected.prompts.prefix_length and self.why_no_rows(self.upper_blocks) is None:
+            return self.finish(self._run_suffixes(rows, selected, self.block_memory(rows, runs)))
         features = selected.unpack(rows)
         return self.finish(self._run_whole_prompts(features, selected, self.block_memory(features, runs)))
 
-    def _run_suffixes(
-        self, rows: Tensor, selected: SelectedPrompts, without_rows: Mapping[int, str], memory: FusedMemory
-    ) -> Tensor:
+    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts, memory: FusedMemory) -> Tensor:
         """Run the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
-        prompts, blocks = selected.prompts, self.upper_blocks
-        mask = self.mask(selected.tokens, prompts) if without_rows else None
-
-        def run_own(index: int, rows: Tensor) -> Tensor:
-            return selected.pack(self._run_own_forward(index, selected.unpack(rows), mask))
-
+        prompts = selected.prompts
         attention = Suffixes(
             self.cut.backend,
             prompts.prefix_length,
@@ -269,20 +240,19 @@ class TextTower(Tower):
             prompts.excludes_self,
         )
         options = RowsOptions(attention, memory, self.rotary(rows.device))
-        hidden = self._run_rows(rows, blocks, options, replace(attention, only_last=True), without_rows, run_own)
-        is_pooled = blocks and blocks[-1] not in without_rows
-        return hidden if is_pooled else hidden[selected.last_rows]
+        hidden = self._run_rows(rows, self.upper_blocks, options, replace(attention, only_last=True))
+        return hidden if self.upper_blocks else hidden[selected.last_rows]
 
     def _run_whole_prompts(self, features: Tensor, selected: SelectedPrompts, memory: FusedMemory) -> Tensor:
         """Run whole prompts [K, L, W]; return hidden states [K, W] of the pooled tokens."""
-        mask, (K, L, _), blocks = self.mask(selected.tokens, selected.prompts), features.shape, self.upper_blocks
+        mask, (K, L, _) = self.mask(selected.tokens, selected.prompts), features.shape
         class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each
         pooled = None
-        if blocks and self.why_no_rows(blocks[-1]) is None:
+        if self.upper_blocks and self.why_no_rows(self.upper_blocks) is None:
             # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
             pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
             pooled = Pooled(class_numbers * L + positions, pooled_mask)
-        hidden = self._run_sequences(features, blocks, mask, memory=memory, pooled=pooled)
+        hidden = self._run_sequences(features, self.upper_blocks, mask, memory=memory, pooled=pooled)
         return hidden[class_numbers, positions] if pooled is None else hidden[:, 0]
 
 

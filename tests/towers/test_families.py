@@ -70,16 +70,17 @@ IN_OPENAI = silu("transformer.resblocks.2.mlp", "visual.transformer.resblocks.1.
 IN_HUGGING_FACE = silu("text_model.encoder.layers.2.mlp", "vision_model.encoder.layers.1.mlp", name="activation_fn")
 BOTH_FUSED = FUSED, "text.fused_block"
 LAYOUT = PREFIX, CROP = "text.shared_prefix", "text.text_crop"
+NOT_FUSED = (*BOTH_FUSED, PREFIX)
 BIDIRECTIONAL = {"no_causal_mask": True, "pool_type": "argmax"}
 PAD_MASK = Family(lambda: tiny_clip(family=open_clip.CustomTextCLIP, text=BIDIRECTIONAL))
 
 # Family, what is done to its model and its prompts, and reductions that are then off, with words of the reason.
 Row = tuple[Family, Callable[[nn.Module, Tensor], object], dict[str, str]]
 ALTERED: dict[str, Row] = {
-    "openai silu": (FAMILIES["openai"], IN_OPENAI, dict.fromkeys(BOTH_FUSED, "SiLU")),
-    "hf silu": (FAMILIES["hf"], IN_HUGGING_FACE, dict.fromkeys(BOTH_FUSED, "SiLU")),
+    "openai silu": (FAMILIES["openai"], IN_OPENAI, dict.fromkeys(NOT_FUSED, "SiLU")),
+    "hf silu": (FAMILIES["hf"], IN_HUGGING_FACE, dict.fromkeys(NOT_FUSED, "SiLU")),
     "siglip silu": (FAMILIES["siglip"], IN_HUGGING_FACE, dict.fromkeys(BOTH_FUSED, "SiLU")),
-    "hf scale": (FAMILIES["hf"], unusual_scale, dict.fromkeys(BOTH_FUSED, "causal or has an unusual scale")),
+    "hf scale": (FAMILIES["hf"], unusual_scale, dict.fromkeys(NOT_FUSED, "causal or has an unusual scale")),
     "hf end": (FAMILIES["hf"], end_is(55), {}),
     "metaclip_2 end": (FAMILIES["metaclip_2"], end_is(2), {}),  # other models take 2 as: the largest id
     "openai mask": (FAMILIES["openai"], open_masks, dict.fromkeys((*LAYOUT, "text.fused_block"), "not the causal one")),

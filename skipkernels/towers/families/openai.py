@@ -99,8 +99,8 @@ class OpenAITextTower(OpenClipTextTower):
     def pooling(self, tokens: Tensor) -> Pooling:
         return Pooling(tokens.argmax(dim=-1), not_causal=self._not_causal, not_cropped=self._not_causal)
 
-    def why_no_rows(self, index: int) -> str | None:
-        return self._not_causal or super().why_no_rows(index)
+    def why_block_takes_no_rows(self, index: int) -> str | None:
+        return self._not_causal or super().why_block_takes_no_rows(index)
 
     def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
         positions = self.model.positional_embedding[: tokens.shape[1]]
