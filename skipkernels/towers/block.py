@@ -147,11 +147,7 @@ class FusedBlock:
         """Run the block on rows [R, W]."""
         from .fused.node import fused_block  # not at the head: an import of skipkernels.clip loads few modules
 
-        weights, settings = self._read()
-        dtype, device_type = weights.mlp_out.dtype, hidden.stream.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        return fused_block(weights, settings, hidden, options, dtype)
+        return fused_block(*self._read(), hidden, options)
 
     # ---- checks, in each call ----------------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ def test_fused_block_completes_its_sums_by_one_launch(backend: Backend, kind, mo
     inputs, found = [x for x in (stream, *weights.named_tensors().values()) if x.requires_grad], []
     for together in (False, True):
         monkeypatch.setattr(node, "sums_together", lambda device, together=together: together)
-        out = node.fused_block(weights, settings, Hidden(stream), options, torch.float32).sum()
+        out = node.fused_block(weights, settings, Hidden(stream), options).sum()
         found.append(torch.autograd.grad(out.square().mean(), inputs))
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * one.norm()

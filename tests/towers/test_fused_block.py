@@ -42,7 +42,8 @@ ATTENTION = Sequences(N)
 def run_fused(block, hidden, memory="fast", query_rows=None, product_dtype=None):
     options = RowsOptions(ATTENTION if query_rows is None else Pooled(query_rows), memory)
     weights, settings = OpenClipBlock._read(block)
-    return fused_block(weights, settings, Hidden(hidden.flatten(0, 1)), options, product_dtype or hidden.dtype).sum()
+    with torch.autocast("cpu", product_dtype, enabled=product_dtype not in (None, hidden.dtype)):
+        return fused_block(weights, settings, Hidden(hidden.flatten(0, 1)), options).sum()
 
 
 def hidden_states(dtype=torch.float64, requires_grad=True):
@@ -91,7 +92,8 @@ def test_fused_block_separate_projections(product_dtype):
         for each in (joint, separate):
             options = RowsOptions(ATTENTION, memory)
             rows = Hidden(hidden.flatten(0, 1))
-            out = fused_block(each, settings, rows, options, product_dtype or torch.float32).sum()
+            with torch.autocast("cpu", enabled=product_dtype is not None):
+                out = fused_block(each, settings, rows, options).sum()
             found.append(torch.autograd.grad(out.square().sum(), [hidden, *each.named_tensors().values()]))
         joined = [*found[1][:3], torch.cat(found[1][3:6]), torch.cat(found[1][6:9]), *found[1][9:]]
         assert all(a.equal(b) for a, b in zip(found[0], joined, strict=True))
@@ -133,7 +135,9 @@ LAUNCHES = {
 
 @pytest.mark.skipif(not launching.installed, reason="Triton is not installed")
 @pytest.mark.parametrize(("kind", "product_dtype"), LAUNCHES, ids=lambda x: str(x).removeprefix("torch."))
-def test_fused_block_launches(kind, product_dtype):
+def test_fused_block_launches(kind, product_dtype, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)  # "meta" has no autocast
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: product_dtype)
     block = make_block(torch.float32).to("meta")
     weights, settings = OpenClipBlock._read(block)
     stream = torch.empty(N * TOKENS, W, device="meta", requires_grad=kind != "first")
@@ -147,11 +151,7 @@ def test_fused_block_launches(kind, product_dtype):
     found = []
     for _ in range(2):  # the first call also tests what the device can do
         results = []
-        found = [
-            counts.counts_of(
-                lambda out=results: out.extend(fused_block(weights, settings, hidden, options, product_dtype))
-            )
-        ]
+        found = [counts.counts_of(lambda out=results: out.extend(fused_block(weights, settings, hidden, options)))]
         upstream = [torch.empty_like(x) for x in results]
         found.append(counts.counts_of(lambda out=results, up=upstream: torch.autograd.grad(out, inputs, up)))
     assert tuple(count["launches"] for count in found) == LAUNCHES[kind, product_dtype]
@@ -198,7 +198,7 @@ def test_fused_block_runs_attention_no_more_than_needed(memory, frozen, expected
         parameter.requires_grad_(not name.startswith(frozen or "none"))
     options = RowsOptions(Sequences(N, backend=SDPA._replace(full=full)), memory)
     weights, settings = OpenClipBlock._read(block)
-    fused_block(weights, settings, Hidden(hidden.flatten(0, 1)), options, hidden.dtype).sum().square().mean().backward()
+    fused_block(weights, settings, Hidden(hidden.flatten(0, 1)), options).sum().square().mean().backward()
     assert calls == expected
 
 

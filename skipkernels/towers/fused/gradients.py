@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,12 +31,12 @@ class Gradients:
 
     needs_hidden: bool  # gradients of stream and branch
     needed: frozenset[str]  # names of fields of `BlockWeights`
-    updates: Mapping[str, Sequence[LowRankFactors]]  # low-rank updates by field, of which A and B have gradients
+    updates: Mapping[str, Sequence[LowRankFactors]]  # low-rank updates by field, of which the factors have gradients
     dtype: torch.dtype
     sums_dtype: torch.dtype  # of the sums that `complete` adds
     partial: bool
     weights: dict[str, Tensor] = field(default_factory=dict)  # by the fields of `BlockWeights`
-    factors: dict[TensorName, Tensor] = field(default_factory=dict)  # of low-rank updates, by ("FIELD.A", part)
+    factors: dict[TensorName, Tensor] = field(default_factory=dict)  # of low-rank updates
     pending_widths: dict[str, int] = field(default_factory=dict)  # by field, in the order of the columns
     pending_matrices: list[Tensor] = field(default_factory=list)  # [rows, columns], side by side
 
@@ -86,8 +87,8 @@ class Gradients:
             d_part = d_out[:, row : row + len(up)]  # [R, out]
             d_thin = d_part @ (scale * up).to(d_part.dtype)  # [R, out] @ [out, rank] -> [R, rank]
             thin = inputs @ (scale * down).to(inputs.dtype).T  # [R, in] @ [in, rank] -> [R, rank]
-            self.factors[f"{name}.A", update.part] = product(d_thin.T, inputs, down.dtype)  # [rank, in]
-            self.factors[f"{name}.B", update.part] = product(d_part.T, thin, up.dtype)  # [out, rank]
+            self.factors[TensorName(name, update.part, "A")] = product(d_thin.T, inputs, down.dtype)  # [rank, in]
+            self.factors[TensorName(name, update.part, "B")] = product(d_part.T, thin, up.dtype)  # [out, rank]
 
     def set_sums(self, sums: Mapping[str, Tensor], partial_sums: Tensor) -> None:
         """Set gradients of vectors of equal width that an operator has summed; empty ones were not asked for.
@@ -120,6 +121,15 @@ class Gradients:
             totals = column_sums(self.pending_matrices, self.sums_dtype).split(list(self.pending_widths.values()))
             self.weights |= zip(self.pending_widths, totals, strict=True)
             self.pending_widths, self.pending_matrices = {}, []
+
+    def of_tensors(self, names: Iterable[TensorName]) -> dict[TensorName, Tensor]:
+        """Gradients by the names of the tensors: those of a field, of all its parts in `names`, and of factors."""
+        parts = Counter(name.field for name in names if not name.factor)
+        found = dict(self.factors)
+        for name, gradient in self.weights.items():
+            of_parts = gradient.chunk(parts[name]) if parts[name] > 1 else (gradient,)
+            found |= {TensorName(name, part): x for part, x in enumerate(of_parts)}
+        return found
 
 
 def sums_together(device: torch.device) -> bool:

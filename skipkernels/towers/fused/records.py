@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,14 @@ from ..attention import BlockAttention
 NORMS = ("norm_1", "norm_2", "query_norm", "key_norm", "attention_norm", "mlp_norm")
 
 Weight = Tensor | tuple[Tensor, ...]  # A tuple has the parts of a weight, one below the other
-TensorName = tuple[str, int]  # Field of `BlockWeights`, and number of the part
+
+
+class TensorName(NamedTuple):
+    """Name of one tensor of `BlockWeights`."""
+
+    field: str
+    part: int = 0
+    factor: Literal["", "A", "B"] = ""  # of the low-rank update of the part
 
 
 class Hidden(NamedTuple):
@@ -73,48 +80,70 @@ class BlockWeights:
     attention_norm_bias: Tensor | None = None
     mlp_norm: Tensor | None = None  # [M]
     mlp_norm_bias: Tensor | None = None
+    # Low-rank updates that weights contain, by field; a gradient goes to their factors, and not to the weight.
+    updates: Mapping[str, Sequence[LowRankFactors]] = field(default_factory=dict)
 
     def parts(self) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-        """Yield each field that is not None, with the parts of its weight."""
+        """Yield the name of each weight that is not None, with its parts."""
         for name, weight in vars(self).items():
-            if weight is not None:
+            if weight is not None and name != "updates":
                 yield name, _parts(weight)
 
     def named_tensors(self) -> dict[TensorName, Tensor]:
-        """All tensors in order, parts one after the other."""
-        return {(name, part): x for name, parts in self.parts() for part, x in enumerate(parts)}
+        """All tensors in order: the parts of each weight, then the factors of the updates."""
+        named = {TensorName(name, part): x for name, parts in self.parts() for part, x in enumerate(parts)}
+        for name, updates in self.updates.items():
+            for update in updates:
+                named[TensorName(name, update.part, "A")] = update.down
+                named[TensorName(name, update.part, "B")] = update.up
+        return named
+
+    def scales(self) -> dict[tuple[str, int], float]:
+        """Scale of each low-rank update, by field and part."""
+        return {(name, update.part): update.scale for name, updates in self.updates.items() for update in updates}
 
     @classmethod
-    def from_named_tensors(cls, tensors: Mapping[TensorName, Tensor]) -> BlockWeights:
-        """Return the weights with these tensors, and None where there are none; names of other tensors are left out."""
-        found: dict[str, Any] = {field.name: None for field in fields(cls)}
-        for (name, part), x in tensors.items():
-            if name in found:
-                found[name] = x if part == 0 else (*_parts(found[name]), x)
-        return cls(**found)
+    def from_named_tensors(
+        cls, named: Mapping[TensorName, Tensor], scales: Mapping[tuple[str, int], float]
+    ) -> BlockWeights:
+        """Return the weights with these tensors, and None where there are none; `scales` are those of `scales()`."""
+        weights: dict[str, list[Tensor]] = {}
+        updates: dict[str, list[LowRankFactors]] = {}
+        for (name, part, factor), x in named.items():
+            if not factor:
+                weights.setdefault(name, []).append(x)
+            elif factor == "A":
+                up = named[TensorName(name, part, "B")]
+                updates.setdefault(name, []).append(LowRankFactors(part, scales[name, part], x, up))
+        found: dict[str, Any] = dict.fromkeys(x.name for x in fields(cls))
+        found |= {name: _weight(parts) for name, parts in weights.items()}
+        return cls(**found | {"updates": updates})
 
-    def low_rank_updates(self) -> dict[str, list[LowRankFactors]]:
-        """Low-rank updates by field; those of the parts of a field as parts of one weight.
+    def with_updates(self) -> BlockWeights:
+        """Return the weights with `updates`; those that contain an update are constants.
 
         `towers/low_rank.py` attaches them as `low_rank` to the sum of a frozen weight and its update.
         """
-        found: dict[str, list[LowRankFactors]] = {}
+        changes: dict[str, Any] = {}
+        updates: dict[str, Sequence[LowRankFactors]] = {}
         for name, parts in self.parts():
-            for offset, part in enumerate(parts):
-                for update in getattr(part, "low_rank", ()):
-                    found.setdefault(name, []).append(replace(update, part=update.part + offset))
-        return found
+            found = [(part, update) for part, x in enumerate(parts) for update in getattr(x, "low_rank", ())]
+            if found:
+                updates[name] = [replace(update, part=part + update.part) for part, update in found]
+                changes[name] = _weight([x.detach() if hasattr(x, "low_rank") else x for x in parts])
+        return replace(self, **changes, updates=updates) if updates else self
 
 
 def _parts(weight: Weight) -> tuple[Tensor, ...]:
     return weight if isinstance(weight, tuple) else (weight,)
 
 
-class PreparedWeights(BlockWeights):
-    """Weights as the stages read them: each is one tensor, those of products in the dtype of the products.
+def _weight(parts: Sequence[Tensor]) -> Weight:
+    return parts[0] if len(parts) == 1 else tuple(parts)
 
-    The fields are those of `BlockWeights`; those below can't be tuples.
-    """
+
+class PreparedWeights(BlockWeights):
+    """Weights as the stages read them: the same fields, each one tensor, those of products in the dtype of products."""
 
     in_proj: Tensor
     in_proj_bias: Tensor | None

@@ -127,7 +127,7 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     d_normed = d_inner @ weights.mlp_in  # [Q, M] @ [M, W] -> [Q, W]; 2M for SwiGLU
     # norm_2: mid = hidden + attended · W_o + b_o. b_p is added to its result, and b_o within it.
     biases = ("mlp_out_bias", "out_proj_bias")
-    d_mid, d_attention_branch, normed = d_norm(
+    (d_mid, d_branch), normed = d_norm(
         call, "norm_2", saved.norm_2, d_normed, d_out.stream, gradients, gradients.needs_input_of("mlp_in"), biases
     )
     del d_normed
@@ -135,11 +135,12 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
         gradients.set_product("mlp_in", (d_inner, normed))
     del d_inner, normed
     # out_proj and attention
-    gradients.set_product("out_proj", (d_attention_branch, graph.result.detach()))
+    assert d_branch is not None
+    gradients.set_product("out_proj", (d_branch, graph.result.detach()))
     if not gradients.needs_attention:
         return None
-    d_attended = d_attention_branch @ weights.out_proj  # [Q, W] @ [W, W] -> [Q, W]
-    del d_attention_branch
+    d_attended = d_branch @ weights.out_proj  # [Q, W] @ [W, W] -> [Q, W]
+    del d_branch
     d_projected = d_attention(graph, d_attended, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
     del d_attended
     if weights.query_norm is None:
@@ -149,11 +150,11 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
         d_in_proj_and_norm_1(call, saved.norm_1.x, d_projected, gradients)
         return None
     d_normed = d_in_proj(call, d_projected, gradients)  # [R, W]
-    d_stream, d_branch, normed = d_norm_1(call, saved.norm_1, d_normed, d_mid, gradients)
+    d_hidden, normed = d_norm_1(call, saved.norm_1, d_normed, d_mid, gradients)
     del d_normed
     if normed is not None:
         gradients.set_product("in_proj", *_pairs(call, d_projected, normed))
-    return Hidden(d_stream, d_branch)
+    return d_hidden
 
 
 # ---- norm_1 and in_proj ----------------------------------------------------------------------------------------------
@@ -161,14 +162,14 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
 
 def d_norm_1(
     call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_mid: Tensor, gradients: Gradients
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of stream and branch [R, W], with that of the residual [Q, W]; return also LN₁(hidden), if needed."""
+) -> tuple[Hidden, Tensor | None]:
+    """Gradient of hidden [R, W], with that of the residual, mid [Q, W]; return also LN₁(hidden), if needed."""
     need_normed = gradients.needs_input_of("in_proj")
     if call.options.attention.query_rows is None:
         return d_norm(call, "norm_1", saved, d_normed, d_mid, gradients, need_normed)
-    d_hidden, _, normed = d_norm(call, "norm_1", saved, d_normed, None, gradients, need_normed)
-    d_stream = call.add_to_queries(d_hidden, d_mid)
-    return d_stream, d_stream.to(call.dtype), normed
+    d_hidden, normed = d_norm(call, "norm_1", saved, d_normed, None, gradients, need_normed)
+    d_stream = call.add_to_queries(d_hidden.stream, d_mid)
+    return Hidden(d_stream, d_stream.to(call.dtype)), normed
 
 
 def in_proj(call: BlockCall, normed: Tensor) -> tuple[Tensor, ...]:
@@ -298,7 +299,7 @@ def d_mlp_norm(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Grad
     if call.weights.mlp_norm is None:
         return d_active, None
     normed, saved = norm(call, "mlp_norm", mlp_act(call, inner))
-    return d_norm(call, "mlp_norm", saved, d_active, None, gradients)[0], normed
+    return d_norm(call, "mlp_norm", saved, d_active, None, gradients)[0].stream, normed
 
 
 # ---- parts of stages -------------------------------------------------------------------------------------------------
@@ -321,12 +322,12 @@ def d_norm(
     gradients: Gradients,
     need_normed: bool = False,
     biases: tuple[str, ...] = (),
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Hidden, Tensor | None]:
     """Gradient of the input of a norm, d_x = d_residual + …; set those of its weights.
 
-    A sum of stream and branch was the input if there is a residual: d_x is then the gradient of both, and is returned
-    twice, for the branch in the dtype of the products. Return also the norm, if `need_normed`. The gradients of
-    the fields `biases` are the column sums of d_residual and of d_x.
+    With a residual the input was the sum of stream and branch, and d_x is the gradient of both: that of the branch has
+    the dtype of the products. Return also the norm, if `need_normed`. The gradients of the fields `biases` are the
+    column sums of d_residual and of d_x.
     """
     weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
     need_sums = gradients.needs(*biases)
@@ -352,7 +353,7 @@ def d_norm(
     if need_sums:
         sums |= zip(biases, (found.d_hidden_sum, found.d_x_sum), strict=True)
     gradients.set_sums(sums, found.partial_sums)
-    return found.d_x, found.d_x_cast if casts else found.d_x, found.normed if need_normed else None
+    return Hidden(found.d_x, found.d_x_cast if casts else found.d_x), found.normed if need_normed else None
 
 
 def _norm_heads(call: BlockCall, projected: Sequence[Tensor]) -> tuple[Tensor, ...]:
