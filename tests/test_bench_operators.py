@@ -12,11 +12,9 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import measure, peers
@@ -24,6 +22,7 @@ from bench.operators import COMPILED, Case, Run, Work, test_operators
 from bench.operators.gate import Gate
 from bench.rows import KINDS, MACHINE, Device, machine_columns
 from skipkernels.ops import OPERATORS
+from tests.ops.harness import Calls
 
 ROOT = Path(measure.__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -91,15 +90,6 @@ def test_operator_of_a_wrong_result_fails(monkeypatch):
         timed(monkeypatch, doubling(2.001), "eager")
 
 
-def test_gate_raises_on_a_lost_device():
-    def lost() -> list[torch.Tensor]:
-        raise torch.AcceleratorError("an illegal memory access was encountered")
-
-    case = doubling()
-    with pytest.raises(torch.AcceleratorError):
-        Gate(case._replace(runs={"eager": lost}), torch.float32, CPU)
-
-
 @pytest.mark.parametrize("flops, least", [(0, 64 / 1000), (10**5, 0.1)])
 def test_columns_have_rates_and_the_share_of_the_ceiling(monkeypatch, flops, least):
     monkeypatch.setattr(measure, "bandwidth", lambda device: 1000 * 2**20)
@@ -140,7 +130,7 @@ def test_replays_take_turns_with_inputs_of_their_own(monkeypatch):
     monkeypatch.setattr(test_operators, "captured", captured)
     monkeypatch.setattr(test_operators, "l2_bytes", lambda device: 1000)
     monkeypatch.setattr(measure, "seconds_of", seconds_of)
-    for moved, inputs in ((10, 20), (150, 14), (5000, 1)):
+    for moved, inputs in ((10, 20), (150, 14), (5000, 1)):  # the cache has 1000 bytes
         events.clear()
         found = test_operators.in_turn(case(moved), ["skipkernels", "eager", "peer"], CPU)
         assert found.pop("peer") == "no CUDA graph: operation not permitted when stream is capturing"
@@ -148,71 +138,9 @@ def test_replays_take_turns_with_inputs_of_their_own(monkeypatch):
         assert set(events) == {f"{inputs} inputs, 20 calls"} and len(events) == 2 * (test_operators.ROUNDS + 1)
 
 
-def test_operator_takes_the_times_of_replays(monkeypatch):
-    """Only correct implementations are replayed, torch.compile alone."""
-    case, replayed = doubling(), []
-
-    def in_turn(case: Case, names: list[str], device: torch.device) -> dict[str, Any]:
-        replayed.append(names)
-        return {name: "no CUDA graph: why" if name == "eager" else [2.0, 4.0] for name in names}
-
-    class Benchmark:
-        stats = None
-
-        def pedantic(self, function: Callable[[], None], rounds: int) -> None:
-            readings = [test_operators.CLOCK(), *(function() or test_operators.CLOCK() for _ in range(rounds))]
-            self.times = [b - a for a, b in itertools.pairwise(readings)]
-
-    monkeypatch.setattr(test_operators, "prepared", lambda *_: (case, Gate(case, torch.float32, CPU)))
-    monkeypatch.setattr(test_operators, "in_turn", in_turn)
-    test_operators.replayed.cache_clear()
-    config = types.SimpleNamespace(option=types.SimpleNamespace(device=CUDA, deadline=math.inf))
-    for name in ("skipkernels", "peer", COMPILED):
-        benchmark = Benchmark()
-        test_operators.test_operator(benchmark, config, "class_scores", "fp32", case.shape, name)
-        assert benchmark.times == [2.0, 4.0]
-    assert replayed == [["skipkernels", "eager", "peer"], [COMPILED]]
-    test_operators.replayed.cache_clear()
-    with pytest.raises(pytest.xfail.Exception, match="no CUDA graph: why"):
-        test_operators.test_operator(None, config, "class_scores", "fp32", case.shape, "eager")
-
-
 def case_of(name: str, dtype: torch.dtype) -> Case:
     cases = importlib.import_module(f"bench.operators.{name}").cases(dtype, CPU)
     return next(itertools.islice(cases, CHECKED.get(name, 0), None))
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_copies_of_a_case_are_correct(name):
-    """Their runs share no input with the case."""
-    case = case_of(name, torch.float32)
-    copy = case.copy()
-    assert copy.keys() == case.runs.keys()
-    case.prepare()
-    ours, theirs = (tensors_of_our_call(runs["skipkernels"]) for runs in (case.runs, copy))
-    same = {x.data_ptr() for x in ours} & {x.data_ptr() for x in theirs}
-    assert [x.stride() for x in ours] == [x.stride() for x in theirs]
-    large = {x.data_ptr() for x in ours if x.numel() > 100}  # not labels and offsets
-    assert not same & large
-    assert Gate(case._replace(runs=case.copy()), torch.float32, CPU).error_of("skipkernels") == ""
-
-
-def tensors_of_our_call(run: Run) -> list[torch.Tensor]:
-    """Tensors among the arguments of the first call of an operator of ours."""
-    with Calls() as calls:
-        run()
-    return [x for x in tree_leaves(calls.found[0]) if isinstance(x, torch.Tensor)]
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Any] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "skipkernels":
-            self.found.append(args)
-        return function(*args, **kwargs or {})
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -264,11 +192,24 @@ def test_command_saves_rows(tmp_path):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_cases_of_every_operator_are_correct(name):
-    """In bf16; those in fp32 are checked with their copies."""
-    case = case_of(name, torch.bfloat16)
+    """In bf16; in fp32 their copies: with large inputs in other memory."""
+    case, copied = (case_of(name, dtype) for dtype in (torch.bfloat16, torch.float32))
     assert {"skipkernels", "eager"} <= set(case.runs) and case.work.moved > 0
     assert COMPILED in {*case.runs, *case.absent}
     assert Gate(case, torch.bfloat16, CPU).error_of("skipkernels") == ""
+    copy = copied.copy()
+    assert copy.keys() == copied.runs.keys()
+    assert Gate(copied._replace(runs=copy), torch.float32, CPU).error_of("skipkernels") == ""
+    copied.prepare()
+    found = [inputs_of(runs["skipkernels"]) for runs in (copied.runs, copy)]
+    assert not found[0] & found[1]
+
+
+def inputs_of(run: Run) -> set[int]:
+    """Addresses of the large tensors among the arguments of the first operator: not of labels and offsets."""
+    with Calls() as calls:
+        run()
+    return {x.data_ptr() for x in tree_leaves(calls.found[0][1]) if isinstance(x, torch.Tensor) and x.numel() > 100}
 
 
 # ---- peers -------------------------------------------------------------------------------------------------------

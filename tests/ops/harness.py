@@ -141,7 +141,7 @@ class Operator:
 
     def calls(self, case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
         """The registered operators that forward and backward call, with their arguments."""
-        with _Calls() as mode:
+        with Calls() as mode:
             self.kernel(case)
         return mode.found
 
@@ -158,7 +158,7 @@ class Operator:
         return [*case.inputs.values(), *(x for x in tree_leaves(case.options) if isinstance(x, Tensor))]
 
 
-class _Calls(TorchDispatchMode):
+class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[tuple[Any, tuple[Any, ...]]] = []
@@ -310,7 +310,7 @@ def shared_tests(operator: Operator) -> type:
             everything = operator.kernel(case)
             for wanted in subsets(names):
                 inputs = {name: x.detach().requires_grad_(name in wanted) for name, x in case.inputs.items()}
-                with _Calls() as mode:
+                with Calls() as mode:
                     found = operator.kernel(case._replace(inputs=inputs))
                 assert [f"d_{name}" for name in wanted] == [name for name in found if name.startswith("d_")]
                 # Formed in another order where the gradient of an input may come from that of another.
