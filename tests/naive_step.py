@@ -28,6 +28,8 @@ def assert_same_loss(clip: sk.SkipCLIP, loss: Tensor, plain: nn.Module, expected
     loss.backward()
     expected.backward()
     found = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    trained = {name for name, p in clip.model.named_parameters() if p.requires_grad}
+    assert trained - {"logit_scale"} == found.keys() - {"logit_scale"}, "parameters above the cut"
     assert_equal_gradients(clip.model, found, dtype)
     clip.model.zero_grad()
 

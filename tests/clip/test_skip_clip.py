@@ -5,55 +5,18 @@ from __future__ import annotations
 import copy
 import pickle
 
-import open_clip
 import pytest
 import torch
-import torch.distributed as dist
 from clips import IMAGES, LABELS, C, assert_same_bits, gradients, make_clip, mixup
 from models import tiny_batch, tiny_clip, tiny_tokens
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
 from skipkernels import retrieval, testing
 from skipkernels.towers.base import Tower
-from tests.processes import run_in_processes
 
 # ---- training --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("skip", [0, 1, 3])
-def test_backward_trains_parameters_above_the_cut(skip):
-    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
-    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=skip, keep_ratio=1.0)
-    clip(images, labels).loss.backward()
-    trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    expected = {
-        name
-        for name, _ in model.named_parameters()
-        if "resblocks" in name and int(name.split("resblocks.")[1].split(".")[0]) >= skip
-    } | {"visual.ln_post.weight", "visual.ln_post.bias", "visual.proj"}
-    expected |= {"ln_final.weight", "ln_final.bias", "text_projection"}
-    if skip == 0:
-        expected |= {"token_embedding.weight", "positional_embedding", "visual.class_embedding"}
-        expected |= {"visual.positional_embedding", "visual.conv1.weight", "visual.ln_pre.weight", "visual.ln_pre.bias"}
-    assert trained == expected
-    assert {id(p) for p in clip.trainable_parameters()} == {id(model.get_parameter(name)) for name in expected}
-
-
-def test_step_tunes_the_model_in_place():
-    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
-    keys, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
-    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
-    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1))
-    clip(images, labels).loss.backward()
-    optimizer.step()
-    assert list(model.state_dict()) == keys
-    changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
-    assert "visual.transformer.resblocks.2.mlp.c_fc.weight" in changed
-    assert "visual.transformer.resblocks.0.mlp.c_fc.weight" not in changed
 
 
 def test_parameter_groups_replaced_parameters():
@@ -107,31 +70,6 @@ def test_out_of_memory_is_not_an_error_of_the_size_of_images(monkeypatch):
         clip.predict(torch.zeros(2, 3, 64, 64))
 
 
-def test_state_dict_loads_into_open_clip(tmp_path):
-    model = tiny_clip()
-    sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    fresh = tiny_clip(seed=5)
-    open_clip.load_checkpoint(fresh, str(tmp_path / "model.pt"))
-    assert all(a.equal(b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
-
-
-def test_loaded_lower_weights_give_new_text_features():
-    """The next step uses weights that were loaded after construction."""
-    model, tokens, (images, labels) = tiny_clip(torch.float64), tiny_tokens(6), tiny_batch(2, 6, torch.float64)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    before, embeddings = clip(images, labels).loss, clip.class_embeddings()
-    other = tiny_clip(torch.float64)
-    for parameter in other.parameters():
-        parameter.data.mul_(1.1)
-    model.load_state_dict(other.state_dict())
-    fresh = sk.SkipCLIP(other, tokens, skip_layers=1, keep_ratio=1.0)
-    assert not torch.allclose(before, clip(images, labels).loss)
-    assert torch.equal(clip(images, labels).loss, fresh(images, labels).loss)
-    assert torch.equal(clip.class_embeddings(), fresh.class_embeddings())
-    assert not torch.allclose(embeddings, clip.class_embeddings())
-
-
 def step_of(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer, seed: int) -> None:
     clip(*tiny_batch(3, C, seed=seed)).loss.backward()
     optimizer.step()
@@ -157,17 +95,6 @@ def test_exponential_average_of_the_weights():
     torch.testing.assert_close(average.eval()(images, labels).logits.detach(), logits, rtol=1e-9, atol=1e-9)
     assert not clip.predict(images).allclose(logits, rtol=1e-4)
     assert average.module.prototypes.equal(clip.prototypes)
-
-
-def test_gradient_accumulation_equals_the_large_batch():
-    images, labels = tiny_batch(6, C)
-    large, small = (sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, keep_ratio=1.0) for _ in range(2))
-    large(images, labels).loss.backward()
-    for part in range(3):
-        (small(images[part::3], labels[part::3]).loss / 3).backward()
-    for (name, expected), got in zip(large.named_parameters(), small.parameters(), strict=True):
-        if expected.grad is not None:
-            assert (got.grad - expected.grad).norm() <= 1e-9 * expected.grad.norm() + 1e-12, name
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda clip: pickle.loads(pickle.dumps(clip))], ids=["copy", "pickle"])
@@ -257,17 +184,6 @@ def test_top_k_memory_does_not_grow_with_classes(monkeypatch):
 # ---- split step ------------------------------------------------------------------------------------------------------
 
 
-class ImageModel(nn.Module):
-    """SkipCLIP as docs/more-trainers.md shows it to trainers that call `loss_fn(model(x), y)`."""
-
-    def __init__(self, clip: sk.SkipCLIP):
-        super().__init__()
-        self.clip = clip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.clip.encode_image(x) if self.training else self.clip.predict(x)
-
-
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
 @pytest.mark.parametrize("labels", [LABELS, mixup(LABELS)], ids=["ids", "soft"])
 @pytest.mark.parametrize("inputs", ["images", "features"])
@@ -283,27 +199,6 @@ def test_split_step_equals_forward(inputs, labels, mode):
     assert clips[0].get_extra_state().equal(clips[1].get_extra_state())
 
 
-def test_loop_of_model_and_loss_function():
-    """Training with accumulated gradients, and evaluation, through `loss_fn(model(x), y)` alone."""
-    losses = []
-    for split in (True, False):
-        clip = make_clip()
-        model = ImageModel(clip)
-        optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.02, image_lr=0.01), momentum=0.9)
-        found = []
-        for _ in range(3):
-            for part in (slice(0, 2), slice(2, 4)):
-                x, y = IMAGES[part], LABELS[part]
-                loss = clip.loss(model(x), y) if split else clip(x, y).loss
-                (loss / 2).backward()
-                found.append(loss.item())
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(found)
-        assert model.eval()(IMAGES).equal(clip.predict(IMAGES))
-    assert losses[0] == losses[1] and len(set(losses[0])) == 6
-
-
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "soft"])
 def test_split_step_under_autocast(soft):
     clips = [make_clip(torch.float32) for _ in range(2)]
@@ -312,53 +207,6 @@ def test_split_step_under_autocast(soft):
         whole, split = clips[0](x, labels).loss, clips[1].loss(clips[1].encode_image(x), labels)
     assert whole.dtype == torch.float32 and whole.equal(split)
     assert_same_bits(gradients(clips[0], whole), gradients(clips[1], split))
-
-
-def train_in_ddp(rank: int, size: int = 2) -> dict[str, Tensor]:
-    """Train three split steps on this process's share of four images."""
-    if size > 1:
-        dist.init_process_group("gloo")
-    clip = make_clip(keep_ratio=1.0)
-    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.02, image_lr=0.01), momentum=0.9)
-    model = DistributedDataParallel(ImageModel(clip), broadcast_buffers=False) if size > 1 else ImageModel(clip)
-    for _ in range(3):
-        clip.loss(model(IMAGES[rank::size]), LABELS[rank::size]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    del model  # its Reducer, freed after the group, may wait for a thread that waits for the GIL
-    if size > 1:
-        dist.destroy_process_group()
-    return clip.model.state_dict()
-
-
-def test_split_step_in_ddp_matches_one_process(tmp_path):
-    first, second = run_in_processes(2, tmp_path, train_in_ddp)
-    alone, before = train_in_ddp(0, 1), tiny_clip().state_dict()
-    assert all(first[name].equal(second[name]) for name in first)
-    assert max((first[name] - alone[name]).abs().max() for name in alone) < 1e-12
-    assert max((first[name] - before[name]).abs().max() for name in alone) > 1e-4
-
-
-def refused_in_processes(rank: int) -> list[str]:
-    dist.init_process_group("gloo")
-    clip, errors = make_clip(kind=sk.parallel.ShardedSkipCLIP, process_group=dist.group.WORLD), []
-    for call in (
-        lambda: clip.loss(clip.encode_image(IMAGES), LABELS),
-        lambda: clip(IMAGES, mixup(LABELS)),
-    ):
-        with pytest.raises((RuntimeError, ValueError)) as caught:
-            call()
-        errors.append(str(caught.value))
-    other = tiny_tokens(5, seed=4)
-    assert clip.predict(IMAGES, tokens=other).equal(make_clip().predict(IMAGES, tokens=other))
-    dist.destroy_process_group()
-    return errors
-
-
-def test_several_processes_refuse(tmp_path):
-    for in_loss, soft in run_in_processes(2, tmp_path, refused_in_processes):
-        assert in_loss.startswith("ShardedSkipCLIP: loss in training mode is not supported")
-        assert soft.startswith("ShardedSkipCLIP: labels must be class ids [B] and return_logits False")
 
 
 # ---- names that trainers use -----------------------------------------------------------------------------------------

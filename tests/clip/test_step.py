@@ -305,22 +305,6 @@ def test_sam_with_the_same_classes_equals_naive():
     assert not clip(IMAGES, LABELS).class_ids.equal(first.class_ids), "drawn again"
 
 
-def test_lbfgs_with_the_same_classes():
-    clip, evaluations = make_clip(), []
-    optimizer = torch.optim.LBFGS(clip.trainable_parameters(), max_iter=4, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        evaluations.append(out := clip(IMAGES, LABELS))
-        out.loss.backward()
-        return out.loss
-
-    with clip.sampler.same_classes():
-        optimizer.step(closure)
-    assert len(evaluations) > 2 and all(out.class_ids is evaluations[0].class_ids for out in evaluations)
-    assert evaluations[-1].loss < 0.9 * evaluations[0].loss
-
-
 def test_same_classes_for_every_kind_of_labels():
     """Class ids, soft labels and several labels, on subsets of the labels of the first step."""
     clip = make_clip()

@@ -211,6 +211,7 @@ def in_process(rank: int, size: int, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         clip = small_clip(group).eval()
         found["class_embeddings"], found["evaluated"] = clip.class_embeddings(), clip(images, labels).loss.item()
+        found["other_classes"] = clip.predict(images, tokens=tiny_tokens(5, seed=4))
         found["evaluation"] = evaluations(clip, rank, size)
         found["ties"] = ties(clip, rank, size)
     found["text_cache"] = text_caches(group, own, folder / f"texts {size}")
@@ -420,10 +421,12 @@ def test_evaluation_matches_one_process(results):
     images, labels = tiny_batch(8, CLASSES)
     with torch.no_grad():
         loss, classes = clip(images, labels).loss.item(), clip.class_embeddings()
+        others = clip.predict(images, tokens=tiny_tokens(5, seed=4))
     for processes in results.values():
         for got in processes:
             assert got["evaluated"] == pytest.approx(loss, rel=FP64)
             torch.testing.assert_close(got["class_embeddings"], classes, rtol=FP64, atol=FP64)
+            assert got["other_classes"].equal(others)
 
 
 def test_predict_and_top_k_match_one_process(results):
@@ -537,6 +540,10 @@ REFUSED: list[tuple[Callable[[Any], object], type[Exception], str]] = [
     (lambda group: small_clip(group).eval()(*BATCH), RuntimeError, "an evaluation with gradients is not supported"),
     (lambda group: small_clip(group)(*BATCH, return_logits=True), ValueError,
      "labels must be class ids .B. and return_logits False"),
+    (lambda group: small_clip(group)(BATCH[0], torch.eye(CLASSES)[BATCH[1]] / 2 + 1 / 2 / CLASSES), ValueError,
+     "^ShardedSkipCLIP: labels must be class ids"),
+    (lambda group: (clip := small_clip(group)).loss(clip.encode_image(BATCH[0]), BATCH[1]), RuntimeError,
+     "ShardedSkipCLIP: loss in training mode is not supported"),
     (lambda group: sk.parallel.all_reduce_gradients(small_clip()), ValueError,
      "all_reduce_gradients: clip must have a process_group"),
 ]  # fmt: skip
