@@ -90,7 +90,7 @@ def poisoned_memory() -> Iterator[None]:
 
 # Modules of which the SkipCLIPs are not compared with their model, which clip/test_verify.py, towers/ and others test.
 UNCOMPARED = (
-    "bench_gpu bench_step capture capture_mutants casts chunked classifier clip_refusals feature_cache "
+    "bench_gpu bench_step capture casts chunked classifier clip_refusals feature_cache "
     "features_refusals host_syncs hugging_face lightning loader losses open_clip pairs_refusals refresh "
     "replays_on_a_gpu skip_clip state step texts trainers"
 ).split()

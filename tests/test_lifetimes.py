@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import os
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ from PIL import Image
 import skipkernels as sk
 from skipkernels.app.train import tune
 from tests.app.runs import shortened, small
-from tests.processes import forkserver
 
 C = 7
 
@@ -74,38 +69,3 @@ def test_public_call_leaves_nothing_behind(call, tmp_path):
         thread.join(10)  # a pool is not waited for
     left, clips_left = alive()
     assert left <= threads and clips_left == clips
-
-
-def construct_at(terminal: str, folder: Path) -> None:
-    """Construct with a text cache, with a terminal in place of stderr."""
-    os.environ["TERM"] = "xterm"
-    sys.stderr = open(terminal, "w")
-    assert sys.stderr.isatty()
-    for seed in range(2):
-        tokens = tiny_tokens(C, seed=seed)
-        sk.SkipCLIP(tiny_clip().float(), tokens, skip_layers=1, text_cache=folder / f"{seed}", chunk=2)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_text_cache_at_a_terminal(tmp_path):
-    """Construction hung if its display was still open when a thread collected it."""
-    master, terminal = os.openpty()
-    process, shown = forkserver().Process(target=construct_at, args=(os.ttyname(terminal), tmp_path)), []
-
-    def read() -> None:
-        with contextlib.suppress(OSError):  # the terminal is closed
-            while data := os.read(master, 4096):
-                shown.append(data)
-
-    reader = threading.Thread(target=read)
-    process.start()
-    reader.start()
-    try:
-        process.join(120)
-        assert process.exitcode == 0, b"".join(shown).decode()
-    finally:
-        process.kill()
-        os.close(terminal)
-        reader.join()
-        os.close(master)
-    assert "texts →".encode() in b"".join(shown)

@@ -17,8 +17,10 @@ from models import tiny_tokens
 from torch import Tensor, nn
 
 import skipkernels as sk
+from skipkernels import optimizer
 from skipkernels.graphs import capture
 from skipkernels.graphs import graphed_step as graphed
+from skipkernels.ops import sgd_momentum
 
 
 @pytest.fixture
@@ -54,6 +56,18 @@ def test_graphed_equals_the_loop(path, kind, request):
             run.clip.train()
     replays = 8 - graphed.WARMUP + 3  # not of the short batch
     assert path == "cpu" or request.getfixturevalue("gpu").replays == replays
+
+
+def test_updates_on_both_streams_equal_the_loop(gpu, monkeypatch):
+    """The weights of both sides are in one group, and few gradients are gathered; a graph holds its own tables."""
+    monkeypatch.setattr(optimizer, "_GATHERED_BYTES", 2048)
+    found = []
+    for by_graph in (True, False):
+        run = Run("one group", by_graph=by_graph)
+        for batch in batches(run.clip, 10):
+            found.append(run.train([batch]))
+            sgd_momentum._tables.clear()
+    assert found[:10] == found[10:] and gpu.captures == 1
 
 
 @pytest.mark.parametrize("images", [False, True], ids=["features", "images"])
