@@ -94,7 +94,8 @@ def test_max_tail_scales_probabilities(tail, max_tail):
     """C = 1000 keeps 50 classes and 57.4 of the tail on average."""
     published = torch.tensor(published_probabilities(950, 0.3), dtype=torch.float64)
     sampler = RankSampler(tail=tail, max_tail=max_tail)
-    keep, q = sampler.plan(1000, 4)
+    law = sampler.law(1000, 4)
+    keep, q = law.keep, law.q
     expected = published * min(1, max_tail / sum(published.tolist()))
     torch.testing.assert_close(q, expected, rtol=0, atol=1e-12)
     assert keep == 50 and sampler.expected_keep(1000, 4) == 50 + min(max_tail, 57)
@@ -102,7 +103,7 @@ def test_max_tail_scales_probabilities(tail, max_tail):
     total = sum(expected.tolist())
     assert sizes <= {50 + math.floor(total), 50 + math.ceil(total - 1e-9)} if tail == "resample" else len(sizes) == 1
     if max_tail > 57:
-        assert q.equal(RankSampler().plan(1000, 4)[1])
+        assert q.equal(RankSampler().law(1000, 4).q)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,8 @@ def test_resample_keeps_ranks_with_their_probability(classes, max_tail):
         ranks = sampler.draw(classes, 1)
         counts[ranks] += 1
         sizes.add(len(ranks))
-    keep, q = sampler.plan(classes, 1)
+    law = sampler.law(classes, 1)
+    keep, q = law.keep, law.q
     rates, total = counts / steps, round(q.sum().item(), 9)
     assert (rates[:keep] == 1).all()
     assert (rates[keep:] - q).abs().le(5 * (q * (1 - q) / steps).sqrt() + 1 / steps).all()
@@ -179,7 +181,8 @@ def draw_of_constant_size(sampler: RankSampler, classes: int, batch: int) -> tor
     """The next ranks, with round(Σq) of the tail."""
     state = torch.Generator().set_state(sampler.generator.get_state())
     ranks = sampler.draw(classes, batch)
-    keep, q = sampler.plan(classes, batch)
+    law = sampler.law(classes, batch)
+    keep, q = law.keep, law.q
     if sampler.tail == "fixed" or q.sum() == 0:
         return ranks
     pi = inclusion_probabilities(q)

@@ -84,14 +84,15 @@ class RankSampler:
 
     # ---- number of classes -------------------------------------------------------------------------------------
 
-    def plan(self, num_classes: int, max_labels: int) -> tuple[int, Tensor]:
-        """Return m, raised so that every label of a batch fits, and the probabilities q of the tail; draws nothing.
+    def law(self, num_classes: int, max_labels: int) -> RankLaw:
+        """Return the law of the kept ranks of the next step; draws nothing.
 
-        `max_labels` bounds the number of different labels: for one label per image, the batch size. A step with fewer
-        than an earlier one, as for the last batch of an epoch, keeps as many classes.
+        `max_labels` bounds the number of different labels: for one label per image, the batch size. m is raised so that
+        every label is kept. A step with fewer than an earlier one, as for the last batch of an epoch, keeps as many.
         """
-        law = self._law_of(num_classes, max_labels)
-        return law.keep, law.q
+        m = base_keep(num_classes, self.keep_ratio, self.max_keep)
+        keep = max(m, min(num_classes, max(self._most_labels, max_labels)))
+        return _law(num_classes, keep, self.decay, self.max_tail)
 
     def expected_keep(self, num_classes: int, max_labels: int = 1) -> int:
         """Return m + round(Σq): K in a CUDA graph, elsewhere the rounded mean of K.
@@ -101,13 +102,8 @@ class RankSampler:
         >>> RankSampler().expected_keep(1_000_000), RankSampler(max_tail=1000).expected_keep(1_000_000)
         (60047, 1050)
         """
-        law = self._law_of(num_classes, max_labels)
+        law = self.law(num_classes, max_labels)
         return law.keep + round(law.q.sum().item())
-
-    def _law_of(self, num_classes: int, max_labels: int) -> RankLaw:
-        m = base_keep(num_classes, self.keep_ratio, self.max_keep)
-        keep = max(m, min(num_classes, max(self._most_labels, max_labels)))
-        return _law(num_classes, keep, self.decay, self.max_tail)
 
     # ---- classes of a step -------------------------------------------------------------------------------------
 
@@ -165,7 +161,7 @@ class RankSampler:
 
     def draw(self, num_classes: int, max_labels: int) -> Tensor:
         """Draw the kept ranks [K] of a step, int64, ascending, on the CPU."""
-        law = self._law_of(num_classes, max_labels)
+        law = self.law(num_classes, max_labels)
         if torch._C._current_graph_task_id() != -1 and law.keep < num_classes:
             raise RuntimeError(
                 "RankSampler: the step was called again within a backward pass, as activation checkpointing does; it "
@@ -181,7 +177,7 @@ class RankSampler:
         `inclusion_probabilities` as probability. The address changes with K alone.
         """
         self._most_labels = max(self._most_labels, max_labels)
-        law = self._law_of(num_classes, max_labels)
+        law = self.law(num_classes, max_labels)
         ranks = self._draw(law, one_size=True)
         if self.reserved is None or self.reserved.shape != ranks.shape or self.reserved.device != device:
             self.reserved = torch.empty_like(ranks, device=device)
