@@ -274,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_l
     const Tensor& d_normed_, const std::optional<Tensor>& d_hidden_, const Tensor& hidden_, const Tensor& mean_,
     const Tensor& rstd_, const Tensor& weight_, const std::optional<Tensor>& bias_, bool need_x, bool need_weight,
     bool need_bias, bool need_sums, bool /* partial: the sums are cheap to complete here */,
-    std::optional<ScalarType> cast, bool need_normed_) {
+    std::optional<ScalarType> cast, bool need_normed) {
   STD_TORCH_CHECK(
       hidden_.dim() > 0 && hidden_.size(hidden_.dim() - 1) > 0, NAME, ": hidden must be [..., W] with W at least 1.");
   const int64_t W = hidden_.size(hidden_.dim() - 1), R = hidden_.numel() / W;
@@ -290,7 +290,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_l
   const Tensor rstd = as_contiguous(rstd_);
   const std::optional<Tensor> d_hidden = d_hidden_ ? std::optional(as_contiguous(*d_hidden_)) : std::nullopt;
   Tensor d_x = empty_if(need_x, hidden), d_x_cast = empty_if(cast.has_value(), hidden, cast);
-  const bool need_normed = need_normed_ || bias_;
   Tensor normed = empty_if(need_normed, hidden, d_normed.scalar_type());
   const auto has_type_of_hidden = [&](const Tensor& x) { return x.scalar_type() == hidden.scalar_type(); };
   const bool one_type = has_type_of_hidden(d_normed) && (!d_hidden || has_type_of_hidden(*d_hidden)) && !cast;

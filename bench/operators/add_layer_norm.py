@@ -75,17 +75,17 @@ def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, weight in layer_norm_rows(dtype):
         statistic = on_meta(x.shape[0], dtype=torch.float32)
         saved = (x, statistic, statistic, weight)
-        yield Call(shape, (x, x, *saved, None, True, True, True, False, False, None))
-        yield Call(f"{shape}-block", (x, x, *saved, weight, True, True, True, True, True, None))
-    yield Call(f"{shape}-sums", (x, x, *saved, None, True, True, True, True, False, None))
-    yield Call(f"{shape}-frozen", (x, x, *saved, None, True, False, False, False, False, None))
-    yield Call(f"{shape}-first", (x, None, *saved, None, False, True, True, False, False, None))
+        yield Call(shape, (x, x, *saved, None, True, True, True, False, False, None, False))
+        yield Call(f"{shape}-block", (x, x, *saved, weight, True, True, True, True, True, None, True))
+    yield Call(f"{shape}-sums", (x, x, *saved, None, True, True, True, True, False, None, False))
+    yield Call(f"{shape}-frozen", (x, x, *saved, None, True, False, False, False, False, None, False))
+    yield Call(f"{shape}-first", (x, None, *saved, None, False, True, True, False, False, None, False))
     no_mean = (x, on_meta(0, dtype=torch.float32), statistic, weight)
-    yield Call(f"{shape}-rms", (x, x, *no_mean, None, True, True, False, False, False, None))
+    yield Call(f"{shape}-rms", (x, x, *no_mean, None, True, True, False, False, False, None, False))
     yield Call(f"{shape}-rms-block", (x, x, *no_mean, None, True, True, False, True, True, None, True))
     for shape, x, low, weight in mixed_rows(dtype):
         statistic = on_meta(x.shape[0], dtype=torch.float32)
-        yield Call(shape, (low, x, x, statistic, statistic, weight, weight, True, True, True, True, True, dtype))
+        yield Call(shape, (low, x, x, statistic, statistic, weight, weight, True, True, True, True, True, dtype, True))
 
 
 def launches_of_widths(dtype: torch.dtype) -> Iterator[Call]:
@@ -99,8 +99,8 @@ def launches_of_widths_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, (x, _, weight, *_) in launches_of_widths(dtype):
         statistic = on_meta(x.shape[0], dtype=torch.float32)
         saved = (x, statistic, statistic, weight)
-        yield Call(shape, (x, x, *saved, None, True, True, True, False, False, None))
-        yield Call(f"{shape}-block", (x, x, *saved, weight, True, True, True, True, True, None))
+        yield Call(shape, (x, x, *saved, None, True, True, True, False, False, None, False))
+        yield Call(f"{shape}-block", (x, x, *saved, weight, True, True, True, True, True, None, True))
 
 
 def launches_of_sums(dtype: torch.dtype) -> Iterator[Call]:

@@ -10,8 +10,8 @@ With `rms`, an RMSNorm: mean = 0 and mean(g) = 0; the result `mean` is empty, by
 x, residual and normed may have different dtypes. Without a residual `hidden` is empty: an operator must not return one
 of its inputs. Saved for backward: hidden, the weight, and mean and rstd of each row, in fp32 (fp64 for fp64).
 
-Options of backward for fused blocks: `cast` returns d_x in a second dtype, too; with a bias, or with `need_normed`,
-normed is recomputed; `need_sums` returns Σ d_hidden and Σ d_x over all rows, which for the second norm of a block are
+Options of backward for fused blocks: `cast` returns d_x in a second dtype, too; with `need_normed` normed is
+recomputed; `need_sums` returns Σ d_hidden and Σ d_x over all rows, which for the second norm of a block are
 the gradients of the biases of the MLP's and of the attention's output projection.
 
 On a GPU one kernel sums fixed blocks of rows, and a second adds these partial sums in order. With `partial` they are
@@ -64,21 +64,14 @@ class NormArguments(NamedTuple):
     mean: Tensor  # [...], for RMSNorm [0]
     rstd: Tensor  # [...]
     weight: Tensor  # [W]
-    bias: Tensor | None  # [W]; only if normed is computed again
+    bias: Tensor | None  # [W], which normed contains
     need_x: bool
     need_weight: bool
     need_bias: bool
     need_sums: bool  # Σ d_hidden and Σ d_x
     partial: bool  # partial sums in place of sums over all rows, on a GPU
     cast: torch.dtype | None  # second dtype of d_x
-    need_normed: bool = False
-
-    @classmethod
-    def of(cls, *arguments: Any) -> NormArguments:
-        """Name the arguments of a call."""
-        call = cls(*arguments)
-        # Without `need_normed`, the last and optional one, a bias says that normed is needed.
-        return call._replace(need_normed=call.need_normed or call.bias is not None)
+    need_normed: bool  # normed, computed again
 
 
 @triton.jit
@@ -304,7 +297,7 @@ def _blocks(R: int, W: int) -> tuple[int, int]:
 
 
 def _launch_backward(*arguments: Any) -> NormResults:
-    call = NormArguments.of(*arguments)
+    call = NormArguments(*arguments)
     if not _has_kernel(call.hidden):  # the registration falls back by the dtype of d_normed, which may be another
         return _fallback_backward(*arguments)
     W, R, device = call.hidden.shape[-1], call.rstd.numel(), call.hidden.device
@@ -324,7 +317,7 @@ def _launch_backward(*arguments: Any) -> NormResults:
         mean_ptr=call.mean.contiguous() if call.mean.numel() else None,
         rstd_ptr=call.rstd.contiguous(),
         weight_ptr=call.weight.contiguous(),
-        bias_ptr=_contiguous(call.bias),
+        bias_ptr=_contiguous(call.bias) if call.need_normed else None,
         d_x_ptr=out.d_x if call.need_x else None,
         d_x_cast_ptr=None if call.cast is None else out.d_x_cast,
         normed_ptr=out.normed if call.need_normed else None,
@@ -402,7 +395,7 @@ def _affine(unit: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def _fallback_backward(*arguments: Any) -> NormResults:
     # Not autograd of the reference: backward receives the statistics instead of eps.
-    call = NormArguments.of(*arguments)
+    call = NormArguments(*arguments)
     d_normed, d_hidden, hidden, mean, rstd, weight, bias, *_ = call
     dtype, cast, needs = rstd.dtype, call.cast, (call.need_x, call.need_weight, call.need_bias)
     hidden_wide, d_normed_wide, rstd = hidden.to(dtype).contiguous(), d_normed.to(dtype).contiguous(), rstd[..., None]
@@ -464,7 +457,7 @@ def _fake(
 
 
 def _fake_backward(*arguments: Any) -> NormResults:
-    call = NormArguments.of(*arguments)
+    call = NormArguments(*arguments)
     # The C++ kernel and the fallback ignore `partial`.
     uses_triton = call.hidden.device.type != "cpu" and _has_kernel(call.hidden)
     return _outputs(call._replace(partial=call.partial and uses_triton))
@@ -494,7 +487,7 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: No
         weight = mean.new_ones(hidden.shape[-1])
     call = NormArguments(
         d_normed, d_hidden, hidden, mean, rstd, weight, None, need_x or need_residual, need_weight, need_bias,
-        need_sums=False, partial=False, cast=cast,
+        need_sums=False, partial=False, cast=cast, need_normed=False,
     )  # fmt: skip
     d_x, d_weight, d_bias, d_x_cast, *_ = add_layer_norm_backward(*call)
     return d_x, d_x if cast is None else d_x_cast, d_weight, d_bias
@@ -514,7 +507,7 @@ add_layer_norm = registration.define(
 add_layer_norm_backward = registration.define(
     "add_layer_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor mean, Tensor rstd, Tensor weight,"
     " Tensor? bias, bool need_x, bool need_weight, bool need_bias, bool need_sums, bool partial, ScalarType? cast,"
-    " bool need_normed=False)"
+    " bool need_normed)"
     " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_x_cast, Tensor normed, Tensor d_hidden_sum,"
     " Tensor d_x_sum, Tensor partial_sums)",
     fallback=_fallback_backward,

@@ -179,9 +179,9 @@ def test_backward_of_a_block(backend: Backend, shape, rms, dtypes):
     def backward(*options) -> NormResults:
         return NormResults(*add_layer_norm_backward(*saved, *options))
 
-    plain = backward(None, True, True, True, False, False, None)
-    recomputed = (None, True, True, True, True) if rms else (bias, True, True, True, True)
-    found = backward(*recomputed, False, cast, rms)
+    plain = backward(bias, True, True, True, False, False, None, False)
+    recomputed = (None if rms else bias, True, True, True, True)
+    found = backward(*recomputed, False, cast, True)
     for name in ("d_x", "d_weight", "d_bias"):
         assert torch.equal(getattr(found, name), getattr(plain, name)), name
     assert (found.d_x.dtype, found.normed.dtype, found.d_x_sum.dtype) == (stream, product, torch.float32)
@@ -192,7 +192,7 @@ def test_backward_of_a_block(backend: Backend, shape, rms, dtypes):
         exact, size = terms.double().sum(dim=0), terms.double().abs().sum(dim=0)
         assert ((sums.double() - exact).abs() <= 4 * max(SLACK[stream], SLACK[torch.float32]) * size).all()
     for need_sums in (False, True):
-        part = backward(*recomputed[:-1], need_sums, True, cast, rms)
+        part = backward(*recomputed[:-1], need_sums, True, cast, True)
         assert torch.equal(part.d_x, found.d_x) and torch.equal(part.normed, found.normed)
         names = ("d_weight", "d_bias", "d_hidden_sum", "d_x_sum")[: 4 if need_sums else 2]
         totals = [getattr(part, name) for name in names]
@@ -203,7 +203,7 @@ def test_backward_of_a_block(backend: Backend, shape, rms, dtypes):
         for name, total in zip(names, totals, strict=True):  # fp32 sums of numbers up to 4
             torch.testing.assert_close(total, getattr(found, name), rtol=1e-5, atol=4e-7 * shape[0])
     if shape[0] == 1:
-        backend.opcheck(add_layer_norm_backward, (*saved, *recomputed, False, cast, rms), compiled=False)
+        backend.opcheck(add_layer_norm_backward, (*saved, *recomputed, False, cast, True), compiled=False)
 
 
 def test_rms_norm_with_a_bias_and_without_a_weight(backend: Backend):

@@ -339,7 +339,7 @@ def d_norm(
         saved.mean,
         saved.rstd,
         weight,
-        bias if need_normed else None,
+        bias,
         need_x=True,
         need_weight=gradients.needs(name),
         need_bias=gradients.needs(f"{name}_bias"),
