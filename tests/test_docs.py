@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import io
@@ -188,10 +189,6 @@ def check_quotations(page: Page) -> None:
                 assert any(line == other.strip() for other in rest), f"{page.path.name}: {path} has no line {line!r}"
 
 
-def test_quotations_match_their_files(page):
-    check_quotations(page)
-
-
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 
@@ -355,10 +352,7 @@ def check_commands(page: Page) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_commands_parse(page, nothing_runs):
-    check_commands(page)
-
-
+@functools.cache
 def options() -> set[str]:
     """Options of all programs of the repository."""
     found: set[str] = set()
@@ -390,10 +384,6 @@ def check_options(page: Page) -> None:
             assert not unknown, f"{page.path.name}: {unknown[0]}: no program has this option"
 
 
-def test_options_in_backticks_exist(page):
-    check_options(page)
-
-
 # ---- files, tests and links ----------------------------------------------------------------------------------------
 
 
@@ -419,10 +409,6 @@ def _files(page: Page, path: str) -> list[Path]:
     return [folder / tail for folder in folders for tail in tails if (folder / tail).is_file()]
 
 
-def test_files_and_tests_exist(page):
-    check_named(page)
-
-
 def anchors(page: Page) -> set[str]:
     """Anchors that GitHub generates from headings."""
     found: set[str] = set()
@@ -445,8 +431,12 @@ def check_links(page: Page) -> None:
             assert anchor in anchors(Page.read(file) if path else page), f"{page.path.name}: {target}: no heading"
 
 
-def test_links_exist(page):
-    check_links(page)
+@pytest.mark.parametrize(
+    "check", [check_quotations, check_commands, check_options, check_named, check_links], ids=lambda f: f.__name__
+)
+def test_pages(check, nothing_runs):
+    for path in pages():
+        check(Page.read(path))
 
 
 # ---- the site ----------------------------------------------------------------------------------------------------

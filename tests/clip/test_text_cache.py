@@ -12,7 +12,6 @@ from open_clip.transformer import QuickGELU
 
 import skipkernels as sk
 from skipkernels.clip.texts import ClassTexts
-from skipkernels.features import writer
 from skipkernels.features.writer import TableWriter
 from skipkernels.folders import locked
 from tests.models import tiny_batch, tiny_clip, tiny_coca, tiny_tokens
@@ -97,17 +96,6 @@ def test_text_cache_interrupted_build_resumes(tmp_path, monkeypatch):
     assert ran == [1, 4, 1], "of nine classes in chunks of four, those of the first chunk were written"
 
 
-def test_text_cache_damaged_row_is_computed_again(tmp_path):
-    theirs = step(make_clip(tmp_path))
-    file = tmp_path / "features" / "features.npy"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.warns(UserWarning, match=r"features: row \d+ damaged: .* It is computed again"):
-        clip = make_clip(tmp_path)
-    assert same(step(clip), theirs)
-
-
 def test_text_cache_of_other_prompts_or_weights_raises(tmp_path):
     make_clip(tmp_path)
     said = rf"differs in prompts\. Give another text_cache \(--cache\), or delete {tmp_path}\."
@@ -187,13 +175,6 @@ def test_text_cache_other_lower_activation_raises(tmp_path):
     said = rf"features: holds a text_cache of another model: .* Give another text_cache .*, or delete {tmp_path}"
     with pytest.raises(sk.CacheError, match=said):
         make_clip(tmp_path, model=with_another_activation(slice(None)))
-
-
-def test_text_cache_complete_opens_without_lock(tmp_path, monkeypatch):
-    """The disk may be read-only, and several processes may open the store at the same time."""
-    theirs = step(make_clip(tmp_path))
-    monkeypatch.setattr(writer, "locked", lambda *arguments, **options: pytest.fail("a lock was taken"))
-    assert same(step(make_clip(tmp_path)), theirs)
 
 
 def test_text_cache_waits_for_other_process(tmp_path, capfd):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import skipkernels as sk
 from skipkernels.features import BatchSampler
 from skipkernels.features.table import CacheError, MemoryTable
+from tests.processes import forkserver
 
 COUNT = 23
 
@@ -93,11 +94,12 @@ def test_image_number_out_of_range(cache, rows, where, wrong):
     assert not threads()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_cache_in_a_torch_dataloader(cache, rows, workers):
-    got = list(DataLoader(cache, batch_size=5, num_workers=workers))
-    assert torch.cat([features for features, _ in got]).equal(rows)
-    assert torch.cat([labels for _, labels in got]).equal(cache.labels)
+def test_cache_in_a_torch_dataloader(cache, rows):
+    """In this process, and then pickled for another."""
+    for options in ({}, {"num_workers": 1, "multiprocessing_context": forkserver()}):
+        got = list(DataLoader(cache, batch_size=5, **options))
+        assert torch.cat([features for features, _ in got]).equal(rows)
+        assert torch.cat([labels for _, labels in got]).equal(cache.labels)
 
 
 # ---- kept batches --------------------------------------------------------------------------------------------------

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub import HfApi
 from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments
 
@@ -118,20 +115,6 @@ def test_predict_without_labels(top_k, trained, short, tmp_path):
             torch.testing.assert_close(torch.from_numpy(found.predictions), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_push_to_hub(trained, short, tmp_path, monkeypatch):
-    """The pushed folder has a model card and all of SkipCLIP."""
-    trainer, pushed = trained[0], []
-    monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
-    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="name/tuned"))
-    monkeypatch.setattr(HfApi, "upload_folder", lambda *_, folder_path, **__: pushed.append(Path(folder_path)))
-    trainer.push_to_hub(tags="skip-tuning")
-    assert pushed == [tmp_path]
-    assert "- skip-tuning" in (tmp_path / "README.md").read_text()
-    fresh = make(short)
-    fresh.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
-    assert fresh.predict(short.images[:2]).equal(trainer.model.predict(short.images[:2]))
-
-
 def groups(trainer: Trainer) -> list[tuple[str, float, float, set[int]]]:
     """Name, rate, weight decay and parameters of each group of the trainer's optimizer."""
     return [
@@ -143,19 +126,6 @@ def groups(trainer: Trainer) -> list[tuple[str, float, float, set[int]]]:
 def expected_groups(trainer: Trainer, weight_decay: float = 5e-4) -> list[tuple[str, float, float, set[int]]]:
     found = trainer.model.parameter_groups(text_lr=1e-2, image_lr=5e-3)
     return [(group["name"], group["lr"], weight_decay, {id(p) for p in group["params"]}) for group in found]
-
-
-def test_arguments_serve_another_trainer(trained, short, tmp_path):
-    """The optimizer is that of the trainer's model, also when it is created again."""
-    ours = runner.plug(short, tmp_path)
-    trainers = [Trainer(make(short), train_dataset=short.dataset, **ours) for _ in range(2)]
-    for trainer in trainers:
-        trainer.train()
-        assert groups(trainer) == expected_groups(trainer)
-        assert vector(trainer.model).equal(vector(trained[0].model))
-    trainers[0].optimizer = None
-    trainers[0].create_optimizer_and_scheduler(1)
-    assert groups(trainers[0]) == expected_groups(trainers[0])
 
 
 def test_model_init(trained, short, tmp_path):

@@ -247,8 +247,7 @@ def shared_tests(operator: Operator) -> type:
         def test_few_options_and_shapes(self, backend: Backend, data):
             operator.check_drawn(operator.draw(data, backend))
 
-        @each_variant
-        @pytest.mark.parametrize("layout", LAYOUTS)
+        @pytest.mark.parametrize(("layout", "variant"), list(_layouts(operator)), ids=_id_of_layout)
         def test_any_strides(self, backend: Backend, layout, variant):
             """Results are those of contiguous copies, and contiguous."""
             case = operator.case(operator.small, backend.device, **variant)
@@ -400,6 +399,17 @@ def _runs(operator: Operator) -> Iterator[Any]:
                 continue
             label, marks = f"{name}-{operator.id_of(shape)}-{str(dtype)[6:]}", [pytest.mark.gpu] * (name == "gpu")
             yield pytest.param(name, shape, dtype, marks=marks, id=label)
+
+
+def _layouts(operator: Operator) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every layout of one variant, and of the others one to be copied and one that some kernels read with strides."""
+    first, *others = operator.variants
+    yield from ((layout, first) for layout in LAYOUTS)
+    yield from itertools.product(("transposed", "wider rows"), others)
+
+
+def _id_of_layout(value: str | dict[str, Any]) -> str:
+    return value if isinstance(value, str) else _id_of_options(value)
 
 
 def _id_of_options(options: dict[str, Any]) -> str:
