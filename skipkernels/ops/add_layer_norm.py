@@ -20,6 +20,7 @@ returned instead, and `column_sums` adds those of several operators in one launc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,17 +28,12 @@ from torch import Tensor
 
 from .. import reference
 from . import autograd, registration
-from .launching import launch, tl, triton
+from .launching import launch, launch_options, tl, triton
 from .row_sums import blocks_of_rows, sum_in_order_strided
 
-# Numbers in a tile: as many rows as fit, at least one. A program of backward walks over 8 rows or more, and with larger
-# tiles it waits for memory fewer times, and more warps load at once.
-TILE, BACKWARD_TILE = 1024, 4096
 MAX_WIDTH = 4096  # a tile has whole rows, and backward of wider ones spills registers: they use the fallback
 ROWS_PER_SUM = 8  # minimum rows per program of backward: it writes up to four rows of partial sums
 MAX_SUMS = 512  # maximum programs of backward: enough to fill a GPU, and few partial sums for the second kernel
-BLOCK_SUMS = 64  # rows of partial sums per iteration of the second kernel
-BLOCK_COLUMNS = 32  # columns per program of the second kernel: 128 bytes in fp32
 
 
 class NormResults(NamedTuple):
@@ -243,16 +239,6 @@ def _add_layer_norm_bwd_sums_kernel(
         _store_sum(sums_ptr + 3 * W, d_x_sum_ptr, P, SUMS * W, W, BLOCK_P, BLOCK_W)
 
 
-def _tile(W: int, numbers: int = TILE, most_rows: int = TILE) -> dict[str, Any]:
-    BLOCK_W = triton.next_power_of_2(W)
-    BLOCK_R = min(max(1, numbers // BLOCK_W), most_rows)
-    return {"BLOCK_W": BLOCK_W, "BLOCK_R": BLOCK_R, "num_warps": min(max(BLOCK_R * BLOCK_W // 256, 4), 16)}
-
-
-def _backward_tile(W: int) -> dict[str, Any]:
-    return _tile(W, BACKWARD_TILE, ROWS_PER_SUM)
-
-
 def _launch(
     x: Tensor,
     residual: Tensor | None,
@@ -266,10 +252,10 @@ def _launch(
     if W > MAX_WIDTH:
         return _fallback(x, residual, weight, bias, eps, dtype, rms)
     hidden, normed, mean, rstd = _fake(x, residual, weight, bias, eps, dtype, rms)
-    R, tile = rstd.numel(), _tile(W)
+    R, options = rstd.numel(), launch_options("add_layer_norm_fwd", x, W=W)
     launch(
         _add_layer_norm_fwd_kernel,
-        (triton.cdiv(R, tile["BLOCK_R"]),),
+        (triton.cdiv(R, options["BLOCK_R"]),),
         device=x.device,
         x_ptr=x.contiguous(),
         residual_ptr=_contiguous(residual),
@@ -282,7 +268,8 @@ def _launch(
         R=R,
         eps=eps,
         W=W,
-        **tile,
+        BLOCK_W=triton.next_power_of_2(W),
+        **options,
     )
     return hidden, normed, mean, rstd
 
@@ -291,9 +278,11 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _blocks(R: int, W: int) -> tuple[int, int]:
-    """Return the number of programs of backward, and the rows of each."""
-    return blocks_of_rows(R, _backward_tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
+def _backward_rows(hidden: Tensor) -> tuple[int, int, Mapping[str, Any]]:
+    """Return the number of programs of backward, the rows of each, and the launch options."""
+    W = int(hidden.shape[-1])  # a symbol in the fake of a compiled call
+    options = launch_options("add_layer_norm_bwd_rows", hidden, W=W)
+    return *blocks_of_rows(hidden.numel() // W, options["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS), options
 
 
 def _launch_backward(*arguments: Any) -> NormResults:
@@ -301,7 +290,7 @@ def _launch_backward(*arguments: Any) -> NormResults:
     if not _has_kernel(call.hidden):  # the registration falls back by the dtype of d_normed, which may be another
         return _fallback_backward(*arguments)
     W, R, device = call.hidden.shape[-1], call.rstd.numel(), call.hidden.device
-    P, rows = _blocks(R, W)
+    P, rows, options = _backward_rows(call.hidden)
     out = _outputs(call)
     SUMS = 4 if call.need_sums else 2 if call.need_weight or call.need_bias or call.partial else 0
     sums = out.partial_sums  # [P, SUMS · W]
@@ -326,14 +315,15 @@ def _launch_backward(*arguments: Any) -> NormResults:
         rows=rows,
         W=W,
         SUMS=SUMS,
-        **_backward_tile(W),
+        BLOCK_W=triton.next_power_of_2(W),
+        **options,
     )
     if SUMS and not call.partial:
+        options = launch_options("add_layer_norm_bwd_sums", sums)
         launch(
             _add_layer_norm_bwd_sums_kernel,
-            (triton.cdiv(W, BLOCK_COLUMNS), SUMS),
+            (triton.cdiv(W, options["BLOCK_W"]), SUMS),
             device=device,
-            num_warps=4,
             sums_ptr=sums,
             d_weight_ptr=out.d_weight if call.need_weight else None,
             d_bias_ptr=out.d_bias if call.need_bias else None,
@@ -342,8 +332,7 @@ def _launch_backward(*arguments: Any) -> NormResults:
             P=P,
             W=W,
             SUMS=SUMS,
-            BLOCK_P=BLOCK_SUMS,
-            BLOCK_W=BLOCK_COLUMNS,
+            **options,
         )
     return out
 
@@ -356,7 +345,7 @@ def _outputs(call: NormArguments) -> NormResults:
         return like.new_empty(like.shape if need else 0, dtype=dtype)
 
     W = hidden.shape[-1]
-    sums_shape = (_blocks(hidden.numel() // W, W)[0], (4 if call.need_sums else 2) * W) if call.partial else 0
+    sums_shape = (_backward_rows(hidden)[0], (4 if call.need_sums else 2) * W) if call.partial else 0
     return NormResults(
         d_x=empty(hidden, call.need_x),
         d_weight=empty(weight, call.need_weight and not call.partial),

@@ -25,13 +25,11 @@ from torch import Tensor
 
 from .. import reference
 from . import autograd, registration, unit_rows
-from .launching import constexpr, launch, tl, triton
-from .unit_rows import Panels, blocks_for, cosine_arguments, cosine_tile, with_contiguous_rows
+from .launching import constexpr, launch, launch_options, tl, triton
+from .unit_rows import Panels, cosine_arguments, cosine_tile, with_contiguous_rows
 
 # Number of programs that fills a large GPU twice. Equal on all GPUs, so that all split, and round, in the same way.
 PROGRAMS = 256
-BLOCK_COMBINE = 256  # images or classes per iteration of the combining program
-GROUP = 8  # tiles of images that are computed for one tile of classes before the next tile of classes
 
 # What a split stores for each image, planes of `partial`; the last only with smoothing
 TOP, EXP_SUM, TARGET, FOUND, WEIGHTED = map(constexpr, range(5))
@@ -434,19 +432,19 @@ def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     B, C, K, device = image.shape[0], text.shape[0], _sample_size(call), image.device
     smooth = call.label_smoothing != 0
     # 1. Softmax of each split of the classes
-    blocks = blocks_for(B, image.dtype, device)
-    b_blocks, tiles = triton.cdiv(B, blocks.BLOCK_B), triton.cdiv(K, blocks.BLOCK_K)
+    options = launch_options("class_sampled_ce_fwd", image, B=B)
+    b_blocks, tiles = triton.cdiv(B, options["BLOCK_B"]), triton.cdiv(K, options["BLOCK_K"])
     split_tiles = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b_blocks)))
     splits = triton.cdiv(tiles, split_tiles)
 
     inputs = KernelInputs.of(call)
-    measure, image_norm, text_norm = unit_rows.norms_for(image, text, inputs.class_ids)
+    image_norm, text_norm = unit_rows.norms_for(image, text, inputs.class_ids, options["MEASURE"])
     partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)  # [planes, splits, B]
     launch(
         _class_sampled_ce_fwd_kernel,
         (b_blocks, splits),
         device=device,
-        **blocks._asdict(),
+        **options,
         **cosine_arguments(image, text, image_norm, text_norm),
         labels_ptr=inputs.labels,
         logit_scale_ptr=call.logit_scale,
@@ -458,8 +456,7 @@ def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
         C=C,
         stride_partial=splits * B,
         SMOOTH=smooth,
-        MEASURE=measure,
-        split_size=split_tiles * blocks.BLOCK_K,
+        split_size=split_tiles * options["BLOCK_K"],
     )
     # 2. Loss, from the splits
     loss, lse, denominator = _combine(call, inputs, partial)
@@ -476,7 +473,6 @@ def _combine(call: Forward, inputs: KernelInputs, partial: Tensor) -> tuple[Tens
         _class_sampled_ce_fwd_combine_kernel,
         (1,),
         device=device,
-        num_warps=4,
         debug=True,
         labels_ptr=inputs.labels,
         logit_scale_ptr=call.logit_scale,
@@ -496,7 +492,7 @@ def _combine(call: Forward, inputs: KernelInputs, partial: Tensor) -> tuple[Tens
         ignore_index=call.ignore_index,
         SMOOTH=call.label_smoothing != 0,
         REDUCTION=reduction,
-        BLOCK=BLOCK_COMBINE,
+        **launch_options("class_sampled_ce_fwd_combine", partial),
     )
     return loss, lse, denominator
 
@@ -521,8 +517,8 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """Compute fp32 Σ_k G_bk t_k [B, D], Σ_b G_bk x_b [K, D] (see unit_rows.py), and parts of d_logit_scale."""
     B, K, device = call.image.shape[0], _sample_size(call), call.image.device
-    blocks = blocks_for(B, call.image.dtype, device)
-    panels = Panels.of(B, K, blocks)
+    options = launch_options("class_sampled_ce_bwd_logits", call.image, B=B)
+    panels = Panels.of(B, K, options["BLOCK_B"], options["BLOCK_K"])
     # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
     new = torch.zeros if call.need_logit_scale else torch.empty
     d_scale = new(panels.number if call.need_logit_scale else 0, panels.tiles, dtype=torch.float32, device=device)
@@ -533,9 +529,9 @@ def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
         count = images.stop - images.start
         launch(
             _class_sampled_ce_bwd_logits_kernel,
-            (triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(count, blocks.BLOCK_B)),
+            (triton.cdiv(K, options["BLOCK_K"]), triton.cdiv(count, options["BLOCK_B"])),
             device=device,
-            **blocks._asdict(),
+            **options,
             **cosine_arguments(call.image[images], call.text, call.image_norm[images], call.text_norm),
             d_loss_ptr=None if d_loss is None else d_loss[images],
             labels_ptr=inputs.labels[images],
@@ -550,7 +546,6 @@ def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
             K=K,
             stride_d_loss=0 if d_loss is None else d_loss.stride(0),
             stride_factors=K,
-            GROUP=GROUP,
             label_smoothing=call.label_smoothing,
             ignore_index=call.ignore_index,
         )

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import reference
 from . import autograd, registration, unit_rows
-from .launching import launch, tl, triton
-from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, with_contiguous_rows
+from .launching import launch, launch_options, tl, triton
+from .unit_rows import contract, cosine_arguments, cosine_tile, with_contiguous_rows
 
 
 class Backward(NamedTuple):
@@ -102,15 +102,15 @@ def _launch(
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
     class_ids = None if class_ids is None else class_ids.contiguous()
     B, K, device = image.shape[0], (text if class_ids is None else class_ids).shape[0], image.device
-    measure, image_norm, text_norm = unit_rows.norms_for(image, text, class_ids)
+    options = launch_options("class_sampled_logits_fwd", image, B=B)
+    image_norm, text_norm = unit_rows.norms_for(image, text, class_ids, options["MEASURE"])
     logits = torch.empty(B, K, dtype=torch.float32, device=device)
-    blocks = blocks_for(B, image.dtype, device)
     launch(
         _class_sampled_logits_fwd_kernel,
-        (triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(B, blocks.BLOCK_B)),
+        (triton.cdiv(K, options["BLOCK_K"]), triton.cdiv(B, options["BLOCK_B"])),
         device=device,
         debug=True,
-        **blocks._asdict(),
+        **options,
         **cosine_arguments(image, text, image_norm, text_norm),
         logit_scale_ptr=logit_scale,
         class_ids_ptr=class_ids,
@@ -118,7 +118,6 @@ def _launch(
         B=B,
         K=K,
         C=text.shape[0],
-        MEASURE=measure,
     )
     return logits, image_norm, text_norm
 

@@ -20,17 +20,9 @@ from torch import Tensor
 
 from .. import reference
 from . import registration
-from .launching import dot_precision, launch, tl, triton
+from .launching import dot_precision, launch, launch_options, tl, triton
 from .unit_rows import with_contiguous_rows
 
-BLOCK_B = 16  # images: a batch has few, and matrix units need at least 16
-BYTES_D = 128  # bytes of a row per iteration
-# Classes and warps of a program. With few classes 16, so that a thousand classes occupy 63 multiprocessors; from
-# MANY_FROM on 64, which reads the images a quarter as often and uses wgmma on sm_90 and tcgen05 on sm_100.
-FEW, MANY, MANY_FROM = (16, 2), (64, 4), 4096
-NUM_STAGES = 4
-# Of the ranks
-BLOCK_RANKED, BLOCK_OTHERS = 16, 128  # classes of a program, and those of an iteration that they are compared with
 MOST_RANKED = 16_384  # PyTorch sorts more classes faster
 
 
@@ -95,15 +87,13 @@ def _class_scores_kernel(
 def _launch(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> Tensor:
     image, prototypes = with_contiguous_rows(image), with_contiguous_rows(prototypes)
     (B, D), C, device = image.shape, prototypes.shape[0], image.device
-    block_c, num_warps = FEW if C < MANY_FROM else MANY
+    options = launch_options("class_scores", image, C=C)
     scores = torch.empty(C, dtype=torch.float32, device=device)
     launch(
         _class_scores_kernel,
-        (triton.cdiv(C, block_c),),
+        (triton.cdiv(C, options["BLOCK_C"]),),
         device=device,
-        num_warps=num_warps,
         debug=True,  # compiles the assertion
-        num_stages=NUM_STAGES,
         image_ptr=image,
         prototypes_ptr=prototypes,
         labels_ptr=labels,
@@ -115,10 +105,8 @@ def _launch(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> Tensor:
         stride_prototypes_c=prototypes.stride(0),
         stride_labels=0 if labels is None else labels.stride(0),
         eps=reference.UNIT_NORM_EPS,
-        BLOCK_B=BLOCK_B,
-        BLOCK_C=block_c,
-        BLOCK_D=BYTES_D // image.element_size(),
         PRECISION=dot_precision(image.dtype, device),
+        **options,
     )
     return scores
 
@@ -215,22 +203,21 @@ def _launch_ranks(scores: Tensor, ranks: Tensor, labels: Tensor | None) -> tuple
         return _fallback_ranks(scores, ranks, labels)
     class_ids, targets = _fake_ranks(scores, ranks, labels)
     class_at = torch.empty(C, dtype=torch.int64, device=scores.device)
+    options = launch_options("class_at", scores, C=C)
     launch(
         _class_at_kernel,
-        (triton.cdiv(C, BLOCK_RANKED),),
+        (triton.cdiv(C, options["BLOCK_C"]),),
         device=scores.device,
-        num_warps=4,
         scores_ptr=scores.contiguous(),
         class_at_ptr=class_at,
         C=C,
-        BLOCK_C=BLOCK_RANKED,
-        BLOCK_J=BLOCK_OTHERS,
+        **options,
     )
+    options = launch_options("positions", scores, K=K)
     launch(
         _positions_kernel,
-        (triton.cdiv(K + B, BLOCK_RANKED),),
+        (triton.cdiv(K + B, options["BLOCK_C"]),),
         device=scores.device,
-        num_warps=4,
         debug=True,  # compiles the assertion
         class_at_ptr=class_at,
         ranks_ptr=ranks,
@@ -242,8 +229,7 @@ def _launch_ranks(scores: Tensor, ranks: Tensor, labels: Tensor | None) -> tuple
         B=B,
         stride_ranks=ranks.stride(0),
         stride_labels=0 if labels is None else labels.stride(0),
-        BLOCK_C=BLOCK_RANKED,
-        BLOCK_J=BLOCK_OTHERS,
+        **options,
     )
     return class_ids, targets
 

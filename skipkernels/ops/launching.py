@@ -1,15 +1,30 @@
-"""Launches of the Triton kernels of the operators.
+"""Launches of the Triton kernels of the operators, and the tables of their options.
 
 All kernels are launched by `launch`, on the device of their tensors, which need not be the current device, with every
 option that can change a result. Without Triton, the reference implementation is used.
+
+Sizes of blocks, warps and stages are in `tables/`. `defaults.json` has every kernel. Two further files replace kernels:
+`hip.json` those that differ on AMD, and one with the name of a device, such as `nvidia-h100-80gb-hbm3.json`, those that
+`python -m bench.tune` measured on it.
+
+A kernel has a list of entries. In an entry a single letter is a size of the call, such as C, up to which the entry
+holds, and `bytes` is the size of an element; the others are options of the launch. The first entry that holds is taken:
+that of the nearest size which is not smaller, so that a tile which fits into the registers there also does here. An
+entry without a letter holds for all sizes.
+
+Nothing is measured in a run: a table is read once in a process, and a launch depends on the device and the shape alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +38,14 @@ except ImportError:  # not a Linux machine
     tl = None
 
 __all__ = [
+    "Entry",
     "Target",
     "constexpr",
     "current_stream",
     "dot_precision",
     "installed",
     "launch",
+    "launch_options",
     "products_widen",
     "runs_beside_host",
     "target",
@@ -41,23 +58,26 @@ constexpr = tl.constexpr if installed else int  # a constant of a module that ke
 
 
 class Target(NamedTuple):
-    """Target of compilation: ("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942"), …"""
+    """Target of compilation, ("cuda", 80), ("cuda", 90), ("hip", "gfx942"), …, and the name of a device, if known."""
 
     backend: str
     arch: int | str
+    name: str = ""
 
 
 def target(device: torch.device) -> Target:
-    """Return the target of a device; for the CPU, where the interpreter of Triton runs the kernels, that of an A100."""
+    """Return the target of a device; of an A100 for the CPU, where Triton's interpreter runs, and without a GPU."""
     return Target("cuda", 80) if device.type == "cpu" else _target_of_gpu(device.index)
 
 
 @functools.lru_cache
-def _target_of_gpu(index: int) -> Target:
+def _target_of_gpu(index: int | None) -> Target:
+    if not torch.cuda.is_available():  # the meta device
+        return Target("cuda", 80)
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        return Target("hip", properties.gcnArchName.partition(":")[0])
-    return Target("cuda", properties.major * 10 + properties.minor)
+        return Target("hip", properties.gcnArchName.partition(":")[0], properties.name)
+    return Target("cuda", properties.major * 10 + properties.minor, properties.name)
 
 
 def runs_beside_host(device: torch.device) -> bool:
@@ -87,6 +107,77 @@ def products_widen(device_type: str) -> bool:
         if isinstance(error, torch.OutOfMemoryError):  # says nothing about products
             raise
         return False
+
+
+# ---- options of a launch ---------------------------------------------------------------------------------------------
+
+TABLES = Path(__file__).with_name("tables")
+
+
+class Entry(NamedTuple):
+    """Options of a kernel, and the calls for which they are."""
+
+    sizes: Mapping[str, int]  # largest sizes
+    itemsize: int | None  # bytes of an element; None: any
+    options: Mapping[str, Any]  # of the launch
+
+    def holds(self, itemsize: int, sizes: Mapping[str, int]) -> bool:
+        """Return True for a call with these sizes."""
+        return self.itemsize in (None, itemsize) and all(sizes[name] <= most for name, most in self.sizes.items())
+
+
+def launch_options(kernel: str, x: Tensor, **sizes: int) -> Mapping[str, Any]:
+    """Return the options of a launch on the device of x, for elements of its dtype and these sizes."""
+    return entry_of(kernel, target(x.device), x.element_size(), **sizes).options
+
+
+@functools.lru_cache(maxsize=1024)
+def entry_of(kernel: str, device: Target, itemsize: int, **sizes: int) -> Entry:
+    """Return the first entry that holds."""
+    return next(entry for entry in table_of(device)[kernel] if entry.holds(itemsize, sizes))
+
+
+@functools.lru_cache
+def table_of(device: Target) -> dict[str, list[Entry]]:
+    """Return the entries of each kernel: the defaults, or those of the backend or of the device."""
+    table = read_table(TABLES / "defaults.json")
+    for path in (TABLES / f"{device.backend}.json", table_path(device.name)):
+        for kernel, entries in read_table(path).items() if path.exists() else ():
+            expected = set(table[kernel][0].options) if kernel in table else "a kernel of defaults.json"
+            for entry in entries:
+                if set(entry.options) != expected:
+                    raise _table_error(path, f"options of {kernel} to be {expected}", set(entry.options))
+            table[kernel] = entries
+    return table
+
+
+def table_path(name: str) -> Path:
+    """Return the file of a device, by its name."""
+    return TABLES / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
+def read_table(path: Path) -> dict[str, list[Entry]]:
+    """Read a file, and check that it has an entry for every call of its kernels."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return {kernel: [_entry(path, kernel, row) for row in rows] for kernel, rows in table.items()}
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise _table_error(path, "lists of entries by kernel, in JSON", error) from None
+
+
+def _entry(path: Path, kernel: str, row: dict[str, int]) -> Entry:
+    if any(not isinstance(value, int) or value < 0 for value in row.values()):
+        raise _table_error(path, f"numbers of {kernel} to be integers of at least 0", row)
+    sizes = {name: value for name, value in row.items() if len(name) == 1}
+    options = {name: value for name, value in row.items() if name not in sizes and name != "bytes"}
+    return Entry(sizes, row.get("bytes"), MappingProxyType(options))
+
+
+def _table_error(path: Path, expected: str, found: Any) -> ValueError:
+    return ValueError(f"launch_options: expected {expected}; {path} has {found}. Correct this file or remove it.")
+
+
+# ---- launch ----------------------------------------------------------------------------------------------------------
 
 
 def launch(

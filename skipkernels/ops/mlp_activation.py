@@ -15,6 +15,7 @@ On a GPU one kernel sums the gradient of the bias over fixed blocks of rows, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,19 +23,14 @@ from torch import Tensor
 
 from .. import reference
 from . import autograd, registration
-from .launching import launch, tl, triton
+from .launching import launch, launch_options, tl, triton
 from .row_sums import blocks_of_rows, sum_in_order
 
 # `kind` of the schemas is an index: strings leak in the stable ABI.
 KINDS = ("quick_gelu", "gelu", "gelu_tanh", "swiglu")
 
-TILE = 2048  # numbers of x in a tile: 16 per thread
-NUM_WARPS = 4
-BLOCK_COLUMNS = 256  # largest number of columns of a tile
 ROWS_PER_SUM = 32  # least number of rows per program of backward; with fewer there are many more sums to write
 MAX_SUMS = 256  # largest number of blocks of rows: with the blocks of columns enough for every GPU
-BLOCK_SUMS = 64  # partial sums per iteration of the second kernel
-BLOCK_SUMS_COLUMNS = 32  # columns per program of the second kernel: 128 bytes
 
 
 class Needs(NamedTuple):
@@ -179,10 +175,10 @@ def _mlp_activation_bwd_sums_kernel(
     tl.store(d_bias_ptr + offs_w, d_bias.to(d_bias_ptr.dtype.element_ty), mask=offs_w < W)  # [BLOCK_W]
 
 
-def _tile(W: int, width: int) -> dict[str, Any]:
-    """Return the tile of a result [..., W] of x [..., width]."""
-    BLOCK_W = min(triton.next_power_of_2(W), BLOCK_COLUMNS)
-    return {"BLOCK_W": BLOCK_W, "BLOCK_R": TILE // (BLOCK_W * (width // W)), "num_warps": NUM_WARPS}
+def _options(kernel: str, x: Tensor, W: int) -> Mapping[str, Any]:
+    """Return the launch options for a result [..., W]; rows of x are twice as wide for swiglu, of half as many rows."""
+    options = launch_options(kernel, x, W=int(W))  # a symbol in the fake of a compiled call
+    return {**options, "BLOCK_R": max(1, options["BLOCK_R"] * W // x.shape[-1])}
 
 
 def _shape(x: Tensor, kind: int) -> tuple[int, ...]:
@@ -193,11 +189,11 @@ def _shape(x: Tensor, kind: int) -> tuple[int, ...]:
 
 def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     out = _fake(x, bias, kind)  # [..., W]
-    W, width = out.shape[-1], x.shape[-1]
-    R, tile = out.numel() // W, _tile(W, width)
+    W = out.shape[-1]
+    R, options = out.numel() // W, _options("mlp_activation_fwd", x, W)
     launch(
         _mlp_activation_fwd_kernel,
-        (triton.cdiv(R, tile["BLOCK_R"]), triton.cdiv(W, tile["BLOCK_W"])),
+        (triton.cdiv(R, options["BLOCK_R"]), triton.cdiv(W, options["BLOCK_W"])),
         device=x.device,
         x_ptr=x.contiguous(),
         bias_ptr=None if bias is None else bias.contiguous(),
@@ -205,22 +201,22 @@ def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
         R=R,
         W=W,
         KIND=KINDS[kind],
-        **tile,
+        **options,
     )
     return out
 
 
 def _launch_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *needs: bool) -> tuple[Tensor, ...]:
     W, width, device = d_out.shape[-1], x.shape[-1], x.device
-    R, tile = d_out.numel() // W, _tile(W, width)
-    P, rows = blocks_of_rows(R, tile["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
+    R, options = d_out.numel() // W, _options("mlp_activation_bwd_rows", x, W)
+    P, rows = blocks_of_rows(R, options["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
     need = Needs(*needs)
     d_x, d_bias, out, sums = _outputs(d_out, x, bias, need)
     if need.bias and not need.partial:
         sums = torch.empty(P, width, dtype=torch.float32, device=device)
     launch(
         _mlp_activation_bwd_rows_kernel,
-        (P, triton.cdiv(W, tile["BLOCK_W"])),
+        (P, triton.cdiv(W, options["BLOCK_W"])),
         device=device,
         d_out_ptr=d_out.contiguous(),
         x_ptr=x.contiguous(),
@@ -232,20 +228,19 @@ def _launch_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *
         rows=rows,
         W=W,
         KIND=KINDS[kind],
-        **tile,
+        **options,
     )
     if need.bias and not need.partial:
+        options = launch_options("mlp_activation_bwd_sums", sums)
         launch(
             _mlp_activation_bwd_sums_kernel,
-            (triton.cdiv(width, BLOCK_SUMS_COLUMNS),),
+            (triton.cdiv(width, options["BLOCK_W"]),),
             device=device,
-            num_warps=4,
             d_bias_sums_ptr=sums,
             d_bias_ptr=d_bias,
             P=P,
             W=width,
-            BLOCK_P=BLOCK_SUMS,
-            BLOCK_W=BLOCK_SUMS_COLUMNS,
+            **options,
         )
     return d_x, d_bias, out, sums if need.partial else x.new_empty(0)
 
@@ -254,7 +249,8 @@ def _outputs(d_out: Tensor, x: Tensor, bias: Tensor | None, need: Needs) -> tupl
     P, W, width = 0, d_out.shape[-1], x.shape[-1]
     partial = need.partial and need.bias
     if partial:
-        P, _ = blocks_of_rows(d_out.numel() // W, _tile(W, width)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
+        BLOCK_R = _options("mlp_activation_bwd_rows", x, W)["BLOCK_R"]
+        P, _ = blocks_of_rows(d_out.numel() // W, BLOCK_R, ROWS_PER_SUM, MAX_SUMS)
     inputs, needs = (x, x if bias is None else bias, d_out), (need.x, need.bias and not partial, need.out)
     sums = x.new_empty((P, width) if partial else 0, dtype=torch.float32)
     return *autograd.gradients_like(inputs, needs), sums

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import registration
-from .launching import launch, tl, triton
+from .launching import launch, launch_options, tl, triton
 
-BLOCK_LAYOUT = 128  # classes or rows per iteration
 MOST_PACKED = 4096  # classes; PyTorch adds more lengths faster
 
 
@@ -74,7 +73,6 @@ def _launch_layout(
         _packed_layout_kernel,
         (K,),
         device=class_ids.device,
-        num_warps=4,
         class_ids_ptr=class_ids.contiguous(),
         starts_ptr=starts,
         lengths_ptr=lengths,
@@ -84,7 +82,7 @@ def _launch_layout(
         K=K,
         P=prefix_length,
         R=row_count,
-        BLOCK_J=BLOCK_LAYOUT,
+        **launch_options("packed_layout", class_ids),
     )
     return row_numbers, offsets, last_rows
 

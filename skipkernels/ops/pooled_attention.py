@@ -22,12 +22,9 @@ from torch import Tensor
 from .. import reference
 from . import autograd, registration
 from .attention import in_one_layout, load_lse, load_rows, store_rows
-from .launching import launch, tl, triton
+from .launching import launch, launch_options, tl, triton
 
-TILE = 4096  # numbers of keys or values per iteration: 64 keys of width 64
-TILE_BACKWARD = 2048  # backward has two loops; with 4096 numbers it spills registers
 MAX_WIDTH = 1024  # a tile has whole rows; wider heads use the fallback
-WARPS = 8
 
 
 class Backward(NamedTuple):
@@ -214,7 +211,8 @@ def _launch(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, s
     launch(
         _pooled_attention_fwd_kernel,
         (B, H),
-        **_arguments(query, key, value, lengths, scale, TILE),
+        **_arguments(query, key, value, lengths, scale),
+        **launch_options("pooled_attention_fwd", key, E=E),
         out_ptr=out,
         lse_ptr=lse,
     )
@@ -231,7 +229,8 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, ...]:
     launch(
         _pooled_attention_bwd_kernel,
         (B, H),
-        **_arguments(*call.inputs, call.lengths, call.scale, TILE_BACKWARD),
+        **_arguments(*call.inputs, call.lengths, call.scale),
+        **launch_options("pooled_attention_bwd", call.key, E=E),
         d_out_ptr=d_out,
         stride_d_out_b=d_out.stride(0),
         stride_d_out_h=d_out.stride(1),
@@ -246,14 +245,10 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return d_query, d_key, d_value
 
 
-def _arguments(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float, tile: int
-) -> dict[str, Any]:
+def _arguments(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> dict[str, Any]:
     (query,), (key, value) = in_one_layout(query), in_one_layout(key, value)
-    block_e = triton.next_power_of_2(query.shape[2])
     return dict(
         device=query.device,
-        num_warps=WARPS,
         query_ptr=query,
         key_ptr=key,
         value_ptr=value,
@@ -268,8 +263,7 @@ def _arguments(
         stride_key_h=key.stride(2),
         stride_lengths=0 if lengths is None else lengths.stride(0),
         scale=scale,
-        BLOCK_N=min(tile // block_e, 64),
-        BLOCK_E=block_e,
+        BLOCK_E=triton.next_power_of_2(query.shape[2]),
         HAS_LENGTHS=lengths is not None,
     )
 

@@ -16,11 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from . import autograd, registration
-from .launching import launch, tl, triton
-
-TILE = 2048  # numbers in a tile: 16 per thread
-NUM_WARPS = 4
-MAX_HEADS = 4  # largest number of heads of a tile: they share its cosines and sines
+from .launching import launch, launch_options, tl, triton
 
 
 @triton.jit
@@ -80,15 +76,13 @@ def _rotary_embedding_kernel(
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool, inverse: bool) -> Tensor:
     (R, W), (T, half) = x.shape, cos.shape
-    E, BLOCK_P = 2 * half, triton.next_power_of_2(half)
-    BLOCK_H = min(triton.next_power_of_2(W // E), MAX_HEADS, max(1, TILE // (2 * BLOCK_P)))
-    BLOCK_R = max(1, TILE // (2 * BLOCK_P * BLOCK_H))
+    E = 2 * half
+    options = launch_options("rotary_embedding", x, E=E)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # [R, W]
     launch(
         _rotary_embedding_kernel,
-        (triton.cdiv(R, BLOCK_R), triton.cdiv(W // E, BLOCK_H)),
+        (triton.cdiv(R, options["BLOCK_R"]), triton.cdiv(W // E, options["BLOCK_H"])),
         device=x.device,
-        num_warps=NUM_WARPS,
         x_ptr=x.contiguous(),
         cos_ptr=cos.contiguous(),
         sin_ptr=sin.contiguous(),
@@ -100,9 +94,8 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool, 
         E=E,
         INTERLEAVED=interleaved,
         INVERSE=inverse,
-        BLOCK_R=BLOCK_R,
-        BLOCK_H=BLOCK_H,
-        BLOCK_P=BLOCK_P,
+        BLOCK_P=triton.next_power_of_2(half),
+        **options,
     )
     return out
 

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from .. import reference
 from . import registration
-from .launching import launch, tl, triton
+from .launching import launch, launch_options, tl, triton
 
 MATRICES = 5  # largest number of matrices of one launch
-BLOCK_ROWS = 128  # rows per iteration
-BLOCK_COLUMNS = 32  # columns per program: 128 bytes in fp32
-MAX_ROWS = 2048  # rows of a matrix other than partial sums: a program adds them all, in 16 iterations
+MAX_ROWS = 2048  # rows of a matrix other than partial sums: a program adds them all
 
 
 @triton.jit
@@ -101,19 +99,18 @@ def _launch(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def _launch_once(matrices: Sequence[Tensor], out: Tensor) -> None:
     """Write the sums of at most MATRICES matrices."""
     arguments: dict[str, Any] = {}
+    options = launch_options("column_sums", out)
     for i in range(MATRICES):
         x = matrices[i].contiguous() if i < len(matrices) else None
         R, W = (0, 0) if x is None else x.shape
         arguments |= {f"x{i}_ptr": x, f"R{i}": R, f"W{i}": W}
     launch(
         _column_sums_kernel,
-        (triton.cdiv(max(x.shape[1] for x in matrices), BLOCK_COLUMNS), len(matrices)),
+        (triton.cdiv(max(x.shape[1] for x in matrices), options["BLOCK_W"]), len(matrices)),
         device=out.device,
-        num_warps=4,
         **arguments,
         out_ptr=out,
-        BLOCK_R=BLOCK_ROWS,
-        BLOCK_W=BLOCK_COLUMNS,
+        **options,
     )
 
 

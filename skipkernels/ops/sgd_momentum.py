@@ -23,11 +23,9 @@ from torch import Tensor
 
 from .. import reference
 from . import launching, registration
-from .launching import launch, tl, triton
+from .launching import launch, launch_options, tl, triton
 
-BLOCK = 2048  # elements per program
 LANES, LANES_RANDOM = 8, 4  # elements per group; with stochastic rounding, those that share a hash
-NUM_WARPS = 4
 COLUMNS = 7  # in the table: addresses of weight, buffer and cast (or 0), elements, offset, first program, vectorised
 MAX_TABLES = 512  # kept between calls; 8 bytes per number
 
@@ -198,6 +196,8 @@ def _launch_alike(tensors: list[_Tensors], call: Call) -> None:
     weight, grad, momentum_buffer, *_ = tensors[0]
     cast = next((x.cast for x in tensors if x.cast is not None), None)
     device, lanes = weight.device, LANES if call.seed is None else LANES_RANDOM
+    options = dict(launch_options("sgd_momentum", weight))
+    block = options.pop("BLOCK")  # elements of a program
     rows: list[int] = []
     programs: list[int] = []  # number of programs of each tensor
     begin = 0
@@ -209,13 +209,13 @@ def _launch_alike(tensors: list[_Tensors], call: Call) -> None:
         numel = x.weight.numel()
         vectorised = all(n % 16 == 0 for n in (*addresses, grad_addresses[-1], numel)) and first % lanes == 0
         rows += (*addresses, numel, first, begin, vectorised)
-        programs.append(triton.cdiv(first % lanes + numel, BLOCK))
+        programs.append(triton.cdiv(first % lanes + numel, block))
         begin += programs[-1]
     launch(
         _sgd_momentum_kernel,
         (begin,),
         device=device,
-        num_warps=NUM_WARPS,
+        **options,
         fp_fusion=False,
         tensors_ptr=_table(rows, device),  # [tensors · COLUMNS]
         grads_ptr=_table(grad_addresses, device),  # [tensors]
@@ -231,7 +231,7 @@ def _launch_alike(tensors: list[_Tensors], call: Call) -> None:
             momentum_buffer=_TRITON_DTYPES[momentum_buffer.dtype],
             cast=None if cast is None else _TRITON_DTYPES[cast.dtype],
             stochastic=call.seed is not None,
-            groups=BLOCK // lanes,
+            groups=block // lanes,
             lanes=lanes,
         ),
     )

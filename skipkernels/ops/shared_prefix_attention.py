@@ -31,15 +31,9 @@ from torch import Tensor
 from .. import reference
 from . import autograd, registration
 from .attention import load_lse, load_rows, products, store_rows
-from .launching import dot_precision, launch, target, tl, triton
+from .launching import dot_precision, launch, launch_options, tl, triton
 
-# Rows of a tile; fewer of heads between 64 and 128, of which 32 rows and their masks spill registers in fp32.
-TILE_ROWS, TILE_ROWS_MASKED = 32, 16
-BLOCK_P = 16  # keys in front of a tile per iteration; the prefix of a prompt has 5 to 8 tokens
 MAX_E = 128  # widest head: a tile holds whole heads
-BYTES_CHUNK = 128  # part of a head's width per product of queries and keys: bounds the registers of a program
-WARPS, WARPS_WIDE = 4, 8  # wide: heads of more than BYTES_CHUNK; a warp of AMD has 64 threads and needs 4 always
-BLOCK_SLOTS, BLOCK_SUM = 64, 64  # sum over the parts of the prefix's gradient: parts per iteration, numbers per program
 
 
 class Options(NamedTuple):
@@ -452,18 +446,18 @@ def _shared_prefix_attention_bwd_sum_kernel(
 
 
 def _launch(packed: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    tiling = _tiling(packed, Options(*options))
+    tiling = _tiling("shared_prefix_attention_fwd", packed, Options(*options))
     if tiling is None:
         return _fallback(packed, *options)
     tiles, H, arguments = tiling
     R, width = packed.shape
     out, lse = packed.new_empty(R, width // 3), packed.new_empty((R, H), dtype=torch.float64)  # [R, W], [R, H]
-    launch(_shared_prefix_attention_fwd_kernel, (tiles, H), **arguments, R=R, BLOCK_P=BLOCK_P, out_ptr=out, lse_ptr=lse)
+    launch(_shared_prefix_attention_fwd_kernel, (tiles, H), **arguments, R=R, out_ptr=out, lse_ptr=lse)
     return out, lse
 
 
 def _launch_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any) -> Tensor:
-    tiling = _tiling(packed, Options(*options))
+    tiling = _tiling("shared_prefix_attention_bwd", packed, Options(*options))
     if tiling is None:
         return _fallback_backward(d_out, packed, lse, *options)
     tiles, H, arguments = tiling
@@ -481,44 +475,41 @@ def _launch_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any) 
         d_packed_ptr=d_packed,
         partial_ptr=partial,
     )
-    launch(_shared_prefix_attention_bwd_kernel, (tiles, H), **arguments, R=R, BLOCK_P=BLOCK_P, LONG=long)
+    launch(_shared_prefix_attention_bwd_kernel, (tiles, H), **arguments, R=R, LONG=long)
     if long:
+        del arguments["BLOCK_P"]  # of the first kernel alone
+        arguments |= launch_options("shared_prefix_attention_bwd_key", packed, E=arguments["E"])
         launch(_shared_prefix_attention_bwd_key_kernel, (tiles, H), **arguments)
+    sum_options = launch_options("shared_prefix_attention_bwd_sum", partial)
     launch(
         _shared_prefix_attention_bwd_sum_kernel,
-        (triton.cdiv(P * 2 * W, BLOCK_SUM),),
+        (triton.cdiv(P * 2 * W, sum_options["BLOCK_N"]),),
         device=packed.device,
-        num_warps=WARPS,
-        num_stages=1,
         partial_ptr=partial,
         d_packed_ptr=d_packed,
         slots=slots,
         P=P,
         W=W,
-        BLOCK_SLOTS=BLOCK_SLOTS,
-        BLOCK_N=BLOCK_SUM,
+        **sum_options,
     )
     return d_packed
 
 
-def _tiling(packed: Tensor, options: Options) -> tuple[int, int, dict[str, Any]] | None:
-    """Number of tiles, H, and the arguments of forward and backward; None if the fallback is to be used."""
+def _tiling(kernel: str, packed: Tensor, options: Options) -> tuple[int, int, dict[str, Any]] | None:
+    """Number of tiles, H, and the arguments of a kernel; None if the fallback is to be used."""
     H, P, offsets, max_length, scale = options
     R, width = packed.shape
     E = width // (3 * H)
     if E > MAX_E:
         return None
     packed = packed if packed.stride(1) == 1 else packed.contiguous()
-    block_e, chunk_e = max(triton.next_power_of_2(E), 16), BYTES_CHUNK // packed.element_size()
-    wide = block_e > chunk_e
+    launched = launch_options(kernel, packed, E=E)
+    BLOCK_T, BLOCK_E = launched["BLOCK_T"], max(triton.next_power_of_2(E), 16)
     max_length = min(max_length, R)
-    BLOCK_T = TILE_ROWS_MASKED if 64 < E < block_e else TILE_ROWS
     K = (R - P) // max_length if offsets is None else offsets.shape[0] - 1
     tiles = triton.cdiv(K, max(BLOCK_T // max_length, 1)) * triton.cdiv(max_length, BLOCK_T)
-    arguments = dict(
+    arguments: dict[str, Any] = dict(launched) | dict(
         device=packed.device,
-        num_warps=WARPS_WIDE if wide and target(packed.device).backend == "cuda" else WARPS,
-        num_stages=1,
         packed_ptr=packed,
         offsets_ptr=None if offsets is None else offsets.contiguous(),
         K=K,
@@ -528,9 +519,8 @@ def _tiling(packed: Tensor, options: Options) -> tuple[int, int, dict[str, Any]]
         stride_packed_r=packed.stride(0),
         scale=scale,
         E=E,
-        BLOCK_T=BLOCK_T,
-        BLOCK_E=block_e,
-        CHUNK_E=min(block_e, chunk_e),
+        BLOCK_E=BLOCK_E,
+        CHUNK_E=min(BLOCK_E, launched["CHUNK_E"]),
         HAS_OFFSETS=offsets is not None,
         PRECISION=dot_precision(packed.dtype, packed.device),
     )

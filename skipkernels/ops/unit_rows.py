@@ -16,46 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .launching import dot_precision, launch, products_widen, target, tl, triton
+from .launching import dot_precision, launch, launch_options, products_widen, tl, triton
 
 PANEL = 1 << 24  # largest number of factors in memory: 32 MiB in bf16
-BLOCK_SUM = 1024
-
-
-class Blocks(NamedTuple):
-    """Tile of the product [images, classes] and options of its launch."""
-
-    BLOCK_B: int
-    BLOCK_K: int
-    BLOCK_D: int
-    num_warps: int
-    num_stages: int
-
-
-# Up to FEW images: 16 rows, the least of the matrix units, and few classes, so that 1,000 classes occupy many
-# multiprocessors. More images: squarer tiles, which read each row less often, as large as registers allow beside the
-# softmax (bench.aot); from LARGE images in 16 bits, taller ones, since 128 × 128 would spill. BLOCK_D is 128 bytes of a
-# row, a cache line.
-FEW, LARGE = 32, 512
-_BLOCKS = {
-    ("cuda", "few", 4): Blocks(16, 32, 32, num_warps=4, num_stages=4),
-    ("cuda", "few", 2): Blocks(16, 32, 64, num_warps=4, num_stages=4),
-    ("cuda", "many", 4): Blocks(64, 32, 32, num_warps=4, num_stages=3),
-    ("cuda", "many", 2): Blocks(64, 64, 64, num_warps=8, num_stages=3),
-    ("cuda", "large", 2): Blocks(128, 64, 64, num_warps=8, num_stages=3),
-    ("hip", "few", 4): Blocks(16, 32, 32, num_warps=2, num_stages=2),
-    ("hip", "few", 2): Blocks(16, 32, 64, num_warps=2, num_stages=2),
-    ("hip", "many", 4): Blocks(64, 32, 32, num_warps=4, num_stages=2),
-    ("hip", "many", 2): Blocks(64, 64, 64, num_warps=8, num_stages=2),
-}
-
-
-def blocks_for(B: int, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """Return the tile for a number of images and a dtype."""
-    backend = target(device).backend
-    if B >= LARGE and (large := _BLOCKS.get((backend, "large", dtype.itemsize))):
-        return large
-    return _BLOCKS[backend, "few" if B <= FEW else "many", dtype.itemsize]
 
 
 @triton.jit
@@ -185,25 +148,26 @@ def total_of(parts: Tensor, total: Tensor, factor: Tensor | None = None, divisor
         _total_kernel,
         (1,),
         device=parts.device,
-        num_warps=4,
         parts_ptr=parts,
         factor_ptr=factor,
         divisor_ptr=divisor,
         total_ptr=total,
         n=parts.numel(),
-        BLOCK=BLOCK_SUM,
+        **launch_options("total", parts),
     )
     return total
 
 
-def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None) -> tuple[bool, Tensor, Tensor]:
-    """Compute the norms of both, fp32 [B] and [K], or allocate them (True) for the kernel of the product to compute."""
+def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None, measure: int) -> tuple[Tensor, Tensor]:
+    """Compute the norms of both, fp32 [B] and [K], or with `measure` allocate them for the kernel of the product.
+
+    That kernel saves two launches, and needs more registers to compute them.
+    """
+    if not measure:
+        return row_norms(image), row_norms(text, class_ids)
     B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
-    # The kernel of the product saves two launches, and costs registers.
-    if B > FEW:
-        return False, row_norms(image), row_norms(text, class_ids)
     image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=image.device) for n in (B, K))
-    return True, image_norm, text_norm
+    return image_norm, text_norm
 
 
 def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -214,7 +178,7 @@ def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
         _row_norms_kernel,
         (n,),
         device=rows.device,
-        num_warps=1,
+        **launch_options("row_norms", rows, D=D),
         rows_ptr=rows,
         ids_ptr=ids,
         norm_ptr=norm,
@@ -273,10 +237,10 @@ class Panels(NamedTuple):
     tiles: int  # of a panel
 
     @classmethod
-    def of(cls, B: int, K: int, blocks: Blocks) -> Panels:
+    def of(cls, B: int, K: int, BLOCK_B: int, BLOCK_K: int) -> Panels:
         """Divide B images, compared with K rows."""
-        size = min(triton.cdiv(max(PANEL // K, 1), blocks.BLOCK_B) * blocks.BLOCK_B, B)
-        return cls(size, triton.cdiv(B, size), triton.cdiv(size, blocks.BLOCK_B) * triton.cdiv(K, blocks.BLOCK_K))
+        size = min(triton.cdiv(max(PANEL // K, 1), BLOCK_B) * BLOCK_B, B)
+        return cls(size, triton.cdiv(B, size), triton.cdiv(size, BLOCK_B) * triton.cdiv(K, BLOCK_K))
 
 
 def sums_by_panels(
@@ -326,7 +290,7 @@ def through_unit_norm(
         _unit_rows_bwd_kernel,
         (sums.shape[0],),
         device=rows.device,
-        num_warps=4 if D > 256 else 1,
+        **launch_options("unit_rows_bwd", rows, D=D),
         rows_ptr=rows,
         ids_ptr=ids,
         sums_ptr=sums,

@@ -1,0 +1,200 @@
+"""The tables of launch options, and the launches that follow from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from bench.aot import kernel_modules, kernels_in
+from skipkernels.ops import launching
+from skipkernels.ops.launching import Target, launch_options, table_of
+from tests.ops import test_rotary_embedding as rotary
+from tests.ops.conftest import INTERPRETED, Backend
+from tests.ops.test_step_shapes import CASES, State, upper_half
+
+A100, MI300 = Target("cuda", 80), Target("hip", "gfx942")
+OPERATORS = [*{case[0].name: case[0] for case in CASES.values()}.values(), rotary.OPERATOR]
+interpreted = pytest.mark.parametrize("backend", [INTERPRETED], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables as in a new process."""
+    for function in (launching.entry_of, launching.table_of):
+        function.cache_clear()
+
+
+def row(text: str) -> dict[str, int]:
+    return {name: int(value) for name, value in (part.split("=") for part in text.split())}
+
+
+ROWS = row("BLOCK_P=64 BLOCK_W=32 num_warps=4")
+ACTIVATION = row("BLOCK_R=8 BLOCK_W=256 num_warps=4")
+# The step of ViT-B/16, with 4 images and 107 classes: options by bytes of an element, or for all.
+STEP: dict[str, dict[str, Any]] = {
+    "prefix attention": {
+        "shared_prefix_attention_fwd": {
+            4: row("BLOCK_T=32 BLOCK_P=16 CHUNK_E=32 num_warps=8 num_stages=1"),
+            2: row("BLOCK_T=32 BLOCK_P=16 CHUNK_E=64 num_warps=4 num_stages=1"),
+        },
+        "shared_prefix_attention_bwd": {
+            4: row("BLOCK_T=32 BLOCK_P=16 CHUNK_E=32 num_warps=8 num_stages=1"),
+            2: row("BLOCK_T=32 BLOCK_P=16 CHUNK_E=64 num_warps=4 num_stages=1"),
+        },
+        "shared_prefix_attention_bwd_sum": row("BLOCK_SLOTS=64 BLOCK_N=64 num_warps=4 num_stages=1"),
+    },
+    "pooled attention": {
+        "pooled_attention_fwd": row("BLOCK_E=64 BLOCK_N=64 num_warps=8"),
+        "pooled_attention_bwd": row("BLOCK_E=64 BLOCK_N=32 num_warps=8"),
+    },
+    "image norm": {
+        "add_layer_norm_fwd": row("BLOCK_R=1 BLOCK_W=1024 num_warps=4"),
+        "add_layer_norm_bwd_rows": row("BLOCK_R=4 BLOCK_W=1024 num_warps=16"),
+        "add_layer_norm_bwd_sums": ROWS,
+    },
+    "text norm": {
+        "add_layer_norm_fwd": row("BLOCK_R=2 BLOCK_W=512 num_warps=4"),
+        "add_layer_norm_bwd_rows": row("BLOCK_R=8 BLOCK_W=512 num_warps=16"),
+        "add_layer_norm_bwd_sums": ROWS,
+    },
+    "text activation": {
+        "mlp_activation_fwd": ACTIVATION,
+        "mlp_activation_bwd_rows": ACTIVATION,
+        "mlp_activation_bwd_sums": ROWS,
+    },
+    "scores": {
+        "class_scores": {
+            4: row("BLOCK_B=16 BLOCK_C=16 BLOCK_D=32 num_warps=2 num_stages=4"),
+            2: row("BLOCK_B=16 BLOCK_C=16 BLOCK_D=64 num_warps=2 num_stages=4"),
+        },
+    },
+    "cross-entropy": {
+        "class_sampled_ce_fwd": {
+            4: row("BLOCK_B=16 BLOCK_K=32 BLOCK_D=32 MEASURE=1 num_warps=4 num_stages=4"),
+            2: row("BLOCK_B=16 BLOCK_K=32 BLOCK_D=64 MEASURE=1 num_warps=4 num_stages=4"),
+        },
+        "class_sampled_ce_bwd_logits": {
+            4: row("BLOCK_B=16 BLOCK_K=32 BLOCK_D=32 GROUP=8 num_warps=4 num_stages=4"),
+            2: row("BLOCK_B=16 BLOCK_K=32 BLOCK_D=64 GROUP=8 num_warps=4 num_stages=4"),
+        },
+        "class_sampled_ce_fwd_combine": row("BLOCK=256 num_warps=4"),
+        "unit_rows_bwd": row("BLOCK_D=512 num_warps=4"),
+        "total": row("BLOCK=1024 num_warps=4"),
+    },
+}
+STEP |= {"pooled text norm": STEP["text norm"], "image activation": STEP["text activation"]}
+# What differs on AMD, in both dtypes
+ON_AMD = {name: row("num_warps=2 num_stages=2") for name in ("class_sampled_ce_fwd", "class_sampled_ce_bwd_logits")}
+ON_AMD |= {f"shared_prefix_attention_{name}": row("num_warps=4") for name in ("fwd", "bwd")}
+
+
+@interpreted
+@pytest.mark.parametrize("device", [A100, MI300], ids=["A100", "MI300"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_launches_of_a_step(backend: Backend, monkeypatch, dtype, device):
+    launched: dict[str, dict[str, Any]] = {}
+
+    def record(kernel: Any, grid: Any, options: dict[str, Any], arguments: dict[str, Any]) -> None:
+        name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+        assert launched.setdefault(name, options | arguments)["num_warps"] == options["num_warps"]
+
+    monkeypatch.setattr(launching, "_run", record)
+    monkeypatch.setattr(launching, "target", lambda of: device)
+    for name, (operator, shape, options) in CASES.items():
+        launched.clear()
+        operator.kernel(operator.case(shape, backend.device, dtype=dtype, **options))
+        expected = {kernel: of.get(dtype.itemsize, of) for kernel, of in STEP[name].items()}
+        if device is MI300:
+            expected = {kernel: of | ON_AMD.get(kernel, {}) for kernel, of in expected.items()}
+        found = {kernel: {key: launched[kernel][key] for key in expected[kernel]} for kernel in launched}
+        assert found == expected, name
+    launched.clear()
+    State(dict.fromkeys(upper_half()), torch.float32, device=backend.device).step()
+    assert launched["sgd_momentum"]["num_warps"] == 4
+    assert launched["sgd_momentum"]["VARIANT"].groups * launched["sgd_momentum"]["VARIANT"].lanes == 2048
+
+
+@interpreted
+@pytest.mark.parametrize("factor", [0.5, 2], ids=["half", "twice"])
+@pytest.mark.parametrize(
+    "operator", [*(case[0] for case in CASES.values()), rotary.OPERATOR], ids=lambda each: each.name
+)
+def test_results_with_other_tables(backend: Backend, monkeypatch, operator, factor):
+    """A table may have any powers of two."""
+    entry_of = launching.entry_of
+
+    def another(*call: Any, **sizes: int) -> launching.Entry:
+        entry = entry_of(*call, **sizes)
+        scaled = {name: max(1, int(value * factor)) for name, value in entry.options.items() if name != "MEASURE"}
+        return entry._replace(options={**entry.options, **scaled})
+
+    monkeypatch.setattr(launching, "entry_of", another)
+    operator.check_no_worse_than_eager(operator.case(operator.small, backend.device))
+
+
+def test_defaults_have_every_kernel():
+    kernels = {name for module in kernel_modules() for name in kernels_in(module)}
+    assert {f"_{name}_kernel" for name in table_of(A100)} == kernels
+
+
+@pytest.mark.parametrize("path", sorted(launching.TABLES.glob("*.json")), ids=lambda path: path.stem)
+def test_tables_have_an_entry_for_every_size(path: Path):
+    for kernel, entries in launching.read_table(path).items():
+        for itemsize in (2, 4):
+            of_dtype = [each for each in entries if each.itemsize in (None, itemsize)]
+            assert not of_dtype[-1].sizes, kernel
+            largest = [tuple(each.sizes.values()) for each in of_dtype[:-1]]
+            assert largest == sorted(set(largest)) and all(len(sizes) == 1 for sizes in largest), kernel
+
+
+@pytest.mark.parametrize(("W", "rows"), [(1, 16), (64, 16), (65, 8), (768, 1), (10**6, 1)])
+def test_nearest_size_that_is_not_smaller_counts(W, rows):
+    assert launch_options("add_layer_norm_fwd", torch.empty(0), W=W)["BLOCK_R"] == rows
+
+
+def test_without_a_gpu_the_defaults_count():
+    """The fakes of the meta device ask for the number of partial sums."""
+    assert launch_options("total", torch.empty(0, device="meta")) == row("BLOCK=1024 num_warps=4")
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tables."""
+    for path in launching.TABLES.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(launching, "TABLES", tmp_path)
+    return tmp_path
+
+
+def test_a_device_may_have_its_own_table(tables: Path):
+    (tables / "nvidia-h100-80gb-hbm3.json").write_text(json.dumps({"total": [row("BLOCK=512 num_warps=8")]}))
+    with mock.patch.object(launching, "target", lambda of: Target("cuda", 90, "NVIDIA H100 80GB HBM3")):
+        assert launch_options("total", torch.empty(0)) == row("BLOCK=512 num_warps=8")
+        assert launch_options("row_norms", torch.empty(0)) == row("num_warps=1")
+    with mock.patch.object(launching, "target", lambda of: Target("cuda", 90, "NVIDIA H200")):
+        assert launch_options("total", torch.empty(0)) == row("BLOCK=1024 num_warps=4")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected lists of entries by kernel, in JSON; .*my-gpu.json has Expecting property name"),
+        ('{"total": 3}', "expected lists of entries by kernel, in JSON"),
+        ('{"total": [3]}', "expected lists of entries by kernel, in JSON"),
+        (
+            '{"total": [{"BLOCK": "1"}]}',
+            "expected numbers of total to be integers of at least 0; .* has {'BLOCK': '1'}",
+        ),
+        ('{"total": [{"BLOCK": 1}]}', r"expected options of total to be {.*}; .*my-gpu.json has {'BLOCK'}\. Correct"),
+        ('{"sum": [{"BLOCK": 1}]}', "expected options of sum to be a kernel of defaults.json"),
+    ],
+)
+def test_a_wrong_table_is_an_error(tables: Path, text, message):
+    (tables / "my-gpu.json").write_text(text)
+    with pytest.raises(ValueError, match=f"launch_options: {message}"):
+        table_of(Target("cuda", 90, "My GPU"))
