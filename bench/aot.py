@@ -18,7 +18,7 @@ code are registers per thread, spilled bytes, bytes of shared memory, and the ma
 needs more registers or shared memory than in the table, or uses another matrix instruction. If the table was made by
 another version of Triton, registers and shared memory may grow by ALLOWANCE.
 
-`--quick` takes only the first call of every operator: not all entries of the block tables, nor kernels for large sizes.
+`--quick` takes only the first call of every operator: few entries of the launch tables, no kernels for large sizes.
 So do the targets that are not IN_TABLE. Triton has no matrix instructions for sm_75: there kernels only have to compile
 and to fit into shared memory.
 """
@@ -245,14 +245,18 @@ _jobs: Sequence[Job] = ()  # of forked processes: kernels cannot be pickled
 
 
 def compile_all(jobs: Sequence[Job], console: Console, processes: int | None = None) -> tuple[list[Result], list[str]]:
-    """The results in the order of the jobs, and the jobs that did not compile; one process per core."""
+    """The results in the order of the jobs, and the jobs that did not compile."""
+    outcomes = outcomes_of(jobs, console, processes)
+    return [each for each in outcomes if isinstance(each, Result)], [each for each in outcomes if isinstance(each, str)]
+
+
+def outcomes_of(jobs: Sequence[Job], console: Console, processes: int | None = None) -> list[Result | str]:
+    """The results in the order of the jobs, or the reason why one does not compile; one process per core."""
     global _jobs
-    _jobs, results, failures = jobs, [], []
+    _jobs = jobs
     with ProcessPoolExecutor(processes or os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         outcomes = pool.map(outcome_of, range(len(jobs)))
-        for outcome in rich.progress.track(outcomes, "compiling", len(jobs), console=console, transient=True):
-            (failures if isinstance(outcome, str) else results).append(outcome)
-    return results, failures
+        return list(rich.progress.track(outcomes, "compiling", len(jobs), console=console, transient=True))
 
 
 def outcome_of(number: int) -> Result | str:

@@ -3,7 +3,7 @@
 # Each stage has a time limit, and its output is in $OUT/STAGE.txt (default: gpu-results) as it comes; a stage that fails
 # or is cut off does not stop the others. All results are in $OUT/results.json at the end. docs/gpu.md says more.
 #
-#   bench/gpu.sh                       all stages
+#   bench/gpu.sh                       all stages but tune
 #   bench/gpu.sh step ncu              some stages
 #
 # STEP has options of the steps in place of --all-shapes, such as STEP="--model ViT-L-14 --classes 100". PYTHON is the
@@ -17,6 +17,7 @@
 #               graph, and in bf16 of the published step by torch.compile
 #   full        training of a whole CLIP: its own blocks, also compiled, and sk.fuse
 #   operators   every operator as CUDA graphs, against eager, peers and torch.compile
+#   tune        launch options of the Triton kernels, in ten minutes more: writes the table of this device into $OUT
 #   profile     the kernels of a step that take longest
 #   memcheck, racecheck    compute-sanitizer on a small call of every operator
 #   ncu         Nsight Compute on the Triton kernels of a step
@@ -31,7 +32,9 @@ processes=$(($(nproc) < 8 ? $(nproc) : 8))
 stages="machine tests step step_fp32 full operators profile memcheck racecheck ncu summary"
 chosen=${*:-$stages}
 for name in $chosen; do
-  [[ " $stages " == *" $name "* ]] || { echo "bench/gpu.sh: no stage $name; expected some of: $stages" >&2; exit 2; }
+  [[ " $stages tune " == *" $name "* ]] || {
+    echo "bench/gpu.sh: no stage $name; expected some of: $stages tune" >&2; exit 2
+  }
 done
 mkdir -p "$out"
 [ $# -gt 0 ] || rm -f "$out"/{facts.json,operators.jsonl,scale} # of an earlier run
@@ -53,6 +56,7 @@ stage step_fp32 35 "$python" -m bench.gpu step --precision fp32 $STEP --out "$ou
 stage full 45 "$python" -m bench.gpu full --batch 32 --rounds 10 $STEP --out "$out"
 stage operators 75 "$python" -m pytest bench/operators -q -p no:cacheprovider --minutes="$(scaled 10)e-1" \
   --rows="$out/operators.jsonl"
+stage tune 600 "$python" -m bench.tune --seconds "$(scaled 570)" --out "$out"
 stage profile 20 "$python" -m bench.gpu profile_step $STEP
 # The sanitizer sees allocations only if PyTorch does not keep freed memory.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1

@@ -50,6 +50,8 @@ def lines_of(folder: Path) -> Iterator[str]:
             yield f"{name}: {'; '.join(_step(step, facts)) or _without_result(folder, stage)}"
     yield f"full training: {_full(facts) or _without_result(folder, 'full')}"
     yield f"operators: {_operators(folder)}"
+    if found := facts.get("tune"):
+        yield f"launch options: {found['timed']} entries timed, replaced of {', '.join(found['table']) or 'no kernel'}"
     yield f"sanitizer and profiler: {_tools(folder)}"
 
 

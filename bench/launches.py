@@ -1,6 +1,7 @@
 """Launches of Triton kernels, recorded on the meta device as they would be made on a GPU.
 
-CALLS are calls of the operators that reach every kernel and every entry of its block tables, from their records.
+CALLS are calls of the operators that reach every kernel, from their records; those of WIDTHS reach the other entries of
+the launch tables.
 """
 
 from __future__ import annotations

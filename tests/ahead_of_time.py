@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from bench import aot, counts
-from bench.launches import ARCHITECTURES, CALLS, Architecture, launches_of, recording
+from bench import aot, counts, tune
+from bench.launches import ARCHITECTURES, CALLS, FAMILIES, Architecture, launches_of, recording
 from bench.operators.record import on_meta
 from skipkernels.ops.launching import launch, tl, triton
 
@@ -85,6 +85,13 @@ def kernels() -> None:
     sys.argv = "aot --check --quick --target sm_90 gfx942 --dtype bf16".split()
     with contextlib.suppress(SystemExit):  # the problems are printed
         aot.main()
+
+
+def candidates() -> None:
+    """The kernels that `bench.tune` compiles for other options of an entry."""
+    options = {"BLOCK_C": 32, "BLOCK_J": 64, "num_warps": 2}
+    for job in tune.jobs_of(FAMILIES["classes_at_ranks"], "bf16", "sm_80", ("class_at", None), options):
+        print(job.kernel.function.fn.__name__, aot.constants_of(job), job.kernel.options["num_warps"])  # noqa: T201
 
 
 def counts_of_a_step() -> None:

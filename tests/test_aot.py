@@ -1,7 +1,7 @@
 """Every Triton kernel compiles to machine code for GPUs that are not here, without spills, on the matrix units.
 
-The suite compiles the first call of every operator in bf16, which reaches every kernel; all calls and dtypes, with
-every entry of the block tables, are for `python -m bench.aot --check`. `bench.counts --check` runs in the same process.
+The suite compiles the first call of every operator in bf16, which reaches every kernel; all calls, dtypes and widths
+are for `python -m bench.aot --check` and `--widths`. `bench.counts --check` runs in the same process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not i
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Output of the functions of tests/ahead_of_time.py; one process imports torch and Triton for all."""
     folder = tmp_path_factory.mktemp("printed")
-    names = ("kernels", "faults", "differences", "counts_of_a_step")
+    names = ("kernels", "faults", "differences", "candidates", "counts_of_a_step")
     command = [sys.executable, "-m", "tests.ahead_of_time", str(folder), *names]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -55,6 +55,12 @@ def test_faults_are_found_in_machine_code(printed):
 def test_what_is_compiled_is_what_a_launch_compiles(printed):
     (summary,) = printed["differences"].splitlines()
     assert int(summary.removesuffix(" compared")) >= 2 * len(CALLS)
+
+
+@pytest.mark.slow
+def test_candidates_of_tune_are_compiled(printed):
+    lines = printed["candidates"].splitlines()
+    assert lines and set(lines) == {"_class_at_kernel BLOCK_C=32 BLOCK_J=64 2"}
 
 
 ROW = aot.Row(

@@ -92,11 +92,18 @@ def test_script_refuses_an_unknown_stage(tmp_path):
     done = script(tmp_path / "out", "machine", "steps")
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert "no stage steps; expected some of: machine tests step step_fp32 full " in done.stderr
+    assert done.stderr.endswith("summary tune\n")
 
 
 def test_limits_of_the_stages_are_ten_minutes():
     lines = [line.split() for line in SCRIPT.read_text().splitlines() if line.startswith("stage ")]
-    assert len(lines) == 10 and sum(int(line[2]) for line in lines) <= 600
+    limits = {line[1]: int(line[2]) for line in lines}
+    assert len(limits) == 11 and limits.pop("tune") == 600 >= sum(limits.values())
+
+
+def test_script_tunes_if_asked(tmp_path):
+    assert script(tmp_path, "tune").stdout.startswith("tune: exit status 0")
+    assert (tmp_path / "tune.txt").read_text() == f"-m bench.tune --seconds 570 --out {tmp_path}\n"
 
 
 @pytest.mark.parametrize(

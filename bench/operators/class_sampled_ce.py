@@ -6,7 +6,7 @@ the operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -141,10 +141,10 @@ LAUNCHED = (
 
 
 def launch_arguments(
-    dtype: torch.dtype,
+    dtype: torch.dtype, shapes: Sequence[tuple[Any, ...]] = LAUNCHED
 ) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Any, ...], tuple[int, int, int]]]:
     """Shape, the four leading tensors of both schemas, the options after them, and B, K, D."""
-    for B, C, K, D, all_options, reduction in LAUNCHED:
+    for B, C, K, D, all_options, reduction in shapes:
         tensors = on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B), on_meta(dtype=torch.float32)
         weight = on_meta(C, dtype=torch.float32) if all_options else None
         options = ids(K) if K < C else None, weight, 0.1 if all_options else 0.0, -100, REDUCTIONS.index(reduction)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import Tensor
 from skipkernels import functional, reference
 
 from . import CPU, OURS, Arguments, Case, Random, Work, case
-from .class_sampled_ce import launch_arguments
+from .class_sampled_ce import LAUNCHED, launch_arguments
 from .record import Call, Record, on_meta
 
 # B, C, K, D. At K = C there are no class_ids.
@@ -47,15 +49,17 @@ def launches(dtype: torch.dtype) -> Iterator[Call]:
         yield Call(shape, (image, text, scale, class_ids))
 
 
-def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
-    for shape, (image, text, _, scale), (class_ids, *_), (B, K, _) in reversed(list(launch_arguments(dtype))):
+def launches_backward(dtype: torch.dtype, shapes: Sequence[tuple[Any, ...]] = LAUNCHED) -> Iterator[Call]:
+    for shape, (image, text, _, scale), (class_ids, *_), (B, K, _) in reversed(list(launch_arguments(dtype, shapes))):
         d_logits, *norms = (on_meta(*s, dtype=torch.float32) for s in ((B, K), (B,), (K,)))
         yield Call(shape, (d_logits, image, text, scale, *norms, class_ids, True, True, False))
 
 
+NARROW = ((4, 100, 50, 256, False, "mean"),)
 RECORD = Record(
     cases=cases,
     launches={"class_sampled_logits": launches, "class_sampled_logits_backward": launches_backward},
+    widths={"class_sampled_logits_backward": functools.partial(launches_backward, shapes=NARROW)},
     small_calls={
         "class_sampled_logits": lambda randn: (
             {"image": randn(2, 4), "text": randn(5, 4), "logit_scale": torch.tensor(5.0)},

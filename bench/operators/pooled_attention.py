@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from skipkernels import functional, reference
+from skipkernels.ops.pooled_attention import MAX_WIDTH
 
 from .. import peers
 from . import CPU, OURS, Arguments, Case, Random, Work, case
@@ -39,23 +41,31 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
         )
 
 
-def launches(dtype: torch.dtype) -> Iterator[Call]:
-    for B, N, H, E in ((4, 197, 12, 64), (4, 577, 16, 80), (26, 11, 8, 32), (4, 50, 4, 256)):
+LAUNCHED = ((4, 197, 12, 64), (4, 577, 16, 80), (26, 11, 8, 32), (4, 50, 4, 256))
+
+
+def launches(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]] = LAUNCHED) -> Iterator[Call]:
+    for B, N, H, E in shapes:
         query, key = on_meta(B, H, E, dtype=dtype), on_meta(B, N, H, E, dtype=dtype)
         for lengths in (None, ids(B)):
             form = "" if lengths is None else "-lengths"
             yield Call(f"B{B}-N{N}-H{H}-E{E}{form}", (query, key, key, lengths, E**-0.5))
 
 
-def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
-    for shape, (query, key, value, lengths, scale) in launches(dtype):
+def launches_backward(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]] = LAUNCHED) -> Iterator[Call]:
+    for shape, (query, key, value, lengths, scale) in launches(dtype, shapes):
         lse = on_meta(*query.shape[:2], dtype=torch.float64)
         yield Call(shape, (query, query, key, value, query, lse, lengths, scale, True, True, True))
 
 
+WIDTHS = [(4, 50, 4, E) for E in (8, 32, 64, 96, 128, 192, 256, 384, 512, 768, MAX_WIDTH)]
 RECORD = Record(
     cases=cases,
     launches={"pooled_attention": launches, "pooled_attention_backward": launches_backward},
+    widths={
+        "pooled_attention": functools.partial(launches, shapes=WIDTHS),
+        "pooled_attention_backward": functools.partial(launches_backward, shapes=WIDTHS),
+    },
     small_calls={
         "pooled_attention": lambda randn: (
             {"query": randn(2, 2, 4), "key": randn(2, 3, 2, 4), "value": randn(2, 3, 2, 4)},

@@ -34,12 +34,13 @@ class Record(NamedTuple):
 
     cases: Callable[[torch.dtype, torch.device], Iterator[Case]]
     launches: dict[str, Callable[[torch.dtype], Iterator[Call]]]
-    """Calls of the registered operators, by name, that reach every Triton kernel and every entry of its block tables.
-    The first call is the typical one. Shapes can be those of real jobs."""
+    """Calls of the registered operators, by name, that reach every Triton kernel. The first call is the typical one.
+    Shapes can be those of real jobs."""
     small_calls: dict[str, Callable[[Random], tuple[dict[str, Tensor], dict[str, Any]]]]
     """Differentiable arguments, and the others, of a small call with all tensors, by the name of a public function."""
     widths: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {}
-    """Calls of these at all widths that have a Triton kernel, where the width of a row or head is that of a tile."""
+    """Calls of these at other widths of rows or heads, for the other entries of the tables: up to the widest with a
+    Triton kernel, where a tile has whole rows."""
     flops: dict[str, Callable[..., int]] = {}
     """FLOPs of matrix products of the registered operators, by name, from the shapes of their arguments."""
 

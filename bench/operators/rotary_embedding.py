@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -56,7 +56,16 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
 
 def launches(dtype: torch.dtype) -> Iterator[Call]:
     """Query, key and value of PE-Core's L/14; heads that are no power of two; the gradient, with pairs of halves."""
-    for n, T, H, E, interleaved in ((4, 577, 16, 64, True), (3, 5, 6, 80, True), (4, 577, 16, 64, False)):
+    yield from launches_of(((4, 577, 16, 64, True), (3, 5, 6, 80, True), (4, 577, 16, 64, False)), dtype)
+
+
+def launches_of_widths(dtype: torch.dtype) -> Iterator[Call]:
+    widths = 16, 32, 48, 64, 80, 96, 128, 256, 512
+    yield from launches_of([(4, 50, 4, E, interleaved) for E in widths for interleaved in (True, False)], dtype)
+
+
+def launches_of(shapes: Iterable[tuple[int, int, int, int, bool]], dtype: torch.dtype) -> Iterator[Call]:
+    for n, T, H, E, interleaved in shapes:
         x, angles = on_meta(n * T, 3 * H * E, dtype=dtype), on_meta(T, E // 2, dtype=torch.float32)
         form = "" if interleaved else "-halves-inverse"
         yield Call(f"N{n}-T{T}-H{H}-E{E}{form}", (x, angles, angles, 2 * H, interleaved, not interleaved))
@@ -65,6 +74,7 @@ def launches(dtype: torch.dtype) -> Iterator[Call]:
 RECORD = Record(
     cases=cases,
     launches={"rotary_embedding": launches},
+    widths={"rotary_embedding": launches_of_widths},
     small_calls={
         "rotary_embedding": lambda randn: ({"x": randn(6, 12)}, {"cos": randn(3, 2), "sin": randn(3, 2), "heads": 2})
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from unittest import mock
 import pytest
 import torch
 
+from bench import tune
 from bench.aot import kernel_modules, kernels_in
+from bench.launches import ARCHITECTURES, CALLS, WIDTHS, launches_of
 from skipkernels.ops import launching
 from skipkernels.ops.launching import Target, launch_options, table_of
 from tests.ops import test_rotary_embedding as rotary
@@ -140,6 +143,20 @@ def test_results_with_other_tables(backend: Backend, monkeypatch, operator, fact
 def test_defaults_have_every_kernel():
     kernels = {name for module in kernel_modules() for name in kernels_in(module)}
     assert {f"_{name}_kernel" for name in table_of(A100)} == kernels
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_every_entry_is_compiled_ahead_of_time(target):
+    """By `bench.aot` and `bench.aot --widths`."""
+    taken: set[tune.Place] = set()
+    for calls_of in (CALLS, WIDTHS):
+        for op, dtype in itertools.product(calls_of, (torch.float32, torch.bfloat16)):
+            for call in calls_of[op](dtype):
+                with tune.replaced() as of_call:
+                    launches_of(op, call.arguments, ARCHITECTURES[target])
+                taken |= of_call.keys()
+    table = table_of(Target(*ARCHITECTURES[target][:2]))
+    assert {tune.place_of(kernel, entry) for kernel, entries in table.items() for entry in entries} == taken
 
 
 @pytest.mark.parametrize("path", sorted(launching.TABLES.glob("*.json")), ids=lambda path: path.stem)

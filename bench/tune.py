@@ -1,0 +1,249 @@
+"""Time launch options of the Triton kernels on a GPU, and write the table of this device.
+
+    python -m bench.tune                        write skipkernels/ops/tables/DEVICE.json, which later processes read
+    python -m bench.tune --out FOLDER           write FOLDER/DEVICE.json, which nothing reads, and a line of the summary
+    python -m bench.tune --op class_scores --dtype bf16 --seconds 60
+    python -m bench.tune --target sm_90         compile the candidates and print how many are left; needs no GPU
+
+The candidates for an entry of the defaults are its neighbours: one block of half or twice the size, other warps, one
+stage less or more. Those are left out that do not compile, spill registers or need too much shared memory
+(`bench.aot`), or give wrong results. The others are timed as the benchmarks of the operators are: forward and backward,
+as CUDA graphs, in turn, on the first case that takes the entry. The fastest replaces the entry if it takes at most MOST
+of its time. The table is written after each entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+
+from skipkernels.ops import OPERATORS, launching
+
+from . import aot, measure
+from .gpu_summary import write_facts
+from .launches import ARCHITECTURES, CALLS, FAMILIES, launches_of
+from .operators import DTYPES, OURS, Case, Run
+from .operators.gate import Gate
+from .operators.record import cases_of
+from .operators.test_operators import in_turn
+from .rows import command
+
+MOST = 0.97  # a smaller gain may be noise
+MOST_WARPS = 16  # 1,024 threads on AMD
+TIMED = ("bf16", "fp32")
+
+Options = Mapping[str, Any]
+Place = tuple[Any, ...]
+"""Kernel, bytes of an element and sizes of an entry."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command(__doc__)
+    parser.add_argument("--op", nargs="+", choices=OPERATORS, default=OPERATORS)
+    parser.add_argument("--dtype", nargs="+", choices=TIMED, default=TIMED)
+    parser.add_argument("--device", type=torch.device, default=measure.default_device(), help="default: a GPU, if any")
+    parser.add_argument("--target", choices=ARCHITECTURES, help="compile for this GPU, and time nothing")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the folder of the package")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no other entry after this time")
+    args = parser.parse_args(arguments)
+    console = Console()
+    if args.target is not None:
+        compile_candidates(args.op, args.dtype, args.target, console)
+        return
+    device = launching.target(args.device)
+    target = next((name for name, each in ARCHITECTURES.items() if each[:2] == device[:2]), None)
+    if target is None:
+        parser.error(f"the limits of {device.backend} {device.arch} are not known: add them to bench/launches.py")
+    path = launching.table_path(device.name)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / path.name
+    begin, chosen = time.monotonic(), {}
+    for op, dtype, case in cases(args.op, args.dtype, args.device):
+        with replaced() as taken:
+            case.runs[OURS]()
+        for place, entry in taken.items():
+            if place in chosen or time.monotonic() - begin > args.seconds:
+                continue
+            candidates = sound(op, dtype, target, place, neighbours(entry.options), console)
+            chosen[place], report = fastest(case, dtype, args.device, place, [entry.options, *candidates])
+            console.print(f"{_text(place)}, {case.shape} {dtype}: {report}", highlight=False, soft_wrap=True)
+            if table := table_with(device, chosen):
+                path.write_text(text_of(table))
+            if args.out is not None:
+                write_facts(args.out, {"tune": {"timed": len(chosen), "table": table}})
+    console.print(f"{len(chosen)} entries timed" + (f"; the table is {path}" if path.exists() else ""), soft_wrap=True)
+
+
+def cases(ops: Sequence[str], dtypes: Sequence[str], device: torch.device) -> Iterator[tuple[str, str, Case]]:
+    """Operator, dtype and case: the first cases of all operators, then the second ones, and so on."""
+    waiting = [(op, dtype, cases_of(op, dtype, device)) for dtype, op in itertools.product(dtypes, ops)]
+    while waiting:
+        for each in [*waiting]:
+            op, dtype, remaining = each
+            if case := next(remaining, None):
+                yield op, dtype, case
+            else:
+                waiting.remove(each)
+
+
+@contextlib.contextmanager
+def replaced(place: Place = (), options: Options | None = None) -> Iterator[dict[Place, launching.Entry]]:
+    """Take the defaults, but `options` in place of those of one entry; the entries that are taken are returned."""
+    taken: dict[Place, launching.Entry] = {}
+    entry_of = launching.entry_of
+
+    def record(kernel: str, device: launching.Target, itemsize: int, **sizes: int) -> launching.Entry:
+        entry = entry_of(kernel, device._replace(name=""), itemsize, **sizes)
+        taken[found := place_of(kernel, entry)] = entry
+        return entry if found != place or options is None else entry._replace(options=options)
+
+    with mock.patch.object(launching, "entry_of", record):
+        yield taken
+
+
+def place_of(kernel: str, entry: launching.Entry) -> Place:
+    return kernel, entry.itemsize, *entry.sizes.items()
+
+
+def _text(place: Place) -> str:
+    kernel, itemsize, *sizes = place
+    return " ".join([kernel, *[f"{itemsize} bytes"] * bool(itemsize), *(f"{name} ≤ {most}" for name, most in sizes)])
+
+
+# ---- candidates ------------------------------------------------------------------------------------------------------
+
+
+def neighbours(options: Options) -> list[Options]:
+    """One block halved, doubled or as it is, with as many warps, half and twice; or one stage less or more."""
+    blocks = [name for name in options if name.startswith(("BLOCK", "CHUNK"))]
+    found: list[Options] = []
+    for block, factor in [("", 1.0), *itertools.product(blocks, (0.5, 2.0))]:
+        for warps in (1.0, 0.5, 2.0):
+            factors = {block: factor, "num_warps": warps}
+            found.append({name: value * factors.get(name, 1) for name, value in options.items()})
+    if "num_stages" in options:
+        found += [{**options, "num_stages": options["num_stages"] + more} for more in (-1, 1)]
+    whole = [{name: type(options[name])(value) for name, value in each.items()} for each in found if _is_possible(each)]
+    return [each for each in whole if each != options]
+
+
+def _is_possible(options: Options) -> bool:
+    sizes = [value for name, value in options.items() if name != "MEASURE"]
+    return all(size >= 1 and size == int(size) for size in sizes) and options["num_warps"] <= MOST_WARPS
+
+
+def sound(
+    op: str, dtype: str, target: str, place: Place, candidates: Sequence[Options], console: Console
+) -> list[Options]:
+    """Candidates that compile in all calls of `bench.aot`, without spills and within the limits of the GPU."""
+    jobs = [(number, job) for number, each in enumerate(candidates) for job in jobs_of(op, dtype, target, place, each)]
+    outcomes = aot.outcomes_of([job for _, job in jobs], console)
+    unsound = {
+        number
+        for (number, _), outcome in zip(jobs, outcomes, strict=True)
+        if isinstance(outcome, str) or any(aot.problems_of(outcome))
+    }
+    return [each for number, each in enumerate(candidates) if number not in unsound]
+
+
+def jobs_of(op: str, dtype: str, target: str, place: Place, options: Options) -> list[aot.Job]:
+    """The kernels, each once, of the calls of an operator that take an entry, with other options."""
+    architecture, jobs = ARCHITECTURES[target], {}
+    for name in (name for name in CALLS if FAMILIES[name] == op):
+        for call in CALLS[name](DTYPES[dtype]):
+            with replaced(place, options) as taken:
+                launches = launches_of(name, call.arguments, architecture)
+            for number, launch in enumerate(launches if place in taken else ()):
+                if launch.kernel.fn.__name__ == f"_{place[0]}_kernel":
+                    (kernel,) = aot.kernels_of([launch], architecture)
+                    jobs[kernel.key] = aot.Job(name, call.shape, dtype, number, target, launch.grid, kernel)
+    return [*jobs.values()]
+
+
+def compile_candidates(ops: Sequence[str], dtypes: Sequence[str], target: str, console: Console) -> None:
+    """Print how many candidates are left, for each entry that the calls of the operators take."""
+    for op, dtype in itertools.product(ops, dtypes):
+        with replaced() as taken:
+            for name in (name for name in CALLS if FAMILIES[name] == op):
+                for call in CALLS[name](DTYPES[dtype]):
+                    launches_of(name, call.arguments, ARCHITECTURES[target])
+        for place, entry in taken.items():
+            candidates = neighbours(entry.options)
+            left = sound(op, dtype, target, place, candidates, console)
+            console.print(f"{_text(place)}, {dtype}: {len(left)} of {len(candidates)} candidates", highlight=False)
+
+
+# ---- times -----------------------------------------------------------------------------------------------------------
+
+
+def fastest(
+    case: Case, dtype: str, device: torch.device, place: Place, candidates: Sequence[Options]
+) -> tuple[Options, str]:
+    """The fastest of the candidates, of which the first is the default, and a line about it."""
+    default, named, copy = _name(candidates[0]), {_name(options): options for options in candidates}, case.copy
+    trial = case._replace(
+        runs={"eager": case.runs["eager"], **_trials(case.runs[OURS], place, named)},
+        copy=None if copy is None else lambda: _trials(copy()[OURS], place, named),
+    )
+    gate = Gate(trial, DTYPES[dtype], device)
+    times = in_turn(trial, [name for name in named if not gate.error_of(name)], device)
+    seconds = {name: measure.quantile(found, 0.5) for name, found in times.items() if not isinstance(found, str)}
+    if default not in seconds:
+        return candidates[0], "the default gives no time"
+    best = min(seconds, key=seconds.__getitem__)
+    ratio = seconds[best] / seconds[default]
+    if ratio > MOST:
+        best = default
+    return named[best], f"{1000 * seconds[default]:.4f} ms, {ratio:.2f} of it the fastest of {len(seconds)}; {best}"
+
+
+def _trials(run: Run, place: Place, named: Mapping[str, Options]) -> dict[str, Run]:
+    def with_options(options: Options) -> Run:
+        def trial() -> list[torch.Tensor]:
+            with replaced(place, options):
+                return run()
+
+        return trial
+
+    return {name: with_options(options) for name, options in named.items()}
+
+
+def _name(options: Options) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+def table_with(device: launching.Target, chosen: Mapping[Place, Options]) -> dict[str, list[dict[str, Any]]]:
+    """The kernels of which an entry is replaced, with all of their entries."""
+    table = {}
+    for kernel, entries in launching.table_of(device._replace(name="")).items():
+        options = [chosen.get(place_of(kernel, entry), entry.options) for entry in entries]
+        if options != [entry.options for entry in entries]:
+            table[kernel] = [
+                {**({"bytes": entry.itemsize} if entry.itemsize else {}), **entry.sizes, **own}
+                for entry, own in zip(entries, options, strict=True)
+            ]
+    return table
+
+
+def text_of(table: Mapping[str, Sequence[Options]]) -> str:
+    """A table in JSON, an entry to a line."""
+    kernels = []
+    for kernel, rows in table.items():
+        lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
+        kernels.append(f'  "{kernel}": [\n{lines}\n  ]')
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main()

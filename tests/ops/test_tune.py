@@ -1,0 +1,127 @@
+"""bench.tune: candidates, times and tables. The interpreter takes the place of a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import aot, gpu_summary, tune
+from bench.operators import Case
+from bench.operators.gate import Gate
+from bench.operators.record import cases_of
+from skipkernels.ops import launching
+from tests.ops.conftest import INTERPRETED, Backend
+from tests.test_aot import ROW
+
+interpreted = pytest.mark.parametrize("backend", [INTERPRETED], indirect=True)
+DEFAULT = {"BLOCK_B": 16, "BLOCK_C": 16, "BLOCK_D": 32, "num_warps": 2, "num_stages": 4}
+NAME = "BLOCK_B=16 BLOCK_C=16 BLOCK_D=32 num_warps=2 num_stages=4"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"num_warps": 1}, [{"num_warps": 2}]),
+        ({"num_warps": 16}, [{"num_warps": 8}]),
+        (
+            {"BLOCK_R": 1, "MEASURE": True, "num_warps": 16},
+            [
+                {"BLOCK_R": 1, "MEASURE": True, "num_warps": 8},
+                {"BLOCK_R": 2, "MEASURE": True, "num_warps": 16},
+                {"BLOCK_R": 2, "MEASURE": True, "num_warps": 8},
+            ],
+        ),
+        (
+            {"num_warps": 1, "num_stages": 1},
+            [{"num_warps": 2, "num_stages": 1}, {"num_warps": 1, "num_stages": 2}],
+        ),
+    ],
+)
+def test_neighbours(options, expected):
+    found = tune.neighbours(options)
+    assert found == expected
+    assert all(type(each[name]) is type(options[name]) for each in found for name in each)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One case, of four candidates that compile."""
+    case = next(cases_of("class_scores", "fp32", torch.device("cpu")))
+    monkeypatch.setattr(tune, "cases", lambda *_: iter([("class_scores", "fp32", case)]))
+    monkeypatch.setattr(tune, "sound", lambda op, dtype, target, place, candidates, console: candidates[:4])
+    monkeypatch.setattr(launching, "target", lambda device: launching.Target("cuda", 90, "My GPU"))
+
+
+def times(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[str]:
+    """Let the default and each candidate take a time; return the names of those that were timed."""
+    timed: list[str] = []
+
+    def in_turn(case: Case, names: list[str], device: torch.device) -> dict[str, Any]:
+        timed.extend(names)
+        return {
+            name: [each] for name, each in zip(names, itertools.chain(seconds, itertools.repeat(1.0)), strict=False)
+        }
+
+    monkeypatch.setattr(tune, "in_turn", in_turn)
+    return timed
+
+
+@interpreted
+def test_fastest_candidate_is_in_the_table(backend: Backend, small, monkeypatch, tmp_path: Path, capsys):
+    timed = times(monkeypatch, 1.0, 1.0, 0.5)
+    tune.main(["--op", "class_scores", "--dtype", "fp32", "--device", "cpu", "--out", str(tmp_path)])
+    assert timed[0] == NAME and len(set(timed)) == len(timed) == 5
+    table, defaults = launching.read_table(tmp_path / "my-gpu.json"), launching.table_of(launching.Target("cuda", 90))
+    replaced, *rest = table["class_scores"]
+    assert table.keys() == {"class_scores"} and rest == defaults["class_scores"][1:]
+    assert replaced == defaults["class_scores"][0]._replace(options=DEFAULT | {"num_warps": 4})
+    facts = gpu_summary.read_facts(tmp_path)["tune"]
+    assert facts["timed"] == 1 and facts["table"]["class_scores"][0].items() >= (DEFAULT | {"num_warps": 4}).items()
+    assert "launch options: 1 entries timed, replaced of class_scores" in [*gpu_summary.lines_of(tmp_path)]
+    assert "class_scores 4 bytes C ≤ 4095, B4-C100-D512 fp32: 1000.0000 ms, 0.50 of it" in capsys.readouterr().out
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("why", "count"), [("noise", 5), ("wrong results", 1), ("no time left", 0)], ids=lambda value: str(value)
+)
+def test_default_stays(backend: Backend, small, monkeypatch, tmp_path: Path, why, count):
+    timed = times(monkeypatch, 1.0, *[0.98 if why == "noise" else 0.5] * 4)
+    if why == "wrong results":
+        monkeypatch.setattr(Gate, "error_of", lambda gate, name: "" if name == NAME else "wrong")
+    tune.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "-1" if why == "no time left" else "60"])
+    assert len(timed) == count and not (tmp_path / "my-gpu.json").exists()
+
+
+def test_sound_candidates_compile_without_spills(monkeypatch):
+    """In all calls: the second candidate does not compile in one of two, and the third spills in one."""
+    good = aot.Result(ROW, (32,), has_dot=True)
+    spilling = good._replace(row=ROW._replace(spilled_bytes=4))
+    monkeypatch.setattr(tune, "jobs_of", lambda *_: ["job", "job"])
+    monkeypatch.setattr(aot, "outcomes_of", lambda *_: [good, good, good, "does not compile", spilling, good])
+    given = [{"num_warps": warps} for warps in (1, 2, 4)]
+    assert tune.sound("class_scores", "bf16", "sm_90", ("class_scores",), given, Console()) == given[:1]
+
+
+@interpreted
+def test_candidates_are_what_runs(backend: Backend, monkeypatch):
+    """Also in backward, and in no other kernel."""
+    case = next(cases_of("class_sampled_ce", "fp32", torch.device("cpu")))
+    launched: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        launching, "_run", lambda kernel, grid, options, *_: launched.append((kernel.fn.__name__, options["num_warps"]))
+    )
+    with tune.replaced() as taken:
+        case.runs["skipkernels"]()
+    (place,) = [place for place in taken if place[0] == "class_sampled_ce_bwd_logits"]
+    before = launched.copy()
+    launched.clear()
+    with tune.replaced(place, {**taken[place].options, "num_warps": 2}):
+        case.runs["skipkernels"]()
+    changed = [(new, old) for new, old in zip(launched, before, strict=True) if new != old]
+    assert changed == [(("_class_sampled_ce_bwd_logits_kernel", 2), ("_class_sampled_ce_bwd_logits_kernel", 4))]
