@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Largest distance between two unit-norm embeddings, or relative error of the output of a block. Another order of
@@ -47,7 +48,12 @@ def check_shape(
 
 
 def check_dtype(function: str, argument: str, tensor: Tensor, dtypes: Sequence[torch.dtype], remedy: str) -> None:
-    """Raise a TypeError unless a tensor is dense and has one of the dtypes."""
+    """Raise a TypeError unless a tensor is dense and has one of the dtypes; an error for a tangent of forward mode."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(  # the tangent of the result would be zero
+            f"{function}: forward-mode derivatives are not implemented. Use backward, or skipkernels.reference, which "
+            "is plain PyTorch."
+        )
     if tensor.layout != torch.strided:
         raise TypeError(
             f"{function}: {argument} must be a dense tensor; got {tensor.layout}. Use {argument}.to_dense()."

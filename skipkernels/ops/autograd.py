@@ -1,4 +1,4 @@
-"""Gradients of operators: found by the names in two schemas, recorded by autograd, or computed by the reference."""
+"""Gradients of operators: found by the names in two schemas, or computed by the reference."""
 
 from __future__ import annotations
 
@@ -9,18 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
 
 from ..reference import without_autocast
-
-PRIVATE_NAMES = (
-    "_AutoDispatchBelowAutograd",
-    "_after_autograd_keyset",
-    "_any_requires_grad",
-    "_are_functorch_transforms_active",
-)
-"""Names in `torch._C` that `differentiate` uses. Without them `torch.library.register_autograd` is used."""
 
 
 class GradientRule(NamedTuple):
@@ -112,73 +102,13 @@ def _as_tuple(output: Any) -> tuple[Any, ...]:
 # ---- autograd ----------------------------------------------------------------------------------------------------
 
 
-def differentiate(library: torch.library.Library, operator: torch._ops.OpOverload, rule: GradientRule) -> None:
-    """Register the gradient of an operator, as `torch.library.register_autograd` does at a higher cost of each call.
-
-    The operator must not take lists of tensors that require grad.
-    """
-    if not all(hasattr(torch._C, name) for name in PRIVATE_NAMES):
-        torch.library.register_autograd(
-            operator._schema.name,
-            lambda ctx, *d_outputs: tuple(_needed_gradients(rule, ctx, d_outputs)),
-            setup_context=rule.save,
-            lib=library,
-        )
-        return
-
-    def record_or_call(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if forward_ad._current_level >= 0:  # without an error the tangent would be zero
-            _refuse_tangents(operator._opname, args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if torch._C._are_functorch_transforms_active():
-                with enable_single_level_autograd_function():
-                    return _RecordedAtOneLevel.apply(*args, operator, rule, keyset)  # type: ignore[attr-defined]
-            return _Recorded.apply(*args, operator, rule, keyset)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    library.impl(operator._opname, record_or_call, "Autograd", with_keyset=True)
-
-
-class _Recorded(torch.autograd.Function):
-    """A recorded call outside torch.func: the inputs, then operator, rule and dispatch keys."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        *inputs, operator, rule, keyset = args
-        with torch._C._AutoDispatchBelowAutograd():
-            output = operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-        ctx.rule, ctx.arity = rule, len(inputs)
-        rule.save(ctx, tuple(inputs), output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *d_outputs: Any) -> Any:
-        ctx.needs_input_grad = ctx.needs_input_grad[: ctx.arity]  # without operator, rule and keys: rules name inputs
-        return *_needed_gradients(ctx.rule, ctx, d_outputs), None, None, None
-
-
-class _RecordedAtOneLevel(torch.autograd.function._SingleLevelFunction):
-    """A recorded call within torch.func, at the level that the dispatcher has chosen; outer levels record forward.
-
-    `_Recorded.apply` would raise an error there: `Function.apply` needs a `setup_context`, to choose a level once more.
-    """
-
-    backward = _Recorded.backward
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        with torch.enable_grad():
-            return _Recorded.forward(ctx, *args)
-
-
-def _needed_gradients(rule: GradientRule, ctx: Any, d_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+def needed_gradients(rule: GradientRule, ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
     """Compute the gradients of all inputs; None where not needed."""
     # Called within autocast, the matrix products of Triton's path and of the fallback would be rounded to 16 bits.
     given = [x for x in d_outputs if x is not None] if torch._C._is_any_autocast_enabled() else []
     with without_autocast(given[0].device) if given else nullcontext():
         found = rule.backward(ctx, *d_outputs)
-    return [x if need else None for x, need in itertools.zip_longest(found, ctx.needs_input_grad)]
+    return tuple(x if need else None for x, need in itertools.zip_longest(found, ctx.needs_input_grad))
 
 
 def refuse_double_backward(name: str) -> GradientRule:
@@ -191,15 +121,6 @@ def refuse_double_backward(name: str) -> GradientRule:
         )
 
     return GradientRule(lambda ctx, inputs, output: None, backward)
-
-
-def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
-    for x in args:
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                f"{name}: forward-mode derivatives are not implemented. Use backward, or skipkernels.reference, which "
-                "is plain PyTorch."
-            )
 
 
 # ---- for implementations of backward -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ names. Triton kernels are for CUDA and ROCm devices. Without a kernel, the fallb
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import launching
-from .autograd import GradientRule, differentiate, fake_by_names, gradient_by_names, refuse_double_backward
+from .autograd import GradientRule, fake_by_names, gradient_by_names, needed_gradients, refuse_double_backward
 
 NAMESPACE = "skipkernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -124,7 +125,8 @@ def _register_autograd(operator: torch._ops.OpOverload, backward: torch._ops.OpO
         _library.impl(operator._opname, torch.library.fallthrough_kernel, "Autograd")
         return
     rule = backward if isinstance(backward, GradientRule) else gradient_by_names(operator, backward)
-    differentiate(_library, operator, rule)
+    backward_of = functools.partial(needed_gradients, rule)
+    torch.library.register_autograd(operator._schema.name, backward_of, setup_context=rule.save, lib=_library)
 
 
 def _autocast(operator: torch._ops.OpOverload, count: int) -> None:

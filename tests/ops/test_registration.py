@@ -1,4 +1,4 @@
-"""Registration: gradients by the names in two schemas, with and without the private names of torch._C, and calls."""
+"""Registration: gradients by the names in two schemas, and calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from skipkernels.ops import autograd, registration
+from skipkernels.ops import registration
 from skipkernels.ops.add_layer_norm import NormArguments, add_layer_norm_backward
 from skipkernels.ops.sgd_momentum import Call, sgd_momentum_
 from tests.ops.conftest import Backend
@@ -56,22 +56,6 @@ def library(monkeypatch) -> Iterator[None]:
 
 def define(schema: str, function, **options) -> torch._ops.OpOverload:
     return registration.define(schema, **(dict.fromkeys(("fallback", "fake", "launch"), function) | options))
-
-
-@pytest.mark.parametrize("hidden", [None, *autograd.PRIVATE_NAMES])
-def test_differentiate_works_without_private_names(hidden, library, monkeypatch):
-    if hidden is not None:
-        monkeypatch.delattr(torch._C, hidden)
-    gradient = autograd.GradientRule(
-        lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
-        lambda ctx, d_out: (2 * d_out * ctx.saved_tensors[0], None),
-    )
-    schema = f"twice_{hidden or 'with_all'}(Tensor x, Tensor factor, float unused) -> Tensor"
-    operator = define(schema, lambda x, factor, unused: 2 * x * factor, backward=gradient)
-    monkeypatch.undo()
-    x, factor = torch.ones(3, requires_grad=True), torch.tensor([1.0, 2.0, 3.0])
-    operator(x, factor, 0.0).sum().backward()
-    assert torch.equal(x.grad, 2 * factor)
 
 
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
