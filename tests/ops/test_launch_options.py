@@ -140,6 +140,18 @@ def test_results_with_other_tables(backend: Backend, monkeypatch, operator, fact
     operator.check_no_worse_than_eager(operator.case(operator.small, backend.device))
 
 
+@pytest.mark.parametrize("size", ["C", "N"], ids=["too small", "unknown"])
+def test_a_table_without_an_entry_for_a_call_is_an_error(tables: Path, monkeypatch, size):
+    (tables / "my-gpu.json").write_text(
+        json.dumps({"class_at": [{size: 3, **row("BLOCK_C=16 BLOCK_J=128 num_warps=4")}]})
+    )
+    monkeypatch.setattr(launching, "target", lambda of: Target("cuda", 90, "My GPU"))
+    with pytest.raises(
+        ValueError, match="expected an entry of class_at for 4 bytes and {'C': 4}; the tables for Target"
+    ):
+        launch_options("class_at", torch.empty(0), C=4)
+
+
 def test_defaults_have_every_kernel():
     kernels = {name for module in kernel_modules() for name in kernels_in(module)}
     assert {f"_{name}_kernel" for name in table_of(A100)} == kernels
