@@ -7,7 +7,7 @@
 #   bench/gpu.sh step ncu              some stages
 #
 # STEP has options of the steps in place of --all-shapes, such as STEP="--model ViT-L-14 --classes 100". PYTHON is the
-# Python to run. Without a GPU all stages but ncu and compute-sanitizer run on the CPU; a small model does it in minutes:
+# Python to run. Without a GPU all stages but tune, ncu and the sanitizers run on the CPU; a small model takes minutes:
 #
 #   STEP="--model vit-tiny --skip-layers 3 --classes 20 --rounds 1" bench/gpu.sh
 #

@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compile_candidates(args.op, args.dtype, args.target, console)
         return
     device = launching.target(args.device)
+    if not device.name:
+        parser.error("there is no GPU here; --target compiles the candidates without one")
     target = next((name for name, each in ARCHITECTURES.items() if each[:2] == device[:2]), None)
     if target is None:
         parser.error(f"the limits of {device.backend} {device.arch} are not known: add them to bench/launches.py")
@@ -68,21 +70,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / path.name
-    begin, chosen = time.monotonic(), {}
+    chosen: dict[Place, Options] = {}  # also those of an earlier run, perhaps of other operators
+    if path.exists():
+        chosen = {
+            place_of(kernel, each): each.options for kernel, own in launching.read_table(path).items() for each in own
+        }
+    begin, timed = time.monotonic(), set()
     for op, dtype, case in cases(args.op, args.dtype, args.device):
         with replaced() as taken:
             case.runs[OURS]()
         for place, entry in taken.items():
-            if place in chosen or time.monotonic() - begin > args.seconds:
+            if place in timed or time.monotonic() - begin > args.seconds:
                 continue
+            timed.add(place)
             candidates = sound(op, dtype, target, place, neighbours(entry.options), console)
             chosen[place], report = fastest(case, dtype, args.device, place, [entry.options, *candidates])
             console.print(f"{_text(place)}, {case.shape} {dtype}: {report}", highlight=False, soft_wrap=True)
-            if table := table_with(device, chosen):
+            table = table_with(device, chosen)
+            if not args.no_save:
                 path.write_text(text_of(table))
             if args.out is not None:
-                write_facts(args.out, {"tune": {"timed": len(chosen), "table": table}})
-    console.print(f"{len(chosen)} entries timed" + (f"; the table is {path}" if path.exists() else ""), soft_wrap=True)
+                write_facts(args.out, {"tune": {"timed": len(timed), "table": table}})
+    console.print(f"{len(timed)} entries timed; the table is {path}", soft_wrap=True)
 
 
 def cases(ops: Sequence[str], dtypes: Sequence[str], device: torch.device) -> Iterator[tuple[str, str, Case]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,22 @@ def test_fastest_candidate_is_in_the_table(backend: Backend, small, monkeypatch,
 
 
 @interpreted
+def test_other_entries_of_the_table_stay(backend: Backend, small, monkeypatch, tmp_path: Path):
+    """Those of an earlier run; the entry that is timed again may become the default."""
+    earlier = tune.table_with(launching.Target("cuda", 90), {("total", None): {"BLOCK": 512, "num_warps": 4}})
+    place = "class_scores", 4, ("C", 4095)
+    (tmp_path / "my-gpu.json").write_text(
+        tune.text_of(earlier | tune.table_with(launching.Target("cuda", 90), {place: DEFAULT | {"num_warps": 4}}))
+    )
+    times(monkeypatch, 1.0)
+    tune.main(["--device", "cpu", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "my-gpu.json").read_text()) == earlier
+    times(monkeypatch, 1.0, 0.5)
+    tune.main(["--device", "cpu", "--out", str(tmp_path), "--no-save"])
+    assert json.loads((tmp_path / "my-gpu.json").read_text()) == earlier
+
+
+@interpreted
 @pytest.mark.parametrize(
     ("why", "count"), [("noise", 5), ("wrong results", 1), ("no time left", 0)], ids=lambda value: str(value)
 )
@@ -95,7 +112,23 @@ def test_default_stays(backend: Backend, small, monkeypatch, tmp_path: Path, why
     if why == "wrong results":
         monkeypatch.setattr(Gate, "error_of", lambda gate, name: "" if name == NAME else "wrong")
     tune.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "-1" if why == "no time left" else "60"])
-    assert len(timed) == count and not (tmp_path / "my-gpu.json").exists()
+    path = tmp_path / "my-gpu.json"
+    assert len(timed) == count and (launching.read_table(path) if path.exists() else {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (launching.Target("cuda", 80), "there is no GPU here; --target compiles the candidates without one"),
+        (launching.Target("cuda", 72, "Xavier"), "the limits of cuda 72 are not known: add them to bench/launches.py"),
+    ],
+    ids=["no GPU", "unknown GPU"],
+)
+def test_devices_that_are_refused(monkeypatch, capsys, target, message):
+    monkeypatch.setattr(launching, "target", lambda device: target)
+    with pytest.raises(SystemExit):
+        tune.main([])
+    assert message in capsys.readouterr().err
 
 
 def test_sound_candidates_compile_without_spills(monkeypatch):
