@@ -24,7 +24,6 @@ from skipkernels.app.serve.blending import WITHOUT_VALIDATION
 from skipkernels.app.train.evaluation import Evaluator
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.precision import MixedPrecision
-from skipkernels.app.train.processes import ALONE
 from skipkernels.app.train.run import Run as TuneRun
 from skipkernels.app.train.setup import BATCH, RunSetup, build_method
 from skipkernels.app.train.trainer import Trainer
@@ -111,7 +110,7 @@ def chosen(run: Run) -> list[dict[str, Any]]:
     """Train and test as `skipkernels tune` does by default. Returns a row, with the name of the chosen candidate."""
     open_data = partial(tasks.source, run.shift, run.phase, run.seed, run.drawings)
     torch.manual_seed(run.seed)
-    tuning = TuneRun(run.config(), open_data, ALONE, None)
+    tuning = TuneRun(run.config(), open_data, None)
     tuning.embed()
     setup, tests = tuning.setup, tuning.setup.test_features()
     zero_shot = accuracies(setup, setup.zero_shot, tests)

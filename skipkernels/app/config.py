@@ -30,7 +30,6 @@ from .option_groups import (
     MethodOptions,
     ModelOptions,
     OutputOptions,
-    ProcessOptions,
     ProtocolOptions,
     RunOptions,
     SkipOptions,
@@ -85,7 +84,6 @@ def _input_error(error: ValidationError, names: list[str]) -> InputError:
 @dataclass(frozen=True, config=_SCHEMA)
 class TuneConfig(
     OutputOptions,
-    ProcessOptions,
     RunOptions,
     CacheOptions,
     ComputeOptions,

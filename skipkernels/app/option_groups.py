@@ -29,8 +29,6 @@ from ..options import (
 )
 from .methods.registry import AUTO, METHOD_HELP
 
-MAX_TIMEOUT = 1e6  # seconds
-
 
 def option(
     default: Any,
@@ -254,15 +252,6 @@ class RunOptions:
     """Processes that load images."""
     seed: int = option(0, ge=0, lt=2**31)
     """Seed of the choice of training images, their order, and the classes drawn."""
-
-
-@dataclass(frozen=True)
-class ProcessOptions:
-    """Several processes, started by torchrun."""
-
-    timeout: float = option(1800.0, gt=0, lt=MAX_TIMEOUT, results=False)
-    """Seconds for which a process waits for the others before it fails. Longer than the slowest download, step,
-    evaluation, writing of a checkpoint, or building of a cache."""
 
 
 @dataclass(frozen=True)

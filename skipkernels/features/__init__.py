@@ -9,7 +9,7 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .cache import FeatureCache, Progress
     from .loader import FeatureLoader
-    from .samplers import BatchSampler, SharedBatchSampler
+    from .samplers import BatchSampler
     from .table import CacheError, FeatureTable
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "FeatureLoader",
     "FeatureTable",
     "Progress",
-    "SharedBatchSampler",
 ]
 
 __getattr__ = lazy_names(
@@ -27,7 +26,7 @@ __getattr__ = lazy_names(
     {
         "cache": ("FeatureCache", "Progress"),
         "loader": ("FeatureLoader",),
-        "samplers": ("BatchSampler", "SharedBatchSampler"),
+        "samplers": ("BatchSampler",),
         "table": ("CacheError", "FeatureTable"),
     },
 )

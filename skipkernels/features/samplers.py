@@ -136,35 +136,3 @@ class BatchSampler(Sampler[list[int]]):
         if len(batches) > 1 and len(batches[-1]) < self.world_size:
             return [*batches[:-2], torch.cat(batches[-2:])]
         return batches
-
-
-class SharedBatchSampler(BatchSampler):
-    """Part of each batch of a `BatchSampler` for one of several processes.
-
-    Batches, and so the state, do not depend on the number of processes. A process gets an empty list of a batch with
-    fewer images than processes. Arguments are those of `BatchSampler`, but `batch_size` is the number of images of a
-    batch of all processes together, and `size` the number of processes.
-
-    Example:
-        >>> labels = torch.zeros(5, dtype=torch.int64)
-        >>> [list(SharedBatchSampler(labels, 4, "sequential", rank=rank, size=2)) for rank in range(2)]
-        [[[0, 1], [4]], [[2, 3], []]]
-    """
-
-    def __init__(
-        self,
-        labels: Tensor,
-        batch_size: int,
-        kind: SamplerKind = "class_pure",
-        generator: torch.Generator | None = None,
-        *,
-        rank: int,
-        size: int,
-    ):
-        super().__init__(labels, batch_size, kind, generator)
-        self._share = rank, size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rank, size = self._share
-        for batch in super().__iter__():
-            yield torch.tensor(batch).tensor_split(size)[rank].tolist()

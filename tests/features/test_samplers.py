@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from skipkernels.features import BatchSampler, SharedBatchSampler
+from skipkernels.features import BatchSampler
 
 KINDS = ["class_pure", "random", "sequential"]
 SETS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
@@ -170,17 +170,3 @@ def test_invalid_state_is_refused(change, message):
 def test_invalid_argument_is_refused(arguments, message):
     with pytest.raises(ValueError, match=f"^BatchSampler: {message}$"):
         BatchSampler(torch.zeros(3), **{"batch_size": 1, **arguments})
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [1, 2, 8])
-def test_shared_sampler_has_the_batches_of_one_process(kind, size):
-    labels = torch.arange(23) % 5
-    whole = BatchSampler(labels, 4, kind)
-    parts = [SharedBatchSampler(labels, 4, kind, rank=rank, size=size) for rank in range(size)]
-    for _ in range(2):
-        assert [sum(batch, []) for batch in zip(*parts, strict=True)] == list(whole)
-    for part in parts:  # a state is that of one process
-        other = BatchSampler(labels, 4, kind)
-        other.load_state_dict(part.state_dict())
-        assert other.epoch == 2 and torch.equal(other.generator.get_state(), whole.generator.get_state())

@@ -13,7 +13,6 @@ import tyro
 from rich.text import Text
 
 from skipkernels.app.console import Terminal
-from skipkernels.app.train.processes import is_first, launched
 
 from .blend import BlendCommand
 from .build import BuildCommand
@@ -72,24 +71,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], out: Terminal, err: Terminal) -> int:
-    by_torchrun = "TORCHELASTIC_ERROR_FILE" in os.environ  # it prints the traceback that `record` writes to this file
     try:
         with termination_as_interrupt():
-            command = _parse(arguments, err)
-            return _recorded(command, out, err) if by_torchrun else command.execute(out, err)
+            return _parse(arguments, err).execute(out, err)
     except KeyboardInterrupt as error:
-        if is_first():
-            _print_error(err, "", f"interrupted: {with_flags(error)}" if str(error) else "interrupted")
+        _print_error(err, "", f"interrupted: {with_flags(error)}" if str(error) else "interrupted")
         return 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
     except Exception as error:
         expected = failure(error)
         if expected is None:
-            if by_torchrun:
-                return 1
             raise
         code, kind, message = expected
-        if is_first() or not by_torchrun:
-            _print_error(err, kind, message)
+        _print_error(err, kind, message)
         return code
     finally:  # or the exit waits for threads that decode an image
         if decoder := sys.modules.get("skipkernels.app.data.decoder"):
@@ -114,28 +107,19 @@ def _parse(arguments: list[str], err: Terminal) -> Any:
             args=["--help" if word == "--help-all" else word for word in words],
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
             registry=registry(hidden),
-            console_outputs=is_first(),
         )
     except SystemExit:
-        if hidden and is_first():
+        if hidden:
             sys.stdout.write(f"More options: {program} --help-all\n")
         raise
-    if launched() > 1 and not isinstance(command, (TuneCommand, EvalCommand)):
+    if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
         from skipkernels.app.data import InputError
 
-        raise InputError(f"only tune and eval run in several processes; torchrun started {launched()}. Start one.")
+        raise InputError(
+            f"skipkernels runs in one process; torchrun started {launched}. Start one, or train in several by "
+            "parallel.ShardedSkipCLIP."
+        )
     return command
-
-
-def _recorded(command: Any, out: Terminal, err: Terminal) -> int:
-    """Run a command that torchrun started, and let torchrun print the traceback of an error."""
-    import torch.distributed as dist
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    code = record(command.execute)(out, err) or 0
-    if dist.is_initialized():
-        dist.destroy_process_group()  # or NCCL prints a warning
-    return code
 
 
 def _print_error(err: Terminal, kind: str, error: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from skipkernels.app.console import Terminal
-from skipkernels.app.option_groups import FoldsOptions, OutputOptions, ProcessOptions
+from skipkernels.app.option_groups import FoldsOptions, OutputOptions
 
 from .errors import on_interrupt
 from .options import Options, after_interrupt, replaced, show_study, study_folder, tune_config
@@ -63,13 +63,11 @@ class TuneCommand(Options):
     """Tune a CLIP model on a dataset, and test it, also on new classes or other datasets."""
 
     folds: FoldsOptions = FoldsOptions()
-    processes: ProcessOptions = ProcessOptions()
     output: TuneOutputOptions = TuneOutputOptions()
     file: FileOptions = FileOptions()
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
-        from skipkernels.app.train.processes import join
         from skipkernels.app.train.run_folder import resumed
 
         if self.file.print_config:
@@ -80,23 +78,14 @@ class TuneCommand(Options):
         config = resumed(tune_config(self))  # resolved here too, since the tables below name its folder
         from skipkernels.app.train import tune  # imports torch
 
-        processes = join(config.timeout)
-        processes.set_device(config.device)
-        with processes.one_first():
-            config = config.resolved()
-        metrics = tune(config, console=err)
-        if not processes.first:
-            return 0
-        _show(config, metrics, out)
+        config = config.resolved()
+        _show(config, tune(config, console=err), out)
         return 0
 
     def _cross_validate(self, folds: int, out: Terminal, err: Terminal) -> int:
         from skipkernels.app.train.command_line import command_line
-        from skipkernels.app.train.processes import launched
 
         config = tune_config(self)
-        if launched() > 1:
-            raise _refused("folds", f"runs in one process; torchrun started {launched()}. Start one.")
         if config.resume:
             raise _refused("folds", "continues an earlier command with the same folder anyway; leave --resume out.")
         folder = study_folder(config.out, f"{folds}-folds-{config.method}", config)

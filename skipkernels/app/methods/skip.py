@@ -44,7 +44,7 @@ class Skip(TunedModel):
     @classmethod
     def options(cls) -> set[str]:
         """Names of the options of the constructor: those of `SkipCLIP`."""
-        return super().options() | set(inspect.signature(SkipCLIP).parameters) | {"process_group"}
+        return super().options() | set(inspect.signature(SkipCLIP).parameters)
 
     @classmethod
     def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:

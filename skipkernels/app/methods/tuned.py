@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ...clip import SkipCLIP
-from ...parallel import ShardedSkipCLIP
 from ..data import InputError, Task
 from .base import Method, Tokenizer
 
@@ -34,11 +32,9 @@ class TunedModel(Method):
         generator: torch.Generator | None = None,
         text_cache: str | Path | None = None,
         class_weight: Tensor | None = None,
-        process_group: torch.distributed.ProcessGroup | None = None,
         **settings: Any,
     ):
         super().__init__(model, tokenizer, task, generator=generator)
-        make = SkipCLIP if process_group is None else partial(ShardedSkipCLIP, process_group=process_group)
 
         def skip_clip(
             test: str, tokens: Tensor, own: torch.Generator | None = None, weight: Tensor | None = None
@@ -46,7 +42,7 @@ class TunedModel(Method):
             name = f"texts-{quote(test, safe=' ')}" + ("+templates" if tokens.ndim == 3 else "")  # quote escapes +
             folder = None if text_cache is None else Path(text_cache, name)
             try:
-                return make(model, tokens, generator=own, text_cache=folder, class_weight=weight, **settings)
+                return SkipCLIP(model, tokens, generator=own, text_cache=folder, class_weight=weight, **settings)
             except (ValueError, RuntimeError) as error:
                 raise InputError(str(error)) from error
 

@@ -15,7 +15,6 @@ def command_line(
     options: Any,
     positional: Sequence[str] = (),
     *,
-    processes: int = 1,
     left_out: Collection[str] = (),
 ) -> str:
     """Return the command of `skipkernels` with the options, of a dataclass or its groups, that have been changed.
@@ -27,7 +26,7 @@ def command_line(
         >>> command_line("tune", TuneConfig(data="imagefolder:my photos", graph=False, template=("a {}.", "the {}.")))
         "skipkernels tune --data 'imagefolder:my photos' --template 'a {}.' 'the {}.' --no-graph"
     """
-    words = [f"torchrun --nproc-per-node {processes} -m skipkernels" if processes > 1 else "skipkernels", command]
+    words = ["skipkernels", command]
     found = {name: value for name, value in _changed(options) if name not in left_out}
     given = [_values(found.pop(name)) for name in positional if name in found]
     words += [shlex.quote(str(one)) for values in given for one in values]

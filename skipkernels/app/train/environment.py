@@ -23,13 +23,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment(device: str, processes: int = 1) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """Return the date and time (UTC) as "finished", "versions", and the "machine"."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
     parts = [name or platform.machine(), f"{os.cpu_count()} CPU cores", f"{torch.get_num_threads()} threads"]
-    parts += [f"{processes} processes"] if processes > 1 else []
     return {
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),

@@ -30,7 +30,6 @@ from .own_dataset import OwnData
 from .plain_config import OPEN_CLIP
 from .precision import REMEDY
 from .predictions import TOP, TestPredictions, TopClasses
-from .processes import Processes, join
 from .run_folder import CONFIG, read_model
 from .setup import BATCH, RunSetup, build_run
 
@@ -50,17 +49,14 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluator of methods on all tests of a task, with the features of a `RunSetup`.
-
-    With several processes each classifies its share of the images; the results cover all images.
-    """
+    """Evaluator of methods on all tests of a task, with the features of a `RunSetup`."""
 
     def __init__(self, setup: RunSetup, features: Mapping[str, FeatureCache], validation: FeatureCache | None = None):
-        self._setup, task = setup, setup.task
-        self._features, self._counts = dict(features), {test.name: len(test.images) for test in task.tests}
-        if validation is not None and task.validation is not None:
-            self._features[VALIDATION], self._counts[VALIDATION] = validation, len(task.validation.images)
-        self.labels = {name: self._gathered(found.labels, self._counts[name]) for name, found in self._features.items()}
+        self._setup = setup
+        self._features = dict(features)
+        if validation is not None:
+            self._features[VALIDATION] = validation
+        self.labels = {name: found.labels for name, found in self._features.items()}
 
     def evaluate(self, method: Method, when: str = _AFTER_EPOCH) -> Evaluation:
         """Evaluate a method."""
@@ -101,24 +97,16 @@ class Evaluator:
     @torch.no_grad()
     def _predicted(self, method: Method, name: str, predict: Callable[..., Any]) -> list[Tensor] | None:
         """Tensors [n, …] that `predict` returns for all images, in evaluation mode; None if it can't classify them."""
-        features, count = self._features[name], self._counts[name]
         test = self._setup.task.tests[0].name if name == VALIDATION else name  # with the classes of the images
-        share = self._setup.processes.share(count)
-        own = range(len(share)) if len(features) == len(share) else share
-        batches = [list(own[start : start + BATCH]) for start in range(0, len(own), BATCH)]
         parts = []
         method.train(False)
-        for inputs, _ in features.loader(sampler=batches, device=self._setup.device):
+        for inputs, _ in self._features[name].loader(BATCH, "sequential", device=self._setup.device):
             with self._setup.precision.autocast():
                 found = predict(test, inputs)
             if found is None:
                 return None
             parts.append([tensor.cpu() for tensor in (found if isinstance(found, tuple) else (found,))])
-        return [self._gathered(torch.cat(part), count) for part in zip(*parts, strict=True)]
-
-    def _gathered(self, rows: Tensor, count: int) -> Tensor:
-        """Rows [count, …] of all images, from those of the share of each process."""
-        return rows if len(rows) == count else self._setup.processes.gather(rows, count)
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def _summarised(self, known: dict[str, float]) -> Accuracies:
         """Add the summaries of the protocol; None for tests without predictions, and for their summaries."""
@@ -140,8 +128,6 @@ def evaluate_run(
 ) -> Accuracies:
     """Compute the accuracy of the model of a run. Writes nothing, and does not read the feature cache.
 
-    In processes that torchrun started, each classifies its share of the test images.
-
     Args:
         folder: Run folder of `tune`, which may be in progress.
         dataset: Training images that were passed to `tune`, or others of the same classes.
@@ -159,13 +145,11 @@ def evaluate_run(
     """
     if unknown := settings.keys() - set(REPLACEABLE):
         raise TypeError(f"evaluate_run: settings must be among {', '.join(REPLACEABLE)}; got {min(unknown)}.")
-    folder, processes = restored(Path(folder)), join()
-    console = console if console is not None and processes.first else Console(quiet=True)
+    folder, console = restored(Path(folder)), console or Console(quiet=True)
     given = {name: value for name, value in settings.items() if value is not None}
     own = OwnData(dataset, test, classes=classes)
     config, open_data = own.applied(_config_of_run(folder, own, given, trust), "evaluate_run")
-    processes.set_device(config.device)
-    setup = _tuned_setup(folder, config, open_data, processes)
+    setup = _tuned_setup(folder, config, open_data)
     for note in setup.task.source_notes:
         print_plain(console, f"note: {note}")
     for each in setup.task.tests:
@@ -192,9 +176,7 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
     return replace(config, **changes | given)
 
 
-def _tuned_setup(
-    folder: Path, config: TuneConfig, open_data: Callable[[], Source] | None, processes: Processes
-) -> RunSetup:
+def _tuned_setup(folder: Path, config: TuneConfig, open_data: Callable[[], Source] | None) -> RunSetup:
     """Load the model of a run, its test images and its method with the tuned weights."""
     described, file = read_model(folder)
     whole = described.holds == weights.MODEL
@@ -206,7 +188,7 @@ def _tuned_setup(
     rounded_to = None if config.cache is None else config.cache_dtype
     config = replace(config, cache=None).resolved(open_data)
     load = (lambda model: load_weights(model, file)) if whole else None
-    setup = build_run(config, open_data=open_data, load=load, processes=processes, rounded_to=rounded_to)
+    setup = build_run(config, open_data=open_data, load=load, rounded_to=rounded_to)
     if not whole:
         weights.load_into(setup.method, file)
     setup.method.use_head(load_head(file.parent, described), described.classes)

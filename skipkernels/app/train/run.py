@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from ..report.words import name_of_run, title_of
 from . import checkpoint, notes, weights
 from .calibration import calibrate
 from .candidates import Search
-from .checkpoint import MODEL, Checkpoint, best_epoch, has_stalled
+from .checkpoint import MODEL, best_epoch, has_stalled
 from .choice import Choice
 from .class_metrics import VALIDATION
 from .description import Description, describe, write_open_clip_config
@@ -35,7 +34,6 @@ from .evaluation import Evaluation, Evaluator
 from .fitted_head import examples, use_fitted_head
 from .interpolation import Interpolation
 from .loggers import Logger, TensorBoardLogger, writes_events
-from .processes import Processes
 from .progress import ProgressDisplay
 from .results import metrics_of
 from .run_folder import CANDIDATES, FEW_SHOT, REPORT, RunFolder
@@ -47,25 +45,24 @@ _log.addHandler(logging.NullHandler())  # silent, unless the program that uses t
 
 
 class Run:
-    """A run with its model and data; `folder` is None on processes other than the first."""
+    """A run with its model and data; without a `folder` it writes nothing."""
 
     def __init__(
         self,
         config: TuneConfig,
         open_data: Callable[[], Source],
-        processes: Processes,
         folder: RunFolder | None,
         *,
         console: Console | None = None,
         command: str = "",
         loggers: Sequence[Logger] = (),
     ):
-        self.processes, self.folder = processes, folder
+        self.folder = folder
         self.console, self.command, self.loggers = console or Console(quiet=True), command, loggers
         self.started = time.perf_counter()
         self.memory = PeakMemory(torch.device(config.device))
         self.baseline_memory = self.memory.read()
-        self.setup = build_run(config, open_data=open_data, processes=processes)
+        self.setup = build_run(config, open_data=open_data)
         self.method, self.task = self.setup.method, self.setup.task
         if config.patience is not None and self.task.validation is None:
             raise argument_error("patience", "there are no validation images to stop by; add some, or leave it out.")
@@ -74,8 +71,7 @@ class Run:
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             self._tell("note", note)
 
-        resumed: Checkpoint | None = processes.from_first(lambda: folder and folder.resumed)
-        self.resumed = resumed
+        self.resumed = resumed = folder and folder.resumed
         self.rows = [] if resumed is None else list(resumed.rows)  # of the complete epochs, as in metrics.jsonl
         self.seconds_before = 0.0 if resumed is None else resumed.seconds  # of earlier processes
 
@@ -113,7 +109,7 @@ class Run:
                 self.begin()  # files that training does not change, and the checkpoint to resume
                 self.train()  # by epochs or in closed form
                 self.complete()  # blend, head, calibration
-                return self.processes.from_first(self.write)  # model, report, metrics
+                return self.write()  # model, report, metrics
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -138,7 +134,7 @@ class Run:
             if self.folder is not None:
                 self.folder.config = config
         elif self.config.train_on_validation and self.config.resume:
-            found = self.processes.from_first(lambda: self.folder and Choice.read(self.folder.path))
+            found = self.folder and Choice.read(self.folder.path)
             if found is not None and found.made(self.config):
                 self.choice = found
             else:
@@ -151,7 +147,7 @@ class Run:
         """Make the trainer of a method with epochs, and keep the weights that a blend needs."""
         if self.config.epochs:
             arguments = self.method, self.setup.precision, self.features, self.task.tests[0].classes
-            self.trainer = Trainer(self.config, *arguments, self.processes)
+            self.trainer = Trainer(self.config, *arguments)
             if self.trainer.not_graphed is not None:
                 self._tell("note", f"steps run without a CUDA graph: {self.trainer.not_graphed}")
         if self.config.blend != 1:
@@ -169,7 +165,7 @@ class Run:
             classes = self.task.tests[0].classes
             save_few_shot(self.folder.path / FEW_SHOT, self.task.train, classes=classes, **known)
         if self.resumed is not None and self.trainer is not None:
-            self._load(self.resumed.weights)
+            weights.load_into(self.method, self.resumed.weights)
             self.trainer.load_state_dict(self.resumed.training)
             self.tuned = self.evaluator.evaluate(self.method)
 
@@ -183,7 +179,7 @@ class Run:
         self._run_epochs(self.trainer)
         if best_epoch(self.rows) not in (None, len(self.rows)):
             assert self.config.out is not None
-            self._load(self.config.out / checkpoint.FOLDER / checkpoint.BEST)
+            weights.load_into(self.method, self.config.out / checkpoint.FOLDER / checkpoint.BEST)
             self.tuned = self.evaluator.evaluate(self.method)
 
     def complete(self) -> None:
@@ -288,7 +284,7 @@ class Run:
 
     @contextlib.contextmanager
     def _opened_loggers(self) -> Iterator[list[Logger]]:
-        """Yield the loggers of the process that writes; close all, also if one fails to open or to close."""
+        """Yield the loggers of a run that writes; close all, also if one fails to open or to close."""
         loggers = [] if self.folder is None else list(self.loggers)
         with contextlib.ExitStack() as closing:
             for logger in loggers:
@@ -298,18 +294,11 @@ class Run:
                 closing.callback(loggers[-1].close)
             yield loggers
 
-    def _load(self, file: Path) -> None:
-        """Load weights on the first process, and send them to the others."""
-        if self.processes.first:
-            weights.load_into(self.method, file)
-        self.processes.broadcast(self.method.state_dict().values())
-
     def _describe(self) -> Description:
         return describe(self.config, self.setup.model, self.task, weights=MODEL, holds=self.holds)
 
     def _title(self) -> str:
-        several = [f"{self.processes.size} processes"] if self.processes.size > 1 else []
-        return title_of(self.config, name_of_run(self.config), *several)
+        return title_of(self.config, name_of_run(self.config))
 
     # ---- messages ----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from ...features import FeatureCache, Progress
 from ...features.table import rounded
@@ -17,14 +16,13 @@ from ...options import CacheDtype, Refresh
 from ..config import TuneConfig
 from ..data import InputError, Source
 from ..data.check import without_unreadable
-from ..data.tasks import Task, TaskOptions, TestSet, load_task
+from ..data.tasks import Task, TaskOptions, load_task
 from ..methods import Method
 from ..methods.frozen import FrozenModel
 from ..methods.zero_shot import ZeroShot
 from .class_metrics import class_weights
 from .model import augmentation, load_model
 from .precision import MixedPrecision
-from .processes import ALONE, Processes
 
 BATCH = 64
 """Images per batch without training."""
@@ -41,7 +39,6 @@ class RunSetup:
     task: Task
     method: Method
     zero_shot: Method  # predicts before tuning: `method`, or a `ZeroShot`
-    processes: Processes = ALONE
     rounded_to: CacheDtype | None = None
 
     @property
@@ -59,37 +56,19 @@ class RunSetup:
     def images(self) -> int:
         """Number of images in `test_features`, `validation_features` and `train_features` together."""
         held_out = () if self.task.validation is None else (self.task.validation,)
-        tests = (len(test.images) for test in (*self.task.tests, *held_out))
-        if not self._cached:
-            tests = (len(self.processes.share(images)) for images in tests)
-        return len(self.task.train) + sum(tests)
-
-    @property
-    def _cached(self) -> bool:
-        return self.config.cache is not None and self.method.cut is not None
+        return len(self.task.train) + sum(len(test.images) for test in (*self.task.tests, *held_out))
 
     def test_features(self, progress: Progress = False) -> dict[str, FeatureCache]:
         """Compute the features of the images of each test that has some."""
         tests = [test for test in self.task.tests if len(test.images)]
-        return {test.name: self._shared(f"test-{quote(test.name, safe=' ')}", test, progress) for test in tests}
+        return {
+            test.name: self._features(f"test-{quote(test.name, safe=' ')}", test.images, progress) for test in tests
+        }
 
     def validation_features(self, progress: Progress = False) -> FeatureCache | None:
         """Compute the features of the validation images; None if there are none."""
         validation = self.task.validation
-        return None if validation is None else self._shared("validation", validation, progress)
-
-    def _shared(self, name: str, test: TestSet, progress: Progress) -> FeatureCache:
-        """Features of the images of a test, or without a cache on disk of the share of this process."""
-        images: Any = test.images
-        if self.processes.size > 1:
-            if len(images) < self.processes.size:
-                raise InputError(
-                    f"tune: the test {test.name!r} must have an image for each process; got {len(images)} and "
-                    f"{self.processes.size} processes. Start fewer."
-                )
-            if not self._cached:
-                images = Subset(images, self.processes.share(len(images)))
-        return self._features(name, images, progress)
+        return None if validation is None else self._features("validation", validation.images, progress)
 
     def train_features(self, progress: Progress = False) -> FeatureCache:
         """Compute the features of the training images."""
@@ -100,13 +79,9 @@ class RunSetup:
         config = self.config
         options: dict[str, Any] = {"batch_size": BATCH, "workers": config.workers, "progress": progress}
         if config.cache is not None and self.method.cut is not None:
-            folder, found = config.cache / name, None
-            if self.processes.first:
-                options |= {"dtype": config.cache_dtype, "refresh": refresh, "resume": True}
-                with self.precision.autocast():
-                    found = FeatureCache.build(folder, self.method.cut, dataset, **options)
-            self.processes.sum([0])  # the others wait for the first
-            return found or FeatureCache.open(folder)
+            options |= {"dtype": config.cache_dtype, "refresh": refresh, "resume": True}
+            with self.precision.autocast():
+                return FeatureCache.build(config.cache / name, self.method.cut, dataset, **options)
 
         def encode(images: Tensor) -> Tensor:
             with self.precision.autocast():
@@ -121,7 +96,6 @@ def build_run(
     *,
     open_data: Callable[[], Source] | None = None,
     load: Callable[[nn.Module], object] | None = None,
-    processes: Processes = ALONE,
     rounded_to: CacheDtype | None = None,
 ) -> RunSetup:
     """Load the model and the task of a resolved configuration, and construct its method.
@@ -130,39 +104,33 @@ def build_run(
     `rounded_to`, as in a cache.
     """
     device = torch.device(config.device)
-    with processes.one_first():
-        model, transform, tokenizer = load_model(
-            config.model,
-            config.pretrained,
-            device,
-            architecture_only=load is not None,
-            seed=config.seed,
-            trust=config.trust,
-        )
+    model, transform, tokenizer = load_model(
+        config.model,
+        config.pretrained,
+        device,
+        architecture_only=load is not None,
+        seed=config.seed,
+        trust=config.trust,
+    )
     if load is not None:
         load(model)
     precision = MixedPrecision(config.precision, device)
     precision.prepare(model)
     crop = augmentation(model, config.preset) if config.augments else None
-    with processes.one_first():
-        task = build_task(config, transform, crop, open_data=open_data)
-    method = build_method(config, model, tokenizer, task, processes)
+    task = build_task(config, transform, crop, open_data=open_data)
+    method = build_method(config, model, tokenizer, task)
     if config.cache is not None and method.cut is None:
         raise InputError("tune: cache needs frozen blocks below a cut; every layer trains here. Leave it out.", "cache")
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
-    parts = model, tokenizer, precision, task, method, zero_shot
-    return RunSetup(config, *parts, processes, rounded_to)
+    return RunSetup(config, model, tokenizer, precision, task, method, zero_shot, rounded_to)
 
 
-def build_method(
-    config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task, processes: Processes = ALONE
-) -> Method:
+def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:
     """Construct the method of a run, with the settings that it has."""
     method = config.method_class()
     names = ["skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail", "train_text", "memory", "attention"]
     settings = {name: getattr(config, name) for name in names}
-    settings |= {"process_group": processes.group, "generator": torch.Generator().manual_seed(config.seed)}
-    settings["text_cache"] = config.cache
+    settings |= {"generator": torch.Generator().manual_seed(config.seed), "text_cache": config.cache}
     if config.class_weight is not None:
         exponent = 1.0 if config.class_weight == "balanced" else config.class_weight
         labels, classes = torch.tensor(task.train.labels), len(task.tests[0].classes)

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...digests import digest_tensors
-from ...features import BatchSampler, FeatureCache, SharedBatchSampler
-from ...parallel import all_reduce_gradients
+from ...features import BatchSampler, FeatureCache
 from ...published import cosine_with_warmup
 from ..config import TuneConfig
 from ..data.files import format_names
@@ -23,7 +22,6 @@ from ..methods.tuned import TunedModel
 from . import optimizers
 from .errors import argument_error
 from .precision import REMEDY, MixedPrecision
-from .processes import ALONE, Processes
 
 _CURVE = 100  # largest number of points of the loss curve in the row of an epoch
 
@@ -44,11 +42,9 @@ class Trainer:
         precision: MixedPrecision,
         train: FeatureCache,
         classes: list[str],
-        processes: Processes = ALONE,
     ):
         assert config.epochs and config.optimizer and config.batch_size and config.sampler
         self._config, self._method, self._precision, self._classes = config, method, precision, classes
-        self._processes = processes
         self._labels, self._device = train.labels, torch.device(config.device)
         groups = method.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
         self._optimizer = optimizers.build(
@@ -66,15 +62,13 @@ class Trainer:
             warmup_lr=config.warmup_lr or 0.0,
         )
         generator = torch.Generator().manual_seed(config.seed)
-        sampler = SharedBatchSampler(
-            train.labels, config.batch_size, config.sampler, generator, rank=processes.rank, size=processes.size
-        )
+        sampler = BatchSampler(train.labels, config.batch_size, config.sampler, generator)
         self._loader = train.loader(sampler=sampler, device=self._device)
         self.steps = len(self._loader)
         self.weights = [weight for group in groups for weight in group["params"]]
         self._class_sampler = method.clip.sampler if isinstance(method, TunedModel) else None
         self.not_graphed: str | None = None
-        graph = config.graph and processes.size == 1 and _captures(self._device)
+        graph = config.graph and _captures(self._device)
         self._graphed = self._graphed_step(config.batch_size) if graph else None
 
     def _graphed_step(self, batch_size: int) -> Callable[[Tensor, Tensor], StepOutput] | None:
@@ -112,7 +106,6 @@ class Trainer:
             if step % self._config.log_every == 0 or step == self.steps:
                 on_loss(self._read(losses, order))
         self._check_weights()
-        losses.images = self._processes.sum(losses.images)
         self._schedule.step()
         return {
             "epoch": self.epochs,
@@ -132,8 +125,6 @@ class Trainer:
         with self._precision.autocast():
             out = self._method.step(inputs, labels)
         self._precision.backward(out.loss)
-        if self._processes.size > 1 and isinstance(self._method, TunedModel):
-            all_reduce_gradients(self._method.clip)
         self._precision.update(self._optimizer, self._config.clip_grad_norm)
         self._optimizer.zero_grad()
         return out

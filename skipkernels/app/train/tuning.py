@@ -15,14 +15,10 @@ from ...memory import out_of_memory
 from ..config import TuneConfig
 from ..console import ignore_write_errors, print_plain
 from ..data import SizedDataset, Source
-from ..methods.registry import AUTO
-from ..methods.skip import Skip
 from .choice import chosen_before
 from .command_line import command_line
-from .errors import argument_error
 from .loggers import Logger
 from .own_dataset import OwnData
-from .processes import ALONE, Processes, join
 from .run import Run
 from .run_folder import RunFolder, resumed
 
@@ -45,11 +41,8 @@ def tune(
     Checks the configuration before writing anything. Each epoch replaces the checkpoint, so an interrupted run can be
     resumed from its last complete epoch.
 
-    In processes that torchrun started, each takes its part of every batch, and the result is that of one process, to
-    rounding. The first process writes the files and shows the progress.
-
     Args:
-        config: Configuration of the run, equal in all processes. Default: `TuneConfig()`.
+        config: Configuration of the run. Default: `TuneConfig()`.
         console: Console for progress. Default: none; notes, epochs and warnings also go to the Python logger
             "skipkernels".
         dataset: Training images, instead of the setting `data`: a map-style dataset of (image, label), as
@@ -103,61 +96,35 @@ def tune(
         settings["validation"], validation = validation, None
     own = OwnData(dataset, test, validation, classes, name, identity)
     config, open_data = own.applied(replace(config or TuneConfig(), **settings), "tune")
-    processes = join(config.timeout)
-    console = console if console is not None and processes.first else Console(quiet=True)
+    console = console or Console(quiet=True)
     config = resumed(config)
-    command = command_line("tune", config, processes=processes.size) if dataset is None else ""
-    config, open_data = _resolved(config, open_data, processes)
+    command = command_line("tune", config) if dataset is None else ""
+    config, open_data = _resolved(config, open_data)
     config = chosen_before(config) if config.resume else config
     # Run folder. It is not written before its lock is held.
-    folder = RunFolder(config) if processes.first else None
-    finished = processes.from_first(lambda: folder and _finished(folder, console))
-    if finished is not None:
+    folder = RunFolder(config)
+    if (finished := _finished(folder, console)) is not None:
         return finished
     with ignore_write_errors(console), _memory_errors(), _seeded(config):
         # Data, model and method; then the steps of the run.
-        return Run(config, open_data, processes, folder, console=console, command=command, loggers=loggers).execute()
+        return Run(config, open_data, folder, console=console, command=command, loggers=loggers).execute()
 
 
 def check(config: TuneConfig) -> None:
     """Raise the errors that `tune` would raise before training, without training."""
-    config, open_data = _resolved(resumed(config), None, ALONE)
+    config, open_data = _resolved(resumed(config), None)
     config = chosen_before(config) if config.resume else config
     with _memory_errors(), _seeded(config):
-        Run(config, open_data, ALONE, RunFolder(config))
+        Run(config, open_data, RunFolder(config))
 
 
-def _resolved(
-    config: TuneConfig, open_data: Callable[[], Source] | None, processes: Processes
-) -> tuple[TuneConfig, Callable[[], Source]]:
+def _resolved(config: TuneConfig, open_data: Callable[[], Source] | None) -> tuple[TuneConfig, Callable[[], Source]]:
     """Return the configuration with all defaults, and the function that opens its data once."""
-    processes.set_device(config.device)
-    if processes.size > 1 and config.method == AUTO:
-        config = replace(config, method="skip")
     opened = functools.cache(open_data or config.open_data)
-    with processes.one_first():
-        config = config.resolved(opened)
-    _check_processes(config, processes)
+    config = config.resolved(opened)
     if not config.resume:  # errors of the data come before those of the run folder
-        with processes.one_first():
-            opened()
+        opened()
     return config, opened
-
-
-def _check_processes(config: TuneConfig, processes: Processes) -> None:
-    """Raise an InputError for a setting that is not supported in several processes."""
-    if processes.size == 1:
-        return
-    if config.method_class() is not Skip:
-        raise argument_error(
-            "method", f"only skip trains in several processes; got {config.method} in {processes.size}. Start one."
-        )
-    unsupported = {"fused_optimizer": config.fused_optimizer, "refresh": config.refresh == "epoch"}
-    for name, used in (unsupported | {"head": config.head != "none", "blend": config.blend != 1}).items():
-        if used:
-            raise argument_error(
-                name, f"{getattr(config, name)} is not supported in several processes; leave it out, or start one."
-            )
 
 
 def _finished(folder: RunFolder, console: Console) -> dict[str, Any] | None:
