@@ -164,8 +164,8 @@ class TuneConfig(
 
     @property
     def chosen_protocol(self) -> Protocol:
-        """Protocol. Default: few-shot for the user's own data and folds, base-to-new for other data."""
-        return self.protocol or ("few-shot" if self.own_data or self.fold is not None else "base-to-new")
+        """Protocol. Default: few-shot for the user's own data, base-to-new for other data."""
+        return self.protocol or ("few-shot" if self.own_data else "base-to-new")
 
     @property
     def chosen_shots(self) -> Shots:
@@ -263,14 +263,6 @@ class TuneConfig(
             _refuse("prior", f"prior={self.prior} is that of a head; add `head=anchored`, or leave it out.")
         if not isinstance(self.validation, str) and not 0 < self.validation < 1:
             _refuse("validation", f"validation must be a share between 0 and 1; got {self.validation}.")
-        if self.fold is not None:
-            from .data.splits import parse_fold
-
-            parse_fold(self.fold)
-            fixed = {"protocol": "few-shot", "test": "split"}
-            for name, value in fixed.items():
-                if getattr(self, name) != value:
-                    _refuse("fold", f"fold needs `{name}={value}`; got {getattr(self, name)}.")
         if self.patience is not None and self.validation == "none":
             _refuse("patience", "patience needs validation images; add `validation=0.2`.")
         if self.cache is not None and self.skip_layers == 0:

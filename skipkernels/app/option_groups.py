@@ -79,9 +79,6 @@ class DataOptions:
     """Images that can't be read. error: list them and stop. skip: leave them out; all images are then read twice."""
     max_classes: int | None = option(None, ge=1)
     """Largest number of classes, base and new together. By default all."""
-    fold: str | None = None
-    """One fold of a cross-validation, such as 2/5: all images are split into five parts, each with the same share of
-    every class, and the second is the test. The parts depend on --seed. By default the splits of the dataset."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +92,6 @@ class ProtocolOptions:
     targets: tuple[str, ...] | None = None
     """Datasets to test on with cross-dataset and domain-generalization. By default those of the paper for
     coop:imagenet, and the other pictograms for pictograms."""
-
-
-@dataclass(frozen=True)
-class FoldsOptions:
-    """Cross-validation. Repeat the command to continue; complete runs are kept."""
-
-    folds: int | None = None
-    """Cross-validation with this number of runs, such as 5: every image is a test image once, of a model that did not
-    see it. Writes the predictions of all, and their accuracy with an interval."""
 
 
 @dataclass(frozen=True)

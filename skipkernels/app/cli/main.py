@@ -17,6 +17,7 @@ from skipkernels.app.console import Terminal
 from .blend import BlendCommand
 from .build import BuildCommand
 from .check import CheckCommand
+from .compare import CompareCommand
 from .doctor import DoctorCommand
 from .errors import Terminated, failure, termination_as_interrupt, with_flags
 from .eval import EvalCommand
@@ -26,7 +27,6 @@ from .options import registry
 from .predict import PredictCommand
 from .report import ReportCommand
 from .serve import ServeCommand
-from .studies import CompareCommand, ProtocolCommand
 from .tune import TuneCommand, command_with_file
 
 COMMANDS: dict[str, Any] = {
@@ -37,7 +37,6 @@ COMMANDS: dict[str, Any] = {
     "blend": BlendCommand,
     "export": ExportCommand,
     "report": ReportCommand,
-    "protocol": ProtocolCommand,
     "compare": CompareCommand,
     "check": CheckCommand,
     "models": ModelsCommand,

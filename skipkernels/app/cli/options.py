@@ -28,7 +28,6 @@ from skipkernels.options import InferencePrecision
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
     from skipkernels.app.console import Terminal
-    from skipkernels.app.studies.study import Study
 
 BASIC = {"data", "model", "pretrained", "method", "head", "blend", "shots", "epochs", "out", "resume"}
 """Settings of a run that --help shows, besides the options of the command itself; --help-all shows all."""
@@ -119,30 +118,6 @@ def note_unfinished(run: Path, err: Terminal) -> None:
 
     if (note := unfinished(run.expanduser())) is not None:
         err.print(f"note: {note}", soft_wrap=True)
-
-
-def study_folder(out: Path | None, name: str, config: TuneConfig) -> Path:
-    """Folder of a study: --out, or one named after the study, which is checked before the work is done."""
-    from skipkernels.app.train.run_folder import check_writable
-
-    folder = out or Path("runs", name, f"{config.data}-{config.model}".replace(":", "-").replace("/", "-"))
-    check_writable(folder)
-    return folder
-
-
-def after_interrupt(overwrite: bool) -> str:
-    """Advice to resume a study after Ctrl-C."""
-    return f"complete runs are kept; repeat the command{' without --overwrite' if overwrite else ''} to resume"
-
-
-def show_study(study: Study, folder: Path, out: Terminal, command: str) -> None:
-    """Write the files of a study, with the command that repeats it, and print its tables."""
-    paths = dataclasses.replace(study, command=command).write(folder)
-    for table in study.tables():
-        out.print(table)
-    for sentence in study.sentences:
-        out.print(sentence, soft_wrap=True)
-    out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)
 
 
 def registry(hidden: list[str] | None = None) -> tyro.constructors.ConstructorRegistry:

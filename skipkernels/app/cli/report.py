@@ -12,12 +12,10 @@ from .options import Run
 
 @dataclasses.dataclass(frozen=True)
 class ReportCommand:
-    """Make report.html again, of a run of tune, compare or protocol, from the files in its folder. Needs no data and no
-    model.
-    """
+    """Make report.html again, of a run of tune or compare, from the files in its folder. Needs no data and no model."""
 
     run: Run
-    """Folder of a run, or of a study."""
+    """Folder of a run, or of a comparison."""
     out: Path | None = None
     """File to write, .html. By default report.html in the folder."""
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from skipkernels.app.console import Terminal
-from skipkernels.app.option_groups import FoldsOptions, OutputOptions
+from skipkernels.app.option_groups import OutputOptions
 
-from .errors import on_interrupt
-from .options import Options, after_interrupt, replaced, show_study, study_folder, tune_config
+from .options import Options, replaced, tune_config
 
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
@@ -62,7 +61,6 @@ class FileOptions:
 class TuneCommand(Options):
     """Tune a CLIP model on a dataset, and test it, also on new classes or other datasets."""
 
-    folds: FoldsOptions = FoldsOptions()
     output: TuneOutputOptions = TuneOutputOptions()
     file: FileOptions = FileOptions()
 
@@ -73,35 +71,12 @@ class TuneCommand(Options):
         if self.file.print_config:
             out.print(_as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
             return 0
-        if self.folds.folds is not None:
-            return self._cross_validate(self.folds.folds, out, err)
         config = resumed(tune_config(self))  # resolved here too, since the tables below name its folder
         from skipkernels.app.train import tune  # imports torch
 
         config = config.resolved()
         _show(config, tune(config, console=err), out)
         return 0
-
-    def _cross_validate(self, folds: int, out: Terminal, err: Terminal) -> int:
-        from skipkernels.app.train.command_line import command_line
-
-        config = tune_config(self)
-        if config.resume:
-            raise _refused("folds", "continues an earlier command with the same folder anyway; leave --resume out.")
-        folder = study_folder(config.out, f"{folds}-folds-{config.method}", config)
-        from skipkernels.app.studies.folds import cross_validate  # imports torch
-
-        with on_interrupt(after_interrupt(config.overwrite)):
-            settings = dataclasses.replace(config, out=None, overwrite=False)
-            study = cross_validate(settings, folds, folder, err, overwrite=config.overwrite)
-            show_study(study, folder, out, command_line("tune", self))
-        return 0
-
-
-def _refused(argument: str, message: str) -> Exception:
-    from skipkernels.app.data import InputError
-
-    return InputError(f"tune: {argument} {message}", argument)
 
 
 def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:

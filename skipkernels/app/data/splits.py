@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import get_args
 
-from .base import InputError
 from .files import format_names
-from .images import Images, joined
+from .images import Images
 from .shots import hash_order
 from .source import Source, Split, normalize_class_names
 from .templates import Templates, resolve_templates
@@ -60,73 +58,6 @@ def hash_splits(
     if not chosen["val"]:
         missing["val"] = "its classes have too few images. Add some, or make a val split."
     return {split: images.subset(sorted(part)) for split, part in chosen.items() if split not in missing}, missing
-
-
-def parse_fold(text: str) -> tuple[int, int]:
-    """Return the number of a fold, from 1, and that of all.
-
-    >>> parse_fold("2/5")
-    (2, 5)
-    """
-    number, _, folds = text.partition("/")
-    if not (is_number(number) and is_number(folds) and 1 <= int(number) <= int(folds) >= 2):
-        raise InputError(f"parse_fold: fold must be such as 2/5, the second of five; got {text!r}.", "fold")
-    return int(number), int(folds)
-
-
-def fold_numbers(labels: Sequence[int], names: Sequence[str], folds: int, seed: int) -> list[int]:
-    """Return the fold of each image, from 1: of each class, and in all, folds differ by one image at most.
-
-    It depends on the labels, the names and the seed, not on the order of the images.
-
-    >>> fold_numbers([0, 0, 0, 0, 1, 1], list("abcdef"), folds=3, seed=0)
-    [3, 1, 2, 1, 2, 3]
-    """
-    order = sorted(range(len(labels)), key=lambda index: (labels[index], hash_order("fold", seed, names[index])))
-    found = [0] * len(labels)
-    for place, index in enumerate(order):  # consecutive images of a class are in different folds
-        found[index] = place % folds + 1
-    return found
-
-
-def fold_source(source: Source, fold: str, seed: int) -> Source:
-    """Return a source with the images of a fold as test images, and all others as training images.
-
-    The images of all splits of `source` take part. A class needs two images, so that one trains when one is tested.
-    """
-    number, folds = parse_fold(fold)
-    images = joined([source.splits[split] for split in get_args(Split) if split in source.splits])
-    counts = Counter(images.labels)
-    single = [f"{name} ({counts[label]})" for label, name in enumerate(source.classes) if counts[label] < 2]
-    if single:
-        raise InputError(
-            f"fold_source: every class needs two images, one to train while the other is tested; {source.name} has too "
-            f"few of {format_names(single)}. Add images, or leave the class out.",
-            "fold",
-        )
-    if folds > len(images):
-        raise InputError(
-            f"fold_source: {source.name} has {len(images)} images; {folds} folds need one each. Use fewer folds.",
-            "fold",
-        )
-    own = fold_numbers(images.labels, images.names, folds, seed)
-    test, train = (
-        [index for index, other in enumerate(own) if (other == number) is wanted] for wanted in (True, False)
-    )
-    notes = [f"{source.name}: fold {number} of {folds}: {len(train)} of {len(images)} images train, {len(test)} test."]
-    few = [f"{name} ({counts[label]})" for label, name in enumerate(source.classes) if counts[label] < folds]
-    if few:
-        notes.append(
-            f"{source.name}: {len(few)} of {len(source.classes)} classes have fewer than {folds} images, so not every "
-            f"fold tests them: {format_names(few)}."
-        )
-    return replace(
-        source,
-        splits={"train": images.subset(train), "test": images.subset(test)},
-        missing={"val": f"the images are split into {folds} folds. Use a share such as `validation=0.2`."},
-        notes=tuple(notes),
-        hashed=True,
-    )
 
 
 def listed_source(

@@ -19,7 +19,6 @@ from .images import DatasetImages, Images, joined, unreadable
 from .registry import open_source
 from .shots import class_sizes_note, few_shot_note
 from .source import Protocol, Source, Split
-from .splits import fold_source
 from .templates import Templates, prompts
 
 _WITH_TARGETS = ("cross-dataset", "domain-generalization")
@@ -98,8 +97,6 @@ class TaskOptions:
             split if there is one, else 0.2. "none": none.
         test: Test images. "split": the test split. "none": none; all images that don't validate train. Images of the
             user's data without splits that neither validate nor test always train.
-        fold: Fold of a cross-validation, such as "2/5": its images test, and all others train, whatever their split;
-            see `splits.fold_source`. It needs few-shot, and has no val split.
         root: Folder of the datasets of coop:, or of the images of csv:.
         templates: Prompt templates; see `open_source`.
         targets: Datasets to test on, as `data`.
@@ -111,7 +108,6 @@ class TaskOptions:
     seed: int = 0
     validation: Validation = "none"
     test: Test = "split"
-    fold: str | None = None
     root: str | Path | None = None
     templates: Templates = None
     targets: Sequence[str | Source] | None = None
@@ -220,10 +216,6 @@ def load_task(
     if len(source.classes) < 2:
         raise InputError(f"load_task: {source.name} has fewer than two classes. Add some.", "data")
     chosen = options.sampled(source)
-    if options.fold is not None:
-        if options.protocol != "few-shot" or options.test == "none":
-            raise InputError("load_task: fold needs `protocol=few-shot` and `test=split`.", "fold")
-        chosen = fold_source(chosen, options.fold, options.seed)
     parts = _parts(chosen, options.protocol)
     tests = [_test_set(name, part, transform, options.test) for name, part in parts.items()]
     trained, joined_note = _with_unused(next(iter(parts.values())), options.validation, options.test)
@@ -237,8 +229,7 @@ def load_task(
             raise
         parts |= others
 
-    read = parts.values() if options.fold is not None else (source, *parts.values())
-    source_notes = [note for part in read for note in part.notes]
+    source_notes = [note for part in (source, *parts.values()) for note in part.notes]
     notes = list(source_notes)
     if len(chosen.classes) < len(source.classes):
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")

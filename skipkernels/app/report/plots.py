@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
-from .intervals import half_interval
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -169,26 +167,6 @@ def pareto_svg(name: str, points: Mapping[str, TimedAccuracy], colours: Mapping[
 
 def _annotate(axes: Axes, text: str, point: tuple[float, float], coordinates: Any) -> None:
     axes.annotate(text, point, (6, 5), coordinates, "offset points", color=GREY, fontsize=8, parse_math=False)
-
-
-def shots_svg(before: Mapping[int, Any], after: Mapping[int, Any], runs: int) -> str:
-    """Plot the accuracy over the training images per class, from mean and deviation over `runs`, or None."""
-
-    def draw(axes: Axes) -> None:
-        tuned = {shots: of for shots, of in after.items() if of}
-        halves = [half_interval(deviation, runs) for _, deviation in tuned.values()]
-        means = [mean for mean, _ in tuned.values()]
-        axes.errorbar(list(tuned), means, yerr=halves, color=COLOURS[0], marker="o", capsize=3, label="tuned")
-        for mean in {of[0] for of in before.values() if of}:
-            axes.axhline(mean, color=GREY, linestyle=":", linewidth=1, label="zero-shot")
-        within_per_cent(axes)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(list(after), list(map(str, after)))
-        axes.minorticks_off()
-        axes.set_xlabel("training images per class")
-        axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
-
-    return panels_svg("shots", "accuracy over the training images per class", [draw], size=(5.2, 3.4))
 
 
 def _mark(axes: Axes, text: str, x: float, *, before: bool) -> None:

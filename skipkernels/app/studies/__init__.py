@@ -1,1 +1,1 @@
-"""Studies of many runs: the paper's protocols over seeds, and comparisons of methods."""
+"""Comparison of methods by many runs."""

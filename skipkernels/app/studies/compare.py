@@ -63,8 +63,8 @@ def compare(
             found = searched.get(result.variant)
             result.metrics["search"] = None if found is None else found._asdict()
         columns += [Column(_SEARCH, name, ("search", name)) for name in ("multiplier", "accuracy", "seconds")]
-    more = {"comparison": compare_best(results, folder, primary(results[0].metrics["tuned"]))}
-    return Study("compare", title_of(config), results, columns, more=more)
+    comparison = compare_best(results, folder, primary(results[0].metrics["tuned"]))
+    return Study(title_of(config), results, columns, comparison)
 
 
 class Searched(NamedTuple):

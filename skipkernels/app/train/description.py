@@ -74,11 +74,6 @@ class Description:
     def read(cls, folder: Path) -> Description:
         """Read the classifier.json of a folder."""
         path = folder / CLASSIFIER
-        if (folder / "folds.json").is_file():
-            raise InputError(
-                f"{folder}: a cross-validation, which has a model for each fold and none of its own. Give the folder "
-                f"of one, such as those in {folder / 'runs'}, or tune without folds."
-            )
         if not path.is_file():
             raise InputError(
                 f"{path}: no such file. A run has it after its first epoch. Give the folder of a run, wait for the "

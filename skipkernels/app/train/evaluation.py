@@ -166,11 +166,8 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
         raise InputError(f"evaluate_run: data must be given: all images of {config.data} trained or validated.", "data")
     changes: dict[str, Any] = {"trust": trust, "workers": 0, "test": "split"}
     changes |= {"refresh": "never", "validation": "none", "patience": None}
-    other = given.get("data", config.data) != config.data
-    if other:
+    if given.get("data", config.data) != config.data:
         changes["max_classes"] = None
-    if other or own.test is not None:
-        changes["fold"] = None
     if "device" in given:  # xformers may not support this device
         changes["attention"] = "sdpa"
     return replace(config, **changes | given)

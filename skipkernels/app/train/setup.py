@@ -147,7 +147,7 @@ def build_task(
     open_data: Callable[[], Source] | None = None,
 ) -> Task:
     """Load the task of a run; by default training images have the transform of the others."""
-    names = ("max_classes", "seed", "validation", "test", "fold", "root", "targets")
+    names = ("max_classes", "seed", "validation", "test", "root", "targets")
     source = (open_data or config.open_data)()
     choice = config.chooses or config.train_on_validation
     if choice and config.validation == "auto" and not source.has_split("val"):  # any part of all images is held out

@@ -25,9 +25,7 @@ CASES = {
     "report run --out photos": 2,
     "export run --to onnx --out photos": 2,
     "blend run --out file": 2,
-    "tune --folds 2 --out file": 2,
     "compare --out file": 2,
-    "protocol few-shot --out file": 2,
 }
 PROGRAM = """
 import contextlib, io, json, sys

@@ -12,7 +12,7 @@ from skipkernels.app.report.plots import TimedAccuracy, pareto
 from tests.app.report.test_report import ENVIRONMENT, NASTY, Page, svgs
 
 
-def study(**changes) -> dict:
+def study() -> dict:
     def method(accuracy, seconds):
         return {
             "accuracy, %": {"base": accuracy, "new": None},
@@ -25,8 +25,10 @@ def study(**changes) -> dict:
         "seeds": [0, 1, 2],
         "summary": summary | {"bad": method([50.0, 0.5], [5.0, 0.1])},
         "command": "skipkernels compare",
+        "comparison": None,
+        "runs": [{"metrics": {"images": {"tests": {}}}}],
         **ENVIRONMENT,
-    } | changes
+    }
 
 
 @pytest.mark.parametrize(("values", "limits"), [((60.0, 100.0), (58.0, 100.0)), ((0.0, 40.0), (0.0, 42.0))])
@@ -52,15 +54,3 @@ def test_study_page_of_methods():
     )
     points = {"a": (1.0, 5.0), "b": (1.0, 6.0), "c": (2.0, 6.0)}
     assert pareto({name: TimedAccuracy(*point, half=0.0) for name, point in points.items()}) == ["b"]
-
-
-def test_study_page_of_tests_and_shots():
-    tests = {"zero-shot": {"base": [50.0, 0.0], "new": [40.0, None]}, "tuned": {"base": [70.0, 2.0], "new": None}}
-    found = Page(study_html(study(layout="tests", summary={"4 shots": tests})))
-    assert "Tuning takes the accuracy on trained classes from 50.0 % to 70.0 ± 5.0 %." in found.text
-    assert ["trained classes", "50.0", "70.0 ± 5.0"] in found.rows and ["new classes", "40.0", "–"] in found.rows
-    assert [a["class"] for a in found.named("i") if "interval" in a["class"]] == ["interval after"]
-    shots = {"1 shot": {"accuracy, %": {"zero-shot": [50.0, 0.0], "tuned": [60.0, 1.0]}}}
-    text = study_html(study(layout="shots", summary=shots))
-    assert "The highest accuracy is that of 1 image of each class, 60.0 ± 2.5 % (3 seeds)." in Page(text).text
-    assert ElementTree.fromstring(svgs(text)[0]).get("aria-label") == "accuracy over the training images per class"

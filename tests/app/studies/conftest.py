@@ -26,6 +26,7 @@ def ran(monkeypatch):
             "zero_shot": {"base": 5.0, "new": None},
             "tuned": {"base": value, "new": None},
             "classes": {"base": 3, "new": 3},
+            "images": {"tests": {}},
             "epochs": 1,
             "steps": 2,
             "kept_classes": 3,

@@ -11,7 +11,7 @@ import torch
 from skipkernels.app.report.study_page import explained, headline, tables
 from skipkernels.app.studies.comparison import compare_best, permutation_p
 from skipkernels.app.studies.runs import Result
-from skipkernels.app.studies.study import ACCURACY, Column, Study
+from skipkernels.app.studies.study import ACCURACY, COST, Column, Study
 from skipkernels.app.train import predictions
 from skipkernels.app.train.predictions import TestPredictions, TopClasses
 
@@ -40,10 +40,10 @@ def study(tmp_path):
                 test = TestPredictions("all", ["a", "b"], torch.ones(len(ids), dtype=torch.long), top, None)
                 predictions.save(folder / predictions.PREDICTIONS, [test])
                 metrics = {"protocol": "few-shot", "tuned": {"all": 100 * sum(correct) / len(correct)}}
-                metrics["images"] = {"tests": {"all": len(correct)}}
+                metrics |= {"images": {"tests": {"all": len(correct)}}, "seconds": None}
                 results.append(Result(variant, seed, metrics, folder.name))
-        more = {"comparison": compare_best(results, tmp_path, "all")}
-        return Study("compare", "t", results, [Column(ACCURACY, "all", ("tuned", "all"))], more=more)
+        columns = [Column(ACCURACY, "all", ("tuned", "all")), Column(COST, "tuning, s", ("seconds",))]
+        return Study("t", results, columns, compare_best(results, tmp_path, "all"))
 
     return made
 
@@ -53,7 +53,7 @@ def test_best_is_certain(study):
     other = found["comparison"]["others"]["bad"]
     assert other["worse"] and other["p"] < 0.01 and other["difference"] == pytest.approx(50)
     assert headline(found) == "The best accuracy is that of good, 90.0 % (2 seeds, 20 test images)."
-    (table,) = tables(found)
+    table, _ = tables(found)
     assert {row.name: [str(cell) for cell in row.cells] for row in table.rows}["good"] == ["90.0 (69.9–97.2)"]
     assert "permutation test" in explained(found) and "too few for an interval over seeds" in explained(found)
 

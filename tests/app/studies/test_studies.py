@@ -18,7 +18,6 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.studies import runs
 from skipkernels.app.studies.compare import MULTIPLIERS, SEARCH_SEED, compare
-from skipkernels.app.studies.protocol import run_protocol
 from skipkernels.app.studies.runs import Variant, mean_and_deviation, run_variants
 from skipkernels.app.studies.study import Column, Study
 from tests.processes import forkserver
@@ -127,28 +126,10 @@ def test_compare_ignores_settings_of_other_methods(ran, tmp_path):
     assert [config.skip_layers for config in ran] == [2, 0.5, 0.5]
 
 
-def test_run_protocol_few_shot(ran, tmp_path):
-    study = run_protocol(TINY, "few-shot", range(1), tmp_path, QUIET, shots=(1, 4))
-    assert [(config.protocol, config.shots) for config in ran] == [("few-shot", 1), ("few-shot", 4)]
-    assert list(study.summary()) == ["1 shot", "4 shots"]
-
-
-def test_run_protocol_cross_dataset(ran, tmp_path):
-    study = run_protocol(TINY, "cross-dataset", range(1), tmp_path, QUIET)
-    assert [config.protocol for config in ran] == ["cross-dataset"]
-    (table,) = study.tables()
-    assert [column.header for column in table.columns] == ["accuracy, %", "zero-shot", "tuned"]
-    assert [list(column.cells) for column in table.columns] == [
-        ["trained classes", "new classes"],
-        ["5.0", "–"],
-        ["10.0", "–"],
-    ]
-
-
 def test_study_write_unwritable_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("skipkernels.app.studies.study.page.study_html", lambda study: "")
     (tmp_path / "file").write_text("")
-    study = Study("s", "t", [], [Column("g", "c", ("cost", "x"))])
+    study = Study("t", [], [Column("g", "c", ("cost", "x"))], None)
     with pytest.raises(InputError, match="file can't be written"):
         study.write(tmp_path / "file")
 
@@ -159,8 +140,6 @@ def test_study_write_unwritable_folder(tmp_path, monkeypatch):
         (["compare", "--methods", "skip", "skip"], "--methods must be distinct names of skip, zero-shot, full"),
         (["compare", "--seeds", "0"], "--seeds must be a number of runs from 1 to 1000"),
         (["compare", "--methods", "zero-shot", "skip", "--skip-layers", "9"], "skip: SkipCLIP: skip_layers must be"),
-        (["protocol", "few-shot", "--shots", "4"], "--shots 4 has no effect with few-shot; give --numbers-of-shots"),
-        (["protocol", "base-to-new", "--numbers-of-shots", "4"], "no effect with base-to-new; give --shots"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -171,10 +150,10 @@ def test_study_commands_bad_arguments(arguments, message, tmp_path, capsys, monk
     assert not list(tmp_path.iterdir()), "all settings are checked before the first run"
 
 
-@pytest.mark.parametrize("option", ["--seed", "--resume", "--protocol"])
-def test_protocol_has_no_option_for_study_settings(option, capsys):
+@pytest.mark.parametrize("option", ["--seed", "--resume", "--method"])
+def test_compare_has_no_option_for_settings_of_the_runs(option, capsys):
     with pytest.raises(SystemExit):
-        main(["protocol", "few-shot", option, "cross-dataset"])
+        main(["compare", option, "1"])
     assert f"Unrecognized options: {option}" in capsys.readouterr().err
 
 
@@ -222,5 +201,5 @@ def test_compare_command(tmp_path, capsys, in_process):
     assert "skipkernels compare --shots 2 --max-classes 6 --device cpu" in page
     assert "--methods zero-shot linear-probe --seeds 1" in page
     assert main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
-    (tmp_path / "compare.json").write_text('{"study": "compare", "summary": {}}')
+    (tmp_path / "compare.json").write_text('{"summary": {}}')
     assert main(["report", str(tmp_path)]) == 2 and "damaged" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""`skipkernels compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from skipkernels.app.console import Terminal
+from skipkernels.app.option_groups import MethodOptions, OutputOptions, RunOptions
+
+from .errors import on_interrupt
+from .options import Options, tune_config
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyOptions:
+    """The other options apply to every run; by default each method uses its own recipe. On own data the learning rates
+    of every method are first searched on the validation images: five runs of each, unless rates or --validation none
+    are given. Repeat an interrupted command to resume; complete runs are kept.
+    """
+
+    methods: tuple[str, ...] | None = None
+    """Methods to compare, such as auto skip full coop. By default all methods of tune --method but auto."""
+    seeds: int = 3
+    """Number of runs of each method, with seeds 0, 1, …"""
+
+
+@dataclasses.dataclass(frozen=True)
+class VariantOptions(MethodOptions):
+    """Settings of the methods."""
+
+    method: tyro.conf.Suppress[str] = MethodOptions.method
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyRunOptions(RunOptions):
+    """Device."""
+
+    seed: tyro.conf.Suppress[int] = RunOptions.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyOutputOptions(OutputOptions):
+    """Output folder."""
+
+    out: Path | None = None
+    """Folder of the results. By default a folder in runs/compare named after data and model."""
+    overwrite: bool = False
+    """Run completed runs again."""
+    resume: tyro.conf.Suppress[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareCommand(Options):
+    """Compare methods by accuracy, time and memory on this machine."""
+
+    study: StudyOptions = StudyOptions()
+    method: VariantOptions = VariantOptions()
+    run: StudyRunOptions = StudyRunOptions()
+    output: StudyOutputOptions = StudyOutputOptions()
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Run the comparison, write its files, and print its tables. Returns 0."""
+        from skipkernels.app.data import InputError
+        from skipkernels.app.methods.registry import METHODS
+        from skipkernels.app.train.command_line import command_line
+        from skipkernels.app.train.run_folder import check_writable
+
+        config, overwrite, seeds = tune_config(self, out=None, overwrite=False), self.output.overwrite, self.study.seeds
+        if not 1 <= seeds <= 1000:
+            raise InputError(f"--seeds must be a number of runs from 1 to 1000; got {seeds}.")
+        name = f"{config.data}-{config.model}".replace(":", "-").replace("/", "-")
+        folder = self.output.out or Path("runs", "compare", name)
+        check_writable(folder)  # before the work is done
+        from skipkernels.app.studies.compare import compare  # imports torch
+
+        again = f"repeat the command{' without --overwrite' if overwrite else ''} to resume"
+        with on_interrupt(f"complete runs are kept; {again}"):
+            methods = self.study.methods or tuple(METHODS)
+            study = compare(config, methods, range(seeds), folder, err, overwrite=overwrite)
+            study = dataclasses.replace(study, command=command_line("compare", self))
+            paths = study.write(folder)
+        for table in study.tables():
+            out.print(table)
+        for sentence in study.sentences:
+            out.print(sentence, soft_wrap=True)
+        out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)
+        return 0
