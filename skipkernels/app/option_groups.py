@@ -56,7 +56,8 @@ class DataOptions:
     """Images and prompts."""
 
     data: str = "pictograms"
-    """Dataset, such as imagefolder:PATH, csv:PATH, or pictograms:animals. `skipkernels datasets` lists all kinds."""
+    """Dataset: imagefolder:PATH, csv:PATH, hf:PATH or hf:NAME of Hugging Face, coop:NAME of CoOp's benchmarks (with
+    --root), or pictograms and pictograms:TASK, such as pictograms:animals."""
     root: Path | None = option(None, results=False)
     """Folder that contains the datasets of coop:, or the images of csv:."""
     template: tuple[str, ...] | None = None

@@ -100,7 +100,8 @@ def test_cli_broken_pipe_is_silent():
 
 def test_cli_runs_with_closed_streams(tmp_path):
     """A file that is opened later does not get the descriptor of a stream, into which libraries may write."""
-    code = "import sys; sys.argv[1:] = ['datasets']\nfrom skipkernels.__main__ import main; code = main()\n"
+    code = "import sys; sys.argv[1:] = ['check', 'pictograms:food']\n"
+    code += "from skipkernels.__main__ import main; code = main()\n"
     code += f"with open({str(tmp_path / 'found')!r}, 'w') as file: file.write(str(file.fileno() + 10 * code))"
     assert shell("<&- >&- 2>&-", code).returncode == 0
     assert 2 < int((tmp_path / "found").read_text()) < 10

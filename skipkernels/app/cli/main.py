@@ -22,7 +22,6 @@ from .doctor import DoctorCommand
 from .errors import Terminated, failure, termination_as_interrupt, with_flags
 from .eval import EvalCommand
 from .export import ExportCommand
-from .listings import DatasetsCommand, ModelsCommand
 from .options import registry
 from .predict import PredictCommand
 from .report import ReportCommand
@@ -39,8 +38,6 @@ COMMANDS: dict[str, Any] = {
     "report": ReportCommand,
     "compare": CompareCommand,
     "check": CheckCommand,
-    "models": ModelsCommand,
-    "datasets": DatasetsCommand,
     "doctor": DoctorCommand,
     "build": BuildCommand,
 }

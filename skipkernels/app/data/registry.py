@@ -23,8 +23,6 @@ class Kind(NamedTuple):
 
     open: Opener  # Function of (NAME, root, templates), with an empty NAME for "KIND"
     usage: str  # Form of the names
-    about: str
-    example: str  # Options
     own: bool = False  # The user's own data: all classes are trained, and exports don't name them
     remote: bool = False  # It may download what a name names, so that a file of an unknown author must not name it
 
@@ -44,37 +42,26 @@ KINDS = {
     "imagefolder": Kind(
         _imported(".image_folder", "open_image_folder", "templates"),
         "imagefolder:PATH",
-        "A folder for each class, or folders train/, val/ and test/ that have them.",
-        "--data imagefolder:photos",
         own=True,
     ),
     "csv": Kind(
         _imported(".csv_files", "open_csv", "root", "templates"),
         "csv:PATH",
-        "A table with the columns path and label (or caption), and split if there is one.",
-        "--data csv:photos/table.csv",
         own=True,
     ),
     "hf": Kind(
         _imported(".hugging_face_sets", "open_hugging_face", "templates"),
         "hf:PATH or hf:NAME such as hf:food101",
-        "A dataset of Hugging Face on the disk, or of the hub. Columns by name: ?image=…&label=….",
-        "--data hf:food101",
         own=True,
         remote=True,
     ),
     "coop": Kind(
         _imported(".coop", "open_coop", "root", "templates"),
         "coop:NAME such as coop:dtd (with `root`)",
-        "The benchmarks of CoOp, in its layout: imagenet, caltech101, oxford_pets, stanford_cars, oxford_flowers, "
-        "food101, fgvc_aircraft, sun397, dtd, eurosat, ucf101, imagenetv2, imagenet_sketch, imagenet_a, imagenet_r.",
-        "--data coop:dtd --root datasets",
     ),
     "pictograms": Kind(
         _imported("..demo.pictograms", "open_pictograms", "templates"),
         "pictograms, pictograms:TASK such as pictograms:animals",
-        "Drawings of 850 things by three designers, with nothing to download.",
-        "--data pictograms:animals",
     ),
 }
 

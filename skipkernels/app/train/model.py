@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import logging
 import pickle
 from collections.abc import Callable, Iterator
@@ -85,7 +84,7 @@ def load_model(
         open_clip.add_model_config(packaged.config)
     elif name not in known:
         close = difflib.get_close_matches(name, [*known, *MODELS], 3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "`skipkernels models` lists the names."
+        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_pretrained() has the names."
         raise argument_error("model", f"open_clip has no model {name!r}; {hint}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None and packaged is None and not architecture_only:
@@ -198,46 +197,6 @@ def check_activation(name: str, tag: str) -> None:
         raise argument_error(
             "model", f"{tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}."
         )
-
-
-def known_models() -> dict[str, dict[str, Any]]:
-    """Describe the models of open_clip and of `MODELS`, by name, without creating or downloading any.
-
-    A description has the types of the two towers, the activation, and the tags of weights that fit it.
-
-    Example:
-        >>> known_models()["ViT-B-16-quickgelu"]["weights"][0]
-        'openai'
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for name, packaged in MODELS.items():
-        config = json.loads(packaged.config.read_text("utf-8"))
-        found[name] = _described(config) | {"weights": ["packaged"]}
-    for name in open_clip.list_models():
-        config = open_clip.get_model_config(name)
-        if name not in found and "vision_cfg" in config and "genlip_cfg" not in config:  # neither audio nor captions
-            tags = [tag for tag in open_clip.list_pretrained_tags_by_model(name) if _fits(name, tag)]
-            found[name] = _described(config) | {"weights": tags}
-    return found
-
-
-def _described(config: dict[str, Any]) -> dict[str, Any]:
-    image, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
-    backbone = image.get("timm_model_name")
-    layers = image.get("layers")
-    return {
-        "image": f"timm {backbone}" if backbone else "ResNet" if isinstance(layers, (list, tuple)) else "ViT",
-        "text": text.get("hf_model_name") or f"{text.get('text_arch', '')} transformer".strip(),
-        "activation": "QuickGELU" if config.get("quick_gelu") else "GELU",
-    }
-
-
-def _fits(name: str, tag: str) -> bool:
-    try:
-        check_activation(name, tag)
-        return True
-    except InputError:
-        return False
 
 
 def augmentation(model: Any, preset: Preset = "default") -> Callable:

@@ -16,7 +16,6 @@ HEAVY = {"torch", "torchvision", "open_clip", "transformers", "timm", "matplotli
 # Arguments and exit codes, those with fewer imports first, as one process runs them all.
 CASES = {
     **{f"{command} --help": 0 for command in COMMANDS},
-    "datasets": 0,
     "check imagefolder:photos": 0,
     "check imagefolder:photos --out found.json": 0,
     "check pictograms:food": 0,
