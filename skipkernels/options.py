@@ -23,4 +23,5 @@ Preset = Literal["default", "reference"]
 Shots = int | Literal["all"]
 Validation = Literal["auto", "none", "split"] | float
 Test = Literal["split", "none"]
+OptimizerName = Literal["sgd", "adamw"]
 LoggerName = Literal["tensorboard", "none"]

@@ -286,10 +286,7 @@ class TuneConfig(
     def _check_optimizer(self) -> None:
         if self.epochs == 0 or self.optimizer is None:
             return
-        from .train import optimizers
-
-        optimizers.find(self.optimizer)
-        fused = self.optimizer == optimizers.FUSED
+        fused = self.optimizer == "sgd"
         if self.precision == "bf16-sr" and not fused:
             _refuse("precision", f"precision=bf16-sr needs `optimizer=sgd`; got {self.optimizer}. Use bf16 with it.")
         if self.fused_optimizer:

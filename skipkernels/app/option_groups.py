@@ -16,6 +16,7 @@ from ..options import (
     HeadChoice,
     LoggerName,
     Memory,
+    OptimizerName,
     Precision,
     Preset,
     Prior,
@@ -178,9 +179,8 @@ class TrainingOptions:
     """Images of rare classes weigh more in the loss: by n to the power of minus this number, for n training images of
     their class. balanced is 1, all classes the same in total; 0.5 is halfway. By default every image weighs the same.
     Batches are then random."""
-    optimizer: str | None = None
-    """sgd: fused SGD with momentum. torch-sgd, or a class of torch.optim such as AdamW. By default sgd for
-    skip; adamw for pictogram-tiny."""
+    optimizer: OptimizerName | None = None
+    """sgd: fused SGD with momentum. adamw: that of PyTorch. By default sgd for skip; adamw for pictogram-tiny."""
     text_lr: float | None = option(None, ge=0, methods="rates")
     """Learning rate of the text tower. For skip 2e-5; for pictogram-tiny 3e-4."""
     image_lr: float | None = option(None, ge=0, methods="rates")
@@ -192,7 +192,7 @@ class TrainingOptions:
     warmup_lr: float | None = option(None, ge=0)
     """Learning rate of the warm-up."""
     momentum: float | None = option(None, ge=0, lt=1)
-    """Momentum, for optimizers that have it."""
+    """Momentum of sgd."""
     weight_decay: float | None = option(None, ge=0)
     """Weight decay."""
     clip_grad_norm: float | None = option(None, gt=0)

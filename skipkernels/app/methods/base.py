@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...boundary import DEFAULT_CHUNK
 from ...clip import SkipCLIP
-from ...options import Protocol, SamplerKind
+from ...options import OptimizerName, Protocol, SamplerKind
 from ...reference import unit_norm
 from ...retrieval import top_k_probabilities
 from ...towers.modes import evaluating
@@ -39,7 +39,7 @@ class Recipe:
 
     epochs: int  # Passes over the training images; 0 for a method without steps
     batch_size: int | None = None  # Images per step
-    optimizer: str | None = None  # "sgd", "adamw", or "lbfgs" for a method without steps
+    optimizer: OptimizerName | None = None
     text_lr: float | None = None  # Learning rate of the weights on the text side
     image_lr: float | None = None  # Learning rate of the weights on the image side
     momentum: float | None = None

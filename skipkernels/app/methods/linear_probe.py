@@ -78,7 +78,7 @@ class LinearProbe(FrozenModel):
 
     @classmethod
     def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
-        return Recipe(epochs=0, optimizer="lbfgs")
+        return Recipe(epochs=0)
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Choose l2 and fit, in fp64 if possible, to embeddings [n, D] of all training images with labels [n]."""

@@ -186,7 +186,7 @@ def _shared_settings(config: TuneConfig, described: Description) -> TuneConfig:
         return set().union(*map(types, inner)) if inner else {hint}
 
     plain = {name for name, hint in get_type_hints(TuneConfig).items() if not types(hint) & {str, Path}}
-    values = {name: getattr(config, name) for name in plain | {"method", "optimizer", "template"}}
+    values = {name: getattr(config, name) for name in plain | {"method", "template"}}
     names: dict[str, Any] = {name: getattr(described, name) for name in ("model", "pretrained", "data")}
     if described.data != config.data:  # the path is not shared, and a command needs one
         names["data"] += ":PATH"

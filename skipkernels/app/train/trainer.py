@@ -14,12 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...digests import digest_tensors
 from ...features import BatchSampler, FeatureCache
+from ...optimizer import FusedSGD
 from ...published import cosine_with_warmup
 from ..config import TuneConfig
 from ..data.files import format_names
 from ..methods import Method, StepOutput
 from ..methods.tuned import TunedModel
-from . import optimizers
 from .errors import argument_error
 from .precision import REMEDY, MixedPrecision
 
@@ -47,14 +47,7 @@ class Trainer:
         self._config, self._method, self._precision, self._classes = config, method, precision, classes
         self._labels, self._device = train.labels, torch.device(config.device)
         groups = method.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
-        self._optimizer = optimizers.build(
-            config.optimizer,
-            precision.parameter_groups(groups),
-            in_backward=config.fused_optimizer,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
-        )
+        self._optimizer = make_optimizer(config, precision.parameter_groups(groups))
         self._schedule = cosine_with_warmup(
             self._optimizer,
             epochs=config.epochs,
@@ -186,6 +179,20 @@ class Trainer:
         torch.set_rng_state(state["random"]["cpu"])
         if self._device.type == "cuda" and "cuda" in state["random"]:  # the run may be resumed on another device
             torch.cuda.set_rng_state(state["random"]["cuda"], self._device)
+
+
+def make_optimizer(config: TuneConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Construct the optimizer of a resolved configuration."""
+    assert config.weight_decay is not None
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    return FusedSGD(
+        groups,
+        momentum=config.momentum or 0.0,
+        weight_decay=config.weight_decay,
+        in_backward=config.fused_optimizer,
+        seed=config.seed,
+    )
 
 
 def _captures(device: torch.device) -> bool:

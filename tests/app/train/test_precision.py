@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from skipkernels.app.train import evaluate_run, optimizers, tune
+from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train import trainer as trainer_module
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.precision import MixedPrecision
 from skipkernels.app.train.trainer import Trainer
+from skipkernels.optimizer import FusedSGD
 from tests.app.runs import losses, rows, small
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def test_bf16_sr_applies_updates_below_half_ulp():
     weight = torch.nn.Parameter(torch.ones(10_000, dtype=torch.bfloat16))
     precision = MixedPrecision("bf16-sr", CPU)
     groups = precision.parameter_groups([{"name": "text", "params": [weight], "lr": 1e-4}])
-    optimizer = optimizers.build("sgd", groups, momentum=0.0, weight_decay=0.0, seed=0)
+    optimizer = FusedSGD(groups, in_backward=False, momentum=0.0, weight_decay=0.0, seed=0)
     for _ in range(10):
         weight.grad = torch.ones_like(weight)
         precision.update(optimizer, None)
@@ -61,7 +62,7 @@ def test_parameter_groups_split_by_dtype():
 def test_fp16_skips_update_on_overflow():
     weight = torch.nn.Parameter(torch.ones(1))
     precision = MixedPrecision("fp16", CPU)
-    optimizer = optimizers.build("sgd", [{"params": [weight], "lr": 0.5}], momentum=0.9, weight_decay=0.1)
+    optimizer = FusedSGD([{"params": [weight], "lr": 0.5}], in_backward=False, momentum=0.9, weight_decay=0.1)
     scale = precision.scaler.get_scale()
     precision.backward(weight.sum() * float("inf"))
     precision.update(optimizer, None)
@@ -75,7 +76,7 @@ def test_fp16_skips_update_on_overflow():
 def test_clip_grad_norm_unscales_gradients(name):
     weight = torch.nn.Parameter(torch.zeros(2))
     precision = MixedPrecision(name, CPU)
-    optimizer = optimizers.build("sgd", [{"params": [weight], "lr": 1.0}], momentum=0.0, weight_decay=0.0)
+    optimizer = FusedSGD([{"params": [weight], "lr": 1.0}], in_backward=False, momentum=0.0, weight_decay=0.0)
     precision.backward((weight * torch.tensor([30.0, 40.0])).sum())
     precision.update(optimizer, 1.0)
     assert weight.tolist() == pytest.approx([-0.6, -0.8], rel=1e-4)

@@ -18,7 +18,7 @@ from skipkernels.app.train import evaluate_run, trainer, tune
 from skipkernels.app.train.run_folder import read_metrics
 from tests.app.runs import fails, files, results, shortened, small, stopped
 
-ADAMW = {"optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5}
+ADAMW = {"optimizer": "adamw", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5}
 # Settings of a run of two epochs of two steps, and the steps in which it is interrupted: each after a resume.
 RUNS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "before the first epoch and after it": ({"method": "skip"}, [1, 4]),

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.methods.skip import Skip
-from skipkernels.app.train import evaluate_run, optimizers, trainer, tune
+from skipkernels.app.train import evaluate_run, trainer, tune
 from skipkernels.app.train.model import load_model
-from skipkernels.optimizer import FusedSGD
 from tests.app.runs import files, losses, results, rows, small, without_cost
 
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html", "predictions.csv"}
@@ -112,17 +111,12 @@ def test_tune_is_deterministic(run, tmp_path):
     assert losses(tmp_path / "other")[0] != losses(folder)[0]
 
 
-@pytest.mark.parametrize(
-    ("changes", "made"),
-    [({"fused_optimizer": True}, FusedSGD), ({"optimizer": "torch-sgd"}, torch.optim.SGD)],
-    ids=["in backward", "torch"],
-)
-def test_tune_sgd_variants_agree(run, tmp_path, monkeypatch, changes, made):
+def test_tune_with_updates_in_backward(run, tmp_path, monkeypatch):
     folder, metrics = run
-    found, build = [], optimizers.build
-    monkeypatch.setattr(optimizers, "build", lambda *args, **kwargs: found.append(build(*args, **kwargs)) or found[0])
-    other = tune(small(tmp_path, **changes))
-    assert type(found[0]) is made and other["tuned"] == metrics["tuned"]
+    found, make = [], trainer.make_optimizer
+    monkeypatch.setattr(trainer, "make_optimizer", lambda *args: found.append(make(*args)) or found[0])
+    other = tune(small(tmp_path, fused_optimizer=True))
+    assert found[0]._in_backward and other["tuned"] == metrics["tuned"]
     assert losses(tmp_path) == pytest.approx(losses(folder), rel=1e-5), "they round differently"
 
 
@@ -141,7 +135,7 @@ def test_tune_changes_weights_above_cut_only(run):
     "changes",
     [{"skip_layers": 0, "max_classes": 2}, {"skip_layers": 1.0, "max_classes": 3, "protocol": "few-shot"},
      {"tail": "fixed", "memory": "min", "sampler": "random", "batch_size": 5, "clip_grad_norm": 1.0,
-      "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("a sign of a {}.", "{}"),
+      "optimizer": "adamw", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("a sign of a {}.", "{}"),
       "max_classes": 6},
      {"protocol": "cross-dataset", "targets": ("pictograms:food",), "max_classes": 6}],
     ids=["no cut", "all skipped, few-shot", "several", "cross-dataset"],

@@ -34,7 +34,6 @@ OPTIONS: list[tuple[list[str], str]] = [
     (["--method", "full", "--cache", "c"], "--cache needs frozen blocks below a cut; every layer trains here"),
     (["--skip-layers", "0", "--cache", "c"],
      "--cache keeps features at the cut, and with --skip-layers 0 there is no cut"),
-    (["--optimizer", "Muon"], "Muon can't be used here"),
     (["--data", "x" * 10**5], "error --data"),
     (["--data", "coop:imagenet", "--root", "a\n\x1b[2Jb\u202e"], "error --root"),
 ]  # fmt: skip
@@ -54,7 +53,7 @@ def test_tune_keeps_earlier_run(run, capsys):
     """Other errors of settings and data come first."""
     folder, _ = run
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    for argument, value in {"--epochs": -1, "--data": "imagefolder:none", "--optimizer": "x"}.items():
+    for argument, value in {"--epochs": -1, "--data": "imagefolder:none", "--blend": "0"}.items():
         assert f"error {argument}" in fails(["tune", "--out", folder, argument, value], capsys)
     assert "contains an earlier run" in fails(["tune", "--out", folder, "--epochs", "1"], capsys)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
