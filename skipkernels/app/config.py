@@ -226,7 +226,7 @@ class TuneConfig(
         method = self.method_class()
         published = method.recipe(self.model, self.chosen_protocol, self._shots)
         options, recipe = method.options(), dataclasses.asdict(published)
-        training = {*recipe, "clip_grad_norm", "fused_optimizer", "patience"}
+        training = {*recipe, "clip_grad_norm", "fused_optimizer"}
 
         def used(field: dataclasses.Field) -> bool:
             name, methods = field.name, field.metadata.get("methods", "all")
@@ -255,16 +255,12 @@ class TuneConfig(
             _refuse("refresh", "refresh=epoch has no effect without epochs; leave it out.")
         if self.augments and self.chooses:
             _refuse("refresh", "refresh=epoch needs a chosen method and head; add `method=skip`, or leave it out.")
-        if self.patience is not None and self.chooses:
-            _refuse("patience", "patience needs a chosen method and head; add `method=skip`, or leave it out.")
         if self.epochs == 0 and self.blend != 1:
             _refuse("blend", f"blend={self.blend:g} has no effect without epochs; leave it out.")
         if self.head == "none" and self.prior != "images":
             _refuse("prior", f"prior={self.prior} is that of a head; add `head=anchored`, or leave it out.")
         if not isinstance(self.validation, str) and not 0 < self.validation < 1:
             _refuse("validation", f"validation must be a share between 0 and 1; got {self.validation}.")
-        if self.patience is not None and self.validation == "none":
-            _refuse("patience", "patience needs validation images; add `validation=0.2`.")
         if self.cache is not None and self.skip_layers == 0:
             _refuse("cache", "cache keeps features at the cut, and with `skip_layers=0` there is no cut; leave it out.")
         if self.resume and self.overwrite:

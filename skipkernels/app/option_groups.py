@@ -185,8 +185,6 @@ class TrainingOptions:
     """Learning rate of the text tower. For skip 2e-5; for pictogram-tiny 3e-4."""
     image_lr: float | None = option(None, ge=0, methods="rates")
     """Learning rate of the image tower. For skip 5e-6; for pictogram-tiny 3e-4."""
-    patience: int | None = option(None, ge=1)
-    """Stop after this number of epochs without a higher validation accuracy. By default never."""
     warmup_epochs: int | None = option(None, ge=0)
     """Epochs at the warm-up rate, before the cosine schedule."""
     warmup_lr: float | None = option(None, ge=0)

@@ -139,19 +139,6 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int | None:
     return max(measured)[1] if measured else None
 
 
-def has_stalled(rows: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
-    """Return True if the validation accuracy has not risen in the last `patience` epochs.
-
-    >>> rows = [{"epoch": 1, "validation": 80.0}, {"epoch": 2, "validation": 80.0}, {"epoch": 3, "validation": 79.0}]
-    >>> has_stalled(rows, 2), has_stalled(rows, 3), has_stalled(rows, None)
-    (True, False, False)
-    """
-    accuracies = [accuracy for row in rows if (accuracy := _validation(row)) is not None]
-    if patience is None or not accuracies:
-        return False
-    return len(accuracies) - 1 - accuracies.index(max(accuracies)) >= patience
-
-
 def _validation(row: Mapping[str, Any]) -> float | None:
     """Validation accuracy by which epochs are compared."""
     return row.get("validation_balanced", row.get("validation"))

@@ -165,7 +165,7 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
     if config.test == "none" and "data" not in given and own.test is None:
         raise InputError(f"evaluate_run: data must be given: all images of {config.data} trained or validated.", "data")
     changes: dict[str, Any] = {"trust": trust, "workers": 0, "test": "split"}
-    changes |= {"refresh": "never", "validation": "none", "patience": None}
+    changes |= {"refresh": "never", "validation": "none"}
     if given.get("data", config.data) != config.data:
         changes["max_classes"] = None
     if "device" in given:  # xformers may not support this device

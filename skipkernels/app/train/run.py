@@ -25,11 +25,10 @@ from ..report.words import name_of_run, title_of
 from . import checkpoint, notes, weights
 from .calibration import calibrate
 from .candidates import Search
-from .checkpoint import MODEL, best_epoch, has_stalled
+from .checkpoint import MODEL, best_epoch
 from .choice import Choice
 from .class_metrics import VALIDATION
 from .description import Description, describe, write_open_clip_config
-from .errors import argument_error
 from .evaluation import Evaluation, Evaluator
 from .fitted_head import examples, use_fitted_head
 from .interpolation import Interpolation
@@ -64,8 +63,6 @@ class Run:
         self.baseline_memory = self.memory.read()
         self.setup = build_run(config, open_data=open_data)
         self.method, self.task = self.setup.method, self.setup.task
-        if config.patience is not None and self.task.validation is None:
-            raise argument_error("patience", "there are no validation images to stop by; add some, or leave it out.")
         self.holds = weights.contents(self.method, self.setup.model)
         self.display = ProgressDisplay(self.console, title=self._title(), memory=self.memory)
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
@@ -260,7 +257,7 @@ class Run:
             done=trainer.epochs,
         )
         with self._opened_loggers() as loggers:
-            while trainer.epochs < config.epochs and not has_stalled(self.rows, config.patience):
+            while trainer.epochs < config.epochs:
                 row = trainer.epoch(self.display.step, self.display.loss)
                 evaluation = self.evaluator.evaluate(self.method)
                 row["accuracy"], row["validation"] = evaluation.accuracies, evaluation.validation
