@@ -67,8 +67,7 @@ def classes(test: TestPredictions) -> list[Markup]:
         dots.append(dot)
     text = (
         f"Mean over the classes: accuracy {percent(last['balanced_accuracy'])}, F1 {percent(last['macro_f1'])}. "
-        "Precision and F1 are those of the last model; predictions.csv has every image, confusion.csv every pair of "
-        "classes."
+        "Precision and F1 are those of the last model; predictions.csv has every image."
     )
     columns = ["images", "zero-shot, %", "tuned, %", "change", "precision, %", "F1, %", "most often taken for"]
     # Of a single image per class, accuracies are 0 and 100 %.

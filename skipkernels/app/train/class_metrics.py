@@ -1,4 +1,4 @@
-"""Metrics of a test by class, for metrics.json, and its predictions and confusions as CSV."""
+"""Metrics of a test by class, for metrics.json, and its predictions as CSV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 VALIDATION = "validation"
 """Name of the validation images beside the names of the tests."""
-MOST_CONFUSED = 20  # pairs in metrics.json
 
 
 def class_weights(labels: Tensor, classes: int, exponent: float = 1.0) -> Tensor:
@@ -89,20 +88,13 @@ def class_metrics(labels: Tensor, predicted: Tensor, classes: Sequence[str]) -> 
 
 
 def metrics_of_test(labels: Tensor, top: TopClasses, classes: Sequence[str]) -> dict[str, Any]:
-    """Return what metrics.json has of a test: means over the classes with images, the classes, and what is confused."""
+    """Return what metrics.json has of a test: means over the classes with images, and the classes."""
     predicted = top.classes[:, 0]
     found = class_metrics(labels, predicted, classes)
-    wrong = sorted(
-        (pair for pair in confusions(labels, predicted) if pair[0] != pair[1]), key=lambda pair: (-pair[2], pair)
-    )
     return {
         "balanced_accuracy": round(image_scores(labels, predicted, balanced=True).mean().item(), 4),
         "macro_f1": round(sum(each.f1 for each in found) / len(found), 4),
         "classes": [each._asdict() for each in found],
-        "most_confused": [
-            {"label": classes[label], "predicted": classes[other], "images": images}
-            for label, other, images in wrong[:MOST_CONFUSED]
-        ],
     }
 
 
@@ -157,27 +149,6 @@ def accuracy_rows(metrics: Mapping[str, Any]) -> list[AccuracyRow]:
             found.append(AccuracyRow(test, f"{test}, always {name}", share, share))
         found.append(AccuracyRow(test, test, before, after_of.get(test)))
     return found
-
-
-def confusions(labels: Tensor, predicted: Tensor) -> list[tuple[int, int, int]]:
-    """Return label, prediction and number of images of each pair that occurs, in the order of both.
-
-    >>> import torch
-    >>> confusions(torch.tensor([1, 0, 0]), torch.tensor([1, 1, 1]))
-    [(0, 1, 2), (1, 1, 1)]
-    """
-    import torch
-
-    pairs, counts = torch.stack([labels, predicted], dim=1).unique(dim=0, return_counts=True)
-    return [(*pair, count) for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)]
-
-
-def confusion_lines(tests: Sequence[TestPredictions]) -> Iterator[str]:
-    """Yield the lines of confusion.csv: how many images of a class are predicted as which."""
-    yield csv_line(["test", "label", "predicted", "images"])
-    for test in tests:
-        for label, other, images in confusions(test.labels, test.last.classes[:, 0]):
-            yield csv_line([test.name, test.classes[label], test.classes[other], images])
 
 
 def prediction_lines(tests: Sequence[TestPredictions]) -> Iterator[str]:

@@ -35,7 +35,7 @@ from ..data.files import format_names
 from ..untrusted import read_object
 from . import checkpoint
 from .checkpoint import BEST, HEAD, MODEL
-from .class_metrics import confusion_lines, prediction_lines
+from .class_metrics import prediction_lines
 from .description import CLASSIFIER, Description
 from .errors import argument_error
 from .model_card import CARD, model_card
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT, CANDIDATES = "few_shot.json", "candidates.json"
-PREDICTIONS_CSV, CONFUSION_CSV = "predictions.csv", "confusion.csv"
+PREDICTIONS_CSV = "predictions.csv"
 _FILES: tuple[str, ...] = (
     METRICS,
     REPORT,
@@ -61,7 +61,7 @@ _FILES: tuple[str, ...] = (
     EPOCHS,
     FEW_SHOT,
 )
-_FILES += (HEAD, CANDIDATES, PREDICTIONS_CSV, CONFUSION_CSV, BEST, CONFIG)
+_FILES += (HEAD, CANDIDATES, PREDICTIONS_CSV, BEST, CONFIG)
 _BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT, CANDIDATES}  # files of a run before its first epoch is complete
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every run
@@ -312,12 +312,11 @@ class RunFolder:
     def write_report(
         self, metrics: dict[str, Any], tests: Sequence[TestPredictions], rows: list[dict[str, Any]]
     ) -> None:
-        """Write the predictions for the tests, also as CSV, their confusions, and the report with some of them."""
+        """Write the predictions for the tests, also as CSV, and the report with some of them."""
         from ..report import report_html
 
         save(self.path / PREDICTIONS, tests)
         self.write(PREDICTIONS_CSV, "".join(prediction_lines(tests)))
-        self.write(CONFUSION_CSV, "".join(confusion_lines(tests)))
         self.write(REPORT, report_html(self.config, metrics, rows, tests))
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from skipkernels.app.train.model import load_model
 from tests.app.runs import files, losses, results, rows, small, without_cost
 
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html", "predictions.csv"}
-FILES |= {"confusion.csv"}
 FILES |= {"few_shot.json", "classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
 
 
