@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _SHOTS = 16
 
 NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
-_SOURCES = ("model", "pretrained", "data", "targets")
+_SOURCES = ("model", "pretrained", "data")
 
 # Types are not converted: `epochs: true` and `seed: "3"` are errors.
 _SCHEMA = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -111,7 +111,7 @@ class TuneConfig(
         """Accept a string as a path."""
         return Path(value) if isinstance(value, str) else value
 
-    @field_validator("template", "targets", mode="before")
+    @field_validator("template", mode="before")
     @classmethod
     def _tuple(cls, value: Any) -> Any:
         """Accept a list as a tuple."""
@@ -246,8 +246,6 @@ class TuneConfig(
     def _check(self) -> None:
         for name in self._unused():
             _refuse(name, f"{name}={getattr(self, name)} has no effect with `method={self.method}`; leave it out.")
-        if self.targets == ():
-            _refuse("targets", "targets must have an item; got none. Leave it out for the default.")
         assert self.epochs is not None
         if self.epochs < (0 if self.head != "none" or self.train_on_validation else 1) and self.has_steps:
             _refuse("epochs", f"epochs must be at least 1, or 0 with a head; got {self.epochs}.")
@@ -353,9 +351,7 @@ class TuneConfig(
         except InputError as error:
             raise InputError(str(error).replace("TuneConfig", str(path), 1)) from None
         for name in (name for name in _SOURCES if name in values and name not in given):
-            source = getattr(config, name)
-            for one in source if isinstance(source, tuple) else (source or "",):
-                check_source(path, name, one, trust)
+            check_source(path, name, getattr(config, name) or "", trust)
         return config
 
 

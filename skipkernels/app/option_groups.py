@@ -85,15 +85,12 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ProtocolOptions:
-    """Classes that train, and test sets."""
+    """Classes that train and are tested."""
 
     protocol: Protocol | None = None
     """few-shot: train and test on all classes. base-to-new: train on the first half of the classes, test on both
-    halves. cross-dataset: also test on other datasets. domain-generalization: also test on other images of the same
-    classes. By default few-shot for own data, such as imagefolder:, else base-to-new."""
-    targets: tuple[str, ...] | None = None
-    """Datasets to test on with cross-dataset and domain-generalization. By default those of the paper for
-    coop:imagenet, and the other pictograms for pictograms."""
+    halves. cross-dataset and domain-generalization: as few-shot, with the paper's rates for tests on other datasets, by
+    `skipkernels eval RUN --data …`. By default few-shot for own data, such as imagefolder:, else base-to-new."""
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,12 @@ def read_object(path: Path) -> dict[str, Any]:
 def check_source(where: object, name: str, value: str, trust: bool) -> None:
     """Refuse a source that the file `where` names if it is remote or elsewhere on this machine, unless with `trust`.
 
-    "data" and "targets" may name images on this machine: they are only decoded.
+    "data" may name images on this machine: they are only decoded.
 
     >>> check_source("config.yaml", "model", "ViT-B-32", trust=False)
     >>> check_source("config.yaml", "model", "hf-hub:org/name", trust=True)
     """
-    refused = is_remote(value) if name in ("data", "targets") else _ELSEWHERE.search(value)
+    refused = is_remote(value) if name == "data" else _ELSEWHERE.search(value)
     if refused and not trust:
         raise refused_source(where, name, value)
 

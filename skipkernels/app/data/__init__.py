@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .images import DatasetImages, Images, LabelledImages
     from .registry import open_source
     from .shots import few_shot, few_shot_note, save_few_shot
-    from .source import Protocol, Source, Split, from_datasets
+    from .source import Source, Split, from_datasets
     from .tasks import Task, TaskOptions, TestSet, load_task, split_base_new, summarise
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "Images",
     "InputError",
     "LabelledImages",
-    "Protocol",
     "SizedDataset",
     "Source",
     "Split",
@@ -43,7 +42,7 @@ __getattr__ = lazy_names(
         "images": ("DatasetImages", "Images", "LabelledImages"),
         "registry": ("open_source",),
         "shots": ("few_shot", "few_shot_note", "save_few_shot"),
-        "source": ("Protocol", "Source", "Split", "from_datasets"),
+        "source": ("Source", "Split", "from_datasets"),
         "tasks": ("Task", "TaskOptions", "TestSet", "load_task", "split_base_new", "summarise"),
     },
 )

@@ -17,12 +17,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from .base import InputError, open_error
 from .files import absolute_path, check_inside, find_images, format_names, read_json, read_text, subfolders
 from .images import Images, LabelledImages
-from .source import Protocol, Source, Split, normalize_class_name
+from .source import Source, Split, normalize_class_name
 from .templates import Templates, resolve_templates
 
 
@@ -53,10 +53,6 @@ DATASETS = {
     "imagenet_r": Layout("imagenet-rendition", "imagenet-r"),
 }
 VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
-_IMAGENET_TARGETS: Mapping[Protocol, list[str]] = {
-    "cross-dataset": [f"coop:{name}" for name in DATASETS if name not in ("imagenet", *VARIANTS)],
-    "domain-generalization": [f"coop:{name}" for name in VARIANTS],
-}
 _HELP = "CoOp's DATASETS.md says where to get it."
 
 
@@ -75,11 +71,12 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     absent = next((path for path in (base, folder, images) if not os.path.isdir(path)), None)
     if absent is not None:
         raise open_error(f"{dataset}: no folder {absent}. {_HELP}", "root")
-    fields: dict[str, Any] = {}
+    missing: dict[Split, str] = {}
+    notes: tuple[str, ...] = ()
     if key == "imagenet" or key in VARIANTS:
         file = folder / "classnames.txt"
         class_names = _class_names(file if file.is_file() else base / "imagenet" / "classnames.txt")
-        names, splits, fields = _imagenet(dataset, key, images, class_names)
+        names, splits, missing = _imagenet(dataset, key, images, class_names)
     elif key == "fgvc_aircraft":
         names, splits = _aircraft(folder, images)
     else:
@@ -87,8 +84,8 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     classes = tuple(map(normalize_class_name, names))
     if repeated := sorted(name for name, count in Counter(classes).items() if count > 1):
         note = f"{dataset}: more than one class is named {format_names(repeated)}; their prompts are equal."
-        fields["notes"] = (note,)
-    return Source(dataset, classes, resolve_templates(key, templates), splits=splits, **fields)
+        notes = (note,)
+    return Source(dataset, classes, resolve_templates(key, templates), splits=splits, missing=missing, notes=notes)
 
 
 def _split_file(file: Path, root: Path) -> tuple[list[str], dict[Split, Images]]:
@@ -146,8 +143,8 @@ def _class_names(file: Path) -> dict[str, str]:
 
 def _imagenet(
     dataset: str, key: str, images: Path, class_names: Mapping[str, str]
-) -> tuple[list[str], dict[Split, Images], dict[str, Any]]:
-    """Return the class names, the splits, and further fields of the source."""
+) -> tuple[list[str], dict[Split, Images], dict[Split, str]]:
+    """Return the class names, the splits, and why others are missing."""
     folder_of: dict[Split, Path] = {"train": images / "train", "test": images / "val"}
     missing: dict[Split, str] = {split: f"no folder {path}. {_HELP}" for split, path in folder_of.items()}
     missing["val"] = "its validation images are the test images. Choose test."
@@ -166,10 +163,7 @@ def _imagenet(
         problem = f"classnames.txt has no name for {format_names(unnamed)}" if ids else f"no folders n… in {images}"
         raise open_error(f"{dataset}: {problem}. {_HELP}", "root")
     splits = {split: _folder_images(dataset, path, folders) for split, path in folder_of.items()}
-    fields: dict[str, Any] = {"class_ids": ids, "missing": missing}
-    if key == "imagenet":
-        fields["targets"] = _IMAGENET_TARGETS
-    return [class_names[wnid] for wnid in ids], splits, fields
+    return [class_names[wnid] for wnid in ids], splits, missing
 
 
 def _folder_images(dataset: str, root: Path, folders: list[str]) -> Images:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args
 
-from ...options import Protocol
 from .base import InputError, SizedDataset
 from .files import format_names
 from .images import DatasetImages, Images, Transform, joined
@@ -28,8 +27,6 @@ class Source:
         templates: Prompt templates. Training uses the first; evaluation averages the embeddings of all.
         splits: Images of each split.
         missing: For missing splits, the reason and the remedy.
-        class_ids: Keys that identify the same class in other datasets. Default: the names in lower case.
-        targets: Default targets of a protocol, as `open_source` takes them.
         notes: Remarks for the user on how the dataset was read.
         hashed: The user's data have no splits of their own, and were split by a hash.
     """
@@ -39,8 +36,6 @@ class Source:
     templates: tuple[str, ...]
     splits: Mapping[Split, Images] = field(default_factory=dict, repr=False, kw_only=True)
     missing: Mapping[Split, str] = field(default_factory=dict, repr=False, kw_only=True)
-    class_ids: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
-    targets: Mapping[Protocol, Sequence[str]] = field(default_factory=dict, repr=False, kw_only=True)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     hashed: bool = field(default=False, kw_only=True)
 
@@ -48,18 +43,6 @@ class Source:
     def prompts(self) -> tuple[list[str], ...]:
         """Prompts of all classes, in a list for each template."""
         return prompts(self.templates, self.classes)
-
-    @property
-    def class_keys(self) -> tuple[str, ...]:
-        """Key of each class; see `class_ids`."""
-        return tuple(name.casefold() for name in self.classes) if self.class_ids is None else self.class_ids
-
-    def default_targets(self, protocol: Protocol) -> Sequence[str]:
-        """Names of the datasets that a protocol tests on by default."""
-        if self.targets.get(protocol):
-            return self.targets[protocol]
-        kind = "datasets" if protocol == "cross-dataset" else "datasets of the same classes"
-        raise InputError(f"load_task: {protocol} of {self.name} needs {kind} to test on. Name some.", "targets")
 
     def has_split(self, split: Split) -> bool:
         """Return True if the dataset has images in a split."""
@@ -115,7 +98,6 @@ class Source:
             self,
             classes=tuple(self.classes[label] for label in labels),
             splits={split: images.subset_classes(labels) for split, images in self.splits.items()},
-            class_ids=None if self.class_ids is None else tuple(self.class_ids[label] for label in labels),
         )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,16 +10,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...formatting import escaped
-from ...options import Shots, Test, Validation
+from ...options import Protocol, Shots, Test, Validation
 from .base import InputError
 from .files import format_names
 from .images import DatasetImages, Images, joined, unreadable
 from .registry import open_source
 from .shots import class_sizes_note, few_shot_note
-from .source import Protocol, Source, Split
+from .source import Source, Split
 from .templates import Templates, prompts
 
-_WITH_TARGETS = ("cross-dataset", "domain-generalization")
 VALIDATION_SHARE = 0.2
 """Share of the images of each class that are held out for validation by default."""
 
@@ -31,7 +28,7 @@ class TestSet:
     """Test images of some classes.
 
     Attributes:
-        name: "base", "new", "source", "all", or the name of the target dataset.
+        name: "base", "new", "source" or "all".
         classes: Names by label.
         templates: Prompt templates. Training uses the first.
         images: Items are (image, label).
@@ -99,7 +96,7 @@ class TaskOptions:
             user's data without splits that neither validate nor test always train.
         root: Folder of the datasets of coop:, or of the images of csv:.
         templates: Prompt templates; see `open_source`.
-        targets: Datasets to test on, as `data`.
+        train: False: without training and validation images, to test a model on other data.
     """
 
     protocol: Protocol
@@ -110,12 +107,7 @@ class TaskOptions:
     test: Test = "split"
     root: str | Path | None = None
     templates: Templates = None
-    targets: Sequence[str | Source] | None = None
-
-    @property
-    def with_targets(self) -> bool:
-        """True if the protocol tests on other datasets."""
-        return self.protocol in _WITH_TARGETS
+    train: bool = True
 
     def check(self) -> None:
         """Raise an InputError if a value can't be used."""
@@ -132,15 +124,6 @@ class TaskOptions:
             raise InputError(
                 f"load_task: test=none needs `protocol=few-shot`; {self.protocol} is a comparison of tests.", "test"
             )
-        if self.targets and not self.with_targets:
-            choices = " or ".join(_WITH_TARGETS)
-            raise InputError(
-                f"load_task: {self.protocol} has no targets. Leave them out, or choose {choices}.", "targets"
-            )
-
-    def opened(self, data: str | Source) -> Source:
-        """Return the source of a dataset."""
-        return data if isinstance(data, Source) else open_source(data, self.root, self.templates)
 
     def sampled(self, source: Source) -> Source:
         """Return a source with at most `max_classes` classes, evenly spaced."""
@@ -163,20 +146,15 @@ def split_base_new(classes: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 def summarise(protocol: Protocol, accuracies: Mapping[str, float]) -> dict[str, float]:
     """Add the summary of a protocol to the accuracies of its test sets.
 
-    For base-to-new it is "harmonic", the harmonic mean of base and new; for cross-dataset and domain-generalization it
-    is "targets", the mean over all test sets but the first; few-shot has none.
+    For base-to-new it is "harmonic", the harmonic mean of base and new; the others have none.
 
     >>> summarise("base-to-new", {"base": 60.0, "new": 30.0})
     {'base': 60.0, 'new': 30.0, 'harmonic': 40.0}
-    >>> summarise("cross-dataset", {"source": 90.0, "dtd": 40.0, "eurosat": 50.0})
-    {'source': 90.0, 'dtd': 40.0, 'eurosat': 50.0, 'targets': 45.0}
     """
     found = dict(accuracies)
     if protocol == "base-to-new":
         base, new = found["base"], found["new"]
         found["harmonic"] = 2 * base * new / (base + new) if base + new else 0.0
-    elif protocol in _WITH_TARGETS:
-        found["targets"] = statistics.fmean(list(accuracies.values())[1:])
     return found
 
 
@@ -191,10 +169,8 @@ def load_task(
 
     - base-to-new: trains on the first half of the classes (`split_base_new`), and tests on "base" and "new" classes.
     - few-shot: trains on all classes, and tests on "all".
-    - cross-dataset: trains on the dataset, and tests on it ("source") and on each target dataset. Default targets of
-      coop:imagenet are the ten other datasets of CoOp; of pictograms, those of the other tasks.
-    - domain-generalization: the same, but targets have other images of the same classes, or of some of them. Classes
-      are matched by name, and the common ones are tested. Default targets of coop:imagenet are its four variants.
+    - cross-dataset and domain-generalization: trains on all classes, and tests on "source", the dataset itself. A model
+      is tested on other datasets by `evaluate_run`.
 
     Args:
         data: The dataset, as `open_source` takes it, or a source, such as one of `from_datasets`.
@@ -212,25 +188,18 @@ def load_task(
         ([('base', 10), ('new', 10)], 20, 'an icon of a hamburger')
     """
     options.check()
-    source = options.opened(data)
+    source = data if isinstance(data, Source) else open_source(data, options.root, options.templates)
     if len(source.classes) < 2:
         raise InputError(f"load_task: {source.name} has fewer than two classes. Add some.", "data")
     chosen = options.sampled(source)
     parts = _parts(chosen, options.protocol)
     tests = [_test_set(name, part, transform, options.test) for name, part in parts.items()]
+    of_source = tuple(dict.fromkeys(map(escaped, source.notes)))
+    if not options.train:
+        return Task(source.name, options.protocol, DatasetImages([]), tuple(tests), None, of_source, of_source)
     trained, joined_note = _with_unused(next(iter(parts.values())), options.validation, options.test)
     train, held, held_note = _train_and_validation(trained, options, transform, train_transform or transform)
-    if options.with_targets:
-        try:
-            others = _target_datasets(source, chosen, options)
-            tests += [_test_set(name, part, transform, options.test) for name, part in others.items()]
-        except InputError as error:
-            error.argument = "targets" if error.argument == "data" else error.argument
-            raise
-        parts |= others
-
-    source_notes = [note for part in (source, *parts.values()) for note in part.notes]
-    notes = list(source_notes)
+    notes: list[str] = []
     if len(chosen.classes) < len(source.classes):
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
     few = None if options.shots == "all" else few_shot_note(train.labels, trained.classes, options.shots)
@@ -241,7 +210,7 @@ def load_task(
         for test in tests
         if len(test.classes) == 1
     ]
-    shown, of_source = (tuple(dict.fromkeys(map(escaped, each))) for each in (notes, source_notes))
+    shown = (*of_source, *map(escaped, notes))
     return Task(source.name, options.protocol, train, tuple(tests), held, shown, of_source)
 
 
@@ -311,58 +280,3 @@ def _test_set(name: str, source: Source, transform: Callable | None, test: Test)
         if not len(images):
             raise InputError(f"{source.name} has no test images of {format_names(source.classes)}. Add some.", "data")
     return TestSet(name, list(source.classes), source.templates, images)
-
-
-# ---- targets ---------------------------------------------------------------------------------------------------------
-
-
-def _target_datasets(source: Source, trained: Source, options: TaskOptions) -> dict[str, Source]:
-    """Return the target datasets by name, with at most `max_classes` classes each; `trained` has some of source's."""
-    found = [options.opened(target) for target in options.targets or source.default_targets(options.protocol)]
-    names = _short_names([target.name for target in found])
-    if options.protocol == "domain-generalization":
-        found = [_common_classes(target, source, trained) for target in found]
-    return dict(zip(names, map(options.sampled, found), strict=True))
-
-
-def _short_names(datasets: Sequence[str]) -> list[str]:
-    """Return short, distinct names of datasets for tables and file names, from the last words of each.
-
-    >>> _short_names(["imagefolder:office/amazon/images", "imagefolder:office/dslr/images"])
-    ['amazon-images', 'dslr-images']
-    """
-    words = [[re.sub(r"[^\w.+-]", "-", word) for word in re.split(r"[:/\\]+", name) if word] for name in datasets]
-    for depth in range(1, max(map(len, words)) + 1):
-        names = ["-".join(of_dataset[-depth:]) for of_dataset in words]
-        if len({*names, "source", "targets"}) == len(names) + 2:
-            return names
-    raise InputError(f"load_task: two of {format_names(datasets)} are the same. Name each once.", "targets")
-
-
-def _common_classes(target: Source, source: Source, trained: Source) -> Source:
-    """Return `target` with only the classes of `trained`, in its order and names; `source` has all of target's."""
-    for one in (source, target):
-        counts = Counter(one.class_keys)
-        duplicates = [name for name, key in zip(one.classes, one.class_keys, strict=True) if counts[key] > 1]
-        if duplicates:
-            raise InputError(
-                f"load_task: {one.name} has two classes {duplicates[0]!r}, which can't be matched by name. Rename one.",
-                "data",
-            )
-    known = set(source.class_keys)
-    unknown = [name for name, key in zip(target.classes, target.class_keys, strict=True) if key not in known]
-    if unknown:
-        raise InputError(
-            f"load_task: {target.name} has classes that {source.name} does not have: {format_names(unknown)}. Leave "
-            "them out, or rename them.",
-            "data",
-        )
-    label_of = {key: label for label, key in enumerate(target.class_keys)}
-    common = [
-        (label_of[key], name) for key, name in zip(trained.class_keys, trained.classes, strict=True) if key in label_of
-    ]
-    if not common:
-        raise InputError(
-            f"load_task: {target.name} has none of the classes that are trained on. Raise `max_classes`.", "data"
-        )
-    return replace(target.subset_classes([label for label, _ in common]), classes=tuple(name for _, name in common))

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..data.base import open_error
 from ..data.images import DatasetImages, Images
-from ..data.source import Protocol, Source, Split
+from ..data.source import Source, Split
 from ..data.templates import Templates, resolve_templates
 
 ARCHIVE = Path(__file__).with_name("pictograms.zip")
@@ -70,9 +70,8 @@ def open_pictograms(name: str, templates: Templates = None) -> Source:
         raise open_error(f"no task {unknown[0]!r} of pictograms; choose from {', '.join(TASKS)}.")
     data = f"pictograms:{name}" if name else "pictograms"
     classes, templates = tuple(names_of(tasks)), resolve_templates(None, templates, TEMPLATE)
-    others: dict[Protocol, list[str]] = {"cross-dataset": [f"pictograms:{task}" for task in TASKS if task not in tasks]}
     splits: dict[Split, Images] = {"train": _images(classes, TRAIN), "test": _images(classes, TEST)}
-    return Source(data, classes, templates, splits=splits, targets=others)
+    return Source(data, classes, templates, splits=splits)
 
 
 def _images(classes: Sequence[str], sets: Sequence[str]) -> Images:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ class TunedModel(Method):
         def skip_clip(
             test: str, tokens: Tensor, own: torch.Generator | None = None, weight: Tensor | None = None
         ) -> SkipCLIP:
-            name = f"texts-{quote(test, safe=' ')}" + ("+templates" if tokens.ndim == 3 else "")  # quote escapes +
+            name = f"texts-{test}" + ("+templates" if tokens.ndim == 3 else "")
             folder = None if text_cache is None else Path(text_cache, name)
             try:
                 return SkipCLIP(model, tokens, generator=own, text_cache=folder, class_weight=weight, **settings)

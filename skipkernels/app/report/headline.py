@@ -20,7 +20,7 @@ def title(config: TuneConfig, metrics: Mapping[str, Any]) -> str:
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """Return the change of the accuracy on the trained classes, and on the other test or the targets."""
+    """Return the change of the accuracy on the trained classes, and on the new ones."""
     zero_shot, tuned, (first, *others) = metrics["zero_shot"], metrics["tuned"], metrics["classes"]
     if not images_of(metrics, first):
         return _without_test(metrics)
@@ -36,8 +36,6 @@ def headline(metrics: Mapping[str, Any]) -> str:
         verb = "stayed" if after == before else "rose" if after > before else "fell"
         text += f". On the {counted(metrics, others[0])} it {verb} {_from_to(before, after)}"
         text += _interval(metrics, others[0], after)
-    elif finite(zero_shot.get("targets")) and finite(tuned.get("targets")):
-        text += f". On the {len(others)} targets the mean went {_from_to(zero_shot['targets'], tuned['targets'])}"
     return f"{text}."
 
 

@@ -15,7 +15,7 @@ from .rendering import MISSING, number, part, plural
 from .words import name_of_method, name_of_test
 
 _ACCURACY, _COST, _TIME = "accuracy, %", "cost", "tuning, s"
-_SUMMARIES = ("harmonic", "targets")  # the accuracy that a protocol is judged by, if it has several
+_SUMMARY = "harmonic"  # the accuracy that base-to-new is judged by
 
 Summary = Sequence[float | None]  # mean and deviation
 
@@ -39,7 +39,7 @@ def study_html(study: Mapping[str, Any]) -> str:
 def primary(columns: Iterable[str]) -> str:
     """Return the accuracy that decides: the summary of a protocol, or else the first."""
     columns = list(columns)
-    return next((name for name in _SUMMARIES if name in columns), columns[0])
+    return _SUMMARY if _SUMMARY in columns else columns[0]
 
 
 def headline(study: Mapping[str, Any]) -> str:
@@ -78,7 +78,7 @@ def _best(study: Mapping[str, Any]) -> tuple[dict[str, Summary], str | None]:
 
 
 def _measure(column: str) -> str:
-    if column in _SUMMARIES:
+    if column == _SUMMARY:
         return f"{name_of_test(column)} accuracy"
     return "accuracy" if column == "all" else f"accuracy on {name_of_test(column)}"
 

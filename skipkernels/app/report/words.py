@@ -21,7 +21,6 @@ _TESTS = {
     "all": "all classes",
     "validation": "validation images",
     "harmonic": "harmonic mean",
-    "targets": "mean of the targets",
 }
 
 

@@ -165,10 +165,10 @@ def _shared(plain: PlainModel) -> Description:
 
 
 def _public(name: str) -> str:
-    """Return the name of a model, a dataset or a test; of own files, only the kind.
+    """Return the name of a model or a dataset; of own files, only the kind.
 
-    >>> _public("imagefolder:/home/me/photos"), _public("hf-hub:org/name"), _public("base")
-    ('imagefolder', 'hf-hub:org/name', 'base')
+    >>> _public("imagefolder:/home/me/photos"), _public("hf-hub:org/name")
+    ('imagefolder', 'hf-hub:org/name')
     """
     kind, _, rest = name.partition(":")
     if kind in ("hf", "hf-hub"):
@@ -190,22 +190,7 @@ def _shared_settings(config: TuneConfig, described: Description) -> TuneConfig:
     names: dict[str, Any] = {name: getattr(described, name) for name in ("model", "pretrained", "data")}
     if described.data != config.data:  # the path is not shared, and a command needs one
         names["data"] += ":PATH"
-    targets = None if config.targets is None else tuple(map(_public, config.targets))
-    return TuneConfig(**values, **names, targets=targets)
-
-
-def _shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics with names of tests without paths."""
-
-    def by_test(values: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in values.items():
-            public = _public(name)
-            found[public if public not in found else f"{public} ({len(found)})"] = value
-        return found
-
-    tests = {name: by_test(metrics[name]) for name in ("zero_shot", "tuned", "classes")}
-    return metrics | tests | {"images": metrics["images"] | {"tests": by_test(metrics["images"]["tests"])}}
+    return TuneConfig(**values, **names)
 
 
 def _write_card(source: Path, folder: Path, described: Description, to: Target, head_code: str) -> None:
@@ -215,5 +200,5 @@ def _write_card(source: Path, folder: Path, described: Description, to: Target, 
             replace_text(folder / CARD, read_text(source / CARD))
         return
     config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)
-    card = model_card(config, described, _shared_metrics(read_metrics(source)), use=to, head_code=head_code)
+    card = model_card(config, described, read_metrics(source), use=to, head_code=head_code)
     replace_text(folder / CARD, card)

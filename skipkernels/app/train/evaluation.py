@@ -165,7 +165,7 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
     if config.test == "none" and "data" not in given and own.test is None:
         raise InputError(f"evaluate_run: data must be given: all images of {config.data} trained or validated.", "data")
     changes: dict[str, Any] = {"trust": trust, "workers": 0, "test": "split"}
-    changes |= {"refresh": "never", "validation": "none"}
+    changes |= {"refresh": "never", "validation": "none", "class_weight": None}
     if given.get("data", config.data) != config.data:
         changes["max_classes"] = None
     if "device" in given:  # xformers may not support this device
@@ -185,7 +185,7 @@ def _tuned_setup(folder: Path, config: TuneConfig, open_data: Callable[[], Sourc
     rounded_to = None if config.cache is None else config.cache_dtype
     config = replace(config, cache=None).resolved(open_data)
     load = (lambda model: load_weights(model, file)) if whole else None
-    setup = build_run(config, open_data=open_data, load=load, rounded_to=rounded_to)
+    setup = build_run(config, open_data=open_data, load=load, rounded_to=rounded_to, train=False)
     if not whole:
         weights.load_into(setup.method, file)
     setup.method.use_head(load_head(file.parent, described), described.classes)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _REFRESHES = 2  # per second, of the bars; each delays the training thread by 3 ms
 _SMOOTHING = 0.8  # weight of previous losses in the displayed loss
-_MAX_ACCURACIES = 4  # in a line
 _SPEED_SECONDS = 600.0  # over which the time left is estimated: most epochs are shorter, so tests are included
 
 
@@ -123,10 +122,9 @@ class ProgressDisplay:
         print_plain(self._console, "  ".join(parts))
 
     def _accuracies(self, accuracy: Mapping[str, float | None]) -> list[str]:
-        """Accuracies with their change; of more than four, the first and the last, which is a mean of the others."""
-        shown = [(name, value) for name, value in accuracy.items() if finite(value)]
+        """Accuracies with their change."""
         found = []
-        for name, after in shown if len(shown) <= _MAX_ACCURACIES else (shown[0], shown[-1]):
+        for name, after in ((name, value) for name, value in accuracy.items() if finite(value)):
             before = self._zero_shot.get(name)
             change = f" ({after - before:+.1f})" if accuracy is not self._zero_shot and finite(before) else ""
             found.append(f"{name} {after:.1f} %{change}")

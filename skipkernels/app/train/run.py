@@ -68,7 +68,7 @@ class Run:
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             self._tell("note", note)
 
-        self.resumed = resumed = folder and folder.resumed
+        self.resumed = resumed = None if folder is None else folder.resumed
         self.rows = [] if resumed is None else list(resumed.rows)  # of the complete epochs, as in metrics.jsonl
         self.seconds_before = 0.0 if resumed is None else resumed.seconds  # of earlier processes
 
@@ -131,7 +131,7 @@ class Run:
             if self.folder is not None:
                 self.folder.config = config
         elif self.config.train_on_validation and self.config.resume:
-            found = self.folder and Choice.read(self.folder.path)
+            found = None if self.folder is None else Choice.read(self.folder.path)
             if found is not None and found.made(self.config):
                 self.choice = found
             else:

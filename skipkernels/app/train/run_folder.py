@@ -182,10 +182,11 @@ def _check_free(folder: Path) -> None:
 def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
     """Check that an output folder is outside the folders of images, where it would be read as a class."""
     written = folder.expanduser().resolve()
-    for data in (config.data, *(config.targets or ())):
-        kind, _, path = data.partition(":")
-        if kind == "imagefolder" and path and Path(path).expanduser().resolve() in (written, *written.parents):
-            raise argument_error(argument, f"{folder} is in the folder of the images, {data}; choose another folder.")
+    kind, _, path = config.data.partition(":")
+    if kind == "imagefolder" and path and Path(path).expanduser().resolve() in (written, *written.parents):
+        raise argument_error(
+            argument, f"{folder} is in the folder of the images, {config.data}; choose another folder."
+        )
 
 
 def resumed(config: TuneConfig) -> TuneConfig:

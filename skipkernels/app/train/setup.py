@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +60,7 @@ class RunSetup:
     def test_features(self, progress: Progress = False) -> dict[str, FeatureCache]:
         """Compute the features of the images of each test that has some."""
         tests = [test for test in self.task.tests if len(test.images)]
-        return {
-            test.name: self._features(f"test-{quote(test.name, safe=' ')}", test.images, progress) for test in tests
-        }
+        return {test.name: self._features(f"test-{test.name}", test.images, progress) for test in tests}
 
     def validation_features(self, progress: Progress = False) -> FeatureCache | None:
         """Compute the features of the validation images; None if there are none."""
@@ -97,11 +94,12 @@ def build_run(
     open_data: Callable[[], Source] | None = None,
     load: Callable[[nn.Module], object] | None = None,
     rounded_to: CacheDtype | None = None,
+    train: bool = True,
 ) -> RunSetup:
     """Load the model and the task of a resolved configuration, and construct its method.
 
     `load` loads all weights of the model, instead of `config.pretrained`; features in memory are rounded to the dtype
-    `rounded_to`, as in a cache.
+    `rounded_to`, as in a cache. Without `train` there are only test images.
     """
     device = torch.device(config.device)
     model, transform, tokenizer = load_model(
@@ -117,7 +115,7 @@ def build_run(
     precision = MixedPrecision(config.precision, device)
     precision.prepare(model)
     crop = augmentation(model, config.preset) if config.augments else None
-    task = build_task(config, transform, crop, open_data=open_data)
+    task = build_task(config, transform, crop, open_data=open_data, train=train)
     method = build_method(config, model, tokenizer, task)
     if config.cache is not None and method.cut is None:
         raise InputError("tune: cache needs frozen blocks below a cut; every layer trains here. Leave it out.", "cache")
@@ -145,9 +143,13 @@ def build_task(
     train_transform: Callable | None = None,
     *,
     open_data: Callable[[], Source] | None = None,
+    train: bool = True,
 ) -> Task:
-    """Load the task of a run; by default training images have the transform of the others."""
-    names = ("max_classes", "seed", "validation", "test", "root", "targets")
+    """Load the task of a run; by default training images have the transform of the others.
+
+    `train`: see `TaskOptions`.
+    """
+    names = ("max_classes", "seed", "validation", "test", "root")
     source = (open_data or config.open_data)()
     choice = config.chooses or config.train_on_validation
     if choice and config.validation == "auto" and not source.has_split("val"):  # any part of all images is held out
@@ -156,6 +158,7 @@ def build_task(
         protocol=config.chosen_protocol,
         shots=config.chosen_shots,
         templates=config.template,
+        train=train,
         **{name: getattr(config, name) for name in names},
     )
     task = load_task(source, options, transform=transform, train_transform=train_transform)

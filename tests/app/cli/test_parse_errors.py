@@ -40,8 +40,8 @@ def test_error_names_option_and_values(arguments, words, capsys, monkeypatch):
 
 
 def test_list_without_items(tmp_path, capsys):
-    assert main(["tune", "--out", str(tmp_path / "run"), "--targets"]) == 2
-    assert "--targets must have an item; got none." in capsys.readouterr().err
+    assert main(["tune", "--out", str(tmp_path / "run"), "--template"]) == 2
+    assert "--template must have an item, such as 'a photo of a {}.'; got none." in capsys.readouterr().err
 
 
 def _messages(file: Path) -> Iterator[str]:

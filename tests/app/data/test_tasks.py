@@ -8,7 +8,7 @@ from collections import Counter
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from pictures import IMAGENET_NAMES, JSON_SETS, NAMES, class_of, draw_image, make_coop, make_folders, raises_input_error
+from pictures import NAMES, class_of, make_coop, make_folders, raises_input_error
 from PIL import Image
 
 from skipkernels.app.data import TaskOptions, from_datasets, load_task, summarise
@@ -134,93 +134,16 @@ def test_load_task_notes_few_images(tmp_path):
     )
 
 
-# ---- cross-dataset ---------------------------------------------------------------------------------------------------
+# ---- test images alone -----------------------------------------------------------------------------------------------
 
 
-def test_default_targets_pictograms():
-    task = check(load("pictograms:food", "cross-dataset", max_classes=20))
-    assert sizes(task) == dict.fromkeys(["source", "animals", "objects", "travel", "activities"], 20)
-    assert len(task.train) == 40 and {len(test.images) for test in task.tests} == {20}
-
-
-def test_default_targets_imagenet(tmp_path):
-    for name in ("imagenet", "fgvc_aircraft", *JSON_SETS):
-        make_coop(tmp_path, name)
-    task = check(load("coop:imagenet", "cross-dataset", root=tmp_path))
-    others = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397"]
-    assert sizes(task) == {"source": 4, **dict.fromkeys([*others, "dtd", "eurosat", "ucf101"], 3)}
-    assert task.tests[0].classes == IMAGENET_NAMES and len(task.train) == 8
-    prompts = {test.name: test.prompts[0][0] for test in task.tests}
-    assert prompts["source"] == "a photo of a tench." and prompts["dtd"] == "itap of a apple pie."
-    assert load("coop:imagenet", "cross-dataset", root=tmp_path, max_classes=2).notes == (
-        "coop:imagenet: 2 of 4 classes, evenly spaced.",
-    )
-
-
-def test_load_task_given_targets(tmp_path):
-    make_folders(tmp_path / "pets", {"cat": 4, "dog": 4})
-    make_folders(tmp_path / "insects", {"ant": 4, "bee": 4, "fly": 1, "fly/more": 3})
-    data, target = (f"imagefolder:{tmp_path / name}" for name in ("pets", "insects"))
-    own = from_datasets("mine", test=[(Image.new("L", (1, 1)), 0)], classes=["x"])
-    task = check(load(data, "cross-dataset", targets=[target, "pictograms:food", own], max_classes=3))
-    assert sizes(task) == {"source": 2, "insects": 3, "food": 3, "mine": 1}
-    assert [note for note in task.notes if note.startswith(target)], "notes of a target"
-
-
-# ---- domain generalization -------------------------------------------------------------------------------------------
-
-
-def imagenet_and_variants(root):
-    for name in ("imagenet", "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"):
-        make_coop(root, name)
-    return root
-
-
-def test_domains_imagenet_with_fewer_classes(tmp_path):
-    """ImageNet-A has neither the first nor the third class, which are trained on."""
-    imagenet_and_variants(tmp_path)
-    targets = ["coop:imagenetv2", "coop:imagenet_r"]
-    task = check(load("coop:imagenet", "domain-generalization", root=tmp_path, max_classes=2, targets=targets))
-    tuned = [IMAGENET_NAMES[0], IMAGENET_NAMES[2]]
-    assert {test.name: test.classes for test in task.tests} == {
-        "source": tuned,
-        "imagenetv2": tuned,
-        "imagenet_r": tuned,
-    }
-    third = [image for image, label in map(task.tests[1].images.__getitem__, range(4)) if label == 1]
-    assert {class_of(image) for image in third} == {2}
-
-
-def test_domains_match_classes_by_id(tmp_path):
-    """By default with the four variants of ImageNet, of which A and R have some of the classes."""
-    imagenet_and_variants(tmp_path)
-    for file in tmp_path.glob("*/classnames.txt"):
-        file.write_text(file.read_text().replace("tiger shark", "tench"))
-    (tmp_path / "imagenet-rendition/classnames.txt").write_text("n01440764 tinca\nn01443537 koi\nn01484850 jaws\n")
-    task = load("coop:imagenet", "domain-generalization", root=tmp_path)
-    assert list(sizes(task).items()) == [
-        ("source", 4), ("imagenetv2", 4), ("imagenet_sketch", 4), ("imagenet_a", 2), ("imagenet_r", 3)
-    ]  # fmt: skip
-    assert task.tests[3].images.labels == [0, 0, 1, 1]
-    assert task.tests[3].classes == ["goldfish", "tench"]
-    assert task.tests[4].classes == ["tench", "goldfish", "great white shark"], "the names of training"
-    assert task.tests[4].prompts[0][1] == "a rendition of a goldfish."
-
-
-def test_domains_match_classes_by_name(tmp_path):
-    make_folders(tmp_path / "photos", {"cat": 4, "dog": 4, "owl": 4})
-    for label, name in ((1, "Dog"), (0, "CAT")):  # in another order and case
-        for split in ("train", "test"):
-            draw_image(tmp_path / "sketches" / split / name / "0.png", label)
-    data, target = (f"imagefolder:{tmp_path / name}" for name in ("photos", "sketches"))
-    task = check(load(data, "domain-generalization", targets=[target]))
-    assert [(test.name, test.classes) for test in task.tests] == [
-        ("source", ["cat", "dog", "owl"]),
-        ("sketches", ["cat", "dog"]),
-    ]
-    images = task.tests[1].images
-    assert [(class_of(images[index][0]), images[index][1]) for index in range(2)] == [(0, 0), (1, 1)]
-    assert task.tests[1].prompts == (["a photo of a cat.", "a photo of a dog."],)
+@pytest.mark.parametrize(("name", "classes"), [("imagenet_a", 2), ("imagenetv2", 4), ("dtd", 3)])
+def test_load_task_without_training_images(tmp_path, name, classes):
+    """As `eval` tests a model on other data; the variants of ImageNet have test images alone."""
+    for folder in ("imagenet", name):
+        make_coop(tmp_path, folder)
+    task = load(f"coop:{name}", "cross-dataset", root=tmp_path, train=False)
+    assert sizes(task) == {"source": classes} and len(task.train) == 0 and len(task.tests[0].images) > 0
 
 
 # ---- invalid arguments -----------------------------------------------------------------------------------------------
@@ -232,9 +155,6 @@ def test_load_task_without_test_images(tmp_path):
     file.write_text(json.dumps({**content, "test": [item for item in content["test"] if item[1] < 2]}))
     with raises_input_error("coop:dtd has no test images of crème brûlée", argument="data"):
         load("coop:dtd", root=tmp_path)
-    file.write_text(json.dumps({**content, "test": []}))
-    with raises_input_error("coop:dtd has no test images", "train, val", argument="targets"):
-        load("pictograms", "cross-dataset", root=tmp_path, targets=["coop:dtd"])
 
 
 # ---- summaries -------------------------------------------------------------------------------------------------------
@@ -245,8 +165,6 @@ def test_load_task_without_test_images(tmp_path):
     [
         ("base-to-new", {"base": 60.0, "new": 30.0}, {"harmonic": 40.0}),
         ("base-to-new", {"base": 0.0, "new": 0.0}, {"harmonic": 0.0}),
-        ("cross-dataset", {"source": 90.0, "a": 10.0, "b": 20.0}, {"targets": 15.0}),
-        ("domain-generalization", {"source": 90.0, "a": 10.0}, {"targets": 10.0}),
         ("few-shot", {"all": 50.0}, {}),
     ],
 )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import zipfile
 
-import pytest
-
-from skipkernels.app.data import InputError, TaskOptions, load_task, open_source
+from skipkernels.app.data import TaskOptions, load_task
 from skipkernels.app.demo import pictograms
 
 
@@ -33,10 +31,3 @@ def test_base_to_new_tests_on_another_designer():
     assert (
         image.size == (64, 64) and image.mode == "RGB" and base.images.names[3].endswith(f"/{base.classes[label]}.png")
     )
-
-
-def test_other_tasks_are_the_targets_of_cross_dataset():
-    targets = open_source("pictograms:food+animals").default_targets("cross-dataset")
-    assert targets == ["pictograms:objects", "pictograms:travel", "pictograms:activities"]
-    with pytest.raises(InputError, match="cross-dataset of pictograms needs datasets to test on"):
-        load_task("pictograms", TaskOptions(protocol="cross-dataset", shots=1))

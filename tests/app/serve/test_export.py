@@ -274,15 +274,13 @@ def test_no_local_paths(to, native_run, tmp_path):
     settings, hints = yaml.safe_load((source / "config.yaml").read_text()), get_type_hints(TuneConfig)
     settings |= {name: place for name, hint in hints.items() if Path in get_args(hint)}
     settings |= {"data": f"imagefolder:{place}", "model": f"local-dir:{place}", "pretrained": f"{place}.pt"}
-    settings |= {"targets": [f"csv:{place}.csv", f"hf:{place}"], "log": "none", "dataset_identity": place}
+    settings |= {"log": "none", "dataset_identity": place}
     (source / "config.yaml").write_text(yaml.safe_dump(settings))
     described = json.loads((source / "classifier.json").read_text())
     described |= {name: settings[name] for name in ("data", "model", "pretrained")}
     described["preprocessing"]["name"] = described["versions"]["name"] = place
     (source / "classifier.json").write_text(json.dumps(described))
     metrics = json.loads((source / "metrics.json").read_text()) | {"command": f"skipkernels tune --out {place}"}
-    for name in ("zero_shot", "tuned", "classes"):
-        metrics[name][f"csv:{place}.csv"] = metrics[name]["new"]
     (source / "metrics.json").write_text(json.dumps(metrics))
     done = sk.export(source, to, tmp_path / "M4RKER-out")
     home = str(Path(sk.__file__).parent.parent)
@@ -290,9 +288,4 @@ def test_no_local_paths(to, native_run, tmp_path):
         content = path.read_bytes()
         assert not any(word.encode() in content for word in ("M4RKER", home, "site-packages")), path
     card = (done.folder / "README.md").read_text()
-    assert (
-        "tuned on imagefolder" in card
-        and "--data imagefolder:PATH" in card
-        and "--shots 2" in card
-        and "| csv |" in card
-    )
+    assert "tuned on imagefolder" in card and "--data imagefolder:PATH" in card and "--shots 2" in card

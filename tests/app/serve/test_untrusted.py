@@ -126,7 +126,7 @@ def test_source_in_file_is_refused(entry, settings, hostile, run, tmp_path, caps
      ("pretrained", "laion2b_s34b_b79k", False), ("pretrained", "weights.pt", False), ("pretrained", "/w.pt", True),
      ("pretrained", "a/../../w.pt", True), ("pretrained", "~/w.pt", True), ("pretrained", "https://a/w.pt", True),
      ("pretrained", r"\\\\host\w.pt", True), ("pretrained", r"C:\w.pt", True), ("data", "hf:food101", True),
-     ("data", "imagefolder:/home/me/photos", False), ("targets", ["pictograms", "hf:food101"], True)],
+     ("data", "imagefolder:/home/me/photos", False)],
 )  # fmt: skip
 def test_from_yaml_refuses_sources(tmp_path, name, value, refused):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({name: value}))

@@ -85,20 +85,6 @@ def test_display_resumed_run_starts_at_its_epoch():
     assert " 11/20 " in on.export_text()
 
 
-def test_display_many_tests_shows_first_and_mean():
-    on = console(terminal=False)
-    names = ["source", *(f"target-{place}" for place in range(10)), "targets"]
-    with ProgressDisplay(on, title="letters") as display:
-        display.begin(epochs=1, steps_per_epoch=1, zero_shot=dict.fromkeys(names, 40.0), batch_size=4)
-        display.epoch(row(1, **dict.fromkeys(names, 41.0)))
-        display.epoch({"epoch": 1, "loss": None, "accuracy": {"source": 50.0, "targets": None}})
-    assert on.export_text().splitlines()[1:] == [
-        "zero-shot  source 40.0 %  targets 40.0 %",
-        "epoch 1/1  loss 1.0000  source 41.0 % (+1.0)  targets 41.0 % (+1.0)  200 images/s",
-        "epoch 1/1  source 50.0 % (+10.0)",
-    ]
-
-
 def test_display_quiet_console_shows_nothing():
     on = console(terminal=True, quiet=True)
     shown(on)

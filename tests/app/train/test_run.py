@@ -136,7 +136,7 @@ def test_tune_changes_weights_above_cut_only(run):
      {"tail": "fixed", "memory": "min", "sampler": "random", "batch_size": 5, "clip_grad_norm": 1.0,
       "optimizer": "adamw", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("a sign of a {}.", "{}"),
       "max_classes": 6},
-     {"protocol": "cross-dataset", "targets": ("pictograms:food",), "max_classes": 6}],
+     {"protocol": "cross-dataset", "max_classes": 6}],
     ids=["no cut", "all skipped, few-shot", "several", "cross-dataset"],
 )  # fmt: skip
 def test_tune_options(tmp_path, changes):
