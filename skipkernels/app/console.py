@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from rich.console import Console
@@ -41,14 +39,3 @@ class Terminal(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Render a string without markup."""
         return super().render_str("\n".join(map(escaped, text.split("\n"))), **options)
-
-
-@contextlib.contextmanager
-def ignore_write_errors(console: Console) -> Iterator[None]:
-    """Ignore write errors of a console, so that a run continues after its terminal was closed."""
-    file = console._file  # not `console.file`: None means that the console follows sys.stdout or sys.stderr
-    console.file = cast(IO[str], Output(console.file))
-    try:
-        yield
-    finally:
-        console._file = file

@@ -11,9 +11,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from skipkernels._progress import Output
 from skipkernels.app.cli.main import main
-from skipkernels.app.console import Terminal, ignore_write_errors, plain
+from skipkernels.app.console import Terminal, plain
 from tests.streams import Broken
 
 HOSTILE = "[/b]:ok:\x1b[2Jé\udc80"
@@ -60,18 +59,6 @@ def test_cli_escapes_what_the_encoding_lacks(monkeypatch):
 
 
 # ---- streams that fail ---------------------------------------------------------------------------------------------
-
-
-def test_ignore_write_errors_restores_the_console():
-    on = Console(file=Broken(errno.ENOSPC))
-    with ignore_write_errors(on):
-        on.print("one")
-    with pytest.raises(OSError, match="No space"):
-        on.print("two")
-    follows = Console()
-    with ignore_write_errors(follows):
-        assert isinstance(follows.file, Output)
-    assert follows.file is sys.stdout
 
 
 @pytest.mark.parametrize(

@@ -29,23 +29,16 @@ class BlendCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Blend, and print the accuracy by alpha. Returns 0."""
-        from rich.table import Table
-
         from skipkernels.app.serve.output import check_blended
 
         target = check_blended(self.run, self.out, overwrite=self.overwrite)
-        from skipkernels.app.serve.blending import VALIDATION, blend  # imports torch
+        from skipkernels.app.report.run_page import blend_table  # these import torch
+        from skipkernels.app.serve.blending import VALIDATION, blend
 
         options: dict[str, Any] = {"overwrite": self.overwrite, "device": self.device, "trust": self.trust}
         metrics = blend(self.run, self.alpha, out=self.out, **options)
         curve = metrics["blend"]
-        table = Table("alpha", title="accuracy, %, from zero-shot (0) to tuned (1)")
-        for name in curve["accuracy"]:
-            table.add_column(name, justify="right")
-        for alpha, *values in zip(curve["alphas"], *curve["accuracy"].values(), strict=True):
-            style = "bold" if alpha == curve["chosen"] else None
-            table.add_row(f"{alpha:g}", *(f"{value:.2f}" for value in values), style=style)
-        out.print(table)
+        out.print(blend_table(metrics).in_terminal("from zero-shot (0) to tuned (1)"))
         why = ""
         if self.alpha == "auto":
             validated = VALIDATION in curve["accuracy"]

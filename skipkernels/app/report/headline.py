@@ -10,13 +10,13 @@ from ..train.class_metrics import VALIDATION, largest_class
 from .intervals import range_text, wilson
 from .plots import finite
 from .rendering import percent, plural
-from .words import name_of_run, name_of_test, title_of
+from .words import name_of_test, title_of
 
 
 def title(config: TuneConfig, metrics: Mapping[str, Any]) -> str:
     """Return the title: model, data, what classifies, and training images."""
     blended = [f"blended at {metrics['alpha']:g}"] if "alpha" in metrics else []
-    return title_of(config, chosen_candidate(metrics) or name_of_run(config), *blended)
+    return title_of(config, classifier(metrics), *blended)
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
@@ -27,7 +27,8 @@ def headline(metrics: Mapping[str, Any]) -> str:
     classes = counted(metrics, first)
     if not (finite(zero_shot[first]) and finite(tuned[first])):
         return f"No accuracy after tuning; zero-shot {percent(zero_shot[first])} on the {classes}."
-    subject = chosen_candidate(metrics) or ("Tuning and blending" if "alpha" in metrics else "Tuning")
+    tuning = "Tuning and blending" if "alpha" in metrics else "Tuning"
+    subject = classifier(metrics) if metrics["candidates"] else tuning
     kind, before, after, rest = _leading(metrics, first, zero_shot[first], tuned[first])
     verb = "kept" if after == before else "raised" if after > before else "lowered"
     text = f"{subject} {verb} the {kind} on the {classes} {_from_to(before, after)}{rest}"
@@ -93,7 +94,7 @@ def counted(metrics: Mapping[str, Any], test: str) -> str:
     return classes if test in ("base", "new", "all") else f"{classes} of {test}"
 
 
-def chosen_candidate(metrics: Mapping[str, Any]) -> str | None:
-    """Name of the candidate that was chosen, for the beginning of a sentence."""
-    chosen = next((each["name"] for each in metrics["candidates"] or () if each["chosen"]), None)
-    return chosen and chosen[:1].upper() + chosen[1:]
+def classifier(metrics: Mapping[str, Any]) -> str:
+    """Name of what classifies, for the beginning of a sentence."""
+    name = metrics["classifier"]
+    return name[:1].upper() + name[1:]

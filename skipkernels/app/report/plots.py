@@ -87,27 +87,6 @@ def accuracy_svg(
     return figure_svg("accuracy", "test accuracy over the epochs, in per cent", draw) if rows else ""
 
 
-def blend_svg(blend: Mapping[str, Any], colours: Mapping[str, str]) -> str:
-    """Plot the accuracy over the weight α of the tuned weights, and mark the chosen α; "" if there are no values."""
-    curves = {
-        name: [(alpha, value) for alpha, value in zip(blend["alphas"], values, strict=False) if finite(value)]
-        for name, values in blend["accuracy"].items()
-    }
-    curves = {name: points for name, points in curves.items() if points}
-
-    def draw(axes: Axes) -> None:
-        for name, points in curves.items():
-            _line(axes, points, colours.get(name, GREY))
-        if finite(blend.get("chosen")):
-            _mark(axes, "chosen", blend["chosen"], before=blend["chosen"] > 0.5)
-        within_per_cent(axes)
-        axes.set_xlabel("α: 0 zero-shot, 1 tuned")
-        axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
-
-    label = "accuracy over the blend of zero-shot and tuned weights, in per cent"
-    return panels_svg("blend", label, [draw], size=(5.2, 3)) if curves else ""
-
-
 class TimedAccuracy(NamedTuple):
     """Time in seconds, accuracy in per cent, and half of its interval."""
 

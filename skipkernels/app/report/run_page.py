@@ -18,10 +18,10 @@ from ..train.predictions import TestPredictions
 from ..train.run_folder import CONFIG, EPOCHS, METRICS, read_metrics
 from . import page
 from .dot_plot import DotRow, dot_plot
-from .headline import chosen_candidate, counted, headline, images_of, title
+from .headline import classifier, counted, headline, images_of, title
 from .intervals import wilson
 from .page import Cell, Section, Table, row
-from .plots import accuracy_svg, blend_svg, coloured, finite, loss_svg
+from .plots import accuracy_svg, coloured, finite, loss_svg
 from .predicted import classes, confusions, galleries
 from .rendering import number, part, percent, plural
 from .words import name_of_test
@@ -126,12 +126,12 @@ def kept_epoch(metrics: Mapping[str, Any]) -> str | None:
 
 def choice(metrics: Mapping[str, Any]) -> str | None:
     """Return which candidate was chosen, and why; None if none was."""
-    chosen = chosen_candidate(metrics)
-    if chosen is None:
+    if not metrics["candidates"]:
         return None
     because = f": {metrics['chosen_because']}" if metrics["chosen_because"] else ""
     first = metrics["candidates"][0]  # zero-shot, which is not trained
-    return f"{chosen} was chosen{because}.{'' if first['chosen'] else ' Then it was trained again, on all images.'}"
+    again = "" if first["chosen"] else " Then it was trained again, on all images."
+    return f"{classifier(metrics)} was chosen{because}.{again}"
 
 
 def accuracy_table(metrics: Mapping[str, Any]) -> Table:
@@ -164,6 +164,16 @@ def candidate_table(metrics: Mapping[str, Any]) -> Table:
         rows.append(row(name, *cells, style=style))
     columns = ["accuracy, %", *(["balanced accuracy, %"] if balanced else []), "seconds", "takes new names"]
     return Table(f"candidates, on {plural(found[0]['images'], 'held-out image')}", columns, rows)
+
+
+def blend_table(metrics: Mapping[str, Any]) -> Table:
+    """Table of the accuracies of weights between zero-shot (alpha 0) and tuned (1)."""
+    curve = metrics["blend"]
+    rows = [
+        row(f"{alpha:g}", *map(number, values), style="summary" if alpha == curve["chosen"] else "")
+        for alpha, *values in zip(curve["alphas"], *curve["accuracy"].values(), strict=True)
+    ]
+    return Table("alpha; accuracy, %", list(map(name_of_test, curve["accuracy"])), rows)
 
 
 def cost_table(config: TuneConfig, metrics: Mapping[str, Any]) -> Table:
@@ -217,26 +227,17 @@ def _thresholds(validation: Mapping[str, Any] | None) -> list[Markup]:
 
 
 def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[Markup]:
-    """Plots of loss, accuracy, and the blend."""
-    blend = metrics.get("blend")
-    colours, of_blend = coloured(metrics["classes"]), coloured(blend["accuracy"]) if blend else {}
+    """Plots of loss and accuracy, and the table of a blend."""
+    colours = coloured(metrics["classes"])
     dashed = "dashed: validation, " if any(finite(each.get("validation")) for each in rows) else ""
     accuracy = accuracy_svg(rows, metrics["zero_shot"], colours, metrics["best_epoch"])
-
-    def legend(names: Mapping[str, str]) -> dict[str, str]:
-        return {name_of_test(name): colour for name, colour in names.items()}
-
+    legend = {name_of_test(name): colour for name, colour in colours.items()}
     found = [
         ("training loss; thin: means of consecutive steps", loss_svg(rows), {}),
-        (f"test accuracy, % ({dashed}dotted: zero-shot)", accuracy, legend(colours)),
-        (
-            "accuracy of weights between zero-shot and tuned, %",
-            blend_svg(blend, of_blend) if blend else "",
-            legend(of_blend),
-        ),
+        (f"test accuracy, % ({dashed}dotted: zero-shot)", accuracy, legend),
     ]
     found = [(title, svg, names) for title, svg, names in found if svg]
-    return [part("figures", found)] if found else []
+    return [*([part("figures", found)] if found else []), *([blend_table(metrics).html] if "blend" in metrics else [])]
 
 
 def _data(config: TuneConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:

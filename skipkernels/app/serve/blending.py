@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ...folders import restored
 from ..config import TuneConfig
-from ..data import InputError, SizedDataset
+from ..data import InputError
 from ..train import weights
 from ..train.calibration import calibrate
 from ..train.checkpoint import MODEL
@@ -18,7 +18,7 @@ from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluation, Evaluator
 from ..train.fitted_head import use_fitted_head
 from ..train.interpolation import Interpolation
-from ..train.own_dataset import KIND, OwnData
+from ..train.own_dataset import KIND
 from ..train.predictions import TestPredictions
 from ..train.results import weights_size
 from ..train.run_folder import CONFIG, RunFolder, read_metrics, read_model
@@ -39,10 +39,6 @@ def blend(
     out: str | Path | None = None,
     overwrite: bool = False,
     device: str | None = None,
-    dataset: SizedDataset | None = None,
-    test: SizedDataset | None = None,
-    validation: SizedDataset | None = None,
-    classes: Sequence[str] | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
     """Blend the weights of a run with those before tuning, and write the result as another run folder.
@@ -61,10 +57,6 @@ def blend(
         out: New run folder. Default: the folder of the run with "-blend" after its name.
         overwrite: Replace an earlier run in that folder.
         device: Device. Default: that of the run.
-        dataset: Training images, if they were passed to `tune`.
-        test: Test images; see `tune`.
-        validation: Validation images; see `tune`.
-        classes: Class names by label; see `tune`.
         trust: See `evaluate_run`.
 
     Returns:
@@ -89,16 +81,15 @@ def blend(
     folder = restored(Path(run).expanduser())
     target = check_blended(folder, None if out is None else Path(out), overwrite=overwrite)
     metrics, (_, file) = read_metrics(folder), read_model(folder)
-    of_run = _config_of_run(folder, trust=trust, own=dataset is not None)
+    of_run = _config_of_run(folder, trust=trust)
     changes: dict[str, Any] = {} if device is None else {"device": device, "attention": "sdpa"}
     if of_run.cache is not None and not of_run.cache.is_dir():
         changes["cache"] = None
-    own = OwnData(dataset, test, validation, classes, name=of_run.data.partition(":")[2])
-    config, open_data = own.applied(replace(of_run, trust=trust, refresh="never", workers=0, **changes), "blend")
+    config = replace(of_run, trust=trust, refresh="never", workers=0, **changes)
     written = replace(of_run, **changes, out=target, overwrite=overwrite, resume=False)
-    new_folder = RunFolder(written.resolved(open_data), can_resume=False)  # refuses a folder that can't be written
+    new_folder = RunFolder(written.resolved(), can_resume=False)  # refuses a folder that can't be written
 
-    setup = build_run(config.resolved(open_data), open_data=open_data)
+    setup = build_run(config.resolved())
     evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
     zero_shot = evaluator.evaluate(setup.method)
     features = None if config.head == "none" else setup.train_features()
@@ -137,19 +128,17 @@ def blend(
     return metrics
 
 
-def _config_of_run(folder: Path, *, trust: bool, own: bool) -> TuneConfig:
-    """Return the configuration of a run that can be blended; `own`: a dataset is given in Python."""
-    config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=["data"] if own else ())
+def _config_of_run(folder: Path, *, trust: bool) -> TuneConfig:
+    """Return the configuration of a run that can be blended."""
+    config = TuneConfig.from_yaml(folder / CONFIG, trust=trust)
     if not config.method_class().can_blend:
         raise InputError(
             f"blend: run must be of a method that tunes the weights of the model, skip or full; got {config.method}, "
             "which adds weights to it.",
             "run",
         )
-    if not own and config.data.partition(":")[0] == KIND:
-        raise InputError(
-            f"blend: dataset must be given in Python, with test and validation, for a run on {config.data}."
-        )
+    if config.data.partition(":")[0] == KIND:
+        raise InputError(f"blend: {config.data} was passed to tune in Python. Tune it with `blend=0.5`.")
     return config
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ...memory import out_of_memory
 from ..config import TuneConfig
-from ..console import ignore_write_errors, print_plain
+from ..console import print_plain
 from ..data import SizedDataset, Source
 from .choice import chosen_before
 from .command_line import command_line
@@ -105,7 +105,7 @@ def tune(
     folder = RunFolder(config)
     if (finished := _finished(folder, console)) is not None:
         return finished
-    with ignore_write_errors(console), _memory_errors(), _seeded(config):
+    with _memory_errors(), _seeded(config):
         # Data, model and method; then the steps of the run.
         return Run(config, open_data, folder, console=console, command=command, loggers=loggers).execute()
 

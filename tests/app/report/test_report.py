@@ -352,8 +352,8 @@ def test_report_escapes_names():
     found = Page(text)
     assert len(found.named("script")) == 1 and NASTY not in text
     assert {a["alt"] for a in found.named("img")} == {NASTY, "beta"}
-    # title twice, headline, note, table, plot of the classes, legends, …: all as text
-    assert found.text.count(NASTY) > 20
+    # title twice, headline, note, tables, legends, …: all as text
+    assert found.text.count(NASTY) > 15
     script = re.findall("<script>(.*?)</script>", text, re.DOTALL)
     policy = next(a["content"] for a in found.named("meta") if a.get("http-equiv"))
     digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
@@ -367,13 +367,9 @@ def test_report_plots_are_xml_with_unique_ids():
     assert [svg.get("aria-label") for svg in plots_found] == [
         "training loss over the epochs",
         "test accuracy over the epochs, in per cent",
-        "accuracy over the blend of zero-shot and tuned weights, in per cent",
     ]
-    assert (
-        "Epoch 2 of 2 is kept, the best on 40 validation images (62.5" in text
-        and ">kept<" in text
-        and ">chosen<" in text
-    )
+    assert "Epoch 2 of 2 is kept, the best on 40 validation images (62.5" in text and ">kept<" in text
+    assert ["0.5", "75.0", "–"] in Page(text).rows, "of the blend"
     names = re.findall(r'<(?!section)[^>]* id="([^"]*)"', text)
     assert names and len(set(names)) == len(names)
     assert set(names) == set(re.findall(r"""(?:url\(|xlink:href=")#([\w.-]+)""", text)), "each id is used"

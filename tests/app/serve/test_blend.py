@@ -77,7 +77,7 @@ def test_report(run, blended):
         assert 100 * correct == pytest.approx(metrics["tuned"][test.name], abs=1e-3)
         assert test.zero_shot.classes.equal(before[test.name].zero_shot.classes) and test.thumbnails
     assert "Tuning and blending " in page and " the accuracy on the 20 trained classes " in page
-    assert " · blended at 0.25" in page and "accuracy over the blend of zero-shot and tuned weights" in page
+    assert " · blended at 0.25" in page and "alpha; accuracy, %" in page
     assert f"skipkernels blend {run.folder} --alpha 0.25" in page
     assert metrics["validation"] is None, "all images trained"
     assert "\nskipkernels blend RUN --alpha 0.25\n```" in (blended / "README.md").read_text()
