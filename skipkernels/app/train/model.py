@@ -75,32 +75,14 @@ def load_model(
         trust: Load models of the hub that the configuration of the model names as its towers.
     """
     if name.startswith((LOCAL_DIR, HUB)):
-        if pretrained is not None:
-            raise argument_error("pretrained", f"{name} has its own weights; leave it out.")
+        check_model(name, pretrained)
         return _load_whole(name, device, architecture_only=architecture_only, seed=seed, trust=trust)
     packaged = MODELS.get(name)
-    known = open_clip.list_models()
-    if name not in known and packaged is not None:
+    if packaged is not None and name not in open_clip.list_models():
         open_clip.add_model_config(packaged.config)
-    elif name not in known:
-        close = difflib.get_close_matches(name, [*known, *MODELS], 3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_pretrained() has the names."
-        raise argument_error("model", f"open_clip has no model {name!r}; {hint}")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None and packaged is None and not architecture_only:
-        raise argument_error(
-            "pretrained", f"{name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}."
-        )
-    if pretrained is not None and not architecture_only:
-        check_activation(name, pretrained)
-    file = Path(pretrained) if pretrained is not None and Path(pretrained).suffix in _FILE_TYPES else None
+    check_model(name, pretrained, architecture_only=architecture_only)
+    file = _file(pretrained)
     tag = pretrained if file is None and pretrained != RANDOM else None
-    if tag is not None and tag not in tags:
-        raise argument_error(
-            "pretrained", f"{name} has no tag {tag!r}, and {tag} is not a file; tags: {', '.join(tags) or 'none'}."
-        )
-    if file is not None and not architecture_only and not file.is_file():
-        raise argument_error("pretrained", f"no file {file}.")
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -117,6 +99,39 @@ def load_model(
             model.load_state_dict(packaged.state_dict())
     model.model_cfg = open_clip.get_model_config(name)
     return model.to(device).eval(), transform, _tokenizer(name, name, model.model_cfg)
+
+
+def check_model(name: str, pretrained: str | None, *, architecture_only: bool = False) -> None:
+    """Raise the errors of `load_model` about the names of a model and its weights, without loading anything."""
+    if name.startswith((LOCAL_DIR, HUB)):
+        if pretrained is not None:
+            raise argument_error("pretrained", f"{name} has its own weights; leave it out.")
+        return
+    known = [*open_clip.list_models(), *MODELS]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_pretrained() has the names."
+        raise argument_error("model", f"open_clip has no model {name!r}; {hint}")
+    tags, file = open_clip.list_pretrained_tags_by_model(name), _file(pretrained)
+    if pretrained is None:
+        if name not in MODELS and not architecture_only:
+            choices = ", ".join(tags) or "no tags"
+            raise argument_error("pretrained", f"{name} needs weights: a file, random, or one of {choices}.")
+        return
+    if not architecture_only:
+        check_activation(name, pretrained)
+    if file is None and pretrained != RANDOM and pretrained not in tags:
+        choices = ", ".join(tags) or "none"
+        raise argument_error(
+            "pretrained", f"{name} has no tag {pretrained!r}, and {pretrained} is not a file; tags: {choices}."
+        )
+    if file is not None and not architecture_only and not file.is_file():
+        raise argument_error("pretrained", f"no file {file}.")
+
+
+def _file(pretrained: str | None) -> Path | None:
+    """Path of a file of weights; None for a tag."""
+    return Path(pretrained) if pretrained is not None and Path(pretrained).suffix in _FILE_TYPES else None
 
 
 def _without_network(name: str, tag: str) -> str:

@@ -18,6 +18,7 @@ from ..data import SizedDataset, Source
 from .choice import chosen_before
 from .command_line import command_line
 from .loggers import Logger
+from .model import check_model
 from .own_dataset import OwnData
 from .run import Run
 from .run_folder import RunFolder, resumed
@@ -122,8 +123,9 @@ def _resolved(config: TuneConfig, open_data: Callable[[], Source] | None) -> tup
     """Return the configuration with all defaults, and the function that opens its data once."""
     opened = functools.cache(open_data or config.open_data)
     config = config.resolved(opened)
-    if not config.resume:  # errors of the data come before those of the run folder
+    if not config.resume:  # errors of data and model come before those of the run folder
         opened()
+        check_model(config.model, config.pretrained)
     return config, opened
 
 

@@ -212,7 +212,7 @@ SHOWN: dict[str, tuple[dict, list[str | list[str]], list[str]]] = {
     ),
     "candidates of two accuracies": (
         {"candidates": [candidate("zero-shot", 50.0, 50.0), candidate("probe ×3", 62.5, 60.0, False, True)],
-         "chosen_because": "highest accuracy on 40 held-out images"},
+         "chosen_because": "highest accuracy on 40 held-out images", "classifier": "probe ×3"},
         [["candidates, on 40 held-out images", "accuracy, %", "balanced accuracy, %", "seconds", "takes new names"],
          ["zero-shot", "50.0 (35.2–64.8)", "50.0", "3.1", "yes"],
          ["✓ probe ×3", "62.5 (47.0–75.8)", "60.0", "3.1", "no"],
@@ -221,7 +221,7 @@ SHOWN: dict[str, tuple[dict, list[str | list[str]], list[str]]] = {
         [],
     ),
     "candidates of one accuracy": (
-        {"candidates": [candidate("zero-shot", 50.0, 50.0, chosen=True)]},
+        {"candidates": [candidate("zero-shot", 50.0, 50.0, chosen=True)], "classifier": "zero-shot"},
         [["✓ zero-shot", "50.0 (35.2–64.8)", "3.1", "yes"], "Zero-shot was chosen."],
         ["trained again"],
     ),
@@ -270,6 +270,7 @@ def test_report_shows(name):
 
 def test_command_prints_the_tables_of_the_report(tmp_path, capsys, monkeypatch):
     candidates = {"candidates": [candidate("probe", 62.5, 60.0, chosen=True)], "chosen_because": "of its accuracy"}
+    candidates |= {"classifier": "probe"}
     found = metrics(**always_cat(6, 2) | candidates | {"best_epoch": 2, "validation": HELD})
     monkeypatch.setattr("skipkernels.app.train.tune", lambda config, console: found)
     monkeypatch.setenv("COLUMNS", "120")

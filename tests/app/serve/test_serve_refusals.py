@@ -79,7 +79,10 @@ CALLS: list[tuple[Callable[[Given], object], str]] = [
     (lambda on: on.predict(np.zeros((0, 8, 3), np.uint8)), r"got uint8 \[0, 8, 3\]"),
     (lambda on: on.predict([3]), "must be paths, images of Pillow, or uint8 arrays; got int"),
     (lambda on: on.predict(["missing.png"]), "missing.png: no such file"),
-    (lambda on: sk.Classifier.load(written(on.copy, "classifier.json", "{")), "damaged: not JSON"),
+    *((lambda on, text=text: sk.Classifier.load(written(on.copy, "classifier.json", text)), error) for text, error in (
+        ("{", "damaged: not JSON"), ("{}", "damaged: format must be 1; got None"),
+        ('{"format": 2}', "classifier.json: written by a later version. Upgrade"),
+    )),
     (lambda on: sk.Classifier.load(without(on.copy, "classifier.json")), "no such file"),
     (lambda on: sk.Classifier.load(written(on.copy, "model.safetensors", "x")),
      "model.safetensors: missing or damaged"),

@@ -53,7 +53,8 @@ def test_tune_keeps_earlier_run(run, capsys):
     """Other errors of settings and data come first."""
     folder, _ = run
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    for argument, value in {"--epochs": -1, "--data": "imagefolder:none", "--blend": "0"}.items():
+    wrong = {"--epochs": -1, "--data": "imagefolder:none", "--blend": "0", "--model": "ViT-B-61", "--pretrained": "no"}
+    for argument, value in wrong.items():
         assert f"error {argument}" in fails(["tune", "--out", folder, argument, value], capsys)
     assert "contains an earlier run" in fails(["tune", "--out", folder, "--epochs", "1"], capsys)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
