@@ -10,7 +10,6 @@ from markupsafe import Markup
 from ..train.class_metrics import class_metrics, metrics_of_test
 from ..train.predictions import TestPredictions, TopClasses
 from . import page
-from .dot_plot import DotRow, plot_of_changes
 from .mistakes import changed, confused_pairs, confusion_matrix, most_frequent_errors, one_per_class
 from .page import Cell, Table, row
 from .plots import finite
@@ -52,28 +51,24 @@ def _card(test: TestPredictions, index: int) -> dict[str, Any]:
 
 
 def classes(test: TestPredictions) -> list[Markup]:
-    """Plot and table of the classes of a test."""
+    """Table of the classes of a test."""
     last, most = metrics_of_test(test.labels, test.last, test.classes), most_frequent_errors(test)
     before = class_metrics(test.labels, test.zero_shot.classes[:, 0], test.classes)
-    rows, dots = [], []
+    rows = []
     for label, was, now in zip(test.labels.unique().tolist(), before, last["classes"], strict=True):
         tuned = None if test.tuned is None else now["recall"]
-        dot = DotRow(was.name, was.recall, tuned, plural(was.images, "image"))
+        change = None if tuned is None else tuned - was.recall
         other, errors = most.get(label, (None, 0))
         taken = "" if other is None else f"{test.classes[other]} ({errors})"
-        cells: list[str | Cell] = [f"{was.images:,}", *map(number, (was.recall, tuned)), page.change_cell(dot.change)]
+        cells: list[str | Cell] = [f"{was.images:,}", *map(number, (was.recall, tuned)), page.change_cell(change)]
         cells += [number(now["precision"]), number(now["f1"]), Cell(taken, style="left", order=errors)]
         rows.append(row(was.name, *cells))
-        dots.append(dot)
     text = (
         f"Mean over the classes: accuracy {percent(last['balanced_accuracy'])}, F1 {percent(last['macro_f1'])}. "
         "Precision and F1 are those of the last model; predictions.csv has every image."
     )
     columns = ["images", "zero-shot, %", "tuned, %", "change", "precision, %", "F1, %", "most often taken for"]
-    # Of a single image per class, accuracies are 0 and 100 %.
-    several = any(each.images > 1 for each in before)
-    plot = [part("dots", plot_of_changes("accuracy of each class, %", dots))] if several else []
-    return [*plot, part("text", text), Table("class", columns, rows, searched=True).html]
+    return [part("text", text), Table("class", columns, rows, searched=True).html]
 
 
 def confusions(tests: Sequence[TestPredictions]) -> list[Markup]:
