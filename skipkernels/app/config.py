@@ -226,7 +226,7 @@ class TuneConfig(
         method = self.method_class()
         published = method.recipe(self.model, self.chosen_protocol, self._shots)
         options, recipe = method.options(), dataclasses.asdict(published)
-        training = {*recipe, "clip_grad_norm", "fused_optimizer"}
+        training = {*recipe, "fused_optimizer"}
 
         def used(field: dataclasses.Field) -> bool:
             name, methods = field.name, field.metadata.get("methods", "all")
@@ -271,27 +271,18 @@ class TuneConfig(
             _refuse("class_weight", "class_weight has no effect in batches of one class; use `sampler=random`.")
         if self.class_weight is not None and self.sampler == "balanced":
             _refuse("class_weight", "class_weight and `sampler=balanced` would balance twice; leave one of them out.")
-        self._check_optimizer()
-        if self.log is not None:
-            from .train.loggers import writes_events
-
-            writes_events(self.log)
-
-    def _check_optimizer(self) -> None:
-        if self.epochs == 0 or self.optimizer is None:
-            return
-        fused = self.optimizer == "sgd"
-        if self.precision == "bf16-sr" and not fused:
-            _refuse("precision", f"precision=bf16-sr needs `optimizer=sgd`; got {self.optimizer}. Use bf16 with it.")
-        if self.fused_optimizer:
+        if self.fused_optimizer and self.epochs:
             conflicts = {
-                f"`optimizer={self.optimizer}` does not; use sgd": not fused,
-                "`clip_grad_norm` needs all gradients; leave one of them out": self.clip_grad_norm is not None,
+                f"`optimizer={self.optimizer}` does not; use sgd": self.optimizer != "sgd",
                 "`precision=fp16` needs gradients to scale; use bf16": self.precision == "fp16",
             }
             for reason, conflict in conflicts.items():
                 if conflict:
                     _refuse("fused_optimizer", f"fused_optimizer updates weights inside backward, and {reason}.")
+        if self.log is not None:
+            from .train.loggers import writes_events
+
+            writes_events(self.log)
 
     @property
     def has_steps(self) -> bool:

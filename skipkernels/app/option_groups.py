@@ -190,8 +190,6 @@ class TrainingOptions:
     """Momentum of sgd."""
     weight_decay: float | None = option(None, ge=0)
     """Weight decay."""
-    clip_grad_norm: float | None = option(None, gt=0)
-    """Largest norm of the gradients of a step; longer ones are scaled down. By default no limit."""
     fused_optimizer: bool = False
     """Update each weight inside backward and free its gradient, so that only few gradients are in memory at once."""
 
@@ -201,16 +199,15 @@ class ComputeOptions:
     """Arithmetic and memory."""
 
     precision: Precision = "auto"
-    """bf16: bf16 arithmetic, fp32 weights. bf16-sr: bf16 weights with stochastic rounding. fp16: with a gradient
-    scaler. auto: bf16 on a GPU that supports it, else fp32."""
+    """bf16: bf16 arithmetic, fp32 weights. fp16: the same in fp16, with a gradient scaler. auto: bf16 on a GPU that
+    supports it, else fp32."""
     memory: Memory = option("auto", methods="constructor", results=False)
     """Memory of a training step. fast: each block saves what its backward pass needs. min: it saves its input alone and
     computes the rest again, with less memory and more time. auto: fast if it fits in memory."""
     attention: AttentionName = option("sdpa", methods="constructor", results=False)
     """Attention implementation. sdpa: PyTorch. xformers: on a GPU, if installed."""
     graph: bool = option(True, results=False)
-    """Run each step of skip as one CUDA graph on a GPU. Not with fp16, clip_grad_norm or xformers, nor with optimizers
-    that cannot be captured: sgd can."""
+    """Run each step of skip as one CUDA graph on a GPU. Not with fp16 or xformers, nor with adamw."""
 
 
 @dataclass(frozen=True)

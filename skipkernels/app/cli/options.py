@@ -23,7 +23,7 @@ from skipkernels.app.option_groups import (
     SkipOptions,
     TrainingOptions,
 )
-from skipkernels.options import InferencePrecision
+from skipkernels.options import Precision
 
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
@@ -61,7 +61,7 @@ Threshold = Annotated[
 Device = Annotated[str | None, tyro.conf.arg(help="cpu, cuda, cuda:1, …. By default cuda if there is one, else cpu.")]
 """Type of the option --device of a command that applies a run."""
 
-PrecisionOption = Annotated[InferencePrecision, tyro.conf.arg(help="auto is bf16 on a GPU that has it, else fp32.")]
+PrecisionOption = Annotated[Precision, tyro.conf.arg(help="auto is bf16 on a GPU that has it, else fp32.")]
 """Type of the option --precision of such a command."""
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...folders import restored
-from ...options import InferencePrecision
+from ...options import Precision
 from ..data import InputError
 from ..data.decoding import to_rgb
 from ..data.files import find_images
@@ -135,7 +135,7 @@ class Classifier:
         classes: Sequence[str] | None = None,
         templates: str | Sequence[str] | None = None,
         device: str | torch.device | None = None,
-        precision: InferencePrecision = "auto",
+        precision: Precision = "auto",
         trust: bool = False,
     ) -> Classifier:
         """Load the classifier of a run, or of a folder that `export` or `blend` wrote.
@@ -230,9 +230,9 @@ class Classifier:
             InputError: If an image can't be read, or an argument can't be used.
             FloatingPointError: If a logit is not finite.
         """
-        options: PredictSettings = {"top": top, "threshold": threshold, "batch_size": batch_size, "workers": workers}
-        options["unreadable"] = unreadable
-        parts = list(self.predict_batches(images, **options)) or [self._nothing(top, threshold, {})]
+        options: PredictSettings = {"batch_size": batch_size, "workers": workers, "unreadable": unreadable}
+        found = self.predict_batches(images, top=top, threshold=threshold, **options)
+        parts = list(found) or [self._nothing(top, threshold, {})]
         return Predictions(
             [name for part in parts for name in part.names],
             torch.cat([part.ids for part in parts]),
@@ -363,7 +363,7 @@ def predict(
     classes: Sequence[str] | None = None,
     templates: str | Sequence[str] | None = None,
     device: str | torch.device | None = None,
-    precision: InferencePrecision = "auto",
+    precision: Precision = "auto",
     trust: bool = False,
     **options: Unpack[PredictSettings],
 ) -> Predictions:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import nn
 
-from ...options import InferencePrecision
+from ...options import Precision
 from ..config import usable_device
 from ..data import InputError, Task
 from ..data.tasks import TestSet
@@ -51,7 +51,7 @@ def load_run(
     classes: Sequence[str] | None = None,
     templates: str | Sequence[str] | None = None,
     device: str | torch.device | None = None,
-    precision: InferencePrecision = "auto",
+    precision: Precision = "auto",
     trust: bool = False,
 ) -> TunedRun:
     """Load the model of a run; see `Classifier.load` for the arguments and errors."""
@@ -78,8 +78,8 @@ def load_run(
     return TunedRun(described, test.classes, model, method, transform, tokenizer, test.prompts, same, mixed)
 
 
-def _resolved(precision: InferencePrecision | str, device: torch.device) -> Any:
-    choices = get_args(InferencePrecision)
+def _resolved(precision: Precision | str, device: torch.device) -> Any:
+    choices = get_args(Precision)
     if precision not in choices:
         raise InputError(
             f"Classifier.load: precision must be one of {', '.join(choices)}; got {precision!r}.", "precision"

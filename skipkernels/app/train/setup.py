@@ -113,7 +113,6 @@ def build_run(
     if load is not None:
         load(model)
     precision = MixedPrecision(config.precision, device)
-    precision.prepare(model)
     crop = augmentation(model, config.preset) if config.augments else None
     task = build_task(config, transform, crop, open_data=open_data, train=train)
     method = build_method(config, model, tokenizer, task)

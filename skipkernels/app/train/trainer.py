@@ -47,7 +47,7 @@ class Trainer:
         self._config, self._method, self._precision, self._classes = config, method, precision, classes
         self._labels, self._device = train.labels, torch.device(config.device)
         groups = method.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
-        self._optimizer = make_optimizer(config, precision.parameter_groups(groups))
+        self._optimizer = make_optimizer(config, groups)
         self._schedule = cosine_with_warmup(
             self._optimizer,
             epochs=config.epochs,
@@ -73,8 +73,6 @@ class Trainer:
             return None
         if step is not None and self._precision.scaler is not None:
             self.not_graphed = "the gradient scaler of fp16 has a host sync in each step."
-        elif step is not None and self._config.clip_grad_norm is not None:
-            self.not_graphed = "clip_grad_norm runs between backward and the update."
         return None if self.not_graphed else step
 
     @property
@@ -118,7 +116,7 @@ class Trainer:
         with self._precision.autocast():
             out = self._method.step(inputs, labels)
         self._precision.backward(out.loss)
-        self._precision.update(self._optimizer, self._config.clip_grad_norm)
+        self._precision.update(self._optimizer)
         self._optimizer.zero_grad()
         return out
 

@@ -67,7 +67,7 @@ CALLS: list[tuple[Callable[[Given], object], str]] = [
     (lambda on: on.load(classes=["b", "a", "a"]), "'a' 2 times"),
     (lambda on: on.load(classes=["a"]), r"classes must be at least two names; got \['a'\]"),
     (lambda on: on.load(device="gpu"), "device 'gpu' can't be used"),
-    (lambda on: on.load(precision="bf16-sr"), "precision must be one of auto, fp32"),
+    (lambda on: on.load(precision="int8"), "precision must be one of auto, fp32"),
     (lambda on: on.predict(top=0), "top must be a whole number of at least 1"),
     *((lambda on, bad=bad: on.predict(threshold=bad), "threshold must be a number from 0 to 1; got")
       for bad in (-1, 2, math.nan, "0.8")),

@@ -22,7 +22,7 @@ ADAMW = {"optimizer": "adamw", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs
 # Settings of a run of two epochs of two steps, and the steps in which it is interrupted: each after a resume.
 RUNS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "before the first epoch and after it": ({"method": "skip"}, [1, 4]),
-    "fused bf16-sr": ({"method": "skip", "decay": 2.0, "precision": "bf16-sr", "fused_optimizer": True}, [4]),
+    "fused bf16": ({"method": "skip", "decay": 2.0, "precision": "bf16", "fused_optimizer": True}, [4]),
     "AdamW": ({"method": "skip", "sampler": "random"} | ADAMW, [4]),
     "head of a blend": ({"method": "skip", "head": "anchored", "blend": 0.5}, [4]),
     "crops": ({"method": "skip", "refresh": "epoch"}, [4]),
