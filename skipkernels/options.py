@@ -23,4 +23,3 @@ Shots = int | Literal["all"]
 Validation = Literal["auto", "none", "split"] | float
 Test = Literal["split", "none"]
 OptimizerName = Literal["sgd", "adamw"]
-LoggerName = Literal["tensorboard", "none"]

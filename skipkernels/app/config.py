@@ -279,10 +279,6 @@ class TuneConfig(
             for reason, conflict in conflicts.items():
                 if conflict:
                     _refuse("fused_optimizer", f"fused_optimizer updates weights inside backward, and {reason}.")
-        if self.log is not None:
-            from .train.loggers import writes_events
-
-            writes_events(self.log)
 
     @property
     def has_steps(self) -> bool:

@@ -14,7 +14,6 @@ from ..options import (
     CacheDtype,
     ClassWeight,
     HeadChoice,
-    LoggerName,
     Memory,
     OptimizerName,
     Precision,
@@ -248,5 +247,3 @@ class OutputOptions:
     if there is none. A path: resume the run in that folder, with its settings."""
     log_every: int = option(50, ge=1, results=False)
     """Steps between displays and checks of the loss."""
-    log: LoggerName | None = option(None, results=False)
-    """tensorboard: write its events after each epoch. none: do not. By default tensorboard if it is installed."""

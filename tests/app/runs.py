@@ -98,8 +98,8 @@ def without_cost(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def files(folder: Path) -> set[str]:
-    """Names of the files, except hidden ones and events of TensorBoard."""
-    return {file.name for file in folder.iterdir() if not file.name.startswith((".", "events."))}
+    """Names of the files, except hidden ones."""
+    return {file.name for file in folder.iterdir() if not file.name.startswith(".")}
 
 
 def fails(arguments: list[Any], capsys) -> str:

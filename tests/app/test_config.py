@@ -140,7 +140,6 @@ WRONG = {
     "shots: many": "shots must be a valid integer or 'all'; got 'many'.",
     "template: 'a {}.'": "template must be a valid tuple; got 'a {}.'.",
     "resume: 1": "resume must be a valid boolean or an instance of Path; got 1.",
-    "log: cvs": "log must be 'tensorboard' or 'none'; got 'cvs'.",
     "epoch: 3": "unknown setting 'epoch'; did you mean epochs?",
 }
 
@@ -190,13 +189,13 @@ def test_resolved_protocol_by_data(data, protocol):
 
 def test_config_file_gives_defaults_that_options_replace(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
-    file.write_text("shots: 3\nmax_classes: 9\ntemplate: ['a {}.']\nlog: tensorboard\ncache: features\n")
-    assert main(["tune", f"--config={file}", "--shots", "5", "--log", "none", "--print-config"]) == 0
+    file.write_text("shots: 3\nmax_classes: 9\ntemplate: ['a {}.']\nmemory: min\ncache: features\n")
+    assert main(["tune", f"--config={file}", "--shots", "5", "--memory", "fast", "--print-config"]) == 0
     printed, said = capsys.readouterr()
     assert said == ""
     file.write_text(printed)
     again = TuneConfig.from_yaml(file)
-    assert (again.shots, again.max_classes, again.template, again.log) == (5, 9, ("a {}.",), "none")
+    assert (again.shots, again.max_classes, again.template, again.memory) == (5, 9, ("a {}.",), "fast")
     assert again.epochs == 8 and again.device == "auto" and again.cache == Path("features"), "the method's defaults"
 
 

@@ -32,7 +32,7 @@ from .description import Description, describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
 from .fitted_head import examples, use_fitted_head
 from .interpolation import Interpolation
-from .loggers import Logger, TensorBoardLogger, writes_events
+from .loggers import Logger
 from .progress import ProgressDisplay
 from .results import metrics_of
 from .run_folder import CANDIDATES, FEW_SHOT, REPORT, RunFolder
@@ -256,7 +256,7 @@ class Run:
             batch_size=len(self.task.train) / trainer.steps,
             done=trainer.epochs,
         )
-        with self._opened_loggers() as loggers:
+        with self._closed_loggers():
             while trainer.epochs < config.epochs:
                 row = trainer.epoch(self.display.step, self.display.loss)
                 evaluation = self.evaluator.evaluate(self.method)
@@ -264,7 +264,7 @@ class Run:
                 if config.class_weight is not None and evaluation.validation is not None:
                     row["validation_balanced"] = self.evaluator.by_class(evaluation)[VALIDATION]["balanced_accuracy"]
                 self._end_epoch(row, evaluation)
-                for logger in loggers:
+                for logger in self.loggers:
                     logger.write(row)
 
     def _end_epoch(self, row: dict[str, Any], evaluation: Evaluation) -> None:
@@ -280,16 +280,12 @@ class Run:
         _log.info("epoch %d/%d: loss %.4f, accuracy %s", row["epoch"], self.config.epochs, row["loss"], row["accuracy"])
 
     @contextlib.contextmanager
-    def _opened_loggers(self) -> Iterator[list[Logger]]:
-        """Yield the loggers of a run that writes; close all, also if one fails to open or to close."""
-        loggers = [] if self.folder is None else list(self.loggers)
+    def _closed_loggers(self) -> Iterator[None]:
+        """Close all loggers at the end, also if one fails to close."""
         with contextlib.ExitStack() as closing:
-            for logger in loggers:
+            for logger in self.loggers:
                 closing.callback(logger.close)
-            if self.folder is not None and writes_events(self.config.log):
-                loggers.append(TensorBoardLogger(self.folder.path))
-                closing.callback(loggers[-1].close)
-            yield loggers
+            yield
 
     def _describe(self) -> Description:
         return describe(self.config, self.setup.model, self.task, weights=MODEL, holds=self.holds)

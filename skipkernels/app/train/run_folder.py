@@ -63,7 +63,6 @@ _FILES: tuple[str, ...] = (
 )
 _FILES += (HEAD, CANDIDATES, PREDICTIONS_CSV, BEST, CONFIG)
 _BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT, CANDIDATES}  # files of a run before its first epoch is complete
-_EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every run
 _MAX_READS = 100  # attempts to read the model of a run in progress
 
@@ -171,7 +170,7 @@ def check_run_folder(path: Path, *, resume: bool = False, overwrite: bool, can_r
 def _files(folder: Path) -> list[Path]:
     """Files of a run in a folder, config.yaml last."""
     names = (checkpoint.FOLDER, *_FILES)
-    return [path for path in (*folder.glob(_EVENTS), *(folder / name for name in names)) if path.exists()]
+    return [path for path in (folder / name for name in names) if path.exists()]
 
 
 def _check_free(folder: Path) -> None:
@@ -281,7 +280,7 @@ class RunFolder:
         """Write all files of a run in place of an earlier one; in the block, `path` is a new folder beside it."""
         _check_free(self.path)
         path = self.path
-        with replaced_folder(path, (*_FILES, checkpoint.FOLDER, _EVENTS, LOCK)) as self.path:
+        with replaced_folder(path, (*_FILES, checkpoint.FOLDER, LOCK)) as self.path:
             try:
                 self.write(CONFIG, self.config.to_yaml())
                 yield

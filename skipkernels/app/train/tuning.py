@@ -55,7 +55,7 @@ def tune(
         name: Name of the dataset in the results. Default: its type.
         identity: Text or JSON value that identifies the datasets when a run is resumed. Default: digests of files and
             labels; see `FeatureCache.build`.
-        loggers: Loggers of the rows of the epochs, besides that of `config.log`. They are closed at the end.
+        loggers: Loggers of the rows of the epochs; see `train.loggers.Logger`. They are closed at the end.
         **settings: Fields of `TuneConfig`, which replace those of `config`.
 
     Returns:

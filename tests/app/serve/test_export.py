@@ -274,7 +274,7 @@ def test_no_local_paths(to, native_run, tmp_path):
     settings, hints = yaml.safe_load((source / "config.yaml").read_text()), get_type_hints(TuneConfig)
     settings |= {name: place for name, hint in hints.items() if Path in get_args(hint)}
     settings |= {"data": f"imagefolder:{place}", "model": f"local-dir:{place}", "pretrained": f"{place}.pt"}
-    settings |= {"log": "none", "dataset_identity": place}
+    settings |= {"dataset_identity": place}
     (source / "config.yaml").write_text(yaml.safe_dump(settings))
     described = json.loads((source / "classifier.json").read_text())
     described |= {name: settings[name] for name in ("data", "model", "pretrained")}

@@ -78,7 +78,7 @@ def test_stop_during_overwrite_leaves_a_run(tmp_path, monkeypatch):
     config = small(tmp_path, overwrite=True).resolved()
     checkpoint.save(tmp_path, weights_of(1), CLASSIFIER, {}, settings=config.identity(), rows=[], seconds=1.0)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    for name in ("events.out.tfevents.1", "metrics.json", "model.safetensors", "report.html", "metrics.jsonl"):
+    for name in ("metrics.json", "model.safetensors", "report.html", "metrics.jsonl"):
         (tmp_path / name).touch()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunFolder, "delete_checkpoint", Mock(side_effect=KeyboardInterrupt))

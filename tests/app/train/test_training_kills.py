@@ -27,7 +27,7 @@ from tests.app.runs import results, shortened, small
 
 KILLS, SEED = 2, 0
 # The least work per checkpoint, so that many kills come while one is written. The best epoch is seldom the last.
-SETTINGS: dict[str, Any] = {"epochs": 4, "shots": 1, "max_classes": 4, "validation": 0.5, "log": "none"}
+SETTINGS: dict[str, Any] = {"epochs": 4, "shots": 1, "max_classes": 4, "validation": 0.5}
 
 
 def config_of(folder: Path, **changes: Any) -> TuneConfig:
