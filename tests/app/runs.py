@@ -34,7 +34,7 @@ def published_optimizer() -> Iterator[None]:
     full = recipe | {"text_lr": 5e-4, "image_lr": 2e-4}
     with pytest.MonkeyPatch.context() as patch:
         for method, fields in (("skip", recipe), ("full", full)):
-            patch.setitem(pictogram_tiny.PACKAGED.recipes, method, fields)
+            patch.setitem(pictogram_tiny.RECIPES, method, fields)
         yield
 
 

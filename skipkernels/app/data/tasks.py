@@ -13,7 +13,7 @@ from ...formatting import escaped
 from ...options import Protocol, Shots, Test, Validation
 from .base import InputError
 from .files import format_names
-from .images import DatasetImages, Images, joined, unreadable
+from .images import DatasetImages, Images, joined
 from .registry import open_source
 from .shots import class_sizes_note, few_shot_note
 from .source import Source, Split
@@ -269,14 +269,7 @@ def _test_set(name: str, source: Source, transform: Callable | None, test: Test)
     if test == "none":
         images: Images = DatasetImages([])
     else:
-        try:
-            images = source.images("test", transform)
-        except InputError as error:  # list images that can't be read too, so that all can be corrected at once
-            splits: tuple[Split, ...] = ("train", "val")
-            parts: list[Any] = [source.images(split) for split in splits if source.has_split(split)]
-            names = [part.names[index] for part in parts for index in unreadable(part)]
-            also = f" Also, these images can't be read: {format_names(names)}." if names else ""
-            raise InputError(f"{error}{also}", error.argument) from error
+        images = source.images("test", transform)
         if not len(images):
             raise InputError(f"{source.name} has no test images of {format_names(source.classes)}. Add some.", "data")
     return TestSet(name, list(source.classes), source.templates, images)

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..methods.registry import PackagedModel
+from ..methods.registry import PACKAGED
 from ..train.model import load_model
 from . import vit_pictogram  # noqa: F401 (registers the image tower)
 
-NAME = "pictogram-tiny"
+NAME = PACKAGED
 CONFIG = Path(__file__).with_name(f"{NAME}.json")
 WEIGHTS = Path(__file__).with_name(f"{NAME}.safetensors")
 
@@ -29,12 +29,13 @@ WEIGHTS = Path(__file__).with_name(f"{NAME}.safetensors")
 # accuracy on new classes. Batches are mixed: a class has two images. LoRA's published 320 epochs take an hour.
 _MIXED = {"epochs": 8, "batch_size": 16, "sampler": "random", "optimizer": "adamw"}
 _MIXED |= {"warmup_epochs": 0, "warmup_lr": 0.0}
-_RECIPES: dict[str, dict[str, Any]] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "skip": {**_MIXED, "text_lr": 3e-4, "image_lr": 3e-4},
     "full": {**_MIXED, "text_lr": 3e-4, "image_lr": 3e-4},
     "lora": {**_MIXED, "text_lr": 2e-3, "image_lr": 2e-3},
     "clip-adapter": {"image_lr": 0.02},
 }
+"""By name of a method, the fields of its `Recipe` that differ from the published ones."""
 
 
 def register() -> None:
@@ -51,6 +52,3 @@ def load() -> tuple[Any, Callable, Callable]:
 def state_dict() -> dict[str, Tensor]:
     """Read the weights in fp32, for `load_state_dict`."""
     return {name: tensor.float() for name, tensor in load_file(WEIGHTS).items()}
-
-
-PACKAGED = PackagedModel(CONFIG, state_dict, _RECIPES)

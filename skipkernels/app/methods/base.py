@@ -27,7 +27,7 @@ from ..data import InputError, Task
 from ..heads import Head
 from .cosine import cosine_logits, scaled
 from .export_heads import AFFINE_CODE, AffineHead, CosineHead
-from .registry import MODELS
+from .registry import PACKAGED, packaged
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Function from texts to tokens [n, L], such as a tokenizer of `open_clip.get_tokenizer`."""
@@ -171,11 +171,11 @@ class Method(ABC):
 
     @classmethod
     def recipe(cls, model_name: str, protocol: Protocol, shots: int, classes: int = 100) -> Recipe:
-        """Return the default recipe: the published one, with the changes of a model in `MODELS`.
+        """Return the default recipe: the published one, with the changes of the packaged model.
 
         `classes` is used by methods with a published number of steps, not of epochs.
         """
-        changes = MODELS[model_name].recipes.get(cls.name, {}) if model_name in MODELS else {}
+        changes = packaged().RECIPES.get(cls.name, {}) if model_name == PACKAGED else {}
         return replace(cls._published(protocol, shots, classes), **changes)
 
     # ---- training ----------------------------------------------------------------------------------------------------

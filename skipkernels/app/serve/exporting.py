@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args
 
 import open_clip
 
@@ -179,18 +179,11 @@ def _public(name: str) -> str:
 
 
 def _shared_settings(config: TuneConfig, described: Description) -> TuneConfig:
-    """Settings that are numbers or choices, prompts, and names without paths; the others have their default."""
-
-    def types(hint: Any) -> set[Any]:
-        inner = () if get_origin(hint) is Literal else get_args(hint)
-        return set().union(*map(types, inner)) if inner else {hint}
-
-    plain = {name for name, hint in get_type_hints(TuneConfig).items() if not types(hint) & {str, Path}}
-    values = {name: getattr(config, name) for name in plain | {"method", "template"}}
+    """Settings with public names, and without paths."""
     names: dict[str, Any] = {name: getattr(described, name) for name in ("model", "pretrained", "data")}
     if described.data != config.data:  # the path is not shared, and a command needs one
         names["data"] += ":PATH"
-    return TuneConfig(**values, **names)
+    return replace(config, **names, root=None, cache=None, out=None, resume=False, dataset_identity=None)
 
 
 def _write_card(source: Path, folder: Path, described: Description, to: Target, head_code: str) -> None:

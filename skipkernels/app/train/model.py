@@ -24,7 +24,7 @@ from ...formatting import first_line
 from ...options import Preset
 from ..data import InputError
 from ..data.files import absolute_path
-from ..methods.registry import MODELS, register_tower
+from ..methods.registry import PACKAGED, packaged
 from .errors import argument_error
 from .hugging_face_model import load_hugging_face
 from .plain_config import OPEN_CLIP, read_open_clip_config
@@ -63,11 +63,11 @@ def load_model(
     A model of open_clip has its configuration in the attribute `model_cfg`.
 
     Args:
-        name: A model of `open_clip.list_models()` or of `MODELS`; or one with its weights: "hf-hub:ORG/NAME" of the
+        name: A model of `open_clip.list_models()`, or pictogram-tiny; or one with its weights: "hf-hub:ORG/NAME" of the
             Hugging Face hub, or "local-dir:DIR", a folder in the form of open_clip, such as a run folder, or a
             `CLIPModel`, `MetaClip2Model`, `SiglipModel` or `Siglip2Model` of transformers with its processor.
         pretrained: An open_clip tag, the path of a state dict (safetensors, or a file that `torch.load` reads with
-            `weights_only=True`), "random", or None for the weights of a model in `MODELS`.
+            `weights_only=True`), "random", or None for those of pictogram-tiny.
         device: Device of the model.
         architecture_only: Leave the weights uninitialised. The image transform is still that of the tag, if it has its
             own.
@@ -77,9 +77,8 @@ def load_model(
     if name.startswith((LOCAL_DIR, HUB)):
         check_model(name, pretrained)
         return _load_whole(name, device, architecture_only=architecture_only, seed=seed, trust=trust)
-    packaged = MODELS.get(name)
-    if packaged is not None and name not in open_clip.list_models():
-        open_clip.add_model_config(packaged.config)
+    if name == PACKAGED:
+        packaged().register()
     check_model(name, pretrained, architecture_only=architecture_only)
     file = _file(pretrained)
     tag = pretrained if file is None and pretrained != RANDOM else None
@@ -95,8 +94,8 @@ def load_model(
     if not architecture_only:
         if file is not None:
             load_weights(model, file)
-        elif pretrained is None and packaged is not None:
-            model.load_state_dict(packaged.state_dict())
+        elif pretrained is None:
+            model.load_state_dict(packaged().state_dict())
     model.model_cfg = open_clip.get_model_config(name)
     return model.to(device).eval(), transform, _tokenizer(name, name, model.model_cfg)
 
@@ -107,14 +106,14 @@ def check_model(name: str, pretrained: str | None, *, architecture_only: bool = 
         if pretrained is not None:
             raise argument_error("pretrained", f"{name} has its own weights; leave it out.")
         return
-    known = [*open_clip.list_models(), *MODELS]
+    known = [*open_clip.list_models(), PACKAGED]
     if name not in known:
         close = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_pretrained() has the names."
         raise argument_error("model", f"open_clip has no model {name!r}; {hint}")
     tags, file = open_clip.list_pretrained_tags_by_model(name), _file(pretrained)
     if pretrained is None:
-        if name not in MODELS and not architecture_only:
+        if name != PACKAGED and not architecture_only:
             choices = ", ".join(tags) or "no tags"
             raise argument_error("pretrained", f"{name} needs weights: a file, random, or one of {choices}.")
         return
@@ -139,8 +138,7 @@ def _without_network(name: str, tag: str) -> str:
     known = open_clip.get_pretrained_cfg(name, tag)
     place = f"https://huggingface.co/{known['hf_hub'].rstrip('/')}" if known.get("hf_hub") else known.get("url", "")
     weights = f"get the weights from {place} on another machine, and pass" if place else "pass"
-    packaged = next(iter(MODELS))
-    return f"Use `model={packaged}`, which needs no download, or {weights} the path of their file as `pretrained`."
+    return f"Use `model={PACKAGED}`, which needs no download, or {weights} the path of their file as `pretrained`."
 
 
 def _load_whole(
@@ -161,7 +159,7 @@ def _load_whole(
             "folder of a saved model.",
         )
     if not converted:
-        register_tower()
+        packaged()  # for a folder with its image tower
         source = f"{LOCAL_DIR}{folder}" if local else name
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...formatting import escaped
 from ..config import TuneConfig
-from ..methods.registry import MODELS
+from ..methods.registry import PACKAGED
 from .command_line import command_line
 from .description import NOT_CALIBRATED, Description
 from .notes import demonstration_note, weak_result
@@ -47,8 +47,8 @@ def model_card(
         metrics=metrics,
         alpha=alpha,
         base=f"`{config.model}`" + (f", weights `{config.pretrained}`" if config.pretrained else ""),
-        packaged=config.model in MODELS,
-        tower=_TOWER if config.model in MODELS else "",
+        packaged=config.model == PACKAGED,
+        tower=_TOWER if config.model == PACKAGED else "",
         resize=described.preprocessing.get("resize_mode"),
         demonstration=demonstration_note(config.model),
         weak=weak_result(config, metrics),

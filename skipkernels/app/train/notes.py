@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import TuneConfig
-from ..methods.registry import MODELS
+from ..methods.registry import PACKAGED
 
 
 def setting_notes(config: TuneConfig) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ def compared(config: TuneConfig, held_out: int, factors: Sequence[float]) -> str
 
 def demonstration_note(model: str) -> str | None:
     """Return a note that a packaged model is a demonstration; None for another model."""
-    if model not in MODELS:
+    if model != PACKAGED:
         return None
     return (
         f"{model} is a small model for demonstrations, of icons of 32 × 32 pixels. For your own images "

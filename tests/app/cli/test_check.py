@@ -118,16 +118,6 @@ def test_tune_skips_all_images_of_a_class(data, tmp_path):
         tune(TuneConfig(data=f"imagefolder:{data}", out=tmp_path / "run", unreadable="skip", **SETTINGS))
 
 
-def test_tune_lists_classes_with_one_image_and_unreadable_images_at_once(tmp_path):
-    for name, count in (("cat", 3), ("dog", 1), ("owl", 1)):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for number in range(count):
-            photo(number).save(tmp_path / "data" / name / f"{number}.png")
-    (tmp_path / "data" / "cat" / "1.png").write_text("no image")
-    with pytest.raises(InputError, match="classes dog, owl have 1 image.*these images can't be read: cat/1.png"):
-        tune(TuneConfig(data=f"imagefolder:{tmp_path / 'data'}", out=tmp_path / "run", **SETTINGS))
-
-
 def test_check_is_interrupted_while_an_image_is_decoded(data, capsys):
     """The decoder is ended: the threads that wait for it would delay the exit."""
     (data / "train" / "cat" / "slow.ppm").write_bytes(slow_picture())

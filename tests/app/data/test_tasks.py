@@ -139,7 +139,7 @@ def test_load_task_notes_few_images(tmp_path):
 
 @pytest.mark.parametrize(("name", "classes"), [("imagenet_a", 2), ("imagenetv2", 4), ("dtd", 3)])
 def test_load_task_without_training_images(tmp_path, name, classes):
-    """As `eval` tests a model on other data; the variants of ImageNet have test images alone."""
+    """`eval` tests a model on other data so; the variants of ImageNet have test images alone."""
     for folder in ("imagenet", name):
         make_coop(tmp_path, folder)
     task = load(f"coop:{name}", "cross-dataset", root=tmp_path, train=False)
