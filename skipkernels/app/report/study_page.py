@@ -110,23 +110,19 @@ def _time(groups: Mapping[str, Any]) -> float | None:
 
 
 def _plots(study: Mapping[str, Any]) -> list[Markup]:
-    """Plot each accuracy over the time of tuning."""
+    """Plot the accuracy that decides over the time of tuning."""
     summary, seeds = study["summary"], len(study["seeds"])
-    names = {method: name_of_method(method) for method in summary}
-    figures: list[tuple[str, str, dict[str, str]]] = []
-    for column in next(iter(summary.values()))[_ACCURACY]:
-        points = {
-            names[method]: TimedAccuracy(time, of[0], half_interval(of[1], seeds))
-            for method, groups in summary.items()
-            if (of := groups[_ACCURACY][column]) and (time := _time(groups)) is not None and time > 0
-        }
-        if len(points) > 1:
-            svg = pareto_svg(column, points, coloured(names.values()))
-            figures.append((f"{_measure(column)}, %, over the time of tuning", svg, {}))
-    if not figures:
+    column = primary(next(iter(summary.values()))[_ACCURACY])
+    points = {
+        name_of_method(method): TimedAccuracy(time, of[0], half_interval(of[1], seeds))
+        for method, groups in summary.items()
+        if (of := groups[_ACCURACY][column]) and (time := _time(groups)) is not None and time > 0
+    }
+    if len(points) < 2:
         return []
+    svg = pareto_svg(column, points, coloured(map(name_of_method, summary)))
     text = "The line joins those that no other beats in both accuracy and time. Dotted: those that train nothing."
-    return [part("figures", figures), part("text", text)]
+    return [part("figures", [(f"{_measure(column)}, %, over the time of tuning", svg, {})]), part("text", text)]
 
 
 def tables(study: Mapping[str, Any]) -> list[Table]:
