@@ -78,14 +78,6 @@ def test_anchored_probe_is_the_minimum(case, l2):
     np.testing.assert_array_equal(head.weight[without].numpy(), (SCALE * torch.tensor(unit(text)))[without].numpy())
 
 
-def test_anchored_probe_of_duplicates_weighs_them():
-    """Two of each image are one of each with half the penalty."""
-    image, labels, text = data([3, 5, 2], 7)
-    twice = heads.anchored_probe(image.repeat(2, 1), labels.repeat(2), text, SCALE, 0.2)
-    once = heads.anchored_probe(image, labels, text, SCALE, 0.1)
-    torch.testing.assert_close(twice.weight, once.weight, rtol=0, atol=2 * SCALE * anchored.TOLERANCE)
-
-
 def test_anchored_probe_in_chunks(monkeypatch):
     image, labels, text = data([3, 0, 5, 2], 7)
     whole = heads.anchored_probe(image, labels, text, SCALE, 0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import open_clip
@@ -15,6 +16,7 @@ from skipkernels.app.data import Task, TestSet
 from skipkernels.app.methods import METHODS, Method
 
 CONTEXT = 12
+FAMILIES = (open_clip.CLIP, open_clip.CustomTextCLIP)
 BASE = ["ash", "birch tree", "cedar", "dwarf fir", "elm"]
 NEW = ["fig", "grey alder tree", "hazel"]
 TEMPLATES = ("a photo of {}.", "{} in winter.")
@@ -94,9 +96,14 @@ def answers(method: Method) -> dict[str, Tensor | None]:
     }
 
 
-def zero_shot(model: Any, images: Tensor, prompts: tuple[list[str], ...]) -> Tensor:
-    """Logits from embeddings of the model, averaged over templates."""
-    with torch.no_grad():
-        image = F.normalize(model.encode_image(images), dim=-1)
-        mean = sum(F.normalize(model.encode_text(tokenizer(texts)), dim=-1) for texts in prompts) / len(prompts)
-        return model.logit_scale.exp() * image @ (mean / mean.norm(dim=1, keepdim=True)).T
+def embeddings(model: Any, images: Tensor, prompts: Sequence[list[str]]) -> tuple[Tensor, Tensor]:
+    """Embeddings [n, D] of images, and [C, D] of classes, summed over templates."""
+    return model.encode_image(images), sum(model.encode_text(tokenizer(texts), normalize=True) for texts in prompts)
+
+
+def logits_of(model: Any, image: Tensor, text: Tensor) -> Tensor:
+    return model.logit_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+
+
+def zero_shot(model: Any, images: Tensor, prompts: Sequence[list[str]]) -> Tensor:
+    return logits_of(model, *embeddings(model, images, prompts)).detach()

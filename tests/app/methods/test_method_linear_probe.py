@@ -41,15 +41,6 @@ def test_linear_probe_finds_minimum(l2):
     assert bias.detach().abs().max() < 10 and weight.detach().abs().max() > 0
 
 
-def test_linear_probe_bias_has_no_penalty():
-    """With a weight near zero, the bias gives the class frequencies."""
-    image, _ = points(n=10)
-    labels = torch.tensor([0] * 7 + [1] * 3)
-    weight, bias = fit(image, labels, 2, 1e9)
-    assert weight.abs().max() < 1e-6
-    torch.testing.assert_close(bias.softmax(dim=0), torch.tensor([0.7, 0.3], dtype=torch.float64), rtol=0, atol=1e-5)
-
-
 def test_linear_probe_fit_and_logits():
     method = made("linear-probe")
     embeddings = method.encode_frozen(stacked(method.task.train)[0])
@@ -96,12 +87,15 @@ def test_linear_probe_sweep(monkeypatch):
 
 
 def test_linear_probe_fits_in_fp64():
+    """Also under autocast."""
     method = made("linear-probe", tiny_model(dtype=torch.float32))
     images, labels = stacked(method.task.train)
     embeddings = method.encode_frozen(images.float())
-    method.fit(embeddings, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        method.fit(embeddings, labels)
     weight, _ = fit(embeddings.double(), labels, 5, 10 ** round(math.log10(method.l2.item()), 3))
     assert method.weight.dtype == torch.float32 and method.weight.equal(weight.float())
+    assert F.cross_entropy(method.logits("base", embeddings), labels) < math.log(5) / 2
 
 
 def test_linear_probe_one_shot_has_no_sweep():
@@ -123,14 +117,3 @@ def test_linear_probe_logits_of_known_classes():
     method = made("linear-probe", task=tiny_task(base=twins, new=twins))
     method.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
     assert method.logits("new", images)[0].tolist() == [1.0, 2.0, 3.0], "two classes with one name stay separate"
-
-
-def test_linear_probe_ignores_autocast():
-    method, plain = made("linear-probe"), made("linear-probe")
-    images, labels = stacked(method.task.train)
-    with torch.autocast("cpu", torch.bfloat16):
-        method.fit(plain.encode_frozen(images), labels)
-    plain.fit(plain.encode_frozen(images), labels)
-    assert method.weight.equal(plain.weight)
-    loss = F.cross_entropy(method.logits("base", images), labels)
-    assert loss < math.log(5) / 2

@@ -1,4 +1,4 @@
-"""Skip and full against SkipCLIP, and the step of full against its formula."""
+"""Skip and full against SkipCLIP."""
 
 from __future__ import annotations
 
@@ -67,24 +67,6 @@ def test_encode_frozen_of_skip():
         assert whole.cut is None and whole.encode_frozen(images) is images
 
 
-def test_full_step_matches_formula():
-    """All classes and tokens of the first template; no gradient for the logit scale."""
-    method, other = made("full"), tiny_model()
-    images, labels = stacked(method.task.train)
-    loss, classes = method.step(images, labels)
-    loss.backward()
-    image, text = other.encode_image(images), other.encode_text(tokenizer(method.task.tests[0].prompts[0]))
-    logits = other.logit_scale.exp() * (image / image.norm(dim=1, keepdim=True)) @ F.normalize(text, dim=1).T
-    expected = -logits.log_softmax(dim=1)[torch.arange(len(labels)), labels].mean()
-    expected.backward()
-    assert classes == len(BASE) and loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    for (key, got), wanted in zip(method.model.named_parameters(), other.parameters(), strict=True):
-        if key == "logit_scale":
-            assert got.grad is None
-        else:
-            torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-9, atol=1e-12, msg=key)
-
-
 def test_skip_text_cache_has_folder_per_test(tmp_path):
     def logits(**settings) -> torch.Tensor:
         method = made("skip", tiny_model(dtype=torch.float32), **settings)
@@ -95,17 +77,6 @@ def test_skip_text_cache_has_folder_per_test(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"texts-base", "texts-base+templates", "texts-new+templates"}
     assert first.equal(logits(text_cache=tmp_path))
     torch.testing.assert_close(first, logits())
-
-
-@pytest.mark.parametrize("name", ["skip", "full"])
-def test_skip_translates_errors_of_skip_clip(name):
-    with pytest.raises(InputError, match=f"tokens must be .* as long as the model's context; got .*{CONTEXT}"):
-        made(name, tiny_model(context_length=CONTEXT + 1))
-    if name == "skip":
-        with pytest.raises(InputError, match="skip_layers must be"):
-            made(name, skip_layers=9)
-        with pytest.raises(InputError, match="text_cache keeps features at the cut"):
-            made(name, skip_layers=0, text_cache="nowhere")
 
 
 def test_skip_supports_openai_model_and_full_does_not():

@@ -7,14 +7,26 @@ import copy
 import open_clip
 import pytest
 import torch
-from method_tasks import BASE, STEPS, answers, made, stacked, tiny_model, tiny_task, tokenizer, trained, zero_shot
+from method_tasks import (
+    BASE,
+    CONTEXT,
+    FAMILIES,
+    NEW,
+    STEPS,
+    answers,
+    made,
+    stacked,
+    tiny_model,
+    tiny_task,
+    trained,
+    zero_shot,
+)
 from torch import nn
 
 from skipkernels import retrieval
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS, Recipe
 
-FAMILIES = [open_clip.CLIP, open_clip.CustomTextCLIP]
 # Logits up to 14 in fp64, with another order of summation; measured 1e-14.
 CLOSE = {"rtol": 0, "atol": 1e-11}
 
@@ -86,18 +98,6 @@ def test_head_of_the_plain_model_gives_the_logits(name):
         names = {"F": torch.nn.functional, "model": method.model.float(), "image": image, "head": head.state_dict()}
         exec(method.head_code, names)
         torch.testing.assert_close(names["logits"], expected, **close)
-
-
-@pytest.mark.parametrize("name", ["skip", "full"])
-def test_logits_after_training_match_model(name):
-    """The checkpoint is a whole model that open_clip loads, with the same logits."""
-    method = made(name)
-    trained(method)
-    plain = tiny_model(seed=1)
-    plain.load_state_dict(method.state_dict())
-    for test in method.task.tests:
-        images = stacked(test.images)[0]
-        torch.testing.assert_close(answers(method)[test.name], zero_shot(plain, images, test.prompts), **CLOSE)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -230,16 +230,55 @@ def test_methods_refuse_missing_operations():
             made(name).logits("old", images)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_methods_refuse_other_model(name):
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = tiny_model()
-            self.logit_scale = self.inner.logit_scale
+@pytest.mark.parametrize("name", ["coop", "clip-adapter", "linear-probe"])
+def test_frozen_methods_embed_each_image_once(name):
+    method = made(name)
+    images, labels = stacked(method.task.train)
+    embeddings = method.encode_frozen(images)
+    assert embeddings.shape == (20, 12) and not embeddings.requires_grad
+    method.model.visual.register_forward_hook(lambda *_: pytest.fail("the image tower runs again"))
+    (method.fit if name == "linear-probe" else method.step)(embeddings, labels)
+    if name == "clip-adapter":
+        hook = method.model.token_embedding.register_forward_hook(lambda *_: pytest.fail("the text tower runs again"))
+        method.step(embeddings, labels)
+        hook.remove()
+    assert method.logits("base", embeddings).shape == (20, 5)
 
-    with pytest.raises(InputError, match=r"(?s)model must be .*; got .*Wrapped"):
-        METHODS[name](Wrapped(), tokenizer, tiny_task())
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny_model()
+        self.logit_scale = self.inner.logit_scale
+
+
+LONG = " ".join("abcdefghijkl")
+# Method, model, settings, class names of the second test, and the message.
+REFUSED = [
+    *((name, Wrapped, {}, [], r"(?s)model must be .*; got .*Wrapped") for name in METHODS),
+    *((name, lambda: tiny_model(context_length=CONTEXT + 1), {}, [],
+       f"tokens must be .* as long as the model's context; got .*{CONTEXT}") for name in ("skip", "full")),
+    ("skip", tiny_model, {"skip_layers": 9}, [], "skip_layers must be"),
+    ("skip", tiny_model, {"skip_layers": 0, "text_cache": "nowhere"}, [], "text_cache keeps features at the cut"),
+    ("coop", tiny_model, {"vectors": 0}, [], "coop: vectors must be at least 1; got 0"),
+    ("coop", tiny_model, {}, [LONG], f"coop: no context fits beside the class name '{LONG}', which takes all 12"),
+    *(("coop", lambda text=text: tiny_model(FAMILIES[1], **text), {}, [],
+       "coop: the text tower of model must pool the end-of-text token; that of this")
+      for text in ({"pool_type": "last"}, {"embed_cls": True})),
+    ("clip-adapter", tiny_model, {"reduction": 13}, [],
+     "clip-adapter: reduction must be from 1 to the embedding's width 12; got 13"),
+    ("clip-adapter", tiny_model, {"ratio": 1.5}, [], "clip-adapter: ratio must be from 0 to 1; got 1.5"),
+    ("lora", lambda: made("lora").model, {}, [], "lora: .* is an adapter"),
+    ("lora", lambda: tiny_model(qk_norm=True), {}, [], "lora: .*must be fused"),
+    ("lora", tiny_model, {"rank": 0}, [], "lora: .*rank must be an integer"),
+    ("lora", tiny_model, {"alpha": 0.0}, [], "lora: .*alpha must be above 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "make", "settings", "new", "message"), REFUSED)
+def test_methods_refuse(name, make, settings, new, message):
+    with pytest.raises(InputError, match=message):
+        made(name, make(), tiny_task(new=new or NEW), **settings)
 
 
 def test_published_recipes():
