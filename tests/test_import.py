@@ -138,10 +138,6 @@ def test_imports_form_no_circle():
     graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the modules
 
 
-def test_no_module_is_named_utils():
-    assert not [path for path in modules() if path.stem in {"utils", "util", "helpers", "common", "misc"}]
-
-
 # One process for both tests, since it imports torch. Packages of the command line are blocked after the first import.
 CORE = """
 import json, sys, time, torch

@@ -1,42 +1,16 @@
 """recipes.pictograms: cleaned names, what is held out, more tasks, and a pre-training run that is interrupted."""
 
-import io
 import json
-import tarfile
 from dataclasses import replace
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
 
-from recipes.pictograms import count, more, names, pool, pretrain, sets, table
+from recipes.pictograms import more, pool, pretrain, sets, table
 from recipes.pictograms.table import Icon
 from skipkernels.app.demo import pictogram_tiny
-
-
-@pytest.mark.parametrize(
-    "raw, expected",
-    [
-        ("access-time-20-filled", ("access time", "filled")),
-        ("coffee-cup-02", ("coffee cup", "")),
-        ("sharp-two-tone", ("sharp", "two-tone")),
-        ("light-bulb", ("light bulb", "")),
-        ("phone-outgoing2", ("phone outgoing", "")),
-        ("outline", ("outline", "")),
-        ("outline-moped", ("moped", "outline")),
-    ],
-)
-def test_clean_removes_styles_sizes_and_numbers(raw, expected):
-    assert names.clean(raw, names.set_styles([raw]), prefixes={"outline"}) == expected
-
-
-def test_set_styles_keeps_words_that_few_names_end_with():
-    raws = [f"icon{i}-bold" for i in range(30)] + [f"icon{i}" for i in range(30)] + ["traffic-light"]
-    assert "bold" in names.set_styles(raws)
-    assert "light" not in names.set_styles(raws)
-    assert "light" in names.set_styles(raws, suffixes=["bold-light"])
 
 
 def test_icons_leaves_out_logos_skin_tones_and_licences():
@@ -65,92 +39,6 @@ def test_training_rows_hold_out_families_their_drawings_and_words():
     digests = np.array([7, 7, 8, 8, 9, 10, 11, 12, 1], np.uint64)  # mdi's cat is noto's; 1 is blank
     assert pool.training_rows(rows, digests, {"dog"}) == [2]
     assert pool.training_rows(rows, digests, ()) == [2, 4, 5]
-
-
-def test_choose_takes_families_in_turn():
-    rows = [icon("mdi", "cat")] * 50 + [icon(prefix, "cat") for prefix in ("ri", "ph", "tabler")] + [icon("ri", "ox")]
-    ordered, narrow, chosen = pool.choose(rows, range(len(rows)))
-    assert (ordered, narrow) == (["cat", "ox"], 1)
-    assert {50, 51, 52, 53} < set(chosen) and len(chosen) == pool.NARROW_IMAGES + 1
-
-
-def test_held_out_words_are_the_same_each_time():
-    concrete = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}".replace("word", "w") for i in range(400)]
-    first, again = names.held_out_words(concrete), names.held_out_words(reversed(concrete))
-    assert first == again and len(first) == names.WORDS_HELD_OUT
-
-
-def test_counts_a_name_of_a_family_as_one_drawing():
-    rows = [icon("fa6-solid", "cat"), icon("fa7-solid", "cat"), icon("ri", "cat"), icon("ri", "hot dog")]
-    assert dict(zip(count.COLUMNS, count.counts(rows), strict=True)) == {
-        "images": 4, "drawings": 3, "names": 2, "words": 3, "families": 2, "sets": 3, "licences": 1,
-    }  # fmt: skip
-
-
-def test_licences_names_each_set_once_with_author_and_licence():
-    information = {
-        prefix: {
-            "name": prefix.title(),
-            "author": {"name": f"{prefix}'s author"},
-            "license": {"title": "T", "spdx": "MIT"},
-        }
-        for prefix in ("mdi", "ri", "unused")
-    }
-    text = count.licences("Of", [icon("mdi", "cat"), icon("mdi", "dog"), icon("ri", "cat")], information)
-    assert text.count("Mdi (mdi), 2 icons\n  by mdi's author") == text.count("Ri (ri), 1 icons") == 1
-    assert text.count("T (MIT)") == 2 and "unused" not in text
-
-
-def named(drawings):
-    return [(own.set, own.name) for own in drawings]
-
-
-def test_game_icons_are_tested_and_others_trained_on():
-    prefixes = ("game-icons", "noto", "mdi", "ri", "openmoji")
-    rows = [icon(prefix, "cat") for prefix in prefixes]
-    rows += [icon("game-icons", "ox"), icon("mdi", "dog"), icon("game-icons", "hen"), icon("ph", "hen")]
-    found = more.game_icons(more.by_family(rows))
-    assert named(found["test"]) == [("game-icons", "cat"), ("game-icons", "hen")]
-    cats = {prefix for prefix, name in named(found["train"]) if name == "cat"}
-    assert len(cats) == 2 and cats < {"noto", "mdi", "ri"} and ("ph", "hen") in named(found["train"])
-
-
-def test_many_classes_are_drawn_by_two_families_of_pre_training():
-    rows = [icon(prefix, "cat") for prefix in ("mdi", "ri", "ri", "noto")]
-    rows += [icon(prefix, "dog") for prefix in ("fa6-solid", "fa7-solid", "noto")]
-    found = more.many_classes(more.by_family(rows))
-    assert sorted(named(found["train"] + found["test"])) == [("mdi", "cat"), ("ri", "cat")]
-
-
-def test_flags_have_the_names_of_twemoji():
-    characters = {"1f1eb-1f1f7": "flag-france", "1f1f1-1f1f0": "flag-sri-lanka", "1f1ee-1f1f9": "flag-italy"}
-    characters |= {"1f431": "cat", "1f3f4-200d": "black-flag"}
-    data = {prefix: {"chars": characters} for prefix in ("twemoji", "openmoji")} | {
-        "cif": {"icons": {"fr": {}, "lk": {}}}
-    }
-    found = more.flags(data)
-    assert named(found["test"]) == [("openmoji", "flag of france"), ("openmoji", "flag of sri lanka")]
-    assert [own[1:] for own in found["train"][:2]] == [("twemoji", "flag-france"), ("cif", "fr")]
-
-
-def test_stamps_are_photographs_with_a_known_name():
-    image = Image.new("RGBA", (40, 20))
-    image.paste("red", (10, 5, 30, 15))
-    photo = io.BytesIO()
-    image.save(photo, "PNG")
-    stored = {"frog-1.png": photo.getvalue(), "frog-1.txt": b"A green frog.\nde=Ein Frosch."}
-    stored |= {"bat.png": photo.getvalue(), "bat.svg": b"", "bat.txt": b"A bat."}
-    stored |= {"cartoon/owl.png": photo.getvalue(), "cartoon/owl.txt": b"An owl."}
-    stored |= {"x.png": photo.getvalue(), "x.txt": b"An Emu!", "y.png": photo.getvalue(), "y.txt": b"Say cheese!"}
-    with tarfile.open(fileobj=(archive := io.BytesIO()), mode="w") as files:
-        for name, content in stored.items():
-            member = tarfile.TarInfo(f"./usr/share/tuxpaint/stamps/{name}")
-            member.size = len(content)
-            files.addfile(member, io.BytesIO(content))
-    with tarfile.open(fileobj=io.BytesIO(archive.getvalue())) as files:
-        frog, emu = more.stamps(files, {"bat", "frog", "owl", "emu"})
-    assert (frog.name, emu.name) == ("frog", "emu")
-    assert (frog.image[32, 1:63] == (255, 0, 0)).all() and (frog.image[:12] == 255).all()
 
 
 def test_arrays_leave_out_blank_and_equal_images():
@@ -193,24 +81,6 @@ def options(tmp_path):
     open_clip.add_model_config(config)
     steps = {"names_steps": 3, "pairs_steps": 2, "wide_steps": 2, "decay": 2, "every": 2}
     return pretrain.Options(out=tmp_path, model=config.stem, batch=4, texts=6, **steps)
-
-
-def test_captions_have_the_tokens_of_their_text(options):
-    named = ["coffee cup", "cat o'nine tails"]
-    captions = pretrain.Captions(options.model, named, ["outline", ""])
-    openings = ("", "an icon of a ", "an outline icon of a ")
-    expected = captions.tokenizer([opening + name for name in named for opening in openings])
-    drawn = captions.draw(np.array([0, 1] * 50), ["outline", ""] * 50, np.random.default_rng(0))
-    assert {tuple(row) for row in drawn[0::2].tolist()} == {tuple(row) for row in expected[:3].tolist()}
-    assert {tuple(row) for row in drawn[1::2].tolist()} == {tuple(row) for row in expected[3:5].tolist()}
-
-
-def test_name_table_adds_the_vectors_of_words():
-    table = pretrain.NameTable(["red cat", "cat"], 8)
-    red, cat = table.words.weight[1], table.words.weight[0]
-    torch.nn.init.normal_(table.own)
-    expected = torch.stack([(red + cat) / 2, cat]) + table.own
-    torch.testing.assert_close(table(), torch.nn.functional.normalize(expected, dim=-1))
 
 
 def test_run_interrupted_in_each_phase_gives_the_same_weights(small_pool, options, tmp_path):
