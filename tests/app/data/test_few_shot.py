@@ -10,7 +10,7 @@ from collections import Counter
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from pictures import make_coop, make_folders, shuffle_listings
+from pictures import make_coop, make_folders
 
 from skipkernels.app.data import few_shot, open_source, save_few_shot
 
@@ -56,21 +56,6 @@ def test_few_shot_fixed_values():
     names = [f"{animal}/{number}.jpg" for animal in ("cat", "naïve") for number in range(50)]
     chosen = few_shot([0] * 50 + [1] * 50, names, 2, 3)
     assert [names[i] for i in chosen] == ["cat/13.jpg", "cat/1.jpg", "naïve/47.jpg", "naïve/2.jpg"]
-
-
-@pytest.mark.parametrize("data", ["imagefolder", "coop:imagenet", "coop:dtd"])
-def test_few_shot_ignores_listing_order(tmp_path, monkeypatch, data):
-    spec = data
-    if data == "imagefolder":
-        spec = f"imagefolder:{make_folders(tmp_path, {'cat': 20, 'dog': 20})}"
-    else:
-        make_coop(tmp_path, data.partition(":")[2])
-    chosen = open_source(spec, tmp_path).few_shot(2, seed=1).names
-    for seed in range(3):
-        with monkeypatch.context() as patch:
-            shuffle_listings(patch, seed)
-            assert open_source(spec, tmp_path).few_shot(2, seed=1).names == chosen
-    assert open_source(spec, tmp_path).few_shot(2, seed=2).names != chosen
 
 
 def test_save_few_shot_file_is_readable(tmp_path):

@@ -14,7 +14,6 @@ import pytest
 import torch
 from pictures import class_of, draw_image, raises_input_error
 from PIL import EpsImagePlugin, ExifTags, Image
-from torch._utils import ExceptionWrapper
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from skipkernels.app.data import DatasetImages, InputError, LabelledImages
@@ -94,14 +93,6 @@ def test_read_image_heif(tmp_path):
 # ---- invalid files ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_read_image_thirty_two_bits(tmp_path, dtype):
-    path = tmp_path / "deep.tif"
-    Image.fromarray(np.full((3, 4), 40_000, dtype=dtype)).save(path)
-    with raises_input_error(path, "32 bits per channel", "Convert"):
-        one(path)
-
-
 def test_read_image_tiff_of_thirteen_bands(tmp_path):
     """A satellite image of 2 x 2 pixels, without compression."""
     bands, pixels = 13, bytes(2 * 2 * 13 * 2)
@@ -174,17 +165,6 @@ def test_read_image_fuzzed_files(tmp_path_factory, kind, data):
         except ValueError:
             with raises_input_error(path):
                 read_image(path)
-
-
-def test_read_image_error_of_worker_keeps_its_lines(tmp_path):
-    with pytest.raises(InputError) as caught:
-        LabelledImages(tmp_path, ["a\nb.png"], [0])[0]
-    raised = ExceptionWrapper((caught.type, caught.value, caught.tb), "in DataLoader worker process 0")
-    with pytest.raises(InputError, match="Original Traceback") as caught:
-        raised.reraise()
-    assert (
-        str(caught.value).splitlines()[-1].endswith(r"a\nb.png: no such file. Was it removed, or is it a broken link?")
-    )
 
 
 # ---- parts of a dataset ----------------------------------------------------------------------------------------------

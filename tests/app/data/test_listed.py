@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, ExifTags, Image
+from PIL import EpsImagePlugin, Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from skipkernels.app.data import InputError, TaskOptions, few_shot, load_task, open_source
-from skipkernels.app.data.check import unreadable_images
 from skipkernels.app.data.shots import hold_out
 from skipkernels.features.identity import dataset_identity
 from tests.app.data.pictures import RED, class_of, draw_image
@@ -192,23 +191,6 @@ def test_hf_refuses(hub, tmp_path, monkeypatch):
     assert "hf:someone/set: can't be loaded (ConnectionError: no route)" in fails("hf:someone/set?config=small")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'skipkernels[datasets]'" in fails("hf:someone/set")
-
-
-def test_hf_photos_upright_and_all_unreadable_named(hub, tmp_path):
-    buffer, exif = io.BytesIO(), Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    Image.new("RGB", (5, 4)).save(buffer, "jpeg", exif=exif)
-    contents = [buffer.getvalue(), b"no image", buffer.getvalue()[:200], buffer.getvalue()] * 2
-    labels = [0] * 4 + [1] * 4
-    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=CLASSES[:2])})
-    images = [{"bytes": content, "path": None} for content in contents]
-    hub.Dataset.from_dict({"image": images, "label": labels}, features=features).save_to_disk(tmp_path / "set")
-    task = task_of(f"hf:{tmp_path / 'set'}", shots="all", validation="auto")
-    parts = (task.train, task.validation.images, task.tests[0].images)
-    reasons = unreadable_images(task)
-    assert len(reasons) == 4 and all(len(reason.splitlines()) == 1 for reason in reasons.values())
-    sizes = [part[i][0].size for part in parts for i, name in enumerate(part.names) if name not in reasons]
-    assert sizes == [(4, 5)] * 4
 
 
 # ---- validation --------------------------------------------------------------------------------------------------

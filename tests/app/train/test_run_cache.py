@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import threading
 
@@ -11,11 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from skipkernels.app.cli.main import main
 from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train.model import augmentation, load_model
 from skipkernels.features import extraction
-from tests.app.runs import losses, rows, small, without_cost
+from tests.app.runs import fails, losses, rows, small, without_cost
 
 
 @contextlib.contextmanager
@@ -96,34 +94,13 @@ def test_cache_crops_training_images_only(run, cached, tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("skipkernels")]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (["--pretrained", "random"], "another|differs in"),
-        (["--cache-dtype", "bf16"], r"differs in dtype \(fp32 there, bf16 here\)"),
-        (["--shots", "1"], "differs in"),
-    ],
-    ids=["weights", "dtype", "images"],
-)
-def test_cache_refuses_mismatch(cached, tmp_path, capsys, changes, message):
+def test_cache_refuses_mismatch(cached, tmp_path, capsys):
+    """tests/features/test_features_refusals.py has the other differences."""
     folder, _ = cached
     arguments = ["tune", "--shots", 2, "--max-classes", 24, "--epochs", 1, "--cache", folder / "cache"]
-    arguments += ["--cache-dtype", "fp32", "--out", tmp_path / "run", *changes]
-    assert main([str(argument) for argument in arguments]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]  # after the progress
-    assert error.startswith("error") and re.search(message, error) and str(folder / "cache") in error
+    said = fails([*arguments, "--cache-dtype", "bf16", "--out", tmp_path / "run"], capsys)
+    assert "differs in dtype (fp32 there, bf16 here)" in said and str(folder / "cache") in said
     assert not (tmp_path / "run").exists()
-
-
-def test_cache_computes_damaged_row_again(cached, tmp_path):
-    folder, metrics = cached
-    shutil.copytree(folder / "cache", tmp_path / "cache")
-    file = tmp_path / "cache" / "train" / "features.npy"
-    *whole, last = file.read_bytes()
-    file.write_bytes(bytes([*whole, last ^ 1]))
-    with pytest.warns(UserWarning, match="row 23 damaged.* It is computed again"):
-        again = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype="fp32"))
-    assert without_cost(again) == without_cost(metrics)
 
 
 def test_augmentation_reference_crops_and_flips():
