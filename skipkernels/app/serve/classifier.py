@@ -230,8 +230,14 @@ class Classifier:
             InputError: If an image can't be read, or an argument can't be used.
             FloatingPointError: If a logit is not finite.
         """
-        options: PredictSettings = {"batch_size": batch_size, "workers": workers, "unreadable": unreadable}
-        found = self.predict_batches(images, top=top, threshold=threshold, **options)
+        found = self.predict_batches(
+            images,
+            top=top,
+            threshold=threshold,
+            batch_size=batch_size,
+            workers=workers,
+            unreadable=unreadable,
+        )
         parts = list(found) or [self._nothing(top, threshold, {})]
         return Predictions(
             [name for part in parts for name in part.names],
