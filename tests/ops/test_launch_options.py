@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,11 +26,17 @@ OPERATORS = [*{case[0].name: case[0] for case in CASES.values()}.values(), rotar
 interpreted = pytest.mark.parametrize("backend", [INTERPRETED], indirect=True)
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables as in a new process."""
-    for function in (launching.entry_of, launching.table_of):
+def forget() -> None:
+    for function in (launching.entry_of, launching.table_of, launching._target_of_gpu):
         function.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Tables as in a new process, also for later tests."""
+    forget()
+    yield
+    forget()
 
 
 def row(text: str) -> dict[str, int]:
@@ -186,8 +193,9 @@ def test_nearest_size_that_is_not_smaller_counts(W, rows):
     assert launch_options("add_layer_norm_fwd", torch.empty(0), W=W)["BLOCK_R"] == rows
 
 
-def test_without_a_gpu_the_defaults_count():
+def test_without_a_gpu_the_defaults_count(monkeypatch):
     """The fakes of the meta device ask for the number of partial sums."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert launch_options("total", torch.empty(0, device="meta")) == row("BLOCK=1024 num_warps=4")
 
 
