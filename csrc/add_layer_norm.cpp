@@ -190,13 +190,12 @@ void forward_converted_rows(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
-    const Tensor& x_, const std::optional<Tensor>& residual_, const std::optional<Tensor>& weight_,
-    const std::optional<Tensor>& bias_, double eps, std::optional<ScalarType> dtype, bool rms) {
+    const Tensor& x_, const std::optional<Tensor>& residual_, const Tensor& weight_, const std::optional<Tensor>& bias_,
+    double eps, std::optional<ScalarType> dtype, bool rms) {
   STD_TORCH_CHECK(x_.dim() > 0 && x_.size(x_.dim() - 1) > 0, NAME, ": x must be [..., W] with W at least 1.");
   const int64_t W = x_.size(x_.dim() - 1), R = x_.numel() / W;
   STD_TORCH_CHECK(!residual_ || same_sizes(x_, *residual_), NAME, ": residual must have the shape of x.");
-  if (weight_)
-    check_vector(*weight_, W, "weight");
+  check_vector(weight_, W, "weight");
   if (bias_)
     check_vector(*bias_, W, "bias");
   const Tensor x = as_contiguous(x_);
@@ -214,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
     A *const means = rms ? nullptr : mean.mutable_data_ptr<A>(), *const rstds = rstd.mutable_data_ptr<A>();
     const RowPlan plan(R, W);
     if (one_type) {
-      const Slots<T> weight(weight_, W, 1), bias(bias_, W);
+      const Slots<T> weight(weight_, W), bias(bias_, W);
       const Forward<T> f{
           W,
           x.const_data_ptr<T>(),
@@ -228,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
           rstds};
       parallel_rows(plan, [&](int64_t, int64_t begin, int64_t end) { forward_rows(f, begin, end); });
     } else {
-      const Slots<A> weight(weight_, W, 1), bias(bias_, W);
+      const Slots<A> weight(weight_, W), bias(bias_, W);
       const Forward<A> f{W, nullptr, nullptr, weight, bias, A(eps), nullptr, nullptr, means, rstds};
       parallel_rows(plan, [&](int64_t, int64_t begin, int64_t end) {
         forward_converted_rows<A>(f, x, residual, hidden, normed, begin, end);

@@ -277,7 +277,7 @@ Tensor mlp_activation(const Tensor& x_, const std::optional<Tensor>& bias_, int6
     using T = decltype(type);
     const RowPlan plan = rows_of_width(out);
     const bool gated = kind == Kind::swiglu;
-    const Slots<T> bias(bias_, plan.W), bias_v(gated ? bias_ : std::nullopt, plan.W, 0, plan.W);
+    const Slots<T> bias(bias_, plan.W), bias_v(gated ? bias_ : std::nullopt, plan.W, plan.W);
     const Problem<T> problem{
         plan.W, x.const_data_ptr<T>(), nullptr, bias, bias_v, out.mutable_data_ptr<T>(), nullptr};
     parallel_rows(plan, [&](int64_t, int64_t begin, int64_t end) {
@@ -310,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_activation_backward(
     using T = decltype(type);
     const RowPlan plan = rows_of_width(d_out);
     const bool gated = kind == Kind::swiglu;
-    const Slots<T> bias(bias_, plan.W), bias_v(gated ? bias_ : std::nullopt, plan.W, 0, plan.W);
+    const Slots<T> bias(bias_, plan.W), bias_v(gated ? bias_ : std::nullopt, plan.W, plan.W);
     const ColumnSums<T> sums(plan, need_bias), sums_v(plan, need_bias && gated);
     const Problem<T> problem{
         plan.W,

@@ -62,10 +62,10 @@ class Slots {
  public:
   using A = accumulate_t<T>;
 
-  // W numbers of a vector from `first` on. Without a vector: all `otherwise`.
-  Slots(const std::optional<Tensor>& vector, int64_t W, A otherwise = 0, int64_t first = 0)
+  // W numbers of a vector from `first` on. Without a vector: zeros.
+  Slots(const std::optional<Tensor>& vector, int64_t W, int64_t first = 0)
       : slots_(scratch<A>(slots<T>(W))) {
-    std::fill(&slots_[0], &slots_[slots<T>(W)], vector ? A(0) : otherwise);
+    std::fill(&slots_[0], &slots_[slots<T>(W)], A(0));
     if (!vector)
       return;
     const int64_t stride = vector->stride(0);

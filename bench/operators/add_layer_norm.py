@@ -65,7 +65,6 @@ def launches(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, weight in layer_norm_rows(dtype):
         yield Call(shape, (x, x, weight, weight, 1e-5, None))
     yield Call(f"{shape}-plain", (x, None, weight, weight, 1e-5, None))
-    yield Call(f"{shape}-unit", (x, None, None, None, 1e-5, None))
     yield Call(f"{shape}-rms", (x, x, weight, None, 1e-6, None, True))
     for shape, x, low, weight in mixed_rows(dtype):
         yield Call(shape, (x, low, weight, weight, 1e-5, dtype))

@@ -45,7 +45,7 @@ class SkipCLIP(nn.Module):
         skip_layers: ω, frozen blocks per tower: a number, a fraction, or a pair (image, text) of these.
         keep_ratio: Most similar classes that each step compares its images with: a share of all if below 1, all classes
             if 1, a number of classes if above 1. docs/method.md.
-        max_keep: Upper limit of the number of classes kept in every step, unless a batch has more labels.
+        max_keep: Upper limit of that number, unless a batch has more labels; the tail is not counted.
         decay: λ of the probability that a less similar class, of the tail, is drawn: larger values draw more.
         tail: How each step draws a few of the other classes, the tail. "resample": other ranks of the tail in every
             step. "fixed": drawn once, as published.

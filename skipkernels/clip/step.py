@@ -19,7 +19,7 @@ def step(
     """Select classes for image embeddings [B, D] and labels [B] or [B, C], embed these alone, and compute the loss."""
     scores = class_scores(image, texts.prototypes, labels)  # [C]: highest cosine with an image, +∞ for labels
     class_ids, targets = sampler.select(scores, labels)  # [K], [B]; of soft labels [B, C] their columns [B, K]
-    text = texts.encode(class_ids)  # [K, D], with gradient
+    text = texts.encode(class_ids)  # [K, D], with gradient if texts train
     return cross_entropy(image, text, class_ids, targets, scale, options)
 
 
@@ -95,7 +95,7 @@ class Texts(Protocol):
         """Unit-norm embeddings [C, D] from before tuning."""
 
     def encode(self, class_ids: Tensor) -> Tensor:
-        """Class ids [K] to embeddings [K, D], with gradient."""
+        """Class ids [K] to embeddings [K, D], with gradient if texts train."""
 
 
 class Sampler(Protocol):

@@ -110,9 +110,8 @@ def _add_layer_norm_fwd_kernel(
     # As in PyTorch, but NaN, not 0, if the variance overflows.
     rstd = tl.where(variance < float("inf"), 1 / tl.sqrt(variance), float("nan"))  # [BLOCK_R]
     # 3. normed = x̂ · weight + bias
-    normed = centred * rstd[:, None]  # [BLOCK_R, BLOCK_W], x̂
-    if weight_ptr is not None:
-        normed *= tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_W]
+    weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
+    normed = centred * rstd[:, None] * weight[None, :]  # [BLOCK_R, BLOCK_W]
     if bias_ptr is not None:
         normed += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_W]
     tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
@@ -242,7 +241,7 @@ def _add_layer_norm_bwd_sums_kernel(
 def _launch(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype | None,
@@ -259,7 +258,7 @@ def _launch(
         device=x.device,
         x_ptr=x.contiguous(),
         residual_ptr=_contiguous(residual),
-        weight_ptr=_contiguous(weight),
+        weight_ptr=weight.contiguous(),
         bias_ptr=_contiguous(bias),
         hidden_ptr=None if residual is None else hidden,
         normed_ptr=normed,
@@ -361,7 +360,7 @@ def _outputs(call: NormArguments) -> NormResults:
 def _fallback(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype | None,
@@ -377,8 +376,8 @@ def _fallback(
     return x.new_empty(0) if residual is None else hidden, normed.to(dtype or x.dtype), mean, rstd
 
 
-def _affine(unit: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    scaled = unit if weight is None else unit * weight.to(unit.dtype)
+def _affine(unit: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    scaled = unit * weight.to(unit.dtype)
     return scaled if bias is None else scaled + bias.to(unit.dtype)
 
 
@@ -433,7 +432,7 @@ def _fallback_backward(*arguments: Any) -> NormResults:
 def _fake(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype | None,
@@ -472,8 +471,6 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: No
     cast = None if not need_residual or ctx.residual_dtype == hidden.dtype else ctx.residual_dtype
     if d_normed is None:
         return d_hidden, d_hidden if cast is None or d_hidden is None else d_hidden.to(cast)
-    if weight is None:
-        weight = mean.new_ones(hidden.shape[-1])
     call = NormArguments(
         d_normed, d_hidden, hidden, mean, rstd, weight, None, need_x or need_residual, need_weight, need_bias,
         need_sums=False, partial=False, cast=cast, need_normed=False,
@@ -483,7 +480,7 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: No
 
 
 add_layer_norm = registration.define(
-    "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType? dtype,"
+    "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, ScalarType? dtype,"
     " bool rms=False)"
     " -> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
     fallback=_fallback,

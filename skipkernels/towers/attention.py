@@ -87,12 +87,12 @@ class Pooled:
 class Suffixes:
     """Causal attention of a shared prefix over itself, and of class suffixes over the prefix and over themselves.
 
-    The rows are those of the prefix, then those of the suffixes, packed by `offsets` or padded to `max_length` tokens.
+    The rows are those of the prefix, then those of the suffixes, packed by `offsets`, or of `max_length` tokens each.
     """
 
     backend: AttentionBackend
     prefix_length: int  # P ≥ 1
-    offsets: Tensor | None  # int64 [K + 1] into the rows behind the prefix
+    offsets: Tensor | None  # int64 [K + 1] into the rows behind the prefix; None if all suffixes have max_length tokens
     max_length: int  # Number of tokens of the longest suffix
     last_rows: Tensor  # int64 [K], the last row of each suffix
     excludes_self: bool = False  # The last rows attend to the rows in front of them, and not to themselves

@@ -108,6 +108,25 @@ class Tower(ABC):
         with evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)]):
             return LSkipBoundary.apply(run, constant, self.cut.chunk).to(inputs.device)
 
+    def _run_lower_blocks(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run the blocks below the cut over sequences [n, tokens, W]."""
+        blocks = range(self.skip)
+        if self.why_no_rows(blocks) is None:
+            return self._run_sequences(hidden, blocks, mask)
+        return self._call_blocks(hidden, blocks, mask)
+
+    def _call_blocks(self, hidden: Tensor, blocks: range, mask: Tensor | None = None) -> Tensor:
+        """Call blocks as the model calls them; above the cut, with `memory="min"`, they are recomputed in backward."""
+        for index in blocks:
+            block = self.blocks[index]
+            # A batch norm in training mode would update its statistics twice if it were recomputed.
+            recomputes = index >= self.skip and self.cut.memory == "min" and torch.is_grad_enabled()
+            if recomputes and not updates_statistics(block):
+                hidden = checkpoint(self.call_block, block, hidden, mask, use_reentrant=False)
+            else:
+                hidden = self.call_block(block, hidden, mask)
+        return hidden
+
     def _run_sequences(
         self,
         hidden: Tensor,
@@ -117,11 +136,7 @@ class Tower(ABC):
         memory: FusedMemory = "fast",
         pooled: BlockAttention | None = None,
     ) -> Tensor:
-        """Run blocks over sequences [n, tokens, W]; with `pooled`, if they take rows, return [n, 1, W]."""
-        if self.why_no_rows(blocks) is not None:  # hidden states may have another shape
-            for index in blocks:
-                hidden = self._run_own_forward(index, hidden, mask)
-            return hidden
+        """Run blocks that take rows over sequences [n, tokens, W]; with `pooled` return [n, 1, W]."""
         n = len(hidden)
         options = RowsOptions(Sequences(n, mask, backend=self.cut.backend), memory, self.rotary(hidden.device))
         rows = self._run_rows(hidden.flatten(0, 1), blocks, options, pooled)
@@ -136,25 +151,16 @@ class Tower(ABC):
             hidden = self.blocks[index](hidden, options)
         return hidden.sum()
 
-    def _run_own_forward(self, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Run a block as the model calls it; above the cut, with `memory="min"`, it is recomputed in backward."""
-        block = self.blocks[index]
-        # A batch norm in training mode would update its statistics twice if it were recomputed.
-        recomputes = index >= self.skip and self.cut.memory == "min" and torch.is_grad_enabled()
-        if recomputes and not updates_statistics(block):
-            return checkpoint(self.call_block, block, hidden, mask, use_reentrant=False)
-        return self.call_block(block, hidden, mask)
-
     @torch.compiler.disable  # queries the free memory
     def block_memory(self, hidden: Tensor, runs: int = 1) -> FusedMemory:
-        """Return what each fused block above the cut saves for backward, over hidden states [..., W].
+        """Return what each block above the cut that takes rows saves for backward, over hidden states [..., W].
 
         With `memory="auto"` it is "min" if saving everything would take more than half of the memory that is free in
         the first step with as many rows. A step runs the blocks `runs` times before backward.
         """
         if self.cut.memory != "auto":
             return self.cut.memory
-        if not torch.is_grad_enabled() or not any(isinstance(block, FusedBlock) for block in self.blocks):
+        if not torch.is_grad_enabled():
             return "fast"
         from ..memory import free_bytes  # both are not needed to import the towers
         from .fused.stages import saved_bytes
@@ -274,7 +280,7 @@ class ImageTower(Tower):
         """Map images [n, 3, height, width], in any dtype, to hidden states at the cut; with a cut constants."""
 
         def run(images: Tensor) -> Tensor:
-            return self._run_sequences(self.embed(images), range(self.skip))
+            return self._run_lower_blocks(self.embed(images))
 
         return self._run_lower(run, images.to(self.dtype))
 
@@ -288,12 +294,13 @@ class ImageTower(Tower):
         Under autocast the features may be in 16 bits. The residual stream above the cut is in the dtype of the model,
         as that of the texts, so that features from a cache give the same result as images.
         """
-        features = features.to(self.dtype)
+        features, blocks = features.to(self.dtype), self.upper_blocks
+        if self.why_no_rows(blocks) is not None:
+            return self.finish(self._call_blocks(features, blocks))
         first_tokens = Pooled(slice(None, None, features.shape[1]))  # of the sequences, among their rows
         pooled = first_tokens if self.why_not_pooled() is None else None
         memory = self.block_memory(features)
-        hidden = self._run_sequences(features, self.upper_blocks, memory=memory, pooled=pooled)
-        return self.finish(hidden)
+        return self.finish(self._run_sequences(features, blocks, memory=memory, pooled=pooled))
 
     def encoder(self) -> nn.Module:
         """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""

@@ -2,7 +2,7 @@
 
 Parameters, their names, `state_dict`, `isinstance` and hooks stay. `forward` reads weights and settings from the
 block's children at each call. If a child is not what the fused path knows (an adapter, a quantised layer, a hook, a
-method that was replaced on its class), the block runs its family's own forward.
+method that was replaced on its class), the block runs the forward of its own class.
 """
 
 from __future__ import annotations

@@ -168,7 +168,8 @@ class SelectedPrompts:
 class TextTower(Tower):
     """A tower over prompts. The embedding of a prompt is computed from its pooled token.
 
-    Above the cut, tokens are rows: the prefix that all prompts share, once, then the suffix of each class.
+    Above the cut, if its blocks take rows and the prompts share a prefix, the rows are those of the prefix, once, then
+    those of the suffix of each class.
     """
 
     @abstractmethod
@@ -210,7 +211,7 @@ class TextTower(Tower):
         """Map tokens [n, L] of some of these prompts to hidden states at the cut [n, L, W]; with a cut constants."""
 
         def run(tokens: Tensor) -> Tensor:
-            return self._run_sequences(self.embed(tokens, prompts), range(self.skip), self.mask(tokens, prompts))
+            return self._run_lower_blocks(self.embed(tokens, prompts), self.mask(tokens, prompts))
 
         return self._run_lower(run, tokens)
 
@@ -223,7 +224,11 @@ class TextTower(Tower):
 
         A step calls it `runs` times before backward, once for each template; see `block_memory`.
         """
-        if selected.prompts.prefix_length and self.why_no_rows(self.upper_blocks) is None:
+        if not self.upper_blocks or self.why_no_rows(self.upper_blocks) is not None:
+            mask = self.mask(selected.tokens, selected.prompts)
+            hidden = self._call_blocks(selected.unpack(rows), self.upper_blocks, mask)  # [K, L, W]
+            return self.finish(hidden[torch.arange(len(hidden), device=hidden.device), selected.pooled])
+        if selected.prompts.prefix_length:
             return self.finish(self._run_suffixes(rows, selected, self.block_memory(rows, runs)))
         features = selected.unpack(rows)
         return self.finish(self._run_whole_prompts(features, selected, self.block_memory(features, runs)))
@@ -239,21 +244,17 @@ class TextTower(Tower):
             selected.last_rows,
             prompts.excludes_self,
         )
-        options = RowsOptions(attention, memory, self.rotary(rows.device))
-        hidden = self._run_rows(rows, self.upper_blocks, options, replace(attention, only_last=True))
-        return hidden if self.upper_blocks else hidden[selected.last_rows]
+        options = RowsOptions(attention, memory)
+        return self._run_rows(rows, self.upper_blocks, options, replace(attention, only_last=True))
 
     def _run_whole_prompts(self, features: Tensor, selected: SelectedPrompts, memory: FusedMemory) -> Tensor:
         """Run whole prompts [K, L, W]; return hidden states [K, W] of the pooled tokens."""
         mask, (K, L, _) = self.mask(selected.tokens, selected.prompts), features.shape
         class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each
-        pooled = None
-        if self.upper_blocks and self.why_no_rows(self.upper_blocks) is None:
-            # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
-            pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
-            pooled = Pooled(class_numbers * L + positions, pooled_mask)
-        hidden = self._run_sequences(features, self.upper_blocks, mask, memory=memory, pooled=pooled)
-        return hidden[class_numbers, positions] if pooled is None else hidden[:, 0]
+        # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
+        pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
+        pooled = Pooled(class_numbers * L + positions, pooled_mask)
+        return self._run_sequences(features, self.upper_blocks, mask, memory=memory, pooled=pooled).squeeze(1)
 
 
 def representative_classes(prompts: Prompts) -> Tensor:

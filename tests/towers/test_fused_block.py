@@ -122,12 +122,12 @@ class _NoLaunch(torch.autograd.Function):
 
 
 # Kernels of the forward and backward pass of a block on a GPU, without those of attention. Autocast adds one that casts
-# all weights, one that widens weights for the first block, and one that narrows a gradient for the last.
+# all weights, and one that narrows a gradient for the last.
 LAUNCHES = {
     ("inner", torch.float32): (7, 12),
     ("inner", torch.bfloat16): (8, 12),
-    ("first", torch.float32): (7, 17),
-    ("first", torch.bfloat16): (8, 17),
+    ("first", torch.float32): (7, 12),
+    ("first", torch.bfloat16): (8, 12),
     ("last", torch.float32): (8, 13),
     ("last", torch.bfloat16): (9, 14),
 }
@@ -200,16 +200,6 @@ def test_fused_block_runs_attention_no_more_than_needed(memory, frozen, expected
     weights, settings = OpenClipBlock._read(block)
     fused_block(weights, settings, Hidden(hidden.flatten(0, 1)), options).sum().square().mean().backward()
     assert calls == expected
-
-
-def test_fused_block_gradient_of_zero_norm_weight():
-    """The gradient follows from that of the projection's weights, without a division."""
-    block, hidden = make_block(), hidden_states(requires_grad=False)
-    with torch.no_grad():
-        block.ln_1.weight[::2] = 0
-    expected = gradients(block(hidden).flatten(0, 1), block, hidden)
-    for name, gradient in gradients(run_fused(block, hidden), block, hidden).items():
-        assert relative_error(gradient, expected[name]) < 1e-12, name
 
 
 def test_fused_block_saved_bytes():

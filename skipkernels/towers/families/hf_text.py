@@ -43,7 +43,7 @@ class EncoderTextTower(TextTower):
     def upper(self, rows: Tensor, selected: SelectedPrompts, runs: int = 1) -> Tensor:
         tokens = selected.tokens
         hidden, mask = rows.unflatten(0, (len(tokens), -1)), self.mask(tokens, selected.prompts)
-        hidden = self.finish_encoder(self._run_sequences(hidden, self.upper_blocks, mask))
+        hidden = self.finish_encoder(self._call_blocks(hidden, self.upper_blocks, mask))
         pooler = getattr(self.encoder, "pooler", None)
         output = BaseModelOutputWithPooling(
             last_hidden_state=hidden, pooler_output=None if pooler is None else pooler(hidden)

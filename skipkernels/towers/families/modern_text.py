@@ -74,7 +74,7 @@ class ModernTextTower(TextTower):
     def upper(self, rows: Tensor, selected: SelectedPrompts, runs: int = 1) -> Tensor:
         tokens = selected.tokens
         mask = self.mask(tokens, selected.prompts)
-        hidden = self._run_sequences(selected.unpack(rows), self.upper_blocks, mask)
+        hidden = self._call_blocks(selected.unpack(rows), self.upper_blocks, mask)
         normed = self.text.ln_final(hidden[..., : self.text.width])
         return self.finish(self.text.pool(normed, text=tokens, valid=self._valid(tokens), eos_id=self.text.eos_id))
 

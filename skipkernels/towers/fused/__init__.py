@@ -11,7 +11,7 @@ embeddings of query and key (`Rotary`), a norm of the result of attention and on
 `mlp_norm`), SwiGLU, where W_fc has gate and value side by side, RMSNorm in place of LayerNorm, and no biases.
 
     records.py    hidden states, weights and settings of a block, a call of it, and what that saves
-    node.py       `fused_block`, the `torch.autograd.Function`; imported by the first block that runs
+    node.py       `fused_block`, by a `torch.autograd.Function`; imported by the first block that runs
     stages.py     norm_1 → in_proj → attention → out_proj → norm_2 → mlp, each with its backward, and what each saves
     gradients.py  gradients of the weights, as products and as sums over rows
 """

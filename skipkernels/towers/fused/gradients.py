@@ -18,7 +18,7 @@ ATTENTION_NORMS = (
     *("query_norm", "query_norm_bias", "key_norm", "key_norm_bias"),
     *("attention_norm", "attention_norm_bias"),
 )
-NORM_1_AND_IN_PROJ = ("norm_1", "norm_1_bias", "in_proj", "in_proj_bias")
+_IN_FRONT_OF_ATTENTION = ("norm_1", "norm_1_bias", "in_proj_bias", *ATTENTION_NORMS)
 
 
 @dataclass
@@ -51,11 +51,7 @@ class Gradients:
     @property
     def needs_attention(self) -> bool:
         """True if a gradient depends on that of attention."""
-        return self.needs_hidden or self.needs_input_of("in_proj") or self.needs(*NORM_1_AND_IN_PROJ, *ATTENTION_NORMS)
-
-    def set(self, name: str, gradient: Tensor) -> None:
-        """Set the gradient of a field of `BlockWeights`."""
-        self.weights[name] = gradient
+        return self.needs_hidden or self.needs_input_of("in_proj") or self.needs(*_IN_FRONT_OF_ATTENTION)
 
     def set_product(self, name: str, *pairs: tuple[Tensor, Tensor]) -> None:
         """Set the gradient of a matrix, and of its factors, if they are needed.
@@ -64,10 +60,10 @@ class Gradients:
         Those of several pairs are one below the other.
         """
         if name in self.needed:
-            self.set(name, joint_product(pairs, self.dtype))
-        self.set_factors(name, *pairs)
+            self.weights[name] = joint_product(pairs, self.dtype)
+        self._set_factors(name, *pairs)
 
-    def set_factors(self, name: str, *pairs: tuple[Tensor, Tensor]) -> None:
+    def _set_factors(self, name: str, *pairs: tuple[Tensor, Tensor]) -> None:
         """Set the gradients of A and B of the low-rank updates of a matrix, if there are any.
 
         A weight W + s · B · A with frozen W gets no gradient itself. With y = x (W + s · B · A)ᵀ,
@@ -108,7 +104,7 @@ class Gradients:
         # On a CPU a sum in another dtype would convert all rows first.
         dtype = matrices[0].dtype if matrices[0].is_cpu else self.sums_dtype
         sums = [x.sum(0, dtype=dtype) for x in matrices]  # `out=` has no batching rule
-        self.set(name, torch.cat(sums) if len(sums) > 1 else sums[0])
+        self.weights[name] = torch.cat(sums) if len(sums) > 1 else sums[0]
 
     def _add_pending(self, names: Sequence[str], matrices: Sequence[Tensor]) -> None:
         width = sum(x.shape[1] for x in matrices) // len(names)

@@ -114,7 +114,7 @@ class _BlockFunction(torch.autograd.Function):
 def prepare(weights: BlockWeights, dtype: torch.dtype) -> PreparedWeights:
     """Join weights in parts, and cast those of products to their dtype, all by one launch.
 
-    In a captured step its update has made the casts (`casts.active`, None in other steps).
+    A captured step, and the eager ones before its capture, take the casts that their update renews (`casts.active`).
     """
     fields: dict[str, Any] = dict(vars(weights))
     if isinstance(weights.mlp_in_bias, tuple):

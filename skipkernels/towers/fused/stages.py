@@ -1,8 +1,8 @@
 """The stages of a fused block, each with its backward: norm_1 → in_proj → attention → out_proj → norm_2 → mlp.
 
-Tokens are rows [R, W] of any number of sequences; only `attention` knows where a sequence ends. If it returns only Q
-query rows (the pooled tokens, in the last block), then only `norm_1` and `in_proj` compute all R rows, and the other
-stages Q rows; with separate queries `in_proj` computes only key and value of all rows.
+Tokens are rows [R, W] of any number of sequences; only `attention` knows where a sequence ends. In the last block it
+returns Q query rows, the pooled tokens: then the stages behind it compute Q rows; with separate queries `in_proj`
+computes only key and value of all R rows, and attention only Q queries.
 
 Saved for backward, in values per token, with M = 4·W, by the `memory` of a call:
 
@@ -23,11 +23,9 @@ Under autocast the weights of products are cast once, by one launch, or in a cap
 the products, and the residual stream keeps its own.
 
 Products and norms without a function of their own are written out in `forward` and `backward`. `d_NAME` takes the
-gradient of the result of NAME and returns that of its input. It sets those of its vectors
-(biases, norms) in `Gradients`; `backward` sets those of matrices: each is a product with the input of its layer. Inputs
-that a norm or the activation has computed are not saved, but recomputed by the backward of that norm or activation,
-which returns them as well: the gradient of W_p follows `d_mlp_act`, and those of W_fc and W_qkv that of the norm in
-front of them.
+gradient of the result of NAME and returns that of its input. Gradients of weights are set in `Gradients`. That of a
+matrix is a product with the input of its layer; an input that a norm or the activation has computed is not saved, but
+recomputed by the backward of that norm or activation, which returns it as well.
 """
 
 from __future__ import annotations
@@ -43,8 +41,7 @@ from ...ops.add_layer_norm import NormArguments, NormResults, add_layer_norm, ad
 from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ...ops.mlp_activation import Needs as ActivationNeeds
 from ...ops.rotary_embedding import rotary_embedding
-from ...reference import at_least_fp32
-from .gradients import ATTENTION_NORMS, NORM_1_AND_IN_PROJ, Gradients, joint_product
+from .gradients import ATTENTION_NORMS, Gradients
 from .records import NORMS, AttentionGraph, BlockCall, Hidden, Saved, SavedNorm
 
 # Values saved per token by which `memory="auto"` decides, in multiples of W: the 10 of the table, and 3 for norms of
@@ -94,7 +91,7 @@ def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Save
 
 
 def to_save(call: BlockCall, saved: Saved) -> list[Tensor | None]:
-    """Tensors that are kept until backward, by the table at the head of this file; for `restore`."""
+    """Tensors that are kept until backward, beside the graph of attention, which has its own; for `restore`."""
     if call.options.memory == "min":
         return [saved.norm_1.x]
     return (replace(saved, inner=None) if call.options.memory == "balanced" else saved).tensors()
@@ -125,7 +122,8 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     assert saved.inner is not None and graph is not None and d_out.branch is not None
     d_inner = d_mlp(call, saved.inner, d_out.branch, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
     d_normed = d_inner @ weights.mlp_in  # [Q, M] @ [M, W] -> [Q, W]; 2M for SwiGLU
-    # norm_2: mid = hidden + attended · W_o + b_o. b_p is added to its result, and b_o within it.
+    # norm_2 of mid = hidden + attended · W_o + b_o. The residual gradient is that of the sum mid + branch, so that its
+    # column sums are d_b_p, and those of d_mid are d_b_o.
     biases = ("mlp_out_bias", "out_proj_bias")
     (d_mid, d_branch), normed = d_norm(
         call, "norm_2", saved.norm_2, d_normed, d_out.stream, gradients, gradients.needs_input_of("mlp_in"), biases
@@ -146,15 +144,12 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     if weights.query_norm is None:
         d_projected = rotate(call, d_projected, inverse=True)
     # in_proj and norm_1: hidden = stream + branch
-    if not gradients.needs_hidden:
-        d_in_proj_and_norm_1(call, saved.norm_1.x, d_projected, gradients)
-        return None
     d_normed = d_in_proj(call, d_projected, gradients)  # [R, W]
     d_hidden, normed = d_norm_1(call, saved.norm_1, d_normed, d_mid, gradients)
     del d_normed
     if normed is not None:
         gradients.set_product("in_proj", *_pairs(call, d_projected, normed))
-    return d_hidden
+    return d_hidden if gradients.needs_hidden else None
 
 
 # ---- norm_1 and in_proj ----------------------------------------------------------------------------------------------
@@ -165,6 +160,8 @@ def d_norm_1(
 ) -> tuple[Hidden, Tensor | None]:
     """Gradient of hidden [R, W], with that of the residual, mid [Q, W]; return also LN₁(hidden), if needed."""
     need_normed = gradients.needs_input_of("in_proj")
+    if not gradients.needs_hidden:
+        return d_norm(call, "norm_1", saved, d_normed, None, gradients, need_normed)
     if call.options.attention.query_rows is None:
         return d_norm(call, "norm_1", saved, d_normed, d_mid, gradients, need_normed)
     d_hidden, normed = d_norm(call, "norm_1", saved, d_normed, None, gradients, need_normed)
@@ -193,32 +190,6 @@ def d_in_proj(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradien
     (d_query, d_key_value), W = d_projected, weight.shape[1]
     d_normed = d_key_value @ weight[W:]  # [R, 2W] @ [2W, W] -> [R, W]
     return call.add_product_to_queries(d_normed, d_query, weight[:W])  # [Q, W] @ [W, W] -> [Q, W]
-
-
-def d_in_proj_and_norm_1(call: BlockCall, hidden: Tensor, d_projected: Sequence[Tensor], gradients: Gradients) -> None:
-    """Set the gradients of W_qkv, b_qkv and LN₁ if none of hidden is needed, as in the first block above the cut.
-
-    Since LN₁(hidden) = x̂ · γ + β, they follow from G = d_qkvᵀ x̂, which saves a product as large as the projection:
-
-        d_W = G · γ + d_b ⊗ β,   d_γ = Σ_n W_n · G_n,   d_β = Σ_n d_b_n W_n,   n the rows of W = W_qkv, [3W, W]
-    """
-    weights, settings = call.weights, call.settings
-    if "in_proj" in gradients.updates:
-        normed, _ = norm(call, "norm_1", hidden)
-        gradients.set_factors("in_proj", *_pairs(call, d_projected, normed))
-    if not gradients.needs(*NORM_1_AND_IN_PROJ):
-        return
-    gradients.set_column_sums("in_proj_bias", d_projected)  # d_b, [3W]
-    gradients.complete()  # d_b is read below
-    unit = add_layer_norm(hidden, None, None, None, settings.eps[0], call.dtype, settings.rms)[1]  # x̂, [R, W]
-    unit_gradient = at_least_fp32(joint_product(_pairs(call, d_projected, unit), gradients.dtype))  # G, [3W, W]
-    d_weight = unit_gradient * weights.norm_1  # [3W, W]
-    gradients.set("norm_1", (weights.in_proj * unit_gradient).sum(0))  # [W]
-    if weights.norm_1_bias is not None:
-        d_bias = at_least_fp32(gradients.weights["in_proj_bias"])[:, None]  # [3W, 1]
-        gradients.set("norm_1_bias", (weights.in_proj * d_bias).sum(0))  # [W]
-        d_weight.addcmul_(d_bias, weights.norm_1_bias)
-    gradients.set("in_proj", d_weight)
 
 
 def _pairs(call: BlockCall, d_projected: Sequence[Tensor], inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
@@ -256,7 +227,7 @@ def d_attention(saved: AttentionGraph, d_attended: Tensor, gradients: Gradients)
     d_leaves = torch.autograd.grad(saved.result, (*saved.projected, *saved.norms.values()), d_attended)
     count = len(saved.projected)
     for name, gradient in zip(saved.norms, d_leaves[count:], strict=True):
-        gradients.set(name, gradient)
+        gradients.weights[name] = gradient
     return d_leaves[:count]
 
 
@@ -340,7 +311,7 @@ def d_norm(
         saved.rstd,
         weight,
         bias,
-        need_x=True,
+        need_x=gradients.needs_hidden or name != "norm_1",
         need_weight=gradients.needs(name),
         need_bias=gradients.needs(f"{name}_bias"),
         need_sums=need_sums,
