@@ -20,8 +20,13 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return plain
 
 
-def assert_same_loss(clip: sk.SkipCLIP, loss: Tensor, plain: nn.Module, expected: Tensor) -> None:
-    """Compare a loss, and its gradient of every parameter of the model, with those of a copy."""
+def assert_same_loss(
+    clip: sk.SkipCLIP, loss: Tensor, plain: nn.Module, expected: Tensor, frozen: frozenset[str] = frozenset()
+) -> None:
+    """Compare a loss, and its gradient of every parameter of the model, with those of a copy.
+
+    All parameters above the cut train, but for scale and bias of the logits and those that the test froze.
+    """
     dtype = next(plain.parameters()).dtype
     assert loss.item() == pytest.approx(expected.item(), rel=LOSS[dtype])
     clip.model.zero_grad()
@@ -29,7 +34,7 @@ def assert_same_loss(clip: sk.SkipCLIP, loss: Tensor, plain: nn.Module, expected
     expected.backward()
     found = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     trained = {name for name, p in clip.model.named_parameters() if p.requires_grad}
-    assert trained - {"logit_scale"} == found.keys() - {"logit_scale"}, "parameters above the cut"
+    assert trained - {"logit_scale"} == found.keys() - {"logit_scale", "logit_bias", *frozen}
     assert_equal_gradients(clip.model, found, dtype)
     clip.model.zero_grad()
 
@@ -44,6 +49,7 @@ def assert_step_equals_naive(
     train_text: bool = True,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
+    frozen: frozenset[str] = frozenset(),
 ) -> sk.SkipOutput:
     """Compare a step, or an evaluation, with the naive loss over the classes that it kept."""
     plain = plain_copy(clip.model)
@@ -54,5 +60,5 @@ def assert_step_equals_naive(
     logits = naive.cosine_logits(plain, images, tokens[out.class_ids], clip.skip_layers, quick)
     weight = None if class_weight is None else class_weight.to(images.dtype)[out.class_ids]
     expected = F.cross_entropy(logits, out.targets, weight, label_smoothing=label_smoothing)
-    assert_same_loss(clip, out.loss, plain, expected)
+    assert_same_loss(clip, out.loss, plain, expected, frozen)
     return out

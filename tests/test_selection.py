@@ -119,8 +119,9 @@ def test_draw_at_the_end_of_an_interval(probabilities, start, places):
     assert intervals.draw(start).tolist() == places
 
 
-@pytest.mark.parametrize("max_tail", [None, 3])
-@pytest.mark.parametrize("classes", [4, 5, 24, 28, 33, 34, 37, 51, 199, 1000])
+@pytest.mark.parametrize(
+    ("classes", "max_tail"), [(4, None), (5, 3), (24, None), (33, None), (37, 3), (199, None), (1000, 3)]
+)
 def test_resample_keeps_ranks_with_their_probability(classes, max_tail):
     """Within 5 standard errors of 4,000 draws. Each has Σq ranks, rounded down or up."""
     sampler, steps = RankSampler(max_tail=max_tail), 4000

@@ -125,16 +125,6 @@ def test_unfinished_epoch_is_followed_by_a_complete_one():
     assert sorted(sum(broken, [])) == list(range(12))
 
 
-def test_state_can_be_saved_with_weights_only(tmp_path):
-    started = sampler([0, 1] * 6, 2, "class_pure")
-    expected = list(sampler([0, 1] * 6, 2, "class_pure"))[2:]
-    take(started, 2)
-    torch.save(started.state_dict(), tmp_path / "state")
-    resumed = sampler([0, 1] * 6, 2, "class_pure", seed=9)
-    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-    assert list(resumed) == expected
-
-
 # ---- invalid arguments -----------------------------------------------------------------------------------------------
 
 OWN = {"labels": [0, 1] * 6, "batch_size": 2, "kind": "class_pure"}

@@ -43,9 +43,7 @@ def test_accuracy_of_a_tuned_model(tmp_path):
     coloured(photos)
     data, rates = f"imagefolder:{photos}", {"batch_size": 4, "text_lr": 1e-3, "image_lr": 1e-3}
     tune(
-        TuneConfig(
-            data=data, method="skip", shots="all", epochs=10, protocol="few-shot", device="cpu", out=out, **rates
-        )
+        TuneConfig(data=data, method="skip", shots="all", epochs=3, protocol="few-shot", device="cpu", out=out, **rates)
     )
     (expected,) = evaluate_run(out).values()
 
