@@ -22,19 +22,7 @@ from ..options import Precision, Protocol, Shots
 from .data.base import InputError
 from .data.registry import is_own
 from .methods.registry import AUTO, METHODS
-from .option_groups import (
-    CacheOptions,
-    ComputeOptions,
-    DataOptions,
-    HeadOptions,
-    MethodOptions,
-    ModelOptions,
-    OutputOptions,
-    ProtocolOptions,
-    RunOptions,
-    SkipOptions,
-    TrainingOptions,
-)
+from .option_groups import Settings
 from .untrusted import check_source
 
 if TYPE_CHECKING:
@@ -82,20 +70,8 @@ def _input_error(error: ValidationError, names: list[str]) -> InputError:
 
 @_with_input_errors
 @dataclass(frozen=True, config=_SCHEMA)
-class TuneConfig(
-    OutputOptions,
-    RunOptions,
-    CacheOptions,
-    ComputeOptions,
-    TrainingOptions,
-    SkipOptions,
-    HeadOptions,
-    MethodOptions,
-    ModelOptions,
-    ProtocolOptions,
-    DataOptions,
-):
-    """Configuration of a run. Its fields are those of the option groups, beginning with `DataOptions`.
+class TuneConfig(Settings):
+    """Configuration of a run. Its fields are those of `Settings`.
 
     Example:
         >>> TuneConfig(data="imagefolder:photos", epochs=3, out="runs/photos").out

@@ -1,5 +1,5 @@
-"""Settings of a run in groups, with defaults, bounds and help texts. `TuneConfig` inherits from all groups, and the
-commands are composed of them. Imports neither torch nor pydantic, for a quick --help.
+"""Settings of a run in groups, with defaults, bounds and help texts. `TuneConfig` has the settings of all groups, and
+commands are composed of groups. Imports neither torch nor pydantic, for a quick --help.
 """
 
 from __future__ import annotations
@@ -247,3 +247,20 @@ class OutputOptions:
     if there is none. A path: resume the run in that folder, with its settings."""
     log_every: int = option(50, ge=1, results=False)
     """Steps between displays and checks of the loss."""
+
+
+@dataclass(frozen=True)
+class Settings(
+    OutputOptions,
+    RunOptions,
+    CacheOptions,
+    ComputeOptions,
+    TrainingOptions,
+    SkipOptions,
+    HeadOptions,
+    MethodOptions,
+    ModelOptions,
+    ProtocolOptions,
+    DataOptions,
+):
+    """All settings of a run; the fields of `DataOptions` come first."""

@@ -11,17 +11,12 @@ from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from typing import Any
 
-from skipkernels.app import option_groups
+from skipkernels.app.option_groups import Settings
 from skipkernels.formatting import first_line
 
 _NAMES = {"run": "RUN", "images": "IMAGES", "templates": "--template"}  # Python argument → other name here
 _IN_BACKQUOTES = re.compile(r"`([a-z_]+)(?:=([^`]+))?`")
-_SETTINGS = {
-    field.name
-    for group in vars(option_groups).values()
-    if dataclasses.is_dataclass(group)
-    for field in dataclasses.fields(group)
-}
+_SETTINGS = {field.name for field in dataclasses.fields(Settings)}
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 
 
