@@ -10,9 +10,8 @@ for ImageNet. With neither, the images of each class are split by a hash of thei
 train, rounded to the nearest, with at least one image of each class in train and in test. The order of files on the
 disk has no effect.
 
-Class names. They are the names of the folders, with "_" replaced by spaces, or are read from one file in PATH:
-`classes.json`, {"folder": "name", …}, which may also name folders that do not exist, or `classes.txt`, with a name in
-each line, in the order of the sorted folders.
+Class names. They are the names of the folders, with "_" replaced by spaces, or are read from `classes.json` in PATH,
+{"folder": "name", …}, which may also name folders that do not exist.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import os
 from pathlib import Path
 
 from .base import InputError, open_error
-from .files import absolute_path, find_images, format_names, format_others, read_json, read_text, subfolders
+from .files import absolute_path, find_images, format_names, format_others, read_json, subfolders
 from .images import LabelledImages
 from .source import Source, Split, normalize_class_names
 from .splits import SPLIT_NAMES, listed_source
@@ -87,21 +86,11 @@ def _class_folders(name: str, root: Path, parts: list[str]) -> list[str]:
 
 def _class_names(name: str, root: Path, folders: list[str]) -> tuple[str, ...]:
     """Return the class names by label."""
-    text, mapping = root / "classes.txt", root / "classes.json"
-    names = folders
+    mapping, names = root / "classes.json", folders
     if mapping.is_file():
         name_of = read_json(mapping, dict[str, str])
         unnamed = [folder for folder in folders if folder not in name_of]
-        if unnamed or text.is_file():
-            problem = f"no name for folder {format_names(unnamed)}" if unnamed else "there is a classes.txt too"
-            raise InputError(f"{mapping}: {problem}. Add it, or remove one of the files.")
+        if unnamed:
+            raise InputError(f"{mapping}: no name for folder {format_names(unnamed)}. Add it.")
         names = [name_of[folder] for folder in folders]
-    elif text.is_file():
-        names = [line.strip() for line in read_text(text).splitlines() if line.strip()]
-        listed = zip(names, folders, strict=False)
-        if len(names) != len(folders) or all(name.startswith((f"{folder}\t", f"{folder} ")) for name, folder in listed):
-            raise InputError(
-                f"{text}: expected a name for each of {len(folders)} class folders, one in each line, in the order of "
-                f"the sorted folders and without the folder; got {len(names)} lines. Or write classes.json."
-            )
     return normalize_class_names(f"open_source: {name}", "data", "folder", folders, names, "name them in classes.json")

@@ -80,8 +80,6 @@ OPENED: list[tuple[str, Tree, Any, list[str]]] = [
     ("imagefolder:{}", THREE | {"classes.json": '{"n01": "a", "n02": "A", "n03": "b"}'}, ...,
      ["n01 and n02 have the same class name"]),
     ("imagefolder:{}", THREE | {"classes.json": '{"n01": " ", "n02": "a", "n03": "b"}'}, ..., ["can't be named ''"]),
-    ("imagefolder:{}", THREE | {"classes.txt": "a\nb"}, ..., ["a name for each of 3 class folders, one in each line"]),
-    ("imagefolder:{}", THREE | {"classes.txt": "n01\ta\nn02\tb\nn03\tc"}, ..., ["without the folder"]),
     ("csv:", {}, "data", ["no file given"]),
     ("csv:{}/none.csv", {}, "data", ["no file"]),
     ("csv:{}/table.csv", {"table.csv": ""}, ..., ["row 1 must name one column with the path of each image, such as"]),
