@@ -15,6 +15,7 @@ from skipkernels.app.option_groups import Settings
 from skipkernels.formatting import first_line
 
 _NAMES = {"run": "RUN", "images": "IMAGES", "templates": "--template"}  # Python argument → other name here
+_FUNCTION = re.compile(r"^[\w.]+: ")  # at the beginning of a message
 _IN_BACKQUOTES = re.compile(r"`([a-z_]+)(?:=([^`]+))?`")
 _SETTINGS = {field.name for field in dataclasses.fields(Settings)}
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
@@ -88,12 +89,14 @@ def with_flags(error: BaseException) -> str:
     '--batch-size must be at least 1; got 0.'
     >>> with_flags(InputError("export: out must be a new or an empty folder; got a. Use `overwrite=True`.", "out"))
     '--out must be a new or an empty folder; got a. Use --overwrite.'
+    >>> with_flags(InputError("csv:a.csv has no train images: it has test images.", "data"))
+    '--data: csv:a.csv has no train images: it has test images.'
     >>> with_flags(InputError("Lower `text_lr`, or use `precision=fp32`; `skipkernels doctor` prints devices."))
     'Lower --text-lr, or use --precision fp32; `skipkernels doctor` prints devices.'
     """
     message, argument = str(error), getattr(error, "argument", None)
     if argument is not None:
-        reason = message.partition(": ")[2]
+        reason = _FUNCTION.sub("", message)
         end = reason.removeprefix(argument)
         message = _flag(argument) + (f": {reason}" if end == reason else end)
     return _IN_BACKQUOTES.sub(_setting, message)
