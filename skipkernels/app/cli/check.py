@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +31,7 @@ class CheckCommand:
     root: Path | None = None
     """Folder that contains the datasets of coop:, or the images of csv:."""
     out: Path | None = None
-    """File of all findings, .csv or .json. By default the first of each kind are printed."""
+    """File of all findings, .csv. By default the first of each kind are printed."""
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Check the dataset. Returns 0, or 1 if a file could not be read."""
@@ -79,12 +78,8 @@ class CheckCommand:
         if not found:
             out.print("no unreadable images, no duplicates")
         if self.out is not None:
-            rows = [one._asdict() for one in found]
-            if self.out.suffix.lower() == ".json":
-                replace_text(self.out, json.dumps({"data": self.data, "few": few, "findings": rows}, indent=1) + "\n")
-            else:
-                table = (csv_line(map(escaped, row)) for row in [Finding._fields, *found])
-                replace_text(self.out, "".join(table))
+            table = (csv_line(map(escaped, row)) for row in [Finding._fields, *found])
+            replace_text(self.out, "".join(table))
         return 1 if kinds["unreadable"] else 0
 
 

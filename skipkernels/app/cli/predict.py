@@ -35,7 +35,7 @@ class PredictOptions:
     template: tuple[str, ...] | None = None
     """Prompts of the classes, such as "a photo of a {}.". By default the prompts of the run."""
     out: Path | None = None
-    """File of the results, .csv or .json. By default they are printed as CSV. An interrupted command writes the images
+    """File of the results, .csv. By default they are printed. An interrupted command writes the images
     that are done."""
     embeddings: Path | None = None
     """File of the embeddings of the images, .npy: float32 [images, width] of unit norm, in the order of the results."""
@@ -111,7 +111,7 @@ class PredictCommand:
         if results.out is not None:
             check_file(results.out, "predict")
         if results.embeddings is not None:
-            check_file(results.embeddings, "predict", "embeddings", [".npy"])
+            check_file(results.embeddings, "predict", "embeddings", ".npy")
         from skipkernels.app.serve.classifier import check_counts, check_threshold  # imports torch
 
         check_counts(top=results.top, batch_size=compute.batch_size, workers=compute.workers)
@@ -137,17 +137,17 @@ class PredictCommand:
 
     def _write(self, rows: list[Row], embeddings: list[Tensor], out: Terminal) -> None:
         """Write or print the results."""
-        from skipkernels.app.serve.output import csv_lines, write_embeddings, write_rows
+        from skipkernels.app.serve.output import csv_lines, write_embeddings, write_lines
 
-        threshold = self.results.threshold is not None
         if self.results.embeddings is not None:
             write_embeddings(self.results.embeddings, embeddings)
+        lines = csv_lines(rows, threshold=self.results.threshold is not None)
         if self.results.out is not None:
-            write_rows(self.results.out, rows, threshold=threshold)
+            write_lines(self.results.out, lines)
         elif out.is_terminal:  # literally, as in a file
-            out.print("".join(csv_lines(rows, threshold=threshold)), end="", soft_wrap=True)
+            out.print("".join(lines), end="", soft_wrap=True)
         else:
-            out.file.writelines(csv_lines(rows, threshold=threshold))
+            out.file.writelines(lines)
 
     def _print_summary(self, classifier: Classifier, rows: list[Row], unreadable: int, err: Terminal) -> None:
         from skipkernels.app.serve.output import NONE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from skipkernels.app.console import Terminal
 
@@ -16,27 +15,22 @@ class ReportCommand:
 
     run: Run
     """Folder of a run, or of a comparison."""
-    out: Path | None = None
-    """File to write, .html. By default report.html in the folder."""
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Write the page, and print its path. Returns 0."""
         from skipkernels.app.data import InputError
-        from skipkernels.app.serve.output import check_file
         from skipkernels.app.train.run_folder import CONFIG, REPORT
         from skipkernels.folders import replace_text
 
-        if self.out is not None:
-            check_file(self.out, "report", suffixes=[".html"])
         if (self.run / CONFIG).is_file():
             from skipkernels.app.report import run_report as page_of
         else:  # imports what a run needs
             from skipkernels.app.studies.study import study_page as page_of
         page = page_of(self.run)
-        path = self.out or self.run / REPORT
+        path = self.run / REPORT
         try:
             replace_text(path, page)
         except OSError as error:
-            raise InputError(f"report: {path} can't be written: {error.strerror}.", "out") from error
+            raise InputError(f"report: {path} can't be written: {error.strerror}.", "run") from error
         out.print(str(path), soft_wrap=True)
         return 0

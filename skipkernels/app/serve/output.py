@@ -28,10 +28,10 @@ Row = tuple[str, Sequence[tuple[str, float | None]]]
 """Name of an image, and its labels with their probabilities, best first."""
 
 
-def check_file(path: Path, command: str, argument: str = "out", suffixes: Sequence[str] = (".csv", ".json")) -> None:
+def check_file(path: Path, command: str, argument: str = "out", suffix: str = ".csv") -> None:
     """Check that results can be written to a file, before the work is done; delete what a killed command left of it."""
-    if path.suffix.lower() not in suffixes:
-        raise InputError(f"{command}: {argument} must end in {' or '.join(suffixes)}; got {path}.", argument)
+    if path.suffix.lower() != suffix:
+        raise InputError(f"{command}: {argument} must end in {suffix}; got {path}.", argument)
     parent = path.absolute().parent
     if path.is_dir() or not parent.is_dir():
         raise InputError(f"{command}: {argument} must be a file in an existing folder; got {path}.", argument)
@@ -83,31 +83,12 @@ def csv_lines(rows: Iterable[Row], *, threshold: bool = False) -> Iterator[str]:
     yield csv_line([*columns, "known"] if threshold else columns)
     for name, found in rows:
         cells = [name, *(cell for label, p in found for cell in (label, "" if p is None else f"{p:.6g}"))]
-        yield csv_line([*cells, json.dumps(_is_known(found))] if threshold else cells)
-
-
-def _is_known(found: Sequence[tuple[str, float | None]]) -> bool:
-    return found[0][1] is not None
+        yield csv_line([*cells, json.dumps(found[0][1] is not None)] if threshold else cells)
 
 
 def json_predictions(found: Sequence[tuple[str, float | None]]) -> list[dict[str, Any]]:
     """Return the labels of a row, with their probabilities, in JSON types."""
     return [{"label": label, "probability": None if p is None else float(f"{p:.6g}")} for label, p in found]
-
-
-def write_rows(path: Path, rows: Iterable[Row], *, threshold: bool = False) -> None:
-    """Write predictions as CSV, or as JSON: [{"path": …, "predictions": [{"label": …, "probability": …}, …]}, …].
-
-    With a threshold, each row has "known": false for an image without a class.
-    """
-    if path.suffix.lower() == ".json":
-        items = [
-            {"path": name, "predictions": json_predictions(found)} | ({"known": _is_known(found)} if threshold else {})
-            for name, found in rows
-        ]
-        write_lines(path, ["[" + ",\n".join(map(json.dumps, items)) + "]\n"])
-    else:
-        write_lines(path, csv_lines(rows, threshold=threshold))
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -17,11 +17,10 @@ HEAVY = {"torch", "torchvision", "open_clip", "transformers", "timm", "matplotli
 CASES = {
     **{f"{command} --help": 0 for command in COMMANDS},
     "check imagefolder:photos": 0,
-    "check imagefolder:photos --out found.json": 0,
+    "check imagefolder:photos --out found.csv": 0,
     "check pictograms:food": 0,
     "check imagefolder:photos --out photos": 2,
     "predict run photos --out photos": 2,
-    "report run --out photos": 2,
     "export run --to onnx --out photos": 2,
     "blend run --out file": 2,
     "compare --out file": 2,

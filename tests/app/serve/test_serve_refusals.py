@@ -111,7 +111,7 @@ COMMANDS = {
     "predict {run} {photos} --threshold nan": "--threshold must be a number from 0 to 1; got nan",
     "predict {run} {photos} --threshold 0.5 --classes cat,None\xa0of\xa0these": "is also a class of the run",
     "predict {run} {photos} --classes clases.txt": "--classes must be at least two names",
-    "predict {run} {photos} --out {empty}/a.xlsx": "--out must end in .csv or .json",
+    "predict {run} {photos} --out {empty}/a.xlsx": "--out must end in .csv; got",
     "predict {run} {photos} --embeddings {empty}/a.csv": "--embeddings must end in .npy; got",
     "predict {run} {photos} --out /proc/a.csv": "--out: /proc can't be created",
     "serve {run} --port 70000": "--port must be from 0 to 65535; got 70000",
