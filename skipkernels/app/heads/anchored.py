@@ -94,12 +94,10 @@ def linear_probe(image: Tensor, labels: Tensor, classes: int, scale: float | Ten
     return Head(found.weight.to(dtype), bias.to(dtype))
 
 
-def probe_l2(
-    image: Tensor, labels: Tensor, classes: int, scale: float | Tensor, candidates: Sequence[float] = CANDIDATES
-) -> float:
+def probe_l2(image: Tensor, labels: Tensor, classes: int, scale: float | Tensor) -> float:
     """Choose the penalty of `linear_probe` as `anchored_l2` does that of `anchored_probe`."""
     x, anchor, scale = _checked_without_text("probe_l2", image, labels, classes, scale)
-    return _best_l2("probe_l2", x, labels, anchor, scale, candidates, bias=True)
+    return _best_l2("probe_l2", x, labels, anchor, scale, CANDIDATES, bias=True)
 
 
 def _best_l2(

@@ -8,8 +8,7 @@ from ..._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .run_page import report_html, run_report
-    from .study_page import study_html
 
-__all__ = ["report_html", "run_report", "study_html"]
+__all__ = ["report_html", "run_report"]
 
-__getattr__ = lazy_names(__name__, {"run_page": ("report_html", "run_report"), "study_page": ("study_html",)})
+__getattr__ = lazy_names(__name__, {"run_page": ("report_html", "run_report")})

@@ -168,14 +168,14 @@ def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> Non
     axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker=marker, markersize=4, linewidth=1.6)
 
 
-def figure_svg(name: str, label: str, draw: Callable[[Axes], None], *, over: str = "epoch") -> str:
-    """Return a plot with integer x as SVG; `name` is unique on the page, `label` is for screen readers."""
+def figure_svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
+    """Return a plot over the epochs as SVG; `name` is unique on the page, `label` is for screen readers."""
 
     def framed(axes: Axes) -> None:
         from matplotlib.ticker import MaxNLocator
 
         draw(axes)
-        axes.set_xlabel(over)
+        axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
 

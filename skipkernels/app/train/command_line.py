@@ -10,16 +10,10 @@ from typing import Any
 _LEFT_OUT = {"resume", "overwrite", "config", "print_config", "trust"}  # they don't change what is computed
 
 
-def command_line(
-    command: str,
-    options: Any,
-    positional: Sequence[str] = (),
-    *,
-    left_out: Collection[str] = (),
-) -> str:
+def command_line(command: str, options: Any, *, left_out: Collection[str] = ()) -> str:
     """Return the command of `skipkernels` with the options, of a dataclass or its groups, that have been changed.
 
-    `positional` names fields that are positional arguments; `left_out` those that the reader of the command chooses.
+    `left_out` names options that the reader of the command chooses.
 
     Example:
         >>> from skipkernels.app.config import TuneConfig
@@ -27,11 +21,10 @@ def command_line(
         "skipkernels tune --data 'imagefolder:my photos' --template 'a {}.' 'the {}.' --no-graph"
     """
     words = ["skipkernels", command]
-    found = {name: value for name, value in _changed(options) if name not in left_out}
-    given = [_values(found.pop(name)) for name in positional if name in found]
-    words += [shlex.quote(str(one)) for values in given for one in values]
-    for name, value in found.items():
+    for name, value in _changed(options):
         flag = name.replace("_", "-")
+        if name in left_out:
+            continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:

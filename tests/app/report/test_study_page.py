@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 import matplotlib.figure
 import pytest
 
-from skipkernels.app.report import plots, study_html
+from skipkernels.app.report import plots
 from skipkernels.app.report.plots import TimedAccuracy, pareto
+from skipkernels.app.report.study_page import study_html
 from tests.app.report.test_report import ENVIRONMENT, NASTY, Page, svgs
 
 
