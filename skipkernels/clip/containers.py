@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..reference import widened
+from ..towers.alterations import HOOKS
 from ..towers.base import Tower, UnsupportedModel
-from ..towers.block import HOOKS
 from ..towers.text import TextTower
 
 _ENCODERS = ("encode_image", "encode_text", "get_image_features", "get_text_features")

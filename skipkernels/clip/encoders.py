@@ -17,7 +17,6 @@ from ..towers.block import fuse_blocks
 from ..towers.text import TextTower
 from ..towers.watch import Watched
 from .checks import check_vocabulary
-from .containers import Containers
 from .cut_towers import TowerOptions, check_trained, cut_towers, restored_after_error, set_trainable
 from .images import ImageEncoder
 from .texts import ClassTexts, FixedTexts
@@ -65,7 +64,8 @@ class Encoders:
 
     def _build(self, prototypes: Tensor | None = None) -> None:
         """Read the model, and compare it with its encoders; prototypes are computed unless given."""
-        from ..towers.registry import build_towers  # both are needed at a construction only
+        from ..towers.registry import build_towers  # these are needed at a construction only
+        from .containers import Containers
         from .verify import verify
 
         image, text = build_towers(self.model)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..clip import SkipCLIP
 from ..optimizer import FusedSGD, world_size
+from ..towers.alterations import HOOKS, global_hooks
 from ..towers.attention import SDPA
-from ..towers.block import HOOKS, global_hooks
 
 
 def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str | None:

@@ -15,48 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as modules_of_torch
-from torch.nn.utils import parametrize
 
 from ..checks import warn_caller
 from ..options import FusedMemory
+from .alterations import Submodules, has_hooks, original_method, why_altered
 from .attention import Sequences
 from .families import BLOCKS, type_name
 from .fused.records import BlockSettings, BlockWeights, Hidden, Rotary, RowsOptions
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global{name}") for name in HOOKS]
-
-
-class Child(NamedTuple):
-    """A submodule that a block must have."""
-
-    parent: str  # path of the module that has it
-    name: str
-    forwards: Mapping[type, Any]  # allowed types, each with the `forward` of its package
-
-
-Submodules = Mapping[str, Child]  # by path; parents come first
-
-
-def submodules(types: Mapping[str, tuple[type, ...]]) -> Submodules:
-    """Make a table of submodules from their allowed types by path; a family makes its tables once, at import."""
-    found: dict[str, Child] = {}
-    for path, allowed in types.items():
-        parent, _, name = path.rpartition(".")
-        found[path] = Child(parent, name, {kind: original_method(kind, "forward") for kind in allowed})
-    return found
-
-
-def original_method(kind: type, method: str) -> Any:
-    """Return a method of a class as its package defines it, or None if another package has replaced it."""
-    function, home = getattr(kind, method), _definer(kind, method).__module__
-    module = getattr(function, "__globals__", {}).get("__name__", "")  # a wrapper may have any `__module__`
-    return function if module.partition(".")[0] == home.partition(".")[0] else None
-
-
-def _definer(kind: type, method: str) -> type:
-    return next(base for base in kind.__mro__ if method in vars(base))
 
 
 class BlockInput(NamedTuple):
@@ -153,31 +118,7 @@ class FusedBlock:
 
     def why_not_fused(self) -> str | None:
         """Return why this block runs its own forward now, or None."""
-        if global_hooks():
-            return "global module hooks are registered, so each block runs its own forward"
-        block: Any = self
-        if "attention" in vars(block):
-            return "attention() of a block was replaced"
-        for name, method in self._methods.items():
-            if getattr(self._own, name) is not method:
-                return _why_replaced(self._own, name)
-        modules: dict[str, Any] = {"": block}
-        for path, child in self._submodules().items():
-            module = modules[child.parent]._modules.get(child.name)
-            if module is None:
-                return f"the submodules of a block differ from those of a {self._own.__name__}"
-            reason = _why_child(module, path, child)
-            if reason is not None:
-                return reason
-            modules[path] = module
-        if _has_other_children(modules.values()):
-            return f"the submodules of a block differ from those of a {self._own.__name__}"
-        matrices = (
-            x for m in modules.values() for name, x in m._parameters.items() if name != "bias" and x is not None
-        )
-        if len({x.dtype for x in matrices if x.ndim == 2}) > 1:
-            return "the weights of a block have more than one dtype"
-        return self._why_settings()
+        return why_altered(self, self._own, self._methods, self._submodules()) or self._why_settings()
 
     def why_no_rows(self) -> str | None:
         """Return why this block has to be called with its ordinary input, or None if it takes rows.
@@ -187,7 +128,7 @@ class FusedBlock:
         block: Any = self
         if "forward" in vars(block):
             return "forward() of a block was replaced"
-        if any(hooks and _changing(hooks) for hooks in map(vars(block).get, HOOKS)):
+        if has_hooks(block):
             return "a block has hooks"
         if getattr(block, "gradient_checkpointing", False):
             return "a block has gradient checkpointing of transformers"
@@ -205,114 +146,6 @@ class FusedBlock:
         """Copy and pickle as the caller's class: a fused class is made at run time, and cannot be imported."""
         rebuild = copyreg._reconstructor  # type: ignore[attr-defined]
         return rebuild, (self._own, object, None), *super().__reduce_ex__(2)[2:]
-
-
-# ---- reading of weights and settings, for families ------------------------------------------------------------------
-
-
-def weights_of(name: str, layer: Any, scale: Tensor | None = None) -> dict[str, Any]:
-    """Weight and bias of a layer, as the fields `name` and `name_bias` of `BlockWeights`.
-
-    They are multiplied by the layer scale [W] that follows the layer, if there is one. They are attributes, as the
-    layer reads them: a bias may be a parameter, a buffer, or a view of a flat parameter.
-    """
-    weight, bias = layer.weight, getattr(layer, "bias", None)  # RMSNorm has none
-    if scale is not None:
-        weight, bias = scale[:, None] * weight, None if bias is None else scale * bias
-    return {name: weight, f"{name}_bias": bias}
-
-
-def joint_weights_of(name: str, *layers: Any) -> dict[str, Any]:
-    """Weights and biases of layers side by side, as these fields; zeros for a bias that one of them lacks."""
-    weights, biases = tuple(layer.weight for layer in layers), [getattr(layer, "bias", None) for layer in layers]
-    if all(bias is None for bias in biases):
-        return {name: weights, f"{name}_bias": None}
-    filled = (w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True))
-    return {name: weights, f"{name}_bias": tuple(filled)}
-
-
-def layer_scale(module: Any) -> Tensor | None:
-    """Factors [W] of a module that scales a branch; None for an identity."""
-    return None if module is None or isinstance(module, nn.Identity) else module.gamma
-
-
-def activation(module: nn.Module, names: Mapping[type, str]) -> str:
-    """Name of an activation in `functional.mlp_activation`; `names` by type, if its options do not change it."""
-    if getattr(module, "approximate", "none") == "tanh":
-        return "gelu_tanh"
-    kind = type(module)
-    if kind not in names and kind.__name__ == "QuickGELU":  # each package has one of its own
-        return "quick_gelu"
-    if kind not in names:
-        known = ", ".join(sorted(set(names.values())))
-        raise TypeError(f"fused block: the activation must be one of {known}; got a {kind.__name__}.")
-    return names[kind]
-
-
-# ---- reasons why a block is not fused --------------------------------------------------------------------------------
-
-
-def global_hooks() -> list[Any]:
-    """Hooks of all modules that may change values."""
-    return [hook for hooks in _GLOBAL_HOOKS if hooks for hook in _changing(hooks)]
-
-
-def _changing(hooks: Mapping[int, Any]) -> list[Any]:
-    """Hooks that may change values, or expect an ordinary input.
-
-    Those of FSDP2 and of PyTorch's tools such as `FlopCounterMode` only observe, and take any structure of tensors.
-    """
-    return [hook for hook in hooks.values() if not str(getattr(hook, "__module__", "")).startswith("torch.")]
-
-
-def _why_child(module: Any, path: str, child: Child) -> str | None:
-    """Return why a submodule is not what the fused block computes, or None."""
-    attributes, kind = module.__dict__, type(module)
-    if kind not in child.forwards:
-        kind = parametrize.type_before_parametrizations(module)
-        reason = _why_parametrized(module, kind, path, child)
-        if reason is not None:
-            return reason
-    if kind.forward is not child.forwards[kind]:
-        return _why_replaced(kind, "forward")
-    if (  # `HOOKS`, written out: this runs for each module of each block in each step
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-    ):
-        return "a module of a block has hooks"
-    if "forward" in attributes:
-        return f"forward() of a {type(module).__name__} of a block was replaced"
-    for name, x in attributes["_parameters"].items():
-        if x is None:
-            if name == "weight":
-                return "a norm of a block has no weight"
-        elif type(x) not in (nn.Parameter, Tensor) and not hasattr(x, "placements"):  # FSDP2 shards whole ones
-            return f"a weight of a block is a {type(x).__name__}"
-    return None
-
-
-def _why_parametrized(module: nn.Module, kind: type, path: str, child: Child) -> str | None:
-    """Return why a module is not one of the allowed types with low-rank updates, or None."""
-    if kind not in child.forwards:
-        package = type(module).__module__.partition(".")[0]
-        return f"a block has a {type(module).__name__} of {package} for its {path}"
-    from .low_rank import low_rank_updates  # few models have any
-
-    return None if low_rank_updates(module) else f"a {type(module).__name__} of a block was altered"
-
-
-def _why_replaced(kind: type, method: str) -> str:
-    return f"{method}() of the class {_definer(kind, method).__name__} was replaced"
-
-
-def _has_other_children(modules: Iterable[Any]) -> bool:
-    """Return True if one of these modules has a child that is none of them; low-rank updates are known."""
-    known = set(modules)
-    return any(
-        child not in known and name != "parametrizations" for module in known for name, child in module._modules.items()
-    )
 
 
 def _is_transformed() -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..digests import digests
+from .alterations import HOOKS, global_hooks
 from .base import Part
-from .block import HOOKS, FusedBlock, global_hooks
+from .block import FusedBlock
 
 _NOT_SETTINGS = {
     *vars(nn.Module()),  # parameters, buffers, hooks and children, which are compared apart, and the training mode

@@ -18,8 +18,9 @@ from transformers.models.clip import modeling_clip
 
 import skipkernels as sk
 from skipkernels.towers import comparison
+from skipkernels.towers.alterations import original_method
 from skipkernels.towers.base import UnsupportedModel
-from skipkernels.towers.block import FusedBlock, original_method
+from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.fused import node
 from skipkernels.towers.fused.records import Hidden
 

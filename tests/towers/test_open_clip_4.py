@@ -14,8 +14,9 @@ from reference_step import assert_matches_reference_step
 from torch import nn
 
 import skipkernels as sk
+from skipkernels.towers.alterations import submodules
 from skipkernels.towers.base import UnsupportedModel
-from skipkernels.towers.block import _fused_class, submodules
+from skipkernels.towers.block import _fused_class
 from skipkernels.towers.families import open_clip as open_clip_towers
 
 needs_modern_text = pytest.mark.skipif(

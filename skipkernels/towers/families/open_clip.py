@@ -25,9 +25,11 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..alterations import Submodules, submodules
 from ..base import ImageTower, Part, UnsupportedModel
-from ..block import BlockInput, FusedBlock, Submodules, activation, layer_scale, submodules, weights_of
+from ..block import BlockInput, FusedBlock
 from ..fused.records import BlockSettings, BlockWeights
+from ..reading import activation, layer_scale, weights_of
 from ..text import Pooling, Prompts, TextTower
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..alterations import Submodules, submodules
 from ..base import ImageTower, Part
-from ..block import BlockInput, Submodules, submodules
+from ..block import BlockInput
 from ..text import Pooling, Prompts, TextTower
 from .open_clip import BLOCK_TYPES, OpenClipBlock, OpenClipTextTower
 

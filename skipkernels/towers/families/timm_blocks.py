@@ -18,17 +18,10 @@ from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from ..block import (
-    BlockInput,
-    FusedBlock,
-    Submodules,
-    activation,
-    joint_weights_of,
-    layer_scale,
-    submodules,
-    weights_of,
-)
+from ..alterations import Submodules, submodules
+from ..block import BlockInput, FusedBlock
 from ..fused.records import NORMS, BlockSettings, BlockWeights, Rotary
+from ..reading import activation, joint_weights_of, layer_scale, weights_of
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)
