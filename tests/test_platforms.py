@@ -93,8 +93,8 @@ from skipkernels.app.cli.main import main
 from tests.test_platforms import train
 folder = Path(sys.argv[1])
 train(folder / "cache")
-tune = ["tune", "--max-classes", "4", "--shots", "1", "--epochs", "1", "--out", str(folder / "run"), "--device", "cpu"]
-sys.exit(main(tune))
+options = "--method skip --max-classes 4 --shots 1 --epochs 1 --device cpu".split()
+sys.exit(main(["tune", *options, "--out", str(folder / "run")]))
 """
 
 
