@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import casts as casts_of_step
 from ...reference import without_autocast
 from . import stages
-from .gradients import Gradients, sums_together
+from .gradients import Gradients, NeededGradients, PendingSums, sums_together
 from .records import BlockCall, BlockSettings, BlockWeights, Hidden, PreparedWeights, RowsOptions, TensorName
 
 # Fields of `BlockWeights` that products read, in the dtype of the products. The operators upcast the others: that of
@@ -86,13 +86,13 @@ class _BlockFunction(torch.autograd.Function):
         needs_stream, needs_branch, *needs_tensors = ctx.needs_input_grad[CONSTANTS:]
         needed = {name: need for name, need in zip(dtypes, needs_tensors, strict=True)}
         matrices, norms = dtypes[TensorName("mlp_out")], dtypes[TensorName("norm_1")]
+        sums_dtype = max(matrices, norms, key=lambda x: x.itemsize)  # norms may be fp32 beside fp16 matrices
+        fields = frozenset(name.field for name, need in needed.items() if need and not name.factor)
         gradients = Gradients(
-            needs_hidden=needs_stream or needs_branch,
-            needed=frozenset(name.field for name, need in needed.items() if need and not name.factor),
-            updates=weights.updates,
-            dtype=matrices,
-            sums_dtype=max(matrices, norms, key=lambda x: x.itemsize),  # norms may be fp32 beside fp16 matrices
-            partial=sums_together(d_mid.device),
+            NeededGradients(needs_stream or needs_branch, fields, weights.updates),
+            matrices,
+            sums_dtype,
+            PendingSums(sums_dtype) if sums_together(d_mid.device) else None,
         )
         with without_autocast(d_mid.device):
             call = BlockCall(ctx.settings, ctx.options, prepare(weights, ctx.dtype), ctx.dtype)
@@ -100,10 +100,9 @@ class _BlockFunction(torch.autograd.Function):
             saved = stages.restore(call, tensors[count:], graph)
             # 4. Run the stages from the last to the first
             d_hidden = stages.backward(call, saved, Hidden(d_mid, d_branch), gradients)
-            gradients.complete()
+            found = gradients.of_tensors(dtypes)
         # 5. Return the gradients in the order of the inputs, each in the dtype of its input
         d_stream, d_branch_in = d_hidden if d_hidden is not None else (None, None)
-        found = gradients.of_tensors(dtypes)
         d_tensors = (found[name].to(dtypes[name]) if need else None for name, need in needed.items())
         return *[None] * CONSTANTS, d_stream, d_branch_in if ctx.has_branch else None, *d_tensors
 

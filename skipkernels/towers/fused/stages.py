@@ -126,7 +126,14 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     # column sums are d_b_p, and those of d_mid are d_b_o.
     biases = ("mlp_out_bias", "out_proj_bias")
     (d_mid, d_branch), normed = d_norm(
-        call, "norm_2", saved.norm_2, d_normed, d_out.stream, gradients, gradients.needs_input_of("mlp_in"), biases
+        call,
+        "norm_2",
+        saved.norm_2,
+        d_normed,
+        d_out.stream,
+        gradients,
+        gradients.needed.reads_input_of("mlp_in"),
+        biases,
     )
     del d_normed
     if normed is not None:
@@ -135,7 +142,7 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     # out_proj and attention
     assert d_branch is not None
     gradients.set_product("out_proj", (d_branch, graph.result.detach()))
-    if not gradients.needs_attention:
+    if not gradients.needed.depends_on_attention:
         return None
     d_attended = d_branch @ weights.out_proj  # [Q, W] @ [W, W] -> [Q, W]
     del d_branch
@@ -149,7 +156,7 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     del d_normed
     if normed is not None:
         gradients.set_product("in_proj", *_pairs(call, d_projected, normed))
-    return d_hidden if gradients.needs_hidden else None
+    return d_hidden if gradients.needed.hidden else None
 
 
 # ---- norm_1 and in_proj ----------------------------------------------------------------------------------------------
@@ -159,8 +166,8 @@ def d_norm_1(
     call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_mid: Tensor, gradients: Gradients
 ) -> tuple[Hidden, Tensor | None]:
     """Gradient of hidden [R, W], with that of the residual, mid [Q, W]; return also LN₁(hidden), if needed."""
-    need_normed = gradients.needs_input_of("in_proj")
-    if not gradients.needs_hidden:
+    need_normed = gradients.needed.reads_input_of("in_proj")
+    if not gradients.needed.hidden:
         return d_norm(call, "norm_1", saved, d_normed, None, gradients, need_normed)
     if call.options.attention.query_rows is None:
         return d_norm(call, "norm_1", saved, d_normed, d_mid, gradients, need_normed)
@@ -183,7 +190,7 @@ def in_proj(call: BlockCall, normed: Tensor) -> tuple[Tensor, ...]:
 def d_in_proj(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradients) -> Tensor:
     """Gradient of LN₁(hidden), [R, W]; set that of b_qkv. That of W_qkv follows `d_norm_1`, which computes LN₁."""
     weight = call.weights.in_proj
-    if gradients.needs("in_proj_bias"):
+    if gradients.needed.any_of("in_proj_bias"):
         gradients.set_column_sums("in_proj_bias", d_projected)  # [3W]
     if len(d_projected) == 1:
         return d_projected[0] @ weight  # [R, 3W] @ [3W, W] -> [R, W]
@@ -243,9 +250,9 @@ def d_mlp_act(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradi
     """Gradient of the product, [Q, M] or [Q, 2M]; return also the activation [Q, M], if W_p reads it and needs it."""
     needs = ActivationNeeds(
         x=True,
-        bias=gradients.needs("mlp_in_bias"),
-        out=gradients.needs_input_of("mlp_out") and call.weights.mlp_norm is None,
-        partial=gradients.partial,
+        bias=gradients.needed.any_of("mlp_in_bias"),
+        out=gradients.needed.reads_input_of("mlp_out") and call.weights.mlp_norm is None,
+        partial=gradients.pending is not None,
     )
     bias, kind = call.weights.mlp_in_bias, KINDS.index(call.settings.activation)
     d_inner, d_bias, active, partial_sums = mlp_activation_backward(d_active, inner, bias, kind, *needs)
@@ -301,7 +308,7 @@ def d_norm(
     column sums of d_residual and of d_x.
     """
     weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
-    need_sums = gradients.needs(*biases)
+    need_sums = gradients.needed.any_of(*biases)
     casts = d_residual is not None and call.dtype != saved.x.dtype
     arguments = NormArguments(
         d_normed,
@@ -311,11 +318,11 @@ def d_norm(
         saved.rstd,
         weight,
         bias,
-        need_x=gradients.needs_hidden or name != "norm_1",
-        need_weight=gradients.needs(name),
-        need_bias=gradients.needs(f"{name}_bias"),
+        need_x=gradients.needed.hidden or name != "norm_1",
+        need_weight=gradients.needed.any_of(name),
+        need_bias=gradients.needed.any_of(f"{name}_bias"),
         need_sums=need_sums,
-        partial=gradients.partial,
+        partial=gradients.pending is not None,
         cast=call.dtype if casts else None,
         need_normed=need_normed,
     )
