@@ -133,18 +133,29 @@ class Tower(ABC):
         blocks: range,
         mask: Tensor | None = None,
         *,
-        memory: FusedMemory = "fast",
         pooled: BlockAttention | None = None,
+        runs: int = 1,
     ) -> Tensor:
         """Run blocks that take rows over sequences [n, tokens, W]; with `pooled` return [n, 1, W]."""
         n = len(hidden)
-        options = RowsOptions(Sequences(n, mask, backend=self.cut.backend), memory, self.rotary(hidden.device))
-        rows = self._run_rows(hidden.flatten(0, 1), blocks, options, pooled)
+        attention, rotary = Sequences(n, mask, backend=self.cut.backend), self.rotary(hidden.device)
+        rows = self._run_rows(hidden.flatten(0, 1), blocks, attention, pooled, rotary, runs)
         return rows.unflatten(0, (n, -1))
 
-    def _run_rows(self, rows: Tensor, blocks: range, options: RowsOptions, pooled: BlockAttention | None) -> Tensor:
-        """Run blocks over rows [R, W]; `pooled` is the attention of the last one if only pooled tokens are needed."""
-        hidden = Hidden(rows)
+    def _run_rows(
+        self,
+        rows: Tensor,
+        blocks: range,
+        attention: BlockAttention,
+        pooled: BlockAttention | None,
+        rotary: Rotary | None,
+        runs: int,
+    ) -> Tensor:
+        """Run blocks over rows [R, W]; the last one with the attention `pooled`, if only pooled tokens are needed.
+
+        A step does so `runs` times before backward, once for each template.
+        """
+        options, hidden = RowsOptions(attention, self.block_memory(rows, runs), rotary), Hidden(rows)
         for index in blocks:
             if index == blocks[-1] and pooled is not None:
                 options = options._replace(attention=pooled)
@@ -299,8 +310,7 @@ class ImageTower(Tower):
             return self.finish(self._call_blocks(features, blocks))
         first_tokens = Pooled(slice(None, None, features.shape[1]))  # of the sequences, among their rows
         pooled = first_tokens if self.why_not_pooled() is None else None
-        memory = self.block_memory(features)
-        return self.finish(self._run_sequences(features, blocks, memory=memory, pooled=pooled))
+        return self.finish(self._run_sequences(features, blocks, pooled=pooled))
 
     def encoder(self) -> nn.Module:
         """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""

@@ -102,10 +102,8 @@ class FusedBlock:
             )
             return None
         given = self._parse_input(*args, **kwargs)
-        if (
-            given is not None and given.mask is not None and given.mask.requires_grad
-        ):  # a mask gets no gradient if fused
-            return None
+        if given is not None and given.mask is not None and given.mask.requires_grad:
+            return None  # a fused block gives a mask no gradient
         return given
 
     def _run_fused(self, hidden: Hidden, options: RowsOptions) -> Hidden:

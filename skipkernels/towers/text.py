@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from ..ops.packed_layout import packed_layout
-from ..options import FusedMemory
 from .attention import Pooled, Suffixes
 from .base import Reduction, Tower
-from .fused.records import RowsOptions
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
@@ -228,12 +226,10 @@ class TextTower(Tower):
             mask = self.mask(selected.tokens, selected.prompts)
             hidden = self._call_blocks(selected.unpack(rows), self.upper_blocks, mask)  # [K, L, W]
             return self.finish(hidden[torch.arange(len(hidden), device=hidden.device), selected.pooled])
-        if selected.prompts.prefix_length:
-            return self.finish(self._run_suffixes(rows, selected, self.block_memory(rows, runs)))
-        features = selected.unpack(rows)
-        return self.finish(self._run_whole_prompts(features, selected, self.block_memory(features, runs)))
+        run = self._run_suffixes if selected.prompts.prefix_length else self._run_whole_prompts
+        return self.finish(run(rows, selected, runs))
 
-    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts, memory: FusedMemory) -> Tensor:
+    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts, runs: int) -> Tensor:
         """Run the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
         prompts = selected.prompts
         attention = Suffixes(
@@ -244,17 +240,18 @@ class TextTower(Tower):
             selected.last_rows,
             prompts.excludes_self,
         )
-        options = RowsOptions(attention, memory)
-        return self._run_rows(rows, self.upper_blocks, options, replace(attention, only_last=True))
+        pooled = replace(attention, only_last=True)
+        return self._run_rows(rows, self.upper_blocks, attention, pooled, rotary=None, runs=runs)
 
-    def _run_whole_prompts(self, features: Tensor, selected: SelectedPrompts, memory: FusedMemory) -> Tensor:
-        """Run whole prompts [K, L, W]; return hidden states [K, W] of the pooled tokens."""
-        mask, (K, L, _) = self.mask(selected.tokens, selected.prompts), features.shape
+    def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts, runs: int) -> Tensor:
+        """Run whole prompts; return hidden states [K, W] of the pooled tokens."""
+        features, mask = selected.unpack(rows), self.mask(selected.tokens, selected.prompts)
+        K, L, _ = features.shape
         class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each
         # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
         pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
         pooled = Pooled(class_numbers * L + positions, pooled_mask)
-        return self._run_sequences(features, self.upper_blocks, mask, memory=memory, pooled=pooled).squeeze(1)
+        return self._run_sequences(features, self.upper_blocks, mask, pooled=pooled, runs=runs).squeeze(1)
 
 
 def representative_classes(prompts: Prompts) -> Tensor:
