@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..options import (
-    AttentionName,
     CacheDtype,
     ClassWeight,
     HeadChoice,
@@ -203,10 +202,8 @@ class ComputeOptions:
     memory: Memory = option("auto", methods="constructor", results=False)
     """Memory of a training step. fast: each block saves what its backward pass needs. min: it saves its input alone and
     computes the rest again, with less memory and more time. auto: fast if it fits in memory."""
-    attention: AttentionName = option("sdpa", methods="constructor", results=False)
-    """Attention implementation. sdpa: PyTorch. xformers: on a GPU, if installed."""
     graph: bool = option(True, results=False)
-    """Run each step of skip as one CUDA graph on a GPU. Not with fp16 or xformers, nor with adamw."""
+    """Run each step of skip as one CUDA graph on a GPU. Not with fp16 or adamw."""
 
 
 @dataclass(frozen=True)

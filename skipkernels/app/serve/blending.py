@@ -82,7 +82,7 @@ def blend(
     target = check_blended(folder, None if out is None else Path(out), overwrite=overwrite)
     metrics, (_, file) = read_metrics(folder), read_model(folder)
     of_run = _config_of_run(folder, trust=trust)
-    changes: dict[str, Any] = {} if device is None else {"device": device, "attention": "sdpa"}
+    changes: dict[str, Any] = {} if device is None else {"device": device}
     if of_run.cache is not None and not of_run.cache.is_dir():
         changes["cache"] = None
     config = replace(of_run, trust=trust, refresh="never", workers=0, **changes)

@@ -168,8 +168,6 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
     changes |= {"refresh": "never", "validation": "none", "class_weight": None}
     if given.get("data", config.data) != config.data:
         changes["max_classes"] = None
-    if "device" in given:  # xformers may not support this device
-        changes["attention"] = "sdpa"
     return replace(config, **changes | given)
 
 

@@ -125,7 +125,7 @@ def build_run(
 def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:
     """Construct the method of a run, with the settings that it has."""
     method = config.method_class()
-    names = ["skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail", "train_text", "memory", "attention"]
+    names = ["skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail", "train_text", "memory"]
     settings = {name: getattr(config, name) for name in names}
     settings |= {"generator": torch.Generator().manual_seed(config.seed), "text_cache": config.cache}
     if config.class_weight is not None:
