@@ -117,7 +117,7 @@ def test_first_steps_end_early(monkeypatch):
 def test_many_classes_leave_out_methods_that_take_hours():
     found = rows([row(m, 10, 1.0, setting=c.name) for m, of in plan.CANDIDATES.items() for c in of])
     shift, methods = BY_NAME["many classes"], plan.CANDIDATES
-    trained, measured = ({run.name for run in reported(shift, 0, found, methods, trains=t)} for t in (True, False))
+    trained, measured = ({run.name for run in reported(shift, 0, found, methods, skip_slow=s)} for s in (True, False))
     assert measured - trained == {"full", "lora", "coop"} and "skip, K/C = 1" in trained
     assert {run.config().epochs for run in reported(shift, 0, found, ["skip"])} == {plan.MANY_EPOCHS}
 
@@ -156,14 +156,15 @@ def test_joint_accuracy_is_among_all_classes():
     assert accuracy.accuracies(setup, method, caches) == expected
 
 
-@pytest.mark.parametrize(("stored", "repeated"), [({}, True), ({"zero_shot_joint": "9.0"}, False)])
-def test_rows_without_a_joint_test_are_measured_again(monkeypatch, stored, repeated):
-    monkeypatch.setattr("bench.when.rows.ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
-    run, executed = run_of("zero-shot", *plan.CANDIDATES["zero-shot"]), []
-    found = rows([{**run.columns, **stored}])
-    found._execute = lambda run: executed.append(run) or []
-    found.run([run], 1, "report")
-    assert bool(executed) == repeated
+def test_runs_without_a_row_are_executed_and_recorded_where_they_run(monkeypatch):
+    """A thread has its own number of threads, as the process of a worker has."""
+    monkeypatch.setattr("bench.when.rows.ProcessPoolExecutor", lambda n, _, *start: ThreadPoolExecutor(n, "", *start))
+    torch.set_num_threads(3)
+    old, new = (run_of(name, plan.Candidate("fit", 0.0, 0.0)) for name in ("zero-shot", "linear-probe"))
+    found = rows([{**old.columns}])
+    found._execute = lambda run: [run.columns]
+    found.run([old, new], 1, "report")
+    assert [(row["method"], row["threads"]) for row in found.rows[1:]] == [("linear-probe", "1")]
 
 
 def test_tail_has_a_large_class_and_small_ones():
@@ -176,14 +177,14 @@ def test_tail_has_a_large_class_and_small_ones():
     assert found["rare"] < 100 and 15 * found["balanced"] == pytest.approx(rare, abs=0.01)
 
 
-def row(method, seed, value, blended=0, phase="search", setting="adamw 0.001 0.001"):
-    named = {"task": "all", "method": method, "phase": phase, "seed": seed, "setting": setting, "blended": blended}
+def row(method, seed, value, phase="search", setting="adamw 0.001 0.001", **others):
+    named = {"task": "all", "method": method, "phase": phase, "seed": seed, "setting": setting, "blended": 0} | others
     return {name: str(value) for name, value in (named | {"base": value, "new": value}).items()}
 
 
 def rows(found):
     new = Rows(save=False)
-    new.runs = found
+    new.rows = found
     return new
 
 
@@ -192,7 +193,8 @@ def test_best_setting_is_that_of_the_search():
     found = [
         row("full", seed, 10.0 * n + seed, setting=name) for n, name in enumerate(names) for seed in plan.SEARCH_SEEDS
     ]
-    found += [row("full", 10, 999.0, blended=1, setting=names[0]), row("full", 0, 999.0, phase="report")]
+    found += [row("full", 10, 999.0, setting=names[0], **others) for others in ({"blended": 1}, {"head": "anchored"})]
+    found += [row("full", 0, 999.0, phase="report"), row("full", 10, 999.0, setting="a removed candidate")]
     assert rows(found).best("full").name == names[-1]
 
 

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Rows(save=not args.no_save, kind="when_tail", execute=tail.execute).run(runs, args.workers, "long tail")
     elif not args.print:
         run_study(shifts, args)
-    study = summary.Study(*(Rows(kind=kind).runs for kind in summary.Study._fields))
+    study = summary.Study(*(Rows(kind=kind).rows for kind in summary.Study._fields))
     for title, kind, table in summary.TABLES.values():
         if getattr(study, kind) and (found := table(study))[1]:
             tables.show(*found, title, width=190)
@@ -90,7 +90,7 @@ def run_study(shifts: Sequence[Shift], args: argparse.Namespace) -> None:
         run
         for seed in seeds
         for shift in shifts
-        for run in reported(shift, seed, found, args.methods, trains=not args.steps, **files(shift, args))
+        for run in reported(shift, seed, found, args.methods, skip_slow=not args.steps, **files(shift, args))
     ]
     if not (args.cost or args.steps):
         found.run(report, args.workers, "report")

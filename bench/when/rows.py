@@ -33,52 +33,59 @@ class Rows:
 
     def __init__(self, *, save: bool = True, kind: str = "when", execute: Callable[[Any], list[Any]] = execute):
         self._save, self._kind, self._execute = save, kind, execute
-        self.runs = of_all_devices(devices(RESULTS), kind)
+        self.rows = of_all_devices(devices(RESULTS), kind)
 
     def run(self, runs: Iterable[Run | TailRun], workers: int, title: str) -> None:
-        """Execute the runs that have no row, and append the rows of each when it ends.
-
-        Reported rows from before the joint test do not count.
-        """
-        done = {
-            tuple(row[column] for column in RUN_COLUMNS)
-            for row in self.runs
-            if (self._kind, row["phase"]) != ("when", "report") or row.get("zero_shot_joint")
-        }
+        """Execute the runs that have no row, and append the rows of each when it ends."""
+        done = {tuple(row[column] for column in RUN_COLUMNS) for row in self.rows}
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
-            left = [pool.submit(self._execute, run) for run in runs if tuple(run.columns.values()) not in done]
+            left = [pool.submit(_recorded, self._execute, run) for run in runs if (*run.columns.values(),) not in done]
             for finished in track(as_completed(left), title, len(left)):
                 self.add(finished.result())
 
-    def add(self, found: list[dict[str, Any]]) -> None:
+    def add(self, rows: list[dict[str, Any]]) -> None:
         """Append the rows of a run."""
-        rows = [machine_columns(measure.CPU) | row for row in found]
         if self._save:
             append_rows(rows, self._kind)
-        self.runs += [{column: str(value) for column, value in row.items()} for row in rows]
+        self.rows += [{column: str(value) for column, value in row.items()} for row in rows]
 
     def best(self, method: str) -> Candidate:
         """The setting of a method with the best mean of base and new over the seeds of the search.
 
         The harmonic mean would follow the noise of new classes where they are near chance.
         """
+        where = {"phase": "search", "method": method, "blended": "0"}
+        rows = [row for row in self.rows if where.items() <= row.items() and not row.get("head")]
+
+        def mean(candidate: Candidate) -> float:
+            found = (row for row in rows if row["setting"] == candidate.name)
+            return statistics.fmean(float(row["base"]) + float(row["new"]) for row in found)
+
         candidates = CANDIDATES[method]
-        found: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-        for row in self.runs:
-            if (row["phase"], row["blended"], row["method"]) == ("search", "0", method):
-                found[row["setting"]].append(float(row["base"]) + float(row["new"]))
-        return max(candidates, key=lambda c: statistics.fmean(found[c.name])) if len(candidates) > 1 else candidates[0]
+        return max(candidates, key=mean) if len(candidates) > 1 else candidates[0]
+
+
+def _recorded(execute: Callable[[Any], list[dict[str, Any]]], run: Run | TailRun) -> list[dict[str, Any]]:
+    """Execute a run; its rows get the columns of the machine here, in the process that has their number of threads."""
+    rows = execute(run)
+    machine = machine_columns(measure.CPU)
+    return [machine | row for row in rows]
 
 
 def reported(
-    shift: Shift, seed: int, found: Rows, methods: Collection[str], *, trains: bool = True, **settings: Any
+    shift: Shift, seed: int, found: Rows, methods: Collection[str], *, skip_slow: bool = True, **settings: Any
 ) -> Iterator[Run]:
     """The reported runs of a task with a seed, with the settings of the search, and further fields of a `Run`.
 
-    Unless a run `trains` to the end, methods that take hours with many classes are among them.
+    `skip_slow` leaves out the methods that train for hours with many classes.
     """
-    variants = VARIANTS | (KEPT if shift.many else KEPT | RECIPES if shift.name == "all" else {})
+    variants = dict(VARIANTS)
+    if shift.many or shift.name == "all":
+        variants |= KEPT
+    if shift.name == "all":
+        variants |= RECIPES
     for name, variant in variants.items():
-        if variant.method in methods and not (trains and shift.many and variant.method in _WHOLE_TOWERS):
+        slow = shift.many and variant.method in _WHOLE_TOWERS
+        if variant.method in methods and not (slow and skip_slow):
             yield Run(shift, name, variant, found.best(variant.method), "report", seed, **settings)
