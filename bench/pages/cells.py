@@ -76,7 +76,8 @@ def origin(kind: str, rows: Sequence[Row]) -> str:
     def values(column: str) -> str:
         return ", ".join(dict.fromkeys(row[column] for row in measured))
 
-    machine = f"{values('device')}, {values('threads')} threads; torch {values('torch')}"
+    threads = "1 thread" if values("threads") == "1" else f"{values('threads')} threads"
+    machine = f"{values('device')}, {threads}; torch {values('torch')}"
     commands = ", ".join(f"`python -m {KINDS[each].command}`" for each in kind.split())
     return f"\n\n<sub>{machine}; commit {values('commit')}; {commands}</sub>"
 
