@@ -159,7 +159,9 @@ class ShardedSkipCLIP(SkipCLIP):
         Each process sends every other process the logits [b, C/P] of that process's images for its own classes.
         """
         if tokens is not None or class_embeddings is not None:
-            return super().predict(pixel_values, tokens=tokens, class_embeddings=class_embeddings)
+            count = count_of(pixel_values)  # 0 is allowed here too
+            rows = or_one_row(pixel_values)
+            return super().predict(rows, tokens=tokens, class_embeddings=class_embeddings)[:count]
         shards = self.shards
         image, classes, sizes = self._gathered_image_and_classes(pixel_values, "predict")
         longest, width = max(sizes), max(shards.sizes)
