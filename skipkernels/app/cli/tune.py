@@ -68,14 +68,14 @@ class TuneCommand(Options):
         """Tune, and print accuracy and cost. Returns 0."""
         from skipkernels.app.train.run_folder import resumed
 
+        config = resumed(tune_config(self))
         if self.file.print_config:
-            out.print(_as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
+            out.print(_as_yaml(config).rstrip(), soft_wrap=True)
             return 0
-        config = resumed(tune_config(self))  # resolved here too, since the tables below name its folder
         from skipkernels.app.train import tune  # imports torch
 
-        config = config.resolved()
-        _show(config, tune(config, console=err), out)
+        metrics = tune(config, console=err)
+        _show(config.resolved(), metrics, out)
         return 0
 
 
