@@ -26,7 +26,7 @@ from . import weights
 from .class_metrics import VALIDATION, metrics_of_test
 from .fitted_head import load_head
 from .model import LOCAL_DIR, load_weights
-from .own_dataset import OwnData
+from .own_dataset import KIND, OwnData
 from .plain_config import OPEN_CLIP
 from .precision import REMEDY
 from .predictions import TOP, TestPredictions, TopClasses
@@ -166,7 +166,9 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
         raise InputError(f"evaluate_run: data must be given: all images of {config.data} trained or validated.", "data")
     changes: dict[str, Any] = {"trust": trust, "workers": 0, "test": "split"}
     changes |= {"refresh": "never", "validation": "none", "class_weight": None}
-    if given.get("data", config.data) != config.data:
+    if own.dataset is not None and "data" not in given and config.data.partition(":")[0] != KIND:
+        changes["data"] = TuneConfig.data  # `OwnData.applied` names the dataset
+    if (changes | given).get("data", config.data) != config.data:
         changes["max_classes"] = None
     return replace(config, **changes | given)
 

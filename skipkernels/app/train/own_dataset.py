@@ -39,31 +39,36 @@ class OwnData:
                 )
             return config, None
         if config.data != TuneConfig.data and config.data.partition(":")[0] != KIND:
-            raise InputError(f"tune: data is {config.data!r}, and dataset is given too; leave one of them out.", "data")
+            raise InputError(
+                f"{function}: data is {config.data!r}, and dataset is given too; leave one of them out.", "data"
+            )
         parts = {"dataset": self.dataset, "test": self.test, "validation": self.validation}
         given = {argument: part for argument, part in parts.items() if part is not None}
         for argument, part in given.items():
             if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) or isinstance(part, Mapping):
                 raise InputError(
-                    f"tune: {argument} must be a map-style dataset, with len(dataset) and dataset[i] → (image, label); "
-                    f"got {type(part).__name__}.",
+                    f"{function}: {argument} must be a map-style dataset, with len(dataset) and dataset[i] → (image, "
+                    f"label); got {type(part).__name__}.",
                     argument,
                 )
         name = f"{KIND}:" + re.sub(r"[^\w.+-]", "-", self.name or type(self.dataset).__name__)
-        digest = digest_json([[argument, dataset_identity(part, self.identity)] for argument, part in given.items()])
+        parts_identity = [[argument, dataset_identity(part, self.identity)] for argument, part in given.items()]
+        digest = digest_json([parts_identity, None if self.classes is None else list(self.classes)])
         config = replace(config, data=name, dataset_identity=digest)
         return config, functools.cache(lambda: self._opened(config))
 
     def _opened(self, config: TuneConfig) -> Source:
-        """Open the data with their splits: without test images, those of `validation` or a part of all test."""
-        name, templates = config.data, config.template
-        options: dict[str, Any] = {"classes": self.classes, "templates": templates}
-        named = from_datasets(name, train=self.dataset, val=self.validation, test=self.test, **options)
-        if self.test is not None or (config.test == "none" and self.validation is not None):
-            return named
-        if self.validation is None:
+        """Open the data with their splits; without test images, those of `validation`, or else a part of all images."""
+        name, templates, test, validation = config.data, config.template, self.test, self.validation
+        notes: tuple[str, ...] = ()
+        if test is None and validation is not None and config.test != "none":
+            test, validation = validation, None
+            notes = (f"{name}: no test dataset, so the validation images are the test images.",)
+        named = from_datasets(
+            name, train=self.dataset, val=validation, test=test, classes=self.classes, templates=templates
+        )
+        if test is None and validation is None:
             how, remedy = "no test dataset", "give `test=…`"
             images: Any = named.images("train")
             return listed_source(name, images, named.classes, None, templates, how=how, remedy=remedy)
-        note = f"{name}: no test dataset, so the validation images are the test images."
-        return replace(from_datasets(name, train=self.dataset, test=self.validation, **options), notes=(note,))
+        return replace(named, notes=notes) if notes else named

@@ -117,7 +117,10 @@ def build_run(
     task = build_task(config, transform, crop, open_data=open_data, train=train)
     method = build_method(config, model, tokenizer, task)
     if config.cache is not None and method.cut is None:
-        raise InputError("tune: cache needs frozen blocks below a cut; every layer trains here. Leave it out.", "cache")
+        raise InputError(
+            f"tune: cache needs blocks that are frozen below a cut; {config.method} has none here. Leave it out.",
+            "cache",
+        )
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
     return RunSetup(config, model, tokenizer, precision, task, method, zero_shot, rounded_to)
 

@@ -156,8 +156,8 @@ def _memory_errors() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0] or "MemoryError"
+        reason = str(error).partition("\n")[0].rstrip(".") or "MemoryError"
         raise MemoryError(
-            f"tune: out of memory ({reason}) Use `memory=min`, `fused_optimizer=True`, a smaller `batch_size`, a "
+            f"tune: out of memory ({reason}). Use `memory=min`, `fused_optimizer=True`, a smaller `batch_size`, a "
             "larger `skip_layers`, or `cache=…`."
         ) from error

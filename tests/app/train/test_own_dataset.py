@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -110,8 +111,18 @@ def test_resume_with_the_same_dataset(run):
     assert json.dumps(tune(dataset=Squares(30), **again)) == json.dumps(metrics)
     with pytest.raises(InputError, match="dataset_identity is '.*' in the run in"):
         tune(dataset=Squares(30, shift=1), **again)
-    with pytest.raises(InputError, match="dataset_identity is '.*' in the run in"):
-        tune(dataset=Squares(30), identity="version 2", **again)
+    for change in ({"identity": "version 2"}, {"classes": ["coal", "fire", "snow"]}):
+        with pytest.raises(InputError, match="dataset_identity is '.*' in the run in"):
+            tune(dataset=Squares(30), **again | change)
+
+
+def test_evaluate_a_run_of_a_folder_on_a_dataset(run, tmp_path):
+    folder, metrics = run
+    of_folder = shutil.copytree(folder, tmp_path / "run")
+    config = (of_folder / "config.yaml").read_text()
+    (of_folder / "config.yaml").write_text(config.replace("dataset:my-squares", "imagefolder:squares"))
+    found = evaluate_run(of_folder, dataset=Squares(30), test=Squares(30), classes=SETTINGS["classes"])
+    assert found.keys() == metrics["tuned"].keys()
 
 
 def test_eval_of_dataset(run, capsys):

@@ -31,7 +31,7 @@ OPTIONS: list[tuple[list[str], str]] = [
      "--model: laion2b_s34b_b79k was trained with GELU, and ViT-B-32-quickgelu has QuickGELU; use ViT-B-32."),
     (["--pretrained", "nowhere/model.safetensors"], "no file nowhere/model.safetensors"),
     (["--skip-layers", "7"], "error SkipCLIP: skip_layers must be a whole number from 0 to 4"),
-    (["--method", "full", "--cache", "c"], "--cache needs frozen blocks below a cut; every layer trains here"),
+    (["--method", "full", "--cache", "c"], "--cache needs blocks that are frozen below a cut; full has none here"),
     (["--skip-layers", "0", "--cache", "c"],
      "--cache keeps features at the cut, and with --skip-layers 0 there is no cut"),
     (["--data", "x" * 10**5], "error --data"),
