@@ -1,9 +1,9 @@
 """A process that decodes image files, with limits of time and memory, for all threads and commands.
 
 Decoding in this process could be stopped by neither a limit nor Ctrl-C: a file of 200 kB can occupy Pillow for an hour.
-A decoder reads requests from its stdin: a line of JSON, followed by the file if it has no path. It answers with a PPM
-file or with a line of JSON that has the error. It ends itself at a limit, and when its stdin is closed: at the latest
-when this process ends.
+A decoder reads requests from its stdin and answers on its stdout. Both are a line of JSON and the bytes that it
+announces: the file, if the request has no path; the pixels, if the answer has no error. A decoder ends itself at a
+limit, and at the end of its stdin, which this process closes at the latest when it ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import faulthandler
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -37,8 +36,6 @@ SECONDS = 60.0
 # What a decoder may allocate: itself, with a stack of 8 MiB for a thread on each core, and for each pixel of an image.
 _BYTES, _BYTES_PER_PIXEL = (256 + 8 * (os.cpu_count() or 1)) << 20, 24
 _ERRORS = {kind.__name__: kind for kind in (InputError, TooLarge, UnknownFormat)}
-_PPM = b"P6\n"
-_READY = b"ready\n"
 
 
 def decode(
@@ -58,7 +55,7 @@ def decode(
         found = decoder.ask(request, b"" if isinstance(source, str) else source)
     except BaseException as error:  # also an interruption: the rest of the answer would be taken for the next
         decoder.end()
-        if not isinstance(error, (OSError, EOFError)):
+        if not isinstance(error, (OSError, EOFError, ValueError)):
             raise
         late = time.monotonic() - start >= seconds
         code = decoder.process.returncode
@@ -77,32 +74,29 @@ class _Decoder:
     def __init__(self) -> None:
         self.taken = threading.Lock()
         self.taken.acquire()
-        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import answer; answer()"
+        # Ctrl-C is for this process
+        code = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        code += f"sys.path[:] = {sys.path!r}; from {__name__} import answer; answer()"
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
-        self.process = process
-        if process.stdout.readline() != _READY:
+        self.process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
+        try:
+            _receive(self.process.stdout)
+        except EOFError:
             self.end()
-            raise RuntimeError(f"decode: {sys.executable} can't import {__name__}. Is Pillow installed there?")
+            raise RuntimeError(
+                f"decode: {sys.executable} can't import {__name__}. Is Pillow installed there?"
+            ) from None
 
     def ask(self, request: dict[str, Any], data: bytes) -> Image.Image | InputError:
-        """Send a request; return the image or the error. EOFError and OSError: the process has ended."""
-        stdin, stdout = self.process.stdin, self.process.stdout
-        stdin.write(json.dumps(request).encode() + b"\n")
-        stdin.write(data)
-        stdin.flush()
-        head = stdout.readline()
-        if head != _PPM:
-            if not head.endswith(b"\n"):
-                raise EOFError
-            kind, message = json.loads(head)
-            return _ERRORS[kind](message)
-        width, height = map(int, stdout.readline().split())
-        stdout.readline()  # largest value, 255
-        pixels = bytearray(3 * width * height)
-        if stdout.readinto(pixels) < len(pixels):
-            raise EOFError
-        return Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
+        """Send a request; return the image or the error.
+
+        EOFError and OSError: the process has ended. ValueError: another thread has closed the pipes by `end`.
+        """
+        _send(self.process.stdin, request, data)
+        found, pixels = _receive(self.process.stdout)
+        if "error" in found:
+            return _ERRORS[found["error"]](found["message"])
+        return Image.frombytes("RGB", tuple(found["size"]), pixels)
 
     def end(self) -> None:
         """End the process."""
@@ -132,37 +126,53 @@ def end_decoders() -> None:
         _decoders.pop().end()
 
 
+def _send(stream: BinaryIO, head: dict[str, Any], data: bytes = b"") -> None:
+    stream.write(json.dumps(head | {"bytes": len(data)}).encode() + b"\n")
+    stream.write(data)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO) -> tuple[dict[str, Any], bytes]:
+    """Read what `_send` wrote. EOFError: the stream has ended."""
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    head = json.loads(line)
+    data = stream.read(head["bytes"])
+    if len(data) < head["bytes"]:
+        raise EOFError
+    return head, data
+
+
 def answer() -> None:
-    """Answer requests until stdin is closed: what a decoder's process runs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    """Answer requests until stdin ends: what a decoder's process runs."""
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints does not disturb the answers
-    stdout.write(_READY)
-    stdout.flush()
-    for line in stdin:
-        request = json.loads(line)
-        faulthandler.dump_traceback_later(request["seconds"], exit=True)
-        found: Image.Image | InputError
-        try:
-            found = _decoded(request, stdin)
-        except InputError as error:
-            found = error
-        faulthandler.cancel_dump_traceback_later()
-        if isinstance(found, InputError):
-            stdout.write(json.dumps([type(found).__name__, str(found)]).encode() + b"\n")
-        else:
-            found.save(stdout, "PPM")
-        stdout.flush()
+    _send(stdout, {"ready": True})
+    with contextlib.suppress(EOFError):
+        while True:
+            request, data = _receive(stdin)
+            faulthandler.dump_traceback_later(request["seconds"], exit=True)
+            try:
+                image = _decoded(request, data)
+                found, pixels = {"size": image.size}, image.tobytes()
+            except InputError as error:
+                found, pixels = {"error": type(error).__name__, "message": str(error)}, b""
+            faulthandler.cancel_dump_traceback_later()
+            _send(stdout, found, pixels)
 
 
-def _decoded(request: dict[str, Any], stdin: BinaryIO) -> Image.Image:
+def _decoded(request: dict[str, Any], data: bytes) -> Image.Image:
     name, max_pixels = request["name"], request["max_pixels"]
-    file = _opened(request["path"], name) if "path" in request else io.BytesIO(stdin.read(request["bytes"]))
+    file = _opened(request["path"], name) if "path" in request else io.BytesIO(data)
     Image.MAX_IMAGE_PIXELS = max_pixels / 2  # Pillow's limit is twice that; it warns from there
-    _limit_memory(max_pixels)
-    with file, open_image(file, name, max_pixels) as image:
-        _limit_memory(image.width * image.height)
-        return to_rgb(image, name)
+    try:
+        _limit_memory(len(data) + _BYTES_PER_PIXEL * max_pixels)
+        with file, open_image(file, name, max_pixels) as image:
+            _limit_memory(len(data) + _BYTES_PER_PIXEL * image.width * image.height)
+            return to_rgb(image, name)
+    finally:
+        _limit_memory(None)  # or a large file could not be received after a small image
 
 
 def _opened(path: str, name: str) -> BinaryIO:
@@ -174,9 +184,9 @@ def _opened(path: str, name: str) -> BinaryIO:
         raise InputError(f"{name}: can't be read ({error.strerror}). Replace or remove the file.") from None
 
 
-def _limit_memory(pixels: int) -> None:
-    """Let this process allocate no more than an image of this size takes."""
+def _limit_memory(count: int | None) -> None:
+    """Let this process allocate no more than `count` bytes beyond its own; None removes the limit."""
     if resource is not None:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        limit = _BYTES + _BYTES_PER_PIXEL * pixels
+        limit = hard if count is None else _BYTES + count
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

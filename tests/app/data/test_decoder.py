@@ -19,7 +19,7 @@ from pictures import class_of, decoders, draw_image, raises_input_error, slow_pi
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from skipkernels.app.data import LabelledImages
+from skipkernels.app.data import LabelledImages, decoder
 from skipkernels.app.data.decoder import decode
 from skipkernels.app.data.images import read_image
 
@@ -61,10 +61,11 @@ def test_limit_of_time():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits all private memory on Linux alone")
 def test_limit_of_memory():
-    """432 MB for 64 x 64 pixels; the same tile for an image of its size is within the limit."""
+    """432 MB for 64 x 64 pixels; the same tile for an image of its size is within the limit, and so is a large file."""
     with raises_input_error("a: can't be read as an image"):
         decode(tile(12_000, 3), "a")
     assert decode(tile(64, 3), "b").size == (64, 64)
+    assert decode(PICTURE + bytes(decoder._BYTES), "c").size == (3, 2)
 
 
 def kill_decoders() -> None:
