@@ -74,6 +74,15 @@ def test_cli_exit_code_if_results_cannot_be_printed(monkeypatch, capsys, stream,
                      "complete\n" if code else "")  # fmt: skip
 
 
+def test_cli_failed_command_does_not_call_its_results_complete(monkeypatch, capsys, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "damaged.png").touch()
+    monkeypatch.setattr(sys, "stdout", Broken(errno.ENOSPC))
+    assert main(["check", f"imagefolder:{tmp_path}"]) == 1
+    assert capsys.readouterr().err.endswith("stdout can't be written: [Errno 28] No space left on device\n")
+
+
 def shell(command: str, code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process without torch, with streams redirected by `command`."""
     python = ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {command}', sys.executable, code]

@@ -42,7 +42,7 @@ class BlendCommand:
         why = ""
         if self.alpha == "auto":
             validated = VALIDATION in curve["accuracy"]
-            why = ", the best on the validation images" if validated else ": all images train, so none can choose it"
+            why = ", the best on the validation images" if validated else ", as no validation images can choose it"
         out.print(f"{target}: alpha {curve['chosen']:g}{why}", soft_wrap=True)
         if VALIDATION not in curve["accuracy"]:
             out.print("  not calibrated: no image is held out to fit a temperature", soft_wrap=True)

@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         0; 1 if the run failed or its results can't be printed; 2 for invalid input or too little memory; 128 + the
-        number of the signal that interrupted the command.
+        number of the signal that interrupted the command. For help, and for arguments that can't be parsed, SystemExit
+        with 0 and 2 is raised.
     """
     out, err = Terminal(sys.stdout), Terminal(sys.stderr)
     closed = (errno.EPIPE, errno.EIO) if out.is_terminal else (errno.EPIPE,)  # `| head -1`, or a closed terminal
@@ -62,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         error = out.output.error
         if error is None or (isinstance(error, OSError) and error.errno in closed):
             return code
-        _print_error(err, "failed", f"stdout can't be written: {error}; result files are complete")
+        complete = "; result files are complete" if code == 0 else ""
+        _print_error(err, "failed", f"stdout can't be written: {error}{complete}")
         return code or 1
 
 

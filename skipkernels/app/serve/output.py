@@ -52,6 +52,7 @@ def check_exported(run: Path, out: Path, *, overwrite: bool) -> None:
 
 def check_blended(run: Path, out: Path | None, *, overwrite: bool) -> Path:
     """Return the folder of a blended run, which is checked before the work is done. By default it is RUN-blend."""
+    run = run.expanduser()
     target = blended_folder(run) if out is None else out.expanduser()
     if target.resolve() == run.resolve():
         raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")

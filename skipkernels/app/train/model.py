@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,7 +131,8 @@ def check_model(name: str, pretrained: str | None, *, architecture_only: bool = 
 
 def _file(pretrained: str | None) -> Path | None:
     """Path of a file of weights; None for a tag."""
-    return Path(pretrained) if pretrained is not None and Path(pretrained).suffix in _FILE_TYPES else None
+    is_file = pretrained is not None and Path(pretrained).suffix in _FILE_TYPES
+    return Path(os.path.expanduser(pretrained)) if is_file else None
 
 
 def _without_network(name: str, tag: str) -> str:

@@ -14,6 +14,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
+from skipkernels.app.serve.output import check_blended
 from skipkernels.app.train import evaluate_run, predictions
 from skipkernels.app.train.calibration import fit_none_logit, fit_temperature
 from skipkernels.app.train.interpolation import Interpolation
@@ -82,6 +83,11 @@ def test_report(run, blended):
     assert metrics["validation"] is None, "all images trained"
     assert "\nskipkernels blend RUN --alpha 0.25\n```" in (blended / "README.md").read_text()
     assert main(["report", str(blended)]) == 0 and (blended / "report.html").read_text() == page
+
+
+def test_check_blended_in_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert check_blended(Path("~/run"), None, overwrite=False) == tmp_path / "run-blend"
 
 
 @shortened()

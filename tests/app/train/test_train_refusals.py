@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
 import open_clip
@@ -30,6 +31,7 @@ OPTIONS: list[tuple[list[str], str]] = [
     (["--model", "ViT-B-32-quickgelu", "--pretrained", "laion2b_s34b_b79k"],
      "--model: laion2b_s34b_b79k was trained with GELU, and ViT-B-32-quickgelu has QuickGELU; use ViT-B-32."),
     (["--pretrained", "nowhere/model.safetensors"], "no file nowhere/model.safetensors"),
+    (["--pretrained", "~/no-such-file.pt"], f"no file {os.path.expanduser('~/no-such-file.pt')}"),
     (["--skip-layers", "7"], "error SkipCLIP: skip_layers must be a whole number from 0 to 4"),
     (["--method", "full", "--cache", "c"], "--cache needs blocks that are frozen below a cut; full has none here"),
     (["--skip-layers", "0", "--cache", "c"],
