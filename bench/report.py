@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/, and the picture of README.md, from stored rows.
 
-    python -m bench.report            write the pages that are out of date, and the picture
-    python -m bench.report --check    write nothing; exit 1 and name the pages that are out of date
+    python -m bench.report            write the pages and the picture that are out of date
+    python -m bench.report --check    write nothing; exit 1 and name what is out of date
 
 A pair of comments, `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, marks the place of each table. Shown are the first
 GPU, if there is one, and the first CPU. A ratio is always one that was measured within a run (`rows.py` says which row
@@ -36,6 +36,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/trainers.md": {"trainers": operators.trainers},
 }
 NOTHING = "Not measured yet."
+PICTURE = Path("docs", "pictures", "step_bars.svg")  # of the first device that is shown
 _WHEN = {"": ("default", "choices", "differences"), "-tables": ("harmonic", "joint", "base", "new")}
 _WHEN |= {"-details": ("settings", "cost", "steps")}
 # Tables of results that do not depend on the device, by page and name.
@@ -51,8 +52,8 @@ STUDIES: dict[str, dict[str, Callable[[Sequence[Device]], str]]] = {
 }
 
 
-def files(root: Path) -> dict[Path, str]:
-    """The text that each page must have."""
+def expected_files(root: Path) -> dict[Path, str]:
+    """Text that each page and the picture must have, by path."""
     found = devices(root / "bench" / "results")
     first = {device.is_cpu: device for device in reversed(found)}
     shown = [first[is_cpu] for is_cpu in (False, True) if is_cpu in first]
@@ -65,16 +66,9 @@ def files(root: Path) -> dict[Path, str]:
     for page, tables in STUDIES.items():
         for name, study in tables.items():
             texts[root / page] = filled(texts[root / page], name, study(found) or NOTHING)
+    if picture := bars.step_bars(shown[0].latest_rows("step", **SHOWN) if shown else []):
+        texts[root / PICTURE] = picture
     return texts
-
-
-def drawn(root: Path) -> dict[Path, str]:
-    """The picture of the first device."""
-    svgs = {
-        device.folder / "step_bars.svg": bars.step_bars(device.latest_rows("step", **SHOWN))
-        for device in devices(root / "bench" / "results")[:1]
-    }
-    return {path: svg for path, svg in svgs.items() if svg}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,12 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout")
     args = parser.parse_args(arguments)
-    stale = {path: text for path, text in files(args.root).items() if path.read_text(encoding="utf-8") != text}
+    expected = expected_files(args.root)
+    stale = {path: x for path, x in expected.items() if not path.exists() or path.read_text(encoding="utf-8") != x}
     if args.check:
         for path in stale:
             print(f"{path.relative_to(args.root)} is out of date: python -m bench.report")
         return int(bool(stale))
-    for path, text in (stale | drawn(args.root)).items():
+    for path, text in stale.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         print(f"{path.relative_to(args.root)} written")
     return 0
