@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench import report
-from bench.pages import bars
+from bench.pages import bars, operators
 from bench.rows import KINDS, MACHINE, Device, latest, same_run
 
 
@@ -20,10 +20,10 @@ def step(implementation: str, C: int, ms: object = "", **values: object) -> dict
     return {name: str(value) for name, value in (machine | case | sizes | values).items()}
 
 
-def save(root: Path, *rows: dict[str, str]) -> Device:
+def save(root: Path, *rows: dict[str, str], kind: str = "step") -> Device:
     folder = root / "bench" / "results" / "cpu"
     folder.mkdir(parents=True)
-    with (folder / "step.csv").open("w", newline="") as file:
+    with (folder / f"{kind}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -77,3 +77,17 @@ def test_picture_is_reproducible():
     rows += [step("published", 10, 20), step("published", 100, note="does not fit: 100 classes")]
     svg = bars.step_bars(rows)
     assert svg == bars.step_bars(rows) and ElementTree.fromstring(svg).tag.endswith("svg") and not bars.step_bars([])
+
+
+def test_trainers_compares_two_rows_of_one_case(tmp_path):
+    """bf16 is another case; two cases of a trainer have no line that could show both."""
+    rows = [
+        step(name, 500, ms, trainer="lightning", precision=precision)
+        for precision, times in (("fp32", (600, 200)), ("bf16", (300, 100)))
+        for name, ms in zip(("naive", "skipkernels"), times, strict=True)
+    ]
+    shown = operators.trainers(save(tmp_path / "pair", *rows, kind="trainers"))
+    assert "| Lightning | 600 ms → 200 ms | 3.00 | 100 MiB → 100 MiB |" in shown
+    more = [*rows, step("naive", 1000, 900, trainer="lightning")]
+    with pytest.raises(ValueError, match="must have a row of naive and one of skipkernels; got 3 rows"):
+        operators.trainers(save(tmp_path / "more", *more, kind="trainers"))

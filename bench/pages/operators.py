@@ -11,8 +11,12 @@ from ..step import OURS
 from .cells import SHOWN, figure, origin, table, times
 
 EAGER = "eager"
-TRAINERS = {"accelerate": "accelerate", "hugging_face": "Hugging Face Trainer"}
-TRAINERS |= {"lightning": "Lightning", "open_clip": "open_clip's trainer"}
+TRAINERS = {
+    "accelerate": "accelerate",
+    "hugging_face": "Hugging Face Trainer",
+    "lightning": "Lightning",
+    "open_clip": "open_clip's trainer",
+}
 
 
 def operators(device: Device) -> str:
@@ -22,6 +26,7 @@ def operators(device: Device) -> str:
 
     def fastest(of: Sequence[Row], dtype: str) -> str:
         others = [row for row in of if row["dtype"] == dtype and row["faster"] and row["implementation"] != EAGER]
+        # `faster` is our speed-up over the row's implementation: the least is over the fastest.
         row = min(others, key=lambda other: float(other["faster"]), default=None)
         return f"{times(number(row, 'faster'))}, {row['implementation']}" if row else ""
 
@@ -37,11 +42,18 @@ def operators(device: Device) -> str:
 
 
 def trainers(device: Device) -> str:
-    rows = device.latest_rows("trainers", **SHOWN)
+    """Step and saved memory of the plain module and ours in each trainer.
+
+    Raises:
+        ValueError: If a trainer has not exactly two rows, as with another number of classes.
+    """
+    rows = device.latest_rows("trainers", **SHOWN, precision="fp32")
     lines = []
     for (trainer,), of in grouped(rows, "trainer").items():
-        pair = [row for name in ("naive", OURS) for row in of if row["implementation"] == name]
-        step, saved = ([float(row[column]) for row in pair] for column in ("p50_ms", "saved_mib"))
+        found = {row["implementation"]: row for row in of}
+        if len(of) != 2 or found.keys() != {"naive", OURS}:
+            raise ValueError(f"trainers: {trainer} must have a row of naive and one of {OURS}; got {len(of)} rows.")
+        step, saved = ([float(found[name][column]) for name in ("naive", OURS)] for column in ("p50_ms", "saved_mib"))
         cells = [" → ".join(figure(x, unit) for x in values) for values, unit in ((step, " ms"), (saved, " MiB"))]
         lines.append([TRAINERS[trainer], cells[0], times(step[0] / step[1]), cells[1]])
     header = ["trainer", "step, plain → ours", "speed-up", "saved for backward, plain → ours"]
