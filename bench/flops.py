@@ -1,8 +1,8 @@
 """Count the FLOPs of matrix products in a call, including our operators and attention.
 
-PyTorch's counter has no formulas for its own attention on the CPU, which are here, and for our operators, which are in
-their records (`bench.operators.record`). Norms, activations, softmax and the optimizer are not counted: they are bound
-by memory.
+PyTorch's counter has no formulas for `nn.MultiheadAttention` and, up to 2.13, for attention on the CPU, which are here,
+and for our operators, which are in their records (`bench.operators.record`). Norms, activations, softmax and the
+optimizer are not counted: they are bound by memory.
 """
 
 from __future__ import annotations
@@ -40,23 +40,24 @@ def formulas() -> dict[Any, Callable[..., int]]:
     sk.backends()  # registers the operators
     ours, aten = torch.ops.skipkernels, torch.ops.aten
     return {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: 2 * _pairs(*shapes),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *shapes, **__: 5 * _pairs(*shapes),
-        aten._native_multi_head_attention: _whole_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: 2 * _product_flops(*shapes),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *shapes, **__: 5 * _product_flops(*shapes),
+        aten._native_multi_head_attention: _whole_self_attention,
         **{getattr(ours, name): flops for record in records().values() for name, flops in record.flops.items()},
     }
 
 
 # Attention has two products, scores and the weighted sum of values, and five in backward: the scores again, and the
-# gradients of both by both their factors. Each is 2 operations for each pair of a query and a key, head and channel.
+# gradients of both by both their factors. Each is 2 operations for each pair of a query and a key, head and channel. A
+# causal mask leaves out no pair: PyTorch's counter does the same on a GPU.
 
 
-def _pairs(query: Shape, key: Shape, *_: Any) -> int:
+def _product_flops(query: Shape, key: Shape, *_: Any) -> int:
     B, H, Q, E = query
     return 2 * B * H * Q * key[2] * E
 
 
-def _whole_attention(query: Shape, key: Shape, value: Shape, W: int, heads: int, *_: Any, **__: Any) -> int:
-    """FLOPs of `nn.MultiheadAttention` without gradients: three projections, attention, output projection."""
+def _whole_self_attention(query: Shape, _key: Shape, _value: Shape, W: int, heads: int, *_: Any, **__: Any) -> int:
+    """FLOPs of the self-attention of `nn.MultiheadAttention` without gradients: four projections and two products."""
     B, Q, _ = query
-    return 2 * B * Q * W * 4 * W + 4 * B * Q * key[1] * W
+    return 2 * B * Q * W * 4 * W + 4 * B * Q * Q * W
