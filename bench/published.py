@@ -1,21 +1,27 @@
 """The published training step in plain open_clip, the baseline of the benchmarks.
 
 All 77 tokens run through every upper block, and the logits are dense. Otherwise it is favoured: features at the cut are
-cached for images and for texts, and the same sampler selects the classes.
+cached for images and for texts. The sampler is that of ours, by default with another tail in each step, where the
+published one is drawn once per run.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skipkernels.selection import RankSampler
-
 _CHUNK = 256  # texts per batch, encoded before the first step
+
+
+class Sampler(Protocol):
+    """A `RankSampler`, or another with its method `draw`."""
+
+    def draw(self, num_classes: int, max_labels: int) -> Tensor:
+        """Kept ranks [K]."""
 
 
 def freeze(model: open_clip.CLIP, image_skip: int, text_skip: int) -> None:
@@ -30,24 +36,12 @@ def freeze(model: open_clip.CLIP, image_skip: int, text_skip: int) -> None:
 
 
 @torch.no_grad()
-def choose_classes(image: Tensor, prototypes: Tensor, labels: Tensor, sampler: Any) -> Tensor:
+def choose_classes(image: Tensor, prototypes: Tensor, labels: Tensor, sampler: Sampler) -> Tensor:
     """The classes of a step from unit-norm image embeddings [B, D], [K] in ascending order."""
     scores = (image @ prototypes.T).amax(dim=0)
     scores[labels] = torch.inf
     order = scores.argsort(descending=True, stable=True)
     return order[sampler.draw(len(scores), len(labels))].sort().values
-
-
-class ConstantSize:
-    """A sampler that keeps as many classes in each step, as in a CUDA graph: compiled code is then for one K."""
-
-    def __init__(self, sampler: RankSampler, device: torch.device):
-        self._sampler, self._device = sampler, device
-
-    def draw(self, num_classes: int, max_labels: int) -> Tensor:
-        """Kept ranks [K]."""
-        self._sampler.reserve(self._device, num_classes, max_labels)
-        return self._sampler.reserved.clone()
 
 
 class PublishedStep:
@@ -56,7 +50,7 @@ class PublishedStep:
     The classes are sampled unless they are given, to compare two precisions on the same classes.
     """
 
-    def __init__(self, model: open_clip.CLIP, tokens: Tensor, skip: int | tuple[int, int], sampler: Any):
+    def __init__(self, model: open_clip.CLIP, tokens: Tensor, skip: int | tuple[int, int], sampler: Sampler):
         self.model, self.tokens, self.sampler = model, tokens, sampler
         self.image_skip, self.text_skip = (skip, skip) if isinstance(skip, int) else skip
         freeze(model, self.image_skip, self.text_skip)
@@ -72,7 +66,7 @@ class PublishedStep:
         return hidden
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Features at the cut of images [B, 3, height, width]."""
+        """Features at the cut of images [B, 3, height, width]. open_clip has no public method for a part of a tower."""
         with torch.no_grad():
             hidden = self.model.visual._embeds(images)
             for block in self.model.visual.transformer.resblocks[: self.image_skip]:
@@ -93,4 +87,5 @@ class PublishedStep:
         ends = self.tokens[class_ids].argmax(dim=-1)
         text = F.normalize(model.ln_final(text)[torch.arange(len(ends)), ends] @ model.text_projection, dim=-1)
         logits = model.logit_scale.exp() * image @ text.T
-        return F.cross_entropy(logits, torch.searchsorted(class_ids, labels.contiguous())), class_ids
+        targets = torch.searchsorted(class_ids, labels.contiguous())  # it warns of expanded labels
+        return F.cross_entropy(logits, targets), class_ids

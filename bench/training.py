@@ -19,7 +19,7 @@ from skipkernels.selection import RankSampler
 from skipkernels.testing import relative_error
 
 from .inputs import Inputs, autocast, class_names
-from .published import ConstantSize, PublishedStep
+from .published import PublishedStep
 
 # Relative error of a gradient against the published step in fp32. Ours may exceed that of the published step in the
 # same precision by this: another order of summation through six blocks in fp32; in bf16 other rounding to 8 bits.
@@ -92,7 +92,7 @@ class Published:
     def compiled(self, precision: str, mode: str = "default") -> Step:
         """The step under torch.compile, already compiled and compared; it keeps as many classes in each step."""
         function = torch.compile(self._step.__call__, mode=mode)
-        self._step.sampler = ConstantSize(RankSampler(), self._features.device)
+        self._step.sampler = _ConstantSize(RankSampler(), self._features.device)
 
         def loss(class_ids: Tensor | None = None) -> Tensor:
             with autocast(self._features.device, precision):
@@ -103,6 +103,18 @@ class Published:
         step = self.step(precision, loss)._replace(name="published, compiled")
         step()
         return step
+
+
+class _ConstantSize:
+    """Sampler that keeps as many classes in each step, as in a CUDA graph: compiled code is then for one K."""
+
+    def __init__(self, sampler: RankSampler, device: torch.device):
+        self._sampler, self._device = sampler, device
+
+    def draw(self, num_classes: int, max_labels: int) -> Tensor:
+        """Kept ranks [K]."""
+        self._sampler.reserve(self._device, num_classes, max_labels)
+        return self._sampler.reserved.clone()
 
 
 def skip_step(
