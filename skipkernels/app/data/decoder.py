@@ -78,9 +78,10 @@ class _Decoder:
         code = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
         code += f"sys.path[:] = {sys.path!r}; from {__name__} import answer; answer()"
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
+        process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
+        self.process = process
         try:
-            _receive(self.process.stdout)
+            _receive(process.stdout)
         except EOFError:
             self.end()
             raise RuntimeError(
@@ -152,6 +153,7 @@ def answer() -> None:
     with contextlib.suppress(EOFError):
         while True:
             request, data = _receive(stdin)
+            found: dict[str, Any]
             faulthandler.dump_traceback_later(request["seconds"], exit=True)
             try:
                 image = _decoded(request, data)

@@ -131,8 +131,9 @@ def check_model(name: str, pretrained: str | None, *, architecture_only: bool = 
 
 def _file(pretrained: str | None) -> Path | None:
     """Path of a file of weights; None for a tag."""
-    is_file = pretrained is not None and Path(pretrained).suffix in _FILE_TYPES
-    return Path(os.path.expanduser(pretrained)) if is_file else None
+    if pretrained is None or Path(pretrained).suffix not in _FILE_TYPES:
+        return None
+    return Path(os.path.expanduser(pretrained))
 
 
 def _without_network(name: str, tag: str) -> str:
