@@ -23,7 +23,6 @@ from skipkernels.app.methods.zero_shot import ZeroShot
 from skipkernels.app.serve.blending import WITHOUT_VALIDATION
 from skipkernels.app.train.evaluation import Evaluator
 from skipkernels.app.train.model import load_model
-from skipkernels.app.train.precision import MixedPrecision
 from skipkernels.app.train.run import Run as TuneRun
 from skipkernels.app.train.setup import BATCH, RunSetup, build_method
 from skipkernels.app.train.trainer import Trainer
@@ -46,7 +45,7 @@ def setup_of(run: Run) -> RunSetup:
     if run.variant.label_smoothing:
         method.clip.label_smoothing = run.variant.label_smoothing
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
-    return RunSetup(config, model, tokenizer, MixedPrecision("fp32", device), task, method, zero_shot)
+    return RunSetup(config, model, tokenizer, task, method, zero_shot)
 
 
 def epochs_of(setup: RunSetup, train: FeatureCache) -> Iterator[tuple[int, float]]:
@@ -58,7 +57,7 @@ def epochs_of(setup: RunSetup, train: FeatureCache) -> Iterator[tuple[int, float
         setup.method.fit(torch.cat(inputs), torch.cat(labels))
         yield steps, time.perf_counter() - started
         return
-    trainer = Trainer(setup.config, setup.method, setup.precision, train, setup.task.tests[0].classes)
+    trainer = Trainer(setup.config, setup.method, train, setup.task.tests[0].classes)
     for _ in range(setup.config.epochs):
         started = time.perf_counter()
         steps += trainer.epoch(on_step=lambda: None, on_loss=lambda loss: None)["steps"]
@@ -145,7 +144,7 @@ def first_steps(run: Run) -> list[dict[str, Any]]:
     memory, ends = PeakMemory(torch.device("cpu")), []
     resident, setup = memory.read(), setup_of(run)
     classes = setup.task.tests[0].classes
-    trainer = Trainer(setup.config, setup.method, setup.precision, setup.train_features(), classes)
+    trainer = Trainer(setup.config, setup.method, setup.train_features(), classes)
 
     def on_step() -> None:
         ends.append(time.perf_counter())

@@ -21,6 +21,7 @@ from ..data.decoding import to_rgb
 from ..data.files import find_images
 from ..data.images import from_pixels, read_ahead, read_image
 from ..train.calibration import class_probabilities
+from ..train.precision import autocast
 from .loading import TEST, TunedRun, load_run
 
 if TYPE_CHECKING:
@@ -180,13 +181,13 @@ class Classifier:
     @torch.no_grad()
     def _embed(self, images: Tensor) -> Tensor:
         """Image embeddings [B, D] of any norm."""
-        with self._run.precision.autocast():
+        with autocast(self._run.precision, self.device):
             return self._run.method.embed(self._run.method.encode_frozen(images.to(self.device)))
 
     def _logits_of(self, embeddings: Tensor) -> Tensor:
         """Logits [B, C] before the temperature, by the result of `_embed`."""
         method = self._run.method
-        with self._run.precision.autocast():
+        with autocast(self._run.precision, self.device):
             logits = method.logits_of(TEST, embeddings)
         if logits is None:
             raise InputError(
@@ -197,7 +198,7 @@ class Classifier:
     @torch.no_grad()
     def class_embeddings(self) -> Tensor:
         """Unit-norm embeddings of the classes, [C, D]."""
-        with self._run.precision.autocast():
+        with autocast(self._run.precision, self.device):
             return self._run.method.class_embeddings(TEST)
 
     def predict(

@@ -23,7 +23,6 @@ from ..train.description import CLASSIFIER, Description
 from ..train.fitted_head import load_head
 from ..train.model import LOCAL_DIR, load_model, load_weights
 from ..train.plain_config import OPEN_CLIP
-from ..train.precision import MixedPrecision
 from ..train.run_folder import read_model
 from ..untrusted import check_source
 
@@ -42,7 +41,7 @@ class TunedRun(NamedTuple):
     tokenizer: Any
     prompts: tuple[list[str], ...]  # Prompts by template and class
     has_own_prompts: bool  # True if the classes, in any order, and the templates are those of the run
-    precision: MixedPrecision
+    precision: Precision  # not "auto"
 
 
 def load_run(
@@ -57,7 +56,7 @@ def load_run(
     """Load the model of a run; see `Classifier.load` for the arguments and errors."""
     described, file = read_model(folder)
     chosen = torch.device(usable_device(str(device or "auto"), "Classifier.load"))
-    mixed = MixedPrecision(_resolved(precision, chosen), chosen)
+    resolved = _resolved(precision, chosen)
     whole = described.holds == weights.MODEL
     name, pretrained = described.model, described.pretrained
     if whole and (folder / OPEN_CLIP).is_file():
@@ -75,7 +74,7 @@ def load_run(
     method.use_head(load_head(file.parent, described), described.classes)
     method.train(False)
     same = set(test.classes) == set(described.classes) and list(test.templates) == described.templates
-    return TunedRun(described, test.classes, model, method, transform, tokenizer, test.prompts, same, mixed)
+    return TunedRun(described, test.classes, model, method, transform, tokenizer, test.prompts, same, resolved)
 
 
 def _resolved(precision: Precision | str, device: torch.device) -> Any:

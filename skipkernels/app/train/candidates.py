@@ -251,14 +251,13 @@ class Search:
         config = replace(self.config, **Candidate(self.method, factor).settings(self.config))
         method, classes = self.setup.method, self.setup.task.tests[0].classes
         sampler = method.clip.sampler if hasattr(method, "clip") else None
-        before, scaler = None if sampler is None else sampler.state_dict(), self.setup.precision.state_dict()
+        before = None if sampler is None else sampler.state_dict()
         part = self.features.subset(images.nonzero().squeeze(1))
-        trainer = Trainer(config, method, self.setup.precision, part, classes)
+        trainer = Trainer(config, method, part, classes)
         try:
             for _ in range(config.epochs or 0):
                 trainer.epoch(self.advance, lambda loss: None)
         finally:
-            self.setup.precision.load_state_dict(scaler)
             if sampler is not None and before is not None:
                 sampler.load_state_dict(before)
 

@@ -101,7 +101,7 @@ class Evaluator:
         parts = []
         method.train(False)
         for inputs, _ in self._features[name].loader(BATCH, "sequential", device=self._setup.device):
-            with self._setup.precision.autocast():
+            with self._setup.autocast():
                 found = predict(test, inputs)
             if found is None:
                 return None

@@ -24,7 +24,7 @@ def examples(setup: RunSetup, features: FeatureCache) -> Examples:
     """Embed training images, by their features, and the texts of their classes, with the weights as they are."""
     method = setup.method
     method.train(False)
-    with setup.precision.autocast():
+    with setup.autocast():
         batches = features.loader(BATCH, "sequential", device=setup.device)
         image = torch.cat([method.embed(inputs) for inputs, _ in batches])
         text = method.class_embeddings(setup.task.tests[0].name)

@@ -143,8 +143,7 @@ class Run:
     def prepare(self) -> None:
         """Make the trainer of a method with epochs, and keep the weights that a blend needs."""
         if self.config.epochs:
-            arguments = self.method, self.setup.precision, self.features, self.task.tests[0].classes
-            self.trainer = Trainer(self.config, *arguments)
+            self.trainer = Trainer(self.config, self.method, self.features, self.task.tests[0].classes)
             if self.trainer.not_graphed is not None:
                 self._tell("note", f"steps run without a CUDA graph: {self.trainer.not_graphed}")
         if self.config.blend != 1:
@@ -239,7 +238,7 @@ class Run:
         batches = list(self.features.loader(BATCH, "sequential", device=self.setup.device))
         inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         started = time.perf_counter()
-        with self.setup.precision.autocast():
+        with self.setup.autocast():
             self.method.fit(inputs, labels)
         self.seconds_fit = time.perf_counter() - started
 

@@ -1,4 +1,4 @@
-"""Setup of a run: model, precision, task, method and features of a resolved configuration."""
+"""Setup of a run: model, task, method and features of a resolved configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..methods.frozen import FrozenModel
 from ..methods.zero_shot import ZeroShot
 from .class_metrics import class_weights
 from .model import augmentation, load_model
-from .precision import MixedPrecision
+from .precision import autocast
 
 BATCH = 64
 """Images per batch without training."""
@@ -34,7 +34,6 @@ class RunSetup:
     config: TuneConfig  # resolved
     model: nn.Module  # on the device of the run
     tokenizer: Any
-    precision: MixedPrecision
     task: Task
     method: Method
     zero_shot: Method  # predicts before tuning: `method`, or a `ZeroShot`
@@ -44,6 +43,10 @@ class RunSetup:
     def device(self) -> torch.device:
         """Device of the run."""
         return torch.device(self.config.device)
+
+    def autocast(self) -> torch.autocast:
+        """Return the autocast context of a forward."""
+        return autocast(self.config.precision, self.device)
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -77,11 +80,11 @@ class RunSetup:
         options: dict[str, Any] = {"batch_size": BATCH, "workers": config.workers, "progress": progress}
         if config.cache is not None and self.method.cut is not None:
             options |= {"dtype": config.cache_dtype, "refresh": refresh, "resume": True}
-            with self.precision.autocast():
+            with self.autocast():
                 return FeatureCache.build(config.cache / name, self.method.cut, dataset, **options)
 
         def encode(images: Tensor) -> Tensor:
-            with self.precision.autocast():
+            with self.autocast():
                 features = self.method.encode_frozen(images.to(self.device))
             return features if self.rounded_to is None else rounded(features, self.rounded_to)
 
@@ -112,7 +115,6 @@ def build_run(
     )
     if load is not None:
         load(model)
-    precision = MixedPrecision(config.precision, device)
     crop = augmentation(model, config.preset) if config.augments else None
     task = build_task(config, transform, crop, open_data=open_data, train=train)
     method = build_method(config, model, tokenizer, task)
@@ -122,7 +124,7 @@ def build_run(
             "cache",
         )
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
-    return RunSetup(config, model, tokenizer, precision, task, method, zero_shot, rounded_to)
+    return RunSetup(config, model, tokenizer, task, method, zero_shot, rounded_to)
 
 
 def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:

@@ -21,7 +21,7 @@ from ..data.files import format_names
 from ..methods import Method, StepOutput
 from ..methods.tuned import TunedModel
 from .errors import argument_error
-from .precision import REMEDY, MixedPrecision
+from .precision import REMEDY, autocast, grad_scaler
 
 _CURVE = 100  # largest number of points of the loss curve in the row of an epoch
 
@@ -39,13 +39,13 @@ class Trainer:
         self,
         config: TuneConfig,
         method: Method,
-        precision: MixedPrecision,
         train: FeatureCache,
         classes: list[str],
     ):
         assert config.epochs and config.optimizer and config.batch_size and config.sampler
-        self._config, self._method, self._precision, self._classes = config, method, precision, classes
+        self._config, self._method, self._classes = config, method, classes
         self._labels, self._device = train.labels, torch.device(config.device)
+        self._scaler = grad_scaler(config.precision, self._device)
         groups = method.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
         self._optimizer = make_optimizer(config, groups)
         self._schedule = cosine_with_warmup(
@@ -71,7 +71,7 @@ class Trainer:
         except ValueError as error:
             self.not_graphed = str(error)
             return None
-        if step is not None and self._precision.scaler is not None:
+        if step is not None and self._scaler.is_enabled():
             self.not_graphed = "the gradient scaler of fp16 has a host sync in each step."
         return None if self.not_graphed else step
 
@@ -110,13 +110,13 @@ class Trainer:
         }
 
     def _step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        if self._graphed is not None:
-            with self._precision.autocast():
+        with autocast(self._config.precision, self._device):
+            if self._graphed is not None:
                 return self._graphed(inputs, labels)
-        with self._precision.autocast():
             out = self._method.step(inputs, labels)
-        self._precision.backward(out.loss)
-        self._precision.update(self._optimizer)
+        self._scaler.scale(out.loss).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._optimizer.zero_grad()
         return out
 
@@ -160,7 +160,7 @@ class Trainer:
             "loader": self._loader.state_dict(),
             "labels": digest_tensors([("labels", self._labels)]),
             "class_sampler": self._class_sampler.state_dict() if self._class_sampler is not None else {},
-            "precision": self._precision.state_dict(),
+            "precision": self._scaler.state_dict(),
             "random": random,
         }
 
@@ -173,7 +173,7 @@ class Trainer:
         self._loader.load_state_dict(state["loader"])
         if self._class_sampler is not None:
             self._class_sampler.load_state_dict(state["class_sampler"])
-        self._precision.load_state_dict(state["precision"])
+        self._scaler.load_state_dict(state["precision"])
         torch.set_rng_state(state["random"]["cpu"])
         if self._device.type == "cuda" and "cuda" in state["random"]:  # the run may be resumed on another device
             torch.cuda.set_rng_state(state["random"]["cuda"], self._device)
