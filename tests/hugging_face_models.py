@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 import transformers
-from models import random_weights
+
+from tests.models import random_weights
 
 SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import naive
 import pytest
 import torch.nn.functional as F
-from reference_step import LOSS, assert_equal_gradients
 from torch import Tensor, nn
 
 import skipkernels as sk
+from tests import naive
+from tests.reference_step import LOSS, assert_equal_gradients
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import tiny_batch, tiny_clip, tiny_tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
 from skipkernels import LSkipBoundary
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 C = 7
 LOST = "no gradient passes the cut, and .*skip_layers=0"

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from hugging_face_models import hugging_face_clip
 from torch import Tensor
 
 import skipkernels as sk
 from skipkernels import casts
 from skipkernels.casts import Casts
+from tests.hugging_face_models import hugging_face_clip
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 CLASSES = 30

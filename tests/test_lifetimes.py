@@ -7,12 +7,12 @@ import threading
 
 import pytest
 import torch
-from models import tiny_batch, tiny_clip, tiny_tokens
 from PIL import Image
 
 import skipkernels as sk
 from skipkernels.app.train import tune
 from tests.app.runs import shortened, small
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 C = 7
 

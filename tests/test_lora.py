@@ -10,11 +10,6 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
-from hugging_face_models import hugging_face_clip, siglip
-from models import openai_clip, tiny_batch, tiny_clip, tiny_tokens
-from naive import step_loss
-from reference_step import assert_matches_reference_step
-from timm_models import EVA02, eva, vit
 from torch import nn
 
 import skipkernels as sk
@@ -24,6 +19,11 @@ from skipkernels.testing import saved_bytes
 from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.fused import gradients
 from skipkernels.towers.low_rank import LowRankUpdate
+from tests.hugging_face_models import hugging_face_clip, siglip
+from tests.models import openai_clip, tiny_batch, tiny_clip, tiny_tokens
+from tests.naive import step_loss
+from tests.reference_step import assert_matches_reference_step
+from tests.timm_models import EVA02, eva, vit
 
 C = 7
 

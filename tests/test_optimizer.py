@@ -10,7 +10,6 @@ import warnings
 
 import pytest
 import torch
-from models import tiny_batch, tiny_clip, tiny_tokens
 from torch import nn
 
 import skipkernels as sk
@@ -18,6 +17,7 @@ from skipkernels import functional
 from skipkernels import optimizer as optimizer_module
 from skipkernels.ops import launching
 from skipkernels.testing import allocated_bytes, gradient_bytes
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 # Largest difference of a weight of size 1 after a few steps: the two round at different places, and the next gradient

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from features.caches import images, skip_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +19,7 @@ from bench.operators.record import small_call
 from skipkernels import _build, reference
 from skipkernels.app.config import usable_device
 from skipkernels.ops import registration
+from tests.features.caches import images, skip_clip
 from tests.processes import run_in_processes
 
 PACKAGE = Path(sk.__file__).parent
@@ -100,9 +100,7 @@ sys.exit(main(["tune", *options, "--out", str(folder / "run")]))
 
 def test_tune_and_step_on_windows(tmp_path):
     command = [sys.executable, "-c", ON_WINDOWS, tmp_path]
-    done = subprocess.run(
-        command, capture_output=True, encoding="utf-8", cwd=PACKAGE.parent, env=os.environ | {"PYTHONPATH": "tests"}
-    )
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/report.html").exists()
 

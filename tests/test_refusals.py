@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_clip, tiny_tokens
 from torch import nn
 
 import skipkernels as sk
 from skipkernels.retrieval import recall
 from skipkernels.selection import select_classes
 from skipkernels.towers.base import UnsupportedModel
+from tests.models import tiny_clip, tiny_tokens
 
 C = 7
 

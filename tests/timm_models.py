@@ -8,7 +8,6 @@ from functools import partial
 
 import open_clip
 import torch
-from models import tiny_clip
 from open_clip.timm_model import TimmModel
 from timm.layers import HybridEmbed, LayerNorm
 from timm.models.convnext import ConvNeXt
@@ -22,6 +21,8 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from tests.models import tiny_clip
 
 SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 12}
 CLIP = {"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5)}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from models import tiny_batch, tiny_clip, tiny_tokens
 from torch import Tensor, nn
 
 import skipkernels as sk
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 C = 17
 IMAGES, LABELS = tiny_batch(4, C)

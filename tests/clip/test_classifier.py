@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from clips import IMAGES, make_clip
 
 from skipkernels.app import heads
+from tests.clip.clips import IMAGES, make_clip
 
 
 def test_classifier_exports():

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import tiny_batch, tiny_clip, tiny_tokens
-from reference_step import assert_matches_reference_step
 from torch import nn
 
 import skipkernels as sk
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.reference_step import assert_matches_reference_step
 
 C = 7
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from clips import IMAGES, LABELS, C, class_weights, make_clip, mixup
-from models import tiny_clip, tiny_tokens
 from torch import Tensor
 
 import skipkernels as sk
 from skipkernels.clip.state import Origin, pack_state
+from tests.clip.clips import IMAGES, LABELS, C, class_weights, make_clip, mixup
+from tests.models import tiny_clip, tiny_tokens
 
 # ---- construction ----------------------------------------------------------------------------------------------------
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clips import insert_lora
-from models import tiny_batch, tiny_clip, tiny_tokens
-from reference_step import assert_matches_reference_step
 from torch import nn
 
 import skipkernels as sk
 from skipkernels.towers.families import open_clip as open_clip_towers
+from tests.clip.clips import insert_lora
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.reference_step import assert_matches_reference_step
 
 C = 7
 

@@ -7,16 +7,16 @@ import copy
 import open_clip
 import pytest
 import torch
-from clips import insert_lora, make_clip
-from models import tiny_batch, tiny_clip, tiny_tokens
 from open_clip.transformer import ResidualAttentionBlock as Block
-from reference_step import assert_matches_reference_step
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import skipkernels as sk
 from skipkernels.towers.block import unfused
+from tests.clip.clips import insert_lora, make_clip
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.reference_step import assert_matches_reference_step
 
 C = 7
 

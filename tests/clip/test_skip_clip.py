@@ -7,14 +7,14 @@ import pickle
 
 import pytest
 import torch
-from clips import IMAGES, LABELS, C, assert_same_bits, gradients, make_clip, mixup
-from models import tiny_batch, tiny_clip, tiny_tokens
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
 from skipkernels import retrieval, testing
 from skipkernels.towers.base import Tower
+from tests.clip.clips import IMAGES, LABELS, C, assert_same_bits, gradients, make_clip, mixup
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 # ---- training --------------------------------------------------------------------------------------------------------
 

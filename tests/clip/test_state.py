@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import safetensors.torch
 import torch
-from clips import C, drawn, make_clip
-from models import tiny_batch
+
+from tests.clip.clips import C, drawn, make_clip
+from tests.models import tiny_batch
 
 
 @pytest.mark.parametrize("tail", ["resample", "fixed"])

@@ -7,16 +7,11 @@ import functools
 import pickle
 from typing import Any, NamedTuple
 
-import naive
 import pytest
 import torch
 import torch.nn.functional as F
-from clips import IMAGES, LABELS, C, class_weights, drawn, gradients, make_clip, mixup, three_templates
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tiny_batch, tiny_clip, tiny_tokens
-from naive_step import assert_step_equals_naive, plain_copy
-from reference_step import assert_equal_gradients
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -25,6 +20,11 @@ from skipkernels import functional
 from skipkernels.clip.step import class_scores
 from skipkernels.selection import RankSampler
 from skipkernels.testing import saved_bytes
+from tests import naive
+from tests.clip.clips import IMAGES, LABELS, C, class_weights, drawn, gradients, make_clip, mixup, three_templates
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.naive_step import assert_step_equals_naive, plain_copy
+from tests.reference_step import assert_equal_gradients
 
 
 class Case(NamedTuple):

@@ -8,13 +8,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from clips import IMAGES, LABELS, C, class_weights, make_clip, three_templates
-from models import tiny_batch, tiny_clip, tiny_tokens
-from naive_step import assert_step_equals_naive
 
 import skipkernels as sk
 from skipkernels.testing import allocated_bytes, saved_bytes
 from skipkernels.towers.fused.stages import SAVED_WIDTHS
+from tests.clip.clips import IMAGES, LABELS, C, class_weights, make_clip, three_templates
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.naive_step import assert_step_equals_naive
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from models import tiny_clip, tiny_tokens
 
 import skipkernels as sk
 from skipkernels.towers.families import open_clip as open_clip_towers
+from tests.models import tiny_clip, tiny_tokens
 
 C = 7
 

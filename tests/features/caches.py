@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import tiny_clip, tiny_tokens
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import skipkernels as sk
+from tests.models import tiny_clip, tiny_tokens
 
 CLASSES = 4
 

@@ -12,14 +12,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from caches import CLASSES, Drawn, build, images, skip_clip
-from hugging_face_models import siglip
-from models import TEXT, VISION, openai_clip, tiny_clip
-from timm_models import convnext, vit, vit_siglip
 from torch import nn
 
 import skipkernels as sk
 from skipkernels.features import CacheError
+from tests.features.caches import CLASSES, Drawn, build, images, skip_clip
+from tests.hugging_face_models import siglip
+from tests.models import TEXT, VISION, openai_clip, tiny_clip
+from tests.timm_models import convnext, vit, vit_siglip
 
 
 def half(dtype: torch.dtype) -> nn.Module:

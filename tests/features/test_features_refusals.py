@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from caches import build, images, pictures, skip_clip
-from hugging_face_models import siglip
-from models import tiny_clip
 from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -20,6 +17,9 @@ from torch.utils.data import TensorDataset
 import skipkernels as sk
 from skipkernels.app.data import LabelledImages
 from skipkernels.features import CacheError
+from tests.features.caches import build, images, pictures, skip_clip
+from tests.hugging_face_models import siglip
+from tests.models import tiny_clip
 
 GOOD = pictures(1)[0]
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from caches import build, images, pictures, skip_clip
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision import transforms as v1
@@ -22,6 +21,7 @@ import skipkernels as sk
 from skipkernels.app.data import DatasetImages, LabelledImages
 from skipkernels.features import CacheError
 from skipkernels.features.identity import dataset_identity
+from tests.features.caches import build, images, pictures, skip_clip
 
 LONG_AGO = 1_000_000_000_000_000_000  # ns; a file written now has another time
 NAMES = ("cat/a", "cat/b", "dog/a", "dog/b")

@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from caches import CLASSES, build
 from torch.utils.data import DataLoader
 
 import skipkernels as sk
 from skipkernels.features import BatchSampler
 from skipkernels.features.table import CacheError, MemoryTable
+from tests.features.caches import CLASSES, build
 from tests.processes import forkserver
 
 COUNT = 23

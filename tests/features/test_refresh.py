@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import Drawn, build, skip_clip
 
 import skipkernels as sk
 from skipkernels.features import CacheError
 from skipkernels.features.image_batches import load_batches, split_batches
+from tests.features.caches import Drawn, build, skip_clip
 
 COUNT, EPOCHS = 8, 4
 

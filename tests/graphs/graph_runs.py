@@ -6,12 +6,12 @@ import copy
 from typing import Any
 
 import torch
-from models import tiny_batch, tiny_clip, tiny_tokens
 from torch import Tensor, nn
 
 import skipkernels as sk
 from skipkernels.clip.step import LossOptions, step
 from skipkernels.graphs import graphed_step as graphed
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 CLASSES = 30
 

@@ -11,9 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-from gpu_stand_in import stand_in
-from graph_runs import CLASSES, Run, batches, skip_clip
-from models import tiny_tokens
 from torch import Tensor, nn
 
 import skipkernels as sk
@@ -21,6 +18,9 @@ from skipkernels import optimizer
 from skipkernels.graphs import capture
 from skipkernels.graphs import graphed_step as graphed
 from skipkernels.ops import sgd_momentum
+from tests.graphs.gpu_stand_in import stand_in
+from tests.graphs.graph_runs import CLASSES, Run, batches, skip_clip
+from tests.models import tiny_tokens
 
 
 @pytest.fixture

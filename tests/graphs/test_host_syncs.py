@@ -9,14 +9,14 @@ import contextlib
 
 import pytest
 import torch
-from graph_runs import CLASSES, batches, groups_of, skip_clip
-from models import tiny_tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
 from bench.meta_device import meta_as_gpu
+from tests.graphs.graph_runs import CLASSES, batches, groups_of, skip_clip
+from tests.models import tiny_tokens
 
 COPIES = torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default
 

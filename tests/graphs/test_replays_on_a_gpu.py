@@ -6,12 +6,12 @@ import contextlib
 
 import pytest
 import torch
-from graph_runs import CLASSES, Run, batches, skip_clip
-from models import tiny_tokens
 
 import skipkernels as sk
 from skipkernels.graphs import graphed_step as graphed
+from tests.graphs.graph_runs import CLASSES, Run, batches, skip_clip
 from tests.graphs.test_capture import CHANGES
+from tests.models import tiny_tokens
 
 pytestmark = pytest.mark.gpu
 

@@ -8,11 +8,11 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
 from skipkernels.pairs.chunked import check_chunk
 from skipkernels.testing import allocated_bytes, relative_error, saved_bytes
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 
 def pair_batch(dtype=torch.float64):

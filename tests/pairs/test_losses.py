@@ -7,16 +7,16 @@ import functools
 import runpy
 from pathlib import Path
 
-import naive
 import pytest
 import torch
 import torch.nn.functional as F
-from models import tiny_batch, tiny_clip, tiny_tokens
-from naive_step import assert_same_loss, plain_copy
 
 import skipkernels as sk
 from skipkernels.selection import base_keep
 from skipkernels.testing import saved_bytes
+from tests import naive
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.naive_step import assert_same_loss, plain_copy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
 from skipkernels import functional
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 C = 17
 IMAGES = tiny_batch(4, C)[0]

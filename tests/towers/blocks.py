@@ -8,7 +8,6 @@ from functools import partial
 import open_clip.transformer
 import torch
 import transformers
-from models import openai_models
 from timm.layers import GluMlp, Mlp, RmsNorm, SwiGLU
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers.models.clip import modeling_clip
 
 from skipkernels.towers.block import unfused
+from tests.models import openai_models
 
 N, GRID, W, HEADS = 3, 4, 24, 3
 TOKENS = GRID + 1  # with a class token

@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 import transformers
-from hugging_face_models import SMALL, hugging_face_clip, metaclip_2, siglip, siglip_2
-from models import VISION, openai_clip, random_weights, tiny_clip, tiny_coca, tiny_tokens
 from timm.models.vision_transformer import ParallelScalingBlock
-from timm_models import (
+from torch import Tensor, nn
+
+import skipkernels as sk
+from tests.hugging_face_models import SMALL, hugging_face_clip, metaclip_2, siglip, siglip_2
+from tests.models import VISION, openai_clip, random_weights, tiny_clip, tiny_coca, tiny_tokens
+from tests.timm_models import (
     CLIP,
     EVA02,
     GRID,
@@ -32,9 +35,6 @@ from timm_models import (
     vit_siglip,
     vitamin,
 )
-from torch import Tensor, nn
-
-import skipkernels as sk
 
 CLASSES = 7
 TOKENS = tiny_tokens(CLASSES)

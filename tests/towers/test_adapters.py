@@ -7,12 +7,12 @@ import copy
 import peft
 import pytest
 import torch
-from hugging_face_models import hugging_face_clip
-from models import tiny_batch, tiny_clip, tiny_coca, tiny_tokens
-from reference_step import assert_matches_reference_step
 from torch import nn
 
 import skipkernels as sk
+from tests.hugging_face_models import hugging_face_clip
+from tests.models import tiny_batch, tiny_clip, tiny_coca, tiny_tokens
+from tests.reference_step import assert_matches_reference_step
 
 C = 7
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import BLOCKS, assert_equal, assert_equals_own_forward, gradients, hidden_states, make_block, rotary, run
 from torch import nn
 
 import skipkernels as sk
 from skipkernels.testing import relative_error, saved_bytes
 from skipkernels.towers.block import FusedBlock
+from tests.towers.blocks import (
+    BLOCKS,
+    assert_equal,
+    assert_equals_own_forward,
+    gradients,
+    hidden_states,
+    make_block,
+    rotary,
+    run,
+)
 
 
 def fused(name: str, memory: str = "fast", dtype: torch.dtype | None = None) -> nn.Module:

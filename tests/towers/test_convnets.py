@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, LABELS
-from models import openai_models
-from timm_models import batch_norms, randomise, resnet, swin
 
 from skipkernels.towers.base import Cut
 from skipkernels.towers.families.convnets import ResNetTower
+from tests.models import openai_models
+from tests.timm_models import batch_norms, randomise, resnet, swin
+from tests.towers.families import FAMILIES, LABELS
 
 RESNET = FAMILIES["resnet"]
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import ENCODERS, FAMILIES, LABELS, STAGED, TIMM, Family, like_another
-from models import uncompared
-from reference_step import LOSS, assert_matches_reference_step
-from timm_models import batch_norms, convnext, eva, naflex, swin, vit, vitamin
 from torch import nn
 
 import skipkernels as sk
 from skipkernels import reference
 from skipkernels.testing import saved_bytes
+from tests.models import uncompared
+from tests.reference_step import LOSS, assert_matches_reference_step
+from tests.timm_models import batch_norms, convnext, eva, naflex, swin, vit, vitamin
+from tests.towers.families import ENCODERS, FAMILIES, LABELS, STAGED, TIMM, Family, like_another
 
 
 def rows(names: Iterable[str]) -> Any:

@@ -8,16 +8,16 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from families import CLASSES, FAMILIES, FUSED, LABELS, TOKENS, Family, like_another
-from hugging_face_models import patches_of, siglip, siglip_2
-from models import TEXT, VISION, openai_clip, openai_models, tiny_batch, tiny_clip, tiny_tokens
-from reference_step import assert_matches_reference_step
 from timm.layers import RmsNorm
-from timm_models import ROTARY, eva, vit
 from torch import Tensor, nn
 
 import skipkernels as sk
 from skipkernels.towers import attention
+from tests.hugging_face_models import patches_of, siglip, siglip_2
+from tests.models import TEXT, VISION, openai_clip, openai_models, tiny_batch, tiny_clip, tiny_tokens
+from tests.reference_step import assert_matches_reference_step
+from tests.timm_models import ROTARY, eva, vit
+from tests.towers.families import CLASSES, FAMILIES, FUSED, LABELS, TOKENS, Family, like_another
 
 OPEN_CLIP = Family(tiny_clip)
 VIT = like_another(vit)

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from blocks import FAMILIES, TOKENS, W, assert_equals_own_forward, make_block
-from models import tiny_clip
 from torch import nn
 from transformers.models.clip import modeling_clip
 
@@ -23,6 +21,8 @@ from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.fused import node
 from skipkernels.towers.fused.records import Hidden
+from tests.models import tiny_clip
+from tests.towers.blocks import FAMILIES, TOKENS, W, assert_equals_own_forward, make_block
 
 MASK = {"open_clip": "attn_mask", "hf": "attention_mask"}  # name of the argument
 

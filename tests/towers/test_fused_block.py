@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from models import tiny_clip
 
 from bench import counts
 from skipkernels.ops import launching
@@ -17,6 +16,7 @@ from skipkernels.towers.families.open_clip import OpenClipBlock
 from skipkernels.towers.fused.node import fused_block
 from skipkernels.towers.fused.records import Hidden, RowsOptions
 from skipkernels.towers.fused.stages import SAVED_WIDTHS
+from tests.models import tiny_clip
 
 N, TOKENS, W = 3, 5, 24
 

@@ -11,9 +11,6 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from hugging_face_models import hugging_face_clip, metaclip_2, patches_of, siglip, siglip_2
-from models import openai_clip, random_weights, tiny_batch, tiny_clip, tiny_tokens
-from processes import run_in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -24,6 +21,9 @@ import skipkernels as sk
 from skipkernels.testing import SLACK, relative_error, saved_bytes
 from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import FusedBlock
+from tests.hugging_face_models import hugging_face_clip, metaclip_2, patches_of, siglip, siglip_2
+from tests.models import openai_clip, random_weights, tiny_batch, tiny_clip, tiny_tokens
+from tests.processes import run_in_processes
 
 
 def timm_vit(**options) -> nn.Module:

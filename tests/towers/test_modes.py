@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import tiny_batch, tiny_clip, tiny_tokens
-from timm_models import naflex
 
 import skipkernels as sk
 from skipkernels.towers.modes import deterministic_training, evaluating
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.timm_models import naflex
 
 CLASSES = 7
 

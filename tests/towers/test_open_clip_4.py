@@ -6,11 +6,8 @@ import open_clip
 import pytest
 import torch
 import transformers
-from families import CLASSES, with_encoder
-from models import TEXT, VISION, random_weights, tiny_batch, tiny_clip, tiny_tokens
 from open_clip.hf_configs import arch_dict
 from open_clip.transformer import ResidualAttentionBlock as Block
-from reference_step import assert_matches_reference_step
 from torch import nn
 
 import skipkernels as sk
@@ -18,6 +15,9 @@ from skipkernels.towers.alterations import submodules
 from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import _fused_class
 from skipkernels.towers.families import open_clip as open_clip_towers
+from tests.models import TEXT, VISION, random_weights, tiny_batch, tiny_clip, tiny_tokens
+from tests.reference_step import assert_matches_reference_step
+from tests.towers.families import CLASSES, with_encoder
 
 needs_modern_text = pytest.mark.skipif(
     not hasattr(open_clip.transformer, "ModernTextTransformer"), reason="open_clip 3 has no modern text tower"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
 from skipkernels.towers.families.open_clip import OpenClipTextTower
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 
 def test_prompts_with_rows_behind_equal_packed(monkeypatch):

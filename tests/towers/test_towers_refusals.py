@@ -9,15 +9,15 @@ import peft
 import pytest
 import torch
 import transformers
-from families import FAMILIES, TOKENS, nllb
-from hugging_face_models import SMALL, hugging_face_clip, siglip
-from models import openai_clip, tiny_clip, tiny_coca
 from timm.models.resnet import BasicBlock, ResNet
-from timm_models import ROTARY, convnext, eva, fastvit, naflex, relative, resnet, swin, timm_clip, vit, vitamin
 from torch import nn
 
 import skipkernels as sk
 from skipkernels.towers.base import UnsupportedModel
+from tests.hugging_face_models import SMALL, hugging_face_clip, siglip
+from tests.models import openai_clip, tiny_clip, tiny_coca
+from tests.timm_models import ROTARY, convnext, eva, fastvit, naflex, relative, resnet, swin, timm_clip, vit, vitamin
+from tests.towers.families import FAMILIES, TOKENS, nllb
 
 
 def altered(make: Callable[[], nn.Module], path: str, alter: Callable[[nn.Module], object]) -> nn.Module:

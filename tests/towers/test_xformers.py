@@ -7,10 +7,10 @@ import types
 
 import pytest
 import torch
-from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
 from skipkernels.towers import xformers as towers_xformers
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 CLASSES = 9
 

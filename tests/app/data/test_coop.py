@@ -6,10 +6,19 @@ import json
 import shutil
 
 import pytest
-from pictures import IMAGENET_NAMES, JSON_SETS, SPLITS, WNIDS, class_of, draw_image, make_coop, raises_input_error
 
 from skipkernels.app.data import open_source
 from skipkernels.app.data.coop import DATASETS
+from tests.app.data.pictures import (
+    IMAGENET_NAMES,
+    JSON_SETS,
+    SPLITS,
+    WNIDS,
+    class_of,
+    draw_image,
+    make_coop,
+    raises_input_error,
+)
 
 
 def counts(source, split):

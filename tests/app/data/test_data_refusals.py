@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import WNIDS, draw_image, make_coop, raises_input_error
 from torch.utils.data import Dataset
 
 from skipkernels.app.data import DatasetImages, TaskOptions, from_datasets, load_task, open_source
@@ -19,6 +18,7 @@ from skipkernels.app.data.coop import DATASETS
 from skipkernels.app.data.files import check_inside
 from skipkernels.app.data.images import read_labels
 from skipkernels.app.data.templates import resolve_templates
+from tests.app.data.pictures import WNIDS, draw_image, make_coop, raises_input_error
 
 Tree = Mapping[str, Any]
 

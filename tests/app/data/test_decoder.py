@@ -15,13 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from pictures import class_of, decoders, draw_image, raises_input_error, slow_picture
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from skipkernels.app.data import LabelledImages, decoder
 from skipkernels.app.data.decoder import decode
 from skipkernels.app.data.images import read_image
+from tests.app.data.pictures import class_of, decoders, draw_image, raises_input_error, slow_picture
 
 
 def encoded(image: Image.Image, kind: str = "png", **options) -> bytes:

@@ -10,9 +10,9 @@ from collections import Counter
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from pictures import make_coop, make_folders
 
 from skipkernels.app.data import few_shot, open_source, save_few_shot
+from tests.app.data.pictures import make_coop, make_folders
 
 LABELLED = st.dictionaries(st.text(min_size=1), st.integers(0, 4), min_size=1, max_size=40)
 

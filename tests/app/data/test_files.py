@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 
-from pictures import draw_image, raises_input_error
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from skipkernels.app.data import LabelledImages
 from skipkernels.app.data.files import IMAGE_EXTENSIONS, check_inside, find_images, read_json, read_text
 from skipkernels.app.data.images import unreadable
+from tests.app.data.pictures import draw_image, raises_input_error
 
 
 def test_image_extensions_include_those_of_torchvision():

@@ -10,10 +10,10 @@ import unicodedata
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from pictures import class_of, draw_image, make_folders, shuffle_listings
 
 from skipkernels.app.data import DatasetImages, TaskOptions, load_task, open_source
 from skipkernels.app.data.splits import hash_splits
+from tests.app.data.pictures import class_of, draw_image, make_folders, shuffle_listings
 
 
 def open_folder(root):

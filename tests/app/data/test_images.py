@@ -12,13 +12,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from pictures import class_of, draw_image, raises_input_error
 from PIL import EpsImagePlugin, ExifTags, Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from skipkernels.app.data import DatasetImages, InputError, LabelledImages
 from skipkernels.app.data.decoding import open_image, to_rgb
 from skipkernels.app.data.images import read_image, read_labels
+from tests.app.data.pictures import class_of, draw_image, raises_input_error
 
 
 def one(path: Path) -> Image.Image:

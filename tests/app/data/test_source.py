@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from pictures import make_coop
 from PIL import Image
 from torch.utils.data import Dataset
 
 from skipkernels.app.data import from_datasets, open_source
 from skipkernels.app.data.source import normalize_class_name
+from tests.app.data.pictures import make_coop
 
 # ---- by name ---------------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,10 @@ from collections import Counter
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from pictures import NAMES, class_of, make_coop, make_folders, raises_input_error
 from PIL import Image
 
 from skipkernels.app.data import TaskOptions, from_datasets, load_task, summarise
+from tests.app.data.pictures import NAMES, class_of, make_coop, make_folders, raises_input_error
 
 
 def load(data, protocol="base-to-new", **how):

@@ -9,11 +9,11 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from models import tiny_clip
 from torch import Tensor
 
 from skipkernels.app.data import Task, TestSet
 from skipkernels.app.methods import METHODS, Method
+from tests.models import tiny_clip
 
 CONTEXT = 12
 FAMILIES = (open_clip.CLIP, open_clip.CustomTextCLIP)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from method_tasks import (
+
+from tests.app.methods.method_tasks import (
     BASE,
     CONTEXT,
     END,

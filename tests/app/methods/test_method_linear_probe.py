@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from method_tasks import BASE, made, stacked, tiny_model, tiny_task, trained
 
 from skipkernels.app.heads.logistic import logistic_regression
 from skipkernels.app.methods import linear_probe
+from tests.app.methods.method_tasks import BASE, made, stacked, tiny_model, tiny_task, trained
 
 IDENTITY = torch.eye(5, 12, dtype=torch.float64)
 

@@ -5,12 +5,22 @@ from __future__ import annotations
 import open_clip
 import pytest
 import torch
-from method_tasks import BASE, CONTEXT, made, stacked, tiny_model, tiny_task, tokenizer, trained, zero_shot
-from models import openai_models
 
 import skipkernels as sk
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
+from tests.app.methods.method_tasks import (
+    BASE,
+    CONTEXT,
+    made,
+    stacked,
+    tiny_model,
+    tiny_task,
+    tokenizer,
+    trained,
+    zero_shot,
+)
+from tests.models import openai_models
 
 
 def clip_over(model, prompts, **settings) -> sk.SkipCLIP:

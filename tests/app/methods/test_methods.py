@@ -7,7 +7,12 @@ import copy
 import open_clip
 import pytest
 import torch
-from method_tasks import (
+from torch import nn
+
+from skipkernels import retrieval
+from skipkernels.app.data import InputError
+from skipkernels.app.methods import METHODS, Recipe
+from tests.app.methods.method_tasks import (
     BASE,
     CONTEXT,
     FAMILIES,
@@ -21,11 +26,6 @@ from method_tasks import (
     trained,
     zero_shot,
 )
-from torch import nn
-
-from skipkernels import retrieval
-from skipkernels.app.data import InputError
-from skipkernels.app.methods import METHODS, Recipe
 
 # Logits up to 14 in fp64, with another order of summation; measured 1e-14.
 CLOSE = {"rtol": 0, "atol": 1e-11}
