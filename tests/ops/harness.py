@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from skipkernels import functional, reference
 from skipkernels.testing import COSINE, SLACK, relative_error
 from tests.layouts import LAYOUTS, laid_out
-from tests.ops.conftest import BACKENDS, GPU, INTERPRETED, Backend
+from tests.ops.backends import BACKENDS, GPU, INTERPRETED, Backend
 
 Results = dict[str, Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -15,7 +15,7 @@ from skipkernels.ops.add_layer_norm import NormResults, add_layer_norm_backward
 from skipkernels.ops.add_layer_norm import add_layer_norm as operator
 from skipkernels.ops.row_sums import column_sums
 from skipkernels.testing import SLACK, relative_error
-from tests.ops.conftest import Backend, on_gpu
+from tests.ops.backends import Backend, on_gpu
 from tests.ops.harness import Case, Operator, shared_tests
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from skipkernels.testing import relative_error
-from tests.ops.conftest import GPU, INTERPRETED, Backend
+from tests.ops.backends import GPU, INTERPRETED, Backend
 from tests.ops.harness import Case, Operator
 from tests.ops.test_pooled_attention import OPERATOR as pooled
 from tests.ops.test_shared_prefix_attention import OPERATOR as shared

@@ -7,7 +7,7 @@ import torch
 
 from bench.operators.record import SmallCall, small_call
 from skipkernels import functional
-from tests.ops.conftest import Backend
+from tests.ops.backends import Backend
 
 DIFFERENTIABLE = [name for name in functional.__all__ if small_call(name).inputs]
 # Its backward is the operator, so the gradient of a gradient exists: tests/ops/test_rotary_embedding.py.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skipkernels.testing import COSINE, SLACK, peak_bytes, relative_error
-from tests.ops.conftest import GPU, INTERPRETED, Backend
+from tests.ops.backends import GPU, INTERPRETED, Backend
 from tests.ops.harness import Case, Operator, Results, log_probability_slack, shared_tests, shortest
 from tests.ops.test_class_sampled_logits import OPERATOR as LOGITS
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skipkernels.functional import class_sampled_logits
 from skipkernels.testing import COSINE, SLACK
-from tests.ops.conftest import Backend
+from tests.ops.backends import Backend
 from tests.ops.harness import Case, Operator, Results, shared_tests, shortest
 
 

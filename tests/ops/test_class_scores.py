@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from skipkernels.functional import class_scores
-from tests.ops.conftest import Backend
+from tests.ops.backends import Backend
 from tests.ops.harness import Case, Operator, shared_tests
 
 

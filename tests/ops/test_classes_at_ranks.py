@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from skipkernels.ops.class_scores import classes_at_ranks
-from tests.ops.conftest import GPU, INTERPRETED, Backend
+from tests.ops.backends import GPU, INTERPRETED, Backend
 
 # There are no C++ kernels.
 pytestmark = pytest.mark.parametrize("backend", ["reference", INTERPRETED, GPU], indirect=True)

@@ -18,7 +18,7 @@ from bench.launches import ARCHITECTURES, CALLS, WIDTHS, launches_of
 from skipkernels.ops import launching
 from skipkernels.ops.launching import Target, launch_options, table_of
 from tests.ops import test_rotary_embedding as rotary
-from tests.ops.conftest import INTERPRETED, Backend
+from tests.ops.backends import INTERPRETED, Backend
 from tests.ops.test_step_shapes import CASES, State, upper_half
 
 A100, MI300 = Target("cuda", 80), Target("hip", "gfx942")

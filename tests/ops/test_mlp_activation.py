@@ -14,7 +14,7 @@ from skipkernels.functional import mlp_activation
 from skipkernels.ops.mlp_activation import KINDS, mlp_activation_backward
 from skipkernels.ops.row_sums import column_sums
 from skipkernels.testing import SLACK
-from tests.ops.conftest import GPU, INTERPRETED, Backend, on_gpu
+from tests.ops.backends import GPU, INTERPRETED, Backend, on_gpu
 from tests.ops.harness import DTYPES, Case, Operator, shared_tests
 
 ELEMENTWISE = KINDS[:3]  # the others join two numbers

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from skipkernels import functional
-from tests.ops.conftest import Backend
+from tests.ops.backends import Backend
 
 B, C, D = 4, 9, 16
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from skipkernels.ops.packed_layout import packed_layout
-from tests.ops.conftest import GPU, INTERPRETED, Backend
+from tests.ops.backends import GPU, INTERPRETED, Backend
 
 # There are no C++ kernels.
 pytestmark = pytest.mark.parametrize("backend", ["reference", INTERPRETED, GPU], indirect=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from tests.ops.conftest import Backend
+from tests.ops.backends import Backend
 from tests.ops.harness import Case, Operator, shared_tests
 
 

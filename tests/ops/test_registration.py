@@ -10,7 +10,7 @@ import torch
 from skipkernels.ops import registration
 from skipkernels.ops.add_layer_norm import NormArguments, add_layer_norm_backward
 from skipkernels.ops.sgd_momentum import Call, sgd_momentum_
-from tests.ops.conftest import Backend
+from tests.ops.backends import Backend
 
 LARGEST = 2**63 - 1
 

@@ -9,7 +9,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor
 
 from skipkernels.functional import rotary_embedding
-from tests.ops.conftest import Backend
+from tests.ops.backends import Backend
 from tests.ops.harness import Case, Operator, shared_tests
 
 

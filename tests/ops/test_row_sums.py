@@ -12,7 +12,7 @@ from skipkernels.testing import SLACK
 from skipkernels.towers.attention import Sequences
 from skipkernels.towers.fused import node
 from skipkernels.towers.fused.records import BlockSettings, BlockWeights, Hidden, RowsOptions
-from tests.ops.conftest import Backend
+from tests.ops.backends import Backend
 
 SHAPES = [(1, 1), (129, 33), (3, 64), (130, 7), (788, 70)]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from skipkernels.functional import shared_prefix_attention
-from tests.ops.conftest import Backend
+from tests.ops.backends import Backend
 from tests.ops.harness import Case, Operator, Results, shared_tests
 
 

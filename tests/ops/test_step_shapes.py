@@ -20,7 +20,7 @@ from tests.ops import test_class_scores as scores
 from tests.ops import test_mlp_activation as activation
 from tests.ops import test_pooled_attention as pooled
 from tests.ops import test_shared_prefix_attention as prefix
-from tests.ops.conftest import GPU, Backend
+from tests.ops.backends import GPU, Backend
 from tests.ops.harness import Operator
 from tests.ops.test_sgd_momentum import State
 

@@ -16,7 +16,7 @@ from bench.operators import Case
 from bench.operators.gate import Gate
 from bench.operators.record import cases_of
 from skipkernels.ops import launching
-from tests.ops.conftest import INTERPRETED, Backend
+from tests.ops.backends import INTERPRETED, Backend
 from tests.test_aot import ROW
 
 interpreted = pytest.mark.parametrize("backend", [INTERPRETED], indirect=True)
