@@ -13,7 +13,8 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.pretrained import download_pretrained_from_hf
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import EntryNotFoundError
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -30,6 +31,8 @@ from .errors import argument_error
 from .hugging_face_model import load_hugging_face
 from .plain_config import OPEN_CLIP, read_open_clip_config
 
+Loaded = tuple[nn.Module, Callable, Callable]
+"""Model, image transform and tokenizer."""
 RANDOM = "random"
 LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
 # Errors of open_clip for a file that is damaged, empty, or of another structure or model.
@@ -41,7 +44,10 @@ _RANDOM_FILLS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.unifo
 
 
 class _WithoutRandomWeights(TorchFunctionMode):
-    """Leave the weights of new modules uninitialised: to draw them took 0.9 of 1.3 s of loading a ViT-B/16."""
+    """Skip the draws of `nn.init` for weights that are loaded afterwards, 0.9 of 1.3 s of loading a ViT-B/16.
+
+    Parameters that a constructor draws itself, as by `torch.randn`, are still drawn.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -58,7 +64,7 @@ def load_model(
     architecture_only: bool = False,
     seed: int = 0,
     trust: bool = False,
-) -> tuple[nn.Module, Callable, Callable]:
+) -> Loaded:
     """Load a model in evaluation mode, with its image transform and tokenizer. Runs no code of a folder or of the hub.
 
     A model of open_clip has its configuration in the attribute `model_cfg`.
@@ -77,7 +83,10 @@ def load_model(
     """
     if name.startswith((LOCAL_DIR, HUB)):
         check_model(name, pretrained)
-        return _load_whole(name, device, architecture_only=architecture_only, seed=seed, trust=trust)
+        kind, _, where = name.partition(":")
+        load = _load_folder if f"{kind}:" == LOCAL_DIR else _load_hub
+        model, transform, tokenizer = load(where, architecture_only=architecture_only, seed=seed, trust=trust)
+        return model.to(device).eval(), transform, tokenizer
     if name == PACKAGED:
         packaged().register()
     check_model(name, pretrained, architecture_only=architecture_only)
@@ -106,6 +115,8 @@ def check_model(name: str, pretrained: str | None, *, architecture_only: bool = 
     if name.startswith((LOCAL_DIR, HUB)):
         if pretrained is not None:
             raise argument_error("pretrained", f"{name} has its own weights; leave it out.")
+        if name in (LOCAL_DIR, HUB):
+            raise argument_error("model", f"{name}: must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME.")
         return
     known = [*open_clip.list_models(), PACKAGED]
     if name not in known:
@@ -144,49 +155,55 @@ def _without_network(name: str, tag: str) -> str:
     return f"Use `model={PACKAGED}`, which needs no download, or {weights} the path of their file as `pretrained`."
 
 
-def _load_whole(
-    name: str, device: torch.device, *, architecture_only: bool, seed: int, trust: bool
-) -> tuple[nn.Module, Callable, Callable]:
-    """Load a model with its weights from a folder or the hub; see `load_model`."""
-    kind, _, where = name.partition(":")
-    local = f"{kind}:" == LOCAL_DIR
-    folder = absolute_path(where)
-    if not where or (local and not folder.is_dir()):
-        missing = f"no folder {folder}" if where else f"must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME"
-        raise argument_error("model", f"{name}: {missing}.")
-    converted = local and not (folder / OPEN_CLIP).is_file()
-    if converted and not (folder / "config.json").is_file():
+def _load_folder(where: str, *, architecture_only: bool, seed: int, trust: bool) -> Loaded:
+    """Load a model with its weights from a folder; see `load_model`."""
+    name, folder = f"{LOCAL_DIR}{where}", absolute_path(where)
+    if not folder.is_dir():
+        raise argument_error("model", f"{name}: no folder {folder}.")
+    if (folder / OPEN_CLIP).is_file():
+        source = f"{LOCAL_DIR}{folder}"
+        return _load_open_clip(name, source, folder / OPEN_CLIP, architecture_only=architecture_only, trust=trust)
+    if not (folder / "config.json").is_file():
         raise argument_error(
             "model",
             f"{name}: {folder} has no {OPEN_CLIP} of open_clip, and no config.json of transformers; name the "
             "folder of a saved model.",
         )
-    if not converted:
-        packaged()  # for a folder with its image tower
-        source = f"{LOCAL_DIR}{folder}" if local else name
-        with quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                file = folder / OPEN_CLIP if local else Path(download_pretrained_from_hf(where, filename=OPEN_CLIP))
-                config = read_open_clip_config(file, trust=trust)
-                _check_text_tower(config["text_cfg"])
-                with _WithoutRandomWeights():
-                    model, _, transform = open_clip.create_model_and_transforms(
-                        source,
-                        load_weights=not architecture_only,
-                        require_pretrained=not architecture_only,
-                        pretrained_text=False,  # the weights of a text tower alone, which would be downloaded
-                    )
-                model.model_cfg = config
-                return model.to(device).eval(), transform, _tokenizer(name, source, config)
-            except _LOAD_ERRORS as error:
-                if isinstance(error, InputError):
-                    raise
-                converted = not local and OPEN_CLIP in str(error)
-                if not converted:
-                    raise argument_error("model", f"{name} could not be loaded: {first_line(error)}") from error
-    found = load_hugging_face(name, folder if local else where, architecture_only=architecture_only, seed=seed)
-    return found[0].to(device).eval(), *found[1:]
+    return load_hugging_face(name, folder, architecture_only=architecture_only, seed=seed)
+
+
+def _load_hub(where: str, *, architecture_only: bool, seed: int, trust: bool) -> Loaded:
+    """Load a model with its weights from the Hugging Face hub; see `load_model`."""
+    name = f"{HUB}{where}"
+    try:
+        with quiet():
+            file = hf_hub_download(where, OPEN_CLIP)
+    except EntryNotFoundError:  # a model of transformers, which may be in the cache without a network
+        return load_hugging_face(name, where, architecture_only=architecture_only, seed=seed)
+    except (OSError, ValueError) as error:
+        raise argument_error("model", f"{name} could not be loaded: {first_line(error)}") from error
+    return _load_open_clip(name, name, Path(file), architecture_only=architecture_only, trust=trust)
+
+
+def _load_open_clip(name: str, source: str, file: Path, *, architecture_only: bool, trust: bool) -> Loaded:
+    """Load a model that has a configuration file of open_clip. `source` is the name that open_clip takes."""
+    packaged()  # for a folder with its image tower
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]), _WithoutRandomWeights():
+            config = read_open_clip_config(file, trust=trust)
+            _check_text_tower(config["text_cfg"])
+            model, _, transform = open_clip.create_model_and_transforms(
+                source,
+                load_weights=not architecture_only,
+                require_pretrained=not architecture_only,
+                pretrained_text=False,  # the weights of a text tower alone, which would be downloaded
+            )
+        model.model_cfg = config
+        return model, transform, _tokenizer(name, source, config)
+    except InputError:
+        raise
+    except _LOAD_ERRORS as error:
+        raise argument_error("model", f"{name} could not be loaded: {first_line(error)}") from error
 
 
 def _check_text_tower(config: dict[str, Any]) -> None:
@@ -280,9 +297,13 @@ def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings, such as that of open_clip without weights, which are loaded later or meant to be random."""
+    """Disable logging up to ERROR.
+
+    open_clip warns of a model without weights, which are loaded later or meant to be random, and logs the error of a
+    download that it then raises.
+    """
     before, handlers = logging.root.manager.disable, list(logging.root.handlers)
-    logging.disable(logging.ERROR)  # open_clip logs the error of a download that it then raises
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:

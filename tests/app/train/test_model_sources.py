@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import EntryNotFoundError
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -73,10 +74,17 @@ def test_hub_model(folder, monkeypatch):
     def download(name, filename=None, **_):
         return str(files[filename])
 
-    for module in (model, open_clip.factory):
-        monkeypatch.setattr(module, "download_pretrained_from_hf", download)
+    monkeypatch.setattr(model, "hf_hub_download", download)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", download)
     loaded, _, tokenizer = model.load_model("hf-hub:org/name", None, CPU)
     assert loaded.visual.proj.equal(load_file(files[None])["visual.proj"]) and tokenizer(["a"]).shape == (1, 16)
+
+
+def test_hub_model_that_cannot_be_read(monkeypatch):
+    """Only of a repository without this file transformers may read the model."""
+    monkeypatch.setattr(model, "hf_hub_download", Mock(side_effect=OSError("401: open_clip_config.json is gated")))
+    with pytest.raises(InputError, match="hf-hub:org/name could not be loaded: 401"):
+        model.load_model("hf-hub:org/name", None, CPU)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +253,7 @@ def test_transformers_folder_of_unknown_author(converted, tmp_path, monkeypatch)
         path.write_text(json.dumps(values))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "hostile"))
-    monkeypatch.setattr(model, "download_pretrained_from_hf", Mock(side_effect=OSError("no open_clip_config.json")))
+    monkeypatch.setattr(model, "hf_hub_download", Mock(side_effect=EntryNotFoundError))
     for name in (f"local-dir:{tmp_path / 'hostile'}", "hf-hub:org/name"):
         loaded, _, tokenizer = model.load_model(name, None, CPU)
         assert all(weight.equal(converted[1].state_dict()[name]) for name, weight in loaded.state_dict().items())
