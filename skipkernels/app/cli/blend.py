@@ -33,7 +33,8 @@ class BlendCommand:
 
         target = check_blended(self.run, self.out, overwrite=self.overwrite)
         from skipkernels.app.report.run_page import blend_table  # these import torch
-        from skipkernels.app.serve.blending import VALIDATION, blend
+        from skipkernels.app.serve.blending import blend
+        from skipkernels.app.train.class_metrics import VALIDATION
 
         options: dict[str, Any] = {"overwrite": self.overwrite, "device": self.device, "trust": self.trust}
         metrics = blend(self.run, self.alpha, out=self.out, **options)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import TuneConfig
-from ..train.class_metrics import VALIDATION, largest_class
+from ..train.class_metrics import VALIDATION
+from .accuracies import largest_class
 from .intervals import range_text, wilson
 from .plots import finite
 from .rendering import percent, plural

@@ -12,11 +12,12 @@ from markupsafe import Markup
 from ..config import TuneConfig
 from ..data import InputError
 from ..train import predictions
-from ..train.class_metrics import VALIDATION, accuracy_rows
+from ..train.class_metrics import VALIDATION
 from ..train.notes import demonstration_note
 from ..train.predictions import TestPredictions
 from ..train.run_folder import CONFIG, EPOCHS, METRICS, read_metrics
 from . import page
+from .accuracies import accuracy_rows
 from .dot_plot import DotRow, dot_plot
 from .headline import classifier, counted, headline, images_of, title
 from .intervals import wilson

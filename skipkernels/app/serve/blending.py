@@ -14,6 +14,7 @@ from ..data import InputError
 from ..train import weights
 from ..train.calibration import calibrate
 from ..train.checkpoint import MODEL
+from ..train.class_metrics import VALIDATION
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluation, Evaluator
 from ..train.fitted_head import use_fitted_head
@@ -29,7 +30,6 @@ ALPHAS = tuple(n / 10 for n in range(11))
 """Weights of the tuned model in the curve."""
 WITHOUT_VALIDATION = 0.5
 """Weight without validation images; the one that Wortsman et al. recommend where nothing is known about new data."""
-VALIDATION = "validation"
 
 
 def blend(

@@ -1,12 +1,11 @@
-"""Metrics of a test by class, for metrics.json, and its predictions as CSV."""
+"""Metrics of a test by class, for metrics.json."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...formatting import csv_line
-from .predictions import TestPredictions, TopClasses
+from .predictions import TopClasses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,76 +95,6 @@ def metrics_of_test(labels: Tensor, top: TopClasses, classes: Sequence[str]) -> 
         "macro_f1": round(sum(each.f1 for each in found) / len(found), 4),
         "classes": [each._asdict() for each in found],
     }
-
-
-class AccuracyRow(NamedTuple):
-    """Row of a table of accuracies, in per cent.
-
-    Attributes:
-        test: Name of the test, or of a summary of the protocol.
-        label: Name of the row: that of the test, for its accuracy; or with ", balanced" for the mean over its classes,
-            and ", always CLASS" for the accuracy of always answering its largest class.
-        before: Accuracy before tuning.
-        after: Accuracy after it.
-    """
-
-    test: str
-    label: str
-    before: float | None
-    after: float | None
-
-
-def largest_class(of_test: Mapping[str, Any] | None) -> tuple[str, float] | None:
-    """Return the name of the largest class of a test, and its share of the images in per cent.
-
-    None if all classes have equally many images: then the accuracy is the balanced one.
-
-    >>> largest_class({"classes": [{"name": "cat", "images": 3}, {"name": "dog", "images": 1}]})
-    ('cat', 75.0)
-    """
-    sizes = {each["name"]: each["images"] for each in of_test["classes"]} if of_test else {}
-    if len(set(sizes.values())) < 2:
-        return None
-    name = max(sizes, key=lambda each: sizes[each])
-    return name, _percent(sizes[name], sum(sizes.values()))
-
-
-def accuracy_rows(metrics: Mapping[str, Any]) -> list[AccuracyRow]:
-    """Return the accuracies in metrics.json: of each test, of the summaries, and on the validation images.
-
-    If the classes of a test have different numbers of images, its balanced accuracy and that of always answering the
-    largest class come first: an accuracy near the latter says little.
-    """
-    before_of, after_of = (dict(metrics[part]) for part in ("zero_shot", "tuned"))
-    if (held := metrics["validation"]) is not None:
-        before_of[VALIDATION], after_of[VALIDATION] = held["zero_shot"], held["tuned"]
-    by_class = [metrics[part] for part in ("zero_shot_by_class", "by_class")]
-    found = []
-    for test, before in before_of.items():
-        of_test = [part.get(test) for part in by_class]
-        if (largest := largest_class(of_test[0])) is not None:
-            name, share = largest
-            found.append(AccuracyRow(test, f"{test}, balanced", *(of and of["balanced_accuracy"] for of in of_test)))
-            found.append(AccuracyRow(test, f"{test}, always {name}", share, share))
-        found.append(AccuracyRow(test, test, before, after_of.get(test)))
-    return found
-
-
-def prediction_lines(tests: Sequence[TestPredictions]) -> Iterator[str]:
-    """Yield the lines of predictions.csv: the classes with the largest probabilities of each test image, best first."""
-    most = max((test.last.classes.shape[1] for test in tests), default=1)
-    numbers = ["", *(f"_{n}" for n in range(2, most + 1))]
-    yield csv_line(
-        ["test", "image", "label", "zero_shot", *(f"{x}{n}" for n in numbers for x in ("predicted", "probability"))]
-    )
-    for test in tests:
-        names, top = test.classes, test.last
-        known = zip(test.images, test.labels.tolist(), test.zero_shot.classes[:, 0].tolist(), strict=True)
-        for (image, label, before), ids, shares in zip(
-            known, top.classes.tolist(), top.probabilities.tolist(), strict=True
-        ):
-            cells = [cell for i, p in zip(ids, shares, strict=True) for cell in (names[i], f"{p:.6g}")]
-            yield csv_line([test.name, image, names[label], names[before], *cells])
 
 
 def _percent(part: int, whole: int) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...folders import replace_tensors
-from ...formatting import first_line
+from ...formatting import csv_line, first_line
 from ..data import InputError
 
 if TYPE_CHECKING:
@@ -84,6 +84,23 @@ def load(path: Path) -> list[TestPredictions]:
         return [_test(number, entry, tensors) for number, entry in enumerate(json.loads(metadata["tests"]))]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: damaged ({first_line(error)}).") from error
+
+
+def prediction_lines(tests: Sequence[TestPredictions]) -> Iterator[str]:
+    """Yield the lines of predictions.csv: the classes with the largest probabilities of each test image, best first."""
+    most = max((test.last.classes.shape[1] for test in tests), default=1)
+    numbers = ["", *(f"_{n}" for n in range(2, most + 1))]
+    yield csv_line(
+        ["test", "image", "label", "zero_shot", *(f"{x}{n}" for n in numbers for x in ("predicted", "probability"))]
+    )
+    for test in tests:
+        names, top = test.classes, test.last
+        known = zip(test.images, test.labels.tolist(), test.zero_shot.classes[:, 0].tolist(), strict=True)
+        for (image, label, before), ids, shares in zip(
+            known, top.classes.tolist(), top.probabilities.tolist(), strict=True
+        ):
+            cells = [cell for i, p in zip(ids, shares, strict=True) for cell in (names[i], f"{p:.6g}")]
+            yield csv_line([test.name, image, names[label], names[before], *cells])
 
 
 def _test(number: int, entry: dict, tensors: dict[str, Tensor]) -> TestPredictions:

@@ -35,12 +35,11 @@ from ..data.files import format_names
 from ..untrusted import read_object
 from . import checkpoint
 from .checkpoint import BEST, HEAD, MODEL
-from .class_metrics import prediction_lines
 from .description import CLASSIFIER, Description
 from .errors import argument_error
 from .model_card import CARD, model_card
 from .plain_config import OPEN_CLIP
-from .predictions import PREDICTIONS, TestPredictions, save
+from .predictions import PREDICTIONS, TestPredictions, prediction_lines, save
 
 if TYPE_CHECKING:
     from torch import Tensor
