@@ -21,7 +21,8 @@ def test_bf16_keeps_accuracy(run, tmp_path):
     folder, _ = run
     metrics = tune(small(tmp_path, epochs=1, precision="bf16"))
     assert losses(tmp_path) == pytest.approx(losses(folder)[:1], rel=0.1)
-    assert metrics["tuned"]["base"] == pytest.approx(rows(folder)[0]["accuracy"]["base"], abs=12)  # one image is 4.2 %
+    expected = rows(folder)[0]["accuracy"]["base"]
+    assert metrics["tuned"]["base"] == pytest.approx(expected, abs=9)  # one of 12 images, 8.3 %, may change
     assert evaluate_run(tmp_path) == metrics["tuned"]
 
 
