@@ -1,8 +1,10 @@
-"""SkipCLIP inside `DistributedDataParallel` and `torch.compile`; other wrappers are refused."""
+"""SkipCLIP inside DistributedDataParallel, FSDP2 and torch.compile; FSDP1 with flat parameters is refused."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.processes import run_in_processes
 
 IMAGES, CLASSES, TOGETHER = 16, 10, 4
+FUSED = partial(sk.FusedSGD, in_backward=False)
 
 
 def make_clip(**settings) -> sk.SkipCLIP:
@@ -38,55 +41,75 @@ class ImageModel(torch.nn.Module):
         return self.clip.encode_image(x) if self.training else self.clip.predict(x)
 
 
-def train(kind: str, rank: int = 0, world_size: int = 1, keep_ratio: float = 1.0) -> dict[str, Tensor]:
-    """Train two epochs of four steps on four images, shared by the processes; return the weights.
-
-    By DistributedDataParallel of the whole or the split step, or by FSDP2 around SkipCLIP or also its upper blocks.
-    """
-    clip = make_clip(keep_ratio=keep_ratio)
-    model = ImageModel(clip) if kind == "split" else clip
-    if world_size > 1 and kind in ("ddp", "split"):
-        model = DistributedDataParallel(model, broadcast_buffers=False)
-    elif world_size > 1:
-        mesh = init_device_mesh("cpu", (world_size,))
-        for tower in (clip.model.visual.transformer, clip.model.transformer) if kind == "blocks" else ():
-            for block in tower.resblocks[1:]:
-                fully_shard(block, mesh=mesh)
-        fully_shard(clip, mesh=mesh, ignored_params={clip.model.logit_scale})
-        assert all(reduction.enabled for reduction in clip.reductions.values())
-    groups = clip.parameter_groups(text_lr=0.02, image_lr=0.01)
-    sharded = kind in ("blocks", "clip")
-    make = torch.optim.SGD if sharded else partial(sk.FusedSGD, in_backward=False)
-    optimizer = make(groups, momentum=0.9, weight_decay=5e-4)
+def train(
+    clip: sk.SkipCLIP, loss: Callable[[Tensor, Tensor], Tensor], optimizer: Callable[..., Any] = FUSED
+) -> dict[str, Tensor]:
+    """Train two epochs of four steps on four images, shared by the processes; return the whole weights."""
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    update = optimizer(clip.parameter_groups(text_lr=0.02, image_lr=0.01), momentum=0.9, weight_decay=5e-4)
     images = FeatureCache.in_memory(list(zip(*tiny_batch(IMAGES, CLASSES), strict=True)))
-    loader = images.loader(TOGETHER // world_size, "random", rank=rank, world_size=world_size)
+    loader = images.loader(TOGETHER // processes, "random", rank=rank, world_size=processes)
     for _ in range(2):
         for part, labels in loader:
-            assert len(labels) == TOGETHER // world_size
-            (clip.loss(model(part), labels) if kind == "split" else model(part, labels).loss).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    if sharded:
-        clip.eval().train()  # compares the weights below the cut
-        clip(part, labels)
-    del model  # a Reducer that is freed after the group may wait for a thread that waits for the GIL
+            loss(part, labels).backward()
+            update.step()
+            update.zero_grad()
     return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in clip.model.state_dict().items()}
+
+
+def train_plain(**settings) -> dict[str, Tensor]:
+    clip = make_clip(**settings)
+    return train(clip, lambda x, labels: clip(x, labels).loss)
+
+
+def train_ddp(**settings) -> dict[str, Tensor]:
+    clip = make_clip(**settings)
+    model = DistributedDataParallel(clip, broadcast_buffers=False)
+    return train(clip, lambda x, labels: model(x, labels).loss)
+
+
+def train_split_ddp() -> dict[str, Tensor]:
+    clip = make_clip(keep_ratio=1.0)
+    model = DistributedDataParallel(ImageModel(clip), broadcast_buffers=False)
+    return train(clip, lambda x, labels: clip.loss(model(x), labels))
+
+
+def train_fsdp2(blocks: bool) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """Train with SkipCLIP sharded, before it also each upper block if `blocks`; return the enabled reductions too."""
+    clip, mesh = make_clip(keep_ratio=1.0), init_device_mesh("cpu", (dist.get_world_size(),))
+    for tower in (clip.model.visual.transformer, clip.model.transformer) if blocks else ():
+        for block in tower.resblocks[1:]:
+            fully_shard(block, mesh=mesh)
+    fully_shard(clip, mesh=mesh, ignored_params={clip.model.logit_scale})
+    enabled = {name: reduction.enabled for name, reduction in clip.reductions.items()}
+    weights = train(clip, lambda x, labels: clip(x, labels).loss, torch.optim.SGD)
+    clip.eval().train()  # the next step then compares the weights below the cut
+    clip(*tiny_batch(TOGETHER, CLASSES))
+    return weights, enabled
 
 
 KINDS = ("ddp", "split", "blocks", "clip")
 
 
-def in_process(rank: int) -> dict[str, dict[str, Tensor]]:
-    torch.set_num_threads(1)
+def in_process(rank: int) -> dict[str, dict[str, Any]]:
     dist.init_process_group("gloo")
-    found = {kind: train(kind, rank, 2) for kind in KINDS} | {"some classes": train("ddp", rank, 2, keep_ratio=0.3)}
+    found: dict[str, dict[str, Any]] = {"ddp": train_ddp(keep_ratio=1.0), "split": train_split_ddp()}
+    found["some classes"] = train_ddp(keep_ratio=0.3)
+    for kind in ("blocks", "clip"):
+        found[kind], found[f"reductions, {kind}"] = train_fsdp2(kind == "blocks")
+    # The models are freed by now: a Reducer freed after the group may wait for a thread that waits for the GIL.
     dist.destroy_process_group()
     return found
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
+def results(tmp_path_factory) -> list[dict[str, dict[str, Any]]]:
     return run_in_processes(2, tmp_path_factory.mktemp("processes"), in_process)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    return train_plain(keep_ratio=1.0)
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -94,19 +117,23 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_match_one(results, kind):
+def test_two_processes_match_one(results, alone, kind):
     """With all classes kept, the mean of the processes' gradients is that of the whole batch."""
     first, second = (found[kind] for found in results)
-    alone = train(kind)
     assert distance(first, second) == 0.0
     assert distance(first, alone) < 1e-9 < 1e-4 < distance(alone, tiny_clip().state_dict())
+
+
+@pytest.mark.parametrize("kind", ["blocks", "clip"])
+def test_fsdp2_keeps_every_reduction(results, kind):
+    assert all(all(found[f"reductions, {kind}"].values()) for found in results)
 
 
 def test_ddp_selects_classes_per_process(results):
     """The loss is not that of the whole batch, but the processes have equal weights."""
     first, second = (found["some classes"] for found in results)
     assert distance(first, second) == 0.0
-    assert distance(first, train("ddp", keep_ratio=0.3)) > 1e-6
+    assert distance(first, train_plain(keep_ratio=0.3)) > 1e-6
 
 
 def test_flat_parameters_of_fsdp1_are_refused():
