@@ -56,7 +56,20 @@ class CoOp(FrozenModel):
         self._text = _text_tower(model)
         super().__init__(model, tokenizer, task, generator=generator)
         names = [name for test in task.tests for name in test.classes]
-        tokens = tokenizer([f"{name}." for name in names])
+        count, tokens = self._placeholder_prompts(names, tokenizer([f"{name}." for name in names]), vectors)
+        sizes = [len(test.classes) for test in task.tests]
+        device = next(model.parameters()).device
+        self._tokens = {  # in place of the tokens of the templates
+            test.name: [part.to(device)] for test, part in zip(task.tests, tokens.split(sizes), strict=True)
+        }
+        embedding = self._text.token_embedding.weight
+        initial = torch.empty(count, embedding.shape[1], device=self._generator.device)
+        nn.init.normal_(initial, std=0.02, generator=self._generator)
+        self.context = nn.Parameter(initial.to(device, at_least_fp32(embedding.dtype)))  # v, [M, W]
+        model.requires_grad_(False)
+
+    def _placeholder_prompts(self, names: list[str], tokens: Tensor, vectors: int) -> tuple[int, Tensor]:
+        """Return the number of context vectors that fit, and `tokens` [n, L] with as many placeholders in front."""
         ends = self._ends(tokens)
         last_end, length = int(ends.max()), tokens.shape[1]
         count = min(vectors, length - 1 - last_end)
@@ -71,29 +84,19 @@ class CoOp(FrozenModel):
                 f"{self.name}: {count} context vectors in place of {vectors}: with {longest_name!r} the prompt would "
                 f"have {last_end + 1 + vectors} tokens, and the model takes {length}."
             )
-        # Placeholder tokens of the context: any id but padding and end-of-text, which set the mask and the pooled
-        # position. They replace the tokens of the templates.
-        tokens = torch.cat([tokens[:, :1], tokens[:, 1:2].expand(-1, count), tokens[:, 1 : length - count]], dim=1)
-        sizes = [len(test.classes) for test in task.tests]
-        device = next(model.parameters()).device
-        self._tokens = {
-            test.name: [part.to(device)] for test, part in zip(task.tests, tokens.split(sizes), strict=True)
-        }
-        embedding = self._text.token_embedding.weight
-        initial = torch.empty(count, embedding.shape[1], device=self._generator.device)
-        nn.init.normal_(initial, std=0.02, generator=self._generator)
-        self.context = nn.Parameter(initial.to(device, at_least_fp32(embedding.dtype)))  # v, [M, W]
-        model.requires_grad_(False)
+        # Any id but padding and end-of-text, which set the mask and the pooled position.
+        return count, torch.cat([tokens[:, :1], tokens[:, 1:2].expand(-1, count), tokens[:, 1 : length - count]], dim=1)
 
     def _ends(self, tokens: Tensor) -> Tensor:
         """Position of the end-of-text token, which the model pools, in each prompt, [n]."""
         clip = isinstance(self._text, CLIP)
         pool = self._text.text_pool_type if clip else self._text.pool_type
-        if getattr(self._text, "cls_emb", None) is None:
-            if pool == "argmax":
-                return tokens.argmax(dim=1)
-            if pool == "eos":
-                return (tokens == (self._text.text_eos_id if clip else self._text.eos_id)).int().argmax(dim=1)
+        if getattr(self._text, "cls_emb", None) is not None:
+            pool = "cls_emb"
+        if pool == "argmax":
+            return tokens.argmax(dim=1)
+        if pool == "eos":
+            return (tokens == (self._text.text_eos_id if clip else self._text.eos_id)).int().argmax(dim=1)
         raise InputError(
             f"{self.name}: the text tower of model must pool the end-of-text token; that of this "
             f"{type(self.model).__name__} pools {pool!r}. Use another model, or another method."

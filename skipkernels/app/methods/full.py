@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...options import Protocol
 from ..data import Task
 from .base import Recipe, StepOutput, Tokenizer, check_open_clip
-from .skip import PUBLISHED_QUARTER, Skip
+from .skip import Skip
 from .tuned import TunedModel
 
 
@@ -27,7 +27,7 @@ class Full(TunedModel):
     """
 
     name = "full"
-    published_quarter = PUBLISHED_QUARTER
+    published_quarter = Skip.published_quarter
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
         check_open_clip(self.name, model)

@@ -1,9 +1,8 @@
-"""CLIP-LoRA: low-rank updates of the attention weights of both towers."""
+"""CLIP-LoRA: low-rank updates of the query, key and value weights of both towers."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,14 @@ from ...lora import add_lora, merge_lora
 from ...options import Protocol
 from ...towers.low_rank import low_rank_updates
 from ..data import InputError, Task
-from .base import Method, Recipe, StepOutput, Tokenizer, check_open_clip
+from .base import Recipe, Tokenizer, check_open_clip
+from .tuned import ClipMethod
 
 _STEPS_PER_SHOT = 500
 _BATCH = 32
 
 
-class LoRA(Method):
+class LoRA(ClipMethod):
     """CLIP-LoRA (Zanella & Ben Ayed 2024): low-rank updates of q, k and v in every block of both towers, by `add_lora`.
 
         W' = W + alpha/√rank · B A,   for W_q, W_k and W_v
@@ -55,7 +55,7 @@ class LoRA(Method):
             # over the trained classes, with nothing skipped
             self.clip = SkipCLIP(model, self._test_tokens(self._train_test)[0], skip_layers=0, keep_ratio=1)
             add_lora(self.clip, rank, ("q", "k", "v"), alpha=alpha * rank**0.5, generator=self._generator)
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:
             raise InputError(f"{self.name}: {error}") from error
 
     @classmethod
@@ -72,21 +72,9 @@ class LoRA(Method):
             sampler="random",
         )
 
-    def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """Compute the loss of images [B, 3, H, W] over all classes."""
-        out = self.clip(inputs, labels)
-        return StepOutput(out.loss, len(out.class_ids))
-
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        return self.clip.encode_image(inputs)
-
     def merge(self) -> None:
         """Add the updates to the weights."""
         merge_lora(self.clip)
-
-    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        """Return A and B of each tower, with its learning rate."""
-        return self.clip.parameter_groups(text_lr=text_lr, image_lr=image_lr)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

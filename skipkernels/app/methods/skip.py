@@ -15,9 +15,7 @@ from ...graphs import graphed
 from ...options import Protocol
 from ..data import Task
 from .base import Recipe, StepOutput, Tokenizer
-from .tuned import TunedModel
-
-PUBLISHED_QUARTER = ("imagenet", "sun397", "food101")
+from .tuned import TunedModel, step_output
 
 
 class Skip(TunedModel):
@@ -33,7 +31,7 @@ class Skip(TunedModel):
     """
 
     name = "skip"
-    published_quarter = PUBLISHED_QUARTER
+    published_quarter = ("imagenet", "sun397", "food101")
 
     def __init__(
         self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, skip_layers: int | float = 0.5, **options: Any
@@ -62,19 +60,9 @@ class Skip(TunedModel):
         """Features [B, N, W] at the cut of images [B, 3, H, W]; the images if the image tower has no cut."""
         return images if self.cut is None else self.cut.encode_lower(images)
 
-    def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """Compute the loss of a batch over its kept classes."""
-        out = self.clip(inputs, labels)
-        return StepOutput(out.loss, len(out.class_ids))
-
     def graphed(
         self, optimizer: torch.optim.Optimizer, batch_size: int
     ) -> Callable[[Tensor, Tensor], StepOutput] | None:
-        """Return the step of `graphs.graphed`."""
+        """Return a whole training step, captured in a CUDA graph by `graphs.graphed`."""
         graphed_step = graphed(self.clip, optimizer, batch_size)
-
-        def step(inputs: Tensor, labels: Tensor) -> StepOutput:
-            out = graphed_step(inputs, labels)
-            return StepOutput(out.loss, len(out.class_ids))
-
-        return step
+        return lambda inputs, labels: step_output(graphed_step(inputs, labels))

@@ -1,4 +1,4 @@
-"""Methods that train weights of the model itself."""
+"""Methods that train a model by SkipCLIP."""
 
 from __future__ import annotations
 
@@ -8,12 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...clip import SkipCLIP
+from ...clip import SkipCLIP, SkipOutput
 from ..data import InputError, Task
-from .base import Method, Tokenizer
+from .base import Method, StepOutput, Tokenizer
 
 
-class TunedModel(Method):
+class ClipMethod(Method):
+    """Method that trains the weights of `clip`, a SkipCLIP over the trained classes."""
+
+    clip: SkipCLIP
+
+    def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
+        """Compute the loss of a batch over its kept classes."""
+        return step_output(self.clip(inputs, labels))
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self.clip.encode_image(inputs)
+
+    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:  # noqa: D102
+        return self.clip.parameter_groups(text_lr=text_lr, image_lr=image_lr)
+
+
+def step_output(out: SkipOutput) -> StepOutput:
+    """Return the loss of a step of SkipCLIP, and the number of its kept classes."""
+    return StepOutput(out.loss, len(out.class_ids))
+
+
+class TunedModel(ClipMethod):
     """Method that trains weights of the model itself, so that its state is a whole model.
 
     A SkipCLIP with `settings` trains on the first template. With several templates, another one for each test averages
@@ -59,15 +80,9 @@ class TunedModel(Method):
         super().train(training)
         self.clip.check_model()
 
-    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        return self.clip.encode_image(inputs)
-
     def class_embeddings(self, test: str, templates: int | None = None) -> Tensor:  # noqa: D102
         self._test_tokens(test)
         return self._clips[test].class_embeddings()
-
-    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:  # noqa: D102
-        return self.clip.parameter_groups(text_lr=text_lr, image_lr=image_lr)
 
     def _tensors(self) -> dict[str, Tensor]:
         return self.model.state_dict()

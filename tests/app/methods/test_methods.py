@@ -263,8 +263,8 @@ REFUSED = [
     ("coop", tiny_model, {"vectors": 0}, [], "coop: vectors must be at least 1; got 0"),
     ("coop", tiny_model, {}, [LONG], f"coop: no context fits beside the class name '{LONG}', which takes all 12"),
     *(("coop", lambda text=text: tiny_model(FAMILIES[1], **text), {}, [],
-       "coop: the text tower of model must pool the end-of-text token; that of this")
-      for text in ({"pool_type": "last"}, {"embed_cls": True})),
+       f"coop: the text tower of model must pool the end-of-text token; that of this CustomTextCLIP pools '{pool}'")
+      for text, pool in (({"pool_type": "last"}, "last"), ({"embed_cls": True}, "cls_emb"))),
     ("clip-adapter", tiny_model, {"reduction": 13}, [],
      "clip-adapter: reduction must be from 1 to the embedding's width 12; got 13"),
     ("clip-adapter", tiny_model, {"ratio": 1.5}, [], "clip-adapter: ratio must be from 0 to 1; got 1.5"),
