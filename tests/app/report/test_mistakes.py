@@ -18,7 +18,7 @@ from skipkernels.app.report.mistakes import (
     one_per_class,
     thumbnail,
 )
-from tests.app.report.test_report import image, of
+from tests.app.report.pages import image, predictions_of
 
 
 def test_encoded_image_is_lossless_if_small_and_reduced_if_large():
@@ -46,11 +46,11 @@ class Counted:
 
 
 def test_changed_one_per_class():
-    test = of([0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 2, 2])
+    test = predictions_of([0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 2, 2])
     fixed, broken = (one_per_class(test.labels, chosen) for chosen in changed(test))
     assert (fixed, broken) == ([1, 5], [3]) and [int(chosen.sum()) for chosen in changed(test)] == [3, 2]
     labels = list(range(100))
-    many = of(labels, [label + 1 for label in labels], labels)
+    many = predictions_of(labels, [label + 1 for label in labels], labels)
     assert one_per_class(many.labels, changed(many)[0], limit=4) == [0, 25, 50, 75]
     many.tuned = None
     assert not any(chosen.any() for chosen in changed(many))
@@ -59,7 +59,7 @@ def test_changed_one_per_class():
 def test_confusions_by_number_of_errors():
     #         a a a  b b b b  c c c  d
     labels = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3]
-    test = of(labels, labels, [2, 0, 2, 2, 0, 3, 1, 0, 2, 0, 4])
+    test = predictions_of(labels, labels, [2, 0, 2, 2, 0, 3, 1, 0, 2, 0, 4])
     expected = [
         ConfusedPair(1, 0, index=4, predicted_index=0, count=1, total=4),  # three errors, one per other class
         ConfusedPair(0, 2, index=0, predicted_index=7, count=2, total=3),  # two errors, like 2
@@ -71,13 +71,13 @@ def test_confusions_by_number_of_errors():
     assert confusion_matrix(test)[0] == [0, 1, 2, 3, 4], "all of few classes"
     assert confusion_matrix(test)[1][3:] == [[0, 0, 0, 0, 1, 0], [0] * 6]
     assert most_frequent_errors(test)[1] == (0, 1), "the lower of equally frequent ones"
-    right = of(labels, labels, labels)
+    right = predictions_of(labels, labels, labels)
     assert confused_pairs(right) == [] and confusion_matrix(right) == ([], [])
 
 
 def test_thumbnails_open_only_selected_images():
     labels = [label for label in range(50) for _ in range(4)]
-    test = of(labels, labels, [(label + 1) % 50 for label in labels])
+    test = predictions_of(labels, labels, [(label + 1) % 50 for label in labels])
     data = Counted(test.labels)
     add_thumbnails(test, data)
     assert len(data.opened) == len(set(data.opened)) == len(test.thumbnails) < 30

@@ -1,143 +1,32 @@
-"""report.html: valid, self-contained, deterministic, with dashes for missing values; in a browser."""
+"""report.html: valid, self-contained, deterministic, with dashes for missing values."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import matplotlib.figure
 import pytest
 import torch
-from PIL import Image
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.data import InputError
-from skipkernels.app.report import plots, report_html, run_report
-from skipkernels.app.report.mistakes import encoded
-from skipkernels.app.train import predictions
 from skipkernels.app.train.class_metrics import metrics_of_test
 from skipkernels.app.train.predictions import TestPredictions, TopClasses
-from tests.app.runs import fails
-
-VOID = {"meta", "br", "img", "input"}
-NASTY = """</b></script><script>alert("1")</script> & 'quotes' {braces} {{ 7 * 7 }} {0} %s $x$ é 字 <!-- ]]>"""
-
-
-ENVIRONMENT = {"finished": "2026-11-26T10:00:00+00:00", "versions": {"torch": "2.13.0"}, "machine": "x86_64"}
-
-
-def metrics(**changes) -> dict:
-    accuracy = {"base": 81.5, "new": 40.25, "harmonic": 53.89}
-    cost = {"device": "cpu", "seconds_total": 1234.5, "seconds_per_epoch": 1.25, "milliseconds_per_step": 25.125}
-    cost |= {"baseline_memory_mib": 500.0, "peak_memory_mib": 735.4}
-    return {
-        "status": "complete",
-        "method": "skip",
-        "classifier": "Skip Tuning",
-        "protocol": "base-to-new",
-        "classes": {"base": 20, "new": 19},
-        "zero_shot": {"base": 57.5, "new": 47.92, "harmonic": 52.27},
-        "tuned": accuracy,
-        "epochs": 2,
-        "steps": 40,
-        "kept_classes": 11.5,
-        "parameters": {"trained": 847616, "all": 6427201},
-        "cost": cost,
-        "command": "skipkernels tune --shots 4",
-        "environment": ENVIRONMENT,
-        "images": {"train": 80, "tests": {"base": 24}},
-        "checkpoint": {"file": "model.safetensors", "mib": 24.5},
-        **dict.fromkeys(("candidates", "chosen_because", "validation", "best_epoch")),
-        **{name: {} for name in ("by_class", "zero_shot_by_class")},
-        "notes": [],
-    } | changes
-
-
-def row(epoch: int, **changes) -> dict:
-    return {
-        "epoch": epoch,
-        "loss": 1 / epoch,
-        "step_loss": [2 / epoch, 1 / epoch],
-        "accuracy": {"base": 60.0 + epoch, "new": 40.0, "harmonic": 48.0},
-    } | changes
-
-
-def image(size=(32, 32), mode="RGB", value=0) -> Image.Image:
-    return Image.linear_gradient("L").resize(size).convert(mode).point(lambda grey: (grey + value) % 256)
-
-
-def top(*classes: int, share: float = 0.5) -> TopClasses:
-    """Predicted classes, each with the following class in second place."""
-    first = torch.tensor(classes)
-    both = torch.stack([first, first + 1], dim=1)
-    return TopClasses(both, torch.tensor([share, 1 - share]).expand(len(first), 2).contiguous())
-
-
-def of(labels, before, after, classes=None) -> TestPredictions:
-    names = [str(label) for label in range((max([*labels, *before, *after]) + 1) if classes is None else classes)]
-    return TestPredictions("all", names, torch.tensor(labels), top(*before), None if after is None else top(*after))
-
-
-def predicted(name="base", label="alpha") -> TestPredictions:
-    """Images of the classes 0 0 1 1: the first is fixed by tuning, the third broken; the second is wrong."""
-    classes = [label, "beta", "gamma", "delta"]
-    test = TestPredictions(name, classes, torch.tensor([0, 0, 1, 1]), top(1, 1, 1, 1), top(0, 1, 2, 1, share=0.875))
-    test.thumbnails = {0: encoded(image()), 1: encoded(image((400, 300))), 2: encoded(image(value=9))}
-    return test
-
-
-def page(changes=None, rows=None, config=None, tests=None, label="alpha") -> str:
-    rows = [row(1), row(2)] if rows is None else rows
-    tests = [predicted("base", label), predicted("new", label)] if tests is None else tests
-    return report_html(config or TuneConfig(method="skip"), metrics(**(changes or {})), rows, tests)
-
-
-class Page(HTMLParser):
-    """Parser for elements, text and table rows; unbalanced tags are an error."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.elements, self.text, self.rows = [], [], "", []
-        self.feed(text)
-        self.close()
-        assert not self.open, "all tags are closed"
-
-    def handle_starttag(self, tag, attributes):
-        names = [name for name, _ in attributes]
-        assert len(set(names)) == len(names)
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if {"style", "script"} & set(self.open):
-            return
-        self.text += data
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-
-    def named(self, tag: str) -> list[dict]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def svgs(text: str) -> list[str]:
-    return re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+from tests.app.report.pages import (
+    ENVIRONMENT,
+    NASTY,
+    Page,
+    assert_complete,
+    metrics,
+    page,
+    predicted,
+    row,
+    svgs,
+    top,
+)
 
 
 def test_report_contents():
@@ -259,7 +148,7 @@ SHOWN: dict[str, tuple[dict, list[str | list[str]], list[str]]] = {
 def test_report_shows(name):
     changes, there, absent = SHOWN[name]
     text = page(changes, rows=[], tests=[])
-    complete(text)
+    assert_complete(text)
     found = Page(text)
     shown = found.text.replace("\N{NO-BREAK SPACE}", " ")
     for part in there:
@@ -372,39 +261,6 @@ def test_report_is_deterministic():
     assert "<dc:date>" not in before and "<!-- Created" not in before
 
 
-def contrast(one: str, other: str) -> float:
-    def luminance(colour: str) -> float:
-        colour = "#" + "".join(2 * digit for digit in colour[1:]) if len(colour) == 4 else colour
-        channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    dark, light = sorted((luminance(one) + 0.05, luminance(other) + 0.05))
-    return light / dark
-
-
-def test_colours_have_contrast():
-    schemes = [
-        dict(re.findall(r"--(\w+): (#\w+);", rule)) for rule in re.findall(r":root \{(.*?)\}", page(), re.DOTALL)
-    ]
-    assert len(schemes) == 2 and schemes[0].keys() == schemes[1].keys(), "light and dark"
-    for colours in schemes:
-        for name in ("ink", "quiet", "better", "worse", "accent"):  # of text
-            assert contrast(colours[name], colours["page"]) >= 4.5 <= contrast(colours[name], colours["soft"]), name
-        assert contrast(colours["zero"], colours["page"]) >= 3
-    assert len(set(plots.COLOURS)) == 12
-    for colour in (*plots.COLOURS, plots.LOSS, plots.GREY):
-        for scheme in schemes:
-            assert contrast(colour, scheme["page"]) >= 2.9, colour
-    assert "color-scheme: light dark" in page()
-
-
-def complete(text: str) -> None:
-    """Check that no nan or None is shown."""
-    shown = Page(text).text.partition("All settings")[0] + "".join(svgs(text))
-    assert not re.search(r"\bnan\b|None|\binf\b|NaN", shown)
-
-
 def test_report_method_without_epochs():
     cost = metrics()["cost"] | {"seconds_per_epoch": None, "milliseconds_per_step": None}
     tuned, new = {"base": 60.0, "new": None}, predicted("new")
@@ -422,7 +278,7 @@ def test_report_method_without_epochs():
     ] in found.rows
     assert ["alpha", "2", "0.0", "–", "–", "–", "0.0", "beta (2)"] in found.rows
     assert not [cells for cells in found.rows if cells[0].startswith(("epoch", "kept classes"))]
-    complete(text)
+    assert_complete(text)
     perfect = TestPredictions("base", ["a", "b"], torch.tensor([0, 1]), top(0, 1), top(0, 1))
     text = page(tests=[perfect])
     assert not Page(text).named("img") and 'id="confusions"' not in text and 'id="fixed"' not in text
@@ -438,74 +294,4 @@ def test_report_incomplete_rows():
         tests=[unknown],
     )
     assert len(svgs(text)) == 1, "only accuracy"
-    complete(text)
-
-
-def test_report_command_repeats_the_page(run, tmp_path, capsys):
-    folder, _ = run
-    expected = (folder / "report.html").read_text()
-    assert run_report(folder) == expected
-    assert main(["report", str(folder)]) == 0 and (folder / "report.html").read_text() == expected
-    found = Page(expected)
-    assert (
-        len(found.named("img")) > 4
-        and "skipkernels tune --shots 2 --max-classes 24 --method skip --epochs 2" in found.text
-    )
-    (tmp_path / "run").mkdir()
-    for name in ("config.yaml", "metrics.json"):
-        shutil.copy(folder / name, tmp_path / "run")
-    assert "skipkernels tune" in run_report(tmp_path / "run"), "without predictions and rows"
-    assert main(["report", str(tmp_path)]) == 2
-    assert "has no results. Name the folder of a run" in capsys.readouterr().err
-
-
-def test_predictions_round_trip_and_damage(tmp_path):
-    path, tests = tmp_path / predictions.PREDICTIONS, [predicted(NASTY, "caf\udce9"), predicted("new")]
-    tests[1].tuned = None
-    predictions.save(path, tests)
-    again = predictions.load(path)
-    assert [(test.name, test.classes, test.thumbnails) for test in again] == [
-        (test.name, test.classes, test.thumbnails) for test in tests
-    ]
-    assert again[1].tuned is None and again[0].labels.equal(tests[0].labels)
-    assert all(one.equal(other) for one, other in zip(again[0].tuned, tests[0].tuned, strict=True))
-    data = path.read_bytes()
-    for damaged in (data[:-9], data[: len(data) // 2], b"", data.replace(b'format":"1', b'format":"2')):
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match="damaged"):
-            predictions.load(path)
-
-
-# ---- in a browser ------------------------------------------------------------------------------------------------
-
-
-def browsed(path, address: str) -> tuple[str, str]:
-    """Page as a browser shows it, and what it logs."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium is installed; the page is parsed by the other tests")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={path / 'browser'}"]
-    command += ["--enable-logging=stderr", "--dump-dom", address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-
-
-def test_report_in_a_browser(tmp_path):
-    """Names inject nothing, the page's own script runs, and the search of the address filters the table."""
-    (tmp_path / "report.html").write_text(page(label=NASTY, tests=[predicted(label=NASTY)]))
-    shown, logged = browsed(tmp_path, f"{(tmp_path / 'report.html').as_uri()}#q=GAMM")
-    assert logged == "", logged
-    rows = re.findall(
-        r'<tr( hidden="")?><th scope="row">([^<]*)', shown.partition('id="classes"')[2].partition("</section>")[0]
-    )
-    assert [(name[:4], bool(hidden)) for hidden, name in rows] == [("&lt;", True), ("beta", False)]
-    assert "1 of 2</output>" in shown and "<button" in shown.partition("<thead>")[2]
-
-
-@pytest.mark.parametrize("name", ["metrics.json", "metrics.jsonl"])
-def test_report_of_truncated_metrics_is_one_line(run, tmp_path, capsys, name):
-    for file in ("config.yaml", "metrics.json", "metrics.jsonl"):
-        shutil.copy(run[0] / file, tmp_path)
-    (tmp_path / name).write_text((tmp_path / name).read_text()[:-5])
-    error = fails(["report", tmp_path], capsys)
-    assert f"{tmp_path / name}: damaged (" in error and len(error) < 400
+    assert_complete(text)

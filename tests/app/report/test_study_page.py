@@ -10,7 +10,7 @@ import pytest
 from skipkernels.app.report import plots
 from skipkernels.app.report.plots import TimedAccuracy, pareto
 from skipkernels.app.report.study_page import study_html
-from tests.app.report.test_report import ENVIRONMENT, NASTY, Page, svgs
+from tests.app.report.pages import ENVIRONMENT, NASTY, Page, svgs
 
 
 def study() -> dict:
