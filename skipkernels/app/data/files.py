@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .base import InputError
 
@@ -15,6 +15,7 @@ IMAGE_EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".
 IMAGE_EXTENSIONS += (".gif", ".avif", ".heic", ".heif")
 _MAX_NAMES = 5  # in a message
 Json = TypeVar("Json")
+Key = TypeVar("Key", bound=Any)  # with an order
 
 
 def format_names(names: Sequence[str]) -> str:
@@ -44,16 +45,16 @@ def subfolders(folder: Path) -> list[str]:
         raise InputError(f"{folder}: can't be listed ({error.strerror}). Is it a folder that you may read?") from error
 
 
-def find_images(root: Path, folders: Mapping[str, int]) -> tuple[list[tuple[str, int]], Counter[str]]:
-    """Find the images of folders in `root` and of their subfolders, as torchvision's `ImageFolder` does; links too.
+def find_images(root: Path, folders: Mapping[str, Key]) -> tuple[list[tuple[str, Key]], Counter[str]]:
+    """Find the images of folders in `root` and of their subfolders; links are followed.
 
     Args:
         root: Folder that contains the others.
-        folders: Label of each folder; "" is `root` itself.
+        folders: Key of each folder, such as its label; "" is `root` itself.
 
     Returns:
-        The path of each image relative to `root`, with "/", and its label, by label and path; and the number of other
-        files by extension. Hidden files are left out.
+        The path of each image relative to `root`, with "/", and the key of its folder, sorted by key and path; and the
+        number of other files by extension. Hidden files are left out.
     """
     others: Counter[str] = Counter()
     top = os.path.join(root, "")
@@ -69,11 +70,11 @@ def find_images(root: Path, folders: Mapping[str, int]) -> tuple[list[tuple[str,
             others[extension or "no extension"] += 1
         return extension in IMAGE_EXTENSIONS
 
-    images = []
-    for folder, label in folders.items():
+    images: list[tuple[str, Key]] = []
+    for folder, key in folders.items():
         for parent, _, names in os.walk(os.path.join(top, folder), followlinks=True):
             paths = (os.path.join(parent, name) for name in names)
-            images += [(relative(path), label) for path in paths if is_image(path)]
+            images += [(relative(path), key) for path in paths if is_image(path)]
     return sorted(images, key=lambda image: (image[1], image[0])), others
 
 

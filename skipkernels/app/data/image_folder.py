@@ -1,4 +1,4 @@
-"""Folders of images: `imagefolder:PATH`, as torchvision's `ImageFolder` reads them.
+"""Folders of images: `imagefolder:PATH`.
 
 PATH has a folder for each class, or the folders `train/` (or `training/`), `val/` (`valid/`, `validation/`) and `test/`
 (`testing/`), in upper or lower case, with the same class folders in each. Labels follow the sorted names of the class
@@ -7,8 +7,8 @@ and other files are counted in a note.
 
 Splits. Existing splits are used. With `val/` and without `test/`, the images of `val/` are the test images, as is usual
 for ImageNet. With neither, the images of each class are split by a hash of their paths: 30 % test, 20 % val, the rest
-train, rounded to the nearest, with at least one image of each class in train and in test. The order of files on the
-disk has no effect.
+train, rounded to the nearest. If a class has only one image, which must train, there is no test split. The order of
+files on the disk has no effect.
 
 Class names. They are the names of the folders, with "_" replaced by spaces, or are read from `classes.json` in PATH,
 {"folder": "name", …}, which may also name folders that do not exist.
@@ -35,18 +35,20 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> Source:
     parts = _split_folders(name, root)
     folders = _class_folders(name, root, list(parts))
     classes = _class_names(name, root, folders)
-    listed = {f"{part}{folder}": label for part in parts or [""] for label, folder in enumerate(folders)}
+    listed = {
+        f"{part}{folder}": (label, split) for part, split in parts.items() for label, folder in enumerate(folders)
+    }
     found, others = find_images(root, listed)
-    of_folder = ["/".join(path.split("/")[: 2 if parts else 1]) for path, _ in found]
-    empty = [folder for folder in listed if folder not in set(of_folder)]
+    with_images = {key for _, key in found}
+    empty = [folder for folder, key in listed.items() if key not in with_images]
     if empty:
         skipped = f" ({format_others(others)})" if others else ""
         raise open_error(f"{name}: no images in {format_names(empty)}{skipped}. Add some, or remove the empty folders.")
     return listed_source(
         name,
-        LabelledImages(root, [path for path, _ in found], [label for _, label in found]),
+        LabelledImages(root, [path for path, _ in found], [label for _, (label, _) in found]),
         classes,
-        [parts[f"{folder.partition('/')[0]}/"] for folder in of_folder] if parts else None,
+        [split for _, (_, split) in found],
         templates,
         notes=[f"{name}: {format_others(others)}."] if others else [],
         how="no test/",
@@ -55,7 +57,7 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> Source:
 
 
 def _split_folders(name: str, root: Path) -> dict[str, Split]:
-    """Return the split of each folder of a split, such as "train/"; empty if the class folders are in the root."""
+    """Return the split of each folder of a split, such as "train/"; that of "" if the class folders are in the root."""
     folders = subfolders(root)
     candidates = [folder for folder in folders if folder.lower() in SPLIT_NAMES]
     others = [folder for folder in folders if folder.lower() not in SPLIT_NAMES]
@@ -65,16 +67,16 @@ def _split_folders(name: str, root: Path) -> dict[str, Split]:
             "splits or classes. Move the folders that are neither elsewhere."
         )
     if others:  # a class may have the name of a split
-        return {}
+        return {"": "train"}
     splits = {f"{folder}/": SPLIT_NAMES[folder.lower()] for folder in candidates}
     if len(set(splits.values())) < len(splits):
         raise open_error(f"{name}: two of {format_names(candidates)} have images of one split. Merge them.")
-    return splits
+    return splits or {"": "train"}
 
 
 def _class_folders(name: str, root: Path, parts: list[str]) -> list[str]:
     """Return the sorted class folders, which must be the same in each split."""
-    found = {part: subfolders(root / part) for part in parts or [""]}
+    found = {part: subfolders(root / part) for part in parts}
     folders = sorted(set().union(*found.values()))
     for part, of_part in found.items():
         absent = [folder for folder in folders if folder not in of_part]
