@@ -81,6 +81,17 @@ def test_crash_is_an_error_of_the_image():
     assert decode(PICTURE, "a").size == (3, 2)
 
 
+def test_end_by_another_thread_is_an_error_of_the_image(monkeypatch):
+    def send(*arguments):
+        decoder.end_decoders()
+        real(*arguments)
+
+    real = decoder._send
+    monkeypatch.setattr(decoder, "_send", send)
+    with raises_input_error("a: can't be read as an image (its decoder ended with code -9)"):
+        decode(PICTURE, "a")
+
+
 def test_decoder_that_was_ended_is_replaced():
     decode(PICTURE, "a")
     kill_decoders()
