@@ -41,6 +41,7 @@ COMMANDS: dict[str, Any] = {
     "doctor": DoctorCommand,
     "build": BuildCommand,
 }
+_WITH_SETTINGS = (TuneCommand, CompareCommand)  # commands of which --help shows the basic settings of a run alone
 _LONGEST = 1000  # characters of an error message
 
 
@@ -89,8 +90,7 @@ def _run(arguments: list[str], out: Terminal, err: Terminal) -> int:
 
 def _parse(arguments: list[str], err: Terminal) -> Any:
     """Parse the arguments; exits the process for --help and --help-all, and for missing or invalid values."""
-    helped = [word for word in arguments if word in ("-h", "--help", "--help-all")]
-    hidden: list[str] | None = [] if helped and "--help-all" not in helped else None
+    basic = "--help-all" not in arguments and any(word in ("-h", "--help") for word in arguments)
     kind: Any = COMMANDS.get(arguments[0]) if arguments else None
     if kind is not None:
         program, words = f"skipkernels {arguments[0]}", arguments[1:]
@@ -104,10 +104,10 @@ def _parse(arguments: list[str], err: Terminal) -> Any:
             default=command_with_file(words, err) if kind is TuneCommand else tyro.MISSING_NONPROP,
             args=["--help" if word == "--help-all" else word for word in words],
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
-            registry=registry(hidden),
+            registry=registry(basic=basic),
         )
     except SystemExit:
-        if hidden:
+        if basic and kind in _WITH_SETTINGS:
             sys.stdout.write(f"More options: {program} --help-all\n")
         raise
     if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":

@@ -120,8 +120,8 @@ def note_unfinished(run: Path, err: Terminal) -> None:
         err.print(f"note: {note}", soft_wrap=True)
 
 
-def registry(hidden: list[str] | None = None) -> tyro.constructors.ConstructorRegistry:
-    """Return the rules by which tyro reads options. With a list, hide settings that are not `BASIC`, and list them."""
+def registry(*, basic: bool) -> tyro.constructors.ConstructorRegistry:
+    """Return the rules by which tyro reads options. With `basic`, help texts have only the settings in `BASIC`."""
     rules = tyro.constructors.ConstructorRegistry()
 
     @rules.struct_rule
@@ -131,7 +131,7 @@ def registry(hidden: list[str] | None = None) -> tyro.constructors.ConstructorRe
         read = dataclasses.replace(info, markers=(*info.markers, _READ))
         spec: Any = tyro.constructors.ConstructorRegistry.get_struct_spec(read)  # by tyro's own rule
         of_run = any(one.__module__ == option_groups.__name__ for one in info.type.__mro__)
-        fields = tuple(_field(field, hidden if of_run else None) for field in spec.fields)
+        fields = tuple(_field(field, basic and of_run) for field in spec.fields)
         return dataclasses.replace(spec, fields=fields)
 
     @rules.primitive_rule
@@ -147,7 +147,7 @@ def registry(hidden: list[str] | None = None) -> tyro.constructors.ConstructorRe
     return rules
 
 
-def _field(field: tyro.constructors.StructFieldSpec, hidden: list[str] | None) -> tyro.constructors.StructFieldSpec:
+def _field(field: tyro.constructors.StructFieldSpec, basic: bool) -> tyro.constructors.StructFieldSpec:
     """Leave out "(default: None)", because help texts state the default, and join the lines of help texts."""
 
     def helptext(text: Any = field.helptext) -> str | None:
@@ -157,7 +157,6 @@ def _field(field: tyro.constructors.StructFieldSpec, hidden: list[str] | None) -
     hint: Any = field.type
     if field.default is None or field.default == ():
         hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
-    if hidden is not None and field.name not in BASIC:
-        hidden.append(field.name)
+    if basic and field.name not in BASIC:
         hint = Annotated[hint, tyro.conf.Suppress]
     return dataclasses.replace(field, type=hint, helptext=helptext)
