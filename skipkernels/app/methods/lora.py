@@ -22,12 +22,12 @@ _BATCH = 32
 class LoRA(ClipMethod):
     """CLIP-LoRA (Zanella & Ben Ayed 2024): low-rank updates of q, k and v in every block of both towers, by `add_lora`.
 
-        W' = W + alpha/√rank · B A,   for W_q, W_k and W_v
+        W' = W + alpha/√rank · B A,   for W_q, W_k and W_v, each [width, width]
         loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
 
-    Only A [rank, W] and B [W, rank] train. B is initialised to zero, so before training the logits are those of
-    zero-shot; A is uniform in ±1/√W. The scale is that of the published code. The published code also drops a quarter
-    of the inputs of A; here nothing is dropped, since W' is one weight.
+    Only A [rank, width] and B [width, rank] train. B is initialised to zero, so before training the logits are those of
+    zero-shot; A is uniform in ±1/√width. The scale is that of the published code. The published code also drops a
+    quarter of the inputs of A; here nothing is dropped, since W' is one weight.
 
     Trains with AdamW at 2e-4 in batches of 32, for 500 steps per shot, rounded up to whole epochs.
 

@@ -40,7 +40,8 @@ def image_scores(labels: Tensor, predicted: Tensor, *, balanced: bool) -> Tensor
     [75.0, 83.33333333333333]
     """
     scores = 100.0 * (labels == predicted).double()
-    return scores * class_weights(labels, 0)[labels] if balanced else scores
+    # A class above the largest label has no image to weigh.
+    return scores * class_weights(labels, classes=0)[labels] if balanced else scores
 
 
 class ClassMetrics(NamedTuple):
