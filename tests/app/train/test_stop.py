@@ -220,7 +220,7 @@ def test_error_of_memory_is_translated(error, is_memory, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "Run", Mock(side_effect=error))
     with pytest.raises(type(error) if not is_memory else MemoryError) as caught:
         check(small(tmp_path))
-    translated = re.match(r"tune: out of memory \([^\n]+\) Use `memory=min`", str(caught.value))
+    translated = re.match(r"tune: out of memory \([^\n]+\)\. Use `memory=min`", str(caught.value))
     assert bool(translated) == is_memory and (is_memory or caught.value is error)
 
 
