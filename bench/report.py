@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/, and the picture of README.md, from stored rows.
 
-    python -m bench.report            write the pages and the picture that are out of date
-    python -m bench.report --check    write nothing; exit 1 and name what is out of date
+    python -m bench.report            write the pages that are out of date, and the picture
+    python -m bench.report --check    write nothing; exit 1 and name the pages that are out of date
 
 A pair of comments, `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, marks the place of each table. Shown are the first
 GPU, if there is one, and the first CPU. A ratio is always one that was measured within a run (`rows.py` says which row
@@ -36,7 +36,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/trainers.md": {"trainers": operators.trainers},
 }
 NOTHING = "Not measured yet."
-PICTURE = Path("docs", "pictures", "step_bars.svg")  # of the first device that is shown
+PICTURE = Path("docs", "pictures", "step_bars.svg")
 _WHEN = {"": ("default", "choices", "differences"), "-tables": ("harmonic", "joint", "base", "new")}
 _WHEN |= {"-details": ("settings", "cost", "steps")}
 # Tables of results that do not depend on the device, by page and name.
@@ -52,8 +52,8 @@ STUDIES: dict[str, dict[str, Callable[[Sequence[Device]], str]]] = {
 }
 
 
-def expected_files(root: Path) -> dict[Path, str]:
-    """Text that each page and the picture must have, by path."""
+def expected_pages(root: Path) -> dict[Path, str]:
+    """Text that each page must have, by path."""
     found = devices(root / "bench" / "results")
     first = {device.is_cpu: device for device in reversed(found)}
     shown = [first[is_cpu] for is_cpu in (False, True) if is_cpu in first]
@@ -66,9 +66,13 @@ def expected_files(root: Path) -> dict[Path, str]:
     for page, tables in STUDIES.items():
         for name, study in tables.items():
             texts[root / page] = filled(texts[root / page], name, study(found) or NOTHING)
-    if picture := bars.step_bars(shown[0].latest_rows("step", **SHOWN) if shown else []):
-        texts[root / PICTURE] = picture
     return texts
+
+
+def picture(root: Path) -> str:
+    """The picture of README. Its text depends on the version of matplotlib, so it is not compared."""
+    found = devices(root / "bench" / "results")
+    return bars.step_bars(found[0].latest_rows("step", **SHOWN)) if found else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,13 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout")
     args = parser.parse_args(arguments)
-    expected = expected_files(args.root)
-    stale = {path: x for path, x in expected.items() if not path.exists() or path.read_text(encoding="utf-8") != x}
+    expected = expected_pages(args.root)
+    stale = {path: text for path, text in expected.items() if path.read_text(encoding="utf-8") != text}
     if args.check:
         for path in stale:
             print(f"{path.relative_to(args.root)} is out of date: python -m bench.report")
         return int(bool(stale))
-    for path, text in stale.items():
+    for path, text in (stale | {args.root / PICTURE: picture(args.root)}).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         print(f"{path.relative_to(args.root)} written")
