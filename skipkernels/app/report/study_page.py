@@ -45,13 +45,12 @@ def primary(columns: Iterable[str]) -> str:
 def headline(study: Mapping[str, Any]) -> str:
     """Return the result in a sentence."""
     summary, seeds, comparison = study["summary"], len(study["seeds"]), study["comparison"] or {}
-    found, best = _best(study)
+    column, found, best = _best(study)
     if best is None:
         return study["title"]
     others = comparison.get("others", {})
     equal = [name_of_method(name) for name, of in others.items() if not of["worse"]]
     certain = comparison.get("best") == best and not equal
-    column = primary(next(iter(summary.values()))[_ACCURACY])
     mean, half = found[best][0], half_interval(found[best][1], seeds)
     rank, name = "best" if certain else "highest", name_of_method(best)
     several = f"The {rank} {_measure(column)} is that of {name}, "
@@ -69,12 +68,12 @@ def headline(study: Mapping[str, Any]) -> str:
     return f"{sentence}."
 
 
-def _best(study: Mapping[str, Any]) -> tuple[dict[str, Summary], str | None]:
-    """Accuracies that decide, by method, and the method with the highest."""
+def _best(study: Mapping[str, Any]) -> tuple[str, dict[str, Summary], str | None]:
+    """Name of the accuracy that decides, this accuracy by method, and the method with the highest."""
     summary = study["summary"]
     column = primary(next(iter(summary.values()))[_ACCURACY])
     found = {name: of for name, groups in summary.items() if (of := groups[_ACCURACY][column])}
-    return found, max(found, key=lambda name: found[name][0] or 0.0, default=None)
+    return column, found, max(found, key=lambda name: found[name][0] or 0.0, default=None)
 
 
 def _measure(column: str) -> str:
@@ -112,11 +111,11 @@ def _time(groups: Mapping[str, Any]) -> float | None:
 def _plots(study: Mapping[str, Any]) -> list[Markup]:
     """Plot the accuracy that decides over the time of tuning."""
     summary, seeds = study["summary"], len(study["seeds"])
-    column = primary(next(iter(summary.values()))[_ACCURACY])
+    column, found, _ = _best(study)
     points = {
-        name_of_method(method): TimedAccuracy(time, of[0], half_interval(of[1], seeds))
-        for method, groups in summary.items()
-        if (of := groups[_ACCURACY][column]) and (time := _time(groups)) is not None and time > 0
+        name_of_method(method): TimedAccuracy(time, mean, half_interval(deviation, seeds))
+        for method, (mean, deviation) in found.items()
+        if mean is not None and (time := _time(summary[method])) is not None and time > 0
     }
     if len(points) < 2:
         return []
@@ -136,7 +135,7 @@ def tables(study: Mapping[str, Any]) -> list[Table]:
         text = number(of[0], f",.{digits}f") + (f" ± {half:,.{digits}f}" if half else "")
         return Cell(text, range_text(wilson(of[0], count)) if count and of[0] is not None else "")
 
-    _, best = _best(study)
+    *_, best = _best(study)
     found = []
     for group, columns in next(iter(summary.values())).items():
         rows, accuracy = [], group == _ACCURACY
