@@ -167,7 +167,7 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
     changes: dict[str, Any] = {"trust": trust, "workers": 0, "test": "split"}
     changes |= {"refresh": "never", "validation": "none", "class_weight": None}
     if own.dataset is not None and "data" not in given and config.data.partition(":")[0] != KIND:
-        changes["data"] = TuneConfig.data  # `OwnData.applied` names the dataset
+        changes["data"] = f"{KIND}:"  # `OwnData.applied` adds the name of the dataset
     if (changes | given).get("data", config.data) != config.data:
         changes["max_classes"] = None
     return replace(config, **changes | given)

@@ -116,13 +116,16 @@ def test_resume_with_the_same_dataset(run):
             tune(dataset=Squares(30), **again | change)
 
 
-def test_evaluate_a_run_of_a_folder_on_a_dataset(run, tmp_path):
-    folder, metrics = run
-    of_folder = shutil.copytree(folder, tmp_path / "run")
-    config = (of_folder / "config.yaml").read_text()
-    (of_folder / "config.yaml").write_text(config.replace("dataset:my-squares", "imagefolder:squares"))
-    found = evaluate_run(of_folder, dataset=Squares(30), test=Squares(30), classes=SETTINGS["classes"])
-    assert found.keys() == metrics["tuned"].keys()
+@pytest.mark.parametrize("data", ["imagefolder:squares", "pictograms"])
+def test_evaluate_a_run_of_other_data_on_a_dataset(run, data, tmp_path):
+    """All of its classes are tested, whatever `max_classes` the run had."""
+    folder, _ = run
+    of_other = shutil.copytree(folder, tmp_path / "run")
+    config = (of_other / "config.yaml").read_text()
+    changed = config.replace("dataset:my-squares", data).replace("max_classes: null", "max_classes: 2")
+    (of_other / "config.yaml").write_text(changed)
+    given = {"dataset": Squares(30), "test": Squares(30), "classes": SETTINGS["classes"]}
+    assert "max_classes: 2" in changed and evaluate_run(of_other, **given) == evaluate_run(folder, **given)
 
 
 def test_eval_of_dataset(run, capsys):
