@@ -84,7 +84,7 @@ class _BlockFunction(torch.autograd.Function):
         # 2. Find the gradients that are needed
         dtypes: dict[TensorName, torch.dtype] = ctx.input_dtypes
         needs_stream, needs_branch, *needs_tensors = ctx.needs_input_grad[CONSTANTS:]
-        needed = {name: need for name, need in zip(dtypes, needs_tensors, strict=True)}
+        needed = dict(zip(dtypes, needs_tensors, strict=True))
         matrices, norms = dtypes[TensorName("mlp_out")], dtypes[TensorName("norm_1")]
         sums_dtype = max(matrices, norms, key=lambda x: x.itemsize)  # norms may be fp32 beside fp16 matrices
         fields = frozenset(name.field for name, need in needed.items() if need and not name.factor)

@@ -180,7 +180,7 @@ class RowsOptions(NamedTuple):
 
 
 class BlockCall(NamedTuple):
-    """One call of a block: R rows of tokens, of which Q are computed behind the projections."""
+    """One call of a block: R rows of tokens, of which Q are computed behind attention."""
 
     settings: BlockSettings
     options: RowsOptions
