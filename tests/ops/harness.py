@@ -289,19 +289,6 @@ def shared_tests(operator: Operator) -> type:
                 backend.opcheck(function, tree_map_only(Tensor, Tensor.detach, arguments), compiled=False)
 
         @each_variant
-        @pytest.mark.parametrize("backend", ["cpp"], indirect=True)  # gradients of the reference are PyTorch's own
-        def test_gradcheck(self, backend: Backend, variant):
-            case = operator.case(operator.small, backend.device, dtype=torch.float64, **variant)
-            names = [name for name, x in case.inputs.items() if x.requires_grad]
-            if not names:
-                pytest.skip("not differentiable")
-
-            def function(*inputs: Tensor) -> Any:
-                return operator.function(**(case.inputs | dict(zip(names, inputs, strict=True))), **case.options)
-
-            assert torch.autograd.gradcheck(function, [case.inputs[name] for name in names])
-
-        @each_variant
         def test_only_needed_gradients_are_computed(self, backend: Backend, variant):
             case = operator.case(operator.small, backend.device, **variant)
             names = [name for name, x in case.inputs.items() if x.requires_grad]

@@ -19,11 +19,10 @@ from skipkernels.ops import launching
 from skipkernels.ops.launching import Target, launch_options, table_of
 from tests.ops import test_rotary_embedding as rotary
 from tests.ops.backends import INTERPRETED, Backend
-from tests.ops.test_step_shapes import CASES, State, upper_half
+from tests.ops.test_step_shapes import CASES
 
-A100, MI300 = Target("cuda", 80), Target("hip", "gfx942")
+A100 = Target("cuda", 80)
 OPERATORS = [*{case[0].name: case[0] for case in CASES.values()}.values(), rotary.OPERATOR]
-interpreted = pytest.mark.parametrize("backend", [INTERPRETED], indirect=True)
 
 
 def forget() -> None:
@@ -43,97 +42,9 @@ def row(text: str) -> dict[str, int]:
     return {name: int(value) for name, value in (part.split("=") for part in text.split())}
 
 
-ROWS = row("BLOCK_P=64 BLOCK_W=32 num_warps=4")
-ACTIVATION = row("BLOCK_R=8 BLOCK_W=256 num_warps=4")
-# The step of ViT-B/16, with 4 images and 107 classes: options by bytes of an element, or for all.
-STEP: dict[str, dict[str, Any]] = {
-    "prefix attention": {
-        "shared_prefix_attention_fwd": {
-            4: row("BLOCK_T=32 BLOCK_P=16 CHUNK_E=32 num_warps=8 num_stages=1"),
-            2: row("BLOCK_T=32 BLOCK_P=16 CHUNK_E=64 num_warps=4 num_stages=1"),
-        },
-        "shared_prefix_attention_bwd": {
-            4: row("BLOCK_T=32 BLOCK_P=16 CHUNK_E=32 num_warps=8 num_stages=1"),
-            2: row("BLOCK_T=32 BLOCK_P=16 CHUNK_E=64 num_warps=4 num_stages=1"),
-        },
-        "shared_prefix_attention_bwd_sum": row("BLOCK_SLOTS=64 BLOCK_N=64 num_warps=4 num_stages=1"),
-    },
-    "pooled attention": {
-        "pooled_attention_fwd": row("BLOCK_E=64 BLOCK_N=64 num_warps=8"),
-        "pooled_attention_bwd": row("BLOCK_E=64 BLOCK_N=32 num_warps=8"),
-    },
-    "image norm": {
-        "add_layer_norm_fwd": row("BLOCK_R=1 BLOCK_W=1024 num_warps=4"),
-        "add_layer_norm_bwd_rows": row("BLOCK_R=4 BLOCK_W=1024 num_warps=16"),
-        "add_layer_norm_bwd_sums": ROWS,
-    },
-    "text norm": {
-        "add_layer_norm_fwd": row("BLOCK_R=2 BLOCK_W=512 num_warps=4"),
-        "add_layer_norm_bwd_rows": row("BLOCK_R=8 BLOCK_W=512 num_warps=16"),
-        "add_layer_norm_bwd_sums": ROWS,
-    },
-    "text activation": {
-        "mlp_activation_fwd": ACTIVATION,
-        "mlp_activation_bwd_rows": ACTIVATION,
-        "mlp_activation_bwd_sums": ROWS,
-    },
-    "scores": {
-        "class_scores": {
-            4: row("BLOCK_B=16 BLOCK_C=16 BLOCK_D=32 num_warps=2 num_stages=4"),
-            2: row("BLOCK_B=16 BLOCK_C=16 BLOCK_D=64 num_warps=2 num_stages=4"),
-        },
-    },
-    "cross-entropy": {
-        "class_sampled_ce_fwd": {
-            4: row("BLOCK_B=16 BLOCK_K=32 BLOCK_D=32 MEASURE=1 num_warps=4 num_stages=4"),
-            2: row("BLOCK_B=16 BLOCK_K=32 BLOCK_D=64 MEASURE=1 num_warps=4 num_stages=4"),
-        },
-        "class_sampled_ce_bwd_logits": {
-            4: row("BLOCK_B=16 BLOCK_K=32 BLOCK_D=32 GROUP=8 num_warps=4 num_stages=4"),
-            2: row("BLOCK_B=16 BLOCK_K=32 BLOCK_D=64 GROUP=8 num_warps=4 num_stages=4"),
-        },
-        "class_sampled_ce_fwd_combine": row("BLOCK=256 num_warps=4"),
-        "unit_rows_bwd": row("BLOCK_D=512 num_warps=4"),
-        "total": row("BLOCK=1024 num_warps=4"),
-    },
-}
-STEP |= {"pooled text norm": STEP["text norm"], "image activation": STEP["text activation"]}
-# What differs on AMD, in both dtypes
-ON_AMD = {name: row("num_warps=2 num_stages=2") for name in ("class_sampled_ce_fwd", "class_sampled_ce_bwd_logits")}
-ON_AMD |= {f"shared_prefix_attention_{name}": row("num_warps=4") for name in ("fwd", "bwd")}
-
-
-@interpreted
-@pytest.mark.parametrize("device", [A100, MI300], ids=["A100", "MI300"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_launches_of_a_step(backend: Backend, monkeypatch, dtype, device):
-    launched: dict[str, dict[str, Any]] = {}
-
-    def record(kernel: Any, grid: Any, options: dict[str, Any], arguments: dict[str, Any]) -> None:
-        name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-        assert launched.setdefault(name, options | arguments)["num_warps"] == options["num_warps"]
-
-    monkeypatch.setattr(launching, "_run", record)
-    monkeypatch.setattr(launching, "target", lambda of: device)
-    for name, (operator, shape, options) in CASES.items():
-        launched.clear()
-        operator.kernel(operator.case(shape, backend.device, dtype=dtype, **options))
-        expected = {kernel: of.get(dtype.itemsize, of) for kernel, of in STEP[name].items()}
-        if device is MI300:
-            expected = {kernel: of | ON_AMD.get(kernel, {}) for kernel, of in expected.items()}
-        found = {kernel: {key: launched[kernel][key] for key in expected[kernel]} for kernel in launched}
-        assert found == expected, name
-    launched.clear()
-    State(dict.fromkeys(upper_half()), torch.float32, device=backend.device).step()
-    assert launched["sgd_momentum"]["num_warps"] == 4
-    assert launched["sgd_momentum"]["VARIANT"].groups * launched["sgd_momentum"]["VARIANT"].lanes == 2048
-
-
-@interpreted
+@pytest.mark.parametrize("backend", [INTERPRETED], indirect=True)
 @pytest.mark.parametrize("factor", [0.5, 2], ids=["half", "twice"])
-@pytest.mark.parametrize(
-    "operator", [*(case[0] for case in CASES.values()), rotary.OPERATOR], ids=lambda each: each.name
-)
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda each: each.name)
 def test_results_with_other_tables(backend: Backend, monkeypatch, operator, factor):
     """A table may have any powers of two."""
     entry_of = launching.entry_of

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from timm.layers.mlp import GluMlp, SwiGLU
 from torch import Tensor
 
 from skipkernels import reference
@@ -183,21 +182,6 @@ def test_gated_infinity_and_nan_follow_the_formula(backend: Backend):
         assert out[[0, 3]].tolist() == [torch.inf] * 2 and out[[1, 2, 4]].isnan().all() and out[5].isfinite()
         assert d_x[:, 0].isfinite().tolist() == [False] * 5 + [True]
         assert d_x[:, 1].isfinite().tolist() == [False] * 3 + [True] * 3
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_swiglu_equals_that_of_timm(backend: Backend, bias):
-    """GluMlp joins both products, gate first; SwiGLU has one for each."""
-    if torch.float64 not in backend.dtypes:
-        pytest.skip("in fp64")
-    glu = GluMlp(5, 2 * 7, act_layer=torch.nn.SiLU, gate_last=False, bias=bias).double()
-    swiglu = SwiGLU(5, 7, bias=bias).double()
-    x = torch.randn(3, 5, dtype=torch.float64)
-    pairs = zip(swiglu.fc1_g.parameters(), swiglu.fc1_x.parameters(), strict=True)
-    joined = [torch.cat(pair) for pair in pairs]
-    for module, weights in ((glu, [*glu.fc1.parameters()]), (swiglu, joined)):
-        ours = mlp_activation(x @ weights[0].T, weights[1] if bias else None, "swiglu")
-        torch.testing.assert_close(module.fc2(ours), module(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)

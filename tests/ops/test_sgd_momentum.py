@@ -141,22 +141,6 @@ def test_one_launch_for_a_list(monkeypatch):
     assert rows[3, 6], "1,024 elements are vectorised"
 
 
-def test_tables_of_a_graph_are_written_after_the_capture(monkeypatch):
-    """A copy in the graph would run in each replay. Known tables are held too, so that they are not freed."""
-    monkeypatch.setattr(sgd_momentum_module, "_tables", {})
-    device = torch.device("meta")
-    known = sgd_momentum_module._table([1, 2], device)
-    with sgd_momentum_module.tables_of_graph() as tables:
-        held = [sgd_momentum_module._table(numbers, device) for numbers in ([1, 2], [3, 4, 5])]
-    assert held[0] is known and [table is x for table, x in zip(tables._held, held, strict=True)] == [True, True]
-    assert [(table is held[1], numbers.tolist()) for table, numbers in tables._missing] == [(True, [3, 4, 5])]
-    copies = []
-    monkeypatch.setattr(Tensor, "copy_", lambda self, source, non_blocking: copies.append((self, source.tolist())))
-    tables.upload()
-    tables.upload()
-    assert copies == [(held[1], [3, 4, 5])] and len(sgd_momentum_module._tables) == 1
-
-
 def test_a_capture_without_its_tables_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(launching, "current_stream", lambda device: 0)

@@ -24,31 +24,6 @@ DEFAULT = {"BLOCK_B": 16, "BLOCK_C": 16, "BLOCK_D": 32, "num_warps": 2, "num_sta
 NAME = "BLOCK_B=16 BLOCK_C=16 BLOCK_D=32 num_warps=2 num_stages=4"
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"num_warps": 1}, [{"num_warps": 2}]),
-        ({"num_warps": 16}, [{"num_warps": 8}]),
-        (
-            {"BLOCK_R": 1, "MEASURE": True, "num_warps": 16},
-            [
-                {"BLOCK_R": 1, "MEASURE": True, "num_warps": 8},
-                {"BLOCK_R": 2, "MEASURE": True, "num_warps": 16},
-                {"BLOCK_R": 2, "MEASURE": True, "num_warps": 8},
-            ],
-        ),
-        (
-            {"num_warps": 1, "num_stages": 1},
-            [{"num_warps": 2, "num_stages": 1}, {"num_warps": 1, "num_stages": 2}],
-        ),
-    ],
-)
-def test_neighbours(options, expected):
-    found = tune.neighbours(options)
-    assert found == expected
-    assert all(type(each[name]) is type(options[name]) for each in found for name in each)
-
-
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One case, of four candidates that compile."""
@@ -114,21 +89,6 @@ def test_default_stays(backend: Backend, small, monkeypatch, tmp_path: Path, why
     tune.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "-1" if why == "no time left" else "60"])
     path = tmp_path / "my-gpu.json"
     assert len(timed) == count and (launching.read_table(path) if path.exists() else {}) == {}
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        (launching.Target("cuda", 80), "there is no GPU here; --target compiles the candidates without one"),
-        (launching.Target("cuda", 72, "Xavier"), "the limits of cuda 72 are not known: add them to bench/launches.py"),
-    ],
-    ids=["no GPU", "unknown GPU"],
-)
-def test_devices_that_are_refused(monkeypatch, capsys, target, message):
-    monkeypatch.setattr(launching, "target", lambda device: target)
-    with pytest.raises(SystemExit):
-        tune.main([])
-    assert message in capsys.readouterr().err
 
 
 def test_sound_candidates_compile_without_spills(monkeypatch):
