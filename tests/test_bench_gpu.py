@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import re
 import subprocess
 import time
-import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 from unittest.mock import Mock
 
 import pytest
 import torch
-from torch.autograd import DeviceType
 
 from bench import gpu, gpu_summary, inputs, measure, training
 from bench.rows import machine_columns
 from skipkernels import testing
 from skipkernels.graphs import graphed_step
-from tests import conftest
-from tests.conftest import TELLING, place
 
 CUT = "--model vit-tiny --classes 20 --skip-layers 3 --device cpu --rounds 1 --no-save".split()
 SCRIPT = Path(gpu.__file__).with_name("gpu.sh")
@@ -80,12 +73,13 @@ def test_script_runs_every_stage(tmp_path, monkeypatch):
     assert {name for name, stage in called.items() if not stage.called} == {"one_step", "smoke"}  # of other programs
 
 
-def test_script_scales_the_limits(tmp_path):
+def test_script_runs_the_named_stages_and_scales_their_limits(tmp_path):
     (tmp_path / "scale").write_text("250\n")
-    assert script(tmp_path, "step").stdout.startswith("step: exit status 0")
-    command = f"-m bench.gpu step --precision bf16 --all-shapes --seconds {2.5 * 116:.0f} --out {tmp_path}\n"
-    assert {path.name for path in tmp_path.iterdir()} == {"scale", "log.txt", "step.txt"}
-    assert (tmp_path / "step.txt").read_text() == command
+    assert re.findall(r"(\w+): exit status 0", script(tmp_path, "tune", "step").stdout) == ["step", "tune"]
+    assert {path.name for path in tmp_path.iterdir()} == {"scale", "log.txt", "step.txt", "tune.txt"}
+    step = f"-m bench.gpu step --precision bf16 --all-shapes --seconds {2.5 * 116:.0f} --out {tmp_path}\n"
+    assert (tmp_path / "step.txt").read_text() == step
+    assert (tmp_path / "tune.txt").read_text() == f"-m bench.tune --seconds {2.5 * 570:.0f} --out {tmp_path}\n"
 
 
 def test_script_refuses_an_unknown_stage(tmp_path):
@@ -95,17 +89,6 @@ def test_script_refuses_an_unknown_stage(tmp_path):
     assert done.stderr.endswith("summary tune\n")
 
 
-def test_limits_of_the_stages_are_ten_minutes():
-    lines = [line.split() for line in SCRIPT.read_text().splitlines() if line.startswith("stage ")]
-    limits = {line[1]: int(line[2]) for line in lines}
-    assert len(limits) == 11 and limits.pop("tune") == 600 >= sum(limits.values())
-
-
-def test_script_tunes_if_asked(tmp_path):
-    assert script(tmp_path, "tune").stdout.startswith("tune: exit status 0")
-    assert (tmp_path / "tune.txt").read_text() == f"-m bench.tune --seconds 570 --out {tmp_path}\n"
-
-
 @pytest.mark.parametrize(
     ("bandwidth", "cores", "scale"),
     [(3e12, 16, 1.0), (1.25e12, 16, 2.0), (3e12, 4, 2.0), (2.4e11, 2, 4.0)],
@@ -113,54 +96,6 @@ def test_script_tunes_if_asked(tmp_path):
 )
 def test_limits_scale_with_the_machine(bandwidth, cores, scale):
     assert gpu.scale_of(bandwidth, cores) == scale
-
-
-def test_profiler_sees_one_warm_step(monkeypatch):
-    """The steps before it, and the construction, are not between the two calls."""
-    events, run = [], graphed_step.GraphedStep.__call__
-
-    @contextlib.contextmanager
-    def profiled(device: torch.device) -> Iterator[None]:
-        events.append("start")
-        yield
-        events.append("stop")
-
-    def counted(self, *batch):
-        events.append("step")
-        return run(self, *batch)
-
-    monkeypatch.setattr(graphed_step.GraphedStep, "__call__", counted)
-    monkeypatch.setattr(gpu, "profiled", profiled)
-    gpu.main(["one_step", *CUT])
-    assert events == ["step", "step", "start", "step", "stop"]
-
-
-@pytest.mark.parametrize("is_lost", [False, True])
-def test_a_worker_ends_when_the_gpu_is_lost(monkeypatch, is_lost):
-    """After an illegal access every later test of the process would fail; pytest-xdist starts another one."""
-    ended = []
-    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: (_ for _ in ()).throw(RuntimeError) if is_lost else None)
-    monkeypatch.setattr(os, "_exit", ended.append)
-    monkeypatch.setattr(os, "write", lambda *text: None)
-    hook = conftest.pytest_runtest_makereport()
-    next(hook)
-    with pytest.raises(StopIteration):
-        hook.send(types.SimpleNamespace(failed=True, longreprtext="illegal memory access"))
-    assert ended == [1] * is_lost
-
-
-def test_telling_tests_come_first_on_a_gpu():
-    ids = ["a.py::test_x", "ops/test_b.py::TestB::test_no_worse_than_eager[gpu]", "test_replays_on_a_gpu.py::test_x"]
-    items = [*map(Named, ids), Named("ops/test_step_shapes.py::test_no_worse_than_eager[gpu]")]
-    assert sorted(items, key=lambda item: place(item, True)) == items[::-1]
-    files = {path.name for path in TESTS.rglob("test_*.py")}
-    assert all(part in files or part.removeprefix("::") in (TESTS / "ops/harness.py").read_text() for part in TELLING)
-
-
-class Named(NamedTuple):
-    nodeid: str
 
 
 @pytest.fixture
@@ -223,14 +158,6 @@ def test_replays_are_compared_in_bits(monkeypatch):
     monkeypatch.setattr(gpu, "graphed_step", another)
     eager, replayed = gpu.differences(args)
     assert eager == 0 < replayed < 1e-5
-
-
-def test_launches_are_kernels_and_copies(monkeypatch):
-    names = {"_a_kernel": "CUDA", "Memcpy DtoD (Device -> Device)": "CUDA", "void b<float>": "CUDA", "aten::mm": "CPU"}
-    events = [types.SimpleNamespace(name=name, device_type=getattr(DeviceType, of)) for name, of in names.items()]
-    profiler = types.SimpleNamespace(events=lambda: events)
-    monkeypatch.setattr(gpu, "profile", lambda activities: contextlib.nullcontext(profiler))
-    assert gpu.launches_of(lambda: None, measure.CPU) == {"kernels": 2, "copies": 1}
 
 
 # ---- the summary -----------------------------------------------------------------------------------------------------
@@ -317,16 +244,6 @@ def test_summary_of_results(tmp_path, monkeypatch, capsys):
 def test_summary_of_a_step(tmp_path, step, device, text):
     gpu_summary.write_facts(tmp_path, {"machine": MACHINE | {"device": device}, "step bf16 B4 C1000": STEP | step})
     assert re.search(re.escape(text).replace(r"\$", "$"), summarised(tmp_path)["step bf16 B4 C1000"])
-
-
-def test_failed_tests_are_named_when_the_tests_are_cut_off(tmp_path):
-    """Lines of pytest-xdist with -v, which come at once; the summary of pytest does not."""
-    lines = (
-        "test_a.py::test_n[0] \n[gw1] [ 25%] PASSED test_a.py::test_n[0] \n[gw0] [ 50%] FAILED test_a.py::test_n[1] \n"
-    )
-    (tmp_path / "tests.txt").write_text(lines)
-    (tmp_path / "log.txt").write_text("tests: exit status 137, 12 s since the start\n")
-    assert summarised(tmp_path)["tests"] == "cut off, 1 failed: test_a.py::test_n[1] (goal: 0)"
 
 
 def test_summary_of_stages_without_a_result(tmp_path):

@@ -41,21 +41,3 @@ def test_steps_are_recorded(tiny):
     assert [launch.side for launch in ours if "sgd" in launch.name] == ["", ""], "less than is gathered in backward"
     floor = sum(launch.floor for launch in ours)
     assert floor < gpu_model.packed(ours) < gpu_model.serial(ours) <= gpu_model.eager(ours)
-
-
-def test_sides_run_one_after_the_other_or_beside_each_other():
-    alone = gpu_model.Launch("one", True, 0, 0, torch.float32, None)
-    sides = [alone, *[alone._replace(side="text")] * 3, *[alone._replace(side="image")] * 2]
-    one = gpu_model.START + gpu_model.GAP
-    assert (gpu_model.serial(sides), gpu_model.packed(sides)) == pytest.approx((6 * one, 4 * one))
-    full = alone._replace(nbytes=int(gpu_model.BANDWIDTH))  # a second of the whole GPU: two do not overlap
-    assert gpu_model.packed([alone, full._replace(side="text"), full._replace(side="image")]) > 2
-
-
-def test_a_product_takes_whole_tiles():
-    def seconds(rows):
-        return gpu_model.seconds_of_product(1, rows, 128 * gpu_model.PROCESSORS, 768, torch.bfloat16)
-
-    assert seconds(128) == seconds(100) < seconds(129)
-    flops = 2 * 128 * 128 * gpu_model.PROCESSORS * 768
-    assert seconds(128) >= flops / gpu_model.RATES[torch.bfloat16]

@@ -90,54 +90,6 @@ def test_operator_of_a_wrong_result_fails(monkeypatch):
         timed(monkeypatch, doubling(2.001), "eager")
 
 
-@pytest.mark.parametrize("flops, least", [(0, 64 / 1000), (10**5, 0.1)])
-def test_columns_have_rates_and_the_share_of_the_ceiling(monkeypatch, flops, least):
-    monkeypatch.setattr(measure, "bandwidth", lambda device: 1000 * 2**20)
-    monkeypatch.setattr(measure, "matrix_rate", lambda device, dtype: 1e6)
-    times = [0.010, 0.020, 0.040, 0.100]
-    row = test_operators.columns(doubling(flops=flops), "eager", times, 3 << 20, torch.float32, CPU)
-    assert (row["p20_ms"], row["p50_ms"], row["p80_ms"], row["peak_mib"], row["wanted"]) == (16, 30, 64, 3, "≥ 1")
-    assert row["of_ceiling"] == pytest.approx(least / 0.030, abs=1e-4)
-    assert row["gbytes_s"] == pytest.approx((64 << 20) / 0.030 / 1e9, abs=1e-3)
-    assert row["gflops_s"] == (round(flops / 0.030 / 1e9, 2) if flops else "")
-
-
-def test_replays_take_turns_with_inputs_of_their_own(monkeypatch):
-    """Twenty calls in a graph, none of which finds its inputs in the cache: by a flush, or since all are larger."""
-    events: list[str] = []
-
-    def captured(runs, calls, device):
-        if runs[0]() == "fails":
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        return lambda: events.append(f"{len({run() for run in runs})} inputs, {calls} calls")
-
-    def case(moved: int) -> Case:
-        numbers = itertools.count()
-
-        def copy() -> dict[str, Run]:
-            number = next(numbers)
-            return {"skipkernels": lambda: number, "eager": lambda: -number, "peer": lambda: "fails"}
-
-        return Case("N1", copy(), lambda: [], Work(moved), copy=copy)
-
-    def seconds_of(function, device, calls=1, before=None):
-        if before is None:
-            return 1e-5 if function() != "fails" else 1e-6
-        before()
-        function()
-        return 20.0
-
-    monkeypatch.setattr(test_operators, "captured", captured)
-    monkeypatch.setattr(test_operators, "l2_bytes", lambda device: 1000)
-    monkeypatch.setattr(measure, "seconds_of", seconds_of)
-    for moved, inputs in ((10, 20), (150, 14), (5000, 1)):  # the cache has 1000 bytes
-        events.clear()
-        found = test_operators.in_turn(case(moved), ["skipkernels", "eager", "peer"], CPU)
-        assert found.pop("peer") == "no CUDA graph: operation not permitted when stream is capturing"
-        assert found == {name: [1.0] * test_operators.ROUNDS for name in ("skipkernels", "eager")}
-        assert set(events) == {f"{inputs} inputs, 20 calls"} and len(events) == 2 * (test_operators.ROUNDS + 1)
-
-
 def case_of(name: str, dtype: torch.dtype) -> Case:
     cases = importlib.import_module(f"bench.operators.{name}").cases(dtype, CPU)
     return next(itertools.islice(cases, CHECKED.get(name, 0), None))

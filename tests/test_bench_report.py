@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
 from bench import report
-from bench.pages import bars, operators
-from bench.rows import KINDS, MACHINE, Device, latest, same_run
+from bench.pages import operators
+from bench.rows import KINDS, Device, latest
 
 
 def step(implementation: str, C: int, ms: object = "", **values: object) -> dict[str, str]:
@@ -52,13 +51,6 @@ def test_read_leaves_out_rows_of_one_round_and_of_another_pytorch(tmp_path):
     assert save(tmp_path, once, old, prediction, new).all_rows("step") == [prediction, new]
 
 
-@pytest.mark.parametrize("changes", [{"C": "50"}, *({name: "other"} for name in MACHINE), {"p50_ms": ""}], ids=str)
-def test_same_run_is_of_one_commit_machine_and_case(changes):
-    row, other = step("skipkernels", 10, 100.0), step("skipkernels", 1000, 140.0)
-    assert same_run([row, other], other, C="10") == row
-    assert same_run([row | changes, other], other, C="10") is None
-
-
 def test_check_names_stale_files_and_writes_nothing(tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     for name, blocks in (report.BLOCKS | report.STUDIES).items():
@@ -70,13 +62,6 @@ def test_check_names_stale_files_and_writes_nothing(tmp_path, capsys):
     assert "README.md is out of date" in capsys.readouterr().out and (tmp_path / "README.md").read_text() == before
     assert report.main(["--root", str(tmp_path)]) == 0 == report.main(["--root", str(tmp_path), "--check"])
     assert "5.10 times as fast" in (tmp_path / "README.md").read_text()
-
-
-def test_picture_is_reproducible():
-    rows = [step("skipkernels", C, C) for C in (10, 100)]
-    rows += [step("published", 10, 20), step("published", 100, note="does not fit: 100 classes")]
-    svg = bars.step_bars(rows)
-    assert svg == bars.step_bars(rows) and ElementTree.fromstring(svg).tag.endswith("svg") and not bars.step_bars([])
 
 
 def test_trainers_compares_two_rows_of_one_case(tmp_path):

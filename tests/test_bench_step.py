@@ -14,10 +14,9 @@ import pytest
 import torch
 
 import skipkernels as sk
-from bench import cache, infer, inputs, measure, memory, published, step, test_steps, training
-from bench.flops import flops_of
+from bench import cache, infer, inputs, measure, memory, published, step, training
 from bench.published import PublishedStep
-from bench.rows import KINDS, MACHINE, append_rows
+from bench.rows import KINDS, MACHINE
 from skipkernels import testing
 from skipkernels.features import FeatureCache
 from skipkernels.features.table import STORED_DTYPES
@@ -83,26 +82,6 @@ def test_step_that_does_not_fit_is_skipped(monkeypatch, table):
     assert left["p50_ms"] == "" and left["note"].startswith("does not fit: 1000 classes keep about ")
     assert float(rows["skipkernels", "fp32", 1000]["p50_ms"]) > 0
     assert "compared at 12 classes" in rows["skipkernels", "fp32", 1000]["note"]
-
-
-def test_append_rows_adds_columns_and_keeps_rows():
-    row = {"device": "A CPU", "implementation": "first", "p50_ms": 1.0}
-    append_rows([row], "step")
-    append_rows([{"device": "A CPU", "implementation": "≥ second"}], "step")
-    path = append_rows([row | {"implementation": "third", "note": "new"}], "step")
-    rows = list(csv.DictReader(path.open(encoding="utf-8")))
-    assert [(each["implementation"], each["note"]) for each in rows] == [
-        ("first", ""),
-        ("≥ second", ""),
-        ("third", "new"),
-    ]
-
-
-def test_steps_of_pytest_benchmark_run():
-    ran = []
-    test_steps.test_step(lambda function: ran.append(function()), "vit-tiny", 20, "bf16")
-    test_steps.test_predict(lambda function: ran.append(function()), "vit-tiny", 20)
-    assert len(ran) == 2
 
 
 def test_prompts_have_the_lengths_of_imagenet():
@@ -197,23 +176,6 @@ def test_infer_writes_a_row_per_implementation(results):
     for implementation, row in found.items():
         assert float(row["images_s"]) == pytest.approx(4000 / float(row["p50_ms"]), rel=0.01)
         assert (row["faster"] == "") == (implementation == "skipkernels") and float(row["above_floor"]) > 0
-
-
-def test_infer_recomputes_text_features():
-    def work(classes: int) -> dict[str, int]:
-        """FLOPs of the second call."""
-        random = inputs.random_inputs("vit-tiny", 4, classes, measure.CPU)
-        found = {}
-        for name, run in infer.runs_of(random, 2, 3, "fp32").items():
-            run()
-            found[name] = flops_of(run)
-        return found
-
-    few, many = work(10), work(30)
-    of_classes = {name: many[name] - few[name] for name in few}
-    comparing = 2 * 4 * 20 * 128  # images with classes
-    assert of_classes["published"] > 2 * of_classes["skipkernels"]  # all tokens, and for each of two batches
-    assert 10 * comparing < of_classes["skipkernels, cached"] < of_classes["skipkernels"] / 2
 
 
 def test_memory_writes_a_row_per_optimizer(results, monkeypatch):

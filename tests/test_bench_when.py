@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from bench.when import __main__ as command
 from bench.when import accuracy, plan, runs, summary, tail, tasks
 from bench.when.rows import Rows, reported
 from bench.when.tasks import Shift
@@ -61,17 +60,6 @@ def test_load_reads_drawings_of_a_file(drawings):
     assert sorted([*base, *new]) == report and sorted(report + search) == sorted(f"name {i}" for i in range(40))
     assert (len(task.train), len(task.tests[0].images)) == (2 * len(base), len(base))
     assert all((image == 80 + int(new[label].split()[1])).all() for image, label in task.tests[1].images)
-
-
-def test_drawings_enable_tasks(monkeypatch, drawings):
-    planned = []
-    monkeypatch.setattr(command, "run_study", lambda shifts, args: planned.append([shift.name for shift in shifts]))
-    monkeypatch.setattr(summary, "TABLES", {})
-    command.main(["--tasks", "flags", "animals"])
-    command.main(["--tasks", "flags", "animals", "--drawings", str(drawings)])
-    assert planned == [["animals"], ["animals", "flags"]]
-    with pytest.raises(SystemExit):
-        command.main(["--drawings", str(drawings.with_name("missing.npz"))])
 
 
 def run_of(name, candidate, shift=SMALL):

@@ -5,37 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import counts, inputs
-from skipkernels import SkipCLIP, functional
-from skipkernels.clip import step
+from bench import counts
+from skipkernels import functional
 from skipkernels.ops import launching
 
 pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not installed")
-
-
-def test_check_finds_duplicated_work(monkeypatch):
-    scores, size = step.class_scores, counts.SIZES[0]
-    random = inputs.random_inputs(size.model, counts.BATCH, size.C, torch.device("cpu"))
-    with counts.WithoutProducts():
-        clip = SkipCLIP(random.model, random.tokens, skip_layers=size.skip_layers)
-        features = clip.encode_lower(random.images)
-
-    def row() -> counts.Row:
-        with counts.WithoutProducts():
-            found = counts._step(clip, features, random.labels, "fp32")
-            found |= counts._on_a_gpu(clip, features, random.labels, "fp32", counts.SGD)
-        return ROW._replace(**found)
-
-    def twice(*arguments):
-        scores(*arguments)
-        return scores(*arguments)
-
-    before = row()
-    monkeypatch.setattr(step, "class_scores", twice)
-    found = "\n".join(counts.compare([row()], [before]))
-    for name in ("flops", "calls", "launches"):
-        assert f"{ROW.name}: {name} " in found
-    assert "saved_bytes" not in found
 
 
 def test_counts_of_calls_launches_and_flops():
