@@ -100,7 +100,7 @@ format: $(TESTS) ## Put the code in the house style.
 bench: $(TESTS) ## Compare steps, inference and operators with their peers, in 18 minutes; rows go to bench/results.
 	$(BIN)/python -m bench.step --rounds 3 --classes 10 50 1000 --implementation skipkernels published
 	$(BIN)/python -m bench.infer --images 25 --batch 25 --classes 100
-	$(BIN)/python -m pytest bench/operators --minutes=6 --benchmark-autosave -k 'not compiled'
+	$(BIN)/python -m pytest bench/operators --minutes=6 --save bench/results -k 'not compiled'
 
 counts: $(TESTS) ## Count what a step costs on any machine; compare with the table in bench/results.
 	$(BIN)/python -m bench.counts --check

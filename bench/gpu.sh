@@ -55,7 +55,7 @@ stage step 150 "$python" -m bench.gpu step --precision bf16 ${STEP:---all-shapes
 stage step_fp32 35 "$python" -m bench.gpu step --precision fp32 $STEP --out "$out"
 stage full 45 "$python" -m bench.gpu full --batch 32 --rounds 10 $STEP --out "$out"
 stage operators 75 "$python" -m pytest bench/operators -q -p no:cacheprovider --minutes="$(scaled 10)e-1" \
-  --rows="$out/operators.jsonl"
+  --save "$out"
 stage tune 600 "$python" -m bench.tune --seconds "$(scaled 570)" --out "$out"
 stage profile 20 "$python" -m bench.gpu profile_step $STEP
 # The sanitizer sees allocations only if PyTorch does not keep freed memory.

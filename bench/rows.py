@@ -2,15 +2,12 @@
 
 Of several rows of one case the last counts, except that a row that was skipped for lack of time does not replace a
 measurement. In files that count rounds, rows of one round, or of another PyTorch than the last row's, do not count.
-Rows of operators are also in the files of pytest-benchmark, DEVICE/operators/*/*.json, and newer there than in the CSV
-file.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import platform
 import re
 import subprocess
@@ -108,9 +105,9 @@ def save(args: argparse.Namespace, rows: list[dict[str, Any]], table: str) -> No
         print(f"appended to {append_rows([machine_columns(args.device) | row for row in rows], table)}")
 
 
-def append_rows(rows: list[dict[str, Any]], name: str) -> Path:
-    """Append rows to bench/results/DEVICE/NAME.csv. Columns that the file lacks are added to it."""
-    path = RESULTS / slug(rows[0]["device"]) / f"{name}.csv"
+def append_rows(rows: list[dict[str, Any]], name: str, results: Path | None = None) -> Path:
+    """Append rows to DEVICE/NAME.csv in bench/results or another folder. Columns that the file lacks are added."""
+    path = (results or RESULTS) / slug(rows[0]["device"]) / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     before: list[dict[str, Any]] = []
     if path.exists():
@@ -137,8 +134,6 @@ class Device:
     def __init__(self, folder: Path):
         self.folder = folder
         self._all = {kind: read(folder / f"{kind}.csv") for kind in KINDS}
-        for path in sorted(folder.glob("operators/*/*.json")):
-            self._all["operators"] += of_pytest(path)
         self.name = next((rows[0]["device"] for rows in self._all.values() if rows), "")
 
     @property
@@ -173,21 +168,6 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, restval=""))
     return [row for row in rows if "rounds" not in row or (row["rounds"] != "1" and row["torch"] == rows[-1]["torch"])]
-
-
-def of_pytest(path: Path) -> list[Row]:
-    """Rows of a file of pytest-benchmark (bench/operators/test_operators.py).
-
-    `faster` is the ratio of the medians to that of skipkernels, "" if skipkernels was not timed in the same run.
-    """
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    machine = saved["commit_info"] | saved["machine_info"]
-    rows = [{**machine, "case": each["group"], **each["params"], **each["extra_info"]} for each in saved["benchmarks"]]
-    ours = {row["case"]: row["p50_ms"] for row in rows if row["implementation"] == "skipkernels"}
-    for row in rows:
-        timed = row["implementation"] != "skipkernels" and row["case"] in ours
-        row["faster"] = round(row["p50_ms"] / ours[row["case"]], 3) if timed else ""
-    return [{name: str(value) for name, value in row.items()} for row in rows]
 
 
 def latest(rows: Iterable[Row], kind: Kind) -> list[Row]:

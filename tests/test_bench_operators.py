@@ -1,4 +1,4 @@
-"""bench/operators: wrong results get no time, missing peers have a reason, and pytest-benchmark's files become rows."""
+"""bench/operators: wrong results get no time, missing peers have a reason, and times become rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bench import measure, peers
 from bench.operators import COMPILED, Case, Run, Work, test_operators
 from bench.operators.gate import Gate
-from bench.rows import KINDS, MACHINE, Device, machine_columns
+from bench.rows import KINDS, MACHINE, Device
 from skipkernels.ops import OPERATORS
 from tests.ops.harness import Calls
 
@@ -122,21 +122,21 @@ def command(*options: str) -> str:
 
 
 def test_command_saves_rows(tmp_path):
-    storage = f"--benchmark-storage=file://{tmp_path / 'operators'}"
-    output = command(storage, "--benchmark-autosave")
+    output = command("--save", str(tmp_path))
     assert "4 passed, 1 skipped, 3 xfailed" in output
     assert "needs a GPU" in output and "wrong: result 0 is off by 1.0e-03" in output
-    device = Device(tmp_path)
-    rows = {row["implementation"]: row for row in device.latest_rows("operators")}
+    (folder,) = tmp_path.iterdir()
+    rows = {row["implementation"]: row for row in Device(folder).latest_rows("operators")}
     assert rows.keys() == {"skipkernels", "eager", "peer", COMPILED}
     ours, eager, peer = rows["skipkernels"], rows["eager"], rows["peer"]
     kind = KINDS["operators"]
     assert {*MACHINE, *kind.case.split(), kind.measured} <= ours.keys() == eager.keys()
-    assert device.name == machine_columns(CPU)["device"]
     assert float(ours["p20_ms"]) <= float(ours["p50_ms"]) <= float(ours["p80_ms"])
     assert float(peer["faster"]) == pytest.approx(float(peer["p50_ms"]) / float(ours["p50_ms"]), abs=1e-3)
     assert (ours["faster"], ours["wanted"], eager["wanted"], peer["note"]) == ("", "", "≥ 1", "peer 1.2")
-    assert len([*tmp_path.rglob("*.json")]) == 1
+    slower = [f"class_scores N1024 fp32 {name}" for name, row in rows.items() if float(row["faster"] or 1) < 1]
+    assert f"another implementation is faster in {len(slower)} of 3 comparisons" in output
+    assert all(line in output.splitlines() for line in slower)
 
 
 # ---- the cases ---------------------------------------------------------------------------------------------------

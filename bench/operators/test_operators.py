@@ -1,8 +1,8 @@
 """Microbenchmarks: check each operator, eager PyTorch and peers, then time them with pytest-benchmark.
 
     pytest bench/operators -k "add_layer_norm and bf16 and not compiled" --benchmark-max-time=3
-    pytest bench/operators --minutes=9 --benchmark-autosave      # a file in bench/results/DEVICE/operators
-    pytest bench/operators --benchmark-compare                   # with the last file
+    pytest bench/operators --minutes=9 --save bench/results      # append rows to bench/results/DEVICE/operators.csv
+    pytest bench/operators --benchmark-autosave                  # in .benchmarks; --benchmark-compare reads it
 
 A result of ours is wrong, and the test fails, if its error against the reference in fp64 exceeds eager's by more than
 the slack of the tests. Others that are wrong get no time (xfail); those that cannot run here are skipped with the
@@ -14,15 +14,15 @@ microseconds longer than one small kernel. The calls of a graph have different i
 the L2 cache, which is flushed before each replay: no call finds its inputs there. torch.compile comes last, in turn
 with itself.
 
-`extra_info` has the further columns of a row (`bench.rows`). `of_ceiling` is the least time by the measured limits of
-the machine (bench.measure) over the measured time; it is above 1 if the inputs were in a CPU cache.
+With `--save` each row is appended as soon as it is measured. Its `faster` is the median over ours, which comes first.
+`of_ceiling` is the least time by the measured limits of the machine (`bench.measure`) over the measured time; it is
+above 1 if the inputs were in a CPU cache.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +34,7 @@ from bench import measure
 from bench.operators import COMPILED, DTYPES, OURS, Case, Run
 from bench.operators.gate import Gate
 from bench.operators.record import cases_of
+from bench.rows import append_rows, machine_columns
 from skipkernels import testing
 from skipkernels.ops import OPERATORS
 
@@ -159,19 +160,27 @@ def test_operator(
     else:
         benchmark(run)
     if benchmark.stats:  # None with --benchmark-disable
+        row = {"op": op, "shape": shape, "dtype": dtype, "implementation": implementation}
         peak = testing.peak_bytes(run, device)
-        found = columns(case, implementation, benchmark.stats.stats.data, peak, DTYPES[dtype], device)
-        benchmark.extra_info |= found
-        if (path := pytestconfig.option.rows) is not None:
-            row = {"group": benchmark.group, "implementation": implementation, **found}
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        row |= columns(case, implementation, benchmark.stats.stats.data, peak, DTYPES[dtype], device)
+        row["faster"] = speed_up(row, pytestconfig.option.measured)
+        pytestconfig.option.measured.append(row)
+        if (folder := pytestconfig.option.save) is not None:
+            append_rows([machine_columns(device) | row], "operators", folder)
+
+
+def speed_up(row: dict[str, Any], measured: Sequence[dict[str, Any]]) -> float | str:
+    """The median of a row over that of ours in the same case, or "" where ours has none."""
+    ours = row | {"implementation": OURS}
+    case = ("op", "shape", "dtype", "implementation")
+    medians = [each["p50_ms"] for each in measured if all(each[name] == ours[name] for name in case)]
+    return round(row["p50_ms"] / medians[0], 3) if medians else ""
 
 
 def columns(
     case: Case, implementation: str, seconds: list[float], peak: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """The columns of a row that pytest-benchmark does not have."""
+    """Measurements, in the columns of a row."""
     median = measure.quantile(seconds, 0.5)
     least = case.work.moved / measure.bandwidth(device)
     if case.work.flops:
