@@ -36,7 +36,7 @@ LAYERS = [
     ("app.console", "app.data", "app.untrusted"),
     ("app.heads",),
     ("app.methods",),
-    ("app.config", "app.demo", "app.option_groups", "app.report", "app.train"),
+    ("app.config", "app.demo", "app.report", "app.settings", "app.train"),
     ("app.serve", "app.studies"),
     ("app.cli",),
     ("__main__",),

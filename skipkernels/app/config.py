@@ -7,6 +7,7 @@ import difflib
 import functools
 import math
 import re
+import sys
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -18,16 +19,16 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import to_jsonable_python
 
 from ..formatting import first_line
-from ..options import Precision, Protocol, Shots
+from ..options import Precision
 from .data.base import InputError
 from .data.registry import is_own
 from .methods.registry import AUTO, METHODS
-from .option_groups import Settings
+from .settings import Settings
 from .untrusted import check_source
 
 if TYPE_CHECKING:
     from .data import Source
-    from .methods import Method, Recipe
+    from .methods import Method
 
 _SHOTS = 16
 
@@ -100,19 +101,25 @@ class TuneConfig(Settings):
         """
         import torch
 
-        if self.method == AUTO and not self._can_choose:
+        pictograms = self.data.partition(":")[0] == "pictograms"
+        if self.method == AUTO and (self.preset != "default" or not (self.own_data or pictograms)):
             return dataclasses.replace(self, method="skip").resolved(open_data)
         self.method_class()
         device = usable_device(self.device, "TuneConfig")
         half: Precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
-        validation = "none" if self.validation == "auto" and not self.own_data else self.validation
         config = dataclasses.replace(
             self,
             device=device,
-            validation=validation,
             precision=half if self.precision == "auto" else self.precision,
-            out=self.chosen_out,
-            **{name: value for name, value in self._defaults(open_data).items() if getattr(self, name) is None},
+            validation="none" if self.validation == "auto" and not self.own_data else self.validation,
+            protocol=self.protocol or ("few-shot" if self.own_data else "base-to-new"),
+            shots=("all" if pictograms else _SHOTS) if self.shots is None else self.shots,
+            head=self.head or ("auto" if self.method == AUTO else "none"),
+            out=self.folder,
+        )
+        recipe = config._recipe(open_data or self.open_data)
+        config = dataclasses.replace(
+            config, **{name: value for name, value in recipe.items() if getattr(config, name) is None}
         )
         config._check()
         return config
@@ -123,35 +130,27 @@ class TuneConfig(Settings):
 
         return open_source(self.data, self.root, self.template)
 
-    def _defaults(self, open_data: Callable[[], Source] | None) -> dict[str, Any]:
-        """Values for the fields with the default None."""
-        reference = self.preset == "reference"
-        recipe = dataclasses.asdict(self._recipe(open_data))
-        if self.data.rpartition(":")[2] in self.method_class().published_quarter:
-            recipe["epochs"] //= 4
-        if (reference and self.method == "skip" and self._shots < 4) or self.class_weight is not None:
-            recipe["sampler"] = "random"
-        recipe["head"] = "auto" if self.method == AUTO else "none"
-        recipe["protocol"] = self.chosen_protocol
-        recipe["shots"] = self.chosen_shots
-        if "tail" in self.method_class().options():
-            recipe["tail"] = "fixed" if reference else "resample"
-        return recipe
+    def _recipe(self, open_data: Callable[[], Source]) -> dict[str, Any]:
+        """Training settings of the method for the data and the protocol."""
+        reference, method = self.preset == "reference", self.method_class()
+        shots = self.shots if isinstance(self.shots, int) else _SHOTS
+        recipe_for = partial(method.recipe, "" if reference else self.model, self.protocol or "few-shot", shots)
+        if self.epochs is None and recipe_for(classes=2) != recipe_for(classes=2000):
+            classes = min(len(open_data().classes), self.max_classes or sys.maxsize)
+            recipe = recipe_for(classes=math.ceil(classes / 2) if self.protocol == "base-to-new" else classes)
+        else:
+            recipe = recipe_for()
+        settings = dataclasses.asdict(recipe)
+        if self.data.rpartition(":")[2] in method.published_quarter:
+            settings["epochs"] //= 4
+        if (reference and self.method == "skip" and shots < 4) or self.class_weight is not None:
+            settings["sampler"] = "random"
+        if "tail" in method.options():
+            settings["tail"] = "fixed" if reference else "resample"
+        return settings
 
     @property
-    def chosen_protocol(self) -> Protocol:
-        """Protocol. Default: few-shot for the user's own data, base-to-new for other data."""
-        return self.protocol or ("few-shot" if self.own_data else "base-to-new")
-
-    @property
-    def chosen_shots(self) -> Shots:
-        """Training images per class. Default: 16; all for pictograms, of which there are two."""
-        if self.shots is not None:
-            return self.shots
-        return "all" if self.data.partition(":")[0] == "pictograms" else _SHOTS
-
-    @property
-    def chosen_out(self) -> Path:
+    def folder(self) -> Path:
         """Folder of the results. Default: in runs/, named after the data and the method."""
         return self.out or Path("runs", re.sub(r"[^\w.+-]", "-", f"{self.data}-{self.method}"))
 
@@ -161,28 +160,9 @@ class TuneConfig(Settings):
         return is_own(self.data)
 
     @property
-    def _can_choose(self) -> bool:
-        """True for data on which `auto` chooses; elsewhere it is the published method."""
-        return self.preset == "default" and (self.own_data or self.data.partition(":")[0] == "pictograms")
-
-    @property
     def chooses(self) -> bool:
         """True if a run begins with a choice between candidates."""
         return self.method == AUTO or self.head == "auto"
-
-    @property
-    def _shots(self) -> int:
-        """Number of shots, for recipes that depend on it."""
-        return self.shots if isinstance(self.shots, int) else _SHOTS
-
-    def _recipe(self, open_data: Callable[[], Source] | None) -> Recipe:
-        model = "" if self.preset == "reference" else self.model  # "": the published recipe
-        recipe = partial(self.method_class().recipe, model, self.chosen_protocol, self._shots)
-        if self.epochs is not None or recipe(classes=2) == recipe(classes=2000):
-            return recipe()
-        available = len((open_data or self.open_data)().classes)
-        classes = min(available, self.max_classes or available)
-        return recipe(classes=math.ceil(classes / 2) if self.chosen_protocol == "base-to-new" else classes)
 
     def method_class(self) -> type[Method]:
         """Return the class of the method."""
@@ -200,9 +180,7 @@ class TuneConfig(Settings):
     def _unused(self) -> list[str]:
         """Names of settings that differ from their default and that the method does not use."""
         method = self.method_class()
-        published = method.recipe(self.model, self.chosen_protocol, self._shots)
-        options, recipe = method.options(), dataclasses.asdict(published)
-        training = {*recipe, "fused_optimizer"}
+        options, recipe = method.options(), dataclasses.asdict(method.recipe(self.model, "few-shot", _SHOTS))
 
         def used(field: dataclasses.Field) -> bool:
             name, methods = field.name, field.metadata.get("methods", "all")
@@ -212,8 +190,8 @@ class TuneConfig(Settings):
                 return method.takes_head or getattr(self, name) == "none"
             if name == "blend":
                 return method.can_blend
-            if published.epochs == 0:
-                return name not in training or (name in recipe and getattr(self, name) == recipe[name])
+            if not self.has_steps:
+                return name != "fused_optimizer" and getattr(self, name) == recipe.get(name, getattr(self, name))
             return methods != "rates" or recipe[name] is not None
 
         fields = dataclasses.fields(TuneConfig)
@@ -248,18 +226,16 @@ class TuneConfig(Settings):
         if self.class_weight is not None and self.sampler == "balanced":
             _refuse("class_weight", "class_weight and `sampler=balanced` would balance twice; leave one of them out.")
         if self.fused_optimizer and self.epochs:
-            conflicts = {
-                f"`optimizer={self.optimizer}` does not; use sgd": self.optimizer != "sgd",
-                "`precision=fp16` needs gradients to scale; use bf16": self.precision == "fp16",
-            }
-            for reason, conflict in conflicts.items():
-                if conflict:
-                    _refuse("fused_optimizer", f"fused_optimizer updates weights inside backward, and {reason}.")
+            fused = "fused_optimizer updates weights inside backward, and"
+            if self.optimizer != "sgd":
+                _refuse("fused_optimizer", f"{fused} `optimizer={self.optimizer}` does not; use sgd.")
+            if self.precision == "fp16":
+                _refuse("fused_optimizer", f"{fused} `precision=fp16` needs gradients to scale; use bf16.")
 
     @property
     def has_steps(self) -> bool:
         """True if the method trains in steps, not by `fit`."""
-        return self.method_class().recipe(self.model, self.chosen_protocol, self._shots).epochs > 0
+        return self.method_class().recipe(self.model, "few-shot", _SHOTS).epochs > 0
 
     @property
     def augments(self) -> bool:

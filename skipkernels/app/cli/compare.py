@@ -8,58 +8,32 @@ from pathlib import Path
 import tyro
 
 from skipkernels.app.console import Terminal
-from skipkernels.app.option_groups import MethodOptions, OutputOptions, RunOptions
+from skipkernels.app.settings import Settings
 
 from .errors import on_interrupt
-from .options import Options, tune_config
+from .options import tune_config
 
 
 @dataclasses.dataclass(frozen=True)
-class StudyOptions:
-    """The other options apply to every run; by default each method uses its own recipe. On own data the learning rates
-    of every method are first searched on the validation images: five runs of each, unless rates or --validation none
-    are given. Repeat an interrupted command to resume; complete runs are kept.
+class CompareCommand(Settings):
+    """Compare methods by accuracy, time and memory on this machine.
+
+    Settings apply to every run; by default each method uses its own recipe. On own data the learning rates of every
+    method are first searched on the validation images: five runs of each, unless rates or --validation none are given.
+    Repeat an interrupted command to resume; complete runs are kept.
     """
 
     methods: tuple[str, ...] | None = None
     """Methods to compare, such as auto skip full coop. By default all methods of tune --method but auto."""
     seeds: int = 3
     """Number of runs of each method, with seeds 0, 1, …"""
-
-
-@dataclasses.dataclass(frozen=True)
-class VariantOptions(MethodOptions):
-    """Settings of the methods."""
-
-    method: tyro.conf.Suppress[str] = MethodOptions.method
-
-
-@dataclasses.dataclass(frozen=True)
-class StudyRunOptions(RunOptions):
-    """Device."""
-
-    seed: tyro.conf.Suppress[int] = RunOptions.seed
-
-
-@dataclasses.dataclass(frozen=True)
-class StudyOutputOptions(OutputOptions):
-    """Output folder."""
-
     out: Path | None = None
     """Folder of the results. By default a folder in runs/compare named after data and model."""
     overwrite: bool = False
     """Run completed runs again."""
+    method: tyro.conf.Suppress[str] = Settings.method
+    seed: tyro.conf.Suppress[int] = Settings.seed
     resume: tyro.conf.Suppress[bool] = False
-
-
-@dataclasses.dataclass(frozen=True)
-class CompareCommand(Options):
-    """Compare methods by accuracy, time and memory on this machine."""
-
-    study: StudyOptions = StudyOptions()
-    method: VariantOptions = VariantOptions()
-    run: StudyRunOptions = StudyRunOptions()
-    output: StudyOutputOptions = StudyOutputOptions()
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Run the comparison, write its files, and print its tables. Returns 0."""
@@ -68,18 +42,18 @@ class CompareCommand(Options):
         from skipkernels.app.train.command_line import command_line
         from skipkernels.app.train.run_folder import check_writable
 
-        config, overwrite, seeds = tune_config(self, out=None, overwrite=False), self.output.overwrite, self.study.seeds
-        if not 1 <= seeds <= 1000:
-            raise InputError(f"--seeds must be a number of runs from 1 to 1000; got {seeds}.")
+        config = tune_config(self, out=None, overwrite=False)
+        if not 1 <= self.seeds <= 1000:
+            raise InputError(f"--seeds must be a number of runs from 1 to 1000; got {self.seeds}.")
         name = f"{config.data}-{config.model}".replace(":", "-").replace("/", "-")
-        folder = self.output.out or Path("runs", "compare", name)
+        folder = self.out or Path("runs", "compare", name)
         check_writable(folder)  # before the work is done
         from skipkernels.app.studies.compare import compare  # imports torch
 
-        again = f"repeat the command{' without --overwrite' if overwrite else ''} to resume"
+        again = f"repeat the command{' without --overwrite' if self.overwrite else ''} to resume"
         with on_interrupt(f"complete runs are kept; {again}"):
-            methods = self.study.methods or tuple(METHODS)
-            study = compare(config, methods, range(seeds), folder, err, overwrite=overwrite)
+            methods = self.methods or tuple(METHODS)
+            study = compare(config, methods, range(self.seeds), folder, err, overwrite=self.overwrite)
             study = dataclasses.replace(study, command=command_line("compare", self))
             paths = study.write(folder)
         for table in study.tables():

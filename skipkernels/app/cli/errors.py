@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from typing import Any
 
-from skipkernels.app.option_groups import Settings
+from skipkernels.app.settings import Settings
 from skipkernels.formatting import first_line
 
 _NAMES = {"run": "RUN", "images": "IMAGES", "templates": "--template"}  # Python argument → other name here

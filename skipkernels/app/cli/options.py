@@ -1,4 +1,4 @@
-"""Option groups of the commands, and their conversion to `TuneConfig`."""
+"""Options that several commands have, and the rules by which tyro reads all of them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from skipkernels.app import option_groups
-from skipkernels.app.option_groups import (
-    CacheOptions,
-    ComputeOptions,
-    DataOptions,
-    HeadOptions,
-    MethodOptions,
-    ModelOptions,
-    OutputOptions,
-    ProtocolOptions,
-    RunOptions,
-    SkipOptions,
-    TrainingOptions,
-)
+from skipkernels.app.settings import Settings
 from skipkernels.options import Precision
 
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
     from skipkernels.app.console import Terminal
 
+SETTINGS = [field.name for field in dataclasses.fields(Settings)]
 BASIC = {"data", "model", "pretrained", "method", "head", "blend", "shots", "epochs", "out", "resume"}
 """Settings of a run that --help shows, besides the options of the command itself; --help-all shows all."""
 
@@ -65,51 +53,11 @@ PrecisionOption = Annotated[Precision, tyro.conf.arg(help="auto is bf16 on a GPU
 """Type of the option --precision of such a command."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """All options of a training run."""
-
-    data: DataOptions = DataOptions()
-    protocol: ProtocolOptions = ProtocolOptions()
-    model: ModelOptions = ModelOptions()
-    method: MethodOptions = MethodOptions()
-    head: HeadOptions = HeadOptions()
-    skip: SkipOptions = SkipOptions()
-    training: TrainingOptions = TrainingOptions()
-    compute: ComputeOptions = ComputeOptions()
-    cache: CacheOptions = CacheOptions()
-    run: RunOptions = RunOptions()
-    output: OutputOptions = OutputOptions()
-
-
-def tune_config(options: Any, **changes: Any) -> TuneConfig:
-    """Convert the options of a command to the configuration of a run.
-
-    Options that are not fields of `TuneConfig` are ignored; `changes` replace fields.
-    """
+def tune_config(command: Settings, **changes: Any) -> TuneConfig:
+    """Return the configuration of a run with the settings of a command, some of which `changes` replace."""
     from skipkernels.app.config import TuneConfig
 
-    names = {field.name for field in dataclasses.fields(TuneConfig)}
-    return TuneConfig(**{name: value for name, value in settings(options).items() if name in names} | changes)
-
-
-def settings(options: Any) -> dict[str, Any]:
-    """Options of a command and of its option groups, by name."""
-    found: dict[str, Any] = {}
-    for name, value in vars(options).items():
-        found |= settings(value) if dataclasses.is_dataclass(value) else {name: value}
-    return found
-
-
-def replaced(options: Any, values: dict[str, Any]) -> Any:
-    """Return the options of a command and of its groups with the values that have their names."""
-    changes: dict[str, Any] = {}
-    for name, value in vars(options).items():
-        if dataclasses.is_dataclass(value):
-            changes[name] = replaced(value, values)
-        elif name in values:
-            changes[name] = values[name]
-    return dataclasses.replace(options, **changes)
+    return TuneConfig(**{name: getattr(command, name) for name in SETTINGS} | changes)
 
 
 def note_unfinished(run: Path, err: Terminal) -> None:
@@ -120,19 +68,38 @@ def note_unfinished(run: Path, err: Terminal) -> None:
         err.print(f"note: {note}", soft_wrap=True)
 
 
+def _flag_or_path(words: list[str]) -> bool | Path:
+    if len(words) > 1:
+        raise ValueError(f"one folder; got {' '.join(words)}")
+    return Path(words[0]) if words else True
+
+
+_FLAG_OR_PATH = tyro.constructors.PrimitiveConstructorSpec[Any](
+    nargs="*",
+    metavar="[RUN]",
+    instance_from_str=_flag_or_path,
+    is_instance=lambda value: isinstance(value, (bool, Path)),
+    str_from_instance=lambda value: [str(value)] if isinstance(value, Path) else [],
+)
+
+
 def registry(*, basic: bool) -> tyro.constructors.ConstructorRegistry:
     """Return the rules by which tyro reads options. With `basic`, help texts have only the settings in `BASIC`."""
     rules = tyro.constructors.ConstructorRegistry()
 
     @rules.struct_rule
-    def rule(info: tyro.constructors.StructTypeInfo) -> Any:
+    def help_rule(info: tyro.constructors.StructTypeInfo) -> Any:
         if _READ in info.markers or not dataclasses.is_dataclass(info.type):
             return None
+        hidden = set(SETTINGS) - BASIC if basic and issubclass(info.type, Settings) else set()
         read = dataclasses.replace(info, markers=(*info.markers, _READ))
         spec: Any = tyro.constructors.ConstructorRegistry.get_struct_spec(read)  # by tyro's own rule
-        of_run = any(one.__module__ == option_groups.__name__ for one in info.type.__mro__)
-        fields = tuple(_field(field, basic and of_run) for field in spec.fields)
-        return dataclasses.replace(spec, fields=fields)
+        return dataclasses.replace(spec, fields=tuple(_field(field, hidden) for field in spec.fields))
+
+    @rules.primitive_rule
+    def flag_or_path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        """Let --resume be a flag, or have a folder."""
+        return _FLAG_OR_PATH if info.type == bool | Path else None
 
     @rules.primitive_rule
     def choices_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
@@ -147,7 +114,7 @@ def registry(*, basic: bool) -> tyro.constructors.ConstructorRegistry:
     return rules
 
 
-def _field(field: tyro.constructors.StructFieldSpec, basic: bool) -> tyro.constructors.StructFieldSpec:
+def _field(field: tyro.constructors.StructFieldSpec, hidden: set[str]) -> tyro.constructors.StructFieldSpec:
     """Leave out "(default: None)", because help texts state the default, and join the lines of help texts."""
 
     def helptext(text: Any = field.helptext) -> str | None:
@@ -155,8 +122,8 @@ def _field(field: tyro.constructors.StructFieldSpec, basic: bool) -> tyro.constr
         return text and " ".join(text.split())
 
     hint: Any = field.type
-    if field.default is None or field.default == ():
+    if field.default in (None, ()) or field.type == bool | Path:
         hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
-    if basic and field.name not in BASIC:
+    if field.name in hidden:
         hint = Annotated[hint, tyro.conf.Suppress]
     return dataclasses.replace(field, type=hint, helptext=helptext)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from skipkernels.app.console import Terminal
-from skipkernels.app.option_groups import OutputOptions
+from skipkernels.app.settings import Settings
 
-from .options import Options, replaced, tune_config
+from .options import SETTINGS, tune_config
 
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
@@ -21,34 +19,9 @@ _NOT_FROM_FILE = ("out", "overwrite", "resume", "trust")  # settings that are no
 _UNRESOLVED = ("device", "precision", "out")  # printed as given: resolved, they depend on the machine or other settings
 
 
-def _flag_or_path(words: list[str]) -> bool | Path:
-    if len(words) > 1:
-        raise ValueError(f"one folder; got {' '.join(words)}")
-    return Path(words[0]) if words else True
-
-
-_FLAG_OR_PATH = tyro.constructors.PrimitiveConstructorSpec[Any](
-    nargs="*",
-    metavar="[RUN]",
-    instance_from_str=_flag_or_path,
-    is_instance=lambda value: isinstance(value, (bool, Path)),
-    str_from_instance=lambda value: [str(value)] if isinstance(value, Path) else [],
-)
-
-
 @dataclasses.dataclass(frozen=True)
-class TuneOutputOptions(OutputOptions):
-    """Run folder."""
-
-    resume: Annotated[bool | Path, _FLAG_OR_PATH, tyro.conf.arg(help_behavior_hint="")] = False
-    """Resume a run after its last complete epoch, bit-exactly with the same number of threads. With RUN: the run in
-    this folder, with its settings. Without RUN: the run in --out, with the settings given here; if there is none,
-    start it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FileOptions:
-    """Settings from a file."""
+class TuneCommand(Settings):
+    """Tune a CLIP model on a dataset, and test it, also on new classes or other datasets."""
 
     config: Path | None = None
     """YAML or JSON file with settings, such as the config.yaml of a run or the output of --print-config. Options given
@@ -56,26 +29,19 @@ class FileOptions:
     print_config: bool = False
     """Print all settings as YAML, with the defaults of the method, and exit."""
 
-
-@dataclasses.dataclass(frozen=True)
-class TuneCommand(Options):
-    """Tune a CLIP model on a dataset, and test it, also on new classes or other datasets."""
-
-    output: TuneOutputOptions = TuneOutputOptions()
-    file: FileOptions = FileOptions()
-
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
-        from skipkernels.app.train.run_folder import resumed
+        from skipkernels.app.train.run_folder import CONFIG, resumed
 
         config = resumed(tune_config(self))
-        if self.file.print_config:
+        if self.print_config:
             out.print(_as_yaml(config).rstrip(), soft_wrap=True)
             return 0
         from skipkernels.app.train import tune  # imports torch
 
         metrics = tune(config, console=err)
-        _show(config.resolved(), metrics, out)
+        of_run = type(config).from_yaml(config.folder / CONFIG, trust=True)  # nothing is loaded
+        _show(of_run, metrics, out)
         return 0
 
 
@@ -115,8 +81,7 @@ def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
     left_out = [name for name in _NOT_FROM_FILE if getattr(config, name) and name not in given]
     if left_out:
         err.print(f"note: not taken from {file}: {', '.join(f'--{name}' for name in left_out)}", soft_wrap=True)
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return replaced(TuneCommand(), {name: value for name, value in values.items() if name not in _NOT_FROM_FILE})
+    return TuneCommand(**{name: getattr(config, name) for name in SETTINGS if name not in _NOT_FROM_FILE})
 
 
 def _as_yaml(config: TuneConfig) -> str:

@@ -74,6 +74,7 @@ def shots_text(shots: Shots) -> str:
 
 
 def title_of(config: TuneConfig, *between: str) -> str:
-    """Return the title of a page: model, data, other texts, and training images."""
-    at_most = "at most " if config.own_data and config.chosen_shots != "all" else ""  # a class may have fewer
-    return " · ".join([f"{config.model} on {config.data}", *between, at_most + shots_text(config.chosen_shots)])
+    """Return the title of a page, from a resolved configuration: model, data, other texts, and training images."""
+    assert config.shots is not None
+    at_most = "at most " if config.own_data and config.shots != "all" else ""  # a class may have fewer
+    return " · ".join([f"{config.model} on {config.data}", *between, at_most + shots_text(config.shots)])

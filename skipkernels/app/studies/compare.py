@@ -64,7 +64,7 @@ def compare(
             result.metrics["search"] = None if found is None else found._asdict()
         columns += [Column(_SEARCH, name, ("search", name)) for name in ("multiplier", "accuracy", "seconds")]
     comparison = compare_best(results, folder, primary(results[0].metrics["tuned"]))
-    return Study(title_of(config), results, columns, comparison)
+    return Study(title_of(config.resolved()), results, columns, comparison)
 
 
 class Searched(NamedTuple):

@@ -136,7 +136,7 @@ def check_writable(folder: Path, argument: str = "out", function: str = "tune") 
 
 def check_out(config: TuneConfig, *, can_resume: bool = True) -> None:
     """Check that a run can be written to its folder; see `check_run_folder`."""
-    path = config.chosen_out
+    path = config.folder
     check_apart("out", path, config)
     if config.cache is not None:
         check_apart("cache", config.cache, config)

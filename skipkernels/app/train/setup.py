@@ -153,14 +153,12 @@ def build_task(
 
     `train`: see `TaskOptions`.
     """
-    names = ("max_classes", "seed", "validation", "test", "root")
+    names = ("protocol", "shots", "max_classes", "seed", "validation", "test", "root")
     source = (open_data or config.open_data)()
     choice = config.chooses or config.train_on_validation
     if choice and config.validation == "auto" and not source.has_split("val"):  # any part of all images is held out
         config = replace(config, validation="none")
     options = TaskOptions(
-        protocol=config.chosen_protocol,
-        shots=config.chosen_shots,
         templates=config.template,
         train=train,
         **{name: getattr(config, name) for name in names},

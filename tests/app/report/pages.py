@@ -82,7 +82,9 @@ def predicted(name="base", label="alpha") -> TestPredictions:
 def page(changes=None, rows=None, config=None, tests=None, label="alpha") -> str:
     rows = [row(1), row(2)] if rows is None else rows
     tests = [predicted("base", label), predicted("new", label)] if tests is None else tests
-    return report_html(config or TuneConfig(method="skip"), metrics(**(changes or {})), rows, tests)
+    return report_html(
+        (config or TuneConfig(method="skip", device="cpu")).resolved(), metrics(**(changes or {})), rows, tests
+    )
 
 
 class Page(HTMLParser):

@@ -51,7 +51,7 @@ def test_report_contents():
         ["kept classes per step", "11.5 of 20"],
         ["trained parameters", "847,616 of 6,427,201"],
         ["checkpoint", "24.5 MiB"],
-        ["device", "cpu, auto"],
+        ["device", "cpu, fp32"],
         ["data", "pictograms; base-to-new; 80 training images, 24 images of trained classes"],
         ["seed", "0"],
         ["versions", "torch 2.13.0"],
@@ -160,6 +160,7 @@ def test_command_prints_the_tables_of_the_report(tmp_path, capsys, monkeypatch):
     candidates = {"candidates": [candidate("probe", 62.5, 60.0, chosen=True)], "chosen_because": "of its accuracy"}
     candidates |= {"classifier": "probe"}
     found = metrics(**always_cat(6, 2) | candidates | {"best_epoch": 2, "validation": HELD})
+    (tmp_path / "config.yaml").write_text(TuneConfig(method="skip", device="cpu", out=tmp_path).resolved().to_yaml())
     monkeypatch.setattr("skipkernels.app.train.tune", lambda config, console: found)
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["tune", "--method", "skip", "--device", "cpu", "--out", str(tmp_path)]) == 0

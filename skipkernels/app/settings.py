@@ -1,5 +1,7 @@
-"""Settings of a run in groups, with defaults, bounds and help texts. `TuneConfig` has the settings of all groups, and
-commands are composed of groups. Imports neither torch nor pydantic, for a quick --help.
+"""Settings of a run, with defaults, bounds and help texts.
+
+`TuneConfig` checks them, and they are the options of tune and compare. Imports neither torch nor pydantic, for a quick
+--help.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def option(
     help: str | None = None,
     **bounds: float,
 ) -> Any:
-    """Field of an option group.
+    """Field of `Settings`.
 
     Args:
         default: Default value.
@@ -51,8 +53,10 @@ def option(
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Images and prompts."""
+class Settings:
+    """All settings of a run."""
+
+    # Images and prompts
 
     data: str = "pictograms"
     """Dataset: imagefolder:PATH, csv:PATH, hf:PATH or hf:NAME of Hugging Face, coop:NAME of CoOp's benchmarks (with
@@ -80,20 +84,14 @@ class DataOptions:
     max_classes: int | None = option(None, ge=1)
     """Largest number of classes, base and new together. By default all."""
 
-
-@dataclass(frozen=True)
-class ProtocolOptions:
-    """Classes that train and are tested."""
+    # Classes that train and are tested
 
     protocol: Protocol | None = None
     """few-shot: train and test on all classes. base-to-new: train on the first half of the classes, test on both
     halves. cross-dataset and domain-generalization: as few-shot, with the paper's rates for tests on other datasets, by
     `skipkernels eval RUN --data …`. By default few-shot for own data, such as imagefolder:, else base-to-new."""
 
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Model and weights."""
+    # Model and weights
 
     model: str = "pictogram-tiny"
     """Name of an open_clip model, such as ViT-B-16-quickgelu; or a model with its weights: hf-hub:ORG/NAME, or
@@ -105,10 +103,7 @@ class ModelOptions:
     """Also load models, weights and data of the hub or of other folders that a file names, such as the config.yaml of a
     run or the configuration of a model. Code in a folder never runs."""
 
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """Method of adaptation."""
+    # Method of adaptation
 
     method: str = option(
         AUTO,
@@ -122,10 +117,7 @@ class MethodOptions:
     """Each step compares its images with the classes most similar to them and, at random, a few of the others, the
     tail. resample: draw other ranks of the tail in every step, the default. fixed: draw them once, as published."""
 
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """Classifier of the embeddings, fitted to the training images after training."""
+    # Classifier of the embeddings, fitted to the training images after training
 
     head: HeadChoice | None = None
     """none: the texts of the classes. anchored: a logistic regression that is drawn to the texts. gaussian: a Gaussian
@@ -137,10 +129,7 @@ class HeadOptions:
     blend: float = option(1.0, gt=0, le=1)
     """Weight of the tuned model in the mean of the weights before and after training, before a head is fitted."""
 
-
-@dataclass(frozen=True)
-class SkipOptions:
-    """Settings of Skip Tuning."""
+    # Settings of Skip Tuning
 
     skip_layers: int | float = option(0.5, methods="constructor")
     """Blocks that each tower skips (LSkip): a number, or a fraction of its blocks such as 0.5."""
@@ -158,10 +147,7 @@ class SkipOptions:
     train_text: bool = option(True, methods="constructor")
     """Also train the text tower. False: the embeddings of classes are constant, and every step compares all classes."""
 
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Schedule and optimizer. By default those of the method."""
+    # Schedule and optimizer, by default those of the method
 
     epochs: int | None = None
     """Passes over the training images. For skip 20; for pictogram-tiny 8. 0: only fit a --head."""
@@ -191,10 +177,7 @@ class TrainingOptions:
     fused_optimizer: bool = False
     """Update each weight inside backward and free its gradient, so that only few gradients are in memory at once."""
 
-
-@dataclass(frozen=True)
-class ComputeOptions:
-    """Arithmetic and memory."""
+    # Arithmetic and memory
 
     precision: Precision = "auto"
     """bf16: bf16 arithmetic, fp32 weights. fp16: the same in fp16, with a gradient scaler. auto: bf16 on a GPU that
@@ -205,10 +188,7 @@ class ComputeOptions:
     graph: bool = option(True, results=False)
     """Run each step of skip as one CUDA graph on a GPU. Not with fp16 or adamw."""
 
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """Feature cache."""
+    # Feature cache
 
     cache: Path | None = option(None, results=False)
     """Folder that stores features at the cut, also for later runs. By default features are kept in memory."""
@@ -218,10 +198,7 @@ class CacheOptions:
     """epoch: a new random crop of each training image for each epoch, computed when it begins, in memory or in --cache.
     It depends on the epoch and the image alone: resumed runs, and runs with other --workers, see the same crops."""
 
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Device and seed."""
+    # Device and seed
 
     device: str = option("auto", results=False)
     """cpu, cuda, cuda:1, mps, …. auto: cuda or mps if available."""
@@ -230,34 +207,15 @@ class RunOptions:
     seed: int = option(0, ge=0, lt=2**31)
     """Seed of the choice of training images, their order, and the classes drawn."""
 
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """Run folder."""
+    # Run folder
 
     out: Path | None = option(None, results=False)
     """Folder of the results. By default runs/DATA-METHOD."""
     overwrite: bool = option(False, results=False)
     """Replace an earlier run in the folder."""
     resume: bool | Path = option(False, results=False)
-    """Resume after the last complete epoch of the run in the folder, bit-exactly with the same number of threads; start
-    if there is none. A path: resume the run in that folder, with its settings."""
+    """Resume a run after its last complete epoch, bit-exactly with the same number of threads. With RUN: the run in
+    this folder, with its settings. Without RUN: the run in --out, with the settings given here; if there is none,
+    start it."""
     log_every: int = option(50, ge=1, results=False)
     """Steps between displays and checks of the loss."""
-
-
-@dataclass(frozen=True)
-class Settings(
-    OutputOptions,
-    RunOptions,
-    CacheOptions,
-    ComputeOptions,
-    TrainingOptions,
-    SkipOptions,
-    HeadOptions,
-    MethodOptions,
-    ModelOptions,
-    ProtocolOptions,
-    DataOptions,
-):
-    """All settings of a run; the fields of `DataOptions` come first."""
