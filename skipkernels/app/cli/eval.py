@@ -36,7 +36,7 @@ class EvalCommand:
         """Evaluate, and print the accuracy. Returns 0."""
         from rich.table import Table
 
-        from skipkernels.app.report.rendering import number
+        from skipkernels.app.report.formats import number
         from skipkernels.app.train.evaluation import REPLACEABLE, evaluate_run
 
         settings = {name: getattr(self, name) for name in REPLACEABLE}

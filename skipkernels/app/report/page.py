@@ -1,18 +1,70 @@
-"""Page of results: a sentence, the parts of the first screen, and sections of further parts."""
+"""Pages of results: a sentence, the parts of the first screen, and sections; and tables, also in the terminal.
+
+The templates in `templates` escape every value, except the SVG of plots. A page loads nothing, and runs no other script
+than its own.
+"""
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...formatting import decimal
+from .formats import MISSING, finite, number, plural, share, short
 from .intervals import range_text, wilson
-from .plots import finite
-from .rendering import MISSING, number, part, render
 
 _OPEN = 2  # groups of a section that are open at first
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page. Lone surrogates, of file names that are not in UTF-8, become "?"."""
+    return _environment().get_template(template).render(values).encode(errors="replace").decode()
+
+
+def part(name: str, *values: Any) -> Markup:
+    """Return a part of a page, by a macro of parts.html.j2."""
+    return getattr(_environment().get_template("parts.html.j2").module, name)(*values)
+
+
+@functools.cache
+def _environment() -> Environment:
+    loader = PackageLoader("skipkernels.app.report")
+    environment = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+
+    def source(name: str) -> Markup:
+        return Markup(loader.get_source(environment, name)[0])
+
+    environment.globals |= {"source": source, "policy": _policy}
+    environment.filters |= {each.__name__: each for each in (decimal, number, plural, share, short, image_source)}
+    environment.filters["svg"] = Markup  # of a plot: matplotlib has escaped its texts
+    return environment
+
+
+def _policy(script: str, others: str = "img-src data:") -> str:
+    """Content security policy of a page: a browser runs no other script than this one, whatever a class is called.
+
+    `others` are further directives, about what the page loads.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; {others}; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def image_source(data: bytes) -> str:
+    """Address of an image with its data."""
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,21 +115,6 @@ class Table:
         return table
 
 
-@dataclass(frozen=True)
-class Section:
-    """Section with its address on the page; one without parts is left out."""
-
-    name: str
-    title: str
-    parts: Sequence[Markup]
-
-
-def page_html(title: str, date: str, headline: str, first: Sequence[Markup], sections: Sequence[Section]) -> str:
-    """Return the page; `first` are the parts of its first screen."""
-    shown = [section for section in sections if section.parts]
-    return render("page.html.j2", title=title, date=date[:10], headline=headline, first=first, sections=shown)
-
-
 def row(name: str, *cells: str | Cell, style: str = "") -> Row:
     """Row from texts and cells."""
     return Row(name, [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells], style)
@@ -98,15 +135,33 @@ def change_cell(change: float | None) -> Cell:
     return Cell(number(change, "+.1f"), style=style, order=change)
 
 
-def groups(parts: Mapping[str, Sequence[Markup]]) -> list[Markup]:
-    """Groups of parts by their summaries, which open and close them; the first are open."""
-    return [part("group", summary, of, place < _OPEN) for place, (summary, of) in enumerate(parts.items())]
-
-
 def facts(values: Mapping[str, Any]) -> Table:
     """Table of names and texts; missing values are left out."""
     known = {name: str(value) for name, value in values.items() if value not in (None, "", MISSING)}
     return Table("", [], [row(name, Cell(value, style="left")) for name, value in known.items()])
+
+
+# ---- sections --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """Section with its address on the page; one without parts is left out."""
+
+    name: str
+    title: str
+    parts: Sequence[Markup]
+
+
+def page_html(title: str, date: str, headline: str, first: Sequence[Markup], sections: Sequence[Section]) -> str:
+    """Return the page; `first` are the parts of its first screen."""
+    shown = [section for section in sections if section.parts]
+    return render("page.html.j2", title=title, date=date[:10], headline=headline, first=first, sections=shown)
+
+
+def groups(parts: Mapping[str, Sequence[Markup]]) -> list[Markup]:
+    """Groups of parts by their summaries, which open and close them; the first are open."""
+    return [part("group", summary, of, place < _OPEN) for place, (summary, of) in enumerate(parts.items())]
 
 
 def reproduction(command: str, values: Mapping[str, Any], environment: Mapping[str, Any], settings: str) -> Section:

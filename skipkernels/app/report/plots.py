@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import io
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .formats import finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ COLOURS += ("#c2529f", "#7f8c1f", "#a8703f", "#5b83a6", "#e0563a", "#5f9148")
 LOSS, GREY = "#7a5ccc", "#808080"
 
 _MAX_DOTS = 40  # on a line
-_INSTANT = 1e-3  # a point that takes less than this share of the longest time trains nothing
+_SHORTEST = 1e-3  # share of the longest time at which a shorter one is drawn, such as that of a method without training
 _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves a key out, for equal bytes
 
 
@@ -33,11 +34,6 @@ def coloured(names: Iterable[str]) -> dict[str, str]:
     return {name: colour for name, colour in zip(names, cycle(COLOURS), strict=False)}
 
 
-def finite(value: float | None) -> TypeGuard[float]:
-    """Return True for a finite number."""
-    return value is not None and math.isfinite(value)
-
-
 def loss_svg(rows: list[dict[str, Any]]) -> str:
     """Plot the training loss over the epochs, and that of the steps as a thin line; "" if no epoch has one.
 
@@ -47,13 +43,11 @@ def loss_svg(rows: list[dict[str, Any]]) -> str:
     points = [(row["epoch"] - 0.5, row["loss"]) for row in rows if finite(row.get("loss"))]  # means over the epoch
     if not points:
         return ""
-    steps = [
-        (row["epoch"] - 1 + (place + 0.5) / len(losses), loss)
-        for row in rows
-        for losses in (row.get("step_loss") or [],)
-        for place, loss in enumerate(losses)
-        if finite(loss)
-    ]
+    steps = []
+    for row in rows:
+        losses = row.get("step_loss") or []
+        at = [row["epoch"] - 1 + (place + 0.5) / len(losses) for place in range(len(losses))]
+        steps += [(x, loss) for x, loss in zip(at, losses, strict=True) if finite(loss)]
 
     def draw(axes: Axes) -> None:
         axes.plot([x for x, _ in steps], [y for _, y in steps], color=LOSS, linewidth=0.8, alpha=0.45)
@@ -66,7 +60,6 @@ def accuracy_svg(
     rows: list[dict[str, Any]],
     zero_shot: Mapping[str, float | None],
     colours: Mapping[str, str],
-    best_epoch: int | None = None,
 ) -> str:
     """Plot the accuracy of each test of `colours` over the epochs, zero-shot at 0; "" if there is no epoch."""
     steps = [(0, zero_shot), *((row["epoch"], row["accuracy"]) for row in rows)]
@@ -80,8 +73,6 @@ def accuracy_svg(
                 axes.axhline(points[0][1], color=colour, linestyle=":", linewidth=1)
         if validation:
             axes.plot([x for x, _ in validation], [y for _, y in validation], color=GREY, linestyle="--", linewidth=1.4)
-        if best_epoch is not None:
-            _mark(axes, "kept", best_epoch, before=best_epoch > len(rows) / 2)
         within_per_cent(axes)
 
     return figure_svg("accuracy", "test accuracy over the epochs, in per cent", draw) if rows else ""
@@ -112,28 +103,21 @@ def pareto(points: Mapping[str, TimedAccuracy]) -> list[str]:
 def pareto_svg(name: str, points: Mapping[str, TimedAccuracy], colours: Mapping[str, str]) -> str:
     """Plot accuracy over time, with the line of the points that no other beats; `name` is that of the accuracy."""
     longest = max(point.seconds for point in points.values())
-    instant = {label: point for label, point in points.items() if point.seconds < _INSTANT * longest}
-    timed = {label: point for label, point in points.items() if label not in instant}
-    line = [timed[label][:2] for label in pareto(timed)]
-    line.append((longest, line[-1][1]))
+    points = {label: point._replace(seconds=max(point.seconds, _SHORTEST * longest)) for label, point in points.items()}
+    line = [points[label] for label in pareto(points)]
 
     def draw(axes: Axes) -> None:
         from matplotlib.ticker import LogLocator
 
-        axes.step([x for x, _ in line], [y for _, y in line], where="post", color=GREY, linewidth=1)
-        for label, (_, accuracy, _) in instant.items():
-            axes.axhline(accuracy, color=colours[label], linestyle=":", linewidth=1.2)
-            _annotate(axes, label, (0, accuracy), ("axes fraction", "data"))
-        for label, (seconds, accuracy, half) in timed.items():
+        x, y = [each.seconds for each in line], [each.accuracy for each in line]
+        axes.step([*x, longest], [*y, y[-1]], where="post", color=GREY, linewidth=1)
+        for label, (seconds, accuracy, half) in points.items():
             axes.errorbar([seconds], [accuracy], yerr=[half], color=colours[label], marker="o", capsize=3)
-            _annotate(axes, label, (seconds, accuracy), "data")
-        low = min(point.accuracy - point.half for point in points.values())
-        high = max(point.accuracy + point.half for point in points.values())
-        margin = max(0.3 * (high - low), 2.5)
-        axes.set_ylim(max(0.0, low - margin), high + margin)
-        within_per_cent(axes)
+            place: dict[str, Any] = {"xytext": (6, 5), "textcoords": "offset points"}
+            axes.annotate(label, (seconds, accuracy), **place, color=GREY, fontsize=8, parse_math=False)
         axes.set_xscale("log")
-        axes.margins(x=0.2)
+        axes.margins(x=0.2, y=0.2)
+        within_per_cent(axes)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
         axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes.minorticks_off()
@@ -142,17 +126,6 @@ def pareto_svg(name: str, points: Mapping[str, TimedAccuracy], colours: Mapping[
 
     label = f"{name} accuracy over the time of tuning, with the line of the best at each time"
     return panels_svg(f"pareto-{name}", label, [draw], size=(5.2, 3.4))
-
-
-def _annotate(axes: Axes, text: str, point: tuple[float, float], coordinates: Any) -> None:
-    axes.annotate(text, point, (6, 5), coordinates, "offset points", color=GREY, fontsize=8, parse_math=False)
-
-
-def _mark(axes: Axes, text: str, x: float, *, before: bool) -> None:
-    """Mark a value of x by a line, with text before it or after it."""
-    axes.axvline(x, color=GREY, linewidth=1)
-    place, side = ((-3, 3), "right") if before else ((3, 3), "left")
-    axes.annotate(text, (x, 0), place, ("data", "axes fraction"), "offset points", color=GREY, ha=side)
 
 
 def within_per_cent(axes: Axes) -> None:

@@ -1,4 +1,4 @@
-"""Parts of the page of a run that show the predictions for its tests: images, classes and confusions."""
+"""Sections of the page of a run that are made of the predictions for its tests: images, classes and confusions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from markupsafe import Markup
 from ..train.class_metrics import class_metrics, metrics_of_test
 from ..train.predictions import TestPredictions, TopClasses
 from . import page
-from .mistakes import changed, confused_pairs, confusion_matrix, most_frequent_errors, one_per_class
-from .page import Cell, Table, row
-from .plots import finite
-from .rendering import number, part, percent, plural
+from .formats import finite, number, percent, plural
+from .mistakes import changed, confusion_matrix, most_frequent_errors, one_per_class
+from .page import Cell, Table, part, row
 from .words import name_of_test
 
 
@@ -72,29 +71,19 @@ def classes(test: TestPredictions) -> list[Markup]:
 
 
 def confusions(tests: Sequence[TestPredictions]) -> list[Markup]:
-    """Matrix of confusions of each test, and the most frequent ones with images."""
+    """Matrix of confusions of each test with errors."""
     parts: dict[str, list[Markup]] = {}
     for test in tests:
         labels, counts = confusion_matrix(test)
+        if not labels:
+            continue
         totals = test.labels.bincount(minlength=len(test.classes)).tolist()
         rows = [
             (test.classes[label], totals[label], [(count, count / max(totals[label], 1)) for count in of])
             for label, of in zip(labels, counts, strict=True)
         ]
-        pairs = [
-            {
-                "label": test.classes[pair.label],
-                "predicted": test.classes[pair.predicted],
-                "count": pair.count,
-                "total": pair.total,
-                "image": test.thumbnails.get(pair.index),
-                "other": None if pair.predicted_index is None else test.thumbnails.get(pair.predicted_index),
-            }
-            for pair in confused_pairs(test)
-        ]
-        if pairs:
-            some = f"The {len(labels)} classes with the most errors: i" if len(labels) < len(test.classes) else "I"
-            text = f"{some}mages of a class (row) by predicted class (column)."
-            matrix = part("matrix", [test.classes[label] for label in labels], rows)
-            parts[name_of_test(test.name)] = [part("text", text), matrix, part("pairs", pairs)]
+        some = f"The {len(labels)} classes with the most errors: i" if len(labels) < len(test.classes) else "I"
+        text = f"{some}mages of a class (row) by predicted class (column)."
+        matrix = part("matrix", [test.classes[label] for label in labels], rows)
+        parts[name_of_test(test.name)] = [part("text", text), matrix]
     return page.groups(parts)

@@ -17,17 +17,18 @@ from ..train.notes import demonstration_note
 from ..train.predictions import TestPredictions
 from ..train.run_folder import CONFIG, EPOCHS, METRICS, read_metrics
 from . import page
-from .accuracies import accuracy_rows
-from .dot_plot import DotRow, dot_plot
-from .headline import classifier, counted, headline, images_of, title
-from .intervals import wilson
-from .page import Cell, Section, Table, row
-from .plots import accuracy_svg, coloured, finite, loss_svg
+from .formats import finite, number, percent, plural
+from .page import Cell, Section, Table, part, row
+from .plots import accuracy_svg, coloured, loss_svg
 from .predicted import classes, confusions, galleries
-from .rendering import number, part, percent, plural
+from .summary import accuracy_rows, classifier, counted, headline, images_of, title
 from .words import name_of_test
 
 _FEW = 100  # validation images, of which one is more than 1 %
+_INTERVALS = (
+    "In brackets: 95 % intervals over the images (Wilson). Both models have the same images, so a change may be "
+    "certain although intervals overlap."
+)
 
 
 def report_html(
@@ -40,7 +41,7 @@ def report_html(
         title(config, metrics),
         metrics["environment"]["finished"],
         headline(metrics),
-        [*_notes(config, metrics), *_accuracies(metrics), *_candidates(metrics)],
+        [*_notes(config, metrics), accuracy_table(metrics).html, part("text", _INTERVALS), *_candidates(metrics)],
         [
             Section("fixed", "Fixed by tuning", galleries(tests, 0, fixed, "better")),
             Section("broken", "Broken by tuning", galleries(tests, 1, broken, "worse")),
@@ -86,23 +87,6 @@ def _notes(config: TuneConfig, metrics: Mapping[str, Any]) -> list[Markup]:
     return found + [part("text", note, "warning") for note in metrics["notes"]]
 
 
-def _accuracies(metrics: Mapping[str, Any]) -> list[Markup]:
-    """Plot and table of the accuracies before and after tuning."""
-    dots = []
-    for each in accuracy_rows(metrics):
-        images = images_of(metrics, each.test)
-        if images and each.label == each.test != VALIDATION and finite(each.before):
-            after = each.after if finite(each.after) else None
-            limits = [None if value is None else wilson(value, images) for value in (each.before, after)]
-            dots.append(DotRow(counted(metrics, each.test), each.before, after, plural(images, "image"), *limits))
-    plot = [part("dots", dot_plot("accuracy of each test, %", dots))] if len(dots) > 1 else []
-    text = (
-        f"In brackets{' and as lines' if plot else ''}: 95 % intervals over the images (Wilson). Both models have the "
-        "same images, so a change may be certain although intervals overlap."
-    )
-    return [*plot, accuracy_table(metrics).html, part("text", text)]
-
-
 def _candidates(metrics: Mapping[str, Any]) -> list[Markup]:
     """Table of the candidates of a run that chose its method, and why it chose."""
     if not metrics["candidates"]:
@@ -139,13 +123,12 @@ def accuracy_table(metrics: Mapping[str, Any]) -> Table:
     """Table of the accuracies before and after tuning."""
     rows = []
     for each in accuracy_rows(metrics):
-        if each.test == VALIDATION and (each.label != VALIDATION or not finite(each.before)):
+        if each.test == VALIDATION and (each.kind or not finite(each.before)):
             continue
-        plain = each.label == each.test  # neither balanced nor that of always one class
-        images = images_of(metrics, each.test) if plain else None
+        images = None if each.kind else images_of(metrics, each.test)
         before, after = page.accuracy_cell(each.before, images), page.accuracy_cell(each.after, images)
         change = each.after - each.before if finite(each.before) and finite(each.after) else None
-        name = counted(metrics, each.test) + each.label.removeprefix(each.test)
+        name = ", ".join(filter(None, [counted(metrics, each.test), each.kind]))
         style = "" if each.test in (*metrics["classes"], VALIDATION) else "summary"
         count = "" if images is None else f"{images:,}"
         rows.append(row(name, count, before, after, page.change_cell(change), style=style))
@@ -231,7 +214,7 @@ def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[Mark
     """Plots of loss and accuracy, and the table of a blend."""
     colours = coloured(metrics["classes"])
     dashed = "dashed: validation, " if any(finite(each.get("validation")) for each in rows) else ""
-    accuracy = accuracy_svg(rows, metrics["zero_shot"], colours, metrics["best_epoch"])
+    accuracy = accuracy_svg(rows, metrics["zero_shot"], colours)
     legend = {name_of_test(name): colour for name, colour in colours.items()}
     found = [
         ("training loss; thin: means of consecutive steps", loss_svg(rows), {}),

@@ -8,20 +8,22 @@ from typing import Any
 from markupsafe import Markup
 
 from . import page
+from .formats import MISSING, number, plural
 from .intervals import LEAST_RUNS, half_interval, range_text, wilson
-from .page import Cell, Section, Table, row
+from .page import Cell, Section, Table, part, row
 from .plots import TimedAccuracy, coloured, pareto_svg
-from .rendering import MISSING, number, part, plural
 from .words import name_of_method, name_of_test
 
-_ACCURACY, _COST, _TIME = "accuracy, %", "cost", "tuning, s"
+ACCURACY, COST = "accuracy, %", "cost"
+"""Titles of tables."""
+_TIME = "tuning, s"
 _SUMMARY = "harmonic"  # the accuracy that base-to-new is judged by
 
 Summary = Sequence[float | None]  # mean and deviation
 
 
 def study_html(study: Mapping[str, Any]) -> str:
-    """Return the page of a study, from the contents of its JSON file."""
+    """Return the page of a study, the contents of its compare.json."""
     accuracies, *others = tables(study)
     seeds = ", ".join(map(str, study["seeds"]))
     return page.page_html(
@@ -71,8 +73,8 @@ def headline(study: Mapping[str, Any]) -> str:
 def _best(study: Mapping[str, Any]) -> tuple[str, dict[str, Summary], str | None]:
     """Name of the accuracy that decides, this accuracy by method, and the method with the highest."""
     summary = study["summary"]
-    column = primary(next(iter(summary.values()))[_ACCURACY])
-    found = {name: of for name, groups in summary.items() if (of := groups[_ACCURACY][column])}
+    column = primary(next(iter(summary.values()))[ACCURACY])
+    found = {name: of for name, groups in summary.items() if (of := groups[ACCURACY][column])}
     return column, found, max(found, key=lambda name: found[name][0] or 0.0, default=None)
 
 
@@ -104,7 +106,7 @@ def explained(study: Mapping[str, Any]) -> str:
 
 
 def _time(groups: Mapping[str, Any]) -> float | None:
-    found = groups[_COST][_TIME]
+    found = groups[COST][_TIME]
     return found[0] if found else None
 
 
@@ -120,7 +122,7 @@ def _plots(study: Mapping[str, Any]) -> list[Markup]:
     if len(points) < 2:
         return []
     svg = pareto_svg(column, points, coloured(map(name_of_method, summary)))
-    text = "The line joins those that no other beats in both accuracy and time. Dotted: those that train nothing."
+    text = "The line joins those that no other beats in both accuracy and time. On the left: those that train nothing."
     return [part("figures", [(f"{_measure(column)}, %, over the time of tuning", svg, {})]), part("text", text)]
 
 
@@ -138,7 +140,7 @@ def tables(study: Mapping[str, Any]) -> list[Table]:
     *_, best = _best(study)
     found = []
     for group, columns in next(iter(summary.values())).items():
-        rows, accuracy = [], group == _ACCURACY
+        rows, accuracy = [], group == ACCURACY
         for method, groups in summary.items():
             cells = []
             for name in columns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...options import Shots
 from ..config import TuneConfig
-from .rendering import plural
+from .formats import plural
 
 HEADS = {
     "anchored": "anchored probe",

@@ -31,8 +31,8 @@ from ...formatting import decimal, escaped
 from ..data import InputError
 from ..data.decoder import decode
 from ..data.decoding import TooLarge, UnknownFormat
-from ..report.mistakes import encoded
-from ..report.rendering import image_source, render
+from ..report.mistakes import thumbnail
+from ..report.page import image_source, render
 from .classifier import Classifier
 from .output import json_predictions, labelled
 
@@ -170,7 +170,7 @@ class Service:
                 errors.append(error)
                 continue
             if thumbnails:
-                item["thumbnail"] = image_source(encoded(image))
+                item["thumbnail"] = image_source(thumbnail(image))
             read.append(item)
             tensors.append(self.classifier.transform(image))
         if not tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ..report.plots import finite
+from ..report.formats import finite
 
 
 class Logger(Protocol):

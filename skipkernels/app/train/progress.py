@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ...formatting import duration
 from ...memory import PeakMemory
 from ..console import print_plain
-from ..report.plots import finite
+from ..report.formats import finite
 from ..report.words import HEADS
 
 if TYPE_CHECKING:

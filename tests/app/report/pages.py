@@ -10,7 +10,7 @@ from PIL import Image
 
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.report import report_html
-from skipkernels.app.report.mistakes import encoded
+from skipkernels.app.report.mistakes import thumbnail
 from skipkernels.app.train.predictions import TestPredictions, TopClasses
 
 VOID = {"meta", "br", "img", "input"}
@@ -75,7 +75,7 @@ def predicted(name="base", label="alpha") -> TestPredictions:
     """Images of the classes 0 0 1 1: the first is fixed by tuning, the third broken; the second is wrong."""
     classes = [label, "beta", "gamma", "delta"]
     test = TestPredictions(name, classes, torch.tensor([0, 0, 1, 1]), top(1, 1, 1, 1), top(0, 1, 2, 1, share=0.875))
-    test.thumbnails = {0: encoded(image()), 1: encoded(image((400, 300))), 2: encoded(image(value=9))}
+    test.thumbnails = {0: thumbnail(image()), 2: thumbnail(image(value=9))}
     return test
 
 

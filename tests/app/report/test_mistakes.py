@@ -7,42 +7,31 @@ import io
 import torch
 from PIL import Image, ImageChops
 
+from skipkernels.app.data import DatasetImages
+from skipkernels.app.data.tasks import TestSet
 from skipkernels.app.report.mistakes import (
-    ConfusedPair,
-    add_thumbnails,
     changed,
-    confused_pairs,
     confusion_matrix,
-    encoded,
     most_frequent_errors,
     one_per_class,
+    predictions_with_thumbnails,
     thumbnail,
 )
-from tests.app.report.pages import image, predictions_of
+from tests.app.report.pages import image, predictions_of, top
 
 
-def test_encoded_image_is_lossless_if_small_and_reduced_if_large():
+def opened(picture) -> Image.Image:
+    return Image.open(io.BytesIO(thumbnail(picture)))
+
+
+def test_thumbnail_is_lossless_if_small_and_reduced_if_large():
     for mode in ("1", "L", "P", "RGBA", "CMYK", "LA", "RGB"):
-        small, photo = (Image.open(io.BytesIO(encoded(image(size, mode)))) for size in ((32, 24), (300, 400)))
+        small, photo = (opened(image(size, mode)) for size in ((32, 24), (300, 400)))
         assert small.format == "PNG" and photo.format == "JPEG" and photo.size == (96, 128)
         assert small.mode == photo.mode == "RGB"
     assert not ImageChops.difference(small, image((32, 24))).getbbox()
     levels = torch.tensor([-2.0, 0.0, 2.0]).expand(3, 1, 3)
-    assert list(thumbnail(levels).convert("L").tobytes()) == [0, 127, 255], "of a tensor"
-
-
-class Counted:
-    """Dataset that records which images were opened."""
-
-    def __init__(self, labels):
-        self.labels, self.opened = labels, []
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        self.opened.append(index)
-        return Image.new("L", (4, 4), index % 256), int(self.labels[index])
+    assert list(opened(levels).convert("L").tobytes()) == [0, 127, 255], "of a tensor"
 
 
 def test_changed_one_per_class():
@@ -60,24 +49,35 @@ def test_confusions_by_number_of_errors():
     #         a a a  b b b b  c c c  d
     labels = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3]
     test = predictions_of(labels, labels, [2, 0, 2, 2, 0, 3, 1, 0, 2, 0, 4])
-    expected = [
-        ConfusedPair(1, 0, index=4, predicted_index=0, count=1, total=4),  # three errors, one per other class
-        ConfusedPair(0, 2, index=0, predicted_index=7, count=2, total=3),  # two errors, like 2
-        ConfusedPair(2, 0, index=7, predicted_index=0, count=2, total=3),
-        ConfusedPair(3, 4, index=10, predicted_index=None, count=1, total=1),
-    ]
-    assert confused_pairs(test) == expected and confused_pairs(test, limit=2) == expected[:2]
     assert confusion_matrix(test, limit=2) == ([1, 0], [[1, 1, 2], [0, 1, 2]])
     assert confusion_matrix(test)[0] == [0, 1, 2, 3, 4], "all of few classes"
     assert confusion_matrix(test)[1][3:] == [[0, 0, 0, 0, 1, 0], [0] * 6]
-    assert most_frequent_errors(test)[1] == (0, 1), "the lower of equally frequent ones"
+    # Of 1, which is once taken for each of 0, 2 and 3, the lowest.
+    assert most_frequent_errors(test) == {0: (2, 2), 1: (0, 1), 2: (0, 2), 3: (4, 1)}
     right = predictions_of(labels, labels, labels)
-    assert confused_pairs(right) == [] and confusion_matrix(right) == ([], [])
+    assert confusion_matrix(right) == ([], []) and most_frequent_errors(right) == {}
 
 
-def test_thumbnails_open_only_selected_images():
-    labels = [label for label in range(50) for _ in range(4)]
-    test = predictions_of(labels, labels, [(label + 1) % 50 for label in labels])
-    data = Counted(test.labels)
-    add_thumbnails(test, data)
-    assert len(data.opened) == len(set(data.opened)) == len(test.thumbnails) < 30
+class Counted:
+    """Dataset that records which images were opened."""
+
+    def __init__(self, labels):
+        self.labels, self.opened = labels, []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        self.opened.append(index)
+        return Image.new("L", (4, 4), index % 256), self.labels[index]
+
+
+def test_thumbnails_open_only_the_images_that_are_shown():
+    """Images that tuning fixed, one of each class, evenly spaced, without their transform."""
+    data = Counted(list(range(50)))
+    images = DatasetImages(data, transform=lambda picture: 1 / 0)
+    wrong, right = [(label + 1) % 50 for label in range(50)], list(range(50))
+    test = TestSet("all", list(map(str, range(50))), ("{}",), images)
+    found = predictions_with_thumbnails(test, torch.tensor(data.labels), top(*wrong), top(*right))
+    assert data.opened == list(found.thumbnails) == [place * 50 // 8 for place in range(8)]
+    assert found.images == list(map(str, range(50)))

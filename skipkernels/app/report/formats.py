@@ -1,0 +1,59 @@
+"""Formats of numbers and names, on pages and in the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+MISSING = "–"
+_SHORT = 22  # characters of a shortened name
+
+
+def finite(value: float | None) -> TypeGuard[float]:
+    """Return True for a finite number."""
+    return value is not None and math.isfinite(value)
+
+
+def number(value: float | None, spec: str = ".1f", unit: str = "") -> str:
+    """Format a number; a dash if it is missing or not finite.
+
+    >>> number(57.25), number(-3.5, "+.1f"), number(None), number(2.0, ".0f", " s")
+    ('57.2', '−3.5', '–', '2 s')
+    """
+    return f"{value:{spec}}{unit}".replace("-", "−") if finite(value) else MISSING
+
+
+def percent(value: float | None) -> str:
+    """Format a percentage.
+
+    >>> percent(57.25).replace("\N{NO-BREAK SPACE}", " ")
+    '57.2 %'
+    """
+    return number(value, ".1f", "\N{NO-BREAK SPACE}%")
+
+
+def share(value: float) -> str:
+    """Format a probability.
+
+    >>> share(0.004), share(0.5), share(0.9999)
+    ('<1 %', '50 %', '>99 %')
+    """
+    return "<1 %" if value < 0.01 else ">99 %" if value > 0.99 else f"{100 * value:.0f} %"
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """Return a number with its noun.
+
+    >>> plural(1, "class", "classes"), plural(1200, "image")
+    ('1 class', '1,200 images')
+    """
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def short(name: str) -> str:
+    """Shorten a long name in the middle: names of classes often begin alike.
+
+    >>> short("latin small letter o with ring"), short("red fox")
+    ('latin smal…o with ring', 'red fox')
+    """
+    return f"{name[:10]}…{name[-11:].lstrip()}" if len(name) > _SHORT else name
