@@ -48,17 +48,18 @@ class CompareCommand(Settings):
         name = f"{config.data}-{config.model}".replace(":", "-").replace("/", "-")
         folder = self.out or Path("runs", "compare", name)
         check_writable(folder)  # before the work is done
-        from skipkernels.app.studies.compare import compare  # imports torch
+        from skipkernels.app.report.study_page import explained, headline, tables  # these import torch
+        from skipkernels.app.studies.compare import compare
+        from skipkernels.app.studies.study import write_study
 
         again = f"repeat the command{' without --overwrite' if self.overwrite else ''} to resume"
         with on_interrupt(f"complete runs are kept; {again}"):
-            methods = self.methods or tuple(METHODS)
-            study = compare(config, methods, range(self.seeds), folder, err, overwrite=self.overwrite)
-            study = dataclasses.replace(study, command=command_line("compare", self))
-            paths = study.write(folder)
-        for table in study.tables():
-            out.print(table)
-        for sentence in study.sentences:
+            methods, command = self.methods or tuple(METHODS), command_line("compare", self)
+            study = compare(config, methods, range(self.seeds), folder, err, overwrite=self.overwrite, command=command)
+            paths = write_study(study, folder)
+        for table in tables(study):
+            out.print(table.in_terminal(study["title"]))
+        for sentence in (explained(study), headline(study)):
             out.print(sentence, soft_wrap=True)
         out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)
         return 0

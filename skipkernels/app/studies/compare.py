@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,19 +15,25 @@ from ..console import plain
 from ..data import InputError
 from ..methods import METHODS
 from ..methods.registry import AUTO
-from ..report.study_page import primary
+from ..report.study_page import ACCURACY, COST, primary
 from ..report.words import title_of
 from ..train.setup import build_task
 from .comparison import compare_best
-from .runs import Result, Variant, run_variants
-from .study import ACCURACY, COST, Column, Study
+from .runs import run_variants
+from .study import study_of
 
 MULTIPLIERS = (1.0, 0.3, 3.0, 0.1, 10.0)
 """Factors of the learning rates of each method that are searched on the user's data; of equal ones the first is chosen.
 """
 SEARCH_SEED = 10
 _RATES = ("text_lr", "image_lr")
-_SEARCH = "search of the rates"  # group of columns
+_COSTS = {
+    "tuning, s": ("cost", "seconds_tuning"),
+    "step, ms": ("cost", "milliseconds_per_step"),
+    "classes a step": ("kept_classes",),
+    "peak, MiB": ("cost", "peak_memory_mib"),
+    "parameters": ("parameters", "trained"),
+}
 
 
 def compare(
@@ -38,13 +44,14 @@ def compare(
     console: Console,
     *,
     overwrite: bool = False,
-) -> Study:
-    """Run several methods, keys of `METHODS` or "auto", with the same training images and tests.
+    command: str = "",
+) -> dict[str, Any]:
+    """Run several methods, keys of `METHODS` or "auto", with the same training images and tests; return the study.
 
     Recipes are chosen for published benchmarks and for pictograms. On the user's own data the learning rates of every
     method are searched by the same rule: all of `MULTIPLIERS`, with another seed; the best accuracy on the validation
     images is kept. There is no search without validation images, or if a rate is given. Settings of `config` that are
-    None follow each method's recipe; others are ignored for methods that they do not apply to.
+    None follow each method's recipe; others are ignored for methods that they do not apply to. `command` repeats all.
     """
     known = [*METHODS, AUTO]
     unknown = [method for method in methods if method not in known]
@@ -55,16 +62,17 @@ def compare(
     fixed = {method: of for method, of in configs.items() if method != AUTO}  # which tries several rates itself
     searched = _search(fixed, folder / "search", console, overwrite) if config.own_data and fixed else {}
     configs |= {method: dataclasses.replace(configs[method], **found.rates) for method, found in searched.items()}
-    variants = [Variant(method, configs[method]) for method in methods]
-    results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
-    columns = _columns(results)
+    results = run_variants(configs, seeds, folder, console, overwrite=overwrite)
+    accuracies = {test: ("tuned", test) for test in results[0].metrics["tuned"]}
+    columns: dict[str, Mapping[str, tuple[str, ...]]] = {ACCURACY: accuracies, COST: _COSTS}
     if searched:
         for result in results:
             found = searched.get(result.variant)
             result.metrics["search"] = None if found is None else found._asdict()
-        columns += [Column(_SEARCH, name, ("search", name)) for name in ("multiplier", "accuracy", "seconds")]
-    comparison = compare_best(results, folder, primary(results[0].metrics["tuned"]))
-    return Study(title_of(config.resolved()), results, columns, comparison)
+        names = "multiplier", "accuracy", "seconds"
+        columns["search of the rates"] = {name: ("search", name) for name in names}
+    comparison = compare_best(results, folder, primary(accuracies))
+    return study_of(title_of(config.resolved()), command, results, columns, comparison)
 
 
 class Searched(NamedTuple):
@@ -101,30 +109,19 @@ def _search(configs: dict[str, TuneConfig], folder: Path, console: Console, over
         for method, of_method in configs.items()
         if (rates := _scaled_rates(of_method, multiplier))
     }
-    variants = [Variant(name, dataclasses.replace(configs[method], **of)) for name, (method, _, of) in tried.items()]
+    variants = {name: dataclasses.replace(configs[method], **rates) for name, (method, _, rates) in tried.items()}
     results = run_variants(variants, [SEARCH_SEED], folder, console, overwrite=overwrite, keep_diverged=True)
     found: dict[str, Searched] = {}
     for result in results:
-        method, multiplier, of = tried[result.variant]
+        method, multiplier, rates = tried[result.variant]
         complete = result.metrics["status"] == "complete"  # else it diverged
         accuracy = result.metrics["validation"]["tuned"] if complete else -math.inf
-        best = found.get(method, Searched(of, multiplier, -math.inf, 0.0))
-        seconds = best.seconds + result.metrics["cost"]["seconds_total"]
-        better = Searched(of, multiplier, accuracy, seconds) if accuracy > best.accuracy else best
-        found[method] = better._replace(seconds=seconds)
+        one = Searched(rates, multiplier, accuracy, result.metrics["cost"]["seconds_total"])
+        best = found.get(method, one._replace(seconds=0.0))
+        better = one if one.accuracy > best.accuracy else best
+        found[method] = better._replace(seconds=best.seconds + one.seconds)
     for method, best in found.items():
         chosen = ", ".join(f"{name} {rate:g}" for name, rate in best.rates.items())
         chosen += f" (its recipe x{best.multiplier:g}), {best.accuracy:.1f} % on validation images"
         console.print(plain(f"{method}: {chosen}, found in {best.seconds:.0f} s"))
     return found
-
-
-def _columns(results: Sequence[Result]) -> list[Column]:
-    return [
-        *(Column(ACCURACY, key, ("tuned", key)) for key in results[0].metrics["tuned"]),
-        Column(COST, "tuning, s", ("cost", "seconds_tuning")),
-        Column(COST, "step, ms", ("cost", "milliseconds_per_step")),
-        Column(COST, "classes a step", ("kept_classes",)),
-        Column(COST, "peak, MiB", ("cost", "peak_memory_mib")),
-        Column(COST, "parameters", ("parameters", "trained")),
-    ]

@@ -1,105 +1,102 @@
-"""Results of a comparison of methods as tables, a JSON file and a page."""
+"""compare.json: the metrics of the runs of a comparison and their means; and the page that is made of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
 from ...folders import replace_text
 from ..data import InputError
-from ..report import study_page as page
+from ..report.study_page import study_html
 from ..train.environment import environment
 from ..train.run_folder import REPORT
 from ..untrusted import read_object
-from .runs import MeanAndDeviation, Result, mean_and_deviation
+from .runs import Result
 
-ACCURACY, COST = "accuracy, %", "cost"  # groups of columns
 FILE = "compare.json"
+Columns = Mapping[str, Mapping[str, tuple[str, ...]]]
+"""Keys of a value in the metrics of a run, by the title of a table and the name of a column."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the tables of a study."""
+class MeanAndDeviation(NamedTuple):
+    """Mean and sample standard deviation over runs; the deviation of a single run is None."""
 
-    group: str  # Name of the group of columns, with the unit if they all share one
-    name: str  # Name within the group
-    path: tuple[str, ...]  # Keys of the value in the metrics of a run
-
-    def value(self, metrics: Any) -> float | None:
-        """Value at `path` in the metrics of a run, or None if a key on it is None."""
-        for key in self.path:
-            metrics = None if metrics is None else metrics[key]
-        return metrics
+    mean: float
+    deviation: float | None
 
 
-@dataclass(frozen=True)
-class Study:
-    """Runs of methods, and the columns that summarize them."""
+def mean_and_deviation(values: Iterable[float | None]) -> MeanAndDeviation | None:
+    """Return mean and deviation, or None if there are no values or one of them is None.
 
-    title: str
-    results: Sequence[Result]
-    columns: Sequence[Column]
-    comparison: Mapping[str, Any] | None  # of the best method with the others; see `compare_best`
-    command: str = ""  # Command that repeats the study
+    >>> mean_and_deviation([1.0, 3.0])
+    MeanAndDeviation(mean=2.0, deviation=1.4142135623730951)
+    >>> mean_and_deviation([1.0, None]) is None
+    True
+    """
+    values = list(values)
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return MeanAndDeviation(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
-    def summary(self) -> dict[str, dict[str, dict[str, MeanAndDeviation | None]]]:
-        """Mean and deviation over seeds, as [method][group][column]."""
-        found: dict[str, dict[str, dict[str, MeanAndDeviation | None]]] = {}
-        for variant in dict.fromkeys(result.variant for result in self.results):
-            metrics = [result.metrics for result in self.results if result.variant == variant]
-            groups = found.setdefault(variant, {})
-            for column in self.columns:
-                groups.setdefault(column.group, {})[column.name] = mean_and_deviation(map(column.value, metrics))
-        return found
 
-    def tables(self) -> list[Table]:
-        """Tables of the page, for the terminal."""
-        return [table.in_terminal(self.title) for table in page.tables(self.as_dict())]
+def study_of(
+    title: str, command: str, results: Sequence[Result], columns: Columns, comparison: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the contents of compare.json; `comparison` is that of the best method with the others."""
 
-    @property
-    def sentences(self) -> list[str]:
-        """Meaning of the intervals in the tables, and the result."""
-        contents = self.as_dict()
-        return [page.explained(contents), page.headline(contents)]
+    def summary(variant: str, keys: tuple[str, ...]) -> MeanAndDeviation | None:
+        return mean_and_deviation(_value(result.metrics, keys) for result in results if result.variant == variant)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Convert to JSON types: versions, the metrics of every run, and the summary as [mean, deviation]."""
-        return {
-            "title": self.title,
-            "command": self.command,
-            "seeds": sorted({result.seed for result in self.results}),
-            **environment("cpu"),
-            "threads": torch.get_num_threads(),
-            "summary": self.summary(),
-            "comparison": self.comparison,
-            "runs": [result._asdict() for result in self.results],
-        }
+    return {
+        "title": title,
+        "command": command,
+        "seeds": sorted({result.seed for result in results}),
+        **environment("cpu"),
+        "threads": torch.get_num_threads(),
+        "summary": {
+            variant: {
+                table: {name: summary(variant, keys) for name, keys in of_table.items()}
+                for table, of_table in columns.items()
+            }
+            for variant in dict.fromkeys(result.variant for result in results)
+        },
+        "comparison": comparison,
+        "runs": [result._asdict() for result in results],
+    }
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write compare.json and report.html, and return their paths."""
-        contents = json.dumps(self.as_dict(), indent=2) + "\n"
-        texts = {folder / FILE: contents, folder / REPORT: page.study_html(json.loads(contents))}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path, text in texts.items():
-                replace_text(path, text)
-        except OSError as error:
-            raise InputError(f"Study.write: {folder} can't be written: {error.strerror}.", "out") from error
-        return list(texts)
+
+def _value(metrics: Any, keys: tuple[str, ...]) -> float | None:
+    """Value of the metrics of a run; None if one on the way to it is None."""
+    for key in keys:
+        metrics = None if metrics is None else metrics[key]
+    return metrics
+
+
+def write_study(study: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write compare.json and report.html, and return their paths."""
+    texts = {folder / FILE: json.dumps(study, indent=2) + "\n", folder / REPORT: study_html(study)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            replace_text(path, text)
+    except OSError as error:
+        raise InputError(f"compare: {folder} can't be written: {error.strerror}.", "out") from error
+    return list(texts)
 
 
 def study_page(folder: Path) -> str:
-    """Return the page of the comparison in a folder, from its JSON file."""
+    """Return the page of the comparison in a folder, from its compare.json."""
     if not (folder / FILE).is_file():
         raise InputError(f"report: {folder} has no results. Name the folder of a run of tune or compare.", "run")
     try:
-        return page.study_html(read_object(folder / FILE))
-    # Raised by reading, or by rendering of other contents than expected
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
-        raise InputError(f"report: {folder}: damaged ({type(error).__name__}: {error}).", "run") from error
+        return study_html(read_object(folder / FILE))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / FILE}: damaged ({error}).", "run") from error
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / FILE}: written by another version ({error!r}). Compare again.", "run") from error

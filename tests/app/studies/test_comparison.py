@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from skipkernels.app.report.study_page import explained, headline, tables
+from skipkernels.app.report.study_page import ACCURACY, COST, explained, headline, tables
 from skipkernels.app.studies.comparison import compare_best, permutation_p
 from skipkernels.app.studies.runs import Result
-from skipkernels.app.studies.study import ACCURACY, COST, Column, Study
+from skipkernels.app.studies.study import study_of
 from skipkernels.app.train import predictions
 from skipkernels.app.train.predictions import TestPredictions, TopClasses
 
@@ -30,7 +30,7 @@ def test_permutation_p_of_one_seed_is_mcnemars(won, lost):
 def study(tmp_path):
     """Function from the correct test images of each variant and seed to its study."""
 
-    def made(right: dict[str, list[list[int]]]) -> Study:
+    def made(right: dict[str, list[list[int]]]) -> dict:
         results = []
         for variant, seeds in right.items():
             for seed, correct in enumerate(seeds):
@@ -42,14 +42,14 @@ def study(tmp_path):
                 metrics = {"protocol": "few-shot", "tuned": {"all": 100 * sum(correct) / len(correct)}}
                 metrics |= {"images": {"tests": {"all": len(correct)}}, "seconds": None}
                 results.append(Result(variant, seed, metrics, folder.name))
-        columns = [Column(ACCURACY, "all", ("tuned", "all")), Column(COST, "tuning, s", ("seconds",))]
-        return Study("t", results, columns, compare_best(results, tmp_path, "all"))
+        columns = {ACCURACY: {"all": ("tuned", "all")}, COST: {"tuning, s": ("seconds",)}}
+        return study_of("t", "", results, columns, compare_best(results, tmp_path, "all"))
 
     return made
 
 
 def test_best_is_certain(study):
-    found = study({"good": [[1] * 18 + [0] * 2] * 2, "bad": [[1] * 8 + [0] * 12] * 2}).as_dict()
+    found = study({"good": [[1] * 18 + [0] * 2] * 2, "bad": [[1] * 8 + [0] * 12] * 2})
     other = found["comparison"]["others"]["bad"]
     assert other["worse"] and other["p"] < 0.01 and other["difference"] == pytest.approx(50)
     assert headline(found) == "The best accuracy is that of good, 90.0 % (2 seeds, 20 test images)."
@@ -59,7 +59,7 @@ def test_best_is_certain(study):
 
 
 def test_best_is_within_noise(study):
-    found = study({"a": [[1] * 18 + [0] * 2], "b": [[1] * 17 + [0] * 3], "c": [[0] * 20]}).as_dict()
+    found = study({"a": [[1] * 18 + [0] * 2], "b": [[1] * 17 + [0] * 3], "c": [[0] * 20]})
     assert [of["worse"] for of in found["comparison"]["others"].values()] == [False, True]
     assert headline(found).startswith("The highest accuracy is that of a, 90.0 %")
     assert headline(found).endswith("but these images and seeds don't tell it apart from b.")
@@ -69,7 +69,7 @@ def test_best_is_within_noise(study):
 
 def test_best_must_be_ahead_in_every_seed(study):
     ahead, behind = [1] * 40 + [0] * 10, [0] * 40 + [1] * 10
-    found = study({"a": [ahead, ahead, behind], "b": [behind, behind, ahead]}).as_dict()
+    found = study({"a": [ahead, ahead, behind], "b": [behind, behind, ahead]})
     other = found["comparison"]["others"]["b"]
     assert other["p"] < 0.05 and not other["every_seed"] and not other["worse"]
 
@@ -77,4 +77,4 @@ def test_best_must_be_ahead_in_every_seed(study):
 def test_compare_best_without_predictions(study, tmp_path):
     found = study({"a": [[1]], "b": [[0]]})
     (tmp_path / "b-0" / predictions.PREDICTIONS).unlink()
-    assert compare_best(found.results, tmp_path, "all") is None
+    assert compare_best([Result(**run) for run in found["runs"]], tmp_path, "all") is None
