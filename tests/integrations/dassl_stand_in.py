@@ -46,7 +46,6 @@ def config(folder: Path, problem: Problem, **options: Any) -> Any:
             **settings,
         ),
         TRAIN=Node(CHECKPOINT_FREQ=0),
-        TEST=Node(NO_TEST=True),
     )
 
 
@@ -136,34 +135,20 @@ class TrainerX:
         """Shuffle the training images, and leave out a last batch with fewer."""
         size = self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE
         self.train_loader_x = DataLoader(self.images, size, sampler=RandomSampler(self.images), drop_last=True)
-        self.test_loader = DataLoader(self.images, size)
 
     def register_model(self, name: str, model: Any, optim: Any = None, sched: Any = None) -> None:
         self._registered[name] = model, optim, sched
-
-    def set_model_mode(self, mode: str) -> None:
-        for model, _, _ in self._registered.values():
-            model.train(mode == "train")
 
     def train(self) -> None:
         self.start_epoch = self.resume_model_if_exist(self.cfg.RESUME or self.cfg.OUTPUT_DIR)
         for epoch in range(self.start_epoch, self.max_epoch):
             self.epoch = epoch
-            self.set_model_mode("train")
             self.num_batches = len(self.train_loader_x)
             for batch_idx, batch in enumerate(self.train_loader_x):
                 self.batch_idx = batch_idx
                 self.forward_backward(batch)
             if self.cfg.TRAIN.CHECKPOINT_FREQ:
                 self.save_model(self.epoch, self.cfg.OUTPUT_DIR)
-        if not self.cfg.TEST.NO_TEST:
-            self.test()
-
-    def forward_backward(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        raise NotImplementedError
-
-    def build_model(self) -> None:
-        raise NotImplementedError
 
     def model_backward_and_update(self, loss: Tensor) -> None:
         for _, optim, _ in self._registered.values():
@@ -175,16 +160,6 @@ class TrainerX:
     def update_lr(self) -> None:
         for _, _, sched in self._registered.values():
             sched.step()
-
-    @torch.no_grad()
-    def test(self) -> float:
-        """Accuracy on the test images."""
-        self.set_model_mode("eval")
-        hits = [self.model_inference(b["img"]).argmax(dim=1) == b["label"] for b in self.test_loader]
-        return torch.cat(hits).float().mean().item()
-
-    def model_inference(self, input: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def save_model(self, epoch: int, directory: str) -> None:
         for name, (model, optim, sched) in self._registered.items():
