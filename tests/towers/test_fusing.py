@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 
-import open_clip
 import pytest
 import timm
 import torch
@@ -15,15 +14,16 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Siglip2Model
 
 import skipkernels as sk
+from skipkernels import reference
 from skipkernels.testing import SLACK, relative_error, saved_bytes
 from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import FusedBlock
-from tests.hugging_face_models import hugging_face_clip, metaclip_2, patches_of, siglip, siglip_2
-from tests.models import openai_clip, random_weights, tiny_batch, tiny_clip, tiny_tokens
+from skipkernels.towers.registry import build_towers
+from tests.models import random_weights, tiny_batch, tiny_clip, tiny_tokens
 from tests.processes import run_in_processes
+from tests.towers.families import FAMILIES
 
 
 def timm_vit(**options) -> nn.Module:
@@ -32,44 +32,17 @@ def timm_vit(**options) -> nn.Module:
     return random_weights(timm.models.VisionTransformer(**size, **options))
 
 
-MODELS = {
-    "open_clip": tiny_clip,
-    "open_clip_scale": lambda: tiny_clip(vision={"ls_init_value": 0.3}, quick_gelu=True),
-    "custom_text": lambda: tiny_clip(family=open_clip.CustomTextCLIP),
-    "openai": openai_clip,
-    "hf": hugging_face_clip,
-    "hf_eager": lambda: hugging_face_clip(attn_implementation="eager"),
-    "siglip": siglip,
-    "metaclip_2": metaclip_2,
-    "siglip_2": siglip_2,
-    "timm": timm_vit,
-}
-# OpenAI's model is in fp32, in which its norms compute; the softmax of eager attention in transformers also is.
-ROUNDING = {"openai": 1e-4, "hf_eager": 2e-5}
-
-
-def pair_loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Contrastive loss of images and prompts; for an image model, the sum of squares."""
-    tokens = tiny_tokens(len(images))
+def loss_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Contrastive loss of images and prompts by the model's own encoders; for an image model, the sum of squares."""
     if isinstance(model, timm.models.VisionTransformer):
         return model(images).square().sum()
-    if hasattr(model, "get_image_features"):
-        inputs = {"pixel_values": images}
-        if isinstance(model, Siglip2Model):
-            inputs = patches_of(images, padding=1)
-        out = model(input_ids=tokens, attention_mask=(tokens > 0).long(), **inputs, return_dict=True)
-        image, text = out.image_embeds, out.text_embeds
-    else:
-        image, text = (
-            nn.functional.normalize(x, dim=-1) for x in (model.encode_image(images), model.encode_text(tokens))
-        )
-    logits = 5 * image @ text.T
-    labels = torch.arange(len(images))
-    return nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)
+    towers, inputs = build_towers(model), (images, tiny_tokens(len(images)))
+    image, text = (tower.reference_forward(x) for tower, x in zip(towers, inputs, strict=True))
+    return reference.contrastive_loss(image, text, 5.0)
 
 
 def gradients(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    loss = pair_loss(model, images)
+    loss = loss_of(model, images)
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
     model.zero_grad()
@@ -83,19 +56,19 @@ def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         assert (got[name] - x).norm() <= tolerance * (x.norm() + 1e-3 * largest), name
 
 
-@pytest.mark.parametrize("memory", ["fast", "balanced", "min"])
-@pytest.mark.parametrize("name", MODELS)
-def test_fuse_same_gradients(name, memory):
-    model = MODELS[name]()
-    images, _ = tiny_batch(3, 3, next(model.parameters()).dtype)
-    expected, kind = gradients(model, images), type(model)
-    assert sk.fuse(model, memory=memory) is model
-    blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
-    assert len(blocks) == (3 if name == "timm" else 6)
-    assert_equal(gradients(model, images), expected, ROUNDING.get(name, 1e-9))
-    assert type(model) is kind and {type(block).__name__ for block in blocks} == {type(blocks[0])._own.__name__}
+@pytest.mark.parametrize(
+    "name", ["openai", "hf", "hf_eager", "siglip", "siglip_2", "metaclip_2", "layer_scale", "clip", "eva02"]
+)
+def test_fuse_same_gradients(name):
+    family = FAMILIES[name]
+    model = family.make()
+    images = family.images(dtype := next(model.parameters()).dtype)
+    expected, kinds = gradients(model, images), [type(module) for module in model.modules()]
+    assert sk.fuse(model) is model and sum(isinstance(module, FusedBlock) for module in model.modules()) == 6
+    assert [getattr(type(module), "_own", type(module)) for module in model.modules()] == kinds
+    assert_equal(gradients(model, images), expected, 1e-9 if dtype == torch.float64 else 1e-4)
     sk.unfuse(model)
-    assert not any(isinstance(module, FusedBlock) for module in model.modules())
+    assert [type(module) for module in model.modules()] == kinds
     assert_equal(gradients(model, images), expected, 1e-15)
 
 
@@ -155,7 +128,7 @@ def test_compiled_model_with_fused_blocks():
     model, (images, _) = tiny_clip(), tiny_batch(3, 3)
     expected = gradients(model, images)
     sk.SkipCLIP(model, tiny_tokens(3), skip_layers=0)
-    compiled = torch.compile(lambda x: pair_loss(model, x), backend="aot_eager")
+    compiled = torch.compile(lambda x: loss_of(model, x), backend="aot_eager")
     compiled(images).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": expected["loss"]}
     assert_equal(found, expected)
