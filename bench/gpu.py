@@ -1,6 +1,6 @@
-"""Stages of bench/gpu.sh, besides the tests and the benchmarks of the operators.
+"""Stages of bench/gpu.sh, besides the tests, the benchmarks of the operators and `bench.tune`.
 
-    python -m bench.gpu machine         device, versions and speed, and which peers can run
+    python -m bench.gpu machine         device, versions and limits of time, and which peers can run
     python -m bench.gpu step            time of a step with its update: published, also compiled; ours, also as a graph
     python -m bench.gpu full            time of training a whole CLIP: its own blocks, also compiled, and `sk.fuse`
     python -m bench.gpu profile_step    the kernels of our step that take longest
@@ -9,9 +9,9 @@
 
 `step` checks the gradients of ours against the published step first; on a GPU it also counts the launches and compares
 bits: of eager steps with each other, then of replays with eager steps. With --all-shapes it takes six shapes, the most
-important first: all of them without torch.compile, then with it. Each result is written when it is there; what has not
-begun after --seconds is left out. With --out, FOLDER/facts.json gets what `python -m bench.gpu_summary` reads.
-On a machine without a GPU all run on the CPU, `step` without the graph and torch.compile.
+important first: all of them without torch.compile, then with it; what has not begun after --seconds is left out. Lines
+that begin with "result: " are those that the script repeats. On a machine without a GPU all run on the CPU, `step`
+without the graph and torch.compile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,12 +41,15 @@ from skipkernels.ops import OPERATORS, launching
 
 from . import fuse, measure, peers
 from .flops import flops_of
-from .gpu_summary import COMPILED, EAGER, GRAPHED, PUBLISHED, name_of_step, read_facts, write_facts
 from .inputs import Inputs, autocast, parser, random_inputs
+from .measure import OURS
 from .operators.record import small_call
 from .rows import machine_columns
 from .training import COMPILER_MODES, Published, Skip, Step, skip_step, with_update
 
+GRAPHED, PUBLISHED = "skipkernels as a graph", "published"
+COMPILED = {"default": "published, compiled", "reduce-overhead": "published, compiled with CUDA graphs"}  # by mode
+GOALS = {4: 3, 32: 2}  # on an H100: times as fast as the compiled published step, by batch
 _LISTED = 40  # kernels
 _CALLS = 10  # steps between two events, as in training: the host does not wait between them
 # Least number of times that a step with its update reads or writes its weights: read in forward and in backward, and
@@ -63,7 +65,6 @@ _BYTES_PER_SECOND, _CORES, _MOST_SCALE = 2.5e12, 8, 4
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, batch=4, classes=1000, rounds=20, precision="bf16")
     options.add_argument("stage", choices=[function.__name__ for function in STAGES])
-    options.add_argument("--out", type=Path, metavar="FOLDER", help="write facts.json there")
     options.add_argument("--all-shapes", action="store_true", help="B = 4 and 32, C = 100, 1,000 and 10,000")
     options.add_argument("--seconds", type=float, default=math.inf, help="begin no other shape after this time")
     args = options.parse_args(arguments)
@@ -71,21 +72,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def machine(args: argparse.Namespace) -> None:
-    """Print device and versions, then the peers, then all packages; write by how much limits of time are scaled."""
+    """Print device and versions, the peers, by how much limits of time are scaled, and all packages."""
     found = machine_columns(args.device)
-    found["triton"] = launching.triton.__version__ if launching.installed else "not installed"
-    for name, value in found.items():
-        print(f"{name}: {value}")
+    triton = launching.triton.__version__ if launching.installed else "not installed"
     absent = []
     for name, peer in all_peers(args.device).items():
         print(f"peer {name}: {peer.note or 'part of torch'}", flush=True)
         if peer.function is None:
             absent.append(name)
-    _write(args, machine=found, absent_peers=absent)
-    if args.out is not None:
-        scale = scale_of(measure.bandwidth(args.device), len(os.sched_getaffinity(0)))
-        (args.out / "scale").write_text(f"{round(100 * scale)}\n")
+    tell(f"{found['device']}, torch {found['torch']}, Triton {triton}, commit {found['commit']}")
+    tell(f"peers that cannot run: {', '.join(absent) or 'none'}")
+    scale = scale_of(measure.bandwidth(args.device), len(os.sched_getaffinity(0)))
+    print(f"limits of time: {round(100 * scale)} %")
     print(*sorted(f"{each.name}=={each.version}" for each in metadata.distributions()), sep="\n")
+
+
+def tell(text: str) -> None:
+    """Print a line that the script repeats."""
+    print(f"result: {text}", flush=True)
 
 
 def scale_of(bandwidth: float, cores: int) -> float:
@@ -106,23 +110,24 @@ def step(args: argparse.Namespace) -> None:
     for compiles in (False, True) if args.device.type == "cuda" and args.precision == "bf16" else (False,):
         for B, C in shapes:
             shape = argparse.Namespace(**vars(args) | {"batch": B, "classes": C})
+            name = f"{args.precision}, {B} images, {C} classes" + (", compiled" if compiles else "")
             if time.monotonic() - begin > args.seconds:
-                _add(shape, **{"compiled" if compiles else "step": "no time left"})
+                tell(f"{name}: no time left")
                 continue
             try:
-                step_of_shape(shape, compiles, compares=not compiles and (B, C) == shapes[0])
+                tell(f"{name}: {step_of_shape(shape, compiles, compares=not compiles and (B, C) == shapes[0])}")
             except torch.OutOfMemoryError:
-                _add(shape, **{"compiled" if compiles else "step": "out of memory"})
+                tell(f"{name}: out of memory")
             gc.collect()
 
 
-def step_of_shape(args: argparse.Namespace, compiles: bool, compares: bool) -> None:
+def step_of_shape(args: argparse.Namespace, compiles: bool, compares: bool) -> str:
     """Time the steps of a shape: the published one, eager or by torch.compile, and ours, eager and as a graph."""
     inputs, on_gpu = inputs_of(args), args.device.type == "cuda"
     published = Published(inputs, args.skip_layers)
     ours = skip_step(inputs, args.skip_layers, "fast", args.precision, None if compiles else published)
     floor = floor_of(ours, args.device)
-    steps: dict[str, Callable[[], Any]] = {EAGER: with_update(ours)}
+    steps: dict[str, Callable[[], Any]] = {OURS: with_update(ours)}
     if compiles:
         for mode in COMPILER_MODES:
             steps[COMPILED[mode]] = with_update(published.compiled(args.precision, mode))
@@ -133,30 +138,34 @@ def step_of_shape(args: argparse.Namespace, compiles: bool, compares: bool) -> N
     for run in steps.values():
         for _ in range(WARMUP + 1):  # the last captures a graph
             run()
-    _add(args, B=args.batch, C=args.classes, K=ours.K, floor_ms=round(1000 * floor, 3))
-    if on_gpu:
-        launches = launches_of(steps[GRAPHED], args.device)
-        _add(args, captured=graph.is_captured, launches=launches)
-        print(f"captured: {graph.is_captured}; launches in a step: {launches}", flush=True)
-        if not graph.is_captured:  # its steps are eager
-            del steps[GRAPHED]
-    if on_gpu and compares:
-        eager, replayed = differences(args)
-        _add(args, eager_difference=eager, difference=replayed)
-        print(f"largest relative difference of a weight: eager steps {eager:.1e}, replays {replayed:.1e}")
+    notes = []
+    if on_gpu and graph.is_captured:
+        notes.append(launches_of(steps[GRAPHED], args.device))
+        if compares:
+            notes.append(comparison(*differences(args)))
+    elif on_gpu:  # its steps are eager
+        notes.append("no graph was captured")
+        del steps[GRAPHED]
     seconds = measure.time_alternately(steps, args.rounds, args.device, calls=_CALLS if on_gpu else 1)
     columns = {name: measure.milliseconds(times, 3) for name, times in seconds.items()}
     for name, row in columns.items():
         row["peak_mib"] = round(testing.peak_bytes(steps[name], args.device, warm_up=False) / 2**20)
         print(f"{name:21} {measure.shown(row)}", flush=True)
-    best = seconds[GRAPHED if GRAPHED in seconds else EAGER]
-    theirs = {name: times for name, times in seconds.items() if name not in (EAGER, GRAPHED)}
-    _add(
-        args,
-        ms={name: row["p50_ms"] for name, row in columns.items()},
-        peak_mib={name: row["peak_mib"] for name, row in columns.items()},
-        faster={name: measure.median_ratio(times, best) for name, times in theirs.items()},
-    )
+    best = GRAPHED if GRAPHED in steps else OURS
+    times = [f"{name} {row['p50_ms']} ms" for name, row in columns.items()]
+    above = columns[best]["p50_ms"] / (1000 * floor)
+    faster = [
+        f"{measure.median_ratio(seconds[name], seconds[best]):.2f} times as fast as {name}{goal_of(args, name)}"
+        for name in steps
+        if name not in (OURS, GRAPHED)
+    ]
+    return "; ".join([", ".join(times), f"{above:.2f} times the floor of {1000 * floor:.3f} ms", *notes, *faster])
+
+
+def goal_of(args: argparse.Namespace, name: str) -> str:
+    """The goal of our speed-up, which is one of an H100 over the compiled step."""
+    is_h100 = args.device.type == "cuda" and "H100" in torch.cuda.get_device_name(args.device)
+    return f" (goal: {GOALS[args.batch]})" if is_h100 and name in COMPILED.values() and args.batch in GOALS else ""
 
 
 def full(args: argparse.Namespace) -> None:
@@ -165,7 +174,7 @@ def full(args: argparse.Namespace) -> None:
     inputs.model.train().requires_grad_(True)
     models = fuse.implementations(inputs.model, ("eager", "compile", "fuse-fast"))
     rows = fuse.rows_of(args, models, inputs, "pairs", args.precision)
-    _write(args, full={"B": args.batch, "ms": {row["implementation"]: row["p50_ms"] for row in rows}})
+    tell(f"{args.batch} pairs: " + ", ".join(f"{row['implementation']} {row['p50_ms']} ms" for row in rows))
 
 
 def floor_of(step: Step, device: torch.device) -> float:
@@ -244,14 +253,23 @@ def difference(one: Trained, other: Trained) -> float:
     )
 
 
-def launches_of(run: Callable[[], Any], device: torch.device) -> dict[str, int]:
+def comparison(eager: float, replayed: float) -> str:
+    """The differences in words. If eager steps differ from each other, replays cannot have their bits."""
+    if eager:
+        return f"eager steps differ from each other by {eager:.1e}, replays from them by {replayed:.1e}"
+    if replayed == math.inf:
+        return "replays keep other classes (goal: equal bits)"
+    return f"replays differ by {replayed:.1e} (goal: equal bits)" if replayed else "replays equal in all bits"
+
+
+def launches_of(run: Callable[[], Any], device: torch.device) -> str:
     """Kernels, and copies and fills of memory, that a call runs on a GPU."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         measure.synchronize(device)
     names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
-    return {"kernels": len(names) - copies, "copies": copies}
+    return f"{len(names) - copies} kernels and {copies} copies or fills"
 
 
 def one_step(args: argparse.Namespace) -> None:
@@ -292,24 +310,6 @@ def smoke(args: argparse.Namespace) -> None:
         if call.inputs:
             total.backward()
         print(f"{op}: {total.item():.6f}", flush=True)
-
-
-def _write(args: argparse.Namespace, **facts: Any) -> None:
-    """Add facts to those of other stages."""
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_facts(args.out, facts)
-
-
-def _add(args: argparse.Namespace, **facts: Any) -> None:
-    """Add facts to those of the step of a shape; dictionaries are joined."""
-    if args.out is None:
-        return
-    name = name_of_step(args.precision, args.batch, args.classes)
-    found = read_facts(args.out).get(name, {})
-    for key, value in facts.items():
-        found[key] = found.get(key, {}) | value if isinstance(value, dict) else value
-    _write(args, **{name: found})
 
 
 STAGES = (machine, step, full, profile_step, one_step, smoke)

@@ -1,17 +1,14 @@
 #!/usr/bin/env bash
 # Check and time everything on a GPU, unattended: in at most ten minutes on an H100, on a slower machine in up to forty.
-# Each stage has a time limit, and its output is in $OUT/STAGE.txt (default: gpu-results) as it comes; a stage that fails
-# or is cut off does not stop the others. All results are in $OUT/results.json at the end. docs/gpu.md says more.
 #
 #   bench/gpu.sh                       all stages but tune
 #   bench/gpu.sh step ncu              some stages
 #
-# STEP has options of the steps in place of --all-shapes, such as STEP="--model ViT-L-14 --classes 100". PYTHON is the
-# Python to run. Without a GPU all stages but tune, ncu and the sanitizers run on the CPU; a small model takes minutes:
+# When a stage ends, how it ended and its results are printed, also into $OUT/summary.txt; its whole output is in
+# $OUT/STAGE.txt (default of OUT: gpu-results) as it comes. One that fails, or is cut off at its limit of time, does not
+# stop the others. At the end all files are in $OUT.tgz. docs/gpu.md says what to install, the goals, and where to send it.
 #
-#   STEP="--model vit-tiny --skip-layers 3 --classes 20 --rounds 1" bench/gpu.sh
-#
-#   machine     versions, devices, which peers can run, and by how much the limits are scaled
+#   machine     versions, devices, which peers can run, and by how much the limits of the other stages are scaled
 #   tests       pytest -m gpu, in parallel: operators against fp64, no host sync, replays equal eager steps
 #   step, step_fp32        steps of ViT-B/16: gradients against the published step; launches; bits; time, also as a CUDA
 #               graph, and in bf16 of the published step by torch.compile
@@ -21,50 +18,67 @@
 #   profile     the kernels of a step that take longest
 #   memcheck, racecheck    compute-sanitizer on a small call of every operator
 #   ncu         Nsight Compute on the Triton kernels of a step
-#   summary     a line for each with the goals beside the results, and results.json
+#
+# PYTHON is the Python to run, by default python3. STEP has options of the steps in place of --all-shapes, such as
+# STEP="--model ViT-L-14 --classes 100". Without a GPU all stages but tune, ncu and the sanitizers run on the CPU; a small
+# model takes minutes:
+#
+#   STEP="--model vit-tiny --skip-layers 3 --classes 20 --rounds 1" bench/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-gpu-results} STEP=${STEP:-}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export SKIPKERNELS_CPP=${SKIPKERNELS_CPP:-0} # no time to compile what runs on a CPU
 
-processes=$(($(nproc) < 8 ? $(nproc) : 8))
-stages="machine tests step step_fp32 full operators profile memcheck racecheck ncu summary"
-chosen=${*:-$stages}
+stages="machine tests step step_fp32 full operators tune profile memcheck racecheck ncu"
+chosen=${*:-${stages/ tune/}}
 for name in $chosen; do
-  [[ " $stages tune " == *" $name "* ]] || {
-    echo "bench/gpu.sh: no stage $name; expected some of: $stages tune" >&2; exit 2
-  }
+  [[ " $stages " == *" $name "* ]] || { echo "bench/gpu.sh: no stage $name; expected some of: $stages" >&2; exit 2; }
 done
 mkdir -p "$out"
-[ $# -gt 0 ] || rm -f "$out"/{facts.json,operators.jsonl,scale} # of an earlier run
+
+# Lines of an output that are results: ours; gradients, failures and counts of pytest; counts of compute-sanitizer.
+results='^result: |^worst gradient|: no timing$|(^|\] )(FAILED|ERROR) |[0-9]+ (passed|failed|error)|SUMMARY: '
 scaled() { # SECONDS
-  echo $(($1 * $(cat "$out/scale" 2>/dev/null || echo 100) / 100))
+  local percent
+  percent=$(sed -n 's/^limits of time: \([0-9]*\) %$/\1/p' "$out/machine.txt" 2>/dev/null)
+  echo $(($1 * ${percent:-100} / 100))
 }
 stage() { # NAME SECONDS COMMAND …
   [[ " $chosen " == *" $1 "* ]] || return 0
-  timeout --signal=INT --kill-after=5 "$(scaled "$2")" "${@:3}" >"$out/$1.txt" 2>&1
-  echo "$1: exit status $?, $SECONDS s since the start" | tee -a "$out/log.txt"
+  local limit status
+  limit=$(scaled "$2")
+  timeout --signal=INT --kill-after=5 "$limit" "${@:3}" >"$out/$1.txt" 2>&1
+  status=$?
+  case $status in
+    0) status=done ;;
+    124 | 137) status="cut off after $limit s" ;;
+    127) status="$3 is not installed" ;;
+    *) status="exit status $status, see $out/$1.txt" ;;
+  esac
+  echo "$1: $status"
+  grep -E "$results" "$out/$1.txt" | head -n 40 | sed 's/^/  /'
 }
 
-# From a cold disk the first import of torch takes most of a minute. A first run also compiles the kernels.
-stage machine 90 sh -c "nvidia-smi; $python -m bench.gpu machine --out '$out'"
-stage tests 100 "$python" -m pytest -v -m gpu -n "$processes" --maxschedchunk 1 -p no:cacheprovider \
-  --continue-on-collection-errors $(grep -rlE 'mark\.gpu|: Backend' tests --include='test_*.py') # others import more
-stage step 150 "$python" -m bench.gpu step --precision bf16 ${STEP:---all-shapes} --seconds "$(scaled 116)" --out "$out"
-stage step_fp32 35 "$python" -m bench.gpu step --precision fp32 $STEP --out "$out"
-stage full 45 "$python" -m bench.gpu full --batch 32 --rounds 10 $STEP --out "$out"
-stage operators 75 "$python" -m pytest bench/operators -q -p no:cacheprovider --minutes="$(scaled 10)e-1" \
-  --save "$out"
-stage tune 600 "$python" -m bench.tune --seconds "$(scaled 570)" --out "$out"
-stage profile 20 "$python" -m bench.gpu profile_step $STEP
-# The sanitizer sees allocations only if PyTorch does not keep freed memory.
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-stage memcheck 25 compute-sanitizer --tool memcheck "$python" -m bench.gpu smoke
-stage racecheck 25 compute-sanitizer --tool racecheck "$python" -m bench.gpu smoke
-unset PYTORCH_NO_CUDA_MEMORY_CACHING
-stage ncu 35 ncu --profile-from-start off --clock-control none --kernel-name 'regex:^_.*_kernel$' --launch-count 60 \
-  "$python" -m bench.gpu one_step $STEP
-if [[ " $chosen " == *" summary "* ]]; then
-  "$python" -m bench.gpu_summary "$out" | tee "$out/summary.txt"
-fi
+run() {
+  # From a cold disk the first import of torch takes most of a minute. A first run also compiles the kernels.
+  stage machine 90 sh -c "nvidia-smi; $python -m bench.gpu machine"
+  stage tests 100 "$python" -m pytest -v -m gpu -n $(($(nproc) < 8 ? $(nproc) : 8)) --maxschedchunk 1 \
+    -p no:cacheprovider --continue-on-collection-errors \
+    $(grep -rlE 'mark\.gpu|: Backend' tests --include='test_*.py') # others import more
+  stage step 150 "$python" -m bench.gpu step --precision bf16 ${STEP:---all-shapes} --seconds "$(scaled 116)"
+  stage step_fp32 35 "$python" -m bench.gpu step --precision fp32 $STEP
+  stage full 45 "$python" -m bench.gpu full --batch 32 --rounds 10 $STEP
+  stage operators 75 "$python" -m pytest bench/operators -q -p no:cacheprovider --minutes="$(scaled 10)e-1" --save "$out"
+  stage tune 600 "$python" -m bench.tune --seconds "$(scaled 570)" --out "$out"
+  stage profile 20 "$python" -m bench.gpu profile_step $STEP
+  # The sanitizer sees allocations only if PyTorch does not keep freed memory.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  stage memcheck 25 compute-sanitizer --tool memcheck "$python" -m bench.gpu smoke
+  stage racecheck 25 compute-sanitizer --tool racecheck "$python" -m bench.gpu smoke
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+  stage ncu 35 ncu --profile-from-start off --clock-control none --kernel-name 'regex:^_.*_kernel$' --launch-count 60 \
+    "$python" -m bench.gpu one_step $STEP
+}
+run | tee "$out/summary.txt"
+tar -czf "$out.tgz" -C "$(dirname "$out")" "$(basename "$out")" && echo "all results: $out.tgz"

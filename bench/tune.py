@@ -1,7 +1,7 @@
 """Time launch options of the Triton kernels on a GPU, and write the table of this device.
 
     python -m bench.tune                        write skipkernels/ops/tables/DEVICE.json, which later processes read
-    python -m bench.tune --out FOLDER           write FOLDER/DEVICE.json, which nothing reads, and a line of the summary
+    python -m bench.tune --out FOLDER           write FOLDER/DEVICE.json, which nothing reads
     python -m bench.tune --op class_scores --dtype bf16 --seconds 60
     python -m bench.tune --target sm_90         compile the candidates and print how many are left; needs no GPU
 
@@ -30,7 +30,6 @@ from rich.console import Console
 from skipkernels.ops import OPERATORS, launching
 
 from . import aot, measure
-from .gpu_summary import write_facts
 from .launches import ARCHITECTURES, CALLS, FAMILIES, launches_of
 from .operators import DTYPES, OURS, Case, Run
 from .operators.gate import Gate
@@ -86,12 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             candidates = sound(op, dtype, target, place, neighbours(entry.options), console)
             chosen[place], report = fastest(case, dtype, args.device, place, [entry.options, *candidates])
             console.print(f"{_text(place)}, {case.shape} {dtype}: {report}", highlight=False, soft_wrap=True)
-            table = table_with(device, chosen)
             if not args.no_save:
-                path.write_text(text_of(table))
-            if args.out is not None:
-                write_facts(args.out, {"tune": {"timed": len(timed), "table": table}})
-    console.print(f"{len(timed)} entries timed; the table is {path}", soft_wrap=True)
+                path.write_text(text_of(table_with(device, chosen)))
+    console.print(f"result: {len(timed)} entries timed; the table is {path}", soft_wrap=True)
 
 
 def cases(ops: Sequence[str], dtypes: Sequence[str], device: torch.device) -> Iterator[tuple[str, str, Case]]:

@@ -30,5 +30,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     case = ("op", "shape", "dtype", "implementation")
     slower = [" ".join(row[column] for column in case) for row in compared if row["faster"] < 1]
     if compared:
-        terminalreporter.write_line(f"another implementation is faster in {len(slower)} of {len(compared)} comparisons")
-        terminalreporter.write_line("\n".join(slower))
+        text = f"another implementation is faster in {len(slower)} of {len(compared)} comparisons"
+        terminalreporter.write_line(f"result: {'; '.join([text, *slower])}")
