@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import skipkernels as sk
-from bench import cache, infer, inputs, measure, memory, published, step, training
+from bench import cache, infer, inputs, measure, memory, published, step, test_steps, training
 from bench.published import PublishedStep
 from bench.rows import KINDS, MACHINE
 from skipkernels import testing
@@ -82,6 +82,13 @@ def test_step_that_does_not_fit_is_skipped(monkeypatch, table):
     assert left["p50_ms"] == "" and left["note"].startswith("does not fit: 1000 classes keep about ")
     assert float(rows["skipkernels", "fp32", 1000]["p50_ms"]) > 0
     assert "compared at 12 classes" in rows["skipkernels", "fp32", 1000]["note"]
+
+
+def test_steps_of_pytest_benchmark_run():
+    ran = []
+    test_steps.test_step(lambda function: ran.append(function()), "vit-tiny", 20, "bf16")
+    test_steps.test_predict(lambda function: ran.append(function()), "vit-tiny", 20)
+    assert len(ran) == 2
 
 
 def test_prompts_have_the_lengths_of_imagenet():

