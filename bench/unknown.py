@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import skipkernels as sk
-from skipkernels.app.demo.pictograms import TASKS, TEST, Drawings, names_of
+from skipkernels.app.data.pictograms import TASKS, TEST, Drawings, names_of
 from skipkernels.app.train.calibration import class_probabilities
 
 from . import tables

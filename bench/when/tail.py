@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from skipkernels.app.data.pictograms import TASKS, TEMPLATE, TEST, TRAIN, Drawings, names_of
 from skipkernels.app.demo import pictogram_tiny
-from skipkernels.app.demo.pictograms import TASKS, TEMPLATE, TEST, TRAIN, Drawings, names_of
 from skipkernels.app.train import tune
 
 LARGE = "food"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from recipes.pictograms import more
 from recipes.pictograms.names import has_word, held_out_words
 from skipkernels.app.data import DatasetImages, Source, Task, TaskOptions, load_task
-from skipkernels.app.demo.pictograms import TASKS, TEMPLATE, TEST, TRAIN, Drawings, names_of
+from skipkernels.app.data.pictograms import TASKS, TEMPLATE, TEST, TRAIN, Drawings, names_of
 
 Phase = Literal["search", "report"]
 

@@ -25,7 +25,7 @@ from .table import Icon, read_rows
 SETS = [prefix for prefix in pool.TEST_SETS if prefix not in sets.TEST_ONLY]
 SIZE, COLORS = 64, 64  # side of a drawing in pixels, and its colors
 TITLE = f"Drawings of {SIZE} by {SIZE} pixels on white with {COLORS} colors of icons from"
-FILE = Path(__file__).parents[2] / "skipkernels" / "app" / "demo" / "pictograms.zip"
+FILE = Path(__file__).parents[2] / "skipkernels" / "app" / "data" / "pictograms.zip"
 
 
 def on_white(drawing: np.ndarray) -> np.ndarray:

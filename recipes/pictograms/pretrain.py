@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from skipkernels.app.data.pictograms import TEMPLATE
 from skipkernels.app.demo.pictogram_tiny import NAME, register
-from skipkernels.app.demo.pictograms import TEMPLATE
 from skipkernels.app.demo.vit_pictogram import Stem
 from skipkernels.folders import replace_tensors, replaced_file
 

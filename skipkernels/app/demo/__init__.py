@@ -1,1 +1,1 @@
-"""Packaged model and data of the demo, with nothing to download."""
+"""Packaged model of the demo, with nothing to download."""

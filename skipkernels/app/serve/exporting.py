@@ -17,7 +17,7 @@ from ...folders import replace_text, replaced_folder, restored
 from ..config import TuneConfig
 from ..data import InputError
 from ..data.files import read_text
-from ..data.registry import KINDS, is_own
+from ..data.registry import KINDS, OWN
 from ..methods import METHODS
 from ..methods.tuned import TunedModel
 from ..train import weights
@@ -174,7 +174,7 @@ def _public(name: str) -> str:
     if kind in ("hf", "hf-hub"):
         public = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(\?.*)?", rest) and not Path(rest).exists()
     else:
-        public = not re.search(r"[/\\]", rest) and (kind == "dataset" or (kind in KINDS and not is_own(name)))
+        public = not re.search(r"[/\\]", rest) and (kind == "dataset" or (kind in KINDS and kind not in OWN))
     return name if public or not rest else kind
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from skipkernels.app import report
 from skipkernels.app.cli.main import main
-from skipkernels.app.data import InputError
-from skipkernels.app.demo import pictogram_tiny, pictograms
+from skipkernels.app.data import InputError, pictograms
+from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.methods.base import StepOutput
 from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.methods.skip import Skip

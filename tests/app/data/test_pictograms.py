@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import zipfile
 
-from skipkernels.app.data import TaskOptions, load_task
-from skipkernels.app.demo import pictograms
+from skipkernels.app.data import TaskOptions, load_task, pictograms
 
 
 def test_archive_has_a_drawing_of_each_name_by_each_designer():

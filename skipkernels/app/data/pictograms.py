@@ -16,10 +16,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..data.base import open_error
-from ..data.images import DatasetImages, Images
-from ..data.source import Source, Split
-from ..data.templates import Templates, resolve_templates
+from .base import open_error
+from .images import DatasetImages, Images
+from .source import Source, Split
+from .templates import Templates, resolve_templates
 
 ARCHIVE = Path(__file__).with_name("pictograms.zip")
 TEMPLATE = "an icon of a {}"
