@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from .base import InputError, SizedDataset
     from .images import DatasetImages, Images, LabelledImages
     from .registry import open_source
-    from .shots import few_shot, few_shot_note, save_few_shot
+    from .shots import few_shot, save_few_shot
     from .source import Source, Split, from_datasets
-    from .tasks import Task, TaskOptions, TestSet, load_task, split_base_new, summarise
+    from .tasks import Task, TaskOptions, TestSet, load_task, summarise
 
 __all__ = [
     "DatasetImages",
@@ -26,12 +26,10 @@ __all__ = [
     "TaskOptions",
     "TestSet",
     "few_shot",
-    "few_shot_note",
     "from_datasets",
     "load_task",
     "open_source",
     "save_few_shot",
-    "split_base_new",
     "summarise",
 ]
 
@@ -41,8 +39,8 @@ __getattr__ = lazy_names(
         "base": ("InputError", "SizedDataset"),
         "images": ("DatasetImages", "Images", "LabelledImages"),
         "registry": ("open_source",),
-        "shots": ("few_shot", "few_shot_note", "save_few_shot"),
+        "shots": ("few_shot", "save_few_shot"),
         "source": ("Source", "Split", "from_datasets"),
-        "tasks": ("Task", "TaskOptions", "TestSet", "load_task", "split_base_new", "summarise"),
+        "tasks": ("Task", "TaskOptions", "TestSet", "load_task", "summarise"),
     },
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
@@ -11,9 +11,62 @@ from PIL import Image
 from ...digests import digest_bytes
 from .base import InputError
 from .files import format_names
-from .images import read_all, reason_of, unreadable
+from .images import Images, LabelledImages, read_ahead
 from .source import Source, Split
 from .tasks import Task
+
+
+def _read(images: Images, use: Callable[[Any], Any]) -> Iterator[Any]:
+    """Read images in order, in threads if they are files; yield the results of `use`, or the InputError of an image."""
+    used = images.with_transform(use)
+    workers = None if isinstance(images, LabelledImages) else 1
+    for index, result in enumerate(read_ahead(lambda n: used[n][0], len(images), workers=workers)):
+        if isinstance(result, InputError) and result.argument is not None:  # of the label, not of the image
+            raise result
+        known = not isinstance(result, Exception) or isinstance(result, InputError)  # others: of a dataset of the user
+        yield result if known else InputError(f"{images.names[index]}: {result!r}")
+
+
+def _unreadable(images: Images) -> dict[int, str]:
+    """Return the reason by index for each image that can't be read."""
+    read = enumerate(_read(images, lambda image: None))
+    return {index: str(result) for index, result in read if isinstance(result, InputError)}
+
+
+def unreadable_images(task: Task) -> dict[str, str]:
+    """Return the reason by name for each image of a task that can't be read."""
+    held = () if task.validation is None else (task.validation,)
+    parts = (task.train, *(part.images for part in (*task.tests, *held)))
+    return {part.names[index]: reason for part in parts for index, reason in _unreadable(part).items()}
+
+
+def without_unreadable(task: Task) -> Task:
+    """Return a task without the images that can't be read, which a note names."""
+    skipped: dict[str, None] = {}
+
+    def readable(images: Images, classes: Sequence[str], what: str) -> Images:
+        wrong = _unreadable(images)
+        if not wrong:
+            return images
+        skipped.update((images.names[index], None) for index in wrong)
+        part = images.subset(index for index in range(len(images)) if index not in wrong)
+        lost = set(images.labels) - set(part.labels) if what == "training" or not len(part) else set()
+        if lost:
+            names = format_names([classes[label] for label in sorted(lost)])
+            raise InputError(f"{task.name}: no {what} image of {names} can be read. Replace them.", "data")
+        return part
+
+    train = readable(task.train, task.tests[0].classes, "training")
+    tests = tuple(replace(test, images=readable(test.images, test.classes, "test")) for test in task.tests)
+    held = task.validation
+    if held is not None:
+        held = replace(held, images=readable(held.images, held.classes, "validation"))
+    note = f"{task.name}: skipped {len(skipped)} images that can't be read: {format_names(list(skipped))}."
+    notes = (*task.notes, note) if skipped else task.notes
+    return replace(task, train=train, tests=tests, validation=held, notes=notes)
+
+
+# ---- skipkernels check -----------------------------------------------------------------------------------------------
 
 
 class Fact(NamedTuple):
@@ -37,57 +90,20 @@ class Finding(NamedTuple):
     detail: str
 
 
-def unreadable_images(task: Task) -> dict[str, str]:
-    """Return the reason by name for each image of a task that can't be read."""
-    held = () if task.validation is None else (task.validation,)
-    parts: Any = (task.train, *(part.images for part in (*task.tests, *held)))
-    return {part.names[index]: reason for part in parts for index, reason in unreadable(part).items()}
-
-
-def without_unreadable(task: Task) -> Task:
-    """Return a task without the images that can't be read, which a note names."""
-    skipped: dict[str, None] = {}
-
-    def readable(images: Any, classes: Sequence[str], what: str) -> Any:
-        wrong = unreadable(images)
-        if not wrong:
-            return images
-        skipped.update((images.names[index], None) for index in wrong)
-        part = images.subset(index for index in range(len(images)) if index not in wrong)
-        lost = set(images.labels) - set(part.labels) if what == "training" or not len(part) else set()
-        if lost:
-            names = format_names([classes[label] for label in sorted(lost)])
-            raise InputError(f"{task.name}: no {what} image of {names} can be read. Replace them.", "data")
-        return part
-
-    train = readable(task.train, task.tests[0].classes, "training")
-    tests = tuple(replace(test, images=readable(test.images, test.classes, "test")) for test in task.tests)
-    held = task.validation
-    if held is not None:
-        held = replace(held, images=readable(held.images, held.classes, "validation"))
-    note = f"{task.name}: skipped {len(skipped)} images that can't be read: {format_names(list(skipped))}."
-    notes = (*task.notes, note) if skipped else task.notes
-    return replace(task, train=train, tests=tests, validation=held, notes=notes)
-
-
 def facts(source: Source, advance: Callable[[], object] = lambda: None) -> list[Fact]:
     """Read all images of a dataset; `advance` is called after each."""
+
+    def examined(image: Image.Image) -> tuple[tuple[int, int], str]:
+        return image.size, digest_bytes(image.tobytes() + repr(image.size).encode())
+
     found = []
-    for split in get_args(Split):
-        if not source.has_split(split):
-            continue
+    for split in (each for each in get_args(Split) if source.has_split(each)):
         images = source.images(split)
-        for name, label, result in zip(images.names, images.labels, read_all(images, _examined), strict=True):
+        for name, label, result in zip(images.names, images.labels, _read(images, examined), strict=True):
             about = split, name, source.classes[label]
-            error = isinstance(result, Exception)
-            found.append(Fact(*about, reason_of(result, name)) if error else Fact(*about, None, *result))
+            found.append(Fact(*about, str(result)) if isinstance(result, InputError) else Fact(*about, None, *result))
             advance()
     return found
-
-
-def _examined(image: Image.Image) -> tuple[tuple[int, int], str]:
-    """Size in pixels, and digest of the pixels."""
-    return image.size, digest_bytes(image.tobytes() + repr(image.size).encode())
 
 
 def findings(images: Sequence[Fact]) -> list[Finding]:

@@ -71,21 +71,19 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     absent = next((path for path in (base, folder, images) if not os.path.isdir(path)), None)
     if absent is not None:
         raise open_error(f"{dataset}: no folder {absent}. {_HELP}", "root")
-    missing: dict[Split, str] = {}
-    notes: tuple[str, ...] = ()
     if key == "imagenet" or key in VARIANTS:
         file = folder / "classnames.txt"
         class_names = _class_names(file if file.is_file() else base / "imagenet" / "classnames.txt")
-        names, splits, missing = _imagenet(dataset, key, images, class_names)
+        names, splits = _imagenet(dataset, key, images, class_names)
     elif key == "fgvc_aircraft":
         names, splits = _aircraft(folder, images)
     else:
         names, splits = _split_file(folder / layout.split_file, images)
     classes = tuple(map(normalize_class_name, names))
+    notes = []
     if repeated := sorted(name for name, count in Counter(classes).items() if count > 1):
-        note = f"{dataset}: more than one class is named {format_names(repeated)}; their prompts are equal."
-        notes = (note,)
-    return Source(dataset, classes, resolve_templates(key, templates), splits=splits, missing=missing, notes=notes)
+        notes = [f"{dataset}: more than one class is named {format_names(repeated)}; their prompts are equal."]
+    return Source(dataset, classes, resolve_templates(key, templates), splits=splits, notes=tuple(notes))
 
 
 def _split_file(file: Path, root: Path) -> tuple[list[str], dict[Split, Images]]:
@@ -143,15 +141,11 @@ def _class_names(file: Path) -> dict[str, str]:
 
 def _imagenet(
     dataset: str, key: str, images: Path, class_names: Mapping[str, str]
-) -> tuple[list[str], dict[Split, Images], dict[Split, str]]:
-    """Return the class names, the splits, and why others are missing."""
+) -> tuple[list[str], dict[Split, Images]]:
+    """Return the class names and the splits."""
     folder_of: dict[Split, Path] = {"train": images / "train", "test": images / "val"}
-    missing: dict[Split, str] = {split: f"no folder {path}. {_HELP}" for split, path in folder_of.items()}
-    missing["val"] = "its validation images are the test images. Choose test."
     if key != "imagenet":
         folder_of = {"test": images}
-        reason = "it is a variant of ImageNet, for testing only. Train on coop:imagenet."
-        missing = {"train": reason, "val": reason}
     folder_of = {split: path for split, path in folder_of.items() if path.is_dir()}
     folders = sorted({name for path in folder_of.values() for name in subfolders(path) if re.fullmatch(r"n\d+", name)})
     ids = tuple(folders)
@@ -163,7 +157,7 @@ def _imagenet(
         problem = f"classnames.txt has no name for {format_names(unnamed)}" if ids else f"no folders n… in {images}"
         raise open_error(f"{dataset}: {problem}. {_HELP}", "root")
     splits = {split: _folder_images(dataset, path, folders) for split, path in folder_of.items()}
-    return [class_names[wnid] for wnid in ids], splits, missing
+    return [class_names[wnid] for wnid in ids], splits
 
 
 def _folder_images(dataset: str, root: Path, folders: list[str]) -> Images:

@@ -62,9 +62,8 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
         problem = f"no file {format_names(missing)} in {base}" if missing else "has no images"
         remedy = "Correct the paths, or name their folder as `root`."
         raise open_error(f"{name}: {problem}. {remedy}", "data" if root is None else "root")
-    labels, classes = labels_by_name(
-        name, label_column, [label for label, _ in images.values()], "name them in a column class_name"
-    )
+    of_images = [label for label, _ in images.values()]
+    labels, classes = labels_by_name(f"open_source: {name}", of_images, "name them in a column class_name")
     splits = [split for _, split in images.values() if split is not None]
     repeated = len(rows) - len(images)
     return listed_source(

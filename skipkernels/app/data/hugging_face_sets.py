@@ -8,7 +8,6 @@ after the "?": `config=NAME` and `revision=TAG` of a dataset by name.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from .base import open_error
 from .decoder import decode
 from .files import absolute_path, format_names
 from .images import DatasetImages, read_image
-from .source import Source, Split, normalize_class_names
+from .source import Source, Split, class_names
 from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
 from .templates import Templates
 
@@ -34,12 +33,14 @@ class RowDataset:
         identity: Identity of the images, for a feature cache.
     """
 
-    def __init__(self, rows: Any, column: str, labels: list[int], names: Sequence[str]):
+    def __init__(self, parts: list[Any], column: str, labels: list[int], names: Sequence[str]):
+        import datasets
+
+        rows = datasets.concatenate_datasets(parts)
         self.labels, self._names, self._column = labels, names, column
         self.identity = f"{rows._fingerprint} {column}"
         # As bytes: the decoder of `datasets` takes any format, and ignores the orientation of photos.
-        encoded = importlib.import_module("datasets").Image(decode=False)
-        self._rows = rows.select_columns([column]).cast_column(column, encoded)
+        self._rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,53 +56,31 @@ def open_hugging_face(spec: str, templates: Templates = None) -> Source:
     """Open a dataset of Hugging Face, PATH or NAME with options after "?"; see the docstring of this module."""
     where, _, query = spec.partition("?")
     name, options = f"hf:{where}", dict(parse_qsl(query, keep_blank_values=True))
-    if not where:
-        raise open_error("hf: needs a folder or a name, such as hf:food101.")
     if not options.keys() <= set(_OPTIONS):
         raise open_error(f"hf:{spec}: options must be {', '.join(f'{each}=…' for each in _OPTIONS)}, joined by &.")
-    folder = absolute_path(where)
-    on_disk = any((folder / file).is_file() for file in _ON_DISK)
-    if on_disk:
-        loaded = _load(name, "load_from_disk", str(folder))
-    elif folder.exists() or Path(where).is_absolute():
-        raise open_error(f"{name}: must be a folder that save_to_disk wrote, with {' or '.join(_ON_DISK[:2])}.")
-    else:
-        loaded = _load(name, "load_dataset", where, options.get("config"), revision=options.get("revision"))
+    loaded = _load(name, where, options)
     features = next(iter(loaded.values())).features
-    image_column = _column(name, features, "image", _of_type("Image", features), options.get("image"))
-    of_classes = _of_type("ClassLabel", features)
+    of_images, of_classes = (_of_type(kind, features) for kind in ("Image", "ClassLabel"))
+    image_column = _column(name, features, "image", of_images, options.get("image"))
     others = {column.lower(): column for column in features if column != image_column}
     named = [others[label] for label in LABEL_NAMES if label in others]
     label_column = _column(name, features, "label", of_classes or named[:1], options.get("label"))
-    parts: dict[Split, Any] = {}
-    notes: list[str] = []
-    for key, part in loaded.items():
-        split = SPLIT_NAMES.get(key.lower())
-        if split is None or split in parts:
-            notes.append(f"{name}: the split {key} is not used.")
-        elif split != "train" and any(value in (None, -1) for value in part[label_column]):
-            notes.append(f"{name}: {key} has images without a label, so it is not used.")
-        else:
-            parts[split] = part
-    if not parts:
-        raise open_error(f"{name}: has the splits {format_names(list(loaded))}, none of which is train or test.")
-    values = [value for part in parts.values() for value in part[label_column]]
+    parts, notes = _used_splits(name, loaded, label_column)
     names = [f"{split}/{index}" for split, part in parts.items() for index in range(len(part))]
-    known = features[label_column].names if label_column in of_classes else None
+    values = [value for part in parts.values() for value in part[label_column]]
     for value, of_row in zip(values, names, strict=True):
         if type(value) not in (int, str) or value in ("", -1):
             raise open_error(
                 f"{name}: {label_column} must be text or a whole number; got {value!a:.80} for {of_row}. Correct it, "
                 "or remove the sample."
             )
-    if known is None:
-        labels, classes = labels_by_name(name, label_column, list(map(str, values)), "use another label=…")
+    location, remedy = f"open_source: {name}", "use another label=…"
+    if label_column in of_classes:
+        labels, classes = values, class_names(location, features[label_column].names, remedy)
     else:
-        labels, ids = values, range(len(known))
-        classes = normalize_class_names(f"open_source: {name}", "data", "class", ids, known, "use another label=…")
+        labels, classes = labels_by_name(location, list(map(str, values)), remedy)
     try:
-        rows = importlib.import_module("datasets").concatenate_datasets(list(parts.values()))
-        images = RowDataset(rows, image_column, labels, [f"{name}: {of_row}" for of_row in names])
+        images = RowDataset(list(parts.values()), image_column, labels, [f"{name}: {of_row}" for of_row in names])
     except (TypeError, ValueError, NotImplementedError) as error:
         raise open_error(f"{name}: {image_column} must be a column of images ({error}). Use image=….") from error
     return listed_source(
@@ -116,18 +95,44 @@ def open_hugging_face(spec: str, templates: Templates = None) -> Source:
     )
 
 
-def _load(name: str, function: str, *arguments: Any, **options: Any) -> dict[str, Any]:
-    """Call a function of the package `datasets`; return the dataset of each split."""
+def _load(name: str, where: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """Return the dataset of each split, from the disk or the hub."""
+    if not where:
+        raise open_error("hf: needs a folder or a name, such as hf:food101.")
+    folder = absolute_path(where)
+    on_disk = any((folder / file).is_file() for file in _ON_DISK)
+    if not on_disk and (folder.exists() or Path(where).is_absolute()):
+        raise open_error(f"{name}: must be a folder that save_to_disk wrote, with {' or '.join(_ON_DISK[:2])}.")
     try:
-        datasets = importlib.import_module("datasets")
+        import datasets
     except ImportError as error:
         raise open_error(f"{name} needs the package datasets: pip install 'skipkernels[datasets]'.") from error
     try:
-        loaded = getattr(datasets, function)(*arguments, **options)
+        if on_disk:
+            loaded = datasets.load_from_disk(str(folder))
+        else:
+            loaded = datasets.load_dataset(where, options.get("config"), revision=options.get("revision"))
     except Exception as error:  # any error of the network, the hub, or a format
         why = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:300]
         raise open_error(f"{name}: can't be loaded ({why}). Is the name correct, and the network available?") from error
     return dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
+
+
+def _used_splits(name: str, loaded: Mapping[str, Any], label_column: str) -> tuple[dict[Split, Any], list[str]]:
+    """Return the dataset of each split that is used, and notes on the others."""
+    parts: dict[Split, Any] = {}
+    notes: list[str] = []
+    for key, part in loaded.items():
+        split = SPLIT_NAMES.get(key.lower())
+        if split is None or split in parts:
+            notes.append(f"{name}: the split {key} is not used.")
+        elif split != "train" and any(value in (None, -1) for value in part[label_column]):
+            notes.append(f"{name}: {key} has images without a label, so it is not used.")
+        else:
+            parts[split] = part
+    if not parts:
+        raise open_error(f"{name}: has the splits {format_names(list(loaded))}, none of which is train or test.")
+    return parts, notes
 
 
 def _of_type(kind: str, features: Any) -> list[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from .base import InputError, open_error
 from .files import absolute_path, find_images, format_names, format_others, read_json, subfolders
 from .images import LabelledImages
-from .source import Source, Split, normalize_class_names
+from .source import Source, Split, class_names
 from .splits import SPLIT_NAMES, listed_source
 from .templates import Templates
 
@@ -95,4 +95,4 @@ def _class_names(name: str, root: Path, folders: list[str]) -> tuple[str, ...]:
         if unnamed:
             raise InputError(f"{mapping}: no name for folder {format_names(unnamed)}. Add it.")
         names = [name_of[folder] for folder in folders]
-    return normalize_class_names(f"open_source: {name}", "data", "folder", folders, names, "name them in classes.json")
+    return class_names(f"open_source: {name}", names, "name the folders in classes.json")

@@ -88,11 +88,6 @@ class LabelledImages(Images):
         super().__init__(labels, paths, transform)
         self.root = absolute_path(root)
 
-    @property
-    def samples(self) -> list[tuple[str, int]]:
-        """(path, label) of every image, as in torchvision's `ImageFolder`."""
-        return [(os.path.join(self.root, name), label) for name, label in zip(self.names, self.labels, strict=True)]
-
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Load an image and its label."""
         return read_image(os.path.join(self.root, self.names[index]), self.transform), self.labels[index]
@@ -213,29 +208,6 @@ def read_ahead(
                 pending.append(pool.submit(attempt, index + ahead))
     finally:  # without waiting: this generator may be collected in one of these threads
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def read_all(images: Images, use: Transform) -> Iterator[Any]:
-    """Read images in order, in threads if they are files; yield the results of `use`, or the error of an image."""
-    used = images.with_transform(use)
-    workers = None if isinstance(images, LabelledImages) else 1
-    return read_ahead(lambda index: used[index][0], len(images), workers=workers)
-
-
-def reason_of(error: Exception, name: str) -> str:
-    """Return a line that names an image and the reason why it can't be read."""
-    return str(error) if isinstance(error, InputError) else f"{name}: {error!r}"
-
-
-def unreadable(images: Images) -> dict[int, str]:
-    """Return the reason by index for each image that can't be read."""
-    found: dict[int, str] = {}
-    for index, result in enumerate(read_all(images, lambda image: None)):
-        if isinstance(result, InputError) and result.argument is not None:  # not of the image, but of its label
-            raise result
-        if isinstance(result, Exception):
-            found[index] = reason_of(result, images.names[index])
-    return found
 
 
 def joined(parts: Sequence[Images]) -> Images:

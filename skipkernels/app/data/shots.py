@@ -1,9 +1,8 @@
-"""Few-shot subsets, which depend only on labels, names and a seed."""
+"""Choice of a few images of each class, which depends only on labels, names and a seed; and notes on its sizes."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import math
 from collections import Counter, defaultdict
@@ -12,17 +11,27 @@ from pathlib import Path
 
 from ...folders import replace_text
 from ...options import Shots
-from .base import InputError
 from .files import format_names
 from .images import Images
 
 _UNEVEN = 3  # times as many images in the largest class as in the smallest, of which a note is made
 
 
-def hash_order(purpose: str, seed: int, name: str) -> tuple[bytes, str]:
-    """Sort key for a pseudorandom order of names; it depends only on the purpose, the seed and the name."""
-    text = f"{purpose}/{seed}/{name}".encode("utf-8", "surrogateescape")  # file names on Linux may not be UTF-8
-    return hashlib.sha256(text).digest(), name
+def shuffled_by_class(labels: Sequence[int], names: Sequence[str], purpose: str, seed: int = 0) -> list[list[int]]:
+    """Return the indices of the images of each class, in a pseudorandom order of their names.
+
+    The order depends only on the purpose, the seed and the names, so another image does not change it.
+    """
+
+    def key(index: int) -> tuple[bytes, str]:
+        # File names on Linux may not be UTF-8.
+        text = f"{purpose}/{seed}/{names[index]}".encode("utf-8", "surrogateescape")
+        return hashlib.sha256(text).digest(), names[index]
+
+    images: dict[int, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        images[label].append(index)
+    return [sorted(images[label], key=key) for label in sorted(images)]
 
 
 def few_shot(labels: Sequence[int], names: Sequence[str], shots: int, seed: int) -> list[int]:
@@ -45,22 +54,7 @@ def few_shot(labels: Sequence[int], names: Sequence[str], shots: int, seed: int)
         >>> [names[i] for i in few_shot([0] * 10 + [1] * 10, names, shots=2, seed=1)]
         ['cat/6.jpg', 'cat/5.jpg', 'dog/0.jpg', 'dog/9.jpg']
     """
-    _check_shots(shots)
-    images: dict[int, list[int]] = defaultdict(list)
-    for index, label in enumerate(labels):
-        images[label].append(index)
-    return [
-        index
-        for label in sorted(images)
-        for index in heapq.nsmallest(shots, images[label], key=lambda index: hash_order("few-shot", seed, names[index]))
-    ]
-
-
-def _check_shots(shots: int) -> None:
-    if shots < 1:
-        raise InputError(
-            f"few_shot: shots must be at least 1; got {shots}: every class needs a training image.", "shots"
-        )
+    return [index for order in shuffled_by_class(labels, names, "few-shot", seed) for index in order[:shots]]
 
 
 def hold_out(
@@ -77,13 +71,9 @@ def hold_out(
     >>> [len(part) for part in hold_out([0] * 10, names, shots=16, seed=1, share=0.2)]
     [8, 2]
     """
-    _check_shots(shots)
-    images: dict[int, list[int]] = defaultdict(list)
-    for index in few_shot(labels, names, len(labels) or 1, seed):
-        images[labels[index]].append(index)
     train: list[int] = []
     held: list[int] = []
-    for order in images.values():
+    for order in shuffled_by_class(labels, names, "few-shot", seed):
         left = len(order) - shots if len(order) > shots else len(order) - 1
         count = min(left, max(1, math.floor(share * len(order) + 0.5)))
         train += order[: min(shots, len(order) - count)]
@@ -131,8 +121,7 @@ def save_few_shot(
 
     Paths are written relative to the root, so that the root can be moved; `data` is the name of the dataset.
     """
+    header = json.dumps({"data": data, "shots": shots, "seed": seed}).removesuffix("}")
     chosen = [[name, label, classes[label]] for name, label in zip(images.names, images.labels, strict=True)]
-    header = {"data": data, "shots": shots, "seed": seed}
-    lines = ",\n".join(f"    {json.dumps(item)}" for item in chosen)  # one image per line, for diffs
-    text = json.dumps(header, indent=2).removesuffix("\n}") + f',\n  "train": [\n{lines}\n  ]\n}}\n'
-    replace_text(Path(path), text)
+    lines = ",\n".join(map(json.dumps, chosen))  # one image per line, for diffs
+    replace_text(Path(path), f'{header}, "train": [\n{lines}\n]}}\n')

@@ -5,12 +5,10 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from .base import InputError, SizedDataset
-from .files import format_names
 from .images import DatasetImages, Images, Transform, joined
-from .shots import few_shot, hold_out
 from .templates import Templates, prompts, resolve_templates
 
 Split = Literal["train", "val", "test"]
@@ -26,7 +24,7 @@ class Source:
         classes: Names by label, as in prompts.
         templates: Prompt templates. Training uses the first; evaluation averages the embeddings of all.
         splits: Images of each split.
-        missing: For missing splits, the reason and the remedy.
+        missing: For missing splits, the reason and the remedy, if there is one besides.
         notes: Remarks for the user on how the dataset was read.
         hashed: The user's data have no splits of their own, and were split by a hash.
     """
@@ -46,10 +44,7 @@ class Source:
 
     def has_split(self, split: Split) -> bool:
         """Return True if the dataset has images in a split."""
-        try:
-            return len(self.images(split)) > 0
-        except InputError:
-            return False
+        return len(self.splits.get(split, ())) > 0
 
     def images(self, split: Split, transform: Transform | None = None) -> Images:
         """Return the images of a split.
@@ -61,31 +56,6 @@ class Source:
             reason = self.missing.get(split, f"it has {', '.join(self.splits)} images.")
             raise InputError(f"{self.name} has no {split} images: {reason}", "data")
         return self.splits[split].with_transform(transform)
-
-    def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> Images:
-        """Return `shots` training images of each class, class by class; all images of a class that has fewer."""
-        images = self._train(transform)
-        return images.subset(few_shot(images.labels, images.names, shots, seed))
-
-    def hold_out(
-        self, shots: int, seed: int, share: float, transform: Transform | None, train_transform: Transform | None
-    ) -> tuple[Images, Images]:
-        """Return training images as `few_shot` does, and validation images besides, as the function `hold_out` does.
-
-        `transform` is applied to the validation images, `train_transform` to the training images.
-        """
-        images = self._train(train_transform)
-        train, held = hold_out(images.labels, images.names, shots, seed, share)
-        return images.subset(train), images.subset(held).with_transform(transform)
-
-    def _train(self, transform: Transform | None) -> Images:
-        """Training images, at least one of each class."""
-        images = self.images("train", transform)
-        present = set(images.labels)
-        without = [name for label, name in enumerate(self.classes) if label not in present]
-        if without:
-            raise InputError(f"{self.name} has no training images of {format_names(without)}. Add some.", "data")
-        return images
 
     def train_on(self: SourceT, splits: Sequence[Split]) -> SourceT:
         """Return the source with the images of further splits as training images."""
@@ -148,14 +118,12 @@ def from_datasets(
     if not datasets:
         raise InputError(f"from_datasets: {name} must have a dataset; got none. Give train=, val= or test=.")
     if classes is None:
-        classes = next((own for d in datasets.values() if (own := _class_names(d)) is not None), None)
+        classes = next((own for d in datasets.values() if (own := _names_of(d)) is not None), None)
     if classes is None:
         raise InputError(f"from_datasets: {name} has no class names. Give classes=[…], names by label.", "classes")
     if isinstance(classes, str) or not hasattr(classes, "__len__"):
         raise InputError(f"from_datasets: {name}: classes must be names by label, a list; got {classes!r}.", "classes")
-    names = normalize_class_names(
-        f"from_datasets: {name}", "classes", "label", range(len(classes)), classes, "give others as classes=[…]"
-    )
+    names = class_names(f"from_datasets: {name}", classes, "give others as classes=[…]", "classes")
     splits: dict[Split, Images] = {}
     for split, dataset in datasets.items():
         own = getattr(dataset, "names", None)
@@ -168,46 +136,38 @@ def from_datasets(
                 split,
             )
         splits[split] = images
-    missing: dict[Split, str] = {
-        split: f"it has {', '.join(splits)} images. Give from_datasets {split}= too." for split in get_args(Split)
-    }
-    return Source(name, names, resolve_templates(None, templates), splits=splits, missing=missing)
+    return Source(name, names, resolve_templates(None, templates), splits=splits)
 
 
-def _class_names(dataset: Any) -> Sequence[str] | None:
+def _names_of(dataset: Any) -> Sequence[str] | None:
     """Names of the classes that a dataset has, or its feature "label", as in a dataset of Hugging Face."""
     features = getattr(dataset, "features", None)
     label = features.get("label") if isinstance(features, Mapping) else None
     return getattr(dataset, "classes", getattr(label, "names", None))
 
 
-def normalize_class_names(
-    location: str, argument: str, kind: str, ids: Sequence[object], names: Sequence[str], alternative: str
-) -> tuple[str, ...]:
+def class_names(location: str, names: Sequence[str], remedy: str, argument: str = "data") -> tuple[str, ...]:
     """Normalize the names of classes; none may be empty, or equal to another in lower case.
 
-    `ids` are those of the classes, of a `kind` such as "folder"; `location`, `argument`, `kind` and the remedy
-    `alternative` are for error messages.
+    `location`, a `remedy` besides another name, and `argument` are for error messages.
 
-    >>> normalize_class_names("open_source", "data", "folder", ["n01", "n02"], ["sea_lion", "owl"], "…")
+    >>> class_names("open_source", ["sea_lion", "owl"], "…")
     ('sea lion', 'owl')
     """
-
-    def error(problem: str, remedy: str) -> InputError:
-        return InputError(f"{location}: {problem}. {remedy}, or {alternative}.", argument)
-
-    if not all(isinstance(name, str) for name in names):
-        raise error(f"class names must be text; got {list(names)!r:.80}", "Write them out")
-    id_of: dict[str, object] = {}
-    normalized = tuple(map(normalize_class_name, names))
-    for class_id, name in zip(ids, normalized, strict=True):
-        if not name or name != name.encode(errors="ignore").decode():  # the bytes of a folder that is not in UTF-8
-            raise error(f"the class of {kind} {class_id!a} can't be named {name!a}", "Rename it")
-        other = id_of.setdefault(name.casefold(), class_id)
-        if other != class_id:
-            same = f"{kind}s {other} and {class_id} have the same class name, {name!r}: no prompt can tell them apart"
-            raise error(same, "Rename one")
-    return normalized
+    original: dict[str, str] = {}
+    found = []
+    for name in names:
+        if not isinstance(name, str):
+            raise InputError(f"{location}: class names must be text; got {name!r}. Write it out.", argument)
+        normalized = normalize_class_name(name)
+        if not normalized or normalized != normalized.encode(errors="ignore").decode():  # a folder that is not in UTF-8
+            raise InputError(f"{location}: a class can't be named {name!a}. Rename it, or {remedy}.", argument)
+        if normalized.casefold() in original:
+            both = f"{original[normalized.casefold()]!r} and {name!r} are the same class name"
+            raise InputError(f"{location}: {both}: no prompt can tell them apart. Rename one, or {remedy}.", argument)
+        original[normalized.casefold()] = name
+        found.append(normalized)
+    return tuple(found)
 
 
 def normalize_class_name(name: str) -> str:

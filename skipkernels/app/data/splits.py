@@ -1,4 +1,4 @@
-"""Splits and classes of datasets that list images with labels."""
+"""Sources of images that are listed with labels, and perhaps with splits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import get_args
 
 from .files import format_names
 from .images import Images
-from .shots import hash_order
-from .source import Source, Split, normalize_class_names
+from .shots import shuffled_by_class
+from .source import Source, Split, class_names
 from .templates import Templates, resolve_templates
 
 SPLIT_NAMES: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -21,43 +21,6 @@ _TEST_TENTHS, _VAL_TENTHS = 3, 2
 # Columns and fields with the class of an image, the best one first.
 LABEL_NAMES = ("class_name", "classname", "label_name", "category", "class", "label", "target", "caption", "text")
 CAPTIONS = ("caption", "text")
-
-
-def hash_splits(
-    images: Images, classes: Sequence[str], remedy: str = "make train/ and test/"
-) -> tuple[dict[Split, Images], dict[Split, str]]:
-    """Split the images of each class into train, val and test by a hash of their names.
-
-    Without test images if a class has only one image, which must train. Returns the images of each split that has some,
-    and the reason and remedy for each missing split.
-
-    >>> from skipkernels.app.data import DatasetImages
-    >>> splits, _ = hash_splits(DatasetImages([("", 0)] * 10, names=[f"cat/{n}.jpg" for n in range(10)]), ["cat"])
-    >>> {split: len(part) for split, part in splits.items()}
-    {'train': 5, 'val': 2, 'test': 3}
-    """
-    names, missing = images.names, dict[Split, str]()
-    of_class: dict[int, list[int]] = defaultdict(list)
-    for index, label in enumerate(images.labels):
-        of_class[label].append(index)
-    single = [classes[label] for label, indices in sorted(of_class.items()) if len(indices) == 1]
-    if single:
-        have = f"class {single[0]} has" if len(single) == 1 else f"classes {format_names(single)} have"
-        missing["test"] = (
-            f"{have} 1 image, and train and test need one each. Add some, {remedy}, or train on all images with "
-            "`test=none`."
-        )
-    chosen: dict[Split, list[int]] = {"train": [], "val": [], "test": []}
-    for indices in of_class.values():
-        order = sorted(indices, key=lambda index: hash_order("split", 0, names[index]))
-        tests = 0 if missing else (_TEST_TENTHS * len(order) + 5) // 10  # 1 if there are 2 images
-        vals = (_VAL_TENTHS * len(order) + 5) // 10
-        chosen["test"] += order[:tests]
-        chosen["val"] += order[tests : tests + vals]
-        chosen["train"] += order[tests + vals :]
-    if not chosen["val"]:
-        missing["val"] = "its classes have too few images. Add some, or make a val split."
-    return {split: images.subset(sorted(part)) for split, part in chosen.items() if split not in missing}, missing
 
 
 def listed_source(
@@ -80,24 +43,47 @@ def listed_source(
     notes = list(notes)
     if all(map(is_number, classes)):
         notes.append(f"{name}: the classes have numbers and no names, and prompts are made of names.")
-    parts: dict[Split, Images]
     missing: dict[Split, str] = {}
     hashed = splits is None or set(splits) == {"train"}
     if splits is None or hashed:
-        parts, missing = hash_splits(images, classes, remedy)
-        counts = ", ".join(f"{len(part)} {split}" for split, part in parts.items())
+        splits, missing = _hash_splits(images, classes, remedy)
+        counts = ", ".join(f"{splits.count(split)} {split}" for split in get_args(Split) if split in splits)
         notes.append(f"{name}: {how}, so the images of each class are split by a hash of their names: {counts}.")
-    else:
-        indices: dict[Split, list[int]] = defaultdict(list)
-        for index, split in enumerate(splits):
-            indices[split].append(index)
-        parts = {split: images.subset(indices[split]) for split in get_args(Split) if split in indices}
-        if "test" not in parts:
-            parts["test"] = parts.pop("val")
-            notes.append(f"{name}: no test images, so the val images are the test images.")
-            missing["val"] = "without test images, the val images are the test images. Add test images to have both."
+    elif "val" in splits and "test" not in splits:
+        splits = ["test" if split == "val" else split for split in splits]
+        notes.append(f"{name}: no test images, so the val images are the test images.")
+        missing["val"] = "without test images, the val images are the test images. Add test images to have both."
+    indices: dict[Split, list[int]] = defaultdict(list)
+    for index, split in enumerate(splits):
+        indices[split].append(index)
+    parts = {split: images.subset(indices[split]) for split in get_args(Split) if split in indices}
     chosen = resolve_templates(None, templates)
     return Source(name, tuple(classes), chosen, splits=parts, notes=tuple(notes), missing=missing, hashed=hashed)
+
+
+def _hash_splits(images: Images, classes: Sequence[str], remedy: str) -> tuple[list[Split], dict[Split, str]]:
+    """Split the images of each class into train, val and test by a hash of their names.
+
+    Without test images if a class has only one image, which must train. Returns the split of each image, and the reason
+    and remedy for each missing split.
+    """
+    orders, missing = shuffled_by_class(images.labels, images.names, "split"), dict[Split, str]()
+    single = [classes[images.labels[order[0]]] for order in orders if len(order) == 1]
+    if single:
+        have = f"class {single[0]} has" if len(single) == 1 else f"classes {format_names(single)} have"
+        missing["test"] = (
+            f"{have} 1 image, and train and test need one each. Add some, {remedy}, or train on all images with "
+            "`test=none`."
+        )
+    found: list[Split] = ["train"] * len(images)
+    for order in orders:
+        tests = 0 if single else (_TEST_TENTHS * len(order) + 5) // 10  # 1 if there are 2 images
+        vals = (_VAL_TENTHS * len(order) + 5) // 10
+        for place, index in enumerate(order[: tests + vals]):
+            found[index] = "test" if place < tests else "val"
+    if "val" not in found:
+        missing["val"] = "its classes have too few images. Add some, or make a val split."
+    return found, missing
 
 
 def is_number(text: str) -> bool:
@@ -109,12 +95,11 @@ def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 19  # an int64
 
 
-def labels_by_name(name: str, kind: str, found: Sequence[str], alternative: str) -> tuple[list[int], tuple[str, ...]]:
+def labels_by_name(location: str, found: Sequence[str], remedy: str) -> tuple[list[int], tuple[str, ...]]:
     """Return the label of each image, and the class names by label, in the order of the sorted names.
 
-    The arguments are those of `normalize_class_names`; `found` is the class of each image, as text.
+    `found` is the class of each image, as text; see `class_names` for the others.
     """
     ids = sorted(set(found), key=lambda text: (not is_number(text), int(text) if is_number(text) else 0, text))
-    names = normalize_class_names(f"open_source: {name}", "data", kind, ids, ids, alternative)
     label_of = {one: label for label, one in enumerate(ids)}
-    return [label_of[one] for one in found], names
+    return [label_of[one] for one in found], class_names(location, ids, remedy)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from ...formatting import escaped
 from ...options import Protocol, Shots, Test, Validation
@@ -15,7 +15,7 @@ from .base import InputError
 from .files import format_names
 from .images import DatasetImages, Images, joined
 from .registry import open_source
-from .shots import class_sizes_note, few_shot_note
+from .shots import class_sizes_note, few_shot, few_shot_note, hold_out
 from .source import Source, Split
 from .templates import Templates, prompts
 
@@ -59,7 +59,6 @@ class Task:
         validation: Images with the classes of `tests[0]` that neither train nor test, to choose the best epoch; or
             None.
         notes: Remarks for the user on how the data were read, and on what trains and validates.
-        source_notes: Those of them on how the data were read.
         held_out: Number of images at the end of `train` that validated; see `trained_on_validation`.
     """
 
@@ -69,7 +68,6 @@ class Task:
     tests: tuple[TestSet, ...]
     validation: TestSet | None = None
     notes: tuple[str, ...] = ()
-    source_notes: tuple[str, ...] = ()
     held_out: int = 0
 
     def trained_on_validation(self) -> Task:
@@ -114,6 +112,8 @@ class TaskOptions:
         if self.protocol not in get_args(Protocol):
             choices = f"{', '.join(get_args(Protocol))}; got {self.protocol!r}"
             raise InputError(f"load_task: protocol must be one of {choices}.", "protocol")
+        if self.shots != "all" and self.shots < 1:
+            raise InputError(f"load_task: shots must be at least 1; got {self.shots}.", "shots")
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
             raise InputError(
                 f"load_task: validation must be a share between 0 and 1; got {self.validation}.", "validation"
@@ -124,23 +124,6 @@ class TaskOptions:
             raise InputError(
                 f"load_task: test=none needs `protocol=few-shot`; {self.protocol} is a comparison of tests.", "test"
             )
-
-    def sampled(self, source: Source) -> Source:
-        """Return a source with at most `max_classes` classes, evenly spaced."""
-        count = len(source.classes)
-        if self.max_classes is None or self.max_classes >= count:
-            return source
-        return source.subset_classes([position * count // self.max_classes for position in range(self.max_classes)])
-
-
-def split_base_new(classes: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Split classes into base and new by CoOp's rule: the first half, rounded up, is base.
-
-    >>> split_base_new(["a", "b", "c"])
-    (['a', 'b'], ['c'])
-    """
-    middle = math.ceil(len(classes) / 2)
-    return list(classes[:middle]), list(classes[middle:])
 
 
 def summarise(protocol: Protocol, accuracies: Mapping[str, float]) -> dict[str, float]:
@@ -167,7 +150,7 @@ def load_task(
 ) -> Task:
     """Make the task of a protocol.
 
-    - base-to-new: trains on the first half of the classes (`split_base_new`), and tests on "base" and "new" classes.
+    - base-to-new: trains on the first half of the classes, and tests on "base" and "new" classes.
     - few-shot: trains on all classes, and tests on "all".
     - cross-dataset and domain-generalization: trains on all classes, and tests on "source", the dataset itself. A model
       is tested on other datasets by `evaluate_run`.
@@ -191,17 +174,16 @@ def load_task(
     source = data if isinstance(data, Source) else open_source(data, options.root, options.templates)
     if len(source.classes) < 2:
         raise InputError(f"load_task: {source.name} has fewer than two classes. Add some.", "data")
-    chosen = options.sampled(source)
+    chosen = _sampled(source, options.max_classes)
     parts = _parts(chosen, options.protocol)
-    tests = [_test_set(name, part, transform, options.test) for name, part in parts.items()]
-    of_source = tuple(dict.fromkeys(map(escaped, source.notes)))
+    tests = tuple(_test_set(name, part, transform, options.test) for name, part in parts.items())
+    notes = list(source.notes)
     if not options.train:
-        return Task(source.name, options.protocol, DatasetImages([]), tuple(tests), None, of_source, of_source)
-    trained, joined_note = _with_unused(next(iter(parts.values())), options.validation, options.test)
-    train, held, held_note = _train_and_validation(trained, options, transform, train_transform or transform)
-    notes: list[str] = []
+        return Task(source.name, options.protocol, DatasetImages([]), tests, notes=_shown(notes))
     if len(chosen.classes) < len(source.classes):
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
+    trained, joined_note = _with_unused(next(iter(parts.values())), options)
+    train, validation, held_note = _train_and_validation(trained, options, transform, train_transform or transform)
     few = None if options.shots == "all" else few_shot_note(train.labels, trained.classes, options.shots)
     sizes = _sizes_note(trained.classes, train, tests[0].images)
     notes += [f"{source.name}: {note}" for note in (few, sizes, joined_note, held_note) if note is not None]
@@ -210,16 +192,28 @@ def load_task(
         for test in tests
         if len(test.classes) == 1
     ]
-    shown = (*of_source, *map(escaped, notes))
-    return Task(source.name, options.protocol, train, tuple(tests), held, shown, of_source)
+    return Task(source.name, options.protocol, train, tests, validation, _shown(notes))
+
+
+def _shown(notes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(map(escaped, notes)))
+
+
+def _sampled(source: Source, limit: int | None) -> Source:
+    """Return a source with at most `limit` classes, evenly spaced."""
+    count = len(source.classes)
+    if limit is None or limit >= count:
+        return source
+    return source.subset_classes([position * count // limit for position in range(limit)])
 
 
 def _parts(source: Source, protocol: Protocol) -> dict[str, Source]:
-    """Return the tests on the dataset itself by name; the first trains."""
+    """Return the tests on the dataset itself by name; the first trains. By CoOp's rule the first half is base."""
     if protocol != "base-to-new":
         return {"all" if protocol == "few-shot" else "source": source}
-    base, new = split_base_new(range(len(source.classes)))
-    return {"base": source.subset_classes(base), "new": source.subset_classes(new)}
+    classes = range(len(source.classes))
+    middle = math.ceil(len(classes) / 2)
+    return {"base": source.subset_classes(classes[:middle]), "new": source.subset_classes(classes[middle:])}
 
 
 def _sizes_note(classes: Sequence[str], train: Images, test: Images) -> str | None:
@@ -230,12 +224,15 @@ def _sizes_note(classes: Sequence[str], train: Images, test: Images) -> str | No
     return f"{found} Read the balanced accuracy; --class-weight balanced lets each class count the same."
 
 
-def _with_unused(source: Source, validation: Validation, test: Test) -> tuple[Source, str | None]:
+def _validates_on_split(source: Source, validation: Validation) -> bool:
+    return validation == "split" or (validation == "auto" and source.has_split("val"))
+
+
+def _with_unused(source: Source, options: TaskOptions) -> tuple[Source, str | None]:
     """Let images that neither validate nor test train; see `TaskOptions`. Returns the source, and a note on them."""
-    of_split = validation == "split" or (validation == "auto" and source.has_split("val"))
-    used = {"val": of_split, "test": test == "split"}
+    used = {"val": _validates_on_split(source, options.validation), "test": options.test == "split"}
     unused: list[Split] = [split for split in ("val", "test") if not used[split] and source.has_split(split)]
-    if not unused or not (source.hashed or test == "none"):
+    if not unused or not (source.hashed or options.test == "none"):
         return source, None
     counts = " and ".join(f"{len(source.images(split))} {split}" for split in unused)
     return source.train_on(unused), f"the {counts} images train too, as they are not used otherwise."
@@ -245,20 +242,24 @@ def _train_and_validation(
     source: Source, options: TaskOptions, transform: Callable | None, train_transform: Callable | None
 ) -> tuple[Images, TestSet | None, str | None]:
     """Return training images, validation images, and a note on the latter; see `TaskOptions`."""
-    validation, seed = options.validation, options.seed
-    largest = max(Counter(source.images("train").labels).values(), default=1)
-    shots = largest if options.shots == "all" else options.shots
-    held: Images
+    images, validation = source.images("train", train_transform), options.validation
+    sizes = Counter(images.labels)
+    without = [name for label, name in enumerate(source.classes) if not sizes[label]]
+    if without:
+        raise InputError(f"{source.name} has no training images of {format_names(without)}. Add some.", "data")
+    shots = max(sizes.values()) if options.shots == "all" else options.shots
+    train = images.subset(few_shot(images.labels, images.names, shots, options.seed))
     if validation == "none":
-        return source.few_shot(shots, seed, train_transform), None, None
-    if validation == "split" or (validation == "auto" and source.has_split("val")):
-        train, held = source.few_shot(shots, seed, train_transform), source.images("val", transform)
+        return train, None, None
+    if _validates_on_split(source, validation):
+        held = source.images("val", transform)
         note = f"validation on the {len(held)} images of its val split."
         if not len(held):
             raise InputError(f"{source.name} has no val images. Use `validation=auto`, or add some.", "validation")
     else:
         share = VALIDATION_SHARE if isinstance(validation, str) else validation
-        train, held = source.hold_out(shots, seed, share, transform, train_transform)
+        chosen, held_out = hold_out(images.labels, images.names, shots, options.seed, share)
+        train, held = images.subset(chosen), images.subset(held_out).with_transform(transform)
         if not len(held):
             return train, None, "no validation: no class has a second training image."
         note = f"validation on {len(held)} images of its train split, which don't train."

@@ -150,7 +150,7 @@ def evaluate_run(
     own = OwnData(dataset, test, classes=classes)
     config, open_data = own.applied(_config_of_run(folder, own, given, trust), "evaluate_run")
     setup = _tuned_setup(folder, config, open_data)
-    for note in setup.task.source_notes:
+    for note in setup.task.notes:
         print_plain(console, f"note: {note}")
     for each in setup.task.tests:
         names = f"{len(each.classes)} classes: {format_names(each.classes)}"

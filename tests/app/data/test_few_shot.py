@@ -11,7 +11,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from skipkernels.app.data import few_shot, open_source, save_few_shot
+from skipkernels.app.data import TaskOptions, few_shot, load_task, open_source, save_few_shot
 from tests.app.data.pictures import make_coop, make_folders
 
 LABELLED = st.dictionaries(st.text(min_size=1), st.integers(0, 4), min_size=1, max_size=40)
@@ -60,12 +60,12 @@ def test_few_shot_fixed_values():
 
 def test_save_few_shot_file_is_readable(tmp_path):
     source = open_source(f"imagefolder:{make_folders(tmp_path / 'pets', {'sea_lion': 12, 'zèbre': 12})}")
-    images, file = source.few_shot(3, seed=7), tmp_path / "few_shot.json"
+    images, file = source.images("train"), tmp_path / "few_shot.json"
+    images = images.subset(few_shot(images.labels, images.names, 3, 7))
     save_few_shot(file, images, data=source.name, classes=source.classes, shots=3, seed=7)
-    lines = file.read_text().splitlines()
-    assert lines[1] == f'  "data": "{source.name}",' and len(lines) == 5 + 6 + 2, "a line for each image"
+    assert len(file.read_text().splitlines()) == 1 + 6 + 1, "a line for each image"
     content = json.loads(file.read_text())
-    assert (content["shots"], content["seed"]) == (3, 7)
+    assert [content[name] for name in ("data", "shots", "seed")] == [source.name, 3, 7]
     assert content["train"] == [
         [name, label, source.classes[label]] for name, label in zip(images.names, images.labels, strict=True)
     ]
@@ -86,6 +86,6 @@ def test_few_shot_reads_no_pickles(tmp_path, monkeypatch):
         (tmp_path / "dtd" / folder / "shot_2-seed_1.pkl").write_bytes(pickle.dumps(Bomb()))
     for function in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, function, lambda *_, **__: pytest.fail("unpickled"))
-    source = open_source("coop:dtd", tmp_path)
-    assert len(source.few_shot(2, seed=1)) == 6 and len(source.images("test")) == 6
+    task = load_task("coop:dtd", TaskOptions(protocol="few-shot", shots=2, root=tmp_path))
+    assert len(task.train) == 6 and len(task.tests[0].images) == 6
     assert not (tmp_path / "exploded").exists()

@@ -7,9 +7,9 @@ import os
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from skipkernels.app.data import LabelledImages
+from skipkernels.app.data import LabelledImages, Source
+from skipkernels.app.data.check import facts
 from skipkernels.app.data.files import IMAGE_EXTENSIONS, check_inside, find_images, read_json, read_text
-from skipkernels.app.data.images import unreadable
 from tests.app.data.pictures import draw_image, raises_input_error
 
 
@@ -38,10 +38,10 @@ def test_find_images_lists_unreadable_images(tmp_path):
     (tmp_path / "cat" / "c.png").symlink_to("c.png")
     paths = [f"cat/{name}.png" for name in "abc"]
     assert find_images(tmp_path, {"cat": 0})[0] == [(path, 0) for path in paths]
-    reasons = unreadable(LabelledImages(tmp_path, paths, [0] * 3))
-    words = {1: "is it a broken link?", 2: os.strerror(errno.ELOOP)}
-    assert reasons.keys() == words.keys()
-    assert all(words[index] in reason and paths[index] in reason for index, reason in reasons.items())
+    images = LabelledImages(tmp_path, paths, [0] * 3)
+    good, broken, loop = (fact.reason for fact in facts(Source("a", ("cat",), ("{}",), splits={"train": images})))
+    assert good is None and broken.endswith("b.png: no such file. Was it removed, or is it a broken link?")
+    assert f"c.png: can't be read ({os.strerror(errno.ELOOP)})" in loop
 
 
 def test_check_inside_accepts_dots_in_names():

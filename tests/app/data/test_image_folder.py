@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 
 from skipkernels.app.data import DatasetImages, TaskOptions, load_task, open_source
-from skipkernels.app.data.splits import hash_splits
+from skipkernels.app.data.splits import listed_source
 from tests.app.data.pictures import class_of, draw_image, make_folders, shuffle_listings
 
 
@@ -66,8 +66,9 @@ def test_hash_splits_sizes(classes):
 
     def split(listed):
         labels, names = zip(*listed, strict=True)
-        parts, _ = hash_splits(DatasetImages([None] * len(names), labels, names), list(map(str, range(len(classes)))))
-        return {split: set(zip(part.labels, part.names, strict=True)) for split, part in parts.items()}
+        images = DatasetImages([None] * len(names), labels, names)
+        source = listed_source("a", images, list(map(str, range(len(classes)))), None, None, how="", remedy="")
+        return {split: set(zip(part.labels, part.names, strict=True)) for split, part in source.splits.items()}
 
     parts = split(found)
     assert split(found[::-1]) == parts

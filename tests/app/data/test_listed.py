@@ -141,11 +141,9 @@ def test_hf_folder(hub, tmp_path):
     test = source.images("test")
     assert [label for _, label in test] == [0, 0, 1, 1, 2, 2] and class_of(test[5][0]) == 2
     assert test[2][0].mode == "RGB", "a grey image"
-    train = source.few_shot(2, 0, transform=pil_to_tensor)
-    assert torch.is_tensor(train[0][0])
-    again = open_source(f"hf:{tmp_path / 'set'}").few_shot(2, 0, pil_to_tensor)
-    assert dataset_identity(train) == dataset_identity(again)
-    assert dataset_identity(train) != dataset_identity(source.few_shot(2, 1, transform=pil_to_tensor))
+    first, again, other = (task_of(f"hf:{tmp_path / 'set'}", pil_to_tensor, seed=seed).train for seed in (0, 0, 1))
+    assert torch.is_tensor(first[0][0])
+    assert dataset_identity(first) == dataset_identity(again) != dataset_identity(other)
     assert "which column has the labels? Got other among image, label, row. Name it by ?label=NAME." in fails(
         f"hf:{tmp_path / 'set'}?label=other"
     )

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from skipkernels.app.data import from_datasets, open_source
+from skipkernels.app.data import TaskOptions, from_datasets, load_task, open_source
 from skipkernels.app.data.source import normalize_class_name
 from tests.app.data.pictures import make_coop
 
@@ -48,10 +48,8 @@ def test_from_datasets():
     assert source.prompts == (["a photo of a black.", "a photo of a grey."],) and source.name == "squares"
     images = source.images("test", transform=lambda image: image.getpixel((0, 0)))
     assert [images[0], images[1]] == [((50, 50, 50), 1), ((0, 0, 0), 0)]
-    few = source.few_shot(2, seed=0)
-    assert few.labels == [0, 0, 1, 1] and [few[i][0].getpixel((0, 0)) for i in range(4)] == [
-        (value, value, value) for value in (0, 0, 50, 50)
-    ]
+    few = load_task(source, TaskOptions(protocol="few-shot", shots=2)).train
+    assert [(image.getpixel((0, 0)), label) for image, label in few] == [((0, 0, 0), 0)] * 2 + [((50, 50, 50), 1)] * 2
     assert source.subset_classes([1]).images("train").labels == [0, 0, 0]
 
 
@@ -61,6 +59,7 @@ def test_from_datasets_optional_attributes():
     turned = Squares([1, 0, 0, 0], targets=torch.tensor([1, 0, 0, 0]), classes=("black", "grey"), names=names[::-1])
     sources = [from_datasets("squares", train=dataset) for dataset in (there, turned)]
     assert sources[0].classes == sources[1].classes == ("black", "grey")
-    assert sources[0].few_shot(2, 5).names == sources[1].few_shot(2, 5).names
+    chosen = [load_task(source, TaskOptions(protocol="few-shot", shots=2, seed=5, test="none")) for source in sources]
+    assert chosen[0].train.names == chosen[1].train.names
     without = Squares([0, 0, 0, 1], classes=["black", "grey"], names=lambda: "a method")
     assert from_datasets("squares", train=without).images("train").names == ["0", "1", "2", "3"]
