@@ -22,9 +22,8 @@ from ..train import weights
 from ..train.description import CLASSIFIER, Description
 from ..train.fitted_head import load_head
 from ..train.model import LOCAL_DIR, load_model, load_weights
-from ..train.plain_config import OPEN_CLIP
 from ..train.run_folder import read_model
-from ..untrusted import check_source
+from ..untrusted import OPEN_CLIP, check_source
 
 TEST = "classes"
 """Name of the test that has the classes to predict, for `Method.logits`."""

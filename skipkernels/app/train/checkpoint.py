@@ -30,7 +30,6 @@ from ...formatting import first_line
 from ..data import InputError
 from ..untrusted import read_object
 from .description import Description
-from .errors import argument_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,10 +82,10 @@ def save(
         # torch.save gives no reason, but the error before it does.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = (getattr(cause, "strerror", None) or first_line(cause)).rstrip(".")
-        raise argument_error(
+        raise InputError(
+            f"tune: out: the checkpoint can't be written to {folder}: {reason}. The previous one, if any, is kept; "
+            "free disk space and continue with `resume=True`.",
             "out",
-            f"the checkpoint can't be written to {folder}: {reason}. The previous one, if any, is kept; free disk "
-            "space and continue with `resume=True`.",
         ) from error
 
 

@@ -10,8 +10,7 @@ from typing import Any
 from ...formatting import first_line
 from ..config import TuneConfig
 from ..data import InputError
-from ..untrusted import read_object
-from .errors import validated
+from ..untrusted import read_object, validated
 from .run_folder import CANDIDATES
 
 

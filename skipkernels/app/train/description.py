@@ -16,10 +16,8 @@ from pydantic import AfterValidator, Field, InstanceOf
 from ...folders import replace_text
 from ..config import TuneConfig
 from ..data import InputError, Task
-from ..untrusted import read_object
+from ..untrusted import OPEN_CLIP, read_object, validated
 from .environment import versions
-from .errors import validated
-from .plain_config import OPEN_CLIP
 
 CLASSIFIER = "classifier.json"
 FORMAT = 1

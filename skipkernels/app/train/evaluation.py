@@ -21,13 +21,12 @@ from ..data.files import format_names
 from ..data.tasks import summarise
 from ..methods import Method
 from ..report.mistakes import predictions_with_thumbnails
-from ..untrusted import check_source
+from ..untrusted import OPEN_CLIP, check_source
 from . import weights
 from .class_metrics import VALIDATION, metrics_of_test
 from .fitted_head import load_head
 from .model import LOCAL_DIR, load_weights
 from .own_dataset import KIND, OwnData
-from .plain_config import OPEN_CLIP
 from .precision import REMEDY
 from .predictions import TOP, TestPredictions, TopClasses
 from .run_folder import CONFIG, read_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
+from ..data import InputError
 from ..untrusted import read_object
-from .errors import argument_error
 
 _TYPES = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
@@ -39,52 +40,49 @@ class HuggingFaceTokenizer:
         self.processor.save_pretrained(folder)
 
 
-def load_hugging_face(
-    name: str, where: str | Path, *, architecture_only: bool, seed: int
-) -> tuple[nn.Module, Callable, Callable]:
+def load_hugging_face(name: str, where: str | Path, *, architecture_only: bool) -> tuple[nn.Module, Callable, Callable]:
     """Load a model with its image transform and tokenizer, without code or adapters that are in the folder.
 
     `where` is a folder of `save_pretrained`, with the processor beside the model, or the name of a repository.
     """
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError(f"tune: model: {name} needs transformers: pip install 'skipkernels[hugging-face]'.", "model")
+    remedy = "Save the model and its processor there with save_pretrained."
     try:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
-    except ImportError as error:
-        raise argument_error(
-            "model", f"{name} needs transformers: pip install 'skipkernels[hugging-face]' ({error})."
+        if isinstance(where, Path):
+            return _load(name, where, architecture_only)
+        remedy = "Is the name correct, and the network available?"
+        return _load(name, _downloaded(where, weights=not architecture_only), architecture_only)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError) as error:
+        # what transformers raises for files that are damaged, missing, or of another version
+        reason = " ".join(str(error).split())[:250]
+        raise InputError(
+            f"tune: model: {name} could not be loaded by transformers: {reason}. {remedy}", "model"
         ) from error
+
+
+def _load(name: str, folder: Path, architecture_only: bool) -> tuple[nn.Module, Callable, Callable]:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+    kind = read_object(folder / "config.json").get("model_type")
+    if kind not in _TYPES:
+        raise InputError(f"tune: model: {name} must be a {', '.join(_TYPES.values())}; got {kind!r}.", "model")
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"tune: model: {name} has an adapter of PEFT; save the model after merge_and_unload.", "model")
     safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     plain = {"attn_implementation": "sdpa", "trust_remote_code": False}  # a configuration may name a kernel of the hub
-    with torch.random.fork_rng(devices=[]):
-        try:
-            folder = where if isinstance(where, Path) else _downloaded(where, weights=not architecture_only)
-            kind = read_object(folder / "config.json").get("model_type")
-            if kind not in _TYPES:
-                raise argument_error("model", f"{name} must be a {', '.join(_TYPES.values())}; got {kind!r}.")
-            if (folder / "adapter_config.json").exists():
-                raise argument_error("model", f"{name} has an adapter of PEFT; save the model after merge_and_unload.")
-            torch.manual_seed(seed)
-            config = AutoConfig.from_pretrained(folder, **safe)
-            if architecture_only:
-                model = AutoModel.from_config(config, **plain)
-            else:
-                model = AutoModel.from_pretrained(folder, dtype=torch.float32, **safe | plain)
-            processor = AutoImageProcessor.from_pretrained(folder, **safe)
-            settings = preprocess_settings(processor)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
-        except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, AttributeError) as error:
-            if getattr(error, "argument", None):
-                raise
-            reason = " ".join(str(error).split())[:250]
-            remedy = "Save the model and its processor there with save_pretrained."
-            if not isinstance(where, Path):
-                remedy = "Is the name correct, and the network available?"
-            raise argument_error(
-                "model",
-                f"{name} could not be loaded by transformers: {reason}. {remedy}",
-            ) from error
-    model.preprocess_cfg = settings
+    config = AutoConfig.from_pretrained(folder, **safe)
+    if architecture_only:
+        model = AutoModel.from_config(config, **plain)
+    else:
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, **safe | plain)
+    processor = AutoImageProcessor.from_pretrained(folder, **safe)
+    model.preprocess_cfg = preprocess_settings(processor)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
     tokenize = HuggingFaceTokenizer(tokenizer, processor, config.text_config.max_position_embeddings)
-    return model, image_transform_v2(PreprocessCfg(**settings), is_train=False), tokenize
+    return model, image_transform_v2(PreprocessCfg(**model.preprocess_cfg), is_train=False), tokenize
 
 
 def _downloaded(repository: str, *, weights: bool) -> Path:

@@ -1,4 +1,4 @@
-"""Loading of open_clip models by name, with their weights, image transform and tokenizer."""
+"""Loading of models by name, with their weights, image transform and tokenizer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from huggingface_hub.utils import EntryNotFoundError
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from ...formatting import first_line
@@ -27,33 +26,14 @@ from ...options import Preset
 from ..data import InputError
 from ..data.files import absolute_path
 from ..methods.registry import PACKAGED, packaged
-from .errors import argument_error
+from ..untrusted import OPEN_CLIP, read_open_clip_config
 from .hugging_face_model import load_hugging_face
-from .plain_config import OPEN_CLIP, read_open_clip_config
 
 Loaded = tuple[nn.Module, Callable, Callable]
 """Model, image transform and tokenizer."""
 RANDOM = "random"
 LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
-# Errors of open_clip for a file that is damaged, empty, or of another structure or model.
-_LOAD_ERRORS: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
-_LOAD_ERRORS += (LookupError, AttributeError, TypeError, AssertionError, StopIteration, ArithmeticError)
 _FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
-# The functions of `nn.init` that pass themselves to a mode, and what the others call.
-_RANDOM_FILLS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
-
-
-class _WithoutRandomWeights(TorchFunctionMode):
-    """Skip the draws of `nn.init` for weights that are loaded afterwards, 0.9 of 1.3 s of loading a ViT-B/16.
-
-    Parameters that a constructor draws itself, as by `torch.randn`, are still drawn.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _RANDOM_FILLS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def load_model(
@@ -76,142 +56,63 @@ def load_model(
         pretrained: An open_clip tag, the path of a state dict (safetensors, or a file that `torch.load` reads with
             `weights_only=True`), "random", or None for those of pictogram-tiny.
         device: Device of the model.
-        architecture_only: Leave the weights uninitialised. The image transform is still that of the tag, if it has its
-            own.
+        architecture_only: Load no weights; those of the model are random. The image transform is still that of the tag,
+            if it has its own.
         seed: Seed of random weights.
         trust: Load models of the hub that the configuration of the model names as its towers.
     """
-    if name.startswith((LOCAL_DIR, HUB)):
-        check_model(name, pretrained)
-        kind, _, where = name.partition(":")
-        load = _load_folder if f"{kind}:" == LOCAL_DIR else _load_hub
-        model, transform, tokenizer = load(where, architecture_only=architecture_only, seed=seed, trust=trust)
-        return model.to(device).eval(), transform, tokenizer
     if name == PACKAGED:
         packaged().register()
     check_model(name, pretrained, architecture_only=architecture_only)
-    file = _file(pretrained)
-    tag = pretrained if file is None and pretrained != RANDOM else None
-    with quiet(), torch.random.fork_rng(devices=[]):
+    kind, _, where = name.partition(":")
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            with contextlib.nullcontext() if pretrained == RANDOM else _WithoutRandomWeights():
-                model, _, transform = open_clip.create_model_and_transforms(
-                    name, pretrained=None if architecture_only else tag, **_tag_settings(name, tag)
-                )
-        except (OSError, RuntimeError) as error:
-            raise _not_loaded(name, tag, error) from error
-    if not architecture_only:
-        if file is not None:
-            load_weights(model, file)
-        elif pretrained is None:
-            model.load_state_dict(packaged().state_dict())
-    model.model_cfg = open_clip.get_model_config(name)
-    return model.to(device).eval(), transform, _tokenizer(name, name, model.model_cfg)
+        if name.startswith(LOCAL_DIR):
+            loaded = _load_folder(name, absolute_path(where), architecture_only=architecture_only, trust=trust)
+        elif name.startswith(HUB):
+            loaded = _load_hub(name, where, architecture_only=architecture_only, trust=trust)
+        else:
+            loaded = _load_by_tag(name, pretrained, architecture_only=architecture_only)
+    model, transform, tokenizer = loaded
+    return model.to(device).eval(), transform, tokenizer
 
 
 def check_model(name: str, pretrained: str | None, *, architecture_only: bool = False) -> None:
     """Raise the errors of `load_model` about the names of a model and its weights, without loading anything."""
     if name.startswith((LOCAL_DIR, HUB)):
         if pretrained is not None:
-            raise argument_error("pretrained", f"{name} has its own weights; leave it out.")
+            raise InputError(f"tune: pretrained: {name} has its own weights; leave it out.", "pretrained")
         if name in (LOCAL_DIR, HUB):
-            raise argument_error("model", f"{name}: must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME.")
+            raise InputError(f"tune: model: {name}: must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME.", "model")
         return
     known = [*open_clip.list_models(), PACKAGED]
     if name not in known:
         close = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_pretrained() has the names."
-        raise argument_error("model", f"open_clip has no model {name!r}; {hint}")
+        raise InputError(f"tune: model: open_clip has no model {name!r}; {hint}", "model")
+    if not architecture_only:
+        _check_weights(name, pretrained)
+
+
+def _check_weights(name: str, pretrained: str | None) -> None:
+    """Raise an InputError unless a model of open_clip has weights of this name."""
     tags, file = open_clip.list_pretrained_tags_by_model(name), _file(pretrained)
     if pretrained is None:
-        if name != PACKAGED and not architecture_only:
+        if name != PACKAGED:
             choices = ", ".join(tags) or "no tags"
-            raise argument_error("pretrained", f"{name} needs weights: a file, random, or one of {choices}.")
-        return
-    if not architecture_only:
-        check_activation(name, pretrained)
-    if file is None and pretrained != RANDOM and pretrained not in tags:
-        choices = ", ".join(tags) or "none"
-        raise argument_error(
-            "pretrained", f"{name} has no tag {pretrained!r}, and {pretrained} is not a file; tags: {choices}."
-        )
-    if file is not None and not architecture_only and not file.is_file():
-        raise argument_error("pretrained", f"no file {file}.")
-
-
-def _file(pretrained: str | None) -> Path | None:
-    """Path of a file of weights; None for a tag."""
-    if pretrained is None or Path(pretrained).suffix not in _FILE_TYPES:
-        return None
-    return Path(os.path.expanduser(pretrained))
-
-
-def _without_network(name: str, tag: str) -> str:
-    """Remedy without a network: the packaged model, or the weights from another machine."""
-    known = open_clip.get_pretrained_cfg(name, tag)
-    place = f"https://huggingface.co/{known['hf_hub'].rstrip('/')}" if known.get("hf_hub") else known.get("url", "")
-    weights = f"get the weights from {place} on another machine, and pass" if place else "pass"
-    return f"Use `model={PACKAGED}`, which needs no download, or {weights} the path of their file as `pretrained`."
-
-
-def _load_folder(where: str, *, architecture_only: bool, seed: int, trust: bool) -> Loaded:
-    """Load a model with its weights from a folder; see `load_model`."""
-    name, folder = f"{LOCAL_DIR}{where}", absolute_path(where)
-    if not folder.is_dir():
-        raise argument_error("model", f"{name}: no folder {folder}.")
-    if (folder / OPEN_CLIP).is_file():
-        source = f"{LOCAL_DIR}{folder}"
-        return _load_open_clip(name, source, folder / OPEN_CLIP, architecture_only=architecture_only, trust=trust)
-    if not (folder / "config.json").is_file():
-        raise argument_error(
-            "model",
-            f"{name}: {folder} has no {OPEN_CLIP} of open_clip, and no config.json of transformers; name the "
-            "folder of a saved model.",
-        )
-    return load_hugging_face(name, folder, architecture_only=architecture_only, seed=seed)
-
-
-def _load_hub(where: str, *, architecture_only: bool, seed: int, trust: bool) -> Loaded:
-    """Load a model with its weights from the Hugging Face hub; see `load_model`."""
-    name = f"{HUB}{where}"
-    try:
-        with quiet():
-            file = hf_hub_download(where, OPEN_CLIP)
-    except EntryNotFoundError:  # a model of transformers, which may be in the cache without a network
-        return load_hugging_face(name, where, architecture_only=architecture_only, seed=seed)
-    except (OSError, ValueError) as error:
-        raise argument_error("model", f"{name} could not be loaded: {first_line(error)}") from error
-    return _load_open_clip(name, name, Path(file), architecture_only=architecture_only, trust=trust)
-
-
-def _load_open_clip(name: str, source: str, file: Path, *, architecture_only: bool, trust: bool) -> Loaded:
-    """Load a model that has a configuration file of open_clip. `source` is the name that open_clip takes."""
-    packaged()  # for a folder with its image tower
-    try:
-        with quiet(), torch.random.fork_rng(devices=[]), _WithoutRandomWeights():
-            config = read_open_clip_config(file, trust=trust)
-            _check_text_tower(config["text_cfg"])
-            model, _, transform = open_clip.create_model_and_transforms(
-                source,
-                load_weights=not architecture_only,
-                require_pretrained=not architecture_only,
-                pretrained_text=False,  # the weights of a text tower alone, which would be downloaded
+            raise InputError(
+                f"tune: pretrained: {name} needs weights: a file, random, or one of {choices}.", "pretrained"
             )
-        model.model_cfg = config
-        return model, transform, _tokenizer(name, source, config)
-    except InputError:
-        raise
-    except _LOAD_ERRORS as error:
-        raise argument_error("model", f"{name} could not be loaded: {first_line(error)}") from error
-
-
-def _check_text_tower(config: dict[str, Any]) -> None:
-    """Refuse a text tower of transformers with code, which open_clip would ask to run."""
-    if name := config.get("hf_model_name"):
-        from transformers import AutoConfig
-
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return
+    check_activation(name, pretrained)
+    if file is None and pretrained != RANDOM and pretrained not in tags:
+        raise InputError(
+            f"tune: pretrained: {name} has no tag {pretrained!r}, and {pretrained} is not a file; tags: "
+            f"{', '.join(tags) or 'none'}.",
+            "pretrained",
+        )
+    if file is not None and not file.is_file():
+        raise InputError(f"tune: pretrained: no file {file}.", "pretrained")
 
 
 def check_activation(name: str, tag: str) -> None:
@@ -227,18 +128,115 @@ def check_activation(name: str, tag: str) -> None:
     has, trained = ((config or {}).get("quick_gelu", False) for config in (open_clip.get_model_config(name), fitting))
     if has != trained:
         names = {True: "QuickGELU", False: "GELU"}
-        raise argument_error(
-            "model", f"{tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}."
+        raise InputError(
+            f"tune: model: {tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}.", "model"
         )
 
 
-def augmentation(model: Any, preset: Preset = "default") -> Callable:
-    """Return the transform of training images: open_clip's random crop, or the crop and flip of Wu et al."""
-    cfg = PreprocessCfg(**getattr(model, "visual", model).preprocess_cfg)
-    if preset == "default":
-        return image_transform_v2(cfg, is_train=True)
-    crop = image_transform_v2(cfg, is_train=True, aug_cfg=AugmentationCfg(scale=(0.08, 1.0)))
-    return Compose([RandomHorizontalFlip(), crop])
+def _file(pretrained: str | None) -> Path | None:
+    """Path of a file of weights; None for a tag."""
+    if pretrained is None or Path(pretrained).suffix not in _FILE_TYPES:
+        return None
+    return Path(os.path.expanduser(pretrained))
+
+
+def _load_by_tag(name: str, pretrained: str | None, *, architecture_only: bool) -> Loaded:
+    """Load a model of open_clip with the weights of a tag, of a file, or random ones; see `load_model`."""
+    file = _file(pretrained)
+    tag = pretrained if file is None and pretrained != RANDOM else None
+    # The transform of a tag, which open_clip ignores when it loads no weights.
+    known = open_clip.get_pretrained_cfg(name, tag) if tag is not None else {}
+    names = ("mean", "std", "interpolation", "resize_mode")
+    settings = {f"image_{key}": known[key] for key in names if key in known}
+    try:
+        with quiet():
+            model, _, transform = open_clip.create_model_and_transforms(
+                name, pretrained=None if architecture_only else tag, **settings
+            )
+    except (OSError, RuntimeError) as error:
+        raise _not_created(name, tag, error) from error
+    if not architecture_only:
+        if file is not None:
+            load_weights(model, file)
+        elif pretrained is None:
+            model.load_state_dict(packaged().state_dict())
+    model.model_cfg = open_clip.get_model_config(name)
+    return model, transform, _tokenizer(name, name, model.model_cfg)
+
+
+def _not_created(name: str, tag: str | None, error: BaseException) -> InputError:
+    """Return the error for a model that open_clip could not create, with the first cause of a failed download."""
+    while isinstance(error.__context__, OSError):
+        error = error.__context__
+    reason = first_line(error).strip(". ")
+    if tag is None:
+        return InputError(f"tune: model: {name} could not be created: {reason}.", "model")
+    known = open_clip.get_pretrained_cfg(name, tag)
+    place = f"https://huggingface.co/{known['hf_hub'].rstrip('/')}" if known.get("hf_hub") else known.get("url", "")
+    weights = f"get the weights from {place} on another machine, and pass" if place else "pass"
+    return InputError(
+        f"tune: pretrained: the weights {tag} of {name} could not be downloaded: {reason}. Use `model={PACKAGED}`, "
+        f"which needs no download, or {weights} the path of their file as `pretrained`.",
+        "pretrained",
+    )
+
+
+def _load_folder(name: str, folder: Path, *, architecture_only: bool, trust: bool) -> Loaded:
+    """Load a model with its weights from a folder; see `load_model`."""
+    if not folder.is_dir():
+        raise InputError(f"tune: model: {name}: no folder {folder}.", "model")
+    if (folder / OPEN_CLIP).is_file():
+        source = f"{LOCAL_DIR}{folder}"
+        return _load_open_clip(name, source, folder / OPEN_CLIP, architecture_only=architecture_only, trust=trust)
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"tune: model: {name}: {folder} has no {OPEN_CLIP} of open_clip, and no config.json of transformers; name "
+            "the folder of a saved model.",
+            "model",
+        )
+    return load_hugging_face(name, folder, architecture_only=architecture_only)
+
+
+def _load_hub(name: str, where: str, *, architecture_only: bool, trust: bool) -> Loaded:
+    """Load a model with its weights from the Hugging Face hub; see `load_model`."""
+    try:
+        with quiet():
+            file = hf_hub_download(where, OPEN_CLIP)
+    except EntryNotFoundError:  # a model of transformers, which may be in the cache without a network
+        return load_hugging_face(name, where, architecture_only=architecture_only)
+    except (OSError, ValueError) as error:
+        raise InputError(f"tune: model: {name} could not be loaded: {first_line(error)}", "model") from error
+    return _load_open_clip(name, name, Path(file), architecture_only=architecture_only, trust=trust)
+
+
+def _load_open_clip(name: str, source: str, file: Path, *, architecture_only: bool, trust: bool) -> Loaded:
+    """Load a model that has a configuration file of open_clip. `source` is the name that open_clip takes."""
+    packaged()  # for a folder with its image tower
+    try:
+        config = read_open_clip_config(file, trust=trust)
+        _check_text_tower(config["text_cfg"])
+        with quiet():
+            model, _, transform = open_clip.create_model_and_transforms(
+                source,
+                load_weights=not architecture_only,
+                require_pretrained=not architecture_only,
+                pretrained_text=False,  # the weights of a text tower alone, which would be downloaded
+            )
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        # a damaged file, or one of another version of open_clip
+        raise InputError(f"tune: model: {name} could not be loaded: {first_line(error)}", "model") from error
+    model.model_cfg = config
+    return model, transform, _tokenizer(name, source, config)
+
+
+def _check_text_tower(config: dict[str, Any]) -> None:
+    """Refuse a text tower of transformers with code, which open_clip would ask to run."""
+    if name := config.get("hf_model_name"):
+        from transformers import AutoConfig
+
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _tokenizer(name: str, source: str, config: dict[str, Any]) -> Callable:
@@ -247,20 +245,12 @@ def _tokenizer(name: str, source: str, config: dict[str, Any]) -> Callable:
     try:
         with quiet():
             return open_clip.get_tokenizer(source, **options)
-    except (OSError, ImportError) as error:
-        raise argument_error(
-            "model",
-            f"the Hugging Face tokenizer of {name} could not be loaded: {first_line(error)} It is "
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"tune: model: the Hugging Face tokenizer of {name} could not be loaded: {first_line(error)} It is "
             "downloaded once, and needs transformers (pip install 'skipkernels[hugging-face]').",
+            "model",
         ) from error
-
-
-def _tag_settings(name: str, tag: str | None) -> dict[str, Any]:
-    """Return the image transform settings of a tag, which open_clip ignores when it loads no weights."""
-    settings = {"mean": "image_mean", "std": "image_std"}
-    settings |= {"interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
-    known = open_clip.get_pretrained_cfg(name, tag) if tag is not None else {}
-    return {argument: known[key] for key, argument in settings.items() if key in known}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -272,7 +262,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             model.load_state_dict(load_file(path))
     except pickle.UnpicklingError as error:  # its message says how to execute the file anyway
         raise InputError(f"{path}: not usable as weights: it holds more than tensors.") from error
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # open_clip checks no structure: a file with another one raises any type
         reason = first_line(error)
         if isinstance(error, AssertionError) or reason.startswith("Error(s) in loading state_dict"):
             last = (str(error).splitlines() or ["another structure"])[-1].strip(".\t ")
@@ -282,17 +272,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise InputError(f"{path}: not usable as weights of this model: {reason}") from error
 
 
-def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
-    """Return the error for a model that open_clip could not create, with the first cause of a failed download."""
-    while error.__context__ is not None and isinstance(error.__context__, OSError):
-        error = error.__context__
-    reason = first_line(error).strip(". ")
-    if tag is None:
-        return argument_error("model", f"{name} could not be created: {reason}.")
-    return argument_error(
-        "pretrained",
-        f"the weights {tag} of {name} could not be downloaded: {reason}. {_without_network(name, tag)}",
-    )
+def augmentation(model: Any, preset: Preset = "default") -> Callable:
+    """Return the transform of training images: open_clip's random crop, or the crop and flip of Wu et al."""
+    cfg = PreprocessCfg(**getattr(model, "visual", model).preprocess_cfg)
+    if preset == "default":
+        return image_transform_v2(cfg, is_train=True)
+    crop = image_transform_v2(cfg, is_train=True, aug_cfg=AugmentationCfg(scale=(0.08, 1.0)))
+    return Compose([RandomHorizontalFlip(), crop])
 
 
 @contextlib.contextmanager

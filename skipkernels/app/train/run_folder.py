@@ -32,13 +32,11 @@ from ...folders import (
 from ..config import TuneConfig, read_settings
 from ..data import InputError
 from ..data.files import format_names
-from ..untrusted import read_object
+from ..untrusted import OPEN_CLIP, read_object
 from . import checkpoint
 from .checkpoint import BEST, HEAD, MODEL
 from .description import CLASSIFIER, Description
-from .errors import argument_error
 from .model_card import CARD, model_card
-from .plain_config import OPEN_CLIP
 from .predictions import PREDICTIONS, TestPredictions, prediction_lines, save
 
 if TYPE_CHECKING:
@@ -152,17 +150,17 @@ def check_run_folder(path: Path, *, resume: bool = False, overwrite: bool, can_r
     _check_free(path)
     earlier = [file.name for file in _files(path)]
     if earlier and not has_run(path):
-        raise argument_error(
+        raise InputError(
+            f"tune: out: {path} contains files with names of run files, but no {CONFIG} of a run: "
+            f"{format_names(earlier)}; choose another folder, or move them.",
             "out",
-            f"{path} contains files with names of run files, but no {CONFIG} of a run: {format_names(earlier)}; choose "
-            "another folder, or move them.",
         )
     started = {CONFIG, OPEN_CLIP} <= set(earlier) <= _BEFORE_EPOCHS
     if earlier and not (resume or overwrite or started):
-        raise argument_error(
-            "out",
-            f"{path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
+        raise InputError(
+            f"tune: out: {path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
             f"`overwrite=True`{' or `resume=True`' if can_resume else ''}.",
+            "out",
         )
 
 
@@ -174,7 +172,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _check_free(folder: Path) -> None:
     if is_locked(folder):
-        raise argument_error("out", f"{folder}: in use by another run. Wait for it, or choose another folder.")
+        raise InputError(f"tune: out: {folder}: in use by another run. Wait for it, or choose another folder.", "out")
 
 
 def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
@@ -182,8 +180,9 @@ def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
     written = folder.expanduser().resolve()
     kind, _, path = config.data.partition(":")
     if kind == "imagefolder" and path and Path(path).expanduser().resolve() in (written, *written.parents):
-        raise argument_error(
-            argument, f"{folder} is in the folder of the images, {config.data}; choose another folder."
+        raise InputError(
+            f"tune: {argument}: {folder} is in the folder of the images, {config.data}; choose another folder.",
+            argument,
         )
 
 
@@ -248,10 +247,10 @@ class RunFolder:
         """Check that the run to resume has the settings that change results."""
         for name, value in self.config.identity().items():
             if before.get(name) != value:
-                raise argument_error(
+                raise InputError(
+                    f"tune: resume: {name} is {before.get(name)!r} in the run in {self.path}, and {value!r} here; "
+                    "pass the same, or choose another folder.",
                     "resume",
-                    f"{name} is {before.get(name)!r} in the run in {self.path}, and {value!r} here; pass the same, or "
-                    "choose another folder.",
                 )
 
     @contextlib.contextmanager
@@ -268,7 +267,7 @@ class RunFolder:
                     for path in _files(self.path):
                         path.unlink(missing_ok=True)
             except OSError as error:
-                raise argument_error("out", f"{self.path} can't be used: {error.strerror}.") from error
+                raise InputError(f"tune: out: {self.path} can't be used: {error.strerror}.", "out") from error
             self.write(CONFIG, self.config.to_yaml())
             if self.resumed is not None:
                 self.write_rows(self.resumed.rows)
@@ -297,7 +296,7 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise argument_error("out", f"{self.path / name} can't be written: {error.strerror}.") from error
+            raise InputError(f"tune: out: {self.path / name} can't be written: {error.strerror}.", "out") from error
 
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl."""

@@ -17,10 +17,10 @@ from ...features import BatchSampler, FeatureCache
 from ...optimizer import FusedSGD
 from ...published import cosine_with_warmup
 from ..config import TuneConfig
+from ..data import InputError
 from ..data.files import format_names
 from ..methods import Method, StepOutput
 from ..methods.tuned import TunedModel
-from .errors import argument_error
 from .precision import REMEDY, autocast, grad_scaler
 
 _CURVE = 100  # largest number of points of the loss curve in the row of an epoch
@@ -167,7 +167,9 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the result of `state_dict`."""
         if state["labels"] != digest_tensors([("labels", self._labels)]):
-            raise argument_error("resume", "the training images differ from those of the run; choose another folder.")
+            raise InputError(
+                "tune: resume: the training images differ from those of the run; choose another folder.", "resume"
+            )
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._loader.load_state_dict(state["loader"])

@@ -22,7 +22,7 @@ import skipkernels as sk
 from skipkernels.app.data import InputError
 from skipkernels.app.train import evaluate_run, model, tune
 from skipkernels.app.train.hugging_face_model import preprocess_settings
-from skipkernels.app.train.plain_config import read_open_clip_config
+from skipkernels.app.untrusted import read_open_clip_config
 from tests.app.runs import small
 from tests.hugging_face_models import hugging_face_clip, metaclip_2, siglip_2
 
