@@ -179,15 +179,3 @@ def test_lost_gradient_of_a_context_is_an_error():
         sk.SkipCLIP(prompted.model, tiny_tokens(C), skip_layers=1)
     prompted.context.requires_grad_(False)
     assert clip(images, labels).loss.isfinite()
-
-
-def test_class_embeddings_follow_a_learned_context():
-    prompted, (images, _) = Prompted(tiny_clip()), tiny_batch(3, C)
-    prompted.add_context()
-    clip = sk.SkipCLIP(prompted.model, tiny_tokens(C), skip_layers=(1, 0)).eval()
-    before = clip.predict(images)
-    with torch.no_grad():
-        prompted.context.mul_(-20.0)
-    expected = prompted.reference_logits(images, tiny_tokens(C))
-    torch.testing.assert_close(clip.predict(images), expected, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(before, expected, atol=1e-2)

@@ -96,33 +96,6 @@ def test_separate_query_key_and_value_are_joined(cast):
     assert cast == []
 
 
-def test_changed_weights_are_cast_again(cast):
-    ours, theirs = Trained(True), Trained(False)
-    for trained in (ours, theirs):
-        trained.step()
-        with torch.no_grad():
-            trained.clip.model.transformer.resblocks[-1].mlp.c_fc.weight.mul_(0.5)
-            state = {"model.visual.transformer.resblocks.2.mlp.c_proj.bias": torch.ones(24)}
-            trained.clip.load_state_dict(state, strict=False)
-    cast.clear()
-    assert ours.step(1) == theirs.step(1)
-    assert cast[0] == 2, "of these weights alone"
-    assert ours.step(2) == theirs.step(2)
-    assert_equal(ours, theirs)
-
-
-def test_weights_of_another_step_stay_as_they_are():
-    """Outside a step that keeps casts, such as in an evaluation, weights are cast as ever."""
-    ours, theirs = Trained(True), Trained(False)
-    images, labels = tiny_batch(4, CLASSES, torch.float32)
-    for seed in range(3):
-        assert ours.step(seed) == theirs.step(seed)
-        for dtype in (torch.bfloat16, torch.float16):
-            with torch.inference_mode(), torch.autocast("cpu", dtype):
-                assert ours.clip.predict(images).equal(theirs.clip.predict(images))
-    assert casts.active is None
-
-
 def test_which_weights_have_a_cast():
     first, second, third = (torch.full((2, 3), float(number)) for number in range(3))
     others = torch.zeros(3, 2).T, torch.zeros(2, 3).bfloat16()

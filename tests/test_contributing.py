@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import fnmatch
 import re
 import subprocess
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from skipkernels.ops import OPERATORS
 from skipkernels.towers.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -49,32 +47,3 @@ def listed(texts, kind: str, name: str) -> tuple[str, ...]:
 def test_files_of_an_addition_are_listed(texts, kind, name, words):
     naming = [file for file, text in texts.items() if any(re.search(rf"\b{word}\b", text) for word in words)]
     assert naming and not [file for file in naming if not file.endswith(listed(texts, kind, name))]
-
-
-def names_in(text: str) -> set[str]:
-    """Strings, functions and attributes of Python code, but for attributes of the public modules."""
-    found = set()
-    for node in ast.walk(ast.parse(text)):
-        match node:
-            case ast.Constant(value=str(name)) | ast.FunctionDef(name=name):
-                found.add(name)
-            case ast.Attribute(value=ast.Name(id="functional" | "reference") | ast.Attribute(attr="functional")):
-                pass
-            case ast.Attribute(attr=name):
-                found.add(name)
-    return found
-
-
-@pytest.fixture(scope="module")
-def tables(texts):
-    """Names in the files that could have a table of all operators: not in users of the operators, nor in tests."""
-    folders = re.compile(r"(skipkernels/ops|bench|tests|tools)/(.*/)?(?!test_)\w+\.py")
-    return {file: names_in(text) for file, text in texts.items() if folders.fullmatch(file)}
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_only_listed_files_list_an_operator(texts, tables, name):
-    files, stem = listed(texts, "An operator", name.rstrip("_")), name.rstrip("_")
-    for path in files:  # tables have names of kernels, such as NAME_fwd
-        assert any(re.search(rf"\b{stem}", text) for file, text in texts.items() if file.endswith(path)), path
-    assert not [file for file, names in tables.items() if name in names and not file.endswith(files)]

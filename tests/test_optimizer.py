@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
-import itertools
 import warnings
 
 import pytest
@@ -165,20 +164,6 @@ def test_gathered_updates_are_few_and_bounded(gathering):
     optimizer.close()
 
 
-def test_gathered_gradients_of_two_streams_are_updated_apart(gathering, monkeypatch):
-    """A launch reads gradients of its own stream only; what is left at the end of backward, of any."""
-    weights = [nn.Parameter(torch.ones(5)) for _ in range(30)]  # 20 bytes each
-    streams = itertools.chain([1], itertools.repeat(0))  # of the first weight in backward, and of the others
-    monkeypatch.setattr(launching, "current_stream", lambda device: next(streams))
-    optimizer = sk.FusedSGD(weights, lr=0.5)
-    update, lists = optimizer._update, []
-    monkeypatch.setattr(optimizer, "_update", lambda *a: lists.append([index for index, _ in a[1]]) or update(*a))
-    sum(weight.sum() for weight in weights).backward()
-    lists = [indices for indices in lists if indices]
-    assert sorted(map(len, lists)) == [1, 9, 10, 10]
-    assert all(weight.eq(0.5).all() for weight in weights)
-
-
 def test_gathered_gradients_of_a_failed_backward_are_dropped(gathering):
     first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer = sk.FusedSGD([first, second], lr=0.5)
@@ -258,16 +243,6 @@ def test_backward_with_two_optimizers(gathers, monkeypatch):
     weight.sum().backward()
 
 
-def test_step_one_call_per_dtype(monkeypatch):
-    calls = []
-    monkeypatch.setattr(functional, "sgd_momentum_", lambda weights, *_, **__: calls.append(len(weights)))
-    net, half = Net(), Net(torch.bfloat16)
-    optimizer = sk.FusedSGD([*net.parameters(), *half.parameters()], momentum=0.9, in_backward=False)
-    (net.loss(0) + half.loss(0)).backward()
-    optimizer.step()
-    assert calls == [3, 3], "for each dtype, without the unused weight"
-
-
 # ---- hooks ----------------------------------------------------------------------------------------------------------
 
 
@@ -340,21 +315,6 @@ def test_step_without_momentum_allocates_one_weight():
     sum(weight.sum() for weight in weights).backward()
     assert allocated_bytes(optimizer.step) <= 4000 + 3 * 8, "and the options"
     assert not optimizer.state and all(weight.eq(0.5).all() for weight in weights)
-
-
-def test_grad_scaler_and_clipping_without_updates_in_backward():
-    net, theirs = Net(), Net()
-    for each, kind in ((net, sk.FusedSGD), (theirs, torch.optim.SGD)):
-        options = {"in_backward": False} if kind is sk.FusedSGD else {}
-        optimizer, scaler = kind(each.groups(), **HYPER, **options), torch.amp.GradScaler("cpu")
-        for step in range(3):
-            scaler.scale(each.loss(step)).backward()
-            scaler.unscale_(optimizer)
-            assert nn.utils.clip_grad_norm_(each.parameters(), 1e-3) > 1e-3
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-    assert_close(net, theirs)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
