@@ -124,50 +124,20 @@ def append_rows(rows: list[dict[str, Any]], name: str, results: Path | None = No
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-class Device:
-    """All rows that were measured on one device.
-
-    Args:
-        folder: bench/results/DEVICE.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._all = {kind: read(folder / f"{kind}.csv") for kind in KINDS}
-        self.name = next((rows[0]["device"] for rows in self._all.values() if rows), "")
-
-    @property
-    def is_cpu(self) -> bool:
-        """True for a CPU: its name ends with its vector instructions (`cpu_name`)."""
-        return self.name.endswith(")")
-
-    def all_rows(self, kind: str) -> list[Row]:
-        """Every row of a kind, in the order in which they were written."""
-        return self._all[kind]
-
-    def latest_rows(self, kind: str, **where: str) -> list[Row]:
-        """The rows of a kind that count and have these values."""
-        return [row for row in latest(self._all[kind], KINDS[kind]) if where.items() <= row.items()]
+def all_rows(kind: str, **where: str) -> list[Row]:
+    """The rows of a kind that can count and have these values, of all devices, in the order of each file."""
+    found: list[Row] = []
+    for path in sorted(RESULTS.glob(f"*/{kind}.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, restval=""))
+        version = rows[-1]["torch"]
+        found += [row for row in rows if "rounds" not in row or (row["rounds"] != "1" and row["torch"] == version)]
+    return [row for row in found if where.items() <= row.items()]
 
 
-def devices(results: Path) -> list[Device]:
-    """The devices that have rows, GPUs first."""
-    found = [Device(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
-    return sorted((device for device in found if device.name), key=lambda device: device.is_cpu)
-
-
-def of_all_devices(devices: Iterable[Device], kind: str) -> list[Row]:
-    """The rows of a kind that count, of all devices together: for results that do not depend on the device."""
-    return latest((row for device in devices for row in device.all_rows(kind)), KINDS[kind])
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file that can count; none if the file is missing."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, restval=""))
-    return [row for row in rows if "rounds" not in row or (row["rounds"] != "1" and row["torch"] == rows[-1]["torch"])]
+def latest_rows(kind: str, **where: str) -> list[Row]:
+    """The rows of a kind that count among those with these values."""
+    return latest(all_rows(kind, **where), KINDS[kind])
 
 
 def latest(rows: Iterable[Row], kind: Kind) -> list[Row]:

@@ -19,7 +19,7 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | Non
     """Print a table without wrapping, also if the output is piped; integers get thousands separators."""
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, no_wrap=column != "wanted")
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
     console = Console()

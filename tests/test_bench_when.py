@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.when import accuracy, plan, runs, summary, tail, tasks
-from bench.when.rows import Rows, reported
+from bench.when.rows import best, reported, with_rows_of
 from bench.when.tasks import Shift
 from recipes.pictograms import more
 from skipkernels.app import heads
@@ -103,7 +103,7 @@ def test_first_steps_end_early(monkeypatch):
 
 
 def test_many_classes_leave_out_methods_that_take_hours():
-    found = rows([row(m, 10, 1.0, setting=c.name) for m, of in plan.CANDIDATES.items() for c in of])
+    found = [row(m, 10, 1.0, setting=c.name) for m, of in plan.CANDIDATES.items() for c in of]
     shift, methods = BY_NAME["many classes"], plan.CANDIDATES
     trained, measured = ({run.name for run in reported(shift, 0, found, methods, skip_slow=s)} for s in (True, False))
     assert measured - trained == {"full", "lora", "coop"} and "skip, K/C = 1" in trained
@@ -149,10 +149,9 @@ def test_runs_without_a_row_are_executed_and_recorded_where_they_run(monkeypatch
     monkeypatch.setattr("bench.when.rows.ProcessPoolExecutor", lambda n, _, *start: ThreadPoolExecutor(n, "", *start))
     torch.set_num_threads(3)
     old, new = (run_of(name, plan.Candidate("fit", 0.0, 0.0)) for name in ("zero-shot", "linear-probe"))
-    found = rows([{**old.columns}])
-    found._execute = lambda run: [run.columns]
-    found.run([old, new], 1, "report")
-    assert [(row["method"], row["threads"]) for row in found.rows[1:]] == [("linear-probe", "1")]
+    monkeypatch.setattr("bench.when.rows.latest_rows", lambda kind: [{**old.columns}])
+    found = with_rows_of([old, new], "when", lambda run: [run.columns], save=False)
+    assert [(row["method"], row["threads"]) for row in found[1:]] == [("linear-probe", "1")]
 
 
 def test_tail_has_a_large_class_and_small_ones():
@@ -170,12 +169,6 @@ def row(method, seed, value, phase="search", setting="adamw 0.001 0.001", **othe
     return {name: str(value) for name, value in (named | {"base": value, "new": value}).items()}
 
 
-def rows(found):
-    new = Rows(save=False)
-    new.rows = found
-    return new
-
-
 def test_best_setting_is_that_of_the_search():
     names = [candidate.name for candidate in plan.CANDIDATES["full"]]
     found = [
@@ -183,11 +176,11 @@ def test_best_setting_is_that_of_the_search():
     ]
     found += [row("full", 10, 999.0, setting=names[0], **others) for others in ({"blended": 1}, {"head": "anchored"})]
     found += [row("full", 0, 999.0, phase="report"), row("full", 10, 999.0, setting="a removed candidate")]
-    assert rows(found).best("full").name == names[-1]
+    assert best(found, "full").name == names[-1]
 
 
 def test_reported_runs_have_every_omega():
-    found = rows([row(m, 10, 1.0, setting=c.name) for m, of in plan.CANDIDATES.items() for c in of])
+    found = [row(m, 10, 1.0, setting=c.name) for m, of in plan.CANDIDATES.items() for c in of]
     planned = list(reported(BY_NAME["all"], 0, found, plan.CANDIDATES))
     assert sorted(run.name for run in planned) == sorted(summary.METHODS)
     assert [run.config().skip_layers for run in planned[1:4]] == [0.25, 0.5, 0.75]

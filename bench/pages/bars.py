@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from matplotlib.axes import Axes
 
 from skipkernels.app.report.plots import GREY, coloured, panels_svg
 
-from ..rows import Row, number
+from ..rows import latest_rows, number
 from ..step import FULL, OURS, PROMPTS, PUBLISHED
+from .cells import SHOWN
 
 _CLASSES = 100, 1000
 
 
-def step_bars(rows: Sequence[Row]) -> str:
-    """Bars of time and saved bytes of a step in fp32; "" without rows."""
-    rows = [row for row in rows if row["precision"] == "fp32" and int(row["C"]) in _CLASSES]
-    names = [name for name in (OURS, PUBLISHED, PROMPTS, FULL) if any(row["implementation"] == name for row in rows)]
+def step_bars() -> str:
+    """Bars of time and saved bytes of a step in fp32."""
+    rows = latest_rows("step", **SHOWN, precision="fp32")
+    found = {(row["implementation"], int(row["C"])): row for row in rows if int(row["C"]) in _CLASSES}
+    names = (OURS, PUBLISHED, PROMPTS, FULL)
     colours = coloured(names)
-    if not any(row["p50_ms"] for row in rows):
-        return ""
 
     def draw(column: str, title: str, axes: Axes) -> None:
-        found = {(row["implementation"], int(row["C"])): row for row in rows}
         unit, digits = (1024, 2) if column == "saved_mib" else (1000, 1)
-        largest = max(value for row in rows if (value := number(row, column)) is not None)
+        largest = max(number(found[name, classes], column) or 0 for name in names for classes in _CLASSES)
         ticks = []
         for group, classes in enumerate(_CLASSES):
             for place, name in enumerate(names):
-                y, row = group * (len(names) + 1) + place, found.get((name, classes))
-                value = None if row is None else number(row, column)
+                y, value = group * (len(names) + 1) + place, number(found[name, classes], column)
                 axes.barh(y, value or 0, color=colours[name], height=0.8, label="" if group else name)
-                missing = "does not fit in memory" if row and row["note"].startswith("does not fit") else "not run"
-                text = missing if value is None else f"{value / unit:.{digits}f}"
+                text = "does not fit in memory" if value is None else f"{value / unit:.{digits}f}"
                 axes.text((value or 0) + 0.015 * largest, y, text, va="center", fontsize=8.5, color=GREY)
             ticks.append(group * (len(names) + 1) + (len(names) - 1) / 2)
         axes.set_yticks(ticks, [f"{classes:,}\nclasses" for classes in _CLASSES])

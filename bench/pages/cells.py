@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from ..rows import KINDS, MACHINE, Row, number
 
-SHOWN = {"model": "ViT-B-16", "B": "4"}  # the steps in tables and pictures
+MACHINE_SHOWN = {"device": "AMD EPYC (avx2 avx512f avx512_bf16)"}  # times in tables and pictures are its
+SHOWN = MACHINE_SHOWN | {"model": "ViT-B-16", "B": "4"}  # the steps in them
 
 
 def figure(value: float | None, unit: str = "") -> str:

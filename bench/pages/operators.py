@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from skipkernels.ops import OPERATORS
 
-from ..rows import Device, Row, grouped, number
+from ..rows import Row, grouped, latest_rows, number
 from ..step import OURS
-from .cells import SHOWN, figure, origin, table, times
+from .cells import MACHINE_SHOWN, SHOWN, figure, origin, table, times
 
 EAGER = "eager"
 TRAINERS = {
@@ -19,9 +19,9 @@ TRAINERS = {
 }
 
 
-def operators(device: Device) -> str:
+def operators() -> str:
     """Speed-up of each shape over eager and over the fastest other implementation."""
-    rows = [row for row in device.latest_rows("operators") if row["op"] in OPERATORS]
+    rows = [row for row in latest_rows("operators", **MACHINE_SHOWN) if row["op"] in OPERATORS]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
 
     def fastest(of: Sequence[Row], dtype: str) -> str:
@@ -38,16 +38,16 @@ def operators(device: Device) -> str:
         lines.append([f"`{op}`", shape, *speed_ups, goal, *(fastest(of, dtype) for dtype in dtypes)])
     header = ["", "shape", *(f"over eager, {d}" for d in dtypes), "goal"]
     header += [f"over the fastest other, {d}" for d in dtypes]
-    return table(header, lines) + origin("operators", rows) if rows else ""
+    return table(header, lines) + origin("operators", rows)
 
 
-def trainers(device: Device) -> str:
+def trainers() -> str:
     """Step and saved memory of the plain module and ours in each trainer.
 
     Raises:
         ValueError: If a trainer has not exactly two rows, as with another number of classes.
     """
-    rows = device.latest_rows("trainers", **SHOWN, precision="fp32")
+    rows = latest_rows("trainers", **SHOWN, precision="fp32")
     lines = []
     for (trainer,), of in grouped(rows, "trainer").items():
         found = {row["implementation"]: row for row in of}
@@ -57,4 +57,4 @@ def trainers(device: Device) -> str:
         cells = [" → ".join(figure(x, unit) for x in values) for values, unit in ((step, " ms"), (saved, " MiB"))]
         lines.append([TRAINERS[trainer], cells[0], times(step[0] / step[1]), cells[1]])
     header = ["trainer", "step, plain → ours", "speed-up", "saved for backward, plain → ours"]
-    return table(header, lines) + origin("trainers", rows) if rows else ""
+    return table(header, lines) + origin("trainers", rows)

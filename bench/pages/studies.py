@@ -1,15 +1,11 @@
-"""Tables of results that do not depend on the device: docs/when.md, using-a-model.md, fused-blocks.md, gpu.md.
-
-A builder takes all devices with rows, since a study may have run on several.
-"""
+"""Tables of results that do not depend on the device: docs/when.md, using-a-model.md, fused-blocks.md, gpu.md."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import mean
 
 from .. import gpu_model, tables, unknown
-from ..rows import Device, grouped, of_all_devices
+from ..rows import grouped, latest_rows
 from ..when import summary
 from .cells import origin, table
 
@@ -18,9 +14,9 @@ FUSED = {"checkpointing": "gradient checkpointing", "compile": "torch.compile"}
 FUSED |= {f"fuse-{memory}": f"sk.fuse, {memory}" for memory in ("fast", "balanced", "min")}
 
 
-def fused(devices: Sequence[Device]) -> str:
+def fused() -> str:
     """Saved bytes and time of training a whole model, relative to its own blocks; models ran on several CPUs."""
-    rows, lines = of_all_devices(devices, "fuse"), []
+    rows, lines = latest_rows("fuse"), []
     for (model, batch, part), of in grouped(rows, "model B part").items():
         found = {row["implementation"]: (float(row["saved_mib"]), float(row["p50_ms"])) for row in of}
         saved, step = found["eager"]
@@ -28,24 +24,23 @@ def fused(devices: Sequence[Device]) -> str:
             f"{found[name][0] / saved:.2f}, {found[name][1] / step:.2f}" if name in found else "–" for name in FUSED
         ]
         lines.append([f"{model}, batch {batch}, {PARTS[part]}", *cells])
-    return table(["bytes, time", *FUSED.values()], lines) + origin("fuse", rows) if rows else ""
+    return table(["bytes, time", *FUSED.values()], lines) + origin("fuse", rows)
 
 
-def when(devices: Sequence[Device], name: str) -> str:
+def when(name: str) -> str:
     """A table of the study of when Skip Tuning wins, which ran on several CPUs."""
-    study = summary.Study(*(of_all_devices(devices, kind) for kind in summary.Study._fields))
-    _, kind, make = summary.TABLES[name]
-    rows = getattr(study, kind)
-    return table(*make(study)) + origin(kind, rows) if rows else ""
+    kind, make = summary.TABLES[name]
+    rows = latest_rows(kind)
+    return table(*make(rows)) + origin(kind, rows)
 
 
-def estimates(devices: Sequence[Device]) -> str:
+def estimates() -> str:
     """Estimated steps on a GPU, which depend on no device here."""
     header, lines = gpu_model.cells(tables.read(gpu_model.TABLE, gpu_model.Row))
     return table(header, lines) + f"\n\n<sub>{gpu_model.TITLE}; `python -m bench.gpu_model`</sub>"
 
 
-def unknown_images(devices: Sequence[Device]) -> str:
+def unknown_images() -> str:
     """Images that thresholds keep: means over tasks and seeds."""
     of = tables.read(unknown.TABLE, unknown.Row)
     columns = ("threshold", "validation", "known", "accuracy", "new_classes", "other_tasks")

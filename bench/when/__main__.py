@@ -7,7 +7,7 @@
     python -m bench.when --cost --tasks all      accuracy over time, on a quiet machine
     python -m bench.when --steps --tasks all     time and memory of a step, on a quiet machine
     python -m bench.when --tail                  a class of 200 images and fourteen of 5
-    python -m bench.when --print                 the tables of the committed rows
+    python -m bench.report                       write the tables of the rows
 
 `bench.when.tasks` has the tasks and `bench.when.plan` the methods; `docs/when.md` has the results, and
 `docs/when-predictions.md` the predictions, made before the runs. The order of the work:
@@ -27,22 +27,19 @@ The FILE of --without-words has the weights of a model that was pre-trained with
 from __future__ import annotations
 
 import argparse
-import sys
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from .. import measure, tables
 from ..rows import command
-from . import summary, tail
+from . import tail
 from .plan import CANDIDATES, searched
-from .rows import Rows, reported
-from .runs import curve, first_steps
+from .rows import reported, with_rows_of
+from .runs import curve, execute, first_steps
 from .tasks import SHIFTS, Shift
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what has no row yet, and print the tables."""
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = command(__doc__)
     names = [shift.name for shift in SHIFTS]
     parser.add_argument("--tasks", nargs="+", default=names, choices=names, metavar="TASK")
@@ -55,9 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured.add_argument("--cost", action="store_true", help="measure accuracy over time with the chosen settings")
     measured.add_argument("--steps", action="store_true", help="measure time and memory of a step")
     measured.add_argument("--tail", action="store_true", help="run the default and class weights on a long tail")
-    parser.add_argument("--print", action="store_true", help="print the tables of the rows that there are")
     args = parser.parse_args(arguments)
-    args.device = measure.CPU
     for option in ("without_words", "drawings"):
         path = getattr(args, option)
         if path and not path.is_file():
@@ -71,46 +66,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if args.tail:
         runs = [tail.TailRun(variant, seed) for seed in range(args.seeds) for variant in tail.VARIANTS]
-        Rows(save=not args.no_save, kind="when_tail", execute=tail.execute).run(runs, args.workers, "long tail")
-    elif not args.print:
+        with_rows_of(runs, "when_tail", tail.execute, workers=args.workers, save=not args.no_save)
+    else:
         run_study(shifts, args)
-    study = summary.Study(*(Rows(kind=kind).rows for kind in summary.Study._fields))
-    for title, kind, table in summary.TABLES.values():
-        if getattr(study, kind) and (found := table(study))[1]:
-            tables.show(*found, title, width=190)
-    return 0
 
 
 def run_study(shifts: Sequence[Shift], args: argparse.Namespace) -> None:
     """Run what has no row, first the search, then the report or the measurements."""
-    found = Rows(save=not args.no_save)
-    found.run(searched(args.methods), args.workers, "search")
-    seeds = range(1 if args.cost or args.steps else args.seeds)
-    report = [
-        run
-        for seed in seeds
-        for shift in shifts
-        for run in reported(shift, seed, found, args.methods, skip_slow=not args.steps, **files(shift, args))
-    ]
-    if not (args.cost or args.steps):
-        found.run(report, args.workers, "report")
+    save, measures = not args.no_save, args.cost or args.steps
+    rows = with_rows_of(searched(args.methods), "when", execute, workers=args.workers, save=save)
+    report = []
+    for seed, shift in itertools.product(range(1 if measures else args.seeds), shifts):
+        files = {} if shift.words == "all" else {"weights": args.without_words}
+        files |= {} if shift.packaged else {"drawings": args.drawings}
+        report += reported(shift, seed, rows, args.methods, skip_slow=not args.steps, **files)
+    if not measures:
+        with_rows_of(report, "when", execute, workers=args.workers, save=save)
         return
-    kind, execute = ("when_cost", curve) if args.cost else ("when_steps", first_steps)
-    measured = Rows(save=not args.no_save, kind=kind, execute=execute)
+    kind, measured = ("when_cost", curve) if args.cost else ("when_steps", first_steps)
     for run in report:
         if run.config().epochs and run.name != "auto":  # a linear probe has no steps, the default several trainings
-            measured.run([run], 1, f"{run.shift.name}, {run.name}")  # in a process of its own, for its memory
-
-
-def files(shift: Shift, args: argparse.Namespace) -> dict[str, Any]:
-    """Files for a task, as fields of a `Run`."""
-    found = {}
-    if shift.words != "all":
-        found["weights"] = args.without_words
-    if not shift.packaged:
-        found["drawings"] = args.drawings
-    return found
+            with_rows_of([run], kind, measured, save=save)  # in a process of its own, for its memory
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,11 +1,12 @@
-"""Tables of the study, from rows: means over seeds with their 95 % intervals."""
+"""Tables of the study: functions of rows, with means over seeds and their 95 % intervals."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from scipy import stats
@@ -15,37 +16,54 @@ from .plan import EVERY, HEADED, HEADS, VARIANTS
 from .tail import VARIANTS as VARIANTS_OF_TAIL
 from .tasks import SHIFTS
 
-REFERENCE_SECONDS = (10, 30, 100)
-ZERO_SHOT, BLENDED, WITH = "zero-shot", ", blended", " + "
-METHODS = list(EVERY)
-_HALF = "skip, ω = ½"
-DEFAULT = "auto"
-_FROZEN = f"{ZERO_SHOT}{WITH}anchored"
-_BLENDS = [name for name in VARIANTS if name.startswith("skip") or name in ("full", "lora")]
-_PLAIN = [*METHODS, *(name + BLENDED for name in _BLENDS)]
-SHOWN = [*_PLAIN, *(name + WITH + head for head in HEADS for name in _PLAIN if name.removesuffix(BLENDED) in HEADED)]
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "clip-adapter": "CLIP-Adapter", "coop": "CoOp"}
 NAMES |= {"linear-probe": "linear probe", "auto": "the default"}
-_COMPARED_ALREADY = (_HALF, "full", "linear-probe", DEFAULT, ZERO_SHOT)
-# Lines of the table of differences: a variant, the one it is compared with, and columns.
-_COMPARED: list[tuple[str, str, tuple[str, ...]]] = [
-    (_HALF, "linear-probe", ("base",)),
-    (_HALF, "full", ("base", "new", "harmonic")),
-    (_HALF, ZERO_SHOT, ("new", "harmonic")),
-    ("full", ZERO_SHOT, ("new",)),
-    *((_HALF, other, ("harmonic",)) for other in METHODS if other not in _COMPARED_ALREADY),
-    *((name + BLENDED, name, ("harmonic",)) for name in (_HALF, "full", "lora")),
-    (_HALF + BLENDED, "full" + BLENDED, ("harmonic",)),
-    *((DEFAULT, other, ("base", "new", "harmonic", "joint")) for other in (ZERO_SHOT, _HALF, _FROZEN)),
-    (DEFAULT, "linear-probe", ("base",)),
-    (_FROZEN, _HALF, ("base", "new", "harmonic", "joint")),
-    (f"{_HALF}{BLENDED}{WITH}anchored", _FROZEN, ("base", "harmonic", "joint")),
-    (f"{_HALF}{WITH}gaussian", _FROZEN, ("base", "harmonic", "joint")),
-    (f"{_HALF}{WITH}gaussian", "linear-probe", ("base",)),
+
+
+class Line(NamedTuple):
+    """Subject of a line of the tables: a method of `EVERY`, perhaps blended, perhaps with a head."""
+
+    method: str
+    blended: bool = False
+    head: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name in the tables."""
+        method = NAMES.get(self.method, self.method.replace("skip", "Skip Tuning"))
+        return method + ", blended" * self.blended + f" + {self.head}" * bool(self.head)
+
+
+METHODS = list(EVERY)
+_METHODS = [Line(name) for name in METHODS]
+_BLENDS = [Line(name, blended=True) for name in VARIANTS if name.startswith("skip") or name in ("full", "lora")]
+_HEADED = [line for line in (*_METHODS, *_BLENDS) if line.method in HEADED]
+LINES = [*_METHODS, *_BLENDS, *(line._replace(head=head) for head in HEADS for line in _HEADED)]
+
+ZERO_SHOT, HALF, FULL, PROBE, DEFAULT = map(Line, ("zero-shot", "skip, ω = ½", "full", "linear-probe", "auto"))
+_FROZEN, _GAUSSIAN = ZERO_SHOT._replace(head="anchored"), HALF._replace(head="gaussian")
+_OTHERS = [line for line in _METHODS if line not in (HALF, FULL, PROBE, DEFAULT, ZERO_SHOT)]
+ALL = ("base", "new", "harmonic", "joint")
+# Lines of the table of differences: one, the one it is compared with, and columns.
+_COMPARED: list[tuple[Line, Line, tuple[str, ...]]] = [
+    (HALF, PROBE, ("base",)),
+    (HALF, FULL, ("base", "new", "harmonic")),
+    (HALF, ZERO_SHOT, ("new", "harmonic")),
+    (FULL, ZERO_SHOT, ("new",)),
+    *((HALF, other, ("harmonic",)) for other in _OTHERS),
+    *((line._replace(blended=True), line, ("harmonic",)) for line in (HALF, FULL, Line("lora"))),
+    (HALF._replace(blended=True), FULL._replace(blended=True), ("harmonic",)),
+    *((DEFAULT, other, ALL) for other in (ZERO_SHOT, HALF, _FROZEN)),
+    (DEFAULT, PROBE, ("base",)),
+    (_FROZEN, HALF, ALL),
+    (Line(HALF.method, blended=True, head="anchored"), _FROZEN, ("base", "harmonic", "joint")),
+    (_GAUSSIAN, _FROZEN, ("base", "harmonic", "joint")),
+    (_GAUSSIAN, PROBE, ("base",)),
 ]
 _TOGETHER = "five categories"
 _CATEGORIES = ("animals", "food", "objects", "travel", "activities")
 _CLEAR = 0.05  # probability of a difference at least as large if there were none, after correction
+REFERENCE_SECONDS = (10, 30, 100)
 
 Table = tuple[list[str], list[list[str]]]
 """Header and lines of cells."""
@@ -75,31 +93,25 @@ class Interval(NamedTuple):
         return f"{self.mean:{sign}.1f}" + ("" if self.half is None else f" ± {self.half:.1f}")
 
 
-def values(rows: Sequence[Row], task: str, variant: str, column: str) -> dict[str, float]:
-    """A column of the reported runs of a variant by seed. The zero-shot model is that of any run."""
-    weights, _, head = variant.partition(WITH)
-    method, blended = weights.removesuffix(BLENDED), weights.endswith(BLENDED)
-    if variant == ZERO_SHOT:
-        method, column = _HALF, f"zero_shot_{column}"
-    wanted = {"task": task, "phase": "report", "method": method, "blended": str(int(blended))}
-    found = (row for row in rows if wanted.items() <= row.items() and row.get("head", "") == head)
+def values(rows: Sequence[Row], task: str, line: Line, column: str) -> dict[str, float]:
+    """A column of the reported runs of a line, by seed. The zero-shot model is that of any run."""
+    if line == ZERO_SHOT:
+        line, column = HALF, f"zero_shot_{column}"
+    wanted = {"task": task, "phase": "report", "method": line.method, "blended": str(int(line.blended))}
+    found = (row for row in rows if wanted.items() <= row.items() and row.get("head", "") == line.head)
     return {row["seed"]: float(row[column]) for row in found if row.get(column)}
 
 
-def interval(rows: Sequence[Row], task: str, variant: str, column: str) -> Interval | None:
-    """Mean of a column of the reported runs of a variant."""
-    return Interval.of(list(values(rows, task, variant, column).values()))
-
-
-def together(by_task: Sequence[Mapping[str, float]]) -> Interval | None:
+def together(by_task: Iterable[Mapping[str, float]]) -> Interval | None:
     """Mean over tasks of values by seed."""
-    seeds = set.intersection(*map(set, by_task))
-    return Interval.of([statistics.fmean(found[seed] for found in by_task) for seed in sorted(seeds)])
+    found = [*by_task]
+    seeds = set.intersection(*map(set, found))
+    return Interval.of([statistics.fmean(of[seed] for of in found) for seed in sorted(seeds)])
 
 
-def differences(rows: Sequence[Row], task: str, variant: str, other: str, column: str) -> dict[str, float]:
-    """Differences of two variants by seed: with the same classes and images."""
-    of, against = (values(rows, task, name, column) for name in (variant, other))
+def differences(rows: Sequence[Row], task: str, line: Line, other: Line, column: str) -> dict[str, float]:
+    """Differences of two lines by seed: with the same classes and images."""
+    of, against = (values(rows, task, each, column) for each in (line, other))
     return {seed: of[seed] - against[seed] for seed in of if seed in against}
 
 
@@ -123,61 +135,59 @@ def reported_tasks(rows: Sequence[Row]) -> list[str]:
     return [shift.name for shift in SHIFTS if shift.name in found]
 
 
-def named(variant: str) -> str:
-    """The name of a variant in tables."""
-    method = variant.partition(WITH)[0].removesuffix(BLENDED)
-    return NAMES.get(method, method.replace("skip", "Skip Tuning")) + variant[len(method) :]
-
-
 def accuracy_table(rows: Sequence[Row], column: str) -> Table:
-    """Accuracy in per cent of every variant with results on every task, and over five of them; the best in bold."""
+    """Accuracy in per cent of every line with results on every task, and over five of them; the best in bold."""
     tasks = [_TOGETHER, *reported_tasks(rows)]
-    found = {(v, task): interval(rows, task, v, column) for v in SHOWN for task in tasks[1:]}
-    found |= {(v, _TOGETHER): together([values(rows, task, v, column) for task in _CATEGORIES]) for v in SHOWN}
-    best = {task: max((f.mean for v in SHOWN if (f := found[v, task])), default=None) for task in tasks}
-    shown = [variant for variant in SHOWN if any(found[variant, task] for task in tasks)]
+    cells: dict[tuple[Line, str], Interval] = {}
+    for line in LINES:
+        by_task = {task: values(rows, task, line, column) for task in tasks[1:]}
+        found = {task: Interval.of([*of.values()]) for task, of in by_task.items()}
+        found[_TOGETHER] = together(by_task[task] for task in _CATEGORIES)
+        cells |= {(line, task): interval for task, interval in found.items() if interval is not None}
+    means = {task: [interval.mean for (_, of), interval in cells.items() if of == task] for task in tasks}
+    best = {task: max(of, default=None) for task, of in means.items()}
 
-    def cell(variant: str, task: str) -> str:
-        figure = found[variant, task]
-        if figure is None:
+    def cell(line: Line, task: str) -> str:
+        interval = cells.get((line, task))
+        if interval is None:
             return ""
-        return f"**{figure.text()}**" if figure.mean == best[task] else figure.text()
+        return f"**{interval.text()}**" if interval.mean == best[task] else interval.text()
 
-    return ["", *tasks], [[named(v), *(cell(v, task) for task in tasks)] for v in shown]
+    shown = [line for line in LINES if any((line, task) in cells for task in tasks)]
+    return ["", *tasks], [[line.name, *(cell(line, task) for task in tasks)] for line in shown]
 
 
 def difference_table(rows: Sequence[Row]) -> Table:
-    """Differences between two variants, seed by seed: of the mean of the five categories, and on each task.
+    """Differences between two lines, seed by seed: of the mean of the five categories, and on each task.
 
     Bold: the difference is not 0, corrected by Holm's method for the tasks of the line.
     """
-    tasks, lines = reported_tasks(rows), []
-    for variant, other, columns in _COMPARED:
-        for column in columns:
-            by_task = {task: differences(rows, task, variant, other, column) for task in tasks}
-            samples = {task: list(found.values()) for task, found in by_task.items() if len(found) > 1}
-            clear = {task for task, p in zip(samples, corrected([*samples.values()]), strict=True) if p < _CLEAR}
-            whole = together([by_task.get(name, {}) for name in _CATEGORIES])
-            cells = [cell.text("+") if (cell := Interval.of([*by_task[task].values()])) else "" for task in tasks]
-            cells = [f"**{cell}**" if task in clear else cell for task, cell in zip(tasks, cells, strict=True)]
-            name = f"{named(variant)} − {named(other)}, {column}"
-            lines.append([name, whole.text("+") if whole else "", *cells])
-    return ["", _TOGETHER, *tasks], lines
+    tasks, found = reported_tasks(rows), []
+    for line, other, column in ((line, other, column) for line, other, columns in _COMPARED for column in columns):
+        by_task = {task: differences(rows, task, line, other, column) for task in tasks}
+        samples = {task: [*of.values()] for task, of in by_task.items() if len(of) > 1}
+        clear = {task for task, p in zip(samples, corrected([*samples.values()]), strict=True) if p < _CLEAR}
+        intervals = {task: Interval.of([*of.values()]) for task, of in by_task.items()}
+        texts = {task: each.text("+") if each else "" for task, each in intervals.items()}
+        cells = [f"**{text}**" if task in clear else text for task, text in texts.items()]
+        whole = together(by_task.get(name, {}) for name in _CATEGORIES)
+        found.append([f"{line.name} − {other.name}, {column}", whole.text("+") if whole else "", *cells])
+    return ["", _TOGETHER, *tasks], found
 
 
 def default_table(rows: Sequence[Row]) -> Table:
-    """Variants clearly above the default of `skipkernels tune`, by task, and how many were compared with it.
+    """Lines clearly above the default of `skipkernels tune`, by task, and how many were compared with it.
 
-    Differences are seed by seed, and corrected by Holm's method for the variants of a cell.
+    Differences are seed by seed, and corrected by Holm's method for the lines of a cell.
     """
 
     def cell(task: str, column: str) -> str:
-        found = {v: [*differences(rows, task, v, DEFAULT, column).values()] for v in SHOWN if v != DEFAULT}
-        samples = {variant: sample for variant, sample in found.items() if len(sample) > 1}
+        found = {line: [*differences(rows, task, line, DEFAULT, column).values()] for line in LINES if line != DEFAULT}
+        samples = {line: sample for line, sample in found.items() if len(sample) > 1}
         probabilities = corrected([*samples.values()])
         above = [
-            f"{named(variant)} {Interval.of(sample).text('+')}"  # type: ignore[union-attr]
-            for (variant, sample), p in zip(samples.items(), probabilities, strict=True)
+            f"{line.name} {Interval.of(sample).text('+')}"  # type: ignore[union-attr]
+            for (line, sample), p in zip(samples.items(), probabilities, strict=True)
             if p < _CLEAR and statistics.fmean(sample) > 0
         ]
         return f"{', '.join(above) or 'none'} of {len(samples)}" if samples else ""
@@ -189,7 +199,7 @@ def default_table(rows: Sequence[Row]) -> Table:
 
 def choices_table(rows: Sequence[Row]) -> Table:
     """Candidates that the default chose, and in how many runs of a task."""
-    found = [row for row in rows if row["method"] == DEFAULT and row["phase"] == "report"]
+    found = [row for row in rows if row["method"] == DEFAULT.method and row["phase"] == "report"]
     names = sorted({row["chosen"] for row in found})
     tasks = [task for task in reported_tasks(rows) if any(row["task"] == task for row in found)]
     counts = Counter((row["task"], row["chosen"]) for row in found)
@@ -199,7 +209,7 @@ def choices_table(rows: Sequence[Row]) -> Table:
 def settings_table(rows: Sequence[Row]) -> Table:
     """The chosen setting of each method: optimizer, learning rate of the text and of the image side."""
     chosen = {row["method"]: row["setting"] for row in rows if row["phase"] == "report"}
-    return ["", "setting"], [[named(method), chosen[method]] for method in METHODS if method in chosen]
+    return ["", "setting"], [[Line(method).name, chosen[method]] for method in METHODS if method in chosen]
 
 
 def cost_table(cost: Sequence[Row]) -> Table:
@@ -215,7 +225,7 @@ def cost_table(cost: Sequence[Row]) -> Table:
             curve = [(float(row["train_s"]), float(row["harmonic"])) for row in of]
             reached = [next((s for s, value in curve if goal and value >= goal), None) for goal in goals]
             end = [of[-1]["steps"], f"{curve[-1][0]:.1f} s", f"{curve[-1][1]:.1f}"]
-            lines.append([task, named(method), *end, *(f"{s:.1f} s" if s is not None else "" for s in reached)])
+            lines.append([task, Line(method).name, *end, *(f"{s:.1f} s" if s is not None else "" for s in reached)])
     header = ["", "", "steps", "training", "harmonic mean"]
     return header + [f"as full within {seconds} s" for seconds in REFERENCE_SECONDS], lines
 
@@ -232,7 +242,7 @@ def steps_table(steps: Sequence[Row]) -> Table:
 
     header = ["", "images per step", *(f"{classes:,} classes" for classes in counts)]
     lines = [
-        [named(method), of[0]["batch_size"], *(cell(by_case.get((classes, method))) for classes in counts)]
+        [Line(method).name, of[0]["batch_size"], *(cell(by_case.get((classes, method))) for classes in counts)]
         for method in METHODS
         if (of := [row for row in steps if row["method"] == method])
     ]
@@ -253,26 +263,14 @@ def tail_table(rows: Sequence[Row]) -> Table:
     return ["", "accuracy", "balanced accuracy", "of the large class", "of the fourteen", "chosen (runs)"], lines
 
 
-class Study(NamedTuple):
-    """Rows of the study, by kind."""
-
-    when: Sequence[Row]
-    when_cost: Sequence[Row]
-    when_steps: Sequence[Row]
-    when_tail: Sequence[Row]
-
-
-TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
-    "harmonic": ("harmonic mean, %", "when", lambda study: accuracy_table(study.when, "harmonic")),
-    "base": ("base, %", "when", lambda study: accuracy_table(study.when, "base")),
-    "new": ("new, %", "when", lambda study: accuracy_table(study.when, "new")),
-    "joint": ("joint, %", "when", lambda study: accuracy_table(study.when, "joint")),
-    "differences": ("differences", "when", lambda study: difference_table(study.when)),
-    "default": ("clearly above the default", "when", lambda study: default_table(study.when)),
-    "choices": ("what the default chose", "when", lambda study: choices_table(study.when)),
-    "settings": ("chosen settings", "when", lambda study: settings_table(study.when)),
-    "cost": ("time of training", "when_cost", lambda study: cost_table(study.when_cost)),
-    "steps": ("time and memory of a step", "when_steps", lambda study: steps_table(study.when_steps)),
-    "tail": ("accuracy on a long tail, %", "when_tail", lambda study: tail_table(study.when_tail)),
+# The kind of rows that a table is made of, and the function that makes it, by name.
+TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], Table]]] = {
+    **{column: ("when", partial(accuracy_table, column=column)) for column in ALL},
+    "differences": ("when", difference_table),
+    "default": ("when", default_table),
+    "choices": ("when", choices_table),
+    "settings": ("when", settings_table),
+    "cost": ("when_cost", cost_table),
+    "steps": ("when_steps", steps_table),
+    "tail": ("when_tail", tail_table),
 }
-"""The tables by name: title, kind of the rows, and function of the rows."""
