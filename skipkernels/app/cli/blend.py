@@ -29,12 +29,10 @@ class BlendCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Blend, and print the accuracy by alpha. Returns 0."""
-        from skipkernels.app.serve.output import check_blended
-
-        target = check_blended(self.run, self.out, overwrite=self.overwrite)
-        from skipkernels.app.report.run_page import blend_table  # these import torch
+        from skipkernels.app.report.run_page import blend_table
         from skipkernels.app.serve.blending import blend
         from skipkernels.app.train.class_metrics import VALIDATION
+        from skipkernels.app.train.run_folder import blended_folder
 
         options: dict[str, Any] = {"overwrite": self.overwrite, "device": self.device, "trust": self.trust}
         metrics = blend(self.run, self.alpha, out=self.out, **options)
@@ -44,7 +42,9 @@ class BlendCommand:
         if self.alpha == "auto":
             validated = VALIDATION in curve["accuracy"]
             why = ", the best on the validation images" if validated else ", as no validation images can choose it"
-        out.print(f"{target}: alpha {curve['chosen']:g}{why}", soft_wrap=True)
+        out.print(
+            f"{self.out or blended_folder(self.run.expanduser())}: alpha {curve['chosen']:g}{why}", soft_wrap=True
+        )
         if VALIDATION not in curve["accuracy"]:
             out.print("  not calibrated: no image is held out to fit a temperature", soft_wrap=True)
         return 0

@@ -28,10 +28,7 @@ class ExportCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Export, and print the files. Returns 0."""
-        from skipkernels.app.serve.output import check_exported
-
-        check_exported(self.run.expanduser(), self.out.expanduser(), overwrite=self.overwrite)
-        from skipkernels.app.serve.exporting import export  # imports torch
+        from skipkernels.app.serve.exporting import export
 
         done = export(self.run, self.to, self.out, overwrite=self.overwrite, trust=self.trust)
         note_unfinished(self.run, err)

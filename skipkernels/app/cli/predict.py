@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -72,7 +72,7 @@ class PredictCommand:
         from skipkernels.app.data.files import format_others
         from skipkernels.app.serve.output import check_none, labelled
 
-        self._check()
+        self._check_files()
         images, others = _find_images(self.images)
         classifier = self._load()
         note_unfinished(self.run, err)
@@ -81,12 +81,20 @@ class PredictCommand:
             err.print(f"note: --top {self.results.top} shows all classes, which are {count}")
         if self.results.threshold is not None:
             check_none(classifier.classes)
+        batches = classifier.predict_batches(
+            images,
+            top=self.results.top,
+            threshold=self.results.threshold,
+            batch_size=self.compute.batch_size,
+            workers=self.compute.workers,
+            unreadable="skip",
+        )
         rows: list[Row] = []
         embeddings: list[Tensor] = []
         unreadable = 0
         try:
             with progress("images", len(images)) as advance:
-                for part in classifier.predict_batches(images, unreadable="skip", **self._options()):
+                for part in batches:
                     for name, reason in part.unreadable.items():
                         err.print(f"skipped {name}: {reason}", soft_wrap=True)
                     unreadable += len(part.unreadable)
@@ -103,19 +111,14 @@ class PredictCommand:
         self._print_summary(classifier, rows, unreadable, err)
         return 1 if unreadable else 0
 
-    def _check(self) -> None:
-        """Raise an InputError for an option that can't be used, before the work is done."""
+    def _check_files(self) -> None:
+        """Raise an InputError for a file that can't be written, before the work is done."""
         from skipkernels.app.serve.output import check_file
 
-        results, compute = self.results, self.compute
-        if results.out is not None:
-            check_file(results.out, "predict")
-        if results.embeddings is not None:
-            check_file(results.embeddings, "predict", "embeddings", ".npy")
-        from skipkernels.app.serve.classifier import check_counts, check_threshold  # imports torch
-
-        check_counts(top=results.top, batch_size=compute.batch_size, workers=compute.workers)
-        check_threshold(results.threshold)
+        if self.results.out is not None:
+            check_file(self.results.out, "predict")
+        if self.results.embeddings is not None:
+            check_file(self.results.embeddings, "predict", "embeddings", ".npy")
 
     def _load(self) -> Classifier:
         from skipkernels.app.serve.classifier import Classifier
@@ -128,12 +131,6 @@ class PredictCommand:
             precision=self.compute.precision,
             trust=self.compute.trust,
         )
-
-    def _options(self) -> dict[str, Any]:
-        """Options of `Classifier.predict_batches`."""
-        results, compute = self.results, self.compute
-        options = {"top": results.top, "threshold": results.threshold}
-        return options | {"batch_size": compute.batch_size, "workers": compute.workers}
 
     def _write(self, rows: list[Row], embeddings: list[Tensor], out: Terminal) -> None:
         """Write or print the results."""

@@ -52,29 +52,22 @@ class ServeCommand:
             import python_multipart  # noqa: F401
             import uvicorn
 
-            from skipkernels.app.serve.web import Limits, Page, Service, make_app
+            from skipkernels.app.serve.web import Limits, Service, make_app
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] in ("skipkernels", "torch"):
                 raise
             raise InputError(f"serve needs {error.name}: pip install 'skipkernels[web]'.") from None
         from skipkernels.app.serve import Classifier
-        from skipkernels.app.serve.classifier import check_counts, check_threshold
-        from skipkernels.app.serve.output import check_none
-        from skipkernels.app.train.description import CALIBRATED, NOT_CALIBRATED
 
         options = self.serve
-        check_counts(top=options.top, max_images=options.max_images)
-        check_threshold(options.threshold)
         if not 0 < options.max_mb < 10_000:
             raise InputError(f"serve: max_mb must be more than 0; got {options.max_mb:g}.", "max_mb")
         with self._listening() as listener:  # first: a port that is taken is known before the model is loaded
             classifier = Classifier.load(self.run, device=self.device, precision=self.precision, trust=self.trust)
             note_unfinished(self.run, err)
-            if options.threshold is not None:
-                check_none(classifier.classes)
             service = Service(
                 classifier,
-                Page(self.run.resolve().name, CALIBRATED if classifier.calibrated else NOT_CALIBRATED),
+                self.run.resolve().name,
                 top=options.top,
                 threshold=options.threshold,
                 limits=Limits(image_bytes=int(options.max_mb * 1e6), images=options.max_images),

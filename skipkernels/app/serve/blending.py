@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +21,8 @@ from ..train.interpolation import Interpolation
 from ..train.own_dataset import KIND
 from ..train.predictions import TestPredictions
 from ..train.results import weights_size
-from ..train.run_folder import CONFIG, RunFolder, read_metrics, read_model
+from ..train.run_folder import CONFIG, RunFolder, blended_folder, check_run_folder, read_metrics, read_model
 from ..train.setup import RunSetup, build_run
-from .output import check_blended
 
 ALPHAS = tuple(n / 10 for n in range(11))
 """Weights of the tuned model in the curve."""
@@ -79,35 +77,26 @@ def blend(
     if alpha != "auto" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
         raise InputError(f'blend: alpha must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha")
     folder = restored(Path(run).expanduser())
-    target = check_blended(folder, None if out is None else Path(out), overwrite=overwrite)
+    target = blended_folder(folder) if out is None else Path(out).expanduser()
+    if target.resolve() == folder.resolve():
+        raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")
+    check_run_folder(target, overwrite=overwrite, can_resume=False)
     metrics, (_, file) = read_metrics(folder), read_model(folder)
     of_run = _config_of_run(folder, trust=trust)
-    changes: dict[str, Any] = {} if device is None else {"device": device}
+    if device is not None:
+        of_run = replace(of_run, device=device)
     if of_run.cache is not None and not of_run.cache.is_dir():
-        changes["cache"] = None
-    config = replace(of_run, trust=trust, refresh="never", workers=0, **changes)
-    written = replace(of_run, **changes, out=target, overwrite=overwrite, resume=False)
+        of_run = replace(of_run, cache=None)
+    written = replace(of_run, out=target, overwrite=overwrite, resume=False)
     new_folder = RunFolder(written.resolved(), can_resume=False)  # refuses a folder that can't be written
 
-    setup = build_run(config.resolved())
-    evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
-    zero_shot = evaluator.evaluate(setup.method)
-    features = None if config.head == "none" else setup.train_features()
-    weighted = Interpolation(setup.method.state_dict())
-    weights.load_into(setup.method, file)
-    weighted.end()
-
-    def blended_at(alpha: float) -> Evaluation:
-        weighted.set(alpha)
-        if features is not None:
-            use_fitted_head(setup, features, metrics["l2"])
-        return evaluator.evaluate(setup.method)
-
-    curve = _curve(blended_at)
+    setup = build_run(replace(of_run, trust=trust, refresh="never", workers=0).resolved())
+    blends = _Blends(setup, file, metrics["l2"])
+    curve = blends.curve()
     chosen = choose(curve["accuracy"].get(VALIDATION)) if alpha == "auto" else float(alpha)
-    blended = blended_at(chosen)
+    blended = blends.at(chosen)
     described = describe(new_folder.config, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
-    held = evaluator.validation_logits(setup.method)
+    held = blends.evaluator.validation_logits(setup.method)
     if held is None:  # that of the run is of another model
         metrics["validation"] = None
     else:
@@ -117,15 +106,45 @@ def blend(
 
     metrics |= {
         "tuned": blended.accuracies,
-        "by_class": evaluator.by_class(blended),
+        "by_class": blends.evaluator.by_class(blended),
         "blend": curve | {"chosen": chosen, "run": str(folder.resolve())},
         "alpha": chosen,
         "notes": [],
     }
     if metrics.get("command"):
         metrics["command"] += f"\nskipkernels blend {shlex.quote(str(folder))} --alpha {chosen:g}"
-    _write(new_folder, setup, described, metrics, evaluator.predictions(zero_shot, blended))
+    _write(new_folder, setup, described, metrics, blends.evaluator.predictions(blends.zero_shot, blended))
     return metrics
+
+
+class _Blends:
+    """Blends of a run: its method with weights between zero-shot and tuned, and its head fitted to each."""
+
+    def __init__(self, setup: RunSetup, file: Path, l2: float):
+        self._setup, self._l2 = setup, l2
+        self.evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
+        self.zero_shot = self.evaluator.evaluate(setup.method)
+        self._features = None if setup.config.head == "none" else setup.train_features()
+        self._weights = Interpolation(setup.method.state_dict())
+        weights.load_into(setup.method, file)
+        self._weights.end()
+
+    def at(self, alpha: float) -> Evaluation:
+        """Set the weights to a blend, and evaluate it."""
+        self._weights.set(alpha)
+        if self._features is not None:
+            use_fitted_head(self._setup, self._features, self._l2)
+        return self.evaluator.evaluate(self._setup.method)
+
+    def curve(self) -> dict[str, Any]:
+        """Return the accuracy in per cent by test for each of `ALPHAS`."""
+        accuracy: dict[str, list[float]] = {}
+        for alpha in ALPHAS:
+            found = self.at(alpha)
+            for name, value in (found.accuracies | {VALIDATION: found.validation}).items():
+                if value is not None:  # None without images
+                    accuracy.setdefault(name, []).append(value)
+        return {"alphas": list(ALPHAS), "accuracy": accuracy}
 
 
 def _config_of_run(folder: Path, *, trust: bool) -> TuneConfig:
@@ -149,17 +168,6 @@ def choose(validation: list[float] | None) -> float:
     (0.1, 0.5)
     """
     return ALPHAS[validation.index(max(validation))] if validation else WITHOUT_VALIDATION
-
-
-def _curve(blended_at: Callable[[float], Evaluation]) -> dict[str, Any]:
-    """Accuracy in per cent by test for each of `ALPHAS`."""
-    accuracy: dict[str, list[float]] = {}
-    for alpha in ALPHAS:
-        found = blended_at(alpha)
-        for name, value in (found.accuracies | {VALIDATION: found.validation}).items():
-            if value is not None:  # None without images
-                accuracy.setdefault(name, []).append(value)
-    return {"alphas": list(ALPHAS), "accuracy": accuracy}
 
 
 def _write(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,22 +24,9 @@ from ..train.calibration import class_probabilities
 from ..train.precision import autocast
 from .loading import TEST, TunedRun, load_run
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 Unreadable = Literal["raise", "skip"]
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 """A path, an image of Pillow, a uint8 array [H, W], [H, W, 3] (RGB) or [H, W, 4], or a uint8 tensor [3, H, W]."""
-
-
-class PredictSettings(TypedDict, total=False):
-    """Arguments of `Classifier.predict` besides the images."""
-
-    top: int
-    threshold: float | None
-    batch_size: int
-    workers: int | None
-    unreadable: Unreadable
 
 
 @dataclass(frozen=True)
@@ -260,9 +247,21 @@ class Classifier:
         workers: int | None = None,
         unreadable: Unreadable = "raise",
     ) -> Iterator[Predictions]:
-        """Classify images batch by batch, with the arguments and errors of `predict`."""
+        """Classify images batch by batch, with the arguments and errors of `predict`; those of arguments come first."""
         check_counts(top=top, batch_size=batch_size, workers=workers)
         check_threshold(threshold)
+        names, load = self._inputs(images)
+
+        def batches() -> Iterator[Predictions]:
+            loaded = read_ahead(load, len(names), workers=workers, ahead=2 * batch_size)
+            for start in range(0, len(names), batch_size):
+                batch = zip(names[start : start + batch_size], loaded, strict=False)
+                yield self._classified(batch, top, threshold, unreadable)
+
+        return batches()
+
+    def _inputs(self, images: ImageInput | Iterable[ImageInput]) -> tuple[list[str], Callable[[int], Tensor]]:
+        """Return the names of images, and the function that returns one of them preprocessed, [3, H, W]."""
         if isinstance(images, (str, os.PathLike)):
             path = Path(images).expanduser()
             images = [path / name for name, _ in find_images(path, {"": 0})[0]] if path.is_dir() else [path]
@@ -273,65 +272,47 @@ class Classifier:
                     f"uint8; got {images.dtype} {list(images.shape)}.",
                     "images",
                 )
-            for start in range(0, len(images), batch_size):
-                part = images[start : start + batch_size]
-                yield self._predictions(list(map(str, range(start, start + len(part)))), part, top, threshold)
-        else:
-            pixels = isinstance(images, (np.ndarray, Tensor)) and images.ndim in (0, 2, 3)
-            listed: list[Any] = [images] if pixels or not isinstance(images, Iterable) else list(images)
-            names = [str(each if isinstance(each, (str, os.PathLike)) else n) for n, each in enumerate(listed)]
+            return list(map(str, range(len(images)))), images.__getitem__
+        one = isinstance(images, (np.ndarray, Tensor)) and images.ndim in (0, 2, 3)
+        listed: list[Any] = [images] if one or not isinstance(images, Iterable) else list(images)
+        names = [str(each if isinstance(each, (str, os.PathLike)) else n) for n, each in enumerate(listed)]
+        return names, lambda number: self._preprocessed(listed[number], f"image {number}")
 
-            def load(number: int) -> Any:
-                image = listed[number]
-                if isinstance(image, (str, os.PathLike)):
-                    return read_image(Path(image), self.transform)
-                if isinstance(image, (np.ndarray, Tensor)):
-                    image = from_pixels(image, f"image {number}")
-                if isinstance(image, Image.Image):
-                    return self.transform(to_rgb(image, f"image {number}"))
-                got = type(image).__name__
-                raise InputError(
-                    f"Classifier.predict: images must be paths, images of Pillow, or uint8 arrays; got {got}.", "images"
-                )
+    def _preprocessed(self, image: Any, name: str) -> Tensor:
+        """Read or convert an image, [3, H, W]; `name` is for errors of one without a path."""
+        if isinstance(image, (str, os.PathLike)):
+            return read_image(Path(image), self.transform)
+        if isinstance(image, (np.ndarray, Tensor)):
+            image = from_pixels(image, name)
+        if isinstance(image, Image.Image):
+            return self.transform(to_rgb(image, name))
+        got = type(image).__name__
+        raise InputError(
+            f"Classifier.predict: images must be paths, images of Pillow, or uint8 arrays; got {got}.", "images"
+        )
 
-            decoded = read_ahead(load, len(listed), workers=workers, ahead=2 * batch_size)
-            for start in range(0, len(listed), batch_size):
-                batch = list(zip(names[start : start + batch_size], decoded, strict=False))
-                yield self._decoded(batch, top, threshold, unreadable)
-
-    def _decoded(
-        self, decoded: list[tuple[str, Any]], top: int, threshold: float | None, unreadable: Unreadable
-    ) -> Predictions:
-        """Classify named tensors [3, H, W]; one that can't be read has an error in its place."""
-        reasons: dict[str, str] = {}
-        for name, image in decoded:
-            if isinstance(image, Exception):
-                if unreadable == "raise" or not isinstance(image, InputError) or image.argument is not None:
-                    raise image
-                reasons[name] = str(image).removeprefix(f"{name}: ")
-        read = [(name, image) for name, image in decoded if name not in reasons]
-        if not read:
-            return self._nothing(top, threshold, reasons)
-        inputs = torch.stack([image for _, image in read])
-        return self._predictions([name for name, _ in read], inputs, top, threshold, reasons)
-
-    def _nothing(self, top: int, threshold: float | None, unreadable: dict[str, str]) -> Predictions:
-        """Predictions for no image."""
-        empty = torch.empty(0, min(top, len(self.classes)))
-        blank = self.transform(Image.new("RGB", (64, 64)))
-        embeddings = self.embed(blank[None])[:0].cpu()  # [0, D]
-        return Predictions([], empty.long(), empty, embeddings, self.classes, unreadable, threshold)
-
-    def _predictions(
+    def _classified(
         self,
-        names: list[str],
-        inputs: Tensor,
+        batch: Iterable[tuple[str, Tensor | Exception]],
         top: int,
         threshold: float | None,
-        unreadable: dict[str, str] | None = None,
+        unreadable: Unreadable,
     ) -> Predictions:
-        """Classify preprocessed images [B, 3, H, W]."""
-        embeddings = self._embed(inputs)  # [B, D]
+        """Classify named images [3, H, W]; one that can't be read has an error in its place."""
+        names: list[str] = []
+        images: list[Tensor] = []
+        reasons: dict[str, str] = {}
+        for name, image in batch:
+            if not isinstance(image, Exception):
+                names.append(name)
+                images.append(image)
+            elif unreadable == "raise" or not isinstance(image, InputError) or image.argument is not None:
+                raise image
+            else:
+                reasons[name] = str(image).removeprefix(f"{name}: ")
+        if not images:
+            return self._nothing(top, threshold, reasons)
+        embeddings = self._embed(torch.stack(images))  # [B, D]
         none_logit = None if threshold is None else self.none_logit
         scores = class_probabilities(self._logits_of(embeddings), self.temperature, none_logit)  # [B, C]
         probabilities, ids = (found.cpu() for found in scores.topk(min(top, len(self.classes)), dim=1))
@@ -342,7 +323,13 @@ class Classifier:
                 "finite in fp32 either, the image or the weights have values that are not finite."
             )
         embeddings = F.normalize(embeddings.float(), dim=1).cpu()
-        return Predictions(names, ids, probabilities, embeddings, self.classes, unreadable or {}, threshold)
+        return Predictions(names, ids, probabilities, embeddings, self.classes, reasons, threshold)
+
+    def _nothing(self, top: int, threshold: float | None, unreadable: dict[str, str]) -> Predictions:
+        """Predictions for no image."""
+        empty = torch.empty(0, min(top, len(self.classes)))
+        embeddings = self.class_embeddings()[:0].float().cpu()  # [0, D]
+        return Predictions([], empty.long(), empty, embeddings, self.classes, unreadable, threshold)
 
 
 def check_counts(**counts: int | None) -> None:
@@ -372,7 +359,7 @@ def predict(
     device: str | torch.device | None = None,
     precision: Precision = "auto",
     trust: bool = False,
-    **options: Unpack[PredictSettings],
+    **options: Any,
 ) -> Predictions:
     """Classify images with a run: `Classifier.load` with its arguments, and `predict` with the others."""
     classifier = Classifier.load(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,15 +20,15 @@ from ..data.registry import KINDS, OWN
 from ..methods import METHODS
 from ..methods.tuned import TunedModel
 from ..train import weights
+from ..train.checkpoint import FOLDER as CHECKPOINT
 from ..train.checkpoint import HEAD
 from ..train.description import CLASSIFIER, Description, write_open_clip_config
 from ..train.environment import versions
 from ..train.model import OPEN_CLIP, RANDOM
 from ..train.model_card import CARD, model_card
-from ..train.run_folder import CONFIG, METRICS, read_metrics
+from ..train.run_folder import CONFIG, METRICS, check_writable, has_run, read_metrics
 from . import to_hugging_face, to_onnx
-from .merging import PlainModel, plain_model
-from .output import check_exported
+from .loading import PlainModel, plain_model
 
 Target = Literal["open-clip", "hugging-face", "onnx"]
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"  # the name that open_clip looks for on the Hub
@@ -79,8 +78,8 @@ def export(
 
     LoRA is merged into the weights. A CLIP has no place for the head of a run (`tune --head`), or for what methods such
     as linear-probe train: ONNX has it, and the other targets have these weights in OUT/head.safetensors, and the lines
-    of code that apply them in OUT/README.md. The folder also has a model card and the names of the
-    classes, without local paths.
+    of code that apply them in OUT/README.md, a model card. OUT/classes.json has the names of the classes, their prompt
+    templates and the temperature. No file has local paths.
 
     Args:
         run: Folder of a run, or one that `blend` wrote.
@@ -100,34 +99,49 @@ def export(
         >>> config = sk.TuneConfig(data="pictograms:food", method="skip", max_classes=4, epochs=1, out=out / "run")
         >>> _ = sk.tune(config, device="cpu")
         >>> sorted(sk.export(out / "run", "open-clip", out / "exported").files)[:2]
-        ['README.md', 'classifier.json']
+        ['README.md', 'classes.json']
         >>> model = open_clip.create_model(f"local-dir:{out / 'exported'}")
     """
     if to not in get_args(Target):
         raise InputError(f"export: to must be one of {', '.join(get_args(Target))}; got {to!r}.", "to")
     source, folder = restored(Path(run).expanduser()), Path(out).expanduser()
-    check_exported(source, folder, overwrite=overwrite)
-    with contextlib.ExitStack() as stack:
-        try:
-            written = stack.enter_context(replaced_folder(folder, _OURS))
-        except OSError as error:
-            raise InputError(f"export: out: {folder} can't be written ({error.strerror}).", "out") from error
-        plain = plain_model(source, trust=trust)
-        write: Callable[[PlainModel, Path], list[str]] = _WRITERS[to]
-        described = _shared(plain)
-        notes = write(plain, written)
-        if plain.head_code and to != "onnx":
-            tensors = plain.head.state_dict() if plain.fitted is None else plain.fitted.tensors()
-            weights.save_weights(written / HEAD, tensors)
-            described = replace(described, head_xxh3=digest_file(written / HEAD))
-            _write_classes(written, described)
-        elif to == "hugging-face":
-            _write_classes(written, described)
-        if to == "open-clip" and (plain.fitted is not None or not plain.head_code):
-            replace(described, weights_xxh3=digest_file(written / OPEN_CLIP_WEIGHTS)).write(written)
-        _write_card(source, written, described, to, plain.head_code if (written / HEAD).exists() else "")
-        files = sorted(path.name for path in written.iterdir())
+    _check_folders(source, folder, overwrite=overwrite)
+    plain = plain_model(source, trust=trust)
+    try:
+        with replaced_folder(folder, _OURS) as written:
+            notes = _write(plain, source, to, written)
+            files = sorted(path.name for path in written.iterdir())
+    except OSError as error:
+        raise InputError(f"export: out: {folder} can't be written ({error.strerror or error}).", "out") from error
     return Exported(folder, files, notes)
+
+
+def _check_folders(run: Path, out: Path, *, overwrite: bool) -> None:
+    """Check the folders before the work is done."""
+    if os.path.lexists(out) and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
+        raise InputError(f"export: out must be a new or an empty folder; got {out}. Use `overwrite=True`.", "out")
+    if not run.is_dir():
+        raise InputError(f"export: run must be the folder of a run; {run} is not a folder.", "run")
+    if has_run(out) or (out / CHECKPOINT).exists() or out.resolve() == run.resolve():
+        raise InputError(f"export: out must not be the folder of a run; got {out}. Choose another.", "out")
+    check_writable(out, "out", "export")
+
+
+def _write(plain: PlainModel, source: Path, to: Target, folder: Path) -> list[str]:
+    """Write the files of an export, and return its notes."""
+    writers = {"open-clip": _write_open_clip, "hugging-face": to_hugging_face.write, "onnx": to_onnx.write}
+    notes = writers[to](plain, folder)
+    described, head_code = _shared(plain), plain.head_code if to != "onnx" else ""
+    if head_code:
+        tensors = plain.head.state_dict() if plain.fitted is None else plain.fitted.tensors()
+        weights.save_weights(folder / HEAD, tensors)
+        described = replace(described, head_xxh3=digest_file(folder / HEAD))
+    values = {name: getattr(described, name) for name in ("classes", "templates", "temperature")}
+    replace_text(folder / CLASSES, json.dumps(values, indent=2) + "\n")
+    if to == "open-clip" and (plain.fitted is not None or not plain.head_code):  # `Classifier.load` can read it
+        replace(described, weights_xxh3=digest_file(folder / OPEN_CLIP_WEIGHTS)).write(folder)
+    _write_card(source, folder, described, to, head_code)
+    return notes
 
 
 def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
@@ -135,15 +149,6 @@ def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
         raise InputError(f"export: run must have a model of open_clip; got {type(plain.model).__name__}.", "run")
     weights.save_weights(folder / OPEN_CLIP_WEIGHTS, plain.model.state_dict())
     return []
-
-
-_WRITERS = {"open-clip": _write_open_clip, "hugging-face": to_hugging_face.write, "onnx": to_onnx.write}
-
-
-def _write_classes(folder: Path, described: Description) -> None:
-    """Write the classes, for use with a library that has no place for them."""
-    values = {name: getattr(described, name) for name in ("classes", "templates", "temperature")}
-    replace_text(folder / CLASSES, json.dumps(values, indent=2) + "\n")
 
 
 def _shared(plain: PlainModel) -> Description:

@@ -1,4 +1,7 @@
-"""Loading of the model of a run folder from classifier.json and the weights, without the training data."""
+"""Loading of the model of a run folder from classifier.json and the weights, without the training data.
+
+It is loaded with its method, to classify, or as a plain CLIP with the head that classifies its embeddings, for export.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ from ..config import usable_device
 from ..data import InputError, Task
 from ..data.tasks import TestSet
 from ..data.templates import resolve_templates
+from ..heads import Head
 from ..methods import METHODS, Method
 from ..methods.frozen import FrozenModel
 from ..train import weights
-from ..train.description import CLASSIFIER, Description
+from ..train.description import CLASSIFIER, Description, preprocessing
 from ..train.fitted_head import load_head
 from ..train.model import LOCAL_DIR, load_model, load_weights
 from ..train.run_folder import read_model
@@ -130,3 +134,28 @@ def _length(file: Path, name: str) -> int:
             return opened.get_slice(name).get_shape()[0]
     except (SafetensorError, OSError, IndexError) as error:
         raise InputError(f"{file}: not usable as weights of this model: {error}") from error
+
+
+# ---- for export ------------------------------------------------------------------------------------------------------
+
+
+class PlainModel(NamedTuple):
+    """A tuned model without its method, in fp32 on the CPU."""
+
+    described: Description
+    model: Any  # CLIP with the tuned weights, in evaluation mode
+    tokenizer: Any
+    prompts: tuple[list[str], ...]  # Prompts by template and class
+    head: nn.Module  # Classifies the image embeddings of `model`; see `Method.export_head`
+    head_code: str  # Does the same; empty if `model` has all of the weights of the head
+    fitted: Head | None  # Of the run, if it has one
+
+
+def plain_model(folder: Path, *, trust: bool = False) -> PlainModel:
+    """Load a run as a plain model; see `Classifier.load` for `trust`. LoRA is merged into the weights."""
+    run = load_run(folder, device="cpu", precision="fp32", trust=trust)
+    head, code = run.method.export_head()
+    run.method.merge()
+    model = run.model.float().eval().requires_grad_(False)
+    described = replace(run.described, preprocessing=preprocessing(model))  # of the model, not of the file
+    return PlainModel(described, model, run.tokenizer, run.prompts, head, code, run.method.fitted)

@@ -1,9 +1,8 @@
-"""Output of predictions, tables and embeddings; and checks of the paths of all output."""
+"""Predictions as rows of CSV and JSON, and the files of `skipkernels predict`."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,7 @@ import numpy as np
 from ...folders import replaced_file, sweep
 from ...formatting import csv_line
 from ..data import InputError
-from ..train.checkpoint import FOLDER as CHECKPOINT
-from ..train.run_folder import blended_folder, check_run_folder, check_writable, has_run
+from ..train.run_folder import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,27 +35,6 @@ def check_file(path: Path, command: str, argument: str = "out", suffix: str = ".
         raise InputError(f"{command}: {argument} must be a file in an existing folder; got {path}.", argument)
     check_writable(parent, argument, command)
     sweep(parent, path.name)
-
-
-def check_exported(run: Path, out: Path, *, overwrite: bool) -> None:
-    """Check the folders of `export`, before the work is done."""
-    if os.path.lexists(out) and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
-        raise InputError(f"export: out must be a new or an empty folder; got {out}. Use `overwrite=True`.", "out")
-    if not run.is_dir():
-        raise InputError(f"export: run must be the folder of a run; {run} is not a folder.", "run")
-    if has_run(out) or (out / CHECKPOINT).exists() or out.resolve() == run.resolve():
-        raise InputError(f"export: out must not be the folder of a run; got {out}. Choose another.", "out")
-    check_writable(out, "out", "export")
-
-
-def check_blended(run: Path, out: Path | None, *, overwrite: bool) -> Path:
-    """Return the folder of a blended run, which is checked before the work is done. By default it is RUN-blend."""
-    run = run.expanduser()
-    target = blended_folder(run) if out is None else out.expanduser()
-    if target.resolve() == run.resolve():
-        raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")
-    check_run_folder(target, overwrite=overwrite, can_resume=False)
-    return target
 
 
 def check_none(classes: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ...formatting import first_line
 from ..data import InputError
-from .merging import PlainModel
+from .loading import PlainModel
 
 _TOLERANCE = 1e-4  # largest distance between unit-norm embeddings before and after the conversion
 _RESAMPLE = {"bilinear": 2, "bicubic": 3, "random": 3}  # Pillow's numbers
@@ -187,14 +186,10 @@ def _image_processor(plain: PlainModel, transformers: Any) -> Any:
 
 def _other_tokens(plain: PlainModel, tokenizer: Any) -> list[str]:
     """Notes on the classes with other tokens in transformers."""
-    encode: Callable[[list[str]], list[list[int]]]
-    encode = lambda texts: tokenizer(texts, truncation=True)["input_ids"]  # noqa: E731
-    own = plain.tokenizer(plain.prompts[0])
-    differing = [
-        name
-        for name, before, after in zip(plain.described.classes, own.tolist(), encode(plain.prompts[0]), strict=True)
-        if before[: len(after)] != after
-    ]
+    prompts = plain.prompts[0]
+    tokens = zip(plain.tokenizer(prompts).tolist(), tokenizer(prompts, truncation=True)["input_ids"], strict=True)
+    same = [before[: len(after)] == after for before, after in tokens]
+    differing = [name for name, equal in zip(plain.described.classes, same, strict=True) if not equal]
     if not differing:
         return []
     return [f"transformers' tokenizer splits the prompts of these classes in other ways: {', '.join(differing[:5])}"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...formatting import first_line
 from ..data import InputError
 from ..train.model import quiet
-from .merging import PlainModel
+from .loading import PlainModel
 
 FILE = "model.onnx"
 _EXTERNAL = 1 << 30  # bytes of weights above which they are in a second file: protobuf ends at 2 GiB

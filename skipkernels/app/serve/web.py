@@ -33,8 +33,9 @@ from ..data.decoder import decode
 from ..data.decoding import TooLarge, UnknownFormat
 from ..report.mistakes import thumbnail
 from ..report.page import image_source, render
-from .classifier import Classifier
-from .output import json_predictions, labelled
+from ..train.description import CALIBRATED, NOT_CALIBRATED
+from .classifier import Classifier, check_counts, check_threshold
+from .output import check_none, json_predictions, labelled
 
 Upload = tuple[str, BinaryIO, int]
 """Name, contents and size in bytes of an uploaded image."""
@@ -66,27 +67,23 @@ class Limits:
     decoding: float = 30.0
 
 
-@dataclass(frozen=True)
-class Page:
-    """Texts of the page: its title, and what the probabilities are."""
-
-    title: str
-    calibration: str
-
-
 class Service:
     """Handlers of the requests. Images of one request at a time are decoded and classified, in a thread."""
 
     def __init__(
         self,
         classifier: Classifier,
-        page: Page,
+        title: str,
         *,
         top: int = 5,
         threshold: float | None = None,
         limits: Limits = Limits(),
     ):
-        self.classifier, self.page, self.top, self.threshold = classifier, page, top, threshold
+        check_counts(top=top, max_images=limits.images)
+        check_threshold(threshold)
+        if threshold is not None:
+            check_none(classifier.classes)
+        self.classifier, self.title, self.top, self.threshold = classifier, title, top, threshold
         self.limits = limits
         self._busy = asyncio.Lock()
 
@@ -94,7 +91,8 @@ class Service:
         """Return the page."""
         page = render(
             "serve.html.j2",
-            **vars(self.page),
+            title=self.title,
+            calibration=CALIBRATED if self.classifier.calibrated else NOT_CALIBRATED,
             classes=self.classifier.classes,
             threshold=self.threshold,
             limits=self.limits,
@@ -114,35 +112,25 @@ class Service:
 
     async def predict(self, request: Request) -> Response:
         """Classify the images of a request: a form with files, or the bytes of an image."""
-        limited = Request(request.scope, self._limited_receive(request))
+        self._check_length(request)
         try:
-            uploads = await self._uploads(limited)
+            uploads = await self._uploads(request)
             async with self._busy:
                 thumbnails = "thumbnail" in request.query_params
                 status, found = await run_in_threadpool(self._answer, uploads, thumbnails=thumbnails)
             return JSONResponse(found, status, {"Cache-Control": "no-store"})
         finally:
-            await limited.close()  # deletes the temporary files of a form
+            await request.close()  # deletes the temporary files of a form
 
-    def _limited_receive(self, request: Request) -> Any:
-        """Return the receive function of a request, which refuses a body that is larger than all images may be."""
-        limits, received = self.limits, 0
-        form = _is_form(request)
-        most = (limits.images if form else 1) * limits.image_bytes + (_MULTIPART_BYTES if form else 0)
-        error = HTTPException(413, f"the request must have at most {decimal(most)}.")
-        length = request.headers.get("Content-Length", "")
-        if length.isdigit() and int(length) > most:
-            raise error
-
-        async def receive() -> Any:
-            nonlocal received
-            message = await request.receive()
-            received += len(message.get("body", b""))
-            if received > most:
-                raise error
-            return message
-
-        return receive
+    def _check_length(self, request: Request) -> None:
+        """Refuse a body that is larger than all images may be, or of unknown length, before it is received."""
+        limits = self.limits
+        images, rest = (limits.images, _MULTIPART_BYTES) if _is_form(request) else (1, 0)
+        most, length = images * limits.image_bytes + rest, request.headers.get("Content-Length", "")
+        if not length.isdigit():
+            raise HTTPException(411, "the request must have its length in the header Content-Length.")
+        if int(length) > most:
+            raise HTTPException(413, f"the request must have at most {decimal(most)}.")
 
     async def _uploads(self, request: Request) -> list[Upload]:
         """Receive the images of a request. Those of a form are in temporary files."""

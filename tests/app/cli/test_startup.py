@@ -1,4 +1,4 @@
-"""Commands import torch only to compute: not for help, to check files, or to refuse the path of an output."""
+"""Commands import torch only to compute: not for help, to check images, or to refuse the path of a table."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ CASES = {
     "check pictograms:food": 0,
     "check imagefolder:photos --out photos": 2,
     "predict run photos --out photos": 2,
-    "export run --to onnx --out photos": 2,
-    "blend run --out file": 2,
     "compare --out file": 2,
 }
 PROGRAM = """

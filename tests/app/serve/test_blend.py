@@ -14,7 +14,6 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
-from skipkernels.app.serve.output import check_blended
 from skipkernels.app.train import evaluate_run, predictions
 from skipkernels.app.train.calibration import fit_none_logit, fit_temperature
 from skipkernels.app.train.interpolation import Interpolation
@@ -76,18 +75,13 @@ def test_report(run, blended):
     for test in predictions.load(blended / predictions.PREDICTIONS):
         correct = (test.tuned.classes[:, 0] == test.labels).float().mean().item()
         assert 100 * correct == pytest.approx(metrics["tuned"][test.name], abs=1e-3)
-        assert test.zero_shot.classes.equal(before[test.name].zero_shot.classes) and test.thumbnails
+        assert test.zero_shot.classes.equal(before[test.name].zero_shot.classes)
     assert "Tuning and blending " in page and " the accuracy on the 20 trained classes " in page
     assert " · blended at 0.25" in page and "alpha; accuracy, %" in page
     assert f"skipkernels blend {run.folder} --alpha 0.25" in page
     assert metrics["validation"] is None, "all images trained"
     assert "\nskipkernels blend RUN --alpha 0.25\n```" in (blended / "README.md").read_text()
     assert main(["report", str(blended)]) == 0 and (blended / "report.html").read_text() == page
-
-
-def test_check_blended_in_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert check_blended(Path("~/run"), None, overwrite=False) == tmp_path / "run-blend"
 
 
 @shortened()

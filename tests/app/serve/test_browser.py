@@ -21,7 +21,7 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
-from skipkernels.app.serve.web import Limits, Page, Service, make_app  # noqa: E402
+from skipkernels.app.serve.web import Limits, Service, make_app  # noqa: E402
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROME = os.environ.get("CHROME") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.skipif(not (CHROME and DRIVER), reason="no chromium, or
 def address(run) -> str:
     """A server with a threshold that some images reach."""
     classifier = sk.Classifier.load(run.folder, device="cpu")
-    page, limits = Page("photos", "not calibrated"), Limits(image_bytes=30_000, pixels=10_000)
-    service = Service(classifier, page, threshold=0.2, limits=limits)
+    limits = Limits(image_bytes=30_000, pixels=10_000)
+    service = Service(classifier, "photos", threshold=0.2, limits=limits)
     server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning", lifespan="off"))
     listener = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

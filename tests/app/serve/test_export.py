@@ -25,7 +25,7 @@ from skipkernels.app.methods import METHODS
 from skipkernels.app.methods.export_heads import CosineHead
 from skipkernels.app.serve import to_hugging_face, to_onnx
 from skipkernels.app.serve.exporting import Exported
-from skipkernels.app.serve.merging import PlainModel, plain_model
+from skipkernels.app.serve.loading import PlainModel, plain_model
 from skipkernels.app.train import model_card, tune
 from skipkernels.app.train.description import Description
 from tests.app.runs import shortened
@@ -50,7 +50,8 @@ def source(request, run, lora) -> Path:
 @torch.no_grad()
 def test_open_clip(source, images, tmp_path):
     done = sk.export(source, "open-clip", tmp_path / "out")
-    assert done.files == ["README.md", "classifier.json", "open_clip_config.json", "open_clip_model.safetensors"]
+    files = ["README.md", "classes.json", "classifier.json", "open_clip_config.json", "open_clip_model.safetensors"]
+    assert done.files == files
     name = f"local-dir:{done.folder}"
     model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
     tuned = sk.Classifier.load(source, device="cpu")

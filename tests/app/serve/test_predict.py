@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import inspect
 import io
 import itertools
 import json
@@ -23,7 +22,6 @@ import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import open_source
 from skipkernels.app.methods.skip import Skip
-from skipkernels.app.serve.classifier import PredictSettings
 from skipkernels.app.serve.output import NONE
 from skipkernels.app.train import tune
 from skipkernels.app.train.calibration import class_probabilities, find_thresholds, fit_none_logit
@@ -173,15 +171,6 @@ def test_embeddings_are_those_of_the_rows(run, photos, classifier, tmp_path, cap
             expected = classifier.embed(classifier.transform(image.convert("RGB"))[None])[0]
         np.testing.assert_allclose(embeddings[index], expected, atol=1e-6)  # another size of the batch
     assert classifier.predict([photos / "broken.jpg"], unreadable="skip").embeddings.shape == (0, *expected.shape)
-
-
-def test_typed_settings_are_the_arguments():
-    """`sk.predict` has those of `Classifier.load` and, by a `TypedDict`, those of `predict`."""
-    arguments = {part: inspect.signature(getattr(sk.Classifier, part)).parameters for part in ("load", "predict")}
-    both = inspect.signature(sk.predict).parameters
-    assert {*both} - {"images", "options"} == {*arguments["load"]}
-    assert all(both[name] == parameter for name, parameter in arguments["load"].items())
-    assert {*PredictSettings.__annotations__} == {*arguments["predict"]} - {"self", "images"}
 
 
 def test_thresholds_by_hand():
