@@ -1,7 +1,7 @@
 """Every Triton kernel compiles to machine code for GPUs that are not here, without spills, on the matrix units.
 
 The suite compiles the first call of every operator in bf16, which reaches every kernel; all calls, dtypes and widths
-are for `python -m bench.aot --check` and `--widths`. `bench.counts --check` runs in the same process.
+are for `python -m bench.aot --check` and `--widths`. `bench.counts --check` is here too: both compare with a table.
 """
 
 from __future__ import annotations
@@ -11,56 +11,29 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bench import aot
-from bench.launches import CALLS
 from skipkernels.ops import launching
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not installed")
 
 
-@pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Output of the functions of tests/ahead_of_time.py; one process imports torch and Triton for all."""
-    folder = tmp_path_factory.mktemp("printed")
-    names = ("kernels", "faults", "differences", "candidates", "counts_of_a_step")
-    command = [sys.executable, "-m", "tests.ahead_of_time", str(folder), *names]
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "checked"),
+    [("aot --check --quick --target sm_90 gfx942 --dtype bf16", "kernels"), ("counts --check --classes 20", "rows")],
+    ids=["aot", "counts"],
+)
+def test_no_worse_than_the_committed_table(command, checked):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return {name: (folder / name).read_text() for name in names}
-
-
-@pytest.mark.slow
-def test_kernels_are_sound_and_no_worse_than_the_table(printed):
-    assert re.search(r"^[1-9]\d+ kernels, 0 problems$", printed["kernels"], re.MULTILINE), printed["kernels"]
-
-
-@pytest.mark.slow
-def test_counts_match_the_table(printed):
-    assert re.search(r"^[1-9]\d* rows, 0 problems$", printed["counts_of_a_step"], re.MULTILINE), printed
-
-
-@pytest.mark.slow
-def test_faults_are_found_in_machine_code(printed):
-    lines = printed["faults"].splitlines()
-    assert lines[0] == "sound, sm_80: []" and lines[1] == "sound, gfx942: []"
-    assert "has a tl.dot but uses no matrix instruction" in lines[2]
-    assert "spills" in lines[3] and "spills" in lines[4]
-
-
-@pytest.mark.slow
-def test_what_is_compiled_is_what_a_launch_compiles(printed):
-    (summary,) = printed["differences"].splitlines()
-    assert int(summary.removesuffix(" compared")) >= 2 * len(CALLS)
-
-
-@pytest.mark.slow
-def test_candidates_of_tune_are_compiled(printed):
-    lines = printed["candidates"].splitlines()
-    assert lines and set(lines) == {"_class_at_kernel BLOCK_C=32 BLOCK_J=64 2"}
+    words = [sys.executable, "-m", *f"bench.{command}".split()]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(rf"^[1-9]\d* {checked}, 0 problems$", done.stdout, re.MULTILINE), done
 
 
 ROW = aot.Row(

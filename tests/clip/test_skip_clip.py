@@ -42,13 +42,6 @@ def test_construction_under_autocast():
     assert not half.equal(clip.class_embeddings()), "embeddings from autocast are not reused in fp32"
 
 
-def test_lower_device():
-    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
-    expected = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels).loss
-    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, lower_device="cpu")
-    assert clip(images, labels).loss.equal(expected)
-
-
 def test_refresh_brings_the_lower_parts_to_the_device_of_the_model(monkeypatch):
     """The comparison with the model itself then runs on one device."""
     clip, moves = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1, lower_device="cpu"), []
@@ -197,16 +190,6 @@ def test_split_step_equals_forward(inputs, labels, mode):
             if mode != "no_grad":
                 assert_same_bits(gradients(clips[0], whole), gradients(clips[1], split))
     assert clips[0].get_extra_state().equal(clips[1].get_extra_state())
-
-
-@pytest.mark.parametrize("soft", [False, True], ids=["ids", "soft"])
-def test_split_step_under_autocast(soft):
-    clips = [make_clip(torch.float32) for _ in range(2)]
-    x, labels = IMAGES.float(), mixup(LABELS).float() if soft else LABELS
-    with torch.autocast("cpu", torch.bfloat16):
-        whole, split = clips[0](x, labels).loss, clips[1].loss(clips[1].encode_image(x), labels)
-    assert whole.dtype == torch.float32 and whole.equal(split)
-    assert_same_bits(gradients(clips[0], whole), gradients(clips[1], split))
 
 
 # ---- names that trainers use -----------------------------------------------------------------------------------------

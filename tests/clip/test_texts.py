@@ -186,22 +186,6 @@ def test_templates_share_the_free_memory(monkeypatch):
     assert [text.block_memory(rows, runs) for runs in (3, 1)] == ["min", "fast"]
 
 
-def test_templates_in_a_text_cache(tmp_path):
-    def step(folder, seed=0):
-        torch.manual_seed(0)
-        clip = sk.SkipCLIP(tiny_clip(torch.float32, seed=seed), three_templates(C), skip_layers=1, text_cache=folder)
-        out = clip(*tiny_batch(4, C, torch.float32))
-        out.loss.backward()
-        return [out.loss, clip.prototypes, clip.predict(tiny_batch(4, C, torch.float32)[0])]
-
-    expected = step(None)
-    for _ in ("created", "opened"):
-        assert all(a.equal(b) for a, b in zip(step(tmp_path), expected, strict=True))
-    assert {path.name for path in tmp_path.iterdir()} == {"features", "prototypes"}
-    with pytest.raises(sk.CacheError, match="differs in embedding|differs in lower blocks"):
-        step(tmp_path, seed=1)
-
-
 def test_class_weight_is_a_copy_that_moves():
     given = class_weights()
     clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1, class_weight=given)
@@ -245,13 +229,6 @@ def test_a_step_reads_and_saves_nothing_of_the_texts(monkeypatch):
     alone.predict(IMAGES)
 
 
-def test_half_precision_compares_with_constants_in_fp32():
-    clip = image_only(tiny_clip(torch.bfloat16))
-    assert clip.prototypes.dtype == torch.float32
-    clip(IMAGES.bfloat16(), LABELS).loss.backward()
-    assert all(p.grad.isfinite().all() for p in clip.trainable_parameters())
-
-
 def test_classes_are_replaced_and_saved():
     clip = image_only(tiny_clip())
     other = sk.SkipCLIP(copy.deepcopy(clip.model), tiny_tokens(C + 3, seed=5), skip_layers=1, train_text=False)
@@ -260,17 +237,6 @@ def test_classes_are_replaced_and_saved():
     fresh = sk.SkipCLIP(tiny_clip(seed=3), tiny_tokens(C + 3, seed=5), skip_layers=1, train_text=False)
     fresh.load_state_dict(clip.state_dict())
     assert fresh(IMAGES, LABELS).loss.equal(clip(IMAGES, LABELS).loss)
-
-
-def test_labels_of_several_classes():
-    model = tiny_clip(torch.float64)
-    clip = image_only(model)
-    labels = torch.zeros(len(IMAGES), C, dtype=torch.int64)
-    labels[:, 2] = labels[0, 5] = 1
-    out = sk.pairs.sigmoid_loss(clip, IMAGES, labels, max_labels=2)
-    logits = model.logit_scale.exp() * F.normalize(model.encode_image(IMAGES), dim=-1) @ clip.prototypes.T
-    expected = F.binary_cross_entropy_with_logits(logits, labels.double())
-    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_text_parameters_that_require_gradients_are_refused():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import weakref
 from functools import partial
 from typing import Any
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 
 import skipkernels as sk
 from skipkernels import optimizer
-from skipkernels.graphs import capture
 from skipkernels.graphs import graphed_step as graphed
 from skipkernels.ops import sgd_momentum
 from tests.graphs.gpu_stand_in import stand_in
@@ -257,32 +254,6 @@ def test_steps_run_eagerly_after_a_failed_capture(gpu, kind):
         found = ours.train(some)
     assert found == theirs.train(some)
     assert (gpu.captures, gpu.replays) == (1, 0)
-
-
-@pytest.mark.parametrize("is_over", [False, True])
-def test_a_failed_capture_is_ended_in_the_allocator(monkeypatch, is_over):
-    """Before torch 2.12 its end leaves the allocator in the capture."""
-    ended = []
-
-    @contextlib.contextmanager
-    def invalidated(graph: Any, **_: Any) -> Any:
-        try:
-            yield
-        finally:
-            raise RuntimeError("the capture was invalidated")
-
-    def end(*pool: Any) -> None:
-        ended.append(pool)
-        if is_over:
-            raise RuntimeError("not currently recording to mempool_id")
-
-    cuda = {"CUDAGraph": object, "graph": invalidated, "current_stream": lambda: None, "current_device": lambda: 1}
-    for name, value in (cuda | {"stream": contextlib.nullcontext}).items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
-    with pytest.raises(RuntimeError, match="^the capture was invalidated"):
-        capture.record(lambda: None, "a stream", "a pool")
-    assert ended == [(1, "a pool")] and gc.isenabled()
 
 
 @pytest.mark.filterwarnings("ignore:skipkernels. a block is not fused")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import io
 import math
 import sys
@@ -41,19 +40,6 @@ def clip(problem) -> sk.SkipCLIP:
 
 def skip_clip(problem: Problem, **options: Any) -> sk.SkipCLIP:
     return sk.SkipCLIP(copy.deepcopy(problem.model), problem.tokens, skip_layers=2, **({"keep_ratio": 1.0} | options))
-
-
-def test_captions_of_a_file(problem, clip):
-    """Captions that open_clip's tokenizer reads from a file of images and captions."""
-    names = [f"a photo of a class {n}." for n in range(4)]
-    rows = csv.DictReader(
-        io.StringIO("filepath\ttitle\n" + "".join(f"{n}.png\t{names[n]}\n" for n in (2, 0, 3))), delimiter="\t"
-    )
-    tokenize = open_clip.get_tokenizer("pictogram-tiny")
-    clip = sk.SkipCLIP(copy.deepcopy(problem.model), tokenize(names), skip_layers=2)
-    model = ClassModel(clip)
-    captions = tokenize([row["title"] for row in rows])
-    assert model.class_ids(captions).tolist() == [2, 0, 3]
 
 
 def test_captions_of_templates(problem):
