@@ -19,14 +19,11 @@ class ReportCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Write the page, and print its path. Returns 0."""
         from skipkernels.app.data import InputError
-        from skipkernels.app.train.run_folder import CONFIG, REPORT
+        from skipkernels.app.studies.study import study_page
+        from skipkernels.app.train.run_folder import CONFIG, REPORT, run_report
         from skipkernels.folders import replace_text
 
-        if (self.run / CONFIG).is_file():
-            from skipkernels.app.report import run_report as page_of
-        else:  # imports what a run needs
-            from skipkernels.app.studies.study import study_page as page_of
-        page = page_of(self.run)
+        page = run_report(self.run) if (self.run / CONFIG).is_file() else study_page(self.run)
         path = self.run / REPORT
         try:
             replace_text(path, page)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,22 +39,21 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
     if not path or not file.is_file():
         raise open_error(f"{name}: no file {file if path else 'given'}; it must be a table with a line for each image.")
     base = file.parent if root is None else absolute_path(root)
-    header, rows = _read(file)
-    path_column = _column(file, header, _PATH_NAMES, "path")
-    label_column = _column(file, header, LABEL_NAMES, "label")
-    split_column = next((name for name in _SPLIT_COLUMNS if name in header), None)
+    columns, rows = _read(file)
+    path_column = _column(file, columns, _PATH_NAMES, "path")
+    label_column = _column(file, columns, LABEL_NAMES, "label")
+    split_column = next((column for column in _SPLIT_COLUMNS if column in columns), None)
     images: dict[str, tuple[str, Split | None]] = {}
-    for number, cells in enumerate(rows, 2):
+    for number, row in rows.items():
         where = f"{file}: row {number}"
-        row = dict(zip(header, cells, strict=False))
-        if not row.get(path_column) or not row.get(label_column):
+        if not row[path_column] or not row[label_column]:
             raise InputError(f"{where} needs a {path_column} and a {label_column}. Fill them in, or remove the row.")
         image = os.path.relpath(os.path.join(base, row[path_column]), base).replace(os.sep, "/")
         if image.startswith("../"):
             raise InputError(f"{where}: {row[path_column]} is not in {base}. Name a folder of all as `root`.", "root")
-        split = None if split_column is None else SPLIT_NAMES.get(row.get(split_column, "").lower())
+        split = None if split_column is None else SPLIT_NAMES.get(row[split_column].lower())
         if split_column is not None and split is None:
-            raise InputError(f"{where}: {split_column} must be train, val or test; got {row.get(split_column)!a:.80}.")
+            raise InputError(f"{where}: {split_column} must be train, val or test; got {row[split_column]!a:.80}.")
         of_image = row[label_column], split
         if images.setdefault(image, of_image) != of_image:
             raise InputError(f"{where}: {image} is listed before with another class or split. Remove one.")
@@ -78,28 +78,31 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
     )
 
 
-def _read(file: Path) -> tuple[list[str], list[list[str]]]:
-    """Return the column names in lower case, and the cells of the other rows, without blank ones."""
+def _read(file: Path) -> tuple[list[str], dict[int, dict[str, str]]]:
+    """Return the column names in lower case, and the cells of the rows by number and column, without blank rows."""
     text = read_text(file)
     delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
     try:
         table = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise InputError(f"{file}: not readable as CSV ({error}). Correct it.") from error
-    rows = [[csv_text(cell).strip() for cell in cells] for cells in table]
-    header = [cell.lower() for cell in rows[0]] if rows else []
-    longer = [number for number, cells in enumerate(rows, 1) if len(cells) > len(header)]
-    if longer:
-        raise InputError(f"{file}: row {longer[0]} has more columns than row 1. Put text with a separator in quotes.")
-    return header, [cells for cells in rows[1:] if any(cells)]
+    columns = [cell.strip().lower() for cell in table[0]] if table else []
+    rows = {}
+    for number, cells in enumerate(table[1:], 2):
+        if len(cells) > len(columns):
+            raise InputError(f"{file}: row {number} has more columns than row 1. Put text with a separator in quotes.")
+        values = [csv_text(cell).strip() for cell in cells]
+        if any(values):
+            rows[number] = dict(itertools.zip_longest(columns, values, fillvalue=""))
+    return columns, rows
 
 
-def _column(file: Path, header: Sequence[str], names: Sequence[str], kind: str) -> str:
+def _column(file: Path, columns: Sequence[str], names: Sequence[str], kind: str) -> str:
     """Return the first of some names that is a column."""
-    found = next((name for name in names if name in header), None)
-    if found is None or header.count(found) > 1:
+    found = next((name for name in names if name in columns), None)
+    if found is None or columns.count(found) > 1:
         raise InputError(
             f"{file}: row 1 must name one column with the {kind} of each image, such as {', '.join(names[:4])}; "
-            f"got {', '.join(header)[:200] or 'nothing'}. Add the row, or rename a column."
+            f"got {', '.join(columns)[:200] or 'nothing'}. Add the row, or rename a column."
         )
     return found

@@ -1,21 +1,16 @@
-"""Page of a run, from its files: the result on the first screen, then sections from images to cost."""
+"""Page of a run: the result on the first screen, then sections from images to cost."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from ..config import TuneConfig
-from ..data import InputError
-from ..train import predictions
 from ..train.class_metrics import VALIDATION
 from ..train.notes import demonstration_note
 from ..train.predictions import TestPredictions
-from ..train.run_folder import CONFIG, EPOCHS, METRICS, read_metrics
 from . import page
 from .formats import finite, number, percent, plural
 from .page import Cell, Section, Table, part, row
@@ -53,27 +48,6 @@ def report_html(
             Section("cost", "Cost", [cost_table(config, metrics).html]),
         ],
     )
-
-
-def run_report(folder: Path) -> str:
-    """Return the page of a complete run; without predictions, it has neither classes nor images."""
-    # Nothing that the file names is loaded.
-    config, metrics = TuneConfig.from_yaml(folder / CONFIG, trust=True), read_metrics(folder)
-    path = folder / predictions.PREDICTIONS
-    tests = predictions.load(path) if path.exists() else []
-    try:
-        return report_html(config, metrics, _epochs(folder / EPOCHS), tests)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / METRICS}: written by another version ({error!r}). Tune again.") from error
-
-
-def _epochs(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_bytes().splitlines()]
-    except FileNotFoundError:  # a method without epochs
-        return []
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged ({error}).") from error
 
 
 # ---- the first screen --------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from . import checkpoint
 from .checkpoint import BEST, HEAD, MODEL
 from .description import CLASSIFIER, Description
 from .model_card import CARD, model_card
-from .predictions import PREDICTIONS, TestPredictions, prediction_lines, save
+from .predictions import PREDICTIONS, TestPredictions, load, prediction_lines, save
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +78,24 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder / METRICS}: damaged ({reason}). Restore it from a copy, or tune again in another folder."
         ) from error
+
+
+def run_report(folder: Path) -> str:
+    """Return the page of a complete run, from its files; without predictions, it has neither classes nor images."""
+    from ..report.run_page import report_html
+
+    # Nothing that the file names is loaded.
+    config, metrics = TuneConfig.from_yaml(folder / CONFIG, trust=True), read_metrics(folder)
+    path = folder / EPOCHS
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error}).") from error
+    tests = load(folder / PREDICTIONS) if (folder / PREDICTIONS).exists() else []
+    try:
+        return report_html(config, metrics, rows, tests)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / METRICS}: written by another version ({error!r}). Tune again.") from error
 
 
 def read_model(run: Path) -> tuple[Description, Path]:
@@ -311,7 +329,7 @@ class RunFolder:
         self, metrics: dict[str, Any], tests: Sequence[TestPredictions], rows: list[dict[str, Any]]
     ) -> None:
         """Write the predictions for the tests, also as CSV, and the report with some of them."""
-        from ..report import report_html
+        from ..report.run_page import report_html
 
         save(self.path / PREDICTIONS, tests)
         self.write(PREDICTIONS_CSV, "".join(prediction_lines(tests)))

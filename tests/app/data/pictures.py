@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -66,36 +65,6 @@ def raises_input_error(*words: str | Path, argument: Any = ...) -> Iterator[None
     for word in words:
         assert str(word) in text
     assert argument in (..., caught.value.argument)
-
-
-def shuffle_listings(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """List folders in another order, as another file system may."""
-    scandir, listdir = os.scandir, os.listdir
-
-    class Shuffled:
-        def __init__(self, path: Any = "."):
-            with scandir(path) as entries:
-                self.rest = sorted(entries, key=lambda entry: random.Random(f"{seed}{entry.name}").random())
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            if not self.rest:
-                raise StopIteration
-            return self.rest.pop()
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-    def shuffled_names(path: Any = ".") -> list[str]:
-        return sorted(listdir(path), key=lambda name: random.Random(f"{seed}{name}").random())
-
-    monkeypatch.setattr(os, "scandir", Shuffled)
-    monkeypatch.setattr(os, "listdir", shuffled_names)
 
 
 # ---- CoOp's layout ---------------------------------------------------------------------------------------------------

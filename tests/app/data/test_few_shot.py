@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 from collections import Counter
 
 import hypothesis
 import hypothesis.strategies as st
-import pytest
 
-from skipkernels.app.data import TaskOptions, few_shot, load_task, open_source, save_few_shot
-from tests.app.data.pictures import make_coop, make_folders
+from skipkernels.app.data import few_shot, open_source, save_few_shot
+from tests.app.data.pictures import make_folders
 
 LABELLED = st.dictionaries(st.text(min_size=1), st.integers(0, 4), min_size=1, max_size=40)
 
@@ -70,22 +67,3 @@ def test_save_few_shot_file_is_readable(tmp_path):
         [name, label, source.classes[label]] for name, label in zip(images.names, images.labels, strict=True)
     ]
     assert content["train"][0][0].startswith("sea_lion/"), "relative to the root, which may be moved"
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-def test_few_shot_reads_no_pickles(tmp_path, monkeypatch):
-    """CoOp stores few-shot pickles beside its splits."""
-    monkeypatch.chdir(tmp_path)
-    make_coop(tmp_path, "dtd")
-    for folder in ("split_fewshot", "images/split_fewshot"):
-        (tmp_path / "dtd" / folder).mkdir()
-        (tmp_path / "dtd" / folder / "shot_2-seed_1.pkl").write_bytes(pickle.dumps(Bomb()))
-    for function in ("load", "loads", "Unpickler"):
-        monkeypatch.setattr(pickle, function, lambda *_, **__: pytest.fail("unpickled"))
-    task = load_task("coop:dtd", TaskOptions(protocol="few-shot", shots=2, root=tmp_path))
-    assert len(task.train) == 6 and len(task.tests[0].images) == 6
-    assert not (tmp_path / "exploded").exists()

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.report import report_html
 from skipkernels.app.report.mistakes import thumbnail
+from skipkernels.app.report.run_page import report_html
 from skipkernels.app.train.predictions import TestPredictions, TopClasses
 
 VOID = {"meta", "br", "img", "input"}
