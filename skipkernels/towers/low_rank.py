@@ -10,13 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..reference import without_autocast
-from .fused.records import LowRankFactors
 
 
 class LowRankUpdate(nn.Module):
     """Add alpha / rank · B · A to the parts `updated` of a weight of `parts` parts with equal numbers of rows.
-
-    If the weight is frozen, the result has its `LowRankFactors` as an attribute, for fused blocks.
 
     A is uniform in ±1/√in, as in PEFT (`kaiming_uniform_` with a = √5), and B is zero. Both have at least fp32; the sum
     is computed in their dtype, without autocast, and rounded to that of the weight.
@@ -41,11 +38,7 @@ class LowRankUpdate(nn.Module):
         with without_autocast(weight.device):
             for part, down, up in zip(self.updated, self.lora_A.to(wide), self.lora_B.to(wide), strict=True):
                 parts[part] = torch.addmm(parts[part].to(wide), up, down, alpha=scale).to(weight.dtype)
-        result: Any = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if not weight.requires_grad:
-            factors = zip(self.updated, self.lora_A.unbind(), self.lora_B.unbind(), strict=True)
-            result.low_rank = [LowRankFactors(part, scale, down, up) for part, down, up in factors]
-        return result
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def get_extra_state(self) -> Tensor:
         """Return alpha and the updated parts, fp64."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ops import launching
 from ...ops.row_sums import MAX_ROWS, column_sums
-from .records import LowRankFactors, TensorName
 
 # Norms within attention: autograd computes their gradients.
 ATTENTION_NORMS = (
@@ -26,21 +26,15 @@ class NeededGradients:
 
     hidden: bool  # those of stream and branch
     fields: frozenset[str]  # those of these fields of `BlockWeights`
-    updates: Mapping[str, Sequence[LowRankFactors]]  # those of the factors of these low-rank updates, by field
 
     def any_of(self, *names: str) -> bool:
         """Return True if the gradient of one of these fields is needed."""
         return not self.fields.isdisjoint(names)
 
-    def reads_input_of(self, name: str) -> bool:
-        """Return True if the input of this layer is read: for the gradient of its weight, or of the factors of one."""
-        return name in self.fields or name in self.updates
-
     @property
     def depends_on_attention(self) -> bool:
         """True if a gradient depends on that of the result of attention."""
-        in_front = self.any_of("norm_1", "norm_1_bias", "in_proj_bias", *ATTENTION_NORMS)
-        return self.hidden or self.reads_input_of("in_proj") or in_front
+        return self.hidden or self.any_of("norm_1", "norm_1_bias", "in_proj", "in_proj_bias", *ATTENTION_NORMS)
 
 
 class PendingSums:
@@ -81,20 +75,15 @@ class Gradients:
     sums_dtype: torch.dtype
     pending: PendingSums | None  # On a GPU; None: each operator completes its sums
     weights: dict[str, Tensor] = field(default_factory=dict)  # by the fields of `BlockWeights`
-    factors: dict[TensorName, Tensor] = field(default_factory=dict)  # of low-rank updates
 
     def set_product(self, name: str, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Set the gradient of a matrix, and those of the factors of its low-rank updates, if they are needed.
+        """Set the gradient of a matrix, if it is needed.
 
         A pair has d_out [R, out], the gradient of results of a layer, and their inputs [R, in]: d_W = d_outᵀ · inputs.
         Those of several pairs are one below the other.
         """
-        if name in self.needed.fields:
+        if self.needed.any_of(name):
             self.weights[name] = joint_product(pairs, self.dtype)
-        for update in self.needed.updates.get(name, ()):
-            d_down, d_up = d_factors(update, pairs)
-            self.factors[TensorName(name, update.part, "A")] = d_down
-            self.factors[TensorName(name, update.part, "B")] = d_up
 
     def set_sums(self, sums: Mapping[str, Tensor], partial_sums: Tensor) -> None:
         """Set gradients of vectors of equal width that an operator has summed; empty ones were not asked for.
@@ -116,17 +105,13 @@ class Gradients:
         sums = [x.sum(0, dtype=dtype) for x in matrices]  # `out=` has no batching rule
         self.weights[name] = torch.cat(sums) if len(sums) > 1 else sums[0]
 
-    def of_tensors(self, names: Iterable[TensorName]) -> dict[TensorName, Tensor]:
-        """Complete the sums, and return the gradients by the names of the tensors, of which `names` are all.
-
-        The gradient of a field is split into those of its parts.
-        """
+    def of_parts(self, names: Sequence[str]) -> list[Tensor | None]:
+        """Complete the sums, and return the gradients of the parts of weights, given the names of these weights."""
         weights = self.weights | (self.pending.complete() if self.pending is not None else {})
-        parts, found = Counter(name.field for name in names if not name.factor), dict(self.factors)
-        for name, gradient in weights.items():
-            of_parts = gradient.chunk(parts[name]) if parts[name] > 1 else (gradient,)
-            found |= {TensorName(name, part): x for part, x in enumerate(of_parts)}
-        return found
+        assert weights.keys() >= self.needed.fields
+        counts = Counter(names)
+        parts = {name: iter(x.chunk(counts[name])) for name, x in weights.items() if name in counts}
+        return [next(parts[name]) if name in parts else None for name in names]
 
 
 def sums_together(device: torch.device) -> bool:
@@ -134,57 +119,20 @@ def sums_together(device: torch.device) -> bool:
     return device.type != "cpu" and launching.installed
 
 
-def d_factors(update: LowRankFactors, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Gradients of A [rank, in] and B [out, rank] of a low-rank update of a matrix; for pairs see `set_product`.
-
-    A weight W + s · B · A with frozen W gets no gradient itself. With y = x (W + s · B · A)ᵀ,
-
-        d_A = s · (d_y B)ᵀ x,   d_B = s · d_yᵀ (x Aᵀ)
-
-    are thin products, in place of one as large as the layer.
-    """
-    scale, down, up = update.scale, update.down, update.up
-    # First row of the part in the weight, then in the pair that has it: of the pairs (query), (key, value), key begins
-    # at row W of the weight, which is row 0 of the second pair.
-    row, pair = update.part * len(up), 0
-    while row >= (height := pairs[pair][0].shape[1]):
-        row, pair = row - height, pair + 1
-    d_out, inputs = pairs[pair]
-    d_part = d_out[:, row : row + len(up)]  # [R, out]
-    d_thin = d_part @ (scale * up).to(d_part.dtype)  # [R, out] @ [out, rank] -> [R, rank]
-    thin = inputs @ (scale * down).to(inputs.dtype).T  # [R, in] @ [in, rank] -> [R, rank]
-    return product(d_thin.T, inputs, down.dtype), product(d_part.T, thin, up.dtype)
-
-
-# ---- products of matrices, in a wider dtype where a device can write it ---------------------------------------------
-
-
-def _product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Return `dtype` if the device can write a product of tensors like `x` in it by one launch, else that of `x`."""
-    is_16_bit = x.dtype in (torch.bfloat16, torch.float16)
-    return dtype if is_16_bit and dtype == torch.float32 and launching.products_widen(x.device.type) else x.dtype
-
-
-def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """left · right in a dtype of `_product_dtype`."""
-    if dtype == left.dtype:
-        return torch.mm(left, right, out=out)
-    return torch.mm(left, right, out_dtype=dtype, out=out)
-
-
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left · right, in `dtype` if the device can write it without another launch, else in the dtype of both."""
-    return _multiply(left, right, _product_dtype(left, dtype))
-
-
 def joint_product(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
-    """d_outᵀ · inputs of pairs [R, out], [R, in], one below the other, [sum of out, in]; dtype as in `product`."""
+    """d_outᵀ · inputs of pairs [R, out], [R, in], one below the other, [sum of out, in].
+
+    In `dtype` if that is fp32 and the device can write a product of 16-bit tensors in it by one launch, else in the
+    dtype of the pairs.
+    """
+    d_out, inputs = pairs[0]
+    is_16_bit = inputs.dtype in (torch.bfloat16, torch.float16)
+    widens = is_16_bit and dtype == torch.float32 and launching.products_widen(inputs.device.type)
+    options: dict[str, Any] = {"out_dtype": dtype} if widens else {}
     if len(pairs) == 1:
-        ((d_out, inputs),) = pairs
-        return product(d_out.T, inputs, dtype)
-    heights, inputs = [d_out.shape[1] for d_out, _ in pairs], pairs[0][1]
-    dtype = _product_dtype(inputs, dtype)
-    joint = inputs.new_empty(sum(heights), inputs.shape[1], dtype=dtype)
+        return torch.mm(d_out.T, inputs, **options)
+    heights = [d_out.shape[1] for d_out, _ in pairs]
+    joint = inputs.new_empty(sum(heights), inputs.shape[1], dtype=dtype if widens else inputs.dtype)
     for (d_out, inputs), out in zip(pairs, joint.split(heights), strict=True):
-        _multiply(d_out.T, inputs, dtype, out)
+        torch.mm(d_out.T, inputs, out=out, **options)
     return joint

@@ -1,11 +1,11 @@
 """A fused block as an autograd node: a `torch.autograd.Function` around `forward` and `backward` of `stages.py`.
 
-Autograd takes, saves and returns lists of tensors: those of the weights in the order of their `TensorName`s.
+Autograd takes, saves and returns lists of tensors: those of the weights part by part, each with the name of its weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,14 @@ from ... import casts as casts_of_step
 from ...reference import without_autocast
 from . import stages
 from .gradients import Gradients, NeededGradients, PendingSums, sums_together
-from .records import BlockCall, BlockSettings, BlockWeights, Hidden, PreparedWeights, RowsOptions, TensorName
+from .records import BlockCall, BlockSettings, BlockWeights, Hidden, PreparedWeights, RowsOptions
 
 # Fields of `BlockWeights` that products read, in the dtype of the products. The operators upcast the others: that of
 # the activation adds mlp_in_bias.
 CAST_FIELDS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "mlp_in", "mlp_out", "mlp_out_bias")
 
 # Arguments of `_BlockFunction` in front of its tensors
-CONSTANTS = 5
+CONSTANTS = 4
 
 
 @torch.compiler.disable  # the node holds an autograd graph, which would cause graph breaks
@@ -35,11 +35,9 @@ def fused_block(weights: BlockWeights, settings: BlockSettings, hidden: Hidden, 
     device = hidden.stream.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weights.mlp_out.dtype
-    weights = weights.with_updates()
-    named = weights.named_tensors()
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*hidden, *named.values())):
-        names, scales = list(named), weights.scales()
-        return Hidden(*_BlockFunction.apply(settings, options, dtype, names, scales, *hidden, *named.values()))
+    names, tensors = weights.named_parts()
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*hidden, *tensors)):
+        return Hidden(*_BlockFunction.apply(settings, options, dtype, names, *hidden, *tensors))
     with without_autocast(device):
         call = BlockCall(settings, options, prepare(weights, dtype), dtype)
         return stages.forward(call, hidden, record=False)[0]
@@ -52,44 +50,41 @@ class _BlockFunction(torch.autograd.Function):
         settings: BlockSettings,
         options: RowsOptions,
         dtype: torch.dtype,
-        names: Sequence[TensorName],
-        scales: Mapping[tuple[str, int], float],  # of low-rank updates by field and part
+        names: Sequence[str],
         stream: Tensor,
         branch: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         record = options.memory != "min"
-        weights = BlockWeights.from_named_tensors(dict(zip(names, tensors, strict=True)), scales)
+        weights = BlockWeights.from_parts(names, tensors)
         with without_autocast(stream.device):
             call = BlockCall(settings, options, prepare(weights, dtype), dtype)
             out, saved = stages.forward(call, Hidden(stream, branch), record)
-        ctx.settings, ctx.options, ctx.dtype, ctx.scales = settings, options, dtype, scales
-        ctx.has_branch, ctx.input_dtypes = branch is not None, {n: x.dtype for n, x in zip(names, tensors, strict=True)}
+        ctx.settings, ctx.options, ctx.dtype = settings, options, dtype
+        ctx.has_branch, ctx.names, ctx.dtypes = branch is not None, names, [x.dtype for x in tensors]
         if record and weights.mlp_out.dtype != dtype:  # backward reads the casts, and need not cast again
             weights = replace(weights, **{name: getattr(call.weights, name) for name in CAST_FIELDS})
-        named = weights.named_tensors()
+        ctx.saved_names, weights_to_save = weights.named_parts()
+        ctx.save_for_backward(*weights_to_save, *stages.to_save(call, saved))
         # The graph of attention is no tensor. Backward frees it; a second backward records another.
-        ctx.saved_names, ctx.attention_graph = list(named), saved.attention_graph
-        ctx.save_for_backward(*named.values(), *stages.to_save(call, saved))
+        ctx.attention_graph = saved.attention_graph
         return out.stream, out.branch
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_mid: Tensor, d_branch: Tensor) -> tuple[Tensor | None, ...]:
         # 1. Put the saved tensors into records again
-        tensors, count = ctx.saved_tensors, len(ctx.saved_names)
-        named = dict(zip(ctx.saved_names, tensors[:count], strict=True))
-        weights = BlockWeights.from_named_tensors(named, ctx.scales)
+        saved_tensors, count = ctx.saved_tensors, len(ctx.saved_names)
+        weights = BlockWeights.from_parts(ctx.saved_names, saved_tensors[:count])
         graph, ctx.attention_graph = ctx.attention_graph, None
         # 2. Find the gradients that are needed
-        dtypes: dict[TensorName, torch.dtype] = ctx.input_dtypes
-        needs_stream, needs_branch, *needs_tensors = ctx.needs_input_grad[CONSTANTS:]
-        needed = dict(zip(dtypes, needs_tensors, strict=True))
-        matrices, norms = dtypes[TensorName("mlp_out")], dtypes[TensorName("norm_1")]
+        needs_stream, needs_branch, *needs_parts = ctx.needs_input_grad[CONSTANTS:]
+        fields = frozenset(name for name, need in zip(ctx.names, needs_parts, strict=True) if need)
+        dtype_of = dict(zip(ctx.names, ctx.dtypes, strict=True))
+        matrices, norms = dtype_of["mlp_out"], dtype_of["norm_1"]
         sums_dtype = max(matrices, norms, key=lambda x: x.itemsize)  # norms may be fp32 beside fp16 matrices
-        fields = frozenset(name.field for name, need in needed.items() if need and not name.factor)
         gradients = Gradients(
-            NeededGradients(needs_stream or needs_branch, fields, weights.updates),
+            NeededGradients(needs_stream or needs_branch, fields),
             matrices,
             sums_dtype,
             PendingSums(sums_dtype) if sums_together(d_mid.device) else None,
@@ -97,13 +92,16 @@ class _BlockFunction(torch.autograd.Function):
         with without_autocast(d_mid.device):
             call = BlockCall(ctx.settings, ctx.options, prepare(weights, ctx.dtype), ctx.dtype)
             # 3. Repeat what was not saved
-            saved = stages.restore(call, tensors[count:], graph)
+            saved = stages.restore(call, saved_tensors[count:], graph)
             # 4. Run the stages from the last to the first
             d_hidden = stages.backward(call, saved, Hidden(d_mid, d_branch), gradients)
-            found = gradients.of_tensors(dtypes)
+            d_parts = gradients.of_parts(ctx.names)
         # 5. Return the gradients in the order of the inputs, each in the dtype of its input
         d_stream, d_branch_in = d_hidden if d_hidden is not None else (None, None)
-        d_tensors = (found[name].to(dtypes[name]) if need else None for name, need in needed.items())
+        d_tensors = (
+            d_part.to(dtype) if need and d_part is not None else None
+            for d_part, dtype, need in zip(d_parts, ctx.dtypes, needs_parts, strict=True)
+        )
         return *[None] * CONSTANTS, d_stream, d_branch_in if ctx.has_branch else None, *d_tensors
 
 
@@ -120,7 +118,7 @@ def prepare(weights: BlockWeights, dtype: torch.dtype) -> PreparedWeights:
         fields["mlp_in_bias"] = torch.cat(weights.mlp_in_bias)
     targets: list[Tensor] = []
     sources: list[Tensor] = []
-    for name, parts in weights.parts():
+    for name, parts in weights.parts().items():
         if name not in CAST_FIELDS or (len(parts) == 1 and parts[0].dtype == dtype):
             continue
         cast = None if casts_of_step.active is None else casts_of_step.active.of_product(parts, dtype)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,6 @@ from ..attention import BlockAttention
 NORMS = ("norm_1", "norm_2", "query_norm", "key_norm", "attention_norm", "mlp_norm")
 
 Weight = Tensor | tuple[Tensor, ...]  # A tuple has the parts of a weight, one below the other
-
-
-class TensorName(NamedTuple):
-    """Name of one tensor of `BlockWeights`."""
-
-    field: str
-    part: int = 0
-    factor: Literal["", "A", "B"] = ""  # of the low-rank update of the part
 
 
 class Hidden(NamedTuple):
@@ -41,16 +33,6 @@ class Hidden(NamedTuple):
 
 
 # ---- the block -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LowRankFactors:
-    """Low-rank update s · B · A that is part of a weight."""
-
-    part: int  # Part of the rows of the weight; 0, or 1 and 2 for key and value in a packed projection
-    scale: float
-    down: Tensor  # A, [rank, in]
-    up: Tensor  # B, [out, rank]
 
 
 @dataclass(eq=False)
@@ -80,66 +62,23 @@ class BlockWeights:
     attention_norm_bias: Tensor | None = None
     mlp_norm: Tensor | None = None  # [M]
     mlp_norm_bias: Tensor | None = None
-    # Low-rank updates that weights contain, by field; a gradient goes to their factors, and not to the weight.
-    updates: Mapping[str, Sequence[LowRankFactors]] = field(default_factory=dict)
 
-    def parts(self) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-        """Yield the name of each weight that is not None, with its parts."""
-        for name, weight in vars(self).items():
-            if weight is not None and name != "updates":
-                yield name, _parts(weight)
+    def parts(self) -> dict[str, tuple[Tensor, ...]]:
+        """Return the parts of each weight that is not None, by its name."""
+        return {name: x if isinstance(x, tuple) else (x,) for name, x in vars(self).items() if x is not None}
 
-    def named_tensors(self) -> dict[TensorName, Tensor]:
-        """All tensors in order: the parts of each weight, then the factors of the updates."""
-        named = {TensorName(name, part): x for name, parts in self.parts() for part, x in enumerate(parts)}
-        for name, updates in self.updates.items():
-            for update in updates:
-                named[TensorName(name, update.part, "A")] = update.down
-                named[TensorName(name, update.part, "B")] = update.up
-        return named
-
-    def scales(self) -> dict[tuple[str, int], float]:
-        """Scale of each low-rank update, by field and part."""
-        return {(name, update.part): update.scale for name, updates in self.updates.items() for update in updates}
+    def named_parts(self) -> tuple[list[str], list[Tensor]]:
+        """Return the parts of all weights in order, each with the name of its weight; for `from_parts`."""
+        named = [(name, part) for name, parts in self.parts().items() for part in parts]
+        return [name for name, _ in named], [part for _, part in named]
 
     @classmethod
-    def from_named_tensors(
-        cls, named: Mapping[TensorName, Tensor], scales: Mapping[tuple[str, int], float]
-    ) -> BlockWeights:
-        """Return the weights with these tensors, and None where there are none; `scales` are those of `scales()`."""
-        weights: dict[str, list[Tensor]] = {}
-        updates: dict[str, list[LowRankFactors]] = {}
-        for (name, part, factor), x in named.items():
-            if not factor:
-                weights.setdefault(name, []).append(x)
-            elif factor == "A":
-                up = named[TensorName(name, part, "B")]
-                updates.setdefault(name, []).append(LowRankFactors(part, scales[name, part], x, up))
-        found: dict[str, Any] = dict.fromkeys(x.name for x in fields(cls))
-        found |= {name: _weight(parts) for name, parts in weights.items()}
-        return cls(**found | {"updates": updates})
-
-    def with_updates(self) -> BlockWeights:
-        """Return the weights with `updates`; those that contain an update are constants.
-
-        `towers/low_rank.py` attaches them as `low_rank` to the sum of a frozen weight and its update.
-        """
-        changes: dict[str, Any] = {}
-        updates: dict[str, Sequence[LowRankFactors]] = {}
-        for name, parts in self.parts():
-            found = [(part, update) for part, x in enumerate(parts) for update in getattr(x, "low_rank", ())]
-            if found:
-                updates[name] = [replace(update, part=part + update.part) for part, update in found]
-                changes[name] = _weight([x.detach() if hasattr(x, "low_rank") else x for x in parts])
-        return replace(self, **changes, updates=updates) if updates else self
-
-
-def _parts(weight: Weight) -> tuple[Tensor, ...]:
-    return weight if isinstance(weight, tuple) else (weight,)
-
-
-def _weight(parts: Sequence[Tensor]) -> Weight:
-    return parts[0] if len(parts) == 1 else tuple(parts)
+    def from_parts(cls, names: Sequence[str], parts: Sequence[Tensor]) -> BlockWeights:
+        """Return the weights with these parts, and None where there are none."""
+        found: dict[str, Any] = {x.name: [] for x in fields(cls)}
+        for name, part in zip(names, parts, strict=True):
+            found[name].append(part)
+        return cls(**{name: tuple(x) if len(x) > 1 else x[0] if x else None for name, x in found.items()})
 
 
 class PreparedWeights(BlockWeights):
@@ -238,15 +177,6 @@ class Saved:
 
     norm_1: SavedNorm  # hidden [R, W]
     norm_2: SavedNorm  # mid [Q, W]
-    inner: Tensor | None = None  # [Q, M], or [Q, 2M] for SwiGLU. None: the product is repeated
-    projected: tuple[Tensor, ...] = ()  # leaves of the graph of attention
-    attention_graph: AttentionGraph | None = None  # None: attention is repeated
-
-    def tensors(self) -> list[Tensor | None]:
-        """All tensors, without the graph of attention."""
-        return [*self.norm_1, *self.norm_2, self.inner, *self.projected]
-
-    @classmethod
-    def of_tensors(cls, tensors: Sequence[Tensor], graph: AttentionGraph | None) -> Saved:
-        """Return what has these tensors, in the order of `tensors()`."""
-        return cls(SavedNorm(*tensors[:3]), SavedNorm(*tensors[3:6]), tensors[6], tuple(tensors[7:]), graph)
+    # None if they were not recorded
+    inner: Tensor | None  # [Q, M], or [Q, 2M] for SwiGLU
+    attention_graph: AttentionGraph | None

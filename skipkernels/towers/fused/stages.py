@@ -82,7 +82,7 @@ def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Save
     inner = normed @ weights.mlp_in.T  # [Q, W] @ [W, M] -> [Q, M], or [Q, 2M] for SwiGLU; the activation adds b_fc
     del normed
     active = mlp_act(call, inner)  # [Q, M]
-    saved = Saved(saved_1, saved_2, inner, graph.projected, graph) if graph else Saved(saved_1, saved_2)
+    saved = Saved(saved_1, saved_2, inner if record else None, graph)
     del inner
     if weights.mlp_norm is not None:
         active, _ = norm(call, "mlp_norm", active)
@@ -94,23 +94,21 @@ def to_save(call: BlockCall, saved: Saved) -> list[Tensor | None]:
     """Tensors that are kept until backward, beside the graph of attention, which has its own; for `restore`."""
     if call.options.memory == "min":
         return [saved.norm_1.x]
-    return (replace(saved, inner=None) if call.options.memory == "balanced" else saved).tensors()
+    inner = None if call.options.memory == "balanced" else saved.inner
+    return [*saved.norm_1, *saved.norm_2, inner]
 
 
 def restore(call: BlockCall, tensors: Sequence[Tensor], graph: AttentionGraph | None) -> Saved:
-    """Put the tensors of `to_save` into a record, and repeat what was not saved.
+    """Return what backward reads, from the tensors of `to_save`: what was not saved is computed again.
 
-    The graph of attention is None in a second backward pass, which repeats attention as well.
+    Without the graph of attention, with memory="min" and in a second backward pass, that is the forward pass.
     """
-    if call.options.memory == "min":
-        (hidden,) = tensors
-        return forward(call, Hidden(hidden), record=True)[1]
-    saved = Saved.of_tensors(tensors, graph)
-    inner = saved.inner
-    if inner is None:
-        inner = norm(call, "norm_2", saved.norm_2.x)[0] @ call.weights.mlp_in.T
-    graph = graph or attention(call, saved.projected, record=True)[1]
-    return replace(saved, inner=inner, attention_graph=graph)
+    if graph is None:
+        return forward(call, Hidden(tensors[0]), record=True)[1]
+    saved_1, saved_2, inner = SavedNorm(*tensors[:3]), SavedNorm(*tensors[3:6]), tensors[6]
+    if inner is None:  # "balanced"
+        inner = norm(call, "norm_2", saved_2.x)[0] @ call.weights.mlp_in.T
+    return Saved(saved_1, saved_2, inner, graph)
 
 
 def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients) -> Hidden | None:
@@ -125,16 +123,7 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     # norm_2 of mid = hidden + attended · W_o + b_o. The residual gradient is that of the sum mid + branch, so that its
     # column sums are d_b_p, and those of d_mid are d_b_o.
     biases = ("mlp_out_bias", "out_proj_bias")
-    (d_mid, d_branch), normed = d_norm(
-        call,
-        "norm_2",
-        saved.norm_2,
-        d_normed,
-        d_out.stream,
-        gradients,
-        gradients.needed.reads_input_of("mlp_in"),
-        biases,
-    )
+    (d_mid, d_branch), normed = d_norm(call, "norm_2", saved.norm_2, d_normed, d_out.stream, gradients, biases)
     del d_normed
     if normed is not None:
         gradients.set_product("mlp_in", (d_inner, normed))
@@ -166,14 +155,12 @@ def d_norm_1(
     call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_mid: Tensor, gradients: Gradients
 ) -> tuple[Hidden, Tensor | None]:
     """Gradient of hidden [R, W], with that of the residual, mid [Q, W]; return also LN₁(hidden), if needed."""
-    need_normed = gradients.needed.reads_input_of("in_proj")
-    if not gradients.needed.hidden:
-        return d_norm(call, "norm_1", saved, d_normed, None, gradients, need_normed)
-    if call.options.attention.query_rows is None:
-        return d_norm(call, "norm_1", saved, d_normed, d_mid, gradients, need_normed)
-    d_hidden, normed = d_norm(call, "norm_1", saved, d_normed, None, gradients, need_normed)
-    d_stream = call.add_to_queries(d_hidden.stream, d_mid)
-    return Hidden(d_stream, d_stream.to(call.dtype)), normed
+    adds = gradients.needed.hidden and call.options.attention.query_rows is None
+    d_hidden, normed = d_norm(call, "norm_1", saved, d_normed, d_mid if adds else None, gradients)
+    if gradients.needed.hidden and not adds:
+        d_stream = call.add_to_queries(d_hidden.stream, d_mid)
+        d_hidden = Hidden(d_stream, d_stream.to(call.dtype))
+    return d_hidden, normed
 
 
 def in_proj(call: BlockCall, normed: Tensor) -> tuple[Tensor, ...]:
@@ -251,7 +238,7 @@ def d_mlp_act(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradi
     needs = ActivationNeeds(
         x=True,
         bias=gradients.needed.any_of("mlp_in_bias"),
-        out=gradients.needed.reads_input_of("mlp_out") and call.weights.mlp_norm is None,
+        out=gradients.needed.any_of("mlp_out") and call.weights.mlp_norm is None,
         partial=gradients.pending is not None,
     )
     bias, kind = call.weights.mlp_in_bias, KINDS.index(call.settings.activation)
@@ -283,6 +270,10 @@ def d_mlp_norm(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Grad
 # ---- parts of stages -------------------------------------------------------------------------------------------------
 
 
+# Weights that norms are multiplied by
+_READ_BY = {"norm_1": "in_proj", "norm_2": "mlp_in"}
+
+
 def norm(call: BlockCall, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, SavedNorm]:
     """Norm `name` of x + residual, in the dtype of the products."""
     weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
@@ -298,17 +289,17 @@ def d_norm(
     d_normed: Tensor,
     d_residual: Tensor | None,
     gradients: Gradients,
-    need_normed: bool = False,
     biases: tuple[str, ...] = (),
 ) -> tuple[Hidden, Tensor | None]:
     """Gradient of the input of a norm, d_x = d_residual + …; set those of its weights.
 
     With a residual the input was the sum of stream and branch, and d_x is the gradient of both: that of the branch has
-    the dtype of the products. Return also the norm, if `need_normed`. The gradients of the fields `biases` are the
-    column sums of d_residual and of d_x.
+    the dtype of the products. Return also the norm, if the gradient of the weight that it is multiplied by needs it.
+    The gradients of the fields `biases` are the column sums of d_residual and of d_x.
     """
     weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
     need_sums = gradients.needed.any_of(*biases)
+    need_normed = name in _READ_BY and gradients.needed.any_of(_READ_BY[name])
     casts = d_residual is not None and call.dtype != saved.x.dtype
     arguments = NormArguments(
         d_normed,
