@@ -49,6 +49,21 @@ def free_bytes(device: torch.device) -> float:
     return max(free, 0)
 
 
+class FreeMemory:
+    """Decisions by the free memory, kept: asking takes 0.1 ms, and a captured graph must not ask the driver."""
+
+    def __init__(self) -> None:
+        self._allowed: dict[torch.device, float] = {}  # largest number of bytes
+        self._refused: dict[torch.device, float] = {}  # smallest
+
+    def allows(self, needed: float, device: torch.device) -> bool:
+        """Return True if at most half of the free bytes are needed, or were when as many or more were allowed."""
+        if self._allowed.get(device, 0) < needed < self._refused.get(device, math.inf):
+            decisions = self._allowed if needed <= free_bytes(device) / 2 else self._refused
+            decisions[device] = needed
+        return needed <= self._allowed.get(device, 0)
+
+
 def _free_on_macos() -> float:
     """Return what `vm_stat` reports as free, speculative (read ahead) or inactive (not used lately), in bytes."""
     try:

@@ -65,6 +65,13 @@ def test_free_bytes_on_macos(tmp_path, monkeypatch, text, expected):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="not read on Windows")
+def test_decisions_by_free_memory_are_kept(monkeypatch):
+    free, asked = memory.FreeMemory(), []
+    monkeypatch.setattr(memory, "free_bytes", lambda device: asked.append(device) or 200)
+    assert [free.allows(x, CPU) for x in (80, 100, 150, 101)] == [True, True, False, False]
+    assert len(asked) == 4 and [free.allows(x, CPU) for x in (100, 7, 200)] == [True, True, False] and len(asked) == 4
+
+
 def test_free_bytes_of_this_machine():
     assert 0 < memory.free_bytes(CPU) < 1 << 50
 

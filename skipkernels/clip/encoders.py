@@ -162,7 +162,7 @@ class Encoders:
             tower.cut = replace(tower.cut, memory="min" if enable else usual)
 
     def _move_lower(self) -> None:
-        """Move the modules below the cut to their device. Texts that do not train go to the CPU."""
+        """Move the modules below the cut to their device, and count the templates. Constant texts go to the CPU."""
         text_device = self._lower_device
         if not self.options.train_text:
             self.texts.drop()
@@ -170,6 +170,7 @@ class Encoders:
         for tower, device in ((self.images.tower, self._lower_device), (self.texts.tower, text_device)):
             tower.cut = replace(tower.cut, lower_device=device)
             tower.move_lower()
+        self.texts.tower.cut = replace(self.texts.tower.cut, runs=len(self.texts.templates))
 
     @contextmanager
     def converted(self, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:

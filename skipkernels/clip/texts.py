@@ -110,7 +110,7 @@ class ClassTexts:
     def encode_template(self, template: int, class_ids: Tensor, *, exact_rows: bool = False) -> Tensor:
         """Class ids [K] to the embeddings [K, D] of their prompts of one template, any norm."""
         selected = self.templates[template].select(class_ids, exact_rows=exact_rows)
-        return self.tower.upper(self._features_of(template, selected), selected, len(self.templates))
+        return self.tower.upper(self._features_of(template, selected), selected)
 
     def kept_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""

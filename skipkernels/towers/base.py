@@ -11,7 +11,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,11 @@ from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
 from .attention import SDPA, AttentionBackend, BlockAttention, Pooled, Sequences
 from .block import FusedBlock, fuse_blocks
-from .fused.records import Hidden, Rotary, RowsOptions
+from .fused import Hidden, Rotary, RowsOptions
 from .modes import evaluating, updates_statistics
+
+if TYPE_CHECKING:
+    from ..memory import FreeMemory
 
 Part = nn.Module | nn.Parameter
 
@@ -52,6 +55,7 @@ class Cut:
     memory: Memory = "fast"  # Saved for backward by blocks above the cut
     backend: AttentionBackend = SDPA  # Attention of fused blocks
     chunk: int = DEFAULT_CHUNK  # Images or prompts that run below the cut at a time
+    runs: int = 1  # Runs of the blocks above the cut before a backward pass: one for each template
     lower_device: torch.device | None = None  # Device of the modules below the cut, if it differs from that above
 
 
@@ -134,12 +138,11 @@ class Tower(ABC):
         mask: Tensor | None = None,
         *,
         pooled: BlockAttention | None = None,
-        runs: int = 1,
     ) -> Tensor:
         """Run blocks that take rows over sequences [n, tokens, W]; with `pooled` return [n, 1, W]."""
         n = len(hidden)
         attention, rotary = Sequences(n, mask, backend=self.cut.backend), self.rotary(hidden.device)
-        rows = self._run_rows(hidden.flatten(0, 1), blocks, attention, pooled, rotary, runs)
+        rows = self._run_rows(hidden.flatten(0, 1), blocks, attention, pooled, rotary)
         return rows.unflatten(0, (n, -1))
 
     def _run_rows(
@@ -149,13 +152,9 @@ class Tower(ABC):
         attention: BlockAttention,
         pooled: BlockAttention | None,
         rotary: Rotary | None,
-        runs: int,
     ) -> Tensor:
-        """Run blocks over rows [R, W]; the last one with the attention `pooled`, if only pooled tokens are needed.
-
-        A step does so `runs` times before backward, once for each template.
-        """
-        options, hidden = RowsOptions(attention, self.block_memory(rows, runs), rotary), Hidden(rows)
+        """Run blocks over rows [R, W]; the last one with the attention `pooled`, if only pooled tokens are needed."""
+        options, hidden = RowsOptions(attention, self.block_memory(rows), rotary), Hidden(rows)
         for index in blocks:
             if index == blocks[-1] and pooled is not None:
                 options = options._replace(attention=pooled)
@@ -163,30 +162,26 @@ class Tower(ABC):
         return hidden.sum()
 
     @torch.compiler.disable  # queries the free memory
-    def block_memory(self, hidden: Tensor, runs: int = 1) -> FusedMemory:
-        """Return what each block above the cut that takes rows saves for backward, over hidden states [..., W].
+    def block_memory(self, rows: Tensor) -> FusedMemory:
+        """Return what each block above the cut saves for backward, over rows [R, W].
 
-        With `memory="auto"` it is "min" if saving everything would take more than half of the memory that is free in
-        the first step with as many rows. A step runs the blocks `runs` times before backward.
+        With `memory="auto"` it is "min" if saving everything would take more than half of the memory that was free in
+        the first step with as many rows.
         """
         if self.cut.memory != "auto":
             return self.cut.memory
         if not torch.is_grad_enabled():
             return "fast"
-        from ..memory import free_bytes  # both are not needed to import the towers
-        from .fused.stages import saved_bytes
+        from .fused.stages import saved_bytes  # not needed to import the towers
 
-        needed = saved_bytes(hidden) * (len(self.blocks) - self.skip) * runs
-        # Asked once: reading the free memory takes 0.1 ms, and a captured graph must not ask the driver.
-        key = needed, hidden.device
-        if key not in self._fits:
-            self._fits[key] = needed <= free_bytes(hidden.device) / 2
-        return "fast" if self._fits[key] else "min"
+        needed = saved_bytes(rows) * len(self.upper_blocks) * self.cut.runs
+        return "fast" if self._free_memory.allows(needed, rows.device) else "min"
 
     @functools.cached_property  # a family defines its own __init__
-    def _fits(self) -> dict[tuple[int, torch.device], bool]:
-        """Decisions of `block_memory` by bytes and device."""
-        return {}
+    def _free_memory(self) -> FreeMemory:
+        from ..memory import FreeMemory
+
+        return FreeMemory()
 
     # ---- blocks that take rows ---------------------------------------------------------------------------------------
 
@@ -306,7 +301,7 @@ class ImageTower(Tower):
         as that of the texts, so that features from a cache give the same result as images.
         """
         features, blocks = features.to(self.dtype), self.upper_blocks
-        if self.why_no_rows(blocks) is not None:
+        if not blocks or self.why_no_rows(blocks) is not None:
             return self.finish(self._call_blocks(features, blocks))
         first_tokens = Pooled(slice(None, None, features.shape[1]))  # of the sequences, among their rows
         pooled = first_tokens if self.why_not_pooled() is None else None

@@ -11,7 +11,7 @@ import copyreg
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,10 @@ from ..options import FusedMemory
 from .alterations import Submodules, has_hooks, original_method, why_altered
 from .attention import Sequences
 from .families import BLOCKS, type_name
-from .fused.records import BlockSettings, BlockWeights, Hidden, Rotary, RowsOptions
+from .fused import Hidden, Rotary, RowsOptions
+
+if TYPE_CHECKING:
+    from .fused.weights import BlockSettings, BlockWeights
 
 
 class BlockInput(NamedTuple):
@@ -80,7 +83,7 @@ class FusedBlock:
 
         Both are calls of the module: hooks on it run, such as those by which FSDP2 gathers its weights.
         """
-        if args and isinstance(args[0], Hidden):
+        if args and isinstance(args[0], Hidden):  # the tower has asked `why_no_rows`
             return self._run_fused(*args)
         given = self._fusable_input(*args, **kwargs)
         if given is None:

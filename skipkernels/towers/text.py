@@ -217,19 +217,16 @@ class TextTower(Tower):
     def finish(self, hidden: Tensor) -> Tensor:
         """Map hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
 
-    def upper(self, rows: Tensor, selected: SelectedPrompts, runs: int = 1) -> Tensor:
-        """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised.
-
-        A step calls it `runs` times before backward, once for each template; see `block_memory`.
-        """
+    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+        """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised."""
         if not self.upper_blocks or self.why_no_rows(self.upper_blocks) is not None:
             mask = self.mask(selected.tokens, selected.prompts)
             hidden = self._call_blocks(selected.unpack(rows), self.upper_blocks, mask)  # [K, L, W]
             return self.finish(hidden[torch.arange(len(hidden), device=hidden.device), selected.pooled])
         run = self._run_suffixes if selected.prompts.prefix_length else self._run_whole_prompts
-        return self.finish(run(rows, selected, runs))
+        return self.finish(run(rows, selected))
 
-    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts, runs: int) -> Tensor:
+    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
         prompts = selected.prompts
         attention = Suffixes(
@@ -241,9 +238,9 @@ class TextTower(Tower):
             prompts.excludes_self,
         )
         pooled = replace(attention, only_last=True)
-        return self._run_rows(rows, self.upper_blocks, attention, pooled, rotary=None, runs=runs)
+        return self._run_rows(rows, self.upper_blocks, attention, pooled, rotary=None)
 
-    def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts, runs: int) -> Tensor:
+    def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run whole prompts; return hidden states [K, W] of the pooled tokens."""
         features, mask = selected.unpack(rows), self.mask(selected.tokens, selected.prompts)
         K, L, _ = features.shape
@@ -251,7 +248,7 @@ class TextTower(Tower):
         # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
         pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
         pooled = Pooled(class_numbers * L + positions, pooled_mask)
-        return self._run_sequences(features, self.upper_blocks, mask, pooled=pooled, runs=runs).squeeze(1)
+        return self._run_sequences(features, self.upper_blocks, mask, pooled=pooled).squeeze(1)
 
 
 def representative_classes(prompts: Prompts) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from skipkernels.ops.row_sums import MATRICES, column_sums
 from skipkernels.testing import SLACK
 from skipkernels.towers.attention import Sequences
-from skipkernels.towers.fused import node
-from skipkernels.towers.fused.records import BlockSettings, BlockWeights, Hidden, RowsOptions
+from skipkernels.towers.fused import Hidden, RowsOptions, node
+from skipkernels.towers.fused.weights import BlockSettings, BlockWeights
 from tests.ops.backends import Backend
 
 SHAPES = [(1, 1), (129, 33), (3, 64), (130, 7), (788, 70)]

@@ -9,7 +9,7 @@ import skipkernels as sk
 from skipkernels.towers import comparison
 from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.fused import node
-from skipkernels.towers.fused.records import Hidden
+from skipkernels.towers.fused import Hidden
 from tests.models import tiny_clip
 from tests.towers.blocks import FAMILIES, make_block
 

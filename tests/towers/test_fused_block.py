@@ -10,8 +10,8 @@ import torch
 from skipkernels.testing import relative_error
 from skipkernels.towers.attention import SDPA, Pooled, Sequences
 from skipkernels.towers.families.open_clip import OpenClipBlock
+from skipkernels.towers.fused import Hidden, RowsOptions
 from skipkernels.towers.fused.node import fused_block
-from skipkernels.towers.fused.records import Hidden, RowsOptions
 from tests.models import tiny_clip
 
 N, TOKENS, W = 3, 5, 24
@@ -47,8 +47,9 @@ def hidden_states(dtype=torch.float64, *, requires_grad=True):
     return hidden.requires_grad_(requires_grad)
 
 
-# Dtypes of weights and residual stream, and of products: the same, or another one as under autocast.
+# Dtypes of weights and residual stream, and of autocast: the same, or another one. Autocast leaves fp64 as it is.
 DTYPES = [
+    (torch.float64, torch.bfloat16),
     *((dtype, dtype) for dtype in TOLERANCE),
     (torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.float16),
@@ -67,7 +68,7 @@ def test_fused_block_equals_callers_module(dtype, product_dtype, layer_scale, po
     expected = exact(exact_hidden).flatten(0, 1)
     expected = expected if rows is None else expected[rows]
     out = run_fused(block, hidden, memory, rows, product_dtype)
-    tolerance = TOLERANCE[dtype if product_dtype == dtype else torch.bfloat16]
+    tolerance = TOLERANCE[dtype if dtype in (product_dtype, torch.float64) else torch.bfloat16]
     assert out.dtype == dtype and relative_error(out, expected) < tolerance
     truth = gradients(expected, exact, exact_hidden)
     for name, gradient in gradients(out, block, hidden).items():

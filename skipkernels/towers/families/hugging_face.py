@@ -27,8 +27,7 @@ from transformers.models.siglip2 import modeling_siglip2
 from ..alterations import Submodules, submodules
 from ..base import ImageTower, UnsupportedModel
 from ..block import BlockInput, FusedBlock
-from ..fused.records import BlockSettings, BlockWeights
-from ..reading import joint_weights_of, weights_of
+from ..fused.weights import BlockSettings, BlockWeights, joint_weights_of, weights_of
 from ..text import Pooling, Prompts, TextTower
 
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions

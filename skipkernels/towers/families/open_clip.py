@@ -28,8 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..alterations import Submodules, submodules
 from ..base import ImageTower, Part, UnsupportedModel
 from ..block import BlockInput, FusedBlock
-from ..fused.records import BlockSettings, BlockWeights
-from ..reading import activation, layer_scale, weights_of
+from ..fused.weights import BlockSettings, BlockWeights, activation, layer_scale, weights_of
 from ..text import Pooling, Prompts, TextTower
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}

@@ -20,8 +20,16 @@ from torch import Tensor, nn
 
 from ..alterations import Submodules, submodules
 from ..block import BlockInput, FusedBlock
-from ..fused.records import NORMS, BlockSettings, BlockWeights, Rotary
-from ..reading import activation, joint_weights_of, layer_scale, weights_of
+from ..fused import Rotary
+from ..fused.weights import (
+    NORMS,
+    BlockSettings,
+    BlockWeights,
+    activation,
+    joint_weights_of,
+    layer_scale,
+    weights_of,
+)
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)

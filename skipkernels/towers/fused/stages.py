@@ -22,16 +22,17 @@ Under autocast the weights of products are cast once, by one launch, or in a cap
 (`casts.Casts`), and their copies are saved as well, 24·W² bytes; "min" casts them again. The norms write the dtype of
 the products, and the residual stream keeps its own.
 
-Products and norms without a function of their own are written out in `forward` and `backward`. `d_NAME` takes the
-gradient of the result of NAME and returns that of its input. Gradients of weights are set in `Gradients`. That of a
-matrix is a product with the input of its layer; an input that a norm or the activation has computed is not saved, but
+Products and norms without a function of their own are written out in `forward` and `backward`. `NAME_backward` takes
+the gradient of the result of NAME and returns that of its input. Gradients of weights are set in `Gradients`. That of
+a matrix is a product with the input of its layer; an input that a norm or the activation has computed is not saved, but
 recomputed by the backward of that norm or activation, which returns it as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,9 @@ from ...ops.add_layer_norm import NormArguments, NormResults, add_layer_norm, ad
 from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ...ops.mlp_activation import Needs as ActivationNeeds
 from ...ops.rotary_embedding import rotary_embedding
+from . import Hidden, RowsOptions
 from .gradients import ATTENTION_NORMS, Gradients
-from .records import NORMS, AttentionGraph, BlockCall, Hidden, Saved, SavedNorm
+from .weights import NORMS, BlockSettings, PreparedWeights
 
 # Values saved per token by which `memory="auto"` decides, in multiples of W: the 10 of the table, and 3 for norms of
 # heads: attention reads a copy of query, key and value, normed, and saves it beside those of `in_proj`. SwiGLU with
@@ -59,6 +61,69 @@ def saved_bytes(hidden: Tensor) -> int:
     return saved
 
 
+# ---- a call, and what backward reads besides the weights -------------------------------------------------------------
+
+
+class BlockCall(NamedTuple):
+    """One call of a block: R rows of tokens, of which Q are computed behind attention."""
+
+    settings: BlockSettings
+    options: RowsOptions
+    dtype: torch.dtype  # of the matrix products: that of the weights, or of autocast. The residual stream is not cast
+    weights: PreparedWeights
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Select the query rows [Q, …] of a tensor [R, …]; a view for a slice."""
+        query_rows = self.options.attention.query_rows
+        if query_rows is None:
+            return x
+        return x[query_rows] if isinstance(query_rows, slice) else x.index_select(0, query_rows)
+
+    def add_to_queries(self, x: Tensor, values: Tensor) -> Tensor:
+        """Add values [Q, …] to the query rows of a tensor [R, …], in place."""
+        query_rows = self.options.attention.query_rows
+        if isinstance(query_rows, Tensor):
+            return x.index_add_(0, query_rows, values)
+        self.queries(x).add_(values)
+        return x
+
+    def add_product_to_queries(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Add left · right [Q, …] to the query rows of a tensor [R, …], in place; to a slice by the product itself."""
+        if not isinstance(self.options.attention.query_rows, slice):
+            return self.add_to_queries(x, left @ right)
+        rows = self.queries(x)
+        torch.addmm(rows, left, right, out=rows)
+        return x
+
+
+class SavedNorm(NamedTuple):
+    """Input of a norm and the statistics of its rows."""
+
+    x: Tensor  # [rows, W], the sum if the norm adds a residual
+    mean: Tensor  # [rows]; [0] for RMSNorm
+    rstd: Tensor  # [rows]
+
+
+@dataclass
+class AttentionGraph:
+    """Result of attention with its autograd graph, back to the projections and to the weights of its norms."""
+
+    projected: tuple[Tensor, ...]  # leaves of the graph: ([R, 3W],), or query [Q, W] and key_value [R, 2W]
+    norms: dict[str, Tensor]  # leaves of the graph, by their fields of `BlockWeights`
+    result: Tensor  # [Q, W]
+
+
+@dataclass
+class Saved:
+    """Tensors that backward reads besides the weights."""
+
+    norm_1: SavedNorm  # hidden [R, W]
+    norm_2: SavedNorm  # mid [Q, W]
+    # None if they were not recorded
+    inner: Tensor | None  # [Q, M], or [Q, 2M] for SwiGLU
+    attention_graph: AttentionGraph | None
+
+
 # ---- both directions -------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +133,8 @@ def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Save
     Each tensor is released once the next stage has read it.
     """
     weights = call.weights
-    normed, saved_1 = norm(call, "norm_1", inputs.stream, inputs.branch)  # of hidden = stream + branch, [R, W]
+    normed, saved_1 = norm(call, "norm_1", inputs.stream, inputs.branch)  # [R, W]
+    hidden = saved_1.x  # stream + branch, [R, W]
     projected = in_proj(call, normed)  # ([R, 3W],), or ([Q, W], [R, 2W])
     del normed
     if weights.query_norm is None:  # else `attention` rotates, behind the norms of the heads
@@ -77,7 +143,8 @@ def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Save
     del projected  # the leaves of the graph are the same memory
     branch = F.linear(attended.detach(), weights.out_proj, weights.out_proj_bias)  # [Q, W] @ [W, W] -> [Q, W]
     del attended
-    normed, saved_2 = norm(call, "norm_2", call.queries(saved_1.x), branch)  # of mid = hidden + branch, [Q, W]
+    normed, saved_2 = norm(call, "norm_2", call.queries(hidden), branch)  # [Q, W]
+    mid = saved_2.x  # hidden + branch, [Q, W]
     del branch
     inner = normed @ weights.mlp_in.T  # [Q, W] @ [W, M] -> [Q, M], or [Q, 2M] for SwiGLU; the activation adds b_fc
     del normed
@@ -87,7 +154,7 @@ def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Save
     if weights.mlp_norm is not None:
         active, _ = norm(call, "mlp_norm", active)
     branch = F.linear(active, weights.mlp_out, weights.mlp_out_bias)  # [Q, M] @ [M, W] -> [Q, W]
-    return Hidden(saved_2.x, branch), saved
+    return Hidden(mid, branch), saved
 
 
 def to_save(call: BlockCall, saved: Saved) -> list[Tensor | None]:
@@ -118,12 +185,12 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
     """
     weights, graph = call.weights, saved.attention_graph
     assert saved.inner is not None and graph is not None and d_out.branch is not None
-    d_inner = d_mlp(call, saved.inner, d_out.branch, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
+    d_inner = mlp_backward(call, saved.inner, d_out.branch, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
     d_normed = d_inner @ weights.mlp_in  # [Q, M] @ [M, W] -> [Q, W]; 2M for SwiGLU
-    # norm_2 of mid = hidden + attended · W_o + b_o. The residual gradient is that of the sum mid + branch, so that its
-    # column sums are d_b_p, and those of d_mid are d_b_o.
+    # norm_2 of mid = hidden + (attended · W_o + b_o), where d_out.stream is the gradient of mid + (active · W_p + b_p):
+    # the column sums of d_out.stream are d_b_p, and those of d_mid are d_b_o.
     biases = ("mlp_out_bias", "out_proj_bias")
-    (d_mid, d_branch), normed = d_norm(call, "norm_2", saved.norm_2, d_normed, d_out.stream, gradients, biases)
+    (d_mid, d_branch), normed = norm_backward(call, "norm_2", saved.norm_2, d_normed, d_out.stream, gradients, biases)
     del d_normed
     if normed is not None:
         gradients.set_product("mlp_in", (d_inner, normed))
@@ -135,13 +202,13 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
         return None
     d_attended = d_branch @ weights.out_proj  # [Q, W] @ [W, W] -> [Q, W]
     del d_branch
-    d_projected = d_attention(graph, d_attended, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
+    d_projected = attention_backward(graph, d_attended, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
     del d_attended
     if weights.query_norm is None:
         d_projected = rotate(call, d_projected, inverse=True)
     # in_proj and norm_1: hidden = stream + branch
-    d_normed = d_in_proj(call, d_projected, gradients)  # [R, W]
-    d_hidden, normed = d_norm_1(call, saved.norm_1, d_normed, d_mid, gradients)
+    d_normed = in_proj_backward(call, d_projected, gradients)  # [R, W]
+    d_hidden, normed = norm_1_backward(call, saved.norm_1, d_normed, d_mid, gradients)
     del d_normed
     if normed is not None:
         gradients.set_product("in_proj", *_pairs(call, d_projected, normed))
@@ -151,13 +218,14 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
 # ---- norm_1 and in_proj ----------------------------------------------------------------------------------------------
 
 
-def d_norm_1(
+def norm_1_backward(
     call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_mid: Tensor, gradients: Gradients
 ) -> tuple[Hidden, Tensor | None]:
     """Gradient of hidden [R, W], with that of the residual, mid [Q, W]; return also LN₁(hidden), if needed."""
-    adds = gradients.needed.hidden and call.options.attention.query_rows is None
-    d_hidden, normed = d_norm(call, "norm_1", saved, d_normed, d_mid if adds else None, gradients)
-    if gradients.needed.hidden and not adds:
+    need_x = gradients.needed.hidden
+    d_residual = d_mid if need_x and call.options.attention.query_rows is None else None
+    d_hidden, normed = norm_backward(call, "norm_1", saved, d_normed, d_residual, gradients, need_x=need_x)
+    if need_x and d_residual is None:
         d_stream = call.add_to_queries(d_hidden.stream, d_mid)
         d_hidden = Hidden(d_stream, d_stream.to(call.dtype))
     return d_hidden, normed
@@ -174,8 +242,8 @@ def in_proj(call: BlockCall, normed: Tensor) -> tuple[Tensor, ...]:
     return query, F.linear(normed, weight[W:], of_key_value)  # [R, W] @ [W, 2W] -> [R, 2W]
 
 
-def d_in_proj(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradients) -> Tensor:
-    """Gradient of LN₁(hidden), [R, W]; set that of b_qkv. That of W_qkv follows `d_norm_1`, which computes LN₁."""
+def in_proj_backward(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradients) -> Tensor:
+    """Gradient of LN₁(hidden), [R, W]; set that of b_qkv. That of W_qkv needs LN₁, which `norm_1_backward` computes."""
     weight = call.weights.in_proj
     if gradients.needed.any_of("in_proj_bias"):
         gradients.set_column_sums("in_proj_bias", d_projected)  # [3W]
@@ -216,7 +284,7 @@ def attention(call: BlockCall, projected: Sequence[Tensor], record: bool) -> tup
     return result, AttentionGraph(leaves, norms, result) if record else None
 
 
-def d_attention(saved: AttentionGraph, d_attended: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
+def attention_backward(saved: AttentionGraph, d_attended: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
     """Gradient of the projections, ([R, 3W],) or ([Q, W], [R, 2W]), and of the norms of attention, by autograd."""
     d_leaves = torch.autograd.grad(saved.result, (*saved.projected, *saved.norms.values()), d_attended)
     count = len(saved.projected)
@@ -233,8 +301,10 @@ def mlp_act(call: BlockCall, inner: Tensor) -> Tensor:
     return mlp_activation(inner, call.weights.mlp_in_bias, KINDS.index(call.settings.activation))
 
 
-def d_mlp_act(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the product, [Q, M] or [Q, 2M]; return also the activation [Q, M], if W_p reads it and needs it."""
+def mlp_act_backward(
+    call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of inner, [Q, M] or [Q, 2M]; return also the activation [Q, M], if the gradient of W_p needs it."""
     needs = ActivationNeeds(
         x=True,
         bias=gradients.needed.any_of("mlp_in_bias"),
@@ -247,11 +317,11 @@ def d_mlp_act(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradi
     return d_inner, active if needs.out else None
 
 
-def d_mlp(call: BlockCall, inner: Tensor, d_branch: Tensor, gradients: Gradients) -> Tensor:
-    """Gradient of the product of W_fc, [Q, M] or [Q, 2M]; set those of b_fc, W_p and the norm of the activation."""
+def mlp_backward(call: BlockCall, inner: Tensor, d_branch: Tensor, gradients: Gradients) -> Tensor:
+    """Backward of the activation, its norm and the product with W_p: the gradient of inner, [Q, M] or [Q, 2M]."""
     d_active = d_branch @ call.weights.mlp_out  # [Q, W] @ [W, M] -> [Q, M]
-    d_active, normed = d_mlp_norm(call, inner, d_active, gradients)
-    d_inner, active = d_mlp_act(call, inner, d_active, gradients)
+    d_active, normed = mlp_norm_backward(call, inner, d_active, gradients)
+    d_inner, active = mlp_act_backward(call, inner, d_active, gradients)
     del d_active
     inputs = active if normed is None else normed  # of W_p
     if inputs is not None:
@@ -259,19 +329,20 @@ def d_mlp(call: BlockCall, inner: Tensor, d_branch: Tensor, gradients: Gradients
     return d_inner
 
 
-def d_mlp_norm(call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
+def mlp_norm_backward(
+    call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients
+) -> tuple[Tensor, Tensor | None]:
     """Gradient of the activation [Q, M], and its norm, which W_p reads; as given, and None, in a block without one."""
     if call.weights.mlp_norm is None:
         return d_active, None
     normed, saved = norm(call, "mlp_norm", mlp_act(call, inner))
-    return d_norm(call, "mlp_norm", saved, d_active, None, gradients)[0].stream, normed
+    return norm_backward(call, "mlp_norm", saved, d_active, None, gradients)[0].stream, normed
 
 
 # ---- parts of stages -------------------------------------------------------------------------------------------------
 
-
-# Weights that norms are multiplied by
-_READ_BY = {"norm_1": "in_proj", "norm_2": "mlp_in"}
+# Weights that a norm is multiplied by
+_MULTIPLIES = {"norm_1": "in_proj", "norm_2": "mlp_in"}
 
 
 def norm(call: BlockCall, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, SavedNorm]:
@@ -282,7 +353,7 @@ def norm(call: BlockCall, name: str, x: Tensor, residual: Tensor | None = None) 
     return normed, SavedNorm(x if residual is None else total, mean, rstd)
 
 
-def d_norm(
+def norm_backward(
     call: BlockCall,
     name: str,
     saved: SavedNorm,
@@ -290,8 +361,9 @@ def d_norm(
     d_residual: Tensor | None,
     gradients: Gradients,
     biases: tuple[str, ...] = (),
+    need_x: bool = True,
 ) -> tuple[Hidden, Tensor | None]:
-    """Gradient of the input of a norm, d_x = d_residual + …; set those of its weights.
+    """Gradient of the input of a norm, d_x = d_residual + …, if it is needed; set those of its weights.
 
     With a residual the input was the sum of stream and branch, and d_x is the gradient of both: that of the branch has
     the dtype of the products. Return also the norm, if the gradient of the weight that it is multiplied by needs it.
@@ -299,7 +371,8 @@ def d_norm(
     """
     weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
     need_sums = gradients.needed.any_of(*biases)
-    need_normed = name in _READ_BY and gradients.needed.any_of(_READ_BY[name])
+    need_weights = gradients.needed.any_of(name, f"{name}_bias")
+    need_normed = name in _MULTIPLIES and gradients.needed.any_of(_MULTIPLIES[name])
     casts = d_residual is not None and call.dtype != saved.x.dtype
     arguments = NormArguments(
         d_normed,
@@ -309,11 +382,11 @@ def d_norm(
         saved.rstd,
         weight,
         bias,
-        need_x=gradients.needed.hidden or name != "norm_1",
+        need_x=need_x,
         need_weight=gradients.needed.any_of(name),
         need_bias=gradients.needed.any_of(f"{name}_bias"),
         need_sums=need_sums,
-        partial=gradients.pending is not None,
+        partial=gradients.pending is not None and (need_weights or need_sums),
         cast=call.dtype if casts else None,
         need_normed=need_normed,
     )
