@@ -113,8 +113,7 @@ class _ConstantSize:
 
     def draw(self, num_classes: int, max_labels: int) -> Tensor:
         """Kept ranks [K]."""
-        self._sampler.reserve(self._device, num_classes, max_labels)
-        return self._sampler.reserved.clone()
+        return self._sampler.draw(num_classes, max_labels, one_size=True).to(self._device)
 
 
 def skip_step(

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skipkernels.graphs.graphed_step import ReservedRanks
 from skipkernels.selection import (
     RankSampler,
     base_keep,
@@ -45,8 +46,7 @@ def test_tail_probabilities_of_one_class():
 def test_expected_keep_of_the_published_setting(classes, kept):
     sampler = RankSampler()
     assert sampler.expected_keep(classes) == kept
-    sampler.reserve(torch.device("cpu"), classes, 1)
-    assert len(sampler.reserved) == kept
+    assert len(sampler.draw(classes, 1, one_size=True)) == kept
     assert abs(len(sampler.draw(classes, 1)) - kept) <= 1
 
 
@@ -196,13 +196,14 @@ def draw_of_constant_size(sampler: RankSampler, classes: int, batch: int) -> tor
 def test_reserved_ranks_have_one_size_and_address(tail, max_tail):
     """Batch, classes, options, seed and state change; each step advances the generator as `draw` does."""
     ours, theirs = (RankSampler(tail=tail, max_tail=max_tail) for _ in range(2))
+    reserved = ReservedRanks()
 
     def same_draws(classes: int, batch: int, count: int = 4) -> None:
         addresses = set()
         for _ in range(count):
-            ours.reserve(torch.device("cpu"), classes, batch)
-            addresses.add(ours.reserved.data_ptr())
-            assert ours.reserved.equal(draw_of_constant_size(theirs, classes, batch))
+            reserved.draw(ours, torch.device("cpu"), classes, batch)
+            addresses.add(reserved.ranks.data_ptr())
+            assert reserved.ranks.equal(draw_of_constant_size(theirs, classes, batch))
             assert ours.generator.get_state().equal(theirs.generator.get_state())
         assert len(addresses) == 1
 
@@ -232,16 +233,14 @@ def test_reserved_ranks_have_one_size_and_address(tail, max_tail):
 def test_option_set_after_a_draw_is_used(tail, name, value):
     """The next draws are those of a sampler made with the option."""
     changed = RankSampler(tail=tail)
-    changed.reserve(torch.device("cpu"), 120, 4)
-    changed.draw(120, 4)
+    for one_size in (True, False):
+        changed.draw(120, 4, one_size=one_size)
     setattr(changed, name, value)
     made = RankSampler(**{"tail": tail, name: value})
     for sampler in (changed, made):
         sampler.generator.manual_seed(0)
     assert changed.draw(120, 4).equal(made.draw(120, 4))
-    for sampler in (changed, made):
-        sampler.reserve(torch.device("cpu"), 120, 4)
-    assert changed.reserved.equal(made.reserved)
+    assert changed.draw(120, 4, one_size=True).equal(made.draw(120, 4, one_size=True))
     assert changed.expected_keep(120, 4) == made.expected_keep(120, 4)
 
 

@@ -1,4 +1,7 @@
-"""The training step of Skip Tuning, as a function of its parts; and the comparison with all classes, in evaluation."""
+"""The training step of Skip Tuning, as a function of its parts; and the comparison with all classes, in evaluation.
+
+`SkipCLIP.forward` calls it, and a CUDA graph captures it with other `Texts` and another `Sampler` (`graphs`).
+"""
 
 from __future__ import annotations
 

@@ -65,19 +65,22 @@ class _Constants(NamedTuple):
 
 
 class CapturedState:
-    """Comparison of what a graph takes as constant: modules, modes, hooks, tensors and their addresses, options."""
+    """Comparison of what a graph takes as constant: modules, modes, hooks, tensors and their addresses, options.
 
-    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
+    Tensors are those of clip and optimizer, and the ranks that the step reads.
+    """
+
+    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, ranks: Tensor | None):
         self._clip, self._optimizer = clip, optimizer
         self._modules = list(clip.model.modules())
-        self._captured = self._read()
-        self._held = list(self._tensors()), clip.texts  # so that addresses are not used again
+        self._captured = self._read(ranks)
+        self._held = list(self._tensors(ranks)), clip.texts  # so that addresses are not used again
 
-    def is_unchanged(self) -> bool:
+    def is_unchanged(self, ranks: Tensor | None) -> bool:
         """Return True if a replay is the step that would run now."""
-        return self._read() == self._captured
+        return self._read(ranks) == self._captured
 
-    def _tensors(self) -> Iterator[Tensor | None]:
+    def _tensors(self, ranks: Tensor | None) -> Iterator[Tensor | None]:
         """Yield the tensors that a step reads and that exist between steps."""
         clip = self._clip
         for module in self._modules:
@@ -85,12 +88,12 @@ class CapturedState:
             yield from module._buffers.values()
         for state in self._optimizer.state.values():
             yield from (x for x in state.values() if isinstance(x, Tensor))
-        yield from (*clip.texts.step_tensors(), clip.class_weight, clip.sampler.reserved)
+        yield from (*clip.texts.step_tensors(), clip.class_weight, ranks)
 
-    def _read(self) -> _Constants:
+    def _read(self, ranks: Tensor | None) -> _Constants:
         clip = self._clip
         return _Constants(
-            [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors()],
+            [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors(ranks)],
             [(id(m), m.training, *map(id, m._modules.values())) for m in self._modules],
             _first_hooked(clip.model) is not None or bool(global_hooks()),
             [id(clip.texts), clip.images.tower.cut.memory, clip.texts.tower.cut.memory, clip.label_smoothing],

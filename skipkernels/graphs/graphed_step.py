@@ -25,6 +25,7 @@ from ..ops.class_scores import classes_at_ranks
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import FusedSGD
 from ..selection import ClassSelection, RankSampler
+from ..selection.sampler import pinned
 from .capturable import CapturedState, why_not_capturable
 from .capture import record, renew_accumulators
 
@@ -112,7 +113,7 @@ class GraphedStep:
     under autocast.
 
     A replay has the random numbers (except those of dropout) and learning rates of this loop, with `FusedSGD` also its
-    momentum and weight decay, but one K for all steps, m + round(Σq); see `RankSampler.reserve` and
+    momentum and weight decay, but one K for all steps, m + round(Σq); see `RankSampler.draw` and
     docs/cuda-graphs.md. Its result is detached, in buffers that the next call overwrites. Schedulers, evaluation,
     checkpoints and `load_state_dict` are possible between calls: each call compares the model, the optimizer and
     autocast with those captured, on the host. After a change that a graph would not follow (`requires_grad`, a moved
@@ -150,6 +151,7 @@ class GraphedStep:
         self._clip, self._optimizer, self._batch_size = clip, optimizer, batch_size
         self._check_optimizer()
         self._states: defaultdict[_Key, _BatchState] = defaultdict(_BatchState)
+        self._ranks = ReservedRanks()
         self._rates: dict[int, _Rate] = {}  # by the index of a group of PyTorch's optimizers
         self._one: Tensor | None = None  # gradient of the loss
         self._gpu: _Gpu | None = None  # before the first call on a GPU
@@ -187,7 +189,7 @@ class GraphedStep:
         pixel_values, labels = pixel_values.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         self._check_batch(pixel_values, labels, autocast)
-        clip.sampler.reserve(device, len(clip.prototypes), len(pixel_values))
+        self._ranks.draw(clip.sampler, device, len(clip.prototypes), len(pixel_values))
         key = _Key(pixel_values.shape, pixel_values.dtype, autocast)
         with torch.cuda.device(device):
             if self._gpu is None:
@@ -248,7 +250,7 @@ class GraphedStep:
     # ---- eager steps -------------------------------------------------------------------------------------------------
 
     def _run_eagerly(self, gpu: _Gpu, state: _BatchState, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
-        """Run a step with reserved ranks on the stream of the capture, with the casts of the capture."""
+        """Run a step with the ranks drawn for it, on the stream of the capture, with the casts of the capture."""
         state.eager_steps += 1
         if isinstance(self._optimizer, FusedSGD) and self._is_for_graph(labels):
             state.casts = Casts(self._held_weights())
@@ -262,8 +264,8 @@ class GraphedStep:
     def _forward(self, text_stream: Any, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
         clip = self._clip
         options = LossOptions(clip.label_smoothing, clip.class_weight)
-        texts, ranks = _TextsOnStream(clip.texts, text_stream), _ReservedRanks(clip.sampler)
-        return step(clip.images.encode(pixel_values), labels, texts, ranks, clip.scale, options)
+        texts = _TextsOnStream(clip.texts, text_stream)
+        return step(clip.images.encode(pixel_values), labels, texts, self._ranks, clip.scale, options)
 
     def _backward_and_update(self, out: SkipOutput) -> SkipOutput:
         device_type = out.loss.device.type
@@ -287,7 +289,7 @@ class GraphedStep:
     def _reset_if_changed(self, key: _Key) -> None:
         """Check the optimizer before an eager step or a capture; drop all graphs if that of a key is out of date."""
         graph = self._states[key].graph
-        if graph is not None and graph.constants.is_unchanged():
+        if graph is not None and graph.constants.is_unchanged(self._ranks.ranks):
             return
         if graph is not None:
             self.reset()  # the warm-up begins again
@@ -347,7 +349,7 @@ class GraphedStep:
         with self._options_on_device(), tables_of_graph() as tables:
             graph, out = record(run, gpu.stream, gpu.pool)
         tables.upload()
-        return _Graph(graph, tables, out, CapturedState(self._clip, self._optimizer))
+        return _Graph(graph, tables, out, CapturedState(self._clip, self._optimizer, self._ranks.ranks))
 
     def _held_weights(self) -> list[Tensor]:
         """Weights that train and that the optimizer holds."""
@@ -383,15 +385,26 @@ class GraphedStep:
                 group["lr"] = lr
 
 
-class _ReservedRanks:
-    """A `Sampler` of `clip.step` that takes the reserved ranks, at the address that a graph reads."""
+class ReservedRanks:
+    """A `Sampler` of `clip.step` that takes the ranks drawn before the step, at an address that a graph reads.
 
-    def __init__(self, sampler: RankSampler):
-        self._sampler = sampler
+    Attributes:
+        ranks: int64 [K], of the last draw. The address changes with K alone.
+    """
+
+    def __init__(self) -> None:
+        self.ranks: Tensor | None = None
+
+    def draw(self, sampler: RankSampler, device: torch.device, num_classes: int, max_labels: int) -> None:
+        """Draw the ranks of the next step; K is the same in every step."""
+        drawn = sampler.draw(num_classes, max_labels, one_size=True)
+        if self.ranks is None or self.ranks.shape != drawn.shape or self.ranks.device != device:
+            self.ranks = torch.empty_like(drawn, device=device)
+        self.ranks.copy_(pinned(drawn, device), non_blocking=True)
 
     def select(self, scores: Tensor, labels: Tensor) -> ClassSelection:
-        """Select the classes [K] at the reserved ranks."""
-        return ClassSelection(*classes_at_ranks(scores, self._sampler.reserved, labels))
+        """Select the classes [K] at these ranks."""
+        return ClassSelection(*classes_at_ranks(scores, self.ranks, labels))
 
 
 class _TextsOnStream:

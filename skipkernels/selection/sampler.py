@@ -51,7 +51,7 @@ class RankSampler:
         decay: λ. The probability to keep a rank of the tail (the other classes) falls exponentially; the larger λ is,
             the more are kept.
         tail: "resample" draws ⌊Σq⌋ or ⌈Σq⌉ ranks of the tail in each step by systematic sampling, from one uniform
-            number: each rank has its probability q. In a CUDA graph it draws round(Σq), see `reserve`. "fixed" draws
+            number: each rank has its probability q. In a CUDA graph it draws round(Σq), see `draw`. "fixed" draws
             each rank of the tail once, independently, and keeps the result for the run, as published.
         generator: Random generator; by default a new one with seed 0. One on a GPU costs a host sync in each draw.
         max_tail: Upper bound on Σq, the expected number of classes drawn from the tail; q is scaled down if Σq exceeds
@@ -59,7 +59,6 @@ class RankSampler:
             the default, the tail grows with C as published, to 6 % of a million classes. A bound changes the method.
 
     Attributes:
-        reserved: Ranks [K] of the step of a CUDA graph, see `reserve`; None before.
         shared: Classes [K] of the first step within `same_classes`, or empty before it; None outside.
     """
 
@@ -71,9 +70,9 @@ class RankSampler:
     max_tail: int | None = None
 
     def __post_init__(self) -> None:
-        self._most_labels = 1  # largest `max_labels` of the steps so far
+        # Largest `max_labels` of the steps so far: a smaller last batch then keeps as many classes as the others.
+        self._most_labels = 1
         self._fixed: Tensor | None = None  # uniform numbers of the last ranks, for `tail="fixed"`
-        self.reserved: Tensor | None = None
         self.shared: list[Tensor] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -123,7 +122,7 @@ class RankSampler:
             if labels.ndim == 2:
                 max_labels = max(max_labels, int((scores == math.inf).sum()))
         ranks = self.draw(len(scores), max_labels)  # [K]
-        ranks = _pinned(ranks, scores.device).to(scores.device, non_blocking=True)
+        ranks = pinned(ranks, scores.device).to(scores.device, non_blocking=True)
         if labels.ndim == 1:
             class_ids, targets = classes_at_ranks(scores, ranks, labels)  # [K], [B]
         else:
@@ -159,8 +158,12 @@ class RankSampler:
 
     # ---- ranks -------------------------------------------------------------------------------------------------
 
-    def draw(self, num_classes: int, max_labels: int) -> Tensor:
-        """Draw the kept ranks [K] of a step, int64, ascending, on the CPU."""
+    def draw(self, num_classes: int, max_labels: int, *, one_size: bool = False) -> Tensor:
+        """Draw the kept ranks [K] of a step, int64, ascending, on the CPU.
+
+        With `one_size` K is the same in every step, as a CUDA graph needs it: "resample" draws round(Σq) ranks of the
+        tail, each with its entry of `inclusion_probabilities` as probability.
+        """
         law = self.law(num_classes, max_labels)
         if torch._C._current_graph_task_id() != -1 and law.keep < num_classes:
             raise RuntimeError(
@@ -168,22 +171,6 @@ class RankSampler:
                 'would draw other classes than the first time. Use memory="min" instead.'
             )
         self._most_labels = max(self._most_labels, max_labels)
-        return self._draw(law)
-
-    def reserve(self, device: torch.device, num_classes: int, max_labels: int) -> None:
-        """Draw the kept ranks of a step, and copy them to `reserved`, where a CUDA graph reads them.
-
-        K is the same in every step: "resample" draws round(Σq) ranks of the tail, each with its entry of
-        `inclusion_probabilities` as probability. The address changes with K alone.
-        """
-        self._most_labels = max(self._most_labels, max_labels)
-        law = self.law(num_classes, max_labels)
-        ranks = self._draw(law, one_size=True)
-        if self.reserved is None or self.reserved.shape != ranks.shape or self.reserved.device != device:
-            self.reserved = torch.empty_like(ranks, device=device)
-        self.reserved.copy_(_pinned(ranks, device), non_blocking=True)
-
-    def _draw(self, law: RankLaw, *, one_size: bool = False) -> Tensor:
         intervals = law.intervals_of_one_size if one_size else law.intervals
         if self.tail == "fixed" and len(law.q):
             if self._fixed is None or len(self._fixed) < len(law.q):
@@ -237,7 +224,7 @@ class RankSampler:
         # A generator cannot be pickled; its device and state can. The state is pickled as bytes, because a spawned
         # process would open the shared memory of a tensor after this process has freed it.
         generator = self._random.device, self._random.get_state().numpy().tobytes()
-        return vars(self) | {"generator": generator, "reserved": None, "shared": None}
+        return vars(self) | {"generator": generator, "shared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         device, data = state["generator"]
@@ -286,8 +273,8 @@ def _check_option(name: str, value: Any) -> None:
         raise ValueError(f"RankSampler: {name} must be {expected}; got {value!r}.")
 
 
-def _pinned(ranks: Tensor, device: torch.device) -> Tensor:
-    """Move to memory from which a copy to the device does not wait."""
+def pinned(ranks: Tensor, device: torch.device) -> Tensor:
+    """Move ranks to memory from which a copy to the device does not wait."""
     return ranks.pin_memory() if device.type == "cuda" else ranks
 
 

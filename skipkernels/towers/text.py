@@ -101,6 +101,8 @@ def counts_are_known(device: torch.device) -> bool:
 class SelectedPrompts:
     """Layout of the prompts of K classes in a step: the shared prefix, then their suffixes, one after the other.
 
+        a photo of a | cat . end | hot dog . end | …      "|" begins a suffix; `end` is pooled
+
     Rows may follow the last suffix: on a GPU the number of rows is one that suffices for any K classes, since counting
     the rows of these K would need a host sync. The additional rows repeat other rows; attention neither reads them nor
     gives them a gradient.

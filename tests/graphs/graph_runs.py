@@ -66,6 +66,7 @@ class Run:
         self.clip = skip_clip(torch.bfloat16 if kind == "stochastic" else torch.float32)
         self.optimizer = optimizer_of(kind, self.clip)
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
+        self.ranks = graphed.ReservedRanks()
         self.step = sk.graphed(self.clip, self.optimizer, batch_size=4) if by_graph else self.plain
 
     def plain(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:
@@ -78,11 +79,10 @@ class Run:
     def forward(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:
         if not (self.captures or x.is_cuda):
             return self.clip(x, labels)
-        sampler = self.clip.sampler
-        sampler.reserve(x.device, len(self.clip.prototypes), len(x))
-        ranks, image = graphed._ReservedRanks(sampler), self.clip.images.encode(x)
+        self.ranks.draw(self.clip.sampler, x.device, len(self.clip.prototypes), len(x))
+        image = self.clip.images.encode(x)
         options = LossOptions(self.clip.label_smoothing, self.clip.class_weight)
-        return step(image, labels, self.clip.texts, ranks, self.clip.scale, options)
+        return step(image, labels, self.clip.texts, self.ranks, self.clip.scale, options)
 
     def train(self, some: list[tuple[Tensor, Tensor]]) -> list[Any]:
         """Losses and classes of the steps, and the weights after them."""

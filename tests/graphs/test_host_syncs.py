@@ -57,7 +57,6 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
     """Tensors that exist between steps and are read by the kernels of a step."""
     found = dict(clip.model.named_parameters()) | dict(clip.model.named_buffers())
     found |= {f"of texts {number}": x for number, x in enumerate(clip.texts.step_tensors())}
-    found |= {"ranks": clip.sampler.reserved}
     for number, state in enumerate(optimizer.state.values()):
         found |= {f"{name} {number}": x for name, x in state.items() if isinstance(x, Tensor)}
     if isinstance(optimizer, sk.FusedSGD):
@@ -99,7 +98,7 @@ def test_nothing_from_the_host_enters_a_step(as_on_a_gpu, monkeypatch, options, 
         with modes[number], torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             step(x, labels)
         schedule.step()
-        held.append(persistent_tensors(clip, optimizer))
+        held.append(persistent_tensors(clip, optimizer) | {"ranks": step._ranks.ranks})
     for name, tensor in held[0].items():
         assert all(other[name] is tensor for other in held[1:]), f"{name} is another tensor in each step"
     assert modes[2].count == modes[3].count > 0 and [mode.copies for mode in modes[1:]] == [1, 1, 1]
