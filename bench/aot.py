@@ -244,17 +244,11 @@ def kernels_in(module: Any) -> list[str]:
 _jobs: Sequence[Job] = ()  # of forked processes: kernels cannot be pickled
 
 
-def compile_all(jobs: Sequence[Job], console: Console, processes: int | None = None) -> tuple[list[Result], list[str]]:
-    """The results in the order of the jobs, and the jobs that did not compile."""
-    outcomes = outcomes_of(jobs, console, processes)
-    return [each for each in outcomes if isinstance(each, Result)], [each for each in outcomes if isinstance(each, str)]
-
-
-def outcomes_of(jobs: Sequence[Job], console: Console, processes: int | None = None) -> list[Result | str]:
+def outcomes_of(jobs: Sequence[Job], console: Console) -> list[Result | str]:
     """The results in the order of the jobs, or the reason why one does not compile; one process per core."""
     global _jobs
     _jobs = jobs
-    with ProcessPoolExecutor(processes or os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         outcomes = pool.map(outcome_of, range(len(jobs)))
         return list(rich.progress.track(outcomes, "compiling", len(jobs), console=console, transient=True))
 
@@ -349,22 +343,6 @@ def not_reached(jobs: Sequence[Job]) -> Iterator[str]:
             yield f"{path} is reached by no call in a record of bench/operators"
 
 
-def print_rows(rows: Sequence[Row]) -> None:
-    """Print a line for each kernel and target, with ranges over dtypes and shapes."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (list(CALLS).index(row.op), row.kernel)):
-        groups.setdefault((row.op, row.kernel, row.target), []).append(row)
-    ranged = ("num_warps", "registers", "spilled_bytes", "shared_bytes")
-    lines = []
-    for key, group in groups.items():
-        values = [[getattr(row, name) for row in group] for name in ranged]
-        ranges = ["–".join(map(str, dict.fromkeys((min(each), max(each))))) for each in values]
-        used = {name for row in group for name in re.findall(r"\b(?:wg)?mma|tcgen05|v_mfma", row.matrix_instruction)}
-        lines.append([*key, len(group), *ranges, " ".join(sorted(used))])
-    header = "operator kernel target compiled warps registers spilled shared".split()
-    tables.show([*header, "matrix instruction"], lines, width=190)
-
-
 def report(console: Console, count: int, problems: Sequence[str]) -> None:
     for problem in problems:
         console.print(problem, style="red", highlight=False)
@@ -381,7 +359,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first call of each operator only")
     parser.add_argument("--sweep", action="store_true", help="instead: integer arguments at 1 and beyond 2³¹")
     parser.add_argument("--widths", action="store_true", help="instead: every supported width; writes nothing")
-    parser.add_argument("--processes", type=int, help="default: one per core")
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     args = parser.parse_args()
     console = Console()
@@ -398,9 +375,9 @@ def main() -> None:
         report(console, count, problems)
         return
     jobs = list(jobs_of(ops, args.target, args.dtype, args.quick, args.widths))
-    results, problems = compile_all(jobs, console, args.processes)
-    rows = [result.row for result in results]
-    problems += [problem for result in results for problem in problems_of(result)]
+    outcomes = outcomes_of(jobs, console)
+    rows = [each.row for each in outcomes if isinstance(each, Result)]
+    problems = [problem for each in outcomes for problem in ([each] if isinstance(each, str) else problems_of(each))]
     whole = not (args.quick or args.widths) and set(args.dtype) >= set(DTYPES)  # of the chosen operators
     if whole and set(args.op) == set(OPERATORS):
         problems += not_reached(jobs)
@@ -412,7 +389,8 @@ def main() -> None:
             table = [row for row in table if (row.op, row.dtype, row.shape) in shapes]
         problems += compare([row for row in rows if row.target in IN_TABLE], table)
     else:
-        print_rows(rows)
+        columns = [name for name in Row._fields if name not in ("constants", "triton")]
+        tables.show(columns, [[getattr(row, name) for name in columns] for row in rows], width=220)
     report(console, len(rows), problems)
     if whole and not (args.check or args.no_save) and set(args.target) == set(ARCHITECTURES):
         others = [row for row in tables.read(TABLE, Row) if row.op not in ops]

@@ -48,8 +48,9 @@ from .training import Published, Step, full_fine_tuning, prompt_tuning, skip_ste
 CLASSES = (10, 50, 100, 500, 1000, 5000, 21841)
 PUBLISHED, COMPILED, MIN = "published", "published, compiled", "skipkernels, memory=min"
 FULL, PROMPTS = "full fine-tuning", "prompt tuning"
-IMPLEMENTATIONS = (OURS, MIN, PUBLISHED, COMPILED, FULL, PROMPTS)
-_SHORT = {"min": MIN, "compiled": COMPILED, "full": FULL, "prompts": PROMPTS}
+# By the word of --implementation.
+_NAMES = {OURS: OURS, "min": MIN, PUBLISHED: PUBLISHED, "compiled": COMPILED, "full": FULL, "prompts": PROMPTS}
+IMPLEMENTATIONS = tuple(_NAMES.values())
 _COLUMNS = (
     "implementation model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster "
     "saved_mib peak_mib training_mib gflop floor_ms above_floor note"
@@ -66,13 +67,11 @@ Probe = tuple[float, float]
 def main(arguments: Sequence[str] | None = None) -> None:
     cases = {"model": ["ViT-B-16"], "batch": [4], "classes": list(CLASSES), "precision": list(PRECISIONS)}
     options = parser(__doc__, several=True, rounds=7, skip_layers=None, **cases)
-    names = [*IMPLEMENTATIONS, *_SHORT]
-    options.add_argument("--implementation", nargs="+", choices=names, default=list(IMPLEMENTATIONS))
+    options.add_argument("--implementation", nargs="+", choices=list(_NAMES), default=list(_NAMES))
     options.add_argument("--longest", type=float, default=60.0, help="most seconds per step")
     options.add_argument("--training", action="store_true", help="also measure the memory of training")
     args = options.parse_args(arguments)
-    given = {_SHORT.get(name, name) for name in args.implementation}
-    keys = [(name, precision) for precision in args.precision for name in IMPLEMENTATIONS if name in given]
+    keys = [(_NAMES[word], precision) for precision in args.precision for word in _NAMES if word in args.implementation]
     for model, batch in itertools.product(args.model, args.batch):
         probes = [probe(args, model, batch, classes, keys) for classes in _PROBED]
         for classes in args.classes:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import skipkernels as sk
-from skipkernels.app.data import Task, TestSet
+from skipkernels.app.data import DatasetImages, Task, TestSet
 from skipkernels.app.methods.coop import CoOp
 from skipkernels.selection import RankSampler
 from skipkernels.testing import relative_error
@@ -227,8 +227,9 @@ def prompt_tuning(inputs: Inputs, precision: str, tokenizer: Callable[[list[str]
     """
     model, tokens, images, labels = inputs
     names = class_names(len(tokens))
-    test = TestSet("all", names, (f"{_CONTEXT} {{}}.",), _NoImages())
-    coop = CoOp(copy.deepcopy(model), tokenizer, Task("random", "few-shot", _NoImages(), (test,)), vectors=4)
+    no_images = DatasetImages([])
+    test = TestSet("all", names, (f"{_CONTEXT} {{}}.",), no_images)
+    coop = CoOp(copy.deepcopy(model), tokenizer, Task("random", "few-shot", no_images, (test,)), vectors=4)
     with torch.no_grad():
         words = tokenizer([_CONTEXT])[0, 1:5].to(images.device)
         coop.context.copy_(coop.model.token_embedding(words))
@@ -239,22 +240,4 @@ def prompt_tuning(inputs: Inputs, precision: str, tokenizer: Callable[[list[str]
 
     with torch.no_grad():
         _refuse_another(loss(), _own_loss(inputs, precision), precision, "prompt tuning")
-    return Step("prompt tuning", len(tokens), 0, precision, _Context(coop.context), loss)
-
-
-class _NoImages:
-    labels: list[int] = []
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, item: int) -> Any:
-        raise IndexError(item)
-
-
-class _Context(torch.nn.Module):
-    """Holds the trainable context of prompt tuning."""
-
-    def __init__(self, context: torch.nn.Parameter):
-        super().__init__()
-        self.context = context
+    return Step("prompt tuning", len(tokens), 0, precision, torch.nn.ParameterList([coop.context]), loss)

@@ -5,26 +5,23 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
 import types
 from collections.abc import Callable
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 from bench import measure, peers
-from bench.operators import COMPILED, Case, Run, Work, test_operators
+from bench.operators import COMPILED, Case, Run, Work, conftest, test_operators
 from bench.operators.gate import Gate
 from bench.rows import KINDS, MACHINE, latest_rows
+from skipkernels import testing
 from skipkernels.ops import OPERATORS
 from tests.ops.harness import Calls
 
-ROOT = Path(measure.__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MODULES = [name.rstrip("_") for name in OPERATORS]
 CHECKED = {"sgd_momentum": 2}  # by number; the first one otherwise, which has 62 M parameters here
@@ -95,48 +92,31 @@ def case_of(name: str, dtype: torch.dtype) -> Case:
     return next(itertools.islice(cases, CHECKED.get(name, 0), None))
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-# pytest with the case above in place of the operators', and with limits of the machine that are not measured.
-COMMAND = """
-import sys, pytest
-from bench import measure
-from bench.operators import test_operators
-from skipkernels import testing
-from tests.test_bench_operators import doubling
-cases = {("class_scores", "fp32"): doubling()}
-test_operators.cases_of = lambda op, dtype, device: iter([cases[op, dtype]] if (op, dtype) in cases else [])
-measure.bandwidth = lambda device: 1e9
-testing.peak_bytes = lambda run, device: 0
-options = ["--device=cpu", "-p", "no:cacheprovider", "-rxs", "--benchmark-max-time=0", *sys.argv[1:]]
-sys.exit(pytest.main(["bench/operators", *options]))
-"""
+# ---- the rows --------------------------------------------------------------------------------------------------------
 
 
-def command(*options: str) -> str:
-    # In a process of xdist pytest-benchmark times nothing.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run([sys.executable, "-c", COMMAND, *options], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_command_saves_rows(tmp_path, monkeypatch):
-    output = command("--save", str(tmp_path))
-    assert "4 passed, 1 skipped, 3 xfailed" in output
-    assert "needs a GPU" in output and "wrong: result 0 is off by 1.0e-03" in output
+def test_operator_saves_rows(monkeypatch, tmp_path, capsys):
+    """With stand-ins for pytest-benchmark, which calls what is timed, and for pytest's report."""
     monkeypatch.setattr("bench.rows.RESULTS", tmp_path)
-    rows = {row["implementation"]: row for row in latest_rows("operators")}
-    assert rows.keys() == {"skipkernels", "eager", "peer", COMPILED}
-    ours, eager, peer = rows["skipkernels"], rows["eager"], rows["peer"]
+    monkeypatch.setattr(measure, "bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(testing, "peak_bytes", lambda run, device: 0)
+    case = doubling()
+    monkeypatch.setattr(test_operators, "prepared", lambda *_: (case, Gate(case, torch.float32, CPU)))
+    option = types.SimpleNamespace(device=CPU, deadline=math.inf, measured=[], save=tmp_path)
+    for implementation, seconds in {"skipkernels": 0.002, "eager": 0.004, "peer": 0.001}.items():
+        benchmark = Mock(stats=Mock(stats=Mock(data=[seconds] * 3)))
+        config = types.SimpleNamespace(option=option)
+        test_operators.test_operator(benchmark, config, "class_scores", "fp32", case.shape, implementation)
+        benchmark.assert_called_once_with(case.runs[implementation])
+    rows = latest_rows("operators")
+    assert [(row["implementation"], row["p50_ms"], row["faster"], row["wanted"], row["note"]) for row in rows] == [
+        ("skipkernels", "2.0", "", "", ""), ("eager", "4.0", "2.0", "≥ 1", ""), ("peer", "1.0", "0.5", "", "peer 1.2"),
+    ]  # fmt: skip
     kind = KINDS["operators"]
-    assert {*MACHINE, *kind.case.split(), kind.measured} <= ours.keys() == eager.keys()
-    assert float(ours["p20_ms"]) <= float(ours["p50_ms"]) <= float(ours["p80_ms"])
-    assert float(peer["faster"]) == pytest.approx(float(peer["p50_ms"]) / float(ours["p50_ms"]), abs=1e-3)
-    assert (ours["faster"], ours["wanted"], eager["wanted"], peer["note"]) == ("", "", "≥ 1", "peer 1.2")
-    slower = [f"class_scores N1024 fp32 {name}" for name, row in rows.items() if float(row["faster"] or 1) < 1]
-    text = f"another implementation is faster in {len(slower)} of 3 comparisons"
-    assert f"result: {'; '.join([text, *slower])}" in output.splitlines()
+    assert all({*MACHINE, *kind.case.split(), kind.measured} <= row.keys() for row in rows)
+    conftest.pytest_terminal_summary(types.SimpleNamespace(config=config, write_line=print))
+    text = "another implementation is faster in 1 of 2 comparisons; class_scores N1024 fp32 peer"
+    assert capsys.readouterr().out == f"result: {text}\n"
 
 
 # ---- the cases ---------------------------------------------------------------------------------------------------
