@@ -98,9 +98,8 @@ def scale_of(bandwidth: float, cores: int) -> float:
 
 
 def all_peers(device: torch.device) -> dict[str, peers.Peer]:
-    """The peers, at a dtype and a batch that all support."""
-    of_losses = peers.contrastive_losses(device, torch.bfloat16, peers.INF_CL_BLOCK)
-    return of_losses | peers.layer_norms(device) | peers.attentions(device)
+    """The peers, at a dtype that all support."""
+    return peers.cross_entropies(device, torch.bfloat16) | peers.layer_norms(device) | peers.attentions(device)
 
 
 def step(args: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """Peers: functions of other packages that do the same job, or the reason why they cannot run here. All are optional.
 
 The functions of one job have one signature. They are called as these versions are: cut-cross-entropy 25.1.1,
-inf-cl 1.2.1, liger-kernel 0.8.5, memeff 0.3.1, xformers 0.0.35. Results are checked before timing, which shows if
-another version behaves differently.
+liger-kernel 0.8.5, xformers 0.0.35. Results are checked before timing, which shows if another version behaves
+differently.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INF_CL_BLOCK = 64  # images; its backward reads the gradients of a whole block, also beyond the end
-
 
 class Peer(NamedTuple):
     """The function and the version of its package, or None and the reason."""
@@ -33,47 +31,17 @@ def adapted(peers: dict[str, Peer], adapt: Callable[[Any], Callable[..., Any]]) 
     return {name: peer._replace(function=peer.function and adapt(peer.function)) for name, peer in peers.items()}
 
 
-def cross_entropies(device: torch.device, dtype: torch.dtype, B: int) -> dict[str, Peer]:
+def cross_entropies(device: torch.device, dtype: torch.dtype) -> dict[str, Peer]:
     """Peers for the mean cross-entropy of `image @ text.T`, from (image [B, D], text [K, D], labels int64 [B])."""
-    cut = functools.partial(_package, device, "cut-cross-entropy", "cut_cross_entropy")
     too_wide = "" if dtype in (torch.bfloat16, torch.float16) else "its backward is for bf16 and fp16"
-    torn = "" if B % INF_CL_BLOCK == 0 else f"it reads past its buffers unless B is a multiple of {INF_CL_BLOCK}"
 
-    def exact(module: Any) -> Callable[..., Tensor]:
+    def exact(module: Any) -> Callable[..., Tensor]:  # by default it drops gradients below a threshold
         return functools.partial(module.linear_cross_entropy, filter_eps=None)
-
-    def averaged(module: Any) -> Callable[..., Tensor]:
-        return lambda image, text, labels: module.cal_flash_loss(image, text, labels).mean()
 
     return {
         "linear_cross_entropy": _linear_cross_entropy(),
-        "cut-cross-entropy": cut(exact, cannot=too_wide),
-        # By default it drops gradients below a threshold.
-        "cut-cross-entropy filtered": cut(lambda module: module.linear_cross_entropy, cannot=too_wide),
+        "cut-cross-entropy": _package(device, "cut-cross-entropy", "cut_cross_entropy", exact, cannot=too_wide),
         "Liger": _liger(device, "liger_fused_linear_cross_entropy"),
-        "inf-cl": _package(device, "inf-cl", "inf_cl", averaged, cannot=torn),
-    }
-
-
-def contrastive_losses(device: torch.device, dtype: torch.dtype, B: int) -> dict[str, Peer]:
-    """Peers for the mean cross-entropy of both directions of pairs, from (image [B, D], text [B, D], scale: float)."""
-
-    def both_directions(cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def loss(image: Tensor, text: Tensor, scale: float) -> Tensor:
-            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-            pairs = torch.arange(image.shape[0], device=image.device)
-            return (cross_entropy(scale * image, text, pairs) + cross_entropy(scale * text, image, pairs)) / 2
-
-        return loss
-
-    def textbook(module: Any) -> Callable[..., Tensor]:
-        # By default it rescales the gradients. The scale is a number and gets no gradient.
-        return lambda image, text, scale: module.MemoryEfficientCLIPLoss(temperature=1 / scale, stable=False)(
-            image, text
-        )
-
-    return adapted(cross_entropies(device, dtype, B), both_directions) | {
-        "memeff": _package(device, "memeff", "memeff", textbook)
     }
 
 
