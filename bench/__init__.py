@@ -2,7 +2,7 @@
 
 steps               step, infer, memory, fuse, cache, trainers/; inputs, published and training have what they time
 operators           operators/ and peers
-without a GPU       counts, aot and gpu_model, by flops, launches and meta_device
+without a GPU       counts, aot and gpu_model, by flops, launches, recording and meta_device
 on a GPU            gpu.sh, by gpu; tune
 results             equivalence, models, unknown, when/
 rows and pages      measure times, rows and tables store, report and pages/ show

@@ -1,32 +1,25 @@
-"""bench.gpu_model: its launches are those of bench.counts, and its times follow its assumptions."""
+"""bench.recording and bench.gpu_model: the launches of a step, and times that follow the assumptions."""
 
 import pytest
 import torch
 
-from bench import counts, gpu_model, tables
+from bench import counts, gpu_model, recording, tables
 
 
 def test_launches_are_those_that_are_counted():
-    """The update is in backward, and in bf16 it writes the casts, which is counted of an update in `step`."""
+    """In the two committed tables."""
     counted = {
-        (row.precision, row.optimizer): row.launches
+        row.precision: row.launches
         for row in tables.read(counts.TABLE, counts.Row)
         if (row.model, row.B, row.C, row.memory) == (gpu_model.MODEL, 4, 1000, "fast")
     }
-    casts = counted["bf16", counts.SGD] - counted["bf16", counts.KEPT]
     rows = [row for row in tables.read(gpu_model.TABLE, gpu_model.Row) if (row.B, row.C) == (4, 1000)]
-    launches = {row.precision: row.launches for row in rows}
-    in_backward = {precision: counted[precision, counts.IN_BACKWARD] for precision in ("fp32", "bf16")}
-    assert launches == in_backward | {"bf16": in_backward["bf16"] - casts}
+    assert counted and counted == {row.precision: row.launches for row in rows}
 
 
-@pytest.fixture
-def tiny(monkeypatch):
+def test_steps_are_recorded(monkeypatch):
     monkeypatch.setattr(gpu_model, "MODEL", "vit-tiny")
     monkeypatch.setattr(gpu_model, "SKIP_LAYERS", 3)
-
-
-def test_steps_are_recorded(tiny):
     ours, without_casts = (gpu_model.launches_of_ours(4, 20, precision) for precision in ("bf16", "fp32"))
     published = gpu_model.launches_of_published(4, 20, "bf16")
     update, update_fp32 = (next(x for x in step if x.name == "_sgd_momentum_kernel") for step in (ours, without_casts))
@@ -37,7 +30,11 @@ def test_steps_are_recorded(tiny):
     products = [launch for launch in ours if launch.shape]
     assert products and all(launch.dtype == torch.bfloat16 for launch in products if launch.flops > 1e6)
     assert len(published) > len(ours) and not any(launch.triton for launch in published)
-    assert {launch.side for launch in ours} == {"", "text", "image"}
-    assert [launch.side for launch in ours if "sgd" in launch.name] == ["", ""], "less than is gathered in backward"
-    floor = sum(launch.floor for launch in ours)
-    assert floor < gpu_model.packed(ours) < gpu_model.serial(ours) <= gpu_model.eager(ours)
+    assert gpu_model.floor(ours) < gpu_model.graph(ours) <= gpu_model.eager(ours)
+
+
+def test_times_follow_the_assumptions():
+    launch = recording.Launch("one", True, int(gpu_model.BANDWIDTH), 0, torch.float32, None)
+    few = launch._replace(warps=gpu_model.PROCESSORS * gpu_model.WARPS // 2)
+    assert gpu_model.graph([launch, few]) == pytest.approx(1 + 2 + 2 * (gpu_model.START + gpu_model.GAP))
+    assert gpu_model.floor([launch, few]) == pytest.approx(2)

@@ -51,7 +51,6 @@ ROW = counts.Row(
     K=11,
     precision="bf16",
     memory="min",
-    optimizer="FusedSGD",
     flops=1000,
     saved_bytes=2000,
     gradient_bytes=3000,
