@@ -33,20 +33,18 @@ except ImportError:  # Windows
 
 SECONDS = 60.0
 """Longest time to decode an image, far more than the largest takes."""
+PIXELS = 178_956_970
+"""Most pixels of an image, as in Pillow: 0.5 GiB of RGB."""
 # What a decoder may allocate: itself, with a stack of 8 MiB for a thread on each core, and for each pixel of an image.
 _BYTES, _BYTES_PER_PIXEL = (256 + 8 * (os.cpu_count() or 1)) << 20, 24
 _ERRORS = {kind.__name__: kind for kind in (InputError, TooLarge, UnknownFormat)}
 
 
-def decode(
-    source: bytes | str, name: str | Path, *, max_pixels: int | None = None, seconds: float = SECONDS
-) -> Image.Image:
+def decode(source: bytes | str, name: str | Path, *, max_pixels: int = PIXELS, seconds: float = SECONDS) -> Image.Image:
     """Decode an image, the bytes of a file or the path of one, as RGB; see `images.read_image`.
 
-    Of more than `max_pixels` nothing is decoded; by default the limit is Pillow's, 179 million.
+    Of an image of more than `max_pixels` nothing is decoded.
     """
-    if max_pixels is None:
-        max_pixels = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 1 << 40
     request = {"name": str(name), "max_pixels": max_pixels, "seconds": seconds}
     request |= {"path": source} if isinstance(source, str) else {"bytes": len(source)}
     decoder = _take()
@@ -149,6 +147,7 @@ def answer() -> None:
     """Answer requests until stdin ends: what a decoder's process runs."""
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints does not disturb the answers
+    Image.MAX_IMAGE_PIXELS = None  # `open_image` has the limit of each request
     _send(stdout, {"ready": True})
     with contextlib.suppress(EOFError):
         while True:
@@ -167,7 +166,6 @@ def answer() -> None:
 def _decoded(request: dict[str, Any], data: bytes) -> Image.Image:
     name, max_pixels = request["name"], request["max_pixels"]
     file = _opened(request["path"], name) if "path" in request else io.BytesIO(data)
-    Image.MAX_IMAGE_PIXELS = max_pixels / 2  # Pillow's limit is twice that; it warns from there
     try:
         _limit_memory(len(data) + _BYTES_PER_PIXEL * max_pixels)
         with file, open_image(file, name, max_pixels) as image:

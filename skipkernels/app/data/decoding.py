@@ -37,11 +37,6 @@ def open_image(file: BinaryIO, name: str | Path, max_pixels: int) -> Image.Image
     try:
         image = Image.open(file, formats=_formats())
         tile = [int(getattr(image, "tag_v2", {}).get(tag, 0)) for tag in _TILE_SIZE]
-        if max(math.prod(image.size), math.prod(tile)) > max_pixels:
-            raise Image.DecompressionBombError
-        return image
-    except Image.DecompressionBombError:
-        raise TooLarge(f"{name}: must have at most {max_pixels:,} pixels. Make it smaller.") from None
     except UnidentifiedImageError as error:
         file.seek(0)
         if file.read(4) in _TIFF:
@@ -51,6 +46,9 @@ def open_image(file: BinaryIO, name: str | Path, max_pixels: int) -> Image.Image
         raise unreadable(name, f"not {', '.join(_formats())}{heif}", UnknownFormat) from error
     except _UNREADABLE as error:
         raise unreadable(name, error) from error
+    if max(math.prod(image.size), math.prod(tile)) > max_pixels:
+        raise TooLarge(f"{name}: must have at most {max_pixels:,} pixels. Make it smaller.")
+    return image
 
 
 @functools.cache

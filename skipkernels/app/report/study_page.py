@@ -64,9 +64,8 @@ def headline(study: Mapping[str, Any]) -> str:
     counts = [plural(seeds, "seed"), *([plural(images, "test image")] if images else [])]
     sentence += f" ({', '.join(counts)})"
     if equal:
-        listed = " and ".join(filter(None, (", ".join(equal[:-1]), equal[-1])))
-        listed = "any other" if len(equal) == len(others) > 1 else listed
-        sentence += f", but these images and seeds don't tell it apart from {listed}"
+        names = "any other" if len(equal) == len(others) > 1 else ", ".join(equal)
+        sentence += f", but these images and seeds don't tell it apart from {names}"
     return f"{sentence}."
 
 

@@ -53,6 +53,12 @@ def test_header_is_refused():
     assert time.monotonic() - start < 5  # 0.1 s on an idle machine
 
 
+def test_limit_of_pixels():
+    assert decode(PICTURE, "a", max_pixels=6).size == (3, 2)
+    with raises_input_error("a: must have at most 5 pixels. Make it smaller."):
+        decode(PICTURE, "a", max_pixels=5)
+
+
 def test_limit_of_time():
     with raises_input_error("a: can't be read as an image (decoding takes more than 0.2 s)"):
         decode(slow_picture(), "a", seconds=0.2)
