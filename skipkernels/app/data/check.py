@@ -11,7 +11,8 @@ from PIL import Image
 from ...digests import digest_bytes
 from .base import InputError
 from .files import format_names
-from .images import Images, LabelledImages, read_ahead
+from .images import Images, LabelledImages
+from .reading import read_ahead
 from .source import Source, Split
 from .tasks import Task
 

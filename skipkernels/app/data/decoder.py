@@ -41,7 +41,7 @@ _ERRORS = {kind.__name__: kind for kind in (InputError, TooLarge, UnknownFormat)
 
 
 def decode(source: bytes | str, name: str | Path, *, max_pixels: int = PIXELS, seconds: float = SECONDS) -> Image.Image:
-    """Decode an image, the bytes of a file or the path of one, as RGB; see `images.read_image`.
+    """Decode an image, the bytes of a file or the path of one, as RGB; see `reading.read_image`.
 
     Of an image of more than `max_pixels` nothing is decoded.
     """

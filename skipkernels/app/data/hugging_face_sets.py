@@ -16,7 +16,8 @@ from urllib.parse import parse_qsl
 from .base import open_error
 from .decoder import decode
 from .files import absolute_path, format_names
-from .images import DatasetImages, read_image
+from .images import DatasetImages
+from .reading import read_image
 from .source import Source, Split, class_names
 from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
 from .templates import Templates

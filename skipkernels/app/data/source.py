@@ -5,14 +5,13 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from .base import InputError, SizedDataset
 from .images import DatasetImages, Images, Transform, joined
 from .templates import Templates, prompts, resolve_templates
 
 Split = Literal["train", "val", "test"]
-SourceT = TypeVar("SourceT", bound="Source")
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class Source:
     name: str
     classes: tuple[str, ...]
     templates: tuple[str, ...]
-    splits: Mapping[Split, Images] = field(default_factory=dict, repr=False, kw_only=True)
-    missing: Mapping[Split, str] = field(default_factory=dict, repr=False, kw_only=True)
-    notes: tuple[str, ...] = field(default=(), kw_only=True)
-    hashed: bool = field(default=False, kw_only=True)
+    splits: Mapping[Split, Images] = field(repr=False)
+    missing: Mapping[Split, str] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+    hashed: bool = False
 
     @property
     def prompts(self) -> tuple[list[str], ...]:
@@ -57,12 +56,12 @@ class Source:
             raise InputError(f"{self.name} has no {split} images: {reason}", "data")
         return self.splits[split].with_transform(transform)
 
-    def train_on(self: SourceT, splits: Sequence[Split]) -> SourceT:
+    def train_on(self, splits: Sequence[Split]) -> Source:
         """Return the source with the images of further splits as training images."""
         parts = [self.splits[split] for split in ("train", *splits) if split in self.splits]
         return replace(self, splits={**self.splits, "train": joined(parts)})
 
-    def subset_classes(self: SourceT, labels: Sequence[int]) -> SourceT:
+    def subset_classes(self, labels: Sequence[int]) -> Source:
         """Return some of the classes with their images, labelled from 0 in the order of `labels`."""
         return replace(
             self,

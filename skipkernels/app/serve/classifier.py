@@ -19,7 +19,7 @@ from ...options import Precision
 from ..data import InputError
 from ..data.decoding import to_rgb
 from ..data.files import find_images
-from ..data.images import from_pixels, read_ahead, read_image
+from ..data.reading import from_pixels, read_ahead, read_image
 from ..train.calibration import class_probabilities
 from ..train.precision import autocast
 from .loading import TEST, TunedRun, load_run
@@ -281,7 +281,7 @@ class Classifier:
     def _preprocessed(self, image: Any, name: str) -> Tensor:
         """Read or convert an image, [3, H, W]; `name` is for errors of one without a path."""
         if isinstance(image, (str, os.PathLike)):
-            return read_image(Path(image), self.transform)
+            return self.transform(read_image(image))
         if isinstance(image, (np.ndarray, Tensor)):
             image = from_pixels(image, name)
         if isinstance(image, Image.Image):

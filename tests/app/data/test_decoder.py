@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from skipkernels.app.data import LabelledImages, decoder
 from skipkernels.app.data.decoder import decode
-from skipkernels.app.data.images import read_image
+from skipkernels.app.data.reading import read_image
 from tests.app.data.pictures import class_of, decoders, draw_image, raises_input_error, slow_picture
 
 
