@@ -15,7 +15,6 @@ from ...digests import digest_file
 from ...folders import replace_text, replaced_folder, restored
 from ..config import TuneConfig
 from ..data import InputError
-from ..data.files import read_text
 from ..data.registry import KINDS, OWN
 from ..methods import METHODS
 from ..methods.tuned import TunedModel
@@ -129,8 +128,13 @@ def _check_folders(run: Path, out: Path, *, overwrite: bool) -> None:
 
 def _write(plain: PlainModel, source: Path, to: Target, folder: Path) -> list[str]:
     """Write the files of an export, and return its notes."""
-    writers = {"open-clip": _write_open_clip, "hugging-face": to_hugging_face.write, "onnx": to_onnx.write}
-    notes = writers[to](plain, folder)
+    notes: list[str] = []
+    if to == "open-clip":
+        _write_open_clip(plain, folder)
+    elif to == "onnx":
+        to_onnx.write(plain, folder)
+    else:
+        notes = to_hugging_face.write(plain, folder)
     described, head_code = _shared(plain), plain.head_code if to != "onnx" else ""
     if head_code:
         tensors = plain.head.state_dict() if plain.fitted is None else plain.fitted.tensors()
@@ -144,11 +148,10 @@ def _write(plain: PlainModel, source: Path, to: Target, folder: Path) -> list[st
     return notes
 
 
-def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
+def _write_open_clip(plain: PlainModel, folder: Path) -> None:
     if not write_open_clip_config(folder, plain.model, plain.tokenizer):
         raise InputError(f"export: run must have a model of open_clip; got {type(plain.model).__name__}.", "run")
     weights.save_weights(folder / OPEN_CLIP_WEIGHTS, plain.model.state_dict())
-    return []
 
 
 def _shared(plain: PlainModel) -> Description:
@@ -192,10 +195,8 @@ def _shared_settings(config: TuneConfig, described: Description) -> TuneConfig:
 
 
 def _write_card(source: Path, folder: Path, described: Description, to: Target, head_code: str) -> None:
-    """Write the model card of an exported run; copy that of an exported folder, which has no settings, if it fits."""
+    """Write the model card of a complete run."""
     if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
-        if to == "open-clip" and (source / CARD).is_file():
-            replace_text(folder / CARD, read_text(source / CARD))
         return
     config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)
     card = model_card(config, described, read_metrics(source), use=to, head_code=head_code)

@@ -32,8 +32,8 @@ class ImageClassifier(nn.Module):
         return logits / self.temperature, embedding
 
 
-def write(plain: PlainModel, folder: Path) -> list[str]:
-    """Write model.onnx, and return no notes.
+def write(plain: PlainModel, folder: Path) -> None:
+    """Write model.onnx.
 
     Its input is pixel_values [batch, 3, H, W], preprocessed as the metadata say. Its outputs are logits [batch, C], of
     which the softmax is the probabilities, and image_embedding [batch, D]. The metadata are "classes" and
@@ -76,7 +76,6 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
     program.model.metadata_props.update({name: json.dumps(value) for name, value in values.items()})
     program.save(path, external_data=external)
     onnx.checker.check_model(path)
-    return []
 
 
 def _image_size(plain: PlainModel) -> tuple[int, int]:

@@ -60,7 +60,6 @@ def test_open_clip(source, images, tmp_path):
     exported = sk.Classifier.load(done.folder, device="cpu")
     torch.testing.assert_close(exported.logits(images), tuned.logits(images), atol=ATOL, rtol=0)
     assert main(["export", str(done.folder), "--to", "open-clip", "--out", str(tmp_path / "again")]) == 0
-    assert (tmp_path / "again" / "README.md").read_text() == (done.folder / "README.md").read_text()
 
 
 def test_lora_is_merged(lora):

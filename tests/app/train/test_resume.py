@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from skipkernels.app import report
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
+from skipkernels.app.report import run_page
 from skipkernels.app.train import evaluate_run, precision, trainer, tune
 from skipkernels.app.train.run_folder import read_metrics
 from tests.app.runs import fails, files, results, shortened, small, stopped
@@ -74,7 +74,7 @@ def test_resume_writes_the_report_of_a_run_that_was_stopped_before_it(run, copy,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(report, "report_html", stop)
+        patch.setattr(run_page, "report_html", stop)
         tune(small(copy, resume=True))
     tune(small(copy, resume=True))
     assert files(copy) == files(run[0]) and results(copy) == results(run[0])

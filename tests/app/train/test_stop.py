@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from skipkernels.app import report
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError, pictograms
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.methods.base import StepOutput
 from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.methods.skip import Skip
+from skipkernels.app.report import run_page
 from skipkernels.app.train import check, checkpoint, evaluate_run, tune, tuning
 from skipkernels.app.train.run_folder import RunFolder, read_metrics
 from skipkernels.app.train.setup import build_task
@@ -174,7 +174,7 @@ def test_report_failure_is_note(run, tmp_path, monkeypatch):
         assert not (tmp_path / "metrics.json").exists(), "the metrics, which complete a run, are written last"
         raise MemoryError("too much")
 
-    monkeypatch.setattr(report, "report_html", fail)
+    monkeypatch.setattr(run_page, "report_html", fail)
     console = Console(record=True, file=io.StringIO(), width=200)
     metrics = tune(small(tmp_path), console)
     assert metrics["tuned"] == run[1]["tuned"] and json.loads((tmp_path / "metrics.json").read_text()) == metrics
