@@ -24,9 +24,15 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictOptions:
-    """Classes and results."""
+class PredictCommand:
+    """Classify images with a tuned model. The exit code is 1 if a file could not be read; the others are classified."""
 
+    run: Run
+    """Folder of the run."""
+    images: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(required)")
+    ]
+    """Images, or folders of images, which are searched with their subfolders."""
     top: Top = 5
     threshold: Threshold = None
     classes: str | None = None
@@ -39,12 +45,6 @@ class PredictOptions:
     that are done."""
     embeddings: Path | None = None
     """File of the embeddings of the images, .npy: float32 [images, width] of unit norm, in the order of the results."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PredictComputeOptions:
-    """Device and speed."""
-
     device: Device = None
     precision: PrecisionOption = "auto"
     trust: Trust = False
@@ -52,20 +52,6 @@ class PredictComputeOptions:
     """Images per forward pass."""
     workers: int | None = None
     """Threads that decode images. By default one for each core, at most 8."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PredictCommand:
-    """Classify images with a tuned model. The exit code is 1 if a file could not be read; the others are classified."""
-
-    run: Run
-    """Folder of the run."""
-    images: Annotated[
-        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(required)")
-    ]
-    """Images, or folders of images, which are searched with their subfolders."""
-    results: PredictOptions = PredictOptions()
-    compute: PredictComputeOptions = PredictComputeOptions()
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
@@ -77,16 +63,16 @@ class PredictCommand:
         classifier = self._load()
         note_unfinished(self.run, err)
         count = len(classifier.classes)
-        if self.results.top > max(count, PredictOptions.top):
-            err.print(f"note: --top {self.results.top} shows all classes, which are {count}")
-        if self.results.threshold is not None:
+        if self.top > max(count, PredictCommand.top):
+            err.print(f"note: --top {self.top} shows all classes, which are {count}")
+        if self.threshold is not None:
             check_none(classifier.classes)
         batches = classifier.predict_batches(
             images,
-            top=self.results.top,
-            threshold=self.results.threshold,
-            batch_size=self.compute.batch_size,
-            workers=self.compute.workers,
+            top=self.top,
+            threshold=self.threshold,
+            batch_size=self.batch_size,
+            workers=self.workers,
             unreadable="skip",
         )
         rows: list[Row] = []
@@ -115,32 +101,32 @@ class PredictCommand:
         """Raise an InputError for a file that can't be written, before the work is done."""
         from skipkernels.app.serve.output import check_file
 
-        if self.results.out is not None:
-            check_file(self.results.out, "predict")
-        if self.results.embeddings is not None:
-            check_file(self.results.embeddings, "predict", "embeddings", ".npy")
+        if self.out is not None:
+            check_file(self.out, "predict")
+        if self.embeddings is not None:
+            check_file(self.embeddings, "predict", "embeddings", ".npy")
 
     def _load(self) -> Classifier:
         from skipkernels.app.serve.classifier import Classifier
 
         return Classifier.load(
             self.run,
-            classes=None if self.results.classes is None else _names(self.results.classes),
-            templates=self.results.template,
-            device=self.compute.device,
-            precision=self.compute.precision,
-            trust=self.compute.trust,
+            classes=None if self.classes is None else _names(self.classes),
+            templates=self.template,
+            device=self.device,
+            precision=self.precision,
+            trust=self.trust,
         )
 
     def _write(self, rows: list[Row], embeddings: list[Tensor], out: Terminal) -> None:
         """Write or print the results."""
         from skipkernels.app.serve.output import csv_lines, write_embeddings, write_lines
 
-        if self.results.embeddings is not None:
-            write_embeddings(self.results.embeddings, embeddings)
-        lines = csv_lines(rows, threshold=self.results.threshold is not None)
-        if self.results.out is not None:
-            write_lines(self.results.out, lines)
+        if self.embeddings is not None:
+            write_embeddings(self.embeddings, embeddings)
+        lines = csv_lines(rows, threshold=self.threshold is not None)
+        if self.out is not None:
+            write_lines(self.out, lines)
         elif out.is_terminal:  # literally, as in a file
             out.print("".join(lines), end="", soft_wrap=True)
         else:
@@ -149,7 +135,7 @@ class PredictCommand:
     def _print_summary(self, classifier: Classifier, rows: list[Row], unreadable: int, err: Terminal) -> None:
         from skipkernels.app.serve.output import NONE
 
-        threshold = self.results.threshold
+        threshold = self.threshold
         without_class = sum(labels[0][0] == NONE for _, labels in rows) if threshold is not None else 0
         counted = "" if threshold is None else f", {without_class:,} as {NONE}"
         counted += f", {unreadable:,} skipped" if unreadable else ""
@@ -170,7 +156,7 @@ class PredictCommand:
 
         if classifier.calibrated:
             return CALIBRATED
-        changed = [f"--{name}" for name in ("classes", "template") if getattr(self.results, name) is not None]
+        changed = [f"--{name}" for name in ("classes", "template") if getattr(self, name) is not None]
         if changed:
             return f"not calibrated: {' and '.join(changed)} replace those of the run"
         return NOT_CALIBRATED

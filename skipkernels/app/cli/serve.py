@@ -18,18 +18,6 @@ _CONNECTIONS = 100  # open ones; a request of one more is answered by status 503
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeOptions:
-    """Results and limits."""
-
-    top: Top = 5
-    threshold: Threshold = None
-    max_mb: float = 20.0
-    """Largest image file, in megabytes."""
-    max_images: int = 16
-    """Largest number of images in a request. The page sends one in a request."""
-
-
-@dataclasses.dataclass(frozen=True)
 class ServeCommand:
     """Classify images in the browser, and by a REST endpoint. Ctrl-C ends it."""
 
@@ -39,7 +27,12 @@ class ServeCommand:
     """Address to listen at. 0.0.0.0 is all of this machine: then everyone in its network can use it."""
     port: int = 8000
     """Port to listen at. 0 takes a free one."""
-    serve: ServeOptions = ServeOptions()
+    top: Top = 5
+    threshold: Threshold = None
+    max_mb: float = 20.0
+    """Largest image file, in megabytes."""
+    max_images: int = 16
+    """Largest number of images in a request. The page sends one in a request."""
     device: Device = None
     precision: PrecisionOption = "auto"
     trust: Trust = False
@@ -59,18 +52,17 @@ class ServeCommand:
             raise InputError(f"serve needs {error.name}: pip install 'skipkernels[web]'.") from None
         from skipkernels.app.serve import Classifier
 
-        options = self.serve
-        if not 0 < options.max_mb < 10_000:
-            raise InputError(f"serve: max_mb must be more than 0; got {options.max_mb:g}.", "max_mb")
+        if not 0 < self.max_mb < 10_000:
+            raise InputError(f"serve: max_mb must be more than 0; got {self.max_mb:g}.", "max_mb")
         with self._listening() as listener:  # first: a port that is taken is known before the model is loaded
             classifier = Classifier.load(self.run, device=self.device, precision=self.precision, trust=self.trust)
             note_unfinished(self.run, err)
             service = Service(
                 classifier,
                 self.run.resolve().name,
-                top=options.top,
-                threshold=options.threshold,
-                limits=Limits(image_bytes=int(options.max_mb * 1e6), images=options.max_images),
+                top=self.top,
+                threshold=self.threshold,
+                limits=Limits(image_bytes=int(self.max_mb * 1e6), images=self.max_images),
             )
             host, port = listener.getsockname()[:2]
             if not self._is_local:
