@@ -106,43 +106,25 @@ def top_k_logits(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor]:
     >>> top_k_logits(image, text, 2)
     (tensor([[2., 2.]]), tensor([[1, 2]]))
     """
-    return _top_k(image, text, k)[:2]
-
-
-def check_k(k: int, classes: int) -> None:
-    """Raise a ValueError unless k is in [1, C]."""
-    if not 1 <= k <= classes:
-        raise ValueError(f"top_k: k must be in [1, C={classes}]; got {k}.")
-
-
-def top_k_probabilities(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest softmax_c(x_b · t_c), as `top_k_logits` does; NaN for an image with a NaN or +inf logit.
-
-    >>> image, text = torch.tensor([[1.0]]), torch.tensor([[0.0], [torch.tensor(3.0).log()]])
-    >>> top_k_probabilities(image, text, 1)
-    (tensor([[0.7500]]), tensor([[1]]))
-    """
-    logits, class_ids, total = _top_k(image, text, k, normalized=True)
-    return (logits - total[:, None]).exp(), class_ids
-
-
-def _top_k(image: Tensor, text: Tensor, k: int, *, normalized: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `top_k_logits`, and with `normalized` the log-sum-exp [B] of all logits; each logit is computed once."""
     check_k(k, len(text))
     chunk = max(_SCORES // max(len(image), 1), k)
-    logits, class_ids = image.new_empty(len(image), 0), torch.empty(len(image), 0, dtype=torch.int64)
-    class_ids, totals = class_ids.to(image.device), [image.new_full((len(image),), -torch.inf)]
+    logits = image.new_empty(len(image), 0)
+    class_ids = torch.empty(len(image), 0, dtype=torch.int64, device=image.device)
     for start in range(0, len(text), chunk):
         part = image @ text[start : start + chunk].T
-        if normalized:
-            totals.append(part.logsumexp(dim=1))
         found, positions = largest(part, k)
         del part  # before the next chunk is computed
         # The classes found so far are in front, so that a lower position is a lower class among equal logits.
         logits, class_ids = torch.cat([logits, found], dim=1), torch.cat([class_ids, start + positions], dim=1)
         logits, positions = largest(logits, k)
         class_ids = class_ids.gather(1, positions)
-    return logits, class_ids, torch.stack(totals).logsumexp(dim=0)
+    return logits, class_ids
+
+
+def check_k(k: int, classes: int) -> None:
+    """Raise a ValueError unless k is in [1, C]."""
+    if not 1 <= k <= classes:
+        raise ValueError(f"top_k: k must be in [1, C={classes}]; got {k}.")
 
 
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

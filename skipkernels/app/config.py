@@ -189,7 +189,7 @@ class TuneConfig(Settings):
             if name in ("head", "prior"):
                 return method.takes_head or getattr(self, name) == "none"
             if name == "blend":
-                return method.can_blend
+                return method.trains_model
             if not self.has_steps:
                 return name != "fused_optimizer" and getattr(self, name) == recipe.get(name, getattr(self, name))
             return methods != "rates" or recipe[name] is not None

@@ -13,11 +13,12 @@ Each is a `Head`, logits = weight · x/|x| + bias. They know nothing of models a
 from .anchored import CANDIDATES, anchored_l2, anchored_probe, halves, linear_probe, probe_l2, ranks
 from .fitting import Examples, choose_l2, fit_head
 from .gaussian import SHRINKAGE, gaussian_head, with_text
-from .head import Head, balanced
+from .head import AffineHead, Head, balanced
 
 __all__ = [
     "CANDIDATES",
     "SHRINKAGE",
+    "AffineHead",
     "Examples",
     "Head",
     "anchored_l2",

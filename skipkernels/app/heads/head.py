@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...checks import FEATURE_DTYPES, check_dtype, check_shape
 from ...reference import widened
@@ -57,6 +57,23 @@ class Head:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Head:
         """Make a head of what `tensors` returned."""
         return cls(tensors["weight"], tensors["bias"], tensors.get("scale"))
+
+
+class AffineHead(nn.Module):
+    """A head as a module of an export: embeddings x [B, D] of any norm → logits [B, C] of `Head`, and x/|x|, [B, D]."""
+
+    CODE = 'logits = F.normalize(image, dim=-1) @ head["weight"].T + head["bias"]'
+    """Code that does the same with the state dict `head` of the module, for a model card."""
+
+    def __init__(self, head: Head):
+        super().__init__()
+        self.register_buffer("weight", head.weight.float())
+        self.register_buffer("bias", head.bias.float())
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the logits and the embeddings."""
+        embedding = F.normalize(image, dim=-1)
+        return F.linear(embedding, self.weight, self.bias), embedding  # type: ignore[arg-type]
 
 
 def balanced(head: Head, labels: Tensor) -> Head:

@@ -6,7 +6,6 @@ Shapes: B images in a batch, n images, C classes of a test, D width of the joint
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -21,12 +20,10 @@ from ...boundary import DEFAULT_CHUNK
 from ...clip import SkipCLIP
 from ...options import OptimizerName, Protocol, SamplerKind
 from ...reference import unit_norm
-from ...retrieval import top_k_probabilities
-from ...towers.modes import evaluating
+from ...selection import RankSampler
 from ..data import InputError, Task
-from ..heads import Head
-from .cosine import cosine_logits, scaled
-from .export_heads import AFFINE_CODE, AffineHead, CosineHead
+from ..heads import AffineHead, Head
+from .cosine import cosine_logits
 from .registry import PACKAGED, packaged
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -56,24 +53,26 @@ class StepOutput(NamedTuple):
     classes: int
 
 
-class Method(ABC):
+class Method:
     """Method that adapts a CLIP, in place, to the classes of a task's first test.
 
     Training uses the first template. All random numbers except those of dropout, which are PyTorch's, are drawn from
     `generator`, by default with seed 0. A model or task that the method does not support is an InputError.
 
-    A subclass defines its recipe, what it trains, a `step` or a `fit`, and what it changes in the embeddings; the base
-    class classifies, and saves and loads what was trained.
+    A subclass defines its recipe, what it trains, a `step` or a `fit`, and what it changes in the embeddings; this
+    class classifies, and saves and loads what was trained. Logits and class embeddings are those of evaluation mode
+    after `train(False)`, which new methods are in.
 
     Attributes:
         name: Name of the method in `METHODS`.
-        uses_texts: Classes are compared by their texts; False for a method that has other logits.
         takes_head: A head can classify its embeddings; False for a method that is a head itself, or adapts them.
-        can_blend: It trains weights of the model itself, so that they can be blended with those before.
+        trains_model: It trains weights of the model itself, so that its state is a whole model, which can be blended
+            with the model before.
         head_code: Python that computes `logits` from `image`, the embeddings of `model`, and `head`, the state dict of
-            `head()`, for the model card; empty if the model itself has all that training changes.
+            `head()`, for the model card; empty if the model itself has all that classifies.
         published_quarter: Datasets on which the published recipe trains a quarter of the epochs.
-        cut: SkipCLIP that computes the features of a cache on disk, by its lower image tower; None: no such cache.
+        class_sampler: Sampler of the classes of a step, of which the state is part of a checkpoint; None: all classes.
+        caches: SkipCLIP of which the features at the cut can be cached on disk; None: they cannot.
         fitted: Head that classifies instead of the texts, set by `use_head`; None: the texts.
         notes: Notes for the user about the setup.
 
@@ -90,12 +89,12 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    uses_texts: ClassVar[bool] = True
     takes_head: ClassVar[bool] = True
-    can_blend: ClassVar[bool] = False
-    head_code: ClassVar[str] = ""
+    trains_model: ClassVar[bool] = False
+    head_code: str = ""
     published_quarter: ClassVar[tuple[str, ...]] = ()
-    cut: SkipCLIP | None = None
+    class_sampler: RankSampler | None = None
+    caches: SkipCLIP | None = None
     fitted: Head | None = None
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
@@ -106,24 +105,24 @@ class Method(ABC):
         self._train_test = task.tests[0].name
         device = next(model.parameters()).device
         self._tokens = {test.name: [tokenizer(texts).to(device) for texts in test.prompts] for test in task.tests}
-        self._embeddings: dict[tuple[str, int | None], Tensor] = {}  # of classes, by test and number of templates
-        self._rows_of_head: dict[str, int] = {}  # of `fitted`, by class name
+        self._embeddings: dict[str, Tensor] = {}  # of classes, by test
+        self._head_classes: list[str] = []  # of `fitted`
         self._heads: dict[str, Head] = {}  # rows of `fitted` by test
 
     # ---- what a method defines ---------------------------------------------------------------------------------------
 
     @classmethod
-    @abstractmethod
     def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
-        """Return the recipe of the paper."""
+        """Return the recipe of the paper. By default there are no steps."""
+        return Recipe(epochs=0)
 
-    @abstractmethod
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return groups for a `torch.optim` optimizer, each with a learning rate and a "name", "text" or "image"."""
+        return []
 
-    @abstractmethod
     def _tensors(self) -> dict[str, Tensor]:
         """Tensors that training changes, by name."""
+        return {}
 
     def encode_frozen(self, images: Tensor) -> Tensor:
         """Run the frozen part on images [B, 3, H, W], for `step` and `logits`. By default there is no frozen part."""
@@ -131,7 +130,7 @@ class Method(ABC):
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         """Compute the differentiable loss of `encode_frozen` of B images, with their classes in the first test, [B]."""
-        raise TypeError(f"{self.name}: the method has no steps; call fit.")
+        raise NotImplementedError
 
     def graphed(
         self, optimizer: torch.optim.Optimizer, batch_size: int
@@ -144,8 +143,7 @@ class Method(ABC):
         return None
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
-        """Train on all images at once, `encode_frozen` of n images and classes [n]; for methods without epochs."""
-        raise TypeError(f"{self.name}: the method trains by steps; call step.")
+        """Train a method without steps on all images at once, `encode_frozen` of n images, and their classes [n]."""
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Image embeddings [B, D] of any norm, from `inputs` of `encode_frozen`."""
@@ -157,9 +155,14 @@ class Method(ABC):
 
     def head(self) -> nn.Module:
         """Return the module for exports: embeddings of the plain model → logits of the trained classes, embeddings."""
-        return CosineHead(self.class_embeddings(self._train_test).float(), self.model.logit_scale)
+        if self.fitted is None:
+            text = self.class_embeddings(self._train_test).float()
+            return AffineHead(Head.of_text(text, self.model.logit_scale.detach().float().exp()))
+        head = self._head_of(self._train_test)
+        assert head is not None
+        return AffineHead(head)
 
-    def merge(self) -> None:  # noqa: B027
+    def merge(self) -> None:
         """Make the model a plain CLIP, with all that the method trained in it. By default it is one."""
 
     # ---- settings ----------------------------------------------------------------------------------------------------
@@ -195,22 +198,23 @@ class Method(ABC):
 
     # ---- classes -----------------------------------------------------------------------------------------------------
 
-    def class_embeddings(self, test: str, templates: int | None = None) -> Tensor:
-        """Unit-norm embeddings [C, D] of the classes of a test, in evaluation mode and without gradient.
+    @torch.no_grad()
+    def _embedded(self, prompts: Tensor) -> Tensor:
+        """Unit-norm embeddings [C, D] of prompts [C, L], in chunks and without gradient."""
+        return torch.cat([unit_norm(self.encode_texts(chunk)) for chunk in prompts.split(DEFAULT_CHUNK)])
 
-        They are the normalized mean over the first `templates`, by default all, of the embeddings of each (Radford et
-        al., CLIP, ICML 2021, arXiv 2103.00020, section 3.1.4), and kept until `train` or `load_state_dict` is called.
+    def class_embeddings(self, test: str) -> Tensor:
+        """Unit-norm embeddings [C, D] of the classes of a test, without gradient.
+
+        They are the normalized mean over the templates of the embeddings of each (Radford et al., CLIP, ICML 2021,
+        arXiv 2103.00020, section 3.1.4), and kept until `train` or `load_state_dict` is called.
         """
         tokens = self._test_tokens(test)
-        if (test, templates) not in self._embeddings:
-            with torch.no_grad(), evaluating([self.model]):
-                embeddings = [
-                    torch.cat([unit_norm(self.encode_texts(chunk)) for chunk in prompts.split(DEFAULT_CHUNK)])
-                    for prompts in tokens[:templates]
-                ]
+        if test not in self._embeddings:
+            embeddings = [self._embedded(prompts) for prompts in tokens]
             mean = embeddings[0] if len(embeddings) == 1 else unit_norm(torch.stack(embeddings).mean(dim=0))
-            self._embeddings[test, templates] = mean
-        return self._embeddings[test, templates]
+            self._embeddings[test] = mean
+        return self._embeddings[test]
 
     def _test_tokens(self, test: str) -> list[Tensor]:
         """Tokens [C, L] of a test in each template."""
@@ -223,7 +227,8 @@ class Method(ABC):
 
         Classes of a test that are not among `classes` are classified by their texts, if the head uses texts.
         """
-        self.fitted, self._rows_of_head = head, {name: row for row, name in enumerate(classes)}
+        self.fitted, self._head_classes = head, list(classes)
+        self.head_code = type(self).head_code if head is None else AffineHead.CODE
         self._heads.clear()
 
     def _head_of(self, test: str) -> Head | None:
@@ -232,23 +237,24 @@ class Method(ABC):
         if test not in self._heads:
             self._test_tokens(test)  # raises for an unknown test
             names = next(each.classes for each in self.task.tests if each.name == test)
-            whole, rows = self.fitted, self._rows_of_head
-            if not rows.keys() >= set(names):
+            whole, rows = self.fitted, rows_of(names, self._head_classes)
+            if None in rows:
                 if whole.scale is None:
                     return None
                 whole = whole.with_new_classes(self.class_embeddings(test))
-            chosen = [rows.get(name, len(rows) + place) for place, name in enumerate(names)]
+            chosen = [len(self._head_classes) + place if row is None else row for place, row in enumerate(rows)]
             self._heads[test] = replace(whole, weight=whole.weight[chosen], bias=whole.bias[chosen])
         return self._heads[test]
 
     # ---- classification ----------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def logits(self, test: str, inputs: Tensor) -> Tensor | None:
-        """Logits [B, C] over the classes of a test, in evaluation mode; None if the method can't classify them.
+        """Logits [B, C] over the classes of a test; None if the method can't classify them.
 
         `inputs` is `encode_frozen` of B images.
         """
-        return self.logits_of(test, self._evaluated(inputs))
+        return self.logits_of(test, self.embed(inputs))
 
     @torch.no_grad()
     def logits_of(self, test: str, image: Tensor) -> Tensor | None:
@@ -258,31 +264,7 @@ class Method(ABC):
             return None if head is None else head.logits(image)
         return cosine_logits(image, self.class_embeddings(test), self.model.logit_scale)
 
-    @torch.no_grad()
-    def top_k(self, test: str, inputs: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-        """Return the k largest probabilities softmax(`logits`) of each image, descending, and their classes, [B, k].
-
-        By texts they are computed in chunks of classes, without [B, C] in memory. Probabilities are NaN if a logit is
-        NaN or +inf; k is at most C.
-        """
-        image = self._evaluated(inputs)
-        if self.uses_texts and self.fitted is None:
-            text = self.class_embeddings(test)
-            with torch.autocast(image.device.type, enabled=False):
-                return top_k_probabilities(scaled(image, text, self.model.logit_scale), text, min(k, len(text)))
-        logits = self.logits_of(test, image)
-        if logits is None:
-            return None
-        probabilities, class_ids = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
-        return probabilities[:, :k], class_ids[:, :k]
-
-    @torch.no_grad()
-    def _evaluated(self, inputs: Tensor) -> Tensor:
-        """Return `embed` in evaluation mode."""
-        with evaluating([self.model]):
-            return self.embed(inputs)
-
-    # ---- state and export --------------------------------------------------------------------------------------------
+    # ---- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint needs besides the pretrained model, without copies."""
@@ -303,13 +285,15 @@ class Method(ABC):
                 tensor.copy_(state[name])
         self._embeddings.clear()
 
-    def export_head(self) -> tuple[nn.Module, str]:
-        """Return `head`, or the one set by `use_head`, and the code that does the same, as a `head_code`."""
-        if self.fitted is None:
-            return self.head(), self.head_code
-        head = self._head_of(self._train_test)
-        assert head is not None
-        return AffineHead(head.weight.float(), head.bias.float()), AFFINE_CODE
+
+def rows_of(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """Return the place of each name in `known`; None for other names. Names may repeat if both are equal.
+
+    >>> rows_of(["fox", "cat", "owl"], ["cat", "fox"]), rows_of(["cat", "cat"], ["cat", "cat"])
+    ([1, 0, None], [0, 1])
+    """
+    places = {name: place for place, name in enumerate(known)}
+    return list(range(len(known))) if list(names) == list(known) else [places.get(name) for name in names]
 
 
 def check_open_clip(method: str, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from ...options import Protocol
 from ..data import InputError, Task
+from ..heads import AffineHead, Head
 from .base import Recipe, StepOutput, Tokenizer
 from .coop import CoOp
-from .export_heads import COSINE_CODE, CosineHead
 from .frozen import FrozenModel
 
 
@@ -22,11 +23,11 @@ def adapted(image: Tensor, down: Tensor, up: Tensor, ratio: Tensor | float) -> T
     return ratio * F.relu(F.linear(F.relu(F.linear(image, down)), up)) + (1 - ratio) * image
 
 
-class AdapterHead(CosineHead):
-    """`CosineHead` on adapted embeddings."""
+class AdapterHead(AffineHead):
+    """`AffineHead` on adapted embeddings."""
 
-    def __init__(self, class_embeddings: Tensor, logit_scale: Tensor, down: Tensor, up: Tensor, ratio: float):
-        super().__init__(class_embeddings, logit_scale)
+    def __init__(self, head: Head, down: Tensor, up: Tensor, ratio: float):
+        super().__init__(head)
         for name, tensor in {"down": down.detach(), "up": up.detach(), "ratio": torch.tensor(ratio)}.items():
             self.register_buffer(name, tensor)
 
@@ -52,7 +53,7 @@ class CLIPAdapter(FrozenModel):
     takes_head = False  # the exports of heads classify the embeddings of the model, without the adapter
     head_code = f"""hidden = F.relu(image @ head["down"].T)
 image = head["ratio"] * F.relu(hidden @ head["up"].T) + (1 - head["ratio"]) * image
-{COSINE_CODE}"""
+{AffineHead.CODE}"""
 
     def __init__(
         self,
@@ -74,15 +75,19 @@ image = head["ratio"] * F.relu(hidden @ head["up"].T) + (1 - head["ratio"]) * im
         if not 0 <= ratio <= 1:
             raise InputError(f"{self.name}: ratio must be from 0 to 1; got {ratio}.")
         self.ratio = ratio
-        self.down = self._linear(width, width // reduction).to(embedding)
-        self.up = self._linear(width // reduction, width).to(embedding)
+        self.down = self._initial(embedding, width // reduction, width)
+        self.up = self._initial(embedding, width, width // reduction)
 
-    def _linear(self, width_in: int, width_out: int) -> nn.Linear:
-        """Return a layer without bias, initialised like `nn.Linear`."""
-        layer = nn.utils.skip_init(nn.Linear, width_in, width_out, bias=False, device=self._generator.device)
+    @cached_property
+    def _text(self) -> Tensor:
+        """Unit-norm class embeddings [C, D] of the training classes."""
+        return self._embedded(self._test_tokens(self._train_test)[0])
+
+    def _initial(self, embedding: Tensor, width_out: int, width_in: int) -> nn.Parameter:
+        """Return a weight [width_out, width_in], initialised like that of `nn.Linear`."""
         bound = width_in**-0.5
-        nn.init.uniform_(layer.weight, -bound, bound, generator=self._generator)
-        return layer
+        weight = torch.empty(width_out, width_in, device=self._generator.device)
+        return nn.Parameter(weight.uniform_(-bound, bound, generator=self._generator).to(embedding))
 
     @classmethod
     def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
@@ -90,21 +95,19 @@ image = head["ratio"] * F.relu(hidden @ head["up"].T) + (1 - head["ratio"]) * im
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Adapted embeddings x' [B, D] of images or embeddings."""
-        image = self.encode_frozen(inputs).to(self.down.weight.dtype)
-        return adapted(image, self.down.weight, self.up.weight, self.ratio)
+        return adapted(self.encode_frozen(inputs).to(self.down.dtype), self.down, self.up, self.ratio)
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         """Compute the loss of a batch over all classes."""
-        text = self.class_embeddings(self._train_test, templates=1)
-        return self._cross_entropy_step(self.embed(inputs), text, labels)
+        return self._cross_entropy_step(self.embed(inputs), self._text, labels)
 
     def head(self) -> nn.Module:  # noqa: D102
-        text, scale = self.class_embeddings(self._train_test).float(), self.model.logit_scale
-        return AdapterHead(text, scale, self.down.weight, self.up.weight, self.ratio)
+        text, scale = self.class_embeddings(self._train_test).float(), self.model.logit_scale.detach().float().exp()
+        return AdapterHead(Head.of_text(text, scale), self.down.float(), self.up.float(), self.ratio)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return the adapter, with `image_lr`."""
-        return [{"name": "image", "params": [self.down.weight, self.up.weight], "lr": image_lr}]
+        return [{"name": "image", "params": [self.down, self.up], "lr": image_lr}]
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"down": self.down.weight, "up": self.up.weight}
+        return {"down": self.down, "up": self.up}

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...options import Protocol
 from ..data import InputError, Task
+from ..heads import AffineHead
 from .base import Recipe, StepOutput, Tokenizer
 from .cosine import at_least_fp32
-from .export_heads import COSINE_CODE
 from .frozen import FrozenModel
 
 
@@ -40,7 +40,7 @@ class CoOp(FrozenModel):
     """
 
     name = "coop"
-    head_code = COSINE_CODE
+    head_code = AffineHead.CODE
 
     def __init__(
         self,

@@ -20,9 +20,4 @@ def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     `image` x [B, D] may have any norm; `text` t [C, D] has unit norm; `logit_scale`, [] or [1], gets no gradient.
     """
     with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
-        return scaled(image, text, logit_scale) @ text.T
-
-
-def scaled(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Return exp(logit_scale) · x/|x|, [B, D], with the arguments of `cosine_logits`."""
-    return logit_scale.detach().exp().to(text.dtype) * F.normalize(image.to(text.dtype), dim=-1)
+        return logit_scale.detach().exp().to(text.dtype) * F.normalize(image.to(text.dtype), dim=-1) @ text.T

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...towers.modes import evaluating
 from ..data import Task
 from .base import Method, Tokenizer, check_open_clip
 from .cosine import at_least_fp32
@@ -22,10 +21,7 @@ class FrozenModel(Method):
     @torch.no_grad()
     def encode_frozen(self, images: Tensor) -> Tensor:
         """Embeddings [B, D] of images [B, 3, H, W] by the pretrained model; embeddings are returned as they are."""
-        if images.ndim == 2:
-            return images
-        with evaluating([self.model]):
-            return self.model.encode_image(images, normalize=False)
+        return images if images.ndim == 2 else self.model.encode_image(images, normalize=False)
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.encode_frozen(inputs)

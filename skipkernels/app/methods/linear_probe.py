@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...options import Protocol
 from ...reference import widened
 from ..data import Task
 from ..heads.logistic import logistic_regression
-from .base import Recipe, Tokenizer
+from .base import Tokenizer, rows_of
 from .frozen import FrozenModel
 
 _TOLERANCE = 1e-6  # norm of the gradient for each image
@@ -58,7 +55,7 @@ class LinearProbe(FrozenModel):
     """
 
     name = "linear-probe"
-    uses_texts = takes_head = False
+    takes_head = False
     head_code = 'logits = image @ head["weight"].T + head["bias"]'
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
@@ -66,19 +63,7 @@ class LinearProbe(FrozenModel):
         embedding, trained = self._empty_embedding(), task.tests[0].classes
         self.weight, self.bias = embedding.new_zeros(len(trained), len(embedding)), embedding.new_zeros(len(trained))
         self.l2 = embedding.new_tensor(_WITHOUT_SWEEP)  # Chosen penalty, []
-        rows = {name: row for row, name in enumerate(trained)}
-        self._rows: dict[str, list[int] | None] = {
-            test.name: list(range(len(trained)))
-            if test.classes == trained
-            else [rows[name] for name in test.classes]
-            if rows.keys() >= set(test.classes)
-            else None
-            for test in task.tests
-        }
-
-    @classmethod
-    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
-        return Recipe(epochs=0)
+        self._rows = {test.name: rows_of(test.classes, trained) for test in task.tests}
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Choose l2 and fit, in fp64 if possible, to embeddings [n, D] of all training images with labels [n]."""
@@ -132,14 +117,10 @@ class LinearProbe(FrozenModel):
         """Logits W x + b [B, C] over the classes of a test; None if some are not trained."""
         self._test_tokens(test)
         rows = self._rows[test]
-        if rows is None:
+        if None in rows:
             return None
         with torch.autocast(image.device.type, enabled=False):
             return (image.to(self.weight.dtype) @ self.weight.T + self.bias)[:, rows]
-
-    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        """Return no groups."""
-        return []
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "bias": self.bias, "l2": self.l2}

@@ -37,7 +37,7 @@ class Skip(TunedModel):
         self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, skip_layers: int | float = 0.5, **options: Any
     ):
         super().__init__(model, tokenizer, task, skip_layers=skip_layers, **options)
-        self.cut = self.clip if self.clip.skip_layers[0] > 0 else None
+        self.caches = self.clip if self.clip.skip_layers[0] > 0 else None
 
     @classmethod
     def options(cls) -> set[str]:
@@ -58,7 +58,7 @@ class Skip(TunedModel):
     @torch.no_grad()
     def encode_frozen(self, images: Tensor) -> Tensor:
         """Features [B, N, W] at the cut of images [B, 3, H, W]; the images if the image tower has no cut."""
-        return images if self.cut is None else self.cut.encode_lower(images)
+        return images if self.caches is None else self.caches.encode_lower(images)
 
     def graphed(
         self, optimizer: torch.optim.Optimizer, batch_size: int

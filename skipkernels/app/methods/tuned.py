@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...clip import SkipCLIP, SkipOutput
+from ...memory import out_of_memory
 from ..data import InputError, Task
 from .base import Method, StepOutput, Tokenizer
 
@@ -41,7 +42,7 @@ class TunedModel(ClipMethod):
     over them.
     """
 
-    can_blend = True
+    trains_model = True
 
     def __init__(
         self,
@@ -56,31 +57,33 @@ class TunedModel(ClipMethod):
     ):
         super().__init__(model, tokenizer, task, generator=generator)
 
-        def skip_clip(
-            test: str, tokens: Tensor, own: torch.Generator | None = None, weight: Tensor | None = None
-        ) -> SkipCLIP:
-            name = f"texts-{test}" + ("+templates" if tokens.ndim == 3 else "")
-            folder = None if text_cache is None else Path(text_cache, name)
+        def skip_clip(test: str, templates: list[Tensor], **training: Any) -> SkipCLIP:
+            several = len(templates) > 1
+            folder = None if text_cache is None else Path(text_cache, f"texts-{test}{'+templates' if several else ''}")
+            tokens = torch.stack(templates, dim=1) if several else templates[0]
             try:
-                return SkipCLIP(model, tokens, generator=own, text_cache=folder, class_weight=weight, **settings)
-            except (ValueError, RuntimeError) as error:
+                return SkipCLIP(model, tokens, text_cache=folder, **settings, **training)
+            except ValueError as error:
+                raise InputError(str(error)) from error
+            except RuntimeError as error:  # of the comparison of SkipCLIP with the model
+                if out_of_memory(error):
+                    raise
                 raise InputError(str(error)) from error
 
-        # SkipCLIP over the trained classes; `clip.sampler` has the state of its random numbers
-        self.clip = skip_clip(self._train_test, self._tokens[self._train_test][0], self._generator, class_weight)
-        self._clips = {self._train_test: self.clip}
-        for test, templates in self._tokens.items():
-            if len(templates) > 1:
-                self._clips[test] = skip_clip(test, torch.stack(templates, dim=1))
-            elif test != self._train_test:
-                self._clips[test] = skip_clip(test, templates[0])
+        first = self._tokens[self._train_test][:1]
+        self.clip = skip_clip(self._train_test, first, generator=self._generator, class_weight=class_weight)
+        self.class_sampler = self.clip.sampler
+        self._clips = {
+            test: self.clip if test == self._train_test and len(templates) == 1 else skip_clip(test, templates)
+            for test, templates in self._tokens.items()
+        }
 
     def train(self, training: bool) -> None:
         """Set the mode of the model, and check the weights below the cut; see `SkipCLIP.check_model`."""
         super().train(training)
         self.clip.check_model()
 
-    def class_embeddings(self, test: str, templates: int | None = None) -> Tensor:  # noqa: D102
+    def class_embeddings(self, test: str) -> Tensor:  # noqa: D102
         self._test_tokens(test)
         return self._clips[test].class_embeddings()
 

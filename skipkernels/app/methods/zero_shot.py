@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
-from ...options import Protocol
-from .base import Recipe
 from .frozen import FrozenModel
 
 
@@ -20,17 +14,3 @@ class ZeroShot(FrozenModel):
     """
 
     name = "zero-shot"
-
-    @classmethod
-    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
-        return Recipe(epochs=0)
-
-    def fit(self, inputs: Tensor, labels: Tensor) -> None:
-        """Do nothing."""
-
-    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        """Return no groups."""
-        return []
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {}

@@ -89,7 +89,8 @@ def choice(metrics: Mapping[str, Any]) -> str | None:
         return None
     because = f": {metrics['chosen_because']}" if metrics["chosen_because"] else ""
     first = metrics["candidates"][0]  # zero-shot, which is not trained
-    again = "" if first["chosen"] else " Then it was trained again, on all images."
+    repeated = "was trained again, on" if metrics["steps"] else "was fitted again, to"
+    again = "" if first["chosen"] else f" Then it {repeated} all images."
     return f"{classifier(metrics)} was chosen{because}.{again}"
 
 

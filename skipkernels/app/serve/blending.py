@@ -16,13 +16,12 @@ from ..train.checkpoint import MODEL
 from ..train.class_metrics import VALIDATION
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluation, Evaluator
-from ..train.fitted_head import use_fitted_head
-from ..train.interpolation import Interpolation
 from ..train.own_dataset import KIND
 from ..train.predictions import TestPredictions
 from ..train.results import weights_size
 from ..train.run_folder import CONFIG, RunFolder, blended_folder, check_run_folder, read_metrics, read_model
 from ..train.setup import RunSetup, build_run
+from ..train.weights import Interpolation
 
 ALPHAS = tuple(n / 10 for n in range(11))
 """Weights of the tuned model in the curve."""
@@ -80,7 +79,7 @@ def blend(
     target = blended_folder(folder) if out is None else Path(out).expanduser()
     if target.resolve() == folder.resolve():
         raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")
-    check_run_folder(target, overwrite=overwrite, can_resume=False)
+    check_run_folder(target, overwrite=overwrite)
     metrics, (_, file) = read_metrics(folder), read_model(folder)
     of_run = _config_of_run(folder, trust=trust)
     if device is not None:
@@ -88,14 +87,14 @@ def blend(
     if of_run.cache is not None and not of_run.cache.is_dir():
         of_run = replace(of_run, cache=None)
     written = replace(of_run, out=target, overwrite=overwrite, resume=False)
-    new_folder = RunFolder(written.resolved(), can_resume=False)  # refuses a folder that can't be written
+    new_folder = RunFolder(written.resolved())  # refuses a folder that can't be written
 
     setup = build_run(replace(of_run, trust=trust, refresh="never", workers=0).resolved())
     blends = _Blends(setup, file, metrics["l2"])
     curve = blends.curve()
     chosen = choose(curve["accuracy"].get(VALIDATION)) if alpha == "auto" else float(alpha)
     blended = blends.at(chosen)
-    described = describe(new_folder.config, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
+    described = describe(new_folder.config, setup.model, setup.task, weights=MODEL)
     held = blends.evaluator.validation_logits(setup.method)
     if held is None:  # that of the run is of another model
         metrics["validation"] = None
@@ -133,7 +132,7 @@ class _Blends:
         """Set the weights to a blend, and evaluate it."""
         self._weights.set(alpha)
         if self._features is not None:
-            use_fitted_head(self._setup, self._features, self._l2)
+            self._setup.fit_head(self._features, self._l2)
         return self.evaluator.evaluate(self._setup.method)
 
     def curve(self) -> dict[str, Any]:
@@ -150,7 +149,7 @@ class _Blends:
 def _config_of_run(folder: Path, *, trust: bool) -> TuneConfig:
     """Return the configuration of a run that can be blended."""
     config = TuneConfig.from_yaml(folder / CONFIG, trust=trust)
-    if not config.method_class().can_blend:
+    if not config.method_class().trains_model:
         raise InputError(
             f"blend: run must be of a method that tunes the weights of the model, skip or full; got {config.method}, "
             "which adds weights to it.",

@@ -17,12 +17,9 @@ from ..config import TuneConfig
 from ..data import InputError
 from ..data.registry import KINDS, OWN
 from ..methods import METHODS
-from ..methods.tuned import TunedModel
 from ..train import weights
 from ..train.checkpoint import FOLDER as CHECKPOINT
-from ..train.checkpoint import HEAD
-from ..train.description import CLASSIFIER, Description, write_open_clip_config
-from ..train.environment import versions
+from ..train.description import CLASSIFIER, HEAD, Description, versions, write_open_clip_config
 from ..train.model import OPEN_CLIP, RANDOM
 from ..train.model_card import CARD, model_card
 from ..train.run_folder import CONFIG, METRICS, check_writable, has_run, read_metrics
@@ -157,7 +154,7 @@ def _write_open_clip(plain: PlainModel, folder: Path) -> None:
 def _shared(plain: PlainModel) -> Description:
     """Description of an exported model. Each text that may be a path is left out or replaced."""
     described = plain.described
-    tuned = issubclass(METHODS[described.method], TunedModel)
+    tuned = METHODS[described.method].trains_model
     tags = (RANDOM, *open_clip.list_pretrained_tags_by_model(described.model))
     return replace(
         described,
@@ -168,7 +165,7 @@ def _shared(plain: PlainModel) -> Description:
         pretrained=described.pretrained if described.pretrained in (None, *tags) else "file",
         versions={name: described.versions[name] for name in versions() if name in described.versions},
         weights=OPEN_CLIP_WEIGHTS,
-        holds=weights.MODEL,
+        whole_model=True,
     )
 
 

@@ -22,12 +22,9 @@ from ..data.templates import resolve_templates
 from ..heads import Head
 from ..methods import METHODS, Method
 from ..methods.frozen import FrozenModel
-from ..train import weights
-from ..train.description import CLASSIFIER, Description, preprocessing
-from ..train.fitted_head import load_head
-from ..train.model import LOCAL_DIR, load_model, load_weights
+from ..train.description import Description, preprocessing
 from ..train.run_folder import read_model
-from ..untrusted import OPEN_CLIP, check_source
+from ..train.weights import load_run_method, load_run_model
 
 TEST = "classes"
 """Name of the test that has the classes to predict, for `Method.logits`."""
@@ -60,21 +57,10 @@ def load_run(
     described, file = read_model(folder)
     chosen = torch.device(usable_device(str(device or "auto"), "Classifier.load"))
     resolved = _resolved(precision, chosen)
-    whole = described.holds == weights.MODEL
-    name, pretrained = described.model, described.pretrained
-    if whole and (folder / OPEN_CLIP).is_file():
-        name, pretrained = f"{LOCAL_DIR}{folder.absolute()}", None
-    else:
-        check_source(folder / CLASSIFIER, "model", name, trust)
-        check_source(folder / CLASSIFIER, "pretrained", pretrained or "", trust)
-    model, transform, tokenizer = load_model(name, pretrained, chosen, architecture_only=whole, trust=trust)
-    if whole:
-        load_weights(model, file)
+    model, transform, tokenizer = load_run_model(folder, described, file, chosen, trust=trust)
     test = TestSet(TEST, _classes(described, classes), _templates(described, templates), ())  # type: ignore[arg-type]
     method = _method(described, model, tokenizer, test, file)
-    if not whole:
-        weights.load_into(method, file)
-    method.use_head(load_head(file.parent, described), described.classes)
+    load_run_method(method, described, file)
     method.train(False)
     same = set(test.classes) == set(described.classes) and list(test.templates) == described.templates
     return TunedRun(described, test.classes, model, method, transform, tokenizer, test.prompts, same, resolved)
@@ -154,7 +140,7 @@ class PlainModel(NamedTuple):
 def plain_model(folder: Path, *, trust: bool = False) -> PlainModel:
     """Load a run as a plain model; see `Classifier.load` for `trust`. LoRA is merged into the weights."""
     run = load_run(folder, device="cpu", precision="fp32", trust=trust)
-    head, code = run.method.export_head()
+    head, code = run.method.head(), run.method.head_code
     run.method.merge()
     model = run.model.float().eval().requires_grad_(False)
     described = replace(run.described, preprocessing=preprocessing(model))  # of the model, not of the file

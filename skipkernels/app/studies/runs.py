@@ -110,7 +110,7 @@ def _complete(config: TuneConfig, out: Path) -> dict[str, Any] | None:
     if not (out / METRICS).exists():
         return None
     # trust: sources are compared, not opened
-    differing = chosen_before(config).differs_from(TuneConfig.from_yaml(out / CONFIG, trust=True))
+    differing = chosen_before(config)[0].differs_from(TuneConfig.from_yaml(out / CONFIG, trust=True))
     if differing:
         raise InputError(
             f"run_variants: {out} holds a run with another {' and '.join(differing)}. Choose another folder, or add "

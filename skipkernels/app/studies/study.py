@@ -13,7 +13,7 @@ import torch
 from ...folders import replace_text
 from ..data import InputError
 from ..report.study_page import study_html
-from ..train.environment import environment
+from ..train.results import environment
 from ..train.run_folder import REPORT
 from ..untrusted import read_object
 from .runs import Result

@@ -14,6 +14,7 @@ they are clearly better. A Gaussian head raises logits of trained classes alone,
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,12 +35,11 @@ from ..report.words import name_of_classifier
 from .calibration import calibrate
 from .choice import Choice
 from .class_metrics import image_scores, metrics_of_test
-from .fitted_head import examples
-from .interpolation import Interpolation
 from .precision import REMEDY
-from .predictions import TOP, TopClasses
+from .predictions import top_classes
 from .setup import RunSetup
 from .trainer import Trainer
+from .weights import Interpolation
 
 FACTORS = (1.0, 3.0, 10.0)
 """Factors of the default learning rates."""
@@ -88,7 +88,7 @@ class Candidate:
         return found | {"blend": self.blend}
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """Results of a candidate on held-out images; the logits of those that can't be chosen are not kept."""
 
@@ -160,7 +160,7 @@ class Search:
         self.masks = held_out_masks(features.labels, setup.task.held_out)
         self.labels = torch.cat([features.labels[mask] for mask in self.masks] or [features.labels[:0]])
         self.trials: list[Trial] = []
-        self.frozen = examples(setup, features)
+        self.frozen = setup.examples(features)
         self._between = Interpolation(setup.trained)
         self._l2: dict[tuple[int, HeadName], float] = {}  # by split
 
@@ -212,45 +212,49 @@ class Search:
         return self.config.method == AUTO or not self.factors
 
     def _tried(self, candidates: list[Candidate]) -> list[Trial]:
-        """Try candidates with the same training on each split."""
+        """Try candidates with the same training on each split; none if it diverged."""
         trials = [Trial(candidate) for candidate in candidates]
-        for number, mask in enumerate(self.masks):
-            started = time.perf_counter()
-            try:
-                if candidates[0].factor is not None:
-                    self._train(candidates[0].factor, ~mask)
-                self._between.end()
-                trained = time.perf_counter() - started
-                for blend in dict.fromkeys(candidate.blend for candidate in candidates):
-                    self._between.set(blend)
-                    started = time.perf_counter()
-                    found = self.frozen if candidates[0].factor is None else examples(self.setup, self.features)
-                    if not (found.image.isfinite().all() and found.text.isfinite().all()):
-                        raise FloatingPointError
-                    embedded = time.perf_counter() - started
-                    for trial in (each for each in trials if each.candidate.blend == blend):
-                        started = time.perf_counter()
-                        trial.logits.append(self._logits(trial.candidate.head, found, number))
-                        trial.seconds += trained + embedded + time.perf_counter() - started
-            except FloatingPointError:
-                return []
-            finally:
-                self._between.end()
-                self._between.set(0)
+        try:
+            for split in range(len(self.masks)):
+                self._try_split(trials, split)
+        except FloatingPointError:
+            return []
         for trial in trials:
             trial.score(self.labels, self._balanced)
         self.trials += trials
-        if len(self.masks) == 1:  # then they can be many
-            best = self._best()[0] if self.allowed else None
-            for trial in self.trials:
-                if trial is not best and trial.candidate.name != "zero-shot":
-                    trial.logits = []
+        kept = [self.trials[0], *([self._best()[0]] if self.allowed else [])]
+        for trial in self.trials:
+            if trial not in kept:
+                trial.logits = []  # of all candidates they can be gigabytes
         return trials
+
+    def _try_split(self, trials: list[Trial], split: int) -> None:
+        """Train without the held-out images of a split, and add the logits of these to the trials."""
+        factor, started = trials[0].candidate.factor, time.perf_counter()
+        try:
+            if factor is not None:
+                self._train(factor, ~self.masks[split])
+            self._between.end()
+            trained = time.perf_counter() - started
+            for blend, blended in itertools.groupby(trials, key=lambda trial: trial.candidate.blend):
+                started = time.perf_counter()
+                self._between.set(blend)
+                found = self.frozen if factor is None else self.setup.examples(self.features)
+                if not (found.image.isfinite().all() and found.text.isfinite().all()):
+                    raise FloatingPointError
+                embedded = time.perf_counter() - started
+                for trial in blended:
+                    started = time.perf_counter()
+                    trial.logits.append(self._logits(trial.candidate.head, found, split))
+                    trial.seconds += trained + embedded + time.perf_counter() - started
+        finally:
+            self._between.end()
+            self._between.set(0)
 
     def _train(self, factor: float, images: Tensor) -> None:
         config = replace(self.config, **Candidate(self.method, factor).settings(self.config))
         method, classes = self.setup.method, self.setup.task.tests[0].classes
-        sampler = method.clip.sampler if hasattr(method, "clip") else None
+        sampler = method.class_sampler
         before = None if sampler is None else sampler.state_dict()
         part = self.features.subset(images.nonzero().squeeze(1))
         trainer = Trainer(config, method, part, classes)
@@ -339,7 +343,9 @@ class Search:
         fields, thresholds = calibrate(torch.cat(best.logits), self.labels)
         validation = {"images": images, "zero_shot": round(first.accuracy, 4), "tuned": round(best.accuracy, 4)}
         classes = self.setup.task.tests[0].classes
-        by_class = [metrics_of_test(self.labels, _top(torch.cat(trial.logits)), classes) for trial in (first, best)]
+        by_class = [
+            metrics_of_test(self.labels, top_classes(torch.cat(trial.logits)), classes) for trial in (first, best)
+        ]
         return Choice(
             asked,
             settings=best.candidate.settings(config),
@@ -353,8 +359,3 @@ class Search:
 
 def _part(found: Examples, images: Tensor) -> Examples:
     return found._replace(image=found.image[images], labels=found.labels[images])
-
-
-def _top(logits: Tensor) -> TopClasses:
-    probabilities, classes = logits.softmax(dim=1).topk(min(TOP, logits.shape[1]), dim=1)
-    return TopClasses(classes, probabilities)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +33,9 @@ from .description import Description
 if TYPE_CHECKING:
     from torch import Tensor
 
-FOLDER, MODEL, HEAD = "checkpoint", "model.safetensors", "head.safetensors"
+FOLDER, MODEL = "checkpoint", "model.safetensors"
 BEST, TRAINING, INDEX = "best.safetensors", "training.pt", "checkpoint.json"
 FORMAT = 3
-# Errors of torch.load for a damaged file.
-_LOAD_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
-_LOAD_ERRORS += (AttributeError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 class Checkpoint(NamedTuple):
@@ -103,26 +99,24 @@ def load(run: Path) -> Checkpoint | None:
             raise ValueError(f"{INDEX} has format {written}, and this version reads {FORMAT}")
         if digest != digest_json(values):
             raise ValueError(f"{INDEX} was changed after it was written")
-        for name in {MODEL, TRAINING, *values["files"]}:
-            if not (folder / name).is_file():
-                raise ValueError(f"{name} is missing")
-            if digest_file(folder / name) != values["files"].get(name):
+        for name, expected in values["files"].items():
+            if digest_file(folder / name) != expected:
                 raise ValueError(f"{name} does not match {INDEX}")
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
-    except _LOAD_ERRORS as error:
-        # The message of an UnpicklingError says how to execute the file anyway.
-        reason = f"{TRAINING} holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _reason(error)
-        raise InputError(
-            f"{folder}: damaged, or not a checkpoint: {reason}. Restore the folder from a copy, or tune again in "
-            "another folder, or in this one with `overwrite=True`."
-        ) from error
+    except pickle.UnpicklingError as error:  # its message says how to execute the file anyway
+        raise _damaged(folder, f"{TRAINING} holds more than tensors") from error
+    except OSError as error:
+        raise _damaged(folder, f"{Path(error.filename).name}: {error.strerror}") from error
+    except ValueError as error:
+        raise _damaged(folder, first_line(error)) from error
     return Checkpoint(folder / MODEL, values["settings"], values["rows"], values["seconds"], training)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"{Path(error.filename or TRAINING).name}: {error.strerror or first_line(error)}"
-    return first_line(error) if isinstance(error, ValueError) else f"{TRAINING} can't be read"
+def _damaged(folder: Path, reason: str) -> InputError:
+    return InputError(
+        f"{folder}: damaged, or not a checkpoint: {reason}. Restore the folder from a copy, or tune again in another "
+        "folder, or in this one with `overwrite=True`."
+    )
 
 
 def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int | None:

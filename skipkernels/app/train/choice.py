@@ -1,4 +1,4 @@
-"""The choice of a run between candidates, candidates.json. Imports no torch."""
+"""The choice of a run between candidates, candidates.json."""
 
 from __future__ import annotations
 
@@ -43,22 +43,18 @@ class Choice:
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: damaged ({first_line(error)}). Tune again with `overwrite=True`.") from error
 
-    def made(self, config: TuneConfig) -> bool:
-        """Return True if the settings of a configuration are those of this choice."""
-        return self.asked | self.settings == config.identity()
-
     def to_json(self) -> str:
         """Contents of the file."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def chosen_before(config: TuneConfig) -> TuneConfig:
-    """Return the settings that an earlier run in the folder has chosen for the same configuration; else `config`."""
-    if not (config.chooses and config.out):
-        return config
-    try:
-        choice = Choice.read(config.out)
-        same = choice is not None and choice.asked == config.identity()
-        return replace(config, **choice.settings) if choice and same else config
-    except (InputError, TypeError):
-        return config  # the choice is made again
+def chosen_before(config: TuneConfig) -> tuple[TuneConfig, Choice | None]:
+    """Return the configuration with the settings that a run in its folder chose for it, and this choice.
+
+    Without such a choice, the configuration is returned as it is. That of the run, which has the chosen settings, is
+    recognised, too.
+    """
+    choice = None if config.out is None else Choice.read(config.out)
+    if choice is None or config.identity() not in (choice.asked, choice.asked | choice.settings):
+        return config, None
+    return replace(config, **choice.settings), choice

@@ -5,24 +5,29 @@ With open_clip_config.json beside model.safetensors, `open_clip.create_model("lo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, InstanceOf
 
+import skipkernels
+
 from ...folders import replace_text
 from ..config import TuneConfig
 from ..data import InputError, Task
 from ..untrusted import OPEN_CLIP, read_object, validated
-from .environment import versions
 
-CLASSIFIER = "classifier.json"
+CLASSIFIER, HEAD = "classifier.json", "head.safetensors"
 FORMAT = 1
 CALIBRATED = "calibrated on held-out images"
 NOT_CALIBRATED = "not calibrated: no temperature was fitted on held-out images"
+_PACKAGES = ("torch", "open_clip_torch", "torchvision", "triton", "numpy")
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # the part that open_clip reads with a model config
 Text = InstanceOf[str]  # pydantic's own str refuses names of folders that are not UTF-8
 
@@ -51,8 +56,9 @@ class Description:
     """Prompt templates."""
     weights: Annotated[Text, AfterValidator(_name_of_file)]
     """Name of the weights file."""
-    holds: Text
-    """Contents of the weights file: "model", "method" or "changes"; see `weights`."""
+    whole_model: bool
+    """True if the weights file is a whole model, which open_clip can load; else it is the state of the method, for use
+    with the pretrained model."""
     logit_scale: float
     """exp(logit_scale) of the model."""
     temperature: Annotated[float, Field(gt=0)] | None = None
@@ -98,7 +104,7 @@ class Description:
         replace_text(folder / CLASSIFIER, json.dumps(values, indent=2) + "\n")
 
 
-def describe(config: TuneConfig, model: Any, task: Task, *, weights: str, holds: str) -> Description:
+def describe(config: TuneConfig, model: Any, task: Task, *, weights: str) -> Description:
     """Describe a run, of which the first test has the trained classes."""
     test = task.tests[0]
     return Description(
@@ -111,11 +117,20 @@ def describe(config: TuneConfig, model: Any, task: Task, *, weights: str, holds:
         classes=list(test.classes),
         templates=list(test.templates),
         weights=weights,
-        holds=holds,
+        whole_model=config.method_class().trains_model,
         logit_scale=round(model.logit_scale.detach().float().exp().item(), 6),
         preprocessing=preprocessing(model),
         versions=versions(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that compute, by name."""
+    found = {"skipkernels": skipkernels.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def preprocessing(model: Any) -> dict[str, Any]:

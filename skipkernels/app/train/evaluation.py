@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,16 +20,13 @@ from ..data.files import format_names
 from ..data.tasks import summarise
 from ..methods import Method
 from ..report.mistakes import predictions_with_thumbnails
-from ..untrusted import OPEN_CLIP, check_source
-from . import weights
 from .class_metrics import VALIDATION, metrics_of_test
-from .fitted_head import load_head
-from .model import LOCAL_DIR, load_weights
 from .own_dataset import KIND, OwnData
 from .precision import REMEDY
-from .predictions import TOP, TestPredictions, TopClasses
+from .predictions import TestPredictions, TopClasses, top_classes
 from .run_folder import CONFIG, read_model
 from .setup import BATCH, RunSetup, build_run
+from .weights import load_run_method, load_run_model
 
 Accuracies = dict[str, float | None]
 """Accuracy in per cent by test and by summary of the protocol; None where a method can't classify the images."""
@@ -61,11 +57,11 @@ class Evaluator:
         """Evaluate a method."""
         top, accuracies = {}, {}
         for name in self._features:
-            found = self._predicted(method, name, partial(method.top_k, k=TOP))
+            found = self._of_batches(method, name, top_classes)
             if found is None:
                 continue
-            top[name] = TopClasses(found[1], found[0])
-            if not found[0].isfinite().all():  # NaN if a logit is
+            top[name] = TopClasses(*found)
+            if not top[name].probabilities.isfinite().all():  # NaN if a logit is
                 raise FloatingPointError(f"tune: logits of the test {name!r} are not finite {when}")
             correct = top[name].classes[:, 0] == self.labels[name]
             accuracies[name] = round(100.0 * correct.float().mean().item(), 4)
@@ -82,7 +78,7 @@ class Evaluator:
         """Return logits [n, C] and labels [n] of the validation images; None if there are none."""
         if VALIDATION not in self._features:
             return None
-        found = self._predicted(method, VALIDATION, method.logits)
+        found = self._of_batches(method, VALIDATION, lambda logits: (logits,))
         return None if found is None else (found[0], self.labels[VALIDATION])
 
     def predictions(self, before: Evaluation, after: Evaluation) -> list[TestPredictions]:
@@ -93,18 +89,17 @@ class Evaluator:
             for test in tests
         ]
 
-    @torch.no_grad()
-    def _predicted(self, method: Method, name: str, predict: Callable[..., Any]) -> list[Tensor] | None:
-        """Tensors [n, …] that `predict` returns for all images, in evaluation mode; None if it can't classify them."""
+    def _of_batches(self, method: Method, name: str, of: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor] | None:
+        """Tensors [n, …] of all images, which `of` computes from the logits of a batch; None if there are no logits."""
         test = self._setup.task.tests[0].name if name == VALIDATION else name  # with the classes of the images
         parts = []
         method.train(False)
         for inputs, _ in self._features[name].loader(BATCH, "sequential", device=self._setup.device):
             with self._setup.autocast():
-                found = predict(test, inputs)
-            if found is None:
+                logits = method.logits(test, inputs)
+            if logits is None:
                 return None
-            parts.append([tensor.cpu() for tensor in (found if isinstance(found, tuple) else (found,))])
+            parts.append([tensor.cpu() for tensor in of(logits)])
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def _summarised(self, known: dict[str, float]) -> Accuracies:
@@ -175,17 +170,9 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
 def _tuned_setup(folder: Path, config: TuneConfig, open_data: Callable[[], Source] | None) -> RunSetup:
     """Load the model of a run, its test images and its method with the tuned weights."""
     described, file = read_model(folder)
-    whole = described.holds == weights.MODEL
-    if whole and (folder / OPEN_CLIP).is_file():  # the folder has the whole model
-        config = replace(config, model=f"{LOCAL_DIR}{folder.absolute()}", pretrained=None)
-    else:
-        for name in ("model", "pretrained"):
-            check_source(folder / CONFIG, name, getattr(config, name) or "", config.trust)
     rounded_to = None if config.cache is None else config.cache_dtype
     config = replace(config, cache=None).resolved(open_data)
-    load = (lambda model: load_weights(model, file)) if whole else None
-    setup = build_run(config, open_data=open_data, load=load, rounded_to=rounded_to, train=False)
-    if not whole:
-        weights.load_into(setup.method, file)
-    setup.method.use_head(load_head(file.parent, described), described.classes)
+    loaded = load_run_model(folder, described, file, torch.device(config.device), trust=config.trust)
+    setup = build_run(config, open_data=open_data, loaded=loaded, rounded_to=rounded_to, train=False)
+    load_run_method(setup.method, described, file)
     return setup

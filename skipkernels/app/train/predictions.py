@@ -31,6 +31,14 @@ class TopClasses(NamedTuple):
     probabilities: Tensor
 
 
+def top_classes(logits: Tensor) -> TopClasses:
+    """Return the classes with the largest of logits [n, C]; probabilities are NaN if a logit is NaN or +inf."""
+    from ...retrieval import largest
+
+    probabilities, classes = largest(logits.softmax(dim=1), min(TOP, logits.shape[1]))
+    return TopClasses(classes, probabilities)
+
+
 @dataclass
 class TestPredictions:
     """Predictions for the images of a test."""
@@ -82,7 +90,7 @@ def load(path: Path) -> list[TestPredictions]:
                 raise ValueError(f"format {metadata.get('format')!r}, not {_FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         return [_test(number, entry, tensors) for number, entry in enumerate(json.loads(metadata["tests"]))]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: damaged ({first_line(error)}).") from error
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from ..report.words import name_of_run
 from .checkpoint import MODEL, best_epoch
 from .class_metrics import VALIDATION
-from .environment import environment
+from .description import versions
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from .run import Run
 
 
@@ -21,9 +25,8 @@ def metrics_of(run: Run) -> dict[str, Any]:
     assert run.tuned is not None
     config, task, choice, rows = run.config, run.task, run.choice, run.rows
     before, after = (run.evaluator.by_class(found) for found in (run.zero_shot, run.tuned))
-    if choice is not None:
-        for of_tests, of_held_out in zip((before, after), choice.by_class, strict=False):  # none if none was held out
-            of_tests[VALIDATION] = of_held_out
+    if choice is not None and choice.by_class:
+        before[VALIDATION], after[VALIDATION] = choice.by_class
     return {
         "status": "complete",
         "notes": [],
@@ -51,6 +54,17 @@ def metrics_of(run: Run) -> dict[str, Any]:
         "parameters": _parameters(run),
         "checkpoint": weights_size(run.method.state_dict()),
         "cost": _cost(run),
+    }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return the date and time (UTC) as "finished", "versions", and the "machine"."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
+    parts = [name or platform.machine(), f"{os.cpu_count()} CPU cores", f"{torch.get_num_threads()} threads"]
+    return {
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": ", ".join([*parts, f"{platform.system()} {platform.release()}"]),
     }
 
 

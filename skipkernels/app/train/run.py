@@ -30,21 +30,20 @@ from .choice import Choice
 from .class_metrics import VALIDATION
 from .description import Description, describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
-from .fitted_head import examples, use_fitted_head
-from .interpolation import Interpolation
 from .loggers import Logger
 from .progress import ProgressDisplay
 from .results import metrics_of
 from .run_folder import CANDIDATES, FEW_SHOT, REPORT, RunFolder
 from .setup import BATCH, build_run
 from .trainer import Trainer
+from .weights import Interpolation
 
 _log = logging.getLogger("skipkernels")
 _log.addHandler(logging.NullHandler())  # silent, unless the program that uses the library configures logging
 
 
 class Run:
-    """A run with its model and data; without a `folder` it writes nothing."""
+    """A run with its model and data; without a `folder` it writes nothing. `choice`: of an earlier process."""
 
     def __init__(
         self,
@@ -52,6 +51,7 @@ class Run:
         open_data: Callable[[], Source],
         folder: RunFolder | None,
         *,
+        choice: Choice | None = None,
         console: Console | None = None,
         command: str = "",
         loggers: Sequence[Logger] = (),
@@ -63,7 +63,6 @@ class Run:
         self.baseline_memory = self.memory.read()
         self.setup = build_run(config, open_data=open_data)
         self.method, self.task = self.setup.method, self.setup.task
-        self.holds = weights.contents(self.method, self.setup.model)
         self.display = ProgressDisplay(self.console, title=self._title(), memory=self.memory)
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             self._tell("note", note)
@@ -77,7 +76,7 @@ class Run:
         self.evaluator: Evaluator
         self.zero_shot: Evaluation
         self.between: Interpolation  # for a blend
-        self.choice: Choice | None = None
+        self.choice = choice
         self.l2 = 0.0  # penalty of the head, if it has one
         self.trainer: Trainer | None = None  # of a method that trains by steps
         self.seconds_fit = 0.0  # of one that does not
@@ -126,19 +125,12 @@ class Run:
         if self.config.chooses:
             search = Search(self.setup, self.features)
             self.choice, frozen = self._choice(search), search.frozen
-            config = replace(self.config, **self.choice.settings).resolved()
+            config = replace(self.config, **self.choice.settings)
             self.setup = replace(self.setup, config=config)
             if self.folder is not None:
                 self.folder.config = config
-        elif self.config.train_on_validation and self.config.resume:
-            found = None if self.folder is None else Choice.read(self.folder.path)
-            if found is not None and found.made(self.config):
-                self.choice = found
-            else:
-                missing = f"no {CANDIDATES} of these settings"
-                self._tell("note", f"{missing}: the results have no candidates, and no temperature of them.")
         if self.config.head != "none":  # before training, and before a resumed run loads tuned weights
-            self.l2 = choose_l2(self.config.head, frozen or examples(self.setup, self.features))
+            self.l2 = choose_l2(self.config.head, frozen or self.setup.examples(self.features))
 
     def prepare(self) -> None:
         """Make the trainer of a method with epochs, and keep the weights that a blend needs."""
@@ -153,7 +145,7 @@ class Run:
         """Write the files that training does not change, and load the checkpoint to resume, if there is one."""
         config = self.config
         if self.folder is not None:
-            if self.holds == weights.MODEL:
+            if self.method.trains_model:
                 write_open_clip_config(self.folder.path, self.setup.model, self.setup.tokenizer)
             if self.choice is not None:
                 self.folder.write(CANDIDATES, self.choice.to_json())
@@ -185,7 +177,7 @@ class Run:
             self.between.end()
             self.between.set(config.blend)
         if config.head != "none":
-            use_fitted_head(self.setup, self.features, self.l2)
+            self.setup.fit_head(self.features, self.l2)
         if config.blend != 1 or config.head != "none":
             self.tuned = self.evaluator.evaluate(self.method)
         if self.choice is not None:
@@ -287,7 +279,7 @@ class Run:
             yield
 
     def _describe(self) -> Description:
-        return describe(self.config, self.setup.model, self.task, weights=MODEL, holds=self.holds)
+        return describe(self.config, self.setup.model, self.task, weights=MODEL)
 
     def _title(self) -> str:
         return title_of(self.config, name_of_run(self.config))

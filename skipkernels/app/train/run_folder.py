@@ -34,8 +34,8 @@ from ..data import InputError
 from ..data.files import format_names
 from ..untrusted import OPEN_CLIP, read_object
 from . import checkpoint
-from .checkpoint import BEST, HEAD, MODEL
-from .description import CLASSIFIER, Description
+from .checkpoint import MODEL
+from .description import CLASSIFIER, HEAD, Description
 from .model_card import CARD, model_card
 from .predictions import PREDICTIONS, TestPredictions, load, prediction_lines, save
 
@@ -47,18 +47,10 @@ if TYPE_CHECKING:
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT, CANDIDATES = "few_shot.json", "candidates.json"
 PREDICTIONS_CSV = "predictions.csv"
-_FILES: tuple[str, ...] = (
-    METRICS,
-    REPORT,
-    PREDICTIONS,
-    CARD,
-    CLASSIFIER,
-    MODEL,
-    OPEN_CLIP,
-    EPOCHS,
-    FEW_SHOT,
+_FILES = (
+    *(METRICS, REPORT, PREDICTIONS, PREDICTIONS_CSV, CARD, CLASSIFIER, MODEL, HEAD),
+    *(OPEN_CLIP, EPOCHS, FEW_SHOT, CANDIDATES, CONFIG),
 )
-_FILES += (HEAD, CANDIDATES, PREDICTIONS_CSV, BEST, CONFIG)
 _BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT, CANDIDATES}  # files of a run before its first epoch is complete
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every run
 _MAX_READS = 100  # attempts to read the model of a run in progress
@@ -150,20 +142,8 @@ def check_writable(folder: Path, argument: str = "out", function: str = "tune") 
         ) from error
 
 
-def check_out(config: TuneConfig, *, can_resume: bool = True) -> None:
-    """Check that a run can be written to its folder; see `check_run_folder`."""
-    path = config.folder
-    check_apart("out", path, config)
-    if config.cache is not None:
-        check_apart("cache", config.cache, config)
-    check_run_folder(path, resume=bool(config.resume), overwrite=config.overwrite, can_resume=can_resume)
-
-
-def check_run_folder(path: Path, *, resume: bool = False, overwrite: bool, can_resume: bool) -> None:
-    """Check that a folder can be written, and has no run unless it is to be resumed or overwritten.
-
-    `can_resume`: the command can continue a run, which an error names as a remedy.
-    """
+def check_run_folder(path: Path, *, resume: bool = False, overwrite: bool) -> None:
+    """Check that a folder can be written, and has no run unless it is to be resumed or overwritten."""
     check_writable(path)
     _check_free(path)
     earlier = [file.name for file in _files(path)]
@@ -175,9 +155,10 @@ def check_run_folder(path: Path, *, resume: bool = False, overwrite: bool, can_r
         )
     started = {CONFIG, OPEN_CLIP} <= set(earlier) <= _BEFORE_EPOCHS
     if earlier and not (resume or overwrite or started):
+        stopped = "" if METRICS in earlier else " It is not complete: `resume=True` continues it."
         raise InputError(
             f"tune: out: {path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
-            f"`overwrite=True`{' or `resume=True`' if can_resume else ''}.",
+            f"`overwrite=True`.{stopped}",
             "out",
         )
 
@@ -234,7 +215,6 @@ class RunFolder:
 
     Args:
         config: Settings of the run.
-        can_resume: See `check_run_folder`.
 
     Attributes:
         config: The settings.
@@ -243,21 +223,19 @@ class RunFolder:
         finished: Metrics of the run to resume if it is complete, or None.
     """
 
-    def __init__(self, config: TuneConfig, *, can_resume: bool = True):
+    def __init__(self, config: TuneConfig):
         assert config.out is not None
         self.path, self.config = config.out, config
         self.resumed: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
-        check_out(config, can_resume=can_resume)
-        if config.resume:
-            self._resume()
-
-    def _resume(self) -> None:
-        metrics = read_metrics(self.path) if (self.path / METRICS).exists() else None
-        if metrics is not None and metrics["status"] == "complete":
+        check_apart("out", self.path, config)
+        if config.cache is not None:
+            check_apart("cache", config.cache, config)
+        check_run_folder(self.path, resume=bool(config.resume), overwrite=config.overwrite)
+        if config.resume and (self.path / METRICS).exists():
+            self.finished = read_metrics(self.path)
             self._check_settings(TuneConfig.from_yaml(self.path / CONFIG, trust=True).identity())  # nothing is loaded
-            self.finished = metrics
-        elif (found := checkpoint.load(self.path)) is not None:
+        elif config.resume and (found := checkpoint.load(self.path)) is not None:
             self._check_settings(found.settings)
             self.resumed = found
 
@@ -345,8 +323,7 @@ class RunFolder:
 
     def write_model(self, described: Description, weights: Mapping[str, Tensor], head: Head | None) -> Description:
         """Write the weights, the head, if there is one, and their description, which is returned."""
-        from .fitted_head import save_head
-        from .weights import save_weights
+        from .weights import save_head, save_weights
 
         path = self.path / MODEL
         with self.writing(MODEL):

@@ -16,11 +16,12 @@ from ..config import TuneConfig
 from ..data import InputError, Source
 from ..data.check import without_unreadable
 from ..data.tasks import Task, TaskOptions, load_task
+from ..heads import Examples, fit_head
 from ..methods import Method
 from ..methods.frozen import FrozenModel
 from ..methods.zero_shot import ZeroShot
 from .class_metrics import class_weights
-from .model import augmentation, load_model
+from .model import Loaded, augmentation, load_model
 from .precision import autocast
 
 BATCH = 64
@@ -60,6 +61,23 @@ class RunSetup:
         held_out = () if self.task.validation is None else (self.task.validation,)
         return len(self.task.train) + sum(len(test.images) for test in (*self.task.tests, *held_out))
 
+    @torch.no_grad()
+    def examples(self, features: FeatureCache) -> Examples:
+        """Embed training images, by their features, and the texts of their classes, with the weights as they are."""
+        method = self.method
+        method.train(False)
+        with self.autocast():
+            batches = features.loader(BATCH, "sequential", device=self.device)
+            image = torch.cat([method.embed(inputs) for inputs, _ in batches])
+            text = method.class_embeddings(self.task.tests[0].name)
+        return Examples(image, features.labels.to(image.device), text, method.model.logit_scale.exp().item())
+
+    def fit_head(self, features: FeatureCache, l2: float) -> None:
+        """Fit the head of the configuration to all training images, and classify the trained classes by it."""
+        balanced = self.config.prior == "balanced"
+        head = fit_head(self.config.head, self.examples(features), l2, equal_priors=balanced)
+        self.method.use_head(head, self.task.tests[0].classes)
+
     def test_features(self, progress: Progress = False) -> dict[str, FeatureCache]:
         """Compute the features of the images of each test that has some."""
         tests = [test for test in self.task.tests if len(test.images)]
@@ -78,10 +96,10 @@ class RunSetup:
         """Features of a dataset, in memory or in the folder `name` of the cache."""
         config = self.config
         options: dict[str, Any] = {"batch_size": BATCH, "workers": config.workers, "progress": progress}
-        if config.cache is not None and self.method.cut is not None:
+        if config.cache is not None and self.method.caches is not None:
             options |= {"dtype": config.cache_dtype, "refresh": refresh, "resume": True}
             with self.autocast():
-                return FeatureCache.build(config.cache / name, self.method.cut, dataset, **options)
+                return FeatureCache.build(config.cache / name, self.method.caches, dataset, **options)
 
         def encode(images: Tensor) -> Tensor:
             with self.autocast():
@@ -95,30 +113,23 @@ def build_run(
     config: TuneConfig,
     *,
     open_data: Callable[[], Source] | None = None,
-    load: Callable[[nn.Module], object] | None = None,
+    loaded: Loaded | None = None,
     rounded_to: CacheDtype | None = None,
     train: bool = True,
 ) -> RunSetup:
     """Load the model and the task of a resolved configuration, and construct its method.
 
-    `load` loads all weights of the model, instead of `config.pretrained`; features in memory are rounded to the dtype
+    A model that is already `loaded` replaces that of the configuration. Features in memory are rounded to the dtype
     `rounded_to`, as in a cache. Without `train` there are only test images.
     """
-    device = torch.device(config.device)
-    model, transform, tokenizer = load_model(
-        config.model,
-        config.pretrained,
-        device,
-        architecture_only=load is not None,
-        seed=config.seed,
-        trust=config.trust,
-    )
-    if load is not None:
-        load(model)
+    if loaded is None:
+        device = torch.device(config.device)
+        loaded = load_model(config.model, config.pretrained, device, seed=config.seed, trust=config.trust)
+    model, transform, tokenizer = loaded
     crop = augmentation(model, config.preset) if config.augments else None
     task = build_task(config, transform, crop, open_data=open_data, train=train)
     method = build_method(config, model, tokenizer, task)
-    if config.cache is not None and method.cut is None:
+    if config.cache is not None and method.caches is None:
         raise InputError(
             f"tune: cache needs blocks that are frozen below a cut; {config.method} has none here. Leave it out.",
             "cache",

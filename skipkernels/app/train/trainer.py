@@ -20,9 +20,11 @@ from ..config import TuneConfig
 from ..data import InputError
 from ..data.files import format_names
 from ..methods import Method, StepOutput
-from ..methods.tuned import TunedModel
-from .precision import REMEDY, autocast, grad_scaler
+from .precision import REMEDY, autocast
 
+# Of gradients in fp16. PyTorch's default of 65,536 times CLIP's logit scale of 100 overflows: the first steps would be
+# skipped until it has been halved enough, to 8,192 on pictogram-tiny. Other models may need less.
+_INITIAL_SCALE = 2.0**10
 _CURVE = 100  # largest number of points of the loss curve in the row of an epoch
 
 
@@ -45,7 +47,9 @@ class Trainer:
         assert config.epochs and config.optimizer and config.batch_size and config.sampler
         self._config, self._method, self._classes = config, method, classes
         self._labels, self._device = train.labels, torch.device(config.device)
-        self._scaler = grad_scaler(config.precision, self._device)
+        # In fp16 an update is skipped if a scaled gradient is not finite, and the scale adapts.
+        fp16 = config.precision == "fp16"
+        self._scaler = torch.amp.GradScaler(self._device.type, init_scale=_INITIAL_SCALE, enabled=fp16)
         groups = method.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
         self._optimizer = make_optimizer(config, groups)
         self._schedule = cosine_with_warmup(
@@ -59,7 +63,7 @@ class Trainer:
         self._loader = train.loader(sampler=sampler, device=self._device)
         self.steps = len(self._loader)
         self.weights = [weight for group in groups for weight in group["params"]]
-        self._class_sampler = method.clip.sampler if isinstance(method, TunedModel) else None
+        self._class_sampler = method.class_sampler
         self.not_graphed: str | None = None
         graph = config.graph and _captures(self._device)
         self._graphed = self._graphed_step(config.batch_size) if graph else None

@@ -101,20 +101,21 @@ def tune(
     config = resumed(config)
     command = command_line("tune", config) if dataset is None else ""
     config, open_data = _resolved(config, open_data)
-    config = chosen_before(config) if config.resume else config
+    config, choice = chosen_before(config) if config.resume else (config, None)
     # Run folder. It is not written before its lock is held.
     folder = RunFolder(config)
     if (finished := _finished(folder, console)) is not None:
         return finished
     with _memory_errors(), _seeded(config):
         # Data, model and method; then the steps of the run.
-        return Run(config, open_data, folder, console=console, command=command, loggers=loggers).execute()
+        run = Run(config, open_data, folder, choice=choice, console=console, command=command, loggers=loggers)
+        return run.execute()
 
 
 def check(config: TuneConfig) -> None:
     """Raise the errors that `tune` would raise before training, without training."""
     config, open_data = _resolved(resumed(config), None)
-    config = chosen_before(config) if config.resume else config
+    config, _ = chosen_before(config) if config.resume else (config, None)
     with _memory_errors(), _seeded(config):
         Run(config, open_data, RunFolder(config))
 

@@ -1,27 +1,25 @@
-"""Weights file of a run: a whole model, or the state of a method."""
+"""Weights of a run: the files that have them, their loading into a model and a method, and their mean with others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...digests import digest_file
 from ...folders import replace_tensors
 from ...formatting import first_line
 from ..data import InputError
+from ..heads import Head
 from ..methods import Method
-
-# Contents of a weights file: a whole model that open_clip can load, or the state of a method, for use with the
-# pretrained model.
-MODEL, METHOD = "model", "method"
-
-
-def contents(method: Method, model: nn.Module) -> str:
-    """Return MODEL if the state of a method is a whole model, else METHOD."""
-    return MODEL if method.state_dict().keys() == model.state_dict().keys() else METHOD
+from ..untrusted import OPEN_CLIP, check_source
+from .description import CLASSIFIER, HEAD, Description
+from .model import LOCAL_DIR, Loaded, load_model, load_weights
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -33,9 +31,98 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     replace_tensors(path, stored)
 
 
+def save_head(folder: Path, head: Head | None, described: Description) -> Description:
+    """Write a head, if there is one; return the description that names it."""
+    if head is None:
+        return replace(described, head_xxh3=None)
+    save_weights(folder / HEAD, head.tensors())
+    return replace(described, head_xxh3=digest_file(folder / HEAD))
+
+
 def load_into(method: Method, path: Path) -> None:
     """Load a weights file into a method."""
     try:
         method.load_state_dict(load_file(path))
     except (SafetensorError, OSError, RuntimeError, LookupError) as error:
         raise InputError(f"{path}: not usable as weights of this model: {first_line(error)}") from error
+
+
+def load_run_model(folder: Path, described: Description, file: Path, device: torch.device, *, trust: bool) -> Loaded:
+    """Load the model of a run, with its weights if `file` has all of them; else the pretrained one.
+
+    `described` and `file` are those of `run_folder.read_model`. `trust`: see `Classifier.load`.
+    """
+    name, pretrained = described.model, described.pretrained
+    if described.whole_model and (folder / OPEN_CLIP).is_file():
+        name, pretrained = f"{LOCAL_DIR}{folder.absolute()}", None
+    else:
+        check_source(folder / CLASSIFIER, "model", name, trust)
+        check_source(folder / CLASSIFIER, "pretrained", pretrained or "", trust)
+    loaded = load_model(name, pretrained, device, architecture_only=described.whole_model, trust=trust)
+    if described.whole_model:
+        load_weights(loaded[0], file)
+    return loaded
+
+
+def load_run_method(method: Method, described: Description, file: Path) -> None:
+    """Load what a run trained beside its model, and its head, into a method on the result of `load_run_model`."""
+    if not described.whole_model:
+        load_into(method, file)
+    method.use_head(_load_head(file.parent, described), described.classes)
+
+
+def _load_head(folder: Path, described: Description) -> Head | None:
+    """Read the head that a description names; None if there is none."""
+    if described.head_xxh3 is None:
+        return None
+    path = folder / HEAD
+    try:
+        if digest_file(path) != described.head_xxh3:
+            raise ValueError("it does not match classifier.json")
+        return Head.from_tensors(load_file(path))
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: missing or damaged ({error}). Copy the whole folder, or tune again in another folder, or in this "
+            "one with `overwrite=True`."
+        ) from error
+
+
+class Interpolation:
+    """Weights θ = (1 − alpha) · θ_before + alpha · θ_after, set in the tensors of `state`.
+
+    θ_before are their values at construction, and θ_after those when `end` is called.
+
+    Example:
+        >>> weight = torch.zeros(1)
+        >>> between = Interpolation({"weight": weight})
+        >>> _ = weight.fill_(4.0)
+        >>> between.end()
+        >>> between.set(0.25), weight.item()
+        (None, 1.0)
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]):
+        self._state = {name: tensor.detach() for name, tensor in state.items()}
+        self._before = {name: tensor.clone() for name, tensor in self._state.items()}
+        self._ends: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def end(self) -> None:
+        """Take the values that the tensors have now as those after training."""
+        self._ends = {
+            name: (before, self._state[name].clone())
+            for name, before in self._before.items()
+            if not torch.equal(before, self._state[name])
+        }
+
+    @torch.no_grad()
+    def set(self, alpha: float) -> None:
+        """Set the weights; alpha 0 are exactly those before training, and 1 those after it."""
+        for name, (before, after) in self._ends.items():
+            self._state[name].copy_(_between(before, after, alpha))
+
+
+def _between(before: Tensor, after: Tensor, alpha: float) -> Tensor:
+    if alpha in (0, 1) or not before.is_floating_point():
+        return after if alpha == 1 else before
+    wide = torch.promote_types(before.dtype, torch.float32)
+    return torch.lerp(before.to(wide), after.to(wide), alpha)

@@ -35,8 +35,8 @@ def whole(method, images, prompts):
 def adapter(method, images, prompts):
     """Two layers change a part of the image embedding."""
     image, text = embeddings(method.model, images, prompts)
-    hidden = (image @ method.down.weight.T).clamp_min(0)
-    return method.ratio * (hidden @ method.up.weight.T).clamp_min(0) + (1 - method.ratio) * image, text
+    hidden = (image @ method.down.T).clamp_min(0)
+    return method.ratio * (hidden @ method.up.T).clamp_min(0) + (1 - method.ratio) * image, text
 
 
 def coop(method, images, prompts):

@@ -43,11 +43,11 @@ def test_skip_step_uses_first_template():
 def test_encode_frozen_of_skip():
     method, images = made("skip"), stacked(tiny_task().train)[0]
     features = method.encode_frozen(images)
-    assert features.equal(method.cut.encode_lower(images)) and features.shape == (20, 5, 24)
-    assert method.cut is method.clip and method.cut.skip_layers == (2, 2)
+    assert features.equal(method.caches.encode_lower(images)) and features.shape == (20, 5, 24)
+    assert method.caches is method.clip and method.caches.skip_layers == (2, 2)
     torch.testing.assert_close(method.logits("base", features), method.logits("base", images))
     for whole in (made("skip", skip_layers=0), made("full")):
-        assert whole.cut is None and whole.encode_frozen(images) is images
+        assert whole.caches is None and whole.encode_frozen(images) is images
 
 
 def test_skip_text_cache_has_folder_per_test(tmp_path):

@@ -16,9 +16,9 @@ from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import evaluate_run, predictions
 from skipkernels.app.train.calibration import fit_none_logit, fit_temperature
-from skipkernels.app.train.interpolation import Interpolation
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.setup import build_run
+from skipkernels.app.train.weights import Interpolation
 from tests.app.runs import shortened
 
 

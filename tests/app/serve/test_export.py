@@ -21,8 +21,8 @@ import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
+from skipkernels.app.heads import AffineHead, Head
 from skipkernels.app.methods import METHODS
-from skipkernels.app.methods.export_heads import CosineHead
 from skipkernels.app.serve import to_hugging_face, to_onnx
 from skipkernels.app.serve.exporting import Exported
 from skipkernels.app.serve.loading import PlainModel, plain_model
@@ -96,7 +96,7 @@ def plain(tokenizer=None, **changes) -> PlainModel:
     open_clip.set_model_preprocess_cfg(model, PREPROCESS)
     own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
     return PlainModel(
-        None, model, own, (["a cat", "two dogs"],), CosineHead(torch.zeros(2, 16), model.logit_scale), "", None
+        None, model, own, (["a cat", "two dogs"],), AffineHead(Head(torch.zeros(2, 16), torch.zeros(2))), "", None
     )
 
 

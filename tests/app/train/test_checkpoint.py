@@ -21,7 +21,7 @@ from skipkernels.digests import digest_file, digest_json
 from skipkernels.folders import delete_folder, locked
 
 CLASSIFIER = Description(
-    "model", None, "skip", {}, "data", "few-shot", ["a"], ["{}"], weights=MODEL, holds="model", logit_scale=1.0
+    "model", None, "skip", {}, "data", "few-shot", ["a"], ["{}"], weights=MODEL, whole_model=True, logit_scale=1.0
 )
 ACCURACIES = {1: 50.0, 2: 70.0, 3: 60.0}  # on the validation images; the second epoch is the best
 

@@ -155,20 +155,7 @@ def squares_folder(root, names, count):
                                                             (1, "none", "no test; there is none")])  # fmt: skip
 def test_tune_without_test(tmp_path, capsys, count, validation, shown):
     data, out = squares_folder(tmp_path / "photos", COLOURS, count), tmp_path / "run"
-    options = [
-        "--method",
-        "skip",
-        "--test",
-        "none",
-        "--shots",
-        "all",
-        "--validation",
-        validation,
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    options = f"--method skip --test none --shots all --validation {validation} --epochs 1 --device cpu".split()
     assert main(["tune", "--data", f"imagefolder:{data}", *options, "--out", str(out)]) == 0
     output, metrics = capsys.readouterr(), json.loads((out / "metrics.json").read_text())
     assert "For your own images use a pretrained model: --model ViT-B-16-quickgelu" in output.err

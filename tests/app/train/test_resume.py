@@ -14,7 +14,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
 from skipkernels.app.report import run_page
-from skipkernels.app.train import evaluate_run, precision, trainer, tune
+from skipkernels.app.train import evaluate_run, trainer, tune
 from skipkernels.app.train.run_folder import read_metrics
 from tests.app.runs import fails, files, results, shortened, small, stopped
 
@@ -40,7 +40,7 @@ def test_resume_gives_equal_bits(tmp_path, monkeypatch, name):
     method = METHODS[changes["method"]]
     real = method.step
     monkeypatch.setattr(method, "step", lambda self, images, labels: real(self, F.dropout(images, 0.2), labels))
-    monkeypatch.setattr(precision, "_INITIAL_SCALE", 2.0**19)  # the gradients of the first step overflow in fp16
+    monkeypatch.setattr(trainer, "_INITIAL_SCALE", 2.0**19)  # the gradients of the first step overflow in fp16
     changes = {"max_classes": 8} | changes
     tune(small(tmp_path / "whole", **changes))
     torch.manual_seed(2)  # another state of the caller's generator
