@@ -21,7 +21,7 @@ COLOURS += ("#c2529f", "#7f8c1f", "#a8703f", "#5b83a6", "#e0563a", "#5f9148")
 LOSS, GREY = "#7a5ccc", "#808080"
 
 _MAX_DOTS = 40  # on a line
-_SHORTEST = 1e-3  # share of the longest time at which a shorter one is drawn, such as that of a method without training
+_INSTANT = 1e-3  # a point that takes less than this share of the longest time trains nothing
 _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves a key out, for equal bytes
 
 
@@ -101,9 +101,13 @@ def pareto(points: Mapping[str, TimedAccuracy]) -> list[str]:
 
 
 def pareto_svg(name: str, points: Mapping[str, TimedAccuracy], colours: Mapping[str, str]) -> str:
-    """Plot accuracy over time, with the line of the points that no other beats; `name` is that of the accuracy."""
+    """Plot accuracy over time, with the line of the points that no other beats; `name` is that of the accuracy.
+
+    Points that train nothing are on the left: the axis of times is logarithmic.
+    """
     longest = max(point.seconds for point in points.values())
-    points = {label: point._replace(seconds=max(point.seconds, _SHORTEST * longest)) for label, point in points.items()}
+    left = min(point.seconds for point in points.values() if point.seconds >= _INSTANT * longest) / 2
+    points = {label: point._replace(seconds=max(point.seconds, left)) for label, point in points.items()}
     line = [points[label] for label in pareto(points)]
 
     def draw(axes: Axes) -> None:

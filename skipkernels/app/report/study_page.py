@@ -59,7 +59,7 @@ def headline(study: Mapping[str, Any]) -> str:
     sentence = several if len(summary) > 1 else f"The {_measure(column)} of {name} is "
     sentence += f"{number(mean)}{f' ± {half:.1f}' if half else ''} %"
     if (time := _time(summary[best])) is not None:
-        sentence += f", after {number(time, ',.3g')} s of tuning"
+        sentence += f", after {number(time, ',.1f')} s of tuning"
     images = _images(study).get(column)
     counts = [plural(seeds, "seed"), *([plural(images, "test image")] if images else [])]
     sentence += f" ({', '.join(counts)})"

@@ -45,7 +45,7 @@ def test_study_page_of_methods():
     text = study_html(study())
     found = Page(text)
     assert (
-        "The highest accuracy on trained classes is that of Skip Tuning, 80.0 ± 2.5 %, after 9 s of tuning (3 seeds)."
+        "The highest accuracy on trained classes is that of Skip Tuning, 80.0 ± 2.5 %, after 9.0 s of tuning (3 seeds)."
         in found.text
     )
     assert ["Skip Tuning", "80.0 ± 2.5", "–"] in found.rows and ["bad", "5.0", "100"] in found.rows
