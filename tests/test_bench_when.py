@@ -32,12 +32,10 @@ def test_known_and_unknown_words_are_all_names():
     assert "grinning cat" not in known, "cat is held out"
 
 
-def test_load_draws_other_classes_for_other_seeds():
-    first, again, other = (tasks.load(SMALL, "report", seed, lambda image: image) for seed in (0, 0, 1))
-    base, new = first.tests
-    assert base.classes == again.tests[0].classes != other.tests[0].classes
-    assert not set(base.classes) & set(new.classes) and abs(len(base.classes) - len(new.classes)) <= 1
-    assert (len(first.train), len(base.images)) == (2 * len(base.classes), len(base.classes))
+def test_source_draws_other_classes_for_other_seeds():
+    first, again, other = (tasks.source(SMALL, "report", seed) for seed in (0, 0, 1))
+    assert first.classes == again.classes != other.classes and {*first.classes} == {*other.classes}
+    assert len(first.splits["train"]) == 2 * len(first.classes) == 2 * len(first.splits["test"])
 
 
 @pytest.fixture
@@ -53,13 +51,13 @@ def drawings(tmp_path):
     return tmp_path / more.FILE
 
 
-def test_load_reads_drawings_of_a_file(drawings):
-    task = tasks.load(BY_NAME["flags"], "report", 0, np.asarray, drawings)
+def test_source_reads_drawings_of_a_file(drawings):
+    source = tasks.source(BY_NAME["flags"], "report", 0, drawings)
     report, search = (tasks.names(BY_NAME["flags"], phase, drawings) for phase in ("report", "search"))
-    base, new = (test.classes for test in task.tests)
-    assert sorted([*base, *new]) == report and sorted(report + search) == sorted(f"name {i}" for i in range(40))
-    assert (len(task.train), len(task.tests[0].images)) == (2 * len(base), len(base))
-    assert all((image == 80 + int(new[label].split()[1])).all() for image, label in task.tests[1].images)
+    assert sorted(source.classes) == report and sorted(report + search) == sorted(f"name {i}" for i in range(40))
+    assert len(source.splits["train"]) == 2 * len(report) == 2 * len(source.splits["test"])
+    for image, label in source.splits["test"]:
+        assert (np.asarray(image) == 80 + int(source.classes[label].split()[1])).all()
 
 
 def run_of(name, candidate, shift=SMALL):

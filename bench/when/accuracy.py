@@ -13,45 +13,31 @@ from skipkernels.app.data.tasks import summarise
 from skipkernels.app.methods import Method
 from skipkernels.app.train.setup import BATCH, RunSetup
 
-from .plan import HEADS
-
 # The accuracies of a run. "joint": on the test images of base and new classes, among all of them.
 ACCURACIES = ("base", "new", "harmonic", "joint")
 
 
 @torch.no_grad()
-def embedded(method: Method, features: FeatureCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings [n, D] and labels [n] of images."""
-    method.train(False)
-    image, labels = zip(*((method.embed(x), of) for x, of in features.loader(BATCH, "sequential")), strict=True)
-    return torch.cat(image), torch.cat(labels)
-
-
-def fit_arguments(method: Method, train: FeatureCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """Images, labels, texts and scale, as a head is fitted to them."""
-    text = method.class_embeddings(method.task.tests[0].name)
-    return *embedded(method, train), text, method.model.logit_scale.exp().item()
-
-
-def fit_heads(method: Method, train: FeatureCache, l2: float) -> dict[str, heads.Head | None]:
-    """Fit each of `HEADS`."""
-    found = heads.Examples(*fit_arguments(method, train))
-    return {name: heads.fit_head(name, found, l2) for name in HEADS}
-
-
 def accuracies(
     setup: RunSetup, method: Method, tests: Mapping[str, FeatureCache], head: heads.Head | None = None
 ) -> dict[str, float | None]:
     """Compute `ACCURACIES`, in per cent; None where the method has no logits for new classes."""
     base, new = setup.task.tests
     whole = head and head.with_new_classes(method.class_embeddings(new.name))
+    method.train(False)
 
-    def logits(image: torch.Tensor) -> torch.Tensor:
+    def logits(inputs: torch.Tensor) -> torch.Tensor:
         """Logits over the base and the new classes, or over the base classes alone."""
+        image = method.embed(inputs)
         if whole is not None:
             return whole.logits(image)
         found = (method.logits_of(test.name, image) for test in (base, new))
         return torch.cat([each for each in found if each is not None], dim=1)
+
+    def of_test(features: FeatureCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and labels of the images of a test."""
+        found, labels = zip(*((logits(x), of) for x, of in features.loader(BATCH, "sequential")), strict=True)
+        return torch.cat(found), torch.cat(labels)
 
     def accuracy(found: torch.Tensor, labels: torch.Tensor) -> float:
         if not found.isfinite().all():
@@ -59,9 +45,7 @@ def accuracies(
         return 100.0 * (found.argmax(dim=1) == labels).double().mean().item()
 
     classes = len(base.classes)
-    (of_base, base_labels), (of_new, new_labels) = (
-        (logits(image), labels) for image, labels in (embedded(method, tests[test.name]) for test in (base, new))
-    )
+    (of_base, base_labels), (of_new, new_labels) = (of_test(tests[test.name]) for test in (base, new))
     if of_base.shape[1] == classes:
         return dict.fromkeys(ACCURACIES) | {"base": accuracy(of_base, base_labels)}
     split = {"base": accuracy(of_base[:, :classes], base_labels), "new": accuracy(of_new[:, classes:], new_labels)}

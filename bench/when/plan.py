@@ -120,12 +120,11 @@ class Run:
         optimizer, text_lr, image_lr = self.candidate
         key, (method, _, part) = self.variant.method, self.variant.method.partition(", ")
         common: dict[str, Any] = {"method": method, "seed": self.seed, "device": "cpu", "precision": "fp32"}
+        common |= {"pretrained": str(self.weights), "protocol": "base-to-new", "shots": "all"}
         if method in ("linear-probe", "zero-shot"):
             return TuneConfig(**common).resolved()
         if method == "auto":
-            epochs = MANY_EPOCHS if self.shift.many else None
-            settings = {"pretrained": str(self.weights), "protocol": "base-to-new", "shots": "all", "epochs": epochs}
-            return TuneConfig(**common | settings).resolved()
+            return TuneConfig(**common, epochs=MANY_EPOCHS if self.shift.many else None).resolved()
         epochs, batch, sampler = SCHEDULES.get(key) or SCHEDULES[optimizer]
         epochs = min(epochs, MANY_EPOCHS) if self.shift.many else epochs
         common |= {"epochs": epochs, "batch_size": batch, "sampler": sampler, "optimizer": optimizer}

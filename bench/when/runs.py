@@ -6,31 +6,29 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
 from skipkernels import FeatureCache
-from skipkernels.app import heads
-from skipkernels.app.demo import pictogram_tiny
+from skipkernels.app.data import Source
+from skipkernels.app.heads import choose_l2, fit_head
 from skipkernels.app.methods import Method
-from skipkernels.app.methods.frozen import FrozenModel
 from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.methods.tuned import TunedModel
-from skipkernels.app.methods.zero_shot import ZeroShot
 from skipkernels.app.serve.blending import WITHOUT_VALIDATION
 from skipkernels.app.train.evaluation import Evaluator
-from skipkernels.app.train.model import load_model
+from skipkernels.app.train.fitted_head import examples
 from skipkernels.app.train.run import Run as TuneRun
-from skipkernels.app.train.setup import BATCH, RunSetup, build_method
+from skipkernels.app.train.setup import BATCH, RunSetup, build_run
 from skipkernels.app.train.trainer import Trainer
 from skipkernels.memory import PeakMemory
 
 from . import tasks
-from .accuracy import ACCURACIES, accuracies, fit_arguments, fit_heads, rounded
-from .plan import HEADED, Run
+from .accuracy import ACCURACIES, accuracies, rounded
+from .plan import HEADED, HEADS, Run
 
 TIMED_STEPS = 3  # of `first_steps`
 
@@ -38,14 +36,15 @@ TIMED_STEPS = 3  # of `first_steps`
 def setup_of(run: Run) -> RunSetup:
     """The model, task and method of a run."""
     torch.manual_seed(run.seed)
-    config, device = run.config(), torch.device("cpu")
-    model, transform, tokenizer = load_model(pictogram_tiny.NAME, str(run.weights), device)
-    task = tasks.load(run.shift, run.phase, run.seed, transform, run.drawings)
-    method = build_method(config, model, tokenizer, task)
+    setup = build_run(run.config(), open_data=open_data(run))
     if run.variant.label_smoothing:
-        method.clip.label_smoothing = run.variant.label_smoothing
-    zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
-    return RunSetup(config, model, tokenizer, task, method, zero_shot)
+        setup.method.clip.label_smoothing = run.variant.label_smoothing
+    return setup
+
+
+def open_data(run: Run) -> Callable[[], Source]:
+    """A function that opens the images of a run."""
+    return partial(tasks.source, run.shift, run.phase, run.seed, run.drawings)
 
 
 def epochs_of(setup: RunSetup, train: FeatureCache) -> Iterator[tuple[int, float]]:
@@ -77,7 +76,7 @@ def execute(run: Run) -> list[dict[str, Any]]:
     setup = setup_of(run)
     method, train, tests = setup.method, setup.train_features(), setup.test_features()
     zero_shot = accuracies(setup, setup.zero_shot, tests)
-    l2 = heads.anchored_l2(*fit_arguments(setup.zero_shot, train)) if run.name in HEADED else None
+    l2 = choose_l2("anchored", examples(setup, train)) if run.name in HEADED else None
     before = {name: weight.clone() for name, weight in _blended_weights(method)}
     diverged = False
     try:
@@ -90,8 +89,8 @@ def execute(run: Run) -> list[dict[str, Any]]:
     def rows(blended: bool) -> Iterator[dict[str, Any]]:
         found = {"": dict.fromkeys(ACCURACIES, 0.0) if diverged else accuracies(setup, method, tests)}
         if l2 is not None and not diverged:
-            fitted = fit_heads(method, train, l2)
-            found |= {name: accuracies(setup, method, tests, head) for name, head in fitted.items()}
+            embedded = examples(setup, train)
+            found |= {name: accuracies(setup, method, tests, fit_head(name, embedded, l2)) for name in HEADS}
         for head, accuracy in found.items():
             columns = run.columns | {"blended": int(blended), "head": head, "l2": l2 if head == "anchored" else None}
             yield columns | rounded(accuracy) | of_zero_shot | cost
@@ -107,9 +106,8 @@ def execute(run: Run) -> list[dict[str, Any]]:
 
 def chosen(run: Run) -> list[dict[str, Any]]:
     """Train and test as `skipkernels tune` does by default. Returns a row, with the name of the chosen candidate."""
-    open_data = partial(tasks.source, run.shift, run.phase, run.seed, run.drawings)
     torch.manual_seed(run.seed)
-    tuning = TuneRun(run.config(), open_data, None)
+    tuning = TuneRun(run.config(), open_data(run), None)
     tuning.embed()
     setup, tests = tuning.setup, tuning.setup.test_features()
     zero_shot = accuracies(setup, setup.zero_shot, tests)

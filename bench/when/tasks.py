@@ -7,14 +7,13 @@ base and new classes from them. Drawings are those in the package, or in the fil
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from recipes.pictograms import more
 from recipes.pictograms.names import has_word, held_out_words
-from skipkernels.app.data import DatasetImages, Source, Task, TaskOptions, load_task
+from skipkernels.app.data import DatasetImages, Source
 from skipkernels.app.data.pictograms import TASKS, TEMPLATE, TEST, TRAIN, Drawings, names_of
 
 Phase = Literal["search", "report"]
@@ -67,14 +66,8 @@ def names(shift: Shift, phase: Phase, drawings: Path | None = None) -> list[str]
     ]
 
 
-def load(shift: Shift, phase: Phase, seed: int, transform: Callable[..., Any], drawings: Path | None = None) -> Task:
-    """Make the base-to-new task of a seed; `drawings` as in `names`."""
-    options = TaskOptions(protocol="base-to-new", shots="all", seed=seed)
-    return load_task(source(shift, phase, seed, drawings), options, transform=transform)
-
-
 def source(shift: Shift, phase: Phase, seed: int, drawings: Path | None = None) -> Source:
-    """Images of the classes of a seed, in its order: the first half of the classes is base."""
+    """Images of the classes of a seed, in its order: the first half is base. `drawings` as in `names`."""
     classes = names(shift, phase, drawings)
     random.Random(seed).shuffle(classes)
     if drawings is None:
