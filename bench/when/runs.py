@@ -20,7 +20,6 @@ from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.methods.tuned import TunedModel
 from skipkernels.app.serve.blending import WITHOUT_VALIDATION
 from skipkernels.app.train.evaluation import Evaluator
-from skipkernels.app.train.fitted_head import examples
 from skipkernels.app.train.run import Run as TuneRun
 from skipkernels.app.train.setup import BATCH, RunSetup, build_run
 from skipkernels.app.train.trainer import Trainer
@@ -76,7 +75,7 @@ def execute(run: Run) -> list[dict[str, Any]]:
     setup = setup_of(run)
     method, train, tests = setup.method, setup.train_features(), setup.test_features()
     zero_shot = accuracies(setup, setup.zero_shot, tests)
-    l2 = choose_l2("anchored", examples(setup, train)) if run.name in HEADED else None
+    l2 = choose_l2("anchored", setup.examples(train)) if run.name in HEADED else None
     before = {name: weight.clone() for name, weight in _blended_weights(method)}
     diverged = False
     try:
@@ -89,7 +88,7 @@ def execute(run: Run) -> list[dict[str, Any]]:
     def rows(blended: bool) -> Iterator[dict[str, Any]]:
         found = {"": dict.fromkeys(ACCURACIES, 0.0) if diverged else accuracies(setup, method, tests)}
         if l2 is not None and not diverged:
-            embedded = examples(setup, train)
+            embedded = setup.examples(train)
             found |= {name: accuracies(setup, method, tests, fit_head(name, embedded, l2)) for name in HEADS}
         for head, accuracy in found.items():
             columns = run.columns | {"blended": int(blended), "head": head, "l2": l2 if head == "anchored" else None}
