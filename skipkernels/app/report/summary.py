@@ -113,11 +113,11 @@ def _leading(metrics: Metrics, rows: Mapping[tuple[str, str], AccuracyRow], test
     """
     accuracy, balanced = rows[test, ""], rows.get((test, "balanced"))
     interval = _interval(metrics, accuracy, "95 % interval ")
-    if balanced is None or not balanced.known:
+    largest = _largest_class(metrics["zero_shot_by_class"].get(test))
+    if largest is None or balanced is None or not balanced.known:
         return accuracy, interval
-    always = next(each for each in rows.values() if each.test == test and each.kind.startswith("always "))
-    answer = always.kind.removeprefix("always ")
-    rest = f". The accuracy, which is {percent(always.after)} if the answer is always {answer}, went"
+    name, share = largest
+    rest = f". The accuracy, which is {percent(share)} if the answer is always {name}, went"
     return balanced, f"{rest} {_from_to(accuracy)}{interval}"
 
 

@@ -281,7 +281,7 @@ class Classifier:
     def _preprocessed(self, image: Any, name: str) -> Tensor:
         """Read or convert an image, [3, H, W]; `name` is for errors of one without a path."""
         if isinstance(image, (str, os.PathLike)):
-            return self.transform(read_image(image))
+            return self.transform(read_image(Path(image)))
         if isinstance(image, (np.ndarray, Tensor)):
             image = from_pixels(image, name)
         if isinstance(image, Image.Image):
