@@ -18,10 +18,14 @@ _MAX_SIDE = 128  # longer side of a thumbnail, in pixels
 _PIXEL_ART = 64  # images up to this size are stored without loss
 
 
-def changed(test: TestPredictions) -> tuple[Tensor, Tensor]:
-    """Return masks [n] of the images that only the tuned, and that only the untuned model classifies correctly."""
-    before, after = (top.classes[:, 0] == test.labels for top in (test.zero_shot, test.last))
-    return ~before & after, before & ~after
+def fixed(test: TestPredictions) -> Tensor:
+    """Mask [n] of the images that only the tuned model classifies correctly."""
+    return (test.zero_shot.classes[:, 0] != test.labels) & (test.last.classes[:, 0] == test.labels)
+
+
+def broken(test: TestPredictions) -> Tensor:
+    """Mask [n] of the images that only the model before tuning classifies correctly."""
+    return (test.zero_shot.classes[:, 0] == test.labels) & (test.last.classes[:, 0] != test.labels)
 
 
 def one_per_class(labels: Tensor, chosen: Tensor, limit: int = GALLERY) -> list[int]:
@@ -68,7 +72,7 @@ def predictions_with_thumbnails(
     """Collect the predictions for a test, and read the images that the report shows, without their transform."""
     found = TestPredictions(test.name, list(test.classes), labels, zero_shot, tuned, list(test.images.names))
     images = test.images.with_transform(None)
-    shown = [index for chosen in changed(found) for index in one_per_class(labels, chosen)]
+    shown = [*one_per_class(labels, fixed(found)), *one_per_class(labels, broken(found))]
     found.thumbnails = {index: thumbnail(images[index][0]) for index in shown}
     return found
 

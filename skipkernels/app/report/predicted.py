@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -11,16 +11,21 @@ from ..train.class_metrics import class_metrics, metrics_of_test
 from ..train.predictions import TestPredictions, TopClasses
 from . import page
 from .formats import finite, number, percent, plural
-from .mistakes import changed, confusion_matrix, most_frequent_errors, one_per_class
+from .mistakes import confusion_matrix, most_frequent_errors, one_per_class
 from .page import Cell, Table, part, row
 from .words import name_of_test
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def galleries(tests: Sequence[TestPredictions], which: int, explained: str, style: str) -> list[Markup]:
-    """Gallery of each test, of the images that tuning fixed (`which` 0) or broke (1)."""
+
+def galleries(
+    tests: Sequence[TestPredictions], choose: Callable[[TestPredictions], Tensor], explained: str, style: str
+) -> list[Markup]:
+    """Gallery of each test, of the images that `choose` returns a mask of."""
     found: dict[str, list[Markup]] = {}
     for test in tests:
-        chosen = changed(test)[which]
+        chosen = choose(test)
         indices, count = one_per_class(test.labels, chosen), int(chosen.sum())
         shown = f"{len(indices):,} of {count:,} images" if len(indices) < count else plural(count, "image")
         if indices:
@@ -82,8 +87,9 @@ def confusions(tests: Sequence[TestPredictions]) -> list[Markup]:
             (test.classes[label], totals[label], [(count, count / max(totals[label], 1)) for count in of])
             for label, of in zip(labels, counts, strict=True)
         ]
-        some = f"The {len(labels)} classes with the most errors: i" if len(labels) < len(test.classes) else "I"
-        text = f"{some}mages of a class (row) by predicted class (column)."
+        text = "Images of a class (row) by predicted class (column)."
+        if len(labels) < len(test.classes):
+            text += f" Shown are the {len(labels)} classes with the most errors."
         matrix = part("matrix", [test.classes[label] for label in labels], rows)
         parts[name_of_test(test.name)] = [part("text", text), matrix]
     return page.groups(parts)

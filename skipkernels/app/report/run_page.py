@@ -13,6 +13,7 @@ from ..train.notes import demonstration_note
 from ..train.predictions import TestPredictions
 from . import page
 from .formats import finite, number, percent, plural
+from .mistakes import broken, fixed
 from .page import Cell, Section, Table, part, row
 from .plots import accuracy_svg, coloured, loss_svg
 from .predicted import classes, confusions, galleries
@@ -30,16 +31,16 @@ def report_html(
     config: TuneConfig, metrics: Mapping[str, Any], rows: list[dict[str, Any]], tests: Sequence[TestPredictions]
 ) -> str:
     """Return the page, from metrics.json, metrics.jsonl and the predictions."""
-    fixed = "Test images that only the tuned model classifies correctly, with its three most probable classes."
-    broken = "Test images that only the zero-shot model classified correctly."
+    only_tuned = "Test images that only the tuned model classifies correctly, with its three most probable classes."
+    only_before = "Test images that only the zero-shot model classified correctly."
     return page.page_html(
         title(config, metrics),
         metrics["environment"]["finished"],
         headline(metrics),
         [*_notes(config, metrics), accuracy_table(metrics).html, part("text", _INTERVALS), *_candidates(metrics)],
         [
-            Section("fixed", "Fixed by tuning", galleries(tests, 0, fixed, "better")),
-            Section("broken", "Broken by tuning", galleries(tests, 1, broken, "worse")),
+            Section("fixed", "Fixed by tuning", galleries(tests, fixed, only_tuned, "better")),
+            Section("broken", "Broken by tuning", galleries(tests, broken, only_before, "worse")),
             Section("classes", "Classes", page.groups({name_of_test(test.name): classes(test) for test in tests})),
             Section("confusions", "Confusions", confusions(tests)),
             Section("thresholds", "Thresholds", _thresholds(metrics["validation"])),

@@ -10,8 +10,9 @@ from PIL import Image, ImageChops
 from skipkernels.app.data import DatasetImages
 from skipkernels.app.data.tasks import TestSet
 from skipkernels.app.report.mistakes import (
-    changed,
+    broken,
     confusion_matrix,
+    fixed,
     most_frequent_errors,
     one_per_class,
     predictions_with_thumbnails,
@@ -36,13 +37,13 @@ def test_thumbnail_is_lossless_if_small_and_reduced_if_large():
 
 def test_changed_one_per_class():
     test = predictions_of([0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 2, 2])
-    fixed, broken = (one_per_class(test.labels, chosen) for chosen in changed(test))
-    assert (fixed, broken) == ([1, 5], [3]) and [int(chosen.sum()) for chosen in changed(test)] == [3, 2]
+    assert [one_per_class(test.labels, chosen(test)) for chosen in (fixed, broken)] == [[1, 5], [3]]
+    assert [int(chosen(test).sum()) for chosen in (fixed, broken)] == [3, 2]
     labels = list(range(100))
     many = predictions_of(labels, [label + 1 for label in labels], labels)
-    assert one_per_class(many.labels, changed(many)[0], limit=4) == [0, 25, 50, 75]
+    assert one_per_class(many.labels, fixed(many), limit=4) == [0, 25, 50, 75]
     many.tuned = None
-    assert not any(chosen.any() for chosen in changed(many))
+    assert not fixed(many).any() and not broken(many).any()
 
 
 def test_confusions_by_number_of_errors():
