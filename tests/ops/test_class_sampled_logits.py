@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
-from torch import Tensor
 
 from skipkernels.functional import class_sampled_logits
-from skipkernels.testing import COSINE, SLACK
+from skipkernels.testing import COSINE
 from tests.ops.backends import Backend
-from tests.ops.harness import Case, Operator, Results, shared_tests, shortest
+from tests.ops.harness import Case, Operator, Results, shared_tests
 
 
 def make(B, C, K, D, *, dtype, scale=100.0, seed=0) -> Case:
@@ -35,31 +33,6 @@ def slack(case: Case, exact: Results) -> dict[str, float]:
     return {"d_logit_scale": cancelled}
 
 
-def draw(data: st.DataObject, backend: Backend) -> Case:
-    C = data.draw(st.integers(1, 50))
-    return make(
-        data.draw(st.integers(1, 40)),
-        C,
-        data.draw(st.none() | st.integers(1, C)),
-        data.draw(st.sampled_from([1, 7, 16, 33, 100])),
-        dtype=data.draw(st.sampled_from(backend.dtypes)),
-        scale=data.draw(st.sampled_from([0.0, 1.0, 14.3, -20.0])),
-    )
-
-
-def bound(case: Case, name: str, right: Tensor) -> float:
-    """Error of a sum of its terms: a gradient may cancel to nothing."""
-    image, text, logit_scale = case.inputs.values()
-    rows = {"d_image": image, "d_text": text}.get(name)
-    length = 1.0 if rows is None else shortest(rows)
-    terms = max(right.abs().max().item(), 1.0, (len(image) * len(text)) ** 0.5 / min(length, 1.0))
-    narrow = SLACK[torch.bfloat16] if case.dtype == torch.bfloat16 and right.numel() > 1 else 0
-    own = SLACK[case.dtype] if rows is not None else SLACK[logit_scale.dtype]
-    # Twice, for a step is up to twice as large beside a number as the slack, which is an average, has it.
-    size = 2 * own * right.abs().max().item()
-    return size + (20 * COSINE[case.dtype] + narrow) * (1 + abs(logit_scale.item())) * terms
-
-
 OPERATOR = Operator(
     name="class_sampled_logits",
     make=make,
@@ -79,10 +52,9 @@ OPERATOR = Operator(
     small=(4, 9, 6, 16),
     large=[(64, 700, None, 128), (300, 1100, 1029, 96)],
     features=("image", "text"),
+    variants=[{}, {"scale": 0.0}, {"scale": -20.0}],
     result_dtype=lambda dtype: torch.promote_types(dtype, torch.float32),
     slack=slack,
-    draw=draw,
-    bound=bound,
     saves=lambda case: [4, 6],  # norms of the images and of the kept classes
     too_slow=lambda B, C, K, D: B * C * D > 200_000,
 )

@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
 
 from skipkernels.functional import shared_prefix_attention
 from tests.ops.backends import Backend
@@ -57,27 +56,6 @@ def parts(case: Case, results: Results) -> Results:
     return {name: x for name, x in found.items() if x.numel() > 0}
 
 
-def draw(data: st.DataObject, backend: Backend) -> Case:
-    most = 4 if backend.name == "interpreter" else 12  # which takes milliseconds for each suffix
-    K, S = data.draw(st.integers(1, most)), data.draw(st.integers(1, 20))
-    lengths = data.draw(st.none() | st.lists(st.integers(0, S), min_size=1, max_size=K).filter(any))
-    case = make(
-        K,
-        S,
-        data.draw(st.integers(0, 20)),
-        data.draw(st.integers(1, 3)),
-        data.draw(st.sampled_from([2, 7, 16, 31, 64])),
-        dtype=data.draw(st.sampled_from(backend.dtypes)),
-        lengths=lengths,
-        behind=data.draw(st.integers(0, 3)) if lengths else 0,
-        seed=data.draw(st.integers(0, 99)),
-    )
-    if data.draw(st.booleans()):  # as columns of wider rows
-        wide = F.pad(case.inputs["packed"].detach(), (2, 1), value=torch.nan)
-        case = case.with_inputs(packed=wide[:, 2:-1])
-    return case
-
-
 PACKED = {"lengths": [2, 0, 3, 1], "behind": 2}
 
 OPERATOR = Operator(
@@ -103,7 +81,6 @@ OPERATOR = Operator(
     features=("packed",),
     variants=[{}, PACKED],
     parts=parts,
-    draw=draw,
     too_slow=lambda K, S, P, H, E: K * S * H > 100,
     saves=lambda case: [len(case.inputs["packed"]) * 2],  # lse; not the result
 )
