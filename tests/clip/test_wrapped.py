@@ -1,4 +1,4 @@
-"""SkipCLIP inside DistributedDataParallel, FSDP2 and torch.compile; FSDP1 with flat parameters is refused."""
+"""SkipCLIP, and a model with fused blocks, inside DistributedDataParallel, FSDP2 and torch.compile."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import skipkernels as sk
 from skipkernels.features import FeatureCache
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.processes import run_in_processes
+from tests.timm_models import vit
 
 IMAGES, CLASSES, TOGETHER = 16, 10, 4
 FUSED = partial(sk.FusedSGD, in_backward=False)
@@ -88,6 +89,17 @@ def train_fsdp2(blocks: bool) -> tuple[dict[str, Tensor], dict[str, bool]]:
     return weights, enabled
 
 
+def fused_gradients(fully_sharded: bool) -> dict[str, Tensor]:
+    """Gradients of an image model with fused blocks, for two accumulated halves of the images of a process."""
+    model, mesh = sk.fuse(vit().visual.trunk), init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (*model.blocks, model) if fully_sharded else ():
+        fully_shard(module, mesh=mesh)
+    wrapped = model if fully_sharded else DistributedDataParallel(model)
+    for half in tiny_batch(8, CLASSES)[0][dist.get_rank() :: 2].chunk(2):
+        wrapped(half).square().sum().backward()
+    return {name: p.grad.full_tensor() if fully_sharded else p.grad for name, p in model.named_parameters()}
+
+
 KINDS = ("ddp", "split", "blocks", "clip")
 
 
@@ -97,6 +109,7 @@ def in_process(rank: int) -> dict[str, dict[str, Any]]:
     found["some classes"] = train_ddp(keep_ratio=0.3)
     for kind in ("blocks", "clip"):
         found[kind], found[f"reductions, {kind}"] = train_fsdp2(kind == "blocks")
+    found |= {"fused, ddp": fused_gradients(False), "fused, fsdp2": fused_gradients(True)}
     # The models are freed by now: a Reducer freed after the group may wait for a thread that waits for the GIL.
     dist.destroy_process_group()
     return found
@@ -134,6 +147,15 @@ def test_ddp_selects_classes_per_process(results):
     first, second = (found["some classes"] for found in results)
     assert distance(first, second) == 0.0
     assert distance(first, train_plain(keep_ratio=0.3)) > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["fused, ddp", "fused, fsdp2"])
+def test_fused_blocks_in_two_processes_match_one(results, kind):
+    model = vit().visual.trunk
+    (model(tiny_batch(8, CLASSES)[0]).square().sum() / 2).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    for found in results:
+        assert distance(found[kind], expected) <= 1e-12 * max(x.abs().max() for x in expected.values())
 
 
 def test_flat_parameters_of_fsdp1_are_refused():

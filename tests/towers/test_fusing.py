@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
 from skipkernels import reference
@@ -22,7 +21,6 @@ from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.registry import build_towers
 from tests.models import random_weights, tiny_batch, tiny_clip, tiny_tokens
-from tests.processes import run_in_processes
 from tests.towers.families import FAMILIES
 
 
@@ -147,31 +145,6 @@ def test_exported_model_with_fused_blocks():
     expected = model(images)
     exported = torch.export.export(sk.fuse(model), (images,)).module()
     torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
-
-
-def in_processes(rank: int) -> list[dict[str, torch.Tensor]]:
-    """Gradients of two accumulated halves of a batch in each of two processes, by DDP and by FSDP2."""
-    dist.init_process_group("gloo")
-    images, found = tiny_batch(8, 3)[0], []
-    for sharded in (False, True):
-        model = sk.fuse(timm_vit())
-        for module in (*model.blocks, model) if sharded else ():
-            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
-        wrapped = model if sharded else DistributedDataParallel(model)
-        for part in images[rank::2].chunk(2):
-            wrapped(part).square().sum().backward()
-        found.append({name: p.grad.full_tensor() if sharded else p.grad for name, p in model.named_parameters()})
-    dist.barrier()
-    return found
-
-
-def test_fuse_in_two_processes(tmp_path):
-    model, (images, _) = timm_vit(), tiny_batch(8, 3)
-    (model(images).square().sum() / 2).backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
-    for found in run_in_processes(2, tmp_path, in_processes):
-        for gradients_of_way in found:
-            assert_equal(gradients_of_way, expected)
 
 
 @pytest.fixture
