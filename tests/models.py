@@ -103,7 +103,8 @@ def openai_models() -> ModuleType:
     return sys.modules["clip.model"]
 
 
-def openai_clip() -> torch.nn.Module:
-    """OpenAI's model in fp32, the dtype that its norms compute in."""
+def openai_clip(size: int = 16, layers: int | tuple[int, ...] = 3, width: int = 64) -> torch.nn.Module:
+    """OpenAI's model in fp32, the dtype that its norms compute in; several numbers of layers are those of a ResNet."""
     torch.manual_seed(0)
-    return random_weights(openai_models().CLIP(12, 16, 3, 64, 8, 77, 60, 16, 2, 3)).float()
+    patch = 8 if isinstance(layers, int) else None
+    return random_weights(openai_models().CLIP(12, size, layers, width, patch, 77, 60, 16, 2, 3)).float()

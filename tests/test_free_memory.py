@@ -35,10 +35,6 @@ def group(folder: str, limit: object, used: int, inactive: int = 0) -> dict[str,
     return {f"cgroup/{folder}{name}": text for name, text in files.items()}
 
 
-def test_free_bytes_without_limits(system):
-    assert memory.free_bytes(CPU) == 8 << 30
-
-
 VM_STAT = """\
 Mach Virtual Memory Statistics: (page size of 16384 bytes)
 Pages free:                               40000.
@@ -82,19 +78,24 @@ def test_free_bytes_unknown(tmp_path, monkeypatch):
     assert memory.free_bytes(CPU) == float("inf")
 
 
-def test_free_bytes_adds_reclaimable_page_cache(system):
-    system(**{"proc/self/cgroup": "0::/job"}, **group("job/", 300 * MIB, 250 * MIB, 30 * MIB))
-    assert memory.free_bytes(CPU) == 80 * MIB
+def limited(*limits: object) -> dict[str, object]:
+    """Groups a/b and a, and the root, of which each uses 200 MiB; their limits."""
+    names = ("a/b/", "a/", "")
+    return {k: v for name, limit in zip(names, limits, strict=True) for k, v in group(name, limit, 200 * MIB).items()}
 
 
-@pytest.mark.parametrize("limited", ["a/b/", "a/", ""], ids=["own", "above", "root"])
-def test_free_bytes_is_minimum_over_groups(system, limited):
-    for name in ("a/b/", "a/", ""):
-        system(**group(name, 300 * MIB if name == limited else "max", 200 * MIB))
-    system(**{"proc/self/cgroup": "4:memory:/x\n0::/a/b"})
-    assert memory.free_bytes(CPU) == 100 * MIB
+NESTED = {"proc/self/cgroup": "4:memory:/x\n0::/a/b"}
+LIMITS: dict[str, tuple[dict[str, object], int]] = {
+    "none": ({}, 8 << 30),
+    "page cache": ({"proc/self/cgroup": "0::/job", **group("job/", 300 * MIB, 250 * MIB, 30 * MIB)}, 80 * MIB),
+    "own": (NESTED | limited(300 * MIB, "max", "max"), 100 * MIB),
+    "above": (NESTED | limited("max", 300 * MIB, "max"), 100 * MIB),
+    "root": (NESTED | limited("max", "max", 300 * MIB), 100 * MIB),
+    "exceeded": ({"proc/self/cgroup": "0::/", **group("", 300 * MIB, 301 * MIB)}, 0),
+}
 
 
-def test_free_bytes_is_never_negative(system):
-    system(**{"proc/self/cgroup": "0::/"}, **group("", 300 * MIB, 301 * MIB))
-    assert memory.free_bytes(CPU) == 0
+@pytest.mark.parametrize(("files", "expected"), LIMITS.values(), ids=LIMITS)
+def test_free_bytes_is_the_least_of_the_groups(system, files, expected):
+    system(**files)
+    assert memory.free_bytes(CPU) == expected

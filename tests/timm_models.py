@@ -22,7 +22,7 @@ from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tests.models import tiny_clip
+from tests.models import openai_clip, tiny_clip
 
 SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 12}
 CLIP = {"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5)}
@@ -154,3 +154,8 @@ def resnet() -> nn.Module:
     """Open_clip's own ResNet."""
     vision = {"layers": [1, 2, 1, 1], "width": 8, "image_size": 32, "patch_size": None}
     return randomise(tiny_clip(vision=vision)).double().eval()
+
+
+def openai_resnet() -> nn.Module:
+    """OpenAI's model with its own ResNet, in fp32."""
+    return randomise(openai_clip(32, (1, 2, 1, 1), 8)).eval()

@@ -184,24 +184,6 @@ def test_state_counts_yielded_batches(cache, tmp_path, prefetch, steps):
     assert same(taken(resumed), epochs[2])
 
 
-@pytest.mark.parametrize("prefetch", [0, 3])
-def test_state_after_an_unfinished_epoch(cache, prefetch):
-    """The state is of the epoch started after it."""
-    loader = cache.loader(2, "random", prefetch=prefetch)
-    taken(loader, 3)
-    state_of_unfinished = loader.state_dict()
-    batches = []
-    for features, _ in loader:
-        batches.append(features)
-        if len(batches) == 4:
-            state = loader.state_dict()
-    resumed = cache.loader(2, "random", prefetch=prefetch)
-    resumed.load_state_dict(state)
-    assert same(taken(resumed), batches[4:])
-    resumed.load_state_dict(state_of_unfinished)
-    assert same(taken(resumed), taken(cache.loader(2, "random"))[3:])
-
-
 # ---- GPU -------------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from tests.timm_models import (
     fused_fastvit,
     mobile_clip,
     naflex,
+    openai_resnet,
     relative,
     resnet,
     swin,
@@ -202,5 +203,6 @@ STAGED = {
     "vitamin": image_tower(vitamin, STAGES | POOLS, size=32, depth=5),
     "vitamin_token": like_another(partial(vitamin, **TOKEN, reg_tokens=1), STAGES, size=32, depth=5),
     "resnet": image_tower(resnet, STAGES, size=32, depth=5),
+    "openai_resnet": image_tower(openai_resnet, STAGES, size=32, depth=5),
 }
 FAMILIES = WHOLE | ENCODERS | TIMM | STAGED
