@@ -6,7 +6,6 @@ without a GPU       counts, aot and gpu_model, by flops, launches, recording and
 on a GPU            gpu.sh, by gpu; tune
 results             equivalence, models, unknown, when/
 rows and pages      measure times, rows and tables store, report and pages/ show
-two commits         test_steps
 """
 
 import warnings

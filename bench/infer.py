@@ -58,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             refuse_if_wrong({name: found[name]() for name in {PUBLISHED, *args.implementation}}, truth, precision)
             runs |= {(name, precision): found[name] for name in args.implementation}
         flops = {key: flops_of(run) for key, run in runs.items()}
-        moved = dict.fromkeys(runs, weights)
-        columns = measure.compare(runs, args.rounds, args.device, flops=flops, moved=moved)
         rows = []
-        for (name, precision), times in columns.items():
+        for (name, precision), times in measure.compare(runs, args.rounds, args.device).items():
+            floor = 1000 * measure.floor(flops[name, precision], measure.DTYPES[precision], weights, args.device)
             row = {"implementation": name, "model": model, "images": args.images, "B": batch, "C": classes}
             row |= {"skip_layers": args.skip_layers, "precision": precision} | times
+            row |= {"floor_ms": round(floor, 3), "above_floor": round(times["p50_ms"] / floor, 3)}
             row |= {"images_s": round(1000 * args.images / times["p50_ms"], 2)}
             rows.append(row | {"gflop": round(flops[name, precision] / 1e9, 3), "note": ""})
             print(f"{name:20} {precision}  C = {classes:5}  {measure.shown(rows[-1])}")

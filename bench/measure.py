@@ -8,7 +8,7 @@ import functools
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
@@ -80,22 +80,14 @@ def seconds_of(
 
 
 def compare(
-    functions: dict[tuple[str, str], Callable[[], Any]],
-    rounds: int,
-    device: torch.device,
-    *,
-    flops: Mapping[tuple[str, str], float],
-    moved: Mapping[tuple[str, str], int],
+    functions: dict[tuple[str, str], Callable[[], Any]], rounds: int, device: torch.device
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """Columns of each implementation and precision, all of which have run before: times, our speed-up and the floor."""
+    """Columns of each implementation and precision, all of which have run before: times, and our speed-up."""
     seconds, columns = time_alternately(functions, rounds, device, warm_up=False), {}
     for (name, precision), times in seconds.items():
-        row: dict[str, Any] = milliseconds(times) | {"rounds": rounds}
+        columns[name, precision] = milliseconds(times) | {"rounds": rounds}
         if name != OURS and (OURS, precision) in seconds:
-            row["faster"] = round(median_ratio(times, seconds[OURS, precision]), 3)
-        least = floor(flops[name, precision], DTYPES[precision], moved[name, precision], device)
-        row |= {"floor_ms": round(1000 * least, 3), "above_floor": round(quantile(times, 0.5) / least, 3)}
-        columns[name, precision] = row
+            columns[name, precision]["faster"] = round(median_ratio(times, seconds[OURS, precision]), 3)
     return columns
 
 

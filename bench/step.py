@@ -13,10 +13,9 @@
 
 Each is checked against another computation of the same result before it is timed. Then forward and backward run in
 turn, in a new order each round. Time and memory are extrapolated from two small numbers of classes: a step predicted
-not to fit, or to take longer than --longest, is skipped with the reason in its row. The floor of a step is the time of
-its products at the rate of a large product, and of reading its weights twice and writing their gradients at the rate of
-a copy. Rows are appended to bench/results/DEVICE/step.csv after each number of classes; with --skip-layers to a table
-of its own. By default half of the blocks of each tower are skipped.
+not to fit, or to take longer than --longest, is skipped with the reason in its row. Rows are appended to
+bench/results/DEVICE/step.csv after each number of classes; with --skip-layers to a table of its own. By default half of
+the blocks of each tower are skipped.
 
 --training also measures the memory of training: in a process of its own, the peak of the second step with its update
 above the memory before the model is made. Besides the step that is weights, momentum, and text features at the cut.
@@ -39,7 +38,6 @@ from skipkernels.memory import PeakMemory, free_bytes
 from skipkernels.selection import RankSampler
 
 from . import measure
-from .flops import flops_of
 from .inputs import parser, random_inputs
 from .measure import OURS
 from .rows import PRECISIONS, save
@@ -53,7 +51,7 @@ _NAMES = {OURS: OURS, "min": MIN, PUBLISHED: PUBLISHED, "compiled": COMPILED, "f
 IMPLEMENTATIONS = tuple(_NAMES.values())
 _COLUMNS = (
     "implementation model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster "
-    "saved_mib peak_mib training_mib gflop floor_ms above_floor note"
+    "saved_mib peak_mib training_mib note"
 ).split()
 _PROBED = 4, 12  # classes from which time and memory are extrapolated
 _MANY = 2000  # classes from which text features are kept on disk between steps
@@ -171,23 +169,16 @@ def rows_of(
 
 def timed(args: argparse.Namespace, steps: dict[Key, Step]) -> dict[Key, dict[str, Any]]:
     """Columns of the steps: sizes, then times in turn, then peak memory."""
-    saved, flops = {}, {}
-    for key, step in steps.items():
-        if (theirs := (PUBLISHED, key[1])) in flops and key[0] == COMPILED:  # its calls cannot be counted
-            saved[key], flops[key] = saved[theirs], flops[theirs]
-        else:
-            saved[key], flops[key] = testing.saved_bytes(step.loss), flops_of(step)
-    # Blocks that are recomputed to save memory are not part of the floor.
-    least = {key: flops.get((OURS, key[1]), flops[key]) if key[0] == MIN else flops[key] for key in steps}
-    weights = {key: [w for w in step.model.parameters() if w.requires_grad] for key, step in steps.items()}
-    moved = {key: 3 * sum(weight.nbytes for weight in of) for key, of in weights.items()}
-    found = measure.compare(dict(steps), args.rounds, args.device, flops=least, moved=moved)
+    # What compiled code saves cannot be counted: that of the same step.
+    counted = {key: steps.get((PUBLISHED, key[1]), step) if key[0] == COMPILED else step for key, step in steps.items()}
+    saved = {key: testing.saved_bytes(step.loss) for key, step in counted.items()}
+    found = measure.compare(dict(steps), args.rounds, args.device)
     for key, step in steps.items():
         step.model.zero_grad()  # free the gradients of the rounds before measuring memory
         peak = testing.peak_bytes(step, args.device, warm_up=False)
         skip = step.skip_layers if isinstance(step.skip_layers, int) else "+".join(map(str, step.skip_layers))
         sizes = {"saved_mib": round(saved[key] / 2**20, 1), "peak_mib": round(peak / 2**20, 1)}
-        found[key] |= {"skip_layers": skip, "K": step.K, "gflop": round(flops[key] / 1e9, 2)} | sizes
+        found[key] |= {"skip_layers": skip, "K": step.K} | sizes
     return found
 
 

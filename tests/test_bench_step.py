@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import skipkernels as sk
-from bench import cache, infer, inputs, measure, memory, published, step, test_steps, training
+from bench import cache, infer, inputs, measure, memory, published, step, training
 from bench.published import PublishedStep
 from bench.rows import KINDS, MACHINE
 from skipkernels import testing
@@ -66,12 +66,8 @@ def test_step_writes_a_row_per_implementation(table):
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) and row["note"] == ""
         every = implementation in (step.FULL, step.PROMPTS)
         assert (row["skip_layers"], row["K"]) == (("0", "20") if every else ("3+2", "11"))
-        assert float(row["above_floor"]) == pytest.approx(float(row["p50_ms"]) / float(row["floor_ms"]), rel=0.1)
-    saved, flop = ({name: float(row[column]) for name, row in found.items()} for column in ("saved_mib", "gflop"))
+    saved = {name: float(row["saved_mib"]) for name, row in found.items()}
     assert saved["skipkernels, memory=min"] < saved["skipkernels"] < saved["published"] < saved["full fine-tuning"]
-    assert flop["skipkernels"] < flop["skipkernels, memory=min"] and flop["skipkernels"] < flop["published"]
-    floors = (found[name]["floor_ms"] for name in ("skipkernels", "skipkernels, memory=min"))
-    assert len(set(floors)) == 1, "the floor excludes recomputed blocks"
 
 
 def test_step_that_does_not_fit_is_skipped(monkeypatch, table):
@@ -82,13 +78,6 @@ def test_step_that_does_not_fit_is_skipped(monkeypatch, table):
     assert left["p50_ms"] == "" and left["note"].startswith("does not fit: 1000 classes keep about ")
     assert float(rows["skipkernels", "fp32", 1000]["p50_ms"]) > 0
     assert "compared at 12 classes" in rows["skipkernels", "fp32", 1000]["note"]
-
-
-def test_steps_of_pytest_benchmark_run():
-    ran = []
-    test_steps.test_step(lambda function: ran.append(function()), "vit-tiny", 20, "bf16")
-    test_steps.test_predict(lambda function: ran.append(function()), "vit-tiny", 20)
-    assert len(ran) == 2
 
 
 def test_prompts_have_the_lengths_of_imagenet():

@@ -1,13 +1,11 @@
 """Pre-train `pictogram-tiny` on icons and their names.
 
     python -m recipes.pictograms.pretrain --out runs/pictogram-tiny
-    python -m recipes.pictograms.pretrain --out runs/pictogram-tiny --wide-steps 20000    change the length and continue
 
 Three phases. `names`: images are classified among the names that four families or more draw, by a table of word
 vectors in place of the text tower, which learns to reproduce the table. `pairs`: both towers contrastively, with the
-same names. `wide`: the same with all names. The learning rate is constant except for warm-ups and the last steps,
-before which the checkpoint is kept as `constant.pt`: as `checkpoint.pt` of a longer run, it continues without the
-decay. Measured and exported is a running average of the weights.
+same names. `wide`: the same with all names. The learning rate is constant except for warm-ups and the last steps.
+Measured and exported is a running average of the weights.
 
 A run that is interrupted anywhere continues from its last checkpoint, and gives the weights that it would have given:
 the random numbers of a step depend on its index.
@@ -18,8 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import shutil
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -393,15 +389,10 @@ class Run:
 
     def train(self) -> None:
         """Run the remaining steps."""
-        stopped = []
-        previous = {s: signal.signal(s, lambda *_: stopped.append(1)) for s in (signal.SIGTERM, signal.SIGINT)}
         saved, started = time.perf_counter(), time.process_time() - self.seconds
-        while self.step < self.options.steps and not stopped:
+        while self.step < self.options.steps:
             self.losses.append(self.train_step())
             self.seconds = time.process_time() - started  # of this process: other load does not count
-            if self.step == self.options.steps - self.options.decay:
-                self.save()
-                shutil.copyfile(self.options.out / "checkpoint.pt", self.options.out / "constant.pt")
             if self.step % self.options.every == 0 or self.step == self.options.steps:
                 self.measure()
                 self.save()
@@ -411,9 +402,6 @@ class Run:
                 self.save()
                 print(f"step {self.step}, {self.seconds:.0f} s, loss {np.mean(self.losses):.3f}", flush=True)
                 saved = time.perf_counter()
-        self.save()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
     def measure(self) -> None:
         """Add a row."""
