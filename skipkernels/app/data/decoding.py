@@ -19,7 +19,6 @@ _UNREADABLE += (ArithmeticError, AttributeError, RuntimeError, struct.error, zli
 _UNREADABLE += (Image.DecompressionBombError, MemoryError)
 # Under any extension: six .jpg files of Oxford-IIIT Pet are GIFs. Others are excluded: Pillow runs Ghostscript on EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
-_TIFF = b"II*\0", b"MM\0*"  # first bytes, in either byte order
 _TILE_SIZE = 322, 323  # tags of a TIFF: width and height of a tile
 _MAX_RATIO = 500  # of the sides: a transform that resizes a line of 8000 x 2 pixels to 224 makes 200 million of them
 
@@ -38,12 +37,9 @@ def open_image(file: BinaryIO, name: str | Path, max_pixels: int) -> Image.Image
         image = Image.open(file, formats=_formats())
         tile = [int(getattr(image, "tag_v2", {}).get(tag, 0)) for tag in _TILE_SIZE]
     except UnidentifiedImageError as error:
-        file.seek(0)
-        if file.read(4) in _TIFF:
-            reason = "a TIFF of more than four bands, or of another kind that Pillow can't decode; save three in 8 bits"
-            raise unreadable(name, reason) from error
         heif = "" if "HEIF" in _formats() else "; HEIC needs: pip install 'skipkernels[heif]'"
-        raise unreadable(name, f"not {', '.join(_formats())}{heif}", UnknownFormat) from error
+        known = f"not {', '.join(_formats())} of up to four channels{heif}"
+        raise unreadable(name, known, UnknownFormat) from error
     except _UNREADABLE as error:
         raise unreadable(name, error) from error
     if max(math.prod(image.size), math.prod(tile)) > max_pixels:

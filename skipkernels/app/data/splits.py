@@ -41,7 +41,7 @@ def listed_source(
     and `remedy` how to give some, both for messages.
     """
     notes = list(notes)
-    if all(map(is_number, classes)):
+    if all(name.isdecimal() for name in classes):
         notes.append(f"{name}: the classes have numbers and no names, and prompts are made of names.")
     missing: dict[Split, str] = {}
     hashed = splits is None or set(splits) == {"train"}
@@ -86,20 +86,11 @@ def _hash_splits(images: Images, classes: Sequence[str], remedy: str) -> tuple[l
     return found, missing
 
 
-def is_number(text: str) -> bool:
-    """Return True for a class id in decimal digits.
-
-    >>> is_number("007"), is_number("²"), is_number("-1"), is_number("٣")
-    (True, False, False, False)
-    """
-    return text.isascii() and text.isdigit() and len(text) < 19  # an int64
-
-
 def labels_by_name(location: str, found: Sequence[str], remedy: str) -> tuple[list[int], tuple[str, ...]]:
     """Return the label of each image, and the class names by label, in the order of the sorted names.
 
     `found` is the class of each image, as text; see `class_names` for the others.
     """
-    ids = sorted(set(found), key=lambda text: (not is_number(text), int(text) if is_number(text) else 0, text))
-    label_of = {one: label for label, one in enumerate(ids)}
-    return [label_of[one] for one in found], class_names(location, ids, remedy)
+    names = sorted(set(found))
+    label_of = {name: label for label, name in enumerate(names)}
+    return [label_of[name] for name in found], class_names(location, names, remedy)

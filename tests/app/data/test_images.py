@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from PIL import EpsImagePlugin, ExifTags, Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from skipkernels.app.data import DatasetImages, InputError, LabelledImages
+from skipkernels.app.data import DatasetImages, LabelledImages
 from skipkernels.app.data.decoding import open_image, to_rgb
 from skipkernels.app.data.images import read_labels
 from skipkernels.app.data.reading import read_image
@@ -92,19 +91,6 @@ def test_read_image_heif(tmp_path):
 
 
 # ---- invalid files ---------------------------------------------------------------------------------------------------
-
-
-def test_read_image_tiff_of_thirteen_bands(tmp_path):
-    """A satellite image of 2 x 2 pixels, without compression."""
-    bands, pixels = 13, bytes(2 * 2 * 13 * 2)
-    bits = 8 + 2 + 9 * 12 + 4  # place of the bits per band, behind the fields; then come the pixels
-    sizes = {256: 2, 257: 2, 259: 1, 262: 1, 273: bits + 2 * bands, 277: bands, 278: 2, 279: len(pixels)}
-    fields = {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in sizes.items()}
-    fields[258] = struct.pack("<HHII", 258, 3, bands, bits)
-    header = b"II*\0" + struct.pack("<IH", 8, len(fields)) + b"".join(fields[tag] for tag in sorted(fields)) + bytes(4)
-    (tmp_path / "scene.tif").write_bytes(header + struct.pack("<H", 16) * bands + pixels)
-    with pytest.raises(InputError, match="a TIFF of more than four bands, or of another kind.*save three in 8 bits"):
-        read_image(tmp_path / "scene.tif")
 
 
 def encoded(kind: str) -> bytes:

@@ -223,10 +223,3 @@ def test_task_validation(images, validation, count, note):
     assert task.validation.classes == CLASSES and any(note in each for each in task.notes)
     parts = [set(part.names) for part in (task.train, task.validation.images, task.tests[0].images)]
     assert len(set.union(*parts)) == sum(map(len, parts)), "no image is in two parts"
-
-
-def test_task_all_shots(images):
-    data = table(images, "path,label", lambda name, n: (f"images/{name}{n}.png", name))
-    task = task_of(data, shots="all", validation=0.2)
-    assert len(task.train) == 18 and len(task.validation.images) == 3
-    assert not any("fewer than" in note for note in task.notes)

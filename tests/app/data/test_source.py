@@ -6,17 +6,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from skipkernels.app.data import TaskOptions, from_datasets, load_task, open_source
+from skipkernels.app.data import TaskOptions, from_datasets, load_task
 from skipkernels.app.data.source import normalize_class_name
-from tests.app.data.pictures import make_coop
 
 # ---- by name ---------------------------------------------------------------------------------------------------------
-
-
-def test_subset_classes_relabels_images(tmp_path):
-    source = open_source("coop:imagenet", make_coop(tmp_path, "imagenet")).subset_classes([3, 0])
-    assert source.classes == ("tiger shark", "tench")
-    assert set(source.images("train").labels) == {0, 1} and len(source.images("test")) == 4
 
 
 def test_prompts_use_normalized_class_names():
