@@ -22,10 +22,12 @@ def _read(images: Images, use: Callable[[Any], Any]) -> Iterator[Any]:
     used = images.with_transform(use)
     workers = None if isinstance(images, LabelledImages) else 1
     for index, result in enumerate(read_ahead(lambda n: used[n][0], len(images), workers=workers)):
-        if isinstance(result, InputError) and result.argument is not None:  # of the label, not of the image
-            raise result
-        known = not isinstance(result, Exception) or isinstance(result, InputError)  # others: of a dataset of the user
-        yield result if known else InputError(f"{images.names[index]}: {result!r}")
+        if isinstance(result, InputError):
+            if result.argument is not None:  # about the label, not about the image
+                raise result
+        elif isinstance(result, Exception):  # from a dataset of the user
+            result = InputError(f"{images.names[index]}: {result!r}")
+        yield result
 
 
 def _unreadable(images: Images) -> dict[int, str]:

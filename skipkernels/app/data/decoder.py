@@ -45,25 +45,26 @@ def decode(source: bytes | str, name: str | Path, *, max_pixels: int = PIXELS, s
 
     Of an image of more than `max_pixels` nothing is decoded.
     """
-    request = {"name": str(name), "max_pixels": max_pixels, "seconds": seconds}
-    request |= {"path": source} if isinstance(source, str) else {"bytes": len(source)}
+    path, data = (source, b"") if isinstance(source, str) else (None, source)
+    request = {"path": path, "name": str(name), "max_pixels": max_pixels, "seconds": seconds}
     decoder = _take()
     start = time.monotonic()
     try:
-        found = decoder.ask(request, b"" if isinstance(source, str) else source)
-    except BaseException as error:  # also an interruption: the rest of the answer would be taken for the next
+        found, pixels = decoder.ask(request, data)
+    except (OSError, EOFError, ValueError):  # the process has ended; ValueError: `end`, by another thread
         decoder.end()
-        if not isinstance(error, (OSError, EOFError, ValueError)):
-            raise
         late = time.monotonic() - start >= seconds
         code = decoder.process.returncode
         why = f"decoding takes more than {seconds:g} s" if late else f"its decoder ended with code {code}"
         raise unreadable(name, why) from None
+    except BaseException:  # an interruption: the rest of the answer would be taken for the next
+        decoder.end()
+        raise
     finally:
         decoder.taken.release()
-    if isinstance(found, InputError):
-        raise found
-    return found
+    if "error" in found:
+        raise _ERRORS[found["error"]](found["message"])
+    return Image.frombytes("RGB", tuple(found["size"]), pixels)
 
 
 class _Decoder:
@@ -86,16 +87,10 @@ class _Decoder:
                 f"decode: {sys.executable} can't import {__name__}. Is Pillow installed there?"
             ) from None
 
-    def ask(self, request: dict[str, Any], data: bytes) -> Image.Image | InputError:
-        """Send a request; return the image or the error.
-
-        EOFError and OSError: the process has ended. ValueError: another thread has closed the pipes by `end`.
-        """
+    def ask(self, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        """Send a request, and receive the answer."""
         _send(self.process.stdin, request, data)
-        found, pixels = _receive(self.process.stdout)
-        if "error" in found:
-            return _ERRORS[found["error"]](found["message"])
-        return Image.frombytes("RGB", tuple(found["size"]), pixels)
+        return _receive(self.process.stdout)
 
     def end(self) -> None:
         """End the process."""
@@ -165,7 +160,7 @@ def answer() -> None:
 
 def _decoded(request: dict[str, Any], data: bytes) -> Image.Image:
     name, max_pixels = request["name"], request["max_pixels"]
-    file = _opened(request["path"], name) if "path" in request else io.BytesIO(data)
+    file = io.BytesIO(data) if request["path"] is None else _opened(request["path"], name)
     try:
         _limit_memory(len(data) + _BYTES_PER_PIXEL * max_pixels)
         with file, open_image(file, name, max_pixels) as image:
