@@ -54,7 +54,7 @@ class CheckCommand:
             images = facts(source, lambda: advance(1))
         for note in source.notes:
             err.print(f"note: {note}", soft_wrap=True)
-        found = findings(images)
+        problems = findings(images)
         out.print(_table(images, str(source.name)))
         trained = Counter(one.label for one in images if one.split == "train" and one.reason is None)
         few = {name: trained[name] for name in source.classes if trained[name] < _FEW} if trained else {}
@@ -67,18 +67,18 @@ class CheckCommand:
             labels.setdefault(image.split, []).append(image.label)
         if (sizes := class_sizes_note(labels)) is not None:
             out.print(sizes, soft_wrap=True)
-        kinds = Counter(one.kind for one in found)
+        kinds = Counter(one.kind for one in problems)
         for kind, count in kinds.items():
             out.print(f"{kind}: {count:,}", style="bold")
-            for one in [one for one in found if one.kind == kind][:_SHOWN]:
+            for one in [one for one in problems if one.kind == kind][:_SHOWN]:
                 text = one.detail if kind == "unreadable" else f"{one.name} ({one.split}, {one.label}) = {one.detail}"
                 out.print(f"  {text}", soft_wrap=True)
             if count > _SHOWN:
                 out.print(f"  and {count - _SHOWN:,} more" + ("" if self.out else ": --out FILE has all"))
-        if not found:
+        if not problems:
             out.print("no unreadable images, no duplicates")
         if self.out is not None:
-            table = (csv_line(map(escaped, row)) for row in [Finding._fields, *found])
+            table = (csv_line(map(escaped, row)) for row in [Finding._fields, *problems])
             replace_text(self.out, "".join(table))
         return 1 if kinds["unreadable"] else 0
 

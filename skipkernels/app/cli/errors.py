@@ -102,10 +102,10 @@ def with_flags(error: BaseException) -> str:
     return _IN_BACKQUOTES.sub(_setting, message)
 
 
-def _setting(found: re.Match[str]) -> str:
-    name, value = found.groups()
+def _setting(match: re.Match[str]) -> str:
+    name, value = match.groups()
     if name not in _SETTINGS:
-        return found[0]
+        return match[0]
     return _flag(name) if value in (None, "True") else f"{_flag(name)} {value}"
 
 

@@ -185,7 +185,7 @@ def _find_images(paths: Iterable[Path]) -> tuple[list[str], Counter[str]]:
     from skipkernels.app.data import InputError
     from skipkernels.app.data.files import find_images, format_others
 
-    found: list[str] = []
+    images: list[str] = []
     others: Counter[str] = Counter()
     for path in paths:
         if path.is_dir():
@@ -193,12 +193,12 @@ def _find_images(paths: Iterable[Path]) -> tuple[list[str], Counter[str]]:
             if not inside:
                 none = f"has none{f' ({format_others(skipped)})' if skipped else ''}"
                 raise InputError(f"predict: images must be files or folders of images; {path} {none}.", "images")
-            found += [str(path / name) for name, _ in inside]
+            images += [str(path / name) for name, _ in inside]
             others += skipped
         elif not os.path.lexists(path):
             raise InputError(f"predict: images must be files or folders of images; there is no {path}.", "images")
         else:
-            found.append(str(path))
-    if not found:
+            images.append(str(path))
+    if not images:
         raise InputError("predict: images must be files or folders of images; got none.", "images")
-    return list(dict.fromkeys(found)), others
+    return list(dict.fromkeys(images)), others

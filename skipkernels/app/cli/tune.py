@@ -60,8 +60,8 @@ def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
     out.print(run_page.cost_table(config, metrics).in_terminal())
     names = ["report.html", "README.md", "metrics.json", "metrics.jsonl", metrics["checkpoint"]["file"]]
     names += ["config.yaml", "classifier.json", "open_clip_config.json"]
-    found = "  ".join(name for name in names if (config.out / name).exists())
-    out.print(f"{config.out}:  {found}", soft_wrap=True)
+    files = "  ".join(name for name in names if (config.out / name).exists())
+    out.print(f"{config.out}:  {files}", soft_wrap=True)
 
 
 def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:

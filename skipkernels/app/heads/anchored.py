@@ -43,15 +43,15 @@ def anchored_probe(image: Tensor, labels: Tensor, text: Tensor, scale: float | T
     """
     x, anchor, scale = _checked("anchored_probe", image, labels, text, scale)
     check_positive("anchored_probe", l2=l2)
-    found = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale)
-    distance = found.gradient / (l2 * scale)
+    fit = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale)
+    distance = fit.gradient / (l2 * scale)
     if not distance <= TOLERANCE:
         warn_caller(
             f"anchored_probe: after {ITERATIONS} iterations the distance from the minimum can be {distance:.1e}; "
             f"expected at most {TOLERANCE:.0e}. Use a larger l2."
         )
     dtype = torch.promote_types(image.dtype, torch.float32)
-    return Head(found.weight.to(dtype), found.bias.to(dtype), torch.tensor(scale, dtype=dtype, device=image.device))
+    return Head(fit.weight.to(dtype), fit.bias.to(dtype), torch.tensor(scale, dtype=dtype, device=image.device))
 
 
 def anchored_l2(
@@ -88,10 +88,10 @@ def linear_probe(image: Tensor, labels: Tensor, classes: int, scale: float | Ten
     """
     x, anchor, scale = _checked_without_text("linear_probe", image, labels, classes, scale)
     check_positive("linear_probe", l2=l2)
-    found = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale, bias=True)
+    fit = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale, bias=True)
     dtype = torch.promote_types(image.dtype, torch.float32)
-    bias = found.bias.masked_fill(labels.bincount(minlength=classes) == 0, -torch.inf)
-    return Head(found.weight.to(dtype), bias.to(dtype))
+    bias = fit.bias.masked_fill(labels.bincount(minlength=classes) == 0, -torch.inf)
+    return Head(fit.weight.to(dtype), bias.to(dtype))
 
 
 def probe_l2(image: Tensor, labels: Tensor, classes: int, scale: float | Tensor) -> float:
@@ -124,10 +124,10 @@ def _best_l2(
         correct, log_likelihood = 0, 0.0
         for number in (0, 1):
             held_out = fold == number
-            fit = x[~held_out], labels[~held_out], anchor, l2
-            found = logistic_regression(*fit, tolerance=_RANKED * l2 * scale, bias=bias, start=weights[number])
-            weights[number] = found.weight
-            logits, target = x[held_out] @ found.weight.T + found.bias, labels[held_out]
+            arguments = x[~held_out], labels[~held_out], anchor, l2
+            fit = logistic_regression(*arguments, tolerance=_RANKED * l2 * scale, bias=bias, start=weights[number])
+            weights[number] = fit.weight
+            logits, target = x[held_out] @ fit.weight.T + fit.bias, labels[held_out]
             correct += int((logits.argmax(dim=1) == target).sum())
             log_likelihood -= torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
         tried[l2] = correct, log_likelihood
@@ -150,9 +150,9 @@ def ranks(labels: Tensor) -> Tensor:
     [0, 0, 1, 2]
     """
     order, counts = labels.argsort(stable=True), labels.bincount()
-    found = torch.empty_like(labels)
-    found[order] = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
-    return found
+    rank = torch.empty_like(labels)
+    rank[order] = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
+    return rank
 
 
 def _checked_without_text(

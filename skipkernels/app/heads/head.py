@@ -50,8 +50,8 @@ class Head:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors by name, as for safetensors."""
-        found = {"weight": self.weight, "bias": self.bias, "scale": self.scale}
-        return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
+        tensors = {"weight": self.weight, "bias": self.bias, "scale": self.scale}
+        return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Head:

@@ -60,9 +60,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
             high = right
         else:
             low = left
-    found = (low + high) / 2
-    at_bound = min(found - _BOUNDS[0], _BOUNDS[1] - found) < _TOLERANCE
-    return None if at_bound else math.exp(found)
+    log_temperature = (low + high) / 2
+    at_bound = min(log_temperature - _BOUNDS[0], _BOUNDS[1] - log_temperature) < _TOLERANCE
+    return None if at_bound else math.exp(log_temperature)
 
 
 def fit_none_logit(logits: Tensor, temperature: float | None) -> float:
@@ -134,8 +134,8 @@ def find_thresholds(probabilities: Tensor, labels: Tensor) -> list[dict[str, Any
     for wanted, target in WANTED:
         reached = [point for point in points if point[wanted] >= target]
         place = 0 if wanted == "accuracy" else -1
-        found = reached[place] if reached else dict.fromkeys(("threshold", "coverage", "accuracy"))
-        rows.append({"wanted": wanted, "target": target, **found})
+        point = reached[place] if reached else dict.fromkeys(("threshold", "coverage", "accuracy"))
+        rows.append({"wanted": wanted, "target": target, **point})
     return rows
 
 

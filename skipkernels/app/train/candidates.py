@@ -78,14 +78,14 @@ class Candidate:
 
     def settings(self, config: TuneConfig) -> dict[str, Any]:
         """Fields of the configuration that trains it on all images, in place of those of `config`."""
-        found: dict[str, Any] = {"method": self.method, "head": self.head, "train_on_validation": True}
+        settings: dict[str, Any] = {"method": self.method, "head": self.head, "train_on_validation": True}
         if self.head == "none":
-            found["prior"] = "images"  # the other is that of a head
+            settings["prior"] = "images"  # the other is that of a head
         if self.factor is None:
-            return found | {"epochs": 0, "blend": 1.0}
+            return settings | {"epochs": 0, "blend": 1.0}
         rates = {name: getattr(config, name) for name in ("text_lr", "image_lr")}
-        found |= {name: float(f"{self.factor * rate:.6g}") for name, rate in rates.items() if rate is not None}
-        return found | {"blend": self.blend}
+        settings |= {name: float(f"{self.factor * rate:.6g}") for name, rate in rates.items() if rate is not None}
+        return settings | {"blend": self.blend}
 
 
 @dataclass(eq=False)
@@ -239,13 +239,13 @@ class Search:
             for blend, blended in itertools.groupby(trials, key=lambda trial: trial.candidate.blend):
                 started = time.perf_counter()
                 self._between.set(blend)
-                found = self.frozen if factor is None else self.setup.examples(self.features)
-                if not (found.image.isfinite().all() and found.text.isfinite().all()):
+                examples = self.frozen if factor is None else self.setup.examples(self.features)
+                if not (examples.image.isfinite().all() and examples.text.isfinite().all()):
                     raise FloatingPointError
                 embedded = time.perf_counter() - started
                 for trial in blended:
                     started = time.perf_counter()
-                    trial.logits.append(self._logits(trial.candidate.head, found, split))
+                    trial.logits.append(self._logits(trial.candidate.head, examples, split))
                     trial.seconds += trained + embedded + time.perf_counter() - started
         finally:
             self._between.end()
@@ -266,16 +266,16 @@ class Search:
                 sampler.load_state_dict(before)
 
     @torch.no_grad()
-    def _logits(self, name: HeadName, found: Examples, split: int) -> Tensor:
+    def _logits(self, name: HeadName, examples: Examples, split: int) -> Tensor:
         """Fit a head to the images of a split that are not held out; return the logits [n, C] of the others."""
-        held = self.masks[split].to(found.image.device)
-        image = found.image[held]
+        held = self.masks[split].to(examples.image.device)
+        image = examples.image[held]
         if name == "none":
-            return cosine_logits(image, found.text, self.setup.method.model.logit_scale).float().cpu()
+            return cosine_logits(image, examples.text, self.setup.method.model.logit_scale).float().cpu()
         if (split, name) not in self._l2:
             self._l2[split, name] = choose_l2(name, _part(self.frozen, ~held))
         balanced = self.config.prior == "balanced"
-        head = fit_head(name, _part(found, ~held), self._l2[split, name], equal_priors=balanced)
+        head = fit_head(name, _part(examples, ~held), self._l2[split, name], equal_priors=balanced)
         assert head is not None
         return head.logits(image).float().cpu()
 
@@ -357,5 +357,5 @@ class Search:
         )
 
 
-def _part(found: Examples, images: Tensor) -> Examples:
-    return found._replace(image=found.image[images], labels=found.labels[images])
+def _part(examples: Examples, images: Tensor) -> Examples:
+    return examples._replace(image=examples.image[images], labels=examples.labels[images])

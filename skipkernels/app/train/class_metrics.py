@@ -90,11 +90,11 @@ def class_metrics(labels: Tensor, predicted: Tensor, classes: Sequence[str]) -> 
 def metrics_of_test(labels: Tensor, top: TopClasses, classes: Sequence[str]) -> dict[str, Any]:
     """Return what metrics.json has of a test: means over the classes with images, and the classes."""
     predicted = top.classes[:, 0]
-    found = class_metrics(labels, predicted, classes)
+    by_class = class_metrics(labels, predicted, classes)
     return {
         "balanced_accuracy": round(image_scores(labels, predicted, balanced=True).mean().item(), 4),
-        "macro_f1": round(sum(each.f1 for each in found) / len(found), 4),
-        "classes": [each._asdict() for each in found],
+        "macro_f1": round(sum(each.f1 for each in by_class) / len(by_class), 4),
+        "classes": [each._asdict() for each in by_class],
     }
 
 

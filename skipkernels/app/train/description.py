@@ -126,11 +126,11 @@ def describe(config: TuneConfig, model: Any, task: Task, *, weights: str) -> Des
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that compute, by name."""
-    found = {"skipkernels": skipkernels.__version__, "python": platform.python_version()}
+    versions_by_name = {"skipkernels": skipkernels.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            versions_by_name[package] = importlib.metadata.version(package)
+    return versions_by_name
 
 
 def preprocessing(model: Any) -> dict[str, Any]:

@@ -51,16 +51,16 @@ class Evaluator:
         self._features = dict(features)
         if validation is not None:
             self._features[VALIDATION] = validation
-        self.labels = {name: found.labels for name, found in self._features.items()}
+        self.labels = {name: features.labels for name, features in self._features.items()}
 
     def evaluate(self, method: Method, when: str = _AFTER_EPOCH) -> Evaluation:
         """Evaluate a method."""
         top, accuracies = {}, {}
         for name in self._features:
-            found = self._of_batches(method, name, top_classes)
-            if found is None:
+            predicted = self._of_batches(method, name, top_classes)
+            if predicted is None:
                 continue
-            top[name] = TopClasses(*found)
+            top[name] = TopClasses(*predicted)
             if not top[name].probabilities.isfinite().all():  # NaN if a logit is
                 raise FloatingPointError(f"tune: logits of the test {name!r} are not finite {when}")
             correct = top[name].classes[:, 0] == self.labels[name]
@@ -68,18 +68,18 @@ class Evaluator:
         validation = accuracies.pop(VALIDATION, None)
         return Evaluation(self._summarised(accuracies), top, validation)
 
-    def by_class(self, found: Evaluation) -> dict[str, dict[str, Any]]:
+    def by_class(self, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
         """Return the metrics by class of each test with predictions, and of the validation images."""
         tests = {test.name: test.classes for test in self._setup.task.tests}
         tests[VALIDATION] = self._setup.task.tests[0].classes
-        return {name: metrics_of_test(self.labels[name], top, tests[name]) for name, top in found.top.items()}
+        return {name: metrics_of_test(self.labels[name], top, tests[name]) for name, top in evaluation.top.items()}
 
     def validation_logits(self, method: Method) -> tuple[Tensor, Tensor] | None:
         """Return logits [n, C] and labels [n] of the validation images; None if there are none."""
         if VALIDATION not in self._features:
             return None
-        found = self._of_batches(method, VALIDATION, lambda logits: (logits,))
-        return None if found is None else (found[0], self.labels[VALIDATION])
+        logits = self._of_batches(method, VALIDATION, lambda logits: (logits,))
+        return None if logits is None else (logits[0], self.labels[VALIDATION])
 
     def predictions(self, before: Evaluation, after: Evaluation) -> list[TestPredictions]:
         """Collect the predictions for each test, for the files of a run."""

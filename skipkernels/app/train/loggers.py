@@ -24,7 +24,7 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     >>> scalars({"epoch": 1, "loss": 0.5, "accuracy": {"base": 60.0, "new": None}})
     {'loss': 0.5, 'accuracy/base': 60.0}
     """
-    found = {name: row.get(name) for name in ("loss", "kept_classes", "seconds", "validation")}
+    numbers = {name: row.get(name) for name in ("loss", "kept_classes", "seconds", "validation")}
     for group in ("lr", "accuracy"):
-        found |= {f"{group}/{name}": value for name, value in (row.get(group) or {}).items()}
-    return {name: value for name, value in found.items() if finite(value)}
+        numbers |= {f"{group}/{name}": value for name, value in (row.get(group) or {}).items()}
+    return {name: value for name, value in numbers.items() if finite(value)}

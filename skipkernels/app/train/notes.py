@@ -12,14 +12,14 @@ from ..methods.registry import PACKAGED
 
 def setting_notes(config: TuneConfig) -> tuple[str, ...]:
     """Return notes on settings: the packaged model on the user's own data, and `skip_layers` 1 or 1.0."""
-    found: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     if config.own_data and (demonstration := demonstration_note(config.model)) is not None:
-        found += (demonstration,)
+        notes += (demonstration,)
     if config.method == "skip" and config.skip_layers == 1:
         one = "--skip-layers 1 skips one block of each tower; 1.0 would skip every block."
         every = "--skip-layers 1.0 skips every block of each tower; 1 would skip one block."
-        found += (one if isinstance(config.skip_layers, int) else every,)
-    return found
+        notes += (one if isinstance(config.skip_layers, int) else every,)
+    return notes
 
 
 def compared(config: TuneConfig, held_out: int, factors: Sequence[float]) -> str:

@@ -123,9 +123,9 @@ class ProgressDisplay:
 
     def _accuracies(self, accuracy: Mapping[str, float | None]) -> list[str]:
         """Accuracies with their change."""
-        found = []
+        parts = []
         for name, after in ((name, value) for name, value in accuracy.items() if finite(value)):
             before = self._zero_shot.get(name)
             change = f" ({after - before:+.1f})" if accuracy is not self._zero_shot and finite(before) else ""
-            found.append(f"{name} {after:.1f} %{change}")
-        return found
+            parts.append(f"{name} {after:.1f} %{change}")
+        return parts

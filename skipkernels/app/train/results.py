@@ -24,7 +24,7 @@ def metrics_of(run: Run) -> dict[str, Any]:
     """Return the contents of metrics.json for a run that is complete, but for its notes."""
     assert run.tuned is not None
     config, task, choice, rows = run.config, run.task, run.choice, run.rows
-    before, after = (run.evaluator.by_class(found) for found in (run.zero_shot, run.tuned))
+    before, after = (run.evaluator.by_class(evaluation) for evaluation in (run.zero_shot, run.tuned))
     if choice is not None and choice.by_class:
         before[VALIDATION], after[VALIDATION] = choice.by_class
     return {
@@ -81,10 +81,10 @@ def _validation(run: Run) -> dict[str, Any] | None:
         return None
     assert run.tuned is not None
     images = len(run.task.validation.images)
-    found = {"images": images, "zero_shot": run.zero_shot.validation, "tuned": run.tuned.validation}
+    validation = {"images": images, "zero_shot": run.zero_shot.validation, "tuned": run.tuned.validation}
     if run.config.class_weight is not None:  # epochs are compared by it
-        found["balanced"] = run.evaluator.by_class(run.tuned)[VALIDATION]["balanced_accuracy"]
-    return found | {"thresholds": run.thresholds}
+        validation["balanced"] = run.evaluator.by_class(run.tuned)[VALIDATION]["balanced_accuracy"]
+    return validation | {"thresholds": run.thresholds}
 
 
 def _parameters(run: Run) -> dict[str, int]:

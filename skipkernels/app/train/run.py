@@ -97,11 +97,12 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Execute all steps; return the contents of metrics.json."""
+        assert self.folder is not None
         with self._errors_completed(), self.display:
             self.embed()  # features of all images, and the accuracy of the pretrained weights
             self.choose()  # method, learning rates and head, where the configuration leaves them open
             self.prepare()  # the trainer
-            with contextlib.nullcontext() if self.folder is None else self.folder.lock():  # nothing is written before
+            with self.folder.lock():  # nothing is written before
                 self.begin()  # files that training does not change, and the checkpoint to resume
                 self.train()  # by epochs or in closed form
                 self.complete()  # blend, head, calibration
@@ -192,8 +193,8 @@ class Run:
         described = self.folder.write_model(described, self.method.state_dict(), self.method.fitted)
         metrics = metrics_of(self)
         metrics["notes"] = self.warnings  # also those to come
-        found = notes.weak_result(self.config, metrics), notes.optimistic_validation(metrics)
-        self.warnings += [note for note in found if note is not None]
+        doubts = notes.weak_result(self.config, metrics), notes.optimistic_validation(metrics)
+        self.warnings += [note for note in doubts if note is not None]
         self.folder.write_card(described, metrics)
         try:
             self.folder.write_report(metrics, self.evaluator.predictions(self.zero_shot, self.tuned), self.rows)
@@ -312,11 +313,11 @@ class Run:
 
     def _list_unreadable(self) -> None:
         """Raise an error that names all images that can't be read, if there are any."""
-        found = unreadable_images(self.task)
-        for reason in found.values():
+        unreadable = unreadable_images(self.task)
+        for reason in unreadable.values():
             self._tell("unreadable", reason)
-        if found:
+        if unreadable:
             raise InputError(
-                f"{len(found)} of the images can't be read: {format_names(list(found))}. Replace or remove them, or "
-                "leave them out with `unreadable=skip`."
+                f"{len(unreadable)} of the images can't be read: {format_names(list(unreadable))}. Replace or remove "
+                "them, or leave them out with `unreadable=skip`."
             )

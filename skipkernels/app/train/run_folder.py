@@ -197,8 +197,8 @@ def resumed(config: TuneConfig) -> TuneConfig:
     names = [field.name for field in dataclasses.fields(TuneConfig)]
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(TuneConfig, name)}
     given |= {"out": config.resume, "resume": True, "overwrite": config.overwrite}
-    found = TuneConfig.from_yaml(config.resume / CONFIG, trust=config.trust, given=given)
-    return dataclasses.replace(found, **given)
+    earlier = TuneConfig.from_yaml(config.resume / CONFIG, trust=config.trust, given=given)
+    return dataclasses.replace(earlier, **given)
 
 
 def has_run(folder: Path) -> bool:
@@ -235,9 +235,9 @@ class RunFolder:
         if config.resume and (self.path / METRICS).exists():
             self.finished = read_metrics(self.path)
             self._check_settings(TuneConfig.from_yaml(self.path / CONFIG, trust=True).identity())  # nothing is loaded
-        elif config.resume and (found := checkpoint.load(self.path)) is not None:
-            self._check_settings(found.settings)
-            self.resumed = found
+        elif config.resume and (saved := checkpoint.load(self.path)) is not None:
+            self._check_settings(saved.settings)
+            self.resumed = saved
 
     def _check_settings(self, before: dict[str, Any]) -> None:
         """Check that the run to resume has the settings that change results."""

@@ -22,6 +22,7 @@ from .model import check_model
 from .own_dataset import OwnData
 from .run import Run
 from .run_folder import RunFolder, resumed
+from .setup import build_run
 
 
 def tune(
@@ -117,7 +118,8 @@ def check(config: TuneConfig) -> None:
     config, open_data = _resolved(resumed(config), None)
     config, _ = chosen_before(config) if config.resume else (config, None)
     with _memory_errors(), _seeded(config):
-        Run(config, open_data, RunFolder(config))
+        RunFolder(config)
+        build_run(config, open_data=open_data)
 
 
 def _resolved(config: TuneConfig, open_data: Callable[[], Source] | None) -> tuple[TuneConfig, Callable[[], Source]]:

@@ -1,10 +1,12 @@
-"""Whole runs: results, reproducibility and options."""
+"""Whole runs: results, reproducibility, options, loggers and precision."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -164,3 +166,49 @@ def test_load_model_random_weights_follow_seed():
         for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_tune_writes_to_loggers(tmp_path, caplog):
+    mine, written = Mock(), []
+    mine.write = lambda row: written.append(row["epoch"])
+    with caplog.at_level("INFO", "skipkernels"):
+        tune(small(tmp_path, epochs=1, max_classes=4, shots=1), loggers=[mine])
+    mine.close.assert_called_once_with()
+    assert written == [1] and "epoch 1/1: loss" in caplog.text
+
+
+# ---- precision ------------------------------------------------------------------------------------------------------
+
+
+def test_bf16_keeps_accuracy(run, tmp_path):
+    folder, _ = run
+    metrics = tune(small(tmp_path, epochs=1, precision="bf16"))
+    assert losses(tmp_path) == pytest.approx(losses(folder)[:1], rel=0.1)
+    expected = rows(folder)[0]["accuracy"]["base"]
+    assert metrics["tuned"]["base"] == pytest.approx(expected, abs=9)  # one of 12 images, 8.3 %, may change
+    assert evaluate_run(tmp_path) == metrics["tuned"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_step_does_not_synchronize(tmp_path, monkeypatch, precision):
+    step, steps = trainer.Trainer._step, []
+
+    def watched(self, *args):
+        steps.append(1)
+        torch.cuda.set_sync_debug_mode("error" if len(steps) > 1 else "default")  # the first compiles kernels
+        try:
+            return step(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(trainer.Trainer, "_step", watched)
+    tune(small(tmp_path, epochs=1, device="cuda", precision=precision))
+    assert len(steps) == 6
+
+
+def test_to_training_mode_keeps_batch_norm_statistics():
+    """A batch of one class has no representative statistics."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout())
+    trainer.to_training_mode(SimpleNamespace(model=model, train=model.train))
+    assert [module.training for module in model] == [False, True]

@@ -217,7 +217,7 @@ def test_out_of_memory_in_step(tmp_path, at_step, capsys):
     ids=repr,
 )
 def test_error_of_memory_is_translated(error, is_memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "Run", Mock(side_effect=error))
+    monkeypatch.setattr(tuning, "build_run", Mock(side_effect=error))
     with pytest.raises(type(error) if not is_memory else MemoryError) as caught:
         check(small(tmp_path))
     translated = re.match(r"tune: out of memory \([^\n]+\)\. Use `memory=min`", str(caught.value))
