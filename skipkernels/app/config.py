@@ -9,7 +9,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Collection
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -134,13 +133,14 @@ class TuneConfig(Settings):
         """Training settings of the method for the data and the protocol."""
         reference, method = self.preset == "reference", self.method_class()
         shots = self.shots if isinstance(self.shots, int) else _SHOTS
-        recipe_for = partial(method.recipe, "" if reference else self.model, self.protocol or "few-shot", shots)
-        if self.epochs is None and recipe_for(classes=2) != recipe_for(classes=2000):
+        settings = dataclasses.asdict(
+            method.recipe("" if reference else self.model, self.protocol or "few-shot", shots)
+        )
+        steps = settings.pop("steps")
+        if self.epochs is None and settings["epochs"] is None:
             classes = min(len(open_data().classes), self.max_classes or sys.maxsize)
-            recipe = recipe_for(classes=math.ceil(classes / 2) if self.protocol == "base-to-new" else classes)
-        else:
-            recipe = recipe_for()
-        settings = dataclasses.asdict(recipe)
+            trained = math.ceil(classes / 2) if self.protocol == "base-to-new" else classes
+            settings["epochs"] = math.ceil(steps / math.ceil(shots * trained / settings["batch_size"]))
         if self.data.rpartition(":")[2] in method.published_quarter:
             settings["epochs"] //= 4
         if (reference and self.method == "skip" and shots < 4) or self.class_weight is not None:
@@ -235,7 +235,7 @@ class TuneConfig(Settings):
     @property
     def has_steps(self) -> bool:
         """True if the method trains in steps, not by `fit`."""
-        return self.method_class().recipe(self.model, "few-shot", _SHOTS).epochs > 0
+        return self.method_class().recipe(self.model, "few-shot", _SHOTS).epochs != 0
 
     @property
     def augments(self) -> bool:

@@ -34,7 +34,8 @@ Tokenizer = Callable[[list[str]], Tensor]
 class Recipe:
     """Default training settings of a method; None for settings that it does not use."""
 
-    epochs: int  # Passes over the training images; 0 for a method without steps
+    epochs: int | None  # Passes over the training images; 0 for a method without steps
+    steps: int | None = None  # Published number of steps, in place of `epochs`
     batch_size: int | None = None  # Images per step
     optimizer: OptimizerName | None = None
     text_lr: float | None = None  # Learning rate of the weights on the text side
@@ -112,7 +113,7 @@ class Method:
     # ---- what a method defines ---------------------------------------------------------------------------------------
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
+    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
         """Return the recipe of the paper. By default there are no steps."""
         return Recipe(epochs=0)
 
@@ -173,13 +174,10 @@ class Method:
         return set(inspect.signature(cls).parameters)
 
     @classmethod
-    def recipe(cls, model_name: str, protocol: Protocol, shots: int, classes: int = 100) -> Recipe:
-        """Return the default recipe: the published one, with the changes of the packaged model.
-
-        `classes` is used by methods with a published number of steps, not of epochs.
-        """
+    def recipe(cls, model_name: str, protocol: Protocol, shots: int) -> Recipe:
+        """Return the default recipe: the published one, with the changes of the packaged model."""
         changes = packaged().RECIPES.get(cls.name, {}) if model_name == PACKAGED else {}
-        return replace(cls._published(protocol, shots, classes), **changes)
+        return replace(cls._published(protocol, shots), **changes)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

@@ -90,8 +90,8 @@ image = head["ratio"] * F.relu(hidden @ head["up"].T) + (1 - head["ratio"]) * im
         return nn.Parameter(weight.uniform_(-bound, bound, generator=self._generator).to(embedding))
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
-        return replace(CoOp._published("few-shot", 16, classes), text_lr=None, image_lr=2e-3)
+    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
+        return replace(CoOp._published("few-shot", 16), text_lr=None, image_lr=2e-3)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Adapted embeddings x' [B, D] of images or embeddings."""

@@ -103,7 +103,7 @@ class CoOp(FrozenModel):
         )
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
+    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
         few_shot = 200 if shots >= 8 else 100 if shots >= 2 else 50
         return Recipe(
             epochs=few_shot if protocol == "few-shot" else 50,

@@ -34,8 +34,8 @@ class Full(TunedModel):
         super().__init__(model, tokenizer, task, skip_layers=0, generator=generator)
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
-        return replace(Skip._published(protocol, shots, classes), sampler="random")
+    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
+        return replace(Skip._published(protocol, shots), sampler="random")
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         """Compute the loss of images [B, 3, H, W] over all classes."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +12,6 @@ from ...towers.low_rank import low_rank_updates
 from ..data import InputError, Task
 from .base import Recipe, Tokenizer, check_open_clip
 from .tuned import ClipMethod
-
-_STEPS_PER_SHOT = 500
-_BATCH = 32
 
 
 class LoRA(ClipMethod):
@@ -59,10 +54,11 @@ class LoRA(ClipMethod):
             raise InputError(f"{self.name}: {error}") from error
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
+    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
         return Recipe(
-            epochs=math.ceil(_STEPS_PER_SHOT * shots / math.ceil(shots * classes / _BATCH)),
-            batch_size=_BATCH,
+            epochs=None,
+            steps=500 * shots,
+            batch_size=32,
             optimizer="adamw",
             text_lr=2e-4,
             image_lr=2e-4,

@@ -45,7 +45,7 @@ class Skip(TunedModel):
         return super().options() | set(inspect.signature(SkipCLIP).parameters)
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
+    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
         return Recipe(
             batch_size=published.BATCH_SIZE,
             optimizer="sgd",
