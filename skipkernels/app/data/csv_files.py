@@ -73,8 +73,6 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
         splits or None,
         "{}" if templates is None and label_column in CAPTIONS else templates,
         notes=[f"{name}: skipped repeated lines: {repeated}."] if repeated else [],
-        how="no test images" if splits else "no column split",
-        remedy="add a column split with train and test",
     )
 
 

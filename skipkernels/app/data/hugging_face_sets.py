@@ -91,8 +91,6 @@ def open_hugging_face(spec: str, templates: Templates = None) -> Source:
         [split for split, part in parts.items() for _ in range(len(part))],
         "{}" if templates is None and label_column.lower() in CAPTIONS else templates,
         notes=notes,
-        how="no test split",
-        remedy="add a test split",
     )
 
 

@@ -51,8 +51,6 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> Source:
         [split for _, (_, split) in found],
         templates,
         notes=[f"{name}: {format_others(others)}."] if others else [],
-        how="no test/",
-        remedy="make train/ and test/",
     )
 
 

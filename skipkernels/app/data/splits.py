@@ -31,24 +31,23 @@ def listed_source(
     templates: Templates,
     *,
     notes: Sequence[str] = (),
-    how: str,
-    remedy: str,
 ) -> Source:
     """Return a source of listed images.
 
     Without splits, or with train alone, the images of each class are split by a hash of their names. With val and
-    without test, the images of val are the test images. `how` names the place of the splits, such as "no column split",
-    and `remedy` how to give some, both for messages.
+    without test, the images of val are the test images.
     """
     notes = list(notes)
-    if all(name.isdecimal() for name in classes):
+    if all(each.isdecimal() for each in classes):
         notes.append(f"{name}: the classes have numbers and no names, and prompts are made of names.")
     missing: dict[Split, str] = {}
     hashed = splits is None or set(splits) == {"train"}
     if splits is None or hashed:
-        splits, missing = _hash_splits(images, classes, remedy)
+        splits, missing = _hash_splits(images, classes)
         counts = ", ".join(f"{splits.count(split)} {split}" for split in get_args(Split) if split in splits)
-        notes.append(f"{name}: {how}, so the images of each class are split by a hash of their names: {counts}.")
+        notes.append(
+            f"{name}: no test images, so the images of each class are split by a hash of their names: {counts}."
+        )
     elif "val" in splits and "test" not in splits:
         splits = ["test" if split == "val" else split for split in splits]
         notes.append(f"{name}: no test images, so the val images are the test images.")
@@ -61,7 +60,7 @@ def listed_source(
     return Source(name, tuple(classes), chosen, splits=parts, notes=tuple(notes), missing=missing, hashed=hashed)
 
 
-def _hash_splits(images: Images, classes: Sequence[str], remedy: str) -> tuple[list[Split], dict[Split, str]]:
+def _hash_splits(images: Images, classes: Sequence[str]) -> tuple[list[Split], dict[Split, str]]:
     """Split the images of each class into train, val and test by a hash of their names.
 
     Without test images if a class has only one image, which must train. Returns the split of each image, and the reason
@@ -72,8 +71,8 @@ def _hash_splits(images: Images, classes: Sequence[str], remedy: str) -> tuple[l
     if single:
         have = f"class {single[0]} has" if len(single) == 1 else f"classes {format_names(single)} have"
         missing["test"] = (
-            f"{have} 1 image, and train and test need one each. Add some, {remedy}, or train on all images with "
-            "`test=none`."
+            f"{have} 1 image, and train and test need one each. Add some, give test images of all classes, or train on "
+            "all images with `test=none`."
         )
     found: list[Split] = ["train"] * len(images)
     for order in orders:

@@ -68,7 +68,6 @@ class OwnData:
             name, train=self.dataset, val=validation, test=test, classes=self.classes, templates=templates
         )
         if test is None and validation is None:
-            how, remedy = "no test dataset", "give `test=…`"
             images: Any = named.images("train")
-            return listed_source(name, images, named.classes, None, templates, how=how, remedy=remedy)
+            return listed_source(name, images, named.classes, None, templates)
         return replace(named, notes=notes) if notes else named

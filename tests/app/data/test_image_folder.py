@@ -61,7 +61,7 @@ def test_hash_splits_sizes(classes):
     def split(listed):
         labels, names = zip(*listed, strict=True)
         images = DatasetImages([None] * len(names), labels, names)
-        source = listed_source("a", images, list(map(str, range(len(classes)))), None, None, how="", remedy="")
+        source = listed_source("a", images, list(map(str, range(len(classes)))), None, None)
         return {split: set(zip(part.labels, part.names, strict=True)) for split, part in source.splits.items()}
 
     parts = split(found)

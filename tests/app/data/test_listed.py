@@ -154,7 +154,7 @@ def test_hf_single_dataset_with_text_labels(hub, tmp_path):
     rows(hub, 10, names=False).save_to_disk(tmp_path / "one")
     source = open_source(f"hf:{tmp_path / 'one'}?image=image&label=label")
     assert source.classes == tuple(CLASSES) and len(source.images("test")) == 9
-    assert "no test split, so the images of each class are split by a hash" in source.notes[0]
+    assert "no test images, so the images of each class are split by a hash" in source.notes[0]
 
 
 def test_hf_uses_own_decoder(hub, tmp_path, monkeypatch):
