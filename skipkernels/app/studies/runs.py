@@ -42,6 +42,7 @@ class Planned(NamedTuple):
 
     variant: str
     config: TuneConfig  # resolved, with the folder of the run
+    folder: str  # relative to that of the study
     metrics: dict[str, Any] | None  # of the complete run
 
     @property
@@ -90,19 +91,20 @@ def run_variants(
                     raise
                 metrics = {"status": "diverged", "cost": {"seconds_total": time.perf_counter() - started}}
             print_plain(console, f"{run.title}: {_outcome(metrics)}, {duration(time.perf_counter() - started)}")
-        assert run.config.out is not None
-        results.append(Result(run.variant, run.config.seed, metrics, run.config.out.relative_to(folder).as_posix()))
+        results.append(Result(run.variant, run.config.seed, metrics, run.folder))
     return results
 
 
 def _plan(variant: str, config: TuneConfig, seed: int, folder: Path, *, overwrite: bool) -> Planned:
     """Plan the run of a variant; raise if its folder holds a run with other settings."""
-    out = folder / RUNS / f"{variant.replace(' ', '-').replace('/', '-')}-{seed}"
+    inner = f"{RUNS}/{variant.replace(' ', '-').replace('/', '-')}-{seed}"
+    out = folder / inner
     config = dataclasses.replace(config, seed=seed, out=out, overwrite=overwrite, resume=False)
     with _variant_in_errors(variant):
         config = config.resolved()
         metrics = None if overwrite else _complete(config, out)
-    return Planned(variant, dataclasses.replace(config, resume=not overwrite and (out / CONFIG).exists()), metrics)
+    config = dataclasses.replace(config, resume=not overwrite and (out / CONFIG).exists())
+    return Planned(variant, config, inner, metrics)
 
 
 def _complete(config: TuneConfig, out: Path) -> dict[str, Any] | None:
