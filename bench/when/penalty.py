@@ -19,7 +19,7 @@ from skipkernels.app.heads import anchored
 
 from .. import tables
 from ..rows import RESULTS, command
-from .accuracy import ACCURACIES, accuracies, fit_arguments
+from .accuracy import ACCURACIES, accuracies
 from .plan import CANDIDATES, SEARCH_SEEDS, VARIANTS, Run
 from .runs import setup_of
 from .tasks import SHIFTS
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in track(SEARCH_SEEDS, "seeds"):
         setup = setup_of(Run(shift, "zero-shot", VARIANTS["zero-shot"], CANDIDATES["zero-shot"][0], "search", seed))
         tests = setup.test_features()
-        examples = heads.Examples(*fit_arguments(setup.zero_shot, setup.train_features()))
+        examples = setup.examples(setup.train_features())
         for l2, runs in found.items():
             runs.append(accuracies(setup, setup.zero_shot, tests, heads.fit_head("anchored", examples, l2)))
     rows = [
