@@ -16,7 +16,7 @@ from torch import nn
 
 from ...options import Precision
 from ..config import usable_device
-from ..data import InputError, Task
+from ..data import DatasetImages, InputError, Task
 from ..data.tasks import TestSet
 from ..data.templates import resolve_templates
 from ..heads import Head
@@ -28,6 +28,7 @@ from ..train.weights import load_run_method, load_run_model
 
 TEST = "classes"
 """Name of the test that has the classes to predict, for `Method.logits`."""
+_NO_IMAGES = DatasetImages([])
 
 
 class TunedRun(NamedTuple):
@@ -58,7 +59,7 @@ def load_run(
     chosen = torch.device(usable_device(str(device or "auto"), "Classifier.load"))
     resolved = _resolved(precision, chosen)
     model, transform, tokenizer = load_run_model(folder, described, file, chosen, trust=trust)
-    test = TestSet(TEST, _classes(described, classes), _templates(described, templates), ())  # type: ignore[arg-type]
+    test = TestSet(TEST, _classes(described, classes), _templates(described, templates), _NO_IMAGES)
     method = _method(described, model, tokenizer, test, file)
     load_run_method(method, described, file)
     method.train(False)
@@ -98,17 +99,16 @@ def _templates(described: Description, templates: str | Sequence[str] | None) ->
 def _method(described: Description, model: nn.Module, tokenizer: Any, test: TestSet, file: Path) -> Method:
     """Construct the method of a run; its weights are not loaded."""
     if described.method not in METHODS:
-        raise InputError(
-            f"Classifier.load: the run's method {described.method!r} is not registered. Import its module."
-        )
+        known = f"{', '.join(METHODS)}; got {described.method!r}"
+        raise InputError(f"Classifier.load: run must have one of the methods {known}. Upgrade skipkernels.", "run")
     kind = METHODS[described.method]
     tests = [test]
-    settings: dict[str, Any] = {str(name): value for name, value in described.settings.items()}
+    settings: dict[str, Any] = dict(described.settings)
     if issubclass(kind, FrozenModel):  # the shapes of its weights may depend on the trained classes
         tests.insert(0, replace(test, name="trained", classes=described.classes))
     if described.method == "coop":
         settings["vectors"] = _length(file, "context")
-    task = Task(described.data, described.protocol, (), tuple(tests))  # type: ignore[arg-type]
+    task = Task(described.data, described.protocol, _NO_IMAGES, tuple(tests))
     return kind(model, tokenizer, task, **settings)
 
 

@@ -55,11 +55,9 @@ def without(folder: Path, name: str) -> Path:
     return folder
 
 
-def damaged_settings(folder: Path) -> Path:
-    """A method has more arguments than the settings of a run, such as a folder that it writes."""
+def described(folder: Path, **changes: Any) -> Path:
     values = json.loads((folder / "classifier.json").read_text())
-    values["settings"]["text_cache"] = "x"
-    return written(folder, "classifier.json", json.dumps(values))
+    return written(folder, "classifier.json", json.dumps(values | changes))
 
 
 CALLS: list[tuple[Callable[[Given], object], str]] = [
@@ -86,7 +84,10 @@ CALLS: list[tuple[Callable[[Given], object], str]] = [
     (lambda on: sk.Classifier.load(without(on.copy, "classifier.json")), "no such file"),
     (lambda on: sk.Classifier.load(written(on.copy, "model.safetensors", "x")),
      "model.safetensors: missing or damaged"),
-    (lambda on: sk.Classifier.load(damaged_settings(on.copy)), "settings.text_cache.*skip_layers"),
+    # A method has more arguments than the settings of a run, such as a folder that it writes.
+    (lambda on: sk.Classifier.load(described(on.copy, settings={"text_cache": "x"})),
+     "settings.text_cache.*skip_layers"),
+    (lambda on: sk.Classifier.load(described(on.copy, method="later")), "methods skip, .*; got 'later'. Upgrade"),
     (lambda on: sk.blend(on.run, alpha=1.5), "alpha must be from 0 to 1"),
     (lambda on: sk.blend(on.run, alpha="best"), 'or "auto"'),
     (lambda on: sk.blend(on.run, out=on.run), "must not be the folder of the run"),

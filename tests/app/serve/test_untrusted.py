@@ -72,19 +72,7 @@ ENTRY_POINTS = {
     "resume": lambda run, out: main(["tune", "--resume", str(run), "--epochs", "2"]),
     "config": lambda run, out: main(["tune", "--config", str(run / "config.yaml"), "--out", str(out)]),
     "model": lambda run, out: main(
-        [
-            "tune",
-            "--model",
-            f"local-dir:{run}",
-            "--max-classes",
-            "4",
-            "--shots",
-            "1",
-            "--epochs",
-            "1",
-            "--out",
-            str(out),
-        ]
+        f"tune --model local-dir:{run} --max-classes 4 --shots 1 --epochs 1 --out {out}".split()
     ),
     "report": lambda run, out: main(["report", str(run)]),
     "load_model": lambda run, out: load_model(f"local-dir:{run}", None, torch.device("cpu")),
