@@ -4,8 +4,8 @@
     python -m bench.aot --check                         compile all and compare with the table; write nothing
     python -m bench.aot --op class_scores               compile an operator and replace its rows
     python -m bench.aot --op class_scores --no-save     print only; also --target sm_90 gfx942, --dtype bf16, --quick
-    python -m bench.aot --sweep --target sm_90          compile with each integer argument at 1 and beyond 2³¹
-    python -m bench.aot --widths --target sm_90         compile for every supported width of rows and heads
+    python -m bench.aot --sweep --target sm_90          compile with each integer argument at 1 and beyond 2³¹ only
+    python -m bench.aot --widths --target sm_90         compile for every supported width of rows and heads only
 
 The launchers run, forward and backward, on the calls of `bench.launches`, with a recorder in place of the launch and
 `launching.target` set to each GPU in turn; Triton's binder gives the specialisation of each launch. So the compiled
@@ -176,6 +176,24 @@ def jobs_of(
                         yield Job(op, call.shape, dtype, number, target, launch.grid, kernel)
 
 
+def swept_jobs(ops: Sequence[str], targets: Sequence[str]) -> Iterator[Job]:
+    """The kernels of the first call of each operator with each integer argument at 1 and beyond 2³¹, one at a time.
+
+    Triton makes an argument of 1 a constant, and one beyond 2³¹ an int64, which is divisible by 16 or not.
+    """
+    for target, op in itertools.product(targets, ops):
+        architecture, seen = ARCHITECTURES[target], set()
+        call = next(CALLS[op](torch.bfloat16))
+        for number, launch in enumerate(launches_of(op, call.arguments, architecture)):
+            constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+            integers = [name for name, x in launch.arguments.items() if type(x) is int and name not in constants]
+            for name, value in itertools.product(integers, (1, 2**31, 2**31 + 1)):
+                (kernel,) = kernels_of([launch._replace(arguments=launch.arguments | {name: value})], architecture)
+                if kernel.key not in seen:
+                    seen.add(kernel.key)
+                    yield Job(op, f"{call.shape}, {name} = {value}", "bf16", number, target, launch.grid, kernel)
+
+
 def compile_job(job: Job) -> Result:
     """Compile a kernel, or load it from Triton's cache, and read its machine code."""
     function, signature, constants, attributes, options = job.kernel
@@ -266,42 +284,6 @@ def outcome_of(number: int) -> Result | str:
         )
 
 
-def sweep(target: str, ops: Sequence[str]) -> tuple[int, list[str]]:
-    """Number of kernels and errors for each integer argument at 1 and beyond 2³¹, one argument at a time.
-
-    Triton makes an argument of 1 a constant, and one beyond 2³¹ an int64, which is divisible by 16 or not. Type errors
-    show in Triton's front end, so only this runs: machine code of the same operations with other types is not needed.
-    """
-    architecture, problems, seen = ARCHITECTURES[target], [], set()
-    for launch in itertools.chain.from_iterable(
-        launches_of(op, next(CALLS[op](torch.bfloat16)).arguments, architecture) for op in ops
-    ):
-        constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
-        integers = [name for name, value in launch.arguments.items() if type(value) is int and name not in constants]
-        for name, value in itertools.product(integers, (1, 2**31, 2**31 + 1)):
-            (kernel,) = kernels_of([launch._replace(arguments=launch.arguments | {name: value})], architecture)
-            if kernel.key not in seen:
-                seen.add(kernel.key)
-                try:
-                    front_end(kernel, target)
-                except Exception as error:  # whatever the compiler raises
-                    reason = (str(error).strip().splitlines() or [""])[-1]
-                    problems.append(f"{kernel.function.fn.__name__} does not compile with {name} = {value}: {reason}")
-    return len(seen), problems
-
-
-def front_end(kernel: Kernel, target: str) -> None:
-    """Compile a kernel to Triton's first intermediate representation."""
-    compiler, gpu = importlib.import_module("triton.compiler.compiler"), gpu_target(ARCHITECTURES[target])
-    backend, ir = compiler.make_backend(gpu), importlib.import_module("triton._C.libtriton").ir
-    context, options = ir.context(), backend.parse_options(kernel.options)
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    source = compiler.ASTSource(kernel.function, kernel.signature, kernel.constants, kernel.attributes)
-    functions = backend.get_codegen_implementation(options)
-    source.make_ir(gpu, options, functions, backend.get_module_map(), context)
-
-
 def problems_of(result: Result) -> Iterator[str]:
     """Problems of a kernel that do not depend on the table."""
     row, limits = result.row, ARCHITECTURES[result.row.target]
@@ -357,9 +339,10 @@ def main() -> None:
     parser.add_argument("--target", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
     parser.add_argument("--quick", action="store_true", help="the first call of each operator only")
-    parser.add_argument("--sweep", action="store_true", help="instead: integer arguments at 1 and beyond 2³¹")
-    parser.add_argument("--widths", action="store_true", help="instead: every supported width; writes nothing")
-    parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="compare with the table and do not write it")
+    instead.add_argument("--sweep", action="store_true", help="integer arguments at 1 and beyond 2³¹; writes nothing")
+    instead.add_argument("--widths", action="store_true", help="every supported width; writes nothing")
     args = parser.parse_args()
     console = Console()
     console.width = max(console.width, 220)  # wide enough for every column, also if piped
@@ -370,15 +353,12 @@ def main() -> None:
 
     forget_paths()
     ops = [op for op in CALLS if FAMILIES[op] in args.op]
-    if args.sweep:
-        count, problems = sweep(args.target[0], ops)
-        report(console, count, problems)
-        return
-    jobs = list(jobs_of(ops, args.target, args.dtype, args.quick, args.widths))
+    swept = swept_jobs(ops, args.target) if args.sweep else None
+    jobs = list(swept or jobs_of(ops, args.target, args.dtype, args.quick, args.widths))
     outcomes = outcomes_of(jobs, console)
     rows = [each.row for each in outcomes if isinstance(each, Result)]
     problems = [problem for each in outcomes for problem in ([each] if isinstance(each, str) else problems_of(each))]
-    whole = not (args.quick or args.widths) and set(args.dtype) >= set(DTYPES)  # of the chosen operators
+    whole = not (args.quick or args.widths or args.sweep) and set(args.dtype) >= set(DTYPES)  # of the chosen operators
     if whole and set(args.op) == set(OPERATORS):
         problems += not_reached(jobs)
     if args.check:
@@ -390,7 +370,7 @@ def main() -> None:
         problems += compare([row for row in rows if row.target in IN_TABLE], table)
     else:
         columns = [name for name in Row._fields if name not in ("constants", "triton")]
-        tables.show(columns, [[getattr(row, name) for name in columns] for row in rows], width=220)
+        tables.show(columns, [[getattr(row, name) for name in columns] for row in rows])
     report(console, len(rows), problems)
     if whole and not (args.check or args.no_save) and set(args.target) == set(ARCHITECTURES):
         others = [row for row in tables.read(TABLE, Row) if row.op not in ops]

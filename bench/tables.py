@@ -15,16 +15,14 @@ R = TypeVar("R", bound=Any)
 """A NamedTuple of strings and integers with the properties `key`, which identifies a row, and `name`."""
 
 
-def show(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None, width: int = 160) -> None:
-    """Print a table without wrapping, also if the output is piped; integers get thousands separators."""
+def show(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
+    """Print a table as wide as it is; integers get thousands separators."""
     table = Table(title=title)
     for column in columns:
         table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
-    console = Console()
-    console.width = max(console.width, width)
-    console.print(table)
+    Console(width=10_000).print(table)  # else cells would be cut off
 
 
 def read(path: Path, kind: type[R]) -> list[R]:
