@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 import transformers
+from open_clip.hf_configs import arch_dict
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
 import skipkernels as sk
 from tests.hugging_face_models import SMALL, hugging_face_clip, metaclip_2, siglip, siglip_2
-from tests.models import VISION, openai_clip, random_weights, tiny_clip, tiny_coca, tiny_tokens
+from tests.models import TEXT, VISION, openai_clip, random_weights, tiny_clip, tiny_coca, tiny_tokens
 from tests.timm_models import (
     CLIP,
     EVA02,
@@ -86,6 +87,21 @@ def nllb(layerdrop: float = 0.0) -> nn.Module:
     decoder = {"decoder_layers": 1, "decoder_ffn_dim": 48, "decoder_attention_heads": 3}
     sizes = {"d_model": 24, "vocab_size": 60, "max_position_embeddings": 30, "pad_token_id": 1}
     return with_encoder(transformers.M2M100Config(**sizes, **encoder, **decoder), "cls_pooler")
+
+
+def modern_text(**options: Any) -> nn.Module:
+    """Open_clip model with its modern text tower: padding 0, start of text 57 and end of text 59."""
+    text = {"context_length": 30, "mlp_ratio": 2.5, "eos_id": 59, "pad_id": 0, "bos_id": 57, "variable_text": True}
+    torch.manual_seed(0)
+    return random_weights(open_clip.CustomTextCLIP(12, VISION, {**TEXT, **text, "text_arch": "modern", **options}))
+
+
+def modern_bert() -> nn.Module:
+    """Windows of two tokens on both sides; in fp32, as its rotations are."""
+    ids = {"pad_token_id": 0, "cls_token_id": 57, "sep_token_id": 59, "bos_token_id": 57, "eos_token_id": 59}
+    sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 4, "num_attention_heads": 3}
+    windows = {"local_attention": 4, "global_attn_every_n_layers": 3, "max_position_embeddings": 30, "vocab_size": 60}
+    return with_encoder(transformers.ModernBertConfig(**sizes, **windows, **ids), "cls_pooler").float()
 
 
 def encoder_tokens(padding: int = 1) -> Tensor:
@@ -206,3 +222,32 @@ STAGED = {
     "openai_resnet": image_tower(openai_resnet, STAGES, size=32, depth=5),
 }
 FAMILIES = WHOLE | ENCODERS | TIMM | STAGED
+
+
+# ---- text towers of open_clip 4, of which CI tests the development version -------------------------------------------
+
+
+def modern(shared_prefix: str | None = None, **options: Any) -> Family:
+    without = unfused_text("ModernTextBlock, which runs its own forward", shared_prefix)
+    return Family(partial(modern_text, **options), without, (0, 1, 2), tokens=SHORT_TOKENS)
+
+
+SHORT_TOKENS = tiny_tokens(CLASSES, context=30)
+LONG_NAME = SHORT_TOKENS.clone()
+LONG_NAME[1, 3:20] = torch.arange(6, 23)  # behind the others the window of ModernBERT has padding only
+LATER, MEAN = "a token sees later ones", "the tower pools over all tokens"
+MAP = {"pool_type": "map", "attention_mode": "bidirectional"}
+if hasattr(open_clip.transformer, "ModernTextTransformer"):
+    FAMILIES |= {
+        "modern_eos": modern(pool_type="eos"),
+        "modern_gated": modern(pool_type="eos", attn_gated=True, qk_norm=True, attention_bias=True, mlp_bias=True),
+        "modern_sandwich": modern(pool_type="argmax", norm_placement="sandwich", ls_init_value=0.3, mlp_type="relu2"),
+        "modern_map": modern(LATER, **MAP, qk_norm=True, attn_gated=True),
+        "modern_mean": modern(MEAN, pool_type="mean", pos_embed="none", pre_norm=True, norm_type="layernorm"),
+        "modern_values": modern(pool_type="eos", value_residual=True),
+        "modern_values_map": modern(LATER, **MAP, value_residual=True),
+        "modern_without_padding": modern(LATER, **MAP, pad_id=None),
+    }
+if "modernbert" in arch_dict:
+    own = unfused_text("ModernBertEncoderLayer, which runs its own forward", LATER)
+    FAMILIES["modern_bert"] = Family(modern_bert, own, tuple((1, skip) for skip in (0, 1, 3, 4)), tokens=LONG_NAME)

@@ -66,6 +66,14 @@ def full_prompt(model: nn.Module, tokens: Tensor) -> None:
     tokens[2, 2:] = torch.arange(74) % 50 + 1
 
 
+def unusual_ends(model: nn.Module, tokens: Tensor) -> None:
+    """Prompts without an end of text, with words behind it, with padding inside, and of padding only."""
+    tokens[0][tokens[0] == 59] = 0
+    tokens[1, 12:15] = torch.tensor([7, 59, 8])
+    tokens[2, 3] = 0
+    tokens[3] = 0
+
+
 IN_OPENAI = silu("transformer.resblocks.2.mlp", "visual.transformer.resblocks.1.mlp", name="gelu")
 IN_HUGGING_FACE = silu("text_model.encoder.layers.2.mlp", "vision_model.encoder.layers.1.mlp", name="activation_fn")
 BOTH_FUSED = FUSED, "text.fused_block"
@@ -105,6 +113,12 @@ BLOCKS = {
     "weight": lambda block: put(block.norm1, "weight", None),
     "weight_norm": lambda block: torch.nn.utils.parametrizations.weight_norm(block.mlp.fc1),
 }
+if "modern_eos" in FAMILIES:  # open_clip 4
+    ALTERED |= {f"{name} ends": (FAMILIES[name], unusual_ends, {}) for name in ("modern_eos", "modern_map")}
+    ALTERED["open_clip scale"] = (
+        OPEN_CLIP, lambda model, tokens: setattr(model.visual.transformer.resblocks[2].attn, "scale", 1.0),
+        {FUSED: "a block's attention is scaled"},
+    )  # fmt: skip
 for name, change in BLOCKS.items():
     for number, place in ((0, "below"), (2, "above")):
         ALTERED[f"timm {name} {place}"] = (

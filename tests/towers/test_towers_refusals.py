@@ -17,7 +17,7 @@ from skipkernels.towers.base import UnsupportedModel
 from tests.hugging_face_models import SMALL, hugging_face_clip, siglip
 from tests.models import openai_clip, tiny_clip, tiny_coca
 from tests.timm_models import ROTARY, convnext, eva, fastvit, naflex, relative, resnet, swin, timm_clip, vit, vitamin
-from tests.towers.families import FAMILIES, TOKENS, nllb
+from tests.towers.families import FAMILIES, SHORT_TOKENS, TOKENS, modern_text, nllb
 
 
 def altered(make: Callable[[], nn.Module], path: str, alter: Callable[[nn.Module], object]) -> nn.Module:
@@ -102,10 +102,15 @@ MODELS: list[tuple[Callable[[], nn.Module], str]] = [
 ]  # fmt: skip
 
 
+if "modern_eos" in FAMILIES:  # of open_clip 4
+    MODELS.append((partial(modern_text, reg_tokens=2), "register tokens"))
+
+
 @pytest.mark.parametrize(("make", "words"), MODELS, ids=[words for _, words in MODELS])
 def test_model_is_refused(make, words):
+    tokens = SHORT_TOKENS if "register" in words else TOKENS
     with pytest.raises(UnsupportedModel, match=words):
-        sk.SkipCLIP(make(), TOKENS, skip_layers=1)
+        sk.SkipCLIP(make(), tokens, skip_layers=1)
 
 
 def test_old_transformers_is_refused(monkeypatch):
