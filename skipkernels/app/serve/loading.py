@@ -103,12 +103,12 @@ def _method(described: Description, model: nn.Module, tokenizer: Any, test: Test
         raise InputError(f"Classifier.load: run must have one of the methods {known}. Upgrade skipkernels.", "run")
     kind = METHODS[described.method]
     tests = [test]
-    settings: dict[str, Any] = dict(described.settings)
+    settings: dict[str, Any] = {str(name): value for name, value in described.settings.items()}
     if issubclass(kind, FrozenModel):  # the shapes of its weights may depend on the trained classes
         tests.insert(0, replace(test, name="trained", classes=described.classes))
     if described.method == "coop":
         settings["vectors"] = _length(file, "context")
-    task = Task(described.data, described.protocol, _NO_IMAGES, tuple(tests))
+    task = Task(described.data, "few-shot", _NO_IMAGES, tuple(tests))  # classifies among all classes
     return kind(model, tokenizer, task, **settings)
 
 
