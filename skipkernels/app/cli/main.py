@@ -13,6 +13,7 @@ import tyro
 from rich.text import Text
 
 from skipkernels.app.console import Terminal
+from skipkernels.app.settings import Settings
 
 from .blend import BlendCommand
 from .build import BuildCommand
@@ -41,7 +42,6 @@ COMMANDS: dict[str, Any] = {
     "doctor": DoctorCommand,
     "build": BuildCommand,
 }
-_WITH_SETTINGS = (TuneCommand, CompareCommand)  # commands of which --help shows the basic settings of a run alone
 _LONGEST = 1000  # characters of an error message
 
 
@@ -107,7 +107,7 @@ def _parse(arguments: list[str], err: Terminal) -> Any:
             registry=registry(basic=basic),
         )
     except SystemExit:
-        if basic and kind in _WITH_SETTINGS:
+        if basic and isinstance(kind, type) and issubclass(kind, Settings):  # which --help does not show all
             sys.stdout.write(f"More options: {program} --help-all\n")
         raise
     if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":

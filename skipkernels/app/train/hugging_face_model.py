@@ -55,7 +55,7 @@ def load_hugging_face(name: str, where: str | Path, *, architecture_only: bool) 
         return _load(name, _downloaded(where, weights=not architecture_only), architecture_only)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         # what transformers raises for files that are damaged, missing, or of another version
         reason = " ".join(str(error).split())[:250]
         raise InputError(

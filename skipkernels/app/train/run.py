@@ -64,8 +64,6 @@ class Run:
         self.setup = build_run(config, open_data=open_data)
         self.method, self.task = self.setup.method, self.setup.task
         self.display = ProgressDisplay(self.console, title=self._title(), memory=self.memory)
-        for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
-            self._tell("note", note)
 
         self.resumed = resumed = None if folder is None else folder.resumed
         self.rows = [] if resumed is None else list(resumed.rows)  # of the complete epochs, as in metrics.jsonl
@@ -99,6 +97,8 @@ class Run:
         """Execute all steps; return the contents of metrics.json."""
         assert self.folder is not None
         with self._errors_completed(), self.display:
+            for note in (*notes.setting_notes(self.config), *self.task.notes, *self.method.notes):
+                self._tell("note", note)
             self.embed()  # features of all images, and the accuracy of the pretrained weights
             self.choose()  # method, learning rates and head, where the configuration leaves them open
             self.prepare()  # the trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,8 +142,8 @@ def build_run(
 def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:
     """Construct the method of a run, with the settings that it has."""
     method = config.method_class()
-    names = ["skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail", "train_text", "memory"]
-    settings = {name: getattr(config, name) for name in names}
+    fields = [field for field in dataclasses.fields(config) if field.metadata.get("methods") == "constructor"]
+    settings = {field.name: getattr(config, field.name) for field in fields}
     settings |= {"generator": torch.Generator().manual_seed(config.seed), "text_cache": config.cache}
     if config.class_weight is not None:
         exponent = 1.0 if config.class_weight == "balanced" else config.class_weight
