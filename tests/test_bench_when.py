@@ -81,7 +81,7 @@ def test_run_trains_and_blends(monkeypatch):
     assert (tuned["method"], tuned["blended"], blended["blended"], tuned["steps"]) == ("lora", 0, 1, 2)
     assert 0 <= tuned["base"] <= 100 and tuned["zero_shot_base"] == blended["zero_shot_base"]
     before, after = kept["calls"]
-    assert all(name.endswith(".up") and not weight.any() for name, weight in before.items())
+    assert all(name.endswith(".lora_B") and not weight.any() for name, weight in before.items())
     assert any(weight.any() for weight in after.values())
     for name, weight in kept["now"].items():
         torch.testing.assert_close(weight, after[name] / 2)

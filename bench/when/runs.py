@@ -167,5 +167,5 @@ def _blended_weights(method: Method) -> Iterator[tuple[str, torch.Tensor]]:
     for name, weight in method.state_dict().items():
         if isinstance(method, TunedModel) and weight.is_floating_point():
             yield name, weight
-        elif isinstance(method, LoRA) and name.endswith(".up"):
+        elif isinstance(method, LoRA) and name.endswith(".lora_B"):
             yield name, weight

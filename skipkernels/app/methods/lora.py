@@ -13,14 +13,16 @@ from ..data import InputError, Task
 from .base import Recipe, Tokenizer, check_open_clip
 from .tuned import ClipMethod
 
+_RANK = 2
+
 
 class LoRA(ClipMethod):
     """CLIP-LoRA (Zanella & Ben Ayed 2024): low-rank updates of q, k and v in every block of both towers, by `add_lora`.
 
-        W' = W + alpha/√rank · B A,   for W_q, W_k and W_v, each [width, width]
+        W' = W + 1/√2 · B A,   for W_q, W_k and W_v, each [width, width]
         loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
 
-    Only A [rank, width] and B [width, rank] train. B is initialised to zero, so before training the logits are those of
+    Only A [2, width] and B [width, 2] train. B is initialised to zero, so before training the logits are those of
     zero-shot; A is uniform in ±1/√width. The scale is that of the published code. The published code also drops a
     quarter of the inputs of A; here nothing is dropped, since W' is one weight.
 
@@ -34,22 +36,13 @@ class LoRA(ClipMethod):
 
     name = "lora"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        task: Task,
-        *,
-        rank: int = 2,
-        alpha: float = 1.0,
-        generator: torch.Generator | None = None,
-    ):
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
         check_open_clip(self.name, model)
         super().__init__(model, tokenizer, task, generator=generator)
         try:
             # over the trained classes, with nothing skipped
             self.clip = SkipCLIP(model, self._test_tokens(self._train_test)[0], skip_layers=0, keep_ratio=1)
-            add_lora(self.clip, rank, ("q", "k", "v"), alpha=alpha * rank**0.5, generator=self._generator)
+            add_lora(self.clip, _RANK, ("q", "k", "v"), alpha=_RANK**0.5, generator=self._generator)
         except ValueError as error:
             raise InputError(f"{self.name}: {error}") from error
 
@@ -77,5 +70,5 @@ class LoRA(ClipMethod):
             f"{path}.{name}": factor
             for path, module in self.model.named_modules()
             for update in low_rank_updates(module).values()
-            for name, factor in (("down", update.lora_A), ("up", update.lora_B))
+            for name, factor in (("lora_A", update.lora_A), ("lora_B", update.lora_B))
         }

@@ -36,7 +36,7 @@ def adapter(method, images, prompts):
     """Two layers change a part of the image embedding."""
     image, text = embeddings(method.model, images, prompts)
     hidden = (image @ method.down.T).clamp_min(0)
-    return method.ratio * (hidden @ method.up.T).clamp_min(0) + (1 - method.ratio) * image, text
+    return 0.2 * (hidden @ method.up.T).clamp_min(0) + 0.8 * image, text
 
 
 def coop(method, images, prompts):
@@ -57,19 +57,16 @@ def coop(method, images, prompts):
     return method.model.encode_image(images), torch.stack([embedded(name) for name in names])
 
 
-LORA = {"rank": 3, "alpha": 0.7}
-
-
 def lora(method, images, prompts):
-    """alpha/√rank · B A is added to the packed weight of q, k and v."""
+    """1/√rank · B A is added to the packed weight of q, k and v."""
     own = getattr(method.model, "text", method.model)
     masked = {"embed_cls": getattr(own, "cls_emb", None) is not None}
     plain, state = tiny_model(type(method.model), **masked), method.state_dict()
     weights, names = plain.state_dict(), {key.rpartition(".")[0] for key in state}
     assert {f"{name}.in_proj_weight" for name in names} == {key for key in weights if key.endswith("in_proj_weight")}
     for name in names:
-        down, up = state[f"{name}.down"], state[f"{name}.up"]
-        weights[f"{name}.in_proj_weight"] += 0.7 / math.sqrt(3) * torch.cat([up[i] @ down[i] for i in range(3)])
+        down, up = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
+        weights[f"{name}.in_proj_weight"] += 1 / math.sqrt(2) * torch.cat([up[i] @ down[i] for i in range(3)])
     plain.load_state_dict(weights)
     return embeddings(plain, images, prompts)
 
@@ -82,10 +79,9 @@ ROWS = {
     "coop custom": ("coop", coop, {"vectors": 3}, lambda: tiny_model(CUSTOM)),
     "coop end by id": ("coop", coop, {"vectors": 3}, lambda: tiny_model(CUSTOM, pool_type="eos", eos_id=END)),
     "adapter": ("clip-adapter", adapter, {}, tiny_model),
-    "adapter settings": ("clip-adapter", adapter, {"reduction": 3, "ratio": 0.6}, tiny_model),
-    "lora": ("lora", lora, LORA, tiny_model),
-    "lora custom": ("lora", lora, LORA, lambda: tiny_model(CUSTOM)),
-    "lora mask": ("lora", lora, LORA, lambda: tiny_model(CUSTOM, embed_cls=True)),
+    "lora": ("lora", lora, {}, tiny_model),
+    "lora custom": ("lora", lora, {}, lambda: tiny_model(CUSTOM)),
+    "lora mask": ("lora", lora, {}, lambda: tiny_model(CUSTOM, embed_cls=True)),
 }
 
 
@@ -145,8 +141,8 @@ def test_lora_initial_weights_and_order():
         for block in range(3):
             path = f"{tower}transformer.resblocks.{block}.attn"
             drawn = torch.empty(3, 2, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
-            assert method.state_dict()[f"{path}.down"].equal(drawn.double())
-            order += [f"{path}.down", f"{path}.up"]
+            assert method.state_dict()[f"{path}.lora_A"].equal(drawn.double())
+            order += [f"{path}.lora_A", f"{path}.lora_B"]
     named = {factor.data_ptr(): name for name, factor in method.state_dict().items()}
     groups = method.parameter_groups(text_lr=0, image_lr=0)
     assert [named[p.data_ptr()] for group in groups for p in group["params"]] == order

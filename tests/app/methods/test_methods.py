@@ -231,13 +231,8 @@ REFUSED = [
     *(("coop", lambda text=text: tiny_model(FAMILIES[1], **text), {}, [],
        f"coop: the text tower of model must pool the end-of-text token; that of this CustomTextCLIP pools '{pool}'")
       for text, pool in (({"pool_type": "last"}, "last"), ({"embed_cls": True}, "cls_emb"))),
-    ("clip-adapter", tiny_model, {"reduction": 13}, [],
-     "clip-adapter: reduction must be from 1 to the embedding's width 12; got 13"),
-    ("clip-adapter", tiny_model, {"ratio": 1.5}, [], "clip-adapter: ratio must be from 0 to 1; got 1.5"),
     ("lora", lambda: made("lora").model, {}, [], "lora: .* is an adapter"),
     ("lora", lambda: tiny_model(qk_norm=True), {}, [], "lora: .*must be fused"),
-    ("lora", tiny_model, {"rank": 0}, [], "lora: .*rank must be an integer"),
-    ("lora", tiny_model, {"alpha": 0.0}, [], "lora: .*alpha must be above 0"),
 ]  # fmt: skip
 
 
