@@ -56,6 +56,9 @@ _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the confi
 _MAX_READS = 100  # attempts to read the model of a run in progress
 
 
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
 def read_metrics(folder: Path) -> dict[str, Any]:
     """Read the metrics.json of a complete run."""
     try:
@@ -127,6 +130,34 @@ def blended_folder(run: Path) -> Path:
     return run.with_name(f"{run.resolve().name}-blend")
 
 
+def has_run(folder: Path) -> bool:
+    """Return True if a folder has the config.yaml of a run."""
+    try:
+        settings = read_settings(folder / CONFIG)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and settings.keys() >= _SETTINGS
+
+
+def resumed(config: TuneConfig) -> TuneConfig:
+    """Return the configuration of the run in the folder `resume`, with the non-default settings of `config`.
+
+    Returns `config` itself if `resume` is not a folder.
+    """
+    if isinstance(config.resume, bool):
+        return config
+    if config.out is not None:
+        raise InputError("tune: `resume=RUN` continues in RUN; leave out `out`.", "resume")
+    names = [field.name for field in dataclasses.fields(TuneConfig)]
+    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(TuneConfig, name)}
+    given |= {"out": config.resume, "resume": True, "overwrite": config.overwrite}
+    earlier = TuneConfig.from_yaml(config.resume / CONFIG, trust=config.trust, given=given)
+    return dataclasses.replace(earlier, **given)
+
+
+# ---- checks of a folder to write -------------------------------------------------------------------------------------
+
+
 def check_writable(folder: Path, argument: str = "out", function: str = "tune") -> None:
     """Check that a folder can be created and written."""
     if os.path.exists(folder) and not folder.is_dir():
@@ -185,29 +216,7 @@ def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
         )
 
 
-def resumed(config: TuneConfig) -> TuneConfig:
-    """Return the configuration of the run in the folder `resume`, with the non-default settings of `config`.
-
-    Returns `config` itself if `resume` is not a folder.
-    """
-    if isinstance(config.resume, bool):
-        return config
-    if config.out is not None:
-        raise InputError("tune: `resume=RUN` continues in RUN; leave out `out`.", "resume")
-    names = [field.name for field in dataclasses.fields(TuneConfig)]
-    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(TuneConfig, name)}
-    given |= {"out": config.resume, "resume": True, "overwrite": config.overwrite}
-    earlier = TuneConfig.from_yaml(config.resume / CONFIG, trust=config.trust, given=given)
-    return dataclasses.replace(earlier, **given)
-
-
-def has_run(folder: Path) -> bool:
-    """Return True if a folder has the config.yaml of a run."""
-    try:
-        settings = read_settings(folder / CONFIG)
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(settings, dict) and settings.keys() >= _SETTINGS
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 class RunFolder:
