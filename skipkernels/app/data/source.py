@@ -23,7 +23,7 @@ class Source:
         classes: Names by label, as in prompts.
         templates: Prompt templates. Training uses the first; evaluation averages the embeddings of all.
         splits: Images of each split.
-        missing: For missing splits, the reason and the remedy, if there is one besides.
+        without_test: Why the user's data have no test images, and the remedy.
         notes: Remarks for the user on how the dataset was read.
         hashed: The user's data have no splits of their own, and were split by a hash.
     """
@@ -32,7 +32,7 @@ class Source:
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     splits: Mapping[Split, Images] = field(repr=False)
-    missing: Mapping[Split, str] = field(default_factory=dict, repr=False)
+    without_test: str = ""
     notes: tuple[str, ...] = ()
     hashed: bool = False
 
@@ -52,7 +52,8 @@ class Source:
             InputError: If the dataset has no such split.
         """
         if split not in self.splits:
-            reason = self.missing.get(split, f"it has {', '.join(self.splits)} images.")
+            others = f"it has {', '.join(self.splits)} images."
+            reason = self.without_test if split == "test" and self.without_test else others
             raise InputError(f"{self.name} has no {split} images: {reason}", "data")
         return self.splits[split].with_transform(transform)
 

@@ -40,10 +40,10 @@ def listed_source(
     notes = list(notes)
     if all(each.isdecimal() for each in classes):
         notes.append(f"{name}: the classes have numbers and no names, and prompts are made of names.")
-    missing: dict[Split, str] = {}
+    without_test = ""
     hashed = splits is None or set(splits) == {"train"}
     if splits is None or hashed:
-        splits, missing = _hash_splits(images, classes)
+        splits, without_test = _hash_splits(images, classes)
         counts = ", ".join(f"{splits.count(split)} {split}" for split in get_args(Split) if split in splits)
         notes.append(
             f"{name}: no test images, so the images of each class are split by a hash of their names: {counts}."
@@ -51,38 +51,35 @@ def listed_source(
     elif "val" in splits and "test" not in splits:
         splits = ["test" if split == "val" else split for split in splits]
         notes.append(f"{name}: no test images, so the val images are the test images.")
-        missing["val"] = "without test images, the val images are the test images. Add test images to have both."
     indices: dict[Split, list[int]] = defaultdict(list)
     for index, split in enumerate(splits):
         indices[split].append(index)
     parts = {split: images.subset(indices[split]) for split in get_args(Split) if split in indices}
     chosen = resolve_templates(None, templates)
-    return Source(name, tuple(classes), chosen, splits=parts, notes=tuple(notes), missing=missing, hashed=hashed)
+    return Source(name, tuple(classes), chosen, parts, notes=tuple(notes), hashed=hashed, without_test=without_test)
 
 
-def _hash_splits(images: Images, classes: Sequence[str]) -> tuple[list[Split], dict[Split, str]]:
+def _hash_splits(images: Images, classes: Sequence[str]) -> tuple[list[Split], str]:
     """Split the images of each class into train, val and test by a hash of their names.
 
-    Without test images if a class has only one image, which must train. Returns the split of each image, and the reason
-    and remedy for each missing split.
+    If a class has only one image, which must train, there are no test images. Returns the split of each image, and why
+    there are none.
     """
-    orders, missing = shuffled_by_class(images.labels, images.names, "split"), dict[Split, str]()
+    orders = shuffled_by_class(images.labels, images.names, "split")
     single = [classes[images.labels[order[0]]] for order in orders if len(order) == 1]
-    if single:
-        have = f"class {single[0]} has" if len(single) == 1 else f"classes {format_names(single)} have"
-        missing["test"] = (
-            f"{have} 1 image, and train and test need one each. Add some, give test images of all classes, or train on "
-            "all images with `test=none`."
-        )
     found: list[Split] = ["train"] * len(images)
     for order in orders:
         tests = 0 if single else (_TEST_TENTHS * len(order) + 5) // 10  # 1 if there are 2 images
         vals = (_VAL_TENTHS * len(order) + 5) // 10
         for place, index in enumerate(order[: tests + vals]):
             found[index] = "test" if place < tests else "val"
-    if "val" not in found:
-        missing["val"] = "its classes have too few images. Add some, or make a val split."
-    return found, missing
+    if not single:
+        return found, ""
+    have = f"class {single[0]} has" if len(single) == 1 else f"classes {format_names(single)} have"
+    return found, (
+        f"{have} 1 image, and train and test need one each. Add some, give test images of all classes, or train on all "
+        "images with `test=none`."
+    )
 
 
 def labels_by_name(location: str, found: Sequence[str], remedy: str) -> tuple[list[int], tuple[str, ...]]:

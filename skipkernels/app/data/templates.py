@@ -32,18 +32,11 @@ def resolve_templates(dataset: str | None, templates: Templates = None, default:
         return (TEMPLATE_SETS[chosen[0]].get(dataset or "", default),)
     if not chosen:
         raise InputError(f"resolve_templates: templates must have an item, such as {PHOTO!r}; got none.", "templates")
-    sets = list(TEMPLATE_SETS)
-    if any(template in sets for template in chosen):
-        raise InputError(
-            f"resolve_templates: {' and '.join(sets)} are sets, which can't be combined with other templates; got "
-            f"{', '.join(map(repr, chosen))}. Give one set, or only templates of your own.",
-            "templates",
-        )
     for template in chosen:
         if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
             raise InputError(
-                f"resolve_templates: templates must be {' or '.join(sets)}, or templates with one {{}} each, which "
-                f"the class name replaces, and no other braces, such as {PHOTO!r}; got {template!r}.",
+                f"resolve_templates: templates must be {' or '.join(TEMPLATE_SETS)} alone, or templates with one {{}} "
+                f"each, which the class name replaces, and no other braces, such as {PHOTO!r}; got {template!r}.",
                 "templates",
             )
     return tuple(chosen)
