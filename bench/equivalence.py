@@ -54,7 +54,6 @@ _SMALL_VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 4, "h
 _SMALL_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 4}
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 _SMALL_LOSS = 1e-3  # in fp32 that of a batch may be 0
-_COLUMNS = "steps K other_classes loss weights change logits predictions tests trained_loss".split()
 
 
 class Inputs(NamedTuple):
@@ -149,19 +148,19 @@ def compare(case: Case, inputs: Inputs, steps: int) -> dict[str, Any]:
     initial, last, mine = (_flat(trained, names) for trained in (inputs.model, theirs.model, ours.model))
     losses = zip(ours.losses, theirs.losses, strict=True)
     logits = [_logits(trained.model, inputs) for trained in (ours, theirs)]
-    values = (
-        steps,
-        len(theirs.kept[0]),
-        sum(a != b for a, b in zip(ours.kept, theirs.kept, strict=True)),
-        max(abs(a - b) / max(b, _SMALL_LOSS) for a, b in losses),
-        relative_error(mine, last),
-        ((mine - last).norm() / (last - initial).norm()).item(),
-        relative_error(*logits),
-        (logits[0].argmax(1) != logits[1].argmax(1)).sum().item(),
-        len(inputs.tests),
-        theirs.losses[-1],
-    )
-    return {name: float(f"{x:.3g}") if isinstance(x, float) else x for name, x in zip(_COLUMNS, values, strict=True)}
+    found = {
+        "steps": steps,
+        "K": len(theirs.kept[0]),
+        "other_classes": sum(a != b for a, b in zip(ours.kept, theirs.kept, strict=True)),
+        "loss": max(abs(a - b) / max(b, _SMALL_LOSS) for a, b in losses),
+        "weights": relative_error(mine, last),
+        "change": ((mine - last).norm() / (last - initial).norm()).item(),
+        "logits": relative_error(*logits),
+        "predictions": (logits[0].argmax(1) != logits[1].argmax(1)).sum().item(),
+        "tests": len(inputs.tests),
+        "trained_loss": theirs.losses[-1],
+    }
+    return {name: float(f"{x:.3g}") if isinstance(x, float) else x for name, x in found.items()}
 
 
 def _flat(model: nn.Module, names: Sequence[str]) -> Tensor:

@@ -118,24 +118,23 @@ class Run:
     def config(self) -> TuneConfig:
         """The configuration of the trainer."""
         optimizer, text_lr, image_lr = self.candidate
-        key, (method, _, part) = self.variant.method, self.variant.method.partition(", ")
-        common: dict[str, Any] = {"method": method, "seed": self.seed, "device": "cpu", "precision": "fp32"}
-        common |= {"pretrained": str(self.weights), "protocol": "base-to-new", "shots": "all"}
-        if method in ("linear-probe", "zero-shot"):
-            return TuneConfig(**common).resolved()
+        method, _, part = self.variant.method.partition(", ")
+        settings: dict[str, Any] = {"method": method, "seed": self.seed, "device": "cpu", "precision": "fp32"}
+        settings |= {"pretrained": str(self.weights), "protocol": "base-to-new", "shots": "all"}
         if method == "auto":
-            return TuneConfig(**common, epochs=MANY_EPOCHS if self.shift.many else None).resolved()
-        epochs, batch, sampler = SCHEDULES.get(key) or SCHEDULES[optimizer]
-        epochs = min(epochs, MANY_EPOCHS) if self.shift.many else epochs
-        common |= {"epochs": epochs, "batch_size": batch, "sampler": sampler, "optimizer": optimizer}
-        common |= {"warmup_epochs": 0, "warmup_lr": 0.0}
-        if method != "clip-adapter" and part != "image only":
-            common["text_lr"] = text_lr
-        if method != "coop":
-            common["image_lr"] = image_lr
-        if part == "image only":
-            common["train_text"] = False
-        return TuneConfig(**common | dict(self.variant.changes)).resolved()
+            settings["epochs"] = MANY_EPOCHS if self.shift.many else None
+        elif optimizer != "fit":
+            epochs, batch, sampler = SCHEDULES.get(self.variant.method) or SCHEDULES[optimizer]
+            epochs = min(epochs, MANY_EPOCHS) if self.shift.many else epochs
+            settings |= {"epochs": epochs, "batch_size": batch, "sampler": sampler, "optimizer": optimizer}
+            settings |= {"warmup_epochs": 0, "warmup_lr": 0.0}
+            if part == "image only":
+                settings["train_text"] = False
+            elif method != "clip-adapter":
+                settings["text_lr"] = text_lr
+            if method != "coop":
+                settings["image_lr"] = image_lr
+        return TuneConfig(**settings | dict(self.variant.changes)).resolved()
 
 
 def searched(methods: Collection[str]) -> Iterator[Run]:
