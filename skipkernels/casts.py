@@ -64,7 +64,7 @@ class Casts:
         self._versions = {i: self._weights[i]._version for i in self._casts}
 
 
-active: Casts | None = None  # of the step that runs, as `used` sets it; read by `fused.weights.prepare`
+active: Casts | None = None  # of the step that runs: `prepare` of a block reads them, `FusedSGD` writes
 
 
 @contextlib.contextmanager

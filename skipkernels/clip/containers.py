@@ -17,7 +17,8 @@ _ENCODERS = ("encode_image", "encode_text", "get_image_features", "get_text_feat
 class Containers:
     """The model and its modules that contain a block, an embedding or a head, which SkipCLIP does not call.
 
-    Hooks or methods on them would have no effect: they are refused, and so are changes of the order of the blocks.
+    Hooks or methods on them would have no effect: they are refused, but for hooks of the model itself, and so are
+    changes of the order of the blocks.
     """
 
     def __init__(self, model: nn.Module, image: Tower, text: TextTower):
@@ -61,7 +62,8 @@ class Containers:
             return "the attention mask changed (to NaN, if −inf in it was averaged: average with use_buffers=False)"
         for tower, depth in zip((self._image, self._text), self._depths, strict=True):
             blocks = tower.model_blocks()
-            order = [x for x in self._model.modules() if x in set(blocks)]
+            known = set(blocks)
+            order = [x for x in self._model.modules() if x in known]
             if order != blocks or len(blocks) != depth:
                 return "its blocks changed"
         if self._methods != self._read_methods():

@@ -46,6 +46,7 @@ class Encoders:
         lower_device: torch.device | str | None = None,
     ):
         self.model, self.tokens, self.options = model, tokens, options
+        self._usual_memory: Memory = "auto" if options.memory == "min" else options.memory
         self._folder = None if text_cache is None else Path(text_cache).absolute()  # of the working directory of now
         self._lower_device = None if lower_device is None else torch.device(lower_device)
         # `trainable` and the names of what trained before `add_lora`, which sets it
@@ -97,7 +98,8 @@ class Encoders:
         texts = self._texts_of(tower, tokens)
         with torch.autocast(self._device.type, enabled=False):
             texts.compute_prototypes()
-            if tower.cut.lower_device is None:  # else the model itself cannot run: it is on two devices
+            cuts = self.images.tower.cut, tower.cut
+            if all(cut.lower_device is None for cut in cuts):  # else the model itself cannot run: it is on two devices
                 verify(self.model, self.images, texts, tokens)
         self.tokens, self.texts = tokens, texts
         self._move_lower()
@@ -156,10 +158,10 @@ class Encoders:
     # ---- memory and devices ------------------------------------------------------------------------------------------
 
     def save_memory(self, enable: bool) -> None:
-        """Save only the inputs of the blocks above the cut; else what `memory` is, or "auto" if that is "min"."""
-        usual: Memory = "auto" if self.options.memory == "min" else self.options.memory
+        """Save only the inputs of the blocks above the cut; else what `memory` was, or "auto" if that was "min"."""
+        self.options = replace(self.options, memory="min" if enable else self._usual_memory)
         for tower in (self.images.tower, self.texts.tower):
-            tower.cut = replace(tower.cut, memory="min" if enable else usual)
+            tower.cut = replace(tower.cut, memory=self.options.memory)
 
     def _move_lower(self) -> None:
         """Move the modules below the cut to their device, and count the templates. Constant texts go to the CPU."""

@@ -33,15 +33,19 @@ class ImageEncoder:
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to embeddings [B, D], not normalised."""
-        if not self.are_features(pixel_values):
-            return self.tower.upper(self.lower(pixel_values))
+        if self.are_features(pixel_values):
+            return self.upper(pixel_values)
+        return self.tower.upper(self.lower(pixel_values))
+
+    def upper(self, features: Tensor) -> Tensor:
+        """Features at the cut [B, N, W] to embeddings [B, D]; an error if modules below the cut have changed."""
         self.watch()
         if self.is_stale():
             raise RuntimeError(
                 "SkipCLIP: modules or weights below the cut have changed since features at the cut were first computed "
                 "or used, so these do not match the model. Compute them again, then call clip.refresh()."
             )
-        return self.tower.upper(pixel_values)
+        return self.tower.upper(features)
 
     def lower(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]."""

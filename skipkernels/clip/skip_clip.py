@@ -297,7 +297,7 @@ class SkipCLIP(nn.Module):
     def encode_upper(self, features: Tensor) -> Tensor:
         """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
         checks.check_features(features, self.images.feature_shape)
-        return self.images.tower.upper(features)
+        return self.images.upper(features)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], any norm."""
@@ -321,9 +321,10 @@ class SkipCLIP(nn.Module):
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
         """Replace the classes of the task in place; their number may change.
 
-        Parameters, optimizer states and the generator stay. Copies, such as that of an `AveragedModel`, need their own
-        call. The new `prototypes` are computed with the *current* weights: before the first step they are the zero-shot
-        embeddings that the published method selects with. After an error the previous classes stay in use.
+        Parameters, optimizer states and the generator stay; class weights are those passed here. Copies, such as that
+        of an `AveragedModel`, need their own call. The new `prototypes` are computed with the *current* weights: before
+        the first step they are the zero-shot embeddings that the published method selects with. After an error the
+        previous classes stay in use.
         """
         tokens = checks.as_tokens(tokens)
         checks.refuse_inference_mode("SkipCLIP: set_classes cannot be called")

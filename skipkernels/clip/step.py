@@ -48,15 +48,15 @@ def cross_entropy(
     """Cross-entropy of images [B, D] over classes [K, D]; targets are positions [B] or probabilities [B, K]."""
     text = text.to(image.dtype)  # constants, where texts do not train
     weight = None if options.class_weight is None else options.class_weight.index_select(0, class_ids)
-    if targets.ndim == 2:
-        logits = functional.class_sampled_logits(image, text, scale)
-        loss = F.cross_entropy(logits, targets.to(logits.dtype), weight, label_smoothing=options.label_smoothing)
-        return SkipOutput(loss, logits, class_ids, targets)
-    loss = functional.class_sampled_ce(
-        image, text, targets, scale, class_weight=weight, label_smoothing=options.label_smoothing
-    )
-    kept_logits = functional.class_sampled_logits(image, text, scale) if options.return_logits else None
-    return SkipOutput(loss, kept_logits, class_ids, targets)
+    if targets.ndim == 1 and not options.return_logits:
+        loss = functional.class_sampled_ce(
+            image, text, targets, scale, class_weight=weight, label_smoothing=options.label_smoothing
+        )
+        return SkipOutput(loss, None, class_ids, targets)
+    logits = functional.class_sampled_logits(image, text, scale)
+    expected = targets if targets.ndim == 1 else targets.to(logits.dtype)
+    loss = F.cross_entropy(logits, expected, weight, label_smoothing=options.label_smoothing)
+    return SkipOutput(loss, logits, class_ids, targets)
 
 
 class SkipOutput(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._progress import Output, progress
+from ..checks import warn_caller
 from ..digests import digest_tensors
 from ..features.identity import PROBE_TOLERANCE, relative_distance
 from ..features.table import COMPUTED_DTYPES, IDENTITY, STORED_DTYPES, CacheError, Layout, MappedTable
@@ -83,7 +83,7 @@ def _stored_rows(folder: Path, layout: Layout) -> Tensor | None:
             return MappedTable.open(folder, verify=True).rows(torch.arange(layout.rows))
     except CacheError as error:
         if (folder / IDENTITY).exists():
-            warnings.warn(f"{error} The prototypes are computed again.", stacklevel=6)
+            warn_caller(f"{error} The prototypes are computed again.")
     return None
 
 

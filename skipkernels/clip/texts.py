@@ -257,6 +257,12 @@ class FixedTexts(ClassTexts):
     def step_tensors(self) -> list[Tensor | None]:  # noqa: D102
         return [self.prototypes]
 
+    def reads_folder(self) -> bool:  # noqa: D102
+        return False
+
+    def check_contents(self) -> None:
+        """Compare nothing: prototypes stay."""
+
 
 def in_same_dtype(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a move or conversion to a tensor that keeps its dtype."""

@@ -21,7 +21,7 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
         return f"{hooked} has hooks, which would run at the capture only. Remove them."
     if global_hooks():
         return "global module hooks would run at the capture only. Remove them."
-    if clip.images.tower.cut.backend is not SDPA:
+    if clip.images.tower.cut.backend != SDPA:  # a copy is another object
         return 'attention="xformers" has a host sync. Use "sdpa".'
     if clip.texts.reads_folder():
         return "text_cache, as large as here, is read on the host. Leave it out."

@@ -104,7 +104,8 @@ class GraphedStep:
     """A training step: forward, backward, `optimizer.step()` and `optimizer.zero_grad()`.
 
     On a GPU the first three calls run eagerly on a side stream; the fourth captures a CUDA graph, and from then on a
-    call is one replay. On other devices, and for batches of another size than `batch_size`, every call runs the loop
+    call is one replay. Batches of another size than `batch_size` run eagerly, with the K classes of a graph. On other
+    devices every call runs the loop
 
         out = clip(pixel_values, labels); out.loss.backward(); optimizer.step(); optimizer.zero_grad()
 
@@ -186,7 +187,10 @@ class GraphedStep:
             self._check_optimizer()
             return self._backward_and_update(clip(pixel_values, labels))
         device = clip.prototypes.device
-        pixel_values, labels = pixel_values.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        pixel_values, labels = (
+            x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # for the error of `_check_batch`
+            for x in (pixel_values, labels)
+        )
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         self._check_batch(pixel_values, labels, autocast)
         self._ranks.draw(clip.sampler, device, len(clip.prototypes), len(pixel_values))

@@ -109,8 +109,8 @@ def sharded_binary_cross_entropy(
 ) -> Tensor:
     """Mean binary cross-entropy [] of images and classes; each process has a part of their pairs; collective.
 
-    `image` is [b, D]; `text` [k, D], or any one row if k = 0; `targets` bool [b, k]; `elements` the number of pairs of
-    all processes.
+    `image` is [b, D]; `text` [k, D], or any one row if k = 0; `targets` [b, k], 0 or 1; `elements` the number of pairs
+    of all processes.
     """
     if targets.numel() == 0:
         share = _empty_share(image, text, logit_scale) + 0.0 * bias

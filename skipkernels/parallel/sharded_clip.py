@@ -32,7 +32,7 @@ class ShardedSkipCLIP(SkipCLIP):
     Each process has its own part of every batch, and the texts of its own classes. A training step, and an evaluation
     over all classes, are collective. Selected classes and loss are those of all images; `targets`, and the loss in
     evaluation mode, are those of this process. Gradients are averaged by `DistributedDataParallel`, or by
-    `all_reduce_gradients`. A batch may be empty on some of the processes.
+    `all_reduce_gradients`. A batch of a training step, `predict` or `top_k` may be empty on some of the processes.
 
     The other arguments are those of SkipCLIP, with all classes, and equal on all processes. These raise an error:
 
@@ -232,7 +232,7 @@ class ShardedSkipCLIP(SkipCLIP):
         return gather_rows(image[:count], sizes, self.shards.group), classes, sizes
 
     def _check_agreement(self, shards: ClassParallel, digest: str, class_weight: Tensor | None) -> None:
-        """Raise a ValueError on every process unless all have the same inputs and weights."""
+        """Raise an error on every process for batch norms, or unless all have the same inputs and weights."""
         model = self.model
         if shards.size > 1:
             _refuse_batch_norms(self.images.tower)
@@ -248,12 +248,12 @@ class ShardedSkipCLIP(SkipCLIP):
             "label_smoothing and class_weight": digest_json([self.label_smoothing, digest_tensors(weights)]),
             "weights": digest_json(digests(tensors)),
         }
-        shards.check_equal(list(digest_of.items()), next(model.parameters()).device)
+        shards.check_equal(list(digest_of.items()), self.prototypes.device)  # the model may be on two devices
 
 
 def _refuse_batch_norms(tower: Any) -> None:
     """Raise if a module above the cut is a batch norm other than `SyncBatchNorm`."""
-    for part in (*tower.blocks[tower.skip :], *tower.head):
+    for part in tower.upper_parts():
         for module in part.modules() if isinstance(part, nn.Module) else ():
             if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
                 raise UnsupportedModel(

@@ -111,8 +111,8 @@ class Intervals:
 
     def draw(self, start: float) -> Tensor:
         """Places in the tail [n] int64, n = ⌊Σπ⌋ or ⌈Σπ⌉, by a number in [0, 1)."""
-        # The number of points start, start + 1, … below the total; bounded, since total − start may be rounded up.
-        count = max(math.floor(self.total), min(math.ceil(self.total - start), math.ceil(self.total)))
+        # The number of points start, start + 1, … below the total; bounded, since total − start may be rounded down.
+        count = max(math.floor(self.total), math.ceil(self.total - start))
         return systematic_sample(self._ends, start + torch.arange(count, dtype=torch.float64))
 
 

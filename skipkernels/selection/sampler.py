@@ -171,13 +171,12 @@ class RankSampler:
                 'would draw other classes than the first time. Use memory="min" instead.'
             )
         self._most_labels = max(self._most_labels, max_labels)
-        intervals = law.intervals_of_one_size if one_size else law.intervals
         if self.tail == "fixed" and len(law.q):
             if self._fixed is None or len(self._fixed) < len(law.q):
                 self._fixed = self._uniform(len(law.q))
             # A larger batch keeps more of the first ranks, and the tail loses these.
             tail = (self._fixed[-len(law.q) :] < law.q).nonzero().squeeze(1)  # [n], places in the tail
-        elif intervals.total:
+        elif (intervals := law.intervals_of_one_size if one_size else law.intervals).total:
             tail = intervals.draw(self._uniform().item())  # [n]
         else:
             tail = torch.empty(0, dtype=torch.int64)
@@ -198,8 +197,10 @@ class RankSampler:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "generator"}
 
     def fingerprint(self) -> bytes:
-        """Return everything that the next draw depends on as bytes."""
-        return repr((self.options(), self._most_labels)).encode() + self._random.get_state().numpy().tobytes()
+        """Return what the classes of the next step depend on besides the scores, as bytes."""
+        shared = None if self.shared is None else [x.tolist() for x in self.shared]
+        state = self._random.get_state().numpy().tobytes()  # `_fixed` was drawn by this generator
+        return repr((self.options(), self._most_labels, shared)).encode() + state
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of the draws, for `load_state_dict`, as CPU tensors."""

@@ -154,7 +154,9 @@ class Tower(ABC):
         rotary: Rotary | None,
     ) -> Tensor:
         """Run blocks over rows [R, W]; the last one with the attention `pooled`, if only pooled tokens are needed."""
-        options, hidden = RowsOptions(attention, self.block_memory(rows), rotary), Hidden(rows)
+        options, hidden = RowsOptions(attention, rotary=rotary), Hidden(rows)
+        if blocks.stop > self.skip:  # nothing is saved below the cut
+            options = options._replace(memory=self.block_memory(rows))
         for index in blocks:
             if index == blocks[-1] and pooled is not None:
                 options = options._replace(attention=pooled)

@@ -35,7 +35,8 @@ def fuse(model: Model, *, memory: FusedMemory = "fast") -> Model:
             `VisionTransformer` or `Eva` (EVA-02, Perception Encoder).
         memory: Saved for backward per token and block, W the width of the tower: "fast", 10·W values (12·W with SwiGLU
             and the norms of EVA-02), where backward repeats no matrix product; "balanced", 6·W, where it repeats the
-            first product of the MLP; "min", W, where it repeats the block. PyTorch saves 16·W, or 20·W with QuickGELU.
+            first product of the MLP; "min", W, where it repeats the block up to the activation.
+            PyTorch saves 16·W, or 20·W with QuickGELU.
 
     Returns:
         The model.

@@ -175,6 +175,13 @@ def test_one_template_is_the_ordinary_step():
     assert clips[0].get_extra_state().equal(clips[1].get_extra_state())
 
 
+def test_free_memory_is_not_asked_below_the_cut(monkeypatch):
+    """Nothing is saved there; a decision for its rows would be that of every smaller step."""
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1)
+    monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: pytest.fail("asked"))
+    clip.encode_lower(torch.cat([tiny_batch(3, C)[0]] * 20))
+
+
 def test_templates_share_the_free_memory(monkeypatch):
     """A step runs the text tower three times: `memory="auto"` counts what they save together."""
     clip = sk.SkipCLIP(tiny_clip(), three_templates(C), skip_layers=1)

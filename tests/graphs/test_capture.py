@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from functools import partial
 from typing import Any
@@ -305,6 +306,8 @@ def test_graphed_refuses_what_cannot_be_captured(gpu, tmp_path):
     refused("SGD reads its learning rate on the host", torch.optim.SGD(groups))
     refused("AdamW is not capturable. Construct it with capturable=True", torch.optim.AdamW(groups))
     refused("text_cache, as large as here", clip=skip_clip(text_cache=tmp_path))
+    for captured in (copy.deepcopy(clip), skip_clip(text_cache=tmp_path / "constant", train_text=False)):
+        assert not sk.graphed(captured, sk.FusedSGD(captured.trainable_parameters()), batch_size=4).is_captured
     hooked = skip_clip()
     hooked.model.visual.ln_post.register_forward_hook(lambda *_: None)
     refused("visual.ln_post has hooks", clip=hooked)
@@ -321,6 +324,8 @@ def test_graphed_refuses_what_cannot_be_captured(gpu, tmp_path):
             run.step(x, labels)
     with pytest.raises(ValueError, match="^graphed: pixel_values must not require grad"):
         run.step(x.requires_grad_(), labels)
+    with pytest.raises(TypeError, match="labels must be an int64 tensor"):
+        run.step(x.detach(), labels.tolist())
 
 
 def test_graphed_follows_autocast(gpu):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from skipkernels.testing import relative_error
 from skipkernels.towers.attention import SDPA, Pooled, Sequences
@@ -74,6 +75,18 @@ def test_fused_block_equals_callers_module(dtype, product_dtype, layer_scale, po
     for name, gradient in gradients(out, block, hidden).items():
         assert gradient.dtype == dtype
         assert relative_error(gradient, truth[name]) < tolerance, name
+
+
+def test_backward_repeats_no_product_that_it_does_not_read():
+    """With memory="min" it repeats every product of the forward pass but the last, of W_p."""
+    block, flops = make_block(), {}
+    for memory in ("fast", "min", "forward"):
+        with FlopCounterMode(display=False) as counter:
+            out = run_fused(block, hidden_states(), memory.replace("forward", "fast"))
+            if memory != "forward":
+                out.sum().backward()
+        flops[memory] = counter.get_total_flops()
+    assert flops["min"] - flops["fast"] == flops["forward"] - 2 * N * TOKENS * block.mlp.c_proj.weight.numel()
 
 
 @pytest.mark.parametrize("pool", [False, True], ids=["all", "pooled"])

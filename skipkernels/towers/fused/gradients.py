@@ -102,7 +102,7 @@ class Gradients:
             return
         # On a CPU a sum in another dtype would convert all rows first.
         dtype = matrices[0].dtype if matrices[0].is_cpu else self.sums_dtype
-        sums = [x.sum(0, dtype=dtype) for x in matrices]  # `out=` has no batching rule
+        sums = [x.sum(0, dtype=dtype) for x in matrices]
         self.weights[name] = torch.cat(sums) if len(sums) > 1 else sums[0]
 
     def of_parts(self, names: Sequence[str]) -> list[Tensor | None]:

@@ -81,7 +81,7 @@ class _BlockFunction(torch.autograd.Function):
         # 5. Return the gradients in the order of the inputs, each in the dtype of its input
         d_stream, d_branch_in = d_hidden if d_hidden is not None else (None, None)
         d_given = (
-            d_part.to(dtype) if need and d_part is not None else None
+            None if d_part is None or not need else d_part.to(dtype)
             for d_part, dtype, need in zip(d_parts, ctx.dtypes, needs_parts, strict=True)
         )
         return None, None, d_stream, d_branch_in if ctx.has_branch else None, *d_given

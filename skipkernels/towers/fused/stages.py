@@ -14,9 +14,10 @@ Saved for backward, in values per token, with M = 4·W, by the `memory` of a cal
     mlp        inner, the product before its bias [Q, M]     4·W     ×
                                                             10·W    10·W     6·W       W
 
-and mean and rstd of both norms and the log-sum-exp of attention: 4 + H numbers. Backward recomputes the norms and the
-activation, which are memory-bound, but no matrix product; rotations are undone in backward, and nothing is saved for
-them. "balanced", an option of `sk.fuse` alone, repeats the product of W_fc, and "min" this forward pass.
+and, but for "min", mean and rstd of both norms and the log-sum-exp of attention: 4 + H numbers. Backward recomputes
+the norms and the activation, which are memory-bound, but no matrix product; rotations are undone in backward, and
+nothing is saved for them. "balanced", an option of `sk.fuse` alone, repeats the product of W_fc, and "min" every stage
+in front of the activation.
 
 Under autocast the weights of products are cast once, by one launch, or in a captured step by their update
 (`casts.Casts`), and their copies are saved as well, 24·W² bytes; "min" casts them again. The norms write the dtype of
@@ -54,7 +55,7 @@ CAST_BYTES = 24  # size of the copies of the weights in 16 bits, in multiples of
 
 
 def saved_bytes(hidden: Tensor) -> int:
-    """Bytes that a block over hidden states [..., W] saves for backward at most, with memory="fast"."""
+    """Bytes that a block over hidden states [..., W] saves for backward with memory="fast", but for SwiGLU at most."""
     saved = hidden.numel() * hidden.element_size() * SAVED_WIDTHS
     if torch.is_autocast_enabled(hidden.device.type):
         saved += CAST_BYTES * hidden.shape[-1] ** 2
@@ -128,7 +129,18 @@ class Saved:
 
 
 def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Saved]:
-    """Run the stages. Return mid and branch [Q, W], and what backward reads; only inputs of norms unless `record`.
+    """Run the stages. Return mid and branch [Q, W], and what backward reads; only inputs of norms unless `record`."""
+    saved, inner = forward_to_inner(call, inputs, record)
+    active = mlp_act(call, inner)  # [Q, M]
+    del inner
+    if call.weights.mlp_norm is not None:
+        active, _ = norm(call, "mlp_norm", active)
+    branch = F.linear(active, call.weights.mlp_out, call.weights.mlp_out_bias)  # [Q, M] @ [M, W] -> [Q, W]
+    return Hidden(saved.norm_2.x, branch), saved
+
+
+def forward_to_inner(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Saved, Tensor]:
+    """Run the stages in front of the activation. Return what backward reads, and inner [Q, M], or [Q, 2M] for SwiGLU.
 
     Each tensor is released once the next stage has read it.
     """
@@ -143,18 +155,10 @@ def forward(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Hidden, Save
     del projected  # the leaves of the graph are the same memory
     branch = F.linear(attended.detach(), weights.out_proj, weights.out_proj_bias)  # [Q, W] @ [W, W] -> [Q, W]
     del attended
-    normed, saved_2 = norm(call, "norm_2", call.queries(hidden), branch)  # [Q, W]
-    mid = saved_2.x  # hidden + branch, [Q, W]
+    normed, saved_2 = norm(call, "norm_2", call.queries(hidden), branch)  # of mid = hidden + branch, [Q, W]
     del branch
     inner = normed @ weights.mlp_in.T  # [Q, W] @ [W, M] -> [Q, M], or [Q, 2M] for SwiGLU; the activation adds b_fc
-    del normed
-    active = mlp_act(call, inner)  # [Q, M]
-    saved = Saved(saved_1, saved_2, inner if record else None, graph)
-    del inner
-    if weights.mlp_norm is not None:
-        active, _ = norm(call, "mlp_norm", active)
-    branch = F.linear(active, weights.mlp_out, weights.mlp_out_bias)  # [Q, M] @ [M, W] -> [Q, W]
-    return Hidden(mid, branch), saved
+    return Saved(saved_1, saved_2, inner if record else None, graph), inner
 
 
 def to_save(call: BlockCall, saved: Saved) -> list[Tensor | None]:
@@ -168,10 +172,10 @@ def to_save(call: BlockCall, saved: Saved) -> list[Tensor | None]:
 def restore(call: BlockCall, tensors: Sequence[Tensor], graph: AttentionGraph | None) -> Saved:
     """Return what backward reads, from the tensors of `to_save`: what was not saved is computed again.
 
-    Without the graph of attention, with memory="min" and in a second backward pass, that is the forward pass.
+    Without the graph of attention, with memory="min" and in a second backward pass, that is everything.
     """
     if graph is None:
-        return forward(call, Hidden(tensors[0]), record=True)[1]
+        return forward_to_inner(call, Hidden(tensors[0]), record=True)[0]
     saved_1, saved_2, inner = SavedNorm(*tensors[:3]), SavedNorm(*tensors[3:6]), tensors[6]
     if inner is None:  # "balanced"
         inner = norm(call, "norm_2", saved_2.x)[0] @ call.weights.mlp_in.T

@@ -18,7 +18,7 @@ Weight = Tensor | tuple[Tensor, ...]  # A tuple has the parts of a weight, one b
 
 @dataclass(eq=False)
 class BlockWeights:
-    """Parameters of a block in order of use; None where it has none.
+    """Parameters of a block, in order of use but for optional norms; None where it has none.
 
     Layer scales are multiplied into W_o, b_o and W_p, b_p.
     """
@@ -139,9 +139,9 @@ def prepare(weights: BlockWeights, dtype: torch.dtype) -> PreparedWeights:
 
     A captured step, and the eager ones before its capture, take the casts that their update renews (`casts.active`).
     """
-    fields: dict[str, Any] = dict(vars(weights))
+    prepared: dict[str, Any] = dict(vars(weights))
     if isinstance(weights.mlp_in_bias, tuple):
-        fields["mlp_in_bias"] = torch.cat(weights.mlp_in_bias)
+        prepared["mlp_in_bias"] = torch.cat(weights.mlp_in_bias)
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for name, parts in weights.parts().items():
@@ -153,7 +153,7 @@ def prepare(weights: BlockWeights, dtype: torch.dtype) -> PreparedWeights:
             cast = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=dtype)
             targets += cast.split(lengths)
             sources += parts
-        fields[name] = cast
+        prepared[name] = cast
     if sources:
         torch._foreach_copy_(targets, sources)
-    return PreparedWeights(**fields)
+    return PreparedWeights(**prepared)
