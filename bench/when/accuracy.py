@@ -23,8 +23,8 @@ def accuracies(
 ) -> dict[str, float | None]:
     """Compute `ACCURACIES`, in per cent; None where the method has no logits for new classes."""
     base, new = setup.task.tests
-    whole = head and head.with_new_classes(method.class_embeddings(new.name))
     method.train(False)
+    whole = head and head.with_new_classes(method.class_embeddings(new.name))
 
     def logits(inputs: torch.Tensor) -> torch.Tensor:
         """Logits over the base and the new classes, or over the base classes alone."""
