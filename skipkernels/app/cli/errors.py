@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import signal
 import threading
@@ -11,13 +10,13 @@ from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from typing import Any
 
-from skipkernels.app.settings import Settings
 from skipkernels.formatting import first_line
+
+from .options import SETTINGS
 
 _NAMES = {"run": "RUN", "images": "IMAGES", "templates": "--template"}  # Python argument → other name here
 _FUNCTION = re.compile(r"^[\w.]+: ")  # at the beginning of a message
 _IN_BACKQUOTES = re.compile(r"`([a-z_]+)(?:=([^`]+))?`")
-_SETTINGS = {field.name for field in dataclasses.fields(Settings)}
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 
 
@@ -104,7 +103,7 @@ def with_flags(error: BaseException) -> str:
 
 def _setting(match: re.Match[str]) -> str:
     name, value = match.groups()
-    if name not in _SETTINGS:
+    if name not in SETTINGS:
         return match[0]
     return _flag(name) if value in (None, "True") else f"{_flag(name)} {value}"
 
