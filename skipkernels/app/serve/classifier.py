@@ -155,7 +155,7 @@ class Classifier:
     @property
     def device(self) -> torch.device:
         """Device of the model."""
-        return self._run.model.logit_scale.device  # type: ignore[return-value]
+        return self._run.model.logit_scale.device
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, C] before the temperature, of preprocessed images [B, 3, H, W]."""

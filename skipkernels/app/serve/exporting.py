@@ -24,7 +24,7 @@ from ..train.model import OPEN_CLIP, RANDOM
 from ..train.model_card import CARD, model_card
 from ..train.run_folder import CONFIG, METRICS, check_writable, has_run, read_metrics
 from . import to_hugging_face, to_onnx
-from .loading import PlainModel, plain_model
+from .loading import TunedRun, load_plain
 
 Target = Literal["open-clip", "hugging-face", "onnx"]
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"  # the name that open_clip looks for on the Hub
@@ -102,10 +102,10 @@ def export(
         raise InputError(f"export: to must be one of {', '.join(get_args(Target))}; got {to!r}.", "to")
     source, folder = restored(Path(run).expanduser()), Path(out).expanduser()
     _check_folders(source, folder, overwrite=overwrite)
-    plain = plain_model(source, trust=trust)
+    loaded = load_plain(source, trust=trust)
     try:
         with replaced_folder(folder, _OURS) as written:
-            notes = _write(plain, source, to, written)
+            notes = _write(loaded, source, to, written)
             files = sorted(path.name for path in written.iterdir())
     except OSError as error:
         raise InputError(f"export: out: {folder} can't be written ({error.strerror or error}).", "out") from error
@@ -123,37 +123,38 @@ def _check_folders(run: Path, out: Path, *, overwrite: bool) -> None:
     check_writable(out, "out", "export")
 
 
-def _write(plain: PlainModel, source: Path, to: Target, folder: Path) -> list[str]:
+def _write(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:
     """Write the files of an export, and return its notes."""
     notes: list[str] = []
     if to == "open-clip":
-        _write_open_clip(plain, folder)
+        _write_open_clip(run, folder)
     elif to == "onnx":
-        to_onnx.write(plain, folder)
+        to_onnx.write(run, folder)
     else:
-        notes = to_hugging_face.write(plain, folder)
-    described, head_code = _shared(plain), plain.head_code if to != "onnx" else ""
+        notes = to_hugging_face.write(run, folder)
+    described, fitted = _shared(run), run.method.fitted
+    head_code = "" if to == "onnx" else run.method.head_code  # the file for ONNX has the head
     if head_code:
-        tensors = plain.head.state_dict() if plain.fitted is None else plain.fitted.tensors()
+        tensors = run.method.head().state_dict() if fitted is None else fitted.tensors()
         weights.save_weights(folder / HEAD, tensors)
         described = replace(described, head_xxh3=digest_file(folder / HEAD))
     values = {name: getattr(described, name) for name in ("classes", "templates", "temperature")}
     replace_text(folder / CLASSES, json.dumps(values, indent=2) + "\n")
-    if to == "open-clip" and (plain.fitted is not None or not plain.head_code):  # `Classifier.load` can read it
+    if to == "open-clip" and (fitted is not None or not head_code):  # `Classifier.load` can read it
         replace(described, weights_xxh3=digest_file(folder / OPEN_CLIP_WEIGHTS)).write(folder)
     _write_card(source, folder, described, to, head_code)
     return notes
 
 
-def _write_open_clip(plain: PlainModel, folder: Path) -> None:
-    if not write_open_clip_config(folder, plain.model, plain.tokenizer):
-        raise InputError(f"export: run must have a model of open_clip; got {type(plain.model).__name__}.", "run")
-    weights.save_weights(folder / OPEN_CLIP_WEIGHTS, plain.model.state_dict())
+def _write_open_clip(run: TunedRun, folder: Path) -> None:
+    if not write_open_clip_config(folder, run.model, run.tokenizer):
+        raise InputError(f"export: run must have a model of open_clip; got {type(run.model).__name__}.", "run")
+    weights.save_weights(folder / OPEN_CLIP_WEIGHTS, run.model.state_dict())
 
 
-def _shared(plain: PlainModel) -> Description:
+def _shared(run: TunedRun) -> Description:
     """Description of an exported model. Each text that may be a path is left out or replaced."""
-    described = plain.described
+    described = run.described
     tuned = METHODS[described.method].trains_model
     tags = (RANDOM, *open_clip.list_pretrained_tags_by_model(described.model))
     return replace(

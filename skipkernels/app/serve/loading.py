@@ -1,7 +1,4 @@
-"""Loading of the model of a run folder from classifier.json and the weights, without the training data.
-
-It is loaded with its method, to classify, or as a plain CLIP with the head that classifies its embeddings, for export.
-"""
+"""Loading of the model of a run folder from classifier.json and the weights, without the training data."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from ..config import usable_device
 from ..data import DatasetImages, InputError, Task
 from ..data.tasks import TestSet
 from ..data.templates import resolve_templates
-from ..heads import Head
 from ..methods import METHODS, Method
 from ..methods.frozen import FrozenModel
 from ..train.description import Description, preprocessing
@@ -36,7 +32,7 @@ class TunedRun(NamedTuple):
 
     described: Description  # Contents of classifier.json
     classes: list[str]  # Names of the classes to predict
-    model: nn.Module
+    model: Any  # CLIP
     method: Method  # Method with its weights; its test `TEST` has the classes
     transform: Callable[[Any], torch.Tensor]  # Transform of an image
     tokenizer: Any
@@ -122,26 +118,13 @@ def _length(file: Path, name: str) -> int:
         raise InputError(f"{file}: not usable as weights of this model: {error}") from error
 
 
-# ---- for export ------------------------------------------------------------------------------------------------------
+def load_plain(folder: Path, *, trust: bool = False) -> TunedRun:
+    """Load a run in fp32 on the CPU, with all that a CLIP has a place for in its model: LoRA is merged.
 
-
-class PlainModel(NamedTuple):
-    """A tuned model without its method, in fp32 on the CPU."""
-
-    described: Description
-    model: Any  # CLIP with the tuned weights, in evaluation mode
-    tokenizer: Any
-    prompts: tuple[list[str], ...]  # Prompts by template and class
-    head: nn.Module  # Classifies the image embeddings of `model`; see `Method.export_head`
-    head_code: str  # Does the same; empty if `model` has all of the weights of the head
-    fitted: Head | None  # Of the run, if it has one
-
-
-def plain_model(folder: Path, *, trust: bool = False) -> PlainModel:
-    """Load a run as a plain model; see `Classifier.load` for `trust`. LoRA is merged into the weights."""
+    See `Classifier.load` for `trust`. `Method.head` has the rest.
+    """
     run = load_run(folder, device="cpu", precision="fp32", trust=trust)
-    head, code = run.method.head(), run.method.head_code
     run.method.merge()
-    model = run.model.float().eval().requires_grad_(False)
-    described = replace(run.described, preprocessing=preprocessing(model))  # of the model, not of the file
-    return PlainModel(described, model, run.tokenizer, run.prompts, head, code, run.method.fitted)
+    run.model.float().eval().requires_grad_(False)
+    described = replace(run.described, preprocessing=preprocessing(run.model))  # of the model, not of the file
+    return run._replace(described=described)

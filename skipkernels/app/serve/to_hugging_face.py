@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...formatting import first_line
 from ..data import InputError
-from .loading import PlainModel
+from .loading import TunedRun
 
 _TOLERANCE = 1e-4  # largest distance between unit-norm embeddings before and after the conversion
 _RESAMPLE = {"bilinear": 2, "bicubic": 3, "random": 3}  # Pillow's numbers
@@ -22,7 +22,7 @@ _BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "
 _BLOCK |= {"attn.out_proj": "self_attn.out_proj"}
 
 
-def write(plain: PlainModel, folder: Path) -> list[str]:
+def write(run: TunedRun, folder: Path) -> list[str]:
     """Write a CLIPModel with its processor; return notes on the classes with other tokens in transformers."""
     try:
         import transformers
@@ -30,28 +30,28 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
         raise InputError(
             "export: hugging-face needs transformers: pip install 'skipkernels[hugging-face]'.", "to"
         ) from None
-    if isinstance(plain.model, transformers.PreTrainedModel):  # the run's model came from such a folder
-        plain.model.save_pretrained(folder)
-        plain.tokenizer.save_pretrained(folder)
+    if isinstance(run.model, transformers.PreTrainedModel):  # the run's model came from such a folder
+        run.model.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
         return []
-    converted = convert(plain, transformers)
-    tokenizer = _tokenizer(plain, transformers)
-    processor = transformers.CLIPProcessor(_image_processor(plain, transformers), tokenizer)
+    converted = convert(run, transformers)
+    tokenizer = _tokenizer(run, transformers)
+    processor = transformers.CLIPProcessor(_image_processor(run, transformers), tokenizer)
     converted.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return _other_tokens(plain, tokenizer)
+    return _other_tokens(run, tokenizer)
 
 
-def convert(plain: PlainModel, transformers: Any) -> Any:
+def convert(run: TunedRun, transformers: Any) -> Any:
     """Return a CLIPModel with the weights of the model, after a comparison of the embeddings of both."""
-    _check(plain)
+    _check(run)
     try:
-        converted = transformers.CLIPModel(transformers.CLIPConfig(**config(plain.model)))
-        converted.load_state_dict(state_dict(plain.model))
+        converted = transformers.CLIPModel(transformers.CLIPConfig(**config(run.model)))
+        converted.load_state_dict(state_dict(run.model))
     except (AttributeError, KeyError, RuntimeError) as error:
         raise _error(f"it has no counterpart there ({first_line(error)})") from error
     converted.eval()
-    _compare(plain, converted)
+    _compare(run, converted)
     return converted
 
 
@@ -59,23 +59,23 @@ def _error(problem: str) -> InputError:
     return InputError(f"export: run must have a model that CLIPModel can hold; {problem}. Use open-clip.", "run")
 
 
-def _check(plain: PlainModel) -> None:
+def _check(run: TunedRun) -> None:
     """Raise an InputError that names a part of the model that the comparison of embeddings does not detect."""
-    model = plain.model
+    model = run.model
     unusual = {
         f"is a {type(model).__name__}": type(model) is not CLIP,
         f"has a {type(model.visual).__name__} as image tower": type(model.visual) is not VisionTransformer,
         "has a logit bias": getattr(model, "logit_bias", None) is not None,
-        "has a tokenizer other than CLIP's": not isinstance(plain.tokenizer, SimpleTokenizer),
-        f"has the resize mode {_resize_mode(plain)!r}": _resize_mode(plain) not in ("shortest", "squash"),
+        "has a tokenizer other than CLIP's": not isinstance(run.tokenizer, SimpleTokenizer),
+        f"has the resize mode {_resize_mode(run)!r}": _resize_mode(run) not in ("shortest", "squash"),
     }
     for problem, found in unusual.items():
         if found:
             raise _error(f"it {problem}")
 
 
-def _resize_mode(plain: PlainModel) -> str:
-    return plain.model.visual.preprocess_cfg.get("resize_mode", "shortest")
+def _resize_mode(run: TunedRun) -> str:
+    return run.model.visual.preprocess_cfg.get("resize_mode", "shortest")
 
 
 def _activation(block: Any) -> str:
@@ -144,12 +144,12 @@ def state_dict(model: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _compare(plain: PlainModel, converted: Any) -> None:
+def _compare(run: TunedRun, converted: Any) -> None:
     """Compare embeddings of random images and of prompts before and after the conversion."""
-    model = plain.model
+    model = run.model
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, *model.visual.image_size, generator=generator)
-    tokens = plain.tokenizer(plain.prompts[0][:4])
+    tokens = run.tokenizer(run.prompts[0][:4])
     outputs = converted(input_ids=tokens, pixel_values=images)
     pairs = {
         "image": (model.encode_image(images, normalize=True), outputs.image_embeds),
@@ -161,19 +161,19 @@ def _compare(plain: PlainModel, converted: Any) -> None:
             raise _error(f"its {side} embeddings differ by {error:.1e} after the conversion")
 
 
-def _tokenizer(plain: PlainModel, transformers: Any) -> Any:
-    own = plain.tokenizer
+def _tokenizer(run: TunedRun, transformers: Any) -> Any:
+    own = run.tokenizer
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {special.get(token, token): number for token, number in own.encoder.items()}
     merges = sorted(own.bpe_ranks, key=own.bpe_ranks.__getitem__)
-    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=plain.model.context_length)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=run.model.context_length)
 
 
-def _image_processor(plain: PlainModel, transformers: Any) -> Any:
-    settings = plain.model.visual.preprocess_cfg
-    size = plain.model.visual.image_size[0]
+def _image_processor(run: TunedRun, transformers: Any) -> Any:
+    settings = run.model.visual.preprocess_cfg
+    size = run.model.visual.image_size[0]
     square = {"height": size, "width": size}
-    squash = _resize_mode(plain) == "squash"
+    squash = _resize_mode(run) == "squash"
     return transformers.CLIPImageProcessor(
         size=square if squash else {"shortest_edge": size},
         crop_size=square,
@@ -184,12 +184,12 @@ def _image_processor(plain: PlainModel, transformers: Any) -> Any:
     )
 
 
-def _other_tokens(plain: PlainModel, tokenizer: Any) -> list[str]:
+def _other_tokens(run: TunedRun, tokenizer: Any) -> list[str]:
     """Notes on the classes with other tokens in transformers."""
-    prompts = plain.prompts[0]
-    tokens = zip(plain.tokenizer(prompts).tolist(), tokenizer(prompts, truncation=True)["input_ids"], strict=True)
+    prompts = run.prompts[0]
+    tokens = zip(run.tokenizer(prompts).tolist(), tokenizer(prompts, truncation=True)["input_ids"], strict=True)
     same = [before[: len(after)] == after for before, after in tokens]
-    differing = [name for name, equal in zip(plain.described.classes, same, strict=True) if not equal]
+    differing = [name for name, equal in zip(run.described.classes, same, strict=True) if not equal]
     if not differing:
         return []
     return [f"transformers' tokenizer splits the prompts of these classes in other ways: {', '.join(differing[:5])}"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...formatting import first_line
 from ..data import InputError
 from ..train.model import quiet
-from .loading import PlainModel
+from .loading import TunedRun
 
 FILE = "model.onnx"
 _EXTERNAL = 1 << 30  # bytes of weights above which they are in a second file: protobuf ends at 2 GiB
@@ -22,9 +22,9 @@ _EXTERNAL = 1 << 30  # bytes of weights above which they are in a second file: p
 class ImageClassifier(nn.Module):
     """Image tower and head: images [B, 3, H, W] → logits / temperature [B, C], unit-norm image embeddings [B, D]."""
 
-    def __init__(self, plain: PlainModel):
+    def __init__(self, run: TunedRun):
         super().__init__()
-        self.model, self.head, self.temperature = plain.model, plain.head, plain.described.temperature or 1.0
+        self.model, self.head, self.temperature = run.model, run.method.head(), run.described.temperature or 1.0
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the logits and the embeddings."""
@@ -32,7 +32,7 @@ class ImageClassifier(nn.Module):
         return logits / self.temperature, embedding
 
 
-def write(plain: PlainModel, folder: Path) -> None:
+def write(run: TunedRun, folder: Path) -> None:
     """Write model.onnx.
 
     Its input is pixel_values [batch, 3, H, W], preprocessed as the metadata say. Its outputs are logits [batch, C], of
@@ -44,8 +44,8 @@ def write(plain: PlainModel, folder: Path) -> None:
         import onnxscript  # noqa: F401  needed by torch.onnx
     except ImportError as error:
         raise InputError(f"export: onnx needs {error.name}: pip install 'skipkernels[onnx]'.", "to") from None
-    module = ImageClassifier(plain).eval()
-    height, width = _image_size(plain)
+    module = ImageClassifier(run).eval()
+    height, width = _image_size(run)
     images = torch.zeros(2, 3, height, width)
     path = folder / FILE
     external = sum(p.nbytes for p in module.parameters()) > _EXTERNAL
@@ -65,7 +65,7 @@ def write(plain: PlainModel, folder: Path) -> None:
         raise InputError(
             f"export: torch.onnx can't export the model ({first_line(error)}). Use open-clip.", "run"
         ) from error
-    described = plain.described
+    described = run.described
     values = {
         "classes": described.classes,
         "preprocessing": described.preprocessing | {"size": [height, width]},
@@ -78,6 +78,6 @@ def write(plain: PlainModel, folder: Path) -> None:
     onnx.checker.check_model(path)
 
 
-def _image_size(plain: PlainModel) -> tuple[int, int]:
-    size: Any = plain.described.preprocessing.get("size") or getattr(plain.model.visual, "image_size", 224)
+def _image_size(run: TunedRun) -> tuple[int, int]:
+    size: Any = run.described.preprocessing.get("size") or getattr(run.model.visual, "image_size", 224)
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -21,11 +21,10 @@ import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
-from skipkernels.app.heads import AffineHead, Head
 from skipkernels.app.methods import METHODS
 from skipkernels.app.serve import to_hugging_face, to_onnx
 from skipkernels.app.serve.exporting import Exported
-from skipkernels.app.serve.loading import PlainModel, plain_model
+from skipkernels.app.serve.loading import TunedRun, load_plain
 from skipkernels.app.train import model_card, tune
 from skipkernels.app.train.description import Description
 from tests.app.runs import shortened
@@ -65,7 +64,7 @@ def test_open_clip(source, images, tmp_path):
 def test_lora_is_merged(lora):
     state = load_file(lora / "model.safetensors")
     assert any(name.endswith(".lora_B") and tensor.abs().max() > 0 for name, tensor in state.items())  # it was trained
-    assert not any("lora" in name or "original" in name for name in plain_model(lora).model.state_dict())
+    assert not any("lora" in name or "original" in name for name in load_plain(lora).model.state_dict())
 
 
 @torch.no_grad()
@@ -86,7 +85,7 @@ def test_hugging_face(native_run, run, images, tmp_path):
     torch.testing.assert_close(pixels, tuned.transform(picture), atol=1e-5, rtol=0)
 
 
-def plain(tokenizer=None, **changes) -> PlainModel:
+def plain(tokenizer=None, **changes) -> TunedRun:
     """A narrow CLIP with random weights and changes of its configuration."""
     vision, text = (NATIVE[f"{part}_cfg"] | changes.pop(part, {}) for part in ("vision", "text"))
     logging.disable(logging.WARNING)
@@ -95,9 +94,8 @@ def plain(tokenizer=None, **changes) -> PlainModel:
     logging.disable(logging.NOTSET)
     open_clip.set_model_preprocess_cfg(model, PREPROCESS)
     own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
-    return PlainModel(
-        None, model, own, (["a cat", "two dogs"],), AffineHead(Head(torch.zeros(2, 16), torch.zeros(2))), "", None
-    )
+    prompts = (["a cat", "two dogs"],)
+    return TunedRun(None, ["cat", "dog"], model, None, None, own, prompts, True, "fp32")
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
@@ -188,9 +186,9 @@ def test_onnx(head_run, run, tmp_path):
     picture = tmp_path / "photo.png"
     run.task.tests[0].images[0][0].resize((40, 25)).save(picture)
     pixels = sk.Classifier.load(head_run, device="cpu", trust=True).transform(Image.open(picture))[None]
-    plain = plain_model(head_run, trust=True)
+    plain = load_plain(head_run, trust=True)
     found = [to_onnx.ImageClassifier(plain)(pixels)[0]]
-    if "down" in plain.head.state_dict():  # the longest head: an export takes three seconds
+    if "down" in plain.method.head().state_dict():  # the longest head: an export takes three seconds
         for package in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(package)
         import onnxruntime
