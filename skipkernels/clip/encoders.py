@@ -17,9 +17,10 @@ from ..towers.block import fuse_blocks
 from ..towers.text import TextTower
 from ..towers.watch import Watched
 from .checks import check_vocabulary
-from .cut_towers import TowerOptions, check_trained, cut_towers, restored_after_error, set_trainable
+from .cut_towers import TowerOptions, cut_towers, restored_after_error
 from .images import ImageEncoder
 from .texts import ClassTexts, FixedTexts
+from .trainable import check_trained, set_trainable
 
 
 class Encoders:

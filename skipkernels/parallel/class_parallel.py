@@ -13,7 +13,6 @@ from torch import Tensor
 from .gathers import all_gather, gather_rows
 
 _BACKENDS = ("gloo", "nccl")
-_LOW = (1 << 32) - 1  # low bits of a message: digest of the generator's state; the high bits: digest of the call
 
 
 class OwnSelection(NamedTuple):
@@ -110,23 +109,22 @@ class ClassParallel:
         Raises:
             RuntimeError: On every process, if processes call different methods or would draw different classes.
         """
-        method = zlib.crc32(call.encode()) >> 1  # 31 bits, so that it fits in an int64 with the 32 bits of the state
-        state = zlib.crc32(draws)
-        own = torch.tensor([batch_size, method << 32 | state], device=device)
+        method, state = zlib.crc32(call.encode()), zlib.crc32(draws)
+        own = torch.tensor([batch_size, method, state], device=device)
         messages: list[list[int]] = all_gather(own, self.group).tolist()
-        for rank, (_, other) in enumerate(messages):
-            if other >> 32 != method:
+        for rank, (_, other_method, other_state) in enumerate(messages):
+            if other_method != method:
                 raise RuntimeError(
                     f"ShardedSkipCLIP: process {rank} of process_group does not call {call}, as process {self.rank} "
                     "does. Call the same methods, with equal arguments, on all processes."
                 )
-            if other & _LOW != state:
+            if other_state != state:
                 raise RuntimeError(
                     f"ShardedSkipCLIP: clip.sampler of process {rank} of process_group has another state or other "
                     f"options than that of process {self.rank}, so they would select different classes. Load a "
                     "checkpoint and set options on every process, and call SkipCLIP equally often on each."
                 )
-        return [size for size, _ in messages]
+        return [size for size, _, _ in messages]
 
     # ---- classes -----------------------------------------------------------------------------------------------
 

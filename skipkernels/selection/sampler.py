@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -249,29 +249,35 @@ def _select_again(class_ids: Tensor, scores: Tensor, labels: Tensor) -> ClassSel
     return ClassSelection(class_ids, targets)
 
 
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+# Conditions of the options of RankSampler, each with its text
+_CONDITIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "keep_ratio": (
+        lambda x: _is_real(x) and (0 < x <= 1 or (x > 1 and float(x).is_integer())),
+        "above 0 (a share up to 1, or a whole number of classes)",
+    ),
+    "max_keep": (lambda x: _is_whole(x) and x >= 1, "at least 1, a whole number"),
+    "decay": (lambda x: _is_real(x) and x > 0 and math.isfinite(x), "above 0 and finite"),
+    "tail": (lambda x: x in get_args(Tail), f"one of {', '.join(get_args(Tail))}"),
+    "max_tail": (lambda x: x is None or (_is_whole(x) and x >= 0), "at least 0, or None"),
+    "generator": (lambda x: isinstance(x, torch.Generator), "a torch.Generator"),
+}
+
+
 def _check_option(name: str, value: Any) -> None:
     """Raise an error if the value of an option of RankSampler is out of its range."""
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if name == "keep_ratio":
-        valid = real and (0 < value <= 1 or (value > 1 and float(value).is_integer()))
-        expected = "above 0 (a share up to 1, or a whole number of classes)"
-    elif name == "max_keep":
-        valid, expected = whole and value >= 1, "at least 1, a whole number"
-    elif name == "decay":
-        valid, expected = real and value > 0 and math.isfinite(value), "above 0 and finite"
-    elif name == "tail":
-        valid, expected = value in get_args(Tail), f"one of {', '.join(get_args(Tail))}"
-    elif name == "max_tail":
-        valid, expected = value is None or (whole and value >= 0), "at least 0, or None"
-    elif name == "generator" and not isinstance(value, torch.Generator):
-        raise TypeError(
-            f"RankSampler: generator must be a torch.Generator; got {value!r}. Use torch.Generator().manual_seed(0)."
-        )
-    else:
-        return
-    if not valid:
-        raise ValueError(f"RankSampler: {name} must be {expected}; got {value!r}.")
+    if name in _CONDITIONS:
+        is_valid, expected = _CONDITIONS[name]
+        if not is_valid(value):
+            kind = TypeError if name == "generator" else ValueError
+            raise kind(f"RankSampler: {name} must be {expected}; got {value!r}.")
 
 
 def pinned(ranks: Tensor, device: torch.device) -> Tensor:

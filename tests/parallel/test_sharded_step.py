@@ -382,7 +382,7 @@ def test_messages_of_a_step(results):
     for size, processes in results.items():
         B, D, own = 8, 12, -(-8 // size)
         # Sizes and draws, labels, image embeddings, scores, shares of the loss
-        sent = [16, 8 * own, 4 * own * D, 4 * -(-CLASSES // size), 16 * B]
+        sent = [24, 8 * own, 4 * own * D, 4 * -(-CLASSES // size), 16 * B]
         expected = [*(("all_gather", number) for number in sent), ("reduce_scatter", 4 * size * own * D)]
         assert [[tuple(x) for x in got["messages"]] for got in processes] == [expected] * size
 
