@@ -13,9 +13,9 @@
 
 Each is checked against another computation of the same result before it is timed. Then forward and backward run in
 turn, in a new order each round. Time and memory are extrapolated from two small numbers of classes: a step predicted
-not to fit, or to take longer than --longest, is skipped with the reason in its row. Rows are appended to
-bench/results/DEVICE/step.csv after each number of classes; with --skip-layers to a table of its own. By default half of
-the blocks of each tower are skipped.
+not to fit, or to take longer than --longest, is skipped with the reason in its row. Half of the blocks of each tower
+are skipped, and rows are appended to bench/results/DEVICE/step.csv after each number of classes. With --skip-layers
+they are only printed.
 
 --training also measures the memory of training: in a process of its own, the peak of the second step with its update
 above the memory before the model is made. Besides the step that is weights, momentum, and text features at the cut.
@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = rows_of(args, model, batch, classes, keys, probes)
             for row in rows:
                 print(f"{row['implementation']:24} {row['precision']}  C = {classes:5}  {measure.shown(row)}")
-            save(args, rows, f"step_skip_{args.skip_layers}" if args.skip_layers else "step")
+            if not args.skip_layers:
+                save(args, rows, "step")
 
 
 def kept(classes: int, batch: int, name: str) -> int:
