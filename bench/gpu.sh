@@ -46,17 +46,17 @@ scaled() { # SECONDS
 }
 stage() { # NAME SECONDS COMMAND …
   [[ " $chosen " == *" $1 "* ]] || return 0
-  local limit status
+  local limit status begin=$SECONDS
   limit=$(scaled "$2")
-  timeout --signal=INT --kill-after=5 "$limit" "${@:3}" >"$out/$1.txt" 2>&1
+  { timeout --signal=INT --kill-after=5 "$limit" "${@:3}" >"$out/$1.txt" 2>&1; } 2>/dev/null # "Killed", of the shell
   status=$?
   case $status in
     0) status=done ;;
-    124 | 137) status="cut off after $limit s" ;;
+    124 | 137) status="cut off at its limit of $limit s" ;;
     127) status="$3 is not installed" ;;
     *) status="exit status $status, see $out/$1.txt" ;;
   esac
-  echo "$1: $status"
+  echo "$1: $status ($((SECONDS - begin)) s)"
   grep -E "$results" "$out/$1.txt" | head -n 40 | sed 's/^/  /'
 }
 
