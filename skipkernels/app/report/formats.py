@@ -24,12 +24,12 @@ def number(value: float | None, spec: str = ".1f", unit: str = "") -> str:
 
 
 def percent(value: float | None) -> str:
-    """Format a percentage.
+    """Format a percentage. In texts of a page, the line does not break before "%".
 
-    >>> percent(57.25).replace("\N{NO-BREAK SPACE}", " ")
+    >>> percent(57.25)
     '57.2 %'
     """
-    return number(value, ".1f", "\N{NO-BREAK SPACE}%")
+    return number(value, ".1f", " %")
 
 
 def share(value: float) -> str:

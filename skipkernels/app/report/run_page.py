@@ -166,7 +166,7 @@ def _thresholds(validation: Mapping[str, Any] | None) -> list[Markup]:
     text = "These thresholds keep all validation images."
     first = next((each for each in found if finite(each["threshold"]) and each["coverage"] < 100), None)
     if first is not None:
-        kept, right = (number(first[name], ".0f", "\N{NO-BREAK SPACE}%") for name in ("coverage", "accuracy"))
+        kept, right = (number(first[name], ".0f", " %") for name in ("coverage", "accuracy"))
         text = f"At {first['threshold']:.2f}, {kept} of the validation images are kept, of which {right} are right."
     few = f"; they are few, one is {percent(100 / count)}" if count < _FEW else ""
     rows = [

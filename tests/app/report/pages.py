@@ -117,6 +117,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if {"style", "script"} & set(self.open):
             return
+        data = data.replace("\N{NO-BREAK SPACE}", " ")
         self.text += data
         if {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data
