@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections import UserDict
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import Method
-
-Entry = TypeVar("Entry")
-
-
-class Registry(UserDict[str, Entry]):
-    """Entries by name; one that is given as text, "module:attribute", is imported when it is read.
-
-    >>> Registry({"square root": "math:sqrt"})["square root"](4.0)
-    2.0
-    """
-
-    def __getitem__(self, name: str) -> Entry:
-        entry: Any = super().__getitem__(name)
-        if isinstance(entry, str):
-            module, _, attribute = entry.partition(":")
-            entry = self[name] = getattr(importlib.import_module(module), attribute)
-        return entry
-
 
 _METHODS: dict[str, tuple[str, str]] = {  # class, and words for --help
     "skip": ("skip:Skip", "Skip Tuning"),
@@ -39,9 +21,23 @@ _METHODS: dict[str, tuple[str, str]] = {  # class, and words for --help
 AUTO = "auto"
 """Name of the choice between candidates, which is no method: see `train.candidates`."""
 METHOD_HELP = ", ".join(f"{name} ({words})" for name, (_, words) in _METHODS.items())
-METHODS: Registry[type[Method]] = Registry(
-    {name: f"skipkernels.app.methods.{place}" for name, (place, _) in _METHODS.items()}  # type: ignore[misc]
-)
+
+
+class _Methods(Mapping[str, "type[Method]"]):
+    """Classes of methods by name; the module of a method is imported when its class is read."""
+
+    def __getitem__(self, name: str) -> type[Method]:
+        module, _, attribute = _METHODS[name][0].partition(":")
+        return getattr(importlib.import_module(f"skipkernels.app.methods.{module}"), attribute)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_METHODS)
+
+    def __len__(self) -> int:
+        return len(_METHODS)
+
+
+METHODS = _Methods()
 PACKAGED = "pictogram-tiny"
 """Name of the model that is packaged with its weights."""
 

@@ -144,15 +144,13 @@ class Run:
 
     def begin(self) -> None:
         """Write the files that training does not change, and load the checkpoint to resume, if there is one."""
-        config = self.config
-        if self.folder is not None:
-            if self.method.trains_model:
-                write_open_clip_config(self.folder.path, self.setup.model, self.setup.tokenizer)
-            if self.choice is not None:
-                self.folder.write(CANDIDATES, self.choice.to_json())
-            known: dict[str, Any] = {"data": config.data, "shots": config.shots, "seed": config.seed}
-            classes = self.task.tests[0].classes
-            save_few_shot(self.folder.path / FEW_SHOT, self.task.train, classes=classes, **known)
+        assert self.folder is not None
+        if self.method.trains_model:
+            write_open_clip_config(self.folder.path, self.setup.model, self.setup.tokenizer)
+        if self.choice is not None:
+            self.folder.write(CANDIDATES, self.choice.to_json())
+        known = {name: getattr(self.config, name) for name in ("data", "shots", "seed")}
+        save_few_shot(self.folder.path / FEW_SHOT, self.task.train, classes=self.task.tests[0].classes, **known)
         if self.resumed is not None and self.trainer is not None:
             weights.load_into(self.method, self.resumed.weights)
             self.trainer.load_state_dict(self.resumed.training)
