@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
 
 _NOT_FROM_FILE = ("out", "overwrite", "resume", "trust")  # settings that are not taken from the file of --config
-_UNRESOLVED = ("device", "precision", "out")  # printed as given: resolved, they depend on the machine or other settings
+_AS_GIVEN = ("device", "precision", "out")  # printed as given: resolved, they depend on the machine or other settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ class TuneCommand(Settings):
 
         config = resumed(tune_config(self))
         if self.print_config:
-            out.print(_as_yaml(config).rstrip(), soft_wrap=True)
+            as_given = {name: getattr(config, name) for name in _AS_GIVEN}
+            out.print(dataclasses.replace(config.resolved(), **as_given).to_yaml().rstrip(), soft_wrap=True)
             return 0
         from skipkernels.app.train import tune  # imports torch
 
@@ -82,8 +83,3 @@ def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
     if left_out:
         err.print(f"note: not taken from {file}: {', '.join(f'--{name}' for name in left_out)}", soft_wrap=True)
     return TuneCommand(**{name: getattr(config, name) for name in SETTINGS if name not in _NOT_FROM_FILE})
-
-
-def _as_yaml(config: TuneConfig) -> str:
-    """Return the settings of a run as a file for `--config`, with the defaults of its method filled in."""
-    return dataclasses.replace(config.resolved(), **{name: getattr(config, name) for name in _UNRESOLVED}).to_yaml()

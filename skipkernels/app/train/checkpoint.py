@@ -128,10 +128,6 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int | None:
     >>> best_epoch([{"epoch": epoch, "validation": accuracy} for epoch, accuracy in ((1, 90.0), (2, 90.0), (3, 85.0))])
     2
     """
-    measured = [(accuracy, row["epoch"]) for row in rows if (accuracy := _validation(row)) is not None]
+    accuracies = {row["epoch"]: row.get("validation_balanced", row.get("validation")) for row in rows}
+    measured = [(accuracy, epoch) for epoch, accuracy in accuracies.items() if accuracy is not None]
     return max(measured)[1] if measured else None
-
-
-def _validation(row: Mapping[str, Any]) -> float | None:
-    """Validation accuracy by which epochs are compared."""
-    return row.get("validation_balanced", row.get("validation"))

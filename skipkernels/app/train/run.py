@@ -63,7 +63,7 @@ class Run:
         self.baseline_memory = self.memory.read()
         self.setup = build_run(config, open_data=open_data)
         self.method, self.task = self.setup.method, self.setup.task
-        self.display = ProgressDisplay(self.console, title=self._title(), memory=self.memory)
+        self.display = ProgressDisplay(self.console, title=title_of(config, name_of_run(config)), memory=self.memory)
 
         self.resumed = resumed = None if folder is None else folder.resumed
         self.rows = [] if resumed is None else list(resumed.rows)  # of the complete epochs, as in metrics.jsonl
@@ -246,7 +246,9 @@ class Run:
             batch_size=len(self.task.train) / trainer.steps,
             done=trainer.epochs,
         )
-        with self._closed_loggers():
+        with contextlib.ExitStack() as closing:  # closes all loggers, also if one fails to
+            for logger in self.loggers:
+                closing.callback(logger.close)
             while trainer.epochs < config.epochs:
                 row = trainer.epoch(self.display.step, self.display.loss)
                 evaluation = self.evaluator.evaluate(self.method)
@@ -269,19 +271,8 @@ class Run:
         self.display.epoch(row)
         _log.info("epoch %d/%d: loss %.4f, accuracy %s", row["epoch"], self.config.epochs, row["loss"], row["accuracy"])
 
-    @contextlib.contextmanager
-    def _closed_loggers(self) -> Iterator[None]:
-        """Close all loggers at the end, also if one fails to close."""
-        with contextlib.ExitStack() as closing:
-            for logger in self.loggers:
-                closing.callback(logger.close)
-            yield
-
     def _describe(self) -> Description:
         return describe(self.config, self.setup.model, self.task, weights=MODEL)
-
-    def _title(self) -> str:
-        return title_of(self.config, name_of_run(self.config))
 
     # ---- messages ----------------------------------------------------------------------------------------------------
 
