@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipkernels.graphs.graphed_step import ReservedRanks
+from skipkernels.graphs.parts import ReservedRanks
 from skipkernels.selection import (
     RankSampler,
     base_keep,

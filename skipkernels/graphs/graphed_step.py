@@ -19,15 +19,12 @@ from ..casts import Casts, used
 from ..clip import SkipCLIP, SkipOutput, check_clip
 from ..clip.checks import check_labels, described
 from ..clip.step import LossOptions, step
-from ..clip.texts import ClassTexts
 from ..formatting import first_line
-from ..ops.class_scores import classes_at_ranks
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import FusedSGD
-from ..selection import ClassSelection, RankSampler
-from ..selection.sampler import pinned
 from .capturable import CapturedState, why_not_capturable
 from .capture import record, renew_accumulators
+from .parts import ReservedRanks, TextsOnStream
 
 WARMUP = 3  # steps before a capture, which compile kernels and create the state of the optimizer
 
@@ -201,7 +198,7 @@ class GraphedStep:
             self._reset_if_changed(key)
             if self._is_for_graph(labels):
                 pixel_values, labels = self._states[key].copied(pixel_values, labels)
-                self._capture_in_time(self._gpu, self._states[key], pixel_values, labels)
+                self._capture_in_time(self._gpu, self._states[key])
             state = self._states[key]  # a new one after a failed capture
             if state.graph is None:
                 return self._run_eagerly(self._gpu, state, pixel_values, labels)
@@ -268,7 +265,7 @@ class GraphedStep:
     def _forward(self, text_stream: Any, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
         clip = self._clip
         options = LossOptions(clip.label_smoothing, clip.class_weight)
-        texts = _TextsOnStream(clip.texts, text_stream)
+        texts = TextsOnStream(clip.texts, text_stream)
         return step(clip.images.encode(pixel_values), labels, texts, self._ranks, clip.scale, options)
 
     def _backward_and_update(self, out: SkipOutput) -> SkipOutput:
@@ -299,11 +296,29 @@ class GraphedStep:
             self.reset()  # the warm-up begins again
         self._check_optimizer()
 
-    def _capture_in_time(self, gpu: _Gpu, state: _BatchState, pixel_values: Tensor, labels: Tensor) -> None:
-        """Capture the step of a batch in its static tensors, after the eager steps."""
-        if state.graph is None and state.eager_steps >= WARMUP:
-            if why_not_capturable(self._clip, self._optimizer) is None:
-                state.graph = self._try_capture(gpu, pixel_values, labels, state.casts)
+    def _capture_in_time(self, gpu: _Gpu, state: _BatchState) -> None:
+        """Capture the step after the eager steps; after an error warn, and forget what it left on the host.
+
+        A capture launches nothing, so weights, ranks and the state of the optimizer are those before it.
+        """
+        if state.graph is not None or state.eager_steps < WARMUP:
+            return
+        if why_not_capturable(self._clip, self._optimizer) is not None:
+            return
+        try:
+            state.graph = self._capture(gpu, state)
+            return
+        except RuntimeError as error:
+            # The end of a capture raises an error of its own after one within it.
+            reason = first_line(error.__context__ or error).rstrip(".")
+            warnings.warn(f"graphed: the capture failed, so steps run one by one from here: {reason}.", stacklevel=3)
+        self._failed = True  # behind the handler, whose traceback holds tensors of the capture
+        self.reset()
+        torch.clear_autocast_cache()
+        if isinstance(self._optimizer, FusedSGD):
+            self._optimizer.discard_step()
+        else:
+            self._optimizer.zero_grad()
 
     def _replay(self, captured: _Graph, casts: Casts | None) -> SkipOutput:
         # 1. Copy changed options to the addresses that the graph reads, and cast changed weights
@@ -317,28 +332,10 @@ class GraphedStep:
             casts.mark()
         return captured.out
 
-    def _try_capture(self, gpu: _Gpu, pixel_values: Tensor, labels: Tensor, casts: Casts | None) -> _Graph | None:
-        """Capture the step, with its casts; after an error warn, forget what it left on the host, and return None.
-
-        A capture launches nothing, so weights, ranks and the state of the optimizer are those before it.
-        """
-        try:
-            return self._capture(gpu, pixel_values, labels, casts)
-        except RuntimeError as error:
-            # The end of a capture raises an error of its own after one within it.
-            reason = first_line(error.__context__ or error).rstrip(".")
-            warnings.warn(f"graphed: the capture failed, so steps run one by one from here: {reason}.", stacklevel=4)
-        self._failed = True
-        self.reset()
-        torch.clear_autocast_cache()
-        if isinstance(self._optimizer, FusedSGD):
-            self._optimizer.discard_step()
-        else:
-            self._optimizer.zero_grad()
-        return None
-
-    def _capture(self, gpu: _Gpu, pixel_values: Tensor, labels: Tensor, casts: Casts | None) -> _Graph:
-        """Capture the step of a batch in these tensors, which the warm-up used."""
+    def _capture(self, gpu: _Gpu, state: _BatchState) -> _Graph:
+        """Capture the step with the tensors and casts of the eager steps."""
+        assert state.batch is not None
+        (pixel_values, labels), casts = state.batch, state.casts
         if gpu.pool is None:
             gpu.pool = torch.cuda.graph_pool_handle()
         renew_accumulators(self._clip.trainable_parameters())
@@ -387,47 +384,6 @@ class GraphedStep:
         finally:
             for group, lr in numbers:
                 group["lr"] = lr
-
-
-class ReservedRanks:
-    """A `Sampler` of `clip.step` that takes the ranks drawn before the step, at an address that a graph reads.
-
-    Attributes:
-        ranks: int64 [K], of the last draw. The address changes with K alone.
-    """
-
-    def __init__(self) -> None:
-        self.ranks: Tensor | None = None
-
-    def draw(self, sampler: RankSampler, device: torch.device, num_classes: int, max_labels: int) -> None:
-        """Draw the ranks of the next step; K is the same in every step."""
-        drawn = sampler.draw(num_classes, max_labels, one_size=True)
-        if self.ranks is None or self.ranks.shape != drawn.shape or self.ranks.device != device:
-            self.ranks = torch.empty_like(drawn, device=device)
-        self.ranks.copy_(pinned(drawn, device), non_blocking=True)
-
-    def select(self, scores: Tensor, labels: Tensor) -> ClassSelection:
-        """Select the classes [K] at these ranks."""
-        return ClassSelection(*classes_at_ranks(scores, self.ranks, labels))
-
-
-class _TextsOnStream:
-    """`Texts` of `clip.step` that are encoded on a stream of their own.
-
-    Autograd runs each node of backward on the stream of its forward, and lets streams wait for each other's gradients.
-    """
-
-    def __init__(self, texts: ClassTexts, stream: Any):
-        self._texts, self._stream, self.prototypes = texts, stream, texts.prototypes
-
-    def encode(self, class_ids: Tensor) -> Tensor:
-        """Class ids [K] to text embeddings [K, D]."""
-        current = torch.cuda.current_stream(class_ids.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            text = self._texts.encode(class_ids)
-        current.wait_stream(self._stream)
-        return text
 
 
 def _rate_on(device: torch.device) -> Tensor:

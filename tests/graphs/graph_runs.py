@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import skipkernels as sk
 from skipkernels.clip.step import LossOptions, step
-from skipkernels.graphs import graphed_step as graphed
+from skipkernels.graphs.parts import ReservedRanks
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 CLASSES = 30
@@ -66,7 +66,7 @@ class Run:
         self.clip = skip_clip(torch.bfloat16 if kind == "stochastic" else torch.float32)
         self.optimizer = optimizer_of(kind, self.clip)
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
-        self.ranks = graphed.ReservedRanks()
+        self.ranks = ReservedRanks()
         self.step = sk.graphed(self.clip, self.optimizer, batch_size=4) if by_graph else self.plain
 
     def plain(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import skipkernels as sk
 from skipkernels import optimizer
 from skipkernels.graphs import graphed_step as graphed
+from skipkernels.graphs import parts
 from skipkernels.ops import sgd_momentum
 from tests.graphs.gpu_stand_in import stand_in
 from tests.graphs.graph_runs import CLASSES, Run, batches, skip_clip
@@ -72,7 +73,7 @@ def test_updates_on_both_streams_equal_the_loop(gpu, monkeypatch):
 def test_warm_up_capture_and_replays_read_the_same_tensors(gpu, monkeypatch, images):
     """Whatever the caller passes: other strides or alignments would need other kernels, loaded during the capture."""
     ours, theirs, seen = Run("in_step", by_graph=True), Run("in_step", by_graph=False), set()
-    encode, classes_at_ranks = ours.clip.images.encode, graphed.classes_at_ranks
+    encode, classes_at_ranks = ours.clip.images.encode, parts.classes_at_ranks
 
     def at_ranks(scores: Tensor, ranks: Tensor, labels: Tensor) -> Any:
         seen.add(("labels", labels.data_ptr(), labels.stride()))
@@ -85,7 +86,7 @@ def test_warm_up_capture_and_replays_read_the_same_tensors(gpu, monkeypatch, ima
     some = [(x[::2], labels[:1].expand(4)) for x, labels in batches(ours.clip, 3, batch=8, images=images)]
     some += batches(ours.clip, 3, images=images)
     expected = theirs.train(some)
-    monkeypatch.setattr(graphed, "classes_at_ranks", at_ranks)
+    monkeypatch.setattr(parts, "classes_at_ranks", at_ranks)
     monkeypatch.setattr(ours.clip.images, "encode", encoded)
     assert ours.train(some) == expected
     assert len(seen) == 2 and gpu.captures == 1 and gpu.replays == 6 - graphed.WARMUP

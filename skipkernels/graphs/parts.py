@@ -1,0 +1,54 @@
+"""Sampler and texts with which a graph captures `clip.step`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..clip.texts import ClassTexts
+from ..ops.class_scores import classes_at_ranks
+from ..selection import ClassSelection, RankSampler
+from ..selection.sampler import pinned
+
+
+class ReservedRanks:
+    """A `Sampler` of `clip.step` that takes the ranks drawn before the step, at an address that a graph reads.
+
+    Attributes:
+        ranks: int64 [K], of the last draw. The address changes with K alone.
+    """
+
+    def __init__(self) -> None:
+        self.ranks: Tensor | None = None
+
+    def draw(self, sampler: RankSampler, device: torch.device, num_classes: int, max_labels: int) -> None:
+        """Draw the ranks of the next step; K is the same in every step."""
+        drawn = sampler.draw(num_classes, max_labels, one_size=True)
+        if self.ranks is None or self.ranks.shape != drawn.shape or self.ranks.device != device:
+            self.ranks = torch.empty_like(drawn, device=device)
+        self.ranks.copy_(pinned(drawn, device), non_blocking=True)
+
+    def select(self, scores: Tensor, labels: Tensor) -> ClassSelection:
+        """Select the classes [K] at these ranks."""
+        return ClassSelection(*classes_at_ranks(scores, self.ranks, labels))
+
+
+class TextsOnStream:
+    """`Texts` of `clip.step` that are encoded on a stream of their own.
+
+    Autograd runs each node of backward on the stream of its forward, and lets streams wait for each other's gradients.
+    """
+
+    def __init__(self, texts: ClassTexts, stream: Any):
+        self._texts, self._stream, self.prototypes = texts, stream, texts.prototypes
+
+    def encode(self, class_ids: Tensor) -> Tensor:
+        """Class ids [K] to text embeddings [K, D]."""
+        current = torch.cuda.current_stream(class_ids.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            text = self._texts.encode(class_ids)
+        current.wait_stream(self._stream)
+        return text
