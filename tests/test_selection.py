@@ -178,6 +178,14 @@ def test_fixed_keeps_its_draws_in_a_larger_batch():
     assert set(range(80)) < after and {rank for rank in before if rank >= 80} < after
 
 
+@pytest.mark.parametrize("tail", ["fixed", "resample"])
+def test_state_continues_after_a_larger_batch(tail):
+    sampler, other = (RankSampler(keep_ratio=5, tail=tail) for _ in range(2))
+    sampler.draw(100, 20)
+    other.load_state_dict(sampler.state_dict())
+    assert other.draw(100, 4).equal(sampler.draw(100, 4))
+
+
 def draw_of_constant_size(sampler: RankSampler, classes: int, batch: int) -> torch.Tensor:
     """The next ranks, with round(Σq) of the tail."""
     state = torch.Generator().set_state(sampler.generator.get_state())

@@ -238,6 +238,13 @@ def test_a_step_reads_and_saves_nothing_of_the_texts(monkeypatch):
     alone.predict(IMAGES)
 
 
+def test_half_precision_compares_with_constants_in_fp32():
+    clip = image_only(tiny_clip(torch.bfloat16))
+    assert clip.prototypes.dtype == torch.float32
+    clip(IMAGES.bfloat16(), LABELS).loss.backward()
+    assert all(p.grad.isfinite().all() for p in clip.trainable_parameters())
+
+
 def test_classes_are_replaced_and_saved():
     clip = image_only(tiny_clip())
     other = sk.SkipCLIP(copy.deepcopy(clip.model), tiny_tokens(C + 3, seed=5), skip_layers=1, train_text=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skipkernels import reference
 from skipkernels.functional import sgd_momentum_
-from skipkernels.ops import launching, registration
+from skipkernels.ops import launching
 from skipkernels.ops import sgd_momentum as sgd_momentum_module
 from skipkernels.ops.sgd_momentum import sgd_momentum_ as operator
 
@@ -108,22 +108,6 @@ def test_offsets_give_the_same_bits_in_any_list(backend):
     for i in (2, 0, 3, 1):
         sgd_momentum_(*([x[i]] for x in theirs.lists), **HYPER, seed=seed, offsets=offsets[i : i + 1])
     assert ours == theirs == by_reference.step(reference.sgd_momentum_, seed=seed, offsets=offsets)
-
-
-def test_one_launch_for_a_list(monkeypatch):
-    """And tables that were copied to the device are used again."""
-    launches = []
-    monkeypatch.setattr(launching, "_run", lambda kernel, grid, options, arguments: launches.append(arguments))
-    state = State(SIZES, torch.float32)
-    for _ in range(2):
-        numbers = map(torch.tensor, (0.1, 0.9, 0.0))
-        registration.definitions["sgd_momentum_"].launch(*state.lists, *numbers, None, None, [])
-    first, second = launches
-    for name in ("tensors_ptr", "grads_ptr", "programs_ptr"):
-        assert first[name] is second[name]
-    rows = first["tensors_ptr"].view(-1, sgd_momentum_module.COLUMNS)
-    assert rows[:, 0].tolist() == [x.data_ptr() for x in state.lists[0] if x.numel()]
-    assert rows[3, 6], "1,024 elements are vectorised"
 
 
 def test_a_capture_without_its_tables_is_an_error(monkeypatch):
