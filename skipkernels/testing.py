@@ -49,18 +49,11 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def saved_bytes(step: Callable[[], Any]) -> int:
-    """Bytes that autograd saves for the backward of `step()`: each storage once, without parameters."""
-    storages: dict[int, int] = {}
-    with saved_storages(storages):
-        keep_alive = step()  # noqa: F841  the identity of a freed storage may be used again
-    return sum(storages.values())
-
-
-def saved_storages(storages: dict[int, int]) -> torch.autograd.graph.saved_tensors_hooks:
-    """Return a context that records the size of each storage saved for backward, except parameters.
+    """Bytes that autograd saves for the backward of `step()`: each storage once, without parameters.
 
     By the identity of the storage: on the meta device all have the same address.
     """
+    storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         base = tensor._base if tensor._is_view() else tensor
@@ -69,7 +62,9 @@ def saved_storages(storages: dict[int, int]) -> torch.autograd.graph.saved_tenso
             storages[storage._cdata] = storage.nbytes()
         return tensor.detach()  # a node that saves its own output unchanged would keep the graph alive
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        keep_alive = step()  # noqa: F841  the identity of a freed storage may be used again
+    return sum(storages.values())
 
 
 def gradient_bytes(loss: torch.Tensor) -> int:

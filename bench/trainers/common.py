@@ -1,12 +1,13 @@
 """Shared by the trainers: a problem, a plain module with SkipCLIP's signature, and the record of a run.
 
 A module of this folder has `train(module, problem, folder)`, which trains for `problem.steps` steps in one process, in
-fp32, with `problem.optimizer` and without evaluation. It must call the module, so that the hooks of `Recorder` run.
+fp32, with `problem.optimizer` and without evaluation. It must call the module, so that the hooks of `record` run.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch.utils.data import TensorDataset
 import skipkernels as sk
 from skipkernels.app.train.model import RANDOM, load_model
 from skipkernels.selection import RankSampler
-from skipkernels.testing import relative_error, saved_storages
+from skipkernels.testing import relative_error, saved_bytes
 
 from ..inputs import class_names, random_inputs
 from ..measure import CPU
@@ -152,47 +153,10 @@ class Record(NamedTuple):
 
     losses: list[float]
     seconds: list[float]  # from the beginning of each step to that of the next, without the warm-up
-    saved_bytes: int  # for the backward of the first step
+    saved_bytes: int  # for the backward of a step
     start: Tensor  # [n], all trained parameters before the run
     weights: Tensor  # [n], after it
     kept: int  # classes of the last step
-
-
-class Recorder:
-    """Records the training steps of a module by hooks on it, so that a trainer runs unmodified."""
-
-    def __init__(self, module: nn.Module):
-        self.losses: list[Tensor] = []
-        self.starts: list[float] = []
-        self.kept = 0
-        self._storages: dict[int, int] = {}
-        self._saving = saved_storages(self._storages)
-        self._handles = [module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)]
-
-    def _before(self, module: nn.Module, _: Any) -> None:
-        if module.training:
-            self.starts.append(time.perf_counter())
-            if len(self.starts) == 1:
-                self._saving.__enter__()
-
-    def _after(self, module: nn.Module, _: Any, out: sk.SkipOutput) -> None:
-        if module.training:
-            if len(self.starts) == 1:
-                self._saving.__exit__()
-            self.losses.append(out.loss.detach())
-            self.kept = len(out.class_ids)
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    @property
-    def saved_bytes(self) -> int:
-        return sum(self._storages.values())
-
-    @property
-    def seconds(self) -> list[float]:
-        return [after - before for before, after in zip(self.starts[1:], self.starts[2:], strict=False)]
 
 
 def trained(module: nn.Module) -> Tensor:
@@ -202,18 +166,26 @@ def trained(module: nn.Module) -> Tensor:
 
 
 def record(train: Train, module: nn.Module, problem: Problem) -> Record:
-    """Train a module with a trainer, and record it."""
+    """Train a module with a trainer, and record its steps by hooks, so that the trainer runs unmodified."""
+    batch = problem.images[: problem.batch_size], problem.labels[: problem.batch_size]
+    saved, start = saved_bytes(lambda: module.train()(*batch).loss), trained(module)
+    starts: list[float] = []
+    outputs: list[tuple[Tensor, int]] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
+        module.register_forward_hook(lambda _, __, out: outputs.append((out.loss.detach(), len(out.class_ids)))),
+    ]
     torch.manual_seed(0)
-    start, recorder = trained(module), Recorder(module.train())
     with tempfile.TemporaryDirectory() as folder:
         train(module, problem, Path(folder))
-    recorder.close()
-    if len(recorder.losses) != problem.steps:
-        raise SystemExit(f"the trainer took {len(recorder.losses)} steps, expected {problem.steps}")
+    for handle in handles:
+        handle.remove()
+    if len(outputs) != problem.steps:
+        raise SystemExit(f"the trainer took {len(outputs)} steps, expected {problem.steps}")
     if trained(module).equal(start):
         raise SystemExit("the trainer did not change the weights")
-    losses = [loss.item() for loss in recorder.losses]
-    return Record(losses, recorder.seconds, recorder.saved_bytes, start, trained(module), recorder.kept)
+    seconds = [after - before for before, after in itertools.pairwise(starts[1:])]
+    return Record([loss.item() for loss, _ in outputs], seconds, saved, start, trained(module), outputs[-1][1])
 
 
 class Difference(NamedTuple):
