@@ -41,7 +41,8 @@ def anchored_probe(image: Tensor, labels: Tensor, text: Tensor, scale: float | T
     LP++ (Huang et al., CVPR 2024, arXiv 2404.02285) also adds the text embedding to the weight, with a learned factor
     for each class and no penalty.
     """
-    x, anchor, scale = _checked("anchored_probe", image, labels, text, scale)
+    x, scale = _checked("anchored_probe", image, labels, len(text), scale)
+    anchor = _scaled_text("anchored_probe", image, text, scale)
     check_positive("anchored_probe", l2=l2)
     fit = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale)
     distance = fit.gradient / (l2 * scale)
@@ -70,7 +71,8 @@ def anchored_l2(
     The best accuracy over both folds is chosen, of equal ones the lower loss. If no class has two images, the result is
     `WITHOUT_PAIRS`.
     """
-    x, anchor, scale = _checked("anchored_l2", image, labels, text, scale)
+    x, scale = _checked("anchored_l2", image, labels, len(text), scale)
+    anchor = _scaled_text("anchored_l2", image, text, scale)
     return _best_l2("anchored_l2", x, labels, anchor, scale, candidates)
 
 
@@ -86,7 +88,8 @@ def linear_probe(image: Tensor, labels: Tensor, classes: int, scale: float | Ten
 
     Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, appendix A.3; here on normalized embeddings.
     """
-    x, anchor, scale = _checked_without_text("linear_probe", image, labels, classes, scale)
+    x, scale = _checked("linear_probe", image, labels, classes, scale)
+    anchor = x.new_zeros(classes, x.shape[1])
     check_positive("linear_probe", l2=l2)
     fit = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale, bias=True)
     dtype = torch.promote_types(image.dtype, torch.float32)
@@ -96,7 +99,8 @@ def linear_probe(image: Tensor, labels: Tensor, classes: int, scale: float | Ten
 
 def probe_l2(image: Tensor, labels: Tensor, classes: int, scale: float | Tensor) -> float:
     """Choose the penalty of `linear_probe` as `anchored_l2` does that of `anchored_probe`."""
-    x, anchor, scale = _checked_without_text("probe_l2", image, labels, classes, scale)
+    x, scale = _checked("probe_l2", image, labels, classes, scale)
+    anchor = x.new_zeros(classes, x.shape[1])
     return _best_l2("probe_l2", x, labels, anchor, scale, CANDIDATES, bias=True)
 
 
@@ -155,24 +159,17 @@ def ranks(labels: Tensor) -> Tensor:
     return rank
 
 
-def _checked_without_text(
-    function: str, image: Tensor, labels: Tensor, classes: int, scale: float | Tensor
-) -> tuple[Tensor, Tensor, float]:
-    """Return unit-norm images [n, D], weights of zero [C, D], and the scale."""
+def _checked(function: str, image: Tensor, labels: Tensor, classes: int, scale: float | Tensor) -> tuple[Tensor, float]:
+    """Return unit-norm images [n, D], and the scale."""
     x, scale = unit_rows(function, "image", image), float(scale)
     check_shape(function, "labels", labels, ("image", image), n=len(image))
     check_labels(function, labels, classes)
     check_positive(function, scale=scale)
-    return x, x.new_zeros(classes, x.shape[1]), scale
+    return x, scale
 
 
-def _checked(
-    function: str, image: Tensor, labels: Tensor, text: Tensor, scale: float | Tensor
-) -> tuple[Tensor, Tensor, float]:
-    """Return unit-norm images [n, D], scaled unit-norm texts [C, D], and the scale."""
-    x, unit_text, scale = unit_rows(function, "image", image), unit_rows(function, "text", text), float(scale)
+def _scaled_text(function: str, image: Tensor, text: Tensor, scale: float) -> Tensor:
+    """Return scaled unit-norm texts [C, D]."""
+    unit_text = unit_rows(function, "text", text)
     check_shape(function, "text", text, ("image", image), C=None, D=image.shape[1])
-    check_shape(function, "labels", labels, ("image", image), n=len(image))
-    check_labels(function, labels, len(text))
-    check_positive(function, scale=scale)
-    return x, scale * unit_text, scale
+    return scale * unit_text
