@@ -114,6 +114,18 @@ class Trial:
         error = difference.std(correction=0).item() / math.sqrt(len(difference))
         return difference.mean().item(), CLEAR * error
 
+    def row(self, *, chosen: bool) -> dict[str, Any]:
+        """Return what metrics.json has of the candidate."""
+        return {
+            "name": self.candidate.name,
+            "accuracy": round(self.accuracy, 4),
+            "balanced_accuracy": round(self.balanced_accuracy, 4),
+            "images": len(self.scores),
+            "seconds": round(self.seconds, 4),
+            "new_names": self.candidate.new_names,
+            "chosen": chosen,
+        }
+
 
 def held_out_masks(labels: Tensor, given: int) -> list[Tensor]:
     """Return a mask [n] of held-out images for each split.
@@ -329,19 +341,12 @@ class Search:
         if not self.masks:
             settings = Candidate(self.method, None, head="anchored").settings(config)
             because = "no class has two training images, so that none can be held out"
-            empty: dict[str, Any] = {"candidates": [], "calibration": {}, "validation": None, "by_class": []}
-            return Choice(asked, settings=settings, because=because, **empty)
-        (best, because), images, first = self._best(), len(self.labels), self.trials[0]
-        rows = [
-            {"name": trial.candidate.name, "accuracy": round(trial.accuracy, 4)}
-            | {"balanced_accuracy": round(trial.balanced_accuracy, 4)}
-            | {"images": images, "seconds": round(trial.seconds, 4), "new_names": trial.candidate.new_names}
-            | {"chosen": trial is best}
-            for trial in self.trials
-        ]
+            return Choice(asked, settings, because)
+        best, because = self._best()
+        first, tested = self.trials[0], len(self.labels)
         because += ", of those before Ctrl-C" if stopped else ""
         fields, thresholds = calibrate(torch.cat(best.logits), self.labels)
-        validation = {"images": images, "zero_shot": round(first.accuracy, 4), "tuned": round(best.accuracy, 4)}
+        validation = {"images": tested, "zero_shot": round(first.accuracy, 4), "tuned": round(best.accuracy, 4)}
         classes = self.setup.task.tests[0].classes
         by_class = [
             metrics_of_test(self.labels, top_classes(torch.cat(trial.logits)), classes) for trial in (first, best)
@@ -349,7 +354,7 @@ class Search:
         return Choice(
             asked,
             settings=best.candidate.settings(config),
-            candidates=rows,
+            candidates=[trial.row(chosen=trial is best) for trial in self.trials],
             because=because,
             calibration=fields,
             validation=validation | {"thresholds": thresholds},

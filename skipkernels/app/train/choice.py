@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ class Choice:
 
     asked: dict[str, Any]  # `TuneConfig.identity` of the configuration that asked for a choice
     settings: dict[str, Any]  # fields of the configuration, which replace those
-    candidates: list[dict[str, Any]]  # for metrics.json
     because: str
-    calibration: dict[str, Any]  # fields of a `Description`
-    validation: dict[str, Any] | None  # for metrics.json
-    by_class: list[dict[str, Any]]  # on the held-out images: zero-shot, chosen
+    candidates: list[dict[str, Any]] = field(default_factory=list)  # for metrics.json; none if no image was held out
+    calibration: dict[str, Any] = field(default_factory=dict)  # fields of a `Description`
+    validation: dict[str, Any] | None = None  # for metrics.json
+    by_class: list[dict[str, Any]] = field(default_factory=list)  # on the held-out images: zero-shot, chosen
     seconds: float = 0.0  # of all trials
 
     @property
