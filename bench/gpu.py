@@ -203,19 +203,13 @@ def graphed_step(
         depths = [len(tower.transformer.resblocks) for tower in (model.visual, model)]
         skip = depths[0] - blocks, depths[1] - blocks
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, memory="fast")
-    return graphed_step_of(clip, clip.encode_lower(images), labels, args.precision)
-
-
-def graphed_step_of(
-    clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str
-) -> tuple[Callable[[], sk.SkipOutput], GraphedStep]:
+    features, labels = clip.encode_lower(images), labels.contiguous()
     optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
-    labels = labels.contiguous()
-    with autocast(features.device, precision):
+    with autocast(features.device, args.precision):
         step = sk.graphed(clip, optimizer, batch_size=len(labels))
 
     def run() -> sk.SkipOutput:
-        with autocast(features.device, precision):
+        with autocast(features.device, args.precision):
             return step(features, labels)
 
     return run, step
@@ -282,13 +276,8 @@ def one_step(args: argparse.Namespace) -> None:
     for _ in range(WARMUP - 1):
         run()
     measure.synchronize(args.device)
-    with profiled(args.device):
+    with torch.cuda.profiler.profile() if args.device.type == "cuda" else contextlib.nullcontext():
         print(f"loss: {run().loss.item():.6f}")  # waits for the device
-
-
-def profiled(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Start and stop the profiler of CUDA."""
-    return torch.cuda.profiler.profile() if device.type == "cuda" else contextlib.nullcontext()
 
 
 def profile_step(args: argparse.Namespace) -> None:
