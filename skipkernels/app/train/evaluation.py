@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,10 +57,10 @@ class Evaluator:
         """Evaluate a method."""
         top, accuracies = {}, {}
         for name in self._features:
-            predicted = self._of_batches(method, name, top_classes)
-            if predicted is None:
+            batches = [top_classes(logits) for logits in self._logits(method, name)]
+            if not batches:
                 continue
-            top[name] = TopClasses(*predicted)
+            top[name] = TopClasses(*(torch.cat(part).cpu() for part in zip(*batches, strict=True)))
             if not top[name].probabilities.isfinite().all():  # NaN if a logit is
                 raise FloatingPointError(f"tune: logits of the test {name!r} are not finite {when}")
             correct = top[name].classes[:, 0] == self.labels[name]
@@ -78,8 +78,8 @@ class Evaluator:
         """Return logits [n, C] and labels [n] of the validation images; None if there are none."""
         if VALIDATION not in self._features:
             return None
-        logits = self._of_batches(method, VALIDATION, lambda logits: (logits,))
-        return None if logits is None else (logits[0], self.labels[VALIDATION])
+        batches = [logits.cpu() for logits in self._logits(method, VALIDATION)]
+        return (torch.cat(batches), self.labels[VALIDATION]) if batches else None
 
     def predictions(self, before: Evaluation, after: Evaluation) -> list[TestPredictions]:
         """Collect the predictions for each test, for the files of a run."""
@@ -89,18 +89,16 @@ class Evaluator:
             for test in tests
         ]
 
-    def _of_batches(self, method: Method, name: str, of: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor] | None:
-        """Tensors [n, …] of all images, which `of` computes from the logits of a batch; None if there are no logits."""
+    def _logits(self, method: Method, name: str) -> Iterator[Tensor]:
+        """Yield the logits [B, C] of the batches of a test, in evaluation mode; none if the method has no logits."""
         test = self._setup.task.tests[0].name if name == VALIDATION else name  # with the classes of the images
-        parts = []
         method.train(False)
         for inputs, _ in self._features[name].loader(BATCH, "sequential", device=self._setup.device):
             with self._setup.autocast():
                 logits = method.logits(test, inputs)
             if logits is None:
-                return None
-            parts.append([tensor.cpu() for tensor in of(logits)])
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
+                return
+            yield logits
 
     def _summarised(self, known: dict[str, float]) -> Accuracies:
         """Add the summaries of the protocol; None for tests without predictions, and for their summaries."""
