@@ -239,6 +239,11 @@ class Tower(ABC):
         """Parameters below the cut."""
         return _parameters(self.lower_parts())
 
+    def upper_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters above the cut."""
+        constants = {id(parameter) for parameter in self.constants}
+        yield from (parameter for parameter in _parameters(self.upper_parts()) if id(parameter) not in constants)
+
     def model_blocks(self) -> list[nn.Module]:
         """The caller's modules that are blocks: a block may be an `nn.Sequential` that the tower made of several."""
         known = set(self.model.modules())
@@ -268,11 +273,6 @@ class Tower(ABC):
                 part.data = part.data.to(device or self.cut.lower_device)
             else:
                 part.to(device or self.cut.lower_device)
-
-    def upper_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters above the cut."""
-        constants = {id(parameter) for parameter in self.constants}
-        yield from (parameter for parameter in _parameters(self.upper_parts()) if id(parameter) not in constants)
 
 
 class ImageTower(Tower):
