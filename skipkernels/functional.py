@@ -264,7 +264,8 @@ def pairwise_sigmoid(
     if rows >= B:
         return _sum_over_pairs(image, text, labels, scale, bias)
     # At least fp32, so that gradients of the text are not rounded to 16 bits before they are summed over the chunks.
-    wide, total = reference.at_least_fp32(text), scale.new_zeros(())
+    wide = reference.at_least_fp32(text)
+    total = wide.new_zeros(())
     for chunk, own in zip(image.split(rows), labels.split(rows), strict=True):
         of_chunk = checkpoint(
             _sum_over_pairs, chunk, wide, own, scale, bias, use_reentrant=False, preserve_rng_state=False

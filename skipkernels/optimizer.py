@@ -128,7 +128,11 @@ class FusedSGD(torch.optim.Optimizer):
         """Add a group of parameters with its options."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check(group)
+        try:
+            _check(group)
+        except BaseException:
+            self.param_groups.pop()
+            raise
         offsets = self._offsets or [0]
         for weight in group["params"]:
             offsets.append(offsets[-1] + -(-weight.numel() // 4) * 4)  # a multiple of 4: four elements share a hash

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..options import CacheDtype, Refresh, SamplerKind
-from .extraction import Encoder, Extraction, MemoryExtraction, Progress, epoch_in
+from .extraction import Extraction, MemoryExtraction, Progress, autocast_identity, autocast_of, epoch_in
 from .identity import check_probe, dataset_identity, model_identity, probe
 from .loader import FeatureLoader
 from .samplers import BatchSampler
@@ -151,7 +151,7 @@ class FeatureCache(Dataset):
         if not table.layout.labelled:
             raise CacheError(f"{folder}: does not hold features of images.")
         if clip is not None:
-            table.check_identity(model_identity(clip) | {"autocast": Encoder(clip).precision})
+            table.check_identity(model_identity(clip) | autocast_identity(autocast_of(clip)))
             check_probe(table.layout, probe(clip), folder)
         if dataset is not None:
             table.check_identity(dataset_identity(dataset, identity))
@@ -269,7 +269,9 @@ class FeatureCache(Dataset):
     def load_epoch(self, epoch: int) -> FeatureTable:
         """Return the features of an epoch."""
         if self._refill is not None and epoch != self._epoch:
-            self._epoch = None  # after an error the rows are of different epochs
+            self._epoch = None  # after an error the rows are of different epochs,
+            if isinstance(self.table, MappedTable):
+                self.table.verify_again()  # which are then read as damaged
             table, labels = self._refill(epoch)
             if not labels.equal(self.labels):
                 raise CacheError(
@@ -281,10 +283,7 @@ class FeatureCache(Dataset):
 
     def verify(self) -> str | None:
         """Compare every row in the folder with its checksum; return a message that names damaged rows, or None."""
-        if not isinstance(self.table, MappedTable):
-            return None
-        damaged = self.table.find_damage()
-        return self.table.damage_message(damaged) if damaged else None
+        return self.table.damage()
 
 
 def _check_options(function: str, *, refresh: Any, **numbers: Any) -> None:

@@ -29,20 +29,13 @@ _NAME_OF = {dtype: name for name, dtype in COMPUTED_DTYPES.items()}
 class Encoder:
     """Function from images to features at the cut, on the CPU.
 
-    Runs a copy of the modules below the cut that shares their weights, with the autocast enabled at construction.
+    Runs a copy of the modules below the cut that shares their weights, within autocast to a dtype, if there is one.
     """
 
-    def __init__(self, clip: SkipCLIP):
+    def __init__(self, clip: SkipCLIP, autocast: torch.dtype | None):
         self.device = clip.prototypes.device
         self.image_size = clip.image_size
-        self._lower = clip.images.lower_copy()
-        enabled = torch.is_autocast_enabled(self.device.type)
-        self._autocast = torch.get_autocast_dtype(self.device.type) if enabled else None
-
-    @property
-    def precision(self) -> str:
-        """Dtype of autocast, or "none"."""
-        return "none" if self._autocast is None else _NAME_OF[self._autocast]
+        self._lower, self._autocast = clip.images.lower_copy(), autocast
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -54,6 +47,17 @@ class Encoder:
             )
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
             return self._lower(images.to(self.device, non_blocking=True)).cpu()
+
+
+def autocast_of(clip: SkipCLIP) -> torch.dtype | None:
+    """Dtype of the autocast that is enabled on the device of a SkipCLIP, or None."""
+    device = clip.prototypes.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def autocast_identity(autocast: torch.dtype | None) -> dict[str, str | int]:
+    """Return the entry of the identity of a cache that names the autocast of its features."""
+    return {"autocast": "none" if autocast is None else _NAME_OF[autocast]}
 
 
 @dataclass
@@ -70,11 +74,11 @@ class Extraction:
     seed: int  # Seed of random transforms
 
     def __post_init__(self) -> None:
-        self.encode = Encoder(self.clip)
+        self._autocast = autocast_of(self.clip)  # also of later epochs
 
-    def layout(self, epoch: int, probed: Tensor) -> Layout:
+    def _layout(self, epoch: int, probed: Tensor, encode: Encoder) -> Layout:
         """Layout of the table of an epoch."""
-        features = self.encode(torch.zeros(1, 3, *self.clip.image_size))[0]
+        features = encode(torch.zeros(1, 3, *self.clip.image_size))[0]
         return Layout(
             rows=len(self.dataset),
             shape=tuple(features.shape),
@@ -84,7 +88,8 @@ class Extraction:
             identity=model_identity(self.clip)
             | self.dataset_identity
             | {"refresh": self.refresh, "epoch": epoch, "seed": self.seed}
-            | {"batch size": self.batch_size, "autocast": self.encode.precision},
+            | {"batch size": self.batch_size}
+            | autocast_identity(self._autocast),
             probe=probed.tolist(),
         )
 
@@ -98,9 +103,10 @@ class Extraction:
         progress: Progress = False,
     ) -> MappedTable:
         """Compute the features of an epoch, with `resume` those that are missing; return the complete table."""
+        encode = Encoder(self.clip, self._autocast)  # on the device of now
         probed, title = probe(self.clip), f"features → {folder}"
         with (
-            TableWriter(folder, self.layout(epoch, probed), resume=resume, overwrite=overwrite) as writer,
+            TableWriter(folder, self._layout(epoch, probed, encode), resume=resume, overwrite=overwrite) as writer,
             _progress.progress(title, len(self.dataset), shown=progress is True) as bar,
         ):
             check_probe(writer.layout, probed, folder)
@@ -110,10 +116,10 @@ class Extraction:
             missing = [batch for batch in batches if writer.missing[batch.start : batch.stop].any()]
             if existing := len(self.dataset) - sum(map(len, missing)):
                 advance(existing)
-            options = {"seed": self.seed, "epoch": epoch, "workers": self.workers}
+            options = {"seed": self.seed, "epoch": epoch, "workers": self.workers if missing else 0}
             with contextlib.closing(load_batches(self.dataset, missing, **options)) as loaded:
                 for batch in loaded:
-                    features = self.encode(batch.images)
+                    features = encode(batch.images)
                     self._check_range(features, batch.items)
                     writer.write(batch.items[0], features, batch.labels)
                     advance(len(batch.items))
@@ -159,16 +165,17 @@ class MemoryExtraction:
     def refill(self, epoch: int, progress: Progress = False) -> tuple[MemoryTable, Tensor]:
         """Compute the features of an epoch, over those of any other; return them and their labels."""
         labels = torch.empty(len(self._dataset), dtype=torch.int64)
-        loaded = load_batches(self._dataset, self._batches, seed=self._seed, epoch=epoch, workers=self._workers)
-        for batch in loaded:
-            with torch.no_grad():
-                output = self._encode(batch.images)
-            if self._features is None:
-                self._features = _empty(output, len(labels))
-            place = slice(batch.items[0], batch.items[-1] + 1)
-            self._features[place], labels[place] = output, batch.labels
-            if callable(progress):
-                progress(len(batch.items))
+        options = {"seed": self._seed, "epoch": epoch, "workers": self._workers}
+        with contextlib.closing(load_batches(self._dataset, self._batches, **options)) as loaded:
+            for batch in loaded:
+                with torch.no_grad():
+                    output = self._encode(batch.images)
+                if self._features is None:
+                    self._features = _empty(output, len(labels))
+                place = slice(batch.items[0], batch.items[-1] + 1)
+                self._features[place], labels[place] = output, batch.labels
+                if callable(progress):
+                    progress(len(batch.items))
         assert self._features is not None
         return MemoryTable(self._features), labels
 

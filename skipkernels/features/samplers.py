@@ -95,7 +95,7 @@ class BatchSampler(Sampler[list[int]]):
                     f"BatchSampler.load_state_dict: the state is of {name}={state.get(name)!r}, and this sampler has "
                     f"{value!r}. Use the same settings, or start without the state."
                 )
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         self.epoch, self._initial, self._yielded = state["epoch"], None, state["batches"]
 
     def _settings(self) -> dict[str, Any]:

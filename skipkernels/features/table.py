@@ -239,6 +239,10 @@ class FeatureTable(ABC):
         """Return the rows moved by `fn`; None if that changes their dtype, or if they are in a folder."""
         return None
 
+    def damage(self) -> str | None:
+        """Compare every row with its checksum; return a message that names damaged rows, or None."""
+        return None
+
 
 class MemoryTable(FeatureTable):
     """Rows of features in memory, on the device of `features` [n, *shape]."""
@@ -270,6 +274,9 @@ class SelectedRows(FeatureTable):
 
     def rows(self, row_numbers: Tensor) -> Tensor:  # noqa: D102
         return self._table.rows(self._row_numbers[row_numbers.cpu()])
+
+    def damage(self) -> str | None:  # noqa: D102
+        return self._table.damage()
 
 
 class MappedTable(FeatureTable):
@@ -306,8 +313,8 @@ class MappedTable(FeatureTable):
             raise CacheError(
                 f"{folder}: incomplete: {done} of {len(table)} rows exist. Build the rest with `resume=True`."
             )
-        if verify and (damaged := table.find_damage()):
-            raise CacheError(table.damage_message(damaged))
+        if verify and (damage := table.damage()):
+            raise CacheError(damage)
         return table
 
     def __len__(self) -> int:
@@ -348,6 +355,14 @@ class MappedTable(FeatureTable):
                 found += self._mismatches(range(start, end), parts)
                 self._bound_memory(end - start)
         return [row for row in found if self.row_checksums[row]]
+
+    def damage(self) -> str | None:  # noqa: D102
+        damaged = self.find_damage()
+        return self.damage_message(damaged) if damaged else None
+
+    def verify_again(self) -> None:
+        """Compare each row with its checksum when it is next read: the folder is written."""
+        self._verified[:] = False
 
     def damage_message(self, row_numbers: Sequence[int]) -> str:
         """Message that names damaged rows."""

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import warn_caller
 from ..folders import LOCK, locked, replace_text, sweep, sync
 from ..formatting import decimal
 from .table import (
@@ -80,6 +80,7 @@ class TableWriter:
             self._check_folder()
             self.folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(self.folder, wait=self._wait))
+            self._check_folder()  # again: another process may have written to it before it released the lock
             self._prepare()
             for name in (*self.layout.arrays, CHECKSUMS):
                 self._files[name] = held.enter_context((self.folder / name).open("r+b"))
@@ -168,14 +169,20 @@ class TableWriter:
         table = MappedTable(folder, layout)
         self.missing = table.row_checksums == 0
         if damaged := table.find_damage():
-            warnings.warn(f"{table.damage_message(damaged)} It is computed again.", stacklevel=6)
+            warn_caller(f"{table.damage_message(damaged)} It is computed again.")
             self.missing[damaged] = True
-        needed, free = int(self.missing.sum()) * layout.row_bytes, shutil.disk_usage(folder).free
+        needed, free = sum(_unallocated(folder / name) for name in arrays), shutil.disk_usage(folder).free
         if free < needed:
             raise CacheError(
                 f"{folder}: {decimal(needed)} are needed, and {decimal(free)} are free. Free space, or use a smaller "
                 "dtype."
             )
+
+
+def _unallocated(path: Path) -> int:
+    """Bytes of a file that have no place on the disk yet, as in a file that only has its size; 0 on Windows."""
+    status = path.stat()
+    return max(status.st_size - 512 * getattr(status, "st_blocks", status.st_size), 0)
 
 
 def _write(file: BinaryIO, place: int, data: np.ndarray) -> None:

@@ -312,7 +312,7 @@ class GraphedStep:
             # The end of a capture raises an error of its own after one within it.
             reason = first_line(error.__context__ or error).rstrip(".")
             warnings.warn(f"graphed: the capture failed, so steps run one by one from here: {reason}.", stacklevel=3)
-        self._failed = True  # behind the handler, whose traceback holds tensors of the capture
+        self._failed = True  # behind the handler: its traceback holds tensors of the capture
         self.reset()
         torch.clear_autocast_cache()
         if isinstance(self._optimizer, FusedSGD):

@@ -55,7 +55,7 @@ class ClassModel(nn.Module):
                 "training, not the SkipCLIP."
             )
         self.clip = clip
-        self._index: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # tokens of SkipCLIP, and `_index` of them
+        self._index: tuple[Tensor, ...] | None = None  # tokens of SkipCLIP, and `_index` of them
         self._groups: list[dict[str, Any]] = []  # to be checked in the first training step
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ class ClassModel(nn.Module):
             )
 
     def class_ids(self, text: Tensor) -> Tensor:
-        """Class ids [B] of captions, int64 tokens [B, L]; on a GPU without a host sync."""
+        """Class ids [B] of captions, int64 tokens [B, L]; on a GPU without a host sync but for the first."""
         tokens = self.clip.encoders.tokens  # [C, L] or [C, T, L]
         if text.ndim != 2 or text.shape[1] != tokens.shape[-1] or text.is_floating_point():
             raise ValueError(
@@ -124,8 +124,8 @@ class ClassModel(nn.Module):
             )
         if self._index is None or self._index[0] is not tokens or self._index[1].device != text.device:
             self._index = tokens, *_index(tokens.to(text.device))
-        _, prompts, hashes, order = self._index
-        found = torch.searchsorted(hashes, _hash(text)).clamp(max=len(order) - 1)
+        _, prompts, hashes, order, weights = self._index
+        found = torch.searchsorted(hashes, _hash(text, weights)).clamp(max=len(order) - 1)
         rows = order[found]  # [B], into the C·T prompts
         known = (prompts[rows] == text).all(dim=1)
         if text.device.type != "cpu":
@@ -223,16 +223,16 @@ def _normalized(embedding: Tensor, normalize: bool) -> Tensor:
     return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
 
 
-def _hash(tokens: Tensor) -> Tensor:
+def _hash(tokens: Tensor, weights: Tensor) -> Tensor:
     """Hashes [n] int64 of tokens [n, L]. Of a million prompts, two have equal hashes with a chance of 1 in 10^7."""
-    weights = torch.randint(-(2**63), 2**63 - 1, tokens.shape[1:], generator=torch.Generator().manual_seed(0))
-    return (tokens.long() * weights.to(tokens.device)).sum(dim=1)  # sums wrap around
+    return (tokens.long() * weights).sum(dim=1)  # sums wrap around
 
 
-def _index(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the prompts [C·T, L] of tokens, their hashes in ascending order, and the prompt of each hash."""
-    prompts = tokens.long().flatten(0, -2)
-    hashes, order = _hash(prompts).sort()
+def _index(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the prompts [C·T, L] of tokens, their hashes in ascending order, the prompt of each, and their weights."""
+    prompts, generator = tokens.long().flatten(0, -2), torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**63), 2**63 - 1, prompts.shape[1:], generator=generator).to(tokens.device)
+    hashes, order = _hash(prompts, weights).sort()
     class_ids = order // (len(prompts) // len(tokens))
     same = ((hashes[1:] == hashes[:-1]) & (class_ids[1:] != class_ids[:-1])).nonzero()
     if len(same):
@@ -241,7 +241,7 @@ def _index(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             f"ClassModel: classes {first} and {second} have the same prompt, so a caption does not tell which is "
             "meant. Rename one of them, or pass class ids [B] in place of tokens."
         )
-    return prompts, hashes, order
+    return prompts, hashes, order, weights
 
 
 # ---- the program -------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _number(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _prompts(path: str | None, args: Any) -> list[str]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import autograd, registration
+from . import autograd, launching, registration
 from .launching import launch, launch_options, tl, triton
 from .row_sums import blocks_of_rows, sum_in_order_strided
 
@@ -447,7 +447,7 @@ def _fake(
 def _fake_backward(*arguments: Any) -> NormResults:
     call = NormArguments(*arguments)
     # The C++ kernel and the fallback ignore `partial`.
-    uses_triton = call.hidden.device.type != "cpu" and _has_kernel(call.hidden)
+    uses_triton = launching.launches_on(call.hidden.device) and _has_kernel(call.hidden)
     return _outputs(call._replace(partial=call.partial and uses_triton))
 
 

@@ -80,6 +80,11 @@ def _target_of_gpu(index: int | None) -> Target:
     return Target("cuda", properties.major * 10 + properties.minor, properties.name)
 
 
+def launches_on(device: torch.device) -> bool:
+    """Return True if operators launch Triton kernels for tensors of a device: CUDA and ROCm, and "meta" as one."""
+    return device.type in ("cuda", "meta") and installed
+
+
 def runs_beside_host(device: torch.device) -> bool:
     """Return True if the kernels of a device run after the call that launches them: not those of a CPU."""
     return device.type != "cpu"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import autograd, registration
+from . import autograd, launching, registration
 from .launching import launch, launch_options, tl, triton
 from .row_sums import blocks_of_rows, sum_in_order
 
@@ -242,7 +242,7 @@ def _launch_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *
             W=width,
             **options,
         )
-    return d_x, d_bias, out, sums if need.partial else x.new_empty(0)
+    return d_x, d_bias, out, sums if need.partial else x.new_empty(0, dtype=torch.float32)
 
 
 def _outputs(d_out: Tensor, x: Tensor, bias: Tensor | None, need: Needs) -> tuple[Tensor, ...]:
@@ -266,9 +266,10 @@ def _fallback_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int,
 
     x, need = x.contiguous(), Needs(*needs)
     out = forward(x, bias) if need.out else x.new_empty(0)
+    partial_sums = x.new_empty(0, dtype=torch.float32)
     if bias is None:
-        return *autograd.reference_gradients(forward, (x,), (need.x,), d_out), x.new_empty(0), out, x.new_empty(0)
-    return *autograd.reference_gradients(forward, (x, bias), (need.x, need.bias), d_out), out, x.new_empty(0)
+        return *autograd.reference_gradients(forward, (x,), (need.x,), d_out), x.new_empty(0), out, partial_sums
+    return *autograd.reference_gradients(forward, (x, bias), (need.x, need.bias), d_out), out, partial_sums
 
 
 def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
@@ -277,9 +278,8 @@ def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
 
 def _fake_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *needs: bool) -> tuple[Tensor, ...]:
     need = Needs(*needs)
-    return _outputs(
-        d_out, x, bias, need._replace(partial=need.partial and x.device.type != "cpu" and x.dtype != torch.float64)
-    )
+    partial = need.partial and launching.launches_on(x.device) and x.dtype != torch.float64
+    return _outputs(d_out, x, bias, need._replace(partial=partial))
 
 
 mlp_activation_backward = registration.define(

@@ -58,9 +58,11 @@ def chunked_loss(
 
     `numbers` are what `loss_of` depends on besides, a scale and a bias; `parameters` are what the encoders depend on.
     """
-    context = _Context(parts[0].batch.device)
-    with torch.no_grad(), context.autocast():
-        embeddings = [torch.cat([part.encode(x) for x in part.batch.split(chunk)]) for part in parts]
+    contexts, embeddings = [], []
+    for part in parts:
+        contexts.append(context := _Context(part.batch.device))
+        with torch.no_grad(), context.autocast():
+            embeddings.append(torch.cat([part.encode(x) for x in part.batch.split(chunk)]))
     if not torch.is_grad_enabled():
         return loss_of(*embeddings)
     # The gradients of fp16 embeddings are fp32: they have no factor of a GradScaler yet, and could underflow.
@@ -71,7 +73,7 @@ def chunked_loss(
     numbers = [x for x in numbers if x.requires_grad]
     trained = [x for x in parameters if x.requires_grad and not any(x is number for number in numbers)]
     gradients = torch.autograd.grad(loss, [*leaves, *numbers], materialize_grads=True)
-    second = _SecondPass([part.encode for part in parts], chunk, trained, [x._version for x in trained], context)
+    second = _SecondPass([part.encode for part in parts], chunk, trained, [x._version for x in trained], contexts)
     return _Chunked.apply(second, loss.detach(), [part.batch for part in parts], gradients, *numbers, *trained)
 
 
@@ -103,7 +105,7 @@ class _SecondPass(NamedTuple):
     chunk: int
     trained: list[Tensor]
     versions: list[int]  # of the trained parameters
-    context: _Context
+    contexts: list[_Context]  # of each encoder: in the second pass the first chunk of one may suffice
 
 
 class _Chunked(torch.autograd.Function):
@@ -120,7 +122,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        encoders, chunk, trained, versions, context = ctx.second
+        encoders, chunk, trained, versions, contexts = ctx.second
         saved, count = ctx.saved_tensors, len(encoders)
         batches, d_embeddings, d_numbers = saved[:count], saved[count : 2 * count], saved[2 * count :]
         if versions != [x._version for x in trained]:
@@ -129,8 +131,8 @@ class _Chunked(torch.autograd.Function):
                 "batch again. Call backward before the optimizer's step."
             )
         sums: list[Tensor | None] = [None] * len(trained)
-        with context.random_numbers():
-            for encode, batch, d_embedding in zip(encoders, batches, d_embeddings, strict=True):
+        for encode, batch, d_embedding, context in zip(encoders, batches, d_embeddings, contexts, strict=True):
+            with context.random_numbers():
                 for x, d_rows in zip(batch.split(chunk), d_embedding.split(chunk), strict=True):
                     with torch.enable_grad(), context.autocast():
                         embedding = encode(x)

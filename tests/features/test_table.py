@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -253,10 +253,33 @@ def test_full_disk_keeps_finished_rows(folder, tmp_path, monkeypatch, at):
 
 
 def test_disk_too_small_is_refused_before_the_build(tmp_path, monkeypatch):
+    """What counts is what the files grow by: a table that is written again has its place."""
+    layout, again = (layout_of(rows=10_000, identity={"epoch": epoch}) for epoch in (0, 1))
+    with TableWriter(tmp_path / "old", layout) as writer:
+        writer.write(0, features_of(layout), labels_of(layout))
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2**50, 0, 18 * layout_of().row_bytes - 1))
-    with pytest.raises(CacheError, match="630 bytes are needed, and 629 bytes are free. Free space"):
-        fill(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2**50, 0, 100_000))
+    with pytest.raises(CacheError, match=r"are needed, and 100\.0 kB are free\. Free space"):
+        TableWriter(tmp_path / "new", layout).__enter__()
+    with TableWriter(tmp_path / "old", again, overwrite=True) as writer:
+        assert writer.missing.all()
+
+
+def test_folder_is_compared_again_under_its_lock(tmp_path, monkeypatch):
+    """Another build may have written its table between the first comparison and the lock."""
+    lock = writer_module.locked
+
+    @contextlib.contextmanager
+    def after_another(folder: Path, **options: bool) -> Iterator[None]:
+        monkeypatch.setattr(writer_module, "locked", lock)
+        with TableWriter(folder, layout_of(identity={"weights": "others"})):
+            pass
+        with lock(folder, **options):
+            yield
+
+    monkeypatch.setattr(writer_module, "locked", after_another)
+    with pytest.raises(CacheError, match="differs in weights"):
+        fill(tmp_path / "table", resume=True)
 
 
 def test_error_in_a_build_keeps_the_rows_before_it(folder, tmp_path, monkeypatch, recwarn):

@@ -102,6 +102,24 @@ def test_hooks_of_parameters_are_called_once_and_a_second_backward_is_equal():
     assert all(gradient.equal(2 * once[name]) for name, gradient in gradients_of(clip).items())
 
 
+def test_random_numbers_of_texts_do_not_depend_on_images_that_do_not_train(monkeypatch):
+    model = tiny_clip()
+    model.visual.requires_grad_(False)
+    clip = sk.SkipCLIP(model, tiny_tokens(13), skip_layers=1, trainable="as_is")
+    passes, encode_image, encode_text = [], clip.images.encode, clip.texts.encode
+
+    def recorded(*arguments, **options):
+        embedding = F.dropout(encode_text(*arguments, **options), 0.5)
+        passes.append(embedding.detach())
+        return embedding
+
+    monkeypatch.setattr(clip.images, "encode", lambda x: F.dropout(encode_image(x), 0.5))
+    monkeypatch.setattr(clip.texts, "encode", recorded)
+    sk.pairs.pair_loss(clip, *pair_batch(), chunk=2).backward()
+    half = len(passes) // 2
+    assert half > 1 and all(a.equal(b) for a, b in zip(passes[:half], passes[half:], strict=True))
+
+
 def test_chunks_of_a_tower_that_does_not_train_and_without_gradients():
     clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(13), skip_layers=1, train_text=False)
     images, ids = pair_batch()

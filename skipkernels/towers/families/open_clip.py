@@ -70,7 +70,7 @@ class OpenClipBlock(FusedBlock):
                 return "a block's attention has an extra scale"
             if attention.attn_drop.p > 0 or attention.out_drop.p > 0:
                 return "a block's attention has dropout"
-            width = attention.in_proj_weight.shape[1]
+            width = attention._modules["out_proj"].in_features  # in_proj_weight may be a low-rank update
             return (
                 None if attention.scale == (width // attention.num_heads) ** -0.5 else "a block's attention is scaled"
             )

@@ -115,8 +115,8 @@ class Gradients:
 
 
 def sums_together(device: torch.device) -> bool:
-    """Return True if the sums of all operators are completed by one launch; on a CPU each completes its own."""
-    return device.type != "cpu" and launching.installed
+    """Return True if the sums of all operators are completed by one launch; else each completes its own."""
+    return launching.launches_on(device)
 
 
 def joint_product(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
