@@ -95,7 +95,7 @@ def _scale(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
 
 
 FOLLOWED = {
-    "heads": _both(lambda b: setattr(b.attn, "num_heads", 1)),
+    "heads": _both(lambda b: vars(b.attn).update(num_heads=1, head_dim=b.attn.num_heads * b.attn.head_dim)),
     "eps": _both(lambda b: setattr(b.ln_2, "eps", 0.1)),
     "activation": _both(lambda b: setattr(b.mlp, "gelu", open_clip.transformer.QuickGELU())),
     "unknown_activation": _both(lambda b: setattr(b.mlp, "gelu", nn.SiLU())),
