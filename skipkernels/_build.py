@@ -67,8 +67,8 @@ def load() -> Extension:
         return Extension(None, _WINDOWS)
     import torch
 
-    library = Path(asked).absolute() if asked else library_path()
     try:
+        library = Path(asked).absolute() if asked else library_path()
         if not library.is_file():
             raise FileNotFoundError("not built")
         torch.ops.load_library(library)
@@ -132,7 +132,7 @@ def source_dir() -> Path:
 def sources_digest() -> str:
     """Digest of `csrc/`, part of the name of the library, so that one from other sources is not loaded."""
     digest = hashlib.sha256()
-    for path in sorted(source_dir().iterdir()):
+    for path in sorted(path for path in source_dir().iterdir() if path.suffix in (".cpp", ".h")):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

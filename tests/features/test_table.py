@@ -253,7 +253,7 @@ def test_full_disk_keeps_finished_rows(folder, tmp_path, monkeypatch, at):
 
 
 def test_disk_too_small_is_refused_before_the_build(tmp_path, monkeypatch):
-    """What counts is what the files grow by: a table that is written again has its place."""
+    """A table that is written again has its place: its files do not grow."""
     layout, again = (layout_of(rows=10_000, identity={"epoch": epoch}) for epoch in (0, 1))
     with TableWriter(tmp_path / "old", layout) as writer:
         writer.write(0, features_of(layout), labels_of(layout))
