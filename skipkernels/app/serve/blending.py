@@ -68,7 +68,7 @@ def blend(
         >>> import logging, tempfile; logging.disable()
         >>> import skipkernels as sk
         >>> folder, short = Path(tempfile.mkdtemp(), "run"), {"shots": 1, "max_classes": 4, "epochs": 1}
-        >>> tuned = sk.tune(data="pictograms:food", **short, device="cpu", out=folder)
+        >>> tuned = sk.tune(data="pictograms:food", method="skip", **short, device="cpu", out=folder)
         >>> blended = sk.blend(folder, 0.3)
         >>> blended["blend"]["chosen"], blended["blend"]["accuracy"]["base"][10] == tuned["tuned"]["base"]
         (0.3, True)
@@ -153,6 +153,12 @@ def _config_of_run(folder: Path, *, trust: bool) -> TuneConfig:
         raise InputError(
             f"blend: run must be of a method that tunes the weights of the model, skip or full; got {config.method}, "
             "which adds weights to it.",
+            "run",
+        )
+    if not config.epochs:
+        raise InputError(
+            "blend: run must have tuned the weights of the model; it kept the pretrained ones, as with --epochs 0, or "
+            "by the choice of a head on them. Tune it with --method skip.",
             "run",
         )
     if config.data.partition(":")[0] == KIND:

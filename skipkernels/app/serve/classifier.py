@@ -150,7 +150,10 @@ class Classifier:
         if not folder.is_dir():
             raise InputError(f"Classifier.load: run must be the folder of a run; {folder} is not a folder.", "run")
         found = load_run(folder, classes=classes, templates=templates, device=device, precision=precision, trust=trust)
-        return cls(found)
+        classifier = cls(found)
+        if classes is not None:  # an error now, before any image is read
+            classifier._logits_of(classifier.class_embeddings()[:1])
+        return classifier
 
     @property
     def device(self) -> torch.device:

@@ -88,8 +88,8 @@ def _validation(run: Run) -> dict[str, Any] | None:
 
 
 def _parameters(run: Run) -> dict[str, int]:
-    """Number of parameters: trained, and all."""
-    groups = run.method.parameter_groups(text_lr=0.0, image_lr=0.0)
+    """Number of parameters: trained by steps, and all."""
+    groups = run.method.parameter_groups(text_lr=0.0, image_lr=0.0) if run.config.epochs else []
     trained = {id(weight): weight for group in groups for weight in group["params"]}
     every = trained | {id(weight): weight for weight in run.setup.model.parameters()}
     return {name: sum(w.numel() for w in by_id.values()) for name, by_id in (("trained", trained), ("all", every))}
