@@ -313,6 +313,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the autocast that is enabled on a device, or None."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of sums of terms that cancel: fp64, but fp32 on a device that has no fp64."""
     return torch.float32 if device.type in WITHOUT_FP64 else torch.float64

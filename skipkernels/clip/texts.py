@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ..features.table import FeatureTable, MemoryTable
-from ..reference import unit_norm
+from ..reference import autocast_dtype, unit_norm
 from ..towers.modes import evaluating
 from ..towers.text import SelectedPrompts, TextTower
 from ..towers.watch import Watched
@@ -114,8 +114,7 @@ class ClassTexts:
 
     def kept_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""
-        device = self.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        autocast = autocast_dtype(self.device)
         self.check_contents()
         if self._kept is not None and self._kept.is_valid(autocast):
             return self._kept.embeddings

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..options import CacheDtype, Refresh, SamplerKind
-from .extraction import Extraction, MemoryExtraction, Progress, autocast_identity, autocast_of, epoch_in
+from ..reference import autocast_dtype
+from .extraction import Extraction, MemoryExtraction, Progress, autocast_identity, epoch_in
 from .identity import check_probe, dataset_identity, model_identity, probe
 from .loader import FeatureLoader
 from .samplers import BatchSampler
@@ -151,7 +152,7 @@ class FeatureCache(Dataset):
         if not table.layout.labelled:
             raise CacheError(f"{folder}: does not hold features of images.")
         if clip is not None:
-            table.check_identity(model_identity(clip) | autocast_identity(autocast_of(clip)))
+            table.check_identity(model_identity(clip) | autocast_identity(autocast_dtype(clip.prototypes.device)))
             check_probe(table.layout, probe(clip), folder)
         if dataset is not None:
             table.check_identity(dataset_identity(dataset, identity))

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _progress
 from ..memory import free_bytes
 from ..options import CacheDtype, Refresh
+from ..reference import autocast_dtype
 from .identity import check_probe, model_identity, probe
 from .image_batches import load_batches, split_batches
 from .table import COMPUTED_DTYPES, CacheError, Layout, MappedTable, MemoryTable
@@ -49,12 +50,6 @@ class Encoder:
             return self._lower(images.to(self.device, non_blocking=True)).cpu()
 
 
-def autocast_of(clip: SkipCLIP) -> torch.dtype | None:
-    """Dtype of the autocast that is enabled on the device of a SkipCLIP, or None."""
-    device = clip.prototypes.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
 def autocast_identity(autocast: torch.dtype | None) -> dict[str, str | int]:
     """Return the entry of the identity of a cache that names the autocast of its features."""
     return {"autocast": "none" if autocast is None else _NAME_OF[autocast]}
@@ -74,7 +69,7 @@ class Extraction:
     seed: int  # Seed of random transforms
 
     def __post_init__(self) -> None:
-        self._autocast = autocast_of(self.clip)  # also of later epochs
+        self._autocast = autocast_dtype(self.clip.prototypes.device)  # also of later epochs
 
     def _layout(self, epoch: int, probed: Tensor, encode: Encoder) -> Layout:
         """Layout of the table of an epoch."""

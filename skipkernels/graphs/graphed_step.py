@@ -22,6 +22,7 @@ from ..clip.step import LossOptions, step
 from ..formatting import first_line
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import FusedSGD
+from ..reference import autocast_dtype
 from .capturable import CapturedState, why_not_capturable
 from .capture import record, renew_accumulators
 from .parts import ReservedRanks, TextsOnStream
@@ -188,7 +189,7 @@ class GraphedStep:
             x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # for the error of `_check_batch`
             for x in (pixel_values, labels)
         )
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        autocast = autocast_dtype(device)
         self._check_batch(pixel_values, labels, autocast)
         self._ranks.draw(clip.sampler, device, len(clip.prototypes), len(pixel_values))
         key = _Key(pixel_values.shape, pixel_values.dtype, autocast)

@@ -58,7 +58,7 @@ def test_fused_block_completes_its_sums_by_one_launch(backend: Backend, kind, mo
     settings, options = BlockSettings("gelu", (1e-5, 1e-5), heads), RowsOptions(attention)
     inputs, found = [x for x in (stream, *weights.named_parts()[1]) if x.requires_grad], []
     for together in (False, True):
-        monkeypatch.setattr(node, "sums_together", lambda device, together=together: together)
+        monkeypatch.setattr(node, "launches_on", lambda device, together=together: together)
         out = node.fused_block(weights, settings, Hidden(stream), options).sum()
         found.append(torch.autograd.grad(out.square().mean(), inputs))
     for one, other in zip(*found, strict=True):

@@ -73,7 +73,7 @@ class Gradients:
     needed: NeededGradients
     dtype: torch.dtype
     sums_dtype: torch.dtype
-    pending: PendingSums | None  # On a GPU; None: each operator completes its sums
+    pending: PendingSums | None  # Where kernels are launched; None: each operator completes its sums
     weights: dict[str, Tensor] = field(default_factory=dict)  # by the fields of `BlockWeights`
 
     def set_product(self, name: str, *pairs: tuple[Tensor, Tensor]) -> None:
@@ -112,11 +112,6 @@ class Gradients:
         counts = Counter(names)
         parts = {name: iter(x.chunk(counts[name])) for name, x in weights.items() if name in counts}
         return [next(parts[name]) if name in parts else None for name in names]
-
-
-def sums_together(device: torch.device) -> bool:
-    """Return True if the sums of all operators are completed by one launch; else each completes its own."""
-    return launching.launches_on(device)
 
 
 def joint_product(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...reference import without_autocast
+from ...ops.launching import launches_on
+from ...reference import autocast_dtype, without_autocast
 from . import Hidden, RowsOptions, stages
-from .gradients import Gradients, NeededGradients, PendingSums, sums_together
+from .gradients import Gradients, NeededGradients, PendingSums
 from .stages import BlockCall
 from .weights import BlockSettings, BlockWeights, prepare
 
@@ -24,8 +25,8 @@ def fused_block(weights: BlockWeights, settings: BlockSettings, hidden: Hidden, 
     Products run in the dtype of the weights or of autocast, which is the dtype of the branches. The stream keeps its.
     """
     device, dtype = hidden.stream.device, weights.mlp_out.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which autocast leaves as it is
-        dtype = torch.get_autocast_dtype(device.type)
+    if dtype != torch.float64:  # which autocast leaves as it is
+        dtype = autocast_dtype(device) or dtype
     names, parts = weights.named_parts()
     with without_autocast(device):
         call = BlockCall(settings, options, dtype, prepare(weights, dtype))
@@ -69,7 +70,7 @@ class _BlockFunction(torch.autograd.Function):
             NeededGradients(needs_stream or needs_branch, fields),
             matrix_dtype,
             sums_dtype,
-            PendingSums(sums_dtype) if sums_together(d_mid.device) else None,
+            PendingSums(sums_dtype) if launches_on(d_mid.device) else None,
         )
         with without_autocast(d_mid.device):
             call = BlockCall(ctx.settings, ctx.options, ctx.dtype, prepare(weights, ctx.dtype))
