@@ -22,7 +22,7 @@ from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
 from .attention import SDPA, AttentionBackend, BlockAttention, Pooled, Sequences
 from .block import FusedBlock, fuse_blocks
-from .fused import Hidden, Rotary, RowsOptions
+from .fused import Hidden, Rotary, RowsOptions, saved_bytes
 from .modes import evaluating, updates_statistics
 
 if TYPE_CHECKING:
@@ -120,11 +120,12 @@ class Tower(ABC):
         return self._call_blocks(hidden, blocks, mask)
 
     def _call_blocks(self, hidden: Tensor, blocks: range, mask: Tensor | None = None) -> Tensor:
-        """Call blocks as the model calls them; above the cut, with `memory="min"`, they are recomputed in backward."""
+        """Call blocks as the model calls them; above the cut, to save only their inputs, backward recomputes them."""
+        above = blocks == self.upper_blocks and torch.is_grad_enabled()
+        recomputes = above and self.block_memory(hidden, fused=False) == "min"
         for index in blocks:
             block = self.blocks[index]
             # A batch norm in training mode would update its statistics twice if it were recomputed.
-            recomputes = index >= self.skip and self.cut.memory == "min" and torch.is_grad_enabled()
             if recomputes and not updates_statistics(block):
                 hidden = checkpoint(self.call_block, block, hidden, mask, use_reentrant=False)
             else:
@@ -156,7 +157,7 @@ class Tower(ABC):
         """Run blocks over rows [R, W]; the last one with the attention `pooled`, if only pooled tokens are needed."""
         options, hidden = RowsOptions(attention, rotary=rotary), Hidden(rows)
         if blocks.stop > self.skip:  # nothing is saved below the cut
-            options = options._replace(memory=self.block_memory(rows))
+            options = options._replace(memory=self.block_memory(rows, fused=True))
         for index in blocks:
             if index == blocks[-1] and pooled is not None:
                 options = options._replace(attention=pooled)
@@ -164,20 +165,18 @@ class Tower(ABC):
         return hidden.sum()
 
     @torch.compiler.disable  # queries the free memory
-    def block_memory(self, rows: Tensor) -> FusedMemory:
-        """Return what each block above the cut saves for backward, over rows [R, W].
+    def block_memory(self, hidden: Tensor, *, fused: bool) -> FusedMemory:
+        """Return what each block above the cut saves for backward, over hidden states [..., W].
 
         With `memory="auto"` it is "min" if saving everything would take more than half of the memory that was free in
-        the first step with as many rows.
+        the first step of this size.
         """
         if self.cut.memory != "auto":
             return self.cut.memory
         if not torch.is_grad_enabled():
             return "fast"
-        from .fused.stages import saved_bytes  # not needed to import the towers
-
-        needed = saved_bytes(rows) * len(self.upper_blocks) * self.cut.runs
-        return "fast" if self._free_memory.allows(needed, rows.device) else "min"
+        needed = saved_bytes(hidden, fused=fused) * len(self.upper_blocks) * self.cut.runs
+        return "fast" if self._free_memory.allows(needed, hidden.device) else "min"
 
     @functools.cached_property  # a family defines its own __init__
     def _free_memory(self) -> FreeMemory:

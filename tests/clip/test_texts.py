@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import skipkernels as sk
 from skipkernels.testing import allocated_bytes, saved_bytes
-from skipkernels.towers.fused.stages import SAVED_WIDTHS
+from skipkernels.towers import fused
 from tests.clip.clips import IMAGES, LABELS, C, class_weights, make_clip, three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.naive_step import assert_step_equals_naive
@@ -188,11 +188,11 @@ def test_templates_share_the_free_memory(monkeypatch):
     clip(*tiny_batch(3, C))
     text = clip.texts.tower
     rows = torch.zeros(20_000, 16, dtype=torch.float64)
-    saved = rows.numel() * rows.element_size() * SAVED_WIDTHS * 2  # two blocks
+    saved = fused.saved_bytes(rows, fused=True) * 2  # two blocks
     monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 2 * saved + 2)
-    assert text.block_memory(rows) == "min"
+    assert text.block_memory(rows, fused=True) == "min"
     clip.set_classes(tiny_tokens(C))
-    assert text.block_memory(rows) == "fast"
+    assert text.block_memory(rows, fused=True) == "fast"
 
 
 def test_class_weight_is_a_copy_that_moves():

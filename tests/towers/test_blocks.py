@@ -8,9 +8,14 @@ from torch import nn
 
 import skipkernels as sk
 from skipkernels.testing import relative_error, saved_bytes
+from skipkernels.towers import fused as fused_package
+from skipkernels.towers.attention import Pooled
 from skipkernels.towers.block import FusedBlock
+from skipkernels.towers.families.timm_blocks import rotary_of_tokens
+from skipkernels.towers.fused import Hidden, RowsOptions
 from tests.towers.blocks import (
     BLOCKS,
+    TOKENS,
     assert_equal,
     assert_equals_own_forward,
     gradients,
@@ -51,9 +56,18 @@ def test_fused_block_no_worse_than_own_forward_in_bf16(name):
     [("no_biases", "fast", 10), ("no_biases", "min", 1), ("qk_norm", "fast", 13), ("swiglu", "fast", 14)],
 )
 def test_fused_block_saved_widths(name, memory, widths):
-    """Multiples of W per token, as `SAVED_WIDTHS` says; the statistics of norms and attention are less than one."""
+    """Multiples of W per token, as in the table of `stages.py`; statistics of norms and attention are less than one."""
     block, hidden = fused(name, memory), hidden_states()
     assert saved_bytes(lambda: block(hidden)) // hidden.nbytes == widths
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_saved_bytes_that_auto_counts(autocast):
+    """With norms of heads, up to statistics of rows, which are about a tenth at this width."""
+    block, hidden = fused("qk_norm", dtype=torch.float32), hidden_states(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        counted = fused_package.saved_bytes(hidden, fused=True)
+        assert counted <= saved_bytes(lambda: block(hidden)) < 1.15 * counted
 
 
 @pytest.mark.parametrize("name", ["half_and_norm", "eva02", "no_biases"])
@@ -79,6 +93,22 @@ def test_rotation_saves_nothing():
     block, hidden = fused("perception"), hidden_states()
     saved = [saved_bytes(lambda rope=rope: block(hidden, rope=rope)) for rope in (None, rotary(block))]
     assert saved[0] == saved[1]
+
+
+@pytest.mark.parametrize(
+    "query_rows",
+    [slice(None, None, TOKENS), slice(2, None, TOKENS), torch.tensor([4, TOKENS, 2 * TOKENS + 2])],
+    ids=["first", "third", "any"],
+)
+def test_pooled_queries_are_rotated_by_their_positions(query_rows):
+    block, hidden = fused("perception"), hidden_states()
+    options = RowsOptions(Pooled(query_rows), rotary=rotary_of_tokens(rotary(block), block.attn))
+    pooled = block(Hidden(hidden.flatten(0, 1)), options).sum()
+    expected = run(block, hidden).flatten(0, 1)[query_rows]
+    found, truth = (
+        {"out": out, "d_hidden": torch.autograd.grad(out.square().sum(), hidden)[0]} for out in (pooled, expected)
+    )
+    assert_equal(found, truth)
 
 
 def test_learned_positions_run_own_forward():

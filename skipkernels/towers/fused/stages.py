@@ -6,22 +6,23 @@ computes only key and value of all R rows, and attention only Q queries.
 
 Saved for backward, in values per token, with M = 4·W, by the `memory` of a call:
 
-    stage      tensor                                      values   fast   balanced   min
-    norm_1     hidden, the sum of the inputs [R, W]           W      ×        ×        ×
-    in_proj    query, key, value [R, 3W]                     3·W     ×        ×
-    attention  its result [Q, W]                              W      ×        ×
-    norm_2     mid, the sum before the norm [Q, W]            W      ×        ×
-    mlp        inner, the product before its bias [Q, M]     4·W     ×
-                                                            10·W    10·W     6·W       W
+    stage      tensor                                      values   dtype      fast   balanced   min
+    norm_1     hidden, the sum of the inputs [R, W]           W      stream     ×        ×        ×
+    in_proj    query, key, value [R, 3W]                     3·W     products   ×        ×
+    attention  its result [Q, W]                              W      products   ×        ×
+    norm_2     mid, the sum before the norm [Q, W]            W      stream     ×        ×
+    mlp        inner, the product before its bias [Q, M]     4·W     products   ×
+                                                            10·W               10·W     6·W       W
 
 and, but for "min", mean and rstd of both norms and the log-sum-exp of attention: 4 + H numbers. Backward recomputes
 the norms and the activation, which are memory-bound, but no matrix product; rotations are undone in backward, and
 nothing is saved for them. "balanced", an option of `sk.fuse` alone, repeats the product of W_fc, and "min" every stage
 in front of the activation.
 
-Under autocast the weights of products are cast once, by one launch, or in a captured step by their update
-(`casts.Casts`), and their copies are saved as well, 24·W² bytes; "min" casts them again. The norms write the dtype of
-the products, and the residual stream keeps its own.
+The two dtypes differ under autocast alone: the norms write that of the products, and the residual stream keeps its own.
+The weights of products are then cast once, by one launch, or in a captured step by their update (`casts.Casts`), and
+their copies are saved as well, 12·W² values; "min" casts them again. Weights that a call computes, those with low-rank
+updates or layer scales, are saved in every mode, unless their casts are.
 
 Products and norms without a function of their own are written out in `forward` and `backward`. `NAME_backward` takes
 the gradient of the result of NAME and returns that of its input. Gradients of weights are set in `Gradients`. That of
@@ -46,21 +47,6 @@ from ...ops.rotary_embedding import rotary_embedding
 from . import Hidden, RowsOptions
 from .gradients import ATTENTION_NORMS, Gradients
 from .weights import NORMS, BlockSettings, PreparedWeights
-
-# Values saved per token by which `memory="auto"` decides, in multiples of W: the 10 of the table, and 3 for norms of
-# heads: attention reads a copy of query, key and value, normed, and saves it beside those of `in_proj`. SwiGLU with
-# M = 4·W adds 4, which are not counted: "auto" leaves half of the free memory.
-SAVED_WIDTHS = 13
-CAST_BYTES = 24  # size of the copies of the weights in 16 bits, in multiples of W²: (3 + 1 + 4 + 4) · W² · 2 bytes
-
-
-def saved_bytes(hidden: Tensor) -> int:
-    """Bytes that a block over hidden states [..., W] saves for backward with memory="fast", but for SwiGLU at most."""
-    saved = hidden.numel() * hidden.element_size() * SAVED_WIDTHS
-    if torch.is_autocast_enabled(hidden.device.type):
-        saved += CAST_BYTES * hidden.shape[-1] ** 2
-    return saved
-
 
 # ---- a call, and what backward reads besides the weights -------------------------------------------------------------
 
@@ -423,8 +409,14 @@ def rotate(call: BlockCall, projected: Sequence[Tensor], *, inverse: bool = Fals
     cos, sin = cos.to(wide), sin.to(wide)
     if len(projected) == 1:  # query and key are the first 2H heads
         return (rotary_embedding(projected[0], cos, sin, 2 * heads, interleaved, inverse),)
-    query, key_value = projected  # a pooled query is the first token of its sequence
+    (query, key_value), query_rows = projected, call.options.attention.query_rows
+    if isinstance(query_rows, slice):  # the same token of each sequence
+        first = (query_rows.start or 0) % len(cos)
+        of_queries = cos[first : first + 1], sin[first : first + 1]
+    else:
+        positions = query_rows % len(cos)
+        of_queries = cos[positions], sin[positions]  # [n, E/2]
     return (
-        rotary_embedding(query, cos[:1], sin[:1], heads, interleaved, inverse),
+        rotary_embedding(query, *of_queries, heads, interleaved, inverse),
         rotary_embedding(key_value, cos, sin, heads, interleaved, inverse),
     )
