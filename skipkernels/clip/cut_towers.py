@@ -77,8 +77,8 @@ def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
         block = tower.blocks[0]
         if isinstance(block, FusedBlock) and block.why_not_fused() is None:
             weights, settings = block._read()
-            width = len(weights.out_proj)
-            reason = xformers.why_unavailable(device, weights.out_proj.dtype, width // settings.heads)
+            out_proj = weights["out_proj"]
+            reason = xformers.why_unavailable(device, out_proj.dtype, len(out_proj) // settings.heads)
             if reason is not None:
                 raise ValueError(
                     f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU '

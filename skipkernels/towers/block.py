@@ -24,7 +24,7 @@ from .families import BLOCKS, type_name
 from .fused import Hidden, Rotary, RowsOptions
 
 if TYPE_CHECKING:
-    from .fused.weights import BlockSettings, BlockWeights
+    from .fused.weights import BlockSettings, GivenWeights
 
 
 class BlockInput(NamedTuple):
@@ -59,7 +59,7 @@ class FusedBlock:
         """Return why the settings of this block can't be fused, or None."""
         return None
 
-    def _read(self) -> tuple[BlockWeights, BlockSettings]:
+    def _read(self) -> tuple[GivenWeights, BlockSettings]:
         """Read weights and settings from the children."""
         raise NotImplementedError
 

@@ -27,7 +27,7 @@ from transformers.models.siglip2 import modeling_siglip2
 from ..alterations import Submodules, submodules
 from ..base import ImageTower, UnsupportedModel
 from ..block import BlockInput, FusedBlock
-from ..fused.weights import BlockSettings, BlockWeights, joint_weights_of, weights_of
+from ..fused.weights import BlockSettings, GivenWeights, weights_of, weights_of_parts
 from ..text import Pooling, Prompts, TextTower
 
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions
@@ -62,21 +62,21 @@ class HuggingFaceBlock(FusedBlock):
         functions, eager = module.ALL_ATTENTION_FUNCTIONS, module.eager_attention_forward
         return functions.get(attention.config._attn_implementation, eager)
 
-    def _read(self) -> tuple[BlockWeights, BlockSettings]:
+    def _read(self) -> tuple[GivenWeights, BlockSettings]:
         parts = self._modules
         norm_1, norm_2, attention = parts["layer_norm1"], parts["layer_norm2"], parts["self_attn"]
         layers, mlp = attention._modules, parts["mlp"]._modules
-        weights = BlockWeights(
+        weights = {
             **weights_of("norm_1", norm_1),
-            **joint_weights_of("in_proj", layers["q_proj"], layers["k_proj"], layers["v_proj"]),
+            **weights_of_parts("in_proj", [layers[name] for name in ("q_proj", "k_proj", "v_proj")]),
             **weights_of("out_proj", layers["out_proj"]),
             **weights_of("norm_2", norm_2),
             **weights_of("mlp_in", mlp["fc1"]),
             **weights_of("mlp_out", mlp["fc2"]),
-        )
+        }
         heads = attention.embed_dim // attention.head_dim  # its forward ignores `num_heads`
-        kind = _ACTIVATIONS[type(mlp["activation_fn"])]
-        return weights, BlockSettings(kind, (norm_1.eps, norm_2.eps), heads)
+        kind, eps = _ACTIVATIONS[type(mlp["activation_fn"])], {"norm_1": norm_1.eps, "norm_2": norm_2.eps}
+        return weights, BlockSettings(kind, eps, heads)
 
     def _parse_input(
         self,

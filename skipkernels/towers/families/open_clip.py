@@ -28,7 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..alterations import Submodules, submodules
 from ..base import ImageTower, Part, UnsupportedModel
 from ..block import BlockInput, FusedBlock
-from ..fused.weights import BlockSettings, BlockWeights, activation, layer_scale, weights_of
+from ..fused.weights import BlockSettings, GivenWeights, activation, layer_scale, weights_of
 from ..text import Pooling, Prompts, TextTower
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
@@ -78,20 +78,20 @@ class OpenClipBlock(FusedBlock):
             return "a block's attention has dropout or an extra key"
         return None
 
-    def _read(self) -> tuple[BlockWeights, BlockSettings]:
+    def _read(self) -> tuple[GivenWeights, BlockSettings]:
         parts = self._modules
         norm_1, norm_2, attention, mlp = parts["ln_1"], parts["ln_2"], parts["attn"], parts["mlp"]._modules
-        weights = BlockWeights(
+        weights = {
             **weights_of("norm_1", norm_1),
-            in_proj=attention.in_proj_weight,
-            in_proj_bias=attention.in_proj_bias,
+            "in_proj": attention.in_proj_weight,
+            **({} if attention.in_proj_bias is None else {"in_proj_bias": attention.in_proj_bias}),
             **weights_of("out_proj", attention._modules["out_proj"], layer_scale(parts.get("ls_1"))),
             **weights_of("norm_2", norm_2),
             **weights_of("mlp_in", mlp["c_fc"]),
             **weights_of("mlp_out", mlp["c_proj"], layer_scale(parts.get("ls_2"))),
-        )
-        kind = activation(mlp["gelu"], _ACTIVATIONS)
-        return weights, BlockSettings(kind, (norm_1.eps, norm_2.eps), attention.num_heads)
+        }
+        kind, eps = activation(mlp["gelu"], _ACTIVATIONS), {"norm_1": norm_1.eps, "norm_2": norm_2.eps}
+        return weights, BlockSettings(kind, eps, attention.num_heads)
 
     def _parse_input(
         self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None

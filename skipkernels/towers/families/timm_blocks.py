@@ -21,15 +21,7 @@ from torch import Tensor, nn
 from ..alterations import Submodules, submodules
 from ..block import BlockInput, FusedBlock
 from ..fused import Rotary
-from ..fused.weights import (
-    NORMS,
-    BlockSettings,
-    BlockWeights,
-    activation,
-    joint_weights_of,
-    layer_scale,
-    weights_of,
-)
+from ..fused.weights import BlockSettings, GivenWeights, activation, layer_scale, weights_of, weights_of_parts
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)
@@ -96,44 +88,40 @@ class TimmBlock(FusedBlock):
             return "a block's attention is causal or has an unusual scale"
         if getattr(mlp, "gate_last", False):
             return "the gate of a block's MLP is behind its value"
-        query_norm, key_norm, *_ = self._optional_norms()
-        if isinstance(query_norm, nn.Identity) != isinstance(key_norm, nn.Identity):
+        norms = self._norms()
+        if ("query_norm" in norms) != ("key_norm" in norms):
             return "a block has a norm for one of query and key"
-        norms = [parts["norm1"], parts["norm2"], *self._optional_norms()]
-        if len({isinstance(x, RmsNorm) for x in norms if not isinstance(x, nn.Identity)}) > 1:
+        if len({isinstance(x, RmsNorm) for x in norms.values()}) > 1:
             return "a block has LayerNorm and RMSNorm"
         return None
 
-    def _optional_norms(self) -> list[nn.Module]:
-        """Norms of query, key, the result of attention and the activation, in the order of `BlockWeights`."""
-        layers = self._modules["attn"]._modules
-        return [layers["q_norm"], layers["k_norm"], layers["norm"], self._modules["mlp"]._modules["norm"]]
+    def _norms(self) -> dict[str, Any]:
+        """Norms of the block by their fields of `BlockWeights`."""
+        parts = self._modules
+        attention, mlp = parts["attn"]._modules, parts["mlp"]._modules
+        norms = {"norm_1": parts["norm1"], "query_norm": attention["q_norm"], "key_norm": attention["k_norm"]}
+        norms |= {"attention_norm": attention["norm"], "norm_2": parts["norm2"], "mlp_norm": mlp["norm"]}
+        return {name: norm for name, norm in norms.items() if not isinstance(norm, nn.Identity)}
 
     def _scales(self) -> tuple[Tensor | None, Tensor | None]:
         """Layer scales of both branches."""
         return layer_scale(self._modules["ls1"]), layer_scale(self._modules["ls2"])
 
-    def _read(self) -> tuple[BlockWeights, BlockSettings]:
-        parts = self._modules
-        norm_1, norm_2, attention = parts["norm1"], parts["norm2"], parts["attn"]
-        layers, mlp = attention._modules, parts["mlp"]._modules
-        scales, norms = self._scales(), self._optional_norms()
+    def _read(self) -> tuple[GivenWeights, BlockSettings]:
+        attention, mlp = self._modules["attn"], self._modules["mlp"]._modules
+        norms, scales = self._norms(), self._scales()
+        weights = _projections(attention)
+        for name, norm in norms.items():
+            weights |= weights_of(name, norm)
         if "fc1_g" in mlp:  # SwiGLU
-            mlp_in = joint_weights_of("mlp_in", mlp["fc1_g"], mlp["fc1_x"])
+            weights |= weights_of_parts("mlp_in", [mlp["fc1_g"], mlp["fc1_x"]])
         else:
-            mlp_in = weights_of("mlp_in", mlp["fc1"])
-        weights = BlockWeights(
-            **weights_of("norm_1", norm_1),
-            **_projections(attention),
-            **weights_of("out_proj", layers["proj"], scales[0]),
-            **weights_of("norm_2", norm_2),
-            **mlp_in,
-            **weights_of("mlp_out", mlp["fc2"], scales[1]),
-            **_weights_of_norms(norms),
-        )
+            weights |= weights_of("mlp_in", mlp["fc1"])
+        weights |= weights_of("out_proj", attention._modules["proj"], scales[0])
+        weights |= weights_of("mlp_out", mlp["fc2"], scales[1])
         kind = "swiglu" if type(mlp["act"]) is nn.SiLU else activation(mlp["act"], _ACTIVATIONS)
-        eps = tuple(getattr(norm, "eps", 0.0) for norm in (norm_1, norm_2, *norms))
-        return weights, BlockSettings(kind, eps, attention.num_heads, isinstance(norm_1, RmsNorm))
+        eps = {name: norm.eps for name, norm in norms.items()}
+        return weights, BlockSettings(kind, eps, attention.num_heads, isinstance(norms["norm_1"], RmsNorm))
 
     def _parse_input(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> BlockInput | None:
         if x.ndim != 3 or attn_mask is not None:  # towers of CLIP have no mask
@@ -181,21 +169,12 @@ def rotary_of_tokens(rope: Tensor, attention: Any) -> Rotary | None:
     return Rotary(F.pad(cos, prefix, value=1.0), F.pad(sin, prefix), interleaved)
 
 
-def _weights_of_norms(norms: Sequence[nn.Module]) -> dict[str, Any]:
-    """Weights and biases of the norms that are no identity, by their names in `BlockWeights`."""
-    found: dict[str, Any] = {}
-    for name, norm in zip(NORMS[2:], norms, strict=True):
-        if not isinstance(norm, nn.Identity):
-            found |= weights_of(name, norm)
-    return found
-
-
-def _projections(attention: Any) -> dict[str, Any]:
-    """Weights and biases of query, key and value, by their names in `BlockWeights`."""
+def _projections(attention: Any) -> GivenWeights:
+    """Weights and biases of query, key and value."""
     layers = attention._modules
     if "qkv" not in layers:
-        return joint_weights_of("in_proj", layers["q_proj"], layers["k_proj"], layers["v_proj"])
+        return weights_of_parts("in_proj", [layers[name] for name in ("q_proj", "k_proj", "v_proj")])
     found = weights_of("in_proj", layers["qkv"])
     if getattr(attention, "q_bias", None) is not None:  # of EvaAttention, where the layer has no bias
-        found["in_proj_bias"] = attention.q_bias, attention.k_bias, attention.v_bias
+        found |= {"query_bias": attention.q_bias, "key_bias": attention.k_bias, "value_bias": attention.v_bias}
     return found

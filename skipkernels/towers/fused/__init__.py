@@ -12,7 +12,7 @@ embeddings of query and key (`Rotary`), a norm of the result of attention and on
 
     weights.py    weights and settings of a block, read from its modules, and prepared for the stages
     node.py       `fused_block`, by a `torch.autograd.Function`; imported by the first block that runs
-    stages.py     norm_1 → in_proj → attention → out_proj → norm_2 → mlp, each with its backward, and what each saves
+    stages.py     norm_1 → in_proj → attention → out_proj → norm_2 → mlp, forward and backward, and what each saves
     gradients.py  gradients of the weights, as products and as sums over rows
 
 Here is what a tower passes to a block.

@@ -26,8 +26,8 @@ updates or layer scales, are saved in every mode, unless their casts are.
 
 Products and norms without a function of their own are written out in `forward` and `backward`. `NAME_backward` takes
 the gradient of the result of NAME and returns that of its input. Gradients of weights are set in `Gradients`. That of
-a matrix is a product with the input of its layer; an input that a norm or the activation has computed is not saved, but
-recomputed by the backward of that norm or activation, which returns it as well.
+a matrix is a product with the input of its layer. Where a norm or the activation computed that input it is not saved:
+the backward of the norm or activation computes it again, and the gradient of the matrix is set behind it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ...ops.mlp_activation import Needs as ActivationNeeds
 from ...ops.rotary_embedding import rotary_embedding
 from . import Hidden, RowsOptions
-from .gradients import ATTENTION_NORMS, Gradients
-from .weights import NORMS, BlockSettings, PreparedWeights
+from .gradients import Gradients
+from .weights import ATTENTION_NORMS, BlockSettings, BlockWeights
 
 # ---- a call, and what backward reads besides the weights -------------------------------------------------------------
 
@@ -54,10 +54,10 @@ from .weights import NORMS, BlockSettings, PreparedWeights
 class BlockCall(NamedTuple):
     """One call of a block: R rows of tokens, of which Q are computed behind attention."""
 
+    weights: BlockWeights
     settings: BlockSettings
     options: RowsOptions
     dtype: torch.dtype  # of the matrix products: that of the weights, or of autocast. The residual stream is not cast
-    weights: PreparedWeights
 
     def queries(self, x: Tensor) -> Tensor:
         """Select the query rows [Q, …] of a tensor [R, …]; a view for a slice."""
@@ -96,7 +96,7 @@ class AttentionGraph:
     """Result of attention with its autograd graph, back to the projections and to the weights of its norms."""
 
     projected: tuple[Tensor, ...]  # leaves of the graph: ([R, 3W],), or query [Q, W] and key_value [R, 2W]
-    norms: dict[str, Tensor]  # leaves of the graph, by their fields of `BlockWeights`
+    norms: dict[str, Tensor]  # leaves of the graph: weights of norms, by their fields of `BlockWeights`
     result: Tensor  # [Q, W]
 
 
@@ -131,18 +131,17 @@ def forward_to_inner(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Sav
     Each tensor is released once the next stage has read it.
     """
     weights = call.weights
-    normed, saved_1 = norm(call, "norm_1", inputs.stream, inputs.branch)  # [R, W]
-    hidden = saved_1.x  # stream + branch, [R, W]
+    normed, saved_1 = norm(call, "norm_1", inputs.stream, inputs.branch)  # of hidden = stream + branch, [R, W]
     projected = in_proj(call, normed)  # ([R, 3W],), or ([Q, W], [R, 2W])
     del normed
     if weights.query_norm is None:  # else `attention` rotates, behind the norms of the heads
         projected = rotate(call, projected)
     attended, graph = attention(call, projected, record)  # [Q, W]
     del projected  # the leaves of the graph are the same memory
-    branch = F.linear(attended.detach(), weights.out_proj, weights.out_proj_bias)  # [Q, W] @ [W, W] -> [Q, W]
+    attention_branch = F.linear(attended.detach(), weights.out_proj, weights.out_proj_bias)  # [Q, W] @ [W, W] -> [Q, W]
     del attended
-    normed, saved_2 = norm(call, "norm_2", call.queries(hidden), branch)  # of mid = hidden + branch, [Q, W]
-    del branch
+    normed, saved_2 = norm(call, "norm_2", call.queries(saved_1.x), attention_branch)  # of mid = hidden + it, [Q, W]
+    del attention_branch
     inner = normed @ weights.mlp_in.T  # [Q, W] @ [W, M] -> [Q, M], or [Q, 2M] for SwiGLU; the activation adds b_fc
     return Saved(saved_1, saved_2, inner if record else None, graph), inner
 
@@ -169,61 +168,70 @@ def restore(call: BlockCall, tensors: Sequence[Tensor], graph: AttentionGraph | 
 
 
 def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients) -> Hidden | None:
-    """Return the gradients of the inputs [R, W], given those of mid and branch [Q, W]; None if they are not needed.
+    """Return the gradient of hidden [R, W], given that of the result mid + branch [Q, W]; None if it is not needed.
 
-    Set those of the weights that are needed in `gradients`. Each tensor is released once the next stage has read it.
+    Each is a pair: in the dtype of the stream, and in that of the branch. Set those of the weights that are needed in
+    `gradients`. Each tensor is released once the next stage has read it.
     """
     weights, graph = call.weights, saved.attention_graph
     assert saved.inner is not None and graph is not None and d_out.branch is not None
-    d_inner = mlp_backward(call, saved.inner, d_out.branch, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
+    # branch = active · W_p + b_p, where active = act(inner + b_fc), or a norm of it
+    d_active = d_out.branch @ weights.mlp_out  # [Q, W] @ [W, M] -> [Q, M]
+    if weights.mlp_norm is not None:
+        # The statistics of this norm are not saved, since its input is not either.
+        _, saved_norm = norm(call, "mlp_norm", mlp_act(call, saved.inner))
+        (d_active, _), active = norm_backward(call, "mlp_norm", saved_norm, d_active, gradients)
+        del saved_norm
+        d_inner, _ = mlp_act_backward(call, saved.inner, d_active, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
+    else:
+        d_inner, active = mlp_act_backward(
+            call, saved.inner, d_active, gradients, need_active=gradients.needs("mlp_out")
+        )
+    del d_active
+    gradients.set_product("mlp_out", (d_out.branch, active))
+    del active
+    # inner = LN₂(mid) · W_fc
     d_normed = d_inner @ weights.mlp_in  # [Q, M] @ [M, W] -> [Q, W]; 2M for SwiGLU
-    # norm_2 of mid = hidden + (attended · W_o + b_o), where d_out.stream is the gradient of mid + (active · W_p + b_p):
-    # the column sums of d_out.stream are d_b_p, and those of d_mid are d_b_o.
-    biases = ("mlp_out_bias", "out_proj_bias")
-    (d_mid, d_branch), normed = norm_backward(call, "norm_2", saved.norm_2, d_normed, d_out.stream, gradients, biases)
+    d_mid, normed = norm_backward(
+        call, "norm_2", saved.norm_2, d_normed, gradients, d_out.stream, biases=("mlp_out_bias", "out_proj_bias")
+    )
     del d_normed
-    if normed is not None:
-        gradients.set_product("mlp_in", (d_inner, normed))
+    gradients.set_product("mlp_in", (d_inner, normed))
     del d_inner, normed
-    # out_proj and attention
-    assert d_branch is not None
-    gradients.set_product("out_proj", (d_branch, graph.result.detach()))
-    if not gradients.needed.depends_on_attention:
+    # mid = hidden + attended · W_o + b_o
+    assert d_mid.branch is not None
+    gradients.set_product("out_proj", (d_mid.branch, graph.result.detach()))
+    if not gradients.depend_on_attention:
         return None
-    d_attended = d_branch @ weights.out_proj  # [Q, W] @ [W, W] -> [Q, W]
-    del d_branch
+    d_attended = d_mid.branch @ weights.out_proj  # [Q, W] @ [W, W] -> [Q, W]
+    d_residual = d_mid.stream
+    del d_mid
     d_projected = attention_backward(graph, d_attended, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
     del d_attended
     if weights.query_norm is None:
         d_projected = rotate(call, d_projected, inverse=True)
-    # in_proj and norm_1: hidden = stream + branch
-    d_normed = in_proj_backward(call, d_projected, gradients)  # [R, W]
-    d_hidden, normed = norm_1_backward(call, saved.norm_1, d_normed, d_mid, gradients)
+    # projected = LN₁(hidden) · W_qkv + b_qkv
+    d_normed = in_proj_backward(call, d_projected)  # [R, W]
+    adds = gradients.hidden and call.options.attention.query_rows is None
+    d_hidden, normed = norm_backward(
+        call, "norm_1", saved.norm_1, d_normed, gradients, d_residual if adds else None, need_x=gradients.hidden
+    )
     del d_normed
-    if normed is not None:
-        gradients.set_product("in_proj", *_pairs(call, d_projected, normed))
-    return d_hidden if gradients.needed.hidden else None
-
-
-# ---- norm_1 and in_proj ----------------------------------------------------------------------------------------------
-
-
-def norm_1_backward(
-    call: BlockCall, saved: SavedNorm, d_normed: Tensor, d_mid: Tensor, gradients: Gradients
-) -> tuple[Hidden, Tensor | None]:
-    """Gradient of hidden [R, W], with that of the residual, mid [Q, W]; return also LN₁(hidden), if needed."""
-    need_x = gradients.needed.hidden
-    d_residual = d_mid if need_x and call.options.attention.query_rows is None else None
-    d_hidden, normed = norm_backward(call, "norm_1", saved, d_normed, d_residual, gradients, need_x=need_x)
-    if need_x and d_residual is None:
-        d_stream = call.add_to_queries(d_hidden.stream, d_mid)
+    set_in_proj(call, d_projected, normed, gradients)
+    if not gradients.hidden:
+        return None
+    if not adds:  # the residual of mid was the query rows of hidden alone
+        d_stream = call.add_to_queries(d_hidden.stream, d_residual)
         d_hidden = Hidden(d_stream, d_stream.to(call.dtype))
-    return d_hidden, normed
+    return d_hidden
+
+
+# ---- in_proj ---------------------------------------------------------------------------------------------------------
 
 
 def in_proj(call: BlockCall, normed: Tensor) -> tuple[Tensor, ...]:
     """LN₁(hidden) · W_qkv + b_qkv: query, key and value ([R, 3W],), or ([Q, W], [R, 2W])."""
-    weight, bias = call.weights.in_proj, call.weights.in_proj_bias
+    weight, bias = call.weights.layer("in_proj")
     if not call.options.attention.separate_queries:
         return (F.linear(normed, weight, bias),)  # [R, W] @ [W, 3W] -> [R, 3W]
     W = normed.shape[1]
@@ -232,11 +240,9 @@ def in_proj(call: BlockCall, normed: Tensor) -> tuple[Tensor, ...]:
     return query, F.linear(normed, weight[W:], of_key_value)  # [R, W] @ [W, 2W] -> [R, 2W]
 
 
-def in_proj_backward(call: BlockCall, d_projected: Sequence[Tensor], gradients: Gradients) -> Tensor:
-    """Gradient of LN₁(hidden), [R, W]; set that of b_qkv. That of W_qkv needs LN₁, which `norm_1_backward` computes."""
+def in_proj_backward(call: BlockCall, d_projected: Sequence[Tensor]) -> Tensor:
+    """Gradient of LN₁(hidden), [R, W]."""
     weight = call.weights.in_proj
-    if gradients.needed.any_of("in_proj_bias"):
-        gradients.set_column_sums("in_proj_bias", d_projected)  # [3W]
     if len(d_projected) == 1:
         return d_projected[0] @ weight  # [R, 3W] @ [3W, W] -> [R, W]
     (d_query, d_key_value), W = d_projected, weight.shape[1]
@@ -244,15 +250,15 @@ def in_proj_backward(call: BlockCall, d_projected: Sequence[Tensor], gradients: 
     return call.add_product_to_queries(d_normed, d_query, weight[:W])  # [Q, W] @ [W, W] -> [Q, W]
 
 
-def _pairs(call: BlockCall, d_projected: Sequence[Tensor], inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-    """Gradients of projections, each with the rows [R, W] or [Q, W] that it was computed from."""
-    if len(d_projected) == 1:
-        return [(d_projected[0], inputs)]
-    d_query, d_key_value = d_projected
-    return [(d_query, call.queries(inputs)), (d_key_value, inputs)]
+def set_in_proj(call: BlockCall, d_projected: Sequence[Tensor], normed: Tensor, gradients: Gradients) -> None:
+    """Set the gradients of W_qkv and b_qkv, given LN₁(hidden), [R, W]."""
+    gradients.set_column_sums("in_proj_bias", d_projected)  # [3W]
+    if gradients.needs("in_proj"):
+        inputs = (normed,) if len(d_projected) == 1 else (call.queries(normed), normed)
+        gradients.set_product("in_proj", *zip(d_projected, inputs, strict=True))
 
 
-# ---- attention ------------------------------------------------------------------------------------------------------
+# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 def attention(call: BlockCall, projected: Sequence[Tensor], record: bool) -> tuple[Tensor, AttentionGraph | None]:
@@ -274,118 +280,13 @@ def attention(call: BlockCall, projected: Sequence[Tensor], record: bool) -> tup
     return result, AttentionGraph(leaves, norms, result) if record else None
 
 
-def attention_backward(saved: AttentionGraph, d_attended: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
-    """Gradient of the projections, ([R, 3W],) or ([Q, W], [R, 2W]), and of the norms of attention, by autograd."""
-    d_leaves = torch.autograd.grad(saved.result, (*saved.projected, *saved.norms.values()), d_attended)
-    count = len(saved.projected)
-    for name, gradient in zip(saved.norms, d_leaves[count:], strict=True):
-        gradients.weights[name] = gradient
+def attention_backward(graph: AttentionGraph, d_attended: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
+    """Gradient of the projections, ([R, 3W],) or ([Q, W], [R, 2W]); set those of its norms. Autograd computes all."""
+    d_leaves = torch.autograd.grad(graph.result, (*graph.projected, *graph.norms.values()), d_attended)
+    count = len(graph.projected)
+    for name, gradient in zip(graph.norms, d_leaves[count:], strict=True):
+        gradients.set(name, gradient)
     return d_leaves[:count]
-
-
-# ---- mlp ------------------------------------------------------------------------------------------------------------
-
-
-def mlp_act(call: BlockCall, inner: Tensor) -> Tensor:
-    """act(inner + b_fc), [Q, M]."""
-    return mlp_activation(inner, call.weights.mlp_in_bias, KINDS.index(call.settings.activation))
-
-
-def mlp_act_backward(
-    call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of inner, [Q, M] or [Q, 2M]; return also the activation [Q, M], if the gradient of W_p needs it."""
-    needs = ActivationNeeds(
-        x=True,
-        bias=gradients.needed.any_of("mlp_in_bias"),
-        out=gradients.needed.any_of("mlp_out") and call.weights.mlp_norm is None,
-        partial=gradients.pending is not None,
-    )
-    bias, kind = call.weights.mlp_in_bias, KINDS.index(call.settings.activation)
-    d_inner, d_bias, active, partial_sums = mlp_activation_backward(d_active, inner, bias, kind, *needs)
-    gradients.set_sums({"mlp_in_bias": d_bias}, partial_sums)
-    return d_inner, active if needs.out else None
-
-
-def mlp_backward(call: BlockCall, inner: Tensor, d_branch: Tensor, gradients: Gradients) -> Tensor:
-    """Backward of the activation, its norm and the product with W_p: the gradient of inner, [Q, M] or [Q, 2M]."""
-    d_active = d_branch @ call.weights.mlp_out  # [Q, W] @ [W, M] -> [Q, M]
-    d_active, normed = mlp_norm_backward(call, inner, d_active, gradients)
-    d_inner, active = mlp_act_backward(call, inner, d_active, gradients)
-    del d_active
-    inputs = active if normed is None else normed  # of W_p
-    if inputs is not None:
-        gradients.set_product("mlp_out", (d_branch, inputs))
-    return d_inner
-
-
-def mlp_norm_backward(
-    call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the activation [Q, M], and its norm, which W_p reads; as given, and None, in a block without one."""
-    if call.weights.mlp_norm is None:
-        return d_active, None
-    normed, saved = norm(call, "mlp_norm", mlp_act(call, inner))
-    return norm_backward(call, "mlp_norm", saved, d_active, None, gradients)[0].stream, normed
-
-
-# ---- parts of stages -------------------------------------------------------------------------------------------------
-
-# Weights that a norm is multiplied by
-_MULTIPLIES = {"norm_1": "in_proj", "norm_2": "mlp_in"}
-
-
-def norm(call: BlockCall, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, SavedNorm]:
-    """Norm `name` of x + residual, in the dtype of the products."""
-    weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
-    eps = call.settings.eps[NORMS.index(name)]
-    total, normed, mean, rstd = add_layer_norm(x, residual, weight, bias, eps, call.dtype, call.settings.rms)
-    return normed, SavedNorm(x if residual is None else total, mean, rstd)
-
-
-def norm_backward(
-    call: BlockCall,
-    name: str,
-    saved: SavedNorm,
-    d_normed: Tensor,
-    d_residual: Tensor | None,
-    gradients: Gradients,
-    biases: tuple[str, ...] = (),
-    need_x: bool = True,
-) -> tuple[Hidden, Tensor | None]:
-    """Gradient of the input of a norm, d_x = d_residual + …, if it is needed; set those of its weights.
-
-    With a residual the input was the sum of stream and branch, and d_x is the gradient of both: that of the branch has
-    the dtype of the products. Return also the norm, if the gradient of the weight that it is multiplied by needs it.
-    The gradients of the fields `biases` are the column sums of d_residual and of d_x.
-    """
-    weight, bias = getattr(call.weights, name), getattr(call.weights, f"{name}_bias")
-    need_sums = gradients.needed.any_of(*biases)
-    need_weights = gradients.needed.any_of(name, f"{name}_bias")
-    need_normed = name in _MULTIPLIES and gradients.needed.any_of(_MULTIPLIES[name])
-    casts = d_residual is not None and call.dtype != saved.x.dtype
-    arguments = NormArguments(
-        d_normed,
-        d_residual,
-        saved.x,
-        saved.mean,
-        saved.rstd,
-        weight,
-        bias,
-        need_x=need_x,
-        need_weight=gradients.needed.any_of(name),
-        need_bias=gradients.needed.any_of(f"{name}_bias"),
-        need_sums=need_sums,
-        partial=gradients.pending is not None and (need_weights or need_sums),
-        cast=call.dtype if casts else None,
-        need_normed=need_normed,
-    )
-    found = NormResults(*add_layer_norm_backward(*arguments))
-    sums = {name: found.d_weight, f"{name}_bias": found.d_bias}  # in the order of the columns of `partial_sums`
-    if need_sums:
-        sums |= zip(biases, (found.d_hidden_sum, found.d_x_sum), strict=True)
-    gradients.set_sums(sums, found.partial_sums)
-    return Hidden(found.d_x, found.d_x_cast if casts else found.d_x), found.normed if need_normed else None
 
 
 def _norm_heads(call: BlockCall, projected: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -420,3 +321,79 @@ def rotate(call: BlockCall, projected: Sequence[Tensor], *, inverse: bool = Fals
         rotary_embedding(query, *of_queries, heads, interleaved, inverse),
         rotary_embedding(key_value, cos, sin, heads, interleaved, inverse),
     )
+
+
+# ---- mlp -------------------------------------------------------------------------------------------------------------
+
+
+def mlp_act(call: BlockCall, inner: Tensor) -> Tensor:
+    """act(inner + b_fc), [Q, M]."""
+    return mlp_activation(inner, call.weights.mlp_in_bias, KINDS.index(call.settings.activation))
+
+
+def mlp_act_backward(
+    call: BlockCall, inner: Tensor, d_active: Tensor, gradients: Gradients, *, need_active: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradient of inner, [Q, M] or [Q, 2M]; set that of b_fc. Return also act(inner + b_fc), empty if not needed."""
+    bias, kind = call.weights.mlp_in_bias, KINDS.index(call.settings.activation)
+    needs = ActivationNeeds(True, gradients.needs("mlp_in_bias"), need_active, gradients.partial)
+    d_inner, d_bias, active, partial_sums = mlp_activation_backward(d_active, inner, bias, kind, *needs)
+    gradients.set_sums({"mlp_in_bias": d_bias}, partial_sums)
+    return d_inner, active
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+def norm(call: BlockCall, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, SavedNorm]:
+    """Norm `name` of x + residual, in the dtype of the products."""
+    (weight, bias), eps = call.weights.layer(name), call.settings.eps[name]
+    total, normed, mean, rstd = add_layer_norm(x, residual, weight, bias, eps, call.dtype, call.settings.rms)
+    return normed, SavedNorm(x if residual is None else total, mean, rstd)
+
+
+_MULTIPLIED_BY = {"norm_1": "in_proj", "norm_2": "mlp_in", "mlp_norm": "mlp_out"}
+
+
+def norm_backward(
+    call: BlockCall,
+    name: str,
+    saved: SavedNorm,
+    d_normed: Tensor,
+    gradients: Gradients,
+    d_residual: Tensor | None = None,
+    *,
+    biases: tuple[str, ...] = (),
+    need_x: bool = True,
+) -> tuple[Hidden, Tensor]:
+    """Gradient of the input of a norm, d_x = d_residual + …; set those of its weights.
+
+    With a residual the input was the sum of stream and branch, and d_x is the gradient of both: that of the branch has
+    the dtype of the products. Return also the norm, computed again, if the gradient of the weight that it is multiplied
+    by needs it; else an empty tensor. Gradients of the two `biases` are the column sums of d_residual and of d_x.
+    """
+    (weight, bias), bias_name = call.weights.layer(name), f"{name}_bias"
+    need_sums, need_weights = gradients.needs(*biases), gradients.needs(name, bias_name)
+    casts = d_residual is not None and call.dtype != saved.x.dtype
+    arguments = NormArguments(
+        d_normed,
+        d_residual,
+        saved.x,
+        saved.mean,
+        saved.rstd,
+        weight,
+        bias,
+        need_x=need_x,
+        need_weight=gradients.needs(name),
+        need_bias=gradients.needs(bias_name),
+        need_sums=need_sums,
+        partial=gradients.partial and (need_weights or need_sums),
+        cast=call.dtype if casts else None,
+        need_normed=gradients.needs(_MULTIPLIED_BY[name]),
+    )
+    found = NormResults(*add_layer_norm_backward(*arguments))
+    sums = {name: found.d_weight, bias_name: found.d_bias}  # in the order of the columns of `partial_sums`
+    if need_sums:
+        sums |= zip(biases, (found.d_hidden_sum, found.d_x_sum), strict=True)
+    gradients.set_sums(sums, found.partial_sums)
+    return Hidden(found.d_x, found.d_x_cast if casts else found.d_x), found.normed
