@@ -252,7 +252,7 @@ class Changed {
     type = tensor.scalar_type();
     const bool fits = type == weight_type || type == wide;
     if (fits && tensor.is_contiguous())
-      return const_cast<void*>(tensor.const_data_ptr());
+      return changed ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr()); // the latter only read
     type = fits ? type : wide;
     copies_.push_back({tensor, make_contiguous(allocated([&] { return torch::stable::to(tensor, type); })), changed});
     return copies_.back().copy.mutable_data_ptr();

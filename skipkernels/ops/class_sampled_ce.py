@@ -283,6 +283,7 @@ def _class_sampled_ce_fwd_combine_kernel(
     # 2. lse and loss of BLOCK images at a time
     total = tl.zeros([BLOCK], tl.float64)
     total_target_weight = tl.zeros([BLOCK], tl.float64)
+    counted = tl.zeros([BLOCK], tl.int32)
     for start_b in range(0, B, BLOCK):
         offs_b = start_b + tl.arange(0, BLOCK)
         mask_b = offs_b < B
@@ -311,12 +312,14 @@ def _class_sampled_ce_fwd_combine_kernel(
             tl.store(loss_ptr + offs_b, loss, mask=mask_b)  # [BLOCK]
         total += loss.to(tl.float64)
         total_target_weight += target_weight.to(tl.float64)
+        counted += is_counted.to(tl.int32)
 
     # 3. Sum or mean
     denominator = 1.0
     if REDUCTION == "mean":
         denominator = tl.sum(total_target_weight, axis=0).to(tl.float32)
-    tl.store(denominator_ptr, denominator)
+    # Without images, sums of 0 are gradients of 0; images with a weight of 0 have NaN, as in cross_entropy.
+    tl.store(denominator_ptr, tl.where(tl.sum(counted, axis=0) == 0, 1.0, denominator))
     if REDUCTION != "none":
         tl.store(loss_ptr, (tl.sum(total, axis=0) / denominator).to(tl.float32))
 
@@ -438,7 +441,7 @@ def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     splits = triton.cdiv(tiles, split_tiles)
 
     inputs = KernelInputs.of(call)
-    image_norm, text_norm = unit_rows.norms_for(image, text, inputs.class_ids, options["MEASURE"])
+    image_norm, text_norm = unit_rows.norms_for(image, text, inputs.class_ids, bool(options["MEASURE"]))
     partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)  # [planes, splits, B]
     launch(
         _class_sampled_ce_fwd_kernel,

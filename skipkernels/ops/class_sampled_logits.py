@@ -103,7 +103,7 @@ def _launch(
     class_ids = None if class_ids is None else class_ids.contiguous()
     B, K, device = image.shape[0], (text if class_ids is None else class_ids).shape[0], image.device
     options = launch_options("class_sampled_logits_fwd", image, B=B)
-    image_norm, text_norm = unit_rows.norms_for(image, text, class_ids, options["MEASURE"])
+    image_norm, text_norm = unit_rows.norms_for(image, text, class_ids, bool(options["MEASURE"]))
     logits = torch.empty(B, K, dtype=torch.float32, device=device)
     launch(
         _class_sampled_logits_fwd_kernel,

@@ -9,7 +9,7 @@ with u and v the unit rows. With both norms in the factors G, the sums are matri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -122,13 +122,12 @@ def _unit_rows_bwd_kernel(
 
 @triton.jit
 def upstream_of(factor_ptr, divisor_ptr):
-    """Compute factor/divisor; 0 for a divisor of 0: the mean over no image has no gradient."""
+    """Compute factor/divisor."""
     factor = 1.0
     if factor_ptr is not None:
         factor = tl.load(factor_ptr).to(tl.float32)
     if divisor_ptr is not None:
-        divisor = tl.load(divisor_ptr)
-        factor = tl.where(divisor == 0.0, 0.0, factor / divisor)
+        factor /= tl.load(divisor_ptr)
     return factor
 
 
@@ -158,7 +157,7 @@ def total_of(parts: Tensor, total: Tensor, factor: Tensor | None = None, divisor
     return total
 
 
-def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None, measure: int) -> tuple[Tensor, Tensor]:
+def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None, measure: bool) -> tuple[Tensor, Tensor]:
     """Compute the norms of both, fp32 [B] and [K], or with `measure` allocate them for the kernel of the product.
 
     That kernel saves two launches, and needs more registers to compute them.
@@ -244,7 +243,7 @@ class Panels(NamedTuple):
 
 
 def sums_by_panels(
-    image: Tensor, rows: Tensor | None, K: int, panels: Panels, needs: Sequence[bool], write: Callable[..., None]
+    image: Tensor, rows: Tensor | None, K: int, panels: Panels, needs: tuple[bool, bool], write: Callable[..., None]
 ) -> tuple[Tensor, Tensor]:
     """Compute fp32 Σ_k G_bk t_k [B, D] and Σ_b G_bk x_b [K, D], each if needed, from one panel of factors at a time.
 
@@ -252,7 +251,7 @@ def sums_by_panels(
     the kernel that writes the factors [images, K] of a slice of the images; they are None if no sum is needed.
     """
     (B, D), device = image.shape, image.device
-    need_image, need_rows = needs[:2]
+    need_image, need_rows = needs
     sums = torch.empty(B if need_image else 0, D, dtype=torch.float32, device=device)
     row_sums = torch.empty(0, D, dtype=torch.float32, device=device)
     factors = None

@@ -97,6 +97,21 @@ def test_all_ignored_is_what_cross_entropy_makes_of_it(backend: Backend):
     assert found.pop("loss").isnan() and not any(x.any() for x in found.values())
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+@pytest.mark.parametrize(
+    ("zero", "image"),
+    [(slice(None), 1.0), (slice(1), torch.nan)],
+    ids=["of all classes", "of the class of a NaN image"],
+)
+def test_class_weights_of_zero_give_nan_where_cross_entropy_does(backend: Backend, zero, image):
+    case = OPERATOR.case((4, 9, None, 16), backend.device, weighted=True)
+    case.options["labels"] = torch.arange(4, device=backend.device)
+    case.options["class_weight"][zero] = 0
+    case.inputs["image"].data[0] *= image
+    found = OPERATOR.kernel(case)
+    assert all(found[name].isnan().equal(right.isnan()) for name, right in OPERATOR.truth(case).items())
+
+
 @pytest.mark.parametrize("backend", [INTERPRETED, GPU], indirect=True)
 def test_large_batches_no_worse_than_eager(backend: Backend):
     # Tiles of 128 images, in one whole group of tiles and a part of one; two tiles of classes.
