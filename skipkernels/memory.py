@@ -50,17 +50,19 @@ def free_bytes(device: torch.device) -> float:
 
 
 class FreeMemory:
-    """Decisions by the free memory, kept: asking takes 0.1 ms, and a captured graph must not ask the driver."""
+    """Decisions by the free memory; those that allow are kept, since asking takes 0.1 ms."""
 
     def __init__(self) -> None:
         self._allowed: dict[torch.device, float] = {}  # largest number of bytes
-        self._refused: dict[torch.device, float] = {}  # smallest
 
     def allows(self, needed: float, device: torch.device) -> bool:
-        """Return True if at most half of the free bytes are needed, or were when as many or more were allowed."""
-        if self._allowed.get(device, 0) < needed < self._refused.get(device, math.inf):
-            decisions = self._allowed if needed <= free_bytes(device) / 2 else self._refused
-            decisions[device] = needed
+        """Return True if at most half of the free bytes are needed, or were when as many or more were allowed.
+
+        Within a capture, where a driver must not be asked, what no earlier step was allowed is refused.
+        """
+        captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if needed > self._allowed.get(device, 0) and not captures and needed <= free_bytes(device) / 2:
+            self._allowed[device] = needed
         return needed <= self._allowed.get(device, 0)
 
 
