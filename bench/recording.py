@@ -180,7 +180,7 @@ def of_step(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str)
     features, labels = features.to("meta"), labels.to("meta")
     sgd = sk.FusedSGD(clip.parameter_groups(text_lr=0.0, image_lr=0.0), momentum=0.9)
     step = sk.graphed(clip, sgd, batch_size=len(labels))
-    with casts.used(Casts(clip.trainable_parameters()) if precision == "bf16" else None):
+    with casts.used(Casts(clip.trainable_parameters() if precision == "bf16" else ())):
         found = second(lambda: step(features, labels), precision)
     sgd.close()
     return found

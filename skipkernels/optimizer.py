@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -48,6 +48,21 @@ class _ConsumedGradient(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
         _refuse_use(str(func))
+
+
+class DeviceNumbers:
+    """Numbers on devices, each at a fixed address that captured graphs read, written when the number changes."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[torch.device, Hashable], tuple[Tensor, float]] = {}
+
+    def on(self, device: torch.device, name: Hashable, number: float, dtype: torch.dtype) -> Tensor:
+        """Return the tensor [] of a name, with this number."""
+        copy, value = self._copies.get((device, name)) or (torch.empty((), dtype=dtype, device=device), None)
+        if value != number:
+            copy.fill_(number)
+            self._copies[device, name] = copy, number
+        return copy
 
 
 class FusedSGD(torch.optim.Optimizer):
@@ -109,8 +124,7 @@ class FusedSGD(torch.optim.Optimizer):
         # Group, index and weight of gathered gradients, by the stream on which they were computed
         self._waiting: dict[int, list[tuple[int, int, Tensor]]] = {}
         self._offsets: list[int] = []  # first element of each weight among all, and of the next weight to be added
-        # Copies of options that are numbers, by group, name and device: a tensor on the device, and its value
-        self._numbers: dict[tuple[int, str, torch.device], tuple[Tensor, float]] = {}
+        self._numbers = DeviceNumbers()  # options, by group and name
         self._hooks: list[RemovableHandle] = []
         self._remove_hooks = weakref.finalize(self, _remove, self._hooks)
         self._remove_hooks.atexit = False
@@ -252,7 +266,7 @@ class FusedSGD(torch.optim.Optimizer):
                     weight_decay=self._option(group_index, "weight_decay", device),
                     seed=_step_seed(group, device),
                     offsets=[self._offsets[index] for index, _ in part],
-                    casts=None if casts.active is None else casts.active.of_weights(weights),
+                    casts=casts.of_weights(weights),
                 )
 
     def _option(self, group_index: int, name: str, device: torch.device) -> Tensor | float:
@@ -260,12 +274,7 @@ class FusedSGD(torch.optim.Optimizer):
         option = self.param_groups[group_index][name]
         if isinstance(option, Tensor) or not launching.runs_beside_host(device):
             return option
-        key = group_index, name, device
-        copy, value = self._numbers.get(key) or (torch.empty((), dtype=accumulation_dtype(device), device=device), None)
-        if value != option:
-            copy.fill_(option)
-            self._numbers[key] = copy, option
-        return copy
+        return self._numbers.on(device, (group_index, name), option, accumulation_dtype(device))
 
     def _momentum_buffer(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
         if group["momentum"] == 0:

@@ -28,20 +28,16 @@ class Trained:
         self.clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1, memory=memory).train()
         groups = self.clip.parameter_groups(text_lr=0.02, image_lr=0.01)
         self.optimizer = sk.FusedSGD(groups, **{"momentum": 0.9, "weight_decay": 0.01, **options})
-        self.kept = Casts(self.clip.trainable_parameters()) if keeps else None
+        self.kept = Casts(self.clip.trainable_parameters() if keeps else ())
 
     def step(self, seed: int = 0) -> float:
         """One step; returns the loss."""
         images, labels = tiny_batch(4, CLASSES, torch.float32, seed=seed)
-        if self.kept is not None:
-            self.kept.renew()
-        with casts.used(self.kept):
+        with self.kept.renewed(), casts.used(self.kept):
             with torch.autocast("cpu", torch.bfloat16):
                 out = self.clip(images, labels)
             out.loss.backward()
             self.optimizer.step()
-        if self.kept is not None:
-            self.kept.mark()
         self.optimizer.zero_grad()
         return out.loss.item()
 
@@ -103,10 +99,9 @@ def test_which_weights_have_a_cast():
     refused = [[first], [third, first], [third, third], [others[0]], [others[1]], [torch.zeros(2, 3)]]
     assert [kept.of_product(weights, torch.bfloat16) for weights in refused] == [None] * 6
     assert kept.of_product([third], torch.float32) is None
-    kept.complete = True
-    assert kept.of_product([third], torch.bfloat16) is None
     one, two, none = kept.of_weights([first, second, third])
     assert none is None and one.data_ptr() == joint.data_ptr() and two.equal(joint[2:])
     second.add_(1)
-    kept.renew()
+    with kept.renewed():
+        pass
     assert joint[2:].eq(2).all()

@@ -115,7 +115,7 @@ def test_max_tail_scales_probabilities(tail, max_tail):
     ],
 )
 def test_draw_at_the_end_of_an_interval(probabilities, start, places):
-    intervals = Intervals(torch.tensor(probabilities, dtype=torch.float64), digits=9)
+    intervals = Intervals(torch.tensor(probabilities, dtype=torch.float64).cumsum(0), round(sum(probabilities), 9))
     assert intervals.draw(start).tolist() == places
 
 
@@ -186,6 +186,21 @@ def test_state_continues_after_a_larger_batch(tail):
     assert other.draw(100, 4).equal(sampler.draw(100, 4))
 
 
+@pytest.mark.parametrize("labelled", [60, 100])
+@pytest.mark.parametrize("tail", ["fixed", "resample"])
+def test_counted_labels_of_a_batch_are_of_this_batch_alone(tail, labelled):
+    """Dense soft labels, or several labels per image: later steps keep as many classes as without that batch."""
+    sampler, other = (RankSampler(tail=tail) for _ in range(2))
+    scores, labels = torch.rand(100), torch.rand(2, 100)
+    scores[:labelled] = math.inf
+    kept = sampler.select(scores, labels)
+    assert set(range(labelled)) <= set(kept.class_ids.tolist())
+    assert kept.targets.equal(labels[:, kept.class_ids])
+    if tail == "resample" and labelled < 100:
+        other.draw(100, 2)  # a step advances the generator
+    assert sampler.draw(100, 2).equal(other.draw(100, 2))
+
+
 def draw_of_constant_size(sampler: RankSampler, classes: int, batch: int) -> torch.Tensor:
     """The next ranks, with round(Σq) of the tail."""
     state = torch.Generator().set_state(sampler.generator.get_state())
@@ -204,12 +219,12 @@ def draw_of_constant_size(sampler: RankSampler, classes: int, batch: int) -> tor
 def test_reserved_ranks_have_one_size_and_address(tail, max_tail):
     """Batch, classes, options, seed and state change; each step advances the generator as `draw` does."""
     ours, theirs = (RankSampler(tail=tail, max_tail=max_tail) for _ in range(2))
-    reserved = ReservedRanks()
+    reserved = ReservedRanks(ours)
 
     def same_draws(classes: int, batch: int, count: int = 4) -> None:
         addresses = set()
         for _ in range(count):
-            reserved.draw(ours, torch.device("cpu"), classes, batch)
+            reserved.draw(torch.device("cpu"), classes, batch)
             addresses.add(reserved.ranks.data_ptr())
             assert reserved.ranks.equal(draw_of_constant_size(theirs, classes, batch))
             assert ours.generator.get_state().equal(theirs.generator.get_state())

@@ -36,8 +36,11 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
 
 def _first_hooked(model: nn.Module) -> str | None:
     """Name of the first module that has hooks, "the model" for the model itself; None without hooks."""
-    hooked = (name for name, module in model.named_modules() if any(getattr(module, x) for x in HOOKS))
-    return next((name or "the model" for name in hooked), None)
+    return next((name or "the model" for name, module in model.named_modules() if _has_hooks(module)), None)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, x) for x in HOOKS)
 
 
 def _why_optimizer_is_not_capturable(optimizer: torch.optim.Optimizer) -> str | None:
@@ -58,45 +61,40 @@ class _Constants(NamedTuple):
     """Values that a graph takes as constant."""
 
     tensors: list[tuple[int, int, bool] | None]  # identity, address and requires_grad
-    modules: list[tuple[int, ...]]  # identity, mode and children
-    hooked: bool  # False at a capture, see `why_not_capturable`
+    modules: list[tuple[int, ...]]  # identity, mode, hooks (none at a capture, see `why_not_capturable`) and children
     options: list[Any]
     groups: list[list[Any]]  # options of the optimizer
 
 
 class CapturedState:
-    """Comparison of what a graph takes as constant: modules, modes, hooks, tensors and their addresses, options.
+    """Comparison of what a graph takes as constant: modules, modes, hooks, tensors and their addresses, options."""
 
-    Tensors are those of clip and optimizer, and the ranks that the step reads.
-    """
-
-    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, ranks: Tensor | None):
+    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
         self._clip, self._optimizer = clip, optimizer
         self._modules = list(clip.model.modules())
-        self._captured = self._read(ranks)
-        self._held = list(self._tensors(ranks)), clip.texts  # so that addresses are not used again
+        self._captured = self._read()
+        self._held = list(self._tensors()), clip.texts  # so that addresses are not used again
 
-    def is_unchanged(self, ranks: Tensor | None) -> bool:
+    def is_unchanged(self) -> bool:
         """Return True if a replay is the step that would run now."""
-        return self._read(ranks) == self._captured
+        return self._read() == self._captured
 
-    def _tensors(self, ranks: Tensor | None) -> Iterator[Tensor | None]:
-        """Yield the tensors that a step reads and that exist between steps."""
+    def _tensors(self) -> Iterator[Tensor | None]:
+        """Yield the tensors of clip and optimizer that a step reads and that exist between steps."""
         clip = self._clip
         for module in self._modules:
             yield from module._parameters.values()
             yield from module._buffers.values()
         for state in self._optimizer.state.values():
             yield from (x for x in state.values() if isinstance(x, Tensor))
-        yield from (*clip.texts.step_tensors(), clip.class_weight, ranks)
+        yield from (*clip.texts.step_tensors(), clip.class_weight)
 
-    def _read(self, ranks: Tensor | None) -> _Constants:
+    def _read(self) -> _Constants:
         clip = self._clip
         return _Constants(
-            [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors(ranks)],
-            [(id(m), m.training, *map(id, m._modules.values())) for m in self._modules],
-            _first_hooked(clip.model) is not None or bool(global_hooks()),
-            [id(clip.texts), clip.images.tower.cut.memory, clip.texts.tower.cut.memory, clip.label_smoothing],
+            [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors()],
+            [(id(m), m.training, _has_hooks(m), *map(id, m._modules.values())) for m in self._modules],
+            [id(clip.texts), clip.images.tower.cut, clip.texts.tower.cut, clip.label_smoothing, global_hooks()],
             [_constant_options(self._optimizer, group) for group in self._optimizer.param_groups],
         )
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
-# Graphs of failed captures: in some versions of PyTorch its allocators still refer to them.
+# Graphs of failed captures, one for each that a warning names. The allocators of PyTorch, of the device and of pinned
+# memory, ask the graph of a capture whether a stream is in it. That of pinned memory continues after an end that raised:
+# without the list its next allocation would read a freed graph.
 _failed: list[Any] = []
 
 
@@ -26,14 +28,16 @@ def record(run: Callable[[], Result], stream: Any, pool: Any) -> tuple[Any, Resu
     gc.collect()
     gc.disable()
     try:
-        # The outer context restores the stream, which torch.cuda.graph does not do after an error in torch 2.10.
+        # The outer context restores the stream, which torch.cuda.graph does not do after an error in torch 2.10: later
+        # steps would run on the stream of the capture.
         with (
             torch.cuda.stream(current),
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             return graph, run()
     except RuntimeError:
-        # Before torch 2.12 the allocator remains in the capture, and frees nothing that several streams used.
+        # Before torch 2.12 the allocator of the device remains in the capture, and memory that several streams used is
+        # never freed: eager steps would fill the device.
         with contextlib.suppress(RuntimeError):  # it is in no capture
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         _failed.append(graph)

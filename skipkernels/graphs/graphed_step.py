@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from ..clip.checks import check_labels, described
 from ..clip.step import LossOptions, step
 from ..formatting import first_line
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
-from ..optimizer import FusedSGD
+from ..optimizer import DeviceNumbers, FusedSGD
 from ..reference import autocast_dtype
 from .capturable import CapturedState, why_not_capturable
 from .capture import record, renew_accumulators
@@ -39,26 +38,27 @@ class _Key(NamedTuple):
 
 
 class _Graph(NamedTuple):
-    """A captured step: its graph, the tables that it reads, and the result that it writes."""
+    """A captured step: its graph, the tables and ranks that it reads, and the result that it writes."""
 
     graph: Any
     tables: GraphTables
+    ranks: Tensor
     out: SkipOutput
     constants: CapturedState
 
 
 @dataclass
-class _BatchState:
-    """Steps so far on batches of one key."""
+class _Steps:
+    """Steps on batches of one key."""
 
-    eager_steps: int = 0
+    eager: int = 0  # number so far
     # Images and labels of the eager steps, the capture and the replays: of one address and one layout, whatever the
     # caller passes. A kernel is compiled for its strides and alignments, and a capture cannot load another one.
     batch: tuple[Tensor, Tensor] | None = None
-    # Each eager step makes casts of the weights anew, which also compiles the update that writes them. Those of the
-    # last one are completed at the capture: from then on the graph multiplies by their addresses, and its update
-    # writes them. A replay first casts weights again that changed since the last one. They live as long as the graph.
-    casts: Casts | None = None
+    # Each eager step makes casts of the weights anew, which also compiles the update that writes them. With those of
+    # the last one the graph is captured: from then on it multiplies by their addresses, and its update writes them. A
+    # replay first casts weights again that changed since the last one. They live as long as the graph.
+    casts: Casts = field(default_factory=Casts)
     graph: _Graph | None = None
 
     def copied(self, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,24 +70,22 @@ class _BatchState:
         return self.batch
 
 
-@dataclass
 class _Gpu:
-    """Streams and memory of the steps on a GPU.
+    """Streams, memory and steps of one GPU.
 
     The allocator gives freed memory to the stream that allocated it, without regard to others that use it. Here each
     stream waits for these others before it allocates, so `record_stream` is not needed.
     """
 
-    stream: Any  # of a step
-    text_stream: Any  # of its text side
-    pool: Any = None  # of all graphs, from the first capture on
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream, self.text_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)  # of a step, of its texts
+        self.drop_graphs()
 
-
-class _Rate(NamedTuple):
-    """Learning rate of a group: the tensor that a graph reads, and the number in it."""
-
-    on_device: Tensor
-    number: float
+    def drop_graphs(self) -> None:
+        """Begin again with eager steps."""
+        self.steps: defaultdict[_Key, _Steps] = defaultdict(_Steps)
+        self.pool: Any = None  # of all graphs; the allocator refuses that of graphs which are all destroyed
 
 
 def graphed(clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int) -> GraphedStep:
@@ -116,8 +114,8 @@ class GraphedStep:
     docs/cuda-graphs.md. Its result is detached, in buffers that the next call overwrites. Schedulers, evaluation,
     checkpoints and `load_state_dict` are possible between calls: each call compares the model, the optimizer and
     autocast with those captured, on the host. After a change that a graph would not follow (`requires_grad`, a moved
-    tensor, an option of another optimizer) the step is captured again; with a later hook, steps run eagerly. So do all
-    later steps if a capture fails, after a warning with the reason.
+    tensor, an option of another optimizer) the step is captured again. If a capture fails, or would not run hooks that
+    were added later, a warning gives the reason, and steps run eagerly until `reset`.
 
     Args:
         clip: SkipCLIP in training mode.
@@ -149,12 +147,10 @@ class GraphedStep:
             )
         self._clip, self._optimizer, self._batch_size = clip, optimizer, batch_size
         self._check_optimizer()
-        self._states: defaultdict[_Key, _BatchState] = defaultdict(_BatchState)
-        self._ranks = ReservedRanks()
-        self._rates: dict[int, _Rate] = {}  # by the index of a group of PyTorch's optimizers
-        self._one: Tensor | None = None  # gradient of the loss
-        self._gpu: _Gpu | None = None  # before the first call on a GPU
-        self._failed = False  # a capture raised an error
+        self._ranks = ReservedRanks(clip.sampler)
+        self._numbers = DeviceNumbers()  # rates of PyTorch's optimizers, and the gradient of the loss
+        self._gpu: _Gpu | None = None  # of the last call
+        self._why_eager: str | None = None  # why no step is captured until `reset`
         if self._on_gpu():
             reason = why_not_capturable(clip, optimizer)
             if reason is not None:
@@ -162,48 +158,60 @@ class GraphedStep:
         optimizer.register_load_state_dict_post_hook(partial(_reset, weakref.ref(self)))
 
     def __repr__(self) -> str:
-        eager = "no CUDA device" if not self._on_gpu() else "the capture failed" if self._failed else None
+        eager = self._why_eager if self._on_gpu() else "no CUDA device"
         state = f"eager: {eager}" if eager else f"captured: {self.is_captured}"
         return f"GraphedStep(batch_size={self._batch_size}, {state})"
 
     @property
     def is_captured(self) -> bool:
         """True if there is a graph."""
-        return any(state.graph is not None for state in self._states.values())
+        return self._gpu is not None and any(steps.graph is not None for steps in self._gpu.steps.values())
 
     def reset(self) -> None:
         """Drop the captured graphs: the next calls run eagerly, then a step is captured again."""
-        self._states.clear()
+        self._why_eager = None
         if self._gpu is not None:
-            self._gpu.pool = None  # the allocator refuses to use the pool of graphs that are all destroyed
+            self._gpu.drop_graphs()
 
     def __call__(self, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
         """Run one step on images [B, 3, height, width], or features at the cut [B, N, W], with labels int64 [B]."""
-        clip = self._clip
+        clip, device = self._clip, self._clip.prototypes.device
         self._check_call(labels)
         if not self._on_gpu():
             self._check_optimizer()
             return self._backward_and_update(clip(pixel_values, labels))
-        device = clip.prototypes.device
         pixel_values, labels = (
             x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # for the error of `_check_batch`
             for x in (pixel_values, labels)
         )
         autocast = autocast_dtype(device)
         self._check_batch(pixel_values, labels, autocast)
-        self._ranks.draw(clip.sampler, device, len(clip.prototypes), len(pixel_values))
-        key = _Key(pixel_values.shape, pixel_values.dtype, autocast)
         with torch.cuda.device(device):
-            if self._gpu is None:
-                self._gpu = _Gpu(torch.cuda.Stream(device), torch.cuda.Stream(device))
-            self._reset_if_changed(key)
+            if self._gpu is None or self._gpu.device != device:
+                self._gpu = _Gpu(device)
+            gpu = self._gpu
+            steps = self._begin(gpu, _Key(pixel_values.shape, pixel_values.dtype, autocast))
             if self._is_for_graph(labels):
-                pixel_values, labels = self._states[key].copied(pixel_values, labels)
-                self._capture_in_time(self._gpu, self._states[key])
-            state = self._states[key]  # a new one after a failed capture
-            if state.graph is None:
-                return self._run_eagerly(self._gpu, state, pixel_values, labels)
-            return self._replay(state.graph, state.casts)
+                pixel_values, labels = steps.copied(pixel_values, labels)
+                if steps.graph is None and steps.eager >= WARMUP:
+                    steps = self._captured(gpu, steps)
+            if steps.graph is None:
+                return self._run_eagerly(gpu, steps, pixel_values, labels)
+            return self._replay(steps.graph, steps.casts)
+
+    def _begin(self, gpu: _Gpu, key: _Key) -> _Steps:
+        """Draw the ranks of a step, and return the steps of its key, without a graph that is out of date."""
+        graph = gpu.steps[key].graph
+        if graph is not None and not graph.constants.is_unchanged():
+            gpu.drop_graphs()
+            graph = None
+        if graph is None:
+            self._check_optimizer()
+        # After the checks: a step that is refused leaves the generator as it was.
+        self._ranks.draw(gpu.device, len(self._clip.prototypes), key.shape[0])
+        if graph is not None and graph.ranks is not self._ranks.ranks:  # K has changed
+            gpu.drop_graphs()
+        return gpu.steps[key]
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -218,7 +226,7 @@ class GraphedStep:
                 f"graphed: labels must be class ids, int64 [B]; got {described(labels)}. The classes of soft labels "
                 "are counted on the host: run without graphed."
             )
-        if self._clip.sampler.shared is not None:
+        if self._clip.sampler.keeps_classes:
             raise RuntimeError("graphed: a step selects its own classes. Leave same_classes(), or run without graphed.")
 
     def _check_batch(self, pixel_values: Tensor, labels: Tensor, autocast: torch.dtype | None) -> None:
@@ -251,14 +259,14 @@ class GraphedStep:
 
     # ---- eager steps -------------------------------------------------------------------------------------------------
 
-    def _run_eagerly(self, gpu: _Gpu, state: _BatchState, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
+    def _run_eagerly(self, gpu: _Gpu, steps: _Steps, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
         """Run a step with the ranks drawn for it, on the stream of the capture, with the casts of the capture."""
-        state.eager_steps += 1
+        steps.eager += 1
         if isinstance(self._optimizer, FusedSGD) and self._is_for_graph(labels):
-            state.casts = Casts(self._held_weights())
-        current = torch.cuda.current_stream(pixel_values.device)
+            steps.casts = Casts(self._held_weights())
+        current = torch.cuda.current_stream(gpu.device)
         gpu.stream.wait_stream(current)
-        with torch.cuda.stream(gpu.stream), self._options_on_device(), used(state.casts):
+        with torch.cuda.stream(gpu.stream), self._options_on_device(), used(steps.casts):
             out = self._backward_and_update(self._forward(gpu.text_stream, pixel_values, labels))
         current.wait_stream(gpu.stream)
         return out
@@ -270,12 +278,10 @@ class GraphedStep:
         return step(clip.images.encode(pixel_values), labels, texts, self._ranks, clip.scale, options)
 
     def _backward_and_update(self, out: SkipOutput) -> SkipOutput:
-        device_type = out.loss.device.type
-        enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
-        with torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext():
-            if self._one is None or self._one.device != out.loss.device or self._one.dtype != out.loss.dtype:
-                self._one = torch.ones_like(out.loss)
-            out.loss.backward(self._one)
+        device, dtype = out.loss.device, out.loss.dtype
+        enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext():
+            out.loss.backward(self._numbers.on(device, ("gradient of the loss", dtype), 1.0, dtype))  # one launch less
             self._optimizer.step()
         self._optimizer.zero_grad()
         if enabled:  # within the caller's autocast; casts of the weights before the update would be used again
@@ -285,110 +291,88 @@ class GraphedStep:
     # ---- capture and replay ------------------------------------------------------------------------------------------
 
     def _is_for_graph(self, labels: Tensor) -> bool:
-        """Return True for batches of the size that graphs serve, unless a capture failed."""
-        return len(labels) == self._batch_size and not self._failed
+        """Return True for batches of the size that graphs serve, unless there is a reason against graphs."""
+        return len(labels) == self._batch_size and self._why_eager is None
 
-    def _reset_if_changed(self, key: _Key) -> None:
-        """Check the optimizer before an eager step or a capture; drop all graphs if that of a key is out of date."""
-        graph = self._states[key].graph
-        if graph is not None and graph.constants.is_unchanged(self._ranks.ranks):
-            return
-        if graph is not None:
-            self.reset()  # the warm-up begins again
-        self._check_optimizer()
-
-    def _capture_in_time(self, gpu: _Gpu, state: _BatchState) -> None:
-        """Capture the step after the eager steps; after an error warn, and forget what it left on the host.
+    def _captured(self, gpu: _Gpu, steps: _Steps) -> _Steps:
+        """Capture a step, or warn of the reason against it and forget what a failed capture left on the host.
 
         A capture launches nothing, so weights, ranks and the state of the optimizer are those before it.
         """
-        if state.graph is not None or state.eager_steps < WARMUP:
-            return
-        if why_not_capturable(self._clip, self._optimizer) is not None:
-            return
-        try:
-            state.graph = self._capture(gpu, state)
-            return
-        except RuntimeError as error:
-            # The end of a capture raises an error of its own after one within it.
-            reason = first_line(error.__context__ or error).rstrip(".")
-            warnings.warn(f"graphed: the capture failed, so steps run one by one from here: {reason}.", stacklevel=3)
-        self._failed = True  # behind the handler: its traceback holds tensors of the capture
-        self.reset()
+        reason = why_not_capturable(self._clip, self._optimizer)
+        if reason is None:
+            try:
+                steps.graph = self._capture(gpu, steps)
+                return steps
+            except RuntimeError as error:
+                # The end of a capture raises an error of its own after one within it.
+                reason = f"the capture failed: {first_line(error.__context__ or error).rstrip('.')}."
+        warnings.warn(f"graphed: steps run one by one until reset(): {reason}", stacklevel=3)
+        # Behind the handler: its traceback holds tensors of the capture.
+        gpu.drop_graphs()
+        self._why_eager = reason
         torch.clear_autocast_cache()
         if isinstance(self._optimizer, FusedSGD):
             self._optimizer.discard_step()
         else:
             self._optimizer.zero_grad()
+        return _Steps()
 
-    def _replay(self, captured: _Graph, casts: Casts | None) -> SkipOutput:
-        # 1. Copy changed options to the addresses that the graph reads, and cast changed weights
-        self._copy_options()
-        if casts is not None:
-            casts.renew()
-        # 2. Replay. It changes no versions, by which autograd, and the casts of other graphs, detect the update.
-        captured.graph.replay()
-        torch.autograd.graph.increment_version(self._held_weights())
-        if casts is not None:
-            casts.mark()
-        return captured.out
-
-    def _capture(self, gpu: _Gpu, state: _BatchState) -> _Graph:
+    def _capture(self, gpu: _Gpu, steps: _Steps) -> _Graph:
         """Capture the step with the tensors and casts of the eager steps."""
-        assert state.batch is not None
-        (pixel_values, labels), casts = state.batch, state.casts
+        assert steps.batch is not None
+        batch, casts = steps.batch, steps.casts
         if gpu.pool is None:
             gpu.pool = torch.cuda.graph_pool_handle()
         renew_accumulators(self._clip.trainable_parameters())
-        if casts is not None:
-            casts.complete = True
 
         def run() -> SkipOutput:
             torch.clear_autocast_cache()  # casts of the warm-up would be constants of the graph
             with used(casts):
-                return self._backward_and_update(self._forward(gpu.text_stream, pixel_values, labels))
+                return self._backward_and_update(self._forward(gpu.text_stream, *batch))
 
         with self._options_on_device(), tables_of_graph() as tables:
             graph, out = record(run, gpu.stream, gpu.pool)
         tables.upload()
-        return _Graph(graph, tables, out, CapturedState(self._clip, self._optimizer, self._ranks.ranks))
+        assert self._ranks.ranks is not None
+        return _Graph(graph, tables, self._ranks.ranks, out, CapturedState(self._clip, self._optimizer))
+
+    def _replay(self, captured: _Graph, casts: Casts) -> SkipOutput:
+        self._copy_options()
+        with casts.renewed():
+            captured.graph.replay()
+            # A replay changes no versions, by which autograd, and the casts of other graphs, detect the update.
+            torch.autograd.graph.increment_version(self._held_weights())
+        return captured.out
 
     def _held_weights(self) -> list[Tensor]:
         """Weights that train and that the optimizer holds."""
         return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-    def _copy_options(self) -> None:
-        """Copy options that a scheduler has changed to the device: learning rates, and others of FusedSGD."""
+    def _copy_options(self) -> dict[int, Tensor]:
+        """Copy options that a scheduler has changed to the device; return the rates by group, not of FusedSGD."""
         if isinstance(self._optimizer, FusedSGD):
             self._optimizer.copy_options()
-            return
-        for index, group in enumerate(self._optimizer.param_groups):
-            lr = group["lr"]
-            if isinstance(lr, Tensor):
-                continue
-            if index not in self._rates:
-                self._rates[index] = _Rate(_rate_on(self._clip.prototypes.device), math.nan)
-            on_device, number = self._rates[index]
-            if number != lr:
-                on_device.fill_(lr)
-                self._rates[index] = _Rate(on_device, lr)
+            return {}
+        device, groups = self._clip.prototypes.device, self._optimizer.param_groups
+        return {
+            index: self._numbers.on(device, index, group["lr"], torch.float32)  # the dtype that SGD(fused=True) reads
+            for index, group in enumerate(groups)
+            if not isinstance(group["lr"], Tensor)
+        }
 
     @contextlib.contextmanager
     def _options_on_device(self) -> Iterator[None]:
         """Set learning rates that are numbers to tensors for one step; a captured number would be a constant."""
-        self._copy_options()
-        numbers = [(group, group["lr"]) for group in self._optimizer.param_groups]
-        for index, rate in self._rates.items():
-            self._optimizer.param_groups[index]["lr"] = rate.on_device
+        rates, groups = self._copy_options(), self._optimizer.param_groups
+        numbers = {index: groups[index]["lr"] for index in rates}
+        for index, rate in rates.items():
+            groups[index]["lr"] = rate
         try:
             yield
         finally:
-            for group, lr in numbers:
-                group["lr"] = lr
-
-
-def _rate_on(device: torch.device) -> Tensor:
-    return torch.empty((), dtype=torch.float32, device=device)  # the dtype that SGD(fused=True) reads
+            for index, lr in numbers.items():
+                groups[index]["lr"] = lr
 
 
 def _reset(reference: weakref.ref[GraphedStep], _: torch.optim.Optimizer) -> None:

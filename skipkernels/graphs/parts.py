@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..clip.texts import ClassTexts
-from ..ops.class_scores import classes_at_ranks
+from ..ops.classes_at_ranks import classes_at_ranks
+from ..ops.launching import pinned
 from ..selection import ClassSelection, RankSampler
-from ..selection.sampler import pinned
 
 
 class ReservedRanks:
@@ -20,12 +20,13 @@ class ReservedRanks:
         ranks: int64 [K], of the last draw. The address changes with K alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sampler: RankSampler):
+        self._sampler = sampler
         self.ranks: Tensor | None = None
 
-    def draw(self, sampler: RankSampler, device: torch.device, num_classes: int, max_labels: int) -> None:
+    def draw(self, device: torch.device, num_classes: int, batch_size: int) -> None:
         """Draw the ranks of the next step; K is the same in every step."""
-        drawn = sampler.draw(num_classes, max_labels, one_size=True)
+        drawn = self._sampler.draw(num_classes, batch_size, one_size=True)
         if self.ranks is None or self.ranks.shape != drawn.shape or self.ranks.device != device:
             self.ranks = torch.empty_like(drawn, device=device)
         self.ranks.copy_(pinned(drawn, device), non_blocking=True)
@@ -36,9 +37,10 @@ class ReservedRanks:
 
 
 class TextsOnStream:
-    """`Texts` of `clip.step` that are encoded on a stream of their own.
+    """`Texts` of `clip.step` that are encoded on a stream of their own, so that their backward runs on it.
 
-    Autograd runs each node of backward on the stream of its forward, and lets streams wait for each other's gradients.
+    Autograd runs each node of backward on the stream of its forward: that of the texts runs beside that of the images,
+    and streams wait for each other's gradients alone. Forward gains nothing: its results are awaited at once.
     """
 
     def __init__(self, texts: ClassTexts, stream: Any):

@@ -46,6 +46,7 @@ __all__ = [
     "installed",
     "launch",
     "launch_options",
+    "pinned",
     "products_widen",
     "runs_beside_host",
     "target",
@@ -93,6 +94,11 @@ def runs_beside_host(device: torch.device) -> bool:
 def current_stream(device: torch.device) -> int:
     """Return the id of the stream on which a device runs the next kernel; in a hook, that of the gradient."""
     return torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+
+
+def pinned(x: Tensor, device: torch.device) -> Tensor:
+    """Move a CPU tensor to memory from which a copy to a GPU does not wait; for other devices return it as it is."""
+    return x.pin_memory() if device.type == "cuda" else x
 
 
 def dot_precision(dtype: torch.dtype, device: torch.device) -> str:

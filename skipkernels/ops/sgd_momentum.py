@@ -302,7 +302,7 @@ def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False
 
 
 def _write(table: Tensor, numbers: Tensor) -> None:
-    table.copy_(numbers.pin_memory() if table.is_cuda else numbers, non_blocking=True)
+    table.copy_(launching.pinned(numbers, table.device), non_blocking=True)
 
 
 def _fake(weights: list[Tensor], *_: object) -> None:

@@ -122,7 +122,7 @@ class ShardedSkipCLIP(SkipCLIP):
 
     def gather_sizes(self, count: int, call: str, *, draws: bool = False) -> list[int]:
         """Number of images of each process; `draws` if `call` selects classes; collective."""
-        state = self.sampler.fingerprint() if draws else b""
+        state = self.sampler.identity() if draws else b""
         sizes = self.shards.gather_sizes(count, call, self.prototypes.device, state)
         if sum(sizes) == 0:
             raise ValueError("ShardedSkipCLIP: a batch must have at least one image on one of the processes; got none.")

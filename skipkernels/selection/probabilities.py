@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,23 +98,17 @@ def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
     return torch.searchsorted(ends, points, right=True).clamp_(max=len(ends) - 1)
 
 
-class Intervals:
-    """Intervals of [0, Σπ), one for each rank of the tail, of which each draw takes those that contain its points.
+class Intervals(NamedTuple):
+    """Intervals of [0, Σπ), one for each rank of the tail, of which each draw takes those that contain its points."""
 
-    Args:
-        probabilities: π [tail] in fp64, at most 1.
-        digits: Digits to which Σπ is rounded: a sum that is a whole number up to rounding has one size of draws.
-    """
-
-    def __init__(self, probabilities: Tensor, digits: int):
-        self._ends = probabilities.cumsum(0)  # [tail]
-        self.total: float = round(self._ends[-1].item(), digits) if len(probabilities) else 0.0
+    ends: Tensor  # [tail] in fp64, Σ_{i≤j} π_i, with every π at most 1
+    total: float  # Σπ; without rounding errors, by which a whole number would have draws of two sizes
 
     def draw(self, start: float) -> Tensor:
         """Places in the tail [n] int64, n = ⌊Σπ⌋ or ⌈Σπ⌉, by a number in [0, 1)."""
         # The number of points start, start + 1, … below the total; bounded, since total − start may be rounded down.
         count = max(math.floor(self.total), math.ceil(self.total - start))
-        return systematic_sample(self._ends, start + torch.arange(count, dtype=torch.float64))
+        return systematic_sample(self.ends, start + torch.arange(count, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -133,9 +128,10 @@ class RankLaw:
     @cached_property
     def intervals(self) -> Intervals:
         """Intervals of q: a draw has ⌊Σq⌋ or ⌈Σq⌉ ranks of the tail."""
-        return Intervals(self.q, digits=9)
+        ends = self.q.cumsum(0)
+        return Intervals(ends, round(ends[-1].item(), 9) if len(ends) else 0.0)
 
     @cached_property
     def intervals_of_one_size(self) -> Intervals:
         """Intervals of `inclusion_probabilities`: every draw has round(Σq) ranks of the tail."""
-        return Intervals(inclusion_probabilities(self.q), digits=0)
+        return Intervals(inclusion_probabilities(self.q).cumsum(0), round(self.q.sum().item()))

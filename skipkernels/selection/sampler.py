@@ -1,6 +1,6 @@
 """CSkip: selection of the classes of a step.
 
-    law → ranks [K] of the descending scores → classes at these ranks (`ops.class_scores.classes_at_ranks`)
+    law → ranks [K] of the descending scores → classes at these ranks (`ops.classes_at_ranks`)
 
 Ranks are drawn on the CPU and copied to the device of the scores without a host sync.
 """
@@ -11,18 +11,18 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ..ops.class_scores import classes_at_ranks
+from ..ops.classes_at_ranks import classes_at_ranks
+from ..ops.launching import pinned
 from ..options import Tail
 from .probabilities import RankLaw, base_keep
 
-_law = functools.lru_cache(maxsize=8)(RankLaw)  # for their tensors
+_law = functools.lru_cache(maxsize=8)(RankLaw)  # a pure function, of which most steps need the same tensors
 
 
 class ClassSelection(NamedTuple):
@@ -38,7 +38,6 @@ class ClassSelection(NamedTuple):
     targets: Tensor
 
 
-@dataclass
 class RankSampler:
     """Sampler of the ranks [K] that are kept in a step, by one of two policies.
 
@@ -52,45 +51,54 @@ class RankSampler:
             the more are kept.
         tail: "resample" draws ⌊Σq⌋ or ⌈Σq⌉ ranks of the tail in each step by systematic sampling, from one uniform
             number: each rank has its probability q. In a CUDA graph it draws round(Σq), see `draw`. "fixed" draws
-            each rank of the tail once, independently, and keeps the result for the run, as published.
+            each rank of the tail once, independently, and keeps the result for the run, as published; a longer tail,
+            such as of more classes, is drawn again.
         generator: Random generator; by default a new one with seed 0. One on a GPU costs a host sync in each draw.
         max_tail: Upper bound on Σq, the expected number of classes drawn from the tail; q is scaled down if Σq exceeds
             it (`bounded`). "resample" then draws at most `max_tail` classes, "fixed" `max_tail` on average. With None,
             the default, the tail grows with C as published, to 6 % of a million classes. A bound changes the method.
 
     Attributes:
-        shared: Classes [K] of the first step within `same_classes`, or empty before it; None outside.
+        keeps_classes: True within `same_classes`.
     """
 
-    keep_ratio: float = 0.5
-    max_keep: int = 50
-    decay: float = 0.3
-    tail: Tail = "resample"
-    generator: torch.Generator | None = None
-    max_tail: int | None = None
+    keep_ratio: float
+    max_keep: int
+    decay: float
+    tail: Tail
+    generator: torch.Generator
+    max_tail: int | None
 
-    def __post_init__(self) -> None:
-        # Largest `max_labels` of the steps so far: a smaller last batch then keeps as many classes as the others.
-        self._most_labels = 1
+    def __init__(
+        self,
+        keep_ratio: float = 0.5,
+        max_keep: int = 50,
+        decay: float = 0.3,
+        tail: Tail = "resample",
+        generator: torch.Generator | None = None,
+        max_tail: int | None = None,
+    ):
+        self.keep_ratio, self.max_keep = keep_ratio, max_keep
+        self.decay, self.tail, self.max_tail = decay, tail, max_tail
+        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self._largest_batch = 1  # so far: a smaller last batch then keeps as many classes as the others
         self._fixed: Tensor | None = None  # uniform numbers of the last ranks, for `tail="fixed"`
-        self.shared: list[Tensor] | None = None
+        self.keeps_classes = False
+        self._kept: Tensor | None = None  # classes [K] of the first step within `same_classes`
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "generator":
-            value = torch.Generator().manual_seed(0) if value is None else value
         _check_option(name, value)
         super().__setattr__(name, value)
 
     # ---- number of classes -------------------------------------------------------------------------------------
 
-    def law(self, num_classes: int, max_labels: int) -> RankLaw:
+    def law(self, num_classes: int, max_labels: int, counted: int = 0) -> RankLaw:
         """Return the law of the kept ranks of the next step; draws nothing.
 
-        `max_labels` bounds the number of different labels: for one label per image, the batch size. m is raised so that
-        every label is kept. A step with fewer than an earlier one, as for the last batch of an epoch, keeps as many.
+        m is raised so that every label is kept; see `draw` for `max_labels` and `counted`.
         """
         m = base_keep(num_classes, self.keep_ratio, self.max_keep)
-        keep = max(m, min(num_classes, max(self._most_labels, max_labels)))
+        keep = max(m, min(num_classes, max(self._largest_batch, max_labels, counted)))
         return _law(num_classes, keep, self.decay, self.max_tail)
 
     def expected_keep(self, num_classes: int, max_labels: int = 1) -> int:
@@ -112,25 +120,28 @@ class RankSampler:
         Args:
             scores: [C]; +∞ for the classes of the labels, as of `functional.class_scores`. NaN ranks last.
             labels: [B] int64, classes of the images; or [B, C], not 0 where an image has a class.
-            max_labels: Bound of the number of different labels: B for [B]; of [B, C] they are counted by default, on a
-                GPU by a host sync.
+            max_labels: Bound of the number of different labels of [B, C]. By default they are counted, on a GPU by a
+                host sync.
         """
-        if self.shared:
-            return _select_again(self.shared[0], scores, labels)
-        if max_labels is None:
-            max_labels = len(labels)
-            if labels.ndim == 2:
-                max_labels = max(max_labels, int((scores == math.inf).sum()))
-        ranks = self.draw(len(scores), max_labels)  # [K]
-        ranks = pinned(ranks, scores.device).to(scores.device, non_blocking=True)
-        if labels.ndim == 1:
-            class_ids, targets = classes_at_ranks(scores, ranks, labels)  # [K], [B]
-        else:
-            class_ids, _ = classes_at_ranks(scores, ranks, None)  # [K]
-            targets = labels.index_select(1, class_ids)  # [B, K]
-        if self.shared is not None:
-            self.shared.append(class_ids)
-        return ClassSelection(class_ids, targets)
+        if self._kept is not None:
+            return _select_again(self._kept, scores, labels)
+        select = self._of_ids if labels.ndim == 1 else self._of_columns
+        selection = select(scores, labels, max_labels)
+        if self.keeps_classes:
+            self._kept = selection.class_ids
+        return selection
+
+    def _of_ids(self, scores: Tensor, labels: Tensor, max_labels: int | None) -> ClassSelection:
+        """Select the classes of labels [B]; targets are positions."""
+        ranks = self.draw(len(scores), max_labels or len(labels))  # [K]
+        return ClassSelection(*classes_at_ranks(scores, _to_device_of(scores, ranks), labels))
+
+    def _of_columns(self, scores: Tensor, labels: Tensor, max_labels: int | None) -> ClassSelection:
+        """Select the classes of labels [B, C]; targets are their columns."""
+        counted = int((scores == math.inf).sum()) if max_labels is None else 0
+        ranks = self.draw(len(scores), max_labels or len(labels), counted=counted)  # [K]
+        class_ids, _ = classes_at_ranks(scores, _to_device_of(scores, ranks), None)  # [K]
+        return ClassSelection(class_ids, labels.index_select(1, class_ids))
 
     @contextmanager
     def same_classes(self) -> Iterator[None]:
@@ -148,33 +159,38 @@ class RankSampler:
             >>> first.class_ids.equal(second.class_ids)
             True
         """
-        if self.shared is not None:
+        if self.keeps_classes:
             raise RuntimeError("RankSampler: same_classes() cannot be nested. Leave the outer context first.")
-        self.shared = []
+        self.keeps_classes = True
         try:
             yield
         finally:
-            self.shared = None
+            self.keeps_classes, self._kept = False, None
 
     # ---- ranks -------------------------------------------------------------------------------------------------
 
-    def draw(self, num_classes: int, max_labels: int, *, one_size: bool = False) -> Tensor:
+    def draw(self, num_classes: int, max_labels: int, *, counted: int = 0, one_size: bool = False) -> Tensor:
         """Draw the kept ranks [K] of a step, int64, ascending, on the CPU.
 
-        With `one_size` K is the same in every step, as a CUDA graph needs it: "resample" draws round(Σq) ranks of the
-        tail, each with its entry of `inclusion_probabilities` as probability.
+        Args:
+            num_classes: C.
+            max_labels: Bound of the number of different labels by the size of the batch: for one label per image, B. A
+                step with fewer than an earlier one, as for the last batch of an epoch, keeps as many classes.
+            counted: Number of different labels of this batch, if it can be more; other steps do not keep as many.
+            one_size: K is the same in every step, as a CUDA graph needs it: "resample" draws round(Σq) ranks of the
+                tail, each with its entry of `inclusion_probabilities` as probability.
         """
-        law = self.law(num_classes, max_labels)
+        law = self.law(num_classes, max_labels, counted)
         if torch._C._current_graph_task_id() != -1 and law.keep < num_classes:
             raise RuntimeError(
                 "RankSampler: the step was called again within a backward pass, as activation checkpointing does; it "
                 'would draw other classes than the first time. Use memory="min" instead.'
             )
-        self._most_labels = max(self._most_labels, max_labels)
+        self._largest_batch = max(self._largest_batch, max_labels)
         if self.tail == "fixed" and len(law.q):
             if self._fixed is None or len(self._fixed) < len(law.q):
-                self._fixed = self._uniform(len(law.q))
-            # A larger batch keeps more of the first ranks, and the tail loses these.
+                self._fixed = self._uniform(num_classes - self.law(num_classes, max_labels).keep)
+            # With more labels than `_fixed` was drawn for, more of the first ranks are kept, and the tail loses these.
             tail = (self._fixed[-len(law.q) :] < law.q).nonzero().squeeze(1)  # [n], places in the tail
         elif (intervals := law.intervals_of_one_size if one_size else law.intervals).total:
             tail = intervals.draw(self._uniform().item())  # [n]
@@ -183,28 +199,23 @@ class RankSampler:
         return torch.cat([torch.arange(law.keep), law.keep + tail])  # [K]
 
     def _uniform(self, *shape: int) -> Tensor:
-        device = self._random.device
-        return torch.rand(shape, generator=self._random, dtype=torch.float64, device=device).cpu()
-
-    @property
-    def _random(self) -> torch.Generator:
-        return cast(torch.Generator, self.generator)  # `__setattr__` replaces None
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64, device=self.generator.device).cpu()
 
     # ---- state -------------------------------------------------------------------------------------------------
 
     def options(self) -> dict[str, Any]:
         """Return the arguments by name, except the generator."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "generator"}
+        return {name: getattr(self, name) for name in _CONDITIONS if name != "generator"}
 
-    def fingerprint(self) -> bytes:
+    def identity(self) -> bytes:
         """Return what the classes of the next step depend on besides the scores, as bytes."""
-        shared = None if self.shared is None else [x.tolist() for x in self.shared]
-        state = self._random.get_state().numpy().tobytes()  # `_fixed` was drawn by this generator
-        return repr((self.options(), self._most_labels, shared)).encode() + state
+        kept = None if self._kept is None else self._kept.tolist()
+        state = self.generator.get_state().numpy().tobytes()  # `_fixed` was drawn by this generator
+        return repr((self.options(), self._largest_batch, self.keeps_classes, kept)).encode() + state
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of the draws, for `load_state_dict`, as CPU tensors."""
-        state = {"generator": self._random.get_state(), "largest_batch": torch.tensor(self._most_labels)}
+        state = {"generator": self.generator.get_state(), "largest_batch": torch.tensor(self._largest_batch)}
         return state if self._fixed is None else state | {"fixed": self._fixed}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -214,24 +225,28 @@ class RankSampler:
             ValueError: If it is not the state of a generator on this device.
         """
         try:
-            self._random.set_state(state["generator"])
-            self._most_labels, self._fixed = int(state["largest_batch"]), state.get("fixed")
+            self.generator.set_state(state["generator"])
+            self._largest_batch, self._fixed = int(state["largest_batch"]), state.get("fixed")
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"RankSampler: the state is not that of a generator on {self._random.device}: {error}."
+                f"RankSampler: the state is not that of a generator on {self.generator.device}: {error}."
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         # A generator cannot be pickled; its device and state can. The state is pickled as bytes, because a spawned
         # process would open the shared memory of a tensor after this process has freed it.
-        generator = self._random.device, self._random.get_state().numpy().tobytes()
-        return vars(self) | {"generator": generator, "shared": None}
+        generator = self.generator.device, self.generator.get_state().numpy().tobytes()
+        return vars(self) | {"generator": generator, "keeps_classes": False, "_kept": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         device, data = state["generator"]
         generator = torch.Generator(device)
         generator.set_state(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         vars(self).update(state | {"generator": generator})
+
+
+def _to_device_of(scores: Tensor, ranks: Tensor) -> Tensor:
+    return pinned(ranks, scores.device).to(scores.device, non_blocking=True)
 
 
 def _select_again(class_ids: Tensor, scores: Tensor, labels: Tensor) -> ClassSelection:
@@ -278,11 +293,6 @@ def _check_option(name: str, value: Any) -> None:
         if not is_valid(value):
             kind = TypeError if name == "generator" else ValueError
             raise kind(f"RankSampler: {name} must be {expected}; got {value!r}.")
-
-
-def pinned(ranks: Tensor, device: torch.device) -> Tensor:
-    """Move ranks to memory from which a copy to the device does not wait."""
-    return ranks.pin_memory() if device.type == "cuda" else ranks
 
 
 def select_classes(scores: Tensor, labels: Tensor, **options: Any) -> ClassSelection:

@@ -348,5 +348,5 @@ def test_same_classes_refuses():
         with pytest.raises(RuntimeError, match="graphed: a step selects its own classes. Leave same_classes"):
             step(IMAGES, LABELS)
         assert clip(IMAGES, LABELS).class_ids is kept
-        within = clip.sampler.fingerprint()
-    assert clip.sampler.fingerprint() != within, "a process within differs from one outside"
+        within = clip.sampler.identity()
+    assert clip.sampler.identity() != within, "a process within differs from one outside"

@@ -66,7 +66,7 @@ class Run:
         self.clip = skip_clip(torch.bfloat16 if kind == "stochastic" else torch.float32)
         self.optimizer = optimizer_of(kind, self.clip)
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
-        self.ranks = ReservedRanks()
+        self.ranks = ReservedRanks(self.clip.sampler)
         self.step = sk.graphed(self.clip, self.optimizer, batch_size=4) if by_graph else self.plain
 
     def plain(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:
@@ -79,7 +79,7 @@ class Run:
     def forward(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:
         if not (self.captures or x.is_cuda):
             return self.clip(x, labels)
-        self.ranks.draw(self.clip.sampler, x.device, len(self.clip.prototypes), len(x))
+        self.ranks.draw(x.device, len(self.clip.prototypes), len(x))
         image = self.clip.images.encode(x)
         options = LossOptions(self.clip.label_smoothing, self.clip.class_weight)
         return step(image, labels, self.clip.texts, self.ranks, self.clip.scale, options)

@@ -117,6 +117,19 @@ def test_graphed_resumes_within_an_epoch(path, kind):
     assert whole.train(some[5:]) == rest
 
 
+def test_graphed_begins_again_on_another_gpu(gpu):
+    """The stand-in has one device, so the steps before are put on another: streams, graphs and rates are new."""
+    ours, theirs = Run("torch", by_graph=True), Run("torch", by_graph=False)
+    some = batches(ours.clip, 5)
+    before = ours.train(some)
+    ours.step._gpu.device = torch.device("meta")
+    streams, after = ours.step._gpu.stream, ours.train(some)
+    assert gpu.captures == 2 and ours.step._gpu.stream is not streams
+    expected = theirs.train(some)[:10], theirs.train(some)[:10]
+    assert before[1:10:2] == expected[0][1::2] and after[1:10:2] == expected[1][1::2]
+    assert before[:10:2] + after[:10:2] == pytest.approx(expected[0][::2] + expected[1][::2], rel=1e-5)
+
+
 def test_graphed_takes_new_rates_of_other_optimizers(gpu):
     ours, theirs = Run("torch", by_graph=True), Run("torch", by_graph=False)
     some = batches(ours.clip, 6)
@@ -250,12 +263,16 @@ def test_steps_run_eagerly_after_a_failed_capture(gpu, kind):
 
     some = batches(ours.clip, 8)
     warned = pytest.warns(
-        UserWarning, match=r"^graphed: the capture failed, .*: operation not permitted .* capturing\.$"
+        UserWarning,
+        match=r"^graphed: steps run one by one until reset\(\): the capture failed: operation .* capturing\.$",
     )
     with warned, mock.patch.object(graphed, "record", fails):
         found = ours.train(some)
     assert found == theirs.train(some)
-    assert (gpu.captures, gpu.replays) == (1, 0)
+    assert (gpu.captures, gpu.replays) == (1, 0) and "the capture failed" in repr(ours.step)
+    ours.step.reset()
+    assert ours.train(some) == theirs.train(some)
+    assert (gpu.captures, gpu.replays) == (2, len(some) - graphed.WARMUP)
 
 
 @pytest.mark.filterwarnings("ignore:skipkernels. a block is not fused")
@@ -268,11 +285,14 @@ def test_graphed_runs_hooks_of_called_modules(gpu, name, of_all_modules):
     head = run.clip.model.visual.get_submodule(name)
     register = nn.modules.module.register_module_forward_hook if of_all_modules else head.register_forward_hook
     handle = register(lambda module, *_: calls.append(1) if module is head else None)
-    run.train(some)
-    assert len(calls) == 5
+    with pytest.warns(UserWarning, match=r"^graphed: steps run one by one until reset\(\): .* hooks") as warned:
+        run.train(some)
+    assert len(calls) == 5 and sum(str(x.message).startswith("graphed") for x in warned) == 1
     handle.remove()
+    run.step.reset()
+    replays = gpu.replays
     run.train(some)
-    assert len(calls) == 5
+    assert len(calls) == 5 and gpu.replays == replays + len(some) - graphed.WARMUP
 
 
 def test_graphed_needs_training_mode(path):
@@ -292,8 +312,10 @@ def test_graphed_refuses_an_optimizer_of_other_parameters(path):
     for x, labels in some:
         run.step(x, labels)
     sk.add_lora(run.clip, 2)
+    drawn = run.clip.sampler.state_dict()
     with pytest.raises(ValueError, match="after add_lora or merge_lora"):
         run.step(*some[0])
+    assert run.clip.sampler.state_dict()["generator"].equal(drawn["generator"]), "refused before the draw"
 
 
 def test_graphed_refuses_what_cannot_be_captured(gpu, tmp_path):

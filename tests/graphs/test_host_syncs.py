@@ -60,7 +60,7 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
     for number, state in enumerate(optimizer.state.values()):
         found |= {f"{name} {number}": x for name, x in state.items() if isinstance(x, Tensor)}
     if isinstance(optimizer, sk.FusedSGD):
-        found |= {f"option {key}": copy for key, (copy, _) in optimizer._numbers.items()}
+        found |= {f"option {key}": copy for key, (copy, _) in optimizer._numbers._copies.items()}
     for number, group in enumerate(optimizer.param_groups):
         found |= {f"{name} of group {number}": x for name, x in group.items() if isinstance(x, Tensor)}
     return found

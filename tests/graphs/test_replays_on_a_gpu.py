@@ -104,7 +104,7 @@ def test_replays_of_other_optimizers(kind):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.filterwarnings("ignore:graphed. the capture failed")
+@pytest.mark.filterwarnings("ignore:graphed. steps run one by one")
 def test_memory_is_reused_after_a_failed_capture():
     """A host sync fails the capture. Steps then run eagerly, and the allocator frees what two streams used."""
     run = Run("in_backward", by_graph=True)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from skipkernels.ops.class_scores import classes_at_ranks
+from skipkernels.ops.classes_at_ranks import classes_at_ranks
 from tests.ops.backends import GPU, INTERPRETED, Backend
 
 # There are no C++ kernels.
@@ -53,7 +53,7 @@ def test_more_classes_than_are_counted(backend: Backend, monkeypatch):
     scores, ranks, labels = torch.arange(40.0).sin(), torch.tensor([0, 3, 20]), torch.tensor([], dtype=torch.int64)
     tensors = scores.to(backend.device), ranks.to(backend.device), labels.to(backend.device)
     counted = classes_at_ranks(*tensors)
-    monkeypatch.setattr("skipkernels.ops.class_scores.MOST_RANKED", 39)
+    monkeypatch.setattr("skipkernels.ops.classes_at_ranks.MOST_RANKED", 39)
     assert all(map(torch.equal, counted, classes_at_ranks(*tensors)))
 
 

@@ -20,7 +20,7 @@ nothing is saved for them. "balanced", an option of `sk.fuse` alone, repeats the
 in front of the activation.
 
 The two dtypes differ under autocast alone: the norms write that of the products, and the residual stream keeps its own.
-The weights of products are then cast once, by one launch, or in a captured step by their update (`casts.Casts`), and
+The weights of products are then cast once, by one launch, or in a captured step by their update (`casts.py`), and
 their copies are saved as well, 12·W² values; "min" casts them again. Weights that a call computes, those with low-rank
 updates or layer scales, are saved in every mode, unless their casts are.
 

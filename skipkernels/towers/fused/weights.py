@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ... import casts as casts_of_step
+from ... import casts
 
 
 @dataclass(eq=False, kw_only=True)
@@ -123,7 +123,7 @@ def field_of(name: str) -> str:
 def prepare(given: Mapping[str, Tensor], dtype: torch.dtype) -> BlockWeights:
     """Join weights in parts, and cast those of products to their dtype, all by one launch.
 
-    A captured step, and the eager ones before its capture, take the casts that their update renews (`casts.active`).
+    A captured step, and the eager ones before its capture, take the casts that their update renews (`casts.py`).
     """
     parts_of: dict[str, list[Tensor]] = {}
     for name, x in given.items():
@@ -136,7 +136,7 @@ def prepare(given: Mapping[str, Tensor], dtype: torch.dtype) -> BlockWeights:
         if len(parts) == 1 and parts[0].dtype == wanted:
             weights[name] = parts[0]
             continue
-        joint = None if casts_of_step.active is None else casts_of_step.active.of_product(parts, wanted)
+        joint = casts.of_product(parts, wanted)
         if joint is None:
             lengths = [len(part) for part in parts]
             joint = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=wanted)
