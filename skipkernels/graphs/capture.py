@@ -13,8 +13,8 @@ from torch import Tensor
 Result = TypeVar("Result")
 
 # Graphs of failed captures, one for each that a warning names. The allocators of PyTorch, of the device and of pinned
-# memory, ask the graph of a capture whether a stream is in it. That of pinned memory continues after an end that raised:
-# without the list its next allocation would read a freed graph.
+# memory, ask the graph of a capture whether a stream is in it. That of pinned memory still does after an end that
+# raised: without the list its next allocation would read a freed graph.
 _failed: list[Any] = []
 
 
