@@ -51,7 +51,7 @@ class LSkipBoundary(torch.autograd.Function):
             # Frozen blocks record nothing, but with grad mode on, `hidden` requires grad if `lower` uses a tensor that
             # does, such as a learned context.
             with torch.enable_grad():
-                hidden = lower(samples.detach())
+                hidden = lower(samples)
             if hidden.requires_grad:
                 raise _lost_gradient("a tensor used below it")
             return hidden
