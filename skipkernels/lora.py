@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from .towers.low_rank import LowRankUpdate, low_rank_updates
 
 TARGETS = ("q", "k", "v", "out", "fc", "proj")
 """Linear layers of a block: query, key, value and output of attention, first and second layer of the MLP."""
+_BEFORE = "_before_lora"  # attribute of a SkipCLIP: `trainable`, and the names of what trained, before `add_lora`
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 
 
@@ -98,18 +98,16 @@ def merge_lora(clip: SkipCLIP) -> None:
 
 def _freeze(clip: SkipCLIP) -> None:
     """Freeze every parameter, so that only the updates train that are added before the next `refresh`."""
-    encoders = clip.encoders
     names = {name for name, parameter in clip.model.named_parameters() if parameter.requires_grad}
-    encoders.before_adapters = encoders.options.trainable, names
+    vars(clip)[_BEFORE] = clip.train_options.trainable, names
     clip.model.requires_grad_(False)
-    encoders.options = replace(encoders.options, trainable="as_is")
+    clip.train_options = clip.train_options._replace(trainable="as_is")
 
 
 def _train_as_before(clip: SkipCLIP) -> None:
     """Train what trained before `_freeze`; nothing if another SkipCLIP on the model added the updates."""
-    encoders = clip.encoders
-    trainable, names = encoders.before_adapters or ("as_is", set())
-    encoders.before_adapters, encoders.options = None, replace(encoders.options, trainable=trainable)
+    trainable, names = vars(clip).pop(_BEFORE, ("as_is", set()))
+    clip.train_options = clip.train_options._replace(trainable=trainable)
     for name, parameter in clip.model.named_parameters():
         parameter.requires_grad_(name in names)
 

@@ -103,8 +103,8 @@ def test_weights_are_computed_once_a_pass(formed, autocast):
         return sorted(map(id, formed))
 
     assert calls(lambda: clip(images, labels).loss.backward()) == once
-    other = clip.encoders.tokens.long().roll(1, dims=0)
-    clip.set_classes(torch.stack([clip.encoders.tokens.long(), other], dim=1))  # two templates
+    other = clip.texts.tokens.long().roll(1, dims=0)
+    clip.set_classes(torch.stack([clip.texts.tokens.long(), other], dim=1))  # two templates
     assert calls(lambda: clip(images, labels).loss.backward()) == once
     clip.set_grad_checkpointing()
     assert calls(lambda: clip(images, labels).loss.backward()) == once

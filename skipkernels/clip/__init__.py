@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from .checks import described
-from .cut_towers import blocks_to_skip
+from .checks import blocks_to_skip, described
 from .skip_clip import SkipCLIP
 from .step import SkipOutput
 

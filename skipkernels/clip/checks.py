@@ -5,12 +5,13 @@ A check that other functions share takes the names of function and argument; oth
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
 from ..checks import check_device, check_range
+from ..options import AttentionName, Memory, Trainable
 
 # ---- construction ----------------------------------------------------------------------------------------------------
 
@@ -75,10 +76,38 @@ def as_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) -> 
     return class_weight.to(prototypes.device, prototypes.dtype, copy=True)
 
 
-def check_chunk(chunk: Any) -> None:
-    """Raise unless the chunk is a whole number, at least 1."""
+def check_options(*, memory: Any, attention: Any, trainable: Any, chunk: Any) -> None:
+    """Raise unless these arguments of SkipCLIP are among their choices, and chunk is a whole number, at least 1."""
+    choices = {"memory": (memory, Memory), "attention": (attention, AttentionName), "trainable": (trainable, Trainable)}
+    for name, (value, allowed) in choices.items():
+        if value not in get_args(allowed):
+            raise ValueError(f"SkipCLIP: {name} must be one of {', '.join(get_args(allowed))}; got {value!r}.")
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"SkipCLIP: chunk must be a whole number, at least 1; got {chunk!r}.")
+
+
+def as_pair(skip_layers: Any) -> tuple[Any, Any]:
+    """Return `skip_layers` of the image tower and of the text tower."""
+    pair = skip_layers if isinstance(skip_layers, tuple) else (skip_layers, skip_layers)
+    if len(pair) != 2:
+        raise ValueError(f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {skip_layers!r}.")
+    return pair
+
+
+def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
+    """Number of skipped blocks among the `depth` blocks of a tower: a float up to 1.0 is a share, so 1 is one block.
+
+    >>> blocks_to_skip(0.5, 12, "image"), blocks_to_skip(5, 12, "text")
+    (6, 5)
+    """
+    number = not isinstance(skip, bool) and isinstance(skip, (int, float))
+    blocks = round(skip * depth) if isinstance(skip, float) and 0.0 <= skip <= 1.0 else skip
+    if not (number and 0 <= blocks <= depth and blocks == int(blocks)):
+        raise ValueError(
+            f"SkipCLIP: skip_layers must be a whole number from 0 to {depth} for the {tower} tower, or a fraction of "
+            f"its blocks such as 0.5, or a tuple (image, text) of either; got {skip!r}."
+        )
+    return int(blocks)
 
 
 def refuse_inference_mode(what: str) -> None:
@@ -166,20 +195,15 @@ def check_features(features: Any, shape: torch.Size) -> None:
         )
 
 
-def check_image_embeddings(image: Any, D: int, dtype: torch.dtype | None) -> None:
-    """Raise unless image embeddings are [B, D], without autocast in the dtype of class embeddings, if given."""
+def check_image_embeddings(image: Any, D: int) -> None:
+    """Raise unless image embeddings are [B, D]."""
     expected = f"image embeddings, floating-point [B, D={D}]"
-    remedy = "Compute them with clip.encode_image(images)."
-    _check_embeddings("SkipCLIP.loss: image", image, D, expected, remedy)
-    if dtype not in (None, image.dtype) and not torch.is_autocast_enabled(image.device.type):
-        raise TypeError(
-            f"SkipCLIP.loss: image must be {dtype} like the class embeddings; got {image.dtype}. Call encode_image and "
-            "loss within the same autocast, or convert the embeddings."
-        )
+    _check_embeddings("SkipCLIP.loss: image", image, D, expected, "Compute them with clip.encode_image(images).")
 
 
-def check_class_embeddings(class_embeddings: Any, D: int) -> None:
-    """Raise unless class embeddings are [C', D] with unit norm."""
+def as_class_embeddings(class_embeddings: Any, prototypes: Tensor) -> Tensor:
+    """Return class embeddings [C', D] in the dtype of the prototypes, or raise unless they have unit norm."""
+    D = prototypes.shape[1]
     expected = f"floating-point [C', D={D}]"
     remedy = "Compute them with clip.class_embeddings(tokens), or pass tokens."
     _check_embeddings("SkipCLIP.predict: class_embeddings", class_embeddings, D, expected, remedy)
@@ -190,12 +214,22 @@ def check_class_embeddings(class_embeddings: Any, D: int) -> None:
         raise ValueError(
             f"SkipCLIP.predict: class_embeddings must have unit norm; got norms from {low:.3g} to {high:.3g}. {remedy}"
         )
+    return class_embeddings.to(prototypes.dtype)
 
 
 def _check_embeddings(name: str, embeddings: Any, D: int, expected: str, remedy: str) -> None:
     valid = isinstance(embeddings, Tensor) and embeddings.is_floating_point()
     if not valid or embeddings.shape[1:] != (D,):
         raise ValueError(f"{name} must be {expected}; got {described(embeddings)}. {remedy}")
+
+
+def refuse_moved_model(device: torch.device, model_device: torch.device) -> None:
+    """Raise a RuntimeError if the model was moved alone, and the tensors of SkipCLIP are still on `device`."""
+    if device != model_device:
+        raise RuntimeError(
+            f"SkipCLIP: the model was moved alone to {model_device}; prompts and prototypes are on {device}. Call "
+            "clip.to(device), which moves both, in place of model.to(device)."
+        )
 
 
 def refuse_export() -> None:

@@ -35,10 +35,10 @@ class ImageEncoder:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to embeddings [B, D], not normalised."""
         if self.are_features(pixel_values):
             return self.upper(pixel_values)
-        return self.tower.upper(self.lower(pixel_values))
+        return self.tower.upper(self.lower(pixel_values))  # features of now are never stale
 
     def upper(self, features: Tensor) -> Tensor:
-        """Features at the cut [B, N, W] to embeddings [B, D]; an error if modules below the cut have changed."""
+        """Features that the caller kept [B, N, W] to embeddings [B, D]; an error if modules below the cut changed."""
         self.watch()
         if self.is_stale():
             raise RuntimeError(
@@ -48,7 +48,7 @@ class ImageEncoder:
         return self.tower.upper(features)
 
     def lower(self, images: Tensor) -> Tensor:
-        """Images [B, 3, height, width] to features at the cut [B, N, W]."""
+        """Images [B, 3, height, width] to features at the cut [B, N, W]; `watch` first if the caller keeps them."""
         try:  # Sizes are not checked before: a convolutional model takes others too.
             return self.tower.lower(images)
         except RuntimeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,33 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from ..boundary import DEFAULT_CHUNK
-from ..checks import warn_caller
 from ..digests import digest_tensors
 from ..options import AttentionName, Memory, Tail, Trainable
 from ..selection import RankSampler
 from ..towers.base import Reduction
+from ..towers.block import fuse_blocks
 from ..towers.modes import evaluating
+from ..towers.watch import Watched
 from . import checks
-from .cut_towers import TowerOptions
-from .encoders import Encoders
-from .images import ImageEncoder, sharing_weights
-from .state import Origin, pack_state, unpack_state
+from .classifier import AffineHead, ImageClassifier
+from .images import sharing_weights
+from .state import Origin, forgive_missing_state, pack_state, unpack_state
 from .step import LossOptions, SkipOutput, compare_with_all, step
-from .texts import ClassTexts, in_same_dtype
+from .texts import in_same_dtype
+from .trainable import TrainOptions, check_trained, trained_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
-
-    from .classifier import AffineHead
 
 
 class SkipCLIP(nn.Module):
     """Tune a CLIP by Skip Tuning: train the blocks above `skip_layers` on the classes selected for each batch.
 
     The model is tuned in place, and the keys of its `state_dict` do not change. The *cut* is after the first
-    `skip_layers` blocks of each tower: parameters below it are frozen, parameters above it train. A step, selection
-    and loss are in docs/method.md; evaluation, checks for changes of the model, memory and limits in
-    docs/training-loop.md. `parallel.ShardedSkipCLIP` is the same on several processes.
+    `skip_layers` blocks of each tower: parameters below it are frozen, parameters above it train. docs/training-loop.md
+    has examples; `parallel.ShardedSkipCLIP` is the same on several processes.
 
     Args:
         model: open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, OpenAI `clip.model.CLIP`, Hugging Face `CLIPModel`,
@@ -44,29 +43,33 @@ class SkipCLIP(nn.Module):
         tokens: int64 [C, L], a prompt per class, or [C, T, L], T templates, over which embeddings are averaged.
         skip_layers: ω, frozen blocks per tower: a number, a fraction, or a pair (image, text) of these.
         keep_ratio: Most similar classes that each step compares its images with: a share of all if below 1, all classes
-            if 1, a number of classes if above 1. docs/method.md.
+            if 1, a number of classes if above 1.
         max_keep: Upper limit of that number, unless a batch has more labels; the tail is not counted.
         decay: λ of the probability that a less similar class, of the tail, is drawn: larger values draw more.
         tail: How each step draws a few of the other classes, the tail. "resample": other ranks of the tail in every
             step. "fixed": drawn once, as published.
         max_tail: Upper limit of the expected number of classes of the tail; changes the method. docs/many-classes.md.
         generator: Generator of the draws; default: one with seed 0.
-        label_smoothing: ε in [0, 1] of the loss, over the kept classes. docs/method.md.
+        label_smoothing: ε in [0, 1] of the loss, over the kept classes.
         class_weight: [C] weights of the classes in the loss, as in `torch.nn.CrossEntropyLoss`; default: none.
-        train_text: False trains the image tower only: constant class embeddings, all classes. docs/training-loop.md.
+        train_text: False trains the image tower only, and compares with the constant embeddings of all classes.
         train_logit_scale: True also trains the temperature.
-        trainable: "upper" trains all parameters above the cut; "as_is" those that require gradients. docs/trainers.md.
-        attention: "sdpa", or "xformers" on a GPU. docs/training-loop.md.
-        memory: Saved by a block for its backward pass. "fast": all that it needs. "min": its input alone, and the rest
-            is computed again. "auto": fast if it fits in memory. docs/training-loop.md.
-        chunk: Images or prompts that run through the frozen blocks at a time, to bound memory; no effect on results.
+        trainable: "upper" trains every parameter above the cut, also those that were frozen. "as_is" trains those above
+            the cut that require gradients: norms, biases, or adapters of PEFT.
+        attention: Attention above and below the cut. "sdpa": PyTorch's, with kernels of this package for prompts that
+            share a prefix. "xformers": `memory_efficient_attention`, on a GPU with xformers installed.
+        memory: Values that a block above the cut saves for its backward pass, per token and channel. "fast": about ten.
+            "min": one, its input, and the rest is computed again. "auto": "fast" if that takes less than half of the
+            free memory, else "min". The results are the same.
+        chunk: Largest number of images or prompts that run through the frozen blocks at once. Smaller numbers take less
+            memory; the results are the same.
         lower_device: Device of parameters and buffers below the cut; default: that of the model.
-        text_cache: Folder of the text features at the cut; default: in memory. docs/cache.md, Very many classes.
+        text_cache: Folder of the text features at the cut, for very many classes; default: in memory.
 
     Attributes:
         class_weight: [C] in the dtype of the prototypes, or None. Not part of `state_dict`.
         sampler: The `RankSampler`. Its state is part of `state_dict`.
-        encoders, images, texts: Parts for the code of this package.
+        images, texts, train_options: Parts for the code of this package.
 
     Raises:
         UnsupportedModel: If the model cannot be cut and called exactly; the message has the reason.
@@ -116,29 +119,24 @@ class SkipCLIP(nn.Module):
     ):
         super().__init__()
         tokens = checks.as_tokens(tokens)
-        checks.check_chunk(chunk)
+        checks.check_options(memory=memory, attention=attention, trainable=trainable, chunk=chunk)
         checks.refuse_inference_mode("SkipCLIP: cannot be created")
-        options = TowerOptions(skip_layers, memory, attention, trainable, train_text, train_logit_scale, chunk)
         self.label_smoothing = checks.as_label_smoothing(label_smoothing)
         share = keep_ratio if train_text else 1.0  # constant class embeddings cost nothing
         self.sampler = RankSampler(
             share, max_keep=max_keep, decay=decay, tail=tail, max_tail=max_tail, generator=generator
         )
-        self.encoders = Encoders(model, tokens, options, text_cache=text_cache, lower_device=lower_device)
         self.model = model
         self.config = getattr(model, "config", None)  # for the model card of transformers' trainer
-        weight = checks.as_class_weight(class_weight, self.prototypes, len(tokens))
-        self.register_buffer("class_weight", weight, persistent=False)
+        self.train_options = TrainOptions(trainable, train_text, train_logit_scale)
+        self._usual_memory: Memory = "auto" if memory == "min" else memory
+        from . import builder  # needed at a construction only
 
-    # ---- parts, for the code of this package ------------------------------------------------------------------------
-
-    @property
-    def images(self) -> ImageEncoder:  # noqa: D102
-        return self.encoders.images
-
-    @property
-    def texts(self) -> ClassTexts:  # noqa: D102
-        return self.encoders.texts
+        cut = builder.read_cut(memory, attention, chunk, lower_device)
+        with builder.restored_after_error(model):
+            parts = builder.build(model, tokens, skip_layers, cut, self.train_options, folder=text_cache)
+        self.images, self.texts, self._containers = parts
+        self.class_weight = checks.as_class_weight(class_weight, self.prototypes, len(tokens))
 
     @property
     def scale(self) -> Tensor:
@@ -159,25 +157,22 @@ class SkipCLIP(nn.Module):
                 sum to 1, as of mixup and CutMix: see `loss`.
             return_logits: In training, also return the [B, K] logits; the loss does not need them.
         """
-        self.check_and_follow(pixel_values)
+        self.check_inputs(pixel_values)
         checks.check_labels(labels, pixel_values, self.num_classes)
         return self._compare_with_classes(self.images.encode(pixel_values), labels, return_logits)
 
     if TYPE_CHECKING:
         __call__ = forward  # that of a Module has no types
 
-    def check_and_follow(self, pixel_values: Any) -> None:
-        """Check images or features of a step or an evaluation, and follow them to their device; see `_follow_to`."""
+    def check_inputs(self, pixel_values: Any) -> None:
+        """Check images or features of a step or an evaluation."""
         checks.refuse_export()
+        self.check_device()
         self.images.check(pixel_values)
-        self._follow_to(pixel_values.device)
 
-    def _follow_to(self, device: torch.device) -> None:
-        """Move the class weights and the tensors of the texts too, after the model alone was moved to a device."""
-        if self.prototypes.device != device and self.model.logit_scale.device == device:
-            self.class_weight = None if self.class_weight is None else self.class_weight.to(device)
-            self.texts.drop()
-            self.texts.convert(lambda x: x.to(device))
+    def check_device(self) -> None:
+        """Raise a RuntimeError if the model was moved alone."""
+        checks.refuse_moved_model(self.prototypes.device, self.model.logit_scale.device)
 
     @torch.compiler.disable
     def loss(self, image: Tensor, labels: Tensor) -> Tensor:
@@ -185,13 +180,10 @@ class SkipCLIP(nn.Module):
 
         For trainers that call a model and then a loss function, within the same autocast. `image` is [B, D], of any
         norm; `labels` are those of `forward`. Of soft labels every class with a probability above 0 in the batch is
-        selected, as labels are: pass label smoothing to SkipCLIP. On a GPU such a step has a host sync, to count these
-        classes. See docs/training-loop.md.
+        selected, as labels are: pass label smoothing to SkipCLIP. On a GPU a host sync counts these classes.
         """
-        # Texts that are embedded now are in the dtype of their tower; kept ones are converted to that of the image.
-        embeds_texts = self.encoders.options.train_text and (self.training or torch.is_grad_enabled())
-        checks.check_image_embeddings(image, self.prototypes.shape[1], self.texts.tower.dtype if embeds_texts else None)
-        self._follow_to(image.device)
+        self.check_device()
+        checks.check_image_embeddings(image, self.prototypes.shape[1])
         checks.check_labels(labels, image, self.num_classes)
         return self._compare_with_classes(image, labels, return_logits=False).loss
 
@@ -225,8 +217,7 @@ class SkipCLIP(nn.Module):
                 raise TypeError("SkipCLIP.predict: pass tokens or class_embeddings; got both.")
             class_embeddings = self.class_embeddings(tokens)
         if class_embeddings is not None:
-            checks.check_class_embeddings(class_embeddings, self.prototypes.shape[1])
-            class_embeddings = class_embeddings.to(self.prototypes.dtype)
+            class_embeddings = checks.as_class_embeddings(class_embeddings, self.prototypes)
         image, classes = self._scaled_image_and_classes(pixel_values, class_embeddings)
         with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
             return image @ classes.T
@@ -250,31 +241,29 @@ class SkipCLIP(nn.Module):
         Computed again only after a change of the weights, of any kind. With `tokens` [C', L] or [C', T, L], as in the
         constructor, return those of other classes [C', D], computed in each call; the task stays.
         """
+        self.check_device()
         if tokens is None:
             return self.texts.kept_embeddings().clone()  # the original is kept
         tokens = checks.as_tokens(tokens)
         checks.check_vocabulary("SkipCLIP", "tokens", tokens, self.texts.tower.vocabulary)
-        texts = self.texts.others(tokens)
-        return texts.compute_embeddings(texts.class_ids)
+        return self.texts.others(tokens).embeddings()
 
+    @torch.no_grad()
     def classifier(self, head: AffineHead | None = None) -> nn.Module:
         """Return a plain module from images [B, 3, height, width] to logits [B, C], with the current class embeddings.
 
         It shares the weights of the image tower, runs in evaluation mode and contains no SkipCLIP, so `torch.export`
         and ONNX accept it. Create it again after further training. `head` replaces the class embeddings: docs/heads.md.
         """
-        from .classifier import ImageClassifier
-
-        with torch.no_grad():
-            encoder = sharing_weights(self.images.tower.encoder(), self.model)
-            if head is not None:
-                return ImageClassifier(encoder, head.weight, head.bias).eval()
-            text = self.class_embeddings()
-            return ImageClassifier(encoder, self.scale.to(text.dtype) * text).eval()
+        encoder = sharing_weights(self.images.tower.encoder(), self.model)
+        if head is not None:
+            return ImageClassifier(encoder, head.weight, head.bias).eval()
+        text = self.class_embeddings()
+        return ImageClassifier(encoder, self.scale.to(text.dtype) * text).eval()
 
     def _scaled_image_and_classes(self, pixel_values: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Unit-norm image embeddings [B, D] times the scale, and unit-norm embeddings of classes, by default all."""
-        self.check_and_follow(pixel_values)
+        self.check_inputs(pixel_values)
         classes = self.texts.kept_embeddings() if classes is None else classes
         with evaluating([self.model]):
             image = self.images.encode(pixel_values)
@@ -296,18 +285,21 @@ class SkipCLIP(nn.Module):
 
     def encode_upper(self, features: Tensor) -> Tensor:
         """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
+        self.check_device()
         checks.check_features(features, self.images.feature_shape)
         return self.images.upper(features)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], any norm."""
-        self.images.check(pixel_values)  # without `check_and_follow`, as no texts are needed
+        self.check_device()
+        self.images.check(pixel_values)
         return self.images.encode(pixel_values)
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Class ids [K], int64 in [0, C), to text embeddings [K, D], not normalised. Ids may repeat."""
+        self.check_device()
         checks.check_class_ids(class_ids, len(self.texts))
-        return self.texts.encode(class_ids, exact_rows=True).to(self.texts.tower.dtype)
+        return self.texts.encode(class_ids, exact_rows=True)
 
     def refresh(self) -> None:
         """Read the model again, after a deliberate change to it or to its weights below the cut.
@@ -316,7 +308,9 @@ class SkipCLIP(nn.Module):
         constructor and sets `requires_grad` again; prototypes and sampler do not change. Create the optimizer again if
         it holds replaced parameters, and SkipCLIP again after an error.
         """
-        self.encoders.refresh()
+        from .builder import build_again
+
+        self.images, self.texts, self._containers = build_again(self.model, self.images, self.texts, self.train_options)
 
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
         """Replace the classes of the task in place; their number may change.
@@ -329,18 +323,18 @@ class SkipCLIP(nn.Module):
         tokens = checks.as_tokens(tokens)
         checks.refuse_inference_mode("SkipCLIP: set_classes cannot be called")
         weight = checks.as_class_weight(class_weight, self.prototypes, len(tokens))
-        self.encoders.set_tokens(tokens)
-        self.class_weight = weight
+        from .builder import build_texts
 
-    # ---- parameters --------------------------------------------------------------------------------------------------
+        self.texts = build_texts(self.model, self.images, self.texts, tokens, self.train_options)
+        self.class_weight = weight
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return every parameter that trains."""
-        return [parameter for side in self.encoders.trained() for parameter in side]
+        return [p for group in self.parameter_groups(text_lr=0.0, image_lr=0.0) for p in group["params"]]
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return the parameter groups "text" and "image"; a `logit_scale` that trains is in "text"."""
-        text, image = self.encoders.trained()
+        text, image = trained_parameters(self.model, self.images.tower, self.texts.tower, self.train_options)
         return [{"name": "text", "params": text, "lr": text_lr}, {"name": "image", "params": image, "lr": image_lr}]
 
     @property
@@ -366,7 +360,8 @@ class SkipCLIP(nn.Module):
     @property
     def reductions(self) -> dict[str, Reduction]:
         """Exact reductions of time and memory by name: `enabled`, or the `reason` why not."""
-        return self.encoders.reductions
+        towers = ("image", self.images.tower.reductions), ("text", self.texts.reductions())
+        return {f"{tower}.{name}": reduction for tower, found in towers for name, reduction in found.items()}
 
     def extra_repr(self) -> str:  # noqa: D102
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -388,14 +383,24 @@ class SkipCLIP(nn.Module):
         weights below the cut. After a change below the cut, text features are computed again, and calls with image
         features computed before raise an error.
         """
-        self.encoders.check_model()
+        self._containers.check_unchanged()
+        fuse_blocks([*self.images.tower.blocks, *self.texts.tower.blocks])  # which replaced others
+        self.images.check_contents()
+        self.texts.check_contents()
+        check_trained(self.images.tower, self.texts.tower, self.train_options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert or move everything; prototypes and class weights stay at least fp32."""
-        weight = self.class_weight  # a buffer, which super() converts as any other
-        with self.encoders.converted(fn):
-            super()._apply(fn, recurse)
-        self.class_weight = None if weight is None else in_same_dtype(fn, weight)
+        encoders = self.images, self.texts
+        watching = [encoder for encoder in encoders if encoder.watched is not None and not encoder.is_stale()]
+        super()._apply(fn, recurse)
+        for encoder in encoders:
+            encoder.tower.move_lower()
+        self.texts.convert(fn)
+        for encoder in watching:  # its features stay valid; the converted weights have other digests
+            encoder.watched = Watched(encoder.tower.lower_parts)
+        if self.class_weight is not None:
+            self.class_weight = in_same_dtype(fn, self.class_weight)
         return self
 
     def _replicate_for_data_parallel(self) -> Self:
@@ -416,25 +421,21 @@ class SkipCLIP(nn.Module):
 
     def _origin(self) -> Origin:
         """Origin of an extra state; overridden by ShardedSkipCLIP."""
-        return Origin(digest_tensors([("tokens", self.encoders.tokens)]), self.prototypes.shape[1], processes=1)
+        return Origin(digest_tensors([("tokens", self.texts.tokens)]), self.prototypes.shape[1], processes=1)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
         """Warn instead of an error if a state dict has no extra state, such as the model's own."""
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if (key := f"{prefix}_extra_state") in missing:
-            missing.remove(key)
-            warn_caller(
-                "SkipCLIP: the state dict has no sampler and no prototypes, such as the model's own; both stay as they "
-                "are."
-            )
+        forgive_missing_state(f"{prefix}_extra_state", missing)
 
     # ---- memory, under the names of open_clip and transformers -------------------------------------------------------
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Set `memory="min"`, or back to its value at construction ("auto" if that was "min"); open_clip's name."""
-        self.encoders.save_memory(enable)
+        for tower in (self.images.tower, self.texts.tower):
+            tower.cut = replace(tower.cut, memory="min" if enable else self._usual_memory)
 
     def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
         """Set `memory="min"`: the name of transformers; its options are accepted without effect."""

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..checks import warn_caller
 from .checks import described
 
 
@@ -52,3 +53,12 @@ def unpack_state(state: Any, origin: Origin) -> tuple[Tensor | None, dict[str, T
             "weights alone into clip.model."
         )
     return tensors.pop("prototypes", None), tensors
+
+
+def forgive_missing_state(key: str, missing: list[str]) -> None:
+    """Remove the key of the extra state from the missing ones of a state dict, with a warning."""
+    if key in missing:
+        missing.remove(key)
+        warn_caller(
+            "SkipCLIP: the state dict has no sampler and no prototypes, such as the model's own; both stay as they are."
+        )

@@ -36,7 +36,7 @@ def features_in_folder(folder: Path, texts: ClassTexts) -> MappedTable:
         CacheError: If the folder has the features of other prompts, or of another model below the cut.
     """
     first = texts.templates[0].select(torch.zeros(1, dtype=torch.int64, device=texts.device), exact_rows=True)
-    probe = texts.compute_features(first)  # [n, W]
+    probe = texts.lower(first)  # [n, W]
     layout = _layout(texts.row_count, probe, _identity(texts))
     remedy = f"Give another text_cache (--cache), or delete {folder.parent}."
     if (folder / IDENTITY).exists() and (difference := Layout.read(folder).difference(layout)):
@@ -44,7 +44,7 @@ def features_in_folder(folder: Path, texts: ClassTexts) -> MappedTable:
     with _writer(folder, layout, resume=True) as writer:
         count = len(texts) * len(texts.templates)
         with progress(f"texts → {folder}", count, shown=bool(writer.missing.any())) as advance:
-            for start, rows, number in texts.compute_chunks(writer.missing):
+            for start, rows, number in texts.lower_chunks(writer.missing):
                 writer.write(start, rows.cpu())
                 advance(number)
     table = MappedTable.open(folder)
@@ -62,7 +62,7 @@ def prototypes_in_folder(folder: Path, texts: ClassTexts) -> Tensor:
     parameters = list(texts.tower.upper_parameters())
     weights = digest_tensors((str(number), p) for number, p in enumerate(parameters))
     sample = representative_classes(texts.templates[0])
-    found = texts.compute_embeddings(sample)  # [n, D]
+    found = texts.embeddings(sample)  # [n, D]
     layout = _layout(len(texts), found, _identity(texts) | {"upper weights": weights})
     stored = _stored_rows(folder, layout)
     if stored is not None:
@@ -70,7 +70,7 @@ def prototypes_in_folder(folder: Path, texts: ClassTexts) -> Tensor:
         coarsest = max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
         if (found - stored[sample]).norm(dim=-1).max() <= _PROTOTYPE_TOLERANCE[coarsest]:
             return stored
-    prototypes = texts.compute_embeddings(texts.class_ids)
+    prototypes = texts.embeddings()
     with _writer(folder, layout, resume=False) as writer:
         writer.write(0, prototypes.cpu())
     return prototypes

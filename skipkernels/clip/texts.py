@@ -1,9 +1,9 @@
-"""Embedding of the classes: features at the cut of their prompts, computed once, and the text tower above the cut."""
+"""Embedding of prompts by the text tower. For the classes of a task, features at the cut are computed once and kept."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from ..features.table import FeatureTable, MemoryTable
 from ..reference import autocast_dtype, unit_norm
+from ..towers.base import Reduction
 from ..towers.modes import evaluating
 from ..towers.text import SelectedPrompts, TextTower
 from ..towers.watch import Watched
@@ -24,6 +25,78 @@ if TYPE_CHECKING:
 
 # Largest features of a folder that are read into the memory of a GPU: those of about 40,000 classes of ViT-B.
 _BYTES_ON_GPU = 256 << 20
+
+
+class PromptEncoder:
+    """The text tower over the prompts of n classes; keeps nothing that it computes.
+
+    With T templates a class has T prompts. The prompts of a template are a group, with the prefix that they share. The
+    embedding of a class is the mean of the unit-norm embeddings of its prompts.
+
+    Args:
+        tower: Text tower, cut.
+        tokens: [n, L] or [n, T, L].
+
+    Attributes:
+        templates: The prompts of each template.
+    """
+
+    def __init__(self, tower: TextTower, tokens: Tensor):
+        self.tower, self.tokens = tower, tokens
+        on_device = tokens.to(tower.model.logit_scale.device, torch.int64)
+        of_templates = on_device.unbind(1) if tokens.ndim == 3 else [on_device]
+        self.templates = [tower.read_prompts(x.contiguous()) for x in of_templates]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the prompts and of the tower above the cut."""
+        return self.templates[0].tokens.device
+
+    @property
+    def class_ids(self) -> Tensor:
+        """Ids [n] of all classes."""
+        return torch.arange(len(self), device=self.device)
+
+    def encode(self, class_ids: Tensor, *, exact_rows: bool = False) -> Tensor:
+        """Class ids [K] to text embeddings [K, D], any norm, with gradient; for `exact_rows` see `Prompts.select`."""
+        embeddings = self.encode_templates(class_ids, exact_rows=exact_rows)
+        if len(embeddings) == 1:
+            return embeddings[0]
+        return torch.stack([unit_norm(x) for x in embeddings]).mean(0).to(embeddings[0].dtype)
+
+    def encode_templates(
+        self, class_ids: Tensor, numbers: Sequence[int] | None = None, *, exact_rows: bool = False
+    ) -> list[Tensor]:
+        """Class ids [K] to the embeddings [K, D] of their prompts of each template, or of those with these numbers."""
+        numbers = range(len(self.templates)) if numbers is None else numbers
+        selected = {t: self.templates[t].select(class_ids, exact_rows=exact_rows) for t in numbers}
+        with parametrize.cached():  # low-rank updates once, not for each template
+            return self.tower.upper(self.features(selected), selected.values())
+
+    def embeddings(self, class_ids: Tensor | None = None) -> Tensor:
+        """Unit-norm embeddings [K, D], by default of all, in evaluation mode, without gradient, at least fp32."""
+        class_ids = self.class_ids if class_ids is None else class_ids
+        with evaluating([self.tower.model]), torch.no_grad(), parametrize.cached():
+            chunks = [
+                torch.stack([unit_norm(x) for x in self.encode_templates(ids)])  # [T, chunk, D]
+                for ids in class_ids.split(self.tower.cut.chunk)
+            ]
+            embeddings = torch.cat(chunks, dim=1)  # [T, K, D]
+            return embeddings[0] if len(embeddings) == 1 else unit_norm(embeddings.mean(0))
+
+    def features(self, selected: Mapping[int, SelectedPrompts]) -> list[Tensor]:
+        """Features [R, W] at the cut of some prompts of each template, by its number."""
+        return [self.lower(of_template) for of_template in selected.values()]
+
+    def lower(self, selected: SelectedPrompts) -> Tensor:
+        """Compute the features [R, W] of some prompts at the cut."""
+        # Below a cut as kept features are: without autocast.
+        autocast = torch.autocast(self.device.type, enabled=False) if self.tower.skip > 0 else nullcontext()
+        with autocast:
+            return selected.pack(self.tower.lower(selected.tokens, selected.prompts))
 
 
 class _Kept(NamedTuple):
@@ -42,75 +115,48 @@ class _Kept(NamedTuple):
         return self.autocast == autocast and self.above.is_comparable() and not self.above.compare()
 
 
-class ClassTexts:
-    """Texts of C classes.
+class ClassTexts(PromptEncoder):
+    """Texts of the C classes of a task.
 
-    With T templates a class has T prompts. The prompts of a template are a group of rows in one table, with the prefix
-    that they share. The embedding of a class is the mean of the unit-norm embeddings of its prompts.
-
-        embeddings of               gradient   norm   kept
-        encode, encode_template     yes        any    no
-        compute_embeddings          no         1      no
-        kept_embeddings             no         1      until a change of weights, settings or autocast
-        prototypes                  no         1      always
+        embeddings of      gradient   norm   kept
+        encode             yes        any    no
+        embeddings         no         1      no
+        kept_embeddings    no         1      until a change of weights, settings or autocast
+        prototypes         no         1      always
 
     Args:
         tower: Text tower, cut.
-        tokens: [C, L] or [C, T, L], on the device of the tower.
+        tokens: [C, L] or [C, T, L].
         folder: Folder of the features and prototypes; by default they are in memory.
-        keeps_features: False computes features in each call, for prompts that are used once.
+        prototypes: [C, D]; by default computed with the current weights, or read from the folder.
 
     Attributes:
-        templates: The prompts of each template.
-        prototypes: [C, D] unit-norm embeddings from before tuning, at least fp32; set by `compute_prototypes`.
+        prototypes: [C, D] unit-norm embeddings from before tuning, at least fp32.
         watched: Modules and weights that computed the features; None before.
     """
 
-    prototypes: Tensor
-
-    def __init__(self, tower: TextTower, tokens: Tensor, folder: Path | None = None, *, keeps_features: bool = True):
-        self.tower, self.folder, self.keeps_features = tower, folder, keeps_features
+    def __init__(self, tower: TextTower, tokens: Tensor, folder: Path | None = None, prototypes: Tensor | None = None):
+        super().__init__(tower, tokens)
         if folder is not None and tower.skip == 0:
             raise ValueError("SkipCLIP: text_cache keeps features at the cut, and with skip_layers=0 there is no cut.")
-        of_templates = tokens.unbind(1) if tokens.ndim == 3 else [tokens]
-        self.templates = [tower.read_prompts(x.contiguous()) for x in of_templates]
+        self.folder = folder
         # Features at the cut [R, W] of all prompts, one template after the other; None before they are computed
         self._table: FeatureTable | None = None
         self.watched: Watched | None = None
         # First row of each template
         self._starts = [0, *itertools.accumulate(prompts.row_count for prompts in self.templates[:-1])]
         self._kept: _Kept | None = None
+        self.prototypes = self._compute_prototypes() if prototypes is None else prototypes
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_table": None, "_kept": None}  # not shared with other processes or copies
 
-    def __len__(self) -> int:
-        return len(self.templates[0].tokens)
+    def _compute_prototypes(self) -> Tensor:
+        if self.folder is None:
+            return self.embeddings()
+        from .text_cache import prototypes_in_folder
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the prompts and of the tower above the cut."""
-        return self.templates[0].tokens.device
-
-    @property
-    def class_ids(self) -> Tensor:
-        """Ids [C] of all classes."""
-        return torch.arange(len(self), device=self.device)
-
-    # ---- encoding ----------------------------------------------------------------------------------------------------
-
-    def encode(self, class_ids: Tensor, *, exact_rows: bool = False) -> Tensor:
-        """Class ids [K] to text embeddings [K, D], any norm; for `exact_rows` see `Prompts.select`."""
-        with parametrize.cached():  # low-rank updates once, not for each template
-            embeddings = [self.encode_template(t, class_ids, exact_rows=exact_rows) for t in range(len(self.templates))]
-        if len(embeddings) == 1:
-            return embeddings[0]
-        return torch.stack([unit_norm(x) for x in embeddings]).mean(0).to(embeddings[0].dtype)
-
-    def encode_template(self, template: int, class_ids: Tensor, *, exact_rows: bool = False) -> Tensor:
-        """Class ids [K] to the embeddings [K, D] of their prompts of one template, any norm."""
-        selected = self.templates[template].select(class_ids, exact_rows=exact_rows)
-        return self.tower.upper(self._features_of(template, selected), selected)
+        return prototypes_in_folder(self.folder / "prototypes", self)
 
     def kept_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""
@@ -119,61 +165,44 @@ class ClassTexts:
         if self._kept is not None and self._kept.is_valid(autocast):
             return self._kept.embeddings
         with torch.inference_mode(False):
-            embeddings = self.compute_embeddings(self.class_ids)
+            embeddings = self.embeddings()
         self._kept = _Kept(embeddings, autocast, Watched(self.tower.upper_parts))
         return embeddings
 
-    def compute_embeddings(self, class_ids: Tensor) -> Tensor:
-        """Unit-norm embeddings [n, D] of classes in evaluation mode, at least fp32, without gradient, in chunks."""
-        with evaluating([self.tower.model]), torch.no_grad(), parametrize.cached():
-            of_templates = [
-                unit_norm(torch.cat([self.encode_template(t, ids) for ids in class_ids.split(self.tower.cut.chunk)]))
-                for t in range(len(self.templates))
-            ]
-        return of_templates[0] if len(of_templates) == 1 else unit_norm(torch.stack(of_templates).mean(0))
+    def others(self, tokens: Tensor) -> PromptEncoder:
+        """Return an encoder of other prompts [n, L] or [n, T, L], by the same tower."""
+        return PromptEncoder(self.tower, tokens)
 
-    def compute_prototypes(self) -> None:
-        """Set `prototypes`, with the current weights, or from the folder."""
-        if self.folder is None:
-            self.prototypes = self.compute_embeddings(self.class_ids)
-        else:
-            from .text_cache import prototypes_in_folder
-
-            self.prototypes = prototypes_in_folder(self.folder / "prototypes", self)
-
-    def others(self, tokens: Tensor) -> ClassTexts:
-        """Return the texts of other prompts [n, L] or [n, T, L], by the same tower; their features are not kept."""
-        return ClassTexts(self.tower, tokens.to(self.device, torch.int64), keeps_features=False)
+    def reductions(self) -> dict[str, Reduction]:
+        """Exact reductions of the text tower by name: of the first template for which one is off, else of the first."""
+        first, *others = [self.tower.reductions(prompts) for prompts in self.templates]
+        found = {name: next((x[name] for x in (first, *others) if not x[name].enabled), first[name]) for name in first}
+        return found | {"features_kept": found["no_input_gradient"]}
 
     # ---- features at the cut -----------------------------------------------------------------------------------------
 
-    def _features_of(self, template: int, selected: SelectedPrompts) -> Tensor:
-        """Features [R, W] of prompts at the cut, from the table if they are kept."""
-        if self.tower.skip == 0 or not self.keeps_features:
-            return self.compute_features(selected)
-        start = self._starts[template]
-        row_numbers = selected.row_numbers + start if start else selected.row_numbers  # [R]
-        return self.table().rows(row_numbers).to(self.device)
-
-    def compute_features(self, selected: SelectedPrompts) -> Tensor:
-        """Compute the features [R, W] of prompts at the cut."""
-        # Kept features are those of a step without autocast.
-        autocast = torch.autocast(self.device.type, enabled=False) if self.tower.skip > 0 else nullcontext()
-        with autocast:
-            return selected.pack(self.tower.lower(selected.tokens, selected.prompts))
+    def features(self, selected: Mapping[int, SelectedPrompts]) -> list[Tensor]:
+        """Features [R, W] at the cut of some prompts of each template, from the table."""
+        if self.tower.skip == 0:  # the embedding trains
+            return super().features(selected)
+        table = self.table()
+        starts = ((self._starts[t], x.row_numbers) for t, x in selected.items())
+        return [
+            table.rows(row_numbers + start if start else row_numbers).to(self.device) for start, row_numbers in starts
+        ]
 
     def table(self) -> FeatureTable:
         """Features at the cut [R, W] of all prompts; computed again if weights below it changed."""
         if self._table is None or self.is_stale():
             self._kept = None
-            with torch.inference_mode(False), torch.enable_grad():  # used beyond the caller's context
+            with torch.inference_mode(False):  # later steps use them, and these may train
                 self._table = self._compute_table() if self.folder is None else self._open_table(self.folder)
             self.watched = Watched(self.tower.lower_parts)
         return self._table
 
     def _compute_table(self) -> FeatureTable:
         features: Tensor | None = None
-        for first, rows, _ in self.compute_chunks():
+        for first, rows, _ in self.lower_chunks():
             if features is None:
                 features = rows.new_empty(self.row_count, rows.shape[1])
             features[first : first + len(rows)] = rows
@@ -195,16 +224,12 @@ class ClassTexts:
         features = [self.table().features] if self.tower.skip > 0 else []
         return [self.prototypes, *layouts, *features]
 
-    def reads_folder(self) -> bool:
-        """Return True if each step reads the features of its classes from the folder, which on a GPU is a host sync."""
-        return self.folder is not None and self.table().features is None
-
     @property
     def row_count(self) -> int:
         """R, the number of rows of all prompts."""
         return sum(prompts.row_count for prompts in self.templates)
 
-    def compute_chunks(self, missing: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, Tensor, int]]:
+    def lower_chunks(self, missing: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, Tensor, int]]:
         """Yield (first row, features [n, W], number of prompts) of each chunk, or of those with `missing` rows, [R].
 
         Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much memory.
@@ -214,7 +239,7 @@ class ClassTexts:
             for class_ids in self.class_ids.split(self.tower.cut.chunk):
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix
                 if missing is None or missing[first:end].any():
-                    rows = self.compute_features(prompts.select(class_ids, exact_rows=True))
+                    rows = self.lower(prompts.select(class_ids, exact_rows=True))
                     # Each chunk begins with the shared prefix, which is stored once, with the first of them.
                     yield first, rows if first == start else rows[prompts.prefix_length :], len(class_ids)
                 first = end
@@ -232,16 +257,15 @@ class ClassTexts:
 
     def drop(self) -> None:
         """Drop the features and embeddings that are kept."""
-        self._table = self._kept = None
+        self._table = self._kept = self.watched = None
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or convert the tensors that belong to no module by `fn`; features in memory stay if their dtype does."""
-        table = self._table
-        self.drop()
         for prompts in self.templates:
             prompts.apply(fn)
         self.prototypes = in_same_dtype(fn, self.prototypes)
-        self._table = None if table is None else table.converted(fn)
+        self._kept = None
+        self._table = None if self._table is None else self._table.converted(fn)
 
 
 class FixedTexts(ClassTexts):
@@ -255,12 +279,6 @@ class FixedTexts(ClassTexts):
 
     def step_tensors(self) -> list[Tensor | None]:  # noqa: D102
         return [self.prototypes]
-
-    def reads_folder(self) -> bool:  # noqa: D102
-        return False
-
-    def check_contents(self) -> None:
-        """Compare nothing: prototypes stay."""
 
 
 def in_same_dtype(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

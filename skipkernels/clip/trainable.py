@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..checks import warn_caller
+from ..options import Trainable
 from ..towers.base import ImageTower, UnsupportedModel
 from ..towers.text import TextTower
-from .cut_towers import TowerOptions
 
 _ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with weights beside the model's own
 
 
-def set_trainable(model: Any, image: ImageTower, text: TextTower, options: TowerOptions) -> None:
+class TrainOptions(NamedTuple):
+    """Arguments of SkipCLIP that determine which parameters train."""
+
+    trainable: Trainable = "upper"
+    train_text: bool = True
+    train_logit_scale: bool = False
+
+
+def set_trainable(model: Any, image: ImageTower, text: TextTower, options: TrainOptions) -> None:
     """Set `requires_grad` of every parameter of the model."""
     lower = {id(parameter) for tower in (image, text) for parameter in tower.lower_parameters()}
     trained = (image, text) if options.train_text else (image,)
@@ -79,7 +87,19 @@ def _is_adapter(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] in _ADAPTERS or any("lora_" in name for name in module._parameters)
 
 
-def check_trained(image: ImageTower, text: TextTower, options: TowerOptions) -> None:
+def trained_parameters(
+    model: Any, image: ImageTower, text: TextTower, options: TrainOptions
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters of the text side and of the image side that train; see `check_trained`."""
+    check_trained(image, text, options)
+    text_side = list(text.upper_parameters()) if options.train_text else []
+    image_side = list(image.upper_parameters())
+    if options.trainable == "as_is":
+        text_side, image_side = ([p for p in side if p.requires_grad] for side in (text_side, image_side))
+    return [*text_side, *([model.logit_scale] if model.logit_scale.requires_grad else [])], image_side
+
+
+def check_trained(image: ImageTower, text: TextTower, options: TrainOptions) -> None:
     """Raise a RuntimeError if parameters below the cut train, or the first block above it was frozen."""
     constants = [*image.lower_parameters(), *text.lower_parameters()]
     constants += [] if options.train_text else text.upper_parameters()

@@ -29,12 +29,12 @@ class _Comparison(NamedTuple):
     parameters: list[nn.Parameter]  # above the cut
 
 
-def verify(model: nn.Module, images: ImageEncoder, texts: ClassTexts, tokens: Tensor) -> None:
+def verify(model: nn.Module, images: ImageEncoder, texts: ClassTexts) -> None:
     """Compare embeddings and gradients of a random image and a few classes with those of the model, in both modes.
 
-    The model runs with its own blocks. `tokens` [C, L], or [C, T, L], are the prompts before cropping.
+    The model runs with its own blocks, and with prompts that are not cropped.
     """
-    comparisons = [*(_of_texts(texts, tokens, t) for t in range(len(texts.templates))), _of_an_image(images)]
+    comparisons = [*(_of_texts(texts, t) for t in range(len(texts.templates))), _of_an_image(images)]
     modules = list(model.modules())
     # In half precision, rounding would hide a wrong activation.
     with evaluating([model]), _in_float32(model):
@@ -48,9 +48,9 @@ def verify(model: nn.Module, images: ImageEncoder, texts: ClassTexts, tokens: Te
             _check(modules, comparison, "training", [p for p in trained if p.ndim <= 1] or trained or None)
 
 
-def _of_texts(texts: ClassTexts, tokens: Tensor, template: int) -> _Comparison:
+def _of_texts(texts: ClassTexts, template: int) -> _Comparison:
     """Compare the prompts of a few classes."""
-    tower, prompts = texts.tower, texts.templates[template]
+    tower, prompts, tokens = texts.tower, texts.templates[template], texts.tokens
     class_ids = representative_classes(prompts)
     rows = (tokens[:, template] if tokens.ndim == 3 else tokens)[class_ids.to(tokens.device)]
     rows = rows.to(texts.device, torch.int64)
@@ -60,9 +60,9 @@ def _of_texts(texts: ClassTexts, tokens: Tensor, template: int) -> _Comparison:
 
     def actual() -> Tensor:
         if table_is_fp32:
-            return texts.encode_template(template, class_ids)
+            return texts.encode_templates(class_ids, [template])[0]
         selected = prompts.select(class_ids)
-        return tower.upper(texts.compute_features(selected), selected)
+        return tower.upper([texts.lower(selected)], [selected])[0]
 
     return _Comparison("texts", lambda: tower.reference_forward(rows), actual, parameters)
 

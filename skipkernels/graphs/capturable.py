@@ -23,7 +23,7 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
         return "global module hooks would run at the capture only. Remove them."
     if clip.images.tower.cut.backend != SDPA:  # a copy is another object
         return 'attention="xformers" has a host sync. Use "sdpa".'
-    if clip.texts.reads_folder():
+    if any(x is None for x in clip.texts.step_tensors()):
         return "text_cache, as large as here, is read on the host. Leave it out."
     if generator is not None and generator.device.type != "cpu":
         return "the generator must be on the CPU."

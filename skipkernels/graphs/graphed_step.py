@@ -232,7 +232,7 @@ class GraphedStep:
     def _check_batch(self, pixel_values: Tensor, labels: Tensor, autocast: torch.dtype | None) -> None:
         """Raise unless a batch on a GPU can be captured."""
         clip = self._clip
-        clip.check_and_follow(pixel_values)
+        clip.check_inputs(pixel_values)
         check_labels(labels, pixel_values, clip.num_classes)
         if pixel_values.requires_grad:
             raise ValueError(

@@ -116,7 +116,7 @@ class ClassModel(nn.Module):
 
     def class_ids(self, text: Tensor) -> Tensor:
         """Class ids [B] of captions, int64 tokens [B, L]; on a GPU without a host sync but for the first."""
-        tokens = self.clip.encoders.tokens  # [C, L] or [C, T, L]
+        tokens = self.clip.texts.tokens  # [C, L] or [C, T, L]
         if text.ndim != 2 or text.shape[1] != tokens.shape[-1] or text.is_floating_point():
             raise ValueError(
                 f"ClassModel: text must be tokens [B, L={tokens.shape[-1]}] like the prompts of SkipCLIP, or class "
@@ -160,7 +160,7 @@ class ClassModel(nn.Module):
     @property
     def context_length(self) -> int:
         """Number of tokens of a caption."""
-        return self.clip.encoders.tokens.shape[-1]
+        return self.clip.texts.tokens.shape[-1]
 
     def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline") -> None:
         """See `SkipCLIP.set_grad_checkpointing`; `impl` of open_clip 4 has no effect."""

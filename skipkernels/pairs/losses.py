@@ -60,7 +60,7 @@ def pair_loss(
     refuse_loss_options("pair_loss", clip)
     check_texts("pair_loss", clip)
     bias = pair_bias(clip, loss, logit_bias)
-    clip.check_and_follow(pixel_values)
+    clip.check_inputs(pixel_values)
     check_captions(captions, len(pixel_values), clip.num_classes, clip.texts.tower.vocabulary)
     captions = captions.to(pixel_values.device, torch.int64)
     loss_of = functools.partial(_loss_of_pairs, clip, bias)
@@ -145,7 +145,7 @@ def sigmoid_loss(
         (torch.Size([]), [3, 7], [3])
     """
     refuse_loss_options("sigmoid_loss", clip)
-    clip.check_and_follow(pixel_values)
+    clip.check_inputs(pixel_values)
     check_many_labels(labels, pixel_values, clip.num_classes, max_labels)
     bias = bias_of("sigmoid_loss", clip, logit_bias)
     image, labels = clip.images.encode(pixel_values), labels != 0  # [B, D], [B, C]

@@ -36,11 +36,11 @@ def pair_loss(
     count, shards = count_of(pixel_values), clip.shards
     if count == 0:
         is_tokens = isinstance(captions, Tensor) and captions.ndim == 2
-        prompt = clip.encoders.tokens.flatten(0, -2)[0] if is_tokens else None
+        prompt = clip.texts.tokens.flatten(0, -2)[0] if is_tokens else None
         pixel_values, captions = or_one_row(pixel_values), or_one_row(captions, prompt)
     refuse_loss_options("pair_loss", clip)
     bias = pair_bias(clip, loss, logit_bias)
-    clip.check_and_follow(pixel_values)
+    clip.check_inputs(pixel_values)
     check_captions(captions, len(pixel_values), clip.num_classes, clip.texts.tower.vocabulary)
     captions = captions.to(pixel_values.device, torch.int64)
     sizes = clip.gather_sizes(count, f"pair_loss with loss={loss!r} and captions of {captions.ndim} dimensions")
@@ -77,7 +77,7 @@ def sigmoid_loss(
     if count == 0:
         pixel_values, labels = or_one_row(pixel_values), or_one_row(labels)
     refuse_loss_options("sigmoid_loss", clip)
-    clip.check_and_follow(pixel_values)
+    clip.check_inputs(pixel_values)
     check_many_labels(labels, pixel_values, clip.num_classes, max_labels)
     bias = bias_of("sigmoid_loss", clip, logit_bias)
     image, labels = clip.images.encode(pixel_values)[:count], labels[:count] != 0  # [b, D], [b, C]

@@ -96,7 +96,7 @@ class ShardedSkipCLIP(SkipCLIP):
         count, shards = count_of(pixel_values), self.shards
         if count == 0:
             pixel_values, labels = or_one_row(pixel_values), or_one_row(labels)
-        self.check_and_follow(pixel_values)
+        self.check_inputs(pixel_values)
         check_labels(labels, pixel_values, self.num_classes)
         image = self.images.encode(pixel_values)[:count]  # [b, D]
         sizes = self.gather_sizes(count, "clip", draws=True)

@@ -108,7 +108,8 @@ class Tower(ABC):
             return run(inputs)
         # The boundary refuses inputs that require grad, as it returns no gradient. Under no_grad none is asked for.
         constant = inputs if torch.is_grad_enabled() else inputs.detach()
-        constant = constant.to(self.cut.lower_device or inputs.device)
+        if self.cut.lower_device is not None:  # not yet the device of these parts while SkipCLIP is constructed
+            constant = constant.to(next(self.lower_parameters()).device)
         with evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)]):
             return LSkipBoundary.apply(run, constant, self.cut.chunk).to(inputs.device)
 
@@ -212,12 +213,15 @@ class Tower(ABC):
         ]
         return "; ".join(reasons) or None
 
-    # ---- parts -------------------------------------------------------------------------------------------------------
+    def _reductions(self, reasons: dict[str, str | None]) -> dict[str, Reduction]:
+        """Exact reductions by name: those of every tower, and others with the reasons why they are not applied."""
+        no_cut = None if self.skip else "nothing is skipped (skip_layers=0), so the embedding trains"
+        reasons = {"fused_block": self.why_not_all_fused(), **reasons, "no_input_gradient": no_cut}
+        if not self.upper_blocks:
+            reasons["pooled_last_block"] = "every block is skipped: the last runs once, for every token"
+        return {name: Reduction.unless(reason) for name, reason in reasons.items()}
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of floating-point inputs."""
-        return next(parameter for parameter in _parameters(_present(self.embedding)) if parameter.ndim > 1).dtype
+    # ---- parts -------------------------------------------------------------------------------------------------------
 
     @property
     def vocabulary(self) -> int | None:
@@ -279,6 +283,11 @@ class ImageTower(Tower):
 
     image_size: tuple[int, int]  # Height and width
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the images that the embedding takes."""
+        return next(parameter for parameter in _parameters(_present(self.embedding)) if parameter.ndim > 1).dtype
+
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
         """Map images [n, 3, height, width] to the hidden states in front of the first block."""
@@ -320,10 +329,7 @@ class ImageTower(Tower):
     def reductions(self) -> dict[str, Reduction]:
         """The exact reductions of this tower by name, as they are now."""
         not_pooled = self.why_not_pooled() or self.why_no_rows(self.upper_blocks)
-        return {
-            "fused_block": Reduction.unless(self.why_not_all_fused()),
-            "pooled_last_block": Reduction.unless(not_pooled),
-        }
+        return self._reductions({"pooled_last_block": not_pooled})
 
     def reference_forward(self, inputs: Tensor) -> Tensor:
         return self.model.encode_image(inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -183,13 +183,10 @@ class TextTower(Tower):
     def reductions(self, prompts: Prompts) -> dict[str, Reduction]:
         """The exact reductions of this tower over some prompts by name, as they are now."""
         no_rows = self.why_no_rows(self.upper_blocks)
-        reasons = {
-            "text_crop": prompts.not_cropped,
-            "shared_prefix": prompts.not_shared or no_rows,
-            "fused_block": self.why_not_all_fused(),
-            "pooled_last_block": no_rows,
-        }
-        return {name: Reduction.unless(reason) for name, reason in reasons.items()}
+        shared = prompts.not_shared or no_rows
+        return self._reductions(
+            {"text_crop": prompts.not_cropped, "shared_prefix": shared, "pooled_last_block": no_rows}
+        )
 
     def masks(self) -> list[Tensor | None]:
         """Masks of the model that determined the layout of the prompts."""
@@ -219,12 +216,20 @@ class TextTower(Tower):
     def finish(self, hidden: Tensor) -> Tensor:
         """Map hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
 
-    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised."""
-        if not self.upper_blocks or self.why_no_rows(self.upper_blocks) is not None:
-            mask = self.mask(selected.tokens, selected.prompts)
-            hidden = self._call_blocks(selected.unpack(rows), self.upper_blocks, mask)  # [K, L, W]
-            return self.finish(hidden[torch.arange(len(hidden), device=hidden.device), selected.pooled])
+    def upper(self, features: Iterable[Tensor], selected: Iterable[SelectedPrompts]) -> list[Tensor]:
+        """Map rows [R, W] at the cut of some prompts of each template to text embeddings [K, D], not normalised."""
+        takes_rows = len(self.upper_blocks) > 0 and self.why_no_rows(self.upper_blocks) is None
+        run = self._run_upper if takes_rows else self.call_upper
+        return [run(rows, of_template) for rows, of_template in zip(features, selected, strict=True)]
+
+    def call_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+        """Map rows [R, W] to embeddings [K, D] by blocks that are called as the model calls them."""
+        mask = self.mask(selected.tokens, selected.prompts)
+        hidden = self._call_blocks(selected.unpack(rows), self.upper_blocks, mask)  # [K, L, W]
+        return self.finish(hidden[torch.arange(len(hidden), device=hidden.device), selected.pooled])
+
+    def _run_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+        """Map rows [R, W] to embeddings [K, D] by blocks that take rows."""
         run = self._run_suffixes if selected.prompts.prefix_length else self._run_whole_prompts
         return self.finish(run(rows, selected))
 

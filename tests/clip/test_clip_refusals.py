@@ -114,8 +114,6 @@ CALLS: list[tuple[Callable[[sk.SkipCLIP], object], type[Exception], str]] = [
     (lambda clip: clip.loss(torch.zeros(4, 12).double(), LABELS[:2]), ValueError,
      r"labels must be class ids, int64 \[B=4\], or probabilities"),
     (lambda clip: clip.loss(torch.zeros(4, 12).double(), LABELS + C), ValueError, r"labels must be in \[0, C=17\)"),
-    (lambda clip: clip.loss(torch.ones(4, 12, dtype=torch.bfloat16), LABELS), TypeError,
-     "SkipCLIP.loss: image must be torch.float64 .*; got torch.bfloat16. Call .* within the same autocast"),
     (lambda clip: clip.set_classes(tiny_tokens(5)[:, :20]), ValueError, r"must be \[C, L=77\]"),
     (lambda clip: clip.set_classes(tiny_tokens(5) + 1), ValueError, "ids in"),
     (lambda clip: clip.set_classes(tiny_tokens(5), class_weights(6)), ValueError, r"class_weight must be .*\[C=5\]"),
@@ -146,7 +144,23 @@ def test_call_is_refused(call, error, words):
     assert clip.predict(IMAGES).equal(logits) and clip.get_extra_state().equal(state)
 
 
-def test_embeddings_of_another_dtype_under_autocast():
+MOVED_ALONE: dict[str, Callable[[sk.SkipCLIP, Tensor], object]] = {
+    "forward": lambda clip, features: clip(features, LABELS),
+    "predict": lambda clip, features: clip.predict(features),
+    "loss": lambda clip, features: clip.loss(torch.zeros(4, 12), LABELS),
+    "encode_image": lambda clip, features: clip.encode_image(features),
+    "encode_upper": lambda clip, features: clip.encode_upper(features),
+    "encode_classes": lambda clip, features: clip.encode_classes(LABELS),
+    "class_embeddings": lambda clip, features: clip.class_embeddings(),
+    "classifier": lambda clip, features: clip.classifier(),
+    "pair_loss": lambda clip, features: sk.pairs.pair_loss(clip, features, LABELS),
+}
+
+
+@pytest.mark.parametrize("name", MOVED_ALONE)
+def test_model_that_was_moved_alone_is_refused(name):
     clip = make_clip()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert clip.loss(torch.ones(4, 12, dtype=torch.bfloat16), LABELS).requires_grad
+    features = clip.encode_lower(IMAGES)
+    clip.model.to("meta")
+    with pytest.raises(RuntimeError, match="the model was moved alone to meta; prompts and prototypes are on cpu"):
+        MOVED_ALONE[name](clip, features)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
 from skipkernels import retrieval, testing
+from skipkernels.clip import builder
 from skipkernels.towers.base import Tower
 from tests.clip.clips import IMAGES, LABELS, C, assert_same_bits, gradients, make_clip, mixup
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
@@ -45,9 +46,9 @@ def test_construction_under_autocast():
 def test_refresh_brings_the_lower_parts_to_the_device_of_the_model(monkeypatch):
     """The comparison with the model itself then runs on one device."""
     clip, moves = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1, lower_device="cpu"), []
-    move, read = Tower.move_lower, clip.encoders._build
+    move, read = Tower.move_lower, builder.build
     monkeypatch.setattr(Tower, "move_lower", lambda self, device=None: moves.append(device) or move(self, device))
-    monkeypatch.setattr(clip.encoders, "_build", lambda *arguments: moves.append("read") or read(*arguments))
+    monkeypatch.setattr(builder, "build", lambda *given, **options: moves.append("read") or read(*given, **options))
     clip.refresh()
     assert moves == [torch.device("cpu")] * 2 + ["read"] + [None] * 2
 

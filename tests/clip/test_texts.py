@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import skipkernels as sk
+from skipkernels.clip.texts import ClassTexts
 from skipkernels.testing import allocated_bytes, saved_bytes
 from skipkernels.towers import fused
+from skipkernels.towers.text import TextTower
 from tests.clip.clips import IMAGES, LABELS, C, class_weights, make_clip, three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.naive_step import assert_step_equals_naive
@@ -159,10 +161,24 @@ def test_templates_follow_changes_and_copies():
     clip.set_classes(tokens[:5, :2])
     assert_step_equals_naive(clip, tokens[:5, :2], x, labels % 5)
     clip.set_classes(tokens[:, 1:2])
-    assert clip.encoders.tokens.equal(tokens[:, 1].int())
+    assert clip.texts.tokens.equal(tokens[:, 1].int())
     clip.to("meta")
     held = [x for prompts in clip.texts.templates for x in prompts.tensors().values()]
     assert {x.device.type for x in (*held, clip.prototypes)} == {"meta"}
+
+
+def test_templates_are_checked_once_in_a_step(monkeypatch):
+    """Changes of weights below the cut, and blocks above it that take rows."""
+    clip, checked = sk.SkipCLIP(tiny_clip(), three_templates(), skip_layers=1), []
+
+    def counted(kind: type, name: str) -> None:
+        method = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self, *arguments: checked.append(name) or method(self, *arguments))
+
+    counted(ClassTexts, "is_stale")
+    counted(TextTower, "why_no_rows")
+    clip(IMAGES, LABELS)
+    assert checked == ["is_stale", "why_no_rows"]
 
 
 def test_one_template_is_the_ordinary_step():
@@ -186,13 +202,12 @@ def test_templates_share_the_free_memory(monkeypatch):
     """A step runs the text tower three times: `memory="auto"` counts what they save together."""
     clip = sk.SkipCLIP(tiny_clip(), three_templates(C), skip_layers=1)
     clip(*tiny_batch(3, C))
-    text = clip.texts.tower
     rows = torch.zeros(20_000, 16, dtype=torch.float64)
     saved = fused.saved_bytes(rows, fused=True) * 2  # two blocks
     monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 2 * saved + 2)
-    assert text.block_memory(rows, fused=True) == "min"
+    assert clip.texts.tower.block_memory(rows, fused=True) == "min"
     clip.set_classes(tiny_tokens(C))
-    assert text.block_memory(rows, fused=True) == "fast"
+    assert clip.texts.tower.block_memory(rows, fused=True) == "fast"
 
 
 def test_class_weight_is_a_copy_that_moves():

@@ -207,6 +207,8 @@ def test_open_clip_half_precision_norms_in_fp32(dtype):
     assert clip.reductions["image.fused_block"].enabled and clip.reductions["text.fused_block"].enabled
     loss = clip(images, labels).loss
     loss.backward()
+    image = clip.encode_image(images)
+    assert clip.loss(image, labels).equal(loss) and clip.encode_classes(labels).dtype == image.dtype == dtype
     expected = sk.SkipCLIP(exact, tokens, skip_layers=1, keep_ratio=1.0)(images, labels).loss
     assert loss.item() == pytest.approx(expected.item(), rel=5e-2)
     assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in clip.trainable_parameters())

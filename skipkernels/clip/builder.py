@@ -1,0 +1,184 @@
+"""Construction of SkipCLIP: towers are fused and cut, parameters frozen, and encoders compared with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..options import AttentionName, Memory
+from ..towers import registry
+from ..towers.attention import SDPA
+from ..towers.base import Cut, ImageTower
+from ..towers.block import FusedBlock, fuse_blocks
+from ..towers.text import TextTower
+from .checks import as_pair, blocks_to_skip, check_vocabulary
+from .containers import Containers
+from .images import ImageEncoder
+from .texts import ClassTexts, FixedTexts
+from .trainable import TrainOptions, set_trainable
+from .verify import verify
+
+
+class Parts(NamedTuple):
+    """Parts of SkipCLIP that are built from a model."""
+
+    images: ImageEncoder
+    texts: ClassTexts
+    containers: Containers
+
+
+def read_cut(memory: Memory, attention: AttentionName, chunk: int, lower_device: torch.device | str | None) -> Cut:
+    """Cut of a tower at block 0, from arguments of SkipCLIP."""
+    backend = SDPA
+    if attention == "xformers":
+        from ..towers import xformers
+
+        try:
+            backend = xformers.backend()
+        except ImportError as error:
+            raise _unavailable(f"{error}.") from error
+    device = None if lower_device is None else torch.device(lower_device)
+    return Cut(memory=memory, backend=backend, chunk=chunk, lower_device=device)
+
+
+def build(
+    model: Any,
+    tokens: Tensor,
+    skip_layers: int | float | tuple[int | float, int | float],
+    cut: Cut,
+    options: TrainOptions,
+    *,
+    folder: str | Path | None = None,
+    prototypes: Tensor | None = None,
+) -> Parts:
+    """Read a model, fuse its blocks in place, freeze what is below the cut, and compare the result with the model.
+
+    `cut` is that of both towers, at block 0; prototypes are computed unless given. The lower parts move to their device
+    at the end, since the model itself runs on one.
+    """
+    # 1. Towers
+    image, text = _cut_towers(model, tokens, skip_layers, cut, options)
+    containers = Containers(model, image, text)
+    containers.refuse_overrides()
+    set_trainable(model, image, text, options)
+    # 2. Encoders: text features at the cut, and prototypes, which are embeddings of all classes before tuning
+    with torch.autocast(model.logit_scale.device.type, enabled=False):
+        images = ImageEncoder(image)
+        folder = None if folder is None else Path(folder).absolute()  # of the working directory of now
+        texts = _texts_of(text, tokens, options, folder, prototypes)
+        # 3. Comparison with the model itself
+        verify(model, images, texts)
+    # 4. Devices
+    image.move_lower()
+    _move_texts(texts, options)
+    return Parts(images, texts, containers)
+
+
+def build_again(model: Any, images: ImageEncoder, texts: ClassTexts, options: TrainOptions) -> Parts:
+    """Read a model again; prototypes stay."""
+    for tower in (images.tower, texts.tower):
+        tower.move_lower(model.logit_scale.device)
+    skip_layers = images.tower.skip, texts.tower.skip
+    return build(
+        model, texts.tokens, skip_layers, images.tower.cut, options, folder=texts.folder, prototypes=texts.prototypes
+    )
+
+
+def build_texts(
+    model: Any, images: ImageEncoder, texts: ClassTexts, tokens: Tensor, options: TrainOptions
+) -> ClassTexts:
+    """Make the texts of other classes; their prototypes are computed with the current weights."""
+    if texts.folder is not None:
+        raise RuntimeError(
+            "SkipCLIP: set_classes cannot replace the classes of a text_cache. Create SkipCLIP again with another "
+            "text_cache."
+        )
+    _, tower = _cut_towers(model, tokens, (images.tower.skip, texts.tower.skip), images.tower.cut, options)
+    with torch.autocast(model.logit_scale.device.type, enabled=False):
+        found = _texts_of(tower, tokens, options)
+        if all(x.cut.lower_device is None for x in (images.tower, tower)):  # else the model itself cannot run
+            verify(model, images, found)
+    _move_texts(found, options)
+    return found
+
+
+def _cut_towers(
+    model: Any, tokens: Tensor, skip_layers: Any, cut: Cut, options: TrainOptions
+) -> tuple[ImageTower, TextTower]:
+    """Build the towers of a model, fuse their blocks in place, and cut them; constant texts skip every block."""
+    image, text = registry.build_towers(model)
+    fuse_blocks([*image.blocks, *text.blocks])
+    if cut.backend != SDPA:
+        _check_xformers(image, text)
+    image_skip, text_skip = as_pair(skip_layers)
+    image.cut = replace(cut, skip=blocks_to_skip(image_skip, len(image.blocks), "image"))
+    templates = tokens.shape[1] if tokens.ndim == 3 else 1
+    if options.train_text:
+        text.cut = replace(cut, skip=blocks_to_skip(text_skip, len(text.blocks), "text"), runs=templates)
+    else:  # used at the construction alone, and then on the CPU
+        lower_device = None if model.logit_scale.device.type == "cpu" else torch.device("cpu")
+        text.cut = replace(cut, skip=len(text.blocks), runs=templates, lower_device=lower_device)
+    return image, text
+
+
+def _texts_of(
+    tower: TextTower,
+    tokens: Tensor,
+    options: TrainOptions,
+    folder: Path | None = None,
+    prototypes: Tensor | None = None,
+) -> ClassTexts:
+    check_vocabulary("SkipCLIP", "tokens", tokens, tower.vocabulary)
+    kind = ClassTexts if options.train_text else FixedTexts
+    return kind(tower, tokens, folder, prototypes)
+
+
+def _move_texts(texts: ClassTexts, options: TrainOptions) -> None:
+    """Move the lower text tower to its device: its features of all classes are computed by now."""
+    if not options.train_text:
+        texts.drop()
+    texts.tower.move_lower()
+
+
+def _check_xformers(image: ImageTower, text: TextTower) -> None:
+    """Raise a ValueError unless xformers runs on this device, with the heads of both towers."""
+    from ..towers import xformers
+
+    device = image.model.logit_scale.device
+    for tower in (image, text):
+        block = tower.blocks[0]
+        if isinstance(block, FusedBlock) and block.why_not_fused() is None:
+            weights, settings = block._read()
+            out_proj = weights["out_proj"]
+            reason = xformers.why_unavailable(device, out_proj.dtype, len(out_proj) // settings.heads)
+            if reason is not None:
+                raise _unavailable(reason)
+
+
+def _unavailable(reason: str) -> ValueError:
+    return ValueError(
+        f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU and an '
+        "xformers that was built for this PyTorch."
+    )
+
+
+@contextmanager
+def restored_after_error(model: nn.Module) -> Iterator[None]:
+    """Restore the classes of the blocks of a model, and `requires_grad` of its parameters, after an error."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []  # else `build_towers` raises
+    kinds = [(module, type(module)) for module in modules]
+    required_grad = [(p, p.requires_grad) for module in modules for p in module.parameters(recurse=False)]
+    try:
+        yield
+    except BaseException:
+        for parameter, requires_grad in required_grad:
+            parameter.requires_grad_(requires_grad)
+        for module, kind in kinds:
+            module.__class__ = kind  # of a block that was fused
+        raise
