@@ -154,7 +154,7 @@ def _check_xformers(image: ImageTower, text: TextTower) -> None:
     for tower in (image, text):
         block = tower.blocks[0]
         if isinstance(block, FusedBlock) and block.why_not_fused() is None:
-            weights, settings = block._read()
+            weights, settings = block.read_weights()
             out_proj = weights["out_proj"]
             reason = xformers.why_unavailable(device, out_proj.dtype, len(out_proj) // settings.heads)
             if reason is not None:

@@ -33,7 +33,7 @@ class Containers:
         self._model, self._image, self._text = model, image, text
         self._around = [x for x in model.modules() if x not in called and (x is model or holds_a_part(x))]
         self._methods = self._read_methods()
-        self._depths = [len(tower.model_blocks()) for tower in (image, text)]
+        self._depths = [len(_blocks_of_model(tower)) for tower in (image, text)]
         self._masks = [None if mask is None else mask.detach().clone() for mask in text.masks()]
 
     def _read_methods(self) -> list[tuple[Any, ...]]:
@@ -61,7 +61,7 @@ class Containers:
         if len(masks) != len(self._masks) or not all(map(_equal_masks, masks, self._masks)):
             return "the attention mask changed (to NaN, if −inf in it was averaged: average with use_buffers=False)"
         for tower, depth in zip((self._image, self._text), self._depths, strict=True):
-            blocks = tower.model_blocks()
+            blocks = _blocks_of_model(tower)
             known = set(blocks)
             order = [x for x in self._model.modules() if x in known]
             if order != blocks or len(blocks) != depth:
@@ -94,6 +94,16 @@ class Containers:
         if not is_model and any(attributes[name] for name in HOOKS):
             return "hooks"
         return None
+
+
+def _blocks_of_model(tower: Tower) -> list[nn.Module]:
+    """The caller's modules that are blocks: a block may be an `nn.Sequential` that the tower made of several."""
+    known = set(tower.model.modules())
+
+    def of_model(block: nn.Module) -> list[nn.Module]:
+        return [block] if block in known else [x for child in block.children() for x in of_model(child)]
+
+    return [module for block in tower.blocks for module in of_model(block)]
 
 
 def _equal_masks(mask: Tensor | None, seen: Tensor | None) -> bool:

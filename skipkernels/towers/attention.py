@@ -1,10 +1,7 @@
 """Attention over rows of tokens: full sequences, one pooled query per sequence, or suffixes behind a prefix.
 
 Rows are packed projections: query, key and value of a token side by side, [R, 3W], W = H · E. The classes are what a
-fused block calls: plain differentiable code, scale included. They know which rows are a sequence and what these see.
-
-In the last block of a tower they return Q of the R rows, `query_rows`: int64 [Q] without duplicates, or a slice; None
-means all. With `separate_queries` the block projects queries of these rows only:
+fused block calls as its `BlockAttention`. In the last block of a tower they return Q of the R rows:
 
     class       query_rows               separate_queries   takes             returns
     Sequences   None                     False              [R, 3W]           [R, W]
@@ -16,13 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
+
+
+class BlockAttention(Protocol):
+    """Attention of a block, scale included, as differentiable code: it knows the sequences and what a token sees."""
+
+    @property
+    def query_rows(self) -> Tensor | slice | None:
+        """Rows that are returned: int64 [Q] without duplicates, a slice with one of each sequence, or None for all."""
+
+    @property
+    def separate_queries(self) -> bool:
+        """True if the block projects queries of these rows only, and key and value of all."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Map projections [R, 3W], or queries [Q, W] and keys and values [R, 2W], to [R, W] or [Q, W]; `heads=H`."""
 
 
 class AttentionBackend(NamedTuple):
@@ -83,7 +95,7 @@ class Pooled:
         return _sdpa(query[:, None], key, value, mask=self.mask[:, None, None].to(query.dtype)).flatten(1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Suffixes:
     """Causal attention of a shared prefix over itself, and of class suffixes over the prefix and over themselves.
 
@@ -126,6 +138,3 @@ class Suffixes:
         query, key_value = packed.split([width, 2 * width], dim=1)  # [R, W], [R, 2W]
         shifted = query.index_copy(0, rows - 1, query.index_select(0, rows))  # [R, W]
         return self._attend(torch.cat([shifted, key_value], dim=1), heads).index_select(0, rows - 1)
-
-
-BlockAttention = Sequences | Pooled | Suffixes

@@ -1,7 +1,8 @@
 """Towers: an embedding, a list of blocks and a head, cut below block `skip`.
 
-A model family defines the embedding, the blocks and the head; this file runs the blocks. All are called as modules:
-with rows if all of them are fused (`block.py`), else as the model calls them.
+A model family defines the embedding, the blocks and the head; this file runs the blocks below and above the cut. If all
+of these take rows (`block.why_takes_no_rows`), they are called with rows [R, W], packed tokens of any number of
+sequences, else as the model calls them, with sequences [n, tokens, W].
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..boundary import DEFAULT_CHUNK, LSkipBoundary
 from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
 from .attention import SDPA, AttentionBackend, BlockAttention, Pooled, Sequences
-from .block import FusedBlock, fuse_blocks
+from .block import fuse_blocks, why_takes_no_rows
 from .fused import Hidden, Rotary, RowsOptions, saved_bytes
 from .modes import evaluating, updates_statistics
 
@@ -134,31 +135,20 @@ class Tower(ABC):
         return hidden
 
     def _run_sequences(
-        self,
-        hidden: Tensor,
-        blocks: range,
-        mask: Tensor | None = None,
-        *,
-        pooled: BlockAttention | None = None,
+        self, hidden: Tensor, blocks: range, mask: Tensor | None = None, pooled: BlockAttention | None = None
     ) -> Tensor:
         """Run blocks that take rows over sequences [n, tokens, W]; with `pooled` return [n, 1, W]."""
         n = len(hidden)
-        attention, rotary = Sequences(n, mask, backend=self.cut.backend), self.rotary(hidden.device)
-        rows = self._run_rows(hidden.flatten(0, 1), blocks, attention, pooled, rotary)
-        return rows.unflatten(0, (n, -1))
+        options = RowsOptions(Sequences(n, mask, backend=self.cut.backend), rotary=self.rotary(hidden.device))
+        return self._run_rows(hidden.flatten(0, 1), blocks, options, pooled).unflatten(0, (n, -1))
 
     def _run_rows(
-        self,
-        rows: Tensor,
-        blocks: range,
-        attention: BlockAttention,
-        pooled: BlockAttention | None,
-        rotary: Rotary | None,
+        self, rows: Tensor, blocks: range, options: RowsOptions, pooled: BlockAttention | None = None
     ) -> Tensor:
         """Run blocks over rows [R, W]; the last one with the attention `pooled`, if only pooled tokens are needed."""
-        options, hidden = RowsOptions(attention, rotary=rotary), Hidden(rows)
-        if blocks.stop > self.skip:  # nothing is saved below the cut
+        if blocks == self.upper_blocks:  # below the cut nothing is saved
             options = options._replace(memory=self.block_memory(rows, fused=True))
+        hidden = Hidden(rows)
         for index in blocks:
             if index == blocks[-1] and pooled is not None:
                 options = options._replace(attention=pooled)
@@ -185,33 +175,24 @@ class Tower(ABC):
 
         return FreeMemory()
 
-    # ---- blocks that take rows ---------------------------------------------------------------------------------------
-
-    def why_block_takes_no_rows(self, index: int) -> str | None:
-        """Return why block `index` has to be called as the model calls it, or None."""
-        block = self.blocks[index]
-        if isinstance(block, FusedBlock):
-            return block.why_no_rows()
-        return f"a block is a {type(block).__name__}, which runs its own forward"
+    def why_never_rows(self) -> str | None:
+        """Return why no block of this tower is called with rows, or None; families override it."""
+        return None
 
     def why_no_rows(self, blocks: range) -> str | None:
         """Return why these blocks run over sequences, or None; one that takes no rows is enough."""
-        return next(filter(None, map(self.why_block_takes_no_rows, blocks)), None)
+        reasons = (why_takes_no_rows(self.blocks[index]) for index in blocks)
+        return self.why_never_rows() or next(filter(None, reasons), None)
 
     def why_not_all_fused(self) -> str | None:
-        """Return why not all blocks are fused, with the indices of those that aren't, or None."""
-        of_reason: dict[str, list[int]] = {}
-        depth = len(self.blocks)
-        for index in range(depth):
-            if reason := self.why_block_takes_no_rows(index):
-                of_reason.setdefault(reason, []).append(index)
-        reasons = [
-            reason
-            if len(indices) == depth
-            else f"{len(indices)} of {depth} blocks ({', '.join(map(str, indices))}): {reason}"
-            for reason, indices in of_reason.items()
-        ]
-        return "; ".join(reasons) or None
+        """Return why not all blocks take rows, or None; a reason of some blocks is given with their indices."""
+        reasons = [self.why_never_rows() or why_takes_no_rows(block) for block in self.blocks]
+        found = []
+        for reason in dict.fromkeys(filter(None, reasons)):
+            indices = [str(index) for index, other in enumerate(reasons) if other == reason]
+            some = f"{len(indices)} of {len(reasons)} blocks ({', '.join(indices)}): "
+            found.append(reason if len(indices) == len(reasons) else some + reason)
+        return "; ".join(found) or None
 
     def _reductions(self, reasons: dict[str, str | None]) -> dict[str, Reduction]:
         """Exact reductions by name: those of every tower, and others with the reasons why they are not applied."""
@@ -246,15 +227,6 @@ class Tower(ABC):
         """Parameters above the cut."""
         constants = {id(parameter) for parameter in self.constants}
         yield from (parameter for parameter in _parameters(self.upper_parts()) if id(parameter) not in constants)
-
-    def model_blocks(self) -> list[nn.Module]:
-        """The caller's modules that are blocks: a block may be an `nn.Sequential` that the tower made of several."""
-        known = set(self.model.modules())
-
-        def of_model(block: nn.Module) -> list[nn.Module]:
-            return [block] if block in known else [x for child in block.children() for x in of_model(child)]
-
-        return [module for block in self.blocks for module in of_model(block)]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

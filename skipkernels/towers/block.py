@@ -1,8 +1,9 @@
 """The caller's block as a fused block: `block.__class__` becomes a subclass of its own class with another `forward`.
 
-Parameters, their names, `state_dict`, `isinstance` and hooks stay. `forward` reads weights and settings from the
-block's children at each call. If a child is not what the fused path knows (an adapter, a quantised layer, a hook, a
-method that was replaced on its class), the block runs the forward of its own class.
+A wrapper would change the names in `state_dict` and fail `isinstance`, and a `forward` set on the block would be copied
+and pickled with it. `forward` reads weights and settings from the block's children at each call. If a child is not what
+the fused path knows (an adapter, a quantised layer, a hook, a method that was replaced on its class), the block runs
+the forward of its own class.
 """
 
 from __future__ import annotations
@@ -37,17 +38,16 @@ class BlockInput(NamedTuple):
 
 
 class FusedBlock:
-    """Base of the classes of fused blocks. A subclass knows one family of blocks, by its methods `_submodules` to
-    `_output`.
+    """Base of the classes of fused blocks. A subclass knows one family of blocks, by its methods up to `_output`.
 
-    A fused class comes before the caller's class in the order of bases: underscores keep its names apart from those of
-    the caller's attributes and methods, and other files of the package read them.
+    A fused class comes before the caller's class in the order of bases: its names must differ from those of the
+    caller's attributes and methods.
     """
 
     linear_weights: Sequence[str]  # paths of query, key, value, W_o, W_fc and W_p; packed ones three times
     _modules: dict[str, Any]  # of nn.Module
     # Set by `_fused_class`:
-    _own: ClassVar[type]  # the caller's class
+    caller_class: ClassVar[type]
     _methods: ClassVar[Mapping[str, Any]]  # its methods that this class replaces, as its package defines them
     _memory: ClassVar[FusedMemory]  # saved for backward of a call with its ordinary input
 
@@ -59,7 +59,7 @@ class FusedBlock:
         """Return why the settings of this block can't be fused, or None."""
         return None
 
-    def _read(self) -> tuple[GivenWeights, BlockSettings]:
+    def read_weights(self) -> tuple[GivenWeights, BlockSettings]:
         """Read weights and settings from the children."""
         raise NotImplementedError
 
@@ -67,7 +67,7 @@ class FusedBlock:
         """Name the arguments of the block's own forward, or return None if only that forward takes them."""
         raise NotImplementedError
 
-    def _example(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...] | None:
+    def example_input(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...] | None:
         """Return arguments of a small call, of tensors `draw(*shape)`; None if its own forward takes no fp32."""
         return (draw(2, 3, width),)
 
@@ -83,7 +83,7 @@ class FusedBlock:
 
         Both are calls of the module: hooks on it run, such as those by which FSDP2 gathers its weights.
         """
-        if args and isinstance(args[0], Hidden):  # the tower has asked `why_no_rows`
+        if args and isinstance(args[0], Hidden):  # the tower has asked `why_takes_no_rows`
             return self._run_fused(*args)
         given = self._fusable_input(*args, **kwargs)
         if given is None:
@@ -113,27 +113,11 @@ class FusedBlock:
         """Run the block on rows [R, W]."""
         from .fused.node import fused_block  # not at the head: an import of skipkernels.clip loads few modules
 
-        return fused_block(*self._read(), hidden, options)
-
-    # ---- checks, in each call ----------------------------------------------------------------------------------------
+        return fused_block(*self.read_weights(), hidden, options)
 
     def why_not_fused(self) -> str | None:
         """Return why this block runs its own forward now, or None."""
-        return why_altered(self, self._own, self._methods, self._submodules()) or self._why_settings()
-
-    def why_no_rows(self) -> str | None:
-        """Return why this block has to be called with its ordinary input, or None if it takes rows.
-
-        A block that takes rows is fused. One with hooks of its own is fused without rows: they expect ordinary input.
-        """
-        block: Any = self
-        if "forward" in vars(block):
-            return "forward() of a block was replaced"
-        if has_hooks(block):
-            return "a block has hooks"
-        if getattr(block, "gradient_checkpointing", False):
-            return "a block has gradient checkpointing of transformers"
-        return self.why_not_fused()
+        return why_altered(self, self.caller_class, self._methods, self._submodules()) or self._why_settings()
 
     # ---- copies ------------------------------------------------------------------------------------------------------
 
@@ -146,7 +130,23 @@ class FusedBlock:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as the caller's class: a fused class is made at run time, and cannot be imported."""
         rebuild = copyreg._reconstructor  # type: ignore[attr-defined]
-        return rebuild, (self._own, object, None), *super().__reduce_ex__(2)[2:]
+        return rebuild, (self.caller_class, object, None), *super().__reduce_ex__(2)[2:]
+
+
+def why_takes_no_rows(block: Any) -> str | None:
+    """Return why a block has to be called with its ordinary input, or None if it takes rows, `block(hidden, options)`.
+
+    A block that takes rows is fused. One with hooks of its own is fused without rows: they expect ordinary input.
+    """
+    if not isinstance(block, FusedBlock):
+        return f"a block is a {type(block).__name__}, which runs its own forward"
+    if "forward" in vars(block):
+        return "forward() of a block was replaced"
+    if has_hooks(block):
+        return "a block has hooks"
+    if getattr(block, "gradient_checkpointing", False):
+        return "a block has gradient checkpointing of transformers"
+    return block.why_not_fused()
 
 
 def _is_transformed() -> bool:
@@ -165,23 +165,23 @@ def _fused_class(own: Any, memory: FusedMemory) -> type:
     For the block of open_clip it is what this would define:
 
         class ResidualAttentionBlock(OpenClipBlock, open_clip.transformer.ResidualAttentionBlock):
-            _own, _memory = open_clip.transformer.ResidualAttentionBlock, "fast"
+            caller_class, _memory = open_clip.transformer.ResidualAttentionBlock, "fast"
     """
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     methods = {name: original_method(own, name) for name in ("forward", "attention") if hasattr(own, name)}
     bases = BLOCKS[type_name(own)].load(), own
-    return type(own.__name__, bases, {**names, "_own": own, "_memory": memory, "_methods": methods})
+    return type(own.__name__, bases, {**names, "caller_class": own, "_memory": memory, "_methods": methods})
 
 
 @functools.cache
-def own_class(kind: Any) -> Any:
+def unfused_class(kind: Any) -> Any:
     """The caller's class of a fused block, with what was made on top of the fused class, such as FSDP2's."""
     if not issubclass(kind, FusedBlock):
         return kind
-    if "_own" in vars(kind):
-        return kind._own
+    if "caller_class" in vars(kind):
+        return kind.caller_class
     attributes = {name: x for name, x in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(kind.__name__, tuple(map(own_class, kind.__bases__)), attributes)
+    return type(kind.__name__, tuple(map(unfused_class, kind.__bases__)), attributes)
 
 
 def fuse_blocks(modules: Iterable[nn.Module], memory: FusedMemory = "fast") -> list[Any]:
@@ -205,7 +205,7 @@ def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
     before: list[tuple[Any, Any]] = [(x, type(x)) for x in modules if isinstance(x, FusedBlock)]
     try:
         for module, kind in before:
-            module.__class__ = own_class(kind)
+            module.__class__ = unfused_class(kind)
         yield
     finally:
         for module, kind in before:

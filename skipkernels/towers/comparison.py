@@ -54,7 +54,7 @@ def _compare(block: Any) -> None:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device="cpu").to(like)
 
-        arguments = block._example(draw, len(block._read()[0]["out_proj"]))
+        arguments = block.example_input(draw, len(block.read_weights()[0]["out_proj"]))
         if arguments is None:
             return
         trained["the input"] = arguments[0].requires_grad_()

@@ -9,7 +9,7 @@ from torch import nn
 from ..checks import warn_caller
 from ..options import FusedMemory
 from .base import UnsupportedModel
-from .block import FusedBlock, fuse_blocks, own_class
+from .block import FusedBlock, fuse_blocks, unfused_class
 from .comparison import compare_with_own_forward
 from .families import BLOCKS
 
@@ -81,5 +81,5 @@ def unfuse(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, FusedBlock):
             kind: Any = type(module)
-            module.__class__ = own_class(kind)
+            module.__class__ = unfused_class(kind)
     return model

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..ops.packed_layout import packed_layout
 from .attention import Pooled, Suffixes
 from .base import Reduction, Tower
+from .fused import RowsOptions
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
@@ -46,25 +47,28 @@ class Prompts:
         has_equal_suffixes: True if all lengths are S: the rows of K classes are then counted without the device.
         row_count: R.
         most_rows: Upper bounds of the rows of any K different classes, by K: those of the K longest suffixes.
-        not_cropped, not_shared: Why these reductions are not exact for the prompts, or None.
+        crop, sharing: These reductions, and why they are not exact for the prompts.
     """
 
     def __init__(self, tokens: Tensor, pooling: Pooling):
-        pooled, self.excludes_self = pooling.positions, pooling.excludes_self
-        self.given_length, needed_length = tokens.shape[1], int(pooled.max()) + 1
-        if not pooling.not_cropped:
+        # 1. Tokens that a pooled token can see
+        pooled, needed_length = pooling.positions, int(pooling.positions.max()) + 1
+        self.pooled, self.excludes_self = pooled, pooling.excludes_self
+        self.given_length, self.crop = tokens.shape[1], Reduction.unless(pooling.not_cropped)
+        if self.crop.enabled:
             tokens = tokens[:, : pooling.visible_length or needed_length].contiguous()
-        self.tokens, self.pooled, self.prompt_length = tokens, pooled, max(tokens.shape[1], needed_length)
-        P = 0 if pooling.not_causal else _shared_prefix_length(tokens, pooling)
-        self.not_cropped = pooling.not_cropped
-        self.not_shared = pooling.not_causal or (None if P else "the prompts begin with different tokens")
-        self.suffix_lengths = pooled + 1 - P if P else torch.full_like(pooled, self.prompt_length)  # [C]
-        self.starts = P + self.suffix_lengths.cumsum(0) - self.suffix_lengths  # [C]
-        self.prefix_length, self.row_count = P, P + int(self.suffix_lengths.sum())
-        self.max_suffix_length = int(self.suffix_lengths.max())
-        self.has_equal_suffixes = bool((self.suffix_lengths == self.max_suffix_length).all())
-        longest = self.suffix_lengths.sort(descending=True)[0]  # [C]
-        self.most_rows = [P, *(P + longest.cumsum(0)).tolist()]
+        self.tokens, self.prompt_length = tokens, max(tokens.shape[1], needed_length)
+        # 2. The prefix
+        self.prefix_length = P = 0 if pooling.not_causal else _shared_prefix_length(tokens, pooling)
+        self.sharing = Reduction.unless(
+            pooling.not_causal or (None if P else "the prompts begin with different tokens")
+        )
+        # 3. Rows of the prefix and of the suffixes
+        lengths = pooled + 1 - P if P else torch.full_like(pooled, self.prompt_length)  # [C]
+        self.suffix_lengths, self.starts = lengths, P + lengths.cumsum(0) - lengths  # [C] each
+        self.row_count, self.max_suffix_length = P + int(lengths.sum()), int(lengths.max())
+        self.has_equal_suffixes = bool((lengths == self.max_suffix_length).all())
+        self.most_rows = [P, *(P + lengths.sort(descending=True)[0].cumsum(0)).tolist()]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
@@ -183,9 +187,9 @@ class TextTower(Tower):
     def reductions(self, prompts: Prompts) -> dict[str, Reduction]:
         """The exact reductions of this tower over some prompts by name, as they are now."""
         no_rows = self.why_no_rows(self.upper_blocks)
-        shared = prompts.not_shared or no_rows
+        shared = prompts.sharing.reason or no_rows
         return self._reductions(
-            {"text_crop": prompts.not_cropped, "shared_prefix": shared, "pooled_last_block": no_rows}
+            {"text_crop": prompts.crop.reason, "shared_prefix": shared, "pooled_last_block": no_rows}
         )
 
     def masks(self) -> list[Tensor | None]:
@@ -237,15 +241,14 @@ class TextTower(Tower):
         """Run the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
         prompts = selected.prompts
         attention = Suffixes(
-            self.cut.backend,
-            prompts.prefix_length,
-            selected.offsets,
-            prompts.max_suffix_length,
-            selected.last_rows,
-            prompts.excludes_self,
+            backend=self.cut.backend,
+            prefix_length=prompts.prefix_length,
+            offsets=selected.offsets,
+            max_length=prompts.max_suffix_length,
+            last_rows=selected.last_rows,
+            excludes_self=prompts.excludes_self,
         )
-        pooled = replace(attention, only_last=True)
-        return self._run_rows(rows, self.upper_blocks, attention, pooled, rotary=None)
+        return self._run_rows(rows, self.upper_blocks, RowsOptions(attention), replace(attention, only_last=True))
 
     def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run whole prompts; return hidden states [K, W] of the pooled tokens."""

@@ -104,7 +104,8 @@ class Watched:
 
 def _settings_of(module: nn.Module) -> list[Any]:
     attributes = vars(module)
-    kind: Any = module._own if isinstance(module, FusedBlock) else type(module)  # also of FSDP2's class on top of it
+    # Of a fused block also if FSDP2 has put its class in front
+    kind: Any = module.caller_class if isinstance(module, FusedBlock) else type(module)
     hooks = [dict(found) for name in HOOKS if (found := attributes[name])]
     replaced = [name for name in ("forward", "attention") if name in attributes]
     # Copied: PEFT changes its dictionaries of scales in place.

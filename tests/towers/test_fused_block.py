@@ -38,7 +38,7 @@ ATTENTION = Sequences(N)
 
 def run_fused(block, hidden, memory="fast", query_rows=None, product_dtype=None):
     options = RowsOptions(ATTENTION if query_rows is None else Pooled(query_rows), memory)
-    weights, settings = OpenClipBlock._read(block)
+    weights, settings = OpenClipBlock.read_weights(block)
     with torch.autocast("cpu", product_dtype, enabled=product_dtype not in (None, hidden.dtype)):
         return fused_block(weights, settings, Hidden(hidden.flatten(0, 1)), options).sum()
 
@@ -123,7 +123,7 @@ def test_fused_block_runs_attention_no_more_than_needed(memory, frozen, expected
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen or "none"))
     options = RowsOptions(Sequences(N, backend=SDPA._replace(full=full)), memory)
-    weights, settings = OpenClipBlock._read(block)
+    weights, settings = OpenClipBlock.read_weights(block)
     fused_block(weights, settings, Hidden(hidden.flatten(0, 1)), options).sum().square().mean().backward()
     assert calls == expected
 

@@ -63,7 +63,7 @@ def test_fuse_same_gradients(name):
     images = family.images(dtype := next(model.parameters()).dtype)
     expected, kinds = gradients(model, images), [type(module) for module in model.modules()]
     assert sk.fuse(model) is model and sum(isinstance(module, FusedBlock) for module in model.modules()) == 6
-    assert [getattr(type(module), "_own", type(module)) for module in model.modules()] == kinds
+    assert [getattr(type(module), "caller_class", type(module)) for module in model.modules()] == kinds
     assert_equal(gradients(model, images), expected, 1e-9 if dtype == torch.float64 else 1e-4)
     sk.unfuse(model)
     assert [type(module) for module in model.modules()] == kinds

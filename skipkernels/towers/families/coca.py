@@ -47,13 +47,13 @@ class CoCaTextTower(OpenClipTextTower):
         token = self.text.cls_emb + self.text.positional_embedding[prompts.given_length]
         token = token.to(hidden.dtype).expand(len(hidden), 1, -1)
         hidden = torch.cat([hidden, token], dim=1)
-        if prompts.not_cropped:
+        if not prompts.crop.enabled:
             return hidden
         ends = (self._lengths(tokens) + self._excludes_self)[:, None, None]
         return hidden.scatter(1, ends.expand_as(token), token)
 
     def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
-        if prompts.not_cropped:
+        if not prompts.crop.enabled:
             return padding_mask(self.text, tokens)
         length = tokens.shape[1] + 1
         mask = self.text.attn_mask[None, None, :length, :length].to(tokens.device)

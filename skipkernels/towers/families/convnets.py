@@ -47,7 +47,7 @@ class StagedTower(ImageTower):
         self.image_size = height, width
         self._embedding_chain, self._head_chain = nn.Sequential(*embedding), nn.Sequential(*head)
 
-    def why_block_takes_no_rows(self, index: int) -> str | None:
+    def why_never_rows(self) -> str | None:
         return NOT_FUSED
 
     def embed(self, inputs: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class HuggingFaceBlock(FusedBlock):
     )  # fmt: skip
 
     def _submodules(self) -> Submodules:
-        return _BLOCKS[self._own]
+        return _BLOCKS[self.caller_class]
 
     def _why_settings(self) -> str | None:
         attention = self._modules["self_attn"]
@@ -62,7 +62,7 @@ class HuggingFaceBlock(FusedBlock):
         functions, eager = module.ALL_ATTENTION_FUNCTIONS, module.eager_attention_forward
         return functions.get(attention.config._attn_implementation, eager)
 
-    def _read(self) -> tuple[GivenWeights, BlockSettings]:
+    def read_weights(self) -> tuple[GivenWeights, BlockSettings]:
         parts = self._modules
         norm_1, norm_2, attention = parts["layer_norm1"], parts["layer_norm2"], parts["self_attn"]
         layers, mlp = attention._modules, parts["mlp"]._modules
@@ -96,7 +96,7 @@ class HuggingFaceBlock(FusedBlock):
             attention_mask = hidden_states.new_zeros(attention_mask.shape).masked_fill(~attention_mask, -torch.inf)
         return BlockInput(hidden_states, attention_mask)
 
-    def _example(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...] | None:
+    def example_input(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...] | None:
         takes_fp32 = self._attention_function() is not flash_attention_forward
         return (draw(2, 3, width), None) if takes_fp32 else None  # without a mask
 

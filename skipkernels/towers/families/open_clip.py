@@ -78,7 +78,7 @@ class OpenClipBlock(FusedBlock):
             return "a block's attention has dropout or an extra key"
         return None
 
-    def _read(self) -> tuple[GivenWeights, BlockSettings]:
+    def read_weights(self) -> tuple[GivenWeights, BlockSettings]:
         parts = self._modules
         norm_1, norm_2, attention, mlp = parts["ln_1"], parts["ln_2"], parts["attn"], parts["mlp"]._modules
         weights = {

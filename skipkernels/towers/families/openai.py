@@ -39,7 +39,7 @@ class OpenAIBlock(OpenClipBlock):
         mask = None if mask is None else mask[None, None, -tokens:, -tokens:].to(x.device)
         return BlockInput(x.transpose(0, 1), mask)
 
-    def _example(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...]:
+    def example_input(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...]:
         return (draw(3 if self.attn_mask is None else len(self.attn_mask), 2, width),)
 
     def _output(self, hidden: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ class OpenAITextTower(OpenClipTextTower):
     def pooling(self, tokens: Tensor) -> Pooling:
         return Pooling(tokens.argmax(dim=-1), not_causal=self._not_causal, not_cropped=self._not_causal)
 
-    def why_block_takes_no_rows(self, index: int) -> str | None:
-        return self._not_causal or super().why_block_takes_no_rows(index)
+    def why_never_rows(self) -> str | None:
+        return self._not_causal
 
     def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
         positions = self.model.positional_embedding[: tokens.shape[1]]

@@ -126,7 +126,7 @@ class ViTaminTower(TransformerTower):
     def embedding(self) -> tuple[Part | None, ...]:
         return (self.trunk.patch_embed.backbone.stem,)
 
-    def why_block_takes_no_rows(self, index: int) -> str | None:
+    def why_never_rows(self) -> str | None:
         return NOT_FUSED
 
     def embed(self, inputs: Tensor) -> Tensor:
@@ -181,10 +181,8 @@ class EvaTower(TransformerTower):
         hidden, _ = self.trunk._pos_embed(self.trunk.patch_embed(inputs))
         return self.trunk.norm_pre(hidden)
 
-    def why_block_takes_no_rows(self, index: int) -> str | None:
-        return (
-            "each block has rotary positions of its own" if self._is_mixed else super().why_block_takes_no_rows(index)
-        )
+    def why_never_rows(self) -> str | None:
+        return "each block has rotary positions of its own" if self._is_mixed else None
 
     @property
     def _is_mixed(self) -> bool:

@@ -107,7 +107,7 @@ class TimmBlock(FusedBlock):
         """Layer scales of both branches."""
         return layer_scale(self._modules["ls1"]), layer_scale(self._modules["ls2"])
 
-    def _read(self) -> tuple[GivenWeights, BlockSettings]:
+    def read_weights(self) -> tuple[GivenWeights, BlockSettings]:
         attention, mlp = self._modules["attn"], self._modules["mlp"]._modules
         norms, scales = self._norms(), self._scales()
         weights = _projections(attention)
@@ -147,7 +147,7 @@ class TimmEvaBlock(TimmBlock):
         rotary = rotary_of_tokens(rope, self._modules["attn"])
         return None if rotary is None else given._replace(rotary=rotary)
 
-    def _example(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...]:
+    def example_input(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...]:
         attention: Any = self._modules["attn"]
         angles, half = draw(3, attention.head_dim // 2), getattr(attention, "rotate_half", False)
         angles = torch.cat([angles] * 2, dim=1) if half else angles.repeat_interleave(2, dim=1)
