@@ -61,11 +61,11 @@ def _input_error(error: ValidationError, names: list[str]) -> InputError:
     if errors[0]["type"] == "unexpected_keyword_argument":
         close = difflib.get_close_matches(setting, names, 1)
         hint = f"; did you mean {close[0]}?" if close else "."
-        return InputError(f"TuneConfig: unknown setting {setting!r}{hint}")
+        return InputError(f"unknown setting {setting!r}{hint}", function="TuneConfig")
     # a message for each type of a union
     expected = [one["msg"].removeprefix("Input should be ") for one in errors if one["loc"][0] == setting]
     got = repr(errors[0]["input"])
-    return InputError(f"TuneConfig: {setting} must be {' or '.join(dict.fromkeys(expected))}; got {got}.", setting)
+    return InputError(f"must be {' or '.join(dict.fromkeys(expected))}; got {got}.", setting, "TuneConfig")
 
 
 @_with_input_errors
@@ -169,7 +169,7 @@ class TuneConfig(Settings):
         method = "skip" if self.method == AUTO else self.method
         if method not in METHODS:
             choices = f"{', '.join([AUTO, *METHODS])}; got {self.method!r}."
-            raise InputError(f"TuneConfig: method must be one of {choices}", "method")
+            raise InputError(f"must be one of {choices}", "method", "TuneConfig")
         return METHODS[method]
 
     def with_method(self, method: str) -> TuneConfig:
@@ -199,38 +199,41 @@ class TuneConfig(Settings):
 
     def _check(self) -> None:
         for name in self._unused():
-            _refuse(name, f"{name}={getattr(self, name)} has no effect with `method={self.method}`; leave it out.")
+            _refuse(name, f"{getattr(self, name)} has no effect with `method={self.method}`; leave it out.")
         assert self.epochs is not None
         if self.epochs < (0 if self.head != "none" or self.train_on_validation else 1) and self.has_steps:
-            _refuse("epochs", f"epochs must be at least 1, or 0 with a head; got {self.epochs}.")
+            _refuse("epochs", f"must be at least 1, or 0 with a head; got {self.epochs}.")
         if self.epochs == 0 and self.augments:
-            _refuse("refresh", "refresh=epoch has no effect without epochs; leave it out.")
+            _refuse("refresh", "epoch has no effect without epochs; leave it out.")
         if self.augments and self.chooses:
-            _refuse("refresh", "refresh=epoch needs a chosen method and head; add `method=skip`, or leave it out.")
+            _refuse("refresh", "epoch needs a chosen method and head; add `method=skip`, or leave it out.")
         if self.epochs == 0 and self.blend != 1:
-            _refuse("blend", f"blend={self.blend:g} has no effect without epochs; leave it out.")
+            _refuse("blend", f"{self.blend:g} has no effect without epochs; leave it out.")
         if self.head == "none" and self.prior != "images":
-            _refuse("prior", f"prior={self.prior} is that of a head; add `head=anchored`, or leave it out.")
+            _refuse("prior", f"{self.prior} is that of a head; add `head=anchored`, or leave it out.")
         if not isinstance(self.validation, str) and not 0 < self.validation < 1:
-            _refuse("validation", f"validation must be a share between 0 and 1; got {self.validation}.")
+            _refuse("validation", f"must be a share between 0 and 1; got {self.validation}.")
         if self.cache is not None and self.skip_layers == 0:
-            _refuse("cache", "cache keeps features at the cut, and with `skip_layers=0` there is no cut; leave it out.")
+            _refuse("cache", "must be left out with `skip_layers=0`: features are kept at the cut, and there is none.")
         if self.resume and self.overwrite:
-            _refuse("resume", "resume continues a run and `overwrite` replaces it; pass only one.")
+            _refuse("resume", "must be left out with `overwrite`, which replaces the run.")
         if isinstance(self.class_weight, (int, float)) and not 0 < self.class_weight <= 1:
-            _refuse(
-                "class_weight", f"class_weight must be balanced, or above 0 and at most 1; got {self.class_weight}."
-            )
+            _refuse("class_weight", f"must be balanced, or above 0 and at most 1; got {self.class_weight}.")
         if self.class_weight is not None and self.sampler == "class_pure":
-            _refuse("class_weight", "class_weight has no effect in batches of one class; use `sampler=random`.")
+            _refuse("class_weight", "must be left out for batches of one class; or use `sampler=random`.")
         if self.class_weight is not None and self.sampler == "balanced":
-            _refuse("class_weight", "class_weight and `sampler=balanced` would balance twice; leave one of them out.")
+            _refuse("class_weight", "must be left out with `sampler=balanced`, or it would balance twice.")
         if self.fused_optimizer and self.epochs:
-            fused = "fused_optimizer updates weights inside backward, and"
             if self.optimizer != "sgd":
-                _refuse("fused_optimizer", f"{fused} `optimizer={self.optimizer}` does not; use sgd.")
+                _refuse(
+                    "fused_optimizer",
+                    f"must be left out with `optimizer={self.optimizer}`: only sgd updates weights inside backward.",
+                )
             if self.precision == "fp16":
-                _refuse("fused_optimizer", f"{fused} `precision=fp16` needs gradients to scale; use bf16.")
+                _refuse(
+                    "fused_optimizer",
+                    "must be left out with `precision=fp16`, which scales gradients after backward; use bf16.",
+                )
 
     @property
     def has_steps(self) -> bool:
@@ -288,7 +291,7 @@ class TuneConfig(Settings):
         try:
             config = cls(**{str(name): value for name, value in values.items()})
         except InputError as error:
-            raise InputError(str(error).replace("TuneConfig", str(path), 1)) from None
+            raise InputError(f"{path}: {error.about(error.argument)}") from None
         for name in (name for name in _SOURCES if name in values and name not in given):
             check_source(path, name, getattr(config, name) or "", trust)
         return config
@@ -320,9 +323,9 @@ def usable_device(device: str, function: str) -> str:
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{function}: device {chosen!r} can't be used: {first_line(error)}", "device") from None
+        raise InputError(f"device {chosen!r} can't be used: {first_line(error)}", "device", function) from None
     return chosen
 
 
-def _refuse(argument: str, message: str) -> NoReturn:
-    raise InputError(f"TuneConfig: {message}", argument)
+def _refuse(argument: str, reason: str) -> NoReturn:
+    raise InputError(reason, argument, "TuneConfig")

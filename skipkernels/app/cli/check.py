@@ -47,8 +47,7 @@ class CheckCommand:
         try:
             source = open_source(self.data, self.root)
         except InputError as error:  # DATA has no flag
-            argument = None if error.argument == "data" else error.argument
-            raise InputError(str(error).removeprefix("open_source: "), argument) from error
+            raise InputError(error.reason, None if error.argument == "data" else error.argument) from error
         total = sum(len(source.images(split)) for split in ("train", "val", "test") if source.has_split(split))
         with progress("images", total) as advance:
             images = facts(source, lambda: advance(1))

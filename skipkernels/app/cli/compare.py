@@ -44,7 +44,7 @@ class CompareCommand(Settings):
 
         config = tune_config(self, out=None, overwrite=False)
         if not 1 <= self.seeds <= 1000:
-            raise InputError(f"--seeds must be a number of runs from 1 to 1000; got {self.seeds}.")
+            raise InputError(f"must be a number of runs from 1 to 1000; got {self.seeds}.", "seeds", "compare")
         name = f"{config.data}-{config.model}".replace(":", "-").replace("/", "-")
         folder = self.out or Path("runs", "compare", name)
         check_writable(folder)  # before the work is done

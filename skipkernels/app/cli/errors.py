@@ -15,7 +15,6 @@ from skipkernels.formatting import first_line
 from .options import SETTINGS
 
 _NAMES = {"run": "RUN", "images": "IMAGES", "templates": "--template"}  # Python argument → other name here
-_FUNCTION = re.compile(r"^[\w.]+: ")  # at the beginning of a message
 _IN_BACKQUOTES = re.compile(r"`([a-z_]+)(?:=([^`]+))?`")
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 
@@ -79,25 +78,21 @@ def failure(error: Exception) -> tuple[int, str, str] | None:
 
 
 def with_flags(error: BaseException) -> str:
-    """Return the message of an error, with the flag of its argument in place of the function and the argument.
-
-    Settings in backquotes, `name` or `name=value`, become flags, too.
+    """Return the message of an error with flags in place of its argument, and of settings in backquotes.
 
     >>> from skipkernels.app.data import InputError
-    >>> with_flags(InputError("few_shot: batch_size must be at least 1; got 0.", "batch_size"))
-    '--batch-size must be at least 1; got 0.'
-    >>> with_flags(InputError("export: out must be a new or an empty folder; got a. Use `overwrite=True`.", "out"))
+    >>> with_flags(InputError("must be a new or an empty folder; got a. Use `overwrite=True`.", "out", "export"))
     '--out must be a new or an empty folder; got a. Use --overwrite.'
-    >>> with_flags(InputError("csv:a.csv has no train images: it has test images.", "data"))
-    '--data: csv:a.csv has no train images: it has test images.'
+    >>> with_flags(InputError("runs/a has no results.", "run", "report"))
+    'RUN: runs/a has no results.'
     >>> with_flags(InputError("Lower `text_lr`, or use `precision=fp32`; `skipkernels doctor` prints devices."))
     'Lower --text-lr, or use --precision fp32; `skipkernels doctor` prints devices.'
     """
-    message, argument = str(error), getattr(error, "argument", None)
-    if argument is not None:
-        reason = _FUNCTION.sub("", message)
-        end = reason.removeprefix(argument)
-        message = _flag(argument) + (f": {reason}" if end == reason else end)
+    from skipkernels.app.data import InputError
+
+    message = str(error)
+    if isinstance(error, InputError):
+        message = error.about(None if error.argument is None else _flag(error.argument))
     return _IN_BACKQUOTES.sub(_setting, message)
 
 

@@ -173,9 +173,9 @@ def _names(text: str) -> list[str]:
     if len(names) < 2 or (not is_file and text.lower().endswith(".txt")):  # one name is most often a mistyped file
         got = f"{text}, which has {len(names)}" if is_file else f"{text!r}, and there is no such file"
         raise InputError(
-            f"predict: classes must be at least two names with commas between them, or a file with a name in each "
-            f"line; got {got}.",
+            f"must be at least two names with commas between them, or a file with a name in each line; got {got}.",
             "classes",
+            "predict",
         )
     return names
 
@@ -192,13 +192,13 @@ def _find_images(paths: Iterable[Path]) -> tuple[list[str], Counter[str]]:
             inside, skipped = find_images(path, {"": 0})
             if not inside:
                 none = f"has none{f' ({format_others(skipped)})' if skipped else ''}"
-                raise InputError(f"predict: images must be files or folders of images; {path} {none}.", "images")
+                raise InputError(f"must be files or folders of images; {path} {none}.", "images", "predict")
             images += [str(path / name) for name, _ in inside]
             others += skipped
         elif not os.path.lexists(path):
-            raise InputError(f"predict: images must be files or folders of images; there is no {path}.", "images")
+            raise InputError(f"must be files or folders of images; there is no {path}.", "images", "predict")
         else:
             images.append(str(path))
     if not images:
-        raise InputError("predict: images must be files or folders of images; got none.", "images")
+        raise InputError("must be files or folders of images; got none.", "images", "predict")
     return list(dict.fromkeys(images)), others

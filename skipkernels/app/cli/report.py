@@ -28,6 +28,6 @@ class ReportCommand:
         try:
             replace_text(path, page)
         except OSError as error:
-            raise InputError(f"report: {path} can't be written: {error.strerror}.", "run") from error
+            raise InputError(f"{path} can't be written: {error.strerror}.", "run", "report") from error
         out.print(str(path), soft_wrap=True)
         return 0

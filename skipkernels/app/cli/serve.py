@@ -53,7 +53,7 @@ class ServeCommand:
         from skipkernels.app.serve import Classifier
 
         if not 0 < self.max_mb < 10_000:
-            raise InputError(f"serve: max_mb must be more than 0; got {self.max_mb:g}.", "max_mb")
+            raise InputError(f"must be more than 0; got {self.max_mb:g}.", "max_mb", "serve")
         with self._listening() as listener:  # first: a port that is taken is known before the model is loaded
             classifier = Classifier.load(self.run, device=self.device, precision=self.precision, trust=self.trust)
             note_unfinished(self.run, err)
@@ -86,7 +86,7 @@ class ServeCommand:
         from skipkernels.app.data import InputError
 
         if not 0 <= self.port < 1 << 16:
-            raise InputError(f"serve: port must be from 0 to 65535; got {self.port}.", "port")
+            raise InputError(f"must be from 0 to 65535; got {self.port}.", "port", "serve")
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             return contextlib.closing(socket.create_server((self.host, self.port), family=family))
@@ -95,5 +95,5 @@ class ServeCommand:
             at = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) and not name_unknown else "host"
             reason = error.strerror if name_unknown or error.errno is None else os.strerror(error.errno)
             raise InputError(
-                f"serve: {at}: can't listen at {self.host}, port {self.port} ({reason}). Choose another {at}.", at
+                f"can't listen at {self.host}, port {self.port} ({reason}). Choose another {at}.", at, "serve"
             ) from None

@@ -93,4 +93,4 @@ def _class_names(name: str, root: Path, folders: list[str]) -> tuple[str, ...]:
         if unnamed:
             raise InputError(f"{mapping}: no name for folder {format_names(unnamed)}. Add it.")
         names = [name_of[folder] for folder in folders]
-    return class_names(f"open_source: {name}", names, "name the folders in classes.json")
+    return class_names(name, names, "name the folders in classes.json")

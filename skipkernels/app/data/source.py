@@ -116,14 +116,16 @@ def from_datasets(
     given: dict[Split, SizedDataset | None] = {"train": train, "val": val, "test": test}
     datasets = {split: dataset for split, dataset in given.items() if dataset is not None}
     if not datasets:
-        raise InputError(f"from_datasets: {name} must have a dataset; got none. Give train=, val= or test=.")
+        raise InputError(f"{name} must have a dataset; got none. Give train=, val= or test=.", function="from_datasets")
     if classes is None:
         classes = next((own for d in datasets.values() if (own := _names_of(d)) is not None), None)
     if classes is None:
-        raise InputError(f"from_datasets: {name} has no class names. Give classes=[…], names by label.", "classes")
+        raise InputError(f"{name} has no class names. Give classes=[…], names by label.", "classes", "from_datasets")
     if isinstance(classes, str) or not hasattr(classes, "__len__"):
-        raise InputError(f"from_datasets: {name}: classes must be names by label, a list; got {classes!r}.", "classes")
-    names = class_names(f"from_datasets: {name}", classes, "give others as classes=[…]", "classes")
+        raise InputError(
+            f"{name}: classes must be names by label, a list; got {classes!r}.", "classes", "from_datasets"
+        )
+    names = class_names(name, classes, "give others as classes=[…]", "classes")
     splits: dict[Split, Images] = {}
     for split, dataset in datasets.items():
         own = getattr(dataset, "names", None)
@@ -131,9 +133,10 @@ def from_datasets(
         outside = [(i, label) for i, label in enumerate(images.labels) if not 0 <= label < len(classes)]
         if outside:
             raise InputError(
-                f"from_datasets: labels of {name} must be from 0 to {len(classes) - 1}, as there are {len(classes)} "
+                f"{name}: labels must be from 0 to {len(classes) - 1}, as there are {len(classes)} "
                 f"classes; got {outside[0][1]} for item {outside[0][0]} of {split}. Name all classes, or relabel.",
                 split,
+                "from_datasets",
             )
         splits[split] = images
     return Source(name, names, resolve_templates(None, templates), splits=splits)

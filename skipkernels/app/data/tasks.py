@@ -111,18 +111,16 @@ class TaskOptions:
         """Raise an InputError if a value can't be used."""
         if self.protocol not in get_args(Protocol):
             choices = f"{', '.join(get_args(Protocol))}; got {self.protocol!r}"
-            raise InputError(f"load_task: protocol must be one of {choices}.", "protocol")
+            raise InputError(f"must be one of {choices}.", "protocol", "load_task")
         if self.shots != "all" and self.shots < 1:
-            raise InputError(f"load_task: shots must be at least 1; got {self.shots}.", "shots")
+            raise InputError(f"must be at least 1; got {self.shots}.", "shots", "load_task")
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
-            raise InputError(
-                f"load_task: validation must be a share between 0 and 1; got {self.validation}.", "validation"
-            )
+            raise InputError(f"must be a share between 0 and 1; got {self.validation}.", "validation", "load_task")
         if self.max_classes is not None and self.max_classes < 2:
-            raise InputError(f"load_task: max_classes must be at least 2; got {self.max_classes}.", "max_classes")
+            raise InputError(f"must be at least 2; got {self.max_classes}.", "max_classes", "load_task")
         if self.test == "none" and self.protocol != "few-shot":
             raise InputError(
-                f"load_task: test=none needs `protocol=few-shot`; {self.protocol} is a comparison of tests.", "test"
+                f"none needs `protocol=few-shot`; {self.protocol} is a comparison of tests.", "test", "load_task"
             )
 
 
@@ -173,7 +171,7 @@ def load_task(
     options.check()
     source = data if isinstance(data, Source) else open_source(data, options.root, options.templates)
     if len(source.classes) < 2:
-        raise InputError(f"load_task: {source.name} has fewer than two classes. Add some.", "data")
+        raise InputError(f"{source.name} has fewer than two classes. Add some.", "data", "load_task")
     chosen = _sampled(source, options.max_classes)
     parts = _parts(chosen, options.protocol)
     tests = tuple(_test_set(name, part, transform, options.test) for name, part in parts.items())

@@ -74,11 +74,11 @@ def blend(
         (0.3, True)
     """
     if alpha != "auto" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
-        raise InputError(f'blend: alpha must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha")
+        raise InputError(f'must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha", "blend")
     folder = restored(Path(run).expanduser())
     target = blended_folder(folder) if out is None else Path(out).expanduser()
     if target.resolve() == folder.resolve():
-        raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")
+        raise InputError(f"must not be the folder of the run; got {target}. Choose another.", "out", "blend")
     check_run_folder(target, overwrite=overwrite)
     metrics, (_, file) = read_metrics(folder), read_model(folder)
     of_run = _config_of_run(folder, trust=trust)
@@ -151,18 +151,20 @@ def _config_of_run(folder: Path, *, trust: bool) -> TuneConfig:
     config = TuneConfig.from_yaml(folder / CONFIG, trust=trust)
     if not config.method_class().trains_model:
         raise InputError(
-            f"blend: run must be of a method that tunes the weights of the model, skip or full; got {config.method}, "
+            f"must be of a method that tunes the weights of the model, skip or full; got {config.method}, "
             "which adds weights to it.",
             "run",
+            "blend",
         )
     if not config.epochs:
         raise InputError(
-            "blend: run must have tuned the weights of the model; it kept the pretrained ones, as with --epochs 0, or "
+            "must have tuned the weights of the model; it kept the pretrained ones, as with --epochs 0, or "
             "by the choice of a head on them. Tune it with --method skip.",
             "run",
+            "blend",
         )
     if config.data.partition(":")[0] == KIND:
-        raise InputError(f"blend: {config.data} was passed to tune in Python. Tune it with `blend=0.5`.")
+        raise InputError(f"{config.data} was passed to tune in Python. Tune it with `blend=0.5`.", function="blend")
     return config
 
 

@@ -148,7 +148,7 @@ class Classifier:
         """
         folder = restored(Path(run).expanduser())
         if not folder.is_dir():
-            raise InputError(f"Classifier.load: run must be the folder of a run; {folder} is not a folder.", "run")
+            raise InputError(f"must be the folder of a run; {folder} is not a folder.", "run", "Classifier.load")
         found = load_run(folder, classes=classes, templates=templates, device=device, precision=precision, trust=trust)
         classifier = cls(found)
         if classes is not None:  # an error now, before any image is read
@@ -181,7 +181,7 @@ class Classifier:
             logits = method.logits_of(TEST, embeddings)
         if logits is None:
             raise InputError(
-                "Classifier.load: classes must be trained classes: a linear probe does not use texts.", "classes"
+                "must be trained classes: a linear probe does not use texts.", "classes", "Classifier.load"
             )
         return logits
 
@@ -271,9 +271,10 @@ class Classifier:
         if isinstance(images, Tensor) and images.is_floating_point():
             if images.ndim != 4 or images.shape[1] != 3:
                 raise InputError(
-                    "Classifier.predict: images must be [N, 3, H, W], preprocessed by classifier.transform, or of "
+                    "must be [N, 3, H, W], preprocessed by classifier.transform, or of "
                     f"uint8; got {images.dtype} {list(images.shape)}.",
                     "images",
+                    "Classifier.predict",
                 )
             return list(map(str, range(len(images)))), images.__getitem__
         one = isinstance(images, (np.ndarray, Tensor)) and images.ndim in (0, 2, 3)
@@ -291,7 +292,7 @@ class Classifier:
             return self.transform(to_rgb(image, name))
         got = type(image).__name__
         raise InputError(
-            f"Classifier.predict: images must be paths, images of Pillow, or uint8 arrays; got {got}.", "images"
+            f"must be paths, images of Pillow, or uint8 arrays; got {got}.", "images", "Classifier.predict"
         )
 
     def _classified(
@@ -339,7 +340,7 @@ def check_counts(**counts: int | None) -> None:
     """Raise an InputError if a value is not a whole number of at least 1, or None."""
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InputError(f"Classifier.predict: {name} must be a whole number of at least 1; got {value}.", name)
+            raise InputError(f"must be a whole number of at least 1; got {value}.", name, "Classifier.predict")
 
 
 def check_threshold(threshold: float | None) -> None:
@@ -347,9 +348,10 @@ def check_threshold(threshold: float | None) -> None:
     number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if threshold is not None and not (number and 0 <= threshold <= 1):
         raise InputError(
-            f"Classifier.predict: threshold must be a number from 0 to 1; got {threshold!r}. The run's report.html has "
+            f"must be a number from 0 to 1; got {threshold!r}. The run's report.html has "
             "thresholds with their accuracy.",
             "threshold",
+            "Classifier.predict",
         )
 
 

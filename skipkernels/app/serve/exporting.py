@@ -99,7 +99,7 @@ def export(
         >>> model = open_clip.create_model(f"local-dir:{out / 'exported'}")
     """
     if to not in get_args(Target):
-        raise InputError(f"export: to must be one of {', '.join(get_args(Target))}; got {to!r}.", "to")
+        raise InputError(f"must be one of {', '.join(get_args(Target))}; got {to!r}.", "to", "export")
     source, folder = restored(Path(run).expanduser()), Path(out).expanduser()
     _check_folders(source, folder, overwrite=overwrite)
     loaded = load_plain(source, trust=trust)
@@ -108,18 +108,18 @@ def export(
             notes = _write(loaded, source, to, written)
             files = sorted(path.name for path in written.iterdir())
     except OSError as error:
-        raise InputError(f"export: out: {folder} can't be written ({error.strerror or error}).", "out") from error
+        raise InputError(f"{folder} can't be written ({error.strerror or error}).", "out", "export") from error
     return Exported(folder, files, notes)
 
 
 def _check_folders(run: Path, out: Path, *, overwrite: bool) -> None:
     """Check the folders before the work is done."""
     if os.path.lexists(out) and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
-        raise InputError(f"export: out must be a new or an empty folder; got {out}. Use `overwrite=True`.", "out")
+        raise InputError(f"must be a new or an empty folder; got {out}. Use `overwrite=True`.", "out", "export")
     if not run.is_dir():
-        raise InputError(f"export: run must be the folder of a run; {run} is not a folder.", "run")
+        raise InputError(f"must be the folder of a run; {run} is not a folder.", "run", "export")
     if has_run(out) or (out / CHECKPOINT).exists() or out.resolve() == run.resolve():
-        raise InputError(f"export: out must not be the folder of a run; got {out}. Choose another.", "out")
+        raise InputError(f"must not be the folder of a run; got {out}. Choose another.", "out", "export")
     check_writable(out, "out", "export")
 
 
@@ -148,7 +148,7 @@ def _write(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:
 
 def _write_open_clip(run: TunedRun, folder: Path) -> None:
     if not write_open_clip_config(folder, run.model, run.tokenizer):
-        raise InputError(f"export: run must have a model of open_clip; got {type(run.model).__name__}.", "run")
+        raise InputError(f"must have a model of open_clip; got {type(run.model).__name__}.", "run", "export")
     weights.save_weights(folder / OPEN_CLIP_WEIGHTS, run.model.state_dict())
 
 

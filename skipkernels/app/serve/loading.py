@@ -66,9 +66,7 @@ def load_run(
 def _resolved(precision: Precision | str, device: torch.device) -> Any:
     choices = get_args(Precision)
     if precision not in choices:
-        raise InputError(
-            f"Classifier.load: precision must be one of {', '.join(choices)}; got {precision!r}.", "precision"
-        )
+        raise InputError(f"must be one of {', '.join(choices)}; got {precision!r}.", "precision", "Classifier.load")
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
@@ -79,12 +77,12 @@ def _classes(described: Description, classes: Sequence[str] | None) -> list[str]
     if classes is None:
         return described.classes
     if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
-        raise InputError(f"Classifier.load: classes must be a list of names; got {classes!r}.", "classes")
+        raise InputError(f"must be a list of names; got {classes!r}.", "classes", "Classifier.load")
     if len(classes) < 2:  # of one class every image is certain
-        raise InputError(f"Classifier.load: classes must be at least two names; got {classes}.", "classes")
+        raise InputError(f"must be at least two names; got {classes}.", "classes", "Classifier.load")
     name, count = Counter(classes).most_common(1)[0]
     if count > 1:
-        raise InputError(f"Classifier.load: classes must differ; got {name!r} {count} times. Name it once.", "classes")
+        raise InputError(f"must differ; got {name!r} {count} times. Name it once.", "classes", "Classifier.load")
     return list(classes)
 
 
@@ -96,7 +94,7 @@ def _method(described: Description, model: nn.Module, tokenizer: Any, test: Test
     """Construct the method of a run; its weights are not loaded."""
     if described.method not in METHODS:
         known = f"{', '.join(METHODS)}; got {described.method!r}"
-        raise InputError(f"Classifier.load: run must have one of the methods {known}. Upgrade skipkernels.", "run")
+        raise InputError(f"must have one of the methods {known}. Upgrade skipkernels.", "run", "Classifier.load")
     kind = METHODS[described.method]
     tests = [test]
     settings: dict[str, Any] = {str(name): value for name, value in described.settings.items()}

@@ -29,10 +29,10 @@ Row = tuple[str, Sequence[tuple[str, float | None]]]
 def check_file(path: Path, command: str, argument: str = "out", suffix: str = ".csv") -> None:
     """Check that results can be written to a file, before the work is done; delete what a killed command left of it."""
     if path.suffix.lower() != suffix:
-        raise InputError(f"{command}: {argument} must end in {suffix}; got {path}.", argument)
+        raise InputError(f"must end in {suffix}; got {path}.", argument, command)
     parent = path.absolute().parent
     if path.is_dir() or not parent.is_dir():
-        raise InputError(f"{command}: {argument} must be a file in an existing folder; got {path}.", argument)
+        raise InputError(f"must be a file in an existing folder; got {path}.", argument, command)
     check_writable(parent, argument, command)
     sweep(parent, path.name)
 
@@ -41,9 +41,10 @@ def check_none(classes: Sequence[str]) -> None:
     """Raise an InputError if a class has the label of images without a class."""
     if any(name.strip().casefold() == NONE for name in classes):
         raise InputError(
-            f"predict: threshold labels images {NONE!r}, which is also a class of the run. Use Classifier.predict in "
+            f"must be left out: it labels images {NONE!r}, which is also a class of the run. Use Classifier.predict in "
             "Python, where `known` of the result marks such images.",
             "threshold",
+            "predict",
         )
 
 

@@ -28,7 +28,7 @@ def write(run: TunedRun, folder: Path) -> list[str]:
         import transformers
     except ImportError:
         raise InputError(
-            "export: hugging-face needs transformers: pip install 'skipkernels[hugging-face]'.", "to"
+            "hugging-face needs transformers: pip install 'skipkernels[hugging-face]'.", "to", "export"
         ) from None
     if isinstance(run.model, transformers.PreTrainedModel):  # the run's model came from such a folder
         run.model.save_pretrained(folder)
@@ -56,7 +56,7 @@ def convert(run: TunedRun, transformers: Any) -> Any:
 
 
 def _error(problem: str) -> InputError:
-    return InputError(f"export: run must have a model that CLIPModel can hold; {problem}. Use open-clip.", "run")
+    return InputError(f"must have a model that CLIPModel can hold; {problem}. Use open-clip.", "run", "export")
 
 
 def _check(run: TunedRun) -> None:

@@ -43,7 +43,7 @@ def write(run: TunedRun, folder: Path) -> None:
         import onnx
         import onnxscript  # noqa: F401  needed by torch.onnx
     except ImportError as error:
-        raise InputError(f"export: onnx needs {error.name}: pip install 'skipkernels[onnx]'.", "to") from None
+        raise InputError(f"onnx needs {error.name}: pip install 'skipkernels[onnx]'.", "to", "export") from None
     module = ImageClassifier(run).eval()
     height, width = _image_size(run)
     images = torch.zeros(2, 3, height, width)
@@ -63,7 +63,7 @@ def write(run: TunedRun, folder: Path) -> None:
             )
     except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
         raise InputError(
-            f"export: torch.onnx can't export the model ({first_line(error)}). Use open-clip.", "run"
+            f"torch.onnx can't export the model ({first_line(error)}). Use open-clip.", "run", "export"
         ) from error
     described = run.described
     values = {

@@ -57,7 +57,7 @@ def compare(
     unknown = [method for method in methods if method not in known]
     if unknown or not methods or len(set(methods)) < len(methods):
         got = f"no method {unknown[0]!r}" if unknown else f"got {' '.join(methods) or 'none'}"
-        raise InputError(f"compare: methods must be distinct names of {', '.join(known)}; {got}.", "methods")
+        raise InputError(f"must be distinct names of {', '.join(known)}; {got}.", "methods", "compare")
     configs = {method: config.with_method(method) for method in methods}
     fixed = {method: of for method, of in configs.items() if method != AUTO}  # which tries several rates itself
     searched = _search(fixed, folder / "search", console, overwrite) if config.own_data and fixed else {}

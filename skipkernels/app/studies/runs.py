@@ -115,9 +115,10 @@ def _complete(config: TuneConfig, out: Path) -> dict[str, Any] | None:
     differing = chosen_before(config)[0].differs_from(TuneConfig.from_yaml(out / CONFIG, trust=True))
     if differing:
         raise InputError(
-            f"run_variants: {out} holds a run with another {' and '.join(differing)}. Choose another folder, or add "
+            f"{out} holds a run with another {' and '.join(differing)}. Choose another folder, or add "
             "`overwrite=True`.",
             "out",
+            "run_variants",
         )
     metrics = read_metrics(out)
     return metrics if metrics["status"] == "complete" else None
@@ -168,4 +169,4 @@ def _variant_in_errors(variant: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{variant}: {error}", error.argument) from error
+        raise InputError(f"{error.reason} (run: {variant})", error.argument, error.function) from error

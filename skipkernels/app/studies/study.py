@@ -86,14 +86,14 @@ def write_study(study: Mapping[str, Any], folder: Path) -> list[Path]:
         for path, text in texts.items():
             replace_text(path, text)
     except OSError as error:
-        raise InputError(f"compare: {folder} can't be written: {error.strerror}.", "out") from error
+        raise InputError(f"{folder} can't be written: {error.strerror}.", "out", "compare") from error
     return list(texts)
 
 
 def study_page(folder: Path) -> str:
     """Return the page of the comparison in a folder, from its compare.json."""
     if not (folder / FILE).is_file():
-        raise InputError(f"report: {folder} has no results. Name the folder of a run of tune or compare.", "run")
+        raise InputError(f"{folder} has no results. Name the folder of a run of tune or compare.", "run", "report")
     try:
         return study_html(read_object(folder / FILE))
     except (OSError, ValueError) as error:

@@ -79,9 +79,10 @@ def save(
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = (getattr(cause, "strerror", None) or first_line(cause)).rstrip(".")
         raise InputError(
-            f"tune: out: the checkpoint can't be written to {folder}: {reason}. The previous one, if any, is kept; "
+            f"the checkpoint can't be written to {folder}: {reason}. The previous one, if any, is kept; "
             "free disk space and continue with `resume=True`.",
             "out",
+            "tune",
         ) from error
 
 

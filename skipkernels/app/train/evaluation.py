@@ -155,7 +155,7 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
     replaced = ("model", "pretrained", *(["data"] if "data" in given or own.dataset is not None else []))
     config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=replaced)  # the model is checked later
     if config.test == "none" and "data" not in given and own.test is None:
-        raise InputError(f"evaluate_run: data must be given: all images of {config.data} trained or validated.", "data")
+        raise InputError(f"must be given: all images of {config.data} trained or validated.", "data", "evaluate_run")
     changes: dict[str, Any] = {"trust": trust, "workers": 0, "test": "split"}
     changes |= {"refresh": "never", "validation": "none", "class_weight": None}
     if own.dataset is not None and "data" not in given and config.data.partition(":")[0] != KIND:

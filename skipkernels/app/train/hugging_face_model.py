@@ -46,7 +46,7 @@ def load_hugging_face(name: str, where: str | Path, *, architecture_only: bool) 
     `where` is a folder of `save_pretrained`, with the processor beside the model, or the name of a repository.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise InputError(f"tune: model: {name} needs transformers: pip install 'skipkernels[hugging-face]'.", "model")
+        raise InputError(f"{name} needs transformers: pip install 'skipkernels[hugging-face]'.", "model", "tune")
     remedy = "Save the model and its processor there with save_pretrained."
     try:
         if isinstance(where, Path):
@@ -58,9 +58,7 @@ def load_hugging_face(name: str, where: str | Path, *, architecture_only: bool) 
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         # what transformers raises for files that are damaged, missing, or of another version
         reason = " ".join(str(error).split())[:250]
-        raise InputError(
-            f"tune: model: {name} could not be loaded by transformers: {reason}. {remedy}", "model"
-        ) from error
+        raise InputError(f"{name} could not be loaded by transformers: {reason}. {remedy}", "model", "tune") from error
 
 
 def _load(name: str, folder: Path, architecture_only: bool) -> tuple[nn.Module, Callable, Callable]:
@@ -68,9 +66,9 @@ def _load(name: str, folder: Path, architecture_only: bool) -> tuple[nn.Module, 
 
     kind = read_object(folder / "config.json").get("model_type")
     if kind not in _TYPES:
-        raise InputError(f"tune: model: {name} must be a {', '.join(_TYPES.values())}; got {kind!r}.", "model")
+        raise InputError(f"{name} must be a {', '.join(_TYPES.values())}; got {kind!r}.", "model", "tune")
     if (folder / "adapter_config.json").exists():
-        raise InputError(f"tune: model: {name} has an adapter of PEFT; save the model after merge_and_unload.", "model")
+        raise InputError(f"{name} has an adapter of PEFT; save the model after merge_and_unload.", "model", "tune")
     safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     plain = {"attn_implementation": "sdpa", "trust_remote_code": False}  # a configuration may name a kernel of the hub
     config = AutoConfig.from_pretrained(folder, **safe)

@@ -81,15 +81,15 @@ def check_model(name: str, pretrained: str | None, *, architecture_only: bool = 
     """Raise the errors of `load_model` about the names of a model and its weights, without loading anything."""
     if name.startswith((LOCAL_DIR, HUB)):
         if pretrained is not None:
-            raise InputError(f"tune: pretrained: {name} has its own weights; leave it out.", "pretrained")
+            raise InputError(f"{name} has its own weights; leave it out.", "pretrained", "tune")
         if name in (LOCAL_DIR, HUB):
-            raise InputError(f"tune: model: {name}: must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME.", "model")
+            raise InputError(f"{name}: must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME.", "model", "tune")
         return
     known = [*open_clip.list_models(), PACKAGED]
     if name not in known:
         close = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_pretrained() has the names."
-        raise InputError(f"tune: model: open_clip has no model {name!r}; {hint}", "model")
+        raise InputError(f"open_clip has no model {name!r}; {hint}", "model", "tune")
     if not architecture_only:
         _check_weights(name, pretrained)
 
@@ -100,19 +100,17 @@ def _check_weights(name: str, pretrained: str | None) -> None:
     if pretrained is None:
         if name != PACKAGED:
             choices = ", ".join(tags) or "no tags"
-            raise InputError(
-                f"tune: pretrained: {name} needs weights: a file, random, or one of {choices}.", "pretrained"
-            )
+            raise InputError(f"{name} needs weights: a file, random, or one of {choices}.", "pretrained", "tune")
         return
     check_activation(name, pretrained)
     if file is None and pretrained != RANDOM and pretrained not in tags:
         raise InputError(
-            f"tune: pretrained: {name} has no tag {pretrained!r}, and {pretrained} is not a file; tags: "
-            f"{', '.join(tags) or 'none'}.",
+            f"{name} has no tag {pretrained!r}, and {pretrained} is not a file; tags: {', '.join(tags) or 'none'}.",
             "pretrained",
+            "tune",
         )
     if file is not None and not file.is_file():
-        raise InputError(f"tune: pretrained: no file {file}.", "pretrained")
+        raise InputError(f"no file {file}.", "pretrained", "tune")
 
 
 def check_activation(name: str, tag: str) -> None:
@@ -129,7 +127,7 @@ def check_activation(name: str, tag: str) -> None:
     if has != trained:
         names = {True: "QuickGELU", False: "GELU"}
         raise InputError(
-            f"tune: model: {tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}.", "model"
+            f"{tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}.", "model", "tune"
         )
 
 
@@ -170,29 +168,31 @@ def _not_created(name: str, tag: str | None, error: BaseException) -> InputError
         error = error.__context__
     reason = first_line(error).strip(". ")
     if tag is None:
-        return InputError(f"tune: model: {name} could not be created: {reason}.", "model")
+        return InputError(f"{name} could not be created: {reason}.", "model", "tune")
     known = open_clip.get_pretrained_cfg(name, tag)
     place = f"https://huggingface.co/{known['hf_hub'].rstrip('/')}" if known.get("hf_hub") else known.get("url", "")
     weights = f"get the weights from {place} on another machine, and pass" if place else "pass"
     return InputError(
-        f"tune: pretrained: the weights {tag} of {name} could not be downloaded: {reason}. Use `model={PACKAGED}`, "
+        f"the weights {tag} of {name} could not be downloaded: {reason}. Use `model={PACKAGED}`, "
         f"which needs no download, or {weights} the path of their file as `pretrained`.",
         "pretrained",
+        "tune",
     )
 
 
 def _load_folder(name: str, folder: Path, *, architecture_only: bool, trust: bool) -> Loaded:
     """Load a model with its weights from a folder; see `load_model`."""
     if not folder.is_dir():
-        raise InputError(f"tune: model: {name}: no folder {folder}.", "model")
+        raise InputError(f"{name}: no folder {folder}.", "model", "tune")
     if (folder / OPEN_CLIP).is_file():
         source = f"{LOCAL_DIR}{folder}"
         return _load_open_clip(name, source, folder / OPEN_CLIP, architecture_only=architecture_only, trust=trust)
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"tune: model: {name}: {folder} has no {OPEN_CLIP} of open_clip, and no config.json of transformers; name "
+            f"{name}: {folder} has no {OPEN_CLIP} of open_clip, and no config.json of transformers; name "
             "the folder of a saved model.",
             "model",
+            "tune",
         )
     return load_hugging_face(name, folder, architecture_only=architecture_only)
 
@@ -205,7 +205,7 @@ def _load_hub(name: str, where: str, *, architecture_only: bool, trust: bool) ->
     except EntryNotFoundError:  # a model of transformers, which may be in the cache without a network
         return load_hugging_face(name, where, architecture_only=architecture_only)
     except (OSError, ValueError) as error:
-        raise InputError(f"tune: model: {name} could not be loaded: {first_line(error)}", "model") from error
+        raise InputError(f"{name} could not be loaded: {first_line(error)}", "model", "tune") from error
     return _load_open_clip(name, name, Path(file), architecture_only=architecture_only, trust=trust)
 
 
@@ -226,7 +226,7 @@ def _load_open_clip(name: str, source: str, file: Path, *, architecture_only: bo
         raise
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         # a damaged file, or one of another version of open_clip
-        raise InputError(f"tune: model: {name} could not be loaded: {first_line(error)}", "model") from error
+        raise InputError(f"{name} could not be loaded: {first_line(error)}", "model", "tune") from error
     model.model_cfg = config
     return model, transform, _tokenizer(name, source, config)
 
@@ -247,9 +247,10 @@ def _tokenizer(name: str, source: str, config: dict[str, Any]) -> Callable:
             return open_clip.get_tokenizer(source, **options)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
-            f"tune: model: the Hugging Face tokenizer of {name} could not be loaded: {first_line(error)} It is "
+            f"the Hugging Face tokenizer of {name} could not be loaded: {first_line(error)} It is "
             "downloaded once, and needs transformers (pip install 'skipkernels[hugging-face]').",
             "model",
+            "tune",
         ) from error
 
 

@@ -33,23 +33,22 @@ class OwnData:
         if self.dataset is None:
             if any(part is not None for part in (self.test, self.validation, self.classes)):
                 raise InputError(
-                    f"{function}: test and validation images, and class names as classes, need the training images as "
-                    "dataset. For a number of classes pass max_classes.",
+                    "must be given with test, validation or classes. For a number of classes pass max_classes.",
                     "dataset",
+                    function,
                 )
             return config, None
         if config.data != TuneConfig.data and config.data.partition(":")[0] != KIND:
-            raise InputError(
-                f"{function}: data is {config.data!r}, and dataset is given too; leave one of them out.", "data"
-            )
+            raise InputError(f"must be left out with dataset; got {config.data!r}.", "data", function)
         parts = {"dataset": self.dataset, "test": self.test, "validation": self.validation}
         given = {argument: part for argument, part in parts.items() if part is not None}
         for argument, part in given.items():
             if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) or isinstance(part, Mapping):
                 raise InputError(
-                    f"{function}: {argument} must be a map-style dataset, with len(dataset) and dataset[i] → (image, "
+                    "must be a map-style dataset, with len(dataset) and dataset[i] → (image, "
                     f"label); got {type(part).__name__}.",
                     argument,
+                    function,
                 )
         name = f"{KIND}:" + re.sub(r"[^\w.+-]", "-", self.name or type(self.dataset).__name__)
         parts_identity = [[argument, dataset_identity(part, self.identity)] for argument, part in given.items()]

@@ -147,7 +147,7 @@ def resumed(config: TuneConfig) -> TuneConfig:
     if isinstance(config.resume, bool):
         return config
     if config.out is not None:
-        raise InputError("tune: `resume=RUN` continues in RUN; leave out `out`.", "resume")
+        raise InputError("the run is continued in its folder; leave out `out`.", "resume", "tune")
     names = [field.name for field in dataclasses.fields(TuneConfig)]
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(TuneConfig, name)}
     given |= {"out": config.resume, "resume": True, "overwrite": config.overwrite}
@@ -161,15 +161,16 @@ def resumed(config: TuneConfig) -> TuneConfig:
 def check_writable(folder: Path, argument: str = "out", function: str = "tune") -> None:
     """Check that a folder can be created and written."""
     if os.path.exists(folder) and not folder.is_dir():
-        raise InputError(f"{function}: {argument}: {folder} is a file; choose a folder.", argument)
+        raise InputError(f"{folder} is a file; choose a folder.", argument, function)
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     try:
         with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=existing):  # os.access is wrong about /proc
             pass
     except OSError as error:
         raise InputError(
-            f"{function}: {argument}: {folder} can't be created: {existing} is not a writable folder; choose another.",
+            f"{folder} can't be created: {existing} is not a writable folder; choose another.",
             argument,
+            function,
         ) from error
 
 
@@ -180,17 +181,19 @@ def check_run_folder(path: Path, *, resume: bool = False, overwrite: bool) -> No
     earlier = [file.name for file in _files(path)]
     if earlier and not has_run(path):
         raise InputError(
-            f"tune: out: {path} contains files with names of run files, but no {CONFIG} of a run: "
+            f"{path} contains files with names of run files, but no {CONFIG} of a run: "
             f"{format_names(earlier)}; choose another folder, or move them.",
             "out",
+            "tune",
         )
     started = {CONFIG, OPEN_CLIP} <= set(earlier) <= _BEFORE_EPOCHS
     if earlier and not (resume or overwrite or started):
         stopped = "" if METRICS in earlier else " It is not complete: `resume=True` continues it."
         raise InputError(
-            f"tune: out: {path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
+            f"{path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
             f"`overwrite=True`.{stopped}",
             "out",
+            "tune",
         )
 
 
@@ -202,7 +205,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _check_free(folder: Path) -> None:
     if is_locked(folder):
-        raise InputError(f"tune: out: {folder}: in use by another run. Wait for it, or choose another folder.", "out")
+        raise InputError(f"{folder}: in use by another run. Wait for it, or choose another folder.", "out", "tune")
 
 
 def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
@@ -211,8 +214,9 @@ def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
     kind, _, path = config.data.partition(":")
     if kind == "imagefolder" and path and Path(path).expanduser().resolve() in (written, *written.parents):
         raise InputError(
-            f"tune: {argument}: {folder} is in the folder of the images, {config.data}; choose another folder.",
+            f"{folder} is in the folder of the images, {config.data}; choose another folder.",
             argument,
+            "tune",
         )
 
 
@@ -253,9 +257,10 @@ class RunFolder:
         for name, value in self.config.identity().items():
             if before.get(name) != value:
                 raise InputError(
-                    f"tune: resume: {name} is {before.get(name)!r} in the run in {self.path}, and {value!r} here; "
+                    f"{name} is {before.get(name)!r} in the run in {self.path}, and {value!r} here; "
                     "pass the same, or choose another folder.",
                     "resume",
+                    "tune",
                 )
 
     @contextlib.contextmanager
@@ -272,7 +277,7 @@ class RunFolder:
                     for path in _files(self.path):
                         path.unlink(missing_ok=True)
             except OSError as error:
-                raise InputError(f"tune: out: {self.path} can't be used: {error.strerror}.", "out") from error
+                raise InputError(f"{self.path} can't be used: {error.strerror}.", "out", "tune") from error
             self.write(CONFIG, self.config.to_yaml())
             if self.resumed is not None:
                 self.write_rows(self.resumed.rows)
@@ -301,7 +306,7 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise InputError(f"tune: out: {self.path / name} can't be written: {error.strerror}.", "out") from error
+            raise InputError(f"{self.path / name} can't be written: {error.strerror}.", "out", "tune") from error
 
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl."""

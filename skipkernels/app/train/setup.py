@@ -132,8 +132,9 @@ def build_run(
     method = build_method(config, model, tokenizer, task)
     if config.cache is not None and method.caches is None:
         raise InputError(
-            f"tune: cache needs blocks that are frozen below a cut; {config.method} has none here. Leave it out.",
+            f"must be left out: {config.method} has no frozen blocks here, and so no features to keep.",
             "cache",
+            "tune",
         )
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
     return RunSetup(config, model, tokenizer, task, method, zero_shot, rounded_to)

@@ -172,7 +172,7 @@ class Trainer:
         """Restore the result of `state_dict`."""
         if state["labels"] != digest_tensors([("labels", self._labels)]):
             raise InputError(
-                "tune: resume: the training images differ from those of the run; choose another folder.", "resume"
+                "the training images differ from those of the run; choose another folder.", "resume", "tune"
             )
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])

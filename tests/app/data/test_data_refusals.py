@@ -168,7 +168,7 @@ LOADED: list[tuple[dict[str, Any], Tree, str, list[str]]] = [
     ({"shots": 0}, {}, "shots", ["shots must be at least 1; got 0."]),
     ({"max_classes": 1}, {}, "max_classes", ["max_classes must be at least 2", "got 1"]),
     ({"protocol": "zero-shot"}, {}, "protocol", ["protocol must be one of base-to-new, cross-dataset", "'zero-shot'"]),
-    ({"test": "none"}, {}, "test", ["test=none needs `protocol=few-shot`; base-to-new"]),
+    ({"test": "none"}, {}, "test", ["test: none needs `protocol=few-shot`; base-to-new"]),
     ({"data": UNTRAINED, "protocol": "few-shot", "max_classes": None}, {}, "data",
      ["squares has no train images: it has test images"]),
     ({"data": "pictograms:plants"}, {}, "data", ["no task 'plants' of pictograms; choose from animals, food"]),

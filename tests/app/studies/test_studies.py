@@ -138,7 +138,10 @@ def test_write_study_unwritable_folder(tmp_path, monkeypatch):
     [
         (["compare", "--methods", "skip", "skip"], "--methods must be distinct names of skip, zero-shot, full"),
         (["compare", "--seeds", "0"], "--seeds must be a number of runs from 1 to 1000"),
-        (["compare", "--methods", "zero-shot", "skip", "--skip-layers", "9"], "skip: SkipCLIP: skip_layers must be"),
+        (
+            ["compare", "--methods", "zero-shot", "skip", "--skip-layers", "9"],
+            "such as 0.5, or a tuple (image, text) of either; got 9. (run: skip)",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -160,7 +163,7 @@ def test_settings_are_checked_in_a_new_process(monkeypatch):
     """It returns an error of a setting. A process of the tests' server has imported PyTorch."""
     context = forkserver()
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda method: context)
-    with pytest.raises(InputError, match="a: .*epochs=1 has no effect with `method=linear-probe`"):
+    with pytest.raises(InputError, match="epochs: 1 has no effect with `method=linear-probe`; leave it out. .run: a.$"):
         runs._in_subprocess(runs._check, {"a": dataclasses.replace(TINY, method="linear-probe")})
 
 

@@ -208,12 +208,12 @@ def test_tune_labels_that_contradict_items(tmp_path):
     ("arguments", "message"),
     [({"dataset": iter([])}, "dataset must be a map-style dataset, with len"),
      ({"dataset": {"train": Squares(3)}}, "dataset must be a map-style dataset, .* got dict"),
-     ({"dataset": Squares(3), "data": "coop:dtd"}, "data is 'coop:dtd', and dataset is given too"),
-     ({"test": Squares(3)}, "need the training images as dataset"),
-     ({"classes": 3}, "need the training images as dataset. For a number of classes pass max_classes"),
+     ({"dataset": Squares(3), "data": "coop:dtd"}, "data must be left out with dataset; got 'coop:dtd'"),
+     ({"test": Squares(3)}, "dataset must be given with test, validation or classes"),
+     ({"classes": 3}, "dataset must be given with .* For a number of classes pass max_classes"),
      ({"dataset": Squares(3), "epoch": 3}, "unknown setting 'epoch'; did you mean epochs?"),
      ({"dataset": Squares(30)}, "has no class names"),
-     ({"dataset": Squares(30), "classes": ["one", "two"]}, "labels of dataset:Squares must be from 0 to 1"),
+     ({"dataset": Squares(30), "classes": ["one", "two"]}, "dataset:Squares: labels must be from 0 to 1"),
      ({"dataset": Squares(3), "classes": COLOURS}, "classes black, red, white have 1 image, .* or train on")],
 )  # fmt: skip
 def test_tune_refuses(tmp_path, arguments, message):

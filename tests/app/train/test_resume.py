@@ -112,8 +112,8 @@ SAME = ["--method", "skip", "--shots", "2", "--max-classes", "24", "--epochs", "
         (["--out", "RUN", "--resume", *SAME, "--shots", "3"], "shots is 2 in the run in RUN, and 3 here"),
         (["--out", "RUN", "--resume", *SAME, "--method", "full"], "method is 'skip' in"),
         (["--resume", "RUN", "--epochs", "5"], "epochs is 2 in the run in RUN, and 5 here"),
-        (["--resume", "RUN", "--out", "elsewhere"], "continues in RUN; leave out --out"),
-        (["--resume", "RUN", "--overwrite"], "pass only one"),
+        (["--resume", "RUN", "--out", "elsewhere"], "--resume: the run is continued in its folder; leave out --out"),
+        (["--resume", "RUN", "--overwrite"], "--resume must be left out with --overwrite"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

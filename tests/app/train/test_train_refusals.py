@@ -33,9 +33,9 @@ OPTIONS: list[tuple[list[str], str]] = [
     (["--pretrained", "nowhere/model.safetensors"], "no file nowhere/model.safetensors"),
     (["--pretrained", "~/no-such-file.pt"], f"no file {os.path.expanduser('~/no-such-file.pt')}"),
     (["--skip-layers", "7"], "error SkipCLIP: skip_layers must be a whole number from 0 to 4"),
-    (["--method", "full", "--cache", "c"], "--cache needs blocks that are frozen below a cut; full has none here"),
+    (["--method", "full", "--cache", "c"], "--cache must be left out: full has no frozen blocks here"),
     (["--skip-layers", "0", "--cache", "c"],
-     "--cache keeps features at the cut, and with --skip-layers 0 there is no cut"),
+     "--cache must be left out with --skip-layers 0: features are kept at the cut"),
     (["--data", "x" * 10**5], "error --data"),
     (["--data", "coop:imagenet", "--root", "a\n\x1b[2Jb\u202e"], "error --root"),
 ]  # fmt: skip
