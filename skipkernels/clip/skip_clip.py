@@ -136,7 +136,7 @@ class SkipCLIP(nn.Module):
         with builder.restored_after_error(model):
             parts = builder.build(model, tokens, skip_layers, cut, self.train_options, folder=text_cache)
         self.images, self.texts, self._containers = parts
-        self.class_weight = checks.as_class_weight(class_weight, self.prototypes, len(tokens))
+        self.class_weight = checks.as_class_weight(class_weight, self.prototypes, self.num_classes)
 
     @property
     def scale(self) -> Tensor:

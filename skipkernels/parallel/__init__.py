@@ -1,6 +1,5 @@
 """Several processes: images shared out by batch, classes by c ≡ r (mod P), on `torch.distributed`."""
 
-from .class_parallel import ClassParallel
 from .gathers import gather_rows
 from .gradients import all_reduce_gradients
 from .loss import (
@@ -13,7 +12,6 @@ from .pairs import pair_loss, sigmoid_loss
 from .sharded_clip import ShardedSkipCLIP
 
 __all__ = [
-    "ClassParallel",
     "ShardedSkipCLIP",
     "all_reduce_gradients",
     "gather_rows",

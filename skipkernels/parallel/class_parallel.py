@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,65 +14,60 @@ from torch import Tensor
 from .gathers import all_gather, gather_rows
 
 _BACKENDS = ("gloo", "nccl")
+_ERROR = -1  # in place of a number of images
 
 
-class OwnSelection(NamedTuple):
-    """The selected classes of one process."""
+class OwnColumns(NamedTuple):
+    """Columns of the logits [B, K] that one process computes."""
 
-    class_ids: Tensor  # [K_r] int64, selected classes that this process owns, as indices of its own, ascending
-    # [B] int64, positions of the labels of all images in `class_ids`, −1 if another process owns the class
+    positions: Tensor  # [K_r] int64, of its columns among all, ascending
+    # [B] int64, positions of the labels of all images among its columns, −1 if another process has the column
     labels: Tensor
-    positions: Tensor  # [K_r] int64, positions of these classes among the selected classes of all processes
-    targets: Tensor  # [B] int64, positions of the labels among the selected classes of all processes
-    kept: int  # K, number of selected classes of all processes
+    targets: Tensor  # [B] int64, positions of the labels among all columns
+    number: int  # K
 
 
+def check_group(group: Any, device: torch.device) -> None:
+    """Raise unless a process group can send tensors on a device."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "ShardedSkipCLIP: process_group must be a torch.distributed.ProcessGroup that contains this process, "
+            f"such as torch.distributed.group.WORLD after init_process_group; got {type(group).__name__}."
+        )
+    backend = dict(part.split(":") for part in str(dist.get_backend_config(group)).split(",")).get(device.type)
+    if backend not in _BACKENDS:
+        raise ValueError(
+            f"ShardedSkipCLIP: process_group must have gloo or NCCL for tensors on {device.type}, where the model "
+            f"is; got {backend}. Move the model to its device first, or pass another group."
+        )
+
+
+@dataclass(frozen=True)
 class ClassParallel:
-    """Assignment of classes to processes, and the messages about classes; docs/many-processes.md lists them.
+    """Assignment of classes to processes, and the messages of ShardedSkipCLIP; docs/many-processes.md lists them."""
 
-    A deep copy uses the same process group. `group` must use gloo or NCCL; `num_classes` is at least its size.
+    group: dist.ProcessGroup
+    num_classes: int
 
-    Attributes:
-        rank: r of this process in the group.
-        size: P, number of processes.
-    """
-
-    def __init__(self, group: Any, num_classes: int, device: torch.device):
-        if not isinstance(group, dist.ProcessGroup):
-            raise TypeError(
-                "ShardedSkipCLIP: process_group must be a torch.distributed.ProcessGroup that contains this process, "
-                f"such as torch.distributed.group.WORLD after init_process_group; got {type(group).__name__}."
-            )
-        backend = dict(part.split(":") for part in str(dist.get_backend_config(group)).split(",")).get(device.type)
-        if backend not in _BACKENDS:
-            raise ValueError(
-                f"ShardedSkipCLIP: process_group must have gloo or NCCL for tensors on {device.type}, where the model "
-                f"is; got {backend}. Move the model to its device first, or pass another group."
-            )
-        self.group, self.num_classes = group, num_classes
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._check_number(num_classes)
-        self._whole: tuple[Tensor, Tensor] | None = None  # argument and result of the last call of `class_embeddings`
-
-    def _check_number(self, num_classes: int) -> None:
-        if num_classes < self.size:
+    def __post_init__(self) -> None:
+        if self.num_classes < self.size:
             raise ValueError(
                 "ShardedSkipCLIP: process_group shares out the classes, so there must be at least as many classes as "
-                f"processes; got C={num_classes} and {self.size} processes. Use fewer processes."
+                f"processes; got C={self.num_classes} and {self.size} processes. Use fewer processes."
             )
 
     def __deepcopy__(self, memo: Any) -> ClassParallel:
-        return self._with(self.num_classes)
+        return self  # a process group cannot be copied
 
-    def with_classes(self, num_classes: int) -> ClassParallel:
-        """Return the same processes for another number of classes."""
-        self._check_number(num_classes)
-        return self._with(num_classes)
+    @property
+    def rank(self) -> int:
+        """r of this process in the group."""
+        return dist.get_rank(self.group)
 
-    def _with(self, num_classes: int) -> ClassParallel:
-        other = ClassParallel.__new__(ClassParallel)
-        vars(other).update(vars(self) | {"_whole": None, "num_classes": num_classes})
-        return other
+    @property
+    def size(self) -> int:
+        """P, number of processes."""
+        return dist.get_world_size(self.group)
 
     @property
     def owned(self) -> slice:
@@ -101,18 +97,26 @@ class ClassParallel:
                         f"on processes {self.rank} and {rank}. Pass the same on every process."
                     )
 
-    def gather_sizes(self, batch_size: int, call: str, device: torch.device, draws: bytes = b"") -> list[int]:
+    def announce_error(self, call: str, device: torch.device) -> None:
+        """Take part in `gather_sizes`, with an error in place of a number of images; collective."""
+        self._gather_numbers(_ERROR, call, b"", device)
+
+    def gather_sizes(self, batch_size: int, call: str, device: torch.device, sampler: bytes = b"") -> list[int]:
         """Return the number of images of each process, on the host; collective.
 
-        `call` is the name of the method and all arguments that must be equal; `draws` is what the next draw depends on.
+        `call` is the name of the method and all arguments that must be equal; `sampler` what the next draw depends on.
 
         Raises:
-            RuntimeError: On every process, if processes call different methods or would draw different classes.
+            RuntimeError: On every process, if one has announced an error, or processes call different methods or would
+                draw different classes.
         """
-        method, state = zlib.crc32(call.encode()), zlib.crc32(draws)
-        own = torch.tensor([batch_size, method, state], device=device)
-        messages: list[list[int]] = all_gather(own, self.group).tolist()
-        for rank, (_, other_method, other_state) in enumerate(messages):
+        (_, method, state), messages = self._gather_numbers(batch_size, call, sampler, device)
+        for rank, (size, other_method, other_state) in enumerate(messages):
+            if size == _ERROR:
+                raise RuntimeError(
+                    f"ShardedSkipCLIP: process {rank} of process_group has raised an error of its own before the first "
+                    f"message of {call}."
+                )
             if other_method != method:
                 raise RuntimeError(
                     f"ShardedSkipCLIP: process {rank} of process_group does not call {call}, as process {self.rank} "
@@ -126,6 +130,13 @@ class ClassParallel:
                 )
         return [size for size, _, _ in messages]
 
+    def _gather_numbers(
+        self, batch_size: int, call: str, sampler: bytes, device: torch.device
+    ) -> tuple[list[int], list[list[int]]]:
+        """Return three numbers of this process, and of each."""
+        own = [batch_size, zlib.crc32(call.encode()), zlib.crc32(sampler)]
+        return own, all_gather(torch.tensor(own, device=device), self.group).tolist()
+
     # ---- classes -----------------------------------------------------------------------------------------------
 
     def gather_classes(self, own: Tensor) -> Tensor:
@@ -137,17 +148,9 @@ class ClassParallel:
             whole[rank :: self.size] = rows
         return whole
 
-    def class_embeddings(self, own: Tensor) -> Tensor:
-        """Gather the class embeddings of all processes; collective unless `own` is the tensor of the previous call."""
-        if self._whole is None or self._whole[0] is not own:
-            self.gather_sizes(0, "class_embeddings", own.device)
-            self._whole = own, self.gather_classes(own)
-        return self._whole[1]
-
-    def own_selection(self, selection: tuple[Tensor, Tensor]) -> OwnSelection:
-        """Restrict a selection to the classes of this process; on a GPU their number needs a host sync."""
-        class_ids, targets = selection  # [K], [B]
+    def own_classes(self, class_ids: Tensor, targets: Tensor) -> tuple[Tensor, OwnColumns]:
+        """Restrict classes [K] and targets [B] to own classes [K_r], as indices of these; on a GPU with a host sync."""
         owned = class_ids % self.size == self.rank  # [K]
         labels = torch.where(owned, owned.cumsum(0) - 1, -1)[targets]  # [K] -> [B]
         positions = owned.nonzero().flatten()  # [K_r]
-        return OwnSelection(class_ids[positions] // self.size, labels, positions, targets, len(class_ids))
+        return class_ids[positions] // self.size, OwnColumns(positions, labels, targets, len(class_ids))

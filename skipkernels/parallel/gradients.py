@@ -6,23 +6,23 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from .sharded_clip import ShardedSkipCLIP, check_sharded
 
 _BUCKET_BYTES = 32 << 20  # largest message, except for a larger gradient
 
 
 @torch.no_grad()
-def all_reduce_gradients(clip: nn.Module) -> None:
+def all_reduce_gradients(clip: ShardedSkipCLIP) -> None:
     """Average the gradients of a ShardedSkipCLIP over the processes of its `process_group`, in place; collective.
 
     Call it on every process between `backward` and the optimizer's step, unless `DistributedDataParallel` does this.
     With gradient accumulation, call it once, after the last backward. Sums are in fp32, or fp64 for fp64 gradients. A
     gradient that is None on this process counts as zero.
     """
-    group: dist.ProcessGroup | None = getattr(clip, "process_group", None)
-    if group is None:
-        raise ValueError("all_reduce_gradients: clip must have a process_group. Make it a ShardedSkipCLIP.")
-    gradients = []
+    check_sharded("all_reduce_gradients", clip)
+    group, gradients = clip.process_group, []
     for parameter in clip.parameters():
         if parameter.requires_grad:
             if parameter.grad is None:  # every process must send the same buckets

@@ -9,14 +9,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from .. import functional
 from ..reference import widened
-from .class_parallel import OwnSelection
+from .class_parallel import OwnColumns
 from .gathers import gather_shares
 
 
 def sharded_cross_entropy(
     image: Tensor,
     text: Tensor,
-    selection: OwnSelection,
+    own: OwnColumns,
     logit_scale: Tensor,
     group: dist.ProcessGroup,
     *,
@@ -35,24 +35,24 @@ def sharded_cross_entropy(
     """
     # 1. Share of this process: log-sum-exp over its classes, and logit of the label or 0, [B] each
     logits = widened(functional.class_sampled_logits(image, text, logit_scale))
-    logits = logits[:, : len(selection.class_ids)]  # [B, K_r]: no column of `text` if K_r = 0
-    target = pad(logits, (1, 0)).gather(1, selection.labels[:, None] + 1)  # column 0 is for the label −1
+    logits = logits[:, : len(own.positions)]  # [B, K_r]: no column of `text` if K_r = 0
+    target = pad(logits, (1, 0)).gather(1, own.labels[:, None] + 1)  # column 0 is for the label −1
     shares = [logits.logsumexp(1), target.squeeze(1)]
     if label_smoothing > 0:
-        all_weights = image.new_ones(selection.kept) if class_weight is None else class_weight  # [K]
-        shares.append(logits @ widened(all_weights[selection.positions]))
+        all_weights = image.new_ones(own.number) if class_weight is None else class_weight  # [K]
+        shares.append(logits @ widened(all_weights[own.positions]))
     # 2. Shares of all processes, [processes, B] each, combined into the loss of each image, [B]
     lse, target, *smooth = gather_shares(torch.stack(shares), group).unbind(1)
     lse = lse.logsumexp(0)
     loss = lse - target.sum(0)
     if class_weight is not None:
-        loss = class_weight[selection.targets] * loss
+        loss = class_weight[own.targets] * loss
     if label_smoothing > 0:
         mean_weight = 1.0 if class_weight is None else class_weight.mean()
         loss = (1 - label_smoothing) * loss
-        loss = loss + label_smoothing * (lse * mean_weight - smooth[0].sum(0) / selection.kept)
+        loss = loss + label_smoothing * (lse * mean_weight - smooth[0].sum(0) / own.number)
     # 3. Mean, weighted by the class of each image
-    total = len(loss) if class_weight is None else class_weight[selection.targets].sum()
+    total = len(loss) if class_weight is None else class_weight[own.targets].sum()
     return (loss.sum() / total).to(_loss_dtype(image))
 
 
@@ -66,9 +66,8 @@ def sharded_contrastive_loss(
     images over the captions of all processes, and for text to image each process has all images.
     """
     B = len(image)
-    labels, pairs = _labels_of(own, B), torch.arange(B, device=image.device)
-    selection = OwnSelection(class_ids=own, labels=labels, positions=own, targets=pairs, kept=B)
-    image_to_text = sharded_cross_entropy(image, text, selection, logit_scale, group)
+    columns = OwnColumns(own, _labels_of(own, B), torch.arange(B, device=image.device), B)
+    image_to_text = sharded_cross_entropy(image, text, columns, logit_scale, group)
     if len(own) == 0:
         share = _empty_share(image, text, logit_scale)
     else:
@@ -85,7 +84,7 @@ def sharded_pairwise_sigmoid_loss(
     The arguments are those of `sharded_contrastive_loss`: each process compares its captions with all images.
     """
     if len(own) == 0:
-        share = _empty_share(image, text, logit_scale) + 0.0 * logit_bias
+        share = _empty_share(image, text, logit_scale, logit_bias)
     else:
         share = functional.pairwise_sigmoid(image, text, _labels_of(own, len(image)), logit_scale, logit_bias)
     return (_sum_over_processes(share, group) / len(image)).to(_loss_dtype(image))
@@ -113,16 +112,19 @@ def sharded_binary_cross_entropy(
     of all processes.
     """
     if targets.numel() == 0:
-        share = _empty_share(image, text, logit_scale) + 0.0 * bias
+        share = _empty_share(image, text, logit_scale, bias)
     else:
         logits = functional.class_sampled_logits(image, text, logit_scale) + bias
         share = binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
     return (_sum_over_processes(share, group) / elements).to(_loss_dtype(image))
 
 
-def _empty_share(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+def _empty_share(image: Tensor, text: Tensor, *numbers: Tensor | float) -> Tensor:
     """Return 0 as a function of the inputs, so that backward computes zero gradients for them instead of None."""
-    return (image[:0].sum() + text[:0].sum()) * logit_scale
+    zero = image[:0].sum() + text[:0].sum()
+    for x in numbers:
+        zero = zero + 0.0 * x
+    return zero
 
 
 def _sum_over_processes(share: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -14,7 +14,7 @@ from ..pairs.checks import bias_of, check_captions, check_many_labels, pair_bias
 from ..pairs.losses import encoded_loss
 from .gathers import count_of, gather_rows, or_one_row
 from .loss import sharded_binary_cross_entropy, sharded_contrastive_loss, sharded_pairwise_sigmoid_loss
-from .sharded_clip import ShardedSkipCLIP
+from .sharded_clip import ShardedSkipCLIP, check_sharded
 
 
 @torch.compiler.disable  # as SkipCLIP
@@ -32,19 +32,22 @@ def pair_loss(
     Captions of tokens are encoded by the process that has their images, those of ids by the process that owns the
     classes.
     """
-    _check_sharded("pair_loss", clip)
+    check_sharded("pair_loss", clip)
     count, shards = count_of(pixel_values), clip.shards
-    if count == 0:
-        is_tokens = isinstance(captions, Tensor) and captions.ndim == 2
-        prompt = clip.texts.tokens.flatten(0, -2)[0] if is_tokens else None
-        pixel_values, captions = or_one_row(pixel_values), or_one_row(captions, prompt)
-    refuse_loss_options("pair_loss", clip)
-    bias = pair_bias(clip, loss, logit_bias)
-    clip.check_inputs(pixel_values)
-    check_captions(captions, len(pixel_values), clip.num_classes, clip.texts.tower.vocabulary)
-    captions = captions.to(pixel_values.device, torch.int64)
-    sizes = clip.gather_sizes(count, f"pair_loss with loss={loss!r} and captions of {captions.ndim} dimensions")
-    if captions.ndim == 2:  # pairs with a caption encoded here, [n]
+    ndim = captions.ndim if isinstance(captions, Tensor) else 0
+
+    def check() -> tuple[Tensor, Tensor, Tensor | float | None]:
+        refuse_loss_options("pair_loss", clip)
+        bias = pair_bias(clip, loss, logit_bias)
+        prompt = clip.texts.tokens.flatten(0, -2)[0] if ndim == 2 else None
+        x, texts = or_one_row(pixel_values), or_one_row(captions, prompt)
+        clip.check_inputs(x)
+        check_captions(texts, len(x), clip.num_classes, clip.texts.tower.vocabulary)
+        return x, texts.to(x.device, torch.int64), bias
+
+    call = f"pair_loss with loss={loss!r} and captions of {ndim} dimensions"
+    (pixel_values, captions, bias), sizes = clip.begin(call, count, check)
+    if ndim == 2:  # pairs with a caption encoded here, [n]
         pair_ids = torch.arange(count, device=captions.device) + shards.own_rows(sizes).start
     else:
         caption_ids = gather_rows(captions[:count], sizes, shards.group)  # [B]
@@ -70,20 +73,23 @@ def sigmoid_loss(
     logit_bias: Tensor | float | None = None,
 ) -> SkipOutput:
     """Binary cross-entropy over the images of all processes, in training without logits; see `pairs.sigmoid_loss`."""
-    _check_sharded("sigmoid_loss", clip)
+    check_sharded("sigmoid_loss", clip)
     if not clip.training:
+        clip.evaluation_embeddings()  # collective: before an error of this process
         return pairs.sigmoid_loss(clip, pixel_values, labels, max_labels=max_labels, logit_bias=logit_bias)
     count, shards = count_of(pixel_values), clip.shards
-    if count == 0:
-        pixel_values, labels = or_one_row(pixel_values), or_one_row(labels)
-    refuse_loss_options("sigmoid_loss", clip)
-    clip.check_inputs(pixel_values)
-    check_many_labels(labels, pixel_values, clip.num_classes, max_labels)
-    bias = bias_of("sigmoid_loss", clip, logit_bias)
-    image, labels = clip.images.encode(pixel_values)[:count], labels[:count] != 0  # [b, D], [b, C]
+
+    def encode() -> tuple[Tensor, Tensor, Tensor | float]:
+        refuse_loss_options("sigmoid_loss", clip)
+        x, y = or_one_row(pixel_values), or_one_row(labels)
+        clip.check_inputs(x)
+        check_many_labels(y, x, clip.num_classes, max_labels)
+        return clip.images.encode(x), y != 0, bias_of("sigmoid_loss", clip, logit_bias)
+
+    call = f"sigmoid_loss with max_labels={max_labels}"
+    (image, labels, bias), sizes = clip.begin(call, count, encode, draws=True)
     # 1. The image embeddings of all processes, [B, D]
-    sizes = clip.gather_sizes(count, f"sigmoid_loss with max_labels={max_labels}", draws=True)
-    image = gather_rows(image, sizes, shards.group)
+    image, labels = gather_rows(image[:count], sizes, shards.group), labels[:count]  # [b, C]
     # 2. The same selection on every process: labels of any image score +∞
     with torch.no_grad():
         is_label = labels.any(dim=0).byte()  # [C]
@@ -97,11 +103,3 @@ def sigmoid_loss(
     elements = len(image) * len(class_ids)
     loss = sharded_binary_cross_entropy(image, text, targets, bias, clip.scale, elements, shards.group)
     return SkipOutput(loss, None, class_ids, own_targets)
-
-
-def _check_sharded(function: str, clip: object) -> None:
-    if not isinstance(clip, ShardedSkipCLIP):
-        raise TypeError(
-            f"parallel.{function}: clip must be a ShardedSkipCLIP; got {type(clip).__name__}. For a SkipCLIP call "
-            f"pairs.{function}."
-        )

@@ -6,8 +6,11 @@ images. docs/many-processes.md lists the messages.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,15 +18,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..clip import SkipCLIP, SkipOutput
-from ..clip.checks import as_class_weight, as_tokens, check_labels
+from ..clip.checks import as_class_weight, as_tokens, check_image_embeddings, check_labels
 from ..clip.state import Origin
 from ..clip.step import class_scores
 from ..digests import digest_json, digest_tensors, digests
 from ..retrieval import check_k, largest, top_k_logits
 from ..towers.base import UnsupportedModel
-from .class_parallel import ClassParallel
+from .class_parallel import ClassParallel, check_group
 from .gathers import all_gather, count_of, gather_rows, or_one_row
 from .loss import sharded_cross_entropy
+
+Result = TypeVar("Result")
 
 
 class ShardedSkipCLIP(SkipCLIP):
@@ -37,7 +42,6 @@ class ShardedSkipCLIP(SkipCLIP):
     The other arguments are those of SkipCLIP, with all classes, and equal on all processes. These raise an error:
 
         encode_classes                                  use class_embeddings()
-        loss in training mode                           call clip(images, labels)
         soft labels or return_logits in training mode   call clip.eval(), or use SkipCLIP on one process
         an evaluation with gradients                    call it under torch.no_grad()
 
@@ -46,7 +50,7 @@ class ShardedSkipCLIP(SkipCLIP):
 
     Attributes:
         prototypes, texts: Those of the classes of this process: row i is class r + i · P on process r of P.
-        shards: The `ClassParallel`, for the code of this package.
+        shards: Assignment of classes to processes, for the code of this package.
 
     Source: docs/many-processes.md.
     """
@@ -57,18 +61,17 @@ class ShardedSkipCLIP(SkipCLIP):
         tokens: Tensor,
         *,
         process_group: dist.ProcessGroup,
-        class_weight: Tensor | None = None,
         text_cache: str | Path | None = None,
         **options: Any,
     ):
         tokens = as_tokens(tokens)
-        shards = ClassParallel(process_group, len(tokens), next(model.parameters()).device)
+        check_group(process_group, next(model.parameters()).device)
+        self.shards = shards = ClassParallel(process_group, len(tokens))
+        self._digest = digest_tensors([("tokens", tokens)])
+        self._gathered: tuple[Tensor, Tensor] | None = None  # embeddings of own classes, and of all
         if text_cache is not None:
             text_cache = Path(text_cache) / f"process_{shards.rank}_of_{shards.size}"
         super().__init__(model, tokens[shards.owned], text_cache=text_cache, **options)
-        self.shards, self._digest = shards, digest_tensors([("tokens", tokens)])
-        # Those of all classes, which SkipCLIP would refuse for the classes of this process.
-        self.class_weight = as_class_weight(class_weight, self.prototypes, len(tokens))
         self._check_agreement(shards, self._digest, self.class_weight)
 
     @property
@@ -87,32 +90,51 @@ class ShardedSkipCLIP(SkipCLIP):
     def forward(self, pixel_values: Tensor, labels: Tensor, *, return_logits: bool = False) -> SkipOutput:
         """Run one step on the images of all processes; in evaluation mode on those of this one."""
         if not self.training:
+            self.evaluation_embeddings()  # collective: before an error of this process
             return super().forward(pixel_values, labels, return_logits=return_logits)
-        if return_logits or (isinstance(labels, Tensor) and labels.ndim == 2):
-            raise ValueError(
-                "ShardedSkipCLIP: labels must be class ids [B] and return_logits False, since no process has the "
-                "embeddings of all selected classes. Use clip.eval(), or SkipCLIP on one process."
-            )
-        count, shards = count_of(pixel_values), self.shards
-        if count == 0:
-            pixel_values, labels = or_one_row(pixel_values), or_one_row(labels)
-        self.check_inputs(pixel_values)
-        check_labels(labels, pixel_values, self.num_classes)
-        image = self.images.encode(pixel_values)[:count]  # [b, D]
-        sizes = self.gather_sizes(count, "clip", draws=True)
+
+        def encode() -> tuple[Tensor, Tensor]:
+            _refuse_soft_labels(labels, return_logits)
+            x, y = or_one_row(pixel_values), or_one_row(labels)
+            self.check_inputs(x)
+            check_labels(y, x, self.num_classes)
+            return self.images.encode(x), y
+
+        return self._step(count_of(pixel_values), encode)
+
+    @torch.compiler.disable
+    def loss(self, image: Tensor, labels: Tensor) -> Tensor:
+        """Loss [] of image embeddings, see `SkipCLIP.loss`."""
+        if not self.training:
+            self.evaluation_embeddings()
+            return super().loss(image, labels)
+
+        def check() -> tuple[Tensor, Tensor]:
+            _refuse_soft_labels(labels, False)
+            x, y = or_one_row(image), or_one_row(labels)
+            self.check_device()
+            check_image_embeddings(x, self.prototypes.shape[1])
+            check_labels(y, x, self.num_classes)
+            return x, y
+
+        return self._step(count_of(image), check).loss
+
+    def _step(self, count: int, local: Callable[[], tuple[Tensor, Tensor]]) -> SkipOutput:
+        """Select classes for the images of all processes, and compute the loss; see `begin`."""
+        (image, labels), sizes = self.begin("a training step", count, local, draws=True)  # [b, D], [b]
+        shards = self.shards
         # 1. The labels and image embeddings of all processes
         labels = gather_rows(labels[:count], sizes, shards.group)  # [B]
-        image = gather_rows(image, sizes, shards.group)  # [B, D]
+        image = gather_rows(image[:count], sizes, shards.group)  # [B, D]
         # 2. The same selection on every process, from the scores [C], gathered from [C/P] on each
         scores = self.scores_of_all(image).index_fill(0, labels, torch.inf)
-        selection = self.sampler.select(scores, labels)
-        class_ids, targets = selection  # [K], [B]
+        class_ids, targets = self.sampler.select(scores, labels)  # [K], [B]
         # 3. Text embeddings of the selected classes that this process owns, [K_r, D], and the loss over all images
-        own_selection = shards.own_selection(selection)
+        own_ids, own = shards.own_classes(class_ids, targets)
         loss = sharded_cross_entropy(
             image,
-            self.encode_own(own_selection.class_ids, image.dtype),
-            own_selection,
+            self.encode_own(own_ids, image.dtype),
+            own,
             self.scale,
             shards.group,
             class_weight=None if self.class_weight is None else self.class_weight[class_ids],
@@ -120,13 +142,23 @@ class ShardedSkipCLIP(SkipCLIP):
         )
         return SkipOutput(loss, None, class_ids, targets[shards.own_rows(sizes)])
 
-    def gather_sizes(self, count: int, call: str, *, draws: bool = False) -> list[int]:
-        """Number of images of each process; `draws` if `call` selects classes; collective."""
-        state = self.sampler.identity() if draws else b""
-        sizes = self.shards.gather_sizes(count, call, self.prototypes.device, state)
+    def begin(
+        self, call: str, count: int, local: Callable[[], Result], *, draws: bool = False
+    ) -> tuple[Result, list[int]]:
+        """Run the part of a call before its messages; return its result, and the number of images of each process.
+
+        Collective: an error of `local` is raised on every process. `draws` if the call selects classes.
+        """
+        device = self.prototypes.device
+        try:
+            found = local()
+        except Exception:
+            self.shards.announce_error(call, device)
+            raise
+        sizes = self.shards.gather_sizes(count, call, device, self.sampler.identity() if draws else b"")
         if sum(sizes) == 0:
             raise ValueError("ShardedSkipCLIP: a batch must have at least one image on one of the processes; got none.")
-        return sizes
+        return found, sizes
 
     def scores_of_all(self, image: Tensor) -> Tensor:
         """Scores [C] of all classes for image embeddings [B, D]; collective."""
@@ -135,11 +167,6 @@ class ShardedSkipCLIP(SkipCLIP):
     def encode_own(self, class_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Embeddings of own classes [K_r]; with none, of one that is not used, so that gradients are zero, not None."""
         return self.texts.encode(or_one_row(class_ids)).to(dtype)
-
-    def _compare_with_classes(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
-        if self.training:
-            raise RuntimeError("ShardedSkipCLIP: loss in training mode is not supported. Call clip(images, labels).")
-        return super()._compare_with_classes(image, labels, return_logits)
 
     def evaluation_embeddings(self) -> Tensor:  # noqa: D102
         if torch.is_grad_enabled():
@@ -205,7 +232,11 @@ class ShardedSkipCLIP(SkipCLIP):
         """Unit-norm text embeddings [C, D] of all classes, collective after a change of the weights; or of others."""
         if tokens is not None:
             return super().class_embeddings(tokens)
-        return self.shards.class_embeddings(self.texts.kept_embeddings())
+        own = self.texts.kept_embeddings()  # the same tensor until a weight changes
+        if self._gathered is None or self._gathered[0] is not own:
+            self.shards.gather_sizes(0, "class_embeddings", own.device)
+            self._gathered = own, self.shards.gather_classes(own)
+        return self._gathered[1]
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Not supported: a process has the texts of its own classes alone."""
@@ -214,7 +245,7 @@ class ShardedSkipCLIP(SkipCLIP):
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
         """Replace the classes of the task in place, on every process; see `SkipCLIP.set_classes`."""
         tokens = as_tokens(tokens)
-        shards = self.shards.with_classes(len(tokens))
+        shards = replace(self.shards, num_classes=len(tokens))
         weight = as_class_weight(class_weight, self.prototypes, len(tokens))
         digest = digest_tensors([("tokens", tokens)])
         self._check_agreement(shards, digest, weight)
@@ -227,8 +258,8 @@ class ShardedSkipCLIP(SkipCLIP):
     def _gathered_image_and_classes(self, pixel_values: Any, call: str) -> tuple[Tensor, Tensor, list[int]]:
         """Scaled image embeddings [B, D] of all processes, own class embeddings, and image counts; collective."""
         count = count_of(pixel_values)
-        image, classes = self._scaled_image_and_classes(or_one_row(pixel_values))
-        sizes = self.gather_sizes(count, call)
+        local = partial(self._scaled_image_and_classes, or_one_row(pixel_values))
+        (image, classes), sizes = self.begin(call, count, local)
         return gather_rows(image[:count], sizes, self.shards.group), classes, sizes
 
     def _check_agreement(self, shards: ClassParallel, digest: str, class_weight: Tensor | None) -> None:
@@ -249,6 +280,20 @@ class ShardedSkipCLIP(SkipCLIP):
             "weights": digest_json(digests(tensors)),
         }
         shards.check_equal(list(digest_of.items()), self.prototypes.device)  # the model may be on two devices
+
+
+def check_sharded(function: str, clip: object) -> None:
+    """Raise a TypeError unless clip is a ShardedSkipCLIP."""
+    if not isinstance(clip, ShardedSkipCLIP):
+        raise TypeError(f"parallel.{function}: clip must be a ShardedSkipCLIP; got {type(clip).__name__}.")
+
+
+def _refuse_soft_labels(labels: Any, return_logits: bool) -> None:
+    if return_logits or (isinstance(labels, Tensor) and labels.ndim == 2):
+        raise ValueError(
+            "ShardedSkipCLIP: labels must be class ids [B] and return_logits False, since no process has the "
+            "embeddings of all selected classes. Use clip.eval(), or SkipCLIP on one process."
+        )
 
 
 def _refuse_batch_norms(tower: Any) -> None:

@@ -26,10 +26,8 @@ REFUSED: list[tuple[Callable[[Any], object], type[Exception], str]] = [
      "labels must be class ids .B. and return_logits False"),
     (lambda group: small_clip(group)(BATCH[0], torch.eye(CLASSES)[BATCH[1]] / 2 + 1 / 2 / CLASSES), ValueError,
      "^ShardedSkipCLIP: labels must be class ids"),
-    (lambda group: (clip := small_clip(group)).loss(clip.encode_image(BATCH[0]), BATCH[1]), RuntimeError,
-     "ShardedSkipCLIP: loss in training mode is not supported"),
-    (lambda group: sk.parallel.all_reduce_gradients(small_clip()), ValueError,
-     "all_reduce_gradients: clip must have a process_group"),
+    (lambda group: sk.parallel.all_reduce_gradients(small_clip()), TypeError,
+     "parallel.all_reduce_gradients: clip must be a ShardedSkipCLIP; got SkipCLIP"),
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import re
 import runpy
 import sys
 from collections.abc import Iterator
@@ -180,6 +181,8 @@ def in_process(rank: int, size: int, folder: Path) -> dict[str, Any]:
     with recorded() as found["messages"]:
         clip(own[0].float(), own[1]).loss.backward()
     clip = small_clip(group)
+    found["loss"] = clip.loss(clip.encode_image(own[0]), own[1]).item()
+    clip = small_clip(group)
     clip(*own)
     found["copy"] = copy.deepcopy(clip)(*own).loss.item()
     with torch.autocast("cpu", torch.bfloat16):
@@ -274,6 +277,18 @@ def errors(rank: int, group: Any) -> dict[str, Any]:
     clip.sampler.decay = 0.3 + rank
     found["decay"] = caught(clip, images, labels)
     found["modes"] = caught(clip.predict, images) if rank else caught(clip, images, labels)
+    # Arguments that are wrong on process 1 alone
+    clip = small_clip(group)
+    x, y = (images * torch.nan, labels + CLASSES) if rank else (images, labels)
+    found["images of one"], found["labels of one"] = caught(clip, x, labels), caught(clip, images, y)
+    found["labels of loss"] = caught(clip.loss, clip.encode_image(images), y)
+    found["captions of one"] = caught(sk.parallel.pair_loss, clip, images, y)
+    found["many of one"] = caught(
+        sk.parallel.sigmoid_loss, clip, images, torch.eye(CLASSES)[labels] * (1 + rank), max_labels=1
+    )
+    found["predict of one"] = caught(clip.predict, x)
+    with torch.no_grad():
+        found["evaluation of one"] = caught(clip.eval(), x, labels), clip(images, labels).loss.item() > 0
     return found
 
 
@@ -356,6 +371,13 @@ def test_predict_and_top_k_match_one_process(results):
                 assert ids.equal(part(order.indices[:, :k], rank, size))
 
 
+def test_loss_of_embeddings_matches_one_process(results):
+    clip, (images, labels) = small_clip(), tiny_batch(8, CLASSES)
+    expected = clip.loss(clip.encode_image(images), labels).item()
+    for processes in results.values():
+        assert [got["loss"] for got in processes] == pytest.approx([expected] * len(processes), rel=FP64)
+
+
 def test_text_cache_is_shared_out(results, folder):
     """Each process opens the rows of its own classes; the results are those without a folder, to the bit."""
     for size, processes in results.items():
@@ -398,6 +420,35 @@ def test_state_of_one_process_continues_in_all(results, folder):
 
 
 @pytest.mark.parametrize(
+    ("name", "error", "call"),
+    [
+        ("images of one", "ValueError: .*NaN", "a training step"),
+        ("labels of one", "ValueError: .*labels must be", "a training step"),
+        ("labels of loss", "ValueError: .*labels must be", "a training step"),
+        (
+            "captions of one",
+            "ValueError: pair_loss: captions",
+            "pair_loss with loss='softmax' and captions of 1 dimensions",
+        ),
+        ("many of one", "ValueError: sigmoid_loss: labels must be 0 or 1", "sigmoid_loss with max_labels=1"),
+        ("predict of one", "ValueError: .*NaN", "predict"),
+    ],
+)
+def test_error_of_one_process_is_raised_on_every_process(results, name, error, call):
+    """Before a message that others wait for; the next calls work."""
+    first, second = (got["errors"][name] for got in results[2])
+    announced = (
+        f"RuntimeError: ShardedSkipCLIP: process 1 .* has raised an error of its own before .* message of {call}"
+    )
+    assert re.match(announced, first) and re.match(error, second)
+
+
+def test_error_of_one_process_in_evaluation_is_its_own(results):
+    (first, works), (second, _) = (got["errors"]["evaluation of one"] for got in results[2])
+    assert first == "" and works and "NaN" in second
+
+
+@pytest.mark.parametrize(
     ("name", "messages"),
     [
         ("tokens", ["tokens must be equal on all processes"] * 2),
@@ -411,7 +462,10 @@ def test_state_of_one_process_continues_in_all(results, folder):
         ("pairs", ["got ShardedSkipCLIP with 9 of them. Call parallel.pair_loss"] * 2),
         (
             "modes",
-            ["process 1 of process_group does not call clip, as process 0 does", "process 0 .* does not call predict"],
+            [
+                "process 1 of process_group does not call a training step, as process 0 does",
+                "process 0 .* does not call predict",
+            ],
         ),
         ("draws", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
         ("decay", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
