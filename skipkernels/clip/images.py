@@ -28,16 +28,16 @@ class ImageEncoder:
         self.watched: Watched | None = None
         image = torch.zeros(1, 3, *tower.image_size, device=tower.model.logit_scale.device)
         with evaluating([tower.model]), torch.no_grad():
-            features = self.lower(image)
+            features = self.compute_features(image)
             self.feature_shape = features.shape[1:]
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to embeddings [B, D], not normalised."""
         if self.are_features(pixel_values):
-            return self.upper(pixel_values)
-        return self.tower.upper(self.lower(pixel_values))  # features of now are never stale
+            return self.encode_features(pixel_values)
+        return self.tower.upper(self.compute_features(pixel_values))  # features of now are never stale
 
-    def upper(self, features: Tensor) -> Tensor:
+    def encode_features(self, features: Tensor) -> Tensor:
         """Features that the caller kept [B, N, W] to embeddings [B, D]; an error if modules below the cut changed."""
         self.watch()
         if self.is_stale():
@@ -47,7 +47,7 @@ class ImageEncoder:
             )
         return self.tower.upper(features)
 
-    def lower(self, images: Tensor) -> Tensor:
+    def compute_features(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]; `watch` first if the caller keeps them."""
         try:  # Sizes are not checked before: a convolutional model takes others too.
             return self.tower.lower(images)
@@ -81,14 +81,14 @@ class ImageEncoder:
         )
 
     def lower_copy(self) -> Callable[[Tensor], Tensor]:
-        """Return `lower` of copied modules that share the weights and stay in evaluation mode."""
+        """Return `compute_features` of copied modules that share the weights and stay in evaluation mode."""
         self.watch()
         copied = copy.copy(self)
         copied.tower = sharing_weights(self.tower, self.tower.model)
         for part in copied.tower.lower_parts():
             if isinstance(part, nn.Module):
                 part.eval()
-        return copied.lower
+        return copied.compute_features
 
     # ---- changes of the modules below the cut ------------------------------------------------------------------------
 

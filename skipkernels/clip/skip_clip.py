@@ -281,13 +281,13 @@ class SkipCLIP(nn.Module):
         """
         checks.check_pixel_values(images)
         self.images.watch()
-        return self.images.lower(images)
+        return self.images.compute_features(images)
 
     def encode_upper(self, features: Tensor) -> Tensor:
         """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
         self.check_device()
         checks.check_features(features, self.images.feature_shape)
-        return self.images.upper(features)
+        return self.images.encode_features(features)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], any norm."""

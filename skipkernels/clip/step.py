@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -20,26 +19,24 @@ def step(
     image: Tensor, labels: Tensor, texts: Texts, sampler: Sampler, scale: Tensor, options: LossOptions
 ) -> SkipOutput:
     """Select classes for image embeddings [B, D] and labels [B] or [B, C], embed these alone, and compute the loss."""
-    scores = class_scores(image, texts.prototypes, labels)  # [C]: highest cosine with an image, +∞ for labels
-    class_ids, targets = sampler.select(scores, labels)  # [K], [B]; of soft labels [B, C] their columns [B, K]
-    text = texts.encode(class_ids)  # [K, D], with gradient if texts train
+    text, class_ids, targets = select_and_encode(image, labels, texts, sampler)
     return cross_entropy(image, text, class_ids, targets, scale, options)
+
+
+def select_and_encode(
+    image: Tensor, labels: Tensor, texts: Texts, sampler: Sampler, max_labels: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select classes for image embeddings [B, D], and embed these alone; see `RankSampler.select`."""
+    scores = texts.scores(image, labels)  # [C]: highest cosine with an image, +∞ for labels
+    class_ids, targets = sampler.select(scores, labels, max_labels)  # [K], [B]; of labels [B, C] their columns [B, K]
+    text = texts.encode(class_ids)  # [K, D], with gradient if texts train
+    return text, class_ids, targets
 
 
 def compare_with_all(image: Tensor, labels: Tensor, text: Tensor, scale: Tensor, options: LossOptions) -> SkipOutput:
     """Compare image embeddings [B, D], of labels [B] or [B, C], with all classes [C, D]."""
     class_ids = torch.arange(len(text), device=image.device)
     return cross_entropy(image, text, class_ids, labels, scale, replace(options, return_logits=True))
-
-
-@torch.no_grad()
-def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> Tensor:
-    """Highest cosine [C] of each class with an image, +∞ for the classes of labels [B] or [B, C], if any."""
-    with torch.autocast(image.device.type, enabled=False):  # autocast would cast all prototypes in each step
-        image = image.to(prototypes.dtype)
-        if labels is None or labels.ndim == 1:
-            return functional.class_scores(image, prototypes, labels)
-        return functional.class_scores(image, prototypes).masked_fill((labels != 0).any(dim=0), math.inf)
 
 
 def cross_entropy(
@@ -93,9 +90,8 @@ class SkipOutput(NamedTuple):
 class Texts(Protocol):
     """Texts of the classes, such as `ClassTexts`."""
 
-    @property
-    def prototypes(self) -> Tensor:
-        """Unit-norm embeddings [C, D] from before tuning."""
+    def scores(self, image: Tensor, labels: Tensor) -> Tensor:
+        """Highest cosine [C] of each class with image embeddings [B, D], +∞ for labels [B] or [B, C]."""
 
     def encode(self, class_ids: Tensor) -> Tensor:
         """Class ids [K] to embeddings [K, D], with gradient if texts train."""
@@ -104,10 +100,10 @@ class Texts(Protocol):
 class Sampler(Protocol):
     """Selection of the classes of a step, such as `RankSampler`."""
 
-    def select(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, scores: Tensor, labels: Tensor, max_labels: int | None = None) -> tuple[Tensor, Tensor]:
         """Scores [C] and labels [B] to the kept classes [K], and the positions of the labels among them [B].
 
-        Soft labels [B, C] to the kept classes [K], and the columns of these classes [B, K].
+        Labels [B, C] to the kept classes [K], and the columns of these classes [B, K].
         """
 
 

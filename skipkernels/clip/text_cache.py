@@ -36,7 +36,7 @@ def features_in_folder(folder: Path, texts: ClassTexts) -> MappedTable:
         CacheError: If the folder has the features of other prompts, or of another model below the cut.
     """
     first = texts.templates[0].select(torch.zeros(1, dtype=torch.int64, device=texts.device), exact_rows=True)
-    probe = texts.lower(first)  # [n, W]
+    probe = texts.compute_features(first)  # [n, W]
     layout = _layout(texts.row_count, probe, _identity(texts))
     remedy = f"Give another text_cache (--cache), or delete {folder.parent}."
     if (folder / IDENTITY).exists() and (difference := Layout.read(folder).difference(layout)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from .. import functional
 from ..features.table import FeatureTable, MemoryTable
 from ..reference import autocast_dtype, unit_norm
 from ..towers.base import Reduction
@@ -89,9 +90,9 @@ class PromptEncoder:
 
     def features(self, selected: Mapping[int, SelectedPrompts]) -> list[Tensor]:
         """Features [R, W] at the cut of some prompts of each template, by its number."""
-        return [self.lower(of_template) for of_template in selected.values()]
+        return [self.compute_features(of_template) for of_template in selected.values()]
 
-    def lower(self, selected: SelectedPrompts) -> Tensor:
+    def compute_features(self, selected: SelectedPrompts) -> Tensor:
         """Compute the features [R, W] of some prompts at the cut."""
         # Below a cut as kept features are: without autocast.
         autocast = torch.autocast(self.device.type, enabled=False) if self.tower.skip > 0 else nullcontext()
@@ -150,6 +151,16 @@ class ClassTexts(PromptEncoder):
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_table": None, "_kept": None}  # not shared with other processes or copies
+
+    @torch.no_grad()
+    def scores(self, image: Tensor, labels: Tensor | None) -> Tensor:
+        """Highest cosine [C] of each prototype with an image [B, D], +∞ for classes of labels [B] or [B, C], if any."""
+        prototypes = self.prototypes
+        with torch.autocast(image.device.type, enabled=False):  # autocast would cast all prototypes in each step
+            image = image.to(prototypes.dtype)
+            if labels is None or labels.ndim == 1:
+                return functional.class_scores(image, prototypes, labels)
+            return functional.class_scores(image, prototypes).masked_fill((labels != 0).any(dim=0), torch.inf)
 
     def _compute_prototypes(self) -> Tensor:
         if self.folder is None:
@@ -239,7 +250,7 @@ class ClassTexts(PromptEncoder):
             for class_ids in self.class_ids.split(self.tower.cut.chunk):
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix
                 if missing is None or missing[first:end].any():
-                    rows = self.lower(prompts.select(class_ids, exact_rows=True))
+                    rows = self.compute_features(prompts.select(class_ids, exact_rows=True))
                     # Each chunk begins with the shared prefix, which is stored once, with the first of them.
                     yield first, rows if first == start else rows[prompts.prefix_length :], len(class_ids)
                 first = end

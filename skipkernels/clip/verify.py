@@ -62,7 +62,7 @@ def _of_texts(texts: ClassTexts, template: int) -> _Comparison:
         if table_is_fp32:
             return texts.encode_templates(class_ids, [template])[0]
         selected = prompts.select(class_ids)
-        return tower.upper([texts.lower(selected)], [selected])[0]
+        return tower.upper([texts.compute_features(selected)], [selected])[0]
 
     return _Comparison("texts", lambda: tower.reference_forward(rows), actual, parameters)
 
@@ -74,7 +74,7 @@ def _of_an_image(images: ImageEncoder) -> _Comparison:
     return _Comparison(
         "an image",
         lambda: tower.reference_forward(image.to(tower.dtype)),
-        lambda: tower.upper(images.lower(image)),
+        lambda: tower.upper(images.compute_features(image)),
         list(tower.upper_parameters()),
     )
 

@@ -31,8 +31,8 @@ class ReservedRanks:
             self.ranks = torch.empty_like(drawn, device=device)
         self.ranks.copy_(pinned(drawn, device), non_blocking=True)
 
-    def select(self, scores: Tensor, labels: Tensor) -> ClassSelection:
-        """Select the classes [K] at these ranks."""
+    def select(self, scores: Tensor, labels: Tensor, max_labels: int | None = None) -> ClassSelection:
+        """Select the classes [K] at these ranks, which `max_labels` cannot change any more."""
         return ClassSelection(*classes_at_ranks(scores, self.ranks, labels))
 
 
@@ -44,7 +44,7 @@ class TextsOnStream:
     """
 
     def __init__(self, texts: ClassTexts, stream: Any):
-        self._texts, self._stream, self.prototypes = texts, stream, texts.prototypes
+        self._texts, self._stream, self.scores = texts, stream, texts.scores
 
     def encode(self, class_ids: Tensor) -> Tensor:
         """Class ids [K] to text embeddings [K, D]."""

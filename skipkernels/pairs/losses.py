@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import functional
 from ..clip import SkipCLIP, SkipOutput
-from ..clip.step import class_scores
+from ..clip.step import select_and_encode
 from .checks import PairLoss, bias_of, check_captions, check_many_labels, check_texts, pair_bias, refuse_loss_options
 from .chunked import Part, check_chunk, chunked_loss
 
@@ -151,9 +151,10 @@ def sigmoid_loss(
     image, labels = clip.images.encode(pixel_values), labels != 0  # [B, D], [B, C]
     if clip.training:
         check_texts("sigmoid_loss", clip)
-        scores = class_scores(image, clip.prototypes, labels)  # [C]
-        class_ids, targets = clip.sampler.select(scores, labels, len(labels) * max_labels)  # [K], [B, K]
-        text = clip.texts.encode(class_ids)  # [K, D]
+        most = len(labels) * max_labels
+        text, class_ids, targets = select_and_encode(
+            image, labels, clip.texts, clip.sampler, most
+        )  # [K, D], [K], [B, K]
     else:
         class_ids, targets = torch.arange(clip.num_classes, device=image.device), labels
         text = clip.evaluation_embeddings()  # [C, D]

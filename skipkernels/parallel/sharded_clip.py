@@ -20,7 +20,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..clip import SkipCLIP, SkipOutput
 from ..clip.checks import as_class_weight, as_tokens, check_image_embeddings, check_labels
 from ..clip.state import Origin
-from ..clip.step import class_scores
 from ..digests import digest_json, digest_tensors, digests
 from ..retrieval import check_k, largest, top_k_logits
 from ..towers.base import UnsupportedModel
@@ -162,7 +161,7 @@ class ShardedSkipCLIP(SkipCLIP):
 
     def scores_of_all(self, image: Tensor) -> Tensor:
         """Scores [C] of all classes for image embeddings [B, D]; collective."""
-        return self.shards.gather_classes(class_scores(image, self.prototypes, None))
+        return self.shards.gather_classes(self.texts.scores(image, None))
 
     def encode_own(self, class_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Embeddings of own classes [K_r]; with none, of one that is not used, so that gradients are zero, not None."""

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import skipkernels as sk
 from skipkernels import functional
-from skipkernels.clip.step import class_scores
 from skipkernels.selection import RankSampler
 from skipkernels.testing import saved_bytes
 from tests import naive
@@ -209,10 +208,10 @@ def test_forward_under_autocast():
 
 def test_scores_under_autocast_are_those_of_fp32():
     """Rounded scores would keep other classes, and casting all prototypes takes time."""
-    image, prototypes = IMAGES.flatten(1)[:, :12].bfloat16(), make_clip(torch.float32).prototypes
-    expected = functional.class_scores(image.float(), prototypes)
+    image, texts = IMAGES.flatten(1)[:, :12].bfloat16(), make_clip(torch.float32).texts
+    expected = functional.class_scores(image.float(), texts.prototypes, LABELS)
     with torch.autocast("cpu", torch.bfloat16):
-        assert class_scores(image, prototypes, None).equal(expected)
+        assert texts.scores(image, LABELS).equal(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -70,9 +70,9 @@ def test_text_cache_with_class_token_behind_padding(tmp_path):
 
 def test_text_cache_opened_runs_one_text_below_cut(tmp_path, monkeypatch):
     ran = []
-    lower = ClassTexts.lower
+    compute = ClassTexts.compute_features
     monkeypatch.setattr(
-        ClassTexts, "lower", lambda self, chosen: ran.append(len(chosen.class_ids)) or lower(self, chosen)
+        ClassTexts, "compute_features", lambda self, chosen: ran.append(len(chosen.class_ids)) or compute(self, chosen)
     )
     make_clip(tmp_path)
     assert sum(ran) == CLASSES + 1
@@ -92,9 +92,9 @@ def test_text_cache_interrupted_build_resumes(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TableWriter, "write", interrupted)
         make_clip(tmp_path)
-    ran, lower = [], ClassTexts.lower
+    ran, compute = [], ClassTexts.compute_features
     monkeypatch.setattr(
-        ClassTexts, "lower", lambda self, chosen: ran.append(len(chosen.class_ids)) or lower(self, chosen)
+        ClassTexts, "compute_features", lambda self, chosen: ran.append(len(chosen.class_ids)) or compute(self, chosen)
     )
     assert same(step(make_clip(tmp_path)), theirs)
     assert ran == [1, 4, 1], "of nine classes in chunks of four, those of the first chunk were written"
