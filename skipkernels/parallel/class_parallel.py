@@ -148,9 +148,8 @@ class ClassParallel:
             whole[rank :: self.size] = rows
         return whole
 
-    def own_classes(self, class_ids: Tensor, targets: Tensor) -> tuple[Tensor, OwnColumns]:
-        """Restrict classes [K] and targets [B] to own classes [K_r], as indices of these; on a GPU with a host sync."""
-        owned = class_ids % self.size == self.rank  # [K]
-        labels = torch.where(owned, owned.cumsum(0) - 1, -1)[targets]  # [K] -> [B]
-        positions = owned.nonzero().flatten()  # [K_r]
-        return class_ids[positions] // self.size, OwnColumns(positions, labels, targets, len(class_ids))
+    def own_columns(self, positions: Tensor, targets: Tensor, number: int) -> OwnColumns:
+        """Columns of own classes, at `positions` [K_r] among the selected ones; targets [B] are positions of labels."""
+        labels = targets.new_full((number,), -1)  # [K]
+        labels[positions] = torch.arange(len(positions), device=positions.device)
+        return OwnColumns(positions, labels[targets], targets, number)

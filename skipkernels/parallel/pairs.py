@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import pairs
 from ..clip import SkipOutput
+from ..clip.step import select_and_encode
 from ..pairs.checks import bias_of, check_captions, check_many_labels, pair_bias, refuse_loss_options
 from ..pairs.losses import encoded_loss
 from .gathers import count_of, gather_rows, or_one_row
 from .loss import sharded_binary_cross_entropy, sharded_contrastive_loss, sharded_pairwise_sigmoid_loss
+from .own_texts import OwnTexts
 from .sharded_clip import ShardedSkipCLIP, check_sharded
 
 
@@ -90,16 +89,11 @@ def sigmoid_loss(
     (image, labels, bias), sizes = clip.begin(call, count, encode, draws=True)
     # 1. The image embeddings of all processes, [B, D]
     image, labels = gather_rows(image[:count], sizes, shards.group), labels[:count]  # [b, C]
-    # 2. The same selection on every process: labels of any image score +∞
-    with torch.no_grad():
-        is_label = labels.any(dim=0).byte()  # [C]
-        dist.all_reduce(is_label, dist.ReduceOp.MAX, group=shards.group)
-        scores = clip.scores_of_all(image).masked_fill(is_label.bool(), math.inf)
-        class_ids, own_targets = clip.sampler.select(scores, labels, len(image) * max_labels)  # [K], [b, K]
-    # 3. Text embeddings of the selected classes that this process owns, [K_r, D], and the loss over all images
-    positions = (class_ids % shards.size == shards.rank).nonzero().flatten()
-    text = clip.encode_own(class_ids[positions] // shards.size, image.dtype)
-    targets = gather_rows(own_targets.byte(), sizes, shards.group)[:, positions]  # [B, K_r]
-    elements = len(image) * len(class_ids)
+    # 2. The same selection on every process, and text embeddings of own selected classes: [K_r, D], [K], [b, K]
+    texts = OwnTexts(clip.texts, shards)
+    text, class_ids, own_targets = select_and_encode(image, labels, texts, clip.sampler, len(image) * max_labels)
+    # 3. The loss over all images
+    targets = gather_rows(own_targets.byte(), sizes, shards.group)[:, texts.positions]  # [B, K_r]
+    elements, text = len(image) * len(class_ids), text.to(image.dtype)
     loss = sharded_binary_cross_entropy(image, text, targets, bias, clip.scale, elements, shards.group)
     return SkipOutput(loss, None, class_ids, own_targets)

@@ -20,12 +20,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..clip import SkipCLIP, SkipOutput
 from ..clip.checks import as_class_weight, as_tokens, check_image_embeddings, check_labels
 from ..clip.state import Origin
+from ..clip.step import select_and_encode
 from ..digests import digest_json, digest_tensors, digests
 from ..retrieval import check_k, largest, top_k_logits
 from ..towers.base import UnsupportedModel
 from .class_parallel import ClassParallel, check_group
 from .gathers import all_gather, count_of, gather_rows, or_one_row
 from .loss import sharded_cross_entropy
+from .own_texts import OwnTexts
 
 Result = TypeVar("Result")
 
@@ -125,15 +127,15 @@ class ShardedSkipCLIP(SkipCLIP):
         # 1. The labels and image embeddings of all processes
         labels = gather_rows(labels[:count], sizes, shards.group)  # [B]
         image = gather_rows(image[:count], sizes, shards.group)  # [B, D]
-        # 2. The same selection on every process, from the scores [C], gathered from [C/P] on each
-        scores = self.scores_of_all(image).index_fill(0, labels, torch.inf)
-        class_ids, targets = self.sampler.select(scores, labels)  # [K], [B]
-        # 3. Text embeddings of the selected classes that this process owns, [K_r, D], and the loss over all images
-        own_ids, own = shards.own_classes(class_ids, targets)
+        # 2. The same selection on every process, from the scores [C], gathered from [C/P] on each,
+        #    and text embeddings of the selected classes that this process owns: [K_r, D], [K], [B]
+        texts = OwnTexts(self.texts, shards)
+        text, class_ids, targets = select_and_encode(image, labels, texts, self.sampler)
+        # 3. The loss over all images
         loss = sharded_cross_entropy(
             image,
-            self.encode_own(own_ids, image.dtype),
-            own,
+            text.to(image.dtype),
+            shards.own_columns(texts.positions, targets, len(class_ids)),
             self.scale,
             shards.group,
             class_weight=None if self.class_weight is None else self.class_weight[class_ids],
@@ -158,14 +160,6 @@ class ShardedSkipCLIP(SkipCLIP):
         if sum(sizes) == 0:
             raise ValueError("ShardedSkipCLIP: a batch must have at least one image on one of the processes; got none.")
         return found, sizes
-
-    def scores_of_all(self, image: Tensor) -> Tensor:
-        """Scores [C] of all classes for image embeddings [B, D]; collective."""
-        return self.shards.gather_classes(self.texts.scores(image, None))
-
-    def encode_own(self, class_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embeddings of own classes [K_r]; with none, of one that is not used, so that gradients are zero, not None."""
-        return self.texts.encode(or_one_row(class_ids)).to(dtype)
 
     def evaluation_embeddings(self) -> Tensor:  # noqa: D102
         if torch.is_grad_enabled():
