@@ -125,6 +125,8 @@ class ClassTexts(PromptEncoder):
         kept_embeddings    no         1      until a change of weights, settings or autocast
         prototypes         no         1      always
 
+    `features` at the cut are rows of `table`, which is computed again after a change of weights below the cut.
+
     Args:
         tower: Text tower, cut.
         tokens: [C, L] or [C, T, L].

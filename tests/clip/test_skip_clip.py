@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import skipkernels as sk
 from skipkernels import retrieval, testing
 from skipkernels.clip import builder
-from skipkernels.towers.base import Tower
-from tests.clip.clips import IMAGES, LABELS, C, assert_same_bits, gradients, make_clip, mixup
+from skipkernels.towers.base import Cut, Tower
+from tests.clip.clips import IMAGES, LABELS, C, assert_same_bits, gradients, make_clip, mixup, three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -33,6 +33,17 @@ def test_parameter_groups_replaced_parameters():
 def test_skip_layers_fraction_and_pair():
     clip = sk.SkipCLIP(tiny_clip(text={"layers": 2}), tiny_tokens(4), skip_layers=(2, 0.5))
     assert (clip.images.tower.skip, clip.texts.tower.skip) == (2, 1)
+
+
+def test_cut_of_both_towers():
+    options = {"memory": "min", "chunk": 7, "lower_device": torch.device("cpu")}
+    clip = sk.SkipCLIP(tiny_clip(), three_templates(), skip_layers=(2, 1), **options)
+    for _ in range(2):
+        assert clip.images.tower.cut == Cut(skip=2, **options)
+        assert clip.texts.tower.cut == Cut(skip=1, runs=3, **options)
+        clip.refresh()
+    clip.set_classes(tiny_tokens(C))
+    assert clip.texts.tower.cut == Cut(skip=1, runs=1, **options)
 
 
 def test_construction_under_autocast():
