@@ -175,6 +175,8 @@ class Tower(ABC):
 
         return FreeMemory()
 
+    # ---- whether blocks take rows, and the reductions ----------------------------------------------------------------
+
     def why_never_rows(self) -> str | None:
         """Return why no block of this tower is called with rows, or None; families override it."""
         return None

@@ -1,10 +1,12 @@
 """A pre-norm transformer block as one autograd node that saves little for backward.
 
-    hidden = stream + branch of the previous block
+    hidden = stream + branch
     mid = hidden + attention(LN₁(hidden)) · W_o + b_o
-    branch = act(LN₂(mid) · W_fc + b_fc) · W_p + b_p
+    out = mid + act(LN₂(mid) · W_fc + b_fc) · W_p + b_p
 
-The result is the sum of mid and branch, returned as `Hidden`, so that the norm of the next block adds them.
+Input and output are sums that the next norm computes: a `Hidden` with a stream and a branch. The stream of the output
+is mid, and its branch the MLP's result. A sum has one gradient, which backward takes and returns once for each term: in
+the dtype of the stream, and in that of the branch.
 
 Options, as some families have them: a norm of each head of query and key (`query_norm`, `key_norm`), rotary position
 embeddings of query and key (`Rotary`), a norm of the result of attention and one of the activation (`attention_norm`,
@@ -31,14 +33,13 @@ from ..attention import BlockAttention
 
 
 class Hidden(NamedTuple):
-    """Hidden states as a sum that is not computed yet: the next norm adds it.
+    """Hidden states [R, W] as a sum that is not computed yet. (A NamedTuple, in which hooks of FSDP2 find tensors.)
 
-    Both terms must have the same gradient up to rounding, as those of a sum: a fused block takes its residual gradient
-    from `stream` and that of its product from `branch`. (A NamedTuple, since hooks of FSDP2 look for tensors in it.)
+    The reader uses the sum of both terms, so that both have the same gradient up to rounding.
     """
 
     stream: Tensor
-    branch: Tensor | None = None
+    branch: Tensor | None = None  # in the dtype of products; None in front of the first block
 
     def sum(self) -> Tensor:
         """Compute the sum in the dtype of the stream."""

@@ -311,6 +311,7 @@ def rotate(call: BlockCall, projected: Sequence[Tensor], *, inverse: bool = Fals
     if len(projected) == 1:  # query and key are the first 2H heads
         return (rotary_embedding(projected[0], cos, sin, 2 * heads, interleaved, inverse),)
     (query, key_value), query_rows = projected, call.options.attention.query_rows
+    assert query_rows is not None
     if isinstance(query_rows, slice):  # the same token of each sequence
         first = (query_rows.start or 0) % len(cos)
         of_queries = cos[first : first + 1], sin[first : first + 1]
