@@ -461,7 +461,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     hidden, _, mean, rstd = output
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.mark_non_differentiable(mean, rstd, *([hidden] if residual is None else []))
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None else hidden, mean, rstd, weight)
 
 

@@ -635,6 +635,25 @@ class_sampled_ce_backward = registration.define(
     fallback=_fallback_backward,
     launch=_launch_backward,
 )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    call, (_, *statistics) = Forward(*inputs), output
+    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(
+        call.image, call.text, call.labels, call.logit_scale, *statistics, call.class_ids, call.class_weight
+    )
+    ctx.options = call.label_smoothing, call.ignore_index, call.reduction
+
+
+def _backward(ctx: Any, d_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    need_image, need_text, _, need_logit_scale, *_ = ctx.needs_input_grad
+    d_image, d_text, d_logit_scale = class_sampled_ce_backward(
+        d_loss, *ctx.saved_tensors, *ctx.options, need_image, need_text, need_logit_scale
+    )
+    return d_image, d_text, None, d_logit_scale
+
+
 class_sampled_ce = registration.define(
     f"class_sampled_ce({registration.arguments_of(Forward)})"
     " -> (Tensor loss, Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
@@ -643,6 +662,6 @@ class_sampled_ce = registration.define(
     launch=_launch_forward,
     check=_check,
     fake=_fake,
-    backward=class_sampled_ce_backward,
+    backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=2,
 )

@@ -191,6 +191,19 @@ class_sampled_logits_backward = registration.define(
     fallback=_fallback_backward,
     launch=_launch_backward,
 )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, text, logit_scale, class_ids = inputs
+    _, image_norm, text_norm = output
+    ctx.mark_non_differentiable(image_norm, text_norm)
+    ctx.save_for_backward(image, text, logit_scale, image_norm, text_norm, class_ids)
+
+
+def _backward(ctx: Any, d_logits: Tensor, *_: None) -> tuple[Tensor, ...]:
+    return class_sampled_logits_backward(d_logits, *ctx.saved_tensors, *ctx.needs_input_grad[:3])
+
+
 class_sampled_logits = registration.define(
     "class_sampled_logits(Tensor image, Tensor text, Tensor logit_scale, Tensor? class_ids)"
     " -> (Tensor logits, Tensor image_norm, Tensor text_norm)",
@@ -198,6 +211,6 @@ class_sampled_logits = registration.define(
     fake=_fake,
     launch=_launch,
     check=_check,
-    backward=class_sampled_logits_backward,
+    backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=2,
 )

@@ -289,11 +289,24 @@ mlp_activation_backward = registration.define(
     fake=_fake_backward,
     launch=_launch_backward,
 )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.kind = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+    need_x, need_bias, _ = ctx.needs_input_grad
+    d_x, d_bias, *_ = mlp_activation_backward(d_out, *ctx.saved_tensors, ctx.kind, need_x, need_bias)
+    return d_x, d_bias
+
+
 mlp_activation = registration.define(
     "mlp_activation(Tensor x, Tensor? bias, int kind) -> Tensor out",
     fallback=_fallback,
     fake=_fake,
     launch=_launch,
-    backward=mlp_activation_backward,
+    backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=1,
 )

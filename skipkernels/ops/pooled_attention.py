@@ -296,6 +296,19 @@ pooled_attention_backward = registration.define(
     fallback=_fallback_backward,
     launch=_launch_backward,
 )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, lengths, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, key, value, out, lse, lengths)
+
+
+def _backward(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor, ...]:
+    return pooled_attention_backward(d_out, *ctx.saved_tensors, ctx.scale, *ctx.needs_input_grad[:3])
+
+
 pooled_attention = registration.define(
     "pooled_attention(Tensor query, Tensor key, Tensor value, Tensor? lengths, float scale)"
     " -> (Tensor out, Tensor lse)",
@@ -304,6 +317,6 @@ pooled_attention = registration.define(
     launch=_launch,
     check=_check,
     fallback_note=f"fp64, heads of more than {MAX_WIDTH}",
-    backward=pooled_attention_backward,
+    backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=3,
 )

@@ -6,7 +6,6 @@ names. Triton kernels are for CUDA and ROCm devices. Without a kernel, the fallb
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import launching
-from .autograd import GradientRule, fake_by_names, gradient_by_names, needed_gradients, refuse_double_backward
+from .autograd import GradientRule, fake_by_names, refuse_double_backward
 
 NAMESPACE = "skipkernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -66,7 +65,7 @@ def define(
     fake: Callable[..., Any] | None = None,
     check: Callable[..., None] = _accept,
     fallback_note: str = "fp64",
-    backward: torch._ops.OpOverload | GradientRule | None = None,
+    backward: GradientRule | None = None,
     autocast_arguments: int = 0,
 ) -> torch._ops.OpOverload:
     """Define an operator, to be called with positional arguments.
@@ -76,9 +75,9 @@ def define(
     `fallback_note` describes. `check` raises ValueError for values of CPU tensors that the C++ kernel refuses. On a
     GPU it would be a host sync: the kernels have device-side assertions.
 
-    `backward` is the operator that computes the gradients, and its schema says what is saved: see `gradient_by_names`.
-    Without it the results are constants to autograd, and the gradient of an operator NAME_backward is an error. Under
-    autocast the first `autocast_arguments` arguments are cast.
+    `backward` says what is saved and how the gradients are computed. Without it the results are constants to autograd,
+    and the gradient of an operator NAME_backward is an error. Under autocast the first `autocast_arguments` arguments
+    are cast.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -118,15 +117,13 @@ def define(
     return operator
 
 
-def _register_autograd(operator: torch._ops.OpOverload, backward: torch._ops.OpOverload | GradientRule | None) -> None:
-    if backward is None and operator._opname.endswith("_backward"):
-        backward = refuse_double_backward(operator._opname)
-    if backward is None:  # a constant to autograd, at no cost per call
+def _register_autograd(operator: torch._ops.OpOverload, rule: GradientRule | None) -> None:
+    if rule is None and operator._opname.endswith("_backward"):
+        rule = refuse_double_backward(operator._opname)
+    if rule is None:  # a constant to autograd, at no cost per call
         _library.impl(operator._opname, torch.library.fallthrough_kernel, "Autograd")
         return
-    rule = backward if isinstance(backward, GradientRule) else gradient_by_names(operator, backward)
-    backward_of = functools.partial(needed_gradients, rule)
-    torch.library.register_autograd(operator._schema.name, backward_of, setup_context=rule.save, lib=_library)
+    torch.library.register_autograd(operator._schema.name, rule.compute, setup_context=rule.setup_context, lib=_library)
 
 
 def _autocast(operator: torch._ops.OpOverload, count: int) -> None:

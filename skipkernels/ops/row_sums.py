@@ -15,7 +15,7 @@ from .. import reference
 from . import registration
 from .launching import launch, launch_options, tl, triton
 
-MATRICES = 5  # largest number of matrices of one launch
+MATRICES = 5  # of one launch, as many as a fused block has: of two norms, the activation, and one or two projections
 MAX_ROWS = 2048  # rows of a matrix other than partial sums: a program adds them all
 
 

@@ -568,6 +568,21 @@ shared_prefix_attention_backward = registration.define(
     fallback=_fallback_backward,
     launch=_launch_backward,
 )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    packed, *options = inputs
+    _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.options = Options(*options)._replace(offsets=None)
+    ctx.save_for_backward(packed, lse, Options(*options).offsets)
+
+
+def _backward(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor]:
+    packed, lse, offsets = ctx.saved_tensors
+    return (shared_prefix_attention_backward(d_out, packed, lse, *ctx.options._replace(offsets=offsets)),)
+
+
 shared_prefix_attention = registration.define(
     f"shared_prefix_attention(Tensor packed, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     fallback=_fallback,
@@ -575,6 +590,6 @@ shared_prefix_attention = registration.define(
     launch=_launch,
     check=_check,
     fallback_note=f"fp64, heads wider than {MAX_E}",
-    backward=shared_prefix_attention_backward,
+    backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=1,
 )
