@@ -184,7 +184,7 @@ def test_import_after_torch_is_light(core):
     assert not cuda
     assert not [name for name in LIGHT if name in modules]
     # Several processes, caches, CUDA graphs and families of models are imported where they are used.
-    assert len(core[1].split()) <= 51
+    assert len(core[1].split()) <= 50
 
 
 def test_core_without_the_packages_of_the_command_line(core):

@@ -307,7 +307,6 @@ class GraphedStep:
             except RuntimeError as error:
                 # The end of a capture raises an error of its own after one within it.
                 reason = f"the capture failed: {first_line(error.__context__ or error).rstrip('.')}."
-        warnings.warn(f"graphed: steps run one by one until reset(): {reason}", stacklevel=3)
         # Behind the handler: its traceback holds tensors of the capture.
         gpu.drop_graphs()
         self._why_eager = reason
@@ -316,6 +315,7 @@ class GraphedStep:
             self._optimizer.discard_step()
         else:
             self._optimizer.zero_grad()
+        warnings.warn(f"graphed: steps run one by one until reset(): {reason}", stacklevel=3)
         return _Steps()
 
     def _capture(self, gpu: _Gpu, steps: _Steps) -> _Graph:

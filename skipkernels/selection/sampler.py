@@ -62,13 +62,6 @@ class RankSampler:
         keeps_classes: True within `same_classes`.
     """
 
-    keep_ratio: float
-    max_keep: int
-    decay: float
-    tail: Tail
-    generator: torch.Generator
-    max_tail: int | None
-
     def __init__(
         self,
         keep_ratio: float = 0.5,
@@ -125,15 +118,17 @@ class RankSampler:
         """
         if self._kept is not None:
             return _select_again(self._kept, scores, labels)
-        select = self._of_ids if labels.ndim == 1 else self._of_columns
-        selection = select(scores, labels, max_labels)
+        if labels.ndim == 1:
+            selection = self._of_ids(scores, labels)
+        else:
+            selection = self._of_columns(scores, labels, max_labels)
         if self.keeps_classes:
             self._kept = selection.class_ids
         return selection
 
-    def _of_ids(self, scores: Tensor, labels: Tensor, max_labels: int | None) -> ClassSelection:
+    def _of_ids(self, scores: Tensor, labels: Tensor) -> ClassSelection:
         """Select the classes of labels [B]; targets are positions."""
-        ranks = self.draw(len(scores), max_labels or len(labels))  # [K]
+        ranks = self.draw(len(scores), len(labels))  # [K]
         return ClassSelection(*classes_at_ranks(scores, _to_device_of(scores, ranks), labels))
 
     def _of_columns(self, scores: Tensor, labels: Tensor, max_labels: int | None) -> ClassSelection:
