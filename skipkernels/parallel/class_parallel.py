@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,16 +15,6 @@ from .gathers import all_gather, gather_rows
 
 _BACKENDS = ("gloo", "nccl")
 _ERROR = -1  # in place of a number of images
-
-
-class OwnColumns(NamedTuple):
-    """Columns of the logits [B, K] that one process computes."""
-
-    positions: Tensor  # [K_r] int64, of its columns among all, ascending
-    # [B] int64, positions of the labels of all images among its columns, −1 if another process has the column
-    labels: Tensor
-    targets: Tensor  # [B] int64, positions of the labels among all columns
-    number: int  # K
 
 
 def check_group(group: Any, device: torch.device) -> None:
@@ -148,8 +138,7 @@ class ClassParallel:
             whole[rank :: self.size] = rows
         return whole
 
-    def own_columns(self, positions: Tensor, targets: Tensor, number: int) -> OwnColumns:
-        """Columns of own classes, at `positions` [K_r] among the selected ones; targets [B] are positions of labels."""
-        labels = targets.new_full((number,), -1)  # [K]
-        labels[positions] = torch.arange(len(positions), device=positions.device)
-        return OwnColumns(positions, labels[targets], targets, number)
+    def own_of(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [n] of own classes among class ids, and their indices among own ones; on a GPU with a host sync."""
+        positions = (class_ids % self.size == self.rank).nonzero().flatten()
+        return positions, class_ids[positions] // self.size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,8 +11,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from .. import functional
 from ..reference import widened
-from .class_parallel import OwnColumns
 from .gathers import gather_shares
+
+
+class OwnColumns(NamedTuple):
+    """Columns of the logits [B, K] that one process computes: selected classes, or captions."""
+
+    positions: Tensor  # [K_r] int64, of its columns among all, ascending
+    targets: Tensor  # [B] int64, positions of the labels among all columns
+    number: int  # K
 
 
 def sharded_cross_entropy(
@@ -36,7 +45,8 @@ def sharded_cross_entropy(
     # 1. Share of this process: log-sum-exp over its classes, and logit of the label or 0, [B] each
     logits = widened(functional.class_sampled_logits(image, text, logit_scale))
     logits = logits[:, : len(own.positions)]  # [B, K_r]: no column of `text` if K_r = 0
-    target = pad(logits, (1, 0)).gather(1, own.labels[:, None] + 1)  # column 0 is for the label −1
+    labels = _places_of(own.positions, own.number)[own.targets]  # [K] -> [B]
+    target = pad(logits, (1, 0)).gather(1, labels[:, None] + 1)  # column 0 is for the label −1
     shares = [logits.logsumexp(1), target.squeeze(1)]
     if label_smoothing > 0:
         all_weights = image.new_ones(own.number) if class_weight is None else class_weight  # [K]
@@ -66,7 +76,7 @@ def sharded_contrastive_loss(
     images over the captions of all processes, and for text to image each process has all images.
     """
     B = len(image)
-    columns = OwnColumns(own, _labels_of(own, B), torch.arange(B, device=image.device), B)
+    columns = OwnColumns(own, torch.arange(B, device=image.device), B)
     image_to_text = sharded_cross_entropy(image, text, columns, logit_scale, group)
     if len(own) == 0:
         share = _empty_share(image, text, logit_scale)
@@ -86,15 +96,15 @@ def sharded_pairwise_sigmoid_loss(
     if len(own) == 0:
         share = _empty_share(image, text, logit_scale, logit_bias)
     else:
-        share = functional.pairwise_sigmoid(image, text, _labels_of(own, len(image)), logit_scale, logit_bias)
+        share = functional.pairwise_sigmoid(image, text, _places_of(own, len(image)), logit_scale, logit_bias)
     return (_sum_over_processes(share, group) / len(image)).to(_loss_dtype(image))
 
 
-def _labels_of(own: Tensor, B: int) -> Tensor:
-    """Position [B] of the caption of each image among those of this process, −1 if it has another one's."""
-    labels = own.new_full((B,), -1)
-    labels[own] = torch.arange(len(own), device=own.device)
-    return labels
+def _places_of(positions: Tensor, number: int) -> Tensor:
+    """Place [number] of each column among those of this process, −1 if another process has it."""
+    places = positions.new_full((number,), -1)
+    places[positions] = torch.arange(len(positions), device=positions.device)
+    return places
 
 
 def sharded_binary_cross_entropy(

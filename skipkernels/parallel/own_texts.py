@@ -38,5 +38,5 @@ class OwnTexts:
 
         Without any, that of a class that is not used, so that gradients are zero, not None.
         """
-        self.positions = (class_ids % self._shards.size == self._shards.rank).nonzero().flatten()
-        return self._texts.encode(or_one_row(class_ids[self.positions] // self._shards.size))
+        self.positions, own_ids = self._shards.own_of(class_ids)
+        return self._texts.encode(or_one_row(own_ids))

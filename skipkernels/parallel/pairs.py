@@ -50,8 +50,8 @@ def pair_loss(
         pair_ids = torch.arange(count, device=captions.device) + shards.own_rows(sizes).start
     else:
         caption_ids = gather_rows(captions[:count], sizes, shards.group)  # [B]
-        pair_ids = (caption_ids % shards.size == shards.rank).nonzero().flatten()  # [n]
-        captions = or_one_row(caption_ids[pair_ids] // shards.size)
+        pair_ids, own_ids = shards.own_of(caption_ids)  # [n]
+        captions = or_one_row(own_ids)
 
     def loss_of(image: Tensor, text: Tensor) -> Tensor:
         image, scale = gather_rows(image[:count], sizes, shards.group), clip.scale  # [B, D]

@@ -26,7 +26,7 @@ from ..retrieval import check_k, largest, top_k_logits
 from ..towers.base import UnsupportedModel
 from .class_parallel import ClassParallel, check_group
 from .gathers import all_gather, count_of, gather_rows, or_one_row
-from .loss import sharded_cross_entropy
+from .loss import OwnColumns, sharded_cross_entropy
 from .own_texts import OwnTexts
 
 Result = TypeVar("Result")
@@ -135,7 +135,7 @@ class ShardedSkipCLIP(SkipCLIP):
         loss = sharded_cross_entropy(
             image,
             text.to(image.dtype),
-            shards.own_columns(texts.positions, targets, len(class_ids)),
+            OwnColumns(texts.positions, targets, len(class_ids)),
             self.scale,
             shards.group,
             class_weight=None if self.class_weight is None else self.class_weight[class_ids],
