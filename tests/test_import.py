@@ -183,7 +183,7 @@ def test_import_after_torch_is_light(core):
     assert seconds < 0.3
     assert not cuda
     assert not [name for name in LIGHT if name in modules]
-    # Several processes, caches, CUDA graphs and families of models are imported where they are used.
+    # Several processes, caches, CUDA graphs, families and the builder of SkipCLIP are imported where they are used.
     assert len(core[1].split()) <= 50
 
 
