@@ -183,8 +183,8 @@ class Tower(ABC):
 
     def why_no_rows(self, blocks: range) -> str | None:
         """Return why these blocks run over sequences, or None; one that takes no rows is enough."""
-        reasons = (why_takes_no_rows(self.blocks[index]) for index in blocks)
-        return self.why_never_rows() or next(filter(None, reasons), None)
+        reasons = (self.why_never_rows() or why_takes_no_rows(self.blocks[index]) for index in blocks)
+        return next(filter(None, reasons), None)
 
     def why_not_all_fused(self) -> str | None:
         """Return why not all blocks take rows, or None; a reason of some blocks is given with their indices."""
