@@ -241,6 +241,11 @@ class TuneConfig(Settings):
         return self.method_class().recipe(self.model, "few-shot", _SHOTS).epochs != 0
 
     @property
+    def balances(self) -> bool:
+        """True if epochs, candidates, rates and blends are compared by their balanced accuracy."""
+        return self.class_weight is not None or self.prior == "balanced"
+
+    @property
     def augments(self) -> bool:
         """True if training images are random crops."""
         return self.refresh == "epoch"

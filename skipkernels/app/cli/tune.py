@@ -55,7 +55,7 @@ def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
     if metrics["candidates"]:
         out.print(run_page.candidate_table(metrics).in_terminal())
     out.print(run_page.accuracy_table(metrics).in_terminal(title_of(config, metrics["classifier"])))
-    for text in (run_page.choice(metrics), run_page.kept_epoch(metrics)):
+    for text in (run_page.choice(metrics), run_page.kept_epoch(config, metrics)):
         if text is not None:
             out.print(text, soft_wrap=True)
     out.print(run_page.cost_table(config, metrics).in_terminal())

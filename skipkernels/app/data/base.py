@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from ...formatting import escaped
 
@@ -33,6 +33,12 @@ class InputError(ValueError):
     def __str__(self) -> str:
         message = self.about(self.argument)
         return message if self.function is None else f"{self.function}: {message}"
+
+
+def check_choice(value: Any, literal: Any, argument: str, function: str) -> None:
+    """Raise an InputError unless a value is one of a `Literal`."""
+    if value not in (options := get_args(literal)):
+        raise InputError(f"must be one of {', '.join(options)}; got {value!r}.", argument, function)
 
 
 def open_error(message: str, argument: str = "data") -> InputError:

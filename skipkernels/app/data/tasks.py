@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 from ...formatting import escaped
 from ...options import Protocol, Shots, Test, Validation
-from .base import InputError
+from .base import InputError, check_choice
 from .files import format_names
 from .images import DatasetImages, Images, joined
 from .registry import open_source
@@ -109,9 +108,7 @@ class TaskOptions:
 
     def check(self) -> None:
         """Raise an InputError if a value can't be used."""
-        if self.protocol not in get_args(Protocol):
-            choices = f"{', '.join(get_args(Protocol))}; got {self.protocol!r}"
-            raise InputError(f"must be one of {choices}.", "protocol", "load_task")
+        check_choice(self.protocol, Protocol, "protocol", "load_task")
         if self.shots != "all" and self.shots < 1:
             raise InputError(f"must be at least 1; got {self.shots}.", "shots", "load_task")
         if isinstance(self.validation, float) and not 0 < self.validation < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TypeGuard
 
 MISSING = "–"
@@ -48,6 +49,16 @@ def plural(count: int, noun: str, nouns: str = "") -> str:
     ('1 class', '1,200 images')
     """
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def joined(names: Iterable[str]) -> str:
+    """Join names in a sentence.
+
+    >>> joined(["a"]), joined(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def short(name: str) -> str:

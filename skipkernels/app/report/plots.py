@@ -101,30 +101,21 @@ def pareto(points: Mapping[str, TimedAccuracy]) -> list[str]:
 
 
 def pareto_svg(name: str, points: Mapping[str, TimedAccuracy], colours: Mapping[str, str]) -> str:
-    """Plot accuracy over time, with the line of the points that no other beats; `name` is that of the accuracy.
-
-    Points that train nothing are on the left: the axis of times is logarithmic.
-    """
+    """Plot accuracy over time, with the line of the points that no other beats; `name` is that of the accuracy."""
     longest = max(point.seconds for point in points.values())
-    left = min(point.seconds for point in points.values() if point.seconds >= _INSTANT * longest) / 2
-    points = {label: point._replace(seconds=max(point.seconds, left)) for label, point in points.items()}
+    shortest = min((point.seconds for point in points.values() if point.seconds > _INSTANT * longest), default=1.0)
     line = [points[label] for label in pareto(points)]
 
     def draw(axes: Axes) -> None:
-        from matplotlib.ticker import LogLocator
-
-        x, y = [each.seconds for each in line], [each.accuracy for each in line]
-        axes.step([*x, longest], [*y, y[-1]], where="post", color=GREY, linewidth=1)
+        axes.step(
+            [each.seconds for each in line], [each.accuracy for each in line], "-", where="post", color=GREY, lw=1
+        )
         for label, (seconds, accuracy, half) in points.items():
             axes.errorbar([seconds], [accuracy], yerr=[half], color=colours[label], marker="o", capsize=3)
-            place: dict[str, Any] = {"xytext": (6, 5), "textcoords": "offset points"}
-            axes.annotate(label, (seconds, accuracy), **place, color=GREY, fontsize=8, parse_math=False)
-        axes.set_xscale("log")
-        axes.margins(x=0.2, y=0.2)
+        axes.set_xscale("symlog", linthresh=shortest, linscale=0.5, subs=(2, 5))  # with 0, of what trains nothing
+        axes.margins(x=0.05, y=0.2)
         within_per_cent(axes)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
         axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
-        axes.minorticks_off()
         axes.set_xlabel("tuning, s (logarithmic)")
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
 

@@ -17,7 +17,7 @@ from .mistakes import broken, fixed
 from .page import Cell, Section, Table, part, row
 from .plots import accuracy_svg, coloured, loss_svg
 from .predicted import classes, confusions, galleries
-from .summary import accuracy_rows, classifier, counted, headline, images_of, title
+from .summary import accuracy_rows, classifier, counted, headline, held_out_accuracy, images_of, title
 from .words import name_of_test
 
 _FEW = 100  # validation images, of which one is more than 1 %
@@ -32,6 +32,8 @@ def report_html(
 ) -> str:
     """Return the page, from metrics.json, metrics.jsonl and the predictions."""
     only_tuned = "Test images that only the tuned model classifies correctly, with its three most probable classes."
+    if metrics["validation"] is not None:
+        only_tuned += " Probabilities are not calibrated; those of predict and of the thresholds are."
     only_before = "Test images that only the zero-shot model classified correctly."
     return page.page_html(
         title(config, metrics),
@@ -56,7 +58,7 @@ def report_html(
 
 def _notes(config: TuneConfig, metrics: Mapping[str, Any]) -> list[Markup]:
     """The epoch that is kept, and notes."""
-    found = [part("text", text) for text in (kept_epoch(metrics),) if text is not None]
+    found = [part("text", text) for text in (kept_epoch(config, metrics),) if text is not None]
     if (demonstration := demonstration_note(config.model)) is not None:
         found.append(part("text", demonstration, "warning" if config.own_data else "quiet"))
     return found + [part("text", note, "warning") for note in metrics["notes"]]
@@ -72,16 +74,14 @@ def _candidates(metrics: Mapping[str, Any]) -> list[Markup]:
 # ---- texts and tables, also of the terminal --------------------------------------------------------------------------
 
 
-def kept_epoch(metrics: Mapping[str, Any]) -> str | None:
+def kept_epoch(config: TuneConfig, metrics: Mapping[str, Any]) -> str | None:
     """Return which epoch is kept, and why; None for a run without validation images, or a blend."""
     best, validation = metrics["best_epoch"], metrics["validation"]
     if best is None or "alpha" in metrics:
         return None
-    accuracy = percent(validation["tuned"])
-    if "balanced" in validation:  # epochs are compared by it
-        accuracy = f"balanced accuracy {percent(validation['balanced'])}"
+    name, accuracy = held_out_accuracy(metrics, balanced=config.balances)
     images = plural(validation["images"], "validation image")
-    return f"Epoch {best} of {metrics['epochs']} is kept, the best on {images} ({accuracy})."
+    return f"Epoch {best} of {metrics['epochs']} is kept, the best on {images} ({name} {percent(accuracy)})."
 
 
 def choice(metrics: Mapping[str, Any]) -> str | None:
@@ -133,7 +133,8 @@ def blend_table(metrics: Mapping[str, Any]) -> Table:
         row(f"{alpha:g}", *map(number, values), style="summary" if alpha == curve["chosen"] else "")
         for alpha, *values in zip(curve["alphas"], *curve["accuracy"].values(), strict=True)
     ]
-    return Table("alpha; accuracy, %", list(map(name_of_test, curve["accuracy"])), rows)
+    fitted = "" if metrics["head"] in (None, "none") else ", with the head fitted to each"
+    return Table(f"alpha{fitted}; accuracy, %", list(map(name_of_test, curve["accuracy"])), rows)
 
 
 def cost_table(config: TuneConfig, metrics: Mapping[str, Any]) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from . import page
-from .formats import MISSING, number, plural
+from .formats import MISSING, joined, number, plural
 from .intervals import LEAST_RUNS, half_interval, range_text, wilson
 from .page import Cell, Section, Table, part, row
 from .plots import TimedAccuracy, coloured, pareto_svg
@@ -47,34 +47,36 @@ def primary(columns: Iterable[str]) -> str:
 def headline(study: Mapping[str, Any]) -> str:
     """Return the result in a sentence."""
     summary, seeds, comparison = study["summary"], len(study["seeds"]), study["comparison"] or {}
-    column, found, best = _best(study)
-    if best is None:
+    column, found, leaders = _best(study)
+    if not leaders:
         return study["title"]
-    others = comparison.get("others", {})
+    others = {name: of for name, of in comparison.get("others", {}).items() if name not in leaders}
     equal = [name_of_method(name) for name, of in others.items() if not of["worse"]]
-    certain = comparison.get("best") == best and not equal
-    mean, half = found[best][0], half_interval(found[best][1], seeds)
-    rank, name = "best" if certain else "highest", name_of_method(best)
+    best, one = leaders[0], len(leaders) == 1
+    certain = one and comparison.get("best") == best and not equal
+    mean, half = found[best][0], half_interval(found[best][1], seeds) if one else 0.0
+    rank, name = "best" if certain else "highest", joined(map(name_of_method, leaders))
     several = f"The {rank} {_measure(column)} is that of {name}, "
     sentence = several if len(summary) > 1 else f"The {_measure(column)} of {name} is "
     sentence += f"{number(mean)}{f' ± {half:.1f}' if half else ''} %"
-    if (time := _time(summary[best])) is not None:
+    if one and (time := _time(summary[best])) is not None:
         sentence += f", after {number(time, ',.1f')} s of tuning"
     images = _images(study).get(column)
     counts = [plural(seeds, "seed"), *([plural(images, "test image")] if images else [])]
     sentence += f" ({', '.join(counts)})"
     if equal:
         names = "any other" if len(equal) == len(others) > 1 else ", ".join(equal)
-        sentence += f", but these images and seeds don't tell it apart from {names}"
+        sentence += f", but these images and seeds don't tell {'it' if one else 'them'} apart from {names}"
     return f"{sentence}."
 
 
-def _best(study: Mapping[str, Any]) -> tuple[str, dict[str, Summary], str | None]:
-    """Name of the accuracy that decides, this accuracy by method, and the method with the highest."""
+def _best(study: Mapping[str, Any]) -> tuple[str, dict[str, Summary], list[str]]:
+    """Name of the accuracy that decides, this accuracy by method, and the methods with the highest, as it is shown."""
     summary = study["summary"]
     column = primary(next(iter(summary.values()))[ACCURACY])
     found = {name: of for name, groups in summary.items() if (of := groups[ACCURACY][column])}
-    return column, found, max(found, key=lambda name: found[name][0] or 0.0, default=None)
+    shown = {name: round(mean, 1) for name, (mean, _) in found.items() if mean is not None}
+    return column, found, [name for name, mean in shown.items() if mean == max(shown.values())]
 
 
 def _measure(column: str) -> str:
@@ -116,13 +118,16 @@ def _plots(study: Mapping[str, Any]) -> list[Markup]:
     points = {
         name_of_method(method): TimedAccuracy(time, mean, half_interval(deviation, seeds))
         for method, (mean, deviation) in found.items()
-        if mean is not None and (time := _time(summary[method])) is not None and time > 0
+        if mean is not None and (time := _time(summary[method])) is not None
     }
     if len(points) < 2:
         return []
-    svg = pareto_svg(column, points, coloured(map(name_of_method, summary)))
-    text = "The line joins those that no other beats in both accuracy and time. On the left: those that train nothing."
-    return [part("figures", [(f"{_measure(column)}, %, over the time of tuning", svg, {})]), part("text", text)]
+    colours = coloured(points)
+    svg, text = (
+        pareto_svg(column, points, colours),
+        "The line joins those that no other beats in both accuracy and time.",
+    )
+    return [part("figures", [(f"{_measure(column)}, %, over the time of tuning", svg, colours)]), part("text", text)]
 
 
 def tables(study: Mapping[str, Any]) -> list[Table]:
@@ -136,7 +141,7 @@ def tables(study: Mapping[str, Any]) -> list[Table]:
         text = number(of[0], f",.{digits}f") + (f" ± {half:,.{digits}f}" if half else "")
         return Cell(text, range_text(wilson(of[0], count)) if count and of[0] is not None else "")
 
-    *_, best = _best(study)
+    *_, leaders = _best(study)
     found = []
     for group, columns in next(iter(summary.values())).items():
         rows, accuracy = [], group == ACCURACY
@@ -145,6 +150,6 @@ def tables(study: Mapping[str, Any]) -> list[Table]:
             for name in columns:
                 digits = 0 if name in ("peak, MiB", "parameters") else 1
                 cells.append(cell(groups[group][name], digits, accuracy, images.get(name) if accuracy else None))
-            rows.append(row(name_of_method(method), *cells, style="summary" if method == best else ""))
+            rows.append(row(name_of_method(method), *cells, style="summary" if method in leaders else ""))
         found.append(Table(group, [name_of_test(name) for name in columns], rows))
     return found

@@ -55,6 +55,13 @@ def accuracy_rows(metrics: Metrics) -> list[AccuracyRow]:
     return found
 
 
+def held_out_accuracy(metrics: Metrics, *, balanced: bool) -> tuple[str, float]:
+    """Name and value of the accuracy on the validation images by which epochs and learning rates are compared."""
+    if balanced:
+        return "balanced accuracy", metrics["by_class"][VALIDATION]["balanced_accuracy"]
+    return "accuracy", metrics["validation"]["tuned"]
+
+
 def _largest_class(of_test: Mapping[str, Any] | None) -> tuple[str, float] | None:
     """Name of the largest class of a test, and its share of the images in per cent; None for classes of one size."""
     sizes = {each["name"]: each["images"] for each in of_test["classes"]} if of_test else {}

@@ -20,6 +20,7 @@ _TESTS = {
     "new": "new classes",
     "all": "all classes",
     "validation": "validation images",
+    "validation_balanced": "validation images, balanced",
     "harmonic": "harmonic mean",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,21 +13,20 @@ from ..config import TuneConfig
 from ..data import InputError
 from ..train import weights
 from ..train.calibration import calibrate
+from ..train.candidates import BLENDS
 from ..train.checkpoint import MODEL
-from ..train.class_metrics import VALIDATION
+from ..train.class_metrics import BALANCED, VALIDATION
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluation, Evaluator
 from ..train.own_dataset import KIND
 from ..train.predictions import TestPredictions
 from ..train.results import weights_size
-from ..train.run_folder import CONFIG, RunFolder, blended_folder, check_run_folder, read_metrics, read_model
+from ..train.run_folder import CONFIG, RunFolder, blended_folder, read_metrics, read_model
 from ..train.setup import RunSetup, build_run
 from ..train.weights import Interpolation
 
 ALPHAS = tuple(n / 10 for n in range(11))
 """Weights of the tuned model in the curve."""
-WITHOUT_VALIDATION = 0.5
-"""Weight without validation images; the one that Wortsman et al. recommend where nothing is known about new data."""
 
 
 def blend(
@@ -43,14 +43,14 @@ def blend(
         θ = (1 − alpha) · θ_zero-shot + alpha · θ_tuned
 
     Tuning raises the accuracy on the trained classes and may lower that on others; a blend keeps most of both. The
-    accuracy on all tests of the run is measured for alpha = 0, 0.1, …, 1. The head of the run, if it has one, is fitted
-    again to each blend. `Classifier.load`, `export` and `skipkernels eval` read the new folder.
+    accuracy on all tests of the run is measured for alpha, and for 0, 0.1, …, 1. The head of the run, if it has one, is
+    fitted again to each blend. `Classifier.load`, `export` and `skipkernels eval` read the new folder.
 
     Args:
         run: Folder of a run that tunes the weights of the model itself, such as by skip or full.
         alpha: Weight of the tuned model, from 0 to 1. "auto": the best in the curve on the validation images, of equal
-            ones the smallest; 0.5 for a run without them, such as one that trained on all images after a choice between
-            candidates: the tests are not used to choose.
+            ones the smallest, by the accuracy that chooses the epoch; 0.5 for a run without them, such as one that
+            trained on all images after a choice between candidates: the tests are not used to choose.
         out: New run folder. Default: the folder of the run with "-blend" after its name.
         overwrite: Replace an earlier run in that folder.
         device: Device. Default: that of the run.
@@ -79,7 +79,6 @@ def blend(
     target = blended_folder(folder) if out is None else Path(out).expanduser()
     if target.resolve() == folder.resolve():
         raise InputError(f"must not be the folder of the run; got {target}. Choose another.", "out", "blend")
-    check_run_folder(target, overwrite=overwrite)
     metrics, (_, file) = read_metrics(folder), read_model(folder)
     of_run = _config_of_run(folder, trust=trust)
     if device is not None:
@@ -91,16 +90,18 @@ def blend(
 
     setup = build_run(replace(of_run, trust=trust, refresh="never", workers=0).resolved())
     blends = _Blends(setup, file, metrics["l2"])
-    curve = blends.curve()
-    chosen = choose(curve["accuracy"].get(VALIDATION)) if alpha == "auto" else float(alpha)
-    blended = blends.at(chosen)
+    evaluations = {each: blends.at(each) for each in sorted({*ALPHAS, *([] if alpha == "auto" else [float(alpha)])})}
+    curve = _curve(evaluations, blends.evaluator)
+    chosen = choose(curve["accuracy"]) if alpha == "auto" else float(alpha)
+    blends.set(chosen)
+    blended = evaluations[chosen]
     described = describe(new_folder.config, setup.model, setup.task, weights=MODEL)
     held = blends.evaluator.validation_logits(setup.method)
     if held is None:  # that of the run is of another model
         metrics["validation"] = None
     else:
         fitted, thresholds = calibrate(*held)
-        metrics["validation"] = metrics["validation"] | {"tuned": blended.validation, "thresholds": thresholds}
+        metrics["validation"] |= {"tuned": blended.validation, "thresholds": thresholds}
         described = replace(described, **fitted)
 
     metrics |= {
@@ -128,22 +129,27 @@ class _Blends:
         weights.load_into(setup.method, file)
         self._weights.end()
 
-    def at(self, alpha: float) -> Evaluation:
-        """Set the weights to a blend, and evaluate it."""
+    def set(self, alpha: float) -> None:
+        """Set the weights to a blend, and fit the head to it."""
         self._weights.set(alpha)
         if self._features is not None:
             self._setup.fit_head(self._features, self._l2)
+
+    def at(self, alpha: float) -> Evaluation:
+        """Evaluate a blend."""
+        self.set(alpha)
         return self.evaluator.evaluate(self._setup.method)
 
-    def curve(self) -> dict[str, Any]:
-        """Return the accuracy in per cent by test for each of `ALPHAS`."""
-        accuracy: dict[str, list[float]] = {}
-        for alpha in ALPHAS:
-            found = self.at(alpha)
-            for name, value in (found.accuracies | {VALIDATION: found.validation}).items():
-                if value is not None:  # None without images
-                    accuracy.setdefault(name, []).append(value)
-        return {"alphas": list(ALPHAS), "accuracy": accuracy}
+
+def _curve(evaluations: dict[float, Evaluation], evaluator: Evaluator) -> dict[str, Any]:
+    """Return the accuracy in per cent by test for each alpha."""
+    accuracy: dict[str, list[float]] = {}
+    for found in evaluations.values():
+        held = {VALIDATION: found.validation, BALANCED: evaluator.balanced(found)}
+        for name, value in (found.accuracies | held).items():
+            if value is not None:  # None without images
+                accuracy.setdefault(name, []).append(value)
+    return {"alphas": list(evaluations), "accuracy": accuracy}
 
 
 def _config_of_run(folder: Path, *, trust: bool) -> TuneConfig:
@@ -168,13 +174,14 @@ def _config_of_run(folder: Path, *, trust: bool) -> TuneConfig:
     return config
 
 
-def choose(validation: list[float] | None) -> float:
-    """Choose alpha by the accuracy on validation images for each of `ALPHAS`; None if there are none.
+def choose(accuracy: Mapping[str, list[float]]) -> float:
+    """Choose alpha by the accuracy on validation images for each of `ALPHAS`; `BLENDS[1]` without such images.
 
-    >>> choose([50, 60, 60, 55, 0, 0, 0, 0, 0, 0, 0]), choose(None)
+    >>> choose({VALIDATION: [50, 60, 60, 55, 0, 0, 0, 0, 0, 0, 0]}), choose({})
     (0.1, 0.5)
     """
-    return ALPHAS[validation.index(max(validation))] if validation else WITHOUT_VALIDATION
+    validation = accuracy.get(BALANCED, accuracy.get(VALIDATION))
+    return ALPHAS[validation.index(max(validation))] if validation else BLENDS[1]
 
 
 def _write(

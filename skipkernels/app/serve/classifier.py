@@ -17,6 +17,7 @@ from torch import Tensor
 from ...folders import restored
 from ...options import Precision
 from ..data import InputError
+from ..data.base import check_choice
 from ..data.decoding import to_rgb
 from ..data.files import find_images
 from ..data.reading import from_pixels, read_ahead, read_image
@@ -253,6 +254,7 @@ class Classifier:
         """Classify images batch by batch, with the arguments and errors of `predict`; those of arguments come first."""
         check_counts(top=top, batch_size=batch_size, workers=workers)
         check_threshold(threshold)
+        check_choice(unreadable, Unreadable, "unreadable", "Classifier.predict")
         names, load = self._inputs(images)
 
         def batches() -> Iterator[Predictions]:

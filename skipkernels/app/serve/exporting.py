@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import open_clip
 
@@ -15,6 +14,7 @@ from ...digests import digest_file
 from ...folders import replace_text, replaced_folder, restored
 from ..config import TuneConfig
 from ..data import InputError
+from ..data.base import check_choice
 from ..data.registry import KINDS, OWN
 from ..methods import METHODS
 from ..train import weights
@@ -98,8 +98,7 @@ def export(
         ['README.md', 'classes.json']
         >>> model = open_clip.create_model(f"local-dir:{out / 'exported'}")
     """
-    if to not in get_args(Target):
-        raise InputError(f"must be one of {', '.join(get_args(Target))}; got {to!r}.", "to", "export")
+    check_choice(to, Target, "to", "export")
     source, folder = restored(Path(run).expanduser()), Path(out).expanduser()
     _check_folders(source, folder, overwrite=overwrite)
     loaded = load_plain(source, trust=trust)
@@ -114,13 +113,13 @@ def export(
 
 def _check_folders(run: Path, out: Path, *, overwrite: bool) -> None:
     """Check the folders before the work is done."""
-    if os.path.lexists(out) and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
+    check_writable(out, "out", "export")
+    if not overwrite and out.is_dir() and any(out.iterdir()):
         raise InputError(f"must be a new or an empty folder; got {out}. Use `overwrite=True`.", "out", "export")
     if not run.is_dir():
         raise InputError(f"must be the folder of a run; {run} is not a folder.", "run", "export")
     if has_run(out) or (out / CHECKPOINT).exists() or out.resolve() == run.resolve():
         raise InputError(f"must not be the folder of a run; got {out}. Choose another.", "out", "export")
-    check_writable(out, "out", "export")
 
 
 def _write(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:

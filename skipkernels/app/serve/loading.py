@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from ...options import Precision
 from ..config import usable_device
 from ..data import DatasetImages, InputError, Task
+from ..data.base import check_choice
 from ..data.tasks import TestSet
 from ..data.templates import resolve_templates
 from ..methods import METHODS, Method
@@ -64,9 +65,7 @@ def load_run(
 
 
 def _resolved(precision: Precision | str, device: torch.device) -> Any:
-    choices = get_args(Precision)
-    if precision not in choices:
-        raise InputError(f"must be one of {', '.join(choices)}; got {precision!r}.", "precision", "Classifier.load")
+    check_choice(precision, Precision, "precision", "Classifier.load")
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

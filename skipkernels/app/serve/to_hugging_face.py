@@ -34,8 +34,7 @@ def write(run: TunedRun, folder: Path) -> list[str]:
         run.model.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
         return []
-    converted = convert(run, transformers)
-    tokenizer = _tokenizer(run, transformers)
+    converted, tokenizer = convert(run, transformers), _tokenizer(run, transformers)
     processor = transformers.CLIPProcessor(_image_processor(run, transformers), tokenizer)
     converted.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -68,6 +67,7 @@ def _check(run: TunedRun) -> None:
         "has a logit bias": getattr(model, "logit_bias", None) is not None,
         "has a tokenizer other than CLIP's": not isinstance(run.tokenizer, SimpleTokenizer),
         f"has the resize mode {_resize_mode(run)!r}": _resize_mode(run) not in ("shortest", "squash"),
+        f"has the interpolation {_interpolation(run)!r}": _interpolation(run) not in _RESAMPLE,
     }
     for problem, found in unusual.items():
         if found:
@@ -76,6 +76,10 @@ def _check(run: TunedRun) -> None:
 
 def _resize_mode(run: TunedRun) -> str:
     return run.model.visual.preprocess_cfg.get("resize_mode", "shortest")
+
+
+def _interpolation(run: TunedRun) -> str:
+    return run.model.visual.preprocess_cfg.get("interpolation", "bicubic")
 
 
 def _activation(block: Any) -> str:
@@ -178,7 +182,7 @@ def _image_processor(run: TunedRun, transformers: Any) -> Any:
         size=square if squash else {"shortest_edge": size},
         crop_size=square,
         do_center_crop=not squash,
-        resample=_RESAMPLE[settings.get("interpolation", "bicubic")],
+        resample=_RESAMPLE[_interpolation(run)],
         image_mean=list(settings["mean"]),
         image_std=list(settings["std"]),
     )

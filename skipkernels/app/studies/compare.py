@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from ..config import TuneConfig
-from ..console import plain
+from ..console import plain, print_plain
 from ..data import InputError
 from ..methods import METHODS
 from ..methods.registry import AUTO
 from ..report.study_page import ACCURACY, COST, primary
-from ..report.words import title_of
+from ..report.summary import held_out_accuracy
+from ..report.words import name_of_method, title_of
 from ..train.setup import build_task
 from .comparison import compare_best
 from .runs import run_variants
@@ -98,7 +99,7 @@ def _scaled_rates(config: TuneConfig, multiplier: float) -> dict[str, Any]:
 
 def _search(configs: dict[str, TuneConfig], folder: Path, console: Console, overwrite: bool) -> dict[str, Searched]:
     """Search the learning rates of each method that has some; see `compare`."""
-    config = next(iter(configs.values()))
+    config, balanced = next(iter(configs.values())), any(of.balances for of in configs.values())
     if _rates_given(config) or build_task(config.resolved()).validation is None:
         why = "they are given" if _rates_given(config) else "there are no validation images"
         console.print(plain(f"note: learning rates are not searched, as {why}."))
@@ -115,13 +116,14 @@ def _search(configs: dict[str, TuneConfig], folder: Path, console: Console, over
     for result in results:
         method, multiplier, rates = tried[result.variant]
         complete = result.metrics["status"] == "complete"  # else it diverged
-        accuracy = result.metrics["validation"]["tuned"] if complete else -math.inf
+        _, accuracy = held_out_accuracy(result.metrics, balanced=balanced) if complete else ("", -math.inf)
         one = Searched(rates, multiplier, accuracy, result.metrics["cost"]["seconds_total"])
         best = found.get(method, one._replace(seconds=0.0))
         better = one if one.accuracy > best.accuracy else best
         found[method] = better._replace(seconds=best.seconds + one.seconds)
     for method, best in found.items():
         chosen = ", ".join(f"{name} {rate:g}" for name, rate in best.rates.items())
-        chosen += f" (its recipe x{best.multiplier:g}), {best.accuracy:.1f} % on validation images"
-        console.print(plain(f"{method}: {chosen}, found in {best.seconds:.0f} s"))
+        chosen += f" (×{best.multiplier:g}), {best.accuracy:.1f} % on validation images"
+        took = f"its runs took {best.seconds:.0f} s, without the starts of their processes"
+        print_plain(console, f"{name_of_method(method)}: {chosen}; {took}")
     return found

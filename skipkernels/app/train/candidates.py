@@ -31,6 +31,7 @@ from ..config import TuneConfig
 from ..heads import Examples, choose_l2, fit_head, halves, ranks
 from ..methods.cosine import cosine_logits
 from ..methods.registry import AUTO
+from ..report.formats import plural
 from ..report.words import name_of_classifier
 from .calibration import calibrate
 from .choice import Choice
@@ -232,7 +233,7 @@ class Search:
         except FloatingPointError:
             return []
         for trial in trials:
-            trial.score(self.labels, self._balanced)
+            trial.score(self.labels, self.config.balances)
         self.trials += trials
         kept = [self.trials[0], *([self._best()[0]] if self.allowed else [])]
         for trial in self.trials:
@@ -311,14 +312,18 @@ class Search:
         if not self.allowed:
             raise FloatingPointError(f"tune: the training of every candidate diverged. {REMEDY}")
 
+        def accuracy(trial: Trial) -> float:
+            return round(trial.scores.mean().item(), 6)
+
         def highest(trials: Iterable[Trial]) -> Trial:
-            return max(trials, key=lambda trial: (round(trial.scores.mean().item(), 6), -trial.loss))
+            return max(trials, key=lambda trial: (accuracy(trial), -trial.loss))
 
         top = highest(self.allowed)
-        by = f"{'balanced ' if self._balanced else ''}accuracy on {len(self.labels)} held-out images"
+        equal = sum(accuracy(trial) == accuracy(top) for trial in self.allowed) - 1
+        by = f"{'balanced ' if self.config.balances else ''}accuracy on {len(self.labels)} held-out images"
         frozen = [trial for trial in self.allowed if trial.candidate.factor is None]
         if not (self._tests_new and frozen) or top in frozen:
-            return top, f"highest {by}"
+            return top, f"highest {by}" + (f", equal to {plural(equal, 'other')}; lowest loss" if equal else "")
         simple = highest(frozen)
         gains = [(trial, *trial.gain(simple)) for trial in self.allowed]
         clear = [trial for trial, gain, error in gains if gain > error]
@@ -328,11 +333,6 @@ class Search:
         if clear:
             return best, f"clearly above {simple.candidate.name}, {points}"
         return best, f"{top.candidate.name} is not clearly above it, {points}"
-
-    @property
-    def _balanced(self) -> bool:
-        """True if candidates are compared by their balanced accuracy."""
-        return self.config.class_weight is not None or self.config.prior == "balanced"
 
     def choice(self, stopped: bool) -> Choice:
         """Return the choice among the trials so far; `stopped` before all of them."""

@@ -28,6 +28,7 @@ from ...folders import replaced_folder, restored
 from ...formatting import first_line
 from ..data import InputError
 from ..untrusted import read_object
+from .class_metrics import BALANCED, VALIDATION
 from .description import Description
 
 if TYPE_CHECKING:
@@ -129,6 +130,6 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int | None:
     >>> best_epoch([{"epoch": epoch, "validation": accuracy} for epoch, accuracy in ((1, 90.0), (2, 90.0), (3, 85.0))])
     2
     """
-    accuracies = {row["epoch"]: row.get("validation_balanced", row.get("validation")) for row in rows}
+    accuracies = {row["epoch"]: row.get(BALANCED, row.get(VALIDATION)) for row in rows}
     measured = [(accuracy, epoch) for epoch, accuracy in accuracies.items() if accuracy is not None]
     return max(measured)[1] if measured else None

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 VALIDATION = "validation"
 """Name of the validation images beside the names of the tests."""
+BALANCED = "validation_balanced"
+"""Name of the balanced accuracy on them, where epochs and blends are compared by it."""
 
 
 def class_weights(labels: Tensor, classes: int, exponent: float = 1.0) -> Tensor:

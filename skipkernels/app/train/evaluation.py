@@ -20,7 +20,7 @@ from ..data.files import format_names
 from ..data.tasks import summarise
 from ..methods import Method
 from ..report.mistakes import predictions_with_thumbnails
-from .class_metrics import VALIDATION, metrics_of_test
+from .class_metrics import VALIDATION, image_scores, metrics_of_test
 from .own_dataset import KIND, OwnData
 from .precision import REMEDY
 from .predictions import TestPredictions, TopClasses, top_classes
@@ -73,6 +73,13 @@ class Evaluator:
         tests = {test.name: test.classes for test in self._setup.task.tests}
         tests[VALIDATION] = self._setup.task.tests[0].classes
         return {name: metrics_of_test(self.labels[name], top, tests[name]) for name, top in evaluation.top.items()}
+
+    def balanced(self, evaluation: Evaluation) -> float | None:
+        """Return the balanced accuracy in per cent on the validation images; None if epochs are not compared by it."""
+        if not self._setup.config.balances or VALIDATION not in evaluation.top:
+            return None
+        predicted = evaluation.top[VALIDATION].classes[:, 0]
+        return round(image_scores(self.labels[VALIDATION], predicted, balanced=True).mean().item(), 4)
 
     def validation_logits(self, method: Method) -> tuple[Tensor, Tensor] | None:
         """Return logits [n, C] and labels [n] of the validation images; None if there are none."""

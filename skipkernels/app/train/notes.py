@@ -8,6 +8,9 @@ from typing import Any
 
 from ..config import TuneConfig
 from ..methods.registry import PACKAGED
+from ..report.formats import plural
+
+_FEW = 20  # images on which candidates are compared, below which one changes the accuracy by more than 5 %
 
 
 def setting_notes(config: TuneConfig) -> tuple[str, ...]:
@@ -66,6 +69,17 @@ def weak_result(config: TuneConfig, metrics: Mapping[str, Any]) -> str | None:
     rates = " and ".join(f"--{side}-lr" for side in ("text", "image") if getattr(config, f"{side}_lr") is not None)
     return (
         f"accuracy on the trained classes is {after:.2f} %, {result}. {remedy} {rates}, or change --epochs or --shots."
+    )
+
+
+def few_held_out(metrics: Mapping[str, Any]) -> str | None:
+    """Return a warning if candidates were compared on fewer than 20 images."""
+    count = metrics["candidates"][0]["images"] if metrics["candidates"] else _FEW
+    if count >= _FEW:
+        return None
+    return (
+        f"candidates were compared on {plural(count, 'image')}, of which one is {100 / count:.0f} %: others may be as "
+        "good. More training images would tell."
     )
 
 

@@ -15,6 +15,7 @@ from ...memory import PeakMemory
 from ..console import print_plain
 from ..report.formats import finite
 from ..report.words import HEADS
+from .class_metrics import BALANCED
 
 if TYPE_CHECKING:
     from .candidates import Trial
@@ -106,8 +107,8 @@ class ProgressDisplay:
         parts += self._accuracies(row["accuracy"])
         if finite(row.get("validation")):
             parts.append(f"validation {row['validation']:.1f} %")
-        if finite(row.get("validation_balanced")):
-            parts.append(f"balanced {row['validation_balanced']:.1f} %")
+        if finite(row.get(BALANCED)):
+            parts.append(f"balanced {row[BALANCED]:.1f} %")
         if row.get("seconds"):
             parts.append(f"{row['steps'] * self._batch_size / row['seconds']:,.0f} images/s")
         if epoch < self._epochs:

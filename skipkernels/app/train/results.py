@@ -81,10 +81,8 @@ def _validation(run: Run) -> dict[str, Any] | None:
         return None
     assert run.tuned is not None
     images = len(run.task.validation.images)
-    validation = {"images": images, "zero_shot": run.zero_shot.validation, "tuned": run.tuned.validation}
-    if run.config.class_weight is not None:  # epochs are compared by it
-        validation["balanced"] = run.evaluator.by_class(run.tuned)[VALIDATION]["balanced_accuracy"]
-    return validation | {"thresholds": run.thresholds}
+    found = {"images": images, "zero_shot": run.zero_shot.validation, "tuned": run.tuned.validation}
+    return found | {"thresholds": run.thresholds}
 
 
 def _parameters(run: Run) -> dict[str, int]:

@@ -27,7 +27,7 @@ from .calibration import calibrate
 from .candidates import Search
 from .checkpoint import MODEL, best_epoch
 from .choice import Choice
-from .class_metrics import VALIDATION
+from .class_metrics import BALANCED
 from .description import Description, describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
 from .loggers import Logger
@@ -191,7 +191,8 @@ class Run:
         described = self.folder.write_model(described, self.method.state_dict(), self.method.fitted)
         metrics = metrics_of(self)
         metrics["notes"] = self.warnings  # also those to come
-        doubts = notes.weak_result(self.config, metrics), notes.optimistic_validation(metrics)
+        doubts = [notes.weak_result(self.config, metrics), notes.few_held_out(metrics)]
+        doubts.append(notes.optimistic_validation(metrics))
         self.warnings += [note for note in doubts if note is not None]
         self.folder.write_card(described, metrics)
         try:
@@ -253,8 +254,8 @@ class Run:
                 row = trainer.epoch(self.display.step, self.display.loss)
                 evaluation = self.evaluator.evaluate(self.method)
                 row["accuracy"], row["validation"] = evaluation.accuracies, evaluation.validation
-                if config.class_weight is not None and evaluation.validation is not None:
-                    row["validation_balanced"] = self.evaluator.by_class(evaluation)[VALIDATION]["balanced_accuracy"]
+                if (balanced := self.evaluator.balanced(evaluation)) is not None:
+                    row[BALANCED] = balanced
                 self._end_epoch(row, evaluation)
                 for logger in self.loggers:
                     logger.write(row)

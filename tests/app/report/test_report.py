@@ -168,7 +168,7 @@ def test_command_prints_the_tables_of_the_report(tmp_path, capsys, monkeypatch):
         "1,234.5 s",
         "cpu, fp32",
         "Probe was chosen: of its accuracy.",
-        "Epoch 2 of 2 is kept, the best on 40 validation images (62.5 %).",
+        "Epoch 2 of 2 is kept, the best on 40 validation images (accuracy 62.5 %).",
         "2 trained classes, always cat",
     ):
         assert text in printed  # fmt: skip
@@ -241,7 +241,7 @@ def test_report_plots_are_xml_with_unique_ids():
         "training loss over the epochs",
         "test accuracy over the epochs, in per cent",
     ]
-    assert "Epoch 2 of 2 is kept, the best on 40 validation images (62.5" in text
+    assert "Epoch 2 of 2 is kept, the best on 40 validation images (accuracy 62.5" in text
     assert ["0.5", "75.0", "–"] in Page(text).rows, "of the blend"
     names = re.findall(r'<(?!section)[^>]* id="([^"]*)"', text)
     assert names and len(set(names)) == len(names)

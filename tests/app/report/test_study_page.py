@@ -53,5 +53,11 @@ def test_study_page_of_methods():
     assert [svg.get("aria-label") for svg in map(ElementTree.fromstring, svgs(text))][0].startswith(
         "base accuracy over"
     )
+    tied = study()
+    tied["summary"]["bad"]["accuracy, %"]["base"] = [80.04, 0.5]
+    assert (
+        "The highest accuracy on trained classes is that of Skip Tuning and bad, 80.0 % (3 seeds)."
+        in Page(study_html(tied)).text
+    )
     points = {"a": (1.0, 5.0), "b": (1.0, 6.0), "c": (2.0, 6.0)}
     assert pareto({name: TimedAccuracy(*point, half=0.0) for name, point in points.items()}) == ["b"]

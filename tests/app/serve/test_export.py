@@ -83,16 +83,21 @@ def test_hugging_face(native_run, run, images, tmp_path):
     picture = run.task.tests[0].images[0][0].resize((16, 16))  # the model's size, so nothing is interpolated
     pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(pixels, tuned.transform(picture), atol=1e-5, rtol=0)
+    photo = rotated(picture, tmp_path / "photo.png")
+    found = tuned.predict([photo], top=9)
+    probabilities = card_names(done, photo)["probabilities"][0]
+    torch.testing.assert_close(probabilities[found.ids[0]], found.probabilities[0], atol=1e-5, rtol=0)
 
 
 def plain(tokenizer=None, **changes) -> TunedRun:
     """A narrow CLIP with random weights and changes of its configuration."""
     vision, text = (NATIVE[f"{part}_cfg"] | changes.pop(part, {}) for part in ("vision", "text"))
     logging.disable(logging.WARNING)
+    preprocess = PREPROCESS | {name: changes.pop(name) for name in ("interpolation",) if name in changes}
     kind = open_clip.CustomTextCLIP if changes.pop("custom_text", False) else open_clip.CLIP
     model = kind(embed_dim=NATIVE["embed_dim"], vision_cfg=vision, text_cfg=text, **changes).eval()
     logging.disable(logging.NOTSET)
-    open_clip.set_model_preprocess_cfg(model, PREPROCESS)
+    open_clip.set_model_preprocess_cfg(model, preprocess)
     own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
     prompts = (["a cat", "two dogs"],)
     return TunedRun(None, ["cat", "dog"], model, None, None, own, prompts, True, "fp32")
@@ -116,6 +121,7 @@ def test_hugging_face_activations(quick_gelu):
         ({"custom_text": True}, "it is a CustomTextCLIP"),
         ({"vision": {"layers": [1, 1, 1, 1], "image_size": 32}}, "it has a ModifiedResNet as image tower"),
         ({"tokenizer": lambda texts: None}, "a tokenizer other than CLIP's"),
+        ({"interpolation": "nearest"}, "it has the interpolation 'nearest'"),
     ],
 )
 def test_hugging_face_refuses(changes, what):
@@ -152,6 +158,14 @@ def probabilities_of(folder: Path, picture: Path) -> torch.Tensor:
     return found.probabilities[0][found.ids[0].argsort()]
 
 
+def rotated(picture: Image.Image, path: Path) -> Path:
+    """Write an image as a phone does that was turned: its metadata say how it is shown."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(path, exif=exif)
+    return path
+
+
 def card_names(done: Exported, picture: Path) -> dict[str, Any]:
     """Run the code of the model card on an image; returns its variables."""
     code = (done.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -166,8 +180,7 @@ def test_head_is_exported_beside_the_model(to, head_run, run, tmp_path):
     """The code of the model card gives the probabilities of the Classifier."""
     if to == "hugging-face":
         pytest.importorskip("transformers")
-    picture = tmp_path / "photo.png"
-    run.task.tests[0].images[0][0].resize((16, 16)).save(picture)
+    picture = rotated(run.task.tests[0].images[0][0].resize((16, 16)), tmp_path / "photo.png")
     done = sk.export(head_run, to, tmp_path / "out", trust=True)
     assert "head.safetensors" in done.files
     headed = json.loads((head_run / "classifier.json").read_text())["head_xxh3"] is not None

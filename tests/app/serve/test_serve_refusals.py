@@ -66,6 +66,7 @@ CALLS: list[tuple[Callable[[Given], object], str]] = [
     (lambda on: on.load(classes=["a"]), r"classes must be at least two names; got \['a'\]"),
     (lambda on: on.load(device="gpu"), "device 'gpu' can't be used"),
     (lambda on: on.load(precision="int8"), "precision must be one of auto, fp32"),
+    (lambda on: on.predict(unreadable="ignore"), "unreadable must be one of raise, skip; got 'ignore'"),
     (lambda on: on.predict(top=0), "top must be a whole number of at least 1"),
     *((lambda on, bad=bad: on.predict(threshold=bad), "threshold must be a number from 0 to 1; got")
       for bad in (-1, 2, math.nan, "0.8")),
@@ -94,6 +95,8 @@ CALLS: list[tuple[Callable[[Given], object], str]] = [
     (lambda on: sk.export(on.run, "open-clip", on.run, overwrite=True), "out must not be the folder of a run"),
     (lambda on: sk.export(on.run, "open-clip", on.copy, overwrite=True), "out must not be the folder of a run"),
     (lambda on: sk.export(on.run, "open-clip", on.photos), "out must be a new or an empty folder"),
+    *((lambda on, options=options: sk.export(on.run, "open-clip", on.photos / "notes.txt", **options),
+       "notes.txt is a file; choose a folder") for options in ({}, {"overwrite": True})),
 ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_the_best_candidate_is_chosen(run):
     assert len(rows) == 4 + 8 * len(FACTORS) and {row["images"] for row in rows} == {24}
     (chosen,) = [row for row in rows if row["chosen"]]
     assert chosen["accuracy"] == max(row["accuracy"] for row in rows)
-    assert metrics["chosen_because"] == "highest accuracy on 24 held-out images"
+    assert metrics["chosen_because"].startswith("highest accuracy on 24 held-out images")
     assert metrics["validation"]["tuned"] == pytest.approx(chosen["accuracy"], abs=1e-4)
     assert metrics["images"]["train"] == 24, "the held-out images train in the end"
     assert evaluate_run(folder) == metrics["tuned"]
@@ -128,19 +128,35 @@ def winning(monkeypatch, chosen):
 
 
 @pytest.mark.parametrize(
-    ("changes", "chosen", "settings"),
+    ("changes", "chosen", "settings", "because"),
     [
-        ({"prior": "balanced"}, lambda c: c.head == "none" and c.factor == 1, {"head": "none", "prior": "images"}),
-        ({"blend": 0.5, "head": "anchored"}, lambda c: c.factor is None, {"epochs": 0, "blend": 1.0}),
-        ({"head": "anchored"}, lambda c: c.head == "none", {"head": "anchored"}),
+        (
+            {"prior": "balanced"},
+            lambda c: c.head == "none" and c.factor == 1,
+            {"head": "none", "prior": "images"},
+            "highest balanced accuracy on 24 held-out images, equal to 1 other; lowest loss",  # blended, or not
+        ),
+        (
+            {"blend": 0.5, "head": "anchored"},
+            lambda c: c.factor is None,
+            {"epochs": 0, "blend": 1.0},
+            "highest accuracy on 24 held-out images",
+        ),
+        (
+            {"head": "anchored"},
+            lambda c: c.head == "none",  # only a comparison
+            {"head": "anchored"},
+            "highest accuracy on 24 held-out images, equal to 6 others; lowest loss",
+        ),
     ],
     ids=["prior", "blend", "head"],
 )
-def test_a_choice_is_a_valid_configuration(tmp_path, monkeypatch, changes, chosen, settings):
+def test_a_choice_is_a_valid_configuration(tmp_path, monkeypatch, changes, chosen, settings, because):
     """It is read again, and keeps a head that is given."""
     winning(monkeypatch, chosen)
     with shortened():
         metrics = tune(small(tmp_path / "run", **AUTO | changes))
+    assert metrics["chosen_because"] == because
     config = TuneConfig.from_yaml(tmp_path / "run" / "config.yaml")
     assert {name: getattr(config, name) for name in settings} == settings
     assert evaluate_run(tmp_path / "run") == metrics["tuned"]

@@ -57,6 +57,12 @@ def test_optimistic_validation(validation, test, images, warns):
     assert notes.optimistic_validation(metrics | {"validation": None}) is None
 
 
+def test_few_held_out():
+    found = notes.few_held_out({"candidates": [{"images": 3}]})
+    assert found is not None and "on 3 images, of which one is 33 %" in found
+    assert notes.few_held_out({"candidates": [{"images": 20}]}) is notes.few_held_out({"candidates": None}) is None
+
+
 def test_tune_below_zero_shot_warns(tmp_path, capsys):
     rates = ["--text-lr", "1", "--image-lr", "1", "--epochs", "1", "--warmup-epochs", "0"]
     assert (

@@ -71,7 +71,7 @@ def test_epochs_of_weighted_classes_are_chosen_by_balanced_accuracy(tmp_path):
     found = rows(tmp_path)
     assert metrics["best_epoch"] == max((row["validation_balanced"], row["epoch"]) for row in found)[1]
     recalls = [each["recall"] for each in metrics["by_class"]["validation"]["classes"]]
-    assert metrics["validation"]["balanced"] == pytest.approx(sum(recalls) / 3, abs=1e-3)
+    assert metrics["by_class"]["validation"]["balanced_accuracy"] == pytest.approx(sum(recalls) / 3, abs=1e-3)
     first, second = {"validation": 90.0, "validation_balanced": 40.0}, {"validation": 80.0, "validation_balanced": 60.0}
     assert best_epoch([{"epoch": 1} | first, {"epoch": 2} | second]) == 2
 
