@@ -81,12 +81,9 @@ class PromptEncoder:
         """Unit-norm embeddings [K, D], by default of all, in evaluation mode, without gradient, at least fp32."""
         class_ids = self.class_ids if class_ids is None else class_ids
         with evaluating([self.tower.model]), torch.no_grad(), parametrize.cached():
-            chunks = [
-                torch.stack([unit_norm(x) for x in self.encode_templates(ids)])  # [T, chunk, D]
-                for ids in class_ids.split(self.tower.cut.chunk)
-            ]
-            embeddings = torch.cat(chunks, dim=1)  # [T, K, D]
-            return embeddings[0] if len(embeddings) == 1 else unit_norm(embeddings.mean(0))
+            chunks = [self.encode_templates(ids) for ids in class_ids.split(self.tower.cut.chunk)]
+            of_templates = [unit_norm(torch.cat(parts)) for parts in zip(*chunks, strict=True)]  # T × [K, D]
+            return of_templates[0] if len(of_templates) == 1 else unit_norm(torch.stack(of_templates).mean(0))
 
     def features(self, selected: Mapping[int, SelectedPrompts]) -> list[Tensor]:
         """Features [R, W] at the cut of some prompts of each template, by its number."""
