@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..options import AttentionName, Memory
-from ..towers import registry
+from ..towers import registry, xformers
 from ..towers.attention import SDPA
 from ..towers.base import Cut, ImageTower
 from ..towers.block import FusedBlock, fuse_blocks
@@ -25,24 +25,9 @@ from .trainable import TrainOptions, set_trainable
 from .verify import verify
 
 
-class Parts(NamedTuple):
-    """Parts of SkipCLIP that are built from a model."""
-
-    images: ImageEncoder
-    texts: ClassTexts
-    containers: Containers
-
-
 def read_cut(memory: Memory, attention: AttentionName, chunk: int, lower_device: torch.device | str | None) -> Cut:
     """Cut of a tower at block 0, from arguments of SkipCLIP."""
-    backend = SDPA
-    if attention == "xformers":
-        from ..towers import xformers
-
-        try:
-            backend = xformers.backend()
-        except ImportError as error:
-            raise _unavailable(f"{error}.") from error
+    backend = SDPA if attention == "sdpa" else xformers.XFORMERS
     device = None if lower_device is None else torch.device(lower_device)
     return Cut(memory=memory, backend=backend, chunk=chunk, lower_device=device)
 
@@ -56,7 +41,7 @@ def build(
     *,
     folder: str | Path | None = None,
     prototypes: Tensor | None = None,
-) -> Parts:
+) -> tuple[ImageEncoder, ClassTexts, Containers]:
     """Read a model, fuse its blocks in place, freeze what is below the cut, and compare the result with the model.
 
     `cut` is that of both towers, at block 0; prototypes are computed unless given. The lower parts move to their device
@@ -77,10 +62,12 @@ def build(
     # 4. Devices
     image.move_lower()
     _move_texts(texts, options)
-    return Parts(images, texts, containers)
+    return images, texts, containers
 
 
-def build_again(model: Any, images: ImageEncoder, texts: ClassTexts, options: TrainOptions) -> Parts:
+def build_again(
+    model: Any, images: ImageEncoder, texts: ClassTexts, options: TrainOptions
+) -> tuple[ImageEncoder, ClassTexts, Containers]:
     """Read a model again; prototypes stay."""
     for tower in (images.tower, texts.tower):
         tower.move_lower(model.logit_scale.device)
@@ -148,8 +135,6 @@ def _move_texts(texts: ClassTexts, options: TrainOptions) -> None:
 
 def _check_xformers(image: ImageTower, text: TextTower) -> None:
     """Raise a ValueError unless xformers runs on this device, with the heads of both towers."""
-    from ..towers import xformers
-
     device = image.model.logit_scale.device
     for tower in (image, text):
         block = tower.blocks[0]
@@ -158,14 +143,10 @@ def _check_xformers(image: ImageTower, text: TextTower) -> None:
             out_proj = weights["out_proj"]
             reason = xformers.why_unavailable(device, out_proj.dtype, len(out_proj) // settings.heads)
             if reason is not None:
-                raise _unavailable(reason)
-
-
-def _unavailable(reason: str) -> ValueError:
-    return ValueError(
-        f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU and an '
-        "xformers that was built for this PyTorch."
-    )
+                raise ValueError(
+                    f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU '
+                    "and an xformers that was built for this PyTorch."
+                )
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 Suffixes behind a shared prefix are one block-diagonal call, in which the keys of each suffix follow a copy of the
 prefix and the causal mask is aligned to the bottom right. `shared_prefix_attention` needs no copies of the prefix.
+
+The package is imported by the functions, so that `why_unavailable` can say that it is missing.
 """
 
 from __future__ import annotations
@@ -15,52 +17,53 @@ from .. import reference
 from .attention import AttentionBackend
 
 
+def _full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from xformers import ops
+
+    return ops.memory_efficient_attention(query, key, value)
+
+
+def _shared_prefix(
+    packed: Tensor, *, heads: int, prefix_length: int, max_length: int, offsets: Tensor | None = None
+) -> Tensor:
+    """See `functional.shared_prefix_attention`. Suffixes are padded: their lengths would need a host sync."""
+    from xformers import ops
+
+    P, T = prefix_length, len(packed) - prefix_length
+    prefix, suffixes = packed.unflatten(1, (3, heads, -1)).split([P, T])  # [tokens, 3, H, E]
+    if offsets is None:
+        padded = suffixes.unflatten(0, (-1, max_length))
+    else:
+        padded = reference.padded_suffixes(suffixes, offsets, max_length)
+    K = len(padded)
+    mask = ops.fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
+        [P, *[max_length] * K], [P, *[P + max_length] * K]
+    )
+
+    def keys(part: int) -> Tensor:
+        """The prefix, then each suffix behind a copy of it, [1, tokens, H, E]."""
+        first = prefix[:, part]
+        behind = torch.cat([first.expand(K, *first.shape), padded[:, :, part]], dim=1)
+        return torch.cat([first, behind.flatten(0, 1)])[None]
+
+    query = torch.cat([prefix[:, 0], padded[:, :, 0].flatten(0, 1)])[None]
+    out = ops.memory_efficient_attention(query, keys(1), keys(2), attn_bias=mask)[0].flatten(1)
+    if offsets is None:
+        return out
+    rows = reference.packed_suffixes(out[P:].unflatten(0, (K, max_length)), offsets, T)
+    return torch.cat([out[:P], rows])
+
+
+XFORMERS = AttentionBackend(_full, _shared_prefix)
+
+
 def why_unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
     """Return why xformers cannot be used, or None if a forward and a backward pass succeed."""
     try:
-        backend()
         packed = torch.zeros(4, 3 * head_width, device=device, dtype=dtype).requires_grad_()
-        full = backend().full(*packed.view(1, 4, 3, 1, head_width).unbind(2))
-        suffixes = backend().shared_prefix(packed, heads=1, prefix_length=2, max_length=2)
+        full = XFORMERS.full(*packed.view(1, 4, 3, 1, head_width).unbind(2))
+        suffixes = XFORMERS.shared_prefix(packed, heads=1, prefix_length=2, max_length=2)
         (full.sum() + suffixes.sum()).backward()
     except Exception as error:  # of any type: xformers without its attention has an AttributeError
         return textwrap.shorten(str(error), 300, placeholder=" ….")
     return None
-
-
-def backend() -> AttentionBackend:
-    """Attention functions of xformers."""
-    from xformers import ops
-
-    def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return ops.memory_efficient_attention(query, key, value)
-
-    def shared_prefix(
-        packed: Tensor, *, heads: int, prefix_length: int, max_length: int, offsets: Tensor | None = None
-    ) -> Tensor:
-        """See `functional.shared_prefix_attention`. Suffixes are padded: their lengths would need a host sync."""
-        P, T = prefix_length, len(packed) - prefix_length
-        prefix, suffixes = packed.unflatten(1, (3, heads, -1)).split([P, T])  # [tokens, 3, H, E]
-        if offsets is None:
-            padded = suffixes.unflatten(0, (-1, max_length))
-        else:
-            padded = reference.padded_suffixes(suffixes, offsets, max_length)
-        K = len(padded)
-        mask = ops.fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
-            [P, *[max_length] * K], [P, *[P + max_length] * K]
-        )
-
-        def keys(part: int) -> Tensor:
-            """The prefix, then each suffix behind a copy of it, [1, tokens, H, E]."""
-            first = prefix[:, part]
-            behind = torch.cat([first.expand(K, *first.shape), padded[:, :, part]], dim=1)
-            return torch.cat([first, behind.flatten(0, 1)])[None]
-
-        query = torch.cat([prefix[:, 0], padded[:, :, 0].flatten(0, 1)])[None]
-        out = ops.memory_efficient_attention(query, keys(1), keys(2), attn_bias=mask)[0].flatten(1)
-        if offsets is None:
-            return out
-        rows = reference.packed_suffixes(out[P:].unflatten(0, (K, max_length)), offsets, T)
-        return torch.cat([out[:P], rows])
-
-    return AttentionBackend(full, shared_prefix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import types
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import skipkernels as sk
-from skipkernels.towers import xformers as towers_xformers
+from skipkernels.towers.xformers import XFORMERS
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 CLASSES = 9
@@ -77,7 +78,13 @@ def test_xformers_without_attention(monkeypatch, package, reason):
         package.ops = types.ModuleType("xformers.ops")
         monkeypatch.setitem(sys.modules, "xformers.ops", package.ops)
     monkeypatch.setitem(sys.modules, "xformers", package)
-    assert reason in towers_xformers.why_unavailable(torch.device("cpu"), torch.float32, 8)
+    with pytest.raises(ValueError, match=f"cannot be used here: .*{reason}.* Leave it at"):
+        sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, attention="xformers")
+
+
+def test_xformers_backend_in_a_pickle():
+    """A pickled SkipCLIP has it, such as for another process."""
+    assert pickle.loads(pickle.dumps(XFORMERS)) == XFORMERS
 
 
 @pytest.mark.gpu
