@@ -5,6 +5,7 @@ tests/graphs/test_capture.py has the steps of a graph.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -105,3 +106,19 @@ def test_which_weights_have_a_cast():
     with kept.renewed():
         pass
     assert joint[2:].eq(2).all()
+
+
+def test_two_threads_take_turns():
+    order = []
+
+    def other() -> None:
+        with casts.used(Casts()):
+            order.append("second")
+
+    thread = threading.Thread(target=other)
+    with casts.used(Casts()):
+        thread.start()
+        thread.join(0.05)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]

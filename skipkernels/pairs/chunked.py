@@ -82,13 +82,13 @@ class _Context:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.dtype, self.casts = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        self.dtype, self.enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         self.cpu_state = torch.get_rng_state()
         self.device_states = get_device_states(torch.empty(0, device=device))
 
     def autocast(self) -> torch.autocast:
         """Cast as then. Casts are not cached, since those made without a graph must not be used by later calls."""
-        return torch.autocast(self.device.type, self.dtype, self.casts, cache_enabled=False)
+        return torch.autocast(self.device.type, self.dtype, self.enabled, cache_enabled=False)
 
     @contextlib.contextmanager
     def random_numbers(self) -> Iterator[None]:

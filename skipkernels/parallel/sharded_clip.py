@@ -23,7 +23,7 @@ from ..clip.state import Origin
 from ..clip.step import select_and_encode
 from ..digests import digest_json, digest_tensors, digests
 from ..retrieval import check_k, largest, top_k_logits
-from ..towers.base import UnsupportedModel
+from ..towers.base import Tower, UnsupportedModel
 from .class_parallel import ClassParallel, check_group
 from .gathers import all_gather, count_of, gather_rows, or_one_row
 from .loss import OwnColumns, sharded_cross_entropy
@@ -289,7 +289,7 @@ def _refuse_soft_labels(labels: Any, return_logits: bool) -> None:
         )
 
 
-def _refuse_batch_norms(tower: Any) -> None:
+def _refuse_batch_norms(tower: Tower) -> None:
     """Raise if a module above the cut is a batch norm other than `SyncBatchNorm`."""
     for part in tower.upper_parts():
         for module in part.modules() if isinstance(part, nn.Module) else ():

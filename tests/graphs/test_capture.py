@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -170,6 +171,11 @@ def _set_classes(run: Run) -> None:
     run.clip.set_classes(tiny_tokens(CLASSES + 1, seed=10), torch.linspace(0, 2, CLASSES + 1))
 
 
+def _cut_again(run: Run) -> None:
+    tower = run.clip.images.tower
+    tower.cut = replace(tower.cut, chunk=7)  # any field
+
+
 def _smooth(run: Run) -> None:
     run.clip.label_smoothing = 0.2
 
@@ -184,6 +190,7 @@ CHANGES = {
     "fewer classes": partial(_sample, keep_ratio=0.2, decay=3.0, max_tail=2),
     "other classes": _set_classes,
     "label smoothing": _smooth,
+    "another cut": _cut_again,
 }
 
 
