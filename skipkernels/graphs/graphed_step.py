@@ -321,17 +321,16 @@ class GraphedStep:
     def _capture(self, gpu: _Gpu, steps: _Steps) -> _Graph:
         """Capture the step with the tensors and casts of the eager steps."""
         assert steps.batch is not None
-        batch, casts = steps.batch, steps.casts
+        batch = steps.batch
         if gpu.pool is None:
             gpu.pool = torch.cuda.graph_pool_handle()
         renew_accumulators(self._clip.trainable_parameters())
 
         def run() -> SkipOutput:
             torch.clear_autocast_cache()  # casts of the warm-up would be constants of the graph
-            with used(casts):
-                return self._backward_and_update(self._forward(gpu.text_stream, *batch))
+            return self._backward_and_update(self._forward(gpu.text_stream, *batch))
 
-        with self._options_on_device(), tables_of_graph() as tables:
+        with used(steps.casts), self._options_on_device(), tables_of_graph() as tables:
             graph, out = record(run, gpu.stream, gpu.pool)
         tables.upload()
         assert self._ranks.ranks is not None

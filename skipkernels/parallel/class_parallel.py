@@ -104,8 +104,8 @@ class ClassParallel:
         for rank, (size, other_method, other_state) in enumerate(messages):
             if size == _ERROR:
                 raise RuntimeError(
-                    f"ShardedSkipCLIP: process {rank} of process_group has raised an error of its own before the first "
-                    f"message of {call}."
+                    f"ShardedSkipCLIP: process {rank} of process_group refused its arguments of {call}. Its own error "
+                    "says why."
                 )
             if other_method != method:
                 raise RuntimeError(

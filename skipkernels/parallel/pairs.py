@@ -78,17 +78,17 @@ def sigmoid_loss(
         return pairs.sigmoid_loss(clip, pixel_values, labels, max_labels=max_labels, logit_bias=logit_bias)
     count, shards = count_of(pixel_values), clip.shards
 
-    def encode() -> tuple[Tensor, Tensor, Tensor | float]:
+    def check() -> tuple[Tensor, Tensor, Tensor | float]:
         refuse_loss_options("sigmoid_loss", clip)
         x, y = or_one_row(pixel_values), or_one_row(labels)
         clip.check_inputs(x)
         check_many_labels(y, x, clip.num_classes, max_labels)
-        return clip.images.encode(x), y != 0, bias_of("sigmoid_loss", clip, logit_bias)
+        return x, y != 0, bias_of("sigmoid_loss", clip, logit_bias)
 
     call = f"sigmoid_loss with max_labels={max_labels}"
-    (image, labels, bias), sizes = clip.begin(call, count, encode, draws=True)
+    (x, labels, bias), sizes = clip.begin(call, count, check, draws=True)
     # 1. The image embeddings of all processes, [B, D]
-    image, labels = gather_rows(image[:count], sizes, shards.group), labels[:count]  # [b, C]
+    image, labels = gather_rows(clip.images.encode(x)[:count], sizes, shards.group), labels[:count]  # [b, C]
     # 2. The same selection on every process, and text embeddings of own selected classes: [K_r, D], [K], [b, K]
     texts = OwnTexts(clip.texts, shards)
     text, class_ids, own_targets = select_and_encode(image, labels, texts, clip.sampler, len(image) * max_labels)

@@ -94,14 +94,15 @@ class ShardedSkipCLIP(SkipCLIP):
             self.evaluation_embeddings()  # collective: before an error of this process
             return super().forward(pixel_values, labels, return_logits=return_logits)
 
-        def encode() -> tuple[Tensor, Tensor]:
+        def check() -> tuple[Tensor, Tensor]:
             _refuse_soft_labels(labels, return_logits)
             x, y = or_one_row(pixel_values), or_one_row(labels)
             self.check_inputs(x)
             check_labels(y, x, self.num_classes)
-            return self.images.encode(x), y
+            return x, y
 
-        return self._step(count_of(pixel_values), encode)
+        (x, y), sizes = self.begin("a training step", count_of(pixel_values), check, draws=True)
+        return self._step(self.images.encode(x), y, sizes)
 
     @torch.compiler.disable
     def loss(self, image: Tensor, labels: Tensor) -> Tensor:
@@ -118,12 +119,13 @@ class ShardedSkipCLIP(SkipCLIP):
             check_labels(y, x, self.num_classes)
             return x, y
 
-        return self._step(count_of(image), check).loss
+        (x, y), sizes = self.begin("a training step", count_of(image), check, draws=True)
+        return self._step(x, y, sizes).loss
 
-    def _step(self, count: int, local: Callable[[], tuple[Tensor, Tensor]]) -> SkipOutput:
-        """Select classes for the images of all processes, and compute the loss; see `begin`."""
-        (image, labels), sizes = self.begin("a training step", count, local, draws=True)  # [b, D], [b]
+    def _step(self, image: Tensor, labels: Tensor, sizes: list[int]) -> SkipOutput:
+        """Select classes for the images of all processes, and compute the loss, from the embeddings of this process."""
         shards = self.shards
+        count = sizes[shards.rank]
         # 1. The labels and image embeddings of all processes
         labels = gather_rows(labels[:count], sizes, shards.group)  # [B]
         image = gather_rows(image[:count], sizes, shards.group)  # [B, D]
@@ -144,15 +146,15 @@ class ShardedSkipCLIP(SkipCLIP):
         return SkipOutput(loss, None, class_ids, targets[shards.own_rows(sizes)])
 
     def begin(
-        self, call: str, count: int, local: Callable[[], Result], *, draws: bool = False
+        self, call: str, count: int, check: Callable[[], Result], *, draws: bool = False
     ) -> tuple[Result, list[int]]:
-        """Run the part of a call before its messages; return its result, and the number of images of each process.
+        """Check the arguments of a call; return what `check` returns, and the number of images of each process.
 
-        Collective: an error of `local` is raised on every process. `draws` if the call selects classes.
+        Collective: an error of `check` is raised on every process. `draws` if the call selects classes.
         """
         device = self.prototypes.device
         try:
-            found = local()
+            found = check()
         except Exception:
             self.shards.announce_error(call, device)
             raise
