@@ -20,7 +20,7 @@ from pydantic_core import to_jsonable_python
 from ..formatting import first_line
 from ..options import Precision
 from .data.base import InputError
-from .data.registry import is_own
+from .data.registry import is_own, published_name
 from .methods.registry import AUTO, METHODS
 from .settings import Settings
 from .untrusted import check_source
@@ -141,7 +141,8 @@ class TuneConfig(Settings):
             classes = min(len(open_data().classes), self.max_classes or sys.maxsize)
             trained = math.ceil(classes / 2) if self.protocol == "base-to-new" else classes
             settings["epochs"] = math.ceil(steps / math.ceil(shots * trained / settings["batch_size"]))
-        if self.data.rpartition(":")[2] in method.published_quarter:
+        kind, _, name = self.data.partition(":")
+        if kind == "coop" and published_name(name) in method.published_quarter:
             settings["epochs"] //= 4
         if (reference and self.method == "skip" and shots < 4) or self.class_weight is not None:
             settings["sampler"] = "random"

@@ -72,10 +72,16 @@ def test_with_method_resets_unused_settings(method):
     assert config.text_lr == (1.0 if method in ("skip", "full", "coop", "lora") else None)
 
 
-@pytest.mark.parametrize("data", ["coop:imagenet", "coop:sun397", "coop:food101"])
-def test_resolved_large_dataset_epochs(data):
-    assert TuneConfig(data=data, model="ViT-B-16", pretrained="random").resolved().epochs == 5
-    assert TuneConfig(data=data, model="ViT-B-16", pretrained="random", epochs=7).resolved().epochs == 7
+@pytest.mark.parametrize(
+    ("data", "epochs"),
+    [("coop:imagenet", 5), ("coop:sun397", 5), ("coop:Food-101", 5), ("coop:dtd", 20), ("imagefolder:food101", 20),
+     ("hf:food101", 20)],
+)  # fmt: skip
+def test_resolved_large_dataset_epochs(data, epochs):
+    """A quarter for three published datasets, but not for a folder or another dataset with such a name."""
+    named = {"method": "skip", "protocol": "base-to-new", "model": "ViT-B-16", "pretrained": "random"}
+    assert TuneConfig(data=data, **named).resolved().epochs == epochs
+    assert TuneConfig(data=data, **named, epochs=7).resolved().epochs == 7
 
 
 def test_resolved_epochs_depend_on_classes():

@@ -64,9 +64,10 @@ def without_unreadable(task: Task) -> Task:
     held = task.validation
     if held is not None:
         held = replace(held, images=readable(held.images, held.classes, "validation"))
+    held_out = len(set(train.names) & set(task.train.names[len(task.train) - task.held_out :]))
     note = f"{task.name}: skipped {len(skipped)} images that can't be read: {format_names(list(skipped))}."
     notes = (*task.notes, note) if skipped else task.notes
-    return replace(task, train=train, tests=tests, validation=held, notes=notes)
+    return replace(task, train=train, tests=tests, validation=held, notes=notes, held_out=held_out)
 
 
 # ---- skipkernels check -----------------------------------------------------------------------------------------------

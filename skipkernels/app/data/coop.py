@@ -22,6 +22,7 @@ from typing import get_args
 from .base import InputError, open_error
 from .files import absolute_path, check_inside, find_images, format_names, read_json, read_text, subfolders
 from .images import Images, LabelledImages
+from .registry import published_name
 from .source import Source, Split, normalize_class_name
 from .templates import Templates, resolve_templates
 
@@ -58,8 +59,8 @@ _HELP = "CoOp's DATASETS.md says where to get it."
 
 def open_coop(name: str, root: str | Path | None, templates: Templates = None) -> Source:
     """Open a dataset in CoOp's layout; `name` is a key of `DATASETS`; case and punctuation are ignored."""
-    keys = {key.replace("_", ""): key for key in DATASETS} | {"describabletextures": "dtd"}
-    key = keys.get(re.sub("[^a-z0-9]", "", name.lower()))
+    keys = {published_name(key): key for key in DATASETS} | {"describabletextures": "dtd"}
+    key = keys.get(published_name(name))
     if key is None:
         raise open_error(f"CoOp has no dataset {name!r}; choose coop: and one of {', '.join(DATASETS)}.")
     dataset, layout = f"coop:{key}", DATASETS[key]

@@ -108,6 +108,7 @@ def _take() -> _Decoder:
             if decoder.process.poll() is None:
                 return decoder
             _decoders.remove(decoder)  # it has ended, or it is another process's, which forked this one
+            decoder.end()
     decoder = _Decoder()
     _decoders.append(decoder)
     return decoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...formatting import escaped
@@ -58,7 +58,7 @@ class Task:
         validation: Images with the classes of `tests[0]` that neither train nor test, to choose the best epoch; or
             None.
         notes: Remarks for the user on how the data were read, and on what trains and validates.
-        held_out: Number of images at the end of `train` that validated; see `trained_on_validation`.
+        held_out: Number of images at the end of `train` that were chosen for validation, of `train_on_validation`.
     """
 
     name: str
@@ -68,13 +68,6 @@ class Task:
     validation: TestSet | None = None
     notes: tuple[str, ...] = ()
     held_out: int = 0
-
-    def trained_on_validation(self) -> Task:
-        """Return the task with its validation images as the last `held_out` training images."""
-        if self.validation is None:
-            return self
-        held = self.validation.images
-        return replace(self, train=joined([self.train, held]), validation=None, held_out=len(held))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +82,7 @@ class TaskOptions:
         validation: Validation images. "split": the val split of the dataset. A share such as 0.2: that share of the
             images of each class in the train split is held out, if possible of those that `shots` leaves. "auto": the
             split if there is one, else 0.2. "none": none.
+        train_on_validation: Append the validation images to the training images, as the last `held_out` ones.
         test: Test images. "split": the test split. "none": none; all images that don't validate train. Images of the
             user's data without splits that neither validate nor test always train.
         root: Folder of the datasets of coop:, or of the images of csv:.
@@ -101,6 +95,7 @@ class TaskOptions:
     max_classes: int | None = None
     seed: int = 0
     validation: Validation = "none"
+    train_on_validation: bool = False
     test: Test = "split"
     root: str | Path | None = None
     templates: Templates = None
@@ -179,7 +174,13 @@ def load_task(
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
     trained, joined_note = _with_unused(next(iter(parts.values())), options)
     train, validation, held_note = _train_and_validation(trained, options, transform, train_transform or transform)
-    few = None if options.shots == "all" else few_shot_note(train.labels, trained.classes, options.shots)
+    few = None
+    if options.shots != "all":
+        few = few_shot_note(trained.images("train").labels, trained.classes, options.shots)
+    held_out = 0
+    if options.train_on_validation and validation is not None:
+        train, held_out = joined([train, validation.images]), len(validation.images)
+        validation = held_note = None
     sizes = _sizes_note(trained.classes, train, tests[0].images)
     notes += [f"{source.name}: {note}" for note in (few, sizes, joined_note, held_note) if note is not None]
     notes += [
@@ -187,7 +188,7 @@ def load_task(
         for test in tests
         if len(test.classes) == 1
     ]
-    return Task(source.name, options.protocol, train, tests, validation, _shown(notes))
+    return Task(source.name, options.protocol, train, tests, validation, _shown(notes), held_out)
 
 
 def _shown(notes: Sequence[str]) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...digests import digest_json, digest_tensors
 from ...folders import replace_tensors
 from ...formatting import csv_line, first_line
 from ..data import InputError
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 TOP = 3
 """Classes per image that are kept."""
 PREDICTIONS = "predictions.safetensors"
-_FORMAT = "1"
+_FORMAT = "2"
+_WHEN = ("zero_shot", "tuned")
 
 
 class TopClasses(NamedTuple):
@@ -50,7 +53,7 @@ class TestPredictions:
     labels: Tensor  # int64 [n]
     zero_shot: TopClasses
     tuned: TopClasses | None
-    images: list[str] = field(default_factory=list)  # names of the images; not kept in the file
+    images: list[str]  # names of the images
     thumbnails: dict[int, bytes] = field(default_factory=dict)  # PNG or JPEG files by the index of the image
 
     @property
@@ -61,20 +64,18 @@ class TestPredictions:
 
 def save(path: Path, tests: Sequence[TestPredictions]) -> None:
     """Write predictions.safetensors, replacing an earlier one."""
-    import torch
-
     tensors: dict[str, Tensor] = {}
+    entries = []
     for number, test in enumerate(tests):
         tensors[f"{number}.labels"] = test.labels.int()
-        for when, top in (("zero_shot", test.zero_shot), ("tuned", test.tuned)):
-            if top is not None:
+        for when in _WHEN:
+            if (top := getattr(test, when)) is not None:
                 tensors[f"{number}.{when}.classes"] = top.classes.int().contiguous()
                 tensors[f"{number}.{when}.probabilities"] = top.probabilities.float().contiguous()
-        for index, image in test.thumbnails.items():
-            tensors[f"{number}.thumbnails.{index}"] = torch.frombuffer(bytearray(image), dtype=torch.uint8)
-    names = [{"name": test.name, "classes": test.classes} for test in tests]
-    metadata = {"format": _FORMAT, "tests": json.dumps(names)}
-    replace_tensors(path, tensors, metadata)
+        thumbnails = {index: base64.b64encode(image).decode() for index, image in test.thumbnails.items()}
+        entries.append({"name": test.name, "classes": test.classes, "images": test.images, "thumbnails": thumbnails})
+    metadata = {"format": _FORMAT, "tests": json.dumps(entries)}
+    replace_tensors(path, tensors, metadata | {"digest": _digest(metadata, tensors)})
 
 
 def load(path: Path) -> list[TestPredictions]:
@@ -86,12 +87,29 @@ def load(path: Path) -> list[TestPredictions]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"format {metadata.get('format')!r}, not {_FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return [_test(number, entry, tensors) for number, entry in enumerate(json.loads(metadata["tests"]))]
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"format {metadata.get('format')!r}, not {_FORMAT!r}")
+        if metadata.pop("digest", None) != _digest(metadata, tensors):
+            raise ValueError("it was changed after it was written")
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: damaged ({first_line(error)}).") from error
+
+    def top(key: str) -> TopClasses | None:
+        found = tensors.get(f"{key}.classes")
+        return None if found is None else TopClasses(found.long(), tensors[f"{key}.probabilities"])
+
+    tests = []
+    for number, entry in enumerate(json.loads(metadata["tests"])):
+        images = {int(index): base64.b64decode(image) for index, image in entry.pop("thumbnails").items()}
+        before_and_after: Any = {when: top(f"{number}.{when}") for when in _WHEN}
+        labels = tensors[f"{number}.labels"].long()
+        tests.append(TestPredictions(**entry, labels=labels, thumbnails=images, **before_and_after))
+    return tests
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    return digest_json([metadata, digest_tensors(sorted(tensors.items()))])
 
 
 def prediction_lines(tests: Sequence[TestPredictions]) -> Iterator[str]:
@@ -109,19 +127,3 @@ def prediction_lines(tests: Sequence[TestPredictions]) -> Iterator[str]:
         ):
             cells = [cell for i, p in zip(ids, shares, strict=True) for cell in (names[i], f"{p:.6g}")]
             yield csv_line([test.name, image, names[label], names[before], *cells])
-
-
-def _test(number: int, entry: dict, tensors: dict[str, Tensor]) -> TestPredictions:
-    def top(when: str) -> TopClasses:
-        part = f"{number}.{when}"
-        return TopClasses(tensors[f"{part}.classes"].long(), tensors[f"{part}.probabilities"].float())
-
-    tuned = top("tuned") if f"{number}.tuned.classes" in tensors else None
-    prefix = f"{number}.thumbnails."
-    thumbnails = {
-        int(key[len(prefix) :]): bytes(tensor.numpy()) for key, tensor in tensors.items() if key.startswith(prefix)
-    }
-    labels = tensors[f"{number}.labels"].long()
-    return TestPredictions(
-        str(entry["name"]), list(entry["classes"]), labels, top("zero_shot"), tuned, thumbnails=thumbnails
-    )

@@ -171,11 +171,7 @@ def build_task(
     choice = config.chooses or config.train_on_validation
     if choice and config.validation == "auto" and not source.has_split("val"):  # any part of all images is held out
         config = replace(config, validation="none")
-    options = TaskOptions(
-        templates=config.template,
-        train=train,
-        **{name: getattr(config, name) for name in names},
-    )
+    settings = {name: getattr(config, name) for name in names}
+    options = TaskOptions(templates=config.template, train=train, train_on_validation=choice, **settings)
     task = load_task(source, options, transform=transform, train_transform=train_transform)
-    task = without_unreadable(task) if config.unreadable == "skip" else task
-    return task.trained_on_validation() if choice else task
+    return without_unreadable(task) if config.unreadable == "skip" else task

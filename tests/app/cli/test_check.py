@@ -15,7 +15,8 @@ from PIL import Image
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.data import InputError
+from skipkernels.app.data import InputError, TaskOptions, load_task
+from skipkernels.app.data.check import without_unreadable
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
 from tests.app.data.pictures import decoders, slow_picture
@@ -113,6 +114,14 @@ def test_tune_skips_all_images_of_a_class(data, tmp_path):
         path.write_text("no image")
     with pytest.raises(InputError, match="no training image of dog can be read"):
         tune(TuneConfig(data=f"imagefolder:{data}", out=tmp_path / "run", unreadable="skip", **SETTINGS))
+
+
+def test_unreadable_images_do_not_count_as_held_out(data):
+    options = TaskOptions(protocol="few-shot", shots="all", validation=0.5, train_on_validation=True)
+    task = load_task(f"imagefolder:{data}", options)
+    (data / task.train.names[-1]).write_text("no image")
+    readable = without_unreadable(task)
+    assert (len(readable.train), readable.held_out) == (len(task.train) - 1, task.held_out - 1)
 
 
 def test_check_is_interrupted_while_an_image_is_decoded(data, capsys):

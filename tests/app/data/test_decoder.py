@@ -100,10 +100,12 @@ def test_end_by_another_thread_is_an_error_of_the_image(monkeypatch):
 
 def test_decoder_that_was_ended_is_replaced():
     decode(PICTURE, "a")
+    pipes = [pipe for each in decoder._decoders for pipe in (each.process.stdin, each.process.stdout)]
     kill_decoders()
     while decoders():
         time.sleep(0.01)
     assert decode(PICTURE, "a").size == (3, 2)
+    assert pipes and all(pipe.closed for pipe in pipes)
 
 
 def test_relative_path_after_a_change_of_folder(tmp_path, monkeypatch):

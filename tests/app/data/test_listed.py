@@ -103,18 +103,14 @@ def test_csv_names_missing_table_and_unreadable_image(images):
             list(source.images(split))
 
 
-@pytest.fixture(autouse=True)
-def hub_cache(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 # ---- hf ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def hub():
-    return pytest.importorskip("datasets")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets
 
 
 def rows(hub, count: int, *, names: bool = True, **more):

@@ -123,6 +123,24 @@ def test_load_task_any_number_of_classes(there, classes, protocol):
             assert names[image.getpixel((0, 0))[0]] == test.classes[label]
 
 
+@pytest.mark.parametrize(
+    ("trains", "notes"),
+    [
+        (False, ["1 of 3 classes have fewer than 16 training images, all of which are used: dog (8).",
+                 "validation on 8 images of its train split, which don't train."]),
+        (True, ["1 of 3 classes have fewer than 16 training images, all of which are used: dog (8)."]),
+    ],
+)  # fmt: skip
+def test_load_task_notes_on_validation(trains, notes):
+    """2, 3 and 3 images of 8, 16 and 19 are held out. A class with 16 has as many as asked for."""
+    labels = [label for label, count in enumerate((8, 16, 19)) for _ in range(count)]
+    items = [("image", label) for label in labels]
+    source = from_datasets("pets", train=items, test=items, classes=["dog", "cat", "owl"])
+    task = load(source, "few-shot", shots=16, validation=0.2, train_on_validation=trains)
+    assert task.notes == tuple(f"pets: {note}" for note in notes)
+    assert (len(task.train), task.held_out, task.validation is None) == ((43, 8, True) if trains else (35, 0, False))
+
+
 def test_load_task_notes_few_images(tmp_path):
     make_coop(tmp_path, "dtd")
     task = load("coop:dtd", root=tmp_path, shots=16)

@@ -69,15 +69,17 @@ def top(*classes: int, share: float = 0.5) -> TopClasses:
 def predictions_of(labels: list[int], before: list[int], after: list[int]) -> TestPredictions:
     """Predictions of classes before and after tuning."""
     names = [str(label) for label in range(max(*labels, *before, *after) + 1)]
-    return TestPredictions("all", names, torch.tensor(labels), top(*before), top(*after))
+    images = [f"{number}.png" for number in range(len(labels))]
+    return TestPredictions("all", names, torch.tensor(labels), top(*before), top(*after), images)
 
 
 def predicted(name="base", label="alpha") -> TestPredictions:
     """Images of the classes 0 0 1 1: the first is fixed by tuning, the third broken; the second is wrong."""
-    classes = [label, "beta", "gamma", "delta"]
-    test = TestPredictions(name, classes, torch.tensor([0, 0, 1, 1]), top(1, 1, 1, 1), top(0, 1, 2, 1, share=0.875))
-    test.thumbnails = {0: thumbnail(image()), 2: thumbnail(image(value=9))}
-    return test
+    tops = top(1, 1, 1, 1), top(0, 1, 2, 1, share=0.875)
+    thumbnails = {0: thumbnail(image()), 2: thumbnail(image(value=9))}
+    return TestPredictions(
+        name, [label, "beta", "gamma", "delta"], torch.tensor([0, 0, 1, 1]), *tops, list("abcd"), thumbnails
+    )
 
 
 def page(changes=None, rows=None, config=None, tests=None, label="alpha") -> str:

@@ -194,7 +194,9 @@ def test_report_galleries_show_top_classes_and_shape():
 def test_report_many_classes():
     labels = torch.arange(250).repeat_interleave(2)
     after = torch.where(torch.arange(500) % 3 == 0, labels, (labels + 1) % 250)
-    test = TestPredictions("all", [f"c{i}" for i in range(250)], labels, top(*[0] * 500), top(*after.tolist()))
+    test = TestPredictions(
+        "all", [f"c{i}" for i in range(250)], labels, top(*[0] * 500), top(*after.tolist()), [""] * 500
+    )
     found = Page(page({"classes": {"all": 250}, "zero_shot": {"all": 1.0}, "tuned": {"all": 2.0}}, tests=[test]))
     assert len([cells for cells in found.rows if re.fullmatch(r"c\d+", cells[0]) and len(cells) == 8]) == 250
 
@@ -275,7 +277,7 @@ def test_report_method_without_epochs():
     assert ["alpha", "2", "0.0", "–", "–", "–", "0.0", "beta (2)"] in found.rows
     assert not [cells for cells in found.rows if cells[0].startswith(("epoch", "kept classes"))]
     assert_complete(text)
-    perfect = TestPredictions("base", ["a", "b"], torch.tensor([0, 1]), top(0, 1), top(0, 1))
+    perfect = TestPredictions("base", ["a", "b"], torch.tensor([0, 1]), top(0, 1), top(0, 1), ["x", "y"])
     text = page(tests=[perfect])
     assert not Page(text).named("img") and 'id="confusions"' not in text and 'id="fixed"' not in text
 

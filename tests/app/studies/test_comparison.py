@@ -37,7 +37,9 @@ def study(tmp_path):
                 folder, ids = tmp_path / f"{variant}-{seed}", torch.tensor(correct)[:, None]
                 folder.mkdir()
                 top = TopClasses(ids, torch.ones(ids.shape))
-                test = TestPredictions("all", ["a", "b"], torch.ones(len(ids), dtype=torch.long), top, None)
+                test = TestPredictions(
+                    "all", ["a", "b"], torch.ones(len(ids), dtype=torch.long), top, None, [""] * len(ids)
+                )
                 predictions.save(folder / predictions.PREDICTIONS, [test])
                 metrics = {"protocol": "few-shot", "tuned": {"all": 100 * sum(correct) / len(correct)}}
                 metrics |= {"images": {"tests": {"all": len(correct)}}, "seconds": None}

@@ -77,10 +77,18 @@ def test_tune_below_zero_shot_warns(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("skip_layers", "expected"), [(1, "one block"), (1.0, "every block"), (0.5, None), (2, None), (0, None)]
+    ("method", "skip_layers", "expected"),
+    [
+        ("skip", 1, "one block"),
+        ("skip", 1.0, "every block"),
+        ("auto", 1.0, "every block"),
+        ("skip", 0.5, None),
+        ("skip", 2, None),
+        ("skip", 0, None),
+    ],
 )
-def test_setting_notes_of_skip_layers(skip_layers, expected):
-    found = notes.setting_notes(dataclasses.replace(SMALL, skip_layers=skip_layers))
+def test_setting_notes_of_skip_layers(method, skip_layers, expected):
+    found = notes.setting_notes(dataclasses.replace(SMALL, method=method, skip_layers=skip_layers))
     assert [f"--skip-layers {skip_layers} skips {expected} of each tower" in note for note in found] == [True] * bool(
         expected
     )
