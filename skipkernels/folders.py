@@ -66,9 +66,13 @@ def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[st
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        shared = any(tensor.data_ptr() == other.data_ptr() for other in stored.values())  # safetensors refuses it
+        stored[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
     with replaced_file(path) as new:
         try:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new, metadata)
+            save_file(stored, new, metadata)
         except SafetensorError as error:  # raised in place of an OSError
             raise OSError(errno.EIO, str(error), str(path)) from error
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from skipkernels.app.train.evaluation import Evaluator
 from skipkernels.app.train.run import Run as TuneRun
 from skipkernels.app.train.setup import BATCH, RunSetup, build_run
 from skipkernels.app.train.trainer import Trainer
+from skipkernels.app.train.writing import RunFolder
 from skipkernels.memory import PeakMemory
 
 from . import tasks
@@ -106,20 +110,15 @@ def execute(run: Run) -> list[dict[str, Any]]:
 def chosen(run: Run) -> list[dict[str, Any]]:
     """Train and test as `skipkernels tune` does by default. Returns a row, with the name of the chosen candidate."""
     torch.manual_seed(run.seed)
-    tuning = TuneRun(run.config(), open_data(run), None)
-    tuning.embed()
-    setup, tests = tuning.setup, tuning.setup.test_features()
-    zero_shot = accuracies(setup, setup.zero_shot, tests)
-    started = time.perf_counter()
-    tuning.choose()
-    tuning.prepare()
-    with tuning.display:
-        tuning.train()
-    tuning.complete()
-    assert tuning.choice is not None
-    found = accuracies(setup, tuning.method, tests, tuning.method.fitted)
-    cost = {"steps": sum(row["steps"] for row in tuning.rows), "train_s": round(time.perf_counter() - started, 2)}
-    columns = run.columns | {"blended": 0, "head": "", "l2": tuning.l2, "chosen": tuning.choice.name}
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(run.config(), out=Path(folder, "run"))
+        tuning = TuneRun(config, open_data(run), RunFolder(config))
+        setup, tests = tuning.setup, tuning.setup.test_features()
+        zero_shot = accuracies(setup, setup.zero_shot, tests)
+        metrics = tuning.execute()
+    found = accuracies(setup, setup.method, tests, setup.method.fitted)
+    cost = {"steps": metrics["steps"], "train_s": round(metrics["cost"]["seconds_tuning"], 2)}
+    columns = run.columns | {"blended": 0, "head": "", "l2": metrics["l2"], "chosen": metrics["classifier"]}
     return [columns | rounded(found) | rounded({f"zero_shot_{name}": zero_shot[name] for name in ACCURACIES}) | cost]
 
 

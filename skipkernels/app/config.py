@@ -19,8 +19,8 @@ from pydantic_core import to_jsonable_python
 
 from ..formatting import first_line
 from ..options import Precision
-from .data.base import InputError
-from .data.registry import is_own, published_name
+from .data.base import InputError, published_name
+from .data.registry import is_own
 from .methods.registry import AUTO, METHODS
 from .settings import Settings
 from .untrusted import check_source
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _SHOTS = 16
 
+CONFIG = "config.yaml"
+"""Name of the file of a run with its configuration."""
 NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
 _SOURCES = ("model", "pretrained", "data")
 
@@ -93,6 +95,21 @@ class TuneConfig(Settings):
         """Accept a list as a tuple."""
         return tuple(value) if isinstance(value, list) else value
 
+    def continued(self) -> TuneConfig:
+        """Return the configuration of the run in the folder `resume`, with the non-default settings of this one.
+
+        Without such a folder, the configuration is returned as it is.
+        """
+        if isinstance(self.resume, bool):
+            return self
+        if self.out is not None:
+            raise InputError("the run is continued in its folder; leave out `out`.", "resume", "tune")
+        names = [field.name for field in dataclasses.fields(TuneConfig)]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(TuneConfig, name)}
+        given |= {"out": self.resume, "resume": True, "overwrite": self.overwrite}
+        earlier = TuneConfig.from_yaml(self.resume / CONFIG, trust=self.trust, given=given)
+        return dataclasses.replace(earlier, **given)
+
     def resolved(self, open_data: Callable[[], Source] | None = None) -> TuneConfig:
         """Return the configuration with all defaults filled in, some of which depend on the number of classes.
 
@@ -102,7 +119,7 @@ class TuneConfig(Settings):
 
         pictograms = self.data.partition(":")[0] == "pictograms"
         if self.method == AUTO and (self.preset != "default" or not (self.own_data or pictograms)):
-            return dataclasses.replace(self, method="skip").resolved(open_data)
+            return dataclasses.replace(self, method="skip", out=self.folder).resolved(open_data)
         self.method_class()
         device = usable_device(self.device, "TuneConfig")
         half: Precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
@@ -153,6 +170,8 @@ class TuneConfig(Settings):
     @property
     def folder(self) -> Path:
         """Folder of the results. Default: in runs/, named after the data and the method."""
+        if isinstance(self.resume, Path):
+            return self.resume
         return self.out or Path("runs", re.sub(r"[^\w.+-]", "-", f"{self.data}-{self.method}"))
 
     @property
@@ -283,7 +302,7 @@ class TuneConfig(Settings):
         try:
             values = read_settings(path)
         except FileNotFoundError:
-            hint = "; a run folder has one" if path.name == "config.yaml" else ""
+            hint = "; a run folder has one" if path.name == CONFIG else ""
             raise InputError(f"{path}: no such file{hint}.") from None
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror}).") from None

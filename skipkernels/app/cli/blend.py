@@ -29,10 +29,9 @@ class BlendCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Blend, and print the accuracy by alpha. Returns 0."""
+        from skipkernels.app.data.tasks import VALIDATION
         from skipkernels.app.report.run_page import blend_table
-        from skipkernels.app.serve.blending import blend
-        from skipkernels.app.train.class_metrics import VALIDATION
-        from skipkernels.app.train.run_folder import blended_folder
+        from skipkernels.app.serve.blending import blend, blended_folder
 
         options: dict[str, Any] = {"overwrite": self.overwrite, "device": self.device, "trust": self.trust}
         metrics = blend(self.run, self.alpha, out=self.out, **options)

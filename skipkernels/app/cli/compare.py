@@ -40,7 +40,7 @@ class CompareCommand(Settings):
         from skipkernels.app.data import InputError
         from skipkernels.app.methods.registry import METHODS
         from skipkernels.app.train.command_line import command_line
-        from skipkernels.app.train.run_folder import check_writable
+        from skipkernels.app.train.writing import check_writable
 
         config = tune_config(self, out=None, overwrite=False)
         if not 1 <= self.seeds <= 1000:

@@ -62,7 +62,7 @@ def tune_config(command: Settings, **changes: Any) -> TuneConfig:
 
 def note_unfinished(run: Path, err: Terminal) -> None:
     """Print a note on the model of a run that is not complete."""
-    from skipkernels.app.train.run_folder import unfinished
+    from skipkernels.app.train.reading import unfinished
 
     if (note := unfinished(run.expanduser())) is not None:
         err.print(f"note: {note}", soft_wrap=True)

@@ -18,9 +18,11 @@ class ReportCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Write the page, and print its path. Returns 0."""
+        from skipkernels.app.config import CONFIG
         from skipkernels.app.data import InputError
+        from skipkernels.app.report.run_page import run_report
+        from skipkernels.app.results.files import REPORT
         from skipkernels.app.studies.study import study_page
-        from skipkernels.app.train.run_folder import CONFIG, REPORT, run_report
         from skipkernels.folders import replace_text
 
         page = run_report(self.run) if (self.run / CONFIG).is_file() else study_page(self.run)

@@ -31,10 +31,11 @@ class TuneCommand(Settings):
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
-        from skipkernels.app.train.run_folder import CONFIG, resumed
+        from skipkernels.app.config import CONFIG
 
-        config = resumed(tune_config(self))
+        config = tune_config(self)
         if self.print_config:
+            config = config.continued()
             as_given = {name: getattr(config, name) for name in _AS_GIVEN}
             out.print(dataclasses.replace(config.resolved(), **as_given).to_yaml().rstrip(), soft_wrap=True)
             return 0

@@ -36,11 +36,18 @@ def _unreadable(images: Images) -> dict[int, str]:
     return {index: str(result) for index, result in read if isinstance(result, InputError)}
 
 
-def unreadable_images(task: Task) -> dict[str, str]:
-    """Return the reason by name for each image of a task that can't be read."""
+def check_readable(task: Task, tell: Callable[[str], None]) -> None:
+    """Raise an error that names all images of a task that can't be read; `tell` is called with the reason for each."""
     held = () if task.validation is None else (task.validation,)
     parts = (task.train, *(part.images for part in (*task.tests, *held)))
-    return {part.names[index]: reason for part in parts for index, reason in _unreadable(part).items()}
+    found = {part.names[index]: reason for part in parts for index, reason in _unreadable(part).items()}
+    for reason in found.values():
+        tell(reason)
+    if found:
+        raise InputError(
+            f"{len(found)} of the images can't be read: {format_names(list(found))}. Replace or remove them, or leave "
+            "them out with `unreadable=skip`."
+        )
 
 
 def without_unreadable(task: Task) -> Task:

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from .base import InputError, open_error
+from .base import InputError, open_error, published_name
 from .files import absolute_path, check_inside, find_images, format_names, read_json, read_text, subfolders
 from .images import Images, LabelledImages
-from .registry import published_name
 from .source import Source, Split, normalize_class_name
 from .templates import Templates, resolve_templates
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,15 +29,6 @@ was passed in Python."""
 def is_own(data: str) -> bool:
     """Return True if a dataset is the user's own, not a published or packaged one."""
     return data.partition(":")[0] in OWN
-
-
-def published_name(name: str) -> str:
-    """Return the NAME of coop:NAME in lower case and without punctuation, neither of which tells datasets apart.
-
-    >>> published_name("Food-101"), published_name("oxford_pets")
-    ('food101', 'oxfordpets')
-    """
-    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def is_remote(data: str) -> bool:

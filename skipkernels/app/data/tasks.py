@@ -18,6 +18,8 @@ from .shots import class_sizes_note, few_shot, few_shot_note, hold_out
 from .source import Source, Split
 from .templates import Templates, prompts
 
+VALIDATION = "validation"
+"""Name of the validation images beside the names of the tests."""
 VALIDATION_SHARE = 0.2
 """Share of the images of each class that are held out for validation by default."""
 
@@ -259,7 +261,7 @@ def _train_and_validation(
         if not len(held):
             return train, None, "no validation: no class has a second training image."
         note = f"validation on {len(held)} images of its train split, which don't train."
-    return train, TestSet("validation", list(source.classes), source.templates, held), note
+    return train, TestSet(VALIDATION, list(source.classes), source.templates, held), note
 
 
 def _test_set(name: str, source: Source, transform: Callable | None, test: Test) -> TestSet:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.tasks import TestSet
-from ..train.predictions import TestPredictions, TopClasses
+from ..results.predictions import TestPredictions, TopClasses
 
 GALLERY, WORST = 8, 30
 """Largest number of images in a gallery, and of classes in the matrix of confusions."""

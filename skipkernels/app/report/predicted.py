@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from ..train.class_metrics import class_metrics, metrics_of_test
-from ..train.predictions import TestPredictions, TopClasses
+from ..results.class_metrics import class_metrics, metrics_of_test
+from ..results.predictions import TestPredictions, TopClasses
 from . import page
 from .formats import finite, number, percent, plural
 from .mistakes import confusion_matrix, most_frequent_errors, one_per_class

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..config import TuneConfig
-from ..train.class_metrics import VALIDATION
+from ..data.tasks import VALIDATION
 from .formats import finite, percent, plural
 from .intervals import range_text, wilson
 from .words import name_of_test, title_of

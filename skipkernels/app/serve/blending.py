@@ -9,21 +9,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...folders import restored
-from ..config import TuneConfig
+from ..config import CONFIG, TuneConfig
 from ..data import InputError
+from ..data.tasks import VALIDATION
+from ..report.run_page import report_html
+from ..results.class_metrics import BALANCED
+from ..results.files import MODEL, REPORT, read_metrics
+from ..results.notes import result_notes
+from ..results.predictions import TestPredictions
 from ..train import weights
 from ..train.calibration import calibrate
 from ..train.candidates import BLENDS
-from ..train.checkpoint import MODEL
-from ..train.class_metrics import BALANCED, VALIDATION
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluation, Evaluator
+from ..train.metrics import weights_size
 from ..train.own_dataset import KIND
-from ..train.predictions import TestPredictions
-from ..train.results import weights_size
-from ..train.run_folder import CONFIG, RunFolder, blended_folder, read_metrics, read_model
+from ..train.reading import read_model
 from ..train.setup import RunSetup, build_run
 from ..train.weights import Interpolation
+from ..train.writing import RunFolder
 
 ALPHAS = tuple(n / 10 for n in range(11))
 """Weights of the tuned model in the curve."""
@@ -86,7 +90,8 @@ def blend(
     if of_run.cache is not None and not of_run.cache.is_dir():
         of_run = replace(of_run, cache=None)
     written = replace(of_run, out=target, overwrite=overwrite, resume=False)
-    new_folder = RunFolder(written.resolved())  # refuses a folder that can't be written
+    written = written.resolved()
+    new_folder = RunFolder(written)  # refuses a folder that can't be written
 
     setup = build_run(replace(of_run, trust=trust, refresh="never", workers=0).resolved())
     blends = _Blends(setup, file, metrics["l2"])
@@ -95,7 +100,7 @@ def blend(
     chosen = choose(curve["accuracy"]) if alpha == "auto" else float(alpha)
     blends.set(chosen)
     blended = evaluations[chosen]
-    described = describe(new_folder.config, setup.model, setup.task, weights=MODEL)
+    described = describe(written, setup.model, setup.task, weights=MODEL)
     held = blends.evaluator.validation_logits(setup.method)
     if held is None:  # that of the run is of another model
         metrics["validation"] = None
@@ -109,12 +114,17 @@ def blend(
         "by_class": blends.evaluator.by_class(blended),
         "blend": curve | {"chosen": chosen, "run": str(folder.resolve())},
         "alpha": chosen,
-        "notes": [],
     }
     if metrics.get("command"):
         metrics["command"] += f"\nskipkernels blend {shlex.quote(str(folder))} --alpha {chosen:g}"
-    _write(new_folder, setup, described, metrics, blends.evaluator.predictions(blends.zero_shot, blended))
+    metrics["notes"] = result_notes(written, metrics)
+    _write(new_folder, written, setup, described, metrics, blends.evaluator.predictions(blends.zero_shot, blended))
     return metrics
+
+
+def blended_folder(run: Path) -> Path:
+    """Return the default folder of a blended run, beside that of the run."""
+    return run.with_name(f"{run.resolve().name}-blend")
 
 
 class _Blends:
@@ -186,15 +196,17 @@ def choose(accuracy: Mapping[str, list[float]]) -> float:
 
 def _write(
     folder: RunFolder,
+    config: TuneConfig,
     setup: RunSetup,
     described: Description,
     metrics: dict[str, Any],
     tests: list[TestPredictions],
 ) -> None:
-    with folder.replaced():
+    with folder.replaced(config):
         described = folder.write_model(described, setup.method.state_dict(), setup.method.fitted)
         metrics["checkpoint"] = weights_size(setup.method.state_dict())
         write_open_clip_config(folder.path, setup.model, setup.tokenizer)
-        folder.write_card(described, metrics)
-        folder.write_report(metrics, tests, [])
+        folder.write_card(config, described, metrics)
+        folder.write_predictions(tests)
+        folder.write(REPORT, report_html(config, metrics, [], tests))
         folder.write_metrics(metrics)

@@ -11,18 +11,19 @@ from typing import Any, Literal, NamedTuple
 import open_clip
 
 from ...digests import digest_file
-from ...folders import replace_text, replaced_folder, restored
-from ..config import TuneConfig
+from ...folders import replace_tensors, replace_text, replaced_folder, restored
+from ..config import CONFIG, TuneConfig
 from ..data import InputError
 from ..data.base import check_choice
 from ..data.registry import KINDS, OWN
 from ..methods import METHODS
-from ..train import weights
+from ..results.files import CARD, CLASSIFIER, HEAD, METRICS, read_metrics
 from ..train.checkpoint import FOLDER as CHECKPOINT
-from ..train.description import CLASSIFIER, HEAD, Description, versions, write_open_clip_config
+from ..train.description import Description, versions, write_open_clip_config
 from ..train.model import OPEN_CLIP, RANDOM
-from ..train.model_card import CARD, model_card
-from ..train.run_folder import CONFIG, METRICS, check_writable, has_run, read_metrics
+from ..train.model_card import model_card
+from ..train.reading import has_run
+from ..train.writing import check_writable
 from . import to_hugging_face, to_onnx
 from .loading import TunedRun, load_plain
 
@@ -135,7 +136,7 @@ def _write(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:
     head_code = "" if to == "onnx" else run.method.head_code  # the file for ONNX has the head
     if head_code:
         tensors = run.method.head().state_dict() if fitted is None else fitted.tensors()
-        weights.save_weights(folder / HEAD, tensors)
+        replace_tensors(folder / HEAD, tensors)
         described = replace(described, head_xxh3=digest_file(folder / HEAD))
     values = {name: getattr(described, name) for name in ("classes", "templates", "temperature")}
     replace_text(folder / CLASSES, json.dumps(values, indent=2) + "\n")
@@ -148,7 +149,7 @@ def _write(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:
 def _write_open_clip(run: TunedRun, folder: Path) -> None:
     if not write_open_clip_config(folder, run.model, run.tokenizer):
         raise InputError(f"must have a model of open_clip; got {type(run.model).__name__}.", "run", "export")
-    weights.save_weights(folder / OPEN_CLIP_WEIGHTS, run.model.state_dict())
+    replace_tensors(folder / OPEN_CLIP_WEIGHTS, run.model.state_dict())
 
 
 def _shared(run: TunedRun) -> Description:

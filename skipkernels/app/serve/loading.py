@@ -20,7 +20,7 @@ from ..data.templates import resolve_templates
 from ..methods import METHODS, Method
 from ..methods.frozen import FrozenModel
 from ..train.description import Description, preprocessing
-from ..train.run_folder import read_model
+from ..train.reading import read_model
 from ..train.weights import load_run_method, load_run_model
 
 TEST = "classes"

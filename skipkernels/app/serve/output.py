@@ -12,7 +12,7 @@ import numpy as np
 from ...folders import replaced_file, sweep
 from ...formatting import csv_line
 from ..data import InputError
-from ..train.run_folder import check_writable
+from ..train.writing import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor

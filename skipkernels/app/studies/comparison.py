@@ -10,7 +10,8 @@ import numpy as np
 
 from ..data import InputError
 from ..data.tasks import summarise
-from ..train import predictions
+from ..results import predictions
+from ..results.files import PREDICTIONS
 from .runs import Result
 
 Right = dict[str, np.ndarray]  # by test, the number of seeds that classify each image correctly, [n]
@@ -66,7 +67,7 @@ def _read(results: Sequence[Result], folder: Path) -> dict[str, Right] | None:
     labels: dict[str, list[int]] = {}
     try:
         for result in results:
-            for test in predictions.load(folder / result.folder / predictions.PREDICTIONS):
+            for test in predictions.load(folder / result.folder / PREDICTIONS):
                 if labels.setdefault(test.name, test.labels.tolist()) != test.labels.tolist():
                     return None
                 right = (test.last.classes[:, 0] == test.labels).long().numpy()

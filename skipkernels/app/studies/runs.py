@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from ...formatting import duration
-from ..config import TuneConfig
+from ..config import CONFIG, TuneConfig
 from ..console import Terminal, plain, print_plain
 from ..data import InputError
+from ..results.files import METRICS, read_metrics
 from ..train import check, tune
 from ..train.choice import chosen_before
-from ..train.run_folder import CONFIG, METRICS, read_metrics
 
 RUNS = "runs"
 

@@ -13,8 +13,8 @@ import torch
 from ...folders import replace_text
 from ..data import InputError
 from ..report.study_page import study_html
-from ..train.results import environment
-from ..train.run_folder import REPORT
+from ..results.files import REPORT
+from ..train.metrics import environment
 from ..untrusted import read_object
 from .runs import Result
 

@@ -33,11 +33,11 @@ from ..methods.cosine import cosine_logits
 from ..methods.registry import AUTO
 from ..report.formats import plural
 from ..report.words import name_of_classifier
+from ..results.class_metrics import image_scores, metrics_of_test
+from ..results.predictions import top_classes
 from .calibration import calibrate
 from .choice import Choice
-from .class_metrics import image_scores, metrics_of_test
 from .precision import REMEDY
-from .predictions import top_classes
 from .setup import RunSetup
 from .trainer import Trainer
 from .weights import Interpolation

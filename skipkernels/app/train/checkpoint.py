@@ -24,17 +24,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError
 
 from ...digests import digest_file, digest_json
-from ...folders import replaced_folder, restored
+from ...folders import replace_tensors, replaced_folder, restored
 from ...formatting import first_line
 from ..data import InputError
+from ..data.tasks import VALIDATION
+from ..results.class_metrics import BALANCED
+from ..results.files import MODEL
 from ..untrusted import read_object
-from .class_metrics import BALANCED, VALIDATION
 from .description import Description
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FOLDER, MODEL = "checkpoint", "model.safetensors"
+FOLDER = "checkpoint"
 BEST, TRAINING, INDEX = "best.safetensors", "training.pt", "checkpoint.json"
 FORMAT = 3
 
@@ -62,12 +64,10 @@ def save(
     """Replace the checkpoint of a run, with `weights` and their description."""
     import torch
 
-    from .weights import save_weights
-
     folder = run / FOLDER
     try:
         with replaced_folder(folder, ["*"]) as new:
-            save_weights(new / MODEL, weights)
+            replace_tensors(new / MODEL, weights)
             if rows and best_epoch(rows) not in (None, rows[-1]["epoch"]):  # an earlier epoch is the best
                 shutil.copyfile(folder / BEST if (folder / BEST).exists() else folder / MODEL, new / BEST)
             torch.save(training, new / TRAINING)

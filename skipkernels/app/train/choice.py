@@ -10,8 +10,8 @@ from typing import Any
 from ...formatting import first_line
 from ..config import TuneConfig
 from ..data import InputError
+from ..results.files import CANDIDATES
 from ..untrusted import read_object, validated
-from .run_folder import CANDIDATES
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import skipkernels
 from ...folders import replace_text
 from ..config import TuneConfig
 from ..data import InputError, Task
+from ..results.files import CLASSIFIER
 from ..untrusted import OPEN_CLIP, read_object, validated
 
-CLASSIFIER, HEAD = "classifier.json", "head.safetensors"
 FORMAT = 1
 CALIBRATED = "calibrated on held-out images"
 NOT_CALIBRATED = "not calibrated: no temperature was fitted on held-out images"

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from ...features import FeatureCache
 from ...folders import restored
-from ..config import TuneConfig
+from ..config import CONFIG, TuneConfig
 from ..console import print_plain
 from ..data import InputError, SizedDataset, Source
 from ..data.files import format_names
-from ..data.tasks import summarise
+from ..data.tasks import VALIDATION, summarise
 from ..methods import Method
 from ..report.mistakes import predictions_with_thumbnails
-from .class_metrics import VALIDATION, image_scores, metrics_of_test
+from ..results.class_metrics import balanced_accuracy, metrics_of_test
+from ..results.predictions import TestPredictions, TopClasses, top_classes
 from .own_dataset import KIND, OwnData
 from .precision import REMEDY
-from .predictions import TestPredictions, TopClasses, top_classes
-from .run_folder import CONFIG, read_model
+from .reading import read_model
 from .setup import BATCH, RunSetup, build_run
 from .weights import load_run_method, load_run_model
 
@@ -78,8 +78,7 @@ class Evaluator:
         """Return the balanced accuracy in per cent on the validation images; None if epochs are not compared by it."""
         if not self._setup.config.balances or VALIDATION not in evaluation.top:
             return None
-        predicted = evaluation.top[VALIDATION].classes[:, 0]
-        return round(image_scores(self.labels[VALIDATION], predicted, balanced=True).mean().item(), 4)
+        return balanced_accuracy(self.labels[VALIDATION], evaluation.top[VALIDATION].classes[:, 0])
 
     def validation_logits(self, method: Method) -> tuple[Tensor, Tensor] | None:
         """Return logits [n, C] and labels [n] of the validation images; None if there are none."""

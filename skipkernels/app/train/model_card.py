@@ -8,11 +8,10 @@ from typing import Any
 from ...formatting import escaped
 from ..config import TuneConfig
 from ..methods.registry import PACKAGED
+from ..results.notes import demonstration_note
 from .command_line import command_line
 from .description import NOT_CALIBRATED, Description
-from .notes import demonstration_note, weak_result
 
-CARD = "README.md"
 _SHOWN = 20  # classes named in the card
 _TOWER = "import skipkernels.app.demo.vit_pictogram  # registers the image tower in timm\n"
 _CLASSES_IN = {"hugging-face": "`classes.json`", "onnx": "the metadata of `model.onnx`"}
@@ -51,7 +50,6 @@ def model_card(
         tower=_TOWER if config.model == PACKAGED else "",
         resize=described.preprocessing.get("resize_mode"),
         demonstration=demonstration_note(config.model),
-        weak=weak_result(config, metrics),
         accuracies=list(_accuracies(config, metrics)),
         shots=_shots(config, metrics["images"]["train"], len(described.classes)),
         shown=_SHOWN,

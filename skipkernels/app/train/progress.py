@@ -15,7 +15,7 @@ from ...memory import PeakMemory
 from ..console import print_plain
 from ..report.formats import finite
 from ..report.words import HEADS
-from .class_metrics import BALANCED
+from ..results.class_metrics import BALANCED
 
 if TYPE_CHECKING:
     from .candidates import Trial

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -17,46 +17,62 @@ from ...formatting import escaped, first_line
 from ...memory import PeakMemory
 from ..config import TuneConfig
 from ..console import print_plain
-from ..data import InputError, Source, save_few_shot
-from ..data.check import unreadable_images
-from ..data.files import format_names
+from ..data import Source
+from ..data.check import check_readable
 from ..heads import Examples, choose_l2
+from ..report import run_page
 from ..report.words import name_of_run, title_of
-from . import checkpoint, notes, weights
+from ..results import notes
+from ..results.class_metrics import BALANCED
+from ..results.files import CANDIDATES, MODEL, REPORT
+from . import checkpoint, weights
 from .calibration import calibrate
 from .candidates import Search
-from .checkpoint import MODEL, best_epoch
+from .checkpoint import best_epoch
 from .choice import Choice
-from .class_metrics import BALANCED
 from .description import Description, describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
 from .loggers import Logger
+from .metrics import Cost, Trained, metrics_of
 from .progress import ProgressDisplay
-from .results import metrics_of
-from .run_folder import CANDIDATES, FEW_SHOT, REPORT, RunFolder
 from .setup import BATCH, build_run
 from .trainer import Trainer
 from .weights import Interpolation
+from .writing import RunFolder
 
 _log = logging.getLogger("skipkernels")
 _log.addHandler(logging.NullHandler())  # silent, unless the program that uses the library configures logging
 
 
+class Embedded(NamedTuple):
+    """Features of a run's images, and the accuracy of the pretrained weights."""
+
+    train: FeatureCache
+    evaluator: Evaluator
+    zero_shot: Evaluation
+
+
 class Run:
-    """A run with its model and data; without a `folder` it writes nothing. `choice`: of an earlier process."""
+    """A run in a folder.
+
+    Attributes:
+        setup: Model, data, method and settings; after the choice between candidates, those of the chosen one.
+        choice: The choice, also of an earlier process; None if there is none.
+        rows: Rows of metrics.jsonl, of the complete epochs.
+    """
 
     def __init__(
         self,
         config: TuneConfig,
         open_data: Callable[[], Source],
-        folder: RunFolder | None,
+        folder: RunFolder,
         *,
         choice: Choice | None = None,
         console: Console | None = None,
         command: str = "",
         loggers: Sequence[Logger] = (),
     ):
-        self.folder = folder
+        self.folder, self.choice = folder, choice
         self.console, self.command, self.loggers = console or Console(quiet=True), command, loggers
         self.started = time.perf_counter()
         self.memory = PeakMemory(torch.device(config.device))
@@ -64,28 +80,13 @@ class Run:
         self.setup = build_run(config, open_data=open_data)
         self.method, self.task = self.setup.method, self.setup.task
         self.display = ProgressDisplay(self.console, title=title_of(config, name_of_run(config)), memory=self.memory)
-
-        self.resumed = resumed = None if folder is None else folder.resumed
-        self.rows = [] if resumed is None else list(resumed.rows)  # of the complete epochs, as in metrics.jsonl
-        self.seconds_before = 0.0 if resumed is None else resumed.seconds  # of earlier processes
-
-        # Results of the steps.
-        self.features: FeatureCache  # of the training images
-        self.evaluator: Evaluator
-        self.zero_shot: Evaluation
-        self.between: Interpolation  # for a blend
-        self.choice = choice
-        self.l2 = 0.0  # penalty of the head, if it has one
-        self.trainer: Trainer | None = None  # of a method that trains by steps
-        self.seconds_fit = 0.0  # of one that does not
-        self.tuned: Evaluation | None = None  # of the model as it is now
-        self.calibration: dict[str, Any] = {}  # fields of a `Description`
-        self.thresholds: list[dict[str, Any]] = []  # by accuracy on the validation images
+        self.rows = [] if folder.checkpoint is None else list(folder.checkpoint.rows)
+        self.seconds_before = 0.0 if folder.checkpoint is None else folder.checkpoint.seconds
         self.warnings: list[str] = []
 
     @property
     def config(self) -> TuneConfig:
-        """Settings, with those of the choice after `choose`."""
+        """Settings, with those of the choice."""
         return self.setup.config
 
     @property
@@ -95,115 +96,41 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Execute all steps; return the contents of metrics.json."""
-        assert self.folder is not None
         with self._errors_completed(), self.display:
             for note in (*notes.setting_notes(self.config), *self.task.notes, *self.method.notes):
                 self._tell("note", note)
-            self.embed()  # features of all images, and the accuracy of the pretrained weights
-            self.choose()  # method, learning rates and head, where the configuration leaves them open
-            self.prepare()  # the trainer
-            with self.folder.lock():  # nothing is written before
-                self.begin()  # files that training does not change, and the checkpoint to resume
-                self.train()  # by epochs or in closed form
-                self.complete()  # blend, head, calibration
-                return self.write()  # model, report, metrics
+            images = self._embed()  # features of all images, and the accuracy of the pretrained weights
+            l2 = self._choose(images.train)  # method, learning rates and head, where the configuration leaves them open
+            trainer = self._trainer(images.train)
+            before = Interpolation(self.setup.trained) if self.config.blend != 1 else None
+            with self.folder.lock(self.config):  # nothing is written before
+                self._begin(trainer)  # files that training does not change, and the checkpoint to resume
+                fit_seconds = self._fit(images.train)  # in closed form
+                if trainer is not None:
+                    self._train(trainer, images)  # by epochs
+                trained = self._complete(images, l2, before)  # blend, head, calibration
+                return self._write(trained, fit_seconds)  # model, report, metrics
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def embed(self) -> None:
-        """Compute the features of all images at the cut, and the accuracy of the pretrained weights."""
+    def _embed(self) -> Embedded:
         advance = self.display.features(self.setup.images)
         test, held = self.setup.test_features(advance), self.setup.validation_features(advance)
-        self.features = self.setup.train_features(advance)
-        self.evaluator = Evaluator(self.setup, test, held)
-        self.zero_shot = self.evaluator.evaluate(
-            self.setup.zero_shot, "for the pretrained weights. Check `pretrained`, or use `precision=fp32`."
-        )
+        train = self.setup.train_features(advance)
+        evaluator = Evaluator(self.setup, test, held)
+        when = "for the pretrained weights. Check `pretrained`, or use `precision=fp32`."
+        return Embedded(train, evaluator, evaluator.evaluate(self.setup.zero_shot, when))
 
-    def choose(self) -> None:
-        """Choose the settings among candidates, if the configuration leaves them open, and the penalty of the head."""
+    def _choose(self, train: FeatureCache) -> float:
+        """Choose the settings among candidates, if the configuration leaves them open; return the head's penalty."""
         frozen: Examples | None = None
         if self.config.chooses:
-            search = Search(self.setup, self.features)
+            search = Search(self.setup, train)
             self.choice, frozen = self._choice(search), search.frozen
-            config = replace(self.config, **self.choice.settings)
-            self.setup = replace(self.setup, config=config)
-            if self.folder is not None:
-                self.folder.config = config
-        if self.config.head != "none":  # before training, and before a resumed run loads tuned weights
-            self.l2 = choose_l2(self.config.head, frozen or self.setup.examples(self.features))
-
-    def prepare(self) -> None:
-        """Make the trainer of a method with epochs, and keep the weights that a blend needs."""
-        if self.config.epochs:
-            self.trainer = Trainer(self.config, self.method, self.features, self.task.tests[0].classes)
-            if self.trainer.not_graphed is not None:
-                self._tell("note", f"steps run without a CUDA graph: {self.trainer.not_graphed}")
-        if self.config.blend != 1:
-            self.between = Interpolation(self.setup.trained)
-
-    def begin(self) -> None:
-        """Write the files that training does not change, and load the checkpoint to resume, if there is one."""
-        assert self.folder is not None
-        if self.method.trains_model:
-            write_open_clip_config(self.folder.path, self.setup.model, self.setup.tokenizer)
-        if self.choice is not None:
-            self.folder.write(CANDIDATES, self.choice.to_json())
-        known = {name: getattr(self.config, name) for name in ("data", "shots", "seed")}
-        save_few_shot(self.folder.path / FEW_SHOT, self.task.train, classes=self.task.tests[0].classes, **known)
-        if self.resumed is not None and self.trainer is not None:
-            weights.load_into(self.method, self.resumed.weights)
-            self.trainer.load_state_dict(self.resumed.training)
-            self.tuned = self.evaluator.evaluate(self.method)
-
-    def train(self) -> None:
-        """Train, by epochs or in closed form, and return to the weights of the best epoch on the validation images."""
-        self.memory.reset()
-        if self.trainer is None:
-            self._fit()
-            self.tuned = self.evaluator.evaluate(self.method)
-            return
-        self._run_epochs(self.trainer)
-        if best_epoch(self.rows) not in (None, len(self.rows)):
-            assert self.config.out is not None
-            weights.load_into(self.method, self.config.out / checkpoint.FOLDER / checkpoint.BEST)
-            self.tuned = self.evaluator.evaluate(self.method)
-
-    def complete(self) -> None:
-        """Blend the weights with those before training, fit the head, and calibrate the probabilities."""
-        config = self.config
-        if config.blend != 1:
-            self.between.end()
-            self.between.set(config.blend)
-        if config.head != "none":
-            self.setup.fit_head(self.features, self.l2)
-        if config.blend != 1 or config.head != "none":
-            self.tuned = self.evaluator.evaluate(self.method)
-        if self.choice is not None:
-            self.calibration = self.choice.calibration
-        elif (held_out := self.evaluator.validation_logits(self.method)) is not None:
-            self.calibration, self.thresholds = calibrate(*held_out)
-
-    def write(self) -> dict[str, Any]:
-        """Write the model, the report and, last, the metrics; return the metrics. A failed report is a warning."""
-        assert self.folder is not None and self.tuned is not None
-        described = replace(self._describe(), **self.calibration)
-        described = self.folder.write_model(described, self.method.state_dict(), self.method.fitted)
-        metrics = metrics_of(self)
-        metrics["notes"] = self.warnings  # also those to come
-        doubts = [notes.weak_result(self.config, metrics), notes.few_held_out(metrics)]
-        doubts.append(notes.optimistic_validation(metrics))
-        self.warnings += [note for note in doubts if note is not None]
-        self.folder.write_card(described, metrics)
-        try:
-            self.folder.write_report(metrics, self.evaluator.predictions(self.zero_shot, self.tuned), self.rows)
-        except Exception as error:  # any: the results are complete without the report
-            self.warnings.append(f"{REPORT} was not written ({type(error).__name__}: {first_line(error)}).")
-        self.folder.write_metrics(metrics)
-        self.folder.delete_checkpoint()
-        return metrics
-
-    # ---- parts of the steps ------------------------------------------------------------------------------------------
+            self.setup = replace(self.setup, config=replace(self.config, **self.choice.settings))
+        if self.config.head == "none":
+            return 0.0
+        return choose_l2(self.config.head, frozen or self.setup.examples(train))  # with the pretrained weights
 
     def _choice(self, search: Search) -> Choice:
         """Try candidates until all are done, or Ctrl-C."""
@@ -223,18 +150,39 @@ class Run:
         print_plain(self.console, f"chosen: {choice.name} ({choice.because}). It now gets all training images.")
         return choice
 
-    def _fit(self) -> None:
-        """Train a method without steps; of another one, without epochs, only a head is fitted later."""
+    def _trainer(self, train: FeatureCache) -> Trainer | None:
+        """Make the trainer; None without epochs."""
+        if not self.config.epochs:
+            return None
+        trainer = Trainer(self.config, self.method, train, self.task.tests[0].classes)
+        if trainer.not_graphed is not None:
+            self._tell("note", f"steps run without a CUDA graph: {trainer.not_graphed}")
+        return trainer
+
+    def _begin(self, trainer: Trainer | None) -> None:
+        """Write the files that training does not change, and load the checkpoint to resume, if there is one."""
+        if self.method.trains_model:
+            write_open_clip_config(self.folder.path, self.setup.model, self.setup.tokenizer)
+        if self.choice is not None:
+            self.folder.write(CANDIDATES, self.choice.to_json())
+        if self.folder.checkpoint is not None and trainer is not None:
+            weights.load_into(self.method, self.folder.checkpoint.weights)
+            trainer.load_state_dict(self.folder.checkpoint.training)
+        self.memory.reset()
+
+    def _fit(self, train: FeatureCache) -> float:
+        """Train a method without steps; return the seconds. Others are trained by epochs, or only get a head."""
         if self.config.has_steps:
-            return
-        batches = list(self.features.loader(BATCH, "sequential", device=self.setup.device))
+            return 0.0
+        batches = list(train.loader(BATCH, "sequential", device=self.setup.device))
         inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         started = time.perf_counter()
         with self.setup.autocast():
             self.method.fit(inputs, labels)
-        self.seconds_fit = time.perf_counter() - started
+        return time.perf_counter() - started
 
-    def _run_epochs(self, trainer: Trainer) -> None:
+    def _train(self, trainer: Trainer, images: Embedded) -> None:
+        """Train by epochs, and return to the weights of the best one on the validation images."""
         config = self.config
         assert config.epochs
         later = ["blend"] * (config.blend != 1) + ["head"] * (config.head != "none")
@@ -243,7 +191,7 @@ class Run:
         self.display.begin(
             epochs=config.epochs,
             steps_per_epoch=trainer.steps,
-            zero_shot=self.zero_shot.accuracies,
+            zero_shot=images.zero_shot.accuracies,
             batch_size=len(self.task.train) / trainer.steps,
             done=trainer.epochs,
         )
@@ -252,25 +200,64 @@ class Run:
                 closing.callback(logger.close)
             while trainer.epochs < config.epochs:
                 row = trainer.epoch(self.display.step, self.display.loss)
-                evaluation = self.evaluator.evaluate(self.method)
+                evaluation = images.evaluator.evaluate(self.method)
                 row["accuracy"], row["validation"] = evaluation.accuracies, evaluation.validation
-                if (balanced := self.evaluator.balanced(evaluation)) is not None:
+                if (balanced := images.evaluator.balanced(evaluation)) is not None:
                     row[BALANCED] = balanced
-                self._end_epoch(row, evaluation)
+                self._end_epoch(row, trainer)
                 for logger in self.loggers:
                     logger.write(row)
+        if best_epoch(self.rows) not in (None, len(self.rows)):
+            weights.load_into(self.method, self.folder.path / checkpoint.FOLDER / checkpoint.BEST)
 
-    def _end_epoch(self, row: dict[str, Any], evaluation: Evaluation) -> None:
+    def _end_epoch(self, row: dict[str, Any], trainer: Trainer) -> None:
         """Write the checkpoint and the row of an epoch, and show it."""
         rows = [*self.rows, row]
-        if self.folder is not None and self.trainer is not None:
-            known: dict[str, Any] = {"settings": self.config.identity(), "rows": rows, "seconds": self.seconds}
-            state = self.method.state_dict(), self._describe(), self.trainer.state_dict()
-            checkpoint.save(self.folder.path, *state, **known)
-            self.folder.write_rows(rows)
-        self.rows, self.tuned = rows, evaluation
+        known: dict[str, Any] = {"settings": self.config.identity(), "rows": rows, "seconds": self.seconds}
+        state = self.method.state_dict(), self._describe(), trainer.state_dict()
+        checkpoint.save(self.folder.path, *state, **known)
+        self.folder.write_rows(rows)
+        self.rows = rows
         self.display.epoch(row)
         _log.info("epoch %d/%d: loss %.4f, accuracy %s", row["epoch"], self.config.epochs, row["loss"], row["accuracy"])
+
+    def _complete(self, images: Embedded, l2: float, before: Interpolation | None) -> Trained:
+        """Blend the weights with those before training, fit the head, and calibrate the probabilities."""
+        if before is not None:
+            before.end()
+            before.set(self.config.blend)
+        if self.config.head != "none":
+            self.setup.fit_head(images.train, l2)
+        calibration: dict[str, Any] = {}
+        thresholds: list[dict[str, Any]] = []
+        if self.choice is not None:
+            calibration = self.choice.calibration
+        elif (held_out := images.evaluator.validation_logits(self.method)) is not None:
+            calibration, thresholds = calibrate(*held_out)
+        tuned = images.evaluator.evaluate(self.method)
+        results = images.evaluator, images.zero_shot, tuned
+        return Trained(self.setup, self.choice, self.rows, *results, l2, calibration, thresholds)
+
+    def _write(self, trained: Trained, fit_seconds: float) -> dict[str, Any]:
+        """Write the model, the report and, last, the metrics; return the metrics. A failed report is a warning."""
+        config, folder = self.config, self.folder
+        described = replace(self._describe(), **trained.calibration)
+        described = folder.write_model(described, self.method.state_dict(), self.method.fitted)
+        cost = Cost(self.seconds, fit_seconds, self.baseline_memory, self.memory.read())
+        metrics = metrics_of(trained, self.command, cost)
+        self.warnings += notes.result_notes(config, metrics)
+        metrics["notes"] = list(self.warnings)
+        folder.write_card(config, described, metrics)
+        try:
+            tests = trained.evaluator.predictions(trained.zero_shot, trained.tuned)
+            folder.write_predictions(tests)
+            folder.write(REPORT, run_page.report_html(config, metrics, self.rows, tests))
+        except Exception as error:  # any: the results are complete without the report
+            self.warnings.append(f"{REPORT} was not written ({type(error).__name__}: {first_line(error)}).")
+            metrics["notes"] = list(self.warnings)
+        folder.write_metrics(metrics)
+        folder.delete_checkpoint()
+        return metrics
 
     def _describe(self) -> Description:
         return describe(self.config, self.setup.model, self.task, weights=MODEL)
@@ -289,25 +276,15 @@ class Run:
             yield
         except CacheError as error:
             if error.item is not None:
-                self._list_unreadable()
+                check_readable(self.task, lambda reason: self._tell("unreadable", reason))
             raise
         except KeyboardInterrupt as error:
+            folder = self.folder.path
             done = f"{len(self.rows)} of {self.config.epochs} epochs are" if self.rows else "no epoch is"
-            started = self.rows or (self.config.out is not None and (self.config.out / CANDIDATES).exists())
-            how = f"; continue it with skipkernels tune --resume {self.config.out}" if started else ""
-            error.args = (f"{done} complete in {self.config.out}{how}",)
+            started = self.rows or (folder / CANDIDATES).exists()
+            how = f"; continue it with skipkernels tune --resume {folder}" if started else ""
+            error.args = (f"{done} complete in {folder}{how}",)
             raise
         finally:
             for warning in self.warnings:
                 self._tell("warning", warning)
-
-    def _list_unreadable(self) -> None:
-        """Raise an error that names all images that can't be read, if there are any."""
-        unreadable = unreadable_images(self.task)
-        for reason in unreadable.values():
-            self._tell("unreadable", reason)
-        if unreadable:
-            raise InputError(
-                f"{len(unreadable)} of the images can't be read: {format_names(list(unreadable))}. Replace or remove "
-                "them, or leave them out with `unreadable=skip`."
-            )

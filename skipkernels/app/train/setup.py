@@ -21,7 +21,6 @@ from ..heads import Examples, fit_head
 from ..methods import Method
 from ..methods.frozen import FrozenModel
 from ..methods.zero_shot import ZeroShot
-from .class_metrics import class_weights
 from .model import Loaded, augmentation, load_model
 from .precision import autocast
 
@@ -138,6 +137,21 @@ def build_run(
         )
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
     return RunSetup(config, model, tokenizer, task, method, zero_shot, rounded_to)
+
+
+def class_weights(labels: Tensor, classes: int, exponent: float = 1.0) -> Tensor:
+    """Weights [C] of an image of each class: n_c^−exponent for n_c images, divided by their mean over all images.
+
+    With exponent 1 all classes weigh the same.
+
+    >>> import torch
+    >>> labels = torch.tensor([0, 0, 0, 0, 1])
+    >>> class_weights(labels, 2).float(), class_weights(labels, 2, exponent=0.5).float()
+    (tensor([0.6250, 2.5000]), tensor([0.8333, 1.6667]))
+    """
+    counts = labels.bincount(minlength=classes).double()
+    weights = counts.clamp(min=1) ** -exponent
+    return weights * (len(labels) / (weights @ counts))
 
 
 def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,14 +15,14 @@ from ...memory import out_of_memory
 from ..config import TuneConfig
 from ..console import print_plain
 from ..data import SizedDataset, Source
-from .choice import chosen_before
+from .choice import Choice, chosen_before
 from .command_line import command_line
 from .loggers import Logger
 from .model import check_model
 from .own_dataset import OwnData
 from .run import Run
-from .run_folder import RunFolder, resumed
 from .setup import build_run
+from .writing import RunFolder
 
 
 def tune(
@@ -91,53 +91,58 @@ def tune(
         >>> evaluate_run(folder, dataset=Squares(16), test=Squares(8)) == metrics["tuned"]
         True
     """
-    # Configuration.
     if isinstance(test, str):
         settings["test"], test = test, None
     if isinstance(validation, (str, int, float)):
         settings["validation"], validation = validation, None
     own = OwnData(dataset, test, validation, classes, name, identity)
-    config, open_data = own.applied(replace(config or TuneConfig(), **settings), "tune")
     console = console or Console(quiet=True)
-    config = resumed(config)
-    command = command_line("tune", config) if dataset is None else ""
-    config, open_data = _resolved(config, open_data)
-    config, choice = chosen_before(config) if config.resume else (config, None)
-    # Run folder. It is not written before its lock is held.
-    folder = RunFolder(config)
-    if (finished := _finished(folder, console)) is not None:
+    plan = _plan(replace(config or TuneConfig(), **settings), own)
+    folder = RunFolder(plan.config)  # it is not written before its lock is held
+    if (finished := _finished(plan.config, folder, console)) is not None:
         return finished
-    with _memory_errors(), _seeded(config):
-        # Data, model and method; then the steps of the run.
-        run = Run(config, open_data, folder, choice=choice, console=console, command=command, loggers=loggers)
-        return run.execute()
+    with _memory_errors(), _seeded(plan.config):
+        known: dict[str, Any] = {"choice": plan.choice, "command": plan.command}
+        return Run(plan.config, plan.open_data, folder, console=console, loggers=loggers, **known).execute()
 
 
 def check(config: TuneConfig) -> None:
     """Raise the errors that `tune` would raise before training, without training."""
-    config, open_data = _resolved(resumed(config), None)
-    config, _ = chosen_before(config) if config.resume else (config, None)
-    with _memory_errors(), _seeded(config):
-        RunFolder(config)
-        build_run(config, open_data=open_data)
+    plan = _plan(config, OwnData(None))
+    with _memory_errors(), _seeded(plan.config):
+        RunFolder(plan.config)
+        build_run(plan.config, open_data=plan.open_data)
 
 
-def _resolved(config: TuneConfig, open_data: Callable[[], Source] | None) -> tuple[TuneConfig, Callable[[], Source]]:
-    """Return the configuration with all defaults, and the function that opens its data once."""
-    opened = functools.cache(open_data or config.open_data)
-    config = config.resolved(opened)
+class _Plan(NamedTuple):
+    """A run to start or to continue."""
+
+    config: TuneConfig  # with all defaults, and with the settings that an earlier process chose
+    open_data: Callable[[], Source]  # opens the data once
+    choice: Choice | None  # of an earlier process
+    command: str  # that repeats the run; empty for a dataset of Python
+
+
+def _plan(config: TuneConfig, own: OwnData) -> _Plan:
+    """Complete a configuration: by the run that it continues, the data, the method, and an earlier choice."""
+    config, open_data = own.applied(config.continued(), "tune")
+    command = command_line("tune", config) if own.dataset is None else ""
+    open_data = functools.cache(open_data or config.open_data)
+    config = config.resolved(open_data)
     if not config.resume:  # errors of data and model come before those of the run folder
-        opened()
+        open_data()
         check_model(config.model, config.pretrained)
-    return config, opened
+        return _Plan(config, open_data, None, command)
+    config, choice = chosen_before(config)
+    return _Plan(config, open_data, choice, command)
 
 
-def _finished(folder: RunFolder, console: Console) -> dict[str, Any] | None:
+def _finished(config: TuneConfig, folder: RunFolder, console: Console) -> dict[str, Any] | None:
     """Return the metrics of the run to resume if it is complete. Prints that there is nothing to resume."""
     if folder.finished is not None:
         folder.delete_checkpoint()  # a kill may have left it
         print_plain(console, f"{folder.path}: the run is complete; there is nothing to resume.")
-    elif folder.config.resume and folder.resumed is None:
+    elif config.resume and folder.checkpoint is None:
         print_plain(console, f"note: there is no epoch to resume in {folder.path}; the run starts from the beginning.")
     return folder.finished
 

@@ -1,9 +1,8 @@
-"""Weights of a run: the files that have them, their loading into a model and a method, and their mean with others."""
+"""Weights of a run: their loading into a model and a method, and their mean with others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,31 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...digests import digest_file
-from ...folders import replace_tensors
 from ...formatting import first_line
 from ..data import InputError
 from ..heads import Head
 from ..methods import Method
+from ..results.files import CLASSIFIER, HEAD
 from ..untrusted import OPEN_CLIP, check_source
-from .description import CLASSIFIER, HEAD, Description
+from .description import Description
 from .model import LOCAL_DIR, Loaded, load_model, load_weights
-
-
-def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a file."""
-    stored: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        shared = any(tensor.data_ptr() == other.data_ptr() for other in stored.values())  # safetensors refuses it
-        stored[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
-    replace_tensors(path, stored)
-
-
-def save_head(folder: Path, head: Head | None, described: Description) -> Description:
-    """Write a head, if there is one; return the description that names it."""
-    if head is None:
-        return replace(described, head_xxh3=None)
-    save_weights(folder / HEAD, head.tensors())
-    return replace(described, head_xxh3=digest_file(folder / HEAD))
 
 
 def load_into(method: Method, path: Path) -> None:
@@ -50,7 +32,7 @@ def load_into(method: Method, path: Path) -> None:
 def load_run_model(folder: Path, described: Description, file: Path, device: torch.device, *, trust: bool) -> Loaded:
     """Load the model of a run, with its weights if `file` has all of them; else the pretrained one.
 
-    `described` and `file` are those of `run_folder.read_model`. `trust`: see `Classifier.load`.
+    `described` and `file` are those of `reading.read_model`. `trust`: see `Classifier.load`.
     """
     name, pretrained = described.model, described.pretrained
     if described.whole_model and (folder / OPEN_CLIP).is_file():

@@ -13,8 +13,8 @@ import torch
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.train.class_metrics import metrics_of_test
-from skipkernels.app.train.predictions import TestPredictions, TopClasses
+from skipkernels.app.results.class_metrics import metrics_of_test
+from skipkernels.app.results.predictions import TestPredictions, TopClasses
 from tests.app.report.pages import (
     ENVIRONMENT,
     NASTY,

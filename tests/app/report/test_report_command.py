@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from skipkernels.app.cli.main import main
-from skipkernels.app.train.run_folder import run_report
+from skipkernels.app.report.run_page import run_report
 from tests.app.report.pages import (
     Page,
 )

@@ -14,7 +14,9 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
-from skipkernels.app.train import evaluate_run, predictions
+from skipkernels.app.results import predictions
+from skipkernels.app.results.files import PREDICTIONS
+from skipkernels.app.train import evaluate_run
 from skipkernels.app.train.calibration import fit_none_logit, fit_temperature
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.setup import build_run
@@ -71,8 +73,8 @@ def test_blend_is_a_run(run, blended, images):
 
 def test_report(run, blended):
     metrics, page = json.loads((blended / "metrics.json").read_text()), (blended / "report.html").read_text()
-    before = {test.name: test for test in predictions.load(run.folder / predictions.PREDICTIONS)}
-    for test in predictions.load(blended / predictions.PREDICTIONS):
+    before = {test.name: test for test in predictions.load(run.folder / PREDICTIONS)}
+    for test in predictions.load(blended / PREDICTIONS):
         correct = (test.tuned.classes[:, 0] == test.labels).float().mean().item()
         assert 100 * correct == pytest.approx(metrics["tuned"][test.name], abs=1e-3)
         assert test.zero_shot.classes.equal(before[test.name].zero_shot.classes)

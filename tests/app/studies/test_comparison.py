@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from skipkernels.app.report.study_page import ACCURACY, COST, explained, headline, tables
+from skipkernels.app.results import predictions
+from skipkernels.app.results.files import PREDICTIONS
+from skipkernels.app.results.predictions import TestPredictions, TopClasses
 from skipkernels.app.studies.comparison import compare_best, permutation_p
 from skipkernels.app.studies.runs import Result
 from skipkernels.app.studies.study import study_of
-from skipkernels.app.train import predictions
-from skipkernels.app.train.predictions import TestPredictions, TopClasses
 
 
 @pytest.mark.parametrize(("won", "lost"), [(5, 0), (9, 2), (6, 5)])
@@ -40,7 +41,7 @@ def study(tmp_path):
                 test = TestPredictions(
                     "all", ["a", "b"], torch.ones(len(ids), dtype=torch.long), top, None, [""] * len(ids)
                 )
-                predictions.save(folder / predictions.PREDICTIONS, [test])
+                predictions.save(folder / PREDICTIONS, [test])
                 metrics = {"protocol": "few-shot", "tuned": {"all": 100 * sum(correct) / len(correct)}}
                 metrics |= {"images": {"tests": {"all": len(correct)}}, "seconds": None}
                 results.append(Result(variant, seed, metrics, folder.name))
@@ -78,5 +79,5 @@ def test_best_must_be_ahead_in_every_seed(study):
 
 def test_compare_best_without_predictions(study, tmp_path):
     found = study({"a": [[1]], "b": [[0]]})
-    (tmp_path / "b-0" / predictions.PREDICTIONS).unlink()
+    (tmp_path / "b-0" / PREDICTIONS).unlink()
     assert compare_best([Result(**run) for run in found["runs"]], tmp_path, "all") is None

@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from skipkernels.app.data import InputError
+from skipkernels.app.results.files import MODEL
 from skipkernels.app.train import checkpoint
-from skipkernels.app.train.checkpoint import MODEL
 from skipkernels.app.train.description import Description
-from skipkernels.app.train.run_folder import read_model
-from skipkernels.app.train.weights import save_weights
+from skipkernels.app.train.reading import read_model
 from skipkernels.digests import digest_file, digest_json
-from skipkernels.folders import delete_folder, locked
+from skipkernels.folders import delete_folder, locked, replace_tensors
 
 CLASSIFIER = Description(
     "model", None, "skip", {}, "data", "few-shot", ["a"], ["{}"], weights=MODEL, whole_model=True, logit_scale=1.0
@@ -126,7 +125,7 @@ def test_read_model_while_run_replaces_checkpoint(tmp_path, monkeypatch):
 
 def test_read_model_refuses_other_weights(tmp_path):
     save(tmp_path, 1)
-    save_weights(tmp_path / "other", weights_of(2))
+    replace_tensors(tmp_path / "other", weights_of(2))
     os.replace(tmp_path / "other", tmp_path / "checkpoint" / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.safetensors: missing or damaged: it does not match"):
         read_model(tmp_path)

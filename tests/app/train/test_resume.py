@@ -14,8 +14,8 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
 from skipkernels.app.report import run_page
+from skipkernels.app.results.files import read_metrics
 from skipkernels.app.train import evaluate_run, trainer, tune
-from skipkernels.app.train.run_folder import read_metrics
 from tests.app.runs import fails, files, results, shortened, small, stopped
 
 ADAMW = {"optimizer": "adamw", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5}

@@ -25,9 +25,10 @@ from skipkernels.app.methods.base import StepOutput
 from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.report import run_page
+from skipkernels.app.results.files import read_metrics
 from skipkernels.app.train import check, checkpoint, evaluate_run, tune, tuning
-from skipkernels.app.train.run_folder import RunFolder, read_metrics
 from skipkernels.app.train.setup import build_task
+from skipkernels.app.train.writing import RunFolder
 from skipkernels.folders import locked
 from tests.app.runs import fails, files, rows, small, stopped
 from tests.app.train.test_checkpoint import CLASSIFIER, weights_of

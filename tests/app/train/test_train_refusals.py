@@ -15,7 +15,7 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.train.model import check_activation, load_model, load_weights
-from skipkernels.app.train.run_folder import RunFolder
+from skipkernels.app.train.writing import RunFolder
 from tests.app.data.pictures import make_folders
 from tests.app.runs import fails
 

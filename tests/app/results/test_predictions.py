@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from skipkernels.app.data import InputError
-from skipkernels.app.train import predictions
-from skipkernels.app.train.class_metrics import class_metrics, metrics_of_test
-from skipkernels.app.train.predictions import TopClasses
+from skipkernels.app.results import predictions
+from skipkernels.app.results.class_metrics import class_metrics, metrics_of_test
+from skipkernels.app.results.files import PREDICTIONS
+from skipkernels.app.results.predictions import TopClasses
 from skipkernels.formatting import csv_text
 from tests.app.report.pages import NASTY, predicted
 
 
 def test_predictions_round_trip_and_damage(tmp_path):
-    path, tests = tmp_path / predictions.PREDICTIONS, [predicted(NASTY, "caf\udce9"), predicted("new")]
+    path, tests = tmp_path / PREDICTIONS, [predicted(NASTY, "caf\udce9"), predicted("new")]
     tests[1].tuned = None
     predictions.save(path, tests)
     again = predictions.load(path)

@@ -10,25 +10,8 @@ from .predictions import TopClasses
 if TYPE_CHECKING:
     from torch import Tensor
 
-VALIDATION = "validation"
-"""Name of the validation images beside the names of the tests."""
 BALANCED = "validation_balanced"
-"""Name of the balanced accuracy on them, where epochs and blends are compared by it."""
-
-
-def class_weights(labels: Tensor, classes: int, exponent: float = 1.0) -> Tensor:
-    """Weights [C] of an image of each class: n_c^−exponent for n_c images, divided by their mean over all images.
-
-    With exponent 1 all classes weigh the same.
-
-    >>> import torch
-    >>> labels = torch.tensor([0, 0, 0, 0, 1])
-    >>> class_weights(labels, 2).float(), class_weights(labels, 2, exponent=0.5).float()
-    (tensor([0.6250, 2.5000]), tensor([0.8333, 1.6667]))
-    """
-    counts = labels.bincount(minlength=classes).double()
-    weights = counts.clamp(min=1) ** -exponent
-    return weights * (len(labels) / (weights @ counts))
+"""Name of the balanced accuracy on the validation images, where epochs and blends are compared by it."""
 
 
 def image_scores(labels: Tensor, predicted: Tensor, *, balanced: bool) -> Tensor:
@@ -43,6 +26,11 @@ def image_scores(labels: Tensor, predicted: Tensor, *, balanced: bool) -> Tensor
     """
     scores, counts = 100.0 * (labels == predicted).double(), labels.bincount()
     return scores * len(labels) / ((counts > 0).sum() * counts[labels]) if balanced else scores
+
+
+def balanced_accuracy(labels: Tensor, predicted: Tensor) -> float:
+    """Mean over the classes with images of the share of their images that are predicted as them, in per cent."""
+    return round(image_scores(labels, predicted, balanced=True).mean().item(), 4)
 
 
 class ClassMetrics(NamedTuple):
@@ -93,7 +81,7 @@ def metrics_of_test(labels: Tensor, top: TopClasses, classes: Sequence[str]) -> 
     predicted = top.classes[:, 0]
     by_class = class_metrics(labels, predicted, classes)
     return {
-        "balanced_accuracy": round(image_scores(labels, predicted, balanced=True).mean().item(), 4),
+        "balanced_accuracy": balanced_accuracy(labels, predicted),
         "macro_f1": round(sum(each.f1 for each in by_class) / len(by_class), 4),
         "classes": [each._asdict() for each in by_class],
     }

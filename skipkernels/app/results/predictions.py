@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 TOP = 3
 """Classes per image that are kept."""
-PREDICTIONS = "predictions.safetensors"
 _FORMAT = "2"
 _WHEN = ("zero_shot", "tuned")
 
@@ -70,8 +69,8 @@ def save(path: Path, tests: Sequence[TestPredictions]) -> None:
         tensors[f"{number}.labels"] = test.labels.int()
         for when in _WHEN:
             if (top := getattr(test, when)) is not None:
-                tensors[f"{number}.{when}.classes"] = top.classes.int().contiguous()
-                tensors[f"{number}.{when}.probabilities"] = top.probabilities.float().contiguous()
+                tensors[f"{number}.{when}.classes"] = top.classes.int()
+                tensors[f"{number}.{when}.probabilities"] = top.probabilities.float()
         thumbnails = {index: base64.b64encode(image).decode() for index, image in test.thumbnails.items()}
         entries.append({"name": test.name, "classes": test.classes, "images": test.images, "thumbnails": thumbnails})
     metadata = {"format": _FORMAT, "tests": json.dumps(entries)}

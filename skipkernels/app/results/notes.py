@@ -8,7 +8,6 @@ from typing import Any
 
 from ..config import TuneConfig
 from ..methods.registry import PACKAGED
-from ..report.formats import plural
 
 _FEW = 20  # images on which candidates are compared, below which one changes the accuracy by more than 5 %
 
@@ -47,6 +46,12 @@ def demonstration_note(model: str) -> str | None:
     )
 
 
+def result_notes(config: TuneConfig, metrics: Mapping[str, Any]) -> list[str]:
+    """Return warnings about the results of a run, the contents of its metrics.json."""
+    found = weak_result(config, metrics), few_held_out(metrics), optimistic_validation(metrics)
+    return [note for note in found if note is not None]
+
+
 def weak_result(config: TuneConfig, metrics: Mapping[str, Any]) -> str | None:
     """Return a warning if the trained classes are below zero-shot, or within two standard errors of chance.
 
@@ -77,9 +82,10 @@ def few_held_out(metrics: Mapping[str, Any]) -> str | None:
     count = metrics["candidates"][0]["images"] if metrics["candidates"] else _FEW
     if count >= _FEW:
         return None
+    images = "1 image" if count == 1 else f"{count} images"
     return (
-        f"candidates were compared on {plural(count, 'image')}, of which one is {100 / count:.0f} %: others may be as "
-        "good. More training images would tell."
+        f"candidates were compared on {images}, of which one is {100 / count:.0f} %: others may be as good. More training "
+        "images would tell."
     )
 
 

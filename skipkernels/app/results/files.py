@@ -1,0 +1,46 @@
+"""Names of the files of a run, and reading of those with its results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import CONFIG
+from ..data import InputError
+from ..untrusted import OPEN_CLIP, read_object
+
+METRICS, EPOCHS, REPORT, CARD = "metrics.json", "metrics.jsonl", "report.html", "README.md"
+PREDICTIONS, PREDICTIONS_CSV = "predictions.safetensors", "predictions.csv"
+FEW_SHOT, CANDIDATES = "few_shot.json", "candidates.json"
+CLASSIFIER, MODEL, HEAD = "classifier.json", "model.safetensors", "head.safetensors"
+RUN_FILES = (
+    *(METRICS, REPORT, PREDICTIONS, PREDICTIONS_CSV, CARD, CLASSIFIER, MODEL, HEAD),
+    *(OPEN_CLIP, EPOCHS, FEW_SHOT, CANDIDATES, CONFIG),
+)
+"""All files of a run; the last one marks the others as those of a run."""
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Read the metrics.json of a complete run."""
+    try:
+        return read_object(folder / METRICS)
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder / METRICS}: no such file. A run has it when it is complete; continue one that was stopped with "
+            "`resume=True`."
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"{folder / METRICS}: damaged ({reason}). Restore it from a copy, or tune again in another folder."
+        ) from error
+
+
+def read_epochs(folder: Path) -> list[dict[str, Any]]:
+    """Read the metrics.jsonl of a run; empty if it has none, as a blend."""
+    path = folder / EPOCHS
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error}).") from error

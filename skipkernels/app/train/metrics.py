@@ -1,0 +1,134 @@
+"""Contents of metrics.json."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.tasks import VALIDATION
+from ..report.words import name_of_run
+from ..results.files import MODEL
+from .checkpoint import best_epoch
+from .choice import Choice
+from .description import versions
+from .evaluation import Evaluation, Evaluator
+from .setup import RunSetup
+
+
+class Trained(NamedTuple):
+    """A trained model with its results."""
+
+    setup: RunSetup  # its method has the trained weights, and the head
+    choice: Choice | None  # between candidates
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    evaluator: Evaluator
+    zero_shot: Evaluation
+    tuned: Evaluation
+    l2: float  # penalty of the head; 0 without one
+    calibration: dict[str, Any]  # fields of a `Description`
+    thresholds: list[dict[str, Any]]  # by accuracy on the validation images
+
+
+class Cost(NamedTuple):
+    """Time in seconds and memory in bytes of a run."""
+
+    seconds: float
+    fit_seconds: float  # of a method without steps
+    baseline_memory: float  # before the model is loaded
+    peak_memory: float
+
+
+def metrics_of(trained: Trained, command: str, cost: Cost) -> dict[str, Any]:
+    """Return the contents of metrics.json for a run that is complete, but for its notes."""
+    choice, rows, config, task = trained.choice, trained.rows, trained.setup.config, trained.setup.task
+    before, after = (trained.evaluator.by_class(each) for each in (trained.zero_shot, trained.tuned))
+    if choice is not None and choice.by_class:
+        before[VALIDATION], after[VALIDATION] = choice.by_class
+    return {
+        "status": "complete",
+        "notes": [],
+        "command": command,
+        "environment": environment(config.device),
+        "method": config.method,
+        "head": config.head,
+        "classifier": name_of_run(config) if choice is None else choice.name,
+        "l2": trained.l2,
+        "protocol": config.protocol,
+        "classes": {test.name: len(test.classes) for test in task.tests},
+        "zero_shot": trained.zero_shot.accuracies,
+        "tuned": trained.tuned.accuracies,
+        "by_class": after,
+        "zero_shot_by_class": before,
+        "candidates": None if choice is None else choice.candidates,
+        "chosen_because": None if choice is None else choice.because,
+        "validation": _validation(trained),
+        "epochs": len(rows),
+        "best_epoch": best_epoch(rows),
+        "steps": sum(row["steps"] for row in rows),
+        "images": {"train": len(task.train), "tests": {test.name: len(test.images) for test in task.tests}},
+        "batch_size": config.batch_size,
+        "kept_classes": rows[-1]["kept_classes"] if rows else None,
+        "parameters": _parameters(trained.setup),
+        "checkpoint": weights_size(trained.setup.method.state_dict()),
+        "cost": _cost(trained, cost),
+    }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return the date and time (UTC) as "finished", "versions", and the "machine"."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
+    parts = [name or platform.machine(), f"{os.cpu_count()} CPU cores", f"{torch.get_num_threads()} threads"]
+    return {
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": ", ".join([*parts, f"{platform.system()} {platform.release()}"]),
+    }
+
+
+def weights_size(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Name of the weights file, and the size of its weights."""
+    return {"file": MODEL, "mib": _mib(sum(weight.nbytes for weight in weights.values()))}
+
+
+def _validation(trained: Trained) -> dict[str, Any] | None:
+    """Accuracies on the images that chose the epoch, or the candidate."""
+    if trained.choice is not None:
+        return trained.choice.validation
+    held_out = trained.setup.task.validation
+    if held_out is None:
+        return None
+    before, after = trained.zero_shot.validation, trained.tuned.validation
+    accuracies = {"images": len(held_out.images), "zero_shot": before, "tuned": after}
+    return accuracies | {"thresholds": trained.thresholds}
+
+
+def _parameters(setup: RunSetup) -> dict[str, int]:
+    """Number of parameters: trained by steps, and all."""
+    weights = setup.trained.values() if setup.config.epochs else ()
+    trained = {id(weight): weight for weight in weights}
+    every = trained | {id(weight): weight for weight in setup.model.parameters()}
+    return {name: sum(w.numel() for w in by_id.values()) for name, by_id in (("trained", trained), ("all", every))}
+
+
+def _cost(trained: Trained, cost: Cost) -> dict[str, Any]:
+    seconds, steps = [row["seconds"] for row in trained.rows], sum(row["steps"] for row in trained.rows)
+    choosing = 0.0 if trained.choice is None else trained.choice.seconds
+    return {
+        "device": trained.setup.config.device,
+        "seconds_total": cost.seconds,
+        "seconds_tuning": choosing + sum(seconds) + cost.fit_seconds,
+        "baseline_memory_mib": _mib(cost.baseline_memory),
+        "peak_memory_mib": _mib(cost.peak_memory),
+        "seconds_per_epoch": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        "milliseconds_per_step": 1000 * sum(seconds) / steps if seconds else None,
+    }
+
+
+def _mib(count: float) -> float:
+    return round(count / 2**20, 1)

@@ -1,0 +1,59 @@
+"""Reading of a run folder: its model, which may be that of the last epoch of a run in progress."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import yaml
+
+from ...digests import digest_file
+from ...folders import is_locked, restored
+from ..config import CONFIG, read_settings
+from ..data import InputError
+from ..results.files import CLASSIFIER, METRICS
+from . import checkpoint
+from .description import Description
+
+_SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every run
+
+
+def has_run(folder: Path) -> bool:
+    """Return True if a folder has the config.yaml of a run."""
+    try:
+        settings = read_settings(folder / CONFIG)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and settings.keys() >= _SETTINGS
+
+
+def read_model(run: Path) -> tuple[Description, Path]:
+    """Return the contents of classifier.json, and the weights file that has its digest.
+
+    They are those of the checkpoint until the run is complete. A run in progress may replace it between two reads: then
+    both are read again.
+    """
+    for _ in range(3):
+        complete = (run / METRICS).exists()
+        folder = run if complete or not restored(run / checkpoint.FOLDER).is_dir() else run / checkpoint.FOLDER
+        described = Description.read(folder)
+        path = folder / described.weights
+        with contextlib.suppress(OSError):  # the run in progress has deleted it meanwhile
+            if path.is_file() and described.weights_xxh3 == digest_file(path):
+                return described, path
+        if not is_locked(run):
+            break
+    raise InputError(
+        f"{path}: missing or damaged: it does not match {CLASSIFIER}. Copy the whole folder, or tune "
+        "again in another folder, or in this one with `overwrite=True`."
+    )
+
+
+def unfinished(run: Path) -> str | None:
+    """Return a note on the model of a run before its end; None for a complete run, or another folder."""
+    if (run / METRICS).exists() or not restored(run / checkpoint.FOLDER).is_dir():
+        return None
+    model = "its model is that of the last epoch, without the head, the blend and the calibration of the end"
+    if is_locked(run):
+        return f"a run is in progress in {run}; {model}."
+    return f"the run in {run} was stopped; {model}. Continue it with skipkernels tune --resume {run}"

@@ -1,0 +1,246 @@
+"""Writing of a run folder: checks before the work is done, the order in which files are written, and the lock.
+
+metrics.json marks a complete run: it is deleted before anything else is changed, and written after all other files.
+Without it, the model of a run is that of its checkpoint. config.yaml marks the files as those of a run: it is written
+first and deleted last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...digests import digest_file
+from ...folders import (
+    LOCK,
+    delete_folder,
+    is_locked,
+    locked,
+    replace_tensors,
+    replace_text,
+    replaced_folder,
+    sweep,
+)
+from ..config import CONFIG, TuneConfig
+from ..data import InputError
+from ..data.files import format_names
+from ..results.files import (
+    CANDIDATES,
+    CARD,
+    EPOCHS,
+    FEW_SHOT,
+    HEAD,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    PREDICTIONS_CSV,
+    RUN_FILES,
+    read_metrics,
+)
+from ..results.predictions import TestPredictions, prediction_lines, save
+from ..untrusted import OPEN_CLIP
+from . import checkpoint
+from .description import Description
+from .model_card import model_card
+from .reading import has_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..heads import Head
+
+_BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT, CANDIDATES}  # files of a run before its first epoch is complete
+
+
+# ---- checks of a folder to write -------------------------------------------------------------------------------------
+
+
+def check_writable(folder: Path, argument: str = "out", function: str = "tune") -> None:
+    """Check that a folder can be created and written."""
+    if os.path.exists(folder) and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose a folder.", argument, function)
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=existing):  # os.access is wrong about /proc
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{folder} can't be created: {existing} is not a writable folder; choose another.",
+            argument,
+            function,
+        ) from error
+
+
+def check_run_folder(path: Path, *, resume: bool = False, overwrite: bool) -> None:
+    """Check that a folder can be written, and has no run unless it is to be resumed or overwritten."""
+    check_writable(path)
+    _check_free(path)
+    earlier = [file.name for file in _files(path)]
+    if earlier and not has_run(path):
+        raise InputError(
+            f"{path} contains files with names of run files, but no {CONFIG} of a run: "
+            f"{format_names(earlier)}; choose another folder, or move them.",
+            "out",
+            "tune",
+        )
+    started = {CONFIG, OPEN_CLIP} <= set(earlier) <= _BEFORE_EPOCHS
+    if earlier and not (resume or overwrite or started):
+        stopped = "" if METRICS in earlier else " It is not complete: `resume=True` continues it."
+        raise InputError(
+            f"{path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
+            f"`overwrite=True`.{stopped}",
+            "out",
+            "tune",
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files of a run in a folder, config.yaml last."""
+    names = (checkpoint.FOLDER, *RUN_FILES)
+    return [path for path in (folder / name for name in names) if path.exists()]
+
+
+def _check_free(folder: Path) -> None:
+    if is_locked(folder):
+        raise InputError(f"{folder}: in use by another run. Wait for it, or choose another folder.", "out", "tune")
+
+
+def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
+    """Check that an output folder is outside the folders of images, where it would be read as a class."""
+    written = folder.expanduser().resolve()
+    kind, _, path = config.data.partition(":")
+    if kind == "imagefolder" and path and Path(path).expanduser().resolve() in (written, *written.parents):
+        raise InputError(
+            f"{folder} is in the folder of the images, {config.data}; choose another folder.",
+            argument,
+            "tune",
+        )
+
+
+def _check_settings(folder: Path, config: TuneConfig, before: dict[str, Any]) -> None:
+    """Check that the run to resume has the settings that change results."""
+    for name, value in config.identity().items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{name} is {before.get(name)!r} in the run in {folder}, and {value!r} here; pass the same, or choose "
+                "another folder.",
+                "resume",
+                "tune",
+            )
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """Files of a run. Nothing is written before `lock`.
+
+    Args:
+        config: Settings of the run.
+
+    Attributes:
+        path: Path of the folder.
+        checkpoint: Checkpoint from which the run continues, or None.
+        finished: Metrics of the run to resume if it is complete, or None.
+    """
+
+    def __init__(self, config: TuneConfig):
+        assert config.out is not None
+        self.path = config.out
+        self.checkpoint: checkpoint.Checkpoint | None = None
+        self.finished: dict[str, Any] | None = None
+        check_apart("out", self.path, config)
+        if config.cache is not None:
+            check_apart("cache", config.cache, config)
+        check_run_folder(self.path, resume=bool(config.resume), overwrite=config.overwrite)
+        if config.resume and (self.path / METRICS).exists():
+            self.finished = read_metrics(self.path)
+            earlier = TuneConfig.from_yaml(self.path / CONFIG, trust=True)  # nothing is loaded
+            _check_settings(self.path, config, earlier.identity())
+        elif config.resume and (saved := checkpoint.load(self.path)) is not None:
+            _check_settings(self.path, config, saved.settings)
+            self.checkpoint = saved
+
+    @contextlib.contextmanager
+    def lock(self, config: TuneConfig) -> Iterator[None]:
+        """Hold the lock of the folder during the run; delete what an earlier run or the resumed one left."""
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path))
+                sweep(self.path)
+                (self.path / METRICS).unlink(missing_ok=True)
+                if self.checkpoint is None:
+                    self.delete_checkpoint()
+                    for path in _files(self.path):
+                        path.unlink(missing_ok=True)
+            except OSError as error:
+                raise InputError(f"{self.path} can't be used: {error.strerror}.", "out", "tune") from error
+            self.write(CONFIG, config.to_yaml())
+            if self.checkpoint is not None:
+                self.write_rows(self.checkpoint.rows)
+            yield
+
+    @contextlib.contextmanager
+    def replaced(self, config: TuneConfig) -> Iterator[None]:
+        """Write all files of a run in place of an earlier one; in the block, `path` is a new folder beside it."""
+        _check_free(self.path)
+        path = self.path
+        with replaced_folder(path, (*RUN_FILES, checkpoint.FOLDER, LOCK)) as self.path:
+            try:
+                self.write(CONFIG, config.to_yaml())
+                yield
+            finally:
+                self.path = path
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a text file."""
+        with self.writing(name):
+            replace_text(self.path / name, text)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Convert an OSError to the error for a file that can't be written."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{self.path / name} can't be written: {error.strerror}.", "out", "tune") from error
+
+    def write_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Write metrics.jsonl."""
+        self.write(EPOCHS, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_card(self, config: TuneConfig, described: Description, metrics: dict[str, Any]) -> None:
+        """Write the model card."""
+        use = "open-clip" if (self.path / OPEN_CLIP).exists() else "skipkernels"
+        self.write(CARD, model_card(config, described, metrics, use=use))
+
+    def write_predictions(self, tests: Sequence[TestPredictions]) -> None:
+        """Write the predictions for the tests, also as CSV."""
+        save(self.path / PREDICTIONS, tests)
+        self.write(PREDICTIONS_CSV, "".join(prediction_lines(tests)))
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write metrics.json, which completes the run."""
+        self.write(METRICS, json.dumps(metrics, indent=2) + "\n")
+
+    def delete_checkpoint(self) -> None:
+        """Delete the checkpoint of a run that is complete or starts again."""
+        delete_folder(self.path / checkpoint.FOLDER)
+
+    def write_model(self, described: Description, weights: Mapping[str, Tensor], head: Head | None) -> Description:
+        """Write the weights, the head, if there is one, and their description, which is returned."""
+        with self.writing(MODEL):
+            replace_tensors(self.path / MODEL, weights)
+            described = dataclasses.replace(described, weights_xxh3=digest_file(self.path / MODEL))
+            if head is not None:
+                replace_tensors(self.path / HEAD, head.tensors())
+                described = dataclasses.replace(described, head_xxh3=digest_file(self.path / HEAD))
+            described.write(self.path)
+        return described
