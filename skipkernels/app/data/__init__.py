@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .base import InputError, SizedDataset
     from .images import DatasetImages, Images, LabelledImages
     from .registry import open_source
-    from .shots import few_shot, save_few_shot
+    from .shots import few_shot
     from .source import Source, Split, from_datasets
     from .tasks import Task, TaskOptions, TestSet, load_task, summarise
 
@@ -29,7 +29,6 @@ __all__ = [
     "from_datasets",
     "load_task",
     "open_source",
-    "save_few_shot",
     "summarise",
 ]
 
@@ -39,7 +38,7 @@ __getattr__ = lazy_names(
         "base": ("InputError", "SizedDataset"),
         "images": ("DatasetImages", "Images", "LabelledImages"),
         "registry": ("open_source",),
-        "shots": ("few_shot", "save_few_shot"),
+        "shots": ("few_shot"),
         "source": ("Source", "Split", "from_datasets"),
         "tasks": ("Task", "TaskOptions", "TestSet", "load_task", "summarise"),
     },

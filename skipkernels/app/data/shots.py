@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from ...folders import replace_text
-from ...options import Shots
 from .files import format_names
-from .images import Images
 
 _UNEVEN = 3  # times as many images in the largest class as in the smallest, of which a note is made
 
@@ -112,16 +107,3 @@ def class_sizes_note(images: Mapping[str, Sequence[str]]) -> str | None:
             (largest, most), (smallest, least) = sizes[0], sizes[-1]
             parts.append(f"of {len(names)} {kind} images {largest} has {most} and {smallest} {least}")
     return f"classes differ in size: {', '.join(parts)}." if parts else None
-
-
-def save_few_shot(
-    path: str | Path, images: Images, *, data: str, classes: Sequence[str], shots: Shots, seed: int
-) -> None:
-    """Write the chosen images to a JSON file: path, label and class name of each, as in CoOp's split files.
-
-    Paths are written relative to the root, so that the root can be moved; `data` is the name of the dataset.
-    """
-    header = json.dumps({"data": data, "shots": shots, "seed": seed}).removesuffix("}")
-    chosen = [[name, label, classes[label]] for name, label in zip(images.names, images.labels, strict=True)]
-    lines = ",\n".join(map(json.dumps, chosen))  # one image per line, for diffs
-    replace_text(Path(path), f'{header}, "train": [\n{lines}\n]}}\n')

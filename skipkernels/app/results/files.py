@@ -12,11 +12,11 @@ from ..untrusted import OPEN_CLIP, read_object
 
 METRICS, EPOCHS, REPORT, CARD = "metrics.json", "metrics.jsonl", "report.html", "README.md"
 PREDICTIONS, PREDICTIONS_CSV = "predictions.safetensors", "predictions.csv"
-FEW_SHOT, CANDIDATES = "few_shot.json", "candidates.json"
+CANDIDATES = "candidates.json"
 CLASSIFIER, MODEL, HEAD = "classifier.json", "model.safetensors", "head.safetensors"
 RUN_FILES = (
     *(METRICS, REPORT, PREDICTIONS, PREDICTIONS_CSV, CARD, CLASSIFIER, MODEL, HEAD),
-    *(OPEN_CLIP, EPOCHS, FEW_SHOT, CANDIDATES, CONFIG),
+    *(OPEN_CLIP, EPOCHS, CANDIDATES, CONFIG),
 )
 """All files of a run; the last one marks the others as those of a run."""
 

@@ -34,7 +34,6 @@ from ..results.files import (
     CANDIDATES,
     CARD,
     EPOCHS,
-    FEW_SHOT,
     HEAD,
     METRICS,
     MODEL,
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
 
     from ..heads import Head
 
-_BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, FEW_SHOT, CANDIDATES}  # files of a run before its first epoch is complete
+_BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, CANDIDATES}  # files of a run before its first epoch is complete
 
 
 # ---- checks of a folder to write -------------------------------------------------------------------------------------

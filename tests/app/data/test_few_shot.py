@@ -1,15 +1,13 @@
-"""The choice of a few images of each class, and its file."""
+"""The choice of a few images of each class."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import hypothesis
 import hypothesis.strategies as st
 
-from skipkernels.app.data import few_shot, open_source, save_few_shot
-from tests.app.data.pictures import make_folders
+from skipkernels.app.data import few_shot
 
 LABELLED = st.dictionaries(st.text(min_size=1), st.integers(0, 4), min_size=1, max_size=40)
 
@@ -53,17 +51,3 @@ def test_few_shot_fixed_values():
     names = [f"{animal}/{number}.jpg" for animal in ("cat", "naïve") for number in range(50)]
     chosen = few_shot([0] * 50 + [1] * 50, names, 2, 3)
     assert [names[i] for i in chosen] == ["cat/13.jpg", "cat/1.jpg", "naïve/47.jpg", "naïve/2.jpg"]
-
-
-def test_save_few_shot_file_is_readable(tmp_path):
-    source = open_source(f"imagefolder:{make_folders(tmp_path / 'pets', {'sea_lion': 12, 'zèbre': 12})}")
-    images, file = source.images("train"), tmp_path / "few_shot.json"
-    images = images.subset(few_shot(images.labels, images.names, 3, 7))
-    save_few_shot(file, images, data=source.name, classes=source.classes, shots=3, seed=7)
-    assert len(file.read_text().splitlines()) == 1 + 6 + 1, "a line for each image"
-    content = json.loads(file.read_text())
-    assert [content[name] for name in ("data", "shots", "seed")] == [source.name, 3, 7]
-    assert content["train"] == [
-        [name, label, source.classes[label]] for name, label in zip(images.names, images.labels, strict=True)
-    ]
-    assert content["train"][0][0].startswith("sea_lion/"), "relative to the root, which may be moved"

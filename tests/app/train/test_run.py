@@ -21,7 +21,7 @@ from skipkernels.app.train.model import load_model
 from tests.app.runs import files, losses, results, rows, small, without_cost
 
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html", "predictions.csv"}
-FILES |= {"few_shot.json", "classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
+FILES |= {"classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
 
 
 def first_weights() -> dict[str, torch.Tensor]:

@@ -53,7 +53,7 @@ def at_step(monkeypatch):
 
 def test_interrupt_keeps_last_epoch(tmp_path, capsys):
     stopped(tmp_path)
-    assert files(tmp_path) == {"config.yaml", "few_shot.json", "metrics.jsonl", "checkpoint", "open_clip_config.json"}
+    assert files(tmp_path) == {"config.yaml", "metrics.jsonl", "checkpoint", "open_clip_config.json"}
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"] and len(rows(tmp_path)) == 1
     (tmp_path / "image.png").write_bytes(b"")
     for command, code in ((["eval", tmp_path], 0), (["predict", tmp_path, tmp_path / "image.png"], 1)):
@@ -67,7 +67,7 @@ def test_interrupt_keeps_last_epoch(tmp_path, capsys):
 
 def test_interrupt_before_first_epoch(tmp_path):
     stopped(tmp_path, step=1)
-    assert files(tmp_path) == {"config.yaml", "few_shot.json", "open_clip_config.json"}
+    assert files(tmp_path) == {"config.yaml", "open_clip_config.json"}
     with pytest.raises(InputError, match=r"classifier\.json: no such file\. A run has it after its first epoch\."):
         evaluate_run(tmp_path)
     with pytest.raises(InputError, match=r"metrics\.json: no such file\. A run has it when it is complete"):
