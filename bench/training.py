@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import skipkernels as sk
-from skipkernels.app.data import DatasetImages, Task, TestSet
+from skipkernels.app.data import Task, TestSet
+from skipkernels.app.data.images import DatasetImages
 from skipkernels.app.methods.coop import CoOp
 from skipkernels.selection import RankSampler
 from skipkernels.testing import relative_error

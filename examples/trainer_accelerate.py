@@ -13,7 +13,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 
 import skipkernels as sk
-from skipkernels.app.data import Images, TaskOptions, load_task
+from skipkernels.app.data import TaskOptions, load_task
+from skipkernels.app.data.images import Images
 from skipkernels.app.demo import pictogram_tiny
 
 

@@ -21,7 +21,7 @@ from skipkernels.app.heads import choose_l2, fit_head
 from skipkernels.app.methods import Method
 from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.methods.tuned import TunedModel
-from skipkernels.app.serve.blending import WITHOUT_VALIDATION
+from skipkernels.app.train.candidates import BLENDS
 from skipkernels.app.train.evaluation import Evaluator
 from skipkernels.app.train.run import Run as TuneRun
 from skipkernels.app.train.setup import BATCH, RunSetup, build_run
@@ -102,7 +102,7 @@ def execute(run: Run) -> list[dict[str, Any]]:
     if before and not diverged:
         with torch.no_grad():
             for name, weight in _blended_weights(method):
-                weight.lerp_(before[name], 1 - WITHOUT_VALIDATION)
+                weight.lerp_(before[name], 1 - BLENDS[1])
         found += rows(blended=True)
     return found
 

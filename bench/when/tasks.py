@@ -13,7 +13,8 @@ from typing import Literal
 
 from recipes.pictograms import more
 from recipes.pictograms.names import has_word, held_out_words
-from skipkernels.app.data import DatasetImages, Source
+from skipkernels.app.data import Source
+from skipkernels.app.data.images import DatasetImages
 from skipkernels.app.data.pictograms import TASKS, TEMPLATE, TEST, TRAIN, Drawings, names_of
 
 Phase = Literal["search", "report"]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import skipkernels as sk
-from skipkernels.app.data import LabelledImages
+from skipkernels.app.data.images import LabelledImages
 from skipkernels.features import CacheError
 from tests.features.caches import build, images, pictures, skip_clip
 from tests.hugging_face_models import siglip

@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import skipkernels as sk
-from skipkernels.app.data import DatasetImages, LabelledImages
+from skipkernels.app.data.images import DatasetImages, LabelledImages
 from skipkernels.features import CacheError
 from skipkernels.features.identity import dataset_identity
 from tests.features.caches import build, images, pictures, skip_clip

@@ -84,8 +84,8 @@ def few_held_out(metrics: Mapping[str, Any]) -> str | None:
         return None
     images = "1 image" if count == 1 else f"{count} images"
     return (
-        f"candidates were compared on {images}, of which one is {100 / count:.0f} %: others may be as good. More training "
-        "images would tell."
+        f"candidates were compared on {images}, of which one is {100 / count:.0f} %: others may be as good. More "
+        "training images would tell."
     )
 
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from ...options import Precision
 from ..config import usable_device
-from ..data import DatasetImages, InputError, Task
+from ..data import InputError, Task
 from ..data.base import check_choice
+from ..data.images import DatasetImages
 from ..data.tasks import TestSet
 from ..data.templates import resolve_templates
 from ..methods import METHODS, Method

@@ -15,7 +15,8 @@ from ...features import FeatureCache
 from ...folders import restored
 from ..config import CONFIG, TuneConfig
 from ..console import print_plain
-from ..data import InputError, SizedDataset, Source
+from ..data import InputError, Source
+from ..data.base import SizedDataset
 from ..data.files import format_names
 from ..data.tasks import VALIDATION, summarise
 from ..methods import Method

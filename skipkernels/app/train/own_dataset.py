@@ -11,7 +11,8 @@ from typing import Any
 from ...digests import digest_json
 from ...features.identity import dataset_identity
 from ..config import TuneConfig
-from ..data import InputError, SizedDataset, Source, from_datasets
+from ..data import InputError, Source, from_datasets
+from ..data.base import SizedDataset
 from ..data.splits import listed_source
 
 KIND = "dataset"

@@ -14,7 +14,8 @@ from rich.console import Console
 from ...memory import out_of_memory
 from ..config import TuneConfig
 from ..console import print_plain
-from ..data import SizedDataset, Source
+from ..data import Source
+from ..data.base import SizedDataset
 from .choice import Choice, chosen_before
 from .command_line import command_line
 from .loggers import Logger

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from skipkernels.app.data import DatasetImages, TaskOptions, from_datasets, load_task, open_source
+from skipkernels.app.data import TaskOptions, from_datasets, load_task, open_source
 from skipkernels.app.data.coop import DATASETS
 from skipkernels.app.data.files import check_inside
-from skipkernels.app.data.images import read_labels
+from skipkernels.app.data.images import DatasetImages, read_labels
 from skipkernels.app.data.templates import resolve_templates
 from tests.app.data.pictures import WNIDS, draw_image, make_coop, raises_input_error
 

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from skipkernels.app.data import LabelledImages, decoder
+from skipkernels.app.data import decoder
 from skipkernels.app.data.decoder import decode
+from skipkernels.app.data.images import LabelledImages
 from skipkernels.app.data.reading import read_image
 from tests.app.data.pictures import class_of, decoders, draw_image, raises_input_error, slow_picture
 

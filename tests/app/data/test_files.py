@@ -7,9 +7,10 @@ import os
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from skipkernels.app.data import LabelledImages, Source
+from skipkernels.app.data import Source
 from skipkernels.app.data.check import facts
 from skipkernels.app.data.files import IMAGE_EXTENSIONS, check_inside, find_images, read_json, read_text
+from skipkernels.app.data.images import LabelledImages
 from tests.app.data.pictures import draw_image, raises_input_error
 
 

@@ -10,7 +10,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from skipkernels.app.data import DatasetImages, TaskOptions, load_task, open_source
+from skipkernels.app.data import TaskOptions, load_task, open_source
+from skipkernels.app.data.images import DatasetImages
 from skipkernels.app.data.splits import listed_source
 from tests.app.data.pictures import class_of, draw_image, make_folders
 

@@ -14,9 +14,8 @@ import torch
 from PIL import EpsImagePlugin, ExifTags, Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from skipkernels.app.data import DatasetImages, LabelledImages
 from skipkernels.app.data.decoding import open_image, to_rgb
-from skipkernels.app.data.images import read_labels
+from skipkernels.app.data.images import DatasetImages, LabelledImages, read_labels
 from skipkernels.app.data.reading import read_image
 from tests.app.data.pictures import class_of, draw_image, raises_input_error
 

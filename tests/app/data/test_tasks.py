@@ -10,7 +10,8 @@ import hypothesis.strategies as st
 import pytest
 from PIL import Image
 
-from skipkernels.app.data import TaskOptions, from_datasets, load_task, summarise
+from skipkernels.app.data import TaskOptions, from_datasets, load_task
+from skipkernels.app.data.tasks import summarise
 from tests.app.data.pictures import NAMES, class_of, make_coop, make_folders, raises_input_error
 
 

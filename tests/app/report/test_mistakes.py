@@ -7,7 +7,7 @@ import io
 import torch
 from PIL import Image, ImageChops
 
-from skipkernels.app.data import DatasetImages
+from skipkernels.app.data.images import DatasetImages
 from skipkernels.app.data.tasks import TestSet
 from skipkernels.app.report.mistakes import (
     broken,
