@@ -88,16 +88,6 @@ def dequantise(steps: Tensor, scales: Tensor) -> Tensor:
     return (steps.flatten(2) * scales.unsqueeze(-1)).view_as(steps)
 
 
-def rounded(features: Tensor, dtype: str) -> Tensor:
-    """Round features [n, N, …] as if stored in `dtype`, a key of `STORED_DTYPES`, and read again.
-
-    >>> rounded(torch.tensor([[[0.5, -2.0]]]), "int8").tolist()
-    [[[0.5039370059967041, -2.0]]]
-    """
-    stored = dequantise(*quantise(features)) if dtype == "int8" else features.to(STORED_DTYPES[dtype])
-    return stored.to(features.dtype)
-
-
 def checksums(seed: int, row_numbers: Sequence[int], parts: Sequence[Tensor]) -> list[int]:
     """Checksum of the bytes of each row in all parts [n, …]; depends on its number, and is never 0."""
     arrays = [part.contiguous().unsqueeze(-1).flatten(1).view(torch.uint8).numpy() for part in parts]  # [n, bytes]

@@ -26,17 +26,10 @@ from PIL import Image
 from .base import InputError
 from .decoding import TooLarge, UnknownFormat, open_image, to_rgb, unreadable
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 SECONDS = 60.0
 """Longest time to decode an image, far more than the largest takes."""
 PIXELS = 178_956_970
 """Most pixels of an image, as in Pillow: 0.5 GiB of RGB."""
-# What a decoder may allocate: itself, with a stack of 8 MiB for a thread on each core, and for each pixel of an image.
-_BYTES, _BYTES_PER_PIXEL = (256 + 8 * (os.cpu_count() or 1)) << 20, 24
 _ERRORS = {kind.__name__: kind for kind in (InputError, TooLarge, UnknownFormat)}
 
 
@@ -162,13 +155,8 @@ def answer() -> None:
 def _decoded(request: dict[str, Any], data: bytes) -> Image.Image:
     name, max_pixels = request["name"], request["max_pixels"]
     file = io.BytesIO(data) if request["path"] is None else _opened(request["path"], name)
-    try:
-        _limit_memory(len(data) + _BYTES_PER_PIXEL * max_pixels)
-        with file, open_image(file, name, max_pixels) as image:
-            _limit_memory(len(data) + _BYTES_PER_PIXEL * image.width * image.height)
-            return to_rgb(image, name)
-    finally:
-        _limit_memory(None)  # or a large file could not be received after a small image
+    with file, open_image(file, name, max_pixels) as image:
+        return to_rgb(image, name)
 
 
 def _opened(path: str, name: str) -> BinaryIO:
@@ -178,11 +166,3 @@ def _opened(path: str, name: str) -> BinaryIO:
         raise InputError(f"{name}: no such file. Was it removed, or is it a broken link?") from None
     except OSError as error:
         raise InputError(f"{name}: can't be read ({error.strerror}). Replace or remove the file.") from None
-
-
-def _limit_memory(count: int | None) -> None:
-    """Let this process allocate no more than `count` bytes beyond its own; None removes the limit."""
-    if resource is not None:
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        limit = hard if count is None else _BYTES + count
-        resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

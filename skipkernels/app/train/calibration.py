@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,9 +16,7 @@ WANTED = (("accuracy", 90.0), ("accuracy", 95.0), ("accuracy", 99.0), ("coverage
 """Accuracies, and shares of images that are kept, in per cent, for which thresholds are found."""
 _NONE_QUANTILE = 0.05  # of the energies of held-out images
 _BOUNDS = (math.log(0.01), math.log(100.0))  # range of log T
-_GOLDEN = (math.sqrt(5) - 1) / 2
-_STEPS = 60  # the interval shrinks by 0.618 in each, to 3e-13 of its length
-_TOLERANCE = 1e-6  # closer than this to a bound, the minimum is beyond it
+_POINTS, _ROUNDS = 33, 3  # each round searches between the neighbours of the best point: to 0.2 % of T
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
@@ -54,15 +53,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
         return F.cross_entropy(wide / math.exp(log_temperature), labels, label_smoothing=smoothing).item()
 
     low, high = _BOUNDS
-    for _ in range(_STEPS):  # golden-section search; both points are evaluated again, for simplicity
-        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-        if loss(left) <= loss(right):
-            high = right
-        else:
-            low = left
-    log_temperature = (low + high) / 2
-    at_bound = min(log_temperature - _BOUNDS[0], _BOUNDS[1] - log_temperature) < _TOLERANCE
-    return None if at_bound else math.exp(log_temperature)
+    for _ in range(_ROUNDS):
+        points = np.linspace(low, high, _POINTS).tolist()
+        best = min(range(_POINTS), key=lambda place: loss(points[place]))
+        low, high = points[max(best - 1, 0)], points[min(best + 1, _POINTS - 1)]
+    return None if points[best] in _BOUNDS else math.exp(points[best])
 
 
 def fit_none_logit(logits: Tensor, temperature: float | None) -> float:

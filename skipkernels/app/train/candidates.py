@@ -48,7 +48,8 @@ BLENDS = (1.0, 0.5)
 """Weights of the tuned model; 1/2 is what Wortsman et al. (WiSE-FT) recommend where nothing is known about new data."""
 FEW = 400  # training images, below which all of them are held out, half by half
 CLEAR = 2.0  # standard errors of a difference on the same images, above which it is clear
-SHARE, LEAST, MOST = 0.2, 200, 2000  # held-out images otherwise: a fifth of all, and the smallest and largest number
+# Held-out images otherwise: a fifth of all, at least and at most these numbers, but one of each class.
+SHARE, LEAST, MOST = 0.2, 200, 2000
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,6 @@ def held_out_masks(labels: Tensor, given: int) -> list[Tensor]:
     share = min(max(SHARE, LEAST / count), MOST / count)
     counts = labels.bincount()
     held = (counts * share).ceil().clamp(max=counts - 1)
-    if held.sum() > MOST:  # an image of each class is too many: of some classes
-        held[torch.arange(len(held)) % math.ceil(held.sum().item() / MOST) > 0] = 0
     return [ranks(labels) >= (counts - held)[labels]]
 
 

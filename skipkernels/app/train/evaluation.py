@@ -175,9 +175,8 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
 def _tuned_setup(folder: Path, config: TuneConfig, open_data: Callable[[], Source] | None) -> RunSetup:
     """Load the model of a run, its test images and its method with the tuned weights."""
     described, file = read_model(folder)
-    rounded_to = None if config.cache is None else config.cache_dtype
     config = replace(config, cache=None).resolved(open_data)
     loaded = load_run_model(folder, described, file, torch.device(config.device), trust=config.trust)
-    setup = build_run(config, open_data=open_data, loaded=loaded, rounded_to=rounded_to, train=False)
+    setup = build_run(config, open_data=open_data, loaded=loaded, train=False)
     load_run_method(setup.method, described, file)
     return setup

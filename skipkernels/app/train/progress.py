@@ -1,11 +1,11 @@
-"""Progress of a run: a line per epoch, below which a terminal has a progress bar."""
+"""Progress of a run: a line per epoch, below which a terminal has a progress bar; and loggers of a caller."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 _REFRESHES = 2  # per second, of the bars; each delays the training thread by 3 ms
 _SMOOTHING = 0.8  # weight of previous losses in the displayed loss
 _SPEED_SECONDS = 600.0  # over which the time left is estimated: most epochs are shorter, so tests are included
+
+
+class Logger(Protocol):
+    """Logger of a run, such as one that is passed to `tune`."""
+
+    def write(self, row: Mapping[str, Any], /) -> None:
+        """Write the row of an epoch: that of metrics.jsonl."""
+
+    def close(self) -> None:
+        """End, also after an error."""
 
 
 class ProgressDisplay:

@@ -32,9 +32,8 @@ from .checkpoint import best_epoch
 from .choice import Choice
 from .description import Description, describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
-from .loggers import Logger
 from .metrics import Cost, Trained, metrics_of
-from .progress import ProgressDisplay
+from .progress import Logger, ProgressDisplay
 from .setup import BATCH, build_run
 from .trainer import Trainer
 from .weights import Interpolation

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...features import FeatureCache, Progress
-from ...features.table import rounded
-from ...options import CacheDtype, Refresh
+from ...options import Refresh
 from ..config import TuneConfig
 from ..data import InputError, Source
 from ..data.check import without_unreadable
@@ -38,7 +37,6 @@ class RunSetup:
     task: Task
     method: Method
     zero_shot: Method  # predicts before tuning: `method`, or a `ZeroShot`
-    rounded_to: CacheDtype | None = None
 
     @property
     def device(self) -> torch.device:
@@ -103,8 +101,7 @@ class RunSetup:
 
         def encode(images: Tensor) -> Tensor:
             with self.autocast():
-                features = self.method.encode_frozen(images.to(self.device))
-            return features if self.rounded_to is None else rounded(features, self.rounded_to)
+                return self.method.encode_frozen(images.to(self.device))
 
         return FeatureCache.in_memory(dataset, encode, refresh=refresh, **options)
 
@@ -114,13 +111,11 @@ def build_run(
     *,
     open_data: Callable[[], Source] | None = None,
     loaded: Loaded | None = None,
-    rounded_to: CacheDtype | None = None,
     train: bool = True,
 ) -> RunSetup:
     """Load the model and the task of a resolved configuration, and construct its method.
 
-    A model that is already `loaded` replaces that of the configuration. Features in memory are rounded to the dtype
-    `rounded_to`, as in a cache. Without `train` there are only test images.
+    A model that is already `loaded` replaces that of the configuration. Without `train` there are only test images.
     """
     if loaded is None:
         device = torch.device(config.device)
@@ -136,7 +131,7 @@ def build_run(
             "tune",
         )
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
-    return RunSetup(config, model, tokenizer, task, method, zero_shot, rounded_to)
+    return RunSetup(config, model, tokenizer, task, method, zero_shot)
 
 
 def class_weights(labels: Tensor, classes: int, exponent: float = 1.0) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,22 +90,29 @@ class Trainer:
         Calls `on_step` after each step, and `on_loss` every `log_every` steps with their mean loss.
         """
         started, waited, order = time.perf_counter(), self._loader.seconds_waited, self._loader.state_dict()
-        losses, kept = EpochLosses(self.steps, self._device), 0
+        losses: list[float] = []
+        unread: list[Tensor] = []  # losses on the device
+        images, kept = [], 0
         rates = {group["name"]: group["lr"] for group in self._optimizer.param_groups}
         to_training_mode(self._method)
         for step, (inputs, labels) in enumerate(self._loader, 1):
             out = self._step(inputs, labels)
-            losses.add(out.loss, len(labels))
+            unread.append(out.loss.detach().clone())  # a CUDA graph writes the next one to the same tensor
+            images.append(len(labels))
             kept += out.classes
             on_step()
             if step % self._config.log_every == 0 or step == self.steps:
-                on_loss(self._read(losses, order))
+                new = torch.stack(unread).tolist()
+                self._check_losses(new, len(losses), order)
+                on_loss(sum(new) / len(new))
+                losses += new
+                unread.clear()
         self._check_weights()
         self._schedule.step()
         return {
             "epoch": self.epochs,
-            "loss": losses.mean,
-            "step_loss": losses.curve(_CURVE),
+            "loss": sum(loss * count for loss, count in zip(losses, images, strict=True)) / sum(images),
+            "step_loss": _means(losses, _CURVE),
             "lr": rates,
             "steps": self.steps,
             "kept_classes": kept / self.steps,
@@ -124,16 +131,14 @@ class Trainer:
         self._optimizer.zero_grad()
         return out
 
-    def _read(self, losses: EpochLosses, order: dict[str, Any]) -> float:
-        """Return the mean of the new losses, which must be finite. `order` is the loader's state before the epoch."""
-        first, values = losses.read()
+    def _check_losses(self, values: Sequence[float], first: int, order: dict[str, Any]) -> None:
+        """Check that losses from step `first` on are finite. `order` is the loader's state before the epoch."""
         for step, value in enumerate(values, first):
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"tune: the loss of batch {step + 1} of epoch {self.epochs + 1} is {value}. The batch has "
                     f"{self._described(step, order)}. {REMEDY}"
                 )
-        return sum(values) / len(values)
 
     def _described(self, step: int, order: dict[str, Any]) -> str:
         """Describe the images and classes of a batch, which a sampler draws again from the order of the epoch."""
@@ -141,7 +146,7 @@ class Trainer:
         assert config.batch_size and config.sampler
         sampler = BatchSampler(self._labels, config.batch_size, config.sampler, torch.Generator())
         sampler.load_state_dict(order)
-        images = next(islice(sampler, step, None))
+        images = next(itertools.islice(sampler, step, None))
         classes = dict.fromkeys(self._classes[label] for label in self._labels[images].tolist())
         return f"training images {format_names(list(map(str, images)))} of {format_names(list(classes))}"
 
@@ -211,40 +216,12 @@ def to_training_mode(method: Method) -> None:
             module.eval()
 
 
-class EpochLosses:
-    """Losses of the steps of an epoch, on the device until they are read.
+def _means(values: Sequence[float], count: int) -> list[float]:
+    """Return at most `count` values, each the mean of consecutive ones.
 
-    Example:
-        >>> losses = EpochLosses(3, torch.device("cpu"))
-        >>> losses.add(torch.tensor(2.0), images=4); losses.add(torch.tensor(5.0), images=2)
-        >>> losses.read(), losses.read(), losses.mean, losses.curve(1)
-        ((0, [2.0, 5.0]), (2, []), 3.0, [3.5])
+    >>> _means([2.0, 4.0, 6.0], 2)
+    [2.0, 5.0]
     """
-
-    def __init__(self, steps: int, device: torch.device):
-        self.images: list[int] = []  # of each step
-        self._on_device, self._on_host = torch.zeros(steps, device=device), list[float]()
-
-    def add(self, loss: Tensor, images: int) -> None:
-        """Add the loss of a step over `images` images."""
-        self._on_device[len(self.images)] = loss.detach()
-        self.images.append(images)
-
-    def read(self) -> tuple[int, list[float]]:
-        """Return the index of the first unread loss, and the unread losses. A host sync."""
-        first = len(self._on_host)
-        new = self._on_device[first : len(self.images)].tolist()
-        self._on_host += new
-        return first, new
-
-    @property
-    def mean(self) -> float:
-        """Mean over the images of all steps; read all losses first."""
-        weighted = (loss * images for loss, images in zip(self._on_host, self.images, strict=True))
-        return sum(weighted) / sum(self.images)
-
-    def curve(self, points: int) -> list[float]:
-        """Loss curve of at most `points` values, each the mean of consecutive steps; read all losses first."""
-        losses, count = self._on_host, min(points, len(self._on_host))
-        bounds = [place * len(losses) // count for place in range(count + 1)] if count else []
-        return [sum(losses[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    count = min(count, len(values))
+    bounds = [place * len(values) // count for place in range(count + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]

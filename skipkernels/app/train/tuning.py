@@ -18,9 +18,9 @@ from ..data import Source
 from ..data.base import SizedDataset
 from .choice import Choice, chosen_before
 from .command_line import command_line
-from .loggers import Logger
 from .model import check_model
 from .own_dataset import OwnData
+from .progress import Logger
 from .run import Run
 from .setup import build_run
 from .writing import RunFolder
@@ -57,7 +57,7 @@ def tune(
         name: Name of the dataset in the results. Default: its type.
         identity: Text or JSON value that identifies the datasets when a run is resumed. Default: digests of files and
             labels; see `FeatureCache.build`.
-        loggers: Loggers of the rows of the epochs; see `train.loggers.Logger`. They are closed at the end.
+        loggers: Loggers of the rows of the epochs; see `train.progress.Logger`. They are closed at the end.
         **settings: Fields of `TuneConfig`, which replace those of `config`.
 
     Returns:

@@ -14,7 +14,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -64,15 +63,6 @@ def test_limit_of_time():
     with raises_input_error("a: can't be read as an image (decoding takes more than 0.2 s)"):
         decode(slow_picture(), "a", seconds=0.2)
     assert decode(PICTURE, "b").getpixel((2, 1)) == (255, 0, 0)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits all private memory on Linux alone")
-def test_limit_of_memory():
-    """432 MB for 64 x 64 pixels; the same tile for an image of its size is within the limit, and so is a large file."""
-    with raises_input_error("a: can't be read as an image"):
-        decode(tile(12_000, 3), "a")
-    assert decode(tile(64, 3), "b").size == (64, 64)
-    assert decode(PICTURE + bytes(decoder._BYTES), "c").size == (3, 2)
 
 
 def kill_decoders() -> None:

@@ -80,7 +80,7 @@ def test_cache_dtype_keeps_accuracy(run, tmp_path):
     expected = rows(run[0])[0]["accuracy"]
     metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype="int8", epochs=1))
     assert metrics["tuned"] == expected, "no image of 12 in each test has another class"
-    assert evaluate_run(tmp_path / "run") == metrics["tuned"], "features are rounded like those of the cache"
+    assert evaluate_run(tmp_path / "run") == metrics["tuned"], "of features that are not rounded"
 
 
 def test_cache_crops_training_images_only(run, cached, tmp_path):

@@ -83,10 +83,10 @@ def test_stop_during_overwrite_leaves_a_run(tmp_path, monkeypatch):
         (tmp_path / name).touch()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunFolder, "delete_checkpoint", Mock(side_effect=KeyboardInterrupt))
-        RunFolder(config).lock().__enter__()
+        RunFolder(config).lock(config).__enter__()
     assert files(tmp_path) == {"config.yaml", "checkpoint", "model.safetensors", "report.html", "metrics.jsonl"}
     for how in ({"overwrite": False, "resume": True}, {"overwrite": True}):
-        with RunFolder(dataclasses.replace(config, **how)).lock():
+        with RunFolder(dataclasses.replace(config, **how)).lock(config):
             assert "config.yaml" in files(tmp_path)
     assert files(tmp_path) == {"config.yaml"}
 
