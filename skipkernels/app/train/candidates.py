@@ -17,8 +17,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -61,12 +61,14 @@ class Candidate:
         factor: Factor of its learning rates; None: it is not trained.
         blend: Weight of the trained model in a mean with the pretrained one.
         head: Head on its embeddings.
+        compared: True if it is only compared, and can't be chosen.
     """
 
     method: str
     factor: float | None
     blend: float = 1.0
     head: HeadName = "none"
+    compared: bool = False
 
     @property
     def name(self) -> str:
@@ -90,25 +92,46 @@ class Candidate:
         return settings | {"blend": self.blend}
 
 
+def groups_of(config: TuneConfig, *, tests_new: bool) -> list[list[Candidate]]:
+    """Return the candidates: first those of the pretrained weights, then those that share a training, by its factor.
+
+    The very first has the texts on pretrained embeddings. Without a choice of the method or of the head it is compared.
+
+    Args:
+        config: Configuration that leaves the method or the head open.
+        tests_new: True if classes are tested that are not trained.
+    """
+    auto, method = config.method == AUTO, "skip" if config.method == AUTO else config.method
+    factors = () if not config.epochs else FACTORS if auto else (1.0,)
+    blends = (config.blend,) if not auto or config.blend != 1 else BLENDS[1:] if tests_new else BLENDS
+    heads: Sequence[HeadName] = ["anchored"] if tests_new else get_args(HeadName)
+    if config.head not in ("auto", None):
+        heads = [config.head]  # type: ignore[list-item]
+    frozen = heads if auto or not factors else []
+    return [
+        [Candidate(method, None, head=head, compared=head not in frozen) for head in dict.fromkeys(["none", *frozen])],
+        *([Candidate(method, factor, blend, head) for blend in blends for head in heads] for factor in factors),
+    ]
+
+
 @dataclass(eq=False)
 class Trial:
-    """Results of a candidate on held-out images; the logits of those that can't be chosen are not kept."""
+    """Results of a candidate on held-out images."""
 
     candidate: Candidate
-    seconds: float = 0.0
-    logits: list[Tensor] = field(default_factory=list)  # [n, C] of each split
-    accuracy: float = 0.0
-    balanced_accuracy: float = 0.0
-    scores: Tensor = field(default_factory=lambda: torch.zeros(0))  # [n], with the mean of one of these
-    loss: float = math.inf
+    seconds: float
+    accuracy: float  # in per cent
+    balanced_accuracy: float
+    scores: Tensor  # [n], with the mean of that accuracy by which candidates are compared
+    loss: float
+    logits: Tensor | None  # [n, C]; not kept if it can't be chosen
 
-    def score(self, labels: Tensor, balanced: bool) -> None:
-        """Compute the accuracies in per cent, the scores of one of them, and the loss of all logits."""
-        logits = torch.cat(self.logits)
+    @classmethod
+    def scored(cls, candidate: Candidate, seconds: float, logits: Tensor, labels: Tensor, *, balanced: bool) -> Trial:
+        """Score logits [n, C] of held-out images."""
         plain, of_classes = (image_scores(labels, logits.argmax(dim=1), balanced=each) for each in (False, True))
-        self.accuracy, self.balanced_accuracy = plain.mean().item(), of_classes.mean().item()
-        self.scores = of_classes if balanced else plain
-        self.loss = F.cross_entropy(logits.double(), labels).item()
+        means, loss = (plain.mean().item(), of_classes.mean().item()), F.cross_entropy(logits.double(), labels).item()
+        return cls(candidate, seconds, *means, of_classes if balanced else plain, loss, logits)
 
     def gain(self, other: Trial) -> tuple[float, float]:
         """Difference to another trial on the same images, and `CLEAR` standard errors of it, in points."""
@@ -127,6 +150,32 @@ class Trial:
             "new_names": self.candidate.new_names,
             "chosen": chosen,
         }
+
+
+def best(trials: Sequence[Trial], *, by: str, tests_new: bool) -> tuple[Trial, str]:
+    """Return the trial to choose, and why: that with the highest score, of equal ones the lower loss.
+
+    Where new classes are tested, training lowers the accuracy on these, which held-out images do not show. There
+    trained weights are chosen only if they are clearly better than pretrained ones. `by` names the score.
+    """
+
+    def score(trial: Trial) -> float:
+        return round(trial.scores.mean().item(), 6)
+
+    def highest(trials: Iterable[Trial]) -> Trial:
+        return max(trials, key=lambda trial: (score(trial), -trial.loss))
+
+    top, frozen = highest(trials), [trial for trial in trials if trial.candidate.factor is None]
+    if not (tests_new and frozen) or top in frozen:
+        equal = sum(score(trial) == score(top) for trial in trials) - 1
+        return top, f"highest {by}" + (f", equal to {plural(equal, 'other')}; lowest loss" if equal else "")
+    simple = highest(frozen)
+    clear = [trial for trial in trials if (found := trial.gain(simple))[0] > found[1]]
+    gain, error = (highest(clear) if clear else top).gain(simple)
+    points = f"{gain:+.1f} ± {error:.1f} points of {by}"
+    if clear:
+        return highest(clear), f"clearly above {simple.candidate.name}, {points}"
+    return simple, f"{top.candidate.name} is not clearly above it, {points}"
 
 
 def held_out_masks(labels: Tensor, given: int) -> list[Tensor]:
@@ -160,7 +209,7 @@ class Search:
         features: Features of all training images.
 
     Attributes:
-        advance: Called after each training step.
+        groups: Candidates that share a training; see `groups_of`.
         frozen: All training images on the pretrained model.
         masks: Mask [n] of the held-out images of each split.
         trials: Trials so far, the first of the texts on pretrained embeddings.
@@ -168,7 +217,8 @@ class Search:
 
     def __init__(self, setup: RunSetup, features: FeatureCache):
         self.setup, self.config, self.features = setup, setup.config, features
-        self.advance: Callable[[], None] = lambda: None
+        self.tests_new = len(setup.task.tests) > 1
+        self.groups = groups_of(setup.config, tests_new=self.tests_new)
         self.masks = held_out_masks(features.labels, setup.task.held_out)
         self.labels = torch.cat([features.labels[mask] for mask in self.masks] or [features.labels[:0]])
         self.trials: list[Trial] = []
@@ -177,16 +227,9 @@ class Search:
         self._l2: dict[tuple[int, HeadName], float] = {}  # by split
 
     @property
-    def method(self) -> str:
-        """Name of the method that is trained."""
-        return "skip" if self.config.method == AUTO else self.config.method
-
-    @property
-    def factors(self) -> tuple[float, ...]:
-        """Factors of the learning rates; none for a method or a run without steps."""
-        if not self.config.epochs:
-            return ()
-        return FACTORS if self.config.method == AUTO else (1.0,)
+    def factors(self) -> list[float]:
+        """Factors of the learning rates of each training."""
+        return [group[0].factor for group in self.groups if group[0].factor is not None]
 
     @property
     def steps(self) -> int:
@@ -195,76 +238,63 @@ class Search:
         per_epoch = [math.ceil(int((~mask).sum()) / size) for mask in self.masks]
         return len(self.factors) * epochs * sum(per_epoch)
 
-    def run(self) -> Iterator[list[Trial]]:
-        """Yield the trials of frozen embeddings, then those of each training, blended and not; none if it diverged."""
-        frozen = self._heads if self._chooses_frozen else []
-        yield self._tried([Candidate(self.method, None, head=head) for head in dict.fromkeys(["none", *frozen])])
-        for factor in self.factors:
-            yield self._tried(
-                [Candidate(self.method, factor, blend, head) for blend in self._blends for head in self._heads]
-            )
-
     @property
-    def _heads(self) -> list[HeadName]:
-        """Heads to compare."""
-        if self.config.head not in ("auto", None):
-            return [self.config.head]  # type: ignore[list-item]
-        return ["anchored"] if self._tests_new else list(get_args(HeadName))
+    def allowed(self) -> list[Trial]:
+        """Trials so far that can be chosen."""
+        return [trial for trial in self.trials if not trial.candidate.compared]
 
-    @property
-    def _blends(self) -> tuple[float, ...]:
-        """Blends to compare."""
-        if self.config.method != AUTO or self.config.blend != 1:
-            return (self.config.blend,)
-        return BLENDS[1:] if self._tests_new else BLENDS
+    def run(self, advance: Callable[[], None] = lambda: None) -> Iterator[list[Trial]]:
+        """Yield the trials of each group, none of one whose training diverged. `advance` is called after each step."""
+        for group in self.groups if self.masks else ():
+            trials = self.tried(group, advance)
+            self.trials += trials
+            kept = [*self.trials[:1], *([self._best()[0]] if self.allowed else [])]
+            for trial in self.trials:
+                if trial not in kept:
+                    trial.logits = None  # of all candidates they can be gigabytes
+            yield trials
 
-    @property
-    def _chooses_frozen(self) -> bool:
-        """True if frozen embeddings can be chosen."""
-        return self.config.method == AUTO or not self.factors
-
-    def _tried(self, candidates: list[Candidate]) -> list[Trial]:
-        """Try candidates with the same training on each split; none if it diverged."""
-        trials = [Trial(candidate) for candidate in candidates]
+    def tried(self, group: Sequence[Candidate], advance: Callable[[], None] = lambda: None) -> list[Trial]:
+        """Try candidates that share a training, on each split; none if it diverged."""
         try:
-            for split in range(len(self.masks)):
-                self._try_split(trials, split)
+            splits = [self._try_split(group, split, advance) for split in range(len(self.masks))]
         except FloatingPointError:
             return []
-        for trial in trials:
-            trial.score(self.labels, self.config.balances)
-        self.trials += trials
-        kept = [self.trials[0], *([self._best()[0]] if self.allowed else [])]
-        for trial in self.trials:
-            if trial not in kept:
-                trial.logits = []  # of all candidates they can be gigabytes
+        trials = []
+        for candidate, *parts in zip(group, *splits, strict=True):
+            logits, seconds = torch.cat([logits for logits, _ in parts]), sum(seconds for _, seconds in parts)
+            trials.append(Trial.scored(candidate, seconds, logits, self.labels, balanced=self.config.balances))
         return trials
 
-    def _try_split(self, trials: list[Trial], split: int) -> None:
-        """Train without the held-out images of a split, and add the logits of these to the trials."""
-        factor, started = trials[0].candidate.factor, time.perf_counter()
+    def _try_split(
+        self, group: Sequence[Candidate], split: int, advance: Callable[[], None]
+    ) -> list[tuple[Tensor, float]]:
+        """Train without the held-out images of a split; return the logits of these by each candidate, and its time."""
+        factor, started = group[0].factor, time.perf_counter()
+        found = []
         try:
             if factor is not None:
-                self._train(factor, ~self.masks[split])
+                self._train(factor, ~self.masks[split], advance)
             self._between.end()
             trained = time.perf_counter() - started
-            for blend, blended in itertools.groupby(trials, key=lambda trial: trial.candidate.blend):
+            for blend, blended in itertools.groupby(group, key=lambda candidate: candidate.blend):
                 started = time.perf_counter()
                 self._between.set(blend)
                 examples = self.frozen if factor is None else self.setup.examples(self.features)
                 if not (examples.image.isfinite().all() and examples.text.isfinite().all()):
                     raise FloatingPointError
                 embedded = time.perf_counter() - started
-                for trial in blended:
+                for candidate in blended:
                     started = time.perf_counter()
-                    trial.logits.append(self._logits(trial.candidate.head, examples, split))
-                    trial.seconds += trained + embedded + time.perf_counter() - started
+                    logits = self._logits(candidate.head, examples, split)
+                    found.append((logits, trained + embedded + time.perf_counter() - started))
         finally:
             self._between.end()
             self._between.set(0)
+        return found
 
-    def _train(self, factor: float, images: Tensor) -> None:
-        config = replace(self.config, **Candidate(self.method, factor).settings(self.config))
+    def _train(self, factor: float, images: Tensor, advance: Callable[[], None]) -> None:
+        config = replace(self.config, **Candidate(self.groups[0][0].method, factor).settings(self.config))
         method, classes = self.setup.method, self.setup.task.tests[0].classes
         sampler = method.class_sampler
         before = None if sampler is None else sampler.state_dict()
@@ -272,7 +302,7 @@ class Search:
         trainer = Trainer(config, method, part, classes)
         try:
             for _ in range(config.epochs or 0):
-                trainer.epoch(self.advance, lambda loss: None)
+                trainer.epoch(advance, lambda loss: None)
         finally:
             if sampler is not None and before is not None:
                 sampler.load_state_dict(before)
@@ -291,69 +321,32 @@ class Search:
         assert head is not None
         return head.logits(image).float().cpu()
 
-    @property
-    def _tests_new(self) -> bool:
-        """True if the protocol tests classes that are not trained."""
-        return len(self.setup.task.tests) > 1
-
-    @property
-    def allowed(self) -> list[Trial]:
-        """Trials so far that can be chosen: the first is only a comparison, if the method or the head is given."""
-        trials = (trial for trial in self.trials if trial.candidate.head in self._heads)
-        return [trial for trial in trials if trial.candidate.factor is not None or self._chooses_frozen]
-
     def _best(self) -> tuple[Trial, str]:
-        """Return the trial to choose, and why: that with the highest accuracy, of equal ones the lower loss.
-
-        Where new classes are tested, training lowers the accuracy on these, which held-out images do not show. There
-        trained weights are chosen only if they are clearly better than pretrained ones.
-        """
         if not self.allowed:
             raise FloatingPointError(f"tune: the training of every candidate diverged. {REMEDY}")
-
-        def accuracy(trial: Trial) -> float:
-            return round(trial.scores.mean().item(), 6)
-
-        def highest(trials: Iterable[Trial]) -> Trial:
-            return max(trials, key=lambda trial: (accuracy(trial), -trial.loss))
-
-        top = highest(self.allowed)
-        equal = sum(accuracy(trial) == accuracy(top) for trial in self.allowed) - 1
         by = f"{'balanced ' if self.config.balances else ''}accuracy on {len(self.labels)} held-out images"
-        frozen = [trial for trial in self.allowed if trial.candidate.factor is None]
-        if not (self._tests_new and frozen) or top in frozen:
-            return top, f"highest {by}" + (f", equal to {plural(equal, 'other')}; lowest loss" if equal else "")
-        simple = highest(frozen)
-        gains = [(trial, *trial.gain(simple)) for trial in self.allowed]
-        clear = [trial for trial, gain, error in gains if gain > error]
-        best = highest(clear or frozen)
-        gain, error = (best if clear else top).gain(simple)
-        points = f"{gain:+.1f} ± {error:.1f} points of {by}"
-        if clear:
-            return best, f"clearly above {simple.candidate.name}, {points}"
-        return best, f"{top.candidate.name} is not clearly above it, {points}"
+        return best(self.allowed, by=by, tests_new=self.tests_new)
 
     def choice(self, stopped: bool) -> Choice:
         """Return the choice among the trials so far; `stopped` before all of them."""
         config = self.config
         asked = config.identity()
         if not self.masks:
-            settings = Candidate(self.method, None, head="anchored").settings(config)
+            settings = Candidate(self.groups[0][0].method, None, head="anchored").settings(config)
             because = "no class has two training images, so that none can be held out"
             return Choice(asked, settings, because)
-        best, because = self._best()
+        chosen, because = self._best()
         first, tested = self.trials[0], len(self.labels)
         because += ", of those before Ctrl-C" if stopped else ""
-        fields, thresholds = calibrate(torch.cat(best.logits), self.labels)
-        validation = {"images": tested, "zero_shot": round(first.accuracy, 4), "tuned": round(best.accuracy, 4)}
+        assert first.logits is not None and chosen.logits is not None
+        fields, thresholds = calibrate(chosen.logits, self.labels)
+        validation = {"images": tested, "zero_shot": round(first.accuracy, 4), "tuned": round(chosen.accuracy, 4)}
         classes = self.setup.task.tests[0].classes
-        by_class = [
-            metrics_of_test(self.labels, top_classes(torch.cat(trial.logits)), classes) for trial in (first, best)
-        ]
+        by_class = [metrics_of_test(self.labels, top_classes(trial.logits), classes) for trial in (first, chosen)]
         return Choice(
             asked,
-            settings=best.candidate.settings(config),
-            candidates=[trial.row(chosen=trial is best) for trial in self.trials],
+            settings=chosen.candidate.settings(config),
+            candidates=[trial.row(chosen=trial is chosen) for trial in self.trials],
             because=because,
             calibration=fields,
             validation=validation | {"thresholds": thresholds},

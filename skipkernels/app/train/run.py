@@ -135,10 +135,10 @@ class Run:
         """Try candidates until all are done, or Ctrl-C."""
         if search.masks:
             print_plain(self.console, notes.compared(self.config, self.task.held_out, search.factors))
-        search.advance = self.display.candidates(search.steps)
+        advance = self.display.candidates(search.steps)
         stopped, started = False, time.perf_counter()
         try:
-            for number, trials in enumerate(search.run() if search.masks else ()):
+            for number, trials in enumerate(search.run(advance)):
                 done = time.perf_counter() - started
                 self.display.trials(trials, done / number * (len(search.factors) - number) if number else 0.0)
         except KeyboardInterrupt as error:

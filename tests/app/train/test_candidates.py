@@ -17,7 +17,7 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import candidates, evaluate_run, tune
-from skipkernels.app.train.candidates import FACTORS, Candidate, Search, held_out_masks
+from skipkernels.app.train.candidates import FACTORS, Candidate, Search, Trial, held_out_masks
 from skipkernels.app.train.setup import build_run
 from tests.app.runs import files, results, shortened, small, stopped
 
@@ -75,7 +75,7 @@ def test_trials_do_not_depend_on_each_other():
     for name, tensor in search.setup.model.state_dict().items():
         assert tensor.equal(before[name]), name
     alone = search_of()
-    found = alone._tried([trial.candidate for trial in last])
+    found = alone.tried([trial.candidate for trial in last])
     assert [(trial.accuracy, trial.loss) for trial in found] == [(trial.accuracy, trial.loss) for trial in last]
 
 
@@ -100,12 +100,21 @@ def test_held_out_masks(counts, given, held_out):
         assert given or labels[~mask].unique().numel() == len(counts), "each class keeps a training image"
 
 
+def winning(monkeypatch, chosen):
+    """Let the first candidate win for which `chosen` returns True; before there is one, the last."""
+
+    def best(trials, **how):
+        return next((trial for trial in trials if chosen(trial.candidate)), trials[-1]), "highest accuracy"
+
+    monkeypatch.setattr(candidates, "best", best)
+
+
 def test_a_resumed_run_does_not_choose_again(run, tmp_path, monkeypatch):
     """Killed in the last training. The search of the second start would raise."""
     changes = AUTO | {"head": "anchored", "epochs": 2, "batch_size": 4}
     with shortened():
         monkeypatch.setattr(candidates, "BLENDS", (1.0,))
-        monkeypatch.setattr(candidates.Search, "_chooses_frozen", False)
+        winning(monkeypatch, lambda candidate: candidate.factor is not None)
         tune(small(tmp_path / "whole", **changes))
         steps = len(FACTORS) * 2 * 2 * 3  # of the search: trainings, splits, epochs, steps of an epoch
         stopped(tmp_path / "cut", step=steps + 9, **changes)
@@ -115,16 +124,6 @@ def test_a_resumed_run_does_not_choose_again(run, tmp_path, monkeypatch):
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     with pytest.raises(InputError, match="resume: "), shortened():
         tune(small(tmp_path / "cut", resume=True, **changes | {"seed": 1}))
-
-
-def winning(monkeypatch, chosen):
-    """Let the candidates for which `chosen` returns True win."""
-
-    def score(self, labels, balanced):
-        self.accuracy = self.balanced_accuracy = 100.0 * chosen(self.candidate)
-        self.scores = torch.full([len(labels)], self.accuracy)
-
-    monkeypatch.setattr(candidates.Trial, "score", score)
 
 
 @pytest.mark.parametrize(
@@ -256,15 +255,13 @@ def test_candidates_keep_new_classes_where_these_are_tested():
 )
 def test_trained_weights_are_chosen_if_clearly_better_where_new_classes_are_tested(protocol, rights, chosen, because):
     """The first `rights` of 24 held-out images are right. A share p more of them has an error of 2·√(p(1 − p)/24)."""
-    search = search_of(protocol=protocol, head="anchored")
-    search.labels = torch.zeros(24, dtype=torch.int64)
+    trials, labels = [], torch.zeros(24, dtype=torch.int64)
     for factor, right in zip((None, 1.0, 3.0), rights, strict=True):
+        candidate = Candidate("skip", factor, 1.0 if factor is None else 0.5, "anchored")
         logits = torch.eye(2)[(torch.arange(24) >= right).long()]
-        trial = candidates.Trial(Candidate("skip", factor, 1.0 if factor is None else 0.5, "anchored"), logits=[logits])
-        trial.score(search.labels, balanced=False)
-        search.trials.append(trial)
-    best, why = search._best()
-    assert best.candidate.factor == chosen
+        trials.append(Trial.scored(candidate, 0.0, logits, labels, balanced=False))
+    found, why = candidates.best(trials, by="accuracy on 24 held-out images", tests_new=protocol == "base-to-new")
+    assert found.candidate.factor == chosen
     assert why.startswith(because)
 
 
