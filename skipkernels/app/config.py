@@ -26,7 +26,7 @@ from .settings import Settings
 from .untrusted import check_source
 
 if TYPE_CHECKING:
-    from .data import Source
+    from .data import Source, TaskOptions
     from .methods import Method
 
 _SHOTS = 16
@@ -146,6 +146,15 @@ class TuneConfig(Settings):
 
         return open_source(self.data, self.root, self.template)
 
+    def task_options(self) -> TaskOptions:
+        """Return the choice of images and classes of a resolved configuration."""
+        from .data import TaskOptions
+
+        names = ("protocol", "shots", "max_classes", "seed", "validation", "test", "root")
+        trains = self.chooses or self.train_on_validation
+        settings = {name: getattr(self, name) for name in names}
+        return TaskOptions(templates=self.template, train_on_validation=trains, **settings)
+
     def _recipe(self, open_data: Callable[[], Source]) -> dict[str, Any]:
         """Training settings of the method for the data and the protocol."""
         reference, method = self.preset == "reference", self.method_class()
@@ -231,8 +240,7 @@ class TuneConfig(Settings):
             _refuse("blend", f"{self.blend:g} has no effect without epochs; leave it out.")
         if self.head == "none" and self.prior != "images":
             _refuse("prior", f"{self.prior} is that of a head; add `head=anchored`, or leave it out.")
-        if not isinstance(self.validation, str) and not 0 < self.validation < 1:
-            _refuse("validation", f"must be a share between 0 and 1; got {self.validation}.")
+        self.task_options().check()
         if self.cache is not None and self.skip_layers == 0:
             _refuse("cache", "must be left out with `skip_layers=0`: features are kept at the cut, and there is none.")
         if self.resume and self.overwrite:

@@ -74,21 +74,12 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """Options of `load_task`.
+    """Options of `load_task`: settings of `TuneConfig`, with other defaults, and two more.
 
     Attributes:
-        protocol: The protocol.
-        shots: Training images of each class; "all" for all.
-        max_classes: Largest number of classes of each dataset, base and new together, evenly spaced; None for all.
-        seed: Seed of the choice of training and validation images.
-        validation: Validation images. "split": the val split of the dataset. A share such as 0.2: that share of the
-            images of each class in the train split is held out, if possible of those that `shots` leaves. "auto": the
-            split if there is one, else 0.2. "none": none.
+        max_classes: See `TuneConfig`. They are evenly spaced.
         train_on_validation: Append the validation images to the training images, as the last `held_out` ones.
-        test: Test images. "split": the test split. "none": none; all images that don't validate train. Images of the
-            user's data without splits that neither validate nor test always train.
-        root: Folder of the datasets of coop:, or of the images of csv:.
-        templates: Prompt templates; see `open_source`.
+        templates: The setting `template`.
         train: False: without training and validation images, to test a model on other data.
     """
 

@@ -40,19 +40,20 @@ class HuggingFaceTokenizer:
         self.processor.save_pretrained(folder)
 
 
-def load_hugging_face(name: str, where: str | Path, *, architecture_only: bool) -> tuple[nn.Module, Callable, Callable]:
+def load_hugging_face(name: str, where: str | Path, *, weights: bool) -> tuple[nn.Module, Callable, Callable]:
     """Load a model with its image transform and tokenizer, without code or adapters that are in the folder.
 
-    `where` is a folder of `save_pretrained`, with the processor beside the model, or the name of a repository.
+    `where` is a folder of `save_pretrained`, with the processor beside the model, or the name of a repository. Without
+    `weights`, they are random.
     """
     if importlib.util.find_spec("transformers") is None:
         raise InputError(f"{name} needs transformers: pip install 'skipkernels[hugging-face]'.", "model", "tune")
     remedy = "Save the model and its processor there with save_pretrained."
     try:
         if isinstance(where, Path):
-            return _load(name, where, architecture_only)
+            return _load(name, where, weights)
         remedy = "Is the name correct, and the network available?"
-        return _load(name, _downloaded(where, weights=not architecture_only), architecture_only)
+        return _load(name, _downloaded(where, weights=weights), weights)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
@@ -61,7 +62,7 @@ def load_hugging_face(name: str, where: str | Path, *, architecture_only: bool) 
         raise InputError(f"{name} could not be loaded by transformers: {reason}. {remedy}", "model", "tune") from error
 
 
-def _load(name: str, folder: Path, architecture_only: bool) -> tuple[nn.Module, Callable, Callable]:
+def _load(name: str, folder: Path, weights: bool) -> tuple[nn.Module, Callable, Callable]:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     kind = read_object(folder / "config.json").get("model_type")
@@ -72,10 +73,10 @@ def _load(name: str, folder: Path, architecture_only: bool) -> tuple[nn.Module, 
     safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     plain = {"attn_implementation": "sdpa", "trust_remote_code": False}  # a configuration may name a kernel of the hub
     config = AutoConfig.from_pretrained(folder, **safe)
-    if architecture_only:
-        model = AutoModel.from_config(config, **plain)
-    else:
+    if weights:
         model = AutoModel.from_pretrained(folder, dtype=torch.float32, **safe | plain)
+    else:
+        model = AutoModel.from_config(config, **plain)
     processor = AutoImageProcessor.from_pretrained(folder, **safe)
     model.preprocess_cfg = preprocess_settings(processor)
     tokenizer = AutoTokenizer.from_pretrained(folder, **safe)

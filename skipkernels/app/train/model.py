@@ -9,7 +9,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -34,6 +34,15 @@ Loaded = tuple[nn.Module, Callable, Callable]
 RANDOM = "random"
 LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
 _FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+class _Asked(NamedTuple):
+    """A model to load, with or without its weights; see `load_model`."""
+
+    name: str
+    pretrained: str | None
+    weights: bool
+    trust: bool
 
 
 def load_model(
@@ -64,16 +73,15 @@ def load_model(
     if name == PACKAGED:
         packaged().register()
     check_model(name, pretrained, architecture_only=architecture_only)
-    kind, _, where = name.partition(":")
+    where, asked = name.partition(":")[2], _Asked(name, pretrained, not architecture_only, trust)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name.startswith(LOCAL_DIR):
-            loaded = _load_folder(name, absolute_path(where), architecture_only=architecture_only, trust=trust)
+            model, transform, tokenizer = _load_folder(asked, absolute_path(where))
         elif name.startswith(HUB):
-            loaded = _load_hub(name, where, architecture_only=architecture_only, trust=trust)
+            model, transform, tokenizer = _load_hub(asked, where)
         else:
-            loaded = _load_by_tag(name, pretrained, architecture_only=architecture_only)
-    model, transform, tokenizer = loaded
+            model, transform, tokenizer = _load_by_tag(asked)
     return model.to(device).eval(), transform, tokenizer
 
 
@@ -138,8 +146,9 @@ def _file(pretrained: str | None) -> Path | None:
     return Path(os.path.expanduser(pretrained))
 
 
-def _load_by_tag(name: str, pretrained: str | None, *, architecture_only: bool) -> Loaded:
-    """Load a model of open_clip with the weights of a tag, of a file, or random ones; see `load_model`."""
+def _load_by_tag(asked: _Asked) -> Loaded:
+    """Load a model of open_clip with the weights of a tag, of a file, or random ones."""
+    name, pretrained = asked.name, asked.pretrained
     file = _file(pretrained)
     tag = pretrained if file is None and pretrained != RANDOM else None
     # The transform of a tag, which open_clip ignores when it loads no weights.
@@ -149,15 +158,14 @@ def _load_by_tag(name: str, pretrained: str | None, *, architecture_only: bool) 
     try:
         with quiet():
             model, _, transform = open_clip.create_model_and_transforms(
-                name, pretrained=None if architecture_only else tag, **settings
+                name, pretrained=tag if asked.weights else None, **settings
             )
     except (OSError, RuntimeError) as error:
         raise _not_created(name, tag, error) from error
-    if not architecture_only:
-        if file is not None:
-            load_weights(model, file)
-        elif pretrained is None:
-            model.load_state_dict(packaged().state_dict())
+    if asked.weights and file is not None:
+        load_weights(model, file)
+    elif asked.weights and pretrained is None:
+        model.load_state_dict(packaged().state_dict())
     model.model_cfg = open_clip.get_model_config(name)
     return model, transform, _tokenizer(name, name, model.model_cfg)
 
@@ -180,13 +188,13 @@ def _not_created(name: str, tag: str | None, error: BaseException) -> InputError
     )
 
 
-def _load_folder(name: str, folder: Path, *, architecture_only: bool, trust: bool) -> Loaded:
-    """Load a model with its weights from a folder; see `load_model`."""
+def _load_folder(asked: _Asked, folder: Path) -> Loaded:
+    """Load a model from a folder."""
+    name = asked.name
     if not folder.is_dir():
         raise InputError(f"{name}: no folder {folder}.", "model", "tune")
     if (folder / OPEN_CLIP).is_file():
-        source = f"{LOCAL_DIR}{folder}"
-        return _load_open_clip(name, source, folder / OPEN_CLIP, architecture_only=architecture_only, trust=trust)
+        return _load_open_clip(asked, f"{LOCAL_DIR}{folder}", folder / OPEN_CLIP)
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{name}: {folder} has no {OPEN_CLIP} of open_clip, and no config.json of transformers; name "
@@ -194,41 +202,41 @@ def _load_folder(name: str, folder: Path, *, architecture_only: bool, trust: boo
             "model",
             "tune",
         )
-    return load_hugging_face(name, folder, architecture_only=architecture_only)
+    return load_hugging_face(name, folder, weights=asked.weights)
 
 
-def _load_hub(name: str, where: str, *, architecture_only: bool, trust: bool) -> Loaded:
-    """Load a model with its weights from the Hugging Face hub; see `load_model`."""
+def _load_hub(asked: _Asked, where: str) -> Loaded:
+    """Load a model from the Hugging Face hub."""
     try:
         with quiet():
             file = hf_hub_download(where, OPEN_CLIP)
     except EntryNotFoundError:  # a model of transformers, which may be in the cache without a network
-        return load_hugging_face(name, where, architecture_only=architecture_only)
+        return load_hugging_face(asked.name, where, weights=asked.weights)
     except (OSError, ValueError) as error:
-        raise InputError(f"{name} could not be loaded: {first_line(error)}", "model", "tune") from error
-    return _load_open_clip(name, name, Path(file), architecture_only=architecture_only, trust=trust)
+        raise InputError(f"{asked.name} could not be loaded: {first_line(error)}", "model", "tune") from error
+    return _load_open_clip(asked, asked.name, Path(file))
 
 
-def _load_open_clip(name: str, source: str, file: Path, *, architecture_only: bool, trust: bool) -> Loaded:
+def _load_open_clip(asked: _Asked, source: str, file: Path) -> Loaded:
     """Load a model that has a configuration file of open_clip. `source` is the name that open_clip takes."""
     packaged()  # for a folder with its image tower
     try:
-        config = read_open_clip_config(file, trust=trust)
+        config = read_open_clip_config(file, trust=asked.trust)
         _check_text_tower(config["text_cfg"])
         with quiet():
             model, _, transform = open_clip.create_model_and_transforms(
                 source,
-                load_weights=not architecture_only,
-                require_pretrained=not architecture_only,
+                load_weights=asked.weights,
+                require_pretrained=asked.weights,
                 pretrained_text=False,  # the weights of a text tower alone, which would be downloaded
             )
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         # a damaged file, or one of another version of open_clip
-        raise InputError(f"{name} could not be loaded: {first_line(error)}", "model", "tune") from error
+        raise InputError(f"{asked.name} could not be loaded: {first_line(error)}", "model", "tune") from error
     model.model_cfg = config
-    return model, transform, _tokenizer(name, source, config)
+    return model, transform, _tokenizer(asked.name, source, config)
 
 
 def _check_text_tower(config: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from ...options import Refresh
 from ..config import TuneConfig
 from ..data import InputError, Source
 from ..data.check import without_unreadable
-from ..data.tasks import Task, TaskOptions, load_task
+from ..data.tasks import Task, load_task
 from ..heads import Examples, fit_head
 from ..methods import Method
 from ..methods.frozen import FrozenModel
@@ -175,12 +175,8 @@ def build_task(
 
     `train`: see `TaskOptions`.
     """
-    names = ("protocol", "shots", "max_classes", "seed", "validation", "test", "root")
-    source = (open_data or config.open_data)()
-    choice = config.chooses or config.train_on_validation
-    if choice and config.validation == "auto" and not source.has_split("val"):  # any part of all images is held out
-        config = replace(config, validation="none")
-    settings = {name: getattr(config, name) for name in names}
-    options = TaskOptions(templates=config.template, train=train, train_on_validation=choice, **settings)
+    source, options = (open_data or config.open_data)(), replace(config.task_options(), train=train)
+    if options.train_on_validation and options.validation == "auto" and not source.has_split("val"):
+        options = replace(options, validation="none")  # any part of all images is held out
     task = load_task(source, options, transform=transform, train_transform=train_transform)
     return without_unreadable(task) if config.unreadable == "skip" else task
