@@ -17,7 +17,8 @@ BALANCED = "validation_balanced"
 def image_scores(labels: Tensor, predicted: Tensor, *, balanced: bool) -> Tensor:
     """Scores [n] of images, 0 for a wrong prediction; their mean is the accuracy in per cent, or the balanced one.
 
-    The balanced accuracy is the mean over the classes with images.
+    The balanced accuracy is the mean over the C classes with images. Of n images, those of a class with n_c weigh
+    n / (C n_c): the mean over all images of these weights times right or wrong is the sum over classes of recall / C.
 
     >>> import torch
     >>> labels, predicted = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])

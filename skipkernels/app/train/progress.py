@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .candidates import Trial
 
 _REFRESHES = 2  # per second, of the bars; each delays the training thread by 3 ms
-_SMOOTHING = 0.8  # weight of previous losses in the displayed loss
 _SPEED_SECONDS = 600.0  # over which the time left is estimated: most epochs are shorter, so tests are included
 
 
@@ -50,7 +49,6 @@ class ProgressDisplay:
     def __init__(self, console: Console, *, title: str, memory: PeakMemory | None = None):
         self._console, self._title, self._memory = console, title, memory
         self._zero_shot: Mapping[str, float | None] = {}
-        self._loss: float | None = None
         name, loss = TextColumn("{task.description}"), TextColumn("{task.fields[loss]}")
         self._bars = Progress(
             *(name, BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn()),
@@ -76,13 +74,11 @@ class ProgressDisplay:
         """Add a bar for the training steps of candidates; return a function that advances it by one."""
         return partial(self._bars.advance, self._bars.add_task("candidates", total=steps, loss=""))
 
-    def trials(self, trials: Sequence[Trial], left: float) -> None:
-        """Show the accuracies of candidates that share a training, and the seconds left for the others."""
+    def trials(self, trials: Sequence[Trial]) -> None:
+        """Show the accuracies of candidates that share a training."""
         for _, (first, *others) in itertools.groupby(trials, key=lambda trial: trial.candidate.blend):
             heads = [f"{HEADS[trial.candidate.head]} {trial.accuracy:.1f} %" for trial in others]
             self._line(f"{first.candidate.name} {first.accuracy:.1f} %", *heads)
-        if left:
-            self._line(f"candidates: {duration(left)} left")
 
     def begin(
         self,
@@ -107,8 +103,7 @@ class ProgressDisplay:
 
     def loss(self, value: float) -> None:
         """Update the displayed loss."""
-        self._loss = value if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * value
-        self._bars.update(self._steps, loss=f"loss {self._loss:.4f}")
+        self._bars.update(self._steps, loss=f"loss {value:.4f}")
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Print the line of a complete epoch, from its row of metrics.jsonl."""

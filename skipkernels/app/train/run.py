@@ -138,9 +138,8 @@ class Run:
         advance = self.display.candidates(search.steps)
         stopped, started = False, time.perf_counter()
         try:
-            for number, trials in enumerate(search.run(advance)):
-                done = time.perf_counter() - started
-                self.display.trials(trials, done / number * (len(search.factors) - number) if number else 0.0)
+            for trials in search.run(advance):
+                self.display.trials(trials)
         except KeyboardInterrupt as error:
             if type(error) is not KeyboardInterrupt or not search.allowed:  # not Ctrl-C, but the end of the job
                 raise
