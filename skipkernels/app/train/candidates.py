@@ -244,7 +244,7 @@ class Search:
         return [trial for trial in self.trials if not trial.candidate.compared]
 
     def run(self, advance: Callable[[], None] = lambda: None) -> Iterator[list[Trial]]:
-        """Yield the trials of each group, none of one whose training diverged. `advance` is called after each step."""
+        """Yield the trials of each group, none if its training diverged. `advance` is called after each step."""
         for group in self.groups if self.masks else ():
             trials = self.tried(group, advance)
             self.trials += trials
