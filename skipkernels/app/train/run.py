@@ -206,7 +206,7 @@ class Run:
                 for logger in self.loggers:
                     logger.write(row)
         if best_epoch(self.rows) not in (None, len(self.rows)):
-            weights.load_into(self.method, self.folder.path / checkpoint.FOLDER / checkpoint.BEST)
+            weights.load_into(self.method, self.folder.best_weights)
 
     def _end_epoch(self, row: dict[str, Any], trainer: Trainer) -> None:
         """Write the checkpoint and the row of an epoch, and show it."""

@@ -166,6 +166,11 @@ class RunFolder:
             _check_settings(self.path, config, saved.settings)
             self.checkpoint = saved
 
+    @property
+    def best_weights(self) -> Path:
+        """Weights of the best epoch on the validation images, if that is not the last."""
+        return self.path / checkpoint.FOLDER / checkpoint.BEST
+
     @contextlib.contextmanager
     def lock(self, config: TuneConfig) -> Iterator[None]:
         """Hold the lock of the folder during the run; delete what an earlier run or the resumed one left."""
