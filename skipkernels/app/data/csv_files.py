@@ -25,7 +25,7 @@ from .base import InputError, open_error
 from .files import absolute_path, format_names, read_text
 from .images import LabelledImages
 from .source import Source, Split
-from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
+from .splits import LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
 from .templates import Templates
 
 _PATH_NAMES = ("path", "filepath", "file_path", "filename", "file_name", "file", "image", "image_path", "img")
@@ -71,7 +71,8 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
         LabelledImages(base, list(images), labels),
         classes,
         splits or None,
-        "{}" if templates is None and label_column in CAPTIONS else templates,
+        templates,
+        column=label_column,
         notes=[f"{name}: skipped repeated lines: {repeated}."] if repeated else [],
     )
 

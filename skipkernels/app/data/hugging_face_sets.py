@@ -19,7 +19,7 @@ from .files import absolute_path, format_names
 from .images import DatasetImages
 from .reading import read_image
 from .source import Source, Split, class_names
-from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
+from .splits import LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
 from .templates import Templates
 
 _OPTIONS = ("image", "label", "config", "revision")
@@ -89,7 +89,8 @@ def open_hugging_face(spec: str, templates: Templates = None) -> Source:
         DatasetImages(images, labels, names),
         classes,
         [split for split, part in parts.items() for _ in range(len(part))],
-        "{}" if templates is None and label_column.lower() in CAPTIONS else templates,
+        templates,
+        column=label_column,
         notes=notes,
     )
 

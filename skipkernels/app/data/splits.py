@@ -20,7 +20,7 @@ _TEST_TENTHS, _VAL_TENTHS = 3, 2
 
 # Columns and fields with the class of an image, the best one first.
 LABEL_NAMES = ("class_name", "classname", "label_name", "category", "class", "label", "target", "caption", "text")
-CAPTIONS = ("caption", "text")
+_CAPTIONS = ("caption", "text")
 
 
 def listed_source(
@@ -30,9 +30,10 @@ def listed_source(
     splits: Sequence[Split] | None,
     templates: Templates,
     *,
+    column: str = "",
     notes: Sequence[str] = (),
 ) -> Source:
-    """Return a source of listed images.
+    """Return a source of listed images; a caption, if that is the `column` of the classes, is its own prompt.
 
     Without splits, or with train alone, the images of each class are split by a hash of their names. With val and
     without test, the images of val are the test images.
@@ -55,7 +56,7 @@ def listed_source(
     for index, split in enumerate(splits):
         indices[split].append(index)
     parts = {split: images.subset(indices[split]) for split in get_args(Split) if split in indices}
-    chosen = resolve_templates(None, templates)
+    chosen = resolve_templates(None, "{}" if templates is None and column.lower() in _CAPTIONS else templates)
     return Source(name, tuple(classes), chosen, parts, notes=tuple(notes), hashed=hashed, without_test=without_test)
 
 

@@ -54,21 +54,13 @@ SHARE, LEAST, MOST = 0.2, 200, 2000
 
 @dataclass(frozen=True)
 class Candidate:
-    """A classifier to compare.
-
-    Attributes:
-        method: Name of the method.
-        factor: Factor of its learning rates; None: it is not trained.
-        blend: Weight of the trained model in a mean with the pretrained one.
-        head: Head on its embeddings.
-        compared: True if it is only compared, and can't be chosen.
-    """
+    """A classifier to compare."""
 
     method: str
-    factor: float | None
-    blend: float = 1.0
+    factor: float | None  # of the learning rates; None: it is not trained
+    blend: float = 1.0  # weight of the trained model in a mean with the pretrained one
     head: HeadName = "none"
-    compared: bool = False
+    compared: bool = False  # only, and can't be chosen
 
     @property
     def name(self) -> str:

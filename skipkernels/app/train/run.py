@@ -232,9 +232,17 @@ class Run:
             calibration = self.choice.calibration
         elif (held_out := images.evaluator.validation_logits(self.method)) is not None:
             calibration, thresholds = calibrate(*held_out)
-        tuned = images.evaluator.evaluate(self.method)
-        results = images.evaluator, images.zero_shot, tuned
-        return Trained(self.setup, self.choice, self.rows, *results, l2, calibration, thresholds)
+        return Trained(
+            setup=self.setup,
+            choice=self.choice,
+            rows=self.rows,
+            evaluator=images.evaluator,
+            zero_shot=images.zero_shot,
+            tuned=images.evaluator.evaluate(self.method),
+            l2=l2,
+            calibration=calibration,
+            thresholds=thresholds,
+        )
 
     def _write(self, trained: Trained, fit_seconds: float) -> dict[str, Any]:
         """Write the model, the report and, last, the metrics; return the metrics. A failed report is a warning."""
