@@ -1,4 +1,4 @@
-"""A process that decodes image files, with limits of time and memory, for all threads and commands.
+"""A process that decodes image files, with limits of time and pixels, for all threads and commands.
 
 Decoding in this process could be stopped by neither a limit nor Ctrl-C: a file of 200 kB can occupy Pillow for an hour.
 A decoder reads requests from its stdin and answers on its stdout. Both are a line of JSON and the bytes that it
