@@ -334,7 +334,8 @@ class Search:
         fields, thresholds = calibrate(chosen.logits, self.labels)
         validation = {"images": tested, "zero_shot": round(first.accuracy, 4), "tuned": round(chosen.accuracy, 4)}
         classes = self.setup.task.tests[0].classes
-        by_class = [metrics_of_test(self.labels, top_classes(trial.logits), classes) for trial in (first, chosen)]
+        tops = top_classes(first.logits), top_classes(chosen.logits)
+        by_class = [metrics_of_test(self.labels, top, classes) for top in tops]
         return Choice(
             asked,
             settings=chosen.candidate.settings(config),
