@@ -23,7 +23,7 @@ from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
 from .attention import SDPA, AttentionBackend, BlockAttention, Pooled, Sequences
 from .block import fuse_blocks, why_takes_no_rows
-from .fused import Hidden, Rotary, RowsOptions, saved_bytes
+from .fused import Hidden, Rotary, RowsOptions, most_saved_bytes
 from .modes import evaluating, updates_statistics
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class Tower(ABC):
             return self.cut.memory
         if not torch.is_grad_enabled():
             return "fast"
-        needed = saved_bytes(hidden, fused=fused) * len(self.upper_blocks) * self.cut.runs
+        needed = most_saved_bytes(hidden, fused=fused) * len(self.upper_blocks) * self.cut.runs
         return "fast" if self._free_memory.allows(needed, hidden.device) else "min"
 
     @functools.cached_property  # a family defines its own __init__

@@ -69,7 +69,7 @@ STREAM_WIDTHS, PRODUCT_WIDTHS = 2, 8 + 3
 OWN_FORWARD_WIDTHS = 20  # saved by PyTorch for a block's own forward: 16, or 20 with QuickGELU
 
 
-def saved_bytes(hidden: Tensor, *, fused: bool) -> int:
+def most_saved_bytes(hidden: Tensor, *, fused: bool) -> int:
     """Bytes that a block over hidden states [..., W] saves for backward at most, with memory="fast" if it is fused."""
     stream = hidden.element_size()
     if not fused:
