@@ -159,8 +159,8 @@ class Tower(ABC):
     def block_memory(self, hidden: Tensor, *, fused: bool) -> FusedMemory:
         """Return what each block above the cut saves for backward, over hidden states [..., W].
 
-        With `memory="auto"` it is "min" if saving everything would take more than half of the memory that was free in
-        the first step of this size.
+        With `memory="auto"` it is "min" if saving everything would take more than half of the free memory, and did in
+        every earlier step of this size.
         """
         if self.cut.memory != "auto":
             return self.cut.memory
