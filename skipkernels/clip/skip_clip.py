@@ -129,7 +129,6 @@ class SkipCLIP(nn.Module):
         self.model = model
         self.config = getattr(model, "config", None)  # for the model card of transformers' trainer
         self.train_options = TrainOptions(trainable, train_text, train_logit_scale)
-        self._usual_memory: Memory = "auto" if memory == "min" else memory
         from . import builder  # needed at a construction only
 
         cut = builder.read_cut(memory, attention, chunk, lower_device)
@@ -433,16 +432,16 @@ class SkipCLIP(nn.Module):
     # ---- memory, under the names of open_clip and transformers -------------------------------------------------------
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Set `memory="min"`, or back to its value at construction ("auto" if that was "min"); open_clip's name."""
+        """Set `memory="min"`, or "auto" with `enable=False`: the name of open_clip."""
         for tower in (self.images.tower, self.texts.tower):
-            tower.cut = replace(tower.cut, memory="min" if enable else self._usual_memory)
+            tower.cut = replace(tower.cut, memory="min" if enable else "auto")
 
     def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
         """Set `memory="min"`: the name of transformers; its options are accepted without effect."""
         self.set_grad_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Set `memory` back, under the name of transformers."""
+        """Set `memory="auto"`: the name of transformers."""
         self.set_grad_checkpointing(False)
 
     # From version 6 on
