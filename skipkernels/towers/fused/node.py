@@ -44,7 +44,7 @@ class _BlockFunction(torch.autograd.Function):
         ctx.names, ctx.weight_dtype = names, weights["mlp_out"].dtype
         if record and ctx.weight_dtype != call.dtype:  # save the casts, which backward then need not make again
             weights = {name: x for name, x in vars(call.weights).items() if x is not None}
-        _, *ctx.setup = call
+        ctx.settings, ctx.options, ctx.dtype = call.settings, call.options, call.dtype
         ctx.saved_names = tuple(weights)
         ctx.save_for_backward(*weights.values(), *stages.to_save(call, saved))
         # The graph of attention is no tensor. Backward frees it; a second backward records another.
@@ -69,8 +69,7 @@ class _BlockFunction(torch.autograd.Function):
             partial=launches_on(d_stream.device),
         )
         with without_autocast(d_stream.device):
-            dtype = ctx.setup[-1]
-            call = BlockCall(prepare(given, dtype), *ctx.setup)
+            call = BlockCall(prepare(given, ctx.dtype), ctx.settings, ctx.options, ctx.dtype)
             # 3. What was not saved, computed again; then the stages from the last to the first
             saved = stages.restore(call, tensors[count:], graph)
             d_hidden = stages.backward(call, saved, Hidden(d_stream, d_branch), gradients)
