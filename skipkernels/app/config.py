@@ -42,7 +42,7 @@ Config = TypeVar("Config")
 
 
 def _with_input_errors(config: type[Config]) -> type[Config]:
-    """Let the constructor of a pydantic dataclass raise its first error as an `InputError`."""
+    """Let the constructor of `TuneConfig` raise its first error as an `InputError`, and check the method."""
     validate = config.__init__
 
     @functools.wraps(validate)
@@ -51,6 +51,10 @@ def _with_input_errors(config: type[Config]) -> type[Config]:
             validate(self, *args, **settings)
         except ValidationError as error:
             raise _input_error(error, [field.name for field in dataclasses.fields(self)]) from None
+        if self.method not in (AUTO, *METHODS):  # here, before a command has imported torch
+            raise InputError(
+                f"must be one of {', '.join([AUTO, *METHODS])}; got {self.method!r}.", "method", "TuneConfig"
+            )
 
     config.__init__ = init  # type: ignore[method-assign]
     return config
@@ -120,7 +124,6 @@ class TuneConfig(Settings):
         pictograms = self.data.partition(":")[0] == "pictograms"
         if self.method == AUTO and (self.preset != "default" or not (self.own_data or pictograms)):
             return dataclasses.replace(self, method="skip", out=self.folder).resolved(open_data)
-        self.method_class()
         device = usable_device(self.device, "TuneConfig")
         half: Precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
         config = dataclasses.replace(
@@ -195,11 +198,7 @@ class TuneConfig(Settings):
 
     def method_class(self) -> type[Method]:
         """Return the class of the method."""
-        method = "skip" if self.method == AUTO else self.method
-        if method not in METHODS:
-            choices = f"{', '.join([AUTO, *METHODS])}; got {self.method!r}."
-            raise InputError(f"must be one of {choices}", "method", "TuneConfig")
-        return METHODS[method]
+        return METHODS["skip" if self.method == AUTO else self.method]
 
     def with_method(self, method: str) -> TuneConfig:
         """Return the configuration for another method, with the default for settings that it does not use."""
@@ -356,7 +355,11 @@ def usable_device(device: str, function: str) -> str:
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {chosen!r} can't be used: {first_line(error)}", "device", function) from None
+        raise InputError(
+            f"device {chosen!r} can't be used: {first_line(error).rstrip('.')}. `skipkernels doctor` lists devices.",
+            "device",
+            function,
+        ) from None
     return chosen
 
 

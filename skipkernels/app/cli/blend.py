@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from skipkernels.app.console import Terminal
 
-from .options import Run, Trust
+from .options import Run, Trust, check_run, import_torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,8 @@ class BlendCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Blend, and print the accuracy by alpha. Returns 0."""
+        check_run(self.run, "blend", err)
+        import_torch(err)
         from skipkernels.app.data.tasks import VALIDATION
         from skipkernels.app.report.run_page import blend_table
         from skipkernels.app.serve.blending import blend, blended_folder

@@ -13,7 +13,10 @@ from skipkernels._progress import progress
 from skipkernels.app.console import Terminal
 from skipkernels.formatting import csv_line, escaped
 
+from .errors import with_flags
+
 if TYPE_CHECKING:
+    from skipkernels.app.data import Source
     from skipkernels.app.data.check import Fact
 
 _FEW = 16  # training images of a class, the default of tune --shots
@@ -23,7 +26,7 @@ _SHOWN = 20  # findings of a kind on the terminal; --out has all
 @dataclasses.dataclass(frozen=True)
 class CheckCommand:
     """Read all images of a dataset and report unreadable files, sizes, classes with few images, and duplicates. The
-    exit code is 1 if a file could not be read.
+    exit code is 1 if a file could not be read, or tune refuses the dataset.
     """
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="(required)")]
@@ -34,10 +37,12 @@ class CheckCommand:
     """File of all findings, .csv. By default the first of each kind are printed."""
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Check the dataset. Returns 0, or 1 if a file could not be read."""
+        """Check the dataset. Returns 0, or 1 if a file could not be read, or tune refuses the dataset."""
         from skipkernels.app.data import InputError, open_source
         from skipkernels.app.data.check import Finding, facts, findings
+        from skipkernels.app.data.files import format_names
         from skipkernels.app.data.shots import class_sizes_note
+        from skipkernels.app.report.formats import plural
         from skipkernels.folders import replace_text
 
         if self.out is not None:
@@ -56,11 +61,10 @@ class CheckCommand:
         problems = findings(images)
         out.print(_table(images, str(source.name)))
         trained = Counter(one.label for one in images if one.split == "train" and one.reason is None)
-        few = {name: trained[name] for name in source.classes if trained[name] < _FEW} if trained else {}
+        few = [f"{name} {trained[name]}" for name in source.classes if trained[name] < _FEW] if trained else []
         if few:
-            counts = ", ".join(f"{name} {count}" for name, count in list(few.items())[:_SHOWN])
-            rest = f" and {len(few) - _SHOWN} more" if len(few) > _SHOWN else ""
-            out.print(f"classes with fewer than {_FEW} training images: {counts}{rest}", soft_wrap=True)
+            of = f"{len(few)} of {plural(len(source.classes), 'class', 'classes')}"
+            out.print(f"fewer than {_FEW} training images: {of}: {format_names(few)}", soft_wrap=True)
         labels: dict[str, list[str]] = {}
         for image in images:
             labels.setdefault(image.split, []).append(image.label)
@@ -79,7 +83,23 @@ class CheckCommand:
         if self.out is not None:
             table = (csv_line(map(escaped, row)) for row in [Finding._fields, *problems])
             replace_text(self.out, "".join(table))
-        return 1 if kinds["unreadable"] else 0
+        refused = self._refused(source, [name for name in source.classes if not trained[name]])
+        if refused is not None:
+            out.print(f"tune refuses this dataset: {refused}", soft_wrap=True)
+        return 1 if kinds["unreadable"] or refused is not None else 0
+
+    def _refused(self, source: Source, without: list[str]) -> str | None:
+        """Return why `tune` refuses the dataset, which has no readable training image of some classes."""
+        from skipkernels.app.data import InputError, TaskOptions, load_task
+        from skipkernels.app.data.files import format_names
+
+        try:
+            load_task(source, TaskOptions(protocol="few-shot", shots=_FEW, validation="auto"))
+        except InputError as error:
+            return with_flags(error)
+        if without:
+            return f"no training image of {format_names(without)} can be read, also not with --unreadable skip."
+        return None
 
 
 def _table(images: list[Fact], title: str) -> Any:

@@ -11,7 +11,7 @@ from skipkernels.app.console import Terminal
 from skipkernels.app.settings import Settings
 
 from .errors import on_interrupt
-from .options import tune_config
+from .options import import_torch, tune_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,8 @@ class CompareCommand(Settings):
         name = f"{config.data}-{config.model}".replace(":", "-").replace("/", "-")
         folder = self.out or Path("runs", "compare", name)
         check_writable(folder)  # before the work is done
-        from skipkernels.app.report.study_page import explained, headline, tables  # these import torch
+        import_torch(err)
+        from skipkernels.app.report.study_page import explained, headline, tables
         from skipkernels.app.studies.compare import compare
         from skipkernels.app.studies.study import write_study
 

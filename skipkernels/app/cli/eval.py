@@ -9,7 +9,7 @@ from pathlib import Path
 from skipkernels.app.console import Terminal
 from skipkernels.options import Protocol
 
-from .options import Run, Trust, note_unfinished
+from .options import Run, Trust, check_run, import_torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class EvalCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Evaluate, and print the accuracy. Returns 0."""
+        check_run(self.run, "eval", err)
+        import_torch(err)
         from rich.table import Table
 
         from skipkernels.app.report.formats import number
@@ -41,7 +43,6 @@ class EvalCommand:
 
         settings = {name: getattr(self, name) for name in REPLACEABLE}
         accuracies = evaluate_run(self.run, **settings, trust=self.trust, console=err)
-        note_unfinished(self.run, err)
         if self.json:
             out.print(json.dumps(accuracies), soft_wrap=True)
             return 0

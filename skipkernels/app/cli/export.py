@@ -8,7 +8,7 @@ from typing import Literal
 
 from skipkernels.app.console import Terminal
 
-from .options import Run, Trust, note_unfinished
+from .options import Run, Trust, check_run, import_torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,11 @@ class ExportCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Export, and print the files. Returns 0."""
+        check_run(self.run, "export", err)
+        import_torch(err)
         from skipkernels.app.serve.exporting import export
 
         done = export(self.run, self.to, self.out, overwrite=self.overwrite, trust=self.trust)
-        note_unfinished(self.run, err)
         for note in done.notes:
             err.print(f"note: {note}", soft_wrap=True)
         out.print(f"{done.folder}: {' '.join(done.files)}", soft_wrap=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from skipkernels.app.console import Terminal
 
 SETTINGS = [field.name for field in dataclasses.fields(Settings)]
-BASIC = {"data", "model", "pretrained", "method", "head", "blend", "shots", "epochs", "out", "resume"}
+BASIC = {"data", "model", "pretrained", "method", "head", "blend", "shots", "epochs", "out", "overwrite", "resume"}
 """Settings of a run that --help shows, besides the options of the command itself; --help-all shows all."""
 
 _READ = "read"  # marks a type for tyro's own rule
@@ -60,12 +60,19 @@ def tune_config(command: Settings, **changes: Any) -> TuneConfig:
     return TuneConfig(**{name: getattr(command, name) for name in SETTINGS} | changes)
 
 
-def note_unfinished(run: Path, err: Terminal) -> None:
-    """Print a note on the model of a run that is not complete."""
+def check_run(run: Path, function: str, err: Terminal) -> None:
+    """Raise an InputError unless a folder has a run, and print a note on the model of one that is not complete."""
+    from skipkernels.app.results.files import existing_run
     from skipkernels.app.train.reading import unfinished
 
-    if (note := unfinished(run.expanduser())) is not None:
+    if (note := unfinished(existing_run(run, function))) is not None:
         err.print(f"note: {note}", soft_wrap=True)
+
+
+def import_torch(err: Terminal) -> None:
+    """Import PyTorch and open_clip, which takes seconds; a terminal shows a line meanwhile."""
+    with err.status("loading PyTorch"):
+        import open_clip  # noqa: F401
 
 
 def _flag_or_path(words: list[str]) -> bool | Path:

@@ -14,7 +14,7 @@ import tyro
 from skipkernels._progress import progress
 from skipkernels.app.console import Terminal
 
-from .options import Device, PrecisionOption, Run, Threshold, Top, Trust, note_unfinished
+from .options import Device, PrecisionOption, Run, Threshold, Top, Trust, check_run, import_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,8 +60,9 @@ class PredictCommand:
 
         self._check_files()
         images, others = _find_images(self.images)
+        check_run(self.run, "predict", err)
+        import_torch(err)
         classifier = self._load()
-        note_unfinished(self.run, err)
         count = len(classifier.classes)
         if self.top > max(count, PredictCommand.top):
             err.print(f"note: --top {self.top} shows all classes, which are {count}")
@@ -143,7 +144,9 @@ class PredictCommand:
         if threshold is not None and classifier.none_logit is not None:
             calibration += f", with {NONE} as one more class"
         noun = "image" if len(rows) == 1 else "images"
-        err.print(f"{len(rows):,} {noun} classified{counted}; probabilities are {calibration}", soft_wrap=True)
+        written = "" if self.out is None else f", in {self.out}"
+        probabilities = f"; probabilities are {calibration}" if rows else ""
+        err.print(f"{len(rows):,} {noun} classified{counted}{written}{probabilities}", soft_wrap=True)
         if rows and without_class == len(rows):
             err.print(
                 f"note: every image is below the threshold {threshold:g}; report.html of the run has others, "

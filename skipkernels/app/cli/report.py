@@ -20,12 +20,18 @@ class ReportCommand:
         """Write the page, and print its path. Returns 0."""
         from skipkernels.app.config import CONFIG
         from skipkernels.app.data import InputError
-        from skipkernels.app.report.run_page import run_report
-        from skipkernels.app.results.files import REPORT
-        from skipkernels.app.studies.study import study_page
+        from skipkernels.app.results.files import REPORT, existing_run
         from skipkernels.folders import replace_text
 
-        page = run_report(self.run) if (self.run / CONFIG).is_file() else study_page(self.run)
+        if self.run.is_dir() and not (self.run / CONFIG).is_file():
+            from skipkernels.app.studies.study import study_page
+
+            page = study_page(self.run)
+        else:
+            existing_run(self.run, "report")
+            from skipkernels.app.report.run_page import run_report
+
+            page = run_report(self.run)
         path = self.run / REPORT
         try:
             replace_text(path, page)

@@ -11,7 +11,7 @@ from typing import Any
 
 from skipkernels.app.console import Terminal
 
-from .options import Device, PrecisionOption, Run, Threshold, Top, Trust, note_unfinished
+from .options import Device, PrecisionOption, Run, Threshold, Top, Trust, check_run, import_torch
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 _CONNECTIONS = 100  # open ones; a request of one more is answered by status 503
@@ -43,20 +43,19 @@ class ServeCommand:
 
         try:
             import python_multipart  # noqa: F401
+            import starlette  # noqa: F401
             import uvicorn
-
-            from skipkernels.app.serve.web import Limits, Service, make_app
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] in ("skipkernels", "torch"):
-                raise
             raise InputError(f"serve needs {error.name}: pip install 'skipkernels[web]'.") from None
-        from skipkernels.app.serve import Classifier
-
         if not 0 < self.max_mb < 10_000:
             raise InputError(f"must be more than 0; got {self.max_mb:g}.", "max_mb", "serve")
+        check_run(self.run, "serve", err)
         with self._listening() as listener:  # first: a port that is taken is known before the model is loaded
+            import_torch(err)
+            from skipkernels.app.serve import Classifier
+            from skipkernels.app.serve.web import Limits, Service, make_app
+
             classifier = Classifier.load(self.run, device=self.device, precision=self.precision, trust=self.trust)
-            note_unfinished(self.run, err)
             service = Service(
                 classifier,
                 self.run.resolve().name,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from skipkernels.app.console import Terminal
 from skipkernels.app.settings import Settings
 
-from .options import SETTINGS, tune_config
+from .options import SETTINGS, import_torch, tune_config
 
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
@@ -32,14 +32,18 @@ class TuneCommand(Settings):
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
         from skipkernels.app.config import CONFIG
+        from skipkernels.app.results.files import existing_run
 
         config = tune_config(self)
+        if isinstance(config.resume, Path):
+            existing_run(config.resume, "tune", "resume")
         if self.print_config:
             config = config.continued()
             as_given = {name: getattr(config, name) for name in _AS_GIVEN}
             out.print(dataclasses.replace(config.resolved(), **as_given).to_yaml().rstrip(), soft_wrap=True)
             return 0
-        from skipkernels.app.train import tune  # imports torch
+        import_torch(err)
+        from skipkernels.app.train import tune
 
         metrics = tune(config, console=err)
         of_run = type(config).from_yaml(config.folder / CONFIG, trust=True)  # nothing is loaded
@@ -54,7 +58,7 @@ def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
 
     assert config.out is not None
     if metrics["candidates"]:
-        out.print(run_page.candidate_table(metrics).in_terminal())
+        out.print(run_page.candidate_table(metrics, best=run_page.BEST).in_terminal())
     out.print(run_page.accuracy_table(metrics).in_terminal(title_of(config, metrics["classifier"])))
     for text in (run_page.choice(metrics), run_page.kept_epoch(config, metrics)):
         if text is not None:

@@ -69,7 +69,7 @@ def classes(test: TestPredictions) -> list[Markup]:
         rows.append(row(was.name, *cells))
     text = (
         f"Mean over the classes: accuracy {percent(last['balanced_accuracy'])}, F1 {percent(last['macro_f1'])}. "
-        "Precision and F1 are those of the last model; predictions.csv has every image."
+        "Precision and F1 are those of the tuned model; predictions.csv has every image."
     )
     columns = ["images", "zero-shot, %", "tuned, %", "change", "precision, %", "F1, %", "most often taken for"]
     return [part("text", text), Table("class", columns, rows, searched=True).html]
@@ -89,7 +89,8 @@ def confusions(tests: Sequence[TestPredictions]) -> list[Markup]:
         ]
         text = "Images of a class (row) by predicted class (column)."
         if len(labels) < len(test.classes):
-            text += f" Shown are the {len(labels)} classes with the most errors."
+            wrong = test.labels[test.last.classes[:, 0] != test.labels].unique().numel()
+            text += f" Shown are {len(labels)} of the {wrong} classes with errors, those with the most first."
         matrix = part("matrix", [test.classes[label] for label in labels], rows)
         parts[name_of_test(test.name)] = [part("text", text), matrix]
     return page.groups(parts)

@@ -23,6 +23,8 @@ from .predicted import classes, confusions, galleries
 from .summary import accuracy_rows, classifier, counted, headline, held_out_accuracy, images_of, title
 from .words import name_of_test
 
+BEST = 5
+"""Candidates that are shown at first."""
 _FEW = 100  # validation images, of which one is more than 1 %
 _INTERVALS = (
     "In brackets: 95 % intervals over the images (Wilson). Both models have the same images, so a change may be "
@@ -82,7 +84,12 @@ def _candidates(metrics: Mapping[str, Any]) -> list[Markup]:
     """Table of the candidates of a run that chose its method, and why it chose."""
     if not metrics["candidates"]:
         return []
-    return [candidate_table(metrics).html, *(part("text", text, "") for text in (choice(metrics),) if text is not None)]
+    found = [candidate_table(metrics, best=BEST).html, part("text", str(choice(metrics)), "")]
+    if len(metrics["candidates"]) > BEST:
+        found.append(
+            part("group", f"All {len(metrics['candidates'])} candidates", [candidate_table(metrics).html], False)
+        )
+    return found
 
 
 # ---- texts and tables, also of the terminal --------------------------------------------------------------------------
@@ -116,6 +123,8 @@ def accuracy_table(metrics: Mapping[str, Any]) -> Table:
         if each.test == VALIDATION and (each.kind or not finite(each.before)):
             continue
         images = None if each.kind else images_of(metrics, each.test)
+        if images == 0:
+            continue
         before, after = page.accuracy_cell(each.before, images), page.accuracy_cell(each.after, images)
         change = each.after - each.before if finite(each.before) and finite(each.after) else None
         name = ", ".join(filter(None, [counted(metrics, each.test), each.kind]))
@@ -125,9 +134,11 @@ def accuracy_table(metrics: Mapping[str, Any]) -> Table:
     return Table("accuracy, %", ["images", "zero-shot", "tuned", "change"], rows)
 
 
-def candidate_table(metrics: Mapping[str, Any]) -> Table:
-    """Table of the candidates of a run that chose its method."""
+def candidate_table(metrics: Mapping[str, Any], best: int | None = None) -> Table:
+    """Table of the candidates of a run that chose its method; of the first `best`, the chosen one before others."""
     found = metrics["candidates"]
+    if best is not None and len(found) > best:
+        found = sorted(found, key=lambda each: (each["chosen"], each["accuracy"]), reverse=True)[:best]
     balanced = any(number(each["balanced_accuracy"]) != number(each["accuracy"]) for each in found)
     rows = []
     for each in found:
@@ -137,7 +148,9 @@ def candidate_table(metrics: Mapping[str, Any]) -> Table:
         name, style = (f"✓ {each['name']}", "summary") if each["chosen"] else (each["name"], "")
         rows.append(row(name, *cells, style=style))
     columns = ["accuracy, %", *(["balanced accuracy, %"] if balanced else []), "seconds", "takes new names"]
-    return Table(f"candidates, on {plural(found[0]['images'], 'held-out image')}", columns, rows)
+    shown = f"the best {len(found)} of " if len(found) < len(metrics["candidates"]) else ""
+    count = plural(len(metrics["candidates"]), "candidate")
+    return Table(f"{shown}{count}, on {plural(found[0]['images'], 'held-out image')}", columns, rows)
 
 
 def blend_table(metrics: Mapping[str, Any]) -> Table:

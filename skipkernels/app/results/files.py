@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...folders import restored
 from ..config import CONFIG
 from ..data import InputError
 from ..untrusted import OPEN_CLIP, read_object
@@ -19,6 +20,18 @@ RUN_FILES = (
     *(OPEN_CLIP, EPOCHS, CANDIDATES, CONFIG),
 )
 """All files of a run; the last one marks the others as those of a run."""
+
+
+def existing_run(folder: str | Path, function: str, argument: str = "run") -> Path:
+    """Return the folder of a run, or of an export that can be loaded; restored, if a crash was in its replacement."""
+    path = restored(Path(folder).expanduser())
+    if not path.is_dir():
+        wrong = "is not a folder"
+    elif not any((path / name).is_file() for name in (CONFIG, CLASSIFIER)):
+        wrong = f"has neither {CONFIG} nor {CLASSIFIER}"
+    else:
+        return path
+    raise InputError(f"must be the folder of a run; {path} {wrong}.", argument, function)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ...folders import restored
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
 from ..data.tasks import VALIDATION
 from ..report.run_page import report_html
 from ..results.class_metrics import BALANCED
-from ..results.files import MODEL, REPORT, read_metrics
+from ..results.files import MODEL, REPORT, existing_run, read_metrics
 from ..results.notes import result_notes
 from ..results.predictions import TestPredictions
 from ..train import weights
@@ -79,7 +78,7 @@ def blend(
     """
     if alpha != "auto" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
         raise InputError(f'must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha", "blend")
-    folder = restored(Path(run).expanduser())
+    folder = existing_run(run, "blend")
     target = blended_folder(folder) if out is None else Path(out).expanduser()
     if target.resolve() == folder.resolve():
         raise InputError(f"must not be the folder of the run; got {target}. Choose another.", "out", "blend")

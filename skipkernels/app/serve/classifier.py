@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...folders import restored
 from ...options import Precision
 from ..data import InputError
 from ..data.base import check_choice
 from ..data.decoding import to_rgb
 from ..data.files import find_images
 from ..data.reading import from_pixels, read_ahead, read_image
+from ..results.files import existing_run
 from ..train.calibration import class_probabilities
 from ..train.precision import autocast
 from .loading import TEST, TunedRun, load_run
@@ -116,6 +116,10 @@ class Classifier:
         self.temperature = temperature or 1.0
         self.none_logit = run.described.none_logit if run.has_own_prompts else None
 
+    def __repr__(self) -> str:
+        described = self._run.described
+        return f"Classifier({len(self.classes)} classes, {described.model} by {described.method}, {self.device})"
+
     @classmethod
     def load(
         cls,
@@ -147,9 +151,7 @@ class Classifier:
             InputError: If the folder does not hold a tuned model, or is damaged, or is not trusted and names such a
                 source, or an argument can't be used.
         """
-        folder = restored(Path(run).expanduser())
-        if not folder.is_dir():
-            raise InputError(f"must be the folder of a run; {folder} is not a folder.", "run", "Classifier.load")
+        folder = existing_run(run, "Classifier.load")
         found = load_run(folder, classes=classes, templates=templates, device=device, precision=precision, trust=trust)
         classifier = cls(found)
         if classes is not None:  # an error now, before any image is read

@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 import open_clip
 
 from ...digests import digest_file
-from ...folders import replace_tensors, replace_text, replaced_folder, restored
+from ...folders import replace_tensors, replace_text, replaced_folder
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
 from ..data.base import check_choice
 from ..data.registry import KINDS, OWN
 from ..methods import METHODS
-from ..results.files import CARD, CLASSIFIER, HEAD, METRICS, read_metrics
+from ..results.files import CARD, CLASSIFIER, HEAD, METRICS, existing_run, read_metrics
 from ..train.checkpoint import FOLDER as CHECKPOINT
 from ..train.description import Description, versions, write_open_clip_config
 from ..train.model import OPEN_CLIP, RANDOM
@@ -100,7 +100,7 @@ def export(
         >>> model = open_clip.create_model(f"local-dir:{out / 'exported'}")
     """
     check_choice(to, Target, "to", "export")
-    source, folder = restored(Path(run).expanduser()), Path(out).expanduser()
+    source, folder = existing_run(run, "export"), Path(out).expanduser()
     _check_folders(source, folder, overwrite=overwrite)
     loaded = load_plain(source, trust=trust)
     try:
@@ -117,8 +117,6 @@ def _check_folders(run: Path, out: Path, *, overwrite: bool) -> None:
     check_writable(out, "out", "export")
     if not overwrite and out.is_dir() and any(out.iterdir()):
         raise InputError(f"must be a new or an empty folder; got {out}. Use `overwrite=True`.", "out", "export")
-    if not run.is_dir():
-        raise InputError(f"must be the folder of a run; {run} is not a folder.", "run", "export")
     if has_run(out) or (out / CHECKPOINT).exists() or out.resolve() == run.resolve():
         raise InputError(f"must not be the folder of a run; got {out}. Choose another.", "out", "export")
 

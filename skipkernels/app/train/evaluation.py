@@ -12,7 +12,6 @@ from rich.console import Console
 from torch import Tensor
 
 from ...features import FeatureCache
-from ...folders import restored
 from ..config import CONFIG, TuneConfig
 from ..console import print_plain
 from ..data import InputError, Source
@@ -22,6 +21,7 @@ from ..data.tasks import VALIDATION, summarise
 from ..methods import Method
 from ..report.mistakes import predictions_with_thumbnails
 from ..results.class_metrics import balanced_accuracy, metrics_of_test
+from ..results.files import existing_run
 from ..results.predictions import TestPredictions, TopClasses, top_classes
 from .own_dataset import KIND, OwnData
 from .precision import REMEDY
@@ -144,7 +144,7 @@ def evaluate_run(
     """
     if unknown := settings.keys() - set(REPLACEABLE):
         raise TypeError(f"evaluate_run: settings must be among {', '.join(REPLACEABLE)}; got {min(unknown)}.")
-    folder, console = restored(Path(folder)), console or Console(quiet=True)
+    folder, console = existing_run(folder, "evaluate_run", "folder"), console or Console(quiet=True)
     given = {name: value for name, value in settings.items() if value is not None}
     own = OwnData(dataset, test, classes=classes)
     config, open_data = own.applied(_config_of_run(folder, own, given, trust), "evaluate_run")

@@ -109,8 +109,13 @@ def _validation(trained: Trained) -> dict[str, Any] | None:
 
 
 def _parameters(setup: RunSetup) -> dict[str, int]:
-    """Number of parameters: trained by steps, and all."""
-    weights = setup.trained.values() if setup.config.epochs else ()
+    """Number of parameters: trained by steps or fitted, and all."""
+    method = setup.method
+    weights = [] if method.fitted is None else list(method.fitted.tensors().values())
+    if setup.config.epochs:
+        weights += setup.trained.values()
+    elif not setup.config.has_steps:
+        weights += method.state_dict().values()
     trained = {id(weight): weight for weight in weights}
     every = trained | {id(weight): weight for weight in setup.model.parameters()}
     return {name: sum(w.numel() for w in by_id.values()) for name, by_id in (("trained", trained), ("all", every))}

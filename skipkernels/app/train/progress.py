@@ -95,7 +95,8 @@ class ProgressDisplay:
         self._epochs, self._done, self._batch_size, self._zero_shot = epochs, done, batch_size, zero_shot
         total, completed = epochs * steps_per_epoch, done * steps_per_epoch
         self._steps = self._bars.add_task("steps", total=total, completed=completed, loss="")
-        self._line("zero-shot", *self._accuracies(zero_shot))
+        if known := self._accuracies(zero_shot):
+            self._line("zero-shot", *known)
 
     def step(self) -> None:
         """Count a step, without output and without a host sync."""

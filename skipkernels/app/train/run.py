@@ -20,6 +20,7 @@ from ..console import print_plain
 from ..data import Source
 from ..data.check import check_readable
 from ..heads import Examples, choose_l2
+from ..methods.registry import PACKAGED
 from ..report import run_page
 from ..report.words import name_of_run, title_of
 from ..results import notes
@@ -76,6 +77,8 @@ class Run:
         self.started = time.perf_counter()
         self.memory = PeakMemory(torch.device(config.device))
         self.baseline_memory = self.memory.read()
+        if config.model != PACKAGED:
+            print_plain(self.console, f"loading {config.model}; what is not on this machine is downloaded first")
         self.setup = build_run(config, open_data=open_data)
         self.method, self.task = self.setup.method, self.setup.task
         self.display = ProgressDisplay(self.console, title=title_of(config, name_of_run(config)), memory=self.memory)

@@ -92,8 +92,7 @@ def check_run_folder(path: Path, *, resume: bool = False, overwrite: bool) -> No
     if earlier and not (resume or overwrite or started):
         stopped = "" if METRICS in earlier else " It is not complete: `resume=True` continues it."
         raise InputError(
-            f"{path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
-            f"`overwrite=True`.{stopped}",
+            f"{path} contains an earlier run; choose another folder, or use `overwrite=True`.{stopped}",
             "out",
             "tune",
         )

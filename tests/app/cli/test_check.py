@@ -48,7 +48,7 @@ def test_check_without_findings(data, capsys, monkeypatch):
     assert code == 0 and "no unreadable images, no duplicates" in out
     heads = ("split", "images", "unreadable", "classes", "per class", "smallest", "median", "largest")
     assert all(head in out for head in heads) and out.count("120×90") == 6, "in a pipe, the table is not cut"
-    assert "classes with fewer than 16 training images: cat 9, dog 9" in out
+    assert "fewer than 16 training images: 2 of 2 classes: cat 9, dog 9" in out
 
 
 def test_check_and_tune_name_classes_of_different_size(data, capsys):
@@ -86,6 +86,27 @@ def test_check_names_the_kind_of_a_folder(data, capsys):
     for given, meant in ((data, f"imagefolder:{data}"), (f"imagfolder:{data}", f"imagefolder:{data}")):
         assert main(["check", str(given)]) == 2
         assert capsys.readouterr().err.startswith(f"error no dataset '{given}'; did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ({"cat": ["photo"] * 4}, "fewer than two classes"),
+        ({"cat": ["photo"] * 4, "dog": ["photo"]}, "no test images"),
+        ({"cat": ["photo"] * 4, "dog": ["photo", "broken"]}, "no training image of dog can be read"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_check_says_what_tune_refuses(tmp_path, capsys, images, words):
+    for name, kinds in images.items():
+        for number, kind in enumerate(kinds):
+            path = tmp_path / "data" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo(number).save(path) if kind == "photo" else path.write_text("no image")
+    code, out = check(capsys, tmp_path / "data")
+    assert code == 1 and "tune refuses this dataset: " in out and words in out.partition("tune refuses")[2]
+    with pytest.raises(InputError, match=words):
+        tune(TuneConfig(data=f"imagefolder:{tmp_path / 'data'}", out=tmp_path / "run", unreadable="skip", **SETTINGS))
 
 
 def test_check_refuses_other_files(data, tmp_path, capsys):

@@ -72,4 +72,4 @@ def test_help_fits_a_screen_or_two(capsys, monkeypatch, command):
     assert (found["--help"] < found["--help-all"]) == shown["--help"].endswith(hint)
     if command == "tune":
         basic = {"--data", "--shots", "--model", "--pretrained", "--method", "--head", "--blend", "--epochs", "--out"}
-        assert found["--help"] == basic | {"--resume", "--config", "--print-config"}
+        assert found["--help"] == basic | {"--overwrite", "--resume", "--config", "--print-config"}

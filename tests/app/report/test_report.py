@@ -98,7 +98,7 @@ SHOWN: dict[str, tuple[dict, list[str | list[str]], list[str]]] = {
     "candidates of two accuracies": (
         {"candidates": [candidate("zero-shot", 50.0, 50.0), candidate("probe ×3", 62.5, 60.0, False, True)],
          "chosen_because": "highest accuracy on 40 held-out images", "classifier": "probe ×3"},
-        [["candidates, on 40 held-out images", "accuracy, %", "balanced accuracy, %", "seconds", "takes new names"],
+        [["2 candidates, on 40 held-out images", "accuracy, %", "balanced accuracy, %", "seconds", "takes new names"],
          ["zero-shot", "50.0 (35.2–64.8)", "50.0", "3.1", "yes"],
          ["✓ probe ×3", "62.5 (47.0–75.8)", "60.0", "3.1", "no"],
          "Probe ×3 was chosen: highest accuracy on 40 held-out images", "trained again", " · Probe ×3 · ",
@@ -109,6 +109,12 @@ SHOWN: dict[str, tuple[dict, list[str | list[str]], list[str]]] = {
         {"candidates": [candidate("zero-shot", 50.0, 50.0, chosen=True)], "classifier": "zero-shot"},
         [["✓ zero-shot", "50.0 (35.2–64.8)", "3.1", "yes"], "Zero-shot was chosen."],
         ["trained again"],
+    ),
+    "many candidates": (
+        {"candidates": [candidate(str(n), 50.0 + n, 50.0 + n, chosen=n == 1) for n in range(7)]},
+        [["the best 5 of 7 candidates, on 40 held-out images", "accuracy, %", "seconds", "takes new names"],
+         "All 7 candidates", ["7 candidates, on 40 held-out images", "accuracy, %", "seconds", "takes new names"]],
+        [],
     ),
     "no candidates": ({"candidates": [], "chosen_because": None}, [], ["candidates", "Thresholds"]),
     "thresholds": (
@@ -161,7 +167,7 @@ def test_command_prints_the_tables_of_the_report(tmp_path, capsys, monkeypatch):
     assert main(["tune", "--method", "skip", "--device", "cpu", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for text in (
-        "candidates, on 40 held-out images",
+        "1 candidate, on 40 held-out images",
         "✓ probe",
         "62.5 (47.0–75.8)",
         "60.0",

@@ -67,7 +67,7 @@ def test_blend_is_a_run(run, blended, images):
     classifier = sk.Classifier.load(blended, device="cpu")
     assert classifier.classes == run.classes
     assert not torch.equal(classifier.logits(images), sk.Classifier.load(run.folder, device="cpu").logits(images))
-    with pytest.raises(InputError, match=r"contains an earlier run .*or use `overwrite=True`\.$"):
+    with pytest.raises(InputError, match=r"contains an earlier run; .*or use `overwrite=True`\.$"):
         sk.blend(run.folder, out=blended)
 
 
