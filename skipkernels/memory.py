@@ -17,7 +17,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the high-water mark of resident memory
-_STATUS = Path("/proc/self/status")  # Linux: VmHWM is that mark
+_STATUS = Path("/proc/self/status")  # Linux: VmHWM is that mark; some sandboxes leave it out
 _PROC = Path("/proc")
 _GROUPS = Path("/sys/fs/cgroup")
 _VM_STAT = "/usr/bin/vm_stat"  # macOS
@@ -120,9 +120,8 @@ class PeakMemory:
         """Return the peak in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        if _STATUS.exists():
-            line = next(line for line in _read(_STATUS).splitlines() if line.startswith("VmHWM"))
-            return int(line.split()[1]) * 1024
+        if found := re.search(r"^VmHWM:\s+(\d+) kB", _read(_STATUS), re.M):
+            return int(found[1]) * 1024
         if resource is None:
             return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS

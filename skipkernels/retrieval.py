@@ -31,8 +31,8 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
     """Compute recall at k by cosine, in both directions.
 
     An image may have several captions, as in COCO and Flickr30k, and is found by any of them. An image without a
-    caption is only a candidate. Candidates with an equal cosine, or NaN, are counted before the right one: a model with
-    the same embedding for everything finds nothing. Bounded memory: 16 MiB of cosines at a time.
+    caption is only a candidate. Candidates with a cosine of NaN, or equal up to rounding, are counted before the right
+    one: a model with the same embedding for everything finds nothing. Bounded memory: 16 MiB of cosines at a time.
 
     Args:
         image: [n, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64.
@@ -83,11 +83,13 @@ def _ahead(queries: Tensor, ids: Tensor, candidates: Tensor, ids_of_candidates: 
     """Number of candidates with another id before the best one with the id of the query, int64 [n]."""
     counts = []
     rows = max(_SCORES // len(candidates), 1)
+    # A matrix product sums the terms of equal cosines in different orders, depending on the column.
+    rounding = queries.shape[1] ** 0.5 * torch.finfo(queries.dtype).eps
     for part, part_ids in zip(queries.split(rows), ids.split(rows), strict=True):
         scores = part @ candidates.T
         right = ids_of_candidates == part_ids[:, None]
         best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        counts.append((~(scores < best) & ~right).sum(dim=1))
+        counts.append((~(scores < best - rounding) & ~right).sum(dim=1))
     return torch.cat(counts)
 
 

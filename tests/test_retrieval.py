@@ -42,11 +42,14 @@ def test_recall_equals_brute_force(rows, monkeypatch):
         assert tuple(ours) == brute_force_recall(image, text, image_of_text, (1, 3, 10))
 
 
-def test_recall_of_useless_embeddings_is_zero():
-    owner = torch.arange(20) % 10
-    for value in (1.0, torch.nan):
-        found = sk.retrieval.recall(torch.full((10, 4), value), torch.full((20, 4), value), owner, ks=(1, 9))
-        assert found == ({1: 0.0, 9: 0.0}, {1: 0.0, 9: 0.0})
+@pytest.mark.parametrize("texts", [*range(37, 61, 3), 119])
+@pytest.mark.parametrize("width", [4, 768, 1024])
+def test_recall_of_useless_embeddings_is_zero(width, texts):
+    """Columns of a matrix product that should be equal differ in the last bits, for some sizes."""
+    owner = torch.arange(texts) % 3
+    for row in (torch.randn(width, generator=torch.Generator().manual_seed(texts)), torch.full((width,), torch.nan)):
+        found = sk.retrieval.recall(row.expand(3, -1), row.expand(texts, -1), owner, ks=(1, 2))
+        assert found == ({1: 0.0, 2: 0.0}, {1: 0.0, 2: 0.0})
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
