@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import skipkernels as sk
 from skipkernels.features import FeatureCache
-from skipkernels.features.table import STORED_DTYPES
+from skipkernels.features.layout import STORED_DTYPES
 from skipkernels.memory import PeakMemory
 from skipkernels.testing import relative_error
 

@@ -19,7 +19,7 @@ from bench.published import PublishedStep
 from bench.rows import KINDS, MACHINE
 from skipkernels import testing
 from skipkernels.features import FeatureCache
-from skipkernels.features.table import STORED_DTYPES
+from skipkernels.features.layout import STORED_DTYPES
 
 SMALL = "--model vit-tiny --classes 20 --device cpu --rounds 1".split()
 CUT = [*SMALL, "--skip-layers", "3"]

@@ -195,7 +195,7 @@ class Settings:
     cache_dtype: CacheDtype = "bf16"
     """Type of the stored features. int8 is lossy."""
     refresh: Refresh = "never"
-    """epoch: a new random crop of each training image for each epoch, computed when it begins, in memory or in --cache.
+    """epoch: a new random crop of each training image for each epoch, computed when it begins, in memory.
     It depends on the epoch and the image alone: resumed runs, and runs with other --workers, see the same crops."""
 
     # Device and seed

@@ -1,4 +1,4 @@
-"""Text features at the cut, and prototypes, in a folder: tables of `features.table`."""
+"""Text features at the cut in a folder, a `features.mapped_table`, and the prototypes in a file."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .._progress import Output, progress
-from ..checks import warn_caller
-from ..digests import digest_tensors
-from ..features.identity import PROBE_TOLERANCE, relative_distance
-from ..features.table import COMPUTED_DTYPES, IDENTITY, STORED_DTYPES, CacheError, Layout, MappedTable
-from ..features.writer import TableWriter
-from ..folders import is_locked
+from ..digests import digest_json, digest_tensors
+from ..features.layout import NAMES, STORED_DTYPES, CacheError, Layout, probe_of
+from ..features.mapped_table import MappedTable
+from ..features.writer import TableWriter, disk_errors
+from ..folders import is_locked, replace_tensors
 from ..formatting import escaped
 from ..towers.text import representative_classes
 
@@ -37,54 +37,48 @@ def features_in_folder(folder: Path, texts: ClassTexts) -> MappedTable:
     """
     first = texts.templates[0].select(torch.zeros(1, dtype=torch.int64, device=texts.device), exact_rows=True)
     probe = texts.compute_features(first)  # [n, W]
-    layout = _layout(texts.row_count, probe, _identity(texts))
-    remedy = f"Give another text_cache (--cache), or delete {folder.parent}."
-    if (folder / IDENTITY).exists() and (difference := Layout.read(folder).difference(layout)):
-        raise CacheError(f"{folder}: holds a text_cache that differs in {difference}. {remedy}")
-    with _writer(folder, layout, resume=True) as writer:
+    dtype = NAMES[probe.dtype]
+    if dtype not in STORED_DTYPES:
+        raise CacheError(f"SkipCLIP: text_cache stores fp32, fp16, bf16; this model computes in {probe.dtype}.")
+    layout = Layout(texts.row_count, tuple(probe.shape[1:]), dtype, dtype, False, _identity(texts), probe_of(probe))
+    if is_locked(folder):
+        Output(sys.stderr).write(f"{escaped(folder)}: in use by another process. Waiting for it.\n")
+    with TableWriter(folder, layout, resume=True, wait=True) as writer:
         count = len(texts) * len(texts.templates)
         with progress(f"texts → {folder}", count, shown=bool(writer.missing.any())) as advance:
             for start, rows, number in texts.lower_chunks(writer.missing):
                 writer.write(start, rows.cpu())
                 advance(number)
-    table = MappedTable.open(folder)
-    distance = relative_distance(table.rows(first.row_numbers), probe)
-    if not distance <= PROBE_TOLERANCE[probe.dtype]:
-        raise CacheError(
-            f"{folder}: holds a text_cache of another model: the weights are equal, but the features of the first "
-            f"prompt differ by {distance:.1e}: another activation, number of heads or hook below the cut. {remedy}"
-        )
-    return table
+    return MappedTable.open(folder)
 
 
-def prototypes_in_folder(folder: Path, texts: ClassTexts) -> Tensor:
-    """Embeddings [C, D] of all classes from a table, computed if it is missing, damaged or of another model."""
+def prototypes_in_file(path: Path, texts: ClassTexts) -> Tensor:
+    """Embeddings [C, D] of all classes from a file; computed if it is missing, damaged or of another model."""
     parameters = list(texts.tower.upper_parameters())
     weights = digest_tensors((str(number), p) for number, p in enumerate(parameters))
+    identity = digest_json(_identity(texts) | {"upper weights": weights})
     sample = representative_classes(texts.templates[0])
     found = texts.embeddings(sample)  # [n, D]
-    layout = _layout(len(texts), found, _identity(texts) | {"upper weights": weights})
-    stored = _stored_rows(folder, layout)
+    stored = _stored(path, identity)
     if stored is not None:
         stored = stored.to(texts.device)
         coarsest = max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
         if (found - stored[sample]).norm(dim=-1).max() <= _PROTOTYPE_TOLERANCE[coarsest]:
             return stored
     prototypes = texts.embeddings()
-    with _writer(folder, layout, resume=False) as writer:
-        writer.write(0, prototypes.cpu())
+    with disk_errors(path.parent):
+        replace_tensors(path, {"prototypes": prototypes}, {"xxh3": digest_tensors([(identity, prototypes)])})
     return prototypes
 
 
-def _stored_rows(folder: Path, layout: Layout) -> Tensor | None:
-    """All rows of a table with this layout; None if there is none, or another, or a damaged one."""
+def _stored(path: Path, identity: str) -> Tensor | None:
+    """Prototypes in a file, if their digest is that of undamaged ones with this identity."""
     try:
-        if Layout.read(folder).difference(layout) is None:
-            return MappedTable.open(folder, verify=True).rows(torch.arange(layout.rows))
-    except CacheError as error:
-        if (folder / IDENTITY).exists():
-            warn_caller(f"{error} The prototypes are computed again.")
-    return None
+        with safe_open(path, "pt") as file:
+            stored = file.get_tensor("prototypes")
+            return stored if file.metadata()["xxh3"] == digest_tensors([(identity, stored)]) else None
+    except (OSError, SafetensorError, LookupError, TypeError):
+        return None
 
 
 def _identity(texts: ClassTexts) -> dict[str, str | int]:
@@ -93,20 +87,3 @@ def _identity(texts: ClassTexts) -> dict[str, str | int]:
                for name, x in (("tokens", prompts.tokens), ("pooled", prompts.pooled))]  # fmt: skip
     counts = {"number of classes": len(texts), "templates": len(texts.templates)}
     return texts.tower.lower_identity() | {"prompts": digest_tensors(tensors)} | counts
-
-
-def _layout(rows: int, like: Tensor, identity: dict[str, str | int]) -> Layout:
-    """Layout of rows like those of a tensor [n, W], in its dtype."""
-    names = {dtype: name for name, dtype in COMPUTED_DTYPES.items() if name in STORED_DTYPES}
-    if like.dtype not in names:
-        raise CacheError(
-            f"SkipCLIP: text_cache stores {', '.join(names.values())}; this model computes in {like.dtype}."
-        )
-    name = names[like.dtype]
-    return Layout(rows, tuple(like.shape[1:]), name, name, False, identity)
-
-
-def _writer(folder: Path, layout: Layout, *, resume: bool) -> TableWriter:
-    if is_locked(folder):
-        Output(sys.stderr).write(f"{escaped(folder)}: in use by another process. Waiting for it.\n")
-    return TableWriter(folder, layout, resume=resume, overwrite=not resume, wait=True)

@@ -164,9 +164,9 @@ class ClassTexts(PromptEncoder):
     def _compute_prototypes(self) -> Tensor:
         if self.folder is None:
             return self.embeddings()
-        from .text_cache import prototypes_in_folder
+        from .text_cache import prototypes_in_file
 
-        return prototypes_in_folder(self.folder / "prototypes", self)
+        return prototypes_in_file(self.folder / "prototypes.safetensors", self)
 
     def kept_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""
@@ -231,7 +231,8 @@ class ClassTexts(PromptEncoder):
     def step_tensors(self) -> list[Tensor | None]:
         """Tensors that a step reads, besides those of the model; None in place of features in a folder."""
         layouts = [x for prompts in self.templates for x in prompts.tensors().values()]
-        features = [self.table().features] if self.tower.skip > 0 else []
+        tables = [self.table()] if self.tower.skip > 0 else []
+        features = [table.features if isinstance(table, MemoryTable) else None for table in tables]
         return [self.prototypes, *layouts, *features]
 
     @property
@@ -275,7 +276,9 @@ class ClassTexts(PromptEncoder):
             prompts.apply(fn)
         self.prototypes = in_same_dtype(fn, self.prototypes)
         self._kept = None
-        self._table = None if self._table is None else self._table.converted(fn)
+        table, self._table = self._table, None
+        if isinstance(table, MemoryTable) and (features := fn(table.features)).dtype == table.dtype:
+            self._table = MemoryTable(features)
 
 
 class FixedTexts(ClassTexts):

@@ -8,9 +8,10 @@ from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .cache import FeatureCache, Progress
+    from .layout import CacheError
     from .loader import FeatureLoader
     from .samplers import BatchSampler
-    from .table import CacheError, FeatureTable
+    from .table import FeatureTable
 
 __all__ = [
     "BatchSampler",
@@ -25,8 +26,9 @@ __getattr__ = lazy_names(
     __name__,
     {
         "cache": ("FeatureCache", "Progress"),
+        "layout": ("CacheError",),
         "loader": ("FeatureLoader",),
         "samplers": ("BatchSampler",),
-        "table": ("CacheError", "FeatureTable"),
+        "table": ("FeatureTable",),
     },
 )

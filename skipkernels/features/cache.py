@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -11,18 +13,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .. import _progress
+from ..checks import check_dtype, check_shape
 from ..options import CacheDtype, Refresh, SamplerKind
-from ..reference import autocast_dtype
-from .extraction import Extraction, MemoryExtraction, Progress, autocast_identity, epoch_in
-from .identity import check_probe, dataset_identity, model_identity, probe
+from .extraction import Encoder, Images
+from .identity import dataset_identity
+from .layout import NAMES, CacheError, Layout, probe_of
 from .loader import FeatureLoader
+from .mapped_table import MappedTable
 from .samplers import BatchSampler
-from .table import CacheError, FeatureTable, MappedTable, SelectedRows
+from .table import FeatureTable, SelectedRows
+from .writer import TableWriter
 
 if TYPE_CHECKING:
     from ..clip import SkipCLIP
 
-Refill = Callable[[int], tuple[FeatureTable, Tensor]]  # epoch to its features and labels, in place of another epoch's
+Progress = Callable[[int], None] | bool  # called with the number of images of each batch; True shows a bar
+Compute = Callable[[int], tuple[FeatureTable, Tensor]]  # number of an epoch to its features and labels
 
 
 class FeatureCache(Dataset):
@@ -32,7 +39,6 @@ class FeatureCache(Dataset):
 
     Attributes:
         labels: Label of every image, [n] int64.
-        table: The features, a `FeatureTable`; those of the current epoch, if each has its own.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4, which extracts features anew each epoch.
 
@@ -49,10 +55,19 @@ class FeatureCache(Dataset):
         torch.float32 [3, 17, 128] 1 0
     """
 
-    def __init__(self, table: FeatureTable, labels: Tensor, *, epoch: int = 0, refill: Refill | None = None):
-        self.table, self.labels = table, labels
-        self._epoch: int | None = epoch  # of the features, if each epoch has its own
-        self._refill = refill  # None if all epochs have the same
+    def __init__(
+        self,
+        table: FeatureTable,
+        labels: Tensor,
+        *,
+        compute: Callable[[int], tuple[FeatureTable, Tensor]] | None = None,
+    ):
+        self.labels = labels
+        self._table: FeatureTable | None = table  # None after an error in the computation of an epoch
+        self._epoch, self._compute = (
+            0,
+            compute,
+        )  # `compute` returns the table and labels of an epoch, if each has its own
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -64,7 +79,6 @@ class FeatureCache(Dataset):
         dataset: Any,
         *,
         dtype: CacheDtype = "bf16",
-        refresh: Refresh = "never",
         batch_size: int = 64,
         workers: int = 0,
         seed: int = 0,
@@ -84,11 +98,9 @@ class FeatureCache(Dataset):
             dataset: Map-style dataset of (image, label): tensors [3, height, width], preprocessed for the model, and
                 whole numbers.
             dtype: Dtype in the folder: "fp32", "fp16", "bf16" (default), or "int8" with a scale for each token (lossy).
-            refresh: "epoch" computes the features again when an epoch begins, with new draws of a random transform, as
-                in the published method, in place of those of the epoch before. Default "never".
             batch_size: Images per forward pass; default 64.
             workers: Number of processes that load images; default 0: this process.
-            seed: Seed of random transforms; each image has its own seed in each epoch, derived from it.
+            seed: Seed of random transforms; each image has its own seed, derived from it.
             identity: Text or JSON value that identifies the images and their transform; change it when they change.
                 Default: files, tensors, labels and transform of the dataset.
             resume: Complete and repair the cache in the folder, if its identity is the same.
@@ -101,28 +113,29 @@ class FeatureCache(Dataset):
         """
         folder = Path(path).absolute()  # a later change of the working directory has no effect
         _check_choice("FeatureCache.build", "dtype", dtype, get_args(CacheDtype))
-        _check_options("FeatureCache.build", refresh=refresh, batch_size=batch_size, workers=workers, seed=seed)
-        _check_inputs(clip, dataset)
+        _check_clip(clip)
+        images = _checked_images("FeatureCache.build", dataset, batch_size, workers, seed)
         if resume and overwrite:
             raise ValueError("FeatureCache.build: resume continues a cache, and overwrite replaces it; pass only one.")
-        extraction = Extraction(
-            clip=clip,
-            dataset=dataset,
-            dataset_identity=dataset_identity(dataset, identity),
+        options: dict[str, str | int] = {"seed": seed, "batch size": batch_size}
+        of_dataset, encode = dataset_identity(dataset, identity), Encoder(clip)
+        probe = encode.probe()
+        layout = Layout(
+            rows=len(images),
+            shape=tuple(probe.shape),
             dtype=dtype,
-            refresh=refresh,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
+            computed_dtype=NAMES[probe.dtype],
+            labelled=True,
+            identity=encode.identity() | of_dataset | options,
+            probe=probe_of(probe),
         )
-        if refresh == "never":
-            table = extraction.write(folder, resume=resume, overwrite=overwrite, progress=progress)
-            return cls(table, table.labels())
-        # The folder has the epoch at which the last run stopped, complete or not. It is resumed whatever `resume` is,
-        # since an epoch can always be computed again.
-        epoch = 0 if overwrite else epoch_in(folder)
-        table = extraction.write(folder, epoch, resume=not overwrite, overwrite=overwrite, progress=progress)
-        return cls(table, table.labels(), epoch=epoch, refill=functools.partial(extraction.refill, folder))
+        with (
+            TableWriter(folder, layout, resume=resume, overwrite=overwrite) as writer,
+            _advancing(f"features → {folder}", len(images), progress) as advance,
+        ):
+            images.extract(encode, writer.write, advance, missing=writer.missing)
+        table = MappedTable.open(folder)
+        return cls(table, table.labels())
 
     @classmethod
     def open(
@@ -149,13 +162,17 @@ class FeatureCache(Dataset):
         """
         folder = Path(path).absolute()
         table = MappedTable.open(folder, verify=verify)
-        if not table.layout.labelled:
+        layout = table.layout
+        if not layout.labelled:
             raise CacheError(f"{folder}: does not hold features of images.")
+        expected, probe = dict(layout.identity), layout.probe
         if clip is not None:
-            table.check_identity(model_identity(clip) | autocast_identity(autocast_dtype(clip.prototypes.device)))
-            check_probe(table.layout, probe(clip), folder)
+            encode = Encoder(clip)
+            expected |= encode.identity()
+            probe = probe_of(encode.probe())
         if dataset is not None:
-            table.check_identity(dataset_identity(dataset, identity))
+            expected |= dataset_identity(dataset, identity)
+        layout.check_equal(replace(layout, identity=expected, probe=probe), folder)
         return cls(table, table.labels())
 
     @classmethod
@@ -177,19 +194,20 @@ class FeatureCache(Dataset):
             encode: Function [n, 3, height, width] → [n, …], such as `SkipCLIP.encode_lower`.
             batch_size: Images per call of `encode`.
             workers: Number of processes that load images.
-            refresh: As for `build`.
-            seed: As for `build`.
-            progress: Function called with the number of images of each batch, in the first epoch.
+            refresh: "epoch" computes the outputs again when an epoch begins, with new draws of a random transform, as
+                in the published method; those of the epoch before are released first. Default "never".
+            seed: As for `build`; with `refresh` each image has its own seed in each epoch.
+            progress: As for `build`, in the first epoch; default False.
 
         Raises:
             MemoryError: If the outputs would take more than half of the free memory.
         """
-        _check_options("FeatureCache.in_memory", refresh=refresh, batch_size=batch_size, workers=workers, seed=seed)
-        if len(dataset) == 0:
-            raise ValueError("FeatureCache.in_memory: the dataset has no images.")
-        extraction = MemoryExtraction(dataset, encode, batch_size=batch_size, workers=workers, seed=seed)
-        table, labels = extraction.refill(0, progress)
-        return cls(table, labels, refill=extraction.refill if refresh == "epoch" else None)
+        name = "FeatureCache.in_memory"
+        _check_choice(name, "refresh", refresh, get_args(Refresh))
+        images = _checked_images(name, dataset, batch_size, workers, seed)
+        with _advancing("features", len(images), progress) as advance:
+            table, labels = images.compute(encode, 0, advance)
+        return cls(table, labels, compute=functools.partial(images.compute, encode) if refresh == "epoch" else None)
 
     # ---- use ---------------------------------------------------------------------------------------------------
 
@@ -208,6 +226,11 @@ class FeatureCache(Dataset):
         return self.table.rows(torch.tensor([item]))[0], int(self.labels[item])
 
     @property
+    def table(self) -> FeatureTable:
+        """The features; those of the current epoch, if each has its own."""
+        return self.load_epoch(self._epoch)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the features of an image."""
         return self.table.shape
@@ -219,7 +242,13 @@ class FeatureCache(Dataset):
 
     def subset(self, images: Tensor) -> FeatureCache:
         """Return the features of some images, by number, int64 [m], without a copy; those of the current epoch."""
-        return FeatureCache(SelectedRows(self.table, images), self.labels[images])
+        name = "FeatureCache.subset"
+        check_dtype(name, "images", images, [torch.int64], "Use mask.nonzero().squeeze(1) for a mask.")
+        check_shape(name, "images", images, m=None)
+        low, high = (int(x) for x in torch.aminmax(images))
+        if low < 0 or high >= len(self):
+            raise IndexError(f"{name}: images are numbered from 0 to {len(self) - 1}; got {low} to {high}.")
+        return FeatureCache(SelectedRows(self.table, images), self.labels[images.cpu()])
 
     def loader(
         self,
@@ -268,31 +297,29 @@ class FeatureCache(Dataset):
         return FeatureLoader(self.load_epoch, self.labels, sampler, dtype=dtype, device=target, prefetch=prefetch)
 
     def load_epoch(self, epoch: int) -> FeatureTable:
-        """Return the features of an epoch."""
-        if self._refill is not None and epoch != self._epoch:
-            self._epoch = None  # after an error the rows are of different epochs,
-            if isinstance(self.table, MappedTable):
-                self.table.verify_again()  # which are then read as damaged
-            table, labels = self._refill(epoch)
+        """Return the features of an epoch; computed if each has its own, and it is not the current one."""
+        if self._compute is not None and (self._table is None or epoch != self._epoch):
+            self._table, self._epoch = None, epoch  # released before the next one is computed
+            table, labels = self._compute(epoch)
             if not labels.equal(self.labels):
                 raise CacheError(
-                    f"{table.folder or 'FeatureCache.in_memory'}: epoch {epoch} has other labels than the first: the "
-                    "dataset's labels change from one epoch to the next. Give a dataset with fixed labels."
+                    f"FeatureCache.in_memory: epoch {epoch} has other labels than the first: the dataset's labels "
+                    "change from one epoch to the next. Give a dataset with fixed labels."
                 )
-            self.table, self._epoch = table, epoch
-        return self.table
+            self._table = table
+        assert self._table is not None
+        return self._table
 
     def verify(self) -> str | None:
         """Compare every row in the folder with its checksum; return a message that names damaged rows, or None."""
         return self.table.damage()
 
 
-def _check_options(function: str, *, refresh: Any, **numbers: Any) -> None:
-    _check_choice(function, "refresh", refresh, get_args(Refresh))
-    for name, number in numbers.items():
-        least = 1 if name == "batch_size" else 0
-        if not isinstance(number, int) or number < least:
-            raise ValueError(f"{function}: {name} must be at least {least}, a whole number; got {number!r}.")
+@contextlib.contextmanager
+def _advancing(title: str, total: int, progress: Progress) -> Iterator[Callable[[int], object]]:
+    """Yield the function to call with the number of images of each batch."""
+    with _progress.progress(title, total, shown=progress is True) as bar:
+        yield progress if callable(progress) else bar
 
 
 def _check_choice(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -300,7 +327,7 @@ def _check_choice(function: str, argument: str, value: Any, choices: tuple[str, 
         raise ValueError(f"{function}: {argument} must be one of {', '.join(choices)}; got {value!r}.")
 
 
-def _check_inputs(clip: Any, dataset: Any) -> None:
+def _check_clip(clip: Any) -> None:
     if not hasattr(clip, "encode_lower"):  # isinstance would need an import in a circle
         raise TypeError(
             f"FeatureCache.build: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the model: "
@@ -311,8 +338,15 @@ def _check_inputs(clip: Any, dataset: Any) -> None:
             "FeatureCache.build: with skip_layers=0 the image embedding trains, so features cannot be cached. Skip "
             "a block, or train from images."
         )
+
+
+def _checked_images(function: str, dataset: Any, batch_size: int, workers: int, seed: int) -> Images:
+    for name, number, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("seed", seed, 0)):
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"{function}: {name} must be at least {least}, a whole number; got {number!r}.")
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
         raise ValueError(
-            "FeatureCache.build: dataset must be map-style, with `__len__` and `__getitem__`, and have at least "
-            f"one image; got {type(dataset).__name__}. Pass list(dataset) if it fits into memory."
+            f"{function}: dataset must be map-style, with `__len__` and `__getitem__`, and have at least one image; "
+            f"got {type(dataset).__name__}. Pass list(dataset) if it fits into memory."
         )
+    return Images(dataset, batch_size, workers, seed)

@@ -1,178 +1,136 @@
-"""Extraction: features of all images of a dataset at the cut, to a table in a folder or in memory."""
+"""Extraction: features of all images of a dataset, in batches that are loaded with a seed per epoch and item."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from .. import _progress
+from ..labels import whole_number
 from ..memory import free_bytes
-from ..options import CacheDtype, Refresh
 from ..reference import autocast_dtype
-from .identity import check_probe, model_identity, probe
-from .image_batches import load_batches, split_batches
-from .table import COMPUTED_DTYPES, CacheError, Layout, MappedTable, MemoryTable
-from .writer import TableWriter
+from .layout import NAMES, CacheError
+from .table import MemoryTable
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ..clip import SkipCLIP
 
-Progress = Callable[[int], None] | bool  # called with the number of images of each batch; True shows a bar
-_NAME_OF = {dtype: name for name, dtype in COMPUTED_DTYPES.items()}
+Write = Callable[[int, Tensor, Tensor], object]  # first row, features [n, …], labels [n]
 
 
 class Encoder:
     """Function from images to features at the cut, on the CPU.
 
-    Runs a copy of the modules below the cut that shares their weights, within autocast to a dtype, if there is one.
+    Runs a copy of the modules below the cut that shares their weights, as the model may be in use by training, with the
+    autocast at its construction.
     """
 
-    def __init__(self, clip: SkipCLIP, autocast: torch.dtype | None):
-        self.device = clip.prototypes.device
-        self.image_size = clip.image_size
-        self._lower, self._autocast = clip.images.lower_copy(), autocast
+    def __init__(self, clip: SkipCLIP):
+        self._device, self._image_size = clip.prototypes.device, clip.image_size
+        self._lower, self._autocast = clip.images.lower_copy(), autocast_dtype(self._device)
+        self._weights = clip.images.tower.lower_identity()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Encode images [n, 3, height, width] to features [n, …]."""
-        if images.shape[1:] != (3, *self.image_size):
+        if images.shape[1:] != (3, *self._image_size):
             raise CacheError(
-                f"FeatureCache.build: images must be [3, {self.image_size[0]}, {self.image_size[1]}], the model's "
+                f"FeatureCache.build: images must be [3, {self._image_size[0]}, {self._image_size[1]}], the model's "
                 f"input size; got {list(images.shape[1:])}. Give the dataset the model's own preprocessing."
             )
-        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
-            return self._lower(images.to(self.device, non_blocking=True)).cpu()
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            return self._lower(images.to(self._device, non_blocking=True)).cpu()
 
+    def probe(self) -> Tensor:
+        """Features of a fixed image."""
+        generator = torch.Generator().manual_seed(0)
+        return self(torch.randn(1, 3, *self._image_size, generator=generator))[0]
 
-def autocast_identity(autocast: torch.dtype | None) -> dict[str, str | int]:
-    """Return the entry of the identity of a cache that names the autocast of its features."""
-    return {"autocast": "none" if autocast is None else _NAME_OF[autocast]}
+    def identity(self) -> dict[str, str | int]:
+        """Return what features depend on below the cut: weights, buffers, the cut and autocast."""
+        autocast = "none" if self._autocast is None else NAMES[self._autocast]
+        return {f"image {name}": value for name, value in self._weights.items()} | {"autocast": autocast}
 
 
 @dataclass
-class Extraction:
-    """Features of a dataset by a SkipCLIP, written to a table in a folder; see `FeatureCache.build`."""
+class Images:
+    """Map-style dataset of (image, label), and how it is loaded.
 
-    clip: SkipCLIP
-    dataset: Any  # Map-style dataset of (image, label)
-    dataset_identity: dict[str, str | int]  # from `identity.dataset_identity`
-    dtype: CacheDtype  # Dtype in the folder
-    refresh: Refresh
-    batch_size: int  # Images per forward pass
+    Every item has its own seed in every epoch, so that a resumed build computes the same rows, in any process.
+    """
+
+    dataset: Any
+    batch_size: int
     workers: int  # Number of processes that load images
     seed: int  # Seed of random transforms
 
-    def __post_init__(self) -> None:
-        self._autocast = autocast_dtype(self.clip.prototypes.device)  # also of later epochs
+    def __len__(self) -> int:
+        return len(self.dataset)
 
-    def _layout(self, epoch: int, probed: Tensor, encode: Encoder) -> Layout:
-        """Layout of the table of an epoch."""
-        features = encode(torch.zeros(1, 3, *self.clip.image_size))[0]
-        return Layout(
-            rows=len(self.dataset),
-            shape=tuple(features.shape),
-            dtype=self.dtype,
-            computed_dtype=_NAME_OF[features.dtype],
-            labelled=True,
-            identity=model_identity(self.clip)
-            | self.dataset_identity
-            | {"refresh": self.refresh, "epoch": epoch, "seed": self.seed}
-            | {"batch size": self.batch_size}
-            | autocast_identity(self._autocast),
-            probe=probed.tolist(),
-        )
-
-    def write(
+    def extract(
         self,
-        folder: Path,
-        epoch: int = 0,
+        encode: Callable[[Tensor], Tensor],
+        write: Write,
+        advance: Callable[[int], object],
         *,
-        resume: bool = False,
-        overwrite: bool = False,
-        progress: Progress = False,
-    ) -> MappedTable:
-        """Compute the features of an epoch, with `resume` those that are missing; return the complete table."""
-        encode = Encoder(self.clip, self._autocast)  # on the device of now
-        probed, title = probe(self.clip), f"features → {folder}"
-        with (
-            TableWriter(folder, self._layout(epoch, probed, encode), resume=resume, overwrite=overwrite) as writer,
-            _progress.progress(title, len(self.dataset), shown=progress is True) as bar,
-        ):
-            check_probe(writer.layout, probed, folder)
-            advance: Callable[[int], object] = progress if callable(progress) else bar
-            # A batch with a missing row is computed whole: the last bits of features depend on the batch.
-            batches = split_batches(len(self.dataset), self.batch_size)
-            missing = [batch for batch in batches if writer.missing[batch.start : batch.stop].any()]
-            if existing := len(self.dataset) - sum(map(len, missing)):
-                advance(existing)
-            options = {"seed": self.seed, "epoch": epoch, "workers": self.workers if missing else 0}
-            with contextlib.closing(load_batches(self.dataset, missing, **options)) as loaded:
-                for batch in loaded:
-                    features = encode(batch.images)
-                    self._check_range(features, batch.items)
-                    writer.write(batch.items[0], features, batch.labels)
-                    advance(len(batch.items))
-        return MappedTable.open(folder)
+        epoch: int = 0,
+        missing: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Load the images of an epoch, and write their encodings; with `missing`, those of batches with such rows.
 
-    def refill(self, folder: Path, epoch: int) -> tuple[MappedTable, Tensor]:
-        """Replace the rows in the folder by those of an epoch; return them and their labels."""
-        table = self.write(folder, epoch, overwrite=True)
-        return table, table.labels()
-
-    def _check_range(self, features: Tensor, items: list[int]) -> None:
-        """Raise a CacheError if features are not finite, or out of the range of fp16 in the folder."""
-        largest = features.abs().flatten(1).amax(dim=1).float()
-        limit = torch.finfo(torch.float16).max if self.dtype == "fp16" else torch.finfo(torch.float32).max
-        in_range = largest <= limit  # False for NaN
-        if not in_range.all():
-            wrong = int((~in_range).nonzero()[0])
-            fp16_overflow = self.dtype == "fp16" and largest[wrong].isfinite()
-            remedy = 'Use dtype="bf16".' if fp16_overflow else "Check the image and the weights."
-            raise CacheError(
-                f"FeatureCache.build: the features of item {items[wrong]} reach {largest[wrong]:.3g}, out of the range "
-                f"of {self.dtype}. {remedy}"
-            )
-
-
-def epoch_in(folder: Path) -> int:
-    """Epoch of the features in a folder; 0 without any."""
-    try:
-        return int(Layout.read(folder).identity.get("epoch", 0))
-    except (CacheError, ValueError):
-        return 0
-
-
-class MemoryExtraction:
-    """Outputs of a function for all images of a dataset, in memory; see `FeatureCache.in_memory`."""
-
-    def __init__(self, dataset: Any, encode: Callable[[Tensor], Tensor], *, batch_size: int, workers: int, seed: int):
-        self._dataset, self._encode = dataset, encode
-        self._batches = split_batches(len(dataset), batch_size)
-        self._seed, self._workers = seed, workers
-        self._features: Tensor | None = None  # [n, …], allocated once: every epoch is written over the one before
-
-    def refill(self, epoch: int, progress: Progress = False) -> tuple[MemoryTable, Tensor]:
-        """Compute the features of an epoch, over those of any other; return them and their labels."""
-        labels = torch.empty(len(self._dataset), dtype=torch.int64)
-        options = {"seed": self._seed, "epoch": epoch, "workers": self._workers}
-        with contextlib.closing(load_batches(self._dataset, self._batches, **options)) as loaded:
-            for batch in loaded:
+        A batch is computed whole, also if some of its rows exist: the last bits of features depend on the batch.
+        """
+        starts = range(0, len(self), self.batch_size)
+        batches = [range(start, min(start + self.batch_size, len(self))) for start in starts]
+        if missing is not None:
+            batches = [batch for batch in batches if missing[batch.start : batch.stop].any()]
+        if existing := len(self) - sum(map(len, batches)):
+            advance(existing)
+        # A generator, so that DataLoader draws no seed from the global one.
+        options: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator()}
+        workers = self.workers if batches else 0
+        loading = iter(
+            DataLoader(_Batches(self.dataset, self.seed, epoch), sampler=batches, num_workers=workers, **options)
+        )
+        try:
+            for batch in loading:
+                if isinstance(batch, CacheError):
+                    raise batch
                 with torch.no_grad():
-                    output = self._encode(batch.images)
-                if self._features is None:
-                    self._features = _empty(output, len(labels))
-                place = slice(batch.items[0], batch.items[-1] + 1)
-                self._features[place], labels[place] = output, batch.labels
-                if callable(progress):
-                    progress(len(batch.items))
-        assert self._features is not None
-        return MemoryTable(self._features), labels
+                    write(batch.first, encode(batch.images), batch.labels)
+                advance(len(batch.labels))
+        finally:
+            del loading  # stops its processes now; a stored error would keep them alive by its traceback
+
+    def compute(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        epoch: int,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> tuple[MemoryTable, Tensor]:
+        """Return the encodings of the images of an epoch, in memory, and their labels."""
+        labels = torch.empty(len(self), dtype=torch.int64)
+        features: Tensor | None = None  # [n, …], allocated with the first batch
+
+        def write(first: int, output: Tensor, of_batch: Tensor) -> None:
+            nonlocal features
+            if features is None:
+                features = _empty(output, len(labels))
+            place = slice(first, first + len(output))
+            features[place], labels[place] = output, of_batch
+
+        self.extract(encode, write, advance, epoch=epoch)
+        assert features is not None
+        return MemoryTable(features), labels
 
 
 def _empty(output: Tensor, count: int) -> Tensor:
@@ -182,6 +140,91 @@ def _empty(output: Tensor, count: int) -> Tensor:
         raise MemoryError(
             f"FeatureCache.in_memory: {count} items of {list(output.shape[1:])} {output.dtype} take "
             f"{needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB of free memory. "
-            "Use FeatureCache.build (tune: `cache`), fewer shots or classes, or a smaller model."
+            "Use FeatureCache.build (tune: `cache`), fewer shots or classes, or a smaller model; for `refresh=epoch` a "
+            "loop of your own that trains from images, with the same loss."
         )
     return output.new_empty(count, *output.shape[1:])
+
+
+class _Batch(NamedTuple):
+    first: int  # number of the first item
+    images: Tensor  # [n, 3, height, width]
+    labels: Tensor  # [n] int64
+
+
+class _Batches(Dataset):
+    """Batches by item numbers. Errors are returned: DataLoader changes the text of raised ones."""
+
+    def __init__(self, dataset: Any, seed: int, epoch: int):
+        self._dataset, self._seed, self._epoch = dataset, seed, epoch
+
+    def __getitem__(self, items: Sequence[int]) -> _Batch | CacheError:
+        try:
+            images, labels = zip(*map(self._load, items), strict=True)
+            for item, image in zip(items, images, strict=True):
+                if image.shape != images[0].shape:
+                    raise CacheError(
+                        f"FeatureCache: the image of item {item} of the dataset must be {list(images[0].shape)}, like "
+                        f"those before it; got {list(image.shape)}. Crop or resize it."
+                    )
+            return _Batch(items[0], torch.stack(images), torch.tensor(labels))
+        except CacheError as error:
+            return error
+
+    def _load(self, item: int) -> tuple[Tensor, int]:
+        try:
+            with _seeded(self._seed, self._epoch, item):
+                loaded = self._dataset[item]
+        except Exception as error:
+            raise _load_error(item, error) from error
+        return _checked(loaded, item)
+
+
+def _load_error(item: int, error: Exception) -> CacheError:
+    """Return a CacheError for an error of a dataset; errors of this package already name the file and the remedy."""
+    known = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+    found = CacheError(str(error) if known else f"FeatureCache: item {item} of the dataset cannot be loaded: {error!r}")
+    found.item = item
+    return found
+
+
+def _checked(loaded: Any, item: int) -> tuple[Tensor, int]:
+    """Return an item as (image tensor, label); raise a CacheError if it has another type or shape."""
+    if not (isinstance(loaded, (tuple, list)) and len(loaded) == 2):
+        raise CacheError(
+            f"FeatureCache: item {item} of the dataset must be (image, label); got {type(loaded).__name__}."
+        )
+    image, label = loaded
+    # A model would accept whole numbers, and compute other features.
+    if not (isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point()):
+        got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise CacheError(
+            f"FeatureCache: the image of item {item} of the dataset must be a floating-point tensor [3, height, width];"
+            f" got {got}. Give the dataset the model's own preprocessing as its transform."
+        )
+    class_id = whole_number(label)
+    if class_id is None or not -(2**63) <= class_id < 2**63:
+        raise CacheError(
+            f"FeatureCache: the label of item {item} of the dataset must be a whole number of 64 bits; got {label!r}."
+        )
+    return image, class_id
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+@contextmanager
+def _seeded(*seeds: int) -> Iterator[None]:
+    """Seed PyTorch's, NumPy's and Python's generators, and restore their states at the end."""
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])

@@ -1,4 +1,4 @@
-"""Identity of a cache: the model below the cut and the dataset, by entries that are compared and named.
+"""Identity of a dataset, by entries that are compared and named.
 
 docs/cache.md lists the changes of a dataset that this detects.
 """
@@ -8,68 +8,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
-from itertools import chain
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, TensorDataset
 
 from ..digests import digest_json, digest_tensors
-from .table import CacheError, Layout
+from .layout import CacheError
 
-if TYPE_CHECKING:
-    from ..clip import SkipCLIP
-
-# Attributes that list the files of a dataset, as paths or (path, label), absolute or relative to `root`: those of
-# torchvision's ImageFolder and similar datasets, then private ones of other torchvision datasets.
-_PATH_ATTRIBUTES = ("samples", "imgs", "paths", "names", "_samples", "_image_files", "_images")
-_LABEL_ATTRIBUTES = ("labels", "targets", "_labels")
-
-_PROBED = 64  # numbers of the probe that are stored
-# Tolerance of the probe, relative to its norm. Rounding differs with the device, number of threads and TF32; another
-# activation, mask or number of heads changes more, even with small random weights.
-PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-
-
-# ---- model -----------------------------------------------------------------------------------------------------------
-
-
-def model_identity(clip: SkipCLIP) -> dict[str, str | int]:
-    """Return what image features depend on below the cut: weights, buffers and the cut."""
-    return {f"image {name}": value for name, value in clip.images.tower.lower_identity().items()}
-
-
-def probe(clip: SkipCLIP) -> Tensor:
-    """Some features of a fixed image, [64]: another activation or number of heads changes them, and no weight."""
-    height, width = clip.image_size
-    image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(clip.prototypes.device)
-    with torch.autocast(image.device.type, enabled=False):
-        features = clip.images.lower_copy()(image).flatten()  # a copy: the model may be in use by training
-    return features.cpu()[torch.linspace(0, len(features) - 1, _PROBED).long()]
-
-
-def check_probe(layout: Layout, found: Tensor, folder: Path) -> None:
-    """Raise a CacheError if the `probe` of a model differs from that of a cache."""
-    stored = torch.tensor(layout.probe, dtype=torch.float64)
-    distance = relative_distance(found, stored) if found.shape == stored.shape else torch.inf
-    if not distance <= PROBE_TOLERANCE[found.dtype]:
-        raise CacheError(
-            f"{folder}: this model computes other features from the same weights (relative distance {distance:.1e} on "
-            "a probe): another activation, number of heads or hook below the cut. Build another cache with it."
-        )
-
-
-def relative_distance(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of `expected`, in fp64."""
-    found, expected = found.cpu().double(), expected.cpu().double()  # some devices have no fp64
-    return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-
-
-# ---- dataset ---------------------------------------------------------------------------------------------------------
+_PATH_ATTRIBUTES = ("samples", "imgs", "paths")  # of files, or of pairs that begin with one, as in torchvision
+_LABEL_ATTRIBUTES = ("labels", "targets")
+# In the repr of a transform: functions with a name, and what says nothing of its contents. Torchvision's `Lambda` has
+# at most the name of its function.
+_NAMED_FUNCTION, _UNNAMED = re.compile(r"<function ([\w.]+) at 0x\w+>"), re.compile(r" at 0x|\bLambda\(")
 
 
 def dataset_identity(dataset: Any, given: Any = None) -> dict[str, str | int]:
@@ -77,17 +31,20 @@ def dataset_identity(dataset: Any, given: Any = None) -> dict[str, str | int]:
 
     `given` is text or a JSON value that identifies the dataset and its transform. Without it, digests of:
 
-    - images: path below the common folder, size and modification time of each file; without files, the indices of a
-      subset; the contents of tensors in memory; and the text `identity` of a dataset that has one;
+    - images: path below the common folder, size and modification time of each file; without files, the contents of
+      tensors in memory, or the text `identity` of a dataset that has one;
     - labels;
     - image transform: its repr.
 
     An entry is "not listed" if the dataset does not list it.
 
+    Raises:
+        CacheError: If a file cannot be read, or a transform has no repr that depends on its contents alone.
+
     >>> dataset_identity([(torch.zeros(3, 2, 2), 1)], {"name": "zeros", "version": 2})
     {'number of images': 1, 'given identity': '{"name": "zeros", "version": 2}'}
-    >>> list(dataset_identity([(torch.zeros(3, 2, 2), 1)]))
-    ['number of images', 'given identity', 'images', 'labels', 'image transform']
+    >>> dataset_identity([("an image", 1)])["images"]
+    'not listed'
     """
     count = {"number of images": len(dataset)}  # before the digests: this difference is reported first
     if given is not None:
@@ -98,77 +55,92 @@ def dataset_identity(dataset: Any, given: Any = None) -> dict[str, str | int]:
                 f"FeatureCache: identity must be text or a JSON value; got {given!a:.200} ({error})."
             ) from None
     found = _describe(dataset)
-    files = None if found.images is None else _with_file_status(found.images)
-    listed = files is not None or found.contents
+    numbers = list(range(len(dataset)))
     return count | {
         "given identity": "none",
-        "images": digest_json([files, found.contents]) if listed else "not listed",
-        "labels": "not listed" if found.labels is None else digest_json(found.labels),
+        "images": "not listed" if found.images == numbers else digest_json(_with_file_status(found.images)),
+        "labels": "not listed" if set(found.labels) == {None} else digest_json(found.labels),
         "image transform": digest_json(found.transforms) if found.transforms else "none",
     }
 
 
-class _Description(NamedTuple):
-    """Description of a dataset, and of the datasets inside it."""
+class _File(str):
+    """Absolute path of a file."""
 
-    images: list[str | int] | None  # path or index of each item; None if not listed
-    labels: list[int] | None  # None if not listed
-    transforms: list[str]  # reprs
-    contents: list[str]  # of the images: digests of tensors, and the attribute `identity` of the dataset
+
+@dataclass
+class _Description:
+    """Description of a dataset and of the datasets inside it."""
+
+    images: list[str | int]  # of each item: its file, a digest of its contents, or its number if neither is known
+    labels: list[int | None]  # of each item: None if not listed
+    transforms: list[Any] = field(default_factory=list)  # reprs
 
 
 def _describe(dataset: Any) -> _Description:
     if isinstance(dataset, ConcatDataset):
         parts = [_describe(part) for part in dataset.datasets]
         return _Description(
-            _joined([part.images for part in parts]),
-            _joined([part.labels for part in parts]),
-            [str(part.transforms) for part in parts],
-            list(chain.from_iterable(part.contents for part in parts)),
+            [image for part in parts for image in part.images],
+            [label for part in parts for label in part.labels],
+            [part.transforms for part in parts],
         )
-    images, labels = _paths(dataset), _labels(dataset)
+    is_subset = hasattr(dataset, "dataset") and hasattr(dataset, "indices")  # such as torch.utils.data.Subset
+    indices = [int(index) for index in (dataset.indices if is_subset else range(len(dataset)))]
+    own = getattr(dataset, "identity", None)
+    if isinstance(own, str):
+        found = _Description([f"{own} {index}" for index in indices], [None] * len(indices))
+    elif is_subset:
+        inner = _describe(dataset.dataset)
+        found = _Description(
+            [inner.images[index] for index in indices], [inner.labels[index] for index in indices], inner.transforms
+        )
+    else:
+        found = _Description(_files(dataset) or _contents(dataset) or [*indices], [None] * len(indices))
+    found.labels = _labels(dataset) or found.labels
     names = ("transform", "target_transform") if hasattr(dataset, "transform") else ("transforms",)
-    found = [value for name in names if (value := getattr(dataset, name, None)) is not None]
-    transforms = [re.sub(" at 0x[0-9a-fA-F]+", "", repr(transform)) for transform in found]
-    own = getattr(dataset, "identity", getattr(dataset, "_fingerprint", None))  # the latter: the library `datasets`
-    contents = [own] if isinstance(own, str) else []
-    if tensors := _tensors(dataset):
-        contents.append(digest_tensors((str(number), tensor) for number, tensor in enumerate(tensors)))
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # such as torch.utils.data.Subset
-        inner, indices = _describe(dataset.dataset), [int(index) for index in dataset.indices]
-        if images is None:
-            images = [index if inner.images is None else inner.images[index] for index in indices]
-        if labels is None and inner.labels is not None:
-            labels = [inner.labels[index] for index in indices]
-        transforms += inner.transforms
-        contents += inner.contents
-    return _Description(images, labels, transforms, contents)
+    own_transforms = [value for name in names if (value := getattr(dataset, name, None)) is not None]
+    found.transforms = [*map(_named, own_transforms), *found.transforms]
+    return found
 
 
-def _joined(parts: list[Any]) -> list[Any] | None:
-    """Concatenate lists; None if one is not listed."""
-    return None if any(part is None for part in parts) else list(chain.from_iterable(parts))
+def _named(transform: Any) -> str:
+    """Return the repr of a transform without the addresses of named functions."""
+    text = _NAMED_FUNCTION.sub(r"\1", repr(transform))
+    if _UNNAMED.search(text):
+        shown = " ".join(text.split())
+        raise CacheError(
+            f"FeatureCache: the dataset's transform {shown:.200} cannot be compared with another one. Pass `identity`, "
+            "text that you change with it; or use a named function of a module, or a class with a __repr__ that shows "
+            "its arguments."
+        )
+    return text
 
 
-def _paths(dataset: Any) -> list[str | int] | None:
-    """Return the path of each item from the first attribute that lists files, or None."""
-    root = getattr(dataset, "root", "")
+def _files(dataset: Any) -> list[str | int]:
+    """Return the path of each item from the first attribute that lists files; empty if there is none."""
     for name in _PATH_ATTRIBUTES:
         entries = getattr(dataset, name, None)
-        if not isinstance(entries, (list, tuple, np.ndarray)) or len(entries) == 0:
-            continue
-        in_pairs = isinstance(entries[0], (list, tuple))
-        first = entries[0][0] if in_pairs and entries[0] else entries[0]
-        if not isinstance(first, (str, Path)):
-            continue
-        for folder in (root if isinstance(root, (str, Path)) else "", ""):  # "": the working directory
-            if os.path.isfile(os.path.join(folder, first)):
-                return [os.path.join(folder, entry[0] if in_pairs else entry) for entry in entries]
-    return None
+        if isinstance(entries, (list, tuple, np.ndarray)) and len(entries) == len(dataset):
+            paths = [entry[0] if isinstance(entry, (list, tuple)) and entry else entry for entry in entries]
+            if all(isinstance(path, (str, Path)) for path in paths):
+                return [_File(os.path.abspath(path)) for path in paths]
+    return []
 
 
-def _labels(dataset: Any) -> list[int] | None:
-    """Return the label of each item, or None unless the dataset lists one whole number for each without loading it."""
+def _contents(dataset: Any) -> list[str | int]:
+    """Return a digest of each image of a dataset in memory; empty for other datasets."""
+    if isinstance(dataset, TensorDataset):
+        images = list(dataset.tensors[0])
+    elif isinstance(dataset, (list, tuple)):
+        images = [item[0] if isinstance(item, (list, tuple)) and len(item) == 2 else None for item in dataset]
+    else:
+        return []
+    return [digest_tensors([("", x)]) if isinstance(x, Tensor) else number for number, x in enumerate(images)]
+
+
+def _labels(dataset: Any) -> list[int | None]:
+    """Return the label of each item; empty unless the dataset lists one whole number for each without loading it."""
     listed = (getattr(dataset, name, None) for name in _LABEL_ATTRIBUTES)
     values: Any = next((value for value in listed if value is not None), None)
     if isinstance(dataset, TensorDataset):
@@ -176,32 +148,27 @@ def _labels(dataset: Any) -> list[int] | None:
     try:
         if isinstance(dataset, (list, tuple)):
             values = [label for _, label in dataset]
-        labels = [int(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
-        return labels if len(labels) == len(dataset) else None
+        labels: list[int | None] = [int(x) for x in (values.tolist() if hasattr(values, "tolist") else values)]
+        return labels if len(labels) == len(dataset) else []
     except (TypeError, ValueError, RuntimeError, OverflowError):  # not listed, or not numbers
-        return None
+        return []
 
 
-def _tensors(dataset: Any) -> Sequence[Tensor]:
-    """Return the images of a dataset in memory; empty for other datasets."""
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors[:1]
-    in_pairs = isinstance(dataset, (list, tuple)) and all(isinstance(x, (list, tuple)) and len(x) == 2 for x in dataset)
-    return [image for image, _ in dataset if isinstance(image, Tensor)] if in_pairs else []
+def _with_file_status(images: list[str | int]) -> list[Any]:
+    """Replace each file by [path below the common folder, size, modification time]."""
+    files = [image for image in images if isinstance(image, _File)]
+    start = len(os.path.join(os.path.commonpath({os.path.dirname(file) for file in files}), "")) if files else 0
 
+    def described(image: str | int) -> Any:
+        if not isinstance(image, _File):
+            return image
+        try:
+            status = os.stat(image)
+        except OSError as error:
+            raise CacheError(
+                f"FeatureCache: {image}, a file that the dataset lists, cannot be read ({error.strerror}). Restore or "
+                "remove it; or pass `identity` for a dataset of other names."
+            ) from None
+        return [image[start:].replace(os.sep, "/"), status.st_size, status.st_mtime_ns]
 
-def _with_file_status(images: Sequence[str | int]) -> list[Any]:
-    """Replace each path by [path below the common folder, size, modification time]."""
-    paths = [os.path.abspath(image) for image in images if isinstance(image, str)]
-    if not paths:
-        return list(images)
-    start = len(os.path.join(os.path.commonpath([os.path.dirname(path) for path in set(paths)]), ""))
-    described: list[Any] = []
-    for image in images:
-        if isinstance(image, str):
-            path = os.path.abspath(image)
-            status = os.stat(path)
-            described.append([path[start:].replace(os.sep, "/"), status.st_size, status.st_mtime_ns])
-        else:
-            described.append(image)
-    return described
+    return [described(image) for image in images]

@@ -68,19 +68,14 @@ class BatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Iterate over the batches of an epoch; after a state was loaded, over the rest of its epoch."""
-        if self._initial is not None:
-            self.abandon()
+        if self._initial is not None:  # the epoch before was not finished
+            self._yielded = 0
         self._initial = self.generator.get_state()
         for batch in self._order()[self._yielded :]:
             self._yielded += 1
             part = batch if self.world_size == 1 else batch.tensor_split(self.world_size)[self.rank]
             yield part.tolist()
-        self.epoch += 1
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Forget the position in the current epoch: the next iteration begins a new one."""
-        self._initial, self._yielded = None, 0
+        self.epoch, self._initial, self._yielded = self.epoch + 1, None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings, epoch, number of batches yielded in it, and the state of the generator before it."""

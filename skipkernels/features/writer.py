@@ -1,13 +1,17 @@
-"""Writing of a table of features, in any number of attempts: see `table` for the order of its steps."""
+"""Writing of a table of features, in any number of attempts.
+
+    rows are written → flushed → marked as finished, by their checksums
+
+so that a build can be killed at any moment, and a damaged row is found when it is read.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import math
+import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,12 +20,11 @@ import torch
 from torch import Tensor
 
 from ..checks import warn_caller
-from ..folders import LOCK, locked, replace_text, sweep, sync
+from ..folders import locked, replace_text, sweep, sync
 from ..formatting import decimal
-from .table import (
+from .layout import (
     CHECKSUMS,
     FEATURES,
-    FORMAT,
     HEADER,
     IDENTITY,
     LABELS,
@@ -29,13 +32,13 @@ from .table import (
     STORED_DTYPES,
     CacheError,
     Layout,
-    MappedTable,
     checksums,
-    disk_errors,
+    file_size,
     header_of,
     map_array,
     quantise,
 )
+from .mapped_table import MappedTable
 
 _FLUSH_BYTES = 128 << 20  # bytes written between two flushes: the most that a killed build computes again
 
@@ -54,7 +57,6 @@ class TableWriter:
         wait: Wait for another process that writes in the folder; by default, one is an error.
 
     Attributes:
-        layout: Layout of the table; of one that is resumed, with its own probe.
         missing: True for each row to write, [n] bool.
 
     Raises:
@@ -67,22 +69,28 @@ class TableWriter:
     ):
         self.folder, self.layout = folder.absolute(), layout
         self.missing = np.zeros(layout.rows, dtype=bool)
-        self._resume, self._overwrite, self._wait = resume and not overwrite, overwrite, wait
+        self._resume, self._overwrite, self._wait = resume, overwrite, wait
+        self._arrays = layout.arrays | {CHECKSUMS: ((layout.rows,), np.uint64)}
         self._files: dict[str, BinaryIO] = {}
         self._written: list[tuple[int, list[int]]] = []  # first row and checksums of each write since the last flush
         self._bytes = 0  # written since the last flush
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> TableWriter:
-        if self._resume and self._is_complete():
-            return self
         with disk_errors(self.folder), contextlib.ExitStack() as held:
-            self._check_folder()
+            table = self._existing() if self._check_folder() else None
+            damaged = None if table is None else table.find_damage()
+            if table is not None and not damaged and table.row_checksums.all():
+                return self
             self.folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(self.folder, wait=self._wait))
-            self._check_folder()  # again: another process may have written to it before it released the lock
-            self._prepare()
-            for name in (*self.layout.arrays, CHECKSUMS):
+            sweep(self.folder)
+            if not self._check_folder():  # again: another process may have written before it released the lock
+                self._start()
+            self._create_files()
+            table = MappedTable(self.folder, self.layout)
+            self._find_missing(table, table.find_damage() if damaged is None else damaged)
+            for name in self._arrays:
                 self._files[name] = held.enter_context((self.folder / name).open("r+b"))
             self._held = held.pop_all()
         return self
@@ -92,8 +100,20 @@ class TableWriter:
             self._flush()  # also after an error: finished rows stay
 
     def write(self, first: int, features: Tensor, labels: Tensor | None = None) -> None:
-        """Write consecutive rows [n, *shape] in the dtype in which they were computed, and their labels [n] int64."""
+        """Write consecutive rows [n, *shape] in the dtype in which they were computed, and their labels [n] int64.
+
+        Raises:
+            CacheError: If a row is not finite in the dtype of the folder, or the disk is full.
+        """
         stored = quantise(features) if self.layout.dtype == "int8" else (features.to(STORED_DTYPES[self.layout.dtype]),)
+        finite = stored[-1].flatten(1).isfinite().all(dim=1)  # for int8 that of the scales
+        if not finite.all():
+            row = int((~finite).nonzero()[0])
+            remedy = 'Use dtype="bf16".' if features[row].isfinite().all() else "Check the input and the weights."
+            raise CacheError(
+                f"{self.folder}: the features of row {first + row} are NaN, or out of the range of "
+                f"{self.layout.dtype}. {remedy}"
+            )
         parts = [part.contiguous() for part in (*stored, labels) if part is not None]
         row_checksums = checksums(self.layout.seed, range(first, first + len(features)), parts)
         with disk_errors(self.folder):
@@ -116,73 +136,83 @@ class TableWriter:
             os.fsync(self._files[CHECKSUMS].fileno())
         self._written, self._bytes = [], 0
 
-    def _is_complete(self) -> bool:
-        try:
-            if Layout.read(self.folder).difference(self.layout) is not None:
-                return False
-            self.layout = MappedTable.open(self.folder, verify=True).layout
-            return True
-        except CacheError:
-            return False
+    def _check_folder(self) -> bool:
+        """Return True if the folder has a table to resume, and False for a new, empty or replaced one.
 
-    def _check_folder(self) -> None:
-        """Raise a CacheError if a folder is not new, empty or that of a table, or has one that must not be replaced."""
+        Raises:
+            CacheError: If it has other files, or a table that is neither to be resumed nor to be replaced.
+        """
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise CacheError(f"{folder}: is a file. Choose a folder.")
-        others = sorted(path.name for path in folder.glob("[!.]*"))
-        if not others:
-            return
-        if not (folder / IDENTITY).is_file():
-            raise CacheError(f"{folder}: holds other files ({others[0]}). Choose an empty folder.")
-        if self._overwrite and (folder / LOCK).exists():
-            return
+        files = sorted(path.name for path in folder.glob("[!.]*"))
+        if not files:
+            return False
+        if IDENTITY not in files:
+            raise CacheError(f"{folder}: holds other files ({files[0]}). Choose an empty folder.")
         found = Layout.read(folder)
-        if not self._resume and not self._overwrite:
+        if self._overwrite:
+            return False
+        if not self._resume:
             raise CacheError(
                 f"{folder}: holds a cache. Open it, continue or repair it with `resume=True`, or replace it with "
                 "`overwrite=True`."
             )
-        if self._resume:
-            found.check_equal(self.layout, folder)
-            self.layout = found
+        found.check_equal(self.layout, folder)
+        return True
 
-    def _prepare(self) -> None:
-        """Give every file its header and size, and find the rows to write."""
-        folder, layout = self.folder, self.layout
-        arrays = layout.arrays | {CHECKSUMS: ((layout.rows,), np.uint64)}
-        if not self._resume or not (folder / IDENTITY).exists():
-            for name in {FEATURES, SCALES, LABELS, CHECKSUMS} - layout.arrays.keys():
-                (folder / name).unlink(missing_ok=True)
-            values = {"format": FORMAT, **dataclasses.asdict(layout)}
-            # Before the files: from here on the folder can be resumed.
-            replace_text(folder / IDENTITY, json.dumps(values, indent=1) + "\n")
-        sweep(folder)
-        for name, (shape, dtype) in arrays.items():
+    def _existing(self) -> MappedTable | None:
+        """Return the table in the folder; None if a file is missing, or has another size or header."""
+        try:
+            return MappedTable(self.folder, self.layout)
+        except CacheError:
+            return None
+
+    def _start(self) -> None:
+        """Delete the arrays of another table, and write identity.json: from here on the folder can be resumed."""
+        for name in (CHECKSUMS, FEATURES, SCALES, LABELS):
+            (self.folder / name).unlink(missing_ok=True)
+        replace_text(self.folder / IDENTITY, self.layout.to_json())
+
+    def _create_files(self) -> None:
+        """Give every file its header and size. Bytes that are there stay: checksums tell which rows are whole."""
+        for name, array in self._arrays.items():
+            path = self.folder / name
             try:
-                map_array(folder / name, shape, dtype)
-            except CacheError:  # Bytes that are there stay: checksums tell which rows are whole.
-                with (folder / name).open("r+b" if (folder / name).exists() else "w+b") as file:
-                    file.write(header_of(shape, dtype))
-                    file.truncate(HEADER + math.prod(shape) * np.dtype(dtype).itemsize)
-        sync(folder)
-        table = MappedTable(folder, layout)
+                map_array(path, *array)
+            except CacheError:
+                with path.open("r+b" if path.exists() else "w+b") as file:
+                    file.write(header_of(*array))
+                    file.truncate(file_size(*array))
+        sync(self.folder)
+
+    def _find_missing(self, table: MappedTable, damaged: list[int]) -> None:
+        """Set `missing`; a CacheError if these rows are larger than the free space."""
         self.missing = table.row_checksums == 0
-        if damaged := table.find_damage():
+        self.missing[damaged] = True
+        if damaged:
             warn_caller(f"{table.damage_message(damaged)} It is computed again.")
-            self.missing[damaged] = True
-        needed, free = sum(_unallocated(folder / name) for name in arrays), shutil.disk_usage(folder).free
+        needed, free = int(self.missing.sum()) * self.layout.row_bytes, shutil.disk_usage(self.folder).free
         if free < needed:
             raise CacheError(
-                f"{folder}: {decimal(needed)} are needed, and {decimal(free)} are free. Free space, or use a smaller "
-                "dtype."
+                f"{self.folder}: {decimal(needed)} are needed, and {decimal(free)} are free. Free space, or use a "
+                "smaller dtype."
             )
 
 
-def _unallocated(path: Path) -> int:
-    """Bytes of a file that have no place on the disk yet, as in a file that only has its size; 0 on Windows."""
-    status = path.stat()
-    return max(status.st_size - 512 * getattr(status, "st_blocks", status.st_size), 0)
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Convert an OSError to a CacheError with the file, the fault and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise CacheError(f"{folder}: in use by another process. Wait for it, or choose another folder.") from None
+        named = error.filename if isinstance(error.filename, str) else folder
+        raise CacheError(
+            f"{named}: cannot be read or written ({error.strerror or error}). Finished rows stay. Free space, check "
+            "the disk or choose another folder, and continue with `resume=True`."
+        ) from error
 
 
 def _write(file: BinaryIO, place: int, data: np.ndarray) -> None:

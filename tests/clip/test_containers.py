@@ -231,7 +231,7 @@ def test_refresh_watches_replaced_lower_text_block(tmp_path):
     clip(images, labels)
     with torch.no_grad():
         blocks[0].ln_1.weight.mul_(1.1)
-    with pytest.raises(sk.CacheError, match="holds a text_cache that differs in lower blocks"):
+    with pytest.raises(sk.CacheError, match="holds a cache that differs in lower blocks"):
         clip(images, labels)
 
 

@@ -84,7 +84,6 @@ def test_other_cache_is_refused(folder, call, words):
 
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "fp8"}, "dtype must be one of fp32, fp16, bf16, int8; got 'fp8'"),
-    ({"refresh": "always"}, "refresh must be"),
     ({"batch_size": 0}, "batch_size must be at least 1, a whole number; got 0"),
     ({"workers": 1.0}, r"workers must be at least 0, a whole number; got 1\.0"),
     ({"resume": True, "overwrite": True}, "resume continues a cache, and overwrite replaces it; pass only one"),
@@ -106,6 +105,15 @@ LOADER: list[tuple[Callable[[Store], object], type[Exception], str]] = [
     *((lambda store, given=given: sk.FeatureCache.in_memory(images(), **given), ValueError,
        f"^FeatureCache.in_memory: {next(iter(given))} must be")
       for given in ({"refresh": "always"}, {"batch_size": 0}, {"seed": -1})),
+    (lambda store: sk.FeatureCache.in_memory(iter([])), ValueError, "^FeatureCache.in_memory: dataset must be map-"),
+    *((lambda store, given=given: store().subset(torch.tensor(given)), error, f"^FeatureCache.subset: images {words}")
+      for given, error, words in (
+          ([True] * 23, TypeError, r"must be int64; got torch.bool. Use mask.nonzero\(\)"),
+          ([[3]], ValueError, r"must be \[m\]"),
+          ([0, 23], IndexError, "are numbered from 0 to 22; got 0 to 23"),
+          ([-1], IndexError, "are numbered from 0 to 22; got -1 to -1"),
+      )),
+    (lambda store: store().subset(torch.arange(0)), ValueError, r"^FeatureCache.subset: images must be \[m\]"),
     (lambda store: store().loader(sampler=[[0, 1], [2, 3]]).state_dict(), TypeError,
      r"^FeatureLoader\.state_dict: this sampler has no state_dict"),
     (lambda store: store().loader(sampler=[[0, 1], [2, 3]], rank=0, world_size=2), ValueError,
@@ -147,7 +155,7 @@ ITEMS: list[tuple[Any, str]] = [
     (OSError("no such disk"), r"item 5 of the dataset cannot be loaded: OSError\('no such disk'\)"),
     (
         (torch.full_like(GOOD, torch.nan), 1),
-        r"features of item 5 reach nan, out of the range of fp32\. Check",
+        r"features of row 5 are NaN, or out of the range of fp32\. Check the input",
     ),
 ]
 
@@ -186,7 +194,7 @@ def test_features_out_of_the_range_of_fp16_are_refused(tmp_path):
     model = tiny_clip(torch.float32)
     model.visual.ln_pre = nn.Identity()  # otherwise the scale of an image has no effect
     clip, item = skip_clip(model), (GOOD * 1e6, 1)
-    message = r"features of item 5 reach .*e\+.*, out of the range of fp16\. Use dtype=.bf16"
+    message = r"features of row 5 are NaN, or out of the range of fp16\. Use dtype=.bf16"
     with pytest.raises(CacheError, match=message):
         build(tmp_path, Broken(item), clip, identity="large", dtype="fp16")
     build(tmp_path, Broken(item), clip, identity="large", dtype="bf16", overwrite=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -38,21 +39,11 @@ def root(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-class Named(Dataset):
-    """Files by names relative to `root`, as a user may write it."""
+class Listed(Dataset):
+    """Files in `paths`, as a user may write it."""
 
     def __init__(self, root: Path):
-        self.root, self.names, self.targets = root, [f"{name}.png" for name in NAMES], torch.tensor([0, 0, 1, 1])
-
-    def __len__(self) -> int:
-        return 4
-
-
-class Private(Dataset):
-    """Files and labels in the private attributes of torchvision's Flowers102."""
-
-    def __init__(self, root: Path):
-        self._image_files, self._labels = [root / f"{name}.png" for name in NAMES], [0, 0, 1, 1]
+        self.paths, self.targets = np.array([str(root / f"{name}.png") for name in NAMES]), torch.tensor([0, 0, 1, 1])
 
     def __len__(self) -> int:
         return 4
@@ -63,9 +54,8 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "LabelledImages": lambda root: LabelledImages(root, [f"{name}.png" for name in NAMES], [0, 0, 1, 1]),
     "DatasetImages": lambda root: DatasetImages(ImageFolder(str(root))),
     "Subset": lambda root: Subset(ImageFolder(str(root)), range(4)),
-    "ConcatDataset": lambda root: ConcatDataset([Subset(ImageFolder(str(root)), [0, 1]), Subset(Named(root), [2, 3])]),
-    "names": Named,
-    "private": Private,
+    "ConcatDataset": lambda root: ConcatDataset([Subset(ImageFolder(str(root)), [0, 1]), Subset(Listed(root), [2, 3])]),
+    "paths": Listed,
 }
 
 
@@ -143,6 +133,23 @@ def test_identity_of_subsets(root, indices):
         assert "images" in differences(*keys)
 
 
+@pytest.mark.parametrize("name", [NAMES[0], NAMES[3]], ids=["first", "last"])
+def test_missing_file_is_refused(root, name):
+    dataset = FILES["LabelledImages"](root)
+    (root / f"{name}.png").unlink()
+    with pytest.raises(
+        CacheError, match=rf"^FeatureCache: {root}/{name}\.png, a file that the dataset lists, cannot be"
+    ):
+        dataset_identity(dataset)
+
+
+def test_unlisted_images_are_identified_by_their_numbers():
+    dataset = DatasetImages([(0, 0)] * 4)
+    dataset.names = [__file__] * 4  # names of images, or of classes, are no paths
+    assert dataset_identity(dataset)["images"] == dataset_identity([("an image", 0)])["images"] == "not listed"
+    assert dataset_identity(Subset(dataset, [1, 0]))["images"] != dataset_identity(Subset(dataset, [0, 1]))["images"]
+
+
 # ---- labels, transforms, contents -----------------------------------------------------------------------------------
 
 
@@ -184,6 +191,38 @@ def test_identity_notices_transforms(root, pair):
             keys.append(dataset_identity(Subset(dataset, [0, 1])))
         assert differences(*keys) == {"image transform"}
     assert " at 0x" in repr(darker), "addresses are not part of it"
+
+
+class Without:
+    """Transform without a repr."""
+
+
+def closure(by: float) -> Callable[[Any], Any]:
+    return lambda image: image * by
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda image: image,
+        closure(0.5),
+        Without(),
+        functools.partial(closure(0.5), 1),
+        v1.Compose([v1.Resize(6), Without().__init__]),
+        v1.Lambda(lambda image: image),
+        v2.Lambda(closure(0.5)),
+    ],
+    ids=["lambda", "closure", "object", "partial", "method", "v1.Lambda", "v2.Lambda"],
+)
+def test_transform_that_cannot_be_compared_is_refused(root, transform):
+    dataset = FILES["ImageFolder"](root)
+    dataset.transform = transform
+    with pytest.raises(CacheError, match=r"^FeatureCache: the dataset's transform .* cannot be compared .*`identity`"):
+        dataset_identity(Subset(dataset, [0, 1]))
+    assert dataset_identity(dataset, "darker")["given identity"] == '"darker"'
+    outer = DatasetImages(dataset)
+    outer.identity = "darker"
+    assert dataset_identity(outer)["image transform"] == "none"
 
 
 def test_identity_argument(tmp_path):

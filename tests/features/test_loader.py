@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import skipkernels as sk
-from skipkernels.features import BatchSampler
-from skipkernels.features.table import CacheError, MemoryTable
+from skipkernels.features import BatchSampler, CacheError
+from skipkernels.features.table import MemoryTable
 from tests.features.caches import CLASSES, build
 from tests.processes import forkserver
 

@@ -28,7 +28,10 @@ class Images:
         labels: Label of every image; no image is opened for it.
         names: Unique, permanent name of every image, such as its path from the root with "/".
         transform: Applied to every image, or None.
+        identity: Text that identifies the images in place of their files and contents, or None.
     """
+
+    identity: str | None = None
 
     def __init__(self, labels: Iterable[int], names: Iterable[str], transform: Transform | None):
         self.labels, self.names, self.transform = list(labels), list(names), transform
@@ -82,6 +85,11 @@ class LabelledImages(Images):
             raise ValueError(f"LabelledImages: labels must have one item per path, {len(paths)}; got {len(labels)}.")
         super().__init__(labels, paths, transform)
         self.root = absolute_path(root)
+
+    @property
+    def paths(self) -> list[str]:
+        """Path of every image; a feature cache identifies the images by their files."""
+        return [os.path.join(self.root, name) for name in self.names]
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Load an image and its label."""

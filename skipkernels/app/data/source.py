@@ -90,8 +90,7 @@ def from_datasets(
       all images are loaded to read their labels.
     - `classes`: names by label, or a feature `label` with `names`. Otherwise `classes` must be given here.
     - `names`: a name for each image, such as its path, so that the choice of `few_shot` does not depend on the order.
-    - public attributes that describe it, such as `root`, `samples` and `transform`: a feature cache identifies it by
-      them, and ignores attributes that begin with an underscore.
+    - `samples` or `paths`, files of the images, and `transform`: a feature cache identifies it by them.
 
     Args:
         name: Name of the dataset, for messages and results.

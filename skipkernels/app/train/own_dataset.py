@@ -67,6 +67,9 @@ class OwnData:
         named = from_datasets(
             name, train=self.dataset, val=validation, test=test, classes=self.classes, templates=templates
         )
+        if self.identity is not None:  # also for a feature cache
+            for part in named.splits.values():
+                part.identity = config.dataset_identity
         if test is None and validation is None:
             images: Any = named.images("train")
             return listed_source(name, images, named.classes, None, templates)

@@ -94,8 +94,9 @@ class RunSetup:
         """Features of a dataset, in memory or in the folder `name` of the cache."""
         config = self.config
         options: dict[str, Any] = {"batch_size": BATCH, "workers": config.workers, "progress": progress}
-        if config.cache is not None and self.method.caches is not None:
-            options |= {"dtype": config.cache_dtype, "refresh": refresh, "resume": True}
+        # In memory also with a cache if each epoch has its own: these are read once.
+        if config.cache is not None and self.method.caches is not None and refresh == "never":
+            options |= {"dtype": config.cache_dtype, "resume": True}
             with self.autocast():
                 return FeatureCache.build(config.cache / name, self.method.caches, dataset, **options)
 

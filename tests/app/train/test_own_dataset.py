@@ -16,6 +16,7 @@ from skipkernels.app.data import InputError
 from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train.checkpoint import best_epoch
 from skipkernels.clip import SkipCLIP
+from skipkernels.features import CacheError
 from tests.app.runs import fails, files, rows
 
 COLOURS = ["black", "red", "white"]
@@ -140,6 +141,16 @@ def test_tune_tensors(tmp_path):
     }
     metrics = tune(TuneConfig(device="cpu", out=tmp_path), **parts, **SETTINGS)
     assert metrics["status"] == "complete" and metrics["validation"]["images"] == 4
+
+
+def test_identity_of_a_dataset_with_a_lambda(tmp_path):
+    """It identifies the images also in a feature cache."""
+    parts = {"dataset": Squares(6, tensors=True), "test": Squares(3, tensors=True)}
+    parts["dataset"].transform = lambda image: image
+    options = SETTINGS | {"epochs": 1, "validation": "none", "cache": tmp_path / "cache", "out": tmp_path / "run"}
+    with pytest.raises(CacheError, match="cannot be compared with another one. Pass `identity`"):
+        tune(**parts, **options)
+    assert tune(**parts, identity="version 1", **options)["status"] == "complete"
 
 
 def squares_folder(root, names, count):

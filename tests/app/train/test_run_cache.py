@@ -88,6 +88,8 @@ def test_cache_crops_training_images_only(run, cached, tmp_path):
     changes = {"cache_dtype": "fp32", "epochs": 1, "refresh": "epoch"}
     metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", **changes))
     assert metrics["status"] == "complete" and metrics["zero_shot"] == plain["zero_shot"]
+    kept = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert {"test-base", "test-new"} <= kept and "train" not in kept, "the features of an epoch are read once"
     assert losses(tmp_path / "run")[0] != losses(cached[0] / "run")[0]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("skipkernels")]
 
