@@ -148,7 +148,7 @@ def reader(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(registration, "_definitions", dict(registration.definitions))
     for create in (open_clip.create_model, open_clip.create_model_and_transforms):
         monkeypatch.setattr(open_clip, create.__name__, without_downloads(create))
-    monkeypatch.setattr(plots, "panels_svg", lambda name, *_, **__: f"<svg>{name}</svg>")
+    monkeypatch.setattr(plots, "plot_svg", lambda name, *_, **__: f"<svg>{name}</svg>")
     monkeypatch.setattr(logistic, "ITERATIONS", 20)  # before the minimum: no page shows its digits
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()

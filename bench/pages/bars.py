@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from skipkernels.app.report.plots import GREY, coloured, panels_svg
+from skipkernels.app.report.plots import GREY, coloured, plot_svg
 
 from ..rows import latest_rows, number
 from ..step import FULL, OURS, PROMPTS, PUBLISHED
@@ -40,10 +41,11 @@ def step_bars() -> str:
         axes.spines["bottom"].set_visible(False)
         axes.set_title(title, color=GREY, fontsize=10)
 
-    def last(axes: Axes) -> None:
-        draw("saved_mib", "saved for backward, GiB", axes)
-        where = {"loc": "outside lower center", "ncols": 4, "frameon": False, "labelcolor": GREY, "fontsize": 9}
-        axes.get_figure().legend(*axes.get_legend_handles_labels(), **where)  # type: ignore[union-attr, arg-type]
+    def both(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        draw("p50_ms", "a training step, seconds", left)
+        draw("saved_mib", "saved for backward, GiB", right)
+        where: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+        figure.legend(*right.get_legend_handles_labels(), **where, labelcolor=GREY, fontsize=9)
 
-    panels = [partial(draw, "p50_ms", "a training step, seconds"), last]
-    return panels_svg("bars", "time and memory of a step at 100 and at 1,000 classes", panels, size=(9.6, 3.4))
+    return plot_svg("bars", "time and memory of a step at 100 and at 1,000 classes", both, size=(9.6, 3.4))

@@ -45,7 +45,7 @@ def shortened() -> Iterator[None]:
     They have tests of their own. The tokenizer is made once.
     """
     with published_optimizer(), uncompared(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "panels_svg", lambda name, label, panels, **_: f"<svg>{name}</svg>")
+        patch.setattr(plots, "plot_svg", lambda name, label, draw, **_: f"<svg>{name}</svg>")
         patch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

@@ -10,7 +10,6 @@ import tyro
 from skipkernels.app.console import Terminal
 from skipkernels.app.settings import Settings
 
-from .errors import on_interrupt
 from .options import import_torch, tune_config
 
 
@@ -53,11 +52,14 @@ class CompareCommand(Settings):
         from skipkernels.app.studies.compare import compare
         from skipkernels.app.studies.study import write_study
 
-        again = f"repeat the command{' without --overwrite' if self.overwrite else ''} to resume"
-        with on_interrupt(f"complete runs are kept; {again}"):
-            methods, command = self.methods or tuple(METHODS), command_line("compare", self)
+        methods, command = self.methods or tuple(METHODS), command_line("compare", self)
+        try:
             study = compare(config, methods, range(self.seeds), folder, err, overwrite=self.overwrite, command=command)
             paths = write_study(study, folder)
+        except KeyboardInterrupt as error:
+            again = f"repeat the command{' without --overwrite' if self.overwrite else ''} to resume"
+            error.args = (f"complete runs are kept; {again}",)
+            raise
         for table in tables(study):
             out.print(table.in_terminal(study["title"]))
         for sentence in (explained(study), headline(study)):

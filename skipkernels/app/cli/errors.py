@@ -48,16 +48,6 @@ def termination_as_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def on_interrupt(message: str) -> Iterator[None]:
-    """Set the message of a `KeyboardInterrupt` that is raised in the block."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        error.args = (message,)
-        raise
-
-
 def failure(error: Exception) -> tuple[int, str, str] | None:
     """Return exit code, kind and message of an expected error; None if it is a bug, to be shown with its traceback."""
     from skipkernels.app.data import InputError

@@ -14,6 +14,7 @@ from .formats import finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Contrast of at least 3 with white, and with #121212, the background of the dark mode of browsers.
 COLOURS: tuple[str, ...] = ("#3b7dd8", "#cf7a1f", "#2e9e5b", "#d1495b", "#8f6be0", "#1793a5")
@@ -120,7 +121,7 @@ def pareto_svg(name: str, points: Mapping[str, TimedAccuracy], colours: Mapping[
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
 
     label = f"{name} accuracy over the time of tuning, with the line of the best at each time"
-    return panels_svg(f"pareto-{name}", label, [draw], size=(5.2, 3.4))
+    return plot_svg(f"pareto-{name}", label, lambda figure: draw(figure.subplots()), size=(5.2, 3.4))
 
 
 def within_per_cent(axes: Axes) -> None:
@@ -139,25 +140,20 @@ def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> Non
 def figure_svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
     """Return a plot over the epochs as SVG; `name` is unique on the page, `label` is for screen readers."""
 
-    def framed(axes: Axes) -> None:
+    def framed(figure: Figure) -> None:
         from matplotlib.ticker import MaxNLocator
 
+        axes = figure.subplots()
         draw(axes)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
 
-    return panels_svg(name, label, [framed], size=(5.2, 3))
+    return plot_svg(name, label, framed, size=(5.2, 3))
 
 
-def panels_svg(
-    name: str,
-    label: str,
-    panels: Sequence[Callable[[Axes], None]],
-    *,
-    size: tuple[float, float],
-) -> str:
-    """Return plots, each drawn on axes, side by side as SVG of `size` in inches."""
+def plot_svg(name: str, label: str, draw: Callable[[Figure], None], *, size: tuple[float, float]) -> str:
+    """Return what is drawn on a figure of `size` in inches as SVG."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -166,8 +162,8 @@ def panels_svg(
         warnings.filterwarnings("ignore", r"Glyph \d+")  # the page has other fonts
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
-        for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-            draw(axes)
+        draw(figure)
+        for axes in figure.axes:
             axes.tick_params(colors=GREY)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from dataclasses import replace
@@ -17,36 +18,20 @@ from ..data import InputError
 from ..data.base import check_choice
 from ..data.registry import KINDS, OWN
 from ..methods import METHODS
-from ..results.files import CARD, CLASSIFIER, HEAD, METRICS, existing_run, read_metrics
+from ..results.files import CARD, HEAD, METRICS, existing_run, read_metrics
 from ..train.checkpoint import FOLDER as CHECKPOINT
 from ..train.description import Description, versions, write_open_clip_config
-from ..train.model import OPEN_CLIP, RANDOM
+from ..train.model import RANDOM
 from ..train.model_card import model_card
 from ..train.reading import has_run
 from ..train.writing import check_writable
+from ..untrusted import read_object
 from . import to_hugging_face, to_onnx
 from .loading import TunedRun, load_plain
 
 Target = Literal["open-clip", "hugging-face", "onnx"]
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"  # the name that open_clip looks for on the Hub
 CLASSES = "classes.json"
-# Names of the files of every target, and of transformers' tokenizers: what an earlier export may have left.
-_OURS = (
-    *(
-        CARD,
-        CLASSES,
-        CLASSIFIER,
-        HEAD,
-        OPEN_CLIP,
-        OPEN_CLIP_WEIGHTS,
-        to_onnx.FILE,
-        f"{to_onnx.FILE}.data",
-    ),
-    *("config.json", "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
-    *("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
-    "sentencepiece.bpe.model",
-)
 
 
 class Exported(NamedTuple):
@@ -104,9 +89,11 @@ def export(
     _check_folders(source, folder, overwrite=overwrite)
     loaded = load_plain(source, trust=trust)
     try:
-        with replaced_folder(folder, _OURS) as written:
+        with replaced_folder(folder, _files(folder)) as written:
             notes = _write(loaded, source, to, written)
             files = sorted(path.name for path in written.iterdir())
+            values = read_object(written / CLASSES) | {"files": files}
+            replace_text(written / CLASSES, json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{folder} can't be written ({error.strerror or error}).", "out", "export") from error
     return Exported(folder, files, notes)
@@ -119,6 +106,14 @@ def _check_folders(run: Path, out: Path, *, overwrite: bool) -> None:
         raise InputError(f"must be a new or an empty folder; got {out}. Use `overwrite=True`.", "out", "export")
     if has_run(out) or (out / CHECKPOINT).exists() or out.resolve() == run.resolve():
         raise InputError(f"must not be the folder of a run; got {out}. Choose another.", "out", "export")
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of the files of an earlier export in a folder, without wildcards."""
+    try:
+        return [glob.escape(str(name)) for name in read_object(folder / CLASSES)["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _write(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..data import InputError
-from ..data.tasks import summarise
 from ..results import predictions
 from ..results.files import PREDICTIONS
 from .runs import Result
@@ -47,14 +46,9 @@ def compare_best(results: Sequence[Result], folder: Path, test: str) -> dict[str
     if right is None or len(means) < 2:
         return None
     best = max(means, key=lambda name: means[name])
-    protocol = results[0].metrics["protocol"]
-
-    def accuracy(found: Mapping[str, float]) -> float:
-        return summarise(protocol, found)[test]
-
     others = {}
     for name in (name for name in means if name != best):
-        p = permutation_p(right[best], right[name], len(seeds), accuracy)
+        p = permutation_p(right[best], right[name], len(seeds), test)
         every = all(by_seed[best][seed] > by_seed[name][seed] for seed in seeds)
         worse = every and p < LEVEL / (len(means) - 1)
         others[name] = {"difference": means[best] - means[name], "p": p, "every_seed": every, "worse": worse}
@@ -78,27 +72,31 @@ def _read(results: Sequence[Result], folder: Path) -> dict[str, Right] | None:
     return found
 
 
-def permutation_p(first: Right, second: Right, seeds: int, accuracy: Callable[[Mapping[str, float]], float]) -> float:
-    """Return the p-value of the difference of two variants; `accuracy` is a function of those of the tests.
+def permutation_p(first: Right, second: Right, seeds: int, test: str) -> float:
+    """Return the p-value of the difference of two variants in a test, or in the harmonic mean of base and new.
+
+    The latter is that of the accuracies over all seeds; the difference that a study shows is of means over the seeds.
 
     >>> equal, better = {"all": np.array([1, 1, 0, 0])}, {"all": np.array([1, 1, 1, 0])}
-    >>> permutation_p(better, equal, 1, lambda found: found["all"])  # one image differs, whatever is swapped
+    >>> permutation_p(better, equal, 1, "all")  # one image differs, whatever is swapped
     1.0
     """
     generator = np.random.default_rng(0)
-    totals = {name: (first[name].sum(), second[name].sum(), len(first[name]) * seeds) for name in first}
-    moved = {name: np.zeros(_DRAWS, dtype=np.int64) for name in first}  # correct results that change sides
+    sides: tuple[Right, Right] = {}, {}  # accuracies by test, [1 + draws]; the first without a swap
     for name in first:
+        moved = np.zeros(1 + _DRAWS)  # correct results that change sides
         values, counts = np.unique(first[name] - second[name], return_counts=True)
         for value, count in zip(values, counts, strict=True):
-            moved[name] += value * generator.binomial(count, 0.5, size=_DRAWS)
+            moved[1:] += value * generator.binomial(count, 0.5, size=_DRAWS)
+        whole = len(first[name]) * seeds
+        sides[0][name] = 100 * (first[name].sum() - moved) / whole
+        sides[1][name] = 100 * (second[name].sum() + moved) / whole
+    one, other = (side[test] if test in side else _harmonic(**side) for side in sides)
+    differences = np.abs(one - other)
+    as_large = differences[1:] >= differences[0] - 1e-9  # equal differences may differ by rounding
+    return float((1 + as_large.sum()) / (1 + _DRAWS))
 
-    def difference(draw: int | None) -> float:
-        sides: tuple[dict[str, float], dict[str, float]] = {}, {}
-        for name, (one, other, count) in totals.items():
-            swapped = 0 if draw is None else int(moved[name][draw])
-            sides[0][name], sides[1][name] = 100 * (one - swapped) / count, 100 * (other + swapped) / count
-        return abs(accuracy(sides[0]) - accuracy(sides[1]))
 
-    least = difference(None) - 1e-9  # equal differences may differ by rounding
-    return float((1 + sum(difference(draw) >= least for draw in range(_DRAWS))) / (1 + _DRAWS))
+def _harmonic(base: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Harmonic means of accuracies, as `summarise`."""
+    return 2 * base * new / np.maximum(base + new, 1e-9)
