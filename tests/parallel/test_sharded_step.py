@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import re
 import runpy
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
 from skipkernels.clip import SkipOutput
-from tests.models import tiny_batch, tiny_clip, tiny_tokens, uncompared
+from tests.models import tiny_batch, tiny_tokens, uncompared
 from tests.parallel.sharded import CLASSES, small_clip, tokens_of
 from tests.processes import run_in_processes
 
@@ -158,14 +157,6 @@ def recorded() -> Iterator[list[tuple[str, int]]]:
         yield messages
 
 
-def caught(function, *arguments, **options) -> str:
-    try:
-        function(*arguments, **options)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 @uncompared()
 def in_process(rank: int, size: int, folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -205,8 +196,6 @@ def in_process(rank: int, size: int, folder: Path) -> dict[str, Any]:
     clip = small_clip(group)
     clip.load_state_dict(torch.load(file))
     found["resumed"] = train(clip, rank, size, first=1)
-    if size == 2:
-        found["errors"] = errors(rank, group)
     dist.destroy_process_group()
     return found
 
@@ -241,54 +230,6 @@ def text_caches(group: Any, own: tuple[torch.Tensor, torch.Tensor], folder: Path
     for text_cache in (None, folder, folder):
         clip = small_clip(group, dtype=torch.float32, text_cache=text_cache)
         found.append(tuple(clip(own[0].float(), own[1]).loss.item() for _ in range(2)))
-    return found
-
-
-def errors(rank: int, group: Any) -> dict[str, Any]:
-    images, labels = tiny_batch(2, CLASSES)
-
-    def construct(tokens=0, seed=0, weights=0, skip=1 / 3, **settings):
-        generator = torch.Generator().manual_seed(seed)
-        sk.parallel.ShardedSkipCLIP(
-            tiny_clip(seed=weights),
-            tiny_tokens(CLASSES, seed=tokens),
-            skip_layers=skip,
-            generator=generator,
-            process_group=group,
-            **settings,
-        )
-
-    found = {
-        "tokens": caught(construct, tokens=rank),
-        "generator": caught(construct, seed=rank),
-        "weights": caught(construct, weights=rank),
-        "skip_layers": caught(construct, skip=1 + rank),
-        "options": caught(construct, keep_ratio=0.5 if rank else 0.4),
-    }
-    clip = small_clip(group)
-    found["max_labels"] = caught(sk.parallel.sigmoid_loss, clip, images, torch.zeros(2, CLASSES), max_labels=1 + rank)
-    found["set_classes"] = caught(clip.set_classes, tiny_tokens(6, seed=rank))
-    found["classes"] = clip.num_classes
-    found["pairs"] = caught(sk.pairs.pair_loss, clip, images, labels)
-    if rank:
-        clip.sampler.generator.manual_seed(5)
-    found["draws"] = caught(clip, images, labels)
-    clip.sampler.generator.manual_seed(5)
-    clip.sampler.decay = 0.3 + rank
-    found["decay"] = caught(clip, images, labels)
-    found["modes"] = caught(clip.predict, images) if rank else caught(clip, images, labels)
-    # Arguments that are wrong on process 1 alone
-    clip = small_clip(group)
-    x, y = (images * torch.nan, labels + CLASSES) if rank else (images, labels)
-    found["images of one"], found["labels of one"] = caught(clip, x, labels), caught(clip, images, y)
-    found["labels of loss"] = caught(clip.loss, clip.encode_image(images), y)
-    found["captions of one"] = caught(sk.parallel.pair_loss, clip, images, y)
-    found["many of one"] = caught(
-        sk.parallel.sigmoid_loss, clip, images, torch.eye(CLASSES)[labels] * (1 + rank), max_labels=1
-    )
-    found["predict of one"] = caught(clip.predict, x)
-    with torch.no_grad():
-        found["evaluation of one"] = caught(clip.eval(), x, labels), clip(images, labels).loss.item() > 0
     return found
 
 
@@ -417,62 +358,6 @@ def test_state_of_one_process_continues_in_all(results, folder):
         assert_same_training([got["resumed"] for got in results[size]], expected)
     with pytest.raises(ValueError, match=r"is of other processes; got .*processes=4.*, expected .*processes=1"):
         small_clip().load_state_dict(torch.load(folder / "state of 4.pt"))
-
-
-@pytest.mark.parametrize(
-    ("name", "error", "call"),
-    [
-        ("images of one", "ValueError: .*NaN", "a training step"),
-        ("labels of one", "ValueError: .*labels must be", "a training step"),
-        ("labels of loss", "ValueError: .*labels must be", "a training step"),
-        (
-            "captions of one",
-            "ValueError: pair_loss: captions",
-            "pair_loss with loss='softmax' and captions of 1 dimensions",
-        ),
-        ("many of one", "ValueError: sigmoid_loss: labels must be 0 or 1", "sigmoid_loss with max_labels=1"),
-        ("predict of one", "ValueError: .*NaN", "predict"),
-    ],
-)
-def test_error_of_one_process_is_raised_on_every_process(results, name, error, call):
-    """Before a message that others wait for; the next calls work."""
-    first, second = (got["errors"][name] for got in results[2])
-    announced = f"RuntimeError: ShardedSkipCLIP: process 1 of process_group refused its arguments of {call}. "
-    assert re.match(announced, first) and re.match(error, second)
-
-
-def test_error_of_one_process_in_evaluation_is_its_own(results):
-    (first, works), (second, _) = (got["errors"]["evaluation of one"] for got in results[2])
-    assert first == "" and works and "NaN" in second
-
-
-@pytest.mark.parametrize(
-    ("name", "messages"),
-    [
-        ("tokens", ["tokens must be equal on all processes"] * 2),
-        ("generator", ["generator must be equal on all processes"] * 2),
-        ("weights", ["weights must be equal on all processes"] * 2),
-        ("skip_layers", ["skip_layers and the trained parameters must be equal"] * 2),
-        ("options", ["options of the selection must be equal on all processes"] * 2),
-        ("max_labels", [f"process {1 - r} .* does not call sigmoid_loss with max_labels={1 + r}" for r in (0, 1)]),
-        ("set_classes", ["tokens must be equal on all processes"] * 2),
-        ("classes", ["^18$"] * 2),  # after this error the previous classes are in use
-        ("pairs", ["got ShardedSkipCLIP with 9 of them. Call parallel.pair_loss"] * 2),
-        (
-            "modes",
-            [
-                "process 1 of process_group does not call a training step, as process 0 does",
-                "process 0 .* does not call predict",
-            ],
-        ),
-        ("draws", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
-        ("decay", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
-    ],
-)
-def test_difference_is_raised_on_every_process(results, name, messages):
-    for got, message in zip(results[2], messages, strict=True):
-        with pytest.raises(AssertionError, match=message):
-            raise AssertionError(str(got["errors"][name]))
 
 
 # ---- the example ----------------------------------------------------------------------------------------------------
