@@ -48,7 +48,7 @@ from skipkernels.ops import OPERATORS, launching, registration
 
 from . import tables
 from .launches import ARCHITECTURES, CALLS, FAMILIES, WIDTHS, Architecture, Launch, launches_of
-from .operators import DTYPES
+from .measure import DTYPES
 from .rows import RESULTS, command
 
 TABLE = RESULTS / "aot.csv"

@@ -10,7 +10,7 @@
                             as tuning evaluates after each epoch
 
 All run in evaluation mode without gradients. Their logits are compared first, then they are timed in turn. The floor is
-the time of the products at the rate of a large product, and of reading the weights. Rows are appended to
+the time of the products at the rate of a large product, or of reading the weights, if longer. Rows are appended to
 bench/results/DEVICE/infer.csv after each number of classes.
 """
 

@@ -57,9 +57,9 @@ def parser(description: str, *, several: bool = False, **defaults: Any) -> argpa
 def random_inputs(model: str, images: int, classes: int, device: torch.device) -> Inputs:
     """Random inputs, the same on each call. Where the tokenizer would be downloaded, random tokens of full length."""
     text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+    torch.manual_seed(0)
     if "hf_tokenizer_name" in text:
         clip = open_clip.create_model(model, device=device)
-        torch.manual_seed(0)
         tokens = torch.randint(1, text["vocab_size"], (classes, text["context_length"]), device=device)
     else:
         try:

@@ -16,7 +16,7 @@ import torch
 
 CPU = torch.device("cpu")
 OURS = "skipkernels"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _COPIED = 1 << 28  # bytes: larger than any cache
 Key = TypeVar("Key")
 
@@ -92,8 +92,8 @@ def compare(
 
 
 def floor(flops: float, dtype: torch.dtype, moved: float, device: torch.device) -> float:
-    """Seconds of operations at the rate of a large product, and of `moved` bytes at the rate of a copy."""
-    return flops / matrix_rate(device, dtype) + moved / bandwidth(device)
+    """Least seconds: of products at the rate of a large one, or of `moved` bytes at the rate of a copy, if longer."""
+    return max(flops / matrix_rate(device, dtype) if flops else 0.0, moved / bandwidth(device))
 
 
 @functools.cache

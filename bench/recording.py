@@ -22,9 +22,9 @@ from skipkernels.selection import RankSampler
 from .flops import formulas
 from .inputs import autocast, random_inputs
 from .launches import ARCHITECTURES, recording
+from .measure import CPU
 from .meta_device import PRODUCTS, WithoutProducts, meta_as_gpu
 
-_CPU = torch.device("cpu")
 _aten = torch.ops.aten
 _PRODUCTS = {product.overloadpacket for product in PRODUCTS}
 _ATTENTION = tuple(op for op in flop_registry if "attention" in str(op))
@@ -165,7 +165,7 @@ def skip_clip(
     model: str, skip_layers: int, batch: int, classes: int, memory: str = "fast"
 ) -> tuple[sk.SkipCLIP, Tensor, Tensor]:
     """SkipCLIP with text features, features at the cut and labels, on the CPU without computing products."""
-    inputs = random_inputs(model, batch, classes, _CPU)
+    inputs = random_inputs(model, batch, classes, CPU)
     _, sampling = without_tail(classes, batch)
     with WithoutProducts():
         clip = sk.SkipCLIP(inputs.model, inputs.tokens, skip_layers=skip_layers, memory=memory, **sampling)
@@ -189,7 +189,7 @@ def of_step(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str)
 def second(step: Callable[[], Any], precision: str) -> Recording:
     """Record the second call of a step; the first makes the state of its optimizer."""
     found = Recording()
-    with meta_as_gpu(), autocast(_CPU, precision):
+    with meta_as_gpu(), autocast(CPU, precision):
         step()
         with tables_of_graph(), found:  # tables of the update are no nodes of a graph
             step()

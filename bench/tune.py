@@ -31,7 +31,8 @@ from skipkernels.ops import OPERATORS, launching
 
 from . import aot, measure
 from .launches import ARCHITECTURES, CALLS, FAMILIES, launches_of
-from .operators import DTYPES, OURS, Case, Run
+from .measure import DTYPES, OURS
+from .operators import Case, Run
 from .operators.gate import Gate
 from .operators.record import cases_of
 from .operators.test_operators import in_turn

@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from bench import measure, peers
+from bench.measure import CPU
 from bench.operators import COMPILED, Case, Run, Work, conftest, test_operators
 from bench.operators.gate import Gate
 from bench.rows import KINDS, MACHINE, latest_rows
@@ -22,7 +23,7 @@ from skipkernels import testing
 from skipkernels.ops import OPERATORS
 from tests.ops.harness import Calls
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CUDA = torch.device("cuda")
 MODULES = [name.rstrip("_") for name in OPERATORS]
 CHECKED = {"sgd_momentum": 2}  # by number; the first one otherwise, which has 62 M parameters here
 

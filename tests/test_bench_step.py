@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable
 from functools import partialmethod
@@ -94,6 +95,23 @@ def test_prompts_have_the_lengths_of_imagenet():
         assert len(set(names)) == count and abs(own.mean() - imagenet.mean()) < 0.05
         assert abs(own.std() - imagenet.std()) < 0.15
     assert len(set(inputs.class_names(30_000))) == 30_000
+
+
+def test_random_inputs_are_the_same_on_each_call(tmp_path):
+    """Also with a tokenizer that would be downloaded."""
+    config = json.loads(Path(inputs.__file__).with_name("vit-tiny.json").read_text())
+    config["text_cfg"]["hf_tokenizer_name"] = "not/downloaded"
+    (tmp_path / "vit-tiny-of-hf.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    for model in ("vit-tiny", "vit-tiny-of-hf"):
+        (one, *tensors), (other, *others) = (inputs.random_inputs(model, 2, 3, measure.CPU) for _ in range(2))
+        pairs = zip([*one.parameters(), *tensors], [*other.parameters(), *others], strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize(("flops", "moved", "seconds"), [(3e11, 1e10, 3.0), (1e11, 2e10, 2.0), (0, 2e10, 2.0)])
+def test_floor_is_the_longer_of_two_times(flops, moved, seconds):
+    assert measure.floor(flops, torch.float32, moved, measure.CPU) == seconds
 
 
 # ---- wrong results get no time -------------------------------------------------------------------------------------

@@ -15,9 +15,7 @@ from ..peers import Peer
 
 Run = Callable[[], list[Tensor]]
 
-CPU = torch.device("cpu")
-OURS, COMPILED = "skipkernels", "compiled reference"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMPILED = "compiled reference"
 
 
 class Work(NamedTuple):

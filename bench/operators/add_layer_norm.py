@@ -12,7 +12,8 @@ from skipkernels import functional, reference
 from skipkernels.ops.add_layer_norm import MAX_WIDTH
 
 from .. import peers
-from . import CPU, OURS, Arguments, Case, Random, Work, case
+from ..measure import CPU, OURS
+from . import Arguments, Case, Random, Work, case
 from .record import Call, Record, on_meta
 
 # Rows and width: tokens of four images; suffixes of 26 and of 788 classes, five tokens each.

@@ -18,7 +18,8 @@ from skipkernels import functional, reference
 from skipkernels.ops.class_sampled_ce import REDUCTIONS
 
 from .. import peers
-from . import CPU, OURS, Arguments, Case, Random, Work, case
+from ..measure import CPU, OURS
+from . import Arguments, Case, Random, Work, case
 from .record import Call, Record, ids, on_meta
 
 # B, C, K, D. At K = C there are no class_ids.

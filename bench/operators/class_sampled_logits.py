@@ -12,7 +12,8 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import CPU, OURS, Arguments, Case, Random, Work, case
+from ..measure import CPU, OURS
+from . import Arguments, Case, Random, Work, case
 from .class_sampled_ce import LAUNCHED, launch_arguments
 from .record import Call, Record, on_meta
 

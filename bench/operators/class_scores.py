@@ -10,7 +10,8 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import CPU, OURS, Arguments, Case, Random, Work, case
+from ..measure import CPU, OURS
+from . import Arguments, Case, Random, Work, case
 from .record import Call, Record, ids, on_meta
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from skipkernels import functional, reference
 from skipkernels.ops.mlp_activation import KINDS
 
-from . import CPU, OURS, Arguments, Case, Random, Work, case
+from ..measure import CPU, OURS
+from . import Arguments, Case, Random, Work, case
 from .record import Call, Record, on_meta
 
 SHAPES = ((4 * 197, 768), (4 * 197, 3072), (26 * 5, 2048), (788 * 5, 512), (788 * 5, 2048))

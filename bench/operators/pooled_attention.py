@@ -13,7 +13,8 @@ from skipkernels import functional, reference
 from skipkernels.ops.pooled_attention import MAX_WIDTH
 
 from .. import peers
-from . import CPU, OURS, Arguments, Case, Random, Work, case
+from ..measure import CPU, OURS
+from . import Arguments, Case, Random, Work, case
 from .record import Call, Record, ids, on_meta
 
 SHAPES = ((4, 197, 12, 64), (32, 197, 12, 64), (4, 577, 16, 64), (26, 11, 8, 64), (1380, 11, 8, 64))  # B, N, H, E

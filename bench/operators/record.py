@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map_only
 from skipkernels import functional
 from skipkernels.ops import OPERATORS
 
-from . import DTYPES, Case, Random
+from ..measure import CPU, DTYPES
+from . import Case, Random
 
 
 class Call(NamedTuple):
@@ -86,5 +87,5 @@ class SmallCall(NamedTuple):
 
 def small_call(name: str) -> SmallCall:
     """A small call of a function in `functional.__all__`."""
-    calls = {name: make for record in records().values() for name, make in record.small_calls.items()}
-    return SmallCall(name, *calls[name](Random(torch.float32, torch.device("cpu"))))
+    make = next(record.small_calls[name] for record in records().values() if name in record.small_calls)
+    return SmallCall(name, *make(Random(torch.float32, CPU)))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import CPU, OURS, Arguments, Case, Random, Work, case
+from ..measure import CPU, OURS
+from . import Arguments, Case, Random, Work, case
 from .record import Call, Record, on_meta
 
 # Images, tokens, heads and their width; pairs are neighbours.

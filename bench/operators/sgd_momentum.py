@@ -19,7 +19,8 @@ from torch.optim.sgd import sgd
 
 from skipkernels import functional, reference
 
-from . import COMPILED, CPU, OURS, Case, Random, Work, compiled
+from ..measure import CPU, OURS
+from . import COMPILED, Case, Random, Work, compiled
 from .record import Call, Record, ids, on_meta
 
 LR, MOMENTUM, WEIGHT_DECAY, SEED = 2e-5, 0.9, 5e-4, 1

@@ -18,7 +18,8 @@ from skipkernels import functional, reference
 from skipkernels.ops.shared_prefix_attention import MAX_E
 
 from .. import peers
-from . import CPU, OURS, Arguments, Case, Random, Work, case
+from ..measure import CPU, OURS
+from . import Arguments, Case, Random, Work, case
 from .record import Call, Record, ids, on_meta
 
 S, P, H, E = 5, 6, 8, 64

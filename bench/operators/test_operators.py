@@ -31,14 +31,14 @@ import pytest
 import torch
 
 from bench import measure
-from bench.operators import COMPILED, DTYPES, OURS, Case, Run
+from bench.measure import DTYPES, OURS
+from bench.operators import COMPILED, Case, Run
 from bench.operators.gate import Gate
 from bench.operators.record import cases_of
-from bench.rows import append_rows, machine_columns
+from bench.rows import PRECISIONS, append_rows, machine_columns
 from skipkernels import testing
 from skipkernels.ops import OPERATORS
 
-TIMED = ("fp32", "bf16")
 CALLS, GRAPH_SECONDS = 20, 0.01  # of a graph: at most
 ROUNDS, CASE_SECONDS = 50, 0.2  # of each implementation: at most, but at least FEWEST rounds
 FEWEST = 5
@@ -63,7 +63,7 @@ CLOCK = ReplayClock()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option, found = metafunc.config.option, []
     timer = {"timer": CLOCK} if option.device.type == "cuda" else {}
-    for op, dtype in itertools.product(OPERATORS, TIMED):
+    for op, dtype in itertools.product(OPERATORS, PRECISIONS):
         for number, case in enumerate(itertools.islice(cases_of(op, dtype, option.device), option.shapes)):
             group = pytest.mark.benchmark(group=f"{op} {case.shape} {dtype}", **timer)
             for name in (*case.runs, *case.absent):
@@ -182,9 +182,7 @@ def columns(
 ) -> dict[str, Any]:
     """Measurements, in the columns of a row."""
     median = measure.quantile(seconds, 0.5)
-    least = case.work.moved / measure.bandwidth(device)
-    if case.work.flops:
-        least = max(least, case.work.flops / measure.matrix_rate(device, dtype))
+    least = measure.floor(case.work.flops, dtype, case.work.moved, device)
     return measure.milliseconds(seconds, 4) | {
         "wanted": case.work.target if implementation == "eager" else "",
         "peak_mib": round(peak / 2**20, 1),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from skipkernels.ops import OPERATORS
 
+from ..measure import OURS
 from ..rows import Row, grouped, latest_rows, number
-from ..step import OURS
 from .cells import MACHINE_SHOWN, SHOWN, figure, origin, table, times
 
 EAGER = "eager"
